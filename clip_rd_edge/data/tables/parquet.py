@@ -142,13 +142,21 @@ def _rows_with(path: Path, columns: Mapping[str, str]) -> int:
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path} is not a Parquet file: {first_line(error)}.") from error
     require_columns(path, schema.names, columns)
+    # The last is missing from older releases of pyarrow.
+    names = ("is_string", "is_large_string", "is_string_view")
+    texts = [getattr(pyarrow.types, name) for name in names if hasattr(pyarrow.types, name)]
     for key, option in columns.items():
         kind = schema.field(key).type
         content = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        if not (pyarrow.types.is_string(content) or pyarrow.types.is_large_string(content)):
+        if not any(is_text(content) for is_text in texts):
+            hint = f"name a column of text with {option}"
+            if option == IMAGE_OPTION and "binary" in str(
+                kind
+            ):  # also in a struct, as Hugging Face's data sets have it
+                hint += ", or write the images of this one into files or WebDataset shards"
             raise InputError(
                 f"{path}: the column {key!r} holds {kind}; expected text, for images the paths of files.",
-                hint=f"name a column of text with {option}",
+                hint=hint,
             )
     count: int = rows
     return count

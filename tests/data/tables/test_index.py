@@ -222,6 +222,37 @@ def test_parquet_gives_the_pairs_of_a_csv(
     assert pairs.left_out[1].startswith(f"{path}, row 101: the image 'pictures/none.png' exists neither")
 
 
+@pytest.mark.parametrize("indexed", [False, True], ids=["in memory", "indexed"])
+def test_parquet_may_have_arrows_views_of_strings(
+    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch, indexed: bool
+) -> None:
+    view = getattr(pytest.importorskip("pyarrow"), "string_view", None)
+    if view is None:
+        pytest.skip("pyarrow has no string_view")
+    texts = {
+        "filepath": [f"pictures/{i}.png" for i in range(24)],
+        "title": [f"a longer caption {i}" for i in range(24)],
+    }
+    array = pytest.importorskip("pyarrow").array
+    path = write_parquet(pairs_csv.with_suffix(".parquet"), {key: array(texts[key], view()) for key in texts})
+    monkeypatch.setattr(parquet, "_BLOCK_ROWS", 10)
+    monkeypatch.setattr(load, "INDEXED_ROWS", -1 if indexed else 1 << 30)
+    pairs = load_pairs(str(path))
+    assert [pairs.captions(i) for i in range(len(pairs))] == [(title,) for title in texts["title"]]
+    assert parquet.read_column(str(path), "title") == texts["title"]
+
+
+@pytest.mark.parametrize("images", [[b"\xff"], [{"bytes": b"\xff", "path": "1.png"}]], ids=["bytes", "Hugging Face"])
+def test_images_within_parquet_are_to_be_written_into_files(tmp_path: Path, images: list[Any]) -> None:
+    path = write_parquet(tmp_path / "pairs.parquet", {"image": images, "title": ["a"], "data": [b"a"]})
+    with pytest.raises(InputError, match=r"column 'image' holds .*binary.*; expected text") as refusal:
+        load_pairs(str(path), image_key="image")
+    assert refusal.value.hint.endswith("write the images of this one into files or WebDataset shards")
+    with pytest.raises(InputError, match="column 'data' holds binary") as refusal:
+        parquet.read_column(str(path), "data")
+    assert refusal.value.hint == "name a column of text with --csv-caption-key"
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
