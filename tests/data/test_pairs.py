@@ -305,6 +305,18 @@ def test_a_header_that_cannot_be_right_is_refused_in_one_sentence(
     assert hint in caught.value.hint
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_the_line_that_tells_excel_the_separator_is_no_header(pairs_csv: Path, mark: str) -> None:
+    rows = pairs_csv.read_text().replace(",", ";")
+    pairs_csv.write_text(f"{mark}sep=;\n{rows}pictures/none.png;a cat\n", encoding="utf-8")
+    pairs = load_pairs(str(pairs_csv))
+    assert (len(pairs), len(pairs.left_out)) == (24, 1)
+    assert "line 27: the image 'pictures/none.png'" in pairs.left_out[0]
+    pairs_csv.write_text('sep=;\nfilepath;"title"s\n')
+    with pytest.raises(InputError, match="line 2: ';' expected after"):
+        load_pairs(str(pairs_csv))
+
+
 def test_a_column_may_have_a_name_in_brackets(pairs_csv: Path) -> None:
     pairs_csv.write_text(pairs_csv.read_text().replace("filepath,title", "[filepath],[title]"))
     assert len(load_pairs(str(pairs_csv), image_key="[filepath]", caption_key="[title]")) == 24

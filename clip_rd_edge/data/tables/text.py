@@ -31,6 +31,7 @@ _BLOCK_BYTES = 1 << 21  # some 20,000 rows
 _MAX_LINE_BYTES = 1 << 24
 _ROW_BYTES = 100  # about: a path and a caption
 _BOM = b"\xef\xbb\xbf"
+_SEPARATOR_LINE = re.compile(rb"sep=[,\t;|](?:\r\n|\r|\n)")  # which tells Excel the separator, before the header
 # What files of other programs begin with, what they are, and what to do.
 _OTHERS = (
     (
@@ -52,7 +53,7 @@ class CsvTable:
     Attributes:
         columns: names in the header.
         start: byte after the header.
-        header_lines: number of lines of the header.
+        header_lines: number of lines of the header and above it.
     """
 
     path: Path
@@ -182,6 +183,9 @@ def open_csv(path: Path, image_key: str, caption_key: str) -> CsvTable:
         head = file.read(_MAX_HEADER)
         start = len(_BOM) if head.startswith(_BOM) else 0
         _require_text(path, head[start:])
+        above = 0
+        if separator_line := _SEPARATOR_LINE.match(head, start):
+            start, above = separator_line.end(), 1
         first_line = (head[start:].splitlines() or [b""])[0]
         header = first_line.decode(errors="replace")
         separator = _separator_of(path, header, {image_key, caption_key})
@@ -191,14 +195,14 @@ def open_csv(path: Path, image_key: str, caption_key: str) -> CsvTable:
         try:
             columns = next(reader, [])
         except csv.Error as error:
-            raise InputError(f"{path}, line 1: {error}.", hint="check the header: filepath,title") from error
+            raise InputError(f"{path}, line {above + 1}: {error}.", hint="check the header: filepath,title") from error
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{path}, line 1: it is not UTF-8 text: {error.reason}.",
+                f"{path}, line {above + 1}: it is not UTF-8 text: {error.reason}.",
                 hint="name a table, and save it as UTF-8 if it is one",
             ) from error
     require_columns(path, columns, {image_key: IMAGE_OPTION, caption_key: CAPTION_OPTION})
-    return CsvTable(path, image_key, caption_key, separator, tuple(columns), lines.end, reader.line_num)
+    return CsvTable(path, image_key, caption_key, separator, tuple(columns), lines.end, above + reader.line_num)
 
 
 def _require_text(path: Path, head: bytes) -> None:
