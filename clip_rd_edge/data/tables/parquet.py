@@ -149,14 +149,11 @@ def _rows_with(path: Path, columns: Mapping[str, str]) -> int:
         kind = schema.field(key).type
         content = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not any(is_text(content) for is_text in texts):
-            hint = f"name a column of text with {option}"
-            if option == IMAGE_OPTION and "binary" in str(
-                kind
-            ):  # also in a struct, as Hugging Face's data sets have it
-                hint += ", or write the images of this one into files or WebDataset shards"
+            has_images = option == IMAGE_OPTION and "binary" in str(kind)  # in a struct, in Hugging Face's data sets
             raise InputError(
                 f"{path}: the column {key!r} holds {kind}; expected text, for images the paths of files.",
-                hint=hint,
+                hint=f"name a column of text with {option}"
+                + (", or write the images of this one into files or WebDataset shards" if has_images else ""),
             )
     count: int = rows
     return count
