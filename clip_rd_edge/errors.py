@@ -131,9 +131,14 @@ def require_known_options(given: Iterable[str], known: Iterable[str], *, command
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, then what it was raised from or raised while handling, and so on back to the first."""
+    """Yield an error, then what it was raised from or raised while handling, and so on back to the first.
+
+    Each once: `raise error from error` makes a ring.
+    """
     cause: BaseException | None = error
-    while cause is not None:
+    seen = set[int]()
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
         yield cause
         cause = cause.__cause__ or cause.__context__
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 
 import pytest
@@ -44,6 +45,12 @@ def test_the_causes_of_an_error_are_those_it_was_raised_from_or_else_while_handl
     stated.__context__ = first
     last.__cause__, last.__context__ = stated, TypeError("handled meanwhile")
     assert list(causes(last)) == [last, stated, first]
+
+
+def test_the_causes_of_an_error_that_was_raised_from_itself_end() -> None:
+    error = OSError("itself")
+    error.__cause__ = error
+    assert list(itertools.islice(causes(error), 2)) == [error]
 
 
 def test_an_error_comes_whole_out_of_another_process() -> None:

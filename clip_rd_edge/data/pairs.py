@@ -144,7 +144,9 @@ def read_twice(read: Callable[[int], T], index: int) -> T:
     try:
         return read(index)
     except InputError as error:
-        raise machine_failure(error) or error from error
+        if failure := machine_failure(error):
+            raise failure from error
+        raise
 
 
 class BadSamples:

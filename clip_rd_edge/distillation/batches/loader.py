@@ -24,7 +24,7 @@ from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs, r
 from clip_rd_edge.data.unpaired import MixedSamples, has_images
 from clip_rd_edge.distillation.batches.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.processes.signals import obey_only_the_parent, stop_signals_blocked
-from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InputError, LostProcessError
+from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InputError, LostProcessError, UnreachableError
 from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.memory import return_freed_memory
@@ -232,7 +232,8 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
 
     Raises:
         InputError: during iteration, if more samples are bad than the data set allows.
-        UnreachableError: if a machine or network fails to deliver a shard or an image, also when tried again.
+        UnreachableError: if a machine or network fails to deliver a shard or an image, also when tried again, or this
+            machine starts no worker processes.
         LostProcessError: during iteration, if a worker process was killed.
         ClipRdEdgeError: during iteration, what else the data set raises, also in a worker process.
     """
@@ -251,7 +252,11 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
         try:
             batches = iter(loader)
         except OSError as error:
-            raise machine_failure(error) or error from error
+            unstarted = UnreachableError(
+                f"The loader processes could not be started: {error.strerror or error}.",
+                hint="load without processes: --workers 0",
+            )
+            raise machine_failure(error) or unstarted from error
     for batch in _raising(batches):
         if dataset.substitute:
             dataset.bad.add(batch.bad)
@@ -321,7 +326,9 @@ def _raising(batches: Iterable[Batch | _Failure]) -> Iterator[Batch]:
                 raise batch.error from RuntimeError(batch.traceback)
             yield batch
     except RuntimeError as error:
-        raise lost_worker(error) or error from error
+        if lost := lost_worker(error):
+            raise lost from error
+        raise
 
 
 def lost_worker(error: BaseException) -> LostProcessError | None:

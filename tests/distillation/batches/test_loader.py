@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import os
 import resource
@@ -26,7 +27,7 @@ from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.distillation.batches import loader as loader_module
 from clip_rd_edge.distillation.batches.loader import Batch, PairView, StepSampler, View, ViewDataset, step_loader
 from clip_rd_edge.distillation.batches.pixels import Crops
-from clip_rd_edge.errors import ConfigError, DiskFullError, InputError, LostProcessError
+from clip_rd_edge.errors import ConfigError, DiskFullError, InputError, LostProcessError, UnreachableError
 
 STUDENT = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
 TEACHER = Preprocessing(size=(16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -264,6 +265,32 @@ def test_a_worker_that_fails_is_not_said_to_lack_memory(pairs_csv: Path) -> None
     with pytest.raises(LostProcessError, match=r"^A loader process \(pid \d+\) failed with exit code 1;") as caught:
         next(loader)
     assert "memory" not in caught.value.hint
+
+
+class Broken(ViewDataset):
+    """Raises what torch does, such as where a batch of a worker process does not arrive."""
+
+    def __getitem__(self, view: View) -> PairView:
+        raise RuntimeError("received 0 items of ancdata")
+
+
+def test_another_librarys_error_comes_out_as_it_is(pairs_csv: Path) -> None:
+    dataset = Broken(load_pairs(str(pairs_csv)), STUDENT, [], crops=Crops(scale=(0.5, 1.0)), seed=3)
+    with pytest.raises(RuntimeError, match="ancdata") as caught:
+        next(step_loader(dataset, [[(0, 0)]], workers=0))
+    assert caught.value.__cause__ is None  # if it were the error itself, who looks for the first cause would not end
+
+
+def test_workers_that_cannot_be_started_are_said_to_be_dispensable(
+    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")  # of a semaphore, in /dev/shm
+
+    monkeypatch.setattr(loader_module.DataLoader, "__iter__", fail)
+    with pytest.raises(UnreachableError, match=r"^The loader processes could not be started: Read-only") as caught:
+        next(loader_with_a_worker(ViewDataset, pairs_csv))
+    assert caught.value.hint == "load without processes: --workers 0"
 
 
 def test_a_spawned_worker_does_not_run_the_users_script_again(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
