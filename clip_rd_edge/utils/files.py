@@ -374,8 +374,13 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def disk_full_error(error: BaseException) -> DiskFullError | None:
-    """Return a one-sentence error if `error` or one of its causes is a full disk, else None."""
+    """Return a one-sentence error if `error` or one of its causes is a full disk, else None.
+
+    What an UnreachableError was raised from does not count: it says itself what is full, and what helps there.
+    """
     for cause in causes(error):
+        if isinstance(cause, UnreachableError):  # the cache of shards, or the memory that processes share
+            return None
         if isinstance(cause, DiskFullError):
             return cause
         if _errno(cause) in _DISK_FULL:

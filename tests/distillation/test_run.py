@@ -34,7 +34,15 @@ from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.processes.signals import StopRequest
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.train import interrupted, save_if_best
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InputError, InterruptedRunError, UsageError
+from clip_rd_edge.errors import (
+    ClipRdEdgeError,
+    ConfigError,
+    DiskFullError,
+    InputError,
+    InterruptedRunError,
+    UnreachableError,
+    UsageError,
+)
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip, save_clip, training_facts
 from clip_rd_edge.models.student import build_student, student_config
@@ -190,6 +198,18 @@ def test_a_full_disk_when_the_student_is_written_leaves_no_student(
     with pytest.raises(DiskFullError, match="goes on from step 8"):
         distil(config, tmp_path / "run")
     assert not (tmp_path / "run" / "student").exists()
+
+
+def test_full_shared_memory_is_not_called_a_full_disk(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # of a semaphore, in /dev/shm
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", fail)
+    with pytest.raises(UnreachableError, match=r"^The loader processes could not be started: No space") as error:
+        distil(config, tmp_path / "run")
+    assert error.value.hint.startswith("load without processes: --workers 0")
 
 
 def test_a_run_whose_folder_is_removed_meanwhile_says_so(config: RunConfig, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs, r
 from clip_rd_edge.data.unpaired import MixedSamples, has_images
 from clip_rd_edge.distillation.batches.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.processes.signals import obey_only_the_parent, stop_signals_blocked
-from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InputError, LostProcessError, UnreachableError
+from clip_rd_edge.errors import ClipRdEdgeError, InputError, LostProcessError, UnreachableError
 from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.memory import return_freed_memory
@@ -80,6 +80,11 @@ class Batch:
 
 _ENDED = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed|exited unexpectedly(?: with exit code (\d+))?)"
+)
+# Semaphores, with which the workers begin, lie in shared memory, too.
+_WITHOUT_SHARED_MEMORY = (
+    "load without processes: --workers 0, or give the container more shared memory: docker's shm-size is 64 MB by "
+    "default"
 )
 _NO_PIXELS: Levels = np.zeros((0, 0, 3), dtype=np.uint8)
 View = tuple[int, int]  # epoch and index of the pair
@@ -233,7 +238,7 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
     Raises:
         InputError: during iteration, if more samples are bad than the data set allows.
         UnreachableError: if a machine or network fails to deliver a shard or an image, also when tried again, or this
-            machine starts no worker processes.
+            machine starts no worker processes or has no shared memory left for their batches.
         LostProcessError: during iteration, if a worker process was killed.
         ClipRdEdgeError: during iteration, what else the data set raises, also in a worker process.
     """
@@ -254,7 +259,7 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
         except OSError as error:
             unstarted = UnreachableError(
                 f"The loader processes could not be started: {error.strerror or error}.",
-                hint="load without processes: --workers 0",
+                hint=_WITHOUT_SHARED_MEMORY,
             )
             raise machine_failure(error) or unstarted from error
     for batch in _raising(batches):
@@ -390,8 +395,8 @@ def _shared(tensor: Tensor) -> Tensor:
         untyped.share_memory_()
         return tensor
     except RuntimeError as error:
-        raise DiskFullError(
+        raise UnreachableError(
             f"A worker process could not pass a batch of {tensor.nbytes / 1e6:.1f} MB through shared memory: "
             f"{str(error).splitlines()[0].rpartition(': ')[2]}.",
-            hint="give the container more, as by docker run --shm-size 2g, or load without processes: --workers 0",
+            hint=_WITHOUT_SHARED_MEMORY,
         ) from error
