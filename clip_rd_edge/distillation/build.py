@@ -35,7 +35,7 @@ from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.quantized.tower import require_quantizable
-from clip_rd_edge.distillation.student import make_student
+from clip_rd_edge.distillation.student import make_student, require_named_student
 from clip_rd_edge.distillation.teachers.teacher import (
     ensemble_of,
     ensemble_of_stored,
@@ -99,6 +99,7 @@ def load_setup(
     """
     require_quantizable(config)
     with processes.main_first():
+        require_named_student(config)
         pairs = training_pairs(config, reporter=reporter)
     with processes.together():  # a machine may lack a file that the others have
         setup = _load_models(config, pairs, name=name, processes=processes, reporter=reporter)

@@ -23,12 +23,13 @@ from clip_rd_edge.distillation.teachers.teacher import (
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.image_config import copy_image_tower, with_image_of
-from clip_rd_edge.models.load import load_clip, read_open_clip_config
+from clip_rd_edge.models.load import load_clip, read_open_clip_config, require_model
 from clip_rd_edge.models.student import (
     TEACHER,
     TEXT_SIZES,
     build_student,
     init_image_tower,
+    require_student,
     student_config,
     student_preprocessing,
     text_size,
@@ -64,6 +65,24 @@ def make_student(
         prompts = parse_templates(config.templates).prompts
         return replace(student, templates=tuple(prompt.replace("{c}", "{}") for prompt in prompts))
     return student
+
+
+def require_named_student(config: RunConfig) -> None:
+    """Refuse a student or text tower whose name cannot be right; no weights are read, and nothing is built.
+
+    It is called before the data are indexed and a teacher is fetched, which may take hours.
+
+    Raises:
+        InputError, ConfigError: there is none of that name.
+    """
+    if model_folder(config.student) is None:
+        require_student(config.student)
+    else:
+        require_model(config.student)
+    if text_source(config) is not None:
+        require_model(config.text)
+    elif config.text != TEACHER:
+        text_size(config.text)
 
 
 def _student_to_train(config: RunConfig, teachers: Sequence[ClipModel], name: str, reporter: Reporter) -> ClipModel:

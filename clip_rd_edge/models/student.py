@@ -162,22 +162,37 @@ class _Preset(msgspec.Struct, forbid_unknown_fields=True):
     quick_gelu: bool = False
 
 
+def require_student(student: str) -> None:
+    """Refuse the name of a new student that `student_config` would refuse; nothing is built.
+
+    Raises:
+        InputError: the student is unknown (with suggestions).
+        ConfigError: its JSON file is invalid.
+    """
+    if _preset_in_file(student) is None:
+        _require_timm_trunk(student)
+
+
 def student_file(student: str) -> Path | None:
     """Return the user's JSON file that a student is named by; None for other names, and without such a file."""
     return Path(student) if student.endswith(".json") and is_file(Path(student)) else None
 
 
 def _preset(student: str) -> _Preset:
+    return _preset_in_file(student) or _timm_preset(student)
+
+
+def _preset_in_file(student: str) -> _Preset | None:
+    """Return the preset in our or the user's JSON file that a student is named by; None without such a file."""
     path = student_file(student) or CONFIGS / f"{student}.json"
-    if is_file(path):
-        preset = read_json(path, _Preset)
-        require_bounded({"vision_cfg": preset.vision_cfg}, path)
-        return preset
-    return _timm_preset(student)
+    if not is_file(path):
+        return None
+    preset = read_json(path, _Preset)
+    require_bounded({"vision_cfg": preset.vision_cfg}, path)
+    return preset
 
 
-def _timm_preset(trunk: str) -> _Preset:
-    """Return the configuration of any timm trunk, with the mean and standard deviation of its pretrained weights."""
+def _require_timm_trunk(trunk: str) -> None:
     import timm
 
     if not timm.is_model(trunk):
@@ -186,6 +201,13 @@ def _timm_preset(trunk: str) -> _Preset:
             f"No student named {trunk!r}: it is neither a preset nor a timm model.{near_matches(trunk, known)}",
             hint=f"presets: {', '.join(preset_names())}",
         )
+
+
+def _timm_preset(trunk: str) -> _Preset:
+    """Return the configuration of any timm trunk, with the mean and standard deviation of its pretrained weights."""
+    import timm
+
+    _require_timm_trunk(trunk)
     # Not on the meta device: timm before 1.0.21 fails on it with most transformers, and later releases with RegNets.
     with torch.random.fork_rng(devices=[]):  # the student's own initial weights are drawn after this
         module = timm.create_model(trunk, num_classes=0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -16,6 +18,7 @@ from clip_rd_edge.distillation import student as module
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.student import require_no_logit_bias, require_separate_text_tower
+from clip_rd_edge.distillation.teachers.embed import embed_teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip
@@ -42,6 +45,32 @@ def test_a_text_tower_that_is_no_module_of_its_own_cannot_be_frozen(student: Cli
     with pytest.raises(UsageError, match="The text tower of test_resnet cannot be frozen") as error:
         require_separate_text_tower(student)
     assert error.value.hint == "omit --freeze-text"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": "test_resnt"}, r"No student named 'test_resnt': .* Did you mean 'test_resnet"),
+        ({"student": "local-dir:/nowhere"}, "The model folder /nowhere does not exist"),
+        ({"text": "smal"}, "The text tower is 'smal'; expected one of tiny, small, standard"),
+        ({"text": "local-dir:/nowhere"}, "The model folder /nowhere does not exist"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("place", "run"), [("build", partial(run_distillation, resume=False)), ("teachers.embed", embed_teacher)]
+)
+def test_a_misspelled_student_is_refused_before_anything_is_read_or_fetched(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    run: Callable[..., object],
+    changes: dict[str, str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(f"clip_rd_edge.distillation.{place}.training_pairs", lambda *_, **__: pytest.fail("indexed"))
+    config = tiny_run("clip-rd", {}, teacher="ViT-B-32", teacher_pretrained="openai", data="far.tar", **changes)
+    with pytest.raises((InputError, ConfigError), match=message):
+        run(config, tmp_path / "run")
 
 
 def test_token_embeddings_are_initialised_once_in_a_run(

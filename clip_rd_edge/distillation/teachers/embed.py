@@ -12,7 +12,7 @@ from clip_rd_edge.distillation.build import training_pairs
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.processes.distributed import join_processes
 from clip_rd_edge.distillation.step import AUTOCAST
-from clip_rd_edge.distillation.student import crops_of
+from clip_rd_edge.distillation.student import crops_of, require_named_student
 from clip_rd_edge.distillation.teachers.embedding_store import CacheManifest, cache_folders
 from clip_rd_edge.distillation.teachers.store_build import (
     BATCH_SIZE,
@@ -51,6 +51,7 @@ def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None
     with join_processes() as processes:
         shown = reporter if processes.is_main else SILENT
         with processes.main_first():
+            require_named_student(config)
             pairs = training_pairs(config, reporter=shown)
             require_images(pairs)
         with processes.together():
