@@ -132,11 +132,8 @@ def _timm_classifier(spec: str, pretrained: str | None) -> ImageClassifier:
             f"No classifier named {spec!r} in timm.{near_matches(architecture, timm.list_models())}",
             hint=f"torchvision's are named {TORCHVISION}NAME, such as {TORCHVISION}resnet18",
         )
-    if "." in spec and spec not in (tags := timm.list_pretrained(f"{architecture}.*")):
-        raise InputError(
-            f"timm has no weights named {spec!r}.{near_matches(spec, tags)}",
-            hint=f"omit the tag: {architecture}" + (f"; known are {', '.join(tags)}" if tags else ""),
-        )
+    if "." in spec and spec not in timm.list_pretrained(f"{architecture}.*"):
+        raise unknown_weights(spec)
     packaged = CLASSIFIERS.get(architecture)
     if pretrained is None and packaged and "." not in spec and packaged.is_installed():
         model = timm.create_model(architecture)
@@ -257,6 +254,18 @@ def mismatch(error: Exception) -> str:
     """Return what torch says about weights that do not fit: the second line of its message names the first tensors."""
     detail = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
     return textwrap.shorten(detail, _SHOWN_CHARACTERS, placeholder=" …")
+
+
+def unknown_weights(spec: str) -> InputError:
+    """Return the error about a tag that none of timm's weights of an architecture have."""
+    import timm
+
+    architecture = spec.partition(".")[0]
+    tags = timm.list_pretrained(f"{architecture}.*")
+    return InputError(
+        f"timm has no weights named {spec!r}.{near_matches(spec, tags)}",
+        hint=f"omit the tag: {architecture}" + (f"; known are {', '.join(tags)}" if tags else ""),
+    )
 
 
 def unreadable_weights(path: str | os.PathLike[str], error: Exception) -> InputError:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches
-from clip_rd_edge.models.classifier import load_classifier, mismatch, read_weights
+from clip_rd_edge.models.classifier import load_classifier, mismatch, read_weights, unknown_weights
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.config_limits import require_bounded
 from clip_rd_edge.models.packaged import CLASSIFIERS
@@ -166,7 +166,7 @@ def require_student(student: str) -> None:
     """Refuse the name of a new student that `student_config` would refuse; nothing is built.
 
     Raises:
-        InputError: the student is unknown (with suggestions).
+        InputError: the student, or the tag of its weights, is unknown (with suggestions).
         ConfigError: its JSON file is invalid.
     """
     if _preset_in_file(student) is None:
@@ -201,6 +201,10 @@ def _require_timm_trunk(trunk: str) -> None:
             f"No student named {trunk!r}: it is neither a preset nor a timm model.{near_matches(trunk, known)}",
             hint=f"presets: {', '.join(preset_names())}",
         )
+    try:
+        timm.get_pretrained_cfg(trunk)
+    except RuntimeError as error:  # `is_model` knows architectures alone
+        raise unknown_weights(trunk) from error
 
 
 def _timm_preset(trunk: str) -> _Preset:

@@ -22,6 +22,7 @@ from clip_rd_edge.models.student import (
     build_student,
     init_image_tower,
     preset_names,
+    require_student,
     student_config,
 )
 
@@ -82,6 +83,14 @@ def test_a_trunk_is_described_by_any_timm_and_without_drawing_random_numbers(
 def test_an_unknown_student_gets_suggestions(name: str, match: str) -> None:
     with pytest.raises(InputError, match=f"Did you mean .*{match}"):
         tiny(name)
+
+
+def test_an_unknown_tag_of_weights_gets_suggestions() -> None:
+    assert tiny("test_resnet.r160_in1k", 96).embedding_size == 32
+    require_student("seresnet34.untrained")  # whose weights would be random anyway
+    with pytest.raises(InputError, match=r"timm has no weights named .* Did you mean 'resnet18\.a1_in1k'") as error:
+        tiny("resnet18.a1_in22k")
+    assert error.value.hint.startswith("omit the tag: resnet18; known are resnet18.a1_in1k, ")
 
 
 def test_an_unsupported_image_size_is_refused() -> None:
