@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,11 @@ def build_student(config: dict[str, Any], *, name: str) -> ClipModel:
         with torch.no_grad():  # a trunk that does not support the size fails here, not in the middle of a run
             features = model.eval().encode_image(torch.zeros(2, 3, height, width))
     except Exception as error:
+        trunk = str(model_cfg["vision_cfg"].get("timm_model_name") or "")
+        tower = f" with the image tower {trunk}" if trunk not in ("", name) else ""
         raise ConfigError(
-            f"The student {name} cannot be built at {height} × {width} pixels: {first_line(error)}."
+            f"The student {name}{tower} cannot be built at {height} × {width} pixels: {first_line(error)}.",
+            hint=_size_hint(trunk, max(height, width)),
         ) from error
     if features.shape != (2, model_cfg["embed_dim"]):
         raise ConfigError(f"The student {name} returns shape {tuple(features.shape)} for 2 images; expected (2, D).")
@@ -142,6 +146,17 @@ def build_student(config: dict[str, Any], *, name: str) -> ClipModel:
     return ClipModel(
         name=name, model=model.train(), tokenizer=tokenizer, preprocessing=preprocessing, model_cfg=model_cfg
     )
+
+
+def _size_hint(trunk: str, edge: int) -> str:
+    """Return the option for the size that a timm trunk is made for; empty if it is `edge`, or no such trunk exists."""
+    import timm
+
+    with suppress(RuntimeError):  # the tag is unknown
+        own = timm.get_pretrained_cfg(trunk)
+        if own and max(own.input_size[1:]) != edge:
+            return f"--image-size {max(own.input_size[1:])}, for which the image tower is made"
+    return ""
 
 
 class _PresetPreprocessing(msgspec.Struct, forbid_unknown_fields=True):

@@ -94,8 +94,24 @@ def test_an_unknown_tag_of_weights_gets_suggestions() -> None:
 
 
 def test_an_unsupported_image_size_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cannot be built at 64 × 64"):
+    with pytest.raises(ConfigError, match=r"^The student swin_tiny with the .* cannot be built at 64 × 64"):
         tiny("swin_tiny", 64)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "hint"),
+    [
+        ("levit_128s", "--image-size 224, for which the image tower is made"),
+        ("levit_128s.it", ""),  # names that are not timm's, which a user's JSON file may have
+        ("levit", ""),
+    ],
+)
+def test_an_unsupported_image_size_is_refused_with_the_one_that_the_tower_is_made_for(trunk: str, hint: str) -> None:
+    config = student_config("levit_128s", embedding_size=8, image_size=64, text="64x1", context_length=8)
+    config["model_cfg"]["vision_cfg"]["timm_model_name"] = trunk
+    with pytest.raises(ConfigError, match=rf"^The student r4 with the image tower {trunk} cannot be built") as error:
+        build_student(config, name="r4")
+    assert error.value.hint == hint
 
 
 def test_a_model_is_loaded_by_local_dir_folder_and_run(tmp_path: Path) -> None:
