@@ -200,17 +200,16 @@ def test_the_conda_recipe_has_the_packages_own_dependencies() -> None:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tomllib")
-@pytest.mark.parametrize(("system", "oldest"), [("darwin", "2.5"), ("linux", "2.4"), ("win32", "2.4")])
-def test_torch_is_new_enough_for_the_gpu_of_a_mac(system: str, oldest: str) -> None:
+def test_all_extras_agree_on_the_oldest_torch() -> None:
     import tomllib
     from packaging.requirements import Requirement
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    required = map(Requirement, project["optional-dependencies"]["train"])
-    versions = [
-        str(requirement.specifier)
-        for requirement in required
+    extras = {
+        extra: str(requirement.specifier)
+        for extra, requirements in project["optional-dependencies"].items()
+        for requirement in map(Requirement, requirements)
         if requirement.name == "torch"
-        and (requirement.marker is None or requirement.marker.evaluate({"sys_platform": system}))
-    ]
-    assert versions == [f">={oldest}"]
+    }
+    assert extras.keys() >= {"train", "executorch"}
+    assert len(set(extras.values())) == 1, extras
