@@ -29,7 +29,7 @@ _read_tokenizer = SimpleTokenizer.__init__
 
 @pytest.fixture(scope="session")
 def _few_merges(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with the first of open_clip's 48,894 merges: all but bytes, those that end a word, and two more tokens."""
+    """A file with the first of open_clip's 48,894 merges: the tokens beside 256 bytes, twice, and two special ones."""
     path = tmp_path_factory.mktemp("tokenizer") / "merges.txt.gz"
     with gzip.open(default_bpe(), "rt", encoding="utf-8") as merges:
         lines = list(itertools.islice(merges, 1 + _VOCABULARY_SIZE - 2 * 256 - 2))
@@ -38,10 +38,11 @@ def _few_merges(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _small_vocabulary(_few_merges: Path) -> Iterator[None]:
+def small_vocabulary(_few_merges: Path) -> Iterator[None]:
     """Tiny models know the first of CLIP's tokens: all of their embeddings would be most of what is trained and saved.
 
-    Merges are read once, which takes a tenth of a tiny run's time, twice in each.
+    A module overrides this where other processes, which know all tokens, train what is made here. Merges are read once,
+    which takes a tenth of a tiny run's time, twice in each.
     """
     states: dict[str, dict[str, Any]] = {}
 

@@ -29,6 +29,11 @@ TIMEOUT_S = 300
 NAMED = 'hostname "$0" && exec "$@"'  # in a UTS namespace of its own
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_vocabulary() -> None:
+    """None: the nodes know all of CLIP's tokens."""
+
+
 @cache
 def can_name_hosts() -> bool:
     return subprocess.run(["unshare", "--uts", "sh", "-c", NAMED, "a", "true"], capture_output=True).returncode == 0
