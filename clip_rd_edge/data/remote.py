@@ -7,6 +7,7 @@ fetched whole and in parts, each tried again when it fails, into a file that `da
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
+from clip_rd_edge.data.shards.tar_scan import TarScan
 from clip_rd_edge.errors import InputError, MissingExtraError, causes
 from clip_rd_edge.utils.printable import shown_message, shown_source
 
@@ -140,11 +142,20 @@ def _run_command(shard: RemoteShard, part: Path) -> None:
     def run() -> None:
         with part.open("wb") as file:
             result = subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
-        if result.returncode:
+        # Of commands joined by |, the shell tells the last one's exit status alone: another's failure cuts the output.
+        if failure := f"exit status {result.returncode}" if result.returncode else _cut_off(part):
             lines = result.stderr.decode(errors="replace").strip().splitlines()
-            raise OSError(f"exit status {result.returncode}{': ' + lines[-1] if lines else ''}")
+            raise OSError(f"{failure}{': ' + lines[-1] if lines else ''}")
 
     _with_retries(shard.url, run, delays=_RETRY_DELAYS_S[:3])
+
+
+def _cut_off(path: Path) -> str:
+    """Return where a tar is cut off, or nothing."""
+    scan = TarScan(lambda: os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
+    for _ in scan:
+        pass
+    return scan.damage if scan.is_cut_off else ""
 
 
 def _fetch_parts(url: str, size: int, part: Path) -> None:
@@ -222,7 +233,9 @@ def _with_retries(url: str, call: Callable[[], _T], *, delays: Sequence[float] |
             if delay is None or is_final:
                 raise InputError(
                     f"The shard {shown_source(url)} could not be fetched: {_reason(error, url)}.",
-                    hint="check that it can be reached; what was fetched is kept, so that another start continues",
+                    hint="run the command by itself: it must write a whole tar"
+                    if url.startswith(PIPE)
+                    else "check that it can be reached; what was fetched is kept, so that another start continues",
                 ) from error
         time.sleep(delay)
     raise AssertionError("unreachable")

@@ -221,6 +221,22 @@ def test_a_command_after_pipe_gives_a_shard(shards: Path, monkeypatch: pytest.Mo
         load_pairs(f"pipe:cat {shlex.quote(str(shards))}/9.tar")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell with head")
+@pytest.mark.parametrize("bytes_sent", [0, 100, 3000])
+def test_a_command_whose_failure_a_pipe_hides_leaves_no_shard_behind(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, bytes_sent: int
+) -> None:
+    monkeypatch.setattr(remote, "_RETRY_DELAYS_S", (0.01,) * 4)
+    monkeypatch.chdir(shards)
+    expected = contents(load_pairs("000.tar"))
+    Path("get").write_text(f"head -c {bytes_sent} 000.tar; echo token expired >&2; exit 1")
+    with pytest.raises(InputError, match=r"shard 000\.tar could not be fetched: .*: token expired\.$") as caught:
+        load_pairs("pipe:sh get 000.tar | cat")
+    assert "run the command by itself" in caught.value.hint
+    Path("get").write_text("cat 000.tar")
+    assert contents(load_pairs("pipe:sh get 000.tar | cat")) == expected
+
+
 def test_a_relative_command_in_another_folder_gives_other_shards(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

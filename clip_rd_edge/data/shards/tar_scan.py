@@ -50,11 +50,16 @@ class _DamageError(Exception):
     """Scanning cannot go on; the message says why."""
 
 
+class _CutOffError(_DamageError):
+    """The file ends before its tar does."""
+
+
 class TarScan:
     """Iterates over the regular files of a tar, many at a time, up to its end or to where it is damaged.
 
     Attributes, valid after the iteration:
         damage: where and how the tar is damaged, or empty.
+        is_cut_off: whether the damage is that the file ends before its tar does.
         last_is_incomplete: whether the content of the last file is cut off.
         size_bytes: of the whole tar.
 
@@ -68,6 +73,7 @@ class TarScan:
     def __init__(self, open_file: Callable[[], int]) -> None:
         self._open_file = open_file
         self.damage = ""
+        self.is_cut_off = False
         self.last_is_incomplete = False
         self.size_bytes = 0
 
@@ -83,7 +89,8 @@ class TarScan:
                 if sound < len(valid):
                     self.damage = f"the tar is damaged at byte {batch.starts[sound]:,}"
                     return
-            self.damage, self.last_is_incomplete = headers.damage, headers.last_is_incomplete
+            self.damage, self.is_cut_off = headers.damage, headers.is_cut_off
+            self.last_is_incomplete = headers.last_is_incomplete
 
 
 class _Batch:
@@ -139,7 +146,7 @@ class _Headers:
         self._is_done = False
         # What an extended header says about the next file.
         self._name, self._size, self._is_unreadable = b"", -1, False
-        self.damage, self.last_is_incomplete = "", False
+        self.damage, self.is_cut_off, self.last_is_incomplete = "", False, False
 
     def __iter__(self) -> Iterator[_Batch]:
         while not self._is_done:
@@ -150,7 +157,7 @@ class _Headers:
                     if len(batch.headers) < _BATCH:
                         self._read_other(batch)
             except _DamageError as damage:
-                self.damage, self._is_done = str(damage), True
+                self.damage, self.is_cut_off, self._is_done = str(damage), isinstance(damage, _CutOffError), True
             if batch.headers:
                 yield batch
 
@@ -184,8 +191,8 @@ class _Headers:
         header = read_at(self._file, BLOCK_BYTES, start)
         if len(header) < BLOCK_BYTES:
             if start == 0:
-                raise _DamageError("it is shorter than a header" if header else "it is empty")
-            raise _DamageError(f"the tar ends at byte {self._end:,} without an end mark, so it may be cut off")
+                raise _CutOffError("it is shorter than a header" if header else "it is empty")
+            raise _CutOffError(f"the tar ends at byte {self._end:,} without an end mark, so it may be cut off")
         if not any(header):
             self._is_done = True
             return
@@ -204,7 +211,7 @@ class _Headers:
             is_readable = not (kind in _SPARSE or self._is_unreadable)
             batch.describe_last((name, content if is_readable else UNREADABLE, size))
             if self.last_is_incomplete:
-                raise _DamageError(f"the tar ends at byte {self._end:,}, within {name.decode(errors='replace')}")
+                raise _CutOffError(f"the tar ends at byte {self._end:,}, within {name.decode(errors='replace')}")
         elif kind in _WITHOUT_CONTENT:
             size = 0
         if kind in _FILES:
@@ -218,7 +225,7 @@ class _Headers:
         the files after it are not lost.
         """
         if offset + size > self._end:
-            raise _DamageError(f"the tar ends within an extended header at byte {offset:,}")
+            raise _CutOffError(f"the tar ends within an extended header at byte {offset:,}")
         if size > _MAX_EXTENSION_BYTES:
             self._is_unreadable = True
             return
@@ -255,7 +262,7 @@ class _Headers:
         while is_extended:
             block = read_at(self._file, BLOCK_BYTES, offset)
             if len(block) < BLOCK_BYTES:
-                raise _DamageError(f"the tar ends within a header at byte {offset:,}")
+                raise _CutOffError(f"the tar ends within a header at byte {offset:,}")
             is_extended, offset = block[504], offset + BLOCK_BYTES
         return offset
 
