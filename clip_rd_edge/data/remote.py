@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
@@ -66,35 +66,40 @@ class Version(NamedTuple):
     mark: str
 
 
+# By URL, as of when their servers were last asked: shards that are in use are read as these versions.
+_known_versions = dict[str, Version]()
+
+
 def is_remote(pattern: str) -> bool:
     """Return whether a pattern names shards elsewhere."""
     return "://" in pattern or pattern.startswith(PIPE)
 
 
 def versions(shards: Sequence[ShardFile]) -> list[Version]:
-    """Return the version of each shard; servers are asked in parallel.
+    """Return the version that each shard has now; servers are asked in parallel, also when they were before.
 
     Raises:
         InputError: a shard does not exist, or is not allowed to be read.
     """
-    if all(isinstance(shard, Path) for shard in shards):
-        return [version(shard) for shard in shards]
-    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-        return list(pool.map(version, shards))
+    if urls := list(dict.fromkeys(shard.url for shard in shards if isinstance(shard, RemoteShard))):
+        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+            _known_versions.update(zip(urls, pool.map(_remote_version, urls), strict=True))
+    return [version(shard) for shard in shards]
 
 
 def version(shard: ShardFile) -> Version:
-    """Return the version of a shard; raises as `versions`."""
+    """Return the version of a shard, a remote one's as of when it was last asked for; raises as `versions`."""
     if isinstance(shard, Path):
         try:
             stat = shard.stat()
         except OSError as error:
             raise InputError(f"Cannot read the shard {shard}: {error.strerror or error}.") from error
         return Version(stat.st_size, str(stat.st_mtime_ns))
-    return _remote_version(shard.url)
+    if shard.url not in _known_versions:
+        _known_versions[shard.url] = _remote_version(shard.url)
+    return _known_versions[shard.url]
 
 
-@lru_cache(maxsize=1 << 16)
 def _remote_version(url: str) -> Version:
     if url.startswith(PIPE):
         return Version(-1, "")  # known only by its output

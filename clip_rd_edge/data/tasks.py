@@ -12,7 +12,8 @@ from clip_rd_edge.data.clip_benchmark import (
     shard_task,
 )
 from clip_rd_edge.data.load import names_shards
-from clip_rd_edge.data.shards.tars import open_shard
+from clip_rd_edge.data.remote import versions
+from clip_rd_edge.data.shards.tars import close_tars, open_shard
 from clip_rd_edge.data.shards.webdataset import parse_sources
 from clip_rd_edge.data.tables.load import TablePairs, read_table
 from clip_rd_edge.errors import InputError, near_matches
@@ -53,8 +54,10 @@ def load_task(name: str, *, image_key: str = "filepath", caption_key: str = "tit
         split: emoji.Split = "unseen style" if "unseen-style" in name else "unseen concepts"
         return emoji.retrieval_task(split) if name.endswith(":retrieval") else emoji.zero_shot_task(split)
     if names_shards(name):
-        shards = [open_shard(path) for source in parse_sources(name) for path in source.shards]
-        return retrieval_from_shards(shown_source(name), shards)
+        paths = [path for source in parse_sources(name) for path in source.shards]
+        close_tars()
+        versions(paths)  # so that shards that were read before are read as they are now
+        return retrieval_from_shards(shown_source(name), list(map(open_shard, paths)))
     path = Path(name)
     if is_file(path):
         return _from_table(read_table(path, image_key=image_key, caption_key=caption_key), path.stem)

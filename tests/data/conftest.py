@@ -71,6 +71,6 @@ def server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Unreliable
     monkeypatch.setattr(remote, "_RETRY_DELAYS_S", (0.01,) * 4)
     monkeypatch.setattr(remote, "_PART_BYTES", 1000)
     monkeypatch.setenv("no_proxy", "*")
-    remote._remote_version.cache_clear()
+    remote._known_versions.clear()
     with UnreliableServer(shards).running() as server:
         yield server

@@ -94,7 +94,7 @@ def test_a_forked_worker_leaves_its_parents_connections_alone(
     monkeypatch.setattr(remote, "_READ_TIMEOUT_S", 20.0)
     shard = remote.RemoteShard(f"{server.url}/000.tar")
     before = remote.version(shard)
-    remote._remote_version.cache_clear()
+    remote._known_versions.clear()
 
     def work() -> None:
         remote.version(shard)
@@ -118,7 +118,6 @@ def test_each_shard_is_fetched_once(server: UnreliableServer) -> None:
     source = f"{server.url}/{{000..003}}.tar"
     contents(load_pairs(source))
     server.requests.clear()
-    remote._remote_version.cache_clear()
     contents(load_pairs(source))
     assert sorted(server.requests) == [f"/{i:03d}.tar" for i in range(SHARDS)]  # only to ask for their versions
 
@@ -140,15 +139,15 @@ def test_a_shard_that_changed_is_fetched_again(
 ) -> None:
     server.version_header = version_header
     source = f"{server.url}/{{000..001}}.tar"
-    before = contents(load_pairs(source))
+    before, task = contents(load_pairs(source)), load_task(source)
     write_tar(
         server.folder / "001.tar",
         {f"{i}.{s}": encode_image(9) if s == "png" else b"new" for i in (0, 1) for s in ("png", "txt")},
     )  # of the same size, as tars are whole blocks
-    remote._remote_version.cache_clear()
     after = contents(load_pairs(source))
     assert after[:3] == before[:3]
     assert [captions for _, captions in after[3:]] == [("new",), ("new",)]
+    assert load_task(source).questions != task.questions
 
 
 @pytest.mark.parametrize(
@@ -182,7 +181,6 @@ def test_no_message_about_a_shard_shows_a_secret_of_its_address(
     ]
     for source, faults in [(sources[0], ["403"] * 9), *((source, ["416"] * 9) for source in sources)]:
         server.fail = list(faults)
-        remote._remote_version.cache_clear()
         for load in (load_pairs, load_task):
             with pytest.raises(InputError) as caught:
                 load(source)

@@ -16,7 +16,6 @@ import pytest
 from support import contents
 
 from benchmarks.data.unreliable_server import UnreliableServer
-from clip_rd_edge.data import remote
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.errors import InputError
 
@@ -59,7 +58,6 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(key, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    remote._remote_version.cache_clear()
 
 
 @pytest.fixture
