@@ -114,9 +114,12 @@ def _robust_layers(quantizer: StaticQuantizer, request: CandidateRequest) -> lis
     """Return the layers whose common error is within each share of the max error: all of them if it is small anyway."""
     samples, threads = request.samples[:SENSITIVITY_SAMPLES], request.threads
 
-    def embed_with(layers: Sequence[str]) -> Embeddings:
-        content = quantizer.quantize("percentile", layers)
-        return embed(right_session(open_session(content, threads=threads), content, threads=threads), samples)
+    def embed_with(layers: Sequence[str]) -> Embeddings | None:
+        try:
+            content = quantizer.quantize("percentile", layers)
+            return embed(right_session(open_session(content, threads=threads), content, threads=threads), samples)
+        except Exception:  # noqa: BLE001 — the library raises many types; layers that it cannot handle stay in float
+            return None
 
     reference = embed(open_session(str(request.model), threads=threads), samples)
     if group_error(quantizer.layers, embed_with, reference).error <= _SMALL_SHARE * request.max_error:

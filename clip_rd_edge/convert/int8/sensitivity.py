@@ -19,6 +19,9 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.parity import Inputs, Timer, agreement, latencies, p10
 from clip_rd_edge.utils.timing import time_in_turn
 
+# Returns the embeddings (N, D) of a tower with only the given layers in INT8, or None if they cannot be quantised.
+EmbedWith = Callable[[Sequence[str]], Embeddings | None]
+
 SENSITIVITY_SAMPLES = 16  # calibration samples that the errors are measured on
 _MAX_SECONDS = 15.0
 # Shares of the max error that the INT8 layers may have on the calibration samples; a smaller share may be as fast.
@@ -27,7 +30,7 @@ _ERROR_SHARES = (0.9, 0.4, 0.1)
 
 def robust_layers(
     layers: Sequence[str],
-    embed_with: Callable[[Sequence[str]], Embeddings],
+    embed_with: EmbedWith,
     reference: Embeddings,
     *,
     max_error: float,
@@ -38,7 +41,7 @@ def robust_layers(
 
     Args:
         layers: names, in the order of computation.
-        embed_with: returns the embeddings (N, D) of the tower with only the given layers in INT8.
+        embed_with: see `EmbedWith`.
         reference: the embeddings (N, D) in float32.
         max_error: 1 − the min centred cosine.
     """
@@ -57,7 +60,7 @@ class GroupError:
 
 def group_errors(
     layers: Sequence[str],
-    embed_with: Callable[[Sequence[str]], Embeddings],
+    embed_with: EmbedWith,
     reference: Embeddings,
     *,
     max_seconds: float,
@@ -77,15 +80,11 @@ def group_errors(
     return [group_error(group, embed_with, reference) for group in groups]
 
 
-def group_error(
-    layers: Sequence[str], embed_with: Callable[[Sequence[str]], Embeddings], reference: Embeddings
-) -> GroupError:
+def group_error(layers: Sequence[str], embed_with: EmbedWith, reference: Embeddings) -> GroupError:
     """Measure the error of some layers together, infinite if they cannot be quantised; for arguments, see above."""
-    try:
-        embeddings = embed_with(layers)
-    except Exception:  # noqa: BLE001 — the quantiser raises many types; layers that it cannot handle stay in float
-        return GroupError(tuple(layers), math.inf)
-    return GroupError(tuple(layers), 1 - agreement(reference, embeddings).centred_cosine)
+    embeddings = embed_with(layers)
+    error = math.inf if embeddings is None else 1 - agreement(reference, embeddings).centred_cosine
+    return GroupError(tuple(layers), error)
 
 
 def layers_within(errors: Sequence[GroupError], max_error: float) -> tuple[str, ...]:
@@ -98,7 +97,7 @@ def layers_within(errors: Sequence[GroupError], max_error: float) -> tuple[str, 
 
 def with_fewest_in_float(
     errors: Sequence[GroupError],
-    embed_with: Callable[[Sequence[str]], Embeddings],
+    embed_with: EmbedWith,
     reference: Embeddings,
     limits: Sequence[float],
     *,

@@ -25,9 +25,11 @@ Floats = npt.NDArray[np.float32]
 
 
 def quantized_inputs(model: onnx.ModelProto) -> list[str]:
-    """Return the names of the activations that get Q/DQ, so that their ranges can be measured."""
+    """Return the names of the activations that get Q/DQ, whichever layers are quantised, to measure their ranges."""
     layers = weighted_layers(model)
-    return list(dict.fromkeys([*(node.input[0] for node in layers), *_residual_branches(model, layers).values()]))
+    # Of two convolutions that are added, the other is the branch where one alone is quantised.
+    branches = [name for layer in layers for name in _residual_branches(model, [layer]).values()]
+    return list(dict.fromkeys([*(node.input[0] for node in layers), *branches]))
 
 
 def quantize_symmetrically(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.graph import prepare_for_quantization
+from clip_rd_edge.convert.int8.candidates import CandidateRequest, _robust_layers
 from clip_rd_edge.convert.int8.search import TowerSamples, quantize_tower
 from clip_rd_edge.convert.int8.sensitivity import group_errors
 from clip_rd_edge.convert.int8.static import StaticQuantizer
@@ -19,6 +20,7 @@ from clip_rd_edge.convert.options import Budget
 from clip_rd_edge.convert.parity import agreement, embed
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.utils.reporting import SILENT
 from clip_rd_edge.utils.timing import Milliseconds
 
 Calls = Mapping[str, Callable[[], object]]
@@ -169,16 +171,39 @@ def test_the_range_of_a_layer_replaces_its_relu(fp32_bundle: Path, calibration: 
 def test_sensitivity_finds_the_layer_that_loses_most_in_int8() -> None:
     reference = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
 
-    def embed_with(layers: object) -> Embeddings:
-        assert isinstance(layers, (tuple, list))
+    def embed_with(layers: Sequence[str]) -> Embeddings | None:
         if "unknown" in layers:
-            raise RuntimeError("no such kernel")
+            return None
         noise = np.random.default_rng(1).standard_normal(reference.shape).astype(np.float32)
         return reference + noise * (0.5 if "fragile" in layers else 0.01)
 
     errors = group_errors(("robust", "fragile", "unknown"), embed_with, reference, max_seconds=60)
     assert [error.layers for error in errors] == [("robust",), ("fragile",), ("unknown",)]
     assert errors[0].error < 0.01 < errors[1].error < errors[2].error == float("inf")
+
+
+def test_a_layer_that_the_library_cannot_quantise_stays_in_float(
+    fp32_bundle: Path, calibration: CalibrationSet
+) -> None:
+    request = CandidateRequest(
+        model=fp32_bundle / "image.onnx", samples=calibration.calibrate.pixels[:4], max_error=0.01, weight_bits=7,
+        threads=1, reporter=SILENT,
+    )  # fmt: skip
+
+    class Quantizer:
+        layers = ("known", "unknown")
+
+        def quantize(self, method: str, layers: Sequence[str]) -> bytes:
+            if "unknown" in layers:
+                raise NotImplementedError("no such operator")
+            return request.model.read_bytes()
+
+    assert _robust_layers(Quantizer(), request) == [("known",)]
+
+
+def test_an_error_in_trying_layers_is_not_taken_for_layers_that_lose_much() -> None:
+    with pytest.raises(KeyError, match="range"):
+        group_errors(("a", "b"), lambda layers: {}["range"], np.eye(4, dtype=np.float32), max_seconds=60)
 
 
 def test_sensitivity_measures_groups_if_single_layers_take_too_long() -> None:

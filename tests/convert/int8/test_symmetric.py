@@ -84,6 +84,21 @@ def test_the_residual_branch_of_a_convolution_is_quantised(
     assert sums == [["Conv", "DequantizeLinear"]] * 4
 
 
+def test_each_layer_can_be_quantised_alone(
+    image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path, pixels: np.ndarray
+) -> None:
+    model = onnx.load(prepare_for_quantization(image_tower("resnet10t")[1], tmp_path))
+    ranges = measure_ranges(model, quantized_inputs(model), pixels)
+    fused = 0
+    for layer in weighted_layers(model):
+        graph = quantize_symmetrically(model, ranges, layers=[layer.name]).graph
+        branches = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+        sums = [node for node in graph.node if node.op_type == "Add" and branches.intersection(node.input)]
+        assert all(layer.output[0] in node.input for node in sums)
+        fused += len(sums)
+    assert fused == 7  # of four blocks, three have a convolution in the shortcut, too
+
+
 def test_layers_that_lose_most_stay_in_float(fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path) -> None:
     prepared = prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path)
 
