@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -197,9 +198,11 @@ def int8_budget(options: ExportOptions, *, precision: Precision, format: Format)
     """Return the accuracy that the options allow INT8 to cost.
 
     Raises:
-        UsageError: an option does not apply to the format.
+        UsageError: an option does not apply to the format, or is out of range or not finite.
     """
     min_agreement, max_loss = options.get("min_agreement"), options.get("max_loss")
+    _require_within("--min-agreement", min_agreement, 1)
+    _require_within("--max-loss", max_loss, 100)
     fallback = options.get("fallback")
     if precision == "int8" and format == "trt" and (fallback or max_loss is not None):
         name = "--fallback" if fallback else "--max-loss"
@@ -210,3 +213,12 @@ def int8_budget(options: ExportOptions, *, precision: Precision, format: Format)
         text=default.text if min_agreement is None else min_agreement,
         max_loss=default.max_loss if max_loss is None else max_loss,
     )
+
+
+def _require_within(option: str, value: object, highest: int) -> None:
+    """Raise UsageError if an option is given and is no number from 0 to `highest`; NaN would switch its check off."""
+    if value is not None and not (isinstance(value, Real) and 0 <= float(value) <= highest):
+        raise UsageError(
+            f"{option} is {value!r}; expected a number from 0 to {highest}.",
+            hint=f"correct it, or omit {option} for its default",
+        )

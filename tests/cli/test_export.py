@@ -275,6 +275,15 @@ def test_an_output_that_would_replace_what_is_read_is_refused(
     assert (code, "The output . is the working folder" in error) == (2, True)
 
 
+@pytest.mark.parametrize("option", ["--min-agreement", "--max-loss"])
+def test_a_limit_of_int8_that_is_no_number_is_refused_at_once(
+    tmp_path: Path, command_line: CommandLine, option: str
+) -> None:
+    code, _, error = command_line("export", "nowhere", "--precision", "int8", option, "nan", "-o", tmp_path / "out")
+    assert code == 2
+    assert f"{option} is nan; expected a number from 0 to 1" in error
+
+
 @pytest.mark.parametrize("option", [("--labels", "a", "b"), ("--preprocess-in-graph",)])
 def test_what_immich_has_no_place_for_is_refused_at_once(
     tmp_path: Path, command_line: CommandLine, option: tuple[str, ...]

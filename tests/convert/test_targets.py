@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from clip_rd_edge.cli._fold import fold
@@ -79,6 +80,24 @@ def test_a_fallback_that_the_format_does_not_support_is_refused(target: str, tit
         plan_exports(options)
     assert error.value.hint == "use --fallback fp32"
     assert plan_exports({**options, "fallback": "fp32"})[0].request.fallback == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "highest"),
+    [
+        ("min_agreement", float("nan"), 1), ("min_agreement", -0.1, 1), ("min_agreement", 99.0, 1),
+        ("min_agreement", "0.9", 1), ("max_loss", float("nan"), 100), ("max_loss", float("inf"), 100),
+        ("max_loss", -5.0, 100),
+    ],
+)  # fmt: skip
+def test_a_limit_of_int8_that_is_out_of_range_or_no_number_is_refused(option: str, value: Any, highest: int) -> None:
+    options: Any = {"precision": "int8", option: value}
+    with pytest.raises(UsageError) as error:
+        plan_exports(options)
+    assert str(error.value).endswith(f"{option.replace('_', '-')} is {value!r}; expected a number from 0 to {highest}.")
+    (plan,) = plan_exports({**options, option: np.float32(highest)})
+    budget = plan.request.budget
+    assert (budget.text if option == "min_agreement" else budget.max_loss) == highest
 
 
 @pytest.mark.parametrize("option", ["calibration", "min_agreement", "max_loss", "fallback"])
