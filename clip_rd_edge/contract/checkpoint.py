@@ -2,7 +2,7 @@
 
     open_clip_config.json         `model_cfg` and `preprocess_cfg`
     open_clip_model.safetensors   the weights
-    distillation.json             recipe, teacher, data, seed, versions, templates
+    distillation.json             recipe, teacher, data, seed, versions, templates, labels
     config.json, tokenizer.json   of a text tower that is a model of transformers; the latter of any own tokenizer
 
 In the folder of a run it is `student/`.

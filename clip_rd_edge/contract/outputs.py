@@ -41,7 +41,7 @@ _EXPORTS = (  # beside bundles, whose manifests say what is in them
     ),
     _Layout(
         (CONFIG_FILE, WEIGHTS_FILE, "onnx/model.onnx", "preprocessor_config.json"),  # huggingface
-        (*_TOKENIZER_FILES, "config.*.json", "onnx/*.onnx", "README.md", "accuracy-latency.png"),
+        (*_TOKENIZER_FILES, DISTILLATION_FILE, "config.*.json", "onnx/*.onnx", "README.md", "accuracy-latency.png"),
     ),
 )
 _BUILT_ON_DEVICE = (f"*{ENGINE_SUFFIX}", f"*{ENGINE_SUFFIX}{STAMP_SUFFIX}", f"*{ENGINE_SUFFIX}.part", "timing.cache")

@@ -19,7 +19,7 @@ from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.exporters.model_card import write_model_card
 from clip_rd_edge.exporters.onnx import MAX_FILE_BYTES
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.load import save_open_clip
+from clip_rd_edge.models.load import save_open_clip, save_usage
 from clip_rd_edge.utils.files import new_folder
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
@@ -76,6 +76,7 @@ def export_huggingface(
             )
         reporter.update("writing the folder")
         save_open_clip(folder, clip, location=output)
+        save_usage(folder, clip)
         write_huggingface(bundles, folder)
         manifests = {variant: read_manifest(bundle) for variant, bundle in bundles.items()}
         write_model_card(folder, manifests, results=results, training=training or {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clip_rd_edge.benchmarking.formatting import inert_markdown, markdown_table
@@ -10,11 +10,13 @@ from clip_rd_edge.benchmarking.report.plot import draw
 from clip_rd_edge.benchmarking.report.text import PLOT, figures_table
 from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.contract.bundle import Manifest
+from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.convert.huggingface import BOTH, SUFFIXES, TEXT, VISION, Variant
 from clip_rd_edge.utils.files import size_bytes, write_bytes, write_text
 
 _CARD = "README.md"
+_SHOWN_PROMPTS = 5
 # `license` is missing on purpose: it is for whoever publishes the model to say.
 _HEADER = """---
 library_name: open_clip
@@ -92,6 +94,7 @@ def write_model_card(
     manifest = manifests["fp32"]
     parts = [_HEADER, f"# {inert_markdown(manifest.name)}", _summary(manifest), "## Use"]
     parts += [_USE.replace("EMBEDDING_SIZE", str(manifest.embedding_size))]
+    parts += _prompts(manifest.templates)
     parts += ["## Files", _files_table(folder, manifests)]
     parts += ["Agreement is the mean cosine with the float32 embeddings, each side centred, as measured by the export."]
     if results is not None:
@@ -110,6 +113,17 @@ def _summary(manifest: Manifest) -> str:
         f"{height} × {width} pixels, texts of up to {manifest.tokenizer.context_length} tokens, embeddings of "
         f"{manifest.embedding_size} numbers, logit scale {manifest.logit_scale:.4g}."
     )
+
+
+def _prompts(templates: Sequence[str]) -> list[str]:
+    """Return what to put labels into, unless they are embedded as they are."""
+    if tuple(templates) == ("{}",):
+        return []
+    shown = ", ".join(f'"{inert_markdown(template)}"' for template in templates[:_SHOWN_PROMPTS])
+    others = len(templates) - _SHOWN_PROMPTS
+    more = f", and {others} more in {DISTILLATION_FILE}" if others > 0 else ""
+    mean = " The embedding of a label is the normalised mean over them." if len(templates) > 1 else ""
+    return [f"Prompts for labels, in place of {{}}: {shown}{more}.{mean}"]
 
 
 def _files_table(folder: Path, manifests: Mapping[Variant, Manifest]) -> str:

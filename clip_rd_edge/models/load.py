@@ -392,13 +392,26 @@ def save_clip(
         if clip.model_cfg["text_cfg"].get("hf_tokenizer_name"):  # open_clip then expects one in the folder
             clip.tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
         save_open_clip(temporary, clip, location=folder)
-        record = {**shown_sources(provenance), "templates": list(clip.templates)}
-        if clip.labels:
-            record["labels"] = list(clip.labels)
-        record_text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        (temporary / DISTILLATION_FILE).write_text(record_text, encoding="utf-8")
+        _write_record(temporary, clip, shown_sources(provenance))
         if extras is not None:
             extras(temporary)
+
+
+def save_usage(folder: Path, clip: ClipModel) -> None:
+    """Write distillation.json with a model's prompts and labels, and nothing of its training, into an existing folder.
+
+    A model that has neither gets no such file.
+    """
+    if _Usage(clip.templates, clip.labels) != _Usage():
+        _write_record(folder, clip, {})
+
+
+def _write_record(folder: Path, clip: ClipModel, training: dict[str, Any]) -> None:
+    record = {**training, "templates": list(clip.templates)}
+    if clip.labels:
+        record["labels"] = list(clip.labels)
+    record_text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    (folder / DISTILLATION_FILE).write_text(record_text, encoding="utf-8")
 
 
 def save_open_clip(folder: Path, clip: ClipModel, *, location: Path) -> None:

@@ -70,7 +70,7 @@ def test_the_other_layouts_are_recognised(colour_bundle: Path, tmp_path: Path) -
     shutil.copytree(colour_bundle, site / "bundle")
     immich = write(tmp_path / "immich", "config.json", "visual/model.onnx", "textual/model.onnx")
     hub = write(tmp_path / "hub", "onnx/model.onnx", "README.md", "preprocessor_config.json", "open_clip_config.json")
-    write(hub, "open_clip_model.safetensors", "tokenizer.json", "onnx/text_model_int8.onnx")
+    write(hub, "open_clip_model.safetensors", "distillation.json", "tokenizer.json", "onnx/text_model_int8.onnx")
     for folder in (site, immich, hub):
         require_output(folder, "export", overwrite=True)
         write(folder, "holiday.jpg")

@@ -246,6 +246,24 @@ def test_the_model_card_names_files_training_and_licences(folder: Path) -> None:
     for words in ("`onnx/model_int8.onnx`", "| **teacher** | big |", "CC BY-SA 4.0", "pipeline_tag: zero-shot"):
         assert words in card
     assert "license:" not in card.split("---")[1]  # for the user to decide
+    assert "Prompts" not in card  # it has none of its own
+
+
+def test_the_models_own_prompts_and_labels_are_kept_and_nothing_else_of_its_training(
+    student: ClipModel, tmp_path: Path
+) -> None:
+    prompts = ("a photo of a {}.", *(f"view <{i}> of a {{}}" for i in range(5)))
+    model = dataclasses.replace(student, templates=prompts, labels=("red", "blue"))
+    save_clip(tmp_path / "student", model, provenance={"data": "pairs.csv", "configuration": {"quantize": "int8"}})
+    export_huggingface(load_clip(str(tmp_path / "student")), tmp_path / "hub", ExportRequest())
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert 'Prompts for labels, in place of {}: "a photo of a {}.", "view &lt;0> of a {}"' in card
+    assert ", and 1 more in distillation.json. The embedding of a label is the normalised mean over them." in card
+    record = json.loads((tmp_path / "hub" / "distillation.json").read_text())
+    assert record == {"templates": list(prompts), "labels": ["red", "blue"]}
+    loaded = load_clip(str(tmp_path / "hub"))
+    assert (loaded.templates, loaded.labels) == (prompts, ("red", "blue"))
+    require_output(tmp_path / "hub", "export", overwrite=True)
 
 
 def test_the_model_card_names_the_filter_that_the_model_was_trained_with(
