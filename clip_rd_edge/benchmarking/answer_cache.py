@@ -19,6 +19,7 @@ from clip_rd_edge.benchmarking.results import Environment
 from clip_rd_edge.contract.images import ImageFile
 from clip_rd_edge.contract.outputs import is_left_by_system
 from clip_rd_edge.contract.task import Task
+from clip_rd_edge.data.remote import RemoteShard, version
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_folder
@@ -109,17 +110,22 @@ def _model_state(model: str) -> str:
 
 
 def task_state(task: Task) -> str:
-    """Return a task's questions, and the names, sizes and dates of its images or of the shards that hold them."""
+    """Return a task's questions, and the names, sizes and dates of its images or of the shards that hold them.
+
+    Of a remote shard, it is the version that the task was loaded from.
+    """
     images = (*map(str, task.images), *_file_states(task.images))
     return repr((task.name, images, *task.questions))
 
 
-def _file_states(images: Iterable[ImageFile]) -> list[tuple[int, int]]:
+def _file_states(images: Iterable[ImageFile]) -> list[tuple[int, int | str]]:
     files = dict.fromkeys(getattr(image, "shard", image) for image in images)  # thousands of images share a shard
-    states = []
+    states: list[tuple[int, int | str]] = []
     for path in files:
         with suppress(OSError):  # reported when it is opened
             if isinstance(path, Path):
                 status = path.stat()
                 states.append((status.st_size, status.st_mtime_ns))
+            elif isinstance(path, RemoteShard):
+                states.append(version(path))
     return states

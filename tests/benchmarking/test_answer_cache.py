@@ -1,20 +1,25 @@
 from __future__ import annotations
 
+import io
+import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from PIL import Image
 
 from clip_rd_edge.benchmarking.accuracy import RetrievalAnswers
-from clip_rd_edge.benchmarking.answer_cache import AnswerCache, DamagedCacheError, is_cache
+from clip_rd_edge.benchmarking.answer_cache import AnswerCache, DamagedCacheError, is_cache, task_state
 from clip_rd_edge.benchmarking.metrics import Recall, RetrievalScore
 from clip_rd_edge.benchmarking.results import this_environment
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.shards.tars import TarMember
+from clip_rd_edge.data.tasks import load_task
 
 Open = Callable[[str], Any]
 
@@ -115,6 +120,30 @@ def test_images_in_shards_that_were_replaced_are_measured_again(tmp_path: Path, 
     assert cache.find("m", None, task) == answers
     shard.write_bytes(b"newer")
     assert cache.find("m", None, task) is None
+
+
+def _png(shade: int) -> bytes:
+    content = io.BytesIO()
+    Image.new("L", (8, 8), shade).save(content, "png")
+    return content.getvalue()
+
+
+def test_a_task_on_a_remote_shard_that_was_replaced_is_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fsspec")
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
+    path, states = tmp_path / "0.tar", []
+    for shade in (0, 255):
+        with tarfile.open(path, "w") as tar:
+            for name, content in {"a.png": _png(shade), "a.txt": b"a"}.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        os.utime(path, (shade, shade))
+        states.append(task_state(load_task(path.as_uri())))
+        assert task_state(load_task(path.as_uri())) == states[-1]
+    assert states[0] != states[1]
 
 
 def test_a_folder_of_that_name_with_other_files_is_no_cache_and_stays(
