@@ -133,12 +133,18 @@ def fetch(shard: RemoteShard, part: Path) -> None:
     """Fetch a shard into a file; what is already in it is continued.
 
     Raises:
-        InputError: the shard does not exist, may not be read, or could not be fetched in some two minutes of trying.
+        InputError: the shard does not exist, may not be read, could not be fetched in some two minutes of trying, or
+            has another version than `version` says.
     """
     if shard.url.startswith(PIPE):
         _run_command(shard, part)
-    else:
-        _fetch_parts(shard.url, version(shard).size, part)
+        return
+    expected = version(shard)
+    _fetch_parts(shard.url, expected.size, part)
+    # Also tells one that was replaced since it was indexed, and then left the cache.
+    if part.stat().st_size > expected.size >= 0 or _remote_version(shard.url) != expected:
+        part.write_bytes(b"")
+        raise InputError(f"{shard} has changed while it was read.", hint="try again")
 
 
 def _run_command(shard: RemoteShard, part: Path) -> None:
@@ -177,9 +183,6 @@ def _fetch_parts(url: str, size: int, part: Path) -> None:
             file.seek(start)
             file.write(content)
             file.flush()
-        if start > size:  # left behind by another version
-            file.truncate(0)
-            raise InputError(f"{shown_source(url)} has changed while it was read.", hint="try again")
 
 
 def _part(file_system: Any, path: str, start: int, stop: int) -> bytes:

@@ -21,6 +21,7 @@ from clip_rd_edge.data import remote
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.pairs import fingerprint
 from clip_rd_edge.data.shards import cache as shard_cache
+from clip_rd_edge.data.shards.tars import close_tars
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.data.unpaired import TrainingData, load_samples
 from clip_rd_edge.errors import InputError, UnreachableError
@@ -148,6 +149,18 @@ def test_a_shard_that_changed_is_fetched_again(
     assert after[:3] == before[:3]
     assert [captions for _, captions in after[3:]] == [("new",), ("new",)]
     assert load_task(source).questions != task.questions
+
+
+def test_a_shard_that_was_replaced_since_it_was_indexed_is_not_read_as_the_one_before(
+    server: UnreliableServer,
+) -> None:
+    pairs = load_pairs(f"{server.url}/000.tar")
+    shard_cache.local_path(remote.RemoteShard(f"{server.url}/000.tar")).unlink()
+    close_tars()
+    shutil.copy(server.folder / "001.tar", server.folder / "000.tar")  # of the same size
+    with pytest.raises(UnreachableError, match=r"000\.tar has changed while it was read"):
+        pairs.captions(0)
+    assert load_pairs(f"{server.url}/000.tar").captions(0) == ("grey 3",)
 
 
 @pytest.mark.parametrize(
