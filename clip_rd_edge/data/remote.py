@@ -237,6 +237,7 @@ def _with_retries(url: str, call: Callable[[], _T], *, delays: Sequence[float] |
             status = _status(error)
             is_final = status is not None and 300 <= status < 500 and status not in (408, 425, 429)
             if refusal := _refusal(url, error, status):
+                _forget_file_systems()
                 raise refusal from error
             if delay is None or is_final:
                 raise InputError(
@@ -247,6 +248,12 @@ def _with_retries(url: str, call: Callable[[], _T], *, delays: Sequence[float] |
                 ) from error
         time.sleep(delay)
     raise AssertionError("unreachable")
+
+
+def _forget_file_systems() -> None:
+    """Let later calls connect anew, with the credentials and the region that are set then."""
+    for kind in {type(file_system) for file_system in tuple(_kept)}:
+        kind.clear_instance_cache()
 
 
 def _refusal(url: str, error: BaseException, status: int | None) -> InputError | None:

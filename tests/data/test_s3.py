@@ -87,13 +87,19 @@ def test_what_s3_refuses_is_a_sentence_at_once(refuser: None, bucket: str, messa
     assert hint in caught.value.hint
 
 
-def test_missing_credentials_are_a_sentence_at_once(refuser: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_a_sentence_once_and_looked_for_again(
+    refuser: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(key)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", "/nonexistent")
     _forget_connections()
     with pytest.raises(InputError, match=r"shard s3://private/0\.tar may not be read: Unable to locate credentials"):
+        load_pairs("s3://private/0.tar")
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "testing")
+    with pytest.raises(InputError, match=r"may not be read: Access Denied"):  # as told, with those set since
         load_pairs("s3://private/0.tar")
 
 
