@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -195,7 +196,7 @@ def _trial_table(trials: Sequence[Trial]) -> Any:
         figures = (
             f"× {trial.latency_ratio:.2f}",
             f"{trial.centred_cosine:.4f}",
-            f"{0 - trial.loss_points:+.1f}",
+            "" if isnan(trial.loss_points) else f"{0 - trial.loss_points:+.1f}",
             f"× {trial.size_ratio:.2f}",
         )
         style = "bold" if trial.verdict == "shipped" else None

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 from rich.console import Console
 from support import Terminal, wait_until
@@ -148,6 +149,14 @@ def test_the_table_of_trials_fits_80_columns_and_a_pipe_cuts_nothing(
     stream = io.StringIO()
     print_table(_trial_table(TRIALS), console=Console(file=stream, width=40))
     assert NAME in stream.getvalue()
+
+
+def test_the_table_of_trials_has_no_points_where_none_were_measured() -> None:
+    stream = io.StringIO()
+    unpaired = msgspec.structs.replace(TRIALS[1], loss_points=float("nan"), verdict="shipped")
+    print_table(_trial_table([unpaired]), console=Console(file=stream, width=120))
+    row = stream.getvalue().strip().splitlines()[-1].split()
+    assert row == ["text", "dynamic", "×", "1.10", "0.9000", "×", "0.25", "shipped"]
 
 
 def test_the_table_of_trials_has_no_figures_of_a_candidate_that_failed() -> None:

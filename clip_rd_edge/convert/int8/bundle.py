@@ -115,6 +115,7 @@ def _tower_samples(
         for name in towers
     ]
     if not calibration.paired:
+        reporter.say("there are no pairs to evaluate INT8 on: it is judged by its agreement with float32 alone")
         return samples
     share, chance = correct["image"](references["image"]).mean(), 1 / len(np.unique(held_out.ids, axis=0))
     if share <= max(_MIN_CORRECT, chance):

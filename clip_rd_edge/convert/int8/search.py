@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from clip_rd_edge.contract.bundle import Measurement
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.int8.candidates import ORT, Backend, Candidate, CandidateRequest
@@ -56,7 +54,8 @@ class TowerSamples:
         calibrate: inputs to set ranges by, (N, 3, H, W) float32 or (N, T) int64.
         held_out: other inputs (M, …), which candidates are evaluated on.
         reference: embeddings (M, D) of `held_out` by the float32 file, if they are known already.
-        correct: returns which held-out pairs (M,) the tower's embeddings of `held_out` match, given the other tower's.
+        correct: returns which held-out pairs (M,) the tower's embeddings of `held_out` match, given the other tower's;
+            None without pairs, where nobody knows what is correct.
         adapt: see `convert.int8.candidates.CandidateRequest`.
         in_batches: leave out candidates whose embeddings depend on the other inputs of a batch.
     """
@@ -65,7 +64,7 @@ class TowerSamples:
     calibrate: Inputs
     held_out: Inputs
     reference: Embeddings | None = None
-    correct: Callable[[Embeddings], Matches] = lambda embeddings: np.ones(len(embeddings), dtype=bool)
+    correct: Callable[[Embeddings], Matches] | None = None
     adapt: bool = True
     in_batches: bool = False
 
@@ -121,7 +120,7 @@ def quantize_tower(
     latencies_ms = latencies(sessions, inputs, timer=timer)
     reporter.update(f"evaluating {len(contents)} candidates")
     reference = embed(sessions[_FP32], inputs) if samples.reference is None else samples.reference
-    reference_correct = samples.correct(reference)
+    reference_correct = samples.correct(reference) if samples.correct else None
     fp32 = MeasuredCandidate(_FP32, latencies_ms[_FP32], agreement(reference, reference), model.stat().st_size)
     one_at_a_time = {name for name, content in contents.items() if backend.one_at_a_time(content)}
     measured = {}
@@ -130,14 +129,13 @@ def quantize_tower(
             sessions[name], content, threads=threads, runtime=backend.name, sets=backend.instruction_sets
         )
         embeddings = embed(session, inputs, batch_size=1 if name in one_at_a_time else BATCH_SIZE)
-        correct = samples.correct(embeddings)
+        answers = {}
+        if samples.correct and reference_correct is not None:
+            correct = samples.correct(embeddings)
+            answers["lost"] = int((reference_correct & ~correct).sum())
+            answers["gained"] = int((correct & ~reference_correct).sum())
         measured[name] = MeasuredCandidate(
-            name,
-            latencies_ms[name],
-            agreement(reference, embeddings),
-            len(content),
-            lost=int((reference_correct & ~correct).sum()),
-            gained=int((correct & ~reference_correct).sum()),
+            name, latencies_ms[name], agreement(reference, embeddings), len(content), **answers
         )
     choice = choose(tower, fp32, list(measured.values()), budget=budget, left_out=left_out)
     shipped = measured[choice.name] if choice.name else fp32

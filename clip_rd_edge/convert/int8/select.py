@@ -34,7 +34,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         latency_ratio: the candidate's latency (10th percentile) divided by float32's; below 1 is faster.
         centred_cosine: of its embeddings with float32's on the held-out samples.
         size_ratio: its file size divided by float32's.
-        loss_points: loss of zero-shot accuracy on the held-out pairs, in points; below 0 is a gain.
+        loss_points: loss of zero-shot accuracy on the held-out pairs, in points; below 0 is a gain. NaN without
+            pairs.
         verdict: `shipped`, or why not.
     """
 
@@ -64,7 +65,7 @@ class MeasuredCandidate:
     Attributes:
         latencies_ms: of single runs, timed in turn with the other candidates.
         agreement: with float32 on the held-out samples.
-        lost: number of held-out pairs that only float32 answers correctly.
+        lost: number of held-out pairs that only float32 answers correctly, or None without pairs.
         gained: number of held-out pairs that only the candidate answers correctly.
     """
 
@@ -72,13 +73,13 @@ class MeasuredCandidate:
     latencies_ms: Milliseconds
     agreement: Agreement
     size_bytes: int
-    lost: int = 0
+    lost: int | None = None
     gained: int = 0
 
     @property
     def loss_points(self) -> float:
         """Loss of zero-shot accuracy, as in Trial."""
-        return 100 * (self.lost - self.gained) / self.agreement.samples
+        return math.nan if self.lost is None else 100 * (self.lost - self.gained) / self.agreement.samples
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,9 @@ def _objections(
     reasons = [_cost_objection(latency_ratio, size_ratio)]
     if candidate.agreement.centred_cosine < min_agreement:
         reasons.append(f"below {min_agreement}")
-    if candidate.loss_points > max_loss and not _explained_by_chance(candidate.lost, candidate.gained):
-        reasons.append(f"loses {candidate.loss_points:.1f} points")
+    lost, loss_points = candidate.lost, candidate.loss_points
+    if lost is not None and loss_points > max_loss and not _explained_by_chance(lost, candidate.gained):
+        reasons.append(f"loses {loss_points:.1f} points")
     return " and ".join(filter(None, reasons))
 
 

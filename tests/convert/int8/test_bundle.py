@@ -42,13 +42,13 @@ class Export:
     ) -> None:
         self.student, self.source, self.calibration, self.output = student, source, calibration, output
         self.improved: tuple[str, ...] = ()
-        self.adapted = dict[str, bool]()
+        self.adapted, self.judged = dict[str, bool](), dict[str, bool]()
         self.trial = {"latency_ratio": 0.6, "centred_cosine": 0.987, "size_ratio": 0.3, "loss_points": 0.0}
         monkeypatch.setattr("clip_rd_edge.convert.int8.bundle.quantize_tower", self.quantize)
 
     def quantize(self, model: Path, samples: TowerSamples, **_: object) -> QuantizedTower:
         tower = samples.tower
-        self.adapted[tower] = samples.adapt
+        self.adapted[tower], self.judged[tower] = samples.adapt, samples.correct is not None
         trial = Trial(tower=tower, name="static", verdict="", **self.trial)
         if tower in self.improved:
             return QuantizedTower(model.read_bytes(), "int8 static", "", MEASURED, (trial,))
@@ -171,6 +171,15 @@ def test_a_loss_of_a_model_that_answers_hardly_any_pair_is_said_to_mean_nothing(
     reporter = Watch()
     export("fp32", reporter=reporter)
     assert any(line.startswith("float32 answers 0.0% of the held-out pairs") for line in reporter.said) == said
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_without_pairs_no_answer_is_taken_for_right_and_that_is_said_once(export: Export, paired: bool) -> None:
+    export.calibration = dataclasses.replace(export.calibration, paired=paired)
+    reporter = Watch()
+    export("fp32", reporter=reporter)
+    assert export.judged == {"image": paired, "text": paired}
+    assert sum("agreement with float32 alone" in line for line in reporter.said) == (not paired)
 
 
 def test_an_export_where_onnx_runtime_is_wrong_says_so_before_the_search(

@@ -49,6 +49,7 @@ def test_a_quantised_image_tower_is_smaller_and_agrees(fp32_bundle: Path, calibr
     assert parity.centred_cosine == pytest.approx(quantized.measured.centred_cosine, abs=1e-6)
     assert parity.centred_cosine >= 0.97
     assert [trial.verdict for trial in quantized.trials].count("shipped") == 1
+    assert all(np.isnan(trial.loss_points) for trial in quantized.trials)  # there are no pairs
 
 
 def test_a_text_tower_shrinks_with_its_token_embeddings_and_keeps_the_mask_in_float(

@@ -78,6 +78,12 @@ def test_a_loss_of_zero_shot_accuracy_counts_unless_chance_explains_it() -> None
     assert tolerant.name == "a"
 
 
+def test_without_pairs_no_loss_is_measured_and_none_objected_to() -> None:
+    choice = choose("image", _measured("float32", 10), [_measured("a", 3, 0.995)], budget=Budget(max_loss=0))
+    assert choice.name == "a"
+    assert np.isnan(choice.trials[0].loss_points)
+
+
 def test_a_trial_has_ratios_to_float32() -> None:
     (trial,) = _choose(_measured("a", 2.5, 0.995, size=100)).trials
     assert (trial.latency_ratio, trial.size_ratio, trial.centred_cosine) == (0.25, 0.25, 0.995)
