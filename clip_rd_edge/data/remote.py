@@ -265,11 +265,12 @@ def _refusal(url: str, error: BaseException, status: int | None) -> InputError |
     if any("Credentials" in type(cause).__name__ for cause in causes(error)):
         return InputError(f"The shard {shard} may not be read: {reason}.", hint=_CREDENTIALS_HINT)
     if status in (401, 403) or isinstance(error, PermissionError):
-        is_clock = "request time" in reason  # such as "The difference between the request time and the current time …"
-        return InputError(
-            f"The shard {shard} may not be read: {reason}.",
-            hint="set this machine's clock, with which requests are signed" if is_clock else _CREDENTIALS_HINT,
-        )
+        hint = _CREDENTIALS_HINT
+        if "request time" in reason:  # such as "The difference between the request time and the current time …"
+            hint = "set this machine's clock, with which requests are signed"
+        elif url.startswith(("http://", "https://")) and "?" in url:
+            hint = "its signature may have expired: name the shards by new URLs, which --resume takes, too"
+        return InputError(f"The shard {shard} may not be read: {reason}.", hint=hint)
     if status in (301, 400) and (region := _bucket_region(error)):
         return InputError(
             f"The bucket of the shard {shard} is in the region {region}, but was looked for in another one.",

@@ -179,6 +179,14 @@ def test_a_shard_that_cannot_be_had_is_named(server: UnreliableServer, faults: l
     assert len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize(("query", "hint"), [("", "check the credentials"), ("?sig=abc", "signature may have expired")])
+def test_a_refusal_says_whether_a_signature_may_have_expired(server: UnreliableServer, query: str, hint: str) -> None:
+    server.fail = ["403"] * 9
+    with pytest.raises(InputError, match=r"000\.tar may not be read") as caught:
+        load_pairs(f"{server.url}/000.tar{query}")
+    assert hint in caught.value.hint
+
+
 def test_no_message_about_a_shard_shows_a_secret_of_its_address(
     server: UnreliableServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
