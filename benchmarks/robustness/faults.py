@@ -501,7 +501,7 @@ class RemoteScenario:
             served.mkdir()
             ShardScenario().prepare(served)
             self._server.folder = served
-        remote._remote_version.cache_clear()
+        remote._known_versions.clear()
 
     def run(self, folder: Path) -> None:
         self._pairs(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import os
 import shlex
@@ -161,6 +162,15 @@ def test_a_shard_that_was_replaced_since_it_was_indexed_is_not_read_as_the_one_b
     with pytest.raises(UnreachableError, match=r"000\.tar has changed while it was read"):
         pairs.captions(0)
     assert load_pairs(f"{server.url}/000.tar").captions(0) == ("grey 3",)
+
+
+def test_machines_of_a_farm_may_give_a_shard_marks_of_their_own(
+    server: UnreliableServer, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, marks = remote._remote_version, itertools.cycle("ab")
+    monkeypatch.setattr(remote, "_remote_version", lambda url: ask(url)._replace(mark=next(marks)))
+    remote.fetch(remote.RemoteShard(f"{server.url}/000.tar"), tmp_path / "000.part")
+    assert (tmp_path / "000.part").read_bytes() == (shards / "000.tar").read_bytes()
 
 
 @pytest.mark.parametrize(
