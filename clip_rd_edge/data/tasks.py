@@ -12,8 +12,7 @@ from clip_rd_edge.data.clip_benchmark import (
     shard_task,
 )
 from clip_rd_edge.data.load import names_shards
-from clip_rd_edge.data.remote import versions
-from clip_rd_edge.data.shards.tars import close_tars, open_shard
+from clip_rd_edge.data.shards.tars import current_versions, open_shard
 from clip_rd_edge.data.shards.webdataset import parse_sources
 from clip_rd_edge.data.tables.load import TablePairs, read_table
 from clip_rd_edge.errors import InputError, near_matches
@@ -55,8 +54,7 @@ def load_task(name: str, *, image_key: str = "filepath", caption_key: str = "tit
         return emoji.retrieval_task(split) if name.endswith(":retrieval") else emoji.zero_shot_task(split)
     if names_shards(name):
         paths = [path for source in parse_sources(name) for path in source.shards]
-        close_tars()
-        versions(paths)  # so that shards that were read before are read as they are now
+        current_versions(paths)
         return retrieval_from_shards(shown_source(name), list(map(open_shard, paths)))
     path = Path(name)
     if is_file(path):

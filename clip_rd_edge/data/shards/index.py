@@ -23,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.data.index_files import INDEX, Messages, kept_index, ordered_map
-from clip_rd_edge.data.remote import ShardFile, shard_identity, versions
+from clip_rd_edge.data.remote import ShardFile, shard_identity
 from clip_rd_edge.data.shards.tar_scan import read_at
-from clip_rd_edge.data.shards.tars import close_tars, open_shard
+from clip_rd_edge.data.shards.tars import current_versions, open_shard
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
@@ -158,8 +158,7 @@ def index_shards(
     Raises:
         InputError: a shard cannot be read or is not an uncompressed tar.
     """
-    close_tars()
-    sizes = [size for size, _ in versions(paths)]
+    sizes = [size for size, _ in current_versions(paths)]
     identities = [shard_identity(path) for path in paths]
     # Fetching takes longer than starting processes, whatever the sizes.
     is_large = any(not isinstance(path, Path) for path in paths) or sum(sizes) >= _SERIAL_BYTES

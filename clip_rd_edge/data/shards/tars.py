@@ -14,6 +14,7 @@ import threading
 import weakref
 import zipfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.data.remote import RemoteShard, ShardFile, shard_identity
+from clip_rd_edge.data.remote import RemoteShard, ShardFile, Version, shard_identity, versions
 from clip_rd_edge.data.shards.cache import open_file
 from clip_rd_edge.data.shards.tar_samples import COLUMNS, REINFORCED_COLUMNS, Kind, SampleGroups
 from clip_rd_edge.data.shards.tar_scan import TarScan, member_name, read_at
@@ -162,6 +163,12 @@ class Shard:
 def close_tars() -> None:
     """Close all tars, so that one that was replaced since is opened again."""
     _open_tar.clear()
+
+
+def current_versions(shards: Sequence[ShardFile]) -> list[Version]:
+    """Return the versions that shards have now, which they are read as from here on; raises as `remote.versions`."""
+    close_tars()
+    return versions(shards)
 
 
 def open_shard(path: ShardFile) -> Shard:
