@@ -1,8 +1,8 @@
 """Access control for a server on this machine: which hosts and origins may send requests, and how large they may be.
 
 Any page on the web can make a browser send requests to this machine. Checking Host prevents DNS rebinding (a foreign
-name that resolves to 127.0.0.1); checking Origin blocks requests from other sites' pages. X-Forwarded-Host
-and its like are not read, for anyone can send them.
+name that resolves to 127.0.0.1); checking Origin blocks requests from other sites' pages. X-Forwarded-Host and its like
+are not read, for anyone can send them.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ export async function decode(image) {
     width,
     height,
     rows(top, count) {
+      if (width <= MAX_CANVAS_EDGE) return onWhite(bitmap, 0, top, width, count);
       const result = new Uint8ClampedArray(count * width * 4);
       for (let left = 0; left < width; left += MAX_CANVAS_EDGE) {
         const columns = Math.min(MAX_CANVAS_EDGE, width - left);
