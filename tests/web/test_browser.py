@@ -561,8 +561,8 @@ def test_the_page_fits_a_narrow_screen(page: Any, scheme: str) -> None:
     assert small == []  # all are large enough for touch
 
 
-@pytest.mark.parametrize("width", [320, 360])
-def test_the_names_of_bundles_are_not_broken_on_a_phone(page: Any, width: int) -> None:
+@pytest.mark.parametrize("width", [320, 360, 834, 900])
+def test_the_names_of_bundles_are_not_broken_on_a_phone_or_tablet(page: Any, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 740})
     page.evaluate("""() => document.querySelectorAll("#bundles td").forEach((cell, i) => {
         cell.textContent = ["fp32", "128 MB", "38 ms", "131 ms"][i % 4];
