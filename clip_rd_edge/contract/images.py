@@ -175,6 +175,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     # ImageOps.exif_transpose writes all of the EXIF data anew, which fails if any of it is odd.
     if (turn := _TURNS.get(_orientation(image))) is not None:
         image = image.transpose(turn)
+        for key in _EXIF:  # of the turned image alone: whoever converts it again must not turn it again
+            image.info.pop(key, None)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _to_8_bits(image, is_12_bits=is_12_bits)
     if image.has_transparency_data:
@@ -205,7 +207,9 @@ def _orientation(image: Image.Image) -> int:
     return orientation
 
 
-_XMP = ("XML:com.adobe.xmp", "xmp")  # in `Image.info`, of PNG and of all formats
+# Names in `Image.info`, of PNG and of all formats.
+_EXIF = ("Raw profile type exif", "exif")
+_XMP = ("XML:com.adobe.xmp", "xmp")
 
 
 def _to_8_bits(image: Image.Image, *, is_12_bits: bool) -> Image.Image:

@@ -303,6 +303,20 @@ def test_each_orientation_turns_an_image_as_pillow_does(tmp_path: Path, orientat
     np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "image")), np.asarray(expected))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "MPO"])
+@pytest.mark.parametrize("orientation", [2, 6])
+def test_an_image_that_was_turned_is_not_turned_again(tmp_path: Path, kind: str, orientation: int) -> None:
+    if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
+        pytest.skip(f"this Pillow does not support {kind}")
+    y, x = np.mgrid[0:90, 0:120]
+    photo = Image.fromarray(np.stack([2 * x, 2 * y, x + y], axis=-1).astype(np.uint8))
+    photo.save(tmp_path / "photo", kind, exif=turned(orientation))
+    upright = open_image(tmp_path / "photo")
+    with Image.open(tmp_path / "photo") as stored:
+        assert upright.size == ImageOps.exif_transpose(stored).size
+    np.testing.assert_array_equal(np.asarray(as_rgb(upright)), np.asarray(upright))
+
+
 @pytest.mark.parametrize("orientation", [1, 3])
 def test_the_transparent_level_of_deep_greyscale_becomes_the_background(tmp_path: Path, orientation: int) -> None:
     buffer = io.BytesIO()
