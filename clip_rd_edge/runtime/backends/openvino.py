@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -95,7 +97,7 @@ def open_openvino(
         UsageError: `threads` is out of range, or OpenVINO does not find the processor.
     """
     try:
-        import openvino
+        openvino = _import_openvino()
     except ModuleNotFoundError as error:
         raise MissingExtraError("openvino", extra="openvino", purpose="Running a bundle in OpenVINO") from error
     require_threads(threads)
@@ -138,9 +140,25 @@ def _core() -> Any:
     Its CPU plugin sets up a signal stack for the thread that creates it and frees that memory in the thread that
     destroys it: after that, the first signal that the process handles, such as SIGCHLD, would kill it.
     """
-    import openvino
+    return _import_openvino().Core()
 
-    return openvino.Core()
+
+def _import_openvino() -> Any:
+    """Import OpenVINO without its telemetry, which tells Google Analytics, and keeps a number of the user, on import.
+
+    It has no variable to switch that off, but goes without the package openvino_telemetry if that is not installed.
+    """
+    is_ours = _TELEMETRY not in sys.modules  # else the program uses it already
+    if is_ours:
+        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("openvino")
+    finally:
+        if is_ours:
+            sys.modules.pop(_TELEMETRY, None)
+
+
+_TELEMETRY = "openvino_telemetry"
 
 
 class OpenVinoEncoder(BundleEncoder):

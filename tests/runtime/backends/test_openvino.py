@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from clip_rd_edge.runtime.backends import openvino as openvino_backend
 from clip_rd_edge.runtime.backends.openvino import open_openvino
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_missing_package_is_reported_with_its_extra(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +81,30 @@ signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
 signal.raise_signal(signal.SIGUSR1)"""
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (process.returncode, process.stdout) == (0, "handled\n")
+
+
+def test_openvino_sends_nothing_to_its_makers(tmp_path: Path) -> None:
+    package = tmp_path / "openvino"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "try:\n    import openvino_telemetry\nexcept ImportError:\n    pass\nCore = int\n"
+    )
+    (tmp_path / "openvino_telemetry.py").write_text("print('sent')\n")
+    script = "from clip_rd_edge.runtime.backends.openvino import _core; _core(); import openvino_telemetry"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    run = partial(subprocess.run, capture_output=True, text=True, check=True, env=environment)
+    alone = run([sys.executable, "-c", script.partition("; import")[0]])
+    with_it = run([sys.executable, "-c", script])
+    assert (alone.stdout, with_it.stdout) == ("", "sent\n")  # a program may import it afterwards
+
+
+def test_the_package_sends_nothing_to_its_makers(colour_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+    script = f"import clip_rd_edge as edge; edge.load({str(colour_bundle)!r}, device='openvino').encode_texts('red')"
+    environment = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    assert not (tmp_path / "intel").exists()  # where it keeps the number of the user
 
 
 def test_a_damaged_file_is_reported_in_one_line(colour_bundle: Path) -> None:
