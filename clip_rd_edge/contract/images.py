@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import __version__ as PILLOW
 
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, in_one_line
 from clip_rd_edge.utils.paths import kind_of
@@ -130,6 +131,11 @@ def _open(file: ImageFile) -> Image.Image:
         if not header:
             raise InputError(
                 f"Cannot read the image {file}: it is empty.", hint="copy it again, or leave it out"
+            ) from None
+        if _is_avif(header) and "AVIF" not in Image.OPEN:
+            raise InputError(
+                f"Cannot read the image {file}: it is AVIF, which this Pillow, {PILLOW}, does not read.",
+                hint='pip install "pillow>=11.3", or convert it to JPEG',
             ) from None
         if not is_heic(header):
             raise
@@ -325,6 +331,10 @@ def is_single_image(images: ImageInput | Iterable[ImageInput]) -> bool:
 def is_heic(header: bytes) -> bool:
     """Return whether a file that starts with these HEADER_BYTES is HEIC (ISO/IEC 23008-12)."""
     return header[4:8] == b"ftyp" and header[8:12] in _HEIC_BRANDS
+
+
+def _is_avif(header: bytes) -> bool:
+    return header[4:8] == b"ftyp" and header[8:12] in (b"avif", b"avis")
 
 
 def register_heif(file: object) -> None:

@@ -143,6 +143,8 @@ def preprocessing_of(model: Any) -> Preprocessing:
     raw = {k: v for k, v in model.visual.preprocess_cfg.items() if k in Preprocessing.__struct_fields__}
     size = raw["size"]
     raw["size"] = [size, size] if isinstance(size, int) else list(size)
+    if raw.get("interpolation") == "random":  # in training; open_clip evaluates so
+        raw["interpolation"] = "bicubic"
     raw["mean"], raw["std"] = [float(x) for x in raw["mean"]], [float(x) for x in raw["std"]]
     return convert(raw, Preprocessing, source="the model's preprocess_cfg")
 

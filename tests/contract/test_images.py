@@ -317,6 +317,14 @@ def test_an_image_that_was_turned_is_not_turned_again(tmp_path: Path, kind: str,
     np.testing.assert_array_equal(np.asarray(as_rgb(upright)), np.asarray(upright))
 
 
+def test_avif_is_named_where_pillow_does_not_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
+    (tmp_path / "photo.avif").write_bytes(struct.pack(">I4s4s", 24, b"ftyp", b"avif") + bytes(12))
+    with pytest.raises(InputError, match=r"photo\.avif: it is AVIF, which this Pillow, .*, does not read") as raised:
+        open_image(tmp_path / "photo.avif")
+    assert raised.value.hint == 'pip install "pillow>=11.3", or convert it to JPEG'
+
+
 @pytest.mark.parametrize("orientation", [1, 3])
 def test_the_transparent_level_of_deep_greyscale_becomes_the_background(tmp_path: Path, orientation: int) -> None:
     buffer = io.BytesIO()

@@ -57,6 +57,15 @@ def check(clip: ClipModel, projection: torch.Tensor) -> None:
     assert clip.tokenizer(["a cat"]).shape == (1, 77)
 
 
+def test_a_model_trained_with_random_interpolation_is_evaluated_as_open_clip_does(tmp_path: Path) -> None:
+    save_clip(tmp_path / "model", tiny(), provenance={})
+    path = tmp_path / "model/open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["preprocess_cfg"]["interpolation"] = "random"
+    path.write_text(json.dumps(config))
+    assert load_clip(f"local-dir:{tmp_path / 'model'}").preprocessing.interpolation == "bicubic"
+
+
 @pytest.mark.slow
 def test_a_teacher_is_loaded_from_a_checkpoint_file(checkpoint: tuple[Path, torch.Tensor]) -> None:
     folder, projection = checkpoint

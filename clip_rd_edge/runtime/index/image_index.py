@@ -45,6 +45,7 @@ from clip_rd_edge.utils.structs import read_versioned_json
 
 INDEX_VERSION = 1
 INDEX_FILE, NEXT, _ROWS = "index.json", "next", "embeddings-"
+_MAKE_ANEW = "delete it and index the folder again"
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
@@ -133,7 +134,7 @@ def read_index(path: Path, *, memory_mapped: bool = True) -> tuple[Index, Embedd
         raise InputError(f"{path} is not an index: it has no {INDEX_FILE}.", hint="create one with clip-rd-edge index")
     missing = ""
     while True:
-        index = read_versioned_json(path / INDEX_FILE, Index, newest=INDEX_VERSION, key="version")
+        index = _read_content(path)
         for name in (index.embeddings, *((index.graph.file, index.graph.rows) if index.graph else ())):
             if not is_plain_name(name):
                 raise ConfigError(f"{path / INDEX_FILE} names the file {name!r}, which is not inside the index.")
@@ -144,16 +145,24 @@ def read_index(path: Path, *, memory_mapped: bool = True) -> tuple[Index, Embedd
             if isinstance(error, FileNotFoundError) and index.embeddings != missing:
                 missing = index.embeddings  # a writer may have replaced both files since index.json was read
                 continue
-            raise ConfigError(
-                f"The index {path} is damaged: {error}.", hint="delete it and index the folder again"
-            ) from error
+            raise ConfigError(f"The index {path} is damaged: {error}.", hint=_MAKE_ANEW) from error
     if rows.ndim != 2 or len(rows) != len(index.entries) or rows.dtype != np.float32:
         raise ConfigError(
             f"The index {path} has {len(index.entries)} images but embeddings of shape {rows.shape} and type "
             f"{rows.dtype}.",
-            hint="delete it and index the folder again",
+            hint=_MAKE_ANEW,
         )
     return index, rows
+
+
+def _read_content(path: Path) -> Index:
+    file = path / INDEX_FILE
+    try:
+        return read_versioned_json(file, Index, newest=INDEX_VERSION, key="version")
+    except ConfigError as error:
+        if error.hint:
+            raise
+        raise ConfigError(f"The index {path} is damaged: {error}", hint=_MAKE_ANEW) from error
 
 
 def write_index(path: Path, index: Index, rows: Embeddings) -> Index:
@@ -198,7 +207,7 @@ def nearest(index: Index, rows: Embeddings, query: Embeddings, *, top: int, grap
     if rows.shape[1] != len(query):
         raise ConfigError(
             f"The index has embeddings of {rows.shape[1]} entries; expected {len(query)}, the model's.",
-            hint="delete it and index the folder again",
+            hint=_MAKE_ANEW,
         )
     candidates = graph.candidates(query, top) if graph is not None and top <= MAX_TOP else None
     if candidates is not None:

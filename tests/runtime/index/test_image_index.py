@@ -655,8 +655,13 @@ def test_what_is_not_an_index_is_refused(colour_bundle: Path, colour_images: Pat
     with pytest.raises(InputError, match="is not an index"):
         read_index(tmp_path)
     next(index.glob("*.npy")).write_bytes(b"")
-    with pytest.raises(ConfigError, match="is damaged"):
+    with pytest.raises(ConfigError, match="is damaged") as raised:
         read_index(index)
+    assert raised.value.hint == "delete it and index the folder again"
+    (index / "index.json").write_bytes(b'{"version"')
+    with pytest.raises(ConfigError, match=r"is damaged: .* is not valid JSON") as raised:
+        read_index(index)
+    assert raised.value.hint == "delete it and index the folder again"
 
 
 def test_an_index_of_a_newer_version_asks_for_one(tmp_path: Path) -> None:
