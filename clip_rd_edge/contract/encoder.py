@@ -12,6 +12,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import InputError, NotFiniteError, UsageError
+from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 Embeddings = npt.NDArray[np.float32]
@@ -191,11 +192,13 @@ Probabilities = npt.NDArray[np.float32]
 
 
 def require_labels(labels: Sequence[str]) -> None:
-    """Raise InputError if there are no labels, or one is empty."""
+    """Raise InputError if there are no labels, or one is empty or no Unicode."""
     if not labels:
         raise InputError("No labels were given.", hint='name some: --labels "a cat" "a dog"')
     if empty := [i for i, label in enumerate(labels) if not label.strip()]:
         raise InputError(f"Label {empty[0] + 1} of {len(labels)} is empty.")
+    if others := [label for label in labels if not is_unicode(label)]:
+        raise InputError(f"The label {others[0]!r} is no Unicode.", hint="write it anew, in UTF-8")
 
 
 _REPORTED_LABELS = 1024  # from one report of progress to the next; whole batches, whatever the number of templates

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.contract.bundle import LABELS
-from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.encoder import Embeddings, require_labels
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.utils.arrays import npz_bytes, read_npz
 from clip_rd_edge.utils.files import write_bytes
@@ -39,15 +39,16 @@ class LabelBank(msgspec.Struct, frozen=True):
 
 
 def require_readable(names: Sequence[str], size: int, precision: LabelPrecision) -> None:
-    """Refuse labels whose bank `read_labels` would refuse, before they are embedded.
+    """Refuse labels that cannot be stored, or whose bank `read_labels` would refuse, before they are embedded.
 
     Args:
         names: the labels.
         size: of their embeddings.
 
     Raises:
-        InputError: there are too many, or one of many is very long.
+        InputError: as `require_labels`; there are too many, one of many is very long, or one ends in NUL.
     """
+    require_labels(names)
     rows = MAX_BYTES // (size * {"fp32": 4, "fp16": 2, "int8": 1}[precision])
     if len(names) > rows:
         raise InputError(
@@ -61,6 +62,8 @@ def require_readable(names: Sequence[str], size: int, precision: LabelPrecision)
             f"{longest[:40]!r}.",
             hint="shorten it",
         )
+    if cut := [name for name in names if name.endswith("\0")]:  # which NumPy drops
+        raise InputError(f"The label {cut[0]!r} ends in a NUL character.", hint="write it anew, without it")
 
 
 def write_labels(folder: Path, bank: LabelBank, *, precision: LabelPrecision = "fp32") -> None:

@@ -22,6 +22,7 @@ from clip_rd_edge.contract.bundle import (
     write_manifest,
 )
 from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.label_bank import require_readable
 from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.contract.tokenizer import TokenIds, Tokenizer, TokenizerSpec
 from clip_rd_edge.convert.bundle import ConvertedBundle
@@ -161,7 +162,7 @@ def export_bundle(
             worth shipping for any tower and the fallback does not allow another precision.
     """
     require_output(output, "export", overwrite=overwrite)
-    _require_supported(request, calibration)
+    _require_supported(clip, request, calibration)
     with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
         if (request.format, request.precision) == ("onnx", "fp32"):
             source = folder
@@ -203,7 +204,7 @@ def export_bundles(
     """
     require_output(output, "export", overwrite=overwrite)
     for request in requests.values():
-        _require_supported(request, calibration)
+        _require_supported(clip, request, calibration)
     with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "fp32"
         export_bundle(clip, source, ExportRequest(threads=next(iter(requests.values())).threads), reporter=reporter)
@@ -220,7 +221,7 @@ def export_bundles(
         }
 
 
-def _require_supported(request: ExportRequest, calibration: CalibrationSet | None) -> None:
+def _require_supported(clip: ClipModel, request: ExportRequest, calibration: CalibrationSet | None) -> None:
     """Raise UsageError or InputError if the request cannot be met."""
     require_precision(request.format, request.precision)
     require_fallback(request.fallback, format=request.format, precision=request.precision)
@@ -228,6 +229,8 @@ def _require_supported(request: ExportRequest, calibration: CalibrationSet | Non
     converter_for(request.format).check(request)
     if request.precision == "int8" and calibration is None:
         raise UsageError("INT8 needs a calibration set, to measure the activation ranges on.")
+    if request.labels is not None:  # the precision of their embeddings is known later: int8 takes the least
+        require_readable(tuple(dict.fromkeys(request.labels)), clip.embedding_size, "int8")
 
 
 def _finish(

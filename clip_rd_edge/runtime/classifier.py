@@ -27,7 +27,6 @@ from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.label_list import Labels, label_names
 from clip_rd_edge.runtime.labels import label_set_key, read_label_set, write_label_set
 from clip_rd_edge.utils.calls import checked_call
-from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 _MANY_LABELS = 2000  # from this number on, embedding them is reported: it takes many seconds
@@ -118,8 +117,6 @@ class ZeroShotClassifier:
             return
         require_labels(names)
         unique = tuple(dict.fromkeys(names))
-        if others := [name for name in unique if not is_unicode(name)]:
-            raise InputError(f"The label {others[0]!r} is no Unicode.", hint="write it anew, in UTF-8")
         stored = self._bank.find(unique) if self._bank and unique else None
         self._embeddings = self._embed(unique) if stored is None else stored
         self.labels = unique

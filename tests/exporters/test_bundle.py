@@ -16,7 +16,7 @@ from clip_rd_edge.contract.label_bank import read_labels
 from clip_rd_edge.convert.bundle import start_conversion
 from clip_rd_edge.convert.calibration import CalibrationSet, Samples
 from clip_rd_edge.convert.options import ExportRequest
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
 from clip_rd_edge.exporters.bundle import _finish, export_bundle, export_bundles
 from clip_rd_edge.exporters.onnx import export_image_tower, export_text_tower
 from clip_rd_edge.models.clip import ClipModel
@@ -180,6 +180,15 @@ def test_int8_for_a_card_that_never_passes_the_check_of_its_engine_is_refused_be
     with pytest.raises(UsageError, match="on sm75"):
         export_bundles(student, tmp_path / "bundles", {"a": request}, calibration=calibration)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("labels", [(), ("red", " "), ("red", "\ud800"), ("red\0",), ("red", "a" * (1 << 26))])
+def test_labels_that_cannot_be_stored_are_refused_before_anything_is_exported(
+    student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: tuple[str, ...]
+) -> None:
+    monkeypatch.delattr("clip_rd_edge.exporters.bundle.write_fp32")  # the first step of an export
+    with pytest.raises(InputError):
+        export_bundle(student, tmp_path / "bundle", ExportRequest(labels=labels))
 
 
 def test_requests_that_cannot_be_met_are_refused(
