@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
+from onnx import helper, numpy_helper
 
-from clip_rd_edge.convert.graph import LAYERS, file_content, float_tensors, silently, weighted_layers
+from clip_rd_edge.convert.graph import LAYERS, file_content, float_tensors, output_axis, silently, weighted_layers
 from clip_rd_edge.convert.int8.ranges import Ranges, activation_batches, entropy_ranges, measure_ranges
 from clip_rd_edge.convert.int8.rounding import RoundedLayers
 from clip_rd_edge.convert.options import WeightBits
@@ -85,6 +86,7 @@ class StaticQuantizer:
                 extra_options={"TensorQuantOverrides": self._overrides},
             )
             quantizer.quantize_model()
+        _keep_in_float(quantizer.model.model)
         return file_content(quantizer.model.model)
 
     @cached_property
@@ -122,6 +124,36 @@ class StaticQuantizer:
 def _finite(ranges: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
     # The sum with a causal mask reaches −infinity. No layer reads it, but the quantiser checks every range.
     return {name: bounds for name, bounds in ranges.items() if np.isfinite(bounds).all()}
+
+
+def _keep_in_float(model: onnx.ModelProto) -> None:
+    """Give a layer in float, whose input comes from INT8, that input by one scale per channel, all the same; in place.
+
+    From 1.21 on, ONNX Runtime's optimiser (WeightBiasQuantization) computes a float Conv or Gemm between
+    DequantizeLinear and QuantizeLinear in INT8, with one scale for all its weights, whatever that costs: layers stay in
+    float because INT8 costs too much there. It leaves those whose input has more scales than one.
+    """
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    for layer in weighted_layers(model, ("Conv", "Gemm")):
+        dequantize = producers.get(layer.input[0])
+        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+            continue
+        size = constants[layer.input[1]].dims[1 if output_axis(layer) == 0 else 0]
+        channels = size * next((attribute.i for attribute in layer.attribute if attribute.name == "group"), 1)
+        names = [f"{layer.name}/{name}" for name in dequantize.input[1:]]
+        for name, per_channel in zip(dequantize.input[1:], names, strict=True):
+            value = numpy_helper.to_array(constants[name])
+            graph.initializer.append(numpy_helper.from_array(np.full(channels, value), per_channel))
+        output = f"{layer.name}/input"
+        inputs = [dequantize.input[0], *names]
+        graph.node.append(helper.make_node("DequantizeLinear", inputs, [output], output, axis=1))
+        layer.input[0] = output
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    unread = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.output[0] not in read]
+    for node in unread:
+        graph.node.remove(node)
 
 
 def _followers(model: onnx.ModelProto, layers: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.calibration import CalibrationSet
@@ -167,6 +168,41 @@ def test_the_range_of_a_layer_replaces_its_relu(fp32_bundle: Path, calibration: 
     pixels = calibration.held_out.pixels
     parity = agreement(embed(open_session(str(model)), pixels), embed(open_session(content), pixels))
     assert parity.centred_cosine > 0.99
+
+
+@pytest.mark.parametrize(("kind", "attributes"), [("Conv", {}), ("Gemm", {"transB": 1}), ("Gemm", {})])
+def test_a_layer_in_float_between_int8_layers_is_computed_in_float(
+    kind: str, attributes: dict[str, int], tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal((8, 8)).astype(np.float32) for name in ("first", "second", "third")}
+    # ONNX Runtime would give the second layer one scale for all weights: those that count would become 0.
+    weights["first"][0], weights["second"][0, 0] = 0, 1_000
+    if kind == "Conv":
+        weights = {name: value[..., None, None] for name, value in weights.items()}
+    elif not attributes:
+        weights = {name: value.T for name, value in weights.items()}
+    size: list[str | int] = ["batch", 8, 1, 1] if kind == "Conv" else ["batch", 8]
+    tensors = ["x", "a", "b", "y"]
+    graph = helper.make_graph(
+        [
+            helper.make_node(kind, [tensors[i], name], [tensors[i + 1]], name, **attributes)
+            for i, name in enumerate(weights)
+        ],
+        "tower",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, size)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, size)],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(onnx.shape_inference.infer_shapes(model), tmp_path / "tower.onnx")
+    samples = rng.uniform(0, 1, (16, 8, *size[2:])).astype(np.float32)
+    content = StaticQuantizer(tmp_path / "tower.onnx", samples).quantize("min-max", ["first", "third"])
+    onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
+    as_written, computed = (
+        open_session(content, optimize=optimize).run(None, {"x": samples})[0] for optimize in (False, True)
+    )
+    assert np.abs(computed - as_written).max() <= 0.02 * np.ptp(as_written)
 
 
 def test_sensitivity_finds_the_layer_that_loses_most_in_int8() -> None:
