@@ -3,8 +3,10 @@
 texts (N,), ids (N, T) int32              texts, and the token ids that the tokenizer turns them into
 images (N, H, W, 3) uint8                 images of the size that the image tower takes
 text_embeddings, image_embeddings (N, D)  float32, L2-normalised: what the files say, evaluated node by node
+text_rounding, image_rounding ()          float32: their lowest agreement with what the tower answers if sums are
+                                          rounded otherwise; 1 if it was not measured, as where it is not in INT8
 
-A bundle without a text tower has no texts: (0,), (0, T) and (0, D).
+A bundle without a text tower has no texts: (0,), (0, T) and (0, D). Older bundles have no `…_rounding`.
 """
 
 from __future__ import annotations
@@ -24,19 +26,22 @@ from clip_rd_edge.utils.files import write_bytes
 REFERENCE = "reference.npz"
 _MAX_BYTES = 64_000_000  # of an array
 _HINT = "copy or export the bundle again"
+_ROUNDINGS = ("text_rounding", "image_rounding")
 _COUNT = 8  # reference images, half of them on white
 # Levels of a colour's channels.
 _ALL, _SATURATED, _WHITE = np.arange(256), np.array([0, 255]), np.full(3, 255)
 
 
 class Reference(msgspec.Struct, frozen=True):
-    """Inputs of both towers, with their reference embeddings; shapes as above."""
+    """Inputs of both towers, with their reference embeddings and what rounding does to them; shapes as above."""
 
     texts: tuple[str, ...]
     ids: TokenIds
     images: npt.NDArray[np.uint8]
     text_embeddings: Embeddings
     image_embeddings: Embeddings
+    text_rounding: float = 1.0
+    image_rounding: float = 1.0
 
 
 def write_reference(folder: Path, reference: Reference) -> None:
@@ -48,6 +53,8 @@ def write_reference(folder: Path, reference: Reference) -> None:
         images=reference.images,
         text_embeddings=reference.text_embeddings,
         image_embeddings=reference.image_embeddings,
+        text_rounding=np.array(reference.text_rounding, np.float32),
+        image_rounding=np.array(reference.image_rounding, np.float32),
     )
     write_bytes(folder / REFERENCE, content)
 
@@ -62,6 +69,7 @@ def read_reference(folder: Path) -> Reference | None:
     if not path.is_file():
         return None
     arrays = read_npz(path, max_bytes=_MAX_BYTES, hint=_HINT)
+    arrays = {**dict.fromkeys(_ROUNDINGS, np.array(1, np.float32)), **arrays}
     if missing := set(Reference.__struct_fields__) - set(arrays):
         raise ConfigError(f"{path} has no array {sorted(missing)[0]!r}.", hint=_HINT)
     texts, ids, images = arrays["texts"], arrays["ids"], arrays["images"]
@@ -69,14 +77,26 @@ def read_reference(folder: Path) -> Reference | None:
     if not set(kinds) <= set("Uiuf"):
         raise ConfigError(f"{path} has arrays of unexpected types.", hint=_HINT)
     embeddings = [arrays[name].astype(np.float32) for name in ("text_embeddings", "image_embeddings")]
-    shapes = (ids.ndim, images.ndim, *(rows.ndim for rows in embeddings))
+    roundings = [arrays[name].astype(np.float32) for name in _ROUNDINGS]
+    shapes = (ids.ndim, images.ndim, *(rows.ndim for rows in embeddings), *(value.ndim for value in roundings))
     of_texts, of_images = (
         {len(rows) for rows in group} for group in ((texts, ids, embeddings[0]), (images, embeddings[1]))
     )
-    if shapes != (2, 4, 2, 2) or len(of_images) != 1 or not max(of_images) >= 2 or of_texts not in (of_images, {0}):
+    if (
+        shapes != (2, 4, 2, 2, 0, 0)
+        or len(of_images) != 1
+        or not max(of_images) >= 2
+        or of_texts not in (of_images, {0})
+    ):
         raise ConfigError(f"{path} has arrays of unexpected shapes.", hint=_HINT)
     return Reference(
-        tuple(map(str, texts)), ids.astype(np.int64), images.astype(np.uint8), embeddings[0], embeddings[1]
+        tuple(map(str, texts)),
+        ids.astype(np.int64),
+        images.astype(np.uint8),
+        text_embeddings=embeddings[0],
+        image_embeddings=embeddings[1],
+        text_rounding=float(roundings[0]),
+        image_rounding=float(roundings[1]),
     )
 
 

@@ -300,6 +300,28 @@ def test_a_runtime_that_drifts_is_detected_by_the_precisions_limit(
 
 
 @pytest.mark.parametrize(
+    ("precision", "rounding", "lowest"),
+    [
+        ("int8 static", 1.0, "0.99"),
+        ("int8 static", 0.999, "0.99"),
+        ("int8 static", 0.96, "0.94"),
+        ("int8 static", 0.5, "0.9"),
+        ("fp32", 0.5, "0.9999"),
+    ],
+)
+def test_answers_in_int8_may_differ_by_half_again_what_rounding_does_to_the_tower(
+    answering: Path, precision: str, rounding: float, lowest: str
+) -> None:
+    reference = read_reference(answering)
+    assert reference is not None
+    write_reference(answering, msgspec.structs.replace(reference, image_rounding=rounding))
+    _rehash(answering, image=msgspec.structs.replace(read_manifest(answering).image, precision=precision))
+    checks = {check.what: check.detail for check in verify_bundle(answering)}
+    assert f"at least {lowest} expected" in checks["image tower"]
+    assert "at least 0.9999 expected" in checks["text tower"]
+
+
+@pytest.mark.parametrize(
     ("sets", "lacking", "failing"),
     [
         (("x86-64-vnni", "aarch64"), True, {"image tower"}),
