@@ -55,6 +55,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
         detail: what was found, in a few words.
         runtime, device: what ran the tower; empty for other checks.
         agreement: lowest centred cosine of a tower's answers with the reference, or None.
+        hint: what to do if it failed, where that is something else than copying or exporting the bundle again.
     """
 
     what: str
@@ -63,6 +64,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     runtime: str = ""
     device: str = ""
     agreement: float | None = None
+    hint: str = ""
 
 
 def verify_bundle(folder: Path, *, threads: int | None = None, device: str = AUTO) -> list[Check]:
@@ -170,8 +172,8 @@ def _not_run(what: str, broken: set[str]) -> Check:
 
 def _check_tower(encoder: BundleEncoder, trial: _Trial) -> Check:
     embeddings = _attempt(trial.run)
-    if isinstance(embeddings, str):
-        return Check(what=trial.what, passed=False, detail=embeddings)
+    if isinstance(embeddings, Exception):
+        return _failed(trial.what, embeddings)
     placement = encoder.placement(trial.tower)
     problem = _norm_problem(embeddings)
     agreement = None
@@ -263,20 +265,24 @@ def _check_labels(broken: set[str], encoder: BundleEncoder) -> Check:
     if broken:
         return _not_run("labels", broken)
     embeddings = _attempt(lambda: _label_embeddings(encoder))
-    if isinstance(embeddings, str):
-        return Check(what="labels", passed=False, detail=embeddings)
+    if isinstance(embeddings, Exception):
+        return _failed("labels", embeddings)
     problem = _norm_problem(embeddings)
     return Check(what="labels", passed=not problem, detail=problem or f"has shape {embeddings.shape}, norm 1")
 
 
-def _attempt(run: Callable[[], Embeddings]) -> Embeddings | str:
+def _attempt(run: Callable[[], Embeddings]) -> Embeddings | Exception:
     """Return the embeddings, or why there are none."""
     try:
         return run()
-    except ClipRdEdgeError as error:
-        return str(error)
     except Exception as error:  # noqa: BLE001 — any failure of the runtime is the finding
-        return f"{type(error).__name__}: {error}"
+        return error
+
+
+def _failed(what: str, error: Exception) -> Check:
+    if isinstance(error, ClipRdEdgeError):
+        return Check(what=what, passed=False, detail=str(error), hint=error.hint)
+    return Check(what=what, passed=False, detail=f"{type(error).__name__}: {error}")
 
 
 def _norm_problem(embeddings: Embeddings) -> str:

@@ -21,6 +21,7 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.reference import read_reference, write_reference
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import Check, verify_bundle
 
@@ -204,7 +205,20 @@ def test_the_command_exits_with_1_and_names_the_failed_checks(bundle: Path, comm
     assert code == 1
     assert "text.onnx" in out
     assert "failed 2 of 9 checks: text.onnx, text tower." in err
-    assert "hint:" in err
+    assert "hint: copy or export the bundle again" in err
+
+
+def test_the_command_says_what_a_tower_that_does_not_run_needs(
+    bundle: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object) -> None:
+        raise ConfigError("The engine image.engine does not exist.", hint="build it on the device")
+
+    monkeypatch.setattr(BundleEncoder, "encode_pixels", run)
+    code, out, err = command_line("verify", bundle)
+    assert code == 1
+    assert "The engine image.engine does not exist" in out
+    assert "hint: build it on the device\n" in err
 
 
 def test_the_command_exits_with_2_if_there_is_no_bundle(tmp_path: Path, command_line: CommandLine) -> None:

@@ -96,17 +96,9 @@ def open_openvino(
         ConfigError: this OpenVINO cannot run the model.
         UsageError: `threads` is out of range, or OpenVINO does not find the processor.
     """
-    try:
-        openvino = _import_openvino()
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("openvino", extra="openvino", purpose="Running a bundle in OpenVINO") from error
+    openvino = _require_processor(processor)
     require_threads(threads)
-    core, processors = _core(), available_processors()
-    if processor not in processors:
-        raise UsageError(
-            f"OpenVINO {openvino.__version__} finds no {processor} here; it finds {', '.join(processors)}.",
-            hint="install the driver of the processor, or use --device openvino for the CPU",
-        )
+    core = _core()
     settings = _settings(processor, threads=threads, bf16=bf16)
     try:
         graph = core.read_model(model if isinstance(model, str) else io.BytesIO(model))
@@ -114,6 +106,20 @@ def open_openvino(
     except Exception as error:
         name = model if isinstance(model, str) else "the model"
         raise ConfigError(f"OpenVINO {openvino.__version__} cannot run {name}: {in_one_line(error)}.") from error
+
+
+def _require_processor(processor: str) -> Any:
+    """Return the package; raise MissingExtraError if it is not installed, UsageError if it finds no such processor."""
+    try:
+        openvino = _import_openvino()
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("openvino", extra="openvino", purpose="Running a bundle in OpenVINO") from error
+    if processor not in (processors := available_processors()):
+        raise UsageError(
+            f"OpenVINO {openvino.__version__} finds no {processor} here; it finds {', '.join(processors)}.",
+            hint="install the driver of the processor, or use --device openvino for the CPU",
+        )
+    return openvino
 
 
 def available_processors() -> list[str]:
@@ -179,14 +185,18 @@ class OpenVinoEncoder(BundleEncoder):
         """Open a bundle.
 
         Raises:
-            UsageError: the device is not one of OpenVINO's.
+            UsageError: the device is not one of OpenVINO's, or OpenVINO does not find it.
+            MissingExtraError: OpenVINO, which is asked for it, is not installed.
         """
         device = options.device
         if device not in (AUTO, "cpu", *OPENVINO_PROCESSORS):
             raise UsageError(
                 f"OpenVINO has no device {device!r}; expected auto, cpu, {', '.join(OPENVINO_PROCESSORS)}."
             )
-        return cls(folder, manifest, threads=options.threads, processor=OPENVINO_PROCESSORS.get(device, CPU))
+        processor = OPENVINO_PROCESSORS.get(device, CPU)
+        if processor != CPU:  # which is there; others are looked for before anything runs
+            _require_processor(processor)
+        return cls(folder, manifest, threads=options.threads, processor=processor)
 
     def describe(self) -> Description:
         """Describe this encoder; `device` is `cpu`, `gpu` or `npu`."""

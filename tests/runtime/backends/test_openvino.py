@@ -191,9 +191,8 @@ def test_classify_takes_the_device_openvino_for_either_kind_of_bundle(
 
 def test_a_processor_that_is_not_here_is_refused_with_those_that_are(colour_bundle: Path, core: _Core) -> None:
     core.available_devices = ("CPU",)
-    encoder = load(for_openvino(colour_bundle), device="openvino-npu")
-    with pytest.raises(UsageError, match=r"finds no NPU here; it finds CPU\.") as raised:
-        encoder.encode_texts(["red"])
+    with pytest.raises(UsageError, match=r"finds no NPU here; it finds CPU\.") as raised:  # before any tower runs
+        load(for_openvino(colour_bundle), device="openvino-npu")
     assert "--device openvino" in raised.value.hint
     with pytest.raises(UsageError, match=r"OpenVINO has no device 'cuda'; expected auto, cpu, openvino, openvino-gpu"):
         load(colour_bundle, runtime="openvino", device="cuda")
