@@ -153,5 +153,10 @@ def ordered_map(*, parallel: bool) -> Iterator[OrderedMap]:
 
     try:
         yield run
+    except BaseException:
+        # What they work on is no longer needed, and a store that does not answer would keep them for minutes.
+        for process in tuple((getattr(pool, "_processes", None) or {}).values()):
+            process.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)

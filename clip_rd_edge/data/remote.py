@@ -6,12 +6,15 @@ fetched whole and in parts, each tried again when it fails, into a file that `da
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import queue
 import subprocess
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -83,9 +86,37 @@ def versions(shards: Sequence[ShardFile]) -> list[Version]:
         InputError: a shard does not exist, or is not allowed to be read.
     """
     if urls := list(dict.fromkeys(shard.url for shard in shards if isinstance(shard, RemoteShard))):
-        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-            _known_versions.update(zip(urls, pool.map(_remote_version, urls), strict=True))
+        _known_versions.update(_remote_versions(urls))
     return [version(shard) for shard in shards]
+
+
+def _remote_versions(urls: Sequence[str]) -> dict[str, Version]:
+    """Ask for versions in threads that end with the process.
+
+    Those of an executor would keep one that is stopped from ending for as long as they try again.
+    """
+    waiting, answers = deque(urls), queue.SimpleQueue[tuple[str, Version | BaseException]]()
+
+    def ask() -> None:
+        with contextlib.suppress(IndexError):  # nothing waits any more
+            while True:
+                url = waiting.popleft()
+                try:
+                    answers.put((url, _remote_version(url)))
+                except BaseException as error:  # noqa: BLE001 — whoever waits for the answers raises it
+                    answers.put((url, error))
+
+    for _ in range(min(_PARALLEL_REQUESTS, len(urls))):
+        threading.Thread(target=ask, name="versions", daemon=True).start()
+    found = dict[str, Version]()
+    while len(found) < len(urls):
+        with contextlib.suppress(queue.Empty):
+            url, answer = answers.get(timeout=1)  # Ctrl-C on Windows interrupts no longer wait
+            if isinstance(answer, BaseException):
+                waiting.clear()
+                raise answer
+            found[url] = answer
+    return found
 
 
 def version(shard: ShardFile) -> Version:

@@ -8,14 +8,17 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import contents
+from support import contents, wait_until
 
 from benchmarks.data.unreliable_server import UnreliableServer
 from clip_rd_edge.data import remote
@@ -79,6 +82,22 @@ def test_shards_are_fetched_through_the_proxy_of_the_environment(
     pairs = load_pairs("http://storage.example/000.tar")
     assert contents(pairs) == contents(load_pairs(f"{shards}/000.tar"))
     assert set(server.requests) == {"http://storage.example/000.tar"}
+
+
+@pytest.mark.parametrize(("signal_name", "code"), [("SIGINT", 130), ("SIGTERM", -15)])
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_a_stop_waits_for_no_server_that_does_not_answer(server: UnreliableServer, signal_name: str, code: int) -> None:
+    server.fail = ["stall"] * 99
+    program = """
+from clip_rd_edge.cli import main
+from clip_rd_edge.data.load import load_pairs
+main._run = lambda arguments: load_pairs(arguments[0])
+main.main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", program, f"{server.url}/{{000..003}}.tar"])
+    wait_until(lambda: len(server.requests) == SHARDS)
+    process.send_signal(getattr(signal, signal_name))
+    assert process.wait(20) == code
 
 
 def test_a_server_that_cannot_be_reached_is_named_with_the_reason(server: UnreliableServer) -> None:
