@@ -86,6 +86,7 @@ def versions(shards: Sequence[ShardFile]) -> list[Version]:
         InputError: a shard does not exist, or is not allowed to be read.
     """
     if urls := list(dict.fromkeys(shard.url for shard in shards if isinstance(shard, RemoteShard))):
+        _forget_listings()
         _known_versions.update(_remote_versions(urls))
     return [version(shard) for shard in shards]
 
@@ -152,6 +153,12 @@ def _info(file_system: Any, path: str) -> dict[str, Any]:
     return info
 
 
+def _forget_listings() -> None:
+    """Let file systems that keep what a folder holds, as huggingface_hub's does, ask for it anew."""
+    for file_system in tuple(_kept):
+        file_system.invalidate_cache()
+
+
 def shard_identity(shard: ShardFile) -> str:
     """Return a text that changes when a shard is another one: its location and its version; raises as `versions`."""
     size, mark = version(shard)
@@ -175,10 +182,15 @@ def fetch(shard: RemoteShard, part: Path) -> None:
     _fetch_parts(shard.url, expected.size, part)
     # Also tells one that was replaced since it was indexed, and then left the cache. It is asked for more than once, as
     # each machine of a server farm may give the same file a mark of its own.
-    is_other = all(_remote_version(shard.url) != expected for _ in range(_VERSION_TRIES))
+    is_other = all(_version_now(shard.url) != expected for _ in range(_VERSION_TRIES))
     if part.stat().st_size > expected.size >= 0 or is_other:
         part.write_bytes(b"")
         raise InputError(f"{shard} has changed while it was read.", hint="try again")
+
+
+def _version_now(url: str) -> Version:
+    _forget_listings()
+    return _remote_version(url)
 
 
 def _run_command(shard: RemoteShard, part: Path) -> None:
