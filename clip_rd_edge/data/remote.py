@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import math
 import os
 import queue
+import re
+import ssl
 import subprocess
 import threading
 import time
@@ -30,14 +34,24 @@ _VERSION_TRIES = 4
 _PARALLEL_REQUESTS = 16
 # A server that answers with errors for two minutes is waited for; most recover within seconds.
 _RETRY_DELAYS_S = (0.5, 1, 2, 4, 8, 16, 30, 30, 30)
+_RETRY_LIMIT_S = 120.0  # from the first failure to the start of the last try
 # A connection that says nothing for this long is given up and tried again. There is no limit on a whole answer: a large
 # part over a slow network takes what it takes.
 _CONNECT_TIMEOUT_S = 30.0
 _READ_TIMEOUT_S = 60.0
-_CREDENTIALS_HINT = "check the credentials that its store expects, such as AWS_PROFILE for s3://"
+_GCS_READ_TIMEOUT_S = 15.0  # gcsfs tries six times itself, which no option changes
+_CREDENTIALS_HINT = (
+    "check the credentials that its store expects, such as AWS_PROFILE for s3:// or HF_TOKEN for hf://, and renew them "
+    "if they have expired"
+)
+# botocore's errors about a profile, or a login, that is not there; those about credentials say so in their names.
+_CREDENTIALS_ERRORS = ("ProfileNotFound", "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError")
+# Further ones about settings, beside ValueErrors.
+_SETTINGS_ERRORS = ("ParamValidationError", "InvalidConfigError", "ConfigParseError", "ConfigNotFound", "NoRegionError")
 # Under these names, file systems of fsspec say what changes with the content; without any, when it changed.
 _VERSION_KEYS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "VersionId", "LastModified")
 _OTHER_VERSION_KEYS = ("blob_id", "Last-Modified", "last_modified", "mtime", "modified", "modificationTime")
+_ERRNO = re.compile(r"^\[Errno \d+\] ")
 _T = TypeVar("_T")
 # All file systems in use, so that they outlive a fork. fsspec drops its parent's in a child, and a session that is then
 # collected removes its connections from the event queue that both processes share: the parent hears of no answer on
@@ -146,9 +160,10 @@ def _remote_version(url: str) -> Version:
 def _info(file_system: Any, path: str) -> dict[str, Any]:
     try:
         info: dict[str, Any] = file_system.info(path)
-    except PermissionError:
-        # The answer to this request says why; that to a request of the head says nothing.
-        file_system.cat_file(path, start=0, end=1)
+    except OSError as error:
+        if isinstance(error, PermissionError) or (_status(error) == 400 and not isinstance(error, FileNotFoundError)):
+            # The answer to this request says why; that to a request of the head says nothing.
+            file_system.cat_file(path, start=0, end=1)
         raise
     return info
 
@@ -204,7 +219,7 @@ def _run_command(shard: RemoteShard, part: Path) -> None:
             lines = result.stderr.decode(errors="replace").strip().splitlines()
             raise OSError(f"{failure}{': ' + lines[-1] if lines else ''}")
 
-    _with_retries(shard.url, run, delays=_RETRY_DELAYS_S[:3])
+    _with_retries(shard.url, run, delays=_RETRY_DELAYS_S[:3], limit_s=math.inf)
 
 
 def _cut_off(path: Path) -> str:
@@ -218,7 +233,7 @@ def _cut_off(path: Path) -> str:
 def _fetch_parts(url: str, size: int, part: Path) -> None:
     file_system, path = _file_system(url)
     if size < 0:  # a server that does not say how long the file is cannot send parts of it
-        _with_retries(url, lambda: file_system.get_file(path, str(part)))
+        _with_retries(url, lambda: file_system.get_file(path, str(part)), limit_s=math.inf)
         return
     # Not opened for appending: where a file system has no locks, two processes may write the same bytes, but each to
     # their own place.
@@ -263,36 +278,65 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def _options(url: str) -> dict[str, Any]:
-    """Return options for the file system of a URL; other stores than web servers have such themselves."""
-    if not url.startswith(("http://", "https://")):
-        return {}
+    """Return options for the file system of a URL, beside those of fsspec's configuration.
+
+    A call that a store does not answer fails within some two minutes, the library's own tries included: where each of
+    three layers tries again, their times would multiply to hours.
+    """
+    if url.startswith(("s3://", "s3a://")):  # s3fs still tries five times, for 15 s each
+        return _beside_configured(("s3", "s3a"), "config_kwargs", retries={"total_max_attempts": 1})
+    if url.startswith(("gs://", "gcs://")):
+        return {"requests_timeout": _limits(_GCS_READ_TIMEOUT_S)}
+    if _is_web(url):
+        # trust_env: the proxy of HTTPS_PROXY and NO_PROXY, and the passwords in ~/.netrc, as curl and urllib have them.
+        limits = _limits(_READ_TIMEOUT_S)
+        return _beside_configured(("http", "https"), "client_kwargs", timeout=limits, trust_env=True)
+    return {}
+
+
+def _limits(silence_s: float) -> Any:
     import aiohttp
 
-    limits = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_READ_TIMEOUT_S)
-    # trust_env: the proxy of HTTPS_PROXY and NO_PROXY, and the passwords in ~/.netrc, as curl and urllib have them.
-    return {"client_kwargs": {"timeout": limits, "trust_env": True}}
+    return aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=silence_s)
 
 
-def _with_retries(url: str, call: Callable[[], _T], *, delays: Sequence[float] | None = None) -> _T:
+def _beside_configured(protocols: Sequence[str], option: str, **values: Any) -> dict[str, Any]:
+    """Return an option with further values beside those that fsspec's configuration names, which it would replace."""
+    import fsspec
+
+    configured = dict[str, Any]()
+    for protocol in protocols:
+        configured = fsspec.config.conf.get(protocol, {}).get(option, configured)
+    return {option: {**configured, **values}}
+
+
+def _with_retries(
+    url: str, call: Callable[[], _T], *, delays: Sequence[float] | None = None, limit_s: float | None = None
+) -> _T:
+    limit_s = _RETRY_LIMIT_S if limit_s is None else limit_s
+    first_failure: float | None = None
     for delay in (*(_RETRY_DELAYS_S if delays is None else delays), None):
         try:
             return call()
         except MissingExtraError:
             raise
         except Exception as error:  # each file system raises its own types
-            status = _status(error)
-            is_final = status is not None and 300 <= status < 500 and status not in (408, 425, 429)
-            if refusal := _refusal(url, error, status):
+            if refusal := _refusal(url, error):
                 _forget_file_systems()
                 raise refusal from error
-            if delay is None or is_final:
+            now = time.monotonic()
+            first_failure = now if first_failure is None else first_failure
+            left_s = first_failure + limit_s - now
+            status = _status(error)
+            is_final = status is not None and 300 <= status < 500 and status not in (408, 425, 429)
+            if delay is None or left_s <= 0 or is_final:
                 raise InputError(
                     f"The shard {shown_source(url)} could not be fetched: {_reason(error, url)}.",
                     hint="run the command by itself: it must write a whole tar"
                     if url.startswith(PIPE)
                     else "check that it can be reached; what was fetched is kept, so that another start continues",
                 ) from error
-        time.sleep(delay)
+        time.sleep(min(delay, left_s))
     raise AssertionError("unreachable")
 
 
@@ -302,19 +346,20 @@ def _forget_file_systems() -> None:
         kind.clear_instance_cache()
 
 
-def _refusal(url: str, error: BaseException, status: int | None) -> InputError | None:
+def _refusal(url: str, error: BaseException) -> InputError | None:
     """Return the error for what no later try would change, if this is such an answer."""
-    reason, shard = _reason(error, url), shown_source(url)
+    status, reason, shard = _status(error), _reason(error, url), shown_source(url)
+    names = {type(cause).__name__ for cause in causes(error)}
     # fsspec raises FileNotFoundError also for servers that cannot be reached; the cause is the difference.
     if status == 404 or (isinstance(error, FileNotFoundError) and error.__cause__ is None):
         return InputError(f"The shard {shard} does not exist{f': {reason}' if 'bucket' in reason else ''}.")
-    if any("Credentials" in type(cause).__name__ for cause in causes(error)):
+    if any("Credential" in name for name in names) or names.intersection(_CREDENTIALS_ERRORS):
         return InputError(f"The shard {shard} may not be read: {reason}.", hint=_CREDENTIALS_HINT)
     if status in (401, 403) or isinstance(error, PermissionError):
         hint = _CREDENTIALS_HINT
         if "request time" in reason:  # such as "The difference between the request time and the current time …"
             hint = "set this machine's clock, with which requests are signed"
-        elif url.startswith(("http://", "https://")) and "?" in url:
+        elif _is_web(url) and "?" in url:
             hint = "its signature may have expired: name the shards by new URLs, which --resume takes, too"
         return InputError(f"The shard {shard} may not be read: {reason}.", hint=hint)
     if status in (301, 400) and (region := _bucket_region(error)):
@@ -322,7 +367,30 @@ def _refusal(url: str, error: BaseException, status: int | None) -> InputError |
             f"The bucket of the shard {shard} is in the region {region}, but was looked for in another one.",
             hint=f"set the region: AWS_DEFAULT_REGION={region}",
         )
+    if status == 400 and not _is_web(url):  # so S3 answers to a token that has expired
+        return InputError(f"The shard {shard} may not be read: {reason}.", hint=_CREDENTIALS_HINT)
+    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes(error)):
+        why = next(filter(None, (getattr(cause, "verify_message", "") for cause in causes(error))), reason)
+        return InputError(
+            f"The shard {shard} could not be fetched: its server's certificate is refused: {why}.",
+            hint="check this machine's clock, or name a file with your network's certificates: SSL_CERT_FILE, for "
+            "s3:// AWS_CA_BUNDLE",
+        )
+    if names.intersection(_SETTINGS_ERRORS) or any(map(_is_invalid_value, (error, error.__cause__))):
+        return InputError(
+            f"The shard {shard} could not be fetched: {reason}.",
+            hint="check its address, and the settings of its store, such as AWS_ENDPOINT_URL for s3://",
+        )
     return None
+
+
+def _is_web(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def _is_invalid_value(error: BaseException | None) -> bool:
+    """Return whether an error is about an address or a setting, and not about an answer that is no JSON, or no text."""
+    return isinstance(error, ValueError) and not isinstance(error, (json.JSONDecodeError, UnicodeError))
 
 
 def _bucket_region(error: BaseException) -> str | None:
@@ -336,15 +404,22 @@ def _bucket_region(error: BaseException) -> str | None:
 
 
 def _status(error: BaseException) -> int | None:
-    """Return the HTTP status behind an error of aiohttp, botocore or huggingface_hub, if there is one."""
+    """Return the HTTP status behind an error of aiohttp, botocore, huggingface_hub or gcsfs, if there is one."""
     for cause in causes(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):
             return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
-        status = getattr(cause, "status", None) or getattr(response, "status_code", None)
-        if isinstance(status, int):
-            return status
+        for status in (getattr(cause, "status", None), getattr(response, "status_code", None), _gcs_status(cause)):
+            if isinstance(status, int):
+                return status
     return None
+
+
+def _gcs_status(error: BaseException) -> int | None:
+    if type(error).__name__ == "HttpError":
+        return getattr(error, "code", None)
+    # gcsfs says no more of a refusal than that.
+    return 403 if type(error) is OSError and str(error).startswith("Forbidden: ") else None
 
 
 def _reason(error: BaseException, url: str = "") -> str:
@@ -352,6 +427,7 @@ def _reason(error: BaseException, url: str = "") -> str:
 
     So do fsspec's errors on servers that cannot be reached; its time-outs say nothing at all.
     """
-    texts = (str(cause).strip() for cause in causes(error))
+    texts = (_ERRNO.sub("", str(cause).strip()) for cause in causes(error))
     text = next((text for text in texts if text not in ("", url)), type(error).__name__)
-    return shown_message(text.splitlines()[0].rstrip("."))
+    first, *others = text.splitlines()
+    return shown_message(f"{first} {others[0].strip()}" if first.endswith(":") and others else first).rstrip(".")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import multiprocessing
 import os
 import shlex
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from support import contents, wait_until
@@ -82,6 +86,33 @@ def test_shards_are_fetched_through_the_proxy_of_the_environment(
     pairs = load_pairs("http://storage.example/000.tar")
     assert contents(pairs) == contents(load_pairs(f"{shards}/000.tar"))
     assert set(server.requests) == {"http://storage.example/000.tar"}
+
+
+def test_tries_end_two_minutes_after_the_first_failure_however_long_each_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failures(seconds: float, **options: Any) -> tuple[int, float]:
+        now, tries = 0.0, 0
+
+        def wait(delay: float) -> None:
+            nonlocal now
+            now += delay
+
+        def fail() -> None:
+            nonlocal tries
+            tries += 1
+            wait(seconds)
+            raise TimeoutError("silent")
+
+        monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: now, sleep=wait))
+        with pytest.raises(InputError, match="could not be fetched: silent"):
+            remote._with_retries("s3://a/0.tar", fail, **options)
+        return tries, now
+
+    assert failures(0) == (10, 120)
+    assert failures(60) == (3, 181.5)
+    assert failures(120) == (2, 240.5)
+    assert failures(3600, limit_s=math.inf)[0] == 10  # a whole file, or the output of a command, takes what it takes
 
 
 @pytest.mark.parametrize(("signal_name", "code"), [("SIGINT", 130), ("SIGTERM", -15)])
@@ -296,6 +327,41 @@ def test_a_relative_command_in_another_folder_gives_other_shards(
         assert contents(load_pairs("pipe:cat same.tar")) == contents(load_pairs(f"{shards}/00{number}.tar"))
 
 
+@pytest.mark.parametrize("address", ["http:///0.tar", "http://a:99999/0.tar"])
+def test_an_address_that_no_server_can_have_fails_at_once(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("tried again"))
+    with pytest.raises(InputError, match=r"0\.tar could not be fetched") as caught:
+        load_pairs(address)
+    assert "check its address" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("Forbidden: https://storage.googleapis.com/b/a\nno access"), "Forbidden: https://storage.googleapis"),
+        (type("HttpError", (Exception,), {"code": 401})("Invalid Credentials, 401"), "Invalid Credentials, 401"),
+    ],
+)
+def test_what_google_cloud_storage_refuses_is_a_sentence_at_once(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("tried again"))
+    with pytest.raises(InputError, match=rf"shard gs://a/0\.tar may not be read: {reason}") as caught:
+        remote._with_retries("gs://a/0.tar", Mock(side_effect=error))
+    assert "check the credentials" in caught.value.hint
+
+
+def test_a_certificate_that_is_refused_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = FileNotFoundError("https://a/0.tar")
+    error.__cause__ = refused = ssl.SSLCertVerificationError(1, "certificate verify failed: self-signed certificate")
+    refused.verify_message = "self-signed certificate"
+    monkeypatch.setattr(remote, "_info", Mock(side_effect=error))
+    monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("tried again"))
+    with pytest.raises(InputError, match=r"its server's certificate is refused: self-signed certificate\.$") as caught:
+        load_pairs("https://a/0.tar")
+    assert "SSL_CERT_FILE" in caught.value.hint
+
+
 def test_a_file_that_was_replaced_on_the_hub_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub")
     blob = "1" * 40
@@ -315,6 +381,18 @@ def test_a_file_that_was_replaced_on_the_hub_is_noticed(tmp_path: Path, monkeypa
         remote.fetch(shard, tmp_path / "0.part")
     assert remote.versions([shard]) == [(3, blob)]
     remote.fetch(shard, tmp_path / "0.part")
+
+
+def test_options_are_beside_those_of_fsspecs_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    monkeypatch.setitem(fsspec.config.conf, "http", {"client_kwargs": {"headers": {"A": "b"}}})
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"s3": {"addressing_style": "path"}}})
+    assert remote._options("https://a/0.tar")["client_kwargs"]["headers"] == {"A": "b"}
+    assert remote._options("s3://a/0.tar")["config_kwargs"] == {
+        "s3": {"addressing_style": "path"},
+        "retries": {"total_max_attempts": 1},
+    }
 
 
 def test_other_schemes_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

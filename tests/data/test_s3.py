@@ -16,6 +16,7 @@ import pytest
 from support import contents
 
 from benchmarks.data.unreliable_server import UnreliableServer
+from clip_rd_edge.data import remote
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.errors import InputError
 
@@ -28,6 +29,8 @@ REFUSALS = {
     "skewed": (403, "RequestTimeTooSkewed", "The difference between the request time and the current time is large."),
     "elsewhere": (400, "AuthorizationHeaderMalformed", "The region 'us-east-1' is wrong; expecting 'eu-central-1'"),
     "moved": (301, "PermanentRedirect", "The bucket you are attempting to access must be addressed using …"),
+    "expired": (400, "ExpiredToken", "The provided token has expired."),
+    "unsaid": (400, "", ""),
     "nowhere": (404, "NoSuchBucket", "The specified bucket does not exist"),
 }
 
@@ -38,8 +41,9 @@ class Refuser(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         status, code, message = REFUSALS[self.path.strip("/").split("/")[0].split("?")[0]]
         body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+        body *= bool(code)
         self.send_response(status)
-        if status in (301, 400):
+        if code in ("AuthorizationHeaderMalformed", "PermanentRedirect"):
             self.send_header("x-amz-bucket-region", "eu-central-1")
         self.send_header("Content-Type", "application/xml")
         self.send_header("Content-Length", str(len(body)))
@@ -78,6 +82,8 @@ def refuser(monkeypatch: pytest.MonkeyPatch, credentials: None) -> Iterator[None
         ("skewed", "may not be read: The difference between the request time and the current", "this machine's clock"),
         ("elsewhere", "is in the region eu-central-1, but was looked for", "AWS_DEFAULT_REGION=eu-central-1"),
         ("moved", "is in the region eu-central-1, but was looked for", "AWS_DEFAULT_REGION=eu-central-1"),
+        ("expired", r"may not be read: The provided token has expired\.", "renew them if they have expired"),
+        ("unsaid", r"may not be read: Bad Request\.", "renew them if they have expired"),
         ("nowhere", "does not exist: The specified bucket does not exist", ""),
     ],
 )
@@ -85,6 +91,43 @@ def test_what_s3_refuses_is_a_sentence_at_once(refuser: None, bucket: str, messa
     with pytest.raises(InputError, match=rf"shard s3://{bucket}/0\.tar {message}") as caught:
         load_pairs(f"s3://{bucket}/0.tar")
     assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("settings", "bucket", "message", "hint"),
+    [
+        ({"AWS_PROFILE": "none"}, "a", r"may not be read: The config profile \(none\)", "check the credentials"),
+        (
+            {"AWS_ENDPOINT_URL": "localhost:5000"},
+            "a",
+            "could not be fetched: Invalid endpoint: localhost",
+            "ENDPOINT_URL",
+        ),
+        ({"AWS_DEFAULT_REGION": "eu west"}, "a", "could not be fetched: Provided region_name 'eu west'", "settings"),
+        ({}, "a!", "could not be fetched: Parameter validation failed: Invalid bucket name", "check its address"),
+    ],
+)
+def test_settings_that_cannot_work_are_a_sentence_at_once(
+    refuser: None, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], bucket: str, message: str, hint: str
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("tried again"))
+    _forget_connections()
+    with pytest.raises(InputError, match=message) as caught:
+        load_pairs(f"s3://{bucket}/0.tar")
+    assert hint in caught.value.hint
+
+
+def test_a_bucket_that_answers_with_errors_is_asked_once_per_try(
+    credentials: None, server: UnreliableServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    server.fail = ["503"] * 999
+    _forget_connections()
+    with pytest.raises(InputError, match=r"shard s3://a/0\.tar could not be fetched: Service Unavailable"):
+        load_pairs("s3://a/0.tar")
+    assert len(server.requests) == 5
 
 
 def test_missing_credentials_are_a_sentence_once_and_looked_for_again(
