@@ -26,10 +26,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from clip_rd_edge.data.shards.tar_scan import TarScan
 from clip_rd_edge.errors import InputError, MissingExtraError, causes
+from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.printable import shown_message, shown_source
 
 PIPE = "pipe:"
 _PART_BYTES = 8 << 20
+_PROBE_BYTES = 1 << 16
 _VERSION_TRIES = 4
 _PARALLEL_REQUESTS = 16
 # A server that answers with errors for two minutes is waited for; most recover within seconds.
@@ -189,6 +191,7 @@ def fetch(shard: RemoteShard, part: Path) -> None:
     Raises:
         InputError: the shard does not exist, may not be read, could not be fetched in some two minutes of trying, or
             has another version than `version` says.
+        OSError: it cannot be written into the file, as on a full disk.
     """
     if shard.url.startswith(PIPE):
         _run_command(shard, part)
@@ -216,10 +219,19 @@ def _run_command(shard: RemoteShard, part: Path) -> None:
             result = subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
         # Of commands joined by |, the shell tells the last one's exit status alone: another's failure cuts the output.
         if failure := f"exit status {result.returncode}" if result.returncode else _cut_off(part):
+            _require_room(part)
             lines = result.stderr.decode(errors="replace").strip().splitlines()
             raise OSError(f"{failure}{': ' + lines[-1] if lines else ''}")
 
     _with_retries(shard.url, run, delays=_RETRY_DELAYS_S[:3], limit_s=math.inf)
+
+
+def _require_room(path: Path) -> None:
+    """Raise OSError if no more can be written to a file: of a full disk, a command says only that it has failed."""
+    with path.open("ab") as file:
+        file.write(bytes(_PROBE_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _cut_off(path: Path) -> str:
@@ -321,6 +333,8 @@ def _with_retries(
         except MissingExtraError:
             raise
         except Exception as error:  # each file system raises its own types
+            if disk_full_error(error):  # this machine's
+                raise
             if refusal := _refusal(url, error):
                 _forget_file_systems()
                 raise refusal from error

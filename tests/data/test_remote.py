@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import itertools
 import math
@@ -314,6 +315,36 @@ def test_a_command_whose_failure_a_pipe_hides_leaves_no_shard_behind(
     assert "run the command by itself" in caught.value.hint
     Path("get").write_text("cat 000.tar")
     assert contents(load_pairs("pipe:sh get 000.tar | cat")) == expected
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell with cat")
+def test_a_full_disk_is_not_taken_for_a_command_that_fails(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("tried again"))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            remote.fetch(remote.RemoteShard(f"pipe:cat {shlex.quote(str(shards))}/000.tar"), tmp_path / "000.part")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_a_full_disk_is_not_taken_for_a_server_that_fails(
+    server: UnreliableServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get_file(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    shard = remote.RemoteShard(f"{server.url}/000.tar")
+    file_system, _ = remote._file_system(shard.url)
+    monkeypatch.setattr(file_system, "get_file", get_file)
+    monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("tried again"))
+    with pytest.raises(OSError, match="No space left"):
+        remote._fetch_parts(shard.url, -1, tmp_path / "000.part")
 
 
 def test_a_relative_command_in_another_folder_gives_other_shards(

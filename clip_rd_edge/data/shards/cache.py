@@ -19,8 +19,8 @@ from itertools import accumulate
 from pathlib import Path
 
 from clip_rd_edge.data.remote import RemoteShard, ShardFile, fetch, shard_identity, version
-from clip_rd_edge.errors import ConfigError, InputError
-from clip_rd_edge.utils.files import now_in
+from clip_rd_edge.errors import ConfigError, InputError, UnreachableError, UsageError
+from clip_rd_edge.utils.files import disk_full_error, now_in
 from clip_rd_edge.utils.lock import exclusive_writer
 from clip_rd_edge.utils.paths import cache_home
 
@@ -35,7 +35,7 @@ def open_file(shard: ShardFile) -> int:
 
     Raises:
         OSError: it cannot be opened.
-        InputError: as `local_path`.
+        InputError, UnreachableError: as `local_path`.
     """
     while True:
         try:
@@ -53,9 +53,26 @@ def local_path(shard: ShardFile) -> Path:
 
     Raises:
         InputError: as `remote.fetch`.
+        UnreachableError: the cache cannot be written, as on a full disk.
     """
     if isinstance(shard, Path):
         return shard
+    try:
+        return _cached_path(shard)
+    except FileNotFoundError:  # another process has made room
+        raise
+    except (OSError, UsageError) as error:
+        if isinstance(error, UsageError) and not disk_full_error(error):
+            raise
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        raise UnreachableError(
+            f"The shard {shard} could not be kept in the cache {_cached(shard).parent}: "
+            f"{getattr(cause, 'strerror', None) or cause}.",
+            hint=f"free some space there, name another folder with CLIP_RD_EDGE_CACHE, or lower {LIMIT_VARIABLE}",
+        ) from error
+
+
+def _cached_path(shard: RemoteShard) -> Path:
     path, size = _cached(shard), version(shard).size
     if not _touch(path, size):
         with exclusive_writer(path.with_suffix(".lock.d"), on_wait=lambda message: None):
@@ -164,7 +181,7 @@ class _Prefetcher:
                     self._has_work.wait()
                 shard = self._waiting.popleft()
             # Whoever needs the shard meets the failure.
-            with contextlib.suppress(InputError, OSError):
+            with contextlib.suppress(InputError, UnreachableError, OSError):
                 local_path(shard)
 
 

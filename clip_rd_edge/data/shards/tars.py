@@ -17,7 +17,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -74,13 +73,8 @@ class _OpenTar:
         except InputError as error:  # not a bad sample: other pairs must not take the places of a whole shard's
             raise UnreachableError(str(error), hint=error.hint) from error
         except OSError as error:
-            if isinstance(shard, Path):
-                lost = UnreachableError(f"Cannot read the shard {shard}: {error.strerror or error}.")
-                raise machine_failure(error) or lost from error
-            raise UnreachableError(
-                f"The shard {shard} could not be kept in the cache: {error.strerror or error}.",
-                hint="free some space, or name another folder with CLIP_RD_EDGE_CACHE",
-            ) from error
+            lost = UnreachableError(f"Cannot read the shard {shard}: {error.strerror or error}.")
+            raise machine_failure(error) or lost from error
         weakref.finalize(self, os.close, self.file)
 
 

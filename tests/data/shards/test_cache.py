@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -209,7 +211,21 @@ def test_a_full_disk_ends_training_and_replaces_no_pair(
 
     monkeypatch.setattr(shard_cache, "fetch", fetch)
     close_tars()
-    with pytest.raises(UnreachableError, match=r"000\.tar could not be kept in the cache: No space left on device"):
+    folder = re.escape(str(cache_folder(server)))
+    full = rf"00[02]\.tar could not be kept in the cache {folder}: No space left on device\.$"
+    with pytest.raises(UnreachableError, match=full):
+        pairs.open(0)
+    with pytest.raises(UnreachableError, match=full) as caught:  # while it is indexed
+        load_pairs(f"{server.url}/002.tar")
+    assert "free some space there" in caught.value.hint
+
+
+def test_a_disk_too_full_for_a_lock_is_named(server: UnreliableServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = load_pairs(f"{server.url}/000.tar")
+    empty_cache(server)
+    close_tars()
+    monkeypatch.setattr("clip_rd_edge.utils.lock._acquire", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(UnreachableError, match=r"could not be kept in the cache \S+: No space left on device\.$"):
         pairs.open(0)
 
 
