@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import spawn
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -86,6 +88,7 @@ _WITHOUT_SHARED_MEMORY = (
     "load without processes: --workers 0, or give the container more shared memory: docker's shm-size is 64 MB by "
     "default"
 )
+_ENDING_S = 1.0
 _NO_PIXELS: Levels = np.zeros((0, 0, 3), dtype=np.uint8)
 View = tuple[int, int]  # epoch and index of the pair
 
@@ -262,10 +265,26 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
                 hint=_WITHOUT_SHARED_MEMORY,
             )
             raise machine_failure(error) or unstarted from error
-    for batch in _raising(batches):
-        if dataset.substitute:
-            dataset.bad.add(batch.bad)
-        yield batch
+    try:
+        for batch in _raising(batches):
+            if dataset.substitute:
+                dataset.bad.add(batch.bad)
+            yield batch
+    except BaseException:
+        _end_soon(getattr(batches, "_workers", ()))
+        raise
+
+
+def _end_soon(workers: Sequence[BaseProcess]) -> None:
+    """Terminate the workers that have not ended in a second: torch waits five for each that waits for a store."""
+
+    def terminate() -> None:
+        for worker in workers:
+            worker.terminate()
+
+    timer = threading.Timer(_ENDING_S, terminate)
+    timer.daemon = True
+    timer.start()
 
 
 def _start_worker(parent: int, _worker: int) -> None:

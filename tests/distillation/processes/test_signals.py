@@ -257,6 +257,22 @@ def test_a_worker_that_hangs_ends_when_the_run_does(pairs_csv: Path, monkeypatch
     assert wait_until(lambda: not multiprocessing.active_children())
 
 
+@posix
+def test_workers_that_hang_end_together(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 30.0)  # for each worker in turn
+    monkeypatch.setattr(ViewDataset, "__getitem__", lambda *_: time.sleep(600))
+    batches = step_loader(dataset(pairs_csv), StepSampler([24], 6, seed=0, start=0, stop=4), workers=2)
+    interrupt = threading.Timer(1.0, terminate)
+    started = time.monotonic()
+    with stop_on_signals():
+        interrupt.start()
+        with pytest.raises(Stopped):
+            next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert wait_until(lambda: not multiprocessing.active_children())
+    assert time.monotonic() - started < 25
+
+
 def from_elsewhere(pid: int | None, number: signal.Signals) -> None:
     """Send a signal from a process that is not the worker's parent."""
     sender: Callable[[], int] = os.fork
