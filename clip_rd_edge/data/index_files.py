@@ -7,19 +7,20 @@ import contextlib
 import hashlib
 import os
 import shutil
+import signal
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
-from signal import SIG_IGN, SIGINT, signal
 from typing import Protocol, TypeVar
 
 import msgspec
 
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import LostProcessError, UsageError
 from clip_rd_edge.utils.files import new_folder, now_in
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.lock import exclusive_writer
@@ -124,32 +125,36 @@ def _in_turn(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 @contextmanager
 def ordered_map(*, parallel: bool) -> Iterator[OrderedMap]:
-    """Yield a map that computes in several processes, or in threads where processes cannot be forked.
+    """Yield a map that computes in several processes, or in threads where processes cannot be forked or share nothing.
 
     It runs ahead of whoever takes the results by a few items per process, so that memory is bounded.
 
     Args:
         parallel: whether the work is worth starting processes.
+
+    Raises:
+        LostProcessError: within the block, if one of the processes was killed.
     """
     workers = min(usable_cores(), _MAX_WORKERS)
     if workers < 2 or not parallel:
         yield _in_turn
         return
-    pool: Executor
-    if "fork" in get_all_start_methods():
-        # Not spawned: that would import the user's script again. A worker leaves Ctrl-C to the main process.
-        pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=signal, initargs=(SIGINT, SIG_IGN))
-    else:
-        pool = ThreadPoolExecutor(workers)
+    pool = _pool(workers)
 
     def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         waiting: deque[Future[R]] = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > _WAITING_RESULTS * workers:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > _WAITING_RESULTS * workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise LostProcessError(
+                "A process that reads the data was ended from outside, most likely for want of memory.",
+                hint="give the machine or container more memory, then run the same command again",
+            ) from error
 
     try:
         yield run
@@ -160,3 +165,18 @@ def ordered_map(*, parallel: bool) -> Iterator[OrderedMap]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _pool(workers: int) -> Executor:
+    if "fork" in get_all_start_methods():
+        # Not spawned: that would import the user's script again.
+        with contextlib.suppress(OSError, ImportError, NotImplementedError):  # no semaphores, as without /dev/shm
+            return ProcessPoolExecutor(workers, get_context("fork"), initializer=_obey_the_pool)
+    return ThreadPoolExecutor(workers)
+
+
+def _obey_the_pool() -> None:
+    """Leave Ctrl-C and a lost terminal to the main process, which ends its workers, and end when it says so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import pickle
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +25,8 @@ from clip_rd_edge.data.tables.index import TABLE_STAGE, IndexedTable
 from clip_rd_edge.data.tables.load import TablePairs, read_table
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.data.unpaired import load_texts
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.distillation.processes.signals import stop_on_signals
+from clip_rd_edge.errors import InputError, LostProcessError
 
 CAPTIONS = ("a cat", 'a 5" nail', '"quoted", he said', "two\nlines", "three\n\nlines\n", "ünïcödé 猫", " a, b ", "\r\n")
 
@@ -70,6 +73,34 @@ def test_any_workers_give_the_same_index(pairs_csv: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(index_files, "get_all_start_methods", lambda: methods)
     monkeypatch.setattr(text, "_BLOCK_BYTES", 64)
     assert contents(load_pairs(str(pairs_csv))) == contents(in_memory(pairs_csv))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks workers")
+def test_a_machine_without_semaphores_reads_in_threads(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one whose /dev/shm is missing or read-only, or AWS Lambda."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    assert contents(load_pairs(str(pairs_csv))) == contents(in_memory(pairs_csv))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks workers")
+def test_a_worker_that_is_killed_is_told_in_one_sentence(
+    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def read(table: text.CsvTable, place: tuple[int, int]) -> None:
+        if place == next(table.places()):
+            time.sleep(0.5)  # the other worker has begun
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    monkeypatch.setattr(text, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(text.CsvTable, "read", read)
+    with stop_on_signals(), pytest.raises(LostProcessError, match="that reads the data was ended from outside"):
+        load_pairs(str(pairs_csv))
+    assert capfd.readouterr().err == ""  # nor a traceback of the other worker, which the pool ends
 
 
 def test_the_fault_that_is_named_is_the_first_one(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
