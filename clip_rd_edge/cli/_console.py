@@ -17,6 +17,7 @@ from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
+from clip_rd_edge.cli._echo import results_whole
 from clip_rd_edge.cli._fold import fold
 from clip_rd_edge.utils.printable import printable
 from clip_rd_edge.utils.reporting import Reporter, duration
@@ -76,7 +77,8 @@ def print_table(table: Table, *, console: Console | None = None) -> None:
     if not _columns(console):
         # Without a height, rich would take the width of a dumb terminal, which is 80.
         console = SafeConsole(width=_PIPED_WIDTH, height=console.height, file=console.file)
-    console.print(table)
+    with results_whole():
+        console.print(table)
 
 
 def table_width() -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,7 +31,32 @@ def echo(
     if err or prose:
         width = terminal_width(stream)
         text = "\n".join(line if line.startswith("|") else fold(line, width) for line in text.split("\n"))
-    click.echo(text, file=stream, nl=nl, color=True)
+    with results_whole():
+        click.echo(text, file=stream, nl=nl, color=True)
+
+
+@contextmanager
+def results_whole() -> Iterator[None]:
+    """Within the block, which prints, a full disk is told as what it is there: what was printed so far is cut off.
+
+    Raises:
+        DiskFullError: what is printed goes into a file for which there is no space.
+    """
+    try:
+        yield
+    except OSError as error:
+        from clip_rd_edge.errors import DiskFullError
+        from clip_rd_edge.utils.files import disk_full_error
+        from clip_rd_edge.utils.signals import discard_output
+
+        if disk_full_error(error):
+            with suppress(OSError, ValueError):  # what the buffer still holds would fail again at the end
+                discard_output(sys.stdout.fileno())
+            raise DiskFullError(
+                f"What is printed is cut off: {error.strerror}.",
+                hint="free some space, or print into a file elsewhere",
+            ) from error
+        raise
 
 
 def as_word(path: str | Path) -> str:

@@ -107,6 +107,7 @@ def main() -> None:
 
 def _main() -> None:
     _open_closed_streams()
+    _print_nothing_in_part()
     _pass_on_any_path()
     arguments: list[str] = sys.argv[1:]
     debug = "--debug" in arguments
@@ -195,6 +196,17 @@ def _open_closed_streams() -> None:
         if getattr(sys, name) is None:
             nothing = Path(os.devnull).open(mode, encoding="utf-8", errors="surrogateescape")  # noqa: SIM115 — to the end
             setattr(sys, name, nothing)
+
+
+def _print_nothing_in_part() -> None:
+    """Put a buffer in front of a stdout without one, as PYTHONUNBUFFERED makes it.
+
+    Where a disk or a limit takes only part of a text, a buffer writes the rest or raises; without one, it is lost.
+    """
+    buffer: io.IOBase | None = getattr(sys.stdout, "buffer", None)
+    if isinstance(buffer, io.RawIOBase) and sys.stdout is sys.__stdout__:  # and no one else's, which it would close
+        whole = io.BufferedWriter(buffer)
+        sys.stdout = io.TextIOWrapper(whole, sys.stdout.encoding, sys.stdout.errors, line_buffering=True)
 
 
 def _pass_on_any_path() -> None:

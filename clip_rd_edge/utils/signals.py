@@ -38,6 +38,11 @@ def leave_lost_terminal() -> None:
     for output in (1, 2):
         with suppress(OSError):
             if stat.S_ISCHR(os.fstat(output).st_mode) and not os.isatty(output):
-                nothing = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nothing, output)
-                os.close(nothing)
+                discard_output(output)
+
+
+def discard_output(descriptor: int) -> None:
+    """Let what is written to a descriptor from now on, also what waits in a buffer, go nowhere."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, descriptor)
+    os.close(nothing)

@@ -204,6 +204,47 @@ def test_closed_streams_are_read_and_written_as_empty_ones(colour_bundle: Path, 
     assert (done.returncode, "the list on stdin is empty" in done.stderr) == (2, True)
 
 
+CUT = """
+import sys
+from rich.table import Table
+from clip_rd_edge.cli import main
+from clip_rd_edge.cli._console import print_table
+from clip_rd_edge.cli._echo import echo
+
+def answer(arguments):
+    table = Table("x" * 100)
+    for row in range(100):
+        table.add_row("y" * 100)
+    echo("\\udcff\\0" * 10_000, nl=False) if "--print0" in arguments else print_table(table)
+
+main._run = answer
+main.main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits the size of a file with a POSIX shell")
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("kind", ["--print0", "table"])
+def test_results_that_do_not_fit_the_disk_are_not_called_whole(tmp_path: Path, kind: str, unbuffered: str) -> None:
+    """A file without Python's buffer, as containers have it, takes what there is room for and says nothing."""
+    command = ["sh", "-c", 'ulimit -f 8; exec "$@" > answers', "sh", sys.executable, "-c", CUT, kind]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    assert (tmp_path / "answers").stat().st_size in (8 * 512, 8 * 1024)  # dash's blocks and bash's
+    assert done.returncode == 1
+    error, hint = done.stderr.splitlines()
+    assert error == "error: What is printed is cut off: File too large."
+    assert hint.startswith("hint: free some space")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="compares bytes with POSIX's line ends")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_names_that_are_not_utf_8_are_printed_as_their_bytes(unbuffered: str) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run([sys.executable, "-c", CUT, "--print0"], env=environment, capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"\xff\0" * 10_000, b"")
+
+
 def test_a_full_disk_is_reported_in_one_line(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def raise_disk_full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/mnt/manifest.json")
