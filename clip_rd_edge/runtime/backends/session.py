@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.contract.bundle import EXTERNAL_DATA_SUFFIX
-from clip_rd_edge.errors import ConfigError, UsageError, in_one_line
+from clip_rd_edge.errors import ConfigError, UnreachableError, UsageError, in_one_line
 from clip_rd_edge.runtime.backends.providers import KEEP_ENGINES, provider_list, session_device, warn
-from clip_rd_edge.utils.files import sha256_of
+from clip_rd_edge.utils.files import machine_failure, sha256_of
 from clip_rd_edge.utils.paths import cache_home
 
+# How ONNX Runtime reports that memory cannot be had, also while it starts.
+_NO_MEMORY = re.compile("bad_alloc|[Cc]annot allocate memory|Failed to allocate memory")
 MAX_THREADS = 1_024  # each takes memory, and hundreds of thousands take minutes to start
 
 
@@ -45,6 +48,7 @@ def open_session(
 
     Raises:
         ConfigError: this ONNX Runtime cannot run the model.
+        UnreachableError: this machine has not enough memory for it, or starts no further thread.
         UsageError: `threads` is out of range.
     """
     import onnxruntime as ort
@@ -65,9 +69,15 @@ def open_session(
             if session is not None:
                 return session
             warn(f"{device} does not start; {name} runs on the CPU instead: {reason}.")
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return _open(ort, model, options, ["CPUExecutionProvider"])
     except Exception as error:
-        raise ConfigError(f"ONNX Runtime {ort.__version__} cannot run {name}: {in_one_line(error)}.") from error
+        if _NO_MEMORY.search(str(error)):
+            raise UnreachableError(
+                f"There is not enough memory to open {name}.", hint="end other programs, or use a smaller model"
+            ) from error
+        raise machine_failure(error) or ConfigError(
+            f"ONNX Runtime {ort.__version__} cannot run {name}: {in_one_line(error)}."
+        ) from error
 
 
 def _open_on(ort: Any, model: str | bytes, options: Any, device: str, threads: int | None) -> tuple[Any, str]:
@@ -77,13 +87,17 @@ def _open_on(ort: Any, model: str | bytes, options: Any, device: str, threads: i
         cache /= _engine_folder(model)
     providers = provider_list(device, cache=cache, threads=threads)
     try:
-        # ONNX Runtime's own fallback prints to stdout, which is reserved for results.
-        session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+        session = _open(ort, model, options, providers)
     except Exception as error:  # noqa: BLE001 — drivers raise anything; if the model is at fault, the CPU raises, too
         return None, in_one_line(error)
     if session_device(session, device) != device:
         return None, "its provider could not be loaded; run clip-rd-edge doctor to check the driver"
     return session, ""
+
+
+def _open(ort: Any, model: str | bytes, options: Any, providers: Sequence[Any]) -> Any:
+    # ONNX Runtime's own fallback prints to stdout, which is reserved for results.
+    return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
 
 
 def _engine_folder(model: str | bytes) -> str:

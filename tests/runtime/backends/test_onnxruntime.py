@@ -123,6 +123,36 @@ def test_a_provider_that_does_not_start_is_reported_once_and_the_cpu_is_used(
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("std::bad_alloc"), "error: There is not enough memory to open "),
+        (RuntimeError("Exception during initialization: std::bad_alloc"), "error: There is not enough memory to open "),
+        (
+            RuntimeError(
+                "PosixThread pthread_create failed, error code: 11 error msg: Resource temporarily unavailable"
+            ),
+            "error: The system starts no further thread or process; raise their limit first: ulimit -u",
+        ),
+    ],
+)
+def test_a_machine_at_its_limits_is_not_taken_for_a_model_that_cannot_run(
+    command_line: Run,
+    colour_bundle: Path,
+    colour_images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    message: str,
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ort.InferenceSession, "_create_inference_session", fail)
+    code, output, told = command_line("classify", colour_bundle, colour_images, "--labels", "red", "blue", "--no-cache")
+    assert (code, output) == (1, "")  # ONNX Runtime prints that it tries the CPU once more
+    assert told.startswith(message)
+
+
 def test_each_model_has_its_own_folder_for_engines_that_tensorrt_finds_by_name_and_structure(
     colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
