@@ -110,9 +110,9 @@ def command(
 def _print(scores: Sequence[Score], *, per_class: bool) -> None:
     from clip_rd_edge.benchmarking.metrics import ZeroShotScore
     from clip_rd_edge.benchmarking.report.text import class_table, score_tables
-    from clip_rd_edge.cli._console import print_table
+    from clip_rd_edge.cli._console import print_table, table_width
 
-    for table in score_tables(scores):
+    for table in score_tables(scores, table_width()):
         print_table(table)
     if per_class:
         for score in scores:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -24,6 +25,8 @@ from clip_rd_edge.contract.outputs import require_output_file
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.files import write_bytes, write_text
 from clip_rd_edge.utils.paths import exists
+
+_NAME_WIDTH = 16  # columns in which a longer name of a task is broken, rather than its figures
 
 
 def write_between_markers(document: Path, name: str, table: str) -> None:
@@ -183,28 +186,51 @@ def _width(table: Table) -> int:
     return Measurement.get(console, console.options, table).maximum
 
 
-def score_tables(scores: Sequence[Score]) -> list[Table]:
-    """Return one table of zero-shot scores and one of retrieval scores, in percent; empty ones are left out."""
+def score_tables(scores: Sequence[Score], width: int) -> list[Table]:
+    """Return one table of zero-shot scores and one of retrieval scores, in percent; empty ones are left out.
+
+    Args:
+        width: of the terminal, in columns. Where the figures of a task have no room beside each other and its name,
+            they are below each other.
+    """
     zero_shot = [score for score in scores if isinstance(score, ZeroShotScore)]
     retrieval = [score for score in scores if isinstance(score, RetrievalScore)]
     tables = []
     if zero_shot:
-        headings = ("Images", "Labels", "Top-1", "95 %\ninterval", "Top-5", "Mean per\nclass")
-        table = plain_table("Zero-shot, %", *headings)
+        headings = ("Zero-shot, %", "Images", "Labels", "Top-1", "95 %\ninterval", "Top-5", "Mean per\nclass")
+        rows = []
         for score in zero_shot:
             counts = (f"{score.images:,}", f"{score.classes:,}")
             top1 = (percent(score.top1), interval(score.top1_interval))
-            table.add_row(score.task, *counts, *top1, percent(score.top5), percent(score.mean_per_class))
+            rows.append((score.task, *counts, *top1, percent(score.top5), percent(score.mean_per_class)))
+        table = _task_table(headings, rows, width)
         table.caption = _templates_note(zero_shot)
         table.caption_justify = "left"
         tables.append(table)
     if retrieval:
-        table = plain_table("Retrieval, R@1 / 5 / 10, %", "Images", "Captions", "Image → text", "Text → image")
+        headings = ("Retrieval, R@1 / 5 / 10, %", "Images", "Captions", "Image → text", "Text → image")
+        rows = []
         for recalls in retrieval:
             counts = (f"{recalls.images:,}", f"{recalls.captions:,}")
-            table.add_row(recalls.task, *counts, _recall(recalls.image_to_text), _recall(recalls.text_to_image))
-        tables.append(table)
+            rows.append((recalls.task, *counts, _recall(recalls.image_to_text), _recall(recalls.text_to_image)))
+        tables.append(_task_table(headings, rows, width))
     return tables
+
+
+def _task_table(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Table:
+    table = plain_table(*headings)
+    for row in rows:
+        table.add_row(*row)
+    longest = max(cell_len(name) for name in (headings[0], *(row[0] for row in rows)))
+    if _width(table) - max(longest - _NAME_WIDTH, 0) <= width:
+        return table
+    table = plain_table(headings[0], "")
+    for name, *figures in rows:
+        table.add_section()
+        table.add_row(Text(name, style="bold"))
+        for heading, figure in zip(headings[1:], figures, strict=True):
+            table.add_row(heading.replace("\n", " "), figure)
+    return table
 
 
 def _templates_note(scores: Sequence[ZeroShotScore]) -> str:
@@ -217,7 +243,7 @@ def _templates_note(scores: Sequence[ZeroShotScore]) -> str:
 def class_table(score: ZeroShotScore) -> Table:
     """Return a table of the classes of one task, lowest recall first; classes without images come last."""
     table = plain_table(score.task, "Images", "Recall, %", "Precision, %")
-    table.add_column("Most often mistaken for")
+    table.add_column("Most often mistaken for", overflow="fold")
     for row in sorted(score.per_class, key=lambda row: 2.0 if row.recall is None else row.recall):
         mistakes = ((label, count) for label, count in row.predicted.items() if label != row.label)
         label, count = next(mistakes, ("", 0))
@@ -229,7 +255,7 @@ def class_table(score: ZeroShotScore) -> Table:
 def plain_table(first: str, *others: str, left: Sequence[str] = ()) -> Table:
     """Return an empty table: the first column and those named in `left` are left-aligned, the others right-aligned."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first)
+    table.add_column(first, overflow="fold")
     for name in others:
         table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
     return table

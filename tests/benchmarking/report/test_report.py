@@ -18,6 +18,7 @@ from clip_rd_edge.benchmarking.report.html import page
 from clip_rd_edge.benchmarking.report.method import remarks
 from clip_rd_edge.benchmarking.report.tables import details, differences
 from clip_rd_edge.benchmarking.report.text import (
+    class_table,
     markdown,
     score_tables,
     terminal_tables,
@@ -330,7 +331,7 @@ def test_terminal_tables_cut_nothing_and_fit(with_retrieval: Results, width: int
 
 def test_score_tables_fit_80_columns(with_retrieval: Results) -> None:
     console = Console(width=80, file=StringIO())
-    for table in score_tables(with_retrieval.rows[0].scores):
+    for table in score_tables(with_retrieval.rows[0].scores, 80):
         console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in text
@@ -339,9 +340,28 @@ def test_score_tables_fit_80_columns(with_retrieval: Results) -> None:
     assert "Prompt templates: " in text
 
 
+@pytest.mark.parametrize("width", [40, 50, 60, 80])
+def test_score_tables_cut_neither_names_nor_figures(with_retrieval: Results, width: int) -> None:
+    console = Console(width=width, file=StringIO())
+    scores = [
+        msgspec.structs.replace(score, task=f"product-photos-winter-{year}")
+        for score in with_retrieval.rows[0].scores
+        for year in (2025, 2026)
+    ]
+    for table in score_tables(scores, width):
+        console.print(table)
+    for table in (class_table(score) for score in scores if isinstance(score, ZeroShotScore)):
+        console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    assert "75.8 to 100.0" in text
+    assert "12.3 / 45.6 / –" in text
+    assert {"2025", "2026"} <= set(re.findall(r"\d{4}", text))
+
+
 def test_score_tables_show_intervals_and_recall(with_retrieval: Results) -> None:
     console = Console(width=200, file=StringIO())
-    for table in score_tables(with_retrieval.rows[0].scores):
+    for table in score_tables(with_retrieval.rows[0].scores, 200):
         console.print(table)
     output = console.file.getvalue()  # type: ignore[attr-defined]
     assert "75.8 to 100.0" in output
