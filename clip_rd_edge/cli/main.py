@@ -19,7 +19,7 @@ from clip_rd_edge import __version__
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._hints import fitting_hint
 from clip_rd_edge.cli._options import CommandGroup
-from clip_rd_edge.errors import ClipRdEdgeError, LostProcessError, MissingExtraError, causes, near_matches
+from clip_rd_edge.errors import ClipRdEdgeError, LostProcessError, MissingExtraError, UsageError, causes, near_matches
 from clip_rd_edge.utils.printable import one_line
 from clip_rd_edge.utils.signals import handled_by, leave_lost_terminal, stop_signals
 
@@ -142,7 +142,7 @@ def _main() -> None:
             sys.exit(_NO_MEMORY.exit_code)
         from clip_rd_edge.utils.files import disk_full_error, machine_failure
 
-        if failure := disk_full_error(error) or machine_failure(error):
+        if failure := disk_full_error(error) or machine_failure(error) or _lost_folder_error(error):
             _print_error(failure, arguments)
             sys.exit(failure.exit_code)
         echo(f"error: {type(error).__name__}: {error}", err=True)
@@ -188,6 +188,16 @@ def _unwound_by_signals() -> Iterator[None]:
 _NO_MEMORY = ClipRdEdgeError(
     "There is not enough memory for this.", hint="end other programs, or use smaller images, batches or models"
 )
+
+
+def _lost_folder_error(error: BaseException) -> UsageError | None:
+    """Return a one-sentence error if `error` comes of a working folder that was removed, which it never names."""
+    if any(isinstance(cause, FileNotFoundError) and cause.filename is None for cause in causes(error)):
+        try:
+            Path.cwd()
+        except OSError:
+            return UsageError("The working folder does not exist any more.", hint="cd into one that does")
+    return None
 
 
 def _open_closed_streams() -> None:

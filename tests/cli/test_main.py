@@ -268,6 +268,20 @@ def test_too_many_open_files_are_reported_in_one_line(command_line: Run, monkeyp
     )
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no folder that is in use")
+def test_a_working_folder_that_was_removed_is_told(
+    command_line: Run, colour_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "working").mkdir()
+    monkeypatch.chdir(tmp_path / "working")
+    (tmp_path / "working").rmdir()
+    table = tmp_path / "pairs.csv"
+    table.write_text("filepath,title\na.png,a\n")
+    code, _, error = command_line("evaluate", colour_bundle, "--task", table)
+    assert code == 2
+    assert error.endswith("\nerror: The working folder does not exist any more.\nhint: cd into one that does\n")
+
+
 @pytest.mark.parametrize(
     "error",
     [
