@@ -7,9 +7,9 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 # Flags in /proc/cpuinfo that determine the speed of INT8 and BF16, and their usual names.
 INSTRUCTION_SETS = {
@@ -55,7 +55,7 @@ _ARM_CORES = {
 _CPUINFO = Path("/proc/cpuinfo")
 _BOARD = Path("/proc/device-tree/model")
 _SYSCTL = "/usr/sbin/sysctl"
-_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _JETSON_RELEASE = Path("/etc/nv_tegra_release")
 _TIMEOUT_S = 10
 
@@ -92,15 +92,31 @@ def usable_cores() -> int:
 
 
 def cpu_quota(text: str | None = None) -> float | None:
-    """Return the CPU time limit of the container in cores (`docker run --cpus`), or None if there is no limit.
+    """Return the limit of CPU time in cores (`docker run --cpus`, systemd's CPUQuota), or None if there is no limit.
 
     Args:
-        text: content of the cgroup's cpu.max; None reads that of this process.
+        text: content of a control group's cpu.max; None reads those of this process, of which the smallest counts.
     """
-    if text is None:
-        text = _CPU_MAX.read_text() if _CPU_MAX.is_file() else ""
-    quota, _, period = text.strip().partition(" ")
-    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+    limits = [limit.strip().partition(" ") for limit in (_cpu_limits() if text is None else [text])]
+    return min((int(q) / int(period) for q, _, period in limits if q.isdigit() and period.isdigit()), default=None)
+
+
+def _cpu_limits() -> Iterator[str]:
+    """Yield cpu.max of this process's control group and of those around it; what cgroups v1 have for it, in its form.
+
+    In a container, the own group may be the root, whatever its path says.
+    """
+    for line in _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, names = _CGROUPS, ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            root, names = _CGROUPS / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+        for group in (own := PurePosixPath(path), *own.parents):
+            with suppress(OSError):
+                yield " ".join((root / str(group).lstrip("/") / name).read_text().strip() for name in names)
 
 
 def instruction_sets(features: str | None = None) -> tuple[str, ...]:

@@ -43,6 +43,39 @@ def test_cpu_limit_of_a_container() -> None:
     assert cpu_quota("") is None
 
 
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),  # of a container
+        ("0::/a.slice/b.service\n", {"a.slice/b.service/cpu.max": "50000 100000\n"}, 0.5),  # of a service
+        (
+            "0::/a.slice/b.service\n",
+            {"a.slice/b.service/cpu.max": "max 100000\n", "a.slice/cpu.max": "200000 100000\n"},
+            2.0,
+        ),
+        (
+            "3:cpuset:/\n2:cpu,cpuacct:/x\n0::/\n",
+            {"cpu/x/cpu.cfs_quota_us": "50000\n", "cpu/x/cpu.cfs_period_us": "100000\n"},
+            0.5,
+        ),
+        ("1:cpu:/docker/0123\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ("1:cpu:/docker/0123\n", {"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3.0),
+        ("0::/\n", {}, None),
+    ],
+)
+def test_the_cpu_limit_is_that_of_the_own_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, files: dict[str, str], cores: float | None
+) -> None:
+    (tmp_path / "own").write_text(groups)
+    for name, content in files.items():
+        file = tmp_path / "cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    monkeypatch.setattr(host, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(host, "_CGROUPS", tmp_path / "cgroup")
+    assert cpu_quota() == cores
+
+
 def test_this_machine() -> None:
     assert "core" in machine_name()
     assert usable_cores() >= 1
