@@ -213,10 +213,11 @@ def _print_nothing_in_part() -> None:
 
     Where a disk or a limit takes only part of a text, a buffer writes the rest or raises; without one, it is lost.
     """
-    buffer: io.IOBase | None = getattr(sys.stdout, "buffer", None)
-    if isinstance(buffer, io.RawIOBase) and sys.stdout is sys.__stdout__:  # and no one else's, which it would close
+    stdout, buffer = sys.stdout, getattr(sys.stdout, "buffer", None)
+    # Of no other stream, whose file would be closed with it.
+    if stdout is sys.__stdout__ and stdout is not None and isinstance(buffer, io.RawIOBase):
         whole = io.BufferedWriter(buffer)
-        sys.stdout = io.TextIOWrapper(whole, sys.stdout.encoding, sys.stdout.errors, line_buffering=True)
+        sys.stdout = io.TextIOWrapper(whole, stdout.encoding, stdout.errors, line_buffering=True)
 
 
 def _pass_on_any_path() -> None:

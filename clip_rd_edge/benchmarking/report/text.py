@@ -197,22 +197,22 @@ def score_tables(scores: Sequence[Score], width: int) -> list[Table]:
     retrieval = [score for score in scores if isinstance(score, RetrievalScore)]
     tables = []
     if zero_shot:
-        headings = ("Zero-shot, %", "Images", "Labels", "Top-1", "95 %\ninterval", "Top-5", "Mean per\nclass")
+        headings = ["Zero-shot, %", "Images", "Labels", "Top-1", "95 %\ninterval", "Top-5", "Mean per\nclass"]
         rows = []
         for score in zero_shot:
             counts = (f"{score.images:,}", f"{score.classes:,}")
             top1 = (percent(score.top1), interval(score.top1_interval))
-            rows.append((score.task, *counts, *top1, percent(score.top5), percent(score.mean_per_class)))
+            rows.append([score.task, *counts, *top1, percent(score.top5), percent(score.mean_per_class)])
         table = _task_table(headings, rows, width)
         table.caption = _templates_note(zero_shot)
         table.caption_justify = "left"
         tables.append(table)
     if retrieval:
-        headings = ("Retrieval, R@1 / 5 / 10, %", "Images", "Captions", "Image → text", "Text → image")
+        headings = ["Retrieval, R@1 / 5 / 10, %", "Images", "Captions", "Image → text", "Text → image"]
         rows = []
         for recalls in retrieval:
             counts = (f"{recalls.images:,}", f"{recalls.captions:,}")
-            rows.append((recalls.task, *counts, _recall(recalls.image_to_text), _recall(recalls.text_to_image)))
+            rows.append([recalls.task, *counts, _recall(recalls.image_to_text), _recall(recalls.text_to_image)])
         tables.append(_task_table(headings, rows, width))
     return tables
 
