@@ -165,6 +165,8 @@ def compare(old: AnyPath, new: AnyPath) -> Changes:
 def recommend(results: AnyPath, *, budget_ms: float | None = None, min_accuracy: float | None = None) -> str:
     """Return a sentence that recommends a model of a finished benchmark; nothing is measured.
 
+    Another sentence follows if the machine was too busy for its latencies to be trusted.
+
     Args:
         results: a results.json or the folder of one.
         budget_ms, min_accuracy: max latency from image file to answer (95th percentile) and min top-1 as a fraction;
@@ -175,7 +177,8 @@ def recommend(results: AnyPath, *, budget_ms: float | None = None, min_accuracy:
     """
     import msgspec
 
-    from clip_rd_edge.benchmarking.report.findings import recommendation
+    from clip_rd_edge.benchmarking.regression import TOO_BUSY
+    from clip_rd_edge.benchmarking.report.findings import busy_remark, recommendation
     from clip_rd_edge.benchmarking.results import read_results
 
     read = read_results(Path(results))
@@ -187,7 +190,7 @@ def recommend(results: AnyPath, *, budget_ms: float | None = None, min_accuracy:
             f"{results} has nothing to choose a model by: no requirement, or no zero-shot task.",
             hint="give a requirement, such as --budget-ms 10",
         )
-    return advice.replace("**", "")
+    return " ".join([advice.replace("**", ""), *busy_remark(read, above=TOO_BUSY)])
 
 
 def spread(results: AnyPath | Sequence[AnyPath]) -> str:

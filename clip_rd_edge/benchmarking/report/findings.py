@@ -12,6 +12,7 @@ from clip_rd_edge.benchmarking.metrics import (
     difference_p_value,
     may_be_chance,
 )
+from clip_rd_edge.benchmarking.regression import TOO_BUSY
 from clip_rd_edge.benchmarking.report.tables import sign_test
 from clip_rd_edge.benchmarking.results import Comparison, Results, RowResult
 
@@ -91,8 +92,8 @@ def _top1_hits(row: RowResult) -> Hits | None:
 def headline(results: Results) -> list[str]:
     """Return the headline, one finding per sentence.
 
-    If a model is no better than chance, that comes first. The next sentence compares what is shipped with the teacher.
-    A recommendation follows if the suite has a budget,
+    If the machine was too busy for latencies to be trusted, or a model is no better than chance, that comes first. The
+    next sentence compares what is shipped with the teacher. A recommendation follows if the suite has a budget,
     then the student before export, INT8 against FP32, and the gain from distillation.
     """
     teacher, student, baseline = (results.first(role) for role in ("teacher", "student", "baseline"))
@@ -114,7 +115,18 @@ def headline(results: Results) -> list[str]:
         )
     sentences = sentences or [_summary(row, results) for row in results.rows]
     advice = recommendation(results)
-    return [*_no_better_than_chance(results), *sentences[:1], *([advice] if advice else []), *sentences[1:]]
+    warnings = [*busy_remark(results, above=TOO_BUSY), *_no_better_than_chance(results)]
+    return [*warnings, *sentences[:1], *([advice] if advice else []), *sentences[1:]]
+
+
+def busy_remark(results: Results, *, above: float) -> list[str]:
+    """Return a sentence or two on other processes, if their share of the machine was above this fraction."""
+    if results.other_load is None or results.other_load <= above:
+        return []
+    return [
+        f"The machine was busy: other processes used {formatting.share(results.other_load, 1)} of it while the models "
+        f"were timed. Latencies are too high, and not all by the same factor."
+    ]
 
 
 def _chance(comparison: Comparison) -> str:
@@ -174,14 +186,14 @@ def _shipped_against_teacher(results: Results, shipped: RowResult, teacher: RowR
     accuracy = _accuracy_kept(results, shipped, teacher)
     subject = f"{shipped.label} {accuracy}, is" if accuracy else f"Compared with the teacher, {shipped.label} is"
     return (
-        f"{subject} {_speed(shipped_ms, teacher_ms)} end to end ({times} from image file to {_end(shipped)}) "
+        f"{subject} {_speed(results, shipped_ms, teacher_ms)} end to end ({times} from image file to {_end(shipped)}) "
         f"and {_size(shipped, teacher)} ({sizes})."
     )
 
 
 def _student_against_teacher(results: Results, student: RowResult, teacher: RowResult, *, subject: str) -> str:
     accuracy, size = _accuracy_kept(results, student, teacher), _size(student, teacher)
-    speed = _speed(student.latency.image.p50, teacher.latency.image.p50)
+    speed = _speed(results, student.latency.image.p50, teacher.latency.image.p50)
     if not accuracy:
         return f"Compared with the teacher, {subject} is {size}, and its image tower is {speed}."
     return f"{subject[0].upper()}{subject[1:]} {accuracy}, is {size}, and its image tower is {speed}."
@@ -189,7 +201,7 @@ def _student_against_teacher(results: Results, student: RowResult, teacher: RowR
 
 def _quantised_against_exported(results: Results, quantised: RowResult, exported: RowResult) -> str:
     accuracy = _accuracy_change(results, quantised, exported)
-    speed = _speed(quantised.latency.image.p50, exported.latency.image.p50)
+    speed = _speed(results, quantised.latency.image.p50, exported.latency.image.p50)
     return (
         f"Compared with {exported.label}, {quantised.label} {accuracy}is {_size(quantised, exported)}, "
         f"and its image tower is {speed}."
@@ -241,11 +253,11 @@ def _size(row: RowResult, reference: RowResult) -> str:
     return f"**{formatting.ratio(ratio)} smaller**" if ratio > 1 else f"**{formatting.ratio(1 / ratio)} larger**"
 
 
-def _speed(latency_ms: float, reference_ms: float) -> str:
+def _speed(results: Results, latency_ms: float, reference_ms: float) -> str:
+    """Return how fast a model is against another, in bold unless the machine was too busy to tell."""
     ratio = formatting.ratio(max(reference_ms / latency_ms, latency_ms / reference_ms))
-    if ratio == "1.0×":
-        return "**as fast**"
-    return f"**{ratio} {'faster' if latency_ms < reference_ms else 'slower'}**"
+    speed = "as fast" if ratio == "1.0×" else f"{ratio} {'faster' if latency_ms < reference_ms else 'slower'}"
+    return speed if busy_remark(results, above=TOO_BUSY) else f"**{speed}**"
 
 
 def _summary(row: RowResult, results: Results) -> str:

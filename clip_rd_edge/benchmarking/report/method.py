@@ -5,7 +5,7 @@ from __future__ import annotations
 from clip_rd_edge.benchmarking import formatting, statistics
 from clip_rd_edge.benchmarking.metrics import ZeroShotScore
 from clip_rd_edge.benchmarking.regression import BUSY, MEASUREMENTS
-from clip_rd_edge.benchmarking.report.findings import above_chance
+from clip_rd_edge.benchmarking.report.findings import above_chance, busy_remark
 from clip_rd_edge.benchmarking.report.tables import heading
 from clip_rd_edge.benchmarking.results import Results
 
@@ -64,11 +64,7 @@ def _reliability_remarks(results: Results) -> list[str]:
         )
     elif results.reference is not None:
         notes.append("Noise: unknown, as a single round does not show it; latencies of more rounds can be compared.")
-    if results.other_load is not None and results.other_load > BUSY:
-        notes.append(
-            f"The machine was busy: other processes used {formatting.share(results.other_load, 1)} of it while the "
-            f"models were timed. Latencies are too high, and not all by the same factor."
-        )
+    notes += busy_remark(results, above=BUSY)
     rows = results.rows
     if rows[0].throughput and any(row.energy_joules is None for row in rows):
         if any(row.energy_joules is None and row.description.device == "cpu" for row in rows):

@@ -210,6 +210,17 @@ def test_headline_leads_with_the_shipped_model_against_the_teacher(timed: Result
     assert distilled.startswith("Distillation changes top-1 by +16.7 points compared with the same student trained")
 
 
+def test_headline_of_a_busy_machine_says_so_first_and_stresses_no_speed(timed: Results) -> None:
+    busy, shipped, student, quantised, _ = headline(msgspec.structs.replace(timed, other_load=0.96))
+    assert busy.startswith("The machine was busy: other processes used 96\u00a0% of it while the models were timed.")
+    assert "is 8.0× faster end to end" in shipped
+    assert student.endswith("is **1.5× smaller**, and its image tower is 2.0× faster.")
+    assert quantised.endswith("and its image tower is 3.0× faster.")
+    somewhat = msgspec.structs.replace(timed, other_load=0.1)  # as on a desktop; comparisons are made, too
+    assert headline(somewhat) == headline(timed)
+    assert any(remark.startswith("The machine was busy: other processes used 10") for remark in remarks(somewhat))
+
+
 def test_headline_leads_with_the_last_exported_model_without_a_quantised_one(timed: Results) -> None:
     exported = timed.rows[3]
     last = msgspec.structs.replace(with_latencies(exported, image_ms=3.0, end_to_end_ms=48.0), label="OpenVINO")
