@@ -58,7 +58,7 @@ def read_texts(name: str, column: str) -> list[str]:
     """Return captions or labels to train on, from a file as for `read_labels_file`, but larger.
 
     Args:
-        column: heading or key of the captions, before HEADINGS.
+        column: heading or key of the captions, before HEADINGS. In a table, these may have several lines.
 
     Raises:
         InputError: as `read_labels_file`.
@@ -70,7 +70,7 @@ def read_texts(name: str, column: str) -> list[str]:
             hint="name a file with one caption or label per line",
         )
     headings = (column.lower(), *HEADINGS)
-    return read_labels_file(path, max_bytes=MAX_TEXTS_BYTES, headings=headings)
+    return _read_list(path, max_bytes=MAX_TEXTS_BYTES, headings=headings, captions=True)
 
 
 def everyday_labels() -> list[str]:
@@ -152,11 +152,11 @@ def _require_single_label(word: str, *, alone: bool) -> None:
         )
 
 
-def read_labels_file(path: Path, *, max_bytes: int = MAX_FILE_BYTES, headings: Sequence[str] = HEADINGS) -> list[str]:
+def read_labels_file(path: Path) -> list[str]:
     """Read labels from a file of any of these forms, told apart by suffix:
 
     - text: one label per line; empty lines and lines that start with # and white space are skipped.
-    - .csv, .tsv: a column headed `label` (or another of `headings`), or the only column of a table without a heading;
+    - .csv, .tsv: a column headed `label` (or another of HEADINGS), or the only column of a table without a heading;
       commas, tabs, semicolons and bars separate columns.
     - .json, .yaml: a list, or an object with one under such a key; its items are names, or objects with a name. Also an
       object from class numbers to names, in the order of the numbers.
@@ -166,6 +166,10 @@ def read_labels_file(path: Path, *, max_bytes: int = MAX_FILE_BYTES, headings: S
         InputError: the file cannot be read, is not UTF-8, is not of the form of its suffix, or has no labels, or a list
             for one.
     """
+    return _read_list(path, max_bytes=MAX_FILE_BYTES, headings=HEADINGS, captions=False)
+
+
+def _read_list(path: Path, *, max_bytes: int, headings: Sequence[str], captions: bool) -> list[str]:
     if is_folder(path):
         raise InputError(f"The label file {path} is a folder.", hint="name a file with one label per line")
     try:
@@ -184,7 +188,7 @@ def read_labels_file(path: Path, *, max_bytes: int = MAX_FILE_BYTES, headings: S
     if suffix in STRUCTURED_SUFFIXES:
         labels = _from_structure(_parse(text, path), path, headings)
     elif suffix in TABLE_SUFFIXES:
-        labels = _from_table(text, path, headings)
+        labels = _from_table(text, path, headings, captions=captions)
     else:
         lines = (line.strip() for line in text_lines(text))
         labels = [line for line in lines if line and not _COMMENT.match(line)]
@@ -206,25 +210,26 @@ def read_labels_file(path: Path, *, max_bytes: int = MAX_FILE_BYTES, headings: S
     return labels
 
 
-def _from_table(text: str, path: Path, headings: Sequence[str]) -> list[str]:
+def _from_table(text: str, path: Path, headings: Sequence[str], *, captions: bool) -> list[str]:
     first = re.split(r"[\r\n]", text, maxsplit=1)[0]
     separator = _table_separator(first, TABLE_SUFFIXES[path.suffix.lower()], headings)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows: list[list[str]] = []
+    starts: list[int] = []  # the row's first line
     try:
+        last = 0
         for row in reader:
-            if any("\n" in cell or "\r" in cell for cell in row):
-                raise InputError(
-                    f"The label file {path}, line {reader.line_num}: a quoted field holds several lines.",
-                    hint="write each text on one line, and close the quote, if it was left open",
-                )
+            start, last = last + 1, reader.line_num
             if rows and any(cell.strip() for cell in row[len(rows[0]) :]):
                 raise InputError(
-                    f"The label file {path}, line {reader.line_num}, has more fields than its first line.",
+                    f"The label file {path}, line {start}, has more fields than its first line.",
                     hint=f"put a text with {separator!r} in quotes, and a heading above each column",
                 )
+            if rows and any(_holds_rows(cell, column, len(rows[0]), separator) for column, cell in enumerate(row)):
+                raise _several_lines(path, start)
             if any(cell.strip() for cell in row):
                 rows.append(row)
+                starts.append(start)
     except csv.Error as error:
         raise InputError(
             f"The label file {path}, line {reader.line_num}: {error}.",
@@ -232,19 +237,53 @@ def _from_table(text: str, path: Path, headings: Sequence[str]) -> list[str]:
         ) from error
     if not rows:
         return []
+    number, header_rows = _column_number(rows, first, path, headings)
+    if not captions:
+        for start, row in zip(starts, rows, strict=True):
+            if len(text_lines("".join(row[number : number + 1]).strip())) > 1:
+                raise _several_lines(path, start)
+    return _column(rows[header_rows:], number)
+
+
+def _column_number(rows: Sequence[Sequence[str]], first: str, path: Path, headings: Sequence[str]) -> tuple[int, int]:
+    """Return which column has the labels, and how many rows are a heading.
+
+    Raises:
+        InputError: there are several columns, of which none has such a heading.
+    """
     header = [cell.strip().lower() for cell in rows[0]]
-    if columns := [_column(rows[1:], header.index(heading)) for heading in headings if heading in header]:
+    if numbers := [header.index(heading) for heading in headings if heading in header]:
         if headings[0] != HEADINGS[0] and headings[0] in header:  # asked for
-            return columns[0]
+            return numbers[0], 1
         # Beside class numbers, as under `label,name`, the names are meant.
-        return next((column for column in columns if not all(map(is_natural, column))), columns[0])
+        named = (number for number in numbers if not all(map(is_natural, _column(rows[1:], number))))
+        return next(named, numbers[0]), 1
     if max(map(len, rows)) > 1:
         raise InputError(
             f"The label file {path} has no column headed 'label'; its first line is {first.strip()!r}."
             f"{near_matches('label', header)}",
             hint="head the column of the labels: label",
         )
-    return _column(rows, 0)
+    return 0, 0
+
+
+def _holds_rows(cell: str, column: int, columns: int, separator: str) -> bool:
+    """Return whether a cell looks like several rows that a stray quote joined: each of its lines has their fields.
+
+    In prose, white space follows a comma, and a line may end with one.
+    """
+    if columns == 1 or not re.search(r"[\r\n]", cell):
+        return False
+    fields = [1 + len(re.findall(rf"{re.escape(separator)}(?=\S)", line)) for line in text_lines(cell) if line.strip()]
+    expected = [columns - column, *[columns] * (len(fields) - 2), column + 1]
+    return len(fields) > 1 and all(count >= least for count, least in zip(fields, expected, strict=True))
+
+
+def _several_lines(path: Path, line: int) -> InputError:
+    return InputError(
+        f"The label file {path}, line {line}: a quoted field holds several lines.",
+        hint="write each text on one line, and close the quote, if it was left open",
+    )
 
 
 def _table_separator(first: str, usual: str, headings: Sequence[str]) -> str:

@@ -208,9 +208,36 @@ def test_utf_16_without_a_mark_is_not_taken_for_labels(tmp_path: Path) -> None:
 
 def test_a_field_of_several_lines_is_refused_with_a_hint_that_fits(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text('label\n"a cat\non a mat"\n')
-    with pytest.raises(InputError, match=r"labels\.csv, line 3: a quoted field holds several lines") as refusal:
+    with pytest.raises(InputError, match=r"labels\.csv, line 2: a quoted field holds several lines") as refusal:
         read_labels_file(tmp_path / "labels.csv")
     assert refusal.value.hint.startswith("write each text on one line")
+
+
+def test_other_columns_and_captions_may_have_several_lines(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    rows = (
+        'filepath,title,"label\n"',
+        'a.jpg,"two\nlines",dog',
+        'b.jpg,"a cat, asleep\n\non a mat, red,\nand one, awake\n",cat',
+    )
+    path.write_text("\r\n".join(rows))
+    assert read_labels_file(path) == ["dog", "cat"]
+    texts = ["two\nlines", "a cat, asleep\n\non a mat, red,\nand one, awake"]
+    assert read_texts(str(path), "title") == texts
+    path.write_text('title\n"two\nlines"\none\n')
+    assert read_texts(str(path), "title") == ["two\nlines", "one"]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    ['dog,"a toy\ncat,a pet"\n', 'dog,"a toy\nhen,grey\ncat,a pet\npig,5"\n', '"dog,a toy\ncat",a pet\n'],
+)
+def test_rows_that_a_stray_quote_joined_are_refused(tmp_path: Path, rows: str) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(f"label,title\nbird,free\n{rows}")
+    for read in (read_labels_file, lambda path: read_texts(str(path), "title")):
+        with pytest.raises(InputError, match=r"table\.csv, line 3: a quoted field holds several lines"):
+            read(path)
 
 
 def test_only_line_ends_end_a_row_of_a_table(tmp_path: Path) -> None:
