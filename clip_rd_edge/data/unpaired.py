@@ -20,7 +20,7 @@ from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.data.load import load_pairs, names_shards, require_local
 from clip_rd_edge.data.pairs import Pairs, first_left_out
 from clip_rd_edge.data.shards.webdataset import SEPARATOR, ShardPairs, parse_sources
-from clip_rd_edge.data.tables.load import TablePairs, table_pairs
+from clip_rd_edge.data.tables.load import TablePairs, table_images
 from clip_rd_edge.data.tables.parquet import is_parquet, read_column
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, why_no_file
@@ -284,8 +284,8 @@ def load_images(source: str, *, column: str, reporter: Reporter = SILENT) -> Pai
     """Load images, as pairs whose captions mean nothing.
 
     Args:
-        source: a folder, which is searched with its subfolders; WebDataset shards; a table with a column of paths; or
-            `emoji`.
+        source: a folder, which is searched with its subfolders; WebDataset shards; a table with a column of paths, of
+            which each counts once; or `emoji`.
         column: name of the table's column.
 
     Raises:
@@ -308,8 +308,7 @@ def load_images(source: str, *, column: str, reporter: Reporter = SILENT) -> Pai
     elif Path(source).suffix.lower() in IMAGE_SUFFIXES:
         raise InputError(f"{source} is a single image; expected many.", hint="name the folder of the images")
     else:
-        # The path of an image takes the place of its caption.
-        images = table_pairs(Path(source), image_key=column, caption_key=column, reporter=reporter)
+        images = table_images(Path(source), column=column, reporter=reporter)
     if not len(images):
         raise InputError(
             f"{source} has no images.{first_left_out(images)}", hint="name a folder of images, a table or shards"

@@ -15,6 +15,7 @@ from PIL import Image
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.pairs import Pairs, fingerprint
+from clip_rd_edge.data.tables import load, text
 from clip_rd_edge.data.unpaired import (
     MixedSamples,
     TrainingData,
@@ -161,6 +162,22 @@ def test_images_from_a_table_with_one_column(frames: Path) -> None:
     images = load_images(str(table), column="filepath")
     assert widths(images) == [10, 14]
     assert "the image 'frames/gone.png' exists neither" in images.left_out[0]
+
+
+@pytest.mark.parametrize("rows", [1 << 30, -1], ids=["in memory", "indexed"])
+def test_an_image_with_several_captions_in_a_table_counts_once(
+    frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(load, "INDEXED_ROWS", rows)
+    monkeypatch.setattr(text, "_BLOCK_BYTES", 32)
+    table = frames.parent / "frames.csv"
+    names = ["0.png", "more/4.png", "gone.png"]
+    table.write_text("filepath,title\n" + "".join(f"frames/{name},{number}\n" for number in range(5) for name in names))
+    images = load_images(str(table), column="filepath")
+    assert widths(images) == [10, 14]
+    assert len(images.left_out) == 1
+    assert len(load_pairs(str(table))) == 10
 
 
 def test_images_from_shards_with_and_without_captions(

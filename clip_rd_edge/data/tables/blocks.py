@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from clip_rd_edge.data.tables.packed import PackedPairs, Pair
 from clip_rd_edge.errors import InputError, near_matches
@@ -79,21 +81,40 @@ class Table(Protocol):
         ...
 
 
-def read_blocks(table: Table, blocks: Iterable[Block]) -> Iterator[tuple[Block, list[str]]]:
+def read_blocks(
+    table: Table, blocks: Iterable[Block], *, images_once: bool = False
+) -> Iterator[tuple[Block, list[str]]]:
     """Yield the blocks of a table with messages about their rows that are no pairs.
 
     Args:
         blocks: what `table.read` returned for `table.places()`.
+        images_once: whether of several rows with one image, only the first counts, also among those that are no pairs.
 
     Raises:
         InputError: a part of the table cannot be read.
     """
+    seen = set[int]()
     for block in table.in_order(blocks):
         if block.fault:
             raise InputError(
                 f"{table.path}, {table.unit} {block.fault.number}: {block.fault.reason}.", hint=block.fault.hint
             )
-        yield block, [f"{table.path}, {table.unit} {number}: {reason}" for number, reason in block.left_out]
+        counted = _with_new_images(block, seen) if images_once else block
+        yield counted, [f"{table.path}, {table.unit} {number}: {reason}" for number, reason in counted.left_out]
+
+
+def _with_new_images(block: Block, seen: set[int]) -> Block:
+    """Return a block without the rows whose image is among those seen; adds its images to them, as hashes."""
+
+    def is_new(image: object) -> bool:
+        count = len(seen)
+        seen.add(hash(image))
+        return len(seen) > count
+
+    new = [is_new((pair.folder, pair.name)) for pair in block.pairs]
+    left_out = [(number, reason) for number, reason in block.left_out if is_new(reason)]  # which names the image
+    rows = block.pairs.rows[np.asarray(new, bool)]
+    return replace(block, pairs=replace(block.pairs, rows=rows), left_out=left_out)
 
 
 class PairFinder:

@@ -134,13 +134,16 @@ class IndexedTable:
                 )
 
 
-def index_table(table: Table, *, key: Sequence[str], reporter: Reporter = SILENT) -> IndexedTable:
+def index_table(
+    table: Table, *, key: Sequence[str], images_once: bool = False, reporter: Reporter = SILENT
+) -> IndexedTable:
     """Return the pairs of a table through its index, from the cache if the table's file is unchanged.
 
     The table is read by several processes. Of an index in the cache, some images' sizes are compared with the files.
 
     Args:
-        key: what the pairs depend on besides the file, such as the names of columns.
+        key: what the pairs depend on besides the file, such as the names of columns; a single one for `images_once`.
+        images_once: see `read_blocks`.
         reporter: receives the number of indexed blocks.
 
     Raises:
@@ -151,14 +154,13 @@ def index_table(table: Table, *, key: Sequence[str], reporter: Reporter = SILENT
     # in another folder, or lie in a folder that is a link.
     places = (table.path.resolve(), table.path.absolute(), table.path.parent.resolve(), Path.cwd())
     identity = [_FORMAT, *map(str, places), str(status.st_size), str(status.st_mtime_ns), *key]
-    pairs = IndexedTable(
-        str(table.path), kept_index("table-indices", identity, partial(_build, table=table, reporter=reporter))
-    )
+    build = partial(_build, table=table, images_once=images_once, reporter=reporter)
+    pairs = IndexedTable(str(table.path), kept_index("table-indices", identity, build))
     pairs.check_images()
     return pairs
 
 
-def _build(folder: Path, *, table: Table, reporter: Reporter) -> None:
+def _build(folder: Path, *, table: Table, images_once: bool, reporter: Reporter) -> None:
     count = left_out = done = 0
     digest = hashlib.sha256()
     with (
@@ -168,7 +170,8 @@ def _build(folder: Path, *, table: Table, reporter: Reporter) -> None:
         (folder / _LEFT_OUT).open("wb") as messages_file,
         ordered_map(parallel=True) as block_map,
     ):
-        for block, messages in read_blocks(table, block_map(table.read, table.places())):
+        blocks = block_map(table.read, table.places())
+        for block, messages in read_blocks(table, blocks, images_once=images_once):
             reporter.update(TABLE_STAGE, done, max(table.count, done))
             pairs = block.pairs
             rows_file.write(pairs.after(texts_file.tell(), folders_file.tell()).tobytes())

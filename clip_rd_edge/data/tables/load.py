@@ -75,6 +75,14 @@ def table_pairs(path: Path, *, image_key: str, caption_key: str, reporter: Repor
     return index_table(table, key=[image_key, caption_key], reporter=reporter)
 
 
+def table_images(path: Path, *, column: str, reporter: Reporter = SILENT) -> Pairs:
+    """Return the images of a table, each once, however many captions it has; otherwise as `table_pairs`."""
+    table = _open_table(path, image_key=column, caption_key=column)  # the path takes the place of the caption
+    if table.rows <= INDEXED_ROWS:
+        return _in_memory(table, images_once=True)
+    return index_table(table, key=[column], images_once=True, reporter=reporter)
+
+
 def read_table(path: Path, *, image_key: str, caption_key: str) -> TablePairs:
     """Read pairs from a table into memory; arguments and errors as for `data.load.load_pairs`.
 
@@ -97,11 +105,11 @@ def _open_table(path: Path, *, image_key: str, caption_key: str) -> Table:
     return open_csv(path, image_key, caption_key)
 
 
-def _in_memory(table: Table) -> TablePairs:
+def _in_memory(table: Table, *, images_once: bool = False) -> TablePairs:
     images: list[Path] = []
     captions: list[tuple[str, ...]] = []
     left_out: list[str] = []
-    for block, messages in read_blocks(table, map(table.read, table.places())):
+    for block, messages in read_blocks(table, map(table.read, table.places()), images_once=images_once):
         for pair in block.pairs:
             images.append(Path(pair.folder, pair.name))
             captions.append((pair.caption,))
