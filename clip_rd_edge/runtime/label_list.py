@@ -18,6 +18,7 @@ from clip_rd_edge.utils.checked import is_list_of_texts, is_natural
 from clip_rd_edge.utils.files import read_limited, text_lines
 from clip_rd_edge.utils.paths import exists, expand_home, is_folder, looks_like_path, near_files
 from clip_rd_edge.utils.printable import is_unicode
+from clip_rd_edge.utils.table_text import SEPARATOR_LINE, refuse_other_formats
 from clip_rd_edge.utils.yaml_text import parse_yaml
 
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
@@ -172,8 +173,10 @@ def read_labels_file(path: Path) -> list[str]:
 def _read_list(path: Path, *, max_bytes: int, headings: Sequence[str], captions: bool) -> list[str]:
     if is_folder(path):
         raise InputError(f"The label file {path} is a folder.", hint="name a file with one label per line")
+    content = read_limited(path, max_bytes)
+    refuse_other_formats(f"The label file {path}", content)
     try:
-        text = read_limited(path, max_bytes).decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"The label file {path} is not UTF-8 text: {error.reason} at byte {error.start}.",
@@ -211,15 +214,18 @@ def _read_list(path: Path, *, max_bytes: int, headings: Sequence[str], captions:
 
 
 def _from_table(text: str, path: Path, headings: Sequence[str], *, captions: bool) -> list[str]:
+    above = 0
+    if separator_line := re.match(SEPARATOR_LINE, text):
+        text, above = text[separator_line.end() :], 1
     first = re.split(r"[\r\n]", text, maxsplit=1)[0]
     separator = _table_separator(first, TABLE_SUFFIXES[path.suffix.lower()], headings)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows: list[list[str]] = []
     starts: list[int] = []  # the row's first line
     try:
-        last = 0
+        last = above
         for row in reader:
-            start, last = last + 1, reader.line_num
+            start, last = last + 1, above + reader.line_num
             if rows and any(cell.strip() for cell in row[len(rows[0]) :]):
                 raise InputError(
                     f"The label file {path}, line {start}, has more fields than its first line.",
@@ -232,7 +238,7 @@ def _from_table(text: str, path: Path, headings: Sequence[str], *, captions: boo
                 starts.append(start)
     except csv.Error as error:
         raise InputError(
-            f"The label file {path}, line {reader.line_num}: {error}.",
+            f"The label file {path}, line {above + reader.line_num}: {error}.",
             hint='a quote that begins a field must end it, and is doubled within it: "a 5"" nail"',
         ) from error
     if not rows:

@@ -24,6 +24,7 @@ from clip_rd_edge.data.tables.blocks import (
 )
 from clip_rd_edge.data.tables.packed import Pair, pack
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.table_text import SEPARATOR_LINE, refuse_other_formats
 
 SEPARATORS = (",", "\t", ";", "|")  # Excel writes semicolons where the comma is the decimal sign
 _MAX_HEADER = 100_000  # bytes
@@ -31,16 +32,8 @@ _BLOCK_BYTES = 1 << 21  # some 20,000 rows
 _MAX_LINE_BYTES = 1 << 24
 _ROW_BYTES = 100  # about: a path and a caption
 _BOM = b"\xef\xbb\xbf"
-_SEPARATOR_LINE = re.compile(rb"sep=[,\t;|](?:\r\n|\r|\n)")  # which tells Excel the separator, before the header
-# What files of other programs begin with, what they are, and what to do.
-_OTHERS = (
-    (
-        rb"PK\x03\x04",
-        "is a zip archive or an Excel workbook, and not a table as text",
-        "save the workbook as CSV in UTF-8, or unpack the archive",
-    ),
-    (rb"\x1f\x8b", "is compressed by gzip", "unpack it"),
-    (rb"ARROW1|FEA1", "is an Arrow or Feather file", "save it as Parquet or CSV"),
+_SEPARATOR_LINE = re.compile(SEPARATOR_LINE.encode())
+_OTHER_FORMATS = (
     (rb"\xff\xd8\xff|\x89PNG", "is an image, and not a table", "name a table of images and captions"),
     (rb"\s*[\[{]\s*[\[{\"]", "is JSON, and not a table", "write a CSV file with the columns filepath,title"),
 )
@@ -207,9 +200,7 @@ def open_csv(path: Path, image_key: str, caption_key: str) -> CsvTable:
 
 def _require_text(path: Path, head: bytes) -> None:
     """Refuse a file of another kind, by its first bytes without a mark of UTF-8."""
-    for beginning, kind, hint in _OTHERS:
-        if re.match(beginning, head):
-            raise InputError(f"{path} {kind}.", hint=hint)
+    refuse_other_formats(str(path), head, _OTHER_FORMATS)
     if b"\0" in (head.splitlines() or [b""])[0]:
         raise InputError(
             f"{path} is not UTF-8 text: its first line has NUL bytes, as UTF-16 has.", hint="save the table as UTF-8"
