@@ -213,10 +213,14 @@ def _require_bundle(bundle: Path, images: Sequence[str]) -> None:
 
 
 def _lines(stream: TextIO, *, null: bool) -> Iterator[str]:
-    """Yield the paths on a stream, one per line or each ended by NUL; nothing is read before the first is asked for."""
+    """Yield the paths on a stream, one per line or each ended by NUL; nothing is read before the first is asked for.
+
+    Windows' programs begin a list of lines with a byte order mark.
+    """
     if null:
         yield from stream.read().split("\0")
     else:
+        yield stream.readline().removeprefix("\ufeff").rstrip("\r\n")
         yield from (line.rstrip("\r\n") for line in stream)
 
 

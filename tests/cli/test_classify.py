@@ -90,6 +90,16 @@ def test_csv_has_one_row_for_an_image_with_a_line_break_in_its_name(
     assert [(Path(image).name, label) for image, _, label, _ in rows[1:]] == [(name, "red") for name in names]
 
 
+def test_a_list_on_stdin_may_be_of_windows(
+    command_line: Run, colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "".join(f"{colour_images / name}\r\n" for name in ("red.png", "blue.jpg"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"\ufeff{lines}"))
+    code, output, error = command_line("classify", colour_bundle, "-", *LABELS)
+    assert code == 0, error
+    assert len(output.splitlines()) == 2
+
+
 def test_many_images_from_stdin_are_classified_and_the_rate_is_printed(
     command_line: Run, colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
