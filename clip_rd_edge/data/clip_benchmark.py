@@ -15,7 +15,7 @@ from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.contract.templates import Templates, imagenet_templates
 from clip_rd_edge.data.shards.tar_samples import Kind
 from clip_rd_edge.data.shards.tars import Shard, TarMember, open_shard
-from clip_rd_edge.data.shards.webdataset import MAX_SHARDS, read_text
+from clip_rd_edge.data.shards.webdataset import JSON_KEY, MAX_SHARDS, json_captions, read_text
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.checked import is_natural
 from clip_rd_edge.utils.files import read_text_limited, text_lines
@@ -199,20 +199,35 @@ def shard_task(data_set: DataSet) -> Task:
 
 
 def retrieval_from_shards(name: str, shards: Sequence[Shard]) -> RetrievalTask:
-    """Return the retrieval task of shards with all captions in each .txt, one per line; raises as `shard_task`."""
+    """Return the retrieval task of shards with all captions in each .txt, one per line, or else in each .json.
+
+    Raises:
+        InputError: as `shard_task`.
+    """
     images: list[TarMember] = []
     captions: list[str] = []
     caption_images: list[int] = []
-    for image, text in _samples(shards, "text"):
-        lines = [line.strip() for line in text_lines(read_text(text)) if line.strip()]
-        if not lines:
-            raise InputError(f"{text} has no caption.")
-        captions += lines
-        caption_images += [len(images)] * len(lines)
+    for image, member in _samples(shards, "text", "json"):
+        texts = _captions(member)
+        captions += texts
+        caption_images += [len(images)] * len(texts)
         images.append(image)
     return RetrievalTask(
         name=name, images=tuple(images), captions=tuple(captions), caption_images=tuple(caption_images)
     )
+
+
+def _captions(member: TarMember) -> Sequence[str]:
+    """Return the lines of a .txt, or what the .json has at the key that training reads where there is no .txt."""
+    if member.name.endswith(".json"):
+        return json_captions(member, JSON_KEY, hint=_CAPTION_HINT)
+    lines = [line.strip() for line in text_lines(read_text(member)) if line.strip()]
+    if not lines:
+        raise InputError(f"{member} has no caption.")
+    return lines
+
+
+_CAPTION_HINT = f"write captions into a .txt of each sample, one per line, or into its .json at the key {JSON_KEY!r}"
 
 
 def _zero_shot_from_shards(data_set: DataSet, shards: Sequence[Shard]) -> ZeroShotTask:
@@ -251,16 +266,18 @@ def _shard_paths(data_set: DataSet) -> list[Path]:
     return [data_set.split / f"{number}.tar" for number in range(int(count))]
 
 
-def _samples(shards: Sequence[Shard], kind: Kind) -> list[tuple[TarMember, TarMember]]:
-    """Return the image and the class or text of every sample."""
+def _samples(shards: Sequence[Shard], *kinds: Kind) -> list[tuple[TarMember, TarMember]]:
+    """Return the image of every sample, and its class or text: of these kinds of files, the first that it has."""
     samples: list[tuple[TarMember, TarMember]] = []
     for shard in shards:
         if shard.damage:
             raise InputError(f"{shard.path}: {shard.damage}.", hint="copy the shard again")
         for index in range(len(shard)):
-            image, other = shard.member(index, "image"), shard.member(index, kind)
+            image = shard.member(index, "image")
+            other = next((member for kind in kinds if (member := shard.member(index, kind)) is not None), None)
             if image is None or other is None:
-                missing = "image" if image is None else kind
-                raise InputError(f"{shard.path}: {shard.name(index)} has no {missing}.")
+                missing = "image" if image is None else kinds[0]
+                hint = _CAPTION_HINT if missing == "text" else ""
+                raise InputError(f"{shard.path}: {shard.name(index)} has no {missing}.", hint=hint)
             samples.append((image, other))
     return samples

@@ -187,6 +187,23 @@ def test_an_exported_retrieval_data_set(retrieval_shards: Path) -> None:
     assert [open_image(image).size for image in task.images] == [(24, 20)] * 2
 
 
+def test_captions_of_a_task_may_be_in_a_json_as_in_training(
+    tmp_path: Path, write_tar: Factory, encode_image: Factory
+) -> None:
+    path = tmp_path / "0.tar"
+    members = {"a.png": encode_image(0), "a.json": b'{"caption": ["one", "two"]}', "b.png": encode_image(1)}
+    write_tar(path, members | {"b.json": b'{"caption": "another"}', "b.txt": b"three\nfour\n"})
+    task = load_task(str(path))
+    assert isinstance(task, RetrievalTask)
+    assert task.captions == ("one", "two", "three", "four")
+    assert task.caption_images == (0, 0, 1, 1)
+    for member, message in (({"b.json": b"{}"}, "b.json has no key 'caption'"), ({}, "0.tar: b has no text")):
+        write_tar(path, members | member)
+        with pytest.raises(InputError, match=message) as refusal:
+            load_task(str(path))
+        assert refusal.value.hint.startswith("write captions into a .txt of each sample")
+
+
 def test_a_hidden_tar_is_no_shard(retrieval_shards: Path) -> None:
     (retrieval_shards / "test" / "nshards.txt").unlink()
     task = load_task(str(retrieval_shards))

@@ -251,8 +251,13 @@ def read_json_member(member: TarMember) -> Any:
         raise InputError(f"{member} is not valid JSON for this: its values are nested too deep.") from error
 
 
-def json_captions(member: TarMember, key: str) -> tuple[str, ...]:
+def json_captions(
+    member: TarMember, key: str, *, hint: str = "name the key with --json-caption-key"
+) -> tuple[str, ...]:
     """Return the captions at a key of a .json, a string or a list of strings.
+
+    Args:
+        hint: what to do if there is no such key.
 
     Raises:
         InputError: the file is not valid JSON, or its key is missing or holds no text.
@@ -260,9 +265,7 @@ def json_captions(member: TarMember, key: str) -> tuple[str, ...]:
     content = read_json_member(member)
     if not isinstance(content, dict) or key not in content:
         known = [str(name) for name in content] if isinstance(content, dict) else []
-        raise InputError(
-            f"{member} has no key {key!r}.{near_matches(key, known)}", hint="name the key with --json-caption-key"
-        )
+        raise InputError(f"{member} has no key {key!r}.{near_matches(key, known)}", hint=hint)
     value = content[key]
     # img2dataset and exports of tables write null for an empty caption.
     captions = [caption for caption in (value if isinstance(value, list) else [value]) if caption is not None]
