@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
 from clip_rd_edge.contract.tokenizer import TokenIds
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadSamples, Pairs
+from clip_rd_edge.data.tables.blocks import MissingColumnError
 from clip_rd_edge.data.unpaired import TrainingData, load_samples, pair_count
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.label_list import read_texts
@@ -127,12 +129,14 @@ _HINT = "pass pairs like the inputs the model will see in use: --calibration pai
 def calibration_pairs(source: str | None, model: str) -> Pairs:
     """Load the pairs that `source` names, or else those that distillation.json in `model`'s folder names.
 
+    A table may have the columns of any table of pairs, or else those of the one that the model was trained on.
+
     Raises:
         UsageError: neither names any pairs, or those of distillation.json are not on this machine.
         InputError: `source` cannot be loaded.
     """
     if source is not None:
-        return load_pairs(source)
+        return _named_pairs(source, model)
     path = training_record_path(model_folder(model))
     refuse_unfinished_run(model)
     if path is None:
@@ -146,6 +150,14 @@ def calibration_pairs(source: str | None, model: str) -> Pairs:
         raise UsageError(
             f"INT8 needs calibration pairs, and the model's training pairs cannot be loaded: {error}", hint=_HINT
         ) from error
+
+
+def _named_pairs(source: str, model: str) -> Pairs:
+    with contextlib.suppress(MissingColumnError):
+        return load_pairs(source)
+    path = training_record_path(model_folder(model))
+    training = TrainingData() if path is None else _training_data(path)
+    return load_pairs(source, image_key=training.csv_img_key, caption_key=training.csv_caption_key)
 
 
 def calibration_max_bad(source: str | None, model: str) -> float:

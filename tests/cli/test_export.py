@@ -130,6 +130,7 @@ def test_the_training_pairs_are_the_default_for_calibration(run_folder: Path, pa
     (student / "distillation.json").write_text(json.dumps(record))
     assert calibration_pairs(None, str(tmp_path)).captions(3) == ("noise number 3",)
     assert calibration_pairs(str(pairs), str(run_folder)).name == str(pairs)
+    assert calibration_pairs(str(renamed), str(tmp_path)).captions(3) == ("noise number 3",)  # with the run's columns
     assert calibration_max_bad(None, str(tmp_path)) == 0.01
     record["configuration"]["max_bad"] = 0.3
     (student / "distillation.json").write_text(json.dumps(record))
@@ -138,6 +139,10 @@ def test_the_training_pairs_are_the_default_for_calibration(run_folder: Path, pa
     (student / "distillation.json").write_text("{}")
     with pytest.raises(UsageError, match=r"distillation\.json names no data"):
         calibration_pairs(None, str(tmp_path))
+    for model in (str(tmp_path), "ViT-B-32"):
+        with pytest.raises(InputError, match=r"renamed\.csv has no column 'filepath'") as refusal:
+            calibration_pairs(str(renamed), model)
+        assert refusal.value.hint.endswith(", or rename one to 'filepath'")  # alone where there is no such option
 
 
 def test_an_unknown_target_is_refused_with_the_list_of_targets(

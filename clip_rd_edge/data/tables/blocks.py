@@ -165,18 +165,22 @@ def _is_folder(path: str) -> bool:
         return False
 
 
+class MissingColumnError(InputError):
+    """A table has no column of a name."""
+
+
 def require_columns(path: Path, columns: Sequence[str], required: Mapping[str, str]) -> None:
-    """Raise InputError if a table lacks a column, or has several of that name.
+    """Raise MissingColumnError if a table lacks a column, and InputError if it has several of that name.
 
     Args:
         required: by name, the options that name them.
     """
     for key, option in required.items():
         if key not in columns:
-            raise InputError(
+            raise MissingColumnError(
                 f"{path} has no column {key!r}; its columns are {', '.join(map(repr, columns)) or 'none'}."
                 f"{near_matches(key, columns)}",
-                hint=f"name the column with {option}",
+                hint=f"name the column with {option}, or rename one to {key!r}",
             )
         if columns.count(key) > 1:  # pandas, and so open_clip, takes the first, and csv.DictReader the last
             raise InputError(
