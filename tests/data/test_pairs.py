@@ -4,6 +4,7 @@ import csv
 import errno
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -384,3 +385,17 @@ def test_rows_whose_images_the_machine_cannot_find_are_not_left_out(
     monkeypatch.setattr(os, "stat", failing)
     with pytest.raises(UnreachableError, match=r"5\.png: Input/output error"):
         load_pairs(str(pairs_csv))
+
+
+def test_an_image_whose_name_is_spelled_as_on_another_system_is_named(pairs_csv: Path) -> None:
+    picture = pairs_csv.parent / "pictures" / "0.png"
+    names = [unicodedata.normalize(form, "Größe.png") for form in ("NFC", "NFD")]
+    picture.with_name(names[0]).write_bytes(picture.read_bytes())
+    if os.sep == "\\" or picture.with_name(names[1]).exists():
+        pytest.skip("this system does not tell them apart")
+    with pairs_csv.open("a", encoding="utf-8") as file:
+        file.write(f"pictures/{names[1]},a cat\npictures\\0.png,a dog\npictures\\none.png,a pig\n")
+    unicode_form, windows, missing = load_pairs(str(pairs_csv)).left_out
+    assert unicode_form.endswith("does not exist; there is one whose name is written in another form of Unicode (NFC)")
+    assert windows.endswith(r"'pictures\\0.png' does not exist; there is one with / for each backslash")
+    assert "exists neither" in missing

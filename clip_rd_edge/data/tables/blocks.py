@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,6 +132,9 @@ class PairFinder:
         if image is None:
             if name and any(_is_folder(folder + name) for folder in ("", *self._folders)):
                 return f"the image {name!r} is a folder"
+            for other, difference in _other_spellings(name):
+                if self.image(other) is not None:
+                    return f"the image {name!r} does not exist; there is one {difference}"
             if Path(name).is_absolute():
                 return f"the image {name!r} does not exist"
             if len(self._folders) == 1:
@@ -156,6 +160,15 @@ class PairFinder:
             if stat.S_ISREG(status.st_mode):
                 return *os.path.split(path), status.st_size
         return None
+
+
+def _other_spellings(name: str) -> Iterator[tuple[str, str]]:
+    """Yield names that look like this one, or that it has on another system, and what is different about them."""
+    for form in ("NFC", "NFD"):
+        if (other := unicodedata.normalize(form, name)) != name:
+            yield other, f"whose name is written in another form of Unicode ({form})"
+    if "\\" in name:
+        yield name.replace("\\", "/"), "with / for each backslash"
 
 
 def _is_folder(path: str) -> bool:
