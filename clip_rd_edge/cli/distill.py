@@ -82,23 +82,20 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
     "--image-size",
     type=click.IntRange(16),
     metavar="PIXELS",
-    default=224,
-    show_default=True,
-    help="Edge of the input images in pixels.",
+    help="Edge of the input images in pixels.  [default: 224, or the trained model's]",
 )
 @_student(
-    "--text", default="standard", show_default=True, metavar="SIZE|MODEL",
+    "--text", metavar="SIZE|MODEL",
     shell_complete=completed_by(("tiny", "small", "standard", "teacher")),
     help="Size of the text tower: tiny, small, standard, or WIDTHxLAYERS such as 512x6; or the folder of a model, for "
-    "its text tower; or teacher, for that of the (first) teacher, of which only the projection is trained.",
+    "its text tower; or teacher, for that of the (first) teacher, of which only the projection is trained.  "
+    "[default: standard, or the trained model's]",
 )  # fmt: skip
 @_student(
     "--context-length",
     metavar="TOKENS",
     type=click.IntRange(4),
-    default=77,
-    show_default=True,
-    help="Max tokens per caption.",
+    help="Max tokens per caption.  [default: 77, or that of the model whose text tower it is]",
 )
 @_student(
     "--embedding-size",

@@ -52,7 +52,6 @@ LOCATIONS = frozenset(
     {"recipe_name", "data", "images", "texts", "teacher", "teacher_pretrained", "student"}
 ) | frozenset({"text", "pretrained_image", "pretrained_text", "teacher_cache", "tasks"})
 CROP_SCALE = (0.9, 1.0)  # of recipes that name no other
-CONTEXT_LENGTH = 77  # of runs that name no other; a text tower that they take from a model keeps its own
 MAX_WORKERS = 1_024  # loader processes
 MAX_BANK_SIZE = 2**24  # rows; of 512 dimensions, 32 GiB
 _Decay = Annotated[float, Meta(ge=0, lt=1)]
@@ -129,7 +128,8 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
             does not need a teacher.
         teacher_pretrained: weights of teachers that are named by an architecture alone.
         student: a preset, a timm architecture or a JSON configuration; or `local-dir:PATH` of a model to fine-tune.
-        image_size: edge of the student's input in pixels.
+        image_size: edge of the student's input in pixels. None, here and for the next two: that of a trained student,
+            or the default of a new one, see `distillation.student.with_default_shape`.
         text: see `models.student.text_size`; or the folder of a model, whose text tower the student takes; or `teacher`
             for that of the teacher, or of the first, which then needs `freeze_text`: its features are computed once per
             caption.
@@ -177,9 +177,9 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
     teacher: str | tuple[str, ...] | None = None
     teacher_pretrained: str | None = None
     student: str
-    image_size: Annotated[int, Meta(ge=1, le=MAX_EDGE)] = 224
-    text: str = "standard"
-    context_length: Annotated[int, Meta(ge=2, le=MAX_CONTEXT)] = CONTEXT_LENGTH
+    image_size: Annotated[int, Meta(ge=1, le=MAX_EDGE)] | None = None
+    text: str | None = None
+    context_length: Annotated[int, Meta(ge=2, le=MAX_CONTEXT)] | None = None
     embedding_size: Annotated[int, Meta(ge=0, le=MAX_EMBEDDING_SIZE)] = 0
     pretrained_image: str | None = None
     pretrained_text: str | None = None
@@ -268,11 +268,11 @@ class DistillOptions(TypedDict, total=False):
     batch_size: int | None
     learning_rate: float | None
     precision: Precision | None
-    image_size: int
-    text: AnyPath
+    image_size: int | None
+    text: AnyPath | None
     pretrained_image: AnyPath | None
     pretrained_text: AnyPath | None
-    context_length: int
+    context_length: int | None
     embedding_size: int
     teacher_cache: AnyPath | None
     views: int

@@ -63,6 +63,7 @@ from clip_rd_edge.distillation.processes.distributed import Processes, join_proc
 from clip_rd_edge.distillation.processes.roll_call import is_lost_connection, lost_error
 from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
+from clip_rd_edge.distillation.student import open_shape, with_default_shape, with_shape_of
 from clip_rd_edge.distillation.teachers.bank import make_bank, require_same_kind
 from clip_rd_edge.distillation.teachers.choosing import ChoosingTeacher, texts_to_choose_from
 from clip_rd_edge.distillation.teachers.embedding_store import CacheManifest, cache_folders, manifests, open_caches
@@ -225,7 +226,7 @@ def _run(
     tasks: Mapping[str, str],
 ) -> Path:
     processes.on_main(lambda: require_tracker(config.report_to))
-    config = msgspec.structs.replace(config, processes=processes.world_size)
+    config = with_default_shape(msgspec.structs.replace(config, processes=processes.world_size))
     main_config = processes.from_main(config)
     with processes.together():
         _require_same_options(main_config, config)
@@ -242,6 +243,7 @@ def _run(
         start = _without_initial_weights(config)
     setup = load_setup(start, name=run.resolve().name, processes=processes, reporter=reporter)
     setup = dataclasses.replace(setup, tasks=tasks)
+    config = with_shape_of(config, setup.student)
     steps = total_steps(config, setup.pairs)
     if state == "new":
         reporter.say(
@@ -373,7 +375,8 @@ def check_folder(
     if config.teacher_precision == "auto":
         config = _with_precision(config, teacher=old.teacher_precision)
     sources = sources_known_by_content(run, old, config)
-    if difference := first_difference(old, config, ignored=CHANGEABLE_ON_RESUME | sources):
+    decided = open_shape(config)  # by a model
+    if difference := first_difference(old, config, ignored=CHANGEABLE_ON_RESUME | sources | decided):
         raise UsageError(
             f"{run} holds a run with another configuration: {difference}.",
             hint="use the same options as before, or choose another -o",
@@ -386,7 +389,7 @@ def check_folder(
             f"the run started with {old.processes} processes and continues with {config.processes}: batches and loss "
             "stay the same, but batch norms and dropout see other parts of a batch"
         )
-    return config, "moved" if first_difference(old, config) else "same"
+    return config, "moved" if first_difference(old, config, ignored=CHANGEABLE_ON_RESUME | decided) else "same"
 
 
 def _with_precision_of_store(config: RunConfig) -> RunConfig:

@@ -12,7 +12,7 @@ import msgspec
 from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.distillation.batches.pixels import Crops, crops_for
-from clip_rd_edge.distillation.config import CONTEXT_LENGTH, RunConfig
+from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.quantized.tower import require_static_tower
 from clip_rd_edge.distillation.teachers.teacher import (
     ensemble_of,
@@ -20,7 +20,7 @@ from clip_rd_edge.distillation.teachers.teacher import (
     load_stored_teachers,
     load_teachers,
 )
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.image_config import copy_image_tower, with_image_of
 from clip_rd_edge.models.load import load_clip, read_open_clip_config, require_model
@@ -38,7 +38,7 @@ from clip_rd_edge.models.text.config import build_with_text_tower_of, with_text_
 from clip_rd_edge.models.text.weights import TOKENS, init_text_tower, init_token_embeddings
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
-_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(RunConfig)}
+_DEFAULT_SHAPE: dict[str, Any] = {"image_size": 224, "text": "standard", "context_length": 77}
 
 
 def make_student(
@@ -67,6 +67,34 @@ def make_student(
     return student
 
 
+def with_default_shape(config: RunConfig) -> RunConfig:
+    """Return the configuration with the shape of a new student, wherever no other was asked for.
+
+    None stays where a model decides: of a trained student, and for the context length of a text tower that is taken.
+    """
+    if model_folder(config.student) is not None:
+        return config
+    try:
+        require_student(config.student)
+    except ClipRdEdgeError:  # it may have been a trained student, of a finished run; otherwise it is refused later
+        return config
+    names = [name for name in open_shape(config) if name != "context_length" or not takes_text(config)]
+    return msgspec.structs.replace(config, **{name: _DEFAULT_SHAPE[name] for name in names})
+
+
+def open_shape(config: RunConfig) -> frozenset[str]:
+    """Return the fields of the student's shape that the configuration leaves open."""
+    return frozenset(name for name in _DEFAULT_SHAPE if getattr(config, name) is None)
+
+
+def with_shape_of(config: RunConfig, student: ClipModel) -> RunConfig:
+    """Return the configuration with the student's own shape; its text tower from Hugging Face has no size to name."""
+    shape = _shape_of(student)
+    if config.text is not None or student.has_hugging_face_text:
+        shape["text"] = config.text
+    return msgspec.structs.replace(config, **{name: shape[name] for name in _DEFAULT_SHAPE})
+
+
 def require_named_student(config: RunConfig) -> None:
     """Refuse a student or text tower whose name cannot be right; no weights are read, and nothing is built.
 
@@ -79,9 +107,11 @@ def require_named_student(config: RunConfig) -> None:
         require_student(config.student)
     else:
         require_model(config.student)
+    if config.text is None or config.text == TEACHER:
+        return
     if text_source(config) is not None:
         require_model(config.text)
-    elif config.text != TEACHER:
+    else:
         text_size(config.text)
 
 
@@ -115,24 +145,28 @@ def _student_to_train(config: RunConfig, teachers: Sequence[ClipModel], name: st
 
 def _require_shape(config: RunConfig, student: ClipModel) -> None:
     """Raise a UsageError if a trained student is asked to have another shape than it has."""
-    actual = {
-        "image_size": max(student.preprocessing.size),
-        "context_length": student.context_length,
-        "embedding_size": student.embedding_size,
-        "text": _text_size_of(student),
-    }
+    actual = _shape_of(student)
     asked_for = {name: getattr(config, name) for name in actual}
-    if config.text != TEACHER and text_source(config) is None:
+    if config.text is not None and not takes_text(config):
         size = text_size(config.text)
         asked_for["text"] = f"{size.width}x{size.layers}"
     for name, value in actual.items():
-        if asked_for[name] != value and getattr(config, name) != _DEFAULTS[name]:
+        if asked_for[name] not in (value, None, 0):  # 0: the embedding size of a teacher
             option = "--" + name.replace("_", "-")
             what = "text tower" if name == "text" else name.replace("_", " ")
             raise UsageError(
                 f"{config.student} is trained, and its {what} is {value}; {getattr(config, name)} was asked for.",
                 hint=f"omit {option}, or name an architecture with --student",
             )
+
+
+def _shape_of(student: ClipModel) -> dict[str, Any]:
+    return {
+        "image_size": max(student.preprocessing.size),
+        "context_length": student.context_length,
+        "embedding_size": student.embedding_size,
+        "text": _text_size_of(student),
+    }
 
 
 def _text_size_of(student: ClipModel) -> str:
@@ -145,7 +179,12 @@ def _text_size_of(student: ClipModel) -> str:
 
 def text_source(config: RunConfig) -> Path | None:
     """Return the folder of the model whose text tower a new student takes; None for a new tower, or the teacher's."""
-    return None if config.text in (TEACHER, *TEXT_SIZES) else model_folder(config.text)
+    return None if config.text is None or config.text in (TEACHER, *TEXT_SIZES) else model_folder(config.text)
+
+
+def takes_text(config: RunConfig) -> bool:
+    """Return whether a new student takes the text tower of a model, which may be its teacher."""
+    return config.text == TEACHER or text_source(config) is not None
 
 
 def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) -> ClipModel:
@@ -157,7 +196,9 @@ def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) 
         )
     architecture = _student_architecture(config, teachers)
     if source is not None:
-        return build_with_text_tower_of(_load_text_source(config, source), architecture, name=name)
+        text_model = load_clip(str(source))
+        _require_context_length(config, text_model)
+        return build_with_text_tower_of(text_model, architecture, name=name)
     if config.text != TEACHER:
         return build_student(architecture, name=name)
     if not teachers:
@@ -165,36 +206,28 @@ def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) 
             f"The student is to have its teacher's text tower, but the recipe {config.recipe_name} has no teacher.",
             hint="choose another --text, or another --recipe",
         )
+    _require_context_length(config, teachers[0])
     return build_with_text_tower_of(teachers[0], architecture, name=name)
 
 
-def _load_text_source(config: RunConfig, folder: Path) -> ClipModel:
-    """Load the model whose text tower a student takes, with its tokenizer and context length.
-
-    Raises:
-        UsageError: another context length was asked for.
-        InputError, ConfigError: it cannot be loaded.
-    """
-    clip = load_clip(str(folder))
-    if config.context_length not in (CONTEXT_LENGTH, clip.context_length):
+def _require_context_length(config: RunConfig, clip: ClipModel) -> None:
+    """Raise a UsageError if the student takes the text tower of a model, but another context length was asked for."""
+    if config.context_length not in (None, clip.context_length):
+        of = f"its teacher {clip.name}" if config.text == TEACHER else config.text
         raise UsageError(
-            f"The student takes the text tower of {config.text}, whose context length is {clip.context_length}; "
+            f"The student takes the text tower of {of}, whose context length is {clip.context_length}; "
             f"{config.context_length} was asked for.",
             hint="omit --context-length",
         )
-    return clip
 
 
 def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> dict[str, Any]:
     """Return the open_clip configuration of a new student, which may depend on those of the teachers."""
-    is_taken = config.text == TEACHER or text_source(config) is not None
-    architecture = student_config(
-        config.student,
-        embedding_size=config.embedding_size or _embedding_size(config, teachers),
-        image_size=config.image_size,
-        text="tiny" if is_taken else config.text,  # a placeholder that costs no time
-        context_length=config.context_length,
-    )
+    shape = {name: getattr(config, name) or default for name, default in _DEFAULT_SHAPE.items()}
+    if takes_text(config):
+        shape["text"] = "tiny"  # a placeholder that costs no time
+    embedding_size = config.embedding_size or _embedding_size(config, teachers)
+    architecture = student_config(config.student, embedding_size=embedding_size, **shape)
     if config.pretrained_image == TEACHER:
         if not teachers:
             raise UsageError(
@@ -239,6 +272,8 @@ def empty_student(config: RunConfig, *, name: str) -> ClipModel:
     """
     if model_folder(config.student) is not None:
         return load_clip(config.student)
+    if takes_text(config):  # in runs of older versions, the context length may be another than that of the tower
+        config = msgspec.structs.replace(config, context_length=None)
     depends = config.embedding_size == 0 or TEACHER in (config.text, config.pretrained_image, config.pretrained_text)
     return _build_student(config, load_teachers(config) if depends else (), name)
 

@@ -11,10 +11,9 @@ from typing import Annotated, Any
 import msgspec
 
 from clip_rd_edge.benchmarking.suite import Threads, find_suite
-from clip_rd_edge.distillation.config import CONTEXT_LENGTH, CROP_SCALE, Precision, Recipe, RunConfig, Seed, load_recipe
-from clip_rd_edge.distillation.student import crops_of, text_source
+from clip_rd_edge.distillation.config import CROP_SCALE, Precision, Recipe, RunConfig, Seed, load_recipe
+from clip_rd_edge.distillation.student import crops_of, takes_text
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.models.load import read_open_clip_config
 from clip_rd_edge.models.student import TEACHER
 from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat, PositiveFloat, PositiveInt
 from clip_rd_edge.utils.structs import convert, read_yaml
@@ -196,8 +195,7 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) ->
         caches: folder of the teacher's embeddings, with one cache per seed and crops, because views depend on these.
 
     Raises:
-        InputError, ConfigError: the student of a method with a teacher is unknown, or its file or that of a text tower
-            is invalid.
+        InputError, ConfigError: the student of a method with a teacher is unknown, or its file is invalid.
     """
     recipe = suite.recipe(run.method, run.student)
     needs_teacher = recipe.objective.needs_teacher
@@ -223,10 +221,8 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) ->
         evaluate_every=suite.evaluate_every,
         tasks=suite.tasks,
     )
-    if (source := text_source(config)) is not None:
-        own = read_open_clip_config(source)["model_cfg"].get("text_cfg", {}).get("context_length")
-        if own != suite.context_length:
-            config = msgspec.structs.replace(config, context_length=CONTEXT_LENGTH)
+    if takes_text(config):
+        config = msgspec.structs.replace(config, context_length=None)
     if not needs_teacher:
         return config
     return msgspec.structs.replace(config, teacher_cache=str(caches / _cache_name(config)))

@@ -33,6 +33,7 @@ from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.processes.signals import StopRequest
 from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.distillation.student import with_default_shape
 from clip_rd_edge.distillation.train import interrupted, save_if_best
 from clip_rd_edge.errors import (
     ClipRdEdgeError,
@@ -46,7 +47,8 @@ from clip_rd_edge.errors import (
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip, save_clip, training_facts
 from clip_rd_edge.models.student import build_student, student_config
-from clip_rd_edge.utils.structs import read_yaml
+from clip_rd_edge.utils.files import write_text
+from clip_rd_edge.utils.structs import read_yaml, to_yaml
 
 STEPS = 8
 
@@ -71,7 +73,7 @@ def config(pairs_csv: Path, teacher: Path) -> RunConfig:
 
 def fine_tuning(config: RunConfig, model: Path, **changes: Any) -> RunConfig:
     """Return a run that trains a trained model, of whatever shape that is."""
-    of_model = {"image_size": 224, "context_length": 77, **changes}
+    of_model = {"image_size": None, "context_length": None, "text": None, **changes}
     return msgspec.structs.replace(config, student=f"local-dir:{model}", **of_model)
 
 
@@ -742,6 +744,15 @@ def test_a_student_with_its_teachers_text_tower_trains_its_projection_and_resume
     assert {name for name in names if not torch.equal(before[name], after[name])} == {"text.text_projection"}
 
 
+def test_a_student_with_its_teachers_text_tower_has_its_context_length(config: RunConfig, tmp_path: Path) -> None:
+    kept = msgspec.structs.replace(config, text="teacher", freeze_text=True, context_length=77)
+    with pytest.raises(UsageError, match=r"tower of its teacher \w+, whose context length is 12; 77 was asked for"):
+        distil(kept, tmp_path / "run")
+    student = distil(msgspec.structs.replace(kept, context_length=None), tmp_path / "run")
+    assert load_clip(str(student)).context_length == 12
+    assert read_yaml(tmp_path / "run" / "config.yaml", RunConfig).context_length == 12
+
+
 def test_a_student_cannot_have_the_text_tower_of_no_teacher(config: RunConfig, tmp_path: Path) -> None:
     recipe = msgspec.structs.replace(config.recipe, objective=load_recipe("clip").objective)
     alone = msgspec.structs.replace(config, recipe=recipe, recipe_name="clip", text="teacher", freeze_text=True)
@@ -802,8 +813,12 @@ def test_the_saved_student_is_between_its_start_and_the_trained_weights(
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("image_size", 64), ("context_length", 9), ("embedding_size", 96), ("text", "tiny")]
-)
+    ("field", "value"),
+    [
+        ("image_size", 64), ("context_length", 9), ("embedding_size", 96), ("text", "tiny"),
+        ("image_size", 224), ("context_length", 77), ("text", "standard"),  # the defaults of new students
+    ],
+)  # fmt: skip
 def test_a_trained_student_is_not_asked_to_have_another_shape(
     config: RunConfig, teacher: Path, tmp_path: Path, field: str, value: int
 ) -> None:
@@ -811,6 +826,35 @@ def test_a_trained_student_is_not_asked_to_have_another_shape(
     with pytest.raises(UsageError, match=rf"is trained, and its {field.replace('_', ' ')}.* is \w+; {value} was asked"):
         distil(other, tmp_path / "run")
     assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_run_records_the_shape_of_its_trained_student(config: RunConfig, teacher: Path, tmp_path: Path) -> None:
+    run, tuned = tmp_path / "run", msgspec.structs.replace(fine_tuning(config, teacher), student=str(teacher))
+    with pytest.raises(MemoryError):
+        distil(tuned, run, on_step=stop_at(4))
+    # As older versions wrote it, whatever the student was.
+    of_older = {"image_size": 224, "text": "standard", "context_length": 77}
+    write_text(run / "config.yaml", to_yaml(msgspec.structs.replace(tuned, **of_older)))
+    student = distil(tuned, run, resume=True)
+    record = json.loads((student / "distillation.json").read_text())["configuration"]
+    shape = {"image_size": 48, "text": "64x1", "context_length": 12}
+    assert {name: record[name] for name in shape} == shape
+    assert distil(tuned, run, resume=True) == student  # which is finished
+    for changes in dict[str, Any](), shape:
+        distil(msgspec.structs.replace(tuned, **changes), tmp_path / "new", resume=True)
+        recorded = read_yaml(tmp_path / "new" / "config.yaml", RunConfig)
+        assert {name: getattr(recorded, name) for name in shape} == shape
+    shutil.rmtree(teacher)
+    assert distil(tuned, run, resume=True) == student
+
+
+def test_a_new_students_shape_has_defaults_that_a_resumed_run_keeps(config: RunConfig, tmp_path: Path) -> None:
+    left_open = {"image_size": None, "text": None, "context_length": None}
+    default = with_default_shape(msgspec.structs.replace(config, **left_open))
+    assert (default.image_size, default.text, default.context_length) == (224, "standard", 77)
+    distil(config, tmp_path / "run")
+    with pytest.raises(UsageError, match="another configuration: image_size: 160 → 224"):
+        distil(msgspec.structs.replace(config, **left_open), tmp_path / "run", resume=True)
 
 
 def test_a_trained_student_is_not_asked_to_have_its_teachers_text_tower(

@@ -24,6 +24,8 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.student import TEACHER, build_student, student_config
 from clip_rd_edge.models.text.weights import TOKENS
+from clip_rd_edge.utils.files import write_text
+from clip_rd_edge.utils.structs import read_yaml, to_yaml
 
 
 @pytest.fixture
@@ -151,11 +153,20 @@ def test_a_text_tower_that_was_replaced_is_noticed(text_taken: RunConfig, tmp_pa
 
 def test_the_text_tower_of_another_model_keeps_its_context_length(text_taken: RunConfig, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    other = msgspec.structs.replace(text_taken, context_length=8)
-    with pytest.raises(UsageError, match=r"text tower of .*texts, whose context length is 12; 8 was asked for"):
-        run_distillation(other, run, resume=False)
-    default = msgspec.structs.replace(text_taken, context_length=77)
-    assert load_clip(str(run_distillation(default, run, resume=False))).context_length == 12
+    for length in (8, 77):
+        other = msgspec.structs.replace(text_taken, context_length=length)
+        asked = rf"text tower of .*texts, whose context length is 12; {length} was asked for"
+        with pytest.raises(UsageError, match=asked):
+            run_distillation(other, run, resume=False)
+    default = msgspec.structs.replace(text_taken, context_length=None)
+    with pytest.raises(MemoryError):
+        run_distillation(default, run, resume=False, reporter=Watch(on_step=stop_at(3)))
+    recorded = read_yaml(run / "config.yaml", RunConfig)
+    assert recorded.context_length == 12
+    of_older = msgspec.structs.replace(recorded, context_length=77)  # as older versions recorded it
+    write_text(run / "config.yaml", to_yaml(of_older))
+    assert module.empty_student(of_older, name="watched").context_length == 12
+    assert load_clip(str(run_distillation(default, run, resume=True))).context_length == 12
 
 
 def test_a_students_file_that_was_edited_is_noticed_and_one_that_was_moved_is_not(

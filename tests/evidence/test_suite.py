@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from clip_rd_edge.distillation.config import CONTEXT_LENGTH
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.evidence.suite import EvidenceSuite, Method, read_evidence, run_config
 from clip_rd_edge.models.student import CONFIGS
@@ -62,13 +61,12 @@ def test_a_methods_text_tower_can_be_another_than_the_suites(suite: EvidenceSuit
 
 def test_a_text_tower_of_a_model_keeps_its_context_length(suite: EvidenceSuite, tmp_path: Path) -> None:
     run, lengths = next(suite.runs()), []
-    for own in (suite.context_length, 9):
-        text_cfg = {"context_length": own, "width": 64, "heads": 1, "layers": 1}
-        write_text(tmp_path / "open_clip_config.json", json.dumps({"model_cfg": {"text_cfg": text_cfg}}))
-        method = msgspec.structs.replace(run.method, text=str(tmp_path))
+    write_text(tmp_path / "open_clip_config.json", "{}")
+    for text in (None, str(tmp_path), "teacher"):
+        method = msgspec.structs.replace(run.method, text=text)
         config = run_config(suite, dataclasses.replace(run, method=method), teacher="t", caches=Path("c"))
         lengths.append(config.context_length)
-    assert lengths == [suite.context_length, CONTEXT_LENGTH]  # the default, which takes the model's
+    assert lengths == [suite.context_length, None, None]  # the model's
 
 
 def test_a_method_can_take_other_steps_than_the_suites(suite: EvidenceSuite) -> None:

@@ -206,7 +206,7 @@ def test_students_start_from_the_same_text_tower_and_one_has_a_teacher(tmp_path:
     configs = configurations(Settings(folder=tmp_path))
     cache, trimmed = str(tmp_path / "teacher-cache"), str(tmp_path / "trimmed")
     assert {name: (c.recipe_name, c.text, c.freeze_text, c.views, c.teacher_cache) for name, c in configs.items()} == {
-        "teacher": ("clip", "standard", True, 0, None),
+        "teacher": ("clip", None, True, 0, None),
         "student": ("clip-rd-bank", trimmed, False, 5, cache),
         "student-alone": ("clip", trimmed, False, 5, None),
     }
