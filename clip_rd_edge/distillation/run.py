@@ -73,6 +73,7 @@ from clip_rd_edge.distillation.teachers.teacher import (
     CachedTeacher,
     LiveTeacher,
     Teacher,
+    refuse_idle_teacher,
 )
 from clip_rd_edge.distillation.train import caption_batch, encoder_of, prepare, step_settings, total_steps, train
 from clip_rd_edge.errors import (
@@ -233,6 +234,9 @@ def _run(
     # Only the main process needs to see the run's folder: machines need not share their files.
     main_config, state = processes.on_main(lambda: check_folder(config, run, resume=resume, reporter=reporter))
     config = msgspec.structs.replace(main_config, **{name: getattr(config, name) for name in LOCATIONS})
+    if state == "new":  # older versions began such runs, which can be resumed
+        with processes.together():
+            refuse_idle_teacher(config)
     is_finished = processes.from_main((run / STUDENT_FOLDER / WEIGHTS_FILE).is_file())
     if is_finished and state != "moved":
         change = processes.on_main(lambda: _change_since(config, run))

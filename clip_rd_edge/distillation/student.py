@@ -132,6 +132,12 @@ def _student_to_train(config: RunConfig, teachers: Sequence[ClipModel], name: st
             hint="omit --tuned-share, or name a trained model with --student",
         )
     student = _build_student(config, teachers, name)
+    if config.pretrained_text in (TEACHER, TOKENS) and not teachers:
+        raise UsageError(
+            f"The student's text tower is to start from its teacher, but the recipe {config.recipe_name} has no "
+            "teacher.",
+            hint="choose another --pretrained-text, or another --recipe",
+        )
     if config.pretrained_image == TEACHER:
         reporter.say(copy_image_tower(student, teachers[0]))
     elif config.pretrained_image:

@@ -170,7 +170,7 @@ def test_embeddings_of_frames_and_labels_are_computed_once(
         (("--images", "--texts", "--template"), (), "There are no training data"),
         (("--texts", "--template"), (), "There are images, but no captions to train on"),
         (
-            ("--images",),
+            ("--images", "--teacher"),
             ("--batch-size", "4", "--recipe", "clip"),
             "The recipe clip trains on images, of which there are none",
         ),
@@ -184,7 +184,7 @@ def test_embeddings_of_frames_and_labels_are_computed_once(
         ((), ("--texts", "nowhere.txt"), "Cannot read nowhere.txt"),
         ((), ("--template", "a picture"), "has no {} for the label's name"),
         ((), ("--batch-size", "25"), "has only 24 samples"),
-        ((), ("--recipe", "clip"), "The recipe clip trains on pairs of images and captions alone"),
+        (("--teacher",), ("--recipe", "clip"), "The recipe clip trains on pairs of images and captions alone"),
         ((), ("--train-data-upsampling-factors", "1::2"), "apply only to shards"),
     ],
 )

@@ -94,10 +94,12 @@ def test_token_embeddings_are_initialised_once_in_a_run(
     assert starts == [["teacher"], ["teacher"]]  # of the run without interruption, and of the other before it
 
 
-def test_token_embeddings_need_a_teacher(pairs_csv: Path, tmp_path: Path) -> None:
-    config = tiny_run("clip", {"steps": 6, "batch_size": 6}, pretrained_text=TOKENS, data=str(pairs_csv))
-    with pytest.raises(InputError, match="--pretrained-text tokens needs a teacher"):
+@pytest.mark.parametrize("start", [TOKENS, TEACHER])
+def test_a_text_tower_cannot_start_from_no_teacher(pairs_csv: Path, tmp_path: Path, start: str) -> None:
+    config = tiny_run("clip", {"steps": 6, "batch_size": 6}, pretrained_text=start, data=str(pairs_csv))
+    with pytest.raises(UsageError, match="start from its teacher, but the recipe clip has no teacher") as error:
         run_distillation(config, tmp_path / "run", resume=False, reporter=Watch())
+    assert error.value.hint == "choose another --pretrained-text, or another --recipe"
 
 
 def test_a_student_takes_the_text_tower_of_another_model(pairs_csv: Path, tmp_path: Path) -> None:

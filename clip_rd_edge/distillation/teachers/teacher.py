@@ -20,6 +20,7 @@ from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.text.captions import CaptionTower
+from clip_rd_edge.utils.printable import shown_sources
 
 
 def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
@@ -64,10 +65,28 @@ def load_models_to_embed_with(config: RunConfig) -> tuple[ClipModel, ...]:
         UsageError: the recipe has none.
         InputError, ConfigError: one cannot be loaded.
     """
-    teachers = load_teachers(config)
-    if not teachers:
+    require_teaching_recipe(config)
+    return load_teachers(config)
+
+
+def require_teaching_recipe(config: RunConfig) -> None:
+    """Raise UsageError if the recipe has no teacher."""
+    if not config.recipe.objective.needs_teacher:
         raise UsageError(f"The recipe {config.recipe_name} has no teacher.", hint="name another --recipe")
-    return teachers
+
+
+def refuse_idle_teacher(config: RunConfig) -> None:
+    """Raise UsageError if a teacher is named, or what belongs to one, but the recipe has none."""
+    if config.recipe.objective.needs_teacher:
+        return
+    named = {"teacher": config.teachers, "teacher_pretrained": config.teacher_pretrained}
+    for name, value in {**named, "teacher_cache": config.teacher_cache}.items():
+        if value:
+            shown = shown_sources([value] if isinstance(value, str) else value)
+            raise UsageError(
+                f"The recipe {config.recipe_name} has no teacher, but {name} is {' and '.join(shown)}.",
+                hint=f"omit --{name.replace('_', '-')}, or name a recipe with a teacher: --recipe clip-rd",
+            )
 
 
 def load_stored_teachers(config: RunConfig) -> StoredTeachers | None:
