@@ -15,13 +15,13 @@ import msgspec
 from clip_rd_edge.benchmarking.accuracy import evaluate
 from clip_rd_edge.benchmarking.answer_cache import task_state
 from clip_rd_edge.benchmarking.metrics import Interval, Score, primary_interval, primary_metric
-from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE
+from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE, read_training_record
 from clip_rd_edge.contract.task import Task
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.processes.distributed import require_one_process
 from clip_rd_edge.distillation.processes.signals import stop_on_signals
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
-from clip_rd_edge.distillation.teachers.teacher import require_use_of_weights, teacher_weights
+from clip_rd_edge.distillation.teachers.teacher import require_teaching_recipe, require_use_of_weights, teacher_weights
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -111,19 +111,20 @@ def probe_teachers(
         tasks: what teachers and students are measured on.
 
     Raises:
-        UsageError: a teacher is named twice, there is no task or no teacher, `folder` holds other runs, or several
-            processes were started.
+        UsageError: a teacher is named twice, there is no task or no teacher, also in the recipe, `folder` holds other
+            runs, or several processes were started.
         InputError, ConfigError: a teacher, the data or the student cannot be used.
         InterruptedRunError: a signal requested a stop.
     """
     require_one_process("Teachers are ranked", hint=WITHOUT_TORCHRUN)
     _require_comparison(teachers, tasks)
+    require_teaching_recipe(config)
     require_use_of_weights(config, teachers)
     for name in teachers:  # all, before the first has run
         require_model(name, pretrained=teacher_weights(config, name))
     fingerprints = {task.name: hashlib.sha256(task_state(task).encode()).hexdigest() for task in tasks}
     known = _measured_before(folder, fingerprints)
-    probed = list[ProbedTeacher]()
+    probed, steps = list[ProbedTeacher](), config.recipe.steps
     with stop_on_signals(), resumed_by_the_same_call(), _removed_if_empty(folder):
         for number, (name, run) in enumerate(zip(teachers, _folders(teachers), strict=True), start=1):
             reporter.begin(name, number, len(teachers))
@@ -133,6 +134,8 @@ def probe_teachers(
             own = msgspec.structs.replace(config, teacher=name, teacher_pretrained=weights, teacher_cache=store)
             # Also called for a finished run: it refuses one with other settings.
             student = run_distillation(own, folder / run, resume=True, reporter=reporter)
+            # With epochs, as many as the data give; and the same of each teacher.
+            steps = int(read_training_record(str(student)).get("steps", config.recipe.steps))
             sha256 = sha256_of(student / WEIGHTS_FILE)
             if name in known and known[name].student_sha256 == sha256:
                 probed.append(known[name])
@@ -146,8 +149,8 @@ def probe_teachers(
                     student_sha256=sha256,
                 )
             )
-            write_bytes(folder / RESULT, to_json(_ranked(config, probed, fingerprints)))
-    probe = _ranked(config, probed, fingerprints)
+            write_bytes(folder / RESULT, to_json(_ranked(config.student, steps, probed, fingerprints)))
+    probe = _ranked(config.student, steps, probed, fingerprints)
     write_bytes(folder / RESULT, to_json(probe))  # also the last teachers, if they were measured before
     return probe
 
@@ -189,9 +192,9 @@ def _scores(clip: ClipModel, tasks: Sequence[Task]) -> dict[str, Score]:
     return {task.name: evaluate(encoder, task) for task in tasks}
 
 
-def _ranked(config: RunConfig, probed: Sequence[ProbedTeacher], fingerprints: dict[str, str]) -> Probe:
+def _ranked(student: str, steps: int, probed: Sequence[ProbedTeacher], fingerprints: dict[str, str]) -> Probe:
     ranking = sorted(probed, key=lambda teacher: teacher.student_mean, reverse=True)
-    return Probe(config.student, config.recipe.steps, tuple(ranking), fingerprints)
+    return Probe(student, steps, tuple(ranking), fingerprints)
 
 
 def _measured_before(folder: Path, fingerprints: dict[str, str]) -> dict[str, ProbedTeacher]:

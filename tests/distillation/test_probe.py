@@ -82,6 +82,20 @@ def test_teachers_are_ranked_by_what_a_student_learned(
     assert configs[0] == configs[1]  # the seed and all else are the same
 
 
+def test_a_recipe_without_a_teacher_ranks_none(source: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="The recipe clip has no teacher"):
+        edge.probe_teachers(**source, recipe="clip", tasks=str(source["data"]), output=tmp_path / "probe")
+    assert not (tmp_path / "probe").exists()
+
+
+def test_the_steps_of_a_probe_may_be_those_of_epochs(
+    source: dict[str, Any], evaluations: list[str], tmp_path: Path
+) -> None:
+    options = {**{name: value for name, value in source.items() if name != "steps"}, "epochs": 1}
+    for _ in ("at first", "finished"):
+        assert edge.probe_teachers(**options, tasks=str(source["data"]), output=tmp_path / "probe").steps == 4
+
+
 def test_an_interrupted_probe_goes_on_with_the_same_call(
     source: dict[str, Any], evaluations: list[str], tmp_path: Path
 ) -> None:
