@@ -65,15 +65,25 @@ class ClipModel:
 # Ids of this text tell tokenizers apart. Part of `model_fingerprint`, which is kept in files: it must stay.
 PROBE_TEXT = "A photo of two Cats, 42 dogs & a naïve zebra."
 _LOCATIONS = ("hf_model_name", "hf_tokenizer_name")  # often the path of a folder
+# What a text tower of transformers computes with beside its weights, in the configurations that open_clip can hold.
+# Other entries shape the weights, concern training, or depend on the version of transformers that wrote or read them.
+_HUGGING_FACE_FIELDS = (
+    "num_attention_heads", "num_heads", "encoder_attention_heads", "hidden_act", "activation_function",
+    "feed_forward_proj", "layer_norm_eps", "layer_norm_epsilon", "relative_attention_max_distance", "scale_embedding",
+    "is_decoder", "pad_token_id",
+)  # fmt: skip
 
 
 def model_fingerprint(clip: ClipModel) -> str:
     """Return a SHA-256 of all that a model computes with, independent of the files it was loaded from.
 
-    That is its weights in the order of their names, its configuration (such as the activation function), and its
-    tokenizer, by the ids of a text.
+    That is its weights in the order of their names, its configuration (such as the activation function), that of a text
+    tower of Hugging Face as far as it is not its type's default, and its tokenizer, by the ids of a text.
     """
-    digest = hashlib.sha256(json.dumps(_without_locations(clip.model_cfg), sort_keys=True, default=str).encode())
+    configuration = _without_locations(clip.model_cfg)
+    if hugging_face := _hugging_face_settings(clip):
+        configuration["hf_settings"] = hugging_face
+    digest = hashlib.sha256(json.dumps(configuration, sort_keys=True, default=str).encode())
     digest.update(np.asarray(clip.tokenizer([PROBE_TEXT])).tobytes())
     for name, tensor in sorted(clip.model.state_dict().items()):
         digest.update(name.encode())
@@ -90,6 +100,15 @@ def form_fingerprint(clip: ClipModel) -> str:
     ids = np.asarray(clip.tokenizer([PROBE_TEXT])).tolist()
     form = [_without_locations(clip.model_cfg), msgspec.to_builtins(clip.preprocessing), vocabulary, ids]
     return hashlib.sha256(json.dumps(form, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _hugging_face_settings(clip: ClipModel) -> dict[str, Any]:
+    config = getattr(text_module(clip.model), "config", None) if clip.has_hugging_face_text else None
+    if config is None:
+        return {}
+    default = type(config)()
+    values = {name: getattr(config, name, None) for name in _HUGGING_FACE_FIELDS}
+    return {name: value for name, value in values.items() if value != getattr(default, name, None)}
 
 
 def _without_locations(config: dict[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from text_towers import bert_clip
 
 from clip_rd_edge.models.clip import (
     ClipModel,
@@ -16,6 +20,7 @@ from clip_rd_edge.models.clip import (
     model_fingerprint,
     parameter_count,
 )
+from clip_rd_edge.models.load import load_clip, save_clip
 
 
 def test_a_model_of_the_same_weights_with_another_activation_is_another_model(
@@ -31,6 +36,30 @@ def test_the_place_of_a_text_tower_is_no_part_of_a_model(make_student: Callable[
     text_cfg = {**student.model_cfg["text_cfg"], "hf_model_name": "/elsewhere"}
     moved = dataclasses.replace(student, model_cfg={**student.model_cfg, "text_cfg": text_cfg})
     assert model_fingerprint(moved) == model_fingerprint(student)
+
+
+def test_the_configuration_of_a_text_tower_of_hugging_face_is_part_of_a_model(tmp_path: Path) -> None:
+    save_clip(tmp_path / "model", bert_clip(tmp_path / "bert"), provenance={})
+    file = tmp_path / "model" / "config.json"
+    written = json.loads(file.read_text())
+
+    def fingerprint(**changes: Any) -> str:
+        file.write_text(json.dumps({**written, **changes}))
+        return model_fingerprint(load_clip(str(tmp_path / "model")))
+
+    fingerprints = {
+        fingerprint(**changes)
+        for changes in ({}, {"hidden_act": "relu"}, {"num_attention_heads": 1}, {"layer_norm_eps": 1e-5})
+    }
+    assert len(fingerprints) == 4
+    assert fingerprint(transformers_version="4.45.0", use_cache=False, hidden_dropout_prob=0.0) in fingerprints
+    usual = load_clip(str(tmp_path / "model"))
+    config: Any = usual.model.get_submodule("text").config
+    config.num_attention_heads = type(config)().num_attention_heads
+    # With the defaults of its type, it is what it was before its configuration counted.
+    text_cfg = {name: value for name, value in usual.model_cfg["text_cfg"].items() if name != "hf_model_name"}
+    older = dataclasses.replace(usual, model_cfg={**usual.model_cfg, "text_cfg": text_cfg})
+    assert model_fingerprint(usual) == model_fingerprint(older)
 
 
 def test_branches_are_merged_in_a_copy_that_gives_the_same_embeddings(make_student: Callable[..., ClipModel]) -> None:
