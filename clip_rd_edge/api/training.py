@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from clip_rd_edge.api.measuring import load_tasks
-from clip_rd_edge.errors import ClipRdEdgeError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
 from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -133,7 +133,7 @@ def embed(
 
     Raises:
         UsageError: `output` holds something else, there is no cluster, or the teacher's embeddings are stored already.
-        InputError, ConfigError: the data, teacher or recipe is missing or invalid.
+        InputError, ConfigError: the data, teacher or recipe is missing or invalid, or the value of an option.
     """
     from clip_rd_edge.distillation.config import resolve
     from clip_rd_edge.distillation.teachers.embed import embed_teacher
@@ -150,6 +150,7 @@ def embed(
                 f"The teacher is {config.teacher}, whose embeddings are stored already; expected a model.",
                 hint="name a model with --teacher",
             )
+        _require_store_options(config, layout)
     if layout == "mobileclip":
         from clip_rd_edge.distillation.teachers.reinforce import reinforce
 
@@ -322,6 +323,16 @@ def watch(
     from clip_rd_edge.web.watch.app import serve
 
     serve(folder, in_background, host=host, port=port, ready=ready)
+
+
+def _require_store_options(config: RunConfig, layout: str) -> None:
+    """Raise ConfigError for values that a run may have, or that are none, but not a store of embeddings."""
+    if layout not in ("cache", "mobileclip"):
+        raise ConfigError(f"The layout is {layout!r}; expected cache or mobileclip.")
+    if config.views < 1:
+        raise ConfigError(f"views is {config.views}; expected at least 1: a store holds fixed views.")
+    if config.teacher_precision == "auto":
+        raise ConfigError("The precision is auto; expected fp32, bf16 or fp16: a store is not for one machine.")
 
 
 @contextmanager

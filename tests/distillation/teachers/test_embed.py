@@ -15,7 +15,7 @@ from support import one_worker, save_tiny_teacher
 
 import clip_rd_edge as edge
 from clip_rd_edge.distillation.teachers import embed, embedding_store
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +95,23 @@ def test_an_output_that_is_a_file_or_within_one_is_refused(source: dict[str, Any
 def test_a_recipe_without_a_teacher_is_refused(source: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="The recipe clip has no teacher"):
         edge.embed(output=tmp_path / "store", recipe="clip", **source)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "auto"}, "The precision is auto; expected fp32, bf16 or fp16"),
+        ({"views": 0}, "views is 0; expected at least 1"),
+        ({"views": 0, "layout": "mobileclip"}, "views is 0; expected at least 1"),
+        ({"layout": "MobileCLIP"}, "The layout is 'MobileCLIP'; expected cache or mobileclip"),
+    ],
+)
+def test_options_that_make_no_store_are_refused(
+    source: dict[str, Any], tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        edge.embed(output=tmp_path / "store", **{**source, **options})
+    assert not (tmp_path / "store").exists()
 
 
 CLUSTER = """
