@@ -192,7 +192,7 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 @_memory("--gradient-checkpointing", is_flag=True, help="Recompute activations in the backward pass, to save memory.")
 @_memory(
     "--accumulate", type=click.IntRange(1), default=1, show_default=True, metavar="N",
-    help="Chunks per batch, to save memory.",
+    help="Chunks per batch, to save memory; batch norms see one chunk at a time.",
 )  # fmt: skip
 @_memory(
     "--loss-block",
