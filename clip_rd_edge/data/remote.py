@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 import os
 import queue
-import re
-import ssl
 import subprocess
 import threading
 import time
@@ -25,9 +22,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from clip_rd_edge.data.shards.tar_scan import TarScan
-from clip_rd_edge.errors import InputError, MissingExtraError, causes
+from clip_rd_edge.data.store_errors import http_status, is_web, reason_of, refusal
+from clip_rd_edge.errors import InputError, MissingExtraError
 from clip_rd_edge.utils.files import disk_full_error
-from clip_rd_edge.utils.printable import shown_message, shown_source
+from clip_rd_edge.utils.printable import shown_source
 
 PIPE = "pipe:"
 _PART_BYTES = 8 << 20
@@ -42,18 +40,9 @@ _RETRY_LIMIT_S = 120.0  # from the first failure to the start of the last try
 _CONNECT_TIMEOUT_S = 30.0
 _READ_TIMEOUT_S = 60.0
 _GCS_READ_TIMEOUT_S = 15.0  # gcsfs tries six times itself, which no option changes
-_CREDENTIALS_HINT = (
-    "check the credentials that its store expects, such as AWS_PROFILE for s3:// or HF_TOKEN for hf://, and renew them "
-    "if they have expired"
-)
-# botocore's errors about a profile, or a login, that is not there; those about credentials say so in their names.
-_CREDENTIALS_ERRORS = ("ProfileNotFound", "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError")
-# Further ones about settings, beside ValueErrors.
-_SETTINGS_ERRORS = ("ParamValidationError", "InvalidConfigError", "ConfigParseError", "ConfigNotFound", "NoRegionError")
 # Under these names, file systems of fsspec say what changes with the content; without any, when it changed.
 _VERSION_KEYS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "VersionId", "LastModified")
 _OTHER_VERSION_KEYS = ("blob_id", "Last-Modified", "last_modified", "mtime", "modified", "modificationTime")
-_ERRNO = re.compile(r"^\[Errno \d+\] ")
 _T = TypeVar("_T")
 # All file systems in use, so that they outlive a fork. fsspec drops its parent's in a child, and a session that is then
 # collected removes its connections from the event queue that both processes share: the parent hears of no answer on
@@ -163,7 +152,9 @@ def _info(file_system: Any, path: str) -> dict[str, Any]:
     try:
         info: dict[str, Any] = file_system.info(path)
     except OSError as error:
-        if isinstance(error, PermissionError) or (_status(error) == 400 and not isinstance(error, FileNotFoundError)):
+        if isinstance(error, PermissionError) or (
+            http_status(error) == 400 and not isinstance(error, FileNotFoundError)
+        ):
             # The answer to this request says why; that to a request of the head says nothing.
             file_system.cat_file(path, start=0, end=1)
         raise
@@ -283,7 +274,7 @@ def _file_system(url: str) -> tuple[Any, str]:
         ) from error
     except ValueError as error:
         raise InputError(
-            f"{shown_source(url)} cannot be read: {_reason(error)}.", hint="use s3://, gs://, https:// or hf://"
+            f"{shown_source(url)} cannot be read: {reason_of(error)}.", hint="use s3://, gs://, https:// or hf://"
         ) from error
     _kept.add(file_system)
     return file_system, path
@@ -299,7 +290,7 @@ def _options(url: str) -> dict[str, Any]:
         return _beside_configured(("s3", "s3a"), "config_kwargs", retries={"total_max_attempts": 1})
     if url.startswith(("gs://", "gcs://")):
         return {"requests_timeout": _limits(_GCS_READ_TIMEOUT_S)}
-    if _is_web(url):
+    if is_web(url):
         # trust_env: the proxy of HTTPS_PROXY and NO_PROXY, and the passwords in ~/.netrc, as curl and urllib have them.
         limits = _limits(_READ_TIMEOUT_S)
         return _beside_configured(("http", "https"), "client_kwargs", timeout=limits, trust_env=True)
@@ -335,17 +326,17 @@ def _with_retries(
         except Exception as error:  # each file system raises its own types
             if disk_full_error(error):  # this machine's
                 raise
-            if refusal := _refusal(url, error):
+            if final := refusal(url, error):
                 _forget_file_systems()
-                raise refusal from error
+                raise final from error
             now = time.monotonic()
             first_failure = now if first_failure is None else first_failure
             left_s = first_failure + limit_s - now
-            status = _status(error)
+            status = http_status(error)
             is_final = status is not None and 300 <= status < 500 and status not in (408, 425, 429)
             if delay is None or left_s <= 0 or is_final:
                 raise InputError(
-                    f"The shard {shown_source(url)} could not be fetched: {_reason(error, url)}.",
+                    f"The shard {shown_source(url)} could not be fetched: {reason_of(error, url)}.",
                     hint="run the command by itself: it must write a whole tar"
                     if url.startswith(PIPE)
                     else "check that it can be reached; what was fetched is kept, so that another start continues",
@@ -358,90 +349,3 @@ def _forget_file_systems() -> None:
     """Let later calls connect anew, with the credentials and the region that are set then."""
     for kind in {type(file_system) for file_system in tuple(_kept)}:
         kind.clear_instance_cache()
-
-
-def _refusal(url: str, error: BaseException) -> InputError | None:
-    """Return the error for what no later try would change, if this is such an answer."""
-    status, reason, shard = _status(error), _reason(error, url), shown_source(url)
-    names = {type(cause).__name__ for cause in causes(error)}
-    # fsspec raises FileNotFoundError also for servers that cannot be reached; the cause is the difference.
-    if status == 404 or (isinstance(error, FileNotFoundError) and error.__cause__ is None):
-        return InputError(f"The shard {shard} does not exist{f': {reason}' if 'bucket' in reason else ''}.")
-    if any("Credential" in name for name in names) or names.intersection(_CREDENTIALS_ERRORS):
-        return InputError(f"The shard {shard} may not be read: {reason}.", hint=_CREDENTIALS_HINT)
-    if status in (401, 403) or isinstance(error, PermissionError):
-        hint = _CREDENTIALS_HINT
-        if "request time" in reason:  # such as "The difference between the request time and the current time …"
-            hint = "set this machine's clock, with which requests are signed"
-        elif _is_web(url) and "?" in url:
-            hint = "its signature may have expired: name the shards by new URLs, which --resume takes, too"
-        return InputError(f"The shard {shard} may not be read: {reason}.", hint=hint)
-    if status in (301, 400) and (region := _bucket_region(error)):
-        return InputError(
-            f"The bucket of the shard {shard} is in the region {region}, but was looked for in another one.",
-            hint=f"set the region: AWS_DEFAULT_REGION={region}",
-        )
-    if status == 400 and not _is_web(url):  # so S3 answers to a token that has expired
-        return InputError(f"The shard {shard} may not be read: {reason}.", hint=_CREDENTIALS_HINT)
-    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes(error)):
-        why = next(filter(None, (getattr(cause, "verify_message", "") for cause in causes(error))), reason)
-        return InputError(
-            f"The shard {shard} could not be fetched: its server's certificate is refused: {why}.",
-            hint="check this machine's clock, or name a file with your network's certificates: SSL_CERT_FILE, for "
-            "s3:// AWS_CA_BUNDLE",
-        )
-    if names.intersection(_SETTINGS_ERRORS) or any(map(_is_invalid_value, (error, error.__cause__))):
-        return InputError(
-            f"The shard {shard} could not be fetched: {reason}.",
-            hint="check its address, and the settings of its store, such as AWS_ENDPOINT_URL for s3://",
-        )
-    return None
-
-
-def _is_web(url: str) -> bool:
-    return url.startswith(("http://", "https://"))
-
-
-def _is_invalid_value(error: BaseException | None) -> bool:
-    """Return whether an error is about an address or a setting, and not about an answer that is no JSON, or no text."""
-    return isinstance(error, ValueError) and not isinstance(error, (json.JSONDecodeError, UnicodeError))
-
-
-def _bucket_region(error: BaseException) -> str | None:
-    """Return the region that an S3 store names in its answer to a request in another one."""
-    for cause in causes(error):
-        response = getattr(cause, "response", None)
-        if isinstance(response, dict):
-            region: str | None = response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
-            return region
-    return None
-
-
-def _status(error: BaseException) -> int | None:
-    """Return the HTTP status behind an error of aiohttp, botocore, huggingface_hub or gcsfs, if there is one."""
-    for cause in causes(error):
-        response = getattr(cause, "response", None)
-        if isinstance(response, dict):
-            return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
-        for status in (getattr(cause, "status", None), getattr(response, "status_code", None), _gcs_status(cause)):
-            if isinstance(status, int):
-                return status
-    return None
-
-
-def _gcs_status(error: BaseException) -> int | None:
-    if type(error).__name__ == "HttpError":
-        return getattr(error, "code", None)
-    # gcsfs says no more of a refusal than that.
-    return 403 if type(error) is OSError and str(error).startswith("Forbidden: ") else None
-
-
-def _reason(error: BaseException, url: str = "") -> str:
-    """Return the first line that an error says, or one of its causes, if it says nothing but the shard's URL.
-
-    So do fsspec's errors on servers that cannot be reached; its time-outs say nothing at all.
-    """
-    texts = (_ERRNO.sub("", str(cause).strip()) for cause in causes(error))
-    text = next((text for text in texts if text not in ("", url)), type(error).__name__)
-    first, *others = text.splitlines()
-    return shown_message(f"{first} {others[0].strip()}" if first.endswith(":") and others else first).rstrip(".")
