@@ -177,7 +177,6 @@ def recommend(results: AnyPath, *, budget_ms: float | None = None, min_accuracy:
     """
     import msgspec
 
-    from clip_rd_edge.benchmarking.regression import TOO_BUSY
     from clip_rd_edge.benchmarking.report.findings import busy_remark, recommendation
     from clip_rd_edge.benchmarking.results import read_results
 
@@ -190,7 +189,7 @@ def recommend(results: AnyPath, *, budget_ms: float | None = None, min_accuracy:
             f"{results} has nothing to choose a model by: no requirement, or no zero-shot task.",
             hint="give a requirement, such as --budget-ms 10",
         )
-    return " ".join([advice.replace("**", ""), *busy_remark(read, above=TOO_BUSY)])
+    return " ".join([advice.replace("**", ""), *busy_remark(read)])
 
 
 def spread(results: AnyPath | Sequence[AnyPath]) -> str:

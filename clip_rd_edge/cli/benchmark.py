@@ -133,13 +133,12 @@ def command(
             force=force,
             reporter=reporter,
         )
-    from clip_rd_edge.benchmarking.regression import TOO_BUSY
     from clip_rd_edge.benchmarking.report.findings import busy_remark, recommendation
     from clip_rd_edge.benchmarking.report.text import terminal_tables
 
     for table in terminal_tables(results, table_width()):
         print_table(table)
-    for remark in busy_remark(results, above=TOO_BUSY):
+    for remark in busy_remark(results):
         say(remark)
     if advice := recommendation(results):
         echo(advice.replace("**", ""), prose=True)

@@ -115,12 +115,12 @@ def headline(results: Results) -> list[str]:
         )
     sentences = sentences or [_summary(row, results) for row in results.rows]
     advice = recommendation(results)
-    warnings = [*busy_remark(results, above=TOO_BUSY), *_no_better_than_chance(results)]
+    warnings = [*busy_remark(results), *_no_better_than_chance(results)]
     return [*warnings, *sentences[:1], *([advice] if advice else []), *sentences[1:]]
 
 
-def busy_remark(results: Results, *, above: float) -> list[str]:
-    """Return a sentence or two on other processes, if their share of the machine was above this fraction."""
+def busy_remark(results: Results, *, above: float = TOO_BUSY) -> list[str]:
+    """Return a remark on other processes, if their share of the machine was above this fraction, else nothing."""
     if results.other_load is None or results.other_load <= above:
         return []
     return [
@@ -257,7 +257,7 @@ def _speed(results: Results, latency_ms: float, reference_ms: float) -> str:
     """Return how fast a model is against another, in bold unless the machine was too busy to tell."""
     ratio = formatting.ratio(max(reference_ms / latency_ms, latency_ms / reference_ms))
     speed = "as fast" if ratio == "1.0×" else f"{ratio} {'faster' if latency_ms < reference_ms else 'slower'}"
-    return speed if busy_remark(results, above=TOO_BUSY) else f"**{speed}**"
+    return speed if busy_remark(results) else f"**{speed}**"
 
 
 def _summary(row: RowResult, results: Results) -> str:

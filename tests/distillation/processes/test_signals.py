@@ -243,11 +243,9 @@ def test_a_run_that_stops_while_it_takes_a_batch_leaves_no_traceback_of_a_worker
     assert (worker.returncode, worker.stderr) == (1, "whatever else is wrong\n")
 
 
-@posix
-def test_a_worker_that_hangs_ends_when_the_run_does(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
-    monkeypatch.setattr(ViewDataset, "__getitem__", lambda *_: time.sleep(60))  # a batch takes six minutes
-    batches = step_loader(dataset(pairs_csv), StepSampler([24], 6, seed=0, start=0, stop=4), workers=1)
+def stop_while_waiting(pairs_csv: Path, *, workers: int) -> None:
+    """Stop a run that waits for its workers' first batch; they must end, too."""
+    batches = step_loader(dataset(pairs_csv), StepSampler([24], 6, seed=0, start=0, stop=4), workers=workers)
     interrupt = threading.Timer(1.0, terminate)
     with stop_on_signals():
         interrupt.start()
@@ -255,21 +253,21 @@ def test_a_worker_that_hangs_ends_when_the_run_does(pairs_csv: Path, monkeypatch
             next(batches)
     batches.close()  # type: ignore[attr-defined]
     assert wait_until(lambda: not multiprocessing.active_children())
+
+
+@posix
+def test_a_worker_that_hangs_ends_when_the_run_does(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr(ViewDataset, "__getitem__", lambda *_: time.sleep(60))  # a batch takes six minutes
+    stop_while_waiting(pairs_csv, workers=1)
 
 
 @posix
 def test_workers_that_hang_end_together(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 30.0)  # for each worker in turn
     monkeypatch.setattr(ViewDataset, "__getitem__", lambda *_: time.sleep(600))
-    batches = step_loader(dataset(pairs_csv), StepSampler([24], 6, seed=0, start=0, stop=4), workers=2)
-    interrupt = threading.Timer(1.0, terminate)
     started = time.monotonic()
-    with stop_on_signals():
-        interrupt.start()
-        with pytest.raises(Stopped):
-            next(batches)
-    batches.close()  # type: ignore[attr-defined]
-    assert wait_until(lambda: not multiprocessing.active_children())
+    stop_while_waiting(pairs_csv, workers=2)
     assert time.monotonic() - started < 25
 
 
