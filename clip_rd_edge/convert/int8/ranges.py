@@ -17,6 +17,7 @@ from clip_rd_edge.runtime.backends.session import open_session
 
 _PERCENTILE = 99.99  # a few outliers would widen the range and cost all other values their resolution
 _MAX_VALUES = 50_000  # per activation: using all of them takes minutes
+_SYMMETRIC = 1e-3  # relative
 
 
 def subsample(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -35,6 +36,17 @@ def range_without_outliers(values: npt.NDArray[Any]) -> tuple[float, float]:
     with np.errstate(invalid="ignore"):  # interpolating between two infinities of a causal mask is invalid
         low, high = np.percentile(subsample(values), [100 - _PERCENTILE, _PERCENTILE])
     return float(low), float(high)
+
+
+def range_without_ties(low: Any, high: Any) -> tuple[Any, Any]:
+    """Return a range for U8; one that reaches as far below 0 as above gets one more level below.
+
+    Pixels p in 0…255 with mean and standard deviation 0.5 become 2p/255 - 1. U8 over [-1, 1] has steps of 2/255, too,
+    and 0 on a level: each pixel lies between two of them, and rounding goes by the last bit of a sum, which differs by
+    processor. In steps of 1/127 they do not, and no end is clipped.
+    """
+    symmetric = high > 0 and abs(low + high) <= _SYMMETRIC * high
+    return (-high * np.float32(128 / 127), high) if symmetric else (low, high)
 
 
 _BATCH_SIZE = 8

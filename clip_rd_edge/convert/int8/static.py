@@ -13,7 +13,13 @@ import onnx
 from onnx import helper, numpy_helper
 
 from clip_rd_edge.convert.graph import LAYERS, file_content, float_tensors, output_axis, silently, weighted_layers
-from clip_rd_edge.convert.int8.ranges import Ranges, activation_batches, entropy_ranges, measure_ranges
+from clip_rd_edge.convert.int8.ranges import (
+    Ranges,
+    activation_batches,
+    entropy_ranges,
+    measure_ranges,
+    range_without_ties,
+)
 from clip_rd_edge.convert.int8.rounding import RoundedLayers
 from clip_rd_edge.convert.options import WeightBits
 from clip_rd_edge.convert.parity import Inputs
@@ -69,6 +75,7 @@ class StaticQuantizer:
             ranges = self._entropy_ranges
         else:
             ranges = self._ranges.min_max if method == "min-max" else self._ranges.percentile
+        ranges = {name: range_without_ties(*bounds) for name, bounds in ranges.items()}
         model = copy.deepcopy(self._model)
         if self._rounded:
             self._rounded.replace(model, layers)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from clip_rd_edge.convert.int8.ranges import range_without_outliers
+from clip_rd_edge.convert.int8.ranges import range_without_outliers, range_without_ties
 from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT
 
 _UINT8 = (0, 255)
@@ -83,7 +83,8 @@ class RangeObserver:
     def write_to(self, ranges: ActivationRanges) -> None:
         """Set `ranges` to the mean of the batches' percentiles, as the exporter does, extended to include 0."""
         table = torch.tensor([[row[index] for index in range(len(row))] for row in self._batches])  # (batches, n, 2)
-        low, high = table.mean(dim=0).unbind(dim=1)
+        means = [range_without_ties(low, high) for low, high in table.mean(dim=0).tolist()]
+        low, high = torch.tensor(means).unbind(dim=1)
         ranges.low, ranges.high = low.clamp(max=0), high.clamp(min=0)
 
 

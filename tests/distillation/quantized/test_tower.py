@@ -56,7 +56,8 @@ def make_student(trunk: str) -> ClipModel:
 def make_pixels() -> Pixels:
     rng = np.random.default_rng(0)
     coarse = rng.uniform(-1, 1, (32, 3, 8, 8)).repeat(8, axis=2).repeat(8, axis=3)
-    return (coarse + 0.3 * rng.standard_normal((32, 3, SIZE, SIZE))).astype(np.float32)
+    pixels = coarse + 0.3 * rng.standard_normal((32, 3, SIZE, SIZE))
+    return (np.rint(255 * (pixels.clip(-1, 1) + 1) / 2) / 255 * 2 - 1).astype(np.float32)  # of 8 bits
 
 
 def quantized(clip: ClipModel, pixels: Pixels) -> QuantizedTower:
