@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -188,7 +189,8 @@ def open_image_tower(encoder: TowerEncoder) -> None:
 def _lower_priority() -> None:
     """Let the model's threads run first."""
     if sys.platform == "linux":  # where priorities are per thread
-        os.setpriority(os.PRIO_PROCESS, 0, min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10))
+        with suppress(OSError):  # services and containers may be forbidden to
+            os.setpriority(os.PRIO_PROCESS, 0, min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,19 @@ def test_an_error_of_the_model_reaches_the_caller(
     monkeypatch.setattr(encoder, "encode_pixels", fail)
     with pytest.raises(ClipRdEdgeError, match="the GPU is gone"):
         list(embed_images(encoder, [colour_images / "red.png"] * 9, batch_size=2))
+
+
+def test_images_are_embedded_where_no_thread_may_lower_its_priority(
+    colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a service under systemd's `SystemCallFilter=~@resources`."""
+
+    def refuse(*_: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "setpriority", refuse, raising=False)
+    (batch,) = embed_images(load(colour_bundle), list_images(colour_images))
+    assert len(batch.embeddings) == len(list_images(colour_images))
 
 
 def test_images_are_found_by_file_folder_glob_and_list(colour_images: Path) -> None:
