@@ -99,7 +99,7 @@ def test_a_missing_image_is_named_with_where_it_was_looked_for(
     ("row", "reason"),
     [
         ("pictures/none.png,a cat", "the image 'pictures/none.png' exists neither"),
-        (",a cat", "the image '' exists neither"),
+        (",a cat", "it names no image"),
         ("pictures/0.png,", "the caption in column 'title' is empty"),
         ("pictures/0.png", "the caption in column 'title' is empty"),
         ("pictures/0.png,a dog, asleep", "it has more fields than the header; a caption with ',' needs quotes"),
@@ -114,6 +114,14 @@ def test_a_row_that_is_no_pair_counts_as_bad_and_is_named_by_its_line(pairs_csv:
         BadSamples(pairs, max_share=0.01)
     assert raised.value.hint.startswith("fix or remove them, or accept them: --max-bad 0.04")
     assert len(BadSamples(pairs, max_share=0.04)) == 1  # as the hint says
+
+
+def test_empty_rows_of_a_spreadsheet_are_no_pairs(pairs_csv: Path) -> None:
+    header, first, *others = pairs_csv.read_text().splitlines()
+    pairs_csv.write_text("\n".join([header, first, ",", *others, ",", ",,", ""]))
+    pairs = load_pairs(str(pairs_csv))
+    assert len(pairs) == 24
+    assert not pairs.left_out
 
 
 @pytest.mark.parametrize("row", range(1, 25))

@@ -130,7 +130,9 @@ class PairFinder:
         """Return the pair that a row is, or the reason why it is none."""
         image = self.image(name)
         if image is None:
-            if name and any(_is_folder(folder + name) for folder in ("", *self._folders)):
+            if not name:
+                return "it names no image"
+            if any(_is_folder(folder + name) for folder in ("", *self._folders)):
                 return f"the image {name!r} is a folder"
             for other, difference in _other_spellings(name):
                 if self.image(other) is not None:

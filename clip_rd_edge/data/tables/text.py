@@ -96,7 +96,7 @@ class CsvTable:
             try:
                 for row in reader:
                     first, last = last + 1, reader.line_num
-                    if row:  # no blank line
+                    if any(row):  # no blank line, which spreadsheets write as separators alone
                         row += [""] * (fields - len(row))
                         if last > first and (fault := self._joined_rows(row, (image, caption), finder, first)):
                             return finish(fault)
