@@ -193,19 +193,21 @@ def _named(tasks: Sequence[Task]) -> list[tuple[str, str]]:
 
 
 class _TrainingClock(PrefixedReporter):
-    """Measures the CPU time of a run, restarted while the teacher cache is filled, which one run does for all."""
+    """Measures the CPU time of a run; it stands still while the teacher cache is filled, which one run does for all."""
 
     def __init__(self, reporter: Reporter) -> None:
         super().__init__(reporter, prefix="")
-        self._start = time.process_time()
+        self._start = self._last_update = time.process_time()
 
     @property
     def seconds(self) -> float:
         return time.process_time() - self._start
 
     def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
-        if stage == CACHING_STAGE:
-            self._start = time.process_time()
+        now = time.process_time()
+        if stage == CACHING_STAGE and step:
+            self._start += now - self._last_update
+        self._last_update = now
         super().update(stage, step, total, message)
 
 
@@ -245,8 +247,14 @@ def _train_and_evaluate(
         curves=_curves(read_metrics(run_folder)),
         environment=this_environment(),
     )
-    if known is not None:  # of a suite that had other tasks then
-        result = msgspec.structs.replace(known, result=measured)
+    if known is not None:  # of a suite that had other tasks then, or the same with other images or labels
+        same = {name for name, content in tasks_of(known.result) if not content or (name, content) in _named(tasks)}
+        curves = {
+            name: curve
+            for name, curve in known.curves.items()
+            if not name.startswith(EVALUATION_PREFIX) or name.removeprefix(EVALUATION_PREFIX) in same
+        }
+        result = msgspec.structs.replace(known, result=measured, curves=curves)
     write_bytes(run_folder / RESULT, to_json(result))
     # `best` was selected on the test tasks, so only the model of the last step may be evaluated on them.
     for leftover in (CHECKPOINTS_FOLDER, BEST_FOLDER):

@@ -18,6 +18,7 @@ from clip_rd_edge.data.pairs import fingerprint
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.inputs import RunInputs, record_inputs
+from clip_rd_edge.distillation.teachers.store_build import CACHING_STAGE
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.evidence import run as runs
 from clip_rd_edge.evidence.report import read_evidence_file
@@ -78,7 +79,7 @@ def test_with_other_tasks_or_another_teacher_what_was_evaluated_is_evaluated_aga
 ) -> None:
     def train(config: RunConfig, run: Path, **_: object) -> Path:
         write_text(run / "config.yaml", to_yaml(config))
-        (run / "metrics.jsonl").touch()
+        write_text(run / "metrics.jsonl", '{"step": 1, "loss/task": 2.0, "evaluation/squares": 0.5}\n')
         return Path(teacher)
 
     monkeypatch.setattr(runs, "run_distillation", train)
@@ -96,9 +97,11 @@ def test_with_other_tasks_or_another_teacher_what_was_evaluated_is_evaluated_aga
     assert [list(scores) for scores in curves] == [["pairs"], ["squares"]]
     names = [[task.score.task for task in result.tasks] for result in (evidence.teacher, evidence.runs[0].result)]
     assert names == [["pairs", "squares"]] * 2
+    assert evidence.runs[0].curves.keys() == {"loss/task", "evaluation/squares"}
     Image.new("RGB", (41, 40), "red").save(tmp_path / "squares" / "red" / "two.png")  # the same name, another task
     again = runs.run_evidence(both, tmp_path / "out", SILENT, teacher=str(tmp_path / "other"))
     assert [len(result.tasks[1].hits) for result in (again.teacher, again.runs[0].result)] == [7, 7]
+    assert again.runs[0].curves.keys() == {"loss/task"}  # the other is that of the images before
     shutil.rmtree(tmp_path / "other")
     config = student_config("test_resnet", embedding_size=24, image_size=32, text="tiny", context_length=12)
     save_clip(tmp_path / "other", build_student(config, name="teacher"), provenance={})
@@ -175,6 +178,17 @@ def test_what_a_run_says_is_heard_in_a_suite() -> None:
     clock.say("the run goes on with changed inputs")
     clock.update("training", 1, 2)
     assert (watch.said, watch.updates) == (["the run goes on with changed inputs"], [("training", 1, 2)])
+
+
+def test_the_clock_of_a_run_stands_still_while_the_cache_is_filled_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it is the same for the run that fills it and for those that find it."""
+    times = iter([0, 10, 14, 18, 20, 25, 30, 40])
+    monkeypatch.setattr(runs.time, "process_time", lambda: next(times))
+    clock = runs._TrainingClock(Watch())
+    for stage, step in ((CACHING_STAGE, 0), (CACHING_STAGE, 1), (CACHING_STAGE, 2), (CACHING_STAGE, 0),
+                        (CACHING_STAGE, 1), ("training", 1)):  # fmt: skip
+        clock.update(stage, step, 2)
+    assert clock.seconds == 40 - 8 - 5
 
 
 @pytest.mark.slow
