@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clip_rd_edge.contract.bundle import MANIFEST, TOKENIZER
 from clip_rd_edge.contract.checkpoint import (
@@ -23,6 +23,10 @@ from clip_rd_edge.models.load import read_open_clip_config
 from clip_rd_edge.utils.paths import exists, is_file
 from clip_rd_edge.utils.printable import shown_sources
 from clip_rd_edge.utils.structs import read_json_objects
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
 # By name: the hub's client has changed its HTTP library more than once.
 _UNREACHABLE = {"TransportError", "ConnectionError", "OfflineModeIsEnabled"}
@@ -42,7 +46,7 @@ def push_folder(
         folder: an export with `--layout huggingface`, a student, the folder of a run, or a bundle.
         repo: `ORG/NAME`.
         private: create the repository as private; one that exists keeps its visibility.
-        revision: the branch; None is the main one.
+        revision: the branch, which is created from the main one if it does not exist; None is the main one.
         message: of the commit.
 
     Raises:
@@ -58,6 +62,8 @@ def push_folder(
     api = HfApi(library_name="clip-rd-edge")
     try:
         created = api.create_repo(repo, private=private or None, exist_ok=True)
+        if revision is not None:
+            _make_branch(api, created.repo_id, revision)
         with _for_hub(source, created.repo_id) as published:
             api.upload_folder(
                 repo_id=created.repo_id,
@@ -138,11 +144,21 @@ def _model_folder(folder: Path) -> Path:
     return source.resolve()  # its name is in the commit's message, and `.` has none
 
 
-def _refusal(repo: str, error: Exception) -> ClipRdEdgeError:
-    status = getattr(getattr(error, "response", None), "status_code", None)
+def _make_branch(api: HfApi, repo: str, name: str) -> None:
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        api.repo_info(repo, revision=name)
+    except RevisionNotFoundError:
+        api.create_branch(repo, branch=name, exist_ok=True)
+
+
+def _refusal(repo: str, error: HfHubHTTPError) -> ClipRdEdgeError:
+    status = getattr(error.response, "status_code", None)  # older clients may have no response
     if status in _UNAUTHORISED:
         return UsageError(
             f"The hub does not let you write to {repo} (status {status}).",
             hint="hf auth login with a token that may write, or set HF_TOKEN",
         )
-    return ClipRdEdgeError(f"The hub refused the upload to {repo}: {first_line(error)}.")
+    reason = (error.server_message or first_line(error)).rstrip(".")
+    return ClipRdEdgeError(f"The hub refused the upload to {repo}: {reason}.")

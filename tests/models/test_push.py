@@ -7,11 +7,12 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ class Hub(ThreadingHTTPServer):
         self.stored = dict[str, bytes]()  # large files by SHA-256
         self.files = dict[str, bytes]()  # committed files by path
         self.messages = list[str]()
+        self.branches = ["main"]
 
     @property
     def url(self) -> str:
@@ -45,15 +47,21 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments: Any) -> None:
         pass
 
-    def _answer(self, status: int, content: Any) -> None:
+    def _answer(self, status: int, content: Any, headers: Mapping[str, str] = MappingProxyType({})) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 
     def do_GET(self) -> None:
+        branch = self.path.partition("/revision/")[2]
+        if branch and branch not in self.server.branches:
+            self._answer(404, {"error": f"Invalid rev id: {branch}"}, {"X-Error-Code": "RevisionNotFound"})
+            return
         self._answer(200, {"name": "me"} if "whoami" in self.path else {"id": "me/my-clip", "sha": "0" * 40})
 
     def do_PUT(self) -> None:
@@ -87,6 +95,11 @@ class _Handler(BaseHTTPRequestHandler):
                 for each in json.loads(body)["objects"]
             ]
             self._answer(200, {"transfer": "basic", "objects": objects})
+        elif "/branch/" in self.path:
+            self.server.branches.append(self.path.rpartition("/")[2])
+            self._answer(201, {})
+        elif "/commit/" in self.path and self.path.rpartition("/")[2] not in self.server.branches:
+            self._answer(400, {"error": "The branch is protected."})
         elif "/commit/" in self.path:
             self._commit([json.loads(line) for line in body.splitlines()])
             self._answer(200, {"commitUrl": f"{self.server.url}/me/my-clip/commit/{'0' * 40}", "commitOid": "0" * 40})
@@ -200,6 +213,21 @@ def test_a_secret_that_an_earlier_version_recorded_is_not_uploaded(hub: Hub, mod
     assert json.loads(hub.files["distillation.json"]) == {"data": address, "configuration": {"data": address}}
     assert {"README.md", "onnx/model.onnx", "open_clip_config.json"} < hub.files.keys()
     assert json.loads((model / "distillation.json").read_text()) == record
+
+
+def test_a_branch_that_does_not_exist_is_created(hub: Hub, model: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        result = push(model, hub.url, tmp_path, "--revision", "int8")
+        assert result.returncode == 0, result.stderr
+    assert hub.branches == ["main", "int8"]
+    assert len(hub.messages) == 2
+
+
+def test_the_reason_of_the_hub_is_named(hub: Hub, model: Path, tmp_path: Path) -> None:
+    hub.branches.clear()
+    result = push(model, hub.url, tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.endswith("error: The hub refused the upload to me/my-clip: The branch is protected.\n")
 
 
 def test_a_token_that_may_not_write_is_told_so(hub: Hub, model: Path, tmp_path: Path) -> None:
