@@ -18,7 +18,7 @@ from clip_rd_edge.models.student import TEACHER
 from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat, PositiveFloat, PositiveInt
 from clip_rd_edge.utils.structs import convert, read_yaml
 
-_SHARED = ("objective", "steps", "batch_size", "learning_rate", "precision")  # not a method's own settings
+_SHARED = ("objective", "steps", "epochs", "batch_size", "learning_rate", "precision")  # not a method's own settings
 TEACHER_RESULT = "teacher-result.json"  # beside the suite's own NAME.json
 _SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 

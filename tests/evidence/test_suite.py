@@ -158,6 +158,7 @@ def test_students_that_squeeze_images_have_a_teacher_cache_of_their_own(suite: E
         ),
         ("settings: {}", "settings: {bank_size: 0}", r"`int` >= 1 - at `\$\.bank_size`"),
         ("settings: {}", "settings: {steps: 5}", "settings of the method .* have 'steps'"),
+        ("settings: {}", "settings: {epochs: 5}", "settings of the method .* have 'epochs'"),  # the suite has steps
     ],
 )
 def test_an_invalid_suite_is_an_error(suite: EvidenceSuite, tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -23,7 +23,7 @@ from clip_rd_edge.benchmarking.report.tables import RELATIVE_NOTE, Cell, Section
 from clip_rd_edge.benchmarking.results import RESULTS, Answer, Results, write_results
 from clip_rd_edge.contract.outputs import require_output_file
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.utils.files import write_bytes, write_text
+from clip_rd_edge.utils.files import read_text_limited, write_bytes, write_text
 from clip_rd_edge.utils.paths import exists
 
 _NAME_WIDTH = 16  # columns in which a longer name of a task is broken, rather than its figures
@@ -33,10 +33,10 @@ def write_between_markers(document: Path, name: str, table: str) -> None:
     """Replace the text between `<!-- NAME: begin -->` and `<!-- NAME: end -->` in a Markdown file.
 
     Raises:
-        InputError: the file does not have these markers.
+        InputError: the file cannot be read, or does not have these markers.
     """
     begin_marker, end_marker = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    text = document.read_bytes().decode("utf-8")  # read_text would lose the line ends of Windows
+    text = read_text_limited(document)  # which keeps the line ends of Windows
     before, begin, rest = text.partition(begin_marker)
     _, end, after = rest.partition(end_marker)
     if not (begin and end):

@@ -435,6 +435,11 @@ def test_the_text_between_the_markers_is_replaced(tmp_path: Path) -> None:
     assert page.read_bytes() == b"before\r\n<!-- table: begin -->\r\n| a |\r\n| b |\r\n<!-- table: end -->\r\n"
     with pytest.raises(InputError, match="no lines <!-- other: begin -->"):
         write_between_markers(page, "other", "| new |")
+    with pytest.raises(InputError, match=r"Cannot read .*nope\.md: No such file"):
+        write_between_markers(tmp_path / "nope.md", "table", "| new |")
+    page.write_bytes("<!-- table: begin -->é<!-- table: end -->".encode("latin-1"))
+    with pytest.raises(InputError, match="is not UTF-8 text"):
+        write_between_markers(page, "table", "| new |")
 
 
 @pytest.mark.parametrize("name", ["towers", "peers"])
