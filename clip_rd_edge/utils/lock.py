@@ -23,6 +23,8 @@ _POLL_S = 0.1
 _ATTEMPTS, _PAUSE_S = 100, 0.01
 _HELD_ELSEWHERE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 _LOCKED_BYTE = 1 << 30  # on Windows: no other process can read what is locked, which the content is not to be
+_IS_WINDOWS = os.name == "nt"
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows would change line ends
 _held: set[int] = set()  # file descriptors
 
 
@@ -80,10 +82,14 @@ def exclusive_writer(
     finally:
         # Removed while locked: a process that has opened it meanwhile notices that the file is gone and retries.
         if file in _held:  # not in a process that was forked meanwhile
-            with contextlib.suppress(OSError):  # Windows cannot remove an open file: there it stays, unlocked
-                path.unlink()
+            if not _IS_WINDOWS:
+                with contextlib.suppress(OSError):
+                    path.unlink()
             _held.remove(file)
             os.close(file)
+            if _IS_WINDOWS:  # where an open file cannot be removed: neither this one, nor one that another has opened
+                with contextlib.suppress(OSError):
+                    path.unlink()
         if created:
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
@@ -123,7 +129,8 @@ def _acquire(path: Path, on_wait: Callable[[str], None] | None, stop: threading.
                 os.close(file)  # on NFS, only a file that may be written can be locked
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from None
             try:
-                holder = os.pread(file, 32, 0).decode(errors="replace") if hasattr(os, "pread") else ""
+                os.lseek(file, 0, os.SEEK_SET)
+                holder = os.read(file, 32).decode(errors="replace")
             finally:
                 os.close(file)
             number = holder.partition("\n")[0]
@@ -153,11 +160,11 @@ def _acquire(path: Path, on_wait: Callable[[str], None] | None, stop: threading.
 def _open(path: Path) -> tuple[int, bool]:
     """Open or create a lock file; return also whether it may be written, as one of another account may not."""
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644), True
+        return os.open(path, os.O_RDWR | os.O_CREAT | _BINARY, 0o644), True
     except PermissionError:
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile, or one that may not be created
-            return os.open(path, os.O_RDONLY), False
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644), True
+            return os.open(path, os.O_RDONLY | _BINARY), False
+        return os.open(path, os.O_RDWR | os.O_CREAT | _BINARY, 0o644), True
 
 
 def _lock(file: int) -> None:

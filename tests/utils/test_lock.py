@@ -40,6 +40,22 @@ def test_windows_locks_none_of_the_bytes_that_others_read(tmp_path: Path, monkey
     assert locked[0] > len(content)
 
 
+def test_the_lock_file_is_removed_on_windows_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, no open file can be removed."""
+    unlink = Path.unlink
+
+    def refuse_open(path: Path, missing_ok: bool = False) -> None:
+        if lock._held:
+            raise PermissionError(13, "The process cannot access the file", str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(lock, "_IS_WINDOWS", True)
+    monkeypatch.setattr(Path, "unlink", refuse_open)
+    with exclusive_writer(tmp_path / "folder"):
+        pass
+    assert not (tmp_path / "folder").exists()
+
+
 def test_a_new_folder_that_stays_empty_is_removed(tmp_path: Path) -> None:
     with exclusive_writer(tmp_path / "folder"):
         pass
