@@ -12,17 +12,18 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InputError, UnreachableError, UsageError, causes
 from clip_rd_edge.utils.paths import cache_home, exists, is_file, is_folder, kind_of, near_files
 
+T = TypeVar("T")
 MAX_TEXT_BYTES = 1 << 24  # of a list of names or templates
-
-
+_IS_WINDOWS = os.name == "nt"
+_PATIENCE_S, _PAUSE_S = 5.0, 0.02  # for other programs to close a file, on Windows
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -64,9 +65,42 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        _move(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Give a file or folder another name, that of a file which it replaces perhaps.
+
+    Raises:
+        UsageError: on Windows, another program has one of them open.
+        OSError: it cannot be moved.
+    """
+    try:
+        _patiently(lambda: source.replace(target))
+    except PermissionError as error:
+        if not _IS_WINDOWS:
+            raise
+        reason = PermissionError(errno.EACCES, "another program has it open, or it may not be changed")
+        hint = "close it there, and run the same command again"
+        raise unwritable_output(target, reason, hint=hint) from error
+
+
+def _patiently(act: Callable[[], T]) -> T:
+    """Return `act()`; on Windows, try for some seconds if it is refused.
+
+    There, no file can be replaced while a process has it open, such as a search that reads an index, or a virus
+    scanner, and none can be opened just when it is replaced.
+    """
+    end = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return act()
+        except PermissionError:
+            if not _IS_WINDOWS or time.monotonic() > end:
+                raise
+        time.sleep(_PAUSE_S)
 
 
 def write_bytes(path: Path, *content: bytes | memoryview) -> None:
@@ -222,7 +256,7 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
             unheld.mkdir()
             stack.enter_context(_held(unheld))
             stack.callback(_remove, temporary)
-            unheld.rename(temporary)  # only now, as nobody removes what is held
+            _move(unheld, temporary)  # only now, as nobody removes what is held
             _remove_abandoned(path)
         yield temporary
         _sync(temporary)
@@ -230,12 +264,12 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         require_free_output(path, overwrite=overwrite, replaced=False)
         with named_failures(path):
             if path.exists():
-                path.rename(old)
+                _move(path, old)
             try:
-                temporary.rename(path)
+                _move(temporary, path)
             except BaseException:
                 if old.exists():
-                    old.rename(path)
+                    _move(old, path)
                 raise
         for replaced in {old, *_leftovers(path, "old")}:
             _remove(replaced)
@@ -365,7 +399,7 @@ def remove_leftovers(folder: Path) -> None:
         if match is None:
             continue
         if match["kind"] == "old" and not path.with_name(match["name"]).exists():
-            path.rename(path.with_name(match["name"]))
+            _move(path, path.with_name(match["name"]))
         elif path.is_dir() and not path.is_symlink():
             with suppress(BlockingIOError), _held(path):
                 shutil.rmtree(path)
@@ -455,7 +489,7 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
     The size of a regular file is checked before it is read; a device or a pipe is read up to the limit.
     """
     try:
-        with path.open("rb") as file:
+        with _patiently(lambda: path.open("rb")) as file:
             status = os.fstat(file.fileno())
             is_regular = stat.S_ISREG(status.st_mode)
             too_large = is_regular and status.st_size > max_bytes

@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils import files
 from clip_rd_edge.utils.files import disk_full_error, new_folder, remove_leftovers, require_free_output, write_text
 from clip_rd_edge.utils.lock import exclusive_writer
@@ -59,14 +60,14 @@ def test_an_old_folder_is_moved_back_if_the_new_one_cannot_take_its_place(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
-    rename = Path.rename
+    replace = Path.replace
 
     def fail(path: Path, target: Path) -> Path:
         if path.suffix == ".tmp":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return rename(path, target)
+        return replace(path, target)
 
-    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     with (
         pytest.raises(UsageError, match="out cannot be written: Input/output error"),
         new_folder(tmp_path / "out") as folder,
@@ -78,18 +79,62 @@ def test_an_old_folder_is_moved_back_if_the_new_one_cannot_take_its_place(
 def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A power failure would otherwise leave files of that name that are empty."""
     events: list[str] = []
-    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+    fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda file: events.append("fsync") or fsync(file))
-    monkeypatch.setattr(Path, "rename", lambda path, target: events.append("rename") or rename(path, target))
-    monkeypatch.setattr(Path, "replace", lambda path, target: events.append("rename") or replace(path, target))
+    monkeypatch.setattr(Path, "replace", lambda path, target: events.append("replace") or replace(path, target))
     write_text(tmp_path / "file", "content")
-    assert events == ["fsync", "rename"]
+    assert events == ["fsync", "replace"]
     events.clear()
     with new_folder(tmp_path / "out") as folder:
         (folder / "deep").mkdir()
         for name in ("a", "deep/b"):
             (folder / name).write_text(name)
-    assert events[-3:] == ["fsync", "fsync", "rename"]
+    assert events[-3:] == ["fsync", "fsync", "replace"]
+
+
+@pytest.mark.parametrize("opened_for", [3, 1000])
+def test_on_windows_a_file_is_replaced_as_soon_as_no_program_has_it_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened_for: int
+) -> None:
+    replace, refused = Path.replace, []
+
+    def refuse(path: Path, target: Path) -> Path:
+        refused.append(path)
+        if len(refused) <= opened_for:
+            raise PermissionError(13, "Access is denied", str(path), None, str(target))
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(files, "_IS_WINDOWS", True)
+    monkeypatch.setattr(files, "_PATIENCE_S", 0.5)
+    (tmp_path / "index.json").write_text("old")
+    if opened_for < 10:
+        write_text(tmp_path / "index.json", "new")
+    else:
+        with pytest.raises(UsageError, match=r"index.json cannot be written: another program has it open") as raised:
+            write_text(tmp_path / "index.json", "new")
+        assert raised.value.hint.startswith("close it there")
+    assert (tmp_path / "index.json").read_text() == ("new" if opened_for < 10 else "old")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_on_windows_a_file_is_read_although_it_is_being_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file, refused = Path.open, []
+
+    def refuse(path: Path, mode: str) -> IO[bytes]:
+        refused.append(path)
+        if len(refused) < 3:
+            raise PermissionError(13, "Access is denied", str(path))
+        return open_file(path, mode)
+
+    (tmp_path / "index.json").write_text("new")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match="Cannot read"):
+        files.read_limited(tmp_path / "index.json", 100)
+    monkeypatch.setattr(files, "_IS_WINDOWS", True)
+    assert files.read_limited(tmp_path / "index.json", 100) == b"new"
 
 
 def test_what_a_kill_left_is_removed_or_moved_back(tmp_path: Path) -> None:
