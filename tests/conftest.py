@@ -130,7 +130,7 @@ def colour_bundle(tmp_path: Path) -> Path:
     }
     constants = {
         "image": [],
-        "text": [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.asarray([1]), "axes")],
+        "text": [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.asarray([1], np.int64), "axes")],
     }
     for tower, nodes in towers.items():
         nodes.append(node("LpNormalization", ["sum"], ["y"]))
