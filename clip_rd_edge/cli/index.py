@@ -13,7 +13,8 @@ import click
 
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import GroupedCommand, PathName, device_option, grouped, ray_option, threads_option
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import InputError, InterruptedRunError, UsageError
+from clip_rd_edge.utils.paths import exists
 from clip_rd_edge.utils.printable import one_line
 from clip_rd_edge.utils.signals import handled_by, leave_lost_terminal, stop_signals
 
@@ -47,8 +48,15 @@ def command(
     if watch:
         _watch(bundle, folder, output, threads=threads, device=device)
         return
-    with console_reporter() as reporter:
-        update = edge.index(bundle, folder, output, threads=threads, device=device, ray=ray, reporter=reporter)
+    try:
+        with console_reporter() as reporter:
+            update = edge.index(bundle, folder, output, threads=threads, device=device, ray=ray, reporter=reporter)
+    except KeyboardInterrupt as error:
+        if not exists(output):
+            raise
+        raise InterruptedRunError(
+            "Interrupted; what is embedded is saved.", hint="run the same command again, which embeds the others"
+        ) from error
     for reason in update.unreadable:
         echo(f"error: {one_line(reason)}", err=True)
     how = "; search is approximate" if update.approximate else ""

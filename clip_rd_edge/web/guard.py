@@ -135,7 +135,8 @@ class Guard:
     def _refusal(self, headers: Headers) -> tuple[int, str] | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self.token_required:
-            if not self._allows(host):
+            # Without any Host, it is no browser's: probes of load balancers send none with HTTP/1.0.
+            if (host or origin) and not self._allows(host):
                 return 403, f"The host {host!r} is not allowed; use the address that clip-rd-edge printed."
             if origin is not None and not self._allows_page(origin, host):
                 message = f"Requests from pages of {origin} to {host!r} are not allowed"

@@ -98,7 +98,10 @@ def _tower_with_a_reduction(kind: str) -> onnx.ModelProto:
         node("LpNormalization", ["embedding"], ["y"], name="norm"),
     ]
     weight = np.asarray([[1, 0.5]], dtype=np.float32)
-    constants = [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(np.asarray([2, 3], np.int64), "axes")]
+    constants = [
+        numpy_helper.from_array(weight, "weight"),
+        numpy_helper.from_array(np.asarray([2, 3], np.int64), "axes"),
+    ]
     pixels = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 1, 64, 64])
     embedding = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2])
     graph = helper.make_graph(nodes, "tower", [pixels], [embedding], initializer=constants)

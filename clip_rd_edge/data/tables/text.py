@@ -35,6 +35,7 @@ _BOM = b"\xef\xbb\xbf"
 _SEPARATOR_LINE = re.compile(SEPARATOR_LINE.encode())
 _OTHER_FORMATS = (
     (rb"\xff\xd8\xff|\x89PNG", "is an image, and not a table", "name a table of images and captions"),
+    (rb"\s*<(?:\?xml|!DOCTYPE|html)", "is XML or HTML, and not a table", "save it as CSV"),
     (rb"\s*[\[{]\s*[\[{\"]", "is JSON, and not a table", "write a CSV file with the columns filepath,title"),
 )
 

@@ -277,7 +277,9 @@ def _plan(
     unsettled = hidden | broken.keys() | (set(names) - set(chosen))
     kept, new = compare(index.entries, sources)
     kept += [(entry, row) for row, entry in enumerate(index.entries) if entry.path in unsettled]
-    update = Update(kept=len(kept), removed=len(gone - hidden))
+    kept_rows, removed = {row for _, row in kept}, gone - hidden  # a row of one that was moved is kept
+    count = sum(entry.path in removed and row not in kept_rows for row, entry in enumerate(index.entries))
+    update = Update(kept=len(kept), removed=count)
     update.unreadable += [*map(str, folders), *emptied, *broken.values()]
     update.unreadable_images.update(broken)
     update.vanished = set(settled or ()) - (set(named.values()) - set(chosen)) - present

@@ -29,6 +29,7 @@ from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import ConfigError, DiskFullError, InputError, UsageError
 from clip_rd_edge.installation import upgrade_hint
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
+from clip_rd_edge.runtime.embed import embed_images
 from clip_rd_edge.runtime.encoder import Placement
 from clip_rd_edge.runtime.index import folder as index_folder
 from clip_rd_edge.runtime.index import update as indexing
@@ -104,7 +105,7 @@ def test_moved_copied_or_touched_images_are_not_embedded_again(
     (colour_images / "copy.png").write_bytes((colour_images / "red.png").read_bytes())
     os.utime(colour_images / "blue.jpg", ns=(1, 1))
     update = update_index(encoder, colour_images, index)
-    assert (update.kept, update.embedded, update.removed) == (5, 0, 1)
+    assert (update.kept, update.embedded, update.removed) == (5, 0, 0)
     assert sum(embedded) == 4
     known, rows = read_index(index)
     assert nearest(known, rows, encoder.encode_texts(["green"]), top=1)[0].path == colour_images / "more" / "moved.png"
@@ -206,7 +207,7 @@ def test_images_that_are_moved_out_of_a_folder_while_they_are_embedded_leave_the
         patch.setattr(indexing, "embed_images", embed_and_move)
         update_index(encoder, colour_images, index)
     update = update_index(encoder, colour_images, index)
-    assert (update.removed, update.unreadable) == (1, [])
+    assert (update.removed, update.unreadable) == (0, [])
     assert names(index) == ["blue.jpg", "green.png", "red.png", "yellow.webp"]
 
 
@@ -682,6 +683,23 @@ def test_search_matches_the_recall_of_the_evaluation(colour_bundle: Path, pairs_
     ]
     assert np.mean(hits) == retrieval(encoder, task).score.text_to_image.at5
     assert 0.5 < np.mean(hits) < 1  # six images per colour: not all are found
+
+
+def test_an_interrupted_index_says_that_it_goes_on(
+    command_line: Run, colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(encoder: OrtEncoder, images: list[Source]) -> Iterator[Any]:
+        yield from embed_images(encoder, images[:2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "embed_images", interrupted)
+        code, _, error = command_line("index", colour_bundle, colour_images, "-o", index)
+    assert code == 75
+    assert error.endswith(
+        "error: Interrupted; what is embedded is saved.\nhint: run the same command again, which embeds the others\n"
+    )
+    assert "2 embedded, 2 kept" in command_line("index", colour_bundle, colour_images, "-o", index)[2]
 
 
 def test_the_index_and_search_commands(
