@@ -225,9 +225,10 @@ def _pass_on_any_path() -> None:
 
     A file or pipe has UTF-8, whatever the locale: on Windows, that may know neither the labels nor a table's lines.
     """
-    for stream in (sys.stdin, sys.stdout):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="surrogateescape")
+            errors = "backslashreplace" if stream is sys.stderr else "surrogateescape"
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=errors)
 
 
 def _run(arguments: list[str]) -> Any:

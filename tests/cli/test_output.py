@@ -139,10 +139,11 @@ def test_pipes_have_utf_8_whatever_the_locale(colour_bundle: Path, colour_images
     image = (colour_images / "red.png").rename(colour_images / "赤.png")
     command = ["-m", "clip_rd_edge", "classify", colour_bundle, "-", "--json"]
     result = subprocess.run(
-        [sys.executable, *command, "--labels", "red", "猫", "Möwe"], input=f"{image}\n".encode(),
-        capture_output=True, check=True,
+        [sys.executable, *command, "--labels", "red", "猫", "Möwe"], input=f"{image}\nnaïve 猫.png\n".encode(),
+        capture_output=True, check=False,
         env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "LC_ALL": "", "LC_CTYPE": "C.UTF-8"},
     )  # fmt: skip
     assert "赤.png" in result.stdout.decode()
     assert '"猫"' in result.stdout.decode()
     assert '"Möwe"' in result.stdout.decode()
+    assert "Cannot read the image naïve 猫.png: " in result.stderr.decode()
