@@ -80,6 +80,6 @@ def with_distinct_names(tasks: Sequence[Task], sources: Sequence[str]) -> list[T
         common = next((i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1), len(parts[0]))
         for number, path in zip(same, parts, strict=True):
             renamed[number] = msgspec.structs.replace(
-                tasks[number], name=str(Path(*path[common:])) if common < len(path) else name
+                tasks[number], name=Path(*path[common:]).as_posix() if common < len(path) else name
             )
     return renamed
