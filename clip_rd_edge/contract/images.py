@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL import __version__ as PILLOW
 
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, in_one_line
@@ -171,7 +171,10 @@ def _register_formats() -> None:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any PIL image to decoded, upright RGB, as `open_image` does."""
     image.load()  # in PNG files, EXIF comes after the pixels
-    is_12_bits = getattr(image, "tag_v2", {}).get(_TIFF_BITS_PER_SAMPLE) == (12,)
+    tags = getattr(image, "tag_v2", {})
+    is_12_bits = tags.get(_TIFF_BITS_PER_SAMPLE) == (12,)
+    # Pillow inverts images of up to 8 bits whose zero is white.
+    is_negative = image.mode.startswith("I;16") and tags.get(_TIFF_PHOTOMETRIC) == 0
     frame = getattr(image, "dispose_extent", None) if image.format == "GIF" and image.tell() == 0 else None
     if frame not in (None, (0, 0, *image.size)):
         # The rest of the canvas is transparent; Pillow gives it the first colour of the palette.
@@ -185,6 +188,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
             image.info.pop(key, None)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _to_8_bits(image, is_12_bits=is_12_bits)
+        if is_negative:
+            image = ImageOps.invert(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, (*BACKGROUND, 255))
@@ -241,7 +246,7 @@ def _to_8_bits(image: Image.Image, *, is_12_bits: bool) -> Image.Image:
     return Image.fromarray(levels)
 
 
-_TIFF_BITS_PER_SAMPLE = 258
+_TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC = 258, 262
 _OVERSHOOT = 1 / 512  # half a level of 8 bits, such as interpolation causes
 
 

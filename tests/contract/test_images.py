@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, features
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin, features
 
 import clip_rd_edge
 from clip_rd_edge.contract import images
@@ -366,3 +366,15 @@ def test_what_the_first_frame_of_a_gif_leaves_of_the_canvas_is_white(tmp_path: P
     expected = np.full((6, 8, 3), 255, dtype=np.uint8)
     expected[1:4, 2:6] = (200, 0, 0)
     np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "part.gif")), expected)
+
+
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_deep_greyscale_whose_zero_is_white_is_no_negative(tmp_path: Path, orientation: int) -> None:
+    """As X-ray detectors and film scanners write it; of such images, Pillow inverts those of up to 8 bits alone."""
+    levels = np.array([[0, 257 * 100, 65_535]], dtype=np.uint16)
+    tags = {TiffImagePlugin.PHOTOMETRIC_INTERPRETATION: 0, ExifTags.Base.Orientation: orientation}
+    Image.fromarray(levels).save(tmp_path / "scan.tif", tiffinfo=tags)
+    step = 1 if orientation == 1 else -1
+    with Image.open(tmp_path / "scan.tif") as opened:
+        for rgb in (open_image(tmp_path / "scan.tif"), as_rgb(opened)):
+            assert np.asarray(rgb)[0, ::step, 0].tolist() == [255, 155, 0]
