@@ -77,6 +77,7 @@ def _opened(file: ImageFile, max_pixels: int) -> Iterator[Image.Image]:
                     f"The image {file} has {image.width} × {image.height} pixels; the limit is {max_pixels:,}.",
                     hint="resize it first",
                 )
+            _require_decodable(image)
             yield image
     except ClipRdEdgeError:
         raise
@@ -168,6 +169,20 @@ def _register_formats() -> None:
             importlib.import_module(f"PIL.{name}ImagePlugin")
 
 
+def _require_decodable(image: Image.Image) -> None:
+    """Raise ValueError for an uncompressed TIFF whose planes Pillow reads as of 8 bits although they have 16."""
+    tags = getattr(image, "tag_v2", {})
+    if (
+        tags.get(_TIFF_PLANES) == 2
+        and len(image.getbands()) > 1
+        and image.info.get("compression") == "raw"
+        and (bits := max(tags.get(_TIFF_BITS_PER_SAMPLE, (1,)))) > 8
+    ):
+        raise ValueError(
+            f"it has {bits} bits per channel in separate planes, which this Pillow, {PILLOW}, does not decode"
+        )
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any PIL image to decoded, upright RGB, as `open_image` does."""
     image.load()  # in PNG files, EXIF comes after the pixels
@@ -246,7 +261,7 @@ def _to_8_bits(image: Image.Image, *, is_12_bits: bool) -> Image.Image:
     return Image.fromarray(levels)
 
 
-_TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC = 258, 262
+_TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_PLANES = 258, 262, 284
 _OVERSHOOT = 1 / 512  # half a level of 8 bits, such as interpolation causes
 
 
@@ -297,6 +312,7 @@ def _given_to_rgb(image: Image.Image) -> Image.Image:
     if 0 in image.size:
         raise InputError(_no_pixels(*image.size))
     try:
+        _require_decodable(image)
         return to_rgb(image)
     except Exception as error:
         raise InputError(

@@ -378,3 +378,38 @@ def test_deep_greyscale_whose_zero_is_white_is_no_negative(tmp_path: Path, orien
     with Image.open(tmp_path / "scan.tif") as opened:
         for rgb in (open_image(tmp_path / "scan.tif"), as_rgb(opened)):
             assert np.asarray(rgb)[0, ::step, 0].tolist() == [255, 155, 0]
+
+
+def tiff(tags: dict[int, tuple[int, ...]], pixels: bytes) -> bytes:
+    """A TIFF of two by one pixels with these tags and, if there are several planes, one strip per plane."""
+    planes = len(tags[258]) if tags.get(284) == (2,) else 1
+    tags = {256: (2,), 257: (1,), 259: (1,), 273: (0,) * planes, 277: (len(tags[258]),), 278: (1,), **tags}
+    tags[279] = (len(pixels) // planes,) * planes
+    start = 8 + 2 + 12 * len(tags) + 4
+    end = start + sum(4 * len(values) for values in tags.values() if len(values) > 1)
+    tags[273] = tuple(end + len(pixels) // planes * plane for plane in range(planes))
+    entries, long = b"", b""
+    for tag, values in sorted(tags.items()):
+        content = struct.pack(f"<{len(values)}I", *values)
+        if len(values) > 1:
+            content, long = struct.pack("<I", start + len(long)), long + content
+        entries += struct.pack("<HHI", tag, 4, len(values)) + content
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + long + pixels
+
+
+def test_a_tiff_of_16_bits_in_separate_planes_is_refused(tmp_path: Path) -> None:
+    """Pillow takes 8 of 16 bits and would show noise."""
+    path = tmp_path / "bands.tif"
+    for planes, levels in ((1, [1, 2, 3, 4, 5, 6]), (2, [1, 4, 2, 5, 3, 6])):
+        pixels = np.array(levels, dtype=np.uint8)
+        path.write_bytes(tiff({258: (8, 8, 8), 262: (2,), 284: (planes,)}, pixels.tobytes()))
+        assert np.asarray(open_image(path)).tolist() == [[[1, 2, 3], [4, 5, 6]]]
+        path.write_bytes(tiff({258: (16, 16, 16), 262: (2,), 284: (planes,)}, (pixels.astype("<u2") * 257).tobytes()))
+        if planes == 1:
+            assert np.asarray(open_image(path)).tolist() == [[[1, 2, 3], [4, 5, 6]]]
+    message = r"it has 16 bits per channel in separate planes, which this Pillow, [\d.]+, does not decode\.$"
+    for read in (open_image, images.require_image):
+        with pytest.raises(InputError, match=rf"bands\.tif: {message}"):
+            read(path)
+    with Image.open(path) as opened, pytest.raises(InputError, match=f"mode RGB cannot be read: {message}"):
+        as_rgb(opened)
