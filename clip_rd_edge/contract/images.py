@@ -126,7 +126,7 @@ def _open(file: ImageFile) -> Image.Image:
         source = io.BytesIO(file.read_bytes())
     try:
         return Image.open(source, formats=_registered_formats())
-    except UnidentifiedImageError:
+    except UnidentifiedImageError as error:
         with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getvalue()) as content:
             header = content.read(HEADER_BYTES)
         if not header:
@@ -137,6 +137,12 @@ def _open(file: ImageFile) -> Image.Image:
             raise InputError(
                 f"Cannot read the image {file}: it is AVIF, which this Pillow, {PILLOW}, does not read.",
                 hint='pip install "pillow>=11.3", or convert it to JPEG',
+            ) from None
+        if header.startswith(_TIFF_HEADERS):
+            raise InputError(
+                f"Cannot read the image {file}: it is a TIFF of a kind that this Pillow, {PILLOW}, does not read, such "
+                "as CMYK with transparency, floating-point colours or a camera's RAW, or damaged.",
+                hint=_hint(file, error),
             ) from None
         if not is_heic(header):
             raise
@@ -261,6 +267,7 @@ def _to_8_bits(image: Image.Image, *, is_12_bits: bool) -> Image.Image:
     return Image.fromarray(levels)
 
 
+_TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_PLANES = 258, 262, 284
 _OVERSHOOT = 1 / 512  # half a level of 8 bits, such as interpolation causes
 

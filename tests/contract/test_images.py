@@ -413,3 +413,19 @@ def test_a_tiff_of_16_bits_in_separate_planes_is_refused(tmp_path: Path) -> None
             read(path)
     with Image.open(path) as opened, pytest.raises(InputError, match=f"mode RGB cannot be read: {message}"):
         as_rgb(opened)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        tiff({258: (32, 32, 32), 262: (2,), 339: (3, 3, 3)}, bytes(24)),
+        tiff({258: (8, 8, 8, 8, 8), 262: (5,), 338: (2,)}, bytes(10)),
+        b"MM\0*\0\0\0\x08",
+        b"II+\0\x08\0\0\0",
+    ],
+)
+def test_a_tiff_that_pillow_does_not_read_is_called_a_tiff(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "scan.tif").write_bytes(content)
+    with pytest.raises(InputError, match=r"scan\.tif: it is a TIFF of a kind that .* or damaged\.$") as raised:
+        open_image(tmp_path / "scan.tif")
+    assert raised.value.hint == "convert it to an 8-bit JPEG or PNG, or leave it out"
