@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
+from clip_rd_edge.errors import ClipRdEdgeError, InputError, MissingExtraError
+from clip_rd_edge.utils.paths import is_file, why_no_file
 
 _TIMEOUT_S = 5.0  # for the next frame of a camera
 
@@ -26,7 +28,8 @@ def frames(source: str) -> Iterator[Image.Image]:
 
     Raises:
         MissingExtraError: OpenCV is not installed.
-        ClipRdEdgeError: the camera or video cannot be opened, or the camera or stream stops sending frames.
+        InputError: the video does not exist or has no frame that OpenCV reads, or, after its last frame, it is cut off.
+        ClipRdEdgeError: the camera or stream cannot be opened, or stops sending frames.
     """
     try:
         import cv2
@@ -35,15 +38,64 @@ def frames(source: str) -> Iterator[Image.Image]:
     capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
     try:
         if not capture.isOpened():
-            raise ClipRdEdgeError(
-                f"Cannot open the camera {source}.", hint="list the cameras with ls /dev/video*, or try --camera 1"
-            )
+            raise _not_opened(source)
         # A stream, as a device, has no number of frames; some files have none either.
         is_video = os.path.isfile(source) or capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0  # noqa: PTH113
+        count = 0
         for frame in _all_frames(capture) if is_video and not source.isdigit() else _newest_frames(capture):
             yield Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+            count += 1
+        if not count or _is_cut_off(source):
+            raise _unreadable_video(source)
     finally:
         capture.release()
+
+
+def _not_opened(source: str) -> ClipRdEdgeError:
+    """Return the error for a camera, a stream or a video that OpenCV cannot open."""
+    if source.isdigit() or source.startswith("/dev/"):
+        return ClipRdEdgeError(
+            f"Cannot open the camera {source}.", hint="list the cameras with ls /dev/video*, or try --camera 1"
+        )
+    if "://" in source or " ! " in source:  # an address, or a pipeline of GStreamer
+        return ClipRdEdgeError(f"Cannot open the stream {source}.", hint="check that a player on this machine shows it")
+    if not is_file(source):
+        return InputError(f"The video {source} {why_no_file(Path(source))}", hint="check the path")
+    return _unreadable_video(source)
+
+
+def _unreadable_video(source: str) -> InputError:
+    if _is_cut_off(source):
+        return InputError(f"The video {source} is cut off: the end of its file is missing.", hint="copy it again")
+    return InputError(
+        f"OpenCV reads no frame of the video {source}.", hint="if a player shows it, convert it to MP4 with H.264"
+    )
+
+
+def _is_cut_off(source: str) -> bool:
+    """Return whether a file is an MP4 or QuickTime video whose last box is incomplete, as a download that broke off.
+
+    The number of frames in a header does not tell: that of a clip that was trimmed without encoding it anew counts
+    what was trimmed away, and other containers have none; OpenCV computes one from their duration, that of the sound.
+    """
+    if not os.path.isfile(source):  # noqa: PTH113 — Path's raises for long addresses
+        return False
+    start, kind = 0, b""
+    try:
+        with Path(source).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            while start < size:
+                file.seek(start)
+                header = file.read(16)
+                length, kind = int.from_bytes(header[:4], "big"), header[4:8]
+                if length == 1:
+                    length = int.from_bytes(header[8:], "big")
+                if length < 8:  # 0: up to the end of the file
+                    return False
+                start += length
+    except OSError as error:
+        raise InputError(f"Cannot read the video {source}: {error.strerror}.") from error
+    return start > size and kind in (b"moov", b"moof", b"mdat")  # others may be what a camera appends
 
 
 def _all_frames(capture: Any) -> Iterator[Any]:

@@ -165,6 +165,7 @@ class Model:
 
         Raises:
             MissingExtraError: OpenCV is not installed.
+            InputError: the video cannot be read or, after its last frame, is cut off.
             ClipRdEdgeError: the camera or stream cannot be opened or stops sending frames.
         """
         from clip_rd_edge.runtime.camera import frames

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import itertools
+import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
+from clip_rd_edge.errors import ClipRdEdgeError, InputError, MissingExtraError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.camera import frames
 
@@ -73,16 +76,115 @@ def test_a_slow_model_gets_the_newest_frames_until_the_camera_stops(opencv: Simp
     assert sent[-1] == "released"
 
 
-def test_every_frame_of_a_video_on_a_server_is_yielded(opencv: SimpleNamespace) -> None:
+def video_of(opencv: SimpleNamespace, count: int) -> SimpleNamespace:
+    """A video with this number of frames, which says that it has 9."""
     video = SimpleNamespace(isOpened=lambda: True, release=lambda: None, get={opencv.CAP_PROP_FRAME_COUNT: 9.0}.get)
-    levels = iter(range(9))
+    levels = iter(range(count))
     video.read = lambda: next(((True, np.full((4, 4, 3), level, np.uint8)) for level in levels), (False, None))
-    opencv.VideoCapture = lambda source: video
-    seen = [frame.getpixel((0, 0)) for frame in frames("https://server/video.mp4")]
+    return video
+
+
+def test_every_frame_of_a_video_on_a_server_is_yielded(opencv: SimpleNamespace) -> None:
+    opencv.VideoCapture = lambda source: video_of(opencv, 9)
+    address = f"https://server/video.mp4?token={300 * 'a'}"  # longer than the name of a file
+    seen = [frame.getpixel((0, 0)) for frame in frames(address)]
     assert seen == [(level,) * 3 for level in range(9)]
 
 
-def test_a_missing_video_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("cv2")
-    with pytest.raises(ClipRdEdgeError, match="Cannot open the camera"):
-        next(frames(str(tmp_path / "none.avi")))
+def unopened(source: int | str) -> SimpleNamespace:
+    return SimpleNamespace(isOpened=lambda: False, release=lambda: None)
+
+
+@pytest.mark.parametrize("source", ["0", "/dev/video9", "rtsp://camera/stream"])
+def test_a_camera_or_stream_that_cannot_be_opened_is_an_error_of_the_device(
+    opencv: SimpleNamespace, source: str
+) -> None:
+    opencv.VideoCapture = unopened
+    with pytest.raises(ClipRdEdgeError, match=f"^Cannot open the (camera|stream) {source}") as raised:
+        next(frames(source))
+    assert raised.value.exit_code == 1
+    assert ("/dev/video*" in raised.value.hint) == ("://" not in source)
+
+
+def test_a_video_that_cannot_be_opened_is_wrong_input(opencv: SimpleNamespace, tmp_path: Path) -> None:
+    opencv.VideoCapture = unopened
+    (tmp_path / "sound.mp4").write_bytes(b"no picture")
+    (tmp_path / "part.mp4").write_bytes(box(b"ftyp", 8) + box(b"mdat", 40)[:20])
+    for name, message in {
+        "sounds.mp4": r"sounds\.mp4 does not exist\. Did you mean .*sound\.mp4'\?",
+        "": "is a folder",
+        "sound.mp4": r"^OpenCV reads no frame of the video .*sound\.mp4\.",
+        "part.mp4": r"^The video .*part\.mp4 is cut off",
+    }.items():
+        with pytest.raises(InputError, match=message) as raised:
+            next(frames(str(tmp_path / name)))
+        assert raised.value.hint
+        assert "/dev" not in raised.value.hint
+
+
+def test_a_video_that_may_not_be_read_is_wrong_input(
+    opencv: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opencv.VideoCapture = unopened
+    (tmp_path / "video.mp4").touch()
+
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=r"^Cannot read the video .*video\.mp4: Permission denied\.$"):
+        next(frames(str(tmp_path / "video.mp4")))
+
+
+def box(kind: bytes, size: int) -> bytes:
+    """A box of an MP4 file."""
+    return struct.pack(">I", size) + kind + bytes(size - 8)
+
+
+HEAD = box(b"ftyp", 24) + box(b"moov", 80)
+LONG = struct.pack(">I4sQ", 1, b"mdat", 60) + bytes(44)
+
+
+@pytest.mark.parametrize("rest", [box(b"mdat", 60), LONG, LONG + box(b"moof", 32) + box(b"mdat", 60)], ids=len)
+@pytest.mark.parametrize("missing", [0, 1, 40])
+def test_a_video_that_is_cut_off_is_an_error_after_its_last_frame(
+    opencv: SimpleNamespace, tmp_path: Path, rest: bytes, missing: int
+) -> None:
+    path = tmp_path / "video.mp4"
+    path.write_bytes((HEAD + rest)[: len(HEAD + rest) - missing])
+    opencv.VideoCapture = lambda source: video_of(opencv, 3)
+    seen = frames(str(path))
+    assert len(list(itertools.islice(seen, 3))) == 3
+    if missing:
+        with pytest.raises(InputError, match=r"^The video .*video\.mp4 is cut off: the end of its file is missing\."):
+            next(seen)
+    else:
+        assert list(seen) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        HEAD + box(b"mdat", 60) + bytes(50),  # padded
+        HEAD + box(b"mdat", 60) + b"GPS 52.1 4.3 12:00",  # what a dashcam appends
+        HEAD + struct.pack(">I", 0) + b"mdat" + bytes(50),  # up to the end
+        b"RIFF" + bytes(60),
+        b"\x1a\x45\xdf\xa3" + bytes(60),
+        b"",
+    ],
+)
+def test_a_video_that_may_be_whole_ends_with_its_last_frame(
+    opencv: SimpleNamespace, tmp_path: Path, content: bytes
+) -> None:
+    """Though it has more frames by its header, which counts those that a player's editor took away."""
+    (tmp_path / "video").write_bytes(content)
+    opencv.VideoCapture = lambda source: video_of(opencv, 3)
+    assert len(list(frames(str(tmp_path / "video")))) == 3
+
+
+def test_a_video_without_a_frame_is_wrong_input(opencv: SimpleNamespace, tmp_path: Path) -> None:
+    """Its codec may be one that this OpenCV does not have."""
+    (tmp_path / "video.mp4").write_bytes(HEAD)
+    opencv.VideoCapture = lambda source: video_of(opencv, 0)
+    with pytest.raises(InputError, match="OpenCV reads no frame of the video"):
+        next(frames(str(tmp_path / "video.mp4")))
