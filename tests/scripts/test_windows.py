@@ -1,0 +1,56 @@
+"""The Windows build of Python under Wine; needs `apt-get install wine64`, and `benchmarks.devices.windows` once."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks.devices.windows import CACHE, environment, interpreter, wheels, windows_path
+
+wine = pytest.mark.skipif(
+    not shutil.which("wine") or not (CACHE / "complete").is_file(), reason="Wine or Python for Windows is not set up"
+)
+
+
+def test_windows_gets_the_versions_that_are_installed_here() -> None:
+    needed = wheels(["clip-rd-edge[train]"])
+    packages = {name: version for name, _, version in (requirement.partition("==") for requirement in needed)}
+    assert packages["numpy"] == "1.26.4"
+    assert "+" not in packages["torch"]  # +cpu is of PyTorch's own index
+    assert {"click", "pillow", "open-clip-torch", "regex"} < packages.keys()  # directly, and through others
+    assert not {"clip-rd-edge", "uvloop", "triton"} & packages.keys()
+
+
+def test_a_path_is_found_under_wine() -> None:
+    assert windows_path(Path("/tmp/a b/c.json")) == "Z:\\tmp\\a b\\c.json"
+
+
+@wine
+@pytest.mark.slow
+def test_a_file_that_others_read_is_replaced_on_windows(tmp_path: Path) -> None:
+    """Without trying again, a third of the writes failed, and one in twenty reads."""
+    (tmp_path / "race.py").write_text(
+        "import subprocess, sys, time\n"
+        "from pathlib import Path\n"
+        "from clip_rd_edge.utils.files import read_limited, write_text\n"
+        "path = Path('index.json')\n"
+        "if sys.argv[1:]:\n"
+        "    while not Path('end').exists():\n"
+        "        assert len(read_limited(path, 2000)) == 1000\n"
+        "        time.sleep(0.005)\n"
+        "    sys.exit()\n"
+        "write_text(path, 'x' * 1000)\n"
+        "readers = [subprocess.Popen([sys.executable, 'race.py', 'read']) for _ in range(3)]\n"
+        "end = time.monotonic() + 10\n"
+        "while time.monotonic() < end:\n"
+        "    write_text(path, 'y' * 1000)\n"
+        "Path('end').touch()\n"
+        "print('ends', *[reader.wait() for reader in readers])\n"
+    )
+    result = subprocess.run(
+        [*interpreter(), "race.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert "ends 0 0 0" in result.stdout, result.stderr
