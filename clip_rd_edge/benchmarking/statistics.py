@@ -9,12 +9,13 @@ difference of two such medians, with RELOAD_DEVIATION included.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.benchmarking.formatting import NO_VALUE, markdown_table
+from clip_rd_edge.benchmarking.formatting import NO_VALUE, inert_markdown, markdown_table
 from clip_rd_edge.benchmarking.metrics import primary_metric
 from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.errors import InputError
@@ -76,6 +77,7 @@ def seeds_table(runs: Sequence[Results]) -> str:
 
     Cells are `mean ± standard deviation (min to max)` in percent, and `–` for a task that a run lacks for this model.
     Only models that every run measured are shown. The last rows are ratios, paired by run; `–` where one is to 0.
+    A task of which two runs have other images, labels or captions is left out; a sentence below the table says so.
 
     Raises:
         InputError: fewer than two runs, two that are the same, or runs with no model or task in common.
@@ -96,12 +98,33 @@ def seeds_table(runs: Sequence[Results]) -> str:
     tasks = [*dict.fromkeys(task for label in labels for task in scores[0][label] if _has_all(scores, label, task))]
     if not tasks:
         raise InputError("The results have no model and task in common.")
+    differing = _differing_tasks(runs)
+    left_out = [task for task in tasks if task in differing]
+    tasks = [task for task in tasks if task not in differing]
+    if not tasks:
+        raise InputError(
+            f"The results have other images, labels or captions of each task in common: {'; '.join(left_out)}.",
+            hint="measure all of them on the same data",
+        )
     lines = [["model", *tasks]]
     for label in labels:
         lines.append([label, *(_mean_cell(scores, label, task) for task in tasks)])
     for student, reference in _student_references(runs[0], labels):
         lines.append([f"{student} / {reference}", *(_ratio_cell(scores, student, reference, task) for task in tasks)])
-    return markdown_table(lines)
+    remarks = [
+        f"Accuracy on {inert_markdown(task)} is left out: the results have other images, labels or captions of it."
+        for task in left_out
+    ]
+    return "\n\n".join([markdown_table(lines), *remarks])
+
+
+def _differing_tasks(runs: Sequence[Results]) -> set[str]:
+    """Return the tasks that are known to have other examples in one of the runs than in another."""
+    answers = [entry for run in runs for row in run.rows for entry in row.correctness]
+    examples = {(entry.task, "questions", entry.questions) for entry in answers}
+    examples |= {(entry.task, "images", entry.images) for entry in answers if entry.images}
+    counts = Counter((task, kind) for task, kind, _ in examples)
+    return {task for (task, _), count in counts.items() if count > 1}
 
 
 _Scores = Sequence[dict[str, dict[str, float]]]  # of each run, by the row's label and the task

@@ -56,6 +56,28 @@ def test_seeds_table_leaves_out_ratios_to_zero_and_what_a_run_lacks(results: Res
     assert ["±" in cell for cell in lines[3].split(" | ")] == [False, True, True]
 
 
+def test_seeds_table_leaves_out_a_task_whose_images_differ_and_says_so(results: Results) -> None:
+    second = msgspec.structs.replace(results.rows[0].scores[0], task="second")
+
+    def measured(second_images: str, task_images: str = "") -> Results:
+        rows = []
+        for row in results.rows:
+            (own,) = row.correctness
+            own = msgspec.structs.replace(own, images=task_images or own.images)
+            other = msgspec.structs.replace(own, task="second", images=second_images)
+            rows.append(msgspec.structs.replace(row, scores=(*row.scores, second), correctness=(own, other)))
+        return msgspec.structs.replace(results, rows=tuple(rows))
+
+    unknown, old, new = measured(""), measured("old"), measured("new")  # unknown, of an earlier version
+    lines = seeds_table([unknown, old, new]).splitlines()
+    assert lines[0] == "| model | task |"
+    assert lines[-1] == "Accuracy on second is left out: the results have other images, labels or captions of it."
+    assert seeds_table([unknown, old]).splitlines()[0] == "| model | task | second |"
+    with pytest.raises(InputError, match="captions of each task in common: task; second") as error:
+        seeds_table([old, measured("new", "new")])
+    assert error.value.hint == "measure all of them on the same data"
+
+
 def test_a_result_that_is_given_twice_is_not_two_seeds(results: Results) -> None:
     other = msgspec.structs.replace(results, rows=results.rows[:2])
     copied = msgspec.convert(msgspec.to_builtins(results), Results)
