@@ -247,14 +247,16 @@ def evidence_run(
         teacher: as for `distill`; None fine-tunes the built-in teacher first.
     """
     from clip_rd_edge.benchmarking.report.plot import require_matplotlib
-    from clip_rd_edge.evidence.report import write_report
+    from clip_rd_edge.evidence.report import require_report_folder, write_report
     from clip_rd_edge.evidence.run import run_evidence
     from clip_rd_edge.evidence.suite import read_evidence
     from clip_rd_edge.utils.files import require_utf8_path
 
     require_utf8_path(Path(output))
     require_matplotlib()
-    evidence = run_evidence(read_evidence(os.fspath(suite)), Path(output), reporter, teacher=as_text(teacher))
+    loaded = read_evidence(os.fspath(suite))
+    require_report_folder(Path(output), loaded.name)
+    evidence = run_evidence(loaded, Path(output), reporter, teacher=as_text(teacher))
     for path in write_report(evidence, Path(output)):
         reporter.say(f"written: {path}")
     return evidence

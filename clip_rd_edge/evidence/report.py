@@ -13,6 +13,7 @@ from clip_rd_edge.benchmarking.formatting import NO_VALUE, markdown_table, perce
 from clip_rd_edge.benchmarking.metrics import ZeroShotScore, primary_metric
 from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.benchmarking.results import rename_old_keys
+from clip_rd_edge.contract.outputs import require_output_file
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.evidence.plots import geometry_curves, learning_curves
 from clip_rd_edge.evidence.results import (
@@ -28,6 +29,7 @@ from clip_rd_edge.evidence.results import (
     spread,
 )
 from clip_rd_edge.utils.files import write_bytes, write_text
+from clip_rd_edge.utils.paths import exists
 from clip_rd_edge.utils.printable import shown_sources
 from clip_rd_edge.utils.structs import read_versioned_json
 
@@ -278,9 +280,28 @@ def read_evidence_file(path: Path) -> Evidence:
     return evidence
 
 
+_PAGE, _CURVES, _GEOMETRY = ".md", "-curves.png", "-geometry.png"  # after the suite's name, beside NAME.json
+
+
+def require_report_folder(folder: Path, name: str) -> None:
+    """Refuse a folder where a file of the user's has the name of the results of the suite `name`, or of its report.
+
+    Raises:
+        UsageError: it has one, such as a NAME.md without a suite's NAME.json beside it.
+    """
+    results = folder / f"{name}.json"
+    require_output_file(
+        results, lambda beginning: beginning.startswith(b'{"suite":'), what="the results of a suite", option="-o"
+    )
+    if not exists(results):
+        for ending in (_PAGE, _CURVES, _GEOMETRY):
+            path = folder / f"{name}{ending}"
+            require_output_file(path, lambda beginning: False, what="an earlier report's", option="-o")
+
+
 def write_report(evidence: Evidence, folder: Path) -> list[Path]:
     """Write tables and figures to `folder`, and return their paths."""
-    page = folder / f"{evidence.suite.name}.md"
+    page = folder / f"{evidence.suite.name}{_PAGE}"
     write_text(page, markdown(evidence) + "\n")
     figures = _drawn(evidence, folder)
     for path, png in figures.items():
@@ -292,8 +313,8 @@ def _drawn(evidence: Evidence, folder: Path) -> dict[Path, bytes]:
     """Return all figures by the paths of their PNG files."""
     name = evidence.suite.name
     return {
-        folder / f"{name}-curves.png": learning_curves(evidence, measure=_compared(evidence)[1]),
-        folder / f"{name}-geometry.png": geometry_curves(evidence),
+        folder / f"{name}{_CURVES}": learning_curves(evidence, measure=_compared(evidence)[1]),
+        folder / f"{name}{_GEOMETRY}": geometry_curves(evidence),
     }
 
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 import clip_rd_edge
-from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.evidence import report
 from clip_rd_edge.evidence.report import markdown, read_evidence_file, write_evidence
 from clip_rd_edge.evidence.results import Evidence, ModelResult
@@ -215,3 +215,30 @@ def test_the_command_shows_what_it_measured_even_if_its_suite_is_gone_meanwhile(
     monkeypatch.setattr(clip_rd_edge, "evidence_run", run, raising=False)
     code, shown, _ = command_line("evidence", "run", str(suite), "-o", str(tmp_path / "out"))
     assert (code, "3 of 6 runs are finished" in shown) == (0, True)
+
+
+def test_a_report_replaces_an_earlier_one_and_no_file_of_the_users(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evidence, suite, folder = make(CORRECT), tmp_path / "suite.yaml", tmp_path / "out"
+    suite.write_text(to_yaml(evidence.suite))
+    runs = []
+
+    def run(*_: object, **__: object) -> Evidence:
+        runs.append(1)
+        write_evidence(folder / "small.json", evidence)
+        return evidence
+
+    monkeypatch.setattr("clip_rd_edge.evidence.run.run_evidence", run)
+    names = ("small.json", "small.md", "small-curves.png", "small-geometry.png")
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("mine")
+        with pytest.raises(UsageError, match=f"{name} is not replaced"):
+            clip_rd_edge.evidence_run(suite, folder)
+        assert (folder / name).read_text() == "mine"
+        (folder / name).unlink()
+    assert not runs
+    for _ in range(2):
+        clip_rd_edge.evidence_run(suite, folder)
+    assert {path.name for path in folder.iterdir()} == set(names)
