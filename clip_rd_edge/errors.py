@@ -4,6 +4,7 @@
     ├── DiskFullError        there is no space left on a disk; exit code 1
     ├── UnreachableError     this machine, another one or the network failed to deliver data; exit code 1
     ├── LostProcessError     another process of a run has ended or cannot be reached; exit code 1
+    ├── DivergedRunError     training has diverged; exit code 1
     ├── InterruptedRunError  stopped by a signal after saving its state; the hint says how to resume; exit code 75
     └── UsageError           the request cannot be carried out as given; exit code 2
         ├── InputError       a file, image, caption or table is missing or invalid
@@ -75,6 +76,10 @@ class UnreachableError(ClipRdEdgeError):
 
 class LostProcessError(ClipRdEdgeError):
     """Another process of a run has ended or cannot be reached, so that this one cannot go on."""
+
+
+class DivergedRunError(ClipRdEdgeError):
+    """Training has diverged: the loss, a weight or an embedding is no longer a finite number."""
 
 
 class InterruptedRunError(ClipRdEdgeError):

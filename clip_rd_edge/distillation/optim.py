@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import Recipe
 from clip_rd_edge.distillation.step import clamp_scales
-from clip_rd_edge.errors import ClipRdEdgeError, NotFiniteError
+from clip_rd_edge.errors import DivergedRunError, NotFiniteError
 from clip_rd_edge.losses.objective import Objective
 
 
@@ -124,8 +124,8 @@ class RunOptimizer:
             run: folder of the run, whose last checkpoint an error names.
 
         Raises:
-            ClipRdEdgeError: loss or gradients were not finite for MAX_CONSECUTIVE_SKIPS steps in a row, or in all steps
-                of a run.
+            DivergedRunError: loss or gradients were not finite for MAX_CONSECUTIVE_SKIPS steps in a row, or in all
+                steps of a run.
         """
         self.learning_rate = learning_rate_at(step, self._steps, self._recipe)
         for group in self._optimizer.param_groups:
@@ -175,11 +175,11 @@ class RunOptimizer:
             raise diverged_error(run, f"the loss was not finite for {count} steps in a row, up to step {step + 1}")
 
 
-def diverged_error(run: Path, reason: str) -> ClipRdEdgeError:
+def diverged_error(run: Path, reason: str) -> DivergedRunError:
     """Return the error for a run that cannot go on, with its last good checkpoint: others are not written."""
     checkpoints = list_checkpoints(run)
     last = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet"
-    return ClipRdEdgeError(
+    return DivergedRunError(
         f"The run has diverged: {reason}; {last}.",
         hint="begin a new run, with another -o, with a lower learning rate, or --precision fp32",
     )

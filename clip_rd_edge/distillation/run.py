@@ -121,6 +121,7 @@ def run_distillation(
             settings.
         InputError, ConfigError: data, teacher or student cannot be used.
         InterruptedRunError: a signal requested a stop; the state was saved.
+        DivergedRunError: the loss, a weight or an embedding is not finite; the last good checkpoint is kept.
         DiskFullError: there is no space left on the disk; the checkpoints that are complete are kept.
         LostProcessError: another process of the run, or one that loads its data, was killed.
     """

@@ -35,7 +35,7 @@ from clip_rd_edge.distillation.processes.distributed import require_one_process
 from clip_rd_edge.distillation.run import check_folder, resumed_by_the_same_call, run_distillation
 from clip_rd_edge.distillation.student import empty_student
 from clip_rd_edge.distillation.teachers.store_build import CACHING_STAGE
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import DivergedRunError, UsageError
 from clip_rd_edge.evidence.report import write_evidence
 from clip_rd_edge.evidence.results import (
     RESULT,
@@ -113,7 +113,7 @@ CURVES = ("student_positive", "student_negative", "teacher_positive", "teacher_n
 def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teacher: str | None = None) -> Evidence:
     """Train and evaluate the runs that are not finished yet, and return all results.
 
-    NAME.json is updated after every run.
+    NAME.json is updated after every run. One that diverges is left to the same call again, after all others.
 
     Args:
         teacher: model name, as in `load_clip`; None tunes the built-in teacher in `folder`.
@@ -121,6 +121,7 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
     Raises:
         UsageError: torchrun started several processes, another one is writing to `folder`, a run in it has other
             settings, data or another teacher, or a student cannot be trained by a method. Nothing is trained then.
+        DivergedRunError: some runs have diverged; all others are finished.
         InterruptedRunError: a signal requested a stop; the same call resumes from there.
     """
     require_one_process(
@@ -137,10 +138,22 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
         _check_runs(configs, [folder / run.subfolder for run in runs], reporter)
         tasks = with_distinct_names([load_task(name) for name in suite.tasks], suite.tasks)
         _evaluate_teacher(suite, folder, teacher, tasks)
+        diverged = list[str]()
         for number, (run, config) in enumerate(zip(runs, configs, strict=True), start=2):
             reporter.begin(str(run), number, len(runs) + 1)
-            _train_and_evaluate(config, run, folder / run.subfolder, tasks=tasks, reporter=reporter)
-            write_evidence(folder / f"{suite.name}.json", collect(suite, folder))
+            try:
+                _train_and_evaluate(config, run, folder / run.subfolder, tasks=tasks, reporter=reporter)
+            except DivergedRunError as error:
+                reporter.say(str(error))
+                diverged.append(str(run))
+            else:
+                write_evidence(folder / f"{suite.name}.json", collect(suite, folder))
+    if diverged:
+        raise DivergedRunError(
+            f"{len(diverged)} of {len(runs)} runs {'has' if len(diverged) == 1 else 'have'} diverged: "
+            f"{'; '.join(diverged)}.",
+            hint="finished runs are kept: remove the method from the suite, or give it other settings and another name",
+        )
     return collect(suite, folder)
 
 

@@ -39,6 +39,7 @@ from clip_rd_edge.errors import (
     ClipRdEdgeError,
     ConfigError,
     DiskFullError,
+    DivergedRunError,
     InputError,
     InterruptedRunError,
     UnreachableError,
@@ -689,7 +690,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_says_so(config: 
     recipe = msgspec.structs.replace(config.recipe, steps=4, learning_rate=1e6)
     config = msgspec.structs.replace(config, recipe=recipe, checkpoint_every=1)
     for resume in (False, True):  # the same run to the same end
-        with pytest.raises(ClipRdEdgeError, match=r"has diverged: .* good checkpoint is .*step-1\.") as error:
+        with pytest.raises(DivergedRunError, match=r"has diverged: .* good checkpoint is .*step-1\.") as error:
             distil(config, tmp_path / "run", resume=resume)
         assert "lower learning rate" in error.value.hint
         assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-1"]

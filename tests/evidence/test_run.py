@@ -18,8 +18,9 @@ from clip_rd_edge.data.pairs import fingerprint
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.inputs import RunInputs, record_inputs
+from clip_rd_edge.distillation.optim import diverged_error
 from clip_rd_edge.distillation.teachers.store_build import CACHING_STAGE
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import DivergedRunError, UsageError
 from clip_rd_edge.evidence import run as runs
 from clip_rd_edge.evidence.report import read_evidence_file
 from clip_rd_edge.evidence.results import Geometry, ModelResult
@@ -112,6 +113,40 @@ def test_with_other_tasks_or_another_teacher_what_was_evaluated_is_evaluated_aga
     stale.write_bytes(stale.read_bytes().replace(b'"pairs"', b'"others"'))  # evaluated with another suite
     with pytest.raises(UsageError, match="no finished run"):
         runs.collect(both, tmp_path / "out")
+
+
+def test_the_other_runs_are_trained_before_those_that_diverge_end_the_suite(
+    squares_suite: EvidenceSuite, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, diverging = [], ["none", "clip-rd"]
+
+    def train(config: RunConfig, run: Path, **_: object) -> Path:
+        begun.append((config.recipe_name, config.seed))
+        if config.recipe_name in diverging and config.seed == 0:
+            raise diverged_error(run, "the loss was not finite")
+        write_text(run / "config.yaml", to_yaml(config))
+        write_text(run / "metrics.jsonl", '{"step": 1, "loss/task": 2.0}\n')
+        return Path(teacher)
+
+    monkeypatch.setattr(runs, "run_distillation", train)
+    all_runs = [(run.method.name, run.seed) for run in squares_suite.runs()]
+    for message in (
+        "2 of 6 runs have diverged: test_resnet, none, seed 0; test_resnet, clip-rd, seed 0.",
+        "1 of 6 runs has diverged: test_resnet, none, seed 0.",
+    ):
+        watch = Watch()
+        with pytest.raises(DivergedRunError, match=f"^{message}$") as error:
+            runs.run_evidence(squares_suite, tmp_path / "out", watch, teacher=teacher)
+        assert (error.value.exit_code, begun) == (1, all_runs)
+        assert error.value.hint.startswith("finished runs are kept: ")
+        assert "The run has diverged: the loss was not finite; no checkpoint was written yet." in watch.said
+        written = read_evidence_file(tmp_path / "out" / "small.json")
+        assert [(run.method, run.seed) for run in written.runs] == [
+            (method, seed) for method, seed in all_runs if seed or method not in diverging
+        ]
+        diverging.pop()  # another machine rounds otherwise
+        begun.clear()
+    assert len(runs.run_evidence(squares_suite, tmp_path / "out", SILENT, teacher=teacher).runs) == 6
 
 
 def test_a_teacher_of_the_same_name_is_measured_again_while_no_run_has_learned_from_the_other(
