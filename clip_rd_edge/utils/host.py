@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
+import struct
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 # Flags in /proc/cpuinfo that determine the speed of INT8 and BF16, and their usual names.
 INSTRUCTION_SETS = {
@@ -81,7 +83,7 @@ def memory_bytes() -> int:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return 0
+        return _windows_memory()
 
 
 def usable_cores() -> int:
@@ -305,7 +307,38 @@ def peak_memory_bytes() -> int | None:
                 return 1024 * int(line.split()[1])
     try:
         import resource
-    except ImportError:  # Windows
-        return None
+    except ImportError:
+        return _windows_peak()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else 1024 * peak
+
+
+def _windows_memory() -> int:
+    """Return the total memory of a machine with Windows, or 0."""
+    # MEMORYSTATUSEX: its size, the share in use, and seven numbers, of which the first is the total.
+    status = struct.pack("=2I7Q", 64, *[0] * 8)
+    answer = _ask_windows("GlobalMemoryStatusEx", status)
+    return int(struct.unpack("=2I7Q", answer)[2]) if answer else 0
+
+
+def _windows_peak() -> int | None:
+    """Return the peak memory of this process on Windows, or None."""
+    # PROCESS_MEMORY_COUNTERS: its size, the page faults, and eight numbers, of which the first is the peak.
+    counters = struct.pack("=2I8Q", 72, *[0] * 9)
+    answer = _ask_windows("K32GetProcessMemoryInfo", counters, of_process=True)
+    return int(struct.unpack("=2I8Q", answer)[2]) if answer else None
+
+
+def _ask_windows(function: str, content: bytes, *, of_process: bool = False) -> bytes | None:
+    """Return the structure that a function of the 64-bit kernel32 fills in, given its initial content, or None."""
+    import ctypes
+
+    if not hasattr(ctypes, "WinDLL"):
+        return None
+    kernel = ctypes.WinDLL("kernel32")
+    kernel.GetCurrentProcess.restype = ctypes.c_void_p
+    buffer = ctypes.create_string_buffer(content, len(content))
+    arguments: list[Any] = [ctypes.byref(buffer)]
+    if of_process:
+        arguments = [ctypes.c_void_p(kernel.GetCurrentProcess()), *arguments, ctypes.c_uint32(len(content))]
+    return buffer.raw if getattr(kernel, function)(*arguments) else None

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import platform
+import struct
 import subprocess
 import sys
 import time
@@ -143,6 +144,21 @@ def test_peak_memory_does_not_decrease() -> None:
     buffer = bytearray(40_000_000)
     buffer[::4096] = b"x" * len(buffer[::4096])  # touch every page
     assert (peak_memory_bytes() or 0) >= before
+
+
+def test_windows_knows_the_memory_of_machine_and_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`tests/scripts/test_windows.py` asks Windows itself."""
+    answers = {
+        "GlobalMemoryStatusEx": struct.pack("=2I7Q", 64, 12, 25_276_497_920, *range(6)),
+        "K32GetProcessMemoryInfo": struct.pack("=2I8Q", 72, 7, 428_630_016, *range(7)),
+    }
+    monkeypatch.setattr(host, "_ask_windows", lambda function, content, of_process=False: answers[function])
+    monkeypatch.setattr(host, "_STATUS", tmp_path / "status")
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.delattr(os, "sysconf")
+    assert (host.memory_bytes(), peak_memory_bytes()) == (25_276_497_920, 428_630_016)
+    answers.update(dict.fromkeys(answers))  # it does not say
+    assert (host.memory_bytes(), peak_memory_bytes()) == (0, None)
 
 
 @pytest.mark.parametrize(
