@@ -33,7 +33,7 @@ from packaging.requirements import Requirement
 
 from clip_rd_edge.utils.paths import cache_home
 
-PYTHON = "3.12"
+PYTHON = "3.11"  # later ones ask for the number of the parent process in a way that Wine lacks
 ROOTS = ("clip-rd-edge[train]", "pytest", "hypothesis", "starlette", "uvicorn", "httpx2", "pyte", "fsspec")
 # NumPy 2 calls crealf; ml_dtypes 0.6 needs NumPy 2. Colours are another package's there.
 OTHERS = {"numpy": "numpy==1.26.4", "ml-dtypes": "ml-dtypes<0.6", "colorama": "colorama"}
