@@ -65,4 +65,9 @@ def as_word(path: str | Path) -> str:
 
     text = str(path)
     text = f"./{text}" if text.startswith("-") else text  # which else is an option
-    return shlex.quote(text) if os.name == "posix" else text
+    if os.name == "posix":
+        return shlex.quote(text)
+    return f'"{text}"' if set(text) & _TAKEN_APART else text  # in cmd as in PowerShell
+
+
+_TAKEN_APART = set(" &()[]{}^=;!'+,`~@#")

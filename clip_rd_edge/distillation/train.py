@@ -326,7 +326,10 @@ class _Loop:
             return {}
         if processes.is_main:
             record = partial(provenance, self.config, self.setup, steps=done)
-            save_if_best(self.run, student, scores, provenance=record, tasks=self.setup.tasks)
+            try:
+                save_if_best(self.run, student, scores, provenance=record, tasks=self.setup.tasks)
+            except UsageError as error:  # such as a folder that is open in another window, on Windows
+                self.reporter.say(f"the best student is not saved: {error}")
         return scores
 
     def report(self, done: int, result: StepResult, scores: dict[str, float], clock: _Clock) -> None:

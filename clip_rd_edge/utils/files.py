@@ -65,7 +65,12 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        _move(temporary, path)
+        try:
+            _move(temporary, path)
+        except PermissionError as error:
+            if not _IS_WINDOWS:
+                raise
+            raise unwritable_output(path, error, hint="close it there, and run the same command again") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -74,17 +79,15 @@ def _move(source: Path, target: Path) -> None:
     """Give a file or folder another name, that of a file which it replaces perhaps.
 
     Raises:
-        UsageError: on Windows, another program has one of them open.
-        OSError: it cannot be moved.
+        OSError: it cannot be moved; on Windows, also where another program has it open.
     """
     try:
         _patiently(lambda: source.replace(target))
-    except PermissionError as error:
+    except PermissionError:
         if not _IS_WINDOWS:
             raise
-        reason = PermissionError(errno.EACCES, "another program has it open, or it may not be changed")
-        hint = "close it there, and run the same command again"
-        raise unwritable_output(target, reason, hint=hint) from error
+        reason = "another program has it open, or it may not be changed"
+        raise PermissionError(errno.EACCES, reason, str(target)) from None
 
 
 def _patiently(act: Callable[[], T]) -> T:
@@ -257,7 +260,7 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
             stack.enter_context(_held(unheld))
             stack.callback(_remove, temporary)
             _move(unheld, temporary)  # only now, as nobody removes what is held
-            _remove_abandoned(path)
+            _remove_abandoned(path, own=temporary)
         yield temporary
         _sync(temporary)
         old = _beside(path, "old")
@@ -320,12 +323,12 @@ def _held(folder: Path) -> Iterator[bool]:
         os.close(file)
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove the temporary folders of `new_folder(path)` that no living process holds."""
+def _remove_abandoned(path: Path, *, own: Path) -> None:
+    """Remove others' temporary folders of `new_folder(path)` that no process holds; after a day where none can."""
     for folder in _leftovers(path, "tmp"):
-        if folder.is_dir():
-            with suppress(BlockingIOError), _held(folder) as is_held:
-                if is_held:
+        if folder != own and folder.is_dir():
+            with suppress(OSError), _held(folder) as is_held:  # somebody else holds it, or has removed it
+                if is_held or time.time() - folder.stat().st_ctime > _DAY_S:
                     _remove(folder)
 
 

@@ -12,11 +12,13 @@ from types import FrameType
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Return SIGINT, SIGTERM, and SIGHUP, which a lost terminal sends, unless it is ignored, as under nohup."""
-    hang_up: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has none
-    if hang_up is None or signal.getsignal(hang_up) in (signal.SIG_IGN, None):
-        return signal.SIGINT, signal.SIGTERM
-    return signal.SIGINT, signal.SIGTERM, hang_up
+    """Return SIGINT, SIGTERM, and SIGHUP, which a lost terminal sends, unless it is ignored, as under nohup.
+
+    Windows has SIGBREAK, which supervisors send there: no process gets SIGTERM from another.
+    """
+    others = [getattr(signal, name) for name in ("SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+    heard = [number for number in others if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    return signal.SIGINT, signal.SIGTERM, *heard
 
 
 @contextmanager

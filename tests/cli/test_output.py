@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -132,6 +133,13 @@ def test_a_path_in_a_command_to_copy_is_one_word() -> None:
         assert shlex.split(as_word(path), comments=True) == [path]
     assert as_word(Path("runs/first")) == "runs/first"
     assert as_word("-dash") == "./-dash"
+
+
+def test_a_path_in_a_command_to_copy_is_one_word_on_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clip_rd_edge.cli._echo.os", SimpleNamespace(name="nt"))
+    assert as_word(r"C:\Users\First Last\run") == r'"C:\Users\First Last\run"'
+    assert as_word(r"runs\a&b") == r'"runs\a&b"'
+    assert as_word(r"D:\runs\größe-1.0_x") == r"D:\runs\größe-1.0_x"
 
 
 def test_pipes_have_utf_8_whatever_the_locale(colour_bundle: Path, colour_images: Path) -> None:

@@ -26,7 +26,7 @@ from tiny_runs import assert_same_weights, stop_at, tiny_run, weights
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.convert.calibration import calibration_pairs
-from clip_rd_edge.distillation import checkpoint
+from clip_rd_edge.distillation import checkpoint, train
 from clip_rd_edge.distillation.build import histogram_embeddings, load_setup
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
@@ -943,6 +943,25 @@ def test_the_best_student_is_saved_in_addition_to_the_last(config: RunConfig, tm
     assert [event.step for event in events.Scalars("evaluation/task")] == [3, 6, STEPS]
     logged = [line["loss"] for line in read_metrics(tmp_path / "run")]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(logged)
+
+
+def test_a_run_goes_on_where_the_best_student_cannot_be_replaced(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, where another window is in its folder."""
+    save, scores, watch, is_open = train.save_clip, iter([0.2, 0.4, 0.5]), Watch(), iter([False, True, False])
+
+    def refuse(folder: Path, *args: Any, **kwargs: Any) -> None:
+        if next(is_open):
+            raise UsageError(f"The output {folder} cannot be written: another program has it open.")
+        save(folder, *args, **kwargs)
+
+    monkeypatch.setattr(train, "save_clip", refuse)
+    config = msgspec.structs.replace(config, evaluate_every=3)
+    run_distillation(config, tmp_path / "run", resume=False, reporter=watch, evaluate=lambda _: {"task": next(scores)})
+    best = json.loads((tmp_path / "run" / "best" / "distillation.json").read_text())
+    assert best["evaluation"] == {"task": 0.5}
+    assert [line for line in watch.said if line.startswith("the best student is not saved: The output ")]
 
 
 def test_evaluations_do_not_count_as_slow_training(config: RunConfig, tmp_path: Path) -> None:

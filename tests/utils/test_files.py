@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import IO
 
@@ -116,6 +118,41 @@ def test_on_windows_a_file_is_replaced_as_soon_as_no_program_has_it_open(
         assert raised.value.hint.startswith("close it there")
     assert (tmp_path / "index.json").read_text() == ("new" if opened_for < 10 else "old")
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_on_windows_a_folder_that_another_window_is_in_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "best":
+            raise PermissionError(13, "The process cannot access the file", str(path), None, str(target))
+        return replace(path, target)
+
+    replace = Path.replace
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "old").touch()
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(files, "_IS_WINDOWS", True)
+    monkeypatch.setattr(files, "_PATIENCE_S", 0.1)
+    with (
+        pytest.raises(UsageError, match=r"[/\\]best cannot be written: another program has it open"),
+        new_folder(tmp_path / "best") as folder,
+    ):
+        (folder / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["best", "old"]
+
+
+def test_what_a_kill_left_goes_after_a_day_where_folders_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    files._beside(tmp_path / "out", "tmp").mkdir()
+    for days, left in ((0.5, 1), (1.5, 0)):
+        monkeypatch.setattr(files.time, "time", itertools.repeat(time.time() + days * 86_400).__next__)
+        with new_folder(tmp_path / "out"):
+            pass
+        assert len(list(tmp_path.glob(".out.*.tmp"))) == left
 
 
 def test_on_windows_a_file_is_read_although_it_is_being_replaced(

@@ -79,7 +79,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 @contextmanager
 def stop_signals_blocked() -> Iterator[None]:
     """Within the block, this thread receives none of the `stop_signals`; processes started in it never do."""
-    if not hasattr(signal, "pthread_sigmask"):  # on Windows, which has no such signals either
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
         yield
         return
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
@@ -98,6 +98,8 @@ def obey_only_the_parent(parent: int) -> None:
     while it takes a batch closes the connection to a thread of the worker, which says nothing about it.
     """
     sys.excepthook = _print_unless_connection_is_lost
+    if sys.platform == "win32":  # which sends it to all processes of a console
+        signal.signal(signal.SIGBREAK, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where such a worker ends when its read does
         threading.Thread(target=_end_when_terminated_by, args=(parent,), daemon=True).start()
 

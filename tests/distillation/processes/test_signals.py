@@ -183,6 +183,14 @@ def test_what_is_printed_after_a_terminal_was_closed_does_not_keep_a_run_from_sa
     assert (tmp_path / "saved").read_text() == "SIGHUP"
 
 
+def test_ctrl_break_stops_a_run_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Supervisors send it there, to all processes of a console; no process gets SIGTERM from another."""
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    with stop_on_signals() as request, pytest.raises(Stopped):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert request.signal_name
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_under_nohup_a_run_goes_on_without_its_terminal() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
