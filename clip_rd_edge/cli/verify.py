@@ -47,7 +47,7 @@ def command(bundle: Path, device: str, threads: int | None, as_json: bool) -> No
         raise ClipRdEdgeError(
             f"The bundle {bundle} failed {len(failed)} of {len(checks)} checks: "
             f"{', '.join(check.what for check in failed)}.",
-            hint=next((check.hint for check in failed if check.hint), "copy or export the bundle again"),
+            hint=next((check.hint for check in failed if check.hint), ""),
         )
 
 

@@ -43,11 +43,13 @@ class Placement(NamedTuple):
     Attributes:
         runtime, device: what runs it.
         fallback: why it does not run where it was meant to, or empty.
+        hint: what to do about that, or empty.
     """
 
     runtime: str
     device: str
     fallback: str = ""
+    hint: str = ""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ MIN_AGREEMENT = {"fp32": 0.9999, "fp16": 0.998, "bf16": 0.99, "int8": 0.99}
 _ROUNDING_MARGIN, _MIN_ROUNDED = 1.5, 0.9
 # In float32 on a CPU, no entry may differ by more: the exporter's own limit between the ONNX file and PyTorch.
 MAX_DIFFERENCE = 1e-4
+_COPY = "copy or export the bundle again"
 _NOT_COMPARED = "not compared: the bundle has no reference answers; one exported by this version does"
 # From this major version on, Pillow resizes some tall images by height first and rounds in between.
 _PILLOW_RESIZE_CHANGE = 13
@@ -55,7 +56,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
         detail: what was found, in a few words.
         runtime, device: what ran the tower; empty for other checks.
         agreement: lowest centred cosine of a tower's answers with the reference, or None.
-        hint: what to do if it failed, where that is something else than copying or exporting the bundle again.
+        hint: what to do if it failed, or empty.
     """
 
     what: str
@@ -89,14 +90,18 @@ def verify_bundle(folder: Path, *, threads: int | None = None, device: str = AUT
     broken = {check.what for check in checks if not check.passed}
     reference = None if REFERENCE in broken else _reference(folder, manifest)
     if isinstance(reference, str):
-        checks.append(Check(what=REFERENCE, passed=False, detail=reference))
+        checks.append(Check(what=REFERENCE, passed=False, detail=reference, hint="export the bundle again"))
         reference = None
     encoder = open_bundle(folder, manifest, threads=threads, device=device)
     for tower in _trials(encoder, reference):
         needed = tower.files & broken
-        checks.append(_not_run(tower.what, needed) if needed else _check_tower(encoder, tower))
+        if needed:
+            checks.append(_not_run(tower.what, needed))
+        else:  # its files are intact: copying them again would change nothing
+            check = _check_tower(encoder, tower)
+            checks.append(_with_hint(check, hint="try another --device, or export the bundle again"))
     if (folder / LABELS).is_file() or LABELS in manifest.files:
-        checks.append(_check_labels({LABELS} & broken, encoder))
+        checks.append(_with_hint(_check_labels({LABELS} & broken, encoder), hint="export the bundle again"))
     if REFERENCE not in manifest.files:
         checks.append(Check(what="answers", passed=True, detail=_NOT_COMPARED))
     return [*checks, *_check_pillow(manifest, PILLOW)]
@@ -147,7 +152,10 @@ def _trials(encoder: BundleEncoder, reference: Reference | None) -> list[_Trial]
         ids = encoder.tokenize(reference.texts)
         if not np.array_equal(ids, reference.ids):
             text = reference.texts[int((ids != reference.ids).any(axis=1).argmax())]
-            raise ConfigError(f"The tokenizer turns {text[:40]!r} into other ids here than at the export")
+            raise ConfigError(
+                f"The tokenizer turns {text[:40]!r} into other ids here than at the export",
+                hint="export the bundle again",
+            )
         return encoder.encode_ids(ids)
 
     trials = [
@@ -197,7 +205,13 @@ def _check_tower(encoder: BundleEncoder, trial: _Trial) -> Check:
         runtime=placement.runtime,
         device=placement.device,
         agreement=agreement,
+        hint=placement.hint,
     )
+
+
+def _with_hint(check: Check, *, hint: str) -> Check:
+    """Return a check with a hint if it failed and has none."""
+    return check if check.passed or check.hint else msgspec.structs.replace(check, hint=hint)
 
 
 def _compare(trial: _Trial, agreement: float, difference: float, placement: Placement) -> tuple[str, str]:
@@ -234,15 +248,16 @@ def _check_manifest(folder: Path, manifest: Manifest) -> Check:
     if not manifest.checksum:  # of a bundle from before manifests had one
         return Check(what=MANIFEST, passed=True, detail="not checked: it has no checksum")
     intact = manifest_is_intact(folder, manifest)
-    return Check(what=MANIFEST, passed=intact, detail="intact" if intact else "changed since the export")
+    detail = "intact" if intact else "changed since the export"
+    return Check(what=MANIFEST, passed=intact, detail=detail, hint="" if intact else _COPY)
 
 
 def _check_file(folder: Path, name: str, digest: str) -> Check:
     path = folder / name
     if not path.is_file():
-        return Check(what=name, passed=False, detail="missing")
+        return Check(what=name, passed=False, detail="missing", hint=_COPY)
     if sha256_of(path) != digest:
-        return Check(what=name, passed=False, detail="changed since the export: its SHA-256 differs")
+        return Check(what=name, passed=False, detail="changed since the export: its SHA-256 differs", hint=_COPY)
     size = path.stat().st_size
     shown = f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
     return Check(what=name, passed=True, detail=f"intact, {shown}")

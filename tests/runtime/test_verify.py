@@ -221,6 +221,18 @@ def test_the_command_says_what_a_tower_that_does_not_run_needs(
     assert "hint: build it on the device\n" in err
 
 
+def test_a_tower_that_fails_although_its_files_are_intact_is_not_to_be_copied_again(
+    bundle: Path, command_line: CommandLine
+) -> None:
+    (bundle / "text.onnx").write_bytes(b"not a model")
+    _write_manifest(bundle)
+    code, _, err = command_line("verify", bundle)
+    assert code == 1
+    assert "hint: try another --device, or export the bundle again\n" in err
+    _flip_a_byte(bundle / "labels.npz")
+    assert "hint: copy or export the bundle again\n" in command_line("verify", bundle)[2]
+
+
 def test_the_command_exits_with_2_if_there_is_no_bundle(tmp_path: Path, command_line: CommandLine) -> None:
     code, out, err = command_line("verify", tmp_path / "nothing")
     assert (code, out) == (2, "")
@@ -396,6 +408,8 @@ def test_an_engine_that_does_not_run_fails_although_its_onnx_file_answers(answer
     assert set(failed) == {"image tower", "text tower"}
     assert failed["image tower"].startswith("its engine did not run: ")
     assert failed["image tower"].endswith("; onnxruntime on cpu")
+    (hint,) = {check.hint for check in verify_bundle(answering) if check.what == "text tower"}
+    assert hint == "build it on the device with the bundle's build.sh"
     assert not _failed(verify_bundle(answering, device="cpu"))  # asked for: the ONNX files are right
 
 
@@ -404,9 +418,11 @@ def test_a_device_that_does_not_start_fails(answering: Path, monkeypatch: pytest
 
     monkeypatch.setattr(onnxruntime.OrtEncoder, "_device_for", lambda self, tower: "cuda")
     monkeypatch.setattr(session, "_open_on", lambda *_: (None, "no driver"))
-    failed = _failed(verify_bundle(answering))
-    assert failed["text tower"].startswith("cuda did not start; ")
-    assert failed["text tower"].endswith("; onnxruntime on cpu")
+    (check,) = (check for check in verify_bundle(answering) if check.what == "text tower")
+    assert not check.passed
+    assert check.detail.startswith("cuda did not start; ")
+    assert check.detail.endswith("; onnxruntime on cpu")
+    assert check.hint == "run clip-rd-edge doctor, which says what is missing, or use --device cpu"
 
 
 def test_a_tokenizer_that_gives_other_ids_is_detected(answering: Path) -> None:

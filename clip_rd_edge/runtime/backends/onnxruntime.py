@@ -65,7 +65,10 @@ class OrtEncoder(BundleEncoder):
         """Return where a tower runs; it is a fallback if it was loaded, and the chosen device did not start."""
         chosen = self._device_for(tower)
         device = self._loaded_devices.get(tower.file, chosen)
-        return Placement(self.runtime, device, "" if device == chosen else f"{chosen} did not start")
+        if device == chosen:
+            return Placement(self.runtime, device)
+        hint = "run clip-rd-edge doctor, which says what is missing, or use --device cpu"
+        return Placement(self.runtime, device, f"{chosen} did not start", hint)
 
     def _device_for(self, tower: Tower) -> str:
         if self.device == "cpu":

@@ -65,7 +65,7 @@ class TensorRtEncoder(BundleEncoder):
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, required: bool = False) -> None:
         super().__init__(folder, manifest, threads=threads)
         self.required = required
-        self._fell_back: dict[str, str] = {}  # why, by file name of the loaded towers; empty if the engine runs
+        self._placements: dict[str, Placement] = {}  # of the loaded towers, by file name
 
     @classmethod
     def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> TensorRtEncoder:
@@ -75,15 +75,14 @@ class TensorRtEncoder(BundleEncoder):
     def describe(self) -> Description:
         """Describe this encoder; `runtime` and `device` are those of the towers loaded so far."""
         description = super().describe()
-        if self._fell_back and all(self._fell_back.values()):
+        fell_back = [bool(placement.fallback) for placement in self._placements.values()]
+        if fell_back and all(fell_back):
             return msgspec.structs.replace(description, runtime="onnxruntime", device="cpu")
-        return msgspec.structs.replace(description, device="cuda + cpu" if any(self._fell_back.values()) else "cuda")
+        return msgspec.structs.replace(description, device="cuda + cpu" if any(fell_back) else "cuda")
 
     def placement(self, tower: Tower) -> Placement:
         """Return where a tower runs; it is a fallback if it was loaded, and its engine does not run."""
-        if reason := self._fell_back.get(tower.file):
-            return Placement("onnxruntime", "cpu", f"its engine did not run: {reason}")
-        return Placement(self.runtime, "cuda")
+        return self._placements.get(tower.file) or Placement(self.runtime, "cuda")
 
     def open_tower(self, tower: Tower) -> Any:
         """Open the tower's engine, or else its ONNX file.
@@ -100,10 +99,12 @@ class TensorRtEncoder(BundleEncoder):
         except ClipRdEdgeError as error:
             if self.required:
                 raise
-            self._fell_back[tower.file] = str(error)
-            warn(f"{tower.file} runs on the CPU instead of its engine. {error}")
+            fallback = f"its engine did not run: {str(error).rstrip('.')}"
+            self._placements[tower.file] = Placement("onnxruntime", "cpu", fallback, error.hint)
+            to_do = f" To use the engine: {error.hint}." if error.hint else ""
+            warn(f"{tower.file} runs on the CPU instead of its engine. {error}{to_do}")
             return open_session(str(self.folder / tower.file), threads=self.threads)
-        self._fell_back[tower.file] = ""
+        self._placements[tower.file] = Placement(self.runtime, "cuda")
         return model
 
 

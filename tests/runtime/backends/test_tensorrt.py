@@ -216,6 +216,7 @@ def test_an_engine_of_an_older_bundle_beside_a_newer_onnx_file_does_not_run(
     failed = {check.what: check.detail for check in verify_bundle(colour_bundle) if not check.passed}
     assert list(failed) == ["text tower"]
     assert failed["text tower"].startswith(f"its engine did not run: {colour_bundle / 'text.engine'} was built from")
+    assert " To use the engine: build it again" in record.getMessage()
     _build_engines(colour_bundle)
     assert load(colour_bundle, runtime="tensorrt").encode_texts(["red"]).argmax() == 1
 
