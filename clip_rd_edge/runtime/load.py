@@ -33,7 +33,8 @@ def load(
         device: one of `providers.DEVICES`. `auto` chooses a GPU or OpenVINO if ONNX Runtime's package for it is
             installed, and the CPU otherwise, for INT8, and in OpenVINO itself. OpenVINO's devices run a bundle made for
             OpenVINO, or with `runtime="openvino"`, in OpenVINO itself, and others in ONNX Runtime, or in OpenVINO if
-            only that is installed. `describe().device` is the device chosen.
+            only that is installed. `tensorrt` runs the engines of a bundle made for it, and others in ONNX Runtime.
+            `describe().device` is the device chosen.
         spin: False for embedding many images in ONNX Runtime: see `backends.session.open_session`.
 
     Raises:
@@ -93,7 +94,7 @@ def _runtime_for(device: str, manifest: Manifest) -> Runtime:
     """Return the runtime that opens a bundle on a device."""
     info = format_of(manifest.target)
     own = info.runtime
-    if device == AUTO or not info.is_onnx or (device == "cpu" and own != "tensorrt"):
+    if device in (AUTO, own) or not info.is_onnx or (device == "cpu" and own != "tensorrt"):
         return own
     if device in OPENVINO_PROCESSORS and (own == "openvino" or _only_openvino_itself()):
         return "openvino"

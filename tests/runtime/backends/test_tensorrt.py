@@ -182,9 +182,10 @@ def test_the_engines_of_a_jetson_are_found_where_its_script_builds_them(cuda: Fa
         load(colour_bundle, runtime="tensorrt").encode_texts(["red"])
     assert "build.sh" in raised.value.hint
     _build_engines(colour_bundle)
-    encoder = load(colour_bundle)
-    encoder.encode_texts(["red"])
-    assert encoder.describe().runtime == "tensorrt"
+    for device in ("auto", "tensorrt"):
+        encoder = load(colour_bundle, device=device)
+        encoder.encode_texts(["red"])
+        assert encoder.describe().runtime == "tensorrt"
 
 
 def _build_engines(bundle: Path) -> None:
