@@ -1,6 +1,6 @@
 """Check this machine: what can run bundles here, what is missing, and the pip command that installs it.
 
-Imports nothing heavy except ONNX Runtime, for its list of providers.
+Imports nothing heavy except ONNX Runtime, for its providers.
 """
 
 from __future__ import annotations
@@ -52,9 +52,13 @@ EXTRAS = {
 _NOT_LISTED = {"all", "dev", "docs", "torch-tensorrt"}  # torch-tensorrt is a finding of its own
 # JetPack 6 has CUDA 12, whose driver runs no later major version; JetPack 7 has CUDA 13.
 _CUDA_BINDINGS = {"jetson-orin": "cuda-bindings<13", "jetson-thor": "cuda-bindings>=13"}
+_ONNXRUNTIME_GPU = '"onnxruntime-gpu[cuda,cudnn]"'  # the extras bring the libraries of CUDA and cuDNN
 _LARGEST_COUNT = 5  # packages that are listed with their sizes
 _FAST_INT8 = {"AVX-VNNI", "AVX-512 VNNI", "AMX INT8", "Neon dot product", "Arm I8MM"}
 _FAST_BF16 = {"AVX-512 BF16", "AMX BF16", "Arm BF16"}
+
+
+State = Literal["ok", "missing", "broken"]
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,13 +66,14 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         what: the subject of the check, in a word or two.
-        state: `ok`; `missing` for an optional dependency that is not installed; `broken` if no bundle can run.
+        state: `ok`; `missing` for an optional dependency that is not installed, or a device for bundles that
+            does not start; `broken` if no bundle can run.
         detail: what was found.
         remedy: the command that fixes it, or empty.
     """
 
     what: str
-    state: Literal["ok", "missing", "broken"]
+    state: State
     detail: str
     remedy: str = ""
 
@@ -132,7 +137,8 @@ def _onnxruntime() -> Finding:
     try:
         import onnxruntime as ort
 
-        from clip_rd_edge.runtime.backends.int8_kernels import RIGHT_SUMS, wrong_sums
+        from clip_rd_edge.runtime.backends.int8_kernels import PRODUCT, RIGHT_SUMS, wrong_sums
+        from clip_rd_edge.runtime.backends.session import start_failure
 
         available = ort.get_available_providers()
         fault = wrong_sums()
@@ -141,19 +147,24 @@ def _onnxruntime() -> Finding:
         return Finding(what="ONNX Runtime", state="broken", detail=detail, remedy="pip install -U onnxruntime")
     hidden = set(OPENVINO_PROCESSORS) - {"openvino"}  # that the provider is here says nothing of a GPU or NPU
     devices = [name for name, provider in PROVIDERS.items() if provider.name in available and name not in hidden]
-    default = choose_device(AUTO, available, precision="fp32")
-    detail = f"{ort.__version__} for {', '.join(devices)}; bundles run on {default}"
+    # The list has what is compiled in; drivers and libraries are looked for when a session starts.
+    failures = {name: reason for name in devices if name != "cpu" and (reason := start_failure(PRODUCT, name))}
+    starting = [name for name in devices if name not in failures]
+    chosen = choose_device(AUTO, available, precision="fp32")
+    default = "cpu" if chosen in failures else chosen
+    detail = f"{ort.__version__} for {', '.join(starting)}; bundles run on {default}"
     if default != "cpu":
         detail += " (INT8 on cpu)"
-    others = [name for name in devices if name not in ("cpu", default)]
+    others = [name for name in starting if name not in ("cpu", default)]
     if others:
         detail += f"; --device also takes {', '.join(others)}"
-    if not fault:
-        return Finding(what="ONNX Runtime", state="ok", detail=detail)
-    package = next((name for name in ONNXRUNTIMES if is_installed(name)), ONNXRUNTIMES[0])
-    return Finding(
-        what="ONNX Runtime", state="ok", detail=f"{detail}. {fault}", remedy=f'pip install "{package}{RIGHT_SUMS}"'
-    )
+    detail += "".join(f"; {name} does not start: {reason}" for name, reason in failures.items())
+    remedy = f"pip install {_ONNXRUNTIME_GPU}" if "cuda" in failures and _has_nvidia_driver() else ""
+    if fault:
+        package = next((name for name in ONNXRUNTIMES if is_installed(name)), ONNXRUNTIMES[0])
+        detail, remedy = f"{detail}. {fault}", f'pip install "{package}{RIGHT_SUMS}"'
+    state: State = "missing" if chosen in failures else "ok"
+    return Finding(what="ONNX Runtime", state=state, detail=detail, remedy=remedy)
 
 
 def _openvino() -> list[Finding]:
@@ -179,13 +190,19 @@ def _gpu() -> Finding:
         detail = f"NVIDIA Jetson: see clip-rd-edge devices {jetson}"
         if not _satisfied(requirement):
             remedy = f"pip install '{requirement}'  # {EXTRAS['tensorrt']}; TensorRT comes with JetPack"
-    elif shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").is_file():
+    elif _has_nvidia_driver():
         detail = "NVIDIA: trains if torch supports it; runs bundles with onnxruntime-gpu or as engines ([rtx])"
         if not is_installed("onnxruntime-gpu"):
-            remedy = "pip uninstall onnxruntime && pip install onnxruntime-gpu  # runs float32 bundles on the GPU"
+            remedy = f"pip uninstall onnxruntime && pip install {_ONNXRUNTIME_GPU}  # runs float32 bundles on the GPU"
     else:
         detail = "no usable GPU"
     return Finding(what="GPU", state="ok", detail=detail, remedy=remedy)
+
+
+def _has_nvidia_driver() -> bool:
+    """Return whether this machine has NVIDIA's driver, and is no Jetson, whose libraries come with JetPack."""
+    driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").is_file()
+    return bool(driver) and not jetson_name()
 
 
 def _satisfied(requirement: str) -> bool:

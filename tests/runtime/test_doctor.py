@@ -9,7 +9,7 @@ import pytest
 
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime import doctor
-from clip_rd_edge.runtime.backends import int8_kernels
+from clip_rd_edge.runtime.backends import int8_kernels, session
 from clip_rd_edge.runtime.doctor import Footprint, _disk_usage, footprints
 
 Run = Callable[..., tuple[int, str, str]]
@@ -90,8 +90,46 @@ def test_providers_and_the_default_device_are_reported(monkeypatch: pytest.Monke
 
     names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
-    detail = doctor._onnxruntime().detail
-    assert detail.endswith("for cpu, cuda, tensorrt; bundles run on cuda (INT8 on cpu); --device also takes tensorrt")
+    monkeypatch.setattr(session, "_open_on", lambda *_: (object(), ""))
+    finding = doctor._onnxruntime()
+    assert finding.state == "ok"
+    expected = "for cpu, cuda, tensorrt; bundles run on cuda (INT8 on cpu); --device also takes tensorrt"
+    assert finding.detail.endswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("driver", "jetson", "remedy"),
+    [
+        (True, "", 'pip install "onnxruntime-gpu[cuda,cudnn]"'),
+        (False, "", ""),
+        (True, "jetson-orin", ""),
+    ],
+)
+def test_a_provider_that_is_compiled_in_and_does_not_start_is_reported_with_what_it_needs(
+    driver: bool, jetson: str, remedy: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import onnxruntime
+
+    names = ["CUDAExecutionProvider", "OpenVINOExecutionProvider", "CPUExecutionProvider"]
+    cpu_session = onnxruntime.InferenceSession
+
+    def open_session(model: object, options: object, *, providers: list[object], **rest: object) -> object:
+        opened = cpu_session(model, options, providers=["CPUExecutionProvider"])
+        if providers[0][0] == names[1]:  # type: ignore[index]
+            monkeypatch.setattr(opened, "get_providers", lambda: names[1:])
+        return opened
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    monkeypatch.setattr(doctor.shutil, "which", lambda program: f"/usr/bin/{program}" if driver else None)
+    monkeypatch.setattr(doctor, "jetson_name", lambda: jetson)
+    finding = doctor._onnxruntime()
+    assert (finding.state, finding.remedy) == ("missing", remedy)
+    assert finding.detail.endswith(
+        "for cpu, openvino; bundles run on cpu; --device also takes openvino; cuda does not start: its provider could "
+        "not be loaded, which needs NVIDIA's driver, CUDA and cuDNN"
+    )
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("package", ["onnxruntime", "onnxruntime-openvino"])
@@ -109,7 +147,7 @@ def test_wrong_sums_of_int8_are_reported_with_the_versions_to_install(
 def test_a_gpu_that_only_lacks_a_package_gets_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda program: f"/usr/bin/{program}")
     monkeypatch.setattr(doctor, "is_installed", lambda package: package != "onnxruntime-gpu")
-    assert "pip install onnxruntime-gpu" in doctor._gpu().remedy
+    assert 'pip install "onnxruntime-gpu[cuda,cudnn]"' in doctor._gpu().remedy
     monkeypatch.setattr(doctor, "is_installed", lambda package: True)
     assert doctor._gpu().remedy == ""
 

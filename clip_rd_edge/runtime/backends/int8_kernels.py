@@ -26,7 +26,7 @@ _ROWS, _COLUMNS = 64, 24
 RIGHT_SUMS = "!=1.21.*,!=1.22.*,!=1.23.*,!=1.24.*"
 # An ONNX file, as bytes because a device has no `onnx` to write one: c (M, N) int32 is the MatMulInteger of
 # a (M, K) uint8 and b (K, N) int8.
-_PRODUCT = (
+PRODUCT = (
     b'\x08\x05:V\n\x18\n\x01a\n\x01b\x12\x01c"\rMatMulInteger\x12\x07product'
     b"Z\x0f\n\x01a\x12\n\n\x08\x08\x02\x12\x04\n\x00\n\x00Z\x0f\n\x01b\x12\n\n\x08\x08\x03\x12\x04\n\x00\n\x00"
     b"b\x0f\n\x01c\x12\n\n\x08\x08\x06\x12\x04\n\x00\n\x00B\x04\n\x00\x10\n"
@@ -83,6 +83,6 @@ def _is_x86() -> bool:
 
 
 def _product(activations: npt.NDArray[np.uint8], weights: npt.NDArray[np.int8]) -> npt.NDArray[np.int32]:
-    session: Any = open_session(_PRODUCT, threads=1)
+    session: Any = open_session(PRODUCT, threads=1)
     (sums,) = session.run(None, {"a": activations, "b": weights})
     return np.asarray(sums)

@@ -25,11 +25,13 @@ class Provider(NamedTuple):
         name: ONNX Runtime's name for it.
         options: returns its options, given a cache folder and a number of threads.
         package: the package that contains it; empty where OpenVINO without ONNX Runtime serves the device better.
+        needs: what it needs on the machine beside its package.
     """
 
     name: str
     options: Callable[[Path, int | None], dict[str, str]]
     package: str
+    needs: str = ""
 
 
 def _no_options(cache: Path, threads: int | None) -> dict[str, str]:
@@ -48,7 +50,10 @@ PROVIDERS: dict[str, Provider] = {
     "cpu": Provider("CPUExecutionProvider", _no_options, "onnxruntime"),
     # The default, an exhaustive search, takes seconds for each new batch size.
     "cuda": Provider(
-        "CUDAExecutionProvider", lambda cache, threads: {"cudnn_conv_algo_search": "HEURISTIC"}, "onnxruntime-gpu"
+        "CUDAExecutionProvider",
+        lambda cache, threads: {"cudnn_conv_algo_search": "HEURISTIC"},
+        "onnxruntime-gpu",
+        "NVIDIA's driver, CUDA and cuDNN",
     ),
     # Builds an engine when a tower is opened, which takes minutes the first time.
     "tensorrt": Provider(
@@ -60,6 +65,7 @@ PROVIDERS: dict[str, Provider] = {
             "trt_timing_cache_path": str(cache),
         },
         "onnxruntime-gpu",
+        "NVIDIA's driver, CUDA, cuDNN and TensorRT",
     ),
     "coreml": Provider(
         "CoreMLExecutionProvider", lambda cache, threads: {"ModelFormat": "MLProgram"}, "onnxruntime on a Mac"

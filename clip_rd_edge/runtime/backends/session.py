@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
 import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +19,13 @@ import numpy.typing as npt
 
 from clip_rd_edge.contract.bundle import EXTERNAL_DATA_SUFFIX
 from clip_rd_edge.errors import ConfigError, UnreachableError, UsageError, in_one_line
-from clip_rd_edge.runtime.backends.providers import KEEP_ENGINES, provider_list, session_device, warn
+from clip_rd_edge.runtime.backends.providers import KEEP_ENGINES, PROVIDERS, provider_list, session_device, warn
 from clip_rd_edge.utils.files import machine_failure, sha256_of
 from clip_rd_edge.utils.paths import cache_home
 
 # How ONNX Runtime reports that memory cannot be had, also while it starts.
 _NO_MEMORY = re.compile("bad_alloc|[Cc]annot allocate memory|Failed to allocate memory")
+_LOG_WARNINGS, _LOG_NOTHING = 2, 4  # severities; the first is ONNX Runtime's default
 MAX_THREADS = 1_024  # each takes memory, and hundreds of thousands take minutes to start
 
 
@@ -68,7 +72,7 @@ def open_session(
             session, reason = _open_on(ort, model, options, device, threads)
             if session is not None:
                 return session
-            warn(f"{device} does not start; {name} runs on the CPU instead: {reason}.")
+            warn(f"{device} does not start; {name} runs on the CPU instead: {reason}; run clip-rd-edge doctor.")
         return _open(ort, model, options, ["CPUExecutionProvider"])
     except Exception as error:
         if _NO_MEMORY.search(str(error)):
@@ -82,17 +86,43 @@ def open_session(
 
 def _open_on(ort: Any, model: str | bytes, options: Any, device: str, threads: int | None) -> tuple[Any, str]:
     """Return a session that really runs on `device`, or None and the reason why there is none."""
-    cache = cache_home() / "engines"
+    engines = cache_home() / "engines"
     if device in KEEP_ENGINES:
-        cache /= _engine_folder(model)
-    providers = provider_list(device, cache=cache, threads=threads)
+        engines /= _engine_folder(model)
+    providers = provider_list(device, cache=engines, threads=threads)
     try:
+        if PROVIDERS[device].package == PROVIDERS["cuda"].package:
+            _preload_cuda()
         session = _open(ort, model, options, providers)
     except Exception as error:  # noqa: BLE001 — drivers raise anything; if the model is at fault, the CPU raises, too
         return None, in_one_line(error)
     if session_device(session, device) != device:
-        return None, "its provider could not be loaded; run clip-rd-edge doctor to check the driver"
+        needs = PROVIDERS[device].needs
+        return None, f"its provider could not be loaded{f', which needs {needs}' if needs else ''}"
     return session, ""
+
+
+def start_failure(model: bytes, device: str) -> str:
+    """Return why ONNX Runtime does not run a model on a device, or an empty string; it logs nothing meanwhile."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = _LOG_NOTHING
+    ort.set_default_logger_severity(_LOG_NOTHING)
+    try:
+        return _open_on(ort, model, options, device, None)[1]
+    finally:
+        ort.set_default_logger_severity(_LOG_WARNINGS)
+
+
+@cache
+def _preload_cuda() -> None:
+    """Load the libraries of CUDA and cuDNN that pip has installed, where the system's loader does not look."""
+    import onnxruntime as ort
+
+    if hasattr(ort, "preload_dlls"):  # since 1.21
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            ort.preload_dlls()
 
 
 def _open(ort: Any, model: str | bytes, options: Any, providers: Sequence[Any]) -> Any:

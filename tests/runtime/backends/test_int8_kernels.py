@@ -88,9 +88,9 @@ def test_other_processors_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_product_is_an_onnx_file_that_runs_here() -> None:
-    onnx.checker.check_model(onnx.load_from_string(int8_kernels._PRODUCT))
+    onnx.checker.check_model(onnx.load_from_string(int8_kernels.PRODUCT))
     feed = {"a": np.full((2, 3), 2, np.uint8), "b": np.full((3, 2), -5, np.int8)}
-    (product,) = open_session(int8_kernels._PRODUCT).run(None, feed)
+    (product,) = open_session(int8_kernels.PRODUCT).run(None, feed)
     assert product.tolist() == [[-30, -30], [-30, -30]]
     assert processor_saturates() in (False, True)
 

@@ -15,7 +15,7 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.backends import int8_kernels
 from clip_rd_edge.runtime.backends.providers import PROVIDERS, choose_device, provider_list
-from clip_rd_edge.runtime.backends.session import _open_on
+from clip_rd_edge.runtime.backends.session import _open_on, _preload_cuda
 from clip_rd_edge.runtime.load import load
 
 Run = Callable[..., tuple[int, str, str]]
@@ -105,7 +105,10 @@ def test_the_device_is_chosen_per_tower(colour_bundle: Path, cuda_package: Any) 
 
 @pytest.mark.parametrize(
     ("behaviour", "reason"),
-    [("raises", "CUDA failure 35: driver version is insufficient."), ("falls back", "loaded; run clip-")],
+    [
+        ("raises", "CUDA failure 35: driver version is insufficient; run clip-rd-edge doctor."),
+        ("falls back", "loaded, which needs NVIDIA's driver, CUDA and cuDNN; run clip-rd-edge doctor."),
+    ],
 )
 def test_a_provider_that_does_not_start_is_reported_once_and_the_cpu_is_used(
     colour_bundle: Path, cuda_package: Any, caplog: pytest.LogCaptureFixture, behaviour: str, reason: str
@@ -121,6 +124,23 @@ def test_a_provider_that_does_not_start_is_reported_once_and_the_cpu_is_used(
     assert "image.onnx runs on the CPU instead" in message
     assert reason in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt", "openvino"])
+def test_the_libraries_of_cuda_that_pip_has_installed_are_loaded_once_and_print_nothing(
+    device: str, colour_bundle: Path, cuda_package: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    cuda_package("starts")
+    loads = list[str]()
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [TENSORRT, CUDA, "OpenVINOExecutionProvider", CPU])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: loads.append("once") or print("Failed to load"), raising=False)
+    _preload_cuda.cache_clear()
+    encoder = load(colour_bundle, device=device)
+    encoder.encode_images(RED)
+    encoder.encode_texts(["red"])
+    assert loads == ["once"] * (device != "openvino")
+    assert capfd.readouterr().out == ""
+    _preload_cuda.cache_clear()
 
 
 @pytest.mark.parametrize(
