@@ -72,6 +72,7 @@ class Update:
         unreadable_images: those of images that could not be read, by their path in the folder.
         approximate: whether search is approximate, because the index has a graph.
         vanished: paths of images that were listed, here or in `settled`, and were not there when they were looked at.
+        embedding_s: how long it took to embed images, in seconds.
         skipped: nothing was done, because the folder was gone, or empty, when a watch looked at it again, or `stop` was
             set while another process was writing.
     """
@@ -83,6 +84,7 @@ class Update:
     unreadable_images: dict[str, str] = field(default_factory=dict)
     approximate: bool = False
     vanished: set[str] = field(default_factory=set)
+    embedding_s: float = field(default=0.0, compare=False)
     skipped: bool = False
 
 
@@ -196,7 +198,8 @@ def _update(
         current = msgspec.structs.replace(index, entries=entries, graph=graph, missing=missing, listed_ns=listed_ns)
         return write_index(saved_at, current, merged), merged
 
-    next_save = time.monotonic() + SAVE_EVERY_S
+    resumed = time.monotonic()
+    next_save = resumed + SAVE_EVERY_S
     done = unmounted_images = 0
     reporter.update("embedding", 0, len(new))  # the first batch of large images takes many seconds
     try:
@@ -216,9 +219,11 @@ def _update(
             if stop is not None and stop.is_set():
                 break
             if (began := time.monotonic()) > next_save:
+                update.embedding_s += began - resumed
                 save()
-                ended = time.monotonic()
-                next_save = ended + max(SAVE_EVERY_S, REST * (ended - began))
+                resumed = time.monotonic()
+                next_save = resumed + max(SAVE_EVERY_S, REST * (resumed - began))
+        update.embedding_s += time.monotonic() - resumed
     finally:
         saved, merged = save()
     if saved_at != path:

@@ -2,7 +2,7 @@
 
 The folder is listed again and again: that needs no package, and works on network shares, which send no events for what
 other machines write. The pause grows with the time that a listing takes, so that watching costs at most a few percent
-of a core, and up to a minute with that of an update.
+of a core, and up to a minute with that of an update, without what embedding the new images took.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from clip_rd_edge.utils.paths import file_identity, is_folder
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 POLL_S = 2.0
-_MAX_REST_S = 60.0  # after an update: embedding a large archive takes hours
+_MAX_REST_S = 60.0  # after an update: building the graph of a large index takes long
 SETTLE_S = 2.0  # a file that has not changed for this long counts as written
 BROKEN_S = 60.0  # one that cannot be read is reported if it has not changed for this long: its writer may be slow
 
@@ -217,7 +217,7 @@ def watch_index(
         if not there and not waiting:
             reporter.say(f"{folder} has no images: waiting for some")
         waiting = not there
-        settled = images.settled(started) if there else {}
+        settled, embedding_s = images.settled(started) if there else {}, 0.0
         messages = images.broken(started) if there else []
         replaced = index.are_replaced()
         if index.are_whole(started) and there and (replaced or images.differ(settled)):
@@ -230,6 +230,7 @@ def watch_index(
                 require=index.require_own_model,  # again: another writer may have been waited for
                 reporter=reporter,
             )
+            embedding_s = update.embedding_s
             if not update.skipped:  # else its images are still to be taken
                 images.take(settled, update)
                 index.take()
@@ -238,4 +239,5 @@ def watch_index(
                 yield update
         elif messages:
             yield Update(unreadable=messages)
-        wait(max(POLL_S, REST * listing_s, min(_MAX_REST_S, REST * (clock() - started))))
+        update_s = clock() - started - embedding_s  # saves above all, which take the longer the larger the index is
+        wait(max(POLL_S, REST * listing_s, min(_MAX_REST_S, REST * update_s)))

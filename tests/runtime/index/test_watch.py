@@ -320,17 +320,43 @@ def test_a_link_that_is_switched_to_another_bundle_changes_no_index(
     assert read_index(watched.index)[0].bundle == str(colour_bundle)
 
 
-@pytest.mark.parametrize(("update_s", "pause_s"), [(1, 20), (3, 60), (7200, 60)])
-def test_the_pause_grows_with_the_time_that_the_work_takes_up_to_a_minute(
-    watched: Folder, monkeypatch: pytest.MonkeyPatch, update_s: float, pause_s: float
+@pytest.mark.parametrize(
+    ("update_s", "embedding_s", "pause_s"), [(1, 0, 20), (3, 0, 60), (7200, 0, 60), (7200, 7200, 2), (8, 7, 20)]
+)
+def test_the_pause_grows_with_the_time_that_an_update_takes_beside_embedding_up_to_a_minute(
+    watched: Folder, monkeypatch: pytest.MonkeyPatch, update_s: float, embedding_s: float, pause_s: float
 ) -> None:
     def slow(*arguments: object, **options: object) -> Update:
         watched.now += update_s
-        return update_index(*arguments, **options)  # type: ignore[arg-type]
+        update = update_index(*arguments, **options)  # type: ignore[arg-type]
+        update.embedding_s = embedding_s
+        return update
 
     monkeypatch.setattr(index_watch, "update_index", slow)
     watched.watch()
     assert watched.pauses == [pause_s]
+
+
+def test_the_time_that_embedding_takes_does_not_include_saves(watched: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def embed(*arguments: Any) -> Iterator[object]:
+        for batch in embed_images(*arguments):
+            now[0] += 30
+            yield batch
+
+    def save(*arguments: Any) -> object:
+        now[0] += 100
+        return write_index(*arguments)
+
+    embed_images, write_index = index_update.embed_images, index_update.write_index
+    monkeypatch.setattr(index_update, "embed_images", embed)
+    monkeypatch.setattr(index_update, "write_index", save)
+    monkeypatch.setattr(index_update.time, "monotonic", lambda: now[0])
+    for i in range(40):
+        paint(watched.folder / f"{i:02}.png", (i, 0, 0))()
+    assert update_index(watched.encoder, watched.folder, watched.index).embedding_s == 60  # two batches
+    assert now == [60 + 200]
 
 
 def test_a_stop_saves_what_is_embedded(watched: Folder) -> None:
