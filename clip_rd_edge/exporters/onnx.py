@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, 
     example = example.to(next(tower.parameters()).device)
     is_large = _weight_bytes(tower) > MAX_FILE_BYTES
     try:
-        with evaluation_mode(tower), without_fast_path(), silently(), torch.no_grad():
+        with evaluation_mode(tower), without_fast_path(), silently(), _NO_GUARD_REPORTS, torch.no_grad():
             torch.onnx.export(
                 tower,
                 (example,),
@@ -131,6 +132,21 @@ _NO_FAST_PATH = SharedBlock(_without_fast_path)
 def without_fast_path() -> SharedBlock:
     """Disable the fused attention, which becomes `aten::_native_multi_head_attention` and does not exist in ONNX."""
     return _NO_FAST_PATH
+
+
+@contextlib.contextmanager
+def _without_guard_reports() -> Iterator[None]:
+    logger = logging.getLogger("torch._guards")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+# torch.onnx tries several ways to trace a tower, and torch 2.8 logs a traceback as an error where one of them fails.
+_NO_GUARD_REPORTS = SharedBlock(_without_guard_reports)
 
 
 def clean_up(model: onnx.ModelProto) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -113,6 +114,25 @@ def test_an_export_prints_nothing_and_restores_all_modes(
     assert not frozen.training
     assert torch.backends.mha.get_fastpath_enabled() == fast_path
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_way_to_trace_that_torch_gives_up_is_not_reported(
+    student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    export, guards = torch.onnx.export, logging.getLogger("torch._guards")
+    level = guards.level
+    monkeypatch.setattr(guards, "handlers", [caplog.handler])
+
+    def report_and_export(*arguments: Any, **options: Any) -> object:
+        guards.error("Error while creating guard:")
+        return export(*arguments, **options)
+
+    monkeypatch.setattr("torch.onnx.export", report_and_export)
+    export_text_tower(student, tmp_path)
+    assert "Error while creating guard:" not in caplog.messages
+    assert guards.level == level
+    guards.error("another one")
+    assert "another one" in caplog.messages
 
 
 class _Unsupported(nn.Module):
