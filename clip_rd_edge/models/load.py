@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -248,7 +249,7 @@ def _display_name(spec: str, pretrained: str | None) -> str:
 
 @contextmanager
 def _quiet_open_clip() -> Iterator[None]:
-    """Within the block, nothing below CRITICAL is logged through the root logger.
+    """Within the block, nothing below CRITICAL is logged through the root logger, nor a warning of each tokenizer.
 
     open_clip logs each step and failure of loading there; the error that `load_clip` raises contains the message.
     `logging.info` adds a handler to a root logger that has none, which would print what the hub's logger prints, too.
@@ -258,7 +259,9 @@ def _quiet_open_clip() -> Iterator[None]:
     root.setLevel(logging.CRITICAL)
     root.addHandler(logging.NullHandler())
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*clean_up_tokenization_spaces")  # of transformers 4.45
+            yield
     finally:
         root.setLevel(level)
         for handler in [handler for handler in root.handlers if handler not in handlers]:
@@ -340,6 +343,8 @@ def _loading_error(subject: str, error: Exception) -> InputError | ConfigError:
             f"{subject} could not be loaded: it needs Python code that came with it (auto_map), which is never run.",
             hint="use a model whose architecture transformers itself has",
         )
+    if isinstance(error, ModuleNotFoundError):
+        return ConfigError(f"{subject} could not be loaded: {first_line(error)}.", hint=f"pip install {error.name}")
     if _needs_network(error):
         return InputError(
             f"{subject} could not be fetched: the hub cannot be reached, and its local cache is incomplete.",

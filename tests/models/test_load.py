@@ -7,6 +7,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,32 @@ def test_a_failed_download_is_reported_in_one_sentence(monkeypatch: pytest.Monke
         load_clip("hf-hub:someone/none")
     assert "\n" not in str(error.value)
     assert "local-dir" in error.value.hint
+
+
+def test_a_package_that_is_missing_is_to_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
+
+    monkeypatch.setattr(open_clip, "create_model", fail)
+    save_clip(tmp_path / "tiny", tiny(), provenance={})
+    with pytest.raises(ConfigError, match="could not be loaded: No module named 'safetensors'") as raised:
+        load_clip(str(tmp_path / "tiny"))
+    assert raised.value.hint == "pip install safetensors"
+
+
+def test_the_warning_that_older_tokenizers_give_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    get_tokenizer = open_clip.get_tokenizer
+
+    def warn_and_get(*arguments: Any, **options: Any) -> object:
+        warnings.warn("`clean_up_tokenization_spaces` was not set.", FutureWarning, stacklevel=1)
+        return get_tokenizer(*arguments, **options)
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", warn_and_get)
+    save_clip(tmp_path / "tiny", tiny(), provenance={})
+    load_clip(str(tmp_path / "tiny"))
+    assert [str(warning.message) for warning in recwarn if "clean_up" in str(warning.message)] == []
 
 
 @pytest.mark.parametrize("level", [logging.WARNING, logging.DEBUG])
