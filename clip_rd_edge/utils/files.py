@@ -151,7 +151,8 @@ def _require_replaceable(path: Path) -> None:
         raise unwritable_output(path, FileNotFoundError(errno.ENOENT, f"there is no {path.absolute().anchor}"))
     if not is_folder(around):
         raise unwritable_output(path, NotADirectoryError(errno.ENOTDIR, f"{around} is a file"))
-    if path.resolve().is_mount():  # of ".", it would say yes
+    # Path.is_mount knows no Windows before Python 3.12; of ".", both would say yes.
+    if os.path.ismount(path.resolve()):
         raise UsageError(
             f"The output {path} is where a volume is mounted, which cannot be replaced.",
             hint=f"name a folder in it: -o {path / 'new'}",

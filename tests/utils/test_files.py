@@ -294,7 +294,9 @@ def test_an_output_that_cannot_be_put_in_its_place_is_refused_before_the_work(
         with pytest.raises(UsageError, match=r"bundle cannot be written: the folder .* cannot be written to"):
             require_free_output(tmp_path / "deep" / "bundle", overwrite=False)
         require_free_output(tmp_path / "volume", overwrite=False, replaced=False)
-    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path.name == "volume")
+    # Of Windows, before Python 3.12.
+    monkeypatch.setattr(Path, "is_mount", lambda path: pytest.fail("Path.is_mount() is unsupported on this system"))
     with pytest.raises(UsageError, match="is where a volume is mounted, which cannot be replaced") as raised:
         require_free_output(tmp_path / "volume", overwrite=False)
     assert raised.value.hint == f"name a folder in it: -o {tmp_path / 'volume' / 'new'}"

@@ -400,7 +400,7 @@ def test_a_large_file_that_is_no_image_is_not_read_into_memory(
     monkeypatch.setattr(index_folder, "_LARGE_BYTES", 5_000)
     update = update_index(load(colour_bundle), colour_images, index)
     assert update.embedded == 5
-    assert "scan.tif: it is in none of the formats" in update.unreadable[0]
+    assert "scan.tif: it is a TIFF of a kind" in update.unreadable[0]
     assert "large.png" in read
     assert "scan.tif" not in read
 
