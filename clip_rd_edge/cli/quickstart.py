@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import sys
 import time
@@ -107,11 +106,11 @@ def _next_steps(folder: Path) -> str:
     program = _program()
     fp32, int8 = (as_word(folder / "bundles" / precision) for precision in ("fp32", "int8"))
     image, labels = _image_to_try(_unseen_concepts())
+    new_line = " \\\n      " if os.name == "posix" else " "  # other shells break lines in other ways
+    quoted = " ".join(f'"{label}"' for label in labels)
     return f"""
 Try next:
-  {program} classify {int8} \\
-      {as_word(str(image))} \\
-      --labels {" ".join(f'"{label}"' for label in labels)}
+  {program} classify {int8}{new_line}{as_word(str(image))}{new_line}--labels {quoted}
   # a web page for camera and images; needs the extra [demo]
   {program} demo {fp32} {int8}
   # your own pairs and teacher
@@ -127,8 +126,8 @@ def _program() -> str:
         return "clip-rd-edge"
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
-        return f"{shlex.quote(sys.executable)} -m clip_rd_edge"
-    return shlex.quote(os.path.relpath(called))
+        return f"{as_word(sys.executable)} -m clip_rd_edge"
+    return as_word(os.path.relpath(called))
 
 
 def _image_to_try(task: ZeroShotTask) -> tuple[ImageFile, tuple[str, ...]]:
