@@ -264,7 +264,7 @@ def parse_models(models: Sequence[str]) -> tuple[SuiteRow, ...]:
 
 
 def _last_part(model: str) -> str:
-    return model.rstrip("/").rpartition("/")[2]
+    return Path(model).name  # with either slash on Windows
 
 
 def _missing_shard(name: str) -> str:

@@ -54,7 +54,7 @@ def text_size(name: str) -> TextSize:
         or int(width) < _HEAD_WIDTH
         or int(width) % _HEAD_WIDTH
     ):
-        gone = ", but there is no such folder" if "/" in name and not exists(name) else ""
+        gone = ", but there is no such folder" if Path(name).name != name and not exists(name) else ""
         raise ConfigError(
             f"The text tower is {name!r}{gone}; expected one of {', '.join(TEXT_SIZES)}, or WIDTHxLAYERS such as "
             f"512x6, where the width is a multiple of {_HEAD_WIDTH}; or teacher, or the folder of a model."
