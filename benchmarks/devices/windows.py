@@ -10,7 +10,8 @@ versions but for NumPy: its second major version needs functions that Wine lacks
 
 Wine passes for Windows in what programs see: paths, encodings, locked files, processes by spawn, missing signals. It
 tells nothing of speed. What differs: symbolic links lead nowhere, a lock that is held is refused without its reason, so
-that nothing is locked, and PyArrow does not start.
+that nothing is locked, Ctrl-Break is no signal, and PyArrow does not start. From a folder of drive Z, /proc is there,
+which benchmarks read: run those, and the quickstart, in CACHE/prefix/drive_c.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from packaging.requirements import Requirement
 from clip_rd_edge.utils.paths import cache_home
 
 PYTHON = "3.11"  # later ones ask for the number of the parent process in a way that Wine lacks
-ROOTS = ("clip-rd-edge[train]", "pytest", "hypothesis", "starlette", "uvicorn", "httpx2", "pyte", "fsspec")
+ROOTS = ("clip-rd-edge[train,emoji]", "pytest", "hypothesis", "starlette", "uvicorn", "httpx2", "pyte", "fsspec")
 # NumPy 2 calls crealf; ml_dtypes 0.6 needs NumPy 2. Colours are another package's there.
 OTHERS = {"numpy": "numpy==1.26.4", "ml-dtypes": "ml-dtypes<0.6", "colorama": "colorama"}
 _MARKERS = {"sys_platform": "win32", "platform_system": "Windows", "os_name": "nt"}
