@@ -247,8 +247,8 @@ def _train_and_evaluate(
     student = run_distillation(
         config, run_folder, resume=True, reporter=clock, evaluate=lambda encoder: curve_scores(encoder, tasks)
     )
-    known = read_run(run_folder)
-    if known is not None and has_tasks(known.result, _named(tasks)):
+    known, named = read_run(run_folder), _named(tasks)
+    if known is not None and has_tasks(known.result, named):
         return
     measured = evaluate_model(TorchEncoder(load_clip(str(student))), tasks, name=run.student)
     result = RunResult(
@@ -261,7 +261,7 @@ def _train_and_evaluate(
         environment=this_environment(),
     )
     if known is not None:  # of a suite that had other tasks then, or the same with other images or labels
-        same = {name for name, content in tasks_of(known.result) if not content or (name, content) in _named(tasks)}
+        same = {name for name, content in tasks_of(known.result) if not content or (name, content) in named}
         curves = {
             name: curve
             for name, curve in known.curves.items()
