@@ -82,12 +82,11 @@ def exclusive_writer(
     finally:
         # Removed while locked: a process that has opened it meanwhile notices that the file is gone and retries.
         if file in _held:  # not in a process that was forked meanwhile
-            if not _IS_WINDOWS:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            with contextlib.suppress(OSError):
+                path.unlink()
             _held.remove(file)
             os.close(file)
-            if _IS_WINDOWS:  # where an open file cannot be removed: neither this one, nor one that another has opened
+            if _IS_WINDOWS:  # where no open file is removed: neither was this one, nor is one that another has opened
                 with contextlib.suppress(OSError):
                     path.unlink()
         if created:
