@@ -108,24 +108,24 @@ def read_sample(pairs: ReinforcedPairs, index: int, stored: StoredTeachers) -> R
     own = list(pairs.captions(index))
     if len(texts) < len(own):
         raise InputError(f"{member} has {len(texts)} embeddings for {len(own)} captions.")
-    captions, rows, unknown = list[str](), [texts], len(texts) - len(own)
+    # Rows are those of text_emb, then those of each array of a key's own, in whatever order the keys come.
+    beside, apart, rows, unknown = list[str](), list[str](), [texts], len(texts) - len(own)
     for key, synthetic in pairs.synthetic_captions(index).items():
+        array = arrays.get(key + _SUFFIX)
+        if array is not None:
+            if len(array) != len(synthetic):
+                raise InputError(f"{member} has {len(array)} embeddings for {len(synthetic)} captions of {key}.")
+            rows.append(array)
+            apart += synthetic
+        elif unknown and unknown == len(synthetic):
+            beside, unknown = list(synthetic), 0
         # Captions without embeddings, those of other keys than their generator was asked for, are of no use.
-        if key + _SUFFIX in arrays:
-            rows.append(arrays[key + _SUFFIX])
-        elif len(texts) != len(own) + len(synthetic):
-            continue
-        else:
-            unknown = 0
-        if len(rows[-1]) != len(synthetic) + (len(own) if rows[-1] is texts else 0):
-            raise InputError(f"{member} has {len(rows[-1])} embeddings for {len(synthetic)} captions of {key}.")
-        captions += synthetic
     if unknown and (len(own) > 1 or pairs.synthetic_captions(index)):
         raise InputError(f"{member} has {len(texts)} embeddings for {len(own)} captions.")
     text_embeddings = np.concatenate(rows)
     if any(array.ndim != 2 or array.shape[1] != sum(stored.widths) for array in (images, text_embeddings)):
         raise InputError(f"{member} has embeddings of another width than {sum(stored.widths)}.")
-    numbered = list(zip([*own, *captions], range(len(text_embeddings)), strict=False))
+    numbered = list(zip([*own, *beside, *apart], range(len(text_embeddings)), strict=False))
     return ReinforcedSample(
         augmentations,
         _unit_parts(images, stored.widths),

@@ -147,6 +147,24 @@ def test_a_store_is_read_as_documented(kind: str, store: Store, stored: StoredTe
         np.testing.assert_allclose(sample.text_embeddings, units(1 + SYNTHETIC, 100 + number), atol=tolerance)
 
 
+@pytest.mark.parametrize("keys", [("syn_text", "long_text"), ("long_text", "syn_text")])
+def test_each_caption_has_its_own_embedding_in_whatever_order_the_keys_come(
+    keys: tuple[str, str], store: Store, stored: StoredTeachers
+) -> None:
+    texts = units(1 + SYNTHETIC, 1), units(3, 2)  # of the own and of syn_text in one array, and of long_text
+    captions = {"syn_text": ["a", "b"], "long_text": ["c", "d", "e"]}
+
+    def change(_: int, files: dict[str, bytes]) -> None:
+        files["npz"] = npz(image_emb=units(AUGMENTATIONS, 0), text_emb=texts[0], long_text_emb=texts[1])
+        files["syn.json"] = json.dumps({key: captions[key] for key in keys}).encode()
+
+    sample = read_sample(open_store(store(change=change)), 0, stored)
+    expected = dict(zip(["own 0", "a", "b", "c", "d", "e"], np.concatenate(texts), strict=True))
+    assert {caption for caption, _ in [*sample.own, *sample.synthetic]} == set(expected)
+    for caption, row in [*sample.own, *sample.synthetic]:
+        np.testing.assert_allclose(sample.text_embeddings[row], expected[caption], atol=2**-11)
+
+
 def test_shards_without_reinforcements_are_left_out_and_usable_as_others(store: Store) -> None:
     def change(number: int, files: dict[str, bytes]) -> None:
         files.pop("npz" if number == 3 else "paug.json" if number == 4 else "syn.json" if number == 5 else "url.txt")
