@@ -16,7 +16,7 @@ from clip_rd_edge.benchmarking.results import RESULTS, Results, read_results
 from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite
 from clip_rd_edge.benchmarking.throughput import Launch
-from clip_rd_edge.contract.bundle import is_bundle
+from clip_rd_edge.contract.bundle import is_bundle, read_manifest
 from clip_rd_edge.contract.checkpoint import LOCAL_DIR
 from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
 from clip_rd_edge.convert.calibration import calibration_set
@@ -27,6 +27,7 @@ from clip_rd_edge.distillation.config import Precision, RunConfig, load_recipe
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
 from clip_rd_edge.errors import InputError, InterruptedRunError
 from clip_rd_edge.exporters.bundle import export_bundle, package_versions
+from clip_rd_edge.models.clip import model_fingerprint
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.packaged import CLASSIFIERS, SENTENCE_ENCODERS
@@ -71,6 +72,7 @@ VIEWS = 5  # of each pair; as the teacher sees them only once, less than half of
 CLASSIFIER, SENTENCE_ENCODER = "tf_efficientnet_lite0", "all-MiniLM-L6-v2"  # the parts of the built-in teacher
 EMBEDDING_SIZE = 384  # the sentence encoder's
 FROZEN_LAYERS = 4  # of its image tower, while it is tuned
+_STUDENT_DIGEST = "student_sha256"  # in a bundle's provenance; see `models.clip.model_fingerprint`
 
 
 def build_teacher(folder: Path, reporter: Reporter) -> Path:
@@ -273,9 +275,12 @@ def _export_int8(settings: Settings, reporter: Reporter) -> None:
 
 def _export(settings: Settings, reporter: Reporter, precision: Literal["fp32", "fp16", "int8"]) -> None:
     bundle = settings.folder / "bundles" / precision
-    if is_bundle(bundle):
-        return
     clip = load_clip(str(settings.folder / "student"))
+    student = model_fingerprint(clip)
+    if is_bundle(bundle) and read_manifest(bundle).provenance.get(_STUDENT_DIGEST) == student:
+        return
+    # Without them, the bundles are measured anew: what a report says would be of the ones before.
+    (settings.folder / "report" / RESULTS).unlink(missing_ok=True)
     calibration = None
     if precision == "int8":
         calibration = calibration_set(
@@ -289,6 +294,7 @@ def _export(settings: Settings, reporter: Reporter, precision: Literal["fp32", "
             "model": "quickstart",
             "recipe": settings.recipe,
             "student": settings.student,
+            _STUDENT_DIGEST: student,
             **package_versions(),
         },
     )
@@ -298,6 +304,7 @@ def _export(settings: Settings, reporter: Reporter, precision: Literal["fp32", "
         request,
         calibration=calibration,
         source=None if precision == "fp32" else settings.folder / "bundles" / "fp32",
+        overwrite=True,  # an export of another student, which was trained here before
         reporter=reporter,
     )
     _report_trials(reporter, converted.trials)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -24,12 +25,14 @@ from clip_rd_edge.api.models import open_encoder
 from clip_rd_edge.benchmarking.report.text import HTML, MARKDOWN, PLOT, write_report
 from clip_rd_edge.benchmarking.results import RESULTS, Results, read_results, write_results
 from clip_rd_edge.benchmarking.suite import Suite
+from clip_rd_edge.contract.bundle import MANIFEST
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
 from clip_rd_edge.convert.bundle import ConvertedBundle
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.distillation.config import RunConfig, commented_recipe
 from clip_rd_edge.exporters.bundle import package_versions
+from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.utils.reporting import SILENT
 from clip_rd_edge.utils.structs import to_yaml
 from clip_rd_edge.walkthrough import pipeline
@@ -188,18 +191,41 @@ def test_no_training_depends_on_a_measurement_of_time(
     }
 
 
-def test_a_bundle_records_the_versions_that_exported_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_records_the_versions_that_exported_it(
+    tmp_path: Path, student: ClipModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     requests = []
 
     def record(clip: object, folder: Path, request: ExportRequest, **_: object) -> ConvertedBundle:
         requests.append(request)
         return ConvertedBundle(None)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline, "load_clip", lambda _: None)
+    monkeypatch.setattr(pipeline, "load_clip", lambda _: student)
     monkeypatch.setattr(pipeline, "export_bundle", record)
     pipeline._export_floats(Settings(folder=tmp_path), SILENT)
     assert all(request.provenance.items() >= package_versions().items() for request in requests)
     assert [request.precision for request in requests] == ["fp32", "fp16"]
+
+
+def test_a_student_that_is_trained_again_is_exported_and_measured_again(
+    tmp_path: Path, make_student: Callable[..., ClipModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only when all stages are incomplete: somebody may remove the student's run, to train it with more steps."""
+    exported, student = tmp_path / "bundles" / "fp32" / MANIFEST, make_student()
+    monkeypatch.setattr(pipeline, "load_clip", lambda _: student)
+
+    def export() -> bytes:
+        pipeline._export(Settings(folder=tmp_path), SILENT, "fp32")
+        return exported.read_bytes()
+
+    first = export()
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / RESULTS).write_text("of the first")
+    assert export() == first
+    assert (tmp_path / "report" / RESULTS).exists()
+    student.model.get_parameter("logit_scale").data += 0.5
+    assert json.loads(export())["logit_scale"] == pytest.approx(student.model.get_parameter("logit_scale").exp().item())
+    assert not (tmp_path / "report" / RESULTS).exists()
 
 
 def test_students_start_from_the_same_text_tower_and_one_has_a_teacher(tmp_path: Path) -> None:
