@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -170,6 +171,10 @@ class BadSamples:
     def __len__(self) -> int:
         return self.left_out + self.bad_pairs
 
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self._pairs)
+
     @property
     def left_out(self) -> int:
         """Number of samples that the source leaves out, or has lost."""
@@ -211,12 +216,18 @@ class BadSamples:
         self._check([reason for _, reason in bad[-1:]])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the bad pairs met so far, for a checkpoint; their reasons are told once."""
-        return {"pairs": list(self._reasons)}
+        """Return the bad pairs met so far, for a checkpoint, and of which data; their reasons are told once."""
+        return {"pairs": list(self._reasons), "of": self._fingerprint if self._reasons else ""}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Count the bad pairs of a state that `state_dict` returned; all processes load the same one."""
-        self._reasons = dict.fromkeys(state["pairs"], "")
+        """Count the bad pairs of a state that `state_dict` returned; all processes load the same one.
+
+        Those of other data are not counted: a run may go on with data that were repaired or replaced.
+        """
+        bad = state["pairs"]
+        # Earlier versions did not say of which data. Where nothing is bad, millions of pairs need no fingerprint.
+        is_known = bool(bad) and state.get("of", self._fingerprint) == self._fingerprint
+        self._reasons = dict.fromkeys(bad, "") if is_known else {}
         self._shared = len(self._reasons)
 
     def next_valid(self, index: int, read: Callable[[int], T]) -> tuple[T | None, tuple[BadPair, ...]]:

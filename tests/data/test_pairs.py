@@ -254,6 +254,26 @@ def test_bad_pairs_of_other_processes_count_each_once(damaged: Pairs) -> None:
         bad.share(lambda own: [own, [(23, "found there")]])
 
 
+def test_bad_pairs_of_a_checkpoint_count_only_for_the_data_that_they_are_of(damaged: Pairs, pairs_csv: Path) -> None:
+    bad = BadSamples(damaged, max_share=0.1)  # two of 24
+    assert bad.state_dict() == {"pairs": [], "of": ""}  # millions of pairs need no fingerprint
+    bad.add([(5, "damaged"), (6, "damaged")])
+    state = bad.state_dict()
+
+    def resumed(state: dict[str, Any]) -> BadSamples:
+        again = BadSamples(load_pairs(str(pairs_csv)), max_share=0.1)
+        again.load_state_dict(state)
+        return again
+
+    assert len(resumed(state)) == len(resumed({"pairs": state["pairs"]})) == 2  # the latter of an earlier version
+    for i in (5, 6):  # as `--accept-changes` then allows
+        shutil.copyfile(pairs_csv.parent / "pictures" / "7.png", pairs_csv.parent / "pictures" / f"{i}.png")
+    os.utime(pairs_csv, (1, 1))  # so that a large table is indexed again
+    repaired = resumed(state)
+    assert (len(repaired), repaired.unshared) == (0, 0)
+    repaired.add([(23, "damaged")])
+
+
 def test_the_fingerprint_is_that_of_the_content_and_not_of_its_location(pairs_csv: Path, tmp_path: Path) -> None:
     original = fingerprint(load_pairs(str(pairs_csv)))
     copy = tmp_path / "elsewhere" / "renamed.csv"
