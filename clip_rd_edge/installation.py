@@ -35,10 +35,12 @@ def upgrade_hint() -> str:
 
 def _pip_install(*arguments: str) -> str:
     import shlex  # these imports take 20 ms, and most processes need no install command
+    from importlib.util import find_spec
 
     *options, requirement = arguments
     quoted = f'"{requirement}"' if os.name == "nt" else shlex.quote(requirement)
-    return " ".join(["pip install", *options, quoted])
+    # An environment of uv has no pip, and one that the shell finds elsewhere would install into another Python.
+    return " ".join(["pip install" if find_spec("pip") else "uv pip install", *options, quoted])
 
 
 def _folder(origin: dict[str, Any]) -> str:

@@ -71,6 +71,13 @@ def test_on_windows_the_command_has_a_path_and_quotes_that_its_shells_take(monke
     assert install_command("train") == 'pip install -e "C:\\my\\clone[train]"'
 
 
+def test_where_there_is_no_pip_the_command_is_uvs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment of uv has none, and the pip that a shell finds installs into another Python."""
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: _Installed(None))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert install_command("demo") == "uv pip install 'clip-rd-edge[demo]'"
+
+
 def test_a_clone_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise PackageNotFoundError(name)

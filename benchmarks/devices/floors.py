@@ -26,7 +26,7 @@ from benchmarks.publishing import add_output_options, here_and_now, publish
 from clip_rd_edge.benchmarking.formatting import markdown_table
 
 ROOT = Path(__file__).parents[2]
-PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 RESOLUTIONS = {"oldest": "lowest-direct", "newest": "highest"}
 TIMEOUT_S = 600
 

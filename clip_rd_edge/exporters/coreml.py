@@ -17,7 +17,7 @@ from clip_rd_edge.convert.bundle import start_conversion
 from clip_rd_edge.convert.graph import without_progress_bars
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import Inputs, hard_inputs
-from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
+from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
 from clip_rd_edge.exporters.onnx import root_cause
 from clip_rd_edge.exporters.towers import TOWERS, on_cpu
 from clip_rd_edge.models.clip import ClipModel
@@ -41,9 +41,18 @@ class _OneInput(nn.Module):
 
 
 def require_coremltools() -> None:
-    """Raise MissingExtraError if coremltools is not installed."""
-    if find_spec("coremltools") is None:
+    """Raise MissingExtraError if coremltools is not installed, and UsageError if its compiled part is missing."""
+    found = find_spec("coremltools")
+    if found is None:
         raise MissingExtraError("coremltools", extra=COREML, purpose="Exporting for Core ML")
+    folders = map(Path, found.submodule_search_locations or ())
+    if not any(any(folder.glob("libmilstoragepython*")) for folder in folders):
+        # pip installs the sources as they are where PyPI has no wheel for this Python.
+        raise UsageError(
+            "The installed coremltools has no compiled part, without which it writes no file: there is no wheel of it "
+            "for this Python.",
+            hint="pip install --pre -U coremltools, or use an older Python",
+        )
 
 
 def write_coreml(

@@ -106,7 +106,8 @@ def extras() -> dict[str, list[str]]:
             package, extra = match.groups()
             if extra not in _NOT_LISTED and package not in always and _is_for_this_system(line):
                 packages.setdefault(extra, []).append(package)
-    return packages
+    # Some have a line for each range of Python's versions.
+    return {extra: list(dict.fromkeys(names)) for extra, names in packages.items()}
 
 
 def _is_for_this_system(requirement: str) -> bool:

@@ -14,9 +14,9 @@ from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.contract.label_bank import read_labels
 from clip_rd_edge.contract.reference import read_reference
 from clip_rd_edge.convert.options import ExportRequest, Precision
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
-from clip_rd_edge.exporters.coreml import _exported, require_declared
+from clip_rd_edge.exporters.coreml import _exported, require_coremltools, require_declared
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.load import load
 
@@ -30,6 +30,20 @@ def test_the_exported_graph_has_no_alias_which_coremltools_does_not_know() -> No
     program = _exported(Aliased(), torch.zeros(1, 3))
     assert torch.ops.aten.alias.default not in {node.target for node in program.graph.nodes}
     assert program.module()(torch.ones(1, 3)).tolist() == [[4, 4, 4]]
+
+
+def test_coremltools_from_its_sources_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "coremltools"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match="has no compiled part") as error:
+        require_coremltools()
+    assert "pip install --pre -U coremltools" in (error.value.hint or "")
+    (package / "libmilstoragepython.so").touch()
+    require_coremltools()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
