@@ -224,11 +224,14 @@ def _pass_on_any_path() -> None:
     """Let paths that are not UTF-8 go through stdin and stdout as the bytes that they are.
 
     A file or pipe has UTF-8, whatever the locale: on Windows, that may know neither the labels nor a table's lines.
+    There, NUL and old consoles are terminals that have the locale's characters.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            errors = "backslashreplace" if stream is sys.stderr else "surrogateescape"
-            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=errors)
+            is_terminal = stream.isatty()
+            escapes = stream is sys.stderr or (stream is sys.stdout and is_terminal and os.name == "nt")
+            errors = "backslashreplace" if escapes else "surrogateescape"
+            stream.reconfigure(encoding=None if is_terminal else "utf-8", errors=errors)
 
 
 def _run(arguments: list[str]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -10,10 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import PATIENCE_S
 
+from clip_rd_edge.cli import main
 from clip_rd_edge.cli.main import COMMANDS, EXTRA_PACKAGES
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.utils.host import is_running
@@ -243,6 +246,23 @@ def test_names_that_are_not_utf_8_are_printed_as_their_bytes(unbuffered: str) ->
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run([sys.executable, "-c", CUT, "--print0"], env=environment, capture_output=True, check=True)
     assert (done.stdout, done.stderr) == (b"\xff\0" * 10_000, b"")
+
+
+class CodePageTerminal(io.TextIOWrapper):
+    """What Python makes of NUL on Windows."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_nul_takes_what_the_code_page_of_windows_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("clip_rd_edge.cli.main.os", SimpleNamespace(name="nt"))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys, "stdout", CodePageTerminal(written, "cp1252", newline=""))
+    main._pass_on_any_path()
+    print("a 猫 and a Möwe ✓", flush=True)
+    assert written.getvalue() == "a \\u732b and a Möwe \\u2713\n".encode("cp1252")
 
 
 def test_a_full_disk_is_reported_in_one_line(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
