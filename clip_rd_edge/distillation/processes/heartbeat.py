@@ -48,6 +48,7 @@ def open_store(timeout_s: float) -> Store:
         is_master=False,
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout_s),
+        use_libuv=False,  # matters to the server alone, but PyTorch's wheel for Windows refuses it here, too
     )
     return store
 

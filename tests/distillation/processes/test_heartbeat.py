@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -197,3 +198,19 @@ def test_processes_that_torchrun_starts_again_do_not_meet_those_that_ended(monke
     assert not arguments["store"].check(["address"])
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")  # machines may count restarts differently
     assert _store_after_restart() == {}
+
+
+def test_the_store_is_reached_by_a_pytorch_without_libuv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its wheel for Windows is."""
+
+    def without_libuv(*arguments: Any, use_libuv: bool = True, **options: Any) -> dist.TCPStore:
+        if use_libuv:
+            raise RuntimeError("use_libuv was requested but PyTorch was built without libuv support")
+        return dist.TCPStore(*arguments, use_libuv=use_libuv, **options)
+
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    monkeypatch.setattr(heartbeat, "TCPStore", without_libuv)
+    assert heartbeat.open_store(PATIENCE_S).add("beats", 2) == 2
+    assert server.add("beats", 1) == 3
