@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,11 +108,12 @@ def _next_steps(folder: Path) -> str:
     program = _program()
     fp32, int8 = (as_word(folder / "bundles" / precision) for precision in ("fp32", "int8"))
     image, labels = _image_to_try(_unseen_concepts())
-    new_line = " \\\n      " if os.name == "posix" else " "  # other shells break lines in other ways
     quoted = " ".join(f'"{label}"' for label in labels)
-    return f"""
+    steps = f"""
 Try next:
-  {program} classify {int8}{new_line}{as_word(str(image))}{new_line}--labels {quoted}
+  {program} classify {int8} \\
+      {as_word(str(image))} \\
+      --labels {quoted}
   # a web page for camera and images; needs the extra [demo]
   {program} demo {fp32} {int8}
   # your own pairs and teacher
@@ -118,6 +121,8 @@ Try next:
   # photographs in the report as well, from a Debian package
   python -m benchmarks.data.tuxpaint photos
   {program} quickstart -o {as_word(folder)} --photos photos"""
+    # Other shells break lines in other ways.
+    return steps if os.name == "posix" else re.sub(r" \\\n +", " ", steps)
 
 
 def _program() -> str:
@@ -127,7 +132,9 @@ def _program() -> str:
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return f"{as_word(sys.executable)} -m clip_rd_edge"
-    return as_word(os.path.relpath(called))
+    with suppress(ValueError):  # on another drive of Windows than the working folder
+        called = Path(os.path.relpath(called))
+    return as_word(called)
 
 
 def _image_to_try(task: ZeroShotTask) -> tuple[ImageFile, tuple[str, ...]]:

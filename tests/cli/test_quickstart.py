@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import ntpath
 import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,3 +75,26 @@ def test_the_program_is_named_as_it_can_be_called(monkeypatch: pytest.MonkeyPatc
     assert quickstart._program() == f"{shlex.quote(sys.executable)} -m clip_rd_edge"
     monkeypatch.setattr(sys, "argv", [str(Path.cwd() / ".venv/bin/clip-rd-edge")])
     assert quickstart._program() == ".venv/bin/clip-rd-edge"
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("quickstart", "_echo"):
+        monkeypatch.setattr(f"clip_rd_edge.cli.{module}.os", SimpleNamespace(name="nt", path=ntpath))
+
+
+@pytest.mark.usefixtures("windows")
+def test_a_program_on_another_drive_is_named_by_its_whole_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    program = r"Z:\of mine\.venv\Scripts\clip-rd-edge"
+    monkeypatch.setattr(sys, "argv", [program])
+    assert quickstart._program() == f'"{program}"'
+
+
+@pytest.mark.usefixtures("windows")
+def test_the_shells_of_windows_are_shown_each_command_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "_unseen_concepts", lambda: task("arrow", "rocket", "square", "circle"))
+    lines = [line.strip() for line in quickstart._next_steps(Path("runs/quickstart")).splitlines()]
+    (trained,) = (line for line in lines if " distill " in line)
+    assert trained.split()[-10:] == re.sub(r"[\\\s]+", " ", distill.OWN_DATA_EXAMPLE).split()[-10:]
+    assert not any(line.startswith("-") or line.endswith("\\") for line in lines)
