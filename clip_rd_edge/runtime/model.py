@@ -7,7 +7,7 @@ from typing import Any, overload
 
 from clip_rd_edge.contract.encoder import Description, Embeddings, TowerEncoder, as_list
 from clip_rd_edge.contract.images import ImageInput, is_single_image
-from clip_rd_edge.contract.templates import TemplateNames, template_words
+from clip_rd_edge.contract.templates import TemplateNames, parse_templates, template_words
 from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
 from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.label_list import Labels, label_names
@@ -129,7 +129,8 @@ class Model:
     ) -> list[Prediction] | list[list[Prediction]]:
         """Return the most likely labels of an image, most likely first; for several images, one such list per image.
 
-        The label embeddings of the last call are kept, so the text tower does not run again for the same labels.
+        The label embeddings of the last call are kept, so the text tower does not run again for the same labels. Files
+        of labels and templates are read at each call.
 
         Args:
             images: see `encode_images`.
@@ -177,10 +178,11 @@ class Model:
     def _classifier_for(
         self, labels: Labels, templates: TemplateNames, none_below: float, cache: bool
     ) -> ZeroShotClassifier:
-        names, words = label_names(labels), template_words(templates)
-        key = (None if names is None else tuple(names), tuple(words), none_below, cache)
+        # A file may have been edited since the last call, such as in a notebook.
+        names, prompts = label_names(labels), parse_templates(template_words(templates)).prompts
+        key = (None if names is None else tuple(names), prompts, none_below, cache)
         kept = self._classifier  # another thread may replace it meanwhile
         if kept is None or kept[0] != key:
-            kept = (key, ZeroShotClassifier(self.encoder, names, templates=words, none_below=none_below, cache=cache))
+            kept = (key, ZeroShotClassifier(self.encoder, names, templates=prompts, none_below=none_below, cache=cache))
             self._classifier = kept
         return kept[1]

@@ -130,6 +130,17 @@ def test_templates_come_in_every_form_of_labels(
         assert edge.evaluate(model, colour_images, templates=templates)
 
 
+def test_files_of_labels_and_templates_are_read_again_when_they_are_edited(
+    model: Model, colour_images: Path, tmp_path: Path
+) -> None:
+    image, labels, templates = colour_images / "red.png", tmp_path / "labels.txt", tmp_path / "templates.txt"
+    for names, prompts in ((LABELS, ["a {}"]), (LABELS, ["a {}", "green {}"]), (["blue", "red"], ["green {}"])):
+        labels.write_text("\n".join(names))
+        templates.write_text("\n".join(prompts))
+        expected = edge.ZeroShotClassifier(model, names, templates=prompts).classify(image)
+        assert [model.classify(image, labels, templates=templates)] == expected
+
+
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_used_model_can_be_copied_and_sent_to_another_process(
     model: Model, colour_images: Path, twin: Callable[[Model], Model]
