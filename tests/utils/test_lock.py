@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support import wait_until
@@ -80,10 +81,10 @@ def lock_of_another_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     path.write_text("7\n")
     theirs = path.stat()
 
-    def refuse_to_write(name: Path, flags: int, *mode: int) -> int:
+    def refuse_to_write(name: Path, flags: int, *mode: int, **options: Any) -> int:
         if flags & os.O_RDWR and path.exists() and os.path.samestat(path.stat(), theirs):
             raise PermissionError(errno.EACCES, "Permission denied", str(name))
-        return open_file(name, flags, *mode)
+        return open_file(name, flags, *mode, **options)
 
     monkeypatch.setattr(os, "open", refuse_to_write)
     return path

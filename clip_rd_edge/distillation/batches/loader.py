@@ -266,7 +266,7 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
             )
             raise machine_failure(error) or unstarted from error
     try:
-        for batch in _raising(batches):
+        for batch in _raising(batches, workers=getattr(batches, "_workers", ())):
             if dataset.substitute:
                 dataset.bad.add(batch.bad)
             yield batch
@@ -342,7 +342,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _raising(batches: Iterable[Batch | _Failure]) -> Iterator[Batch]:
+def _raising(batches: Iterable[Batch | _Failure], *, workers: Sequence[BaseProcess]) -> Iterator[Batch]:
     """Iterate, and raise what a worker process failed with, or was ended by."""
     try:
         for batch in batches:
@@ -350,23 +350,31 @@ def _raising(batches: Iterable[Batch | _Failure]) -> Iterator[Batch]:
                 raise batch.error from RuntimeError(batch.traceback)
             yield batch
     except RuntimeError as error:
-        if lost := lost_worker(error):
+        if lost := lost_worker(error, workers):
             raise lost from error
         raise
 
 
-def lost_worker(error: BaseException) -> LostProcessError | None:
+def lost_worker(error: BaseException, workers: Sequence[BaseProcess] = ()) -> LostProcessError | None:
     """Return the error of a run one of whose workers has ended, or None if this is another error.
 
     torch's signal handler raises it wherever the training process happens to be.
+
+    Args:
+        workers: those of the loader that waited for a batch. They know their exit code where torch does not, because
+            they are no children of this process (a server forks them, as by default from Python 3.14 on), or on
+            Windows.
     """
     if not (ended := _ENDED.search(str(error))):
         return None
     # The handler's error, which names the exit code, is the cause of the error of a loader that waited for a batch.
     first = _ENDED.search(str(error.__cause__)) or ended
-    if first[2]:
+    # Negative is the signal that has ended it.
+    known = (worker.exitcode for worker in workers if str(worker.pid) in first[1].split(", "))
+    code = int(first[2] or next((code for code in known if code is not None), 0))
+    if code > 0:
         return LostProcessError(
-            f"A loader process (pid {first[1]}) failed with exit code {first[2]}; its own message is above.",
+            f"A loader process (pid {first[1]}) failed with exit code {code}; its own message is above.",
             hint="see whether it loads in the training process: --workers 0; resume with the same command and --resume",
         )
     return LostProcessError(

@@ -1,0 +1,46 @@
+"""Data sets whose worker processes fail, for tests: in a file that processes which are not forked can import."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+
+from torch.utils.data import get_worker_info
+
+from clip_rd_edge.distillation.batches.loader import PairView, View, ViewDataset
+from clip_rd_edge.errors import ConfigError
+
+
+class Cramped(ViewDataset):
+    """Leaves its worker process no shared memory to speak of, as a small /dev/shm does."""
+
+    def __getitem__(self, view: View) -> PairView:
+        assert get_worker_info() is not None
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        return super().__getitem__(view)
+
+
+class Refusing(ViewDataset):
+    """Raises in its worker process, as a damaged cache does."""
+
+    def __getitem__(self, view: View) -> PairView:
+        assert get_worker_info() is not None
+        raise ConfigError("It is damaged.", hint="repair it")
+
+
+class Killed(ViewDataset):
+    """Ends its worker process as the kernel does when memory runs out."""
+
+    def __getitem__(self, view: View) -> PairView:
+        assert get_worker_info() is not None
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(view)
+
+
+class Failing(ViewDataset):
+    """Ends its worker process as an error does while it starts."""
+
+    def __getitem__(self, view: View) -> PairView:
+        assert get_worker_info() is not None
+        os._exit(1)
