@@ -27,6 +27,7 @@ from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel, parameter_count, text_module
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.text.captions import CaptionTower, pooling_of
+from clip_rd_edge.models.text.layers import layers_key, text_layers, text_transformer, token_embedding
 from clip_rd_edge.models.text.tokenizer import write_clip_tokenizer
 from clip_rd_edge.models.text.vocabulary import most_used_tokens, needed_tokens, pieces_of, with_tokens
 from clip_rd_edge.models.text.weights import evenly_spaced
@@ -129,21 +130,8 @@ def _text_parameters(clip: ClipModel) -> int:
     return parameter_count(clip.model) - parameter_count(clip.model.get_submodule("visual"))
 
 
-def _transformer(clip: ClipModel) -> Any:
-    return text_module(clip.model).get_submodule("transformer")
-
-
 def _trim_layers(clip: ClipModel, count: int) -> str:
-    import open_clip
-
-    transformer = _transformer(clip)
-    if clip.has_hugging_face_text:
-        config = transformer.config
-        name = open_clip.hf_configs.arch_dict[config.model_type]["config_names"]["layers"]
-        lists = (module for module in transformer.modules() if isinstance(module, nn.ModuleList))
-        blocks = next(module for module in lists if len(module) == getattr(config, name))
-    else:
-        blocks = transformer.resblocks
+    blocks = text_layers(clip)
     total = len(blocks)
     if total == 1:
         raise ConfigError(f"The text tower of {clip.name} has one layer, which has to stay.", hint="omit --text-layers")
@@ -156,7 +144,7 @@ def _trim_layers(clip: ClipModel, count: int) -> str:
         if number not in chosen:
             del blocks[number]
     if clip.has_hugging_face_text:
-        setattr(config, name, count)
+        setattr(text_transformer(clip).config, layers_key(clip), count)
     else:
         clip.model_cfg["text_cfg"]["layers"] = count
     return f"layer{'s' * (count > 1)} {', '.join(str(number + 1) for number in chosen)} of {total}"
@@ -174,7 +162,7 @@ def _trim_vocabulary(clip: ClipModel, size: int, texts: Sequence[str], reporter:
         used += np.bincount(tokenizer(list(texts[part])).numpy().ravel(), minlength=count)
     special = {token["id"] for token in content["added_tokens"]}
     if clip.has_hugging_face_text:  # the padding keeps its number, on which RoBERTa's positions depend
-        special |= {*range((_transformer(clip).config.pad_token_id or 0) + 1)}
+        special |= {*range((text_transformer(clip).config.pad_token_id or 0) + 1)}
     needed = needed_tokens(content, pieces, used, special)
     if not len(needed) <= size < count:
         raise ConfigError(
@@ -227,11 +215,10 @@ def _with_tokenizer_file(clip: ClipModel) -> ClipModel:
 def _keep_embeddings(clip: ClipModel, kept: Sequence[int]) -> None:
     """Leave out the embeddings of all other tokens, in place."""
     text: Any = text_module(clip.model)
+    embedding = token_embedding(clip)
     if clip.has_hugging_face_text:
-        embedding = _transformer(clip).get_input_embeddings()
-        _transformer(clip).config.vocab_size = len(kept)
+        text_transformer(clip).config.vocab_size = len(kept)
     else:
-        embedding = text.token_embedding
         clip.model_cfg["text_cfg"]["vocab_size"] = len(kept)
     with torch.no_grad():
         embedding.weight = nn.Parameter(embedding.weight[kept].clone())
@@ -263,6 +250,6 @@ def _tokenizer_of(clip: ClipModel, content: dict[str, Any]) -> Any:
 def _leave_out_dropout(clip: ClipModel) -> None:
     """Have the tower trained without dropout, which would only disturb what is to imitate another one."""
     if clip.has_hugging_face_text:
-        config = _transformer(clip).config
+        config = text_transformer(clip).config
         for name in [name for name, value in vars(config).items() if "drop" in name and isinstance(value, float)]:
             setattr(config, name, 0.0)
