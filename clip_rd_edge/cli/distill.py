@@ -119,6 +119,11 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 )  # fmt: skip
 @_student("--freeze-text", is_flag=True, help="Train only the projection of the text tower.")
 @_student(
+    "--freeze-text-layers", type=click.IntRange(0), default=0, show_default=True, metavar="N",
+    help="Do not train the first N groups of layers of the text tower, of which the first is the embeddings of the "
+    "tokens: steps are faster, and a trained tower keeps what it knows of words that no caption has.",
+)  # fmt: skip
+@_student(
     "--freeze-image", type=click.IntRange(0), default=0, show_default=True, metavar="N",
     help="Do not train the first N groups of layers of the image tower, as timm groups them: steps are faster, and a "
     "trained model forgets less.",

@@ -144,6 +144,8 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
         views: number of distinct views (crop and caption) of a pair, over which the epochs cycle; 0 draws new ones
             every epoch.
         freeze_text: train only the last projection of the text tower.
+        freeze_text_layers: number of groups of layers of the text tower, from the input, that are not trained; see
+            `models.text.layers.text_groups`.
         freeze_image: number of groups of layers of the image tower, from the input, that are not trained; see
             `distillation.freezing`.
         freeze_norms: keep the statistics of the batch norms; their scales and biases are trained.
@@ -187,6 +189,7 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
     teacher_cache: str | None = None
     views: NonNegativeInt = 0
     freeze_text: bool = False
+    freeze_text_layers: NonNegativeInt = 0
     freeze_image: NonNegativeInt = 0
     freeze_norms: bool = False
     tuned_share: Share = 1.0
@@ -209,6 +212,11 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
         super().__post_init__()
         if self.text == TEACHER and not self.freeze_text:
             raise CheckedError("text is teacher, but freeze_text is false; expected true: this tower is kept as it is")
+        if self.freeze_text and self.freeze_text_layers:
+            raise CheckedError(
+                f"freeze_text is true, and freeze_text_layers is {self.freeze_text_layers}; expected one of them: the "
+                "first freezes all layers"
+            )
         if self.text == TEACHER and self.pretrained_text:
             raise CheckedError(
                 f"text is teacher, which has weights, but pretrained_text is {self.pretrained_text}; expected none"
@@ -283,6 +291,7 @@ class DistillOptions(TypedDict, total=False):
     loss_block: int
     global_logits: bool
     freeze_text: bool
+    freeze_text_layers: int
     freeze_image: int
     freeze_norms: bool
     tuned_share: float

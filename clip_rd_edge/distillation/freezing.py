@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.teachers.teacher import projection_name
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.text.layers import text_groups, text_transformer
 
 _SCALES = ("logit_scale", "logit_bias")  # parameters outside of the towers
 
@@ -18,13 +21,14 @@ _SCALES = ("logit_scale", "logit_bias")  # parameters outside of the towers
 def set_training_mode(student: ClipModel, config: RunConfig) -> None:
     """Put the student in training mode; freeze what the configuration says.
 
-    With `freeze_text`, its text tower is frozen except for the projection; with `freeze_image`, the first groups of
-    layers of its image tower; without any images, the whole image tower. With `quantize`, it is put in evaluation mode:
-    batch norms are folded into convolutions, so their statistics must not change. With `freeze_norms`, only the batch
-    norms are in evaluation mode.
+    With `freeze_text`, its text tower is frozen except for the projection; with `freeze_text_layers` and
+    `freeze_image`, the first groups of layers of a tower; without any images, the whole image tower. With `quantize`,
+    it is put in evaluation mode: batch norms are folded into convolutions, so their statistics must not change. With
+    `freeze_norms`, only the batch norms are in evaluation mode.
 
     Raises:
-        UsageError, ConfigError: see `freeze_first_layers`; or nothing of the student is left to train.
+        UsageError, ConfigError: see `freeze_first_layers` and `freeze_first_text_layers`; or nothing of the student is
+            left to train.
     """
     student.model.train(config.quantize is None)
     if config.freeze_norms:
@@ -40,6 +44,8 @@ def set_training_mode(student: ClipModel, config: RunConfig) -> None:
             transformer.gradient_checkpointing_enable({"use_reentrant": False})
     if config.freeze_text:
         freeze_all_but_projection(student.model.get_submodule("text"))
+    elif config.freeze_text_layers:
+        freeze_first_text_layers(student, config.freeze_text_layers)
     if is_texts_alone(config):
         image_tower = student.model.get_submodule("visual")
         image_tower.eval().requires_grad_(False)
@@ -105,10 +111,32 @@ def freeze_first_layers(student: ClipModel, count: int) -> None:
             f"{count} groups of layers of {student.name} were to be frozen, but its image tower has {len(groups)}.",
             hint=f"--freeze-image takes 0 to {len(groups) - 1}",
         )
-    for group in sorted(groups)[:count]:
-        for name in groups[group]:
-            trunk.get_parameter(name).requires_grad_(False)
-    for module in trunk.modules():
+    _freeze([[trunk.get_parameter(name) for name in groups[group]] for group in sorted(groups)[:count]], within=trunk)
+
+
+def freeze_first_text_layers(student: ClipModel, count: int) -> None:
+    """Freeze the first groups of layers of a text tower, the embeddings first, and disable their dropout.
+
+    What they know of words that are in no caption stays as it is, and no gradient is computed for them.
+
+    Raises:
+        ConfigError: the text tower has no more groups than that.
+    """
+    groups = text_groups(student)
+    if count >= len(groups):
+        raise ConfigError(
+            f"{count} groups of layers of {student.name} were to be frozen, but its text tower has {len(groups)}, the "
+            "embeddings among them.",
+            hint=f"--freeze-text-layers takes 0 to {len(groups) - 1}; --freeze-text freezes all",
+        )
+    _freeze(groups[:count], within=text_transformer(student))
+
+
+def _freeze(groups: Iterable[Iterable[nn.Parameter]], *, within: nn.Module) -> None:
+    """Compute no gradient for groups of parameters, and put the modules that have no others in evaluation mode."""
+    for parameter in chain.from_iterable(groups):
+        parameter.requires_grad_(False)
+    for module in within.modules():
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             module.eval()

@@ -15,7 +15,7 @@ from clip_rd_edge.distillation.config import CROP_SCALE, Precision, Recipe, RunC
 from clip_rd_edge.distillation.student import crops_of, takes_text
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.student import TEACHER
-from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat, PositiveFloat, PositiveInt
+from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from clip_rd_edge.utils.structs import convert, read_yaml
 
 _SHARED = ("objective", "steps", "epochs", "batch_size", "learning_rate", "precision")  # not a method's own settings
@@ -35,6 +35,7 @@ class Method(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             take different times per step.
         text: the text tower, as in `RunConfig`; the suite's by default.
         pretrained_text: what the text tower starts from, as in `RunConfig`; random weights by default.
+        freeze_text_layers: groups of layers of the text tower that are not trained, as in `RunConfig`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Method(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     steps: PositiveInt | dict[str, PositiveInt] | None = None
     text: str | None = None
     pretrained_text: str | None = None
+    freeze_text_layers: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -210,6 +212,7 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) ->
         text=text,
         freeze_text=text == TEACHER,
         pretrained_text=run.method.pretrained_text,
+        freeze_text_layers=run.method.freeze_text_layers,
         context_length=suite.context_length,
         embedding_size=suite.embedding_size,
         teacher_precision=suite.precision,
