@@ -14,7 +14,7 @@ from PIL import Image
 
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.order import EpochOrder
-from clip_rd_edge.data.pairs import Pairs, fingerprint
+from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint
 from clip_rd_edge.data.tables import load, text
 from clip_rd_edge.data.unpaired import (
     MixedSamples,
@@ -178,6 +178,37 @@ def test_an_image_with_several_captions_in_a_table_counts_once(
     assert widths(images) == [10, 14]
     assert len(images.left_out) == 1
     assert len(load_pairs(str(table))) == 10
+
+
+@pytest.mark.parametrize("rows", [1 << 30, -1], ids=["in memory", "indexed"])
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_each_row_of_a_table_that_names_no_image_counts_as_bad(
+    frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, form: str
+) -> None:
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(load, "INDEXED_ROWS", rows)
+    names = ["frames/0.png", "", "frames/gone.png", " ", "frames/gone.png", ""]
+    table = frames.parent / f"frames.{form}"
+    if form == "parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({"filepath": [name or None for name in names]}), table)
+    else:
+        table.write_text("filepath,title\n" + "".join(f"{name},a cat\n" for name in names))
+    images = load_images(str(table), column="filepath")
+    assert widths(images) == [10]
+    reasons = [message.partition(": ")[2] for message in images.left_out]
+    assert [reason for reason in reasons if "gone.png" not in reason] == ["it names no image"] * 3
+    assert len(reasons) == 4
+    with pytest.raises(InputError, match=r"4 of 5 samples of .* are bad"):
+        BadSamples(images)
+
+
+def test_an_image_of_a_table_counts_whatever_its_caption_looks_like(frames: Path) -> None:
+    table = frames.parent / "frames.csv"
+    table.write_text("filepath,title\nframes/0.png,a cat, asleep\nframes/more/4.png,a dog, awake, outside\n")
+    images = load_images(str(table), column="filepath")
+    assert widths(images) == [10, 14]
+    assert not images.left_out
 
 
 def test_images_from_shards_with_and_without_captions(

@@ -18,6 +18,7 @@ from clip_rd_edge.utils.checked import is_list_of_texts
 from clip_rd_edge.utils.files import machine_failure
 
 IMAGE_OPTION, CAPTION_OPTION = "--csv-img-key", "--csv-caption-key"
+_NO_NAME = "it names no image"
 
 
 class Fault(NamedTuple):
@@ -89,7 +90,8 @@ def read_blocks(
 
     Args:
         blocks: what `table.read` returned for `table.places()`.
-        images_once: whether of several rows with one image, only the first counts, also among those that are no pairs.
+        images_once: whether of several rows with one image, only the first counts, also among those that are no pairs;
+            each row without one does.
 
     Raises:
         InputError: a part of the table cannot be read.
@@ -113,7 +115,8 @@ def _with_new_images(block: Block, seen: set[int]) -> Block:
         return len(seen) > count
 
     new = [is_new((pair.folder, pair.name)) for pair in block.pairs]
-    left_out = [(number, reason) for number, reason in block.left_out if is_new(reason)]  # which names the image
+    # Any other reason names the image.
+    left_out = [(number, reason) for number, reason in block.left_out if reason == _NO_NAME or is_new(reason)]
     rows = block.pairs.rows[np.asarray(new, bool)]
     return replace(block, pairs=replace(block.pairs, rows=rows), left_out=left_out)
 
@@ -130,8 +133,8 @@ class PairFinder:
         """Return the pair that a row is, or the reason why it is none."""
         image = self.image(name)
         if image is None:
-            if not name:
-                return "it names no image"
+            if not name.strip():
+                return _NO_NAME
             if any(_is_folder(folder + name) for folder in ("", *self._folders)):
                 return f"the image {name!r} is a folder"
             for other, difference in _other_spellings(name):

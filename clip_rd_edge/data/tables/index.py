@@ -32,7 +32,7 @@ from clip_rd_edge.utils.structs import read_json, to_json
 
 TABLE_STAGE = "indexing the table"
 
-_FORMAT = "2"  # increase when the same table is indexed differently
+_FORMAT = "3"  # increase when the same table is indexed differently
 _ROWS, _TEXTS, _FOLDERS, _LEFT_OUT = "rows.bin", "texts.bin", "folders.bin", "left-out"
 _CHECKED_IMAGES = 1000  # of all, whenever a kept index is opened
 

@@ -102,7 +102,8 @@ class CsvTable:
                         if last > first and (fault := self._joined_rows(row, (image, caption), finder, first)):
                             return finish(fault)
                         pair = finder.pair(row[image], row[caption])
-                        if not isinstance(pair, str) and any(row[fields:]):
+                        cut_off = image != caption and any(row[fields:])  # of images alone, no caption is used
+                        if not isinstance(pair, str) and cut_off:
                             pair = f"it has more fields than the header; a caption with {self.separator!r} needs quotes"
                         if isinstance(pair, str):
                             left_out.append((last, pair))
