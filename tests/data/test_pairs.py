@@ -6,6 +6,7 @@ import os
 import shutil
 import unicodedata
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from clip_rd_edge.data import pairs as pairs_module
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint, read_twice, require_batch
 from clip_rd_edge.data.tables import load, text
+from clip_rd_edge.data.unpaired import load_images
 from clip_rd_edge.errors import InputError, UnreachableError, UsageError
 
 
@@ -139,6 +141,30 @@ def test_a_stray_quote_never_swallows_rows_without_a_word(pairs_csv: Path, row: 
     pairs_csv.write_text("\n".join(lines) + "\n")
     with pytest.raises(InputError, match=rf"pairs\.csv, line {row + 1}: "):
         load_pairs(str(pairs_csv))
+
+
+@pytest.mark.parametrize("read", [load_pairs, partial(load_images, column="filepath")], ids=["pairs", "images"])
+def test_a_stray_quote_in_a_column_that_is_not_used_swallows_no_rows(
+    pairs_csv: Path, read: Callable[[str], Pairs]
+) -> None:
+    header, *rows = (f"{line},{number}" for number, line in enumerate(pairs_csv.read_text().splitlines()))
+    rows[3] = 'pictures/3.png,a cat,"'
+    rows[9] = 'pictures/9.png,a cat,5"'
+    pairs_csv.write_text("\n".join([header, *rows, ""]))
+    with pytest.raises(InputError, match=r"line 5: a quoted field holds the row of the image 'pictures/4\.png'"):
+        read(str(pairs_csv))
+    rows[3:10] = ['pictures/3.png,a cat,"similar:\npictures/4.png\npictures/5.png, dark"']
+    pairs_csv.write_text("\n".join([header, *rows, ""]))
+    assert len(read(str(pairs_csv))) == 18
+
+
+def test_a_stray_quote_in_a_caption_swallows_no_images(pairs_csv: Path) -> None:
+    lines = pairs_csv.read_text().splitlines()
+    lines[4] = lines[4].replace(",", ',"')
+    lines[9] += '"'
+    pairs_csv.write_text("\n".join([*lines, ""]))
+    with pytest.raises(InputError, match=r"line 5: a quoted field holds the row of the image 'pictures/4\.png'"):
+        load_images(str(pairs_csv), column="filepath")
 
 
 def test_a_quoted_caption_may_hold_newlines_and_doubled_quotes(pairs_csv: Path) -> None:

@@ -99,7 +99,7 @@ class CsvTable:
                     first, last = last + 1, reader.line_num
                     if any(row):  # no blank line, which spreadsheets write as separators alone
                         row += [""] * (fields - len(row))
-                        if last > first and (fault := self._joined_rows(row, (image, caption), finder, first)):
+                        if last > first and (fault := self._joined_rows(row, finder, first)):
                             return finish(fault)
                         pair = finder.pair(row[image], row[caption])
                         cut_off = image != caption and any(row[fields:])  # of images alone, no caption is used
@@ -133,19 +133,23 @@ class CsvTable:
             yield numbered(in_place, lines)
             end, lines = in_place.end, lines + in_place.count
 
-    def _joined_rows(self, row: list[str], columns: tuple[int, int], finder: PairFinder, number: int) -> Fault | None:
+    def _joined_rows(self, row: list[str], finder: PairFinder, number: int) -> Fault | None:
         """Check that a row of several lines is one pair, and not several that a stray quote joined.
 
-        A caption may hold line ends, but then none of its lines is a row with an image that exists.
+        A caption may hold line ends, but then none of its lines is a row with an image that exists. A column that is
+        not used may list images; there, the line must also reach to the column, as one that a quote joined does.
         """
-        for line in (line for column in columns for line in row[column].splitlines()[1:]):
-            fields = line.split(self.separator)
-            if columns[0] < len(fields) and finder.image(fields[columns[0]].strip('"')):
-                return Fault(
-                    number,
-                    f"a quoted field holds the row of the image {fields[columns[0]]!r}; expected a quote at its end",
-                    "remove the stray quote, or quote the whole field and double each quote within it",
-                )
+        image, caption = (self.columns.index(key) for key in (self.image_key, self.caption_key))
+        for column, field in enumerate(row):
+            for line in field.splitlines()[1:]:
+                fields = line.split(self.separator)
+                last = image if column in (image, caption) else max(image, column)
+                if last < len(fields) and finder.image(fields[image].strip('"')):
+                    return Fault(
+                        number,
+                        f"a quoted field holds the row of the image {fields[image]!r}; expected a quote at its end",
+                        "remove the stray quote, or quote the whole field and double each quote within it",
+                    )
         return None
 
 
