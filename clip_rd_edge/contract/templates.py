@@ -58,7 +58,7 @@ def parse_templates(words: Sequence[str]) -> Templates:
         return imagenet_templates()
     prompts: list[str] = []
     for word in words:
-        if _is_template(word):
+        if is_template(word):
             prompts.append(word)
         elif word == IMAGENET:
             prompts += imagenet_templates().prompts
@@ -67,7 +67,8 @@ def parse_templates(words: Sequence[str]) -> Templates:
     return Templates(tuple(prompts), "given")
 
 
-def _is_template(text: str) -> bool:
+def is_template(text: str) -> bool:
+    """Return whether a text has a place for a label; otherwise, it names a file of templates, or CLIP's."""
     return any(placeholder in text for placeholder in _PLACEHOLDERS)
 
 
@@ -81,7 +82,7 @@ def _read_file(word: str) -> list[str]:
             f"The template {word!r} has no {{}} for the label's name, and is no readable file.{suggestion}",
             hint=f'pass --template "{word.strip()} {{}}", the file of templates, or {IMAGENET} for CLIP\'s 80',
         ) from error
-    if missing := [number for number, line in enumerate(lines, start=1) if not _is_template(line)]:
+    if missing := [number for number, line in enumerate(lines, start=1) if not is_template(line)]:
         raise InputError(
             f"{path}, template {missing[0]}, has no {{}} for the label's name: {lines[missing[0] - 1]!r}.",
             hint="write one template per line, such as: a photo of a {}.",

@@ -14,6 +14,7 @@ from msgspec import Meta
 from clip_rd_edge.contract.bundle import MAX_EMBEDDING_SIZE
 from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.contract.preprocess import MAX_EDGE
+from clip_rd_edge.contract.templates import is_template
 from clip_rd_edge.contract.tokenizer import MAX_CONTEXT
 from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.reinforced import STORED
@@ -49,7 +50,7 @@ CHANGEABLE_ON_RESUME = frozenset(
 )
 # Fields that say where something lies, which may differ between machines; their content is compared instead.
 LOCATIONS = frozenset(
-    {"recipe_name", "data", "images", "texts", "teacher", "teacher_pretrained", "student"}
+    {"recipe_name", "data", "images", "texts", "templates", "teacher", "teacher_pretrained", "student"}
 ) | frozenset({"text", "pretrained_image", "pretrained_text", "teacher_cache", "tasks"})
 CROP_SCALE = (0.9, 1.0)  # of recipes that name no other
 MAX_WORKERS = 1_024  # loader processes
@@ -438,6 +439,8 @@ def _place(name: str) -> str:
     """Return the absolute path of the file, the folder or the shards that a name leads to, or else the name."""
     if names_shards(name):
         return SEPARATOR.join(part if is_remote(part) else str(Path(part).resolve()) for part in name.split(SEPARATOR))
+    if is_template(name):
+        return name  # a sentence, which may be too long for a path
     path = model_folder(name) or Path(name.removeprefix(STORED))
     return str(path.resolve()) if exists(path) else name
 

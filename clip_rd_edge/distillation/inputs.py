@@ -14,6 +14,7 @@ import msgspec
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.run_folder import INPUTS_FILE, RUN_CONFIG_FILE
+from clip_rd_edge.contract.templates import is_template
 from clip_rd_edge.data.pairs import Pairs, fingerprint
 from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.data.unpaired import describe_counts
@@ -254,6 +255,8 @@ def sources_known_by_content(run: Path, old: RunConfig, new: RunConfig) -> froze
     fields = {
         name for name in ("data", "images", "texts") if (getattr(old, name) is None) is (getattr(new, name) is None)
     }
+    if "texts" in fields and not all(map(is_template, (*old.templates, *new.templates))):
+        fields.add("templates")  # which a file holds; the texts are compared with them
     if len(old.teachers) == len(new.teachers):
         fields |= {"teacher", "teacher_pretrained"}
     inputs = read_json(run / INPUTS_FILE, RunInputs)
@@ -283,7 +286,8 @@ def newer_inputs(config: RunConfig, student: Path) -> list[str]:
     """
     finished = (student / WEIGHTS_FILE).stat().st_mtime_ns
     text = None if _taken_text(config) is None else config.text
-    inputs = (config.data, config.images, config.texts, *config.teachers, config.student, text)
+    templates = [name for name in config.templates if not is_template(name)]
+    inputs = (config.data, config.images, config.texts, *templates, *config.teachers, config.student, text)
     names = [name for name in inputs if name]
     return [name for name in dict.fromkeys(names) if _written_ns(name) > finished]
 

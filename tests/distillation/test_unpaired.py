@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,7 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import training_facts
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.runtime.label_list import read_labels_file, read_texts
+from clip_rd_edge.utils.structs import read_yaml
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "red", "tea", "a boat at sea", "red"]
@@ -195,6 +197,40 @@ def test_a_killed_run_resumes_to_the_same_weights(
         config, recipe=msgspec.structs.replace(config.recipe, objective=load_recipe("clip-rd-bank").objective)
     )
     killed_and_resumed(config, tmp_path, after=stop_after)
+
+
+def test_a_file_of_templates_is_known_by_its_content_wherever_it_lies(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plots: None
+) -> None:
+    run, file = tmp_path / "run", tmp_path / "templates.txt"
+    (tmp_path / "inner").mkdir()
+    file.write_text("a {} picture\n")
+    here = msgspec.structs.replace(config, templates=("templates.txt",))
+    there = msgspec.structs.replace(config, templates=("../templates.txt",))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MemoryError):
+        run_distillation(here, run, resume=False, reporter=Watch(on_step=stop_at(3)))
+    monkeypatch.chdir(tmp_path / "inner")
+    file.write_text("the {}\n")
+    with pytest.raises(UsageError, match="but other names, captions, sizes or another order"):
+        run_distillation(there, run, resume=True)
+    file.write_text("a {} picture\n")
+    student = run_distillation(there, run, resume=True)
+    assert read_yaml(run / "config.yaml", RunConfig).templates == there.templates
+    file.write_text("the {}\n")
+    later = (student / "open_clip_model.safetensors").stat().st_mtime + 1
+    os.utime(file, (later, later))
+    watch = Watch()
+    run_distillation(there, run, resume=True, reporter=watch)
+    assert "pictures and texts still has 24 images without captions" in watch.said[-1]
+
+
+def test_other_templates_that_are_named_themselves_are_other_options(config: RunConfig, tmp_path: Path) -> None:
+    long = msgspec.structs.replace(config, templates=("a {} picture" + " of a very long day" * 50,))
+    with pytest.raises(MemoryError):
+        run_distillation(long, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(3)))
+    with pytest.raises(UsageError, match="another configuration: templates: "):
+        run_distillation(config, tmp_path / "run", resume=True)
 
 
 def batches(config: RunConfig, *, workers: int = 0) -> list[Batch]:
