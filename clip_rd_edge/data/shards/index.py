@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -128,6 +129,7 @@ class ShardIndex:
     def _read(self, shard: int, sample: int) -> tuple[int, ...]:
         if self._file is None:
             self._file = os.open(self._path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            weakref.finalize(self, os.close, self._file)
         size = self._row.itemsize
         raw = read_at(self._file, size, (int(self._first[shard]) + sample) * size)
         row: tuple[int, ...] = np.frombuffer(raw, self._row)[0].tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import sys
@@ -17,6 +18,7 @@ from clip_rd_edge.data.shards import index as shard_index
 from clip_rd_edge.data.shards.index import INDEXING_STAGE, index_shards
 from clip_rd_edge.data.shards.tars import close_tars
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.paths import cache_home
 from clip_rd_edge.utils.reporting import Reporter
 
 Factory = Callable[..., Any]
@@ -48,6 +50,15 @@ EXPECTED = [f"{10 * i + j} {i} {j}" for i in range(12) for j in range(1 + i % 3)
 
 def test_samples_are_found_in_the_order_of_the_shards(paths: list[Path]) -> None:
     assert contents(paths) == EXPECTED
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="lists open files in /proc")
+def test_the_index_of_a_data_set_that_is_gone_is_closed(paths: list[Path]) -> None:
+    for _ in range(2):
+        assert contents(paths) == EXPECTED
+    gc.collect()
+    links = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [link for link in links if link.startswith(str(cache_home().resolve()))]
 
 
 @pytest.mark.parametrize("methods", [["fork", "spawn"], ["spawn"]], ids=["processes", "threads"])
