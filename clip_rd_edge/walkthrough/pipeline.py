@@ -35,7 +35,7 @@ from clip_rd_edge.models.stitch import IMAGENET, class_nouns, read_class_names, 
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.models.text.trim import write_trimmed
 from clip_rd_edge.runtime.label_list import everyday_labels
-from clip_rd_edge.utils.files import require_free_output, write_text
+from clip_rd_edge.utils.files import require_free_output, write_bytes, write_text
 from clip_rd_edge.utils.host import instruction_sets
 from clip_rd_edge.utils.paths import is_file, is_folder, shipped_path
 from clip_rd_edge.utils.reporting import Reporter
@@ -279,8 +279,7 @@ def _export(settings: Settings, reporter: Reporter, precision: Literal["fp32", "
     student = model_fingerprint(clip)
     if is_bundle(bundle) and read_manifest(bundle).provenance.get(_STUDENT_DIGEST) == student:
         return
-    # Without them, the bundles are measured anew: what a report says would be of the ones before.
-    (settings.folder / "report" / RESULTS).unlink(missing_ok=True)
+    _forget_results(settings.folder)
     calibration = None
     if precision == "int8":
         calibration = calibration_set(
@@ -310,6 +309,15 @@ def _export(settings: Settings, reporter: Reporter, precision: Literal["fp32", "
     _report_trials(reporter, converted.trials)
 
 
+def _forget_results(folder: Path) -> None:
+    """Have the models measured anew, as what a report says would be of the ones before.
+
+    The file stays, empty: without one, a report is taken for somebody's own, and kept.
+    """
+    if is_file(results := folder / "report" / RESULTS):
+        write_bytes(results, b"")
+
+
 def _report_trials(reporter: Reporter, trials: Sequence[Trial]) -> None:
     """Report each INT8 candidate that was measured, and the verdict on it."""
     for trial in trials:
@@ -322,7 +330,8 @@ def _report_trials(reporter: Reporter, trials: Sequence[Trial]) -> None:
 
 def _compare(settings: Settings, reporter: Reporter, *, open_encoder: OpenEncoder, launch: Launch | None) -> None:
     report, suite = settings.folder / "report", quickstart_suite(settings.folder, photos=settings.photos)
-    results = read_results(report / RESULTS) if (report / RESULTS).is_file() else None
+    is_known = is_file(report / RESULTS) and (report / RESULTS).stat().st_size > 0
+    results = read_results(report / RESULTS) if is_known else None
     if results is None or results.suite != suite:
         results = run_suite(suite, open_encoder, reporter, launch=launch)
         (report / HTML).unlink(missing_ok=True)  # it is written last: where it is missing, the report is unfinished

@@ -146,10 +146,11 @@ def test_a_student_that_takes_no_images_of_this_size_is_refused_before_any_train
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_between_the_trainings_says_how_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
+
+def test_ctrl_c_between_the_trainings_says_how_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "_render_pairs", lambda *_: None)
     monkeypatch.setattr(pipeline, "tune_teacher", interrupt)
     with pytest.raises(InterruptedRunError, match="in stage 2 of 7; the stages before it are kept") as error:
@@ -219,13 +220,24 @@ def test_a_student_that_is_trained_again_is_exported_and_measured_again(
         return exported.read_bytes()
 
     first = export()
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / RESULTS).write_text("of the first")
+    report, measured = tmp_path / "report", list[Suite]()
+    results = read_results(Path(__file__).parents[2] / "benchmarks/results/epyc-zen3-2-cores/quickstart.json")
+    write_report(msgspec.structs.replace(results, suite=quickstart_suite(tmp_path)), report)
+    monkeypatch.setattr(pipeline, "run_suite", lambda suite, *_, **__: measured.append(suite) or results)
+
+    def compare() -> None:
+        pipeline._compare(Settings(folder=tmp_path), SILENT, open_encoder=open_encoder, launch=None)
+
     assert export() == first
-    assert (tmp_path / "report" / RESULTS).exists()
+    compare()
+    assert not measured
     student.model.get_parameter("logit_scale").data += 0.5
     assert json.loads(export())["logit_scale"] == pytest.approx(student.model.get_parameter("logit_scale").exp().item())
-    assert not (tmp_path / "report" / RESULTS).exists()
+    monkeypatch.setattr(pipeline, "_render_pairs", interrupt)
+    with pytest.raises(InterruptedRunError):  # before anything is measured
+        edge.quickstart(tmp_path)
+    compare()
+    assert measured == [quickstart_suite(tmp_path)]
 
 
 def test_students_start_from_the_same_text_tower_and_one_has_a_teacher(tmp_path: Path) -> None:
