@@ -210,6 +210,7 @@ def watch_index(
     wait = wait or stop.wait
     open_image_tower(encoder)  # now: an update may put another bundle into its folder before there are images
     images, index, waiting = _Images(folder), _IndexFiles(path, model_key(encoder.manifest)), False
+    count = 0  # of the images in the index, as of the last update
     while not stop.is_set():
         started = clock()
         there = images.look(started)
@@ -231,13 +232,16 @@ def watch_index(
                 reporter=reporter,
             )
             embedding_s = update.embedding_s
-            if not update.skipped:  # else its images are still to be taken
+            if update.skipped:  # its images are still to be taken
+                update.kept = count
+            else:
                 images.take(settled, update)
                 index.take()
+                count = update.kept + update.embedded
             update.unreadable += messages
             if not update.skipped or messages:
                 yield update
         elif messages:
-            yield Update(unreadable=messages)
+            yield Update(kept=count, unreadable=messages)
         update_s = clock() - started - embedding_s  # saves above all, which take the longer the larger the index is
         wait(max(POLL_S, REST * listing_s, min(_MAX_REST_S, REST * update_s)))

@@ -133,6 +133,7 @@ def test_a_file_that_stays_broken_is_reported_once(watched: Folder) -> None:
     (message,) = [message for update in updates for message in update.unreadable]
     assert str(broken) in message
     assert watched.names() == ALL
+    assert [update.kept + update.embedded for update in updates] == [4, 4, 4]  # the last of them tells the message
     steps = [paint(broken), nothing, nothing]
     assert watched.watch(*steps)[-1].embedded == 1
     assert watched.names() == sorted([*ALL, "broken.png"])
