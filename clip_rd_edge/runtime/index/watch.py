@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 POLL_S = 2.0
 _MAX_REST_S = 60.0  # after an update: building the graph of a large index takes long
 SETTLE_S = 2.0  # a file that has not changed for this long counts as written
+_WAIT_S = 0.5
 BROKEN_S = 60.0  # one that cannot be read is reported if it has not changed for this long: its writer may be slow
 
 Stamp = tuple[int, int]  # size in bytes, and modification time in nanoseconds
@@ -174,6 +176,13 @@ def _stamp(path: Path) -> Stamp:
     return stat.st_size, stat.st_mtime_ns
 
 
+def _wait(stop: threading.Event, seconds: float) -> None:
+    """Wait until `stop` is set, in parts: on Windows, a signal is handled only when a wait is over."""
+    end = time.monotonic() + seconds
+    while not stop.is_set() and (left := end - time.monotonic()) > 0:
+        stop.wait(min(left, _WAIT_S))
+
+
 def watch_index(
     encoder: BundleEncoder,
     folder: Path,
@@ -207,7 +216,7 @@ def watch_index(
     if not is_folder(folder):
         raise InputError(f"The folder {folder} does not exist.", hint="name a folder with images")
     stop = stop or threading.Event()
-    wait = wait or stop.wait
+    wait = wait or partial(_wait, stop)
     open_image_tower(encoder)  # now: an update may put another bundle into its folder before there are images
     images, index, waiting = _Images(folder), _IndexFiles(path, model_key(encoder.manifest)), False
     count = 0  # of the images in the index, as of the last update

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from PIL import Image
@@ -382,6 +383,25 @@ def test_a_stop_ends_the_wait_for_another_writer(watched: Folder) -> None:
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
     assert updates == []
+
+
+def test_a_signal_is_handled_soon_in_a_long_pause(watched: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows, that is when a wait is over."""
+
+    class Stop(threading.Event):
+        waits: ClassVar = list[float]()
+
+        def wait(self, timeout: float | None = None) -> bool:
+            self.waits.append(timeout or math.inf)
+            if len(self.waits) == 3:
+                self.set()
+            return self.is_set()
+
+    monkeypatch.setattr(index_watch, "POLL_S", 60.0)
+    stop = Stop()
+    assert len(list(watch_index(watched.encoder, watched.folder, watched.index, stop=stop))) == 1
+    assert len(stop.waits) == 3
+    assert max(stop.waits) <= 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
