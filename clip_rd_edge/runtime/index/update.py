@@ -15,7 +15,7 @@ import numpy as np
 
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.image_files import list_images
-from clip_rd_edge.errors import DiskFullError, InputError, UsageError
+from clip_rd_edge.errors import DiskFullError, InputError, UsageError, causes
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.embed import embed_images, embed_images_on_cluster
 from clip_rd_edge.runtime.encoder import BundleEncoder
@@ -70,6 +70,8 @@ class Update:
         kept, embedded, removed: numbers of images.
         unreadable: one message per image or subfolder that could not be read, or whose name is not UTF-8.
         unreadable_images: those of images that could not be read, by their path in the folder.
+        refused: paths of the images among them whose content the system did not give, as while another program has them
+            open on Windows.
         approximate: whether search is approximate, because the index has a graph.
         vanished: paths of images that were listed, here or in `settled`, and were not there when they were looked at.
         embedding_s: how long it took to embed images, in seconds.
@@ -82,6 +84,7 @@ class Update:
     removed: int = 0
     unreadable: list[str] = field(default_factory=list)
     unreadable_images: dict[str, str] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
     approximate: bool = False
     vanished: set[str] = field(default_factory=set)
     embedding_s: float = field(default=0.0, compare=False)
@@ -211,6 +214,7 @@ def _update(
             read = {source.name for source in batch.images}
             failed = [source.name for source in chunk if source.name not in read]
             update.unreadable_images.update(zip(failed, map(str, batch.unreadable), strict=True))
+            update.refused.update(name for name, error in zip(failed, batch.unreadable, strict=True) if _refused(error))
             if failed:  # now: the disk may be back when all is done
                 update.vanished |= {name for name in failed if not os.path.lexists(folder / name)}
                 unmounted_images += len(not_mounted(folder, failed, listed_ns))
@@ -294,6 +298,11 @@ def _plan(
         if not is_unicode(name)
     ]
     return _Plan(kept, new, update)
+
+
+def _refused(error: InputError) -> bool:
+    """Return whether an image could not be read because of the system, and not of its content."""
+    return any(isinstance(cause, OSError) and cause.errno is not None for cause in causes(error))
 
 
 def _keep_graph(

@@ -49,6 +49,7 @@ class _Images:
         self._seen: dict[str, _Seen] | None = None
         self._indexed: dict[str, Stamp] = {}  # as of the last update, whether they could be read or not
         self._unreadable: dict[str, str] = {}  # messages that are not yet reported
+        self._refused: set[str] = set()  # those whose content the system did not give
         self._said: set[str] = set()  # of folders that cannot be read, and names that are not UTF-8
 
     def look(self, now: float) -> bool:
@@ -65,7 +66,18 @@ class _Images:
             else:
                 unchanged = name in old and old[name].stamp == stamp
                 self._seen[name] = old[name] if unchanged else _Seen(stamp, now)
+        self._take_back_refused()
         return True
+
+    def _take_back_refused(self) -> None:
+        """Let the next update take the images that can be read now, though their stamps have not changed."""
+        for name in sorted(self._refused):
+            with suppress(OSError):
+                if name in (self._seen or {}):
+                    (self._folder / name).read_bytes()
+                    self._indexed.pop(name, None)
+                    self._unreadable.pop(name, None)
+                self._refused.remove(name)
 
     def settled(self, now: float) -> dict[str, Stamp]:
         """Return the files that nobody is writing to."""
@@ -86,6 +98,7 @@ class _Images:
         known = self._said | set(update.unreadable_images.values())
         update.unreadable = [message for message in update.unreadable if message not in known]
         self._said.update(update.unreadable)
+        self._refused = update.refused - update.vanished
         retried = update.unreadable_images
         self._unreadable = {**{name: text for name, text in self._unreadable.items() if name not in settled}, **retried}
 
@@ -195,8 +208,8 @@ def watch_index(
 ) -> Iterator[Update]:
     """Create or update the index at `path` as `update_index` does, and again whenever images come, change or go.
 
-    A file is embedded once it has not changed for SETTLE_S. One that cannot be read is tried again when it changes, and
-    reported after BROKEN_S without a change. While the folder is not there, or has no images, the index stays as it is.
+    A file is embedded once it has not changed for SETTLE_S. One that cannot be read is tried again when it changes, or
+    when the system no longer refuses to read it, and reported after BROKEN_S without a change. While the folder is not there, or has no images, the index stays as it is.
     An index that somebody removes, or writes an older copy over, is brought up to date again, once it has not changed
     for SETTLE_S and is whole.
 

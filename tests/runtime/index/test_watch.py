@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import builtins
 import errno
+import io
 import math
 import os
 import shutil
@@ -138,6 +140,33 @@ def test_a_file_that_stays_broken_is_reported_once(watched: Folder) -> None:
     steps = [paint(broken), nothing, nothing]
     assert watched.watch(*steps)[-1].embedded == 1
     assert watched.names() == sorted([*ALL, "broken.png"])
+
+
+@pytest.mark.parametrize("for_long", [False, True])
+def test_a_file_that_another_program_keeps_to_itself_is_taken_when_it_can_be_read(
+    watched: Folder, monkeypatch: pytest.MonkeyPatch, *, for_long: bool
+) -> None:
+    """As on Windows."""
+    locked = watched.folder / "locked.png"
+    plain = io.open
+
+    def refuse(file: Any, *arguments: Any, **options: Any) -> Any:
+        if str(file) == str(locked):
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return plain(file, *arguments, **options)
+
+    def lock() -> None:
+        paint(locked)()
+        for module in (io, builtins):
+            monkeypatch.setattr(module, "open", refuse)
+
+    pause = watched.skip(BROKEN_S) if for_long else nothing
+    updates = watched.watch(lock, nothing, nothing, pause, nothing, monkeypatch.undo, nothing, nothing)
+    messages = [message for update in updates for message in update.unreadable]
+    assert messages == ([f"Cannot read the image {locked}: Permission denied."] if for_long else [])
+    assert [update.embedded for update in updates if update.embedded] == [4, 1]
+    assert len(updates) == 3 + for_long  # not one per look
+    assert "locked.png" in watched.names()
 
 
 def test_a_link_to_nothing_is_reported_once_and_followed_when_there_is_something(
