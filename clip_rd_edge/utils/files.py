@@ -451,12 +451,19 @@ _FAILURES = {
         if hasattr(errno, name)
     ),
 }
+# The same in Windows's own numbers, for which Python says EINVAL, ENOENT or EACCES: not ready, CRC, bad network path,
+# network busy, device gone, unexpected network error, network name deleted or bad, timeout, I/O device, not connected,
+# network or host unreachable, connection aborted.
+_WINDOWS_FAILURES = {21, 23, 53, 54, 55, 59, 64, 67, 121, 1117, 1167, 1231, 1232, 1236}
+_WINDOWS_DISK_FULL = {39, 112}
 
 
 def machine_failure(error: BaseException) -> UnreachableError | None:
     """Return a one-sentence error if `error` or one of its causes says that a machine, disk or network fails."""
     for cause in causes(error):
-        if isinstance(cause, OSError) and cause.errno in _FAILURES:
+        if isinstance(cause, OSError) and (
+            cause.errno in _FAILURES or getattr(cause, "winerror", None) in _WINDOWS_FAILURES
+        ):
             what = str(error) if isinstance(error, ClipRdEdgeError) else _failed(cause)
             advice = "; raise their limit first: ulimit -n 4096" if cause.errno in _TOO_MANY_FILES else ""
             return UnreachableError(f"{what.rstrip('.')}{advice}.")
@@ -484,7 +491,8 @@ def _errno(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         return error.errno
     match = _RUST_ERROR.search(str(error))
-    return int(match[1]) if match else None
+    number = int(match[1]) if match else None
+    return errno.ENOSPC if _IS_WINDOWS and number in _WINDOWS_DISK_FULL else number
 
 
 def read_limited(path: Path, max_bytes: int) -> bytes:

@@ -13,7 +13,14 @@ import pytest
 
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils import files
-from clip_rd_edge.utils.files import disk_full_error, new_folder, remove_leftovers, require_free_output, write_text
+from clip_rd_edge.utils.files import (
+    disk_full_error,
+    machine_failure,
+    new_folder,
+    remove_leftovers,
+    require_free_output,
+    write_text,
+)
 from clip_rd_edge.utils.lock import exclusive_writer
 
 
@@ -346,6 +353,24 @@ def test_a_full_disk_leaves_nothing_behind_and_is_reported_in_one_sentence(
     assert "larger than its file system" in str(
         disk_full_error(OSError(errno.EFBIG, "File too large", "/mnt/state.pt"))
     )
+
+
+class WindowsError(OSError):
+    """What Windows raises for a network share or a disk that is gone: its errno says little."""
+
+    winerror = 64
+
+
+def test_windows_s_own_numbers_of_failures_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = WindowsError(errno.EINVAL, "The specified network name is no longer available", "//nas/a.png")
+    assert str(machine_failure(gone)).startswith("Cannot read or write //nas/a.png: The specified network name")
+    gone.winerror = 3  # no such folder
+    assert machine_failure(gone) is None
+    rust = RuntimeError("There is not enough space on the disk. (os error 112)")  # of safetensors
+    assert disk_full_error(rust) is None
+    monkeypatch.setattr(files, "_IS_WINDOWS", True)
+    assert "no space left on the disk" in str(disk_full_error(rust))
+    assert disk_full_error(RuntimeError("Access is denied. (os error 5)")) is None
 
 
 def test_an_output_on_a_drive_that_is_not_there_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
