@@ -8,7 +8,6 @@ import glob
 import importlib
 import io
 import os
-import re
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL import __version__ as PILLOW
 
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, in_one_line
-from clip_rd_edge.utils.paths import kind_of
+from clip_rd_edge.utils.paths import URL, kind_of
 
 # The formats that are read. Pillow knows some thirty more: EPS starts Ghostscript, and others are decoded by code that
 # few people use or test. The format is determined by a file's content, whatever its name.
@@ -302,16 +301,13 @@ def as_rgb(image: ImageInput) -> Image.Image:
 def image_path(image: str | os.PathLike[str]) -> Path:
     """Return the path of an image file; raise InputError for an address on the web, of which Path makes another."""
     name = os.fspath(image)
-    if isinstance(name, str) and _ADDRESS.match(name):
+    if isinstance(name, str) and URL.match(name):
         raise InputError(
             f"The image {name!r} is an address; expected a path, a PIL image or an array.", hint="download it first"
         )
     if not name:
         raise InputError("The path of an image is empty.", hint="check the variable it came from")
     return Path(name)
-
-
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def _given_to_rgb(image: Image.Image) -> Image.Image:

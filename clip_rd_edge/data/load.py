@@ -6,6 +6,7 @@ from pathlib import Path
 
 from clip_rd_edge.data.pairs import Pairs, first_left_out, hint_to_index_again
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.utils.paths import URL
 from clip_rd_edge.utils.printable import shown_source
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -15,13 +16,13 @@ TAR_SUFFIXES = (".tar", ".tar}", ".tar.gz", ".tgz")
 
 def names_shards(source: str) -> bool:
     """Return whether a source of pairs names WebDataset shards."""
-    path = source.partition("?")[0] if "://" in source else source  # such as .tar?download=true
+    path = source.partition("?")[0] if URL.search(source) else source  # such as .tar?download=true
     return path.endswith(TAR_SUFFIXES) or source.endswith(TAR_SUFFIXES) or source.startswith("pipe:")
 
 
 def require_local(source: str) -> None:
     """Raise InputError if what is no shard has a URL, of which Path would make another."""
-    if "://" in source:
+    if URL.search(source):
         raise InputError(
             f"The data {shown_source(source)} are not on this machine; only shards are read from elsewhere.",
             hint="copy the data to this machine, or name shards: s3://bucket/{00000..00012}.tar",

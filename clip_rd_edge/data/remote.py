@@ -25,6 +25,7 @@ from clip_rd_edge.data.shards.tar_scan import TarScan
 from clip_rd_edge.data.store_errors import http_status, is_web, reason_of, refusal
 from clip_rd_edge.errors import InputError, MissingExtraError
 from clip_rd_edge.utils.files import disk_full_error
+from clip_rd_edge.utils.paths import URL
 from clip_rd_edge.utils.printable import shown_source
 
 PIPE = "pipe:"
@@ -81,7 +82,7 @@ _known_versions = dict[str, Version]()
 
 def is_remote(pattern: str) -> bool:
     """Return whether a pattern names shards elsewhere."""
-    return "://" in pattern or pattern.startswith(PIPE)
+    return bool(URL.search(pattern)) or pattern.startswith(PIPE)
 
 
 def versions(shards: Sequence[ShardFile]) -> list[Version]:

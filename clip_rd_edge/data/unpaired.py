@@ -23,7 +23,7 @@ from clip_rd_edge.data.shards.webdataset import SEPARATOR, ShardPairs, parse_sou
 from clip_rd_edge.data.tables.load import TablePairs, table_images
 from clip_rd_edge.data.tables.parquet import is_parquet, read_column
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.paths import exists, is_file, is_folder, why_no_file
+from clip_rd_edge.utils.paths import URL, exists, is_file, is_folder, why_no_file
 from clip_rd_edge.utils.printable import shown_source
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -274,7 +274,7 @@ def load_samples(
 
 def load_texts(source: str, column: str, read_texts: Callable[[str, str], Sequence[str]]) -> Sequence[str]:
     """Load texts from a label file by `read_texts`, or from a column of a Parquet file; raises InputError."""
-    if "://" in source:
+    if URL.search(source):
         raise InputError(f"The texts {shown_source(source)} are not on this machine.", hint="copy them to this machine")
     path = Path(source)
     return (read_column if is_file(path) and is_parquet(path) else read_texts)(source, column)

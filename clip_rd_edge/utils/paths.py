@@ -18,6 +18,7 @@ from typing import Any
 from clip_rd_edge.errors import InputError, near_matches
 
 AnyPath = str | os.PathLike[str]
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # the beginning of one; C:// begins a path of Windows
 
 
 def as_text(value: Any) -> Any:

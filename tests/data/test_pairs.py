@@ -16,6 +16,7 @@ from PIL import Image
 from clip_rd_edge.data import pairs as pairs_module
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint, read_twice, require_batch
+from clip_rd_edge.data.remote import is_remote
 from clip_rd_edge.data.tables import load, text
 from clip_rd_edge.data.unpaired import load_images
 from clip_rd_edge.errors import InputError, UnreachableError, UsageError
@@ -225,6 +226,17 @@ def test_a_table_elsewhere_is_refused() -> None:
     with pytest.raises(InputError, match=r"s3://bucket/pairs\.csv are not on this machine") as caught:
         load_pairs("s3://bucket/pairs.csv")
     assert "name shards" in caught.value.hint
+
+
+def test_a_drive_of_windows_before_two_slashes_is_no_address(
+    pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if os.name != "nt":
+        (tmp_path / "C:").symlink_to("/", target_is_directory=True)
+    assert len(load_pairs(f"C://{pairs_csv.relative_to(pairs_csv.anchor).as_posix()}")) == 24
+    assert not is_remote("C://shards/{000..001}.tar")
+    assert is_remote("https://server/{000..001}.tar")
 
 
 @pytest.mark.parametrize("size", [1, 25])
