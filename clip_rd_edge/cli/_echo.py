@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import IO, Any
 
 import click
@@ -57,17 +55,3 @@ def results_whole() -> Iterator[None]:
                 hint="free some space, or print into a file elsewhere",
             ) from error
         raise
-
-
-def as_word(path: str | Path) -> str:
-    """Return a path as a word of a command that people copy, quoted where a shell would take it apart."""
-    import shlex
-
-    text = str(path)
-    text = f"./{text}" if text.startswith("-") else text  # which else is an option
-    if os.name == "posix":
-        return shlex.quote(text)
-    return f'"{text}"' if set(text) & _TAKEN_APART else text  # in cmd as in PowerShell
-
-
-_TAKEN_APART = set(" &()[]{}^=;!'+,`~@#")

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import click
 
-from clip_rd_edge.cli._echo import as_word, echo
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import GroupedCommand, PathName, complete_task, grouped, template_option
+from clip_rd_edge.utils.printable import as_word
 
 _weight, _evaluation, _output = grouped("Weight"), grouped("Evaluation"), grouped("Output")
 

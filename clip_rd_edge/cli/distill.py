@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from clip_rd_edge.cli._echo import as_word, echo
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import (
     PRECISION_WORDS,
     GroupedCommand,
@@ -22,6 +22,7 @@ from clip_rd_edge.cli._options import (
     drop_none,
     grouped,
 )
+from clip_rd_edge.utils.printable import as_word
 
 _data, _teacher, _student = grouped("Data"), grouped("Teacher"), grouped("Student")
 _training, _memory, _output = grouped("Training"), grouped("Memory and speed"), grouped("Output")

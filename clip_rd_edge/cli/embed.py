@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from clip_rd_edge.cli._echo import as_word, echo
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import (
     PRECISION_WORDS,
     GroupedCommand,
@@ -20,6 +20,7 @@ from clip_rd_edge.cli._options import (
     grouped,
     ray_option,
 )
+from clip_rd_edge.utils.printable import as_word
 
 _data, _teacher, _output = grouped("Data"), grouped("Teacher"), grouped("Output")
 

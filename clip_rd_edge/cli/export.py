@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from clip_rd_edge.cli._echo import as_word, echo
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import (
     PRECISION_WORDS,
     GroupedCommand,
@@ -22,6 +22,7 @@ from clip_rd_edge.cli._options import (
     grouped,
 )
 from clip_rd_edge.contract.formats import FORMATS, Precision
+from clip_rd_edge.utils.printable import as_word
 
 if TYPE_CHECKING:
     from clip_rd_edge.api import ExportedBundle

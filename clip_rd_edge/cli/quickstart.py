@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clip_rd_edge.cli._echo import as_word, echo
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import GroupedCommand, PathName, complete_recipe, complete_student, drop_none, grouped
 from clip_rd_edge.cli.distill import OWN_DATA_EXAMPLE
+from clip_rd_edge.utils.printable import as_word
 
 if TYPE_CHECKING:
     from clip_rd_edge.contract.images import ImageFile

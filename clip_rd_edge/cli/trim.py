@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from clip_rd_edge.cli._echo import as_word, echo
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import GroupedCommand, PathName, drop_none, grouped
+from clip_rd_edge.utils.printable import as_word
 
 _text, _output = grouped("Text"), grouped("Output")
 

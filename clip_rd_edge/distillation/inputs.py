@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from clip_rd_edge.models.clip import form_fingerprint, model_fingerprint
 from clip_rd_edge.models.student import student_file
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.paths import is_file
-from clip_rd_edge.utils.printable import shown_source
+from clip_rd_edge.utils.printable import as_word, shown_source
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, read_yaml, to_json, to_yaml
 
@@ -188,7 +187,7 @@ def check_inputs(
             ways = ["name those that it was finished with" if is_finished else "restore them"]
             if former:
                 is_shown = shown_source(former) == former
-                those = f": --data {shlex.quote(former)}" if is_shown else f", the data in {run / RUN_CONFIG_FILE}"
+                those = f": --data {as_word(former)}" if is_shown else f", the data in {run / RUN_CONFIG_FILE}"
                 ways = [f"name those that it began with{those}"]
             ways.append("start a new run with another -o")
             if is_acceptable:

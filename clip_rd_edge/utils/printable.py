@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 # Control characters but tab and newline: with ESC, a terminal changes its title, its clipboard or what it has shown.
@@ -49,6 +51,20 @@ def csv_row(*cells: str | int) -> str:
 
 def _inert(text: str) -> str:
     return f"'{text}" if text.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def as_word(path: str | Path) -> str:
+    """Return a path as a word of a command that people copy, quoted where a shell would take it apart."""
+    import shlex
+
+    text = str(path)
+    text = f"./{text}" if text.startswith("-") else text  # which else is an option
+    if os.name == "posix":
+        return shlex.quote(text)
+    return f'"{text}"' if set(text) & _TAKEN_APART else text  # in cmd as in PowerShell
+
+
+_TAKEN_APART = set(" &()[]{}^=;!'+,`~@#")
 
 
 _PIPE, _SOURCES = "pipe:", "::"  # as in open_clip: a command that writes a shard, and what is between several sources

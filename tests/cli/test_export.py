@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.cli._echo import as_word
 from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.convert import targets
 from clip_rd_edge.convert.calibration import calibration_max_bad, calibration_pairs
@@ -19,6 +18,7 @@ from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.exporters import bundle as exporters
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.utils.printable import as_word
 
 CommandLine = Callable[..., tuple[int, str, str]]
 

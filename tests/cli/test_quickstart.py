@@ -79,8 +79,8 @@ def test_the_program_is_named_as_it_can_be_called(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("quickstart", "_echo"):
-        monkeypatch.setattr(f"clip_rd_edge.cli.{module}.os", SimpleNamespace(name="nt", path=ntpath))
+    for module in ("cli.quickstart", "utils.printable"):
+        monkeypatch.setattr(f"clip_rd_edge.{module}.os", SimpleNamespace(name="nt", path=ntpath))
 
 
 @pytest.mark.usefixtures("windows")

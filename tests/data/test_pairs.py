@@ -220,6 +220,9 @@ def test_a_table_that_is_not_text(pairs_csv: Path) -> None:
 def test_a_missing_table() -> None:
     with pytest.raises(InputError, match=r"data file nowhere\.csv"):
         load_pairs("nowhere.csv")
+    with pytest.raises(InputError, match=r"data file 'a/\{000\.\.001\}\.tar' does not exist") as caught:
+        load_pairs("'a/{000..001}.tar'")  # as cmd passes it on
+    assert "double quotes" in caught.value.hint
 
 
 def test_a_table_elsewhere_is_refused() -> None:

@@ -209,9 +209,9 @@ def watch_index(
     """Create or update the index at `path` as `update_index` does, and again whenever images come, change or go.
 
     A file is embedded once it has not changed for SETTLE_S. One that cannot be read is tried again when it changes, or
-    when the system no longer refuses to read it, and reported after BROKEN_S without a change. While the folder is not there, or has no images, the index stays as it is.
-    An index that somebody removes, or writes an older copy over, is brought up to date again, once it has not changed
-    for SETTLE_S and is whole.
+    when the system no longer refuses to read it, and reported after BROKEN_S without a change. While the folder is not
+    there, or has no images, the index stays as it is. An index that somebody removes, or writes an older copy over, is
+    brought up to date again, once it has not changed for SETTLE_S and is whole.
 
     Args:
         stop: ends the watch when it is set, with everything saved that is embedded; None watches for ever.
