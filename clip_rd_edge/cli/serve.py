@@ -10,7 +10,6 @@ import click
 
 from clip_rd_edge.cli._options import GroupedCommand, PathName, device_option, drop_none, grouped, threads_option
 from clip_rd_edge.cli._server import print_addresses, print_how_to_stop, server_options
-from clip_rd_edge.errors import InputError
 
 TOKEN_VARIABLE = "CLIP_RD_EDGE_TOKEN"
 _server, _limits = grouped("Server"), grouped("Limits")
@@ -66,14 +65,10 @@ def command(bundle: Path, index: Path | None, token_file: Path | None, host: str
 
 def _token(file: Path | None) -> str:
     from clip_rd_edge.api.running import sendable_token
+    from clip_rd_edge.utils.files import read_text_limited
 
     if file is None:
         # One that is set and empty is a secret that was not found: it opens the server to nobody.
         of_variable = os.environ.get(TOKEN_VARIABLE)
         return "" if of_variable is None else sendable_token(of_variable, source=f"The token in {TOKEN_VARIABLE}")
-    try:
-        token = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise InputError(f"Cannot read the token from {file}: {reason}.", hint="check the path") from error
-    return sendable_token(token, source=f"The token file {file}")
+    return sendable_token(read_text_limited(file), source=f"The token file {file}")

@@ -511,6 +511,23 @@ def test_a_token_that_no_client_can_send_is_refused(
         edge.serve(colour_bundle, token=token, port=0, ready=pytest.fail)
 
 
+def test_a_token_file_as_programs_of_windows_write_it(
+    colour_bundle: Path, tmp_path: Path, command_line: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text in UTF-8 begins with a mark, and PowerShell's redirection writes UTF-16."""
+    apps: list[Any] = []
+    monkeypatch.setattr("clip_rd_edge.web.app.run_server", lambda app, **_: apps.append(app))
+    (tmp_path / "token").write_bytes(b"\xef\xbb\xbfsecret\r\n")
+    assert command_line("serve", colour_bundle, "--token-file", tmp_path / "token")[0] == 0
+    with testclient.TestClient(apps[0], base_url=BASE_URL) as client:
+        assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+    (tmp_path / "token").write_text("secret\n", encoding="utf-16")
+    code, _, error = command_line("serve", colour_bundle, "--token-file", tmp_path / "token")
+    assert code == 2
+    assert "token is not UTF-8 text" in error
+    assert "hint: save it as UTF-8" in error
+
+
 def test_a_variable_for_the_token_that_is_empty_does_not_open_the_server(
     colour_bundle: Path, command_line: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
