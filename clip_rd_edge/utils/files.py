@@ -495,13 +495,22 @@ def _errno(error: BaseException) -> int | None:
     return errno.ENOSPC if _IS_WINDOWS and number in _WINDOWS_DISK_FULL else number
 
 
+def _open_to_read(path: Path) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except PermissionError:
+        if path.is_dir():  # which Windows says of a folder, too
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path)) from None
+        raise
+
+
 def read_limited(path: Path, max_bytes: int) -> bytes:
     """Return the content of a file, or raise InputError if it cannot be read or is larger than a limit.
 
     The size of a regular file is checked before it is read; a device or a pipe is read up to the limit.
     """
     try:
-        with _patiently(lambda: path.open("rb")) as file:
+        with _patiently(lambda: _open_to_read(path)) as file:
             status = os.fstat(file.fileno())
             is_regular = stat.S_ISREG(status.st_mode)
             too_large = is_regular and status.st_size > max_bytes

@@ -17,6 +17,7 @@ from clip_rd_edge.utils.files import (
     disk_full_error,
     machine_failure,
     new_folder,
+    read_limited,
     remove_leftovers,
     require_free_output,
     write_text,
@@ -353,6 +354,19 @@ def test_a_full_disk_leaves_nothing_behind_and_is_reported_in_one_sentence(
     assert "larger than its file system" in str(
         disk_full_error(OSError(errno.EFBIG, "File too large", "/mnt/state.pt"))
     )
+
+
+def test_a_folder_that_is_read_as_a_file_is_named_at_once_on_windows_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, mode: str) -> IO[bytes]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "_IS_WINDOWS", True)
+    monkeypatch.setattr(files.time, "sleep", lambda _: pytest.fail("it waits"))
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match="Is a directory"):
+        read_limited(tmp_path, 100)
 
 
 class WindowsError(OSError):
