@@ -27,7 +27,7 @@ from clip_rd_edge.cli._options import (
 )
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.paths import exists
-from clip_rd_edge.utils.printable import csv_row, one_line
+from clip_rd_edge.utils.printable import csv_row, is_unicode, one_line
 from clip_rd_edge.utils.reporting import Reporter
 
 if TYPE_CHECKING:
@@ -216,12 +216,24 @@ def _lines(stream: TextIO, *, null: bool) -> Iterator[str]:
     """Yield the paths on a stream, one per line or each ended by NUL; nothing is read before the first is asked for.
 
     Windows' programs begin a list of lines with a byte order mark.
+
+    Raises:
+        InputError: the lines are in another encoding of Windows, where the names of files have no bytes.
     """
     if null:
         yield from stream.read().split("\0")
-    else:
-        yield stream.readline().removeprefix("\ufeff").rstrip("\r\n")
-        yield from (line.rstrip("\r\n") for line in stream)
+        return
+    for number, line in enumerate(stream):
+        is_utf_16 = number == 0 and line.startswith(_UTF_16)
+        if is_utf_16 or (os.name == "nt" and not is_unicode(line)):
+            raise InputError(
+                "The list on stdin is not UTF-8.",
+                hint="in cmd, begin with: chcp 65001; in PowerShell, write the list with: Out-File -Encoding utf8",
+            )
+        yield (line if number else line.removeprefix("\ufeff")).rstrip("\r\n")
+
+
+_UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")  # byte order marks, as bytes that are not UTF-8 are read
 
 
 def _classify_files(

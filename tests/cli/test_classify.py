@@ -9,9 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+
+from clip_rd_edge.cli import classify
+from clip_rd_edge.errors import InputError
 
 Run = Callable[..., tuple[int, str, str]]
 LABELS = ("--labels", "red", "green", "blue", "yellow")
@@ -98,6 +102,20 @@ def test_a_list_on_stdin_may_be_of_windows(
     code, output, error = command_line("classify", colour_bundle, "-", *LABELS)
     assert code == 0, error
     assert len(output.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "system"), [("a.png\ncafé.png\n".encode("cp850"), "nt"), ("café.png\n".encode("cp850"), "nt"),
+                          ("a.png\n".encode("utf-16"), "nt"), ("a.png\n".encode("utf-16"), "posix")],
+)  # fmt: skip
+def test_a_list_on_stdin_in_another_encoding_of_windows_is_refused(
+    lines: bytes, system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_rd_edge.cli.classify.os", SimpleNamespace(name=system))
+    stdin = io.TextIOWrapper(io.BytesIO(lines), "utf-8", "surrogateescape")
+    with pytest.raises(InputError, match="not UTF-8") as refusal:
+        list(classify._lines(stdin, null=False))
+    assert "chcp 65001" in refusal.value.hint
 
 
 def test_many_images_from_stdin_are_classified_and_the_rate_is_printed(
