@@ -163,6 +163,11 @@ def in_one_line(error: BaseException) -> str:
     return reason[:_MAX_REASON].strip(" .") or type(error).__name__
 
 
+def quoted(text: object) -> str:
+    """Return a text of a user, such as a path, in quotes; the backslashes of Windows's paths stay single."""
+    return repr(str(text)).replace("\\\\", "\\")
+
+
 def near_matches(value: str, known: Iterable[str], *, prefix: str = "") -> str:
     """Return ` Did you mean 'a' or 'b'?` with the names closest to `value`, or an empty string if none is close.
 
@@ -178,7 +183,7 @@ def near_matches(value: str, known: Iterable[str], *, prefix: str = "") -> str:
     close.sort(key=lambda name: (-difflib.SequenceMatcher(None, name, folded).ratio(), name))
     if len(folded) >= _MIN_PREFIX:
         close += [name for name in names if name.startswith(folded)]
-    matches = [repr(prefix + names[name]) for name in dict.fromkeys(close)][:3]
+    matches = [quoted(prefix + names[name]) for name in dict.fromkeys(close)][:3]
     if not matches:
         return ""
     *others, last = matches

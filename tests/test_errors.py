@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import re
 
 import pytest
 
-from clip_rd_edge.errors import MissingExtraError, causes, in_one_line
+from clip_rd_edge.errors import InputError, MissingExtraError, causes, in_one_line, near_matches
+from clip_rd_edge.runtime.label_list import parse_labels
 
 CALL = (
     "/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:114 std::conditional_t<THRW, void, "
@@ -57,3 +59,9 @@ def test_an_error_comes_whole_out_of_another_process() -> None:
     error = MissingExtraError("ray", extra="ray", purpose="The option --ray")
     copied = pickle.loads(pickle.dumps(error))
     assert (type(copied), str(copied), copied.hint) == (MissingExtraError, str(error), error.hint)
+
+
+def test_a_path_of_windows_is_shown_as_it_was_typed() -> None:
+    assert near_matches("photo", ["photos"], prefix="d\\") == r" Did you mean 'd\photos'?"
+    with pytest.raises(InputError, match=re.escape(r"The label '.\nowhere\red.txt' looks like the path of a file")):
+        parse_labels((r".\nowhere\red.txt", "blue"))

@@ -18,7 +18,7 @@ from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.remote import is_remote
 from clip_rd_edge.data.shards.webdataset import SEPARATOR, parse_sources
 from clip_rd_edge.data.tasks import BUILT_IN_TASKS, load_task
-from clip_rd_edge.errors import ConfigError, InputError, near_matches
+from clip_rd_edge.errors import ConfigError, InputError, near_matches, quoted
 from clip_rd_edge.runtime.backends.session import MAX_THREADS
 from clip_rd_edge.utils.checked import CheckedStruct, PositiveFloat, PositiveInt, Share
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, shipped_path
@@ -171,7 +171,8 @@ def find_suite(name: str, *, key: str = "rows") -> Path:
     if path not in folder.glob("*.yaml"):
         known = shipped_suites(key)
         raise InputError(
-            f"There is no suite {name!r}: neither a file nor one of {', '.join(known)}.{near_matches(name, known)}",
+            f"There is no suite {quoted(name)}: neither a file nor one of {', '.join(known)}."
+            f"{near_matches(name, known)}",
             hint="check the path, or write a suite, starting from the output of: clip-rd-edge benchmark --init",
         )
     return path

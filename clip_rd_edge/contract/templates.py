@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from clip_rd_edge.contract.encoder import as_list
-from clip_rd_edge.errors import InputError, near_matches
+from clip_rd_edge.errors import InputError, near_matches, quoted
 from clip_rd_edge.utils.files import read_text_limited, text_lines
 from clip_rd_edge.utils.paths import as_text, expand_home, near_files
 
@@ -79,7 +79,7 @@ def _read_file(word: str) -> list[str]:
     except InputError as error:
         suggestion = near_matches(word, [IMAGENET]) or near_files(path)
         raise InputError(
-            f"The template {word!r} has no {{}} for the label's name, and is no readable file.{suggestion}",
+            f"The template {quoted(word)} has no {{}} for the label's name, and is no readable file.{suggestion}",
             hint=f'pass --template "{word.strip()} {{}}", the file of templates, or {IMAGENET} for CLIP\'s 80',
         ) from error
     if missing := [number for number, line in enumerate(lines, start=1) if not is_template(line)]:

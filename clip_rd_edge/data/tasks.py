@@ -15,7 +15,7 @@ from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.shards.tars import current_versions, open_shard
 from clip_rd_edge.data.shards.webdataset import parse_sources
 from clip_rd_edge.data.tables.load import TablePairs, read_table
-from clip_rd_edge.errors import InputError, near_matches
+from clip_rd_edge.errors import InputError, near_matches, quoted
 from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.printable import shown_source
 
@@ -61,7 +61,7 @@ def load_task(name: str, *, image_key: str = "filepath", caption_key: str = "tit
         return _from_table(read_table(path, image_key=image_key, caption_key=caption_key), path.stem)
     if not is_folder(path):
         raise InputError(
-            f"No task named {shown_source(name)!r}: it is neither a folder of images nor one of "
+            f"No task named {quoted(shown_source(name))}: it is neither a folder of images nor one of "
             f"{', '.join(BUILT_IN_TASKS)}.{near_matches(name, BUILT_IN_TASKS)}",
             hint="check the path: a task is a folder with one subfolder of images per class, or a table of captions",
         )

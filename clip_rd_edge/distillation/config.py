@@ -20,7 +20,7 @@ from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.data.remote import is_remote
 from clip_rd_edge.data.shards.webdataset import SEPARATOR
-from clip_rd_edge.errors import ConfigError, UsageError, near_matches, require_known_options
+from clip_rd_edge.errors import ConfigError, UsageError, near_matches, quoted, require_known_options
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.models.student import TEACHER
@@ -407,7 +407,7 @@ def load_recipe(name: str) -> Recipe:
     path = Path(name) if name.endswith(RECIPE_SUFFIXES) else RECIPES / f"{name}.yaml"
     if not is_file(path) and path.parent == RECIPES:
         raise ConfigError(
-            f"There is no recipe {name!r}.{near_matches(name, recipe_names())}",
+            f"There is no recipe {quoted(name)}.{near_matches(name, recipe_names())}",
             hint=f"one of {', '.join(recipe_names())}, or a YAML file: clip-rd-edge recipe show clip-rd > mine.yaml",
         )
     return read_yaml(path, Recipe)

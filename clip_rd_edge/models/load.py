@@ -35,7 +35,7 @@ from clip_rd_edge.contract.checkpoint import (
     training_record_path,
 )
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches
+from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.config_limits import require_bounded
 from clip_rd_edge.utils.files import new_folder
@@ -167,7 +167,7 @@ def _architecture(name: str, pretrained: str | None) -> dict[str, Any]:
                 hint=inner_bundles(Path(name)) or "name the folder of a run, or of a model that open_clip can load",
             )
         raise InputError(
-            f"No model named {name!r}: it is neither a folder nor an open_clip architecture."
+            f"No model named {quoted(name)}: it is neither a folder nor an open_clip architecture."
             f"{near_matches(name, open_clip.list_models())}",
             hint="check the path; open_clip.list_models() lists the architectures",
         )
@@ -183,7 +183,7 @@ def _architecture(name: str, pretrained: str | None) -> dict[str, Any]:
     tag_cfg = open_clip.get_pretrained_cfg(name, pretrained)
     if not exists(pretrained) and not tag_cfg:
         raise InputError(
-            f"The weights {pretrained!r} of {name} are neither a tag of open_clip nor a file."
+            f"The weights {quoted(pretrained)} of {name} are neither a tag of open_clip nor a file."
             f"{near_matches(pretrained, tags)}",
             hint=f"pass {which}",
         )

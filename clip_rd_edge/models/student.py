@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches
+from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
 from clip_rd_edge.models.classifier import load_classifier, mismatch, read_weights, unknown_weights
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.config_limits import require_bounded
@@ -213,7 +213,7 @@ def _require_timm_trunk(trunk: str) -> None:
     if not timm.is_model(trunk):
         known = [*preset_names(), *timm.list_models()]
         raise InputError(
-            f"No student named {trunk!r}: it is neither a preset nor a timm model.{near_matches(trunk, known)}",
+            f"No student named {quoted(trunk)}: it is neither a preset nor a timm model.{near_matches(trunk, known)}",
             hint=f"presets: {', '.join(preset_names())}",
         )
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from clip_rd_edge.contract.encoder import as_list
 from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES
-from clip_rd_edge.errors import InputError, near_matches
+from clip_rd_edge.errors import InputError, near_matches, quoted
 from clip_rd_edge.utils.checked import is_list_of_texts, is_natural
 from clip_rd_edge.utils.files import read_limited, text_lines
 from clip_rd_edge.utils.paths import exists, expand_home, is_folder, looks_like_path, near_files
@@ -115,20 +115,20 @@ def _is_label_file(word: str, *, alone: bool) -> bool:
     except (OSError, ValueError):  # too long for a path, or with a NUL
         return False
     if names_file and path.suffix.lower() in IMAGE_SUFFIXES:
-        raise InputError(f"The label {word!r} is an image.", hint="name the images before --labels")
+        raise InputError(f"The label {quoted(word)} is an image.", hint="name the images before --labels")
     if names_file and not alone and not path_like:
         raise InputError(
-            f"{word!r} may be a label or the file of that name.",
+            f"{quoted(word)} may be a label or the file of that name.",
             hint=f"pass --labels ./{word} for the file, or write the labels into a file, one per line",
         )
     if names_folder and path_like:
         raise InputError(
-            f"The label {word!r} is a folder; expected a label or a label file.",
+            f"The label {quoted(word)} is a folder; expected a label or a label file.",
             hint="name a text file with one label per line",
         )
     if path_like and not names_file:
         raise InputError(
-            f"The label {word!r} looks like the path of a file, but there is no such file.{near_files(path)}",
+            f"The label {quoted(word)} looks like the path of a file, but there is no such file.{near_files(path)}",
             hint="check the path; a label that really has this form can be a line of a label file",
         )
     return names_file

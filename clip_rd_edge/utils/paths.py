@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from clip_rd_edge.errors import InputError, near_matches
+from clip_rd_edge.errors import InputError, near_matches, quoted
 
 AnyPath = str | os.PathLike[str]
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # the beginning of one; C:// begins a path of Windows
@@ -95,7 +95,7 @@ def _mode(path: AnyPath) -> int:
         if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL):
             return 0
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"Cannot read {os.fspath(path)!r}: {reason}.", hint="check the path") from error
+        raise InputError(f"Cannot read {quoted(path)}: {reason}.", hint="check the path") from error
 
 
 # /data, ./data, ../data, ~/data, C:\data and \\server\data; not a/b, which may be words.

@@ -467,5 +467,5 @@ def test_an_image_whose_name_is_spelled_as_on_another_system_is_named(pairs_csv:
         file.write(f"pictures/{names[1]},a cat\npictures\\0.png,a dog\npictures\\none.png,a pig\n")
     unicode_form, windows, missing = load_pairs(str(pairs_csv)).left_out
     assert unicode_form.endswith("does not exist; there is one whose name is written in another form of Unicode (NFC)")
-    assert windows.endswith(r"'pictures\\0.png' does not exist; there is one with / for each backslash")
+    assert windows.endswith(r"'pictures\0.png' does not exist; there is one with / for each backslash")
     assert "exists neither" in missing

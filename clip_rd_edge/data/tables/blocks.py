@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from clip_rd_edge.data.tables.packed import PackedPairs, Pair
-from clip_rd_edge.errors import InputError, near_matches
+from clip_rd_edge.errors import InputError, near_matches, quoted
 from clip_rd_edge.utils.checked import is_list_of_texts
 from clip_rd_edge.utils.files import machine_failure
 
@@ -136,15 +136,15 @@ class PairFinder:
             if not name.strip():
                 return _NO_NAME
             if any(_is_folder(folder + name) for folder in ("", *self._folders)):
-                return f"the image {name!r} is a folder"
+                return f"the image {quoted(name)} is a folder"
             for other, difference in _other_spellings(name):
                 if self.image(other) is not None:
-                    return f"the image {name!r} does not exist; there is one {difference}"
+                    return f"the image {quoted(name)} does not exist; there is one {difference}"
             if Path(name).is_absolute():
-                return f"the image {name!r} does not exist"
+                return f"the image {quoted(name)} does not exist"
             if len(self._folders) == 1:
-                return f"the image {name!r} does not exist in the working directory"
-            return f"the image {name!r} exists neither in the working directory nor in {self._table.parent}"
+                return f"the image {quoted(name)} does not exist in the working directory"
+            return f"the image {quoted(name)} exists neither in the working directory nor in {self._table.parent}"
         caption = caption.strip()
         if not caption:
             return f"the caption in column {self._caption_key!r} is empty"

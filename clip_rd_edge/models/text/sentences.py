@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.checkpoint import model_folder
-from clip_rd_edge.errors import ConfigError, InputError, UsageError, first_line, near_matches
+from clip_rd_edge.errors import ConfigError, InputError, UsageError, first_line, near_matches, quoted
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.packaged import SENTENCE_ENCODERS
 from clip_rd_edge.models.text.config import build_text_tower, has_quick_gelu, separate_text_tower
@@ -206,7 +206,7 @@ def _fetched(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "model*.safetensors"]))
     except Exception as error:  # the hub client raises many types
         raise InputError(
-            f"No sentence encoder {name!r}: it is neither a folder, a zip archive nor an open_clip model, and it could "
-            f"not be fetched from the hub.{near_matches(name, SENTENCE_ENCODERS)}",
+            f"No sentence encoder {quoted(name)}: it is neither a folder, a zip archive nor an open_clip model, and it "
+            f"could not be fetched from the hub.{near_matches(name, SENTENCE_ENCODERS)}",
             hint="check the name, or download it on a machine with network access, and pass its folder",
         ) from error

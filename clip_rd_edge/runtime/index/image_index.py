@@ -27,7 +27,7 @@ from clip_rd_edge.contract.bundle import Manifest, is_bundle
 from clip_rd_edge.contract.encoder import Embeddings, require_finite, require_top, top_indices
 from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES
 from clip_rd_edge.contract.images import ImageInput, as_rgb
-from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.errors import ConfigError, InputError, quoted
 from clip_rd_edge.runtime.backends.providers import AUTO
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index.graph import (
@@ -316,11 +316,12 @@ def _text_or_image(query: str) -> str | Path:
         if looks_like_path(query, suffixes=IMAGE_SUFFIXES):
             if path.is_dir():
                 raise InputError(
-                    f"The query {query!r} is a folder; expected a text or the path of an image.",
+                    f"The query {quoted(query)} is a folder; expected a text or the path of an image.",
                     hint="name one of its images",
                 )
             raise InputError(
-                f"The query {query!r} looks like the path of an image, but there is no such file.{near_files(path)}",
+                f"The query {quoted(query)} looks like the path of an image, but there is no such file."
+                f"{near_files(path)}",
                 hint="check the path, or describe the image in words",
             )
     return query
