@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import open_clip
@@ -15,7 +16,7 @@ from transformers import BertModel
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.teachers.teacher import FrozenTextTower
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 from clip_rd_edge.models.student import build_student, student_config
 
@@ -87,6 +88,44 @@ def test_all_that_is_not_frozen_has_a_gradient_with_gradient_checkpointing(name:
     trained = {name for name, parameter in visual.items() if parameter.requires_grad}
     assert 0 < len(trained) < len(visual)
     assert trained == {name for name, parameter in visual.items() if parameter.grad is not None}
+
+
+@pytest.fixture(params=["of open_clip", "of Hugging Face"])
+def with_layers(request: pytest.FixtureRequest, tmp_path: Path) -> ClipModel:
+    """A student whose text tower has four layers and, of Hugging Face, dropout."""
+    if request.param == "of Hugging Face":
+        return bert_clip(tmp_path / "text")
+    config = student_config("test_resnet", embedding_size=8, image_size=32, text="64x4", context_length=8)
+    return build_student(config, name="test_resnet")
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_the_first_layers_of_a_text_tower_are_frozen_with_their_dropout(
+    with_layers: ClipModel, *, gradient_checkpointing: bool
+) -> None:
+    recompute = {"gradient_checkpointing": True} if gradient_checkpointing else {}
+    set_training_mode(with_layers, tiny_run("clip", {}, data="pairs.csv", freeze_text_layers=3, **recompute))
+    text = with_layers.model.get_submodule("text")
+    embedded = TextTower(with_layers.model)(with_layers.tokenizer(["red", "a cat"]))
+    embedded[:, 0].sum().backward()
+    with_gradient = {name for name, parameter in text.named_parameters() if parameter.grad is not None}
+    frozen = {name for name, parameter in text.named_parameters() if not parameter.requires_grad}
+    pattern = r"embedding|\b(resblocks|layer)\.[01]\."
+    assert frozen == {name for name, _ in text.named_parameters() if re.search(pattern, name)}
+    assert len([name for name in frozen if "embedding" in name]) >= 2  # of tokens and of positions
+    assert with_gradient == {name for name, _ in text.named_parameters()} - frozen
+    dropouts = {name: module for name, module in text.named_modules() if isinstance(module, torch.nn.Dropout)}
+    for name, dropout in dropouts.items():
+        assert dropout.training is not bool(re.search(pattern, name)), name
+    assert bool(dropouts) is with_layers.has_hugging_face_text
+
+
+def test_all_layers_of_a_text_tower_and_more_are_refused(with_layers: ClipModel) -> None:
+    with pytest.raises(ConfigError, match="were to be frozen, but its text tower has 5, the embeddings") as error:
+        set_training_mode(with_layers, tiny_run("clip", {}, data="pairs.csv", freeze_text_layers=5))
+    assert error.value.hint == "--freeze-text-layers takes 0 to 4; --freeze-text freezes all"
+    with pytest.raises(ValueError, match="freeze_text is true, and freeze_text_layers is 1; expected one of them"):
+        tiny_run("clip", {}, data="pairs.csv", freeze_text=True, freeze_text_layers=1)
 
 
 def test_a_text_tower_of_transformers_recomputes_in_a_way_that_several_processes_can_have(

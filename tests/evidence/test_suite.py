@@ -51,6 +51,13 @@ def test_a_methods_text_tower_can_start_from_elsewhere(suite: EvidenceSuite) -> 
     assert {name for name, start in starts.items() if start == "tokens"} == {"clip-rd"}
 
 
+def test_a_methods_text_tower_can_keep_its_first_layers(suite: EvidenceSuite) -> None:
+    methods = tuple(msgspec.structs.replace(m, freeze_text_layers=2 * (m.name == "clip-rd")) for m in suite.methods)
+    runs = msgspec.structs.replace(suite, methods=methods).runs()
+    frozen = {run.method.name: run_config(suite, run, teacher="t", caches=Path("c")).freeze_text_layers for run in runs}
+    assert {name for name, count in frozen.items() if count == 2} == {"clip-rd"}
+
+
 def test_a_methods_text_tower_can_be_another_than_the_suites(suite: EvidenceSuite) -> None:
     run = next(suite.runs())
     own = msgspec.structs.replace(run.method, text="runs/trimmed")
