@@ -26,6 +26,7 @@ from clip_rd_edge.convert.graph import (
     drop_unused_constants,
     file_content,
     float_tensors,
+    norm_nodes,
     prepare_for_quantization,
     with_outputs,
 )
@@ -49,8 +50,6 @@ _FLOAT32_KINDS = frozenset(
 )  # fmt: skip
 # A mean sums its inputs first; it is kept in float32 where that sum is large.
 _MEANS = frozenset(("ReduceMean", "GlobalAveragePool"))
-# Node types of the L2 norm at the end of a tower.
-_NORM_KINDS = frozenset(("Div", "Expand", "Clip", "Max", "ReduceL2", "ReduceSumSquare", "Sqrt", "LpNormalization"))
 # Nodes whose output type does not follow from their input types.
 _OWN_TYPE = frozenset(("Cast", "CastLike", "Constant", "ConstantOfShape", "Range"))
 # Nodes that only move values: they keep their input's type. (ONNX Runtime 1.32 crashes on a Transpose after a Cast.)
@@ -76,7 +75,7 @@ def to_fp16(model: onnx.ModelProto, *, keep_float32: Collection[str] = ()) -> on
     for node in copy.graph.node:
         if any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute):
             raise ClipRdEdgeError(f"The node {node.name} ({node.op_type}) branches; it cannot be converted to float16.")
-    converter = _Converter(copy.graph, {*keep_float32, *_final_norm_nodes(copy.graph)})
+    converter = _Converter(copy.graph, {*keep_float32, *norm_nodes(copy.graph)})
     nodes = [new for node in copy.graph.node for new in converter.convert(node)]
     nodes.extend(converter.restore_outputs(nodes))
     del copy.graph.node[:], copy.graph.value_info[:]  # value_info describes the old types
@@ -182,19 +181,6 @@ class _Converter:
 
 def _cast(name: str, new: str, to: int) -> onnx.NodeProto:
     return helper.make_node("Cast", [name], [new], name=f"cast to {new}", to=to)
-
-
-def _final_norm_nodes(graph: onnx.GraphProto) -> set[str]:
-    """Return the names of the nodes between the last layer and the outputs that compute the norm."""
-    producers = {name: node for node in graph.node for name in node.output}
-    norm_nodes: set[str] = set()
-    pending = [output.name for output in graph.output]
-    while pending:
-        node = producers.get(pending.pop())
-        if node is not None and node.op_type in _NORM_KINDS and node.name not in norm_nodes:
-            norm_nodes.add(node.name)
-            pending.extend(node.input)
-    return norm_nodes
 
 
 def _replace_constants(graph: onnx.GraphProto, fp16_constants: Collection[str]) -> None:

@@ -15,6 +15,8 @@ import onnx
 from clip_rd_edge.utils.shared_block import SharedBlock
 
 LAYERS = ("Conv", "Gemm", "MatMul")
+# Node types of the L2 norm at the end of a tower.
+_NORM_KINDS = frozenset(("Div", "Expand", "Clip", "Max", "ReduceL2", "ReduceSumSquare", "Sqrt", "LpNormalization"))
 
 
 @contextlib.contextmanager
@@ -102,6 +104,28 @@ def output_axis(node: onnx.NodeProto) -> int:
         return 0
     transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
     return 0 if transposed else -1
+
+
+def norm_nodes(graph: onnx.GraphProto) -> set[str]:
+    """Return the names of the nodes that compute L2 norms, and of those that divide a tower's output by its own.
+
+    Squares need twice the range of what is squared, and an embedding by a rounded norm is not normalised: they all stay
+    in float32. `exporters.clean_up` writes a norm as Sqrt(ReduceSum(Pow(x, 2))); the last is followed to its division.
+    """
+    producers = {name: node for node in graph.node for name in node.output}
+    names: set[str] = set()
+    for root in graph.node:
+        total = producers.get(root.input[0]) if root.op_type == "Sqrt" else None
+        square = producers.get(total.input[0]) if total is not None and total.op_type == "ReduceSum" else None
+        if total is not None and square is not None and square.op_type == "Pow":
+            names.update((square.name, total.name, root.name))
+    pending = [output.name for output in graph.output]
+    while pending:
+        node = producers.get(pending.pop())
+        if node is not None and node.op_type in _NORM_KINDS and node.name not in names:
+            names.add(node.name)
+            pending.extend(node.input)
+    return names
 
 
 def rename_tensors(model: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelProto:

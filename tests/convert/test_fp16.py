@@ -165,6 +165,37 @@ def test_sums_are_in_float32_even_where_input_and_output_are_small(kind: str) ->
     assert (types["reduced"], types["embedding"]) == (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 
+def test_the_squares_of_a_norm_are_in_float32_even_where_it_is_not_the_last() -> None:
+    node = helper.make_node
+    nodes = [
+        node("Relu", ["x"], ["large"], name="relu"),
+        node("Pow", ["large", "two"], ["squares"], name="square"),
+        node("ReduceSum", ["squares", "axis"], ["total"], name="total", keepdims=1),
+        node("Sqrt", ["total"], ["norm"], name="root"),
+        node("Div", ["large", "norm"], ["features"], name="divide"),
+        node("MatMul", ["features", "w"], ["y"], name="project"),
+    ]
+    constants = {"two": np.float32(2), "axis": np.array([-1]), "w": np.ones((8, 2), np.float32)}
+    graph = helper.make_graph(
+        nodes,
+        "tower",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2])],
+        initializer=[numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    fp16 = to_fp16(onnx.shape_inference.infer_shapes(model))
+    types = _types(fp16)
+    assert {types[name] for name in ("squares", "total", "norm")} == {TensorProto.FLOAT}
+    assert types["features"] == TensorProto.FLOAT16
+    rows = np.full((2, 8), 1000, np.float32)  # whose squares are beyond float16's range
+    for values in (
+        ReferenceEvaluator(fp16).run(None, {"x": rows})[0],
+        embed(open_session(fp16.SerializeToString()), rows),
+    ):
+        np.testing.assert_allclose(values, 8**0.5, rtol=2e-3)
+
+
 def test_a_mean_is_in_float32_where_the_sum_behind_it_is_large() -> None:
     model = _tower_with_a_reduction("ReduceMean")
     for level, expected in ((20.0, ["reduce"]), (1.0, [])):  # the sums over 4,096 pixels are 81,920 and 4,096

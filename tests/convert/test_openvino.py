@@ -7,13 +7,15 @@ import pytest
 
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.graph import prepare_for_quantization
-from clip_rd_edge.convert.int8.candidates import nncf_is_installed
+from clip_rd_edge.convert.int8.candidates import nncf_is_installed, quantize_by_nncf
 from clip_rd_edge.convert.int8.static import StaticQuantizer
 from clip_rd_edge.convert.openvino import write_openvino
 from clip_rd_edge.convert.options import ExportRequest
+from clip_rd_edge.convert.parity import embed
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 
@@ -76,3 +78,13 @@ def test_a_text_tower_can_be_quantised_statically_despite_its_infinite_mask(
     prepared = prepare_for_quantization(fp32_bundle / "text.onnx", tmp_path)
     quantizer = StaticQuantizer(prepared, calibration.calibrate.ids)
     assert len(quantizer.quantize("percentile", quantizer.layers)) < (fp32_bundle / "text.onnx").stat().st_size
+
+
+@pytest.mark.skipif(not nncf_is_installed(), reason="needs nncf")
+def test_embeddings_are_normalised_where_nncf_quantises_a_cnn(
+    fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    prepared = prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path)
+    content = quantize_by_nncf(prepared, calibration.calibrate.pixels, 7)
+    embeddings = embed(open_session(content), 3 * calibration.held_out.pixels)  # norms beyond those it has seen
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)

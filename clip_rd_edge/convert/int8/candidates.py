@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import onnx
 
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.convert.graph import file_content, prepare_for_quantization, silently, weighted_layers
+from clip_rd_edge.convert.graph import file_content, norm_nodes, prepare_for_quantization, silently, weighted_layers
 from clip_rd_edge.convert.int8.dynamic import quantize_dynamically, scales_per_batch
 from clip_rd_edge.convert.int8.ranges import measure_ranges
 from clip_rd_edge.convert.int8.rounding import RoundedLayers
@@ -201,7 +201,15 @@ def quantize_by_nncf(model: Path, samples: Inputs, weight_bits: WeightBits) -> b
         data = nncf.Dataset([{name: sample[None]} for sample in samples])
         fix = nncf.OverflowFix.ENABLE if weight_bits == 7 else nncf.OverflowFix.DISABLE
         settings = nncf.AdvancedQuantizationParameters(overflow_fix=fix)
-        quantized = nncf.quantize(graph, data, model_type=kind, subset_size=len(samples), advanced_parameters=settings)
+        in_float = nncf.IgnoredScope(names=sorted(norm_nodes(graph.graph)))  # it would round the final norm, too
+        quantized = nncf.quantize(
+            graph,
+            data,
+            model_type=kind,
+            subset_size=len(samples),
+            ignored_scope=in_float,
+            advanced_parameters=settings,
+        )
     return file_content(quantized)
 
 
