@@ -9,12 +9,12 @@ from pathlib import Path
 
 import onnx
 import torch
-from onnx import numpy_helper
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.bundle import IMAGE_MODEL, TEXT_MODEL
 from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.errors import ClipRdEdgeError, first_line
+from clip_rd_edge.exporters.clean_up import clean_up
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode, inference_image_tower
 from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.shared_block import SharedBlock
@@ -147,44 +147,3 @@ def _without_guard_reports() -> Iterator[None]:
 
 # torch.onnx tries several ways to trace a tower, and torch 2.8 logs a traceback as an error where one of them fails.
 _NO_GUARD_REPORTS = SharedBlock(_without_guard_reports)
-
-
-def clean_up(model: onnx.ModelProto) -> None:
-    """Clean up a float32 model in place; its outputs stay the same bit for bit."""
-    strip_source_info(model.graph)
-    regroup_gelu(model.graph)
-
-
-def strip_source_info(graph: onnx.GraphProto) -> None:
-    """Remove the exporter's notes of the Python lines that each node comes from.
-
-    They contain paths of this machine, take up to a megabyte, and are of no use on a device.
-    """
-    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
-
-
-def regroup_gelu(graph: onnx.GraphProto) -> None:
-    """Rewrite GELU, x · (½ · (1 + erf)), as (x · (1 + erf)) · ½, which ONNX Runtime fuses into one kernel.
-
-    Halving is exact, so the values stay the same; a text tower in INT8 takes 5 % less time.
-    """
-    producers = {output: node for node in graph.node for output in node.output}
-    halves = {tensor.name for tensor in graph.initializer if not tensor.dims and numpy_helper.to_array(tensor) == 0.5}
-    for node in graph.node:
-        for x, halved in (tuple(node.input), tuple(node.input)[::-1]) if node.op_type == "Mul" else ():
-            inner = producers.get(halved)
-            if inner is None or inner.op_type != "Mul" or inner.input[0] not in halves:
-                continue
-            half, one_plus_erf = inner.input
-            if _is_one_plus_erf(one_plus_erf, producers):
-                inner.input[:] = [x, one_plus_erf]
-                node.input[:] = [halved, half]
-                break
-
-
-def _is_one_plus_erf(name: str, producers: dict[str, onnx.NodeProto]) -> bool:
-    add = producers.get(name)
-    erf = producers.get(add.input[0]) if add is not None and add.op_type == "Add" else None
-    return erf is not None and erf.op_type == "Erf"

@@ -45,7 +45,7 @@ def test_layers_are_in_float16_and_nodes_prone_to_overflow_in_float32(
         kinds[node.op_type].add(types[node.output[0]])
     for kind in ("Conv", "MatMul", "Gemm"):
         assert kinds[kind] == {TensorProto.FLOAT16}
-    for kind in ("LayerNormalization", "Softmax", "ReduceL2", "Clip"):
+    for kind in ("LayerNormalization", "Softmax", "Pow", "ReduceSum", "Sqrt", "Clip"):
         assert kinds[kind] == {TensorProto.FLOAT}
     assert model.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT
     assert model.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT

@@ -10,18 +10,16 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import open_clip
 import pytest
 import torch
 from torch import nn
 
-from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import agreement, embed
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.bundle import write_fp32
-from clip_rd_edge.exporters.onnx import export_image_tower, export_text_tower, regroup_gelu, strip_source_info
+from clip_rd_edge.exporters.onnx import export_image_tower, export_text_tower
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.session import open_session
@@ -188,36 +186,6 @@ def test_a_tower_that_differs_from_torch_is_refused(
     monkeypatch.setattr(TorchEncoder, "encode_pixels", lambda self, x: encode_pixels(self, x)[::-1].copy())
     with pytest.raises(ClipRdEdgeError, match=r"image\.onnx differs from the model at batch size 1"):
         write_fp32(student, tmp_path, ExportRequest())
-
-
-def test_gelu_is_fused_into_one_kernel_and_keeps_its_values(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    path, fused = tmp_path / "gelu.onnx", tmp_path / "fused.onnx"
-    with silently():
-        torch.onnx.export(nn.Sequential(nn.Linear(8, 8), nn.GELU()), (torch.zeros(2, 8),), str(path), dynamo=True)
-    model = onnx.load(path)
-    before = run(model)
-    strip_source_info(model.graph)
-    assert b".py" not in model.SerializeToString()
-    regroup_gelu(model.graph)
-    onnx.checker.check_model(model)
-    np.testing.assert_array_equal(run(model), before)
-    run(model, optimized_file=fused)
-    kinds = {node.op_type for node in onnx.load(fused).graph.node}
-    assert "Erf" not in kinds
-    assert kinds & {"Gelu", "BiasGelu"}
-
-
-def run(model: onnx.ModelProto, optimized_file: Path | None = None) -> np.ndarray:
-    """Run a model; if `optimized_file` is given, with graph optimisations, and write the optimised graph there."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if optimized_file is not None:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.optimized_model_filepath = str(optimized_file)
-    session = ort.InferenceSession(model.SerializeToString(), options)
-    inputs = np.random.default_rng(0).standard_normal((2, 8)).astype(np.float32)
-    return np.asarray(session.run(None, {session.get_inputs()[0].name: inputs})[0])
 
 
 def test_only_a_tower_that_is_itself_above_the_limit_has_its_weights_in_a_file_of_their_own(
