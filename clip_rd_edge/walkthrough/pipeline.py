@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite
 from clip_rd_edge.benchmarking.throughput import Launch
 from clip_rd_edge.contract.bundle import is_bundle, read_manifest
-from clip_rd_edge.contract.checkpoint import LOCAL_DIR
+from clip_rd_edge.contract.checkpoint import LOCAL_DIR, STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
 from clip_rd_edge.convert.calibration import calibration_set
 from clip_rd_edge.convert.int8.select import Trial
@@ -237,7 +238,7 @@ def run_quickstart(
     build_student(architecture, name=settings.student)
     stages: list[tuple[str, Callable[[Settings, Reporter], None]]] = [
         ("Render the data set", _render_pairs),
-        ("Tune the teacher", tune_teacher),
+        ("Tune the teacher", _tune_teacher),
         ("Trim the teacher's text tower", trim_text),
         ("Distil the student", distil_student),
         *([("Train the same student without a teacher", train_baseline)] if settings.with_baseline else []),
@@ -262,6 +263,14 @@ def _render_pairs(settings: Settings, reporter: Reporter) -> None:
     pairs = emoji.training_pairs()
     concepts = len(emoji.concepts())
     reporter.say(f"{concepts:,} emoji in two art styles; {len(pairs):,} pairs for training, 760 for testing")
+
+
+def _tune_teacher(settings: Settings, reporter: Reporter) -> None:
+    """Tune the teacher; if it is not tuned yet, or is tuned again, what is made from it is made anew."""
+    if not is_file(settings.folder / "teacher" / STUDENT_FOLDER / WEIGHTS_FILE):
+        shutil.rmtree(settings.folder / "trimmed", ignore_errors=True)
+        _forget_results(settings.folder)
+    tune_teacher(settings, reporter)
 
 
 def _export_floats(settings: Settings, reporter: Reporter) -> None:

@@ -240,6 +240,27 @@ def test_a_student_that_is_trained_again_is_exported_and_measured_again(
     assert measured == [quickstart_suite(tmp_path)]
 
 
+def test_what_is_made_from_a_teacher_is_made_again_with_one_that_is_tuned_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody may remove the teacher's run, to tune it with more steps."""
+    tuned, made = tmp_path / "teacher" / STUDENT_FOLDER, [tmp_path / "trimmed", tmp_path / "report"]
+    for path in (tuned, *made):
+        path.mkdir(parents=True)
+    (tuned / WEIGHTS_FILE).write_bytes(b"tuned")
+    (tmp_path / "report" / RESULTS).write_text("of the first")
+    monkeypatch.setattr(pipeline, "_render_pairs", lambda *_: None)
+    monkeypatch.setattr(pipeline, "tune_teacher", lambda *_: None)
+    monkeypatch.setattr(pipeline, "trim_text", interrupt)
+    for is_tuned in (True, False):
+        if not is_tuned:
+            (tuned / WEIGHTS_FILE).unlink()
+        with pytest.raises(InterruptedRunError):
+            edge.quickstart(tmp_path)
+        assert (tmp_path / "trimmed").exists() is is_tuned
+        assert (tmp_path / "report" / RESULTS).read_text() == ("of the first" if is_tuned else "")
+
+
 def test_students_start_from_the_same_text_tower_and_one_has_a_teacher(tmp_path: Path) -> None:
     configs = configurations(Settings(folder=tmp_path))
     cache, trimmed = str(tmp_path / "teacher-cache"), str(tmp_path / "trimmed")
