@@ -443,6 +443,21 @@ def test_the_last_answer_does_not_stay_beside_an_image_that_takes_long(page: Any
     assert all(rows(page).values())
 
 
+def test_the_last_answer_does_not_stay_beside_a_camera_whose_server_is_stuck(page: Any) -> None:
+    page.fill("#new", "blue")
+    page.press("#new", "Enter")
+    page.click("#camera")
+    page.wait_for_function("() => document.getElementById('rate').textContent.endsWith('frames/s')")
+    waiting = hold_answers(page)
+    wait_for_lead(page, "Classifying …")
+    assert set(rows(page).values()) == {""}
+    assert not page.is_visible("#rate")
+    answer_now(page, waiting)
+    wait_for_lead(page, "blue ")
+    page.wait_for_selector("#rate:not([hidden])")
+    page.click("#camera")
+
+
 def test_an_image_that_follows_a_change_of_labels_is_classified_once(page: Any) -> None:
     requests: list[str] = []
     page.on("request", lambda request: "api/classify" in request.url and requests.append(request.url))

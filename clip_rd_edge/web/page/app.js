@@ -8,6 +8,7 @@ import { restore, store } from "./memory.js";
 const byId = (id) => document.getElementById(id);
 const MEDIAN_COUNT = 30; // number of recent times that the medians cover
 const WAITING_MS = 300; // after which an image without an answer is said to be at work
+const CAMERA_WAITING_MS = 3000; // the same for a frame: only a server that is gone or stuck takes as long
 const QUESTION = byId("lead").textContent;
 const START_LABELS = ["a person", "a cat", "a dog", "a flower", "food", "a building"];
 
@@ -47,12 +48,13 @@ async function update(captureTime = 0) {
     return;
   }
   const oldError = byId("error").textContent;
-  // Do not leave the answer to the last image beside this one. A camera has its next answer soon enough.
+  // Do not leave the answer to the last image beside this one. A camera mostly has its next answer soon enough.
   const waiting = setTimeout(() => {
-    if (number !== lastRequest || source.stream) return;
+    if (number !== lastRequest) return;
     labels.clear();
+    byId("rate").hidden = true;
     showProgress("Classifying …");
-  }, WAITING_MS);
+  }, source.stream ? CAMERA_WAITING_MS : WAITING_MS);
   try {
     const result = await classify(choice, current, image);
     if (number !== lastRequest) return;
