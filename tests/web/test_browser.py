@@ -500,6 +500,30 @@ def test_several_images_and_a_folder(page: Any, tmp_path: Path) -> None:
     assert not page.is_visible("#several")
 
 
+def test_a_file_that_changes_after_it_was_chosen_is_classified_as_it_is_shown(page: Any, tmp_path: Path) -> None:
+    paths = [tmp_path / "red.jpg", tmp_path / "other.jpg"]
+    for path in paths:
+        path.write_bytes(jpeg(RED))
+    page.set_input_files("#file", paths)
+    wait_for_lead(page, "red ")
+    paths[0].write_bytes(jpeg(GREEN, size=(640, 480)))
+    page.get_by_label("Remove green").click()
+    wait_for_lead(page, "red 100")
+    paths[1].unlink()
+    page.click("#next")
+    wait_for_lead(page, "No result.")
+    message = "The browser cannot read other.jpg: it was changed, moved or is locked. Choose it again."
+    assert page.inner_text("#error") == message
+    assert rows(page) == {"red": ""}
+    assert not page.is_visible("#preview")
+    page.fill("#new", "blue")  # which does not classify the image before
+    page.press("#new", "Enter")
+    page.wait_for_timeout(500)
+    assert (page.inner_text("#lead"), page.inner_text("#error")) == ("No result.", message)
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "red ")
+
+
 def test_a_webp_is_shown_as_its_exif_turns_it(page: Any) -> None:
     image = Image.new("RGB", (40, 30), RED)
     exif = image.getexif()

@@ -24,11 +24,17 @@ const labels = new LabelList(() => {
   remember();
   debounce(classifyAgain);
 });
-const source = new ImageSource(showImage, showError);
+const source = new ImageSource(showImage, showUnreadable, showError);
 
 async function showImage(newImage, captureTime) {
   image = newImage;
   await update(captureTime);
+}
+
+function showUnreadable(message) {
+  image = null;
+  lastRequest++; // an answer to the image before belongs to nothing that is shown
+  showFailure(message);
 }
 
 async function classifyAgain() {
@@ -67,9 +73,7 @@ async function update(captureTime = 0) {
     addTime(choice, result.model_ms, captureTime + result.elapsed_ms + (performance.now() - received));
   } catch (error) {
     if (number !== lastRequest) return;
-    labels.clear();
-    setLead("No result.");
-    showError(error.message);
+    showFailure(error.message);
     if (source.stream && error.status !== 429) source.stop();
   } finally {
     clearTimeout(waiting);
@@ -84,6 +88,12 @@ function setLead(before, strong = "", after = "") {
   best.textContent = strong;
   best.dir = "auto";
   lead.replaceChildren(before, best, after);
+}
+
+function showFailure(message) {
+  labels.clear();
+  setLead("No result.");
+  showError(message);
 }
 
 function showProgress(message) {

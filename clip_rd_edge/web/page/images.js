@@ -13,9 +13,11 @@ const PREVIEW_EDGE = 4096; // longest edge of the shown image in pixels; browser
 const FRAME_EDGE = 480; // shorter edge of a camera frame in pixels; larger than the input of any small model
 
 export class ImageSource {
-  // onImage(image, ms) is called with each image and the time it took to capture; onError(message) if that fails.
-  constructor(onImage, onError) {
+  // onImage(image, ms) is called with each image and the time it took to capture, onUnreadable(message) instead for a
+  // file that the browser cannot read, and onError(message) for what leaves the current image as it is.
+  constructor(onImage, onUnreadable, onError) {
     this.onImage = onImage;
+    this.onUnreadable = onUnreadable;
     this.onError = onError;
     this.stream = null;
     this.starting = null; // identifies the start that waits for permission; null if none does
@@ -85,10 +87,14 @@ export class ImageSource {
     this.stop();
     // The browser only shows the image; the model's side reads the file itself, so formats that the browser cannot
     // show may still be classified.
-    const bitmap = await uprightBitmap(file).catch(() => null);
+    // Read once: what is shown and what is classified, now and with other labels later, are the same bytes, whatever
+    // becomes of the file.
+    const image = await file.arrayBuffer().then((content) => new Blob([content], { type: file.type }), () => null);
+    const bitmap = image && (await uprightBitmap(image).catch(() => null));
     if (file !== this.files[this.position]) return; // another one was opened in the meantime
     showStill(bitmap);
-    await this.onImage(file, 0);
+    if (image) await this.onImage(image, 0);
+    else this.onUnreadable(`The browser cannot read ${file.name}: it was changed, moved or is locked. Choose it again.`);
   }
 
   async start() {
