@@ -33,7 +33,10 @@ _MAX_CLASSIFIERS = 8  # label lists cached per bundle
 
 
 class BundleRemovedError(InputError):
-    """A bundle was removed while the demo was running, or a page asks for one of an earlier demo."""
+    """A bundle was removed while the demo was running, or exported anew without what a page asks it for.
+
+    Also for a page that asks for a bundle of an earlier demo.
+    """
 
 
 class BundleInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,11 +146,16 @@ class ServedBundle:
 
         Raises:
             InputError: `content` is not an image, or has more than MAX_PIXELS.
-            BundleRemovedError: the bundle was removed.
+            BundleRemovedError: the bundle was removed, or has no labels of its own or no text tower (any more).
         """
         encoder = self.encoder()
         asked = time.perf_counter()
-        classifier = self._classifier(encoder, labels)
+        try:
+            classifier = self._classifier(encoder, labels)
+        except InputError as error:
+            if labels is not None and encoder.has_text_tower:
+                raise  # the labels themselves are refused
+            raise BundleRemovedError(str(error), hint=error.hint) from error
         started = time.perf_counter()
         image = open_image(UploadedImage(content), max_pixels=MAX_PIXELS)
         pixels = preprocess(image, encoder.manifest.preprocessing)[None]

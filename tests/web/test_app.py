@@ -170,7 +170,7 @@ def test_a_page_of_an_earlier_server_gets_no_answer_of_another_bundle(client: An
         ("/api/classify?labels=KEY", b"", 400, "Cannot read the image that was sent"),
         ("/api/classify?labels=KEY", png()[:60], 400, "Cannot read the image that was sent"),
         ("/api/classify?labels=other", png(), 409, "send them again"),
-        ("/api/classify", png(), 400, "the bundle has none"),
+        ("/api/classify", png(), 410, "the bundle has none"),
         ("/api/classify?bundle=7", png(), 400, "Unknown bundle '7'; expected a number from 0 to 1"),
         ("/api/classify?bundle=-1", png(), 400, "Unknown bundle '-1'"),
         ("/api/labels", b"{", 422, "The request is invalid"),
@@ -750,5 +750,5 @@ def test_a_bundle_without_a_text_tower_classifies_among_its_own_labels(
         assert client.post("/api/classify?bundle=0", content=png()).json()["labels"][0] == "red"
         key = client.post("/api/labels", content=b'["cyan"]').json()["key"]
         refused = client.post(f"/api/classify?bundle=0&labels={key}", content=png())
-        assert refused.status_code == 400
+        assert refused.status_code == 410
         assert "'cyan' is none of its 3 labels" in refused.json()["error"]

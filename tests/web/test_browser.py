@@ -209,6 +209,19 @@ def test_a_server_that_is_started_again_with_other_bundles_does_not_answer_for_t
     expect_failed_requests(page, status=410)
 
 
+def test_a_bundle_that_is_exported_anew_without_its_labels_says_so(page: Any, bundles: list[Path]) -> None:
+    page.get_by_label("second").check()
+    page.check("#bank")
+    send_image(page, BLUE, "drop")
+    wait_for_lead(page, "blue ")
+    shutil.rmtree(bundles[1])
+    shutil.copytree(bundles[0], bundles[1])
+    send_image(page, BLUE, "drop")
+    wait_for_lead(page, "No result.")
+    assert "exported anew" in page.inner_text("#error")
+    expect_failed_requests(page, status=410)
+
+
 def test_the_camera(page: Any) -> None:
     page.fill("#new", "blue")
     page.press("#new", "Enter")

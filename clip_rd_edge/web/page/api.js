@@ -13,7 +13,7 @@ const MESSAGES = {
   400: "This image cannot be read. Choose a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF of at most 50 megapixels.",
   403: "The server does not accept this address. Open the page under the address that clip-rd-edge demo printed.",
   408: "The image took too long to arrive. Try it again, or choose a smaller one.",
-  410: "This bundle was removed, or the server now has others. Choose another one, or reload the page.",
+  410: "This bundle was removed or exported anew, or the server now has others. Choose another one, or reload the page.",
   413: "This image is too large. Choose one of at most 25 MB.",
   422: "These labels cannot be used: at most 2,000 labels of at most 300 characters each.",
   429: "The server is busy. Try again in a moment.",
