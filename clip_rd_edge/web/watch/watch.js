@@ -1,18 +1,23 @@
 // Replaces the parts of the page that changed, every few seconds while it is seen.
 const INTERVAL_MS = 4000;
+const PATIENCE_MS = 15000; // after which a server that hangs is said not to answer
 const lost = document.getElementById("lost");
 let title = document.title;
 let updated = new Date();
+let asking = false;
 
 async function refresh() {
-  if (document.hidden) return;
+  if (document.hidden || asking) return;
+  asking = true;
   try {
-    const response = await fetch(location.href, { cache: "no-store" });
+    const response = await fetch(location.href, { cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) });
     const next = new DOMParser().parseFromString(await response.text(), "text/html");
     if (response.ok) update(next);
     else showLost(next.querySelector("p")?.textContent ?? `The server answers with status ${response.status}.`);
   } catch {
     showLost("clip-rd-edge watch does not answer any more; start it again to see how the run goes on.");
+  } finally {
+    asking = false;
   }
 }
 

@@ -54,6 +54,18 @@ def test_a_page_that_is_no_longer_updated_says_so_above_its_figures(
     failed = lost(lambda route: route.fulfill(status=500, content_type="text/html", body=PROBLEM))
     assert failed.startswith("The run first does not exist. This page is as of ")
     assert "again" not in failed  # which fails
+    page.evaluate("""() => {
+        const [wait, send] = [AbortSignal.timeout, window.fetch];
+        AbortSignal.timeout = () => wait.call(AbortSignal, 500);
+        [window.pending, window.mostPending] = [0, 0];
+        window.fetch = (...request) => {
+            window.mostPending = Math.max(window.mostPending, ++window.pending);
+            return send(...request).finally(() => window.pending--);
+        };
+    }""")
+    hung = lost(lambda route: page.evaluate(REFRESH))  # while one waits for its answer, no other is sent
+    assert hung.startswith("clip-rd-edge watch does not answer any more")
+    assert page.evaluate("window.mostPending") == 1
     assert all("Failed to load" in text for text in page.problems)
     page.problems.clear()
     (site / "index.html").write_text((site / "index.html").read_text().replace("20 of 50", "30 of 50"))
