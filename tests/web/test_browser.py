@@ -613,6 +613,24 @@ def test_the_page_fits_a_narrow_screen(page: Any, scheme: str) -> None:
     assert small == []  # all are large enough for touch
 
 
+@pytest.mark.parametrize("width", [320, 390])
+def test_large_text_on_a_narrow_screen_leaves_room_for_labels(page: Any, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 640})
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "red ")
+    heights = page.locator("#labels li").evaluate_all("rows => rows.map((row) => row.offsetHeight)")
+    assert heights == [44, 44]  # one line, as long as the text has its usual size
+    page.evaluate("document.documentElement.style.fontSize = '200%'")
+    widths = page.locator("#labels input, #new").evaluate_all("fields => fields.map((field) => field.clientWidth)")
+    assert min(widths) >= 200
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    outside = """buttons => buttons.filter((button) => {
+        const [inner, outer] = [button.getBoundingClientRect(), button.parentElement.getBoundingClientRect()];
+        return inner.left < outer.left || inner.right > outer.right;
+    }).length"""
+    assert page.locator("#labels .remove, #labels output, #clear").evaluate_all(outside) == 0
+
+
 @pytest.mark.parametrize("width", [320, 360, 834, 900])
 def test_the_names_of_bundles_are_not_broken_on_a_phone_or_tablet(page: Any, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 740})
