@@ -442,18 +442,27 @@ def test_a_pair_that_is_bad_at_the_second_attempt_keeps_the_cause(monkeypatch: p
     assert caught.value.__cause__ is second
 
 
+class LostShareError(OSError):
+    """What Windows raises when a network share went away."""
+
+    winerror = 64
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), LostShareError(errno.EINVAL, "The network name is gone")]
+)
 def test_rows_whose_images_the_machine_cannot_find_are_not_left_out(
-    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch
+    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
 ) -> None:
     stat = os.stat
 
     def failing(path: Any, **options: Any) -> os.stat_result:
         if str(path).endswith("5.png"):
-            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+            raise type(error)(*error.args, path)
         return stat(path, **options)
 
     monkeypatch.setattr(os, "stat", failing)
-    with pytest.raises(UnreachableError, match=r"5\.png: Input/output error"):
+    with pytest.raises(UnreachableError, match=rf"5\.png: {error.strerror}"):
         load_pairs(str(pairs_csv))
 
 
