@@ -69,6 +69,7 @@ class Settings:
 IMAGE_SIZE = 64  # pixels: enough for emoji, and feasible to train on two cores
 CONTEXT_LENGTH = 16  # the longest name in the data set has 12 tokens, including the start and end tokens
 TEXT_LAYERS, VOCABULARY = 2, 7500  # of the teacher's text tower, 6 and 30,522, that the student starts from
+FROZEN_TEXT_LAYERS = 2  # groups of that tower: its embeddings, and the first of the two layers
 VIEWS = 5  # of each pair; as the teacher sees them only once, less than half of its work is left
 CLASSIFIER, SENTENCE_ENCODER = "tf_efficientnet_lite0", "all-MiniLM-L6-v2"  # the parts of the built-in teacher
 EMBEDDING_SIZE = 384  # the sentence encoder's
@@ -165,6 +166,7 @@ def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: st
         learning_rate=2e-3,
         student=settings.student,
         text=str(settings.folder / "trimmed"),
+        freeze_text_layers=FROZEN_TEXT_LAYERS,
         views=VIEWS,
         seed=settings.seed,
         # AMX halves what a product of the student takes; the teacher's depthwise convolutions gain nothing from it.
