@@ -10,11 +10,15 @@ image is found is approximate. Without usearch, or if a file is missing, search 
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import shutil
 import threading
 import uuid
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,6 +26,7 @@ import numpy.typing as npt
 
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.utils.arrays import load_array
+from clip_rd_edge.utils.files import new_file, write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 GRAPH_FROM = 1_000_000  # images: below, comparing all rows takes less than 60 ms
@@ -30,8 +35,10 @@ REBUILD_SHARE = 0.1
 # Of usearch: links per node, and nodes visited when building and when searching. Higher is more accurate, and slower.
 _LINKS, _VISITED_BUILDING, _VISITED_SEARCHING = 16, 64, 256
 _CANDIDATES = 128  # ranked exactly, or 4 per result
+_BLOCK = 1 << 20  # bytes that are read or written at once
 _CHUNK = 10_000  # rows between two reports of progress
 GRAPH_FILES = "graph-*"  # names of the files
+_BYTES_PER_KEY = 128  # at least, of its links
 
 Rows = npt.NDArray[np.int64]
 
@@ -79,6 +86,16 @@ def usearch_is_installed() -> bool:
     return find_spec("usearch") is not None
 
 
+def require_room(path: Path, rows: Embeddings) -> None:
+    """Refuse a folder whose disk has no space for the graph of embeddings (N, D), before it is built for minutes.
+
+    Raises:
+        OSError: it has not.
+    """
+    if shutil.disk_usage(path).free < len(rows) * (rows.shape[1] * 2 + _BYTES_PER_KEY):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
 def build_graph(
     rows: Embeddings,
     *,
@@ -107,16 +124,39 @@ def build_graph(
 
 
 def write_graph(path: Path, graph: Any) -> GraphFiles:
-    """Write a graph of all rows into the folder of an index."""
+    """Write a graph of all rows into the folder of an index.
+
+    Raises:
+        OSError: it cannot be written, such as to a full disk.
+    """
     name = f"graph-{uuid.uuid4().hex[:12]}.usearch"
-    graph.save(str(path / name))
+    with new_file(path / name) as file:
+        try:
+            graph.save(file.name)
+        except RuntimeError:
+            _fill(file, graph.serialized_length)
+            raise
     return write_rows(path, GraphFiles(file=name, rows="", keys=len(graph)), np.arange(len(graph)))
+
+
+def _fill(file: IO[bytes], size: int) -> None:
+    """Write a file up to a size, so that the system says why usearch could not, which does not tell.
+
+    Raises:
+        OSError: what the system says.
+    """
+    file.seek(0, os.SEEK_END)
+    while file.tell() < size:
+        file.write(bytes(_BLOCK))
+    file.flush()
 
 
 def write_rows(path: Path, files: GraphFiles, rows: Rows) -> GraphFiles:
     """Write the present row of each key to a new file; return the graph that names it."""
     name = f"graph-rows-{uuid.uuid4().hex[:12]}.npy"
-    np.save(path / name, rows.astype(np.int64))
+    content = io.BytesIO()
+    np.save(content, rows.astype(np.int64))
+    write_bytes(path / name, content.getbuffer())
     return msgspec.structs.replace(files, rows=name)
 
 

@@ -191,7 +191,7 @@ def delete(files: set[Path]) -> None:
 
 def leftovers(path: Path, graph: GraphFiles | None = None) -> set[Path]:
     """Return the files of a writer other than index.json and `graph`: also what a kill left half written."""
-    patterns = (f"{_ROWS}*.npy", f".{_ROWS}*.tmp", f".{INDEX_FILE}.*.tmp", GRAPH_FILES)
+    patterns = (f"{_ROWS}*.npy", f".{_ROWS}*.tmp", f".{INDEX_FILE}.*.tmp", GRAPH_FILES, f".{GRAPH_FILES}.tmp")
     files = {file for pattern in patterns for file in path.glob(pattern)}
     return files - ({path / graph.file, path / graph.rows} if graph else set())
 

@@ -35,6 +35,7 @@ from clip_rd_edge.runtime.index.graph import (
     is_worn,
     moved_rows,
     read_rows,
+    require_room,
     usearch_is_installed,
     write_graph,
     write_rows,
@@ -323,6 +324,8 @@ def _keep_graph(
         hint = install_command("usearch")
         reporter.say(f"search stays exact; with usearch it takes less time from {GRAPH_FROM:,} images on: {hint}")
         return index.graph is not None
+    delete(leftovers(path, index.graph) - {path / index.embeddings})
+    require_room(path, rows)
     graph = build_graph(rows, threads=threads, stop=stop, reporter=reporter)
     if graph is None:
         return index.graph is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -15,7 +15,7 @@ from PIL import Image
 from support import Watch
 
 from clip_rd_edge.contract.encoder import normalise
-from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.errors import ConfigError, DiskFullError
 from clip_rd_edge.runtime.index import update as indexing
 from clip_rd_edge.runtime.index.graph import (
     MAX_TOP,
@@ -38,6 +38,7 @@ from clip_rd_edge.runtime.index.image_index import (
 )
 from clip_rd_edge.runtime.index.update import update_index
 from clip_rd_edge.runtime.load import load
+from clip_rd_edge.utils.files import disk_full_error
 
 SIZE = 32
 
@@ -64,9 +65,16 @@ class StandIn:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def serialized_length(self) -> int:
+        return 128 + self.rows.nbytes
+
     def save(self, path: str) -> None:
-        with Path(path).open("wb") as file:
-            np.save(file, self.rows)
+        try:
+            with Path(path).open("wb") as file:
+                np.save(file, self.rows)
+        except OSError:
+            raise RuntimeError("Failed to serialize into stream") from None
 
     @classmethod
     def restore(cls, path: str, *, view: bool) -> StandIn:
@@ -139,7 +147,8 @@ def test_images_are_found_though_all_that_were_near_the_query_are_gone(tmp_path:
     assert graph is not None
     left = graph._replace(rows=moved_rows(graph.rows, np.arange(150, 2000), 2000))  # less than a tenth is gone
     index = written(tmp_path / "left", others)
-    assert nearest(index, others, alike[0], top=5, graph=left) == nearest(index, others, alike[0], top=5)
+    found, exact = nearest(index, others, alike[0], top=5, graph=left), nearest(index, others, alike[0], top=5)
+    assert [hit.path for hit in found] == [hit.path for hit in exact]
 
 
 def test_a_worn_graph_is_one_that_lost_or_lacks_a_tenth() -> None:
@@ -222,6 +231,40 @@ def test_without_usearch_search_stays_exact_and_says_so(
     monkeypatch.setattr("clip_rd_edge.runtime.index.graph.usearch_is_installed", lambda: False)
     assert read_graph(copy, read_index(copy)[0]) is None
     assert len(search_index(copy, "blue", top=3)) == 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
+def test_a_graph_for_which_there_is_no_space_is_a_full_disk_and_leaves_nothing(tmp_path: Path) -> None:
+    import resource
+
+    graph = build_graph(embeddings(2000), threads=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as error:
+            write_graph(tmp_path, graph)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert disk_full_error(error.value) is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_that_cannot_fit_on_the_disk_is_not_built_and_search_is_exact_meanwhile(
+    colour_bundle: Path, many_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, path = load(colour_bundle), tmp_path / "index"
+    update_index(encoder, many_images, path)
+    for name in ("graph-0123456789ab.usearch", ".graph-0123456789ab.usearch.0123.tmp"):
+        (path / name).write_bytes(b"half of a")
+    monkeypatch.setattr(indexing, "GRAPH_FROM", 40)
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+        full.setattr(indexing, "build_graph", None)
+        with pytest.raises(DiskFullError, match="is an index of the 44 images"):
+            update_index(encoder, many_images, path)
+    assert {file.name.partition("-")[0] for file in path.iterdir()} == {"index.json", "embeddings"}
+    assert len(search_index(path, "blue", top=3)) == 3
+    assert update_index(encoder, many_images, path).approximate
 
 
 def test_an_index_names_no_file_outside_of_it(tmp_path: Path) -> None:
