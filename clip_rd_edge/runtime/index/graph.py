@@ -5,7 +5,7 @@
 
 A graph outlives updates: rows that it does not have are compared one by one, until they or the lost keys are more than
 REBUILD_SHARE of it. What it finds is ranked by the float32 embeddings, so similarities are exact, and only whether an
-image is found is approximate. Without usearch, or if a file is missing, search is exact.
+image is found is approximate. Without usearch, or if a file is missing or damaged, search is exact.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import shutil
 import threading
 import uuid
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -38,6 +39,7 @@ _CANDIDATES = 128  # ranked exactly, or 4 per result
 _BLOCK = 1 << 20  # bytes that are read or written at once
 _CHUNK = 10_000  # rows between two reports of progress
 GRAPH_FILES = "graph-*"  # names of the files
+_HEADER_BYTES = 64
 _BYTES_PER_KEY = 128  # at least, of its links
 
 Rows = npt.NDArray[np.int64]
@@ -49,11 +51,15 @@ class GraphFiles(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         file, rows: names of the two files.
         keys: number of images that it was built from.
+        links_at: where its links begin in `file`, behind the embeddings.
+        crc32: of the links.
     """
 
     file: str
     rows: str
     keys: int
+    links_at: int = 0
+    crc32: int = -1
 
 
 class Graph(NamedTuple):
@@ -73,9 +79,12 @@ class Graph(NamedTuple):
         """Return the rows that may be among the `top` nearest to a query (D,).
 
         None if the graph proposes fewer than `top` images that are still there: the others near the query are gone,
-        such as with a folder of similar images.
+        such as with a folder of similar images; or if it fails.
         """
-        keys = self.index.search(query, max(_CANDIDATES, 4 * top)).keys.astype(np.int64)
+        try:
+            keys = self.index.search(query, max(_CANDIDATES, 4 * top)).keys.astype(np.int64)
+        except RuntimeError:
+            return None
         rows = self.rows[keys]
         present = rows[rows >= 0]
         return np.concatenate([present, self.others]) if len(present) >= top else None
@@ -136,7 +145,23 @@ def write_graph(path: Path, graph: Any) -> GraphFiles:
         except RuntimeError:
             _fill(file, graph.serialized_length)
             raise
-    return write_rows(path, GraphFiles(file=name, rows="", keys=len(graph)), np.arange(len(graph)))
+    links_at = len(graph) * graph.ndim * 2
+    crc32 = _crc32(path / name, links_at)
+    files = GraphFiles(file=name, rows="", keys=len(graph), links_at=links_at, crc32=crc32)
+    return write_rows(path, files, np.arange(len(graph)))
+
+
+def _crc32(path: Path, links_at: int) -> int:
+    """Return a checksum of a graph's header and links, which usearch follows wherever they lead.
+
+    Damaged embeddings only make it miss images; they are most of the file, which a search need not read.
+    """
+    with path.open("rb") as file:
+        value = zlib.crc32(file.read(_HEADER_BYTES))
+        file.seek(links_at)
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def _fill(file: IO[bytes], size: int) -> None:
@@ -191,11 +216,13 @@ def is_worn(rows: Rows, count: int) -> bool:
 def open_graph(path: Path, files: GraphFiles, count: int, *, memory_mapped: bool = True) -> Graph | None:
     """Open the graph of an index with `count` images; None if usearch or a file is missing, or damaged."""
     rows = read_rows(path, files)
-    if rows is None or not usearch_is_installed() or not (path / files.file).is_file():
+    if rows is None or not usearch_is_installed():
         return None
     from usearch.index import Index
 
     try:
+        if _crc32(path / files.file, files.links_at) != files.crc32:
+            return None
         graph = Index.restore(str(path / files.file), view=memory_mapped)
     except Exception:  # noqa: BLE001 — whatever it is, comparing all rows answers as well
         return None

@@ -50,6 +50,7 @@ class StandIn:
 
     def __init__(self, *, ndim: int, metric: str, dtype: str, **settings: int) -> None:
         assert (metric, dtype) == ("ip", "f16")
+        self.ndim = ndim
         self.rows = np.zeros((0, ndim), dtype=np.float16)
 
     def add(self, keys: Any, rows: Any, *, threads: int) -> None:
@@ -157,6 +158,36 @@ def test_a_worn_graph_is_one_that_lost_or_lacks_a_tenth() -> None:
     assert is_worn(rows, 111)
     assert is_worn(np.where(rows < 11, -1, rows), 89)
     assert not is_worn(np.where(rows < 10, -1, rows), 90)
+
+
+@pytest.mark.parametrize("memory_mapped", [False, True])
+def test_a_graph_whose_links_are_damaged_is_not_opened(tmp_path: Path, *, memory_mapped: bool) -> None:
+    """They would lead usearch out of its memory."""
+    rows = embeddings(50)
+    files = write_graph(tmp_path, build_graph(rows, threads=1))
+    content = bytearray((tmp_path / files.file).read_bytes())
+    for at in (0, len(content) - 40, len(content) - 1):
+        damaged = content.copy()
+        damaged[at] ^= 0x10
+        (tmp_path / files.file).write_bytes(damaged)
+        assert open_graph(tmp_path, files, 50, memory_mapped=memory_mapped) is None
+    (tmp_path / files.file).write_bytes(content[:-1])
+    assert open_graph(tmp_path, files, 50, memory_mapped=memory_mapped) is None
+
+
+def test_search_is_exact_if_the_graph_fails(tmp_path: Path) -> None:
+    rows = embeddings(50)
+    index = written(tmp_path, rows)
+    graph = open_graph(tmp_path, write_graph(tmp_path, build_graph(rows, threads=1)), 50)
+    assert graph is not None
+
+    class Failing:
+        def search(self, *_: object) -> None:
+            raise RuntimeError("Out of memory!")
+
+    assert nearest(index, rows, rows[7], top=3, graph=graph._replace(index=Failing())) == nearest(
+        index, rows, rows[7], top=3
+    )
 
 
 def test_a_graph_that_cannot_be_used_leaves_search_exact(tmp_path: Path) -> None:
