@@ -50,6 +50,7 @@ from clip_rd_edge.runtime.index.image_index import (
     is_index,
     leftovers,
     model_key,
+    read_graph,
     read_index,
     write_index,
 )
@@ -314,22 +315,24 @@ def _keep_graph(
     stop: threading.Event | None,
     reporter: Reporter,
 ) -> bool:
-    """Build the graph of a large index if it has none, or a worn one; return whether it has one."""
+    """Build the graph of a large index if it has none that can be used, or a worn one; return whether it has one."""
     if len(rows) < GRAPH_FROM:
         return False
-    keys = read_rows(path, index.graph) if index.graph else None
-    if keys is not None and not is_worn(keys, len(rows)):
+    graph = read_graph(path, index)
+    usable = graph is not None
+    if graph is not None and not is_worn(graph.rows, len(rows)):
         return True
     if not usearch_is_installed():
         hint = install_command("usearch")
         reporter.say(f"search stays exact; with usearch it takes less time from {GRAPH_FROM:,} images on: {hint}")
-        return index.graph is not None
-    delete(leftovers(path, index.graph) - {path / index.embeddings})
+        return False
+    del graph  # closes the file, which Windows does not delete before
+    delete(leftovers(path, index.graph if usable else None) - {path / index.embeddings})
     require_room(path, rows)
-    graph = build_graph(rows, threads=threads, stop=stop, reporter=reporter)
-    if graph is None:
-        return index.graph is not None
-    index = msgspec.structs.replace(index, graph=write_graph(path, graph))
+    built = build_graph(rows, threads=threads, stop=stop, reporter=reporter)
+    if built is None:
+        return usable
+    index = msgspec.structs.replace(index, graph=write_graph(path, built))
     write_bytes(path / INDEX_FILE, msgspec.json.encode(index))
     delete(leftovers(path, index.graph) - {path / index.embeddings})
     return True

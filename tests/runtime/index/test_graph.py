@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -245,6 +246,36 @@ def test_an_index_above_the_threshold_gets_a_graph_that_updates_keep(
     assert {file.name.partition("-")[0] for file in path.iterdir()} == {"index.json", "embeddings"}
 
 
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, _cut])
+@pytest.mark.parametrize("pattern", ["graph-*.usearch", "graph-rows-*"])
+def test_a_graph_that_cannot_be_used_is_built_again(
+    spoil: Callable[[Path], None],
+    pattern: str,
+    colour_bundle: Path,
+    many_images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(indexing, "GRAPH_FROM", 40)
+    encoder, path = load(colour_bundle), tmp_path / "index"
+    update_index(encoder, many_images, path)
+    (file,) = path.glob(pattern)
+    spoil(file)
+    with monkeypatch.context() as missing:
+        for name in ("update", "graph"):
+            missing.setattr(f"clip_rd_edge.runtime.index.{name}.usearch_is_installed", lambda: False)
+        reporter = Watch()
+        assert not update_index(encoder, many_images, path, reporter=reporter).approximate
+        assert "search stays exact" in reporter.said[0]
+    assert update_index(encoder, many_images, path).approximate
+    assert read_graph(path, read_index(path)[0]) is not None
+    assert len(list(path.glob("graph-*"))) == 2
+
+
 def test_without_usearch_search_stays_exact_and_says_so(
     colour_bundle: Path, many_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,7 +290,11 @@ def test_without_usearch_search_stays_exact_and_says_so(
     assert update_index(encoder, many_images, path).approximate  # nothing new but the package
     copy = tmp_path / "copy"
     shutil.copytree(path, copy)
-    monkeypatch.setattr("clip_rd_edge.runtime.index.graph.usearch_is_installed", lambda: False)
+    for name in ("update", "graph"):
+        monkeypatch.setattr(f"clip_rd_edge.runtime.index.{name}.usearch_is_installed", lambda: False)
+    reporter = Watch()
+    assert not update_index(encoder, many_images, path, reporter=reporter).approximate  # here
+    assert "search stays exact" in reporter.said[0]
     assert read_graph(copy, read_index(copy)[0]) is None
     assert len(search_index(copy, "blue", top=3)) == 3
 
