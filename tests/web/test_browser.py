@@ -209,6 +209,30 @@ def test_a_server_that_is_started_again_with_other_bundles_does_not_answer_for_t
     expect_failed_requests(page, status=410)
 
 
+@pytest.mark.parametrize("status", [200, 404, 502, 503, 504])
+def test_an_answer_that_a_proxy_gives_in_place_of_the_server_is_none(page: Any, status: int) -> None:
+    page.route("**/api/classify*", lambda route: route.fulfill(status=status, content_type="text/html", body="<h1>!"))
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "No result.")
+    assert page.inner_text("#error") == "The server does not respond. Is clip-rd-edge demo still running?"
+    expect_failed_requests(page, status=status)
+
+
+@pytest.mark.parametrize(("scheme", "word"), [("http", "sent unencrypted to"), ("https", "sent to")])
+def test_images_are_said_to_be_sent_unencrypted_where_they_are(page: Any, url: str, scheme: str, word: str) -> None:
+    other = page.context.new_page()
+    other.set_default_timeout(120_000)
+    address = f"{scheme}://device.example/"
+
+    def answer(route: Any) -> None:
+        route.fulfill(response=page.context.request.get(url + route.request.url.removeprefix(address)))
+
+    other.route("**/*", answer)
+    other.goto(address)
+    other.wait_for_selector("#bundles tr")
+    assert other.inner_text("#privacy") == f"Images are {word} device.example, only there, and are not stored."
+
+
 def test_a_bundle_that_is_exported_anew_without_its_labels_says_so(page: Any, bundles: list[Path]) -> None:
     page.get_by_label("second").check()
     page.check("#bank")

@@ -20,16 +20,16 @@ const MESSAGES = {
   500: "The model failed. The terminal where clip-rd-edge demo runs shows why.",
 };
 
+const NO_RESPONSE = "The server does not respond. Is clip-rd-edge demo still running?";
+const FROM_OTHERS = [404, 502, 503, 504]; // of what stands before the server, or in its place
+
 async function request(path, body) {
-  let response;
-  try {
-    response = await fetch(path, body === undefined ? {} : { method: "POST", body });
-  } catch {
-    throw new RequestError(0, "The server does not respond. Is clip-rd-edge demo still running?");
-  }
-  const content = await response.json().catch(() => ({}));
+  const response = await fetch(path, body === undefined ? {} : { method: "POST", body }).catch(() => null);
+  if (!response || FROM_OTHERS.includes(response.status)) throw new RequestError(0, NO_RESPONSE);
   if (!response.ok) throw new RequestError(response.status, MESSAGES[response.status] ?? MESSAGES[500]);
-  return content;
+  return response.json().catch(() => {
+    throw new RequestError(0, NO_RESPONSE); // another page in its place, such as one to log in to a network
+  });
 }
 
 let names = []; // of the bundles: a server that is started again may have others under their numbers
@@ -38,10 +38,11 @@ let names = []; // of the bundles: a server that is started again may have other
 export async function loadChoices() {
   const { bundles, labels } = await request("api/bundles");
   names = bundles.map(({ folder }) => folder);
+  const encrypted = location.protocol === "https:"; // by a proxy before the server
   const local = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
   const privacy = local
     ? "Images are sent only to the program on this machine and are not stored."
-    : `Images are sent unencrypted to ${location.host}, only there, and are not stored.`;
+    : `Images are sent${encrypted ? "" : " unencrypted"} to ${location.host}, only there, and are not stored.`;
   return { choices: bundles, labels, privacy };
 }
 
