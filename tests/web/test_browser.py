@@ -585,6 +585,30 @@ def test_an_image_that_is_too_long_for_a_canvas_is_shown(page: Any) -> None:
     assert page.locator("#preview").evaluate(middle) == [4096, 1, *RED, 255]
 
 
+def test_text_can_be_dragged_into_the_field_for_a_label(page: Any) -> None:
+    title, field = page.locator("#labels-title").bounding_box(), page.locator("#new").bounding_box()
+    page.mouse.dblclick(title["x"] + 10, title["y"] + 8)
+    page.mouse.down()
+    page.mouse.move(title["x"] + 40, title["y"] + 30, steps=4)
+    page.mouse.move(field["x"] + 30, field["y"] + 15, steps=6)
+    assert "over" not in page.get_attribute("#stage", "class").split()
+    page.mouse.up()
+    page.wait_for_function("() => document.getElementById('new').value === 'Labels'")
+    prevented = page.evaluate("""() => {
+        const dataTransfer = new DataTransfer();
+        dataTransfer.setData("text/uri-list", "http://127.0.0.1/image.jpg");
+        const event = new DragEvent("drop", { bubbles: true, cancelable: true, dataTransfer });
+        return !document.getElementById("stage").dispatchEvent(event);
+    }""")
+    assert prevented  # the page is not left for it
+    assert page.inner_text("#error").startswith("The browser hands over an address and no image.")
+    send_image(page, RED, "dragenter")
+    assert "over" in page.get_attribute("#stage", "class").split()
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "red ")
+    assert "over" not in page.get_attribute("#stage", "class").split()
+
+
 def test_what_cannot_be_read_of_a_dropped_folder_is_named_and_the_rest_is_opened(page: Any) -> None:
     page.evaluate(
         """(encoded) => {
@@ -603,7 +627,7 @@ def test_what_cannot_be_read_of_a_dropped_folder_is_named_and_the_rest_is_opened
             ]);
             const items = [{ kind: "file", webkitGetAsEntry: () => entry, getAsFile: () => null }];
             const event = new Event("drop", { bubbles: true, cancelable: true });
-            document.body.dispatchEvent(Object.assign(event, { dataTransfer: { items } }));
+            document.body.dispatchEvent(Object.assign(event, { dataTransfer: { items, types: ["Files"] } }));
         }""",
         base64.b64encode(jpeg(RED)).decode(),
     )

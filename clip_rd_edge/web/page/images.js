@@ -12,6 +12,8 @@ const button = document.getElementById("camera");
 const PREVIEW_EDGE = 4096; // longest edge of the shown image in pixels; browsers limit that of a canvas
 const FRAME_EDGE = 480; // shorter edge of a camera frame in pixels; larger than the input of any small model
 
+const NO_FILE = "The browser hands over an address and no image. Copy the image and paste it here, or save it first.";
+
 export class ImageSource {
   // onImage(image, ms) is called with each image and the time it took to capture, onUnreadable(message) instead for a
   // file that the browser cannot read, and onError(message) for what leaves the current image as it is.
@@ -39,15 +41,17 @@ export class ImageSource {
       if (!isTextForField(event)) this.#openAll([...event.clipboardData.files]);
     });
     let depth = 0; // dragenter and dragleave also fire for every nested element
-    addEventListener("dragenter", () => stage.classList.toggle("over", ++depth > 0));
-    addEventListener("dragleave", () => stage.classList.toggle("over", --depth > 0));
-    addEventListener("dragover", (event) => event.preventDefault());
+    addEventListener("dragenter", (event) => carriesFiles(event) && stage.classList.toggle("over", ++depth > 0));
+    addEventListener("dragleave", (event) => carriesFiles(event) && stage.classList.toggle("over", --depth > 0));
+    // A browser would leave the page for what is dropped, but for text in a field.
+    addEventListener("dragover", (event) => isDroppedText(event) || event.preventDefault());
     addEventListener("drop", (event) => {
+      if (isDroppedText(event)) return;
       event.preventDefault();
       depth = 0;
       stage.classList.remove("over");
-      const containsFiles = [...event.dataTransfer.items].some((item) => item.kind === "file");
-      if (containsFiles) this.#openDropped(event.dataTransfer.items);
+      if (carriesFiles(event)) this.#openDropped(event.dataTransfer.items);
+      else if (event.dataTransfer.types.includes("text/uri-list")) this.onError(NO_FILE);
     });
     button.addEventListener("click", () => (this.stream ? this.#leaveCamera() : this.start()));
   }
@@ -183,6 +187,14 @@ export class ImageSource {
     if (video.requestVideoFrameCallback) video.requestVideoFrameCallback(capture);
     else requestAnimationFrame(capture);
   }
+}
+
+function carriesFiles({ dataTransfer: { types } }) {
+  return types.includes("Files");
+}
+
+function isDroppedText(event) {
+  return event.target.type === "text" && !carriesFiles(event);
 }
 
 // Whether a text field takes what is pasted: spreadsheets copy an image of the cells beside their text. Of an image that
