@@ -38,7 +38,7 @@ def command(
 
     Run the command again to update the index: only new and changed images are embedded. It can be interrupted at any
     time without losing its progress. With --watch, it goes on until Ctrl-C, and an image is in the index some seconds
-    after it was written, or up to a minute later if saving the index takes long.
+    after it was written, or about a minute later if listing the folder or saving the index takes long.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter

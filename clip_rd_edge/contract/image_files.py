@@ -58,7 +58,7 @@ def find_images(
         elif exists(path) or path.is_symlink():
             yield path
         elif glob.has_magic(name):
-            matches = (match for match in sorted_paths(_glob(name)) if _counts_as_file(match, []))
+            matches = (match for match in sorted_paths(_glob(name)) if _look_at(match, [])[0])
             yield from _require_any(matches, f"No image matches {name}.")
         else:
             raise InputError(f"The image or folder {name} does not exist.{near_files(path)}", hint="check the path")
@@ -93,26 +93,32 @@ def list_images(folder: Path, *, on_unreadable: Callable[[InputError], None] = _
         on_unreadable: called for the folder itself and for each subfolder, or link to one, that cannot be read, or in
             which no image can be looked at; see `find_images`.
     """
+    return sorted_paths(image for image, _ in look_at_images(folder, on_unreadable=on_unreadable))
+
+
+def look_at_images(
+    folder: Path, *, on_unreadable: Callable[[InputError], None]
+) -> Iterator[tuple[Path, os.stat_result | None]]:
+    """Yield the images of `list_images` in any order, each with its stat, or None if it cannot be looked at."""
 
     def report(error: OSError) -> None:
         on_unreadable(InputError(f"Cannot read the folder {error.filename}: {error.strerror or error}."))
 
-    images = []
     for path, names in _walk(os.fspath(folder), report):
-        files, failures = list[Path](), list[OSError]()
+        files, failures = list[tuple[Path, os.stat_result | None]](), list[OSError]()
         for name in names:
             if is_ignored(name):
                 continue
             image = Path(path, name)
             if image.suffix.lower() in IMAGE_SUFFIXES:
-                files += [image] if _counts_as_file(image, failures) else []
+                is_file, found = _look_at(image, failures)
+                files += [(image, found)] if is_file else []
             elif leads_nowhere(image):
                 on_unreadable(dead_link_error(image))
         if len(failures) == len(files) > 1:  # it may be listed but not entered, or was unmounted
             report(OSError(failures[0].errno, failures[0].strerror, path))
         else:
-            images += files
-    return sorted_paths(images)
+            yield from files
 
 
 def _walk(folder: str, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:
@@ -146,19 +152,20 @@ def dead_link_error(folder: Path) -> InputError:
     return InputError(f"Cannot read the folder {folder}: {DANGLING}.", hint=DANGLING_HINT)
 
 
-def _counts_as_file(path: Path, failures: list[OSError]) -> bool:
-    """Return whether this is a file, or something that only opening says why it cannot be read.
+def _look_at(path: Path, failures: list[OSError]) -> tuple[bool, os.stat_result | None]:
+    """Return whether this is a file, or something that only opening says why it cannot be read; and its stat.
 
-    That is a link that leads to none, or what cannot be looked at, for which the error is added to `failures`.
+    The latter is a link that leads to none, or what cannot be looked at, for which the error is added to `failures`.
     """
     try:
-        return stat.S_ISREG(path.stat().st_mode)
+        found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        return path.is_symlink()
+        return path.is_symlink(), None
     except OSError as error:
         if not os.path.islink(path):  # noqa: PTH114  else it may lead into a folder that may not be entered
             failures.append(error)
-        return True
+        return True, None
+    return stat.S_ISREG(found.st_mode), found
 
 
 def _require_any(paths: Iterable[Path], message: str) -> Iterator[Path]:

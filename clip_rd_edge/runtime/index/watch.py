@@ -7,6 +7,7 @@ of a core, and up to a minute with that of an update, without what embedding the
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from clip_rd_edge.contract.image_files import list_images
+from clip_rd_edge.contract.image_files import look_at_images
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
@@ -25,7 +26,7 @@ from clip_rd_edge.utils.paths import file_identity, is_folder
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 POLL_S = 2.0
-_MAX_REST_S = 60.0  # after an update: building the graph of a large index takes long
+_MAX_REST_S = 60.0  # listing a million files takes many seconds, and building the graph of their index minutes
 SETTLE_S = 2.0  # a file that has not changed for this long counts as written
 _WAIT_S = 0.5
 BROKEN_S = 60.0  # one that cannot be read is reported if it has not changed for this long: its writer may be slow
@@ -68,6 +69,17 @@ class _Images:
                 self._seen[name] = old[name] if unchanged else _Seen(stamp, now)
         self._take_back_refused()
         return True
+
+    def settling(self, now: float) -> list[str]:
+        """Return the files that somebody may be writing to."""
+        return [name for name, seen in (self._seen or {}).items() if now - seen.since < SETTLE_S]
+
+    def look_again(self, names: list[str], now: float) -> None:
+        """Look at some files without listing the folder; the next listing says which of them are gone."""
+        seen = self._seen or {}
+        for name in names:
+            if (stamp := _stamp(self._folder / name)) != seen[name].stamp:
+                seen[name] = _Seen(stamp or _NO_STAMP, now)
 
     def _take_back_refused(self) -> None:
         """Let the next update take the images that can be read now, though their stamps have not changed."""
@@ -169,23 +181,26 @@ class _IndexFiles:
 
 def _stamps(folder: Path) -> dict[str, Stamp]:
     """Return the stamps of the images in a folder, without those that are gone already."""
+    start = len(os.fspath(folder / "_")) - 1  # relative_to would take half of the time
     stamps = {}
-    for path in list_images(folder, on_unreadable=lambda error: None):
-        try:
-            stamp = _stamp(path)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError:
-            stamp = _NO_STAMP  # the update reports it
-        stamps[path.relative_to(folder).as_posix()] = stamp
+    for path, found in look_at_images(folder, on_unreadable=lambda error: None):
+        stamp = _stamp(path) if found is None else (found.st_size, found.st_mtime_ns)
+        if stamp is not None:
+            stamps[os.fspath(path)[start:].replace(os.sep, "/")] = stamp
     return stamps
 
 
-def _stamp(path: Path) -> Stamp:
+def _stamp(path: Path) -> Stamp | None:
+    """Return the stamp of a file, None if it is gone, or _NO_STAMP, in which case the update reports it."""
     try:
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except OSError:
+            stat = path.lstat()  # what it leads to is gone: the update reports it as it does other unreadable images
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except OSError:
-        stat = path.lstat()  # what it leads to is gone: the update reports it as it does other unreadable images
+        return _NO_STAMP
     return stat.st_size, stat.st_mtime_ns
 
 
@@ -234,16 +249,23 @@ def watch_index(
     images, index, waiting = _Images(folder), _IndexFiles(path, model_key(encoder.manifest)), False
     count = 0  # of the images in the index, as of the last update
     while not stop.is_set():
-        started = clock()
+        started = now = clock()
         there = images.look(started)
-        listing_s = clock() - started
+        if there and REST * (clock() - started) > POLL_S and (names := images.settling(started)):
+            listed = clock()
+            wait(SETTLE_S)
+            if stop.is_set():
+                return
+            now = clock()
+            started += now - listed  # the pause is no work
+            images.look_again(names, now)
         if not there and not waiting:
             reporter.say(f"{folder} has no images: waiting for some")
         waiting = not there
-        settled, embedding_s = images.settled(started) if there else {}, 0.0
-        messages = images.broken(started) if there else []
+        settled, embedding_s = images.settled(now) if there else {}, 0.0
+        messages = images.broken(now) if there else []
         replaced = index.are_replaced()
-        if index.are_whole(started) and there and (replaced or images.differ(settled)):
+        if index.are_whole(now) and there and (replaced or images.differ(settled)):
             update = update_index(
                 encoder,
                 folder,
@@ -265,5 +287,5 @@ def watch_index(
                 yield update
         elif messages:
             yield Update(kept=count, unreadable=messages)
-        update_s = clock() - started - embedding_s  # saves above all, which take the longer the larger the index is
-        wait(max(POLL_S, REST * listing_s, min(_MAX_REST_S, REST * update_s)))
+        work_s = clock() - started - embedding_s  # saves above all, which take the longer the larger the index is
+        wait(max(POLL_S, min(_MAX_REST_S, REST * work_s)))

@@ -368,6 +368,52 @@ def test_the_pause_grows_with_the_time_that_an_update_takes_beside_embedding_up_
     assert watched.pauses == [pause_s]
 
 
+@pytest.fixture
+def slow_listing(watched: Folder, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    stamps = index_watch._stamps
+
+    def take(seconds: float) -> None:
+        def list_slowly(folder: Path) -> object:
+            watched.now += seconds
+            return stamps(folder)
+
+        monkeypatch.setattr(index_watch, "_stamps", list_slowly)
+
+    return take
+
+
+@pytest.mark.parametrize(("listing_s", "pause_s"), [(0.05, 2), (1, 20), (4, 60), (400, 60)])
+def test_the_pause_grows_with_the_time_that_a_listing_takes_up_to_a_minute(
+    watched: Folder, slow_listing: Callable[[float], None], listing_s: float, pause_s: float
+) -> None:
+    slow_listing(listing_s)
+    watched.watch(nothing)
+    assert watched.pauses[-1] == pytest.approx(pause_s)
+
+
+def test_a_new_image_waits_for_no_second_listing_of_a_large_folder(
+    watched: Folder, slow_listing: Callable[[float], None]
+) -> None:
+    slow_listing(4)
+    counts, growing = list[int](), watched.folder / "growing.png"
+
+    def bring() -> None:
+        paint(watched.folder / "new.png")()
+        paint(watched.folder / "fleeting.png")()
+        growing.write_bytes(b"the beg")
+
+    def go_on() -> None:
+        growing.write_bytes(b"the beginning")
+        (watched.folder / "fleeting.png").unlink()
+
+    updates = watched.watch(bring, go_on, paint(growing, (9, 9, 9)), lambda: counts.append(len(watched.names())))
+    assert [update.embedded for update in updates] == [4, 1, 1]
+    assert [message for update in updates for message in update.unreadable] == []
+    assert counts == [5]
+    assert watched.pauses == [60, 2, 60, 2, 60]
+    assert watched.names() == sorted([*ALL, "growing.png", "new.png"])
+
+
 def test_the_time_that_embedding_takes_does_not_include_saves(watched: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 
