@@ -5,11 +5,16 @@ import { prompts } from "./clean.js";
 const MAX_THREADS = 4; // more are no faster for a single small image
 const bundle = new URL("bundle/", import.meta.url).href;
 const threads = crossOriginIsolated ? Math.min(MAX_THREADS, navigator.hardwareConcurrency) : 1;
+// A module with one function that uses SIMD: `(func (result v128) (i8x16.splat (i32.const 0)))`.
+const SIMD = new Uint8Array([0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 8, 1, 6, 0, 65, 0, 253, 15, 11]);
+const NO_SIMD =
+  "This browser, or its security mode, does not run WebAssembly with SIMD: make an exception for this page, or use another browser.";
 const backends = []; // in the order of the page's rows
 let manifest;
 
 // The backends to choose from, and the texts that the page shows; showProgress(message) is called while loading.
 export async function loadChoices(showProgress) {
+  if (!globalThis.WebAssembly?.validate(SIMD)) throw new Error(NO_SIMD);
   manifest = await readJson(new URL("manifest.json", bundle));
   const sizes = await readJson(new URL("sizes.json", import.meta.url));
   backends.push(new Backend("wasm"));

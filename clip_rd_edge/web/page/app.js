@@ -195,5 +195,6 @@ try {
   setLead(QUESTION);
   select(selected);
 } catch (error) {
+  setLead("This page could not start."); // in place of how much is loaded
   showError(error.message);
 }
