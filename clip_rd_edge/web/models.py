@@ -24,7 +24,7 @@ from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.paths import file_identity
 
-MAX_PIXELS = 50_000_000  # of an uploaded image: photos of current phones are below that
+MAX_PIXELS = 52_000_000  # of an uploaded image: those of sensors with 50 megapixels have up to 50.3 million
 MAX_LABELS = 2_000
 MAX_LABEL_LENGTH = 300  # characters
 MAX_SETS = 64  # label lists that are kept

@@ -191,6 +191,7 @@ def test_invalid_requests_get_an_error_message(
 
 
 def test_large_images_and_bodies_are_refused(client: Any, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert models.MAX_PIXELS >= 8160 * 6144  # of a phone with 50 megapixels
     monkeypatch.setattr(models, "MAX_PIXELS", 1_000_000)
     response = client.post(f"/api/classify?labels={key}", content=png(size=(1200, 1000)))
     message = "The image that was sent has 1200 × 1000 pixels; the limit is 1,000,000."

@@ -4,7 +4,7 @@ import { HIDDEN_PIXELS, readsPixels } from "./canvas.js";
 import { resize } from "./resample.js";
 import { uprightBitmap } from "./upright.js";
 
-const MAX_PIXELS = 50_000_000; // photos of current phones are below that
+const MAX_PIXELS = 52_000_000; // those of sensors with 50 megapixels have up to 50.3 million
 const MAX_CANVAS_EDGE = 16_384; // on a longer one, Firefox throws an error, and Chromium draws nothing
 
 // Decodes a file (Blob) or a camera frame (ImageData) to { width, height, rows(top, count) -> RGBA bytes }: upright, with

@@ -10,7 +10,7 @@ export class RequestError extends Error {
 
 // By status: what visitors of the page can do. The server's own messages are for the person who runs it.
 const MESSAGES = {
-  400: "This image cannot be read. Choose a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF of at most 50 megapixels.",
+  400: "This image cannot be read. Choose a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF of at most 52 megapixels.",
   403: "The server does not accept this address. Open the page under the address that clip-rd-edge demo printed.",
   408: "The image took too long to arrive. Try it again, or choose a smaller one.",
   410: "This bundle was removed or exported anew, or the server now has others. Choose another one, or reload the page.",

@@ -52,19 +52,20 @@ export class LabelList {
   // Elsewhere, scrolling would make Tab go on from there: in new browsers, what is scrolled to is where Tab starts.
   add(labels) {
     let row = null;
+    const rows = new Map([...list.children].map((row) => [row.querySelector("input")?.value.trim(), row]));
     const cut = (text) => [...text.trim()].slice(0, MAX_LENGTH).join("").trim();
     for (const label of labels.map(cut).filter(Boolean)) {
-      row = this.#find(label);
-      if (!row) list.append((row = this.#createRow(label)));
+      row = rows.get(label) ?? this.#createRow(label);
+      if (!rows.has(label)) list.append(row);
+      rows.set(label, row);
     }
     if (this.form.contains(document.activeElement)) row?.scrollIntoView({ block: "nearest" });
     this.onChange();
   }
 
-  // The row of a label, other than the given one; null if there is none.
-  #find(label, other = null) {
-    const rows = [...list.children].filter((row) => row !== other);
-    return rows.find((row) => row.querySelector("input")?.value.trim() === label) ?? null;
+  // Whether a row other than the given one has this label.
+  #isElsewhere(label, row) {
+    return [...list.children].some((other) => other !== row && other.querySelector("input")?.value.trim() === label);
   }
 
   // Switch between typed labels and the bundle's own.
@@ -124,7 +125,7 @@ export class LabelList {
     // Remove an emptied row, or one that now repeats another, when it loses the focus.
     field.addEventListener("change", () => {
       const label = field.value.trim();
-      if (!label || this.#find(label, row)) this.#remove(row);
+      if (!label || this.#isElsewhere(label, row)) this.#remove(row);
     });
     const remove = createElement("button", "remove");
     remove.type = "button";
