@@ -148,7 +148,9 @@ def measure_graph(path: Path, queries: Embeddings, threads: int) -> GraphFigures
     """Build the graph of an index and compare it with exact search."""
     index, rows = read_index(path)
     start, start_cpu = time.perf_counter(), time.process_time()
-    files = write_graph(path, build_graph(rows, threads=threads))
+    built = build_graph(rows, threads=threads)
+    assert built is not None
+    files = write_graph(path, built)
     build_s, core_s = time.perf_counter() - start, time.process_time() - start_cpu
     index = write_index(path, msgspec.structs.replace(index, graph=files), rows)
     index, rows = read_index(path)

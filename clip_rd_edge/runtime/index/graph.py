@@ -1,11 +1,13 @@
 """Approximate search past a million images: usearch's graph (HNSW) of an index's embeddings, in float16.
 
     graph-KEY.usearch   the graph; its keys are the rows of the index at the time that it was built
-    graph-rows-KEY.npy  the present row of each key, (keys,) int64, -1 for an image that is gone
+    graph-rows-KEY.npy  of each key, the present row, -1 for an image that is gone, and the first key with the same
+                        embedding, which alone is in the graph: (2, keys) int64
 
 A graph outlives updates: rows that it does not have are compared one by one, until they or the lost keys are more than
 REBUILD_SHARE of it. What it finds is ranked by the float32 embeddings, so similarities are exact, and only whether an
-image is found is approximate. Without usearch, or if a file is missing or damaged, search is exact.
+image is found is approximate. Copies of an image, such as black frames, would be linked to each other alone, and cut
+the graph into parts: it has only one of them. Without usearch, or if a file is missing or damaged, search is exact.
 """
 
 from __future__ import annotations
@@ -69,11 +71,15 @@ class Graph(NamedTuple):
         index: usearch's index.
         rows: the present row of each key, or -1.
         others: rows that it does not have.
+        keys: those whose images are there, sorted by `firsts`.
+        firsts: of each of `keys`, the key in the graph that has the same embedding.
     """
 
     index: Any
     rows: Rows
     others: Rows
+    keys: Rows
+    firsts: Rows
 
     def candidates(self, query: Embeddings, top: int) -> Rows | None:
         """Return the rows that may be among the `top` nearest to a query (D,).
@@ -81,13 +87,24 @@ class Graph(NamedTuple):
         None if the graph proposes fewer than `top` images that are still there: the others near the query are gone,
         such as with a folder of similar images; or if it fails.
         """
+        count = max(_CANDIDATES, 4 * top)
         try:
-            keys = self.index.search(query, max(_CANDIDATES, 4 * top)).keys.astype(np.int64)
+            found = self.index.search(query, count).keys.astype(np.int64)
         except RuntimeError:
             return None
-        rows = self.rows[keys]
-        present = rows[rows >= 0]
+        start = np.searchsorted(self.firsts, found)
+        copies = np.minimum(np.searchsorted(self.firsts, found, side="right") - start, top)
+        places = np.repeat(start - (np.cumsum(copies) - copies), copies) + np.arange(copies.sum())
+        rows = self.rows[self.keys[places]]  # nearest first
+        present = rows[rows >= 0][:count]
         return np.concatenate([present, self.others]) if len(present) >= top else None
+
+
+class BuiltGraph(NamedTuple):
+    """A graph of all images of an index: usearch's index, and of each row the first with the same embedding."""
+
+    index: Any
+    firsts: Rows
 
 
 def usearch_is_installed() -> bool:
@@ -95,26 +112,47 @@ def usearch_is_installed() -> bool:
     return find_spec("usearch") is not None
 
 
-def require_room(path: Path, rows: Embeddings) -> None:
-    """Refuse a folder whose disk has no space for the graph of embeddings (N, D), before it is built for minutes.
-
-    Raises:
-        OSError: it has not.
-    """
-    if shutil.disk_usage(path).free < len(rows) * (rows.shape[1] * 2 + _BYTES_PER_KEY):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+def _first_copies(rows: Embeddings) -> Rows:
+    """Return, per embedding, the first row that has the same in float16, as the graph has it."""
+    weights = np.random.default_rng(0).integers(1 << 64, size=rows.shape[1], dtype=np.uint64)
+    keys = np.arange(len(rows))
+    digests = np.empty(len(rows), dtype=np.uint64)
+    for start in range(0, len(rows), _CHUNK):
+        part = rows[start : start + _CHUNK].astype(np.float16)
+        digests[start : start + len(part)] = part.view(np.uint16).astype(np.uint64) @ weights
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    firsts = first[inverse].astype(np.int64)
+    copies = keys[firsts != keys]
+    for start in range(0, len(copies), _CHUNK):
+        some = copies[start : start + _CHUNK]
+        differ = (rows[some].astype(np.float16) != rows[firsts[some]].astype(np.float16)).any(axis=1)
+        firsts[some[differ]] = some[differ]
+    return firsts
 
 
 def build_graph(
     rows: Embeddings,
     *,
+    path: Path | None = None,
     threads: int | None = None,
     stop: threading.Event | None = None,
     reporter: Reporter = SILENT,
-) -> Any:
-    """Return usearch's index of embeddings (N, D), by row, or None if `stop` is set; it takes minutes for a million."""
+) -> BuiltGraph | None:
+    """Build the graph of embeddings (N, D), which takes minutes for a million.
+
+    Args:
+        path: where it is going to be written.
+        stop: ends the work when it is set; then None is returned.
+
+    Raises:
+        OSError: the disk of `path` has no space for it.
+    """
     from usearch.index import Index
 
+    firsts = _first_copies(rows)
+    chosen = np.flatnonzero(firsts == np.arange(len(rows)))
+    if path is not None and shutil.disk_usage(path).free < len(chosen) * (rows.shape[1] * 2 + _BYTES_PER_KEY):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     graph = Index(
         ndim=rows.shape[1],
         metric="ip",
@@ -123,32 +161,33 @@ def build_graph(
         expansion_add=_VISITED_BUILDING,
         expansion_search=_VISITED_SEARCHING,
     )
-    for start in range(0, len(rows), _CHUNK):
+    for start in range(0, len(chosen), _CHUNK):
         if stop is not None and stop.is_set():
             return None
-        part = np.asarray(rows[start : start + _CHUNK])
-        graph.add(np.arange(start, start + len(part)), part, threads=threads or 0)
-        reporter.update("building the search graph", start + len(part), len(rows))
-    return graph
+        keys = chosen[start : start + _CHUNK]
+        graph.add(keys, np.asarray(rows[keys]), threads=threads or 0)
+        reporter.update("building the search graph", start + len(keys), len(chosen))
+    return BuiltGraph(graph, firsts)
 
 
-def write_graph(path: Path, graph: Any) -> GraphFiles:
-    """Write a graph of all rows into the folder of an index.
+def write_graph(path: Path, graph: BuiltGraph) -> GraphFiles:
+    """Write a graph into the folder of an index.
 
     Raises:
         OSError: it cannot be written, such as to a full disk.
     """
+    index, firsts = graph
     name = f"graph-{uuid.uuid4().hex[:12]}.usearch"
     with new_file(path / name) as file:
         try:
-            graph.save(file.name)
+            index.save(file.name)
         except RuntimeError:
-            _fill(file, graph.serialized_length)
+            _fill(file, index.serialized_length)
             raise
-    links_at = len(graph) * graph.ndim * 2
+    links_at = len(index) * index.ndim * 2
     crc32 = _crc32(path / name, links_at)
-    files = GraphFiles(file=name, rows="", keys=len(graph), links_at=links_at, crc32=crc32)
-    return write_rows(path, files, np.arange(len(graph)))
+    files = GraphFiles(file=name, rows="", keys=len(firsts), links_at=links_at, crc32=crc32)
+    return write_rows(path, files, np.arange(len(firsts)), firsts)
 
 
 def _crc32(path: Path, links_at: int) -> int:
@@ -176,22 +215,24 @@ def _fill(file: IO[bytes], size: int) -> None:
     file.flush()
 
 
-def write_rows(path: Path, files: GraphFiles, rows: Rows) -> GraphFiles:
-    """Write the present row of each key to a new file; return the graph that names it."""
+def write_rows(path: Path, files: GraphFiles, rows: Rows, firsts: Rows) -> GraphFiles:
+    """Write the present row of each key, and its first copy, to a new file; return the graph that names it."""
     name = f"graph-rows-{uuid.uuid4().hex[:12]}.npy"
     content = io.BytesIO()
-    np.save(content, rows.astype(np.int64))
+    np.save(content, np.stack([rows, firsts]).astype(np.int64))
     write_bytes(path / name, content.getbuffer())
     return msgspec.structs.replace(files, rows=name)
 
 
-def read_rows(path: Path, files: GraphFiles) -> Rows | None:
-    """Return the row of each key, or None if the file is missing or damaged."""
+def read_rows(path: Path, files: GraphFiles) -> tuple[Rows, Rows] | None:
+    """Return the row of each key, and its first copy, or None if the file is missing or damaged."""
     try:
-        rows = load_array(path / files.rows)
+        both = load_array(path / files.rows)
     except (OSError, ValueError, EOFError):
         return None
-    return rows.astype(np.int64) if rows.shape == (files.keys,) and rows.dtype.kind == "i" else None
+    if both.shape != (2, files.keys) or both.dtype.kind != "i":
+        return None
+    return both[0].astype(np.int64), both[1].astype(np.int64)
 
 
 def moved_rows(rows: Rows, kept: Rows, count: int) -> Rows:
@@ -215,9 +256,10 @@ def is_worn(rows: Rows, count: int) -> bool:
 
 def open_graph(path: Path, files: GraphFiles, count: int, *, memory_mapped: bool = True) -> Graph | None:
     """Open the graph of an index with `count` images; None if usearch or a file is missing, or damaged."""
-    rows = read_rows(path, files)
-    if rows is None or not usearch_is_installed():
+    both = read_rows(path, files)
+    if both is None or not usearch_is_installed():
         return None
+    rows, firsts = both
     from usearch.index import Index
 
     try:
@@ -226,9 +268,11 @@ def open_graph(path: Path, files: GraphFiles, count: int, *, memory_mapped: bool
         graph = Index.restore(str(path / files.file), view=memory_mapped)
     except Exception:  # noqa: BLE001 — whatever it is, comparing all rows answers as well
         return None
-    if graph is None or len(graph) != files.keys or (rows >= count).any():
+    if graph is None or len(graph) != (firsts == np.arange(files.keys)).sum() or (rows >= count).any():
         return None
     graph.expansion_search = _VISITED_SEARCHING
     missing = np.ones(count, dtype=bool)
     missing[rows[rows >= 0]] = False
-    return Graph(graph, rows, np.flatnonzero(missing))
+    keys = np.flatnonzero(rows >= 0)
+    keys = keys[np.argsort(firsts[keys], kind="stable")]
+    return Graph(graph, rows, np.flatnonzero(missing), keys, firsts[keys])

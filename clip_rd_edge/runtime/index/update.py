@@ -35,7 +35,6 @@ from clip_rd_edge.runtime.index.graph import (
     is_worn,
     moved_rows,
     read_rows,
-    require_room,
     usearch_is_installed,
     write_graph,
     write_rows,
@@ -192,8 +191,8 @@ def _update(
     parts = [(entries, np.asarray(rows[kept_rows]))]  # together: Ctrl-C may come between any two lines
     graph = None
     if index.graph and (keys := read_rows(path, index.graph)) is not None and len(entries) + len(new) >= GRAPH_FROM:
-        moved = moved_rows(keys, kept_rows, len(index.entries))
-        graph = write_rows(path, index.graph, moved)
+        moved = moved_rows(keys[0], kept_rows, len(index.entries))
+        graph = write_rows(path, index.graph, moved, keys[1])
 
     def save() -> tuple[Index, Embeddings]:
         merged = np.concatenate([part for _, part in parts])
@@ -328,8 +327,7 @@ def _keep_graph(
         return False
     del graph  # closes the file, which Windows does not delete before
     delete(leftovers(path, index.graph if usable else None) - {path / index.embeddings})
-    require_room(path, rows)
-    built = build_graph(rows, threads=threads, stop=stop, reporter=reporter)
+    built = build_graph(rows, path=path, threads=threads, stop=stop, reporter=reporter)
     if built is None:
         return usable
     index = msgspec.structs.replace(index, graph=write_graph(path, built))

@@ -26,6 +26,7 @@ from clip_rd_edge.runtime.index.graph import (
     open_graph,
     usearch_is_installed,
     write_graph,
+    write_rows,
 )
 from clip_rd_edge.runtime.index.image_index import (
     INDEX_VERSION,
@@ -53,15 +54,16 @@ class StandIn:
         assert (metric, dtype) == ("ip", "f16")
         self.ndim = ndim
         self.rows = np.zeros((0, ndim), dtype=np.float16)
+        self.keys = np.zeros(0, dtype=np.uint64)
 
     def add(self, keys: Any, rows: Any, *, threads: int) -> None:
-        assert keys[0] == len(self.rows)
+        self.keys = np.concatenate([self.keys, keys.astype(np.uint64)])
         self.rows = np.concatenate([self.rows, rows.astype(np.float16)])
 
     def search(self, query: Any, count: int) -> Any:
         StandIn.searches += 1
         found = ModuleType("matches")
-        found.keys = np.argsort(-(self.rows.astype(np.float32) @ query))[:count].astype(np.uint64)  # type: ignore[attr-defined]
+        found.keys = self.keys[np.argsort(-(self.rows.astype(np.float32) @ query))[:count]]  # type: ignore[attr-defined]
         return found
 
     def __len__(self) -> int:
@@ -75,6 +77,7 @@ class StandIn:
         try:
             with Path(path).open("wb") as file:
                 np.save(file, self.rows)
+                np.save(file, self.keys)
         except OSError:
             raise RuntimeError("Failed to serialize into stream") from None
 
@@ -82,7 +85,7 @@ class StandIn:
     def restore(cls, path: str, *, view: bool) -> StandIn:
         graph = cls(ndim=SIZE, metric="ip", dtype="f16")
         with Path(path).open("rb") as file:
-            graph.rows = np.load(file)
+            graph.rows, graph.keys = np.load(file), np.load(file)
         return graph
 
 
@@ -151,6 +154,34 @@ def test_images_are_found_though_all_that_were_near_the_query_are_gone(tmp_path:
     index = written(tmp_path / "left", others)
     found, exact = nearest(index, others, alike[0], top=5, graph=left), nearest(index, others, alike[0], top=5)
     assert [hit.path for hit in found] == [hit.path for hit in exact]
+
+
+def test_copies_of_an_image_are_found_together_and_hide_no_other(tmp_path: Path) -> None:
+    """They would be linked to each other alone."""
+    distinct, frames = embeddings(1500), embeddings(4, seed=1)
+    order = np.random.default_rng(2).permutation(4500)
+    places = np.argsort(order)  # of the images, then of 750 copies of each frame
+    rows = np.concatenate([distinct, np.repeat(frames, 750, axis=0)])[order]
+    index = written(tmp_path, rows)
+    built = build_graph(rows, threads=1)
+    assert built is not None
+    assert len(built.index) == 1504
+    files = write_graph(tmp_path, built)
+    graph = open_graph(tmp_path, files, len(rows))
+    assert graph is not None
+    assert len(graph.others) == 0
+    found = [nearest(index, rows, row, top=1, graph=graph)[0].path.name for row in distinct]
+    assert np.mean([name == f"{place}.jpg" for name, place in zip(found, places, strict=False)]) > 0.99
+    exact = nearest(index, rows, frames[0], top=20)
+    assert [hit.path for hit in nearest(index, rows, frames[0], top=20, graph=graph)] == [hit.path for hit in exact]
+    last = max(places[1500:2250])
+    kept = np.sort([*places[[*range(1500), *range(2250, 4500)]].tolist(), last])  # one copy of a frame is left
+    files = write_rows(tmp_path, files, moved_rows(graph.rows, kept, len(rows)), built.firsts)
+    left = open_graph(tmp_path, files, len(kept))
+    assert left is not None
+    index = written(tmp_path / "left", rows[kept])
+    (hit,) = nearest(index, rows[kept], frames[0], top=1, graph=left)
+    assert hit.path.name == f"{kept.tolist().index(last)}.jpg"
 
 
 def test_a_worn_graph_is_one_that_lost_or_lacks_a_tenth() -> None:
@@ -325,7 +356,6 @@ def test_a_graph_that_cannot_fit_on_the_disk_is_not_built_and_search_is_exact_me
     monkeypatch.setattr(indexing, "GRAPH_FROM", 40)
     with monkeypatch.context() as full:
         full.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-        full.setattr(indexing, "build_graph", None)
         with pytest.raises(DiskFullError, match="is an index of the 44 images"):
             update_index(encoder, many_images, path)
     assert {file.name.partition("-")[0] for file in path.iterdir()} == {"index.json", "embeddings"}
