@@ -76,7 +76,7 @@ def test_an_unknown_suite_suggests_similar_names() -> None:
         find_suite("quikstart")
     with pytest.raises(InputError, match=r"nor one of paper, quickstart\."):
         find_suite("nothing")
-    with pytest.raises(InputError, match=r"nor one of .*equal-time, method-evidence, tokens, trimmed\."):
+    with pytest.raises(InputError, match=r"nor one of .*equal-time, frozen-text, method-evidence, tokens, trimmed\."):
         find_suite("nothing", key="methods")
 
 
