@@ -52,7 +52,8 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("clip-rd-edge needs Python 3.10 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[train,emoji,dev]' || { \
+	@echo "$(BIN)/python -m pip install -e '.[train,emoji,dev]'"
+	@$(BIN)/python -m pip install --quiet -e '.[train,emoji,dev]' || { \
 		echo 'If a package has no files for this Python yet, try an older one: make clean, and make PYTHON=python3.13' >&2; \
 		exit 1; }
 	touch $(STAMP)
