@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel, TextTower, quick_gelu_of, text_module
 from clip_rd_edge.models.student import build_student
+from clip_rd_edge.models.text.layers import text_layers
 
 # What the student has of its own. Everything else in a text_cfg changes what the weights compute.
 _OWN = ("context_length", "vocab_size", "width", "layers")
@@ -168,11 +169,10 @@ def _with_activation_of(teacher: ClipModel, model_cfg: dict[str, Any]) -> dict[s
 @torch.no_grad()
 def _require_same_features(config: dict[str, Any], teacher: ClipModel) -> None:
     model_cfg = config["model_cfg"]
-    layers = len(text_module(teacher.model).get_submodule("transformer.resblocks"))  # type: ignore[arg-type]
     full_cfg = {
         **model_cfg,
         "embed_dim": teacher.embedding_size,
-        "text_cfg": {**model_cfg["text_cfg"], "layers": layers},
+        "text_cfg": {**model_cfg["text_cfg"], "layers": len(text_layers(teacher))},
     }
     with torch.random.fork_rng(devices=[]):  # the student's own initial weights are drawn after this
         copy = build_student({**config, "model_cfg": full_cfg}, name=teacher.name)
