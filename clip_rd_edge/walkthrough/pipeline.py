@@ -28,7 +28,6 @@ from clip_rd_edge.distillation.config import Precision, RunConfig, load_recipe
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
 from clip_rd_edge.errors import InputError, InterruptedRunError
 from clip_rd_edge.exporters.bundle import export_bundle, package_versions
-from clip_rd_edge.models.clip import model_fingerprint
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.packaged import CLASSIFIERS, SENTENCE_ENCODERS
@@ -36,7 +35,7 @@ from clip_rd_edge.models.stitch import IMAGENET, class_nouns, read_class_names, 
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.models.text.trim import write_trimmed
 from clip_rd_edge.runtime.label_list import everyday_labels
-from clip_rd_edge.utils.files import require_free_output, write_bytes, write_text
+from clip_rd_edge.utils.files import require_free_output, sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.host import instruction_sets
 from clip_rd_edge.utils.paths import is_file, is_folder, shipped_path
 from clip_rd_edge.utils.reporting import Reporter
@@ -74,7 +73,7 @@ VIEWS = 5  # of each pair; as the teacher sees them only once, less than half of
 CLASSIFIER, SENTENCE_ENCODER = "tf_efficientnet_lite0", "all-MiniLM-L6-v2"  # the parts of the built-in teacher
 EMBEDDING_SIZE = 384  # the sentence encoder's
 FROZEN_LAYERS = 4  # of its image tower, while it is tuned
-_STUDENT_DIGEST = "student_sha256"  # in a bundle's provenance; see `models.clip.model_fingerprint`
+_STUDENT_DIGEST = "student_sha256"  # in a bundle's provenance: of the file of the student's weights
 
 
 def build_teacher(folder: Path, reporter: Reporter) -> Path:
@@ -286,11 +285,11 @@ def _export_int8(settings: Settings, reporter: Reporter) -> None:
 
 def _export(settings: Settings, reporter: Reporter, precision: Literal["fp32", "fp16", "int8"]) -> None:
     bundle = settings.folder / "bundles" / precision
-    clip = load_clip(str(settings.folder / "student"))
-    student = model_fingerprint(clip)
+    student = sha256_of(settings.folder / "student" / STUDENT_FOLDER / WEIGHTS_FILE)
     if is_bundle(bundle) and read_manifest(bundle).provenance.get(_STUDENT_DIGEST) == student:
         return
     _forget_results(settings.folder)
+    clip = load_clip(str(settings.folder / "student"))
     calibration = None
     if precision == "int8":
         calibration = calibration_set(

@@ -33,6 +33,7 @@ from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.distillation.config import RunConfig, commented_recipe
 from clip_rd_edge.exporters.bundle import package_versions
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.utils.reporting import SILENT
 from clip_rd_edge.utils.structs import to_yaml
 from clip_rd_edge.walkthrough import pipeline
@@ -201,7 +202,7 @@ def test_a_bundle_records_the_versions_that_exported_it(
         requests.append(request)
         return ConvertedBundle(None)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline, "load_clip", lambda _: student)
+    save_clip(tmp_path / "student" / STUDENT_FOLDER, student, provenance={})
     monkeypatch.setattr(pipeline, "export_bundle", record)
     pipeline._export_floats(Settings(folder=tmp_path), SILENT)
     assert all(request.provenance.items() >= package_versions().items() for request in requests)
@@ -213,12 +214,15 @@ def test_a_student_that_is_trained_again_is_exported_and_measured_again(
 ) -> None:
     """Not only when all stages are incomplete: somebody may remove the student's run, to train it with more steps."""
     exported, student = tmp_path / "bundles" / "fp32" / MANIFEST, make_student()
-    monkeypatch.setattr(pipeline, "load_clip", lambda _: student)
+
+    def train() -> None:
+        save_clip(tmp_path / "student" / STUDENT_FOLDER, student, provenance={}, overwrite=True)
 
     def export() -> bytes:
         pipeline._export(Settings(folder=tmp_path), SILENT, "fp32")
         return exported.read_bytes()
 
+    train()
     first = export()
     report, measured = tmp_path / "report", list[Suite]()
     results = read_results(Path(__file__).parents[2] / "benchmarks/results/epyc-zen3-2-cores/quickstart.json")
@@ -232,6 +236,7 @@ def test_a_student_that_is_trained_again_is_exported_and_measured_again(
     compare()
     assert not measured
     student.model.get_parameter("logit_scale").data += 0.5
+    train()
     assert json.loads(export())["logit_scale"] == pytest.approx(student.model.get_parameter("logit_scale").exp().item())
     monkeypatch.setattr(pipeline, "_render_pairs", interrupt)
     with pytest.raises(InterruptedRunError):  # before anything is measured
