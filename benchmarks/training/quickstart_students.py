@@ -34,7 +34,15 @@ def parser_for(name: str, steps: int) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--precision", default=SETTINGS["precision"], help="fp32 on processors without AMX")
     parser.add_argument("--text", default=SETTINGS["text"], help="text tower, as for distill")
-    parser.add_argument("--freeze-text", action="store_true", help="train nothing of a text tower that has weights")
+    frozen = parser.add_mutually_exclusive_group()
+    frozen.add_argument("--freeze-text", action="store_true", help="train nothing of a text tower that has weights")
+    frozen.add_argument(
+        "--freeze-text-layers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="train only what follows the first N groups of layers of such a tower",
+    )
     parser.add_argument("--only", help="train in this way alone; default: in all")
     add_output_options(parser, name, required=True)
     return parser
@@ -56,7 +64,11 @@ def train_all(
     """
     settings = {**SETTINGS, "precision": arguments.precision, "text": arguments.text}
     if arguments.text != SETTINGS["text"]:  # it has weights
-        settings |= {"pretrained_text": None, "freeze_text": arguments.freeze_text}
+        settings |= {
+            "pretrained_text": None,
+            "freeze_text": arguments.freeze_text,
+            "freeze_text_layers": arguments.freeze_text_layers,
+        }
     if arguments.only:
         ways = {arguments.only: ways[arguments.only]}
     result: Result = {"steps": arguments.steps, "settings": settings, "runs": []}

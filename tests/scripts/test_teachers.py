@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
-from benchmarks.training import teachers
+from benchmarks.training import quickstart_students, teachers
 from benchmarks.training.quickstart_students import SETTINGS, TASKS
 
 
@@ -48,3 +50,25 @@ def test_all_students_have_the_quickstarts_settings_but_for_teachers() -> None:
         "both teachers": 2,
     }
     assert SETTINGS["embedding_size"] == teachers.WIDTH
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], {"pretrained_text": "tokens"}),
+        (["--text", "trimmed"], {"pretrained_text": None, "freeze_text": False, "freeze_text_layers": 0}),
+        (["--text", "trimmed", "--freeze-text-layers", "2"], {"freeze_text": False, "freeze_text_layers": 2}),
+        (["--text", "trimmed", "--freeze-text"], {"freeze_text": True, "freeze_text_layers": 0}),
+    ],
+)
+def test_a_text_tower_with_weights_is_trained_as_far_as_it_is_asked(
+    words: list[str], expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: dict[str, Any] = {}
+    monkeypatch.setattr(quickstart_students.edge, "distill", lambda **options: trained.update(options))
+    monkeypatch.setattr(quickstart_students.edge, "load", lambda _: SimpleNamespace(encoder=None))
+    monkeypatch.setattr(quickstart_students, "top1", lambda _: dict.fromkeys(TASKS, 0.5))
+    parser = quickstart_students.parser_for("ways", steps=3)
+    arguments = parser.parse_args([str(tmp_path), "-o", str(tmp_path / "ways.json"), *words])
+    quickstart_students.train_all(arguments, {"way": {}}, {}, markdown=lambda _: "")
+    assert {name: trained.get(name) for name in expected} == expected
