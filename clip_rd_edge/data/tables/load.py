@@ -94,12 +94,12 @@ def read_table(path: Path, *, image_key: str, caption_key: str) -> TablePairs:
 def _open_table(path: Path, *, image_key: str, caption_key: str) -> Table:
     """Open a table and check its columns; arguments and errors as for `data.load.load_pairs`."""
     if not is_file(path):
-        is_quoted = str(path).startswith("'") and str(path).endswith("'")
+        message = f"The data file {path} {why_no_file(path)}"
+        if str(path).startswith("'") and str(path).endswith("'"):
+            raise InputError(message, hint="use double quotes: Windows' cmd takes single ones for a part of the name")
         raise InputError(
-            f"The data file {path} {why_no_file(path)}",
-            hint="use double quotes: cmd takes single ones for a part of the name"
-            if is_quoted
-            else "name a CSV file with the columns filepath,title, shards (….tar), or emoji"
+            message,
+            hint="name a CSV file with the columns filepath,title, shards (….tar), or emoji"
             if not exists(path) or is_folder(path)
             else "write it into a file: a table is read more than once",
         )
