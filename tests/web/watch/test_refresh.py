@@ -54,6 +54,8 @@ def test_a_page_that_is_no_longer_updated_says_so_above_its_figures(
     failed = lost(lambda route: route.fulfill(status=500, content_type="text/html", body=PROBLEM))
     assert failed.startswith("The run first does not exist. This page is as of ")
     assert "again" not in failed  # which fails
+    other = lost(lambda route: route.fulfill(status=200, content_type="text/html", body="<title>Sign in</title>"))
+    assert other.startswith("Another page answers in place of clip-rd-edge watch. Reload this page.")
     page.evaluate("""() => {
         const [wait, send] = [AbortSignal.timeout, window.fetch];
         AbortSignal.timeout = () => wait.call(AbortSignal, 500);
@@ -68,7 +70,8 @@ def test_a_page_that_is_no_longer_updated_says_so_above_its_figures(
     assert page.evaluate("window.mostPending") == 1
     assert all("Failed to load" in text for text in page.problems)
     page.problems.clear()
-    (site / "index.html").write_text((site / "index.html").read_text().replace("20 of 50", "30 of 50"))
+    (site / "index.html").write_text((site / "index.html").read_text().replace("20 of 50", "30 of 50").replace(">first<", ">second<"))
     page.evaluate(REFRESH)
     page.wait_for_function("() => document.querySelector('.lead').textContent.startsWith('30 of 50')")
+    assert page.inner_text("h1") == "second"  # another run is watched at the same address
     page.context.close()
