@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -209,13 +210,78 @@ def test_a_server_that_is_started_again_with_other_bundles_does_not_answer_for_t
     expect_failed_requests(page, status=410)
 
 
-@pytest.mark.parametrize("status", [200, 404, 502, 503, 504])
-def test_an_answer_that_a_proxy_gives_in_place_of_the_server_is_none(page: Any, status: int) -> None:
+NO_RESPONSE = "The server does not respond. Is clip-rd-edge demo still running?"
+ANOTHER_PAGE = "Something else answered in place of the server, such as a page to log in. Reload this page."
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (200, ANOTHER_PAGE),
+        (401, ANOTHER_PAGE),
+        (403, ANOTHER_PAGE),
+        (404, NO_RESPONSE),
+        (413, "What stands before the server takes no image of this size. Choose a smaller one, or raise its limit to "
+              "25 MB (nginx: client_max_body_size)."),
+        (500, ANOTHER_PAGE),
+        (502, NO_RESPONSE),
+        (503, NO_RESPONSE),
+        (504, NO_RESPONSE),
+        (522, ANOTHER_PAGE),
+    ],
+)  # fmt: skip
+def test_an_answer_that_a_proxy_gives_in_place_of_the_server_is_none(page: Any, status: int, message: str) -> None:
     page.route("**/api/classify*", lambda route: route.fulfill(status=status, content_type="text/html", body="<h1>!"))
     send_image(page, RED, "drop")
     wait_for_lead(page, "No result.")
-    assert page.inner_text("#error") == "The server does not respond. Is clip-rd-edge demo still running?"
+    assert page.inner_text("#error") == message
     expect_failed_requests(page, status=status)
+
+
+def test_percentages_of_labels_are_not_read_out(page: Any) -> None:
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "red ")
+    live = """outputs => outputs.map((output) => output.getAttribute("aria-live"))"""
+    assert page.locator("#labels output").evaluate_all(live) == ["off", "off"]
+    assert page.get_attribute("#lead", "aria-live") == "polite"
+    page.get_by_label("second").check()
+    page.get_by_label("own 2 labels").check()
+    wait_for_lead(page, "yellow ")
+    assert set(page.locator("#labels output").evaluate_all(live)) == {"off"}
+
+
+def test_the_page_says_that_it_waits_for_a_slow_server(page: Any, url: str) -> None:
+    other = page.context.new_page()
+    waiting: list[Any] = []
+    other.route("**/api/bundles", lambda route: waiting.append(route))
+    other.goto(url)
+    wait_for_lead(other, "Loading …")
+    waiting[0].continue_()
+    wait_for_lead(other, "What does this image show?")
+    other.close()
+
+
+def test_all_scripts_are_asked_for_at_once() -> None:
+    page = (PAGE / "index.html").read_text(encoding="utf-8")
+    assert sorted(re.findall(r'rel="modulepreload" href="(.+?)"', page)) == sorted(
+        path.name for path in PAGE.glob("*.js") if path.name != "app.js"
+    )
+
+
+def test_bars_are_seen_with_forced_colours_and_in_print(page: Any) -> None:
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "red ")
+    # Where both colours are the same, the bar is not seen.
+    colours = """() => [".best .bar", ".best"].map((part) =>
+        getComputedStyle(document.querySelector("#labels " + part)).backgroundColor)"""
+    page.emulate_media(forced_colors="active")
+    bar, row = page.evaluate(colours)
+    assert bar != row
+    page.emulate_media(forced_colors="none", media="print", color_scheme="dark")
+    adjust = page.locator("#labels .best .bar").evaluate("bar => getComputedStyle(bar).printColorAdjust")
+    assert adjust == "exact"
+    ink = page.evaluate("getComputedStyle(document.body).color")
+    assert ink == "rgb(0, 0, 0)"  # on white paper, whatever the screen has
 
 
 @pytest.mark.parametrize(("scheme", "word"), [("http", "sent unencrypted to"), ("https", "sent to")])
@@ -449,7 +515,7 @@ def test_times_leave_out_the_first_call(page: Any) -> None:
             const response = await send(path, ...options);
             if (!String(path).startsWith("api/classify")) return response;
             const result = { ...(await response.json()), model_ms: calls++ ? 2 : 5000 };
-            return new Response(JSON.stringify(result), { status: response.status });
+            return Response.json(result, { status: response.status });
         };
     }""")
     cell = "document.getElementById('bundles').rows[0].cells[3].textContent"
@@ -641,8 +707,11 @@ def test_a_page_opened_as_a_file_says_what_to_do(page: Any) -> None:
     assert page.locator("#unstarted").count() == 0
     other = page.context.new_page()
     other.goto(f"file://{PAGE / 'index.html'}")
-    other.wait_for_function("() => getComputedStyle(document.getElementById('unstarted')).visibility === 'visible'")
+    seen = "() => getComputedStyle(document.getElementById('unstarted')).visibility === 'visible'"
+    assert not other.evaluate(seen)  # the scripts of a slow server may still come
+    other.wait_for_function(seen)
     assert "clip-rd-edge demo BUNDLE" in other.inner_text("#unstarted")
+    assert "a proxy has to pass on Host unchanged" in other.inner_text("#unstarted")
     other.close()
 
 

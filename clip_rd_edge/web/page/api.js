@@ -21,14 +21,21 @@ const MESSAGES = {
 };
 
 const NO_RESPONSE = "The server does not respond. Is clip-rd-edge demo still running?";
-const FROM_OTHERS = [404, 502, 503, 504]; // of what stands before the server, or in its place
+const GONE = [404, 502, 503, 504]; // says what stands before the server, or in its place
+const ANOTHER_PAGE = "Something else answered in place of the server, such as a page to log in. Reload this page.";
+const LIMIT_OF_OTHERS =
+  "What stands before the server takes no image of this size. Choose a smaller one, or raise its limit to 25 MB " +
+  "(nginx: client_max_body_size).";
 
 async function request(path, body) {
   const response = await fetch(path, body === undefined ? {} : { method: "POST", body }).catch(() => null);
-  if (!response || FROM_OTHERS.includes(response.status)) throw new RequestError(0, NO_RESPONSE);
+  if (!response || GONE.includes(response.status)) throw new RequestError(0, NO_RESPONSE);
+  if (!response.headers.get("Content-Type")?.startsWith("application/json")) {
+    throw new RequestError(0, response.status === 413 ? LIMIT_OF_OTHERS : ANOTHER_PAGE);
+  }
   if (!response.ok) throw new RequestError(response.status, MESSAGES[response.status] ?? MESSAGES[500]);
   return response.json().catch(() => {
-    throw new RequestError(0, NO_RESPONSE); // another page in its place, such as one to log in to a network
+    throw new RequestError(0, NO_RESPONSE); // it was cut off
   });
 }
 

@@ -180,8 +180,9 @@ function createRow(choice, index) {
 byId("bank").addEventListener("change", () => labels.useBank(byId("bank").checked));
 addEventListener("pagehide", () => source.stop());
 
+const loading = setTimeout(() => showProgress("Loading …"), WAITING_MS);
 try {
-  const setup = await loadChoices(showProgress);
+  const setup = await loadChoices(showProgress).finally(() => clearTimeout(loading));
   startLabels = setup.labels;
   const remembered = restore(startLabels);
   selected = Math.max(0, setup.choices.findIndex(({ folder }) => folder === remembered?.choice));

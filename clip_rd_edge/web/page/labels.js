@@ -134,7 +134,7 @@ export class LabelList {
     remove.addEventListener("click", () => this.#remove(row));
     field.addEventListener("input", () => remove.setAttribute("aria-label", `Remove ${field.value}`));
     remove.setAttribute("aria-label", `Remove ${label}`);
-    row.append(bar, field, createElement("output"), remove);
+    row.append(bar, field, createOutput(), remove);
     return row;
   }
 
@@ -142,7 +142,7 @@ export class LabelList {
     const row = document.createElement("li");
     const text = createElement("span", "text");
     text.dir = "auto";
-    row.append(createElement("div", "bar"), text, createElement("output"));
+    row.append(createElement("div", "bar"), text, createOutput());
     return row;
   }
 
@@ -159,6 +159,13 @@ export class LabelList {
 export function percent(probability) {
   const value = probability * 100;
   return `${value < 9.95 ? value.toFixed(1) : value.toFixed(0)} %`;
+}
+
+// A percentage. Screen readers would read out each change of an output; the headline says what matters.
+function createOutput() {
+  const output = createElement("output");
+  output.setAttribute("aria-live", "off");
+  return output;
 }
 
 function createElement(tag, className = "") {
