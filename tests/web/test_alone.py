@@ -254,6 +254,24 @@ def test_a_file_of_another_export_is_an_error_and_no_answer(site: Site, colour_b
     assert page.locator("#bundles tr").count() == 0
 
 
+def test_a_file_that_was_cut_off_or_is_missing_on_the_server_is_named(
+    site: Site, colour_bundle: Path, tmp_path: Path
+) -> None:
+    page = site(colour_bundle)
+    page.wait_for_load_state("networkidle")
+    for file in ("bundle/manifest.json", "sizes.json", "worker.js"):
+        path = tmp_path / "site" / file
+        content = path.read_bytes()
+        for fault in ("cut off", "missing"):
+            path.write_bytes(content[: len(content) // 2]) if fault == "cut off" else path.unlink()
+            page.reload()
+            page.wait_for_function("() => document.getElementById('error').textContent")
+            assert "copy the exported folder to it again" in page.inner_text("#error"), (file, fault)
+            assert file == "worker.js" or page.inner_text("#error").startswith(path.name), (file, fault)
+        path.write_bytes(content)
+    page.problems.clear()
+
+
 @pytest.mark.parametrize(("tower", "fault"), [("image", "nan"), ("text", "nan"), ("image", "size")])
 def test_a_tower_that_computes_no_embeddings_is_an_error_and_no_answer(
     site: Site, colour_bundle: Path, tower: str, fault: str

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES
 from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 from clip_rd_edge.web.app import PAGE
 
@@ -208,6 +209,48 @@ def test_a_server_that_is_started_again_with_other_bundles_does_not_answer_for_t
     send_image(page, RED, "drop")
     wait_for_lead(page, "red ")
     expect_failed_requests(page, status=410)
+
+
+def test_all_images_of_a_folder_are_opened_and_nothing_else(page: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for suffix in IMAGE_SUFFIXES:
+        (folder / f"a{suffix}").write_bytes(jpeg(RED))
+    for name in ("raw.dng", "raw.cr2", "layers.psd", "drawing.svg", "notes.txt"):
+        (folder / name).write_bytes(jpeg(GREEN))
+    page.set_input_files("#folder", folder)
+    page.wait_for_function("() => document.getElementById('position').textContent.startsWith('1 of ')")
+    assert page.inner_text("#position").startswith(f"1 of {len(IMAGE_SUFFIXES)}: photos/a.")
+
+
+def test_labels_come_back_with_a_page_that_was_left(page: Any) -> None:
+    # Where WebKit keeps a page to go back to, it gives fields without autocomplete their default values.
+    page.locator("#labels input").nth(1).fill("blue")
+    fields = page.locator("#labels input")
+    assert fields.evaluate_all("fields => fields.map((field) => field.defaultValue)") == ["red", "blue"]
+
+
+def test_the_image_comes_back_with_a_page_that_was_left(page: Any) -> None:
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "red ")
+    page.evaluate("""() => {
+        const preview = document.getElementById("preview");
+        preview.width = preview.width; // empties it, as WebKit shows it
+        dispatchEvent(new PageTransitionEvent("pageshow", { persisted: true }));
+    }""")
+    page.wait_for_function("""() => {
+        const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+        context.drawImage(document.getElementById("preview"), 0, 0);
+        return context.getImageData(5, 5, 1, 1).data[0] > 200;
+    }""")
+
+
+@pytest.mark.parametrize("key", ["Tab", "Shift+Tab"])
+def test_the_focus_stays_in_the_list_when_an_emptied_label_is_left(page: Any, key: str) -> None:
+    page.locator("#labels input").nth(0 if key == "Tab" else 1).fill("")
+    page.keyboard.press(key)
+    page.wait_for_function("() => document.querySelectorAll('#labels li').length === 1")
+    assert page.evaluate("document.activeElement.closest('#labels li') !== null")
 
 
 NO_RESPONSE = "The server does not respond. Is clip-rd-edge demo still running?"

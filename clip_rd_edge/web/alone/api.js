@@ -9,6 +9,7 @@ const threads = crossOriginIsolated ? Math.min(MAX_THREADS, navigator.hardwareCo
 const SIMD = new Uint8Array([0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 8, 1, 6, 0, 65, 0, 253, 15, 11]);
 const NO_SIMD =
   "This browser, or its security mode, does not run WebAssembly with SIMD: make an exception for this page, or use another browser.";
+const COPY_AGAIN = "copy the exported folder to it again, if a file is missing there or was cut off.";
 const backends = []; // in the order of the page's rows
 let manifest;
 
@@ -96,7 +97,7 @@ class Backend {
       else reject(new Error(data.error));
     });
     this.worker.addEventListener("error", (event) => {
-      const error = new Error(event.message || "The model could not be started.");
+      const error = new Error(event.message || `The model could not be started: ${COPY_AGAIN}`);
       for (const [, reject] of this.pending.values()) reject(error);
       this.pending.clear();
     });
@@ -114,7 +115,9 @@ class Backend {
 
 // The browser may have kept a file of an earlier export, so it asks the server whether it is still the same.
 async function readJson(url) {
-  return (await fetch(url, { cache: "no-cache" })).json();
+  const content = await fetch(url, { cache: "no-cache" }).then((response) => response.ok && response.json()).catch(() => null);
+  if (!content) throw new Error(`${url.pathname.split("/").at(-1)} could not be loaded from the server: ${COPY_AGAIN}`);
+  return content;
 }
 
 const megabytes = (bytes) => (bytes / 1e6).toFixed(0);

@@ -11,10 +11,13 @@ export async function droppedImages(items) {
   return { ...found, files: imagesOnly(found.files) };
 }
 
+// As IMAGE_SUFFIXES in contract/image_files.py. The types that browsers name depend on the system, and include RAW files.
+const SUFFIXES = /\.(avif|bmp|gif|hei[cf]|hif|jfif|jpe|jpe?g|p[gnp]m|png|tiff?|webp)$/i;
+
 // The images among the files of a folder; files that were chosen one by one are never left out.
 export function imagesOnly(files) {
   const path = (file) => file.webkitRelativePath || file.name;
-  const shown = [...files].filter((file) => file.type.startsWith("image/") || /\.(heic|avif|tiff?)$/i.test(file.name));
+  const shown = [...files].filter((file) => SUFFIXES.test(file.name));
   const own = shown.filter((file) => !path(file).split("/").slice(1).some(isIgnored)); // the first part was chosen
   return own.sort((a, b) => path(a).localeCompare(path(b), "en", { numeric: true }));
 }

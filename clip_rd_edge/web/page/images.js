@@ -35,6 +35,8 @@ export class ImageSource {
       this.#openFolder(imagesOnly(folder.files));
       folder.value = "";
     });
+    // WebKit shows an empty stage to a visitor who comes back to the page.
+    addEventListener("pageshow", (event) => event.persisted && this.#leaveCamera());
     document.getElementById("previous").addEventListener("click", () => this.#move(-1));
     document.getElementById("next").addEventListener("click", () => this.#move(1));
     addEventListener("paste", (event) => {

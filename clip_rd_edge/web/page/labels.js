@@ -112,20 +112,23 @@ export class LabelList {
     const row = document.createElement("li");
     const bar = createElement("div", "bar");
     const field = createElement("input", "text");
-    field.value = label;
+    field.defaultValue = label; // which WebKit resets it to when the visitor comes back to the page
     field.maxLength = MAX_LENGTH;
     field.dir = "auto";
     field.autocomplete = "off";
     field.setAttribute("aria-label", "Label");
-    field.addEventListener("input", () => this.onChange());
+    field.addEventListener("input", () => {
+      field.defaultValue = field.value;
+      this.onChange();
+    });
     field.addEventListener("keydown", (event) => {
       // 229: an input method took it, to confirm what is converted into Japanese or Chinese, say.
       if (event.key === "Enter" && event.keyCode !== 229) document.getElementById("new").focus();
     });
-    // Remove an emptied row, or one that now repeats another, when it loses the focus.
+    // Remove an emptied row, or one that now repeats another, when it has lost the focus: Tab moves it after the event.
     field.addEventListener("change", () => {
       const label = field.value.trim();
-      if (!label || this.#isElsewhere(label, row)) this.#remove(row);
+      if (!label || this.#isElsewhere(label, row)) setTimeout(() => this.#remove(row));
     });
     const remove = createElement("button", "remove");
     remove.type = "button";

@@ -70,7 +70,9 @@ def test_a_page_that_is_no_longer_updated_says_so_above_its_figures(
     assert page.evaluate("window.mostPending") == 1
     assert all("Failed to load" in text for text in page.problems)
     page.problems.clear()
-    (site / "index.html").write_text((site / "index.html").read_text().replace("20 of 50", "30 of 50").replace(">first<", ">second<"))
+    (site / "index.html").write_text(
+        (site / "index.html").read_text().replace("20 of 50", "30 of 50").replace(">first<", ">second<")
+    )
     page.evaluate(REFRESH)
     page.wait_for_function("() => document.querySelector('.lead').textContent.startsWith('30 of 50')")
     assert page.inner_text("h1") == "second"  # another run is watched at the same address
