@@ -253,6 +253,39 @@ def test_the_focus_stays_in_the_list_when_an_emptied_label_is_left(page: Any, ke
     assert page.evaluate("document.activeElement.closest('#labels li') !== null")
 
 
+def test_a_click_that_ends_the_typing_of_a_label_counts(page: Any) -> None:
+    page.fill("#new", "blue")
+    page.get_by_label("second").click()
+    page.wait_for_function("() => document.querySelectorAll('#labels li').length === 3")
+    assert page.get_by_label("second").is_checked()
+    page.locator("#labels input").nth(0).fill("")
+    page.get_by_label("Remove green").click()
+    page.wait_for_function("() => document.querySelectorAll('#labels li').length === 1")
+    assert list(rows(page)) == ["blue"]
+    page.fill("#new", "yellow")
+    page.check("#bank")
+    page.uncheck("#bank")
+    assert list(rows(page)) == ["blue"]
+    assert page.input_value("#new") == "yellow"  # it can still be added
+    page.focus("#new")
+    page.click("#clear")
+    page.wait_for_timeout(100)
+    assert list(rows(page)) == []
+
+
+def test_long_labels_of_a_bundle_are_shown_whole(page: Any, bundles: list[Path]) -> None:
+    labels = [f"a photograph taken from a car at dusk of a road sign in the rain which says number {n}" for n in (7, 8)]
+    write_labels(bundles[1], LabelBank(tuple(labels), np.eye(2, 3, dtype=np.float32)))
+    write_manifest(bundles[1], read_manifest(bundles[1]))
+    page.reload()
+    page.get_by_label("second").check()
+    page.check("#bank")
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "a photograph")
+    cut = "texts => texts.filter((text) => text.scrollWidth > text.clientWidth).length"
+    assert page.locator("#labels .text").evaluate_all(cut) == 0
+
+
 NO_RESPONSE = "The server does not respond. Is clip-rd-edge demo still running?"
 ANOTHER_PAGE = "Something else answered in place of the server, such as a page to log in. Reload this page."
 

@@ -24,11 +24,10 @@ export class LabelList {
         this.add(lines);
       }
     });
-    field.addEventListener("change", () => {
-      if (field.value.trim()) form.requestSubmit();
-    });
+    field.addEventListener("change", () => afterClick(() => field.value.trim() && !this.bank && form.requestSubmit()));
     document.getElementById("clear").addEventListener("click", () => {
       list.replaceChildren();
+      field.value = "";
       field.focus();
       this.onChange();
     });
@@ -125,11 +124,11 @@ export class LabelList {
       // 229: an input method took it, to confirm what is converted into Japanese or Chinese, say.
       if (event.key === "Enter" && event.keyCode !== 229) document.getElementById("new").focus();
     });
-    // Remove an emptied row, or one that now repeats another, when it has lost the focus: Tab moves it after the event.
-    field.addEventListener("change", () => {
+    // Remove an emptied row, or one that now repeats another, when it has lost the focus.
+    field.addEventListener("change", () => afterClick(() => {
       const label = field.value.trim();
-      if (!label || this.#isElsewhere(label, row)) setTimeout(() => this.#remove(row));
-    });
+      if (row.isConnected && (!label || this.#isElsewhere(label, row))) this.#remove(row);
+    }));
     const remove = createElement("button", "remove");
     remove.type = "button";
     remove.textContent = "×";
@@ -162,6 +161,17 @@ export class LabelList {
 export function percent(probability) {
   const value = probability * 100;
   return `${value < 9.95 ? value.toFixed(1) : value.toFixed(0)} %`;
+}
+
+let pressed = false; // whether a button of the mouse, or a finger, is down
+addEventListener("pointerdown", () => (pressed = true), true);
+for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => (pressed = false), true);
+
+// Act when the key or click that takes the focus from a field has done its work: what moves away under the pointer would
+// not be clicked, and Tab goes on from what has the focus.
+function afterClick(action) {
+  if (pressed) addEventListener("pointerup", () => setTimeout(action), { once: true });
+  else setTimeout(action);
 }
 
 // A percentage. Screen readers would read out each change of an output; the headline says what matters.
