@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -282,6 +283,9 @@ def _end_soon(workers: Sequence[BaseProcess]) -> None:
         for worker in workers:
             worker.terminate()
 
+    if sys.is_finalizing():  # no thread starts any more: waiting for one would never end
+        terminate()
+        return
     timer = threading.Timer(_ENDING_S, terminate)
     timer.daemon = True
     timer.start()

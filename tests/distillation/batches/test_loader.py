@@ -300,3 +300,25 @@ edge.distill(data={str(pairs_csv)!r}, recipe="clip", student="test_resnet", imag
     )
     subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True, timeout=300)
     assert (tmp_path / "run" / "student").is_dir()
+
+
+LEFT_OPEN = """
+import sys
+from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.data.load import load_pairs
+from clip_rd_edge.distillation.batches.loader import StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.batches.pixels import Crops
+
+size = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
+dataset = ViewDataset(load_pairs(sys.argv[1]), size, (), crops=Crops(scale=(0.5, 1.0)), seed=3)
+batches = step_loader(dataset, StepSampler([24], 5, seed=3, start=0, stop=9), workers=int(sys.argv[2]))
+next(batches)
+raise SystemExit("stopped")  # with the loader in a traceback, or in a variable, as in a user's own script
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_program_ends_whose_loader_is_still_open(pairs_csv: Path, workers: int) -> None:
+    command = [sys.executable, "-c", LEFT_OPEN, str(pairs_csv), str(workers)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (1, "stopped\n")
