@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import IO, Any
 
-_PROGRAMS = "clip-rd-edge|pip|python3?|npm|make|apt-get"
+_PROGRAMS = "clip-rd-edge|pipx?|uv|python3?|npm|make|apt-get"
 # A command runs to the end of the line or of its clause. A quoted word of it is never broken.
 _COMMAND = re.compile(rf"(?:^|(?<=[:;] ))(?:\S*/)?(?:{_PROGRAMS}) .*?(?=, or |; |$)")
 _WORD = re.compile(r"""(?:"[^"]*"|'[^']*'|\S)+""")

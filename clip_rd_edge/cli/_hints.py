@@ -10,7 +10,7 @@ import click
 _OPTION = re.compile(r"(?<![\w/-])(?:--[a-z][a-z-]*|-[a-zA-Z0-9])(?![\w-])")
 _ALTERNATIVE = ", or "
 # Alternatives that begin with one of these are about another command.
-_ELSEWHERE = ("export ", "run the export ", "train ", "pip ", "clip-rd-edge ")
+_ELSEWHERE = ("export ", "run the export ", "train ", "pip ", "uv ", "pipx ", "clip-rd-edge ")
 _ALWAYS = {"-h", "--help", "--debug", "--version"}
 # What an option of other commands is called in a command.
 _RENAMED = {

@@ -44,6 +44,12 @@ def test_a_command_in_a_hint_is_the_same_for_a_shell(width: int) -> None:
     assert "\\" not in folded[: start - 1] + folded[start + len(copied) :]
 
 
+@pytest.mark.parametrize("installer", ["pip", "uv pip", "uv tool", "pipx"])
+def test_an_install_command_in_a_hint_is_broken_as_a_command(installer: str) -> None:
+    folded = fold(f"hint: {installer} install 'clip-rd-edge[demo] @ file:///wheels/a.whl'", 40)
+    assert folded == f"hint: {installer} install \\\n  'clip-rd-edge[demo] @ file:///wheels/a.whl'"
+
+
 @pytest.mark.parametrize("width", range(30, 90, 7))
 def test_each_of_two_commands_is_the_same_for_a_shell(width: int) -> None:
     commands = ["clip-rd-edge verify bundle", 'clip-rd-edge classify bundle photo.jpg --labels "a cat" "a dog"']
