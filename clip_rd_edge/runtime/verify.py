@@ -23,7 +23,7 @@ from clip_rd_edge.contract.bundle import (
 )
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.reference import REFERENCE, Reference, read_reference, worst_agreement
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UnreachableError
 from clip_rd_edge.runtime.backends.providers import AUTO
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement
 from clip_rd_edge.runtime.load import open_bundle
@@ -42,6 +42,7 @@ _ROUNDING_MARGIN, _MIN_ROUNDED = 1.5, 0.9
 # In float32 on a CPU, no entry may differ by more: the exporter's own limit between the ONNX file and PyTorch.
 MAX_DIFFERENCE = 1e-4
 _COPY = "copy or export the bundle again"
+_MACHINE = "the machine failed, not the bundle: verify again once that is mended"
 _NOT_COMPARED = "not compared: the bundle has no reference answers; one exported by this version does"
 # From this major version on, Pillow resizes some tall images by height first and rounds in between.
 _PILLOW_RESIZE_CHANGE = 13
@@ -295,6 +296,8 @@ def _attempt(run: Callable[[], Embeddings]) -> Embeddings | Exception:
 
 
 def _failed(what: str, error: Exception) -> Check:
+    if isinstance(error, UnreachableError):  # the machine's, which another device or bundle would not change
+        return Check(what=what, passed=False, detail=str(error), hint=error.hint or _MACHINE)
     if isinstance(error, ClipRdEdgeError):
         return Check(what=what, passed=False, detail=str(error), hint=error.hint)
     return Check(what=what, passed=False, detail=f"{type(error).__name__}: {error}")

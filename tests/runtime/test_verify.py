@@ -20,7 +20,7 @@ from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.reference import read_reference, write_reference
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
-from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError, UnreachableError, UsageError
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import Check, verify_bundle
@@ -219,6 +219,18 @@ def test_the_command_says_what_a_tower_that_does_not_run_needs(
     assert code == 1
     assert "The engine image.engine does not exist" in out
     assert "hint: build it on the device\n" in err
+
+
+def test_a_tower_that_fails_for_the_machine_is_not_to_be_exported_again(
+    bundle: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object) -> None:
+        raise UnreachableError("The system starts no further thread or process.")
+
+    monkeypatch.setattr(BundleEncoder, "encode_pixels", run)
+    code, out, err = command_line("verify", bundle)
+    assert (code, "The system starts no further thread" in out) == (1, True)
+    assert "hint: the machine failed, not the bundle: verify again once that is mended\n" in err
 
 
 def test_a_tower_that_fails_although_its_files_are_intact_is_not_to_be_copied_again(
