@@ -33,14 +33,20 @@ def upgrade_hint() -> str:
     return _pip_install("-U", f"{PACKAGE}{_source(origin)}")
 
 
-def _pip_install(*arguments: str) -> str:
-    import shlex  # these imports take 20 ms, and most processes need no install command
+def pip(action: str) -> str:
+    """Return the beginning of a command of pip, such as `pip install`, as it works in this environment."""
     from importlib.util import find_spec
+
+    # An environment of uv has no pip, and one that the shell finds elsewhere would install into another Python.
+    return f"pip {action}" if find_spec("pip") else f"uv pip {action}"
+
+
+def _pip_install(*arguments: str) -> str:
+    import shlex  # this import and that of `pip` take 20 ms, and most processes need no install command
 
     *options, requirement = arguments
     quoted = f'"{requirement}"' if os.name == "nt" else shlex.quote(requirement)
-    # An environment of uv has no pip, and one that the shell finds elsewhere would install into another Python.
-    return " ".join(["pip install" if find_spec("pip") else "uv pip install", *options, quoted])
+    return " ".join([pip("install"), *options, quoted])
 
 
 def _folder(origin: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ import msgspec
 from clip_rd_edge.contract.formats import FORMATS
 from clip_rd_edge.errors import in_one_line
 from clip_rd_edge.installation import PACKAGE, install_command
+from clip_rd_edge.runtime.backends.onnxruntime_builds import import_onnxruntime, overlapping_builds
 from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, PROVIDERS, choose_device
 from clip_rd_edge.utils.host import (
     ONNXRUNTIMES,
@@ -136,16 +137,15 @@ def _threads(usable: int, cores: int, omp_threads: str | None, quota: float | No
 
 def _onnxruntime() -> Finding:
     try:
-        import onnxruntime as ort
-
         from clip_rd_edge.runtime.backends.int8_kernels import PRODUCT, RIGHT_SUMS, wrong_sums
         from clip_rd_edge.runtime.backends.session import start_failure
 
+        ort = import_onnxruntime()
         available = ort.get_available_providers()
         fault = wrong_sums()
-    except Exception as error:  # noqa: BLE001 — any reason why it does not load is the finding
-        detail = f"cannot be imported: {in_one_line(error)}"
-        return Finding(what="ONNX Runtime", state="broken", detail=detail, remedy="pip install -U onnxruntime")
+    except Exception as error:  # noqa: BLE001 — any reason why it does not run is the finding
+        detail = in_one_line(error).removeprefix("ONNX Runtime ")
+        return Finding(what="ONNX Runtime", state="broken", detail=detail, remedy=getattr(error, "hint", ""))
     hidden = set(OPENVINO_PROCESSORS) - {"openvino"}  # that the provider is here says nothing of a GPU or NPU
     devices = [name for name, provider in PROVIDERS.items() if provider.name in available and name not in hidden]
     # The list has what is compiled in; drivers and libraries are looked for when a session starts.
@@ -164,7 +164,9 @@ def _onnxruntime() -> Finding:
     if fault:
         package = next((name for name in ONNXRUNTIMES if is_installed(name)), ONNXRUNTIMES[0])
         detail, remedy = f"{detail}. {fault}", f'pip install "{package}{RIGHT_SUMS}"'
-    state: State = "missing" if chosen in failures else "ok"
+    if overlap := overlapping_builds():
+        detail, remedy = f"{detail}. {overlap.fault}", overlap.remedy
+    state: State = "missing" if chosen in failures or (overlap and default == "cpu") else "ok"
     return Finding(what="ONNX Runtime", state=state, detail=detail, remedy=remedy)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from clip_rd_edge.contract.bundle import Manifest, is_bundle, read_manifest
 from clip_rd_edge.contract.formats import FORMATS, RUNTIMES, Runtime, format_of, import_named
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.runtime.backends.onnxruntime_builds import import_onnxruntime
 from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, PROVIDERS
 from clip_rd_edge.runtime.backends.session import require_threads
 from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
@@ -41,6 +42,7 @@ def load(
         InputError, ConfigError: the folder is not a bundle, is incomplete, has changed since the export, or has a newer
             format.
         UsageError: the runtime is unknown, the device is not available here, or `threads` is out of range.
+        ClipRdEdgeError: the device is one of ONNX Runtime's, which cannot be imported.
     """
     folder = Path(bundle)
     if is_bundle(folder):
@@ -103,6 +105,5 @@ def _runtime_for(device: str, manifest: Manifest) -> Runtime:
 
 def _only_openvino_itself() -> bool:
     """Return whether the package openvino is installed, and ONNX Runtime has no provider for it."""
-    import onnxruntime as ort
-
-    return bool(find_spec("openvino")) and PROVIDERS["openvino"].name not in ort.get_available_providers()
+    available = import_onnxruntime().get_available_providers()
+    return bool(find_spec("openvino")) and PROVIDERS["openvino"].name not in available

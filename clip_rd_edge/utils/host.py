@@ -37,7 +37,7 @@ _MACOS_INSTRUCTION_SETS = {
     "FEAT_I8MM": "Arm I8MM",
     "FEAT_BF16": "Arm BF16",
 }
-# The distributions of ONNX Runtime, of which one is installed.
+# The distributions of ONNX Runtime, of which one is to be installed: all are the folder `onnxruntime`.
 ONNXRUNTIMES = (
     "onnxruntime",
     "onnxruntime-gpu",

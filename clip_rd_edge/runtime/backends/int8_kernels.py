@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.contract.bundle import can_saturate
+from clip_rd_edge.runtime.backends.onnxruntime_builds import import_onnxruntime
 from clip_rd_edge.runtime.backends.session import open_session
 
 _X86 = ("x86_64", "amd64", "x86", "i386", "i686")
@@ -70,8 +71,7 @@ def wrong_sums() -> str:
     weights = (np.arange(_LENGTH * _COLUMNS) % 127 - 63).astype(np.int8).reshape(_LENGTH, _COLUMNS)
     if np.array_equal(_product(activations, weights), activations.astype(np.int32) @ weights.astype(np.int32)):
         return ""
-    import onnxruntime as ort
-
+    ort = import_onnxruntime()
     return (
         f"ONNX Runtime {ort.__version__} gets sums of INT8 wrong on this processor: install onnxruntime 1.20, or 1.25 "
         "or newer"

@@ -9,6 +9,7 @@ import msgspec
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.encoder import Description
+from clip_rd_edge.runtime.backends.onnxruntime_builds import import_onnxruntime
 from clip_rd_edge.runtime.backends.providers import AUTO, choose_device, session_device
 from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
@@ -73,6 +74,5 @@ class OrtEncoder(BundleEncoder):
     def _device_for(self, tower: Tower) -> str:
         if self.device == "cpu":
             return "cpu"
-        import onnxruntime as ort
-
-        return choose_device(self.device, ort.get_available_providers(), precision=tower.precision)
+        available = import_onnxruntime().get_available_providers()
+        return choose_device(self.device, available, precision=tower.precision)

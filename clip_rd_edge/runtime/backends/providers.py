@@ -117,11 +117,15 @@ def choose_device(device: str, available: Sequence[str], *, precision: str) -> s
     if device not in PROVIDERS:
         raise UsageError(f"Unknown device {device!r}; expected one of {', '.join(DEVICES)}.")
     if device not in supported:
-        package = PROVIDERS[device].package
+        from clip_rd_edge.runtime.backends.onnxruntime_builds import overlapping_builds
+
+        package, fault, hint = PROVIDERS[device].package, "", ""
+        if (overlap := overlapping_builds()) and overlap.build in (package, f"onnxruntime-{device.partition('-')[0]}"):
+            fault, hint = f": {overlap.fault}", overlap.remedy
         replaces = " in place of onnxruntime" if package.startswith("onnxruntime-") else ""
         raise UsageError(
-            f"This ONNX Runtime has no provider for {device}; it has {', '.join(supported) or 'no known one'}.",
-            hint=f"install {package}{replaces}" if package else install_command("openvino"),
+            f"This ONNX Runtime has no provider for {device}; it has {', '.join(supported) or 'no known one'}{fault}.",
+            hint=hint or (f"install {package}{replaces}" if package else install_command("openvino")),
         )
     return device
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from clip_rd_edge.contract.bundle import EXTERNAL_DATA_SUFFIX
 from clip_rd_edge.errors import ConfigError, UnreachableError, UsageError, in_one_line
+from clip_rd_edge.runtime.backends.onnxruntime_builds import import_onnxruntime
 from clip_rd_edge.runtime.backends.providers import KEEP_ENGINES, PROVIDERS, provider_list, session_device, warn
 from clip_rd_edge.utils.files import machine_failure, sha256_of
 from clip_rd_edge.utils.paths import cache_home
@@ -51,11 +52,12 @@ def open_session(
         optimize: fuse nodes. False computes each as the file says, which is slower: for reference answers.
 
     Raises:
+        ClipRdEdgeError: ONNX Runtime cannot be imported.
         ConfigError: this ONNX Runtime cannot run the model.
         UnreachableError: this machine has not enough memory for it, or starts no further thread.
         UsageError: `threads` is out of range.
     """
-    import onnxruntime as ort
+    ort = import_onnxruntime()
 
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only: its warnings are about its own graph optimisations
@@ -104,7 +106,7 @@ def _open_on(ort: Any, model: str | bytes, options: Any, device: str, threads: i
 
 def start_failure(model: bytes, device: str) -> str:
     """Return why ONNX Runtime does not run a model on a device, or an empty string; it logs nothing meanwhile."""
-    import onnxruntime as ort
+    ort = import_onnxruntime()
 
     options = ort.SessionOptions()
     options.log_severity_level = _LOG_NOTHING
@@ -118,7 +120,7 @@ def start_failure(model: bytes, device: str) -> str:
 @cache
 def _preload_cuda() -> None:
     """Load the libraries of CUDA and cuDNN that pip has installed, where the system's loader does not look."""
-    import onnxruntime as ort
+    ort = import_onnxruntime()
 
     if hasattr(ort, "preload_dlls"):  # since 1.21
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
