@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 PACKAGE = "clip-rd-edge"
 _CLONE = Path(__file__).resolve().parents[1]
+# What `uv tool install` and `pipx install` leave in the environment that they make for a package and its commands.
+_UV_TOOL, _PIPX = "uv-receipt.toml", "pipx_metadata.json"
 
 
 def install_command(extra: str) -> str:
@@ -16,11 +20,12 @@ def install_command(extra: str) -> str:
     pip records where a package came from, unless it was an index (PEP 610, `direct_url.json`).
     """
     origin = _origin()
+    extras = ",".join(dict.fromkeys([*_extras_of_tool(), *extra.split(",")]))
     if "dir_info" in origin:
         options = ["-e"] if origin["dir_info"].get("editable") else []
-        return _pip_install(*options, f"{_folder(origin)}[{extra}]")
+        return _pip_install(*options, f"{_folder(origin)}[{extras}]")
     # The commit, since a branch may have moved on: the extras of other code, or other code, would be installed.
-    return _pip_install(f"{PACKAGE}[{extra}]{_source(origin, origin.get('vcs_info', {}).get('commit_id'))}")
+    return _pip_install(f"{PACKAGE}[{extras}]{_source(origin, origin.get('vcs_info', {}).get('commit_id'))}")
 
 
 def upgrade_hint() -> str:
@@ -30,6 +35,8 @@ def upgrade_hint() -> str:
         return f"git pull in {_folder(origin)}, then install it again"
     if "archive_info" in origin:
         return f"install a newer {PACKAGE}: this one is from {origin['url']}"
+    if _is_made_by(_UV_TOOL) or _is_made_by(_PIPX):
+        return f"{'uv tool' if _is_made_by(_UV_TOOL) else 'pipx'} upgrade {PACKAGE}"
     return _pip_install("-U", f"{PACKAGE}{_source(origin)}")
 
 
@@ -37,16 +44,42 @@ def pip(action: str) -> str:
     """Return the beginning of a command of pip, such as `pip install`, as it works in this environment."""
     from importlib.util import find_spec
 
+    if _is_made_by(_PIPX):
+        return f"pipx runpip {Path(sys.prefix).name} {action}"
+    if _is_made_by(_UV_TOOL):
+        return f"uv pip {action} -p {_quoted(sys.prefix)}"
     # An environment of uv has no pip, and one that the shell finds elsewhere would install into another Python.
     return f"pip {action}" if find_spec("pip") else f"uv pip {action}"
 
 
 def _pip_install(*arguments: str) -> str:
+    *options, requirement = arguments
+    if _is_made_by(_UV_TOOL):
+        command = "uv tool install"
+    else:
+        command = "pipx install --force" if _is_made_by(_PIPX) else pip("install")
+    return " ".join([command, *options, _quoted(requirement)])
+
+
+def _is_made_by(record: str) -> bool:
+    """Return whether this environment was made for the package by uv or pipx, given the file that they leave in it."""
+    return (Path(sys.prefix) / record).is_file()
+
+
+def _extras_of_tool() -> list[str]:
+    """Return the extras that `uv tool install` was given: if given others, it removes the packages of these."""
+    if not _is_made_by(_UV_TOOL):
+        return []
+    receipt = (Path(sys.prefix) / _UV_TOOL).read_text(encoding="utf-8")
+    # Its entry for the package, whose extras come after the name; Python 3.10 reads no TOML.
+    match = re.search(rf'name = "{PACKAGE}", extras = \[([^]]*)\]', receipt)
+    return re.findall(r'"([^"]+)"', match[1]) if match else []
+
+
+def _quoted(argument: str) -> str:
     import shlex  # this import and that of `pip` take 20 ms, and most processes need no install command
 
-    *options, requirement = arguments
-    quoted = f'"{requirement}"' if os.name == "nt" else shlex.quote(requirement)
-    return " ".join([pip("install"), *options, quoted])
+    return f'"{argument}"' if os.name == "nt" else shlex.quote(argument)
 
 
 def _folder(origin: dict[str, Any]) -> str:

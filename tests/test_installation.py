@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from clip_rd_edge import installation
-from clip_rd_edge.installation import install_command, upgrade_hint
+from clip_rd_edge.installation import install_command, pip, upgrade_hint
 
 
 class _Installed:
@@ -84,3 +84,70 @@ def test_a_clone_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("importlib.metadata.distribution", missing)
     assert install_command("demo") == f"pip install '{Path(__file__).resolve().parents[1]}[demo]'"
+
+
+@pytest.mark.parametrize(
+    ("record", "direct_url", "command", "upgrade", "pip_command"),
+    [
+        (
+            "uv-receipt.toml",
+            {"url": "file:///wheels/a.whl", "archive_info": {}},
+            "uv tool install 'clip-rd-edge[camera,serve,demo] @ file:///wheels/a.whl'",
+            "install a newer clip-rd-edge: this one is from file:///wheels/a.whl",
+            "uv pip uninstall -p '{}'",
+        ),
+        (
+            "uv-receipt.toml",
+            {"url": "file:///clone", "dir_info": {"editable": True}},
+            "uv tool install -e '/clone[camera,serve,demo]'",
+            "git pull in /clone, then install it again",
+            "uv pip uninstall -p '{}'",
+        ),
+        (
+            "uv-receipt.toml",
+            {"url": "https://host/clone.git", "vcs_info": {"vcs": "git", "commit_id": "1a"}},
+            "uv tool install 'clip-rd-edge[camera,serve,demo] @ git+https://host/clone.git@1a'",
+            "uv tool upgrade clip-rd-edge",
+            "uv pip uninstall -p '{}'",
+        ),
+        (
+            "pipx_metadata.json",
+            None,
+            "pipx install --force 'clip-rd-edge[demo]'",
+            "pipx upgrade clip-rd-edge",
+            "pipx runpip clip-rd-edge uninstall",
+        ),
+    ],
+)
+def test_the_commands_are_those_of_the_tool_that_made_the_environment(
+    record: str,
+    direct_url: object,
+    command: str,
+    upgrade: str,
+    pip_command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What `uv tool install` or `pipx install` made, pip does not find, and uv removes extras that are not named."""
+    environment = tmp_path / "my tools" / "clip-rd-edge"
+    environment.mkdir(parents=True)
+    ours = '{ name = "clip-rd-edge", extras = ["camera", "serve"], path = "/wheels/a.whl" }'
+    others = '{ name = "other", extras = ["none"] }'
+    commands = '{ name = "clip-rd-edge", from = "clip-rd-edge" }'
+    (environment / record).write_text(
+        f"[tool]\nrequirements = [\n    {ours},\n    {others},\n]\nentrypoints = [{commands}]\n"
+    )
+    monkeypatch.setattr("sys.prefix", str(environment))
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: _Installed(direct_url))
+    assert install_command("demo") == command
+    assert upgrade_hint() == upgrade
+    assert pip("uninstall") == pip_command.format(environment)
+
+
+def test_extras_that_a_tool_has_are_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "uv-receipt.toml").write_text('requirements = [{ name = "clip-rd-edge", extras = ["emoji"] }]')
+    monkeypatch.setattr("sys.prefix", str(tmp_path))
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: _Installed(None))
+    assert install_command("train,emoji") == "uv tool install 'clip-rd-edge[emoji,train]'"
+    (tmp_path / "uv-receipt.toml").write_text('requirements = [{ name = "clip-rd-edge" }]')
+    assert install_command("train,emoji") == "uv tool install 'clip-rd-edge[train,emoji]'"

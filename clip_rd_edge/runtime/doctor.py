@@ -20,7 +20,7 @@ import msgspec
 
 from clip_rd_edge.contract.formats import FORMATS
 from clip_rd_edge.errors import in_one_line
-from clip_rd_edge.installation import PACKAGE, install_command
+from clip_rd_edge.installation import PACKAGE, install_command, pip
 from clip_rd_edge.runtime.backends.onnxruntime_builds import import_onnxruntime, overlapping_builds
 from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, PROVIDERS, choose_device
 from clip_rd_edge.utils.host import (
@@ -160,10 +160,10 @@ def _onnxruntime() -> Finding:
     if others:
         detail += f"; --device also takes {', '.join(others)}"
     detail += "".join(f"; {name} does not start: {reason}" for name, reason in failures.items())
-    remedy = f"pip install {_ONNXRUNTIME_GPU}" if "cuda" in failures and _has_nvidia_driver() else ""
+    remedy = f"{pip('install')} {_ONNXRUNTIME_GPU}" if "cuda" in failures and _has_nvidia_driver() else ""
     if fault:
         package = next((name for name in ONNXRUNTIMES if is_installed(name)), ONNXRUNTIMES[0])
-        detail, remedy = f"{detail}. {fault}", f'pip install "{package}{RIGHT_SUMS}"'
+        detail, remedy = f"{detail}. {fault}", f'{pip("install")} "{package}{RIGHT_SUMS}"'
     if overlap := overlapping_builds():
         detail, remedy = f"{detail}. {overlap.fault}", overlap.remedy
     state: State = "missing" if chosen in failures or (overlap and default == "cpu") else "ok"
@@ -180,7 +180,7 @@ def _openvino() -> list[Finding]:
         available = available_processors()
     except Exception as error:  # noqa: BLE001 — any reason why it does not load is the finding
         detail = f"cannot be imported: {in_one_line(error)}"
-        return [Finding(what="OpenVINO", state="missing", detail=detail, remedy="pip install -U openvino")]
+        return [Finding(what="OpenVINO", state="missing", detail=detail, remedy=f"{pip('install')} -U openvino")]
     devices = [name for name, processor in OPENVINO_PROCESSORS.items() if processor in available]
     detail = f"{version('openvino')} for {', '.join(available)}: --device {' or '.join(devices)}"
     return [Finding(what="OpenVINO", state="ok", detail=detail)]
@@ -192,11 +192,12 @@ def _gpu() -> Finding:
         requirement = _CUDA_BINDINGS[jetson]
         detail = f"NVIDIA Jetson: see clip-rd-edge devices {jetson}"
         if not _satisfied(requirement):
-            remedy = f"pip install '{requirement}'  # {EXTRAS['tensorrt']}; TensorRT comes with JetPack"
+            remedy = f"{pip('install')} '{requirement}'  # {EXTRAS['tensorrt']}; TensorRT comes with JetPack"
     elif _has_nvidia_driver():
         detail = "NVIDIA: trains if torch supports it; runs bundles with onnxruntime-gpu or as engines ([rtx])"
         if not is_installed("onnxruntime-gpu"):
-            remedy = f"pip uninstall onnxruntime && pip install {_ONNXRUNTIME_GPU}  # runs float32 bundles on the GPU"
+            remedy = f"{pip('uninstall')} -y onnxruntime && {pip('install')} {_ONNXRUNTIME_GPU}"
+            remedy += "  # runs float32 bundles on the GPU"
     else:
         detail = "no usable GPU"
     return Finding(what="GPU", state="ok", detail=detail, remedy=remedy)
