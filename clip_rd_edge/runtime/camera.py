@@ -10,7 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from clip_rd_edge.errors import ClipRdEdgeError, InputError, MissingExtraError
+from clip_rd_edge.errors import ClipRdEdgeError, InputError, MissingExtraError, in_one_line
+from clip_rd_edge.installation import install_command, pip
+from clip_rd_edge.utils.host import OPENCVS, installed_versions
 from clip_rd_edge.utils.paths import is_file, why_no_file
 
 _TIMEOUT_S = 5.0  # for the next frame of a camera
@@ -29,12 +31,14 @@ def frames(source: str) -> Iterator[Image.Image]:
     Raises:
         MissingExtraError: OpenCV is not installed.
         InputError: the video does not exist or has no frame that OpenCV reads, or, after its last frame, it is cut off.
-        ClipRdEdgeError: the camera or stream cannot be opened, or stops sending frames.
+        ClipRdEdgeError: OpenCV cannot be imported; the camera or stream cannot be opened, or stops sending frames.
     """
     try:
         import cv2
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("opencv-python-headless", extra="camera", purpose="Reading from a camera") from error
+    except ImportError as error:
+        if error.name == "cv2":
+            raise MissingExtraError(OPENCVS[0], extra="camera", purpose="Reading from a camera") from error
+        raise ClipRdEdgeError(f"OpenCV cannot be imported: {in_one_line(error)}.", hint=_renewal()) from error
     capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
     try:
         if not capture.isOpened():
@@ -49,6 +53,16 @@ def frames(source: str) -> Iterator[Image.Image]:
             raise _unreadable_video(source)
     finally:
         capture.release()
+
+
+def _renewal() -> str:
+    """Return the command that installs an OpenCV that can be imported: a newer one, and without windows, thus libGL."""
+    package = next(iter(installed_versions(OPENCVS)), None)
+    if package is None:  # the system's
+        return install_command("camera")
+    if package.endswith("-headless"):
+        return f"{pip('install')} -U {package}"
+    return f"{pip('uninstall')} -y {package} && {pip('install')} {package}-headless"
 
 
 def _not_opened(source: str) -> ClipRdEdgeError:

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, requires, version
-from importlib.util import cache_from_source
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,7 @@ from clip_rd_edge.runtime.backends.onnxruntime_builds import import_onnxruntime,
 from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, PROVIDERS, choose_device
 from clip_rd_edge.utils.host import (
     ONNXRUNTIMES,
+    OPENCVS,
     cpu_quota,
     instruction_sets,
     is_installed,
@@ -240,11 +241,16 @@ def _torch_tensorrt() -> Finding:
 
 def _extra(name: str, packages: list[str]) -> Finding:
     purpose = EXTRAS.get(name, "")
-    missing = [package for package in packages if not is_installed(package)]
+    missing = [package for package in packages if not (is_installed(package) or _has_other_name(package))]
     detail = f"{purpose}: {'installed' if not missing else 'needs ' + ', '.join(missing)}"
     if not missing:
         return Finding(what=f"[{name}]", state="ok", detail=detail)
     return Finding(what=f"[{name}]", state="missing", detail=detail, remedy=install_command(name))
+
+
+def _has_other_name(package: str) -> bool:
+    """Return whether a package is installed under another name, over which it must not be installed."""
+    return package in OPENCVS and find_spec("cv2") is not None
 
 
 class Footprint(msgspec.Struct, frozen=True, kw_only=True):

@@ -47,6 +47,8 @@ ONNXRUNTIMES = (
     "onnxruntime-rocm",
     "onnxruntime-migraphx",
 )
+# The distributions of OpenCV, of which one is to be installed: all are the folder `cv2`.
+OPENCVS = ("opencv-python-headless", "opencv-python", "opencv-contrib-python-headless", "opencv-contrib-python")
 # Implementer and part in /proc/cpuinfo, which names no processor of Arm servers.
 _ARM_CORES = {
     ("0x41", "0xd0c"): "Arm Neoverse-N1",

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,13 @@ def test_a_missing_package_that_few_need_is_told_as_such(monkeypatch: pytest.Mon
     demo = next(finding for finding in doctor.examine() if finding.what == "[demo]")
     assert "(segno: only for the QR code of demo --host)" in demo.detail
     assert demo.detail.endswith(": needs segno")
+
+
+def test_an_opencv_of_another_name_is_not_to_be_installed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "is_installed", lambda package: False)
+    for module, state in ((ModuleSpec("cv2", None), "ok"), (None, "missing")):
+        monkeypatch.setattr(doctor, "find_spec", lambda name, module=module: {"cv2": module}[name])
+        assert doctor._extra("camera", ["opencv-python-headless"]).state == state
 
 
 def test_every_extra_except_the_combined_ones_is_checked() -> None:
