@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -355,7 +356,12 @@ def _loading_error(subject: str, error: Exception) -> InputError | ConfigError:
         return InputError(
             f"{subject} could not be fetched: {first_line(error)}.", hint="check the name, or log in to the hub"
         )
-    return ConfigError(f"{subject} could not be loaded: {first_line(error)}.")
+    return ConfigError(
+        f"{subject} could not be loaded: {first_line(error)}.",
+        hint="unset PYTHONOPTIMIZE, or set it to 1: transformers needs its docstrings"
+        if sys.flags.optimize > 1
+        else "",
+    )
 
 
 def _resolves(url: str) -> bool:

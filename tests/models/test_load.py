@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -134,6 +135,21 @@ def test_a_package_that_is_missing_is_to_be_installed(tmp_path: Path, monkeypatc
     with pytest.raises(ConfigError, match="could not be loaded: No module named 'safetensors'") as raised:
         load_clip(str(tmp_path / "tiny"))
     assert raised.value.hint == "pip install safetensors"
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_model_that_needs_docstrings_is_not_blamed_where_python_leaves_them_out(
+    level: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("No `Args` or `Parameters` section is found in the docstring")
+
+    save_clip(tmp_path / "tiny", tiny(), provenance={})
+    monkeypatch.setattr(open_clip, "create_model", fail)
+    monkeypatch.setattr("clip_rd_edge.models.load.sys", SimpleNamespace(flags=SimpleNamespace(optimize=level)))
+    with pytest.raises(ConfigError, match="could not be loaded: No `Args`") as raised:
+        load_clip(str(tmp_path / "tiny"))
+    assert ("unset PYTHONOPTIMIZE" in raised.value.hint) == (level == 2)
 
 
 def test_the_warning_that_older_tokenizers_give_is_not_shown(
@@ -280,6 +296,7 @@ assert not logging.getLogger().handlers
 
 CODE = """
 from pathlib import Path
+from types import SimpleNamespace
 Path({marker!r}).touch()
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 class Config(PretrainedConfig):
