@@ -36,7 +36,8 @@ GRAPH_FROM = 1_000_000  # images: below, comparing all rows takes less than 60 m
 MAX_TOP = 1_000  # results; more are searched exactly
 REBUILD_SHARE = 0.1
 # Of usearch: links per node, and nodes visited when building and when searching. Higher is more accurate, and slower.
-_LINKS, _VISITED_BUILDING, _VISITED_SEARCHING = 16, 64, 256
+# 256 would do for images as queries, since links are between similar images; a text is far from all, and needs more.
+_LINKS, _VISITED_BUILDING, _VISITED_SEARCHING = 16, 64, 4096
 _CANDIDATES = 128  # ranked exactly, or 4 per result
 _BLOCK = 1 << 20  # bytes that are read or written at once
 _CHUNK = 10_000  # rows between two reports of progress

@@ -130,6 +130,23 @@ def test_what_the_graph_finds_is_ranked_by_exact_similarity(tmp_path: Path) -> N
     assert len(nearest(index, rows, rows[0], top=500, graph=graph)) == 500
 
 
+def test_texts_find_their_images_though_they_are_far_from_all(tmp_path: Path) -> None:
+    pytest.importorskip("usearch")
+    rng = np.random.default_rng(0)
+    subjects = rng.standard_normal((400, SIZE)).astype(np.float32)
+    noise = rng.standard_normal((40_000, SIZE)).astype(np.float32)
+    rows = normalise(subjects[np.arange(40_000) // 100] + 0.7 * noise)
+    texts = normalise(0.25 * subjects[:40] + rng.standard_normal((40, SIZE)).astype(np.float32))
+    index = written(tmp_path, rows)
+    graph = open_graph(tmp_path, write_graph(tmp_path, build_graph(rows, threads=1)), len(rows))
+    shared = []
+    for query in texts:
+        exact, found = ({hit.path for hit in nearest(index, rows, query, top=10, graph=g)} for g in (None, graph))
+        shared.append(len(exact & found) / 10)
+    assert np.mean(shared) > 0.99
+    assert min(shared) >= 0.8
+
+
 def test_rows_that_a_graph_does_not_have_are_found_and_lost_ones_are_not(tmp_path: Path) -> None:
     rows = embeddings(300)
     index = written(tmp_path, rows)
