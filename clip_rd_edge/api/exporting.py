@@ -61,6 +61,9 @@ def export(
 
     For several targets, `output` holds one bundle per target, in a folder of its name.
 
+    While a graph is converted, what any thread of the process prints to `sys.stdout`, and its warnings, are suppressed;
+    other threads log as ever.
+
     Args:
         model: as for `load`, except that a bundle is accepted only with `target="browser"`.
         force: replace an earlier export in `output`; a folder with anything else is refused.

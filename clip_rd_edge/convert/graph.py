@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnx
 
+from clip_rd_edge.utils.logs import quiet_logs
 from clip_rd_edge.utils.shared_block import SharedBlock
 
 LAYERS = ("Conv", "Gemm", "MatMul")
@@ -21,25 +22,23 @@ _NORM_KINDS = frozenset(("Div", "Expand", "Clip", "Max", "ReduceL2", "ReduceSumS
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 _SILENT = SharedBlock(_silence)
 
 
-def silently() -> SharedBlock:
+@contextlib.contextmanager
+def silently() -> Iterator[None]:
     """Suppress progress lines, warnings and logs that a user cannot act on. Exceptions still propagate.
 
-    Until the last thread has left the block, this holds for the whole process.
+    What other threads log is not suppressed. Until the last thread has left the block, what they print to `sys.stdout`
+    and their warnings are.
     """
-    return _SILENT
+    with quiet_logs(logging.WARNING), _SILENT:
+        yield
 
 
 _NO_PROGRESS_BARS = SharedBlock(lambda: contextlib.redirect_stderr(io.StringIO()))

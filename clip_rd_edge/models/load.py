@@ -40,6 +40,7 @@ from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matche
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.config_limits import require_bounded
 from clip_rd_edge.utils.files import new_folder
+from clip_rd_edge.utils.logs import quiet_logs
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
 from clip_rd_edge.utils.printable import shown_sources
 from clip_rd_edge.utils.shared_block import SharedBlock
@@ -65,7 +66,7 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
     spec, pretrained, folder, model_cfg = _find(spec, pretrained)
     overrides = _relocated_text_cfg(folder, model_cfg) if folder else {}
     hub = _HUB if _may_need_hub(spec, pretrained, model_cfg) else nullcontext()
-    with _QUIET, _NO_REMOTE_CODE, hub:
+    with _quiet_open_clip(), _NO_REMOTE_CODE, hub:
         try:
             model = open_clip.create_model(
                 spec,
@@ -249,28 +250,25 @@ def _display_name(spec: str, pretrained: str | None) -> str:
 
 
 @contextmanager
-def _quiet_open_clip() -> Iterator[None]:
-    """Within the block, nothing below CRITICAL is logged through the root logger, nor a warning of each tokenizer.
-
-    open_clip logs each step and failure of loading there; the error that `load_clip` raises contains the message.
-    `logging.info` adds a handler to a root logger that has none, which would print what the hub's logger prints, too.
-    """
-    root = logging.getLogger()
-    level, handlers = root.level, [*root.handlers]
-    root.setLevel(logging.CRITICAL)
-    root.addHandler(logging.NullHandler())
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*clean_up_tokenization_spaces")  # of transformers 4.45
-            yield
-    finally:
-        root.setLevel(level)
-        for handler in [handler for handler in root.handlers if handler not in handlers]:
-            root.removeHandler(handler)
+def _without_tokenizer_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*clean_up_tokenization_spaces")  # of transformers 4.45
+        yield
 
 
 # Threads may load at once.
-_QUIET = SharedBlock(_quiet_open_clip)
+_NO_TOKENIZER_WARNINGS = SharedBlock(_without_tokenizer_warnings)
+
+
+@contextmanager
+def _quiet_open_clip() -> Iterator[None]:
+    """Within the block, this thread logs nothing below CRITICAL at the root's level, nor a warning of each tokenizer.
+
+    open_clip logs each step and failure of loading there; the error that `load_clip` raises contains the message. The
+    hub's logger has a level of its own, and says that it retries.
+    """
+    with quiet_logs(logging.ERROR, spare_configured=True), _NO_TOKENIZER_WARNINGS:
+        yield
 
 
 class _RemoteCodeError(Exception):

@@ -7,6 +7,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import (
     _NO_REMOTE_CODE,
-    _QUIET,
+    _quiet_open_clip,
     _RemoteCodeError,
     load_clip,
     preprocessing_of,
@@ -182,12 +183,29 @@ def test_loading_is_quiet_and_leaves_the_applications_logging_as_it_was(
     assert capfd.readouterr().err == ""
 
 
-def test_threads_that_load_at_once_leave_the_applications_logging_as_it_was() -> None:
-    """The second one finds the level that the first one has set, and must not restore that."""
-    root = logging.getLogger()
-    before = root.level, [*root.handlers]
-    assert share_in_threads(lambda: _QUIET, lambda: root.level) == logging.CRITICAL
-    assert (root.level, root.handlers) == before
+def test_another_thread_of_the_application_logs_while_a_model_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    get_tokenizer = open_clip.get_tokenizer
+
+    def log_and_get(*arguments: Any, **options: Any) -> object:
+        thread = threading.Thread(target=lambda: logging.getLogger("application").error("payment failed"))
+        thread.start()
+        thread.join()
+        return get_tokenizer(*arguments, **options)
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", log_and_get)
+    save_clip(tmp_path / "tiny", tiny(), provenance={})
+    caplog.clear()
+    load_clip(str(tmp_path / "tiny"))
+    assert caplog.messages == ["payment failed"]
+
+
+def test_threads_that_load_at_once_leave_the_applications_warnings_as_they_were() -> None:
+    """The second one finds the filter that the first one has set, and must not restore that."""
+    before = [*warnings.filters]
+    assert share_in_threads(_quiet_open_clip, lambda: len(warnings.filters)) == len(before) + 1
+    assert warnings.filters == before
 
 
 def test_a_thread_that_has_loaded_its_model_lets_no_python_code_into_that_of_another() -> None:
@@ -284,8 +302,8 @@ def test_a_warning_of_the_hub_is_printed_once(capfd: pytest.CaptureFixture[str])
     program = """
 import logging
 from huggingface_hub.utils import logging as hub_logging
-from clip_rd_edge.models.load import _QUIET
-with _QUIET:
+from clip_rd_edge.models.load import _quiet_open_clip
+with _quiet_open_clip():
     logging.info("open_clip says what it does")
     hub_logging.get_logger("huggingface_hub.http").warning("Retrying in 1s")
 assert not logging.getLogger().handlers
