@@ -23,11 +23,15 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
 @contextmanager
 def handled_by(handle: Callable[[int, FrameType | None], None], numbers: Iterable[int]) -> Iterator[None]:
-    """Within the block, a function handles these signals, unless this is not the main thread: it alone receives any."""
+    """Within the block, a function handles these signals, unless this is not the main thread: it alone receives any.
+
+    A handler that is not Python's stays: a program that embeds Python may have one, and Python cannot restore it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, handle) for number in numbers}
+    restorable = [number for number in numbers if signal.getsignal(number) is not None]
+    previous = {number: signal.signal(number, handle) for number in restorable}
     try:
         yield
     finally:
