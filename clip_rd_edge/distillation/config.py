@@ -213,6 +213,11 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
         super().__post_init__()
         if self.text == TEACHER and not self.freeze_text:
             raise CheckedError("text is teacher, but freeze_text is false; expected true: this tower is kept as it is")
+        if self.text == TEACHER and self.freeze_text_layers:
+            raise CheckedError(
+                f"text is teacher, whose tower is kept as it is, but freeze_text_layers is {self.freeze_text_layers}; "
+                "expected 0"
+            )
         if self.freeze_text and self.freeze_text_layers:
             raise CheckedError(
                 f"freeze_text is true, and freeze_text_layers is {self.freeze_text_layers}; expected one of them: the "

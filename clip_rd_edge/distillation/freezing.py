@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
+from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
+from clip_rd_edge.distillation.student import takes_text
 from clip_rd_edge.distillation.teachers.teacher import projection_name
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.text.layers import text_groups, text_transformer
+from clip_rd_edge.models.text.weights import TOKENS
 
 _SCALES = ("logit_scale", "logit_bias")  # parameters outside of the towers
 
@@ -70,6 +73,27 @@ def _require_trained_part(student: ClipModel, config: RunConfig) -> None:
             hint="name images: --images FOLDER, or --data PAIRS; or train the text tower: another --text, and no "
             "--freeze-text",
         )
+
+
+def frozen_at_random(config: RunConfig) -> Iterator[str]:
+    """Yield a sentence for each tower of a new student that has frozen layers with random weights, which never learn.
+
+    Args:
+        config: as the run began: a checkpoint replaces the weights that it names.
+    """
+    if model_folder(config.student) is not None:
+        return
+    has_tokens = config.pretrained_text == TOKENS  # which are the first group of layers
+    frozen_text = config.freeze_text or config.freeze_text_layers > has_tokens
+    if frozen_text and not takes_text(config) and (has_tokens or not config.pretrained_text):
+        yield _FROZEN_AT_RANDOM.format(tower="text")
+    if config.freeze_image and not config.pretrained_image:
+        yield _FROZEN_AT_RANDOM.format(tower="image")
+
+
+_FROZEN_AT_RANDOM = (
+    "the frozen layers of the {tower} tower keep random weights: --pretrained-{tower} names weights to start from"
+)
 
 
 def freeze_all_but_projection(text: nn.Module) -> None:

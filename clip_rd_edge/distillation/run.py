@@ -43,7 +43,7 @@ from clip_rd_edge.distillation.config import (
     first_difference,
     is_texts_alone,
 )
-from clip_rd_edge.distillation.freezing import set_training_mode
+from clip_rd_edge.distillation.freezing import frozen_at_random, set_training_mode
 from clip_rd_edge.distillation.inputs import (
     changed_inputs,
     check_inputs,
@@ -255,7 +255,7 @@ def _run(
             f"{describe_counts(setup.pairs)}, {steps:,} steps of {_batch_words(config, setup)}, "
             f"learning rate {config.recipe.learning_rate:g}"
         )
-        for sentence in lack_of_pairs(config, setup.pairs):
+        for sentence in (*lack_of_pairs(config, setup.pairs), *frozen_at_random(config)):
             reporter.say(sentence)
         config = _with_measured_precision(config, setup, processes, reporter)
         if processes.is_main:

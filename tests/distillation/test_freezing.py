@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import open_clip
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tiny_runs import tiny_run
 from transformers import BertModel
 
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.freezing import set_training_mode
+from clip_rd_edge.distillation.freezing import frozen_at_random, set_training_mode
 from clip_rd_edge.distillation.teachers.teacher import FrozenTextTower
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
@@ -126,6 +128,32 @@ def test_all_layers_of_a_text_tower_and_more_are_refused(with_layers: ClipModel)
     assert error.value.hint == "--freeze-text-layers takes 0 to 4; --freeze-text freezes all"
     with pytest.raises(ValueError, match="freeze_text is true, and freeze_text_layers is 1; expected one of them"):
         tiny_run("clip", {}, data="pairs.csv", freeze_text=True, freeze_text_layers=1)
+    with pytest.raises(ValueError, match="is kept as it is, but freeze_text_layers is 1; expected 0"):
+        tiny_run("clip-rd", {}, data="pairs.csv", teacher="t", text="teacher", freeze_text=True, freeze_text_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "towers"),
+    [
+        ({"freeze_text_layers": 2}, ["text"]),
+        ({"freeze_text": True}, ["text"]),
+        ({"freeze_text_layers": 2, "pretrained_text": "tokens"}, ["text"]),
+        ({"freeze_text_layers": 1, "pretrained_text": "tokens"}, []),
+        ({"freeze_text_layers": 2, "pretrained_text": "teacher"}, []),
+        ({"text": "teacher", "freeze_text": True}, []),
+        ({"freeze_image": 1}, ["image"]),
+        ({"freeze_image": 1, "pretrained_image": "timm"}, []),
+        ({}, []),
+    ],
+)
+def test_frozen_layers_with_random_weights_are_reported(options: dict[str, Any], towers: list[str]) -> None:
+    config = tiny_run("clip-rd", {}, data="pairs.csv", teacher="teacher", **options)
+    assert list(frozen_at_random(config)) == [
+        f"the frozen layers of the {tower} tower keep random weights: --pretrained-{tower} names weights to start from"
+        for tower in towers
+    ]
+    trained = msgspec.structs.replace(config, student="local-dir:student")
+    assert list(frozen_at_random(trained)) == []
 
 
 def test_a_text_tower_of_transformers_recomputes_in_a_way_that_several_processes_can_have(

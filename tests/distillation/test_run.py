@@ -95,6 +95,18 @@ def test_a_run_writes_metrics_provenance_and_plots(config: RunConfig, tmp_path: 
     assert {path.name for path in (tmp_path / "run" / "report").iterdir()} >= {"losses.png", "geometry.png"}
 
 
+def test_a_run_says_at_its_beginning_that_frozen_layers_are_random(config: RunConfig, tmp_path: Path) -> None:
+    class Stopping(Watch):
+        def say(self, message: str) -> None:
+            if "the frozen layers of the text tower keep random weights" in message:
+                raise ConnectionAbortedError
+
+    with pytest.raises(ConnectionAbortedError):
+        run_distillation(
+            msgspec.structs.replace(config, freeze_text_layers=1), tmp_path / "run", resume=False, reporter=Stopping()
+        )
+
+
 def test_plots_that_cannot_be_drawn_cost_no_student(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
