@@ -21,6 +21,7 @@ from clip_rd_edge.contract.task import Task
 from clip_rd_edge.distillation.monitoring.plots import plot_average
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import PROBE_TEXT, ClipModel, model_fingerprint
+from clip_rd_edge.models.defaults import float32_on_cpu
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
@@ -67,6 +68,7 @@ class AveragedModel(os.PathLike[str]):
         return str(self.folder)
 
 
+@float32_on_cpu()
 def average_models(
     names: tuple[str, str],
     folder: Path,

@@ -85,6 +85,7 @@ from clip_rd_edge.errors import (
     in_one_line,
 )
 from clip_rd_edge.models.clip import to_device
+from clip_rd_edge.models.defaults import float32_on_cpu
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.student import TEACHER
@@ -96,6 +97,7 @@ from clip_rd_edge.utils.structs import read_json, read_yaml, to_yaml
 REPORT_FOLDER = "report"
 
 
+@float32_on_cpu()
 def run_distillation(
     config: RunConfig,
     run: Path,

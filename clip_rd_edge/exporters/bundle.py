@@ -42,6 +42,7 @@ from clip_rd_edge.exporters.onnx import (
     export_text_tower,
 )
 from clip_rd_edge.models.clip import ClipModel, deployed_parameter_count, evaluation_mode
+from clip_rd_edge.models.defaults import float32_on_cpu
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.text.tokenizer import export_tokenizer
 from clip_rd_edge.runtime.backends.session import open_session
@@ -132,6 +133,7 @@ def _checked_tower(path: Path, inputs: Inputs, expected: Embeddings, names: tupl
     )
 
 
+@float32_on_cpu()
 def export_bundle(
     clip: ClipModel,
     output: Path,
@@ -184,6 +186,7 @@ def export_bundle(
         return ConvertedBundle(_finish(folder, manifest, request, source, reporter), converted.trials)
 
 
+@float32_on_cpu()
 def export_bundles(
     clip: ClipModel,
     output: Path,

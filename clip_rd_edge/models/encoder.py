@@ -18,6 +18,7 @@ from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.errors import UsageError, first_line
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode, parameter_count
+from clip_rd_edge.models.defaults import on_cpu
 from clip_rd_edge.models.text.captions import CaptionTower
 from clip_rd_edge.utils.files import size_bytes
 
@@ -115,6 +116,7 @@ class TorchEncoder:
             batches.append(self._run(self._callable_for(self._caption_tower, len(ids)), ids))
         return np.concatenate(batches) if batches else self._no_embeddings()
 
+    @on_cpu()
     def tokenize(self, texts: str | Sequence[str]) -> npt.NDArray[np.int64]:
         """Convert texts to token ids, (N, T)."""
         ids: npt.NDArray[np.int64] = self.clip.tokenizer(as_list(texts)).numpy()
@@ -136,7 +138,7 @@ class TorchEncoder:
         self, tower: Callable[[Tensor], Tensor], inputs: npt.NDArray[np.float32] | npt.NDArray[np.int64]
     ) -> Embeddings:
         device = next(self.clip.model.parameters()).device
-        with torch_threads(self.threads), evaluation_mode(self.clip.model), torch.inference_mode():
+        with on_cpu(), torch_threads(self.threads), evaluation_mode(self.clip.model), torch.inference_mode():
             embeddings: Embeddings = tower(torch.from_numpy(inputs).to(device)).cpu().numpy()
             return require_finite(embeddings, self.clip.name)
 

@@ -39,6 +39,7 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.config_limits import require_bounded
+from clip_rd_edge.models.defaults import float32_on_cpu
 from clip_rd_edge.utils.files import new_folder
 from clip_rd_edge.utils.logs import quiet_logs
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
@@ -47,6 +48,7 @@ from clip_rd_edge.utils.shared_block import SharedBlock
 from clip_rd_edge.utils.structs import convert, read_json, read_json_objects
 
 
+@float32_on_cpu()
 def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
     """Load a model with its tokenizer and preprocessing, in evaluation mode, on the CPU.
 

@@ -15,6 +15,7 @@ from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matche
 from clip_rd_edge.models.classifier import load_classifier, mismatch, read_weights, unknown_weights
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.config_limits import require_bounded
+from clip_rd_edge.models.defaults import float32_on_cpu
 from clip_rd_edge.models.packaged import CLASSIFIERS
 from clip_rd_edge.utils.paths import exists, is_file
 from clip_rd_edge.utils.structs import convert, read_json
@@ -116,6 +117,7 @@ def student_preprocessing(student: str, *, image_size: int = 224) -> Preprocessi
     return convert(cfg, Preprocessing, source="the student's preprocess_cfg")
 
 
+@float32_on_cpu()
 def build_student(config: dict[str, Any], *, name: str) -> ClipModel:
     """Build a student with random weights from torch's default generator; `config` is that of `student_config`.
 

@@ -95,6 +95,19 @@ def test_a_run_writes_metrics_provenance_and_plots(config: RunConfig, tmp_path: 
     assert {path.name for path in (tmp_path / "run" / "report").iterdir()} >= {"losses.png", "geometry.png"}
 
 
+def test_torch_settings_of_a_host_program_change_no_weight(config: RunConfig, tmp_path: Path) -> None:
+    recipe = msgspec.structs.replace(config.recipe, steps=2)
+    config = msgspec.structs.replace(config, recipe=recipe, student="test_resnet", image_size=32)
+    without = distil(config, tmp_path / "without")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            within = distil(config, tmp_path / "with")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_weights(within, without)
+
+
 def test_a_run_says_at_its_beginning_that_frozen_layers_are_random(config: RunConfig, tmp_path: Path) -> None:
     class Stopping(Watch):
         def say(self, message: str) -> None:

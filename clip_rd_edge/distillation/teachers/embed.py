@@ -30,11 +30,13 @@ from clip_rd_edge.distillation.teachers.teacher import (
 )
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.models.clip import ClipModel, default_device
+from clip_rd_edge.models.defaults import float32_on_cpu
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.cluster import map_on_cluster
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 
+@float32_on_cpu()
 def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None, reporter: Reporter = SILENT) -> None:
     """Compute what is missing in the store `folder`, for runs with this configuration's teachers, pairs and crops.
 

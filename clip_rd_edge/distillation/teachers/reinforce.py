@@ -43,6 +43,7 @@ from clip_rd_edge.distillation.teachers.teacher import (
 )
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.models.clip import default_device, model_fingerprint
+from clip_rd_edge.models.defaults import float32_on_cpu
 from clip_rd_edge.utils.arrays import npz_bytes
 from clip_rd_edge.utils.files import new_file, write_bytes
 from clip_rd_edge.utils.paths import is_file
@@ -71,6 +72,7 @@ class ReinforcedManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     precision: str
 
 
+@float32_on_cpu()
 def reinforce(config: RunConfig, folder: Path, *, reporter: Reporter = SILENT) -> None:
     """Write what is missing of the reinforced shards of a configuration's pairs and teachers.
 
