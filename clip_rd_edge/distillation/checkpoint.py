@@ -190,3 +190,19 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def host_generators_kept() -> Iterator[None]:
+    """Within the block, `seed_everything` serves a run; after it, the global generators go on as if nothing was drawn.
+
+    A host program may draw from them: names, delays, samples of its own.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

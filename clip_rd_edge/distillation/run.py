@@ -35,7 +35,12 @@ from clip_rd_edge.distillation.build import (
     make_dataset,
     provenance,
 )
-from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints, no_trace_of_failure
+from clip_rd_edge.distillation.checkpoint import (
+    CHECKPOINTS_FOLDER,
+    host_generators_kept,
+    list_checkpoints,
+    no_trace_of_failure,
+)
 from clip_rd_edge.distillation.config import (
     CHANGEABLE_ON_RESUME,
     LOCATIONS,
@@ -97,6 +102,7 @@ from clip_rd_edge.utils.structs import read_json, read_yaml, to_yaml
 REPORT_FOLDER = "report"
 
 
+@host_generators_kept()
 @float32_on_cpu()
 def run_distillation(
     config: RunConfig,

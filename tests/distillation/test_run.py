@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -28,7 +29,7 @@ from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.convert.calibration import calibration_pairs
 from clip_rd_edge.distillation import checkpoint, train
 from clip_rd_edge.distillation.build import histogram_embeddings, load_setup
-from clip_rd_edge.distillation.checkpoint import list_checkpoints
+from clip_rd_edge.distillation.checkpoint import list_checkpoints, seed_everything
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.processes.signals import StopRequest
@@ -95,10 +96,20 @@ def test_a_run_writes_metrics_provenance_and_plots(config: RunConfig, tmp_path: 
     assert {path.name for path in (tmp_path / "run" / "report").iterdir()} >= {"losses.png", "geometry.png"}
 
 
-def test_torch_settings_of_a_host_program_change_no_weight(config: RunConfig, tmp_path: Path) -> None:
+def draw() -> list[float]:
+    return [random.random(), np.random.random(), torch.rand(1).item()]
+
+
+def test_torch_settings_of_a_host_program_change_no_weight_and_its_generators_go_on(
+    config: RunConfig, tmp_path: Path
+) -> None:
     recipe = msgspec.structs.replace(config.recipe, steps=2)
     config = msgspec.structs.replace(config, recipe=recipe, student="test_resnet", image_size=32)
+    seed_everything(5)
+    expected = draw()
+    seed_everything(5)
     without = distil(config, tmp_path / "without")
+    assert draw() == expected
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
