@@ -31,6 +31,8 @@ from clip_rd_edge.runtime.index.folder import (
 )
 from clip_rd_edge.runtime.index.graph import (
     GRAPH_FROM,
+    GraphFiles,
+    Rows,
     build_graph,
     is_worn,
     moved_rows,
@@ -184,23 +186,28 @@ def _update(
         return Update(kept=len(index.entries), skipped=True)
     new, update = plan.new, plan.update
     entries = [entry for entry, _ in plan.kept]
-    if saved_at == path and entries == index.entries and not new and not index.missing and is_index(path):
+    unchanged = entries == index.entries and is_index(saved_at)
+    if saved_at == path and unchanged and not new and not index.missing:
         update.approximate = _keep_graph(path, index, rows, encoder.threads, stop, reporter)
         return update
     kept_rows = np.array([row for _, row in plan.kept], dtype=np.int64)
     parts = [(entries, np.asarray(rows[kept_rows]))]  # together: Ctrl-C may come between any two lines
-    graph = None
-    if index.graph and (keys := read_rows(path, index.graph)) is not None and len(entries) + len(new) >= GRAPH_FROM:
-        moved = moved_rows(keys[0], kept_rows, len(index.entries))
-        graph = write_rows(path, index.graph, moved, keys[1])
+    graph: GraphFiles | None = None
+    on_disk = (index, rows) if unchanged else None
 
     def save() -> tuple[Index, Embeddings]:
+        nonlocal graph, on_disk
+        count, missing = sum(len(part) for part, _ in parts), len(new) - done + unmounted_images
+        if on_disk is not None and (len(on_disk[0].entries), on_disk[0].missing) == (count, missing):
+            return on_disk  # such as when none of the new images can be read
         merged = np.concatenate([part for _, part in parts])
         parts[:] = [([entry for part, _ in parts for entry in part], merged)]  # a large index may not fit twice
-        missing = len(new) - done + unmounted_images
+        if index.graph and graph is None and len(kept_rows) + len(new) >= GRAPH_FROM:
+            graph = _moved_graph(path, index.graph, kept_rows, len(index.entries))
         entries = parts[0][0]
         current = msgspec.structs.replace(index, entries=entries, graph=graph, missing=missing, listed_ns=listed_ns)
-        return write_index(saved_at, current, merged), merged
+        on_disk = write_index(saved_at, current, merged), merged
+        return on_disk
 
     resumed = time.monotonic()
     next_save = resumed + SAVE_EVERY_S
@@ -223,7 +230,7 @@ def _update(
             reporter.update("embedding", done, len(new))
             if stop is not None and stop.is_set():
                 break
-            if (began := time.monotonic()) > next_save:
+            if (began := time.monotonic()) > next_save and update.embedded:
                 update.embedding_s += began - resumed
                 save()
                 resumed = time.monotonic()
@@ -280,13 +287,15 @@ def _plan(
             hint="mount the disk that they are on; or if they were deleted, delete the index, too",
         )
     present = (set(names) - set(chosen)) | {source.name for source in sources} | broken.keys()
-    gone = {entry.path for entry in index.entries} - present
+    places = {entry.path: row for row, entry in enumerate(index.entries)}
+    gone = places.keys() - present
     hidden, emptied = out_of_sight(folder, gone, last_listed_ns)
     if folders:  # which may have been listed, but not entered, or for a moment only could not be read
         hidden |= {name for name in gone if not is_gone(folder / name)}
     unsettled = hidden | broken.keys() | (set(names) - set(chosen))
     kept, new = compare(index.entries, sources)
     kept += [(entry, row) for row, entry in enumerate(index.entries) if entry.path in unsettled]
+    kept.sort(key=lambda known: places.get(known[0].path, len(places)))  # as they were: if nothing changed, it shows
     kept_rows, removed = {row for _, row in kept}, gone - hidden  # a row of one that was moved is kept
     count = sum(entry.path in removed and row not in kept_rows for row, entry in enumerate(index.entries))
     update = Update(kept=len(kept), removed=count)
@@ -304,6 +313,13 @@ def _plan(
 def _refused(error: InputError) -> bool:
     """Return whether an image could not be read because of the system, and not of its content."""
     return any(isinstance(cause, OSError) and cause.errno is not None for cause in causes(error))
+
+
+def _moved_graph(path: Path, graph: GraphFiles, kept: Rows, count: int) -> GraphFiles | None:
+    """Write the rows of a graph after an update, see `moved_rows`; return None if those before it cannot be read."""
+    if (keys := read_rows(path, graph)) is None:
+        return None
+    return write_rows(path, graph, moved_rows(keys[0], kept, count), keys[1])
 
 
 def _keep_graph(

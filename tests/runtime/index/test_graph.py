@@ -279,6 +279,11 @@ def test_an_index_above_the_threshold_gets_a_graph_that_updates_keep(
     graph = read_graph(path, index)
     assert graph is not None
     assert [index.entries[row].path for row in graph.others] == ["new.png"]
+    (many_images / "broken.png").write_bytes(b"no image")
+    files = {file: file.stat().st_mtime_ns for file in path.iterdir()}
+    assert update_index(encoder, many_images, path).approximate
+    assert {file: file.stat().st_mtime_ns for file in path.iterdir()} == files
+    (many_images / "broken.png").unlink()
     for query in ("green", "blue", "red"):
         approximate = search_index(path, query, top=5)
         assert approximate == search_index(path, query, top=5, exact=True)

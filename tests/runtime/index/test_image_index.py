@@ -96,6 +96,44 @@ def test_only_changed_images_are_embedded(
     assert {hit.path.name for hit in best} == {"red.png", "blue.jpg"}
 
 
+def test_nothing_is_written_while_no_image_came_or_went_though_some_cannot_be_read(
+    colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexing, "SAVE_EVERY_S", -1.0)
+    encoder = load(colour_bundle)
+    update_index(encoder, colour_images, index)
+    for i in range(40):  # more than a batch
+        (colour_images / f"broken{i}.png").write_bytes(b"no image")
+    before = files(index)
+    for _ in range(2):
+        update = update_index(encoder, colour_images, index)
+        assert (update.kept, update.embedded, len(update.unreadable)) == (4, 0, 40)
+        assert files(index) == before
+    Image.new("RGB", (9, 9), (0, 0, 250)).save(colour_images / "broken7.png")
+    update = update_index(encoder, colour_images, index)
+    assert (update.kept, update.embedded, len(update.unreadable)) == (4, 1, 39)
+    assert (len(names(index)), read_index(index)[0].missing) == (5, 0)
+    (colour_images / "blue.jpg").unlink()
+    update_index(encoder, colour_images, index)
+    assert len(names(index)) == 4
+
+
+def test_nothing_is_written_after_images_that_come_before_others_were_added(
+    colour_bundle: Path, colour_images: Path, index: Path
+) -> None:
+    for name in ("m.bmp", "n.bmp"):  # the same content and time
+        Image.new("RGB", (9, 9), (250, 0, 0)).save(colour_images / name)
+        os.utime(colour_images / name, ns=(10**18, 10**18))
+    encoder = load(colour_bundle)
+    update_index(encoder, colour_images, index)
+    Image.new("RGB", (9, 9), (0, 0, 250)).save(colour_images / "a.png")
+    (colour_images / "b.png").write_bytes((colour_images / "red.png").read_bytes())
+    update_index(encoder, colour_images, index)
+    before = files(index)
+    assert update_index(encoder, colour_images, index).kept == 8
+    assert files(index) == before
+
+
 def test_moved_copied_or_touched_images_are_not_embedded_again(
     colour_bundle: Path, colour_images: Path, index: Path, embedded: list[int]
 ) -> None:
