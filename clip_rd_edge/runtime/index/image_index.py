@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -46,6 +47,8 @@ from clip_rd_edge.utils.structs import read_versioned_json
 INDEX_VERSION = 1
 INDEX_FILE, NEXT, _ROWS = "index.json", "next", "embeddings-"
 _MAKE_ANEW = "delete it and index the folder again"
+_PART_BYTES = 1 << 20  # of index.json: decoding it takes some milliseconds
+_BETWEEN = re.compile(rb'"\],\["')  # two entries
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
@@ -80,6 +83,12 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
     graph: GraphFiles | None = None
     missing: int = 0
     listed_ns: int = 0
+
+
+class _Undecoded(Index, frozen=True, kw_only=True):
+    """The content of index.json with its entries as text."""
+
+    entries: msgspec.Raw  # type: ignore[assignment]
 
 
 class Hit(NamedTuple):
@@ -158,11 +167,37 @@ def read_index(path: Path, *, memory_mapped: bool = True) -> tuple[Index, Embedd
 def _read_content(path: Path) -> Index:
     file = path / INDEX_FILE
     try:
-        return read_versioned_json(file, Index, newest=INDEX_VERSION, key="version")
+        content = read_versioned_json(file, _Undecoded, newest=INDEX_VERSION, key="version")
+        try:
+            entries = _decode_in_parts(content.entries)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # raised again, with the place in the file
+            return read_versioned_json(file, Index, newest=INDEX_VERSION, key="version")
+        return Index(**{**msgspec.structs.asdict(content), "entries": entries})
     except ConfigError as error:
         if error.hint:
             raise
         raise ConfigError(f"The index {path} is damaged: {error}", hint=_MAKE_ANEW) from error
+
+
+def _decode_in_parts(text: msgspec.Raw) -> list[Entry]:
+    """Decode the entries of index.json, some thousands at a time, so that other threads run in between.
+
+    Quotes in a path are escaped, so that what looks like the end of an entry is one, or else part of a text: then what
+    is before it is no JSON.
+
+    Raises:
+        msgspec.MsgspecError, UnicodeDecodeError, RecursionError: as `msgspec.json.decode`, or a path looks like the end
+            of an entry.
+    """
+    content, decoder = memoryview(text), msgspec.json.Decoder(list[Entry])
+    entries: list[Entry] = []
+    opening, start = b"", 0
+    while cut := _BETWEEN.search(content, start + _PART_BYTES):
+        end = cut.end() - len(',["')
+        entries += decoder.decode(b"".join((opening, content[start:end], b"]")))
+        opening, start = b"[", end + 1
+    entries += decoder.decode(b"".join((opening, content[start:])))
+    return entries
 
 
 def write_index(path: Path, index: Index, rows: Embeddings) -> Index:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from clip_rd_edge.runtime.encoder import Placement
 from clip_rd_edge.runtime.index import folder as index_folder
 from clip_rd_edge.runtime.index import update as indexing
 from clip_rd_edge.runtime.index.folder import Source
+from clip_rd_edge.runtime.index.graph import GraphFiles
 from clip_rd_edge.runtime.index.image_index import (
     Entry,
     Index,
@@ -701,6 +703,59 @@ def test_what_is_not_an_index_is_refused(colour_bundle: Path, colour_images: Pat
     with pytest.raises(ConfigError, match=r"is damaged: .* is not valid JSON") as raised:
         read_index(index)
     assert raised.value.hint == "delete it and index the folder again"
+
+
+@pytest.mark.parametrize("name", ["a", '],["', '"],["', '\\"],["', "],[", "\\"])
+@pytest.mark.parametrize("spaces", [False, True])
+def test_an_index_is_read_in_parts_whatever_is_in_its_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, spaces: bool
+) -> None:
+    entries = [
+        Entry(path=path, size_bytes=i, modified_ns=10**18 + i, sha256="f" * 64)
+        for i in range(300)
+        for path in (f"é{i}.jpg", f"{name}{i}.jpg", f"{i}{name}", name)
+    ]
+    graph = GraphFiles(file="graph", rows="rows", keys=1200)
+    index = Index(version=1, folder="/[[", bundle="b", model="m", embeddings="", entries=entries, graph=graph)
+    written = write_index(tmp_path, index, np.zeros((1200, 1), dtype=np.float32))
+    if spaces:
+        (tmp_path / "index.json").write_bytes(msgspec.json.format((tmp_path / "index.json").read_bytes()))
+    whole, decoded, decoder = read_index(tmp_path)[0], list[bytes](), msgspec.json.Decoder
+
+    class Recorder:
+        def __init__(self, kind: Any) -> None:
+            self._decoder = decoder(kind)
+
+        def decode(self, text: bytes) -> Any:
+            decoded.append(text)
+            return self._decoder.decode(text)
+
+    monkeypatch.setattr("clip_rd_edge.runtime.index.image_index._PART_BYTES", 1000)
+    monkeypatch.setattr("msgspec.json.Decoder", Recorder)
+    assert read_index(tmp_path)[0] == whole == written
+    if not spaces and name == "a":
+        assert max(map(len, decoded)) < 1500
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ("{}", "Expected `array`, got `object` - at `$.entries`"),
+        ('""', "Expected `array`, got `str` - at `$.entries`"),
+        ('[["a",1,2,"b"],["a",1,2,"b"],["a",1,2,3]]', r"Expected `str`, got `int` - at `$.entries[2][3]`"),
+        ('[["a",1,2,"b"],["a",1,2,"b"]', "is not valid JSON"),
+        ('[["a",1,2,"b"]],["a",1,2,"b"]', "is not valid JSON"),
+        ("[" * 10_000 + "]" * 10_000, "nested too deep"),
+    ],
+)
+def test_what_is_wrong_with_an_index_is_named_by_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: str, message: str
+) -> None:
+    monkeypatch.setattr("clip_rd_edge.runtime.index.image_index._PART_BYTES", 2)
+    head = '"version":1,"folder":"f","bundle":"b","model":"m","embeddings":"e.npy"'
+    (tmp_path / "index.json").write_text(f'{{{head},"entries":{entries}}}')
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_index(tmp_path)
 
 
 def test_an_index_of_a_newer_version_asks_for_one(tmp_path: Path) -> None:
