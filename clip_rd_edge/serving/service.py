@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index.graph import Graph
 from clip_rd_edge.runtime.index.image_index import (
     INDEX_FILE,
+    Entry,
     Index,
     nearest,
     read_graph,
@@ -52,6 +52,10 @@ OPENERS = 2  # threads that decode images
 _BATCHES_AHEAD = 3  # of opened images: one in the model, one being opened, and one ready in between
 _FEW_CHARACTERS = 1000  # that are tokenised at once: a change of threads takes longer
 _MAX_CLASSIFIERS = 8  # label lists whose embeddings are kept
+_ENTRIES_FREED = 10_000  # at a time
+_READING_S = 1.0  # that a search waits for an index that was updated; less than a client's patience
+
+_OpenedIndex = tuple[Index, Embeddings, Graph | None]
 
 
 class BusyError(ClipRdEdgeError):
@@ -109,11 +113,14 @@ class Service:
         self._classifiers: OrderedDict[str, ZeroShotClassifier] = OrderedDict()
         # By the key of the labels: one request embeds them, and the others with the same ones wait for it.
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._index_folder, self._index_reader = index, threading.Lock()
-        self._index_identity: tuple[int, ...] | None = None
-        self._index: tuple[Index, Embeddings, Graph | None] | None = None
+        self._index_folder = index
+        self._index_identity: tuple[int, ...] | None = None  # of the index.json that was read last
+        self._index_error: ClipRdEdgeError | None = None  # why that cannot be searched
+        self._reading: asyncio.Task[None] | None = None
+        self._index: _OpenedIndex | None = None
         if index is not None:
-            self._read_index()
+            self._index_identity = file_identity(index / INDEX_FILE)
+            self._index = self._open_index(index)
         open_image_tower(encoder)
         if encoder.has_text_tower:
             encoder.encode_texts(["a photo"])  # the first request waits for neither tower
@@ -204,11 +211,9 @@ class Service:
         protocol.require_length(body.query, "The query")
         item = Item(image=protocol.decode_image(body.image)) if body.image else Item(text=body.query)
         (row,), _ = await self._embed([item])
-        try:
-            hits = await asyncio.to_thread(self._nearest, row, body.top)
-        except InputError as error:  # not the client's: the index was removed, or replaced by another bundle's
-            raise ClipRdEdgeError(str(error), hint=error.hint) from error
-        return json_response({"hits": hits})
+        index, rows, graph = await self._current_index()
+        hits = await asyncio.to_thread(nearest, index, rows, row, top=body.top, graph=graph)
+        return json_response({"hits": [{"path": str(hit.path), "similarity": hit.similarity} for hit in hits]})
 
     @property
     def searches(self) -> bool:
@@ -332,39 +337,55 @@ class Service:
                 means.append(np.concatenate(rows).reshape(len(labels[part]), len(templates), -1).mean(axis=1))
         return normalise(np.concatenate(means))
 
-    def _nearest(self, row: Embeddings, top: int) -> list[dict[str, Any]]:
-        index, rows, graph = self._read_index()
-        hits = nearest(index, rows, row, top=top, graph=graph)
-        return [{"path": str(hit.path), "similarity": hit.similarity} for hit in hits]
+    async def _current_index(self) -> _OpenedIndex:
+        """Return the index, read again if it was updated; as it was before, where reading takes longer than a moment.
 
-    def _read_index(self) -> tuple[Index, Embeddings, Graph | None]:
-        """Return the index, read again if it was updated; as it was, while another thread reads it."""
+        Raises:
+            ClipRdEdgeError: the index that is there cannot be searched.
+        """
         folder = self._index_folder
         assert folder is not None  # /search has no route without an index
-        current = file_identity(folder / INDEX_FILE)
-        if self._index is None or current != self._index_identity:
-            self._read_updated_index(folder)
+        identity = await asyncio.to_thread(file_identity, folder / INDEX_FILE)
+        if self._reading is None and (identity != self._index_identity or self._index_error is not None):
+            self._reading = asyncio.create_task(self._read_again(folder))
+            finished, _ = await asyncio.wait([self._reading], timeout=_READING_S)
+            for reading in finished:
+                reading.result()  # raises what is not expected
+        if self._index_error is not None and identity == self._index_identity:
+            # Not an InputError, as the client's mistakes are: it was removed, or replaced by another bundle's.
+            raise ClipRdEdgeError(str(self._index_error), hint=self._index_error.hint) from self._index_error
         assert self._index is not None  # it was read at the start
         return self._index
 
-    def _read_updated_index(self, folder: Path) -> None:
-        if not self._index_reader.acquire(blocking=False):
-            return
+    async def _read_again(self, folder: Path) -> None:
         try:
-            current = file_identity(folder / INDEX_FILE)
-            if self._index is not None and current == self._index_identity:  # another thread has read it meanwhile
+            identity = await asyncio.to_thread(file_identity, folder / INDEX_FILE)
+            try:
+                opened = await asyncio.to_thread(self._open_index, folder)
+            except ClipRdEdgeError as error:
+                self._index_identity, self._index_error = identity, error
                 return
-            index, rows = read_index(folder, memory_mapped=False)
-            if self._index is not None and index.model != self._index[0].model:
-                raise ClipRdEdgeError(
-                    f"Another bundle has made the index {folder} again since this server started.",
-                    hint=f"Restart clip-rd-edge serve with that bundle, {index.bundle}.",
-                )
-            require_same_model(self.encoder, index, folder)
-            graph = read_graph(folder, index, memory_mapped=False)
-            self._index, self._index_identity = (index, rows, graph), current
+            entries = list(self._index[0].entries) if self._index is not None else []
+            self._index, self._index_identity, self._index_error = opened, identity, None
+            await asyncio.to_thread(_free_in_parts, entries)
         finally:
-            self._index_reader.release()
+            self._reading = None
+
+    def _open_index(self, folder: Path) -> _OpenedIndex:
+        index, rows = read_index(folder, memory_mapped=False)
+        if self._index is not None and index.model != self._index[0].model:
+            raise ClipRdEdgeError(
+                f"Another bundle has made the index {folder} again since this server started.",
+                hint=f"Restart clip-rd-edge serve with that bundle, {index.bundle}.",
+            )
+        require_same_model(self.encoder, index, folder)
+        return index, rows, read_graph(folder, index, memory_mapped=False)
+
+
+def _free_in_parts(entries: list[Entry]) -> None:
+    """Empty a list: all at once, the memory of a million entries is freed while no other thread runs."""
+    while entries:
+        del entries[-_ENTRIES_FREED:]
 
 
 def _stacked(encode: Callable[[Any], Embeddings]) -> Callable[[Sequence[Any]], Embeddings]:

@@ -252,36 +252,57 @@ def test_an_updated_index_is_read_again(client: Any, colour_bundle: Path, colour
     assert hit["path"] != str(colour_images / "blue.jpg")
 
 
-def test_one_search_reads_an_updated_index_and_the_others_use_what_was_read_before(
+def test_searches_use_the_index_as_it_was_while_one_that_was_updated_is_read(
     colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = load(colour_bundle)
     update_index(encoder, colour_images, tmp_path / "index")
     service = Service(encoder, index=tmp_path / "index")
-    began, goes_on, reads, read = threading.Event(), threading.Event(), list[Path](), read_index
+    goes_on, reads, read = threading.Event(), list[Path](), read_index
 
     def read_slowly(path: Path, **options: Any) -> Any:
         reads.append(path)
-        began.set()
         assert goes_on.wait(PATIENCE_S)
         return read(path, **options)
 
     monkeypatch.setattr("clip_rd_edge.serving.service.read_index", read_slowly)
+    monkeypatch.setattr("clip_rd_edge.serving.service._READING_S", 0.01)
     (colour_images / "blue.jpg").unlink()
     update_index(encoder, colour_images, tmp_path / "index")
-    row = encoder.encode_texts(["blue"])[0]
-    with ThreadPoolExecutor(8) as threads:
-        first = threads.submit(service._nearest, row, 1)
-        assert began.wait(PATIENCE_S)
-        others = [threads.submit(service._nearest, row, 1) for _ in range(7)]
+    with testclient.TestClient(make_app(service), base_url=BASE_URL) as client, ThreadPoolExecutor(8) as pool:
+
+        def nearest_name(query: str = "blue") -> str:
+            return Path(client.post("/search", json={"query": query, "top": 1}).json()["hits"][0]["path"]).name
+
         try:
-            assert {Path(other.result(10)[0]["path"]).name for other in others} == {"blue.jpg"}
+            assert set(pool.map(nearest_name, ["blue"] * 8)) == {"blue.jpg"}  # the one that began to read it, too
         finally:
             goes_on.set()
-        assert Path(first.result(PATIENCE_S)[0]["path"]).name != "blue.jpg"
-    assert Path(service._nearest(row, 1)[0]["path"]).name != "blue.jpg"
-    assert len(reads) == 1
-    service.close()
+        assert wait_until(lambda: nearest_name() != "blue.jpg")
+        assert len(reads) == 1
+
+
+@pytest.mark.parametrize("reading_s", [0.01, PATIENCE_S])
+def test_an_index_that_cannot_be_read_is_an_error_until_it_can(
+    colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reading_s: float
+) -> None:
+    monkeypatch.setattr("clip_rd_edge.serving.service._READING_S", reading_s)
+    encoder, index = load(colour_bundle), tmp_path / "index"
+    update_index(encoder, colour_images, index)
+    service = Service(encoder, index=index)
+    with testclient.TestClient(make_app(service), base_url=BASE_URL) as client:
+
+        def status() -> int:
+            return client.post("/search", json={"query": "blue", "top": 1}).status_code
+
+        (colour_images / "blue.jpg").unlink()
+        update_index(encoder, colour_images, index)
+        (rows,) = index.glob("embeddings-*.npy")
+        rows.rename(tmp_path / "aside")  # as while a copy is under way: index.json does not change any more
+        assert wait_until(lambda: status() == 500)
+        assert [status() for _ in range(3)] == [500, 500, 500]
+        (tmp_path / "aside").rename(rows)
+        assert wait_until(lambda: status() == 200)
 
 
 def test_base64_may_have_line_breaks_as_the_command_base64_makes_them(client: Any) -> None:
