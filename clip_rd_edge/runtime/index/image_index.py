@@ -19,7 +19,7 @@ import re
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -49,6 +49,9 @@ INDEX_FILE, NEXT, _ROWS = "index.json", "next", "embeddings-"
 _MAKE_ANEW = "delete it and index the folder again"
 _PART_BYTES = 1 << 20  # of index.json: decoding it takes some milliseconds
 _BETWEEN = re.compile(rb'"\],\["')  # two entries
+
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
@@ -164,15 +167,23 @@ def read_index(path: Path, *, memory_mapped: bool = True) -> tuple[Index, Embedd
     return index, rows
 
 
+def indexed_folder(path: Path) -> str:
+    """Return the path of the image folder of an index, without decoding its entries; raises as `read_index`."""
+    return _read(path, _Undecoded).folder
+
+
 def _read_content(path: Path) -> Index:
-    file = path / INDEX_FILE
+    content = _read(path, _Undecoded)
     try:
-        content = read_versioned_json(file, _Undecoded, newest=INDEX_VERSION, key="version")
-        try:
-            entries = _decode_in_parts(content.entries)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # raised again, with the place in the file
-            return read_versioned_json(file, Index, newest=INDEX_VERSION, key="version")
-        return Index(**{**msgspec.structs.asdict(content), "entries": entries})
+        entries = _decode_in_parts(content.entries)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # raised again, with the place in the file
+        return _read(path, Index)
+    return Index(**{**msgspec.structs.asdict(content), "entries": entries})
+
+
+def _read(path: Path, kind: type[T]) -> T:
+    try:
+        return read_versioned_json(path / INDEX_FILE, kind, newest=INDEX_VERSION, key="version")
     except ConfigError as error:
         if error.hint:
             raise

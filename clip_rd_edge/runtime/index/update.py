@@ -48,6 +48,7 @@ from clip_rd_edge.runtime.index.image_index import (
     Entry,
     Index,
     delete,
+    indexed_folder,
     is_index,
     leftovers,
     model_key,
@@ -137,7 +138,9 @@ def update_index(
             raise InputError(f"The path {_printable(location)} is not UTF-8, as index.json is.", hint="rename it")
     if cluster is None:  # else its workers are asked
         encoder.require_right(encoder.manifest.image)
-    _start(encoder, folder.resolve(), path)  # refuse a folder that is not an index before creating a lock in it
+    # What is not an index, or of another folder, is refused before a lock is created in it.
+    if not is_index(path) or indexed_folder(path) != str(folder.resolve()):
+        _start(encoder, folder.resolve(), path)
     try:
         with exclusive_writer(path, on_wait=reporter.say, stop=stop) as may_write:
             if not may_write:

@@ -98,6 +98,16 @@ def test_only_changed_images_are_embedded(
     assert {hit.path.name for hit in best} == {"red.png", "blue.jpg"}
 
 
+def test_an_update_decodes_the_entries_of_its_index_once(
+    colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, reads = load(colour_bundle), list[Path]()
+    update_index(encoder, colour_images, index)
+    monkeypatch.setattr(indexing, "read_index", lambda path: reads.append(path) or read_index(path))
+    update_index(encoder, colour_images, index)
+    assert len(reads) == 1
+
+
 def test_nothing_is_written_while_no_image_came_or_went_though_some_cannot_be_read(
     colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
