@@ -173,7 +173,7 @@ def read_labels_file(path: Path) -> list[str]:
 def _read_list(path: Path, *, max_bytes: int, headings: Sequence[str], captions: bool) -> list[str]:
     if is_folder(path):
         raise InputError(f"The label file {path} is a folder.", hint="name a file with one label per line")
-    content = read_limited(path, max_bytes)
+    content = read_limited(path, max_bytes, hint="leave out some of the labels or captions, or shorten them")
     refuse_other_formats(f"The label file {path}", content)
     try:
         text = content.decode("utf-8-sig")

@@ -504,10 +504,13 @@ def _open_to_read(path: Path) -> IO[bytes]:
         raise
 
 
-def read_limited(path: Path, max_bytes: int) -> bytes:
+def read_limited(path: Path, max_bytes: int, *, hint: str = "") -> bytes:
     """Return the content of a file, or raise InputError if it cannot be read or is larger than a limit.
 
     The size of a regular file is checked before it is read; a device or a pipe is read up to the limit.
+
+    Args:
+        hint: of the error about a file that is too large.
     """
     try:
         with _patiently(lambda: _open_to_read(path)) as file:
@@ -519,7 +522,7 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"Cannot read {path}: {reason}.{near_files(path)}", hint="check the path") from error
     if too_large or len(content) > max_bytes:
-        raise InputError(f"{path} is larger than the {max_bytes:,} bytes that such a file may have.")
+        raise InputError(f"{path} is larger than the {max_bytes:,} bytes that such a file may have.", hint=hint)
     return content
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +251,16 @@ def test_only_line_ends_end_a_row_of_a_table(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_bytes("id,label\r\n1,a cat\u2028on a mat\r\n2,a dog\x85by the sea\n3,red\x0band blue\n".encode())
     assert read_labels_file(path) == ["a cat\u2028on a mat", "a dog\x85by the sea", "red\x0band blue"]
+
+
+@pytest.mark.parametrize("read", [read_labels_file, lambda path: read_texts(str(path), "title")])
+def test_a_file_that_is_too_large_says_what_to_do(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    path = tmp_path / "labels.txt"
+    path.touch()
+    os.truncate(path, 1 << 29)
+    with pytest.raises(InputError, match="is larger than the") as caught:
+        read(path)
+    assert caught.value.hint == "leave out some of the labels or captions, or shorten them"
 
 
 def test_a_label_may_begin_with_a_tilde() -> None:
