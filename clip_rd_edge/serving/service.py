@@ -28,23 +28,14 @@ from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.index.graph import Graph
-from clip_rd_edge.runtime.index.image_index import (
-    INDEX_FILE,
-    Entry,
-    Index,
-    nearest,
-    read_graph,
-    read_index,
-    require_same_model,
-)
+from clip_rd_edge.runtime.index.image_index import nearest
 from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.batching import Batcher
 from clip_rd_edge.serving.metrics import CONTENT_TYPE, Metrics
 from clip_rd_edge.serving.protocol import Item
+from clip_rd_edge.serving.served_index import ServedIndex
 from clip_rd_edge.utils.checked import CheckedStruct, PositiveInt
 from clip_rd_edge.utils.host import resident_memory_bytes
-from clip_rd_edge.utils.paths import file_identity
 from clip_rd_edge.utils.structs import decode_request
 from clip_rd_edge.web.models import MAX_PIXELS, LabelSets, UploadedImage, label_key
 
@@ -52,10 +43,6 @@ OPENERS = 2  # threads that decode images
 _BATCHES_AHEAD = 3  # of opened images: one in the model, one being opened, and one ready in between
 _FEW_CHARACTERS = 1000  # that are tokenised at once: a change of threads takes longer
 _MAX_CLASSIFIERS = 8  # label lists whose embeddings are kept
-_ENTRIES_FREED = 10_000  # at a time
-_READING_S = 1.0  # that a search waits for an index that was updated; less than a client's patience
-
-_OpenedIndex = tuple[Index, Embeddings, Graph | None]
 
 
 class BusyError(ClipRdEdgeError):
@@ -113,14 +100,7 @@ class Service:
         self._classifiers: OrderedDict[str, ZeroShotClassifier] = OrderedDict()
         # By the key of the labels: one request embeds them, and the others with the same ones wait for it.
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._index_folder = index
-        self._index_identity: tuple[int, ...] | None = None  # of the index.json that was read last
-        self._index_error: ClipRdEdgeError | None = None  # why that cannot be searched
-        self._reading: asyncio.Task[None] | None = None
-        self._index: _OpenedIndex | None = None
-        if index is not None:
-            self._index_identity = file_identity(index / INDEX_FILE)
-            self._index = self._open_index(index)
+        self._index = ServedIndex(index, encoder) if index is not None else None
         open_image_tower(encoder)
         if encoder.has_text_tower:
             encoder.encode_texts(["a photo"])  # the first request waits for neither tower
@@ -211,14 +191,15 @@ class Service:
         protocol.require_length(body.query, "The query")
         item = Item(image=protocol.decode_image(body.image)) if body.image else Item(text=body.query)
         (row,), _ = await self._embed([item])
-        index, rows, graph = await self._current_index()
+        assert self._index is not None  # /search has no route without an index
+        index, rows, graph = await self._index.current()
         hits = await asyncio.to_thread(nearest, index, rows, row, top=body.top, graph=graph)
         return json_response({"hits": [{"path": str(hit.path), "similarity": hit.similarity} for hit in hits]})
 
     @property
     def searches(self) -> bool:
         """Whether there is an index to search."""
-        return self._index_folder is not None
+        return self._index is not None
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -336,56 +317,6 @@ class Service:
                 rows = [(await self._embed_texts(prompts[batch]))[0] for batch in in_batches(len(prompts), size)]
                 means.append(np.concatenate(rows).reshape(len(labels[part]), len(templates), -1).mean(axis=1))
         return normalise(np.concatenate(means))
-
-    async def _current_index(self) -> _OpenedIndex:
-        """Return the index, read again if it was updated; as it was before, where reading takes longer than a moment.
-
-        Raises:
-            ClipRdEdgeError: the index that is there cannot be searched.
-        """
-        folder = self._index_folder
-        assert folder is not None  # /search has no route without an index
-        identity = await asyncio.to_thread(file_identity, folder / INDEX_FILE)
-        if self._reading is None and (identity != self._index_identity or self._index_error is not None):
-            self._reading = asyncio.create_task(self._read_again(folder))
-            finished, _ = await asyncio.wait([self._reading], timeout=_READING_S)
-            for reading in finished:
-                reading.result()  # raises what is not expected
-        if self._index_error is not None and identity == self._index_identity:
-            # Not an InputError, as the client's mistakes are: it was removed, or replaced by another bundle's.
-            raise ClipRdEdgeError(str(self._index_error), hint=self._index_error.hint) from self._index_error
-        assert self._index is not None  # it was read at the start
-        return self._index
-
-    async def _read_again(self, folder: Path) -> None:
-        try:
-            identity = await asyncio.to_thread(file_identity, folder / INDEX_FILE)
-            try:
-                opened = await asyncio.to_thread(self._open_index, folder)
-            except ClipRdEdgeError as error:
-                self._index_identity, self._index_error = identity, error
-                return
-            entries = list(self._index[0].entries) if self._index is not None else []
-            self._index, self._index_identity, self._index_error = opened, identity, None
-            await asyncio.to_thread(_free_in_parts, entries)
-        finally:
-            self._reading = None
-
-    def _open_index(self, folder: Path) -> _OpenedIndex:
-        index, rows = read_index(folder, memory_mapped=False)
-        if self._index is not None and index.model != self._index[0].model:
-            raise ClipRdEdgeError(
-                f"Another bundle has made the index {folder} again since this server started.",
-                hint=f"Restart clip-rd-edge serve with that bundle, {index.bundle}.",
-            )
-        require_same_model(self.encoder, index, folder)
-        return index, rows, read_graph(folder, index, memory_mapped=False)
-
-
-def _free_in_parts(entries: list[Entry]) -> None:
-    """Empty a list: all at once, the memory of a million entries is freed while no other thread runs."""
-    while entries:
-        del entries[-_ENTRIES_FREED:]
 
 
 def _stacked(encode: Callable[[Any], Embeddings]) -> Callable[[Sequence[Any]], Embeddings]:

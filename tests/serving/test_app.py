@@ -265,8 +265,8 @@ def test_searches_use_the_index_as_it_was_while_one_that_was_updated_is_read(
         assert goes_on.wait(PATIENCE_S)
         return read(path, **options)
 
-    monkeypatch.setattr("clip_rd_edge.serving.service.read_index", read_slowly)
-    monkeypatch.setattr("clip_rd_edge.serving.service._READING_S", 0.01)
+    monkeypatch.setattr("clip_rd_edge.serving.served_index.read_index", read_slowly)
+    monkeypatch.setattr("clip_rd_edge.serving.served_index._READING_S", 0.01)
     (colour_images / "blue.jpg").unlink()
     update_index(encoder, colour_images, tmp_path / "index")
     with testclient.TestClient(make_app(service), base_url=BASE_URL) as client, ThreadPoolExecutor(8) as pool:
@@ -286,7 +286,7 @@ def test_searches_use_the_index_as_it_was_while_one_that_was_updated_is_read(
 def test_an_index_that_cannot_be_read_is_an_error_until_it_can(
     colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reading_s: float
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.serving.service._READING_S", reading_s)
+    monkeypatch.setattr("clip_rd_edge.serving.served_index._READING_S", reading_s)
     encoder, index = load(colour_bundle), tmp_path / "index"
     update_index(encoder, colour_images, index)
     service = Service(encoder, index=index)
