@@ -298,7 +298,8 @@ def _plan(
     unsettled = hidden | broken.keys() | (set(names) - set(chosen))
     kept, new = compare(index.entries, sources)
     kept += [(entry, row) for row, entry in enumerate(index.entries) if entry.path in unsettled]
-    kept.sort(key=lambda known: places.get(known[0].path, len(places)))  # as they were: if nothing changed, it shows
+    # In the order of the index, so that it shows if nothing changed. Not by row: equal images may all have that of one.
+    kept.sort(key=lambda known: places.get(known[0].path, len(places)))
     kept_rows, removed = {row for _, row in kept}, gone - hidden  # a row of one that was moved is kept
     count = sum(entry.path in removed and row not in kept_rows for row, entry in enumerate(index.entries))
     update = Update(kept=len(kept), removed=count)

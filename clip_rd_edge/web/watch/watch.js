@@ -12,10 +12,9 @@ async function refresh() {
   try {
     const response = await fetch(location.href, { cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) });
     const next = new DOMParser().parseFromString(await response.text(), "text/html");
-    if (response.ok && !next.querySelector("[data-part]")) {
-      showLost("Another page answers in place of clip-rd-edge watch. Reload this page."); // such as one to log in
-    } else if (response.ok) update(next);
-    else showLost(next.querySelector("p")?.textContent ?? `The server answers with status ${response.status}.`);
+    if (!response.ok) showLost(next.querySelector("p")?.textContent ?? `The server answers with status ${response.status}.`);
+    else if (next.querySelector("[data-part]")) update(next);
+    else showLost("Another page answers in place of clip-rd-edge watch. Reload this page."); // such as one to log in
   } catch {
     showLost("clip-rd-edge watch does not answer any more; start it again to see how the run goes on.");
   } finally {
