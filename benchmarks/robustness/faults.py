@@ -308,7 +308,8 @@ class BundleScenario:
         import msgspec
 
         from clip_rd_edge.contract.bundle import write_manifest
-        from clip_rd_edge.utils.files import new_folder, write_bytes
+        from clip_rd_edge.utils.files import write_bytes
+        from clip_rd_edge.utils.folders import new_folder
 
         with new_folder(folder / "bundle") as temporary:
             for file, content in self._files.items():
@@ -347,7 +348,7 @@ class CheckpointScenario:
             self._save(folder, step)
 
     def run(self, folder: Path) -> None:
-        from clip_rd_edge.utils.files import remove_leftovers
+        from clip_rd_edge.utils.folders import remove_leftovers
 
         remove_leftovers(folder / "checkpoints")  # as each start does
         self._save(folder, 3)

@@ -126,7 +126,7 @@ def benchmark(
     from clip_rd_edge.benchmarking.run import run_suite
     from clip_rd_edge.benchmarking.suite import find_suite, parse_models, read_suite
     from clip_rd_edge.contract.encoder import as_list
-    from clip_rd_edge.utils.files import require_free_output
+    from clip_rd_edge.utils.folders import require_free_output
     from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 
     folder = Path(output)

@@ -141,7 +141,8 @@ def _write_confusion(path: Path, scores: Sequence[Score]) -> None:
         UsageError: the file cannot be written.
     """
     from clip_rd_edge.benchmarking.metrics import ZeroShotScore
-    from clip_rd_edge.utils.files import named_failures, write_text
+    from clip_rd_edge.utils.files import write_text
+    from clip_rd_edge.utils.folders import named_failures
 
     rows = [
         csv_row(score.task, row.label, predicted, images)

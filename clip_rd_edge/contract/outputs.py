@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, MANIFEST, STAMP_SUFFIX, listed_files
 from clip_rd_edge.contract.checkpoint import CONFIG_FILE, DISTILLATION_FILE, TRANSFORMERS_CONFIG, WEIGHTS_FILE
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.utils.files import require_apart, require_free_output, unwritable_output
+from clip_rd_edge.utils.files import unwritable_output
+from clip_rd_edge.utils.folders import require_apart, require_free_output
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
 from clip_rd_edge.utils.structs import read_json_objects
 

@@ -28,7 +28,8 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.convert.graph import rename_tensors
 from clip_rd_edge.convert.huggingface import normalizer_with_cleaning
 from clip_rd_edge.errors import UsageError, near_matches
-from clip_rd_edge.utils.files import new_folder, write_bytes, write_text
+from clip_rd_edge.utils.files import write_bytes, write_text
+from clip_rd_edge.utils.folders import new_folder
 from clip_rd_edge.utils.structs import to_json
 
 # The models of open_clip that immich knows, by the size of their embeddings; the first is the default.

@@ -25,7 +25,7 @@ from PIL import Image
 from clip_rd_edge.contract.images import to_rgb
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
 from clip_rd_edge.data.tables.load import TablePairs
-from clip_rd_edge.utils.files import new_folder
+from clip_rd_edge.utils.folders import new_folder
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.paths import cache_home
 

@@ -21,7 +21,8 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from clip_rd_edge.errors import LostProcessError, UsageError
-from clip_rd_edge.utils.files import new_folder, now_in
+from clip_rd_edge.utils.files import now_in
+from clip_rd_edge.utils.folders import new_folder
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.lock import exclusive_writer
 from clip_rd_edge.utils.paths import cache_home

@@ -94,7 +94,8 @@ from clip_rd_edge.models.defaults import float32_on_cpu
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.student import TEACHER
-from clip_rd_edge.utils.files import disk_full_error, remove_leftovers, write_text
+from clip_rd_edge.utils.files import disk_full_error, write_text
+from clip_rd_edge.utils.folders import remove_leftovers
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, read_yaml, to_yaml

@@ -49,7 +49,8 @@ from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.runtime.load import open_bundle
-from clip_rd_edge.utils.files import new_folder, write_bytes
+from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.folders import new_folder
 from clip_rd_edge.utils.host import ONNXRUNTIMES, installed_versions
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 

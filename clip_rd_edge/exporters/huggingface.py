@@ -20,7 +20,7 @@ from clip_rd_edge.exporters.model_card import write_model_card
 from clip_rd_edge.exporters.onnx import MAX_FILE_BYTES
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_open_clip, save_usage
-from clip_rd_edge.utils.files import new_folder
+from clip_rd_edge.utils.folders import new_folder
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
 

@@ -40,7 +40,7 @@ from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matche
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.config_limits import require_bounded
 from clip_rd_edge.models.defaults import float32_on_cpu
-from clip_rd_edge.utils.files import new_folder
+from clip_rd_edge.utils.folders import new_folder
 from clip_rd_edge.utils.logs import quiet_logs
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
 from clip_rd_edge.utils.printable import shown_sources

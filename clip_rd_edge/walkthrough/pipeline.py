@@ -35,7 +35,8 @@ from clip_rd_edge.models.stitch import IMAGENET, class_nouns, read_class_names, 
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.models.text.trim import write_trimmed
 from clip_rd_edge.runtime.label_list import everyday_labels
-from clip_rd_edge.utils.files import require_free_output, sha256_of, write_bytes, write_text
+from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
+from clip_rd_edge.utils.folders import require_free_output
 from clip_rd_edge.utils.host import instruction_sets
 from clip_rd_edge.utils.paths import is_file, is_folder, shipped_path
 from clip_rd_edge.utils.reporting import Reporter

@@ -35,7 +35,8 @@ from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
 from clip_rd_edge.runtime.intact import require_intact_manifest
 from clip_rd_edge.runtime.labels import write_label_bank
-from clip_rd_edge.utils.files import new_folder, size_bytes, write_bytes
+from clip_rd_edge.utils.files import size_bytes, write_bytes
+from clip_rd_edge.utils.folders import new_folder
 from clip_rd_edge.utils.paths import cache_home, is_file
 from clip_rd_edge.utils.structs import to_json
 

@@ -338,7 +338,7 @@ def test_a_signal_removes_what_is_unfinished_before_it_ends_the_process(tmp_path
 import sys, time
 from pathlib import Path
 from clip_rd_edge.cli import main
-from clip_rd_edge.utils.files import new_folder
+from clip_rd_edge.utils.folders import new_folder
 
 def export(arguments):
     with new_folder(Path(sys.argv[1])) as folder:
