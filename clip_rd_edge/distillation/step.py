@@ -8,12 +8,10 @@ always that of the global batch, and the processes only have to sum the gradient
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.distillation.batches.loader import Batch
 from clip_rd_edge.distillation.batches.pixels import Normaliser
-from clip_rd_edge.distillation.config import Precision
+from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.depthwise import speed_up_small_maps
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.teachers.bank import TeacherBank
@@ -30,14 +28,13 @@ from clip_rd_edge.distillation.teachers.teacher import (
     BatchTeacher,
     FrozenTextTower,
     Targets,
-    Teacher,
+    caption_batch_size,
 )
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.logits import MAX_SCALE
 from clip_rd_edge.losses.objective import EmbeddingBatch, LossTerms, Objective
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 from clip_rd_edge.models.text.captions import LENGTHS, CaptionTower
-from clip_rd_edge.utils.timing import time_in_turn
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,27 @@ class StepSettings:
     compile: bool = False
     recompute: bool = False
     seed: int = 0
+
+
+def caption_batch(config: RunConfig, device: torch.device) -> int:
+    """Return the number of captions per pass through a frozen text tower, of teacher or student."""
+    images = -(-config.recipe.batch_size // (config.processes * config.accumulate))
+    return caption_batch_size(images, device)
+
+
+def step_settings(config: RunConfig, autocast: torch.dtype | None, device: torch.device) -> StepSettings:
+    """Return the step settings of a run, for the precision `autocast`."""
+    return StepSettings(
+        autocast=autocast,
+        chunks=config.accumulate,
+        block=config.loss_block,
+        global_logits=config.global_logits,
+        freeze_text=config.freeze_text,
+        caption_batch=caption_batch(config, device),
+        compile=config.compile,
+        recompute=config.gradient_checkpointing,
+        seed=config.seed,
+    )
 
 
 class TrainingStep:
@@ -325,73 +343,3 @@ def clamp_scales(student: nn.Module, objective: Objective) -> None:
 
 
 AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# A precision of fewer bits must be noticeably faster than the one before it in `measured_precisions`.
-_FASTER = 0.95
-
-
-def measured_precisions(device: torch.device) -> tuple[Precision, ...]:
-    """Return the precisions that `auto` measures on a device, the most robust first.
-
-    float16 needs a loss scale, so bfloat16 precedes it; on GPUs before Ampere, bfloat16 is emulated and slow. CPUs have
-    no fast float16 training.
-    """
-    return ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")
-
-
-def choose_teacher_precision(
-    requested: Precision,
-    make_teachers: Callable[[torch.dtype | None], Sequence[Teacher]],
-    batch: Batch,
-    device: torch.device,
-) -> tuple[Precision, str]:
-    """Return the precision of the teachers, and the reason as a sentence."""
-    if requested != "auto":
-        return requested, f"{requested}, as requested"
-    if not any(pixels.numel() for pixels in batch.teacher_pixels):
-        return "fp32", "fp32, as there are no images whose embedding could be timed"
-    calls = {name: partial(_embed_images, make_teachers(AUTOCAST[name]), batch) for name in measured_precisions(device)}
-    return _measure_precision(calls, "embedding a batch's images", device)
-
-
-def _embed_images(teachers: Sequence[Teacher], batch: Batch) -> None:
-    for teacher, pixels in zip(teachers, batch.teacher_pixels, strict=True):
-        teacher.embed_images(pixels)
-
-
-def choose_precision(
-    requested: Precision, make_step: Callable[[torch.dtype | None], TrainingStep], batch: Batch, device: torch.device
-) -> tuple[Precision, str]:
-    """Return the precision to train in, and the reason as a sentence.
-
-    Args:
-        make_step: makes a step in a precision with the student and objective to train. Their weights and buffers are
-            restored afterwards, and their gradients cleared.
-    """
-    if requested != "auto":
-        return requested, f"{requested}, as requested"
-    steps = {name: make_step(AUTOCAST[name]) for name in measured_precisions(device)}
-    model, objective = steps["fp32"].student.model, steps["fp32"].objective
-    state = copy.deepcopy(model.state_dict())  # the steps update running statistics of batch norms
-    choice = _measure_precision({name: partial(step, batch, 0) for name, step in steps.items()}, "a step", device)
-    model.load_state_dict(state)
-    model.zero_grad(set_to_none=True)
-    objective.zero_grad(set_to_none=True)
-    return choice
-
-
-def _measure_precision(
-    calls: Mapping[Precision, Callable[[], object]], task: str, device: torch.device
-) -> tuple[Precision, str]:
-    def finished(call: Callable[[], object]) -> None:
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # a call returns once its kernels are queued
-
-    times = time_in_turn({name: partial(finished, call) for name, call in calls.items()}, rounds=3, warmup=1)
-    fastest = {name: float(times[name].min()) for name in calls}
-    precision: Precision = "fp32"
-    for name, milliseconds in fastest.items():
-        if milliseconds < _FASTER * fastest[precision]:
-            precision = name
-    figures = [f"{milliseconds:.0f} ms in {name}" for name, milliseconds in fastest.items()]
-    return precision, f"{precision}, measured: {task} takes {', '.join(figures[:-1])} and {figures[-1]}"

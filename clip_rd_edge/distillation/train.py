@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE
 from clip_rd_edge.contract.encoder import Encoder
@@ -37,9 +36,9 @@ from clip_rd_edge.distillation.optim import RunOptimizer, diverged_error, named_
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.quantized.tower import Quantization
-from clip_rd_edge.distillation.step import AUTOCAST, StepResult, StepSettings, TrainingStep
+from clip_rd_edge.distillation.step import AUTOCAST, StepResult, TrainingStep, step_settings
 from clip_rd_edge.distillation.teachers.bank import make_bank
-from clip_rd_edge.distillation.teachers.teacher import BatchTeacher, caption_batch_size
+from clip_rd_edge.distillation.teachers.teacher import BatchTeacher
 from clip_rd_edge.errors import InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -151,8 +150,8 @@ def train(
     processes: Processes,
     reporter: Reporter = SILENT,
     evaluate: Callable[[Encoder], dict[str, float]] | None = None,
-) -> ClipModel:
-    """Train the student from where `prepare` left it; return the model to save.
+) -> None:
+    """Train the student from where `prepare` left it.
 
     Args:
         config: resolved; its precision is not `auto`.
@@ -216,7 +215,6 @@ def train(
                 raise loop.interrupted()
         if request:  # during the evaluation of a run whose last step was done before
             raise interrupted(request, run, steps, steps)
-    return trained.student
 
 
 class _Clock:
@@ -380,27 +378,6 @@ def interrupted(request: StopRequest, run: Path, done: int, steps: int) -> Inter
     after = f"after step {done:,} of {steps:,}; saved in {run}" if done else f"before the first of {steps:,} steps"
     return InterruptedRunError(
         f"Stopped by {request.signal_name or 'a signal'} {after}.", hint="resume with the same command and --resume"
-    )
-
-
-def caption_batch(config: RunConfig, device: torch.device) -> int:
-    """Return the number of captions per pass through a frozen text tower, of teacher or student."""
-    images = -(-config.recipe.batch_size // (config.processes * config.accumulate))
-    return caption_batch_size(images, device)
-
-
-def step_settings(config: RunConfig, autocast: torch.dtype | None, device: torch.device) -> StepSettings:
-    """Return the step settings of a run, for the precision `autocast`."""
-    return StepSettings(
-        autocast=autocast,
-        chunks=config.accumulate,
-        block=config.loss_block,
-        global_logits=config.global_logits,
-        freeze_text=config.freeze_text,
-        caption_batch=caption_batch(config, device),
-        compile=config.compile,
-        recompute=config.gradient_checkpointing,
-        seed=config.seed,
     )
 
 

@@ -32,7 +32,8 @@ from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.inputs import require_same_files
 from clip_rd_edge.distillation.monitoring.metrics import mean_similarities
 from clip_rd_edge.distillation.processes.distributed import require_one_process
-from clip_rd_edge.distillation.run import check_folder, resumed_by_the_same_call, run_distillation
+from clip_rd_edge.distillation.resume import check_folder
+from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
 from clip_rd_edge.distillation.student import empty_student
 from clip_rd_edge.distillation.teachers.store_build import CACHING_STAGE
 from clip_rd_edge.errors import DivergedRunError, UsageError

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from clip_rd_edge.distillation import step
-from clip_rd_edge.distillation.step import _measure_precision, measured_precisions
+from clip_rd_edge.distillation import precision
+from clip_rd_edge.distillation.precision import _measure_precision, measured_precisions
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -27,7 +27,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
                 call()
             return {name: np.asarray([times[name], 2 * times[name]]) for name in calls}
 
-        monkeypatch.setattr(step, "time_in_turn", time_in_turn)
+        monkeypatch.setattr(precision, "time_in_turn", time_in_turn)
         choice = _measure_precision({name: lambda: None for name in measured_precisions(device)}, "a step", device)
         assert len(synchronized) == (len(times) if device.type == "cuda" else 0)
         return choice

@@ -1,0 +1,140 @@
+"""Choose the precisions that a run trains and embeds in, by measuring its own step on this machine."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import msgspec
+import torch
+
+from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, step_loader
+from clip_rd_edge.distillation.build import RunSetup, make_dataset
+from clip_rd_edge.distillation.config import Precision, RunConfig
+from clip_rd_edge.distillation.freezing import set_training_mode
+from clip_rd_edge.distillation.processes.distributed import Processes
+from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, step_settings
+from clip_rd_edge.distillation.teachers.bank import make_bank
+from clip_rd_edge.distillation.teachers.prepare import make_teachers
+from clip_rd_edge.distillation.teachers.teacher import BatchTeacher, CachedTeacher, LiveTeacher, Teacher
+from clip_rd_edge.models.clip import to_device
+from clip_rd_edge.utils.reporting import Reporter
+from clip_rd_edge.utils.timing import time_in_turn
+
+# A precision of fewer bits must be noticeably faster than the one before it in `measured_precisions`.
+_FASTER = 0.95
+
+
+def with_measured_precision(config: RunConfig, setup: RunSetup, processes: Processes, reporter: Reporter) -> RunConfig:
+    """Return the configuration with each precision `auto` replaced by the faster one on this machine."""
+    single = Processes(device=processes.device)
+    to_device(setup.student.model, single.device)
+    set_training_mode(setup.student, config)
+    local_size = config.recipe.batch_size // processes.world_size
+    sampler = StepSampler(setup.pairs.groups, local_size, seed=config.seed, start=0, stop=1)
+    with processes.together():
+        batch = next(iter(step_loader(make_dataset(config, setup), sampler, workers=0)))
+
+    # New ones each time, so that no cached caption embeddings remain.
+    make = partial(make_teachers, config, setup, single.device)
+    if setup.teachers:
+        precision, reason = _choose_teacher_precision(config.teacher_precision, make, batch, single.device)
+        config = with_precision(config, teacher=_common_precision(precision, processes))
+        reporter.say(f"precision of the teacher{'s' if len(setup.teachers) > 1 else ''}: {reason}")
+
+    def make_step(autocast: torch.dtype | None) -> TrainingStep:
+        teacher: BatchTeacher | None = None
+        if setup.ensemble is not None and setup.stored is not None:
+            teacher = CachedTeacher(setup.ensemble, single.device)
+        elif setup.teachers:
+            teacher = LiveTeacher(make(AUTOCAST[config.teacher_precision]))
+        objective = setup.objective.to(single.device)
+        settings = step_settings(config, autocast, single.device)
+        # An empty bank serves: its products have the same precision in every case.
+        bank = make_bank(config, len(setup.pairs), None, setup.ensemble, single.device)
+        return TrainingStep(setup.student, teacher, objective, single, settings, bank=bank)
+
+    precision, reason = _choose_precision(config.recipe.precision, make_step, batch, single.device)
+    reporter.say(f"precision: {reason}")
+    return with_precision(config, student=_common_precision(precision, processes))
+
+
+def _common_precision(precision: str, processes: Processes) -> str:
+    """Return the precision that all processes use: the most robust one that any of them chose."""
+    return next(name for name in ("fp32", "bf16", "fp16") if processes.any(precision == name))
+
+
+def with_precision(config: RunConfig, *, student: str | None = None, teacher: str | None = None) -> RunConfig:
+    """Return the configuration with another precision of the student, of the teacher, or of both."""
+    if student is not None:
+        config = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, precision=student))
+    return config if teacher is None else msgspec.structs.replace(config, teacher_precision=teacher)
+
+
+def measured_precisions(device: torch.device) -> tuple[Precision, ...]:
+    """Return the precisions that `auto` measures on a device, the most robust first.
+
+    float16 needs a loss scale, so bfloat16 precedes it; on GPUs before Ampere, bfloat16 is emulated and slow. CPUs have
+    no fast float16 training.
+    """
+    return ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")
+
+
+def _choose_teacher_precision(
+    requested: Precision,
+    make_teachers: Callable[[torch.dtype | None], Sequence[Teacher]],
+    batch: Batch,
+    device: torch.device,
+) -> tuple[Precision, str]:
+    """Return the precision of the teachers, and the reason as a sentence."""
+    if requested != "auto":
+        return requested, f"{requested}, as requested"
+    if not any(pixels.numel() for pixels in batch.teacher_pixels):
+        return "fp32", "fp32, as there are no images whose embedding could be timed"
+    calls = {name: partial(_embed_images, make_teachers(AUTOCAST[name]), batch) for name in measured_precisions(device)}
+    return _measure_precision(calls, "embedding a batch's images", device)
+
+
+def _embed_images(teachers: Sequence[Teacher], batch: Batch) -> None:
+    for teacher, pixels in zip(teachers, batch.teacher_pixels, strict=True):
+        teacher.embed_images(pixels)
+
+
+def _choose_precision(
+    requested: Precision, make_step: Callable[[torch.dtype | None], TrainingStep], batch: Batch, device: torch.device
+) -> tuple[Precision, str]:
+    """Return the precision to train in, and the reason as a sentence.
+
+    Args:
+        make_step: makes a step in a precision with the student and objective to train. Their weights and buffers are
+            restored afterwards, and their gradients cleared.
+    """
+    if requested != "auto":
+        return requested, f"{requested}, as requested"
+    steps = {name: make_step(AUTOCAST[name]) for name in measured_precisions(device)}
+    model, objective = steps["fp32"].student.model, steps["fp32"].objective
+    state = copy.deepcopy(model.state_dict())  # the steps update running statistics of batch norms
+    choice = _measure_precision({name: partial(step, batch, 0) for name, step in steps.items()}, "a step", device)
+    model.load_state_dict(state)
+    model.zero_grad(set_to_none=True)
+    objective.zero_grad(set_to_none=True)
+    return choice
+
+
+def _measure_precision(
+    calls: Mapping[Precision, Callable[[], object]], task: str, device: torch.device
+) -> tuple[Precision, str]:
+    def finished(call: Callable[[], object]) -> None:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # a call returns once its kernels are queued
+
+    times = time_in_turn({name: partial(finished, call) for name, call in calls.items()}, rounds=3, warmup=1)
+    fastest = {name: float(times[name].min()) for name in calls}
+    precision: Precision = "fp32"
+    for name, milliseconds in fastest.items():
+        if milliseconds < _FASTER * fastest[precision]:
+            precision = name
+    figures = [f"{milliseconds:.0f} ms in {name}" for name, milliseconds in fastest.items()]
+    return precision, f"{precision}, measured: {task} takes {', '.join(figures[:-1])} and {figures[-1]}"
