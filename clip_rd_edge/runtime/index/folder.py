@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections import Counter
 from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from clip_rd_edge.contract.image_files import list_images
 from clip_rd_edge.contract.images import DANGLING, require_image
+from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.index.image_index import Entry, Index
 from clip_rd_edge.utils.files import sha256_of
+from clip_rd_edge.utils.printable import is_unicode
 
 _SECOND_NS = 1_000_000_000
 _COARSE_S = 2.0  # FAT keeps times to two seconds
@@ -164,3 +169,80 @@ def compare(known: list[Entry], sources: list[Source]) -> tuple[list[tuple[Entry
         else:
             new.append(source)
     return kept, new
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an update does to an index.
+
+    Attributes:
+        kept: entries that stay, each with its row in the index before.
+        new: images to embed.
+        removed: number of images that are gone.
+        unreadable: one message per image or subfolder that could not be read, or whose name is not UTF-8.
+        unreadable_images: those of images that could not be read, by their path in the folder.
+        vanished: paths of images that were listed before, and are not there any more.
+    """
+
+    kept: list[tuple[Entry, int]]
+    new: list[Source]
+    removed: int
+    unreadable: list[str]
+    unreadable_images: dict[str, str]
+    vanished: set[str]
+
+
+def plan_update(
+    folder: Path, path: Path, index: Index, settled: Collection[str] | None, *, last_listed_ns: int
+) -> Plan | None:
+    """Compare the folder with the index at `path`; None if a watch found the folder unmounted.
+
+    Args:
+        last_listed_ns: when the folder was listed for the index.
+    """
+    folders: list[InputError] = []  # that cannot be read
+    images = list_images(folder, on_unreadable=folders.append)
+    named = {image: image.relative_to(folder).as_posix() for image in images}
+    names = [name for name in named.values() if is_unicode(name)]
+    chosen = names if settled is None else [name for name in names if name in settled]
+    sources, broken = find_sources(folder, chosen)
+    unmounted = not images or is_empty_folder(folder)  # since the watch has listed it, or since it was listed above
+    if unmounted and settled is not None:
+        return None
+    if unmounted and not index.entries:
+        raise InputError(f"The folder {folder} has no images.", hint="name a folder with images")
+    if unmounted:
+        raise InputError(
+            f"The folder {folder} has no images, but {path} has {len(index.entries):,} of it, and stays as it is.",
+            hint="mount the disk that they are on; or if they were deleted, delete the index, too",
+        )
+    present = (set(names) - set(chosen)) | {source.name for source in sources} | broken.keys()
+    places = {entry.path: row for row, entry in enumerate(index.entries)}
+    gone = places.keys() - present
+    hidden, emptied = out_of_sight(folder, gone, last_listed_ns)
+    if folders:  # which may have been listed, but not entered, or for a moment only could not be read
+        hidden |= {name for name in gone if not is_gone(folder / name)}
+    unsettled = hidden | broken.keys() | (set(names) - set(chosen))
+    kept, new = compare(index.entries, sources)
+    kept += [(entry, row) for row, entry in enumerate(index.entries) if entry.path in unsettled]
+    # In the order of the index, so that it shows if nothing changed. Not by row: equal images may all have that of one.
+    kept.sort(key=lambda known: places.get(known[0].path, len(places)))
+    kept_rows, removed = {row for _, row in kept}, gone - hidden  # a row of one that was moved is kept
+    badly_named = [
+        f"The name of {printable_path(image)} is not UTF-8, as index.json is; rename it."
+        for image, name in named.items()
+        if not is_unicode(name)
+    ]
+    return Plan(
+        kept=kept,
+        new=new,
+        removed=sum(entry.path in removed and row not in kept_rows for row, entry in enumerate(index.entries)),
+        unreadable=[*map(str, folders), *emptied, *broken.values(), *badly_named],
+        unreadable_images=broken,
+        vanished=set(settled or ()) - (set(named.values()) - set(chosen)) - present,
+    )
+
+
+def printable_path(path: Path) -> str:
+    """Return a path whose name may not be UTF-8, for a message."""
+    return os.fsencode(path).decode(errors="backslashreplace")

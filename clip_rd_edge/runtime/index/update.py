@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,19 +14,16 @@ import msgspec
 import numpy as np
 
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.image_files import list_images
 from clip_rd_edge.errors import DiskFullError, InputError, UsageError, causes
 from clip_rd_edge.installation import install_command
-from clip_rd_edge.runtime.embed import embed_images, embed_images_on_cluster
+from clip_rd_edge.runtime.embed import EmbeddedBatch, embed_images, embed_images_on_cluster
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index.folder import (
+    Plan,
     Source,
-    compare,
-    find_sources,
-    is_empty_folder,
-    is_gone,
     not_mounted,
-    out_of_sight,
+    plan_update,
+    printable_path,
     was_moved,
 )
 from clip_rd_edge.runtime.index.graph import (
@@ -135,7 +132,7 @@ def update_index(
         raise InputError(f"The folder {folder} {reason}.", hint="name a folder with images")
     for location in (folder.resolve(), encoder.folder.resolve()):
         if not is_unicode(str(location)):
-            raise InputError(f"The path {_printable(location)} is not UTF-8, as index.json is.", hint="rename it")
+            raise InputError(f"The path {printable_path(location)} is not UTF-8, as index.json is.", hint="rename it")
     if cluster is None:  # else its workers are asked
         encoder.require_right(encoder.manifest.image)
     # What is not an index, or of another folder, is refused before a lock is created in it.
@@ -184,63 +181,27 @@ def _update(
         index = msgspec.structs.replace(index, bundle=current[0], folder=current[1])
         write_bytes(saved_at / INDEX_FILE, msgspec.json.encode(index))
     listed_ns = int(now_in(path) * 1e9)
-    plan = _plan(folder, path, index, settled, last_listed_ns=last_listed_ns)
+    plan = plan_update(folder, path, index, settled, last_listed_ns=last_listed_ns)
     if plan is None:
         return Update(kept=len(index.entries), skipped=True)
-    new, update = plan.new, plan.update
-    entries = [entry for entry, _ in plan.kept]
-    unchanged = entries == index.entries and is_index(saved_at)
-    if saved_at == path and unchanged and not new and not index.missing:
+    update = Update(
+        kept=len(plan.kept),
+        removed=plan.removed,
+        unreadable=plan.unreadable,
+        unreadable_images=plan.unreadable_images,
+        vanished=plan.vanished,
+    )
+    unchanged = is_index(saved_at) and [entry for entry, _ in plan.kept] == index.entries
+    if saved_at == path and unchanged and not plan.new and not index.missing:
         update.approximate = _keep_graph(path, index, rows, encoder.threads, stop, reporter)
         return update
-    kept_rows = np.array([row for _, row in plan.kept], dtype=np.int64)
-    parts = [(entries, np.asarray(rows[kept_rows]))]  # together: Ctrl-C may come between any two lines
-    graph: GraphFiles | None = None
-    on_disk = (index, rows) if unchanged else None
-
-    def save() -> tuple[Index, Embeddings]:
-        nonlocal graph, on_disk
-        count, missing = sum(len(part) for part, _ in parts), len(new) - done + unmounted_images
-        if on_disk is not None and (len(on_disk[0].entries), on_disk[0].missing) == (count, missing):
-            return on_disk  # such as when none of the new images can be read
-        merged = np.concatenate([part for _, part in parts])
-        parts[:] = [([entry for part, _ in parts for entry in part], merged)]  # a large index may not fit twice
-        if index.graph and graph is None and len(kept_rows) + len(new) >= GRAPH_FROM:
-            graph = _moved_graph(path, index.graph, kept_rows, len(index.entries))
-        entries = parts[0][0]
-        current = msgspec.structs.replace(index, entries=entries, graph=graph, missing=missing, listed_ns=listed_ns)
-        on_disk = write_index(saved_at, current, merged), merged
-        return on_disk
-
-    resumed = time.monotonic()
-    next_save = resumed + SAVE_EVERY_S
-    done = unmounted_images = 0
-    reporter.update("embedding", 0, len(new))  # the first batch of large images takes many seconds
+    growing = _GrowingIndex(path, saved_at, index, rows, plan, listed_ns=listed_ns, unchanged=unchanged)
+    reporter.update("embedding", 0, len(plan.new))  # the first batch of large images takes many seconds
+    batches = embed_images_on_cluster(cluster, encoder, plan.new) if cluster else embed_images(encoder, plan.new)
     try:
-        for batch in embed_images_on_cluster(cluster, encoder, new) if cluster else embed_images(encoder, new):
-            parts.append(([source.entry() for source in batch.images], batch.embeddings))
-            update.embedded += len(batch.images)
-            update.unreadable += map(str, batch.unreadable)
-            chunk = new[done : done + len(batch.images) + len(batch.unreadable)]
-            read = {source.name for source in batch.images}
-            failed = [source.name for source in chunk if source.name not in read]
-            update.unreadable_images.update(zip(failed, map(str, batch.unreadable), strict=True))
-            update.refused.update(name for name, error in zip(failed, batch.unreadable, strict=True) if _refused(error))
-            if failed:  # now: the disk may be back when all is done
-                update.vanished |= {name for name in failed if not os.path.lexists(folder / name)}
-                unmounted_images += len(not_mounted(folder, failed, listed_ns))
-            done += len(chunk)
-            reporter.update("embedding", done, len(new))
-            if stop is not None and stop.is_set():
-                break
-            if (began := time.monotonic()) > next_save and update.embedded:
-                update.embedding_s += began - resumed
-                save()
-                resumed = time.monotonic()
-                next_save = resumed + max(SAVE_EVERY_S, REST * (resumed - began))
-        update.embedding_s += time.monotonic() - resumed
+        _embed(batches, folder, growing, update, stop, reporter)
     finally:
-        saved, merged = save()
+        saved, merged = growing.save()
     if saved_at != path:
         if saved.missing:
             return update
@@ -250,68 +211,91 @@ def _update(
     return update
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What an update does to an index.
+class _GrowingIndex:
+    """An index while images are embedded: what it has, and what of that is saved.
 
     Attributes:
-        kept: entries that stay, each with its row in the index before.
-        new: images to embed.
-        update: the result as far as it is known.
+        new: the images to embed, in order.
+        done: how many of them were embedded, or could not be read.
+        unmounted: how many of these could not be read because their disk has gone away.
+        listed_ns: when the images were listed.
     """
 
-    kept: list[tuple[Entry, int]]
-    new: list[Source]
-    update: Update
+    def __init__(
+        self,
+        path: Path,
+        saved_at: Path,
+        index: Index,
+        rows: Embeddings,
+        plan: Plan,
+        *,
+        listed_ns: int,
+        unchanged: bool,
+    ) -> None:
+        """Begin with what `plan` keeps of an index and its rows; `unchanged` if that is what `saved_at` has."""
+        self._path, self._saved_at, self._before = path, saved_at, index
+        self._kept = np.array([row for _, row in plan.kept], dtype=np.int64)
+        # Together: Ctrl-C may come between any two lines.
+        self._parts = [([entry for entry, _ in plan.kept], np.asarray(rows[self._kept]))]
+        self._graph: GraphFiles | None = None
+        self._saved = (index, rows) if unchanged else None
+        self.new, self.listed_ns = plan.new, listed_ns
+        self.done = self.unmounted = 0
 
+    def add(self, entries: list[Entry], embeddings: Embeddings) -> None:
+        """Add embedded images."""
+        self._parts.append((entries, embeddings))
 
-def _plan(
-    folder: Path, path: Path, index: Index, settled: Collection[str] | None, *, last_listed_ns: int
-) -> _Plan | None:
-    """Compare the folder with the index at `path`; None if a watch found the folder unmounted.
-
-    Args:
-        last_listed_ns: when the folder was listed for the index.
-    """
-    folders: list[InputError] = []  # that cannot be read
-    images = list_images(folder, on_unreadable=folders.append)
-    named = {image: image.relative_to(folder).as_posix() for image in images}
-    names = [name for name in named.values() if is_unicode(name)]
-    chosen = names if settled is None else [name for name in names if name in settled]
-    sources, broken = find_sources(folder, chosen)
-    unmounted = not images or is_empty_folder(folder)  # since the watch has listed it, or since it was listed above
-    if unmounted and settled is not None:
-        return None
-    if unmounted and not index.entries:
-        raise InputError(f"The folder {folder} has no images.", hint="name a folder with images")
-    if unmounted:
-        raise InputError(
-            f"The folder {folder} has no images, but {path} has {len(index.entries):,} of it, and stays as it is.",
-            hint="mount the disk that they are on; or if they were deleted, delete the index, too",
+    def save(self) -> tuple[Index, Embeddings]:
+        """Write the index with what it has now, and return it."""
+        count, missing = sum(len(part) for part, _ in self._parts), len(self.new) - self.done + self.unmounted
+        if self._saved is not None and (len(self._saved[0].entries), self._saved[0].missing) == (count, missing):
+            return self._saved  # such as when none of the new images can be read
+        merged = np.concatenate([part for _, part in self._parts])
+        # A large index may not fit twice.
+        self._parts[:] = [([entry for part, _ in self._parts for entry in part], merged)]
+        if self._before.graph and self._graph is None and len(self._kept) + len(self.new) >= GRAPH_FROM:
+            self._graph = _moved_graph(self._path, self._before.graph, self._kept, len(self._before.entries))
+        index = msgspec.structs.replace(
+            self._before, entries=self._parts[0][0], graph=self._graph, missing=missing, listed_ns=self.listed_ns
         )
-    present = (set(names) - set(chosen)) | {source.name for source in sources} | broken.keys()
-    places = {entry.path: row for row, entry in enumerate(index.entries)}
-    gone = places.keys() - present
-    hidden, emptied = out_of_sight(folder, gone, last_listed_ns)
-    if folders:  # which may have been listed, but not entered, or for a moment only could not be read
-        hidden |= {name for name in gone if not is_gone(folder / name)}
-    unsettled = hidden | broken.keys() | (set(names) - set(chosen))
-    kept, new = compare(index.entries, sources)
-    kept += [(entry, row) for row, entry in enumerate(index.entries) if entry.path in unsettled]
-    # In the order of the index, so that it shows if nothing changed. Not by row: equal images may all have that of one.
-    kept.sort(key=lambda known: places.get(known[0].path, len(places)))
-    kept_rows, removed = {row for _, row in kept}, gone - hidden  # a row of one that was moved is kept
-    count = sum(entry.path in removed and row not in kept_rows for row, entry in enumerate(index.entries))
-    update = Update(kept=len(kept), removed=count)
-    update.unreadable += [*map(str, folders), *emptied, *broken.values()]
-    update.unreadable_images.update(broken)
-    update.vanished = set(settled or ()) - (set(named.values()) - set(chosen)) - present
-    update.unreadable += [
-        f"The name of {_printable(image)} is not UTF-8, as index.json is; rename it."
-        for image, name in named.items()
-        if not is_unicode(name)
-    ]
-    return _Plan(kept, new, update)
+        self._saved = write_index(self._saved_at, index, merged), merged
+        return self._saved
+
+
+def _embed(
+    batches: Iterable[EmbeddedBatch[Source]],
+    folder: Path,
+    growing: _GrowingIndex,
+    update: Update,
+    stop: threading.Event | None,
+    reporter: Reporter,
+) -> None:
+    """Add batches of images to an index until `stop` is set, save it now and then, and count them in `update`."""
+    resumed = time.monotonic()
+    next_save = resumed + SAVE_EVERY_S
+    for batch in batches:
+        growing.add([source.entry() for source in batch.images], batch.embeddings)
+        update.embedded += len(batch.images)
+        update.unreadable += map(str, batch.unreadable)
+        chunk = growing.new[growing.done : growing.done + len(batch.images) + len(batch.unreadable)]
+        read = {source.name for source in batch.images}
+        failed = [source.name for source in chunk if source.name not in read]
+        update.unreadable_images.update(zip(failed, map(str, batch.unreadable), strict=True))
+        update.refused.update(name for name, error in zip(failed, batch.unreadable, strict=True) if _refused(error))
+        if failed:  # now: the disk may be back when all is done
+            update.vanished |= {name for name in failed if not os.path.lexists(folder / name)}
+            growing.unmounted += len(not_mounted(folder, failed, growing.listed_ns))
+        growing.done += len(chunk)
+        reporter.update("embedding", growing.done, len(growing.new))
+        if stop is not None and stop.is_set():
+            break
+        if (began := time.monotonic()) > next_save and update.embedded:
+            update.embedding_s += began - resumed
+            growing.save()
+            resumed = time.monotonic()
+            next_save = resumed + max(SAVE_EVERY_S, REST * (resumed - began))
+    update.embedding_s += time.monotonic() - resumed
 
 
 def _refused(error: InputError) -> bool:
@@ -390,7 +374,3 @@ def _start(
         if (index.folder, index.model) == (empty.folder, empty.model):
             return path / NEXT, index, rows
     return path / NEXT, empty, no_rows
-
-
-def _printable(path: Path) -> str:
-    return os.fsencode(path).decode(errors="backslashreplace")

@@ -308,7 +308,7 @@ def test_a_folder_that_goes_away_after_it_was_listed_empties_no_index(
         away.rename(tmp_path / f"away-{away.name}")
         return images
 
-    monkeypatch.setattr(indexing, "list_images", list_and_remove)
+    monkeypatch.setattr(index_folder, "list_images", list_and_remove)
     away = colour_images / "red.png"
     assert update_index(encoder, colour_images, index).removed == 1
     away = colour_images

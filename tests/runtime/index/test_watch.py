@@ -22,6 +22,7 @@ from support import PATIENCE_S, Watch, fail_to_look_at, wait_until
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.index import folder as index_folder
 from clip_rd_edge.runtime.index import update as index_update
 from clip_rd_edge.runtime.index import watch as index_watch
 from clip_rd_edge.runtime.index.image_index import model_key, read_index
@@ -501,9 +502,9 @@ def test_ctrl_c_ends_the_command_with_everything_saved(
 def test_an_image_that_was_unmounted_before_it_was_embedded_is_embedded_later(
     watched: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listed = index_update.list_images
+    listed = index_folder.list_images
     lists = iter([listed, lambda *_, **__: [], listed])  # gone between the watch's own list and the second update's
-    monkeypatch.setattr(index_update, "list_images", lambda *args, **options: next(lists)(*args, **options))
+    monkeypatch.setattr(index_folder, "list_images", lambda *args, **options: next(lists)(*args, **options))
     updates = watched.watch(paint(watched.folder / "new.png"), nothing, nothing, nothing)
     assert [update.embedded for update in updates] == [4, 1]
     assert watched.names() == sorted([*ALL, "new.png"])
@@ -550,10 +551,10 @@ def test_images_that_are_unmounted_while_they_are_embedded_are_embedded_later(
 def test_an_image_whose_disk_is_away_for_a_moment_as_an_update_begins_is_embedded_later(
     watched: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listed = index_update.list_images
+    listed = index_folder.list_images
     without = lambda *args, **options: [path for path in listed(*args, **options) if path.name != "new.png"]  # noqa: E731
     lists = iter([listed, without, listed])
-    monkeypatch.setattr(index_update, "list_images", lambda *args, **options: next(lists)(*args, **options))
+    monkeypatch.setattr(index_folder, "list_images", lambda *args, **options: next(lists)(*args, **options))
     updates = watched.watch(paint(watched.folder / "new.png"), nothing, nothing, nothing)
     assert [update.embedded for update in updates] == [4, 0, 1]
     assert watched.names() == sorted([*ALL, "new.png"])
