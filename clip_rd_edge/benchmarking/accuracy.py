@@ -32,7 +32,7 @@ from clip_rd_edge.contract.encoder import (
     label_embeddings,
     probabilities,
 )
-from clip_rd_edge.contract.images import ImageFile, open_image
+from clip_rd_edge.contract.images import ImageFile, in_bounded_batches, open_image
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.data.shards.tars import TarMember
 from clip_rd_edge.errors import InputError
@@ -141,7 +141,6 @@ def _size(image: ImageFile) -> int:
 
 
 BATCH_SIZE = 64
-_MAX_BATCH_PIXELS = 64_000_000  # of decoded images at once: 192 MB, while 64 photographs of 12 megapixels take 2.3 GB
 
 
 def evaluate(encoder: Encoder, task: Task, *, per_class: bool = False, reporter: Reporter = SILENT) -> Score:
@@ -255,13 +254,10 @@ def embed_images(encoder: Encoder, files: Sequence[ImageFile], task: str, report
         raise InputError(f"The task {task!r} has no images.")
 
     def embed(batch: slice) -> Embeddings:
-        rows, images, pixels = [], [], 0
-        for index in range(batch.start, batch.stop):
-            images.append(open_image(files[index]))
-            pixels += images[-1].width * images[-1].height
-            if pixels >= _MAX_BATCH_PIXELS or index == batch.stop - 1:
-                rows.append(encoder.encode_images(images))
-                images, pixels = [], 0
+        rows, opened = [], map(open_image, files[batch])
+        for images in in_bounded_batches(opened, BATCH_SIZE):
+            rows.append(encoder.encode_images(images))
+            del images  # before the next are opened
         reporter.update(task, batch.stop, len(files))
         return np.concatenate(rows)
 

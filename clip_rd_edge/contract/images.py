@@ -29,6 +29,7 @@ _PLUGINS = ("Jpeg", "Png", "Gif", "Bmp", "Ppm", "WebP", "Tiff", "Avif")  # HEIF 
 BACKGROUND = (255, 255, 255)
 # Images with more pixels are refused before decoding, as a protection against decompression bombs. Pillow's own limit.
 MAX_PIXELS = 178_956_970
+MAX_BATCH_PIXELS = 64_000_000  # decoded at once: 192 MB, while 64 photographs of 12 megapixels take 2.3 GB
 HEADER_BYTES = 12
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
@@ -343,6 +344,19 @@ def as_images(images: ImageInput | Iterable[ImageInput]) -> Iterable[ImageInput]
             hint="open the bytes of a file with PIL.Image.open(io.BytesIO(content))",
         )
     return images
+
+
+def in_bounded_batches(images: Iterable[Image.Image], count: int) -> Iterator[list[Image.Image]]:
+    """Yield images in batches of at most `count`, and of fewer if they are large: what is decoded takes memory."""
+    batch, pixels = list[Image.Image](), 0
+    for image in images:
+        batch.append(image)
+        pixels += image.width * image.height
+        if len(batch) == count or pixels >= MAX_BATCH_PIXELS:
+            yield batch
+            batch, pixels = [], 0
+    if batch:
+        yield batch
 
 
 def is_single_image(images: ImageInput | Iterable[ImageInput]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -12,9 +12,11 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from PIL import Image
 
 from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.images import in_bounded_batches
 from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.pairs import BadSamples, Pairs, require_batch
 from clip_rd_edge.data.reinforced import ReinforcedPairs, StoredTeachers
@@ -46,7 +48,7 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.objective import MATCHING_TERMS, PAIR_TERMS, Objective
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.encoder import BATCH_SIZE, TorchEncoder
 from clip_rd_edge.runtime.label_list import read_texts
 from clip_rd_edge.utils.files import sha256_of
 from clip_rd_edge.utils.printable import shown_sources
@@ -286,13 +288,23 @@ def histogram_embeddings(config: RunConfig, setup: RunSetup) -> dict[str, tuple[
     if not len(indices):
         return {}
     bad = BadSamples(setup.pairs, max_share=1)  # the training has refused too many; a plot refuses no trained student
-    pairs = [bad.take(int(index)) for index in indices]
-    images, captions = [pair.image for pair in pairs], [pair.captions[0] for pair in pairs]
-    encoder = TorchEncoder(setup.student)
-    embeddings = {"student": (encoder.encode_images(images), encoder.encode_texts(captions))}
+    captions = list[str]()
+
+    def images() -> Iterator[Image.Image]:
+        for index in indices.tolist():
+            pair = bad.take(index)
+            captions.append(pair.captions[0])
+            yield pair.image
+
+    encoders = [TorchEncoder(clip) for clip in (setup.student, *(setup.teachers if setup.ensemble else ()))]
+    parts = [list[Embeddings]() for _ in encoders]
+    for batch in in_bounded_batches(images(), BATCH_SIZE):
+        for part, encoder in zip(parts, encoders, strict=True):
+            part.append(encoder.encode_images(batch))
+        del batch  # before the next images are opened
+    sides = [[np.concatenate(part) for part in parts], [encoder.encode_texts(captions) for encoder in encoders]]
+    embeddings = {"student": (sides[0][0], sides[1][0])}
     if setup.teachers and setup.ensemble:
-        encoders = [TorchEncoder(clip) for clip in setup.teachers]
-        sides = [[e.encode_images(images) for e in encoders], [e.encode_texts(captions) for e in encoders]]
-        image, text = (setup.ensemble.join([torch.from_numpy(part) for part in side]).numpy() for side in sides)
+        image, text = (setup.ensemble.join([torch.from_numpy(part) for part in side[1:]]).numpy() for side in sides)
         embeddings["teacher"] = (image, text)
     return embeddings

@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
-from clip_rd_edge.contract.encoder import Encoder
+from clip_rd_edge.contract.encoder import Embeddings, Encoder
 from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
 from clip_rd_edge.data.unpaired import MixedSamples, describe_counts
 from clip_rd_edge.distillation.batches.loader import lost_worker
@@ -69,6 +69,7 @@ from clip_rd_edge.distillation.train import Trained, encoder_of, prepare, total_
 from clip_rd_edge.errors import (
     ClipRdEdgeError,
     DiskFullError,
+    DivergedRunError,
     InterruptedRunError,
     UsageError,
     in_one_line,
@@ -310,8 +311,14 @@ def _save_student(
             scores = ", ".join(f"{name} {value:.1%}" for name, value in evaluation.items())
             reporter.say(f"the student with a share of {config.tuned_share:g} of the trained weights: {scores}")
     setup = dataclasses.replace(setup, student=student)
-    with named_divergence(run):
-        embeddings = histogram_embeddings(config, setup)
+    embeddings = dict[str, tuple[Embeddings, Embeddings]]()
+    try:
+        with named_divergence(run):
+            embeddings = histogram_embeddings(config, setup)
+    except DivergedRunError:
+        raise
+    except Exception as error:  # noqa: BLE001 - images that cannot be read now cost no trained student
+        reporter.say(f"the similarities of pairs could not be plotted: {in_one_line(error)}")
     record = {**provenance(config, setup, steps=trained.steps), "evaluation": evaluation}
     save_clip(run / STUDENT_FOLDER, student, provenance=record)
     try:

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 
 from clip_rd_edge.contract.encoder import Embeddings, Encoder, TowerEncoder, image_batch_size, in_batches
-from clip_rd_edge.contract.images import ImageFile, ImageInput, as_images, as_rgb, image_path, open_image
+from clip_rd_edge.contract.images import (
+    ImageFile,
+    ImageInput,
+    as_images,
+    as_rgb,
+    image_path,
+    in_bounded_batches,
+    open_image,
+)
 from clip_rd_edge.contract.preprocess import Pixels, fast_decode_edge, preprocess
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.cluster import map_on_cluster
@@ -83,7 +91,7 @@ def encode_inputs(encoder: Encoder, images: ImageInput | Iterable[ImageInput], *
     min_edge = fast_decode_edge(encoder.describe().preprocessing) if quick else None
     kept = isinstance(images, Sequence)  # a list holds all of its images, which then need no copies
     rgb_images = (_to_rgb(image, min_edge, copy=not kept) for image in chain(first, others, entries))
-    while batch := list(islice(rgb_images, BATCH_SIZE)):
+    for batch in in_bounded_batches(rgb_images, BATCH_SIZE):
         parts.append(encoder.encode_images(batch))
         del batch  # before the next images are opened
     return np.concatenate(parts) if parts else encoder.encode_images([])

@@ -26,6 +26,7 @@ from clip_rd_edge.benchmarking.accuracy import (
     zero_shot,
 )
 from clip_rd_edge.benchmarking.metrics import RetrievalScore, ZeroShotScore
+from clip_rd_edge.contract import images as contract_images
 from clip_rd_edge.contract.encoder import normalise
 from clip_rd_edge.contract.images import ImageFile, open_image
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
@@ -147,7 +148,7 @@ def test_large_images_are_embedded_in_smaller_batches(
     encoder = make_encoder()
     expected = embed_images(encoder, colour_task.images, "t")
     width, height = open_image(colour_task.images[0]).size
-    monkeypatch.setattr(accuracy, "_MAX_BATCH_PIXELS", 4 * width * height)
+    monkeypatch.setattr(contract_images, "MAX_BATCH_PIXELS", 4 * width * height)
     assert (embed_images(encoder, colour_task.images, "t") == expected).all()
     assert encoder.batches == [6, 4, 2]
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import msgspec
 import numpy as np
@@ -27,6 +28,7 @@ from tiny_runs import assert_same_weights, stop_at, tiny_run, weights
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.convert.calibration import calibration_pairs
+from clip_rd_edge.data.pairs import BadSamples, ValidPair
 from clip_rd_edge.distillation import checkpoint, train
 from clip_rd_edge.distillation.build import histogram_embeddings, load_setup
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, seed_everything
@@ -522,6 +524,39 @@ def test_an_unreadable_image_of_the_histogram_refuses_no_trained_student(config:
     config = msgspec.structs.replace(config, max_bad=0.0)
     setup = load_setup(config, name="run", processes=Processes())
     assert {len(image) for image, _ in histogram_embeddings(config, setup).values()} == {24}
+
+
+def test_images_that_are_out_of_reach_after_the_last_step_cost_no_trained_student(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take(*_: object) -> None:
+        raise UnreachableError("Cannot read http://photos: it is away.")
+
+    monkeypatch.setattr("clip_rd_edge.distillation.build.BadSamples.take", take)
+    watch = Watch()
+    student = run_distillation(config, tmp_path / "run", resume=False, reporter=watch)
+    load_clip(f"local-dir:{student}")
+    assert watch.said[-1] == "the similarities of pairs could not be plotted: Cannot read http://photos: it is away"
+    assert not (tmp_path / "run" / "report" / "similarity.png").exists()
+
+
+def test_few_large_images_of_the_histogram_are_decoded_at_once(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_rd_edge.contract.images.MAX_BATCH_PIXELS", 1)
+    setup, opened, decoded = load_setup(config, name="run", processes=Processes()), list[ref[object]](), list[int]()
+    take = BadSamples.take
+
+    def counted(bad: BadSamples, index: int) -> ValidPair:
+        pair = take(bad, index)
+        opened.append(ref(pair.image))
+        decoded.append(sum(image() is not None for image in opened))
+        return pair
+
+    monkeypatch.setattr(BadSamples, "take", counted)
+    embeddings = histogram_embeddings(config, setup)
+    assert {len(image) for image, _ in embeddings.values()} == {24}
+    assert max(decoded) <= 3
 
 
 def test_inputs_that_were_moved_are_the_same(config: RunConfig, tmp_path: Path) -> None:
