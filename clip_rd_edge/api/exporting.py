@@ -16,7 +16,9 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from clip_rd_edge.benchmarking.results import Results
     from clip_rd_edge.contract.bundle import Manifest
+    from clip_rd_edge.convert.bundle import ConvertedBundle
     from clip_rd_edge.convert.calibration import CalibrationSet
     from clip_rd_edge.convert.int8.select import Trial
     from clip_rd_edge.convert.options import ExportOptions, ExportRequest
@@ -78,83 +80,146 @@ def export(
     from clip_rd_edge.benchmarking.results import read_results
     from clip_rd_edge.contract.bundle import is_bundle
     from clip_rd_edge.contract.outputs import require_output
-    from clip_rd_edge.convert.calibration import calibration_pairs
-    from clip_rd_edge.convert.options import require_unconverted
-    from clip_rd_edge.convert.targets import BROWSER, plan_exports
+    from clip_rd_edge.convert.targets import plan_exports
 
     spec, output = os.fspath(model), Path(output)
-    weights: str | None = as_text(pretrained)
     read = (options.get(name) for name in ("labels", "calibration", "report", "node_modules"))
     named = [name for name in (pretrained, *read) if isinstance(name, str | os.PathLike)]
     require_output(output, "export", overwrite=force, sources=[*_folders(spec), *map(Path, named)])
-    plans = plan_exports(options)
-    plan = plans[0]
-    node_modules = Path(folder) if (folder := options.get("node_modules")) else None
-    results = None if (report := options.get("report")) is None else read_results(Path(report))
-    bundle = Path(spec) if is_bundle(Path(spec)) else None
-    if bundle and plan.layout != BROWSER:
-        raise UsageError(f"{spec} is already a bundle.", hint="pass the model that it was exported from")
-    if bundle:
-        require_unconverted(bundle, options, weights)
-    if plan.layout == BROWSER:
-        from clip_rd_edge.web.browser import find_packages, write_browser, write_from_bundle
+    job = _Export(
+        spec=spec,
+        weights=as_text(pretrained),
+        output=output,
+        options=options,
+        plans=plan_exports(options),
+        results=None if (report := options.get("report")) is None else read_results(Path(report)),
+        force=force,
+        reporter=reporter,
+    )
+    return job.from_bundle() if is_bundle(Path(spec)) else job.from_model()
 
-        reporter.update("looking for onnxruntime-web")
-        find_packages(node_modules)
-        if bundle:
-            labels = plan.request.labels
-            written = write_from_bundle(bundle, output, labels=labels, node_modules=node_modules, overwrite=force)
-            return ExportedBundle(output, written)
-    needs_pairs = any(plan.request.precision == "int8" for plan in plans)
-    pairs = calibration_pairs(as_text(options.get("calibration")), spec) if needs_pairs else None
-    if plan.note:
-        reporter.say(plan.note)
 
-    # PyTorch takes seconds to import: by now, mistakes in the options have been reported.
-    from clip_rd_edge.exporters.bundle import export_bundle, export_bundles
-    from clip_rd_edge.models.load import load_clip, training_facts
+@dataclass(frozen=True, kw_only=True)
+class _Export:
+    """One call of `export` whose options agree.
 
-    reporter.update("loading the model")
-    clip = load_clip(spec, pretrained=weights)
-    if plan.layout == "immich":
-        from clip_rd_edge.convert.immich import immich_name, where_it_goes, write_immich
+    Attributes:
+        spec, weights: the model, and the weights that were named for it.
+        plans: one per target.
+        results: a report of the model, for its card.
+    """
 
-        name = immich_name(options.get("as_name"), embedding_size=clip.embedding_size, model=clip.name)
-    calibration = None
-    if pairs is not None:
-        reporter.update(f"reading images of {pairs.name}")
-        calibration = _calibration_set(pairs, clip, as_text(options.get("calibration")), spec)
-    requests = {planned.device: _request(planned, clip, spec, weights) for planned in plans}
-    if len(plans) > 1:
-        bundles = export_bundles(clip, output, requests, calibration=calibration, overwrite=force, reporter=reporter)
-        exported = [ExportedBundle(output / name, part.manifest, part.trials) for name, part in bundles.items()]
-        return ExportedBundle(output, exported[0].manifest, exported[0].trials, tuple(exported))
-    request = requests[plan.device]
-    if plan.layout == "bundle":
-        converted = export_bundle(clip, output, request, calibration=calibration, overwrite=force, reporter=reporter)
-    elif plan.layout == "huggingface":
-        from clip_rd_edge.exporters.huggingface import export_huggingface
+    spec: str
+    weights: str | None
+    output: Path
+    options: ExportOptions
+    plans: tuple[ExportPlan, ...]
+    results: Results | None
+    force: bool
+    reporter: Reporter
 
-        converted = export_huggingface(
-            clip,
-            output,
-            request,
-            calibration=calibration,
-            results=results,
-            training=training_facts(spec),
-            overwrite=force,
-            reporter=reporter,
+    def from_bundle(self) -> ExportedBundle:
+        """Write a bundle for browsers."""
+        from clip_rd_edge.convert.options import require_unconverted
+        from clip_rd_edge.convert.targets import BROWSER
+
+        if self.plans[0].layout != BROWSER:
+            raise UsageError(f"{self.spec} is already a bundle.", hint="pass the model that it was exported from")
+        require_unconverted(Path(self.spec), self.options, self.weights)
+        node_modules = self._browser_packages()
+        from clip_rd_edge.web.browser import write_from_bundle
+
+        labels = self.plans[0].request.labels
+        written = write_from_bundle(
+            Path(self.spec), self.output, labels=labels, node_modules=node_modules, overwrite=self.force
         )
-    else:  # a bundle in another shape
-        with tempfile.TemporaryDirectory() as scratch:
+        return ExportedBundle(self.output, written)
+
+    def from_model(self) -> ExportedBundle:
+        """Load the model, and export it for each target."""
+        from clip_rd_edge.convert.calibration import calibration_pairs
+        from clip_rd_edge.convert.targets import BROWSER
+
+        plans, plan, reporter = self.plans, self.plans[0], self.reporter
+        if plan.layout == BROWSER:
+            self._browser_packages()
+        given = as_text(self.options.get("calibration"))
+        needs_pairs = any(planned.request.precision == "int8" for planned in plans)
+        pairs = calibration_pairs(given, self.spec) if needs_pairs else None
+        if plan.note:
+            reporter.say(plan.note)
+
+        # PyTorch takes seconds to import: by now, mistakes in the options have been reported.
+        from clip_rd_edge.exporters.bundle import export_bundles
+        from clip_rd_edge.models.load import load_clip
+
+        reporter.update("loading the model")
+        clip = load_clip(self.spec, pretrained=self.weights)
+        if plan.layout == "immich":
+            self._immich_name(clip)
+        calibration = None
+        if pairs is not None:
+            reporter.update(f"reading images of {pairs.name}")
+            calibration = _calibration_set(pairs, clip, given, self.spec)
+        requests = {planned.device: _request(planned, clip, self.spec, self.weights) for planned in plans}
+        if len(plans) == 1:
+            converted = self._write(clip, requests[plan.device], calibration)
+            return ExportedBundle(self.output, converted.manifest, converted.trials)
+        bundles = export_bundles(
+            clip, self.output, requests, calibration=calibration, overwrite=self.force, reporter=reporter
+        )
+        exported = [ExportedBundle(self.output / name, part.manifest, part.trials) for name, part in bundles.items()]
+        return ExportedBundle(self.output, exported[0].manifest, exported[0].trials, tuple(exported))
+
+    def _write(self, clip: ClipModel, request: ExportRequest, calibration: CalibrationSet | None) -> ConvertedBundle:
+        """Export a model in the layout of the only plan."""
+        from clip_rd_edge.convert.immich import where_it_goes, write_immich
+        from clip_rd_edge.exporters.bundle import export_bundle
+        from clip_rd_edge.exporters.huggingface import export_huggingface
+        from clip_rd_edge.models.load import training_facts
+        from clip_rd_edge.web.browser import write_browser
+
+        layout, output, force, reporter = self.plans[0].layout, self.output, self.force, self.reporter
+        if layout == "huggingface":
+            return export_huggingface(
+                clip,
+                output,
+                request,
+                calibration=calibration,
+                results=self.results,
+                training=training_facts(self.spec),
+                overwrite=force,
+                reporter=reporter,
+            )
+        if layout == "bundle":
+            return export_bundle(clip, output, request, calibration=calibration, overwrite=force, reporter=reporter)
+        with tempfile.TemporaryDirectory() as scratch:  # a bundle in another shape
             plain = Path(scratch)
             converted = export_bundle(clip, plain, request, calibration=calibration, overwrite=True, reporter=reporter)
-            if plan.layout == "immich":
+            if layout == "immich":
                 write_immich(plain, output, overwrite=force)
-                reporter.say(where_it_goes(output, name, clip.preprocessing))
+                reporter.say(where_it_goes(output, self._immich_name(clip), clip.preprocessing))
             else:
-                write_browser(plain, output, node_modules=node_modules, overwrite=force)
-    return ExportedBundle(output, converted.manifest, converted.trials)
+                write_browser(plain, output, node_modules=self._node_modules, overwrite=force)
+        return converted
+
+    @property
+    def _node_modules(self) -> Path | None:
+        return Path(folder) if (folder := self.options.get("node_modules")) else None
+
+    def _browser_packages(self) -> Path | None:
+        """Return where npm's packages are, once onnxruntime-web was found among them."""
+        from clip_rd_edge.web.browser import find_packages
+
+        self.reporter.update("looking for onnxruntime-web")
+        find_packages(self._node_modules)
+        return self._node_modules
+
+    def _immich_name(self, clip: ClipModel) -> str:
+        """Return the name that the model takes in Immich, which has to be one of Immich's own."""
+        from clip_rd_edge.convert.immich import immich_name
+
+        return immich_name(self.options.get("as_name"), embedding_size=clip.embedding_size, model=clip.name)
 
 
 def _calibration_set(pairs: Pairs, clip: ClipModel, given: str | None, spec: str) -> CalibrationSet:
