@@ -190,6 +190,15 @@ class BadSamples:
         """Number of bad pairs that other processes may not know yet."""
         return len(self._reasons) - self._shared
 
+    @property
+    def summary(self) -> str:
+        """Number of bad pairs and the reason of the first, as a sentence; empty if there are none."""
+        if not self._reasons:
+            return ""
+        count, first = len(self._reasons), next(iter(self._reasons.values()))
+        are = "pair is" if count == 1 else "pairs are"
+        return f"{count:,} of {len(self._pairs):,} {are} left out, which cannot be read; the first: {first}"
+
     def add(self, bad: Iterable[BadPair]) -> None:
         """Count bad pairs, each only once.
 

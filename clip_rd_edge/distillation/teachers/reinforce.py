@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint, read_twice
+from clip_rd_edge.data.pairs import BadPair, BadSamples, Pairs, fingerprint, read_twice
 from clip_rd_edge.data.reinforced import OPERATIONS, Augmentation, StoredTeacher, StoredTeachers
 from clip_rd_edge.data.unpaired import MixedSamples
 from clip_rd_edge.distillation.batches.loader import HalfArray
@@ -34,7 +34,7 @@ from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.processes.distributed import Processes, join_processes
 from clip_rd_edge.distillation.step import AUTOCAST
 from clip_rd_edge.distillation.teachers.embedding_store import claim_folder
-from clip_rd_edge.distillation.teachers.store_build import BATCH_SIZE, share_bad
+from clip_rd_edge.distillation.teachers.store_build import BATCH_SIZE, count_recorded, record_bad, share_bad
 from clip_rd_edge.distillation.teachers.teacher import (
     Teacher,
     caption_batch_size,
@@ -120,23 +120,25 @@ def _writer(config: RunConfig, pairs: Pairs) -> _Writer:
 
 
 def _write_shards(folder: Path, writer: _Writer, processes: Processes, reporter: Reporter) -> None:
-    shards = range(-(-len(writer.pairs) // PAIRS_PER_SHARD))
-    mine = shards[processes.rank :: processes.world_size]
-    with_bad: list[Path] = []
+    files = [folder / f"{shard:05d}.tar" for shard in range(-(-len(writer.pairs) // PAIRS_PER_SHARD))]
+    with_bad = count_recorded(writer.bad, files, processes)
+    mine = range(processes.rank, len(files), processes.world_size)
     for done, shard in enumerate(mine):
         reporter.update(_STAGE, done, len(mine))
-        path = folder / f"{shard:05d}.tar"
+        path = files[shard]
         if not is_file(path):
             rows = range(shard * PAIRS_PER_SHARD, min((shard + 1) * PAIRS_PER_SHARD, len(writer.pairs)))
-            known = writer.bad.bad_pairs
             try:
                 with new_file(path) as file:
-                    writer.write_shard(rows, file)
+                    bad = writer.write_shard(rows, file)
+                    record_bad(path, bad)
             except InputError:  # too many are bad already, for which all processes are refused below
                 break
-            with_bad += [path] * (writer.bad.bad_pairs > known)
+            with_bad += [path] * bool(bad)
     reporter.update(_STAGE, len(mine), len(mine))
     share_bad(writer.bad, processes, with_bad)
+    if writer.bad.summary:
+        reporter.say(writer.bad.summary)
 
 
 class _Writer:
@@ -158,19 +160,26 @@ class _Writer:
             share_text=ensemble_of([teacher.clip for teacher in teachers]).share_text or msgspec.UNSET,
         )
 
-    def write_shard(self, rows: range, file: IO[bytes]) -> None:
-        """Write the tar of these pairs, which may have gigabytes, without those that cannot be read."""
+    def write_shard(self, rows: range, file: IO[bytes]) -> list[BadPair]:
+        """Write the tar of these pairs, which may have gigabytes; return those that cannot be read, and are not in it.
+
+        Raises:
+            InputError: too many cannot be read.
+        """
+        bad = list[BadPair]()
         with tarfile.open(fileobj=file, mode="w") as archive:
             for index in rows:
                 try:
                     files = read_twice(lambda row: dict(self._files(row)), index)
                 except InputError as error:
-                    self.bad.add([(index, str(error))])
+                    bad.append((index, str(error)))
+                    self.bad.add(bad[-1:])
                     continue
                 for suffix, data in sorted(files.items()):
                     info = tarfile.TarInfo(f"{index:09d}.{suffix}")
                     info.size = len(data)
                     archive.addfile(info, io.BytesIO(data))
+        return bad
 
     def _files(self, index: int) -> Iterator[tuple[str, bytes]]:
         jpeg = io.BytesIO()

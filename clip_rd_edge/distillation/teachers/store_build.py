@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
@@ -42,7 +43,7 @@ from clip_rd_edge.utils.arrays import load_array
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.structs import to_json
+from clip_rd_edge.utils.structs import read_json, to_json
 
 BATCH_SIZE = 64
 CACHING_STAGE = "caching the teacher's embeddings (shards)"  # name of the stage in progress reports
@@ -139,7 +140,7 @@ def build_cache(
     if processes.sum(int(complete))[0] == processes.world_size:
         return
     processes.on_main(lambda: (folder / COMPLETE).unlink(missing_ok=True))
-    bad = BadSamples(maker.pairs, max_share=maker.max_bad)
+    bad, lacking = BadSamples(maker.pairs, max_share=maker.max_bad), list[Path]()
 
     def is_done(task: ShardTask) -> bool:
         return task.is_done(folder, width=manifest.embedding_size)
@@ -150,13 +151,14 @@ def build_cache(
         while missing := processes.on_main(lambda: [task for task in tasks if not is_done(task)]):
             mine = missing[processes.rank :: processes.world_size]
             left = (task.with_captions(folder) for task in mine if not is_done(task))
-            with_bad: list[Path] = []
+            with_bad = list(lacking)
             reporter.update(CACHING_STAGE, 0, len(mine))
             for done, (task, shard) in enumerate((compute or maker.compute)(left), start=1):
                 try:
                     bad.add(shard.bad)
                 except InputError:  # too many already, for which all processes are refused below
                     break
+                record_bad(task.path(folder), shard.bad)
                 write_array(task.path(folder), shard.rows)
                 with_bad += [task.path(folder)] * bool(shard.bad)
                 reporter.update(CACHING_STAGE, done, len(mine))
@@ -170,9 +172,13 @@ def build_cache(
     processes.barrier()
     captions = len(load_array(keys, memory_mapped=True))
     write([ShardTask("texts", shard, shard_rows(shard, captions)) for shard in range(shard_count(captions))])
-    write([ShardTask("images", shard, rows, view) for view in range(manifest.views) for shard, rows in shards])
+    images = [ShardTask("images", shard, rows, view) for view in range(manifest.views) for shard, rows in shards]
+    lacking = count_recorded(bad, [task.path(folder) for task in images], processes)
+    write(images)
     if processes.is_main:
         write_bytes(folder / COMPLETE, to_json(CompleteCache(captions)))
+    if bad.summary:
+        reporter.say(bad.summary)
     processes.barrier()
 
 
@@ -193,7 +199,39 @@ def share_bad(bad: BadSamples, processes: Processes, files: Iterable[Path]) -> N
     except InputError:
         for path in files:
             path.unlink(missing_ok=True)  # another job that wrote it, too, may have removed it
+            _bad_file(path).unlink(missing_ok=True)
         raise
+
+
+class _LeftOut(msgspec.Struct, frozen=True):
+    """Pairs that a file of a store lacks, with the reasons."""
+
+    pairs: tuple[BadPair, ...]
+
+
+def record_bad(path: Path, bad: Sequence[BadPair]) -> None:
+    """Write the pairs that a file of a store lacks beside it, before it is written: later calls count them, too."""
+    if bad:
+        write_bytes(_bad_file(path), to_json(_LeftOut(tuple(bad))))
+    else:
+        _bad_file(path).unlink(missing_ok=True)
+
+
+def count_recorded(bad: BadSamples, files: Sequence[Path], processes: Processes) -> list[Path]:
+    """Count the pairs that those of the files lack which earlier calls wrote; return these files.
+
+    Raises:
+        InputError: too many pairs are missing; the files are removed, so that the next attempt makes them anew.
+    """
+    lacking = processes.on_main(lambda: [path for path in files if is_file(_bad_file(path)) and is_file(path)])
+    with contextlib.suppress(InputError):  # for which all processes are refused below
+        bad.add(pair for path in lacking for pair in read_json(_bad_file(path), _LeftOut).pairs)
+    share_bad(bad, processes, lacking)
+    return lacking
+
+
+def _bad_file(path: Path) -> Path:
+    return path.with_suffix(".bad.json")
 
 
 def _is_complete(folder: Path, manifest: CacheManifest, processes: Processes) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import save_tiny_teacher
+from support import Watch, save_tiny_teacher
 from tiny_runs import killed_and_resumed, tiny_run, weights
 from torchvision.transforms import InterpolationMode, autoaugment
 from torchvision.transforms import functional as F
@@ -458,6 +458,27 @@ def test_a_store_of_ours_that_was_refused_is_refused_again_until_the_images_are_
     for path, content in images.items():
         path.write_bytes(content)
     folder = edge.embed(**own_store, max_bad=0.05)
+    assert len(open_store(f"{folder}/{{00000..00002}}.tar")) == 24
+
+
+def test_the_bad_pairs_of_a_store_of_ours_count_also_when_it_is_continued(
+    own_store: dict[str, Any], pairs_csv: Path
+) -> None:
+    images = {path: path.read_bytes() for path in (pairs_csv.parent / "pictures" / f"{n}.png" for n in (3, 12))}
+    for path, content in images.items():
+        path.write_bytes(bytes(len(content)))
+    folder, watch = Path(own_store["output"]), Watch()
+    edge.embed(**own_store, max_bad=0.1, reporter=watch)
+    assert watch.said[-1].startswith("2 of 24 pairs are left out, which cannot be read; the first: Cannot read the ")
+    (folder / "00002.tar").unlink()  # as if it had been interrupted
+    edge.embed(**own_store, max_bad=0.1, reporter=watch)
+    assert watch.said[-1].startswith("2 of 24 pairs are left out")
+    (folder / "00002.tar").unlink()
+    for path, content in images.items():
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"2 of 24 samples .* are bad"):
+        edge.embed(**own_store, max_bad=0.05)
+    edge.embed(**own_store, max_bad=0.05)  # what lacked them is gone
     assert len(open_store(f"{folder}/{{00000..00002}}.tar")) == 24
 
 
