@@ -27,6 +27,7 @@ from clip_rd_edge.utils.host import (
     system_name,
 )
 from clip_rd_edge.utils.paths import is_file, is_folder
+from clip_rd_edge.utils.printable import as_word
 from clip_rd_edge.utils.structs import read_versioned_json, to_json
 
 PACKAGES = (
@@ -262,7 +263,13 @@ def read_results(path: Path) -> Results:
         ConfigError: it is damaged, of a newer format, or has no rows.
     """
     path = path / RESULTS if is_folder(path) else path
-    results = read_versioned_json(path, Results, newest=FORMAT_VERSION, upgrade=rename_old_keys)
+    evidence = ConfigError(
+        f"{path} has the results of an evidence suite; expected those of a benchmark.",
+        hint=f"clip-rd-edge evidence report {as_word(path)}",
+    )
+    results = read_versioned_json(
+        path, Results, newest=FORMAT_VERSION, upgrade=rename_old_keys, foreign=("runs", evidence)
+    )
     if not results.rows:
         raise ConfigError(f"{path} has no rows; expected one per measured model.", hint="run the benchmark again")
     return results

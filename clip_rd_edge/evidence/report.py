@@ -274,7 +274,13 @@ def read_evidence_file(path: Path) -> Evidence:
         InputError: the file does not exist.
         ConfigError: it is damaged, of a newer format, or has no runs.
     """
-    evidence = read_versioned_json(path, Evidence, newest=FORMAT_VERSION, upgrade=rename_old_keys)
+    results = ConfigError(
+        f"{path} has the results of a benchmark; expected those of an evidence suite.",
+        hint="see the report.html beside it, or compare two with: clip-rd-edge benchmark --compare BEFORE AFTER",
+    )
+    evidence = read_versioned_json(
+        path, Evidence, newest=FORMAT_VERSION, upgrade=rename_old_keys, foreign=("rows", results)
+    )
     if not evidence.runs:
         raise ConfigError(f"{path} has no runs; expected at least one.", hint="run the suite again")
     return evidence

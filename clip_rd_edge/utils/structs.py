@@ -109,6 +109,7 @@ def read_versioned_json(
     key: str = "format_version",
     upgrade: Callable[[bytes], bytes] | None = None,
     max_bytes: int = MAX_JSON_BYTES,
+    foreign: tuple[str, ConfigError] | None = None,
 ) -> T:
     """Read a JSON file with the version of its format into a struct.
 
@@ -117,13 +118,19 @@ def read_versioned_json(
         key: what the file calls its version.
         upgrade: rewrites the content of an older version to the newest one's keys.
         max_bytes: limit on the size of the file.
+        foreign: a key that only another kind of file has, and the error for such a file.
 
     Raises:
         InputError: the file cannot be read.
-        ConfigError: it is damaged, or its format is newer. The version is checked before anything else.
+        ConfigError: it is damaged, its format is newer, or it is of another kind. The kind and the version are checked
+            before anything else.
     """
     content = read_limited(path, max_bytes)
-    version = getattr(_decode_json(content, msgspec.defstruct("Version", [(key, int)]), source=path), key)
+    mark = foreign[0] if foreign else ""
+    header = msgspec.defstruct("Header", [(key, int), ("mark", msgspec.Raw, msgspec.Raw())], rename={"mark": mark})
+    version, found = msgspec.structs.astuple(_decode_json(content, header, source=path))
+    if foreign and bytes(found):
+        raise foreign[1]
     if version > newest:
         raise ConfigError(
             f"{path} has format version {version}; this clip-rd-edge reads up to {newest}.",

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 import clip_rd_edge
+from clip_rd_edge.benchmarking.results import read_results
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.evidence import report
 from clip_rd_edge.evidence.report import markdown, read_evidence_file, write_evidence
@@ -153,6 +154,16 @@ def test_evidence_is_read_as_it_was_written(make: Make, tmp_path: Path) -> None:
         path.write_bytes(msgspec.json.encode({**content, **damaged}))
         with pytest.raises(ConfigError, match=message):
             read_evidence_file(path)
+
+
+def test_the_results_of_a_benchmark_are_told_from_those_of_evidence(tmp_path: Path, make: Make) -> None:
+    (tmp_path / "results.json").write_text('{"format_version": 3, "suite": {}, "rows": [], "tasks": []}')
+    with pytest.raises(ConfigError, match="has the results of a benchmark; expected those of an evidence suite"):
+        read_evidence_file(tmp_path / "results.json")
+    write_evidence(tmp_path / "evidence.json", make(CORRECT))
+    with pytest.raises(ConfigError, match="has the results of an evidence suite") as raised:
+        read_results(tmp_path / "evidence.json")
+    assert raised.value.hint == f"clip-rd-edge evidence report {tmp_path / 'evidence.json'}"
 
 
 def test_a_secret_in_the_address_of_the_data_is_not_in_the_evidence(make: Make, tmp_path: Path) -> None:
