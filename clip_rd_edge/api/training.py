@@ -132,7 +132,8 @@ def embed(
         options: the other options of `clip-rd-edge embed`, under the same names; those of `distill` must be the same.
 
     Raises:
-        UsageError: `output` holds something else, there is no cluster, or the teacher's embeddings are stored already.
+        UsageError: `output` holds something else, or cannot be read as shards; there is no cluster; or the teacher's
+            embeddings are stored already.
         InputError, ConfigError: the data, teacher or recipe is missing or invalid, or the value of an option.
     """
     from clip_rd_edge.distillation.config import resolve
@@ -156,6 +157,11 @@ def embed(
 
         if ray is not None:
             raise UsageError("A Ray cluster fills caches alone.", hint="start the same command under torchrun instead")
+        if any(mark in str(folder) for mark in ("{", "}", "::")):
+            raise UsageError(
+                f"The output {folder} has braces or :: in its name, which shards cannot have: they stand for several.",
+                hint="choose another -o",
+            )
         reinforce(config, folder, reporter=reporter)
         return folder
     embed_teacher(config, folder, cluster=ray, reporter=reporter)

@@ -440,6 +440,12 @@ def test_several_captions_become_synthetic_ones(own_store: dict[str, Any], pairs
     assert read_sample(pairs, 1, stored).synthetic == []
 
 
+def test_a_folder_whose_shards_could_not_be_named_is_refused(own_store: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has braces or :: in its name"):
+        edge.embed(**{**own_store, "output": tmp_path / "mc {y}"})
+    assert not (tmp_path / "mc {y}").exists()
+
+
 def test_an_image_too_wide_for_a_jpeg_is_left_out(own_store: dict[str, Any], pairs_csv: Path) -> None:
     Image.new("RGB", (65_501, 1)).save(pairs_csv.parent / "pictures" / "3.png")
     folder = edge.embed(**own_store, max_bad=0.1)
