@@ -37,13 +37,24 @@ from clip_rd_edge.models.clip import (
 )
 
 _T = Tensor
-_CLAMPS = {F.relu, F.relu6, F.hardtanh, torch.relu, torch.relu_, _T.relu, _T.relu_}
-_SIGMOIDS = {F.sigmoid, torch.sigmoid, _T.sigmoid, _T.sigmoid_}
+_CLAMPS = {F.relu, F.relu6, F.hardtanh, torch.relu, _T.relu}
+_SIGMOIDS = {F.sigmoid, torch.sigmoid, _T.sigmoid}
 _GATES: dict[Any, Callable[[Tensor], Tensor]] = {F.silu: torch.sigmoid, F.hardswish: F.hardsigmoid}  # x · gate(x)
-_SUMS = {torch.add, _T.add, _T.add_, _T.__add__, _T.__radd__, _T.__iadd__}
-_PRODUCTS = {torch.mul, _T.mul, _T.mul_, _T.__mul__, _T.__rmul__, _T.__imul__}
+_SUMS = {torch.add, _T.add, _T.__add__, _T.__radd__}
+_PRODUCTS = {torch.mul, _T.mul, _T.__mul__, _T.__rmul__}
 _MEANS = {torch.mean, _T.mean, F.adaptive_avg_pool2d}
 _POOLS = {torch.max_pool2d, F.max_pool2d, F.avg_pool2d, torch._C._nn.avg_pool2d}
+# By functions that write into their first argument: those that compute the same as a new tensor.
+_OUT_OF_PLACE = {
+    **{getattr(_T, f"{name}_"): getattr(_T, name) for name in ("add", "sub", "mul", "div", "clamp", "relu", "sigmoid")},
+    **{_T.__iadd__: _T.add, _T.__isub__: _T.sub, _T.__imul__: _T.mul, _T.__itruediv__: _T.div},
+    **{torch.relu_: torch.relu, torch.sigmoid_: torch.sigmoid},
+}
+
+
+def _is_in_place(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a function writes into its first argument."""
+    return func in _OUT_OF_PLACE or bool(kwargs.get("inplace"))
 
 
 class FakeQuantMode(TorchFunctionMode):
@@ -60,22 +71,28 @@ class FakeQuantMode(TorchFunctionMode):
         self._range_count = 0
         # By `id` of the tensor; storing the tensors themselves keeps their ids from being reused.
         self._outputs: dict[int, tuple[Tensor, int]] = {}  # quantised outputs, each with the index of its range
-        self._inputs: dict[int, tuple[Tensor, Tensor]] = {}  # other inputs of layers, each with its rounded value
-        self._normalized: set[int] = set()  # outputs that include their batch norm already
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}  # other tensors, each with what the graph holds instead
+        self._normalized: set[int] = set()  # outputs that include a batch norm that is still to come
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        args, kwargs = self._as_held(args), {name: self._as_held(value) for name, value in (kwargs or {}).items()}
         if func is F.conv2d:
             return self._convolution(*args, **kwargs)
         if func is F.linear:
             return self._linear(*args, **kwargs)
         first = args[0] if args else kwargs.get("input")
         if func is F.batch_norm and id(first) in self._normalized:
+            self._normalized.remove(id(first))
             return first
-        output = self._follower(func, first, args, kwargs) if id(first) in self._outputs else None
-        if output is not None:
-            return output
-        return func(*self._rounded(args), **{name: self._rounded(value) for name, value in kwargs.items()})
+        if id(first) not in self._outputs:
+            return func(*args, **kwargs)
+        if not _is_in_place(func, kwargs):
+            return self._follower(func, first, args, kwargs)
+        # The exported graph computes a new tensor, and reads it wherever the model reads the one it has written into.
+        kwargs = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
+        output = self._follower(_OUT_OF_PLACE.get(func, func), first, args, kwargs)
+        self._held[id(first)] = (first, output)
+        return output
 
     def _convolution(
         self, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
@@ -96,12 +113,10 @@ class FakeQuantMode(TorchFunctionMode):
         product = self._quantized_output(F.linear(rounded, weight))  # exported as MatMul, and Add with an INT8 bias
         return product if bias is None else self._quantized_output(product + self._hooks.constant(bias))
 
-    def _follower(self, func: Any, first: Tensor, args: Any, kwargs: Any) -> Tensor | None:
-        """Return the quantised output of `func` if the exporter keeps it in INT8, else None."""
+    def _follower(self, func: Any, first: Tensor, args: Any, kwargs: Any) -> Any:
+        """Return the output of `func`, quantised if the exporter keeps it in INT8."""
         if func in _CLAMPS:
-            index = self._outputs[id(first)][1]
-            kwargs = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
-            return self._quantized_output(func(*args, **kwargs), index)
+            return self._quantized_output(func(*args, **kwargs), self._outputs[id(first)][1])
         if func in _GATES:
             return self._quantized_output(first * self._quantized_output(_GATES[func](first)))
         if func in _SIGMOIDS or func is F.hardsigmoid:
@@ -113,11 +128,11 @@ class FakeQuantMode(TorchFunctionMode):
             output = self._hooks.pooled(index, func(*args, **kwargs))
             self._outputs[id(output)] = (output, index)
             return output
-        if func in _SUMS or func in _PRODUCTS:
-            second = self._operand(args[1])
+        if (func in _SUMS and "alpha" not in kwargs) or func in _PRODUCTS:
+            second = self._operand(args[1] if len(args) > 1 else kwargs["other"])
             if second is not None:
                 return self._quantized_output(first + second if func in _SUMS else first * second)
-        return None
+        return func(*args, **kwargs)
 
     def _operand(self, other: Any) -> Any:
         """Return the second operand of a sum or product as held in INT8, or None if it is in float."""
@@ -137,17 +152,20 @@ class FakeQuantMode(TorchFunctionMode):
         """Return the input of a layer, rounded."""
         if id(value) in self._outputs:
             return value
-        if id(value) not in self._inputs:
+        if id(value) not in self._held:
             rounded = self._hooks.activation(self._next_index(), value)
-            self._inputs[id(value)] = (value, rounded)
-            self._inputs[id(rounded)] = (rounded, rounded)
-        return self._inputs[id(value)][1]
+            self._held[id(value)] = (value, rounded)
+            self._held[id(rounded)] = (rounded, rounded)
+        return self._held[id(value)][1]
 
-    def _rounded(self, value: Any) -> Any:
-        """Replace tensors that a layer has rounded as its input by their rounded values: the graph holds only these."""
+    def _as_held(self, value: Any) -> Any:
+        """Replace tensors that a layer has rounded as its input, or that were written into, by what the graph holds."""
         if isinstance(value, (tuple, list)):
-            return type(value)(self._rounded(item) for item in value)
-        return self._inputs[id(value)][1] if isinstance(value, Tensor) and id(value) in self._inputs else value
+            items = [self._as_held(item) for item in value]
+            return items if isinstance(value, list) else tuple(items)
+        while (held := self._held.get(id(value), (value, value))[1]) is not value:
+            value = held
+        return value
 
     def _next_index(self) -> int:
         self._range_count += 1
@@ -160,14 +178,16 @@ class FrozenBatchNorm:
 
     mean: Tensor
     variance: Tensor
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
     epsilon: float
 
     def fold_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return weights (out, …) and bias of a convolution that includes this batch norm."""
-        factor = self.weight * torch.rsqrt(self.variance + self.epsilon)
-        shift = self.bias - self.mean * factor
+        factor = torch.rsqrt(self.variance + self.epsilon)
+        if self.weight is not None:
+            factor = self.weight * factor
+        shift = -self.mean * factor if self.bias is None else self.bias - self.mean * factor
         folded = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
         return folded, shift if bias is None else shift + bias * factor
 
@@ -191,6 +211,8 @@ class _NormFinder(TorchFunctionMode):
         output = func(*args, **kwargs)
         if func is F.conv2d:
             self._convolutions[id(output)] = (output, args[1])
+        if _is_in_place(func, kwargs):  # what was a convolution's output is no more
+            self._convolutions.pop(id(output), None)
         if func is F.batch_norm:
             names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
             arguments = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -292,7 +314,8 @@ def require_static_tower(student: ClipModel) -> None:
     """Check that the image tower of a student is exported in static INT8, with the layers that it is trained with.
 
     Raises:
-        UsageError: it is a transformer, which the exporter quantises dynamically, or the exporter merges its branches.
+        UsageError: it is a transformer, which the exporter quantises dynamically, or it computes something else with
+            `FakeQuantMode`, whatever is rounded, or the exporter merges its branches.
     """
     visual = student.model.get_submodule("visual")
     # A single convolution is the patch embedding of a transformer; `convert.int8.candidates` has the same rule.
@@ -303,6 +326,13 @@ def require_static_tower(student: ClipModel) -> None:
             hint=_AS_IT_IS,
         )
     with evaluation_mode(student.model):
+        difference = _difference_without_rounding(ImageTower(student.model), student.preprocessing.size)
+        if difference > _MAX_DIFFERENCE:
+            raise UsageError(
+                f"The image tower of {student.name} cannot be trained under INT8 rounding: where nothing is rounded at "
+                f"all, its embeddings are still {difference:.1%} off, so that another network would be trained.",
+                hint=_AS_IT_IS,
+            )
         exported = inference_image_tower(student.model)
         if exported.model is student.model:
             return
@@ -318,6 +348,17 @@ def require_static_tower(student: ClipModel) -> None:
 
 
 _AS_IT_IS = "export it as it is with --precision int8"
+_MAX_DIFFERENCE = 0.05  # several times that of the rounding of TF32, in which GPUs compute
+
+
+def _difference_without_rounding(tower: nn.Module, size: tuple[int, int]) -> float:
+    """Return how far `FakeQuantMode` moves a tower's embedding of an image where nothing is rounded."""
+    pixels = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(_device(tower))
+    norms = norms_after_convolutions(tower, pixels)
+    with torch.no_grad(), FakeQuantMode(RangeObserver(), norms):
+        unrounded = tower(pixels)
+    with torch.no_grad():
+        return float((unrounded - tower(pixels)).norm())
 
 
 def _range_count(tower: nn.Module, example: Tensor) -> int:

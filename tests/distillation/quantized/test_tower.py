@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from onnx import numpy_helper
 from safetensors.torch import load_file
 from support import Watch
+from timm.models import nfnet
 from torch import nn
 
 from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE
@@ -24,8 +28,13 @@ from clip_rd_edge.convert.graph import prepare_for_quantization
 from clip_rd_edge.convert.int8.static import StaticQuantizer
 from clip_rd_edge.distillation.config import QUANTIZE_DEFAULTS, RunConfig, load_recipe
 from clip_rd_edge.distillation.depthwise import speed_up_small_maps
-from clip_rd_edge.distillation.quantized.fake_quant import ActivationRanges, FakeQuantizer
-from clip_rd_edge.distillation.quantized.tower import FakeQuantMode, QuantizedTower, require_static_tower
+from clip_rd_edge.distillation.quantized.fake_quant import ActivationRanges, FakeQuantizer, RangeObserver
+from clip_rd_edge.distillation.quantized.tower import (
+    FakeQuantMode,
+    QuantizedTower,
+    norms_after_convolutions,
+    require_static_tower,
+)
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.onnx import export_image_tower
@@ -298,6 +307,118 @@ def test_a_trunk_whose_branches_the_export_merges_is_refused() -> None:
         require_static_tower(make_student("repghostnet_050"))
     assert refused.value.hint == "export it as it is with --precision int8"
     require_static_tower(make_student("test_efficientnet"))
+
+
+class Branches(nn.Module):
+    """Two convolutions, whose outputs an operation brings together, and one of what it returns, or has written into."""
+
+    def __init__(self, operation: Operation, *, reads_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.gain = nn.Parameter(torch.tensor(0.2))
+        self.operation, self.reads_first = operation, reads_first
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        first = self.first(pixels)
+        output = self.operation(first, self.second(pixels), self.gain)
+        embeddings: torch.Tensor = self.last(first if self.reads_first else output).mean(dim=(2, 3))
+        return embeddings
+
+
+Operation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+OPERATIONS: dict[str, tuple[Operation, Operation]] = {
+    "sum": (lambda y, z, _: y.add_(z), lambda y, z, _: y + z),
+    "sum of a multiple": (lambda y, z, _: y.add_(z, alpha=0.5), lambda y, z, _: torch.add(y, z, alpha=0.5)),
+    "sum by name": (lambda y, z, _: y.add_(other=z), lambda y, z, _: torch.add(y, other=z)),
+    "product": (lambda y, _, gain: y.mul_(gain), lambda y, _, gain: y * gain),
+    "ReLU": (lambda y, _z, _: F.relu(y, inplace=True), lambda y, _z, _: F.relu(y)),
+    "ReLU of torch": (lambda y, _z, _: torch.relu_(y), lambda y, _z, _: torch.relu(y)),
+    "SiLU": (lambda y, _z, _: F.silu(y, inplace=True), lambda y, _z, _: F.silu(y)),
+    "in float": (lambda y, _z, _: F.leaky_relu(y, 0.1, inplace=True), lambda y, _z, _: F.leaky_relu(y, 0.1)),
+    "in turn": (lambda y, z, gain: y.mul_(gain).add_(z).sigmoid_(), lambda y, z, gain: (y * gain + z).sigmoid()),
+}
+
+
+@pytest.mark.parametrize(("write", "compute"), OPERATIONS.values(), ids=OPERATIONS)
+def test_what_is_written_into_a_tensor_is_rounded_as_what_is_computed_anew(
+    write: Operation, compute: Operation
+) -> None:
+    torch.manual_seed(1)
+    pixels, results = torch.randn(4, 3, 8, 8), []
+    for module in (Branches(write, reads_first=True), Branches(compute, reads_first=False)):
+        tower = QuantizedTower(module, ActivationRanges(), pixels)
+        tower.calibrate([pixels])
+        with torch.no_grad(), FakeQuantMode(RangeObserver(), tower.norms):
+            unrounded = module(pixels)
+        torch.testing.assert_close(unrounded, module(pixels))
+        embeddings = tower(pixels)
+        gradients = torch.autograd.grad(embeddings.square().sum(), list(module.parameters()), allow_unused=True)
+        results.append([tower.ranges.low, tower.ranges.high, embeddings, *(g for g in gradients if g is not None)])
+    assert len(results[0]) >= 7
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param([nn.BatchNorm2d(3, affine=False)], id="norm without weights"),
+        pytest.param([nn.ReLU(inplace=True), nn.BatchNorm2d(3)], id="norm after what was written into"),
+        pytest.param([nn.BatchNorm2d(3), nn.BatchNorm2d(3)], id="norm after norm"),
+    ],
+)
+def test_where_nothing_is_rounded_it_computes_what_the_float_tower_does(layers: list[nn.Module]) -> None:
+    torch.manual_seed(0)
+    pixels, tower = torch.randn(4, 3, 8, 8), nn.Sequential(nn.Conv2d(3, 3, 1), *layers).eval()
+    layers[-1].running_mean.normal_()  # type: ignore[operator, union-attr]
+    with torch.no_grad():
+        expected = tower(pixels)
+        norms = norms_after_convolutions(tower, pixels)
+        with FakeQuantMode(RangeObserver(), norms):
+            torch.testing.assert_close(tower(pixels), expected)
+    assert len(norms) == isinstance(layers[0], nn.BatchNorm2d)
+
+
+def test_a_trunk_that_scales_its_branches_in_place_is_trained_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(nfnet.model_cfgs["test_nfnet"], skipinit=True)  # as of dm_nfnet_f0
+    monkeypatch.setitem(nfnet.model_cfgs, "test_nfnet", config)
+    clip, pixels = make_student("test_nfnet"), torch.from_numpy(make_pixels()[:4])
+    gains = [value for name, value in clip.model.named_parameters() if name.endswith("skipinit_gain")]
+    assert gains
+    for gain in gains:
+        nn.init.constant_(gain, 0.5)
+    require_static_tower(clip)
+    tower = ImageTower(clip.model)
+    with torch.no_grad(), FakeQuantMode(RangeObserver(), {}):
+        unrounded = tower(pixels)
+    torch.testing.assert_close(unrounded, tower(pixels))
+    quantized(clip, make_pixels())(pixels)[:, 0].sum().backward()
+    assert all(gain.grad for gain in gains)
+
+
+class WrittenLater(nn.Module):
+    """A convolution whose output is written into after a view of it was taken."""
+
+    def __init__(self, convolution: nn.Module) -> None:
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        output = self.convolution(pixels)
+        view = output.flatten(2)
+        output.mul_(3).add_(1)
+        return view.view_as(output)
+
+
+def test_a_trunk_that_would_be_trained_as_another_network_is_refused() -> None:
+    clip = make_student("test_efficientnet")
+    trunk = clip.model.get_submodule("visual.trunk")
+    trunk.conv_stem = WrittenLater(trunk.get_submodule("conv_stem"))
+    with pytest.raises(
+        UsageError, match=r"nothing is rounded at all, its embeddings are still \d+\.\d% off"
+    ) as refused:
+        require_static_tower(clip)
+    assert refused.value.hint == "export it as it is with --precision int8"
 
 
 def test_weights_are_rounded_to_the_levels_that_the_exporter_ships() -> None:
