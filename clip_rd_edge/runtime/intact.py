@@ -74,7 +74,8 @@ def require_current_engine(folder: Path, manifest: Manifest, tower: Tower, engin
         )
     lines = (line.split() for line in stamp.read_text(encoding="utf-8", errors="replace").splitlines())
     digests = {fields[1].removeprefix("*"): fields[0] for fields in lines if len(fields) == 2}
-    if digests.get(tower.file) != manifest.files.get(tower.file, sha256_of(folder / tower.file)):
+    expected = manifest.files.get(tower.file) or sha256_of(folder / tower.file)
+    if digests.get(tower.file) != expected:
         raise ConfigError(f"{path} was built from another {tower.file} than the bundle's.", hint="build it again")
     if not _has_digest(path, digests.get(engine, "")):
         raise ConfigError(f"{path} is not the engine that {stamp.name} was written for.", hint="build it again")
