@@ -171,15 +171,14 @@ def _common_captions(caches: Sequence[TeacherCache]) -> list[_Rows] | None:
     return [np.searchsorted(own, common) for own in keys]
 
 
-def _read_rows(
-    path: Callable[[int], Path], chosen: npt.NDArray[np.int64], *, total: int, width: int
-) -> npt.NDArray[np.float16]:
-    """Read rows of shards of together `total` rows, (K, width)."""
-    shards, rows = chosen // SHARD_SIZE, []
-    for shard in np.unique(shards).tolist():
+def _read_rows(path: Callable[[int], Path], chosen: _Rows, *, total: int, width: int) -> npt.NDArray[np.float16]:
+    """Read rows of shards of together `total` rows, (K, width), in ascending order."""
+    parts = []
+    for rows in np.split(chosen, np.flatnonzero(np.diff(chosen // SHARD_SIZE)) + 1):
+        shard = int(rows[0]) // SHARD_SIZE
         with embedding_file(path(shard), shard_rows(shard, total), width=width) as file:
-            rows += [file[row] for row in (chosen[shards == shard] % SHARD_SIZE).tolist()]
-    return np.stack(rows)
+            parts.append(np.stack([file[row] for row in (rows % SHARD_SIZE).tolist()]))
+    return np.concatenate(parts)
 
 
 def _readable(parts: Sequence[npt.NDArray[np.float16]], path: Callable[[int], Path]) -> list[npt.NDArray[np.float16]]:

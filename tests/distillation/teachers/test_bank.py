@@ -77,13 +77,19 @@ def test_a_stored_bank_is_all_of_a_cache_or_a_seeded_part_of_it(cache: TeacherCa
 def test_a_stored_bank_reads_several_shards(cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("bank", "embedding_store"):
         monkeypatch.setattr(f"clip_rd_edge.distillation.teachers.{module}.SHARD_SIZE", 10)
+    everything = []
     for path_of in (lambda shard: image_shard(cache.folder, 0, shard), lambda shard: text_shard(cache.folder, shard)):
         rows = load_array(path_of(0))
+        everything.append(torch.from_numpy(rows).float())
         for shard in range(3):
             np.save(path_of(shard), rows[10 * shard : 10 * (shard + 1)])
     paths = [image_shard(cache.folder, 0, 2), text_shard(cache.folder, 2)]
     for actual, path in zip(stored(cache, 24), paths, strict=True):
         assert torch.equal(actual[20:], torch.from_numpy(load_array(path)).float())
+    for seed in range(5):  # a part of some shards, and nothing of others
+        for part, rows in zip(stored(cache, 3, seed=seed), everything, strict=True):
+            places = [(rows == row).all(dim=1).nonzero().item() for row in part]
+            assert places == sorted(set(places))
 
 
 def test_a_stored_bank_leaves_out_what_could_not_be_embedded(cache: TeacherCache) -> None:
