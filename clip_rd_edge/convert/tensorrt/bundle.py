@@ -17,6 +17,7 @@ from clip_rd_edge.convert.tensorrt.engine import MAX_BATCH, build_engine, mistyp
 from clip_rd_edge.convert.tensorrt.strongly_typed import TypedTower, typed_towers
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
+from clip_rd_edge.utils.printable import one_line, printable
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 # Returns the content of a tower's engine, given `image` or `text` and the tower's strongly typed ONNX.
@@ -114,7 +115,8 @@ build() {{  # tower, input name, input shape without the batch
 """
 
 _PYTHON = '''#!/usr/bin/env python3
-"""Builds the engines of {name} on the device ({title}) with TensorRT's Python API: the same as {shell}."""
+"""Builds this folder's engines on the device ({title}) with TensorRT's Python API: the same as {shell}."""
+# The model is {name}.
 
 import hashlib
 import os
@@ -181,7 +183,7 @@ def write_build_files(folder: Path, manifest: Manifest, *, title: str) -> None:
     towers = [(Path(tower.file).stem, tower.input_name, shapes[name]) for name, tower in manifest.towers.items()]
     calls = "\n".join(f"build {name} {input_name} {'x'.join(map(str, shape))}" for name, input_name, shape in towers)
     fields = {
-        "name": manifest.name,
+        "name": printable(one_line(manifest.name)),  # in comments: it is a folder's name, which can be any text
         "title": title,
         "checksums": CHECKSUMS,
         "shell": BUILD_SHELL,

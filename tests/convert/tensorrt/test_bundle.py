@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -15,6 +17,7 @@ from onnx import numpy_helper
 from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.options import ExportRequest
+from clip_rd_edge.convert.tensorrt.bundle import write_build_files
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.intact import require_current_engine
@@ -132,8 +135,6 @@ def test_the_onnx_files_meet_tensorrts_requirements(folder: Path) -> None:
 
 
 def test_a_damaged_copy_is_not_built(folder: Path, trtexec: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     damaged = bytearray((copy / "text.onnx").read_bytes())
@@ -145,6 +146,19 @@ def test_a_damaged_copy_is_not_built(folder: Path, trtexec: Path, tmp_path: Path
     assert not (copy / "image.engine").exists()
     process = _build(folder, tmp_path / "none")
     assert (process.returncode, "hint: sudo apt install tensorrt" in process.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["a\ntouch injected #", "a\rb", "run\\N", 'say """hi"""', "encoding=none"])
+def test_nothing_in_a_models_name_is_run_on_the_device(
+    fp32_bundle: Path, trtexec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    bundle = shutil.copytree(fp32_bundle, tmp_path / "bundle")
+    write_build_files(bundle, msgspec.structs.replace(read_manifest(bundle), name=name), title="a device")
+    monkeypatch.chdir(tmp_path)
+    process = _build(bundle, trtexec)
+    assert process.returncode == 0, process.stderr
+    assert not (tmp_path / "injected").exists()
+    compile((bundle / "build.py").read_bytes(), "build.py", "exec")  # raises if it is not Python
 
 
 @pytest.mark.tensorrt
