@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from clip_rd_edge.data.shards.tar_scan import TarScan
 from clip_rd_edge.data.store_errors import http_status, is_web, reason_of, refusal
-from clip_rd_edge.errors import InputError, MissingExtraError
+from clip_rd_edge.errors import InputError, MissingExtraError, UnreachableError
 from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.paths import URL
 from clip_rd_edge.utils.printable import shown_source
@@ -169,11 +169,21 @@ def _forget_listings() -> None:
 
 
 def shard_identity(shard: ShardFile) -> str:
-    """Return a text that changes when a shard is another one: its location and its version; raises as `versions`."""
+    """Return a text that changes when a shard is another one: its location and its version.
+
+    Raises:
+        InputError: as `versions`.
+        UnreachableError: it is a command's, and the working folder was removed.
+    """
     size, mark = version(shard)
     location = str(shard.resolve()) if isinstance(shard, Path) else shard.url
     if location.startswith(PIPE):  # what a command writes depends on where it runs
-        location = f"{location}\n{Path.cwd()}"
+        try:
+            location = f"{location}\n{Path.cwd()}"
+        except FileNotFoundError as error:
+            raise UnreachableError(
+                "The working folder does not exist any more.", hint="cd into one that does"
+            ) from error
     return f"{location}\n{size}\n{mark}"
 
 

@@ -28,6 +28,7 @@ LIMIT_VARIABLE = "CLIP_RD_EDGE_SHARD_CACHE_GB"
 _DEFAULT_GB = 100.0
 _PREFETCHING_THREADS = 4
 _ABANDONED_S = 24 * 3600
+_OPENING_TRIES = 10
 
 
 def open_file(shard: ShardFile) -> int:
@@ -35,15 +36,21 @@ def open_file(shard: ShardFile) -> int:
 
     Raises:
         OSError: it cannot be opened.
-        InputError, UnreachableError: as `local_path`.
+        InputError: as `local_path`.
+        UnreachableError: as `local_path`, or it was removed from the cache each time before it could be opened.
     """
-    while True:
+    for _ in range(_OPENING_TRIES):
         try:
             return os.open(local_path(shard), os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except FileNotFoundError:
             if isinstance(shard, Path):
                 raise
             # Another process has just made room in the cache.
+    raise UnreachableError(
+        f"The shard {shard} was removed from the cache {_cached(shard).parent} {_OPENING_TRIES} times before it could "
+        "be opened.",
+        hint=f"name a folder of this machine with CLIP_RD_EDGE_CACHE, or raise {LIMIT_VARIABLE}",
+    )
 
 
 def local_path(shard: ShardFile) -> Path:

@@ -229,6 +229,29 @@ def test_a_disk_too_full_for_a_lock_is_named(server: UnreliableServer, monkeypat
         pairs.open(0)
 
 
+def test_a_shard_that_vanishes_whenever_it_is_fetched_is_given_up(
+    server: UnreliableServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = RemoteShard(f"{server.url}/000.tar")
+    vanished = Mock(return_value=cache_folder(server) / "vanished.tar")
+    monkeypatch.setattr(shard_cache, "local_path", vanished)
+    with pytest.raises(UnreachableError, match=r"000\.tar was removed from the cache .* 10 times before") as caught:
+        shard_cache.open_file(shard)
+    assert vanished.call_count == 10
+    assert shard_cache.LIMIT_VARIABLE in caught.value.hint
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no folder that is in use")
+def test_a_command_whose_working_folder_was_removed_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "working").mkdir()
+    monkeypatch.chdir(tmp_path / "working")
+    (tmp_path / "working").rmdir()
+    with pytest.raises(UnreachableError, match="The working folder does not exist any more"):
+        shard_cache.open_file(RemoteShard("pipe:cat 000.tar"))
+
+
 def test_without_locks_two_fetches_at_once_write_the_same_bytes(
     server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
