@@ -181,10 +181,13 @@ def _require_comparison(teachers: Sequence[str], tasks: Sequence[Task]) -> None:
 def _folders(teachers: Iterable[str]) -> list[str]:
     """Return a name for each teacher's run, with its number where two would be the same."""
     names = [re.sub(r"[^\w.@-]+", "-", name).strip("-.")[-_MAX_FOLDER_NAME:] for name in teachers]
-    return [
-        name if name and names.count(name) == 1 else f"{name}-{number}".lstrip("-")
-        for number, name in enumerate(names, 1)
-    ]
+    folders: dict[str, None] = {}
+    for number, name in enumerate(names, 1):
+        folder = name if name and names.count(name) == 1 else f"{name}-{number}".lstrip("-")
+        while folder in folders:  # also a name with its number may be that of another teacher
+            folder += f"-{number}"
+        folders[folder] = None
+    return list(folders)
 
 
 def _scores(clip: ClipModel, tasks: Sequence[Task]) -> dict[str, Score]:

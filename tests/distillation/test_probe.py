@@ -237,6 +237,7 @@ def test_teachers_are_told_apart_by_the_mean_over_tasks_that_ranks_them(
 def test_each_teacher_has_a_folder_of_its_own() -> None:
     names = ["ViT-B-16@laion400m_e32", "local-dir:a/b", "local-dir:a-b", "../.."]
     assert probing._folders(names) == ["ViT-B-16@laion400m_e32", "local-dir-a-b-2", "local-dir-a-b-3", "4"]
+    assert probing._folders(["a b", "a/b", "a-b-2", "a-b-2-3"]) == ["a-b-1", "a-b-2", "a-b-2-3", "a-b-2-3-4"]
 
 
 @pytest.mark.parametrize(
