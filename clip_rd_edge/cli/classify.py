@@ -124,6 +124,8 @@ def command(
         )
     if as_csv and (as_json or null):
         raise UsageError(f"{'--json' if as_json else '--null'} and --csv cannot be combined.", hint="omit one of them")
+    if camera is not None and quick:
+        raise UsageError("--camera and --quick cannot be combined.", hint="omit --quick: it is for JPEG files")
     # numpy's matrix products are small here: more threads only take cores from the model. numpy reads this at import.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -156,7 +158,7 @@ def command(
     if as_csv:
         echo(CSV_HEADER)
     if camera is not None:
-        _classify_camera(classifier, camera, top=top, format_result=format_result)
+        _classify_camera(classifier, camera, top=top, format_result=format_result, end=end)
         return
     if not paths:
         raise InputError("No images: the list on stdin is empty.", hint="pipe in one path per line")
@@ -288,7 +290,7 @@ def _classify_files(
         raise InputError(f"{len(unreadable):,} of {len(paths):,} images could not be read; the others are classified.")
 
 
-def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, format_result: Format) -> None:
+def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, format_result: Format, end: str) -> None:
     """Print the result for each frame until the camera ends or Ctrl-C; on a terminal, each overwrites the last."""
     terminal, width = sys.stdout.isatty(), terminal_width(sys.stdout)
     started, count = time.perf_counter(), 0
@@ -298,8 +300,8 @@ def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, f
             if terminal:
                 click.echo("\r\x1b[2K", nl=False)  # clear the line of the last frame
             # Cut, since a line that is broken in two could not be cleared.
-            shown = cut(f"{line.expandtabs()}  ({latency_ms:.0f} ms)", width - 1) if terminal else line
-            echo(shown, nl=not terminal)
+            shown = cut(f"{line.expandtabs()}  ({latency_ms:.0f} ms)", width - 1) if terminal else line + end
+            echo(shown, nl=False)
     except KeyboardInterrupt:
         pass  # the normal way to stop
     finally:

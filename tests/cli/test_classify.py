@@ -135,6 +135,7 @@ def test_many_images_from_stdin_are_classified_and_the_rate_is_printed(
         ((), "Expected either images or --camera"),
         (("red.png", "--camera", "0"), "Expected either images or --camera"),
         (("red.png", "--json", "--csv"), "cannot be combined"),
+        (("--camera", "0", "--quick"), "--camera and --quick cannot be combined"),
         (("-",), "the list on stdin is empty"),
         (("nowhere.png",), "image or folder nowhere.png does not exist"),
     ],
@@ -161,6 +162,9 @@ def test_frames_of_a_camera_are_classified(
         ("frame 2", "blue"),
     ]
     assert error.startswith("2 frames in ")
+    _, output, _ = command_line("classify", colour_bundle, "--camera", "0", *LABELS, "--top", "1", "--null")
+    assert [record.split("\t")[0] for record in output.split("\0")] == ["frame 1", "frame 2", ""]
+    assert "\n" not in output
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes file names of any bytes")
