@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -125,7 +126,7 @@ def measure_energy(
 # Takes a model's name, runtime and number of threads. Returns the command of a process that opens the model, embeds a
 # text and the image whose path is appended to the command, and prints one line of JSON with `peak_memory_bytes`.
 Launch = Callable[[str, Any, int], Sequence[str]]
-_MAX_RUNS, _MAX_RUN_SECONDS = 3, 4.0
+_MAX_RUNS, _MAX_RUN_SECONDS, _MAX_ANSWER_SECONDS = 3, 4.0, 600.0
 
 
 class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,7 +144,7 @@ class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure_cold_start(command: Sequence[str], image: ImageFile) -> ColdStart | None:
-    """Run a command up to three times, for about four seconds in total; return None if it fails."""
+    """Run a command up to three times, for about four seconds in total; return None if it fails or hangs."""
     seconds: list[float] = []
     peaks: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -163,10 +164,16 @@ def measure_cold_start(command: Sequence[str], image: ImageFile) -> ColdStart | 
 def _time_first_answer(command: Sequence[str]) -> tuple[float, int | None] | None:
     """Return the seconds until a process prints its line, which is before it exits, and its peak memory."""
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        duration = time.perf_counter() - start
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    limit = threading.Timer(_MAX_ANSWER_SECONDS, process.kill)  # of a process that hangs, as in a driver
+    limit.start()
+    try:
+        with process:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            duration = time.perf_counter() - start
+    finally:
+        limit.cancel()
     try:
         return duration, msgspec.json.decode(line, type=_FirstAnswer).peak_memory_bytes
     except msgspec.DecodeError:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,13 @@ def test_cold_start_ends_with_the_answer_rather_than_the_process(image: Path, mo
 
 def test_a_process_that_fails_has_no_cold_start(image: Path) -> None:
     assert measure_cold_start([sys.executable, "-S", "-c", "raise SystemExit(3)"], image) is None
+
+
+def test_a_process_that_hangs_has_no_cold_start(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "_MAX_ANSWER_SECONDS", 0.2)
+    started = time.perf_counter()
+    assert measure_cold_start([sys.executable, "-S", "-c", "import time; time.sleep(100)"], image) is None
+    assert time.perf_counter() - started < 50
 
 
 def test_the_cold_start_of_a_bundle_is_measured(colour_bundle: Path, colour_images: Path) -> None:
