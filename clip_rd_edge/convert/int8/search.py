@@ -18,7 +18,7 @@ from clip_rd_edge.convert.parity import BATCH_SIZE, Inputs, Matches, Timer, agre
 from clip_rd_edge.errors import ConfigError, first_line, in_one_line
 from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
-from clip_rd_edge.utils.timing import time_in_turn
+from clip_rd_edge.utils.timing import Milliseconds, time_in_turn
 
 _FP32 = "float32"
 
@@ -94,9 +94,7 @@ def quantize_tower(
     """
     tower, inputs = samples.tower, samples.held_out
     reporter = PrefixedReporter(reporter, f"{tower} tower: ")
-    sessions: dict[str, Any] = {_FP32: backend.open(str(model), threads=threads)}
-    contents: dict[str, bytes] = {}
-    left_out: list[Trial] = []
+    float32 = backend.open(str(model), threads=threads)
     with tempfile.TemporaryDirectory() as folder:
         request = CandidateRequest(
             model=backend.prepare(model, Path(folder)),
@@ -107,60 +105,69 @@ def quantize_tower(
             threads=threads,
             reporter=reporter,
         )
-        for candidate in backend.candidates(request):
-            reporter.update(candidate.name)
-            result = _open_candidate(candidate, backend, threads)
-            if isinstance(result, str):
-                left_out.append(_trial_left_out(tower, candidate, f"failed: {result}"))
-            elif samples.in_batches and backend.one_at_a_time(result[0]):
-                left_out.append(_trial_left_out(tower, candidate, "depends on the batch"))
-            else:
-                contents[candidate.name], sessions[candidate.name] = result
-    reporter.update(f"timing {len(contents)} candidates and float32 in turn")
+        opened, left_out = _open_candidates(request, samples, backend)
+    reporter.update(f"timing {len(opened)} candidates and float32 in turn")
+    sessions = {_FP32: float32, **{name: candidate.session for name, candidate in opened.items()}}
     latencies_ms = latencies(sessions, inputs, timer=timer)
-    reporter.update(f"evaluating {len(contents)} candidates")
-    reference = embed(sessions[_FP32], inputs) if samples.reference is None else samples.reference
-    reference_correct = samples.correct(reference) if samples.correct else None
-    fp32 = MeasuredCandidate(_FP32, latencies_ms[_FP32], agreement(reference, reference), model.stat().st_size)
-    one_at_a_time = {name for name, content in contents.items() if backend.one_at_a_time(content)}
-    measured = {}
-    for name, content in contents.items():
-        session = right_session(
-            sessions[name], content, threads=threads, runtime=backend.name, sets=backend.instruction_sets
-        )
-        embeddings = embed(session, inputs, batch_size=1 if name in one_at_a_time else BATCH_SIZE)
-        answers = {}
-        if samples.correct and reference_correct is not None:
-            correct = samples.correct(embeddings)
-            answers["lost"] = int((reference_correct & ~correct).sum())
-            answers["gained"] = int((correct & ~reference_correct).sum())
-        measured[name] = MeasuredCandidate(
-            name, latencies_ms[name], agreement(reference, embeddings), len(content), **answers
-        )
+    reporter.update(f"evaluating {len(opened)} candidates")
+    embeddings = embed(float32, inputs) if samples.reference is None else samples.reference
+    reference = _Reference(embeddings, samples.correct(embeddings) if samples.correct else None)
+    fp32 = MeasuredCandidate(_FP32, latencies_ms[_FP32], agreement(embeddings, embeddings), model.stat().st_size)
+    measured = {
+        name: _measured(name, candidate, latencies_ms[name], samples, reference, backend=backend, threads=threads)
+        for name, candidate in opened.items()
+    }
     choice = choose(tower, fp32, list(measured.values()), budget=budget, left_out=left_out)
-    shipped = measured[choice.name] if choice.name else fp32
+    shipped, file = (measured[choice.name], opened[choice.name]) if choice.name else (fp32, None)
     return QuantizedTower(
-        model=contents[choice.name] if choice.name else None,
-        precision=f"int8 {choice.name}" if choice.name else "fp32",
+        model=file.content if file else None,
+        precision=f"int8 {choice.name}" if file else "fp32",
         note=choice.note,
         measured=measurement(shipped.agreement, shipped.latencies_ms, reference_ms=fp32.latencies_ms, threads=threads),
         trials=choice.trials,
-        one_at_a_time=choice.name in one_at_a_time,
-        instruction_sets=backend.instruction_sets(contents[choice.name]) if choice.name else (),
+        one_at_a_time=file.one_at_a_time if file else False,
+        instruction_sets=backend.instruction_sets(file.content) if file else (),
     )
 
 
-def _open_candidate(candidate: Candidate, backend: Backend, threads: int) -> tuple[bytes, Any] | str:
-    """Return the candidate's file content and a session of it, or the reason why it failed."""
+@dataclass(frozen=True)
+class _OpenCandidate:
+    """A candidate's file, and a session of it; `one_at_a_time` as in `contract.bundle.Tower`."""
+
+    content: bytes
+    session: Any
+    one_at_a_time: bool
+
+
+def _open_candidates(
+    request: CandidateRequest, samples: TowerSamples, backend: Backend
+) -> tuple[dict[str, _OpenCandidate], list[Trial]]:
+    """Return the candidates to measure by name, and the others."""
+    opened, left_out = dict[str, _OpenCandidate](), list[Trial]()
+    for candidate in backend.candidates(request):
+        request.reporter.update(candidate.name)
+        result = _open_candidate(candidate, backend, request.threads)
+        if isinstance(result, str):
+            left_out.append(_trial_left_out(samples.tower, candidate, f"failed: {result}"))
+        elif samples.in_batches and result.one_at_a_time:
+            left_out.append(_trial_left_out(samples.tower, candidate, "depends on the batch"))
+        else:
+            opened[candidate.name] = result
+    return opened, left_out
+
+
+def _open_candidate(candidate: Candidate, backend: Backend, threads: int) -> _OpenCandidate | str:
+    """Return the candidate's file and a session of it, or the reason why it failed."""
     try:
         content = candidate.make()
-        return content, backend.open(content, threads=threads)
+        session = backend.open(content, threads=threads)
     except ConfigError as error:
         return first_line(error)
     except Exception as error:  # the quantiser raises many types; the other candidates are still tried
         if full := disk_full_error(error):
             raise full from error
         return f"{type(error).__name__}: {in_one_line(error)}"
+    return _OpenCandidate(content, session, backend.one_at_a_time(content))
 
 
 def _trial_left_out(tower: str, candidate: Candidate, verdict: str) -> Trial:
@@ -173,3 +180,35 @@ def _trial_left_out(tower: str, candidate: Candidate, verdict: str) -> Trial:
         loss_points=float("nan"),
         verdict=verdict,
     )
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Float32's embeddings of the held-out inputs (M, D), and the pairs (M,) that they match, None without pairs."""
+
+    embeddings: Embeddings
+    correct: Matches | None
+
+
+def _measured(
+    name: str,
+    candidate: _OpenCandidate,
+    latencies_ms: Milliseconds,
+    samples: TowerSamples,
+    reference: _Reference,
+    *,
+    backend: Backend,
+    threads: int,
+) -> MeasuredCandidate:
+    """Return what a candidate costs and how it answers, beside float32."""
+    content = candidate.content
+    session = right_session(
+        candidate.session, content, threads=threads, runtime=backend.name, sets=backend.instruction_sets
+    )
+    embeddings = embed(session, samples.held_out, batch_size=1 if candidate.one_at_a_time else BATCH_SIZE)
+    answers = {}
+    if samples.correct and reference.correct is not None:
+        correct = samples.correct(embeddings)
+        answers["lost"] = int((reference.correct & ~correct).sum())
+        answers["gained"] = int((correct & ~reference.correct).sum())
+    return MeasuredCandidate(name, latencies_ms, agreement(reference.embeddings, embeddings), len(content), **answers)
