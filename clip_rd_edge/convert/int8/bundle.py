@@ -77,11 +77,12 @@ def write_int8(
         for samples in _tower_samples(source, calibration, backend, request, reporter=reporter)
         if samples.tower in manifest.towers
     }
-    fallback = request.fallback
     _require_fallback(manifest.name, quantized, request)
+    in_fp16 = {name for name, outcome in quantized.items() if outcome.model is None and request.fallback == "fp16"}
+    inputs = hard_inputs(source, manifest) if in_fp16 else {}
     towers = {
-        name: _write_fp16_fallback(quantized[name], tower, source, folder, request.format)
-        if fallback == "fp16" and quantized[name].model is None
+        name: _write_fp16_fallback(quantized[name], tower, inputs[name], source, folder, request.format)
+        if name in in_fp16
         else _write_tower(quantized[name], tower, source, folder)
         for name, tower in manifest.towers.items()
     }
@@ -177,10 +178,10 @@ def _write_tower(quantized: QuantizedTower, tower: Tower, source: Path, folder: 
     )
 
 
-def _write_fp16_fallback(quantized: QuantizedTower, tower: Tower, source: Path, folder: Path, format: Format) -> Tower:
+def _write_fp16_fallback(
+    quantized: QuantizedTower, tower: Tower, inputs: Inputs, source: Path, folder: Path, format: Format
+) -> Tower:
     write = write_litert_fp16_tower if format == "litert" else write_fp16_tower
-    manifest = read_manifest(source)
-    inputs = hard_inputs(source, manifest)["image" if tower == manifest.image else "text"]
     written = write(source, folder, tower, inputs, threads=quantized.measured.threads)
     reason = quantized.note.removeprefix("float32: ")
     return msgspec.structs.replace(written, note=f"{written.precision}: {reason} {written.note}".rstrip())
