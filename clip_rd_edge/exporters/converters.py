@@ -129,13 +129,18 @@ def _write_source(job: Conversion, folder: Path, tools: Toolchain) -> Conversion
     return replace(job, source=folder)
 
 
+def _require_images_of_one_size(request: ExportRequest, runtime: str) -> None:
+    """Raise UsageError if a graph is to take images of any size."""
+    if request.preprocess_in_graph:
+        raise UsageError(f"--preprocess-in-graph does not work with {runtime}, whose files take images of one size.")
+
+
 class LiteRtConverter(Converter):
     """LiteRT files, converted from PyTorch."""
 
     def check(self, request: ExportRequest) -> None:
         """Raise if the converter is missing, or preprocessing is to be in the graph."""
-        if request.preprocess_in_graph:
-            raise UsageError("--preprocess-in-graph does not work with LiteRT, whose files take images of one size.")
+        _require_images_of_one_size(request, "LiteRT")
         require_litert_torch()
 
     def convert(self, job: Conversion) -> ConvertedBundle:
@@ -157,11 +162,8 @@ class ExecuTorchConverter(Converter):
     """ExecuTorch files, converted from PyTorch."""
 
     def check(self, request: ExportRequest) -> None:
-        """Raise if the converter is missing, or an option does not apply."""
-        if request.preprocess_in_graph:
-            raise UsageError(
-                "--preprocess-in-graph does not work with ExecuTorch, whose files take images of one size."
-            )
+        """Raise if the converter is missing, or preprocessing is to be in the graph."""
+        _require_images_of_one_size(request, "ExecuTorch")
         require_executorch()
 
     def convert(self, job: Conversion) -> ConvertedBundle:
@@ -182,8 +184,7 @@ class CoreMlConverter(Converter):
 
     def check(self, request: ExportRequest) -> None:
         """Raise if the converter is missing, or preprocessing is to be in the graph."""
-        if request.preprocess_in_graph:
-            raise UsageError("--preprocess-in-graph does not work with Core ML, whose packages take one size of image.")
+        _require_images_of_one_size(request, "Core ML")
         require_coremltools()
 
     def convert(self, job: Conversion) -> ConvertedBundle:
