@@ -145,15 +145,15 @@ def fold_constants(model: onnx.ModelProto) -> None:
     """
     graph = model.graph
     while True:
-        constants = {tensor.name: tensor for tensor in graph.initializer}
-        folded = {}
-        for node in graph.node:
-            if node.input and all(_is_inline(constants.get(name)) for name in node.input):
-                values = _computed(model, node, [constants[name] for name in dict.fromkeys(node.input)])
-                readers = Counter(name for other in graph.node for name in set(other.input))
-                replaced = sum(constants[name].ByteSize() for name in set(node.input) if readers[name] == 1)
-                if sum(value.ByteSize() for value in values) <= max(replaced, _SMALL_BYTES):
-                    folded[node.output[0]] = values
+        constants = {tensor.name: tensor for tensor in graph.initializer if _is_inline(tensor)}
+        readers = Counter(name for node in graph.node for name in set(node.input))
+        nodes = [node for node in graph.node if node.input and all(name in constants for name in node.input)]
+        computed, folded = _computed(model, nodes, constants), {}
+        for node in nodes:
+            values = [numpy_helper.from_array(computed[name], name) for name in node.output if name]
+            replaced = sum(constants[name].ByteSize() for name in set(node.input) if readers[name] == 1)
+            if sum(value.ByteSize() for value in values) <= max(replaced, _SMALL_BYTES):
+                folded[node.output[0]] = values
         if not folded:
             return
         _replace_nodes(graph, [node for node in graph.node if node.output[0] not in folded])
@@ -166,15 +166,18 @@ def _is_inline(tensor: onnx.TensorProto | None) -> bool:
 
 
 def _computed(
-    model: onnx.ModelProto, node: onnx.NodeProto, constants: list[onnx.TensorProto]
-) -> list[onnx.TensorProto]:
-    """Return the outputs of a node whose inputs are constants."""
-    names = [name for name in node.output if name]
+    model: onnx.ModelProto, nodes: list[onnx.NodeProto], constants: dict[str, onnx.TensorProto]
+) -> dict[str, npt.NDArray[Any]]:
+    """Return the outputs of nodes whose inputs are constants, by name; all at once, as each session takes a while."""
+    if not nodes:
+        return {}
+    names = [name for node in nodes for name in node.output if name]
     outputs = [onnx.ValueInfoProto(name=name) for name in names]
-    graph = helper.make_graph([node], "constant", [], outputs, initializer=constants)
+    tensors = [constants[name] for name in dict.fromkeys(name for node in nodes for name in node.input)]
+    graph = helper.make_graph(nodes, "constants", [], outputs, initializer=tensors)
     part = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    values = open_session(part.SerializeToString()).run(None, {})
-    return [numpy_helper.from_array(value, name) for name, value in zip(names, values, strict=True)]
+    values = open_session(part.SerializeToString(), threads=1).run(None, {})
+    return dict(zip(names, values, strict=True))
 
 
 def unsqueeze_instead_of_gathering_all(model: onnx.ModelProto) -> None:

@@ -25,6 +25,7 @@ from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.exporters import clean_up as passes
 from clip_rd_edge.exporters.onnx import export_image_tower, export_text_tower
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.runtime.backends.session import open_session
 
 TOWERS = ("CNN", "ViT", "text", "BERT")
 Array = npt.NDArray[Any]
@@ -292,6 +293,18 @@ def test_constants_are_folded_unless_the_file_grows() -> None:
     passes.clean_up(model)
     assert [node.op_type for node in model.graph.node] == ["Transpose", "MatMul", "MatMul", "Add"]
     np.testing.assert_array_equal(_run(model, inputs), before)
+
+
+def test_constants_are_computed_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [helper.make_node("Neg", [f"constant{i}"], [f"negated{i}"]) for i in range(3)]
+    nodes += [helper.make_node("Sum", ["x", *(f"negated{i}" for i in range(3))], ["y"])]
+    model = _model(nodes, {"x": ["N", 2]}, {f"constant{i}": np.full(2, i, np.float32) for i in range(3)})
+    sessions: list[bytes] = []
+    monkeypatch.setattr(passes, "open_session", lambda part, **options: sessions.append(part) or open_session(part))
+    passes.fold_constants(model)
+    assert [len(onnx.load_from_string(part).graph.node) for part in sessions] == [3]
+    assert [node.op_type for node in model.graph.node] == ["Sum"]
+    assert _run(model, np.ones((1, 2), np.float32)).tolist() == [[-2, -2]]
 
 
 @pytest.mark.parametrize(("shape", "expected"), [([-1, 3], []), ([0, 3], ["allowzero"])])
