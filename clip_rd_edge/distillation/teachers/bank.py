@@ -164,7 +164,9 @@ def _common_captions(caches: Sequence[TeacherCache]) -> list[_Rows] | None:
 
     A caption that could not be read while one of them was built is missing there alone.
     """
-    keys = [load_array(cache.folder / "texts" / "keys.npy", memory_mapped=True) for cache in caches[1:] and caches]
+    if len(caches) == 1:
+        return None
+    keys = [load_array(cache.folder / "texts" / "keys.npy", memory_mapped=True) for cache in caches]
     if all(np.array_equal(keys[0], other) for other in keys[1:]):
         return None
     common = reduce(np.intersect1d, keys)
