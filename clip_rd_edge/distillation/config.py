@@ -44,14 +44,15 @@ if TYPE_CHECKING:
 RECIPES = Path(__file__).parent / "recipes"
 RECIPE_SUFFIXES = (".yaml", ".yml")  # of recipes that are files of the user's own
 # Fields that may change when a run is resumed: they affect output or speed, but no batch and no loss.
-CHANGEABLE_ON_RESUME = frozenset(
-    {"log_every", "checkpoint_every", "evaluate_every", "tasks", "report_to", "workers", "max_bad", "teacher_cache"}
-    | {"processes"}
-)
+CHANGEABLE_ON_RESUME = frozenset((
+    "log_every", "checkpoint_every", "evaluate_every", "tasks", "report_to", "workers", "max_bad", "teacher_cache",
+    "processes",
+))  # fmt: skip
 # Fields that say where something lies, which may differ between machines; their content is compared instead.
-LOCATIONS = frozenset(
-    {"recipe_name", "data", "images", "texts", "templates", "teacher", "teacher_pretrained", "student"}
-) | frozenset({"text", "pretrained_image", "pretrained_text", "teacher_cache", "tasks"})
+LOCATIONS = frozenset((
+    "recipe_name", "data", "images", "texts", "templates", "teacher", "teacher_pretrained", "student", "text",
+    "pretrained_image", "pretrained_text", "teacher_cache", "tasks",
+))  # fmt: skip
 CROP_SCALE = (0.9, 1.0)  # of recipes that name no other
 MAX_WORKERS = 1_024  # loader processes
 MAX_BANK_SIZE = 2**24  # rows; of 512 dimensions, 32 GiB
