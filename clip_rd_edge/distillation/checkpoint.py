@@ -143,7 +143,7 @@ def load_checkpoint(
             break
         else:
             step = _NONE_INTACT if problems else 0
-    (step,) = processes.sum(step)  # of the main process: the others have 0
+    step = processes.from_main(step)
     if step == _NONE_INTACT:
         example = f" ({problems[0]})" if problems else ""
         raise ConfigError(f"No checkpoint in {run / CHECKPOINTS_FOLDER} can be read{example}.", hint="start a new run")
