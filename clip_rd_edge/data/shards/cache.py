@@ -39,13 +39,12 @@ def open_file(shard: ShardFile) -> int:
         InputError: as `local_path`.
         UnreachableError: as `local_path`, or it was removed from the cache each time before it could be opened.
     """
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+    if isinstance(shard, Path):
+        return os.open(shard, flags)
     for _ in range(_OPENING_TRIES):
-        try:
-            return os.open(local_path(shard), os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except FileNotFoundError:
-            if isinstance(shard, Path):
-                raise
-            # Another process has just made room in the cache.
+        with contextlib.suppress(FileNotFoundError):  # another process has just made room in the cache
+            return os.open(local_path(shard), flags)
     raise UnreachableError(
         f"The shard {shard} was removed from the cache {_cached(shard).parent} {_OPENING_TRIES} times before it could "
         "be opened.",
