@@ -31,52 +31,60 @@ class EpochOrder:
         self._first = np.cumsum(self._parts).reshape(self._parts.shape) - self._parts
         self._sizes = self._parts.sum(axis=0)
         self._seed, self._window = seed, window
-        self._epoch = -1
-        self._groups = self._ends = np.empty(0, np.int64)  # groups in the epoch's order; the end of each window in it
-        self._windows: list[Indices] = []
-        self._order: tuple[int, Indices] = (-1, np.empty(0, np.int64))  # number and pairs of the latest window
+        self._cuts: dict[int, tuple[list[Indices], Indices]] = {}  # of the latest epoch, and the one after it
+        self._order = (-1, -1), np.empty(0, np.int64)  # epoch and number of the latest window, and its pairs
 
     def __len__(self) -> int:
         return int(self._sizes.sum())
 
     def indices(self, epoch: int, start: int, stop: int) -> Indices:
         """Return the pairs at the positions `start` to `stop` of an epoch, (stop - start,)."""
-        if epoch != self._epoch:
-            self._begin(epoch)
+        _, ends = self._cut(epoch)
         parts = []
         while start < stop:
-            number = int(np.searchsorted(self._ends, start, side="right"))
-            first = int(self._ends[number - 1]) if number else 0
-            part = self._in_window(number)[start - first : stop - first]
+            number = int(np.searchsorted(ends, start, side="right"))
+            first = int(ends[number - 1]) if number else 0
+            part = self._in_window(epoch, number)[start - first : stop - first]
             parts.append(part)
             start += len(part)
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
-    def groups(self, epoch: int, position: int, *, windows: int) -> tuple[int, ...]:
-        """Return the groups of the window at a position of an epoch and of the following ones."""
-        if epoch != self._epoch:
-            self._begin(epoch)
-        number = int(np.searchsorted(self._ends, position, side="right"))
-        return tuple(int(group) for window in self._windows[number : number + windows] for group in window)
+    def groups(self, epoch: int, position: int, *, windows: int, epochs: int) -> tuple[int, ...]:
+        """Return the groups of the window at a position of an epoch and of the following ones, each group once.
 
-    def _begin(self, epoch: int) -> None:
-        self._epoch, self._order = epoch, (-1, np.empty(0, np.int64))
+        Args:
+            windows: number of windows, the one at the position included.
+            epochs: number of epochs that are shown. At the end of one, the windows are also those of the next.
+        """
+        own, ends = self._cut(epoch)
+        number = int(np.searchsorted(ends, position, side="right"))
+        upcoming = own[number : number + windows]
+        if len(upcoming) < windows and epoch + 1 < epochs:
+            upcoming = upcoming + self._cut(epoch + 1)[0][: windows - len(upcoming)]
+        return tuple(dict.fromkeys(int(group) for window in upcoming for group in window))
+
+    def _cut(self, epoch: int) -> tuple[list[Indices], Indices]:
+        """Return the groups of each window of an epoch, and the position at which it ends."""
+        if epoch not in self._cuts:
+            before = {number: cut for number, cut in self._cuts.items() if number == epoch - 1}
+            self._cuts = {**before, epoch: self._cut_anew(epoch)}
+        return self._cuts[epoch]
+
+    def _cut_anew(self, epoch: int) -> tuple[list[Indices], Indices]:
         if len(self) <= self._window:
-            self._windows, self._ends = [np.arange(len(self._sizes))], np.asarray([len(self)], np.int64)
-            return
+            return [np.arange(len(self._sizes))], np.asarray([len(self)], np.int64)
         shuffled = np.random.default_rng((self._seed, epoch)).permutation(len(self._sizes))
         ends = np.cumsum(self._sizes[shuffled])
         number = (ends - self._sizes[shuffled]) // self._window
         cuts = np.flatnonzero(np.diff(number)) + 1
-        self._windows = np.split(shuffled, cuts)
-        self._ends = ends[[*(cuts - 1), len(ends) - 1]]
+        return np.split(shuffled, cuts), ends[[*(cuts - 1), len(ends) - 1]]
 
-    def _in_window(self, number: int) -> Indices:
-        if self._order[0] != number:
-            groups = self._windows[number]
-            key = (self._seed, self._epoch) if len(self._windows) == 1 else (self._seed, self._epoch, number)
-            pairs = np.concatenate([np.arange(size) + first for first, size in self._ranges(groups)])
-            self._order = (number, np.random.default_rng(key).permutation(pairs))
+    def _in_window(self, epoch: int, number: int) -> Indices:
+        if self._order[0] != (epoch, number):
+            windows, _ = self._cut(epoch)
+            key = (self._seed, epoch) if len(windows) == 1 else (self._seed, epoch, number)
+            pairs = np.concatenate([np.arange(size) + first for first, size in self._ranges(windows[number])])
+            self._order = (epoch, number), np.random.default_rng(key).permutation(pairs)
         return self._order[1]
 
     def _ranges(self, groups: Indices) -> list[tuple[int, int]]:

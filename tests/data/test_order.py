@@ -68,6 +68,24 @@ def test_one_window_gives_a_plain_permutation() -> None:
     np.testing.assert_array_equal(EpochOrder(GROUPS, seed=5).indices(2, 0, sum(GROUPS)), expected)
 
 
+def test_the_windows_that_follow_the_last_of_an_epoch_are_those_of_the_next() -> None:
+    order = EpochOrder([10] * 40, seed=0, window=50)
+
+    def shown(*windows: tuple[int, int]) -> list[int]:
+        """The groups of windows, each by its epoch and its number in it."""
+        fresh = EpochOrder([10] * 40, seed=0, window=50)
+        pairs = [fresh.indices(epoch, 50 * number, 50 * number + 50) for epoch, number in windows]
+        return sorted(set(np.concatenate(pairs) // 10))
+
+    for epoch in (0, 1):
+        assert sorted(order.groups(epoch, 60, windows=2, epochs=3)) == shown((epoch, 1), (epoch, 2))
+        last = order.groups(epoch, 399, windows=2, epochs=3)
+        assert sorted(last[:5]) == shown((epoch, 7))
+        assert sorted(last) == shown((epoch, 7), (epoch + 1, 0))
+        assert len(last) > 5
+    assert sorted(order.groups(2, 399, windows=2, epochs=3)) == shown((2, 7))
+
+
 def test_fifteen_million_pairs_need_no_list_of_them() -> None:
     order = EpochOrder([12_500] * 1200, seed=0)
     indices = order.indices(0, 7_000_000, 7_001_024)

@@ -267,7 +267,7 @@ def test_texts_beside_pairs_are_read_with_the_pairs_whose_images_they_have(
     order = EpochOrder(samples.groups, seed=0, window=1)
     seen = list[int]()
     for _ in range(4):
-        (group,) = order.groups(0, len(seen), windows=1)
+        (group,) = order.groups(0, len(seen), windows=1, epochs=1)
         size = samples.groups[group].sum()
         rows = order.indices(0, len(seen), len(seen) + size).tolist()
         monkeypatch.setattr(pairs, "open", lambda index, group=group: index // 7 == group)

@@ -219,14 +219,15 @@ class StepSampler(Sampler[list[View]]):
         size = self.batch_size // self.processes
         upcoming: tuple[int, ...] = ()
         for step in range(self.start, self.stop):
-            epoch, position = divmod(step, steps_per_epoch)
-            if (
-                self.prefetch
-                and (groups := self.order.groups(epoch, position * self.batch_size, windows=2)) != upcoming
-            ):
-                upcoming = groups
-                self.prefetch(groups)
-            first = position * self.batch_size + self.rank * size
+            epoch, number = divmod(step, steps_per_epoch)
+            position = number * self.batch_size
+            if self.prefetch:
+                epochs = -(-self.stop // steps_per_epoch)
+                groups = self.order.groups(epoch, position, windows=2, epochs=epochs)
+                if groups != upcoming:
+                    upcoming = groups
+                    self.prefetch(groups)
+            first = position + self.rank * size
             yield [(epoch, index) for index in self.order.indices(epoch, first, first + size).tolist()]
 
     def __len__(self) -> int:

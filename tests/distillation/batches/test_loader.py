@@ -23,6 +23,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from clip_rd_edge.contract.preprocess import Box, Preprocessing
 from clip_rd_edge.data.load import load_pairs
+from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.distillation.batches import loader as loader_module
 from clip_rd_edge.distillation.batches.loader import Batch, PairView, StepSampler, View, ViewDataset, step_loader
 from clip_rd_edge.distillation.batches.pixels import Crops
@@ -43,6 +44,15 @@ def test_a_resumed_loader_gives_the_batches_of_an_uninterrupted_one(pairs_csv: P
     for expected, actual in zip(uninterrupted[6:], resumed, strict=True):
         assert expected.captions == actual.captions
         assert torch.equal(expected.student_pixels, actual.student_pixels)
+
+
+def test_what_the_next_epoch_begins_with_is_fetched_ahead_and_nothing_after_the_last_step() -> None:
+    calls = list[set[int]]()
+    sampler = StepSampler([10] * 40, 10, seed=0, start=30, stop=80, prefetch=lambda groups: calls.append(set(groups)))
+    sampler.order = EpochOrder([10] * 40, seed=0, window=100)
+    windows = [set(sampler.order.groups(epoch, n, windows=1, epochs=2)) for epoch in (0, 1) for n in (0, 100, 200, 300)]
+    assert len(list(sampler)) == 50
+    assert calls == [first | second for first, second in zip(windows[3:], [*windows[4:], set[int]()], strict=True)]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs processes that may use some cores alone")
