@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, tee
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.data.pairs import BadPair, BadSamples, Pairs, fingerprint, read_twice
-from clip_rd_edge.distillation.batches.loader import HalfArray, View, ViewDataset, step_loader
+from clip_rd_edge.distillation.batches.loader import HalfArray, ViewDataset, step_loader
 from clip_rd_edge.distillation.batches.pixels import Crops
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.processes.distributed import Processes
@@ -287,8 +288,11 @@ class ShardMaker:
 
     def compute(self, tasks: Iterable[ShardTask]) -> Iterator[tuple[ShardTask, Shard]]:
         """Compute tasks in turn in this process."""
-        for task in tasks:
-            yield task, self(task)
+        for kind, of_kind in groupby(tasks, key=lambda task: task.kind):
+            if kind == "images":
+                yield from self._images(of_kind)
+            else:
+                yield from ((task, self(task)) for task in of_kind)
 
     def __call__(self, task: ShardTask) -> Shard:
         """Compute a task."""
@@ -298,7 +302,8 @@ class ShardMaker:
             assert task.keys is not None
             assert task.pairs is not None
             return Shard(self._texts(task.keys, task.pairs))
-        return self._images(task.view, task.rows)
+        ((_, shard),) = self._images([task])
+        return shard
 
     def _caption_keys(self, rows: range) -> npt.NDArray[np.void]:
         """Return the keys of all captions of pairs, and the number of the pair of each."""
@@ -319,36 +324,51 @@ class ShardMaker:
             embeddings[readable[batch]] = _to_half(self._teacher.embed_captions(texts))
         return embeddings
 
-    def _images(self, view: int, rows: range) -> Shard:
-        """Embed the images of pairs in a view; rows of zeros for those that cannot be read or embedded."""
-        embeddings = self._empty(len(rows))
-        # What cannot be read is tried once more: most errors of networks and disks pass.
-        by_pair = dict(zip(rows, embeddings, strict=True))
-        bad = self._embed_images(view, rows, by_pair, workers=self._workers)
-        if bad:
-            bad = self._embed_images(view, sorted(bad), by_pair, workers=0)
-        return Shard(embeddings, tuple(bad.items()))
+    def _images(self, tasks: Iterable[ShardTask]) -> Iterator[tuple[ShardTask, Shard]]:
+        """Embed the images of pairs in views; rows of zeros for those that cannot be read or embedded.
 
-    def _embed_images(
-        self, view: int, indices: Sequence[int], embeddings: Mapping[int, HalfArray], *, workers: int
-    ) -> dict[int, str]:
-        """Fill the rows of these pairs; return those that cannot be read or embedded, with the reasons."""
-        bad: dict[int, str] = {}
-        parts = [indices[part] for part in in_batches(len(indices), BATCH_SIZE)]
-        views: list[list[View]] = [[(view, index) for index in part] for part in parts]
-        for part, batch in zip(parts, step_loader(self._views(), views, workers=workers), strict=True):
-            bad |= dict(batch.bad)
-            rows = _to_half(self._teacher.embed_images(batch.student_pixels))
-            for index, row in zip(part, rows, strict=True):
+        One loader reads for all tasks: its processes start once, and are ahead where one task ends and another begins.
+        """
+        parts = ((task, task.rows[part]) for task in tasks for part in in_batches(len(task.rows), BATCH_SIZE))
+        embeddings, bad = self._empty(0), dict[int, str]()
+        for task, indices, rows, bad_ones in self._embed(parts, workers=self._workers):
+            if indices[0] == task.rows.start:
+                embeddings, bad = self._empty(len(task.rows)), {}
+            embeddings[np.subtract(indices, task.rows.start)] = rows
+            bad |= bad_ones
+            if indices[-1] + 1 == task.rows.stop:
+                bad = self._try_again(task, embeddings, bad) if bad else bad
+                yield task, Shard(embeddings, tuple(bad.items()))
+
+    def _try_again(self, task: ShardTask, embeddings: HalfArray, bad: Iterable[int]) -> dict[int, str]:
+        """Embed these pairs of a task once more: most errors of networks and disks pass. Return those still bad."""
+        indices, still_bad = sorted(bad), dict[int, str]()
+        parts = ((task, indices[part]) for part in in_batches(len(indices), BATCH_SIZE))
+        for _, again, rows, bad_ones in self._embed(parts, workers=0):
+            embeddings[np.subtract(again, task.rows.start)] = rows
+            still_bad |= bad_ones
+        return still_bad
+
+    def _embed(
+        self, parts: Iterable[tuple[ShardTask, Sequence[int]]], *, workers: int
+    ) -> Iterator[tuple[ShardTask, Sequence[int], HalfArray, dict[int, str]]]:
+        """Embed parts of shards, of some pairs each, which one loader reads.
+
+        Yields each part with its rows, and with those pairs that cannot be read or embedded, and why. Their rows are
+        zeros.
+        """
+        asked, parts = tee(parts)  # the loader is ahead
+        views = ([(task.view, index) for index in indices] for task, indices in asked)
+        for batch, (task, indices) in zip(step_loader(self._views(), views, workers=workers), parts, strict=True):
+            bad, rows = dict(batch.bad), _to_half(self._teacher.embed_images(batch.student_pixels))
+            for index, row in zip(indices, rows, strict=True):
                 if index in bad:
-                    continue
-                if is_embedding(row):
-                    embeddings[index][:] = row
-                else:
+                    row[:] = 0
+                elif not is_embedding(row):
                     bad[index] = (
                         f"The teacher's embedding of image {index:,} is not finite in {self.manifest.precision}."
                     )
-        return bad
+            yield task, indices, rows, bad
 
     def _views(self) -> ViewDataset:
         if self._data_set is None:

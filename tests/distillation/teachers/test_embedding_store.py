@@ -86,7 +86,7 @@ def make_build(config: RunConfig, setup: RunSetup, processes: Processes = Proces
             make_manifest(teacher, setup.pairs, **{**arguments, **changes}),  # type: ignore[arg-type]
             Teacher(teacher, torch.device("cpu"), autocast=None),
             setup.pairs,
-            workers=0,
+            workers=config.workers,
             max_bad=config.max_bad,
         )
         build_cache(Path(str(config.teacher_cache)), maker, processes)
@@ -254,6 +254,30 @@ def test_a_read_error_that_passes_while_the_cache_is_built_leaves_no_gap(
     cache = open_cache(Path(str(config.teacher_cache)))
     assert len(failed) == 5
     assert all(cache.lookup(0, index, setup.pairs.captions(index)[0]) for index in range(24))
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_one_loader_reads_the_images_of_all_shards_and_views(
+    config: RunConfig, pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: Any, workers: int) -> Any:
+        loaders.append(workers)
+        return step_loader(*arguments, workers=workers)
+
+    name = pairs_csv.read_text().splitlines()[13].split(",")[0]
+    (pairs_csv.parent / name).write_bytes(b"no image")
+    config = msgspec.structs.replace(config, max_bad=0.05)
+    monkeypatch.setattr(store_build, "BATCH_SIZE", 4)
+    monkeypatch.setattr(store_build, "step_loader", load)
+    setup, content = load_setup(config, name="student", processes=Processes()), list[dict[str, bytes]]()
+    for workers in (0, 2):
+        loaders, cache = list[int](), tmp_path / f"cache-{workers}"
+        make_build(msgspec.structs.replace(config, workers=workers, teacher_cache=str(cache)), setup)()
+        assert loaders == [workers] + [0] * VIEWS  # what is bad is tried once more
+        content.append({str(file.relative_to(cache)): file.read_bytes() for file in cache.rglob("*.*")})
+    assert content[0] == content[1]
+    rows = np.concatenate([np.load(image_shard(tmp_path / "cache-2", 1, shard)) for shard in range(3)])
+    assert [index for index, row in enumerate(rows) if not row.any()] == [12]
 
 
 def test_what_the_teacher_does_not_embed_in_finite_numbers_is_bad(
