@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import os
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 BATCH_SIZE = 32
+_SESSIONS = "_image_session", "_text_session"
 _WITH_TEXT = "export the model again, with its text tower or with --labels"
 
 
@@ -86,7 +90,7 @@ class BundleEncoder(ABC):
 
     def __getstate__(self) -> dict[str, object]:
         """Return what pickle takes to another process, or copy to a twin, which opens the towers itself."""
-        opened = ("_image_session", "_text_session", "_tokenizer")
+        opened = (*_SESSIONS, "_tokenizer")
         return {name: value for name, value in vars(self).items() if name not in opened}
 
     @classmethod
@@ -101,6 +105,10 @@ class BundleEncoder(ABC):
     @abstractmethod
     def open_tower(self, tower: Tower) -> Any:
         """Open a tower's file; return an object with the method `run(names, feed)` of an ONNX Runtime session."""
+
+    def is_shared_by_fork(self, tower: Tower) -> bool:
+        """Return whether a process that is forked from this one may use an open tower: it has no threads of its own."""
+        return False
 
     def placement(self, tower: Tower) -> Placement:
         """Return where a tower really runs, or before it is loaded, where it is meant to."""
@@ -263,6 +271,7 @@ class BundleEncoder(ABC):
         for name in self.manifest.files_of(tower):
             require_intact(self.folder, self.manifest, name)
         session = self.open_tower(tower)
+        _opened.add(self)
         if reason := self.int8_fault(tower):
             warn(f"{tower.file} gives wrong answers here: {reason}.")
         return session
@@ -293,3 +302,23 @@ class BundleEncoder(ABC):
 
     def _no_rows(self) -> Embeddings:
         return np.zeros((0, self.manifest.embedding_size), dtype=np.float32)
+
+
+_opened: weakref.WeakSet[BundleEncoder] = weakref.WeakSet()  # those with a session
+
+
+def _leave_sessions_to_parent() -> None:
+    """Make a forked process open sessions of its own: the threads of those it inherits are its parent's alone.
+
+    Closing one would wait for them for ever, and so does whatever closes it: the end of the process, too. Hence what is
+    inherited is never freed.
+    """
+    for encoder in list(_opened):
+        towers = zip(_SESSIONS, (encoder.manifest.image, encoder.manifest.text), strict=True)
+        for name, tower in towers:
+            if tower and name in vars(encoder) and not encoder.is_shared_by_fork(tower):
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(vars(encoder).pop(name)))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_sessions_to_parent)

@@ -62,6 +62,10 @@ class OrtEncoder(BundleEncoder):
         self._loaded_devices[tower.file] = session_device(session, device)
         return session
 
+    def is_shared_by_fork(self, tower: Tower) -> bool:
+        """Return whether a forked process may use an open tower: one thread on the CPU is the caller's."""
+        return self.threads == 1 and self._loaded_devices.get(tower.file) == "cpu"
+
     def placement(self, tower: Tower) -> Placement:
         """Return where a tower runs; it is a fallback if it was loaded, and the chosen device did not start."""
         chosen = self._device_for(tower)

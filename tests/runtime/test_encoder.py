@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+
+
+def run(program: str, *arguments: str) -> tuple[int, str]:
+    """Run a program that forks; from Python 3.12 on, a fork beside threads is warned of."""
+    words = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program, *arguments]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    return result.returncode, result.stderr
+
+
+FORKED = """\
+import copy, gc, os, sys, time
+from pathlib import Path
+from clip_rd_edge.runtime.load import load
+
+folder, runtime, end = sys.argv[1:]
+encoder = load(Path(folder), threads=2, runtime=runtime)
+encoder = copy.copy(encoder)  # of which __init__ knows nothing
+expected = encoder.encode_texts(["red", "blue"]).tolist()
+encoder.encode_texts(["red"])
+time.sleep(0.5)  # threads that still look for work, rather than sleep, are not waited for
+
+if child := os.fork():
+    limit = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > limit:
+            os.kill(child, 9)
+            sys.exit("the child hangs")
+        time.sleep(0.05)
+    assert encoder.encode_texts(["red", "blue"]).tolist() == expected
+    sys.exit(ended[1] and f"the child ended with {ended[1]}")
+assert encoder.encode_texts(["red", "blue"]).tolist() == expected
+if end == "replace":
+    encoder = load(Path(folder), threads=2, runtime=runtime)
+    gc.collect()
+    assert encoder.encode_texts(["red", "blue"]).tolist() == expected
+    os._exit(0)  # as multiprocessing ends its workers
+"""
+
+
+@pytest.mark.parametrize("end", ["exit", "replace"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_forked_process_neither_uses_nor_closes_its_parents_sessions(
+    colour_bundle: Path, runtime: str, end: str
+) -> None:
+    """As a server does that loads the model before it forks workers: the sessions' threads are the parent's alone."""
+    if importlib.util.find_spec(runtime) is None:
+        pytest.skip(f"needs the extra {runtime}")
+    assert run(FORKED, str(colour_bundle), runtime, end) == (0, "")
+
+
+SHARED = """\
+import os, sys
+from pathlib import Path
+from clip_rd_edge.runtime.load import load
+
+encoder = load(Path(sys.argv[1]), threads=1, device="cpu")
+encoder.encode_texts(["red"])
+if child := os.fork():
+    sys.exit(os.waitpid(child, 0)[1] != 0)
+(Path(sys.argv[1]) / "text.onnx").unlink()
+encoder.encode_texts(["blue"])
+"""
+
+
+def test_a_session_without_threads_is_shared_with_a_forked_process(colour_bundle: Path) -> None:
+    """Which takes neither the time to open it nor the memory."""
+    assert run(SHARED, str(colour_bundle)) == (0, "")
