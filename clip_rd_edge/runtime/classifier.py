@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +32,13 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 _MANY_LABELS = 2000  # from this number on, embedding them is reported: it takes many seconds
 _NO_LENGTH = 1e-12  # up to this, an embedding has no direction
 Similarities = npt.NDArray[np.float32]
+
+
+class _LabelSet(NamedTuple):
+    """Labels and their embeddings, (C, D); replaced as one, since another thread may classify meanwhile."""
+
+    labels: tuple[str, ...]
+    embeddings: Embeddings
 
 
 class Prediction(NamedTuple):
@@ -96,9 +103,13 @@ class ZeroShotClassifier:
         self._bank = bank if self._templates == description.templates else None
         self._cache, self._reporter = cache, reporter
         self._known: dict[str, Embeddings] = {}
-        self.labels: tuple[str, ...] = ()
-        self._embeddings: Embeddings
+        self._set: _LabelSet
         self.set_labels(labels)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels, in the order of the columns of `probabilities`."""
+        return self._set.labels
 
     def set_labels(self, labels: Labels) -> None:
         """Change the labels; duplicates are removed, and only new labels are embedded by the text tower."""
@@ -113,17 +124,16 @@ class ZeroShotClassifier:
                 )
             names = list(self._bank_labels)
         if self._bank and tuple(names) == self._bank.names:
-            self.labels, self._embeddings = self._bank.names, self._bank.embeddings
+            self._set = _LabelSet(self._bank.names, self._bank.embeddings)
             return
         require_labels(names)
         unique = tuple(dict.fromkeys(names))
         stored = self._bank.find(unique) if self._bank and unique else None
-        self._embeddings = self._embed(unique) if stored is None else stored
-        self.labels = unique
+        self._set = _LabelSet(unique, self._embed(unique) if stored is None else stored)
 
     def probabilities(self, images: ImageInput | Iterable[ImageInput]) -> Probabilities:
         """Return the probability of each label for each image, (N, C)."""
-        return probabilities(encode_inputs(self.encoder, images), self._embeddings, self._logit_scale)
+        return probabilities(encode_inputs(self.encoder, images), self._set.embeddings, self._logit_scale)
 
     @checked_call
     def classify(self, images: ImageInput | Iterable[ImageInput], *, top: int = 5) -> list[list[Prediction]]:
@@ -146,23 +156,24 @@ class ZeroShotClassifier:
         """
         require_top(top)
         limit = self.none_below if none_below is None else _probability(none_below)
+        labels, of_labels = self._set
         embeddings = self._unit_rows(embeddings)
-        rows = probabilities(embeddings, self._embeddings, self._logit_scale)
+        rows = probabilities(embeddings, of_labels, self._logit_scale)
         # Without a limit, a single label is answered even if its cosine is negative.
-        compared = rows if len(self.labels) > 1 or not limit else embeddings @ self._embeddings.T
+        compared = rows if len(labels) > 1 or not limit else embeddings @ of_labels.T
         return [
-            [Prediction(self.labels[i], float(row[i])) for i in top_indices(row, top) if values[i] >= limit]
+            [Prediction(labels[i], float(row[i])) for i in top_indices(row, top) if values[i] >= limit]
             for row, values in zip(rows, compared, strict=True)
         ]
 
     def similarities(self, embeddings: Embeddings) -> Similarities:
         """Return the cosine similarity of image embeddings, (N, D), to each label, (N, C); as `classify_embeddings`."""
-        rows: Similarities = self._unit_rows(embeddings) @ self._embeddings.T
+        rows: Similarities = self._unit_rows(embeddings) @ self._set.embeddings.T
         return rows
 
     def _unit_rows(self, embeddings: Embeddings) -> Embeddings:
         """Return the embeddings that a caller has, (N, D), divided by their lengths; errors: `classify_embeddings`."""
-        width = self._embeddings.shape[1]
+        width = self._set.embeddings.shape[1]
         hint = f"pass what encode_images of this model returns: (N, {width}), or ({width},) for one image"
         try:
             rows = np.asarray(embeddings)
@@ -186,12 +197,14 @@ class ZeroShotClassifier:
 
     def _embed(self, labels: Sequence[str]) -> Embeddings:
         """Return the labels' embeddings, (C, D); the text tower embeds only labels that the last call did not have."""
-        new = [label for label in labels if label not in self._known]
+        known = self._known  # in which another thread may put another dict meanwhile
+        new = [label for label in labels if label not in known]
         if new or not labels:
-            self._known.update(self._read_cache(labels) or self._embed_new(labels, new))
+            known.update(self._read_cache(labels) or self._embed_new(labels, new, known))
         # Forget labels that are gone: the memory of a long-running page whose labels change must not grow.
-        self._known = {label: self._known[label] for label in labels}
-        return np.stack(list(self._known.values()))
+        known = {label: known[label] for label in labels}
+        self._known = known
+        return np.stack(list(known.values()))
 
     def _read_cache(self, labels: Sequence[str]) -> dict[str, Embeddings]:
         """Return the labels' embeddings from the cache, or an empty dict."""
@@ -199,7 +212,9 @@ class ZeroShotClassifier:
         rows = read_label_set(key, count=len(labels)) if key else None
         return {} if rows is None else dict(zip(labels, rows, strict=True))
 
-    def _embed_new(self, labels: Sequence[str], new: Sequence[str]) -> dict[str, Embeddings]:
+    def _embed_new(
+        self, labels: Sequence[str], new: Sequence[str], known: Mapping[str, Embeddings]
+    ) -> dict[str, Embeddings]:
         """Embed the new labels and write the whole set to the cache."""
         reporter = SILENT
         if len(new) >= _MANY_LABELS:
@@ -208,7 +223,7 @@ class ZeroShotClassifier:
         embeddings = label_embeddings(self.encoder, new, self._templates, reporter=reporter)
         embedded = dict(zip(new, embeddings, strict=True))
         if key := self._cache_key(labels):  # now of where the text tower really runs
-            rows = np.stack([embedded[label] if label in embedded else self._known[label] for label in labels])
+            rows = np.stack([embedded[label] if label in embedded else known[label] for label in labels])
             write_label_set(key, rows)
         return embedded
 

@@ -3,14 +3,17 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.contract.encoder import Embeddings, Encoder, Probabilities
 from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.runtime import classifier as module
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import BATCH_SIZE
 from clip_rd_edge.runtime.load import load
@@ -48,6 +51,37 @@ def test_a_limit_of_a_call_replaces_the_classifiers_also_if_it_is_zero(colour_bu
     classifier = ZeroShotClassifier(load(colour_bundle), LABELS, none_below=0.5)
     grey = classifier.encoder.encode_images([GREY])
     assert [len(classifier.classify_embeddings(grey, none_below=limit)[0]) for limit in (None, 0.5, 0.0)] == [0, 0, 3]
+
+
+def test_labels_that_another_thread_changes_meanwhile_are_those_of_the_next_answer(
+    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = ZeroShotClassifier(load(colour_bundle), LABELS)
+    probabilities = module.probabilities
+
+    def change_meanwhile(*arguments: Any) -> Probabilities:
+        classifier.set_labels(["green", "red"])  # what the other thread does
+        return probabilities(*arguments)
+
+    monkeypatch.setattr(module, "probabilities", change_meanwhile)
+    first, second = (classifier.classify([RED])[0] for _ in range(2))
+    assert [prediction.label for prediction in first] == ["red", "blue", "green"]
+    assert [prediction.label for prediction in second] == ["red", "green"]
+
+
+def test_two_threads_may_change_the_labels_at_once(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = ZeroShotClassifier(load(colour_bundle), LABELS, cache=False)
+    embed = module.label_embeddings
+
+    def change_meanwhile(encoder: Encoder, labels: Sequence[str], *rest: Any, **options: Any) -> Embeddings:
+        if "yellow" not in labels:
+            classifier.set_labels(["yellow"])  # what the other thread does
+        return embed(encoder, labels, *rest, **options)
+
+    monkeypatch.setattr(module, "label_embeddings", change_meanwhile)
+    classifier.set_labels(["red", "green blue"])
+    assert classifier.labels == ("red", "green blue")
+    assert classifier.classify([RED], top=1)[0][0].label == "red"
 
 
 def test_a_single_label_is_omitted_by_its_cosine_similarity(colour_bundle: Path) -> None:
