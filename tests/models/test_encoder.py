@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,6 +53,14 @@ def test_compiled_towers_return_the_same_embeddings() -> None:
         )
     np.testing.assert_allclose(compiled.encode_texts(["a cat"]), eager.encode_texts(["a cat"]), rtol=1e-3, atol=1e-4)
     assert (eager.describe().runtime, compiled.describe().runtime) == ("torch", "torch-compile")
+
+
+def test_an_encoder_goes_to_another_process(student: ClipModel) -> None:
+    encoder = TorchEncoder(student, threads=1)
+    copied = pickle.loads(pickle.dumps(encoder))
+    assert np.array_equal(copied.encode_texts(["a cat", "two"]), encoder.encode_texts(["a cat", "two"]))
+    pixels = np.random.default_rng(0).standard_normal((2, 3, *student.preprocessing.size)).astype(np.float32)
+    assert np.array_equal(copied.encode_pixels(pixels), encoder.encode_pixels(pixels))
 
 
 def test_each_encoder_computes_with_its_own_number_of_threads_and_leaves_torchs(student: ClipModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -133,14 +134,27 @@ def _needed_positions(text: Any) -> Callable[[Tensor], Tensor] | None:
         padding = getattr(text.config, "pad_token_id", None)
         if padding is None or type(text.pooler).__name__ not in _MASKED_POOLERS:
             return None
-        return lambda ids: ids.shape[1] - (ids != padding).int().flip(1).argmax(1)
+        return partial(_before_padding, padding)
     appends = getattr(text, "cls_emb", None) is not None  # a token after the padding, as in CoCa
     if appends or getattr(text, "attn_mask", None) is None:
         return None
     pool = pooling_of(text)
     end = getattr(text, "eos_id", getattr(text, "text_eos_id", None))
     if pool == "argmax":
-        return lambda ids: ids.argmax(1) + 1
+        return _up_to_highest
     if pool == "eos" and end is not None:
-        return lambda ids: (ids == end).int().argmax(1) + 1
+        return partial(_up_to_end, end)
     return None
+
+
+# Functions of the module, since pickle takes no others to another process.
+def _before_padding(padding: int, ids: Tensor) -> Tensor:
+    return ids.shape[1] - (ids != padding).int().flip(1).argmax(1)
+
+
+def _up_to_highest(ids: Tensor) -> Tensor:
+    return ids.argmax(1) + 1
+
+
+def _up_to_end(end: int, ids: Tensor) -> Tensor:
+    return (ids == end).int().argmax(1) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -122,6 +123,16 @@ def test_other_towers_of_open_clip_compute_the_whole_context(text_cfg: dict[str,
     torch.testing.assert_close(tower(ids), TextTower(model)(ids))
 
 
+@pytest.mark.parametrize("text_cfg", [{}, {"pool_type": "eos", "eos_id": 49407}])
+def test_a_tower_goes_to_another_process(text_cfg: dict[str, Any]) -> None:
+    model = custom(**text_cfg)
+    ids = open_clip.get_tokenizer("ViT-B-32")(TEXTS)
+    tower = CaptionTower(TextTower(model), model)
+    copied = pickle.loads(pickle.dumps(tower))
+    assert copied.lengths(ids) == tower.lengths(ids) == [8, 8, 8, 8, 16, 64, 77, 8]
+    assert torch.equal(copied(ids), tower(ids))
+
+
 @pytest.mark.parametrize(("pooler", "cut"), [("mean_pooler", True), ("cls_pooler", True), ("max_pooler", False)])
 def test_padding_of_hugging_face_is_left_out(pooler: str, cut: bool, tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
@@ -145,3 +156,4 @@ def test_padding_of_hugging_face_is_left_out(pooler: str, cut: bool, tmp_path: P
     assert tower.lengths(ids) == ([8, 40, 16, 8, 32, 8] if cut else [40] * 6)
     if cut:  # open_clip's max pooler cannot be run: its mask is not Boolean
         torch.testing.assert_close(tower(ids), TextTower(model)(ids))
+    assert pickle.loads(pickle.dumps(tower)).lengths(ids) == tower.lengths(ids)
