@@ -44,7 +44,12 @@ def bank_divergence(student: Tensor, teacher: Tensor, bank: Tensor, *, scale: fl
         student, teacher: n rows, (n, D) each.
         bank: (K, D).
         scale: a multiplier without gradient.
+
+    Raises:
+        ValueError: the bank is empty.
     """
+    if not len(bank):
+        raise ValueError("The bank has no embeddings to compare with.")
     apply: Any = _BankDivergence.apply  # only some versions of torch have types for it
     result: Tensor = apply(student, teacher, bank, scale)
     return result
@@ -63,13 +68,25 @@ class _BankDivergence(torch.autograd.Function):
             # As in `terms.relation_divergence`: Σ P (log P − log Q), where each row of P sums to 1.
             total += target.sub_(logits).mul_(weights).sum() + (logsumexp - target_logsumexp).sum()
             gradient[rows] = logits.sub_(logsumexp).exp_().sub_(weights) @ bank
-        ctx.save_for_backward(gradient.mul_(scale))
+        ctx.save_for_backward(student, gradient.mul_(scale))
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradients[0] * gradient, None, None, None
+        apply: Any = _Gradient.apply
+        return apply(*ctx.saved_tensors, gradients[0]), None, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient for the student's rows; it depends on them, which a second derivative would not know otherwise."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
+        return factor * gradient
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError("The term of the bank has no second derivative.")
 
 
 def _row_blocks(rows: int, columns: int) -> Iterator[slice]:

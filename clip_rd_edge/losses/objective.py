@@ -259,7 +259,7 @@ class _Products:
             teacher = self._parts(torch.cat([self.t_v[block], self.t_t[block]]))
             total = student[0].new_zeros(())
             for entries in (self._bank.image, self._bank.text):
-                for k, part in enumerate(self._parts(entries)):
+                for k, part in enumerate(self._parts(_at_least_float32(entries))):
                     scale = self._teacher_scales[k] / self._bank_temperature
                     total = total + bank_divergence(student[k], teacher[k], part, scale=scale)
         return total / (4 * len(self.s_v) * len(student))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -117,6 +118,31 @@ def test_the_loss_is_float32_under_autocast() -> None:
         actual = objective(batch, torch.tensor(10.0), SCALE).total
     assert actual.dtype == torch.float32
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bank_in_half_precision_is_read_as_the_other_embeddings_are(dtype: torch.dtype) -> None:
+    batch = make_batch(torch.float32)
+    assert batch.bank is not None
+    half = replace(batch, bank=Bank(batch.bank.image.to(dtype), batch.bank.text.to(dtype)))
+    raised = replace(batch, bank=Bank(half.bank.image.float(), half.bank.text.float()))
+    losses = [Objective(Weights(bank=1))(each, torch.tensor(10.0), SCALE).total for each in (half, raised)]
+    assert losses[0].dtype == torch.float32
+    assert torch.equal(*losses)
+
+
+def test_a_second_derivative_is_refused_rather_than_left_out() -> None:
+    batch = make_batch()
+    total = Objective(Weights(task=1, bank=1))(batch, torch.tensor(10.0), SCALE).total
+    (gradient,) = torch.autograd.grad(total, batch.student_image, create_graph=True)
+    with pytest.raises(RuntimeError, match="The term of the bank has no second derivative"):
+        gradient.square().sum().backward()
+
+
+def test_an_empty_bank_is_refused() -> None:
+    student, teacher = rows(4, WIDTH, 0), rows(4, WIDTH, 1)
+    with pytest.raises(ValueError, match="The bank has no embeddings to compare with"):
+        bank_divergence(student, teacher, rows(0, WIDTH, 2), scale=SCALE)
 
 
 def test_a_narrower_student_is_projected_to_the_width_of_the_bank() -> None:
