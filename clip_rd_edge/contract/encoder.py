@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clip_rd_edge.contract.images import is_table
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import InputError, NotFiniteError, UsageError
 from clip_rd_edge.utils.printable import is_unicode
@@ -164,8 +165,12 @@ def as_list(texts: str | Iterable[str]) -> list[str]:
     if isinstance(texts, str):
         return [texts]
     given: Any = texts
-    if isinstance(given, bytes) or not isinstance(given, Iterable):
-        raise InputError(f"Texts of type {type(given).__name__} were given; expected a string or a list of strings.")
+    is_scalar = isinstance(given, np.ndarray) and given.ndim == 0
+    if isinstance(given, bytes) or not isinstance(given, Iterable) or is_scalar or is_table(given):
+        raise InputError(
+            f"Texts of type {type(given).__name__} were given; expected a string or a list of strings.",
+            hint="pass one of its columns, such as list(table['label'])" if is_table(given) else "",
+        )
     entries = list(given)
     for number, text in enumerate(entries, start=1):
         if not isinstance(text, str):

@@ -288,7 +288,10 @@ def as_rgb(image: ImageInput) -> Image.Image:
     if isinstance(image, str | os.PathLike):
         return open_image(image_path(image))
     if not isinstance(image, np.ndarray):
-        raise InputError(f"An image has type {type(image).__name__}; expected a path, a PIL image or a numpy array.")
+        raise InputError(
+            f"An image has type {type(image).__name__}; expected a path, a PIL image or a numpy array.",
+            hint=_hint_to_open(image),
+        )
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
         raise InputError(
             f"An image is an array of shape {image.shape} and dtype {image.dtype}; expected uint8 of shape "
@@ -337,13 +340,28 @@ def as_images(images: ImageInput | Iterable[ImageInput]) -> Iterable[ImageInput]
     """
     if is_single_image(images):
         return [images]  # type: ignore[list-item]
-    if isinstance(images, bytes) or not isinstance(images, Iterable):
+    hint = _hint_to_open(images)
+    if hint or not isinstance(images, Iterable):
         raise InputError(
             f"Images of type {type(images).__name__} were given; expected a path, a PIL image, a numpy array, or a "
             "list of them.",
-            hint="open the bytes of a file with PIL.Image.open(io.BytesIO(content))",
+            hint=hint,
         )
     return images
+
+
+def _hint_to_open(given: object) -> str:
+    """Return how to get at the images in what is none, or an empty string; what is iterated is no list of them."""
+    if isinstance(given, bytes | bytearray | memoryview):
+        return "open the bytes of a file with PIL.Image.open(io.BytesIO(content))"
+    if hasattr(given, "read") and not isinstance(given, io.TextIOBase):  # a file, of which a line would be an image
+        return "open it with PIL.Image.open(file)"
+    return "pass one of its columns, such as list(table['filepath'])" if is_table(given) else ""
+
+
+def is_table(given: object) -> bool:
+    """Return whether an argument is a table, such as a DataFrame: to iterate it yields the names of its columns."""
+    return hasattr(given, "columns")
 
 
 def in_bounded_batches(images: Iterable[Image.Image], count: int) -> Iterator[list[Image.Image]]:

@@ -22,7 +22,7 @@ from clip_rd_edge.contract.encoder import (
 from clip_rd_edge.contract.images import ImageInput
 from clip_rd_edge.contract.label_bank import LabelBank
 from clip_rd_edge.contract.templates import TemplateNames, parse_templates, template_words
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import InputError, UsageError, in_one_line
 from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.label_list import Labels, label_names
 from clip_rd_edge.runtime.labels import label_set_key, read_label_set, write_label_set
@@ -178,7 +178,7 @@ class ZeroShotClassifier:
         try:
             rows = np.asarray(embeddings)
         except (TypeError, ValueError, RuntimeError) as error:  # rows of several lengths, or a tensor on a GPU
-            raise InputError(f"Image embeddings are no array: {error}.", hint=hint) from error
+            raise InputError(f"Image embeddings are no array: {in_one_line(error)}.", hint=hint) from error
         if rows.dtype.kind not in "fiu" or rows.ndim not in (1, 2) or rows.shape[-1] != width:
             raise InputError(
                 f"Image embeddings have the shape {rows.shape} and the type {rows.dtype}; expected numbers of shape "

@@ -53,8 +53,47 @@ def test_what_is_no_image_is_refused_with_a_sentence(model: Model, images: Any, 
 
 
 @pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        (lambda content: io.BytesIO(content), "PIL.Image.open(file)"),
+        (lambda content: [io.BytesIO(content)], "PIL.Image.open(file)"),
+        (lambda content: content, "PIL.Image.open(io.BytesIO(content))"),
+        (lambda content: [bytearray(content)], "PIL.Image.open(io.BytesIO(content))"),
+        (lambda content: None, ""),
+        (lambda content: [None], ""),
+        (lambda content: Table(), "list(table['filepath'])"),
+    ],
+)
+def test_what_has_an_image_is_refused_with_a_hint_how_to_open_it(
+    model: Model, colour_images: Path, given: Callable[[bytes], Any], hint: str
+) -> None:
+    images = given((colour_images / "red.png").read_bytes())
+    with pytest.raises(InputError, match=r"^(An image has type|Images of type) \w+( were given)?; expected") as raised:
+        model.encode_images(images)
+    assert raised.value.hint.endswith(hint) if hint else not raised.value.hint
+    if isinstance(images, io.BytesIO):
+        assert images.tell() == 0  # and may now be opened
+
+
+class Table(list[str]):
+    """Stands for a DataFrame, which yields the names of its columns."""
+
+    def __init__(self) -> None:
+        super().__init__(["label"])
+        self.columns = ["label"]
+
+
+def test_a_table_is_not_taken_for_the_names_of_its_columns(model: Model, colour_images: Path) -> None:
+    for call in (lambda: model.classify(colour_images / "red.png", Table()), lambda: model.encode_texts(Table())):
+        with pytest.raises(InputError, match=r"^Texts of type Table were given; expected a string or a list") as raised:
+            call()
+        assert raised.value.hint == "pass one of its columns, such as list(table['label'])"
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda model, image: model.encode_texts(np.array("red")), r"Texts of type ndarray were given; expected a str"),
         (lambda model, image: model.classify(image, [1, "red"]), r"Text 1 is 1, of type int; expected a string"),
         (lambda model, image: model.classify(image, ["red", None]), r"Text 2 is None, of type NoneType"),
         (lambda model, image: model.classify(image, b"red"), r"Texts of type bytes were given; expected a string"),
