@@ -102,6 +102,10 @@ def test_a_missing_image_is_named_with_where_it_was_looked_for(
     ("row", "reason"),
     [
         ("pictures/none.png,a cat", "the image 'pictures/none.png' exists neither"),
+        (
+            "https://me:secret@example.com/0.png?sig=abc,a cat",
+            "the image 'https://example.com/0.png' is an address; a table names files: download them, or pack shards",
+        ),
         (",a cat", "it names no image"),
         ("pictures/0.png,", "the caption in column 'title' is empty"),
         ("pictures/0.png", "the caption in column 'title' is empty"),

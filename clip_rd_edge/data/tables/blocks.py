@@ -16,6 +16,8 @@ from clip_rd_edge.data.tables.packed import PackedPairs, Pair
 from clip_rd_edge.errors import InputError, near_matches, quoted
 from clip_rd_edge.utils.checked import is_list_of_texts
 from clip_rd_edge.utils.files import machine_failure
+from clip_rd_edge.utils.paths import URL
+from clip_rd_edge.utils.printable import shown_source
 
 IMAGE_OPTION, CAPTION_OPTION = "--csv-img-key", "--csv-caption-key"
 _NO_NAME = "it names no image"
@@ -135,6 +137,9 @@ class PairFinder:
         if image is None:
             if not name.strip():
                 return _NO_NAME
+            if URL.match(name):
+                address = quoted(shown_source(name))
+                return f"the image {address} is an address; a table names files: download them, or pack shards"
             if any(_is_folder(folder + name) for folder in ("", *self._folders)):
                 return f"the image {quoted(name)} is a folder"
             for other, difference in _other_spellings(name):
