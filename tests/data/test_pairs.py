@@ -75,8 +75,18 @@ def test_a_table_whose_rows_were_all_left_out_hints_at_their_paths(pairs_csv: Pa
 
 
 def test_a_folder_is_not_called_missing(pairs_csv: Path) -> None:
-    with pytest.raises(InputError, match=r"The data file .*pictures is a folder\.$"):
+    with pytest.raises(InputError, match=r"The data file .*pictures is a folder\.$") as error:
         load_pairs(str(pairs_csv.parent / "pictures"))
+    assert error.value.hint.endswith(
+        f", or pass images and captions apart: --images {pairs_csv.parent / 'pictures'} --texts FILE"
+    )
+
+
+def test_images_are_not_suggested_for_a_folder_without_any(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("filepath,title\n")
+    with pytest.raises(InputError, match="is a folder") as error:
+        load_pairs(str(tmp_path))
+    assert error.value.hint == "name a CSV file with the columns filepath,title, shards (….tar) or emoji"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from PIL import Image
 
+from clip_rd_edge.contract.image_files import look_at_images
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.data.pairs import Pairs
 from clip_rd_edge.data.tables.blocks import Table, read_blocks
@@ -18,6 +19,7 @@ from clip_rd_edge.data.tables.parquet import is_parquet, open_parquet
 from clip_rd_edge.data.tables.text import open_csv
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, why_no_file
+from clip_rd_edge.utils.printable import as_word
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 INDEXED_ROWS = 1 << 17
@@ -97,11 +99,14 @@ def _open_table(path: Path, *, image_key: str, caption_key: str) -> Table:
         message = f"The data file {path} {why_no_file(path)}"
         if str(path).startswith("'") and str(path).endswith("'"):
             raise InputError(message, hint="use double quotes: Windows' cmd takes single ones for a part of the name")
+        if exists(path) and not is_folder(path):
+            raise InputError(message, hint="write it into a file: a table is read more than once")
+        if is_folder(path) and next(look_at_images(path, on_unreadable=lambda error: None), None):
+            images = f", or pass images and captions apart: --images {as_word(path)} --texts FILE"
+        else:
+            images = ""
         raise InputError(
-            message,
-            hint="name a CSV file with the columns filepath,title, shards (….tar), or emoji"
-            if not exists(path) or is_folder(path)
-            else "write it into a file: a table is read more than once",
+            message, hint=f"name a CSV file with the columns filepath,title, shards (….tar) or emoji{images}"
         )
     if is_parquet(path):
         return open_parquet(path, image_key, caption_key)
