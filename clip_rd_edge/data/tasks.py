@@ -16,7 +16,7 @@ from clip_rd_edge.data.shards.tars import current_versions, open_shard
 from clip_rd_edge.data.shards.webdataset import parse_sources
 from clip_rd_edge.data.tables.load import TablePairs, read_table
 from clip_rd_edge.errors import InputError, near_matches, quoted
-from clip_rd_edge.utils.paths import is_file, is_folder
+from clip_rd_edge.utils.paths import is_file, is_folder, near_files
 from clip_rd_edge.utils.printable import shown_source
 
 BUILT_IN_TASKS = (
@@ -62,7 +62,7 @@ def load_task(name: str, *, image_key: str = "filepath", caption_key: str = "tit
     if not is_folder(path):
         raise InputError(
             f"No task named {quoted(shown_source(name))}: it is neither a folder of images nor one of "
-            f"{', '.join(BUILT_IN_TASKS)}.{near_matches(name, BUILT_IN_TASKS)}",
+            f"{', '.join(BUILT_IN_TASKS)}.{near_matches(name, BUILT_IN_TASKS) or near_files(path)}",
             hint="check the path: a task is a folder with one subfolder of images per class, or a table of captions",
         )
     data_set = find_data_set(path)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,19 @@ def test_the_names_of_a_large_folder_are_not_compared(tmp_path: Path, monkeypatc
     assert "image1.jpg" in near_files(tmp_path / "image.jpg")
     (tmp_path / "one-more").touch()
     assert near_files(tmp_path / "image.jpg") == ""
+
+
+def test_a_name_in_another_form_of_unicode_is_not_suggested_as_if_it_were_another(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "Vögel") for form in ("NFC", "NFD"))
+    above = tmp_path / composed  # as the folder of a user whose files come from a Mac
+    (above / decomposed).mkdir(parents=True)
+    (above / decomposed / "0.jpg").touch()
+    if (above / composed).exists():
+        pytest.skip("this system does not tell them apart")
+    for path in (above / composed, above / composed / "0.jpg"):
+        reason = "does not exist. There is one whose name is written in another form of Unicode (NFD)."
+        assert why_no_file(path) == reason
+    assert why_no_file(above / composed / "1.jpg") == "does not exist."
+    if os.sep == "/":
+        backslash = Path(f"{above}\\{decomposed}\\0.jpg")
+        assert why_no_file(backslash) == "does not exist. There is one with / for each backslash."

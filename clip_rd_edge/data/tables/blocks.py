@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from clip_rd_edge.data.tables.packed import PackedPairs, Pair
 from clip_rd_edge.errors import InputError, near_matches, quoted
 from clip_rd_edge.utils.checked import is_list_of_texts
 from clip_rd_edge.utils.files import machine_failure
-from clip_rd_edge.utils.paths import URL
+from clip_rd_edge.utils.paths import URL, other_spellings
 from clip_rd_edge.utils.printable import shown_source
 
 IMAGE_OPTION, CAPTION_OPTION = "--csv-img-key", "--csv-caption-key"
@@ -142,7 +141,7 @@ class PairFinder:
                 return f"the image {address} is an address; a table names files: download them, or pack shards"
             if any(_is_folder(folder + name) for folder in ("", *self._folders)):
                 return f"the image {quoted(name)} is a folder"
-            for other, difference in _other_spellings(name):
+            for other, difference in other_spellings(name):
                 if self.image(other) is not None:
                     return f"the image {quoted(name)} does not exist; there is one {difference}"
             if Path(name).is_absolute():
@@ -170,15 +169,6 @@ class PairFinder:
             if stat.S_ISREG(status.st_mode):
                 return *os.path.split(path), status.st_size
         return None
-
-
-def _other_spellings(name: str) -> Iterator[tuple[str, str]]:
-    """Yield names that look like this one, or that it has on another system, and what is different about them."""
-    for form in ("NFC", "NFD"):
-        if (other := unicodedata.normalize(form, name)) != name:
-            yield other, f"whose name is written in another form of Unicode ({form})"
-    if "\\" in name:
-        yield name.replace("\\", "/"), "with / for each backslash"
 
 
 def _is_folder(path: str) -> bool:

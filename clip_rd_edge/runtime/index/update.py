@@ -55,7 +55,7 @@ from clip_rd_edge.runtime.index.image_index import (
 )
 from clip_rd_edge.utils.files import disk_full_error, now_in, write_bytes
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
-from clip_rd_edge.utils.paths import exists, is_file, is_folder
+from clip_rd_edge.utils.paths import exists, is_file, is_folder, near_files
 from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -128,8 +128,7 @@ def update_index(
     if not is_folder(folder):
         if settled is not None:
             return Update(skipped=True)
-        reason = "is a file" if exists(folder) else "does not exist"
-        raise InputError(f"The folder {folder} {reason}.", hint="name a folder with images")
+        raise no_folder_error(folder)
     for location in (folder.resolve(), encoder.folder.resolve()):
         if not is_unicode(str(location)):
             raise InputError(f"The path {printable_path(location)} is not UTF-8, as index.json is.", hint="rename it")
@@ -296,6 +295,12 @@ def _embed(
             resumed = time.monotonic()
             next_save = resumed + max(SAVE_EVERY_S, REST * (resumed - began))
     update.embedding_s += time.monotonic() - resumed
+
+
+def no_folder_error(folder: Path) -> InputError:
+    """Return the error for what is no folder, with the names that are close to its own."""
+    reason = "is a file." if exists(folder) else f"does not exist.{near_files(folder)}"
+    return InputError(f"The folder {folder} {reason}", hint="name a folder with images")
 
 
 def _refused(error: InputError) -> bool:

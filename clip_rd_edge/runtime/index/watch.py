@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clip_rd_edge.contract.image_files import look_at_images
-from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index.image_index import INDEX_FILE, is_index, model_key, read_index
-from clip_rd_edge.runtime.index.update import REST, Update, update_index
+from clip_rd_edge.runtime.index.update import REST, Update, no_folder_error, update_index
 from clip_rd_edge.utils.paths import file_identity, is_folder
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -242,7 +242,7 @@ def watch_index(
         UsageError: as `update_index`, or it is another model's.
     """
     if not is_folder(folder):
-        raise InputError(f"The folder {folder} does not exist.", hint="name a folder with images")
+        raise no_folder_error(folder)
     stop = stop or threading.Event()
     wait = wait or partial(_wait, stop)
     open_image_tower(encoder)  # now: an update may put another bundle into its folder before there are images
