@@ -119,6 +119,11 @@ class MissingExtraError(UsageError):
         )
 
 
+def with_hint(message: str, hint: str) -> str:
+    """Return a message with its hint, for where a hint has no place of its own."""
+    return f"{message} Hint: {hint}" if hint else message
+
+
 def relayed_error(message: str, *, hint: str, exit_code: int) -> ClipRdEdgeError:
     """Return an error of another process or machine, as one that ends this process with the same exit code."""
     kind = UsageError if exit_code == UsageError.exit_code else ClipRdEdgeError

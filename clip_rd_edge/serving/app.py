@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from clip_rd_edge.errors import ClipRdEdgeError, InputError
+from clip_rd_edge.errors import ClipRdEdgeError, InputError, with_hint
 from clip_rd_edge.serving.service import BusyError, Service, error_response
 from clip_rd_edge.utils.structs import UnknownFieldError
 from clip_rd_edge.web.app import read_body
@@ -122,11 +122,11 @@ async def _result(handler: Handler, request: Request, service: Service) -> Respo
     except ClientDisconnect:
         return error_response(400, "The connection was closed before the request was complete.")
     except UnknownFieldError as error:
-        return error_response(422, f"{error} {error.hint}")
+        return error_response(422, with_hint(str(error), error.hint))
     except InputError as error:
-        return error_response(400, " ".join(filter(None, (str(error), error.hint))))
+        return error_response(400, with_hint(str(error), error.hint))
     except ClipRdEdgeError as error:
-        return error_response(500, " ".join(filter(None, (str(error), error.hint))))
+        return error_response(500, with_hint(str(error), error.hint))
 
 
 async def _unless_it_leaves(handler: Handler, request: Request) -> Response:

@@ -351,7 +351,7 @@ def test_a_misspelled_field_of_our_own_requests_is_refused(client: Any, path: st
     response = client.post(path, json={"image": encoded(jpeg()), field: ["red", "blue"]})
     assert response.status_code == 422, response.text
     message = response.json()["error"]["message"]
-    assert f"unknown field `{field}`. Did you mean {near!r}? the keys there are" in message
+    assert f"unknown field `{field}`. Did you mean {near!r}? Hint: the keys there are" in message
 
 
 def test_fields_that_clients_of_other_servers_send_are_ignored(client: Any) -> None:
