@@ -15,7 +15,7 @@ from clip_rd_edge.benchmarking.metrics import Interval, Score, may_be_chance
 from clip_rd_edge.benchmarking.suite import Role, Suite
 from clip_rd_edge.benchmarking.throughput import ColdStart, Throughput
 from clip_rd_edge.contract.encoder import Description
-from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.errors import ConfigError, with_hint
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.host import (
     ONNXRUNTIMES,
@@ -128,11 +128,15 @@ class RowResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SkippedRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A row that could not be measured, and the reason."""
+    """A row that could not be measured, the reason, and what to do about it, which may be empty."""
 
     label: str
     model: str
     reason: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return with_hint(self.reason, self.hint)
 
 
 class MissingTask(msgspec.Struct, frozen=True, kw_only=True):

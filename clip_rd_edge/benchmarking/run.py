@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from clip_rd_edge.benchmarking.accuracy import Answers, ZeroShotAnswers, answer, correctness_of
 from clip_rd_edge.benchmarking.answer_cache import AnswerCache, DamagedCacheError
@@ -20,9 +22,12 @@ from clip_rd_edge.benchmarking.throughput import (
     measure_energy,
     measure_throughput,
 )
+from clip_rd_edge.contract.bundle import is_bundle, read_manifest
 from clip_rd_edge.contract.encoder import TowerEncoder
-from clip_rd_edge.contract.task import Task, ZeroShotTask
-from clip_rd_edge.errors import ClipRdEdgeError, InputError
+from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
+from clip_rd_edge.contract.templates import in_words
+from clip_rd_edge.data.clip_benchmark import TEMPLATES
+from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
 OpenEncoder = Callable[..., TowerEncoder]  # takes a model, and `runtime=` if the row names one
@@ -53,23 +58,62 @@ def open_and_evaluate(
     """
     opened = OpenModels()
     for row in suite.rows:
-        try:
+        with _skipped_if_it_fails(row, opened):
+            _require_answers(suite.resolve_model(row), tasks)
+    for skipped in opened.skipped:  # before the others are measured, which may take long
+        reporter.say(f"{skipped.label} is skipped: {skipped}")
+    refused = {row.label for row in opened.skipped}
+    for row in suite.rows:
+        if row.label in refused:
+            continue
+        with _skipped_if_it_fails(row, opened):
             model = suite.resolve_model(row)
             encoder = open_encoder(model, runtime=row.runtime) if row.runtime else open_encoder(model)
             _try_once(encoder, tasks[0])
             answers = [_cached_or_new_answers(encoder, task, row, model, cache, reporter) for task in tasks]
-        except ModuleNotFoundError as error:
-            # A device without torch still measures its bundles.
-            reason = f"It needs the package {error.name!r}, which is not installed."
-            opened.skipped.append(SkippedRow(label=row.label, model=row.model, reason=reason))
-        except DamagedCacheError:
-            raise
-        except ClipRdEdgeError as error:
-            opened.skipped.append(SkippedRow(label=row.label, model=row.model, reason=str(error)))
-        else:
             opened.encoders[row.label], opened.models[row.label] = encoder, model
             opened.answers[row.label] = answers
     return opened
+
+
+@contextmanager
+def _skipped_if_it_fails(row: SuiteRow, opened: OpenModels) -> Iterator[None]:
+    """Add a row whose model cannot be opened or run to those that are skipped."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        # A device without torch still measures its bundles.
+        reason = f"It needs the package {error.name!r}, which is not installed."
+        opened.skipped.append(SkippedRow(label=row.label, model=row.model, reason=reason))
+    except DamagedCacheError:
+        raise
+    except ClipRdEdgeError as error:
+        opened.skipped.append(SkippedRow(label=row.label, model=row.model, reason=str(error), hint=error.hint))
+
+
+def _require_answers(model: str, tasks: Sequence[Task]) -> None:
+    """Refuse a bundle whose manifest says that it cannot answer a task: it has no text tower. No tower is loaded.
+
+    Raises:
+        ClipRdEdgeError: it cannot, or its manifest cannot be read.
+    """
+    if not is_bundle(Path(model)):
+        return
+    manifest = read_manifest(Path(model))
+    if manifest.text is not None:
+        return
+    for task in tasks:
+        if isinstance(task, RetrievalTask):
+            manifest.require_text()
+        elif task.templates != manifest.templates:
+            own = manifest.templates
+            lines = repr(own[0]) if len(own) == 1 else "those of its manifest.json, one per line,"
+            file = f"write {lines} into {TEMPLATES} in the folder of {task.name}, or " if task.templates_from else ""
+            raise UsageError(
+                f"The bundle of {manifest.name} has no text tower: its labels were embedded with {in_words(own)}, and "
+                f"{task.name} asks for {in_words(task.templates)}.",
+                hint=f"{file}export the model again, with its text tower",
+            )
 
 
 def _try_once(encoder: TowerEncoder, task: Task) -> None:
@@ -153,7 +197,7 @@ def run_suite(
     tasks = suite.load_tasks()
     opened = open_and_evaluate(suite, tasks, open_encoder, reporter, cache)
     if not opened.encoders:
-        reasons = " ".join(f"{row.label}: {row.reason}" for row in opened.skipped)
+        reasons = " ".join(f"{row.label}: {row}" for row in opened.skipped)
         raise InputError(f"None of the models of the suite {suite.name} could be measured. {reasons}")
     image, labels = tasks[0].images[0], _label_count(tasks)
     latencies = measure_latencies(

@@ -143,7 +143,7 @@ def command(
     if advice := recommendation(results):
         echo(advice.replace("**", ""), prose=True)
     for skipped in results.skipped:
-        say(f"{skipped.label} was skipped: {skipped.reason}")
+        say(f"{skipped.label} was skipped: {skipped}")
     for task in results.missing:
         say(f"{task.name} is missing: {task.reason}")
     say(f"The report is {output / 'report.html'}")

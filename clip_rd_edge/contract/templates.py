@@ -72,6 +72,11 @@ def is_template(text: str) -> bool:
     return any(placeholder in text for placeholder in _PLACEHOLDERS)
 
 
+def in_words(templates: Sequence[str]) -> str:
+    """Return what to call these templates in a sentence."""
+    return f"the template {templates[0]!r}" if len(templates) == 1 else f"a list of {len(templates)} templates"
+
+
 def _read_file(word: str) -> list[str]:
     path = expand_home(word)
     try:

@@ -22,6 +22,7 @@ from clip_rd_edge.contract.encoder import Description, Embeddings, as_list, imag
 from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.contract.label_bank import LabelBank, read_labels
 from clip_rd_edge.contract.preprocess import preprocess, to_uint8
+from clip_rd_edge.contract.templates import in_words
 from clip_rd_edge.contract.tokenizer import Tokenizer
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError, in_one_line, near_matches
 from clip_rd_edge.runtime.backends.int8_kernels import int8_fault
@@ -35,10 +36,6 @@ if TYPE_CHECKING:
 BATCH_SIZE = 32
 _SESSIONS = "_image_session", "_text_session"
 _WITH_TEXT = "export the model again, with its text tower or with --labels"
-
-
-def _in_words(templates: Sequence[str]) -> str:
-    return f"the template {templates[0]!r}" if len(templates) == 1 else f"a list of {len(templates)} templates"
 
 
 class Placement(NamedTuple):
@@ -194,7 +191,7 @@ class BundleEncoder(ABC):
             raise InputError(f"{bundle} and no labels: it embeds images alone.", hint=_WITH_TEXT)
         if tuple(templates) != own:
             raise UsageError(
-                f"{bundle}: its labels were embedded with {_in_words(own)}, and {_in_words(templates)} is asked for.",
+                f"{bundle}: its labels were embedded with {in_words(own)}, and {in_words(templates)} is asked for.",
                 hint=f"{f'use --template {own[0]!r}, or ' if len(own) == 1 else ''}{_WITH_TEXT}",
             )
         embeddings = bank.find(labels)

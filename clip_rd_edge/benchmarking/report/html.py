@@ -105,7 +105,7 @@ def _cell(cell: Cell) -> str:
 
 
 def _skipped(results: Results) -> str:
-    models = [(row.label, row.reason) for row in results.skipped]
+    models = [(row.label, str(row)) for row in results.skipped]
     tasks = [(task.name, task.reason) for task in results.missing]
     return _reasons("Not measured:", models) + _reasons("Missing data sets:", tasks)
 

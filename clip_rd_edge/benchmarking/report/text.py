@@ -89,7 +89,7 @@ def markdown(results: Results, *, plot: bool) -> str:
     notes = [RELATIVE_NOTE] if results.first("teacher") else []
     parts += ["## Comparison", *notes, figures_table(results)]
     if results.skipped:
-        skipped = (f"**{row.label}** was not measured: {row.reason}" for row in results.skipped)
+        skipped = (f"**{row.label}** was not measured: {row}" for row in results.skipped)
         parts.append(_list(skipped))
     if results.missing:
         parts.append(_list(f"**{task.name}** is missing: {task.reason}" for task in results.missing))
