@@ -28,9 +28,10 @@ from clip_rd_edge.evidence.results import (
     runs_of,
     spread,
 )
+from clip_rd_edge.evidence.suite import TUNED_TEACHER, EvidenceSuite
 from clip_rd_edge.utils.files import write_bytes, write_text
 from clip_rd_edge.utils.paths import exists
-from clip_rd_edge.utils.printable import shown_sources
+from clip_rd_edge.utils.printable import shown_source, shown_sources
 from clip_rd_edge.utils.structs import read_versioned_json
 
 _TOP1, _IMAGE_TO_TEXT = "top-1", "image → text R@1"
@@ -40,15 +41,15 @@ _DIFFERENCES_NOTE = (
     "difference has the same sign for all seeds."
 )
 _GEOMETRY_NOTE = (
-    "Geometry on held-out pairs: mean cosine similarity of an image with its own caption, with the captions of other "
-    "images, and the gap between the two."
+    "Geometry on the pairs of the retrieval tasks: mean cosine similarity of an image with its own caption, with the "
+    "captions of other images, and the gap between the two."
 )
 
 
 def markdown(evidence: Evidence) -> str:
     """Return all tables, after the settings and the cost."""
     _, measure = _compared(evidence)
-    parts = [_settings(evidence), _score_table(evidence)]
+    parts = [_settings(evidence), *training_data_remark(evidence.suite), _score_table(evidence)]
     if _differ_in_steps(evidence):
         parts += [_time_table(evidence)]
     if evidence.suite.compare_with:
@@ -57,6 +58,14 @@ def markdown(evidence: Evidence) -> str:
     if any(task.geometry for task in evidence.teacher.tasks):  # of retrieval tasks
         parts += [_GEOMETRY_NOTE, _geometry_table(evidence)]
     return "\n\n".join(parts)
+
+
+def training_data_remark(suite: EvidenceSuite) -> list[str]:
+    """Return a warning if a task has the pairs that the students are trained on; else, an empty list."""
+    return [
+        f"{shown_source(task)} is both trained and evaluated on: its scores say nothing about new pairs."
+        for task in suite.trained_on()
+    ]
 
 
 def _settings(evidence: Evidence) -> str:
@@ -106,7 +115,9 @@ def _cost(evidence: Evidence) -> str:
         range_minutes = " to ".join(dict.fromkeys(f"{value / 60:.1f}" for value in (min(seconds), max(seconds))))
         where = f" on {machine}" if len(by_machine) > 1 else ""
         costs.append(f"{sum(seconds) / 3600:.1f} hours of CPU time{where}, {range_minutes} minutes per run{counted}")
-    return f"Cost: {'; '.join(costs)}, plus tuning the teacher and computing its embeddings." if costs else ""
+    is_tuned = evidence.suite.data == "emoji" and evidence.teacher.model == TUNED_TEACHER
+    teacher = "tuning the teacher and computing its embeddings" if is_tuned else "computing the teacher's embeddings"
+    return f"Cost: {'; '.join(costs)}, plus {teacher}." if costs else ""
 
 
 def _differ_in_steps(evidence: Evidence) -> bool:

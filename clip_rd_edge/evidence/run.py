@@ -37,7 +37,7 @@ from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distilla
 from clip_rd_edge.distillation.student import empty_student
 from clip_rd_edge.distillation.teachers.store_build import CACHING_STAGE
 from clip_rd_edge.errors import DivergedRunError, UsageError
-from clip_rd_edge.evidence.report import write_evidence
+from clip_rd_edge.evidence.report import training_data_remark, write_evidence
 from clip_rd_edge.evidence.results import (
     RESULT,
     Curve,
@@ -50,7 +50,7 @@ from clip_rd_edge.evidence.results import (
     read_run,
     tasks_of,
 )
-from clip_rd_edge.evidence.suite import TEACHER_RESULT, EvidenceSuite, Run, run_config
+from clip_rd_edge.evidence.suite import TEACHER_RESULT, TUNED_TEACHER, EvidenceSuite, Run, run_config
 from clip_rd_edge.models.clip import model_fingerprint
 from clip_rd_edge.models.encoder import TorchEncoder, torch_threads
 from clip_rd_edge.models.load import load_clip
@@ -106,7 +106,7 @@ def _geometry(encoder: Encoder, task: RetrievalTask) -> Geometry:
     return Geometry(positive=positive, negative=negative)
 
 
-TEACHER, CACHES = "teacher", "teacher-cache"
+CACHES = "teacher-cache"
 # The curves taken from metrics.jsonl, without the total loss: methods sum different terms.
 CURVES = ("student_positive", "student_negative", "teacher_positive", "teacher_negative", "loss/task")
 
@@ -132,6 +132,8 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
     )
     with torch_threads(suite.threads), exclusive_writer(folder), resumed_by_the_same_call():
         runs = list(suite.runs())
+        for remark in training_data_remark(suite):
+            reporter.say(remark)
         reporter.begin("Teacher", 1, len(runs) + 1)
         if teacher is None:
             teacher = _embedded_teacher(suite, folder, reporter)
@@ -181,7 +183,7 @@ def _embedded_teacher(suite: EvidenceSuite, folder: Path, reporter: Reporter) ->
             hint="name a teacher: --teacher local-dir:PATH, or hf-hub:ORG/REPO",
         )
     tune_teacher(Settings(folder=folder, teacher_steps=suite.teacher_steps), reporter)
-    return str(folder / TEACHER)
+    return str(folder / TUNED_TEACHER)
 
 
 def _evaluate_teacher(suite: EvidenceSuite, folder: Path, teacher: str, tasks: Sequence[Task]) -> None:

@@ -20,6 +20,7 @@ from clip_rd_edge.utils.structs import convert, read_yaml
 
 _SHARED = ("objective", "steps", "epochs", "batch_size", "learning_rate", "precision")  # not a method's own settings
 TEACHER_RESULT = "teacher-result.json"  # beside the suite's own NAME.json
+TUNED_TEACHER = "teacher"  # the built-in one's folder beside it, and so its name
 _SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
@@ -120,6 +121,10 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
                     )
         if self.precision == "auto":
             raise ValueError("precision is auto; expected fp32, bf16 or fp16, so that all runs have the same")
+
+    def trained_on(self) -> list[str]:
+        """Return the tasks that name the training data."""
+        return [task for task in self.tasks if Path(task) == Path(self.data)]
 
     def runs(self) -> Iterator[Run]:
         """Yield all runs, seed by seed, so that an unfinished suite already gives complete tables."""

@@ -106,6 +106,23 @@ def test_a_suite_without_retrieval_tasks_has_no_table_of_geometry(make: Make) ->
     assert "Geometry" not in text
 
 
+def test_only_the_cost_of_the_built_in_teacher_has_its_tuning(make: Make) -> None:
+    evidence = make(CORRECT)
+    assert "plus tuning the teacher and computing its embeddings." in markdown(evidence)
+    other = msgspec.structs.replace(evidence.teacher, model="ViT-B-16")
+    own_data = msgspec.structs.replace(evidence.suite, data="pairs.csv")
+    for changed in ({"teacher": other}, {"suite": own_data}):
+        assert "run, plus computing the teacher's embeddings." in markdown(msgspec.structs.replace(evidence, **changed))
+
+
+def test_a_task_that_was_trained_on_is_named(make: Make) -> None:
+    evidence = make(CORRECT)
+    assert "trained and evaluated" not in markdown(evidence)
+    suite = msgspec.structs.replace(evidence.suite, data="./pairs.csv", tasks=("squares", "pairs.csv"))
+    text = markdown(msgspec.structs.replace(evidence, suite=suite))
+    assert "\n\npairs.csv is both trained and evaluated on: its scores say nothing about new pairs.\n\n" in text
+
+
 def test_a_suite_of_retrieval_tasks_alone_is_compared_in_their_recall(make: Make) -> None:
     def retrieval_alone(result: ModelResult) -> ModelResult:
         zero_shot, retrieval = result.tasks

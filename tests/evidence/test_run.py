@@ -59,8 +59,12 @@ def teacher(tmp_path: Path) -> str:
 def test_a_second_writer_and_a_missing_teacher_are_errors(squares_suite: EvidenceSuite, tmp_path: Path) -> None:
     with exclusive_writer(tmp_path / "out"), pytest.raises(UsageError, match="written by another run"):
         runs.run_evidence(squares_suite, tmp_path / "out", SILENT)
+    watch = Watch()
     with pytest.raises(UsageError, match="no built-in teacher"):
-        runs.run_evidence(squares_suite, tmp_path / "out", SILENT)
+        runs.run_evidence(squares_suite, tmp_path / "out", watch)
+    assert watch.said == [
+        f"{squares_suite.data} is both trained and evaluated on: its scores say nothing about new pairs."
+    ]
     with pytest.raises(UsageError, match="no finished run of the suite small"):
         runs.collect(squares_suite, tmp_path / "out")
 
