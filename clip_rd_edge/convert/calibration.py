@@ -1,4 +1,4 @@
-"""The images and captions that INT8 is calibrated on, and held-out ones to evaluate it. Never imports torch."""
+"""The images and captions that INT8 is calibrated on, and held-out ones to evaluate it."""
 
 from __future__ import annotations
 

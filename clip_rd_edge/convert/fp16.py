@@ -2,7 +2,6 @@
 
 ONNX Runtime and TensorRT then use the same types, and no builder flag decides. LayerNorm, Softmax, sums, norms and the
 final norm stay in float32, because their sums of squares and exponentials are the first to exceed float16's range.
-Never imports torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ONNX graph helpers that all conversions share, and a way to silence the libraries they call. Never imports torch."""
+"""ONNX graph helpers that all conversions share, and a way to silence the libraries they call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write bundles in the layout of the Hugging Face hub, as transformers.js and fastembed read it. Never imports torch.
+"""Write bundles in the layout of the Hugging Face hub, as transformers.js and fastembed read it.
 
 config.json, preprocessor_config.json     of model type `clip`
 config.4.0.0.json                         of a text tower that is a model of transformers

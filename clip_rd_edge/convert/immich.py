@@ -1,4 +1,4 @@
-"""Write a bundle in the layout that immich's machine-learning service reads. Never imports torch.
+"""Write a bundle in the layout that immich's machine-learning service reads.
 
 config.json                          sizes
 visual/model.onnx                    image (N, 3, H, W) float32 -> embedding

@@ -1,4 +1,4 @@
-"""Quantise LiteRT files: weights in float16, and INT8 by ai-edge-quantizer, chosen by measurement. Never imports torch.
+"""Quantise LiteRT files: weights in float16, and INT8 by ai-edge-quantizer, chosen by measurement.
 
 `exporters.litert` makes the float32 files, from PyTorch.
 """

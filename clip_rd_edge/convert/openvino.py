@@ -1,4 +1,4 @@
-"""Convert a float32 bundle for OpenVINO: the same ONNX files, run and measured by OpenVINO. Never imports torch."""
+"""Convert a float32 bundle for OpenVINO: the same ONNX files, run and measured by OpenVINO."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compare two sets of embeddings of the same inputs. Never imports torch."""
+"""Compare two sets of embeddings of the same inputs."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 PIL's antialiased resize is separable: one matrix over the columns, rounded to bytes, then one over the rows, rounded
 again. The graph computes both matrices from the image's size, in integers up to the last division, so that no precision
 is lost on large images. Pillow 13 resizes the rows of some tall images first, Pillow 12 and earlier never do; the graph
-always resizes columns first. Never imports torch.
+always resizes columns first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Add reference answers to a bundle, for `verify` to compare a device's with. Never imports torch."""
+"""Add reference answers to a bundle, for `verify` to compare a device's with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convert a float32 bundle to INT8. Never imports torch."""
+"""Convert a float32 bundle to INT8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""INT8 candidates: the ways of quantising a tower that are worth trying. Never imports torch."""
+"""INT8 candidates: the ways of quantising a tower that are worth trying."""
 
 from __future__ import annotations
 

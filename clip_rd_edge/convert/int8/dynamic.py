@@ -1,4 +1,4 @@
-"""Dynamic INT8: weights are quantised in advance, activations at run time. Never imports torch."""
+"""Dynamic INT8: weights are quantised in advance, activations at run time."""
 
 from __future__ import annotations
 

@@ -8,8 +8,6 @@ that is left (Nagel et al. 2019, Data-Free Quantization Through Weight Equalizat
 Both go by the inputs that the layers have in float32. Those of a quantised tower would include the shifts of the layers
 before, which their own biases take back. Matrix products that are quantised dynamically lose next to nothing by their
 weights, and are rounded to the nearest level.
-
-Never imports torch.
 """
 
 from __future__ import annotations

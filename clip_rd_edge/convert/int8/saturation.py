@@ -1,4 +1,4 @@
-"""INT8 that is right on every processor. Never imports torch.
+"""INT8 that is right on every processor.
 
 x86 processors without VNNI (Intel before Ice Lake and Alder Lake, AMD before Zen 4, most Atoms) multiply U8 activations
 by S8 weights with `vpmaddubsw`, which adds each two neighbouring products in 16 bits and saturates: 2 · 255 · 127 is

@@ -1,4 +1,4 @@
-"""Quantise a float32 tower by search: build candidates, measure them all in turn, choose. Never imports torch."""
+"""Quantise a float32 tower by search: build candidates, measure them all in turn, choose."""
 
 from __future__ import annotations
 

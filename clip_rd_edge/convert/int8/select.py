@@ -1,4 +1,4 @@
-"""Select the candidate to ship by what was measured, or float32 if none is good enough. Never imports torch."""
+"""Select the candidate to ship by what was measured, or float32 if none is good enough."""
 
 from __future__ import annotations
 

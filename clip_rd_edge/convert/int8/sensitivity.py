@@ -1,4 +1,4 @@
-"""Find the layers that lose most in INT8. Never imports torch.
+"""Find the layers that lose most in INT8.
 
 Each layer, or group of neighbouring layers, is quantised alone; its error is 1 − the centred cosine of the embeddings
 with float32's. That ranks the layers. Their errors need not add up: two layers may disturb each other, or make up for

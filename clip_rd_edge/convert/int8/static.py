@@ -1,4 +1,4 @@
-"""Static INT8: activation ranges are measured in advance and stored in the graph as Q/DQ. Never imports torch."""
+"""Static INT8: activation ranges are measured in advance and stored in the graph as Q/DQ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Static INT8 for TensorRT: symmetric S8 Q/DQ around Conv, MatMul and Gemm. Never imports torch.
+"""Static INT8 for TensorRT: symmetric S8 Q/DQ around Conv, MatMul and Gemm.
 
 TensorRT's parser requires signed bytes with a zero point of 0, weights quantised per output channel, activations per
 tensor, and biases in float; LayerNorm, Softmax, SiLU and GELU stay in float, and so do matrix products of two

@@ -1,4 +1,4 @@
-"""Convert a float32 bundle to TensorRT engines, or to files that build them on the device. Never imports torch."""
+"""Convert a float32 bundle to TensorRT engines, or to files that build them on the device."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Build engines from ONNX by TensorRT for RTX; TensorRT proper builds them on the device (`convert.tensorrt.bundle`).
 
 Networks are strongly typed: the ONNX sets every type (`convert.fp16`, `convert.int8.symmetric`), because TensorRT 11
-has neither precision flags nor calibrators, and TensorRT 10 and TensorRT for RTX do not need them. Never imports torch.
+has neither precision flags nor calibrators, and TensorRT 10 and TensorRT for RTX do not need them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Strongly typed ONNX for TensorRT. In INT8, as many layers are quantised as the agreement with float32 allows.
-
-Never imports torch.
-"""
+"""Strongly typed ONNX for TensorRT. In INT8, as many layers are quantised as the agreement with float32 allows."""
 
 from __future__ import annotations
 
