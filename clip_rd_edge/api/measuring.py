@@ -80,6 +80,7 @@ def evaluate(
         ClipRdEdgeError: as `load`, or a task cannot be read.
     """
     from clip_rd_edge.benchmarking.accuracy import evaluate as score
+    from clip_rd_edge.benchmarking.accuracy import say_class_names
     from clip_rd_edge.runtime.model import Model
 
     known = {**inspect.signature(evaluate).parameters, **EvaluateOptions.__annotations__}
@@ -90,6 +91,7 @@ def evaluate(
             hint="pass them to clip_rd_edge.load, or the model's name or path to evaluate",
         )
     loaded = load_tasks(tasks, templates=templates, **options)
+    say_class_names(loaded, reporter)
     evaluated = model if isinstance(model, Model) else load(model, pretrained=pretrained, threads=threads)
     return [score(evaluated.encoder, task, per_class=per_class, reporter=reporter) for task in loaded]
 

@@ -34,6 +34,7 @@ from clip_rd_edge.contract.encoder import (
 )
 from clip_rd_edge.contract.images import ImageFile, in_bounded_batches, open_image
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
+from clip_rd_edge.data.clip_benchmark import CLASS_NAMES
 from clip_rd_edge.data.shards.tars import TarMember
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import is_file
@@ -153,7 +154,21 @@ def evaluate(encoder: Encoder, task: Task, *, per_class: bool = False, reporter:
     if not (per_class and isinstance(task, ZeroShotTask) and isinstance(answers, ZeroShotAnswers)):
         return answers.score
     predicted, targets = np.asarray(answers.answers), np.asarray(task.targets)
-    return msgspec.structs.replace(answers.score, per_class=class_scores(predicted, targets, task.labels))
+    scores = class_scores(predicted, targets, task.labels, task.folders)
+    return msgspec.structs.replace(answers.score, per_class=scores)
+
+
+_SHOWN_FOLDERS = 3
+
+
+def say_class_names(tasks: Sequence[Task], reporter: Reporter) -> None:
+    """Say which folders got which names from a classnames.txt: its order may be another than the folders'."""
+    for task in tasks:
+        if isinstance(task, ZeroShotTask) and task.folders:
+            named = [f"{folder} → {label}" for folder, label in zip(task.folders, task.labels, strict=True)]
+            rest = ["…"] if len(named) > _SHOWN_FOLDERS else []
+            shown = ", ".join([*named[:_SHOWN_FOLDERS], *rest])
+            reporter.say(f"{task.name}: {CLASS_NAMES} names the folders: {shown}")
 
 
 def answer(encoder: Encoder, task: Task, *, reporter: Reporter = SILENT) -> Answers:

@@ -32,7 +32,7 @@ class Interval(msgspec.Struct, frozen=True):
     high: float
 
 
-class ClassScore(msgspec.Struct, frozen=True, kw_only=True):
+class ClassScore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Zero-shot classification accuracy on the images of one class: one row of a confusion matrix.
 
     Attributes:
@@ -41,6 +41,7 @@ class ClassScore(msgspec.Struct, frozen=True, kw_only=True):
         recall: fraction of the class's images that are given its label; None without images.
         precision: fraction of the images that are given its label that are of the class; None if there are none.
         predicted: number of the class's images per predicted label, most frequent first.
+        folder: name of the folder of its images, if the classes have other names than their folders; else empty.
     """
 
     label: str
@@ -48,6 +49,7 @@ class ClassScore(msgspec.Struct, frozen=True, kw_only=True):
     recall: float | None
     precision: float | None
     predicted: dict[str, int]
+    folder: str = ""
 
 
 class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="zero-shot", tag_field="kind"):
@@ -138,11 +140,17 @@ def mean_per_class(hits: Hits, targets: npt.NDArray[np.int64]) -> float:
 
 
 def class_scores(
-    predicted: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], labels: Sequence[str]
+    predicted: npt.NDArray[np.int64],
+    targets: npt.NDArray[np.int64],
+    labels: Sequence[str],
+    folders: Sequence[str] = (),
 ) -> tuple[ClassScore, ...]:
     """Return the score of each of C classes from the predicted and true classes of N images, as indices into `labels`.
 
     Classes of the same name are kept apart, except in `ClassScore.predicted`.
+
+    Args:
+        folders: as of `ZeroShotTask`.
     """
     given = np.bincount(predicted, minlength=len(labels))
     scores = []
@@ -159,6 +167,7 @@ def class_scores(
                 recall=correct / images if images else None,
                 precision=correct / int(given[index]) if given[index] else None,
                 predicted=dict(sorted(by_label.items(), key=lambda item: (-item[1], item[0]))),
+                folder=folders[index] if folders else "",
             )
         )
     return tuple(scores)

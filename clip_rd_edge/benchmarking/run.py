@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clip_rd_edge.benchmarking.accuracy import Answers, ZeroShotAnswers, answer, correctness_of
+from clip_rd_edge.benchmarking.accuracy import Answers, ZeroShotAnswers, answer, correctness_of, say_class_names
 from clip_rd_edge.benchmarking.answer_cache import AnswerCache, DamagedCacheError
 from clip_rd_edge.benchmarking.latency import EncoderCalls, Latencies, measure_latencies
 from clip_rd_edge.benchmarking.metrics import difference_interval, difference_p_value
@@ -195,6 +195,7 @@ def run_suite(
     check_suite(suite, source=f"The suite {suite.name}")
     missing = suite.missing()
     tasks = suite.load_tasks()
+    say_class_names(tasks, reporter)
     opened = open_and_evaluate(suite, tasks, open_encoder, reporter, cache)
     if not opened.encoders:
         reasons = " ".join(f"{row.label}: {row}" for row in opened.skipped)

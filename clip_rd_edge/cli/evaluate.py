@@ -121,15 +121,16 @@ def _print(scores: Sequence[Score], *, per_class: bool) -> None:
 
 
 _COLUMNS = ("task", "class", "predicted", "images")
+_FOLDER = "folder"  # a further column, if a classnames.txt names folders
 
 
 def _require_free(path: Path) -> None:
     """Refuse a file that is there and is no table of confusions, before the long work."""
     from clip_rd_edge.contract.outputs import require_output_file
 
-    header = f"{','.join(_COLUMNS)}\n".encode()
+    headers = tuple(f"{csv_row(*columns)}\n".encode() for columns in (_COLUMNS, (*_COLUMNS, _FOLDER)))
     require_output_file(
-        path, lambda beginning: beginning.startswith(header), what="an earlier table of confusions",
+        path, lambda beginning: beginning.startswith(headers), what="an earlier table of confusions",
         option="--confusion",
     )  # fmt: skip
 
@@ -144,12 +145,13 @@ def _write_confusion(path: Path, scores: Sequence[Score]) -> None:
     from clip_rd_edge.utils.files import write_text
     from clip_rd_edge.utils.folders import named_failures
 
+    classes = [(score.task, row) for score in scores if isinstance(score, ZeroShotScore) for row in score.per_class]
+    has_folders = any(row.folder for _, row in classes)
     rows = [
-        csv_row(score.task, row.label, predicted, images)
-        for score in scores
-        if isinstance(score, ZeroShotScore)
-        for row in score.per_class
+        csv_row(task, row.label, predicted, images, *([row.folder] if has_folders else []))
+        for task, row in classes
         for predicted, images in row.predicted.items()
     ]
+    header = csv_row(*_COLUMNS, *([_FOLDER] if has_folders else []))
     with named_failures(path, hint="choose another --confusion"):
-        write_text(path, "".join(f"{row}\n" for row in (csv_row(*_COLUMNS), *rows)))
+        write_text(path, "".join(f"{row}\n" for row in (header, *rows)))

@@ -19,6 +19,7 @@ class ZeroShotTask(msgspec.Struct, frozen=True, kw_only=True):
         images: N images.
         targets: N indices into `labels`.
         labels: C class names.
+        folders: names of the C folders of images, if the classes have other names than these; else empty.
         templates: prompt templates with one `{}`; a class embedding is the mean over them.
         templates_from: origin of the templates as shown in reports, or empty.
     """
@@ -29,6 +30,7 @@ class ZeroShotTask(msgspec.Struct, frozen=True, kw_only=True):
     labels: tuple[str, ...]
     templates: tuple[str, ...] = ("{}",)
     templates_from: str = ""
+    folders: tuple[str, ...] = ()
 
     @property
     def questions(self) -> tuple[object, ...]:

@@ -16,10 +16,10 @@ from clip_rd_edge.contract.templates import Templates, imagenet_templates
 from clip_rd_edge.data.shards.tar_samples import Kind
 from clip_rd_edge.data.shards.tars import Shard, TarMember, open_shard
 from clip_rd_edge.data.shards.webdataset import JSON_KEY, MAX_SHARDS, json_captions, read_text
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import InputError, near_matches, quoted
 from clip_rd_edge.utils.checked import is_natural
 from clip_rd_edge.utils.files import read_text_limited, text_lines
-from clip_rd_edge.utils.paths import sorted_paths
+from clip_rd_edge.utils.paths import other_spellings, sorted_paths
 
 CLASS_NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 SHARD_COUNT = "nshards.txt"
@@ -130,10 +130,8 @@ def image_folder_task(data_set: DataSet) -> ZeroShotTask:
     if lost := sorted(path for path in data_set.split.iterdir() if leads_nowhere(path) and not is_ignored(path.name)):
         raise dead_link_error(lost[0])  # without a word, the task would have a class less
     classes = _sort_classes(_subfolders(data_set.split))
-    labels = data_set.labels() or [path.name.replace("_", " ") for path in classes]
-    class_names = data_set.metadata_path(CLASS_NAMES)
-    if len(labels) != len(classes):
-        raise InputError(f"{class_names} has {len(labels)} names for {len(classes)} subfolders.")
+    own_labels = [path.name.replace("_", " ") for path in classes]
+    labels = _class_names(data_set, classes) or own_labels
     if not data_set.labels():
         _require_classes(data_set, classes)
     if classes and labels == [path.name for path in classes] and all(map(_WORDNET_ID.fullmatch, labels)):
@@ -156,7 +154,36 @@ def image_folder_task(data_set: DataSet) -> ZeroShotTask:
         labels=tuple(labels),
         templates=templates.prompts,
         templates_from=templates.origin,
+        folders=() if labels == own_labels else tuple(path.name for path in classes),
     )
+
+
+def _class_names(data_set: DataSet, classes: list[Path]) -> list[str]:
+    """Return the lines of classnames.txt, or, if there are tabs in them, the names behind the names of the subfolders.
+
+    Raises:
+        InputError: it has another number of names, or a line names no subfolder, or one that has a name already.
+    """
+    lines, path = data_set.labels(), data_set.metadata_path(CLASS_NAMES)
+    if lines and len(lines) != len(classes):
+        raise InputError(
+            f"{path} has {len(lines)} names for {len(classes)} subfolders.",
+            hint="write one line for each: the name of the subfolder, a tab, and the name of the class",
+        )
+    if not any("\t" in line for line in lines):
+        return lines
+    names, folders = dict[str, str](), {folder.name for folder in classes}
+    for number, line in enumerate(lines, start=1):
+        typed, _, name = (part.strip() for part in line.partition("\t"))
+        spellings = [typed, *(other for other, _ in other_spellings(typed))]
+        folder = next((spelling for spelling in spellings if spelling in folders), typed)
+        if folder not in folders or folder in names or not name:
+            raise InputError(
+                f"{path}, line {number}, is {quoted(line)}; expected the name of another subfolder of "
+                f"{data_set.split}, a tab, and the name of the class.{near_matches(folder, folders - names.keys())}"
+            )
+        names[folder] = name
+    return [names[folder.name] for folder in classes]
 
 
 def _require_classes(data_set: DataSet, subfolders: list[Path]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -138,6 +139,34 @@ def test_accuracy_per_class_and_the_confusion_matrix(
     }  # fmt: skip
     assert run("evaluate", "m", "--task", str(task), "--json") == 0
     assert '"per_class"' not in capsys.readouterr().out
+
+
+def test_folders_are_shown_beside_the_names_that_a_file_gives_them(
+    run: Run, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("clip_rd_edge.api.models.open_encoder", lambda spec, **options: BlackAndWhite())
+    for name in ("xeric", "yellow"):
+        shutil.copytree(task / "white", task / name)
+    (task / "classnames.txt").write_text("white\nblack\na cat\na dog\n")  # the first two in the wrong order
+    confusion = tmp_path / "confusion.csv"
+    command = ("evaluate", "m", "--task", str(task), "--confusion", str(confusion))
+    for _ in range(2):  # the second replaces it
+        assert run(*command, "--per-class") == 0
+    out, err = capsys.readouterr()
+    said = "· task: classnames.txt names the folders: black → white, white → black, xeric → a cat, …\n"
+    assert err.count(said) == 2
+    row = next(line for line in out.splitlines() if line.strip().startswith("white "))
+    assert row.split() == ["white", "black", "2", "0.0", "0.0", "black", "(2)"]
+    header, first, *_ = confusion.read_text().splitlines()
+    assert (header, first) == ("task,class,predicted,images,folder", "task,white,black,2,black")
+    assert run(*command, "--json") == 0
+    out, err = capsys.readouterr()
+    assert [row["folder"] for row in json.loads(out)["scores"][0]["per_class"]] == ["black", "white", "xeric", "yellow"]
+    assert said in err
+    (task / "classnames.txt").write_text("black\nwhite\nxeric\nyellow\n")
+    assert run(*command) == 0
+    assert "names the folders" not in capsys.readouterr().err
+    assert confusion.read_text().startswith("task,class,predicted,images\n")
 
 
 def test_the_confusion_matrix_replaces_only_an_earlier_one(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,30 @@ def test_an_image_folder_with_splits(image_folders: Path) -> None:
     task = zero_shot(image_folders)
     assert [str(image).removeprefix(f"{image_folders}/") for image in task.images] == ["test/n1/1.png", "test/n2/1.png"]
     assert (task.name, task.labels, task.templates_from) == ("things", ("a cat", "a dog"), "the data set's")
+    assert task.folders == ("n1", "n2")
     assert task.templates == ("a photo of {c}.", "a drawing of {c}.")
     assert zero_shot(image_folders / "test") == task  # its metadata are in the parent folder
+
+
+def test_class_names_may_stand_beside_the_names_of_their_folders(tmp_path: Path, encode_image: Factory) -> None:
+    names = {"apple": "a pear", "Banana": "a giraffe", unicodedata.normalize("NFD", "Äpfel"): "a violin"}
+    for folder in names:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes(encode_image(1))
+    assert zero_shot(tmp_path).folders == ()
+    lines = [f"{unicodedata.normalize('NFC', folder)}\t{name}" for folder, name in names.items()]
+    (tmp_path / "classnames.txt").write_text("\n".join(lines), encoding="utf-8")
+    task = zero_shot(tmp_path)
+    assert {folder: names[folder] for folder in task.folders} == dict(zip(task.folders, task.labels, strict=True))
+    assert [image.parent.name for image in task.images] == list(task.folders)
+    for line, message in (
+        ("apples\ta pear", r"line 1, is 'apples\\ta pear'; expected the name of another.* Did you mean 'apple'"),
+        ("Banana\ta pear", "line 2, is 'Banana"),
+        ("apple", "line 1, is 'apple'"),
+    ):
+        (tmp_path / "classnames.txt").write_text("\n".join([line, *lines[1:]]), encoding="utf-8")
+        with pytest.raises(InputError, match=message):
+            load_task(str(tmp_path))
 
 
 def test_imagenet_as_in_torchvision(tmp_path: Path, encode_image: Factory) -> None:

@@ -242,13 +242,16 @@ def _templates_note(scores: Sequence[ZeroShotScore]) -> str:
 
 def class_table(score: ZeroShotScore) -> Table:
     """Return a table of the classes of one task, lowest recall first; classes without images come last."""
-    table = plain_table(score.task, "Images", "Recall, %", "Precision, %")
+    has_folders = any(row.folder for row in score.per_class)
+    folder = ["Folder"] if has_folders else []
+    table = plain_table(score.task, *folder, "Images", "Recall, %", "Precision, %", left=folder)
     table.add_column("Most often mistaken for", overflow="fold")
     for row in sorted(score.per_class, key=lambda row: 2.0 if row.recall is None else row.recall):
         mistakes = ((label, count) for label, count in row.predicted.items() if label != row.label)
         label, count = next(mistakes, ("", 0))
         mistake = f"{label} ({count:,})" if count else ""
-        table.add_row(row.label, f"{row.images:,}", percent(row.recall), percent(row.precision), mistake)
+        names = [row.label, row.folder] if has_folders else [row.label]
+        table.add_row(*names, f"{row.images:,}", percent(row.recall), percent(row.precision), mistake)
     return table
 
 
