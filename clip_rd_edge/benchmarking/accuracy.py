@@ -166,8 +166,9 @@ def say_class_names(tasks: Sequence[Task], reporter: Reporter) -> None:
     for task in tasks:
         if isinstance(task, ZeroShotTask) and task.folders:
             named = [f"{folder} → {label}" for folder, label in zip(task.folders, task.labels, strict=True)]
-            rest = ["…"] if len(named) > _SHOWN_FOLDERS else []
-            shown = ", ".join([*named[:_SHOWN_FOLDERS], *rest])
+            if len(named) > _SHOWN_FOLDERS:
+                named = [*named[: _SHOWN_FOLDERS - 1], "…", named[-1]]  # by the last, a name that is missing shows
+            shown = ", ".join(named)
             reporter.say(f"{task.name}: {CLASS_NAMES} names the folders: {shown}")
 
 

@@ -142,8 +142,7 @@ def _write_confusion(path: Path, scores: Sequence[Score]) -> None:
         UsageError: the file cannot be written.
     """
     from clip_rd_edge.benchmarking.metrics import ZeroShotScore
-    from clip_rd_edge.utils.files import write_text
-    from clip_rd_edge.utils.folders import named_failures
+    from clip_rd_edge.utils.files import named_failures, write_text
 
     classes = [(score.task, row) for score in scores if isinstance(score, ZeroShotScore) for row in score.per_class]
     has_folders = any(row.folder for _, row in classes)

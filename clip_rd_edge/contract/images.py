@@ -354,7 +354,8 @@ def _hint_to_open(given: object) -> str:
     """Return how to get at the images in what is none, or an empty string; what is iterated is no list of them."""
     if isinstance(given, bytes | bytearray | memoryview):
         return "open the bytes of a file with PIL.Image.open(io.BytesIO(content))"
-    if hasattr(given, "read") and not isinstance(given, io.TextIOBase):  # a file, of which a line would be an image
+    is_file = hasattr(given, "read") and hasattr(given, "seek")  # not a camera of OpenCV, whose read gives a frame
+    if is_file and not isinstance(given, io.TextIOBase):  # of which a line would be an image
         return "open it with PIL.Image.open(file)"
     return "pass one of its columns, such as list(table['filepath'])" if is_table(given) else ""
 

@@ -196,8 +196,8 @@ class BadSamples:
         if not self._reasons:
             return ""
         count, first = len(self._reasons), next(iter(self._reasons.values()))
-        are = "pair is" if count == 1 else "pairs are"
-        return f"{count:,} of {len(self._pairs):,} {are} left out, which cannot be read; the first: {first}"
+        are = "pair cannot be read and is" if count == 1 else "pairs cannot be read and are"
+        return f"{count:,} of {len(self._pairs):,} {are} left out; the first: {first}"
 
     def add(self, bad: Iterable[BadPair]) -> None:
         """Count bad pairs, each only once.

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
+from PIL import Image
 
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.encoder import Embeddings, Encoder
@@ -62,14 +63,11 @@ from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, st
 from clip_rd_edge.distillation.resume import change_since, check_folder, without_initial_weights
 from clip_rd_edge.distillation.student import with_default_shape, with_shape_of
 from clip_rd_edge.distillation.teachers.prepare import prepare_teacher
-from clip_rd_edge.distillation.teachers.teacher import (
-    refuse_idle_teacher,
-)
+from clip_rd_edge.distillation.teachers.teacher import refuse_idle_teacher
 from clip_rd_edge.distillation.train import Trained, encoder_of, prepare, total_steps, train
 from clip_rd_edge.errors import (
     ClipRdEdgeError,
     DiskFullError,
-    DivergedRunError,
     InterruptedRunError,
     UsageError,
     in_one_line,
@@ -310,20 +308,21 @@ def _save_student(
             evaluation = evaluate(encoder_of(student, trained.quantization))
             scores = ", ".join(f"{name} {value:.1%}" for name, value in evaluation.items())
             reporter.say(f"the student with a share of {config.tuned_share:g} of the trained weights: {scores}")
+    with named_divergence(run):  # which an encoder reports
+        encoder = encoder_of(student, trained.quantization)
+        encoder.encode_images([Image.new("RGB", (1, 1))])
+        encoder.encode_texts([""])
     setup = dataclasses.replace(setup, student=student)
-    embeddings = dict[str, tuple[Embeddings, Embeddings]]()
-    try:
-        with named_divergence(run):
-            embeddings = histogram_embeddings(config, setup)
-    except DivergedRunError:
-        raise
-    except Exception as error:  # noqa: BLE001 - images that cannot be read now cost no trained student
-        reporter.say(f"the similarities of pairs could not be plotted: {in_one_line(error)}")
     record = {**provenance(config, setup, steps=trained.steps), "evaluation": evaluation}
     save_clip(run / STUDENT_FOLDER, student, provenance=record)
+    embeddings = dict[str, tuple[Embeddings, Embeddings]]()
+    try:  # the student is there: a run must not end by its plots
+        embeddings = histogram_embeddings(config, setup)
+    except Exception as error:  # noqa: BLE001 - also images that cannot be read now
+        reporter.say(f"the similarities of pairs could not be plotted: {in_one_line(error)}")
     try:
         plot_run(run, run / REPORT_FOLDER, embeddings)
-    except Exception as error:  # noqa: BLE001 - the student is there; a run must not end by its plots
+    except Exception as error:  # noqa: BLE001
         reporter.say(f"the plots in {run / REPORT_FOLDER} could not be drawn: {in_one_line(error)}")
 
 

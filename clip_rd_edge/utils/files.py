@@ -23,7 +23,7 @@ T = TypeVar("T")
 MAX_TEXT_BYTES = 1 << 24  # of a list of names or templates
 _IS_WINDOWS = os.name == "nt"
 _PATIENCE_S, _PAUSE_S = 5.0, 0.02  # for other programs to close a file, on Windows
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sha256_of(path: Path) -> str:
@@ -151,6 +151,21 @@ def _link_to_nothing(path: Path) -> Path | None:
     return None
 
 
+@contextmanager
+def named_failures(output: Path, *, hint: str = "choose another -o") -> Iterator[None]:
+    """Within the block, an error of the system, other than of a full disk, says that the output cannot be written.
+
+    Raises:
+        UsageError: it is such an error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise
+        raise unwritable_output(output, error, hint=hint) from error
+
+
 def disk_full_error(error: BaseException) -> DiskFullError | None:
     """Return a one-sentence error if `error` or one of its causes is a full disk, else None.
 
@@ -161,7 +176,7 @@ def disk_full_error(error: BaseException) -> DiskFullError | None:
             return None
         if isinstance(cause, DiskFullError):
             return cause
-        if _errno(cause) in DISK_FULL:
+        if _errno(cause) in _DISK_FULL:
             filename = getattr(cause, "filename", None)
             where = f" for {filename}" if filename else ""
             if _errno(cause) == errno.EFBIG:

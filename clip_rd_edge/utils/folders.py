@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.files import DISK_FULL, move, unwritable_output
+from clip_rd_edge.utils.files import move, named_failures, unwritable_output
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, kind_of
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<key>[0-9a-f]{32})\.(?P<kind>new|tmp|old)")
@@ -89,21 +89,6 @@ def require_apart(output: Path, sources: Iterable[Path]) -> None:
     if place in (Path.cwd(), *Path.cwd().parents):
         relation = "is" if place == Path.cwd() else "contains"
         raise UsageError(f"The output {output} {relation} the working folder.", hint="name a new folder in it")
-
-
-@contextmanager
-def named_failures(output: Path, *, hint: str = "choose another -o") -> Iterator[None]:
-    """Within the block, an error of the system, other than of a full disk, says that the output cannot be written.
-
-    Raises:
-        UsageError: it is such an error.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise
-        raise unwritable_output(output, error, hint=hint) from error
 
 
 @contextmanager

@@ -153,7 +153,7 @@ def test_folders_are_shown_beside_the_names_that_a_file_gives_them(
     for _ in range(2):  # the second replaces it
         assert run(*command, "--per-class") == 0
     out, err = capsys.readouterr()
-    said = "· task: classnames.txt names the folders: black → white, white → black, xeric → a cat, …\n"
+    said = "· task: classnames.txt names the folders: black → white, white → black, …, yellow → a dog\n"
     assert err.count(said) == 2
     row = next(line for line in out.splitlines() if line.strip().startswith("white "))
     assert row.split() == ["white", "black", "2", "0.0", "0.0", "black", "(2)"]

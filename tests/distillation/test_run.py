@@ -530,6 +530,7 @@ def test_images_that_are_out_of_reach_after_the_last_step_cost_no_trained_studen
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def take(*_: object) -> None:
+        assert (tmp_path / "run" / "student").is_dir()  # whatever may happen now, such as a kill
         raise UnreachableError("Cannot read http://photos: it is away.")
 
     monkeypatch.setattr("clip_rd_edge.distillation.build.BadSamples.take", take)

@@ -204,20 +204,18 @@ class _NormFinder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.norms: dict[int, FrozenBatchNorm] = {}
-        self._convolutions: dict[int, tuple[Tensor, Tensor]] = {}
+        self._convolutions: dict[int, tuple[Tensor, Tensor, int]] = {}  # by `id` of the output, with its version
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if func is F.conv2d:
-            self._convolutions[id(output)] = (output, args[1])
-        if _is_in_place(func, kwargs):  # what was a convolution's output is no more
-            self._convolutions.pop(id(output), None)
+            self._convolutions[id(output)] = (output, args[1], output._version)
         if func is F.batch_norm:
             names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
             arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-            if id(arguments["input"]) in self._convolutions:
-                weight = self._convolutions[id(arguments["input"])][1]
+            _, weight, version = self._convolutions.get(id(arguments["input"]), (None, None, -1))
+            if weight is not None and version == arguments["input"]._version:  # nothing has written into it since
                 mean, variance, scale, bias = (arguments[name] for name in names[1:5])
                 self.norms[id(weight)] = FrozenBatchNorm(mean, variance, scale, bias, arguments.get("eps", 1e-5))
         return output

@@ -45,8 +45,7 @@ from clip_rd_edge.distillation.batches.pixels import Crops
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel, model_fingerprint
 from clip_rd_edge.utils.arrays import npy_bytes
-from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.folders import named_failures
+from clip_rd_edge.utils.files import named_failures, write_bytes
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.structs import read_json, to_json

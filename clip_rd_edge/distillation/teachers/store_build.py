@@ -222,11 +222,18 @@ def count_recorded(bad: BadSamples, files: Sequence[Path], processes: Processes)
     """Count the pairs that those of the files lack which earlier calls wrote; return these files.
 
     Raises:
-        InputError: too many pairs are missing; the files are removed, so that the next attempt makes them anew.
+        InputError: too many pairs are missing; the files are removed, so that the next attempt makes them anew. Or a
+            record cannot be read.
     """
-    lacking = processes.on_main(lambda: [path for path in files if is_file(_bad_file(path)) and is_file(path)])
-    with contextlib.suppress(InputError):  # for which all processes are refused below
-        bad.add(pair for path in lacking for pair in read_json(_bad_file(path), _LeftOut).pairs)
+
+    def recorded() -> list[tuple[Path, tuple[BadPair, ...]]]:
+        lacking = [path for path in files if is_file(_bad_file(path)) and is_file(path)]
+        return [(path, read_json(_bad_file(path), _LeftOut).pairs) for path in lacking]
+
+    found = processes.on_main(recorded)
+    lacking = [path for path, _ in found]
+    with contextlib.suppress(InputError):  # too many, for which all processes are refused below
+        bad.add(pair for _, pairs in found for pair in pairs)
     share_bad(bad, processes, lacking)
     return lacking
 

@@ -475,10 +475,10 @@ def test_the_bad_pairs_of_a_store_of_ours_count_also_when_it_is_continued(
         path.write_bytes(bytes(len(content)))
     folder, watch = Path(own_store["output"]), Watch()
     edge.embed(**own_store, max_bad=0.1, reporter=watch)
-    assert watch.said[-1].startswith("2 of 24 pairs are left out, which cannot be read; the first: Cannot read the ")
+    assert watch.said[-1].startswith("2 of 24 pairs cannot be read and are left out; the first: Cannot read the ")
     (folder / "00002.tar").unlink()  # as if it had been interrupted
     edge.embed(**own_store, max_bad=0.1, reporter=watch)
-    assert watch.said[-1].startswith("2 of 24 pairs are left out")
+    assert watch.said[-1].startswith("2 of 24 pairs cannot be read")
     (folder / "00002.tar").unlink()
     for path, content in images.items():
         path.write_bytes(content)

@@ -359,11 +359,17 @@ def test_what_is_written_into_a_tensor_is_rounded_as_what_is_computed_anew(
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
+class Positive(nn.Module):
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        return maps.clamp_min_(0)
+
+
 @pytest.mark.parametrize(
     "layers",
     [
         pytest.param([nn.BatchNorm2d(3, affine=False)], id="norm without weights"),
         pytest.param([nn.ReLU(inplace=True), nn.BatchNorm2d(3)], id="norm after what was written into"),
+        pytest.param([Positive(), nn.BatchNorm2d(3)], id="norm after what any function has written into"),
         pytest.param([nn.BatchNorm2d(3), nn.BatchNorm2d(3)], id="norm after norm"),
     ],
 )

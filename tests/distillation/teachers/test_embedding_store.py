@@ -32,6 +32,7 @@ from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.teachers import embedding_store, store_build
 from clip_rd_edge.distillation.teachers.embedding_store import (
+    COMPLETE,
     CacheManifest,
     caption_key,
     claim_cache,
@@ -341,6 +342,27 @@ def test_bad_pairs_of_all_processes_count_together_also_at_the_next_attempt(
     for _ in range(2):
         with pytest.raises(InputError, match=r"3 of 24 samples .* are bad"):
             make_build(config, setup, OneOfTwo())()
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_the_bad_pairs_of_a_cache_count_also_when_it_is_continued(
+    config: RunConfig, setup: RunSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(pairs: Pairs, index: int) -> Image.Image:
+        if index in (0, 5):
+            raise InputError(f"Cannot read image {index}.")
+        return open_image(pairs, index)  # type: ignore[arg-type]
+
+    open_image = type(setup.pairs).open
+    monkeypatch.setattr(type(setup.pairs), "open", fail)
+    make_build(msgspec.structs.replace(config, max_bad=0.1), setup)()  # two of 24
+    cache = Path(str(config.teacher_cache))
+    assert list(cache.rglob("*.bad.json"))
+    image_shard(cache, 0, 2).unlink()  # as if it had been interrupted; nothing is missing in this one
+    (cache / COMPLETE).unlink()
+    with pytest.raises(InputError, match=r"2 of 24 samples .* are bad"):
+        make_build(msgspec.structs.replace(config, max_bad=0.05), setup)()
+    assert not list(cache.rglob("*.bad.json"))  # and so are the files that lack them, to be made anew
 
 
 def test_a_refused_job_removes_its_files_though_another_has_removed_some(setup: RunSetup, tmp_path: Path) -> None:
