@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,6 +45,13 @@ def test_an_evaluation_leaves_every_module_in_its_own_mode() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_compiled_towers_return_the_same_embeddings() -> None:
+    """In a process of its own: torch's compiler fails where another test has imported distutils before setuptools."""
+    program = "import test_encoder; test_encoder.compare_compiled_towers()"
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": paths}, check=True)
+
+
+def compare_compiled_towers() -> None:
     torch.manual_seed(0)
     config = student_config("resnet10t", embedding_size=32, image_size=32, text="64x1", context_length=8)
     clip = build_student(config, name="tiny")
