@@ -126,12 +126,12 @@ class _Export:
         if self.plans[0].layout != BROWSER:
             raise UsageError(f"{self.spec} is already a bundle.", hint="pass the model that it was exported from")
         require_unconverted(Path(self.spec), self.options, self.weights)
-        node_modules = self._browser_packages()
+        self._require_browser_packages()
         from clip_rd_edge.web.browser import write_from_bundle
 
         labels = self.plans[0].request.labels
         written = write_from_bundle(
-            Path(self.spec), self.output, labels=labels, node_modules=node_modules, overwrite=self.force
+            Path(self.spec), self.output, labels=labels, node_modules=self._node_modules, overwrite=self.force
         )
         return ExportedBundle(self.output, written)
 
@@ -142,7 +142,7 @@ class _Export:
 
         plans, plan, reporter = self.plans, self.plans[0], self.reporter
         if plan.layout == BROWSER:
-            self._browser_packages()
+            self._require_browser_packages()
         given = as_text(self.options.get("calibration"))
         needs_pairs = any(planned.request.precision == "int8" for planned in plans)
         pairs = calibration_pairs(given, self.spec) if needs_pairs else None
@@ -173,14 +173,13 @@ class _Export:
 
     def _write(self, clip: ClipModel, request: ExportRequest, calibration: CalibrationSet | None) -> ConvertedBundle:
         """Export a model in the layout of the only plan."""
-        from clip_rd_edge.convert.immich import where_it_goes, write_immich
         from clip_rd_edge.exporters.bundle import export_bundle
-        from clip_rd_edge.exporters.huggingface import export_huggingface
-        from clip_rd_edge.models.load import training_facts
-        from clip_rd_edge.web.browser import write_browser
 
         layout, output, force, reporter = self.plans[0].layout, self.output, self.force, self.reporter
         if layout == "huggingface":
+            from clip_rd_edge.exporters.huggingface import export_huggingface
+            from clip_rd_edge.models.load import training_facts
+
             return export_huggingface(
                 clip,
                 output,
@@ -197,9 +196,13 @@ class _Export:
             plain = Path(scratch)
             converted = export_bundle(clip, plain, request, calibration=calibration, overwrite=True, reporter=reporter)
             if layout == "immich":
+                from clip_rd_edge.convert.immich import where_it_goes, write_immich
+
                 write_immich(plain, output, overwrite=force)
                 reporter.say(where_it_goes(output, self._immich_name(clip), clip.preprocessing))
             else:
+                from clip_rd_edge.web.browser import write_browser
+
                 write_browser(plain, output, node_modules=self._node_modules, overwrite=force)
         return converted
 
@@ -207,13 +210,12 @@ class _Export:
     def _node_modules(self) -> Path | None:
         return Path(folder) if (folder := self.options.get("node_modules")) else None
 
-    def _browser_packages(self) -> Path | None:
-        """Return where npm's packages are, once onnxruntime-web was found among them."""
+    def _require_browser_packages(self) -> None:
+        """Raise if onnxruntime-web is not among npm's packages."""
         from clip_rd_edge.web.browser import find_packages
 
         self.reporter.update("looking for onnxruntime-web")
         find_packages(self._node_modules)
-        return self._node_modules
 
     def _immich_name(self, clip: ClipModel) -> str:
         """Return the name that the model takes in Immich, which has to be one of Immich's own."""

@@ -141,12 +141,12 @@ def build_cache(
     if processes.sum(int(complete))[0] == processes.world_size:
         return
     processes.on_main(lambda: (folder / COMPLETE).unlink(missing_ok=True))
-    bad, lacking = BadSamples(maker.pairs, max_share=maker.max_bad), list[Path]()
+    bad = BadSamples(maker.pairs, max_share=maker.max_bad)
 
     def is_done(task: ShardTask) -> bool:
         return task.is_done(folder, width=manifest.embedding_size)
 
-    def write(tasks: Sequence[ShardTask]) -> None:
+    def write(tasks: Sequence[ShardTask], lacking: Sequence[Path] = ()) -> None:
         # Another job may write files meanwhile, so that one process lists them for all; or remove those that it wrote,
         # if it is refused.
         while missing := processes.on_main(lambda: [task for task in tasks if not is_done(task)]):
@@ -175,7 +175,7 @@ def build_cache(
     write([ShardTask("texts", shard, shard_rows(shard, captions)) for shard in range(shard_count(captions))])
     images = [ShardTask("images", shard, rows, view) for view in range(manifest.views) for shard, rows in shards]
     lacking = count_recorded(bad, [task.path(folder) for task in images], processes)
-    write(images)
+    write(images, lacking)
     if processes.is_main:
         write_bytes(folder / COMPLETE, to_json(CompleteCache(captions)))
     if bad.summary:
