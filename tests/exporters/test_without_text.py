@@ -159,14 +159,20 @@ def test_a_manifest_that_says_nothing_of_a_text_tower_is_damaged(without_text: P
         load(tmp_path / "a")
 
 
-def test_a_benchmark_compares_it_with_the_complete_bundle(
-    fp32_bundle: Path, without_text: Path, images: tuple[Path, ...], tmp_path: Path
-) -> None:
+@pytest.fixture
+def task(images: tuple[Path, ...], tmp_path: Path) -> Path:
+    """A folder with the images in two classes."""
     for number, path in enumerate(images):
         folder = tmp_path / "task" / LABELS[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder)
-    (tmp_path / "task" / "zeroshot_classification_templates.txt").write_text("{}\n")
+    return tmp_path / "task"
+
+
+def test_a_benchmark_compares_it_with_the_complete_bundle(
+    fp32_bundle: Path, without_text: Path, task: Path, tmp_path: Path
+) -> None:
+    (task / "zeroshot_classification_templates.txt").write_text("{}\n")
     suite = tmp_path / "suite.yaml"
     suite.write_text(
         "name: text\ntasks: [task]\nrounds: 4\nrows:\n"
@@ -187,12 +193,8 @@ def test_a_benchmark_compares_it_with_the_complete_bundle(
 
 
 def test_a_benchmark_says_what_to_write_for_its_template_before_others_are_measured(
-    fp32_bundle: Path, without_text: Path, images: tuple[Path, ...], tmp_path: Path
+    fp32_bundle: Path, without_text: Path, task: Path, tmp_path: Path
 ) -> None:
-    for number, path in enumerate(images):
-        folder = tmp_path / "task" / LABELS[number % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, folder)
     rows = (
         SuiteRow(label="complete", role="exported", model=str(fp32_bundle)),
         SuiteRow(label="labels alone", role="quantised", model=str(without_text)),
@@ -212,7 +214,7 @@ def test_a_benchmark_says_what_to_write_for_its_template_before_others_are_measu
     assert skipped.hint.startswith("write '{}' into zeroshot_classification_templates.txt in the folder of task, or ")
     assert f"**labels alone** was not measured: {skipped.reason} Hint: {skipped.hint}" in markdown(results, plot=False)
     assert "Hint: write " in page(results)
-    (tmp_path / "task" / "zeroshot_classification_templates.txt").write_text("{}\n")
+    (task / "zeroshot_classification_templates.txt").write_text("{}\n")
     assert not run_suite(suite, lambda model: load(Path(model))).skipped
 
 

@@ -452,12 +452,18 @@ def test_an_image_too_wide_for_a_jpeg_is_left_out(own_store: dict[str, Any], pai
     assert len(open_store(f"{folder}/{{00000..00002}}.tar")) == 23
 
 
-def test_a_store_of_ours_that_was_refused_is_refused_again_until_the_images_are_repaired(
-    own_store: dict[str, Any], pairs_csv: Path
-) -> None:
+def damage_two(pairs_csv: Path) -> dict[Path, bytes]:
+    """Make two of the images unreadable; return their contents."""
     images = {path: path.read_bytes() for path in (pairs_csv.parent / "pictures" / f"{n}.png" for n in (3, 12))}
     for path, content in images.items():
         path.write_bytes(bytes(len(content)))
+    return images
+
+
+def test_a_store_of_ours_that_was_refused_is_refused_again_until_the_images_are_repaired(
+    own_store: dict[str, Any], pairs_csv: Path
+) -> None:
+    images = damage_two(pairs_csv)
     for _ in range(2):
         with pytest.raises(InputError, match=r"2 of 24 samples .* are bad"):
             edge.embed(**own_store, max_bad=0.05)
@@ -470,9 +476,7 @@ def test_a_store_of_ours_that_was_refused_is_refused_again_until_the_images_are_
 def test_the_bad_pairs_of_a_store_of_ours_count_also_when_it_is_continued(
     own_store: dict[str, Any], pairs_csv: Path
 ) -> None:
-    images = {path: path.read_bytes() for path in (pairs_csv.parent / "pictures" / f"{n}.png" for n in (3, 12))}
-    for path, content in images.items():
-        path.write_bytes(bytes(len(content)))
+    images = damage_two(pairs_csv)
     folder, watch = Path(own_store["output"]), Watch()
     edge.embed(**own_store, max_bad=0.1, reporter=watch)
     assert watch.said[-1].startswith("2 of 24 pairs cannot be read and are left out; the first: Cannot read the ")
