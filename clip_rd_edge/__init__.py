@@ -40,7 +40,6 @@ if TYPE_CHECKING:
         stitch,
         trim,
         verify,
-        watch,
         watch_index,
     )
     from clip_rd_edge.errors import (
@@ -107,7 +106,6 @@ __all__ = [
     "stitch",
     "trim",
     "verify",
-    "watch",
     "watch_index",
 ]
 

@@ -29,7 +29,6 @@ LIGHT_EXTRAS = ("demo", "serve", "camera", "remote", "wandb")
 IN_WHEEL = (
     "clip_rd_edge/py.typed",
     "clip_rd_edge/web/page/index.html",
-    "clip_rd_edge/web/watch/page.html",
     "clip_rd_edge/benchmarking/report/page.html",
     "clip_rd_edge/distillation/recipes/clip-rd.yaml",
     "clip_rd_edge/models/configs/resnet18.json",
@@ -139,7 +138,7 @@ def check_installed(archive: Path, extra: str, version: str, bundle: Path | None
         for part in extra.split(",") if extra else ():
             if states.get(f"[{part}]") != "ok":
                 raise ReleaseError(f"doctor does not find the extra {part} in its own environment: {states}.")
-        for command in ("devices", "benchmark --init", "classify --help", "watch --help"):
+        for command in ("devices", "benchmark --init", "classify --help"):
             _run([program, *command.split()], cwd=folder)
         if bundle is not None:
             _run([program, "verify", str(bundle.resolve())], cwd=folder)

@@ -37,7 +37,6 @@ OF_ONE_RUN |= {"checkpoint_every", "report_to", "evaluate_every", "global_logits
 FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "benchmark": (api.benchmark, {"compared", "init", "allow_busy"}),  # --compare is edge.compare
     "demo": (api.demo, {"open_page"}),
-    "watch": (api.watch, {"open_page"}),
     "index": (api.index, {"watch"}),  # --watch is edge.watch_index
     "serve": (api.serve, {"token_file"}),  # a file, or a variable: a token in a command line is seen by others
     "evidence run": (api.evidence_run, set()),
@@ -346,8 +345,6 @@ def test_the_names_of_columns_apply_to_a_table_that_is_a_task(pairs_csv: Path, t
     assert score.images == 24
     with pytest.raises(edge.InputError, match=r"renamed\.csv has no column 'filepath'"):
         edge.evaluate(run, renamed)
-    edge.watch(run, tmp_path / "page.html", task=str(renamed))
-    assert "among the captions of these 12 of renamed" in (tmp_path / "page.html").read_text()
 
 
 def test_paths_may_be_texts_or_path_objects(pairs_csv: Path, colour_images: Path, tmp_path: Path) -> None:

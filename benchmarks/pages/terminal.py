@@ -178,8 +178,6 @@ def session() -> list[Step]:
         Step(f"{distil} --steps 100000 -o runs/long", interrupt="training", codes=(75,)),
         Step(f"{distil} --steps 100000 -o runs/long --resume", interrupt="training", codes=(75,)),
         Step("clip-rd-edge embed --data pairs.csv --teacher runs/first --recipe clip-kd -o cache"),
-        Step("clip-rd-edge watch runs/first -o watch.html"),
-        Step("clip-rd-edge watch runs/first --port 0", interrupt="Ctrl-C", codes=(130,)),
         Step(f"{distil} --steps 2 -o runs/other"),
         Step("clip-rd-edge average runs/first runs/other --weight best --task tasks -o runs/between"),
         Step(
@@ -233,7 +231,6 @@ def session() -> list[Step]:
                 "clip-rd-edge export runs/first -o other --target jetson",
                 "clip-rd-edge search photos.index photos/rde.png",
                 "clip-rd-edge verify runs/first",
-                "clip-rd-edge watch bundle",
                 "clip-rd-edge benchmark nothing.yaml -o report-3",
                 "clip-rd-edge serve nothing",
             )

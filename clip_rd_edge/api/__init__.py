@@ -21,7 +21,7 @@ from clip_rd_edge.api.measuring import (
 )
 from clip_rd_edge.api.models import StitchOptions, first_answer, load, open_encoder, push, stitch, trim
 from clip_rd_edge.api.running import ServeOptions, demo, doctor, index, search, serve, watch_index
-from clip_rd_edge.api.training import EmbedOptions, average, distill, embed, probe_teachers, recipe, watch
+from clip_rd_edge.api.training import EmbedOptions, average, distill, embed, probe_teachers, recipe
 
 __all__ = [
     "EmbedOptions",
@@ -58,6 +58,5 @@ __all__ = [
     "stitch",
     "trim",
     "verify",
-    "watch",
     "watch_index",
 ]

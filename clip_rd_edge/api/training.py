@@ -1,4 +1,4 @@
-"""Train a student, average two, and what belongs to it: stores of embeddings, recipes, the page of a run."""
+"""Train a student, average two, and what belongs to it: stores of embeddings, recipes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,6 @@ def distill(
         InputError, ConfigError: the data, teacher, student or recipe is missing or invalid.
         InterruptedRunError: a signal stopped the run; its state was saved.
     """
-    from clip_rd_edge.benchmarking.accuracy import task_fingerprint
     from clip_rd_edge.distillation.config import resolve
     from clip_rd_edge.distillation.run import run_distillation
     from clip_rd_edge.utils.files import require_utf8_path
@@ -101,7 +100,7 @@ def distill(
         accept_changes=accept_changes,
         reporter=reporter,
         evaluate=_evaluator(tasks),
-        tasks={task.name: task_fingerprint(task) for task in tasks},
+        tasks=tasks,
     )
     return run
 
@@ -269,66 +268,6 @@ def probe_teachers(
     tasks = _tasks(config)
     names = [teachers] if isinstance(teachers, str | os.PathLike) else teachers
     return probe_teachers([os.fspath(name) for name in names], Path(output), config, tasks, reporter=reporter)
-
-
-@checked_call
-def watch(
-    run: AnyPath,
-    output: AnyPath | None = None,
-    *,
-    task: str | None = None,
-    answers: bool = True,
-    threads: int = 1,
-    host: str = "127.0.0.1",
-    port: int = 8767,
-    ready: Callable[[str], None] = lambda url: None,
-) -> None:
-    """Serve a page that shows how a run goes, until Ctrl-C; the run needs no option for it.
-
-    Args:
-        run: the folder that `distill` writes to.
-        output: write the page as it is now into this file, new or an earlier page, and serve nothing.
-        task: whose images the student is asked about; None takes the run's first task, else its training pairs.
-        answers: compute what the student of the newest checkpoint answers; without PyTorch, the page says what to
-            install.
-        threads: for the answers.
-        ready: called with the page's URL once the server accepts connections.
-
-    Raises:
-        InputError: the folder is not that of a run, or there is no such task.
-        UsageError: listening on the address failed, or `output` is a file that is no such page.
-    """
-    from clip_rd_edge.contract.outputs import require_output_file
-    from clip_rd_edge.installation import install_command
-    from clip_rd_edge.utils.files import write_text
-    from clip_rd_edge.web.watch.page import is_page, render
-    from clip_rd_edge.web.watch.state import Answers, read_run
-
-    folder = Path(run)
-    state = read_run(folder)
-    if output is not None:
-        require_output_file(Path(output), is_page, what="an earlier page of watch", option="-o")
-    if task is not None:
-        config = state.config
-        columns = {"csv_img_key": config.csv_img_key, "csv_caption_key": config.csv_caption_key} if config else {}
-        load_tasks([task], **columns)
-    now: Callable[[], Answers] = Answers
-    in_background: Callable[[], Answers] = Answers
-    if answers:
-        try:
-            from clip_rd_edge.distillation.monitoring.answers import StudentAnswers
-        except ModuleNotFoundError:
-            missing = Answers(problem=f"Sample answers need PyTorch: {install_command('train')}")
-            now = in_background = lambda: missing
-        else:
-            in_background = StudentAnswers(folder, task=task, threads=threads)
-            now = in_background.compute
-    if output is not None:
-        write_text(Path(output), render(state, now(), served=False))
-        return
-    from clip_rd_edge.web.watch.app import serve
-
-    serve(folder, in_background, host=host, port=port, ready=ready)
 
 
 def _require_store_options(config: RunConfig, layout: str) -> None:

@@ -28,7 +28,6 @@ COMMANDS = {
     "quickstart": ("quickstart", "Run the whole pipeline on the built-in data, in minutes."),
     "distill": ("distill", "Train a compact student from a teacher and image-caption pairs."),
     "embed": ("embed", "Compute a teacher's embeddings once, for many runs."),
-    "watch": ("watch", "Watch a run on a page: curves, time left, sample answers."),
     "recipe": ("recipe", "Show the training recipes, to start your own from."),
     "stitch": ("stitch", "Build a teacher from an image classifier and a sentence encoder."),
     "trim": ("trim", "Make a student's start of a model: fewer text layers and tokens."),

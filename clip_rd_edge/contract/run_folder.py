@@ -1,4 +1,4 @@
-"""Files of a run's folder that are read without PyTorch, by whoever watches the run.
+"""Files of a run's folder that are read without PyTorch.
 
     config.yaml     the resolved configuration
     inputs.json     the number of pairs, and fingerprints of data and teacher
@@ -17,6 +17,8 @@ import msgspec
 RUN_CONFIG_FILE = "config.yaml"
 INPUTS_FILE = "inputs.json"
 METRICS_FILE = "metrics.jsonl"
+REPORT_FOLDER = "report"
+PREDICTIONS_FILE = "predictions.png"  # in the report
 EVALUATION_PREFIX = "evaluation/"  # of a task's score in a line of metrics.jsonl
 TERM_PREFIX = "loss/"  # of a loss term
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -14,9 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from clip_rd_edge.benchmarking.accuracy import task_fingerprint
 from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.images import in_bounded_batches
+from clip_rd_edge.contract.task import Task
 from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.pairs import BadSamples, Pairs, require_batch
 from clip_rd_edge.data.reinforced import ReinforcedPairs, StoredTeachers
@@ -64,7 +67,7 @@ class RunSetup:
 
     `pairs` may be `MixedSamples`, in which images and captions do not always belong together.
 
-    `tasks` are the fingerprints of those that the student is evaluated on, by name, as far as they are known.
+    `tasks` are those that the student is evaluated on.
     """
 
     pairs: Pairs
@@ -73,7 +76,12 @@ class RunSetup:
     objective: Objective
     stored: StoredTeachers | None = None
     ensemble: Ensemble | None = None
-    tasks: Mapping[str, str] = field(default_factory=dict)
+    tasks: Sequence[Task] = ()
+
+    @cached_property
+    def task_fingerprints(self) -> dict[str, str]:
+        """The fingerprint of each task by its name."""
+        return {task.name: task_fingerprint(task) for task in self.tasks}
 
     @property
     def teacher_names(self) -> list[str]:

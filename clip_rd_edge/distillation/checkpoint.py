@@ -91,7 +91,7 @@ def save_checkpoint(run: Path, step: int, parts: Mapping[str, Stateful]) -> Path
         # In the format of sha256sum.
         (temporary / CHECKSUM_FILE).write_text(f"{hashing.digest.hexdigest()}  {STATE_FILE}\n")
     for old in list_checkpoints(run)[:-KEPT_CHECKPOINTS]:
-        # Somebody may have it open, such as `watch`, which Windows and NFS do not like; the next save tries again.
+        # Somebody may have it open, which Windows and NFS do not like; the next save tries again.
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -171,19 +171,6 @@ def _read_state(folder: Path) -> dict[str, Any]:
 def _decode(file: Path | io.BytesIO) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return state
-
-
-def read_weights(checkpoint: Path) -> dict[str, Any]:
-    """Return the student's weights in a checkpoint: the moving average if there is one, else those in training.
-
-    The optimiser's state, most of the file, is not read.
-    """
-    state: dict[str, Any] = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)
-    average: dict[str, Any] | None = state["update"]["average"]
-    if average is None:
-        return dict(state["model"])
-    prefix = "module."
-    return {name.removeprefix(prefix): value for name, value in average.items() if name.startswith(prefix)}
 
 
 def seed_everything(seed: int) -> None:

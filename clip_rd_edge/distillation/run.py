@@ -6,14 +6,14 @@ metrics.jsonl    one line per logged step
 checkpoints/     the complete state, for --resume
 student/         the trained model, an open_clip local-dir; a run without it is unfinished
 best/            the best student by the run's own evaluations, if there were any
-report/          plots, drawn once the student is saved
+report/          plots, drawn at each evaluation and once the student is saved
 tensorboard/     the same metrics for TensorBoard, if requested; see also trackers.py
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from PIL import Image
 
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.encoder import Embeddings, Encoder
-from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
+from clip_rd_edge.contract.run_folder import REPORT_FOLDER, RUN_CONFIG_FILE
+from clip_rd_edge.contract.task import Task
 from clip_rd_edge.data.unpaired import MixedSamples, describe_counts
 from clip_rd_edge.distillation.batches.loader import lost_worker
 from clip_rd_edge.distillation.build import (
@@ -81,8 +82,6 @@ from clip_rd_edge.utils.lock import exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import to_yaml
 
-REPORT_FOLDER = "report"
-
 
 @host_generators_kept()
 @float32_on_cpu()
@@ -94,7 +93,7 @@ def run_distillation(
     accept_changes: bool = False,
     reporter: Reporter = SILENT,
     evaluate: Callable[[Encoder], dict[str, float]] | None = None,
-    tasks: Mapping[str, str] | None = None,
+    tasks: Sequence[Task] = (),
 ) -> Path:
     """Train the student that `config` describes in the folder `run`; return the student's folder.
 
@@ -103,7 +102,7 @@ def run_distillation(
         accept_changes: resume also if data or teacher are no longer those that the run began with.
         reporter: receives the progress of indexing, caching and training, and messages about what was decided.
         evaluate: see `train.train`.
-        tasks: the fingerprint of each task of `evaluate` by its name, which those of before may share.
+        tasks: those of `evaluate`; a tracker shows the student's predictions about images of the first.
 
     Raises:
         UsageError: `run` is not empty and `resume` is false, holds a run with another configuration, data or teacher,
@@ -128,7 +127,7 @@ def run_distillation(
                         accept_changes=accept_changes,
                         reporter=reporter if processes.is_main else SILENT,
                         evaluate=evaluate,
-                        tasks=tasks or {},
+                        tasks=tasks,
                     )
         except Stopped:
             where = f"saved in {run}" if list_checkpoints(run) else "before the first step"
@@ -215,7 +214,7 @@ def _run(
     accept_changes: bool,
     reporter: Reporter,
     evaluate: Callable[[Encoder], dict[str, float]] | None,
-    tasks: Mapping[str, str],
+    tasks: Sequence[Task],
 ) -> Path:
     processes.on_main(lambda: require_tracker(config.report_to))
     config = with_default_shape(msgspec.structs.replace(config, processes=processes.world_size))

@@ -271,15 +271,13 @@ def crops_of(config: RunConfig) -> Crops:
 
 
 def empty_student(config: RunConfig, *, name: str) -> ClipModel:
-    """Return the student of a run for a checkpoint's weights; teachers are loaded if the architecture depends on them.
+    """Return the untrained student of a run; teachers are loaded if its architecture depends on them.
 
     Raises:
         UsageError, InputError, ConfigError: as `make_student`.
     """
     if model_folder(config.student) is not None:
         return load_clip(config.student)
-    if takes_text(config):  # in runs of older versions, the context length may be another than that of the tower
-        config = msgspec.structs.replace(config, context_length=None)
     depends = config.embedding_size == 0 or TEACHER in (config.text, config.pretrained_image, config.pretrained_text)
     return _build_student(config, load_teachers(config) if depends else (), name)
 

@@ -16,6 +16,7 @@ import msgspec
 
 from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE
 from clip_rd_edge.contract.encoder import Encoder
+from clip_rd_edge.contract.run_folder import REPORT_FOLDER
 from clip_rd_edge.data.pairs import BadSamples, Pairs
 from clip_rd_edge.data.unpaired import MixedSamples
 from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, ViewDataset, step_loader
@@ -31,6 +32,8 @@ from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.monitoring.evaluation import EncoderOfAllProcesses
 from clip_rd_edge.distillation.monitoring.metrics import MetricsLog, Progress, metrics_line, peak_memory_on
+from clip_rd_edge.distillation.monitoring.plots import plot_run
+from clip_rd_edge.distillation.monitoring.predictions import Predictions
 from clip_rd_edge.distillation.monitoring.trackers import Tracker, open_tracker
 from clip_rd_edge.distillation.optim import RunOptimizer, diverged_error, named_divergence
 from clip_rd_edge.distillation.processes.distributed import Processes
@@ -39,7 +42,7 @@ from clip_rd_edge.distillation.quantized.tower import Quantization
 from clip_rd_edge.distillation.step import AUTOCAST, StepResult, TrainingStep, step_settings
 from clip_rd_edge.distillation.teachers.bank import make_bank
 from clip_rd_edge.distillation.teachers.teacher import BatchTeacher
-from clip_rd_edge.errors import InterruptedRunError, UsageError
+from clip_rd_edge.errors import InterruptedRunError, UsageError, in_one_line
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import save_clip
@@ -69,7 +72,7 @@ class Trained:
     parts: dict[str, Stateful]
     bad: BadSamples
     student: ClipModel
-    encoder: Encoder
+    encoder: TorchEncoder
     start: int
     steps: int
     quantization: Quantization | None
@@ -187,9 +190,10 @@ def train(
             tracker=tracker,
             reporter=reporter,
             evaluate=evaluate,
+            predictions=Predictions(next(iter(setup.tasks), None), setup.pairs, trained.encoder),
             saved=start,
         )
-        for name in changed_tasks(run, setup.tasks):
+        for name in changed_tasks(run, setup.task_fingerprints):
             reporter.say(f"the task {name} has other images or labels: the next evaluation replaces the best student")
         loop.repeat_evaluation()
         clock = _Clock()
@@ -207,6 +211,8 @@ def train(
             with clock.evaluating():
                 scores = loop.scores(done)
             loop.report(done, result, scores, clock)
+            with clock.evaluating():
+                loop.draw(done)
             if not is_stopping and loop.is_evaluation_due(done) and processes.any(bool(request)):
                 is_stopping = True
                 if done > loop.saved:
@@ -260,6 +266,7 @@ class _Loop:
     tracker: Tracker
     reporter: Reporter
     evaluate: Callable[[Encoder], dict[str, float]] | None
+    predictions: Predictions
     saved: int
     is_save_due: bool = False
 
@@ -325,7 +332,7 @@ class _Loop:
         if processes.is_main:
             record = partial(provenance, self.config, self.setup, steps=done)
             try:
-                save_if_best(self.run, student, scores, provenance=record, tasks=self.setup.tasks)
+                save_if_best(self.run, student, scores, provenance=record, tasks=self.setup.task_fingerprints)
             except UsageError as error:  # such as a folder that is open in another window, on Windows
                 self.reporter.say(f"the best student is not saved: {error}")
         return scores
@@ -360,6 +367,17 @@ class _Loop:
         self.reporter.update("training", done, steps, progress.message())
         if scores:
             self.reporter.say(f"step {done:,}: {progress.evaluation_message()}")
+
+    def draw(self, done: int) -> None:
+        """After an evaluation, plot the run so far, and show the tracker what the student predicts."""
+        if not (self.processes.is_main and self.is_evaluation_due(done)):
+            return
+        try:
+            self.tracker.show(done, self.predictions.plot)
+            if done < self.trained.steps:  # else it is plotted once the student is saved
+                plot_run(self.run, self.run / REPORT_FOLDER)
+        except Exception as error:  # noqa: BLE001 - a run must not end by its plots
+            self.reporter.say(f"the plots of step {done:,} could not be drawn: {in_one_line(error)}")
 
     def interrupted(self) -> InterruptedRunError:
         """Return the error that ends the loop on a signal."""

@@ -40,7 +40,7 @@ from clip_rd_edge.utils.host import (
 EXTRAS = {
     "train": "distilling, exporting, and evaluating models that are not bundles",
     "emoji": "data set and teacher of the quickstart",
-    "demo": "the pages of demo and watch (segno: only for the QR code of demo --host)",
+    "demo": "the page of demo (segno: only for the QR code of demo --host)",
     "serve": "serving bundles to other programs",
     "camera": "classify --camera",
     "remote": "shards in object stores and on web servers",

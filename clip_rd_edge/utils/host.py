@@ -183,19 +183,6 @@ def is_running(process: int) -> bool | None:
     return True
 
 
-def process_origin(process: int) -> str:
-    """Return what tells a process from those that have its number on other machines, in containers, and later.
-
-    That is when it began, in clock ticks since a boot that has an identifier; without /proc, the machine's name.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        began = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return platform.node()
-    return f"{boot} {began}"
-
-
 def jetson_name() -> str:
     """Return `jetson-orin` or `jetson-thor`, or an empty string on another machine.
 

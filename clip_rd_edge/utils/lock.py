@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.checked import is_natural
 from clip_rd_edge.utils.files import unwritable_output
-from clip_rd_edge.utils.host import is_running, process_origin
 from clip_rd_edge.utils.paths import exists, is_file
 
 LOCK_FILE = ".lock"
@@ -94,17 +92,6 @@ def exclusive_writer(
                 folder.rmdir()
 
 
-def lock_content(process: int) -> str:
-    """Return what the lock file of a process holds: its number, and what tells it from others of that number."""
-    return f"{process}\n{process_origin(process)}"
-
-
-def is_held_here(content: str) -> bool:
-    """Return whether the content of a lock file names a process that runs, and that is listed here."""
-    number = content.partition("\n")[0]
-    return is_natural(number) and content == lock_content(int(number)) and is_running(int(number)) is True
-
-
 def _acquire(path: Path, on_wait: Callable[[str], None] | None, stop: threading.Event) -> int | None:
     """Return the locked file, or None if `stop` was set while another process held the lock."""
     waiting, attempts = False, 0
@@ -132,8 +119,7 @@ def _acquire(path: Path, on_wait: Callable[[str], None] | None, stop: threading.
                 holder = os.read(file, 32).decode(errors="replace")
             finally:
                 os.close(file)
-            number = holder.partition("\n")[0]
-            process = f", process {number}" if number.isdigit() else ""
+            process = f", process {holder}" if holder.isdigit() else ""
             message = f"{path.parent} is being written by another run{process}"
             if on_wait is None:
                 raise UsageError(f"{message}.", hint="wait until it finishes, or choose another -o") from error
@@ -147,7 +133,7 @@ def _acquire(path: Path, on_wait: Callable[[str], None] | None, stop: threading.
             if _is_same_file(path, file):
                 if writable:
                     os.ftruncate(file, 0)
-                    os.write(file, lock_content(os.getpid()).encode())
+                    os.write(file, str(os.getpid()).encode())
                     return file
                 path.unlink()  # its holder was killed
         except BaseException:  # a full disk, perhaps; still open, it would lock this process itself out

@@ -24,8 +24,6 @@ COMMANDS = [
     "search PATH red",
     "search B red --bundle PATH",
     "search B red --folder PATH",
-    "watch PATH",
-    "watch run -o PATH",
     "quickstart -o o --photos PATH",
     "serve PATH",
     "serve B PATH",

@@ -25,8 +25,10 @@ from support import Watch, save_tiny_teacher
 from text_towers import bert_clip
 from tiny_runs import assert_same_weights, stop_at, tiny_run, weights
 
+from clip_rd_edge.benchmarking.accuracy import task_fingerprint
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.run_folder import read_metrics
+from clip_rd_edge.contract.task import ZeroShotTask
 from clip_rd_edge.convert.calibration import calibration_pairs
 from clip_rd_edge.data.pairs import BadSamples, ValidPair
 from clip_rd_edge.distillation import checkpoint, train
@@ -1093,13 +1095,18 @@ def test_the_best_student_is_that_of_the_tasks_content_whatever_its_name(config:
     config = msgspec.structs.replace(with_recipe(config, steps=3), evaluate_every=1, checkpoint_every=1)
     run, watch, scores = tmp_path / "run", Watch(on_step=stop_at(1)), iter([0.9, 0.3, 0.2])
     options: dict[str, Any] = {"evaluate": lambda _: {"val": next(scores)}}
+    easy, hard = (ZeroShotTask(name="val", images=(), targets=(), labels=(label,)) for label in ("easy", "hard"))
     with pytest.raises(MemoryError):
-        run_distillation(config, run, resume=False, reporter=watch, tasks={"val": "easy"}, **options)
+        run_distillation(config, run, resume=False, reporter=watch, tasks=[easy], **options)
     watch = Watch()
-    run_distillation(config, run, resume=True, reporter=watch, tasks={"val": "hard"}, **options)
+    run_distillation(config, run, resume=True, reporter=watch, tasks=[hard], **options)
     assert "the task val has other images or labels: the next evaluation replaces the best student" in watch.said
     best = json.loads((run / "best" / "distillation.json").read_text())
-    assert (best["steps"], best["evaluation"], best["tasks_sha256"]) == (2, {"val": 0.3}, {"val": "hard"})
+    assert (best["steps"], best["evaluation"], best["tasks_sha256"]) == (
+        2,
+        {"val": 0.3},
+        {"val": task_fingerprint(hard)},
+    )
 
 
 def test_the_best_student_of_an_earlier_version_is_compared_by_the_names_of_its_tasks(

@@ -26,7 +26,6 @@ from clip_rd_edge.convert.calibration import calibration_pairs, calibration_set
 from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.build import load_setup, make_dataset
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.monitoring.answers import StudentAnswers
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
@@ -353,11 +352,6 @@ def test_other_images_or_texts_are_noticed_when_a_run_is_resumed(config: RunConf
     next(Path(str(config.images)).glob("*.png")).unlink()
     with pytest.raises(UsageError, match="had 24 images without captions and 4 texts, and now has 23 images"):
         run_distillation(config, tmp_path / "run", resume=True)
-
-
-def test_sample_answers_need_pairs_or_a_task(config: RunConfig, tmp_path: Path) -> None:
-    run_distillation(config, tmp_path / "run", resume=False)
-    assert "the run has neither a task nor pairs" in StudentAnswers(tmp_path / "run").compute().problem
 
 
 def test_int8_is_calibrated_on_the_images_and_labels_of_the_run(config: RunConfig, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import struct
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from clip_rd_edge.utils.host import (
     is_running,
     machine_name,
     peak_memory_bytes,
-    process_origin,
     usable_cores,
 )
 
@@ -187,23 +185,6 @@ def test_nvidia_gpus_are_named_as_the_driver_reports_them(tmp_path: Path, monkey
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA L4; echo NVIDIA H100\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     assert host.nvidia_gpus() == "NVIDIA L4, NVIDIA H100"
-
-
-def test_a_process_has_another_origin_than_one_that_had_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {"boot_id": "one\n", "stat": f"7 (a) b) S {' '.join(map(str, range(4, 30)))}\n"}
-    monkeypatch.setattr(Path, "read_text", lambda path: files[path.name])
-    origins = [process_origin(7)]
-    files["stat"] = files["stat"].replace(" 22 ", " 23 ")  # when it began, in proc(5)
-    origins.append(process_origin(7))
-    files["boot_id"] = "two\n"
-    origins.append(process_origin(7))
-    assert origins == ["one 22", "one 23", "two 23"]
-
-
-def test_without_proc_the_origin_of_a_process_is_its_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    read = Path.read_bytes
-    monkeypatch.setattr(Path, "read_text", lambda path: read(tmp_path / "missing"))
-    assert process_origin(os.getpid()) == platform.node()
 
 
 @pytest.mark.skipif(not hasattr(os, "waitid"), reason="waits for a process without looking for it")

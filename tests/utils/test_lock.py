@@ -37,7 +37,7 @@ def test_windows_locks_none_of_the_bytes_that_others_read(tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=look, LK_NBLCK=2))
     with exclusive_writer(tmp_path):
         content = (tmp_path / ".lock").read_bytes()
-    assert content == lock.lock_content(os.getpid()).encode()
+    assert content == str(os.getpid()).encode()
     assert locked[0] > len(content)
 
 
@@ -78,7 +78,7 @@ def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
 def lock_of_another_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The lock file of a process that was killed, in a folder that several accounts may write."""
     path, open_file = tmp_path / ".lock", os.open
-    path.write_text("7\n")
+    path.write_text("7")
     theirs = path.stat()
 
     def refuse_to_write(name: Path, flags: int, *mode: int, **options: Any) -> int:
@@ -93,7 +93,7 @@ def lock_of_another_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed")
 def test_the_lock_that_a_killed_process_of_another_account_left_is_replaced(lock_of_another_account: Path) -> None:
     with exclusive_writer(lock_of_another_account.parent):
-        assert lock_of_another_account.read_text() == lock.lock_content(os.getpid())
+        assert lock_of_another_account.read_text() == str(os.getpid())
     assert not lock_of_another_account.exists()
 
 
@@ -103,7 +103,7 @@ def test_a_writer_of_another_account_is_told_of(lock_of_another_account: Path) -
         lock._lock(file.fileno())
         with pytest.raises(UsageError, match=r"is being written by another run, process 7\."):
             exclusive_writer(lock_of_another_account.parent).__enter__()
-    assert lock_of_another_account.read_text() == "7\n"
+    assert lock_of_another_account.read_text() == "7"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks every file that may be read")

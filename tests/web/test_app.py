@@ -38,8 +38,6 @@ from clip_rd_edge.serving.service import Service
 from clip_rd_edge.web import app, guard, limits, models
 from clip_rd_edge.web.app import _listen
 from clip_rd_edge.web.guard import is_loopback
-from clip_rd_edge.web.watch import app as watch_app
-from clip_rd_edge.web.watch.state import Answers
 
 pytest.importorskip("starlette")
 testclient = pytest.importorskip("starlette.testclient")
@@ -281,11 +279,10 @@ pytest.importorskip("uvicorn")
 Run = Callable[..., tuple[int, str, str]]
 
 
-def test_the_name_that_the_server_was_told_to_listen_on_reaches_it(colour_bundle: Path, tmp_path: Path) -> None:
+def test_the_name_that_the_server_was_told_to_listen_on_reaches_it(colour_bundle: Path) -> None:
     demo = app.Demo([colour_bundle], threads=1)
     for application in (
         app.make_app(demo, host="Camera.lan"),
-        watch_app.make_app(tmp_path, Answers, host="Camera.lan"),
         serving_app.make_app(Service(load(colour_bundle, threads=1)), host="Camera.lan"),
     ):
         for name, refused in (("camera.lan", False), ("evil.lan", True)):

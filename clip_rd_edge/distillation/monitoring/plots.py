@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.run_folder import EVALUATION_PREFIX, TERM_PREFIX, read_metrics
@@ -93,6 +96,29 @@ def _plot_histograms(embeddings: dict[str, tuple[Embeddings, Embeddings]], path:
             axis.legend(frameon=False, fontsize=9)
 
 
+class Prediction(NamedTuple):
+    """The text that a model finds the most probable for an image, and the right one."""
+
+    image: Image.Image
+    right: str
+    found: str
+    probability: float
+
+
+def plot_predictions(predictions: Sequence[Prediction], path: Path) -> None:
+    """Plot images with what was found in them, and with what is right where that is wrong."""
+    with _figure(path, len(predictions), "Predictions", xlabel="") as axes:
+        for axis, (image, right, found, probability) in zip(axes, predictions, strict=True):
+            axis.imshow(image)
+            axis.set_axis_off()
+            lines = [f"{_short(found)} {probability:.0%}", *([] if found == right else [f"({_short(right)})"])]
+            axis.set_title("\n".join(lines), fontsize=8, color="black" if found == right else STUDENT_COLOUR)
+
+
+def _short(text: str) -> str:
+    return verbatim(textwrap.shorten(text, 40, placeholder=" …"))
+
+
 def plot_average(weights: Sequence[float], scores: Mapping[str, Sequence[float]], chosen: float, path: Path) -> None:
     """Plot the accuracy of the averages of two models over the weight of the second.
 
@@ -137,5 +163,7 @@ def _figure(path: Path, count: int, title: str, *, xlabel: str = "step") -> Iter
         axis.set_xlabel(xlabel, fontsize=8)
     yield axes[:count]
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120)
+    with warnings.catch_warnings():  # of characters that the font lacks
+        warnings.simplefilter("ignore")
+        figure.savefig(png, format="png", dpi=120)
     write_bytes(path, png.getvalue())

@@ -25,8 +25,10 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import msgspec
+import numpy as np
+from PIL import Image
 
-from clip_rd_edge.contract.run_folder import read_metrics
+from clip_rd_edge.contract.run_folder import PREDICTIONS_FILE, REPORT_FOLDER, read_metrics
 from clip_rd_edge.distillation.config import RunConfig, TrackerName
 from clip_rd_edge.errors import InterruptedRunError, MissingExtraError, UsageError
 from clip_rd_edge.utils.files import write_bytes
@@ -50,6 +52,13 @@ class Tracker:
 
     def add(self, line: Mapping[str, float | None]) -> None:
         """Report more figures of a step that was reported before."""
+
+    def show(self, step: int, plot: Callable[[Path], None]) -> None:
+        """Show a step's predictions.
+
+        Args:
+            plot: plots them into a file, at the cost of computing them.
+        """
 
     def close(self, outcome: Outcome) -> None:
         """Say how the run ended; nothing is reported after that."""
@@ -105,6 +114,7 @@ class TensorBoardLog(Tracker):
     def __init__(self, run: Path, *, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import, so only on request
 
+        self._path = run / REPORT_FOLDER / PREDICTIONS_FILE
         self._writer = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=start + 1)
 
     def write(self, line: Mapping[str, float | None]) -> None:
@@ -115,6 +125,15 @@ class TensorBoardLog(Tracker):
         self._writer.flush()
 
     add = write
+
+    def show(self, step: int, plot: Callable[[Path], None]) -> None:
+        """Write predictions as an image, which is in the run's report, too."""
+        self._path.parent.mkdir(exist_ok=True)
+        plot(self._path)
+        if self._path.is_file():
+            image = np.asarray(Image.open(self._path).convert("RGB"))
+            self._writer.add_image("predictions", image, step, dataformats="HWC")
+            self._writer.flush()
 
     def close(self, outcome: Outcome) -> None:
         self._writer.close()
