@@ -162,6 +162,33 @@ def save_tiny_teacher(folder: Path, *, seed: int = 1) -> Path:
     return folder
 
 
+def pad_with_another_id(bundle: Path) -> int:
+    """Change the fixture `colour_bundle` in place: id 0 becomes that of an unknown word, and padding the id returned.
+
+    Padding adds nothing to a text's embedding, and an unknown word adds 0.001 to every colour.
+    """
+    import msgspec
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+
+    tokenizer = Tokenizer(models.WordPiece({"?": 0, "[PAD]": 1, "red": 2, "green": 3, "blue": 4}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(bundle / "tokenizer.json"))
+    text = onnx.load(bundle / "text.onnx")
+    table = next(tensor for tensor in text.graph.initializer if tensor.name == "table")
+    rows = numpy_helper.to_array(table)
+    table.CopyFrom(numpy_helper.from_array(np.concatenate([rows[1::-1], rows[2:]]), "table"))
+    onnx.save(text, bundle / "text.onnx")
+    manifest = read_manifest(bundle)
+    spec = msgspec.structs.replace(manifest.tokenizer, pad_id=1)
+    write_manifest(bundle, msgspec.structs.replace(manifest, tokenizer=spec))
+    return 1
+
+
 def require_the_models_answers(bundle: Path, fp32_bundle: Path, *, runtime: str, suffix: str) -> None:
     """Assert that a bundle of one input at a time in float32 says what the ONNX bundle of the same model says."""
     import numpy as np

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 from PIL import Image
+from support import pad_with_another_id
 from text_towers import bert_clip, roberta_clip
 from tokenizers import Tokenizer
 
@@ -51,18 +52,29 @@ def test_immich_reads_the_texts_of_a_text_tower_of_transformers(
     _require_texts(tmp_path / "immich", load(tmp_path / "bundle"), length=12)
 
 
-def _require_texts(folder: Path, bundle: Any, *, length: int) -> None:
-    """Assert that the steps of immich's OpenClipTextualEncoder give the bundle's embeddings."""
+def _text_embedding(folder: Path, text: str, *, length: int) -> np.ndarray:
+    """Embed a text by the steps of immich's OpenClipTextualEncoder."""
     tokenizer = Tokenizer.from_file(str(folder / "textual" / "tokenizer.json"))
     pad = json.loads((folder / "textual" / "tokenizer_config.json").read_text())["pad_token"]
     tokenizer.enable_padding(length=length, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
     tokenizer.enable_truncation(max_length=length)
-    session = open_session(str(folder / "textual" / "model.onnx"))
+    ids = np.asarray([tokenizer.encode(" ".join(text.split())).ids], dtype=np.int32)
+    (embedding,) = open_session(str(folder / "textual" / "model.onnx")).run(None, {"text": ids})
+    return np.asarray(embedding)
+
+
+def _require_texts(folder: Path, bundle: Any, *, length: int) -> None:
     # The last ones as a phone's keyboard, a Mac's file name and a PDF write them.
     for text in ("a Red House!", "two dogs " * 30, "the dog’s “bone”", "cafe\u0301", "ﬁve Cats", "a\x00 c\x7fat"):
-        ids = np.asarray([tokenizer.encode(" ".join(text.split())).ids], dtype=np.int32)
-        (embedding,) = session.run(None, {"text": ids})
+        embedding = _text_embedding(folder, text, length=length)
         np.testing.assert_allclose(embedding, bundle.encode_texts([text]), atol=1e-6)
+
+
+def test_texts_are_padded_with_the_models_own_id(colour_bundle: Path, tmp_path: Path) -> None:
+    pad_with_another_id(colour_bundle)
+    write_immich(colour_bundle, tmp_path / "immich")
+    for text, expected in (("red", [1, 0, 0]), ("red blue", [0.5**0.5, 0, 0.5**0.5])):
+        np.testing.assert_allclose(_text_embedding(tmp_path / "immich", text, length=6)[0], expected, atol=1e-6)
 
 
 def test_underscores_and_punctuation_are_cleaned_by_the_tokenizer_file_alone(

@@ -18,9 +18,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from PIL import Image
+from support import pad_with_another_id
 from text_towers import bert_clip, roberta_clip
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 import clip_rd_edge as edge
 from clip_rd_edge.contract.bundle import read_manifest
@@ -28,7 +29,12 @@ from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.contract.tokenizer import TokenizerSpec, clean_text
 from clip_rd_edge.convert.bundle import ConvertedBundle
 from clip_rd_edge.convert.calibration import CalibrationSet
-from clip_rd_edge.convert.huggingface import _last_id, _take_any_length, normalizer_with_cleaning
+from clip_rd_edge.convert.huggingface import (
+    _last_id,
+    _take_any_length,
+    normalizer_with_cleaning,
+    write_huggingface,
+)
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.huggingface import export_huggingface
@@ -134,7 +140,7 @@ def test_a_text_whose_end_token_a_client_cut_off_gets_it_back(folder: Path) -> N
 
 
 def test_a_text_of_another_tokenizer_whose_last_token_a_client_cut_off_gets_it_back(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(models.WordPiece({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "[PAD]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer.enable_padding(length=5)  # as in a file that was saved after its use
@@ -144,14 +150,31 @@ def test_a_text_of_another_tokenizer_whose_last_token_a_client_cut_off_gets_it_b
     model = helper.make_model(
         helper.make_graph([node], "ids", ids[:1], ids[1:]), opset_imports=[helper.make_opsetid("", 18)], ir_version=10
     )
-    _take_any_length(model, TokenizerSpec(context_length=5), last_id=_last_id(tmp_path / "tokenizer.json"))
+    _take_any_length(model, TokenizerSpec(context_length=5, pad_id=1), last_id=_last_id(tmp_path / "tokenizer.json"))
     session = open_session(model.SerializeToString())
     for given, expected in (
-        ([[2, 4, 3]], [[2, 4, 3, 0, 0]]),
-        ([[2, 4, 3, 0, 0, 0], [2, 4, 4, 4, 4, 3]], [[2, 4, 3, 0, 0], [2, 4, 4, 4, 3]]),
+        ([[2, 4, 3]], [[2, 4, 3, 1, 1]]),
+        ([[2, 4, 3, 1, 1, 1], [2, 4, 4, 4, 4, 3]], [[2, 4, 3, 1, 1], [2, 4, 4, 4, 3]]),
         ([[2, 4, 4, 4, 4]], [[2, 4, 4, 4, 3]]),  # transformers.js cuts off what is too long
     ):
         assert session.run(None, {"input_ids": np.asarray(given)})[0].tolist() == expected
+
+
+def test_the_folder_has_the_scale_and_the_padding_of_its_model(colour_bundle: Path, tmp_path: Path) -> None:
+    """As transformers reads them: the scale, here 20, as its logarithm, and a padding id that is not 0."""
+    pad_id = pad_with_another_id(colour_bundle)
+    write_huggingface({"fp32": colour_bundle}, tmp_path)
+    config, tokenizer = AutoConfig.from_pretrained(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert np.exp(config.logit_scale_init_value) == pytest.approx(20)
+    assert (config.pad_token_id, tokenizer.pad_token_id) == (pad_id, pad_id)
+    ids = tokenizer(["red", "green red", "blue"], padding=True)["input_ids"]
+    colours = np.eye(3, dtype=np.float32)
+    feed = {"input_ids": np.asarray(ids), "pixel_values": np.tile(colours[:, :, None, None], (8, 8))}
+    names = ["text_embeds", "logits_per_text"]
+    embeddings, logits = open_session(str(tmp_path / "onnx" / "model.onnx")).run(names, feed)
+    expected = np.asarray([[1, 0, 0], [0.5**0.5, 0.5**0.5, 0], [0, 0, 1]])
+    np.testing.assert_allclose(embeddings, expected, atol=1e-6)
+    np.testing.assert_allclose(logits, 20 * expected, atol=1e-5)
 
 
 def test_ids_have_64_bits_also_where_an_int_has_32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

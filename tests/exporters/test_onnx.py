@@ -13,6 +13,7 @@ import onnx
 import open_clip
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from clip_rd_edge.convert.options import ExportRequest
@@ -185,6 +186,37 @@ def test_a_tower_that_differs_from_torch_is_refused(
     encode_pixels = TorchEncoder.encode_pixels
     monkeypatch.setattr(TorchEncoder, "encode_pixels", lambda self, x: encode_pixels(self, x)[::-1].copy())
     with pytest.raises(ClipRdEdgeError, match=r"image\.onnx differs from the model at batch size 1"):
+        write_fp32(student, tmp_path, ExportRequest())
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("is_wrong", ["Equal", "Greater"])  # at batch size 1, and at all others
+def test_a_tower_that_is_wrong_at_some_batch_sizes_alone_is_refused(
+    tower: str, is_wrong: str, student: ClipModel, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = onnx.load(fp32_bundle / f"{tower}.onnx")
+    graph, output = model.graph, model.graph.output[0].name
+    for node in graph.node:
+        node.output[:] = ["right" if name == output else name for name in node.output]
+    graph.node.extend(
+        [
+            helper.make_node("Shape", ["right"], ["batch"], start=0, end=1),
+            helper.make_node(is_wrong, ["batch", "one"], ["is_wrong"]),
+            helper.make_node("Cast", ["is_wrong"], ["error"], to=TensorProto.FLOAT),
+            helper.make_node("Add", ["right", "error"], [output]),
+        ]
+    )
+    graph.initializer.append(numpy_helper.from_array(np.asarray([1]), "one"))
+    for name in ("image", "text"):
+        monkeypatch.setattr(
+            f"clip_rd_edge.exporters.bundle.export_{name}_tower",
+            lambda _, folder, name=name: shutil.copy(fp32_bundle / f"{name}.onnx", folder / f"{name}.onnx"),
+        )
+    monkeypatch.setattr(
+        f"clip_rd_edge.exporters.bundle.export_{tower}_tower",
+        lambda _, folder: onnx.save(model, folder / f"{tower}.onnx"),
+    )
+    with pytest.raises(ClipRdEdgeError, match=rf"{tower}\.onnx differs"):
         write_fp32(student, tmp_path, ExportRequest())
 
 

@@ -116,6 +116,41 @@ def test_a_candidate_that_depends_on_the_batch_is_left_out_for_clients_that_send
     assert (trial.verdict, trial.measured) == ("depends on the batch", False)
 
 
+def test_dynamic_int8_is_judged_on_one_input_at_a_time_as_a_device_runs_it(tmp_path: Path) -> None:
+    """One input of the held-out ones is 1,000 times as large as the others, which its scale would make 0 in a batch."""
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal((32, 32)).astype(np.float32) for name in ("first", "second")}
+    nodes = [
+        helper.make_node("MatMul", ["x", "first"], ["features"], "first"),
+        helper.make_node("MatMul", ["features", "second"], ["product"], "second"),
+        helper.make_node("Flatten", ["product"], ["flat"], "flatten"),
+        helper.make_node("LpNormalization", ["flat"], ["y"], "norm"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tower",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 1, 1, 32])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 32])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    path = tmp_path / "tower.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    inputs = rng.standard_normal((48, 1, 1, 32)).astype(np.float32)
+    inputs[::8] *= 1000
+    samples = TowerSamples("image", inputs[:24], inputs[24:])
+    quantized = quantize_tower(path, samples, timer=_timer(float32=3.0, **{"dynamic, per-tensor": 0.1}))
+    assert quantized.precision == "int8 dynamic, per-tensor"
+    assert quantized.model is not None
+    session = open_session(quantized.model)
+    answers = np.concatenate([session.run(None, {"x": row[None]})[0] for row in samples.held_out])
+    expected = samples.held_out[:, 0, 0] @ weights["first"] @ weights["second"]
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    pairs = zip(answers - answers.mean(axis=0), expected - expected.mean(axis=0), strict=True)
+    cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs]
+    assert quantized.measured.centred_cosine == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert quantized.measured.centred_cosine > 0.99
+
+
 def test_softmax_normalisation_and_attention_products_stay_in_float(
     image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path
 ) -> None:
