@@ -12,6 +12,7 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath, as_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.trust import typed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from clip_rd_edge.benchmarking.results import Results
     from clip_rd_edge.contract.bundle import Manifest
     from clip_rd_edge.convert.bundle import ConvertedBundle
-    from clip_rd_edge.convert.calibration import CalibrationSet
+    from clip_rd_edge.convert.calibration import CalibrationPairs, CalibrationSet
     from clip_rd_edge.convert.int8.select import Trial
     from clip_rd_edge.convert.options import ExportOptions, ExportRequest
     from clip_rd_edge.convert.targets import Device, ExportPlan
@@ -137,15 +138,16 @@ class _Export:
 
     def from_model(self) -> ExportedBundle:
         """Load the model, and export it for each target."""
-        from clip_rd_edge.convert.calibration import calibration_pairs
+        from clip_rd_edge.convert.calibration import kept_pairs, named_pairs
         from clip_rd_edge.convert.targets import BROWSER
 
         plans, plan, reporter = self.plans, self.plans[0], self.reporter
         if plan.layout == BROWSER:
             self._require_browser_packages()
-        given = as_text(self.options.get("calibration"))
-        needs_pairs = any(planned.request.precision == "int8" for planned in plans)
-        pairs = calibration_pairs(given, self.spec) if needs_pairs else None
+        pairs: Pairs | CalibrationPairs | None = None
+        if any(planned.request.precision == "int8" for planned in plans):
+            given = self.options.get("calibration")
+            pairs = kept_pairs(self.spec) if given is None else named_pairs(typed(given), self.spec)
         if plan.note:
             reporter.say(plan.note)
 
@@ -160,7 +162,7 @@ class _Export:
         calibration = None
         if pairs is not None:
             reporter.update(f"reading images of {pairs.name}")
-            calibration = _calibration_set(pairs, clip, given, self.spec)
+            calibration = _calibration_set(pairs, clip)
         requests = {planned.device: _request(planned, clip, self.spec, self.weights) for planned in plans}
         if len(plans) == 1:
             converted = self._write(clip, requests[plan.device], calibration)
@@ -224,13 +226,14 @@ class _Export:
         return immich_name(self.options.get("as_name"), embedding_size=clip.embedding_size, model=clip.name)
 
 
-def _calibration_set(pairs: Pairs, clip: ClipModel, given: str | None, spec: str) -> CalibrationSet:
-    """Return the images and captions that INT8 is calibrated with; `given` is the option that names the pairs."""
-    from clip_rd_edge.convert.calibration import calibration_max_bad, calibration_set
+def _calibration_set(pairs: Pairs | CalibrationPairs, clip: ClipModel) -> CalibrationSet:
+    """Return the images and captions that INT8 is calibrated with."""
+    from clip_rd_edge.convert.calibration import CalibrationPairs, choose_pairs
     from clip_rd_edge.models.encoder import TorchEncoder
 
-    tokenize, max_bad = TorchEncoder(clip).tokenize, calibration_max_bad(given, spec)
-    return calibration_set(pairs, preprocessing=clip.preprocessing, tokenize=tokenize, max_bad=max_bad)
+    if not isinstance(pairs, CalibrationPairs):
+        pairs = choose_pairs(pairs, preprocessing=clip.preprocessing)
+    return pairs.for_model(preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize)
 
 
 def _request(plan: ExportPlan, clip: ClipModel, spec: str, pretrained: str | None) -> ExportRequest:

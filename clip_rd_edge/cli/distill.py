@@ -236,11 +236,13 @@ def command(output: Path, **options: Any) -> None:
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter, first_process, say
     from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER
+    from clip_rd_edge.contract.run_folder import CALIBRATION_FILE
+    from clip_rd_edge.utils.paths import is_file
 
     with console_reporter() as reporter:
         run = edge.distill(output=output, **drop_none(**options), reporter=reporter)
-    # A run on texts alone has no images to calibrate INT8 with.
-    calibration = "" if options["data"] or options["images"] else " --calibration pairs.csv"
+    # A run on texts alone, or on a few pairs, has no images to calibrate INT8 with.
+    calibration = "" if is_file(run / CALIBRATION_FILE) else " --calibration pairs.csv"
     say(f"next: clip-rd-edge export {as_word(run)} --precision int8{calibration} -o {as_word(run / 'bundle')}")
     if first_process:
         echo(run / STUDENT_FOLDER)

@@ -98,7 +98,7 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
 )  # fmt: skip
 @_int8(
     "--calibration", metavar="CSV|emoji",
-    help="Pairs for calibrating and evaluating INT8.  [default: MODEL's training pairs, else its training images]",
+    help="Pairs for calibrating and evaluating INT8.  [default: those that MODEL's run kept]",
 )  # fmt: skip
 @_int8(
     "--min-agreement", type=click.FloatRange(0, 1), metavar="COSINE",

@@ -71,16 +71,21 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
     Of an image that is long and narrow, only the part that the crop keeps is resized. Values then differ by at most one
     grey level, and from Pillow 13 on by more in noise, where it resizes the rows of one of the two first.
     """
+    return _normalise(fit(image, preprocessing), preprocessing)
+
+
+def fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """Resize and crop an RGB image to the size of the model's input; one of this size stays as it is."""
     height, width = preprocessing.size
     resample = _resample(preprocessing.evaluation_interpolation)
     if preprocessing.resize_mode == "squash":
-        return _normalise(image.resize((width, height), resample), preprocessing)
+        return image.resize((width, height), resample)
     new_size = _resized(image.size, preprocessing)
     if new_size[0] * new_size[1] > _MAX_RESIZED * width * height:
         image, new_size = _crop_source(image, new_size, preprocessing), preprocessing.size[::-1]
     elif new_size != image.size:
         image = image.resize(new_size, resample)
-    return _normalise(_crop_centre(image, preprocessing), preprocessing)
+    return _crop_centre(image, preprocessing)
 
 
 def resize_crop(image: Image.Image, box: Box, preprocessing: Preprocessing) -> Image.Image:

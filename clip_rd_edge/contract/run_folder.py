@@ -3,6 +3,7 @@
     config.yaml     the resolved configuration
     inputs.json     the number of pairs, and fingerprints of data and teacher
     metrics.jsonl   one line per logged step
+    calibration.npz images and captions of the data, for INT8
 
 The other files are described in `distillation.run`.
 """
@@ -19,6 +20,7 @@ INPUTS_FILE = "inputs.json"
 METRICS_FILE = "metrics.jsonl"
 REPORT_FOLDER = "report"
 PREDICTIONS_FILE = "predictions.png"  # in the report
+CALIBRATION_FILE = "calibration.npz"
 EVALUATION_PREFIX = "evaluation/"  # of a task's score in a line of metrics.jsonl
 TERM_PREFIX = "loss/"  # of a loss term
 

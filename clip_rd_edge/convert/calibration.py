@@ -1,4 +1,12 @@
-"""The images and captions that INT8 is calibrated on, and held-out ones to evaluate it."""
+"""The images and captions that INT8 is calibrated on, and held-out ones to evaluate it.
+
+A run keeps its own in RUN/calibration.npz, beside the student: what its record says of the data is never opened, since
+it may be a stranger's.
+
+    images   (N, H, W, 3) uint8, of the size of the student's input; each value less the one on its left, modulo 256,
+             which compresses better
+    record   (…,) uint8, JSON: the name of the data, the N captions, and whether each belongs to its image
+"""
 
 from __future__ import annotations
 
@@ -12,20 +20,22 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from clip_rd_edge.contract.checkpoint import model_folder, refuse_unfinished_run, training_record_path
-from clip_rd_edge.contract.preprocess import Pixels, Preprocessing, preprocess
-from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
+from clip_rd_edge.contract.preprocess import Pixels, Preprocessing, fit, preprocess
+from clip_rd_edge.contract.run_folder import CALIBRATION_FILE
 from clip_rd_edge.contract.tokenizer import TokenIds
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadSamples, Pairs
 from clip_rd_edge.data.tables.blocks import MissingColumnError
-from clip_rd_edge.data.unpaired import TrainingData, load_samples, pair_count
-from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.runtime.label_list import read_texts
+from clip_rd_edge.data.unpaired import pair_count
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.utils.arrays import npz_bytes, read_npz
+from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_file
-from clip_rd_edge.utils.printable import shown_source
-from clip_rd_edge.utils.structs import read_json, read_yaml
+from clip_rd_edge.utils.structs import read_json
+from clip_rd_edge.utils.trust import Typed
 
 # Activation ranges hardly change beyond about a hundred images; with 192 held-out images, one is half a point of
 # accuracy.
@@ -33,6 +43,7 @@ MAX_CALIBRATION, MAX_HELD_OUT = 128, 192
 MIN_PAIRS = 32
 # So that a table of one image alone is not read to its end; five captions per image are usual.
 _MAX_READ = 8 * (MAX_CALIBRATION + MAX_HELD_OUT)
+_MAX_BYTES = 1 << 30  # of the images that a run keeps: as many as there are, of 1,024 pixels
 
 
 @dataclass(frozen=True)
@@ -60,22 +71,55 @@ class CalibrationSet:
     paired: bool = True
 
 
-def calibration_set(
-    pairs: Pairs,
-    *,
-    preprocessing: Preprocessing,
-    tokenize: Callable[[Sequence[str]], TokenIds],
-    seed: int = 0,
-    max_bad: float = MAX_BAD_SHARE,
-) -> CalibrationSet:
-    """Sample pairs without replacement: half for calibration and half held out, at most 128 and 192.
+@dataclass(frozen=True)
+class CalibrationPairs:
+    """N pairs that were chosen for INT8: first those to calibrate on, then those to evaluate with.
+
+    Attributes:
+        name: of the data that they are from.
+        images: (N, H, W, 3) uint8, of the size of the model's input.
+        captions: one of each image.
+        paired: whether each caption belongs to its image.
+    """
+
+    name: str
+    images: npt.NDArray[np.uint8]
+    captions: list[str]
+    paired: bool
+
+    def for_model(
+        self, *, preprocessing: Preprocessing, tokenize: Callable[[Sequence[str]], TokenIds]
+    ) -> CalibrationSet:
+        """Return the inputs of a model: half for calibration and half held out, at most 128 and 192.
+
+        Raises:
+            UsageError: the model takes images of another size.
+        """
+        if self.images.shape[1:3] != preprocessing.size:
+            size, other = (" × ".join(map(str, shape)) for shape in (preprocessing.size, self.images.shape[1:3]))
+            raise UsageError(f"The model takes images of {size} pixels, and those of its run have {other}.", hint=_HINT)
+        pixels: Pixels = np.stack([preprocess(Image.fromarray(image), preprocessing) for image in self.images])
+        ids = tokenize(self.captions)
+        half = min(MAX_CALIBRATION, len(pixels) // 2)
+        return CalibrationSet(
+            self.name,
+            calibrate=Samples(pixels[:half], ids[:half]),
+            held_out=Samples(pixels[half:], ids[half:]),
+            paired=self.paired,
+        )
+
+
+def choose_pairs(
+    pairs: Pairs, *, preprocessing: Preprocessing, seed: int = 0, max_bad: float = MAX_BAD_SHARE
+) -> CalibrationPairs:
+    """Sample pairs without replacement, at most 320.
 
     Of pairs with the same image, such as the rows of one image's captions, one is taken: another one among the held-out
     pairs would be evaluated on what set the ranges. Others stand in for pairs that cannot be read.
 
     Args:
         pairs: where the samples come from; pairs alone, if there are enough of them among other images and captions.
-        preprocessing, tokenize: of the model that is quantised.
+        preprocessing: of the model that is quantised.
         seed: seed for choosing the pairs, and one caption per pair.
         max_bad: max fraction of the samples that may be unreadable.
 
@@ -92,27 +136,19 @@ def calibration_set(
     spare = random.Random(seed).sample(range(count), min(count, _MAX_READ))
     bad = BadSamples(pairs, max_share=max_bad)
     captions: list[str] = []
-    images: dict[bytes, Pixels] = {}
+    images: dict[bytes, npt.NDArray[np.uint8]] = {}
     for index in dict.fromkeys([*drawn, *spare]):
         if len(images) == wanted:
             break
         try:
-            image, texts = preprocess(pairs.open(index), preprocessing), pairs.captions(index)
+            image, texts = np.asarray(fit(pairs.open(index), preprocessing)), pairs.captions(index)
         except InputError as error:
             bad.add([(index, str(error))])
             continue
         if images.setdefault(hashlib.sha256(image.tobytes()).digest(), image) is image:
             captions.append(generator.choice(texts))
     _require_enough(pairs, len(images), "readable pairs of different images" if paired else "different readable images")
-    pixels: npt.NDArray[np.float32] = np.stack(list(images.values()))
-    ids = tokenize(captions)
-    half = min(MAX_CALIBRATION, len(images) // 2)
-    return CalibrationSet(
-        pairs.name,
-        calibrate=Samples(pixels[:half], ids[:half]),
-        held_out=Samples(pixels[half:], ids[half:]),
-        paired=paired,
-    )
+    return CalibrationPairs(pairs.name, np.stack(list(images.values())), captions, paired)
 
 
 def _require_enough(pairs: Pairs, count: int, what: str) -> None:
@@ -123,84 +159,89 @@ def _require_enough(pairs: Pairs, count: int, what: str) -> None:
         )
 
 
+def calibration_set(
+    pairs: Pairs,
+    *,
+    preprocessing: Preprocessing,
+    tokenize: Callable[[Sequence[str]], TokenIds],
+    seed: int = 0,
+) -> CalibrationSet:
+    """Choose pairs for a model; arguments and errors as for `choose_pairs` and `CalibrationPairs.for_model`."""
+    return choose_pairs(pairs, preprocessing=preprocessing, seed=seed).for_model(
+        preprocessing=preprocessing, tokenize=tokenize
+    )
+
+
+class _Record(msgspec.Struct, frozen=True):
+    name: str
+    captions: list[str]
+    paired: bool
+
+
+def keep_pairs(run: Path, chosen: CalibrationPairs) -> None:
+    """Write RUN/calibration.npz."""
+    differences = np.diff(chosen.images, axis=2, prepend=np.uint8(0))
+    record = msgspec.json.encode(_Record(chosen.name, chosen.captions, chosen.paired))
+    content = npz_bytes(compressed=True, images=differences, record=np.frombuffer(record, np.uint8))
+    write_bytes(run / CALIBRATION_FILE, content)
+
+
+def kept_pairs(model: str) -> CalibrationPairs:
+    """Read what the run of a model has kept beside the model's folder.
+
+    Raises:
+        UsageError: there is nothing: the model is not in its run's folder, or from elsewhere.
+        InputError: the run is unfinished.
+        ConfigError: the file is damaged.
+    """
+    refuse_unfinished_run(model)
+    folder = model_folder(model)
+    path = folder.parent / CALIBRATION_FILE if folder else None
+    if path is None or not is_file(path):
+        raise UsageError(
+            f"INT8 needs calibration pairs, and {model} comes without: a run keeps its own in {CALIBRATION_FILE}, "
+            "beside the model.",
+            hint=_HINT,
+        )
+    arrays = read_npz(path, max_bytes=_MAX_BYTES, hint=_HINT)
+    images, record = arrays.get("images", np.empty(0)), arrays.get("record", np.empty(0))
+    try:
+        content = msgspec.json.decode(record.tobytes(), type=_Record)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} has no valid record: {error}.", hint=_HINT) from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(content.captions):
+        raise ConfigError(
+            f"{path} has images of shape {images.shape} and type {images.dtype} for {len(content.captions)} captions.",
+            hint=_HINT,
+        )
+    levels = np.cumsum(images, axis=2, dtype=np.uint8)
+    return CalibrationPairs(content.name, levels, content.captions, content.paired)
+
+
 _HINT = "pass pairs like the inputs the model will see in use: --calibration pairs.csv, or --calibration emoji"
 
 
-def calibration_pairs(source: str | None, model: str) -> Pairs:
-    """Load the pairs that `source` names, or else those that distillation.json in `model`'s folder names.
+def named_pairs(source: Typed, model: str) -> Pairs:
+    """Load the pairs that the user names.
 
-    A table may have the columns of any table of pairs, or else those of the one that the model was trained on.
+    A table may have the columns of any table of pairs, or else those of the one that `model` was trained on.
 
     Raises:
-        UsageError: neither names any pairs, or those of distillation.json are not on this machine.
-        InputError: `source` cannot be loaded.
+        InputError: they cannot be loaded.
     """
-    if source is not None:
-        return _named_pairs(source, model)
-    path = training_record_path(model_folder(model))
-    refuse_unfinished_run(model)
-    if path is None:
-        raise UsageError(f"INT8 needs calibration pairs, and {model} does not record its training data.", hint=_HINT)
-    training = _training_data(path)
-    if training.data is None and training.images is None:
-        raise UsageError(f"INT8 needs calibration pairs, and {path} names no data.", hint=_HINT)
-    try:
-        return load_samples(training, read_texts)
-    except InputError as error:
-        raise UsageError(
-            f"INT8 needs calibration pairs, and the model's training pairs cannot be loaded: {error}", hint=_HINT
-        ) from error
-
-
-def _named_pairs(source: str, model: str) -> Pairs:
     with contextlib.suppress(MissingColumnError):
         return load_pairs(source)
     path = training_record_path(model_folder(model))
-    training = TrainingData() if path is None else _training_data(path)
-    return load_pairs(source, image_key=training.csv_img_key, caption_key=training.csv_caption_key)
+    columns = _Columns() if path is None else read_json(path, _TrainingRecord).configuration
+    return load_pairs(source, image_key=columns.csv_img_key, caption_key=columns.csv_caption_key)
 
 
-def calibration_max_bad(source: str | None, model: str) -> float:
-    """Return the max fraction of unreadable samples of `calibration_pairs`: that which `model` was trained with.
-
-    The default, if `source` names other pairs, or the model records none.
-    """
-    path = training_record_path(model_folder(model)) if source is None else None
-    if path is None:
-        return MAX_BAD_SHARE
-    return read_json(path, _TrainingRecord).configuration.max_bad
-
-
-def _training_data(path: Path) -> TrainingData:
-    """Return what distillation.json says a model was trained on, with the addresses that its run alone keeps."""
-    record = read_json(path, _TrainingRecord)
-    training = msgspec.structs.replace(record.configuration, data=record.data)
-    run_config = path.parent.parent / RUN_CONFIG_FILE
-    if not is_file(run_config):
-        return training
-    addresses = read_yaml(run_config, _Addresses)
-    whole = {
-        name: address
-        for name in _Addresses.__struct_fields__
-        if (address := getattr(addresses, name)) is not None and shown_source(address) == getattr(training, name)
-    }
-    return msgspec.structs.replace(training, **whole)
-
-
-class _Addresses(msgspec.Struct):
-    """The fields of a run's config.yaml that distillation.json has without what may be a secret."""
-
-    data: str | None = None
-    images: str | None = None
-    texts: str | None = None
-
-
-class _Configuration(TrainingData, frozen=True, kw_only=True):
-    max_bad: float = MAX_BAD_SHARE
+class _Columns(msgspec.Struct):
+    csv_img_key: str = "filepath"
+    csv_caption_key: str = "title"
 
 
 class _TrainingRecord(msgspec.Struct):
     """The fields of distillation.json that are read here."""
 
-    data: str | None = None
-    configuration: _Configuration = msgspec.field(default_factory=_Configuration)
+    configuration: _Columns = msgspec.field(default_factory=_Columns)

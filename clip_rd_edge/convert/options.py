@@ -107,8 +107,8 @@ class ExportOptions(TypedDict, total=False):
             that `stitch` writes have.
         text_tower: False leaves the text tower out: the bundle embeds images, and classifies among `labels` alone.
             Default: True.
-        calibration: pairs to calibrate INT8 on, in any form that `distill` takes data. Default: the model's training
-            pairs.
+        calibration: pairs to calibrate INT8 on, in any form that `distill` takes data. Default: those that
+            the model's run has kept.
         node_modules: where npm has installed the packages for the browser. Default: downloaded once.
         min_agreement: min centred cosine between the embeddings in INT8 and in float32. Default: see `Budget`.
         max_loss: max loss of zero-shot accuracy by INT8 on held-out pairs, in points. Default: see `Budget`.

@@ -4,6 +4,7 @@ config.yaml      the resolved configuration
 inputs.json      fingerprints of data and teacher
 metrics.jsonl    one line per logged step
 checkpoints/     the complete state, for --resume
+calibration.npz  images and captions of the data, on which an export in INT8 is calibrated
 student/         the trained model, an open_clip local-dir; a run without it is unfinished
 best/            the best student by the run's own evaluations, if there were any
 report/          plots, drawn at each evaluation and once the student is saved
@@ -24,7 +25,8 @@ from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.encoder import Embeddings, Encoder
 from clip_rd_edge.contract.run_folder import REPORT_FOLDER, RUN_CONFIG_FILE
 from clip_rd_edge.contract.task import Task
-from clip_rd_edge.data.unpaired import MixedSamples, describe_counts
+from clip_rd_edge.convert.calibration import choose_pairs, keep_pairs
+from clip_rd_edge.data.unpaired import MixedSamples, describe_counts, has_images
 from clip_rd_edge.distillation.batches.loader import lost_worker
 from clip_rd_edge.distillation.build import (
     RunSetup,
@@ -312,6 +314,11 @@ def _save_student(
         encoder.encode_images([Image.new("RGB", (1, 1))])
         encoder.encode_texts([""])
     setup = dataclasses.replace(setup, student=student)
+    if has_images(setup.pairs):
+        try:  # a run must not end by what only INT8 needs
+            keep_pairs(run, choose_pairs(setup.pairs, preprocessing=student.preprocessing, max_bad=config.max_bad))
+        except Exception as error:  # noqa: BLE001 - too few pairs, or images that cannot be read now
+            reporter.say(f"no images are kept to calibrate INT8 with: {in_one_line(error)}")
     record = {**provenance(config, setup, steps=trained.steps), "evaluation": evaluation}
     save_clip(run / STUDENT_FOLDER, student, provenance=record)
     embeddings = dict[str, tuple[Embeddings, Embeddings]]()

@@ -11,14 +11,15 @@ from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.convert import targets
-from clip_rd_edge.convert.calibration import calibration_max_bad, calibration_pairs
+from clip_rd_edge.convert.calibration import named_pairs
 from clip_rd_edge.convert.options import require_precision
 from clip_rd_edge.convert.targets import ResolvedTarget, device_names, read_device, resolve_target
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import InputError
 from clip_rd_edge.exporters import bundle as exporters
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.utils.printable import as_word
+from clip_rd_edge.utils.trust import typed
 
 CommandLine = Callable[..., tuple[int, str, str]]
 
@@ -109,8 +110,7 @@ def test_invalid_arguments_exit_with_2_and_a_message_and_leave_no_files(
         ),
         ((run_folder, "-o", new, "--labels", empty), "has no labels; expected one label per line"),
         ((tmp_path / "none", "-o", new), "No model named"),
-        (("ViT-B-32", "-o", new, "--precision", "int8"), "does not record its training data"),
-        ((run_folder, "-o", new, "--precision", "int8"), "cannot be loaded: The data file gone.csv does not exist"),
+        (("ViT-B-32", "-o", new, "--precision", "int8"), "INT8 needs calibration pairs, and ViT-B-32 comes without"),
         ((run_folder, "-o", new, "--precision", "int8", "--calibration", few), "has 10 pairs; at least 32 are needed"),
     ]
     for arguments, message in cases:
@@ -120,29 +120,16 @@ def test_invalid_arguments_exit_with_2_and_a_message_and_leave_no_files(
         assert not new.exists()
 
 
-def test_the_training_pairs_are_the_default_for_calibration(run_folder: Path, pairs: Path, tmp_path: Path) -> None:
-    student = tmp_path / "student"
-    student.mkdir()
-    (student / "open_clip_config.json").write_text("{}")
+def test_a_table_for_calibration_may_have_the_columns_of_the_training(
+    run_folder: Path, pairs: Path, tmp_path: Path
+) -> None:
     renamed = tmp_path / "renamed.csv"
-    renamed.write_text(pairs.read_text().replace("filepath,title", "file,text"))
-    record = {"data": str(renamed), "configuration": {"csv_img_key": "file", "csv_caption_key": "text"}, "seed": 1}
-    (student / "distillation.json").write_text(json.dumps(record))
-    assert calibration_pairs(None, str(tmp_path)).captions(3) == ("noise number 3",)
-    assert calibration_pairs(str(pairs), str(run_folder)).name == str(pairs)
-    assert calibration_pairs(str(renamed), str(tmp_path)).captions(3) == ("noise number 3",)  # with the run's columns
-    assert calibration_max_bad(None, str(tmp_path)) == 0.01
-    record["configuration"]["max_bad"] = 0.3
-    (student / "distillation.json").write_text(json.dumps(record))
-    assert calibration_max_bad(None, str(tmp_path)) == 0.3
-    assert calibration_max_bad(str(pairs), str(tmp_path)) == 0.01
-    (student / "distillation.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"distillation\.json names no data"):
-        calibration_pairs(None, str(tmp_path))
-    for model in (str(tmp_path), "ViT-B-32"):
-        with pytest.raises(InputError, match=r"renamed\.csv has no column 'filepath'") as refusal:
-            calibration_pairs(str(renamed), model)
-        assert refusal.value.hint.endswith(", or rename one to 'filepath'")  # alone where there is no such option
+    renamed.write_text(pairs.read_text().replace("filepath,title", "file,title"))
+    for table in (pairs, renamed):
+        assert named_pairs(typed(table), str(run_folder)).captions(3) == ("noise number 3",)
+    with pytest.raises(InputError, match=r"renamed\.csv has no column 'filepath'") as refusal:
+        named_pairs(typed(renamed), "ViT-B-32")
+    assert refusal.value.hint.endswith(", or rename one to 'filepath'")  # alone where there is no such option
 
 
 def test_an_unknown_target_is_refused_with_the_list_of_targets(

@@ -29,7 +29,6 @@ from clip_rd_edge.benchmarking.accuracy import task_fingerprint
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.contract.task import ZeroShotTask
-from clip_rd_edge.convert.calibration import calibration_pairs
 from clip_rd_edge.data.pairs import BadSamples, ValidPair
 from clip_rd_edge.distillation import checkpoint, train
 from clip_rd_edge.distillation.build import histogram_embeddings, load_setup
@@ -168,10 +167,6 @@ def test_a_secret_in_the_address_of_the_data_is_in_no_file_that_is_published(
     with pytest.raises(UsageError, match=r"^\S+ began with other inputs: \{0\.\.1\}\.tar with 24 pairs") as refusal:
         distil(msgspec.structs.replace(config, data=str(tmp_path / "1.tar")), run, resume=True)
     assert refusal.value.hint.startswith(f"name those that it began with, the data in {run / 'config.yaml'}, or")
-    assert len(calibration_pairs(None, str(run))) == 24  # the run's own configuration has the whole address
-    shutil.copytree(student, tmp_path / "alone" / "student")
-    with pytest.raises(UsageError, match=r"INT8 needs calibration pairs, .* The shard 0\.tar does not exist"):
-        calibration_pairs(None, str(tmp_path / "alone"))
 
 
 @pytest.mark.parametrize("stop_after", [2, 5])

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,7 +21,7 @@ from tiny_runs import killed_and_resumed, run_on_images_and_labels, stop_at, wei
 from torch import Tensor
 
 from clip_rd_edge.contract.run_folder import read_metrics
-from clip_rd_edge.convert.calibration import calibration_pairs, calibration_set
+from clip_rd_edge.convert.calibration import kept_pairs
 from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.build import load_setup, make_dataset
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
@@ -358,14 +357,9 @@ def test_int8_is_calibrated_on_the_images_and_labels_of_the_run(config: RunConfi
     for number in range(24, 40):
         Image.new("RGB", (48, 40), (number, 0, 0)).save(Path(str(config.images)) / f"{number}.png")
     student = run_distillation(config, tmp_path / "run", resume=False)
-    pairs = calibration_pairs(None, str(student))
-    tokenize = lambda texts: np.asarray([[len(text)] for text in texts], np.int64)  # noqa: E731
-    setup = load_setup(config, name="student", processes=Processes())
-    samples = calibration_set(pairs, preprocessing=setup.student.preprocessing, tokenize=tokenize)
-    assert (len(samples.calibrate.pixels), len(samples.held_out.pixels), samples.paired) == (20, 20, False)
-    assert set(samples.calibrate.ids[:, 0].tolist()) <= {
-        len(f"a {name} picture") for name in ("red", "green", "blue", "yellow")
-    }
+    kept = kept_pairs(str(student))
+    assert (len(kept.images), kept.paired) == (40, False)
+    assert set(kept.captions) <= {f"a {name} picture" for name in ("red", "green", "blue", "yellow")}
 
 
 def test_pairs_alone_calibrate_int8_where_there_are_enough(config: RunConfig, pairs_csv: Path, tmp_path: Path) -> None:
@@ -376,19 +370,10 @@ def test_pairs_alone_calibrate_int8_where_there_are_enough(config: RunConfig, pa
     pairs_csv.write_text("\n".join(lines) + "\n")
     config = msgspec.structs.replace(config, data=str(pairs_csv))
     student = run_distillation(config, tmp_path / "run", resume=False)
-    captions: list[str] = []
-
-    def tokenize(texts: Sequence[str]) -> np.ndarray:  # type: ignore[type-arg]
-        captions.extend(texts)
-        return np.zeros((len(texts), 1), np.int64)
-
-    setup = load_setup(config, name="student", processes=Processes())
-    samples = calibration_set(
-        calibration_pairs(None, str(student)), preprocessing=setup.student.preprocessing, tokenize=tokenize
-    )
-    assert samples.paired
-    assert len(captions) == 34
-    assert all(" number " in caption for caption in captions)
+    kept = kept_pairs(str(student))
+    assert kept.paired
+    assert len(kept.captions) == 34
+    assert all(" number " in caption for caption in kept.captions)
 
 
 def test_a_caption_may_begin_with_a_hashtag(tmp_path: Path) -> None:
