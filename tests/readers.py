@@ -122,15 +122,15 @@ class IndexReader:
     """Reads index.json beside the embeddings of two images."""
 
     def __call__(self, path: Path) -> object:
+        from benchmarks.robustness.hostile_input import place_index
         from clip_rd_edge.runtime.index.image_index import nearest, read_index
 
         folder = path.parent / f"{path.name}.index"
         folder.mkdir()
         try:
-            (folder / "index.json").hardlink_to(path)
-            np.save(folder / "embeddings-0.npy", np.eye(2, 3, dtype=np.float32))
+            place_index(path, folder)
             index, rows = read_index(folder)
-            return nearest(index, rows, np.ones(3, np.float32), top=2)
+            return nearest(index, rows, np.eye(3, dtype=np.float32)[0], top=2, checked=False)
         finally:
             shutil.rmtree(folder)
 

@@ -28,7 +28,6 @@ from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.contract.encoder import Embeddings, normalise
 from clip_rd_edge.runtime.index.graph import build_graph, write_graph
 from clip_rd_edge.runtime.index.image_index import (
-    INDEX_VERSION,
     Entry,
     Index,
     nearest,
@@ -126,9 +125,7 @@ def make_index(path: Path, rows: Embeddings) -> None:
         Entry(path=f"2026/11/IMG_{i:08}.jpg", size_bytes=3_000_000 + i, modified_ns=10**18 + i, sha256=f"{i:064x}")
         for i in range(len(rows))
     ]
-    index = Index(
-        version=INDEX_VERSION, folder="/photos", bundle="/bundle", model="0" * 64, embeddings="", entries=entries
-    )
+    index = Index(folder="/photos", bundle="/bundle", model="0" * 64, embeddings="", entries=entries)
     write_index(path, index, rows)
 
 

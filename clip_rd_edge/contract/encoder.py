@@ -12,7 +12,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.images import is_table
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.errors import InputError, NotFiniteError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError, NotFiniteError, UsageError
 from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -191,6 +191,19 @@ def require_finite(embeddings: Embeddings, source: str) -> Embeddings:
             "clip-rd-edge verify",
         )
     return embeddings
+
+
+_MAX_COSINE = 1.01  # rounding to float16 included
+
+
+def require_cosines(cosines: Embeddings, source: str) -> Embeddings:
+    """Return cosine similarities; raise as `require_finite`, or a ConfigError if one is not of unit vectors."""
+    if (largest := float(np.abs(require_finite(cosines, source)).max(initial=0.0))) > _MAX_COSINE:
+        raise ConfigError(
+            f"{source} has embeddings that are not unit vectors: a cosine similarity is {largest:.2f}.",
+            hint="the index or the model is damaged: check the bundle with clip-rd-edge verify, and index again",
+        )
+    return cosines
 
 
 Probabilities = npt.NDArray[np.float32]

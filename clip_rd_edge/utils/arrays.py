@@ -48,8 +48,13 @@ def load_array(source: Path | IO[bytes], *, memory_mapped: bool = False) -> npt.
     Raises:
         OSError, ValueError, EOFError: as `numpy.load`, which reads it; Python objects are refused.
     """
-    with HEADERS:
-        array: npt.NDArray[Any] = np.load(source, mmap_mode="r" if memory_mapped else None, allow_pickle=False)
+    try:
+        with HEADERS:
+            array: npt.NDArray[Any] = np.load(source, mmap_mode="r" if memory_mapped else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise
+    except Exception as error:  # NumPy evaluates a header as Python, and ends with whatever that raises
+        raise ValueError(f"its header is damaged ({type(error).__name__})") from error
     return array
 
 

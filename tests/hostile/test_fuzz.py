@@ -132,7 +132,7 @@ def good_files(bundle: Path) -> dict[str, list[bytes]]:
         return buffer.getvalue()
 
     names = np.asarray(["red", "green"])
-    index = {"version": 1, "folder": "/a", "bundle": "/b", "model": "m", "embeddings": "embeddings-0.npy"}
+    index = {"folder": "/a", "bundle": "/b", "model": "m", "embeddings": "embeddings-0.npy", "crc32s": [1104414842]}
     return {
         "images": [picture(name) for name in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM")],
         "shards": [archive(tarfile.GNU_FORMAT), archive(tarfile.PAX_FORMAT), archive(tarfile.USTAR_FORMAT)],

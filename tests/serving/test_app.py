@@ -27,7 +27,7 @@ import clip_rd_edge as edge
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.runtime.index.image_index import read_index
+from clip_rd_edge.runtime.index.image_index import read_index, write_content
 from clip_rd_edge.runtime.index.update import update_index
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.serving.batching import Batcher
@@ -466,8 +466,9 @@ def test_a_link_to_another_index_of_the_same_size_and_time_is_followed(
     encoder = load(colour_bundle)
     update_index(encoder, colour_images, tmp_path / "old")
     shutil.copytree(tmp_path / "old", tmp_path / "new")
-    content = (tmp_path / "new" / "index.json").read_text()
-    (tmp_path / "new" / "index.json").write_text(content.replace("blue.jpg", "sea5.jpg"))
+    known, _ = read_index(tmp_path / "new")
+    sea = [msgspec.structs.replace(entry, path=entry.path.replace("blue", "sea5")) for entry in known.entries]
+    write_content(tmp_path / "new", msgspec.structs.replace(known, entries=sea))
     for name in ("old", "new"):
         os.utime(tmp_path / name / "index.json", (1, 1))  # as in images of OSTree and Nix
     current = tmp_path / "current"

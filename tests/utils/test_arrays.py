@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import time
@@ -145,3 +146,15 @@ def test_any_number_of_threads_may_read_headers_at_once(tmp_path: Path) -> None:
                 reader.result()
     finally:
         gc.set_threshold(*thresholds)
+
+
+@pytest.mark.parametrize("memory_mapped", [True, False])
+def test_a_damaged_header_is_a_damaged_file(tmp_path: Path, *, memory_mapped: bool) -> None:
+    """NumPy evaluates it, and ends with whatever that raises, such as a TokenError."""
+    content, path = npy_bytes(np.zeros((5, 3), np.float32)), tmp_path / "rows.npy"
+    for bit in range(8 * 128):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            load_array(path, memory_mapped=memory_mapped)

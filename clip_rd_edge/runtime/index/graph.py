@@ -56,6 +56,7 @@ class GraphFiles(msgspec.Struct, frozen=True, kw_only=True):
         keys: number of images that it was built from.
         links_at: where its links begin in `file`, behind the embeddings.
         crc32: of the links.
+        rows_crc32: of `rows`.
     """
 
     file: str
@@ -63,6 +64,7 @@ class GraphFiles(msgspec.Struct, frozen=True, kw_only=True):
     keys: int
     links_at: int = 0
     crc32: int = -1
+    rows_crc32: int = -1
 
 
 class Graph(NamedTuple):
@@ -222,16 +224,17 @@ def write_rows(path: Path, files: GraphFiles, rows: Rows, firsts: Rows) -> Graph
     content = io.BytesIO()
     np.save(content, np.stack([rows, firsts]).astype(np.int64))
     write_bytes(path / name, content.getbuffer())
-    return msgspec.structs.replace(files, rows=name)
+    return msgspec.structs.replace(files, rows=name, rows_crc32=zlib.crc32(content.getbuffer()))
 
 
 def read_rows(path: Path, files: GraphFiles) -> tuple[Rows, Rows] | None:
     """Return the row of each key, and its first copy, or None if the file is missing or damaged."""
     try:
-        both = load_array(path / files.rows)
+        content = (path / files.rows).read_bytes()
+        both = load_array(io.BytesIO(content))
     except (OSError, ValueError, EOFError):
         return None
-    if both.shape != (2, files.keys) or both.dtype.kind != "i":
+    if zlib.crc32(content) != files.rows_crc32 or both.shape != (2, files.keys) or both.dtype.kind != "i":
         return None
     return both[0].astype(np.int64), both[1].astype(np.int64)
 

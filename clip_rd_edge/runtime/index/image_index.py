@@ -1,13 +1,16 @@
 """An index of an image folder, to search by text or image.
 
-    index.json           image folder, bundle, and per image its path, size, modification time and SHA-256
-    embeddings-KEY.npy   the images' embeddings, (N, D) float32, one row per entry
+    index.json           image folder, bundle, and per image its path, size, times and SHA-256; and its own CRC-32
+    embeddings-KEY.npy   the images' embeddings, (N, D) float32, one row per entry; index.json has a CRC-32 per block
     graph-KEY.…          from a million images on: for approximate search, see `runtime.index.graph`
     next/                the index that will replace this one, of another model, once all images are in it
 
 index.json names its embeddings file and is written last and atomically: if indexing is interrupted, the folder still
 holds a valid, older index. Writers wait for each other (`utils.lock`). Readers take no lock, so that a folder that they
 cannot write to can be searched: if the embeddings are gone that index.json named, they read the new index.json.
+
+Blocks of rows are checked when they are read, which takes a second for a million rows of 512 entries. A search refuses
+those that have changed on the disk, and an update embeds their images again.
 """
 
 from __future__ import annotations
@@ -17,15 +20,17 @@ import io
 import os
 import re
 import uuid
+import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
 from clip_rd_edge.contract.bundle import Manifest, is_bundle
-from clip_rd_edge.contract.encoder import Embeddings, require_finite, require_top, top_indices
+from clip_rd_edge.contract.encoder import Embeddings, require_cosines, require_top, top_indices
 from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES
 from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.errors import ConfigError, InputError, quoted
@@ -36,6 +41,7 @@ from clip_rd_edge.runtime.index.graph import (
     MAX_TOP,
     Graph,
     GraphFiles,
+    Rows,
     open_graph,
 )
 from clip_rd_edge.runtime.load import load
@@ -47,11 +53,9 @@ from clip_rd_edge.utils.structs import read_versioned_json
 INDEX_VERSION = 1
 INDEX_FILE, NEXT, _ROWS = "index.json", "next", "embeddings-"
 _MAKE_ANEW = "delete it and index the folder again"
+_BLOCK_ROWS = 64  # per checksum: an approximate search reads about 128 rows, of as many blocks
 _PART_BYTES = 1 << 20  # of index.json: decoding it takes some milliseconds
 _BETWEEN = re.compile(rb'"\],\["')  # two entries
-
-
-T = TypeVar("T", bound=msgspec.Struct)
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
@@ -71,18 +75,19 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
         bundle: absolute path of the bundle that embedded the images.
         model: `model_key` of that bundle.
         embeddings: name of the embeddings file, which has one row per entry.
+        crc32s: of its blocks of _BLOCK_ROWS rows.
         graph: the files of approximate search; None if search is exact.
         missing: number of images that were still to be embedded when it was saved, or whose disk had gone away.
         listed_ns: when the listing of the folder began that the entries are from, by the clock of the index's folder;
             0 if not known.
     """
 
-    version: int
     folder: str
     bundle: str
     model: str
     embeddings: str
     entries: list[Entry]
+    crc32s: list[int] = []
     graph: GraphFiles | None = None
     missing: int = 0
     listed_ns: int = 0
@@ -92,6 +97,14 @@ class _Undecoded(Index, frozen=True, kw_only=True):
     """The content of index.json with its entries as text."""
 
     entries: msgspec.Raw  # type: ignore[assignment]
+
+
+class _File(msgspec.Struct, frozen=True):
+    """index.json: an Index as text, and the CRC-32 of that."""
+
+    version: int
+    crc32: int
+    index: msgspec.Raw
 
 
 class Hit(NamedTuple):
@@ -146,7 +159,7 @@ def read_index(path: Path, *, memory_mapped: bool = True) -> tuple[Index, Embedd
         raise InputError(f"{path} is not an index: it has no {INDEX_FILE}.", hint="create one with clip-rd-edge index")
     missing = ""
     while True:
-        index = _read_content(path)
+        index = _read(path)
         for name in (index.embeddings, *((index.graph.file, index.graph.rows) if index.graph else ())):
             if not is_plain_name(name):
                 raise ConfigError(f"{path / INDEX_FILE} names the file {name!r}, which is not inside the index.")
@@ -158,54 +171,55 @@ def read_index(path: Path, *, memory_mapped: bool = True) -> tuple[Index, Embedd
                 missing = index.embeddings  # a writer may have replaced both files since index.json was read
                 continue
             raise ConfigError(f"The index {path} is damaged: {error}.", hint=_MAKE_ANEW) from error
-    if rows.ndim != 2 or len(rows) != len(index.entries) or rows.dtype != np.float32:
+    is_matrix = rows.ndim == 2 and rows.dtype == np.float32 and rows.flags.c_contiguous
+    if not is_matrix or len(rows) != len(index.entries) or len(index.crc32s) != _block_count(len(rows)):
         raise ConfigError(
             f"The index {path} has {len(index.entries)} images but embeddings of shape {rows.shape} and type "
             f"{rows.dtype}.",
             hint=_MAKE_ANEW,
         )
+    if not memory_mapped:
+        _require_intact(index, rows)
     return index, rows
 
 
 def indexed_folder(path: Path) -> str:
     """Return the path of the image folder of an index, without decoding its entries; raises as `read_index`."""
-    return _read(path, _Undecoded).folder
+    return _read(path, entries=False).folder
 
 
-def _read_content(path: Path) -> Index:
-    content = _read(path, _Undecoded)
+def _read(path: Path, *, entries: bool = True) -> Index:
     try:
-        entries = _decode_in_parts(content.entries)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # raised again, with the place in the file
-        return _read(path, Index)
-    return Index(**{**msgspec.structs.asdict(content), "entries": entries})
-
-
-def _read(path: Path, kind: type[T]) -> T:
-    try:
-        return read_versioned_json(path / INDEX_FILE, kind, newest=INDEX_VERSION, key="version")
-    except ConfigError as error:
-        if error.hint:
+        file = read_versioned_json(path / INDEX_FILE, _File, newest=INDEX_VERSION, key="version")
+        if zlib.crc32(file.index) != file.crc32:
+            raise ConfigError(f"{INDEX_FILE} has changed since it was written: its checksum differs.")
+        content = msgspec.json.decode(file.index, type=_Undecoded)
+        decoded = _decode_in_parts(content.entries) if entries else []
+    except (ConfigError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        if isinstance(error, ConfigError) and error.hint:
             raise
-        raise ConfigError(f"The index {path} is damaged: {error}", hint=_MAKE_ANEW) from error
+        raise ConfigError(f"The index {path} is damaged: {str(error).rstrip('.')}.", hint=_MAKE_ANEW) from error
+    return Index(**{**msgspec.structs.asdict(content), "entries": decoded})
 
 
 def _decode_in_parts(text: msgspec.Raw) -> list[Entry]:
     """Decode the entries of index.json, some thousands at a time, so that other threads run in between.
 
-    Quotes in a path are escaped, so that what looks like the end of an entry is one, or else part of a text: then what
+    Quotes in a path are escaped, so that what looks like the end of an entry is one, or else all of a path: then what
     is before it is no JSON.
 
     Raises:
-        msgspec.MsgspecError, UnicodeDecodeError, RecursionError: as `msgspec.json.decode`, or a path looks like the end
-            of an entry.
+        msgspec.MsgspecError, UnicodeDecodeError, RecursionError: as `msgspec.json.decode`.
     """
     content, decoder = memoryview(text), msgspec.json.Decoder(list[Entry])
     entries: list[Entry] = []
     opening, start = b"", 0
     while cut := _BETWEEN.search(content, start + _PART_BYTES):
         end = cut.end() - len(',["')
-        entries += decoder.decode(b"".join((opening, content[start:end], b"]")))
+        try:
+            entries += decoder.decode(b"".join((opening, content[start:end], b"]")))
+        except msgspec.DecodeError:
+            return decoder.decode(content)
         opening, start = b"[", end + 1
     entries += decoder.decode(b"".join((opening, content[start:])))
     return entries
@@ -222,10 +236,56 @@ def write_index(path: Path, index: Index, rows: Embeddings) -> Index:
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(rows))
     name = f"{_ROWS}{uuid.uuid4().hex[:12]}.npy"
     write_bytes(path / name, header.getvalue(), rows.data)
-    index = msgspec.structs.replace(index, embeddings=name)
-    write_bytes(path / INDEX_FILE, msgspec.json.encode(index))
+    index = msgspec.structs.replace(index, embeddings=name, crc32s=_crc32s(rows, range(_block_count(len(rows)))))
+    write_content(path, index)
     delete(old_files)
     return index
+
+
+def write_content(path: Path, index: Index) -> None:
+    """Write index.json, whose embeddings are there."""
+    content = msgspec.json.encode(index)
+    head = b'{"version":%d,"crc32":%d,"index":' % (INDEX_VERSION, zlib.crc32(content))
+    write_bytes(path / INDEX_FILE, head, content, b"}")
+
+
+def _block_count(rows: int) -> int:
+    return -(-rows // _BLOCK_ROWS)
+
+
+def _crc32s(rows: Embeddings, blocks: Sequence[int]) -> list[int]:
+    plain = np.asarray(rows)  # each slice of a mapped file would be one, too
+    return [zlib.crc32(plain[block * _BLOCK_ROWS : (block + 1) * _BLOCK_ROWS].data) for block in blocks]
+
+
+def without_damage(index: Index, rows: Embeddings) -> tuple[Index, Embeddings]:
+    """Return an index, and its rows, without the blocks of rows that have changed since they were written."""
+    damaged = _damaged(index, rows, range(len(index.crc32s)))
+    if not damaged:
+        return index, rows
+    kept = np.flatnonzero(~np.isin(np.arange(len(rows)) // _BLOCK_ROWS, damaged))
+    entries = [index.entries[row] for row in kept.tolist()]
+    return msgspec.structs.replace(index, entries=entries, graph=None), rows[kept]
+
+
+def _damaged(index: Index, rows: Embeddings, blocks: Sequence[int]) -> list[int]:
+    found = _crc32s(rows, blocks)
+    return [block for block, crc32 in zip(blocks, found, strict=True) if crc32 != index.crc32s[block]]
+
+
+def _require_intact(index: Index, rows: Embeddings, chosen: Rows | None = None) -> None:
+    """Refuse rows, all or the chosen ones, that have changed since they were written.
+
+    Raises:
+        ConfigError: some have.
+    """
+    blocks = range(len(index.crc32s)) if chosen is None else np.unique(chosen // _BLOCK_ROWS).tolist()
+    if damaged := _damaged(index, rows, blocks):
+        raise ConfigError(
+            f"The index of {index.folder} is damaged: {len(damaged):,} of its blocks of {_BLOCK_ROWS} embeddings have "
+            f"changed on the disk, the first with that of {index.entries[damaged[0] * _BLOCK_ROWS].path}.",
+            hint="index the folder again, which embeds these images again",
+        )
 
 
 def delete(files: set[Path]) -> None:
@@ -242,12 +302,26 @@ def leftovers(path: Path, graph: GraphFiles | None = None) -> set[Path]:
     return files - ({path / graph.file, path / graph.rows} if graph else set())
 
 
-def nearest(index: Index, rows: Embeddings, query: Embeddings, *, top: int, graph: Graph | None = None) -> list[Hit]:
+def nearest(
+    index: Index,
+    rows: Embeddings,
+    query: Embeddings,
+    *,
+    top: int,
+    graph: Graph | None = None,
+    checked: bool = True,
+) -> list[Hit]:
     """Return the images nearest to a query embedding, (D,) or (1, D), nearest first; ties keep the index's order.
 
     Without a graph, or for more than MAX_TOP results, the search is exact: one matrix product over all rows, limited by
     memory bandwidth. For 100,000 images it takes less time than reading index.json. With a graph, only the rows that it
     proposes are compared, if it proposes enough: `python -m benchmarks.devices.search 100000 --graph` measures both.
+
+    Args:
+        checked: whether the rows are known to be intact; else those that are compared are checked now.
+
+    Raises:
+        ConfigError: the query has another size, or rows are damaged, or are not unit vectors.
     """
     query = query.reshape(-1)
     if rows.shape[1] != len(query):
@@ -258,8 +332,10 @@ def nearest(index: Index, rows: Embeddings, query: Embeddings, *, top: int, grap
     candidates = graph.candidates(query, top) if graph is not None and top <= MAX_TOP else None
     if candidates is not None:
         candidates = np.sort(candidates)
+    if not checked:
+        _require_intact(index, rows, candidates)
     compared = rows if candidates is None else rows[candidates]
-    similarities = require_finite(np.asarray(compared @ query), "An image of the index, or the query,")
+    similarities = require_cosines(np.asarray(compared @ query), "An image of the index, or the query,")
     best = top_indices(similarities, top)
     numbers = best if candidates is None else candidates[best]
     return [
@@ -322,7 +398,8 @@ def search_index(
     encoder = load(bundle or index.bundle, threads=threads, device=device)
     require_same_model(encoder, index, path)
     embedding = encoder.encode_texts([query]) if isinstance(query, str) else encoder.encode_images([as_rgb(query)])
-    hits = Hits(nearest(index, rows, embedding, top=top, graph=None if exact else read_graph(path, index)))
+    graph = None if exact else read_graph(path, index)
+    hits = Hits(nearest(index, rows, embedding, top=top, graph=graph, checked=False))
     hits.indexed, hits.missing = len(index.entries), index.missing
     return hits
 

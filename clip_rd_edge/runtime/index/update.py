@@ -40,7 +40,6 @@ from clip_rd_edge.runtime.index.graph import (
 )
 from clip_rd_edge.runtime.index.image_index import (
     INDEX_FILE,
-    INDEX_VERSION,
     NEXT,
     Entry,
     Index,
@@ -51,9 +50,11 @@ from clip_rd_edge.runtime.index.image_index import (
     model_key,
     read_graph,
     read_index,
+    without_damage,
+    write_content,
     write_index,
 )
-from clip_rd_edge.utils.files import disk_full_error, now_in, write_bytes
+from clip_rd_edge.utils.files import disk_full_error, now_in
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, near_files
 from clip_rd_edge.utils.printable import is_unicode
@@ -178,7 +179,10 @@ def _update(
     current = str(encoder.folder.resolve()), str(folder.resolve())
     if (index.bundle, index.folder) != current:  # moved; search looks where index.json says, though no image is new
         index = msgspec.structs.replace(index, bundle=current[0], folder=current[1])
-        write_bytes(saved_at / INDEX_FILE, msgspec.json.encode(index))
+        write_content(saved_at, index)
+    found, (index, rows) = index.entries, without_damage(index, rows)
+    if len(index.entries) < len(found):
+        reporter.say(f"{len(found) - len(index.entries):,} embeddings in {path} are damaged: they are computed again")
     listed_ns = int(now_in(path) * 1e9)
     plan = plan_update(folder, path, index, settled, last_listed_ns=last_listed_ns)
     if plan is None:
@@ -190,7 +194,7 @@ def _update(
         unreadable_images=plan.unreadable_images,
         vanished=plan.vanished,
     )
-    unchanged = is_index(saved_at) and [entry for entry, _ in plan.kept] == index.entries
+    unchanged = is_index(saved_at) and [entry for entry, _ in plan.kept] == found
     if saved_at == path and unchanged and not plan.new and not index.missing:
         update.approximate = _keep_graph(path, index, rows, encoder.threads, stop, reporter)
         return update
@@ -340,7 +344,7 @@ def _keep_graph(
     if built is None:
         return usable
     index = msgspec.structs.replace(index, graph=write_graph(path, built))
-    write_bytes(path / INDEX_FILE, msgspec.json.encode(index))
+    write_content(path, index)
     delete(leftovers(path, index.graph) - {path / index.embeddings})
     return True
 
@@ -353,7 +357,6 @@ def _start(
     That is `path`, or NEXT in it while another model's index is there.
     """
     empty = Index(
-        version=INDEX_VERSION,
         folder=str(folder),
         bundle=str(encoder.folder.resolve()),
         model=model_key(encoder.manifest),

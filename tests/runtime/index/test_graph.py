@@ -29,13 +29,13 @@ from clip_rd_edge.runtime.index.graph import (
     write_rows,
 )
 from clip_rd_edge.runtime.index.image_index import (
-    INDEX_VERSION,
     Entry,
     Index,
     nearest,
     read_graph,
     read_index,
     search_index,
+    write_content,
     write_index,
 )
 from clip_rd_edge.runtime.index.update import update_index
@@ -107,7 +107,7 @@ def embeddings(count: int, seed: int = 0) -> Any:
 
 def written(path: Path, rows: Any) -> Index:
     entries = [Entry(path=f"{i}.jpg", size_bytes=i, modified_ns=i, sha256=str(i)) for i in range(len(rows))]
-    empty = Index(version=INDEX_VERSION, folder="/photos", bundle="/b", model="", embeddings="", entries=entries)
+    empty = Index(folder="/photos", bundle="/b", model="", embeddings="", entries=entries)
     return write_index(path, empty, rows)
 
 
@@ -222,6 +222,28 @@ def test_a_graph_whose_links_are_damaged_is_not_opened(tmp_path: Path, *, memory
         assert open_graph(tmp_path, files, 50, memory_mapped=memory_mapped) is None
     (tmp_path / files.file).write_bytes(content[:-1])
     assert open_graph(tmp_path, files, 50, memory_mapped=memory_mapped) is None
+
+
+def test_the_rows_that_a_graph_proposes_are_checked_and_its_own_are_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_rd_edge.runtime.index.image_index._BLOCK_ROWS", 1)
+    rows = embeddings(900)
+    index = written(tmp_path, rows)
+    files = write_graph(tmp_path, build_graph(rows, threads=1))
+    index = msgspec.structs.replace(index, graph=files)
+    graph = open_graph(tmp_path, files, 900)
+    damaged = rows.copy()
+    damaged[7, 3] += 0.01
+    assert nearest(index, damaged, -rows[7], top=1, graph=graph, checked=False)  # compared with other blocks alone
+    with pytest.raises(ConfigError, match="damaged"):
+        nearest(index, damaged, rows[7], top=1, graph=graph, checked=False)
+    content = bytearray((tmp_path / files.rows).read_bytes())
+    for at in range(130, len(content), 999):
+        content[at] ^= 1
+        (tmp_path / files.rows).write_bytes(content)
+        assert open_graph(tmp_path, files, 900) is None
+        content[at] ^= 1
 
 
 def test_search_is_exact_if_the_graph_fails(tmp_path: Path) -> None:
@@ -389,6 +411,6 @@ def test_an_index_names_no_file_outside_of_it(tmp_path: Path) -> None:
     rows = embeddings(3)
     index = written(tmp_path, rows)
     files = msgspec.structs.replace(write_graph(tmp_path, build_graph(rows, threads=1)), rows="../rows.npy")
-    (tmp_path / "index.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(index, graph=files)))
+    write_content(tmp_path, msgspec.structs.replace(index, graph=files))
     with pytest.raises(ConfigError, match=r"names the file '\.\./rows\.npy', which is not inside the index"):
         read_index(tmp_path)
