@@ -156,7 +156,7 @@ def write_parquet(folder: Path, shards: int, samples: int) -> None:
 
 
 def write_store(folder: Path, shards: int, samples: int) -> None:
-    """Write a complete teacher's store whose rows are holes."""
+    """Write a complete teacher's store whose shards are hard links to one of zeros."""
     import msgspec
 
     from clip_rd_edge.contract.preprocess import Preprocessing
@@ -178,16 +178,21 @@ def write_store(folder: Path, shards: int, samples: int) -> None:
         pairs_sha256="",
         precision="fp32",
     )
-    header = 128  # bytes of .npy before the rows
+    linked: dict[int, Path] = {}  # by number of rows
     for shard in range(store.shard_count(pairs)):
-        rows = min(store.SHARD_SIZE, pairs - shard * store.SHARD_SIZE)
+        rows = len(store.shard_rows(shard, pairs))
         for path in (store.image_shard(folder, 0, shard), store.text_shard(folder, shard)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                file.truncate(header + rows * manifest.embedding_size * 2)
-    np.save(folder / "texts" / "keys.npy", np.arange(pairs, dtype=store.KEY) * np.uint64(2**64 // pairs))
+            if rows in linked:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.hardlink_to(linked[rows])
+            else:
+                zeros = np.zeros((rows, manifest.embedding_size), np.float16)
+                store.write_array(path, store.with_checksums(zeros))
+                linked[rows] = path
+    np.save(store.keys_file(folder), np.arange(pairs, dtype=store.KEY) * np.uint64(2**64 // pairs))
     (folder / store.MANIFEST).write_bytes(msgspec.json.encode(manifest))
-    (folder / store.COMPLETE).write_bytes(msgspec.json.encode({"captions": pairs}))
+    complete = store.CompleteCache(pairs, store.keys_crc32(folder))
+    (folder / store.COMPLETE).write_bytes(msgspec.json.encode(complete))
 
 
 MAKERS: dict[str, Callable[[Path, int, int], None]] = {

@@ -1,12 +1,12 @@
 """The teacher's embeddings, computed once and read back row by row.
 
     manifest.json                      what the embeddings depend on
-    images/view-V/shard-S.npy          (n, D) float16, for the pairs S · SHARD_SIZE to S · SHARD_SIZE + n
+    images/view-V/shard-S.npy          (n,) rows of D float16, for the pairs S · SHARD_SIZE to S · SHARD_SIZE + n
     captions/shard-S.npy               the keys of these pairs' captions, and the number of the pair of each
     texts/keys.npy                     (C,) keys of all different captions, sorted
     texts/pairs.npy                    (C,) a pair that has the caption
-    texts/shard-T.npy                  (n, D) float16, for the keys T · SHARD_SIZE to T · SHARD_SIZE + n
-    complete.json                      written last: nothing is missing
+    texts/shard-T.npy                  (n,) rows of D float16, for the keys T · SHARD_SIZE to T · SHARD_SIZE + n
+    complete.json                      written last: nothing is missing; with the CRC-32 of keys.npy
 
 With a cache, epoch e shows view e mod V: the same crops and captions return every V epochs, and the teacher takes no
 part in a step. A cache is rejected if anything differs that its embeddings depend on; where the data lie does not
@@ -21,13 +21,15 @@ then bad in training, too, and another pair takes its place with its own row.
 
 Files are written atomically, so several processes or machines can build one cache together, and an interrupted build
 continues where it stopped. Rows are read with plain reads, so neither opening a cache nor reading from it needs memory
-that grows with its size, and worker processes share the operating system's cache of the files.
+that grows with its size, and worker processes share the operating system's cache of the files. Each row of embeddings
+has its CRC-32, which is checked whenever it is read, in about a microsecond; keys.npy, when a cache is opened.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import zlib
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -51,10 +53,11 @@ from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.structs import read_json, to_json
 
 MANIFEST, COMPLETE = "manifest.json", "complete.json"
-FORMAT_VERSION = 3  # increase when the same manifest gives other embeddings, such as by other crops
+FORMAT_VERSION = 4  # increase when the same manifest gives other embeddings, such as by other crops
 SHARD_SIZE = 4096  # rows per shard: 4 MiB at D = 512
-KEY = np.dtype("<u8")
+KEY, _CRC32 = np.dtype("<u8"), np.dtype("<u4")
 _HEADER_BYTES = 128  # of .npy, before the rows: of any number of them
+_RUN_AGAIN = "run the command again, which computes what a teacher cache lacks, or copy the cache again"
 
 
 class CacheManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -83,9 +86,10 @@ class CacheManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class CompleteCache(msgspec.Struct, frozen=True):
-    """Content of complete.json: the number of different captions."""
+    """Content of complete.json: the number of different captions, and the CRC-32 of the file of their keys."""
 
     captions: int
+    keys_crc32: int
 
 
 class RowFile(Sequence[Any]):
@@ -93,14 +97,12 @@ class RowFile(Sequence[Any]):
 
     Args:
         count: number of rows in the file.
-        shape: shape of a row.
+        dtype: of a row; that of `embedding_rows` is checked, and returned without its checksum.
     """
 
-    def __init__(self, path: Path, *, count: int, dtype: npt.DTypeLike, shape: tuple[int, ...] = ()) -> None:
-        self._path, self._count, self._shape = path, count, shape
-        self._dtype = np.dtype(dtype)
-        self._row_bytes = self._dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        self._size_bytes = _HEADER_BYTES + count * self._row_bytes
+    def __init__(self, path: Path, *, count: int, dtype: np.dtype[Any]) -> None:
+        self._path, self._count, self._dtype = path, count, dtype
+        self._size_bytes = _HEADER_BYTES + count * dtype.itemsize
 
     def __enter__(self) -> RowFile:
         # Opening costs 10 µs, and leaves no position in an open file that worker processes would share.
@@ -131,8 +133,7 @@ class RowFile(Sequence[Any]):
     def _not_whole(self, size: int | None) -> ConfigError:
         problem = "is missing" if size is None else f"is damaged: it has {size:,} bytes"
         return ConfigError(
-            f"{self._path} {problem}; expected {self._size_bytes:,} bytes, for {self._count:,} rows.",
-            hint="run the command again, which computes what a teacher cache lacks, or copy the cache again",
+            f"{self._path} {problem}; expected {self._size_bytes:,} bytes, for {self._count:,} rows.", hint=_RUN_AGAIN
         )
 
     def __exit__(self, *_: object) -> None:
@@ -142,9 +143,17 @@ class RowFile(Sequence[Any]):
         return self._count
 
     def __getitem__(self, index: Any) -> Any:
-        self._file.seek(_HEADER_BYTES + index * self._row_bytes)
-        row = np.frombuffer(self._file.read(self._row_bytes), dtype=self._dtype)
-        return row.reshape(self._shape) if self._shape else row[0]
+        self._file.seek(_HEADER_BYTES + index * self._dtype.itemsize)
+        content = self._file.read(self._dtype.itemsize)
+        row = np.frombuffer(content, dtype=self._dtype)[0]
+        if not self._dtype.names:
+            return row
+        if zlib.crc32(content[: -_CRC32.itemsize]) != row["crc32"]:
+            raise ConfigError(
+                f"{self._path} is damaged: row {index:,} has changed since it was written.",
+                hint=f"delete it, and {_RUN_AGAIN}",
+            )
+        return row["row"]
 
 
 @dataclass(frozen=True)
@@ -185,7 +194,7 @@ class TeacherCache:
                 self._images(view, shard).require_whole()
 
     def _keys(self) -> RowFile:
-        return RowFile(self.folder / "texts" / "keys.npy", count=self.captions, dtype=KEY)
+        return RowFile(keys_file(self.folder), count=self.captions, dtype=KEY)
 
     def _texts(self, shard: int) -> RowFile:
         rows = shard_rows(shard, self.captions)
@@ -198,7 +207,33 @@ class TeacherCache:
 
 def embedding_file(path: Path, rows: range, *, width: int) -> RowFile:
     """Return the file of a shard with these rows, (width,) each."""
-    return RowFile(path, count=len(rows), dtype="<f2", shape=(width,))
+    return RowFile(path, count=len(rows), dtype=_row_type(width))
+
+
+def _row_type(width: int) -> np.dtype[Any]:
+    return np.dtype([("row", "<f2", (width,)), ("crc32", _CRC32)])
+
+
+def with_checksums(rows: HalfArray) -> npt.NDArray[np.void]:
+    """Return what the file of a shard with these rows, (n, D), holds: (n,)."""
+    checked = np.empty(len(rows), _row_type(rows.shape[1]))
+    checked["row"] = rows
+    checked["crc32"] = [zlib.crc32(row) for row in np.ascontiguousarray(rows)]
+    return checked
+
+
+def keys_file(folder: Path) -> Path:
+    """Return the path of the keys of all different captions."""
+    return folder / "texts" / "keys.npy"
+
+
+def keys_crc32(folder: Path) -> int:
+    """Return the CRC-32 of the file of keys, reading it in parts."""
+    crc32 = 0
+    with keys_file(folder).open("rb") as file:
+        while block := file.read(1 << 15):
+            crc32 = zlib.crc32(block, crc32)
+    return crc32
 
 
 @dataclass(frozen=True)
@@ -345,7 +380,7 @@ def write_array(path: Path, array: npt.NDArray[Any]) -> None:
 
 
 def open_cache(folder: Path) -> TeacherCache:
-    """Open a complete cache. No embedding is read, only the size of each file.
+    """Open a complete cache. No embedding is read, only the keys and the size of each file.
 
     Raises:
         ConfigError: the manifest cannot be read, the cache is not complete, or a file is missing or damaged.
@@ -353,8 +388,11 @@ def open_cache(folder: Path) -> TeacherCache:
     manifest = read_json(folder / MANIFEST, CacheManifest)
     if not (folder / COMPLETE).is_file():
         raise ConfigError(f"The teacher cache {folder} is not complete.", hint="finish building it first")
-    cache = TeacherCache(folder, manifest, read_json(folder / COMPLETE, CompleteCache).captions)
+    complete = read_json(folder / COMPLETE, CompleteCache)
+    cache = TeacherCache(folder, manifest, complete.captions)
     cache.require_whole()
+    if keys_crc32(folder) != complete.keys_crc32:
+        raise ConfigError(f"{keys_file(folder)} is damaged: it has changed since it was written.", hint=_RUN_AGAIN)
     return cache
 
 

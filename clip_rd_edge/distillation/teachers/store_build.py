@@ -31,10 +31,13 @@ from clip_rd_edge.distillation.teachers.embedding_store import (
     embedding_file,
     image_shard,
     is_embedding,
+    keys_crc32,
+    keys_file,
     open_cache,
     shard_count,
     shard_rows,
     text_shard,
+    with_checksums,
     write_array,
 )
 from clip_rd_edge.distillation.teachers.teacher import Teacher
@@ -140,7 +143,7 @@ def build_cache(
         complete = _is_complete(folder, manifest, processes)
     if processes.sum(int(complete))[0] == processes.world_size:
         return
-    processes.on_main(lambda: (folder / COMPLETE).unlink(missing_ok=True))
+    processes.on_main(lambda: _reopen(folder))
     bad = BadSamples(maker.pairs, max_share=maker.max_bad)
 
     def is_done(task: ShardTask) -> bool:
@@ -160,14 +163,14 @@ def build_cache(
                 except InputError:  # too many already, for which all processes are refused below
                     break
                 record_bad(task.path(folder), shard.bad)
-                write_array(task.path(folder), shard.rows)
+                write_array(task.path(folder), shard.rows if task.kind == "captions" else with_checksums(shard.rows))
                 with_bad += [task.path(folder)] * bool(shard.bad)
                 reporter.update(CACHING_STAGE, done, len(mine))
             share_bad(bad, processes, with_bad)
 
     shards = [(shard, shard_rows(shard, len(maker.pairs))) for shard in range(shard_count(len(maker.pairs)))]
     write([ShardTask("captions", shard, rows) for shard, rows in shards])
-    keys = folder / "texts" / "keys.npy"
+    keys = keys_file(folder)
     if processes.is_main and not (_is_array(keys) and _is_array(keys.with_name("pairs.npy"))):
         _merge_captions(folder, keys, len(shards))
     processes.barrier()
@@ -177,7 +180,7 @@ def build_cache(
     lacking = count_recorded(bad, [task.path(folder) for task in images], processes)
     write(images, lacking)
     if processes.is_main:
-        write_bytes(folder / COMPLETE, to_json(CompleteCache(captions)))
+        write_bytes(folder / COMPLETE, to_json(CompleteCache(captions, keys_crc32(folder))))
     if bad.summary:
         reporter.say(bad.summary)
     processes.barrier()
@@ -255,6 +258,14 @@ def _is_complete(folder: Path, manifest: CacheManifest, processes: Processes) ->
     except ConfigError:  # also a cache that lost a file, or a part of one, after it was complete
         return False
     return True
+
+
+def _reopen(folder: Path) -> None:
+    """Make a complete cache an incomplete one, without its keys if they are damaged."""
+    with contextlib.suppress(ConfigError, InputError, OSError):
+        if read_json(folder / COMPLETE, CompleteCache).keys_crc32 != keys_crc32(folder):
+            keys_file(folder).unlink()
+    (folder / COMPLETE).unlink(missing_ok=True)
 
 
 def _is_array(path: Path) -> bool:

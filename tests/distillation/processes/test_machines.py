@@ -31,13 +31,17 @@ from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.teachers.embedding_store import (
     KEY,
     CacheManifest,
+    CompleteCache,
     claim_cache,
     image_shard,
+    keys_crc32,
     text_shard,
+    with_checksums,
     write_array,
 )
 from clip_rd_edge.distillation.teachers.store_build import ShardMaker, build_cache
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.utils.structs import to_json
 
 COUNT = 3
 
@@ -210,8 +214,9 @@ def test_a_teacher_cache_that_one_machine_does_not_see_is_refused_unless_it_is_c
         claim_cache(tmp_path / name, manifest)
         write_array(tmp_path / name / "texts" / "keys.npy", np.zeros(1, KEY))
         for shard in (text_shard(tmp_path / name, 0), image_shard(tmp_path / name, 0, 0)):
-            write_array(shard, np.zeros((1, 2), "<f2"))
-        (tmp_path / name / "complete.json").write_text('{"captions": 1}')
+            write_array(shard, with_checksums(np.zeros((1, 2), np.float16)))
+        complete = CompleteCache(1, keys_crc32(tmp_path / name))
+        (tmp_path / name / "complete.json").write_bytes(to_json(complete))
     assert call_in_threads(COUNT, build, hosts="abc") == [None] * COUNT
 
 

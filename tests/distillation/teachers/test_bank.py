@@ -23,6 +23,8 @@ from clip_rd_edge.distillation.teachers.embedding_store import (
     image_shard,
     open_cache,
     text_shard,
+    with_checksums,
+    write_array,
 )
 from clip_rd_edge.distillation.teachers.teacher import Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
@@ -61,7 +63,7 @@ def stored(cache: TeacherCache, size: int, *, seed: int = 0) -> list[torch.Tenso
 
 def test_a_stored_bank_is_all_of_a_cache_or_a_seeded_part_of_it(cache: TeacherCache) -> None:
     paths = [image_shard(cache.folder, 0, 0), text_shard(cache.folder, 0)]
-    everything = [torch.from_numpy(load_array(path)).float() for path in paths]
+    everything = [torch.from_numpy(load_array(path)["row"].copy()).float() for path in paths]
     for actual, expected in zip(stored(cache, 1_000), everything, strict=True):
         assert actual.shape == (24, WIDTH)
         assert torch.equal(actual, expected)
@@ -79,13 +81,13 @@ def test_a_stored_bank_reads_several_shards(cache: TeacherCache, monkeypatch: py
         monkeypatch.setattr(f"clip_rd_edge.distillation.teachers.{module}.SHARD_SIZE", 10)
     everything = []
     for path_of in (lambda shard: image_shard(cache.folder, 0, shard), lambda shard: text_shard(cache.folder, shard)):
-        rows = load_array(path_of(0))
+        rows = load_array(path_of(0))["row"].copy()
         everything.append(torch.from_numpy(rows).float())
         for shard in range(3):
-            np.save(path_of(shard), rows[10 * shard : 10 * (shard + 1)])
+            write_array(path_of(shard), with_checksums(rows[10 * shard : 10 * (shard + 1)]))
     paths = [image_shard(cache.folder, 0, 2), text_shard(cache.folder, 2)]
     for actual, path in zip(stored(cache, 24), paths, strict=True):
-        assert torch.equal(actual[20:], torch.from_numpy(load_array(path)).float())
+        assert torch.equal(actual[20:], torch.from_numpy(load_array(path)["row"].copy()).float())
     for seed in range(5):  # a part of some shards, and nothing of others
         for part, rows in zip(stored(cache, 3, seed=seed), everything, strict=True):
             places = [(rows == row).all(dim=1).nonzero().item() for row in part]
@@ -94,14 +96,14 @@ def test_a_stored_bank_reads_several_shards(cache: TeacherCache, monkeypatch: py
 
 def test_a_stored_bank_leaves_out_what_could_not_be_embedded(cache: TeacherCache) -> None:
     path = image_shard(cache.folder, 0, 0)
-    rows = load_array(path)
+    rows = load_array(path)["row"]
     rows[3] = 0
     rows[5, 0] = np.nan  # of a cache of an earlier version
-    np.save(path, rows)
+    write_array(path, with_checksums(rows))
     image, text = stored(cache, 1_000)
     assert (len(image), len(text)) == (22, 24)
     rows[:] = 0
-    np.save(path, rows)
+    write_array(path, with_checksums(rows))
     with pytest.raises(InputError, match=r"None of the 24 embeddings chosen for the bank from .*view-000"):
         stored(cache, 1_000)
 
@@ -110,9 +112,9 @@ def test_an_image_that_one_of_two_teachers_could_not_embed_is_left_out(cache: Te
     lacking = TeacherCache(tmp_path / "lacking", cache.manifest, cache.captions)
     shutil.copytree(cache.folder, lacking.folder)
     path = image_shard(lacking.folder, 0, 0)
-    rows = load_array(path)
+    rows = load_array(path)["row"]
     rows[3] = 0
-    np.save(path, rows)
+    write_array(path, with_checksums(rows))
     both = Ensemble((WIDTH, WIDTH), (1.0, 1.0))
     bank = StoredBank(TeacherCaches((cache, lacking)), both, size=1_000, seed=0, device=CPU)
     image = bank.with_batch(torch.empty(0), torch.empty(0)).image

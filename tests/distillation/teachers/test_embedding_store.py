@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import shutil
 import threading
 import time
@@ -34,11 +33,14 @@ from clip_rd_edge.distillation.teachers import embedding_store, store_build
 from clip_rd_edge.distillation.teachers.embedding_store import (
     COMPLETE,
     CacheManifest,
+    CompleteCache,
     caption_key,
     claim_cache,
     image_shard,
     open_cache,
+    shard_rows,
     text_shard,
+    with_checksums,
 )
 from clip_rd_edge.distillation.teachers.store_build import ShardMaker, ShardTask, build_cache, make_manifest
 from clip_rd_edge.distillation.teachers.teacher import CachedTeacher, CaptionCache, LiveTeacher, Teacher, ensemble_of
@@ -158,7 +160,7 @@ def test_a_caption_is_embedded_and_stored_once(config: RunConfig, pairs_csv: Pat
     setup = load_setup(config, name="student", processes=Processes())
     make_build(config, setup)()
     folder = Path(str(config.teacher_cache))
-    assert np.load(text_shard(folder, 0)).shape == (4, 24)
+    assert np.load(text_shard(folder, 0))["row"].shape == (4, 24)
     assert not text_shard(folder, 1).exists()
     cache = open_cache(folder)
     for index in range(24):
@@ -277,7 +279,7 @@ def test_one_loader_reads_the_images_of_all_shards_and_views(
         assert loaders == [workers] + [0] * VIEWS  # what is bad is tried once more
         content.append({str(file.relative_to(cache)): file.read_bytes() for file in cache.rglob("*.*")})
     assert content[0] == content[1]
-    rows = np.concatenate([np.load(image_shard(tmp_path / "cache-2", 1, shard)) for shard in range(3)])
+    rows = np.concatenate([np.load(image_shard(tmp_path / "cache-2", 1, shard))["row"] for shard in range(3)])
     assert [index for index, row in enumerate(rows) if not row.any()] == [12]
 
 
@@ -479,6 +481,46 @@ def test_a_file_that_a_complete_cache_has_lost_is_refused_and_computed_again(
     assert {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.*")} == content
 
 
+@pytest.mark.usefixtures("small_shards")
+def test_a_flipped_bit_in_a_store_is_an_error_and_no_other_embedding(
+    build: Callable[..., None], setup: RunSetup, tmp_path: Path
+) -> None:
+    build()
+
+    def embeddings() -> list[Any]:
+        cache = open_cache(tmp_path / "cache")
+        found = [cache.lookup(view, i, setup.pairs.captions(i)[0]) for view in range(VIEWS) for i in range(24)]
+        return [row and tuple(part.tobytes() for part in row) for row in found]
+
+    expected, rng = embeddings(), np.random.default_rng(0)
+    assert None not in expected
+    for file in [*tmp_path.glob("cache/images/*/*.npy"), *tmp_path.glob("cache/texts/*.npy")]:
+        content = file.read_bytes()
+        for place in rng.integers(0, len(content), 20).tolist():
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << int(rng.integers(8))
+            file.write_bytes(damaged)
+            if (place < 128 and file.name != "keys.npy") or file.name == "pairs.npy":  # neither is read any more
+                assert embeddings() == expected
+                continue
+            with pytest.raises(ConfigError, match="has changed since it was written"):
+                embeddings()
+        file.write_bytes(content)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_damaged_keys_are_computed_again(build: Callable[..., None], tmp_path: Path) -> None:
+    build()
+    keys = tmp_path / "cache" / "texts" / "keys.npy"
+    content = keys.read_bytes()
+    keys.write_bytes(content[:-1] + b"\0")
+    with pytest.raises(ConfigError, match="damaged"):
+        open_cache(tmp_path / "cache")
+    build()
+    assert keys.read_bytes() == content
+    open_cache(tmp_path / "cache")
+
+
 def test_a_copy_of_the_data_and_of_the_teacher_in_other_folders_uses_the_same_cache(
     config: RunConfig, pairs_csv: Path, tmp_path: Path, build: Callable[..., None]
 ) -> None:
@@ -508,22 +550,22 @@ def test_a_store_of_millions_of_rows_opens_at_once_and_its_rows_are_read_without
         crops=Crops(scale=(0.9, 1.0)), pairs_sha256="", precision="fp32",
     )  # fmt: skip
     embedding_store.write_bytes(tmp_path / "manifest.json", embedding_store.to_json(manifest))
-    embedding_store.write_bytes(tmp_path / "complete.json", b'{"captions": %d}' % pairs)
-    header = io.BytesIO()
-    shape = (embedding_store.SHARD_SIZE, width)
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
-    last = len(header.getvalue()) + (pairs % embedding_store.SHARD_SIZE) * width * 2
-    full = len(header.getvalue()) + embedding_store.SHARD_SIZE * width * 2
+    complete = CompleteCache(pairs, embedding_store.keys_crc32(tmp_path))
+    embedding_store.write_bytes(tmp_path / "complete.json", embedding_store.to_json(complete))
+    zeros = {
+        rows: tmp_path / f"{rows}.npy" for rows in (embedding_store.SHARD_SIZE, pairs % embedding_store.SHARD_SIZE)
+    }
+    for rows, path in zeros.items():
+        embedding_store.write_array(path, with_checksums(np.zeros((rows, width), np.float16)))
     for shard in range(embedding_store.shard_count(pairs)):
         for path in (image_shard(tmp_path, 0, shard), text_shard(tmp_path, shard)):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:  # sparse
-                file.truncate(last if shard == pairs // embedding_store.SHARD_SIZE else full)
+            path.hardlink_to(zeros[len(shard_rows(shard, pairs))])
     del keys
     tracemalloc.start()
     cache = open_cache(tmp_path)
     for row in np.random.default_rng(1).integers(0, pairs, 300).tolist():
-        assert cache.lookup(0, row, "first") is None  # the rows of a sparse file are zeros
+        assert cache.lookup(0, row, "first") is None  # its rows are zeros
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 200_000

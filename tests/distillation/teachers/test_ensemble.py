@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 import torch
 from support import Watch, one_worker, save_tiny_teacher
@@ -29,7 +28,14 @@ from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teachers import embed
 from clip_rd_edge.distillation.teachers.bank import QueueBank, StoredBank
-from clip_rd_edge.distillation.teachers.embedding_store import TeacherCaches, cache_folders, image_shard, open_caches
+from clip_rd_edge.distillation.teachers.embedding_store import (
+    TeacherCaches,
+    cache_folders,
+    image_shard,
+    open_caches,
+    with_checksums,
+    write_array,
+)
 from clip_rd_edge.distillation.teachers.reinforce import reinforce
 from clip_rd_edge.distillation.teachers.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of, load_teachers
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
@@ -114,9 +120,9 @@ def test_a_cache_keeps_the_embeddings_of_each_teacher_side_by_side(cached: RunCo
     torch.testing.assert_close(bank.image.norm(dim=1), torch.ones(24), atol=2e-3, rtol=0)
     # What one teacher lacks is neither in the bank nor in training.
     path = image_shard(order[16], 0, 0)
-    rows = load_array(path)
+    rows = load_array(path)["row"]
     rows[3] = 0
-    np.save(path, rows)
+    write_array(path, with_checksums(rows))
     assert (
         len(
             StoredBank(caches, ensemble_of(setup.teachers), size=100, seed=0, device=CPU)
