@@ -1,8 +1,9 @@
 """Check a bundle's files against the manifest's checksums before they are used, each file once.
 
 Of 72 bundles with one flipped bit, two gave other answers without an error. Hashing costs a second per gigabyte or two,
-so a file that was intact is remembered by path, size, modification time and inode in the user's cache; copying or
-downloading a bundle again changes them. `clip-rd-edge verify` hashes every file each time.
+so a file that was intact is remembered by path, size, inode and times in the user's cache. Whoever changes, copies or
+downloads it again changes these: tools may put the modification time back, but none can that of the change (Windows has
+none). What decays on the disk changes nothing: `clip-rd-edge verify` hashes every file each time.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def require_current_engine(folder: Path, manifest: Manifest, tower: Tower, engin
 def _has_digest(path: Path, digest: str) -> bool:
     """Return whether a file has a SHA-256; one that had is remembered."""
     stat = path.stat()
-    identity = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}\0{digest}"
+    times = f"{stat.st_mtime_ns}\0{stat.st_ctime_ns}"
+    identity = f"{path.resolve()}\0{stat.st_size}\0{times}\0{stat.st_ino}\0{digest}"
     mark = marks_folder() / hashlib.sha256(os.fsencode(identity)).hexdigest()
     with suppress(OSError):  # a cache in a folder that this user may not enter
         if mark.exists():
