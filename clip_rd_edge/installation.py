@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,19 @@ def upgrade_hint() -> str:
     if _is_made_by(_UV_TOOL) or _is_made_by(_PIPX):
         return f"{'uv tool' if _is_made_by(_UV_TOOL) else 'pipx'} upgrade {PACKAGE}"
     return _pip_install("-U", f"{PACKAGE}{_source(origin)}")
+
+
+def without_checkout() -> Callable[[str], str]:
+    """Return a function that puts the package's name in place of the folder that it was installed from.
+
+    For files that others read: neither that folder's path nor a command with it means anything to them.
+    """
+    origin = _origin()
+    if "dir_info" not in origin:
+        return str
+    folder = re.escape(_folder(origin).rstrip("/\\"))
+    pattern = re.compile(rf"(?:-e )?(['\"]?)(?<![\w./-]){folder}(?![\w-]|\.\w)")
+    return lambda text: pattern.sub(rf"\1{PACKAGE}", text)
 
 
 def pip(action: str) -> str:

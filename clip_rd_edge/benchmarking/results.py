@@ -6,6 +6,7 @@ import platform
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -16,6 +17,7 @@ from clip_rd_edge.benchmarking.suite import Role, Suite
 from clip_rd_edge.benchmarking.throughput import ColdStart, Throughput
 from clip_rd_edge.contract.encoder import Description
 from clip_rd_edge.errors import ConfigError, with_hint
+from clip_rd_edge.installation import without_checkout
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.host import (
     ONNXRUNTIMES,
@@ -27,7 +29,7 @@ from clip_rd_edge.utils.host import (
     system_name,
 )
 from clip_rd_edge.utils.paths import is_file, is_folder
-from clip_rd_edge.utils.printable import as_word
+from clip_rd_edge.utils.printable import as_word, each_text, shown_sources
 from clip_rd_edge.utils.structs import read_versioned_json, to_json
 
 PACKAGES = (
@@ -99,6 +101,7 @@ def _commit() -> str:
 
 FORMAT_VERSION = 3
 RESULTS = "results.json"
+T = TypeVar("T", Suite, "Results")
 
 
 class RowResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -232,6 +235,14 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     def last(self, role: Role) -> RowResult | None:
         """Return the last row with this role, or None."""
         return next((row for row in reversed(self.rows) if row.role == role), None)
+
+
+def published(value: T) -> T:
+    """Return results or a suite as others may read them: without the package's folder, and secrets in addresses."""
+    plain = msgspec.to_builtins(value, builtin_types=(bytes,))  # bytes are no text
+    suite = plain.get("suite", plain)
+    suite["tasks"] = shown_sources(suite["tasks"])
+    return msgspec.convert(each_text(plain, without_checkout()), type(value), builtin_types=(bytes,))
 
 
 def write_results(path: Path, results: Results) -> None:

@@ -9,7 +9,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from clip_rd_edge.benchmarking.formatting import NO_VALUE, markdown_table, percent, signed_interval, signed_points
+from clip_rd_edge.benchmarking.formatting import (
+    NO_VALUE,
+    inert_markdown,
+    markdown_table,
+    percent,
+    signed_interval,
+    signed_points,
+)
 from clip_rd_edge.benchmarking.metrics import ZeroShotScore, primary_metric
 from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.benchmarking.results import rename_old_keys
@@ -29,9 +36,10 @@ from clip_rd_edge.evidence.results import (
     spread,
 )
 from clip_rd_edge.evidence.suite import TUNED_TEACHER, EvidenceSuite
+from clip_rd_edge.installation import without_checkout
 from clip_rd_edge.utils.files import write_bytes, write_text
 from clip_rd_edge.utils.paths import exists
-from clip_rd_edge.utils.printable import shown_source, shown_sources
+from clip_rd_edge.utils.printable import each_text, shown_source, shown_sources
 from clip_rd_edge.utils.structs import read_versioned_json
 
 _TOP1, _IMAGE_TO_TEXT = "top-1", "image → text R@1"
@@ -49,7 +57,8 @@ _GEOMETRY_NOTE = (
 def markdown(evidence: Evidence) -> str:
     """Return all tables, after the settings and the cost."""
     _, measure = _compared(evidence)
-    parts = [_settings(evidence), *training_data_remark(evidence.suite), _score_table(evidence)]
+    prose = [_settings(evidence), *training_data_remark(evidence.suite)]
+    parts = [*map(inert_markdown, prose), _score_table(evidence)]
     if _differ_in_steps(evidence):
         parts += [_time_table(evidence)]
     if evidence.suite.compare_with:
@@ -270,9 +279,9 @@ def _show_difference(entry: Difference | None) -> str:
 def write_evidence(path: Path, evidence: Evidence) -> None:
     """Write the results as JSON with one line per run: indented, the curves would take thousands of lines.
 
-    They are published, so what may be a secret in the addresses of data is left out.
+    They are published, so the package's folder, and what may be a secret in the addresses of data, are left out.
     """
-    plain = shown_sources(msgspec.to_builtins(evidence))
+    plain = each_text(shown_sources(msgspec.to_builtins(evidence)), without_checkout())
     runs = ",\n".join(msgspec.json.encode(run).decode() for run in plain.pop("runs"))
     head = msgspec.json.encode(plain).decode().removesuffix("}")
     write_text(path, f'{head},\n"runs":[\n{runs}\n]}}\n')

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,16 @@ def shown_message(text: str) -> str:
 
 def shown_sources(value: Any) -> Any:
     """Return dicts, lists, tuples, texts and numbers with each text as `shown_source` gives it, to publish them."""
+    return each_text(value, shown_source)
+
+
+def each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Return dicts, lists, tuples, texts and numbers with each text, but for the keys, as `change` gives it."""
     if isinstance(value, dict):
-        return {key: shown_sources(entry) for key, entry in value.items()}
+        return {key: each_text(entry, change) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(shown_sources, value))
-    return shown_source(value) if isinstance(value, str) else value
+        return type(value)(each_text(entry, change) for entry in value)
+    return change(value) if isinstance(value, str) else value
 
 
 def _shown_part(source: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from clip_rd_edge.benchmarking.report.text import HTML, write_report
-from clip_rd_edge.benchmarking.results import RESULTS, Results, read_results
+from clip_rd_edge.benchmarking.results import RESULTS, Results, published, read_results
 from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite
 from clip_rd_edge.benchmarking.throughput import Launch
@@ -343,7 +343,7 @@ def _compare(settings: Settings, reporter: Reporter, *, open_encoder: OpenEncode
     report, suite = settings.folder / "report", quickstart_suite(settings.folder, photos=settings.photos)
     is_known = is_file(report / RESULTS) and (report / RESULTS).stat().st_size > 0
     results = read_results(report / RESULTS) if is_known else None
-    if results is None or results.suite != suite:
+    if results is None or results.suite != published(suite):
         results = run_suite(suite, open_encoder, reporter, launch=launch)
         (report / HTML).unlink(missing_ok=True)  # it is written last: where it is missing, the report is unfinished
     elif (report / HTML).is_file():

@@ -5,9 +5,11 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from clip_rd_edge.benchmarking.results import Results, read_results, this_environment, write_results
+from clip_rd_edge.benchmarking.report.text import write_report
+from clip_rd_edge.benchmarking.results import Results, SkippedRow, read_results, this_environment, write_results
 from clip_rd_edge.exporters.bundle import package_versions
 
 
@@ -49,3 +51,28 @@ def test_results_that_still_say_pictures_can_be_read(results: Results, tmp_path:
     old = old.replace("image → text", "picture → text").replace('"format_version": 3', '"format_version": 2')
     (tmp_path / "old.json").write_text(old, encoding="utf-8")
     assert read_results(tmp_path / "old.json").rows == results.rows
+
+
+def test_no_file_of_a_report_has_the_folder_of_this_package_or_a_secret(results: Results, tmp_path: Path) -> None:
+    """Which hints name, such as pip install -e FOLDER[train], and paths within a clone."""
+    clone = tmp_path / "clone"
+    reason, hint = f"There is no model folder {clone}.", f"pip install -e '{clone}[train]'"
+    suite = msgspec.structs.replace(
+        results.suite,
+        root=str(clone),
+        tasks=(f"{clone}/photos", f"{clone}s", "https://a.example/{0..9}.tar?sig=SECRET"),
+    )
+    skipped = (SkippedRow(label="x", model=str(clone / "models" / "x"), reason=reason, hint=hint),)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "clip_rd_edge.installation._origin", lambda: {"url": clone.as_uri(), "dir_info": {"editable": True}}
+        )
+        write_report(msgspec.structs.replace(results, suite=suite, skipped=skipped), tmp_path / "report")
+    for path in (tmp_path / "report").iterdir():
+        assert f"{clone}/".encode() not in path.read_bytes()
+        assert f"{clone}[".encode() not in path.read_bytes()
+        assert b"SECRET" not in path.read_bytes()
+    read = read_results(tmp_path / "report")
+    assert read.skipped[0].hint == "pip install 'clip-rd-edge[train]'"
+    assert read.suite.tasks == ("clip-rd-edge/photos", f"{clone}s", "https://a.example/{0..9}.tar")
+    assert read.samples == results.samples

@@ -123,6 +123,16 @@ def test_a_task_that_was_trained_on_is_named(make: Make) -> None:
     assert "\n\npairs.csv is both trained and evaluated on: its scores say nothing about new pairs.\n\n" in text
 
 
+def test_a_machine_or_task_is_no_markup(make: Make) -> None:
+    evidence = make(CORRECT)
+    name = "<script>[x](http://x)\x1b[2J\n\n# b"
+    environment = msgspec.structs.replace(evidence.runs[0].environment, machine=name)
+    runs = tuple(msgspec.structs.replace(run, environment=environment) for run in evidence.runs)
+    suite = msgspec.structs.replace(evidence.suite, data=name, tasks=(name,))
+    text = markdown(msgspec.structs.replace(evidence, suite=suite, runs=runs))
+    assert not any(part in text for part in ("<", "](", "\x1b", "\n# "))
+
+
 def test_a_suite_of_retrieval_tasks_alone_is_compared_in_their_recall(make: Make) -> None:
     def retrieval_alone(result: ModelResult) -> ModelResult:
         zero_shot, retrieval = result.tasks

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
+import html
 import re
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from string import Template
 
@@ -15,6 +15,7 @@ from clip_rd_edge.benchmarking.report.method import facts, remarks, samples_note
 from clip_rd_edge.benchmarking.report.plot import DARK, LIGHT, Palette, draw
 from clip_rd_edge.benchmarking.report.tables import RELATIVE_NOTE, Cell, Section, details, differences, sections
 from clip_rd_edge.benchmarking.results import Answer, Results, RowResult, Sample, WorstClass
+from clip_rd_edge.utils.printable import printable
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -41,6 +42,11 @@ def page(results: Results) -> str:
         remarks="\n".join(f"<li>{escape(remark)}</li>" for remark in remarks(results)),
         details=_table(results, details(results)),
     )
+
+
+def escape(text: str) -> str:
+    """Return a text as HTML that shows it, control characters as escapes: some reorder the text around them."""
+    return html.escape(printable(text))
 
 
 def _css_variables(palette: Palette) -> str:

@@ -20,7 +20,7 @@ from clip_rd_edge.benchmarking.report.html import page
 from clip_rd_edge.benchmarking.report.method import facts, remarks, samples_note, worst_note
 from clip_rd_edge.benchmarking.report.plot import draw
 from clip_rd_edge.benchmarking.report.tables import RELATIVE_NOTE, Cell, Section, details, differences, sections
-from clip_rd_edge.benchmarking.results import RESULTS, Answer, Results, write_results
+from clip_rd_edge.benchmarking.results import RESULTS, Answer, Results, published, write_results
 from clip_rd_edge.contract.outputs import require_output_file
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.files import read_text_limited, write_bytes, write_text
@@ -65,9 +65,12 @@ def require_report_folder(folder: Path) -> None:
 def write_report(results: Results, folder: Path) -> None:
     """Write results.json, and from it alone report.md, report.html and the plot. The folder is created if necessary.
 
+    They are published, so they have no path of this package and no secret; see `results.published`.
+
     Raises:
         ModuleNotFoundError: matplotlib is not installed; results.json is written nevertheless.
     """
+    results = published(results)
     write_results(folder / RESULTS, results)
     plot = draw(results, file_format="png")
     if plot is not None:
@@ -94,9 +97,9 @@ def markdown(results: Results, *, plot: bool) -> str:
     if results.missing:
         parts.append(_list(f"**{task.name}** is missing: {task.reason}" for task in results.missing))
     if results.samples:
-        parts += ["## Sample predictions", samples_note(results), _samples_table(results)]
+        parts += ["## Sample predictions", inert_markdown(samples_note(results)), _samples_table(results)]
     if results.worst:
-        parts += ["## Worst classes", worst_note(results), _worst_table(results)]
+        parts += ["## Worst classes", inert_markdown(worst_note(results)), _worst_table(results)]
     if results.comparisons:
         parts += ["## Differences in top-1", _differences_table(results)]
     parts += ["## Method", _table(["", ""], [[f"**{name}**", value] for name, value in facts(results)])]

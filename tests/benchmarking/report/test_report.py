@@ -25,12 +25,13 @@ from clip_rd_edge.benchmarking.report.text import (
     write_between_markers,
     write_report,
 )
-from clip_rd_edge.benchmarking.results import Results, RowResult, SkippedRow, read_results
+from clip_rd_edge.benchmarking.results import MissingTask, Results, RowResult, SkippedRow, read_results
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import shipped_path
+from clip_rd_edge.utils.printable import each_text
 
 
 def expected_figures(row: RowResult) -> list[str]:
@@ -145,12 +146,13 @@ def test_the_page_is_valid_and_loads_no_external_resources(results: Results) -> 
     ["<script>x</script>", "<img src=http://x>", "![x](http://x/y.png)", "[x](javascript:x)", "![x][y]", "a\n\n# b",
      "a\r- b", "a\u2028b", "\x1b[2J", "a|b"],
 )  # fmt: skip
-def test_markdown_has_no_html_link_or_image_from_a_name(results: Results, name: str) -> None:
+def test_markdown_has_no_html_link_or_image_from_any_text_of_the_results(results: Results, name: str) -> None:
     def report(name: str) -> str:
-        rows = tuple(msgspec.structs.replace(row, label=name) for row in results.rows)
-        suite = msgspec.structs.replace(results.suite, name=name)
-        skipped = (SkippedRow(label=name, model=name, reason=name),)
-        return markdown(msgspec.structs.replace(results, rows=rows, suite=suite, skipped=skipped), plot=True)
+        skipped = (SkippedRow(label="x", model="x", reason="x", hint="x"),)
+        missing = (MissingTask(name="x", reason="x"),)
+        return markdown(
+            with_every_text(msgspec.structs.replace(results, skipped=skipped, missing=missing), name), plot=True
+        )
 
     text, clean = report(name), report("clean")
     assert "<" not in text
@@ -159,6 +161,33 @@ def test_markdown_has_no_html_link_or_image_from_a_name(results: Results, name: 
     assert "][" not in text
     assert len(text.splitlines()) == len(clean.splitlines())
     assert sum(line.startswith("# ") for line in text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["<script>x</script>", "\x1b[2J", "\u202egnp.exe", '" onerror="x'])
+def test_the_page_shows_any_text_of_the_results_and_obeys_none(results: Results, name: str) -> None:
+    html = page(with_every_text(results, name))
+    assert not set("\x1b\u202e") & set(html)
+    assert "<script" not in html
+    assert '" onerror' not in html
+
+
+FIXED = {"role", "runtime", "kind", "missing_tasks", "interpolation", "resize_mode", "measure", "questions", "images"}
+
+
+def with_every_text(results: Results, name: str) -> Results:
+    """Return the results with `name` after every text in them, such as of labels, tasks and machines."""
+
+    def change(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: entry if key in FIXED else change(entry) for key, entry in value.items()}
+        return (
+            [change(entry) for entry in value]
+            if isinstance(value, list | tuple)
+            else each_text(value, lambda text: text + name)
+        )
+
+    plain = msgspec.to_builtins(results, builtin_types=(bytes,))
+    return msgspec.convert(change(plain), Results, builtin_types=(bytes,))
 
 
 def test_names_are_escaped(suite: Suite, open_fake: Callable[[str], Any], tmp_path: Path) -> None:
