@@ -23,7 +23,7 @@ from clip_rd_edge.data.remote import RemoteShard, version
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_folder
-from clip_rd_edge.utils.structs import read_json
+from clip_rd_edge.utils.structs import encode_json, read_json
 
 FOLDER = "parts"
 _FILE = re.compile(r"[0-9a-f]{24}\.json|\.[0-9a-f]{24}\.json\.[0-9a-f]{32}\.tmp")  # the latter left by a kill
@@ -87,7 +87,7 @@ class AnswerCache:
             zero_shot=answers if isinstance(answers, ZeroShotAnswers) else None,
             retrieval=answers if isinstance(answers, RetrievalAnswers) else None,
         )
-        write_bytes(self._path(model, runtime, task), msgspec.json.encode(cached))
+        write_bytes(self._path(model, runtime, task), encode_json(cached))
 
     def remove(self) -> None:
         """Delete the cache, once its contents are in the results, and nothing else that may be in its folder."""

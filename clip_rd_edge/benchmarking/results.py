@@ -29,7 +29,7 @@ from clip_rd_edge.utils.host import (
     system_name,
 )
 from clip_rd_edge.utils.paths import is_file, is_folder
-from clip_rd_edge.utils.printable import as_word, each_text, shown_sources
+from clip_rd_edge.utils.printable import as_unicode, as_word, each_text, shown_sources
 from clip_rd_edge.utils.structs import read_versioned_json, to_json
 
 PACKAGES = (
@@ -238,11 +238,15 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def published(value: T) -> T:
-    """Return results or a suite as others may read them: without the package's folder, and secrets in addresses."""
+    """Return results or a suite as others may read them: without the package's folder, and secrets in addresses.
+
+    What is not Unicode in a path becomes escapes, which every file can hold.
+    """
     plain = msgspec.to_builtins(value, builtin_types=(bytes,))  # bytes are no text
     suite = plain.get("suite", plain)
     suite["tasks"] = shown_sources(suite["tasks"])
-    return msgspec.convert(each_text(plain, without_checkout()), type(value), builtin_types=(bytes,))
+    plain = each_text(each_text(plain, without_checkout()), as_unicode)
+    return msgspec.convert(plain, type(value), builtin_types=(bytes,))
 
 
 def write_results(path: Path, results: Results) -> None:

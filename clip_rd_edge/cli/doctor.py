@@ -26,9 +26,9 @@ def command(as_json: bool) -> None:
 
     findings = edge.doctor()
     if as_json:
-        import msgspec
+        from clip_rd_edge.utils.structs import encode_json
 
-        echo(msgspec.json.encode(findings))
+        echo(encode_json(findings))
     else:
         from rich.table import Table
         from rich.text import Text

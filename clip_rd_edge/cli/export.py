@@ -207,13 +207,13 @@ def _trial_table(trials: Sequence[Trial]) -> Any:
 
 
 def _as_json(bundle: ExportedBundle) -> str:
-    import msgspec
+    from clip_rd_edge.utils.structs import encode_json
 
     summary = _summary(bundle)
     if bundle.targets:
         parts = {part.folder.name: _summary(part) for part in bundle.targets}
         summary = {"folder": str(bundle.folder), "targets": parts}
-    return msgspec.json.encode(summary).decode()
+    return encode_json(summary).decode()
 
 
 def _summary(bundle: ExportedBundle) -> dict[str, Any]:

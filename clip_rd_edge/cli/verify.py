@@ -37,9 +37,9 @@ def command(bundle: Path, device: str, threads: int | None, as_json: bool) -> No
     with console_reporter():
         checks = edge.verify(bundle, threads=threads, device=device)
     if as_json:
-        import msgspec
+        from clip_rd_edge.utils.structs import encode_json
 
-        echo(msgspec.json.encode(checks))
+        echo(encode_json(checks))
     else:
         _print(checks)
     failed = [check for check in checks if not check.passed]

@@ -29,6 +29,11 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def as_unicode(text: str) -> str:
+    """Return a text with what is not Unicode in it, such as the bytes of a path, as `\\udcXX`."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 _LINE_BREAKS = {
     ord(character): character.encode("unicode_escape").decode() for character in "\n\r\t\v\f\x85\u2028\u2029"
 }

@@ -15,6 +15,7 @@ import msgspec
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.installation import upgrade_hint
 from clip_rd_edge.utils.files import read_limited
+from clip_rd_edge.utils.printable import as_unicode, each_text
 from clip_rd_edge.utils.yaml_text import MAX_YAML_BYTES, parse_yaml, yaml_classes
 
 # Results and indexes of millions of images are below this, and whatever is larger would take gigabytes of memory.
@@ -177,8 +178,16 @@ def _structs(kind: msgspec.inspect.Type) -> list[msgspec.inspect.StructType]:
 
 
 def to_json(struct: Any) -> bytes:
-    """Encode a struct as indented JSON with a trailing newline."""
-    return msgspec.json.format(msgspec.json.encode(struct), indent=2) + b"\n"
+    """Encode a struct as indented JSON with a trailing newline, as `encode_json` does."""
+    return msgspec.json.format(encode_json(struct), indent=2) + b"\n"
+
+
+def encode_json(value: Any) -> bytes:
+    """Encode structs, dicts and lists as JSON; bytes of a path that are not UTF-8 become escapes (`as_unicode`)."""
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        return msgspec.json.encode(each_text(msgspec.to_builtins(value), as_unicode))
 
 
 def to_yaml(struct: Any, *, short_lists_inline: bool = False) -> str:

@@ -33,6 +33,7 @@ _HEADERS = {  # of every response
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
+_ONCE = ("host", "origin", "authorization", "content-length", "transfer-encoding")
 _RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
 _RAW_NAMES = {name for name, _ in _RAW_HEADERS}
 
@@ -133,6 +134,10 @@ class Guard:
             raise FullError
 
     def _refusal(self, headers: Headers) -> tuple[int, str] | None:
+        names = headers.keys()
+        if any(names.count(name) > 1 for name in _ONCE) or {"content-length", "transfer-encoding"} <= set(names):
+            # A proxy in front may have read the other one.
+            return 400, f"The request has two of the headers that it may have once: {', '.join(_ONCE)}."
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self.token_required:
             # Without any Host, it is no browser's: probes of load balancers send none with HTTP/1.0.
@@ -156,8 +161,8 @@ class Guard:
 
     def _allows_page(self, origin: str, host: str) -> bool:
         """Return whether pages of an origin may send requests to this Host: its own, and those of a given name."""
-        site = origin.partition("://")[2]
-        return site == host or _hostname(site) in self.named
+        scheme, _, site = origin.partition("://")
+        return scheme in ("http", "https") and (site == host or _hostname(site) in self.named)
 
 
 async def _unless_given_up(body: _Body, receive: Receive) -> Message:
@@ -201,9 +206,11 @@ def allowed_host(host: str, *, loopback: bool) -> bool:
 
 
 def _hostname(host: str) -> str:
-    """Return the name in a Host header without its port, or an empty string if it is not valid."""
+    """Return the name in a Host header without its port, or an empty string if it is anything else than NAME:PORT."""
     try:
-        return urlsplit(f"//{host}").hostname or ""
+        parts = urlsplit(f"//{host}")
+        is_valid = parts.netloc == host and "@" not in host and parts.port != 0  # a wrong port raises
+        return parts.hostname or "" if is_valid else ""
     except ValueError:
         return ""
 
@@ -216,7 +223,7 @@ def host_names(names: str | Collection[str]) -> set[str]:
     """
     hosts = set()
     for name in [names] if isinstance(names, str) else names:
-        host = _hostname(name.strip().rpartition("://")[2])
+        host = _hostname(name.strip().rpartition("://")[2].partition("/")[0])
         if not host:
             raise UsageError(
                 f"{name!r} has no host name.", hint="name the host alone, such as --allow-host clip-server"

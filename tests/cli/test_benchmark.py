@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -68,6 +69,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
         return AlwaysWhite()
 
     monkeypatch.setattr("clip_rd_edge.api.measuring.open_encoder", open_encoder)
+    monkeypatch.setattr("clip_rd_edge.api.models.open_encoder", open_encoder)
 
     exit_at_once = [sys.executable, "-S", "-c", ""]  # in place of the process that times a cold start
     monkeypatch.setattr("clip_rd_edge.api.measuring.first_answer", lambda *_: exit_at_once)
@@ -180,6 +182,24 @@ def test_the_same_command_resumes_an_interrupted_run(run: Any, suite: Path, tmp_
     assert embedded == []
     assert (output / "results.json").is_file()
     assert not (output / "parts").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
+def test_what_was_measured_in_a_folder_whose_name_is_not_utf_8_is_written(
+    run: Any, suite: Path, tmp_path: Path, capfdbinary: Any
+) -> None:
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    (tmp_path / "task").rename(root)
+    suite.write_text(suite.read_text().replace("[task]", "[.]"))
+    assert run("benchmark", str(suite), "--root", str(root), "-o", str(tmp_path / "report")) == 0
+    for name in ("report.md", "report.html"):
+        assert r"caf\udce9" in (tmp_path / "report" / name).read_text()
+    assert (
+        json.loads((tmp_path / "report" / "results.json").read_text())["rows"][0]["scores"][0]["task"] == r"caf\udce9"
+    )
+    capfdbinary.readouterr()
+    assert run("evaluate", str(tmp_path / "good"), "--task", str(root), "--json") == 0
+    assert json.loads(capfdbinary.readouterr().out)["scores"][0]["task"] == r"caf\udce9"
 
 
 def interrupt(*_: Any, **__: Any) -> None:

@@ -17,8 +17,11 @@ from clip_rd_edge.runtime.camera import frames
 
 @pytest.fixture
 def opencv(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """In OpenCV's place, a module to which a test adds its VideoCapture; colours stay as they are."""
-    module = SimpleNamespace(CAP_PROP_FRAME_COUNT=7, COLOR_BGR2RGB=4, cvtColor=lambda frame, code: frame)
+    """In OpenCV's place, a module to which a test adds its VideoCapture."""
+    convert = {4: lambda frame: frame[..., ::-1]}
+    module = SimpleNamespace(
+        CAP_PROP_FRAME_COUNT=7, COLOR_BGR2RGB=4, cvtColor=lambda frame, code: convert[code](frame).copy()
+    )
     monkeypatch.setitem(sys.modules, "cv2", module)
     return module
 
@@ -85,7 +88,7 @@ def test_a_slow_model_gets_the_newest_frames_until_the_camera_stops(opencv: Simp
             if len(sent) == 20:
                 return False, None
             sent.append(len(sent))
-            return True, np.full((4, 4, 3), sent[-1], dtype=np.uint8)
+            return True, np.full((4, 4, 3), (sent[-1], 50, 100), dtype=np.uint8)
 
         def release(self) -> None:
             sent.append("released")
@@ -97,6 +100,7 @@ def test_a_slow_model_gets_the_newest_frames_until_the_camera_stops(opencv: Simp
             seen.append(frame.getpixel((0, 0)))
     assert len(seen) < 20  # this camera is faster than any consumer: old frames were dropped
     assert seen == sorted(seen)
+    assert {pixel[:2] for pixel in seen} == {(100, 50)}  # OpenCV's order is blue, green, red
     assert sent[-1] == "released"
 
 
@@ -104,7 +108,9 @@ def video_of(opencv: SimpleNamespace, count: int) -> SimpleNamespace:
     """A video with this number of frames, which says that it has 9."""
     video = SimpleNamespace(isOpened=lambda: True, release=lambda: None, get={opencv.CAP_PROP_FRAME_COUNT: 9.0}.get)
     levels = iter(range(count))
-    video.read = lambda: next(((True, np.full((4, 4, 3), level, np.uint8)) for level in levels), (False, None))
+    video.read = lambda: next(
+        ((True, np.full((4, 4, 3), (level, 50, 100), np.uint8)) for level in levels), (False, None)
+    )
     return video
 
 
@@ -112,7 +118,7 @@ def test_every_frame_of_a_video_on_a_server_is_yielded(opencv: SimpleNamespace) 
     opencv.VideoCapture = lambda source: video_of(opencv, 9)
     address = f"https://server/video.mp4?token={300 * 'a'}"  # longer than the name of a file
     seen = [frame.getpixel((0, 0)) for frame in frames(address)]
-    assert seen == [(level,) * 3 for level in range(9)]
+    assert seen == [(100, 50, level) for level in range(9)]  # OpenCV's order is blue, green, red
 
 
 def unopened(source: int | str) -> SimpleNamespace:

@@ -197,6 +197,9 @@ def test_the_doctor_command(command_line: Run, monkeypatch: pytest.MonkeyPatch) 
     assert code == 1
     assert "broken" in output
     assert error.startswith("error: No bundle can run here: ONNX Runtime cannot be imported")
+    code, output, _ = command_line("doctor", "--json")
+    assert code == 1
+    assert "broken" in {finding["state"] for finding in json.loads(output)}
 
 
 def install(site: Path, name: str, *, requires: str = "", files: dict[str, int]) -> None:

@@ -206,6 +206,9 @@ def test_the_command_exits_with_1_and_names_the_failed_checks(bundle: Path, comm
     assert "text.onnx" in out
     assert "failed 2 of 9 checks: text.onnx, text tower." in err
     assert "hint: copy or export the bundle again" in err
+    code, out, err = command_line("verify", bundle, "--json")
+    assert (code, "failed 2 of 9 checks" in err) == (1, True)
+    assert [check["what"] for check in json.loads(out) if not check["passed"]] == ["text.onnx", "text tower"]
 
 
 def test_the_command_says_what_a_tower_that_does_not_run_needs(

@@ -614,6 +614,25 @@ def test_a_foreign_page_cannot_use_the_server_unless_it_knows_the_token(colour_b
         assert client.get("/v1/models", headers={**foreign, "Authorization": "bearer secret"}).status_code == 200
 
 
+WRONG = ["", "Bearer", "Bearer ", "Bearer s", "Bearer secre", "Bearer ecret", "Bearer secrets", "Bearer SECRET",
+         "Bearer wrong", "Bearer wrong, Bearer secret", "Basic secret", "secret"]  # fmt: skip
+
+
+def test_only_the_whole_token_opens_any_route_but_health(
+    colour_bundle: Path, colour_images: Path, tmp_path: Path
+) -> None:
+    encoder = load(colour_bundle)
+    update_index(encoder, colour_images, tmp_path / "index")
+    app = make_app(Service(encoder, index=tmp_path / "index"), token="secret")
+    with testclient.TestClient(app, base_url=BASE_URL) as client:
+        for route in app.routes:
+            (method,) = route.methods - {"HEAD"}
+            for sent in ({}, *({"Authorization": wrong} for wrong in WRONG)):
+                answer = client.request(method, route.path.replace("{name:path}", "colours"), headers=sent)
+                expected = (200, None) if route.path == "/health" else (401, "Bearer")
+                assert (answer.status_code, answer.headers.get("WWW-Authenticate")) == expected, (route.path, sent)
+
+
 @pytest.mark.parametrize(
     ("host", "origin", "code"),
     [
@@ -708,14 +727,17 @@ def test_an_error_of_the_model_reaches_the_requests_of_its_batch_alone() -> None
     asyncio.run(run())
 
 
-def test_an_error_of_the_model_reaches_a_request_beside_one_that_was_given_up() -> None:
-    waiting, computing, failing = threading.Event(), threading.Event(), threading.Event()
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_request_beside_one_that_was_given_up_gets_its_answer_or_error(fails: bool) -> None:
+    waiting, computing, finishing = threading.Event(), threading.Event(), threading.Event()
     sizes: list[int] = []
 
     def encode(items: list[int]) -> np.ndarray:
         computing.set()
-        failing.wait(60)
-        raise InputError("no such item")
+        finishing.wait(60)
+        if fails:
+            raise InputError("no such item")
+        return np.asarray(items, dtype=np.float32)[:, None]
 
     async def run() -> None:
         with ThreadPoolExecutor(1) as executor:
@@ -726,9 +748,9 @@ def test_an_error_of_the_model_reaches_a_request_beside_one_that_was_given_up() 
             waiting.set()
             await asyncio.to_thread(computing.wait, 60)
             given_up.cancel()
-            failing.set()
-            with pytest.raises(InputError, match="no such item"):
-                await asyncio.wait_for(other, 20)
+            finishing.set()
+            (answer,) = await asyncio.gather(asyncio.wait_for(other, 20), return_exceptions=True)
+            assert isinstance(answer, InputError) if fails else answer.tolist() == [[1]]
 
     asyncio.run(run())
     assert sizes == [2]

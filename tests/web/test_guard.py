@@ -1,0 +1,100 @@
+"""What `demo` and `serve` send with every response, and requests that no server may guess the meaning of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette")
+testclient = pytest.importorskip("starlette.testclient")
+
+from clip_rd_edge.runtime.load import load  # noqa: E402
+from clip_rd_edge.serving.app import make_app as make_service  # noqa: E402
+from clip_rd_edge.serving.service import Service  # noqa: E402
+from clip_rd_edge.web import app  # noqa: E402
+
+URL, HOST = "http://127.0.0.1:8765", ("Host", "127.0.0.1:8765")
+TOKEN = ("Authorization", "Bearer secret")
+PATHS = {"demo": "/api/bundles", "serve": "/v1/models", "serve with a token": "/v1/models"}
+
+
+@pytest.fixture(params=list(PATHS))
+def server(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def client(server: str, colour_bundle: Path) -> Any:
+    if server == "demo":
+        application = app.make_app(app.Demo([colour_bundle], threads=1))
+    else:
+        token = "secret" if "token" in server else ""
+        application = make_service(Service(load(colour_bundle)), token=token)
+    return testclient.TestClient(application, base_url=URL)
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("", [TOKEN], 200),
+        ("/nothing", [TOKEN], 404),
+        ("/%00", [TOKEN], 404),
+        ("", [TOKEN, HOST, HOST], 400),
+        ("", [TOKEN, ("Content-Length", "9" * 12)], 413),
+    ],
+)
+def test_every_response_has_the_headers_that_protect_a_page(
+    client: Any, server: str, path: str, headers: list[tuple[str, str]], status: int
+) -> None:
+    response = client.get(path or PATHS[server], headers=headers)
+    assert response.status_code == status
+    policy = {directive.strip() for directive in response.headers["content-security-policy"].split(";")}
+    assert policy == {
+        "default-src 'self'", "img-src 'self' blob: data:", "media-src 'self' blob:", "base-uri 'none'",
+        "form-action 'none'", "frame-ancestors 'none'",
+    }  # fmt: skip
+    assert response.headers["permissions-policy"] == "camera=(self), microphone=(), geolocation=()"
+    assert response.headers["cross-origin-resource-policy"] == "same-origin"
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["referrer-policy"] == "no-referrer"
+    assert response.headers["cache-control"] == "no-store"
+    assert not {"server", "access-control-allow-origin", "set-cookie"} & set(response.headers)
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        [HOST, HOST],
+        [HOST, ("Host", "evil.example")],
+        [("Host", "evil.example"), HOST],
+        [HOST, ("Origin", URL), ("Origin", "http://evil.example")],
+        [HOST, TOKEN, ("Authorization", "Bearer wrong")],
+        [HOST, ("Content-Length", "0"), ("Content-Length", "0")],
+        [HOST, ("Content-Length", "0"), ("Transfer-Encoding", "chunked")],
+    ],
+    ids=lambda headers: ", ".join(f"{name} {value}" for name, value in headers),
+)
+def test_two_headers_of_which_a_proxy_may_have_read_the_other_are_refused(
+    client: Any, server: str, twice: list[tuple[str, str]]
+) -> None:
+    headers = twice if TOKEN in twice else [*twice, TOKEN]
+    assert client.get(PATHS[server], headers=headers).status_code == 400
+
+
+@pytest.mark.parametrize("server", ["demo", "serve"], indirect=True)
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example@127.0.0.1", "127.0.0.1/evil.example", "127.0.0.1?evil.example", "127.0.0.1#evil.example",
+     "127.0.0.1:1 evil.example", "127.0.0.1:evil.example", "127.0.0.1:99999", "127.0.0.1\\evil.example"],
+)  # fmt: skip
+def test_a_host_is_a_name_and_a_port_and_nothing_else(client: Any, server: str, host: str) -> None:
+    assert client.get(PATHS[server], headers={"Host": host}).status_code == 403
+
+
+@pytest.mark.parametrize("server", ["demo", "serve"], indirect=True)
+@pytest.mark.parametrize("origin", ["ftp://127.0.0.1:8765", "app://127.0.0.1:8765", "127.0.0.1:8765"])
+def test_only_pages_of_the_web_have_an_origin(client: Any, server: str, origin: str) -> None:
+    assert client.get(PATHS[server], headers={"Origin": origin}).status_code == 403
+    assert client.get(PATHS[server], headers={"Origin": URL}).status_code == 200
