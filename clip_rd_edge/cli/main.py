@@ -105,6 +105,7 @@ def main() -> None:
 
 
 def _main() -> None:
+    is_lost = sys.stdout is None and os.name == "posix"  # on Windows, pythonw has none
     _open_closed_streams()
     _print_nothing_in_part()
     _pass_on_any_path()
@@ -113,6 +114,8 @@ def _main() -> None:
     # Accept --debug anywhere.
     arguments = [*(["--debug"] if debug else []), *(argument for argument in arguments if argument != "--debug")]
     try:
+        if is_lost:
+            raise UsageError("What is printed would be lost: stdout is closed.", hint="print into > /dev/null instead")
         sys.exit(_run(arguments))
     except ClipRdEdgeError as error:
         if debug:
@@ -200,7 +203,7 @@ def _lost_folder_error(error: BaseException) -> UsageError | None:
 
 
 def _open_closed_streams() -> None:
-    """Let a daemon that starts with closed streams, and pythonw, read nothing and write into nothing."""
+    """Let a process that starts with closed streams, as pythonw does, read nothing and write into nothing."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             nothing = Path(os.devnull).open(mode, encoding="utf-8", errors="surrogateescape")  # noqa: SIM115 — to the end

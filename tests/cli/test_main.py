@@ -193,18 +193,24 @@ def test_a_run_that_lost_a_process_ends_at_once_with_its_loaders() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="closes streams with a POSIX shell")
-def test_closed_streams_are_read_and_written_as_empty_ones(colour_bundle: Path, colour_images: Path) -> None:
-    """As daemons have them."""
+def test_what_nobody_can_read_is_no_success(colour_bundle: Path, colour_images: Path) -> None:
+    def run(closed: str, *words: str | Path) -> tuple[int, str]:
+        command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "clip_rd_edge", *map(str, words)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, stdout=stdout)
+        return done.returncode, done.stderr.removeprefix("· starting verify\n")
 
-    def classify(image: str, closed: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "clip_rd_edge", "classify", str(colour_bundle), image, "--labels", "red", "blue"]
-        command = ["sh", "-c", f'exec "$@" {closed}', "sh", *words]
-        return subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-
-    done = classify(str(colour_images / "red.png"), ">&-")
-    assert (done.returncode, done.stderr) == (0, "")
-    done = classify("-", "<&-")
-    assert (done.returncode, "the list on stdin is empty" in done.stderr) == (2, True)
+    reader, stdout = os.pipe()
+    os.close(reader)  # as head does, once it has its lines
+    classify = ("classify", colour_bundle, colour_images / "red.png", "--labels", "red", "blue")
+    for words in (classify, ("verify", colour_bundle), ("--help",)):
+        assert run("", *words) == (1, "")
+        code, error = run(">&-", *words)
+        assert (code, error.startswith("error: What is printed would be lost: stdout is closed.")) == (2, True)
+    os.close(stdout)
+    stdout = subprocess.DEVNULL
+    code, error = run("<&-", *classify[:2], "-", *classify[3:])
+    assert (code, "the list on stdin is empty" in error) == (2, True)
+    assert run("2>&-", *classify) == (0, "")
 
 
 CUT = """
