@@ -190,7 +190,6 @@ def session() -> list[Step]:
         Step("clip-rd-edge export runs/first -o bundle --labels red green blue"),
         Step("clip-rd-edge export runs/first -o int8 --precision int8 --fallback fp32"),
         Step("clip-rd-edge export runs/first -o bundle", codes=(2,)),
-        Step("clip-rd-edge push bundle me/colours", codes=(1, 2)),
         Step("clip-rd-edge verify bundle"),
         Step("clip-rd-edge classify bundle photos"),
         Step("clip-rd-edge classify bundle photos/red.png --labels red green 'a very long label that goes on and on'"),

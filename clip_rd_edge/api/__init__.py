@@ -19,7 +19,7 @@ from clip_rd_edge.api.measuring import (
     recommend,
     spread,
 )
-from clip_rd_edge.api.models import StitchOptions, first_answer, load, open_encoder, push, stitch, trim
+from clip_rd_edge.api.models import StitchOptions, first_answer, load, open_encoder, stitch, trim
 from clip_rd_edge.api.running import ServeOptions, demo, doctor, index, search, serve, watch_index
 from clip_rd_edge.api.training import EmbedOptions, average, distill, embed, probe_teachers, recipe
 
@@ -48,7 +48,6 @@ __all__ = [
     "load_tasks",
     "open_encoder",
     "probe_teachers",
-    "push",
     "quickstart",
     "recipe",
     "recommend",

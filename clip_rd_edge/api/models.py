@@ -173,29 +173,6 @@ def trim(
     return folder
 
 
-@checked_call
-def push(
-    folder: AnyPath, repo: str, *, private: bool = False, revision: str | None = None, message: str | None = None
-) -> str:
-    """Upload a model's folder as one commit to a repository of the Hugging Face hub, and return its address.
-
-    Args:
-        folder: an export with `layout="huggingface"`, a student, the folder of a run, or a bundle.
-        repo: `ORG/NAME`; it is created if it does not exist.
-        private: create the repository as private; one that exists stays as it is.
-        revision: the branch; None is the main one.
-        message: of the commit.
-
-    Raises:
-        InputError: the folder holds no model.
-        UsageError: the name is invalid, or there is no token that may write there.
-        UnreachableError: the hub cannot be reached.
-    """
-    from clip_rd_edge.models.push import push_folder
-
-    return push_folder(Path(folder), repo, private=private, revision=revision, message=message)
-
-
 def open_encoder(
     spec: str,
     *,

@@ -35,7 +35,6 @@ COMMANDS = {
     "average": ("average", "Average the weights of two models of one architecture."),
     "evaluate": ("evaluate", "Measure zero-shot accuracy and retrieval of a model or bundle."),
     "export": ("export", "Export a model as a bundle for a device."),
-    "push": ("push", "Upload a model's folder to the Hugging Face hub."),
     "verify": ("verify", "Verify a bundle's files, and that it runs on this device."),
     "classify": ("classify", "Classify images among your own labels."),
     "index": ("index", "Embed a folder of images for searching."),

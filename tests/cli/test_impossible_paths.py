@@ -36,7 +36,6 @@ COMMANDS = [
     "export B -o PATH",
     "export B -o o --target browser --node-modules PATH",
     "export student -o o --precision int8 --calibration PATH",
-    "push PATH org/name",
     "recipe show PATH.yaml",
     "benchmark PATH -o o",
     "benchmark quickstart -o PATH",

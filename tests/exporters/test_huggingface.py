@@ -42,7 +42,6 @@ from clip_rd_edge.exporters.model_card import _licence, write_model_card
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.push import _for_hub
 from clip_rd_edge.runtime.backends.session import open_session
 
 CLIENTS = Path(__file__).parent / "clients"
@@ -383,8 +382,10 @@ def test_open_clip_loads_the_folder_from_the_hub(hugging_face_folder: Path, tmp_
     commit, repository = "0" * 40, tmp_path / "hub" / "models--me--my-clip"  # as the hub's client stores it
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
-    with _for_hub(hugging_face_folder, "me/my-clip") as published:
-        shutil.copytree(published, repository / "snapshots" / commit)
+    published = shutil.copytree(hugging_face_folder, repository / "snapshots" / commit)
+    config = json.loads((published / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"] |= dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), "me/my-clip")
+    (published / "open_clip_config.json").write_text(json.dumps(config))
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", FROM_THE_HUB, json.dumps(HARD_TEXTS)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
