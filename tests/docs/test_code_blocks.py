@@ -55,7 +55,7 @@ MARKER = re.compile(r"<!-- (not run|parsed only): [^>]+ -->")
 SHELL = ("sh", "bash", "console")
 # Commands that take less than a second on a small bundle; the others are parsed.
 RUN = {"classify", "devices", "doctor", "evaluate", "index", "search", "verify"}
-OTHER_PROGRAMS = {".", "cd", "cp", "done", "find", "for", "git", "scp", "ssh"}
+OTHER_PROGRAMS = {".", "cd", "cp", "done", "find", "for", "git", "hf", "scp", "ssh"}
 TINY: dict[str, Any] = {
     "student": "test_resnet", "steps": 2, "batch_size": 8, "text": "tiny", "image_size": 32, "context_length": 8,
     "embedding_size": 16, "precision": "fp32", "workers": 0,
