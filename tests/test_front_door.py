@@ -112,7 +112,7 @@ def test_path_objects_are_taken_for_names(tmp_path: Path) -> None:
 def test_the_errors_that_docstrings_name_can_be_caught() -> None:
     functions = [getattr(edge, name) for name in edge.__all__]
     named = {error for function in functions for error in re.findall(r"\b[A-Z]\w+Error\b", function.__doc__ or "")}
-    assert "UnreachableError" in named
+    assert "UsageError" in named
     assert named <= set(edge.__all__)
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clip_rd_edge.benchmarking.accuracy import task_fingerprint
 from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.images import in_bounded_batches
@@ -81,6 +80,8 @@ class RunSetup:
     @cached_property
     def task_fingerprints(self) -> dict[str, str]:
         """The fingerprint of each task by its name."""
+        from clip_rd_edge.benchmarking.accuracy import task_fingerprint  # which most runs do without
+
         return {task.name: task_fingerprint(task) for task in self.tasks}
 
     @property

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -33,7 +33,6 @@ from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.monitoring.evaluation import EncoderOfAllProcesses
 from clip_rd_edge.distillation.monitoring.metrics import MetricsLog, Progress, metrics_line, peak_memory_on
 from clip_rd_edge.distillation.monitoring.plots import plot_run
-from clip_rd_edge.distillation.monitoring.predictions import Predictions
 from clip_rd_edge.distillation.monitoring.trackers import Tracker, open_tracker
 from clip_rd_edge.distillation.optim import RunOptimizer, diverged_error, named_divergence
 from clip_rd_edge.distillation.processes.distributed import Processes
@@ -48,6 +47,9 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.utils.memory import FREED_MEMORY_KEPT
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from clip_rd_edge.distillation.monitoring.predictions import Predictions
 
 
 def total_steps(config: RunConfig, pairs: Pairs) -> int:
@@ -190,7 +192,6 @@ def train(
             tracker=tracker,
             reporter=reporter,
             evaluate=evaluate,
-            predictions=Predictions(next(iter(setup.tasks), None), setup.pairs, trained.encoder),
             saved=start,
         )
         for name in changed_tasks(run, setup.task_fingerprints):
@@ -266,7 +267,6 @@ class _Loop:
     tracker: Tracker
     reporter: Reporter
     evaluate: Callable[[Encoder], dict[str, float]] | None
-    predictions: Predictions
     saved: int
     is_save_due: bool = False
 
@@ -368,12 +368,19 @@ class _Loop:
         if scores:
             self.reporter.say(f"step {done:,}: {progress.evaluation_message()}")
 
+    @cached_property
+    def predictions(self) -> Predictions:
+        """Predictions about images of the run's first task, for a tracker that shows them."""
+        from clip_rd_edge.distillation.monitoring.predictions import Predictions
+
+        return Predictions(next(iter(self.setup.tasks), None), self.setup.pairs, self.trained.encoder)
+
     def draw(self, done: int) -> None:
         """After an evaluation, plot the run so far, and show the tracker what the student predicts."""
         if not (self.processes.is_main and self.is_evaluation_due(done)):
             return
         try:
-            self.tracker.show(done, self.predictions.plot)
+            self.tracker.show(done, lambda path: self.predictions.plot(path))
             if done < self.trained.steps:  # else it is plotted once the student is saved
                 plot_run(self.run, self.run / REPORT_FOLDER)
         except Exception as error:  # noqa: BLE001 - a run must not end by its plots
