@@ -32,7 +32,7 @@ BUDGETS: Mapping[str, tuple[int, int]] = {
     "raise statements": (817, 480),
     "lines of Raises: below api/": (824, 60),
     "own modules imported by --help": (15, 12),
-    "own modules imported by classify": (49, 34),
+    "own modules imported by classify": (50, 34),
     "own modules imported by export": (144, 70),
     "own modules imported by distill": (150, 80),
     "lines of the tests": (45_200, 26_000),

@@ -27,7 +27,7 @@ from clip_rd_edge.contract.tokenizer import Tokenizer
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError, in_one_line, near_matches
 from clip_rd_edge.runtime.backends.int8_kernels import int8_fault
 from clip_rd_edge.runtime.backends.providers import AUTO, warn
-from clip_rd_edge.runtime.intact import require_intact
+from clip_rd_edge.runtime.intact import require_intact, require_intact_tower
 from clip_rd_edge.utils.files import size_bytes
 
 if TYPE_CHECKING:
@@ -265,8 +265,7 @@ class BundleEncoder(ABC):
         return self._open_intact(self.manifest.require_text())
 
     def _open_intact(self, tower: Tower) -> Any:
-        for name in self.manifest.files_of(tower):
-            require_intact(self.folder, self.manifest, name)
+        require_intact_tower(self.folder, self.manifest, tower)
         session = self.open_tower(tower)
         _opened.add(self)
         if reason := self.int8_fault(tower):

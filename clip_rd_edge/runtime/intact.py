@@ -13,12 +13,21 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from clip_rd_edge.contract.bundle import MANIFEST, STAMP_SUFFIX, Manifest, Tower, manifest_is_intact
+from clip_rd_edge.contract.bundle import (
+    EXTERNAL_DATA_SUFFIX,
+    MANIFEST,
+    STAMP_SUFFIX,
+    Manifest,
+    Tower,
+    manifest_is_intact,
+)
+from clip_rd_edge.contract.formats import format_of
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.files import sha256_of
 from clip_rd_edge.utils.paths import cache_home
 
 _MAX_MARKS = 1_000  # files that are remembered
+_ONNX = ".onnx"
 _HINT = "copy or export the bundle again; clip-rd-edge verify checks every file"
 
 
@@ -37,11 +46,43 @@ def require_intact_manifest(folder: Path, manifest: Manifest) -> None:
         raise ConfigError(f"{folder / MANIFEST} has changed since the export: its checksum differs.", hint=_HINT)
 
 
+def require_intact_tower(folder: Path, manifest: Manifest, tower: Tower) -> None:
+    """Check all files of a tower before a runtime opens them: it would read whatever they, or links, lead to.
+
+    Raises:
+        ConfigError: one has changed, the manifest does not list it, it is a link, or an ONNX file names others.
+    """
+    for name in manifest.files_of(tower):
+        require_intact(folder, manifest, name)
+    weights, package = folder / f"{tower.file}{EXTERNAL_DATA_SUFFIX}", folder / tower.file
+    beside = [path for path in (weights, *weights.parents) if folder in path.parents]
+    unlisted = [path for path in (*beside, *package.rglob("*")) if not _is_plain(path, folder, manifest)]
+    if format_of(manifest.target).is_onnx and package.suffix != _ONNX:  # a runtime takes it for another format
+        unlisted.append(package)
+    if unlisted:
+        raise ConfigError(
+            f"{unlisted[0]} is not for a runtime to read: expected a plain file that the manifest lists, and the name "
+            "of its format.",
+            hint="export the bundle again, or copy it with cp -rL if you trust it",
+        )
+
+
+def _is_plain(path: Path, folder: Path, manifest: Manifest) -> bool:
+    """Return whether a path in a bundle is a file that the manifest lists, no file, or absent, and no link."""
+    if path.is_symlink():
+        return False
+    if not manifest.files or path.relative_to(folder).as_posix() in manifest.files or not path.is_file():
+        return True
+    from clip_rd_edge.contract.outputs import is_left_by_system  # late: hardly any bundle has such a file
+
+    return is_left_by_system(path)
+
+
 def require_intact(folder: Path, manifest: Manifest, name: str) -> None:
     """Check a file of a bundle, unless it is remembered or the manifest does not have its checksum yet.
 
     Raises:
-        ConfigError: its SHA-256 differs from the manifest's.
+        ConfigError: its SHA-256 differs from the manifest's, or it is an ONNX file that is not self-contained.
     """
     digest = manifest.files.get(name)
     path = folder / name
@@ -83,7 +124,7 @@ def require_current_engine(folder: Path, manifest: Manifest, tower: Tower, engin
 
 
 def _has_digest(path: Path, digest: str) -> bool:
-    """Return whether a file has a SHA-256; one that had is remembered."""
+    """Return whether a file has a SHA-256, and is self-contained if it is ONNX; one that has and is, is remembered."""
     stat = path.stat()
     times = f"{stat.st_mtime_ns}\0{stat.st_ctime_ns}"
     identity = f"{path.resolve()}\0{stat.st_size}\0{times}\0{stat.st_ino}\0{digest}"
@@ -93,6 +134,10 @@ def _has_digest(path: Path, digest: str) -> bool:
             return True
     if sha256_of(path) != digest:
         return False
+    if path.suffix == _ONNX:
+        from clip_rd_edge.contract.onnx_file import require_self_contained  # late: most files are remembered
+
+        require_self_contained(path)
     with suppress(OSError):  # a full or read-only cache only costs time
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()

@@ -33,7 +33,7 @@ from clip_rd_edge.contract.bundle import (
 )
 from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
-from clip_rd_edge.runtime.intact import require_intact_manifest
+from clip_rd_edge.runtime.intact import require_intact_manifest, require_intact_tower
 from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.utils.files import size_bytes, write_bytes
 from clip_rd_edge.utils.folders import new_folder
@@ -223,6 +223,8 @@ def _copy_bundle(bundle: Path, manifest: Manifest, folder: Path) -> None:
     require_intact_manifest(bundle, manifest)
     if damaged := damaged_files(bundle, manifest):
         raise UsageError(f"The bundle {bundle} is damaged: {', '.join(damaged)}.", hint="copy or export it again")
+    for tower in manifest.towers.values():
+        require_intact_tower(bundle, manifest, tower)
     for name in (MANIFEST, *manifest.files):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(bundle / name, folder / name)

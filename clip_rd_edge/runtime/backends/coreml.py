@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.encoder import Description
-from clip_rd_edge.contract.outputs import is_left_by_system
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError, in_one_line
 from clip_rd_edge.runtime.backends.providers import AUTO
 from clip_rd_edge.runtime.backends.session import OneInputModel
@@ -99,11 +98,5 @@ class CoreMlEncoder(BundleEncoder):
         return Placement(COREML, _CPU if self.cpu_only else COREML)
 
     def open_tower(self, tower: Tower) -> CoreMlModel:
-        """Open the tower's package; raises as `open_coreml`, and ConfigError for files that the manifest lacks."""
-        package = self.folder / tower.file
-        for path in package.rglob("*"):
-            name = path.relative_to(self.folder).as_posix()
-            listed = not self.manifest.files or name in self.manifest.files
-            if path.is_file() and not listed and not is_left_by_system(path):
-                raise ConfigError(f"The manifest of {self.folder} has no checksum of {name}.", hint="export it again")
-        return open_coreml(package, tower, cpu_only=self.cpu_only)
+        """Open the tower's package; raises as `open_coreml`."""
+        return open_coreml(self.folder / tower.file, tower, cpu_only=self.cpu_only)

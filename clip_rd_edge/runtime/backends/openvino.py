@@ -101,11 +101,21 @@ def open_openvino(
     core = _core()
     settings = _settings(processor, threads=threads, bf16=bf16)
     try:
-        graph = core.read_model(model if isinstance(model, str) else io.BytesIO(model))
+        graph = _read(core, model)
         return OpenVinoModel(graph, lambda shaped: core.compile_model(shaped, processor, settings))
     except Exception as error:
         name = model if isinstance(model, str) else "the model"
         raise ConfigError(f"OpenVINO {openvino.__version__} cannot run {name}: {in_one_line(error)}.") from error
+
+
+def _read(core: Any, model: str | bytes) -> Any:
+    """Read a model, if named .onnx as ONNX: OpenVINO goes by content, and may find a graph with files beside it."""
+    if not isinstance(model, str):
+        return core.read_model(io.BytesIO(model))
+    if not model.endswith(".onnx"):
+        return core.read_model(model)
+    reader = _import_openvino().frontend.FrontEndManager().load_by_framework("onnx")
+    return reader.convert(reader.load(model))
 
 
 def _require_processor(processor: str) -> Any:

@@ -54,6 +54,21 @@ def test_embeddings_match_those_of_onnxruntime(colour_bundle: Path) -> None:
     np.testing.assert_allclose(first, reference.encode_texts(["red", "green blue"]), atol=1e-5)
 
 
+def test_a_graph_of_openvino_under_the_name_of_onnx_is_not_read(colour_bundle: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="needs the extra openvino")
+    path = colour_bundle / "image.onnx"
+    openvino.save_model(openvino.Core().read_model(path), colour_bundle / "other.xml")
+    (colour_bundle / "other.bin").rename(colour_bundle / "image.bin")  # of which the manifest has no checksum
+    graph = b"<net" + (colour_bundle / "other.xml").read_bytes().partition(b"<net")[2]
+    # The whole graph in one field of protobuf, which OpenVINO does not mind in front of it.
+    assert 1 << 7 <= len(graph) < 1 << 14
+    path.write_bytes(bytes([0x0A, len(graph) & 127 | 128, len(graph) >> 7]) + graph)
+    openvino.Core().read_model(path)
+    write_manifest(colour_bundle, read_manifest(colour_bundle))
+    with pytest.raises(ConfigError):
+        load(colour_bundle, runtime="openvino").encode_pixels(np.ones((1, 3, 8, 8), np.float32))
+
+
 def test_any_batch_size_runs_but_only_a_few_are_compiled(colour_bundle: Path) -> None:
     pytest.importorskip("openvino", reason="needs the extra openvino")
     model, reference = open_openvino(str(colour_bundle / "image.onnx"), threads=1), load(colour_bundle)
@@ -109,7 +124,7 @@ def test_the_package_sends_nothing_to_its_makers(colour_bundle: Path, tmp_path: 
 
 def test_a_damaged_file_is_reported_in_one_line(colour_bundle: Path) -> None:
     pytest.importorskip("openvino", reason="needs the extra openvino")
-    (colour_bundle / "image.onnx").write_bytes(b"no onnx")
+    (colour_bundle / "image.onnx").write_bytes(b"\x08\x05")  # of a version alone
     write_manifest(colour_bundle, read_manifest(colour_bundle))  # else its checksum is the first to refuse it
     with pytest.raises(ConfigError, match=r"^OpenVINO .* cannot run .*image\.onnx") as raised:
         load(colour_bundle, runtime="openvino").encode_images([Image.new("RGB", (8, 8))])
