@@ -122,7 +122,13 @@ def make_rows(count: int, size: int, *, seed: int = 0) -> Embeddings:
 def make_index(path: Path, rows: Embeddings) -> None:
     """Write an index of images that do not exist."""
     entries = [
-        Entry(path=f"2026/11/IMG_{i:08}.jpg", size_bytes=3_000_000 + i, modified_ns=10**18 + i, sha256=f"{i:064x}")
+        Entry(
+            path=f"2026/11/IMG_{i:08}.jpg",
+            size_bytes=3_000_000 + i,
+            modified_ns=10**18 + i,
+            changed_ns=10**18 + i,
+            sha256=f"{i:064x}",
+        )
         for i in range(len(rows))
     ]
     index = Index(folder="/photos", bundle="/bundle", model="0" * 64, embeddings="", entries=entries)

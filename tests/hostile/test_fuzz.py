@@ -154,7 +154,7 @@ def good_files(bundle: Path) -> dict[str, list[bytes]]:
         ],
         "tokenizers": [(bundle / "tokenizer.json").read_bytes()],
         "towers": [(bundle / "image.onnx").read_bytes()],
-        "indexes": [json.dumps({**index, "entries": [["a.png", 1, 1, "x"], ["b.png", 1, 1, "y"]]}).encode()],
+        "indexes": [json.dumps({**index, "entries": [["a.png", 1, 1, 1, "x"], ["b.png", 1, 1, 1, "y"]]}).encode()],
     }
 
 

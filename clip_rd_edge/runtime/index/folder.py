@@ -30,7 +30,7 @@ class Source:
     def __init__(self, folder: Path, name: str) -> None:
         self.path, self.name = folder / name, name
         stat = self.path.stat()  # before reading: a change in between is noticed by the next update
-        self.size_bytes, self.modified_ns = stat.st_size, stat.st_mtime_ns
+        self.size_bytes, self.modified_ns, self.changed_ns = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
         # Where times are whole seconds, a change just after the file was read would not show.
         if stat.st_mtime_ns % _SECOND_NS == 0 and abs(time.time() - stat.st_mtime) <= _COARSE_S:
             self.modified_ns = _UNSURE
@@ -49,6 +49,7 @@ class Source:
             size_bytes=self.size_bytes,
             modified_ns=self.modified_ns,
             sha256=sha256 or self.sha256,
+            changed_ns=self.changed_ns,
         )
 
     def __str__(self) -> str:
@@ -164,7 +165,9 @@ def compare(known: list[Entry], sources: list[Source]) -> tuple[list[tuple[Entry
         if source.size_bytes in sizes:
             with suppress(OSError):  # reported when it is opened
                 digest = sha256_of(source.path)
-        if digest in contents:
+        if row is not None and digest == known[row].sha256:  # touched, or had its mode changed
+            kept.append((source.entry(digest), row))
+        elif digest in contents:
             kept.append((source.entry(digest), contents[digest]))
         else:
             new.append(source)
@@ -193,11 +196,18 @@ class Plan:
 
 
 def plan_update(
-    folder: Path, path: Path, index: Index, settled: Collection[str] | None, *, last_listed_ns: int
+    folder: Path,
+    path: Path,
+    index: Index,
+    settled: Collection[str] | None,
+    *,
+    waiting: Collection[str],
+    last_listed_ns: int,
 ) -> Plan | None:
     """Compare the folder with the index at `path`; None if a watch found the folder unmounted.
 
     Args:
+        settled, waiting: as for `update_index`.
         last_listed_ns: when the folder was listed for the index.
     """
     folders: list[InputError] = []  # that cannot be read
@@ -222,12 +232,15 @@ def plan_update(
     hidden, emptied = out_of_sight(folder, gone, last_listed_ns)
     if folders:  # which may have been listed, but not entered, or for a moment only could not be read
         hidden |= {name for name in gone if not is_gone(folder / name)}
+    if settled is not None:
+        hidden |= {name for name in gone if name in settled or name in waiting}
     unsettled = hidden | broken.keys() | (set(names) - set(chosen))
     kept, new = compare(index.entries, sources)
     kept += [(entry, row) for row, entry in enumerate(index.entries) if entry.path in unsettled]
     # In the order of the index, so that it shows if nothing changed. Not by row: equal images may all have that of one.
     kept.sort(key=lambda known: places.get(known[0].path, len(places)))
-    kept_rows, removed = {row for _, row in kept}, gone - hidden  # a row of one that was moved is kept
+    moved = Counter(entry.sha256 for entry, row in kept if places.get(entry.path) != row)
+    lost = Counter(index.entries[places[name]].sha256 for name in gone - hidden)
     badly_named = [
         f"The name of {printable_path(image)} is not UTF-8, as index.json is; rename it."
         for image, name in named.items()
@@ -236,7 +249,7 @@ def plan_update(
     return Plan(
         kept=kept,
         new=new,
-        removed=sum(entry.path in removed and row not in kept_rows for row, entry in enumerate(index.entries)),
+        removed=(lost - moved).total(),
         unreadable=[*map(str, folders), *emptied, *broken.values(), *badly_named],
         unreadable_images=broken,
         vanished=set(settled or ()) - (set(named.values()) - set(chosen)) - present,

@@ -59,11 +59,16 @@ _BETWEEN = re.compile(rb'"\],\["')  # two entries
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
-    """An indexed image; `path` is relative to the image folder, with / as separator."""
+    """An indexed image; `path` is relative to the image folder, with / as separator.
+
+    Attributes:
+        changed_ns: the time of the last change (on Windows, of the creation), which no tool puts back.
+    """
 
     path: str
     size_bytes: int
     modified_ns: int
+    changed_ns: int
     sha256: str
 
 

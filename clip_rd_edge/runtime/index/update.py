@@ -99,6 +99,7 @@ def update_index(
     path: Path,
     *,
     settled: Collection[str] | None = None,
+    waiting: Collection[str] = (),
     stop: threading.Event | None = None,
     require: Callable[[], object] | None = None,
     cluster: str | None = None,
@@ -106,15 +107,17 @@ def update_index(
 ) -> Update:
     """Create or update the index at `path` for the images in `folder`.
 
-    An image whose size and modification time are those in the index counts as unchanged. If the index has an entry of
-    the same size, the file is hashed: it may have been moved, copied or touched, and is embedded only if its content is
-    new. The same holds for all of them if the folder was moved. Progress is saved every SAVE_EVERY_S seconds, less
-    often where that takes long, and on an interruption. Another model's index stays until all images are embedded
-    again. If another process is writing to the index, the update waits for it.
+    An image whose size and times are those in the index counts as unchanged. If the index has an entry of the same
+    size, the file is hashed: it may have been moved, copied or touched, and is embedded only if its content is new. The
+    same holds for all of them if the folder was moved. Progress is saved every SAVE_EVERY_S seconds, less often where
+    that takes long, and on an interruption. Another model's index stays until all images are embedded again. If another
+    process is writing to the index, the update waits for it.
 
     Args:
-        settled: paths in the folder of the images to take; others keep the entry that they have, and so do all if the
-            folder was unmounted since it was listed. None takes all.
+        settled: paths in the folder of the images to take; others that are there keep the entry that they have, and so
+            do all if the folder was unmounted since it was listed. None takes all.
+        waiting: paths of images that keep the entry that they have, there or not, as do those of `settled`: what is
+            gone may come again under another name.
         stop: ends the update after the batch in which it is set, with everything saved that is embedded, and the wait
             for another process at once.
         require: called before anything is written, once nobody else writes to the index, to refuse what is there then.
@@ -144,7 +147,16 @@ def update_index(
                 return Update(skipped=True)
             if require is not None:
                 require()
-            return _update(encoder, folder, path, settled=settled, stop=stop, cluster=cluster, reporter=reporter)
+            return _update(
+                encoder,
+                folder,
+                path,
+                settled=settled,
+                waiting=waiting,
+                stop=stop,
+                cluster=cluster,
+                reporter=reporter,
+            )
     except Exception as error:
         if (full := disk_full_error(error)) is None:
             raise
@@ -167,6 +179,7 @@ def _update(
     path: Path,
     *,
     settled: Collection[str] | None,
+    waiting: Collection[str],
     stop: threading.Event | None,
     cluster: str | None,
     reporter: Reporter,
@@ -184,7 +197,7 @@ def _update(
     if len(index.entries) < len(found):
         reporter.say(f"{len(found) - len(index.entries):,} embeddings in {path} are damaged: they are computed again")
     listed_ns = int(now_in(path) * 1e9)
-    plan = plan_update(folder, path, index, settled, last_listed_ns=last_listed_ns)
+    plan = plan_update(folder, path, index, settled, waiting=waiting, last_listed_ns=last_listed_ns)
     if plan is None:
         return Update(kept=len(index.entries), skipped=True)
     update = Update(

@@ -31,8 +31,9 @@ SETTLE_S = 2.0  # a file that has not changed for this long counts as written
 _WAIT_S = 0.5
 BROKEN_S = 60.0  # one that cannot be read is reported if it has not changed for this long: its writer may be slow
 
-Stamp = tuple[int, int]  # size in bytes, and modification time in nanoseconds
-_NO_STAMP = (-1, -1)  # of a file that cannot be looked at
+Stamp = tuple[int, int, int]  # size in bytes, and times of modification and change in nanoseconds
+_NO_STAMP = (-1, -1, -1)  # of a file that cannot be looked at
+_GONE = (-2, -2, -2)  # of one that was indexed, and is not there any more
 
 
 class _Seen(NamedTuple):
@@ -59,6 +60,7 @@ class _Images:
         if not listed:
             return False
         old = self._seen
+        listed |= dict.fromkeys(self._indexed.keys() - listed.keys(), _GONE)
         self._seen = {}
         for name, stamp in listed.items():
             if old is None:  # those that were there before the start, unless somebody is writing just now
@@ -71,7 +73,7 @@ class _Images:
         return True
 
     def settling(self, now: float) -> list[str]:
-        """Return the files that somebody may be writing to."""
+        """Return the files that somebody may be writing to, or have moved."""
         return [name for name, seen in (self._seen or {}).items() if now - seen.since < SETTLE_S]
 
     def look_again(self, names: list[str], now: float) -> None:
@@ -79,7 +81,7 @@ class _Images:
         seen = self._seen or {}
         for name in names:
             if (stamp := _stamp(self._folder / name)) != seen[name].stamp:
-                seen[name] = _Seen(stamp or _NO_STAMP, now)
+                seen[name] = _Seen(stamp, now)
 
     def _take_back_refused(self) -> None:
         """Let the next update take the images that can be read now, though their stamps have not changed."""
@@ -92,21 +94,28 @@ class _Images:
                 self._refused.remove(name)
 
     def settled(self, now: float) -> dict[str, Stamp]:
-        """Return the files that nobody is writing to."""
-        return {name: seen.stamp for name, seen in (self._seen or {}).items() if now - seen.since >= SETTLE_S}
+        """Return the files that nobody is writing to, and those that are gone.
+
+        While any others are being written, which may be those that are gone under another name, they are so for
+        certain after BROKEN_S.
+        """
+        quiet = {name: seen for name, seen in (self._seen or {}).items() if now - seen.since >= SETTLE_S}
+        busy = any(seen.stamp != _GONE for name, seen in (self._seen or {}).items() if name not in quiet)
+        gone_before = now - (BROKEN_S if busy else SETTLE_S)
+        return {name: seen.stamp for name, seen in quiet.items() if seen.stamp != _GONE or seen.since <= gone_before}
+
+    def waiting(self, settled: dict[str, Stamp]) -> set[str]:
+        """Return all others."""
+        return (self._seen or {}).keys() - settled.keys()
 
     def differ(self, settled: dict[str, Stamp]) -> bool:
         """Return whether an update has anything to do."""
-        changed = any(self._indexed.get(name) != stamp for name, stamp in settled.items())
-        return changed or bool(self._indexed.keys() - (self._seen or {}).keys())
+        return any(self._indexed.get(name, _GONE) != stamp for name, stamp in settled.items())
 
     def take(self, settled: dict[str, Stamp], update: Update) -> None:
         """Note what an update has seen, and take those messages from it that may be about unfinished files."""
         settled = {name: stamp for name, stamp in settled.items() if name not in update.vanished}  # unmounted?
-        self._indexed = {
-            **{name: stamp for name, stamp in self._indexed.items() if name in (self._seen or {})},
-            **settled,
-        }
+        self._indexed = {name: stamp for name, stamp in (self._indexed | settled).items() if stamp != _GONE}
         known = self._said | set(update.unreadable_images.values())
         update.unreadable = [message for message in update.unreadable if message not in known]
         self._said.update(update.unreadable)
@@ -119,7 +128,7 @@ class _Images:
         names = [
             name
             for name in self._unreadable
-            if (seen := (self._seen or {}).get(name)) is not None and now - seen.since >= BROKEN_S
+            if (seen := (self._seen or {}).get(name)) and seen.stamp != _GONE and now - seen.since >= BROKEN_S
         ]
         return [self._unreadable.pop(name) for name in names]
 
@@ -184,24 +193,24 @@ def _stamps(folder: Path) -> dict[str, Stamp]:
     start = len(os.fspath(folder / "_")) - 1  # relative_to would take half of the time
     stamps = {}
     for path, found in look_at_images(folder, on_unreadable=lambda error: None):
-        stamp = _stamp(path) if found is None else (found.st_size, found.st_mtime_ns)
-        if stamp is not None:
+        stamp = _stamp(path) if found is None else (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        if stamp != _GONE:
             stamps[os.fspath(path)[start:].replace(os.sep, "/")] = stamp
     return stamps
 
 
-def _stamp(path: Path) -> Stamp | None:
-    """Return the stamp of a file, None if it is gone, or _NO_STAMP, in which case the update reports it."""
+def _stamp(path: Path) -> Stamp:
+    """Return the stamp of a file, _GONE, or _NO_STAMP, in which case the update reports it."""
     try:
         try:
             stat = path.stat()
         except OSError:
             stat = path.lstat()  # what it leads to is gone: the update reports it as it does other unreadable images
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return _GONE
     except OSError:
         return _NO_STAMP
-    return stat.st_size, stat.st_mtime_ns
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _wait(stop: threading.Event, seconds: float) -> None:
@@ -223,10 +232,12 @@ def watch_index(
 ) -> Iterator[Update]:
     """Create or update the index at `path` as `update_index` does, and again whenever images come, change or go.
 
-    A file is embedded once it has not changed for SETTLE_S. One that cannot be read is tried again when it changes, or
-    when the system no longer refuses to read it, and reported after BROKEN_S without a change. While the folder is not
-    there, or has no images, the index stays as it is. An index that somebody removes, or writes an older copy over, is
-    brought up to date again, once it has not changed for SETTLE_S and is whole.
+    A file is embedded once it has not changed for SETTLE_S. It leaves the index once it has been gone for as long and
+    nobody is writing others, which may be what is gone under other names: renamed images keep their embeddings. One
+    that cannot be read is tried again when it changes, or when the system no longer refuses to read it, and reported
+    after BROKEN_S without a change. While the folder is not there, or has no images, the index stays as it is. An index
+    that somebody removes, or writes an older copy over, is brought up to date again, once it has not changed for
+    SETTLE_S and is whole.
 
     Args:
         stop: ends the watch when it is set, with everything saved that is embedded; None watches for ever.
@@ -270,7 +281,8 @@ def watch_index(
                 encoder,
                 folder,
                 path,
-                settled=settled.keys(),
+                settled={name for name, stamp in settled.items() if stamp != _GONE},
+                waiting=images.waiting(settled),
                 stop=stop,
                 require=index.require_own_model,  # again: another writer may have been waited for
                 reporter=reporter,

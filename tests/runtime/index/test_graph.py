@@ -106,7 +106,9 @@ def embeddings(count: int, seed: int = 0) -> Any:
 
 
 def written(path: Path, rows: Any) -> Index:
-    entries = [Entry(path=f"{i}.jpg", size_bytes=i, modified_ns=i, sha256=str(i)) for i in range(len(rows))]
+    entries = [
+        Entry(path=f"{i}.jpg", size_bytes=i, modified_ns=i, changed_ns=i, sha256=str(i)) for i in range(len(rows))
+    ]
     empty = Index(folder="/photos", bundle="/b", model="", embeddings="", entries=entries)
     return write_index(path, empty, rows)
 

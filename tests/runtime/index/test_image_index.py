@@ -161,6 +161,42 @@ def test_moved_copied_or_touched_images_are_not_embedded_again(
     assert nearest(known, rows, encoder.encode_texts(["green"]), top=1)[0].path == colour_images / "more" / "moved.png"
 
 
+def test_copies_of_an_image_that_are_moved_are_not_removed_and_one_that_is_deleted_is(
+    colour_bundle: Path, colour_images: Path, index: Path
+) -> None:
+    encoder, copies = load(colour_bundle), [colour_images / f"copy{i}.png" for i in range(3)]
+    for copy in copies:
+        shutil.copy(colour_images / "red.png", copy)
+    update_index(encoder, colour_images, index)
+    copies[0].unlink()
+    assert update_index(encoder, colour_images, index).removed == 1
+    for path in (colour_images / "red.png", *copies[1:]):
+        path.rename(colour_images / "more" / path.name)
+    update = update_index(encoder, colour_images, index)
+    assert (update.kept, update.embedded, update.removed) == (6, 0, 0)
+    copies[1].with_name("more").joinpath("copy1.png").unlink()
+    assert update_index(encoder, colour_images, index).removed == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no time of change")
+def test_a_change_is_noticed_though_size_and_time_are_those_of_before(
+    colour_bundle: Path, colour_images: Path, index: Path
+) -> None:
+    encoder, frame = load(colour_bundle), colour_images / "frame.bmp"
+    for colour, embedded in (((250, 0, 0), 5), ((0, 0, 250), 1)):
+        Image.new("RGB", (9, 9), colour).save(frame)
+        os.utime(frame, (1, 1))
+        assert update_index(encoder, colour_images, index).embedded == embedded
+        time.sleep(0.02)  # file systems keep times to some milliseconds
+    (colour_images / "more.png").hardlink_to(frame)  # changes the time, and not the content
+    frame.chmod(0o600)
+    update = update_index(encoder, colour_images, index)
+    assert (update.kept, update.embedded) == (6, 0)
+    before = files(index)
+    update_index(encoder, colour_images, index)
+    assert files(index) == before
+
+
 def test_images_of_the_same_size_and_time_that_change_places_are_noticed(
     colour_bundle: Path, colour_images: Path, index: Path, embedded: list[int]
 ) -> None:
@@ -183,7 +219,9 @@ def test_images_of_the_same_size_and_time_that_change_places_are_noticed(
 
 def test_an_index_is_written_without_a_copy_of_its_embeddings(index: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(20_000, 100)).astype(np.float32)
-    entries = [Entry(path=str(number), size_bytes=1, modified_ns=1, sha256="") for number in range(len(rows))]
+    entries = [
+        Entry(path=str(number), size_bytes=1, modified_ns=1, changed_ns=1, sha256="") for number in range(len(rows))
+    ]
     empty = Index(folder="", bundle="", model="", embeddings="", entries=entries)
     tracemalloc.start()
     write_index(index, empty, rows)
@@ -720,7 +758,7 @@ def test_an_index_is_read_in_parts_whatever_is_in_its_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     entries = [
-        Entry(path=path, size_bytes=i, modified_ns=10**18 + i, sha256="f" * 64)
+        Entry(path=path, size_bytes=i, modified_ns=10**18 + i, changed_ns=10**18 + i, sha256="f" * 64)
         for i in range(300)
         for path in (f"é{i}.jpg", f"{name}{i}.jpg", f"{i}{name}", name)
     ]
@@ -745,7 +783,8 @@ def test_an_index_is_read_in_parts_whatever_is_in_its_paths(
 
 
 @pytest.mark.parametrize(
-    "entries", ["{}", '""', '[["a",1,2,"b"],["a",1,2,3]]', '[["a",1,2,"b"]],["a",1,2,"b"]', "[" * 10_000 + "]" * 10_000]
+    "entries",
+    ["{}", '""', '[["a",1,2,3,"b"],["a",1,2,3,4]]', '[["a",1,2,3,"b"]],["a",1,2,3,"b"]', "[" * 10_000 + "]" * 10_000],
 )
 def test_an_index_of_another_form_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: str) -> None:
     monkeypatch.setattr("clip_rd_edge.runtime.index.image_index._PART_BYTES", 2)
@@ -759,7 +798,9 @@ QUERIES = normalise(np.random.default_rng(1).standard_normal((3, 16)))
 
 
 def made_index(path: Path, rows: np.ndarray) -> None:
-    entries = [Entry(path=f"{i}.jpg", size_bytes=i, modified_ns=i, sha256=f"{i:064x}") for i in range(len(rows))]
+    entries = [
+        Entry(path=f"{i}.jpg", size_bytes=i, modified_ns=i, changed_ns=i, sha256=f"{i:064x}") for i in range(len(rows))
+    ]
     write_index(path, Index(folder="/f", bundle="/b", model="m", embeddings="", entries=entries), rows)
 
 

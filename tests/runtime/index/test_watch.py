@@ -213,6 +213,53 @@ def test_an_image_that_is_overwritten_keeps_its_entry_until_it_is_complete(watch
     assert counts == [5, 5]
 
 
+@pytest.mark.parametrize("out_of_sight", [False, True])
+def test_renamed_images_keep_their_embeddings_and_never_leave_the_index(
+    watched: Folder, tmp_path: Path, *, out_of_sight: bool
+) -> None:
+    """A listing takes time: what is renamed meanwhile may be in it under neither name."""
+    old, away, new = watched.folder / "more", tmp_path / "away", watched.folder / "renamed"
+    for i in range(20):
+        paint(old / f"{i}.png", (i, 0, 99))()
+        os.utime(old / f"{i}.png", (1, 1))
+    shutil.copy2(old / "0.png", old / "copy.png")
+    counts = list[int]()
+
+    def look() -> None:
+        counts.append(len(watched.names()))
+
+    steps = [lambda: old.rename(away), lambda: away.rename(new)] if out_of_sight else [lambda: old.rename(new)]
+    updates = watched.watch(*steps, look, look, look)
+    assert [(update.embedded, update.kept, update.removed) for update in updates] == [(25, 0, 0), (0, 25, 0)]
+    assert set(counts) == {25}
+    assert len([name for name in watched.names() if name.startswith("renamed/")]) == 22
+
+
+def test_removed_images_leave_the_index_though_others_are_always_being_written(watched: Folder) -> None:
+    busy = watched.folder / "busy.png"
+    write = lambda: busy.write_bytes(os.urandom(9)) and None  # noqa: E731
+    updates = watched.watch((watched.folder / "red.png").unlink, *[write] * int(BROKEN_S / POLL_S + 3))
+    assert [update.removed for update in updates] == [0, 1]
+    assert "red.png" not in watched.names()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no time of change")
+def test_a_file_of_the_same_size_whose_time_was_put_back_is_embedded_and_one_with_another_mode_is_not(
+    watched: Folder,
+) -> None:
+    frame, other = watched.folder / "frame.bmp", watched.folder / "blue.jpg"
+    paint(frame, (250, 0, 0))()
+    os.utime(frame, (1, 1))
+
+    def replace() -> None:
+        paint(frame, (0, 250, 0))()
+        os.utime(frame, (1, 1))
+        other.chmod(0o600)
+
+    updates = watched.watch(replace, nothing, nothing, nothing)
+    assert [(update.embedded, update.kept) for update in updates] == [(5, 0), (1, 4)]
+
+
 def test_an_unmounted_folder_empties_no_index(watched: Folder) -> None:
     away = watched.folder.with_name("away")
     updates = watched.watch(
