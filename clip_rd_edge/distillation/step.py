@@ -22,6 +22,7 @@ from clip_rd_edge.distillation.batches.pixels import Normaliser
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.depthwise import speed_up_small_maps
 from clip_rd_edge.distillation.processes.distributed import Processes
+from clip_rd_edge.distillation.strided import take_strides_first
 from clip_rd_edge.distillation.teachers.bank import TeacherBank
 from clip_rd_edge.distillation.teachers.teacher import (
     CPU_CAPTION_BATCH,
@@ -120,6 +121,8 @@ class TrainingStep:
         self._normalise = Normaliser(student.preprocessing, processes.device)
         self._image_tower: nn.Module = image_tower or ImageTower(student.model)
         text_tower = TextTower(student.model)
+        if processes.device.type == "cpu":
+            take_strides_first(student.model)
         if settings.compile:
             self._image_tower.compile()
             text_tower.compile()
