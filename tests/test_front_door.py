@@ -31,9 +31,6 @@ ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
 # Options that exist only on the command line.
 PRINTING = {"as_json", "as_csv", "null", "confusion"}
-# Options of distill that concern a single teacher or run, or several processes.
-OF_ONE_RUN = {"teacher_pretrained", "teacher_cache", "epochs", "quantize", "tuned_share", "accept_changes"}
-OF_ONE_RUN |= {"checkpoint_every", "report_to", "evaluate_every", "global_logits"}
 FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "benchmark": (api.benchmark, {"compared", "init", "allow_busy"}),  # --compare is edge.compare
     "demo": (api.demo, {"open_page"}),
@@ -61,8 +58,6 @@ def parameters_of(function: Callable[..., Any]) -> set[str]:
     names = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
     if function is api.distill:
         names |= set(get_type_hints(DistillOptions))
-    if function is api.probe_teachers:
-        names |= set(get_type_hints(DistillOptions)) - OF_ONE_RUN
     if function is api.embed:
         names |= set(get_type_hints(api.EmbedOptions))
     if function is api.evaluate:
@@ -124,12 +119,6 @@ def test_hints_take_what_the_calls_take() -> None:
     for call in (edge.Model.classify, edge.Model.encode_images, edge.ZeroShotClassifier.classify):
         assert get_type_hints(call)["images"] == ImageInput | Iterable[ImageInput]
     assert get_type_hints(edge.Model.classify)["labels"] == Iterable[str] | str | os.PathLike[str] | None
-
-
-def test_a_single_teacher_is_no_list_of_letters(tmp_path: Path, pairs_csv: Path) -> None:
-    run = {"student": "test_resnet", "output": tmp_path / "probe", "data": pairs_csv, "tasks": pairs_csv}
-    with pytest.raises(edge.InputError, match="No model named 'ViT-B-99'"):
-        edge.probe_teachers("ViT-B-99", **run)
 
 
 def test_other_weights_are_refused_for_a_bundle(colour_bundle: Path) -> None:

@@ -180,10 +180,6 @@ def session() -> list[Step]:
         Step("clip-rd-edge embed --data pairs.csv --teacher runs/first --recipe clip-kd -o cache"),
         Step(f"{distil} --steps 2 -o runs/other"),
         Step("clip-rd-edge average runs/first runs/other --weight best --task tasks -o runs/between"),
-        Step(
-            "clip-rd-edge probe-teachers local-dir:runs/first/student local-dir:runs/other/student -o probe --steps 2 "
-            f"--task tasks --data pairs.csv --student test_resnet {TINY}"
-        ),
         Step("clip-rd-edge evaluate runs/first --task tasks"),
         Step("clip-rd-edge evaluate runs/first --task tasks --per-class"),
         Step("clip-rd-edge evaluate runs/first --task tasks --json"),

@@ -21,7 +21,7 @@ from clip_rd_edge.api.measuring import (
 )
 from clip_rd_edge.api.models import StitchOptions, first_answer, load, open_encoder, stitch, trim
 from clip_rd_edge.api.running import ServeOptions, demo, doctor, index, search, serve, watch_index
-from clip_rd_edge.api.training import EmbedOptions, average, distill, embed, probe_teachers, recipe
+from clip_rd_edge.api.training import EmbedOptions, average, distill, embed, recipe
 
 __all__ = [
     "EmbedOptions",
@@ -47,7 +47,6 @@ __all__ = [
     "load",
     "load_tasks",
     "open_encoder",
-    "probe_teachers",
     "quickstart",
     "recipe",
     "recommend",

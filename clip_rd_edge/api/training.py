@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from clip_rd_edge.contract.task import Task
     from clip_rd_edge.distillation.average import AveragedModel
     from clip_rd_edge.distillation.config import DistillOptions, RunConfig
-    from clip_rd_edge.distillation.probe import Probe
 
 
 class EmbedOptions(TypedDict, total=False):
@@ -224,50 +223,6 @@ def recipe(name: AnyPath | None = None) -> str:
     from clip_rd_edge.distillation.config import commented_recipe, describe_recipes
 
     return describe_recipes() if name is None else commented_recipe(os.fspath(name))
-
-
-@checked_call
-def probe_teachers(
-    teachers: AnyPath | Sequence[AnyPath],
-    *,
-    data: AnyPath | None = None,
-    student: AnyPath,
-    output: AnyPath,
-    recipe: AnyPath = "clip-rd",
-    reporter: Reporter = SILENT,
-    **options: Unpack[DistillOptions],
-) -> Probe:
-    """Train a student from each of several teachers for a few steps, and rank the teachers by what it learned.
-
-    The largest teacher is often not the best: a small student learns little from one that is far above it. All runs
-    have the same seed, and so the same batches. Short runs rank by what is learned first.
-
-    Args:
-        teachers: each an ARCHITECTURE@TAG, `local-dir:PATH`, `hf-hub:ORG/REPO` or the folder of a run.
-        data, student, recipe: as for `distill`.
-        output: a folder for the runs and probe.json; the same call continues an interrupted one.
-        options: as for `distill`, with `tasks`, by whose mean accuracy the teachers are ranked, and `steps`, 200 by
-            default.
-
-    Raises:
-        UsageError: there is no task, a teacher is named twice, `output` has other runs, torchrun started several
-            processes, or an option is invalid.
-        InputError, ConfigError: a teacher, the data, the student or the recipe is missing or invalid.
-        InterruptedRunError: a signal stopped the runs; their state was saved.
-    """
-    from clip_rd_edge.distillation.config import resolve
-    from clip_rd_edge.distillation.probe import DEFAULT_STEPS, WITHOUT_TORCHRUN, probe_teachers
-    from clip_rd_edge.distillation.processes.distributed import require_one_process
-    from clip_rd_edge.utils.files import require_utf8_path
-
-    require_one_process("Teachers are ranked", hint=WITHOUT_TORCHRUN)
-    require_utf8_path(Path(output))
-    if not options.get("epochs") and not options.get("steps"):
-        options["steps"] = DEFAULT_STEPS
-    config = resolve(recipe, data=data, student=student, **options)
-    tasks = _tasks(config)
-    names = [teachers] if isinstance(teachers, str | os.PathLike) else teachers
-    return probe_teachers([os.fspath(name) for name in names], Path(output), config, tasks, reporter=reporter)
 
 
 def _require_store_options(config: RunConfig, layout: str) -> None:

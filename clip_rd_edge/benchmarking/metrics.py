@@ -243,10 +243,3 @@ def may_be_chance(interval: Interval, p_value: float | None, *, level: float = 0
 def primary_metric(score: Score) -> float:
     """Return the main figure of a score: top-1 accuracy, or image-to-text R@1."""
     return score.top1 if isinstance(score, ZeroShotScore) else score.image_to_text.at1
-
-
-def primary_interval(score: Score) -> Interval:
-    """Return the 95 % confidence interval of a score's main figure, over images."""
-    if isinstance(score, ZeroShotScore):
-        return score.top1_interval
-    return accuracy_interval(np.arange(score.images) < round(score.image_to_text.at1 * score.images))

@@ -16,7 +16,6 @@ _ALWAYS = {"-h", "--help", "--debug", "--version"}
 _RENAMED = {
     "distill": {"--pretrained": "--teacher-pretrained"},
     "embed": {"--pretrained": "--teacher-pretrained", "--teacher-cache": "-o"},
-    "probe-teachers": {"--pretrained": "@TAG"},
 }
 
 

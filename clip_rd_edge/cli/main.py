@@ -31,7 +31,6 @@ COMMANDS = {
     "recipe": ("recipe", "Show the training recipes, to start your own from."),
     "stitch": ("stitch", "Build a teacher from an image classifier and a sentence encoder."),
     "trim": ("trim", "Make a student's start of a model: fewer text layers and tokens."),
-    "probe-teachers": ("probe_teachers", "Rank teachers for a student by short runs."),
     "average": ("average", "Average the weights of two models of one architecture."),
     "evaluate": ("evaluate", "Measure zero-shot accuracy and retrieval of a model or bundle."),
     "export": ("export", "Export a model as a bundle for a device."),

@@ -41,7 +41,6 @@ COMMANDS = {
     "index": "bundle . -o new/index",
     "stitch": "resnet18 --names imagenet --text all-MiniLM-L6-v2 -o new/teacher",
     "trim": "m --text-layers 2 -o new/start",
-    "probe-teachers": "a b --data emoji --student resnet18 --task emoji:unseen-style -o new/probe",
     "average": "first second -o new/model",
     "verify": "bundle",
     "serve": "bundle",

@@ -54,8 +54,6 @@ COMMANDS = [
     "distill --data pairs.csv --student resnet18 --recipe clip -o PATH",
     "distill --data pairs.csv --student resnet18 --recipe PATH.yaml -o o",
     "distill --data pairs.csv --student resnet18 --recipe clip --task PATH -o o",
-    "probe-teachers PATH --data pairs.csv --student resnet18 --task tasks -o o",
-    "probe-teachers photos --data pairs.csv --student resnet18 --task tasks -o PATH",
     "average PATH photos -o o",
     "average photos PATH -o o",
     "average photos photos -o PATH",

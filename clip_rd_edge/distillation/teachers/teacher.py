@@ -39,7 +39,7 @@ def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
         )
     if config.stored_teachers is not None:
         return ()
-    require_use_of_weights(config, config.teachers)
+    _require_use_of_weights(config)
     return tuple(load_clip(name, pretrained=teacher_weights(config, name)) for name in config.teachers)
 
 
@@ -48,8 +48,9 @@ def teacher_weights(config: RunConfig, name: str) -> str | None:
     return config.teacher_pretrained if is_architecture(name) else None
 
 
-def require_use_of_weights(config: RunConfig, teachers: Sequence[str]) -> None:
-    """Raise UsageError if all of these teachers have weights of their own, and `teacher_pretrained` names others."""
+def _require_use_of_weights(config: RunConfig) -> None:
+    """Raise UsageError if all teachers have weights of their own, and `teacher_pretrained` names others."""
+    teachers = config.teachers
     if config.teacher_pretrained is not None and not any(map(is_architecture, teachers)):
         which = f"the teacher {teachers[0]} has" if len(teachers) == 1 else "all teachers have"
         raise UsageError(
@@ -65,14 +66,9 @@ def load_models_to_embed_with(config: RunConfig) -> tuple[ClipModel, ...]:
         UsageError: the recipe has none.
         InputError, ConfigError: one cannot be loaded.
     """
-    require_teaching_recipe(config)
-    return load_teachers(config)
-
-
-def require_teaching_recipe(config: RunConfig) -> None:
-    """Raise UsageError if the recipe has no teacher."""
     if not config.recipe.objective.needs_teacher:
         raise UsageError(f"The recipe {config.recipe_name} has no teacher.", hint="name another --recipe")
+    return load_teachers(config)
 
 
 def refuse_idle_teacher(config: RunConfig) -> None:
