@@ -12,7 +12,7 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath, as_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.trust import typed
+from clip_rd_edge.utils.trust import Typed, typed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -83,7 +83,7 @@ def export(
     from clip_rd_edge.contract.outputs import require_output
     from clip_rd_edge.convert.targets import plan_exports
 
-    spec, output = os.fspath(model), Path(output)
+    spec, output = typed(model), Path(output)
     read = (options.get(name) for name in ("labels", "calibration", "report", "node_modules"))
     named = [name for name in (pretrained, *read) if isinstance(name, str | os.PathLike)]
     require_output(output, "export", overwrite=force, sources=[*_folders(spec), *map(Path, named)])
@@ -110,8 +110,8 @@ class _Export:
         results: a report of the model, for its card.
     """
 
-    spec: str
-    weights: str | None
+    spec: Typed
+    weights: Typed | None
     output: Path
     options: ExportOptions
     plans: tuple[ExportPlan, ...]

@@ -14,6 +14,7 @@ from clip_rd_edge.errors import InputError, UsageError, require_known_options
 from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath, as_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.trust import Typed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -305,7 +306,7 @@ def load_tasks(
     names: list[str | Task] = [as_text(name) for name in given]
     unique = [name for i, name in enumerate(names) if name not in names[:i]]
     loaded = [
-        load_task(name, image_key=csv_img_key, caption_key=csv_caption_key) if isinstance(name, str) else name
+        load_task(Typed(name), image_key=csv_img_key, caption_key=csv_caption_key) if isinstance(name, str) else name
         for name in unique
     ]
     if words := template_words(templates):

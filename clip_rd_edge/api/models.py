@@ -12,6 +12,7 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath, as_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.trust import Typed, typed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -66,7 +67,7 @@ def load(
     from clip_rd_edge.runtime.model import Model
 
     weights = as_text(pretrained)
-    return Model(open_encoder(os.fspath(model), pretrained=weights, threads=threads, runtime=runtime, device=device))
+    return Model(open_encoder(typed(model), pretrained=weights, threads=threads, runtime=runtime, device=device))
 
 
 @checked_call
@@ -116,7 +117,7 @@ def stitch(
     from clip_rd_edge.models.stitch import IMAGENET, read_class_names, stitch_models
     from clip_rd_edge.runtime.label_list import everyday_labels
 
-    clip, provenance = stitch_models(classifier, text, read_class_names(names), reporter=reporter, **options)
+    clip, provenance = stitch_models(classifier, Typed(text), read_class_names(names), reporter=reporter, **options)
     if os.fspath(names) == IMAGENET:  # a camera sees few of its 118 breeds of dogs
         clip = replace(clip, labels=tuple(everyday_labels()))
     reporter.update("writing the model")
@@ -159,11 +160,11 @@ def trim(
     from clip_rd_edge.runtime.label_list import read_texts
     from clip_rd_edge.utils.files import require_utf8_path
 
-    folder, spec = Path(output), os.fspath(model)
+    folder, spec = Path(output), typed(model)
     require_utf8_path(folder)
     source = model_folder(spec)
     require_output(folder, "trimmed model", overwrite=force, sources=[source] if source else [])
-    lines = load_texts(os.fspath(texts), "title", read_texts) if texts is not None else []
+    lines = load_texts(typed(texts), "title", read_texts) if texts is not None else []
 
     from clip_rd_edge.models.text.trim import write_trimmed
 
@@ -174,9 +175,9 @@ def trim(
 
 
 def open_encoder(
-    spec: str,
+    spec: Typed,
     *,
-    pretrained: str | None = None,
+    pretrained: Typed | None = None,
     threads: int | None = None,
     runtime: RowRuntime | None = None,
     device: str = "auto",

@@ -13,6 +13,7 @@ from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
 from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.trust import typed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -202,7 +203,7 @@ def average(
     from clip_rd_edge.distillation.average import average_models
 
     return average_models(
-        (os.fspath(first), os.fspath(second)),
+        (typed(first), typed(second)),
         Path(output),
         weight=weight,
         tasks=loaded,

@@ -14,8 +14,7 @@ from clip_rd_edge.contract.checkpoint import LOCAL_DIR
 from clip_rd_edge.contract.formats import Runtime
 from clip_rd_edge.contract.task import Task, with_distinct_names
 from clip_rd_edge.data.clip_benchmark import SPLITS
-from clip_rd_edge.data.load import names_shards
-from clip_rd_edge.data.remote import is_remote
+from clip_rd_edge.data.load import local_place, names_shards
 from clip_rd_edge.data.shards.webdataset import SEPARATOR, parse_sources
 from clip_rd_edge.data.tasks import BUILT_IN_TASKS, load_task
 from clip_rd_edge.errors import ConfigError, InputError, near_matches, quoted
@@ -23,6 +22,7 @@ from clip_rd_edge.runtime.backends.session import MAX_THREADS
 from clip_rd_edge.utils.checked import CheckedStruct, PositiveFloat, PositiveInt, Share
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, shipped_path
 from clip_rd_edge.utils.structs import commented_yaml, read_yaml
+from clip_rd_edge.utils.trust import Typed, typed
 
 Role = Literal["teacher", "baseline", "student", "exported", "quantised"]
 RowRuntime = Literal["torch", "torch-compile", Runtime]
@@ -84,6 +84,7 @@ class Suite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
         Raises:
             InputError: a task is unknown or empty, or all are missing.
+        ConfigError: a task is a command or a URL.
         """
         missing = self.missing()
         if len(missing) == len(set(self.tasks)):
@@ -107,31 +108,31 @@ class Suite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
         shards = {name: _missing_shard(self._resolve_task(name)) for name in self.tasks if names_shards(name)}
         return {name: reason for name, reason in {**missing, **shards}.items() if reason}
 
-    def resolve_model(self, row: SuiteRow) -> str:
+    def resolve_model(self, row: SuiteRow) -> Typed:
         """Return a row's model as `open_encoder` accepts it.
 
         Raises:
             InputError: the folder does not exist.
         """
         if row.model.startswith(_HUB):
-            return row.model
+            return Typed(row.model)
         folder = Path(self.root or ".") / row.model.removeprefix(LOCAL_DIR)
         if not is_folder(folder):
             raise InputError(f"There is no model folder {folder}.")
-        return str(folder)
+        return typed(folder)
 
     @property
     def _data_root(self) -> Path:
         return Path(self.data_root or self.root or ".")
 
-    def _resolve_task(self, name: str) -> str:
+    def _resolve_task(self, name: str) -> Typed:
         """Return the task's path below the data root if it exists, else its name."""
+        named = local_place(name, source=f"The suite {self.name}")
         if names_shards(name):
-            parts = (part if is_remote(part) else str(self._data_root / part) for part in name.split(SEPARATOR))
-            below = SEPARATOR.join(parts)
-            return below if _missing_shard(name) else name if _missing_shard(below) else below
+            below = Typed(SEPARATOR.join(str(self._data_root / part) for part in name.split(SEPARATOR)))
+            return below if _missing_shard(named) else named if _missing_shard(below) else below
         candidates = (self._data_root / folder for folder in folder_names(name))
-        return next((str(path) for path in candidates if exists(path)), name)
+        return next((typed(path) for path in candidates if exists(path)), named)
 
 
 def folder_names(task: str) -> tuple[str, ...]:
@@ -268,7 +269,7 @@ def _last_part(model: str) -> str:
     return Path(model).name  # with either slash on Windows
 
 
-def _missing_shard(name: str) -> str:
+def _missing_shard(name: Typed) -> str:
     """Return which local shard does not exist, in a sentence; empty if all do."""
     try:
         parse_sources(name)

@@ -14,6 +14,7 @@ from clip_rd_edge.api import open_encoder
 from clip_rd_edge.contract.encoder import embeds_texts
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.utils.host import peak_memory_bytes
+from clip_rd_edge.utils.trust import typed
 
 TEXT = "a photo of a cat"
 
@@ -22,7 +23,7 @@ def main() -> None:
     """Print one line of JSON as soon as the embeddings are computed."""
     model, runtime_name, threads, image = sys.argv[1:]
     runtime: Any = runtime_name or None
-    encoder = open_encoder(model, runtime=runtime, threads=int(threads))
+    encoder = open_encoder(typed(model), runtime=runtime, threads=int(threads))
     encoder.encode_images([open_image(Path(image))])
     if embeds_texts(encoder):
         encoder.encode_texts([TEXT])

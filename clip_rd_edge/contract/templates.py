@@ -12,6 +12,7 @@ from clip_rd_edge.contract.encoder import as_list
 from clip_rd_edge.errors import InputError, near_matches, quoted
 from clip_rd_edge.utils.files import read_text_limited, text_lines
 from clip_rd_edge.utils.paths import as_text, expand_home, near_files
+from clip_rd_edge.utils.trust import Typed
 
 _PLACEHOLDERS = ("{}", "{c}")  # the latter in CLIP_benchmark's files
 IMAGENET = "imagenet"  # names CLIP's templates on the command line
@@ -39,16 +40,16 @@ def imagenet_templates() -> Templates:
 TemplateNames = Iterable[str] | str | os.PathLike[str] | None
 
 
-def template_words(templates: TemplateNames) -> list[str]:
+def template_words(templates: TemplateNames) -> list[Typed]:
     """Return the templates of a call in Python as words for `parse_templates`; no words are the model's own templates.
 
     Raises:
         InputError: they are of another type.
     """
-    return [] if templates is None else as_list(as_text(templates))
+    return [] if templates is None else [Typed(word) for word in as_list(as_text(templates))]
 
 
-def parse_templates(words: Sequence[str]) -> Templates:
+def parse_templates(words: Sequence[Typed]) -> Templates:
     """Return the templates that a user names: templates, `imagenet` for CLIP's, or files with one template per line.
 
     Raises:
@@ -77,7 +78,7 @@ def in_words(templates: Sequence[str]) -> str:
     return f"the template {templates[0]!r}" if len(templates) == 1 else f"a list of {len(templates)} templates"
 
 
-def _read_file(word: str) -> list[str]:
+def _read_file(word: Typed) -> list[str]:
     path = expand_home(word)
     try:
         lines = [line.strip() for line in text_lines(read_text_limited(path)) if line.strip()]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from clip_rd_edge.data.pairs import Pairs, first_left_out, hint_to_index_again
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.data.remote import is_remote
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.paths import URL
 from clip_rd_edge.utils.printable import shown_source
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.trust import Typed
 
 # Compressed ones are refused as such, and not as tables.
 TAR_SUFFIXES = (".tar", ".tar}", ".tar.gz", ".tgz")
@@ -29,8 +31,22 @@ def require_local(source: str) -> None:
         )
 
 
+def local_place(text: str, *, source: str) -> Typed:
+    """Return what a suite says as if it was typed: a name, or a path of this machine, but no command and no URL.
+
+    Raises:
+        ConfigError: it is one of these.
+    """
+    if any(map(is_remote, map(str.strip, text.split("::")))):
+        raise ConfigError(
+            f"{source} names {shown_source(text)}, a command or a URL; expected a path of this machine.",
+            hint="copy the data to this machine: only what is typed in a command may be run or fetched",
+        )
+    return Typed(text)
+
+
 def load_pairs(
-    source: str,
+    source: Typed,
     *,
     image_key: str = "filepath",
     caption_key: str = "title",

@@ -27,6 +27,7 @@ from clip_rd_edge.errors import InputError, MissingExtraError, UnreachableError
 from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.paths import URL
 from clip_rd_edge.utils.printable import shown_source
+from clip_rd_edge.utils.trust import Typed
 
 PIPE = "pipe:"
 _PART_BYTES = 8 << 20
@@ -55,7 +56,7 @@ _kept = set[Any]()
 class RemoteShard:
     """A shard at a URL, or the standard output of a command after `pipe:`."""
 
-    url: str
+    url: Typed
 
     @property
     def name(self) -> str:

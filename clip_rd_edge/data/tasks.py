@@ -18,6 +18,7 @@ from clip_rd_edge.data.tables.load import TablePairs, read_table
 from clip_rd_edge.errors import InputError, near_matches, quoted
 from clip_rd_edge.utils.paths import is_file, is_folder, near_files
 from clip_rd_edge.utils.printable import shown_source
+from clip_rd_edge.utils.trust import Typed
 
 BUILT_IN_TASKS = (
     "emoji:unseen-style",
@@ -27,7 +28,7 @@ BUILT_IN_TASKS = (
 )
 
 
-def load_task(name: str, *, image_key: str = "filepath", caption_key: str = "title") -> Task:
+def load_task(name: Typed, *, image_key: str = "filepath", caption_key: str = "title") -> Task:
     """Load a task. `name` is one of:
 
     - A name in BUILT_IN_TASKS: a task of the built-in data set.

@@ -26,6 +26,7 @@ from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.paths import URL, exists, is_file, is_folder, why_no_file
 from clip_rd_edge.utils.printable import shown_source
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.trust import Typed
 
 
 class TrainingData(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,10 +43,10 @@ class TrainingData(msgspec.Struct, frozen=True, kw_only=True):
         csv_img_key, csv_caption_key, json_caption_key, train_data_upsampling_factors: see `load_pairs`.
     """
 
-    data: str | None = None
-    images: str | None = None
-    texts: str | None = None
-    templates: tuple[str, ...] = ()
+    data: Typed | None = None
+    images: Typed | None = None
+    texts: Typed | None = None
+    templates: tuple[Typed, ...] = ()
     csv_img_key: str = "filepath"
     csv_caption_key: str = "title"
     json_caption_key: str | None = None
@@ -223,7 +224,7 @@ def describe_counts(pairs: Pairs) -> str:
 
 
 def load_samples(
-    source: TrainingData, read_texts: Callable[[str, str], Sequence[str]], *, reporter: Reporter = SILENT
+    source: TrainingData, read_texts: Callable[[Typed, str], Sequence[str]], *, reporter: Reporter = SILENT
 ) -> Pairs:
     """Load what a model is trained on: plain pairs if that is all that is named.
 
@@ -272,7 +273,7 @@ def load_samples(
     return MixedSamples(pairs, images, tuple(dict.fromkeys(texts)), templates)
 
 
-def load_texts(source: str, column: str, read_texts: Callable[[str, str], Sequence[str]]) -> Sequence[str]:
+def load_texts(source: Typed, column: str, read_texts: Callable[[Typed, str], Sequence[str]]) -> Sequence[str]:
     """Load texts from a label file by `read_texts`, or from a column of a Parquet file; raises InputError."""
     if URL.search(source):
         raise InputError(f"The texts {shown_source(source)} are not on this machine.", hint="copy them to this machine")
@@ -280,7 +281,7 @@ def load_texts(source: str, column: str, read_texts: Callable[[str, str], Sequen
     return (read_column if is_file(path) and is_parquet(path) else read_texts)(source, column)
 
 
-def load_images(source: str, *, column: str, reporter: Reporter = SILENT) -> Pairs:
+def load_images(source: Typed, *, column: str, reporter: Reporter = SILENT) -> Pairs:
     """Load images, as pairs whose captions mean nothing.
 
     Args:

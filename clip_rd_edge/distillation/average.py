@@ -28,6 +28,7 @@ from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.text.tokenizer import vocabulary_of
 from clip_rd_edge.utils.files import require_utf8_path
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.trust import Typed
 
 BEST: Literal["best"] = "best"
 PLOT = "average.png"
@@ -70,7 +71,7 @@ class AveragedModel(os.PathLike[str]):
 
 @float32_on_cpu()
 def average_models(
-    names: tuple[str, str],
+    names: tuple[Typed, Typed],
     folder: Path,
     *,
     weight: float | Literal["best"],

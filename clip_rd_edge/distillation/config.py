@@ -6,13 +6,13 @@ import math
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypedDict, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from clip_rd_edge.contract.bundle import MAX_EMBEDDING_SIZE
-from clip_rd_edge.contract.checkpoint import model_folder
+from clip_rd_edge.contract.checkpoint import LOCAL_DIR, model_folder
 from clip_rd_edge.contract.preprocess import MAX_EDGE
 from clip_rd_edge.contract.templates import is_template
 from clip_rd_edge.contract.tokenizer import MAX_CONTEXT
@@ -37,6 +37,7 @@ from clip_rd_edge.utils.checked import (
 from clip_rd_edge.utils.paths import AnyPath, as_text, exists, is_file
 from clip_rd_edge.utils.printable import shown_sources
 from clip_rd_edge.utils.structs import comment_lines, commented_yaml, convert, read_yaml
+from clip_rd_edge.utils.trust import Recorded, Typed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -117,8 +118,12 @@ class Recipe(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise CheckedError(f"crop_scale is [{low}, {high}]; expected 0 < min <= max <= 1")
 
 
-class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Complete configuration of a run, saved as `config.yaml`.
+Place = TypeVar("Place")  # of data, a model or a task
+Names = TypeVar("Names")  # one place or several
+
+
+class _Config(CheckedStruct, Generic[Place, Names], frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The settings of a run.
 
     Attributes:
         data, images, texts, templates: what to train on; see `data.unpaired.TrainingData`.
@@ -167,28 +172,28 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
         report_to: where the metrics also go; see `distillation.monitoring.trackers`.
     """
 
-    recipe_name: str
+    recipe_name: Place
     recipe: Recipe
-    data: str | None = None
-    images: str | None = None
-    texts: str | None = None
-    templates: tuple[str, ...] = ()
+    data: Place | None = None
+    images: Place | None = None
+    texts: Place | None = None
+    templates: tuple[Place, ...] = ()
     csv_img_key: str = "filepath"
     csv_caption_key: str = "title"
     train_data_upsampling_factors: str | None = None
     json_caption_key: str | None = None
     max_bad: Share = 0.01
-    teacher: str | tuple[str, ...] | None = None
-    teacher_pretrained: str | None = None
-    student: str
+    teacher: Names | None = None
+    teacher_pretrained: Place | None = None
+    student: Place
     image_size: Annotated[int, Meta(ge=1, le=MAX_EDGE)] | None = None
-    text: str | None = None
+    text: Place | None = None
     context_length: Annotated[int, Meta(ge=2, le=MAX_CONTEXT)] | None = None
     embedding_size: Annotated[int, Meta(ge=0, le=MAX_EMBEDDING_SIZE)] = 0
-    pretrained_image: str | None = None
-    pretrained_text: str | None = None
+    pretrained_image: Place | None = None
+    pretrained_text: Place | None = None
     teacher_precision: Precision = "auto"
-    teacher_cache: str | None = None
+    teacher_cache: Place | None = None
     views: NonNegativeInt = 0
     freeze_text: bool = False
     freeze_text_layers: NonNegativeInt = 0
@@ -207,8 +212,16 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 500
     evaluate_every: NonNegativeInt = 0
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[Place, ...] = ()
     report_to: TrackerName | None = None
+
+
+class RecordedConfig(_Config[Recorded, Recorded], frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a run's config.yaml says, perhaps a stranger's: its places are compared, and never opened."""
+
+
+class RunConfig(_Config[Typed, Typed | tuple[Typed, ...]], frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Complete configuration of a run, as it was asked for; saved as `config.yaml`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -236,15 +249,15 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise CheckedError(f"the teacher {name} is named {places.count(place)} times; expected once")
 
     @property
-    def teachers(self) -> tuple[str, ...]:
+    def teachers(self) -> tuple[Typed, ...]:
         """The names of all teachers."""
         return self.teacher if isinstance(self.teacher, tuple) else (self.teacher,) if self.teacher else ()
 
     @property
-    def stored_teachers(self) -> str | None:
+    def stored_teachers(self) -> Typed | None:
         """The file that describes the teachers of reinforced samples in `data`; None if the teachers are models."""
         stored = [name for name in self.teachers if name.startswith(STORED)]
-        return stored[0].removeprefix(STORED) if stored else None
+        return Typed(stored[0].removeprefix(STORED)) if stored else None
 
     def _problem_with_stored_teachers(self) -> str:
         if len(self.teachers) > 1:
@@ -419,14 +432,16 @@ def load_recipe(name: str) -> Recipe:
     return read_yaml(path, Recipe)
 
 
-def first_difference(old: RunConfig, new: RunConfig, *, ignored: Collection[str] = CHANGEABLE_ON_RESUME) -> str | None:
+def first_difference(
+    old: RunConfig | RecordedConfig, new: RunConfig, *, ignored: Collection[str] = CHANGEABLE_ON_RESUME
+) -> str | None:
     """Return the first difference as `key: old → new`, or None; a resumed run ignores CHANGEABLE_ON_RESUME.
 
     Two names of one file or folder, such as a relative and an absolute path, are no difference; nor are two recipe
     files, since what they say is compared.
     """
     old_fields = _flatten(old)
-    if old.recipe_name.endswith(RECIPE_SUFFIXES) and new.recipe_name.endswith(RECIPE_SUFFIXES):
+    if str(old_fields["recipe_name"]).endswith(RECIPE_SUFFIXES) and new.recipe_name.endswith(RECIPE_SUFFIXES):
         ignored = {*ignored, "recipe_name"}
     for key, value in _flatten(new).items():
         old_value = old_fields.get(key)
@@ -438,10 +453,17 @@ def first_difference(old: RunConfig, new: RunConfig, *, ignored: Collection[str]
 def _is_same_place(old: object, new: object) -> bool:
     if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)):
         return len(old) == len(new) and all(map(_is_same_place, old, new))
-    return isinstance(old, str) and isinstance(new, str) and _place(old) == _place(new)
+    return isinstance(old, str) and isinstance(new, str) and _absolute(old) in (_absolute(new), _place(Typed(new)))
 
 
-def _place(name: str) -> str:
+def _absolute(name: str) -> str:
+    """Return a place as an absolute path, by its text alone: what a file records is not looked for."""
+    parts = name.split(SEPARATOR) if names_shards(name) else [name]
+    paths = (part.removeprefix(LOCAL_DIR).removeprefix(STORED) for part in parts)
+    return SEPARATOR.join(path if is_remote(path) else os.path.abspath(path) for path in paths)  # noqa: PTH100
+
+
+def _place(name: Typed) -> str:
     """Return the absolute path of the file, the folder or the shards that a name leads to, or else the name."""
     if names_shards(name):
         return SEPARATOR.join(part if is_remote(part) else str(Path(part).resolve()) for part in name.split(SEPARATOR))
@@ -451,8 +473,14 @@ def _place(name: str) -> str:
     return str(path.resolve()) if exists(path) else name
 
 
-def _flatten(config: RunConfig) -> dict[str, object]:
-    fields = msgspec.to_builtins(config)
+def plain_values(config: RunConfig | RecordedConfig) -> dict[str, Any]:
+    """Return a configuration as the texts, numbers, lists and dicts of config.yaml."""
+    values: dict[str, Any] = msgspec.to_builtins(config, enc_hook=Recorded.plain)
+    return values
+
+
+def _flatten(config: RunConfig | RecordedConfig) -> dict[str, object]:
+    fields = plain_values(config)
     recipe = fields.pop("recipe")
     objective = recipe.pop("objective")
     return {**fields, **recipe, **{f"objective.{name}": weight for name, weight in objective.items()}}

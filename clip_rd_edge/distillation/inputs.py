@@ -19,7 +19,7 @@ from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.data.unpaired import describe_counts
 from clip_rd_edge.distillation.build import RunSetup
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
-from clip_rd_edge.distillation.config import LOCATIONS, RunConfig
+from clip_rd_edge.distillation.config import LOCATIONS, RecordedConfig, RunConfig, plain_values
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.student import text_source
 from clip_rd_edge.errors import InputError, UsageError
@@ -238,7 +238,7 @@ def record_inputs(run: Path, inputs: RunInputs) -> None:
     write_bytes(run / INPUTS_FILE, to_json(inputs))
 
 
-def sources_known_by_content(run: Path, old: RunConfig, new: RunConfig) -> frozenset[str]:
+def sources_known_by_content(run: Path, old: RecordedConfig, new: RunConfig) -> frozenset[str]:
     """Return the fields of a run's configuration that RUN/inputs.json decides, whatever path they name.
 
     A path says little: it may be relative to another working directory, or that of a copy on another machine.
@@ -254,9 +254,11 @@ def sources_known_by_content(run: Path, old: RunConfig, new: RunConfig) -> froze
     fields = {
         name for name in ("data", "images", "texts") if (getattr(old, name) is None) is (getattr(new, name) is None)
     }
-    if "texts" in fields and not all(map(is_template, (*old.templates, *new.templates))):
+    templates = (*(str(template.plain()) for template in old.templates), *new.templates)
+    if "texts" in fields and not all(map(is_template, templates)):
         fields.add("templates")  # which a file holds; the texts are compared with them
-    if len(old.teachers) == len(new.teachers):
+    teachers = old.teacher.plain() if old.teacher else []
+    if (len(teachers) if isinstance(teachers, list) else 1) == len(new.teachers):
         fields |= {"teacher", "teacher_pretrained"}
     inputs = read_json(run / INPUTS_FILE, RunInputs)
     weights = {"pretrained_image": inputs.image_weights_sha256, "pretrained_text": inputs.text_weights_sha256}
@@ -272,8 +274,8 @@ def sources_known_by_content(run: Path, old: RunConfig, new: RunConfig) -> froze
 
 def record_locations(run: Path, config: RunConfig) -> None:
     """Have RUN/config.yaml name the paths that the run reads now."""
-    old = read_yaml(run / RUN_CONFIG_FILE, RunConfig)
-    new = msgspec.structs.replace(old, **{name: getattr(config, name) for name in LOCATIONS})
+    old = plain_values(read_yaml(run / RUN_CONFIG_FILE, RecordedConfig))
+    new = {name: value if name in LOCATIONS else old[name] for name, value in plain_values(config).items()}
     if new != old:
         write_text(run / RUN_CONFIG_FILE, to_yaml(new))
 
@@ -302,7 +304,8 @@ def _former_data(run: Path, config: RunConfig, old: RunInputs, new: RunInputs) -
     """Return the data that a run was begun with, if `config` names others: neither may have changed since."""
     if old.pairs_sha256 == new.pairs_sha256:
         return None
-    former = read_yaml(run / RUN_CONFIG_FILE, RunConfig).data
+    recorded = read_yaml(run / RUN_CONFIG_FILE, RecordedConfig).data
+    former = str(recorded.plain()) if recorded else None
     return former if former and config.data and _data_name(former) != _data_name(config.data) else None
 
 

@@ -14,6 +14,7 @@ from clip_rd_edge.distillation.build import load_setup
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import (
     CHANGEABLE_ON_RESUME,
+    RecordedConfig,
     RunConfig,
     first_difference,
     is_texts_alone,
@@ -64,7 +65,7 @@ def check_folder(
                 hint="choose another -o: a run would replace files in that folder",
             )
         return config, "new"
-    old = read_yaml(path, RunConfig)
+    old = read_yaml(path, RecordedConfig)
     if config.recipe.precision == "auto":
         config = with_precision(config, student=old.recipe.precision)
     if config.teacher_precision == "auto":

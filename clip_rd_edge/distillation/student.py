@@ -37,6 +37,7 @@ from clip_rd_edge.models.student import (
 from clip_rd_edge.models.text.config import build_with_text_tower_of, with_text_of
 from clip_rd_edge.models.text.weights import TOKENS, init_text_tower, init_token_embeddings
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.trust import typed
 
 _DEFAULT_SHAPE: dict[str, Any] = {"image_size": 224, "text": "standard", "context_length": 77}
 
@@ -202,7 +203,7 @@ def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) 
         )
     architecture = _student_architecture(config, teachers)
     if source is not None:
-        text_model = load_clip(str(source))
+        text_model = load_clip(typed(source))
         _require_context_length(config, text_model)
         return build_with_text_tower_of(text_model, architecture, name=name)
     if config.text != TEACHER:

@@ -59,6 +59,7 @@ from clip_rd_edge.utils.lock import exclusive_writer
 from clip_rd_edge.utils.printable import shown_source
 from clip_rd_edge.utils.reporting import PrefixedReporter, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
+from clip_rd_edge.utils.trust import Typed, typed
 from clip_rd_edge.walkthrough.pipeline import Settings, tune_teacher
 
 
@@ -111,7 +112,7 @@ CACHES = "teacher-cache"
 CURVES = ("student_positive", "student_negative", "teacher_positive", "teacher_negative", "loss/task")
 
 
-def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teacher: str | None = None) -> Evidence:
+def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teacher: Typed | None = None) -> Evidence:
     """Train and evaluate the runs that are not finished yet, and return all results.
 
     NAME.json is updated after every run. One that diverges is left to the same call again, after all others.
@@ -139,7 +140,7 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
             teacher = _embedded_teacher(suite, folder, reporter)
         configs = [run_config(suite, run, teacher=teacher, caches=folder / CACHES) for run in runs]
         _check_runs(configs, [folder / run.subfolder for run in runs], reporter)
-        tasks = with_distinct_names([load_task(name) for name in suite.tasks], suite.tasks)
+        tasks = with_distinct_names([load_task(suite.place(name)) for name in suite.tasks], suite.tasks)
         _evaluate_teacher(suite, folder, teacher, tasks)
         diverged = list[str]()
         for number, (run, config) in enumerate(zip(runs, configs, strict=True), start=2):
@@ -176,17 +177,17 @@ def collect(suite: EvidenceSuite, folder: Path) -> Evidence:
     return Evidence(suite=suite, teacher=teacher, runs=runs)
 
 
-def _embedded_teacher(suite: EvidenceSuite, folder: Path, reporter: Reporter) -> str:
+def _embedded_teacher(suite: EvidenceSuite, folder: Path, reporter: Reporter) -> Typed:
     if suite.data != "emoji":
         raise UsageError(
             f"The suite {suite.name} trains on {shown_source(suite.data)}, for which there is no built-in teacher.",
             hint="name a teacher: --teacher local-dir:PATH, or hf-hub:ORG/REPO",
         )
     tune_teacher(Settings(folder=folder, teacher_steps=suite.teacher_steps), reporter)
-    return str(folder / TUNED_TEACHER)
+    return typed(folder / TUNED_TEACHER)
 
 
-def _evaluate_teacher(suite: EvidenceSuite, folder: Path, teacher: str, tasks: Sequence[Task]) -> None:
+def _evaluate_teacher(suite: EvidenceSuite, folder: Path, teacher: Typed, tasks: Sequence[Task]) -> None:
     path = folder / TEACHER_RESULT
     clip = load_clip(teacher)
     weights = model_fingerprint(clip)
@@ -253,7 +254,7 @@ def _train_and_evaluate(
     known, named = read_run(run_folder), _named(tasks)
     if known is not None and has_tasks(known.result, named):
         return
-    measured = evaluate_model(TorchEncoder(load_clip(str(student))), tasks, name=run.student)
+    measured = evaluate_model(TorchEncoder(load_clip(typed(student))), tasks, name=run.student)
     result = RunResult(
         student=run.student,
         method=run.method.name,

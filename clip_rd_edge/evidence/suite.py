@@ -11,12 +11,14 @@ from typing import Annotated, Any
 import msgspec
 
 from clip_rd_edge.benchmarking.suite import Threads, find_suite
+from clip_rd_edge.data.load import local_place
 from clip_rd_edge.distillation.config import CROP_SCALE, Precision, Recipe, RunConfig, Seed, load_recipe
 from clip_rd_edge.distillation.student import crops_of, takes_text
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.student import TEACHER
 from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from clip_rd_edge.utils.structs import convert, read_yaml
+from clip_rd_edge.utils.trust import Typed, typed
 
 _SHARED = ("objective", "steps", "epochs", "batch_size", "learning_rate", "precision")  # not a method's own settings
 TEACHER_RESULT = "teacher-result.json"  # beside the suite's own NAME.json
@@ -133,6 +135,14 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
                 for method in self.methods:
                     yield Run(student, method, seed)
 
+    def place(self, text: str) -> Typed:
+        """Return a name or a path that the suite says, as if it was typed.
+
+        Raises:
+            ConfigError: it is a command or a URL.
+        """
+        return local_place(text, source=f"The suite {self.name}")
+
     def steps_of(self, method: Method, student: str) -> int:
         """Return the number of steps for which a method trains a student."""
         own = method.steps.get(student) if isinstance(method.steps, dict) else method.steps
@@ -182,19 +192,21 @@ def read_evidence(suite: str) -> EvidenceSuite:
 
     Raises:
         InputError: the file does not exist.
-        ConfigError: a key, a value, a recipe or a weight is invalid.
+        ConfigError: a key, a value, a recipe or a weight is invalid, or data or task are a command or a URL.
     """
     try:
         evidence_suite = read_yaml(find_suite(suite, key="methods"), EvidenceSuite)
     except ConfigError as error:
         hint = "evidence takes students, methods and seeds; models are compared by clip-rd-edge benchmark"
         raise ConfigError(str(error), hint=hint) from error
+    for place in (evidence_suite.data, *evidence_suite.tasks):
+        evidence_suite.place(place)
     for method in evidence_suite.methods:
         evidence_suite.recipe(method, evidence_suite.students[0])
     return evidence_suite
 
 
-def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) -> RunConfig:
+def run_config(suite: EvidenceSuite, run: Run, *, teacher: Typed, caches: Path) -> RunConfig:
     """Return the configuration of a run.
 
     Args:
@@ -202,21 +214,22 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) ->
         caches: folder of the teacher's embeddings, with one cache per seed and crops, because views depend on these.
 
     Raises:
+        ConfigError: the suite names a command or a URL.
         InputError, ConfigError: the student of a method with a teacher is unknown, or its file is invalid.
     """
     recipe = suite.recipe(run.method, run.student)
     needs_teacher = recipe.objective.needs_teacher
-    text = run.method.text or suite.text
+    text, pretrained_text = run.method.text or suite.text, run.method.pretrained_text
     config = RunConfig(
-        recipe_name=run.method.name,
+        recipe_name=Typed(run.method.name),
         recipe=recipe,
-        data=suite.data,
+        data=suite.place(suite.data),
         teacher=teacher if needs_teacher else None,
-        student=run.student,
+        student=suite.place(run.student),
         image_size=suite.image_size,
-        text=text,
+        text=suite.place(text),
         freeze_text=text == TEACHER,
-        pretrained_text=run.method.pretrained_text,
+        pretrained_text=suite.place(pretrained_text) if pretrained_text else None,
         freeze_text_layers=run.method.freeze_text_layers,
         context_length=suite.context_length,
         embedding_size=suite.embedding_size,
@@ -227,13 +240,13 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) ->
         log_every=suite.log_every,
         checkpoint_every=suite.evaluate_every,
         evaluate_every=suite.evaluate_every,
-        tasks=suite.tasks,
+        tasks=tuple(map(suite.place, suite.tasks)),
     )
     if takes_text(config):
         config = msgspec.structs.replace(config, context_length=None)
     if not needs_teacher:
         return config
-    return msgspec.structs.replace(config, teacher_cache=str(caches / _cache_name(config)))
+    return msgspec.structs.replace(config, teacher_cache=typed(caches / _cache_name(config)))
 
 
 def _cache_name(config: RunConfig) -> str:

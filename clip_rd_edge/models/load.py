@@ -46,10 +46,11 @@ from clip_rd_edge.utils.paths import exists, is_file, is_folder
 from clip_rd_edge.utils.printable import shown_sources
 from clip_rd_edge.utils.shared_block import SharedBlock
 from clip_rd_edge.utils.structs import convert, read_json, read_json_objects
+from clip_rd_edge.utils.trust import Typed
 
 
 @float32_on_cpu()
-def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
+def load_clip(spec: Typed, *, pretrained: Typed | None = None) -> ClipModel:
     """Load a model with its tokenizer and preprocessing, in evaluation mode, on the CPU.
 
     Args:
@@ -65,31 +66,31 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
     """
     import open_clip
 
-    spec, pretrained, folder, model_cfg = _find(spec, pretrained)
+    name, weights, folder, model_cfg = _find(spec, pretrained)
     overrides = _relocated_text_cfg(folder, model_cfg) if folder else {}
-    hub = _HUB if _may_need_hub(spec, pretrained, model_cfg) else nullcontext()
+    hub = _HUB if _may_need_hub(name, weights, model_cfg) else nullcontext()
     with _quiet_open_clip(), _NO_REMOTE_CODE, hub:
         try:
             model = open_clip.create_model(
-                spec,
-                pretrained=pretrained,
+                name,
+                pretrained=weights,
                 require_pretrained=True,
                 pretrained_text=False,
                 force_quick_gelu=model_cfg.get("quick_gelu", False),
                 **overrides,
             )
         except Exception as error:  # open_clip, the hub client and torch raise many types
-            raise _loading_error(_describe_model(spec, pretrained, model_cfg), error) from error
+            raise _loading_error(_describe_model(name, weights, model_cfg), error) from error
         try:
-            tokenizer = open_clip.get_tokenizer(spec)
-            model_cfg = model_cfg or open_clip.get_model_config(spec)
+            tokenizer = open_clip.get_tokenizer(name)
+            model_cfg = model_cfg or open_clip.get_model_config(name)
         except Exception as error:
             hub_name = model_cfg.get("text_cfg", {}).get("hf_tokenizer_name")
-            subject = f"The tokenizer of {spec}{f' ({hub_name})' if hub_name and not folder else ''}"
+            subject = f"The tokenizer of {name}{f' ({hub_name})' if hub_name and not folder else ''}"
             raise _loading_error(subject, error) from error
     usage = _usage(folder)
     return ClipModel(
-        name=_display_name(spec, pretrained),
+        name=_display_name(name, weights),
         model=model.eval(),
         tokenizer=tokenizer,
         preprocessing=preprocessing_of(model),
@@ -99,7 +100,7 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
     )
 
 
-def require_model(spec: str, *, pretrained: str | None = None) -> None:
+def require_model(spec: Typed, *, pretrained: Typed | None = None) -> None:
     """Refuse a model that cannot be there; nothing is fetched, and no weights are read. Arguments as for `load_clip`.
 
     Raises:
@@ -110,19 +111,20 @@ def require_model(spec: str, *, pretrained: str | None = None) -> None:
     _find(spec, pretrained)
 
 
-def _find(spec: str, pretrained: str | None) -> tuple[str, str | None, Path | None, dict[str, Any]]:
+def _find(spec: Typed, pretrained: Typed | None) -> tuple[str, str | None, Path | None, dict[str, Any]]:
     """Return open_clip's name of a model, its weights, its folder if it has one, and what is known of its model_cfg."""
-    spec = spec.removeprefix("open_clip:")
-    refuse_other_weights(spec, pretrained)
-    folder = model_folder(spec)
+    name = spec.removeprefix("open_clip:")
+    weights: str | None = pretrained
+    refuse_other_weights(name, weights)
+    folder = model_folder(name)
     if folder is not None:
         return f"{LOCAL_DIR}{folder}", None, folder, read_open_clip_config(folder)["model_cfg"]
-    if spec.startswith("hf-hub:"):
-        return spec, None, None, {}
-    if not exists(spec):
-        spec, _, tag = spec.partition(TAG_MARK)
-        pretrained = tag or pretrained
-    return spec, pretrained, None, _architecture(spec, pretrained)
+    if name.startswith("hf-hub:"):
+        return name, None, None, {}
+    if not exists(name):
+        name, _, tag = name.partition(TAG_MARK)
+        weights = tag or weights
+    return name, weights, None, _architecture(name, weights)
 
 
 def read_open_clip_config(folder: Path) -> dict[str, Any]:

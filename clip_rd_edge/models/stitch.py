@@ -33,6 +33,7 @@ from clip_rd_edge.models.text.sentences import SentenceEncoder, load_sentence_en
 from clip_rd_edge.utils.files import read_text_limited, text_lines
 from clip_rd_edge.utils.paths import AnyPath, as_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.trust import Typed
 
 IMAGENET = "imagenet"
 # Chosen by benchmarks/training/stitched_teacher.py.
@@ -114,7 +115,7 @@ def solve_projection(weight: Tensor, names: Tensor, *, ridge: float = RIDGE) -> 
 @float32_on_cpu()
 def stitch_models(
     classifier: str,
-    text: str,
+    text: Typed,
     names: Sequence[Sequence[str]],
     *,
     pretrained: AnyPath | None = None,

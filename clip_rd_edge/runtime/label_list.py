@@ -19,6 +19,7 @@ from clip_rd_edge.utils.files import read_limited, text_lines
 from clip_rd_edge.utils.paths import exists, expand_home, is_folder, looks_like_path, near_files
 from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.table_text import SEPARATOR_LINE, refuse_other_formats
+from clip_rd_edge.utils.trust import Typed
 from clip_rd_edge.utils.yaml_text import parse_yaml
 
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
@@ -55,7 +56,7 @@ def label_names(labels: Labels) -> list[str] | None:
     return parse_labels([labels]) if isinstance(labels, str) else as_list(labels)
 
 
-def read_texts(name: str, column: str) -> list[str]:
+def read_texts(name: Typed, column: str) -> list[str]:
     """Return captions or labels to train on, from a file as for `read_labels_file`, but larger.
 
     Args:

@@ -16,6 +16,7 @@ from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.installation import upgrade_hint
 from clip_rd_edge.utils.files import read_limited
 from clip_rd_edge.utils.printable import as_unicode, each_text
+from clip_rd_edge.utils.trust import Recorded
 from clip_rd_edge.utils.yaml_text import MAX_YAML_BYTES, parse_yaml, yaml_classes
 
 # Results and indexes of millions of images are below this, and whatever is larger would take gigabytes of memory.
@@ -55,7 +56,7 @@ def _read_json_text(path: Path) -> bytes:
 
 def _decode_json(content: bytes, kind: type[T], *, source: Path) -> T:
     try:
-        return msgspec.json.decode(content, type=kind)
+        return msgspec.json.decode(content, type=kind, dec_hook=_recorded)
     except msgspec.ValidationError:
         return convert(_json_objects(content, source), kind, source=str(source))  # raises with the offending key
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -145,13 +146,21 @@ def read_versioned_json(
 def convert(raw: Any, kind: type[T], *, source: str) -> T:
     """Convert plain dicts and lists to a struct; raise ConfigError naming `source` and the key if they do not match."""
     try:
-        return msgspec.convert(raw, kind, strict=True)
+        return msgspec.convert(raw, kind, strict=True, dec_hook=_recorded)
     except msgspec.ValidationError as error:
         message = str(error)
         suggestion = hint = ""
         if "unknown field" in message:
             suggestion, hint = _near_keys(message, kind)
         raise ConfigError(f"{source} is invalid: {message}.{suggestion}", hint=hint) from error
+
+
+def _recorded(kind: type[Any], value: Any) -> Any:
+    """Return a value of a type that msgspec has not: a text, or several, that is not to be opened."""
+    texts = value if isinstance(value, list) else [value]
+    if kind is Recorded and all(isinstance(text, str) for text in texts):
+        return Recorded(value)
+    raise ValueError(f"Expected `str`, got `{type(value).__name__}`")
 
 
 def _near_keys(message: str, kind: type[Any]) -> tuple[str, str]:

@@ -24,7 +24,11 @@ class Recorded:
     It is no text, so that nothing that takes a path takes it either.
     """
 
-    __slots__ = ("value",)
+    __slots__ = ("_value",)
 
     def __init__(self, value: str | list[str]) -> None:
-        self.value = value
+        self._value = value
+
+    def plain(self) -> str | list[str]:
+        """Return what the file says, to compare it, to show it and to write it again."""
+        return self._value

@@ -40,6 +40,7 @@ from clip_rd_edge.utils.folders import require_free_output
 from clip_rd_edge.utils.host import instruction_sets
 from clip_rd_edge.utils.paths import is_file, is_folder, shipped_path
 from clip_rd_edge.utils.reporting import Reporter
+from clip_rd_edge.utils.trust import Typed, typed
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def build_teacher(folder: Path, reporter: Reporter) -> Path:
             package.verified()  # `stitch_models` would download what is not installed
         clip, provenance = stitch_models(
             CLASSIFIER,
-            SENTENCE_ENCODER,
+            Typed(SENTENCE_ENCODER),
             read_class_names(IMAGENET),
             image_size=IMAGE_SIZE,
             context_length=CONTEXT_LENGTH,
@@ -132,7 +133,7 @@ def trim_text(settings: Settings, reporter: Reporter) -> None:
         return
     texts = captions_and_nouns()
     write_text(settings.folder / "nouns.txt", "".join(f"{text}\n" for text in texts))
-    teacher = str(settings.folder / "teacher")
+    teacher = typed(settings.folder / "teacher")
     write_trimmed(teacher, trimmed, layers=TEXT_LAYERS, vocabulary=VOCABULARY, texts=texts, reporter=reporter)
 
 
@@ -192,7 +193,7 @@ def _config(
     if is_file(run / RUN_CONFIG_FILE):
         precision = "auto"
     return RunConfig(
-        recipe_name=recipe,
+        recipe_name=Typed(recipe),
         recipe=msgspec.structs.replace(
             loaded,
             steps=steps,
@@ -201,7 +202,7 @@ def _config(
             precision=precision if loaded.precision == "auto" else loaded.precision,
         ),
         teacher_precision=precision,
-        data="emoji",
+        data=Typed("emoji"),
         image_size=IMAGE_SIZE,
         context_length=CONTEXT_LENGTH,
         embedding_size=EMBEDDING_SIZE,
@@ -290,7 +291,7 @@ def _export(settings: Settings, reporter: Reporter, precision: Literal["fp32", "
     if is_bundle(bundle) and read_manifest(bundle).provenance.get(_STUDENT_DIGEST) == student:
         return
     _forget_results(settings.folder)
-    clip = load_clip(str(settings.folder / "student"))
+    clip = load_clip(typed(settings.folder / "student"))
     calibration = None
     if precision == "int8":
         calibration = calibration_set(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
@@ -70,6 +74,27 @@ def theirs(_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(_model, tmp_path / "theirs" / "student")).parent
 
 
+@pytest.fixture
+def looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Whatever of `tmp_path / "bait"` is looked for, opened or listed."""
+    bait, touched = str(tmp_path / "bait"), list[str]()
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *args: Any, **options: Any) -> Any:
+            if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(bait):
+                touched.append(os.fspath(path))
+            return function(path, *args, **options)
+
+        return call
+
+    for module, name in (
+        (os, "stat"), (os, "lstat"), (os, "readlink"), (os, "scandir"), (os, "listdir"), (os, "open"), (io, "open"),
+        (builtins, "open"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    return touched
+
+
 def _record(run: Path, **record: Any) -> None:
     (run / "student" / "distillation.json").write_text(json.dumps(record))
 
@@ -89,3 +114,44 @@ def test_an_export_opens_no_data_that_a_record_names(
     for model in (theirs, f"local-dir:{theirs / 'student'}"):
         code, _, err = command_line("export", model, *options, "-o", tmp_path / "bundle")
         assert (code, "--calibration" in err, bait.taken) == (2, True, False)
+
+
+@pytest.mark.parametrize("place", ["command", "url"])
+@pytest.mark.parametrize("field", ["data", "tasks"])
+def test_a_suite_runs_and_fetches_nothing(
+    theirs: Path, bait: Bait, tmp_path: Path, command_line: CommandLine, field: str, place: str
+) -> None:
+    text = bait.command if place == "command" else f"emoji.tar:: {bait.url}"
+    suite, output = tmp_path / "suite.yaml", tmp_path / "out"
+    content = yaml.safe_load((Path(__file__).parents[2] / "benchmarks/suites/tokens.yaml").read_text())
+    suite.write_text(yaml.safe_dump({**content, field: text if field == "data" else [text]}))
+    code, _, err = command_line("evidence", "run", suite, "--teacher", theirs, "-o", output)
+    assert (code, "The suite tokens names" in err, bait.taken) == (2, True, False)
+    if field == "tasks":
+        rows = [{"label": "Theirs", "model": str(theirs), "role": "student"}]
+        suite.write_text(yaml.safe_dump({"name": "theirs", "rows": rows, "tasks": [text]}))
+        code, _, err = command_line("benchmark", suite, "-o", output)
+        assert (code, "The suite theirs names" in err, bait.taken) == (2, True, False)
+
+
+@pytest.mark.parametrize("with_inputs", [True, False])
+def test_a_resumed_run_looks_for_nothing_that_its_folder_names(
+    bait: Bait, tmp_path: Path, pairs_csv: Path, command_line: CommandLine, looked_for: list[str], with_inputs: bool
+) -> None:
+    run = tmp_path / "run"
+    call = (
+        "distill", "--data", pairs_csv, "--student", "resnet10t", "--text", "64x1", "--image-size", "32",
+        "--context-length", "8", "--embedding-size", "16", "--recipe", "clip", "--batch-size", "4", "--steps", "2",
+        "--workers", "0", "-o", run,
+    )  # fmt: skip
+    assert command_line(*call)[0] == 0
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    if not with_inputs:
+        (run / "inputs.json").unlink()
+    for name in ("data", "images", "texts", "teacher", "student", "text", "pretrained_image", "teacher_cache"):
+        for place in (bait.command, bait.url, str(tmp_path / "bait" / "there"), f"local-dir:{tmp_path / 'bait'}"):
+            (run / "config.yaml").write_text(yaml.safe_dump({**content, name: place}))
+            code, _, err = command_line(*call, "--resume")
+            assert (code in (0, 2), bait.taken, looked_for) == (True, False, []), (name, place, err)
+    (run / "config.yaml").write_text(yaml.safe_dump({**content, "tasks": [bait.command], "teacher": [bait.command]}))
+    assert (command_line(*call, "--resume")[0], bait.taken) == (2, False)

@@ -29,6 +29,7 @@ from clip_rd_edge.utils.checked import is_list_of_texts
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.printable import is_unicode, shown_source
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.trust import Typed
 
 JSON_KEY = "caption"
 SEPARATOR = "::"  # between sources and between weights, as in open_clip
@@ -134,14 +135,14 @@ class ShardPairs:
         return int(self._shard_of_group[group]), index - int(self._ends[group] - self.groups[group])
 
 
-def parse_sources(source: str, weights: str | None = None) -> list[Source]:
+def parse_sources(source: Typed, weights: str | None = None) -> list[Source]:
     """Parse sources in open_clip's syntax: `a/{00000..00012}.tar::b.tar`, with weights such as `1::2`.
 
     Raises:
         InputError: a local shard does not exist.
         UsageError: the weights are not positive integers, or there is not exactly one per source.
     """
-    patterns = source.split(SEPARATOR)
+    patterns = [Typed(pattern) for pattern in source.split(SEPARATOR)]
     factors = _parse_weights(weights, len(patterns))
     return [Source(_shard_paths(pattern), factor) for pattern, factor in zip(patterns, factors, strict=True)]
 
@@ -162,9 +163,9 @@ def _parse_weights(weights: str | None, sources: int) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _shard_paths(pattern: str) -> tuple[ShardFile, ...]:
+def _shard_paths(pattern: Typed) -> tuple[ShardFile, ...]:
     if is_remote(pattern):
-        return tuple(RemoteShard(url) for url in expand_braces(pattern.strip()))
+        return tuple(RemoteShard(Typed(url)) for url in expand_braces(pattern.strip()))
     paths = tuple(Path(name) for name in expand_braces(pattern.strip()))
     missing = [path for path in paths if not is_file(path)]
     if missing:

@@ -86,8 +86,8 @@ def _make_worker(config: RunConfig, number: int, manifest: CacheManifest) -> Sha
     name = config.teachers[number]
     clip = load_clip(name, pretrained=teacher_weights(config, name))
     maker = _maker(config, clip, training_pairs(config))
-    for name in ("teacher_sha256", "pairs_sha256"):
-        if getattr(maker.manifest, name) != getattr(manifest, name):
-            what = "teacher" if name == "teacher_sha256" else "data"
+    for field in ("teacher_sha256", "pairs_sha256"):
+        if getattr(maker.manifest, field) != getattr(manifest, field):
+            what = "teacher" if field == "teacher_sha256" else "data"
             raise InputError(f"The {what} here is not that of the store.", hint="give all machines the same files")
     return maker

@@ -21,6 +21,7 @@ from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.text.captions import CaptionTower
 from clip_rd_edge.utils.printable import shown_sources
+from clip_rd_edge.utils.trust import Typed
 
 
 def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
@@ -43,7 +44,7 @@ def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
     return tuple(load_clip(name, pretrained=teacher_weights(config, name)) for name in config.teachers)
 
 
-def teacher_weights(config: RunConfig, name: str) -> str | None:
+def teacher_weights(config: RunConfig, name: str) -> Typed | None:
     """Return `teacher_pretrained` for a teacher that is named by an architecture alone; the others have weights."""
     return config.teacher_pretrained if is_architecture(name) else None
 

@@ -21,6 +21,7 @@ from clip_rd_edge.models.packaged import SENTENCE_ENCODERS
 from clip_rd_edge.models.text.config import build_text_tower, has_quick_gelu, separate_text_tower
 from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.structs import read_json_objects
+from clip_rd_edge.utils.trust import Typed
 
 # The pooling modes of sentence-transformers, in its 1_Pooling/config.json, under open_clip's names.
 _POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
@@ -59,7 +60,7 @@ class SentenceEncoder:
         return nn.functional.normalize(self.model(self.tokenizer(list(texts))).float(), dim=-1)
 
 
-def load_sentence_encoder(spec: str, *, context_length: int | None = None) -> SentenceEncoder:
+def load_sentence_encoder(spec: Typed, *, context_length: int | None = None) -> SentenceEncoder:
     """Load a sentence encoder.
 
     Args:
@@ -90,7 +91,7 @@ def load_sentence_encoder(spec: str, *, context_length: int | None = None) -> Se
     return _hugging_face(path, context_length=context_length, name=Path(spec).name, source=spec)
 
 
-def _text_tower_of(spec: str, context_length: int | None) -> SentenceEncoder:
+def _text_tower_of(spec: Typed, context_length: int | None) -> SentenceEncoder:
     clip = load_clip(spec)
     if context_length not in (None, clip.context_length):
         raise UsageError(

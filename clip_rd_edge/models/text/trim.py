@@ -33,6 +33,7 @@ from clip_rd_edge.models.text.tokenizer import write_clip_tokenizer
 from clip_rd_edge.models.text.vocabulary import most_used_tokens, needed_tokens, pieces_of, with_tokens
 from clip_rd_edge.models.text.weights import evenly_spaced
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.trust import Typed
 
 _TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _BATCH = 1_024
@@ -88,7 +89,7 @@ def trim_text_tower(
 
 @float32_on_cpu()
 def write_trimmed(
-    spec: str,
+    spec: Typed,
     folder: Path,
     *,
     layers: int | None = None,
