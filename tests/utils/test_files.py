@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -73,6 +75,28 @@ def test_on_windows_a_file_is_read_although_it_is_being_replaced(
         files.read_limited(tmp_path / "index.json", 100)
     monkeypatch.setattr(files, "_IS_WINDOWS", True)
     assert files.read_limited(tmp_path / "index.json", 100) == b"new"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes with a name")
+@pytest.mark.parametrize(("size", "fits"), [(1 << 16, True), (1 << 23, False)])
+def test_a_pipe_is_read_up_to_the_limit_and_no_further(tmp_path: Path, size: int, *, fits: bool) -> None:
+    pipe, written = tmp_path / "pipe", list[int]()
+    os.mkfifo(pipe)
+
+    def write() -> None:
+        with pipe.open("wb", buffering=0) as file, suppress(BrokenPipeError):
+            for _ in range(size >> 12):
+                written.append(file.write(bytes(1 << 12)))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    if fits:
+        assert read_limited(pipe, 1 << 16) == bytes(size)
+    else:
+        with pytest.raises(InputError, match="is larger than"):
+            read_limited(pipe, 1 << 16)
+    thread.join()
+    assert (sum(written) == size) == fits  # whoever writes endlessly would never let go
 
 
 def test_write_text_leaves_no_temporary_file(tmp_path: Path) -> None:

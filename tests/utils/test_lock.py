@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +73,29 @@ def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
     assert (tmp_path / ".lock").exists()
     with exclusive_writer(tmp_path):
         pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed")
+@pytest.mark.parametrize("another_began", [True, False])
+def test_a_lock_file_that_is_removed_between_opening_and_locking_lets_no_second_writer_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, another_began: bool
+) -> None:
+    real = lock._lock
+
+    def end_first(file: int) -> None:
+        monkeypatch.setattr(lock, "_lock", real)
+        (tmp_path / ".lock").unlink()  # as its holder does in the end
+        if another_began:
+            others.enter_context(exclusive_writer(tmp_path))
+        real(file)
+
+    (tmp_path / ".lock").touch()
+    monkeypatch.setattr(lock, "_lock", end_first)
+    with ExitStack() as others:
+        if not another_began:
+            others.enter_context(exclusive_writer(tmp_path))
+        with pytest.raises(UsageError, match="is being written by another run"):
+            exclusive_writer(tmp_path).__enter__()
 
 
 @pytest.fixture

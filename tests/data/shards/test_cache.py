@@ -70,6 +70,18 @@ def test_the_cache_stays_within_its_bound(
         assert sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) <= 2.5 * size
 
 
+def test_the_shard_that_was_used_least_recently_makes_room(
+    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(shard_cache.LIMIT_VARIABLE, str(2.5 * (shards / "000.tar").stat().st_size / 1e9))
+    first, second, third = (RemoteShard(f"{server.url}/00{number}.tar") for number in range(3))
+    for seconds, shard in enumerate((first, second)):
+        os.utime(shard_cache.local_path(shard), (seconds, seconds))
+    used_again = shard_cache.local_path(first)
+    new = shard_cache.local_path(third)
+    assert set(cache_folder(server).glob("*.tar")) == {used_again, new}
+
+
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "ten"])
 def test_a_senseless_bound_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv(shard_cache.LIMIT_VARIABLE, text)

@@ -165,6 +165,23 @@ def test_each_caption_has_its_own_embedding_in_whatever_order_the_keys_come(
         np.testing.assert_allclose(sample.text_embeddings[row], expected[caption], atol=2**-11)
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_blank_caption_leaves_those_after_it_their_embeddings(
+    store: Store, stored: StoredTeachers, *, apart: bool
+) -> None:
+    texts = units(4, 1)
+    arrays = {"text_emb": texts[:1], "syn_text_emb": texts[1:]} if apart else {"text_emb": texts}
+
+    def change(_: int, files: dict[str, bytes]) -> None:
+        files["npz"] = npz(image_emb=units(AUGMENTATIONS, 0), **arrays)
+        files["syn.json"] = json.dumps({"syn_text": ["a", " \n", " b"]}).encode()
+
+    sample = read_sample(open_store(store(change=change)), 0, stored)
+    assert [caption for caption, _ in sample.synthetic] == ["a", "b"]
+    for (_, row), expected in zip([*sample.own, *sample.synthetic], texts[[0, 1, 3]], strict=True):
+        np.testing.assert_allclose(sample.text_embeddings[row], expected, atol=2**-11)
+
+
 def test_shards_without_reinforcements_are_left_out_and_usable_as_others(store: Store) -> None:
     def change(number: int, files: dict[str, bytes]) -> None:
         files.pop("npz" if number == 3 else "paug.json" if number == 4 else "syn.json" if number == 5 else "url.txt")
