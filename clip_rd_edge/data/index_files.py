@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from clip_rd_edge.errors import LostProcessError, UsageError
+from clip_rd_edge.errors import ConfigError, LostProcessError, UsageError
 from clip_rd_edge.utils.files import now_in
 from clip_rd_edge.utils.folders import new_folder
 from clip_rd_edge.utils.host import usable_cores
@@ -87,6 +87,14 @@ def kept_index(kind: str, identity: Iterable[str], build: Callable[[Path], None]
             except OSError:
                 return _temporary_index(build)
     return folder
+
+
+def damage(folder: Path, number: int) -> ConfigError:
+    """Return the error for a pair, counted from 0, whose entry in an index has changed since it was written."""
+    return ConfigError(
+        f"The index {folder} is damaged: its entry of pair {number:,} has changed since it was written.",
+        hint="delete it; it is made again",
+    )
 
 
 def _is_complete(folder: Path) -> bool:

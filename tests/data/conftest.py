@@ -13,6 +13,7 @@ from PIL import Image
 
 from benchmarks.data.unreliable_server import UnreliableServer
 from clip_rd_edge.data import remote
+from clip_rd_edge.errors import ClipRdEdgeError
 
 WriteTar = Callable[[Path, Mapping[str, bytes]], Path]
 EncodeImage = Callable[..., bytes]
@@ -64,6 +65,26 @@ def shards(tmp_path: Path, write_tar: WriteTar, encode_image: EncodeImage) -> Pa
             members |= {f"{i:04d}.png": encode_image(i), f"{i:04d}.txt": f"grey {i}".encode()}
         write_tar(tmp_path / "data" / f"{shard:03d}.tar", members)
     return tmp_path / "data"
+
+
+@pytest.fixture
+def flips() -> Callable[[Path, Callable[[], object]], int]:
+    """Flip a bit at places all over a file: what is read is the same or an error; returns how often it is an error."""
+
+    def flip(file: Path, read: Callable[[], object]) -> int:
+        content, expected, errors = file.read_bytes(), read(), 0
+        for place in range(0, len(content), max(1, len(content) // 100)):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << place % 8
+            file.write_bytes(damaged)
+            try:
+                assert read() == expected
+            except ClipRdEdgeError:
+                errors += 1
+        file.write_bytes(content)
+        return errors
+
+    return flip
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """The index of all shards of a data set in one file, from which a sample's location is read when it is needed.
 
     index.json   the shards: number of samples, and a digest of their names and locations
-    rows.bin     25 bytes per sample that is a pair: where its image and its caption lie in its shard; 62 bytes per
-                 reinforced sample, where its other files lie, too
+    rows.bin     29 bytes per sample that is a pair: where its image and its caption lie in its shard, and the CRC-32 of
+                 that; 66 bytes per reinforced sample, where its other files lie, too
     left-out     one message per sample that is not a pair, as JSON lines
 
 The folder is named after the paths, sizes and modification times of the shards. Nothing is kept in memory, so loader
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.data.index_files import INDEX, Messages, kept_index, ordered_map
+from clip_rd_edge.data.index_files import INDEX, Messages, damage, kept_index, ordered_map
 from clip_rd_edge.data.remote import ShardFile, shard_identity
 from clip_rd_edge.data.shards.tar_scan import read_at
 from clip_rd_edge.data.shards.tars import current_versions, open_shard
@@ -32,15 +33,18 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
 
 INDEXING_STAGE = "indexing shards"
-_FORMAT = "3"  # increase when the same shards are indexed differently
+_FORMAT = "4"  # increase when the same shards are indexed differently
 _ROWS, _LEFT_OUT = "rows.bin", "left-out"
-_ROW = np.dtype([("image", "<i8"), ("caption", "<i8"), ("image_size", "<u4"), ("caption_size", "<u4"), ("kind", "u1")])
+_PLACES = (("image", "<i8"), ("caption", "<i8"), ("image_size", "<u4"), ("caption_size", "<u4"), ("kind", "u1"))
+_CRC32 = ("crc32", "<u4")
+_ROW = np.dtype([*_PLACES, _CRC32])
 _REINFORCED_ROW = np.dtype(
     [
-        *_ROW.descr,
+        *_PLACES,
         *((name, "<i8") for name in ("synthetic", "augmentations", "embeddings")),
         *((name, "<u4") for name in ("synthetic_size", "augmentations_size", "embeddings_size")),
         ("is_torch", "u1"),
+        _CRC32,
     ]
 )
 _KINDS: tuple[Literal["text", "json"], ...] = ("text", "json")
@@ -118,7 +122,7 @@ class ShardIndex:
 
     def locate_reinforcement(self, shard: int, sample: int) -> ReinforcementLocation:
         """Return the location of the further files of the `sample`-th pair of a shard of reinforced samples."""
-        synthetic, augmentations, embeddings, *sizes, is_torch = self._read(shard, sample)[5:]
+        synthetic, augmentations, embeddings, *sizes, is_torch, _ = self._read(shard, sample)[5:]
         return ReinforcementLocation(
             None if synthetic < 0 else (synthetic, sizes[0]),
             (augmentations, sizes[1]),
@@ -130,9 +134,11 @@ class ShardIndex:
         if self._file is None:
             self._file = os.open(self._path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             weakref.finalize(self, os.close, self._file)
-        size = self._row.itemsize
-        raw = read_at(self._file, size, (int(self._first[shard]) + sample) * size)
+        size, number = self._row.itemsize, int(self._first[shard]) + sample
+        raw = read_at(self._file, size, number * size)
         row: tuple[int, ...] = np.frombuffer(raw, self._row)[0].tolist()
+        if zlib.crc32(raw[:-4]) != row[-1]:
+            raise damage(self._path.parent, number)
         return row
 
     def identity(self) -> Iterator[bytes]:
@@ -238,6 +244,7 @@ def _index_shard(path: ShardFile, *, json_key: str | None, captioned: bool, rein
     digest.update(np.ascontiguousarray(shard.names).data)
     digest.update(np.ascontiguousarray(shard.locations).data)
     pairs = rows[is_whole]
+    pairs["crc32"] = [zlib.crc32(row.tobytes()[:-4]) for row in pairs]
     return _IndexedShard(len(pairs), digest.hexdigest(), shard.lost if shard.damage else None), pairs, messages
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.data.index_files import INDEX, Messages, kept_index, ordered_map
+from clip_rd_edge.data.index_files import INDEX, Messages, damage, kept_index, ordered_map
 from clip_rd_edge.data.shards.tar_scan import read_at
 from clip_rd_edge.data.tables.blocks import Table, read_blocks
 from clip_rd_edge.data.tables.packed import GROUP_ROWS, ROW, Pair, unpack
@@ -32,7 +32,7 @@ from clip_rd_edge.utils.structs import read_json, to_json
 
 TABLE_STAGE = "indexing the table"
 
-_FORMAT = "3"  # increase when the same table is indexed differently
+_FORMAT = "4"  # increase when the same table is indexed differently
 _ROWS, _TEXTS, _FOLDERS, _LEFT_OUT = "rows.bin", "texts.bin", "folders.bin", "left-out"
 _CHECKED_IMAGES = 1000  # of all, whenever a kept index is opened
 
@@ -106,12 +106,15 @@ class IndexedTable:
         yield self._index.sha256.encode()
 
     def pair(self, index: int) -> Pair:
-        """Return a pair as it was in the table."""
+        """Return a pair as it was in the table; raises ConfigError if the index is damaged."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         rows, texts, folders = self._files
         row = read_at(rows, ROW.itemsize, index * ROW.itemsize)
-        return unpack(row, partial(read_at, texts), partial(read_at, folders))
+        try:
+            return unpack(row, partial(read_at, texts), partial(read_at, folders))
+        except (ValueError, OverflowError, OSError) as error:  # of places that are not in the files
+            raise damage(self._folder, index) from error
 
     def check_images(self) -> None:
         """Compare some images' sizes with those in the index; raises InputError if there is another one."""

@@ -1,6 +1,6 @@
 """Pairs of image files and captions as bytes: how the index of a table stores them, and processes exchange them.
 
-rows       24 bytes per pair: where its text and its folder lie
+rows       28 bytes per pair: where its text and its folder lie, and the CRC-32 of both
 texts      of each pair, separated by zeros: its image's name and size in bytes, number of captions, caption
 folders    of the images, those of consecutive pairs once
 """
@@ -8,6 +8,7 @@ folders    of the images, those of consecutive pairs once
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-ROW = np.dtype([("text", "<i8"), ("folder", "<i8"), ("text_size", "<u4"), ("folder_size", "<u4")])
+ROW = np.dtype([("text", "<i8"), ("folder", "<i8"), ("text_size", "<u4"), ("folder_size", "<u4"), ("crc32", "<u4")])
 GROUP_ROWS = 4096
 """Rows that are shuffled as a group: image files lie apart, so that any block of rows serves."""
 _SEPARATOR = "\0"  # in no file's name
@@ -66,19 +67,28 @@ def pack(pairs: Sequence[Pair]) -> PackedPairs:
     texts = [_SEPARATOR.join((pair.name, str(pair.size), "1", pair.caption)).encode() for pair in pairs]
     sizes = np.fromiter(map(len, texts), np.int64, len(texts))
     rows["text"], rows["text_size"] = np.cumsum(sizes) - sizes, sizes
-    folders: dict[str, tuple[int, int]] = {}
+    folders: dict[str, tuple[int, int, int]] = {}
     content = bytearray()
     for folder in dict.fromkeys(pair.folder for pair in pairs):
         encoded = os.fsencode(folder)
-        folders[folder] = (len(content), len(encoded))
+        folders[folder] = (len(content), len(encoded), zlib.crc32(encoded))
         content += encoded
     if pairs:
-        rows["folder"], rows["folder_size"] = np.asarray([folders[pair.folder] for pair in pairs], np.int64).T
+        places = [folders[pair.folder] for pair in pairs]
+        rows["folder"], rows["folder_size"], crc32s = np.asarray(places, np.int64).T
+        rows["crc32"] = list(map(zlib.crc32, texts, crc32s.tolist()))
     return PackedPairs(rows, b"".join(texts), bytes(content))
 
 
 def unpack(row: bytes, read_text: Read, read_folder: Read) -> Pair:
-    """Return the pair of a row, whose text and folder are read by these functions."""
-    text, folder, text_size, folder_size = np.frombuffer(row, ROW)[0].tolist()
-    name, size, _, caption = read_text(text_size, text).decode().split(_SEPARATOR, 3)
-    return Pair(os.fsdecode(read_folder(folder_size, folder)), name, int(size), caption)
+    """Return the pair of a row, whose text and folder are read by these functions.
+
+    Raises:
+        ValueError: they have changed since they were packed.
+    """
+    text, folder, text_size, folder_size, crc32 = np.frombuffer(row, ROW)[0].tolist()
+    content, parent = read_text(text_size, text), read_folder(folder_size, folder)
+    if zlib.crc32(content, zlib.crc32(parent)) != crc32:
+        raise ValueError("a checksum differs")
+    name, size, _, caption = content.decode().split(_SEPARATOR, 3)
+    return Pair(os.fsdecode(parent), name, int(size), caption)

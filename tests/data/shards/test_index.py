@@ -52,6 +52,14 @@ def test_samples_are_found_in_the_order_of_the_shards(paths: list[Path]) -> None
     assert contents(paths) == EXPECTED
 
 
+def test_a_flipped_bit_in_an_index_is_an_error_and_no_other_sample(
+    paths: list[Path], flips: Callable[[Path, Callable[[], object]], int]
+) -> None:
+    contents(paths)
+    (file,) = (cache_home() / "shard-indices").glob("*/rows.bin")
+    assert flips(file, lambda: contents(paths)) >= 100
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="lists open files in /proc")
 def test_the_index_of_a_data_set_that_is_gone_is_closed(paths: list[Path]) -> None:
     for _ in range(2):

@@ -219,6 +219,15 @@ def test_indices_that_nobody_opens_are_removed(pairs_csv: Path, tmp_path: Path) 
     assert len(list((tmp_path / "cache" / "table-indices").iterdir())) == 2
 
 
+@pytest.mark.parametrize(("name", "least"), [("rows.bin", 80), ("texts.bin", 100), ("folders.bin", 20)])
+def test_a_flipped_bit_in_an_index_is_an_error_and_no_other_pair(
+    name: str, least: int, pairs_csv: Path, tmp_path: Path, flips: Callable[[Path, Callable[[], object]], int]
+) -> None:
+    load_pairs(str(pairs_csv))
+    (file,) = (tmp_path / "cache" / "table-indices").glob(f"*/{name}")
+    assert flips(file, lambda: contents(load_pairs(str(pairs_csv)))) >= least
+
+
 def test_a_read_only_cache_only_costs_time(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(pairs_csv))  # a file, so that no folder can be made in it
     assert contents(load_pairs(str(pairs_csv))) == contents(in_memory(pairs_csv))
