@@ -41,6 +41,7 @@ def test_half_are_for_calibration_and_half_are_held_out(tmp_path: Path) -> None:
     assert (len(calibrate), len(held_out)) == (30, 30)
     assert sorted([*calibrate, *held_out]) == list(range(60))
     np.testing.assert_array_equal(samples.calibrate.ids[:, 0] % 1000, calibrate)  # captions belong to their images
+    assert {int(caption) // 1000 for caption in samples.calibrate.ids[:, 0]} == {0, 1}  # any of an image's captions
     assert samples.name == "greys"
 
 

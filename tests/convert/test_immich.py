@@ -31,6 +31,7 @@ def test_immich_gets_the_same_embeddings(fp32_bundle: Path, tmp_path: Path) -> N
     config = json.loads((folder / "config.json").read_text())
     preprocessing = json.loads((folder / "visual" / "preprocess_cfg.json").read_text())
     assert (config["embed_dim"], config["text_cfg"]["context_length"]) == (32, 16)
+    assert config["vision_cfg"]["image_size"] == 32
     assert preprocessing["size"] == [32, 32]
     assert preprocessing["interpolation"] == "bicubic"
     assert preprocessing["resize_mode"] == "shortest"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from clip_rd_edge.contract.encoder import normalise
-from clip_rd_edge.convert.parity import agreement, measurement
+from clip_rd_edge.convert.parity import agreement, measurement, top1_matches
 from clip_rd_edge.errors import UsageError
 
 
@@ -38,6 +38,21 @@ def test_nan_agrees_with_nothing() -> None:
 def test_shapes_that_cannot_be_compared_are_refused(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     with pytest.raises(UsageError, match="cannot be compared"):
         agreement(np.ones(shapes[0], dtype=np.float32), np.ones(shapes[1], dtype=np.float32))
+
+
+def test_latencies_are_a_median_and_the_95th_percentile() -> None:
+    same = agreement(np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32))
+    latencies_ms = np.asarray([*range(1, 100), 1000], float)  # whose mean is 59.5
+    measured = measurement(same, latencies_ms, reference_ms=2 * latencies_ms, threads=3)
+    assert (measured.latency_ms_p50, measured.latency_ms_p95) == pytest.approx((50.5, 95.05))
+    assert (measured.speedup, measured.threads) == (2, 3)
+
+
+def test_an_image_is_right_whose_own_caption_is_the_nearest_of_all() -> None:
+    images = np.asarray([[1, 0], [0.8, 0.6], [0, 1], [0.6, 0.8]], np.float32)
+    captions = np.asarray([[1, 0], [1, 0], [0, 1], [1, 0]], np.float32)  # the first two are of one text
+    assert top1_matches(images, captions).tolist() == [True, True, True, False]
+    assert top1_matches(images[[1, 0]], np.asarray([[0.8, 0.6], [0.6, 0.8]], np.float32)).tolist() == [True, False]
 
 
 def test_a_speedup_is_not_that_of_interrupted_runs() -> None:

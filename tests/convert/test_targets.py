@@ -97,7 +97,8 @@ def test_a_limit_of_int8_that_is_out_of_range_or_no_number_is_refused(option: st
     assert str(error.value).endswith(f"{option.replace('_', '-')} is {value!r}; expected a number from 0 to {highest}.")
     (plan,) = plan_exports({**options, option: np.float32(highest)})
     budget = plan.request.budget
-    assert (budget.text if option == "min_agreement" else budget.max_loss) == highest
+    expected = {"min_agreement": (1, 1, 0.5), "max_loss": (0.99, 0.995, 100)}[option]  # as the guide has the defaults
+    assert (budget.image, budget.text, budget.max_loss) == expected
 
 
 @pytest.mark.parametrize("option", ["calibration", "min_agreement", "max_loss", "fallback"])

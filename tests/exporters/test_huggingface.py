@@ -21,7 +21,7 @@ from PIL import Image
 from support import pad_with_another_id
 from text_towers import bert_clip, roberta_clip
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, CLIPImageProcessor, PreTrainedTokenizerFast
 
 import clip_rd_edge as edge
 from clip_rd_edge.contract.bundle import read_manifest
@@ -31,6 +31,7 @@ from clip_rd_edge.convert.bundle import ConvertedBundle
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.huggingface import (
     _last_id,
+    _preprocessor_config,
     _take_any_length,
     normalizer_with_cleaning,
     write_huggingface,
@@ -256,10 +257,28 @@ def test_the_configurations_say_what_the_model_takes(folder: Path, student: Clip
     assert config["transformers.js_config"] == {
         "dtype": "fp32"
     }  # in a browser, its default is a file that is not there
-    processor = json.loads((folder / "preprocessor_config.json").read_text())
-    assert (processor["size"], processor["crop_size"]) == ({"shortest_edge": 32}, {"height": 32, "width": 32})
-    assert processor["image_mean"] == list(student.preprocessing.mean)
+    assert (config["vision_config"]["image_size"], config["text_config"]["max_position_embeddings"]) == (32, 16)
+    assert config["text_config"]["eos_token_id"] == 49407  # as in openai/clip-vit-base-patch32's tokenizer
     assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == 16
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+def test_transformers_preprocesses_images_as_open_clip_does(folder: Path, tmp_path: Path, mode: str) -> None:
+    """But for the filter: images are given in the sizes that need none."""
+    hub = shutil.copytree(folder, tmp_path / "hub")
+    config = json.loads((hub / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["resize_mode"] = mode
+    (hub / "open_clip_config.json").write_text(json.dumps(config))
+    preprocessing = load_clip(str(hub)).preprocessing
+    (hub / "preprocessor_config.json").write_text(json.dumps(_preprocessor_config(preprocessing)))
+    processor, preprocess = CLIPImageProcessor.from_pretrained(hub), _load(hub)[1]
+    for size in [(32, 32), *([(48, 32)] if mode == "shortest" else [])]:
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        pixels = processor(image, return_tensors="np")["pixel_values"]
+        np.testing.assert_allclose(pixels[0], preprocess(image).numpy(), atol=1e-5)
+    if mode == "squash":
+        assert processor(image.resize((48, 32)), return_tensors="np")["pixel_values"].shape == (1, 3, 32, 32)
+        assert not processor.do_center_crop
 
 
 def test_the_model_card_names_files_training_and_licences(folder: Path) -> None:

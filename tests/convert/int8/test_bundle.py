@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from clip_rd_edge.contract.formats import FORMATS
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.int8.search import QuantizedTower, TowerSamples
 from clip_rd_edge.convert.int8.select import Trial
-from clip_rd_edge.convert.options import ExportRequest, Fallback
+from clip_rd_edge.convert.options import Budget, ExportRequest, Fallback
 from clip_rd_edge.convert.targets import plan_exports
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.bundle import export_bundle
@@ -44,23 +45,30 @@ class Export:
         self.improved: tuple[str, ...] = ()
         self.adapted, self.judged = dict[str, bool](), dict[str, bool]()
         self.trial = {"latency_ratio": 0.6, "centred_cosine": 0.987, "size_ratio": 0.3, "loss_points": 0.0}
+        self.samples, self.options = dict[str, TowerSamples](), dict[str, object]()
         monkeypatch.setattr("clip_rd_edge.convert.int8.bundle.quantize_tower", self.quantize)
 
-    def quantize(self, model: Path, samples: TowerSamples, **_: object) -> QuantizedTower:
+    def quantize(self, model: Path, samples: TowerSamples, **options: object) -> QuantizedTower:
         tower = samples.tower
         self.adapted[tower], self.judged[tower] = samples.adapt, samples.correct is not None
+        self.samples[tower], self.options = samples, options
         trial = Trial(tower=tower, name="static", verdict="", **self.trial)
         if tower in self.improved:
-            return QuantizedTower(model.read_bytes(), "int8 static", "", MEASURED, (trial,))
+            return QuantizedTower(model.read_bytes(), "int8 static", "", MEASURED, (trial,), True, ("aarch64",))
         return QuantizedTower(None, "fp32", f"float32: {tower} is not improved.", MEASURED, (trial,))
 
     def __call__(
-        self, fallback: Fallback | None = None, *, provenance: dict[str, str] | None = None, reporter: Reporter = SILENT
+        self,
+        fallback: Fallback | None = None,
+        *,
+        provenance: dict[str, str] | None = None,
+        reporter: Reporter = SILENT,
+        **options: Any,
     ) -> Manifest:
         return export_bundle(
             self.student,
             self.output,
-            ExportRequest(precision="int8", fallback=fallback, provenance=provenance or {}),
+            ExportRequest(precision="int8", fallback=fallback, provenance=provenance or {}, **options),
             calibration=self.calibration,
             source=self.source,
             reporter=reporter,
@@ -136,6 +144,8 @@ def test_one_of_two_towers_may_stay_float32_unless_that_is_refused(export: Expor
     assert manifest.precision == "fp32 + int8"
     assert (manifest.image.precision, manifest.text.precision) == ("fp32", "int8 static")
     assert manifest.image.note == "float32: image is not improved."
+    assert (manifest.text.one_at_a_time, manifest.text.instruction_sets) == (True, ("aarch64",))
+    assert (manifest.image.one_at_a_time, manifest.image.instruction_sets) == (False, ())
     export.output = export.output.with_name("none")
     with pytest.raises(ClipRdEdgeError, match="on this machine: image tower: image is not improved") as error:
         export("none")
@@ -180,6 +190,32 @@ def test_without_pairs_no_answer_is_taken_for_right_and_that_is_said_once(export
     export("fp32", reporter=reporter)
     assert export.judged == {"image": paired, "text": paired}
     assert sum("agreement with float32 alone" in line for line in reporter.said) == (not paired)
+
+
+def test_the_search_gets_what_was_asked_for(export: Export) -> None:
+    budget = Budget(image=0.9, text=0.8, max_loss=3)
+    export("fp32", budget=budget, weight_bits=8, threads=3)
+    assert {name: export.options[name] for name in ("budget", "weight_bits", "threads")} == {
+        "budget": budget, "weight_bits": 8, "threads": 3
+    }  # fmt: skip
+
+
+def test_right_answers_are_those_of_images_among_all_captions(export: Export) -> None:
+    """Whichever of the two towers is quantised, with the other one's embeddings in float32."""
+    export("fp32")
+    image, text = (export.samples[name] for name in ("image", "text"))
+    others = np.random.default_rng(0).standard_normal((24, 32)).astype(np.float32)
+    assert image.reference is not None
+    assert text.reference is not None
+    assert image.correct is not None
+    assert text.correct is not None
+    for correct, images, captions in (
+        (image.correct, others, text.reference), (text.correct, image.reference, others)
+    ):  # fmt: skip
+        similarities = images @ captions.T
+        expected = [similarities[i, i] >= similarities[i].max() - 1e-6 for i in range(24)]
+        assert correct(others).tolist() == expected
+        assert expected != [similarities[i, i] >= similarities[:, i].max() - 1e-6 for i in range(24)]
 
 
 def test_an_export_where_onnx_runtime_is_wrong_says_so_before_the_search(

@@ -89,19 +89,28 @@ def test_a_tower_that_int8_makes_slower_stays_float32(fp32_bundle: Path, calibra
     assert quantized.measured.speedup == 1
 
 
-def test_answers_that_a_candidate_loses_count_as_lost(fp32_bundle: Path, calibration: CalibrationSet) -> None:
-    asked: list[bool] = []
+@pytest.mark.parametrize(
+    ("by_float32", "by_candidates", "points"),
+    [
+        (range(24), range(0), 100),
+        (range(12), range(6, 24), -25),  # of 24, 6 are lost and 12 are gained
+    ],
+)
+def test_answers_that_a_candidate_loses_and_gains_are_counted(
+    by_float32: range, by_candidates: range, points: float, fp32_bundle: Path, calibration: CalibrationSet
+) -> None:
+    asked: list[range] = []
 
     def correct(embeddings: Embeddings) -> np.ndarray:
-        """All answers of float32, which is asked first, are right, and none of a candidate's."""
-        asked.append(not asked)
-        return np.full(len(embeddings), asked[-1])
+        asked.append(by_candidates if asked else by_float32)  # float32 is asked first
+        return np.isin(np.arange(len(embeddings)), asked[-1])
 
     samples = TowerSamples("text", calibration.calibrate.ids, calibration.held_out.ids, correct=correct)
     quantized = quantize_tower(fp32_bundle / "text.onnx", samples, timer=_timer(float32=3.0))
-    assert quantized.model is None
-    assert len(asked) > 1
-    assert "loses 100.0 points" in {trial.verdict for trial in quantized.trials}
+    assert {trial.loss_points for trial in quantized.trials} == {points}
+    assert (quantized.model is None) == (points > 0)
+    if points > 0:
+        assert "loses 100.0 points" in {trial.verdict for trial in quantized.trials}
 
 
 def test_a_candidate_that_depends_on_the_batch_is_left_out_for_clients_that_send_batches(
