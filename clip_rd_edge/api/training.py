@@ -30,9 +30,6 @@ class EmbedOptions(TypedDict, total=False):
         student: the student of the run, if it is a trained one or a JSON file: crops have its input's shape. Or the
             teacher, if a new student takes its image tower and that squeezes images. Default: square crops.
         precision: `fp32`, `bf16` or `fp16`. Default: `fp32`.
-        layout: `cache`, or `mobileclip`, which writes shards with the pairs themselves, for
-            `distill(data=…, teacher="stored:OUTPUT/teachers.json")`: views are then random crops with RandAugment.
-            Default: `cache`.
 
     All others are as for `distill`.
     """
@@ -40,7 +37,6 @@ class EmbedOptions(TypedDict, total=False):
     teacher_pretrained: AnyPath | None
     student: AnyPath | None
     precision: Literal["fp32", "bf16", "fp16"] | None
-    layout: Literal["cache", "mobileclip"]
     images: AnyPath | None
     texts: AnyPath | None
     templates: str | Sequence[str]
@@ -140,7 +136,6 @@ def embed(
 
     folder = Path(output)
     settings: dict[str, Any] = {**options, "views": views}
-    layout = settings.pop("layout", "cache")
     settings["precision"] = settings.get("precision") or "fp32"
     settings["student"] = settings.get("student") or "resnet18"
     with _told_to_all_processes():
@@ -150,19 +145,10 @@ def embed(
                 f"The teacher is {config.teacher}, whose embeddings are stored already; expected a model.",
                 hint="name a model with --teacher",
             )
-        _require_store_options(config, layout)
-    if layout == "mobileclip":
-        from clip_rd_edge.distillation.teachers.reinforce import reinforce
-
-        if ray is not None:
-            raise UsageError("A Ray cluster fills caches alone.", hint="start the same command under torchrun instead")
-        if any(mark in str(folder) for mark in ("{", "}", "::")):
-            raise UsageError(
-                f"The output {folder} has braces or :: in its name, which shards cannot have: they stand for several.",
-                hint="choose another -o",
-            )
-        reinforce(config, folder, reporter=reporter)
-        return folder
+        if config.views < 1:
+            raise ConfigError(f"views is {config.views}; expected at least 1: a store holds fixed views.")
+        if config.teacher_precision == "auto":
+            raise ConfigError("The precision is auto; expected fp32, bf16 or fp16: a store is not for one machine.")
     embed_teacher(config, folder, cluster=ray, reporter=reporter)
     return folder
 
@@ -224,16 +210,6 @@ def recipe(name: AnyPath | None = None) -> str:
     from clip_rd_edge.distillation.config import commented_recipe, describe_recipes
 
     return describe_recipes() if name is None else commented_recipe(os.fspath(name))
-
-
-def _require_store_options(config: RunConfig, layout: str) -> None:
-    """Raise ConfigError for values that a run may have, or that are none, but not a store of embeddings."""
-    if layout not in ("cache", "mobileclip"):
-        raise ConfigError(f"The layout is {layout!r}; expected cache or mobileclip.")
-    if config.views < 1:
-        raise ConfigError(f"views is {config.views}; expected at least 1: a store holds fixed views.")
-    if config.teacher_precision == "auto":
-        raise ConfigError("The precision is auto; expected fp32, bf16 or fp16: a store is not for one machine.")
 
 
 @contextmanager

@@ -54,11 +54,6 @@ _data, _teacher, _output = grouped("Data"), grouped("Teacher"), grouped("Output"
     help="The student of the run, if it is a trained one or a JSON file, for crops of its shape.  [default: square]",
 )  # fmt: skip
 @_output("-o", "--output", required=True, type=PathName(), metavar="CACHE", help="Folder for distill --teacher-cache.")
-@_output(
-    "--layout", type=NameChoice(["cache", "mobileclip"]), default="cache", show_default=True, metavar="NAME",
-    help="cache; or mobileclip: shards with the pairs themselves, whose views are random crops with RandAugment, for "
-    "distill --data CACHE/{00000..N}.tar --teacher stored:CACHE/teachers.json.",
-)  # fmt: skip
 @ray_option
 def command(output: Path, **options: Any) -> None:
     """Compute a teacher's embeddings once, for many runs of distill with --teacher-cache.
@@ -76,12 +71,6 @@ def command(output: Path, **options: Any) -> None:
     with console_reporter() as reporter:
         folder = edge.embed(output=output, **drop_none(**options), reporter=reporter)
     if first_process:
-        if options["layout"] == "mobileclip":
-            shards = sorted(path.stem for path in folder.glob("*.tar"))
-            names = f"{{{shards[0]}..{shards[-1]}}}" if shards[1:] else shards[0]
-            data, teacher = as_word(folder / f"{names}.tar"), as_word(f"stored:{folder}/teachers.json")
-            say(f"next: clip-rd-edge distill --data {data} --teacher {teacher}")
-        else:
-            cache = as_word(folder)
-            say(f"next: clip-rd-edge distill, with the same data, teacher and views, and --teacher-cache {cache}")
+        cache = as_word(folder)
+        say(f"next: clip-rd-edge distill, with the same data, teacher and views, and --teacher-cache {cache}")
         echo(folder)

@@ -78,7 +78,7 @@ class StoredTeachers(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fi
 
     teachers: Annotated[tuple[StoredTeacher, ...], Meta(min_length=1)]
     image_size: Annotated[int, Meta(ge=1, le=MAX_EDGE)] = 224
-    share_text: bool | msgspec.UnsetType = msgspec.UNSET  # a file without it stays as it is when it is written
+    share_text: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

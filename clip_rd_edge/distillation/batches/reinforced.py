@@ -74,7 +74,7 @@ class ReinforcedDataset(ViewDataset):
         caption, row = captions[int(rng.integers(len(captions)))]
         image = augment(self.pairs.open(index), sample.augmentations[number], size=self._stored.image_size)
         embeddings = sample.image_embeddings[number], sample.text_embeddings[row]
-        return PairView(resized(image, self.student), (), caption, teacher_embeddings=embeddings)
+        return PairView(_resized(image, self.student), (), caption, teacher_embeddings=embeddings)
 
 
 def require_stored_width(pairs: ReinforcedPairs, stored: StoredTeachers) -> None:
@@ -188,7 +188,7 @@ _OPERATIONS: Mapping[str, Callable[[Image.Image, float], Image.Image]] = {
 }
 
 
-def resized(image: Image.Image, model: Preprocessing) -> Levels:
+def _resized(image: Image.Image, model: Preprocessing) -> Levels:
     """Return an augmented image in a model's size, (H, W, 3)."""
     if model.size == (image.height, image.width):
         return np.asarray(image)

@@ -31,7 +31,7 @@ import hashlib
 import io
 import zlib
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -304,7 +304,7 @@ def cache_folders(folder: Path, teachers: Sequence[ClipModel]) -> list[Path]:
             hint="choose another --teacher-cache",
         )
     if is_folder(folder) and _holds_others(folder, (_OF_A_TEACHER,)):
-        raise UsageError(f"{folder} is neither empty nor {_WHAT}.", hint="choose another --teacher-cache")
+        raise UsageError(f"{folder} is neither empty nor a teacher cache.", hint="choose another --teacher-cache")
     return [folder / f"{_OF_A_TEACHER}{model_fingerprint(teacher)[:_SHORT]}" for teacher in teachers]
 
 
@@ -313,59 +313,32 @@ def manifests(folder: Path) -> list[Path]:
     return [path for path in (folder / MANIFEST, *sorted(folder.glob(f"{_OF_A_TEACHER}*/{MANIFEST}"))) if is_file(path)]
 
 
-_WHAT = "a teacher cache"
 _OF_A_TEACHER, _SHORT = "teacher-", 16
 
 
 def claim_cache(folder: Path, manifest: CacheManifest) -> None:
-    """Make `folder` the cache of `manifest`; raises as `claim_folder`."""
-    claim_folder(
-        folder / MANIFEST,
-        manifest,
-        what=_WHAT,
-        option="--teacher-cache",
-        ignored=("teacher", "data"),
-    )
-
-
-def claim_folder(
-    path: Path, manifest: msgspec.Struct, *, what: str, option: str, ignored: Collection[str] = ()
-) -> None:
     """Write a manifest into a new folder, or check that the folder has the same one; jobs may do so at once.
-
-    Args:
-        path: of the manifest in the folder.
-        what: what such a folder is, in an error.
-        option: that names the folder, in a hint.
-        ignored: fields that may differ.
 
     Raises:
         UsageError: the folder has another manifest (the first difference is named), or something else.
     """
-    folder = path.parent
+    path, hint = folder / MANIFEST, "choose another --teacher-cache"
     if is_file(folder):
-        raise UsageError(f"The output {folder} is a file; expected a folder.", hint=f"choose another {option}")
+        raise UsageError(f"The output {folder} is a file; expected a folder.", hint=hint)
     if not is_file(path):
-        with exclusive_writer(folder, on_wait=lambda message: None, option=option):
+        with exclusive_writer(folder, on_wait=lambda message: None, option="--teacher-cache"):
             if not is_file(path):
-                own = (LOCK_FILE, f".{path.name}.")  # the latter of a job that was killed
-                if _holds_others(folder, own):
-                    raise UsageError(f"{folder} is neither empty nor {what}.", hint=f"choose another {option}")
-                with named_failures(folder, hint=f"choose another {option}"):
+                if _holds_others(folder, (LOCK_FILE, f".{path.name}.")):  # the latter of a job that was killed
+                    raise UsageError(f"{folder} is neither empty nor a teacher cache.", hint=hint)
+                with named_failures(folder, hint=hint):
                     write_bytes(path, to_json(manifest))
-    try:
-        existing = read_json(path, type(manifest))
-    except ConfigError as error:
-        raise UsageError(
-            f"{folder} is not {what} of this version of clip-rd-edge: {error}",
-            hint=f"choose another {option}, or delete it",
-        ) from error
+    existing = read_json(path, CacheManifest)
     for name in manifest.__struct_fields__:
         actual, expected = getattr(existing, name), getattr(manifest, name)
-        if name not in ignored and actual != expected:
+        if name not in ("teacher", "data") and actual != expected:
             raise UsageError(
-                f"{folder} is {what}, but its {name} is {actual}; expected {expected}.",
-                hint=f"choose another {option}, or use the options that it was made with",
+                f"{folder} is a teacher cache, but its {name} is {actual}; expected {expected}.",
+                hint=f"{hint}, or use the options that it was made with",
             )
 
 

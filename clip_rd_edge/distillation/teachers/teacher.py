@@ -122,7 +122,7 @@ def ensemble_of(teachers: Sequence[ClipModel]) -> Ensemble:
 
 def ensemble_of_stored(stored: StoredTeachers) -> Ensemble:
     """Return how the stored embeddings of teachers, one or more, become those of one."""
-    return Ensemble(stored.widths, stored.logit_scales, share_text=bool(stored.share_text))
+    return Ensemble(stored.widths, stored.logit_scales, share_text=stored.share_text)
 
 
 def _have_one_text_tower(first: ClipModel, second: ClipModel) -> bool:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import re
-import shlex
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +14,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import Watch, save_tiny_teacher
+from reinforced_shards import (
+    AUGMENTATIONS,
+    PAIRS,
+    SIZE,
+    SYNTHETIC,
+    WIDTHS,
+    augmentations,
+    describe_teachers,
+    units,
+    write_shard,
+)
 from tiny_runs import killed_and_resumed, tiny_run, weights
 from torchvision.transforms import InterpolationMode, autoaugment
 from torchvision.transforms import functional as F
 
-import clip_rd_edge as edge
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.data.load import load_pairs
@@ -31,63 +37,11 @@ from clip_rd_edge.data.shards.webdataset import parse_sources
 from clip_rd_edge.distillation.batches.reinforced import ReinforcedDataset, augment, read_sample
 from clip_rd_edge.distillation.config import RunConfig, resolve
 from clip_rd_edge.distillation.run import run_distillation
-from clip_rd_edge.distillation.teachers import reinforce
-from clip_rd_edge.distillation.teachers.reinforce import draw_operation
-from clip_rd_edge.distillation.teachers.teacher import Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.models.load import load_clip, save_clip, training_facts
+from clip_rd_edge.models.load import training_facts
 
 PREPROCESSING = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
-PAIRS, AUGMENTATIONS, SYNTHETIC, WIDTHS, SIZE = 12, 3, 2, (5, 4), 40
 Store = Callable[..., str]
-
-
-def units(rows: int, seed: int) -> np.ndarray:
-    """Embeddings of two teachers side by side, each a unit vector."""
-    rng = np.random.default_rng(seed)
-    parts = [rng.standard_normal((rows, width)) for width in WIDTHS]
-    return np.concatenate([p / np.linalg.norm(p, axis=1, keepdims=True) for p in parts], axis=1).astype(np.float32)
-
-
-def augmentations(number: int) -> list[Any]:
-    """Two crops with two operations each, and one without."""
-    rng = np.random.default_rng(number)
-    drawn: list[Any] = [
-        [[int(rng.integers(8)), int(rng.integers(8)), 30 + k, 28], [[int(rng.integers(14)), 0.3], [5, -12.0]]]
-        for k in range(AUGMENTATIONS - 1)
-    ]
-    return [*drawn, [[0, 0, 40, 40], None]]
-
-
-def sample_files(number: int, kind: str) -> dict[str, bytes]:
-    image = Image.fromarray(np.random.default_rng(number).integers(0, 256, (48, 44, 3), dtype=np.uint8))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    parameters = augmentations(number)
-    texts = units(1 + SYNTHETIC, 100 + number)
-    arrays = {"image_emb": units(AUGMENTATIONS, number), "text_emb": texts}
-    if kind == "second":  # as MobileCLIP2's generator writes it
-        arrays |= {"text_emb": texts[:1], "syn_text_emb": texts[1:]}
-    content = io.BytesIO()
-    if kind == "torch":
-        torch.save({name: torch.tensor(array).bfloat16() for name, array in arrays.items()}, content)
-        embeddings = {"pth.gz": gzip.compress(content.getvalue())}
-    else:
-        np.savez(content, **arrays)
-        embeddings = {"npz": content.getvalue()}
-    described = parameters if kind == "second" else json.dumps(parameters)  # DataCompDR has a JSON text
-    synthetic = {"syn_text": [f"synthetic {number} {k}" for k in range(SYNTHETIC)]}
-    if kind == "second":
-        synthetic["syn_text_other"] = ["without an embedding"]
-    return {
-        "png": buffer.getvalue(),
-        "json": b"{}",
-        **embeddings,
-        "paug.json": json.dumps({"param_aug": described}).encode(),
-        "syn.json": json.dumps(synthetic).encode(),
-        "txt": f"own {number}".encode(),
-        "url.txt": b"https://example.org",
-    }
 
 
 @pytest.fixture
@@ -96,29 +50,14 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
 
     def write(kind: str = "first", change: Callable[[int, dict[str, bytes]], None] = lambda *_: None) -> str:
-        path = tmp_path / f"{kind}.tar"
-        with tarfile.open(path, "w") as archive:
-            for number in range(PAIRS):
-                files = sample_files(number, kind)
-                change(number, files)
-                for suffix, content in files.items():
-                    info = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                    info.size = len(content)
-                    archive.addfile(info, io.BytesIO(content))
-        return str(path)
+        return write_shard(tmp_path / f"{kind}.tar", kind, change)
 
     return write
 
 
 @pytest.fixture
 def teachers(tmp_path: Path) -> Path:
-    described = [
-        {"name": f"teacher-{k}", "embedding_size": width, "logit_scale": scale}
-        for k, (width, scale) in enumerate(zip(WIDTHS, (70, 60), strict=True))
-    ]
-    path = tmp_path / "teachers.json"
-    path.write_text(json.dumps({"teachers": described, "image_size": SIZE}))
-    return path
+    return describe_teachers(tmp_path / "teachers.json")
 
 
 @pytest.fixture
@@ -369,181 +308,3 @@ def test_wrong_data_widths_and_descriptions_are_one_sentence(
     teachers.unlink()
     with pytest.raises(InputError, match="of stored teachers does not exist"):
         run_distillation(config, tmp_path / "run", resume=False)
-
-
-@pytest.fixture
-def own_store(pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The options of a store of ours: 24 pairs in three shards, two captions for some, and two teachers."""
-    monkeypatch.setattr(reinforce, "PAIRS_PER_SHARD", 10)
-    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
-    teachers = [save_tiny_teacher(tmp_path / "first"), save_tiny_teacher(tmp_path / "second")]
-    clip = load_clip(str(teachers[1]))
-    with torch.no_grad():
-        clip.model.get_parameter("text.text_projection").mul_(-1)
-    save_clip(tmp_path / "second", clip, provenance={})
-    return {"data": pairs_csv, "teacher": teachers, "views": 3, "layout": "mobileclip", "output": tmp_path / "ours"}
-
-
-def test_a_store_of_ours_is_read_back_and_trained_on(own_store: dict[str, Any], config: RunConfig) -> None:
-    folder = edge.embed(**own_store)
-    stored = read_stored_teachers(folder / "teachers.json")
-    assert ([teacher.name for teacher in stored.teachers], stored.widths, stored.image_size) == (
-        ["first", "second"], (24, 24), 48,
-    )  # fmt: skip
-    source = f"{folder}/{{00000..00002}}.tar"
-    pairs = open_store(source)
-    assert (len(pairs), list(pairs.left_out)) == (24, [])
-    teachers = [Teacher(load_clip(str(path)), torch.device("cpu"), autocast=None) for path in own_store["teacher"]]
-    for index in (0, 23):
-        sample = read_sample(pairs, index, stored)
-        assert len({*sample.augmentations}) == 3
-        shown = [np.asarray(augment(pairs.open(index), a, size=48)) for a in sample.augmentations]
-        pixels = torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2)
-        images = torch.cat([teacher.embed_images(pixels) for teacher in teachers], dim=1)
-        texts = torch.cat([teacher.embed_captions(list(pairs.captions(index))) for teacher in teachers], dim=1)
-        np.testing.assert_allclose(sample.image_embeddings, images, atol=2e-3)
-        np.testing.assert_allclose(sample.text_embeddings, texts, atol=2e-3)
-    own = msgspec.structs.replace(config, data=source, teacher=f"stored:{folder}/teachers.json")
-    run_distillation(own, folder.parent / "run", resume=False)
-
-
-def test_a_shard_is_never_held_in_memory(own_store: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, real = list[object](), reinforce.tarfile.open  # type: ignore[attr-defined]
-
-    def recorded(*, fileobj: Any, mode: str) -> Any:
-        opened.append(fileobj)
-        return real(fileobj=fileobj, mode=mode)
-
-    monkeypatch.setattr(reinforce.tarfile, "open", recorded)  # type: ignore[attr-defined]
-    edge.embed(**own_store)
-    names = [Path(file.name).name for file in opened]  # type: ignore[attr-defined]
-    assert [re.sub(r"\.[0-9a-f]{32}\.", ".*.", name) for name in names] == [
-        ".00000.tar.*.tmp", ".00001.tar.*.tmp", ".00002.tar.*.tmp",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(("per_shard", "names"), [(10, "{00000..00002}"), (100, "00000")])
-def test_the_command_says_how_to_train_on_the_shards(
-    own_store: dict[str, Any],
-    per_shard: int,
-    names: str,
-    command_line: Callable[..., tuple[int, str, str]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(reinforce, "PAIRS_PER_SHARD", per_shard)
-    folder, teacher = own_store["output"], own_store["teacher"][0]
-    code, output, error = command_line(
-        "embed", "--data", own_store["data"], "--teacher", teacher, "--layout", "mobileclip", "-o", folder
-    )
-    assert (code, output) == (0, f"{folder}\n"), error
-    words = shlex.split(error.partition("next: ")[2].replace("\\\n", ""))
-    assert words[2:] == ["--data", f"{folder}/{names}.tar", "--teacher", f"stored:{folder}/teachers.json"]
-
-
-def test_several_captions_become_synthetic_ones(own_store: dict[str, Any], pairs_csv: Path, tmp_path: Path) -> None:
-    for number, (captions, path) in enumerate((([" one", "two", "three"], "0.png"), (["alone"], "1.png"))):
-        with tarfile.open(tmp_path / "captions.tar", "a") as archive:
-            image = (pairs_csv.parent / "pictures" / path).read_bytes()
-            for name, content in (("png", image), ("json", json.dumps({"caption": captions}).encode())):
-                info = tarfile.TarInfo(f"{number}.{name}")
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-    folder = edge.embed(**{**own_store, "data": tmp_path / "captions.tar"})
-    pairs = open_store(str(folder / "00000.tar"))
-    stored = read_stored_teachers(folder / "teachers.json")
-    sample = read_sample(pairs, 0, stored)
-    assert [caption for caption, _ in sample.own] == ["one"]
-    assert list(sample.synthetic) == [("two", 1), ("three", 2)]
-    assert read_sample(pairs, 1, stored).synthetic == []
-
-
-def test_a_folder_whose_shards_could_not_be_named_is_refused(own_store: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="has braces or :: in its name"):
-        edge.embed(**{**own_store, "output": tmp_path / "mc {y}"})
-    assert not (tmp_path / "mc {y}").exists()
-
-
-def test_an_image_too_wide_for_a_jpeg_is_left_out(own_store: dict[str, Any], pairs_csv: Path) -> None:
-    Image.new("RGB", (65_501, 1)).save(pairs_csv.parent / "pictures" / "3.png")
-    folder = edge.embed(**own_store, max_bad=0.1)
-    assert len(open_store(f"{folder}/{{00000..00002}}.tar")) == 23
-
-
-def damage_two(pairs_csv: Path) -> dict[Path, bytes]:
-    """Make two of the images unreadable; return their contents."""
-    images = {path: path.read_bytes() for path in (pairs_csv.parent / "pictures" / f"{n}.png" for n in (3, 12))}
-    for path, content in images.items():
-        path.write_bytes(bytes(len(content)))
-    return images
-
-
-def test_a_store_of_ours_that_was_refused_is_refused_again_until_the_images_are_repaired(
-    own_store: dict[str, Any], pairs_csv: Path
-) -> None:
-    images = damage_two(pairs_csv)
-    for _ in range(2):
-        with pytest.raises(InputError, match=r"2 of 24 samples .* are bad"):
-            edge.embed(**own_store, max_bad=0.05)
-    for path, content in images.items():
-        path.write_bytes(content)
-    folder = edge.embed(**own_store, max_bad=0.05)
-    assert len(open_store(f"{folder}/{{00000..00002}}.tar")) == 24
-
-
-def test_the_bad_pairs_of_a_store_of_ours_count_also_when_it_is_continued(
-    own_store: dict[str, Any], pairs_csv: Path
-) -> None:
-    images = damage_two(pairs_csv)
-    folder, watch = Path(own_store["output"]), Watch()
-    edge.embed(**own_store, max_bad=0.1, reporter=watch)
-    assert watch.said[-1].startswith("2 of 24 pairs cannot be read and are left out; the first: Cannot read the ")
-    (folder / "00002.tar").unlink()  # as if it had been interrupted
-    edge.embed(**own_store, max_bad=0.1, reporter=watch)
-    assert watch.said[-1].startswith("2 of 24 pairs cannot be read")
-    (folder / "00002.tar").unlink()
-    for path, content in images.items():
-        path.write_bytes(content)
-    with pytest.raises(InputError, match=r"2 of 24 samples .* are bad"):
-        edge.embed(**own_store, max_bad=0.05)
-    edge.embed(**own_store, max_bad=0.05)  # what lacked them is gone
-    assert len(open_store(f"{folder}/{{00000..00002}}.tar")) == 24
-
-
-def test_a_store_of_ours_is_continued_and_its_options_are_checked(own_store: dict[str, Any], tmp_path: Path) -> None:
-    folder = edge.embed(**own_store)
-    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
-    (folder / "00001.tar").unlink()
-    kept = (folder / "00000.tar").stat().st_mtime_ns
-    edge.embed(**own_store)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
-    assert (folder / "00000.tar").stat().st_mtime_ns == kept
-    with pytest.raises(UsageError, match="its augmentations is 3; expected 4"):
-        edge.embed(**{**own_store, "views": 4})
-    path = own_store["teacher"][0] / "open_clip_config.json"
-    original = path.read_text()
-    path.write_text(original.replace("0.5", "0.25"))
-    with pytest.raises(UsageError, match="its preprocessing is"):
-        edge.embed(**own_store)
-    path.write_text(original)
-    (folder / "reinforced.json").write_text("{}")
-    with pytest.raises(UsageError, match="is not a store of reinforced shards of this version") as error:
-        edge.embed(**own_store)
-    assert error.value.hint == "choose another --output, or delete it"
-    with pytest.raises(UsageError, match="is neither empty nor a store of reinforced shards"):
-        edge.embed(**{**own_store, "output": tmp_path / "first"})
-    with pytest.raises(UsageError, match="A Ray cluster fills caches alone"):
-        edge.embed(**own_store, ray="auto")
-    with pytest.raises(UsageError, match="whose embeddings are stored already; expected a model"):
-        edge.embed(**{**own_store, "teacher": "stored:a.json", "output": tmp_path / "new"})
-    with pytest.raises(UsageError, match="but images or texts apart were named"):
-        edge.embed(**own_store, images=tmp_path / "pictures")
-
-
-def test_operations_are_drawn_as_torchvision_draws_them() -> None:
-    space = autoaugment.RandAugment()._augmentation_space(31, (SIZE, SIZE))
-    rng = np.random.default_rng(0)
-    drawn = [draw_operation(rng, SIZE) for _ in range(600)]
-    for name, (values, is_signed) in space.items():
-        magnitudes = {magnitude for drawn_name, magnitude in drawn if drawn_name == name}
-        expected = float(values[9]) if values.ndim else 0.0
-        assert sorted(magnitudes) == pytest.approx(sorted({expected, -expected} if is_signed else {expected}), abs=1e-4)

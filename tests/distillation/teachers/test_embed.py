@@ -80,15 +80,14 @@ def test_a_worker_with_other_data_is_refused(
         edge.embed(output=tmp_path / "store", ray="auto", **source)
 
 
-@pytest.mark.parametrize("layout", ["cache", "mobileclip"])
-def test_an_output_that_is_a_file_or_within_one_is_refused(source: dict[str, Any], tmp_path: Path, layout: Any) -> None:
+def test_an_output_that_is_a_file_or_within_one_is_refused(source: dict[str, Any], tmp_path: Path) -> None:
     notes = tmp_path / "notes.csv"
     notes.write_text("mine")
     with pytest.raises(UsageError, match=r"notes\.csv is a file; expected a folder") as error:
-        edge.embed(output=notes, layout=layout, **source)
+        edge.embed(output=notes, **source)
     assert error.value.hint
     with pytest.raises(UsageError, match="cannot be written: Not a directory"):
-        edge.embed(output=notes / "store", layout=layout, **source)
+        edge.embed(output=notes / "store", **source)
     assert notes.read_text() == "mine"
 
 
@@ -102,8 +101,6 @@ def test_a_recipe_without_a_teacher_is_refused(source: dict[str, Any], tmp_path:
     [
         ({"precision": "auto"}, "The precision is auto; expected fp32, bf16 or fp16"),
         ({"views": 0}, "views is 0; expected at least 1"),
-        ({"views": 0, "layout": "mobileclip"}, "views is 0; expected at least 1"),
-        ({"layout": "MobileCLIP"}, "The layout is 'MobileCLIP'; expected cache or mobileclip"),
     ],
 )
 def test_options_that_make_no_store_are_refused(

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from reinforced_shards import describe_teachers, write_shard
 from support import Watch, one_worker, save_tiny_teacher
 from thread_processes import Exchange, Threads
 from tiny_runs import killed_and_resumed, stop_at, tiny_run, weights
@@ -36,7 +37,6 @@ from clip_rd_edge.distillation.teachers.embedding_store import (
     with_checksums,
     write_array,
 )
-from clip_rd_edge.distillation.teachers.reinforce import reinforce
 from clip_rd_edge.distillation.teachers.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of, load_teachers
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.losses.objective import Objective, Weights
@@ -294,28 +294,22 @@ def test_teachers_that_share_a_text_tower_are_the_mean_of_both(alike: RunConfig,
     torch.testing.assert_close(both.image.norm(dim=1), torch.ones(24), atol=1e-6, rtol=0)
 
 
-def test_stored_teachers_that_share_a_text_tower_are_one_teacher(
-    alike: RunConfig, config: RunConfig, tmp_path: Path
-) -> None:
-    for name, teachers in {"one-tower": alike.teacher, "two-towers": config.teacher}.items():
-        reinforce(msgspec.structs.replace(alike, teacher=teachers, views=2), tmp_path / name)
-    shared = {name: json.loads((tmp_path / name / "teachers.json").read_text()) for name in ("one-tower", "two-towers")}
-    assert [content.get("share_text") for content in shared.values()] == [True, None]
-    stored = f"stored:{tmp_path}/one-tower/teachers.json"
-    setup = load_setup(
-        msgspec.structs.replace(alike, data=str(tmp_path / "one-tower/00000.tar"), teacher=stored),
-        name="student",
-        processes=Processes(),
+def test_stored_teachers_that_share_a_text_tower_are_one_teacher(alike: RunConfig, tmp_path: Path) -> None:
+    widths = (WIDTHS[0], WIDTHS[0])
+    stored = describe_teachers(tmp_path / "stored.json", widths, share_text=True)
+    config = msgspec.structs.replace(
+        alike, data=write_shard(tmp_path / "stored.tar", widths=widths), teacher=f"stored:{stored}"
     )
+    setup = load_setup(config, name="student", processes=Processes())
     assert setup.student.embedding_size == WIDTHS[0]
-    assert setup.ensemble == load_setup(alike, name="student", processes=Processes()).ensemble
+    assert setup.ensemble is not None
+    assert setup.ensemble.share_text
     sampler = StepSampler(setup.pairs.groups, 4, seed=0, start=0, stop=1)
-    batch = next(iter(step_loader(make_dataset(alike, setup), sampler, workers=0)))
+    batch = next(iter(step_loader(make_dataset(config, setup), sampler, workers=0)))
     targets = CachedTeacher(setup.ensemble, CPU).embed(batch)
     assert targets.image.shape == targets.text.shape == (4, WIDTHS[0])
-    (tmp_path / "wrong.json").write_text(json.dumps({**shared["two-towers"], "share_text": True}))
-    with pytest.raises(ConfigError, match="share_text is true, but the teachers have the embedding sizes 24 and 16"):
-        read_stored_teachers(tmp_path / "wrong.json")
+    with pytest.raises(ConfigError, match="share_text"):
+        read_stored_teachers(describe_teachers(tmp_path / "wrong.json", WIDTHS, share_text=True))
 
 
 @pytest.mark.parametrize("differs", ["weights", "tokenizer", "context"])
