@@ -192,7 +192,7 @@ def test_a_replaced_teacher_is_named_when_a_run_is_resumed(config: RunConfig, tm
     with pytest.raises(UsageError, match="the teacher second has other weights"):
         run_distillation(config, tmp_path / "run", resume=True)
     one = msgspec.structs.replace(config, teacher=str(tmp_path / "first"))
-    with pytest.raises(UsageError, match=r"another configuration: teacher: \(.*second"):
+    with pytest.raises(UsageError, match=r"another configuration: teacher: .*second"):
         run_distillation(one, tmp_path / "run", resume=True)
 
 
