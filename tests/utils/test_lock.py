@@ -70,9 +70,9 @@ def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
         "with exclusive_writer(Path(sys.argv[1])): os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == 9
-    assert (tmp_path / ".lock").exists()
+    (tmp_path / ".lock").write_text(f"{10**9}\nof a process with a longer number")
     with exclusive_writer(tmp_path):
-        pass
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed")

@@ -113,6 +113,24 @@ def test_prefetching_fetches_the_shards_of_the_groups(server: UnreliableServer) 
     assert set(folder.glob("*.tar")) == expected
 
 
+def test_shards_are_prefetched_in_order_instead_of_those_that_still_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched, goes_on = list[str](), threading.Event()
+
+    def fetch(shard: RemoteShard) -> None:
+        fetched.append(shard.name)
+        assert goes_on.wait(PATIENCE_S)
+
+    monkeypatch.setattr(shard_cache, "local_path", fetch)
+    monkeypatch.setattr(shard_cache, "_PREFETCHING_THREADS", 1)
+    prefetcher = shard_cache._Prefetcher()
+    prefetcher.request([RemoteShard(f"http://a/{number}.tar") for number in range(3)])
+    wait_until(lambda: fetched)
+    prefetcher.request([RemoteShard(f"http://a/{number}.tar") for number in (7, 5)])
+    goes_on.set()
+    wait_until(lambda: len(fetched) == 3)
+    assert fetched == ["0.tar", "7.tar", "5.tar"]
+
+
 def test_parts_being_fetched_count_at_their_final_size(
     server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,13 +134,14 @@ def test_shards_without_reinforcements_are_left_out_and_usable_as_others(store: 
     assert len(load_pairs(source)) == PAIRS
 
 
+@pytest.mark.parametrize("level", [9, 21])  # of which a translation is rounded to 5.4 pixels, and to 12.7
 @pytest.mark.parametrize(("name", "signed"), [(name, sign) for name in OPERATIONS for sign in (1, -1)])
-def test_every_operation_is_that_of_torchvision(name: str, signed: int) -> None:
+def test_every_operation_is_that_of_torchvision(name: str, signed: int, level: int) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 44, 3), dtype=np.uint8))
     space = autoaugment.RandAugment()._augmentation_space(31, (SIZE, SIZE))
     assert tuple(space) == OPERATIONS
     values, is_signed = space[name]
-    magnitude = float(values[9]) if values.ndim else 0.0
+    magnitude = float(values[level]) if values.ndim else 0.0
     magnitude *= signed if is_signed else 1
     crop = F.resized_crop(image, 3, 5, 30, 28, [SIZE, SIZE], InterpolationMode.BICUBIC)
     expected = autoaugment._apply_op(crop, name, magnitude, InterpolationMode.NEAREST, None)
@@ -209,6 +210,12 @@ def npz(**arrays: Any) -> bytes:
         ("npz", npz(image_emb=units(3, 0), text_emb=units(2, 0)), "has 2 embeddings for 1 captions"),
         ("npz", npz(image_emb=0 * units(3, 0), text_emb=units(3, 0)), "zero or not finite"),
         ("npz", npz(image_emb=units(3, 0)[:, :4], text_emb=units(3, 0)), "of another width than 9"),
+        ("npz", npz(image_emb=units(3, 0), text_emb=units(3, 0)[:, :4]), "of another width than 9"),
+        (
+            "npz",
+            npz(image_emb=units(3, 0), text_emb=units(1, 0), syn_text_emb=units(1, 0)),
+            "1 embeddings for 2 captions",
+        ),
         ("paug.json", b'{"param_aug": [[[1, 2, 3], null]]}', "is not as expected: param_aug as a list"),
         ("paug.json", b'{"param_aug": [[[0, 0, 9, 9], [[77, 0.5]]]]}', "is not as expected"),
         ("paug.json", b'{"param_aug": [[[0, 0, 9, 9], [[5, 1e300]]]]}', "is not as expected"),
@@ -249,9 +256,11 @@ def test_what_would_unpack_to_too_much_is_refused(
                 read_sample(pairs, 0, stored)
 
 
-def test_an_image_that_is_not_the_one_that_was_augmented_is_refused() -> None:
-    with pytest.raises(InputError, match=r"has 20 × 20 pixels, but a stored augmentation crops it to 31 × 22"):
-        augment(Image.new("RGB", (20, 20)), Augmentation(2, 1, 20, 30), size=SIZE)
+@pytest.mark.parametrize("crop", [(2, 1, 20, 30), (2, 1, 19, 5), (2, 1, 5, 20)])
+def test_an_image_that_is_not_the_one_that_was_augmented_is_refused(crop: tuple[int, int, int, int]) -> None:
+    with pytest.raises(InputError, match="has 20 × 20 pixels, but a stored augmentation crops it to"):
+        augment(Image.new("RGB", (20, 20)), Augmentation(*crop), size=SIZE)
+    assert augment(Image.new("RGB", (20, 20)), Augmentation(2, 1, 18, 19), size=SIZE).size == (SIZE, SIZE)
 
 
 def test_an_operation_that_cannot_be_applied_is_a_bad_sample() -> None:
