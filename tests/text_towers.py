@@ -52,14 +52,17 @@ def bert_clip(folder: Path, *, more: Sequence[str] = (), image_size: int = 64) -
     return _clip_of(folder, image_size)
 
 
-def roberta_clip(folder: Path, *, more: Sequence[str] = (), image_size: int = 64) -> ClipModel:
+def roberta_clip(
+    folder: Path, *, more: Sequence[str] = (), image_size: int = 64, before_padding: Sequence[str] = ()
+) -> ClipModel:
     """As `bert_clip`, of three layers of XLM-R, whose padding is not 0, and whose tokenizer knows capitals."""
-    pieces = ["<s>", "<pad>", "</s>", "<unk>", *_UNIGRAMS, *more]
-    tokenizer = _unigram_tokenizer(pieces)
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 2)])
+    pieces = ["<s>", *before_padding, "<pad>", "</s>", "<unk>", *_UNIGRAMS, *more]
+    tokenizer, special = _unigram_tokenizer(pieces), [(piece, pieces.index(piece)) for piece in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", None, special)
     names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     torch.manual_seed(0)
-    config = XLMRobertaConfig(vocab_size=len(pieces), num_hidden_layers=3, **SIZE)
+    padding = pieces.index("<pad>")
+    config = XLMRobertaConfig(vocab_size=len(pieces), num_hidden_layers=3, pad_token_id=padding, **SIZE)
     XLMRobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return _clip_of(folder, image_size)

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from clip_rd_edge.distillation import precision
-from clip_rd_edge.distillation.precision import _measure_precision, measured_precisions
+from clip_rd_edge.distillation.batches.loader import Batch
+from clip_rd_edge.distillation.precision import _choose_precision, _measure_precision, measured_precisions
+from clip_rd_edge.distillation.processes.distributed import Processes
+from clip_rd_edge.distillation.step import StepSettings, TrainingStep
+from clip_rd_edge.losses.objective import Objective, Weights
+from clip_rd_edge.models.student import build_student, student_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -52,6 +57,22 @@ def test_fewer_bits_are_taken_only_if_they_are_noticeably_faster(
     precision, reason = measured(device, **times)
     assert precision == expected
     assert all(f"{value} ms in {name}" in reason for name, value in times.items())
+
+
+def test_a_measured_model_has_the_weights_statistics_and_gradients_of_before() -> None:
+    torch.manual_seed(0)
+    config = student_config("test_resnet", embedding_size=8, image_size=32, text="64x1", context_length=8)
+    student, objective = build_student(config, name="student"), Objective(Weights(task=1))
+    before = {name: value.clone() for name, value in student.model.state_dict().items()}
+
+    def make_step(autocast: torch.dtype | None) -> TrainingStep:
+        return TrainingStep(student, None, objective, Processes(), StepSettings(autocast=autocast))
+
+    batch = Batch(torch.randint(256, (4, 3, 32, 32)).byte(), (), ["a cat", "a dog", "a", "b"])
+    _, reason = _choose_precision("auto", make_step, batch, CPU)
+    assert "measured" in reason
+    assert all(torch.equal(value, before[name]) for name, value in student.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in [*student.model.parameters(), *objective.parameters()])
 
 
 def test_float16_is_measured_only_where_it_can_be_fast() -> None:

@@ -17,12 +17,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from support import Watch
 from text_towers import bert_clip, roberta_clip
+from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import clip_rd_edge as edge
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models import stitch
-from clip_rd_edge.models.classifier import load_classifier
+from clip_rd_edge.models.classifier import load_classifier, load_in_order
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.stitch import class_embeddings, solve_projection
@@ -89,6 +90,7 @@ def test_open_clip_alone_gives_the_same_embeddings(encoder: Path, names: Path, t
     projected = classifier.features(pixels) @ solve_projection(weight, _class_embeddings(loaded)).T
     expected = torch.nn.functional.normalize(projected, dim=-1)[0].numpy()
     np.testing.assert_allclose(image_embedding, expected, atol=1e-4)
+    assert model.logit_scale.exp().item() == pytest.approx(20)
 
 
 def test_a_student_can_keep_a_text_tower_of_hugging_face(encoder: Path, names: Path, tmp_path: Path) -> None:
@@ -118,6 +120,17 @@ def test_the_classifier_decides_among_its_own_class_names() -> None:
     # The names' mean is orthogonal to the decision: it shifts all similarities of an image by the same amount.
     similarities = features @ projection.T @ names.T
     assert torch.equal(similarities.argmax(1), (features @ weight.T).argmax(1))
+
+
+def test_the_projection_is_the_ridge_regression_from_names_to_weights() -> None:
+    """That is least squares with rows √λ · 1 added, where λ is the ridge times the mean eigenvalue of TᵀT."""
+    rng = np.random.default_rng(0)
+    weight, names = rng.standard_normal((9, 5)), rng.standard_normal((9, 4)) * [1, 2, 3, 4] + 1
+    w, t = weight - weight.mean(0), names - names.mean(0)
+    penalty = np.sqrt(0.3 * np.linalg.eigvalsh(t.T @ t).mean()) * np.eye(4)
+    expected = np.linalg.lstsq(np.vstack([t, penalty]), np.vstack([w, np.zeros((4, 5))]), rcond=None)[0]
+    actual = solve_projection(torch.from_numpy(weight), torch.from_numpy(names), ridge=0.3)
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
 def test_what_is_put_there_meanwhile_is_kept(encoder: Path, names: Path, tmp_path: Path) -> None:
@@ -184,6 +197,20 @@ def test_a_classifier_of_torchvision_becomes_timms(
         image_size=64,
     )  # fmt: skip
     open_clip.create_model(f"local-dir:{tmp_path / 'teacher'}")
+
+
+def test_tensors_are_loaded_in_their_order_where_the_last_part_of_their_names_agrees() -> None:
+    own, theirs = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    torch.manual_seed(0)
+    published = {f"net.{name}": torch.randn(value.shape) for name, value in theirs.state_dict().items() if value.ndim}
+    load_in_order(own, published, source="a file")  # without num_batches_tracked
+    loaded = {f"net.{name}": value for name, value in own.state_dict().items() if value.ndim}
+    assert all(torch.equal(loaded[name], published[name]) for name in published)
+    order = list(published)
+    order[2], order[3] = order[3], order[2]  # weight and bias of the norm, which have one shape
+    for names in (order, list(published)[:-1]):
+        with pytest.raises(ConfigError):
+            load_in_order(own, {name: published[name] for name in names}, source="a file")
 
 
 # Mean and size of these weights are not those of timm's default weights for the architecture.

@@ -32,6 +32,16 @@ def tiny(name: str, size: int = 64, width: int = 32):  # type: ignore[no-untyped
     return build_student(config, name=name)
 
 
+@pytest.mark.parametrize("name", [*preset_names(), "levit_128s", "tf_efficientnet_b0"])
+def test_images_are_normalised_as_timms_weights_expect(name: str) -> None:
+    config = student_config(name, embedding_size=8)
+    trunk = config["model_cfg"]["vision_cfg"].get("timm_model_name")
+    published = timm.get_pretrained_cfg(trunk) if trunk else None
+    mean = published.mean if published else open_clip.OPENAI_DATASET_MEAN
+    std = published.std if published else open_clip.OPENAI_DATASET_STD
+    assert (config["preprocess_cfg"]["mean"], config["preprocess_cfg"]["std"]) == (list(mean), list(std))
+
+
 FAST = ("resnet10t", "mobilevit_xxs", "vit_tiny_16")
 PRESETS = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in preset_names()]
 

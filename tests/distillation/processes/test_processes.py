@@ -181,6 +181,16 @@ def test_each_step_and_seed_draws_its_own_dropout_and_the_same_one_again() -> No
     assert [torch.equal(other, first) for other in others] == [False] * 2
 
 
+def test_each_process_seeds_its_dropout_by_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks would say nothing: threads, unlike processes, draw from one generator."""
+    exchange, seeds = Exchange(2), list[int]()
+    steps = [make_step(Threads(rank=rank, world_size=2, exchange=exchange), StepSettings()) for rank in range(2)]
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compute, steps))
+    assert len(seeds) == len(set(seeds)) == 2
+
+
 def test_batch_norms_count_each_chunk_once() -> None:
     student = model(0, "test_resnet")
     run_steps(student, 3, chunks=2)

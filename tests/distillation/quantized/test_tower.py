@@ -367,6 +367,7 @@ class Positive(nn.Module):
 @pytest.mark.parametrize(
     "layers",
     [
+        pytest.param([nn.BatchNorm2d(3)], id="norm"),
         pytest.param([nn.BatchNorm2d(3, affine=False)], id="norm without weights"),
         pytest.param([nn.ReLU(inplace=True), nn.BatchNorm2d(3)], id="norm after what was written into"),
         pytest.param([Positive(), nn.BatchNorm2d(3)], id="norm after what any function has written into"),
@@ -376,7 +377,10 @@ class Positive(nn.Module):
 def test_where_nothing_is_rounded_it_computes_what_the_float_tower_does(layers: list[nn.Module]) -> None:
     torch.manual_seed(0)
     pixels, tower = torch.randn(4, 3, 8, 8), nn.Sequential(nn.Conv2d(3, 3, 1), *layers).eval()
-    layers[-1].running_mean.normal_()  # type: ignore[operator, union-attr]
+    for norm in (layer for layer in layers if isinstance(layer, nn.BatchNorm2d)):
+        for values in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+            if values is not None:
+                nn.init.uniform_(values, 0.5, 2)
     with torch.no_grad():
         expected = tower(pixels)
         norms = norms_after_convolutions(tower, pixels)

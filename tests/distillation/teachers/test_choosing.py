@@ -31,7 +31,8 @@ EMBEDDINGS = {
     "a green thing": [0, 1, 0, 0.7], "green": [0, 1, 0, -0.7],
     "blue": [0, 0, 1, 0],
 }  # fmt: skip
-IMAGES = {"red": [0.9, 0, 0, 0.1], "green": [0, 0.9, 0.1, 0], "blue": [0, 0, 1, 0]}
+# Violet is nearer to blue, but its product with the sum of red's two prompts is larger than that with blue's one.
+IMAGES = {"red": [0.9, 0, 0, 0.1], "green": [0, 0.9, 0.1, 0], "blue": [0, 0, 1, 0], "violet": [0.6, 0, 0.8, 0]}
 
 
 def embed(prompts: list[str]) -> Tensor:
@@ -67,6 +68,10 @@ def test_the_text_nearest_to_an_image_takes_the_place_of_its_caption(monkeypatch
     assert torch.equal(text[[0, 2, 3]], embed([chosen[row] for row in (0, 2, 3)]))
     assert torch.equal(text[1], torch.zeros(4))
     assert teacher.logit_scale == 10.0
+
+
+def test_a_text_of_many_prompts_is_no_nearer_for_it() -> None:
+    assert ChoosingTeacher(Colours(), PROMPTS, embed).embed(batch_of(["violet: a"], (False,))).captions == ["blue"]
 
 
 def test_all_prompts_of_a_text_take_turns() -> None:

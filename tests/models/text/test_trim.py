@@ -67,6 +67,15 @@ def test_texts_of_the_kept_tokens_have_the_same_embeddings(
     assert torch.equal(trimmed.model.encode_image(pixels), clip.model.encode_image(pixels))
 
 
+def test_tokens_before_the_padding_stay_for_the_positions_are_counted_from_its_number(tmp_path: Path) -> None:
+    clip = roberta_clip(tmp_path / "roberta", before_padding=["▁never", "▁used"])
+    config: Any = text_module(clip.model).config
+    assert config.pad_token_id == 3
+    trimmed = trim_text_tower(clip, vocabulary=clip.model.text.vocab_size - 7, texts=TEXTS).clip
+    assert (trimmed.tokenizer([""])[0, 2:] == 3).all()
+    assert np.array_equal(embed(trimmed, ["red cat"]), embed(clip, ["red cat"]))
+
+
 def plain(folder: Path, clip: ClipModel) -> ClipModel:
     """Load a model as any program with open_clip does."""
     name = f"local-dir:{folder}"
