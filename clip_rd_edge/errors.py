@@ -11,14 +11,15 @@
         ├── ConfigError      a recipe, suite, manifest or model configuration is invalid
         └── MissingExtraError  an optional dependency is not installed
 
-A message says what was wrong, with its value and place, and what was expected; `hint` says what to do next.
+A message says what was wrong, with its value and place, and what was expected; `hint` says what to do next. Both write
+an option in braces, as in "set {batch_size} to 64 or less": Python shows `batch_size`, the command line `--batch-size`.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from clip_rd_edge.installation import install_command
@@ -40,24 +41,58 @@ class ClipRdEdgeError(Exception):
 
     Args:
         message: one sentence: what was wrong, with its value and place, and what was expected.
-        hint: one sentence: what to do next, or empty.
+        hint: what to do next, or empty; ways that exclude each other are joined by `, or `.
+        option: the name of the option that is to be changed, or empty.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", option: str = "") -> None:
         super().__init__(_shortened(message))
-        self.hint = _shortened(hint)
+        self.advice = _shortened(hint)  # as it was written, for an error that replaces this one
+        self.option = option
+
+    def __str__(self) -> str:
+        return self.message_for(_as_in_python)
+
+    @property
+    def hint(self) -> str:
+        """What to do next, with options as Python names them; empty if there is nothing to add."""
+        return self.hint_for(_as_in_python)
+
+    def message_for(self, spell: Spell) -> str:
+        """Return the message with options as `spell` names them, or else as Python does."""
+        return spelled(super().__str__(), lambda name: spell(name) or name)
+
+    def hint_for(self, spell: Spell) -> str:
+        """Return the hint with options as `spell` names them, without the ways that need one which it lacks."""
+        ways = (spelled(way, spell) for way in self.advice.split(_OR))
+        return _OR.join(way for way in ways if not _OPTION.search(way))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickle would call the class with the message alone, but not each class takes one, such as MissingExtraError.
-        return _from_parts, (type(self), str(self), self.hint)
+        return _from_parts, (type(self), self.args, self.advice, self.option)
 
 
-def _from_parts(kind: type[ClipRdEdgeError], message: str, hint: str) -> ClipRdEdgeError:
-    error = kind.__new__(kind, message)
-    error.hint = hint
+def _from_parts(kind: type[ClipRdEdgeError], args: tuple[Any, ...], hint: str, option: str) -> ClipRdEdgeError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.advice, error.option = hint, option
     return error
+
+
+Spell = Callable[[str], str | None]
+_OR = ", or "
+_OPTION = re.compile(r"\{([a-z]+(?:_[a-z]+)*)\}")
+
+
+def spelled(text: str, spell: Spell) -> str:
+    """Return a text with each `{option}` as `spell` names it; one that it does not know is left as it is."""
+    return _OPTION.sub(lambda match: spell(match[1]) or match[0], text)
+
+
+def _as_in_python(name: str) -> str:
+    return name
 
 
 def _shortened(text: str) -> str:

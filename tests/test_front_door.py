@@ -60,14 +60,8 @@ def parameters_of(function: Callable[..., Any]) -> set[str]:
         names |= set(get_type_hints(DistillOptions))
     if function is api.embed:
         names |= set(get_type_hints(api.EmbedOptions))
-    if function is api.evaluate:
-        names |= set(get_type_hints(api.EvaluateOptions))
-    if function is api.quickstart:
-        names |= set(get_type_hints(api.QuickstartOptions))
     if function is api.serve:
-        names = (names | set(get_type_hints(api.ServeOptions))) - {"token"}
-    if function is api.stitch:
-        names |= set(get_type_hints(api.StitchOptions))
+        names -= {"token"}
     if function is api.export:
         names |= set(get_type_hints(ExportOptions))
     return names

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from clip_rd_edge.api.exporting import ExportedBundle, devices, export, verify
 from clip_rd_edge.api.measuring import (
-    EvaluateOptions,
-    QuickstartOptions,
     benchmark,
     compare,
     evaluate,
@@ -19,17 +17,13 @@ from clip_rd_edge.api.measuring import (
     recommend,
     spread,
 )
-from clip_rd_edge.api.models import StitchOptions, first_answer, load, open_encoder, stitch, trim
-from clip_rd_edge.api.running import ServeOptions, demo, doctor, index, search, serve, watch_index
+from clip_rd_edge.api.models import first_answer, load, open_encoder, stitch, trim
+from clip_rd_edge.api.running import demo, doctor, index, search, serve, watch_index
 from clip_rd_edge.api.training import EmbedOptions, average, distill, embed, recipe
 
 __all__ = [
     "EmbedOptions",
-    "EvaluateOptions",
     "ExportedBundle",
-    "QuickstartOptions",
-    "ServeOptions",
-    "StitchOptions",
     "average",
     "benchmark",
     "compare",

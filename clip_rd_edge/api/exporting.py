@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.settings.deploying import Verify
+from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath, as_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -263,16 +265,15 @@ def _folders(spec: str) -> list[Path]:
     return [Path(spec.removeprefix(LOCAL_DIR)), *([folder] if folder else [])] if spec else []
 
 
-@checked_call
-def verify(bundle: AnyPath, *, threads: int | None = None, device: str = "auto") -> list[Check]:
+@keywords_of(Verify)
+def verify(request: Verify) -> list[Check]:
     """Check a bundle's files, run both towers, and compare their answers with the exporter's, without PyTorch.
 
-    Args:
-        device: as for `load`. A tower that does not run there fails its check.
+    A tower that does not run on the device fails its check.
     """
     from clip_rd_edge.runtime.verify import verify_bundle
 
-    return verify_bundle(Path(bundle), threads=threads, device=device)
+    return verify_bundle(Path(request.bundle), threads=request.threads, device=request.device)
 
 
 def devices(name: AnyPath | None = None) -> dict[str, Device]:

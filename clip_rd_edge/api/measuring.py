@@ -2,123 +2,63 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from clip_rd_edge.api.models import first_answer, load, open_encoder
-from clip_rd_edge.errors import InputError, UsageError, require_known_options
+from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.settings.measuring import Benchmark, Evaluate, EvidenceRun, Quickstart
+from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath, as_text
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.trust import Typed
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from clip_rd_edge.benchmarking.metrics import Score
     from clip_rd_edge.benchmarking.regression import Changes
     from clip_rd_edge.benchmarking.results import Results
     from clip_rd_edge.contract.task import Task
     from clip_rd_edge.contract.templates import TemplateNames
     from clip_rd_edge.evidence.results import Evidence
-    from clip_rd_edge.runtime.model import Model
 
 
-class QuickstartOptions(TypedDict, total=False):
-    """Further options of `quickstart` and the command line.
-
-    Keys:
-        with_baseline: also train the same student without a teacher.
-        student_steps, teacher_steps: training steps, of 32 and of 64 pairs. Default: 1,100 and 400.
-        photos: a folder that benchmarks/data/tuxpaint.py wrote, on whose photographs the models are compared, too.
-    """
-
-    with_baseline: bool
-    student_steps: int | None
-    teacher_steps: int | None
-    photos: AnyPath | None
-
-
-class EvaluateOptions(TypedDict, total=False):
-    """Further options of `evaluate` and the command line.
-
-    Keys:
-        csv_img_key, csv_caption_key: the columns of tables that are tasks. Default: `filepath` and `title`.
-    """
-
-    csv_img_key: str
-    csv_caption_key: str
-
-
-@checked_call
-def evaluate(
-    model: AnyPath | Model,
-    tasks: AnyPath | Task | Iterable[AnyPath | Task],
-    *,
-    pretrained: AnyPath | None = None,
-    threads: int | None = None,
-    templates: TemplateNames = None,
-    per_class: bool = False,
-    reporter: Reporter = SILENT,
-    **options: Unpack[EvaluateOptions],
-) -> list[Score]:
+@keywords_of(Evaluate)
+def evaluate(request: Evaluate) -> list[Score]:
     """Evaluate a bundle, a run or any open_clip model on zero-shot classification and retrieval; one score per task.
 
-    Args:
-        model: a loaded model, or anything that `load` accepts together with `pretrained` and `threads`.
-        tasks: names as for `clip-rd-edge evaluate --task`, or task objects.
-        templates: prompt templates with one `{}` for zero-shot tasks, a file of them, or `imagenet` for CLIP's 80; None
-            uses each data set's own, or else CLIP's.
-        per_class: fill in `per_class` of zero-shot scores: the accuracy of each class, and what it was mistaken for.
-        options: the other options of `clip-rd-edge evaluate`, under the same names.
+    `model` is a loaded model, or anything that `load` accepts; `tasks` are names as for the command line, or task
+    objects. With `per_class`, zero-shot scores have the accuracy of each class, and what it was mistaken for.
 
     Raises:
-        UsageError: `pretrained` or `threads` beside a loaded model, or an option is unknown.
+        UsageError: `pretrained` or `threads` beside a loaded model.
         ClipRdEdgeError: as `load`, or a task cannot be read.
     """
     from clip_rd_edge.benchmarking.accuracy import evaluate as score
     from clip_rd_edge.benchmarking.accuracy import say_class_names
     from clip_rd_edge.runtime.model import Model
 
-    known = {**inspect.signature(evaluate).parameters, **EvaluateOptions.__annotations__}
-    require_known_options(options, known, command="evaluate")
-    if isinstance(model, Model) and (pretrained, threads) != (None, None):
+    model, reporter = request.model, request.reporter
+    if isinstance(model, Model) and (request.pretrained, request.threads) != (None, None):
         raise UsageError(
             "The model is loaded already, so that pretrained and threads come too late.",
             hint="pass them to clip_rd_edge.load, or the model's name or path to evaluate",
         )
-    loaded = load_tasks(tasks, templates=templates, **options)
+    columns = {"csv_img_key": request.csv_img_key, "csv_caption_key": request.csv_caption_key}
+    loaded = load_tasks(request.tasks, templates=request.templates, **columns)
     say_class_names(loaded, reporter)
-    evaluated = model if isinstance(model, Model) else load(model, pretrained=pretrained, threads=threads)
-    return [score(evaluated.encoder, task, per_class=per_class, reporter=reporter) for task in loaded]
+    if not isinstance(model, Model):
+        model = load(model, pretrained=request.pretrained, threads=request.threads)
+    return [score(model.encoder, task, per_class=request.per_class, reporter=reporter) for task in loaded]
 
 
-@checked_call
-def benchmark(
-    suite: AnyPath,
-    output: AnyPath,
-    *,
-    root: AnyPath | None = None,
-    models: str | Sequence[str] = (),
-    budget_ms: float | None = None,
-    min_accuracy: float | None = None,
-    force: bool = False,
-    reporter: Reporter = SILENT,
-) -> Results:
+@keywords_of(Benchmark)
+def benchmark(request: Benchmark) -> Results:
     """Measure accuracy, latency and size of the models of a suite, and write a report into `output`.
 
     Accuracies are saved in `output` as they are measured: after an interruption, the same call resumes from there.
-
-    Args:
-        suite: a YAML file, or the name of a suite that ships with the package.
-        root: folder of the data sets; None uses the suite's.
-        models: `ROLE=MODEL` entries that override the suite's models.
-        budget_ms, min_accuracy: max latency and min accuracy of a recommended model.
-        force: write into `output` even if it is not empty; files of an earlier report are replaced, and no others.
     """
     import msgspec
 
@@ -132,16 +72,17 @@ def benchmark(
     from clip_rd_edge.utils.folders import require_free_output
     from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 
-    folder = Path(output)
+    folder, reporter = Path(request.output), request.reporter
     # Check everything that can be checked before the long work starts.
     interrupted = is_cache(folder / FOLDER)
-    require_free_output(folder, overwrite=force or interrupted, replaced=False, ignoring=(LOCK_FILE,))
+    require_free_output(folder, overwrite=request.force or interrupted, replaced=False, ignoring=(LOCK_FILE,))
     require_report_folder(folder)
     require_matplotlib()
-    loaded = read_suite(find_suite(os.fspath(suite)), rows=parse_models(as_list(models)), data_root=as_text(root))
-    budget = {"budget_ms": budget_ms, "min_accuracy": min_accuracy}
+    rows, suite = parse_models(as_list(request.models)), find_suite(os.fspath(request.suite))
+    loaded = read_suite(suite, rows=rows, data_root=as_text(request.root))
+    budget = {"budget_ms": request.budget_ms, "min_accuracy": request.min_accuracy}
     loaded = msgspec.structs.replace(loaded, **{name: value for name, value in budget.items() if value is not None})
-    if models:
+    if request.models:
         for row in loaded.rows:
             loaded.resolve_model(row)  # models named in this call must exist: they are not skipped
     with exclusive_writer(folder):
@@ -190,7 +131,7 @@ def recommend(results: AnyPath, *, budget_ms: float | None = None, min_accuracy:
     if advice is None:
         raise UsageError(
             f"{results} has nothing to choose a model by: no requirement, or no zero-shot task.",
-            hint="give a requirement, such as --budget-ms 10",
+            hint="give a requirement, such as {budget_ms} 10",
         )
     return " ".join([advice.replace("**", ""), *busy_remark(read)])
 
@@ -208,59 +149,41 @@ def spread(results: AnyPath | Sequence[AnyPath]) -> str:
     return seeds_table([read_results(Path(path)) for path in paths])
 
 
-@checked_call
-def quickstart(
-    output: AnyPath = "quickstart",
-    *,
-    student: str = "resnet10t",
-    recipe: str = "clip-rd-bank",
-    seed: int = 0,
-    reporter: Reporter = SILENT,
-    **options: Unpack[QuickstartOptions],
-) -> Results:
-    """Run the whole pipeline on the built-in emoji data set in minutes on a CPU; an interrupted run is resumed.
-
-    Args:
-        student: a preset or a timm architecture.
-        seed: random seed of the student.
-        options: the other options of `clip-rd-edge quickstart`, under the same names.
-    """
+@keywords_of(Quickstart)
+def quickstart(request: Quickstart) -> Results:
+    """Run the whole pipeline on the built-in emoji data set in minutes on a CPU; an interrupted run is resumed."""
     from clip_rd_edge.utils.files import require_utf8_path
 
-    require_known_options(options, QuickstartOptions.__annotations__, command="quickstart")
-    require_utf8_path(Path(output))
+    folder = Path(request.output)
+    require_utf8_path(folder)
 
     from clip_rd_edge.walkthrough.pipeline import Settings, run_quickstart
 
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    if "photos" in given:
-        given["photos"] = Path(given["photos"])
-    settings = Settings(folder=Path(output), student=student, recipe=recipe, seed=seed, **given)
-    return run_quickstart(settings, reporter, partial(open_encoder, threads=1), first_answer)
+    steps = {"student_steps": request.student_steps, "teacher_steps": request.teacher_steps}
+    settings = Settings(
+        folder=folder, student=request.student, recipe=request.recipe, seed=request.seed,
+        with_baseline=request.with_baseline, photos=None if request.photos is None else Path(request.photos),
+        **{name: count for name, count in steps.items() if count is not None},
+    )  # fmt: skip
+    return run_quickstart(settings, request.reporter, partial(open_encoder, threads=1), first_answer)
 
 
-@checked_call
-def evidence_run(
-    suite: AnyPath, output: AnyPath, *, teacher: AnyPath | None = None, reporter: Reporter = SILENT
-) -> Evidence:
-    """Train a suite's students with each method and seed, measure them, and write tables and figures.
-
-    Args:
-        suite: a YAML file, or the name of a suite that ships with the package.
-        teacher: as for `distill`; None fine-tunes the built-in teacher first.
-    """
+@keywords_of(EvidenceRun)
+def evidence_run(request: EvidenceRun) -> Evidence:
+    """Train a suite's students with each method and seed, measure them, and write tables and figures."""
     from clip_rd_edge.benchmarking.report.plot import require_matplotlib
     from clip_rd_edge.evidence.report import require_report_folder, write_report
     from clip_rd_edge.evidence.run import run_evidence
     from clip_rd_edge.evidence.suite import read_evidence
     from clip_rd_edge.utils.files import require_utf8_path
 
-    require_utf8_path(Path(output))
+    folder, reporter = Path(request.output), request.reporter
+    require_utf8_path(folder)
     require_matplotlib()
-    loaded = read_evidence(os.fspath(suite))
-    require_report_folder(Path(output), loaded.name)
-    evidence = run_evidence(loaded, Path(output), reporter, teacher=as_text(teacher))
-    for path in write_report(evidence, Path(output)):
+    loaded = read_evidence(os.fspath(request.suite))
+    require_report_folder(folder, loaded.name)
+    evidence = run_evidence(loaded, folder, reporter, teacher=as_text(request.teacher))
+    for path in write_report(evidence, folder):
         reporter.say(f"written: {path}")
     return evidence
 

@@ -6,36 +6,19 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.settings.modelling import Stitch, Trim
+from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath, as_text
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.trust import Typed, typed
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from clip_rd_edge.benchmarking.suite import RowRuntime
     from clip_rd_edge.contract.encoder import TowerEncoder
     from clip_rd_edge.runtime.model import Model
-
-
-class StitchOptions(TypedDict, total=False):
-    """Further options of `stitch` and the command line.
-
-    Keys:
-        pretrained: a file of the classifier's weights (.safetensors, .pth). Default: those of an installed package for
-            `tf_efficientnet_lite0`, else those that timm or torchvision publishes.
-        image_size: edge of the input images in pixels. Default: the classifier's own.
-        context_length: tokens per text, at most as many as the sentence encoder supports. Default: 77, or fewer if it
-            supports fewer. An open_clip model has its own.
-    """
-
-    pretrained: AnyPath | None
-    image_size: int | None
-    context_length: int | None
 
 
 @checked_call
@@ -70,84 +53,50 @@ def load(
     return Model(open_encoder(typed(model), pretrained=weights, threads=threads, runtime=runtime, device=device))
 
 
-@checked_call
-def stitch(
-    classifier: str,
-    output: AnyPath,
-    *,
-    names: AnyPath,
-    text: str,
-    force: bool = False,
-    reporter: Reporter = SILENT,
-    **options: Unpack[StitchOptions],
-) -> Path:
+@keywords_of(Stitch)
+def stitch(request: Stitch) -> Path:
     """Join an image classifier and a sentence encoder to an open_clip model, and return its folder.
 
     No image is needed: the projection is computed from the classifier's weights and the embeddings of its class names.
     open_clip loads the folder as `local-dir:PATH`, and `distill` takes it as a teacher. Its bundles start with the
     classes as labels; with `imagenet`, with the labels `everyday`.
 
-    Args:
-        classifier: a timm architecture (`resnet18`, `resnet18.tv_in1k`), or `torchvision:NAME`.
-        names: a text file with one class per line, in the order of the classifier's outputs, where `;` separates
-            synonyms and descriptions; or `imagenet` for its 1,000 classes.
-        text: `all-MiniLM-L6-v2`, a folder or zip archive in the layout of transformers, a name on the Hugging Face hub,
-            or an open_clip model as `local-dir:PATH`, whose text tower is used.
-        force: replace an earlier stitched model in `output`; a folder with anything else is refused.
-        options: the other options of `clip-rd-edge stitch`, under the same names.
-
     Raises:
-        UsageError: `output` is in use, or an option is unknown.
+        UsageError: `output` is in use.
         InputError: the classifier, its weights, the names or the sentence encoder do not exist.
         ConfigError: the weights do not match the classifier, the number of names is not that of its classes, or
             open_clip cannot hold one of the two models.
     """
     from clip_rd_edge.contract.checkpoint import LOCAL_DIR
     from clip_rd_edge.contract.outputs import require_output
-    from clip_rd_edge.errors import require_known_options
     from clip_rd_edge.utils.files import require_utf8_path
 
-    require_known_options(options, StitchOptions.__annotations__, command="stitch")
-    folder = Path(output)
+    folder, given = Path(request.output), (request.names, request.text, request.pretrained)
     require_utf8_path(folder)
-    read = [Path(os.fspath(name).removeprefix(LOCAL_DIR)) for name in (names, text, options.get("pretrained")) if name]
-    require_output(folder, "stitched model", overwrite=force, sources=read)
+    read = [Path(os.fspath(name).removeprefix(LOCAL_DIR)) for name in given if name]
+    require_output(folder, "stitched model", overwrite=request.force, sources=read)
 
     from clip_rd_edge.models.load import save_clip
     from clip_rd_edge.models.stitch import IMAGENET, read_class_names, stitch_models
     from clip_rd_edge.runtime.label_list import everyday_labels
 
-    clip, provenance = stitch_models(classifier, Typed(text), read_class_names(names), reporter=reporter, **options)
-    if os.fspath(names) == IMAGENET:  # a camera sees few of its 118 breeds of dogs
+    clip, provenance = stitch_models(
+        request.classifier, Typed(request.text), read_class_names(request.names), pretrained=request.pretrained,
+        image_size=request.image_size, context_length=request.context_length, reporter=request.reporter,
+    )  # fmt: skip
+    if os.fspath(request.names) == IMAGENET:  # a camera sees few of its 118 breeds of dogs
         clip = replace(clip, labels=tuple(everyday_labels()))
-    reporter.update("writing the model")
-    save_clip(folder, clip, provenance=provenance, overwrite=force)
+    request.reporter.update("writing the model")
+    save_clip(folder, clip, provenance=provenance, overwrite=request.force)
     return folder
 
 
-@checked_call
-def trim(
-    model: AnyPath,
-    output: AnyPath,
-    *,
-    text_layers: int | None = None,
-    vocabulary: int | None = None,
-    texts: AnyPath | None = None,
-    force: bool = False,
-    reporter: Reporter = SILENT,
-) -> Path:
+@keywords_of(Trim)
+def trim(request: Trim) -> Path:
     """Write a model with a smaller text tower, a student's start, and return its folder.
 
     The result embeds images as the model does, and most texts otherwise: `distill` with the model as `teacher`, the
     result as `student` and `texts`, without images, teaches it.
-
-    Args:
-        model: a run's folder, `local-dir:PATH`, `hf-hub:ORG/REPO`, or an open_clip architecture with a tag.
-        text_layers: how many layers of the text tower stay, evenly spaced. Default: all.
-        vocabulary: how many tokens stay, by their use in `texts`; for CLIP's own text towers, and for those of Hugging
-            Face whose tokenizer is WordPiece (BERT), Unigram (XLM-R, mT5) or BPE (RoBERTa). Default: all.
-        texts: a file such as `distill` takes, with texts such as the model will be given.
-        force: replace an earlier trimmed model in `output`; a folder with anything else is refused.
 
     Raises:
         UsageError: `output` is in use or holds the model, or nothing is to be trimmed.
@@ -160,17 +109,18 @@ def trim(
     from clip_rd_edge.runtime.label_list import read_texts
     from clip_rd_edge.utils.files import require_utf8_path
 
-    folder, spec = Path(output), typed(model)
+    folder, spec = Path(request.output), typed(request.model)
     require_utf8_path(folder)
     source = model_folder(spec)
-    require_output(folder, "trimmed model", overwrite=force, sources=[source] if source else [])
-    lines = load_texts(typed(texts), "title", read_texts) if texts is not None else []
+    require_output(folder, "trimmed model", overwrite=request.force, sources=[source] if source else [])
+    lines = load_texts(typed(request.texts), "title", read_texts) if request.texts is not None else []
 
     from clip_rd_edge.models.text.trim import write_trimmed
 
     write_trimmed(
-        spec, folder, layers=text_layers, vocabulary=vocabulary, texts=lines, overwrite=force, reporter=reporter
-    )
+        spec, folder, layers=request.text_layers, vocabulary=request.vocabulary, texts=lines, overwrite=request.force,
+        reporter=request.reporter,
+    )  # fmt: skip
     return folder
 
 

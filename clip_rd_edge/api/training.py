@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from clip_rd_edge.api.measuring import load_tasks
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
+from clip_rd_edge.settings.modelling import Average
+from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -143,7 +145,7 @@ def embed(
         if config.stored_teachers is not None:
             raise UsageError(
                 f"The teacher is {config.teacher}, whose embeddings are stored already; expected a model.",
-                hint="name a model with --teacher",
+                hint="name a model with {teacher}",
             )
         if config.views < 1:
             raise ConfigError(f"views is {config.views}; expected at least 1: a store holds fixed views.")
@@ -153,30 +155,13 @@ def embed(
     return folder
 
 
-@checked_call
-def average(
-    first: AnyPath,
-    second: AnyPath,
-    output: AnyPath,
-    *,
-    weight: float | Literal["best"] = 0.5,
-    tasks: AnyPath | Task | Iterable[AnyPath | Task] = (),
-    templates: str | Sequence[str] | None = None,
-    force: bool = False,
-    reporter: Reporter = SILENT,
-) -> AveragedModel:
+@keywords_of(Average)
+def average(request: Average) -> AveragedModel:
     """Average the weights of two models of one architecture: (1 − weight) · first + weight · second.
 
     A fine-tuned model has forgotten some of what its start knew; between the two there are models that are nearly as
-    good at both (WiSE-FT, Wortsman et al. 2022). open_clip loads the result as `local-dir:PATH`.
-
-    Args:
-        first, second: runs' folders, `local-dir:PATH` or `hf-hub:ORG/REPO`.
-        weight: share of the second, from 0 to 1; or `best`, that of the highest mean accuracy on the tasks.
-        tasks: measure the models between the two on these at every tenth; see the result's `curve`, and average.png in
-            the output.
-        templates: as for `evaluate`.
-        force: replace an earlier average in `output`; a folder with anything else is refused.
+    good at both (WiSE-FT, Wortsman et al. 2022). With tasks, the result's `curve` and average.png in the output show
+    them. open_clip loads the result as `local-dir:PATH`.
 
     Raises:
         UsageError: `output` is in use or holds one of the two models, or the best weight has no task to be measured on.
@@ -184,18 +169,14 @@ def average(
         InputError: a model or a task does not exist.
     """
     # Before the models, so that a mistyped name is reported at once.
-    loaded = load_tasks(tasks, templates=templates) if tasks else []
+    tasks = load_tasks(request.tasks, templates=request.templates) if request.tasks else []
 
     from clip_rd_edge.distillation.average import average_models
 
     return average_models(
-        (typed(first), typed(second)),
-        Path(output),
-        weight=weight,
-        tasks=loaded,
-        force=force,
-        reporter=reporter,
-    )
+        (typed(request.first), typed(request.second)), Path(request.output), weight=request.weight,
+        tasks=tasks, force=request.force, reporter=request.reporter,
+    )  # fmt: skip
 
 
 def recipe(name: AnyPath | None = None) -> str:

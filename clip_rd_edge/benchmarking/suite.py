@@ -91,7 +91,7 @@ class Suite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise InputError(
                 f"None of the {len(missing)} tasks of the suite {self.name} is in {self._data_root}: "
                 f"{', '.join(missing)}.",
-                hint="name the folder that contains your copies of the data sets: --root",
+                hint="name the folder that contains your copies of the data sets: {root}",
             )
         names = [name for name in dict.fromkeys(self.tasks) if name not in missing]
         return with_distinct_names([load_task(self._resolve_task(name)) for name in names], names)
@@ -214,7 +214,7 @@ def check_suite(suite: Suite, *, source: str) -> None:
     """
     for name in ("rows", "tasks"):
         if not getattr(suite, name):
-            hint = "name some: --model student=runs/first --model quantised=bundle" if name == "rows" else ""
+            hint = "name some: {models} student=runs/first {models} quantised=bundle" if name == "rows" else ""
             raise ConfigError(f"{source} has no {name}; at least one is required.", hint=hint)
     labels = [row.label for row in suite.rows]
     if duplicates := {label for label in labels if labels.count(label) > 1}:
@@ -256,7 +256,7 @@ def parse_models(models: Sequence[str]) -> tuple[SuiteRow, ...]:
             raise ConfigError(
                 f"The model {role + '=' + model if model else role!r} is not ROLE=MODEL with one of the roles "
                 f"{', '.join(get_args(Role))}.{near_matches(role, get_args(Role))}",
-                hint="pass --model ROLE=MODEL, such as --model student=runs/first",
+                hint="pass {models} ROLE=MODEL, such as {models} student=runs/first",
             )
         name = _last_part(model)
         shown = model.rstrip("/") if names.count((role, name)) > 1 else name

@@ -12,7 +12,6 @@ import click
 from click.shell_completion import CompletionItem
 
 from clip_rd_edge.errors import near_matches
-from clip_rd_edge.runtime.backends.providers import AUTO, DEVICES
 
 
 class PathName(click.Path):
@@ -64,9 +63,9 @@ _OPTION_COLUMNS = 26  # max width of the options; the description of a longer on
 class GroupedOption(click.Option):
     """An option that `--help` lists under the heading of its group, with its range in words."""
 
-    def __init__(self, *args: Any, group: str = "", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, group: str = "", also: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.group = group
+        self.group, self.also = group, also
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         record = super().get_help_record(ctx)
@@ -224,21 +223,10 @@ complete_data = completed_by(("emoji",))
 complete_labels = completed_by(("everyday",))
 
 
-_device = grouped("Device")
-device_option = _device(
-    "--device", metavar="NAME",
-    type=NameChoice(DEVICES, meant={"gpu": "cuda", "nvidia": "cuda", "trt": "tensorrt", "apple": "coreml"}),
-    default=AUTO,
-    show_default=True,
-    help=f"Where ONNX Runtime or OpenVINO computes: {', '.join(DEVICES)}. `clip-rd-edge doctor` lists what is here.",
-)  # fmt: skip
 ray_option = grouped("Cluster")(
     "--ray", metavar="ADDRESS",
     help="Spread the work over a Ray cluster: auto for the one of this machine, or HOST:PORT.  [default: this machine]",
 )  # fmt: skip
-threads_option = _device(
-    "--threads", metavar="N", type=click.IntRange(1), help="Threads of the model.  [default: all cores]"
-)
 
 
 def template_option(group: str, *, default: str, use: str = "with {} for the label") -> Callable[[Any], Any]:

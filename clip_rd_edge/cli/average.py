@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
+from clip_rd_edge.cli._command import command_of
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, PathName, complete_task, grouped, template_option
+from clip_rd_edge.settings.modelling import Average
 from clip_rd_edge.utils.printable import as_word
-
-_weight, _evaluation, _output = grouped("Weight"), grouped("Evaluation"), grouped("Output")
 
 
 class _Weight(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
@@ -31,30 +29,8 @@ class _Weight(click.ParamType):  # type: ignore[type-arg]  # generic since click
         return number
 
 
-@click.command("average", cls=GroupedCommand, short_help="Average the weights of two models of one architecture.")
-@click.argument("first")
-@click.argument("second")
-@_weight(
-    "--weight", type=_Weight(), default=0.5, show_default=True, metavar="SHARE|best",
-    help="Share of SECOND in the result, from 0 to 1; best: that of the highest mean accuracy on the tasks.",
-)  # fmt: skip
-@_evaluation(
-    "--task", "tasks", metavar="NAME", multiple=True, shell_complete=complete_task,
-    help="Measure the models between the two at every tenth, on this task (see clip-rd-edge evaluate); can be "
-    "repeated.  [default: none]",
-)  # fmt: skip
-@template_option("Evaluation", default="the task's own")
-@_output("-o", "--output", required=True, type=PathName(), metavar="FOLDER", help="Folder for the model.")
-@_output("--force", is_flag=True, help="Replace an earlier average in FOLDER; a folder with anything else is refused.")
-def command(
-    first: str,
-    second: str,
-    output: Path,
-    weight: float | Literal["best"],
-    tasks: tuple[str, ...],
-    templates: tuple[str, ...],
-    force: bool,
-) -> None:
+@command_of(Average, "average", weight=_Weight())
+def command(given: dict[str, Any]) -> None:
     """Average the weights of two models: (1 − SHARE) · FIRST + SHARE · SECOND.
 
     \b
@@ -70,16 +46,7 @@ def command(
     from clip_rd_edge.cli._console import console_reporter, print_table, say, stderr
 
     with console_reporter() as reporter:
-        result = edge.average(
-            first,
-            second,
-            output,
-            weight=weight,
-            tasks=tasks,
-            templates=templates,
-            force=force,
-            reporter=reporter,
-        )
+        result = edge.average(**given, reporter=reporter)
     if result.curve:
         from clip_rd_edge.benchmarking.report.text import plain_table
 

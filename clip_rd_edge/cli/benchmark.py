@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from clip_rd_edge.cli._command import command_of
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, PathName, completed_by, grouped
+from clip_rd_edge.cli._options import PathName, completed_by, grouped
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.settings.measuring import Benchmark
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,8 +21,7 @@ if TYPE_CHECKING:
     from clip_rd_edge.benchmarking.regression import AccuracyChange, Changes, LatencyChange
 
 NOT_COMPARED = 3  # exit code
-_suite, _recommendation = grouped("Suite"), grouped("Recommendation")
-_comparison, _output = grouped("Comparison"), grouped("Output")
+_suite, _comparison, _output = grouped("Suite"), grouped("Comparison"), grouped("Output")
 _STYLES: dict[str, str] = {"regression": "bold red", "improvement": "green", "noise": "dim", "same": "dim"}
 
 
@@ -30,27 +31,9 @@ def _suites() -> list[str]:
     return shipped_suites()
 
 
-@click.command("benchmark", cls=GroupedCommand)
+@command_of(Benchmark, "benchmark")
 @click.argument("suite", required=False, shell_complete=completed_by(_suites))
 @_suite("--init", is_flag=True, help="Print a suite with a comment on each key, to start your own from.")
-@_suite("--root", metavar="DIR", help="Folder with the data sets.  [default: the suite's]")
-@_suite(
-    "--model",
-    "models",
-    metavar="ROLE=MODEL",
-    multiple=True,
-    help="Use this model instead of the suite's, such as student=runs/first; ROLE is teacher, baseline, student, "
-    "exported or quantised. Can be repeated.  [default: the suite's]",
-)
-@_recommendation(
-    "--budget-ms", type=click.FloatRange(0, min_open=True), metavar="MS",
-    help="Recommend only models with at most this latency from file to result (95th percentile), in ms.  "
-    "[default: no limit]",
-)  # fmt: skip
-@_recommendation(
-    "--min-accuracy", type=click.FloatRange(0, 1), metavar="FRACTION",
-    help="Recommend only models with at least this top-1 accuracy, such as 0.25.  [default: none]",
-)  # fmt: skip
 @_comparison(
     "--compare", "compared", nargs=2, metavar="OLD NEW", type=PathName(),
     help="Compare two results (files or folders); exit code 1 if there is a regression, 3 if there is none but "
@@ -58,23 +41,12 @@ def _suites() -> list[str]:
 )  # fmt: skip
 @_comparison("--allow-busy", is_flag=True, help="With --compare: exit with 0 if only latencies could not be compared.")
 @_comparison("--json", "as_json", is_flag=True, help="With --compare: print JSON instead of tables.")
-@_output(
-    "-o",
-    "--output",
-    metavar="FOLDER",
-    type=PathName(),
-    help="Folder for the report.  [required to measure]",
-)
-@_output("--force", is_flag=True, help="Write into FOLDER even if it is not empty; only an earlier report is replaced.")
+@_output("-o", "--output", metavar="FOLDER", type=PathName(), help="Folder for the report.  [required to measure]")
 def command(
+    given: dict[str, Any],
     suite: str | None,
     init: bool,
     output: Path | None,
-    root: str | None,
-    models: tuple[str, ...],
-    budget_ms: float | None,
-    min_accuracy: float | None,
-    force: bool,
     compared: tuple[Path, Path] | None,
     allow_busy: bool,
     as_json: bool,
@@ -113,9 +85,9 @@ def command(
 
     if compared is not None:
         sys.exit(_compare(*compared, allow_busy=allow_busy, as_json=as_json))
-    required = budget_ms is not None or min_accuracy is not None
+    required = {name: given[name] for name in ("budget_ms", "min_accuracy") if name in given}
     if suite is not None and output is None and required and is_results(Path(suite)):
-        echo(edge.recommend(suite, budget_ms=budget_ms, min_accuracy=min_accuracy), prose=True)
+        echo(edge.recommend(suite, **required), prose=True)
         return
     if suite is None or output is None:
         missing = "SUITE" if suite is None else "-o FOLDER"
@@ -123,16 +95,7 @@ def command(
     from clip_rd_edge.cli._console import console_reporter, print_table, say, table_width
 
     with console_reporter() as reporter:
-        results = edge.benchmark(
-            suite,
-            output,
-            root=root,
-            models=models,
-            budget_ms=budget_ms,
-            min_accuracy=min_accuracy,
-            force=force,
-            reporter=reporter,
-        )
+        results = edge.benchmark(suite, output, **given, reporter=reporter)
     from clip_rd_edge.benchmarking.report.findings import busy_remark, recommendation
     from clip_rd_edge.benchmarking.report.text import terminal_tables
 

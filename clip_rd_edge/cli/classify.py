@@ -9,23 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import click
 
+from clip_rd_edge.cli._command import command_of
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._fold import cut, fold_items, terminal_width
-from clip_rd_edge.cli._options import (
-    GroupedCommand,
-    ManyOption,
-    PathName,
-    complete_labels,
-    device_option,
-    grouped,
-    template_option,
-    threads_option,
-)
+from clip_rd_edge.cli._options import grouped
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.settings.deploying import Classify
 from clip_rd_edge.utils.paths import exists
 from clip_rd_edge.utils.printable import csv_row, is_unicode, one_line
 from clip_rd_edge.utils.reporting import Reporter
@@ -46,63 +39,17 @@ Format = Callable[[str, Answer], str]
 CSV_HEADER = "image,rank,label,probability"
 NO_LABEL = "none of these"
 MANY_IMAGES = 50  # from this number on, a progress bar and a rate are shown
-_labels, _images, _output = grouped("Labels"), grouped("Images"), grouped("Output")
+_images, _output = grouped("Images"), grouped("Output")
 
 
-@click.command("classify", cls=GroupedCommand, short_help="Classify images among your own labels.")
-@click.argument("bundle", type=PathName())
-@click.argument("images", nargs=-1, metavar="IMAGE...")
-@_labels(
-    "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE", shell_complete=complete_labels,
-    help='Labels such as "a cat" "a dog"; everyday, for some 300 everyday things; or a label file: text with one label '
-    "per line (a line that starts with # and a space is a comment), a CSV with the column label, or a JSON list.  "
-    "[default: the labels in the bundle]",
-)  # fmt: skip
-@template_option("Labels", default="the model's")
-@_labels(
-    "--top", type=click.IntRange(1), default=3, show_default=True, metavar="N",
-    help="Number of labels to print per image.",
-)  # fmt: skip
-@_labels(
-    "--none-below", type=click.FloatRange(0, 1), default=0.0, metavar="P", show_default=True,
-    help='Omit labels with a probability below P (with a single label: a cosine similarity below P); if none is left, '
-    'print "none of these".',
-)  # fmt: skip
-@_labels(
-    "--cache/--no-cache", default=True, show_default=True,
-    help="Cache the labels' embeddings, so that the next run with these labels need not load the text tower.",
-)  # fmt: skip
-@_images(
-    "--camera",
-    metavar="NUMBER|PATH|URL",
-    help="Classify the newest frames of a camera (0 is the first) or a stream (rtsp://…) until Ctrl-C, or all frames "
-    "of a video file.  [default: none]",
-)
-@_images("--quick", is_flag=True, help="Decode large JPEGs at a fraction of their size; results change slightly.")
+@command_of(Classify, "classify")
 @_images(
     "-0", "--null", is_flag=True,
     help="The paths on stdin and the lines printed end with NUL instead of a newline, as from find -print0.",
 )  # fmt: skip
-@threads_option
-@device_option
 @_output("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
 @_output("--csv", "as_csv", is_flag=True, help="Print CSV with one row per image and label.")
-def command(
-    bundle: Path,
-    images: tuple[str, ...],
-    labels: tuple[str, ...],
-    templates: tuple[str, ...],
-    top: int,
-    none_below: float,
-    camera: str | None,
-    threads: int | None,
-    device: str,
-    cache: bool,
-    quick: bool,
-    null: bool,
-    as_json: bool,
-    as_csv: bool,
-) -> None:
+def command(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> None:
     """Classify each IMAGE with BUNDLE. IMAGE is a file, a folder, a glob, or - to read paths from stdin.
 
     \b
@@ -112,6 +59,8 @@ def command(
 
     For many images, set --threads to one less than the number of cores: that leaves one core for opening the images.
     """
+    request = Classify(**given)
+    images, labels, camera = tuple(request.images), given.get("labels", ()), request.camera
     # A single value that is a file is one of labels.
     if camera is None and not images and len(labels) > 1 and _is_there(labels[-1]):
         raise UsageError(
@@ -124,7 +73,7 @@ def command(
         )
     if as_csv and (as_json or null):
         raise UsageError(f"{'--json' if as_json else '--null'} and --csv cannot be combined.", hint="omit one of them")
-    if camera is not None and quick:
+    if camera is not None and request.quick:
         raise UsageError("--camera and --quick cannot be combined.", hint="omit --quick: it is for JPEG files")
     # numpy's matrix products are small here: more threads only take cores from the model. numpy reads this at import.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -134,22 +83,23 @@ def command(
     from clip_rd_edge.runtime.label_list import parse_labels
     from clip_rd_edge.runtime.load import load
 
+    bundle = Path(request.bundle)
     _require_bundle(bundle, images)
     folders: list[InputError] = []  # that cannot be read
     paths = list(find_images(images, lines=_lines(sys.stdin, null=null), on_unreadable=folders.append))
     for error in folders:
         echo(f"error: {one_line(error)}", err=True)
-    encoder = load(bundle, threads=threads, device=device, spin=len(paths) < MANY_IMAGES)
+    encoder = load(bundle, threads=request.threads, device=request.device, spin=len(paths) < MANY_IMAGES)
     with ExitStack() as stack:
         classifier = ZeroShotClassifier(
             encoder,
             parse_labels(labels),
-            templates=templates or None,
-            none_below=none_below,
-            cache=cache,
+            templates=request.templates,
+            none_below=request.none_below,
+            cache=request.cache,
             reporter=_LateReporter(stack),
         )
-    if len(classifier.labels) == 1 and not none_below:
+    if len(classifier.labels) == 1 and not request.none_below:
         _warn_of_single_label(classifier.labels[0])
     width = 0 if camera is not None else terminal_width(sys.stdout)
     as_text: Format = partial(_as_text, width=width)
@@ -158,11 +108,13 @@ def command(
     if as_csv:
         echo(CSV_HEADER)
     if camera is not None:
-        _classify_camera(classifier, camera, top=top, format_result=format_result, end=end)
+        _classify_camera(classifier, camera, top=request.top, format_result=format_result, end=end)
         return
     if not paths:
         raise InputError("No images: the list on stdin is empty.", hint="pipe in one path per line")
-    _classify_files(classifier, encoder, paths, top=top, format_result=format_result, quick=quick, end=end)
+    _classify_files(
+        classifier, encoder, paths, top=request.top, format_result=format_result, quick=request.quick, end=end
+    )
     if folders:
         count = len(folders)
         raise InputError(f"{count:,} folder{'s' * (count > 1)} could not be read; the others are classified.")

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import click
 
-from clip_rd_edge.cli._options import GroupedCommand, ManyOption, PathName, complete_labels, grouped, threads_option
-from clip_rd_edge.cli._server import print_addresses, print_how_to_stop, server_options
+from clip_rd_edge.cli._command import command_of
+from clip_rd_edge.cli._options import grouped
+from clip_rd_edge.cli._server import print_addresses, print_how_to_stop
+from clip_rd_edge.settings.deploying import Demo
 
-_page = grouped("Page")
 
-
-@click.command("demo", cls=GroupedCommand, short_help="Try bundles on a local web page, with a camera or image files.")
-@click.argument("bundles", nargs=-1, required=True, type=PathName(), metavar="BUNDLE...")
-@_page(
-    "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE", shell_complete=complete_labels,
-    help='Initial labels such as "a cat" "a dog", everyday, or a label file (see classify); at most 2,000.  [default: '
-    "the labels in the bundle, else the page's own]",
-)  # fmt: skip
-@server_options(8765)
-@threads_option
-@_page("--open", "open_page", is_flag=True, help="Open the page in your browser.")
-def command(
-    bundles: tuple[Path, ...], labels: tuple[str, ...], host: str, port: int, threads: int | None, open_page: bool
-) -> None:
+@command_of(Demo, "demo")
+@grouped("Page")("--open", "open_page", is_flag=True, help="Open the page in your browser.")
+def command(given: dict[str, Any], open_page: bool) -> None:
     """Serve a web page from this machine: drop an image or start the camera, type labels, and watch the results.
 
     \b
@@ -40,6 +29,8 @@ def command(
     import clip_rd_edge as edge
     from clip_rd_edge.runtime.label_list import parse_labels
 
+    host = given.get("host", "127.0.0.1")
+
     def ready(url: str) -> None:
         if others := print_addresses(url, host):
             _print_qr_code(others[0])
@@ -51,7 +42,8 @@ def command(
         if open_page:
             click.launch(url)
 
-    edge.demo(bundles, labels=parse_labels(labels), host=host, port=port, threads=threads, ready=ready)
+    labels = parse_labels(given.pop("labels", ()))
+    edge.demo(**given, labels=labels, ready=ready)
 
 
 def _print_qr_code(url: str) -> None:

@@ -54,6 +54,7 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 )
 @_teacher(
     "--teacher-pretrained",
+    also="pretrained",
     metavar="TAG|FILE",
     help="Pretrained tag or checkpoint file, for a teacher given by NAME.  [default: none]",
 )

@@ -32,7 +32,7 @@ _data, _teacher, _output = grouped("Data"), grouped("Teacher"), grouped("Output"
     "--teacher", required=True, metavar="MODEL", multiple=True, help="The teacher, as for distill; can be repeated."
 )
 @_teacher(
-    "--teacher-pretrained", metavar="TAG|FILE",
+    "--teacher-pretrained", also="pretrained", metavar="TAG|FILE",
     help="Pretrained tag or checkpoint file, for a teacher given by NAME.  [default: none]",
 )  # fmt: skip
 @_teacher(
@@ -53,7 +53,7 @@ _data, _teacher, _output = grouped("Data"), grouped("Teacher"), grouped("Output"
     "--student", metavar="MODEL",
     help="The student of the run, if it is a trained one or a JSON file, for crops of its shape.  [default: square]",
 )  # fmt: skip
-@_output("-o", "--output", required=True, type=PathName(), metavar="CACHE", help="Folder for distill --teacher-cache.")
+@_output("-o", "--output", also="teacher_cache", required=True, type=PathName(), metavar="CACHE", help="Folder for distill --teacher-cache.")
 @ray_option
 def command(output: Path, **options: Any) -> None:
     """Compute a teacher's embeddings once, for many runs of distill with --teacher-cache.

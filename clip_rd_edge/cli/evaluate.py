@@ -4,72 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import click
-
+from clip_rd_edge.cli._command import command_of
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import (
-    GroupedCommand,
-    PathName,
-    column_options,
-    complete_task,
-    grouped,
-    template_option,
-    threads_option,
-)
+from clip_rd_edge.cli._options import PathName, grouped
+from clip_rd_edge.settings.measuring import Evaluate
 from clip_rd_edge.utils.printable import csv_row
 
 if TYPE_CHECKING:
     from clip_rd_edge.benchmarking.metrics import Score
 
 
-_tasks, _model, _output = grouped("Tasks"), grouped("Model"), grouped("Output")
-_image_column, _caption_column = column_options("Tasks")
+_output = grouped("Output")
 
 
-@click.command(
-    "evaluate", cls=GroupedCommand, short_help="Measure zero-shot accuracy and retrieval of a model or bundle."
-)
-@click.argument("model")
-@_tasks(
-    "--task",
-    "tasks",
-    metavar="NAME",
-    shell_complete=complete_task,
-    multiple=True,
-    required=True,
-    help="A folder of images with one subfolder per class, a data set that CLIP_benchmark exported, a CSV file or "
-    "shards of images and captions, or a task of the built-in data set, such as emoji:unseen-style or "
-    "emoji:unseen-style:retrieval. Can be repeated.",
-)
-@_model("--pretrained", metavar="TAG", help="Weights, if MODEL is an architecture of open_clip.  [default: none]")
-@template_option("Tasks", default="the data set's, else imagenet")
-@_image_column
-@_caption_column
-@threads_option
-@_output(
-    "--per-class", is_flag=True,
-    help="Also print the recall and precision of each class, lowest recall first, and the label that it was most "
-    "often mistaken for.",
-)  # fmt: skip
+@command_of(Evaluate, "evaluate")
 @_output(
     "--confusion", type=PathName(dir_okay=False), metavar="FILE",
     help="Write the confusion matrices as CSV: one row per task, class and predicted label that occur together, with "
     "the number of images. Of files that exist, only an earlier one of these is replaced.  [default: none]",
 )  # fmt: skip
 @_output("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def command(
-    model: str,
-    tasks: tuple[str, ...],
-    pretrained: str | None,
-    templates: tuple[str, ...],
-    per_class: bool,
-    confusion: Path | None,
-    threads: int | None,
-    as_json: bool,
-    **columns: str,
-) -> None:
+def command(given: dict[str, Any], confusion: Path | None, as_json: bool) -> None:
     """Measure zero-shot accuracy and retrieval of MODEL.
 
     \b
@@ -92,15 +49,17 @@ def command(
         _require_free(confusion)
     with console_reporter() as reporter:
         # Before the model, so that a mistyped name is reported at once.
-        loaded_tasks = load_tasks(tasks, templates=templates, **columns)
+        read = {name: given[name] for name in ("templates", "csv_img_key", "csv_caption_key") if name in given}
+        tasks = load_tasks(given["tasks"], **read)
         reporter.update("loading the model")
-        loaded_model = edge.load(model, pretrained=pretrained, threads=threads)
-        needs_classes = per_class or confusion is not None
-        scores = edge.evaluate(loaded_model, loaded_tasks, per_class=needs_classes, reporter=reporter)
+        opened = {name: given[name] for name in ("pretrained", "threads") if name in given}
+        model = edge.load(given["model"], **opened)
+        per_class = "per_class" in given
+        scores = edge.evaluate(model, tasks, per_class=per_class or confusion is not None, reporter=reporter)
     if as_json:
         from clip_rd_edge.utils.structs import to_json
 
-        echo(to_json({"model": loaded_model.describe(), "scores": scores}), nl=False)
+        echo(to_json({"model": model.describe(), "scores": scores}), nl=False)
     else:
         _print(scores, per_class=per_class)
     if confusion is not None:  # last: what was measured is shown even if this file cannot be written
@@ -131,7 +90,7 @@ def _require_free(path: Path) -> None:
     headers = tuple(f"{csv_row(*columns)}\n".encode() for columns in (_COLUMNS, (*_COLUMNS, _FOLDER)))
     require_output_file(
         path, lambda beginning: beginning.startswith(headers), what="an earlier table of confusions",
-        option="--confusion",
+        option="{confusion}",
     )  # fmt: skip
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from clip_rd_edge.cli._command import command_of
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import CommandGroup, GroupedCommand, PathName, grouped
+from clip_rd_edge.settings.measuring import EvidenceRun
 
 
 @click.group("evidence", cls=CommandGroup, short_help="Compare training methods over several students and seeds.")
@@ -20,18 +23,8 @@ def command() -> None:
     """
 
 
-@command.command("run", cls=GroupedCommand, short_help="Train and evaluate the students of a suite.")
-@click.argument("suite")
-@grouped("Teacher")(
-    "--teacher",
-    metavar="MODEL",
-    help="local-dir:PATH, hf-hub:ORG/REPO or a run.  [default: the built-in one, fine-tuned first]",
-)
-@grouped("Output")(
-    "-o", "--output", metavar="FOLDER", required=True, type=PathName(),
-    help="Folder for the runs and results; finished runs in it are reused.",
-)  # fmt: skip
-def run(suite: str, output: Path, teacher: str | None) -> None:
+@command_of(EvidenceRun, "run", short_help="Train and evaluate the students of a suite.")
+def run(given: dict[str, Any]) -> None:
     """Train the students of SUITE with each of its methods and seeds, and evaluate them.
 
     \b
@@ -45,8 +38,11 @@ def run(suite: str, output: Path, teacher: str | None) -> None:
     from clip_rd_edge.cli._console import console_reporter
 
     with console_reporter() as reporter:
-        evidence = edge.evidence_run(suite, output, teacher=teacher, reporter=reporter)
-    echo(edge.evidence_report(output / f"{evidence.suite.name}.json"), prose=True)
+        evidence = edge.evidence_run(**given, reporter=reporter)
+    echo(edge.evidence_report(given["output"] / f"{evidence.suite.name}.json"), prose=True)
+
+
+command.add_command(run)
 
 
 @command.command("report", cls=GroupedCommand, short_help="Make tables and figures of finished runs.")

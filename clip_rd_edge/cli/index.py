@@ -6,30 +6,22 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
+from typing import Any
 
-import click
-
+from clip_rd_edge.cli._command import command_of
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, PathName, device_option, grouped, ray_option, threads_option
+from clip_rd_edge.cli._options import grouped
 from clip_rd_edge.errors import InputError, InterruptedRunError, UsageError
+from clip_rd_edge.settings.deploying import Index
 from clip_rd_edge.utils.paths import exists
 from clip_rd_edge.utils.printable import one_line
 from clip_rd_edge.utils.signals import handled_by, leave_lost_terminal, stop_signals
 
 
-@click.command("index", cls=GroupedCommand, short_help="Embed a folder of images for searching.")
-@click.argument("bundle", type=PathName())
-@click.argument("folder", type=PathName())
-@grouped("Output")("-o", "--output", metavar="INDEX", type=PathName(), required=True, help="Folder for the index.")
+@command_of(Index, "index")
 @grouped("Output")("--watch", is_flag=True, help="Go on: keep the index up to date while images come and go.")
-@threads_option
-@device_option
-@ray_option
-def command(
-    bundle: Path, folder: Path, output: Path, watch: bool, threads: int | None, device: str, ray: str | None
-) -> None:
+def command(given: dict[str, Any], watch: bool) -> None:
     """Embed the images in FOLDER and its subfolders with BUNDLE, for clip-rd-edge search.
 
     \b
@@ -43,16 +35,16 @@ def command(
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter
 
-    if watch and ray:
+    if watch and "ray" in given:
         raise UsageError("--watch and --ray cannot be combined.", hint="omit one of them")
     if watch:
-        _watch(bundle, folder, output, threads=threads, device=device)
+        _watch(given)
         return
     try:
         with console_reporter() as reporter:
-            update = edge.index(bundle, folder, output, threads=threads, device=device, ray=ray, reporter=reporter)
+            update = edge.index(**given, reporter=reporter)
     except KeyboardInterrupt as error:
-        if not exists(output):
+        if not exists(given["output"]):
             raise
         raise InterruptedRunError(
             "Interrupted; what is embedded is saved.", hint="run the same command again, which embeds the others"
@@ -61,7 +53,7 @@ def command(
         echo(f"error: {one_line(reason)}", err=True)
     how = "; search is approximate" if update.approximate else ""
     echo(f"{update.embedded:,} embedded, {update.kept:,} kept, {update.removed:,} removed{how}", err=True)
-    echo(output)
+    echo(given["output"])
     if update.unreadable:
         count = len(update.unreadable)
         raise InputError(
@@ -70,19 +62,18 @@ def command(
         )
 
 
-def _watch(bundle: Path, folder: Path, output: Path, *, threads: int | None, device: str) -> None:
+def _watch(given: dict[str, Any]) -> None:
     """Keep the index up to date until one of the `stop_signals`; a second SIGINT ends at once."""
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter
 
     with console_reporter() as reporter, stop_event() as stop:
-        updates = edge.watch_index(bundle, folder, output, threads=threads, device=device, stop=stop, reporter=reporter)
-        for update in updates:
+        for update in edge.watch_index(**given, stop=stop, reporter=reporter):
             for reason in update.unreadable:
                 echo(f"error: {one_line(reason)}", err=True)
             count = update.kept + update.embedded
             reporter.say(f"{update.embedded:,} embedded, {update.removed:,} removed: {count:,} images in the index")
-    echo(output)
+    echo(given["output"])
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import click
 
 from clip_rd_edge import __version__
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._hints import fitting_hint
+from clip_rd_edge.cli._hints import spelling
 from clip_rd_edge.cli._options import CommandGroup
 from clip_rd_edge.errors import ClipRdEdgeError, LostProcessError, MissingExtraError, UsageError, causes, near_matches
 from clip_rd_edge.utils.printable import one_line
@@ -303,6 +303,7 @@ def _end_now(exit_code: int) -> NoReturn:
 
 
 def _print_error(error: ClipRdEdgeError, arguments: list[str]) -> None:
-    echo(f"error: {one_line(error)}", err=True)
-    if hint := fitting_hint(error.hint, cli, arguments):
+    spell = spelling(cli, arguments)
+    echo(f"error: {one_line(error.message_for(spell))}", err=True)
+    if hint := error.hint_for(spell):
         echo(f"hint: {one_line(hint)}", err=True)

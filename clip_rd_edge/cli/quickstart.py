@@ -11,11 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
+from clip_rd_edge.cli._command import command_of
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, PathName, complete_recipe, complete_student, drop_none, grouped
 from clip_rd_edge.cli.distill import OWN_DATA_EXAMPLE
+from clip_rd_edge.settings.measuring import Quickstart
 from clip_rd_edge.utils.printable import as_word
 
 if TYPE_CHECKING:
@@ -26,37 +25,8 @@ if TYPE_CHECKING:
 LIVELY_CONCEPTS = ("mushroom", "rocket", "tiger", "snowman")
 
 
-_training, _report, _output = grouped("Training"), grouped("Report"), grouped("Output")
-
-
-@click.command("quickstart", cls=GroupedCommand, short_help="Run the whole pipeline on the built-in data, in minutes.")
-@_training(
-    "--student", default="resnet10t", show_default=True, metavar="NAME", shell_complete=complete_student,
-    help="The student: resnet10t, mobilevit_xxs, … or any timm name.",
-)  # fmt: skip
-@_training(
-    "--recipe", default="clip-rd-bank", show_default=True, metavar="NAME|FILE", shell_complete=complete_recipe,
-    help="Training recipe: clip-rd-bank, clip-rd, clip-kd, tinyclip, …",
-)  # fmt: skip
-@_training("--seed", type=int, default=0, show_default=True, metavar="N", help="Random seed of the student.")
-@_training("--with-baseline", is_flag=True, help="Also train the same student without a teacher, for comparison.")
-@_training(
-    "--student-steps", type=click.IntRange(1), metavar="N",
-    help="Training steps of the student, of 32 pairs each.  [default: 1100]",
-)  # fmt: skip
-@_training(
-    "--teacher-steps", type=click.IntRange(1), metavar="N",
-    help="Training steps of the teacher, of 64 pairs each.  [default: 400]",
-)  # fmt: skip
-@_report(
-    "--photos", type=PathName(), metavar="FOLDER",
-    help="Also compare the models on photographs, which benchmarks/data/tuxpaint.py makes.  [default: none]",
-)  # fmt: skip
-@_output(
-    "-o", "--output", default="quickstart", show_default=True, type=PathName(), metavar="FOLDER",
-    help="Folder for all results.",
-)  # fmt: skip
-def command(output: Path, **options: Any) -> None:
+@command_of(Quickstart, "quickstart")
+def command(given: dict[str, Any]) -> None:
     """Create a data set, fine-tune a teacher, distil a student, export, quantise, compare and classify.
 
     \b
@@ -70,9 +40,9 @@ def command(output: Path, **options: Any) -> None:
     from clip_rd_edge.cli._console import console_reporter, print_table, table_width
     from clip_rd_edge.utils.reporting import duration
 
-    started = time.perf_counter()
+    started, output = time.perf_counter(), Path(given.get("output", Quickstart().output))
     with console_reporter() as reporter:
-        results = edge.quickstart(output, **drop_none(**options), reporter=reporter)
+        results = edge.quickstart(**given, reporter=reporter)
     from clip_rd_edge.benchmarking.report.text import terminal_tables
 
     for table in terminal_tables(results, table_width()):

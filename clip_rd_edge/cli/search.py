@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
-import click
-
+from clip_rd_edge.cli._command import command_of
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, PathName, device_option, grouped, threads_option
+from clip_rd_edge.cli._options import grouped
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.settings.deploying import Search
 from clip_rd_edge.utils.printable import one_line
 
-_query, _output = grouped("Query"), grouped("Output")
+_output = grouped("Output")
 
 
-@click.command("search", cls=GroupedCommand, short_help="Search an index by text or image.")
-@click.argument("index", type=PathName())
-@click.argument("query")
-@_query("--top", type=click.IntRange(1), default=10, show_default=True, metavar="N", help="Number of images to print.")
-@_query(
-    "--bundle", type=PathName(), metavar="FOLDER",
-    help="Current path of the bundle, if it was moved.  [default: the path that the index names]",
-)  # fmt: skip
-@_query(
-    "--folder", type=PathName(), metavar="FOLDER",
-    help="Current path of the image folder, if it was moved.  [default: the path that the index names]",
-)  # fmt: skip
-@_query("--exact", is_flag=True, help="Compare all images, even if the index has a graph for approximate search.")
-@threads_option
-@device_option
+@command_of(Search, "search")
 @_output("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
 @_output("-0", "--null", is_flag=True, help="Print only the paths, each followed by NUL, as for xargs -0.")
-def command(
-    index: Path,
-    query: str,
-    top: int,
-    bundle: Path | None,
-    folder: Path | None,
-    exact: bool,
-    threads: int | None,
-    device: str,
-    as_json: bool,
-    null: bool,
-) -> None:
+def command(given: dict[str, Any], as_json: bool, null: bool) -> None:
     """Print the images in INDEX that are nearest to QUERY, which is a text or the path of an image.
 
     \b
@@ -59,7 +34,7 @@ def command(
 
     if as_json and null:
         raise UsageError("--json and --null cannot be combined.", hint="omit one of them")
-    hits = edge.search(index, query, top=top, bundle=bundle, folder=folder, exact=exact, threads=threads, device=device)
+    hits = edge.search(**given)
     for hit in hits:
         if as_json:
             line = {"image": str(hit.path), "similarity": round(hit.similarity, 6)}
@@ -69,11 +44,16 @@ def command(
         else:
             echo(f"{hit.similarity:.3f}\t{one_line(hit.path)}")
     if gone := sum(is_gone(hit.path) for hit in hits):  # and not one that this account may not look at
-        where = "index the folder again" if folder else "say where the folder is now with --folder, or index it again"
+        where = (
+            "index the folder again"
+            if "folder" in given
+            else "say where the folder is now with --folder, or index it again"
+        )
         echo(f"warning: Of these {len(hits):,} images, {gone:,} are not there any more.\nhint: {where}", err=True)
     if hits.missing:
+        name = one_line(given["index"])
         echo(
-            f"warning: {one_line(index)} has {hits.indexed:,} of {hits.indexed + hits.missing:,} images: indexing was "
+            f"warning: {name} has {hits.indexed:,} of {hits.indexed + hits.missing:,} images: indexing was "
             "interrupted, by Ctrl-C or a disk that went away, or is still running; the same index command goes on",
             err=True,
         )

@@ -6,39 +6,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-import click
-
-from clip_rd_edge.cli._options import GroupedCommand, PathName, device_option, drop_none, grouped, threads_option
-from clip_rd_edge.cli._server import print_addresses, print_how_to_stop, server_options
+from clip_rd_edge.cli._command import command_of
+from clip_rd_edge.cli._options import PathName, grouped
+from clip_rd_edge.cli._server import print_addresses, print_how_to_stop
+from clip_rd_edge.settings.deploying import Serve
 
 TOKEN_VARIABLE = "CLIP_RD_EDGE_TOKEN"
-_server, _limits = grouped("Server"), grouped("Limits")
 
 
-@click.command("serve", cls=GroupedCommand, short_help="Serve a bundle to other programs over HTTP.")
-@click.argument("bundle", type=PathName())
-@click.argument("index", required=False, type=PathName())
-@server_options(8766)
-@_server(
+@command_of(Serve, "serve")
+@grouped("Server")(
     "--token-file", type=PathName(), metavar="FILE",
     help=f"File with the bearer token that requests need.  [default: the variable {TOKEN_VARIABLE}, else none]",
 )  # fmt: skip
-@_server(
-    "--allow-host", multiple=True, metavar="NAME",
-    help="Host name by which clients reach the server, such as a container's or that of a site whose proxy passes "
-    "requests on, if there is no token; can be repeated.  [default: none]",
-)  # fmt: skip
-@_limits(
-    "--max-batch", type=click.IntRange(1), default=16, show_default=True, metavar="N",
-    help="Max images or texts per call of the model.",
-)  # fmt: skip
-@_limits(
-    "--max-items", metavar="N", type=click.IntRange(1), default=1024, show_default=True,
-    help="Max images and texts that wait for their answer; requests beyond are answered with 503.",
-)  # fmt: skip
-@threads_option
-@device_option
-def command(bundle: Path, index: Path | None, token_file: Path | None, host: str, port: int, **options: Any) -> None:
+def command(given: dict[str, Any], token_file: Path | None) -> None:
     """Serve BUNDLE over HTTP, and search INDEX. Ctrl-C or SIGTERM stops it after the requests in progress.
 
     \b
@@ -54,13 +35,14 @@ def command(bundle: Path, index: Path | None, token_file: Path | None, host: str
 
     say("starting serve")
     token = _token(token_file)
+    host = given.get("host", "127.0.0.1")
 
     def ready(url: str) -> None:
         print_addresses(url, host)
         access = "needs the token" if token else "can be used by anyone on this network, because there is no token"
         print_how_to_stop(host, warning=f"The server {access}; there is no encryption.")
 
-    edge.serve(bundle, index, host=host, port=port, token=token, ready=ready, **drop_none(**options))
+    edge.serve(**given, token=token, ready=ready)
 
 
 def _token(file: Path | None) -> str:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import click
-
+from clip_rd_edge.cli._command import command_of
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, PathName, device_option, grouped, threads_option
+from clip_rd_edge.cli._options import grouped
 from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.settings.deploying import Verify
 
 if TYPE_CHECKING:
     from clip_rd_edge.runtime.verify import Check
 
 
-@click.command("verify", cls=GroupedCommand, short_help="Verify a bundle's files, and that it runs on this device.")
-@click.argument("bundle", type=PathName())
-@device_option
-@threads_option
+@command_of(Verify, "verify")
 @grouped("Output")("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
-def command(bundle: Path, device: str, threads: int | None, as_json: bool) -> None:
+def command(given: dict[str, Any], as_json: bool) -> None:
     """Check that the files of BUNDLE are unchanged since the export, and that both towers answer as they did there.
 
     \b
@@ -35,7 +31,7 @@ def command(bundle: Path, device: str, threads: int | None, as_json: bool) -> No
     from clip_rd_edge.cli._console import console_reporter
 
     with console_reporter():
-        checks = edge.verify(bundle, threads=threads, device=device)
+        checks = edge.verify(**given)
     if as_json:
         from clip_rd_edge.utils.structs import encode_json
 
@@ -45,7 +41,7 @@ def command(bundle: Path, device: str, threads: int | None, as_json: bool) -> No
     failed = [check for check in checks if not check.passed]
     if failed:
         raise ClipRdEdgeError(
-            f"The bundle {bundle} failed {len(failed)} of {len(checks)} checks: "
+            f"The bundle {given['bundle']} failed {len(failed)} of {len(checks)} checks: "
             f"{', '.join(check.what for check in failed)}.",
             hint=next((check.hint for check in failed if check.hint), ""),
         )

@@ -269,7 +269,7 @@ def read_manifest(folder: Path) -> Manifest:
             folder / MANIFEST, Manifest, newest=VERSION_WITHOUT_TEXT, max_bytes=MAX_MANIFEST_BYTES
         )
     except ConfigError as error:
-        error.hint = error.hint or "copy or export the bundle again"
+        error.advice = error.advice or "copy or export the bundle again"
         raise
     needed = [name for tower in manifest.towers.values() for name in manifest.files_of(tower)]
     for name in (*needed, *([TOKENIZER] if manifest.text else [])):
@@ -299,7 +299,7 @@ def require_whole_towers(folder: Path, manifest: Manifest, *, purpose: str) -> N
             size_gb = (folder / data).stat().st_size / 1e9
             raise UsageError(
                 f"{folder / tower.file} has {size_gb:.1f} GB of weights, and {purpose} takes towers of up to 2 GB.",
-                hint="run the float32 bundle itself (--format onnx --precision fp32), or distil a smaller student",
+                hint="run the float32 bundle itself ({format} onnx {precision} fp32), or distil a smaller student",
             )
 
 

@@ -212,7 +212,7 @@ Probabilities = npt.NDArray[np.float32]
 def require_labels(labels: Sequence[str]) -> None:
     """Raise InputError if there are no labels, or one is empty or no Unicode."""
     if not labels:
-        raise InputError("No labels were given.", hint='name some: --labels "a cat" "a dog"')
+        raise InputError("No labels were given.", hint='name some: {labels} "a cat" "a dog"')
     if empty := [i for i, label in enumerate(labels) if not label.strip()]:
         raise InputError(f"Label {empty[0] + 1} of {len(labels)} is empty.")
     if others := [label for label in labels if not is_unicode(label)]:

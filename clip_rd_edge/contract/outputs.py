@@ -63,24 +63,24 @@ def require_output(path: Path, kind: OutputKind, *, overwrite: bool, sources: It
     """
     try:
         if is_file(path):
-            raise UsageError(f"The output {path} is a file; expected a folder.", hint="choose another -o")
+            raise UsageError(f"The output {path} is a file; expected a folder.", hint="choose another {output}")
         names = sorted(child.name for child in path.iterdir()) if is_folder(path) else []
         stray = _stray(path, kind) if names else None
     except (InputError, OSError) as error:
         raise unwritable_output(path, error) from error
     if stray is not None and not overwrite:
-        raise UsageError(f"The output {path} already exists and is not empty.", hint="choose another -o")
+        raise UsageError(f"The output {path} already exists and is not empty.", hint="choose another {output}")
     require_free_output(path, overwrite=overwrite)
     require_apart(path, sources)
     if stray == "":
         raise UsageError(
             f"The output {path} is not replaced: it is no earlier {kind}, but a folder with {names[0]}.",
-            hint="choose another -o, or remove that folder yourself",
+            hint="choose another {output}, or remove that folder yourself",
         )
     if stray is not None:
         raise UsageError(
             f"The output {path} is not replaced: beside an earlier {kind}, it holds {stray}.",
-            hint=f"choose another -o, or move {stray} elsewhere",
+            hint=f"choose another {{output}}, or move {stray} elsewhere",
         )
 
 

@@ -86,7 +86,7 @@ def _read_file(word: Typed) -> list[str]:
         suggestion = near_matches(word, [IMAGENET]) or near_files(path)
         raise InputError(
             f"The template {quoted(word)} has no {{}} for the label's name, and is no readable file.{suggestion}",
-            hint=f'pass --template "{word.strip()} {{}}", the file of templates, or {IMAGENET} for CLIP\'s 80',
+            hint=f'pass {{templates}} "{word.strip()} {{}}", the file of templates, or {IMAGENET} for CLIP\'s 80',
         ) from error
     if missing := [number for number, line in enumerate(lines, start=1) if not is_template(line)]:
         raise InputError(

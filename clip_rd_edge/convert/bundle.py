@@ -78,6 +78,6 @@ def _require_different_captions(calibration: CalibrationSet) -> None:
         raise UsageError(
             f"All captions from {calibration.name} are alike, so the text tower in INT8 cannot be compared with "
             "float32; expected different ones.",
-            hint="pass pairs with captions of their own: --calibration pairs.csv, or leave the text tower out with "
-            "--labels and --no-text-tower",
+            hint="pass pairs with captions of their own: {calibration} pairs.csv, or leave the text tower out with "
+            "{labels} and --no-text-tower",
         )

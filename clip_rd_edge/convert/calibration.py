@@ -155,7 +155,7 @@ def _require_enough(pairs: Pairs, count: int, what: str) -> None:
     if count < MIN_PAIRS:
         raise InputError(
             f"{pairs.name} has {count} {what}; at least {MIN_PAIRS} are needed to calibrate and evaluate INT8.",
-            hint="pass more pairs with --calibration, or use --precision fp32",
+            hint="pass more pairs with {calibration}, or use {precision} fp32",
         )
 
 
@@ -218,7 +218,7 @@ def kept_pairs(model: str) -> CalibrationPairs:
     return CalibrationPairs(content.name, levels, content.captions, content.paired)
 
 
-_HINT = "pass pairs like the inputs the model will see in use: --calibration pairs.csv, or --calibration emoji"
+_HINT = "pass pairs like the inputs the model will see in use: {calibration} pairs.csv, or {calibration} emoji"
 
 
 def named_pairs(source: Typed, model: str) -> Pairs:

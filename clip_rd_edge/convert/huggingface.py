@@ -117,7 +117,7 @@ def require_supported(preprocessing: Preprocessing, name: str) -> None:
         raise UsageError(
             "transformers.js and fastembed resize the shorter edge and crop a square, or resize to a fixed size; "
             f"{name} takes {height} × {width} with resize mode {preprocessing.resize_mode}.",
-            hint="omit --layout",
+            hint="omit {layout}",
         )
 
 

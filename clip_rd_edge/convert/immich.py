@@ -100,7 +100,7 @@ def write_immich(bundle: Path, output: Path, *, overwrite: bool = False) -> None
             "immich does its own preprocessing: it resizes the shortest edge and crops a square; "
             f"{manifest.name} takes {height} × {width} with resize mode {preprocessing.resize_mode}"
             f"{', preprocessed in its graph' if manifest.image.preprocesses else ''}.",
-            hint="omit --layout or --preprocess-in-graph",
+            hint="omit {layout} or {preprocess_in_graph}",
         )
     with new_folder(output, overwrite=overwrite) as folder:
         image = rename_tensors(onnx.load(bundle / manifest.image.file), {manifest.image.input_name: "image"})

@@ -140,7 +140,7 @@ def require_precision(format: Format, precision: Precision) -> None:
     if precision not in precisions:
         raise UsageError(
             f"{format} does not support {precision}; expected {', '.join(precisions)}.",
-            hint=f"choose one of them: --precision {precisions[0]}",
+            hint=f"choose one of them: {{precision}} {precisions[0]}",
         )
 
 
@@ -149,20 +149,20 @@ def require_fallback(fallback: Fallback | None, *, format: Format, precision: Pr
     info = FORMATS[format]
     if precision == "int8" and fallback not in (None, "none", *info.precisions):
         raise UsageError(
-            f"--fallback {fallback} does not work with {info.title}, which is exported in "
+            f"{{fallback}} {fallback} does not work with {info.title}, which is exported in "
             f"{', '.join(info.precisions).upper()}.",
-            hint="use --fallback fp32",
+            hint="use {fallback} fp32",
         )
 
 
 def require_via(via: Via, *, format: Format, precision: Precision) -> None:
     """Raise UsageError if engines cannot be built this way in a format and precision."""
     if via == "torch-tensorrt" and format != "trt":
-        raise UsageError(f"--via torch-tensorrt builds TensorRT engines; expected --format trt, not {format}.")
+        raise UsageError(f"{{via}} torch-tensorrt builds TensorRT engines; expected {{format}} trt, not {format}.")
     if via == "torch-tensorrt" and precision == "int8":
         raise UsageError(
-            "--via torch-tensorrt does not support INT8, because its Q/DQ nodes are in the ONNX.",
-            hint="use --precision fp16, or omit --via",
+            "{via} torch-tensorrt does not support INT8, because its Q/DQ nodes are in the ONNX.",
+            hint="use {precision} fp16, or omit {via}",
         )
 
 
@@ -172,9 +172,9 @@ def require_int8(options: ExportOptions, precisions: Sequence[Precision]) -> Non
         return
     for name in ("calibration", "min_agreement", "max_loss", "fallback"):
         if options.get(name) is not None:
-            option = f"--{name.replace('_', '-')}"
+            option = f"{{{name}}}"
             raise UsageError(
-                f"{option} is for --precision int8, not {precisions[0]}.",
+                f"{option} is for {{precision}} int8, not {precisions[0]}.",
                 hint=f"omit {option}, or export with --precision int8",
             )
 
@@ -185,12 +185,12 @@ def require_unconverted(bundle: Path, options: ExportOptions, pretrained: str | 
         "pretrained": pretrained is not None,
         "precision": options.get("precision") is not None,
         "calibration": options.get("calibration") is not None,
-        "no-text-tower": not options.get("text_tower", True),
+        "text_tower": not options.get("text_tower", True),
     }
     for name, is_given in fixed.items():
         if is_given:
             raise UsageError(
-                f"{bundle} is a bundle already; --{name} cannot change it.", hint=f"run the export without --{name}"
+                f"{bundle} is a bundle already; {{{name}}} cannot change it.", hint=f"run the export without {{{name}}}"
             )
 
 
@@ -201,11 +201,11 @@ def int8_budget(options: ExportOptions, *, precision: Precision, format: Format)
         UsageError: an option does not apply to the format, or is out of range or not finite.
     """
     min_agreement, max_loss = options.get("min_agreement"), options.get("max_loss")
-    _require_within("--min-agreement", min_agreement, 1)
-    _require_within("--max-loss", max_loss, 100)
+    _require_within("{min_agreement}", min_agreement, 1)
+    _require_within("{max_loss}", max_loss, 100)
     fallback = options.get("fallback")
     if precision == "int8" and format == "trt" and (fallback or max_loss is not None):
-        name = "--fallback" if fallback else "--max-loss"
+        name = "{fallback}" if fallback else "{max_loss}"
         raise UsageError(f"{name} is for ONNX Runtime and OpenVINO; TensorRT's INT8 falls back to FP16 per layer.")
     default = Budget()
     return Budget(

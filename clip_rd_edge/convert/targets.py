@@ -169,11 +169,11 @@ def resolve_target(target: str | None, *, format: Format | None, precision: Prec
         )
     profile = read_device(_RTX if target in RTX_TARGETS else target).profile
     if format not in (None, profile.format):
-        raise UsageError(f"{target} takes --format {profile.format}, not {format}.", hint="omit --format or --target")
+        raise UsageError(f"{target} takes {{format}} {profile.format}, not {format}.", hint="omit {format} or {target}")
     if profile.format == "trt":
         require_target(target)
     if precision is not None and precision not in profile.precisions:
-        raise UsageError(f"{target} takes --precision {' or '.join(profile.precisions)}, not {precision}.")
+        raise UsageError(f"{target} takes {{precision}} {' or '.join(profile.precisions)}, not {precision}.")
     return ResolvedTarget(
         profile.format,
         precision or profile.precisions[0],
@@ -281,37 +281,37 @@ def _require_layout_options(options: ExportOptions, layout: Layout, resolved: Re
     """Raise UsageError if an option cannot be combined with the layout."""
     if layout != "bundle" and resolved.format != "onnx":
         raise UsageError(
-            f"The layout {layout} is ONNX; expected --format onnx, not {resolved.format}.",
-            hint=f"omit --layout, or export for ONNX: --format onnx --layout {layout}",
+            f"The layout {layout} is ONNX; expected {{format}} onnx, not {resolved.format}.",
+            hint=f"omit {{layout}}, or export for ONNX: --format onnx --layout {layout}",
         )
     if layout != "bundle" and not options.get("text_tower", True):
-        raise UsageError(f"--layout {layout} has both towers.", hint="omit --no-text-tower")
+        raise UsageError(f"{{layout}} {layout} has both towers.", hint="omit --no-text-tower")
     if layout != "immich" and options.get("as_name") is not None:
-        raise UsageError("--as is the name of a model of --layout immich.", hint="omit --as")
+        raise UsageError("{as_name} is the name of a model of {layout} immich.", hint="omit {as_name}")
     if layout != "huggingface":
         if options.get("report") is not None:
-            raise UsageError("--report is for the model card of --layout huggingface.", hint="omit --report")
+            raise UsageError("{report} is for the model card of {layout} huggingface.", hint="omit {report}")
         if layout == "immich" and options.get("preprocess_in_graph"):
-            raise UsageError("immich does its own preprocessing.", hint="omit --preprocess-in-graph")
+            raise UsageError("immich does its own preprocessing.", hint="omit {preprocess_in_graph}")
         if layout == "immich" and options.get("labels") is not None:
-            raise UsageError("--layout immich stores no labels.", hint="omit --labels")
+            raise UsageError("{layout} immich stores no labels.", hint="omit {labels}")
         return
     if options.get("preprocess_in_graph"):
-        raise UsageError("transformers.js and fastembed preprocess images.", hint="omit --preprocess-in-graph")
+        raise UsageError("transformers.js and fastembed preprocess images.", hint="omit {preprocess_in_graph}")
     if options.get("labels") is not None:
-        raise UsageError("--layout huggingface stores no labels.", hint="omit --labels")
+        raise UsageError("{layout} huggingface stores no labels.", hint="omit {labels}")
 
 
 def _require_browser_options(options: ExportOptions) -> None:
     """Raise UsageError if an option cannot be combined with the browser target."""
     format, layout = options.get("format"), options.get("layout", "bundle")
     for conflict, option in (
-        (format not in (None, "onnx"), f"--format {format}"),
-        (layout != "bundle", f"--layout {layout}"),
-        (bool(options.get("preprocess_in_graph")), "--preprocess-in-graph"),
+        (format not in (None, "onnx"), f"{{format}} {format}"),
+        (layout != "bundle", f"{{layout}} {layout}"),
+        (bool(options.get("preprocess_in_graph")), "{preprocess_in_graph}"),
     ):
         if conflict:
-            raise UsageError(f"--target browser cannot be combined with {option}.", hint=f"omit {option}")
+            raise UsageError(f"{{target}} browser cannot be combined with {option}.", hint=f"omit {option}")
 
 
 def engine_target_here() -> tuple[str, str]:
@@ -353,5 +353,5 @@ def require_target(name: str | None) -> str:
     known = ", ".join(f"{target} ({title.partition(';')[0]})" for target, title in TARGETS.items())
     problem = "An engine needs a target" if name is None else f"Engines cannot be built for {name!r}"
     raise InputError(
-        f"{problem}; expected one of {known}.{near_matches(name or '', TARGETS)}", hint="name one: --target sm86"
+        f"{problem}; expected one of {known}.{near_matches(name or '', TARGETS)}", hint="name one: {target} sm86"
     )

@@ -93,13 +93,13 @@ def load_pairs(
     return pairs
 
 
-_HINT_TOO_FEW = "add pairs, or train on the built-in data set with --data emoji"
+_HINT_TOO_FEW = "add pairs, or train on the built-in data set with {data} emoji"
 
 
 def _hint_about_left_out(pairs: Pairs) -> str:
     """Return what to do about samples that are there, but cannot be used."""
     if names_shards(pairs.name):
-        return "each sample needs an image and a caption, as .txt or in a .json: see --json-caption-key"
+        return "each sample needs an image and a caption, as .txt or in a .json: see {json_caption_key}"
     return (
         "check these rows: an image is a local file, with / between folders, relative to the working directory or the "
         f"table; a caption is one text and not empty{hint_to_index_again(pairs)}"

@@ -106,7 +106,7 @@ def require_batch(pairs: Pairs, batch_size: int, *, processes: int = 1, what: st
     if batch_size > len(pairs):
         raise UsageError(
             f"The batch size is {batch_size:,}, but {pairs.name} has only {len(pairs):,} {what}.",
-            hint=f"--batch-size {len(pairs)} or less",
+            hint=f"{{batch_size}} {len(pairs)} or less",
         )
     if batch_size % processes:
         raise UsageError(f"The batch size is {batch_size}, which {processes} processes cannot share evenly.")
@@ -281,7 +281,7 @@ class BadSamples:
             f"{bad:,} of {samples:,} samples of {self._pairs.name} are bad, more than {self._max_share:.2%}: "
             f"{example.rstrip('.')}.",
             hint=(
-                f"fix or remove them, or accept them: --max-bad {math.ceil(100 * bad / samples) / 100:g}"
+                f"fix or remove them, or accept them: {{max_bad}} {math.ceil(100 * bad / samples) / 100:g}"
                 if bad <= samples / 2
                 else "check the source: half of it or more is no use"
             )

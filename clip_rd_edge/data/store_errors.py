@@ -34,7 +34,7 @@ def refusal(url: str, error: BaseException) -> InputError | None:
         if "request time" in reason:  # such as "The difference between the request time and the current time …"
             hint = "set this machine's clock, with which requests are signed"
         elif is_web(url) and "?" in url:
-            hint = "its signature may have expired: name the shards by new URLs, which --resume takes, too"
+            hint = "its signature may have expired: name the shards by new URLs, which {resume} takes, too"
         return InputError(f"The shard {shard} may not be read: {reason}.", hint=hint)
     if status in (301, 400) and (region := _bucket_region(error)):
         return InputError(

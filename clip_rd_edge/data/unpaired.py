@@ -90,7 +90,7 @@ class MixedSamples:
         if self.pairs is None and not self.texts:
             raise UsageError(
                 "There are images, but no captions to train on.",
-                hint="name captions or labels: --texts labels.txt with one per line, or --data PAIRS",
+                hint="name captions or labels: {texts} labels.txt with one per line, or {data} PAIRS",
             )
 
     def __len__(self) -> int:
@@ -204,7 +204,7 @@ def require_images(pairs: Pairs) -> None:
     if not has_images(pairs):
         raise UsageError(
             "There are texts alone, but a teacher cache holds embeddings of images.",
-            hint="name images: --images FOLDER, or --data PAIRS; a run on texts alone needs no cache",
+            hint="name images: {images} FOLDER, or {data} PAIRS; a run on texts alone needs no cache",
         )
 
 
@@ -239,17 +239,17 @@ def load_samples(
     if source.data is None and source.images is None and source.texts is None:
         raise UsageError(
             "There are no training data.",
-            hint="name pairs with --data, or images and captions apart: --images FOLDER --texts labels.txt",
+            hint="name pairs with {data}, or images and captions apart: {images} FOLDER {texts} labels.txt",
         )
     if source.templates and source.texts is None:
         raise UsageError(
-            "There are templates, but no texts to put into them.", hint="name labels with --texts, or omit --template"
+            "There are templates, but no texts to put into them.", hint="name labels with {texts}, or omit {templates}"
         )
     pairs = None
     if (weights := source.train_data_upsampling_factors) and source.data is None:
         raise UsageError(
             f"The weights {weights!r} apply only to shards of pairs, of which there are none.",
-            hint="omit --train-data-upsampling-factors",
+            hint="omit {train_data_upsampling_factors}",
         )
     if source.data is not None:
         pairs = load_pairs(
@@ -267,7 +267,7 @@ def load_samples(
     if len(templates) > MAX_TEMPLATES:
         raise UsageError(
             f"There are {len(templates):,} templates; the limit is {MAX_TEMPLATES:,}, as in the bundle of the student.",
-            hint="name fewer with --template",
+            hint="name fewer with {templates}",
         )
     texts = load_texts(source.texts, source.csv_caption_key, read_texts) if source.texts is not None else ()
     return MixedSamples(pairs, images, tuple(dict.fromkeys(texts)), templates)

@@ -97,7 +97,7 @@ def average_models(
     if weight == BEST and not tasks:
         raise UsageError(
             "The best weight was asked for, but there is no task to measure it on.",
-            hint="name labelled images: --task my-images/, or a number: --weight 0.5",
+            hint="name labelled images: {tasks} my-images/, or a number: {weight} 0.5",
         )
     require_utf8_path(folder)
     sources = [source for name in names if (source := model_folder(name))]

@@ -163,12 +163,12 @@ def _require_matching_towers(config: RunConfig, setup: RunSetup) -> None:
     if not objective.has_projections or terms & MATCHING_TERMS:
         return
     size, of_teachers = setup.student.embedding_size, sum(objective.teacher_widths)
-    recipe = "" if is_texts_alone(config) else ", or another recipe: --recipe clip-rd"
+    recipe = "" if is_texts_alone(config) else ", or another recipe: {recipe} clip-rd"
     raise UsageError(
         f"The embeddings of the student have {size} entries and those of {' and '.join(setup.teacher_names)} "
         f"{of_teachers}, and no term of the objective compares the student's images with its texts: they would not "
         "match, since each learns a projection of its own.",
-        hint=f"name one teacher with embeddings of {size}, or give the student theirs: --embedding-size {of_teachers}"
+        hint=f"name one teacher with embeddings of {size}, or give the student theirs: {{embedding_size}} {of_teachers}"
         f"{recipe}",
     )
 
@@ -177,7 +177,7 @@ def _require_terms_without_pairs(config: RunConfig) -> None:
     if config.recipe.objective.needs_pairs:
         raise UsageError(
             f"The recipe {config.recipe_name} trains on pairs of images and captions alone, of which there are none.",
-            hint="name pairs with --data, or another recipe: --recipe clip-rd",
+            hint="name pairs with {data}, or another recipe: {recipe} clip-rd",
         )
 
 
@@ -185,12 +185,12 @@ def _require_terms_of_texts(config: RunConfig) -> None:
     if not config.recipe.objective.for_texts().active():
         raise UsageError(
             f"The recipe {config.recipe_name} trains on images, of which there are none.",
-            hint="name some: --images FOLDER, or --data PAIRS; or another recipe: --recipe clip-rd",
+            hint="name some: {images} FOLDER, or {data} PAIRS; or another recipe: {recipe} clip-rd",
         )
     if config.quantize:
         raise UsageError(
             "There are texts alone, but it is the image tower that is trained for INT8.",
-            hint="name images: --images FOLDER, or --data PAIRS",
+            hint="name images: {images} FOLDER, or {data} PAIRS",
         )
 
 
@@ -225,7 +225,7 @@ def _reinforced_pairs(source: TrainingData, reporter: Reporter) -> ReinforcedPai
         raise UsageError(
             f"Stored teachers were named, but the data are {shown_sources(source.data)}; expected WebDataset shards of "
             "reinforced samples.",
-            hint="--data 'store/{00000..00012}.tar', or name another --teacher",
+            hint="{data} 'store/{00000..00012}.tar', or name another {teacher}",
         )
     sources = parse_sources(source.data, source.train_data_upsampling_factors)
     return ReinforcedPairs(source.data, sources, json_key=source.json_caption_key, reporter=reporter)

@@ -362,7 +362,7 @@ def resolve(
     if "epochs" in overrides and overrides.get("steps"):
         raise UsageError(
             f"{overrides['epochs']} epochs and {overrides['steps']} steps were both asked for; expected one of them.",
-            hint="omit --epochs or --steps",
+            hint="omit {epochs} or {steps}",
         )
     if "epochs" in overrides:
         overrides["steps"] = 0

@@ -70,8 +70,8 @@ def _require_trained_part(student: ClipModel, config: RunConfig) -> None:
         ]
         raise UsageError(
             f"Nothing of {student.name} would be trained: {' and '.join(reasons) or 'all of it is frozen'}.",
-            hint="name images: --images FOLDER, or --data PAIRS; or train the text tower: another --text, and no "
-            "--freeze-text",
+            hint="name images: {images} FOLDER, or {data} PAIRS; or train the text tower: another {text}, and no "
+            "{freeze_text}",
         )
 
 
@@ -121,19 +121,19 @@ def freeze_first_layers(student: ClipModel, count: int) -> None:
     if "timm_model_name" not in student.model_cfg["vision_cfg"]:
         raise UsageError(
             f"The first layers of {student.name} cannot be frozen: its image tower is not a timm trunk.",
-            hint="omit --freeze-image",
+            hint="omit {freeze_image}",
         )
     trunk: Any = student.model.get_submodule("visual.trunk")
     if not hasattr(trunk, "group_matcher"):
         raise UsageError(
             f"The first layers of {student.name} cannot be frozen: timm does not say how its layers form groups.",
-            hint="omit --freeze-image, or name another --student",
+            hint="omit {freeze_image}, or name another {student}",
         )
     groups: dict[int, list[str]] = group_parameters(trunk, trunk.group_matcher())
     if count >= len(groups):
         raise ConfigError(
             f"{count} groups of layers of {student.name} were to be frozen, but its image tower has {len(groups)}.",
-            hint=f"--freeze-image takes 0 to {len(groups) - 1}",
+            hint=f"{{freeze_image}} takes 0 to {len(groups) - 1}",
         )
     _freeze([[trunk.get_parameter(name) for name in groups[group]] for group in sorted(groups)[:count]], within=trunk)
 
@@ -151,7 +151,7 @@ def freeze_first_text_layers(student: ClipModel, count: int) -> None:
         raise ConfigError(
             f"{count} groups of layers of {student.name} were to be frozen, but its text tower has {len(groups)}, the "
             "embeddings among them.",
-            hint=f"--freeze-text-layers takes 0 to {len(groups) - 1}; --freeze-text freezes all",
+            hint=f"{{freeze_text_layers}} takes 0 to {len(groups) - 1}; {{freeze_text}} freezes all",
         )
     _freeze(groups[:count], within=text_transformer(student))
 

@@ -187,11 +187,11 @@ def check_inputs(
             ways = ["name those that it was finished with" if is_finished else "restore them"]
             if former:
                 is_shown = shown_source(former) == former
-                those = f": --data {as_word(former)}" if is_shown else f", the data in {run / RUN_CONFIG_FILE}"
+                those = f": {{data}} {as_word(former)}" if is_shown else f", the data in {run / RUN_CONFIG_FILE}"
                 ways = [f"name those that it began with{those}"]
             ways.append("start a new run with another -o")
             if is_acceptable:
-                ways.append("go on with the new ones: --accept-changes")
+                ways.append("go on with the new ones: {accept_changes}")
             raise UsageError(
                 f"{run} began with other inputs: {difference}.", hint=f"{', '.join(ways[:-1])}, or {ways[-1]}"
             )
@@ -230,7 +230,9 @@ def require_same_files(configs: Sequence[RunConfig], runs: Sequence[Path], pairs
         old = read_json(run / INPUTS_FILE, RunInputs)
         new = msgspec.structs.replace(old, **data, student_file_sha256=_student_file_sha256(config))
         if difference := _difference(old, new, data=pairs.name, teachers=config.teachers):
-            raise UsageError(f"{run} began with other inputs: {difference}.", hint="restore them, or choose another -o")
+            raise UsageError(
+                f"{run} began with other inputs: {difference}.", hint="restore them, or choose another {output}"
+            )
 
 
 def record_inputs(run: Path, inputs: RunInputs) -> None:

@@ -181,7 +181,7 @@ def diverged_error(run: Path, reason: str) -> DivergedRunError:
     last = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet"
     return DivergedRunError(
         f"The run has diverged: {reason}; {last}.",
-        hint="begin a new run, with another -o, with a lower learning rate, or --precision fp32",
+        hint="begin a new run, with another {output}, with a lower learning rate, or {precision} fp32",
     )
 
 

@@ -47,7 +47,7 @@ def check_folder(
     if config.teacher_cache and not config.views and not is_texts_alone(config):  # which takes no cache at all
         raise UsageError(
             "A teacher cache holds a fixed number of views of each pair, but no number was given.",
-            hint="add --views 8, for example: eight crops of each image, over which the epochs cycle",
+            hint="add {views} 8, for example: eight crops of each image, over which the epochs cycle",
         )
     path = run / RUN_CONFIG_FILE
     if not any(path.name != LOCK_FILE for path in run.iterdir()):
@@ -55,14 +55,14 @@ def check_folder(
     if not resume:
         raise UsageError(
             f"The output {run} already exists and is not empty.",
-            hint="choose another -o, or continue that run with --resume",
+            hint="choose another {output}, or continue that run with {resume}",
         )
     if not path.is_file():
         # What is left of a run that was killed at its start is hidden.
         if strangers := sorted(own.name for own in run.iterdir() if not own.name.startswith(".")):
             raise UsageError(
                 f"There is no run in {run} to resume: it has no {RUN_CONFIG_FILE}, but {strangers[0]}.",
-                hint="choose another -o: a run would replace files in that folder",
+                hint="choose another {output}: a run would replace files in that folder",
             )
         return config, "new"
     old = read_yaml(path, RecordedConfig)
@@ -75,7 +75,7 @@ def check_folder(
     if difference := first_difference(old, config, ignored=CHANGEABLE_ON_RESUME | sources | decided):
         raise UsageError(
             f"{run} holds a run with another configuration: {difference}.",
-            hint="use the same options as before, or choose another -o",
+            hint="use the same options as before, or choose another {output}",
         )
     is_finished = (run / STUDENT_FOLDER / WEIGHTS_FILE).is_file()
     if config.recipe.objective.bank and list_checkpoints(run) and not is_finished:  # before a cache is built

@@ -134,7 +134,7 @@ def run_distillation(
         except Stopped:
             where = f"saved in {run}" if list_checkpoints(run) else "before the first step"
             raise InterruptedRunError(
-                f"Stopped by {request.signal_name}; {where}.", hint="resume with the same command and --resume"
+                f"Stopped by {request.signal_name}; {where}.", hint="resume with the same command and {resume}"
             ) from None
         except Exception as error:  # torch and safetensors hide the type of what the system reports
             if killed := lost_worker(error):
@@ -144,7 +144,7 @@ def run_distillation(
             if _is_within(error, run) and not run.exists():
                 raise UsageError(
                     f"The folder of the run, {run}, was moved or removed while it was being written.",
-                    hint="move it back and resume with the same command and --resume, or begin again without",
+                    hint="move it back and resume with the same command and {resume}, or begin again without",
                 ) from error
             raise
 
@@ -161,7 +161,7 @@ def _without_space(run: Path, error: DiskFullError) -> DiskFullError:
     where = str(error).partition(";")[0]
     return DiskFullError(
         f"{where}; the run {run} goes on from {kept}.",
-        hint="free some space, then resume with the same command and --resume",
+        hint="free some space, then resume with the same command and {resume}",
     )
 
 

@@ -204,7 +204,7 @@ class TrainingStep:
                 raise
             raise UsageError(
                 "A batch norm of the student sees a single image in a part of a batch, and cannot scale by its spread.",
-                hint="a larger --batch-size, a lower --accumulate, fewer processes, or --freeze-norms",
+                hint="a larger {batch_size}, a lower {accumulate}, fewer processes, or {freeze_norms}",
             ) from error
         return image, text
 

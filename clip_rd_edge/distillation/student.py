@@ -121,7 +121,7 @@ def _student_to_train(config: RunConfig, teachers: Sequence[ClipModel], name: st
         if config.pretrained_image or config.pretrained_text:
             raise UsageError(
                 f"{config.student} already has weights, but other weights to start from were named.",
-                hint="omit --pretrained-image and --pretrained-text",
+                hint="omit {pretrained_image} and {pretrained_text}",
             )
         student = load_clip(config.student)
         _require_shape(config, student)
@@ -130,14 +130,14 @@ def _student_to_train(config: RunConfig, teachers: Sequence[ClipModel], name: st
         raise UsageError(
             f"A share of {config.tuned_share:g} of the trained weights was asked for, but {config.student} has "
             "no weights to start from.",
-            hint="omit --tuned-share, or name a trained model with --student",
+            hint="omit {tuned_share}, or name a trained model with {student}",
         )
     student = _build_student(config, teachers, name)
     if config.pretrained_text in (TEACHER, TOKENS) and not teachers:
         raise UsageError(
             f"The student's text tower is to start from its teacher, but the recipe {config.recipe_name} has no "
             "teacher.",
-            hint="choose another --pretrained-text, or another --recipe",
+            hint="choose another {pretrained_text}, or another {recipe}",
         )
     if config.pretrained_image == TEACHER:
         reporter.say(copy_image_tower(student, teachers[0]))
@@ -159,11 +159,11 @@ def _require_shape(config: RunConfig, student: ClipModel) -> None:
         asked_for["text"] = f"{size.width}x{size.layers}"
     for name, value in actual.items():
         if asked_for[name] not in (value, None, 0):  # 0: the embedding size of a teacher
-            option = "--" + name.replace("_", "-")
+            option = f"{{{name}}}"
             what = "text tower" if name == "text" else name.replace("_", " ")
             raise UsageError(
                 f"{config.student} is trained, and its {what} is {value}; {getattr(config, name)} was asked for.",
-                hint=f"omit {option}, or name an architecture with --student",
+                hint=f"omit {option}, or name an architecture with {{student}}",
             )
 
 
@@ -199,7 +199,7 @@ def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) 
     if (source := text_source(config)) is not None and config.pretrained_text:
         raise UsageError(
             f"The student takes the text tower of {config.text}, but other weights to start from were named.",
-            hint="omit --pretrained-text",
+            hint="omit {pretrained_text}",
         )
     architecture = _student_architecture(config, teachers)
     if source is not None:
@@ -211,7 +211,7 @@ def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) 
     if not teachers:
         raise UsageError(
             f"The student is to have its teacher's text tower, but the recipe {config.recipe_name} has no teacher.",
-            hint="choose another --text, or another --recipe",
+            hint="choose another {text}, or another {recipe}",
         )
     _require_context_length(config, teachers[0])
     return build_with_text_tower_of(teachers[0], architecture, name=name)
@@ -224,7 +224,7 @@ def _require_context_length(config: RunConfig, clip: ClipModel) -> None:
         raise UsageError(
             f"The student takes the text tower of {of}, whose context length is {clip.context_length}; "
             f"{config.context_length} was asked for.",
-            hint="omit --context-length",
+            hint="omit {context_length}",
         )
 
 
@@ -240,7 +240,7 @@ def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> d
             raise UsageError(
                 f"The student is to start from its teacher's image tower, but the recipe {config.recipe_name} has no "
                 "teacher.",
-                hint="choose another --pretrained-image, or another --recipe",
+                hint="choose another {pretrained_image}, or another {recipe}",
             )
         architecture = with_image_of(architecture, teachers[0])
     if config.pretrained_text == TEACHER and teachers:
@@ -307,5 +307,5 @@ def require_separate_text_tower(student: ClipModel) -> None:
         raise UsageError(
             f"The text tower of {student.name} cannot be frozen: its parts lie at the top level of the model, as in "
             "OpenAI's; expected a module of its own, which models with custom_text in open_clip's configuration have.",
-            hint="omit --freeze-text",
+            hint="omit {freeze_text}",
         )

@@ -120,7 +120,7 @@ def prepare(
         raise UsageError(
             f"{run} has done {start:,} steps, and {config.recipe.epochs:,} epochs of {len(setup.pairs):,} pairs have "
             f"{steps:,}.",
-            hint="restore the data that it began with, or start a new run with another -o",
+            hint="restore the data that it began with, or start a new run with another {output}",
         )
     if start:
         reporter.say(f"resumed after step {start:,} of {steps:,}")
@@ -402,7 +402,7 @@ def interrupted(request: StopRequest, run: Path, done: int, steps: int) -> Inter
     """Return the error that says how far a stopped run came."""
     after = f"after step {done:,} of {steps:,}; saved in {run}" if done else f"before the first of {steps:,} steps"
     return InterruptedRunError(
-        f"Stopped by {request.signal_name or 'a signal'} {after}.", hint="resume with the same command and --resume"
+        f"Stopped by {request.signal_name or 'a signal'} {after}.", hint="resume with the same command and {resume}"
     )
 
 

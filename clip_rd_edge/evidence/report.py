@@ -317,12 +317,12 @@ def require_report_folder(folder: Path, name: str) -> None:
     """
     results = folder / f"{name}.json"
     require_output_file(
-        results, lambda beginning: beginning.startswith(b'{"suite":'), what="the results of a suite", option="-o"
+        results, lambda beginning: beginning.startswith(b'{"suite":'), what="the results of a suite", option="{output}"
     )
     if not exists(results):
         for ending in (_PAGE, _CURVES, _GEOMETRY):
             path = folder / f"{name}{ending}"
-            require_output_file(path, lambda beginning: False, what="an earlier report's", option="-o")
+            require_output_file(path, lambda beginning: False, what="an earlier report's", option="{output}")
 
 
 def write_report(evidence: Evidence, folder: Path) -> list[Path]:

@@ -181,7 +181,7 @@ def _embedded_teacher(suite: EvidenceSuite, folder: Path, reporter: Reporter) ->
     if suite.data != "emoji":
         raise UsageError(
             f"The suite {suite.name} trains on {shown_source(suite.data)}, for which there is no built-in teacher.",
-            hint="name a teacher: --teacher local-dir:PATH, or hf-hub:ORG/REPO",
+            hint="name a teacher: {teacher} local-dir:PATH, or hf-hub:ORG/REPO",
         )
     tune_teacher(Settings(folder=folder, teacher_steps=suite.teacher_steps), reporter)
     return typed(folder / TUNED_TEACHER)
@@ -197,7 +197,7 @@ def _evaluate_teacher(suite: EvidenceSuite, folder: Path, teacher: Typed, tasks:
         if not is_same and any(read_run(folder / run.subfolder) for run in suite.runs()):
             raise UsageError(
                 f"{folder} has finished runs beside another teacher, {known.model}, or one with other weights.",
-                hint="name that teacher again, or choose another -o",
+                hint="name that teacher again, or choose another {output}",
             )
         if is_same and known.model == clip.name and has_tasks(known, _named(tasks)):
             return

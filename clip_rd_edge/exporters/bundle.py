@@ -284,7 +284,7 @@ def _with_preprocessing(folder: Path, manifest: Manifest) -> Manifest:
     path = folder / manifest.image.file
     if (folder / f"{path.name}{EXTERNAL_DATA_SUFFIX}").is_file():
         raise UsageError(
-            "--preprocess-in-graph takes image towers of up to 2 GB, and this one is larger.", hint="omit it"
+            "{preprocess_in_graph} takes image towers of up to 2 GB, and this one is larger.", hint="omit it"
         )
     write_bytes(path, with_preprocessing(onnx.load(path), manifest.preprocessing).SerializeToString())
     image = msgspec.structs.replace(manifest.image, input_name=IMAGE, preprocesses=True)

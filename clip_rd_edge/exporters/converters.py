@@ -132,7 +132,7 @@ def _write_source(job: Conversion, folder: Path, tools: Toolchain) -> Conversion
 def _require_images_of_one_size(request: ExportRequest, runtime: str) -> None:
     """Raise UsageError if a graph is to take images of any size."""
     if request.preprocess_in_graph:
-        raise UsageError(f"--preprocess-in-graph does not work with {runtime}, whose files take images of one size.")
+        raise UsageError(f"{{preprocess_in_graph}} does not work with {runtime}, whose files take images of one size.")
 
 
 class LiteRtConverter(Converter):
@@ -205,12 +205,12 @@ class TensorRtConverter(Converter):
             card = RTX_TARGETS[request.target]
             raise UsageError(
                 f"TensorRT for RTX does not compute the towers in INT8 on {request.target} ({card}).",
-                hint="use --precision fp16",
+                hint="use {precision} fp16",
             )
         require_target(request.target)
         if request.preprocess_in_graph:
             raise UsageError(
-                "--preprocess-in-graph does not work with TensorRT, which supports neither uint8 images nor images of "
+                "{preprocess_in_graph} does not work with TensorRT, which supports neither uint8 images nor images of "
                 "any size."
             )
         if request.via == "torch-tensorrt":

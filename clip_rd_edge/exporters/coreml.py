@@ -25,7 +25,7 @@ from clip_rd_edge.runtime.backends.coreml import COREML
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 NOT_RUN = "converted and not run: Core ML runs on a Mac alone, where clip-rd-edge verify compares its answers"
-_HINT = "use --format onnx, which ONNX Runtime runs on Apple devices as well"
+_HINT = "use {format} onnx, which ONNX Runtime runs on Apple devices as well"
 
 
 class _OneInput(nn.Module):

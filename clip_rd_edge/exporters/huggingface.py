@@ -58,7 +58,7 @@ def export_huggingface(
         raise UsageError(
             f"{clip.name} has {size / 1e9:.1f} GB of weights, and the Hugging Face layout has both towers in one file "
             "of up to 2 GB.",
-            hint="omit --layout, or distil a smaller student",
+            hint="omit {layout}, or distil a smaller student",
         )
     variants: list[Variant] = ["fp32", "fp16"]
     if request.precision == "int8":

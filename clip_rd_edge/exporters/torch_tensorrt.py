@@ -32,7 +32,7 @@ from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 
 _CAPABILITIES = {**{name: name for name in RTX_TARGETS}, "jetson-orin": "sm87", "jetson-thor": "sm110"}
 _EXAMPLE_BATCH = 2  # a batch size of 1 would be treated as a constant
-_HINT = "omit --via: engines are then built from ONNX, without a GPU"
+_HINT = "omit {via}: engines are then built from ONNX, without a GPU"
 
 
 class _Fp16Tower(nn.Module):
@@ -78,7 +78,7 @@ def require_torch_tensorrt(target: str) -> Any:
     """
     if not torch.cuda.is_available():
         raise UsageError(
-            f"--via torch-tensorrt needs a CUDA build of torch and a GPU; torch {torch.__version__} finds no GPU.",
+            f"{{via}} torch-tensorrt needs a CUDA build of torch and a GPU; torch {torch.__version__} finds no GPU.",
             hint=_HINT,
         )
     capability = "sm{}{}".format(*torch.cuda.get_device_capability())
@@ -89,7 +89,7 @@ def require_torch_tensorrt(target: str) -> Any:
     try:
         module = importlib.import_module("torch_tensorrt")
     except ImportError as error:
-        raise MissingExtraError("torch-tensorrt", extra="torch-tensorrt", purpose="--via torch-tensorrt") from error
+        raise MissingExtraError("torch-tensorrt", extra="torch-tensorrt", purpose="{via} torch-tensorrt") from error
     except Exception as error:  # it queries devices and loads libraries, which raise many types
         raise ClipRdEdgeError(f"torch-tensorrt cannot be loaded: {root_cause(error)}.", hint=_HINT) from error
     rtx = bool(getattr(module.ENABLED_FEATURES, "tensorrt_rtx", False))
@@ -117,7 +117,7 @@ def _to_fp16(tower: nn.Module, name: str, inputs: Inputs) -> nn.Module:
         raise ClipRdEdgeError(
             f"torch-tensorrt cannot build the {name} tower in float16: its centred cosine with float32 is {cosine:.4f} "
             f"on extreme images and texts, below {MIN_AGREEMENT}.",
-            hint="use --precision fp32, or omit --via: from ONNX, the layers that overflow stay in float32",
+            hint="use {precision} fp32, or omit {via}: from ONNX, the layers that overflow stay in float32",
         )
     return fp16
 

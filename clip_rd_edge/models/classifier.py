@@ -145,7 +145,7 @@ def _timm_classifier(spec: str, pretrained: str | None) -> ImageClassifier:
         except Exception as error:  # timm, the hub client and torch raise many types
             raise InputError(
                 f"timm's weights for {spec} could not be fetched: {first_line(error)}.",
-                hint="download them on a machine with network access, and pass the file: --pretrained FILE",
+                hint="download them on a machine with network access, and pass the file: {pretrained} FILE",
             ) from error
         return _checked(architecture, model, source=f"timm, {spec}")
     weights = read_weights(Path(pretrained))
@@ -174,7 +174,7 @@ def _torchvision_classifier(name: str, pretrained: str | None) -> ImageClassifie
         except Exception as error:  # torch and urllib raise many types
             raise InputError(
                 f"torchvision's weights for {name} could not be fetched: {first_line(error)}.",
-                hint="download them on a machine with network access, and pass the file: --pretrained FILE",
+                hint="download them on a machine with network access, and pass the file: {pretrained} FILE",
             ) from error
     else:
         weights = read_weights(Path(pretrained))

@@ -12,7 +12,7 @@ from clip_rd_edge.models.clip import ClipModel, ImageTower, evaluation_mode, qui
 from clip_rd_edge.models.text.config import require_equal
 
 _TIMM_NAME = "timm_model_name"
-_HINT = "name the teacher's architecture with --student, or omit --pretrained-image"
+_HINT = "name the teacher's architecture with {student}, or omit {pretrained_image}"
 
 
 def with_image_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def with_image_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
         raise ConfigError(
             f"The student's embedding size is {model_cfg['embed_dim']}, and that of {teacher.name} is "
             f"{teacher.embedding_size}; expected the same: the image tower is to start as the teacher's.",
-            hint=f"--embedding-size {teacher.embedding_size}, or omit --pretrained-image",
+            hint=f"{{embedding_size}} {teacher.embedding_size}, or omit {{pretrained_image}}",
         )
     vision_cfg = {**source, "timm_model_pretrained": False} if _TIMM_NAME in source else source
     model_cfg = {**model_cfg, "vision_cfg": {**vision_cfg, "image_size": own["image_size"]}}
@@ -59,7 +59,7 @@ def copy_image_tower(student: ClipModel, teacher: ClipModel) -> str:
     except RuntimeError as error:
         raise ConfigError(
             f"The image tower of {teacher.name} does not fit the student's: {str(error).splitlines()[-1].strip()}",
-            hint=f"--image-size {teacher.preprocessing.size[0]}, or omit --pretrained-image",
+            hint=f"{{image_size}} {teacher.preprocessing.size[0]}, or omit {{pretrained_image}}",
         ) from error
     _require_same_features(student, teacher)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def _require_same_features(student: ClipModel, teacher: ClipModel) -> None:
     for model in (student.model, teacher.model):
         with evaluation_mode(model):
             features.append(ImageTower(model)(pixels.to(next(model.parameters()).device)).cpu())
-    require_equal(*features, what=f"image tower with the weights of {teacher.name}", hint="omit --pretrained-image")
+    require_equal(*features, what=f"image tower with the weights of {teacher.name}", hint="omit {pretrained_image}")
 
 
 def _architecture(vision_cfg: dict[str, Any]) -> str:

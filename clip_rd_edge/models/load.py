@@ -184,7 +184,7 @@ def _architecture(name: str, pretrained: str | None) -> dict[str, Any]:
     if pretrained is None:
         raise InputError(
             f"The architecture {name} was given without weights.",
-            hint=f"add --pretrained with {which}, or name a model's folder instead",
+            hint=f"add {{pretrained}} with {which}, or name a model's folder instead",
         )
     tag_cfg = open_clip.get_pretrained_cfg(name, pretrained)
     if not exists(pretrained) and not tag_cfg:

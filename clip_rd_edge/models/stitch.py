@@ -218,7 +218,7 @@ def _verify(visual: nn.Module, classifier: ImageClassifier, projection: Tensor, 
     except Exception as error:  # trunks raise many types for sizes that they do not support
         raise ConfigError(
             f"{classifier.architecture} cannot take images of {image_size} × {image_size} pixels: {first_line(error)}.",
-            hint=f"--image-size {classifier.image_size}",
+            hint=f"{{image_size}} {classifier.image_size}",
         ) from error
     if actual.shape != expected.shape or not torch.allclose(
         actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())

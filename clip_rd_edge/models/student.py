@@ -91,7 +91,7 @@ def student_config(
     if own_size != image_size:
         raise ConfigError(
             f"{student} has the image_size {own_size}; {image_size} was asked for.",
-            hint=f"--image-size {own_size}, or omit image_size in the file",
+            hint=f"{{image_size}} {own_size}, or omit image_size in the file",
         )
     return {
         "model_cfg": {
@@ -157,7 +157,7 @@ def _size_hint(trunk: str, edge: int) -> str:
     with suppress(RuntimeError):  # the tag is unknown
         own = timm.get_pretrained_cfg(trunk)
         if own and max(own.input_size[1:]) != edge:
-            return f"--image-size {max(own.input_size[1:])}, for which the image tower is made"
+            return f"{{image_size}} {max(own.input_size[1:])}, for which the image tower is made"
     return ""
 
 
@@ -269,8 +269,8 @@ def init_image_tower(student: ClipModel, source: str) -> str:
     name = student.model_cfg["vision_cfg"].get("timm_model_name")
     if name is None:
         raise ConfigError(
-            f"The image tower of {student.name} is not a timm trunk; --pretrained-image supports only timm trunks.",
-            hint="omit --pretrained-image, or choose a timm name such as vit_tiny_patch16_224",
+            f"The image tower of {student.name} is not a timm trunk; {{pretrained_image}} supports only timm trunks.",
+            hint="omit {pretrained_image}, or choose a timm name such as vit_tiny_patch16_224",
         )
     published = _timm_weights(name, source)
     trunk = student.model.get_submodule("visual.trunk")
@@ -293,7 +293,7 @@ def _timm_weights(name: str, source: str) -> dict[str, Tensor]:
         if name not in CLASSIFIERS:
             raise ConfigError(
                 f"There is no package with weights of {name}; expected one of {', '.join(CLASSIFIERS)}.",
-                hint="--pretrained-image timm, or a file",
+                hint="{pretrained_image} timm, or a file",
             )
         CLASSIFIERS[name].verified()
         return dict(load_classifier(name).model.state_dict())
@@ -304,7 +304,7 @@ def _timm_weights(name: str, source: str) -> dict[str, Tensor]:
     except Exception as error:  # timm, the hub client and torch raise many types
         raise InputError(
             f"timm's weights for {name} could not be fetched: {first_line(error)}.",
-            hint="download them on a machine with network access, and pass the file: --pretrained-image FILE",
+            hint="download them on a machine with network access, and pass the file: {pretrained_image} FILE",
         ) from error
 
 

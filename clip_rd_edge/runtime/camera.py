@@ -69,7 +69,7 @@ def _not_opened(source: str) -> ClipRdEdgeError:
     """Return the error for a camera, a stream or a video that OpenCV cannot open."""
     if source.isdigit() or source.startswith("/dev/"):
         return ClipRdEdgeError(
-            f"Cannot open the camera {source}.", hint="list the cameras with ls /dev/video*, or try --camera 1"
+            f"Cannot open the camera {source}.", hint="list the cameras with ls /dev/video*, or try {camera} 1"
         )
     if "://" in source or " ! " in source:  # an address, or a pipeline of GStreamer
         return ClipRdEdgeError(f"Cannot open the stream {source}.", hint="check that a player on this machine shows it")

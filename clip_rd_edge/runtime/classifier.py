@@ -120,7 +120,7 @@ class ZeroShotClassifier:
                     self.encoder.stored_label_embeddings((), self._templates)  # raises: it has neither
                 raise InputError(
                     "No labels were given, and the bundle has none.",
-                    hint='pass labels, such as --labels "a cat" "a dog"',
+                    hint='pass labels, such as {labels} "a cat" "a dog"',
                 )
             names = list(self._bank_labels)
         if self._bank and tuple(names) == self._bank.names:

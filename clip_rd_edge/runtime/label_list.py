@@ -116,11 +116,11 @@ def _is_label_file(word: str, *, alone: bool) -> bool:
     except (OSError, ValueError):  # too long for a path, or with a NUL
         return False
     if names_file and path.suffix.lower() in IMAGE_SUFFIXES:
-        raise InputError(f"The label {quoted(word)} is an image.", hint="name the images before --labels")
+        raise InputError(f"The label {quoted(word)} is an image.", hint="name the images before {labels}")
     if names_file and not alone and not path_like:
         raise InputError(
             f"{quoted(word)} may be a label or the file of that name.",
-            hint=f"pass --labels ./{word} for the file, or write the labels into a file, one per line",
+            hint=f"pass {{labels}} ./{word} for the file, or write the labels into a file, one per line",
         )
     if names_folder and path_like:
         raise InputError(
@@ -150,7 +150,7 @@ def _require_single_label(word: str, *, alone: bool) -> None:
         quoted = " ".join(f'"{part}"' for part in parts)
         raise InputError(
             f"The label {word!r} looks like a list; expected one label per argument.",
-            hint=f"pass --labels {quoted}, or one label per line in a file",
+            hint=f"pass {{labels}} {quoted}, or one label per line in a file",
         )
 
 
@@ -199,7 +199,7 @@ def _read_list(path: Path, *, max_bytes: int, headings: Sequence[str], captions:
     if not labels:
         raise InputError(
             f"The label file {path} has no labels; expected one label per line.",
-            hint='write labels into it, or pass them directly: --labels "a cat" "a dog"',
+            hint='write labels into it, or pass them directly: {labels} "a cat" "a dog"',
         )
     if len(labels) == 1 and len(_SEPARATOR.split(labels[0])) > 2:
         raise InputError(

@@ -57,7 +57,7 @@ class ServedIndex:
                 reading.result()  # raises what is not expected
         if self._error is not None and identity == self._identity:
             # Not an InputError, as the client's mistakes are: it was removed, or replaced by another bundle's.
-            raise ClipRdEdgeError(str(self._error), hint=self._error.hint) from self._error
+            raise ClipRdEdgeError(str(self._error), hint=self._error.advice) from self._error
         return self._opened
 
     async def _read_again(self) -> None:

@@ -89,7 +89,7 @@ def _check(name: str, value: Any, kind: inspect.Type) -> None:
         if len(numbers) == 1 and (is_number or (is_optional and value is not None)):
             _check(name, value, numbers[0])
     elif isinstance(kind, inspect.IntType | inspect.FloatType):
-        _check_number(name, value, kind)
+        check_number(name, value, kind)
     elif isinstance(kind, inspect.TupleType):
         if not isinstance(value, list | tuple) or len(value) != len(kind.item_types):
             raise CheckedError(f"{name} is {value!r}; expected {len(kind.item_types)} numbers")
@@ -103,7 +103,8 @@ def _check(name: str, value: Any, kind: inspect.Type) -> None:
             _check(name, item, *_members(kind))
 
 
-def _check_number(name: str, value: Any, kind: inspect.IntType | inspect.FloatType) -> None:
+def check_number(name: str, value: Any, kind: inspect.IntType | inspect.FloatType) -> None:
+    """Raise CheckedError if a value is not a finite number within the limits of its kind."""
     valid = isinstance(value, int) or (isinstance(kind, inspect.FloatType) and isinstance(value, float))
     if isinstance(value, int):
         valid = abs(value) < _INT64

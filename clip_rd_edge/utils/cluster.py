@@ -38,7 +38,7 @@ def map_on_cluster(address: str, make: Callable[[], Callable[[T], R]], items: It
         from ray.data import DataContext
         from ray.data import from_items as data_set_of
     except ModuleNotFoundError as error:
-        raise MissingExtraError("ray", extra="ray", purpose="--ray") from error
+        raise MissingExtraError("ray", extra="ray", purpose="{ray}") from error
     rows = [{"item": pickle.dumps(item)} for item in items]
     if not rows:
         return
@@ -91,5 +91,5 @@ class _Worker:
             result = self._call(pickle.loads(row["item"]))
         except ClipRdEdgeError as error:
             message = f"The Ray worker on {socket.gethostname()} cannot go on: {error}"
-            result = relayed_error(message, hint=error.hint, exit_code=error.exit_code)
+            result = relayed_error(message, hint=error.advice, exit_code=error.exit_code)
         return {"result": pickle.dumps(result)}

@@ -128,7 +128,7 @@ def require_utf8_path(path: Path) -> None:
         shown = os.fsencode(path).decode(errors="backslashreplace")
         raise UsageError(
             f"The output {shown} cannot be written: its path is not UTF-8, as weights need.",
-            hint="choose another -o, or rename the folder",
+            hint="choose another {output}, or rename the folder",
         ) from None
 
 
@@ -183,11 +183,11 @@ def disk_full_error(error: BaseException) -> DiskFullError | None:
                 return DiskFullError(
                     f"A file{where} is larger than its file system, or a limit of this shell, allows; no half-written "
                     "file or folder is left behind.",
-                    hint="see ulimit -f, or choose another -o; FAT keeps no file of 4 GB",
+                    hint="see ulimit -f, or choose another {output}; FAT keeps no file of 4 GB",
                 )
             return DiskFullError(
                 f"There is no space left on the disk{where}; no half-written file or folder is left behind.",
-                hint="free some space, or choose another -o; temporary files are written to the folder in TMPDIR",
+                hint="free some space, or choose another {output}; temporary files are written to the folder in TMPDIR",
             )
     return None
 

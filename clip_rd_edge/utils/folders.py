@@ -37,7 +37,8 @@ def require_free_output(path: Path, *, overwrite: bool, replaced: bool = True, i
     try:
         if exists(path) and not (is_file(path) or is_folder(path)):
             raise UsageError(
-                f"The output {path} is {kind_of(path.stat().st_mode)}; expected a folder.", hint="choose another -o"
+                f"The output {path} is {kind_of(path.stat().st_mode)}; expected a folder.",
+                hint="choose another {output}",
             )
         in_use = is_file(path) or (is_folder(path) and any(child.name not in ignoring for child in path.iterdir()))
     except (InputError, OSError) as error:
@@ -45,7 +46,7 @@ def require_free_output(path: Path, *, overwrite: bool, replaced: bool = True, i
     if in_use and not overwrite:
         raise UsageError(
             f"The output {path} already exists and is not empty.",
-            hint="choose another -o, or replace it with --force",
+            hint="choose another {output}, or replace it with {force}",
         )
     if replaced:
         _require_replaceable(path)
@@ -61,7 +62,7 @@ def _require_replaceable(path: Path) -> None:
     if os.path.ismount(path.resolve()):
         raise UsageError(
             f"The output {path} is where a volume is mounted, which cannot be replaced.",
-            hint=f"name a folder in it: -o {path / 'new'}",
+            hint=f"name a folder in it: {{output}} {path / 'new'}",
         )
     if not os.access(around, os.W_OK | os.X_OK):
         raise unwritable_output(path, PermissionError(errno.EACCES, f"the folder {around} cannot be written to"))
@@ -84,7 +85,7 @@ def require_apart(output: Path, sources: Iterable[Path]) -> None:
                 continue
             relation = "is" if place == source.resolve() else "contains"
             raise UsageError(
-                f"The output {output} {relation} {source}, which it would replace.", hint="choose another -o"
+                f"The output {output} {relation} {source}, which it would replace.", hint="choose another {output}"
             )
     if place in (Path.cwd(), *Path.cwd().parents):
         relation = "is" if place == Path.cwd() else "contains"

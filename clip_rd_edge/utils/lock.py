@@ -43,7 +43,7 @@ def exclusive_writer(
     *,
     on_wait: Callable[[str], None] | None = None,
     stop: threading.Event | None = None,
-    option: str = "-o",
+    option: str = "{output}",
 ) -> Iterator[bool]:
     """Lock a folder, creating it if it is missing, against other processes that use this lock.
 
@@ -122,7 +122,7 @@ def _acquire(path: Path, on_wait: Callable[[str], None] | None, stop: threading.
             process = f", process {holder}" if holder.isdigit() else ""
             message = f"{path.parent} is being written by another run{process}"
             if on_wait is None:
-                raise UsageError(f"{message}.", hint="wait until it finishes, or choose another -o") from error
+                raise UsageError(f"{message}.", hint="wait until it finishes, or choose another {output}") from error
             if not waiting:
                 on_wait(f"{message}: waiting for it")
             waiting = True

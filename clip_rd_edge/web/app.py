@@ -318,8 +318,8 @@ def _listen(host: str, port: int) -> socket.socket:
         if listener is not None:
             listener.close()
         wrong_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
-        hint = "choose another port with --port, or 0 for any free port"
+        hint = "choose another port with {port}, or 0 for any free port"
         if wrong_host:
-            hint = "name an address of this machine: --host 127.0.0.1, or --host 0.0.0.0 for the network"
+            hint = "name an address of this machine: {host} 127.0.0.1, or {host} 0.0.0.0 for the network"
         raise UsageError(f"Cannot listen on {host}, port {port}: {error.strerror or error}.", hint=hint) from error
     return listener

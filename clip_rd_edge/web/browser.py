@@ -205,7 +205,7 @@ def write_browser(bundle: Path, output: Path, *, node_modules: Path | None = Non
     manifest = read_manifest(bundle)
     _require_supported(bundle, manifest)
     if bundle.resolve() in output.resolve().parents:
-        raise UsageError(f"The output {output} is inside the bundle that it holds.", hint="choose another -o")
+        raise UsageError(f"The output {output} is inside the bundle that it holds.", hint="choose another {output}")
     with new_folder(output, overwrite=overwrite) as folder:
         for source in (PAGE, ALONE):  # ALONE replaces api.js
             for path in source.iterdir():  # as everywhere: without modes, as the package may be read-only
@@ -232,7 +232,9 @@ def _copy_bundle(bundle: Path, manifest: Manifest, folder: Path) -> None:
 
 def _require_supported(bundle: Path, manifest: Manifest) -> None:
     if manifest.target != "onnxruntime":
-        raise UsageError(f"The bundle {bundle} is for {manifest.target}; a browser runs only bundles of --format onnx.")
+        raise UsageError(
+            f"The bundle {bundle} is for {manifest.target}; a browser runs only bundles of {{format}} onnx."
+        )
     if manifest.image.preprocesses:
         raise UsageError(
             f"The bundle {bundle} preprocesses images in its graph; the browser page preprocesses them itself.",

@@ -226,7 +226,7 @@ def host_names(names: str | Collection[str]) -> set[str]:
         host = _hostname(name.strip().rpartition("://")[2].partition("/")[0])
         if not host:
             raise UsageError(
-                f"{name!r} has no host name.", hint="name the host alone, such as --allow-host clip-server"
+                f"{name!r} has no host name.", hint="name the host alone, such as {allow_host} clip-server"
             )
         hosts.add(host)
     return hosts

@@ -155,7 +155,7 @@ class ServedBundle:
         except InputError as error:
             if labels is not None and encoder.has_text_tower:
                 raise  # the labels themselves are refused
-            raise BundleRemovedError(str(error), hint=error.hint) from error
+            raise BundleRemovedError(str(error), hint=error.advice) from error
         started = time.perf_counter()
         image = open_image(UploadedImage(content), max_pixels=MAX_PIXELS)
         pixels = preprocess(image, encoder.manifest.preprocessing)[None]

@@ -1,4 +1,4 @@
-"""A hint names only options that the command has, wherever in the package it comes from."""
+"""Errors name options as the front end that shows them does, wherever in the package they come from."""
 
 from __future__ import annotations
 
@@ -10,72 +10,73 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import click
 import pytest
 from support import commands
 
 import clip_rd_edge
-from clip_rd_edge.cli._hints import fitting_hint
+from clip_rd_edge.cli._hints import spelling
 from clip_rd_edge.cli.main import cli
-from clip_rd_edge.errors import InterruptedRunError
+from clip_rd_edge.errors import InterruptedRunError, UsageError
 
 Run = Callable[..., tuple[int, str, str]]
 PACKAGE = Path(clip_rd_edge.__file__).parent
-OTHER_COMMANDS = re.compile(r"^(export|run the export|train|pip) |clip-rd-edge ")
 
 
-def hints() -> Iterator[str]:
-    """The hints in the package's code that name options; an X stands for what is formatted into them."""
+def texts_of_errors() -> Iterator[tuple[str, str]]:
+    """The messages and hints in the package's code, with the file; a ? stands for what is formatted into them."""
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if not (isinstance(node, ast.keyword) and node.arg == "hint"):
-                continue
-            for value in ast.walk(node.value):
-                parts = value.values if isinstance(value, ast.JoinedStr) else [value]
-                text = "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in parts)
-                if re.search(r"(^|\W)-\w|--\w", text):
-                    yield text
+            is_error = isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error")
+            parts = [*node.args[:1], *(word.value for word in node.keywords if word.arg == "hint")] if is_error else []
+            for value in (inner for part in parts for inner in ast.walk(part)):
+                if isinstance(value, ast.JoinedStr):
+                    yield "".join(str(getattr(part, "value", "")) if isinstance(part, ast.Constant) else "?"
+                                  for part in value.values), file.name  # fmt: skip
+                elif isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    yield value.value, file.name
 
 
-def test_hints_are_found() -> None:
-    assert "resume with the same command and --resume" in set(hints())
-    assert len(set(hints())) > 30
-
-
-@pytest.mark.parametrize(("path", "command"), list(commands()), ids=str)
-def test_no_hint_names_an_option_that_the_command_lacks(path: tuple[str, ...], command: click.Command) -> None:
-    names = (name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts))
-    options = {*names, "--help", "--debug"}
-    for hint in hints():
-        for part in fitting_hint(hint, cli, path).split(", or "):
-            named = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", part))
-            assert named <= options or OTHER_COMMANDS.search(part), part
+def test_every_option_that_an_error_names_is_one_of_a_command() -> None:
+    options = {parameter.name for _, command in commands() for parameter in command.params}
+    options |= {getattr(parameter, "also", "") for _, command in commands() for parameter in command.params}
+    named = {(name, file) for text, file in texts_of_errors() for name in re.findall(r"\{([a-z]+(?:_[a-z]+)*)\}", text)}
+    assert len(named) > 50
+    assert {(name, file) for name, file in named if name not in options} == set()
 
 
 @pytest.mark.parametrize(
     ("command", "hint", "expected"),
     [
-        ("distill", "resume with the same command and --resume", "resume with the same command and --resume"),
-        ("quickstart", "resume with the same command and --resume", ""),
-        ("export", "fix them, or accept them: --max-bad 0.1", "fix them"),
-        ("distill", "fix them, or accept them: --max-bad 0.1", "fix them, or accept them: --max-bad 0.1"),
-        ("distill", "add --pretrained with a tag", "add --teacher-pretrained with a tag"),
-        ("distill", "pass the file: --pretrained-image FILE", "pass the file: --pretrained-image FILE"),
-        ("embed", "choose another --teacher-cache", "choose another -o"),
-        ("evaluate", "add --pretrained with a tag", "add --pretrained with a tag"),
-        ("index", "choose another -o, or replace it with --force", "choose another -o"),
-        ("search", "export the bundle again with --labels", "export the bundle again with --labels"),
-        ("evidence run", "use --teacher, or --resume", "use --teacher"),
-        ("nonsense", "use --resume", "use --resume"),
+        ("distill", "the same command and {resume}", "the same command and --resume"),
+        ("quickstart", "the same command and {resume}", ""),
+        ("export", "fix them, or accept them: {max_bad} 0.1", "fix them"),
+        ("distill", "add {pretrained} with a tag", "add --teacher-pretrained with a tag"),
+        ("evaluate", "name {tasks} a/, or {templates} x", "name --task a/, or --template x"),
+        ("embed", "choose another {teacher_cache}", "choose another --output"),
+        ("verify", "export it with --labels", "export it with --labels"),
+        ("evidence run", "use {teacher}, or {resume}", "use --teacher"),
+        ("nonsense", "use {batch_size}", "use --batch-size"),
     ],
 )
-def test_alternatives_that_do_not_apply_are_left_out(command: str, hint: str, expected: str) -> None:
-    assert fitting_hint(hint, cli, [*command.split(), "--some-value", "value"]) == expected
+def test_a_hint_names_the_options_of_the_command_and_leaves_out_the_ways_that_it_lacks(
+    command: str, hint: str, expected: str
+) -> None:
+    error = UsageError("No.", hint=hint)
+    assert error.hint_for(spelling(cli, [*command.split(), "--some-value", "value"])) == expected
+
+
+def test_python_and_the_command_line_name_one_option_each_their_own_way() -> None:
+    error = UsageError("{batch_size} is 4, but data/{000..012}.tar has 3.", hint="{batch_size} 3, or {x}")
+    assert str(error) == "batch_size is 4, but data/{000..012}.tar has 3."
+    assert error.hint == "batch_size 3, or x"
+    spell = spelling(cli, ["distill"])
+    assert error.message_for(spell) == "--batch-size is 4, but data/{000..012}.tar has 3."
+    assert error.hint_for(spell) == "--batch-size 3"
 
 
 def interrupting(module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
-        raise InterruptedRunError("Stopped by SIGTERM.", hint="resume with the same command and --resume")
+        raise InterruptedRunError("Stopped by SIGTERM.", hint="resume with the same command and {resume}")
 
     monkeypatch.setattr(module, name, interrupt)
 

@@ -106,5 +106,5 @@ def test_a_model_is_written_only_where_its_weights_can_be_read(place: Path, comm
     code, output, error = command_line(*(word.replace("PATH", name) for word in shlex.split(command)))
     assert (code, output) == (2, "")
     assert "error: The output caf\\xe9/run cannot be written: its path is not UTF-8" in error
-    assert "hint: choose another -o" in error
+    assert "hint: choose another --output" in error
     assert sorted(place.rglob("*")) == before

@@ -130,7 +130,7 @@ def test_a_bundle_with_preprocessing_takes_images_of_any_size(
 
 
 def test_preprocessing_in_an_engine_is_refused(student: ClipModel, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--preprocess-in-graph does not work with TensorRT"):
+    with pytest.raises(UsageError, match="preprocess_in_graph does not work with TensorRT"):
         export_bundle(
             student,
             tmp_path / "b",

@@ -78,7 +78,7 @@ def test_a_folder_is_not_called_missing(pairs_csv: Path) -> None:
     with pytest.raises(InputError, match=r"The data file .*pictures is a folder\.$") as error:
         load_pairs(str(pairs_csv.parent / "pictures"))
     assert error.value.hint.endswith(
-        f", or pass images and captions apart: --images {pairs_csv.parent / 'pictures'} --texts FILE"
+        f", or pass images and captions apart: images {pairs_csv.parent / 'pictures'} texts FILE"
     )
 
 
@@ -129,7 +129,7 @@ def test_a_row_that_is_no_pair_counts_as_bad_and_is_named_by_its_line(pairs_csv:
     assert pairs.left_out[0].startswith(f"{pairs_csv}, line 26: {reason}")
     with pytest.raises(InputError, match=r"1 of 25 samples of .* are bad, more than 1\.00%: .*line 26") as raised:
         BadSamples(pairs, max_share=0.01)
-    assert raised.value.hint.startswith("fix or remove them, or accept them: --max-bad 0.04")
+    assert raised.value.hint.startswith("fix or remove them, or accept them: max_bad 0.04")
     assert len(BadSamples(pairs, max_share=0.04)) == 1  # as the hint says
 
 
@@ -370,7 +370,7 @@ def test_a_table_that_is_no_file_is_called_what_it_is(tmp_path: Path, kind: str,
 @pytest.mark.parametrize(
     ("content", "message", "hint"),
     [
-        (b"filepath,title,title\n1.png,a,b\n", "has 2 columns 'title'; expected one", "--csv-caption-key"),
+        (b"filepath,title,title\n1.png,a,b\n", "has 2 columns 'title'; expected one", "csv_caption_key"),
         ("filepath,title\n1.png,a\n".encode("utf-16-le"), "is not UTF-8 text: .* as UTF-16 has", "as UTF-8"),
         (b"PK\x03\x04\x14\0\0\0", "is a zip archive or an Excel workbook", "save the workbook as CSV"),
         (b"\x1f\x8b\x08\0\0\0", "is compressed by gzip", "unpack it"),

@@ -125,7 +125,7 @@ def test_the_first_layers_of_a_text_tower_are_frozen_with_their_dropout(
 def test_all_layers_of_a_text_tower_and_more_are_refused(with_layers: ClipModel) -> None:
     with pytest.raises(ConfigError, match="were to be frozen, but its text tower has 5, the embeddings") as error:
         set_training_mode(with_layers, tiny_run("clip", {}, data="pairs.csv", freeze_text_layers=5))
-    assert error.value.hint == "--freeze-text-layers takes 0 to 4; --freeze-text freezes all"
+    assert error.value.hint == "freeze_text_layers takes 0 to 4; freeze_text freezes all"
     with pytest.raises(ValueError, match="freeze_text is true, and freeze_text_layers is 1; expected one of them"):
         tiny_run("clip", {}, data="pairs.csv", freeze_text=True, freeze_text_layers=1)
     with pytest.raises(ValueError, match="is kept as it is, but freeze_text_layers is 1; expected 0"):
@@ -170,4 +170,4 @@ def test_layers_without_groups_cannot_be_frozen(student: ClipModel, monkeypatch:
     monkeypatch.delattr("timm.models.resnet.ResNet.group_matcher")  # as in csatv2
     with pytest.raises(UsageError, match="The first layers of test_resnet cannot be frozen: timm does not") as error:
         set_training_mode(student, tiny_run("clip", {}, data="pairs.csv", freeze_image=1))
-    assert error.value.hint == "omit --freeze-image, or name another --student"
+    assert error.value.hint == "omit freeze_image, or name another student"

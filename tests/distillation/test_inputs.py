@@ -29,4 +29,4 @@ def test_the_former_data_are_quoted_as_windows_s_shells_take_them(
     setup = cast(Any, SimpleNamespace(teacher_names=(), stored=None, pairs=SimpleNamespace(name="other.csv")))
     with pytest.raises(UsageError) as refusal:
         check_inputs(tmp_path, msgspec.structs.replace(began, pairs_sha256="2"), config, setup, accept_changes=False)
-    assert refusal.value.hint.startswith(r'name those that it began with: --data "C:\my data\{0..1}.tar", or')
+    assert refusal.value.hint.startswith(r'name those that it began with: data "C:\my data\{0..1}.tar", or')

@@ -247,7 +247,7 @@ def test_full_shared_memory_is_not_called_a_full_disk(
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", fail)
     with pytest.raises(UnreachableError, match=r"^The loader processes could not be started: No space") as error:
         distil(config, tmp_path / "run")
-    assert error.value.hint.startswith("load without processes: --workers 0")
+    assert error.value.hint.startswith("load without processes: workers 0")
 
 
 def test_a_run_whose_folder_is_removed_meanwhile_says_so(config: RunConfig, tmp_path: Path) -> None:
@@ -959,7 +959,7 @@ def test_a_trained_student_is_not_asked_to_have_its_teachers_text_tower(
     other = fine_tuning(config, teacher, text="teacher", freeze_text=True)
     with pytest.raises(UsageError, match="is trained, and its text tower is 64x1; teacher was asked for") as error:
         distil(other, tmp_path / "run")
-    assert error.value.hint == "omit --text, or name an architecture with --student"
+    assert error.value.hint == "omit text, or name an architecture with student"
 
 
 def test_precision_is_measured_and_saved(config: RunConfig, tmp_path: Path) -> None:

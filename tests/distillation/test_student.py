@@ -45,7 +45,7 @@ def test_a_text_tower_that_is_no_module_of_its_own_cannot_be_frozen(student: Cli
     del student.model.text
     with pytest.raises(UsageError, match="The text tower of test_resnet cannot be frozen") as error:
         require_separate_text_tower(student)
-    assert error.value.hint == "omit --freeze-text"
+    assert error.value.hint == "omit freeze_text"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_text_tower_cannot_start_from_no_teacher(pairs_csv: Path, tmp_path: Pa
     config = tiny_run("clip", {"steps": 6, "batch_size": 6}, pretrained_text=start, data=str(pairs_csv))
     with pytest.raises(UsageError, match="start from its teacher, but the recipe clip has no teacher") as error:
         run_distillation(config, tmp_path / "run", resume=False, reporter=Watch())
-    assert error.value.hint == "choose another --pretrained-text, or another --recipe"
+    assert error.value.hint == "choose another pretrained_text, or another recipe"
 
 
 def test_a_student_takes_the_text_tower_of_another_model(pairs_csv: Path, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_texts_alone_do_not_train_a_text_tower_away_from_its_images(config: RunC
     )
     with pytest.raises(UsageError, match=message) as error:
         run_distillation(narrow, tmp_path / "run", resume=False)
-    assert error.value.hint == "name one teacher with embeddings of 16, or give the student theirs: --embedding-size 24"
+    assert error.value.hint == "name one teacher with embeddings of 16, or give the student theirs: embedding_size 24"
     assert not (tmp_path / "run").exists()
 
 
@@ -164,7 +164,7 @@ def test_projections_need_a_term_that_keeps_images_and_texts_together(
     load_setup(config, name="student", processes=Processes())  # as wide as the teacher
     with nullcontext() if matches else pytest.raises(UsageError, match="student's images with its texts") as error:
         load_setup(msgspec.structs.replace(config, embedding_size=16), name="student", processes=Processes())
-    assert matches or str(error.value.hint).endswith("--embedding-size 24, or another recipe: --recipe clip-rd")
+    assert matches or str(error.value.hint).endswith("embedding_size 24, or another recipe: recipe clip-rd")
 
 
 def test_the_teachers_image_tower_must_fit_the_student(config: RunConfig, tmp_path: Path) -> None:

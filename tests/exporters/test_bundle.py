@@ -74,7 +74,7 @@ def test_towers_above_2_gb_have_their_weights_in_a_file_of_their_own(
     )
     with pytest.raises(UsageError, match="GB of weights, and every conversion of float32 ONNX takes towers"):
         export_bundle(student, tmp_path / "fp16", ExportRequest(precision="fp16"), source=bundle)
-    with pytest.raises(UsageError, match="--preprocess-in-graph takes image towers of up to 2 GB"):
+    with pytest.raises(UsageError, match="preprocess_in_graph takes image towers of up to 2 GB"):
         export_bundle(student, tmp_path / "in-graph", ExportRequest(preprocess_in_graph=True))
     assert sorted(tmp_path.iterdir()) == [bundle]
     with (bundle / "image.onnx.data").open("r+b") as file:

@@ -56,10 +56,12 @@ def require_report_folder(folder: Path) -> None:
     Raises:
         UsageError: it has one, such as a report.md without a benchmark's results.json beside it.
     """
-    require_output_file(folder / RESULTS, lambda beginning: b'"suite":' in beginning, what="a benchmark's", option="-o")
+    require_output_file(
+        folder / RESULTS, lambda beginning: b'"suite":' in beginning, what="a benchmark's", option="{output}"
+    )
     if not exists(folder / RESULTS):
         for name in (MARKDOWN, HTML, PLOT):
-            require_output_file(folder / name, lambda beginning: False, what="an earlier report's", option="-o")
+            require_output_file(folder / name, lambda beginning: False, what="an earlier report's", option="{output}")
 
 
 def write_report(results: Results, folder: Path) -> None:

@@ -145,9 +145,9 @@ def _require_fallback(name: str, quantized: Mapping[str, QuantizedTower], reques
 
 def _alternatives(falling_back: Mapping[str, QuantizedTower], request: ExportRequest) -> str:
     """Return what to do, with the budget that ships INT8 where one does: in all towers if no fallback is allowed."""
-    options = ["--fallback fp32 ships float32, the best here"]
+    options = ["{fallback} fp32 ships float32, the best here"]
     if "fp16" in FORMATS[request.format].precisions:
-        options.append("--fallback fp16 ships half its size")
+        options.append("{fallback} fp16 ships half its size")
     measured = [[t for t in outcome.trials if t.measured] for outcome in falling_back.values()]
     best = [trial for trials in measured if trials and (trial := nearest(trials)).pays and trial.centred_cosine >= 0]
     budget = request.budget
@@ -155,10 +155,10 @@ def _alternatives(falling_back: Mapping[str, QuantizedTower], request: ExportReq
         changes = []
         if any(trial.centred_cosine < budget.min_agreement(trial.tower) for trial in best):
             cosine = min(trial.centred_cosine for trial in best)
-            changes.append(f"--min-agreement {math.floor(100 * cosine) / 100}")
+            changes.append(f"{{min_agreement}} {math.floor(100 * cosine) / 100}")
         loss = max(trial.loss_points for trial in best)
         if loss > budget.max_loss:
-            changes.append(f"--max-loss {math.ceil(10 * loss) / 10}")
+            changes.append(f"{{max_loss}} {math.ceil(10 * loss) / 10}")
         options.append(f"{' '.join(changes)} ships the nearest INT8 candidate")
     return ", ".join(options)
 

@@ -86,7 +86,7 @@ def _build_from_onnx(name: str, typed: TypedTower, *, target: str) -> bytes:
         raise ClipRdEdgeError(
             f"The engine of the {name} tower computes {len(mistyped)} of {len(typed.types)} layers in another type "
             f"than its ONNX says: {layer} in {' and '.join(types) or 'an unknown type'}, not {typed.types[layer]}.",
-            hint="please report it with the version of tensorrt-rtx-cu13-bindings; --precision fp16 may work",
+            hint="please report it with the version of tensorrt-rtx-cu13-bindings; {precision} fp16 may work",
         )
     return engine.content
 

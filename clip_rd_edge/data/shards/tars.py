@@ -71,7 +71,7 @@ class _OpenTar:
         try:
             self.file = open_file(shard)
         except InputError as error:  # not a bad sample: other pairs must not take the places of a whole shard's
-            raise UnreachableError(str(error), hint=error.hint) from error
+            raise UnreachableError(str(error), hint=error.advice) from error
         except OSError as error:
             lost = UnreachableError(f"Cannot read the shard {shard}: {error.strerror or error}.")
             raise machine_failure(error) or lost from error

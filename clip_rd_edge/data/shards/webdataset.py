@@ -253,7 +253,7 @@ def read_json_member(member: TarMember) -> Any:
 
 
 def json_captions(
-    member: TarMember, key: str, *, hint: str = "name the key with --json-caption-key"
+    member: TarMember, key: str, *, hint: str = "name the key with {json_caption_key}"
 ) -> tuple[str, ...]:
     """Return the captions at a key of a .json, a string or a list of strings.
 

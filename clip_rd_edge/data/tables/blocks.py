@@ -18,7 +18,7 @@ from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.paths import URL, other_spellings
 from clip_rd_edge.utils.printable import shown_source
 
-IMAGE_OPTION, CAPTION_OPTION = "--csv-img-key", "--csv-caption-key"
+IMAGE_OPTION, CAPTION_OPTION = "{csv_img_key}", "{csv_caption_key}"
 _NO_NAME = "it names no image"
 
 

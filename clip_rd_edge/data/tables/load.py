@@ -102,7 +102,7 @@ def _open_table(path: Path, *, image_key: str, caption_key: str) -> Table:
         if exists(path) and not is_folder(path):
             raise InputError(message, hint="write it into a file: a table is read more than once")
         if is_folder(path) and next(look_at_images(path, on_unreadable=lambda error: None), None):
-            images = f", or pass images and captions apart: --images {as_word(path)} --texts FILE"
+            images = f", or pass images and captions apart: {{images}} {as_word(path)} {{texts}} FILE"
         else:
             images = ""
         raise InputError(

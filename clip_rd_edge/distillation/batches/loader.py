@@ -86,7 +86,7 @@ _ENDED = re.compile(
 )
 # Semaphores, with which the workers begin, lie in shared memory, too.
 _WITHOUT_SHARED_MEMORY = (
-    "load without processes: --workers 0, or give the container more shared memory: docker's shm-size is 64 MB by "
+    "load without processes: {workers} 0, or give the container more shared memory: docker's shm-size is 64 MB by "
     "default"
 )
 _ENDING_S = 1.0
@@ -380,12 +380,12 @@ def lost_worker(error: BaseException, workers: Sequence[BaseProcess] = ()) -> Lo
     if code > 0:
         return LostProcessError(
             f"A loader process (pid {first[1]}) failed with exit code {code}; its own message is above.",
-            hint="see whether it loads in the training process: --workers 0; resume with the same command and --resume",
+            hint="see whether it loads in the training process: {workers} 0; resume with the same command and {resume}",
         )
     return LostProcessError(
         f"A loader process (pid {ended[1]}) was ended from outside, most likely for want of memory.",
-        hint="give the machine or container more memory, or use fewer --workers; resume with the same command and "
-        "--resume",
+        hint="give the machine or container more memory, or use fewer {workers}; resume with the same command and "
+        "{resume}",
     )
 
 

@@ -83,7 +83,7 @@ def require_tracker(name: TrackerName | None) -> None:
     if name is None:
         return
     if importlib.util.find_spec(name) is None:
-        raise MissingExtraError(name, extra=_EXTRAS[name], purpose=f"--report-to {name}")
+        raise MissingExtraError(name, extra=_EXTRAS[name], purpose=f"{{report_to}} {name}")
     if name == "wandb":
         if any(_has_secret(word) for word in sys.argv):
             os.environ["WANDB__DISABLE_META"] = "true"  # or else it publishes the command line
@@ -202,7 +202,7 @@ class RemoteRun(Tracker):
         except Exception as error:
             raise UsageError(
                 f"{service.name} did not open a run: {type(error).__name__}: {error}.",
-                hint=f"check the settings of {service.name}, or train without --report-to; metrics.jsonl has the same",
+                hint=f"check the settings of {service.name}, or omit {{report_to}}; metrics.jsonl has the same",
             ) from error
         is_same = known is not None and known.identity == identity
         if known and not is_same:

@@ -153,7 +153,7 @@ class Processes:
 
     def agree(self, error: ClipRdEdgeError | None) -> None:
         """Raise an error in all processes if one has one: its own there, one that quotes it in the others."""
-        failures = self.gather_objects(None if error is None else (str(error), error.hint, error.exit_code))
+        failures = self.gather_objects(None if error is None else (str(error), error.advice, error.exit_code))
         for rank, failure in enumerate(failures):
             if failure is not None:
                 message, hint, exit_code = failure

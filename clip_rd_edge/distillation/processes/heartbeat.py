@@ -152,7 +152,7 @@ def silence_error(rank: int) -> ClipRdEdgeError:
     return ClipRdEdgeError(
         f"Process {rank} of the run has not answered for {INTERVAL_S * MAX_MISSED:.0f} s: it is stopped, or its "
         "machine is.",
-        hint="end it, and resume with the same command and --resume",
+        hint="end it, and resume with the same command and {resume}",
     )
 
 

@@ -17,7 +17,7 @@ from clip_rd_edge.utils.host import is_running
 _POLL_S = 0.2
 LOCAL_WAIT_S = 2.0  # until the launcher has noticed that a process ended
 REMOTE_WAIT_S = 10.0
-RESUME_HINT = "its own output says why; resume with the same command and --resume"
+RESUME_HINT = "its own output says why; resume with the same command and {resume}"
 
 
 class Member(NamedTuple):
@@ -74,7 +74,7 @@ def lost_error(error: RuntimeError, rank: int, members: Sequence[Member]) -> Los
         hosts = dict.fromkeys(member.host for member in members if member.host != own)
         return LostProcessError(
             f"The connection to another process of the run failed: {first_line(error)}.",
-            hint=f"see the output on {' and '.join(hosts) or own}; resume with the same command and --resume",
+            hint=f"see the output on {' and '.join(hosts) or own}; resume with the same command and {{resume}}",
         )
     names = " and ".join(f"{other} (on {members[other].host})" for other in lost)
     verb = "has ended" if len(lost) == 1 else "have ended"

@@ -298,14 +298,14 @@ def require_quantizable(config: RunConfig) -> None:
     if model_folder(config.student) is None:
         raise UsageError(
             f"Quantisation fine-tunes a trained student, but {config.student} is untrained.",
-            hint="train it first without --quantize, then use that run: --student RUN --quantize int8",
+            hint="train it first without {quantize}, then use that run: {student} RUN {quantize} int8",
         )
     if config.recipe.precision != "fp32":
         raise UsageError(f"INT8 rounding is computed in fp32, not in {config.recipe.precision}.")
     for name in ("compile", "gradient_checkpointing"):
         if getattr(config, name):
-            option = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{option} cannot be combined with --quantize.", hint=f"omit {option}")
+            option = f"{{{name}}}"
+            raise UsageError(f"{option} cannot be combined with {{quantize}}.", hint=f"omit {option}")
 
 
 def require_static_tower(student: ClipModel) -> None:

@@ -94,12 +94,12 @@ def require_same_kind(*, began_stored: bool, is_stored: bool) -> None:
     if began_stored and not is_stored:
         raise UsageError(
             "The run began with a bank from a teacher cache; expected to go on with this cache.",
-            hint="add the --teacher-cache and --views of the run, or start a new run",
+            hint="add the {teacher_cache} and {views} of the run, or start a new run",
         )
     if is_stored and not began_stored:
         raise UsageError(
             "The run began without a teacher cache, with a bank of the last pairs; expected to go on without one.",
-            hint="omit --teacher-cache, or start a new run",
+            hint="omit {teacher_cache}, or start a new run",
         )
 
 

@@ -294,14 +294,14 @@ def cache_folders(folder: Path, teachers: Sequence[ClipModel]) -> list[Path]:
         UsageError: `folder` is a file, or there are several teachers and it is something else than their caches.
     """
     if is_file(folder):
-        raise UsageError(f"The output {folder} is a file; expected a folder.", hint="choose another --teacher-cache")
+        raise UsageError(f"The output {folder} is a file; expected a folder.", hint="choose another {teacher_cache}")
     beside = is_folder(folder) and any(folder.glob(f"{_OF_A_TEACHER}*"))
     if len(teachers) == 1 and not beside:
         return [folder]
     if is_file(folder / MANIFEST):
         raise UsageError(
             f"The teacher cache {folder} is that of one teacher, but the run has {len(teachers)}.",
-            hint="choose another --teacher-cache",
+            hint="choose another {teacher_cache}",
         )
     if is_folder(folder) and _holds_others(folder, (_OF_A_TEACHER,)):
         raise UsageError(f"{folder} is neither empty nor a teacher cache.", hint="choose another --teacher-cache")

@@ -250,7 +250,7 @@ def _is_complete(folder: Path, manifest: CacheManifest, processes: Processes) ->
     if not processes.is_main and not is_file(folder / MANIFEST):
         raise UsageError(
             f"The teacher cache {folder} is not on a file system that the machines share.",
-            hint="choose another --teacher-cache, or copy a complete one to each machine",
+            hint="choose another {teacher_cache}, or copy a complete one to each machine",
         )
     claim_cache(folder, manifest)
     try:

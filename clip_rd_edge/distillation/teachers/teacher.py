@@ -36,7 +36,7 @@ def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
     if not config.teachers:
         raise UsageError(
             f"The recipe {config.recipe_name} needs a teacher.",
-            hint="--teacher local-dir:PATH, or a name with --teacher-pretrained; --recipe clip trains without one",
+            hint="{teacher} local-dir:PATH, or a name with {teacher_pretrained}; {recipe} clip trains without one",
         )
     if config.stored_teachers is not None:
         return ()
@@ -56,7 +56,7 @@ def _require_use_of_weights(config: RunConfig) -> None:
         which = f"the teacher {teachers[0]} has" if len(teachers) == 1 else "all teachers have"
         raise UsageError(
             f"teacher_pretrained is {config.teacher_pretrained!r}, but {which} weights already.",
-            hint="omit --teacher-pretrained, or name an architecture alone with --teacher",
+            hint="omit {teacher_pretrained}, or name an architecture alone with {teacher}",
         )
 
 
@@ -68,7 +68,7 @@ def load_models_to_embed_with(config: RunConfig) -> tuple[ClipModel, ...]:
         InputError, ConfigError: one cannot be loaded.
     """
     if not config.recipe.objective.needs_teacher:
-        raise UsageError(f"The recipe {config.recipe_name} has no teacher.", hint="name another --recipe")
+        raise UsageError(f"The recipe {config.recipe_name} has no teacher.", hint="name another {recipe}")
     return load_teachers(config)
 
 
@@ -82,7 +82,7 @@ def refuse_idle_teacher(config: RunConfig) -> None:
             shown = shown_sources([value] if isinstance(value, str) else value)
             raise UsageError(
                 f"The recipe {config.recipe_name} has no teacher, but {name} is {' and '.join(shown)}.",
-                hint=f"omit --{name.replace('_', '-')}, or name a recipe with a teacher: --recipe clip-rd",
+                hint=f"omit {{{name}}}, or name a recipe with a teacher: {{recipe}} clip-rd",
             )
 
 

@@ -39,7 +39,7 @@ def with_text_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
     if refusal:
         raise ConfigError(
             f"The student's text tower cannot start from that of {teacher.name}: {refusal}.",
-            hint="omit --pretrained-text",
+            hint="omit {pretrained_text}",
         )
     _check_context_length(text_cfg["context_length"], source, teacher.name)
     if text_cfg["width"] != source.get("width", 512):
@@ -66,13 +66,13 @@ def build_with_text_tower_of(teacher: ClipModel, config: dict[str, Any], *, name
         raise ConfigError(
             f"The student's embedding size is {model_cfg['embed_dim']}, but the text tower of {teacher.name} returns "
             f"{teacher.embedding_size}; expected the same.",
-            hint="omit --embedding-size, or choose another --text",
+            hint="omit {embedding_size}, or choose another {text}",
         )
     source = teacher.model_cfg["text_cfg"]
     if source.get("proj_type") == "none":
         raise ConfigError(
             f"The text tower of {teacher.name} has no projection to the embedding's size, which a student trains.",
-            hint="choose another --text",
+            hint="choose another {text}",
         )
     text: Any = copy.deepcopy(separate_text_tower(teacher))
     student = build_student({**config, "model_cfg": _with_activation_of(teacher, model_cfg)}, name=name)
@@ -91,7 +91,7 @@ def separate_text_tower(clip: ClipModel) -> nn.Module:
         raise ConfigError(
             f"The text tower of {clip.name} also returns token features, as in CoCa; expected one that returns "
             "embeddings alone.",
-            hint="choose another --text",
+            hint="choose another {text}",
         )
     if hasattr(clip.model, "text"):
         return clip.model.get_submodule("text")
@@ -136,7 +136,7 @@ def _check_context_length(length: int, source: dict[str, Any], name: str) -> Non
         raise ConfigError(
             f"The context length is {length}, but the text tower of {name} was trained with {teachers}; "
             f"expected {expected}.",
-            hint=f"--context-length {teachers}",
+            hint=f"{{context_length}} {teachers}",
         )
 
 
@@ -186,9 +186,9 @@ def _require_same_features(config: dict[str, Any], teacher: ClipModel) -> None:
     except RuntimeError as error:
         raise ConfigError(
             f"The text tower of {teacher.name} cannot be rebuilt for the student: {str(error).splitlines()[0]}",
-            hint="omit --pretrained-text",
+            hint="omit {pretrained_text}",
         ) from error
-    require_equal(*features, what=f"text tower with the weights of {teacher.name}", hint="omit --pretrained-text")
+    require_equal(*features, what=f"text tower with the weights of {teacher.name}", hint="omit {pretrained_text}")
 
 
 def require_equal(features: Tensor, expected: Tensor, *, what: str, hint: str) -> None:

@@ -96,7 +96,7 @@ def _text_tower_of(spec: Typed, context_length: int | None) -> SentenceEncoder:
     if context_length not in (None, clip.context_length):
         raise UsageError(
             f"The context length of {spec} is {clip.context_length}; {context_length} was asked for.",
-            hint="omit --context-length",
+            hint="omit {context_length}",
         )
     model = separate_text_tower(clip)
     if has_quick_gelu(clip.model):

@@ -121,11 +121,11 @@ def require_trim(layers: int | None, vocabulary: int | None, texts: Sequence[str
         UsageError: nothing is to be trimmed, or there are no texts to tell which tokens stay.
     """
     if layers is None and vocabulary is None:
-        raise UsageError("Nothing is to be trimmed.", hint="--text-layers, --vocabulary, or both")
+        raise UsageError("Nothing is to be trimmed.", hint="{text_layers}, {vocabulary}, or both")
     if vocabulary is not None and not texts:
         raise UsageError(
             "The vocabulary is to be trimmed, but there are no texts that tell which tokens are needed.",
-            hint="--texts FILE, with texts such as the model will be given, one per line",
+            hint="{texts} FILE, with texts such as the model will be given, one per line",
         )
 
 
@@ -137,7 +137,7 @@ def _trim_layers(clip: ClipModel, count: int) -> str:
     blocks = text_layers(clip)
     total = len(blocks)
     if total == 1:
-        raise ConfigError(f"The text tower of {clip.name} has one layer, which has to stay.", hint="omit --text-layers")
+        raise ConfigError(f"The text tower of {clip.name} has one layer, which has to stay.", hint="omit {text_layers}")
     if not 1 <= count < total:
         raise ConfigError(
             f"The text tower of {clip.name} has {total} layers, and {count} are to stay; expected 1 to {total - 1}."
@@ -188,7 +188,7 @@ def _backend(clip: ClipModel) -> Any:
     if backend is None:
         raise ConfigError(
             f"The tokenizer of {clip.name} has no {_TOKENIZER}, whose tokens could be left out.",
-            hint="omit --vocabulary",
+            hint="omit {vocabulary}",
         )
     return backend
 
@@ -204,7 +204,7 @@ def _with_tokenizer_file(clip: ClipModel) -> ClipModel:
         raise ConfigError(
             f"What the text tower of {clip.name} returns depends on padding, or on other tokens than the end; expected "
             "a tower as CLIP's own, or of Hugging Face.",
-            hint="omit --vocabulary",
+            hint="omit {vocabulary}",
         )
     if not isinstance(clip.tokenizer, open_clip.SimpleTokenizer):
         return clip

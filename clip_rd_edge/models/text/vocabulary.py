@@ -31,14 +31,14 @@ def pieces_of(content: Content, name: str) -> list[str]:
     if kind not in _MARKS:
         raise ConfigError(
             f"The tokenizer of {name} is of the kind {kind}; expected one of {', '.join(_MARKS)}.",
-            hint="omit --vocabulary",
+            hint="omit {vocabulary}",
         )
     if kind == "Unigram":
         pieces = [piece for piece, _ in vocabulary]
     else:
         pieces = sorted(vocabulary, key=vocabulary.__getitem__)
         if any(vocabulary[piece] != number for number, piece in enumerate(pieces)):
-            raise ConfigError(f"The tokenizer of {name} has ids without a token.", hint="omit --vocabulary")
+            raise ConfigError(f"The tokenizer of {name} has ids without a token.", hint="omit {vocabulary}")
     return [*pieces, *(token["content"] for token in content["added_tokens"] if token["id"] >= len(pieces))]
 
 

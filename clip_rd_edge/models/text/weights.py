@@ -37,7 +37,7 @@ def init_text_tower(student: ClipModel, source: str, teacher: ClipModel | None) 
     """
     if source == TEACHER and teacher is None:
         raise InputError(
-            "--pretrained-text teacher needs a teacher.", hint="name a teacher with --teacher, or pass a file"
+            "{pretrained_text} teacher needs a teacher.", hint="name a teacher with {teacher}, or pass a file"
         )
     state = _text_state(teacher.model.state_dict() if teacher and source == TEACHER else _read_checkpoint(source))
     text = student.model.get_submodule("text")
@@ -47,7 +47,7 @@ def init_text_tower(student: ClipModel, source: str, teacher: ClipModel | None) 
     if layers > source_layers:
         raise ConfigError(
             f"The student's text tower has {layers} layers, but the weights of {source} have only {source_layers}.",
-            hint=f"--text WIDTHx{source_layers}, or fewer layers",
+            hint=f"{{text}} WIDTHx{source_layers}, or fewer layers",
         )
     selected = evenly_spaced(layers, total=source_layers)
     text.load_state_dict(_matching_weights(text, _select_layers(state, selected), source), strict=False)
@@ -109,9 +109,9 @@ def _matching_weights(text: nn.Module, state: Mapping[str, Tensor], source: str)
             raise ConfigError(
                 f"The text weights of {source} do not match the student: {name} is {_shape(weights)} in the weights "
                 f"and {_shape(parameter)} in the student.",
-                hint=f"--context-length {len(weights)} gives the student as many positions"
+                hint=f"{{context_length}} {len(weights)} gives the student as many positions"
                 if has_few_positions
-                else f"--text {width}xLAYERS gives the student the same width",
+                else f"{{text}} {width}xLAYERS gives the student the same width",
             )
     return matching
 
@@ -142,7 +142,7 @@ def init_token_embeddings(student: ClipModel, teachers: Sequence[ClipModel], rep
     """
     if not teachers:
         raise InputError(
-            f"--pretrained-text {TOKENS} needs a teacher.", hint="name a teacher with --teacher, or another start"
+            f"{{pretrained_text}} {TOKENS} needs a teacher.", hint="name a teacher with {teacher}, or another start"
         )
     texts = _token_texts(student.tokenizer)
     distinct = {text: row for row, text in enumerate(dict.fromkeys(texts.values()))}

@@ -127,7 +127,7 @@ def _require_processor(processor: str) -> Any:
     if processor not in (processors := available_processors()):
         raise UsageError(
             f"OpenVINO {openvino.__version__} finds no {processor} here; it finds {', '.join(processors)}.",
-            hint="install the driver of the processor, or use --device openvino for the CPU",
+            hint="install the driver of the processor, or use {device} openvino for the CPU",
         )
     return openvino
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.installation import install_command
+from clip_rd_edge.settings.deploying import Device
 from clip_rd_edge.utils.printable import printable
 
-Device = Literal["auto", "cpu", "cuda", "tensorrt", "coreml", "openvino", "openvino-gpu", "openvino-npu", "xnnpack"]
 AUTO = "auto"
 
 
@@ -93,7 +93,7 @@ PROVIDERS: dict[str, Provider] = {
 # requested by name: CoreML is in every Mac's package, compiles a tower each time it is opened and rounds to float16;
 # TensorRT takes minutes at first; XNNPACK supports float32 only.
 _PREFERRED = ("cuda", "openvino")
-DEVICES: tuple[str, ...] = (AUTO, *PROVIDERS)
+DEVICES: tuple[str, ...] = get_args(Device)
 # Those that keep what they compiled. TensorRT's provider finds an engine again by the model's file name and structure,
 # which two trainings of one student share: each model needs a folder of its own.
 KEEP_ENGINES = ("tensorrt", "openvino-gpu", "openvino-npu")

@@ -398,7 +398,7 @@ def search_index(
     if bundle is None and not is_bundle(Path(index.bundle)):
         raise InputError(
             f"The bundle that created the index {path} is not at {index.bundle} any more.",
-            hint="name its current path with --bundle",
+            hint="name its current path with {bundle}",
         )
     encoder = load(bundle or index.bundle, threads=threads, device=device)
     require_same_model(encoder, index, path)
@@ -422,7 +422,7 @@ def _require_images(folder: Path, path: Path, index: Index) -> None:
     """Refuse a folder that has none of the index's images, none of whose results would exist."""
     if not is_folder(folder):
         problem = "is not a folder" if exists(folder) else "does not exist"
-        raise InputError(f"The image folder {folder} {problem}.{near_files(folder)}", hint="check --folder")
+        raise InputError(f"The image folder {folder} {problem}.{near_files(folder)}", hint="check {folder}")
     if index.entries and not any(is_file(folder / entry.path) for entry in index.entries):
         raise InputError(
             f"The folder {folder} has none of the {len(index.entries):,} images of the index {path}, such as "

@@ -380,11 +380,11 @@ def _start(
     if not is_index(path):
         ours = {path / LOCK_FILE, *leftovers(path)}
         if is_file(path) or (is_folder(path) and set(path.iterdir()) - ours):
-            raise UsageError(f"The output {path} exists and is not an index.", hint="choose another -o")
+            raise UsageError(f"The output {path} exists and is not an index.", hint="choose another {output}")
         return path, empty, no_rows
     index, rows = read_index(path)
     if index.folder != empty.folder and not was_moved(index, folder):
-        raise UsageError(f"{path} is the index of another folder, {index.folder}.", hint="choose another -o")
+        raise UsageError(f"{path} is the index of another folder, {index.folder}.", hint="choose another {output}")
     if index.model == empty.model:
         return path, index, rows
     reporter.say(

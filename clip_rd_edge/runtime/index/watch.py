@@ -160,7 +160,7 @@ class _IndexFiles:
         if self.are_replaced() and is_index(self._path) and read_index(self._path)[0].model != self._model:
             raise UsageError(
                 f"Another model's index has been put at {self._path}: it stays, and the watch ends.",
-                hint="watch with the bundle that made it, or choose another -o",
+                hint="watch with the bundle that made it, or choose another {output}",
             )
 
     def are_whole(self, now: float) -> bool:

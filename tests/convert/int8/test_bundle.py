@@ -92,8 +92,8 @@ def test_if_no_tower_is_improved_nothing_is_written_and_alternatives_are_named(e
     ) as error:
         export()
     assert error.value.exit_code == 1
-    assert error.value.hint.startswith("--fallback fp32 ships float32")
-    assert error.value.hint.endswith("--min-agreement 0.98 ships the nearest INT8 candidate")
+    assert error.value.hint.startswith("fallback fp32 ships float32")
+    assert error.value.hint.endswith("min_agreement 0.98 ships the nearest INT8 candidate")
     assert not export.output.exists()
 
 
@@ -134,7 +134,7 @@ def test_no_limit_is_named_that_would_ship_only_one_of_two_towers_where_both_are
     for fallback in (None, "none"):
         with pytest.raises(ClipRdEdgeError) as error:
             export(fallback)
-        hints.append("--min-agreement 0.98" in error.value.hint)
+        hints.append("min_agreement 0.98" in error.value.hint)
     assert hints == [True, False]
 
 

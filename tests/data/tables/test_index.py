@@ -290,7 +290,7 @@ def test_images_within_parquet_are_to_be_written_into_files(tmp_path: Path, imag
     assert refusal.value.hint.endswith("write the images of this one into files or WebDataset shards")
     with pytest.raises(InputError, match="column 'data' holds binary") as refusal:
         parquet.read_column(str(path), "data")
-    assert refusal.value.hint == "name a column of text with --csv-caption-key"
+    assert refusal.value.hint == "name a column of text with csv_caption_key"
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ def test_a_missing_library_is_reported_before_the_run_begins(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     config = msgspec.structs.replace(config, report_to=name)
-    with pytest.raises(MissingExtraError, match=f"--report-to {name} needs the package '{name}'") as raised:
+    with pytest.raises(MissingExtraError, match=f"report_to {name} needs the package '{name}'") as raised:
         run_distillation(config, tmp_path / "run", resume=False)
     assert f"[{extra}]" in raised.value.hint
     assert not (tmp_path / "run" / "config.yaml").exists()

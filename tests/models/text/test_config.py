@@ -104,7 +104,7 @@ def test_a_shorter_context_is_enough_where_padding_has_no_influence() -> None:
     assert with_text_of(student(8), teacher_with())["model_cfg"]["text_cfg"]["context_length"] == 8
     with pytest.raises(ConfigError, match=r"is 77, but .* trained with 16; expected at most 16") as error:
         with_text_of(student(77), teacher_with())
-    assert error.value.hint == "--context-length 16"
+    assert error.value.hint == "context_length 16"
     with pytest.raises(ConfigError, match=r"is 8, but .* trained with 16; expected 16"):
         with_text_of(student(8), teacher_with(no_causal_mask=True))
 
@@ -155,7 +155,7 @@ def test_a_text_tower_that_does_not_fit_is_not_kept() -> None:
     config = student_config("test_resnet", embedding_size=64, image_size=32)
     with pytest.raises(ConfigError, match="embedding size is 64, but the text tower of teacher returns 32") as error:
         build_with_text_tower_of(teacher, config, name="student")
-    assert "--embedding-size" in error.value.hint
+    assert "embedding_size" in error.value.hint
     teacher.model.text_decoder = torch.nn.Identity()
     with pytest.raises(ConfigError, match="as in CoCa"):
         build_with_text_tower_of(teacher, student(16), name="student")

@@ -190,7 +190,7 @@ def test_what_cannot_be_trimmed_is_refused(bert: ClipModel) -> None:
     one_layer = trim_text_tower(bert, layers=1).clip
     with pytest.raises(ConfigError, match="has one layer, which has to stay") as raised:
         trim_text_tower(one_layer, layers=1)
-    assert raised.value.hint == "omit --text-layers"
+    assert raised.value.hint == "omit text_layers"
     with pytest.raises(ConfigError, match="has 45 tokens, and 3 are to stay; expected 35 to 44"):
         trim_text_tower(bert, vocabulary=3, texts=TEXTS)
     with pytest.raises(ConfigError, match="has 45 tokens, and 45 are to stay"):

@@ -1,0 +1,280 @@
+"""One declaration of an option: the field of a struct, which the command line and Python take under one name.
+
+    class Search(Settings, frozen=True):
+        index: Annotated[AnyPath, argument("Folder of the index.", path=True)]
+        top: Annotated[int, option("Number of images.", group="Query", metavar="N", ge=1)] = 10
+
+    @keywords_of(Search)
+    def search(request: Search) -> Hits: ...
+
+`search` then takes the fields as arguments, which type checkers see, too; `cli.options.command_of` makes flags of them.
+A text that names another option writes it in braces, as in "requires {views}": each front end spells it its own way.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import signature
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    TypedDict,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import msgspec
+from msgspec import NODEFAULT, Meta, inspect
+
+from clip_rd_edge.errors import UsageError, near_matches, require_known_options, spelled
+from clip_rd_edge.utils.checked import CheckedError, check_number
+from clip_rd_edge.utils.paths import AnyPath
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+P = ParamSpec("P")
+S = TypeVar("S", bound="Settings")
+R = TypeVar("R")
+Resume = Literal["same", "content", "free"]
+_PATH_TYPES = frozenset(get_args(AnyPath))
+
+
+class Details(TypedDict, total=False):
+    """What few options need.
+
+    Keys:
+        flags: of the command line. Default: the name of the field, with hyphens.
+        many: one flag takes all values up to the next flag.
+        path: the value names a file or a folder, and nothing else.
+        complete: what the shell completes it by; see `cli.options`.
+        words: other words for the choices of a `Literal`, such as `half` for `fp16`.
+        also: another name by which errors that several commands share mean this option.
+        resume: when a run is resumed, the value must be the `same`; or it says where something lies whose `content`
+            must be the same; or it is `free`.
+        ge, gt, le, lt: limits of a number.
+    """
+
+    flags: Sequence[str]
+    many: bool
+    path: bool
+    complete: str
+    words: Mapping[str, str]
+    also: str
+    resume: Resume
+    ge: float
+    gt: float
+    le: float
+    lt: float
+
+
+_LIMITS = ("ge", "gt", "le", "lt")
+
+
+def option(text: str, *, group: str, metavar: str = "", default: str = "", **details: Unpack[Details]) -> Meta:
+    """Describe a field as an option.
+
+    Args:
+        text: what it does, in a sentence or two.
+        group: the heading in `--help` that it stands under.
+        metavar: what stands for its value in `--help`.
+        default: what holds without it, in words, where the field's default does not show it.
+    """
+    given: dict[str, Any] = {"group": group, "metavar": metavar, "default": default, **details}
+    limits = {name: given.pop(name) for name in _LIMITS if name in given}
+    return Meta(description=text, extra={**_PLAIN, **given}, **limits)
+
+
+_PLAIN = {"flags": (), "many": False, "path": False, "complete": "", "words": {}, "also": "", "resume": "same"}
+
+
+def argument(text: str, *, metavar: str = "", path: bool = False, complete: str = "") -> Meta:
+    """Describe a field as an argument: the command line takes it by its place."""
+    extra = {"argument": True, "metavar": metavar, "path": path, "complete": complete}
+    return Meta(description=text, extra=extra)
+
+
+class Declared(NamedTuple):
+    """A field that is an option or an argument.
+
+    Attributes:
+        kind: `int`, `float`, `bool`, `str`, or the choices of a `Literal`.
+        several: whether it takes several values.
+        default: NODEFAULT if it must be given.
+        limits: `ge`, `gt`, `le` and `lt`, where they are set.
+    """
+
+    name: str
+    text: str
+    kind: type | tuple[str, ...]
+    several: bool
+    default: Any
+    limits: Mapping[str, float]
+    extra: Mapping[str, Any]
+
+    @property
+    def is_argument(self) -> bool:
+        """Whether the command line takes it by its place."""
+        return bool(self.extra.get("argument"))
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """Base class of what is asked for: numbers are within their limits, choices exist, paths are paths.
+
+    Raises:
+        UsageError: they do not; its `option` names the field.
+    """
+
+    def __post_init__(self) -> None:
+        for entry in _numbers(type(self)):
+            value = getattr(self, entry.name)
+            if value is not None or entry.default is not None:
+                kind: Any = inspect.IntType if entry.kind is int else inspect.FloatType
+                try:
+                    check_number(entry.name, value, kind(**entry.limits))
+                except CheckedError as error:
+                    raise UsageError(f"{error}.", option=entry.name) from error
+        for name, (choices, takes_path) in _checks(type(self)).items():
+            value = getattr(self, name)
+            if choices and value not in choices:
+                if takes_path and isinstance(value, str | os.PathLike | int | float):
+                    continue
+                near = near_matches(value, map(str, choices)) if isinstance(value, str) else ""
+                known = ", ".join(str(choice) for choice in choices if choice is not None)
+                raise UsageError(f"{name} is {value!r}; expected one of {known}.{near}", option=name)
+            if takes_path and not choices and not (value is None and name in _optional(type(self))):
+                _require_paths(name, value)
+
+
+@functools.cache
+def _numbers(settings: type[Settings]) -> list[Declared]:
+    return [entry for entry in declared(settings) if entry.kind in (int, float) and not entry.several]
+
+
+@functools.cache
+def _checks(settings: type[Settings]) -> Mapping[str, tuple[tuple[Any, ...], bool]]:
+    """Return the fields with choices, and those that take paths."""
+    found: dict[str, tuple[tuple[Any, ...], bool]] = {}
+    for name, annotation in get_type_hints(settings).items():
+        members = _members(annotation)
+        choices = tuple(choice for member in members if get_origin(member) is Literal for choice in get_args(member))
+        others = [member for member in members if get_origin(member) is not Literal and member is not type(None)]
+        if choices:
+            found[name] = ((*choices, None) if type(None) in members else choices, bool(others))
+        elif Any not in members and any(member in _PATH_TYPES - {str} for member in members):
+            found[name] = ((), True)
+    return found
+
+
+@functools.cache
+def _optional(settings: type[Settings]) -> frozenset[str]:
+    return frozenset(entry.name for entry in declared(settings) if entry.default is None)
+
+
+def _require_paths(name: str, value: Any) -> None:
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(item, str | os.PathLike):
+            raise UsageError(
+                f"{name} is {item!r}, of type {type(item).__name__}; expected a path or a name.",
+                hint="pass a text or a pathlib.Path", option=name,
+            )  # fmt: skip
+        if not os.fspath(item):
+            raise UsageError(f"{name} is empty.", hint="check the variable it came from; . is this folder", option=name)
+
+
+def keywords_of(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P, R]]:
+    """Let a function of a struct be called with the struct's fields.
+
+    Raises:
+        UsageError: a call has an unknown argument, lacks one, or has one that is not allowed.
+    """
+    fields = signature(settings)
+    parameters = fields.parameters
+    by_place = [name for name, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+
+    def decorate(function: Callable[[S], R]) -> Callable[P, R]:
+        command = function.__name__
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            require_known_options(kwargs, parameters, command=command)
+            if len(args) > len(by_place):
+                raise UsageError(f"{command} was given {len(args)} values; expected names for all but {len(by_place)}.")
+            if missing := set(required) - {*by_place[: len(args)], *kwargs}:
+                name = min(missing, key=required.index)
+                raise UsageError(f"{command} needs {name}, which is missing.", option=name)
+            return function(settings(*args, **kwargs))
+
+        call.__signature__ = fields  # type: ignore[attr-defined]
+        call.settings = settings  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _default(field: msgspec.structs.FieldInfo) -> Any:
+    return field.default if field.default_factory is NODEFAULT else field.default_factory()
+
+
+def declared(settings: type[Settings]) -> Iterator[Declared]:
+    """Yield the options and arguments of a struct, in its order; other fields, such as a reporter, are left out."""
+    hints = get_type_hints(settings, include_extras=True)
+    for field in msgspec.structs.fields(settings):
+        for meta in _metas(hints[field.name]):
+            if meta.extra is not None:
+                kind, several = _kind(hints[field.name])
+                limits = {name: value for name in _LIMITS if (value := getattr(meta, name)) is not None}
+                default = NODEFAULT if field.required else _default(field)
+                yield Declared(field.name, meta.description or "", kind, several, default, limits, meta.extra)
+
+
+def _metas(annotation: Any) -> list[Meta]:
+    if get_origin(annotation) is Annotated:
+        inner, *metas = get_args(annotation)
+        return [*(meta for meta in metas if isinstance(meta, Meta)), *_metas(inner)]
+    if get_origin(annotation) in (Union, UnionType):
+        return [meta for member in get_args(annotation) for meta in _metas(member)]
+    return []
+
+
+def _members(annotation: Any) -> list[Any]:
+    """Return the members of a union, or the type itself, without annotations and type aliases."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [inner for member in get_args(annotation) for inner in _members(member)]
+    return [annotation]
+
+
+def _kind(annotation: Any) -> tuple[type | tuple[str, ...], bool]:
+    members = [member for member in _members(annotation) if member is not type(None)]
+    several = any(get_origin(member) in (tuple, Sequence, list) or getattr(get_origin(member), "__name__", "") in
+                  ("Sequence", "Iterable") for member in members)  # fmt: skip
+    choices = tuple(choice for member in members if get_origin(member) is Literal for choice in get_args(member))
+    if choices:
+        return choices if len(members) == 1 else str, several
+    for kind in (bool, int, float):
+        if kind in members:
+            return kind, several
+    return str, several
+
+
+def describe(settings: type[Settings]) -> str:
+    """Return the `Args:` of a docstring: a line for each field, with the names of Python."""
+    lines = ["Args:"]
+    names = {entry.name for entry in declared(settings)}
+    for entry in declared(settings):
+        default = f" Default: {entry.extra['default']}." if entry.extra.get("default") else ""
+        lines.append(f"    {entry.name}: {spelled(entry.text, lambda name: name if name in names else None)}{default}")
+    return "\n".join(lines)
