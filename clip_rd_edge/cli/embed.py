@@ -53,7 +53,15 @@ _data, _teacher, _output = grouped("Data"), grouped("Teacher"), grouped("Output"
     "--student", metavar="MODEL",
     help="The student of the run, if it is a trained one or a JSON file, for crops of its shape.  [default: square]",
 )  # fmt: skip
-@_output("-o", "--output", also="teacher_cache", required=True, type=PathName(), metavar="CACHE", help="Folder for distill --teacher-cache.")
+@_output(
+    "-o",
+    "--output",
+    also="teacher_cache",
+    required=True,
+    type=PathName(),
+    metavar="CACHE",
+    help="Folder for distill --teacher-cache.",
+)
 @ray_option
 def command(output: Path, **options: Any) -> None:
     """Compute a teacher's embeddings once, for many runs of distill with --teacher-cache.

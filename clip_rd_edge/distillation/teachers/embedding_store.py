@@ -304,7 +304,7 @@ def cache_folders(folder: Path, teachers: Sequence[ClipModel]) -> list[Path]:
             hint="choose another {teacher_cache}",
         )
     if is_folder(folder) and _holds_others(folder, (_OF_A_TEACHER,)):
-        raise UsageError(f"{folder} is neither empty nor a teacher cache.", hint="choose another --teacher-cache")
+        raise UsageError(f"{folder} is neither empty nor a teacher cache.", hint="choose another {teacher_cache}")
     return [folder / f"{_OF_A_TEACHER}{model_fingerprint(teacher)[:_SHORT]}" for teacher in teachers]
 
 
