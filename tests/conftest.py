@@ -32,7 +32,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
-    from clip_rd_edge.convert.calibration import CalibrationSet, Samples
+    from clip_rd_edge.exporting.calibration import CalibrationSet, Samples
     from clip_rd_edge.models.clip import ClipModel
 
 IMAGE_SIZE, CONTEXT_LENGTH = 32, 16
@@ -188,9 +188,9 @@ def colour_images(tmp_path: Path) -> Path:
 def remembered_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Bundles get the ONNX file of a tower that was exported before, by any worker, which takes torch seconds.
 
-    `exporters.onnx` is as it is for tests that call it themselves.
+    `exporting.onnx` is as it is for tests that call it themselves.
     """
-    from clip_rd_edge.exporters import bundle
+    from clip_rd_edge.exporting import bundle
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # the folder above is that of all workers of this run, and of no other run
@@ -247,7 +247,7 @@ def image_tower(
 ) -> Callable[[str], tuple[ClipModel, Path]]:
     """Return a function that exports a 64-pixel student by its trunk's name, once per trunk; returns model and file."""
 
-    from clip_rd_edge.exporters import bundle
+    from clip_rd_edge.exporting import bundle
 
     @cache
     def export(trunk: str) -> tuple[ClipModel, Path]:
@@ -266,8 +266,8 @@ def student(make_student: Callable[..., ClipModel]) -> ClipModel:
 @pytest.fixture(scope="session")
 def fp32_bundle(student: ClipModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The student's float32 bundle, shared by all tests: do not change it."""
-    from clip_rd_edge.convert.options import ExportRequest
-    from clip_rd_edge.exporters.bundle import export_bundle
+    from clip_rd_edge.exporting.bundle import export_bundle
+    from clip_rd_edge.exporting.options import ExportRequest
 
     bundle = tmp_path_factory.mktemp("bundles") / "fp32"
     export_bundle(
@@ -288,7 +288,7 @@ def fp32_bundle(student: ClipModel, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def calibration(student: ClipModel) -> CalibrationSet:
     """Noise images of different brightness, and captions of random words."""
-    from clip_rd_edge.convert.calibration import CalibrationSet, Samples
+    from clip_rd_edge.exporting.calibration import CalibrationSet, Samples
 
     rng = np.random.default_rng(0)
 

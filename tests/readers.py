@@ -61,9 +61,9 @@ def read_labels(path: Path) -> object:
 def read_config(path: Path) -> object:
     """Read a file as each kind of YAML."""
     from clip_rd_edge.benchmarking.suite import read_suite
-    from clip_rd_edge.convert.targets import Device
     from clip_rd_edge.distillation.config import load_recipe
     from clip_rd_edge.evidence.suite import EvidenceSuite
+    from clip_rd_edge.exporting.plan import Device
     from clip_rd_edge.utils.structs import read_yaml
 
     readers: list[Callable[[], object]] = [

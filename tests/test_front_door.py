@@ -23,8 +23,8 @@ import clip_rd_edge as edge
 from clip_rd_edge import api
 from clip_rd_edge.cli.main import COMMANDS
 from clip_rd_edge.contract.images import ImageInput
-from clip_rd_edge.convert.options import ExportOptions
 from clip_rd_edge.distillation.config import DistillOptions
+from clip_rd_edge.exporting.options import ExportOptions
 from clip_rd_edge.utils.paths import AnyPath
 
 ROOT = Path(__file__).parents[1]

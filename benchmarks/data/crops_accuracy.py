@@ -42,9 +42,9 @@ from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.preprocess import Box
 from clip_rd_edge.contract.task import ZeroShotTask
-from clip_rd_edge.convert.parity import agreement
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.batches.pixels import Crops
+from clip_rd_edge.exporting.parity import agreement
 from clip_rd_edge.utils.structs import read_json
 
 EDGE = 128  # twice the quickstart's input

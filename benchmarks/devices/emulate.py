@@ -37,8 +37,8 @@ from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.benchmarking.results import Environment, this_environment
 from clip_rd_edge.contract.bundle import MANIFEST, read_manifest
-from clip_rd_edge.convert.parity import agreement
 from clip_rd_edge.data.emoji import zero_shot_task
+from clip_rd_edge.exporting.parity import agreement
 from clip_rd_edge.utils.files import sha256_of, write_bytes
 from clip_rd_edge.utils.paths import cache_home
 from clip_rd_edge.utils.structs import read_json, to_json

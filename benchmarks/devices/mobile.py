@@ -36,13 +36,13 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.formats import FORMATS, Format
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.contract.reference import read_reference
-from clip_rd_edge.convert.litert import fp16_recipe, quantize
-from clip_rd_edge.convert.parity import Inputs, agreement, embed, hard_pixels
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.exporters.coreml import require_declared, write_package
-from clip_rd_edge.exporters.executorch import EXECUTORCH_TOOLS
-from clip_rd_edge.exporters.litert import LITERT_TOOLS
-from clip_rd_edge.exporters.onnx import IMAGE_INPUT, IMAGE_OUTPUT, export_image_tower
+from clip_rd_edge.exporting.formats.coreml import require_declared, write_package
+from clip_rd_edge.exporting.formats.executorch import EXECUTORCH_TOOLS
+from clip_rd_edge.exporting.formats.litert import fp16_recipe, quantize
+from clip_rd_edge.exporting.formats.litert_towers import LITERT_TOOLS
+from clip_rd_edge.exporting.onnx import IMAGE_INPUT, IMAGE_OUTPUT, export_image_tower
+from clip_rd_edge.exporting.parity import Inputs, agreement, embed, hard_pixels
 from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.student import build_student, preset_names, student_config

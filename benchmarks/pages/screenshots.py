@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from clip_rd_edge.web.browser import write_browser
+from clip_rd_edge.exporting.layouts.browser import write_browser
 
 CHROMIUM = Path("/usr/bin/chromium")
 LABELS = ["office building", "hotel", "castle", "house", "bicycle", "cat"]

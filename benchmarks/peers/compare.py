@@ -24,9 +24,9 @@ from clip_rd_edge.contract.encoder import label_embeddings
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.contract.task import ZeroShotTask
-from clip_rd_edge.convert.calibration import calibration_set
-from clip_rd_edge.convert.parity import agreement
 from clip_rd_edge.data.emoji import training_pairs, zero_shot_task
+from clip_rd_edge.exporting.calibration import calibration_set
+from clip_rd_edge.exporting.parity import agreement
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.files import write_bytes

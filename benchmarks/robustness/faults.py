@@ -630,8 +630,8 @@ def make_bundle(folder: Path) -> Path:
     """Export a tiny student with random weights as a float32 bundle."""
     import torch
 
-    from clip_rd_edge.convert.options import ExportRequest
-    from clip_rd_edge.exporters.bundle import export_bundle
+    from clip_rd_edge.exporting.bundle import export_bundle
+    from clip_rd_edge.exporting.options import ExportRequest
     from clip_rd_edge.models.student import build_student, student_config
 
     torch.manual_seed(0)

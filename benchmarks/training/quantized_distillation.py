@@ -26,14 +26,14 @@ from clip_rd_edge.contract.encoder import Embeddings, label_embeddings
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.contract.task import ZeroShotTask
-from clip_rd_edge.convert.calibration import calibration_set
-from clip_rd_edge.convert.graph import prepare_for_quantization
-from clip_rd_edge.convert.int8.rounding import RoundedLayers
-from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT
-from clip_rd_edge.convert.int8.static import RangeMethod, StaticQuantizer
-from clip_rd_edge.convert.parity import Inputs, agreement, embed
 from clip_rd_edge.data import emoji
-from clip_rd_edge.exporters.onnx import export_image_tower
+from clip_rd_edge.exporting.calibration import calibration_set
+from clip_rd_edge.exporting.graph import prepare_for_quantization
+from clip_rd_edge.exporting.int8.rounding import RoundedLayers
+from clip_rd_edge.exporting.int8.saturation import MAX_WEIGHT
+from clip_rd_edge.exporting.int8.static import RangeMethod, StaticQuantizer
+from clip_rd_edge.exporting.onnx import export_image_tower
+from clip_rd_edge.exporting.parity import Inputs, agreement, embed
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.runtime.backends.session import open_session

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
     from clip_rd_edge.benchmarking.results import Results
     from clip_rd_edge.contract.bundle import Manifest
-    from clip_rd_edge.convert.bundle import ConvertedBundle
-    from clip_rd_edge.convert.calibration import CalibrationPairs, CalibrationSet
-    from clip_rd_edge.convert.int8.select import Trial
-    from clip_rd_edge.convert.options import ExportOptions, ExportRequest
-    from clip_rd_edge.convert.targets import Device, ExportPlan
     from clip_rd_edge.data.pairs import Pairs
+    from clip_rd_edge.exporting.calibration import CalibrationPairs, CalibrationSet
+    from clip_rd_edge.exporting.conversion import ConvertedBundle
+    from clip_rd_edge.exporting.int8.select import Trial
+    from clip_rd_edge.exporting.options import ExportOptions, ExportRequest
+    from clip_rd_edge.exporting.plan import Device, ExportPlan
     from clip_rd_edge.models.clip import ClipModel
     from clip_rd_edge.runtime.verify import Check
 
@@ -83,7 +83,7 @@ def export(
     from clip_rd_edge.benchmarking.results import read_results
     from clip_rd_edge.contract.bundle import is_bundle
     from clip_rd_edge.contract.outputs import require_output
-    from clip_rd_edge.convert.targets import plan_exports
+    from clip_rd_edge.exporting.plan import plan_exports
 
     spec, output = typed(model), Path(output)
     read = (options.get(name) for name in ("labels", "calibration", "report", "node_modules"))
@@ -123,14 +123,14 @@ class _Export:
 
     def from_bundle(self) -> ExportedBundle:
         """Write a bundle for browsers."""
-        from clip_rd_edge.convert.options import require_unconverted
-        from clip_rd_edge.convert.targets import BROWSER
+        from clip_rd_edge.exporting.options import require_unconverted
+        from clip_rd_edge.exporting.plan import BROWSER
 
         if self.plans[0].layout != BROWSER:
             raise UsageError(f"{self.spec} is already a bundle.", hint="pass the model that it was exported from")
         require_unconverted(Path(self.spec), self.options, self.weights)
         self._require_browser_packages()
-        from clip_rd_edge.web.browser import write_from_bundle
+        from clip_rd_edge.exporting.layouts.browser import write_from_bundle
 
         labels = self.plans[0].request.labels
         written = write_from_bundle(
@@ -140,8 +140,8 @@ class _Export:
 
     def from_model(self) -> ExportedBundle:
         """Load the model, and export it for each target."""
-        from clip_rd_edge.convert.calibration import kept_pairs, named_pairs
-        from clip_rd_edge.convert.targets import BROWSER
+        from clip_rd_edge.exporting.calibration import kept_pairs, named_pairs
+        from clip_rd_edge.exporting.plan import BROWSER
 
         plans, plan, reporter = self.plans, self.plans[0], self.reporter
         if plan.layout == BROWSER:
@@ -154,7 +154,7 @@ class _Export:
             reporter.say(plan.note)
 
         # PyTorch takes seconds to import: by now, mistakes in the options have been reported.
-        from clip_rd_edge.exporters.bundle import export_bundles
+        from clip_rd_edge.exporting.bundle import export_bundles
         from clip_rd_edge.models.load import load_clip
 
         reporter.update("loading the model")
@@ -177,11 +177,11 @@ class _Export:
 
     def _write(self, clip: ClipModel, request: ExportRequest, calibration: CalibrationSet | None) -> ConvertedBundle:
         """Export a model in the layout of the only plan."""
-        from clip_rd_edge.exporters.bundle import export_bundle
+        from clip_rd_edge.exporting.bundle import export_bundle
 
         layout, output, force, reporter = self.plans[0].layout, self.output, self.force, self.reporter
         if layout == "huggingface":
-            from clip_rd_edge.exporters.huggingface import export_huggingface
+            from clip_rd_edge.exporting.layouts.huggingface_export import export_huggingface
             from clip_rd_edge.models.load import training_facts
 
             return export_huggingface(
@@ -200,12 +200,12 @@ class _Export:
             plain = Path(scratch)
             converted = export_bundle(clip, plain, request, calibration=calibration, overwrite=True, reporter=reporter)
             if layout == "immich":
-                from clip_rd_edge.convert.immich import where_it_goes, write_immich
+                from clip_rd_edge.exporting.layouts.immich import where_it_goes, write_immich
 
                 write_immich(plain, output, overwrite=force)
                 reporter.say(where_it_goes(output, self._immich_name(clip), clip.preprocessing))
             else:
-                from clip_rd_edge.web.browser import write_browser
+                from clip_rd_edge.exporting.layouts.browser import write_browser
 
                 write_browser(plain, output, node_modules=self._node_modules, overwrite=force)
         return converted
@@ -216,21 +216,21 @@ class _Export:
 
     def _require_browser_packages(self) -> None:
         """Raise if onnxruntime-web is not among npm's packages."""
-        from clip_rd_edge.web.browser import find_packages
+        from clip_rd_edge.exporting.layouts.browser import find_packages
 
         self.reporter.update("looking for onnxruntime-web")
         find_packages(self._node_modules)
 
     def _immich_name(self, clip: ClipModel) -> str:
         """Return the name that the model takes in Immich, which has to be one of Immich's own."""
-        from clip_rd_edge.convert.immich import immich_name
+        from clip_rd_edge.exporting.layouts.immich import immich_name
 
         return immich_name(self.options.get("as_name"), embedding_size=clip.embedding_size, model=clip.name)
 
 
 def _calibration_set(pairs: Pairs | CalibrationPairs, clip: ClipModel) -> CalibrationSet:
     """Return the images and captions that INT8 is calibrated with."""
-    from clip_rd_edge.convert.calibration import CalibrationPairs, choose_pairs
+    from clip_rd_edge.exporting.calibration import CalibrationPairs, choose_pairs
     from clip_rd_edge.models.encoder import TorchEncoder
 
     if not isinstance(pairs, CalibrationPairs):
@@ -243,8 +243,8 @@ def _request(plan: ExportPlan, clip: ClipModel, spec: str, pretrained: str | Non
     import msgspec
 
     from clip_rd_edge.contract.checkpoint import was_quantized_in_training
-    from clip_rd_edge.convert.targets import BROWSER
-    from clip_rd_edge.exporters.bundle import package_versions
+    from clip_rd_edge.exporting.bundle import package_versions
+    from clip_rd_edge.exporting.plan import BROWSER
 
     provenance = {
         "model": spec, "pretrained": pretrained, **package_versions(), "device": plan.device,
@@ -278,7 +278,7 @@ def verify(request: Verify) -> list[Check]:
 
 def devices(name: AnyPath | None = None) -> dict[str, Device]:
     """Return the supported devices by name: their requirements, how to export for them, and what was tested."""
-    from clip_rd_edge.convert.targets import device_names, read_device
+    from clip_rd_edge.exporting.plan import device_names, read_device
 
     names = [os.fspath(name)] if name else device_names()
     return {device: read_device(device) for device in names}

@@ -192,13 +192,13 @@ def packaged_names(folder: str, suffix: str) -> Callable[[], list[str]]:
 
 
 def _devices() -> list[str]:
-    from clip_rd_edge.convert.targets import device_names
+    from clip_rd_edge.exporting.plan import device_names
 
     return device_names()
 
 
 def _targets() -> list[str]:
-    from clip_rd_edge.convert.targets import TARGETS, device_names
+    from clip_rd_edge.exporting.plan import TARGETS, device_names
 
     return sorted({*device_names(), *TARGETS})
 

@@ -33,7 +33,7 @@ def command(name: str | None, as_json: bool) -> None:
         from rich.markdown import Markdown
 
         from clip_rd_edge.cli._console import SafeConsole
-        from clip_rd_edge.convert.targets import device_guide
+        from clip_rd_edge.exporting.plan import device_guide
 
         console = SafeConsole()
         guide = device_guide(name)

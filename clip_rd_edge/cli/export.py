@@ -26,7 +26,7 @@ from clip_rd_edge.utils.printable import as_word
 
 if TYPE_CHECKING:
     from clip_rd_edge.api import ExportedBundle
-    from clip_rd_edge.convert.int8.select import Trial
+    from clip_rd_edge.exporting.int8.select import Trial
 
 _FORMATS = ". ".join(f"{name}: {info.help}" if info.help else name for name, info in FORMATS.items())
 _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
@@ -148,7 +148,7 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter, say
     from clip_rd_edge.contract.bundle import LABELS
-    from clip_rd_edge.convert.targets import BROWSER, BUILD_SHELL
+    from clip_rd_edge.exporting.plan import BROWSER, BUILD_SHELL
     from clip_rd_edge.runtime.label_list import parse_labels
     from clip_rd_edge.utils.paths import is_file
 

@@ -1,7 +1,7 @@
 """The formats of a bundle, and the runtimes that run them: the one place to add another.
 
 A format needs an entry in FORMATS, an encoder (a `runtime.encoder.BundleEncoder`) in RUNTIMES, and a converter (an
-`exporters.converters.Converter`). Encoders and converters are named as `module:class` and imported when they are used,
+`exporting.converters.Converter`). Encoders and converters are named as `module:class` and imported when they are used,
 because each needs packages of its own. Imports nothing heavy, so a command line can check its options quickly.
 """
 
@@ -46,7 +46,7 @@ FORMATS: dict[Format, FormatInfo] = {
         title="ONNX",
         precisions=("fp32", "fp16", "int8"),
         runtime="onnxruntime",
-        converter="clip_rd_edge.exporters.converters:OnnxConverter",
+        converter="clip_rd_edge.exporting.converters:OnnxConverter",
         aliases=("onnxruntime",),
     ),
     "openvino": FormatInfo(
@@ -54,7 +54,7 @@ FORMATS: dict[Format, FormatInfo] = {
         help="ONNX files for OpenVINO",
         precisions=("fp32", "bf16", "int8"),
         runtime="openvino",
-        converter="clip_rd_edge.exporters.converters:OpenVinoConverter",
+        converter="clip_rd_edge.exporting.converters:OpenVinoConverter",
         extras={"openvino": "export --format openvino, and running its bundles"},
     ),
     "trt": FormatInfo(
@@ -62,7 +62,7 @@ FORMATS: dict[Format, FormatInfo] = {
         help="TensorRT engines beside their ONNX files; needs no GPU",
         precisions=("fp32", "fp16", "int8"),
         runtime="tensorrt",
-        converter="clip_rd_edge.exporters.converters:TensorRtConverter",
+        converter="clip_rd_edge.exporting.converters:TensorRtConverter",
         extras={
             "rtx": "export --format trt for RTX cards, and running the engines on them",
             "tensorrt": "running engines of the full TensorRT, which a Jetson has",
@@ -74,7 +74,7 @@ FORMATS: dict[Format, FormatInfo] = {
         help="LiteRT (TensorFlow Lite) files for phones",
         precisions=("fp32", "fp16", "int8"),
         runtime="litert",
-        converter="clip_rd_edge.exporters.converters:LiteRtConverter",
+        converter="clip_rd_edge.exporting.converters:LiteRtConverter",
         extras={
             "litert": "running bundles of export --format litert",
             "litert-torch": "export --format litert",
@@ -87,7 +87,7 @@ FORMATS: dict[Format, FormatInfo] = {
         help="ExecuTorch files for phones",
         precisions=("fp32", "int8"),
         runtime="executorch",
-        converter="clip_rd_edge.exporters.converters:ExecuTorchConverter",
+        converter="clip_rd_edge.exporting.converters:ExecuTorchConverter",
         extras={"executorch": "export --format executorch, and running its bundles"},
         aliases=("pte",),
         is_onnx=False,
@@ -97,7 +97,7 @@ FORMATS: dict[Format, FormatInfo] = {
         help="Core ML packages for Apple devices; converted anywhere, run on a Mac",
         precisions=("fp32", "fp16"),
         runtime="coreml",
-        converter="clip_rd_edge.exporters.converters:CoreMlConverter",
+        converter="clip_rd_edge.exporting.converters:CoreMlConverter",
         extras={"coreml": "export --format coreml, and running its bundles on a Mac"},
         aliases=("core-ml", "mlpackage"),
         is_onnx=False,
@@ -109,8 +109,7 @@ RUNTIMES: dict[Runtime, str] = {
     "openvino": "clip_rd_edge.runtime.backends.openvino:OpenVinoEncoder",
     "tensorrt": "clip_rd_edge.runtime.backends.tensorrt:TensorRtEncoder",
     "litert": "clip_rd_edge.runtime.backends.litert:LiteRtEncoder",
-    # ExecuTorch's Python package computes on PyTorch's tensors, and `runtime` never imports PyTorch.
-    "executorch": "clip_rd_edge.exporters.executorch_encoder:ExecuTorchEncoder",
+    "executorch": "clip_rd_edge.runtime.backends.executorch:ExecuTorchEncoder",
     "coreml": "clip_rd_edge.runtime.backends.coreml:CoreMlEncoder",
 }
 

@@ -25,7 +25,6 @@ from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.encoder import Embeddings, Encoder
 from clip_rd_edge.contract.run_folder import REPORT_FOLDER, RUN_CONFIG_FILE
 from clip_rd_edge.contract.task import Task
-from clip_rd_edge.convert.calibration import choose_pairs, keep_pairs
 from clip_rd_edge.data.unpaired import MixedSamples, describe_counts, has_images
 from clip_rd_edge.distillation.batches.loader import lost_worker
 from clip_rd_edge.distillation.build import (
@@ -75,6 +74,7 @@ from clip_rd_edge.errors import (
     UsageError,
     in_one_line,
 )
+from clip_rd_edge.exporting.calibration import choose_pairs, keep_pairs
 from clip_rd_edge.models.defaults import float32_on_cpu
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 from clip_rd_edge.utils.shared_block import SharedBlock
@@ -68,3 +69,11 @@ def _has_level(logger: logging.Logger) -> bool:
     while logger.parent is not None and not logger.level:
         logger = logger.parent
     return logger is not logging.root
+
+
+_NO_PROGRESS_BARS = SharedBlock(lambda: redirect_stderr(io.StringIO()))
+
+
+def without_progress_bars() -> SharedBlock:
+    """Discard what Python code of the process writes to stderr, where converters draw their progress bars."""
+    return _NO_PROGRESS_BARS

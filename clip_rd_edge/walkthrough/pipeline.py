@@ -20,14 +20,14 @@ from clip_rd_edge.benchmarking.throughput import Launch
 from clip_rd_edge.contract.bundle import is_bundle, read_manifest
 from clip_rd_edge.contract.checkpoint import LOCAL_DIR, STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
-from clip_rd_edge.convert.calibration import calibration_set
-from clip_rd_edge.convert.int8.select import Trial
-from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.data import emoji
 from clip_rd_edge.distillation.config import Precision, RunConfig, load_recipe
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
 from clip_rd_edge.errors import InputError, InterruptedRunError
-from clip_rd_edge.exporters.bundle import export_bundle, package_versions
+from clip_rd_edge.exporting.bundle import export_bundle, package_versions
+from clip_rd_edge.exporting.calibration import calibration_set
+from clip_rd_edge.exporting.int8.select import Trial
+from clip_rd_edge.exporting.options import ExportRequest
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.packaged import CLASSIFIERS, SENTENCE_ENCODERS

@@ -10,7 +10,7 @@ import pytest
 
 from clip_rd_edge.benchmarking.report.text import write_report
 from clip_rd_edge.benchmarking.results import Results, SkippedRow, read_results, this_environment, write_results
-from clip_rd_edge.exporters.bundle import package_versions
+from clip_rd_edge.exporting.bundle import package_versions
 
 
 def test_the_environment_describes_this_machine() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.web import browser
+from clip_rd_edge.exporting.layouts import browser
 
 
 @pytest.fixture

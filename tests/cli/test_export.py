@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest
-from clip_rd_edge.convert import targets
-from clip_rd_edge.convert.calibration import named_pairs
-from clip_rd_edge.convert.options import require_precision
-from clip_rd_edge.convert.targets import ResolvedTarget, device_names, read_device, resolve_target
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.exporters import bundle as exporters
+from clip_rd_edge.exporting import bundle as exporting
+from clip_rd_edge.exporting import plan as targets
+from clip_rd_edge.exporting.calibration import named_pairs
+from clip_rd_edge.exporting.options import require_precision
+from clip_rd_edge.exporting.plan import ResolvedTarget, device_names, read_device, resolve_target
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.utils.printable import as_word
@@ -215,8 +215,8 @@ def test_several_targets_make_one_bundle_each_from_one_export_of_the_towers(
     run_folder: Path, tmp_path: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exported = []
-    write_fp32 = exporters.write_fp32
-    monkeypatch.setattr(exporters, "write_fp32", lambda *a, **k: exported.append(1) or write_fp32(*a, **k))
+    write_fp32 = exporting.write_fp32
+    monkeypatch.setattr(exporting, "write_fp32", lambda *a, **k: exported.append(1) or write_fp32(*a, **k))
     output = tmp_path / "bundles"
     names = ("jetson-orin", "nvidia-gpu", "cpu-arm")
     arguments = ("--target", ",".join(names), "--precision", "fp16", "-o", output)

@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 
 from clip_rd_edge.contract.bundle import INSTRUCTION_SETS, read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import read_labels
-from clip_rd_edge.web import browser
+from clip_rd_edge.exporting.layouts import browser
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -275,7 +275,7 @@ def test_a_full_disk_is_reported_in_one_line(command_line: Run, monkeypatch: pyt
     def raise_disk_full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/mnt/manifest.json")
 
-    monkeypatch.setattr("clip_rd_edge.convert.targets.device_names", raise_disk_full)
+    monkeypatch.setattr("clip_rd_edge.exporting.plan.device_names", raise_disk_full)
     code, _, error = command_line("devices")
     assert code == 1
     assert error.startswith("error: There is no space left on the disk for /mnt/manifest.json")
@@ -286,7 +286,7 @@ def test_too_many_open_files_are_reported_in_one_line(command_line: Run, monkeyp
     def raise_too_many() -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("clip_rd_edge.convert.targets.device_names", raise_too_many)
+    monkeypatch.setattr("clip_rd_edge.exporting.plan.device_names", raise_too_many)
     code, _, error = command_line("devices")
     assert code == 1
     assert (

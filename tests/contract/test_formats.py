@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 
 from clip_rd_edge.contract.formats import FORMATS, RUNTIMES, Format, Precision, Runtime, format_of, import_named
-from clip_rd_edge.exporters.converters import Converter, converter_for
+from clip_rd_edge.exporting.converters import Converter, converter_for
 from clip_rd_edge.runtime.doctor import extras
 from clip_rd_edge.runtime.encoder import BundleEncoder
 

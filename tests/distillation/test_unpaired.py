@@ -21,7 +21,6 @@ from tiny_runs import killed_and_resumed, run_on_images_and_labels, stop_at, wei
 from torch import Tensor
 
 from clip_rd_edge.contract.run_folder import read_metrics
-from clip_rd_edge.convert.calibration import kept_pairs
 from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.build import load_setup, make_dataset
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
@@ -33,6 +32,7 @@ from clip_rd_edge.distillation.teachers.choosing import ChoosingTeacher
 from clip_rd_edge.distillation.teachers.embed import embed_teacher
 from clip_rd_edge.distillation.teachers.teacher import BatchTeacher, LiveTeacher, Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.exporting.calibration import kept_pairs
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import training_facts

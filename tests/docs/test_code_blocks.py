@@ -35,10 +35,10 @@ from clip_rd_edge.contract.bundle import (
 )
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
-from clip_rd_edge.convert.targets import plan_exports
 from clip_rd_edge.data.reinforced import read_stored_teachers
 from clip_rd_edge.distillation.config import load_recipe, resolve
 from clip_rd_edge.evidence.suite import read_evidence
+from clip_rd_edge.exporting.plan import plan_exports
 
 ROOT = Path(__file__).parents[2]
 PAGES = {

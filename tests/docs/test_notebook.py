@@ -14,7 +14,7 @@ import pytest
 
 import clip_rd_edge as edge
 from clip_rd_edge import api
-from clip_rd_edge.convert.targets import plan_exports
+from clip_rd_edge.exporting.plan import plan_exports
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 

@@ -294,8 +294,8 @@ def test_one_changed_weight_is_detected_even_if_the_manifest_matches(answering: 
 def test_towers_of_another_model_are_detected(
     answering: Path, make_student: Callable[..., ClipModel], tmp_path: Path
 ) -> None:
-    from clip_rd_edge.convert.options import ExportRequest
-    from clip_rd_edge.exporters.bundle import export_bundle
+    from clip_rd_edge.exporting.bundle import export_bundle
+    from clip_rd_edge.exporting.options import ExportRequest
 
     other = make_student("test_resnet")  # of the same input and embedding sizes, and the same text tower
     export_bundle(other, tmp_path / "other", ExportRequest())

@@ -17,12 +17,12 @@ from benchmarks.devices.emulate import ARM_CACHE, Questions, environment_of, int
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.formats import Precision
-from clip_rd_edge.convert.graph import prepare_for_quantization
-from clip_rd_edge.convert.int8.static import StaticQuantizer
-from clip_rd_edge.convert.options import ExportRequest, WeightBits
-from clip_rd_edge.convert.parity import embed, hard_pixels
-from clip_rd_edge.convert.reference import NodeByNode, add_reference
-from clip_rd_edge.exporters.bundle import export_bundle
+from clip_rd_edge.exporting.bundle import export_bundle
+from clip_rd_edge.exporting.graph import prepare_for_quantization
+from clip_rd_edge.exporting.int8.static import StaticQuantizer
+from clip_rd_edge.exporting.options import ExportRequest, WeightBits
+from clip_rd_edge.exporting.parity import embed, hard_pixels
+from clip_rd_edge.exporting.reference import NodeByNode, add_reference
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.int8_kernels import processor_saturates
 from clip_rd_edge.runtime.backends.session import open_session

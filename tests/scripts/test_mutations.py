@@ -36,7 +36,7 @@ def test_every_fault_can_be_applied_and_its_tests_are_there() -> None:
 
 def test_there_are_faults_in_every_package_and_none_twice() -> None:
     packages = {area for area, _ in MUTATIONS}
-    assert packages >= {"contract", "data", "runtime", "convert", "exporters", "benchmarking", "serving", "web", "cli"}
+    assert packages >= {"contract", "data", "runtime", "exporting", "benchmarking", "serving", "web", "cli"}
     assert packages >= {"models", "losses", "utils", "evidence", "trainer"}
     assert [fault for fault, count in Counter(mutation.fault for _, mutation in MUTATIONS).items() if count > 1] == []
 

@@ -28,10 +28,10 @@ from clip_rd_edge.benchmarking.suite import Suite
 from clip_rd_edge.contract.bundle import MANIFEST
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
-from clip_rd_edge.convert.bundle import ConvertedBundle
-from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.distillation.config import RunConfig, commented_recipe
-from clip_rd_edge.exporters.bundle import package_versions
+from clip_rd_edge.exporting.bundle import package_versions
+from clip_rd_edge.exporting.conversion import ConvertedBundle
+from clip_rd_edge.exporting.options import ExportRequest
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.utils.reporting import SILENT

@@ -25,11 +25,11 @@ from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 from clip_rd_edge.contract.preprocess import preprocess
-from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.exporting.layouts.browser import find_packages, write_browser
+from clip_rd_edge.exporting.options import ExportRequest
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.load import load
-from clip_rd_edge.web.browser import find_packages, write_browser
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 RED, BLUE = (230, 20, 20), (20, 20, 230)
@@ -67,7 +67,7 @@ def student_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("open_clip")
     import msgspec
 
-    from clip_rd_edge.exporters.bundle import export_bundle
+    from clip_rd_edge.exporting.bundle import export_bundle
     from clip_rd_edge.models.student import build_student, student_config
 
     config = student_config("resnet10t", embedding_size=64, image_size=64, text="64x1", context_length=16)

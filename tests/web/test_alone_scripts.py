@@ -22,7 +22,7 @@ from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, read_lab
 from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
 from clip_rd_edge.contract.tokenizer import Tokenizer, TokenizerSpec
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.web.browser import ALONE, PAGE, find_packages
+from clip_rd_edge.exporting.layouts.browser import ALONE, PAGE, find_packages
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 CHROMIUM = Path("/usr/bin/chromium")

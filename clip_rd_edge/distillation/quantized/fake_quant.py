@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from clip_rd_edge.convert.int8.ranges import range_without_outliers, range_without_ties
-from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT
+from clip_rd_edge.exporting.int8.ranges import range_without_outliers, range_without_ties
+from clip_rd_edge.exporting.int8.saturation import MAX_WEIGHT
 
 _UINT8 = (0, 255)
 _WEIGHT = (-MAX_WEIGHT[7], MAX_WEIGHT[7])  # as for every target whose processor is not known in advance

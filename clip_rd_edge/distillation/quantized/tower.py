@@ -1,6 +1,6 @@
 """An image tower that computes with INT8 rounding wherever the exporter's static Q/DQ will be placed.
 
-`convert.int8.static` quantises convolutions, matrix products with weights, and the elementwise operations after them.
+`exporting.int8.static` quantises convolutions, matrix products with weights, and the elementwise operations after them.
 The same rule is applied here to torch functions as they are called, so a model needs neither replaced modules nor a
 traced graph: its parameters, checkpoints and optimiser stay the same. Batch norms are folded into the convolution
 before them, and ReLUs into the layer before them, as in the exported graph.
@@ -316,7 +316,7 @@ def require_static_tower(student: ClipModel) -> None:
             `FakeQuantMode`, whatever is rounded, or the exporter merges its branches.
     """
     visual = student.model.get_submodule("visual")
-    # A single convolution is the patch embedding of a transformer; `convert.int8.candidates` has the same rule.
+    # A single convolution is the patch embedding of a transformer; `exporting.int8.candidates` has the same rule.
     if sum(isinstance(module, nn.Conv2d) for module in visual.modules()) < 2:
         raise UsageError(
             f"The image tower of {student.name} is a transformer, which the exporter quantises dynamically: "

@@ -1,6 +1,6 @@
 """Ask ONNX Runtime's kernels whether they compute INT8 rightly on this processor.
 
-x86 processors without VNNI saturate 8-bit weights; see `convert.int8.saturation`. On those with AMX, some versions of
+x86 processors without VNNI saturate 8-bit weights; see `exporting.int8.saturation`. On those with AMX, some versions of
 ONNX Runtime get sums wrong, whatever the weights. A product of each kind is computed, because the flags of processors
 are unknown on Windows and on Intel Macs, and builds of ONNX Runtime differ.
 """

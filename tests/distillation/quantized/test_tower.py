@@ -24,8 +24,6 @@ from torch import nn
 
 from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE
 from clip_rd_edge.contract.run_folder import read_metrics
-from clip_rd_edge.convert.graph import prepare_for_quantization
-from clip_rd_edge.convert.int8.static import StaticQuantizer
 from clip_rd_edge.distillation.config import QUANTIZE_DEFAULTS, RunConfig, load_recipe
 from clip_rd_edge.distillation.depthwise import speed_up_small_maps
 from clip_rd_edge.distillation.quantized.fake_quant import ActivationRanges, FakeQuantizer, RangeObserver
@@ -37,7 +35,9 @@ from clip_rd_edge.distillation.quantized.tower import (
 )
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.exporters.onnx import export_image_tower
+from clip_rd_edge.exporting.graph import prepare_for_quantization
+from clip_rd_edge.exporting.int8.static import StaticQuantizer
+from clip_rd_edge.exporting.onnx import export_image_tower
 from clip_rd_edge.models.clip import ClipModel, ImageTower
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config

@@ -12,8 +12,8 @@ from text_towers import bert_clip
 from tokenizers import Tokenizer, models
 
 from clip_rd_edge.contract.tokenizer import Tokenizer as BundleTokenizer
-from clip_rd_edge.convert.parity import HARD_TEXTS
 from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.exporting.parity import HARD_TEXTS
 from clip_rd_edge.models.text import tokenizer as exporter
 
 

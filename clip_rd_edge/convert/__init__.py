@@ -1,1 +1,0 @@
-"""Convert a float32 ONNX bundle to other formats and precisions. Never imports torch."""

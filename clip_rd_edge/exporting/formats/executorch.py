@@ -1,0 +1,134 @@
+"""Convert a model's towers from PyTorch to ExecuTorch's XNNPACK backend, in float32 and in INT8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clip_rd_edge.contract.bundle import Tower
+from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
+from clip_rd_edge.exporting.int8.candidates import Backend, Candidate, CandidateRequest, one_input_backend
+from clip_rd_edge.exporting.onnx import root_cause
+from clip_rd_edge.exporting.parity import Inputs
+from clip_rd_edge.exporting.towers import OTHER_FORMAT, TOWERS, Toolchain, on_cpu
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.runtime.backends.executorch import open_executorch
+
+EXECUTORCH = "executorch"
+_SUFFIX = ".pte"
+_PRODUCT = torch.ops.aten.linear.default
+_CONVOLUTION = (torch.ops.aten.conv2d.default, torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
+_CALIBRATION_SAMPLES = 64  # each runs through PyTorch's graph with an observer at every operator
+
+
+def require_executorch() -> None:
+    """Raise MissingExtraError if ExecuTorch or what it quantises with is not installed."""
+    for module in ("executorch", "torchao"):
+        if find_spec(module) is None:
+            raise MissingExtraError(module, extra="executorch", purpose="Exporting for ExecuTorch")
+
+
+def convert_tower(clip: ClipModel, name: str, tower: Tower, inputs: Inputs) -> bytes:
+    """Return the content of an ExecuTorch file of the tower `name`, for one input like those of `inputs`.
+
+    Args:
+        tower: its ONNX file's entry, whose names of input and output the file does not have.
+        inputs: (N, 3, H, W) float32 or (N, T) int64.
+
+    Raises:
+        ClipRdEdgeError: ExecuTorch cannot convert the tower.
+    """
+    try:
+        with on_cpu(TOWERS[name](clip.model)) as module:
+            return _lowered(module, torch.from_numpy(inputs[:1]))
+    except Exception as error:  # it raises many types
+        raise ClipRdEdgeError(
+            f"ExecuTorch cannot convert the {name} tower of {clip.name}: {root_cause(error)}.", hint=OTHER_FORMAT
+        ) from error
+
+
+def _lowered(module: nn.Module, example: Tensor) -> bytes:
+    """Return the file of a module or a graph; what XNNPACK does not compute, ExecuTorch's own operators do."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    program = torch.export.export(module, (example,), strict=False)
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    return bytes(lowered.to_executorch().buffer)
+
+
+def executorch_backend(clip: ClipModel) -> Backend:
+    """Return what INT8 is searched with: candidates are quantised in PyTorch, not from the float32 file."""
+    return one_input_backend(EXECUTORCH, open_executorch, partial(_candidates, clip))
+
+
+def _candidates(clip: ClipModel, request: CandidateRequest) -> Iterator[Candidate]:
+    """Yield INT8 candidates for the tower that the request's file is called after.
+
+    A tower with several convolutions is quantised statically: whole, without its matrix products, or in its
+    convolutions alone. Any tower's matrix products are quantised dynamically.
+    """
+    name = request.model.stem
+    make = partial(_quantized, clip, name, request.samples)
+    if (
+        name == "image"
+        and sum(isinstance(part, nn.Conv2d) for part in clip.model.get_submodule("visual").modules()) > 1
+    ):
+        yield Candidate("static", make)
+        yield Candidate("static, matrix products in float", partial(make, keep=lambda node: node.target != _PRODUCT))
+        yield Candidate("static in convolutions", partial(make, keep=_in_convolution))
+    yield Candidate("dynamic", partial(make, dynamic=True))
+
+
+def _in_convolution(node: torch.fx.Node) -> bool:
+    """Return whether a node may be part of a convolution: the quantizer asks about its weights and its ReLU, too."""
+    return node.op != "call_function" or node.target in _CONVOLUTION
+
+
+def _quantized(
+    clip: ClipModel,
+    name: str,
+    samples: Inputs,
+    *,
+    dynamic: bool = False,
+    keep: Callable[[Any], bool] | None = None,
+) -> bytes:
+    """Return the file of a tower in INT8, with a scale for each output channel of the weights.
+
+    Args:
+        samples: inputs that the ranges are measured on.
+        dynamic: quantise matrix products only, each with the range of its input as it comes.
+        keep: returns whether an operator is quantised; None quantises all that XNNPACK computes in INT8.
+    """
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    quantizer = XNNPACKQuantizer()
+    quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic))
+    if keep is not None:
+        quantizer.set_filter_function(keep)
+    rows = _rows(samples[:_CALIBRATION_SAMPLES])
+    with on_cpu(TOWERS[name](clip.model)) as module:
+        graph = prepare_pt2e(torch.export.export(module, (rows[0],), strict=False).module(), quantizer)
+        for row in rows:
+            graph(row)
+        return _lowered(convert_pt2e(graph), rows[0])
+
+
+def _rows(samples: Inputs) -> list[Tensor]:
+    """Return samples (N, …) as tensors (1, …): slices, because NumPy gives `row[None]` a stride of 0.
+
+    ExecuTorch does not lower an input with such a stride.
+    """
+    return [torch.from_numpy(samples[i : i + 1]) for i in range(len(samples))]
+
+
+EXECUTORCH_TOOLS = Toolchain("ExecuTorch", EXECUTORCH, _SUFFIX, convert_tower, open_executorch)

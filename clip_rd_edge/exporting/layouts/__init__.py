@@ -1,0 +1,1 @@
+"""One module per layout: folders for other programs."""

@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import shutil
+import stat
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from clip_rd_edge.contract.bundle import read_manifest
+from clip_rd_edge.errors import ClipRdEdgeError, UsageError
+from clip_rd_edge.exporting.bundle import export_bundle
+from clip_rd_edge.exporting.calibration import CalibrationSet
+from clip_rd_edge.exporting.formats.onnx import FP16_MAX, fp16_tower, nodes_out_of_range, to_fp16, write_fp16
+from clip_rd_edge.exporting.graph import prepare_for_quantization
+from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.parity import agreement, embed
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.verify import verify_bundle
+
+
+def _types(model: onnx.ModelProto) -> dict[str, int]:
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    described = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.output)}
+    return {**described, **{t.name: t.data_type for t in inferred.initializer}}
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_layers_are_in_float16_and_nodes_prone_to_overflow_in_float32(
+    tower: str, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    path = fp32_bundle / f"{tower}.onnx"
+    model = to_fp16(onnx.load(prepare_for_quantization(path, tmp_path)))
+    onnx.checker.check_model(model)
+    types = _types(model)
+    kinds: dict[str, set[int]] = {}
+    for node in model.graph.node:
+        kinds.setdefault(node.op_type, set()).add(types[node.output[0]])
+    layers, sums = {
+        "image": (("Conv", "Gemm"), ("Pow", "ReduceSum", "Sqrt", "Clip")),
+        "text": (("MatMul", "Gemm"), ("LayerNormalization", "Softmax", "Pow", "ReduceSum", "Sqrt", "Clip")),
+    }[tower]
+    for expected, names in ((TensorProto.FLOAT16, layers), (TensorProto.FLOAT, sums)):
+        assert {kind: kinds[kind] for kind in names} == {kind: {expected} for kind in names}
+    assert model.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
+    inputs = calibration.held_out.pixels if tower == "image" else calibration.held_out.ids
+    reference = embed(open_session(str(path)), inputs)
+    assert agreement(reference, embed(open_session(model.SerializeToString()), inputs)).centred_cosine > 0.9999
+
+
+def _tower_with_large_values(scale: float) -> onnx.ModelProto:
+    """Return pixels (N, 3, 4, 4) -> embedding (N, 2), normalised; the pixels are multiplied and divided by `scale`."""
+    node = helper.make_node
+    nodes = [
+        node("Mul", ["x", "scale"], ["large"], name="grow"),
+        node("Div", ["large", "scale"], ["small"], name="shrink"),
+        node("GlobalAveragePool", ["small"], ["mean"], name="pool"),
+        node("Flatten", ["mean"], ["features"], name="flatten"),
+        node("Gemm", ["features", "weight"], ["embedding"], name="project"),
+        node("LpNormalization", ["embedding"], ["y"], name="norm"),
+    ]
+    weight = np.asarray([[1, 0], [0, 1], [1, 1]], dtype=np.float32)
+    constants = [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(np.float32(scale), "scale")]
+    pixels = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 4, 4])
+    embedding = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2])
+    graph = helper.make_graph(nodes, "tower", [pixels], [embedding], initializer=constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def test_nodes_that_overflow_float16_stay_in_float32(tmp_path: Path) -> None:
+    model = onnx.shape_inference.infer_shapes(_tower_with_large_values(1e5))
+    pixels = np.random.default_rng(0).uniform(-1, 1, (8, 3, 4, 4)).astype(np.float32)
+    reference = embed(open_session(model.SerializeToString()), pixels)
+    assert nodes_out_of_range(model, pixels) == ["grow", "shrink"]
+    path = tmp_path / "tower.onnx"
+    onnx.save(model, path)
+    tower = fp16_tower(path, pixels)
+    assert tower.model is not None
+    types = _types(onnx.load_from_string(tower.model))
+    assert types["large"] == types["small"] == TensorProto.FLOAT
+    assert types["embedding"] == TensorProto.FLOAT16
+    assert agreement(reference, embed(open_session(tower.model), pixels)).centred_cosine > 0.9999
+    assert nodes_out_of_range(onnx.shape_inference.infer_shapes(_tower_with_large_values(10)), pixels) == []
+
+
+def _tower_with_a_reduction(kind: str) -> onnx.ModelProto:
+    """Return pixels (N, 1, 64, 64) -> embedding (N, 2), normalised, from a reduction of the pixels."""
+    node = helper.make_node
+    nodes = [
+        node(kind, ["x", "axes"], ["reduced"], name="reduce", keepdims=0),
+        node("Gemm", ["reduced", "weight"], ["embedding"], name="project"),
+        node("LpNormalization", ["embedding"], ["y"], name="norm"),
+    ]
+    weight = np.asarray([[1, 0.5]], dtype=np.float32)
+    constants = [
+        numpy_helper.from_array(weight, "weight"),
+        numpy_helper.from_array(np.asarray([2, 3], np.int64), "axes"),
+    ]
+    pixels = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 1, 64, 64])
+    embedding = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2])
+    graph = helper.make_graph(nodes, "tower", [pixels], [embedding], initializer=constants)
+    opset = [helper.make_opsetid("", 18)]
+    return onnx.shape_inference.infer_shapes(helper.make_model(graph, opset_imports=opset, ir_version=9))
+
+
+def _tower_with_rms_norm(epsilon: float) -> onnx.ModelProto:
+    """Return activations (N, 8) -> embedding (N, 4), which divides them by the root of their mean square."""
+    node, rng = helper.make_node, np.random.default_rng(0)
+    nodes = [
+        node("Mul", ["x", "x"], ["squares"], name="square"),
+        node("ReduceMean", ["squares", "axis"], ["mean"], name="mean"),
+        node("Add", ["mean", "epsilon"], ["sum"], name="add"),
+        node("Sqrt", ["sum"], ["rms"], name="root"),
+        node("Div", ["x", "rms"], ["normed"], name="divide"),
+        node("MatMul", ["normed", "w"], ["product"], name="project"),
+        node("LpNormalization", ["product"], ["y"], name="norm"),
+    ]
+    values = {"epsilon": np.float32(epsilon), "axis": np.array([-1]), "w": rng.normal(size=(8, 4)).astype(np.float32)}
+    graph = helper.make_graph(
+        nodes,
+        "tower",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4])],
+        initializer=[numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+@pytest.mark.parametrize(
+    ("size", "epsilon", "expected"),
+    [
+        (1.0, 1e-6, []),
+        (1.0, 1e-8, ["add"]),
+        (0.0, 1e-8, ["add", "root"]),
+        (1e-4, 1e-8, ["square", "mean", "add", "root"]),  # squares of at most 6e-8 become 0, too
+    ],
+)
+def test_what_becomes_0_in_float16_stays_in_float32(size: float, epsilon: float, expected: list[str]) -> None:
+    model = _tower_with_rms_norm(epsilon)
+    inputs = size * np.random.default_rng(1).uniform(0.5, 1, (8, 8)).astype(np.float32)
+    assert nodes_out_of_range(model, inputs) == expected
+
+
+def test_a_norm_of_small_activations_is_right_where_float16_is_computed_in_float16() -> None:
+    model = _tower_with_rms_norm(1e-8)
+    inputs = 2e-4 * np.random.default_rng(1).normal(size=(8, 8)).astype(np.float32)
+    expected, embeddings = (
+        ReferenceEvaluator(tower).run(None, {"x": inputs})[0]
+        for tower in (model, to_fp16(model, keep_float32=nodes_out_of_range(model, inputs)))
+    )
+    np.testing.assert_allclose(embeddings, expected, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["ReduceL2", "ReduceL1", "ReduceSum", "ReduceSumSquare", "ReduceLogSumExp"])
+def test_sums_are_in_float32_even_where_input_and_output_are_small(kind: str) -> None:
+    model = _tower_with_a_reduction(kind)
+    types = _types(to_fp16(model))
+    assert (types["reduced"], types["embedding"]) == (TensorProto.FLOAT, TensorProto.FLOAT16)
+
+
+def test_the_squares_of_a_norm_are_in_float32_even_where_it_is_not_the_last() -> None:
+    node = helper.make_node
+    nodes = [
+        node("Relu", ["x"], ["large"], name="relu"),
+        node("Pow", ["large", "two"], ["squares"], name="square"),
+        node("ReduceSum", ["squares", "axis"], ["total"], name="total", keepdims=1),
+        node("Sqrt", ["total"], ["norm"], name="root"),
+        node("Div", ["large", "norm"], ["features"], name="divide"),
+        node("MatMul", ["features", "w"], ["y"], name="project"),
+    ]
+    constants = {"two": np.float32(2), "axis": np.array([-1]), "w": np.ones((8, 2), np.float32)}
+    graph = helper.make_graph(
+        nodes,
+        "tower",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2])],
+        initializer=[numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    fp16 = to_fp16(onnx.shape_inference.infer_shapes(model))
+    types = _types(fp16)
+    assert {types[name] for name in ("squares", "total", "norm")} == {TensorProto.FLOAT}
+    assert types["features"] == TensorProto.FLOAT16
+    rows = np.full((2, 8), 1000, np.float32)  # whose squares are beyond float16's range
+    for values in (
+        ReferenceEvaluator(fp16).run(None, {"x": rows})[0],
+        embed(open_session(fp16.SerializeToString()), rows),
+    ):
+        np.testing.assert_allclose(values, 8**0.5, rtol=2e-3)
+
+
+def test_a_mean_is_in_float32_where_the_sum_behind_it_is_large() -> None:
+    model = _tower_with_a_reduction("ReduceMean")
+    for level, expected in ((20.0, ["reduce"]), (1.0, [])):  # the sums over 4,096 pixels are 81,920 and 4,096
+        assert nodes_out_of_range(model, np.full((2, 1, 64, 64), level, dtype=np.float32)) == expected
+    types = _types(to_fp16(model, keep_float32=["reduce"]))
+    assert (types["reduced"], types["embedding"]) == (TensorProto.FLOAT, TensorProto.FLOAT16)
+
+
+def test_the_opset_is_raised_only_for_quantised_float16() -> None:
+    model = _tower_with_large_values(1)
+    assert to_fp16(model).opset_import[0].version == 18  # 19 does not load on Arm with FP16 arithmetic
+    zero_point = numpy_helper.from_array(np.int8(0).reshape(()), "zero_point")
+    model.graph.initializer.append(zero_point)
+    model.graph.node[2].input[0] = "dequantized"
+    for kind, source, target in (("Quantize", "small", "quantized"), ("Dequantize", "quantized", "dequantized")):
+        node = helper.make_node(f"{kind}Linear", [source, "scale", "zero_point"], [target], name=kind)
+        model.graph.node.insert(2 if kind == "Quantize" else 3, node)
+    assert to_fp16(model).opset_import[0].version == 19
+
+
+def test_a_finite_mask_stays_finite() -> None:
+    model = _tower_with_large_values(-3.4e38)
+    constants = {t.name: numpy_helper.to_array(t) for t in to_fp16(model).graph.initializer}
+    assert constants["scale/fp16"] == -FP16_MAX
+
+
+def test_branches_are_refused() -> None:
+    model = _tower_with_large_values(1)
+    branch = helper.make_graph([], "nothing", [], [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)])
+    model.graph.node.append(helper.make_node("If", ["c"], ["z"], name="fork", then_branch=branch, else_branch=branch))
+    with pytest.raises(ClipRdEdgeError, match=r"The node fork \(If\) branches"):
+        to_fp16(model)
+
+
+def test_a_float16_bundle_is_half_the_size_and_passes_verification(
+    student: ClipModel, fp32_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "fp16"
+    manifest = export_bundle(
+        student, bundle, ExportRequest(precision="fp16", labels=("cat",)), source=fp32_bundle
+    ).manifest
+    assert manifest.precision == manifest.image.precision == manifest.text.precision == "fp16"
+    for name in ("image.onnx", "text.onnx"):
+        assert (bundle / name).stat().st_size < 0.52 * (fp32_bundle / name).stat().st_size
+    assert all(check.passed for check in verify_bundle(bundle))
+    kinds = Counter(node.op_type for node in onnx.load(bundle / "text.onnx").graph.node)
+    assert kinds["Softmax"] == 3
+
+
+def test_the_note_says_that_a_float16_tower_is_slower(fp32_bundle: Path, tmp_path: Path) -> None:
+    slow = {"fp16": np.full(5, 3.0), "fp32": np.full(5, 2.0)}
+    manifest = write_fp16(fp32_bundle, tmp_path, ExportRequest(precision="fp16"), timer=lambda _: slow)
+    assert "takes 1.50 times as long" in manifest.image.note
+    assert manifest.image.measured is not None
+    assert manifest.image.measured.centred_cosine > 0.999
+    assert read_manifest(fp32_bundle).image.note == ""
+
+
+def test_only_a_float32_bundle_is_converted(
+    student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    fp16 = tmp_path / "fp16"
+    export_bundle(student, fp16, ExportRequest(precision="fp16"), source=fp32_bundle)
+    with pytest.raises(UsageError, match="are made from a float32 bundle"):
+        export_bundle(student, tmp_path / "int8", ExportRequest(precision="int8"), source=fp16, calibration=calibration)
+    assert not (tmp_path / "int8").exists()
+
+
+def test_a_bundle_that_is_made_from_a_read_only_one_can_be_written(fp32_bundle: Path, tmp_path: Path) -> None:
+    protected = shutil.copytree(fp32_bundle, tmp_path / "fp32")
+    for path in protected.iterdir():
+        path.chmod(0o444)
+    (tmp_path / "fp16").mkdir()
+    write_fp16(protected, tmp_path / "fp16", ExportRequest(precision="fp16"))
+    assert [path.name for path in (tmp_path / "fp16").iterdir() if not path.stat().st_mode & stat.S_IWUSR] == []

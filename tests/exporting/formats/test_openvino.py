@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.exporting.bundle import export_bundle
+from clip_rd_edge.exporting.calibration import CalibrationSet
+from clip_rd_edge.exporting.formats.openvino import write_openvino
+from clip_rd_edge.exporting.graph import prepare_for_quantization
+from clip_rd_edge.exporting.int8.candidates import nncf_is_installed, quantize_by_nncf
+from clip_rd_edge.exporting.int8.static import StaticQuantizer
+from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.parity import embed
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime.verify import verify_bundle
+
+openvino = pytest.importorskip("openvino", reason="needs the extra openvino")
+
+
+def test_a_bundle_for_openvino_runs_and_is_measured_in_openvino(
+    student: ClipModel, fp32_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    manifest = export_bundle(
+        student, bundle, ExportRequest(precision="fp32", format="openvino", labels=("cat",)), source=fp32_bundle
+    ).manifest
+    assert (manifest.target, manifest.precision) == ("openvino", "fp32")
+    assert manifest.image.measured is not None
+    assert 0 < manifest.image.measured.max_difference < 1e-5  # another runtime rounds differently
+    assert load(bundle).describe().runtime == "openvino"
+    assert load(bundle, runtime="onnxruntime").describe().runtime == "onnxruntime"
+    assert all(check.passed for check in verify_bundle(bundle))
+
+
+def test_bfloat16_is_a_hint_in_the_manifest(fp32_bundle: Path, tmp_path: Path) -> None:
+    slow = {"converted": np.full(5, 3.0), "fp32": np.full(5, 2.0)}
+    manifest = write_openvino(
+        fp32_bundle, tmp_path, ExportRequest(precision="bf16", format="openvino"), timer=lambda _: slow
+    )
+    assert manifest.image.precision == manifest.text.precision == "bf16"
+    assert (tmp_path / "image.onnx").read_bytes() == (fp32_bundle / "image.onnx").read_bytes()
+    assert "OpenVINO takes 1.50 times as long" in manifest.image.note
+    assert manifest.image.measured is not None
+    assert manifest.image.measured.centred_cosine > 0.99
+
+
+@pytest.mark.slow
+def test_int8_candidates_are_tried_in_openvino(
+    student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    converted = export_bundle(
+        student,
+        tmp_path / "bundle",
+        ExportRequest(precision="int8", format="openvino", fallback="fp32"),
+        source=fp32_bundle,
+        calibration=calibration,
+    )
+    manifest, trials = converted.manifest, {f"{trial.tower} {trial.name}" for trial in converted.trials}
+    assert manifest.target == "openvino"
+    assert {"image symmetric, percentile", "text symmetric, percentile", "text static, entropy"} <= trials
+    assert ("image NNCF" in trials) == nncf_is_installed()
+    assert not any("dynamic" in trial for trial in trials)
+
+
+def test_a_precision_that_openvino_does_not_support_is_refused(student: ClipModel, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"openvino does not support fp16; expected fp32, bf16, int8"):
+        export_bundle(student, tmp_path / "bundle", ExportRequest(precision="fp16", format="openvino"))
+
+
+def test_a_text_tower_can_be_quantised_statically_despite_its_infinite_mask(
+    fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    prepared = prepare_for_quantization(fp32_bundle / "text.onnx", tmp_path)
+    quantizer = StaticQuantizer(prepared, calibration.calibrate.ids)
+    assert len(quantizer.quantize("percentile", quantizer.layers)) < (fp32_bundle / "text.onnx").stat().st_size
+
+
+@pytest.mark.skipif(not nncf_is_installed(), reason="needs nncf")
+def test_embeddings_are_normalised_where_nncf_quantises_a_cnn(
+    fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    prepared = prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path)
+    content = quantize_by_nncf(prepared, calibration.calibrate.pixels, 7)
+    embeddings = embed(open_session(content), 3 * calibration.held_out.pixels)  # norms beyond those it has seen
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)

@@ -1,0 +1,259 @@
+"""Engines by torch-tensorrt: with a stand-in, and with the real package on a simulated GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clip_rd_edge.contract.tokenizer import Tokenizer
+from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
+from clip_rd_edge.exporting.bundle import export_bundle
+from clip_rd_edge.exporting.formats import torch_tensorrt as torch_trt
+from clip_rd_edge.exporting.formats.tensorrt.engine import parse_kernels
+from clip_rd_edge.exporting.formats.tensorrt.strongly_typed import TypedTower
+from clip_rd_edge.exporting.formats.torch_tensorrt import engine_builder, require_torch_tensorrt
+from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.installation import install_command
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime.verify import verify_bundle
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulate a GPU of compute capability 8.9; towers stay on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
+    monkeypatch.setattr(torch_trt, "_device", lambda: torch.device("cpu"))
+
+
+class StandIn:
+    """A stand-in for the parts of torch-tensorrt that are used: records its inputs instead of building an engine."""
+
+    def __init__(self, *, rtx: bool = True, error: Exception | None = None) -> None:
+        self.ENABLED_FEATURES = SimpleNamespace(tensorrt_rtx=rtx)
+        self.Input = SimpleNamespace
+        self.dynamo = SimpleNamespace(convert_exported_program_to_serialized_trt_engine=self._convert)
+        self.calls: list[tuple[Any, Any]] = []
+        self._error = error
+
+    def _convert(self, program: torch.export.ExportedProgram, *, arg_inputs: list[Any]) -> bytes:
+        if self._error:
+            raise RuntimeError(f"Conversion of {program} failed") from self._error
+        (spec,) = arg_inputs
+        self.calls.append((program.module(), spec))
+        return f"engine {len(self.calls)}".encode()
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StandIn]:
+    def install_stand_in(**options: Any) -> StandIn:
+        module = StandIn(**options)
+        monkeypatch.setitem(sys.modules, "torch_tensorrt", module)  # type: ignore[arg-type]
+        return module
+
+    return install_stand_in
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("precision", "weights", "tolerance"),
+    [pytest.param("fp32", torch.float32, 1e-5, marks=pytest.mark.slow), ("fp16", torch.float16, 5e-3)],
+)
+def test_engines_are_built_from_both_towers(
+    install: Callable[..., StandIn],
+    student: ClipModel,
+    fp32_bundle: Path,
+    tmp_path: Path,
+    precision: Any,
+    weights: torch.dtype,
+    tolerance: float,
+) -> None:
+    stand_in, bundle = install(), tmp_path / "bundle"
+    manifest = export_bundle(
+        student,
+        bundle,
+        ExportRequest(precision=precision, format="trt", target="sm89", via="torch-tensorrt", labels=("cat", "dog")),
+        source=fp32_bundle,
+    ).manifest
+    assert (manifest.target, manifest.precision) == ("tensorrt-rtx sm89", precision)
+    assert [(bundle / tower.engine).read_bytes() for tower in (manifest.image, manifest.text)] == [
+        b"engine 1",
+        b"engine 2",
+    ]
+    failed = [check.detail for check in verify_bundle(bundle) if not check.passed]
+    assert all("engine" in detail for detail in failed), failed  # without TensorRT, the engines themselves do not run
+    reference = load(fp32_bundle)
+    pixels = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
+    ids = Tokenizer(bundle / "tokenizer.json", manifest.tokenizer)([f"{i} red cats" for i in range(8)])
+    expected = (reference.encode_pixels(pixels), reference.encode_ids(ids))
+    for (module, spec), inputs, embeddings in zip(stand_in.calls, (pixels, ids), expected, strict=True):
+        shape = inputs.shape[1:]
+        assert (spec.min_shape, spec.opt_shape, spec.max_shape) == ((1, *shape), (1, *shape), (8, *shape))
+        assert spec.dtype == torch.from_numpy(inputs).dtype
+        assert {value.dtype for value in module.parameters()} == {weights}
+        for count in (1, 8):  # the batch size is dynamic
+            output = module(torch.from_numpy(inputs[:count])).detach()
+            assert output.dtype == torch.float32
+            np.testing.assert_allclose(output.numpy(), embeddings[:count], atol=tolerance)
+    assert next(student.model.parameters()).dtype == torch.float32  # the model is unchanged
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_bundle_with_engines_for_tensorrt_has_no_build_script(
+    install: Callable[..., StandIn], student: ClipModel, fp32_bundle: Path, tmp_path: Path
+) -> None:
+    install(rtx=False)
+    manifest = export_bundle(
+        student,
+        tmp_path / "b",
+        ExportRequest(precision="fp16", format="trt", target="nvidia-gpu", via="torch-tensorrt"),
+        source=fp32_bundle,
+    ).manifest
+    assert (manifest.target, manifest.image.engine) == ("tensorrt nvidia-gpu", "image.engine")
+    assert not (tmp_path / "b" / "build.sh").exists()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_tower_that_overflows_float16_is_refused(
+    install: Callable[..., StandIn], make_student: Callable[..., ClipModel], fp32_bundle: Path
+) -> None:
+    stand_in, clip = install(), make_student()
+    with torch.no_grad():
+        clip.model.visual.head.proj.weight.mul_(1e6)  # type: ignore[union-attr, operator]
+    build = engine_builder(stand_in, clip, fp32_bundle)
+    with pytest.raises(
+        ClipRdEdgeError, match=r"^torch-tensorrt cannot build the image tower in float16: .* below 0\.999"
+    ):
+        build("image", TypedTower(b"", "fp16"))
+    assert build("image", TypedTower(b"", "fp32")) == b"engine 1"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_error_for_an_unsupported_operator_is_one_sentence(
+    install: Callable[..., StandIn], student: ClipModel, fp32_bundle: Path, tmp_path: Path
+) -> None:
+    install(error=ValueError("avg_pool2d is not supported.\nThe graph:\n..."))
+    with pytest.raises(ClipRdEdgeError) as raised:
+        export_bundle(
+            student,
+            tmp_path / "b",
+            ExportRequest(precision="fp16", format="trt", target="sm89", via="torch-tensorrt"),
+            source=fp32_bundle,
+        )
+    assert str(raised.value) == (
+        "torch-tensorrt cannot build the engine of the image tower: ValueError: avg_pool2d is not supported."
+    )
+    assert not (tmp_path / "b").exists()
+
+
+def test_without_a_gpu_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=r"needs a CUDA build of torch and a GPU; torch .* finds no GPU") as raised:
+        require_torch_tensorrt("sm89")
+    assert "--via" in raised.value.hint
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_installed_package_must_build_for_the_target_on_this_machine(
+    monkeypatch: pytest.MonkeyPatch, install: Callable[..., StandIn]
+) -> None:
+    install(rtx=True)
+    with pytest.raises(UsageError, match="builds only for this machine's GPU, sm89, not for sm86"):
+        require_torch_tensorrt("sm86")
+    with pytest.raises(UsageError, match="builds only for this machine's GPU, sm89, not for jetson-orin"):
+        require_torch_tensorrt("jetson-orin")
+    with pytest.raises(UsageError, match=r"^torch-tensorrt-rtx does not build for nvidia-gpu") as raised:
+        require_torch_tensorrt("nvidia-gpu")
+    assert raised.value.hint == "pip install torch-tensorrt instead"
+    install(rtx=False)
+    with pytest.raises(UsageError, match=r"^torch-tensorrt does not build for sm89") as raised:
+        require_torch_tensorrt("sm89")
+    assert raised.value.hint == "pip install torch-tensorrt-rtx instead"
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
+    with pytest.raises(MissingExtraError) as missing:
+        require_torch_tensorrt("sm89")
+    assert missing.value.hint == install_command("torch-tensorrt")
+
+
+@pytest.fixture(scope="module")
+def installed() -> None:
+    if importlib.util.find_spec("torch_tensorrt") is None:  # it can only be imported once a GPU is simulated
+        pytest.skip("pip install torch-tensorrt-rtx")
+    pytest.importorskip("tensorrt_rtx", reason="pip install torch-tensorrt-rtx")
+
+
+@pytest.fixture(scope="module")
+def mobilevit(
+    installed: None, make_student: Callable[..., ClipModel], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ClipModel, Path]:
+    """A student and its float32 bundle, exported before a GPU is simulated."""
+    clip, bundle = make_student("mobilevit_xxs", image_size=64), tmp_path_factory.mktemp("mobilevit") / "fp32"
+    export_bundle(clip, bundle, ExportRequest(precision="fp32"))
+    return clip, bundle
+
+
+@pytest.fixture
+def real_log(mobilevit: tuple[ClipModel, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The log of the real package, which builds for a simulated GPU and never loads the engine."""
+    import tensorrt_rtx as rtx
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 34, 1 << 34))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_CudaDeviceProperties", object, raising=False)
+    is_file = os.path.isfile  # its runtime library needs CUDA; the package works without it if the file is not found
+    monkeypatch.setattr(os.path, "isfile", lambda path: "libtorchtrt" not in str(path) and is_file(path))
+    from torch_tensorrt.dynamo.conversion import _TRTInterpreter as interpreter
+
+    monkeypatch.setattr(torch_trt, "_device", lambda: torch.device("cpu"))
+
+    configure = interpreter.TRTInterpreter._populate_trt_builder_config
+
+    def for_sm89(self: Any, *arguments: Any) -> Any:
+        config = configure(self, *arguments)
+        config.profiling_verbosity = rtx.ProfilingVerbosity.DETAILED
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(rtx.ComputeCapability.SM89, 0)
+        return config
+
+    monkeypatch.setattr(interpreter.TRTInterpreter, "_populate_trt_builder_config", for_sm89)
+    loaded = SimpleNamespace(deserialize_cuda_engine=lambda plan: SimpleNamespace(serialize=lambda: bytes(plan)))
+    names = {name: getattr(rtx, name) for name in dir(rtx)} | {"Runtime": lambda logger: loaded}
+    monkeypatch.setattr(interpreter, "trt", SimpleNamespace(**names))
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("torch_tensorrt [TensorRT Conversion Context]")
+    monkeypatch.setattr(torch_trt, "silently", contextlib.nullcontext)
+    level, logger.level = logger.level, logging.DEBUG
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+    logger.level = level
+
+
+@pytest.mark.slow
+@pytest.mark.tensorrt
+@pytest.mark.parametrize(("precision", "type"), [("fp32", "Float"), ("fp16", "Half")])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_the_real_package_builds_matrix_products_in_the_requested_type(
+    real_log: list[str], mobilevit: tuple[ClipModel, Path], tower: str, precision: str, type: str
+) -> None:
+    clip, bundle = mobilevit
+    engine = engine_builder(sys.modules["torch_tensorrt"], clip, bundle)(tower, TypedTower(b"", precision))
+    assert len(engine) > 10_000
+    products = [kernel for kernel in parse_kernels("\n".join(real_log)) if kernel.kind in ("correlation", "gemm")]
+    assert len(products) > 10
+    assert {kernel.inputs[0] for kernel in products} == {type}

@@ -1,0 +1,272 @@
+"""INT8 weights that no processor saturates, and the instruction sets that the manifest names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from clip_rd_edge.contract.bundle import INSTRUCTION_SETS, read_manifest
+from clip_rd_edge.exporting.calibration import CalibrationSet
+from clip_rd_edge.exporting.formats.tensorrt import strongly_typed
+from clip_rd_edge.exporting.graph import prepare_for_quantization
+from clip_rd_edge.exporting.int8 import candidates, saturation
+from clip_rd_edge.exporting.int8.candidates import (
+    OPENVINO,
+    ORT,
+    Backend,
+    Candidate,
+    CandidateRequest,
+    nncf_is_installed,
+)
+from clip_rd_edge.exporting.int8.saturation import MAX_WEIGHT, instruction_sets, max_weight
+from clip_rd_edge.exporting.int8.search import TowerSamples, quantize_tower
+from clip_rd_edge.exporting.int8.static import StaticQuantizer
+from clip_rd_edge.exporting.options import Budget, WeightBits
+from clip_rd_edge.exporting.reference import NodeByNode
+from clip_rd_edge.runtime.backends import int8_kernels
+from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.utils.reporting import SILENT
+
+
+def _candidates(
+    backend: Backend, bundle: Path, calibration: CalibrationSet, tower: str, folder: Path, bits: WeightBits
+) -> list[Candidate]:
+    samples = calibration.calibrate.pixels if tower == "image" else calibration.calibrate.ids
+    prepared = prepare_for_quantization(bundle / f"{tower}.onnx", folder)
+    request = CandidateRequest(
+        model=prepared, samples=samples, max_error=0.01, weight_bits=bits, threads=1, reporter=SILENT
+    )
+    return list(backend.candidates(request))
+
+
+def test_two_neighbouring_products_of_7_bit_weights_fit_16_bits() -> None:
+    assert 2 * 255 * MAX_WEIGHT[7] <= np.iinfo(np.int16).max < 2 * 255 * MAX_WEIGHT[8]
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("backend", [ORT, OPENVINO], ids=lambda backend: backend.name)
+def test_no_candidate_for_unknown_processors_can_saturate(
+    backend: Backend, tower: str, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    names = []
+    for candidate in _candidates(backend, fp32_bundle, calibration, tower, tmp_path, 7):
+        content = candidate.make()
+        largest = max_weight(onnx.load_from_string(content))
+        # The largest weight of a channel is on the last level, or nothing was quantised.
+        assert largest in ((None, 64) if candidate.name == "token embeddings only" else (64,)), candidate.name
+        assert instruction_sets(content) == (INSTRUCTION_SETS if largest else ())
+        names.append(candidate.name)
+    assert len(names) >= 3
+    assert (backend is OPENVINO and nncf_is_installed()) == any(name.startswith("NNCF") for name in names)
+    assert (tower == "text") == any("token embeddings" in name for name in names)
+
+
+def test_token_embeddings_for_openvino_have_one_byte_per_number_but_in_one_candidate(
+    fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    in_float = []
+    for candidate in _candidates(OPENVINO, fp32_bundle, calibration, "text", tmp_path, 7):
+        graph = onnx.load_from_string(candidate.make()).graph
+        kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        tables = {kinds[node.input[0]] for node in graph.node if node.op_type == "Gather" and node.input[0] in kinds}
+        if TensorProto.FLOAT in tables:
+            in_float.append(candidate.name)
+    assert in_float == ["symmetric, percentile, token embeddings in float"]
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_8_bit_weights_hold_with_vnni_and_on_arm_alone(
+    tower: str, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    (first, *_) = _candidates(ORT, fp32_bundle, calibration, tower, tmp_path, 8)
+    content = first.make()
+    assert max_weight(onnx.load_from_string(content)) in (127, 128)
+    assert instruction_sets(content) == ("x86-64-vnni", "aarch64")
+
+
+def test_constants_that_are_added_or_multiplied_one_by_one_keep_8_bits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    constants = {"kernel": (4, 3, 1, 1), "scale": (4, 1, 1)}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "kernel"], ["features"], name="conv"),
+            helper.make_node("Sigmoid", ["features"], ["gate"], name="sigmoid"),  # so that `mul` is not folded
+            helper.make_node("Mul", ["gate", "scale"], ["y"], name="mul"),
+        ],
+        "tower",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 2, 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4, 2, 2])],
+        [numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), n) for n, shape in constants.items()],
+    )
+    path = tmp_path / "tower.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    model = prepare_for_quantization(path, tmp_path)
+    quantizer = StaticQuantizer(model, rng.standard_normal((8, 3, 2, 2)).astype(np.float32))
+    quantized = onnx.load_from_string(quantizer.quantize("min-max", quantizer.layers))
+    largest = {
+        tensor.name.removesuffix("_quantized"): int(np.abs(numpy_helper.to_array(tensor).astype(int)).max())
+        for tensor in quantized.graph.initializer
+        if tensor.name.endswith("_quantized")
+    }
+    assert largest["kernel"] == 64
+    assert largest["scale"] > 127  # U8, like an activation
+
+
+def test_weights_that_the_graph_itself_quantises_are_seen() -> None:
+    values = np.array([[0.5, -1.0], [0.25, 0.125]], dtype=np.float32)  # NNCF leaves weights in float before Q/DQ
+    for scale, expected in ((1 / 127, 127), (1 / 64, 64)):
+        graph = helper.make_graph(
+            [
+                helper.make_node("QuantizeLinear", ["w", "s", "z"], ["q"]),
+                helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+                helper.make_node("MatMul", ["x", "d"], ["y"]),
+            ],
+            "tower",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 2])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2])],
+            [
+                numpy_helper.from_array(values, "w"),
+                numpy_helper.from_array(np.float32(scale).reshape(()), "s"),
+                numpy_helper.from_array(np.int8(0).reshape(()), "z"),
+            ],
+        )
+        assert max_weight(helper.make_model(graph)) == expected
+
+
+# An export for processors that add in 32 bits, made on one that saturates.
+
+
+class Saturated:
+    """A session whose embeddings are noise, as where INT8 saturates."""
+
+    def __init__(self, session: Any) -> None:
+        self.get_inputs, self._run = session.get_inputs, session.run
+
+    def run(self, names: Any, feed: Any) -> list[Any]:
+        (embeddings,) = self._run(names, feed)
+        return [np.random.default_rng(0).standard_normal(embeddings.shape).astype(np.float32)]
+
+
+def _open_saturated(model: str | bytes, *, threads: int | None = None) -> Any:
+    session = open_session(model, threads=threads)
+    return session if isinstance(model, str) else Saturated(session)
+
+
+@pytest.fixture
+def saturating(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend that the kernels of this processor saturate."""
+    for module in (saturation, int8_kernels):
+        monkeypatch.setattr(module, "processor_saturates", lambda: True)
+    for module in (candidates, strongly_typed):
+        monkeypatch.setattr(module, "open_session", _open_saturated)
+
+
+def _integer_product(weight: int) -> bytes:
+    """An ONNX file that multiplies x (N, 64) uint8, whose zero point is 3, by S8 weights (64, 2) with zero point -1."""
+    constants = {"w": np.full((64, 2), weight, np.int8), "x0": np.uint8(3), "w0": np.full(2, -1, np.int8)}
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "w", "x0", "w0"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, ["N", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, ["N", 2])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def test_integer_products_as_written_are_computed_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[bytes] = []
+
+    def record(content: bytes, **options: Any) -> Any:
+        opened.append(content)
+        return open_session(content, **options)
+
+    monkeypatch.setattr(saturation, "open_session", record)
+    for weight in (127, -128):
+        session = saturation.open_as_written(_integer_product(weight))
+        assert session.run(None, {"x": np.full((1, 64), 255, np.uint8)})[0].tolist() == [[64 * 252 * (weight + 1)] * 2]
+    kinds = [[node.op_type for node in onnx.load_from_string(content).graph.node] for content in opened]
+    assert kinds == [["Cast", "Cast", "Sub", "Cast", "Cast", "Sub", "MatMul", "Cast"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("saturates", "wrong", "weight", "replaced"),
+    [
+        (False, "", 127, False),
+        (True, "", 64, False),
+        (True, "", 127, True),
+        (False, "wrong sums", 64, True),
+    ],
+)
+def test_a_session_is_replaced_only_where_the_processor_computes_it_wrongly(
+    saturates: bool, wrong: str, weight: int, replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (saturation, int8_kernels):
+        monkeypatch.setattr(module, "processor_saturates", lambda: saturates)
+        monkeypatch.setattr(module, "wrong_sums", lambda: wrong)
+    session, content = object(), _integer_product(weight)
+    assert (saturation.right_session(session, content) is not session) == replaced
+    of_litert = {"runtime": "litert", "sets": lambda content: ("x86-64",)}
+    assert saturation.right_session(session, b"no ONNX file", **of_litert) is session
+
+
+def test_candidates_are_judged_by_what_their_files_say(
+    saturating: None, fp32_bundle: Path, calibration: CalibrationSet
+) -> None:
+    def one_candidate(request: CandidateRequest) -> Iterator[Candidate]:
+        quantizer = StaticQuantizer(request.model, request.samples, weight_bits=request.weight_bits)
+        yield Candidate("static", lambda: quantizer.quantize("min-max", quantizer.layers))
+
+    quantized = quantize_tower(
+        fp32_bundle / "image.onnx",
+        TowerSamples("image", calibration.calibrate.pixels, calibration.held_out.pixels),
+        budget=Budget(image=0.9),
+        weight_bits=8,
+        backend=replace(ORT, open=_open_saturated, candidates=one_candidate),
+        timer=lambda calls: {name: np.full(5, 3.0 if name == "float32" else 1.0) for name in calls},
+    )
+    assert (quantized.precision, quantized.instruction_sets) == ("int8 static", ("x86-64-vnni", "aarch64"))
+    assert quantized.measured.centred_cosine > 0.9
+
+
+def test_layers_are_robust_by_what_their_files_say(
+    saturating: None, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    model, samples = prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path), calibration.calibrate.pixels
+    quantizer = StaticQuantizer(model, samples, weight_bits=8)
+    request = CandidateRequest(model=model, samples=samples, max_error=0.5, weight_bits=8, threads=1, reporter=SILENT)
+    assert candidates._robust_layers(quantizer, request) == [quantizer.layers]
+    tower = strongly_typed.symmetric_tower(
+        model, TowerSamples("image", samples[:8], calibration.held_out.pixels[:8], adapt=False), min_agreement=0.9
+    )
+    assert tower is not None
+    assert tower.float_layers == ()
+
+
+def test_the_reference_answers_of_a_tower_are_computed_as_its_file_says(
+    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened: list[bytes] = []
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.processor_saturates", lambda: True)
+    monkeypatch.setattr(
+        "clip_rd_edge.exporting.reference.open_as_written",
+        lambda content, *, threads: opened.append(content) or open_session(content, threads=threads),
+    )
+    manifest = read_manifest(colour_bundle)
+    image = msgspec.structs.replace(manifest.image, instruction_sets=("x86-64-vnni", "aarch64"))
+    encoder = NodeByNode(colour_bundle, msgspec.structs.replace(manifest, image=image))
+    encoder.encode_texts(["red"])
+    assert opened == []
+    encoder.encode_pixels(np.ones((1, 3, 8, 8), np.float32))
+    assert opened == [(colour_bundle / "image.onnx").read_bytes()]
+    assert "wrong answers" not in caplog.text

@@ -1,0 +1,542 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import open_clip
+import pytest
+import torch
+from onnx import TensorProto, helper
+from PIL import Image
+from support import pad_with_another_id
+from text_towers import bert_clip, roberta_clip
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoConfig, CLIPImageProcessor, PreTrainedTokenizerFast
+
+import clip_rd_edge as edge
+from clip_rd_edge.contract.bundle import read_manifest
+from clip_rd_edge.contract.outputs import require_output
+from clip_rd_edge.contract.tokenizer import TokenizerSpec, clean_text
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.exporting.calibration import CalibrationSet
+from clip_rd_edge.exporting.conversion import ConvertedBundle
+from clip_rd_edge.exporting.layouts.huggingface import (
+    _last_id,
+    _preprocessor_config,
+    _take_any_length,
+    normalizer_with_cleaning,
+    write_huggingface,
+)
+from clip_rd_edge.exporting.layouts.huggingface_export import export_huggingface
+from clip_rd_edge.exporting.layouts.model_card import _licence, write_model_card
+from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.load import load_clip, save_clip
+from clip_rd_edge.runtime.backends.session import open_session
+
+CLIENTS = Path(__file__).parent / "clients"
+HARD_TEXTS = [
+    "",
+    "a",
+    "A Photo of a RED house!",
+    "it's the dog's 2nd bone, isn't it?",
+    " many   words\n " * 12,
+    "naïve café 猫 👩‍🚀",
+    "one o’clock, “quoted” ﬁve",
+    "x_y-z; (w) #5",
+    "\ufeffa\x00 \x1b[31;1mred\x1b[0m c\x7fat\u206a\x1f isnʼt",
+]
+
+
+@pytest.fixture(scope="module")
+def exported(
+    student: ClipModel, calibration: CalibrationSet, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, ConvertedBundle]:
+    """The student's folder for the hub in all precisions, and what INT8 was chosen from."""
+    output = tmp_path_factory.mktemp("hub") / "student"
+    request = ExportRequest(precision="int8", fallback="fp32")
+    facts = {"recipe": "clip-rd", "teacher": "big", "data": "emoji"}
+    return output, export_huggingface(student, output, request, calibration=calibration, training=facts)
+
+
+@pytest.fixture(scope="module")
+def folder(exported: tuple[Path, ConvertedBundle]) -> Path:
+    return exported[0]
+
+
+def _load(folder: Path) -> tuple[Any, Any, Any]:
+    """Load the folder with open_clip; return model, preprocessing and tokenizer."""
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    return model.eval(), preprocess, open_clip.get_tokenizer(f"local-dir:{folder}")
+
+
+@torch.no_grad()
+def _expected(folder: Path, images: list[Image.Image], texts: list[str]) -> tuple[Any, Any]:
+    model, preprocess, tokenizer = _load(folder)
+    pixels = torch.stack([preprocess(image) for image in images])
+    return (
+        model.encode_image(pixels, normalize=True).numpy(),
+        model.encode_text(tokenizer(texts), normalize=True).numpy(),
+    )
+
+
+def test_a_model_whose_towers_do_not_fit_one_file_is_refused_before_the_export(
+    student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(tensor.nbytes for tensor in student.model.state_dict().values())
+    monkeypatch.setattr("clip_rd_edge.exporting.layouts.huggingface_export.MAX_FILE_BYTES", size - 1)
+    monkeypatch.setattr(
+        "clip_rd_edge.exporting.layouts.huggingface_export.export_bundle", lambda *_, **__: pytest.fail("exported")
+    )
+    with pytest.raises(UsageError, match="GB of weights, and the Hugging Face layout has both towers in one file"):
+        export_huggingface(student, tmp_path / "hub", ExportRequest())
+
+
+def test_the_folder_has_the_files_of_all_clients(folder: Path) -> None:
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    models = {f"onnx/{name}{suffix}.onnx" for name in ("vision_model", "text_model", "model")
+              for suffix in ("", "_fp16", "_int8")}  # fmt: skip
+    configs = {"config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert names == models | configs | {"open_clip_config.json", "open_clip_model.safetensors", "README.md"}
+
+
+@pytest.mark.parametrize("suffix", ["", "_fp16", "_int8"])
+def test_texts_of_any_length_get_open_clips_embeddings_however_they_are_padded(folder: Path, suffix: str) -> None:
+    model, _, tokenize = _load(folder)
+    ids = tokenize(HARD_TEXTS)
+    with torch.no_grad():
+        expected = model.encode_text(ids, normalize=True).numpy()
+    session = open_session(str(folder / "onnx" / f"text_model{suffix}.onnx"))
+    end = int(ids.max())
+    for row, embedding in zip(ids.numpy(), expected, strict=True):
+        words = row[: int(row.argmax()) + 1].tolist()
+        for padding in (0, 1, 30):
+            for pad_id in (0, 5, end):
+                padded = np.asarray([[*words, *[pad_id] * padding]])
+                (output,) = session.run(["text_embeds"], {"input_ids": padded})
+                assert float(output[0] @ embedding) > 0.99
+
+
+def test_a_text_whose_end_token_a_client_cut_off_gets_it_back(folder: Path) -> None:
+    model, _, tokenize = _load(folder)
+    long = "red cat " * 20
+    with torch.no_grad():
+        expected = model.encode_text(tokenize([long]), normalize=True).numpy()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = tokenizer.encode(long).ids
+    session = open_session(str(folder / "onnx" / "text_model.onnx"))
+    for cut in (ids[:16], ids, [*ids[:15], ids[-1]]):
+        (output,) = session.run(None, {"input_ids": np.asarray([cut])})
+        np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+def test_a_text_of_another_tokenizer_whose_last_token_a_client_cut_off_gets_it_back(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "[PAD]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.enable_padding(length=5)  # as in a file that was saved after its use
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ids = [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", 5]) for name in ("padded_ids", "out")]
+    node = helper.make_node("Identity", ["padded_ids"], ["out"])
+    model = helper.make_model(
+        helper.make_graph([node], "ids", ids[:1], ids[1:]), opset_imports=[helper.make_opsetid("", 18)], ir_version=10
+    )
+    _take_any_length(model, TokenizerSpec(context_length=5, pad_id=1), last_id=_last_id(tmp_path / "tokenizer.json"))
+    session = open_session(model.SerializeToString())
+    for given, expected in (
+        ([[2, 4, 3]], [[2, 4, 3, 1, 1]]),
+        ([[2, 4, 3, 1, 1, 1], [2, 4, 4, 4, 4, 3]], [[2, 4, 3, 1, 1], [2, 4, 4, 4, 3]]),
+        ([[2, 4, 4, 4, 4]], [[2, 4, 4, 4, 3]]),  # transformers.js cuts off what is too long
+    ):
+        assert session.run(None, {"input_ids": np.asarray(given)})[0].tolist() == expected
+
+
+def test_the_folder_has_the_scale_and_the_padding_of_its_model(colour_bundle: Path, tmp_path: Path) -> None:
+    """As transformers reads them: the scale, here 20, as its logarithm, and a padding id that is not 0."""
+    pad_id = pad_with_another_id(colour_bundle)
+    write_huggingface({"fp32": colour_bundle}, tmp_path)
+    config, tokenizer = AutoConfig.from_pretrained(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert np.exp(config.logit_scale_init_value) == pytest.approx(20)
+    assert (config.pad_token_id, tokenizer.pad_token_id) == (pad_id, pad_id)
+    ids = tokenizer(["red", "green red", "blue"], padding=True)["input_ids"]
+    colours = np.eye(3, dtype=np.float32)
+    feed = {"input_ids": np.asarray(ids), "pixel_values": np.tile(colours[:, :, None, None], (8, 8))}
+    names = ["text_embeds", "logits_per_text"]
+    embeddings, logits = open_session(str(tmp_path / "onnx" / "model.onnx")).run(names, feed)
+    expected = np.asarray([[1, 0, 0], [0.5**0.5, 0.5**0.5, 0], [0, 0, 1]])
+    np.testing.assert_allclose(embeddings, expected, atol=1e-6)
+    np.testing.assert_allclose(logits, 20 * expected, atol=1e-5)
+
+
+def test_ids_have_64_bits_also_where_an_int_has_32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with NumPy 1 on Windows."""
+    asarray = np.asarray
+    ids = [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", 5]) for name in ("padded_ids", "out")]
+    graph = helper.make_graph([helper.make_node("Identity", ["padded_ids"], ["out"])], "ids", ids[:1], ids[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "asarray", lambda value, *rest, **options: asarray(value, *(rest or (np.int32,)), **options))
+        _take_any_length(model, TokenizerSpec(context_length=5, end_id=3))
+    assert {tensor.data_type for tensor in model.graph.initializer} == {TensorProto.INT64}
+    session = open_session(model.SerializeToString())
+    assert session.run(None, {"input_ids": np.asarray([[1, 3, 2]])})[0].tolist() == [[1, 3, 0, 0, 0]]
+
+
+def test_the_tokenizer_file_writes_letters_that_are_two_as_two() -> None:
+    spec = TokenizerSpec(context_length=5, clean="whitespace")
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    content = json.loads(tokenizer.to_str())
+    content["normalizer"] = normalizer_with_cleaning(content["normalizer"], spec)
+    written = Tokenizer.from_str(json.dumps(content)).normalizer
+    for letters in ("ǄǅǆǇǈǉǊǋǌǱǲǳ", "Ĳĳ ŉ", "ﬀﬁﬂﬃﬄﬅﬆ"):
+        assert written.normalize_str(letters) == clean_text(letters, "whitespace").lower()
+
+
+@pytest.mark.parametrize("clean", ["lower", "canonicalize", "whitespace"])
+def test_the_tokenizer_file_makes_lower_case_of_greek_as_the_runtime_does(clean: Any) -> None:
+    normalizer = normalizer_with_cleaning(None, TokenizerSpec(context_length=5, clean=clean))
+    written = Tokenizer.from_str(json.dumps({**json.loads(Tokenizer(models.BPE()).to_str()), "normalizer": normalizer}))
+    for text in ("ΓΑΤΑΣ", "ΣΚΥΛΟΣ ΚΑΙ ΓΑΤΑ", "Ελλάς", "Α.Ε.Σ.", "ΜΑΣ'ΑΡΕΣΕΙ", "«ΦΩΣ», Σ", "2Σ", "猫Σ", "ΣΑΣ!"):
+        assert written.normalizer.normalize_str(text) == clean_text(text, clean)
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS)
+def test_the_tokenizer_file_gives_open_clips_ids(folder: Path, text: str) -> None:
+    _, _, tokenize = _load(folder)
+    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    expected = tokenize([text])[0].tolist()
+    length = expected.index(max(expected)) + 1
+    assert ids[: length - 1] == expected[: length - 1]
+    assert ids[-1] == expected[length - 1]
+
+
+def test_a_row_of_a_batch_does_not_depend_on_the_others(folder: Path) -> None:
+    session = open_session(str(folder / "onnx" / "text_model.onnx"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    rows = [tokenizer.encode(text).ids for text in HARD_TEXTS]
+    longest = max(map(len, rows))
+    batch = np.asarray([[*row, *[rows[0][-1]] * (longest - len(row))] for row in rows])
+    (together,) = session.run(None, {"input_ids": batch})
+    alone = [session.run(None, {"input_ids": np.asarray([row])})[0][0] for row in rows]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_int8_that_depends_on_the_batch_is_left_out(exported: tuple[Path, ConvertedBundle]) -> None:
+    verdicts = {trial.verdict for trial in exported[1].trials if "per-tensor" in trial.name}
+    assert verdicts == {"depends on the batch"}
+
+
+@pytest.mark.parametrize("suffix", ["", "_fp16", "_int8"])
+def test_the_joined_model_gives_the_logits_of_all_pairs(folder: Path, suffix: str) -> None:
+    onnx.checker.check_model(onnx.load(folder / "onnx" / f"model{suffix}.onnx"), full_check=True)
+    rng = np.random.default_rng(0)
+    pixels = rng.standard_normal((3, 3, 32, 32)).astype(np.float32)
+    ids = np.asarray([[49406, 320, 49407, 0], [49406, 49407, 0, 0]])
+    names = ["logits_per_image", "logits_per_text", "text_embeds", "image_embeds"]
+    session = open_session(str(folder / "onnx" / f"model{suffix}.onnx"))
+    assert [output.name for output in session.get_outputs()] == names
+    per_image, per_text, text, image = session.run(None, {"input_ids": ids, "pixel_values": pixels})
+    scale = float(_load(folder)[0].logit_scale.exp())
+    np.testing.assert_allclose(per_image, scale * image @ text.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(per_text, per_image.T)
+
+
+def test_the_configurations_say_what_the_model_takes(folder: Path, student: ClipModel) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["projection_dim"]) == ("clip", student.embedding_size)
+    assert config["transformers.js_config"] == {
+        "dtype": "fp32"
+    }  # in a browser, its default is a file that is not there
+    assert (config["vision_config"]["image_size"], config["text_config"]["max_position_embeddings"]) == (32, 16)
+    assert config["text_config"]["eos_token_id"] == 49407  # as in openai/clip-vit-base-patch32's tokenizer
+    assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == 16
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+def test_transformers_preprocesses_images_as_open_clip_does(folder: Path, tmp_path: Path, mode: str) -> None:
+    """But for the filter: images are given in the sizes that need none."""
+    hub = shutil.copytree(folder, tmp_path / "hub")
+    config = json.loads((hub / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["resize_mode"] = mode
+    (hub / "open_clip_config.json").write_text(json.dumps(config))
+    preprocessing = load_clip(str(hub)).preprocessing
+    (hub / "preprocessor_config.json").write_text(json.dumps(_preprocessor_config(preprocessing)))
+    processor, preprocess = CLIPImageProcessor.from_pretrained(hub), _load(hub)[1]
+    for size in [(32, 32), *([(48, 32)] if mode == "shortest" else [])]:
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        pixels = processor(image, return_tensors="np")["pixel_values"]
+        np.testing.assert_allclose(pixels[0], preprocess(image).numpy(), atol=1e-5)
+    if mode == "squash":
+        assert processor(image.resize((48, 32)), return_tensors="np")["pixel_values"].shape == (1, 3, 32, 32)
+        assert not processor.do_center_crop
+
+
+def test_the_model_card_names_files_training_and_licences(folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: open_clip\n")
+    for words in ("`onnx/model_int8.onnx`", "| **teacher** | big |", "CC BY-SA 4.0", "pipeline_tag: zero-shot"):
+        assert words in card
+    assert "license:" not in card.split("---")[1]  # for the user to decide
+    assert "Prompts" not in card  # it has none of its own
+
+
+def test_the_models_own_prompts_and_labels_are_kept_and_nothing_else_of_its_training(
+    student: ClipModel, tmp_path: Path
+) -> None:
+    prompts = ("a photo of a {}.", *(f"view <{i}> of a {{}}" for i in range(5)))
+    model = dataclasses.replace(student, templates=prompts, labels=("red", "blue"))
+    save_clip(tmp_path / "student", model, provenance={"data": "pairs.csv", "configuration": {"quantize": "int8"}})
+    export_huggingface(load_clip(str(tmp_path / "student")), tmp_path / "hub", ExportRequest())
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert 'Prompts for labels, in place of {}: "a photo of a {}.", "view &lt;0> of a {}"' in card
+    assert ", and 1 more in distillation.json. The embedding of a label is the normalised mean over them." in card
+    record = json.loads((tmp_path / "hub" / "distillation.json").read_text())
+    assert record == {"templates": list(prompts), "labels": ["red", "blue"]}
+    loaded = load_clip(str(tmp_path / "hub"))
+    assert (loaded.templates, loaded.labels) == (prompts, ("red", "blue"))
+    require_output(tmp_path / "hub", "export", overwrite=True)
+
+
+def test_the_model_card_names_the_filter_that_the_model_was_trained_with(
+    folder: Path, fp32_bundle: Path, tmp_path: Path
+) -> None:
+    assert "open_clip resizes images with a bicubic filter" in (folder / "README.md").read_text()
+    hub, manifest = shutil.copytree(folder, tmp_path / "hub"), read_manifest(fp32_bundle)
+    bilinear = msgspec.structs.replace(manifest.preprocessing, interpolation="bilinear")
+    manifests = {"fp32": msgspec.structs.replace(manifest, preprocessing=bilinear)}
+    write_model_card(hub, manifests, results=None, training={})
+    card = (hub / "README.md").read_text()
+    assert "open_clip resizes images with a bilinear filter" in card
+    assert "Lanczos is sharper than the bilinear filter" in card
+
+
+def test_a_model_that_the_clients_cannot_preprocess_for_is_refused(student: ClipModel, tmp_path: Path) -> None:
+    padded = msgspec.structs.replace(student.preprocessing, resize_mode="longest")
+    with pytest.raises(UsageError, match="takes 32 × 32 with resize mode longest"):
+        export_huggingface(dataclasses.replace(student, preprocessing=padded), tmp_path / "hub", ExportRequest())
+    assert not (tmp_path / "hub").exists()
+
+
+# Text towers that are models of transformers.
+
+MANY_SIGNS = "éïßAR!.,'’“”;()#_-257猫犬👩🚀"
+
+
+def _hugging_face_clip(kind: str, folder: Path, *, image_size: int = 64) -> ClipModel:
+    """A model whose tokenizer has a token for each sign of HARD_TEXTS and of others, as far as it does not drop it."""
+    if kind == "bert":
+        return bert_clip(folder, more=[*MANY_SIGNS, *(f"##{sign}" for sign in MANY_SIGNS)], image_size=image_size)
+    return roberta_clip(folder, more=list(MANY_SIGNS), image_size=image_size)
+
+
+@pytest.fixture(scope="module", params=["bert", pytest.param("roberta", marks=pytest.mark.slow)])
+def hugging_face_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder for the hub of a model whose text tower is one of transformers."""
+    folder = tmp_path_factory.mktemp(request.param)
+    export_huggingface(_hugging_face_clip(request.param, folder / "encoder"), folder / "hub", ExportRequest())
+    shutil.rmtree(folder / "encoder")  # the export needs none of its files
+    return folder / "hub"
+
+
+def test_one_folder_has_the_configuration_of_clip_and_of_its_text_tower(hugging_face_folder: Path) -> None:
+    config = json.loads((hugging_face_folder / "config.json").read_text())
+    assert (config["model_type"], config["configuration_files"]) == ("clip", ["config.4.0.0.json"])
+    model = _load(hugging_face_folder)[0]
+    assert model.text.config.to_dict() == AutoConfig.from_pretrained(hugging_face_folder).to_dict()
+    assert model.text.config.model_type in ("bert", "xlm-roberta")
+    assert config["pad_token_id"] == model.text.config.pad_token_id
+    require_output(hugging_face_folder, "export", overwrite=True)  # the folder is known as an earlier export
+
+
+def test_texts_get_the_embeddings_of_a_text_tower_of_transformers(hugging_face_folder: Path) -> None:
+    model, _, tokenize = _load(hugging_face_folder)
+    texts = [*HARD_TEXTS, "Ein Überfluß an 猫と犬 🚀", "[PAD] red <pad> cat", "red cat dog " * 20]
+    ids = tokenize(texts)
+    with torch.no_grad():
+        expected = model.encode_text(ids, normalize=True).numpy()
+    assert len(np.unique(expected.round(4), axis=0)) > 9
+    tokenizer = Tokenizer.from_file(str(hugging_face_folder / "tokenizer.json"))
+    session = open_session(str(hugging_face_folder / "onnx" / "text_model.onnx"))
+    assert [given.name for given in session.get_inputs()] == ["input_ids"]
+    pad_id, length = model.text.config.pad_token_id, ids.shape[1]
+    for text, row, embedding in zip(texts, ids.tolist(), expected, strict=True):
+        words = tokenizer.encode(text).ids
+        for cut in (words, words[:length]):  # transformers.js cuts off the last token, too
+            padded = [*cut[:length], *[pad_id] * (length - len(cut))]
+            assert padded[:-1] == row[:-1]
+            for padding in (0, 1, 30):
+                (output,) = session.run(["text_embeds"], {"input_ids": np.asarray([[*cut, *[pad_id] * padding]])})
+                np.testing.assert_allclose(output[0], embedding, atol=1e-5)
+
+
+def test_a_folder_finds_its_text_tower_where_it_was_moved(hugging_face_folder: Path, tmp_path: Path) -> None:
+    expected = _expected(hugging_face_folder, [Image.new("RGB", (64, 64))], HARD_TEXTS)[1]
+    moved = shutil.copytree(hugging_face_folder, tmp_path / "moved")
+    config = (moved / "open_clip_config.json").read_text()
+    assert str(hugging_face_folder) in config
+    (moved / "open_clip_config.json").write_text(config.replace(str(hugging_face_folder), str(tmp_path / "nowhere")))
+    rows = TorchEncoder(load_clip(str(moved))).encode_texts(HARD_TEXTS)
+    np.testing.assert_allclose(rows, expected, atol=1e-6)
+
+
+FROM_THE_HUB = """
+import json, sys, open_clip, torch
+model, tokenizer = open_clip.create_model("hf-hub:me/my-clip").eval(), open_clip.get_tokenizer("hf-hub:me/my-clip")
+with torch.no_grad():
+    print(json.dumps(model.encode_text(tokenizer(json.loads(sys.argv[1])), normalize=True).tolist()))
+"""
+
+
+def test_open_clip_loads_the_folder_from_the_hub(hugging_face_folder: Path, tmp_path: Path) -> None:
+    commit, repository = "0" * 40, tmp_path / "hub" / "models--me--my-clip"  # as the hub's client stores it
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    published = shutil.copytree(hugging_face_folder, repository / "snapshots" / commit)
+    config = json.loads((published / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"] |= dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), "me/my-clip")
+    (published / "open_clip_config.json").write_text(json.dumps(config))
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", FROM_THE_HUB, json.dumps(HARD_TEXTS)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    expected = _expected(hugging_face_folder, [Image.new("RGB", (64, 64))], HARD_TEXTS)[1]
+    np.testing.assert_allclose(json.loads(result.stdout), expected, atol=1e-6)
+
+
+# What the clients compute, with their own preprocessing.
+
+
+@pytest.fixture(scope="module")
+def request_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 images and 100 texts; the images are smooth like photographs, of many sizes and shapes."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = np.random.default_rng(0)
+    images = []
+    for index in range(100):
+        width, height = (int(edge) for edge in rng.integers(40, 700, 2))
+        levels = np.zeros((height, width, 3))
+        for cells in (2, 4, 8, 16):
+            noise = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
+            levels += np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)) / cells
+        levels = 255 * (levels - levels.min()) / np.ptp(levels)
+        path = folder / f"{index}.png"
+        Image.fromarray(levels.astype(np.uint8)).save(path)
+        images.append(str(path))
+    colours, things = ["red", "green", "blue", "small", "wooden"], ["cat", "dog", "house", "tree", "bicycle", "cup"]
+    texts = [f"a photo of a {colour} {thing}" for colour in colours for thing in things]
+    texts = (HARD_TEXTS + texts + [f"{text}, number {index}" for index, text in enumerate(texts * 3)])[:100]
+    request = folder / "request.json"
+    request.write_text(json.dumps({"images": images, "texts": texts, "dtype": "fp32"}))
+    return request
+
+
+@pytest.fixture(scope="module", params=["clip", "bert", "roberta"])
+def clip_folder(
+    request: pytest.FixtureRequest, make_student: Callable[..., ClipModel], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a student for images of 224 pixels, with open_clip's own text tower or one of transformers."""
+    folder = tmp_path_factory.mktemp("hub")
+    clip = (
+        make_student(image_size=224)
+        if request.param == "clip"
+        else _hugging_face_clip(request.param, folder / "encoder", image_size=224)
+    )
+    export_huggingface(clip, folder / "large", ExportRequest())
+    return folder / "large"
+
+
+def _answers(folder: Path, request: Path, *command: str | Path) -> dict[str, Any]:
+    """Run a client; compare its embeddings with open_clip's, and return what it printed."""
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    answers: dict[str, Any] = json.loads(result.stdout)
+    inputs = json.loads(request.read_text())
+    image, text = _expected(folder, [Image.open(path) for path in inputs["images"]], inputs["texts"])
+    for expected, name in ((image, "image_embeds"), (text, "text_embeds")):
+        cosines = (np.asarray(answers[name]) * expected).sum(axis=1)
+        assert len(cosines) == 100
+        assert cosines.min() >= 0.999, (name, int(cosines.argmin()), float(cosines.min()))
+    return answers
+
+
+def _installed(*command: str | Path, cwd: Path) -> None:
+    """Run an installer; skip the test if it fails, for instance without a network."""
+    try:
+        subprocess.run([*map(str, command)], cwd=cwd, check=True, capture_output=True, timeout=600)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"{command[0]} cannot install the client: {error}")
+
+
+@pytest.fixture(scope="module")
+def transformers_js(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which transformers.js is installed."""
+    folder = tmp_path_factory.mktemp("npm")
+    # Without scripts: those of sharp and onnxruntime-node download from elsewhere what npm's packages bring, too.
+    _installed("npm", "install", "--ignore-scripts", "@huggingface/transformers@4", cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fastembed_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment in which fastembed is installed."""
+    folder = tmp_path_factory.mktemp("fastembed")
+    _installed(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
+    python = folder / "venv" / "bin" / "python"
+    _installed(python, "-m", "pip", "install", "--quiet", "fastembed>=0.9", cwd=folder)
+    return python
+
+
+@pytest.mark.slow
+def test_transformers_js_computes_open_clips_embeddings(
+    clip_folder: Path, request_file: Path, transformers_js: Path
+) -> None:
+    script = CLIENTS / "transformers_js.mjs"
+    answers = _answers(clip_folder, request_file, "node", script, transformers_js, clip_folder, request_file)
+    image, text = np.asarray(answers["image_embeds"]), np.asarray(answers["text_embeds"])
+    model, _, tokenize = _load(clip_folder)
+    scale = float(model.logit_scale.exp())
+    np.testing.assert_allclose(answers["logits_per_image"], scale * image[:1] @ text.T, atol=1e-3)
+    if not hasattr(tokenize, "tokenizer"):  # CLIP's own has no padding token of its own
+        return
+    ids = tokenize(json.loads(request_file.read_text())["texts"])
+    given = np.full(ids.shape, tokenize.tokenizer.pad_token_id)
+    for row, tokens in zip(given, answers["input_ids"], strict=True):
+        row[: len(tokens)] = tokens
+    assert (given[:, :-1] == ids.numpy()[:, :-1]).all()  # the model itself restores a last token that was cut off
+
+
+@pytest.mark.slow
+def test_fastembed_computes_open_clips_embeddings(
+    clip_folder: Path, request_file: Path, fastembed_python: Path
+) -> None:
+    _answers(clip_folder, request_file, fastembed_python, CLIENTS / "fastembed_client.py", clip_folder, request_file)
+
+
+def test_labels_that_a_model_starts_with_are_for_bundles(student: ClipModel, tmp_path: Path) -> None:
+    save_clip(tmp_path / "model", dataclasses.replace(student, labels=("a cat", "a dog")), provenance={})
+    bundle = edge.export(tmp_path / "model", tmp_path / "bundle")
+    answers = edge.load(bundle).classify(np.zeros((9, 9, 3), np.uint8))
+    assert sorted(label for label, _ in answers) == ["a cat", "a dog"]
+    given = edge.load(edge.export(tmp_path / "model", tmp_path / "given", labels=["a pig"]))
+    assert given.label_bank is not None
+    assert given.label_bank.names == ("a pig",)
+    edge.export(tmp_path / "model", tmp_path / "hub", layout="huggingface")
+    assert not list((tmp_path / "hub").rglob("labels.npz"))
+
+
+@pytest.mark.parametrize("fact", ["data", "image_source"])
+def test_the_card_names_the_licences_of_the_built_in_images(fact: str) -> None:
+    assert "OpenMoji graphics" in _licence({fact: "emoji"})
+    assert "OpenMoji" not in _licence({fact: "frames"})

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+from support import pad_with_another_id
+from text_towers import bert_clip, roberta_clip
+from tokenizers import Tokenizer
+
+from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.exporting.bundle import export_bundle
+from clip_rd_edge.exporting.layouts.immich import immich_name, where_it_goes, write_immich
+from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.load import save_clip
+from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.load import load
+
+
+def test_immich_gets_the_same_embeddings(fp32_bundle: Path, tmp_path: Path) -> None:
+    folder, bundle = tmp_path / "immich", load(fp32_bundle)
+    write_immich(fp32_bundle, folder)
+    config = json.loads((folder / "config.json").read_text())
+    preprocessing = json.loads((folder / "visual" / "preprocess_cfg.json").read_text())
+    assert (config["embed_dim"], config["text_cfg"]["context_length"]) == (32, 16)
+    assert config["vision_cfg"]["image_size"] == 32
+    assert preprocessing["size"] == [32, 32]
+    assert preprocessing["interpolation"] == "bicubic"
+    assert preprocessing["resize_mode"] == "shortest"
+    assert preprocessing["mode"] == "RGB"
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    pixels = preprocess(image, read_manifest(fp32_bundle).preprocessing)[None]
+    (embedding,) = open_session(str(folder / "visual" / "model.onnx")).run(None, {"image": pixels})
+    np.testing.assert_allclose(embedding, bundle.encode_images([image]), atol=1e-6)
+    _require_texts(folder, bundle, length=16)
+
+
+@pytest.mark.parametrize("make", [bert_clip, pytest.param(roberta_clip, marks=pytest.mark.slow)])
+def test_immich_reads_the_texts_of_a_text_tower_of_transformers(
+    make: Callable[[Path], ClipModel], tmp_path: Path
+) -> None:
+    export_bundle(make(tmp_path / "encoder"), tmp_path / "bundle", ExportRequest())
+    write_immich(tmp_path / "bundle", tmp_path / "immich")
+    assert json.loads((tmp_path / "immich" / "config.json").read_text())["text_cfg"] == {"context_length": 12}
+    _require_texts(tmp_path / "immich", load(tmp_path / "bundle"), length=12)
+
+
+def _text_embedding(folder: Path, text: str, *, length: int) -> np.ndarray:
+    """Embed a text by the steps of immich's OpenClipTextualEncoder."""
+    tokenizer = Tokenizer.from_file(str(folder / "textual" / "tokenizer.json"))
+    pad = json.loads((folder / "textual" / "tokenizer_config.json").read_text())["pad_token"]
+    tokenizer.enable_padding(length=length, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
+    tokenizer.enable_truncation(max_length=length)
+    ids = np.asarray([tokenizer.encode(" ".join(text.split())).ids], dtype=np.int32)
+    (embedding,) = open_session(str(folder / "textual" / "model.onnx")).run(None, {"text": ids})
+    return np.asarray(embedding)
+
+
+def _require_texts(folder: Path, bundle: Any, *, length: int) -> None:
+    # The last ones as a phone's keyboard, a Mac's file name and a PDF write them.
+    for text in ("a Red House!", "two dogs " * 30, "the dog’s “bone”", "cafe\u0301", "ﬁve Cats", "a\x00 c\x7fat"):
+        embedding = _text_embedding(folder, text, length=length)
+        np.testing.assert_allclose(embedding, bundle.encode_texts([text]), atol=1e-6)
+
+
+def test_texts_are_padded_with_the_models_own_id(colour_bundle: Path, tmp_path: Path) -> None:
+    pad_with_another_id(colour_bundle)
+    write_immich(colour_bundle, tmp_path / "immich")
+    for text, expected in (("red", [1, 0, 0]), ("red blue", [0.5**0.5, 0, 0.5**0.5])):
+        np.testing.assert_allclose(_text_embedding(tmp_path / "immich", text, length=6)[0], expected, atol=1e-6)
+
+
+def test_underscores_and_punctuation_are_cleaned_by_the_tokenizer_file_alone(
+    colour_bundle: Path, tmp_path: Path
+) -> None:
+    manifest = read_manifest(colour_bundle)
+    tokenizer = msgspec.structs.replace(manifest.tokenizer, clean="canonicalize")
+    write_manifest(colour_bundle, msgspec.structs.replace(manifest, tokenizer=tokenizer))
+    write_immich(colour_bundle, tmp_path / "immich")
+    config = json.loads((tmp_path / "immich" / "config.json").read_text())
+    assert config["text_cfg"].keys() == {"context_length"}  # else immich removes them first
+    normalizer = Tokenizer.from_file(str(tmp_path / "immich" / "textual" / "tokenizer.json")).normalizer
+    assert normalizer.normalize_str("Red_car, mother-in-law!").strip() == "red car motherinlaw"
+
+
+def test_a_model_that_expects_another_filter_than_immichs_is_told(tmp_path: Path) -> None:
+    bicubic = Preprocessing(size=(8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    bilinear = msgspec.structs.replace(bicubic, interpolation="bilinear")
+    told = "immich resizes images with a bicubic filter, and this model expects a bilinear one"
+    assert told in where_it_goes(tmp_path, "ViT-B-32__openai", bilinear)
+    assert "filter" not in where_it_goes(tmp_path, "ViT-B-32__openai", bicubic)
+
+
+@pytest.mark.parametrize("mode", ["longest", "squash"])
+def test_preprocessing_that_immich_does_not_support_is_refused(colour_bundle: Path, tmp_path: Path, mode: str) -> None:
+    manifest = read_manifest(colour_bundle)
+    other = msgspec.structs.replace(manifest.preprocessing, resize_mode=mode)
+    write_manifest(colour_bundle, msgspec.structs.replace(manifest, preprocessing=other))
+    with pytest.raises(UsageError, match=f"takes 8 × 8 with resize mode {mode}"):
+        write_immich(colour_bundle, tmp_path / "immich")
+    assert not (tmp_path / "immich").exists()
+
+
+@pytest.mark.parametrize(
+    "size", [(1024, 683), (683, 1024), (640, 480), (4000, 3000), (225, 224), (301, 1207), (50, 90)]
+)
+def test_immichs_preprocessing_differs_by_a_pixel_of_the_crop_at_most(size: tuple[int, int]) -> None:
+    preprocessing = Preprocessing(size=(224, 224), mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    image = noise.resize(size, Image.Resampling.BICUBIC)
+    # The steps of immich's OpenClipVisualEncoder.
+    ratio = max(size) / min(size)
+    resized = image.resize(
+        tuple(224 if edge == min(size) else int(ratio * 224) for edge in size), Image.Resampling.BICUBIC
+    )
+    left, top = (int(edge / 2 - 224 / 2) for edge in resized.size)
+    pixels = np.asarray(resized.crop((left, top, left + 224, top + 224)), dtype=np.float32) / 255
+    theirs = ((pixels - preprocessing.mean) / preprocessing.std).transpose(2, 0, 1)
+    ours = preprocess(image, preprocessing)
+    remainder = max(resized.size) - 224
+    if remainder % 4 == 3:  # the middle lies between two pixels, of which the upper is even
+        shifted = ours[:, :, :-1], theirs[:, :, 1:]
+        if size[1] > size[0]:
+            shifted = ours[:, :-1], theirs[:, 1:]
+        np.testing.assert_allclose(*shifted, atol=1e-5)
+    else:
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_model_takes_the_place_of_one_with_embeddings_of_the_same_size() -> None:
+    assert immich_name(None, embedding_size=512, model="student") == "ViT-B-32__openai"
+    assert immich_name("RN50x16__openai", embedding_size=768, model="student") == "RN50x16__openai"
+    for name, embedding_size, expected in (
+        ("ViT-B-32__openai", 256, "immich's server expects 512, the size of ViT-B-32__openai"),
+        ("ViT-L-14__openai", 512, "expects 768"),
+        (None, 256, "expects one of 512, 640, 768, 1024"),
+        ("ViT-B-32", 512, "immich knows no model of open_clip named 'ViT-B-32'"),
+    ):
+        with pytest.raises(UsageError, match=expected) as refusal:
+            immich_name(name, embedding_size=embedding_size, model="student")
+        assert name == "ViT-B-32" or "--embedding-size" in refusal.value.hint
+
+
+def test_a_model_of_another_size_is_refused_before_it_is_exported(
+    student: ClipModel, tmp_path: Path, command_line: Callable[..., tuple[int, str, str]]
+) -> None:
+    save_clip(tmp_path / "student", student, provenance={})
+    code, _, error = command_line(
+        "export", tmp_path / "student", "--layout", "immich", "--as", "ViT-B-32__openai", "-o", tmp_path / "immich"
+    )
+    assert code == 2
+    assert "has embeddings of 32 numbers" in error
+    assert "distill --embedding-size 512" in error
+    assert not (tmp_path / "immich").exists()

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.contract.run_folder import CALIBRATION_FILE
+from clip_rd_edge.contract.tokenizer import TokenIds
+from clip_rd_edge.data.tables.load import TablePairs
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.exporting.calibration import calibration_set, choose_pairs, keep_pairs, kept_pairs
+from clip_rd_edge.utils.arrays import npz_bytes
+
+RECORD = np.frombuffer(b'{"name":"greys","captions":["a","b"],"paired":true}', np.uint8)
+PREPROCESSING = Preprocessing(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+def _tokenize(texts: Sequence[str]) -> TokenIds:
+    return np.asarray([[int(text)] for text in texts], dtype=np.int64)
+
+
+def _pairs(folder: Path, count: int) -> TablePairs:
+    """Image i has the red level i and the captions i and i + 1000."""
+    images = []
+    for i in range(count):
+        images.append(folder / f"{i}.png")
+        Image.new("RGB", (10, 9), (i % 256, i // 256, 0)).save(images[-1])
+    return TablePairs("greys", tuple(images), tuple((str(i), str(i + 1000)) for i in range(count)))
+
+
+def test_half_are_for_calibration_and_half_are_held_out(tmp_path: Path) -> None:
+    samples = calibration_set(_pairs(tmp_path, 60), preprocessing=PREPROCESSING, tokenize=_tokenize)
+    calibrate = np.rint(samples.calibrate.pixels[:, 0, 0, 0] * 255).astype(int)
+    held_out = np.rint(samples.held_out.pixels[:, 0, 0, 0] * 255).astype(int)
+    assert (len(calibrate), len(held_out)) == (30, 30)
+    assert sorted([*calibrate, *held_out]) == list(range(60))
+    np.testing.assert_array_equal(samples.calibrate.ids[:, 0] % 1000, calibrate)  # captions belong to their images
+    assert {int(caption) // 1000 for caption in samples.calibrate.ids[:, 0]} == {0, 1}  # any of an image's captions
+    assert samples.name == "greys"
+
+
+def test_samples_depend_on_the_seed_and_their_number_is_bounded(tmp_path: Path) -> None:
+    pairs = _pairs(tmp_path, 340)
+    first, repeated, other = (
+        calibration_set(pairs, preprocessing=PREPROCESSING, tokenize=_tokenize, seed=seed) for seed in (3, 3, 4)
+    )
+    np.testing.assert_array_equal(first.held_out.ids, repeated.held_out.ids)
+    assert not np.array_equal(first.held_out.ids, other.held_out.ids)
+    assert (len(first.calibrate.ids), len(first.held_out.ids)) == (128, 192)
+
+
+def test_as_many_samples_may_be_unreadable_as_were_in_training(tmp_path: Path) -> None:
+    pairs = _pairs(tmp_path, 60)
+    for number in range(10):
+        (tmp_path / f"{number}.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"more than 1\.00%"):
+        calibration_set(pairs, preprocessing=PREPROCESSING, tokenize=_tokenize)
+    reds = choose_pairs(pairs, preprocessing=PREPROCESSING, max_bad=0.2).images[:, 0, 0, 0]
+    assert sorted(reds) == list(range(10, 60))  # none stands in for a bad one and is then seen twice
+
+
+def test_no_image_sets_ranges_and_is_held_out(tmp_path: Path) -> None:
+    once = _pairs(tmp_path, 40)
+    pairs = TablePairs("captions", once.images * 5, tuple((str(i),) for i in range(200)))
+    samples = calibration_set(pairs, preprocessing=PREPROCESSING, tokenize=_tokenize)
+    calibrate, held_out = (set(part.ids[:, 0] % 40) for part in (samples.calibrate, samples.held_out))
+    assert (len(calibrate), len(held_out), calibrate & held_out) == (20, 20, set())
+
+
+def test_copies_of_an_image_are_not_counted(tmp_path: Path) -> None:
+    once = _pairs(tmp_path, 31)
+    pairs = TablePairs("copies", once.images * 2, once.texts * 2)
+    with pytest.raises(InputError, match="copies has 31 readable pairs of different images; at least 32 are needed"):
+        calibration_set(pairs, preprocessing=PREPROCESSING, tokenize=_tokenize)
+
+
+def test_too_few_pairs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"greys has 31 pairs; at least 32 are needed"):
+        calibration_set(_pairs(tmp_path, 31), preprocessing=PREPROCESSING, tokenize=_tokenize)
+
+
+def _run(folder: Path) -> Path:
+    """The folder of a run with a student that has no weights."""
+    (folder / "student").mkdir(parents=True)
+    (folder / "student" / "open_clip_config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+def test_the_pairs_that_a_run_keeps_are_the_model_inputs_that_its_data_give(tmp_path: Path, resize_mode: Any) -> None:
+    preprocessing = Preprocessing(size=(8, 12), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1), resize_mode=resize_mode)
+    run, rng = _run(tmp_path / "run"), np.random.default_rng(0)
+    pairs = _pairs(tmp_path, 40)
+    for path in pairs.images:
+        Image.fromarray(rng.integers(0, 256, (23, 17, 3), dtype=np.uint8)).save(path)
+    keep_pairs(run, choose_pairs(pairs, preprocessing=preprocessing))
+    direct = calibration_set(pairs, preprocessing=preprocessing, tokenize=_tokenize)
+    for model in (run, run / "student"):
+        kept = kept_pairs(str(model)).for_model(preprocessing=preprocessing, tokenize=_tokenize)
+        assert (kept.name, kept.paired) == ("greys", True)
+        for ours, theirs in ((kept.calibrate, direct.calibrate), (kept.held_out, direct.held_out)):
+            np.testing.assert_array_equal(ours.pixels, theirs.pixels)
+            np.testing.assert_array_equal(ours.ids, theirs.ids)
+    (tmp_path / "alone").mkdir()
+    (run / "student").rename(tmp_path / "alone" / "student")
+    with pytest.raises(UsageError):
+        kept_pairs(str(tmp_path / "alone" / "student"))
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {},
+        {"images": np.zeros((2, 8, 8, 3), np.uint8)},
+        {"images": np.zeros((2, 8, 8, 3), np.uint8), "record": np.frombuffer(b"[[[", np.uint8)},
+        {"images": np.zeros((9, 8, 8, 3), np.uint8), "record": RECORD},
+        {"images": np.zeros((2, 8, 8, 3), np.float32), "record": RECORD},
+        {"images": np.zeros((2, 8, 8), np.uint8), "record": RECORD},
+    ],
+)
+def test_what_is_no_file_of_kept_pairs_is_an_error(tmp_path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
+    run = _run(tmp_path)
+    (run / CALIBRATION_FILE).write_bytes(npz_bytes(**arrays))
+    with pytest.raises(ConfigError):
+        kept_pairs(str(run))

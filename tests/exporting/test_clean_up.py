@@ -1,0 +1,386 @@
+"""Exported graphs hold what most programs read, and each pass over them keeps the values."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+import open_clip
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper, version_converter
+from onnx.reference import ReferenceEvaluator
+from text_towers import bert_clip
+from torch import nn
+
+from clip_rd_edge.exporting import clean_up as passes
+from clip_rd_edge.exporting.graph import silently
+from clip_rd_edge.exporting.onnx import export_image_tower, export_text_tower
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.runtime.backends.session import open_session
+
+TOWERS = ("CNN", "ViT", "text", "BERT")
+Array = npt.NDArray[Any]
+
+
+@pytest.fixture(scope="module")
+def exported(
+    make_student: Callable[..., ClipModel], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, onnx.ModelProto]:
+    """The towers as torch exports them, by name, before they are cleaned up."""
+    folder = tmp_path_factory.mktemp("exported")
+    student, bert = make_student(), bert_clip(folder / "bert")
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32}
+    torch.manual_seed(0)
+    vit = replace(student, model=open_clip.CustomTextCLIP(32, vision, student.model_cfg["text_cfg"]).eval())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clip_rd_edge.exporting.onnx.clean_up", lambda model: None)
+        return {
+            "CNN": onnx.load(export_image_tower(student, folder)),
+            "ViT": onnx.load(export_image_tower(vit, folder)),
+            "text": onnx.load(export_text_tower(student, folder)),
+            "BERT": onnx.load(export_text_tower(bert, folder)),
+        }
+
+
+@pytest.fixture(scope="module")
+def cleaned(exported: dict[str, onnx.ModelProto]) -> dict[str, onnx.ModelProto]:
+    towers = copy.deepcopy(exported)
+    for model in towers.values():
+        passes.clean_up(model)
+    return towers
+
+
+def _inputs(model: onnx.ModelProto, count: int) -> Array:
+    """Pixels, or ids of texts of different lengths, padded with 0."""
+    rng, tensor = np.random.default_rng(0), model.graph.input[0].type.tensor_type
+    shape = (count, *(dim.dim_value for dim in tensor.shape.dim[1:]))
+    if tensor.elem_type == TensorProto.FLOAT:
+        return rng.standard_normal(shape).astype(np.float32)
+    ids = rng.integers(3, 30, shape)
+    for row, length in zip(ids, range(2, 2 + count), strict=True):
+        row[length:] = 0
+    return ids
+
+
+def _run(model: onnx.ModelProto, inputs: Array, *, optimized_file: Path | None = None) -> Array:
+    """Run a model; if `optimized_file` is given, with graph optimisations, and write the optimised graph there."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if optimized_file is not None:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(optimized_file)
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {session.get_inputs()[0].name: inputs})[0])
+
+
+def _kinds(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def _model(nodes: list[onnx.NodeProto], inputs: dict[str, list[Any]], constants: dict[str, Any]) -> onnx.ModelProto:
+    """Return a model of float32 inputs by their shapes, whose output is the last node's."""
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)],
+        initializer=[numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_tower_keeps_its_values_and_gets_no_larger(
+    tower: str, count: int, exported: dict[str, onnx.ModelProto], cleaned: dict[str, onnx.ModelProto]
+) -> None:
+    before, after = exported[tower], cleaned[tower]
+    onnx.checker.check_model(after, full_check=True)
+    inputs = _inputs(before, count)
+    np.testing.assert_allclose(_run(after, inputs), _run(before, inputs), rtol=0, atol=3e-7)
+    assert after.ByteSize() <= before.ByteSize()
+    assert b".py" not in after.SerializeToString()
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda model: passes.regroup_gelu(model.graph),
+        lambda model: passes.drop_nan_guards(model.graph),
+        passes.fold_constants,
+        passes.unsqueeze_instead_of_gathering_all,
+        passes.skip_expansions,
+        passes.drop_redundant_attributes,
+        lambda model: passes.drop_unused_nodes(model.graph),
+    ],
+)
+def test_every_pass_but_that_of_norms_keeps_every_bit(
+    tower: str, step: Callable[[onnx.ModelProto], None], exported: dict[str, onnx.ModelProto]
+) -> None:
+    model = copy.deepcopy(exported[tower])
+    step(model)
+    onnx.checker.check_model(model, full_check=True)
+    inputs = _inputs(model, 3)
+    np.testing.assert_array_equal(_run(model, inputs), _run(exported[tower], inputs))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_tower_can_be_converted_to_opset_17(tower: str, cleaned: dict[str, onnx.ModelProto]) -> None:
+    older = version_converter.convert_version(cleaned[tower], 17)
+    onnx.checker.check_model(older, full_check=True)
+    inputs = _inputs(older, 3)
+    np.testing.assert_allclose(_run(older, inputs), _run(cleaned[tower], inputs), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_the_reference_implementation_of_onnx_computes_a_tower(tower: str, cleaned: dict[str, onnx.ModelProto]) -> None:
+    model = cleaned[tower]
+    inputs = _inputs(model, 3)
+    (values,) = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: inputs})
+    np.testing.assert_allclose(values, _run(model, inputs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_tower_has_nothing_that_says_nothing_or_is_constant(tower: str, cleaned: dict[str, onnx.ModelProto]) -> None:
+    graph = cleaned[tower].graph
+    constants = {tensor.name for tensor in graph.initializer}
+    assert [node.name for node in graph.node if constants.issuperset(node.input)] == []
+    attributes = {(node.op_type, attribute.name) for node in graph.node for attribute in node.attribute}
+    assert {name for _, name in attributes}.isdisjoint(("noop_with_empty_axes", "allowzero", "select_last_index"))
+    assert ("GatherND", "batch_dims") not in attributes
+    assert not any(node.op_type in ("ReduceL2", "IsNaN") for node in graph.node)
+
+
+def test_a_cnn_needs_no_shapes(cleaned: dict[str, onnx.ModelProto]) -> None:
+    assert not _kinds(cleaned["CNN"]).keys() & {"Shape", "Expand", "Concat"}
+
+
+def test_bert_reads_its_padding_mask_directly(
+    exported: dict[str, onnx.ModelProto], cleaned: dict[str, onnx.ModelProto]
+) -> None:
+    if "GatherND" not in _kinds(exported["BERT"]):
+        pytest.skip("this transformers builds the mask in another way")
+    assert not _kinds(cleaned["BERT"]).keys() & {"GatherND", "Range", "GatherElements"}
+    assert exported["BERT"].ByteSize() - cleaned["BERT"].ByteSize() > 8 * 24 * 4  # positions beyond the context
+
+
+def test_a_gather_at_computed_positions_stays(
+    exported: dict[str, onnx.ModelProto], cleaned: dict[str, onnx.ModelProto]
+) -> None:
+    assert _kinds(cleaned["text"])["GatherND"] == _kinds(exported["text"])["GatherND"] == 1  # at the end of each text
+
+
+def test_a_class_token_is_still_expanded(cleaned: dict[str, onnx.ModelProto]) -> None:
+    assert _kinds(cleaned["ViT"])["Expand"] == 1  # Concat does not broadcast
+
+
+def test_a_norm_is_taken_by_row_and_is_safe_at_0() -> None:
+    nodes = [
+        helper.make_node("ReduceL2", ["x", "axes"], ["norm"], "norm", keepdims=1, noop_with_empty_axes=0),
+        helper.make_node("Clip", ["norm", "tiny"], ["safe"], "clip"),
+        helper.make_node("Div", ["x", "safe"], ["y"], "divide"),
+    ]
+    model = _model(nodes, {"x": ["N", 3]}, {"axes": [-1], "tiny": np.float32(1e-12)})
+    passes.clean_up(model)
+    assert _kinds(model) == {"Pow": 1, "ReduceSum": 1, "Sqrt": 1, "Clip": 1, "Div": 1}
+    rows = np.asarray([[3, 0, 4], [0, 0, 0], [-1e15, 0, 0]], np.float32)
+    np.testing.assert_allclose(_run(model, rows), [[0.6, 0, 0.8], [0, 0, 0], [-1, 0, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("floor", "expected"), [(-3e38, 0), (-np.inf, 1)])
+def test_a_guard_against_rows_without_scores_stays_where_there_may_be_some(floor: float, expected: int) -> None:
+    nodes = [
+        helper.make_node("Greater", ["mask", "zero"], ["kept"], "compare"),
+        helper.make_node("Where", ["kept", "zero", "floor"], ["added"], "mask"),
+        helper.make_node("Add", ["mask", "added"], ["scores"], "add"),
+        helper.make_node("Softmax", ["scores"], ["p"], "softmax", axis=-1),
+        helper.make_node("IsNaN", ["p"], ["guard"], "guard"),
+        helper.make_node("Where", ["guard", "zero", "p"], ["safe"], "choose"),
+        helper.make_node("Relu", ["safe"], ["y"], "last"),
+    ]
+    model = _model(nodes, {"mask": ["N", 4]}, {"zero": np.float32(0), "floor": np.float32(floor)})
+    rows = np.asarray([[1, 2, 0, 0], [0, 0, 0, 0]], np.float32)
+    before = _run(model, rows)
+    passes.clean_up(model)
+    assert _kinds(model)["IsNaN"] == expected
+    np.testing.assert_array_equal(_run(model, rows), before)
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ("x", 0),  # has the shape of the sum
+        ("min", 1),  # has one column: only the expansion makes three
+    ],
+)
+def test_an_expansion_is_skipped_where_the_reader_broadcasts(other: str, expected: int) -> None:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["batch"], "shape", start=0, end=1),
+        helper.make_node("Concat", ["batch", "three"], ["size"], "concat", axis=0),
+        helper.make_node("ReduceMax", ["x", "axis"], ["max"], "max"),
+        helper.make_node("Expand", ["max", "size"], ["wide"], "expand"),
+        helper.make_node("ReduceMin", ["x", "axis"], ["min"], "min"),
+        helper.make_node("Add", [other, "wide"], ["y"], "add"),
+    ]
+    model = _model(nodes, {"x": ["N", 3]}, {"three": [3], "axis": [-1]})
+    inputs = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    before = _run(model, inputs)
+    passes.skip_expansions(model)
+    passes.drop_unused_nodes(model.graph)
+    assert _kinds(model)["Expand"] == expected
+    np.testing.assert_array_equal(_run(model, inputs), before)
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ([0, 1], "Unsqueeze"),
+        ([1, 0], "GatherND"),  # reads another entry
+    ],
+)
+def test_a_gather_of_all_entries_in_their_order_is_an_unsqueeze(order: list[int], expected: str) -> None:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["batch"], "shape", start=0, end=1),
+        helper.make_node("Squeeze", ["batch"], ["count"], "count"),
+        helper.make_node("Range", ["zero", "count", "one"], ["rows"], "rows"),
+        helper.make_node("Reshape", ["rows", "as_rows"], ["row"], "row"),
+        helper.make_node("Concat", ["batch", "sizes"], ["size"], "size", axis=0),
+        helper.make_node("Expand", ["row", "size"], ["first"], "first"),
+        helper.make_node("Expand", ["columns", "size"], ["second"], "second"),
+        helper.make_node("Concat", ["first", "second"], ["indices"], "indices", axis=-1),
+        helper.make_node("GatherND", ["x", "indices"], ["mask"], "gather"),
+        helper.make_node("Relu", ["mask"], ["y"], "last"),
+    ]
+    constants = {
+        "zero": np.int64(0),
+        "one": np.int64(1),
+        "as_rows": [-1, 1, 1, 1],
+        "sizes": [1, 2, 1],
+        "columns": np.asarray(order).reshape(1, 1, 2, 1),
+    }
+    model = _model(nodes, {"x": ["N", 2]}, constants)
+    inputs = np.random.default_rng(0).standard_normal((5, 2)).astype(np.float32)
+    before = _run(model, inputs)
+    passes.clean_up(model)
+    assert expected in _kinds(model)
+    assert _run(model, inputs).shape == (5, 1, 2)
+    np.testing.assert_array_equal(_run(model, inputs), before)
+
+
+@pytest.mark.parametrize("alone", [2, 3])
+def test_an_expansion_that_does_nothing_at_one_batch_size_alone_stays(alone: int) -> None:
+    """It makes 1 + (N - `alone`)² columns of one, of which the reader's other input has one."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["batch"], "shape", start=0, end=1),
+        helper.make_node("Sub", ["batch", "alone"], ["difference"], "subtract"),
+        helper.make_node("Mul", ["difference", "difference"], ["more"], "square"),
+        helper.make_node("Add", ["more", "one"], ["columns"], "columns"),
+        helper.make_node("Concat", ["batch", "columns"], ["size"], "concat", axis=0),
+        helper.make_node("Expand", ["x", "size"], ["wide"], "expand"),
+        helper.make_node("Relu", ["x"], ["other"], "relu"),
+        helper.make_node("Add", ["other", "wide"], ["y"], "add"),
+    ]
+    model = _model(nodes, {"x": ["N", 1]}, {"alone": [alone], "one": [1]})
+    passes.clean_up(model)
+    for count in (1, 2, 3, 4):
+        assert _run(model, np.ones((count, 1), np.float32)).tolist() == [[2] * (1 + (count - alone) ** 2)] * count
+
+
+@pytest.mark.parametrize("alone", [2, 3])
+def test_a_gather_in_order_at_one_batch_size_alone_stays(alone: int) -> None:
+    """Of N rows, it reads row i · (N - `alone` + 1) modulo N as its row i."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["batch"], "shape", start=0, end=1),
+        helper.make_node("Squeeze", ["batch"], ["count"], "count"),
+        helper.make_node("Range", ["zero", "count", "one"], ["rows"], "rows"),
+        helper.make_node("Sub", ["count", "less"], ["step"], "step"),
+        helper.make_node("Mul", ["rows", "step"], ["steps"], "steps"),
+        helper.make_node("Mod", ["steps", "count"], ["row"], "row"),
+        helper.make_node("Reshape", ["row", "shape"], ["indices"], "indices"),
+        helper.make_node("GatherND", ["x", "indices"], ["y"], "gather"),
+    ]
+    constants = {"zero": np.int64(0), "one": np.int64(1), "less": np.int64(alone - 1), "shape": [-1, 1, 1]}
+    model = _model(nodes, {"x": ["N"]}, constants)
+    passes.clean_up(model)
+    for count in (2, 3, 4):
+        rows = [float(i * (count - alone + 1) % count) for i in range(count)]
+        assert _run(model, np.arange(count, dtype=np.float32)).tolist() == [[row] for row in rows]
+
+
+def test_constants_are_folded_unless_the_file_grows() -> None:
+    nodes = [
+        helper.make_node("Transpose", ["table"], ["transposed"], "transpose"),  # the table is read below, too
+        helper.make_node("MatMul", ["x", "transposed"], ["product"], "product"),
+        helper.make_node("Gather", ["table", "rows"], ["row"], "gather"),
+        helper.make_node("Neg", ["row"], ["negated"], "negate"),
+        helper.make_node("MatMul", ["product", "table"], ["back"], "back"),
+        helper.make_node("Add", ["back", "negated"], ["y"], "add"),
+    ]
+    table = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
+    model = _model(nodes, {"x": ["N", 8]}, {"table": table, "rows": [5]})
+    inputs = np.ones((2, 8), np.float32)
+    before = _run(model, inputs)
+    passes.clean_up(model)
+    assert [node.op_type for node in model.graph.node] == ["Transpose", "MatMul", "MatMul", "Add"]
+    np.testing.assert_array_equal(_run(model, inputs), before)
+
+
+def test_constants_are_computed_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [helper.make_node("Neg", [f"constant{i}"], [f"negated{i}"]) for i in range(3)]
+    nodes += [helper.make_node("Sum", ["x", *(f"negated{i}" for i in range(3))], ["y"])]
+    model = _model(nodes, {"x": ["N", 2]}, {f"constant{i}": np.full(2, i, np.float32) for i in range(3)})
+    sessions: list[bytes] = []
+    monkeypatch.setattr(passes, "open_session", lambda part, **options: sessions.append(part) or open_session(part))
+    passes.fold_constants(model)
+    assert [len(onnx.load_from_string(part).graph.node) for part in sessions] == [3]
+    assert [node.op_type for node in model.graph.node] == ["Sum"]
+    assert _run(model, np.ones((1, 2), np.float32)).tolist() == [[-2, -2]]
+
+
+@pytest.mark.parametrize(("shape", "expected"), [([-1, 3], []), ([0, 3], ["allowzero"])])
+def test_a_reshape_keeps_allowzero_where_its_shape_has_a_0(shape: list[int], expected: list[str]) -> None:
+    model = _model([helper.make_node("Reshape", ["x", "shape"], ["y"], allowzero=1)], {"x": ["N", 3]}, {"shape": shape})
+    passes.clean_up(model)
+    assert [attribute.name for attribute in model.graph.node[0].attribute] == expected
+
+
+def test_a_graph_with_branches_stays_as_it_is() -> None:
+    value = helper.make_tensor_value_info("norm", TensorProto.FLOAT, None)
+    branch = helper.make_graph([helper.make_node("ReduceL2", ["x"], ["norm"], "norm")], "branch", [], [value])
+    model = _model(
+        [helper.make_node("If", ["c"], ["y"], "fork", then_branch=branch, else_branch=branch)],
+        {"x": ["N", 3]},
+        {"c": np.asarray(True)},
+    )
+    before = copy.deepcopy(model)
+    passes.clean_up(model)
+    assert model == before
+
+
+def test_gelu_is_fused_into_one_kernel_and_keeps_its_values(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path, fused = tmp_path / "gelu.onnx", tmp_path / "fused.onnx"
+    with silently():
+        torch.onnx.export(nn.Sequential(nn.Linear(8, 8), nn.GELU()), (torch.zeros(2, 8),), str(path), dynamo=True)
+    model = onnx.load(path)
+    inputs = np.random.default_rng(0).standard_normal((2, 8)).astype(np.float32)
+    before = _run(model, inputs)
+    passes.strip_source_info(model.graph)
+    assert b".py" not in model.SerializeToString()
+    passes.regroup_gelu(model.graph)
+    onnx.checker.check_model(model)
+    np.testing.assert_array_equal(_run(model, inputs), before)
+    _run(model, inputs, optimized_file=fused)
+    kinds = {node.op_type for node in onnx.load(fused).graph.node}
+    assert "Erf" not in kinds
+    assert kinds & {"Gelu", "BiasGelu"}

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import open_clip
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.exporting.bundle import write_fp32
+from clip_rd_edge.exporting.onnx import export_image_tower, export_text_tower
+from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.parity import agreement, embed
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.runtime.backends.session import open_session
+
+
+@pytest.mark.parametrize("trunk", ["mobilevit_xxs", pytest.param("vit_tiny_16", marks=pytest.mark.slow)])
+def test_an_image_tower_gives_torchs_embeddings(
+    trunk: str, image_tower: Callable[[str], tuple[ClipModel, Path]]
+) -> None:
+    clip, path = image_tower(trunk)
+    session = open_session(str(path))
+    pixels = np.random.default_rng(1).standard_normal((8, 3, 64, 64)).astype(np.float32)
+    expected = TorchEncoder(clip).encode_pixels(pixels)
+    for batch_size in (1, 3, 8):
+        parity = agreement(expected, embed(session, pixels, batch_size=batch_size))
+        assert parity.max_difference <= 1e-4
+        assert parity.cosine >= 0.99999
+
+
+def test_branches_that_only_training_needs_are_merged(make_student: Callable[..., ClipModel], tmp_path: Path) -> None:
+    clip = make_student("mobileone_s0")
+    pixels = np.random.default_rng(1).standard_normal((8, 3, 32, 32)).astype(np.float32)
+    expected = TorchEncoder(clip).encode_pixels(pixels)
+    path = export_image_tower(clip, tmp_path)
+    assert not [node for node in onnx.load(path).graph.node if node.op_type == "Add"]  # of branches
+    assert agreement(expected, embed(open_session(str(path)), pixels)).max_difference <= 1e-4
+
+
+def test_the_text_tower_gives_torchs_embeddings(student: ClipModel, fp32_bundle: Path) -> None:
+    session = open_session(str(fp32_bundle / "text.onnx"))
+    ids = student.tokenizer(["a cat", "", "a dog " * 30]).numpy()
+    parity = agreement(TorchEncoder(student).encode_ids(ids), embed(session, ids, batch_size=1))
+    assert parity.max_difference <= 1e-4
+
+
+@pytest.mark.parametrize("pool", ["argmax", "eos", "last"])
+def test_a_text_tower_uses_no_argmax_of_int64_which_onnxruntime_before_1_20_lacks(
+    pool: str, make_student: Callable[..., ClipModel], tmp_path: Path
+) -> None:
+    clip = make_student()
+    text: Any = clip.model.get_submodule("text")
+    text.pool_type, text.eos_id = pool, 49407
+    model = onnx.shape_inference.infer_shapes(onnx.load(export_text_tower(clip, tmp_path)))
+    types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.input)}
+    inputs = [types[node.input[0]] for node in model.graph.node if node.op_type in ("ArgMax", "ArgMin", "TopK")]
+    assert len(inputs) == (pool != "last")
+    assert onnx.TensorProto.INT64 not in inputs
+
+
+def test_a_hugging_face_text_tower_gives_torchs_embeddings(student: ClipModel, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    transformers.BertConfig(vocab_size=50, **sizes).save_pretrained(tmp_path)
+    text_cfg = {"hf_model_name": str(tmp_path), "hf_model_pretrained": False, "hf_pooler_type": "mean_pooler"}
+    model = open_clip.CustomTextCLIP(
+        embed_dim=32, vision_cfg=student.model_cfg["vision_cfg"], text_cfg={**text_cfg, "hf_proj_type": "mlp"}
+    )
+    ids = np.asarray([[2, 7, 8, 3, 0, 0], [2, 9, 3, 0, 0, 0], [2, 5, 5, 5, 5, 3]])  # 0 is padding
+    clip = replace(student, model=model, tokenizer=lambda texts: torch.from_numpy(ids[: len(texts)]))
+    session = open_session(str(export_text_tower(clip, tmp_path)))
+    parity = agreement(TorchEncoder(clip).encode_ids(ids), embed(session, ids, batch_size=1))
+    assert parity.max_difference <= 1e-4
+
+
+def test_names_shapes_opset_and_weights_follow_the_contract(fp32_bundle: Path) -> None:
+    for name, input_name, output_name in (
+        ("image", "pixel_values", "image_embedding"),
+        ("text", "input_ids", "text_embedding"),
+    ):
+        model = onnx.load(fp32_bundle / f"{name}.onnx", load_external_data=False)
+        assert [i.name for i in model.graph.input] == [input_name]
+        assert [o.name for o in model.graph.output] == [output_name]
+        assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param  # the batch size is dynamic
+        assert model.opset_import[0].version >= 17
+        assert not any(tensor.external_data for tensor in model.graph.initializer)
+        assert b".py" not in model.SerializeToString()  # no trace of source files and their paths
+
+
+def test_an_export_prints_nothing_and_restores_all_modes(
+    make_student: Callable[..., ClipModel], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    clip = make_student()
+    clip.model.train()
+    frozen = clip.model.get_submodule("text.transformer.resblocks.0")
+    frozen.eval()
+    modes = [module.training for module in clip.model.modules()]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    export_text_tower(clip, tmp_path)
+    assert [module.training for module in clip.model.modules()] == modes
+    assert not frozen.training
+    assert torch.backends.mha.get_fastpath_enabled() == fast_path
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_way_to_trace_that_torch_gives_up_is_not_reported(
+    student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    export, guards = torch.onnx.export, logging.getLogger("torch._guards")
+    level = guards.level
+    monkeypatch.setattr(guards, "handlers", [caplog.handler])
+
+    def report_and_export(*arguments: Any, **options: Any) -> object:
+        guards.error("Error while creating guard:")
+        return export(*arguments, **options)
+
+    monkeypatch.setattr("torch.onnx.export", report_and_export)
+    export_text_tower(student, tmp_path)
+    assert "Error while creating guard:" not in caplog.messages
+    assert guards.level == level
+    guards.error("another one")
+    assert "another one" in caplog.messages
+
+
+class _Unsupported(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigvals(x).real  # ONNX has no eigenvalues
+
+
+def test_the_error_for_an_unsupported_operator_is_one_sentence(
+    make_student: Callable[..., ClipModel], tmp_path: Path
+) -> None:
+    clip = make_student()
+    visual = clip.model.get_submodule("visual")
+    visual.add_module("head", nn.Sequential(nn.Linear(32, 16), nn.Unflatten(1, (4, 4)), _Unsupported()))
+    with pytest.raises(ClipRdEdgeError, match=r"^The image tower of resnet10t cannot be exported") as raised:
+        export_image_tower(clip, tmp_path)
+    assert "\n" not in str(raised.value)
+    assert raised.value.hint
+
+
+def test_an_onnxscript_that_is_too_old_for_torch_is_to_be_upgraded(
+    student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outdated(*_: object, **__: object) -> None:
+        raise RuntimeError("the exporter failed") from ImportError("cannot import name 'opset23' from 'onnxscript'")
+
+    monkeypatch.setattr("torch.onnx.export", outdated)
+    with pytest.raises(ClipRdEdgeError, match="exported to ONNX: ImportError: cannot import name 'opset23'") as raised:
+        export_image_tower(student, tmp_path)
+    assert raised.value.hint == "pip install -U onnxscript"
+
+
+def test_a_full_disk_is_not_reported_as_an_unsupported_operator(
+    student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("the exporter failed") from OSError(errno.ENOSPC, "No space left on device", "image.onnx")
+
+    monkeypatch.setattr("torch.onnx.export", full)
+    with pytest.raises(ClipRdEdgeError, match=r"^There is no space left on the disk for image\.onnx"):
+        export_image_tower(student, tmp_path)
+
+
+def test_a_tower_that_differs_from_torch_is_refused(
+    student: ClipModel, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tower in ("image", "text"):
+        name = f"{tower}.onnx"
+        monkeypatch.setattr(
+            f"clip_rd_edge.exporting.bundle.export_{tower}_tower",
+            lambda _, folder, name=name: shutil.copy(fp32_bundle / name, folder / name),
+        )
+    encode_pixels = TorchEncoder.encode_pixels
+    monkeypatch.setattr(TorchEncoder, "encode_pixels", lambda self, x: encode_pixels(self, x)[::-1].copy())
+    with pytest.raises(ClipRdEdgeError, match=r"image\.onnx differs from the model at batch size 1"):
+        write_fp32(student, tmp_path, ExportRequest())
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("is_wrong", ["Equal", "Greater"])  # at batch size 1, and at all others
+def test_a_tower_that_is_wrong_at_some_batch_sizes_alone_is_refused(
+    tower: str, is_wrong: str, student: ClipModel, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = onnx.load(fp32_bundle / f"{tower}.onnx")
+    graph, output = model.graph, model.graph.output[0].name
+    for node in graph.node:
+        node.output[:] = ["right" if name == output else name for name in node.output]
+    graph.node.extend(
+        [
+            helper.make_node("Shape", ["right"], ["batch"], start=0, end=1),
+            helper.make_node(is_wrong, ["batch", "one"], ["is_wrong"]),
+            helper.make_node("Cast", ["is_wrong"], ["error"], to=TensorProto.FLOAT),
+            helper.make_node("Add", ["right", "error"], [output]),
+        ]
+    )
+    graph.initializer.append(numpy_helper.from_array(np.asarray([1]), "one"))
+    for name in ("image", "text"):
+        monkeypatch.setattr(
+            f"clip_rd_edge.exporting.bundle.export_{name}_tower",
+            lambda _, folder, name=name: shutil.copy(fp32_bundle / f"{name}.onnx", folder / f"{name}.onnx"),
+        )
+    monkeypatch.setattr(
+        f"clip_rd_edge.exporting.bundle.export_{tower}_tower",
+        lambda _, folder: onnx.save(model, folder / f"{tower}.onnx"),
+    )
+    with pytest.raises(ClipRdEdgeError, match=rf"{tower}\.onnx differs"):
+        write_fp32(student, tmp_path, ExportRequest())
+
+
+def test_only_a_tower_that_is_itself_above_the_limit_has_its_weights_in_a_file_of_their_own(
+    student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = student.model.state_dict()
+    image = sum(tensor.nbytes for name, tensor in weights.items() if name.startswith("visual."))
+    text = sum(tensor.nbytes for tensor in weights.values()) - image
+    separate = []
+
+    def record(*_: Any, external_data: bool, **__: Any) -> None:
+        separate.append(external_data)
+        raise OSError(errno.EIO, "not exported")
+
+    monkeypatch.setattr(torch.onnx, "export", record)
+    for limit in (max(image, text), min(image, text)):
+        monkeypatch.setattr("clip_rd_edge.exporting.onnx.MAX_FILE_BYTES", limit)
+        for export in (export_image_tower, export_text_tower):
+            with pytest.raises(ClipRdEdgeError, match="not exported"):
+                export(student, tmp_path)
+    assert separate == [False, False, image > text, text > image]

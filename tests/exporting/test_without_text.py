@@ -1,0 +1,240 @@
+"""Bundles without a text tower: `export --no-text-tower`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+from support import Watch
+
+import clip_rd_edge as edge
+from clip_rd_edge.benchmarking.accuracy import zero_shot
+from clip_rd_edge.benchmarking.report.html import page
+from clip_rd_edge.benchmarking.report.text import markdown
+from clip_rd_edge.benchmarking.run import run_suite
+from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
+from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.contract.reference import read_reference, write_reference
+from clip_rd_edge.contract.task import ZeroShotTask
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.exporting.bundle import export_bundle
+from clip_rd_edge.exporting.calibration import CalibrationSet
+from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.plan import plan_exports
+from clip_rd_edge.models.clip import ClipModel, parameter_count
+from clip_rd_edge.runtime.classifier import ZeroShotClassifier
+from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime.verify import verify_bundle
+
+LABELS = ("cat", "dog")
+WITHOUT = ExportRequest(labels=LABELS, text_tower=False, provenance={"model": "tiny"})
+
+
+@pytest.fixture(scope="module")
+def without_text(student: ClipModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student's float32 bundle without its text tower."""
+    bundle = tmp_path_factory.mktemp("without-text") / "bundle"
+    export_bundle(student, bundle, WITHOUT)
+    return bundle
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> tuple[Path, ...]:
+    rng = np.random.default_rng(0)
+    paths = tuple(tmp_path / f"{number}.png" for number in range(6))
+    for path in paths:
+        Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+def test_it_has_the_image_tower_and_the_labels_of_the_complete_bundle(
+    student: ClipModel, fp32_bundle: Path, without_text: Path
+) -> None:
+    manifest, complete = read_manifest(without_text), load(fp32_bundle)
+    assert set(manifest.files) == {"image.onnx", "labels.npz", "reference.npz"}
+    assert (manifest.text, manifest.precision, manifest.format_version) == (None, "fp32", 2)
+    assert manifest.parameters == parameter_count(student.model.visual) < complete.manifest.parameters
+    assert manifest.files["image.onnx"] == complete.manifest.files["image.onnx"]
+    bank = load(without_text).label_bank
+    assert bank is not None
+    assert bank.names == LABELS
+    np.testing.assert_allclose(bank.embeddings, complete.encode_texts(LABELS), atol=1e-6)
+    checks = verify_bundle(without_text)
+    assert all(check.passed for check in checks)
+    assert [check.what for check in checks if check.agreement] == ["image tower"]
+    assert read_manifest(fp32_bundle).format_version == 1  # which readers of older versions still open
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_conversions_convert_the_image_tower_alone(
+    precision: Any, student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    request = msgspec.structs.replace(WITHOUT, precision=precision, fallback="fp16" if precision == "int8" else None)
+    samples = calibration if precision == "int8" else None
+    converted = export_bundle(student, tmp_path / "a", request, calibration=samples, source=fp32_bundle)
+    assert {trial.tower for trial in converted.trials} <= {"image"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        "image.onnx", "labels.npz", "manifest.json", "reference.npz"
+    }  # fmt: skip
+    assert converted.manifest.precision == converted.manifest.image.precision.split()[0]
+    assert all(check.passed for check in verify_bundle(tmp_path / "a"))
+    bank = load(tmp_path / "a").label_bank
+    assert bank is not None
+    np.testing.assert_allclose(bank.embeddings, load(fp32_bundle).encode_texts(LABELS), atol=5e-4)
+
+
+def test_build_files_for_a_device_name_the_image_tower_alone(student: ClipModel, tmp_path: Path) -> None:
+    request = msgspec.structs.replace(WITHOUT, format="trt", precision="fp16", target="jetson-orin")
+    export_bundle(student, tmp_path / "a", request)
+    assert (tmp_path / "a" / "build.sh").read_text().count("\nbuild ") == 1
+    assert [line.split()[1] for line in (tmp_path / "a" / "SHA256SUMS").read_text().splitlines()] == ["image.onnx"]
+
+
+def test_it_classifies_among_its_own_labels_as_the_complete_bundle_does(
+    fp32_bundle: Path, without_text: Path, images: tuple[Path, ...]
+) -> None:
+    model, complete = edge.load(without_text), edge.load(fp32_bundle)
+    for labels in (None, ["dog", "cat"], ["dog"]):
+        assert model.classify(list(images), labels) == complete.classify(list(images), labels)
+    classifier = ZeroShotClassifier(model, ["dog"])  # a `Model`, too, is an encoder
+    assert classifier.labels == ("dog",)
+    task = ZeroShotTask(name="noise", images=images, labels=LABELS, targets=(0, 1, 0, 1, 0, 1), templates=("{}",))
+    assert zero_shot(load(without_text), task) == zero_shot(load(fp32_bundle), task)
+
+
+def test_other_texts_are_refused_in_one_sentence(without_text: Path, images: tuple[Path, ...], tmp_path: Path) -> None:
+    model = edge.load(without_text)
+    with pytest.raises(InputError, match=r"has no text tower, and 'dogs' is none of its 2 labels\. Did you mean 'dog'"):
+        model.classify(images[0], ["cat", "dogs"])
+    with pytest.raises(UsageError, match=r"embedded with the template '\{\}', and the template 'a \{\}' is asked for"):
+        model.classify(images[0], ["cat"], templates="a {}")
+    with pytest.raises(InputError, match="has no text tower: it was exported with --no-text-tower"):
+        model.encode_texts("a cat")
+    with pytest.raises(InputError, match="has no text tower"):
+        load(without_text).tokenize(["a cat"])
+    edge.index(without_text, images[0].parent, output=tmp_path / "index")
+    assert edge.search(tmp_path / "index", images[0], bundle=without_text)[0].path == images[0]
+    with pytest.raises(InputError, match="has no text tower"):
+        edge.search(tmp_path / "index", "a cat", bundle=without_text)
+
+
+def test_without_labels_it_embeds_images_alone(
+    student: ClipModel, fp32_bundle: Path, images: tuple[Path, ...], tmp_path: Path
+) -> None:
+    export_bundle(student, tmp_path / "a", ExportRequest(text_tower=False))
+    model = edge.load(tmp_path / "a")
+    np.testing.assert_array_equal(model.encode_images(images[0]), edge.load(fp32_bundle).encode_images(images[0]))
+    with pytest.raises(InputError, match="has no text tower and no labels: it embeds images alone"):
+        model.classify(images[0], ["cat"])
+    assert all(check.passed for check in verify_bundle(tmp_path / "a"))
+
+
+def test_verify_notices_a_reference_of_another_kind(fp32_bundle: Path, without_text: Path, tmp_path: Path) -> None:
+    for name, bundle, other, message in (
+        ("a", fp32_bundle, without_text, "has 0 texts; the bundle has a text tower"),
+        ("b", without_text, fp32_bundle, "texts; the bundle has no text tower"),
+    ):
+        shutil.copytree(bundle, tmp_path / name)
+        reference = read_reference(other)
+        assert reference is not None
+        write_reference(tmp_path / name, reference)
+        write_manifest(tmp_path / name, read_manifest(bundle))
+        (failed,) = [check for check in verify_bundle(tmp_path / name) if not check.passed]
+        assert message in failed.detail
+
+
+def test_a_manifest_that_says_nothing_of_a_text_tower_is_damaged(without_text: Path, tmp_path: Path) -> None:
+    shutil.copytree(without_text, tmp_path / "a")
+    content = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    del content["text"]
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="text"):
+        load(tmp_path / "a")
+
+
+@pytest.fixture
+def task(images: tuple[Path, ...], tmp_path: Path) -> Path:
+    """A folder with the images in two classes."""
+    for number, path in enumerate(images):
+        folder = tmp_path / "task" / LABELS[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
+    return tmp_path / "task"
+
+
+def test_a_benchmark_compares_it_with_the_complete_bundle(
+    fp32_bundle: Path, without_text: Path, task: Path, tmp_path: Path
+) -> None:
+    (task / "zeroshot_classification_templates.txt").write_text("{}\n")
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        "name: text\ntasks: [task]\nrounds: 4\nrows:\n"
+        f"  - {{label: complete, role: exported, model: {fp32_bundle}}}\n"
+        f"  - {{label: labels alone, role: quantised, model: {without_text}}}\n"
+    )
+    results = edge.benchmark(suite, output=tmp_path / "report", root=tmp_path)
+    assert not results.skipped
+    complete, alone = results.rows
+    assert complete.latency.text is not None
+    assert alone.latency.text is None
+    assert alone.scores == complete.scores
+    report = (tmp_path / "report" / "report.md").read_text()
+    (line,) = [line for line in report.splitlines() if line.startswith("| Text tower, ms |")]
+    assert line.rstrip("| ").endswith("–")
+    again = edge.benchmark(suite, output=tmp_path / "again", root=tmp_path)
+    assert again.rows[1].latency.text is None
+
+
+def test_a_benchmark_says_what_to_write_for_its_template_before_others_are_measured(
+    fp32_bundle: Path, without_text: Path, task: Path, tmp_path: Path
+) -> None:
+    rows = (
+        SuiteRow(label="complete", role="exported", model=str(fp32_bundle)),
+        SuiteRow(label="labels alone", role="quantised", model=str(without_text)),
+    )
+    suite = Suite(name="text", tasks=("task",), rows=rows, rounds=4, root=str(tmp_path))
+    reporter, opened = Watch(), list[str]()
+
+    def open_encoder(model: str) -> BundleEncoder:
+        assert "labels alone is skipped" in reporter.said[0]
+        opened.append(model)
+        return load(Path(model))
+
+    results = run_suite(suite, open_encoder, reporter)
+    assert opened == [str(fp32_bundle)]
+    (skipped,) = results.skipped
+    assert skipped.reason.endswith("embedded with the template '{}', and task asks for a list of 80 templates.")
+    assert skipped.hint.startswith("write '{}' into zeroshot_classification_templates.txt in the folder of task, or ")
+    assert f"**labels alone** was not measured: {skipped.reason} Hint: {skipped.hint}" in markdown(results, plot=False)
+    assert "Hint: write " in page(results)
+    (task / "zeroshot_classification_templates.txt").write_text("{}\n")
+    assert not run_suite(suite, lambda model: load(Path(model))).skipped
+
+
+def test_a_benchmark_refuses_it_for_retrieval_before_others_are_measured(
+    fp32_bundle: Path, without_text: Path, images: tuple[Path, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "pairs.csv").write_text(f"filepath,title\n{images[0]},a cat\n{images[1]},a dog\n")
+    rows = (SuiteRow(label="labels alone", role="quantised", model=str(without_text)),)
+    suite = Suite(name="text", tasks=(str(tmp_path / "pairs.csv"),), rows=rows)
+    with pytest.raises(InputError, match=r"exported with --no-text-tower.*Hint: export the model again without that"):
+        run_suite(suite, pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "huggingface"}, "--layout huggingface has both towers"),
+        ({"layout": "immich"}, "--layout immich has both towers"),
+    ],
+)
+def test_layouts_of_other_programs_need_the_text_tower(options: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan_exports({**options, "text_tower": False})
