@@ -296,7 +296,7 @@ def test_a_bundle_can_be_evaluated_and_benchmarked(
     assert (tmp_path / "report" / "report.html").is_file()
     assert edge.compare(tmp_path / "report", tmp_path / "report").regressions == 0
     edge.benchmark(suite, tmp_path / "again")
-    table = edge.spread([tmp_path / "report" / "results.json", tmp_path / "again"])
+    table = edge.evidence_report([tmp_path / "report" / "results.json", tmp_path / "again"])
     assert "| FP32 | 100.0 ± 0.0" in table
 
 

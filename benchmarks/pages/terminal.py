@@ -203,7 +203,7 @@ def session() -> list[Step]:
         Step("clip-rd-edge benchmark suite.yaml -o report-1"),
         Step("clip-rd-edge benchmark suite.yaml -o report-2"),
         Step("clip-rd-edge benchmark --compare report-1 report-2", codes=(0, 1, 3)),
-        Step("clip-rd-edge spread report-1 report-2"),
+        Step("clip-rd-edge evidence report report-1 report-2"),
         Step("clip-rd-edge evidence run evidence.yaml -o evidence --teacher local-dir:runs/first/student"),
         Step("clip-rd-edge evidence report evidence/two-methods.json"),
         Step("clip-rd-edge stitch tf_efficientnet_lite0 --names imagenet --text all-MiniLM-L6-v2 -o teacher"),

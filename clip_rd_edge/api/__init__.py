@@ -15,7 +15,6 @@ from clip_rd_edge.api.measuring import (
     load_tasks,
     quickstart,
     recommend,
-    spread,
 )
 from clip_rd_edge.api.models import first_answer, load, open_encoder, stitch, trim
 from clip_rd_edge.api.running import demo, doctor, index, search, serve, watch_index
@@ -46,7 +45,6 @@ __all__ = [
     "recommend",
     "search",
     "serve",
-    "spread",
     "stitch",
     "trim",
     "verify",

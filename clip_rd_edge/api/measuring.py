@@ -136,19 +136,6 @@ def recommend(results: AnyPath, *, budget_ms: float | None = None, min_accuracy:
     return " ".join([advice.replace("**", ""), *busy_remark(read)])
 
 
-def spread(results: AnyPath | Sequence[AnyPath]) -> str:
-    """Return means and standard deviations over several results of one suite, such as seeds, as a Markdown table.
-
-    Args:
-        results: at least two, each a results.json or the folder of one.
-    """
-    from clip_rd_edge.benchmarking.results import read_results
-    from clip_rd_edge.benchmarking.statistics import seeds_table
-
-    paths = [results] if isinstance(results, str | os.PathLike) else results
-    return seeds_table([read_results(Path(path)) for path in paths])
-
-
 @keywords_of(Quickstart)
 def quickstart(request: Quickstart) -> Results:
     """Run the whole pipeline on the built-in emoji data set in minutes on a CPU; an interrupted run is resumed."""
@@ -189,14 +176,25 @@ def evidence_run(request: EvidenceRun) -> Evidence:
 
 
 @checked_call
-def evidence_report(results: AnyPath, *, into: AnyPath | None = None) -> str:
-    """Return the tables of an evidence file as Markdown. Nothing is trained.
+def evidence_report(results: AnyPath | Sequence[AnyPath], *, into: AnyPath | None = None) -> str:
+    """Return the tables of an evidence file, or of several results of one benchmark, as Markdown. Nothing is trained.
 
     Args:
-        into: a Markdown file whose marked lines are replaced by the tables; figures are written beside `results`.
+        results: the file of a suite; or at least two results of `benchmark`, such as those of several seeds, each a
+            results.json or its folder, of which the table has means and standard deviations.
+        into: a Markdown file whose marked lines are replaced by a suite's tables; figures are written beside `results`.
     """
     from clip_rd_edge.evidence.report import markdown, publish, read_evidence_file
 
+    paths = [results] if isinstance(results, str | os.PathLike) else results
+    if len(paths) > 1:
+        from clip_rd_edge.benchmarking.results import read_results
+        from clip_rd_edge.evidence.results import seeds_table
+
+        if into is not None:
+            raise UsageError("The tables of one suite can be written into a file; several results were given.")
+        return seeds_table([read_results(Path(path)) for path in paths])
+    (results,) = paths
     if into is not None:
         publish(Path(results), Path(into))
     return markdown(read_evidence_file(Path(results)))

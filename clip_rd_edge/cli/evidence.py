@@ -46,17 +46,21 @@ command.add_command(run)
 
 
 @command.command("report", cls=GroupedCommand, short_help="Make tables and figures of finished runs.")
-@click.argument("results", metavar="JSON", type=PathName())
+@click.argument("results", metavar="RESULTS...", nargs=-1, required=True, type=PathName())
 @grouped("Output")(
     "--into", metavar="FILE", type=PathName(),
     help="Write the tables between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->` of FILE, with the suite's "
-    "NAME, and the figures beside JSON.  [default: print the tables to stdout]",
+    "NAME, and the figures beside RESULTS.  [default: print the tables to stdout]",
 )  # fmt: skip
-def report(results: Path, into: Path | None) -> None:
-    """Make tables and figures from the NAME.json that `evidence run` writes; nothing is trained.
+def report(results: tuple[Path, ...], into: Path | None) -> None:
+    """Make tables and figures of results; nothing is trained.
 
     \b
     clip-rd-edge evidence report evidence/method-evidence.json --into README.md
+    clip-rd-edge evidence report seed-0/report seed-1/report seed-2/report
+
+    RESULTS is the NAME.json that `evidence run` writes. Or several results of one benchmark, for instance of different
+    seeds, each a results.json or its folder: then the table has means and standard deviations of accuracy.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import say

@@ -42,7 +42,6 @@ COMMANDS = {
     "demo": ("demo", "Try bundles on a local web page, with a camera or image files."),
     "benchmark": ("benchmark", "Compare models by accuracy, latency and size."),
     "evidence": ("evidence", "Compare training methods over several students and seeds."),
-    "spread": ("spread", "Summarise several results of one suite, such as seeds."),
     "devices": ("devices", "List the supported devices, and how to deploy to them."),
     "doctor": ("doctor", "Check this machine, and show what to install."),
 }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from clip_rd_edge.benchmarking.formatting import NO_VALUE, inert_markdown, markdown_table
 from clip_rd_edge.benchmarking.metrics import RESAMPLES, Interval, Score, primary_metric
-from clip_rd_edge.benchmarking.results import Environment
+from clip_rd_edge.benchmarking.results import Environment, Results
+from clip_rd_edge.errors import InputError
 from clip_rd_edge.evidence.suite import EvidenceSuite
 from clip_rd_edge.utils.structs import read_json
 
@@ -148,6 +151,64 @@ def spread(values: Sequence[float]) -> Spread:
     """Return mean and standard deviation of one or more values."""
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Spread(float(np.mean(values)), deviation, len(values))
+
+
+def seeds_table(runs: Sequence[Results]) -> str:
+    """Return the accuracy over several results of one benchmark, such as seeds, as a Markdown table.
+
+    A row per model and a column per task, in percent: mean ± standard deviation (min to max). The last rows are ratios
+    of the student to the teacher and to the baseline, paired by run. A task of which two runs have other images,
+    labels or captions is left out; a sentence below the table says so.
+
+    Raises:
+        InputError: two results are the same, or there is no task that all have of the same model and images.
+    """
+    for number, run in enumerate(runs):
+        if run in runs[:number]:
+            raise InputError(f"The results {runs.index(run) + 1} and {number + 1} are the same; expected other seeds.")
+    scores = [
+        {(row.label, score.task): primary_metric(score) for row in run.rows for score in row.scores} for run in runs
+    ]
+    common = [key for key in scores[0] if all(key in run for run in scores)]
+    examples = {
+        (entry.task, kind, digest)
+        for run in runs
+        for row in run.rows
+        for entry in row.correctness
+        for kind, digest in (("questions", entry.questions), ("images", entry.images))
+        if digest
+    }
+    counts = Counter((task, kind) for task, kind, _ in examples)
+    differing = {task for (task, _), count in counts.items() if count > 1}
+    tasks = [*dict.fromkeys(task for _, task in common if task not in differing)]
+    if not tasks:
+        raise InputError("The results have no task in common, of the same model, images, labels and captions.")
+    labels = [*dict.fromkeys(label for label, _ in common)]
+    roles = {row.role: row.label for row in runs[0].rows if row.label in labels}
+
+    def cells(label: str, other: str | None = None) -> Iterator[str]:
+        for task in tasks:
+            own = [run.get((label, task)) for run in scores]
+            others = [run.get((other, task)) if other else 0.01 for run in scores]
+            # A ratio to 0 has no value either.
+            ratios = [mine / theirs for mine, theirs in zip(own, others, strict=True) if mine is not None and theirs]
+            yield _range(ratios, "×" if other else "") if len(ratios) == len(runs) else NO_VALUE
+
+    lines = [["model", *tasks], *([label, *cells(label)] for label in labels)]
+    for reference in (roles[role] for role in ("teacher", "baseline") if role in roles and "student" in roles):
+        lines.append([f"{roles['student']} / {reference}", *cells(roles["student"], reference)])
+    remarks = [
+        f"Accuracy on {inert_markdown(task)} is left out: the results have other images, labels or captions of it."
+        for task in dict.fromkeys(task for _, task in common)
+        if task in differing
+    ]
+    return "\n\n".join([markdown_table(lines), *remarks])
+
+
+def _range(values: Sequence[float], unit: str) -> str:
+    digits = 2 if unit else 1
+    low, high, deviation = min(values), max(values), float(np.std(values, ddof=1))
+    return f"{np.mean(values):.{digits}f}{unit} ± {deviation:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def runs_of(evidence: Evidence, student: str, method: str) -> dict[int, RunResult]:

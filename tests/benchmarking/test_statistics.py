@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import msgspec
 import numpy as np
 import pytest
 
-from clip_rd_edge.benchmarking.metrics import ZeroShotScore
-from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.benchmarking.statistics import (
     RELOAD_DEVIATION,
     STANDARD_ERRORS,
@@ -13,82 +10,7 @@ from clip_rd_edge.benchmarking.statistics import (
     pooled_deviation,
     relative_change,
     run_noise,
-    seeds_table,
 )
-from clip_rd_edge.errors import InputError
-
-
-def with_top1(results: Results, values: dict[str, float]) -> Results:
-    """Return the results with another top-1 on each zero-shot task, by the row's role."""
-    rows = []
-    for row in results.rows:
-        scores = tuple(
-            msgspec.structs.replace(score, top1=values[row.role]) if isinstance(score, ZeroShotScore) else score
-            for score in row.scores
-        )
-        rows.append(msgspec.structs.replace(row, scores=scores))
-    return msgspec.structs.replace(results, rows=tuple(rows))
-
-
-def test_seeds_table_has_means_spreads_and_paired_ratios(results: Results) -> None:
-    roles = {row.role: row.label for row in results.rows}
-    first = dict.fromkeys(roles, 0.5) | {"teacher": 0.4, "student": 0.2}
-    second = dict.fromkeys(roles, 0.5) | {"teacher": 0.5, "student": 0.4}
-    lines = seeds_table([with_top1(results, first), with_top1(results, second)]).splitlines()
-    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1].strip(" |") for line in lines[2:]}
-    assert cells[roles["teacher"]] == "45.0 ± 7.1 (40.0 to 50.0)"
-    assert cells[roles["student"]] == "30.0 ± 14.1 (20.0 to 40.0)"
-    # (0.2 / 0.4 + 0.4 / 0.5) / 2, and not 0.3 / 0.45
-    assert cells[f"{roles['student']} / {roles['teacher']}"] == "0.65× ± 0.21 (0.50 to 0.80)"
-
-
-def test_seeds_table_leaves_out_ratios_to_zero_and_what_a_run_lacks(results: Results) -> None:
-    roles = {row.role: row.label for row in results.rows}
-    nothing = with_top1(results, dict.fromkeys(roles, 0.5) | {"teacher": 0.0})
-    lines = seeds_table([nothing, results]).splitlines()
-    ratio = next(line for line in lines if f"{roles['student']} / {roles['teacher']}" in line)
-    assert ratio.split(" | ")[1].strip(" |") == "–"
-    second = msgspec.structs.replace(results.rows[0].scores[0], task="second")
-    rows = [msgspec.structs.replace(row, scores=(*row.scores, second)) for row in results.rows]
-    fewer = msgspec.structs.replace(results, rows=(results.rows[0], *rows[1:]))
-    lines = seeds_table([msgspec.structs.replace(results, rows=tuple(rows)), fewer]).splitlines()
-    assert ["±" in cell for cell in lines[2].split(" | ")] == [False, True, False]
-    assert ["±" in cell for cell in lines[3].split(" | ")] == [False, True, True]
-
-
-def test_seeds_table_leaves_out_a_task_whose_images_differ_and_says_so(results: Results) -> None:
-    second = msgspec.structs.replace(results.rows[0].scores[0], task="second")
-
-    def measured(second_images: str, task_images: str = "") -> Results:
-        rows = []
-        for row in results.rows:
-            (own,) = row.correctness
-            own = msgspec.structs.replace(own, images=task_images or own.images)
-            other = msgspec.structs.replace(own, task="second", images=second_images)
-            rows.append(msgspec.structs.replace(row, scores=(*row.scores, second), correctness=(own, other)))
-        return msgspec.structs.replace(results, rows=tuple(rows))
-
-    unknown, old, new = measured(""), measured("old"), measured("new")  # unknown, of an earlier version
-    lines = seeds_table([unknown, old, new]).splitlines()
-    assert lines[0] == "| model | task |"
-    assert lines[-1] == "Accuracy on second is left out: the results have other images, labels or captions of it."
-    assert seeds_table([unknown, old]).splitlines()[0] == "| model | task | second |"
-    with pytest.raises(InputError, match="captions of each task in common: task; second") as error:
-        seeds_table([old, measured("new", "new")])
-    assert error.value.hint == "measure all of them on the same data"
-
-
-def test_a_result_that_is_given_twice_is_not_two_seeds(results: Results) -> None:
-    other = msgspec.structs.replace(results, rows=results.rows[:2])
-    copied = msgspec.convert(msgspec.to_builtins(results), Results)
-    with pytest.raises(InputError, match="The results 2 and 3 of 3 are the same") as error:
-        seeds_table([other, results, copied])
-    assert error.value.hint == "name each result once"
-
-
-def test_a_single_result_has_no_spread(results: Results) -> None:
-    with pytest.raises(InputError, match="at least 2"):
-        seeds_table([results])
 
 
 def test_blocks_of_one_model_that_agree_by_chance_have_the_noise_of_all_models() -> None:

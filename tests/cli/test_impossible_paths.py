@@ -41,7 +41,7 @@ COMMANDS = [
     "benchmark quickstart -o PATH",
     "benchmark quickstart -o o --model student=PATH",
     "benchmark --compare PATH PATH",
-    "spread PATH PATH",
+    "evidence report PATH PATH",
     "evidence run PATH -o o",
     "evidence report PATH",
     "distill --data PATH --student resnet18 --recipe clip -o o",
