@@ -57,12 +57,12 @@ def test_a_learning_rate_may_be_written_without_a_point(tmp_path: Path) -> None:
 
 
 def test_the_schedule_is_a_warm_up_and_then_a_cosine() -> None:
-    recipe = Recipe(objective=Weights(task=1), learning_rate=1.0, warmup_steps=10)
-    rates = [learning_rate_at(step, 100, recipe) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[10] == max(rates) == pytest.approx(1.0)
-    assert rates[-1] < 0.001
-    assert rates[10:] == sorted(rates[10:], reverse=True)
+    recipe = Recipe(objective=Weights(task=1), learning_rate=2.0, warmup_steps=10)
+    rates = [learning_rate_at(step, 130, recipe) for step in range(130)]
+    assert rates[:11] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1.2, 1.4, 1.6, 1.8, 2, 2])
+    angles = (30, 45, 60, 90, 120, 135, 150)  # of 180 degrees in 120 steps
+    cosines = [0.75**0.5, 0.5**0.5, 0.5, 0, -0.5, -(0.5**0.5), -(0.75**0.5)]
+    assert [rates[10 + angle * 2 // 3] for angle in angles] == pytest.approx([1 + cosine for cosine in cosines])
 
 
 def test_the_warm_up_of_a_short_run_is_limited() -> None:

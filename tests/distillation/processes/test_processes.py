@@ -80,16 +80,16 @@ def test_two_processes_give_the_loss_and_gradients_of_one(settings: StepSettings
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
-def test_gradient_checkpointing_counts_a_batch_once_in_the_batch_norms(chunks: int) -> None:
-    def buffers(checkpointing: bool) -> dict[str, Tensor]:
+def test_gradient_checkpointing_changes_neither_gradients_nor_the_statistics_of_batch_norms(chunks: int) -> None:
+    def state(checkpointing: bool) -> dict[str, Tensor]:
         student = model(0, "test_resnet")
         student.model.train()
         student.model.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
         settings = StepSettings(chunks=chunks, recompute=checkpointing)
-        compute(TrainingStep(student, None, Objective(Weights(task=1)), Processes(), settings))
-        return dict(student.model.named_buffers())
+        gradients = compute(TrainingStep(student, None, Objective(Weights(task=1)), Processes(), settings))
+        return {**gradients, **dict(student.model.named_buffers())}
 
-    torch.testing.assert_close(buffers(checkpointing=True), buffers(checkpointing=False), rtol=0, atol=0)
+    torch.testing.assert_close(state(checkpointing=True), state(checkpointing=False), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("settings", [StepSettings(chunks=4), StepSettings(block=3)], ids=["chunks", "blocks"])
