@@ -160,9 +160,9 @@ def test_the_error_for_an_unsupported_operator_is_one_sentence(
 
 def test_without_a_gpu_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match=r"needs a CUDA build of torch and a GPU; torch .* finds no GPU") as raised:
+    with pytest.raises(UsageError, match="finds no GPU") as raised:
         require_torch_tensorrt("sm89")
-    assert "--via" in raised.value.hint
+    assert "via" in raised.value.hint
 
 
 @pytest.mark.usefixtures("gpu")

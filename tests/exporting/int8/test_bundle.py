@@ -100,10 +100,10 @@ def test_if_no_tower_is_improved_nothing_is_written_and_alternatives_are_named(e
 @pytest.mark.parametrize(
     ("trial", "hint"),
     [
-        ({"centred_cosine": 0.999, "loss_points": 10.41}, "--max-loss 10.5 ships the nearest INT8 candidate"),
-        ({"loss_points": 3.0}, "--min-agreement 0.98 --max-loss 3.0 ships the nearest INT8 candidate"),
-        ({"centred_cosine": -0.2}, "--fallback fp16 ships half its size"),  # no limit accepts it
-        ({"latency_ratio": 0.98, "size_ratio": 0.9}, "--fallback fp16 ships half its size"),
+        ({"centred_cosine": 0.999, "loss_points": 10.41}, "max_loss 10.5 ships the nearest INT8 candidate"),
+        ({"loss_points": 3.0}, "min_agreement 0.98 max_loss 3.0 ships the nearest INT8 candidate"),
+        ({"centred_cosine": -0.2}, "fallback fp16 ships half its size"),  # no limit accepts it
+        ({"latency_ratio": 0.98, "size_ratio": 0.9}, "fallback fp16 ships half its size"),
     ],
 )
 def test_the_hint_names_the_limits_that_would_ship_a_candidate(
