@@ -105,6 +105,15 @@ def test_any_number_of_lone_steps_may_be_skipped(tmp_path: Path) -> None:
     assert run.skipped == MAX_CONSECUTIVE_SKIPS + 1
 
 
+def test_the_search_for_a_loss_scale_may_skip_any_number_of_steps(tmp_path: Path) -> None:
+    model = Tiny()
+    run = optimizer(model, precision="fp16")
+    for step in range(2 * MAX_CONSECUTIVE_SKIPS):
+        (model.weight * math.inf).sum().backward()
+        run.apply(step, 1.0, run=tmp_path)
+    assert run.skipped == 2 * MAX_CONSECUTIVE_SKIPS
+
+
 @pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1.0), (1.0, math.nan)])
 def test_a_step_that_is_not_finite_leaves_the_weights_as_they_are(tmp_path: Path, loss: float, gradient: float) -> None:
     model = Tiny()
