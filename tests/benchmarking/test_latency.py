@@ -47,6 +47,16 @@ def test_the_interval_of_a_quantile_covers_the_differences_between_timing_blocks
     assert mixed.p50_interval.high - mixed.p50_interval.low < 2
 
 
+def test_intervals_cover_the_true_median_as_often_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clip_rd_edge.benchmarking.latency.RESAMPLES", 200)
+    rng, trials, covered = np.random.default_rng(0), 500, 0
+    for _ in range(trials):
+        interval = percentiles([np.array([latency]) for latency in rng.exponential(size=60)]).p50_interval
+        assert interval is not None
+        covered += interval.low <= np.log(2) <= interval.high
+    assert covered / trials == pytest.approx(0.95, abs=0.02)
+
+
 @pytest.mark.parametrize("slow", [[100.0, 100.0, 200.0], [100.0, 100.0, 100.0]])
 def test_an_interval_covers_its_quantile_where_one_block_is_shorter(slow: list[float]) -> None:
     """Blocks end with their time: the last calls of longer ones count for the quantile and for its interval."""

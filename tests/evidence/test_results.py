@@ -7,7 +7,7 @@ import pytest
 from clip_rd_edge.benchmarking.metrics import difference_interval
 from clip_rd_edge.evidence.results import Difference, Evidence, RunResult, difference, runs_of, spread
 
-from .conftest import IMAGES, Make
+from .conftest import IMAGES, Make, model_result
 
 
 def difference_from_none(evidence: Evidence, method: str) -> Difference | None:
@@ -73,3 +73,42 @@ def test_tasks_count_alike_in_their_mean_and_are_resampled_apart(make: Make) -> 
     assert two.interval is not None
     width = (two.interval.high - two.interval.low) / (one.interval.high - one.interval.low)
     assert width == pytest.approx(0.5**0.5, abs=0.06)
+
+
+@pytest.mark.parametrize("languages", [1, 2])
+def test_an_interval_is_that_of_a_normal_distribution_around_the_mean_of_the_tasks(make: Make, languages: int) -> None:
+    """Of many images, of a task that may be asked in two languages beside one with other images."""
+    gains = random_hits(0.30), random_hits(0.05)
+    blank = make({("none", 0): 0})
+
+    def runs(hits: list[str]) -> dict[int, RunResult]:
+        (task, _) = model_result("any", 0).tasks
+        tasks = [
+            msgspec.structs.replace(
+                task,
+                hits=digits,
+                images=str(number > 0),
+                score=msgspec.structs.replace(task.score, top1=digits.count("1") / len(digits)),
+            )
+            for number, digits in enumerate(hits)
+            for _ in range(1 if number else languages)
+        ]
+        (run,) = blank.runs
+        return {0: msgspec.structs.replace(run, result=msgspec.structs.replace(run.result, tasks=tuple(tasks)))}
+
+    found = difference(runs(list(gains)), runs(["0" * len(gains[0])] * 2), range(languages + 1))
+    assert found is not None
+    assert found.interval is not None
+    rates, weights = (
+        [digits.count("1") / len(digits) for digits in gains],
+        (languages / (languages + 1), 1 / (languages + 1)),
+    )
+    mean = sum(weight * rate for weight, rate in zip(weights, rates, strict=True))
+    variance = sum(w**2 * rate * (1 - rate) / len(gains[0]) for w, rate in zip(weights, rates, strict=True))
+    assert found.spread.mean == pytest.approx(mean)
+    assert (found.interval.low + found.interval.high) / 2 == pytest.approx(mean, abs=0.1 * variance**0.5)
+    assert found.interval.high - found.interval.low == pytest.approx(2 * 1.96 * variance**0.5, rel=0.04)
+
+
+def random_hits(rate: float) -> str:
+    return "".join("01"[int(hit)] for hit in np.random.default_rng(0).random(5_000) < rate)
