@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import Watch
 
+from clip_rd_edge.benchmarking.accuracy import zero_shot
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.pairs import fingerprint
@@ -23,8 +25,8 @@ from clip_rd_edge.distillation.teachers.store_build import CACHING_STAGE
 from clip_rd_edge.errors import DivergedRunError, UsageError
 from clip_rd_edge.evidence import run as runs
 from clip_rd_edge.evidence.report import read_evidence_file
-from clip_rd_edge.evidence.results import Geometry, ModelResult
-from clip_rd_edge.evidence.run import _geometry
+from clip_rd_edge.evidence.results import Curve, Geometry, ModelResult
+from clip_rd_edge.evidence.run import _evaluate_task, _geometry
 from clip_rd_edge.evidence.suite import EvidenceSuite, run_config
 from clip_rd_edge.models.clip import model_fingerprint
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -32,7 +34,7 @@ from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.student import CONFIGS, build_student, student_config
 from clip_rd_edge.utils.files import sha256_of, write_text
 from clip_rd_edge.utils.lock import exclusive_writer
-from clip_rd_edge.utils.reporting import SILENT
+from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, to_yaml
 
 COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta")
@@ -50,10 +52,14 @@ def squares_suite(suite: EvidenceSuite, pairs_csv: Path, tmp_path: Path) -> Evid
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> str:
-    torch.manual_seed(1)
+    return save_student(tmp_path / "teacher", seed=1)
+
+
+def save_student(folder: Path, *, seed: int) -> str:
+    torch.manual_seed(seed)
     config = student_config("test_resnet", embedding_size=24, image_size=32, text="tiny", context_length=12)
-    save_clip(tmp_path / "teacher", build_student(config, name="teacher"), provenance={})
-    return str(tmp_path / "teacher")
+    save_clip(folder, build_student(config, name="teacher"), provenance={})
+    return str(folder)
 
 
 def test_a_second_writer_and_a_missing_teacher_are_errors(squares_suite: EvidenceSuite, tmp_path: Path) -> None:
@@ -108,8 +114,7 @@ def test_with_other_tasks_or_another_teacher_what_was_evaluated_is_evaluated_aga
     assert [len(result.tasks[1].hits) for result in (again.teacher, again.runs[0].result)] == [7, 7]
     assert again.runs[0].curves.keys() == {"loss/task"}  # the other is that of the images before
     shutil.rmtree(tmp_path / "other")
-    config = student_config("test_resnet", embedding_size=24, image_size=32, text="tiny", context_length=12)
-    save_clip(tmp_path / "other", build_student(config, name="teacher"), provenance={})
+    save_student(tmp_path / "other", seed=3)
     with pytest.raises(UsageError, match="finished runs beside another teacher, other, or one with other weights"):
         runs.run_evidence(both, tmp_path / "out", SILENT, teacher=str(tmp_path / "other"))
     assert runs.collect(both, tmp_path / "out") == again
@@ -151,6 +156,53 @@ def test_the_other_runs_are_trained_before_those_that_diverge_end_the_suite(
         diverging.pop()  # another machine rounds otherwise
         begun.clear()
     assert len(runs.run_evidence(squares_suite, tmp_path / "out", SILENT, teacher=teacher).runs) == 6
+
+
+def test_a_run_is_measured_by_its_last_student_and_the_time_of_its_training(
+    squares_suite: EvidenceSuite, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, scores = [0.0], list[dict[str, float]]()
+    trained = save_student(tmp_path / "trained", seed=2)
+    encoder = TorchEncoder(load_clip(trained))
+
+    def train(
+        config: RunConfig, run: Path, *, resume: bool, reporter: Reporter, evaluate: Callable[..., dict[str, float]]
+    ) -> Path:
+        assert resume
+        lines = (
+            {"step": 1, "loss/task": 2.0, "student_positive": 0.123456, "evaluation/squares": 0.5},
+            {"step": 2, "loss/task": 1.0, "student_positive": 0.2, "loss": 9},
+        )
+        write_text(run / "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
+        for name in ("config.yaml", "checkpoints/1", "best/weights", "student/weights"):
+            write_text(run / name, to_yaml(config))
+        for stage, seconds in ((CACHING_STAGE, 0), (CACHING_STAGE, 8), ("training", 42)):  # the cache is every run's
+            now[0] += seconds
+            reporter.update(stage, 1, 2)
+        scores.append(evaluate(encoder))
+        return Path(trained)
+
+    monkeypatch.setattr(runs, "run_distillation", train)
+    monkeypatch.setattr(runs.time, "process_time", lambda: now[0])
+    suite = msgspec.structs.replace(squares_suite, methods=squares_suite.methods[:1], compare_with=())
+    new, resumed = suite.runs()
+    config = run_config(suite, resumed, teacher=teacher, caches=tmp_path / "out" / "teacher-cache")
+    write_text(tmp_path / "out" / resumed.subfolder / "config.yaml", to_yaml(config))
+    evidence = runs.run_evidence(suite, tmp_path / "out", SILENT, teacher=teacher)
+    assert [run.cpu_seconds for run in evidence.runs] == [42, None]
+    task = load_task(suite.tasks[0])
+    right = zero_shot(encoder, task).answers == np.asarray(task.targets)  # type: ignore[arg-type,union-attr]
+    assert not right.all()
+    for run, shown in zip(evidence.runs, scores, strict=True):
+        assert run.result.tasks[0].hits == "".join("01"[int(hit)] for hit in right)
+        assert shown == {"squares": right.mean()}
+        assert run.curves == {
+            "loss/task": Curve(steps=(1, 2), values=(2.0, 1.0)),
+            "student_positive": Curve(steps=(1, 2), values=(0.1235, 0.2)),
+            "evaluation/squares": Curve(steps=(1,), values=(0.5,)),
+        }
+    kept = {path.name for path in (tmp_path / "out" / new.subfolder).iterdir()}
+    assert kept == {"config.yaml", "metrics.jsonl", "result.json", "student"}
 
 
 def test_a_teacher_of_the_same_name_is_measured_again_while_no_run_has_learned_from_the_other(
@@ -286,7 +338,9 @@ def test_the_geometry_of_a_task_is_measured_without_all_its_images_in_memory(
     for level in range(3):
         Image.new("RGB", (1, 1), (level, 0, 0)).save(tmp_path / f"{level}.png")
     images = tuple(tmp_path / f"{level}.png" for level in range(3))
-    task = RetrievalTask(name="t", images=images, captions=("0", "1", "2"), caption_images=(0, 1, 2))
+    task = RetrievalTask(name="t", images=images, captions=("0", "1", "1", "2"), caption_images=(0, 0, 1, 2))
     monkeypatch.setattr("clip_rd_edge.benchmarking.accuracy.BATCH_SIZE", 2)
     assert _geometry(Encoder(), task) == Geometry(positive=1.0, negative=0.0)  # type: ignore[arg-type]
     assert batches == [2, 1]
+    result = _evaluate_task(Encoder(), task)  # type: ignore[arg-type]
+    assert (result.hits, result.geometry) == ("101", Geometry(positive=1.0, negative=0.0))
