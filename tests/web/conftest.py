@@ -1,4 +1,4 @@
-"""A headless Chromium whose console messages and requests are checked, and a static server for it."""
+"""A headless Chromium whose console messages and requests are checked, a static server for it, and Node."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import contextlib
 import functools
 import http.server
 import io
+import json
+import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM = Path(shutil.which("chromium") or "/usr/bin/chromium")
 FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--use-fake-ui-for-media-stream"),
@@ -91,3 +94,40 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     yield open_url
     context.close()
     assert problems == []
+
+
+class Node:
+    """Runs functions of the scripts in a folder, in Node: what needs no browser is tested where there is none, too."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "package.json").write_text('{"type": "module"}')
+        shutil.copyfile(Path(__file__).with_name("node.mjs"), folder / "node.mjs")
+        command = ["node", "node.mjs"]
+        self.process = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def evaluate(self, code: str, argument: object = None) -> Any:
+        """Return what the function returns, as Playwright's `page.evaluate`."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"code": code, "argument": argument}).encode() + b"\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer.get("result")
+
+
+@pytest.fixture(scope="module")
+def start_node() -> Iterator[Callable[[Path], Node]]:
+    """Return a function that starts Node in a folder of scripts."""
+    if shutil.which("node") is None:
+        pytest.skip("needs Node")
+    started: list[Node] = []
+
+    def start(folder: Path) -> Node:
+        started.append(Node(folder))
+        return started[-1]
+
+    yield start
+    for node in started:
+        node.process.communicate()

@@ -9,6 +9,8 @@ const BATCH_SIZE = 32; // texts per call of the text tower
 const RUNTIMES = { wasm: ["ort.wasm", "ort-wasm-simd-threaded"], webgpu: ["ort.webgpu", "ort-wasm-simd-threaded.asyncify"] };
 
 export class Model {
+  embedded = new Map(); // the labels that the text tower embedded last
+
   // backend: "wasm" or "webgpu"; bundle: URL of its folder; manifest: that of the page, so that both are of one export;
   // read(url, options): returns the content as an ArrayBuffer, with the options of `fetch`.
   static async open({ backend, bundle, manifest, read, threads }) {
@@ -39,13 +41,12 @@ export class Model {
       this.rows = this.bank;
       return;
     }
-    const known = new Map([...(this.bank ?? []), ...(this.rows ?? [])]);
-    const rows = new Map();
+    // As the runtime does: rows of the bank and of the text tower, which may have another precision, are not mixed.
+    const known = labels.every((label) => this.bank?.has(label)) ? this.bank : this.embedded;
     const missing = labels.filter((label) => !known.has(label));
     const embeddings = await this.#embed(missing.map((label) => promptLists[labels.indexOf(label)]));
-    missing.forEach((label, i) => known.set(label, embeddings[i]));
-    labels.forEach((label) => rows.set(label, known.get(label)));
-    this.rows = rows;
+    this.rows = new Map(labels.map((label) => [label, known.get(label) ?? embeddings[missing.indexOf(label)]]));
+    if (known !== this.bank) this.embedded = this.rows;
   }
 
   // The labels, most likely first, with their probabilities and the times taken.

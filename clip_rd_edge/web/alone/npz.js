@@ -32,9 +32,8 @@ function inflate(content) {
 
 function readNpy(buffer) {
   const view = new DataView(buffer);
-  const long = view.getUint8(6) > 1; // format versions 2 and 3 have a 32-bit header length
-  const start = long ? 12 : 10;
-  const length = long ? view.getUint32(8, true) : view.getUint16(8, true);
+  const start = 10; // that of format version 1: only arrays with thousands of fields have another
+  const length = view.getUint16(8, true);
   const header = new TextDecoder().decode(new Uint8Array(buffer, start, length));
   const dtype = /'descr': '([^']*)'/.exec(header)[1];
   const shape = /'shape': \(([^)]*)\)/.exec(header)[1].split(",").filter((text) => text.trim()).map(Number);

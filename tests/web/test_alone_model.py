@@ -1,0 +1,212 @@
+"""The browser page's answers are those of the runtime, from the page's requests to the model's worker, in Node.
+
+In place of onnxruntime-web and of the tokenizers' library are scripts that compute what the bundle's towers compute.
+"""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.contract.label_bank import LabelBank, write_labels
+from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.contract.tokenizer import TokenizerSpec
+from clip_rd_edge.runtime.classifier import ZeroShotClassifier
+from clip_rd_edge.runtime.load import load
+from clip_rd_edge.exporting.layouts.browser import ALONE, PAGE
+
+from .conftest import Node
+
+RUNTIME = """
+export const env = { wasm: {} };
+export class Tensor {
+    constructor(type, data, dims) { Object.assign(this, { type, data, dims }); }
+}
+const TABLE = [[0, 0, 0], [1e-3, 1e-3, 1e-3], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]];
+const add = (values) => values.reduce((sum, value) => sum + value, 0);
+const TOWERS = {
+    float32: (pixels) => [0, 1, 2].map((i) => add(pixels.slice(i * pixels.length / 3, (i + 1) * pixels.length / 3))),
+    int64: (ids) => [0, 1, 2].map((i) => add(ids.map((id) => TABLE[id][i]))),
+};
+async function run({ x: { type, data, dims } }) {
+    (globalThis.batches ??= []).push(dims);
+    const values = Array.from(data, Number), size = values.length / dims[0];
+    const rows = Array.from({ length: dims[0] }, (_, i) => TOWERS[type](values.slice(i * size, (i + 1) * size)));
+    const scaled = rows.map((row) => row.map((value) => value / Math.hypot(...row) * (globalThis.factor ?? 1)));
+    return { y: { data: Float32Array.from(scaled.flat()), dims: [dims[0], 3] } };
+}
+export const InferenceSession = { create: async () => ({ run }) };
+"""
+TOKENIZERS = """
+export class Tokenizer {
+    constructor({ model }) { this.words = model.vocab; }
+    encode(text) {
+        const tokens = text.split(" ").filter(Boolean);
+        return { tokens, ids: tokens.map((token) => this.words[token] ?? 1) };
+    }
+}
+"""
+OPEN = """async () => {
+    const { loadChoices } = await import("./api.js");
+    let shown = "";
+    return { ...await loadChoices((message) => (shown = message)), shown };
+}"""
+CLASSIFY = """async ([labels, encoded, width]) => {
+    const { classify } = await import("./api.js");
+    const bytes = Uint8ClampedArray.from(atob(encoded), (character) => character.charCodeAt(0));
+    return classify(0, labels, new ImageData(bytes, width));
+}"""
+LABELS = ["red", "green", "Blue ", "yellow green", "a red red", "mauve"]
+Start = Callable[[], Node]
+
+
+@pytest.fixture
+def bundle(colour_bundle: Path) -> Path:
+    """The bundle of colours, with no setting that equals another or leaves anything as it is."""
+    manifest = msgspec.structs.replace(
+        read_manifest(colour_bundle),
+        preprocessing=Preprocessing(size=(8, 8), mean=(0.1, 0.2, 0.15), std=(0.3, 0.2, 0.25)),
+        tokenizer=TokenizerSpec(context_length=6, pad_id=5),
+        templates=("a photo of {c}", "{c} red"),
+        logit_scale=7.0,
+    )
+    write_manifest(colour_bundle, manifest)
+    return colour_bundle
+
+
+@pytest.fixture
+def start(bundle: Path, tmp_path: Path, start_node: Callable[[Path], Node]) -> Start:
+    """Return a function that starts Node with the page's scripts beside the bundle."""
+
+    def run() -> Node:
+        folder = tmp_path / "site"
+        for source in (PAGE, ALONE):
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+        shutil.copytree(bundle, folder / "bundle")
+        (folder / "npm").mkdir()
+        (folder / "npm" / "ort.wasm.js").write_text(RUNTIME)
+        (folder / "npm" / "ort-wasm-simd-threaded.wasm").write_bytes(bytes(1_600_000))
+        (folder / "npm" / "tokenizers.js").write_text(TOKENIZERS)
+        (folder / "sizes.json").write_text('{"loaded": 2000000, "bundle": 1}')
+        return start_node(folder)
+
+    return run
+
+
+def picture(seed: int = 0) -> Image.Image:
+    levels = np.random.default_rng(seed).integers(0, 256, (9, 12, 4), dtype=np.uint8)
+    levels[..., seed % 3] //= 4  # so that no two channels are alike
+    return Image.fromarray(levels)
+
+
+def classify(node: Node, labels: list[str] | None, image: Image.Image) -> dict[str, Any]:
+    pixels = base64.b64encode(image.tobytes()).decode()
+    answer: dict[str, Any] = node.evaluate(CLASSIFY, [labels, pixels, image.width])
+    return answer
+
+
+def assert_runtimes(answer: dict[str, Any], bundle: Path, labels: list[str] | None, image: Image.Image) -> None:
+    classifier = ZeroShotClassifier(load(bundle, threads=1), labels)
+    (expected,) = classifier.classify([image.convert("RGB")], top=len(answer["labels"]))
+    assert answer["labels"] == [label for label, _ in expected]
+    assert answer["probabilities"] == pytest.approx([probability for _, probability in expected], abs=1e-5)
+
+
+def test_answers_are_those_of_the_runtime(bundle: Path, start: Start) -> None:
+    node = start()
+    opened = node.evaluate(OPEN)
+    assert [choice["bank"] for choice in opened["choices"]] == [0]
+    assert opened["shown"] == "Loading: 2 of 2 MB."
+    for labels in (LABELS, LABELS[2:], LABELS):
+        for seed in range(3):
+            answer = classify(node, labels, picture(seed))
+            assert len(answer["labels"]) == len(labels)
+            assert_runtimes(answer, bundle, labels, picture(seed))
+
+
+def test_a_bundles_own_labels_have_their_own_rows(bundle: Path, start: Start) -> None:
+    rows = np.random.default_rng(1).standard_normal((30, 3)).astype(np.float32)
+    bank = LabelBank(tuple(f"label {i}" for i in range(30)), rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    write_labels(bundle, bank)
+    write_manifest(bundle, read_manifest(bundle))
+    node = start()
+    assert [choice["bank"] for choice in node.evaluate(OPEN)["choices"]] == [30]
+    answer = classify(node, None, picture())
+    assert len(answer["labels"]) == 20  # as many as the demo's server returns
+    assert_runtimes(answer, bundle, None, picture())
+    assert_runtimes(classify(node, LABELS, picture()), bundle, LABELS, picture())
+    assert_runtimes(classify(node, ["label 3", "red"], picture()), bundle, ["label 3", "red"], picture())
+
+
+@pytest.mark.parametrize("one_at_a_time", [False, True])
+def test_texts_are_embedded_in_batches_and_once(bundle: Path, start: Start, one_at_a_time: bool) -> None:
+    manifest = read_manifest(bundle)
+    assert manifest.text is not None
+    tower = msgspec.structs.replace(manifest.text, one_at_a_time=one_at_a_time)
+    write_manifest(bundle, msgspec.structs.replace(manifest, text=tower))
+    node = start()
+    node.evaluate(OPEN)
+    labels = [f"red {'green ' * i}" for i in range(20)]
+    for _ in range(2):
+        assert_runtimes(classify(node, labels, picture()), bundle, labels, picture())
+    classify(node, [*labels, "blue"], picture())
+    texts, image = [[1, 6]] * 40 if one_at_a_time else [[32, 6], [8, 6]], [1, 3, 8, 8]
+    new = [[1, 6]] * 2 if one_at_a_time else [[2, 6]]
+    assert node.evaluate("() => batches") == [*texts, image, image, *new, image]
+
+
+@pytest.mark.parametrize("name", ["image.onnx", "text.onnx", "tokenizer.json", "labels.npz"])
+def test_a_file_of_another_export_is_an_error_and_no_answer(bundle: Path, start: Start, name: str) -> None:
+    if name == "labels.npz":
+        write_labels(bundle, LabelBank(("red", "blue"), np.eye(3, dtype=np.float32)[:2]))
+        write_manifest(bundle, read_manifest(bundle))
+    manifest = (bundle / "manifest.json").read_bytes()
+    content = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (bundle / "manifest.json").write_bytes(manifest)
+    node = start()
+    with pytest.raises(RuntimeError, match=f"^{name} is not of this export"):
+        node.evaluate(OPEN)
+
+
+@pytest.mark.parametrize("factor", ["NaN", "Infinity"])
+def test_numbers_that_are_not_finite_are_an_error_and_no_answer(start: Start, factor: str) -> None:
+    node = start()
+    node.evaluate(OPEN)
+    node.evaluate(f"() => {{ globalThis.factor = {factor}; }}")
+    for _ in range(2):  # labels that failed are sent again
+        with pytest.raises(RuntimeError, match=r"^text\.onnx computes numbers that are not finite"):
+            classify(node, LABELS, picture())
+    node.evaluate("() => { globalThis.factor = 1; }")
+    classify(node, LABELS, picture())
+    node.evaluate(f"() => {{ globalThis.factor = {factor}; }}")
+    with pytest.raises(RuntimeError, match=r"^image\.onnx computes numbers that are not finite"):
+        classify(node, LABELS, picture())
+
+
+def test_a_tower_of_another_size_is_an_error_and_no_answer(bundle: Path, start: Start) -> None:
+    write_labels(bundle, LabelBank(("red", "blue"), np.eye(4, dtype=np.float32)[:2]))
+    write_manifest(bundle, msgspec.structs.replace(read_manifest(bundle), embedding_size=4))
+    node = start()
+    node.evaluate(OPEN)
+    with pytest.raises(RuntimeError, match="returns embeddings of shape 1 × 3"):
+        classify(node, None, picture())
+
+
+def test_a_missing_file_is_named(start: Start, tmp_path: Path) -> None:
+    node = start()
+    (tmp_path / "site" / "bundle" / "text.onnx").unlink()
+    with pytest.raises(RuntimeError, match=r"^text.onnx could not be loaded from the server \(404\)"):
+        node.evaluate(OPEN)
+    (tmp_path / "site" / "sizes.json").unlink()
+    with pytest.raises(RuntimeError, match=r"^sizes\.json could not be loaded"):
+        node.evaluate(OPEN)

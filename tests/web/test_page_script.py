@@ -1,0 +1,104 @@
+"""The page's main script, in Node: which of several answers is shown."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clip_rd_edge.web.app import PAGE
+
+from .conftest import Node
+
+# In place of the scripts that app.js imports: images are shown by `show`, and `waiting` has the requests.
+MODULES = {
+    "api.js": """
+        const choice = { folder: "a", name: "a", precision: "fp32", size_bytes: 1, bank: 0, texts: true };
+        export const loadChoices = async () => ({ choices: [choice], labels: [], privacy: "" });
+        export const classify = (choice, labels, image) =>
+            new Promise((resolve, reject) => waiting.push({ image, resolve, reject }));
+    """,
+    "images.js": """
+        export class ImageSource {
+            stream = null;
+            constructor(show, showUnreadable) { Object.assign(globalThis, { show, showUnreadable }); }
+        }
+    """,
+    "labels.js": """
+        export const percent = (value) => `${100 * value} %`;
+        export class LabelList {
+            current = ["red"];
+            add() {}
+            useBank() {}
+            clear() {}
+            show() {}
+        }
+    """,
+    "memory.js": "export const store = () => {}, restore = () => null;",
+}
+START = """async () => {
+    class Element {
+        children = [];
+        dataset = {};
+        textContent = "";
+        classList = { toggle() {} };
+        addEventListener() {}
+        remove() {}
+        setAttribute() {}
+        append(...nodes) { this.children.push(...nodes); }
+        insertCell() { return this.children[this.children.push(new Element()) - 1]; }
+        replaceChildren(...nodes) {
+            this.children = nodes;
+            this.textContent = nodes.map((node) => node.textContent ?? node).join("");
+        }
+    }
+    const elements = {};
+    const getElementById = (id) => (elements[id] ??= new Element());
+    globalThis.document = { getElementById, createElement: () => new Element() };
+    globalThis.addEventListener = () => {};
+    globalThis.waiting = [];
+    await import("./app.js");
+}"""
+# Images and answers in turn; returns what the headline and the line of errors have after each.
+PLAY = """async (steps) => {
+    const shown = [];
+    for (const [what, name] of steps) {
+        const { resolve, reject } = waiting.find(({ image }) => image === name) ?? {};
+        if (what === "image") show(name, 0);
+        if (what === "unreadable") showUnreadable(name);
+        if (what === "answer") resolve({ labels: [name], probabilities: [0.9], model_ms: 1, elapsed_ms: 2 });
+        if (what === "error") reject(new Error(name));
+        await new Promise((resolve) => setTimeout(resolve, 5));
+        shown.push([document.getElementById("lead").textContent, document.getElementById("error").textContent]);
+    }
+    return shown;
+}"""
+
+
+@pytest.fixture
+def node(tmp_path: Path, start_node: Callable[[Path], Node]) -> Node:
+    shutil.copyfile(PAGE / "app.js", tmp_path / "app.js")
+    for name, script in MODULES.items():
+        (tmp_path / name).write_text(script)
+    node = start_node(tmp_path)
+    node.evaluate(START)
+    return node
+
+
+@pytest.mark.parametrize("late", ["answer", "error"])
+def test_a_late_answer_does_not_replace_the_newest_images(node: Node, late: str) -> None:
+    steps = [("image", "old"), ("image", "new"), ("answer", "new"), (late, "old")]
+    assert node.evaluate(PLAY, steps)[-2:] == [["new 90 %", ""]] * 2
+
+
+@pytest.mark.parametrize("late", ["answer", "error"])
+def test_a_late_answer_belongs_to_nothing_beside_an_image_that_cannot_be_read(node: Node, late: str) -> None:
+    steps = [("image", "old"), ("unreadable", "no image"), (late, "old")]
+    assert node.evaluate(PLAY, steps)[-2:] == [["No result.", "no image"]] * 2
+
+
+def test_an_answer_and_an_error_are_shown(node: Node) -> None:
+    shown = node.evaluate(PLAY, [("image", "a"), ("answer", "a"), ("image", "b"), ("error", "b")])
+    assert [shown[1], shown[3]] == [["a 90 %", ""], ["No result.", "b"]]
