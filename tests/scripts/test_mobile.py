@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from benchmarks.devices import mobile
 from clip_rd_edge.models.clip import ClipModel
-
-mobile = pytest.importorskip("mobile")
 
 
 def test_a_preset_that_was_not_converted_is_in_the_table_with_its_reason() -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.robustness import soak
+
 pytest.importorskip("starlette")
-soak = pytest.importorskip("soak")
 
 
 @pytest.mark.slow
