@@ -18,10 +18,9 @@ from clip_rd_edge.api.measuring import (
 )
 from clip_rd_edge.api.models import first_answer, load, open_encoder, stitch, trim
 from clip_rd_edge.api.running import demo, doctor, index, search, serve, watch_index
-from clip_rd_edge.api.training import EmbedOptions, average, distill, embed, recipe
+from clip_rd_edge.api.training import average, distill, embed, recipe
 
 __all__ = [
-    "EmbedOptions",
     "ExportedBundle",
     "average",
     "benchmark",

@@ -6,75 +6,27 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from clip_rd_edge.api.measuring import load_tasks
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.settings.modelling import Average
 from clip_rd_edge.settings.options import keywords_of
-from clip_rd_edge.utils.calls import checked_call
+from clip_rd_edge.settings.training import Distill, Embed
 from clip_rd_edge.utils.paths import AnyPath
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.trust import typed
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from clip_rd_edge.contract.task import Task
     from clip_rd_edge.distillation.average import AveragedModel
-    from clip_rd_edge.distillation.config import DistillOptions, RunConfig
+    from clip_rd_edge.distillation.config import RunConfig
 
 
-class EmbedOptions(TypedDict, total=False):
-    """The options of `embed` and the command line.
-
-    Keys:
-        student: the student of the run, if it is a trained one or a JSON file: crops have its input's shape. Or the
-            teacher, if a new student takes its image tower and that squeezes images. Default: square crops.
-        precision: `fp32`, `bf16` or `fp16`. Default: `fp32`.
-
-    All others are as for `distill`.
-    """
-
-    teacher_pretrained: AnyPath | None
-    student: AnyPath | None
-    precision: Literal["fp32", "bf16", "fp16"] | None
-    images: AnyPath | None
-    texts: AnyPath | None
-    templates: str | Sequence[str]
-    seed: int
-    workers: int
-    max_bad: float
-    csv_img_key: str
-    csv_caption_key: str
-    json_caption_key: str | None
-    train_data_upsampling_factors: str | None
-
-
-@checked_call
-def distill(
-    *,
-    data: AnyPath | None = None,
-    student: AnyPath,
-    output: AnyPath,
-    teacher: AnyPath | Sequence[AnyPath] | None = None,
-    recipe: AnyPath = "clip-rd",
-    resume: bool = False,
-    reporter: Reporter = SILENT,
-    **options: Unpack[DistillOptions],
-) -> Path:
+@keywords_of(Distill)
+def distill(request: Distill) -> Path:
     """Train a compact student and return the run's folder. open_clip loads its `student/` as `local-dir:PATH`.
-
-    Args:
-        data: a CSV, TSV or Parquet table of images and captions, WebDataset shards, or `emoji`. None for runs on
-            `images` and `texts` that do not belong together, which are among the other options.
-        student: a preset, a timm architecture, or the folder of a run to continue training from.
-        teacher: an open_clip name with a tag (`ViT-B-16@openai`, or with `teacher_pretrained`), `local-dir:PATH`,
-            `hf-hub:ORG/REPO`, the folder of a run, or several of these; or `stored:FILE`, which describes the teachers
-            whose embeddings are in `data`, shards in MobileCLIP's format; None for recipes without a teacher.
-        recipe: a name such as `clip-rd`, or a YAML file.
-        resume: continue from the latest intact checkpoint in `output`.
-        options: the other options of `clip-rd-edge distill`, under the same names.
 
     Raises:
         UsageError: `output` is in use, or an option is invalid.
@@ -85,48 +37,30 @@ def distill(
     from clip_rd_edge.distillation.run import run_distillation
     from clip_rd_edge.utils.files import require_utf8_path
 
-    accept_changes = options.pop("accept_changes", False)
     with _told_to_all_processes():
-        config = resolve(recipe, data=data, student=student, teacher=teacher, **options)
+        config = resolve(**_without(request, "output", "resume", "accept_changes"))
         tasks = _tasks(config)
-    run = Path(output)
+    run = Path(request.output)
     require_utf8_path(run)
     run_distillation(
         config,
         run,
-        resume=resume,
-        accept_changes=accept_changes,
-        reporter=reporter,
+        resume=request.resume,
+        accept_changes=request.accept_changes,
+        reporter=request.reporter,
         evaluate=_evaluator(tasks),
         tasks=tasks,
     )
     return run
 
 
-@checked_call
-def embed(
-    *,
-    data: AnyPath | None = None,
-    teacher: AnyPath | Sequence[AnyPath],
-    output: AnyPath,
-    views: int = 1,
-    recipe: AnyPath = "clip-rd",
-    ray: str | None = None,
-    reporter: Reporter = SILENT,
-    **options: Unpack[EmbedOptions],
-) -> Path:
+@keywords_of(Embed)
+def embed(request: Embed) -> Path:
     """Compute the embeddings of a teacher, or of several, for `distill(teacher_cache=output)`; return the folder.
 
     What is there already is kept, so an interrupted call is continued by the same one. Processes that torchrun started
-    share the work.
-
-    Args:
-        data, teacher: as for `distill`.
-        views: number of fixed crops per image.
-        recipe: its range of crops is used.
-        ray: address of a Ray cluster that does the work (`auto`, HOST:PORT), with a worker per GPU or machine. Its
-            machines need the same data and teacher, but not the output.
-        options: the other options of `clip-rd-edge embed`, under the same names; those of `distill` must be the same.
+    share the work; so do the workers of a Ray cluster, whose machines need the same data and teacher, but not the
+    output.
 
     Raises:
         UsageError: `output` holds something else, or cannot be read as shards; there is no cluster; or the teacher's
@@ -136,23 +70,20 @@ def embed(
     from clip_rd_edge.distillation.config import resolve
     from clip_rd_edge.distillation.teachers.embed import embed_teacher
 
-    folder = Path(output)
-    settings: dict[str, Any] = {**options, "views": views}
-    settings["precision"] = settings.get("precision") or "fp32"
-    settings["student"] = settings.get("student") or "resnet18"
     with _told_to_all_processes():
-        config = resolve(recipe, data=data, teacher=teacher, **settings)
+        config = resolve(**{**_without(request, "output", "ray"), "student": request.student or "resnet18"})
         if config.stored_teachers is not None:
             raise UsageError(
                 f"The teacher is {config.teacher}, whose embeddings are stored already; expected a model.",
                 hint="name a model with {teacher}",
             )
-        if config.views < 1:
-            raise ConfigError(f"views is {config.views}; expected at least 1: a store holds fixed views.")
-        if config.teacher_precision == "auto":
-            raise ConfigError("The precision is auto; expected fp32, bf16 or fp16: a store is not for one machine.")
-    embed_teacher(config, folder, cluster=ray, reporter=reporter)
-    return folder
+    embed_teacher(config, Path(request.output), cluster=request.ray, reporter=request.reporter)
+    return Path(request.output)
+
+
+def _without(request: Distill | Embed, *names: str) -> dict[str, Any]:
+    """Return the settings of a run: the fields of a request without those that are of the call alone."""
+    return {name: value for name, value in msgspec.structs.asdict(request).items() if name not in (*names, "reporter")}
 
 
 @keywords_of(Average)

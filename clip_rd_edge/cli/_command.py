@@ -83,14 +83,14 @@ def _parameter(entry: Declared, kind: click.ParamType | None) -> click.Parameter
         metavar = f"{metavar}..." if metavar and entry.several else metavar
         return click.Argument([entry.name], required=required, nargs=nargs, metavar=metavar, **settings)
     flags = entry.extra["flags"] or [f"--{entry.name.replace('_', '-')}"]
-    text = spelled(entry.text, lambda name: f"--{name.replace('_', '-')}")
+    text, words = (spelled(part, _flag) for part in (entry.text, entry.extra["default"]))
     if entry.kind is bool:
         flags = [f"{flags[0]}/--no-{flags[0].removeprefix('--')}"] if entry.default is True else flags
         settings = {"is_flag": True, "default": entry.default}
         default = ""
     else:
         shown = "" if required or entry.default in (None, (), "") else str(entry.default)
-        default = entry.extra["default"] or shown
+        default = words or shown
     return (ManyOption if entry.extra["many"] else GroupedOption)(
         [*flags, entry.name],
         group=entry.extra["group"],
@@ -101,6 +101,10 @@ def _parameter(entry: Declared, kind: click.ParamType | None) -> click.Parameter
         help=f"{text}  [default: {default}]" if default else text,
         **settings,
     )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _click_type(entry: Declared) -> click.ParamType | None:  # type: ignore[type-arg]

@@ -47,15 +47,6 @@ class NameChoice(click.Choice):  # type: ignore[type-arg]  # generic since click
             raise click.BadParameter(f"{error.message}{suggestion}", ctx, param) from error
 
 
-# Other words for precisions, for NameChoice.
-PRECISION_WORDS = {
-    **dict.fromkeys(("float32", "float", "f32", "full"), "fp32"),
-    **dict.fromkeys(("float16", "half", "f16"), "fp16"),
-    "bfloat16": "bf16",
-    **dict.fromkeys(("8", "i8", "w8a8", "quantized", "quantised"), "int8"),
-}
-
-
 OTHER_OPTIONS = "Other options"
 _OPTION_COLUMNS = 26  # max width of the options; the description of a longer one begins on the next line
 
@@ -221,78 +212,6 @@ complete_device = completed_by(_devices)
 complete_task = completed_by(_tasks)
 complete_data = completed_by(("emoji",))
 complete_labels = completed_by(("everyday",))
-
-
-ray_option = grouped("Cluster")(
-    "--ray", metavar="ADDRESS",
-    help="Spread the work over a Ray cluster: auto for the one of this machine, or HOST:PORT.  [default: this machine]",
-)  # fmt: skip
-
-
-def template_option(group: str, *, default: str, use: str = "with {} for the label") -> Callable[[Any], Any]:
-    """Return a decorator that adds `--template`.
-
-    Args:
-        default: what holds without it, in words.
-        use: what a template is for.
-    """
-    return grouped(group)(
-        "--template", "templates", multiple=True, metavar="PROMPT|FILE", shell_complete=completed_by(("imagenet",)),
-        help=f'Prompt template {use}, such as "a photo of a {{}}", a file with one per line, or imagenet for '
-        f"CLIP's 80; can be repeated.  [default: {default}]",
-    )  # fmt: skip
-
-
-def column_options(group: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return the options that name the columns of images and of captions."""
-    option = grouped(group)
-    return (
-        option(
-            "--csv-img-key", metavar="COLUMN", default="filepath", show_default=True,
-            help="Column with the image paths, of every table.",
-        ),
-        option(
-            "--csv-caption-key", metavar="COLUMN", default="title", show_default=True,
-            help="Column with the captions, of every table.",
-        ),
-    )  # fmt: skip
-
-
-def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say what is trained on besides `--data`, which stands before them, and how it is read."""
-    data = grouped("Data")
-    for option in reversed((
-        data(
-            "--images", metavar="SOURCE",
-            help="Images without captions, beside the pairs or instead of them: a folder, a table with the column "
-            "filepath, or shards.  [default: none]",
-        ),
-        data(
-            "--texts", metavar="FILE",
-            help="Captions or labels without images: one per line (a line that starts with # and a space is a "
-            "comment), a table or list as for classify --labels, or a Parquet file.  [default: none]",
-        ),
-        template_option("Data", use="for --texts", default="texts as they are"),
-        *column_options("Data"),
-        data(
-            "--train-data-upsampling-factors", metavar="W::W",
-            help="How often each source of shards is repeated per epoch, such as 1::2.  [default: once]",
-        ),
-        data(
-            "--json-caption-key", metavar="KEY",
-            help="Key of the captions in the shards' .json files.  [default: captions from .txt files]",
-        ),
-        data(
-            "--max-bad", metavar="FRACTION", type=click.FloatRange(0, 1, max_open=True), default=0.01,
-            show_default=True, help="Max fraction of damaged samples; these are skipped and counted.",
-        ),
-        data(
-            "--workers", type=click.IntRange(-1), default=-1, show_default=True, metavar="N",
-            help="Loader processes; -1 uses half the cores, at most 8.",
-        ),
-    )):  # fmt: skip
-        command = option(command)
-    return command
 
 
 def drop_none(**options: Any) -> dict[str, Any]:

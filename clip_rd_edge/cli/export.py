@@ -11,7 +11,6 @@ import click
 
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import (
-    PRECISION_WORDS,
     GroupedCommand,
     ManyOption,
     NameChoice,
@@ -22,6 +21,7 @@ from clip_rd_edge.cli._options import (
     grouped,
 )
 from clip_rd_edge.contract.formats import FORMATS, Precision
+from clip_rd_edge.settings.training import PRECISION_WORDS
 from clip_rd_edge.utils.printable import as_word
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypedDict, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -20,7 +20,7 @@ from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.data.remote import is_remote
 from clip_rd_edge.data.shards.webdataset import SEPARATOR
-from clip_rd_edge.errors import ConfigError, UsageError, near_matches, quoted, require_known_options
+from clip_rd_edge.errors import ConfigError, UsageError, near_matches, quoted
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.models.student import TEACHER
@@ -38,9 +38,6 @@ from clip_rd_edge.utils.paths import AnyPath, as_text, exists, is_file
 from clip_rd_edge.utils.printable import shown_sources
 from clip_rd_edge.utils.structs import comment_lines, commented_yaml, convert, read_yaml
 from clip_rd_edge.utils.trust import Recorded, Typed
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 RECIPES = Path(__file__).parent / "recipes"
 RECIPE_SUFFIXES = (".yaml", ".yml")  # of recipes that are files of the user's own
@@ -273,58 +270,6 @@ class RunConfig(_Config[Typed, Typed | tuple[Typed, ...]], frozen=True, kw_only=
         return ""
 
 
-class DistillOptions(TypedDict, total=False):
-    """Further options of `clip_rd_edge.distill` and of the command line.
-
-    Most are fields of `RunConfig`; `epochs`, `steps`, `batch_size`, `learning_rate`, `ema_decay` and `precision`
-    override the recipe. With `batch_size` alone, the learning rate follows; see `scaled_learning_rate`.
-    `accept_changes` resumes also if data or teacher are no longer those that the run began with; it is no part of the
-    configuration.
-    """
-
-    images: AnyPath | None
-    texts: AnyPath | None
-    templates: str | Sequence[str]
-    csv_img_key: str
-    csv_caption_key: str
-    train_data_upsampling_factors: str | None
-    json_caption_key: str | None
-    max_bad: float
-    teacher_pretrained: AnyPath | None
-    epochs: int | None
-    steps: int | None
-    batch_size: int | None
-    learning_rate: float | None
-    precision: Precision | None
-    image_size: int | None
-    text: AnyPath | None
-    pretrained_image: AnyPath | None
-    pretrained_text: AnyPath | None
-    context_length: int | None
-    embedding_size: int
-    teacher_cache: AnyPath | None
-    views: int
-    compile: bool
-    gradient_checkpointing: bool
-    ema_decay: float | None
-    accumulate: int
-    loss_block: int
-    global_logits: bool
-    freeze_text: bool
-    freeze_text_layers: int
-    freeze_image: int
-    freeze_norms: bool
-    tuned_share: float
-    quantize: Literal["int8"] | None
-    seed: int
-    workers: int
-    tasks: AnyPath | Sequence[AnyPath]
-    evaluate_every: int
-    report_to: TrackerName | None
-    checkpoint_every: int
-    accept_changes: bool
-
-
 def is_texts_alone(config: RunConfig) -> bool:
     """Return whether a run trains on texts without any images, and so trains no image tower."""
     return config.data is None and config.images is None
@@ -339,15 +284,13 @@ def resolve(
     data: AnyPath | None = None,
     student: AnyPath,
     teacher: AnyPath | Sequence[AnyPath] | None = None,
-    **options: Unpack[DistillOptions],
+    **options: Any,
 ) -> RunConfig:
     """Return the configuration of a run: a recipe, overridden by the options. Paths may be texts or path objects.
 
     Raises:
         ConfigError: the recipe does not exist, or a value is invalid.
-        UsageError: an option does not exist.
     """
-    require_known_options(options, DistillOptions.__annotations__, command="distill")
     recipe = os.fspath(recipe)
     given = {**options, "data": data, "student": student, "teacher": teacher}
     fields: dict[str, Any] = {name: as_text(value) for name, value in given.items()}

@@ -276,5 +276,6 @@ def describe(settings: type[Settings]) -> str:
     names = {entry.name for entry in declared(settings)}
     for entry in declared(settings):
         default = f" Default: {entry.extra['default']}." if entry.extra.get("default") else ""
-        lines.append(f"    {entry.name}: {spelled(entry.text, lambda name: name if name in names else None)}{default}")
+        text = spelled(f"{entry.text}{default}", lambda name: name if name in names else None)
+        lines.append(f"    {entry.name}: {text}")
     return "\n".join(lines)
