@@ -10,6 +10,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from clip_rd_edge.contract.image_files import list_images
 from clip_rd_edge.contract.images import DANGLING, require_image
@@ -195,29 +196,35 @@ class Plan:
     vanished: set[str]
 
 
-def plan_update(
-    folder: Path,
-    path: Path,
-    index: Index,
-    settled: Collection[str] | None,
-    *,
-    waiting: Collection[str],
-    last_listed_ns: int,
-) -> Plan | None:
+class Watched(NamedTuple):
+    """What a watch found in a folder, by paths in it.
+
+    Attributes:
+        settled: the images to take; others that are there keep the entry that they have, and so do all if the folder
+            was unmounted since it was listed.
+        waiting: images that keep the entry that they have, there or not, as do those of `settled`: what is gone may
+            come again under another name.
+    """
+
+    settled: Collection[str]
+    waiting: Collection[str] = ()
+
+
+def plan_update(folder: Path, path: Path, index: Index, watched: Watched | None, *, last_listed_ns: int) -> Plan | None:
     """Compare the folder with the index at `path`; None if a watch found the folder unmounted.
 
     Args:
-        settled, waiting: as for `update_index`.
+        watched: as for `update_index`.
         last_listed_ns: when the folder was listed for the index.
     """
     folders: list[InputError] = []  # that cannot be read
     images = list_images(folder, on_unreadable=folders.append)
     named = {image: image.relative_to(folder).as_posix() for image in images}
     names = [name for name in named.values() if is_unicode(name)]
-    chosen = names if settled is None else [name for name in names if name in settled]
+    chosen = names if watched is None else [name for name in names if name in watched.settled]
     sources, broken = find_sources(folder, chosen)
     unmounted = not images or is_empty_folder(folder)  # since the watch has listed it, or since it was listed above
-    if unmounted and settled is not None:
+    if unmounted and watched is not None:
         return None
     if unmounted and not index.entries:
         raise InputError(f"The folder {folder} has no images.", hint="name a folder with images")
@@ -232,8 +239,8 @@ def plan_update(
     hidden, emptied = out_of_sight(folder, gone, last_listed_ns)
     if folders:  # which may have been listed, but not entered, or for a moment only could not be read
         hidden |= {name for name in gone if not is_gone(folder / name)}
-    if settled is not None:
-        hidden |= {name for name in gone if name in settled or name in waiting}
+    if watched is not None:
+        hidden |= {name for name in gone if name in watched.settled or name in watched.waiting}
     unsettled = hidden | broken.keys() | (set(names) - set(chosen))
     kept, new = compare(index.entries, sources)
     kept += [(entry, row) for row, entry in enumerate(index.entries) if entry.path in unsettled]
@@ -252,7 +259,7 @@ def plan_update(
         removed=(lost - moved).total(),
         unreadable=[*map(str, folders), *emptied, *broken.values(), *badly_named],
         unreadable_images=broken,
-        vanished=set(settled or ()) - (set(named.values()) - set(chosen)) - present,
+        vanished=set(watched.settled if watched else ()) - (set(named.values()) - set(chosen)) - present,
     )
 
 

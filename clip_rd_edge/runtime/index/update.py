@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index.folder import (
     Plan,
     Source,
+    Watched,
     not_mounted,
     plan_update,
     printable_path,
@@ -75,7 +76,7 @@ class Update:
         refused: paths of the images among them whose content the system did not give, as while another program has them
             open on Windows.
         approximate: whether search is approximate, because the index has a graph.
-        vanished: paths of images that were listed, here or in `settled`, and were not there when they were looked at.
+        vanished: paths of images that were listed, here or by a watch, and were not there when they were looked at.
         embedding_s: how long it took to embed images, in seconds.
         skipped: nothing was done, because the folder was gone, or empty, when a watch looked at it again, or `stop` was
             set while another process was writing.
@@ -98,8 +99,7 @@ def update_index(
     folder: Path,
     path: Path,
     *,
-    settled: Collection[str] | None = None,
-    waiting: Collection[str] = (),
+    watched: Watched | None = None,
     stop: threading.Event | None = None,
     require: Callable[[], object] | None = None,
     cluster: str | None = None,
@@ -114,10 +114,7 @@ def update_index(
     process is writing to the index, the update waits for it.
 
     Args:
-        settled: paths in the folder of the images to take; others that are there keep the entry that they have, and so
-            do all if the folder was unmounted since it was listed. None takes all.
-        waiting: paths of images that keep the entry that they have, there or not, as do those of `settled`: what is
-            gone may come again under another name.
+        watched: what a watch found in the folder; None takes all images.
         stop: ends the update after the batch in which it is set, with everything saved that is embedded, and the wait
             for another process at once.
         require: called before anything is written, once nobody else writes to the index, to refuse what is there then.
@@ -130,7 +127,7 @@ def update_index(
         DiskFullError: there is no space left; what was saved before is kept.
     """
     if not is_folder(folder):
-        if settled is not None:
+        if watched is not None:
             return Update(skipped=True)
         raise no_folder_error(folder)
     for location in (folder.resolve(), encoder.folder.resolve()):
@@ -151,8 +148,7 @@ def update_index(
                 encoder,
                 folder,
                 path,
-                settled=settled,
-                waiting=waiting,
+                watched=watched,
                 stop=stop,
                 cluster=cluster,
                 reporter=reporter,
@@ -178,8 +174,7 @@ def _update(
     folder: Path,
     path: Path,
     *,
-    settled: Collection[str] | None,
-    waiting: Collection[str],
+    watched: Watched | None,
     stop: threading.Event | None,
     cluster: str | None,
     reporter: Reporter,
@@ -197,7 +192,7 @@ def _update(
     if len(index.entries) < len(found):
         reporter.say(f"{len(found) - len(index.entries):,} embeddings in {path} are damaged: they are computed again")
     listed_ns = int(now_in(path) * 1e9)
-    plan = plan_update(folder, path, index, settled, waiting=waiting, last_listed_ns=last_listed_ns)
+    plan = plan_update(folder, path, index, watched, last_listed_ns=last_listed_ns)
     if plan is None:
         return Update(kept=len(index.entries), skipped=True)
     update = Update(

@@ -20,6 +20,7 @@ from clip_rd_edge.contract.image_files import look_at_images
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.index.folder import Watched
 from clip_rd_edge.runtime.index.image_index import INDEX_FILE, is_index, model_key, read_index
 from clip_rd_edge.runtime.index.update import REST, Update, no_folder_error, update_index
 from clip_rd_edge.utils.paths import file_identity, is_folder
@@ -281,8 +282,7 @@ def watch_index(
                 encoder,
                 folder,
                 path,
-                settled={name for name, stamp in settled.items() if stamp != _GONE},
-                waiting=images.waiting(settled),
+                watched=Watched({name for name, stamp in settled.items() if stamp != _GONE}, images.waiting(settled)),
                 stop=stop,
                 require=index.require_own_model,  # again: another writer may have been waited for
                 reporter=reporter,

@@ -25,6 +25,7 @@ from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import folder as index_folder
 from clip_rd_edge.runtime.index import update as index_update
 from clip_rd_edge.runtime.index import watch as index_watch
+from clip_rd_edge.runtime.index.folder import Watched
 from clip_rd_edge.runtime.index.image_index import model_key, read_index
 from clip_rd_edge.runtime.index.update import Update, update_index
 from clip_rd_edge.runtime.index.watch import BROKEN_S, POLL_S, watch_index
@@ -491,7 +492,7 @@ def test_a_stop_saves_what_is_embedded(watched: Folder) -> None:
     stop = threading.Event()
     stop.set()
     names = {path.relative_to(watched.folder).as_posix() for path in watched.folder.rglob("*.*")}
-    update = update_index(watched.encoder, watched.folder, watched.index, settled=names, stop=stop)
+    update = update_index(watched.encoder, watched.folder, watched.index, watched=Watched(names), stop=stop)
     assert update.embedded == len(watched.names()) == 32
 
 
