@@ -35,7 +35,7 @@ BUDGETS: Mapping[str, tuple[int, int]] = {
     "own modules imported by classify": (50, 34),
     "own modules imported by export": (144, 70),
     "own modules imported by distill": (150, 80),
-    "lines of the tests": (45_200, 26_000),
+    "lines of the tests": (46_500, 26_000),
 }
 _COMMANDS = {
     "--help": "--help",
