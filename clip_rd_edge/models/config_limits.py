@@ -14,12 +14,12 @@ _MAX_BLOCK_PARAMETERS = 20_000_000_000  # of the blocks of a tower: ten times th
 _PARAMETERS_PER_WIDTH = 12  # of a transformer block, times its width squared
 
 
-def require_bounded(model_cfg: dict[str, Any], path: Path) -> None:
+def require_bounded(model_cfg: dict[str, Any], path: Path | str) -> None:
     """Raise ConfigError if a tower's settings are not an object, or a number in them is absurd.
 
     Args:
         model_cfg: of `open_clip_config.json`.
-        path: of that file, for the message.
+        path: of that file, or the name of a model of the hub, for the message.
     """
     for name in ("vision_cfg", "text_cfg"):
         tower = model_cfg.get(name, {})

@@ -40,6 +40,7 @@ from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matche
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.config_limits import require_bounded
 from clip_rd_edge.models.defaults import float32_on_cpu
+from clip_rd_edge.models.own_parts import NO_STRANGERS, REMOTE_CODE, StrangeFileError, refuse_other_places
 from clip_rd_edge.utils.folders import new_folder
 from clip_rd_edge.utils.logs import quiet_logs
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
@@ -69,8 +70,12 @@ def load_clip(spec: Typed, *, pretrained: Typed | None = None) -> ClipModel:
     name, weights, folder, model_cfg = _find(spec, pretrained)
     overrides = _relocated_text_cfg(folder, model_cfg) if folder else {}
     hub = _HUB if _may_need_hub(name, weights, model_cfg) else nullcontext()
-    with _quiet_open_clip(), _NO_REMOTE_CODE, hub:
+    with _quiet_open_clip(), NO_STRANGERS, hub:
         try:
+            if not model_cfg:  # of the hub
+                model_cfg = open_clip.get_model_config(name)
+                require_bounded(model_cfg, name)
+                refuse_other_places(model_cfg, name)
             model = open_clip.create_model(
                 name,
                 pretrained=weights,
@@ -79,11 +84,12 @@ def load_clip(spec: Typed, *, pretrained: Typed | None = None) -> ClipModel:
                 force_quick_gelu=model_cfg.get("quick_gelu", False),
                 **overrides,
             )
+        except ConfigError:
+            raise
         except Exception as error:  # open_clip, the hub client and torch raise many types
             raise _loading_error(_describe_model(name, weights, model_cfg), error) from error
         try:
             tokenizer = open_clip.get_tokenizer(name)
-            model_cfg = model_cfg or open_clip.get_model_config(name)
         except Exception as error:
             hub_name = model_cfg.get("text_cfg", {}).get("hf_tokenizer_name")
             subject = f"The tokenizer of {name}{f' ({hub_name})' if hub_name and not folder else ''}"
@@ -132,7 +138,8 @@ def read_open_clip_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         InputError: the folder or its configuration does not exist.
-        ConfigError: the configuration is not a JSON object with a `model_cfg`, or a number in it is absurd.
+        ConfigError: the configuration is not a JSON object with a `model_cfg`, a number in it is absurd, or it leads
+            to other files than the model's own.
     """
     path = folder / CONFIG_FILE
     if not is_file(path):
@@ -142,6 +149,7 @@ def read_open_clip_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
         raise ConfigError(f"{path} has no 'model_cfg' that is an object.")
     require_bounded(config["model_cfg"], path)
+    refuse_other_places(config["model_cfg"], str(path), folder=folder)
     return config
 
 
@@ -275,33 +283,6 @@ def _quiet_open_clip() -> Iterator[None]:
         yield
 
 
-class _RemoteCodeError(Exception):
-    """A model wants to run Python code that came with it."""
-
-
-@contextmanager
-def _without_remote_code() -> Iterator[None]:
-    """Within the block, transformers runs no Python code that came with a model, and does not ask whether it may.
-
-    open_clip does not pass `trust_remote_code`, and a model's own `tokenizer_kwargs` can set it. All such code is
-    imported by one function of transformers.
-    """
-    from transformers import dynamic_module_utils as modules
-
-    def refuse(*arguments: Any, **options: Any) -> Any:
-        raise _RemoteCodeError
-
-    previous = modules.get_class_in_module, modules.TIME_OUT_REMOTE_CODE
-    modules.get_class_in_module, modules.TIME_OUT_REMOTE_CODE = refuse, 0  # seconds to wait for an answer on stdin
-    try:
-        yield
-    finally:
-        modules.get_class_in_module, modules.TIME_OUT_REMOTE_CODE = previous
-
-
-# The first thread that has loaded its model must not let Python code into that of another one.
-_NO_REMOTE_CODE = SharedBlock(_without_remote_code)
-
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -341,9 +322,9 @@ def _describe_model(spec: str, pretrained: str | None, model_cfg: dict[str, Any]
 
 def _loading_error(subject: str, error: Exception) -> InputError | ConfigError:
     """Convert an error raised by open_clip or the hub client while loading `subject`."""
-    if isinstance(error, _RemoteCodeError) or "trust_remote_code" in str(error):
+    if isinstance(error, StrangeFileError) or "trust_remote_code" in str(error):
         return ConfigError(
-            f"{subject} could not be loaded: it needs Python code that came with it (auto_map), which is never run.",
+            f"{subject} could not be loaded: {error if isinstance(error, StrangeFileError) else REMOTE_CODE}.",
             hint="use a model whose architecture transformers itself has",
         )
     if isinstance(error, ModuleNotFoundError):

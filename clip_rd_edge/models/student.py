@@ -16,6 +16,7 @@ from clip_rd_edge.models.classifier import load_classifier, mismatch, read_weigh
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.config_limits import require_bounded
 from clip_rd_edge.models.defaults import float32_on_cpu
+from clip_rd_edge.models.own_parts import refuse_other_places
 from clip_rd_edge.models.packaged import CLASSIFIERS
 from clip_rd_edge.utils.paths import exists, is_file
 from clip_rd_edge.utils.structs import convert, read_json
@@ -206,6 +207,9 @@ def _preset_in_file(student: str) -> _Preset | None:
         return None
     preset = read_json(path, _Preset)
     require_bounded({"vision_cfg": preset.vision_cfg}, path)
+    refuse_other_places({"vision_cfg": preset.vision_cfg}, str(path), folder=path.parent)
+    if "timm_model_name" in preset.vision_cfg:  # only --pretrained-image asks for weights
+        preset.vision_cfg["timm_model_pretrained"] = False
     return preset
 
 

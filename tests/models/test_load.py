@@ -22,14 +22,13 @@ from support import share_in_threads
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import (
-    _NO_REMOTE_CODE,
     _quiet_open_clip,
-    _RemoteCodeError,
     load_clip,
     preprocessing_of,
     require_model,
     save_clip,
 )
+from clip_rd_edge.models.own_parts import NO_STRANGERS, StrangeFileError
 from clip_rd_edge.models.student import build_student, student_config
 
 ARCHITECTURE = "ViT-B-16"
@@ -214,11 +213,11 @@ def test_a_thread_that_has_loaded_its_model_lets_no_python_code_into_that_of_ano
     before = modules.get_class_in_module
 
     def code_is_refused() -> bool:
-        with pytest.raises(_RemoteCodeError):
+        with pytest.raises(StrangeFileError):
             modules.get_class_in_module("Model", "module")
         return True
 
-    assert share_in_threads(lambda: _NO_REMOTE_CODE, code_is_refused)
+    assert share_in_threads(lambda: NO_STRANGERS, code_is_refused)
     assert modules.get_class_in_module is before
 
 

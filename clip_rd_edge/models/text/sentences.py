@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.errors import ConfigError, InputError, UsageError, first_line, near_matches, quoted
 from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.own_parts import NO_STRANGERS
 from clip_rd_edge.models.packaged import SENTENCE_ENCODERS
 from clip_rd_edge.models.text.config import build_text_tower, has_quick_gelu, separate_text_tower
 from clip_rd_edge.utils.paths import is_file, is_folder
@@ -121,7 +122,8 @@ def _hugging_face(folder: Path, *, context_length: int, name: str, source: str) 
             hint="name a folder that transformers can load, a zip archive of one, or an open_clip model",
         )
     try:
-        config = AutoConfig.from_pretrained(folder)
+        with NO_STRANGERS:
+            config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises many types
         raise ConfigError(
             f"The config.json of the sentence encoder {source} could not be read: {first_line(error)}.",
@@ -142,8 +144,9 @@ def _hugging_face(folder: Path, *, context_length: int, name: str, source: str) 
         "context_length": min(context_length, _max_context_length(config) or context_length),
     }
     try:
-        model = build_text_tower(text_cfg, embedding_size=int(width))
-        tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=text_cfg["context_length"])
+        with NO_STRANGERS:
+            model = build_text_tower(text_cfg, embedding_size=int(width))
+            tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=text_cfg["context_length"])
     except Exception as error:  # transformers raises many types
         raise ConfigError(f"The sentence encoder {source} could not be loaded: {first_line(error)}.") from error
     return SentenceEncoder(text_cfg, model.eval(), tokenizer, int(width), source)
