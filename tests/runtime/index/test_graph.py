@@ -323,6 +323,21 @@ def test_an_index_above_the_threshold_gets_a_graph_that_updates_keep(
     assert {file.name.partition("-")[0] for file in path.iterdir()} == {"index.json", "embeddings"}
 
 
+def test_an_index_that_was_damaged_gets_another_graph_with_its_embeddings(
+    colour_bundle: Path, many_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexing, "GRAPH_FROM", 40)
+    monkeypatch.setattr("clip_rd_edge.runtime.index.image_index._BLOCK_ROWS", 4)
+    encoder, path = load(colour_bundle), tmp_path / "index"
+    update_index(encoder, many_images, path)
+    expected = search_index(path, "red", top=44, exact=True)
+    index = read_index(path)[0]
+    (path / index.embeddings).write_bytes((path / index.embeddings).read_bytes()[:-1] + b"\0")
+    assert update_index(encoder, many_images, path).embedded == 4
+    assert search_index(path, "red", top=44) == search_index(path, "red", top=44, exact=True) == expected
+    assert read_index(path)[0].graph != index.graph
+
+
 def _cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 

@@ -236,6 +236,29 @@ def test_renamed_images_keep_their_embeddings_and_never_leave_the_index(
     assert len([name for name in watched.names() if name.startswith("renamed/")]) == 22
 
 
+@pytest.mark.parametrize("after_listing", [False, True])
+def test_images_that_are_renamed_as_an_update_begins_keep_their_embeddings(
+    watched: Folder, monkeypatch: pytest.MonkeyPatch, *, after_listing: bool
+) -> None:
+    def rename() -> None:
+        (watched.folder / "more").rename(watched.folder / "renamed")
+
+    def list_and_rename(folder: Path) -> object:
+        found = stamps(folder)
+        monkeypatch.setattr(index_watch, "_stamps", stamps)
+        rename()
+        return found
+
+    def rename_later() -> None:
+        monkeypatch.setattr(index_watch, "_stamps", list_and_rename)
+
+    stamps = index_watch._stamps
+    new = paint(watched.folder / "new.png")  # settled when the other image is renamed
+    updates = watched.watch(new, rename_later if after_listing else rename, nothing, nothing, nothing)
+    assert [(update.embedded, update.removed) for update in updates] == [(4, 0), (1, 0), (0, 0)]
+    assert watched.names() == ["blue.jpg", "green.png", "new.png", "red.png", "renamed/yellow.webp"]
+
+
 def test_removed_images_leave_the_index_though_others_are_always_being_written(watched: Folder) -> None:
     busy = watched.folder / "busy.png"
     write = lambda: busy.write_bytes(os.urandom(9)) and None  # noqa: E731
