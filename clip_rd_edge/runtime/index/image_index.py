@@ -21,7 +21,7 @@ import os
 import re
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -177,7 +177,7 @@ def read_index(path: Path, *, memory_mapped: bool = True) -> tuple[Index, Embedd
                 continue
             raise ConfigError(f"The index {path} is damaged: {error}.", hint=_MAKE_ANEW) from error
     is_matrix = rows.ndim == 2 and rows.dtype == np.float32 and rows.flags.c_contiguous
-    if not is_matrix or len(rows) != len(index.entries) or len(index.crc32s) != _block_count(len(rows)):
+    if not is_matrix or len(rows) != len(index.entries) or len(index.crc32s) != len(_blocks(rows)):
         raise ConfigError(
             f"The index {path} has {len(index.entries)} images but embeddings of shape {rows.shape} and type "
             f"{rows.dtype}.",
@@ -241,7 +241,7 @@ def write_index(path: Path, index: Index, rows: Embeddings) -> Index:
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(rows))
     name = f"{_ROWS}{uuid.uuid4().hex[:12]}.npy"
     write_bytes(path / name, header.getvalue(), rows.data)
-    index = msgspec.structs.replace(index, embeddings=name, crc32s=_crc32s(rows, range(_block_count(len(rows)))))
+    index = msgspec.structs.replace(index, embeddings=name, crc32s=[_crc32(rows, block) for block in _blocks(rows)])
     write_content(path, index)
     delete(old_files)
     return index
@@ -254,37 +254,31 @@ def write_content(path: Path, index: Index) -> None:
     write_bytes(path / INDEX_FILE, head, content, b"}")
 
 
-def _block_count(rows: int) -> int:
-    return -(-rows // _BLOCK_ROWS)
+def _blocks(rows: Embeddings) -> range:
+    return range(-(-len(rows) // _BLOCK_ROWS))
 
 
-def _crc32s(rows: Embeddings, blocks: Sequence[int]) -> list[int]:
+def _crc32(rows: Embeddings, block: int) -> int:
+    return zlib.crc32(rows[block * _BLOCK_ROWS : (block + 1) * _BLOCK_ROWS].data)
+
+
+def _damaged(index: Index, rows: Embeddings, blocks: Iterable[int]) -> list[int]:
     plain = np.asarray(rows)  # each slice of a mapped file would be one, too
-    return [zlib.crc32(plain[block * _BLOCK_ROWS : (block + 1) * _BLOCK_ROWS].data) for block in blocks]
+    return [block for block in blocks if _crc32(plain, block) != index.crc32s[block]]
 
 
 def without_damage(index: Index, rows: Embeddings) -> tuple[Index, Embeddings]:
     """Return an index, and its rows, without the blocks of rows that have changed since they were written."""
-    damaged = _damaged(index, rows, range(len(index.crc32s)))
-    if not damaged:
+    if not (damaged := _damaged(index, rows, _blocks(rows))):
         return index, rows
     kept = np.flatnonzero(~np.isin(np.arange(len(rows)) // _BLOCK_ROWS, damaged))
     entries = [index.entries[row] for row in kept.tolist()]
     return msgspec.structs.replace(index, entries=entries, graph=None), rows[kept]
 
 
-def _damaged(index: Index, rows: Embeddings, blocks: Sequence[int]) -> list[int]:
-    found = _crc32s(rows, blocks)
-    return [block for block, crc32 in zip(blocks, found, strict=True) if crc32 != index.crc32s[block]]
-
-
 def _require_intact(index: Index, rows: Embeddings, chosen: Rows | None = None) -> None:
-    """Refuse rows, all or the chosen ones, that have changed since they were written.
-
-    Raises:
-        ConfigError: some have.
-    """
-    blocks = range(len(index.crc32s)) if chosen is None else np.unique(chosen // _BLOCK_ROWS).tolist()
+    """Raise ConfigError if rows, all or the chosen ones, have changed since they were written."""
+    blocks = _blocks(rows) if chosen is None else np.unique(chosen // _BLOCK_ROWS).tolist()
     if damaged := _damaged(index, rows, blocks):
         raise ConfigError(
             f"The index of {index.folder} is damaged: {len(damaged):,} of its blocks of {_BLOCK_ROWS} embeddings have "
@@ -324,9 +318,6 @@ def nearest(
 
     Args:
         checked: whether the rows are known to be intact; else those that are compared are checked now.
-
-    Raises:
-        ConfigError: the query has another size, or rows are damaged, or are not unit vectors.
     """
     query = query.reshape(-1)
     if rows.shape[1] != len(query):

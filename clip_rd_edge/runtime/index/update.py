@@ -144,15 +144,7 @@ def update_index(
                 return Update(skipped=True)
             if require is not None:
                 require()
-            return _update(
-                encoder,
-                folder,
-                path,
-                watched=watched,
-                stop=stop,
-                cluster=cluster,
-                reporter=reporter,
-            )
+            return _update(encoder, folder, path, watched=watched, stop=stop, cluster=cluster, reporter=reporter)
     except Exception as error:
         if (full := disk_full_error(error)) is None:
             raise

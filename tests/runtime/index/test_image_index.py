@@ -587,6 +587,15 @@ def test_another_models_index_stays_whole_until_all_images_are_embedded_again(
     assert {path.suffix for path in index.iterdir()} == {".json", ".npy"}
 
 
+def test_what_was_begun_with_another_model_and_given_up_is_removed(
+    colour_bundle: Path, colour_images: Path, index: Path
+) -> None:
+    update_index(load(colour_bundle), colour_images, index)
+    shutil.copytree(index, index / "next")
+    update_index(load(colour_bundle), colour_images, index)
+    assert not (index / "next").exists()
+
+
 def test_search_says_that_an_index_is_unfinished(
     command_line: Run, colour_bundle: Path, colour_images: Path, index: Path
 ) -> None:

@@ -260,10 +260,17 @@ def test_images_that_are_renamed_as_an_update_begins_keep_their_embeddings(
 
 
 def test_removed_images_leave_the_index_though_others_are_always_being_written(watched: Folder) -> None:
-    busy = watched.folder / "busy.png"
+    busy, broken = watched.folder / "busy.png", watched.folder / "broken.png"
+    broken.write_bytes(b"no image")
+    os.utime(broken, (1, 1))
+
+    def remove() -> None:
+        broken.unlink()
+        (watched.folder / "red.png").unlink()
+
     write = lambda: busy.write_bytes(os.urandom(9)) and None  # noqa: E731
-    updates = watched.watch((watched.folder / "red.png").unlink, *[write] * int(BROKEN_S / POLL_S + 3))
-    assert [update.removed for update in updates] == [0, 1]
+    updates = watched.watch(remove, *[write] * int(BROKEN_S / POLL_S + 3))
+    assert [(update.removed, update.unreadable) for update in updates] == [(0, []), (1, [])]
     assert "red.png" not in watched.names()
 
 
@@ -475,7 +482,7 @@ def test_a_new_image_waits_for_no_second_listing_of_a_large_folder(
         growing.write_bytes(b"the beg")
 
     def go_on() -> None:
-        growing.write_bytes(b"the beginning")
+        paint(growing, (2, 2, 2))()
         (watched.folder / "fleeting.png").unlink()
 
     updates = watched.watch(bring, go_on, paint(growing, (9, 9, 9)), lambda: counts.append(len(watched.names())))
