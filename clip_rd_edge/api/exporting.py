@@ -269,11 +269,13 @@ def _folders(spec: str) -> list[Path]:
 def verify(request: Verify) -> list[Check]:
     """Check a bundle's files, run both towers, and compare their answers with the exporter's, without PyTorch.
 
-    A tower that does not run on the device fails its check.
+    A tower that does not run on the device, or takes longer than the limit, fails its check.
     """
     from clip_rd_edge.runtime.verify import verify_bundle
 
-    return verify_bundle(Path(request.bundle), threads=request.threads, device=request.device)
+    return verify_bundle(
+        Path(request.bundle), threads=request.threads, device=request.device, time_limit_s=request.time_limit
+    )
 
 
 def devices(name: AnyPath | None = None) -> dict[str, Device]:

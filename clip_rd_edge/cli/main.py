@@ -20,8 +20,9 @@ from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._hints import spelling
 from clip_rd_edge.cli._options import CommandGroup
 from clip_rd_edge.errors import ClipRdEdgeError, LostProcessError, MissingExtraError, UsageError, causes, near_matches
+from clip_rd_edge.utils import signals
 from clip_rd_edge.utils.printable import one_line
-from clip_rd_edge.utils.signals import handled_by, leave_lost_terminal, stop_signals
+from clip_rd_edge.utils.signals import end_calls, handled_by, leave_lost_terminal, stop_signals
 
 # name: (module, short help). The short help is repeated here so that listing the commands imports none of them.
 COMMANDS = {
@@ -135,6 +136,7 @@ def _main() -> None:
             raise _Terminated from error
         if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):
             echo("Interrupted.", err=True)
+            end_calls(130)  # the process waits for its threads
             sys.exit(130)
         if isinstance(error, MemoryError):
             _print_error(_NO_MEMORY, arguments)
@@ -172,6 +174,7 @@ def _unwound_by_signals() -> Iterator[None]:
         received.append(number)
         raise _Terminated
 
+    signals.leave = _leave
     with handled_by(handle, deadly):
         try:
             yield
@@ -182,6 +185,8 @@ def _unwound_by_signals() -> Iterator[None]:
             signal.signal(received[0], signal.SIG_DFL)
             signal.raise_signal(received[0])
             sys.exit(128 + received[0])  # the first process of a container, which no signal ends by itself
+        finally:
+            signals.leave = None
 
 
 _NO_MEMORY = ClipRdEdgeError(
@@ -284,6 +289,11 @@ def _as_missing_extra(error: ModuleNotFoundError, arguments: list[str]) -> Missi
         if package in packages:
             return MissingExtraError(package, extra=COMMAND_EXTRAS.get(command, extra), purpose=f"`{command}`")
     return None
+
+
+def _leave(exit_code: int) -> NoReturn:
+    echo("error: What computes here did not end when it was asked to, and is left behind.", err=True)
+    _end_now(exit_code)
 
 
 def _end_now(exit_code: int) -> NoReturn:

@@ -25,7 +25,8 @@ def command(given: dict[str, Any], as_json: bool) -> None:
 
     Each tower embeds the bundle's reference images or texts on this device; the embeddings must agree with the
     exporter's, as closely as the tower's precision allows. This needs no PyTorch. Exit code 0: all checks passed, 1: a
-    file is damaged or missing, or a tower does not run, runs elsewhere than it was meant to, or answers wrongly.
+    file is damaged or missing, or a tower does not run, takes longer than the limit, runs elsewhere than it was meant
+    to, or answers wrongly.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter

@@ -21,6 +21,7 @@ from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.utils.checked import CheckedStruct
 from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.printable import is_unicode
+from clip_rd_edge.utils.signals import NativeCall
 
 TokenIds = npt.NDArray[np.int64]
 MAX_CONTEXT = 8192  # token ids per text: 33 times the longest context in open_clip
@@ -105,7 +106,7 @@ class Tokenizer:
         if not path.is_file() or path.stat().st_size > _MAX_FILE_BYTES:
             reason = f"it is larger than {_MAX_FILE_BYTES:,} bytes" if path.is_file() else "the file does not exist"
             raise ConfigError(f"{path} could not be read as a tokenizer: {reason}.")
-        with _reported(path):
+        with _reported(path), NativeCall():
             self._tokenizer: Any = FastTokenizer.from_buffer(_bounded(path.read_bytes()))
         self._path = path
         if spec.end_id is None:
@@ -115,7 +116,7 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str]) -> TokenIds:
         cleaned = [clean_text(text, self.spec.clean) for text in texts]
         ids = np.full((len(cleaned), self.spec.context_length), self.spec.pad_id, dtype=np.int64)
-        with _reported(self._path):
+        with _reported(self._path), NativeCall():
             encodings = self._tokenizer.encode_batch(cleaned)
         for row, encoding in zip(ids, encodings, strict=True):
             tokens = encoding.ids

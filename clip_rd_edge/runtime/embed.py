@@ -30,6 +30,7 @@ from clip_rd_edge.contract.preprocess import Pixels, fast_decode_edge, preproces
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.cluster import map_on_cluster
 from clip_rd_edge.utils.host import usable_cores
+from clip_rd_edge.utils.signals import end_calls
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -160,6 +161,13 @@ def embed_images(
             if not ahead:
                 return
             yield ahead.popleft().result()
+    except (Exception, GeneratorExit):
+        raise
+    except BaseException:  # a signal
+        over = end_calls(130)
+        model.shutdown(cancel_futures=True)
+        over.set()
+        raise
     finally:
         # If the caller stops early or presses Ctrl-C, do not wait for images that are no longer needed.
         openers.shutdown(wait=False, cancel_futures=True)

@@ -29,6 +29,7 @@ from clip_rd_edge.runtime.backends.int8_kernels import int8_fault
 from clip_rd_edge.runtime.backends.providers import AUTO, warn
 from clip_rd_edge.runtime.intact import require_intact, require_intact_tower
 from clip_rd_edge.utils.files import size_bytes
+from clip_rd_edge.utils.signals import NativeCall
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -266,7 +267,8 @@ class BundleEncoder(ABC):
 
     def _open_intact(self, tower: Tower) -> Any:
         require_intact_tower(self.folder, self.manifest, tower)
-        session = self.open_tower(tower)
+        with NativeCall():
+            session = self.open_tower(tower)
         _opened.add(self)
         if reason := self.int8_fault(tower):
             warn(f"{tower.file} gives wrong answers here: {reason}.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +29,8 @@ from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, Unreac
 from clip_rd_edge.runtime.backends.providers import AUTO
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement
 from clip_rd_edge.runtime.load import open_bundle
-from clip_rd_edge.utils.files import sha256_of
+from clip_rd_edge.utils.files import sha256_of, size_bytes
+from clip_rd_edge.utils.signals import end_calls
 from clip_rd_edge.utils.structs import read_json
 
 TEXT = "a photo of a cat"
@@ -41,6 +44,7 @@ MIN_AGREEMENT = {"fp32": 0.9999, "fp16": 0.998, "bf16": 0.99, "int8": 0.99}
 _ROUNDING_MARGIN, _MIN_ROUNDED = 1.5, 0.9
 # In float32 on a CPU, no entry may differ by more: the exporter's own limit between the ONNX file and PyTorch.
 MAX_DIFFERENCE = 1e-4
+_MIN_LIMIT_S = 300
 _COPY = "copy or export the bundle again"
 _MACHINE = "the machine failed, not the bundle: verify again once that is mended"
 _NOT_COMPARED = "not compared: the bundle has no reference answers; one exported by this version does"
@@ -69,7 +73,9 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     hint: str = ""
 
 
-def verify_bundle(folder: Path, *, threads: int | None = None, device: str = AUTO) -> list[Check]:
+def verify_bundle(
+    folder: Path, *, threads: int | None = None, device: str = AUTO, time_limit_s: float | None = None
+) -> list[Check]:
     """Check the SHA-256 of every file of a bundle, then run each intact tower and compare its answers.
 
     A tower passes if it runs where it was meant to (its engine on the GPU, not its ONNX file on the CPU) and its
@@ -79,12 +85,46 @@ def verify_bundle(folder: Path, *, threads: int | None = None, device: str = AUT
     Args:
         folder: the bundle.
         threads, device: as for `load`.
+        time_limit_s: a tower that runs after so many seconds is ended, and fails. None: five minutes, and a second for
+            each megabyte of the bundle, which even a slow board with a slow card does not need.
 
     Raises:
         InputError: the folder is not a bundle.
         ConfigError: the manifest is damaged or has a newer format.
         UsageError: the device is not available here.
     """
+    with _time_limit(_MIN_LIMIT_S + size_bytes(folder) / 1e6 if time_limit_s is None else time_limit_s) as limit:
+        return _checks(folder, limit, threads=threads, device=device)
+
+
+class _Limit(threading.Event):
+    """Is set when the time is over; `words` say so."""
+
+    words = ""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[_Limit]:
+    """Within the block, end what a runtime computes from the limit on, also what it begins after that."""
+    limit, over = _Limit(), threading.Event()
+    limit.words = f"ended after {seconds:,.0f} s, the time limit"
+
+    def end() -> None:
+        nonlocal over
+        limit.set()
+        over = end_calls(ClipRdEdgeError.exit_code)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield limit
+    finally:
+        timer.cancel()
+        over.set()
+
+
+def _checks(folder: Path, limit: _Limit, *, threads: int | None, device: str) -> list[Check]:
     manifest = _read_manifest(folder)
     checks = [_check_manifest(folder, manifest)]
     checks += [_check_file(folder, name, digest) for name, digest in sorted(manifest.files.items())]
@@ -100,6 +140,8 @@ def verify_bundle(folder: Path, *, threads: int | None = None, device: str = AUT
             checks.append(_not_run(tower.what, needed))
         else:  # its files are intact: copying them again would change nothing
             check = _check_tower(encoder, tower)
+            if limit.is_set():
+                check = Check(what=tower.what, passed=False, detail=limit.words, hint="allow more with --time-limit")
             checks.append(_with_hint(check, hint="try another --device, or export the bundle again"))
     if (folder / LABELS).is_file() or LABELS in manifest.files:
         checks.append(_with_hint(_check_labels({LABELS} & broken, encoder), hint="export the bundle again"))

@@ -219,7 +219,7 @@ class Service:
     def close(self) -> None:
         """Stop the threads."""
         for pool in (self._model, self._openers):
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
 
     @property
     def _context_length(self) -> int:

@@ -39,6 +39,13 @@ class Verify(_Verified, frozen=True, kw_only=True):
 
     threads: Threads | None = None
     device: OnDevice = "auto"
+    time_limit: Annotated[
+        float,
+        option(
+            "Seconds after which a tower that still runs is ended, and fails.",
+            group="Device", metavar="SECONDS", gt=0, default="300, and 1 for each MB of the bundle",
+        ),
+    ] | None = None  # fmt: skip
 
 
 class Classify(Settings, frozen=True, kw_only=True):

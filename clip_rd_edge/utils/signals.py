@@ -1,4 +1,8 @@
-"""The signals that ask a process to stop, who handles them, and the terminal that one of them takes away."""
+"""The signals that ask a process to stop, who handles them, and the terminal that one of them takes away.
+
+Python's handlers run in the main thread, and only between two of its instructions: while that thread is in native code,
+such as a model with an endless loop, they wait. So a thread hears of the signals, too, and asks that code to return.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,11 @@ import os
 import signal
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -52,3 +58,101 @@ def discard_output(descriptor: int) -> None:
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, descriptor)
     os.close(nothing)
+
+
+_PATIENCE_S, _PAUSE_S = 5.0, 0.05  # for native code to return that was asked to
+_LISTEN_EVERY_S = 1.0
+leave: Callable[[int], NoReturn] | None = None  # set by a command line: ends the process with an exit code
+_calls: dict[int, NativeCall] = {}  # what runs, by thread
+_sender, _listens_until = -1, 0.0
+
+
+class NativeCall:
+    """Within the block, native code runs, which a stop signal ends if it is the main thread's, and `end_calls`.
+
+    Several threads may enter one object. In a program that has a wake-up descriptor of its own, as event loops may,
+    signals wait as ever.
+
+    Args:
+        end: asks the code to return, now or as soon as it begins; called in another thread.
+
+    Attributes:
+        is_ended: the code was asked to return.
+        by_signal: by a signal, whose handler the program may survive.
+    """
+
+    def __init__(self, end: Callable[[], None] = lambda: None) -> None:
+        self.end, self.is_ended, self.by_signal = end, False, False
+
+    def __enter__(self) -> None:
+        _calls[threading.get_ident()] = self
+        if time.monotonic() > _listens_until and threading.current_thread() is threading.main_thread():
+            with suppress(RuntimeError, ValueError):  # no further thread can be started; not Python's own main thread
+                _listen()
+
+    def __exit__(self, *_: object) -> None:
+        _calls.pop(threading.get_ident(), None)
+
+
+def end_calls(exit_code: int) -> threading.Event:
+    """Ask the native code of all threads to return, also what begins later, until the event is set.
+
+    A command line ends with the exit code if some does not return.
+    """
+    over = threading.Event()
+
+    def end_all() -> None:
+        started = time.monotonic()
+        while True:
+            for call in list(_calls.values()):
+                _end(call, since=started, exit_code=exit_code)
+            if over.wait(_PAUSE_S):
+                return
+
+    threading.Thread(target=end_all, daemon=True).start()
+    return over
+
+
+def _end(call: NativeCall, *, since: float, exit_code: int) -> None:
+    call.is_ended = True
+    call.end()
+    if leave is not None and time.monotonic() > since + _PATIENCE_S:
+        leave(exit_code)
+
+
+def _listen() -> None:
+    """Let a thread hear of signals; again and again, since an event loop may have come and gone."""
+    global _sender, _listens_until
+    if _sender < 0:
+        receiver, _sender = os.pipe()
+        if os.name != "nt":
+            os.set_blocking(_sender, False)
+        threading.Thread(target=_hear, args=(receiver,), daemon=True).start()
+    previous = signal.set_wakeup_fd(_sender, warn_on_full_buffer=False)
+    if previous not in (-1, _sender):
+        signal.set_wakeup_fd(previous)
+    _listens_until = time.monotonic() + _LISTEN_EVERY_S
+
+
+def _hear(receiver: int) -> None:
+    """End what the main thread runs when it gets a stop signal."""
+    while received := set(os.read(receiver, 64)):
+        started, main = time.monotonic(), threading.main_thread().ident or 0
+        call, numbers = _calls.get(main), received.intersection(stop_signals())
+        while numbers and call is not None and _calls.get(main) is call:
+            call.by_signal = True
+            _end(call, since=started, exit_code=128 + min(numbers))
+            time.sleep(_PAUSE_S)
+
+
+def _forget_calls() -> None:
+    """Leave the calls, and the thread that hears of signals, to the parent of a forked process."""
+    global _sender, _listens_until
+    _calls.clear()
+    if _sender >= 0:
+        signal.set_wakeup_fd(-1)
+        _sender, _listens_until = -1, 0.0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_calls)

@@ -7,6 +7,7 @@ import errno
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
-from clip_rd_edge.utils.signals import handled_by, leave_lost_terminal, stop_signals
+from clip_rd_edge.utils.signals import end_calls, handled_by, leave_lost_terminal, stop_signals
 from clip_rd_edge.utils.structs import decode_request
 from clip_rd_edge.web.guard import (
     LOOPBACK,
@@ -223,10 +224,28 @@ def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], N
             logger.addFilter(log_limit)
         try:
             ready(url)
-            _run(uvicorn.Server(config), listener)
+            _run(_Server(config), listener)
         finally:
             for logger in loggers:
                 logger.removeFilter(log_limit)
+
+
+class _Server(uvicorn.Server):
+    """A server that ends the models which still run when the time of the requests in progress is over."""
+
+    _over = threading.Event()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop serving; until `run` has returned, which waits for all threads, no model computes anything."""
+        await super().shutdown(sockets)
+        self._over = end_calls(128 + signal.SIGTERM)
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal."""
+        try:
+            super().run(sockets)
+        finally:
+            self._over.set()
 
 
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:

@@ -324,7 +324,7 @@ def test_a_limit_of_threads_is_not_taken_for_a_damaged_bundle(
 ) -> None:
     class Unthreaded:
         @staticmethod
-        def from_file(path: str) -> None:
+        def from_buffer(content: bytes) -> None:
             raise error
 
     monkeypatch.setattr("tokenizers.Tokenizer", Unthreaded)

@@ -22,6 +22,7 @@ from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS
 from clip_rd_edge.runtime.backends.session import NamedInput, require_threads
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
 from clip_rd_edge.utils.paths import cache_home
+from clip_rd_edge.utils.signals import NativeCall
 
 BF16, CPU = "bf16", "CPU"
 _MAX_COMPILED_SIZES = 3  # batch sizes that a model is compiled for; batches of other sizes run one row at a time
@@ -59,7 +60,7 @@ class OpenVinoModel:
         selected = [i for i, name in enumerate(self._outputs) if names is None or name in names]
         count = len(next(iter(feed.values())))
         parts = []
-        with self._lock:
+        with self._lock, NativeCall():
             compiled = self._row_shape is None or count in self._requests or len(self._requests) < _MAX_COMPILED_SIZES
             size = count if compiled else 1
             for part in in_batches(count, size):

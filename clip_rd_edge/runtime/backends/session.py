@@ -10,7 +10,7 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from clip_rd_edge.runtime.backends.onnxruntime_builds import import_onnxruntime
 from clip_rd_edge.runtime.backends.providers import KEEP_ENGINES, PROVIDERS, provider_list, session_device, warn
 from clip_rd_edge.utils.files import machine_failure, sha256_of
 from clip_rd_edge.utils.paths import cache_home
+from clip_rd_edge.utils.signals import NativeCall
 
 # How ONNX Runtime reports that memory cannot be had, also while it starts.
 _NO_MEMORY = re.compile("bad_alloc|[Cc]annot allocate memory|Failed to allocate memory")
@@ -129,7 +130,7 @@ def _preload_cuda() -> None:
 
 def _open(ort: Any, model: str | bytes, options: Any, providers: Sequence[Any]) -> Any:
     # ONNX Runtime's own fallback prints to stdout, which is reserved for results.
-    return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+    return Session(ort.InferenceSession(model, options, providers=providers, enable_fallback=0))
 
 
 def _engine_folder(model: str | bytes) -> str:
@@ -138,6 +139,39 @@ def _engine_folder(model: str | bytes) -> str:
         return hashlib.sha256(model).hexdigest()[:32]
     data = Path(f"{model}{EXTERNAL_DATA_SUFFIX}")
     return "-".join(sha256_of(path)[:32] for path in (Path(model), *([data] if data.is_file() else [])))
+
+
+class Session:
+    """A session of ONNX Runtime, whose runs a stop signal ends."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._current = self._new_call()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """Run the model; return the named outputs, or all."""
+        while True:
+            options, call = self._current
+            if call.is_ended:
+                options, call = self._current = self._new_call()
+            try:
+                with call:
+                    outputs: list[npt.NDArray[Any]] = self._session.run(names, feed, options)
+                    return outputs
+            except Exception:
+                if not call.by_signal:
+                    raise
+            # The signal's handler has run here, and lets the program go on.
+
+    @staticmethod
+    def _new_call() -> tuple[Any, NativeCall]:
+        """Return options of a run, and the call that they end."""
+        options = import_onnxruntime().RunOptions()
+        options.log_severity_level = _LOG_NOTHING  # the exception says it
+        return options, NativeCall(partial(setattr, options, "terminate", True))
 
 
 class NamedInput(NamedTuple):
@@ -166,7 +200,7 @@ class OneInputModel(ABC):
     def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """Run the model on each row of its input, (N, …); return its output, (N, D)."""
         (rows,) = feed.values()
-        with self._lock:
+        with self._lock, NativeCall():
             return [np.concatenate([self.run_row(row) for row in rows])]
 
     @abstractmethod

@@ -20,6 +20,7 @@ from clip_rd_edge.runtime.backends.providers import warn
 from clip_rd_edge.runtime.backends.session import NamedInput, open_session
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
 from clip_rd_edge.runtime.intact import require_current_engine
+from clip_rd_edge.utils.signals import NativeCall
 
 _RTX_TARGET = "tensorrt-rtx"
 _PURPOSE = "Running an engine"
@@ -177,7 +178,7 @@ class TensorRtModel:
         if len(self._inputs) == 1:
             feed = dict(zip(self._inputs, feed.values(), strict=True))
         count = len(next(iter(feed.values())))
-        with self._lock:
+        with self._lock, NativeCall():
             parts = [
                 self._run(selected, {name: values[batch] for name, values in feed.items()})
                 for batch in in_batches(count, self._max_batch)
