@@ -147,8 +147,8 @@ class Search(_Searched, frozen=True, kw_only=True):
     bundle: Annotated[
         AnyPath,
         option(
-            "Current path of the bundle, if it was moved.", group="Query", metavar="FOLDER", path=True,
-            default="the path that the index names",
+            "The bundle that made the index, if it was moved or is another machine's.", group="Query", metavar="FOLDER",
+            path=True, default="the one that was named for this index last",
         ),
     ] | None = None  # fmt: skip
     folder: Annotated[

@@ -14,11 +14,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 import yaml
 
+import clip_rd_edge as edge
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.runtime.index.image_index import read_index, write_index
 
 CommandLine = Callable[..., tuple[int, str, str]]
 
@@ -155,3 +159,32 @@ def test_a_resumed_run_looks_for_nothing_that_its_folder_names(
             assert (code in (0, 2), bait.taken, looked_for) == (True, False, []), (name, place, err)
     (run / "config.yaml").write_text(yaml.safe_dump({**content, "tasks": [bait.command], "teacher": [bait.command]}))
     assert (command_line(*call, "--resume")[0], bait.taken) == (2, False)
+
+
+def test_a_search_opens_no_bundle_that_an_index_records(
+    colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, foreign = tmp_path / "index", tmp_path / "foreign"
+    edge.index(colour_bundle, colour_images, index)
+    assert edge.search(index, "red", top=1)[0].path.name == "red.png"
+    index.rename(foreign)  # as if it came from another machine
+    with pytest.raises(edge.InputError) as refused:
+        edge.search(foreign, "red")
+    assert refused.value.option == "bundle"
+    assert edge.search(foreign, "red", top=1, bundle=colour_bundle)[0].path.name == "red.png"
+    assert edge.search(foreign, "red", top=1)[0].path.name == "red.png"  # named once
+
+
+@pytest.mark.parametrize("name", ["../red.png", "/etc/passwd", "a/../../red.png", ""])
+def test_an_index_names_no_image_outside_its_folder(
+    colour_bundle: Path, colour_images: Path, tmp_path: Path, name: str
+) -> None:
+    index = tmp_path / "index"
+    edge.index(colour_bundle, colour_images, index)
+    content, rows = read_index(index)
+    write_index(index, msgspec.structs.replace(content, entries=[
+        msgspec.structs.replace(entry, path=name if number == 0 else entry.path)
+        for number, entry in enumerate(content.entries)
+    ]), np.array(rows))  # fmt: skip
+    with pytest.raises(edge.ConfigError):
+        edge.search(index, "red", bundle=colour_bundle)

@@ -23,7 +23,7 @@ import uuid
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import msgspec
@@ -46,8 +46,8 @@ from clip_rd_edge.runtime.index.graph import (
 )
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.arrays import load_array
-from clip_rd_edge.utils.files import is_plain_name, write_bytes
-from clip_rd_edge.utils.paths import exists, expand_home, is_file, is_folder, looks_like_path, near_files
+from clip_rd_edge.utils.files import is_plain_name, read_text_limited, write_bytes, write_text
+from clip_rd_edge.utils.paths import cache_home, exists, expand_home, is_file, is_folder, looks_like_path, near_files
 from clip_rd_edge.utils.structs import read_versioned_json
 
 INDEX_VERSION = 1
@@ -200,11 +200,22 @@ def _read(path: Path, *, entries: bool = True) -> Index:
             raise ConfigError(f"{INDEX_FILE} has changed since it was written: its checksum differs.")
         content = msgspec.json.decode(file.index, type=_Undecoded)
         decoded = _decode_in_parts(content.entries) if entries else []
+        for entry in decoded:
+            if _is_elsewhere(entry.path):
+                raise ConfigError(f"it names the image {entry.path!r}, which is not in its folder")
     except (ConfigError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         if isinstance(error, ConfigError) and error.hint:
             raise
         raise ConfigError(f"The index {path} is damaged: {str(error).rstrip('.')}.", hint=_MAKE_ANEW) from error
     return Index(**{**msgspec.structs.asdict(content), "entries": decoded})
+
+
+def _is_elsewhere(name: str) -> bool:
+    """Return whether the path of an image leads out of the image folder."""
+    if name and ".." not in name and name[0] not in "/\\" and ":" not in name:
+        return False  # of nearly all images, in little time
+    path = PurePath(name)
+    return not name or ".." in path.parts or bool(path.anchor)
 
 
 def _decode_in_parts(text: msgspec.Raw) -> list[Entry]:
@@ -367,7 +378,7 @@ def search_index(
     Args:
         query: a text or an image; a string that is the path of a file is opened as an image.
         top: number of images to return.
-        bundle: current path of the bundle that created the index; None uses the path in the index.
+        bundle: path of the bundle that created the index; None is the one that this user named for it last.
         folder: current path of the image folder; None uses the path in the index.
         exact: compare all images, even if the index has a graph.
         threads, device: see `runtime.load.load`.
@@ -386,18 +397,41 @@ def search_index(
     if folder is not None:
         _require_images(Path(folder), path, index)
         index = msgspec.structs.replace(index, folder=os.fspath(folder))
-    if bundle is None and not is_bundle(Path(index.bundle)):
-        raise InputError(
-            f"The bundle that created the index {path} is not at {index.bundle} any more.",
-            hint="name its current path with {bundle}",
-        )
-    encoder = load(bundle or index.bundle, threads=threads, device=device)
+    encoder = load(bundle or _remembered_bundle(path, index), threads=threads, device=device)
     require_same_model(encoder, index, path)
+    remember_bundle(path, encoder.folder)
     embedding = encoder.encode_texts([query]) if isinstance(query, str) else encoder.encode_images([as_rgb(query)])
     graph = None if exact else read_graph(path, index)
     hits = Hits(nearest(index, rows, embedding, top=top, graph=graph, checked=False))
     hits.indexed, hits.missing = len(index.entries), index.missing
     return hits
+
+
+def remember_bundle(path: Path, bundle: Path) -> None:
+    """Remember in the user's cache which bundle was named for the index at `path`."""
+    with suppress(OSError):  # a full or read-only cache: the bundle is then to be named again
+        write_text(_memory_of(path), os.fspath(bundle.resolve()))
+
+
+def _remembered_bundle(path: Path, index: Index) -> Path:
+    """Return the bundle that this user named for an index: the one that index.json names may be anybody's choice."""
+    try:
+        bundle = Path(read_text_limited(_memory_of(path)))
+    except InputError:
+        raise InputError(
+            f"It is not known which bundle goes with the index {path}: this account has neither made nor searched it.",
+            hint=f"name it with {{bundle}}; where the index was made, it was {index.bundle}", option="bundle",
+        ) from None  # fmt: skip
+    if not is_bundle(bundle):
+        raise InputError(
+            f"The bundle that created the index {path} is not at {bundle} any more.",
+            hint="name its current path with {bundle}", option="bundle",
+        )  # fmt: skip
+    return bundle
+
+
+def _memory_of(path: Path) -> Path:
+    return cache_home() / "indexes" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
 
 
 def require_same_model(encoder: BundleEncoder, index: Index, path: Path) -> None:

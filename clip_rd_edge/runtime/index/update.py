@@ -51,6 +51,7 @@ from clip_rd_edge.runtime.index.image_index import (
     model_key,
     read_graph,
     read_index,
+    remember_bundle,
     without_damage,
     write_content,
     write_index,
@@ -144,6 +145,7 @@ def update_index(
                 return Update(skipped=True)
             if require is not None:
                 require()
+            remember_bundle(path, encoder.folder)
             return _update(encoder, folder, path, watched=watched, stop=stop, cluster=cluster, reporter=reporter)
     except Exception as error:
         if (full := disk_full_error(error)) is None:
