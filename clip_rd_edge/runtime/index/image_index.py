@@ -399,7 +399,7 @@ def search_index(
         index = msgspec.structs.replace(index, folder=os.fspath(folder))
     encoder = load(bundle or _remembered_bundle(path, index), threads=threads, device=device)
     require_same_model(encoder, index, path)
-    remember_bundle(path, encoder.folder)
+    remember_bundle(path, encoder)
     embedding = encoder.encode_texts([query]) if isinstance(query, str) else encoder.encode_images([as_rgb(query)])
     graph = None if exact else read_graph(path, index)
     hits = Hits(nearest(index, rows, embedding, top=top, graph=graph, checked=False))
@@ -407,16 +407,16 @@ def search_index(
     return hits
 
 
-def remember_bundle(path: Path, bundle: Path) -> None:
-    """Remember in the user's cache which bundle was named for the index at `path`."""
+def remember_bundle(path: Path, encoder: BundleEncoder) -> None:
+    """Remember in the user's cache the bundle that was named for the index at `path`."""
     with suppress(OSError):  # a full or read-only cache: the bundle is then to be named again
-        write_text(_memory_of(path), os.fspath(bundle.resolve()))
+        write_text(_memory_of(path, model_key(encoder.manifest)), os.fspath(encoder.folder.resolve()))
 
 
 def _remembered_bundle(path: Path, index: Index) -> Path:
     """Return the bundle that this user named for an index: the one that index.json names may be anybody's choice."""
     try:
-        bundle = Path(read_text_limited(_memory_of(path)))
+        bundle = Path(read_text_limited(_memory_of(path, index.model)))
     except InputError:
         raise InputError(
             f"It is not known which bundle goes with the index {path}: this account has neither made nor searched it.",
@@ -430,8 +430,8 @@ def _remembered_bundle(path: Path, index: Index) -> Path:
     return bundle
 
 
-def _memory_of(path: Path) -> Path:
-    return cache_home() / "indexes" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+def _memory_of(path: Path, model: str) -> Path:
+    return cache_home() / "indexes" / hashlib.sha256(os.fsencode(f"{path.resolve()}\0{model}")).hexdigest()
 
 
 def require_same_model(encoder: BundleEncoder, index: Index, path: Path) -> None:

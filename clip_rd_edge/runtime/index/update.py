@@ -145,7 +145,7 @@ def update_index(
                 return Update(skipped=True)
             if require is not None:
                 require()
-            remember_bundle(path, encoder.folder)
+            remember_bundle(path, encoder)
             return _update(encoder, folder, path, watched=watched, stop=stop, cluster=cluster, reporter=reporter)
     except Exception as error:
         if (full := disk_full_error(error)) is None:
