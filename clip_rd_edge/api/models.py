@@ -29,6 +29,7 @@ def load(
     threads: int | None = None,
     runtime: RowRuntime | None = None,
     device: str = "auto",
+    force: bool = False,
 ) -> Model:
     """Open a model that classifies and embeds images (paths, PIL images, arrays, or lists of them) and texts.
 
@@ -40,6 +41,8 @@ def load(
         runtime: `onnxruntime`, `openvino`, `tensorrt`, `litert`, `executorch` or `coreml` for a bundle, None for the
             one it was exported for; `torch` or `torch-compile` for other models.
         device: the device on which ONNX Runtime runs a bundle; see `clip-rd-edge doctor`.
+        force: answer, with a warning, although this processor computes the bundle's INT8 wrongly; otherwise the first
+            answer is a UsageError.
 
     Raises:
         InputError, ConfigError: the model does not exist or is damaged.
@@ -50,7 +53,10 @@ def load(
     from clip_rd_edge.runtime.model import Model
 
     weights = as_text(pretrained)
-    return Model(open_encoder(typed(model), pretrained=weights, threads=threads, runtime=runtime, device=device))
+    encoder = open_encoder(
+        typed(model), pretrained=weights, threads=threads, runtime=runtime, device=device, force=force
+    )
+    return Model(encoder)
 
 
 @keywords_of(Stitch)
@@ -131,6 +137,7 @@ def open_encoder(
     threads: int | None = None,
     runtime: RowRuntime | None = None,
     device: str = "auto",
+    force: bool = False,
 ) -> TowerEncoder:
     """Open a bundle without PyTorch, or another model with it; arguments and errors as for `load`."""
     from clip_rd_edge.contract.bundle import is_bundle
@@ -143,7 +150,7 @@ def open_encoder(
             raise UsageError(f"{spec} is a bundle, which torch cannot run.", hint="pass the model it was exported from")
         from clip_rd_edge.runtime.load import load as load_bundle
 
-        return load_bundle(path, threads=threads, runtime=runtime, device=device)
+        return load_bundle(path, threads=threads, runtime=runtime, device=device, force=force)
     if runtime not in (None, "torch", "torch-compile"):
         raise UsageError(f"{spec} is not a bundle: {runtime} cannot run it.", hint="export it with clip-rd-edge export")
     from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder

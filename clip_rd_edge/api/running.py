@@ -45,7 +45,9 @@ def _opened(request: Index | WatchIndex | Serve) -> BundleEncoder:
     """Return the bundle of a request, whose threads do not spin while they wait: it runs beside other work."""
     from clip_rd_edge.runtime.load import load as load_bundle
 
-    return load_bundle(Path(request.bundle), threads=request.threads, device=request.device, spin=False)
+    return load_bundle(
+        Path(request.bundle), threads=request.threads, device=request.device, spin=False, force=request.force
+    )
 
 
 @keywords_of(Search)
@@ -59,7 +61,7 @@ def search(request: Search) -> Hits:
     bundle, folder = request.bundle, request.folder
     return search_index(
         Path(request.index), request.query, top=request.top, bundle=bundle, folder=folder, exact=request.exact,
-        threads=request.threads, device=request.device,
+        threads=request.threads, device=request.device, force=request.force,
     )  # fmt: skip
 
 
@@ -75,7 +77,7 @@ def demo(request: Demo) -> None:
 
     given = request.bundles
     paths = [Path(given)] if isinstance(given, str | os.PathLike) else [Path(path) for path in given]
-    page = Page(paths, labels=label_names(request.labels), threads=request.threads)
+    page = Page(paths, labels=label_names(request.labels), threads=request.threads, force=request.force)
     serve(page, host=request.host, port=request.port, ready=request.ready)
 
 

@@ -89,7 +89,8 @@ def command(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> N
     paths = list(find_images(images, lines=_lines(sys.stdin, null=null), on_unreadable=folders.append))
     for error in folders:
         echo(f"error: {one_line(error)}", err=True)
-    encoder = load(bundle, threads=request.threads, device=request.device, spin=len(paths) < MANY_IMAGES)
+    few = len(paths) < MANY_IMAGES
+    encoder = load(bundle, threads=request.threads, device=request.device, spin=few, force=request.force)
     with ExitStack() as stack:
         classifier = ZeroShotClassifier(
             encoder,

@@ -181,15 +181,17 @@ def embed_images_on_cluster(address: str, encoder: BundleEncoder, images: Sequen
         address: as for `map_on_cluster`; the cluster's machines need the same bundle and images.
     """
     chunks = [images[part] for part in in_batches(len(images), _CHUNK_BATCHES * BATCH_SIZE)]
-    make = partial(_make_worker, encoder.folder.resolve(), encoder.manifest)
+    make = partial(_make_worker, encoder.folder.resolve(), encoder.manifest, force=encoder.force)
     for batches in map_on_cluster(address, make, chunks):
         yield from batches
 
 
-def _make_worker(bundle: Path, manifest: Manifest) -> Callable[[Sequence[P]], list[EmbeddedBatch[P]]]:
+def _make_worker(
+    bundle: Path, manifest: Manifest, *, force: bool = False
+) -> Callable[[Sequence[P]], list[EmbeddedBatch[P]]]:
     from clip_rd_edge.runtime.load import load
 
-    encoder = load(bundle)
+    encoder = load(bundle, force=force)
     if encoder.manifest != manifest:
         raise InputError(f"The bundle {bundle} is another one here.", hint="give all machines the same bundle")
     encoder.require_right(encoder.manifest.image)

@@ -77,9 +77,13 @@ class BundleEncoder(ABC):
     Args:
         folder, manifest: the bundle.
         threads: threads per tower; None leaves the choice to the runtime.
+
+    Attributes:
+        force: see `runtime.load.load`.
     """
 
     runtime: ClassVar[str]
+    force = False
 
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
         self.folder = folder.absolute()  # towers are opened on first use, when the working folder may be another one
@@ -205,16 +209,13 @@ class BundleEncoder(ABC):
         return embeddings
 
     def require_right(self, tower: Tower) -> None:
-        """Refuse to embed for other machines, and other days, if a tower's embeddings are wrong here.
-
-        Raises:
-            UsageError: the tower's INT8 gives wrong answers here.
-        """
-        if reason := self.int8_fault(tower):
-            raise UsageError(
-                f"{tower.file} of {self.manifest.name} gives wrong answers here: {reason}.",
-                hint="do so, or use a device where clip-rd-edge verify passes",
-            )
+        """Refuse a tower whose INT8 gives wrong answers here with a UsageError; with `force`, warn of it."""
+        if not (reason := self.int8_fault(tower)):
+            return
+        fault = f"{tower.file} of {self.manifest.name} gives wrong answers here: {reason}."
+        if not self.force:
+            raise UsageError(fault, hint="do so, or use a device where clip-rd-edge verify passes, or {force}")
+        warn(fault)
 
     def encode_images(self, images: Sequence[ImageInput]) -> Embeddings:
         """Embed images, (N, D)."""
@@ -270,8 +271,7 @@ class BundleEncoder(ABC):
         with NativeCall():
             session = self.open_tower(tower)
         _opened.add(self)
-        if reason := self.int8_fault(tower):
-            warn(f"{tower.file} gives wrong answers here: {reason}.")
+        self.require_right(tower)
         return session
 
     def _run(self, session: Any, tower: Tower, inputs: npt.NDArray[Any]) -> Embeddings:

@@ -23,6 +23,7 @@ def load(
     runtime: Runtime | None = None,
     device: str = AUTO,
     spin: bool = True,
+    force: bool = False,
 ) -> BundleEncoder:
     """Open a bundle. Each tower is loaded when it is first used, and its checksum compared (see `runtime.intact`).
 
@@ -37,6 +38,8 @@ def load(
             only that is installed. `tensorrt` runs the engines of a bundle made for it, and others in ONNX Runtime.
             `describe().device` is the device chosen.
         spin: False for embedding many images in ONNX Runtime: see `backends.session.open_session`.
+        force: use a tower, with a warning, although this processor is known to compute its INT8 wrongly. Otherwise the
+            first use raises UsageError.
 
     Raises:
         InputError, ConfigError: the folder is not a bundle, is incomplete, has changed since the export, or has a newer
@@ -51,7 +54,7 @@ def load(
     require_intact_manifest(folder, manifest)
     if runtime is not None and runtime not in tuple(RUNTIMES):  # which also takes what cannot be hashed
         raise UsageError(f"Unknown runtime {runtime!r}; expected one of {', '.join(RUNTIMES)}.")
-    return open_bundle(folder, manifest, threads=threads, runtime=runtime, device=device, spin=spin)
+    return open_bundle(folder, manifest, threads=threads, runtime=runtime, device=device, spin=spin, force=force)
 
 
 def _without_links(folder: Path) -> Path:
@@ -71,6 +74,7 @@ def open_bundle(
     runtime: Runtime | None = None,
     device: str = AUTO,
     spin: bool = True,
+    force: bool = False,
 ) -> BundleEncoder:
     """Like `load`, for a bundle whose manifest has been read already."""
     require_threads(threads)
@@ -78,6 +82,7 @@ def open_bundle(
     _require_readable(manifest, engine)
     options = RunOptions(threads=threads, device=device, spin=spin, required=runtime is not None)
     encoder: BundleEncoder = import_named(RUNTIMES[engine]).open(folder, manifest, options)
+    encoder.force = force
     return encoder
 
 

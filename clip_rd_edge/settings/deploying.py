@@ -26,6 +26,12 @@ OnDevice = Annotated[
         words={"gpu": "cuda", "nvidia": "cuda", "trt": "tensorrt", "apple": "coreml"},
     ),
 ]  # fmt: skip
+Force = Annotated[
+    bool,
+    option(
+        "Answer although this processor computes the bundle's INT8 wrongly, for which verify fails.", group="Device"
+    ),
+]
 Host = Annotated[str, option("Address to listen on; 0.0.0.0 for the network.", group="Server", metavar="ADDRESS")]
 Port = Annotated[int, option("Port to listen on; 0 uses any free port.", group="Server", metavar="N", ge=0, le=65535)]
 
@@ -100,6 +106,7 @@ class Classify(Settings, frozen=True, kw_only=True):
     ] = False
     threads: Threads | None = None
     device: OnDevice = "auto"
+    force: Force = False
 
 
 class _Indexed(Settings, frozen=True):
@@ -115,6 +122,7 @@ class Index(_Indexed, frozen=True, kw_only=True):
 
     threads: Threads | None = None
     device: OnDevice = "auto"
+    force: Force = False
     ray: Annotated[
         str,
         option(
@@ -131,6 +139,7 @@ class WatchIndex(_Indexed, frozen=True, kw_only=True):
 
     threads: Threads | None = None
     device: OnDevice = "auto"
+    force: Force = False
     stop: threading.Event | None = None
     reporter: Reporter = SILENT
 
@@ -163,6 +172,7 @@ class Search(_Searched, frozen=True, kw_only=True):
     ] = False
     threads: Threads | None = None
     device: OnDevice = "auto"
+    force: Force = False
 
 
 class _Served(Settings, frozen=True):
@@ -197,6 +207,7 @@ class Serve(_Served, frozen=True, kw_only=True):
     ] = 1024  # fmt: skip
     threads: Threads | None = None
     device: OnDevice = "auto"
+    force: Force = False
 
 
 class _Shown(Settings, frozen=True):
@@ -217,4 +228,5 @@ class Demo(_Shown, frozen=True, kw_only=True):
     host: Host = "127.0.0.1"
     port: Port = 8765
     threads: Threads | None = None
+    force: Force = False
     ready: Callable[[str], None] = lambda url: None

@@ -55,21 +55,29 @@ class Demo:
     Args:
         bundles: folders of the bundles, in the order that the page shows them.
         labels: labels that the page starts with, as for `LabelSets.add`; None leaves the choice to the page.
-        threads: threads per model; None uses every core.
+        threads, force: as for `runtime.load.load`.
 
     Raises:
         InputError, ConfigError: a folder is not a bundle, is incomplete, or has a newer format, or the labels are
             refused.
     """
 
-    def __init__(self, bundles: Sequence[Path], *, labels: Sequence[str] | None = None, threads: int | None = None):
+    def __init__(
+        self,
+        bundles: Sequence[Path],
+        *,
+        labels: Sequence[str] | None = None,
+        threads: int | None = None,
+        force: bool = False,
+    ):
         self.start_labels = list(labels or [])
         self.label_sets = LabelSets()
         if self.start_labels:  # refused now, rather than with each image
             self.label_sets.add(self.start_labels)
         names = distinct_names(bundles)
         self.served = [
-            ServedBundle(folder, shown=name, threads=threads) for folder, name in zip(bundles, names, strict=True)
+            ServedBundle(folder, shown=name, threads=threads, force=force)
+            for folder, name in zip(bundles, names, strict=True)
         ]
         self.pending = 0  # classify requests in progress or queued
         self._limiter: CapacityLimiter | None = None

@@ -92,15 +92,17 @@ class ServedBundle:
     Args:
         folder: the bundle's folder.
         shown: what the page calls it; None for the name of the folder.
-        threads: threads per tower; None uses every core.
+        threads, force: as for `runtime.load.load`.
 
     Raises:
         InputError, ConfigError: it is no bundle, is damaged, or embeds images alone.
     """
 
-    def __init__(self, folder: Path, *, shown: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, shown: str | None = None, threads: int | None = None, force: bool = False
+    ) -> None:
         self.folder, self.shown = folder, shown or folder.resolve().name
-        self._threads = threads
+        self._threads, self._force = threads, force
         self._lock = threading.Lock()
         self._opened: tuple[int, ...] | None = None  # the identity of the manifest last opened
         self._encoder: BundleEncoder
@@ -125,7 +127,7 @@ class ServedBundle:
             raise BundleRemovedError(f"The bundle {self.folder} was removed.", hint="export it again")
         with self._lock:
             if self._opened != identity:
-                self._encoder = load(self.folder, threads=self._threads)
+                self._encoder = load(self.folder, threads=self._threads, force=self._force)
                 open_image_tower(self._encoder)
                 self._classifiers.clear()
                 self._opened = identity

@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -34,7 +34,6 @@ from clip_rd_edge.contract.encoder import Embeddings, require_cosines, require_t
 from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES
 from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.errors import ConfigError, InputError, quoted
-from clip_rd_edge.runtime.backends.providers import AUTO
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index.graph import (
     GRAPH_FILES,
@@ -370,8 +369,7 @@ def search_index(
     bundle: str | os.PathLike[str] | None = None,
     folder: str | os.PathLike[str] | None = None,
     exact: bool = False,
-    threads: int | None = None,
-    device: str = AUTO,
+    **options: Any,
 ) -> Hits:
     """Search the index at `path` for the images nearest to a query; nearest first.
 
@@ -381,7 +379,7 @@ def search_index(
         bundle: path of the bundle that created the index; None is the one that this user named for it last.
         folder: current path of the image folder; None uses the path in the index.
         exact: compare all images, even if the index has a graph.
-        threads, device: see `runtime.load.load`.
+        options: of `runtime.load.load`, which opens the bundle.
 
     Raises:
         InputError: the query is empty or the path of no image, there is no index, the bundle has been moved, another
@@ -397,7 +395,7 @@ def search_index(
     if folder is not None:
         _require_images(Path(folder), path, index)
         index = msgspec.structs.replace(index, folder=os.fspath(folder))
-    encoder = load(bundle or _remembered_bundle(path, index), threads=threads, device=device)
+    encoder = load(bundle or _remembered_bundle(path, index), **options)
     require_same_model(encoder, index, path)
     remember_bundle(path, encoder)
     embedding = encoder.encode_texts([query]) if isinstance(query, str) else encoder.encode_images([as_rgb(query)])
