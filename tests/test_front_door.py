@@ -125,7 +125,12 @@ def test_a_command_and_its_function_have_the_same_options(name: str) -> None:
 
 def test_the_classify_command_has_the_options_of_load_and_classify() -> None:
     options = {str(parameter.name) for parameter in commands()["classify"].params} - PRINTING
-    assert options == {"bundle"} | parameters_of(edge.Model.classify) - {"self"} | {"camera", "threads", "device"}
+    assert options == {"bundle"} | parameters_of(edge.Model.classify) - {"self"} | {
+        "camera",
+        "threads",
+        "device",
+        "force",
+    }
 
 
 def test_importing_the_package_imports_no_heavy_dependencies() -> None:
