@@ -29,7 +29,6 @@ from clip_rd_edge.settings.options import Declared, Settings, declared
 COMPLETIONS = {
     "data": complete_data, "device": complete_device, "labels": complete_labels, "recipe": complete_recipe,
     "student": complete_student, "targets": complete_targets, "task": complete_task,
-    "imagenet": completed_by(("imagenet",)),
 }  # fmt: skip
 
 
@@ -75,7 +74,8 @@ def _place(parameter: click.Parameter) -> int:
 
 def _parameter(entry: Declared, kind: click.ParamType | None) -> click.Parameter:  # type: ignore[type-arg]
     required = entry.default is NODEFAULT
-    complete = COMPLETIONS.get(entry.extra["complete"])
+    source = entry.extra["complete"]
+    complete = COMPLETIONS.get(source) or (completed_by(source.split("|")) if source else None)
     settings: dict[str, Any] = {"type": kind or _click_type(entry), "shell_complete": complete}
     metavar = entry.extra["metavar"] or None
     if entry.is_argument:

@@ -189,7 +189,7 @@ def check_inputs(
                 is_shown = shown_source(former) == former
                 those = f": {{data}} {as_word(former)}" if is_shown else f", the data in {run / RUN_CONFIG_FILE}"
                 ways = [f"name those that it began with{those}"]
-            ways.append("start a new run with another -o")
+            ways.append("start a new run with another {output}")
             if is_acceptable:
                 ways.append("go on with the new ones: {accept_changes}")
             raise UsageError(

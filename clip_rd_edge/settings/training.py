@@ -150,7 +150,7 @@ class Distill(_Data, frozen=True, kw_only=True):
             "Size of the text tower: tiny, small, standard, or WIDTHxLAYERS such as 512x6; or the folder of a "
             "model, for its text tower; or teacher, for that of the (first) teacher, of which only the "
             "projection is trained.",
-            group="Student", metavar="SIZE|MODEL", default="standard, or the trained model's",
+            group="Student", metavar="SIZE|MODEL", complete="tiny|small|standard|teacher", default="standard, or the trained model's",
         ),
     ] | None = None  # fmt: skip
     context_length: Annotated[
@@ -172,7 +172,7 @@ class Distill(_Data, frozen=True, kw_only=True):
         option(
             "Initial weights of the student's image trunk; package: from an installed package, for "
             "efficientnet_lite0; teacher: the (first) teacher's whole image tower, of the same architecture.",
-            group="Student", metavar="timm|package|teacher|FILE", default="random",
+            group="Student", metavar="timm|package|teacher|FILE", complete="timm|package|teacher", default="random",
         ),
     ] | None = None  # fmt: skip
     pretrained_text: Annotated[
@@ -181,7 +181,7 @@ class Distill(_Data, frozen=True, kw_only=True):
             "Initial weights of the student's text tower. tokens: only those of the token embeddings, which are"
             " what the teacher says of each token. teacher: evenly spaced layers of the (first) teacher's. "
             "FILE: of a checkpoint's.",
-            group="Student", metavar="tokens|teacher|FILE", default="random",
+            group="Student", metavar="tokens|teacher|FILE", complete="tokens|teacher", default="random",
         ),
     ] | None = None  # fmt: skip
     freeze_text: Annotated[

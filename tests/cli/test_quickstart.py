@@ -64,7 +64,7 @@ def test_everybody_is_shown_the_same_first_command() -> None:
         return re.sub(r"[\\\s]+", " ", text)
 
     example = words(f"clip-rd-edge {distill.OWN_DATA_EXAMPLE}")
-    help_text = inspect.getdoc(distill.command.callback) or ""
+    help_text = distill.command.help or ""
     for text in (help_text, (ROOT / "README.md").read_text(), (ROOT / "docs/data.md").read_text()):
         assert example in words(text)
 

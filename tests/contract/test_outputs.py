@@ -30,7 +30,7 @@ def test_an_earlier_bundle_is_replaced_with_force_alone(colour_bundle: Path, tmp
     write(bundle, "image.engine", "image.engine.sha256", "timing.cache")  # built since
     write(bundle, ".DS_Store", "._image.onnx")  # left there by a Mac
     require_output(bundle, "export", overwrite=True)
-    assert "--force" in (refused(bundle, overwrite=False).hint or "")
+    assert "force" in (refused(bundle, overwrite=False).hint or "")
     shutil.copytree(colour_bundle, tmp_path / "targets" / "sm86")
     shutil.copytree(colour_bundle, tmp_path / "targets" / "sm89")
     require_output(tmp_path / "targets", "export", overwrite=True)
@@ -45,7 +45,7 @@ def test_a_folder_that_was_never_an_output_is_not_replaced_nor_is_force_recommen
     assert error.exit_code == 2
     error = refused(pictures, overwrite=False)
     assert "already exists and is not empty" in str(error)
-    assert "--force" not in (error.hint or "")
+    assert "force" not in (error.hint or "")
     page = write(tmp_path / "page", "index.html", "app.js")  # many web pages have a manifest.json
     (page / "manifest.json").write_text(json.dumps({"name": "shop", "files": {}}))
     assert "no earlier export" in str(refused(page))
@@ -58,7 +58,7 @@ def test_a_file_that_somebody_put_into_a_bundle_is_not_lost(colour_bundle: Path,
     write(bundle, "labels.txt")
     error = refused(bundle)
     assert str(error) == f"The output {bundle} is not replaced: beside an earlier export, it holds labels.txt."
-    assert error.hint == "choose another -o, or move labels.txt elsewhere"
+    assert error.hint == "choose another output, or move labels.txt elsewhere"
     targets = tmp_path / "pics"
     shutil.copytree(colour_bundle, targets / "bundle-of-mine")
     write(targets, "a.jpg")

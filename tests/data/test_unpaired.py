@@ -305,7 +305,7 @@ def test_what_is_missing_is_said(
     monkeypatch.chdir(frames.parent)
     with pytest.raises(UsageError, match=message) as error:
         load_samples(TrainingData(**source), given(texts))  # type: ignore[arg-type]
-    assert "--" in error.value.hint
+    assert "name " in error.value.hint
 
 
 def test_sources_without_images_are_refused(tmp_path: Path) -> None:

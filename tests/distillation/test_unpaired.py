@@ -331,7 +331,7 @@ def test_a_recipe_of_pairs_alone_is_refused_without_pairs(config: RunConfig, tmp
     config = msgspec.structs.replace(config, recipe=recipe, recipe_name="clip", teacher=None)
     with pytest.raises(UsageError, match="The recipe clip trains on pairs of images and captions alone") as error:
         run_distillation(config, tmp_path / "run", resume=False)
-    assert "--data" in error.value.hint
+    assert "data" in error.value.hint
 
 
 def test_a_batch_must_fit_into_the_samples(config: RunConfig, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_an_unsupported_image_size_is_refused() -> None:
 @pytest.mark.parametrize(
     ("trunk", "hint"),
     [
-        ("levit_128s", "--image-size 224, for which the image tower is made"),
+        ("levit_128s", "image_size 224, for which the image tower is made"),
         ("levit_128s.it", ""),  # names that are not timm's, which a user's JSON file may have
         ("levit", ""),
     ],
@@ -251,7 +251,7 @@ def test_a_students_file_says_how_images_are_prepared_and_which_activation_it_ha
     assert "QuickGELU" in {type(module).__name__ for module in clip.model.get_submodule("visual").modules()}
     with pytest.raises(ConfigError, match=r"own\.json has the image_size 32; 224 was asked for") as error:
         student_config(path, embedding_size=8)
-    assert "--image-size 32" in error.value.hint
+    assert "image_size 32" in error.value.hint
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def test_the_number_of_answers_is_at_least_one(
         lambda: model.classify(colour_images / "red.png", LABELS, top=top),
         lambda: edge.search(tmp_path / "index", "red", top=top),
     ):
-        with pytest.raises(UsageError, match=rf"top is {top}; expected a whole number of at least 1"):
+        with pytest.raises(UsageError, match=rf"top is {top}; expected an integer at least 1"):
             call()
 
 

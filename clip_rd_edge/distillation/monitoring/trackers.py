@@ -131,7 +131,7 @@ class TensorBoardLog(Tracker):
         self._path.parent.mkdir(exist_ok=True)
         plot(self._path)
         if self._path.is_file():
-            image = np.asarray(Image.open(self._path).convert("RGB"))
+            image = np.asarray(Image.open(self._path, formats=["PNG"]).convert("RGB"))
             self._writer.add_image("predictions", image, step, dataformats="HWC")
             self._writer.flush()
 

@@ -203,7 +203,7 @@ def test_a_service_that_opens_no_run_is_an_error_with_a_way_out(config: RunConfi
 
     with pytest.raises(UsageError, match=r"Fake did not open a run: ConnectionError: refused\.") as raised:
         remote(tmp_path, Closed(), config)
-    assert "train without --report-to" in raised.value.hint
+    assert "omit report_to" in raised.value.hint
 
 
 @pytest.mark.parametrize(("name", "extra"), [("tensorboard", "train"), ("wandb", "wandb"), ("mlflow", "mlflow")])

@@ -129,7 +129,7 @@ def test_a_store_that_is_gone_is_left_to_the_connections_to_notice() -> None:
 
 def test_the_error_says_which_process_and_what_to_do() -> None:
     assert str(silence_error(3)).startswith("Process 3 of the run has not answered for ")
-    assert "--resume" in silence_error(3).hint
+    assert "resume" in silence_error(3).hint
 
 
 SCRIPT = """

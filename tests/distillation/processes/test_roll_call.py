@@ -75,7 +75,7 @@ def test_the_error_names_the_process_and_its_machine(ended: Member, monkeypatch:
     monkeypatch.setattr(roll_call, "_connect", lambda: None)
     error = lost_error(CONNECTION, 0, [this_member(), ended])
     assert str(error) == f"Process 1 (on {ended.host}) of the run has ended."
-    assert "--resume" in error.hint
+    assert "resume" in error.hint
     elsewhere = lost_error(CONNECTION, 0, [this_member(), Member("b", 1)])
     assert str(elsewhere) == "Process 1 (on b) of the run has ended or cannot be reached."
     unknown = lost_error(CONNECTION, 0, [this_member(), Member("b", 1), Member("c", 1)])
