@@ -124,7 +124,7 @@ def image_batch_size(batch_size: int, preprocessing: Preprocessing) -> int:
 def require_top(top: int) -> None:
     """Raise UsageError if `top`, a number of answers, is not a whole number of at least 1."""
     if not isinstance(top, int | np.integer) or top < 1:
-        raise UsageError(f"top is {top}; expected a whole number of at least 1.")
+        raise UsageError(f"top is {top}; expected an integer at least 1.")
 
 
 def top_indices(values: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:

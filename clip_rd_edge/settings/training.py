@@ -150,7 +150,8 @@ class Distill(_Data, frozen=True, kw_only=True):
             "Size of the text tower: tiny, small, standard, or WIDTHxLAYERS such as 512x6; or the folder of a "
             "model, for its text tower; or teacher, for that of the (first) teacher, of which only the "
             "projection is trained.",
-            group="Student", metavar="SIZE|MODEL", complete="tiny|small|standard|teacher", default="standard, or the trained model's",
+            group="Student", metavar="SIZE|MODEL", complete="tiny|small|standard|teacher",
+            default="standard, or the trained model's",
         ),
     ] | None = None  # fmt: skip
     context_length: Annotated[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import ntpath
 import re
 import shlex

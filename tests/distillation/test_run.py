@@ -420,7 +420,7 @@ def test_weights_of_a_checkpoint_are_not_joined_to_what_they_do_not_belong_to(
     for accept_changes in (False, True):
         with pytest.raises(UsageError, match=difference) as error:
             run_distillation(config, tmp_path / "run", resume=True, accept_changes=accept_changes)
-        assert error.value.hint == "restore them, or start a new run with another -o"
+        assert error.value.hint == "restore them, or start a new run with another output"
     shutil.rmtree(tmp_path / "teacher")
     (tmp_path / "before").rename(tmp_path / "teacher")
     distil(config, tmp_path / "run", resume=True)
@@ -603,7 +603,7 @@ def test_a_run_is_resumed_from_another_working_directory(
         inputs = r"began with other inputs: pairs\.csv with 24 pairs, where other\.csv has 19 pairs"
         with pytest.raises(UsageError, match=inputs) as refusal:
             distil(other, run, resume=True)
-        assert re.match(r"name those that it began with: --data \S*pairs\.csv,", refusal.value.hint)
+        assert re.match(r"name those that it began with: data \S*pairs\.csv,", refusal.value.hint)
         with pytest.raises(UsageError, match="another configuration: images: None → "):
             distil(msgspec.structs.replace(there, images=there.data), run, resume=True)
         assert_same_weights(distil(there, run, resume=True), expected)
@@ -774,7 +774,7 @@ def test_a_part_of_a_batch_with_one_image_is_refused_where_a_batch_norm_cannot_t
     config = msgspec.structs.replace(config, recipe=recipe, student="test_resnet", image_size=32, accumulate=6)
     with pytest.raises(UsageError, match="sees a single image in a part of a batch") as refusal:
         distil(config, tmp_path / "run")
-    assert "--accumulate" in refusal.value.hint
+    assert "accumulate" in refusal.value.hint
     assert not (tmp_path / "run").exists()
 
 

@@ -232,7 +232,7 @@ def test_an_output_that_cannot_be_put_in_its_place_is_refused_before_the_work(
     monkeypatch.setattr(Path, "is_mount", lambda path: pytest.fail("Path.is_mount() is unsupported on this system"))
     with pytest.raises(UsageError, match="is where a volume is mounted, which cannot be replaced") as raised:
         require_free_output(tmp_path / "volume", overwrite=False)
-    assert raised.value.hint == f"name a folder in it: -o {tmp_path / 'volume' / 'new'}"
+    assert raised.value.hint == f"name a folder in it: output {tmp_path / 'volume' / 'new'}"
     require_free_output(tmp_path / "volume" / "new", overwrite=False)
 
 

@@ -31,7 +31,7 @@ def test_the_plot_has_the_colours_of_roles_and_background(results: Results) -> N
 
 
 def test_results_without_a_zero_shot_task_have_no_plot(results: Results) -> None:
-    rows = tuple(msgspec.structs.replace(row, scores=()) for row in results.rows)
+    rows = tuple(msgspec.structs.replace(row, scores=()) for row in results.rows[:1])
     assert draw(msgspec.structs.replace(results, rows=rows), file_format="png") is None
 
 
@@ -74,7 +74,7 @@ def test_labels_of_nearby_dots_do_not_overlap() -> None:
 
 
 def test_a_label_with_dollar_signs_is_no_formula(results: Results) -> None:
-    rows = tuple(msgspec.structs.replace(row, label=f"100$%$ {row.label}") for row in results.rows)
+    rows = tuple(msgspec.structs.replace(row, label=f"100$%$ {row.label}") for row in results.rows[:1])
     svg = draw(msgspec.structs.replace(results, rows=rows), file_format="svg")
     assert svg is not None
     assert b"<!-- 100$%$ Teacher -->" in svg  # which matplotlib writes beside the outlines of a text

@@ -254,7 +254,7 @@ def test_a_run_does_not_change_its_kind_of_bank(
     watch, began = Watch(), (tmp_path / "run" / "config.yaml").read_text()
     with pytest.raises(UsageError, match=message) as error:
         run_distillation(request.getfixturevalue(second), tmp_path / "run", resume=True, reporter=watch)
-    assert "teacher-cache" in error.value.hint
+    assert "teacher_cache" in error.value.hint
     assert watch.updates == []  # no cache is built
     assert (tmp_path / "run" / "config.yaml").read_text() == began
     with pytest.raises(MemoryError):
