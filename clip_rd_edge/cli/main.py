@@ -22,7 +22,7 @@ from clip_rd_edge.cli._options import CommandGroup
 from clip_rd_edge.errors import ClipRdEdgeError, LostProcessError, MissingExtraError, UsageError, causes, near_matches
 from clip_rd_edge.utils import signals
 from clip_rd_edge.utils.printable import one_line
-from clip_rd_edge.utils.signals import end_calls, handled_by, leave_lost_terminal, stop_signals
+from clip_rd_edge.utils.signals import end_running_calls, handled_by, leave_lost_terminal, stop_signals
 
 # name: (module, short help). The short help is repeated here so that listing the commands imports none of them.
 COMMANDS = {
@@ -136,7 +136,7 @@ def _main() -> None:
             raise _Terminated from error
         if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):
             echo("Interrupted.", err=True)
-            end_calls(130)  # the process waits for its threads
+            end_running_calls(130)  # the process waits for its threads
             sys.exit(130)
         if isinstance(error, MemoryError):
             _print_error(_NO_MEMORY, arguments)

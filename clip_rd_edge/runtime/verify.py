@@ -110,9 +110,8 @@ def _time_limit(seconds: float) -> Iterator[_Limit]:
     limit.words = f"ended after {seconds:,.0f} s, the time limit"
 
     def end() -> None:
-        nonlocal over
         limit.set()
-        over = end_calls(ClipRdEdgeError.exit_code)
+        end_calls(ClipRdEdgeError.exit_code, over)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True

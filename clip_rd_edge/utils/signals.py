@@ -94,23 +94,30 @@ class NativeCall:
         _calls.pop(threading.get_ident(), None)
 
 
-def end_calls(exit_code: int) -> threading.Event:
-    """Ask the native code of all threads to return, also what begins later, until the event is set.
+def end_calls(exit_code: int, over: threading.Event | None = None) -> threading.Event:
+    """Ask the native code of all threads to return, also what begins later, until the event `over` is set.
 
     A command line ends with the exit code if some does not return.
     """
-    over = threading.Event()
+    over = over or threading.Event()
 
     def end_all() -> None:
         started = time.monotonic()
-        while True:
+        while not over.is_set():
             for call in list(_calls.values()):
                 _end(call, since=started, exit_code=exit_code)
-            if over.wait(_PAUSE_S):
-                return
+            over.wait(_PAUSE_S)
 
     threading.Thread(target=end_all, daemon=True).start()
     return over
+
+
+def end_running_calls(exit_code: int) -> None:
+    """Ask the native code of all threads to return, and wait until it has; as `end_calls`."""
+    over = end_calls(exit_code)
+    while _calls:
+        time.sleep(_PAUSE_S)
+    over.set()
 
 
 def _end(call: NativeCall, *, since: float, exit_code: int) -> None:
