@@ -93,8 +93,9 @@ def verify_bundle(
         ConfigError: the manifest is damaged or has a newer format.
         UsageError: the device is not available here.
     """
+    manifest = _read_manifest(folder)
     with _time_limit(_MIN_LIMIT_S + size_bytes(folder) / 1e6 if time_limit_s is None else time_limit_s) as limit:
-        return _checks(folder, limit, threads=threads, device=device)
+        return _checks(folder, manifest, limit, threads=threads, device=device)
 
 
 class _Limit(threading.Event):
@@ -123,8 +124,7 @@ def _time_limit(seconds: float) -> Iterator[_Limit]:
         over.set()
 
 
-def _checks(folder: Path, limit: _Limit, *, threads: int | None, device: str) -> list[Check]:
-    manifest = _read_manifest(folder)
+def _checks(folder: Path, manifest: Manifest, limit: _Limit, *, threads: int | None, device: str) -> list[Check]:
     checks = [_check_manifest(folder, manifest)]
     checks += [_check_file(folder, name, digest) for name, digest in sorted(manifest.files.items())]
     broken = {check.what for check in checks if not check.passed}

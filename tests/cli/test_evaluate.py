@@ -69,7 +69,9 @@ def test_the_table_is_printed_to_stdout(run: Run, task: Path, monkeypatch: pytes
     out, err = capsys.readouterr()
     assert "43.9 to 100.0" in out
     assert err == "· starting evaluate\n"
-    assert opened == [("some/model", {"pretrained": None, "threads": 2, "runtime": None, "device": "auto"})]
+    assert opened == [
+        ("some/model", {"pretrained": None, "threads": 2, "runtime": None, "device": "auto", "force": False})
+    ]
 
 
 def test_json_is_printed_to_stdout(run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

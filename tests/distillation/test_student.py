@@ -138,7 +138,7 @@ def test_a_text_tower_that_was_replaced_is_noticed(text_taken: RunConfig, tmp_pa
     for accept_changes in (False, True):
         with pytest.raises(UsageError, match="text tower that the student starts from has other weights") as error:
             run_distillation(text_taken, run, resume=True, accept_changes=accept_changes)
-        assert error.value.hint == "restore them, or start a new run with another -o"
+        assert error.value.hint == "restore them, or start a new run with another output"
     shutil.rmtree(texts)
     with pytest.raises(ConfigError, match=r"The text tower is '.*texts', but there is no such folder; expected"):
         run_distillation(text_taken, run, resume=True)
@@ -184,6 +184,6 @@ def test_a_students_file_that_was_edited_is_noticed_and_one_that_was_moved_is_no
     for accept_changes in (False, True):
         with pytest.raises(UsageError, match="the file of the student's architecture has another content") as error:
             run_distillation(config, run, resume=True, accept_changes=accept_changes)
-        assert error.value.hint == "restore them, or start a new run with another -o"
+        assert error.value.hint == "restore them, or start a new run with another output"
     moved = msgspec.structs.replace(config, student=write("moved.json", 0.5))
     assert load_clip(str(run_distillation(moved, run, resume=True))).preprocessing.mean == (0.5, 0.5, 0.5)

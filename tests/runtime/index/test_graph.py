@@ -388,7 +388,7 @@ def test_without_usearch_search_stays_exact_and_says_so(
     assert not update_index(encoder, many_images, path, reporter=reporter).approximate  # here
     assert "search stays exact" in reporter.said[0]
     assert read_graph(copy, read_index(copy)[0]) is None
-    assert len(search_index(copy, "blue", top=3)) == 3
+    assert len(search_index(copy, "blue", top=3, bundle=encoder.folder)) == 3
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
