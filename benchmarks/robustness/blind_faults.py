@@ -3,9 +3,9 @@
     python -m benchmarks.robustness.blind_faults -o benchmarks/results/MACHINE/blind_faults.md
 
 The faults are in blind_faults.yaml, which was committed before the first was run. Each is put into a copy of the
-package, alone. The fast tests of its own module are run first, then those of its package, and with --all, if these
-notice nothing, all fast tests. A file with the suffix .json has each verdict as soon as it is known: the same command
-goes on after an interruption.
+package, alone. The fast tests of its own module are run first, then those of its package; a second call with `--also
+tests/runtime tests/distillation`, or `--also tests` for all, runs further ones for those that went unnoticed. A file
+with the suffix .json has each verdict as soon as it is known: the same command goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -62,25 +62,23 @@ class Verdicts(msgspec.Struct, frozen=True):
     verdicts: dict[str, Verdict]
 
 
-def check(fault: Fault, copy: Path, *, everything: bool) -> Verdict:
-    """Run tests with a fault until some notice it; leave the copy as it was."""
+def check(fault: Fault, copy: Path, tests: str) -> Verdict:
+    """Run tests with a fault; leave the copy as it was."""
     path = copy / fault.file
     original = path.read_text()
     apply(Mutation(fault=fault.what, file=fault.file, old=fault.old, new=fault.new, tests=""), copy)
     started = time.perf_counter()
     try:
-        for tests in (fault.tests, *(["tests"] if everything else [])):
-            if not run_tests(copy, tests):
-                return Verdict(tests, time.perf_counter() - started)
+        noticed = not run_tests(copy, tests)
     finally:
         path.write_text(original)
-    return Verdict("", time.perf_counter() - started)
+    return Verdict(tests if noticed else "", time.perf_counter() - started)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="the table; verdicts are saved beside it")
-    parser.add_argument("--all", action="store_true", help="run all fast tests where a package's own notice nothing")
+    parser.add_argument("--also", nargs="+", default=[], metavar="TESTS", help="further tests for what went unnoticed")
     options = parser.parse_args()
     faults, saved = read_yaml(FAULTS, list[Fault]), options.output.with_suffix(".json")  # type: ignore[type-var]
     verdicts = read_json(saved, Verdicts).verdicts if saved.exists() else {}
@@ -92,16 +90,17 @@ def main() -> int:
             (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, copy / name)
         for fault in faults:
             known = verdicts.get(fault.what)
-            if known is not None and (known.by or not options.all):
+            if known is not None and (known.by or not options.also):
                 continue
-            verdicts[fault.what] = verdict = check(fault, copy, everything=options.all)
+            tests = fault.tests if known is None else " ".join(options.also)
+            verdicts[fault.what] = verdict = check(fault, copy, tests)
             print(f"{verdict.by or 'unnoticed'}: {fault.what} ({verdict.seconds:.0f} s)", file=sys.stderr, flush=True)
             write_bytes(saved, to_json(Verdicts(machine_name(), verdicts)))
     noticed = sum(bool(verdict.by) for verdict in verdicts.values())
     rows = [["file", "fault", "noticed by"]]
     rows += [[f"`{fault.file}`", fault.what, f"`{by}`" if (by := verdicts[fault.what].by) else "**nothing**"]
              for fault in faults]  # fmt: skip
-    extent = "all fast tests" if options.all else "the fast tests of their own packages"
+    extent = " ".join(["the fast tests of their own packages", *(["and", *options.also] if options.also else [])])
     heading = f"{noticed} of {len(faults)} are noticed by {extent} ({date.today().isoformat()}, {machine_name()})."
     write_text(options.output, f"{heading}\n\n{markdown_table(rows, left=(0, 1, 2))}\n")
     print(heading)
