@@ -98,3 +98,10 @@ def test_a_host_is_a_name_and_a_port_and_nothing_else(client: Any, server: str, 
 def test_only_pages_of_the_web_have_an_origin(client: Any, server: str, origin: str) -> None:
     assert client.get(PATHS[server], headers={"Origin": origin}).status_code == 403
     assert client.get(PATHS[server], headers={"Origin": URL}).status_code == 200
+
+
+@pytest.mark.parametrize("server", ["demo", "serve"], indirect=True)
+def test_a_foreign_host_is_refused_however_often_it_asks(client: Any, server: str) -> None:
+    for _ in range(2):
+        assert client.get(PATHS[server], headers={"Host": "evil.example"}).status_code == 403
+    assert client.get(PATHS[server]).status_code == 200

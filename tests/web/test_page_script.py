@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,3 +103,28 @@ def test_a_late_answer_belongs_to_nothing_beside_an_image_that_cannot_be_read(no
 def test_an_answer_and_an_error_are_shown(node: Node) -> None:
     shown = node.evaluate(PLAY, [("image", "a"), ("answer", "a"), ("image", "b"), ("error", "b")])
     assert [shown[1], shown[3]] == [["a 90 %", ""], ["No result.", "b"]]
+
+
+# Images are 3 × 4 pixels, and this browser turns none; the answer is the width of what `uprightBitmap` returns.
+UPRIGHT = """async (bytes) => {
+    globalThis.createImageBitmap = async () => ({ width: 3, height: 4, close() {} });
+    globalThis.OffscreenCanvas = class {
+        constructor(width, height) { Object.assign(this, { width, height }); }
+        getContext() { return { setTransform() {}, drawImage() {} }; }
+        transferToImageBitmap() { return this; }
+    };
+    const { uprightBitmap } = await import("./upright.js");
+    return (await uprightBitmap(new Blob([Uint8Array.from(bytes)]))).width;
+}"""
+
+
+@pytest.mark.parametrize("length", [4, 5])  # of the chunk before EXIF: an odd one is followed by a byte of padding
+def test_a_webp_is_upright_whatever_stands_before_its_exif(
+    tmp_path: Path, start_node: Callable[[Path], Node], length: int
+) -> None:
+    exif = b"MM" + struct.pack(">HIHHHIHHI", 42, 8, 1, 0x0112, 3, 1, 6, 0, 0)
+    chunks = struct.pack("<4sI", b"VP8L", length) + bytes(length + length % 2)
+    chunks += struct.pack("<4sI", b"EXIF", len(exif)) + exif
+    shutil.copyfile(PAGE / "upright.js", tmp_path / "upright.js")
+    content = struct.pack("<4sI4s", b"RIFF", 4 + len(chunks), b"WEBP") + chunks
+    assert start_node(tmp_path).evaluate(UPRIGHT, list(content)) == 4
