@@ -15,11 +15,9 @@ from clip_rd_edge.cli._options import (
     NameChoice,
     PathName,
     complete_data,
-    complete_device,
     complete_labels,
     complete_recipe,
     complete_student,
-    complete_targets,
     complete_task,
     completed_by,
 )
@@ -27,8 +25,8 @@ from clip_rd_edge.errors import spelled
 from clip_rd_edge.settings.options import Declared, Settings, declared
 
 COMPLETIONS = {
-    "data": complete_data, "device": complete_device, "labels": complete_labels, "recipe": complete_recipe,
-    "student": complete_student, "targets": complete_targets, "task": complete_task,
+    "data": complete_data, "labels": complete_labels, "recipe": complete_recipe,
+    "student": complete_student, "task": complete_task,
 }  # fmt: skip
 
 
