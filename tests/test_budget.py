@@ -25,12 +25,12 @@ LONG = 60  # lines of a function, from `def` on
 # What is measured: its limit, and the one to reach.
 BUDGETS: Mapping[str, tuple[int, int]] = {
     "modules of the package": (292, 175),
-    "lines of the package": (48_850, 33_000),
+    "lines of the package": (47_500, 33_000),
     "lines of the longest module": (480, 450),
     "parameters of a function": (8, 8),
     f"functions above {LONG} lines": (9, 8),
     "raise statements": (828, 480),
-    "lines of Raises: below api/": (823, 60),
+    "lines of Raises: below api/": (60, 60),
     "own modules imported by --help": (12, 12),
     "own modules imported by classify": (55, 34),
     "own modules imported by export": (152, 70),

@@ -184,10 +184,6 @@ def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILE
 
     Args:
         reporter: receives the progress after each batch, with the task's name as the stage.
-
-    Raises:
-        InputError: the task has no images, or an image cannot be read.
-        NotFiniteError: an embedding has an entry that is not a finite number.
     """
     labels = label_embeddings(encoder, task.labels, task.templates)
     images = embed_images(encoder, task.images, task.name, reporter)
@@ -261,10 +257,6 @@ def embed_images(encoder: Encoder, files: Sequence[ImageFile], task: str, report
 
     Args:
         task: its name, for errors, and as the stage of the progress.
-
-    Raises:
-        InputError: there are no images, or one cannot be read.
-        NotFiniteError: an embedding has an entry that is not a finite number.
     """
     if not files:
         raise InputError(f"The task {task!r} has no images.")

@@ -65,11 +65,7 @@ class AnswerCache:
         self._environment = repr((hardware, sorted(environment.packages.items()), environment.commit))
 
     def find(self, model: str, runtime: str | None, task: Task) -> Answers | None:
-        """Return the cached answers of this model on this task, or None.
-
-        Raises:
-            DamagedCacheError: the file cannot be read.
-        """
+        """Return the cached answers of this model on this task, or None."""
         path = self._path(model, runtime, task)
         if not path.is_file():
             return None

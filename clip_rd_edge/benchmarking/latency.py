@@ -28,9 +28,6 @@ class EncoderCalls:
     Args:
         image: the image file.
         labels: number of labels to classify among; their embeddings are random, which takes the same time.
-
-    Raises:
-        InputError: the image cannot be read.
     """
 
     def __init__(self, encoder: TowerEncoder, image: ImageFile, labels: int) -> None:
@@ -230,9 +227,6 @@ def measure_latencies(
         threads: the number of threads that the encoders were opened with; it is recorded, not set.
         rounds: max number of times each call is timed.
         reporter: receives the number of finished blocks.
-
-    Raises:
-        InputError: the image cannot be read.
     """
     encoder_calls = {label: EncoderCalls(encoder, image, labels) for label, encoder in encoders.items()}
     measurements = _measurement_calls(encoder_calls, threads)

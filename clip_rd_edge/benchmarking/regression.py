@@ -74,11 +74,7 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def compare_runs(old: Results, new: Results) -> Changes:
-    """Compare all rows that both runs have, by label.
-
-    Raises:
-        InputError: the runs have no row in common.
-    """
+    """Compare all rows that both runs have, by label."""
     new_rows = {row.label: row for row in new.rows}
     pairs = [(row, new_rows[row.label]) for row in old.rows if row.label in new_rows]
     if not pairs:

@@ -276,10 +276,6 @@ def read_results(path: Path) -> Results:
 
     Args:
         path: the file, or the folder that a benchmark wrote.
-
-    Raises:
-        InputError: the file does not exist.
-        ConfigError: it is damaged, of a newer format, or has no rows.
     """
     path = path / RESULTS if is_folder(path) else path
     evidence = ConfigError(

@@ -51,11 +51,7 @@ class OpenModels:
 def open_and_evaluate(
     suite: Suite, tasks: Sequence[Task], open_encoder: OpenEncoder, reporter: Reporter, cache: AnswerCache | None
 ) -> OpenModels:
-    """Open every model and measure its accuracy.
-
-    Raises:
-        DamagedCacheError: a cached result of an earlier run cannot be read.
-    """
+    """Open every model and measure its accuracy."""
     opened = OpenModels()
     for row in suite.rows:
         with _skipped_if_it_fails(row, opened):
@@ -92,11 +88,7 @@ def _skipped_if_it_fails(row: SuiteRow, opened: OpenModels) -> Iterator[None]:
 
 
 def _require_answers(model: str, tasks: Sequence[Task]) -> None:
-    """Refuse a bundle whose manifest says that it cannot answer a task: it has no text tower. No tower is loaded.
-
-    Raises:
-        ClipRdEdgeError: it cannot, or its manifest cannot be read.
-    """
+    """Refuse a bundle whose manifest says that it cannot answer a task: it has no text tower. No tower is loaded."""
     if not is_bundle(Path(model)):
         return
     manifest = read_manifest(Path(model))
@@ -187,10 +179,6 @@ def run_suite(
             one. Passed in by the caller, because it may need torch.
         cache: where accuracy results are stored, and read from if they exist.
         launch: command of a process that answers once; None skips the cold start.
-
-    Raises:
-        ConfigError: the suite is invalid.
-        InputError: a task is unknown or empty, or no model could be measured.
     """
     check_suite(suite, source=f"The suite {suite.name}")
     missing = suite.missing()

@@ -81,9 +81,6 @@ class Suite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def load_tasks(self) -> list[Task]:
         """Load the tasks, except those that `missing` names.
-
-        Raises:
-            InputError: a task is unknown or empty, or all are missing.
         ConfigError: a task is a command or a URL.
         """
         missing = self.missing()
@@ -109,11 +106,7 @@ class Suite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return {name: reason for name, reason in {**missing, **shards}.items() if reason}
 
     def resolve_model(self, row: SuiteRow) -> Typed:
-        """Return a row's model as `open_encoder` accepts it.
-
-        Raises:
-            InputError: the folder does not exist.
-        """
+        """Return a row's model as `open_encoder` accepts it."""
         if row.model.startswith(_HUB):
             return Typed(row.model)
         folder = Path(self.root or ".") / row.model.removeprefix(LOCAL_DIR)
@@ -161,9 +154,6 @@ def find_suite(name: str, *, key: str = "rows") -> Path:
 
     Args:
         key: what suites of this kind have; the error names those alone.
-
-    Raises:
-        InputError: neither exists.
     """
     if is_file(name):
         return Path(name)
@@ -186,10 +176,6 @@ def read_suite(path: Path, *, rows: Sequence[SuiteRow] = (), data_root: str | No
         rows: models to use instead of the file's; their paths are relative to the current directory, not to the suite's
             root.
         data_root: folder of the tasks to use instead of the file's.
-
-    Raises:
-        InputError: the file does not exist.
-        ConfigError: it is not valid YAML, has an unknown key or a value of the wrong type, or is inconsistent.
     """
     try:
         suite = read_yaml(path, Suite)
@@ -207,11 +193,7 @@ def read_suite(path: Path, *, rows: Sequence[SuiteRow] = (), data_root: str | No
 
 
 def check_suite(suite: Suite, *, source: str) -> None:
-    """Check that a suite can be run.
-
-    Raises:
-        ConfigError: it has no rows or tasks, or a duplicate label.
-    """
+    """Check that a suite can be run."""
     for name in ("rows", "tasks"):
         if not getattr(suite, name):
             hint = "name some: {models} student=runs/first {models} quantised=bundle" if name == "rows" else ""
@@ -243,9 +225,6 @@ def parse_models(models: Sequence[str]) -> tuple[SuiteRow, ...]:
 
     Labels are the roles, with the model's name if several models have the same role, and its path if those have the
     same name.
-
-    Raises:
-        ConfigError: an item has another form, or an unknown role.
     """
     items = [model.partition("=") for model in models]
     roles = [role for role, _, _ in items]

@@ -35,11 +35,7 @@ def echo(
 
 @contextmanager
 def results_whole() -> Iterator[None]:
-    """Within the block, which prints, a full disk is told as what it is there: what was printed so far is cut off.
-
-    Raises:
-        DiskFullError: what is printed goes into a file for which there is no space.
-    """
+    """Within the block, which prints, a full disk is told as what it is there: what was printed so far is cut off."""
     try:
         yield
     except OSError as error:

@@ -117,9 +117,6 @@ def _compare(old: Path, new: Path, *, allow_busy: bool, as_json: bool) -> int:
 
     It is 1 if there is a regression, else NOT_COMPARED if the accuracy on a task was not compared, or latencies were
     not and `allow_busy` is false.
-
-    Raises:
-        InputError, ConfigError: a result is missing or damaged, or the two have no model in common.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import print_table, say

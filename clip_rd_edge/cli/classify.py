@@ -148,11 +148,7 @@ class _LateReporter(Reporter):
 
 
 def _require_bundle(bundle: Path, images: Sequence[str]) -> None:
-    """Refuse what is no bundle before images are looked for: the arguments may be swapped.
-
-    Raises:
-        InputError: it is none; the hint names the bundle if it is among the images.
-    """
+    """Refuse what is no bundle before images are looked for: the arguments may be swapped."""
     from clip_rd_edge.contract.bundle import is_bundle, read_manifest
 
     if is_bundle(bundle):
@@ -171,9 +167,6 @@ def _lines(stream: TextIO, *, null: bool) -> Iterator[str]:
     """Yield the paths on a stream, one per line or each ended by NUL; nothing is read before the first is asked for.
 
     Windows' programs begin a list of lines with a byte order mark.
-
-    Raises:
-        InputError: the lines are in another encoding of Windows, where the names of files have no bytes.
     """
     if null:
         yield from stream.read().split("\0")
@@ -201,11 +194,7 @@ def _classify_files(
     quick: bool,
     end: str,
 ) -> None:
-    """Classify image files and print the results; report unreadable images on stderr and continue with the others.
-
-    Raises:
-        InputError: an image could not be read; raised after all others are classified.
-    """
+    """Classify image files and print the results; report unreadable images on stderr and continue with the others."""
     from PIL import Image
 
     from clip_rd_edge.cli._console import console_reporter

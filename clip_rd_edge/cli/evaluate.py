@@ -95,11 +95,7 @@ def _require_free(path: Path) -> None:
 
 
 def _write_confusion(path: Path, scores: Sequence[Score]) -> None:
-    """Write the confusion matrix of each zero-shot score as rows of one CSV file.
-
-    Raises:
-        UsageError: the file cannot be written.
-    """
+    """Write the confusion matrix of each zero-shot score as rows of one CSV file."""
     from clip_rd_edge.benchmarking.metrics import ZeroShotScore
     from clip_rd_edge.utils.files import named_failures, write_text
 

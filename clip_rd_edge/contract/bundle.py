@@ -121,9 +121,6 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
         text: None if the text tower was left out: the bundle then embeds images, and knows the labels of its bank.
         files: SHA-256 of every other file, by name.
         checksum: SHA-256 of this file with an empty `checksum`.
-
-    Raises:
-        CheckedError: a number is out of its range, or the name of a file leads out of the bundle's folder.
     """
 
     format_version: NonNegativeInt
@@ -153,11 +150,7 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return {"image": self.image} if self.text is None else {"image": self.image, "text": self.text}
 
     def require_text(self) -> Tower:
-        """Return the text tower.
-
-        Raises:
-            InputError: it was left out of the bundle.
-        """
+        """Return the text tower."""
         if self.text is None:
             raise InputError(
                 f"The bundle of {self.name} has no text tower: it was exported with --no-text-tower, and embeds images "
@@ -252,13 +245,7 @@ def inner_bundles(folder: Path) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a bundle's manifest; check that its files exist, and that it has the checksums of towers and tokenizer.
-
-    Raises:
-        InputError: the folder or its manifest does not exist, or a file listed in the manifest is missing.
-        ConfigError: the manifest is damaged, its format is newer than this version supports, a number is out of range,
-            the name of a file leads out of the folder, or the checksum of a file is missing.
-    """
+    """Read a bundle's manifest; check that its files exist, and that it has the checksums of towers and tokenizer."""
     if not is_bundle(folder):
         reason = "has no manifest.json" if is_folder(folder) else "is a file" if exists(folder) else "does not exist"
         hint = inner_bundles(folder) or "create one with clip-rd-edge export"

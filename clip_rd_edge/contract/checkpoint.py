@@ -49,11 +49,7 @@ def is_architecture(spec: str) -> bool:
 
 
 def refuse_other_weights(spec: str, pretrained: str | None) -> None:
-    """Refuse weights for a model that has its own, which would be used in their place.
-
-    Raises:
-        UsageError: `pretrained` names some, and `spec` is no architecture.
-    """
+    """Refuse weights for a model that has its own, which would be used in their place."""
     if pretrained is not None and not is_architecture(spec):
         raise UsageError(
             f"{spec} has weights of its own; pretrained, {pretrained!r}, is for an architecture alone.",
@@ -62,11 +58,7 @@ def refuse_other_weights(spec: str, pretrained: str | None) -> None:
 
 
 def refuse_unfinished_run(spec: str) -> None:
-    """Refuse the folder of a run that has no student yet.
-
-    Raises:
-        InputError: it is one.
-    """
+    """Refuse the folder of a run that has no student yet."""
     run = Path(spec)
     if spec and is_file(run / RUN_CONFIG_FILE) and model_folder(spec) is None:
         raise InputError(
@@ -76,21 +68,13 @@ def refuse_unfinished_run(spec: str) -> None:
 
 
 def training_record_path(folder: Path | None) -> Path | None:
-    """Return the record of training in a model's folder, if there is one.
-
-    Raises:
-        InputError: the system cannot tell, since the folder may not be entered, for example.
-    """
+    """Return the record of training in a model's folder, if there is one."""
     path = folder / DISTILLATION_FILE if folder else None
     return path if path and is_file(path) else None
 
 
 def read_training_record(spec: str) -> dict[str, Any]:
-    """Return what is known of a model's training, such as the data for calibration; empty if nothing is.
-
-    Raises:
-        ConfigError: its file is damaged.
-    """
+    """Return what is known of a model's training, such as the data for calibration; empty if nothing is."""
     path = training_record_path(model_folder(spec))
     record = read_json_objects(path) if path else None
     return {k: v for k, v in record.items() if k not in _OF_ONE_MODEL} if isinstance(record, dict) else {}

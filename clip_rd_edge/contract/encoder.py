@@ -68,11 +68,7 @@ class SharedEncoder(Encoder, Protocol):
     """An encoder that several processes run together: all call the same methods in the same order, and get all rows."""
 
     def share(self, batches: Sequence[slice], embed: Callable[[slice], Embeddings]) -> Embeddings:
-        """Return the rows of all batches, each of which one of the processes computes with `embed`.
-
-        Raises:
-            ClipRdEdgeError: in all processes, if `embed` raises it in one.
-        """
+        """Return the rows of all batches, each of which one of the processes computes with `embed`."""
         ...
 
 
@@ -86,12 +82,7 @@ class LabelsEncoder(Encoder, Protocol):
         ...
 
     def stored_label_embeddings(self, labels: Sequence[str], templates: Sequence[str]) -> Embeddings:
-        """Return the stored embeddings of labels, (C, D).
-
-        Raises:
-            InputError: a label is not stored.
-            UsageError: the labels were embedded with other templates.
-        """
+        """Return the stored embeddings of labels, (C, D)."""
         ...
 
 
@@ -157,11 +148,7 @@ class TowerEncoder(Encoder, Protocol):
 
 
 def as_list(texts: str | Iterable[str]) -> list[str]:
-    """Return a list of texts, which has one entry for a single text: a str is a sequence of characters otherwise.
-
-    Raises:
-        InputError: `texts` is of another type, or an entry is no text.
-    """
+    """Return a list of texts, which has one entry for a single text: a str is a sequence of characters otherwise."""
     if isinstance(texts, str):
         return [texts]
     given: Any = texts
@@ -179,11 +166,7 @@ def as_list(texts: str | Iterable[str]) -> list[str]:
 
 
 def require_finite(embeddings: Embeddings, source: str) -> Embeddings:
-    """Return the embeddings if all entries are finite.
-
-    Raises:
-        NotFiniteError: one is not; with it, all comparisons are false, and the answer would be wrong without a word.
-    """
+    """Return the embeddings if all entries are finite."""
     if not np.isfinite(embeddings).all():
         raise NotFiniteError(
             f"{source} has embeddings with entries that are not finite numbers.",
@@ -232,11 +215,6 @@ def label_embeddings(
         templates: prompt templates with one `{}` for the name (or `{c}`, as in CLIP_benchmark), such as
             `a photo of a {}.`
         reporter: hears how many labels are embedded.
-
-    Raises:
-        InputError: there are no labels, a label is empty, or a template has no placeholder; or the encoder has no text
-            tower, and a label is none of those that it has stored.
-        UsageError: it has stored them with other templates.
     """
     require_labels(labels)
     if isinstance(encoder, LabelsEncoder) and not encoder.has_text_tower:
@@ -251,11 +229,7 @@ def label_embeddings(
 
 
 def fill_template(template: str, label: str) -> str:
-    """Return the prompt for a label.
-
-    Raises:
-        InputError: the template has no placeholder.
-    """
+    """Return the prompt for a label."""
     placeholder = "{c}" if "{c}" in template else "{}"
     if placeholder not in template:
         raise InputError(f"The template {template!r} has no {{}} for the label's name.")
@@ -270,11 +244,7 @@ def normalise(rows: npt.NDArray[np.floating]) -> Embeddings:
 
 
 def probabilities(images: Embeddings, labels: Embeddings, logit_scale: float) -> Probabilities:
-    """Return the softmax over labels of logit_scale times the cosine similarities, shape (N, C).
-
-    Raises:
-        ConfigError: an embedding of an image or a label has an entry that is not a finite number.
-    """
+    """Return the softmax over labels of logit_scale times the cosine similarities, shape (N, C)."""
     logits = require_finite(logit_scale * (images @ labels.T), "An image or a label")
     logits -= logits.max(axis=1, keepdims=True)
     exponents = np.exp(logits)

@@ -41,9 +41,6 @@ def find_images(
             and `-` for `lines`.
         lines: paths without the newline or NUL that ends them; blank ones are skipped.
         on_unreadable: called for each subfolder that cannot be read; the others are searched if it returns.
-
-    Raises:
-        InputError: a name is empty, a file or folder does not exist, a folder has no images, or a glob matches nothing.
     """
     for name in names:
         if not name:

@@ -50,10 +50,6 @@ def open_image(file: ImageFile, *, min_edge: int | None = None, max_pixels: int 
         min_edge: min length of both edges in pixels. A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is
             many times faster for a photograph, but no longer bit-identical to open_clip. None decodes at full size.
         max_pixels: limit on width × height, at most MAX_PIXELS; checked before decoding.
-
-    Raises:
-        InputError: the file does not exist, is not a regular file, is in none of FORMATS, is damaged, has more than
-            `max_pixels`, or has deep greyscale of an unknown range.
     """
     with _opened(file, max_pixels) as image:
         if min_edge is not None:
@@ -248,9 +244,6 @@ def _to_8_bits(image: Image.Image, *, is_12_bits: bool) -> Image.Image:
     """Scale greyscale of more than 8 bits, which Pillow would clip at 255, with its transparent level on BACKGROUND.
 
     Integers are levels of 16 bits, unless none is above 255; floats are shares, unless one is above 1.
-
-    Raises:
-        ValueError: the values have another range, such as 12 bits in a PNG of 16, which would make it black.
     """
     values = np.asarray(image, dtype=np.float64)
     low, high = float(values.min()), float(values.max())
@@ -278,11 +271,7 @@ ImageInput = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 
 
 def as_rgb(image: ImageInput) -> Image.Image:
-    """Convert any `ImageInput` to an RGB image, as `open_image` converts a file.
-
-    Raises:
-        InputError: the path cannot be opened, the array has another shape or dtype, or `image` is of another type.
-    """
+    """Convert any `ImageInput` to an RGB image, as `open_image` converts a file."""
     if isinstance(image, Image.Image):
         return _given_to_rgb(image)
     if isinstance(image, str | os.PathLike):
@@ -333,11 +322,7 @@ def _no_pixels(width: int, height: int) -> str:
 
 
 def as_images(images: ImageInput | Iterable[ImageInput]) -> Iterable[ImageInput]:
-    """Return images as they are, and a single image in a list.
-
-    Raises:
-        InputError: `images` is neither an image nor a list of them.
-    """
+    """Return images as they are, and a single image in a list."""
     if is_single_image(images):
         return [images]  # type: ignore[list-item]
     hint = _hint_to_open(images)
@@ -399,9 +384,6 @@ def register_heif(file: object) -> None:
 
     Args:
         file: the file that needs it, for the error message.
-
-    Raises:
-        InputError: pillow-heif is not installed.
     """
     try:
         import pillow_heif

@@ -44,9 +44,6 @@ def require_readable(names: Sequence[str], size: int, precision: LabelPrecision)
     Args:
         names: the labels.
         size: of their embeddings.
-
-    Raises:
-        InputError: as `require_labels`; there are too many, one of many is very long, or one ends in NUL.
     """
     require_labels(names)
     rows = MAX_BYTES // (size * {"fp32": 4, "fp16": 2, "int8": 1}[precision])
@@ -81,11 +78,7 @@ def write_labels(folder: Path, bank: LabelBank, *, precision: LabelPrecision = "
 
 
 def read_labels(folder: Path) -> LabelBank | None:
-    """Return the bundle's label bank, or None if it has none.
-
-    Raises:
-        ConfigError: labels.npz is damaged, too large, or has embeddings that are not finite.
-    """
+    """Return the bundle's label bank, or None if it has none."""
     path = folder / LABELS
     if not path.is_file():
         return None

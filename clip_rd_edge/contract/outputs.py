@@ -57,9 +57,6 @@ def require_output(path: Path, kind: OutputKind, *, overwrite: bool, sources: It
 
     Args:
         sources: what the output is made from, which it must not replace.
-
-    Raises:
-        UsageError: it is refused, or `path` cannot be written, as in `require_free_output`.
     """
     try:
         if is_file(path):
@@ -91,10 +88,6 @@ def require_output_file(path: Path, is_earlier: Callable[[bytes], bool], *, what
         is_earlier: tells it by the first 4,096 bytes.
         what: such an output, in the error.
         option: that names the file, in the hint.
-
-    Raises:
-        UsageError: it is refused.
-        InputError: the path is too long, or the file cannot be read.
     """
     if not exists(path):
         return

@@ -60,11 +60,7 @@ def write_reference(folder: Path, reference: Reference) -> None:
 
 
 def read_reference(folder: Path) -> Reference | None:
-    """Return a bundle's reference answers, or None if it has none.
-
-    Raises:
-        ConfigError: reference.npz is damaged.
-    """
+    """Return a bundle's reference answers, or None if it has none."""
     path = folder / REFERENCE
     if not path.is_file():
         return None

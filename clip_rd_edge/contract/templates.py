@@ -41,20 +41,12 @@ TemplateNames = Iterable[str] | str | os.PathLike[str] | None
 
 
 def template_words(templates: TemplateNames) -> list[Typed]:
-    """Return the templates of a call in Python as words for `parse_templates`; no words are the model's own templates.
-
-    Raises:
-        InputError: they are of another type.
-    """
+    """Return the templates of a call in Python as words for `parse_templates`; no words are the model's own templates."""
     return [] if templates is None else [Typed(word) for word in as_list(as_text(templates))]
 
 
 def parse_templates(words: Sequence[Typed]) -> Templates:
-    """Return the templates that a user names: templates, `imagenet` for CLIP's, or files with one template per line.
-
-    Raises:
-        InputError: a word is none of these, or a line of a file has no placeholder.
-    """
+    """Return the templates that a user names: templates, `imagenet` for CLIP's, or files with one template per line."""
     if list(words) == [IMAGENET]:
         return imagenet_templates()
     prompts: list[str] = []

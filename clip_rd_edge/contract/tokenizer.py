@@ -92,11 +92,7 @@ class _Parts(msgspec.Struct):
 
 
 class Tokenizer:
-    """Converts texts to token ids, shape (N, T) int64.
-
-    Raises:
-        ConfigError: `path` does not exist, is not a tokenizer file, or has stages or sizes that no tokenizer needs.
-    """
+    """Converts texts to token ids, shape (N, T) int64."""
 
     def __init__(self, path: Path, spec: TokenizerSpec) -> None:
         from tokenizers import (

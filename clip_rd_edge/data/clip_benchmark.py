@@ -41,11 +41,7 @@ class DataSet:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the images of the split are in tars.
-
-        Raises:
-            InputError: some are in tars and some in subfolders, and no nshards.txt tells which are meant.
-        """
+        """Whether the images of the split are in tars."""
         if not _is_sharded(self.split):
             return False
         if not (self.split / SHARD_COUNT).is_file():
@@ -120,13 +116,7 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 
 
 def image_folder_task(data_set: DataSet) -> ZeroShotTask:
-    """Return the zero-shot task of a data set with one subfolder of images per class, CLASS/…/image.jpg.
-
-    Raises:
-        InputError: there are no images, a link leads to no folder, the number of class names differs from the number of
-            subfolders, or there are no class names and the subfolders are named by WordNet ids, or look like splits or
-            another level of folders.
-    """
+    """Return the zero-shot task of a data set with one subfolder of images per class, CLASS/…/image.jpg."""
     if lost := sorted(path for path in data_set.split.iterdir() if leads_nowhere(path) and not is_ignored(path.name)):
         raise dead_link_error(lost[0])  # without a word, the task would have a class less
     classes = _sort_classes(_subfolders(data_set.split))
@@ -159,11 +149,7 @@ def image_folder_task(data_set: DataSet) -> ZeroShotTask:
 
 
 def _class_names(data_set: DataSet, classes: list[Path]) -> list[str]:
-    """Return the lines of classnames.txt, or, if there are tabs in them, the names behind the names of the subfolders.
-
-    Raises:
-        InputError: it has another number of names, or a line names no subfolder, or one that has a name already.
-    """
+    """Return the lines of classnames.txt, or, if there are tabs in them, the names behind the names of the subfolders."""
     lines, path = data_set.labels(), data_set.metadata_path(CLASS_NAMES)
     if lines and len(lines) != len(classes):
         raise InputError(
@@ -209,11 +195,7 @@ def _sort_classes(classes: list[Path]) -> list[Path]:
 
 
 def shard_task(data_set: DataSet) -> Task:
-    """Return the task of a data set in shards. No sample is skipped: that would change the evaluation.
-
-    Raises:
-        InputError: a shard, class name, class or caption is missing or invalid, or images have several labels.
-    """
+    """Return the task of a data set in shards. No sample is skipped: that would change the evaluation."""
     shards = [open_shard(path) for path in _shard_paths(data_set)]
     kind = data_set.kind() or ("classification" if any(shard.has("class").any() for shard in shards) else "retrieval")
     if kind == "retrieval":
@@ -226,11 +208,7 @@ def shard_task(data_set: DataSet) -> Task:
 
 
 def retrieval_from_shards(name: str, shards: Sequence[Shard]) -> RetrievalTask:
-    """Return the retrieval task of shards with all captions in each .txt, one per line, or else in each .json.
-
-    Raises:
-        InputError: as `shard_task`.
-    """
+    """Return the retrieval task of shards with all captions in each .txt, one per line, or else in each .json."""
     images: list[TarMember] = []
     captions: list[str] = []
     caption_images: list[int] = []

@@ -51,11 +51,7 @@ class Concept:
 
 @cache
 def concepts() -> tuple[Concept, ...]:
-    """Return all concepts available in both styles, in the order of their code points.
-
-    Raises:
-        ModuleNotFoundError: the extra `emoji` is not installed.
-    """
+    """Return all concepts available in both styles, in the order of their code points."""
     import emoji
 
     twemoji, openmoji = _artwork(_twemoji_folder(), ".png"), _artwork(_openmoji_folder(), ".svg")

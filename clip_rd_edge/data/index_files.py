@@ -140,9 +140,6 @@ def ordered_map(*, parallel: bool) -> Iterator[OrderedMap]:
 
     Args:
         parallel: whether the work is worth starting processes.
-
-    Raises:
-        LostProcessError: within the block, if one of the processes was killed.
     """
     workers = min(usable_cores(), _MAX_WORKERS)
     if workers < 2 or not parallel:

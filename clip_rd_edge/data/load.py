@@ -32,11 +32,7 @@ def require_local(source: str) -> None:
 
 
 def local_place(text: str, *, source: str) -> Typed:
-    """Return what a suite says as if it was typed: a name, or a path of this machine, but no command and no URL.
-
-    Raises:
-        ConfigError: it is one of these.
-    """
+    """Return what a suite says as if it was typed: a name, or a path of this machine, but no command and no URL."""
     if any(map(is_remote, map(str.strip, text.split("::")))):
         raise ConfigError(
             f"{source} names {shown_source(text)}, a command or a URL; expected a path of this machine.",
@@ -64,10 +60,6 @@ def load_pairs(
         image_key, caption_key: names of the table's two columns.
         weights: how often each shard source is shown per epoch, such as `1::2`; None means once.
         json_key, reporter: see `data.shards.webdataset.ShardPairs`.
-
-    Raises:
-        InputError: a file or column is missing, or there are fewer than two pairs.
-        UsageError: the weights are invalid.
     """
     if weights and not names_shards(source):
         raise UsageError(f"The weights {weights!r} apply only to shards, but the data are {shown_source(source)}.")

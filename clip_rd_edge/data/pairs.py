@@ -97,9 +97,6 @@ def require_batch(pairs: Pairs, batch_size: int, *, processes: int = 1, what: st
 
     Args:
         what: what the rows of `pairs` are called.
-
-    Raises:
-        UsageError: the batch size is below 2, exceeds the number of pairs, or is not a multiple of `processes`.
     """
     if batch_size < 2:
         raise UsageError(f"The batch size is {batch_size}; a contrastive loss needs at least 2 pairs per step.")
@@ -131,10 +128,6 @@ def read_twice(read: Callable[[int], T], index: int) -> T:
 
     Args:
         read: reads a sample by its index; raises InputError if it cannot.
-
-    Raises:
-        InputError: the sample is bad.
-        UnreachableError: the machine failed twice; no other sample must take the place of this one.
     """
     try:
         return read(index)
@@ -155,9 +148,6 @@ class BadSamples:
 
     Args:
         max_share: max share of bad samples among all samples.
-
-    Raises:
-        InputError: the source leaves out more than `max_share` of its samples.
     """
 
     def __init__(self, pairs: Pairs, *, max_share: float = MAX_BAD_SHARE) -> None:
@@ -200,11 +190,7 @@ class BadSamples:
         return f"{count:,} of {len(self._pairs):,} {are} left out; the first: {first}"
 
     def add(self, bad: Iterable[BadPair]) -> None:
-        """Count bad pairs, each only once.
-
-        Raises:
-            InputError: their number exceeds the limit; the message names the latest.
-        """
+        """Count bad pairs, each only once."""
         new = {index: reason for index, reason in bad if index not in self._reasons}
         self._reasons.update(new)
         self._check(tuple(new.values()))
@@ -214,9 +200,6 @@ class BadSamples:
 
         Args:
             gather: returns what each process passes to it.
-
-        Raises:
-            InputError: as `add`, in all processes.
         """
         own = list(islice(self._reasons.items(), self._shared, None))
         bad = list(chain.from_iterable(gather(own)))
@@ -248,9 +231,6 @@ class BadSamples:
         Returns:
             What `read` returned, or None if the bad pairs exceed the limit; and the bad pairs. They are not counted
             yet: this may run in a worker process, and `add` must be called in the main process.
-
-        Raises:
-            UnreachableError: as `read_twice`.
         """
         bad: list[BadPair] = []
         while len(bad) <= self.allowed:

@@ -98,12 +98,7 @@ class StoredTeachers(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def read_stored_teachers(path: Path) -> StoredTeachers:
-    """Read a file that says whose embeddings are stored.
-
-    Raises:
-        InputError: it does not exist.
-        ConfigError: it is not such a file.
-    """
+    """Read a file that says whose embeddings are stored."""
     if not path.is_file():
         raise InputError(
             f"The file {path} of stored teachers does not exist.",

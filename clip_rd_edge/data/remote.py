@@ -87,11 +87,7 @@ def is_remote(pattern: str) -> bool:
 
 
 def versions(shards: Sequence[ShardFile]) -> list[Version]:
-    """Return the version that each shard has now; servers are asked in parallel, also when they were before.
-
-    Raises:
-        InputError: a shard does not exist, or is not allowed to be read.
-    """
+    """Return the version that each shard has now; servers are asked in parallel, also when they were before."""
     if urls := list(dict.fromkeys(shard.url for shard in shards if isinstance(shard, RemoteShard))):
         _forget_listings()
         _known_versions.update(_remote_versions(urls))
@@ -170,12 +166,7 @@ def _forget_listings() -> None:
 
 
 def shard_identity(shard: ShardFile) -> str:
-    """Return a text that changes when a shard is another one: its location and its version.
-
-    Raises:
-        InputError: as `versions`.
-        UnreachableError: it is a command's, and the working folder was removed.
-    """
+    """Return a text that changes when a shard is another one: its location and its version."""
     size, mark = version(shard)
     location = str(shard.resolve()) if isinstance(shard, Path) else shard.url
     if location.startswith(PIPE):  # what a command writes depends on where it runs
@@ -189,13 +180,7 @@ def shard_identity(shard: ShardFile) -> str:
 
 
 def fetch(shard: RemoteShard, part: Path) -> None:
-    """Fetch a shard into a file; what is already in it is continued.
-
-    Raises:
-        InputError: the shard does not exist, may not be read, could not be fetched in some two minutes of trying, or
-            has another version than `version` says.
-        OSError: it cannot be written into the file, as on a full disk.
-    """
+    """Fetch a shard into a file; what is already in it is continued."""
     if shard.url.startswith(PIPE):
         _run_command(shard, part)
         return

@@ -42,9 +42,6 @@ def load_task(name: Typed, *, image_key: str = "filepath", caption_key: str = "t
         image_key, caption_key: the columns of a table, as for `data.load.load_pairs`.
 
     Metadata files that may accompany the images are described by `data.clip_benchmark.DataSet`.
-
-    Raises:
-        InputError: the task or folder does not exist, is empty, or its content is invalid.
     """
     if not name:
         raise InputError("The name of a task is empty.", hint="check the variable it came from; . is this folder")

@@ -76,9 +76,6 @@ class MixedSamples:
         images: I images, whose captions are not used, or None.
         texts: T captions.
         templates: each with a place for a text; none for the texts as they are.
-
-    Raises:
-        UsageError: there are images, but no captions.
     """
 
     pairs: Pairs | None
@@ -231,10 +228,6 @@ def load_samples(
     Args:
         read_texts: `runtime.label_list.read_texts`; returns the content of `source.texts` if it is no Parquet file.
         reporter: receives the progress of indexing.
-
-    Raises:
-        UsageError: captions are missing, or all is, or templates are given without texts, or are too many.
-        InputError: a source is missing or cannot be read.
     """
     if source.data is None and source.images is None and source.texts is None:
         raise UsageError(
@@ -288,9 +281,6 @@ def load_images(source: Typed, *, column: str, reporter: Reporter = SILENT) -> P
         source: a folder, which is searched with its subfolders; WebDataset shards; a table with a column of paths, of
             which each counts once; or `emoji`.
         column: name of the table's column.
-
-    Raises:
-        InputError: there are no such images.
     """
     if not names_shards(source):
         require_local(source)

@@ -87,10 +87,6 @@ def average_models(
             the curve, of equal ones the nearest to 0.5.
         tasks: what the models are measured on, with every tenth and the weight itself.
         force: replace an earlier average in `folder`; a folder with anything else is refused.
-
-    Raises:
-        UsageError: `folder` is in use or holds one of the two models, or `best` has no tasks to be measured on.
-        ConfigError: the models differ in more than their weights, or the weight is not between 0 and 1.
     """
     if isinstance(weight, str) and weight != BEST:
         raise UsageError(f"The weight is {weight!r}; expected a number from 0 to 1, or best.")
@@ -136,11 +132,7 @@ def average_models(
 
 
 def require_same_model(first: ClipModel, second: ClipModel) -> None:
-    """Check that two models differ in their weights alone.
-
-    Raises:
-        ConfigError: they do not.
-    """
+    """Check that two models differ in their weights alone."""
     weights = [{name: tensor.shape for name, tensor in clip.model.state_dict().items()} for clip in (first, second)]
     difference = None
     if weights[0] != weights[1] or repr(first.model) != repr(second.model):

@@ -102,11 +102,6 @@ def load_setup(
     Args:
         name: the student's name.
         processes: the processes that share a batch. The main one indexes the shards; the others read its index.
-
-    Raises:
-        UsageError: a teacher is needed but not named, the batch size is unsuitable, or the run cannot be quantised, or
-            would train nothing, or images and texts that do not match.
-        InputError, ConfigError: data, teacher or student cannot be used, in any of the processes.
     """
     require_quantizable(config)
     with processes.main_first():

@@ -127,9 +127,6 @@ def load_checkpoint(
     Args:
         processes: all of them load the checkpoint that is the newest intact one for the main process.
         reporter: is told about damaged checkpoints.
-
-    Raises:
-        ConfigError: there are checkpoints, but none is intact.
     """
     step, problems, state = 0, list[str](), dict[str, Any]()
     if processes.is_main:

@@ -286,11 +286,7 @@ def resolve(
     teacher: AnyPath | Sequence[AnyPath] | None = None,
     **options: Any,
 ) -> RunConfig:
-    """Return the configuration of a run: a recipe, overridden by the options. Paths may be texts or path objects.
-
-    Raises:
-        ConfigError: the recipe does not exist, or a value is invalid.
-    """
+    """Return the configuration of a run: a recipe, overridden by the options. Paths may be texts or path objects."""
     recipe = os.fspath(recipe)
     given = {**options, "data": data, "student": student, "teacher": teacher}
     fields: dict[str, Any] = {name: as_text(value) for name, value in given.items()}
@@ -361,11 +357,7 @@ def commented_recipe(name: str) -> str:
 
 
 def load_recipe(name: str) -> Recipe:
-    """Load a recipe by name, or from a YAML file of the same form.
-
-    Raises:
-        ConfigError: the recipe does not exist (the message suggests similar names), or a key or value is invalid.
-    """
+    """Load a recipe by name, or from a YAML file of the same form."""
     path = Path(name) if name.endswith(RECIPE_SUFFIXES) else RECIPES / f"{name}.yaml"
     if not is_file(path) and path.parent == RECIPES:
         raise ConfigError(

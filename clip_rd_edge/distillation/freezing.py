@@ -28,10 +28,6 @@ def set_training_mode(student: ClipModel, config: RunConfig) -> None:
     `freeze_image`, the first groups of layers of a tower; without any images, the whole image tower. With `quantize`,
     it is put in evaluation mode: batch norms are folded into convolutions, so their statistics must not change. With
     `freeze_norms`, only the batch norms are in evaluation mode.
-
-    Raises:
-        UsageError, ConfigError: see `freeze_first_layers` and `freeze_first_text_layers`; or nothing of the student is
-            left to train.
     """
     student.model.train(config.quantize is None)
     if config.freeze_norms:
@@ -111,10 +107,6 @@ def freeze_first_layers(student: ClipModel, count: int) -> None:
 
     They are timm's groups, of which the first is the stem; the others are blocks. No gradient is computed for them, and
     none flows through them to the input.
-
-    Raises:
-        UsageError: the image tower is not a timm trunk, or timm has no groups of its layers.
-        ConfigError: it has no more groups than that.
     """
     from timm.models import group_parameters
 
@@ -142,9 +134,6 @@ def freeze_first_text_layers(student: ClipModel, count: int) -> None:
     """Freeze the first groups of layers of a text tower, the embeddings first, and disable their dropout.
 
     What they know of words that are in no caption stays as it is, and no gradient is computed for them.
-
-    Raises:
-        ConfigError: the text tower has no more groups than that.
     """
     groups = text_groups(student)
     if count >= len(groups):

@@ -127,9 +127,6 @@ def common_inputs(config: RunConfig, setup: RunSetup, processes: Processes) -> R
     """Return the fingerprints of data and models, which must be the same in all processes.
 
     Machines that do not share their files may hold different ones under the same names.
-
-    Raises:
-        InputError: those of a process differ from the main one's.
     """
     with processes.together():
         inputs = inputs_of(config, setup)
@@ -165,10 +162,6 @@ def check_inputs(
         config, setup: name them.
         accept_changes: report a difference instead of raising, unless the run is finished, or its student would get
             another tokenizer, architecture or preprocessing, or a teacher another embedding size.
-
-    Raises:
-        UsageError: data, teacher or trained student changed; the message says from what to what.
-        ConfigError: inputs.json is damaged.
     """
     has_checkpoint = bool(list_checkpoints(run))
     path = run / INPUTS_FILE
@@ -201,11 +194,7 @@ def check_inputs(
 
 
 def changed_inputs(run: Path, inputs: RunInputs, config: RunConfig, setup: RunSetup) -> str | None:
-    """Return in words how data and models differ from those of RUN/inputs.json; None if they do not.
-
-    Raises:
-        InputError, ConfigError: inputs.json is missing or damaged.
-    """
+    """Return in words how data and models differ from those of RUN/inputs.json; None if they do not."""
     old = read_json(run / INPUTS_FILE, RunInputs)
     return _difference_of_run(old, inputs, setup, former=_former_data(run, config, old, inputs))
 
@@ -217,10 +206,6 @@ def require_same_files(configs: Sequence[RunConfig], runs: Sequence[Path], pairs
         configs: of the runs, all on the same data.
         runs: their folders; those without a checkpoint or a student, which begin again, are left out.
         pairs: the data.
-
-    Raises:
-        UsageError: one of them changed; the message says from what to what.
-        ConfigError: an inputs.json is damaged.
     """
     data = _data_inputs(pairs)
     for config, run in zip(configs, runs, strict=True):
@@ -247,9 +232,6 @@ def sources_known_by_content(run: Path, old: RecordedConfig, new: RunConfig) -> 
 
     Args:
         old: the configuration that the run began with.
-
-    Raises:
-        ConfigError: inputs.json is damaged.
     """
     if not is_file(run / INPUTS_FILE):
         return frozenset()

@@ -122,10 +122,6 @@ class RunOptimizer:
             step: counted from 0.
             loss: of this step.
             run: folder of the run, whose last checkpoint an error names.
-
-        Raises:
-            DivergedRunError: loss or gradients were not finite for MAX_CONSECUTIVE_SKIPS steps in a row, or in all
-                steps of a run.
         """
         self.learning_rate = learning_rate_at(step, self._steps, self._recipe)
         for group in self._optimizer.param_groups:

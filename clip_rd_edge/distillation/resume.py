@@ -38,10 +38,6 @@ def check_folder(
     """Return the configuration to run and what the run is; a resumed run keeps its measured precision.
 
     Of a run that was `moved`, data or models have paths that may lead elsewhere: their content has to be compared.
-
-    Raises:
-        UsageError: the folder, which exists, holds a run with another configuration, or something else.
-        ConfigError: a file of its run is damaged.
     """
     config = _with_precision_of_store(config)
     if config.teacher_cache and not config.views and not is_texts_alone(config):  # which takes no cache at all

@@ -105,16 +105,6 @@ def run_distillation(
         reporter: receives the progress of indexing, caching and training, and messages about what was decided.
         evaluate: see `train.train`.
         tasks: those of `evaluate`; a tracker shows the student's predictions about images of the first.
-
-    Raises:
-        UsageError: `run` is not empty and `resume` is false, holds a run with another configuration, data or teacher,
-            or is being written by another process, or is removed meanwhile; or the teacher cache was made with other
-            settings.
-        InputError, ConfigError: data, teacher or student cannot be used.
-        InterruptedRunError: a signal requested a stop; the state was saved.
-        DivergedRunError: the loss, a weight or an embedding is not finite; the last good checkpoint is kept.
-        DiskFullError: there is no space left on the disk; the checkpoints that are complete are kept.
-        LostProcessError: another process of the run, or one that loads its data, was killed.
     """
     with stop_on_signals() as request:
         try:

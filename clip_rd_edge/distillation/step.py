@@ -145,9 +145,6 @@ class TrainingStep:
             batch: this process's part of the global batch.
             step: counted from 0.
             loss_scale: factor on all gradients, for float16.
-
-        Raises:
-            UsageError: a batch norm sees a single image.
         """
         model, processes = self.student.model, self.processes
         processes.broadcast(model.buffers())

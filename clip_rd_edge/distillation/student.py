@@ -50,11 +50,6 @@ def make_student(
     Args:
         teachers: may determine the student's architecture, and give it weights.
         name: of a new student.
-
-    Raises:
-        UsageError: the configuration contradicts the student's or the teachers' architecture, or the run cannot train
-            such a student.
-        InputError, ConfigError: the student or its weights cannot be used.
     """
     student = _student_to_train(config, teachers, name, reporter)
     require_no_logit_bias(student)
@@ -100,9 +95,6 @@ def require_named_student(config: RunConfig) -> None:
     """Refuse a student or text tower whose name cannot be right; no weights are read, and nothing is built.
 
     It is called before the data are indexed and a teacher is fetched, which may take hours.
-
-    Raises:
-        InputError, ConfigError: there is none of that name.
     """
     if model_folder(config.student) is None:
         require_student(config.student)
@@ -259,11 +251,7 @@ def _embedding_size(config: RunConfig, teachers: Sequence[ClipModel]) -> int:
 
 
 def crops_of(config: RunConfig) -> Crops:
-    """Return the crops of a run: those for the input of its student, which is square unless it is a trained one.
-
-    Raises:
-        InputError, ConfigError: the student is unknown, or cannot be loaded.
-    """
+    """Return the crops of a run: those for the input of its student, which is square unless it is a trained one."""
     if model_folder(config.student) is None:
         preprocessing = student_preprocessing(config.student)
     else:
@@ -272,11 +260,7 @@ def crops_of(config: RunConfig) -> Crops:
 
 
 def empty_student(config: RunConfig, *, name: str) -> ClipModel:
-    """Return the untrained student of a run; teachers are loaded if its architecture depends on them.
-
-    Raises:
-        UsageError, InputError, ConfigError: as `make_student`.
-    """
+    """Return the untrained student of a run; teachers are loaded if its architecture depends on them."""
     if model_folder(config.student) is not None:
         return load_clip(config.student)
     depends = config.embedding_size == 0 or TEACHER in (config.text, config.pretrained_image, config.pretrained_text)
@@ -284,11 +268,7 @@ def empty_student(config: RunConfig, *, name: str) -> ClipModel:
 
 
 def require_no_logit_bias(student: ClipModel) -> None:
-    """Check that the student's logits are s · cosine, as the objective has them, without a bias.
-
-    Raises:
-        UsageError: it has a bias, which only a sigmoid loss trains, and a scale that may exceed the objective's max.
-    """
+    """Check that the student's logits are s · cosine, as the objective has them, without a bias."""
     if getattr(student.model, "logit_bias", None) is not None:
         raise UsageError(
             f"The student {student.name} has a logit bias, as SigLIP's models do; expected one without: the objective "
@@ -298,11 +278,7 @@ def require_no_logit_bias(student: ClipModel) -> None:
 
 
 def require_separate_text_tower(student: ClipModel) -> None:
-    """Check that the text tower is a module of its own, which can be frozen.
-
-    Raises:
-        UsageError: its parts lie at the model's top level, as in open_clip's class `CLIP`.
-    """
+    """Check that the text tower is a module of its own, which can be frozen."""
     if not hasattr(student.model, "text"):
         raise UsageError(
             f"The text tower of {student.name} cannot be frozen: its parts lie at the top level of the model, as in "

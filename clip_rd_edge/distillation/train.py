@@ -97,10 +97,6 @@ def prepare(
         config: resolved; its precision is not `auto`.
         teacher: None if the objective does not need one.
         bank_source: names the teachers whose embeddings a bank holds.
-
-    Raises:
-        ConfigError: there are checkpoints, but all are damaged.
-        UsageError: more steps are done than the run has with the data that are there now.
     """
     recipe, steps, student = config.recipe, total_steps(config, setup.pairs), setup.student
     seed_everything(config.seed)
@@ -162,10 +158,6 @@ def train(
         config: resolved; its precision is not `auto`.
         evaluate: called with the student every `config.evaluate_every` steps and at the end, in all processes with an
             encoder that they share. Its scores are added to the metrics, and the best student is saved as `RUN/best`.
-
-    Raises:
-        InterruptedRunError: a signal requested a stop; the state was saved.
-        ClipRdEdgeError: the loss was not finite for several steps in a row; the message names the last good checkpoint.
     """
     start, steps = trained.start, trained.steps
     log = MetricsLog(run, start=start) if processes.is_main else None

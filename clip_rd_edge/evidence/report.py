@@ -288,12 +288,7 @@ def write_evidence(path: Path, evidence: Evidence) -> None:
 
 
 def read_evidence_file(path: Path) -> Evidence:
-    """Read a file written by `write_evidence`.
-
-    Raises:
-        InputError: the file does not exist.
-        ConfigError: it is damaged, of a newer format, or has no runs.
-    """
+    """Read a file written by `write_evidence`."""
     results = ConfigError(
         f"{path} has the results of a benchmark; expected those of an evidence suite.",
         hint="see the report.html beside it, or compare two with: clip-rd-edge benchmark --compare BEFORE AFTER",
@@ -310,11 +305,7 @@ _PAGE, _CURVES, _GEOMETRY = ".md", "-curves.png", "-geometry.png"  # after the s
 
 
 def require_report_folder(folder: Path, name: str) -> None:
-    """Refuse a folder where a file of the user's has the name of the results of the suite `name`, or of its report.
-
-    Raises:
-        UsageError: it has one, such as a NAME.md without a suite's NAME.json beside it.
-    """
+    """Refuse a folder where a file of the user's has the name of the results of the suite `name`, or of its report."""
     results = folder / f"{name}.json"
     require_output_file(
         results, lambda beginning: beginning.startswith(b'{"suite":'), what="the results of a suite", option="{output}"
@@ -345,11 +336,7 @@ def _drawn(evidence: Evidence, folder: Path) -> dict[Path, bytes]:
 
 
 def publish(source: Path, page: Path) -> None:
-    """Write the tables of the JSON file `source` between the markers in `page`, and the figures beside `source`.
-
-    Raises:
-        InputError, ConfigError: `source` cannot be read, or `page` does not have the markers.
-    """
+    """Write the tables of the JSON file `source` between the markers in `page`, and the figures beside `source`."""
     evidence = read_evidence_file(source)
     figures = _drawn(evidence, source.parent)  # before the page: it stays as it is if they cannot be drawn
     write_between_markers(page, evidence.suite.name, markdown(evidence))

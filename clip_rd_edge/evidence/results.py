@@ -159,9 +159,6 @@ def seeds_table(runs: Sequence[Results]) -> str:
     A row per model and a column per task, in percent: mean ± standard deviation (min to max). The last rows are ratios
     of the student to the teacher and to the baseline, paired by run. A task of which two runs have other images,
     labels or captions is left out; a sentence below the table says so.
-
-    Raises:
-        InputError: two results are the same, or there is no task that all have of the same model and images.
     """
     for number, run in enumerate(runs):
         if run in runs[:number]:

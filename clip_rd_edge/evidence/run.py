@@ -119,12 +119,6 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
 
     Args:
         teacher: model name, as in `load_clip`; None tunes the built-in teacher in `folder`.
-
-    Raises:
-        UsageError: torchrun started several processes, another one is writing to `folder`, a run in it has other
-            settings, data or another teacher, or a student cannot be trained by a method. Nothing is trained then.
-        DivergedRunError: some runs have diverged; all others are finished.
-        InterruptedRunError: a signal requested a stop; the same call resumes from there.
     """
     require_one_process(
         "Methods are compared",
@@ -165,9 +159,6 @@ def collect(suite: EvidenceSuite, folder: Path) -> Evidence:
     """Collect the finished runs in a suite's folder.
 
     Runs that were evaluated on other tasks than the teacher are not finished: `run_evidence` evaluates them again.
-
-    Raises:
-        UsageError: no run is finished.
     """
     results = [result for run in suite.runs() if (result := read_run(folder / run.subfolder)) is not None]
     teacher = read_json(folder / TEACHER_RESULT, ModelResult) if results else None

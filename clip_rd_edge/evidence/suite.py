@@ -136,11 +136,7 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
                     yield Run(student, method, seed)
 
     def place(self, text: str) -> Typed:
-        """Return a name or a path that the suite says, as if it was typed.
-
-        Raises:
-            ConfigError: it is a command or a URL.
-        """
+        """Return a name or a path that the suite says, as if it was typed."""
         return local_place(text, source=f"The suite {self.name}")
 
     def steps_of(self, method: Method, student: str) -> int:
@@ -149,11 +145,7 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
         return own or self.steps
 
     def recipe(self, method: Method, student: str) -> Recipe:
-        """Return a method's recipe with this suite's settings.
-
-        Raises:
-            ConfigError: the recipe, a weight or a setting does not exist, or has an invalid value; or no term is left.
-        """
+        """Return a method's recipe with this suite's settings."""
         raw = msgspec.to_builtins(load_recipe(method.recipe))
         raw |= {**method.settings, "objective": {**raw["objective"], **method.weights}}
         recipe = convert(raw, Recipe, source=f"The method {method.name}")
@@ -188,12 +180,7 @@ class Run:
 
 
 def read_evidence(suite: str) -> EvidenceSuite:
-    """Read a suite from a YAML file, or a shipped suite by its name.
-
-    Raises:
-        InputError: the file does not exist.
-        ConfigError: a key, a value, a recipe or a weight is invalid, or data or task are a command or a URL.
-    """
+    """Read a suite from a YAML file, or a shipped suite by its name."""
     try:
         evidence_suite = read_yaml(find_suite(suite, key="methods"), EvidenceSuite)
     except ConfigError as error:
@@ -212,10 +199,6 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: Typed, caches: Path) 
     Args:
         teacher: model name, as in `load_clip`.
         caches: folder of the teacher's embeddings, with one cache per seed and crops, because views depend on these.
-
-    Raises:
-        ConfigError: the suite names a command or a URL.
-        InputError, ConfigError: the student of a method with a teacher is unknown, or its file is invalid.
     """
     recipe = suite.recipe(run.method, run.student)
     needs_teacher = recipe.objective.needs_teacher

@@ -60,11 +60,7 @@ TARGET = "onnxruntime"
 
 
 def write_fp32(clip: ClipModel, folder: Path, request: ExportRequest, *, reporter: Reporter = SILENT) -> Manifest:
-    """Write both towers and the tokenizer into `folder`; return their manifest, not yet written.
-
-    Raises:
-        ClipRdEdgeError: a tower cannot be exported, or its file computes something else than the model.
-    """
+    """Write both towers and the tokenizer into `folder`; return their manifest, not yet written."""
     with evaluation_mode(clip.model):
         reporter.update("exporting the image tower")
         export_image_tower(clip, folder)
@@ -155,14 +151,6 @@ def export_bundle(
         source: the model's float32 bundle, if there is one, so that it is not exported again for other precisions.
         overwrite: replace an earlier export in `output`.
         reporter: shows progress.
-
-    Raises:
-        UsageError: `output` is in use; the format does not support the precision; INT8 has no calibration set;
-            `source` is not a float32 bundle.
-        InputError: engines cannot be built for the target.
-        MissingExtraError: TensorRT, torch-tensorrt or OpenVINO is needed and not installed.
-        ClipRdEdgeError: a tower cannot be exported, its file computes something else than the model, or INT8 is not
-            worth shipping for any tower and the fallback does not allow another precision.
     """
     require_output(output, "export", overwrite=overwrite)
     _require_supported(clip, request, calibration)
@@ -202,9 +190,6 @@ def export_bundles(
     Args:
         requests: one per name.
         clip, output, calibration, overwrite, reporter: as for `export_bundle`.
-
-    Raises:
-        UsageError, InputError, MissingExtraError, ClipRdEdgeError: as `export_bundle`; then nothing is written.
     """
     require_output(output, "export", overwrite=overwrite)
     for request in requests.values():

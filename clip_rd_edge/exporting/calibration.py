@@ -90,11 +90,7 @@ class CalibrationPairs:
     def for_model(
         self, *, preprocessing: Preprocessing, tokenize: Callable[[Sequence[str]], TokenIds]
     ) -> CalibrationSet:
-        """Return the inputs of a model: half for calibration and half held out, at most 128 and 192.
-
-        Raises:
-            UsageError: the model takes images of another size.
-        """
+        """Return the inputs of a model: half for calibration and half held out, at most 128 and 192."""
         if self.images.shape[1:3] != preprocessing.size:
             size, other = (" × ".join(map(str, shape)) for shape in (preprocessing.size, self.images.shape[1:3]))
             raise UsageError(f"The model takes images of {size} pixels, and those of its run have {other}.", hint=_HINT)
@@ -122,9 +118,6 @@ def choose_pairs(
         preprocessing: of the model that is quantised.
         seed: seed for choosing the pairs, and one caption per pair.
         max_bad: max fraction of the samples that may be unreadable.
-
-    Raises:
-        InputError: there are fewer than 32 pairs with different images, or too many of them cannot be read.
     """
     paired = len(pairs) == pair_count(pairs) or pair_count(pairs) >= MIN_PAIRS
     count = pair_count(pairs) if paired else len(pairs)
@@ -187,13 +180,7 @@ def keep_pairs(run: Path, chosen: CalibrationPairs) -> None:
 
 
 def kept_pairs(model: str) -> CalibrationPairs:
-    """Read what the run of a model has kept beside the model's folder.
-
-    Raises:
-        UsageError: there is nothing: the model is not in its run's folder, or from elsewhere.
-        InputError: the run is unfinished.
-        ConfigError: the file is damaged.
-    """
+    """Read what the run of a model has kept beside the model's folder."""
     refuse_unfinished_run(model)
     folder = model_folder(model)
     path = folder.parent / CALIBRATION_FILE if folder else None
@@ -225,9 +212,6 @@ def named_pairs(source: Typed, model: str) -> Pairs:
     """Load the pairs that the user names.
 
     A table may have the columns of any table of pairs, or else those of the one that `model` was trained on.
-
-    Raises:
-        InputError: they cannot be loaded.
     """
     with contextlib.suppress(MissingColumnError):
         return load_pairs(source)

@@ -30,11 +30,6 @@ def start_conversion(
     """Start a bundle in `folder` from the float32 bundle `source`: copy its tokenizer and return its manifest.
 
     If the request leaves the text tower out, the manifest has none, and the tokenizer is not copied.
-
-    Raises:
-        InputError, ConfigError: `source` is not a bundle.
-        UsageError: it is not in float32, is damaged, a tower to convert is above 2 GB, or the calibration set was made
-            for another model, or has one caption for all images although the text tower is converted.
     """
     manifest = read_manifest(source)
     _require_fp32(source, manifest)

@@ -72,11 +72,7 @@ class Converter(ABC):
 
     @abstractmethod
     def convert(self, job: Conversion) -> ConvertedBundle:
-        """Write the towers and the tokenizer; return the manifest, not yet written, and the INT8 trials.
-
-        Raises:
-            ClipRdEdgeError: a tower cannot be converted, computes something else, or is not worth shipping in INT8.
-        """
+        """Write the towers and the tokenizer; return the manifest, not yet written, and the INT8 trials."""
 
     def reference(self, folder: Path, manifest: Manifest) -> BundleEncoder:
         """Return an encoder that computes a bundle's reference answers, as the same on every processor as can be."""

@@ -31,11 +31,7 @@ _EXAMPLE_BATCH = 2
 
 
 def export_image_tower(clip: ClipModel, folder: Path) -> Path:
-    """Write image.onnx: pixel_values (N, 3, H, W) float32 -> image_embedding (N, D), L2-normalised.
-
-    Raises:
-        ClipRdEdgeError: the tower has an operator without a counterpart in ONNX.
-    """
+    """Write image.onnx: pixel_values (N, 3, H, W) float32 -> image_embedding (N, D), L2-normalised."""
     height, width = clip.preprocessing.size
     example = torch.zeros(_EXAMPLE_BATCH, 3, height, width)
     tower, names = inference_image_tower(clip.model), (IMAGE_INPUT, IMAGE_OUTPUT)
@@ -43,11 +39,7 @@ def export_image_tower(clip: ClipModel, folder: Path) -> Path:
 
 
 def export_text_tower(clip: ClipModel, folder: Path) -> Path:
-    """Write text.onnx: input_ids (N, T) int64 -> text_embedding (N, D), L2-normalised.
-
-    Raises:
-        ClipRdEdgeError: the tower has an operator without a counterpart in ONNX.
-    """
+    """Write text.onnx: input_ids (N, T) int64 -> text_embedding (N, D), L2-normalised."""
     example = clip.tokenizer(["a photo"] * _EXAMPLE_BATCH)
     tower, names = _Int32TextTower(clip.model), (TEXT_INPUT, TEXT_OUTPUT)
     return _export(tower, example, folder / TEXT_MODEL, names=names, clip=clip)

@@ -195,11 +195,7 @@ def require_unconverted(bundle: Path, options: ExportOptions, pretrained: str | 
 
 
 def int8_budget(options: ExportOptions, *, precision: Precision, format: Format) -> Budget:
-    """Return the accuracy that the options allow INT8 to cost.
-
-    Raises:
-        UsageError: an option does not apply to the format, or is out of range or not finite.
-    """
+    """Return the accuracy that the options allow INT8 to cost."""
     min_agreement, max_loss = options.get("min_agreement"), options.get("max_loss")
     _require_within("{min_agreement}", min_agreement, 1)
     _require_within("{max_loss}", max_loss, 100)

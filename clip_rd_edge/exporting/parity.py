@@ -45,9 +45,6 @@ def agreement(reference: Embeddings, other: Embeddings) -> Agreement:
     """Compare two sets of embeddings, both (N, D), row by row.
 
     If any value is not finite, the cosines are 0 and the max difference is infinite.
-
-    Raises:
-        UsageError: the shapes differ, or N is below 2, where subtracting the mean leaves nothing.
     """
     if reference.shape != other.shape or reference.ndim != 2 or len(reference) < 2:
         raise UsageError(

@@ -104,12 +104,7 @@ def device_names() -> list[str]:
 
 
 def read_device(name: str) -> Device:
-    """Read the target called `name`.
-
-    Raises:
-        InputError: no target has that name.
-        ConfigError: its file is not valid.
-    """
+    """Read the target called `name`."""
     return read_yaml(_folder(name) / _FILE, Device)
 
 
@@ -148,10 +143,6 @@ def resolve_target(target: str | None, *, format: Format | None, precision: Prec
     """Combine the options; the defaults are the target's first choice, or ONNX in float32 without a target.
 
     Engines without a target are for the GPU that is here, or built where they run (`engine_target_here`).
-
-    Raises:
-        InputError: no target has that name.
-        UsageError: the target does not support the format or precision, or the format not the precision.
     """
     if target is None:
         if format == "trt":
@@ -200,13 +191,7 @@ class ExportPlan:
 
 
 def plan_exports(options: ExportOptions) -> tuple[ExportPlan, ...]:
-    """Plan the export for each target in `target`, a list or separated by commas; one plan if there is at most one.
-
-    Raises:
-        InputError: no target has that name, or the labels cannot be read.
-        UsageError: options or several targets cannot be combined, an option or its value is unknown, or an option is
-            for INT8, in which none of the targets is.
-    """
+    """Plan the export for each target in `target`, a list or separated by commas; one plan if there is at most one."""
     require_known_options(options, ExportOptions.__annotations__, command="export")
     _require_names(options)
     target = options.get("target")
@@ -343,11 +328,7 @@ def engine_target_here() -> tuple[str, str]:
 
 
 def require_target(name: str | None) -> str:
-    """Return `name` if engines, or the files that build them, can be made for it.
-
-    Raises:
-        InputError: they cannot.
-    """
+    """Return `name` if engines, or the files that build them, can be made for it."""
     if name in TARGETS:
         return str(name)
     known = ", ".join(f"{target} ({title.partition(';')[0]})" for target, title in TARGETS.items())

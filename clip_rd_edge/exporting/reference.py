@@ -80,9 +80,6 @@ def add_reference(folder: Path, encoder: BundleEncoder) -> None:
     Args:
         folder: the bundle's folder; its manifest is not yet written.
         encoder: computes the answers, such as NodeByNode. Without a text tower, there are none for texts.
-
-    Raises:
-        ConfigError: a tower does not run.
     """
     manifest = encoder.manifest
     images = reference_images(manifest.preprocessing.size)

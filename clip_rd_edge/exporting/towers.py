@@ -72,10 +72,6 @@ def write_towers(
     """Write a model's towers in float32 into `folder`; return their manifest, not yet written.
 
     Latency is measured against the float32 ONNX files of the bundle `source`, with which the answers are compared.
-
-    Raises:
-        UsageError: `source` is not a float32 bundle, or is damaged.
-        ClipRdEdgeError: a tower cannot be converted, or its file computes something else than the model.
     """
     manifest = start_conversion(source, folder, request)
     inputs = hard_inputs(source, manifest)

@@ -44,9 +44,6 @@ def bank_divergence(student: Tensor, teacher: Tensor, bank: Tensor, *, scale: fl
         student, teacher: n rows, (n, D) each.
         bank: (K, D).
         scale: a multiplier without gradient.
-
-    Raises:
-        ValueError: the bank is empty.
     """
     if not len(bank):
         raise ValueError("The bank has no embeddings to compare with.")

@@ -161,9 +161,6 @@ class Objective(nn.Module):
             that of the teachers side by side, terms that compare the two use learned linear projections of the
             student's image and text embeddings.
         bank_temperature: τ of the `bank` term.
-
-    Raises:
-        ConfigError: all weights are 0.
     """
 
     def __init__(

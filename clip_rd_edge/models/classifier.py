@@ -89,11 +89,6 @@ def load_classifier(spec: str, *, pretrained: str | None = None) -> ImageClassif
             `torchvision:NAME`.
         pretrained: a file of weights (.safetensors, .pth); None loads an installed package's for
             `tf_efficientnet_lite0`, else the weights that timm or torchvision publishes.
-
-    Raises:
-        InputError: the architecture or the file does not exist, or a download failed.
-        ConfigError: the weights do not match the architecture, the last layer is not linear, or timm has no
-            equivalent of torchvision's architecture.
     """
     if pretrained is not None and not is_file(pretrained):
         raise InputError(f"The weights file {pretrained} does not exist.", hint="pass a .safetensors or .pth file")
@@ -103,11 +98,7 @@ def load_classifier(spec: str, *, pretrained: str | None = None) -> ImageClassif
 
 
 def load_in_order(model: nn.Module, published: Mapping[str, Tensor], *, source: str) -> None:
-    """Load tensors into a model by their order: two libraries often list the same layers under different names.
-
-    Raises:
-        ConfigError: the number of tensors, a shape or the last part of a name (`weight`, `running_mean`) differs.
-    """
+    """Load tensors into a model by their order: two libraries often list the same layers under different names."""
     own = {name: value for name, value in model.state_dict().items() if not _is_counter(name)}
     tensors = {name: value for name, value in published.items() if not _is_counter(name)}
     renamed: dict[str, Tensor] = {}
@@ -237,11 +228,7 @@ def _load(model: nn.Module, weights: Mapping[str, Tensor], *, architecture: str,
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file by their names.
-
-    Raises:
-        InputError: it is damaged, or holds something else.
-    """
+    """Return the tensors of a file by their names."""
     from timm.models import load_state_dict
 
     try:

@@ -147,11 +147,7 @@ class TorchEncoder:
 
 
 class CompiledEncoder(TorchEncoder):
-    """Runs a `ClipModel` with torch.compile, which compiles each tower once for single inputs and once for batches.
-
-    Raises:
-        UsageError: on the first call of a tower, if torch cannot compile it, for instance without a C++ compiler.
-    """
+    """Runs a `ClipModel` with torch.compile, which compiles each tower once for single inputs and once for batches."""
 
     def __init__(self, clip: ClipModel, *, folder: Path | None = None, threads: int | None = None) -> None:
         super().__init__(clip, folder=folder, threads=threads)

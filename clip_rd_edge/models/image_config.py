@@ -20,9 +20,6 @@ def with_image_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
 
     Args:
         config: of `student_config`.
-
-    Raises:
-        ConfigError: the two have other architectures, or other embedding sizes.
     """
     model_cfg, preprocess_cfg = config["model_cfg"], config["preprocess_cfg"]
     own, source = model_cfg["vision_cfg"], teacher.model_cfg["vision_cfg"]
@@ -48,12 +45,7 @@ def with_image_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
 
 
 def copy_image_tower(student: ClipModel, teacher: ClipModel) -> str:
-    """Give the student the teacher's image tower and logit scale; return a sentence that says so.
-
-    Raises:
-        ConfigError: the weights do not fit, for instance because the position embeddings are those of another size, or
-            the student computes other features with them.
-    """
+    """Give the student the teacher's image tower and logit scale; return a sentence that says so."""
     try:
         student.model.get_submodule("visual").load_state_dict(teacher.model.get_submodule("visual").state_dict())
     except RuntimeError as error:

@@ -20,9 +20,6 @@ def interpolate_clip(before: ClipModel, after: ClipModel, *, share: float) -> Cl
 
     Args:
         share: of the fine-tuned weights, from 0 to 1.
-
-    Raises:
-        ConfigError: the models have different architectures, or the share is not between 0 and 1.
     """
     if not 0 <= share <= 1:
         raise ConfigError(f"The share of the fine-tuned weights is {share}; expected a number from 0 to 1.")

@@ -59,11 +59,6 @@ def load_clip(spec: Typed, *, pretrained: Typed | None = None) -> ClipModel:
             `hf-hub:ORG/REPO`, `local-dir:PATH`, the path of such a folder, or the folder of a run, whose student is
             loaded.
         pretrained: for an architecture without a tag of its own, an open_clip tag or a checkpoint file.
-
-    Raises:
-        UsageError: `pretrained` is given for a model that has weights of its own.
-        InputError: the folder, file or architecture does not exist (with suggestions), or the download failed.
-        ConfigError: the configuration does not match the weights.
     """
     import open_clip
 
@@ -107,13 +102,7 @@ def load_clip(spec: Typed, *, pretrained: Typed | None = None) -> ClipModel:
 
 
 def require_model(spec: Typed, *, pretrained: Typed | None = None) -> None:
-    """Refuse a model that cannot be there; nothing is fetched, and no weights are read. Arguments as for `load_clip`.
-
-    Raises:
-        UsageError: `pretrained` is given for a model that has weights of its own.
-        InputError: the folder, architecture, tag or checkpoint file does not exist (with suggestions).
-        ConfigError: the folder's configuration is damaged.
-    """
+    """Refuse a model that cannot be there; nothing is fetched, and no weights are read. Arguments as for `load_clip`."""
     _find(spec, pretrained)
 
 
@@ -134,13 +123,7 @@ def _find(spec: Typed, pretrained: Typed | None) -> tuple[str, str | None, Path 
 
 
 def read_open_clip_config(folder: Path) -> dict[str, Any]:
-    """Read `open_clip_config.json` from a model's folder.
-
-    Raises:
-        InputError: the folder or its configuration does not exist.
-        ConfigError: the configuration is not a JSON object with a `model_cfg`, a number in it is absurd, or it leads
-            to other files than the model's own.
-    """
+    """Read `open_clip_config.json` from a model's folder."""
     path = folder / CONFIG_FILE
     if not is_file(path):
         reason = f"has no {CONFIG_FILE}" if is_folder(folder) else "does not exist"
@@ -380,9 +363,6 @@ def save_clip(
             with the model: so without what may be a secret in the addresses of data.
         extras: called with the folder to write additional files, such as plots.
         overwrite: if false, what is in use at `folder` once the model is written is kept.
-
-    Raises:
-        UsageError: `folder` cannot be written or replaced, or is in use and `overwrite` is false.
     """
     with new_folder(folder, overwrite=overwrite) as temporary:
         if clip.model_cfg["text_cfg"].get("hf_tokenizer_name"):  # open_clip then expects one in the folder

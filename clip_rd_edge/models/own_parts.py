@@ -35,9 +35,6 @@ def refuse_other_places(model_cfg: dict[str, Any], source: str, *, folder: Path 
         model_cfg: of `open_clip_config.json`, whose towers are objects.
         source: what to call it in the message.
         folder: the model's; None for a model of the hub, which may name others there.
-
-    Raises:
-        ConfigError: it does; the message says where to.
     """
     vision_cfg, text_cfg = model_cfg.get("vision_cfg", {}), model_cfg.get("text_cfg", {})
     named = [("timm_model_name", vision_cfg.get("timm_model_name"), _TIMM_NAME)]

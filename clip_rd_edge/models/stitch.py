@@ -48,9 +48,6 @@ def read_class_names(names: str | os.PathLike[str]) -> tuple[tuple[str, ...], ..
     Args:
         names: a text file with one class per line, where `;` separates synonyms and descriptions; or `imagenet` for the
             1,000 classes of ImageNet with WordNet's synonyms and descriptions.
-
-    Raises:
-        InputError: the file cannot be read, or a line is empty.
     """
     if str(names) == IMAGENET:
         return _imagenet()
@@ -98,9 +95,6 @@ def solve_projection(weight: Tensor, names: Tensor, *, ridge: float = RIDGE) -> 
         names: (K, D), the class names' embeddings. Names may repeat.
         ridge: relative to the mean eigenvalue of TᵀT. As it grows, the solution approaches Tᵀ W, the mean of the names
             weighted by the logits.
-
-    Raises:
-        ConfigError: all names have the same embedding.
     """
     # What all classes share does not distinguish them: a softmax ignores it in W, and in T it would dominate.
     weight, names = weight.double() - weight.double().mean(dim=0), names.double() - names.double().mean(dim=0)
@@ -148,10 +142,6 @@ def stitch_clip(
     Args:
         names: for each class, its name and further names; see `read_class_names`.
         image_size: edge of the input in pixels; None uses the classifier's own.
-
-    Raises:
-        ConfigError: the number of names is not that of classes, all names mean the same, or open_clip cannot build
-            the architecture at this image size.
     """
     import open_clip
 

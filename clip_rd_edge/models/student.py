@@ -42,11 +42,7 @@ TEXT_SIZES = {
 
 
 def text_size(name: str) -> TextSize:
-    """Return a size given by name or as WIDTHxLAYERS.
-
-    Raises:
-        ConfigError: the name is unknown, or the width is not a multiple of 64.
-    """
+    """Return a size given by name or as WIDTHxLAYERS."""
     if name in TEXT_SIZES:
         return TEXT_SIZES[name]
     width, _, layers = name.partition("x")
@@ -81,10 +77,6 @@ def student_config(
         image_size: edge of the square input in pixels.
         text: size of the text tower; see `text_size`.
         context_length: T, the number of token ids per caption.
-
-    Raises:
-        InputError: the student is unknown (with suggestions).
-        ConfigError: the text size is invalid, or the JSON file is, or it is for another image size.
     """
     size = text_size(text)
     preset = _preset(student)
@@ -120,11 +112,7 @@ def student_preprocessing(student: str, *, image_size: int = 224) -> Preprocessi
 
 @float32_on_cpu()
 def build_student(config: dict[str, Any], *, name: str) -> ClipModel:
-    """Build a student with random weights from torch's default generator; `config` is that of `student_config`.
-
-    Raises:
-        ConfigError: open_clip cannot build it, for instance because the trunk does not support this image size.
-    """
+    """Build a student with random weights from torch's default generator; `config` is that of `student_config`."""
     import open_clip
 
     model_cfg = dict(config["model_cfg"])
@@ -181,12 +169,7 @@ class _Preset(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def require_student(student: str) -> None:
-    """Refuse the name of a new student that `student_config` would refuse; nothing is built.
-
-    Raises:
-        InputError: the student, or the tag of its weights, is unknown (with suggestions).
-        ConfigError: its JSON file is invalid.
-    """
+    """Refuse the name of a new student that `student_config` would refuse; nothing is built."""
     if _preset_in_file(student) is None:
         _require_timm_trunk(student)
 
@@ -264,11 +247,6 @@ def init_image_tower(student: ClipModel, source: str) -> str:
 
     Returns:
         A sentence that describes what was done.
-
-    Raises:
-        ConfigError: the image tower is not a timm trunk, or the weights do not match it.
-        InputError: the file does not exist, or the download failed.
-        MissingExtraError: the package is not installed.
     """
     name = student.model_cfg["vision_cfg"].get("timm_model_name")
     if name is None:

@@ -27,11 +27,6 @@ def frames(source: str) -> Iterator[Image.Image]:
     Args:
         source: a camera number such as `0`, or a path or URL that OpenCV can open, such as `/dev/video2`,
             `rtsp://HOST/PATH` or `video.mp4`.
-
-    Raises:
-        MissingExtraError: OpenCV is not installed.
-        InputError: the video does not exist or has no frame that OpenCV reads, or, after its last frame, it is cut off.
-        ClipRdEdgeError: OpenCV cannot be imported; the camera or stream cannot be opened, or stops sending frames.
     """
     try:
         import cv2

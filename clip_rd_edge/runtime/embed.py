@@ -68,9 +68,6 @@ def encode_inputs(encoder: Encoder, images: ImageInput | Iterable[ImageInput], *
 
     Args:
         quick: as for `embed_images`.
-
-    Raises:
-        InputError: `images` are of another type, or an image could not be read; the message names the first one.
     """
     entries, others = iter(as_images(images)), list[ImageInput]()
 

@@ -98,11 +98,7 @@ class BundleEncoder(ABC):
     @classmethod
     @abstractmethod
     def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> Self:
-        """Open a bundle.
-
-        Raises:
-            UsageError: this runtime has no such device here.
-        """
+        """Open a bundle."""
 
     @abstractmethod
     def open_tower(self, tower: Tower) -> Any:
@@ -184,12 +180,7 @@ class BundleEncoder(ABC):
         return self.manifest.text is not None
 
     def stored_label_embeddings(self, labels: Sequence[str], templates: Sequence[str]) -> Embeddings:
-        """Return the label bank's embeddings of these labels, (C, D), for a bundle without a text tower.
-
-        Raises:
-            InputError: there is no bank, or it does not have a label.
-            UsageError: the templates are not those that its labels were embedded with.
-        """
+        """Return the label bank's embeddings of these labels, (C, D), for a bundle without a text tower."""
         bank, own = self.label_bank, self.manifest.templates
         bundle = f"The bundle of {self.manifest.name} has no text tower"
         if bank is None:

@@ -37,21 +37,13 @@ def marks_folder() -> Path:
 
 
 def require_intact_manifest(folder: Path, manifest: Manifest) -> None:
-    """Check a manifest against its own checksum.
-
-    Raises:
-        ConfigError: they differ.
-    """
+    """Check a manifest against its own checksum."""
     if manifest.checksum and not manifest_is_intact(folder, manifest):
         raise ConfigError(f"{folder / MANIFEST} has changed since the export: its checksum differs.", hint=_HINT)
 
 
 def require_intact_tower(folder: Path, manifest: Manifest, tower: Tower) -> None:
-    """Check all files of a tower before a runtime opens them: it would read whatever they, or links, lead to.
-
-    Raises:
-        ConfigError: one has changed, the manifest does not list it, it is a link, or an ONNX file names others.
-    """
+    """Check all files of a tower before a runtime opens them: it would read whatever they, or links, lead to."""
     for name in manifest.files_of(tower):
         require_intact(folder, manifest, name)
     weights, package = folder / f"{tower.file}{EXTERNAL_DATA_SUFFIX}", folder / tower.file
@@ -79,11 +71,7 @@ def _is_plain(path: Path, folder: Path, manifest: Manifest) -> bool:
 
 
 def require_intact(folder: Path, manifest: Manifest, name: str) -> None:
-    """Check a file of a bundle, unless it is remembered or the manifest does not have its checksum yet.
-
-    Raises:
-        ConfigError: its SHA-256 differs from the manifest's, or it is an ONNX file that is not self-contained.
-    """
+    """Check a file of a bundle, unless it is remembered or the manifest does not have its checksum yet."""
     digest = manifest.files.get(name)
     path = folder / name
     if digest is None or not path.is_file():  # whoever reads a missing file reports it
@@ -101,9 +89,6 @@ def require_current_engine(folder: Path, manifest: Manifest, tower: Tower, engin
         folder, manifest: the bundle.
         tower: the tower, whose manifest entry names no engine.
         engine: name of the engine file; a missing one is reported by whoever opens it.
-
-    Raises:
-        ConfigError: the engine has no stamp, or was built from another ONNX file, or is not the one that was stamped.
     """
     path, stamp = folder / engine, folder / f"{engine}{STAMP_SUFFIX}"
     if not path.is_file():

@@ -45,9 +45,6 @@ def label_names(labels: Labels) -> list[str] | None:
 
     A list often holds what others wrote, such as the clients of a service. So none of its labels names a file, which
     would then be read and shown to them.
-
-    Raises:
-        InputError: as `parse_labels` for a single text, as `read_labels_file` for a path; or a label is no text.
     """
     if labels is None:
         return None
@@ -61,9 +58,6 @@ def read_texts(name: Typed, column: str) -> list[str]:
 
     Args:
         column: heading or key of the captions, before HEADINGS. In a table, these may have several lines.
-
-    Raises:
-        InputError: as `read_labels_file`.
     """
     path = Path(name)
     if not exists(path):
@@ -86,10 +80,6 @@ def parse_labels(words: Sequence[str]) -> list[str] | None:
     The word EVERYDAY stands for `everyday_labels`, alone or beside others; a label of that name can be in a file.
 
     White space around a label is dropped, so that two that differ only there are one to a classifier.
-
-    Raises:
-        InputError: a word looks like the path of a file that does not exist, or like a list of several labels; or a
-            file cannot be read (see `read_labels_file`).
     """
     names: list[str] = []
     for word in words:
@@ -104,11 +94,7 @@ def parse_labels(words: Sequence[str]) -> list[str] | None:
 
 
 def _is_label_file(word: str, *, alone: bool) -> bool:
-    """Return whether a word names a label file: any file if it is the only word, else one that looks like a path.
-
-    Raises:
-        InputError: the word looks like a path, but names no label file; or it may be a label as well as a file.
-    """
+    """Return whether a word names a label file: any file if it is the only word, else one that looks like a path."""
     path = expand_home(word)
     path_like = looks_like_path(word, suffixes=(*LABEL_FILE_SUFFIXES, *IMAGE_SUFFIXES))
     try:
@@ -136,11 +122,7 @@ def _is_label_file(word: str, *, alone: bool) -> bool:
 
 
 def _require_single_label(word: str, *, alone: bool) -> None:
-    """Refuse a word that holds several labels: `pig,dog`, `["pig", "dog"]`, or, on its own, `a pig, a dog`.
-
-    Raises:
-        InputError: it does; the hint has the labels one by one.
-    """
+    """Refuse a word that holds several labels: `pig,dog`, `["pig", "dog"]`, or, on its own, `a pig, a dog`."""
     stripped = word.strip()
     brackets = stripped[:1] == "[" and stripped[-1:] == "]"
     parts = [part.strip("\"' ") for part in _SEPARATOR.split(stripped.strip("[]"))]
@@ -163,10 +145,6 @@ def read_labels_file(path: Path) -> list[str]:
     - .json, .yaml: a list, or an object with one under such a key; its items are names, or objects with a name. Also an
       object from class numbers to names, in the order of the numbers.
     - .jsonl, .ndjson: an item of such a list per line.
-
-    Raises:
-        InputError: the file cannot be read, is not UTF-8, is not of the form of its suffix, or has no labels, or a list
-            for one.
     """
     return _read_list(path, max_bytes=MAX_FILE_BYTES, headings=HEADINGS, captions=False)
 
@@ -253,11 +231,7 @@ def _from_table(text: str, path: Path, headings: Sequence[str], *, captions: boo
 
 
 def _column_number(rows: Sequence[Sequence[str]], first: str, path: Path, headings: Sequence[str]) -> tuple[int, int]:
-    """Return which column has the labels, and how many rows are a heading.
-
-    Raises:
-        InputError: there are several columns, of which none has such a heading.
-    """
+    """Return which column has the labels, and how many rows are a heading."""
     header = [cell.strip().lower() for cell in rows[0]]
     if numbers := [header.index(heading) for heading in headings if heading in header]:
         if headings[0] != HEADINGS[0] and headings[0] in header:  # asked for

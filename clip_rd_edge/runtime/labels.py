@@ -35,10 +35,6 @@ def write_label_bank(
         folder, manifest: the bundle.
         labels: the names, in order.
         encoder: embeds them in the bundle's place, if that does not run here or has no text tower.
-
-    Raises:
-        InputError: there are no labels, too many, or a label is empty; or the bundle has no text tower.
-        UsageError: the text tower's INT8 gives wrong answers here.
     """
     names = tuple(dict.fromkeys(labels))
     if encoder is None:

@@ -40,12 +40,6 @@ def load(
         spin: False for embedding many images in ONNX Runtime: see `backends.session.open_session`.
         force: use a tower, with a warning, although this processor is known to compute its INT8 wrongly. Otherwise the
             first use raises UsageError.
-
-    Raises:
-        InputError, ConfigError: the folder is not a bundle, is incomplete, has changed since the export, or has a newer
-            format.
-        UsageError: the runtime is unknown, the device is not available here, or `threads` is out of range.
-        ClipRdEdgeError: the device is one of ONNX Runtime's, which cannot be imported.
     """
     folder = Path(bundle)
     if is_bundle(folder):

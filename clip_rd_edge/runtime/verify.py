@@ -87,11 +87,6 @@ def verify_bundle(
         threads, device: as for `load`.
         time_limit_s: a tower that runs after so many seconds is ended, and fails. None: five minutes, and a second for
             each megabyte of the bundle, which even a slow board with a slow card does not need.
-
-    Raises:
-        InputError: the folder is not a bundle.
-        ConfigError: the manifest is damaged or has a newer format.
-        UsageError: the device is not available here.
     """
     manifest = _read_manifest(folder)
     with _time_limit(_MIN_LIMIT_S + size_bytes(folder) / 1e6 if time_limit_s is None else time_limit_s) as limit:

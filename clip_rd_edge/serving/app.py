@@ -36,9 +36,6 @@ def make_app(
         token: the bearer token that every request but /health needs; empty for none.
         host: that the server listens on.
         names: further host names that requests may use; see `web.guard` for both.
-
-    Raises:
-        UsageError: one of them is no host name.
     """
     posts: dict[str, Handler] = {
         "/embeddings": service.embeddings,
@@ -130,11 +127,7 @@ async def _result(handler: Handler, request: Request, service: Service) -> Respo
 
 
 async def _unless_it_leaves(handler: Handler, request: Request) -> Response:
-    """Return the handler's response; cancel it if the client closes the connection, so that nothing is computed for it.
-
-    Raises:
-        ClientDisconnect: the client has closed the connection.
-    """
+    """Return the handler's response; cancel it if the client closes the connection, so that nothing is computed for it."""
     task = asyncio.current_task()
     assert task is not None
     end = asyncio.ensure_future(request.receive())  # the body is complete: what comes next is the connection's end

@@ -83,11 +83,7 @@ class SearchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def llama_items(request: LlamaRequest) -> list[Item]:
-    """Return the items of a llama.cpp request.
-
-    Raises:
-        InputError: there are none or too many, or an item has several images, or both an image and a text.
-    """
+    """Return the items of a llama.cpp request."""
     content = request.content if request.content is not None else request.input
     elements = content if isinstance(content, list) else [] if content is None else [content]
     return _limited([_llama_item(element, number) for number, element in enumerate(elements)])
@@ -109,11 +105,7 @@ def _llama_item(element: str | LlamaItem, number: int) -> Item:
 
 
 def openai_items(request: OpenAiRequest, *, embedding_size: int) -> list[Item]:
-    """Return the items of an OpenAI request.
-
-    Raises:
-        InputError: there are none or too many, or `dimensions` is not the size of the embeddings.
-    """
+    """Return the items of an OpenAI request."""
     if request.dimensions not in (None, embedding_size):
         raise InputError(f"dimensions is {request.dimensions}; this model has {embedding_size}.")
     texts = [request.input] if isinstance(request.input, str) else request.input

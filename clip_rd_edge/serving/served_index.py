@@ -31,9 +31,6 @@ class ServedIndex:
     Args:
         folder: of the index.
         encoder: the bundle that made it.
-
-    Raises:
-        InputError: there is no index, or another bundle created it.
     """
 
     def __init__(self, folder: Path, encoder: BundleEncoder) -> None:
@@ -44,11 +41,7 @@ class ServedIndex:
         self._opened = self._open()
 
     async def current(self) -> Opened:
-        """Return the index, read again if it was updated; as it was before, where reading takes longer than a moment.
-
-        Raises:
-            ClipRdEdgeError: the index that is there cannot be searched.
-        """
+        """Return the index, read again if it was updated; as it was before, where reading takes longer than a moment."""
         identity = await asyncio.to_thread(file_identity, self._folder / INDEX_FILE)
         if self._reading is None and (identity != self._identity or self._error is not None):
             self._reading = asyncio.create_task(self._read_again())

@@ -72,9 +72,6 @@ class Service:
         index: folder of an index of that bundle, for /search; None serves no search.
         limits: how much the server takes on.
         version: of this package, which clients are told.
-
-    Raises:
-        InputError: there is no index, or another bundle created it.
     """
 
     def __init__(
@@ -203,11 +200,7 @@ class Service:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Count a request while it is answered.
-
-        Raises:
-            BusyError: as many as the limit allows are being answered already.
-        """
+        """Count a request while it is answered."""
         if self.active_requests >= self.limits.max_requests:
             raise BusyError(f"{self.active_requests:,} requests are being answered already.")
         self.active_requests += 1
@@ -226,12 +219,7 @@ class Service:
         return self.encoder.manifest.tokenizer.context_length
 
     async def _embed(self, items: Sequence[Item]) -> tuple[list[Embeddings], int]:
-        """Return the embedding of each item, (D,), in order, and the number of tokens of the texts.
-
-        Raises:
-            BusyError: there are too many items of other requests.
-            InputError: an image cannot be opened.
-        """
+        """Return the embedding of each item, (D,), in order, and the number of tokens of the texts."""
         with self._counted(len(items)):
             texts = [item.text for item in items if item.text is not None]
             images = [

@@ -129,11 +129,7 @@ class Declared(NamedTuple):
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """Base class of what is asked for: numbers are within their limits, choices exist, paths are paths.
-
-    Raises:
-        UsageError: they do not; its `option` names the field.
-    """
+    """Base class of what is asked for: numbers are within their limits, choices exist, paths are paths."""
 
     def __post_init__(self) -> None:
         for entry in _numbers(type(self)):
@@ -193,11 +189,7 @@ def _require_paths(name: str, value: Any) -> None:
 
 
 def keywords_of(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P, R]]:
-    """Let a function of a struct be called with the struct's fields.
-
-    Raises:
-        UsageError: a call has an unknown argument, lacks one, or has one that is not allowed.
-    """
+    """Let a function of a struct be called with the struct's fields."""
     fields = signature(settings)
     parameters = fields.parameters
     by_place = [name for name, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]

@@ -44,11 +44,7 @@ def npz_bytes(*, compressed: bool = False, **arrays: npt.NDArray[Any]) -> bytes:
 
 
 def load_array(source: Path | IO[bytes], *, memory_mapped: bool = False) -> npt.NDArray[Any]:
-    """Return the array of an .npy file of our own, or map it into memory; any number of threads may do so at once.
-
-    Raises:
-        OSError, ValueError, EOFError: as `numpy.load`, which reads it; Python objects are refused.
-    """
+    """Return the array of an .npy file of our own, or map it into memory; any number of threads may do so at once."""
     try:
         with HEADERS:
             array: npt.NDArray[Any] = np.load(source, mmap_mode="r" if memory_mapped else None, allow_pickle=False)
@@ -67,9 +63,6 @@ def read_npz(
         max_bytes: limit on the size of each array; checked before it is decompressed.
         hint: of the error.
         name: of the file in messages; by default its path.
-
-    Raises:
-        ConfigError: the file is damaged, is no archive of arrays, holds Python objects, or an array is too large.
     """
     arrays = {}
     try:

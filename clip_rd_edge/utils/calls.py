@@ -18,9 +18,6 @@ def checked_call(function: Callable[P, R]) -> Callable[P, R]:
     """Return the function with its calls checked: that options exist, and that each `AnyPath` is a path.
 
     A function with `**options` checks their names itself.
-
-    Raises:
-        UsageError: they do not, or it is not.
     """
     parameters = inspect.signature(function).parameters
     command = function.__qualname__.removesuffix(".__init__")

@@ -47,9 +47,6 @@ class CheckedStruct(msgspec.Struct, frozen=True):
     """Base class of structs whose numbers must be finite and within the limits of their annotations.
 
     Integers must fit into 64 bits, as whatever they are passed on to expects.
-
-    Raises:
-        CheckedError: a number is not.
     """
 
     def __post_init__(self) -> None:

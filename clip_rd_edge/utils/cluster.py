@@ -27,11 +27,6 @@ def map_on_cluster(address: str, make: Callable[[], Callable[[T], R]], items: It
         address: of the cluster, as for `ray.init`: `auto` for the one that this machine belongs to, or HOST:PORT.
         make: returns the function; called once in each worker, in this process's working folder if it exists there.
         items: read as a whole before the first one is computed; they and the results are pickled.
-
-    Raises:
-        MissingExtraError: Ray is not installed.
-        UsageError: there is no cluster at `address`.
-        ClipRdEdgeError: what the function raised, with the machine's name; or the cluster has lost all its workers.
     """
     try:
         import ray

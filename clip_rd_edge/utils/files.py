@@ -75,11 +75,7 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def move(source: Path, target: Path) -> None:
-    """Give a file or folder another name, that of a file which it replaces perhaps.
-
-    Raises:
-        OSError: it cannot be moved; on Windows, also where another program has it open.
-    """
+    """Give a file or folder another name, that of a file which it replaces perhaps."""
     try:
         _patiently(lambda: source.replace(target))
     except PermissionError:
@@ -117,11 +113,7 @@ def write_text(path: Path, content: str) -> None:
 
 
 def require_utf8_path(path: Path) -> None:
-    """Refuse a path for a model that is not UTF-8: safetensors could write its weights there, but not read them.
-
-    Raises:
-        UsageError: the path, with all folders above it, is not UTF-8.
-    """
+    """Refuse a path for a model that is not UTF-8: safetensors could write its weights there, but not read them."""
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError:  # Python represents a byte that is not UTF-8 as half a surrogate pair
@@ -153,11 +145,7 @@ def _link_to_nothing(path: Path) -> Path | None:
 
 @contextmanager
 def named_failures(output: Path, *, hint: str = "choose another -o") -> Iterator[None]:
-    """Within the block, an error of the system, other than of a full disk, says that the output cannot be written.
-
-    Raises:
-        UsageError: it is such an error.
-    """
+    """Within the block, an error of the system, other than of a full disk, says that the output cannot be written."""
     try:
         yield
     except OSError as error:
@@ -303,9 +291,6 @@ def now_in(folder: Path) -> float:
     """Return the time by the clock that gives the files in a folder their times, in seconds as `time.time`.
 
     That of a shared folder is its server's, from which this machine's may differ by any amount.
-
-    Raises:
-        OSError: nothing can be written there.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.fstat(file.fileno()).st_mtime

@@ -29,10 +29,6 @@ def require_free_output(path: Path, *, overwrite: bool, replaced: bool = True, i
     Args:
         replaced: whether `new_folder` will replace `path`, so that the folder around it has to be writable.
         ignoring: names of files in the folder to ignore.
-
-    Raises:
-        UsageError: `path` is a file or a non-empty folder, and `overwrite` is false; it is a device, a pipe or a
-            socket; or it is no path that can be written, such as one that is too long or in a folder that is read-only.
     """
     try:
         if exists(path) and not (is_file(path) or is_folder(path)):
@@ -74,9 +70,6 @@ def require_apart(output: Path, sources: Iterable[Path]) -> None:
     Args:
         output: a folder that `new_folder` will replace.
         sources: what the output is made from; those that do not exist are ignored.
-
-    Raises:
-        UsageError: `output` is the working folder or one of the sources, or contains it.
     """
     place = output.resolve()
     for source in sources:
@@ -104,9 +97,6 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
     Args:
         overwrite: if false, what another process has put there meanwhile is kept.
-
-    Raises:
-        UsageError: `path` cannot be written or replaced, or is in use and `overwrite` is false.
     """
     temporary = _beside(path, "tmp")
     with ExitStack() as stack:
@@ -153,9 +143,6 @@ def _held(folder: Path) -> Iterator[bool]:
 
     Yields:
         Whether it is locked.
-
-    Raises:
-        BlockingIOError: somebody else holds it.
     """
     try:
         import fcntl

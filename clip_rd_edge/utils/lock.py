@@ -58,10 +58,6 @@ def exclusive_writer(
 
     Yields:
         Whether the folder may be written: False only if `stop` has ended the wait.
-
-    Raises:
-        UsageError: another process holds the lock and there is no `on_wait`, `folder` is a file, or it cannot be
-            written.
     """
     path = folder / LOCK_FILE
     try:

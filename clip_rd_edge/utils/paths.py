@@ -63,11 +63,7 @@ def file_identity(path: Path) -> tuple[int, int, int, int] | None:
 
 
 def exists(path: AnyPath) -> bool:
-    """Return whether there is anything at this path.
-
-    Raises:
-        InputError: the system cannot tell, since the path is too long, for example.
-    """
+    """Return whether there is anything at this path."""
     return _mode(path) != 0
 
 
@@ -185,9 +181,6 @@ def shipped_path(name: str) -> Path:
 
     Args:
         name: such as `benchmarks/suites/quickstart.yaml`.
-
-    Raises:
-        InputError: no such file or folder is shipped.
     """
     for root in (_PACKAGE / "_shipped", _PACKAGE.parent):
         if (root / name).exists():

@@ -29,12 +29,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 def read_yaml(path: Path, kind: type[T]) -> T:
-    """Read a YAML file into a struct, refusing unknown keys and wrong types.
-
-    Raises:
-        InputError: the file cannot be read.
-        ConfigError: it is not valid YAML, or does not match `kind`.
-    """
+    """Read a YAML file into a struct, refusing unknown keys and wrong types."""
     raw = parse_yaml(read_limited(path, MAX_YAML_BYTES), source=path)
     return convert(raw if raw is not None else {}, kind, source=str(path))
 
@@ -83,12 +78,7 @@ class UnknownFieldError(InputError):
 
 
 def decode_request(body: bytes, kind: type[V]) -> V:
-    """Decode JSON that a client sent.
-
-    Raises:
-        UnknownFieldError: it has a field that `kind` does not have, and forbids.
-        InputError: it is not JSON or of another form; the message names no place.
-    """
+    """Decode JSON that a client sent."""
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.MsgspecError as error:
@@ -121,11 +111,6 @@ def read_versioned_json(
         upgrade: rewrites the content of an older version to the newest one's keys.
         max_bytes: limit on the size of the file.
         foreign: a key that only another kind of file has, and the error for such a file.
-
-    Raises:
-        InputError: the file cannot be read.
-        ConfigError: it is damaged, its format is newer, or it is of another kind. The kind and the version are checked
-            before anything else.
     """
     content = read_limited(path, max_bytes)
     mark = foreign[0] if foreign else ""

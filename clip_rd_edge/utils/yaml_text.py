@@ -18,11 +18,7 @@ MAX_VALUES = 1_000_000  # in a file, each as often as aliases repeat it: nine li
 
 
 def parse_yaml(content: bytes | str, *, source: Path) -> Any:
-    """Return the content of a YAML file as plain Python objects.
-
-    Raises:
-        ConfigError: it is not valid, is larger than MAX_YAML_BYTES, or stands for more than MAX_VALUES values.
-    """
+    """Return the content of a YAML file as plain Python objects."""
     import yaml
 
     if len(content) > MAX_YAML_BYTES:

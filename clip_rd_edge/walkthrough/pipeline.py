@@ -79,12 +79,7 @@ _STUDENT_DIGEST = "student_sha256"  # in a bundle's provenance: of the file of t
 
 
 def build_teacher(folder: Path, reporter: Reporter) -> Path:
-    """Stitch the built-in teacher from packages with weights; an existing folder is left unchanged.
-
-    Raises:
-        MissingExtraError: a package is not installed.
-        InputError: its weights are not the published ones (by SHA-256).
-    """
+    """Stitch the built-in teacher from packages with weights; an existing folder is left unchanged."""
     if not folder.is_dir():
         for package in (CLASSIFIERS[CLASSIFIER], SENTENCE_ENCODERS[SENTENCE_ENCODER]):
             package.verified()  # `stitch_models` would download what is not installed
@@ -219,11 +214,6 @@ def run_quickstart(
     Args:
         open_encoder: opens a bundle or a model folder for the benchmark.
         launch: as `benchmarking.run.run_suite` takes it.
-
-    Raises:
-        UsageError: the folder holds a quickstart with other settings, or cannot be written.
-        InputError, ConfigError: the student or the recipe is unknown, or the student takes no images of this size.
-        InterruptedRunError: a signal requested a stop; the same call resumes.
     """
     require_free_output(settings.folder, overwrite=True, replaced=False)  # stages that are complete stay
     report = settings.folder / "report"
@@ -353,11 +343,7 @@ def _compare(settings: Settings, reporter: Reporter, *, open_encoder: OpenEncode
 
 
 def photo_tasks(photos: Path | None) -> tuple[str, ...]:
-    """Return the tasks in a folder of photographs: `photographs`, and `photographs-LANGUAGE` with other labels.
-
-    Raises:
-        InputError: there are none.
-    """
+    """Return the tasks in a folder of photographs: `photographs`, and `photographs-LANGUAGE` with other labels."""
     if photos is None:
         return ()
     folders = sorted(photos.glob("photographs*")) if is_folder(photos) else []

@@ -56,10 +56,6 @@ class Demo:
         bundles: folders of the bundles, in the order that the page shows them.
         labels: labels that the page starts with, as for `LabelSets.add`; None leaves the choice to the page.
         threads, force: as for `runtime.load.load`.
-
-    Raises:
-        InputError, ConfigError: a folder is not a bundle, is incomplete, or has a newer format, or the labels are
-            refused.
     """
 
     def __init__(
@@ -197,9 +193,6 @@ def serve(demo: Demo, *, host: str = LOOPBACK, port: int = 8765, ready: Callable
         port: port to listen on; 0 uses any free port.
         ready: called with the page's URL once the page can be opened; for a server on all addresses (0.0.0.0 or ::),
             with the one on this machine.
-
-    Raises:
-        UsageError: listening on the address failed.
     """
     run_server(make_app(demo, host=host), host=host, port=port, ready=ready, stop_within_s=2)
 
@@ -209,9 +202,6 @@ def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], N
 
     Args:
         host, port, ready: as for `serve`.
-
-    Raises:
-        UsageError: listening on the address failed.
     """
     with _listen(host, port) as listener:
         url = url_of({"": LOOPBACK, "0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host), listener.getsockname()[1])

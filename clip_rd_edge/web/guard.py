@@ -216,11 +216,7 @@ def _hostname(host: str) -> str:
 
 
 def host_names(names: str | Collection[str]) -> set[str]:
-    """Return the host names in what a user gives, a single one or several: NAME, NAME:PORT or http://NAME:PORT.
-
-    Raises:
-        UsageError: there is no name in one.
-    """
+    """Return the host names in what a user gives, a single one or several: NAME, NAME:PORT or http://NAME:PORT."""
     hosts = set()
     for name in [names] if isinstance(names, str) else names:
         host = _hostname(name.strip().rpartition("://")[2].partition("/")[0])

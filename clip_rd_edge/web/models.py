@@ -93,9 +93,6 @@ class ServedBundle:
         folder: the bundle's folder.
         shown: what the page calls it; None for the name of the folder.
         threads, force: as for `runtime.load.load`.
-
-    Raises:
-        InputError, ConfigError: it is no bundle, is damaged, or embeds images alone.
     """
 
     def __init__(
@@ -117,11 +114,7 @@ class ServedBundle:
             )
 
     def encoder(self) -> BundleEncoder:
-        """Return an encoder for the current content of the folder.
-
-        Raises:
-            BundleRemovedError: the bundle was removed.
-        """
+        """Return an encoder for the current content of the folder."""
         identity = file_identity(self.folder / MANIFEST)
         if identity is None:
             raise BundleRemovedError(f"The bundle {self.folder} was removed.", hint="export it again")
@@ -145,10 +138,6 @@ class ServedBundle:
         Args:
             content: the bytes of the image file.
             labels: the labels; None uses the bundle's own and returns the BANK_TOP most likely.
-
-        Raises:
-            InputError: `content` is not an image, or has more than MAX_PIXELS.
-            BundleRemovedError: the bundle was removed, or has no labels of its own or no text tower (any more).
         """
         encoder = self.encoder()
         asked = time.perf_counter()
@@ -227,11 +216,7 @@ class LabelSets:
         self._sets: OrderedDict[str, tuple[str, ...]] = OrderedDict()
 
     def add(self, labels: Sequence[Any]) -> str:
-        """Store a list of labels; return its key.
-
-        Raises:
-            InputError: there are no labels or too many, or a label is not text, is empty, or is too long.
-        """
+        """Store a list of labels; return its key."""
         if not labels:
             raise InputError("No labels were sent.")
         if len(labels) > MAX_LABELS:

@@ -189,11 +189,7 @@ DARK = Palette(
 
 
 def require_matplotlib() -> None:
-    """Check for matplotlib before a long run, rather than fail at its end.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
+    """Check for matplotlib before a long run, rather than fail at its end."""
     if importlib.util.find_spec("matplotlib") is None:
         # The hint does not name the extra that includes matplotlib, because it also installs torch.
         raise UsageError(

@@ -30,11 +30,7 @@ _NAME_WIDTH = 16  # columns in which a longer name of a task is broken, rather t
 
 
 def write_between_markers(document: Path, name: str, table: str) -> None:
-    """Replace the text between `<!-- NAME: begin -->` and `<!-- NAME: end -->` in a Markdown file.
-
-    Raises:
-        InputError: the file cannot be read, or does not have these markers.
-    """
+    """Replace the text between `<!-- NAME: begin -->` and `<!-- NAME: end -->` in a Markdown file."""
     begin_marker, end_marker = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     text = read_text_limited(document)  # which keeps the line ends of Windows
     before, begin, rest = text.partition(begin_marker)
@@ -51,11 +47,7 @@ MARKDOWN, HTML, PLOT = "report.md", "report.html", "accuracy-latency.png"
 
 
 def require_report_folder(folder: Path) -> None:
-    """Refuse a folder where a file of the user's has the name of one of a report's.
-
-    Raises:
-        UsageError: it has one, such as a report.md without a benchmark's results.json beside it.
-    """
+    """Refuse a folder where a file of the user's has the name of one of a report's."""
     require_output_file(
         folder / RESULTS, lambda beginning: b'"suite":' in beginning, what="a benchmark's", option="{output}"
     )
@@ -68,9 +60,6 @@ def write_report(results: Results, folder: Path) -> None:
     """Write results.json, and from it alone report.md, report.html and the plot. The folder is created if necessary.
 
     They are published, so they have no path of this package and no secret; see `results.published`.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed; results.json is written nevertheless.
     """
     results = published(results)
     write_results(folder / RESULTS, results)

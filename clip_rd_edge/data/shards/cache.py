@@ -32,13 +32,7 @@ _OPENING_TRIES = 10
 
 
 def open_file(shard: ShardFile) -> int:
-    """Open a shard for reading, after fetching it where it is remote; return the file descriptor.
-
-    Raises:
-        OSError: it cannot be opened.
-        InputError: as `local_path`.
-        UnreachableError: as `local_path`, or it was removed from the cache each time before it could be opened.
-    """
+    """Open a shard for reading, after fetching it where it is remote; return the file descriptor."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
     if isinstance(shard, Path):
         return os.open(shard, flags)
@@ -56,10 +50,6 @@ def local_path(shard: ShardFile) -> Path:
     """Return the path of a shard on this machine; a remote one is fetched unless it is in the cache.
 
     Several processes that need the same shard fetch it once.
-
-    Raises:
-        InputError: as `remote.fetch`.
-        UnreachableError: the cache cannot be written, as on a full disk.
     """
     if isinstance(shard, Path):
         return shard

@@ -162,9 +162,6 @@ def index_shards(
         json_key, captioned: as for `data.shards.webdataset.ShardPairs`.
         reinforced: whether a sample also needs augmentations and embeddings; see `data.reinforced`.
         reporter: receives the number of indexed shards.
-
-    Raises:
-        InputError: a shard cannot be read or is not an uncompressed tar.
     """
     sizes = [size for size, _ in current_versions(paths)]
     identities = [shard_identity(path) for path in paths]

@@ -65,9 +65,6 @@ class TarScan:
 
     Args:
         open_file: returns a new file descriptor of the tar, which is closed in the end.
-
-    Raises:
-        OSError: the file cannot be read.
     """
 
     def __init__(self, open_file: Callable[[], int]) -> None:

@@ -166,11 +166,7 @@ def current_versions(shards: Sequence[ShardFile]) -> list[Version]:
 
 
 def open_shard(path: ShardFile) -> Shard:
-    """Return a shard's index, from the cache if path, size and modification time of the tar are unchanged.
-
-    Raises:
-        InputError: the file does not exist or is not an uncompressed tar.
-    """
+    """Return a shard's index, from the cache if path, size and modification time of the tar are unchanged."""
     identity = f"{_INDEX_FORMAT}\n{shard_identity(path)}"
     cached = (
         cache_home() / "shards" / f"{hashlib.sha256(identity.encode(errors='surrogateescape')).hexdigest()[:32]}.npz"

@@ -58,9 +58,6 @@ class ShardPairs:
     Attributes:
         left_out: messages about samples without an image or a caption file, and about damaged shards.
         lost: about how many samples are in the damaged parts of shards.
-
-    Raises:
-        InputError: a shard does not exist or is not a tar.
     """
 
     def __init__(
@@ -136,12 +133,7 @@ class ShardPairs:
 
 
 def parse_sources(source: Typed, weights: str | None = None) -> list[Source]:
-    """Parse sources in open_clip's syntax: `a/{00000..00012}.tar::b.tar`, with weights such as `1::2`.
-
-    Raises:
-        InputError: a local shard does not exist.
-        UsageError: the weights are not positive integers, or there is not exactly one per source.
-    """
+    """Parse sources in open_clip's syntax: `a/{00000..00012}.tar::b.tar`, with weights such as `1::2`."""
     patterns = [Typed(pattern) for pattern in source.split(SEPARATOR)]
     factors = _parse_weights(weights, len(patterns))
     return [Source(_shard_paths(pattern), factor) for pattern, factor in zip(patterns, factors, strict=True)]
@@ -185,10 +177,6 @@ def expand_braces(pattern: str) -> list[str]:
     """Expand the braces of a pattern to a list of names, in order; several braces give all combinations.
 
     A range keeps leading zeros: `{08..11}` gives 08, 09, 10, 11.
-
-    Raises:
-        InputError: a pair of braces contains neither a range of integers nor a list, a brace is unmatched, or the
-            pattern stands for more than MAX_SHARDS names.
     """
     match = _BRACES.search(pattern)
     if match is None:
@@ -227,20 +215,12 @@ def _choices(content: str, pattern: str) -> list[str]:
 
 
 def text_captions(member: TarMember) -> tuple[str, ...]:
-    """Return the whole text of a .txt as one caption, as open_clip does.
-
-    Raises:
-        InputError: the file is empty or not valid UTF-8.
-    """
+    """Return the whole text of a .txt as one caption, as open_clip does."""
     return _require_captions([read_text(member)], str(member))
 
 
 def read_json_member(member: TarMember) -> Any:
-    """Return the content of a .json, which may have NaN, Infinity and halves of surrogate pairs, as Python writes them.
-
-    Raises:
-        InputError: the file is not valid JSON, or as for `read_text`.
-    """
+    """Return the content of a .json, which may have NaN, Infinity and halves of surrogate pairs, as Python writes them."""
     text = read_text(member)
     try:
         with contextlib.suppress(msgspec.DecodeError):
@@ -259,9 +239,6 @@ def json_captions(
 
     Args:
         hint: what to do if there is no such key.
-
-    Raises:
-        InputError: the file is not valid JSON, or its key is missing or holds no text.
     """
     content = read_json_member(member)
     if not isinstance(content, dict) or key not in content:

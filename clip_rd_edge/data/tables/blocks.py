@@ -93,9 +93,6 @@ def read_blocks(
         blocks: what `table.read` returned for `table.places()`.
         images_once: whether of several rows with one image, only the first counts, also among those that are no pairs;
             each row without one does.
-
-    Raises:
-        InputError: a part of the table cannot be read.
     """
     seen = set[int]()
     for block in table.in_order(blocks):

@@ -49,9 +49,6 @@ class IndexedTable:
     Attributes:
         groups: numbers of pairs in blocks of rows: image files lie apart, so that any block serves.
         left_out: messages about rows without an existing image or a caption.
-
-    Raises:
-        InputError: images have another size than they had when the table was indexed.
     """
 
     lost: ClassVar[int] = 0  # a table is read whole or not at all
@@ -148,9 +145,6 @@ def index_table(
         key: what the pairs depend on besides the file, such as the names of columns; a single one for `images_once`.
         images_once: see `read_blocks`.
         reporter: receives the number of indexed blocks.
-
-    Raises:
-        InputError: the table cannot be read, or its images have changed.
     """
     status = table.path.stat()
     # Relative paths of images depend on the working directory and on the folder of the table, which may be a link to it

@@ -81,11 +81,7 @@ def pack(pairs: Sequence[Pair]) -> PackedPairs:
 
 
 def unpack(row: bytes, read_text: Read, read_folder: Read) -> Pair:
-    """Return the pair of a row, whose text and folder are read by these functions.
-
-    Raises:
-        ValueError: they have changed since they were packed.
-    """
+    """Return the pair of a row, whose text and folder are read by these functions."""
     text, folder, text_size, folder_size, crc32 = np.frombuffer(row, ROW)[0].tolist()
     content, parent = read_text(text_size, text), read_folder(folder_size, folder)
     if zlib.crc32(content, zlib.crc32(parent)) != crc32:

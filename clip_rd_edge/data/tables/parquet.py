@@ -91,11 +91,7 @@ def open_parquet(path: Path, image_key: str, caption_key: str) -> ParquetTable:
 
 
 def read_column(name: str, column: str) -> list[str]:
-    """Return the texts of a column of captions, without empty ones.
-
-    Raises:
-        InputError: the file cannot be read, or has no such column of text, or no text in it, or a list for one.
-    """
+    """Return the texts of a column of captions, without empty ones."""
     path = Path(name)
     _rows_with(path, {column: CAPTION_OPTION})
     pyarrow, parquet = _import_pyarrow(path)

@@ -122,9 +122,6 @@ class ViewDataset(Dataset[PairView]):
     Attributes:
         cache: the teacher's embeddings of these views, or None. A pair that it lacks is bad.
         bad: counts the samples that cannot be read; with `substitute`, `step_loader` adds those it encounters.
-
-    Raises:
-        InputError: `pairs` already leaves out more than `max_bad` of its samples.
     """
 
     def __init__(
@@ -239,13 +236,6 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
 
     Args:
         workers: number of worker processes; 0 loads in the training process; -1 uses half of the usable cores, up to 8.
-
-    Raises:
-        InputError: during iteration, if more samples are bad than the data set allows.
-        UnreachableError: if a machine or network fails to deliver a shard or an image, also when tried again, or this
-            machine starts no worker processes or has no shared memory left for their batches.
-        LostProcessError: during iteration, if a worker process was killed.
-        ClipRdEdgeError: during iteration, what else the data set raises, also in a worker process.
     """
     if workers < 0:
         workers = min(8, usable_cores() // 2)

@@ -78,12 +78,7 @@ class ReinforcedDataset(ViewDataset):
 
 
 def require_stored_width(pairs: ReinforcedPairs, stored: StoredTeachers) -> None:
-    """Check that the first pair's embeddings have the width of all stored teachers together.
-
-    Raises:
-        ConfigError: they have another one.
-        InputError: they cannot be read.
-    """
+    """Check that the first pair's embeddings have the width of all stored teachers together."""
     width = int(_embeddings(pairs, 0)[_IMAGES].shape[-1])
     if width != sum(stored.widths):
         total = " + ".join(map(str, stored.widths))
@@ -95,11 +90,7 @@ def require_stored_width(pairs: ReinforcedPairs, stored: StoredTeachers) -> None
 
 
 def read_sample(pairs: ReinforcedPairs, index: int, stored: StoredTeachers) -> ReinforcedSample:
-    """Return what is stored of a pair; the embeddings of each teacher are made unit vectors.
-
-    Raises:
-        InputError: a file cannot be read, or there are not as many embeddings as augmentations and captions.
-    """
+    """Return what is stored of a pair; the embeddings of each teacher are made unit vectors."""
     augmentations, arrays = pairs.augmentations(index), _embeddings(pairs, index)
     member, _ = pairs.embeddings(index)
     images, texts = arrays[_IMAGES], arrays[_TEXTS]
@@ -136,11 +127,7 @@ def read_sample(pairs: ReinforcedPairs, index: int, stored: StoredTeachers) -> R
 
 
 def augment(image: Image.Image, augmentation: Augmentation, *, size: int) -> Image.Image:
-    """Return what the teachers saw: a crop, resized to `size` pixels, and RandAugment's operations on it.
-
-    Raises:
-        InputError: the crop is not within the image, which then is not the one that was augmented.
-    """
+    """Return what the teachers saw: a crop, resized to `size` pixels, and RandAugment's operations on it."""
     top, left, height, width, operations = augmentation
     if top + height > image.height or left + width > image.width:
         raise InputError(

@@ -43,12 +43,7 @@ class EncoderOfAllProcesses:
         return self.share(batches, lambda batch: self._encoder.encode_texts(texts[batch]))
 
     def share(self, batches: Sequence[slice], embed: Callable[[slice], Embeddings]) -> Embeddings:
-        """See `SharedEncoder`.
-
-        Raises:
-            InputError: the processes have different numbers of batches.
-            Stopped: a signal requested a stop in one of the processes.
-        """
+        """See `SharedEncoder`."""
         processes = self._processes
         counts = processes.gather_objects(len(batches))
         if len(set(counts)) > 1:

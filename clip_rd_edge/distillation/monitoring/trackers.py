@@ -74,12 +74,7 @@ class Tracker:
 
 
 def require_tracker(name: TrackerName | None) -> None:
-    """Check that a tracker can be used, before anything else of a run begins.
-
-    Raises:
-        MissingExtraError: its package is not installed.
-        UsageError: Weights & Biases is online, but nobody is logged in.
-    """
+    """Check that a tracker can be used, before anything else of a run begins."""
     if name is None:
         return
     if importlib.util.find_spec(name) is None:
@@ -91,11 +86,7 @@ def require_tracker(name: TrackerName | None) -> None:
 
 
 def open_tracker(config: RunConfig, run: Path, *, start: int, reporter: Reporter) -> Tracker:
-    """Return the tracker that `config.report_to` names, for a run that continues after `start` steps.
-
-    Raises:
-        UsageError: the service cannot be reached, or refuses a new run.
-    """
+    """Return the tracker that `config.report_to` names, for a run that continues after `start` steps."""
     if config.report_to is None:
         return Tracker()
     if config.report_to == "tensorboard":
@@ -186,9 +177,6 @@ class RemoteRun(Tracker):
     Args:
         config: shown as the run's settings, but for what may be a secret in the addresses of data.
         reporter: told if the service fails.
-
-    Raises:
-        UsageError: the run could not be opened.
     """
 
     def __init__(self, run: Path, service: Service, config: RunConfig, reporter: Reporter) -> None:

@@ -214,9 +214,6 @@ def require_one_process(what: str, *, hint: str) -> None:
 
     Args:
         what: is done by one process, such as `Teachers are ranked`.
-
-    Raises:
-        UsageError: torchrun started several.
     """
     if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise UsageError(f"{what} by a single process, but {count} were started.", hint=hint)

@@ -38,9 +38,6 @@ def open_store(timeout_s: float) -> Store:
     """Connect to the store that torchrun provides.
 
     The connection is one of our own: torch's wait for others, and one that waits lets no other thread ask.
-
-    Raises:
-        RuntimeError: it does not answer.
     """
     store: Store = TCPStore(
         os.environ["MASTER_ADDR"],

@@ -288,11 +288,7 @@ class Quantization:
 
 
 def require_quantizable(config: RunConfig) -> None:
-    """Check, before anything is loaded, that a configuration can be combined with quantisation.
-
-    Raises:
-        UsageError: the student is untrained, or an option cannot be combined with quantisation.
-    """
+    """Check, before anything is loaded, that a configuration can be combined with quantisation."""
     if config.quantize is None:
         return
     if model_folder(config.student) is None:
@@ -309,12 +305,7 @@ def require_quantizable(config: RunConfig) -> None:
 
 
 def require_static_tower(student: ClipModel) -> None:
-    """Check that the image tower of a student is exported in static INT8, with the layers that it is trained with.
-
-    Raises:
-        UsageError: it is a transformer, which the exporter quantises dynamically, or it computes something else with
-            `FakeQuantMode`, whatever is rounded, or the exporter merges its branches.
-    """
+    """Check that the image tower of a student is exported in static INT8, with the layers that it is trained with."""
     visual = student.model.get_submodule("visual")
     # A single convolution is the patch embedding of a transformer; `exporting.int8.candidates` has the same rule.
     if sum(isinstance(module, nn.Conv2d) for module in visual.modules()) < 2:

@@ -48,11 +48,7 @@ class TeacherBank(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state that `state_dict` returned.
-
-        Raises:
-            UsageError: it is the state of a bank of another kind.
-        """
+        """Restore a state that `state_dict` returned."""
         ...
 
 
@@ -73,9 +69,6 @@ def make_bank(
         cache: where the run's embeddings come from; None if they are computed as training goes.
         ensemble: how those of the teachers become one; None without a teacher.
         source: see `QueueBank`.
-
-    Raises:
-        ConfigError, InputError: the cache is damaged, or too little of it can be used.
     """
     if not config.recipe.objective.bank or is_texts_alone(config):
         return None
@@ -86,11 +79,7 @@ def make_bank(
 
 
 def require_same_kind(*, began_stored: bool, is_stored: bool) -> None:
-    """Check that a resumed run has the kind of bank that it began with, from a teacher cache or not.
-
-    Raises:
-        UsageError: it has not.
-    """
+    """Check that a resumed run has the kind of bank that it began with, from a teacher cache or not."""
     if began_stored and not is_stored:
         raise UsageError(
             "The run began with a bank from a teacher cache; expected to go on with this cache.",
@@ -110,10 +99,6 @@ class StoredBank:
         ensemble: how the embeddings of the teachers become one.
         size: max number of images, and of captions.
         seed: of the choice.
-
-    Raises:
-        ConfigError: the cache is damaged.
-        InputError: none of the chosen images or captions could be read when the cache was built.
     """
 
     def __init__(

@@ -83,9 +83,6 @@ def texts_to_choose_from(config: RunConfig, samples: Pairs) -> list[tuple[str, .
 
     Of more than MAX_TEXTS, a random sample. Empty if there are no such images, or if there are only captions in shards,
     which could not be read without fetching all images.
-
-    Raises:
-        InputError: a caption cannot be read.
     """
     if not isinstance(samples, MixedSamples) or samples.images is None:
         return []

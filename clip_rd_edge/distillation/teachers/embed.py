@@ -44,11 +44,6 @@ def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None
         config: its `views` are those of the store, its `teacher_precision` is not `auto`.
         cluster: address of a Ray cluster, whose workers compute the shards; this process writes them.
         reporter: receives the number of completed shards.
-
-    Raises:
-        UsageError: the configuration has no teacher, `folder` is something else or a store with another content, or
-            there is no cluster.
-        InputError: data or teacher do not exist, in one of the processes or workers, or too many pairs cannot be read.
     """
     with join_processes() as processes:
         shown = reporter if processes.is_main else SILENT

@@ -288,11 +288,7 @@ def caption_shard(folder: Path, shard: int) -> Path:
 
 
 def cache_folders(folder: Path, teachers: Sequence[ClipModel]) -> list[Path]:
-    """Return the folder of each teacher's cache: `folder` itself, or those of several teachers in it.
-
-    Raises:
-        UsageError: `folder` is a file, or there are several teachers and it is something else than their caches.
-    """
+    """Return the folder of each teacher's cache: `folder` itself, or those of several teachers in it."""
     if is_file(folder):
         raise UsageError(f"The output {folder} is a file; expected a folder.", hint="choose another {teacher_cache}")
     beside = is_folder(folder) and any(folder.glob(f"{_OF_A_TEACHER}*"))
@@ -317,11 +313,7 @@ _OF_A_TEACHER, _SHORT = "teacher-", 16
 
 
 def claim_cache(folder: Path, manifest: CacheManifest) -> None:
-    """Write a manifest into a new folder, or check that the folder has the same one; jobs may do so at once.
-
-    Raises:
-        UsageError: the folder has another manifest (the first difference is named), or something else.
-    """
+    """Write a manifest into a new folder, or check that the folder has the same one; jobs may do so at once."""
     path, hint = folder / MANIFEST, "choose another --teacher-cache"
     if is_file(folder):
         raise UsageError(f"The output {folder} is a file; expected a folder.", hint=hint)
@@ -353,11 +345,7 @@ def write_array(path: Path, array: npt.NDArray[Any]) -> None:
 
 
 def open_cache(folder: Path) -> TeacherCache:
-    """Open a complete cache. No embedding is read, only the keys and the size of each file.
-
-    Raises:
-        ConfigError: the manifest cannot be read, the cache is not complete, or a file is missing or damaged.
-    """
+    """Open a complete cache. No embedding is read, only the keys and the size of each file."""
     manifest = read_json(folder / MANIFEST, CacheManifest)
     if not (folder / COMPLETE).is_file():
         raise ConfigError(f"The teacher cache {folder} is not complete.", hint="finish building it first")

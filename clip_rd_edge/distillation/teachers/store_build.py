@@ -132,10 +132,6 @@ def build_cache(
     Args:
         compute: computes the shards; None for `maker`, in each process.
         reporter: receives the number of completed shards.
-
-    Raises:
-        UsageError: `folder` is a cache with another manifest, or not a cache.
-        InputError: too many pairs cannot be read.
     """
     manifest = maker.manifest
     processes.on_main(lambda: claim_cache(folder, manifest))
@@ -194,9 +190,6 @@ def share_bad(bad: BadSamples, processes: Processes, files: Iterable[Path]) -> N
     Args:
         files: those that this process wrote without some bad pairs. They are removed if the bad pairs of all processes
             are too many: the next attempt would take them for complete, and count nothing.
-
-    Raises:
-        InputError: too many pairs cannot be read.
     """
     try:
         bad.share(processes.gather_objects)
@@ -222,12 +215,7 @@ def record_bad(path: Path, bad: Sequence[BadPair]) -> None:
 
 
 def count_recorded(bad: BadSamples, files: Sequence[Path], processes: Processes) -> list[Path]:
-    """Count the pairs that those of the files lack which earlier calls wrote; return these files.
-
-    Raises:
-        InputError: too many pairs are missing; the files are removed, so that the next attempt makes them anew. Or a
-            record cannot be read.
-    """
+    """Count the pairs that those of the files lack which earlier calls wrote; return these files."""
 
     def recorded() -> list[tuple[Path, tuple[BadPair, ...]]]:
         lacking = [path for path in files if is_file(_bad_file(path)) and is_file(path)]

@@ -25,12 +25,7 @@ from clip_rd_edge.utils.trust import Typed
 
 
 def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
-    """Return the teachers of a run, none if its objective does not need one or their embeddings are stored.
-
-    Raises:
-        UsageError: one is needed but not named, or `teacher_pretrained` is for none of them.
-        InputError, ConfigError: one cannot be loaded.
-    """
+    """Return the teachers of a run, none if its objective does not need one or their embeddings are stored."""
     if not config.recipe.objective.needs_teacher:
         return ()
     if not config.teachers:
@@ -61,12 +56,7 @@ def _require_use_of_weights(config: RunConfig) -> None:
 
 
 def load_models_to_embed_with(config: RunConfig) -> tuple[ClipModel, ...]:
-    """Return the teachers of a run, one or more.
-
-    Raises:
-        UsageError: the recipe has none.
-        InputError, ConfigError: one cannot be loaded.
-    """
+    """Return the teachers of a run, one or more."""
     if not config.recipe.objective.needs_teacher:
         raise UsageError(f"The recipe {config.recipe_name} has no teacher.", hint="name another {recipe}")
     return load_teachers(config)
@@ -87,11 +77,7 @@ def refuse_idle_teacher(config: RunConfig) -> None:
 
 
 def load_stored_teachers(config: RunConfig) -> StoredTeachers | None:
-    """Return the teachers whose embeddings are stored in the data; None if there are none, or none is needed.
-
-    Raises:
-        InputError, ConfigError: the file that describes them does not exist or is invalid.
-    """
+    """Return the teachers whose embeddings are stored in the data; None if there are none, or none is needed."""
     if config.stored_teachers is None or not config.recipe.objective.needs_teacher:
         return None
     return read_stored_teachers(Path(config.stored_teachers))

@@ -61,10 +61,6 @@ def write_coreml(
     """Write a model's towers as Core ML packages into `folder`, in float32 or float16; return their manifest.
 
     What a package declares is compared with the bundle `source`: names, shapes and types of input and output.
-
-    Raises:
-        UsageError: `source` is not a float32 bundle, or is damaged.
-        ClipRdEdgeError: a tower cannot be converted, or its package declares something else.
     """
     manifest = start_conversion(source, folder, request)
     inputs = hard_inputs(source, manifest)
@@ -91,9 +87,6 @@ def write_package(
         inputs: (N, 3, H, W) float32 or (N, T) int64; the package takes int32 ids.
         package: the folder to write.
         half: compute in float16, as the Neural Engine does; input and output stay in float32.
-
-    Raises:
-        ClipRdEdgeError: coremltools cannot convert the tower.
     """
     import coremltools
 

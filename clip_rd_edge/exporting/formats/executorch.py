@@ -39,9 +39,6 @@ def convert_tower(clip: ClipModel, name: str, tower: Tower, inputs: Inputs) -> b
     Args:
         tower: its ONNX file's entry, whose names of input and output the file does not have.
         inputs: (N, 3, H, W) float32 or (N, T) int64.
-
-    Raises:
-        ClipRdEdgeError: ExecuTorch cannot convert the tower.
     """
     try:
         with on_cpu(TOWERS[name](clip.model)) as module:

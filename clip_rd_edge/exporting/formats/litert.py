@@ -45,10 +45,6 @@ def write_litert_fp16(source: Path, folder: Path, request: ExportRequest, *, rep
     """Write the towers of the float32 LiteRT bundle `source` with float16 weights; return their manifest, not written.
 
     A CPU computes them in float32; a phone's GPU or NPU in float16.
-
-    Raises:
-        UsageError: `source` is not a float32 bundle, or is damaged.
-        ConfigError: LiteRT cannot run a tower.
     """
     manifest = start_conversion(source, folder, request)
     inputs = hard_inputs(source, manifest)

@@ -44,9 +44,6 @@ def convert_tower(clip: ClipModel, name: str, tower: Tower, inputs: Inputs) -> b
     Args:
         tower: its ONNX file's entry, whose names of input and output are kept.
         inputs: (N, 3, H, W) float32 or (N, T) int64; LiteRT's file takes int32 ids.
-
-    Raises:
-        ClipRdEdgeError: litert-torch cannot convert the tower.
     """
     with silently():  # it logs which of its optional parts are missing
         import litert_torch

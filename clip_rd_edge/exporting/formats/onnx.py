@@ -75,9 +75,6 @@ def to_fp16(model: onnx.ModelProto, *, keep_float32: Collection[str] = ()) -> on
     Args:
         model: float32, with or without Q/DQ, of opset 18 or later.
         keep_float32: names of nodes that stay in float32, such as those that `nodes_out_of_range` returns.
-
-    Raises:
-        ClipRdEdgeError: the model has branches or loops, which no tower of a CLIP model needs.
     """
     copy = onnx.shape_inference.infer_shapes(model)
     for node in copy.graph.node:
@@ -249,9 +246,6 @@ def write_fp16(
 
     On a CPU, float16 only saves space: ONNX Runtime computes it in float32, and the casts take time. The tower's note
     says how much it took here.
-
-    Raises:
-        UsageError: `source` is not a float32 bundle, or is damaged.
     """
     manifest = start_conversion(source, folder, request)
     inputs = hard_inputs(source, manifest)

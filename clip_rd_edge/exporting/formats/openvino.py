@@ -30,11 +30,6 @@ def write_openvino(
 
     bf16 is a hint to OpenVINO: it is recorded in the manifest, and the ONNX files stay the same. Latency is measured
     against float32 in ONNX Runtime.
-
-    Raises:
-        UsageError: `source` is not a float32 bundle, or is damaged.
-        MissingExtraError: OpenVINO is not installed.
-        ConfigError: OpenVINO cannot run a tower.
     """
     manifest = start_conversion(source, folder, request)
     inputs = hard_inputs(source, manifest)

@@ -69,13 +69,7 @@ def engine_builder(torch_tensorrt: Any, clip: ClipModel, source: Path) -> Engine
 
 
 def require_torch_tensorrt(target: str) -> Any:
-    """Return the package if it builds for `target`, one of `exporting.plan.TARGETS`, on this machine.
-
-    Raises:
-        UsageError: there is no GPU, or the installed package does not build for `target` on it.
-        MissingExtraError: torch-tensorrt is not installed.
-        ClipRdEdgeError: torch-tensorrt cannot be loaded.
-    """
+    """Return the package if it builds for `target`, one of `exporting.plan.TARGETS`, on this machine."""
     if not torch.cuda.is_available():
         raise UsageError(
             f"{{via}} torch-tensorrt needs a CUDA build of torch and a GPU; torch {torch.__version__} finds no GPU.",
@@ -104,11 +98,7 @@ def _device() -> torch.device:
 
 
 def _to_fp16(tower: nn.Module, name: str, inputs: Inputs) -> nn.Module:
-    """Return the tower in float16.
-
-    Raises:
-        ClipRdEdgeError: values overflow. Unlike in ONNX, the layers that overflow cannot stay in float32.
-    """
+    """Return the tower in float16."""
     fp16 = _Fp16Tower(copy.deepcopy(tower))
     batch = torch.from_numpy(inputs).to(_device())
     reference, embeddings = (np.asarray(module(batch).cpu()) for module in (tower, fp16))

@@ -55,10 +55,6 @@ def write_int8(
         calibration: samples to set ranges by, and held-out samples to evaluate candidates on.
         backend: that runtime, if its candidates are not made from the files alone; None takes the format's.
         reporter: shows progress.
-
-    Raises:
-        UsageError: `source` is not a float32 bundle, is damaged, or the calibration set was made for another model.
-        ClipRdEdgeError: a tower would fall back although the request does not allow it; the hint names alternatives.
     """
     manifest = start_conversion(source, folder, request, calibration=calibration)
     backend = backend or _BACKENDS.get(request.format, ORT)

@@ -100,9 +100,6 @@ def open_as_written(content: bytes, *, threads: int | None = None) -> Any:
     """Open a session that computes an ONNX file's INT8 as the file says on any processor, and slowly.
 
     Q/DQ is computed in float32, as no nodes are fused; integer products are in float64, which holds their sums.
-
-    Raises:
-        ConfigError: as `open_session`.
     """
     model = onnx.load_from_string(content)
     nodes = [

@@ -99,10 +99,6 @@ def find_packages(node_modules: Path | None = None) -> dict[str, Path]:
 
     Args:
         node_modules: folder where npm installed the packages; None uses the cache, and downloads what is missing.
-
-    Raises:
-        InputError: a file is missing in `node_modules`.
-        ClipRdEdgeError: a package is not in the cache and cannot be downloaded.
     """
     files: dict[str, Path] = {}
     for package in PACKAGES:
@@ -194,12 +190,6 @@ def write_browser(bundle: Path, output: Path, *, node_modules: Path | None = Non
         output: the folder to write.
         node_modules: see `find_packages`.
         overwrite: replace an earlier export in `output`.
-
-    Raises:
-        UsageError: `output` exists, or the bundle is for another runtime, damaged, or without anything to classify
-            among, or its tokenizer type is not supported.
-        InputError, ConfigError: the folder is not a valid bundle, or its manifest has changed since the export.
-        ClipRdEdgeError: the npm packages are not available; see `find_packages`.
     """
     require_output(output, "export", overwrite=overwrite)
     manifest = read_manifest(bundle)

@@ -86,9 +86,6 @@ def write_huggingface(bundles: Mapping[Variant, Path], folder: Path) -> None:
     Args:
         bundles: ONNX bundles by precision, whose towers have up to 2 GB together; `fp32` is required.
         folder: a config.json in it, of a text tower of transformers, stays what transformers and open_clip read.
-
-    Raises:
-        UsageError: these clients do not support the model's preprocessing.
     """
     manifest = read_manifest(bundles["fp32"])
     require_supported(manifest.preprocessing, manifest.name)

@@ -46,10 +46,6 @@ def export_huggingface(
 
     Returns:
         The manifest of the last variant, and the trials of INT8.
-
-    Raises:
-        UsageError: `output` is in use, one of the clients does not support the model, or it has more than 2 GB.
-        ClipRdEdgeError: as `export_bundle`.
     """
     require_output(output, "export", overwrite=overwrite)
     require_supported(clip.preprocessing, clip.name)

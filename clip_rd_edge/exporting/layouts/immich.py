@@ -52,11 +52,7 @@ MODELS = {
 
 
 def immich_name(name: str | None, *, embedding_size: int, model: str) -> str:
-    """Return the name under which immich takes a model: `name`, or a default for the size of its embeddings.
-
-    Raises:
-        UsageError: immich does not know the name, or knows no model with embeddings of this size by it.
-    """
+    """Return the name under which immich takes a model: `name`, or a default for the size of its embeddings."""
     names = [known for of_size in MODELS.values() for known in of_size]
     if name is not None and name not in names:
         raise UsageError(
@@ -85,11 +81,7 @@ def where_it_goes(folder: Path, name: str, preprocessing: Preprocessing) -> str:
 
 
 def write_immich(bundle: Path, output: Path, *, overwrite: bool = False) -> None:
-    """Write the ONNX bundle `bundle` as a model folder for immich.
-
-    Raises:
-        UsageError: `output` is in use, or immich does not support the model's preprocessing.
-    """
+    """Write the ONNX bundle `bundle` as a model folder for immich."""
     require_output(output, "export", overwrite=overwrite)
     manifest = read_manifest(bundle)
     require_whole_towers(bundle, manifest, purpose="a model folder for immich")

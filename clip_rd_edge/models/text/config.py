@@ -28,10 +28,6 @@ def with_text_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
 
     Args:
         config: of `student_config`.
-
-    Raises:
-        ConfigError: the student cannot compute what the teacher's text tower does, or only at another context length,
-            or with another activation than its image tower has.
     """
     model_cfg, source = config["model_cfg"], teacher.model_cfg["text_cfg"]
     text_cfg = model_cfg["text_cfg"]
@@ -56,10 +52,6 @@ def build_with_text_tower_of(teacher: ClipModel, config: dict[str, Any], *, name
 
     Args:
         config: of `student_config`; its own text tower is replaced.
-
-    Raises:
-        ConfigError: the embedding sizes or the activations of the towers differ, the teacher's text tower cannot be
-            separated from it, or the student cannot be built.
     """
     model_cfg = config["model_cfg"]
     if model_cfg["embed_dim"] != teacher.embedding_size:
@@ -82,11 +74,7 @@ def build_with_text_tower_of(teacher: ClipModel, config: dict[str, Any], *, name
 
 
 def separate_text_tower(clip: ClipModel) -> nn.Module:
-    """Return the text tower of a model as a module of its own: a copy, where its parts lie at the model's top level.
-
-    Raises:
-        ConfigError: it also returns token features.
-    """
+    """Return the text tower of a model as a module of its own: a copy, where its parts lie at the model's top level."""
     if hasattr(clip.model, "text_decoder"):
         raise ConfigError(
             f"The text tower of {clip.name} also returns token features, as in CoCa; expected one that returns "
@@ -150,11 +138,7 @@ def _quick_gelu_of_text(model: nn.Module) -> bool | None:
 
 
 def _with_activation_of(teacher: ClipModel, model_cfg: dict[str, Any]) -> dict[str, Any]:
-    """Return a student's configuration with the activation of the teacher's text tower.
-
-    Raises:
-        ConfigError: its image tower needs the other one.
-    """
+    """Return a student's configuration with the activation of the teacher's text tower."""
     flag, of_image = _quick_gelu_of_text(teacher.model), model_cfg.get("quick_gelu")
     if flag is not None and of_image is not None and flag != of_image:
         names = ("GELU", "QuickGELU")
@@ -196,9 +180,6 @@ def require_equal(features: Tensor, expected: Tensor, *, what: str, hint: str) -
 
     Args:
         what, hint: the tower, and what to do if it does not, for the error.
-
-    Raises:
-        ConfigError: it does not.
     """
     cosine = float((features * expected).sum(dim=1).min())
     if not cosine >= _MIN_COSINE:

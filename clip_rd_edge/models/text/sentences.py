@@ -70,11 +70,6 @@ def load_sentence_encoder(spec: Typed, *, context_length: int | None = None) -> 
             text tower is used. `all-MiniLM-L6-v2` is loaded from an installed package where there is one.
         context_length: T, the number of token ids per text. None for 77, or the encoder's maximum, if that is less; an
             open_clip model has its own.
-
-    Raises:
-        InputError: it does not exist, or could not be fetched.
-        ConfigError: it is damaged, or open_clip cannot hold it.
-        UsageError: an open_clip model has another context length.
     """
     if spec.startswith("hf-hub:") or (model_folder(spec) is not None):
         return _text_tower_of(spec, context_length)

@@ -27,10 +27,6 @@ def export_tokenizer(tokenizer: Any, folder: Path) -> TokenizerSpec:
 
     Ids are the same for every text. Letters and numbers that are too new for the library's Unicode tables are written
     into the file, as far as those of this Python's `regex` have them, which open_clip uses.
-
-    Raises:
-        ClipRdEdgeError: the tokenizer is of another type, or pads or truncates in a way that `TokenizerSpec` cannot
-            express.
     """
     import open_clip
 

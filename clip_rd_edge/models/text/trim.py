@@ -64,10 +64,6 @@ def trim_text_tower(
             that occur in `texts`, then those that `texts` have most, then those with the lowest ids. A token of BPE, as
             CLIP's are, stays with those that it is merged from. None for all.
         texts: such as the model will be given.
-
-    Raises:
-        UsageError: nothing is to be trimmed, or there are no texts to tell which tokens stay.
-        ConfigError: the tower has no more than that, or a vocabulary that cannot be trimmed.
     """
     require_trim(layers, vocabulary, texts)
     before = _text_parameters(clip)
@@ -115,11 +111,7 @@ def write_trimmed(
 
 
 def require_trim(layers: int | None, vocabulary: int | None, texts: Sequence[str]) -> None:
-    """Refuse what `trim_text_tower` refuses whatever the model is.
-
-    Raises:
-        UsageError: nothing is to be trimmed, or there are no texts to tell which tokens stay.
-    """
+    """Refuse what `trim_text_tower` refuses whatever the model is."""
     if layers is None and vocabulary is None:
         raise UsageError("Nothing is to be trimmed.", hint="{text_layers}, {vocabulary}, or both")
     if vocabulary is not None and not texts:

@@ -22,10 +22,6 @@ def pieces_of(content: Content, name: str) -> list[str]:
     Args:
         content: of a tokenizer.json.
         name: of the model, for errors.
-
-    Raises:
-        ConfigError: the tokenizer is of another kind than WordPiece, Unigram and BPE, or does not number its tokens
-            without gaps.
     """
     kind, vocabulary = content["model"]["type"], content["model"].get("vocab", {})
     if kind not in _MARKS:

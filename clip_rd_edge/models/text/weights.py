@@ -30,10 +30,6 @@ def init_text_tower(student: ClipModel, source: str, teacher: ClipModel | None) 
 
     Returns:
         A sentence that describes what was done.
-
-    Raises:
-        ConfigError: the source is not an open_clip text transformer, or has another width or vocabulary.
-        InputError: the file does not exist, or there is no teacher.
     """
     if source == TEACHER and teacher is None:
         raise InputError(
@@ -136,9 +132,6 @@ def init_token_embeddings(student: ClipModel, teachers: Sequence[ClipModel], rep
 
     Returns:
         A sentence that describes what was done.
-
-    Raises:
-        InputError: there are no teachers.
     """
     if not teachers:
         raise InputError(

@@ -42,12 +42,7 @@ class CoreMlModel(OneInputModel):
 
 
 def open_coreml(package: Path, tower: Tower, *, cpu_only: bool = False) -> CoreMlModel:
-    """Open a package, which compiles it for this Mac.
-
-    Raises:
-        MissingExtraError: coremltools is not installed.
-        ConfigError: this is not a Mac, or Core ML cannot load the package.
-    """
+    """Open a package, which compiles it for this Mac."""
     try:
         import coremltools
     except ModuleNotFoundError as error:
@@ -80,11 +75,7 @@ class CoreMlEncoder(BundleEncoder):
 
     @classmethod
     def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> CoreMlEncoder:
-        """Open a bundle.
-
-        Raises:
-            UsageError: the device is none of Core ML's.
-        """
+        """Open a bundle."""
         if options.device not in (AUTO, COREML, _CPU):
             raise UsageError(f"Core ML has no device {options.device!r}; expected auto, coreml or cpu.")
         return cls(folder, manifest, threads=options.threads, cpu_only=options.device == _CPU)

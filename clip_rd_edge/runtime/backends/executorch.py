@@ -66,11 +66,6 @@ def open_executorch(model: str | bytes, *, threads: int | None = None) -> ExecuT
     Args:
         model: path of a .pte file, or its bytes.
         threads: threads to run on; None uses every core. All programs of a process share them.
-
-    Raises:
-        MissingExtraError: ExecuTorch is not installed.
-        ConfigError: ExecuTorch cannot load the program.
-        UsageError: `threads` is out of range.
     """
     try:
         with without_progress_bars():
@@ -98,11 +93,7 @@ class ExecuTorchEncoder(BundleEncoder):
 
     @classmethod
     def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> ExecuTorchEncoder:
-        """Open a bundle.
-
-        Raises:
-            UsageError: the device is not the CPU.
-        """
+        """Open a bundle."""
         if options.device not in (AUTO, "cpu"):
             raise UsageError(f"ExecuTorch has no device {options.device!r} here; expected auto or cpu.")
         return cls(folder, manifest, threads=options.threads)

@@ -43,11 +43,6 @@ def open_litert(model: str | bytes, *, threads: int | None = None, xnnpack: bool
         model: path of a .tflite file, or its bytes.
         threads: threads to run on; None uses every core.
         xnnpack: False runs LiteRT's own kernels, which are slower and the same on all processors of a kind.
-
-    Raises:
-        MissingExtraError: LiteRT is not installed.
-        ConfigError: LiteRT cannot run the model.
-        UsageError: `threads` is out of range.
     """
     try:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
@@ -83,11 +78,7 @@ class LiteRtEncoder(BundleEncoder):
 
     @classmethod
     def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> LiteRtEncoder:
-        """Open a bundle.
-
-        Raises:
-            UsageError: the device is not the CPU.
-        """
+        """Open a bundle."""
         if options.device not in (AUTO, "cpu"):
             raise UsageError(
                 f"LiteRT has no device {options.device!r} here; expected auto or cpu.",

@@ -21,9 +21,6 @@ class OrtEncoder(BundleEncoder):
     Args:
         device: one of `providers.DEVICES`; `auto` chooses per tower, by its precision.
         spin: see `open_session`.
-
-    Raises:
-        UsageError: this ONNX Runtime does not support the device.
     """
 
     runtime = "onnxruntime"

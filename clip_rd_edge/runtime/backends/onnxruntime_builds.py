@@ -13,12 +13,7 @@ _WITH_NUMPY_2 = (1, 19)  # the first version that runs with it
 
 
 def import_onnxruntime() -> Any:
-    """Return the module `onnxruntime`.
-
-    Raises:
-        ClipRdEdgeError: it cannot be imported; the hint is the command that mends it.
-        UnreachableError: this machine starts no further thread, or cannot read its files.
-    """
+    """Return the module `onnxruntime`."""
     try:
         import onnxruntime as ort
         from onnxruntime import InferenceSession  # noqa: F401 — a folder that lost its files is imported, too

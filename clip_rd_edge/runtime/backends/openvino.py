@@ -91,11 +91,6 @@ def open_openvino(
         bf16: compute float32 layers in bfloat16 where the processor supports it; a GPU computes them in float16. False
             forces float32, which is not OpenVINO's default on such processors. An NPU always computes in float16.
         processor: `CPU`, `GPU` or `NPU`.
-
-    Raises:
-        MissingExtraError: OpenVINO is not installed.
-        ConfigError: this OpenVINO cannot run the model.
-        UsageError: `threads` is out of range, or OpenVINO does not find the processor.
     """
     openvino = _require_processor(processor)
     require_threads(threads)
@@ -193,12 +188,7 @@ class OpenVinoEncoder(BundleEncoder):
 
     @classmethod
     def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> OpenVinoEncoder:
-        """Open a bundle.
-
-        Raises:
-            UsageError: the device is not one of OpenVINO's, or OpenVINO does not find it.
-            MissingExtraError: OpenVINO, which is asked for it, is not installed.
-        """
+        """Open a bundle."""
         device = options.device
         if device not in (AUTO, "cpu", *OPENVINO_PROCESSORS):
             raise UsageError(

@@ -106,9 +106,6 @@ def choose_device(device: str, available: Sequence[str], *, precision: str) -> s
         device: one of DEVICES.
         available: names of the providers that this ONNX Runtime has.
         precision: the tower's precision. INT8 is chosen for its speed on the CPU, so `auto` keeps it there.
-
-    Raises:
-        UsageError: the device is unknown, or this ONNX Runtime has no provider for it.
     """
     supported = [name for name, provider in PROVIDERS.items() if provider.name in available]
     if device == AUTO:

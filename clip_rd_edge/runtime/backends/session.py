@@ -51,12 +51,6 @@ def open_session(
         spin: let idle threads busy-wait, ONNX Runtime's default and the fastest for a single image. False frees their
             cores for other work, such as opening many images.
         optimize: fuse nodes. False computes each as the file says, which is slower: for reference answers.
-
-    Raises:
-        ClipRdEdgeError: ONNX Runtime cannot be imported.
-        ConfigError: this ONNX Runtime cannot run the model.
-        UnreachableError: this machine has not enough memory for it, or starts no further thread.
-        UsageError: `threads` is out of range.
     """
     ort = import_onnxruntime()
 

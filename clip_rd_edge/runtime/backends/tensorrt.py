@@ -32,10 +32,6 @@ def open_engine(path: Path, *, rtx: bool) -> TensorRtModel:
     Args:
         path: the engine file.
         rtx: whether it is an engine of TensorRT for RTX.
-
-    Raises:
-        MissingExtraError: TensorRT or cuda-bindings is not installed.
-        ConfigError: there is no engine or no GPU, or the engine was built for another GPU.
     """
     if not path.is_file():
         raise ConfigError(
@@ -86,12 +82,7 @@ class TensorRtEncoder(BundleEncoder):
         return self._placements.get(tower.file) or Placement(self.runtime, "cuda")
 
     def open_tower(self, tower: Tower) -> Any:
-        """Open the tower's engine, or else its ONNX file.
-
-        Raises:
-            ConfigError, MissingExtraError: engines are required, and this one was built from another ONNX file, or
-                cannot run here (see `open_engine`).
-        """
+        """Open the tower's engine, or else its ONNX file."""
         name = tower.engine or Path(tower.file).with_suffix(ENGINE_SUFFIX).name
         try:
             if not tower.engine:
@@ -130,10 +121,6 @@ class TensorRtModel:
         content: the bytes of the engine file.
         trt: the TensorRT module, `tensorrt` or `tensorrt_rtx_bindings`.
         cuda: the module `cuda.bindings.runtime`.
-
-    Raises:
-        ConfigError: the engine was built for another GPU or another TensorRT version.
-        ClipRdEdgeError: a CUDA call failed, for instance because the GPU's memory is full.
     """
 
     def __init__(self, content: bytes, *, trt: Any, cuda: Any) -> None:

@@ -146,9 +146,6 @@ def build_graph(
     Args:
         path: where it is going to be written.
         stop: ends the work when it is set; then None is returned.
-
-    Raises:
-        OSError: the disk of `path` has no space for it.
     """
     from usearch.index import Index
 
@@ -174,11 +171,7 @@ def build_graph(
 
 
 def write_graph(path: Path, graph: BuiltGraph) -> GraphFiles:
-    """Write a graph into the folder of an index.
-
-    Raises:
-        OSError: it cannot be written, such as to a full disk.
-    """
+    """Write a graph into the folder of an index."""
     index, firsts = graph
     name = f"graph-{uuid.uuid4().hex[:12]}.usearch"
     with new_file(path / name) as file:
@@ -207,11 +200,7 @@ def _crc32(path: Path, links_at: int) -> int:
 
 
 def _fill(file: IO[bytes], size: int) -> None:
-    """Write a file up to a size, so that the system says why usearch could not, which does not tell.
-
-    Raises:
-        OSError: what the system says.
-    """
+    """Write a file up to a size, so that the system says why usearch could not, which does not tell."""
     file.seek(0, os.SEEK_END)
     while file.tell() < size:
         file.write(bytes(_BLOCK))

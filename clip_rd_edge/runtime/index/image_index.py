@@ -154,10 +154,6 @@ def read_index(path: Path, *, memory_mapped: bool = True) -> tuple[Index, Embedd
     Args:
         memory_mapped: whether the embeddings stay in their file. Where that is cut, or goes from a network share, the
             process ends with SIGBUS, which one that runs for long cannot risk.
-
-    Raises:
-        InputError: `path` is not an index.
-        ConfigError: the index is damaged or has a newer format.
     """
     if not is_index(path):
         raise InputError(f"{path} is not an index: it has no {INDEX_FILE}.", hint="create one with clip-rd-edge index")
@@ -222,9 +218,6 @@ def _decode_in_parts(text: msgspec.Raw) -> list[Entry]:
 
     Quotes in a path are escaped, so that what looks like the end of an entry is one, or else all of a path: then what
     is before it is no JSON.
-
-    Raises:
-        msgspec.MsgspecError, UnicodeDecodeError, RecursionError: as `msgspec.json.decode`.
     """
     content, decoder = memoryview(text), msgspec.json.Decoder(list[Entry])
     entries: list[Entry] = []
@@ -380,11 +373,6 @@ def search_index(
         folder: current path of the image folder; None uses the path in the index.
         exact: compare all images, even if the index has a graph.
         options: of `runtime.load.load`, which opens the bundle.
-
-    Raises:
-        InputError: the query is empty or the path of no image, there is no index, the bundle has been moved, another
-            bundle created the index, or `folder` has none of its images.
-        UsageError: `top` is less than 1.
     """
     require_top(top)
     if isinstance(query, str) and not query.strip():
@@ -455,11 +443,7 @@ def _require_images(folder: Path, path: Path, index: Index) -> None:
 
 
 def _text_or_image(query: str) -> str | Path:
-    """Return the path of the image that a query names, or else the query, which is a text.
-
-    Raises:
-        InputError: the query looks like a path, but is not that of an image file.
-    """
+    """Return the path of the image that a query names, or else the query, which is a text."""
     path = expand_home(query)
     with suppress(OSError, ValueError):  # a text may be too long for a path
         if path.is_file():

@@ -120,12 +120,6 @@ def update_index(
             for another process at once.
         require: called before anything is written, once nobody else writes to the index, to refuse what is there then.
         cluster: address of a Ray cluster whose workers embed the images.
-
-    Raises:
-        InputError: the folder does not exist, or has no images, or its path is not UTF-8.
-        UsageError: `path` contains something else, or the index of another folder; or the image tower's
-            INT8 gives wrong answers here.
-        DiskFullError: there is no space left; what was saved before is kept.
     """
     if not is_folder(folder):
         if watched is not None:

@@ -152,12 +152,7 @@ class _IndexFiles:
         return file_identity(self._path / INDEX_FILE) != self._written
 
     def require_own_model(self) -> None:
-        """Refuse an index of another model that somebody has put there.
-
-        Raises:
-            ConfigError: it is damaged.
-            UsageError: it is another model's.
-        """
+        """Refuse an index of another model that somebody has put there."""
         if self.are_replaced() and is_index(self._path) and read_index(self._path)[0].model != self._model:
             raise UsageError(
                 f"Another model's index has been put at {self._path}: it stays, and the watch ends.",
@@ -165,12 +160,7 @@ class _IndexFiles:
             )
 
     def are_whole(self, now: float) -> bool:
-        """Return whether an update may go on from them: whether they are as they were left, or not still being copied.
-
-        Raises:
-            ConfigError: they are damaged, and nothing has changed for BROKEN_S.
-            UsageError: they are another model's.
-        """
+        """Return whether an update may go on from them: whether they are as they were left, or not still being copied."""
         if not self.are_replaced():
             return True
         files: dict[str, object] = {}
@@ -247,11 +237,6 @@ def watch_index(
 
     Yields:
         What each update has done; the first as soon as the images that are there are in the index.
-
-    Raises:
-        InputError: as `update_index`, at the start.
-        ConfigError: as `update_index`, or the index that somebody has put there since the start is damaged.
-        UsageError: as `update_index`, or it is another model's.
     """
     if not is_folder(folder):
         raise no_folder_error(folder)

@@ -46,12 +46,6 @@ def write_engines(
         calibration: samples for INT8, or None for other precisions.
         reporter: shows progress.
         build: builds the engines for any target, instead of TensorRT for RTX.
-
-    Raises:
-        InputError: no target has that name.
-        UsageError: `source` is not a float32 bundle, is damaged, or the calibration set was made for another model.
-        MissingExtraError: TensorRT for RTX is not installed.
-        ClipRdEdgeError: an engine cannot be built, or computes a layer in another type than the ONNX says.
     """
     target = require_target(request.target)
     manifest = start_conversion(source, folder, request, calibration=calibration)

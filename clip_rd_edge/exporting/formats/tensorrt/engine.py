@@ -31,10 +31,6 @@ def build_engine(model: bytes, *, target: str) -> Engine:
     Args:
         model: content of a strongly typed ONNX file with one input, whose first dimension is the batch.
         target: one of RTX_TARGETS.
-
-    Raises:
-        MissingExtraError: TensorRT for RTX is not installed.
-        ClipRdEdgeError: the ONNX cannot be parsed, or the builder fails.
     """
     trt = _import_tensorrt_rtx()
     logger = _logger(trt)
@@ -120,11 +116,7 @@ class Kernel:
 
 
 def parse_kernels(log: str) -> list[Kernel]:
-    """Return the kernels that a builder's verbose log lists, in their order.
-
-    Raises:
-        ClipRdEdgeError: the log lists none.
-    """
+    """Return the kernels that a builder's verbose log lists, in their order."""
     kernels = [
         Kernel(
             match["name"],
