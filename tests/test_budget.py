@@ -25,7 +25,7 @@ LONG = 60  # lines of a function, from `def` on
 # What is measured: its limit, and the one to reach.
 BUDGETS: Mapping[str, tuple[int, int]] = {
     "modules of the package": (292, 175),
-    "lines of the package": (47_500, 33_000),
+    "lines of the package": (47_550, 33_000),
     "lines of the longest module": (480, 450),
     "parameters of a function": (8, 8),
     f"functions above {LONG} lines": (9, 8),
