@@ -41,7 +41,7 @@ TemplateNames = Iterable[str] | str | os.PathLike[str] | None
 
 
 def template_words(templates: TemplateNames) -> list[Typed]:
-    """Return the templates of a call in Python as words for `parse_templates`; no words are the model's own templates."""
+    """Return the templates of a call in Python for `parse_templates`; none are the model's own templates."""
     return [] if templates is None else [Typed(word) for word in as_list(as_text(templates))]
 
 

@@ -149,7 +149,7 @@ def image_folder_task(data_set: DataSet) -> ZeroShotTask:
 
 
 def _class_names(data_set: DataSet, classes: list[Path]) -> list[str]:
-    """Return the lines of classnames.txt, or, if there are tabs in them, the names behind the names of the subfolders."""
+    """Return the lines of classnames.txt, or, if there are tabs in them, the names behind its subfolders."""
     lines, path = data_set.labels(), data_set.metadata_path(CLASS_NAMES)
     if lines and len(lines) != len(classes):
         raise InputError(

@@ -102,7 +102,7 @@ def load_clip(spec: Typed, *, pretrained: Typed | None = None) -> ClipModel:
 
 
 def require_model(spec: Typed, *, pretrained: Typed | None = None) -> None:
-    """Refuse a model that cannot be there; nothing is fetched, and no weights are read. Arguments as for `load_clip`."""
+    """Refuse a model that is not there; nothing is fetched, and no weights are read. Arguments as for `load_clip`."""
     _find(spec, pretrained)
 
 

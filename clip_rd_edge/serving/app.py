@@ -127,7 +127,7 @@ async def _result(handler: Handler, request: Request, service: Service) -> Respo
 
 
 async def _unless_it_leaves(handler: Handler, request: Request) -> Response:
-    """Return the handler's response; cancel it if the client closes the connection, so that nothing is computed for it."""
+    """Return the handler's response; cancel it if the client closes the connection, to compute nothing for it."""
     task = asyncio.current_task()
     assert task is not None
     end = asyncio.ensure_future(request.receive())  # the body is complete: what comes next is the connection's end

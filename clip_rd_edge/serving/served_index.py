@@ -41,7 +41,7 @@ class ServedIndex:
         self._opened = self._open()
 
     async def current(self) -> Opened:
-        """Return the index, read again if it was updated; as it was before, where reading takes longer than a moment."""
+        """Return the index, read again if it was updated; the one before, where reading takes long."""
         identity = await asyncio.to_thread(file_identity, self._folder / INDEX_FILE)
         if self._reading is None and (identity != self._identity or self._error is not None):
             self._reading = asyncio.create_task(self._read_again())

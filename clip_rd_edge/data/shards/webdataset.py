@@ -220,7 +220,7 @@ def text_captions(member: TarMember) -> tuple[str, ...]:
 
 
 def read_json_member(member: TarMember) -> Any:
-    """Return the content of a .json, which may have NaN, Infinity and halves of surrogate pairs, as Python writes them."""
+    """Return the content of a .json, which may have NaN, Infinity and halves of surrogate pairs, as Python writes."""
     text = read_text(member)
     try:
         with contextlib.suppress(msgspec.DecodeError):

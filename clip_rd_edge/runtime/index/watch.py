@@ -160,7 +160,7 @@ class _IndexFiles:
             )
 
     def are_whole(self, now: float) -> bool:
-        """Return whether an update may go on from them: whether they are as they were left, or not still being copied."""
+        """Return whether an update may go on from them: as they were left, or no longer being copied."""
         if not self.are_replaced():
             return True
         files: dict[str, object] = {}
