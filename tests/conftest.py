@@ -52,7 +52,7 @@ def label_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 def marks(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A separate memory of intact files for each test; its folder does not exist yet."""
     folder = tmp_path_factory.getbasetemp() / "intact" / uuid.uuid4().hex
-    monkeypatch.setattr("clip_rd_edge.runtime.intact.marks_folder", lambda: folder)
+    monkeypatch.setattr("clip_rd_edge.bundle.manifest.marks_folder", lambda: folder)
     return folder
 
 
@@ -111,9 +111,9 @@ def colour_bundle(tmp_path: Path) -> Path:
     from onnx import TensorProto, helper, numpy_helper
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from clip_rd_edge.contract import bundle as contract
-    from clip_rd_edge.contract.preprocess import Preprocessing
-    from clip_rd_edge.contract.tokenizer import TokenizerSpec
+    from clip_rd_edge.bundle import manifest as contract
+    from clip_rd_edge.bundle.preprocess import Preprocessing
+    from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 
     folder = tmp_path / "colours"
     folder.mkdir()
@@ -162,8 +162,8 @@ def colour_bundle(tmp_path: Path) -> Path:
 @pytest.fixture
 def colours_without_text(colour_bundle: Path, tmp_path: Path) -> Path:
     """The bundle of colours without its text tower, with the labels red, green and blue."""
-    from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-    from clip_rd_edge.contract.label_bank import LabelBank, write_labels
+    from clip_rd_edge.bundle.labels import LabelBank, write_labels
+    from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 
     folder = tmp_path / "colours-without-text"
     shutil.copytree(colour_bundle, folder)

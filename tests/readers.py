@@ -26,8 +26,8 @@ class TooSlowError(BaseException):
 
 
 def read_image(path: Path) -> object:
-    from clip_rd_edge.contract.images import open_image
-    from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
+    from clip_rd_edge.bundle.images import open_image
+    from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
 
     return preprocess(open_image(path), Preprocessing(size=(8, 8), mean=(0.0,) * 3, std=(1.0,) * 3))
 
@@ -93,7 +93,7 @@ class BundleReader:
     def __call__(self, path: Path) -> object:
         import msgspec
 
-        from clip_rd_edge.contract.bundle import MANIFEST, read_manifest
+        from clip_rd_edge.bundle.manifest import MANIFEST, read_manifest
         from clip_rd_edge.runtime.classifier import ZeroShotClassifier
         from clip_rd_edge.runtime.load import open_bundle
         from clip_rd_edge.utils.files import sha256_of

@@ -173,7 +173,7 @@ def pad_with_another_id(bundle: Path) -> int:
     from onnx import numpy_helper
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+    from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 
     tokenizer = Tokenizer(models.WordPiece({"?": 0, "[PAD]": 1, "red": 2, "green": 3, "blue": 4}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -194,7 +194,7 @@ def require_the_models_answers(bundle: Path, fp32_bundle: Path, *, runtime: str,
     import numpy as np
     from PIL import Image
 
-    from clip_rd_edge.contract.bundle import read_manifest
+    from clip_rd_edge.bundle.manifest import read_manifest
     from clip_rd_edge.runtime.load import load
     from clip_rd_edge.runtime.verify import verify_bundle
 

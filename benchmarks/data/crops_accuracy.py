@@ -39,9 +39,9 @@ import clip_rd_edge as edge
 from benchmarks.publishing import add_output_options, here_and_now, publish, write_record
 from clip_rd_edge.benchmarking.accuracy import zero_shot
 from clip_rd_edge.benchmarking.formatting import markdown_table
-from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.preprocess import Box
-from clip_rd_edge.contract.task import ZeroShotTask
+from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.preprocess import Box
+from clip_rd_edge.bundle.task import ZeroShotTask
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.batches.pixels import Crops
 from clip_rd_edge.exporting.parity import agreement

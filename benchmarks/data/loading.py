@@ -11,7 +11,7 @@ counts is processor time, from the shard to the tensors; no loader processes are
     webdataset                one model: webdataset, RandomResizedCrop, ToTensor, Normalize, as in open_clip
     webdataset, two models    the same, with a second Normalize
 
-Besides, the pixels are compared with those of `contract.preprocess.resize_crop`, which resizes with Pillow.
+Besides, the pixels are compared with those of `bundle.preprocess.resize_crop`, which resizes with Pillow.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from torch import Tensor
 from torchvision import transforms
 
 from benchmarks.publishing import add_output_options, here_and_now, publish
-from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.contract.preprocess import Preprocessing, resize_crop
+from clip_rd_edge.bundle.images import open_image
+from clip_rd_edge.bundle.preprocess import Preprocessing, resize_crop
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.distillation.batches.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.batches.pixels import Crops, Normaliser, crop_levels

@@ -159,7 +159,7 @@ def write_store(folder: Path, shards: int, samples: int) -> None:
     """Write a complete teacher's store whose shards are hard links to one of zeros."""
     import msgspec
 
-    from clip_rd_edge.contract.preprocess import Preprocessing
+    from clip_rd_edge.bundle.preprocess import Preprocessing
     from clip_rd_edge.distillation.batches.pixels import Crops
     from clip_rd_edge.distillation.teachers import embedding_store as store
 

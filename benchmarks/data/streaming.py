@@ -152,7 +152,7 @@ class Watcher:
 
 def load_epoch(source: str, *, outage: ServerProcess | None = None) -> dict[str, Any]:
     """Load an epoch with an empty cache of shards; return its digest, images per second and the longest wait."""
-    from clip_rd_edge.contract.preprocess import Preprocessing
+    from clip_rd_edge.bundle.preprocess import Preprocessing
     from clip_rd_edge.data.load import load_pairs
     from clip_rd_edge.data.order import EpochOrder
     from clip_rd_edge.data.shards.tars import close_tars

@@ -35,7 +35,7 @@ from clip_rd_edge.models.clip import ImageTower, evaluation_mode, parameter_coun
 from clip_rd_edge.models.student import preset_names
 from clip_rd_edge.runtime.backends.openvino import open_openvino
 from clip_rd_edge.runtime.backends.session import open_session
-from clip_rd_edge.utils.folders import new_folder
+from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.timing import Milliseconds, time_in_turn
 
 BASELINE = "baseline"

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from clip_rd_edge.contract.bundle import read_manifest
-from clip_rd_edge.runtime import intact
+from clip_rd_edge.bundle import manifest as intact
+from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.utils.files import sha256_of
 
 RUNS = 5

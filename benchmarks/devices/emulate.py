@@ -36,7 +36,7 @@ import numpy as np
 from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.benchmarking.results import Environment, this_environment
-from clip_rd_edge.contract.bundle import MANIFEST, read_manifest
+from clip_rd_edge.bundle.manifest import MANIFEST, read_manifest
 from clip_rd_edge.data.emoji import zero_shot_task
 from clip_rd_edge.exporting.parity import agreement
 from clip_rd_edge.utils.files import sha256_of, write_bytes
@@ -70,8 +70,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_rd_edge.contract.encoder import label_embeddings
-from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.bundle.encoder import label_embeddings
+from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 

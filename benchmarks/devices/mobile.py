@@ -31,11 +31,11 @@ from torch import nn
 from benchmarks.publishing import here_and_now
 from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.benchmarking.report.text import write_between_markers
-from clip_rd_edge.contract.bundle import Tower
-from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.formats import FORMATS, Format
-from clip_rd_edge.contract.preprocess import preprocess
-from clip_rd_edge.contract.reference import read_reference
+from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.formats import FORMATS, Format
+from clip_rd_edge.bundle.manifest import Tower
+from clip_rd_edge.bundle.preprocess import preprocess
+from clip_rd_edge.bundle.reference import read_reference
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.formats.coreml import require_declared, write_package
 from clip_rd_edge.exporting.formats.executorch import EXECUTORCH_TOOLS

@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.publishing import add_output_options, here_and_now, publish
 from clip_rd_edge.benchmarking.formatting import markdown_table
-from clip_rd_edge.contract.encoder import Embeddings, normalise
+from clip_rd_edge.bundle.encoder import Embeddings, normalise
 from clip_rd_edge.runtime.index.graph import build_graph, write_graph
 from clip_rd_edge.runtime.index.image_index import (
     Entry,

@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.image_files import list_images
-from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.contract.preprocess import fast_decode_edge, preprocess
+from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.image_files import list_images
+from clip_rd_edge.bundle.images import open_image
+from clip_rd_edge.bundle.preprocess import fast_decode_edge, preprocess
 from clip_rd_edge.runtime.embed import BATCH_SIZE, embed_images
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load

@@ -41,7 +41,7 @@ from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.runtime.backends.openvino import open_openvino
 from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.folders import new_folder
+from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.reporting import SILENT
 from clip_rd_edge.utils.structs import to_json
 from clip_rd_edge.utils.timing import Milliseconds, time_in_turn

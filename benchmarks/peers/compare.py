@@ -20,10 +20,10 @@ from ways import IMPLEMENTATIONS, Embed, Embeddings, PeerTower, Pixels, Setup
 from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.benchmarking.results import Environment, this_environment
-from clip_rd_edge.contract.encoder import label_embeddings
-from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.contract.preprocess import preprocess
-from clip_rd_edge.contract.task import ZeroShotTask
+from clip_rd_edge.bundle.encoder import label_embeddings
+from clip_rd_edge.bundle.images import open_image
+from clip_rd_edge.bundle.preprocess import preprocess
+from clip_rd_edge.bundle.task import ZeroShotTask
 from clip_rd_edge.data.emoji import training_pairs, zero_shot_task
 from clip_rd_edge.exporting.calibration import calibration_set
 from clip_rd_edge.exporting.parity import agreement

@@ -214,7 +214,7 @@ def ours_int8_openvino(setup: Setup) -> PeerTower:
 
 
 def _ours(setup: Setup, format: str, precision: str) -> PeerTower:
-    from clip_rd_edge.contract.bundle import read_manifest
+    from clip_rd_edge.bundle.manifest import read_manifest
     from clip_rd_edge.runtime.load import load
 
     bundle = setup.work / f"ours-{format}-{precision}"

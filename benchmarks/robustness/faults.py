@@ -40,7 +40,7 @@ import numpy as np
 from benchmarks.data.unreliable_server import UnreliableServer
 from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.utils import lock
+from clip_rd_edge.utils import outputs as lock
 from clip_rd_edge.utils.files import write_text
 
 OPERATIONS = ("fsync", "rename", "read", "open", "write")
@@ -292,7 +292,7 @@ class BundleScenario:
     port = 0
 
     def __init__(self, bundle: Path) -> None:
-        from clip_rd_edge.contract.bundle import read_manifest
+        from clip_rd_edge.bundle.manifest import read_manifest
 
         self._manifest = read_manifest(bundle)
         names = {self._manifest.image.file, self._manifest.text.file, "tokenizer.json"}
@@ -307,9 +307,9 @@ class BundleScenario:
     def _write(self, folder: Path, name: str) -> None:
         import msgspec
 
-        from clip_rd_edge.contract.bundle import write_manifest
+        from clip_rd_edge.bundle.manifest import write_manifest
         from clip_rd_edge.utils.files import write_bytes
-        from clip_rd_edge.utils.folders import new_folder
+        from clip_rd_edge.utils.outputs import new_folder
 
         with new_folder(folder / "bundle") as temporary:
             for file, content in self._files.items():
@@ -329,7 +329,7 @@ class BundleScenario:
 
     @staticmethod
     def _name(bundle: Path) -> str:
-        from clip_rd_edge.contract.bundle import damaged_files, manifest_is_intact, read_manifest
+        from clip_rd_edge.bundle.manifest import damaged_files, manifest_is_intact, read_manifest
 
         manifest = read_manifest(bundle)
         assert manifest_is_intact(bundle, manifest)
@@ -348,7 +348,7 @@ class CheckpointScenario:
             self._save(folder, step)
 
     def run(self, folder: Path) -> None:
-        from clip_rd_edge.utils.folders import remove_leftovers
+        from clip_rd_edge.utils.outputs import remove_leftovers
 
         remove_leftovers(folder / "checkpoints")  # as each start does
         self._save(folder, 3)
@@ -414,7 +414,7 @@ class IndexScenario:
         assert len(list((folder / "index").iterdir())) == 2  # nothing is left over
 
     def _right_entries(self, folder: Path) -> set[str]:
-        from clip_rd_edge.contract.images import open_image
+        from clip_rd_edge.bundle.images import open_image
         from clip_rd_edge.runtime.index.image_index import read_index
 
         index, rows = read_index(folder / "index")
@@ -558,7 +558,7 @@ class BenchmarkScenario:
         from clip_rd_edge.benchmarking.answer_cache import AnswerCache
         from clip_rd_edge.benchmarking.metrics import Interval, ZeroShotScore
         from clip_rd_edge.benchmarking.results import Environment
-        from clip_rd_edge.contract.task import ZeroShotTask
+        from clip_rd_edge.bundle.task import ZeroShotTask
 
         score = ZeroShotScore(
             task="t", images=1, classes=2, top1=1.0, top1_interval=Interval(0.0, 1.0), top5=None, mean_per_class=1.0

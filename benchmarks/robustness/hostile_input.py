@@ -183,7 +183,7 @@ def _wait(process: int) -> tuple[int, resource.struct_rusage]:
 
 def prepare(kind: str, path: Path, place: Path) -> dict[str, str]:
     """Put a file where commands look for it; return what the letters of COMMANDS stand for."""
-    from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+    from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 
     (place / "folder").mkdir()
     inside = place / "folder" / path.name

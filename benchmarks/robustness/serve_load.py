@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.publishing import here_and_now, print_record
-from clip_rd_edge.contract.bundle import is_bundle
+from clip_rd_edge.bundle.manifest import is_bundle
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
 

@@ -12,7 +12,7 @@ from typing import Any
 import clip_rd_edge as edge
 from benchmarks.publishing import add_output_options, here_and_now, publish, write_record
 from clip_rd_edge.benchmarking.accuracy import evaluate
-from clip_rd_edge.contract.encoder import Encoder
+from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.data.tasks import load_task
 
 TASKS = ("emoji:unseen-style", "emoji:unseen-concepts")

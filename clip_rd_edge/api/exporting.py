@@ -12,15 +12,14 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.settings.deploying import Verify
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.utils.calls import checked_call
-from clip_rd_edge.utils.paths import AnyPath, as_text
+from clip_rd_edge.utils.paths import AnyPath, Typed, as_text, typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.trust import Typed, typed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from clip_rd_edge.benchmarking.results import Results
-    from clip_rd_edge.contract.bundle import Manifest
+    from clip_rd_edge.bundle.manifest import Manifest
     from clip_rd_edge.data.pairs import Pairs
     from clip_rd_edge.exporting.calibration import CalibrationPairs, CalibrationSet
     from clip_rd_edge.exporting.conversion import ConvertedBundle
@@ -81,8 +80,8 @@ def export(
         ClipRdEdgeError: a tower cannot be exported, or no tower is worth shipping in INT8.
     """
     from clip_rd_edge.benchmarking.results import read_results
-    from clip_rd_edge.contract.bundle import is_bundle
-    from clip_rd_edge.contract.outputs import require_output
+    from clip_rd_edge.bundle.manifest import is_bundle
+    from clip_rd_edge.bundle.outputs import require_output
     from clip_rd_edge.exporting.plan import plan_exports
 
     spec, output = typed(model), Path(output)
@@ -242,7 +241,7 @@ def _request(plan: ExportPlan, clip: ClipModel, spec: str, pretrained: str | Non
     """Return a plan's request with what was exported, and with the model's own labels if none were given."""
     import msgspec
 
-    from clip_rd_edge.contract.checkpoint import was_quantized_in_training
+    from clip_rd_edge.bundle.runs import was_quantized_in_training
     from clip_rd_edge.exporting.bundle import package_versions
     from clip_rd_edge.exporting.plan import BROWSER
 
@@ -259,7 +258,7 @@ def _request(plan: ExportPlan, clip: ClipModel, spec: str, pretrained: str | Non
 
 def _folders(spec: str) -> list[Path]:
     """Return the folders in which a model is: its own, and that of the run."""
-    from clip_rd_edge.contract.checkpoint import LOCAL_DIR, model_folder
+    from clip_rd_edge.bundle.runs import LOCAL_DIR, model_folder
 
     folder = model_folder(spec)
     return [Path(spec.removeprefix(LOCAL_DIR)), *([folder] if folder else [])] if spec else []

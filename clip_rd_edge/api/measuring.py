@@ -13,15 +13,14 @@ from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.settings.measuring import Benchmark, Evaluate, EvidenceRun, Quickstart
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.utils.calls import checked_call
-from clip_rd_edge.utils.paths import AnyPath, as_text
-from clip_rd_edge.utils.trust import Typed
+from clip_rd_edge.utils.paths import AnyPath, Typed, as_text
 
 if TYPE_CHECKING:
     from clip_rd_edge.benchmarking.metrics import Score
     from clip_rd_edge.benchmarking.regression import Changes
     from clip_rd_edge.benchmarking.results import Results
-    from clip_rd_edge.contract.task import Task
-    from clip_rd_edge.contract.templates import TemplateNames
+    from clip_rd_edge.bundle.labels import TemplateNames
+    from clip_rd_edge.bundle.task import Task
     from clip_rd_edge.evidence.results import Evidence
 
 
@@ -68,9 +67,8 @@ def benchmark(request: Benchmark) -> Results:
     from clip_rd_edge.benchmarking.results import this_environment
     from clip_rd_edge.benchmarking.run import run_suite
     from clip_rd_edge.benchmarking.suite import find_suite, parse_models, read_suite
-    from clip_rd_edge.contract.encoder import as_list
-    from clip_rd_edge.utils.folders import require_free_output
-    from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
+    from clip_rd_edge.bundle.encoder import as_list
+    from clip_rd_edge.utils.outputs import LOCK_FILE, exclusive_writer, require_free_output
 
     folder, reporter = Path(request.output), request.reporter
     # Check everything that can be checked before the long work starts.
@@ -214,8 +212,8 @@ def load_tasks(
     """
     import msgspec
 
-    from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask, with_distinct_names
-    from clip_rd_edge.contract.templates import parse_templates, template_words
+    from clip_rd_edge.bundle.labels import parse_templates, template_words
+    from clip_rd_edge.bundle.task import RetrievalTask, ZeroShotTask, with_distinct_names
     from clip_rd_edge.data.tasks import load_task
 
     single = isinstance(tasks, str | os.PathLike | ZeroShotTask | RetrievalTask)

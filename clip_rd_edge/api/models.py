@@ -12,12 +12,11 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.settings.modelling import Stitch, Trim
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.utils.calls import checked_call
-from clip_rd_edge.utils.paths import AnyPath, as_text
-from clip_rd_edge.utils.trust import Typed, typed
+from clip_rd_edge.utils.paths import AnyPath, Typed, as_text, typed
 
 if TYPE_CHECKING:
     from clip_rd_edge.benchmarking.suite import RowRuntime
-    from clip_rd_edge.contract.encoder import TowerEncoder
+    from clip_rd_edge.bundle.encoder import TowerEncoder
     from clip_rd_edge.runtime.model import Model
 
 
@@ -73,8 +72,8 @@ def stitch(request: Stitch) -> Path:
         ConfigError: the weights do not match the classifier, the number of names is not that of its classes, or
             open_clip cannot hold one of the two models.
     """
-    from clip_rd_edge.contract.checkpoint import LOCAL_DIR
-    from clip_rd_edge.contract.outputs import require_output
+    from clip_rd_edge.bundle.outputs import require_output
+    from clip_rd_edge.bundle.runs import LOCAL_DIR
     from clip_rd_edge.utils.files import require_utf8_path
 
     folder, given = Path(request.output), (request.names, request.text, request.pretrained)
@@ -109,8 +108,8 @@ def trim(request: Trim) -> Path:
         InputError: the model or the file of texts does not exist.
         ConfigError: the text tower has no more layers or tokens than that, or cannot be trimmed.
     """
-    from clip_rd_edge.contract.checkpoint import model_folder
-    from clip_rd_edge.contract.outputs import require_output
+    from clip_rd_edge.bundle.outputs import require_output
+    from clip_rd_edge.bundle.runs import model_folder
     from clip_rd_edge.data.unpaired import load_texts
     from clip_rd_edge.runtime.label_list import read_texts
     from clip_rd_edge.utils.files import require_utf8_path
@@ -140,8 +139,8 @@ def open_encoder(
     force: bool = False,
 ) -> TowerEncoder:
     """Open a bundle without PyTorch, or another model with it; arguments and errors as for `load`."""
-    from clip_rd_edge.contract.bundle import is_bundle
-    from clip_rd_edge.contract.checkpoint import LOCAL_DIR, model_folder, refuse_other_weights
+    from clip_rd_edge.bundle.manifest import is_bundle
+    from clip_rd_edge.bundle.runs import LOCAL_DIR, model_folder, refuse_other_weights
 
     path = Path(spec.removeprefix(LOCAL_DIR))
     if is_bundle(path):

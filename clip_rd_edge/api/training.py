@@ -15,11 +15,10 @@ from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.settings.modelling import Average
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.settings.training import Distill, Embed
-from clip_rd_edge.utils.paths import AnyPath
-from clip_rd_edge.utils.trust import typed
+from clip_rd_edge.utils.paths import AnyPath, typed
 
 if TYPE_CHECKING:
-    from clip_rd_edge.contract.task import Task
+    from clip_rd_edge.bundle.task import Task
     from clip_rd_edge.distillation.average import AveragedModel
     from clip_rd_edge.distillation.config import RunConfig
 

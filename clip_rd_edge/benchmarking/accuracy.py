@@ -24,7 +24,7 @@ from clip_rd_edge.benchmarking.metrics import (
     recall_from_ranks,
     top_k_accuracy,
 )
-from clip_rd_edge.contract.encoder import (
+from clip_rd_edge.bundle.encoder import (
     Embeddings,
     Encoder,
     embed_batches,
@@ -32,8 +32,8 @@ from clip_rd_edge.contract.encoder import (
     label_embeddings,
     probabilities,
 )
-from clip_rd_edge.contract.images import ImageFile, in_bounded_batches, open_image
-from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
+from clip_rd_edge.bundle.images import ImageFile, in_bounded_batches, open_image
+from clip_rd_edge.bundle.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.data.clip_benchmark import CLASS_NAMES
 from clip_rd_edge.data.shards.tars import TarMember
 from clip_rd_edge.errors import InputError

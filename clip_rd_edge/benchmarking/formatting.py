@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from clip_rd_edge.benchmarking.metrics import Interval
-from clip_rd_edge.utils.printable import printable
+from clip_rd_edge.utils.text import printable
 
 NO_VALUE = "–"
 

@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.encoder import Embeddings, in_batches
-from clip_rd_edge.utils.sign_test import sign_test
+from clip_rd_edge.bundle.encoder import Embeddings, in_batches
+from clip_rd_edge.utils.timing import sign_test
 
 Similarities = npt.NDArray[np.float32]
 Hits = npt.NDArray[np.bool_]

@@ -15,7 +15,7 @@ from clip_rd_edge.benchmarking.latency import Latency, ReferenceLatency
 from clip_rd_edge.benchmarking.metrics import Interval, Score, may_be_chance
 from clip_rd_edge.benchmarking.suite import Role, Suite
 from clip_rd_edge.benchmarking.throughput import ColdStart, Throughput
-from clip_rd_edge.contract.encoder import Description
+from clip_rd_edge.bundle.encoder import Description
 from clip_rd_edge.errors import ConfigError, with_hint
 from clip_rd_edge.installation import without_checkout
 from clip_rd_edge.utils.files import write_bytes
@@ -29,8 +29,8 @@ from clip_rd_edge.utils.host import (
     system_name,
 )
 from clip_rd_edge.utils.paths import is_file, is_folder
-from clip_rd_edge.utils.printable import as_unicode, as_word, each_text, shown_sources
 from clip_rd_edge.utils.structs import read_versioned_json, to_json
+from clip_rd_edge.utils.text import as_unicode, as_word, each_text, shown_sources
 
 PACKAGES = (
     "clip-rd-edge",

@@ -10,19 +10,17 @@ from typing import Annotated, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-from clip_rd_edge.contract.checkpoint import LOCAL_DIR
-from clip_rd_edge.contract.formats import Runtime
-from clip_rd_edge.contract.task import Task, with_distinct_names
+from clip_rd_edge.bundle.formats import Runtime
+from clip_rd_edge.bundle.runs import LOCAL_DIR
+from clip_rd_edge.bundle.task import Task, with_distinct_names
 from clip_rd_edge.data.clip_benchmark import SPLITS
 from clip_rd_edge.data.load import local_place, names_shards
 from clip_rd_edge.data.shards.webdataset import SEPARATOR, parse_sources
 from clip_rd_edge.data.tasks import BUILT_IN_TASKS, load_task
 from clip_rd_edge.errors import ConfigError, InputError, near_matches, quoted
 from clip_rd_edge.runtime.backends.session import MAX_THREADS
-from clip_rd_edge.utils.checked import CheckedStruct, PositiveFloat, PositiveInt, Share
-from clip_rd_edge.utils.paths import exists, is_file, is_folder, shipped_path
-from clip_rd_edge.utils.structs import commented_yaml, read_yaml
-from clip_rd_edge.utils.trust import Typed, typed
+from clip_rd_edge.utils.paths import Typed, exists, is_file, is_folder, shipped_path, typed
+from clip_rd_edge.utils.structs import CheckedStruct, PositiveFloat, PositiveInt, Share, commented_yaml, read_yaml
 
 Role = Literal["teacher", "baseline", "student", "exported", "quantised"]
 RowRuntime = Literal["torch", "torch-compile", Runtime]

@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.encoder import TowerEncoder
-from clip_rd_edge.contract.images import ImageFile
+from clip_rd_edge.bundle.encoder import TowerEncoder
+from clip_rd_edge.bundle.images import ImageFile
 from clip_rd_edge.utils.timing import time_in_turn
 
 _POWERCAP = Path("/sys/class/powercap")

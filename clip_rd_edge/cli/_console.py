@@ -19,8 +19,8 @@ from rich.text import Text
 
 from clip_rd_edge.cli._echo import results_whole
 from clip_rd_edge.cli._fold import fold
-from clip_rd_edge.utils.printable import printable
 from clip_rd_edge.utils.reporting import Reporter, duration
+from clip_rd_edge.utils.text import printable
 
 # Under torchrun, only the first process prints.
 first_process = os.environ.get("RANK", "0") == "0"

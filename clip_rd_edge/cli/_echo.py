@@ -10,7 +10,7 @@ from typing import IO, Any
 import click
 
 from clip_rd_edge.cli._fold import fold, terminal_width
-from clip_rd_edge.utils.printable import printable
+from clip_rd_edge.utils.text import printable
 
 
 def echo(
@@ -41,7 +41,7 @@ def results_whole() -> Iterator[None]:
     except OSError as error:
         from clip_rd_edge.errors import DiskFullError
         from clip_rd_edge.utils.files import disk_full_error
-        from clip_rd_edge.utils.signals import discard_output
+        from clip_rd_edge.utils.process import discard_output
 
         if disk_full_error(error):
             with suppress(OSError, ValueError):  # what the buffer still holds would fail again at the end

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from clip_rd_edge.api import open_encoder
-from clip_rd_edge.contract.encoder import embeds_texts
-from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.bundle.encoder import embeds_texts
+from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.utils.host import peak_memory_bytes
-from clip_rd_edge.utils.trust import typed
+from clip_rd_edge.utils.paths import typed
 
 TEXT = "a photo of a cat"
 

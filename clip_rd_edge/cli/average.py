@@ -9,7 +9,7 @@ import click
 from clip_rd_edge.cli._command import command_of
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.settings.modelling import Average
-from clip_rd_edge.utils.printable import as_word
+from clip_rd_edge.utils.text import as_word
 
 
 class _Weight(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only

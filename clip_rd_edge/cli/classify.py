@@ -20,11 +20,11 @@ from clip_rd_edge.cli._options import grouped
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.settings.deploying import Classify
 from clip_rd_edge.utils.paths import exists
-from clip_rd_edge.utils.printable import csv_row, is_unicode, one_line
 from clip_rd_edge.utils.reporting import Reporter
+from clip_rd_edge.utils.text import csv_row, is_unicode, one_line
 
 if TYPE_CHECKING:
-    from clip_rd_edge.contract.encoder import Embeddings, TowerEncoder
+    from clip_rd_edge.bundle.encoder import Embeddings, TowerEncoder
     from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
 
 
@@ -78,7 +78,7 @@ def command(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> N
     # numpy's matrix products are small here: more threads only take cores from the model. numpy reads this at import.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-    from clip_rd_edge.contract.image_files import find_images
+    from clip_rd_edge.bundle.image_files import find_images
     from clip_rd_edge.runtime.classifier import ZeroShotClassifier
     from clip_rd_edge.runtime.label_list import parse_labels
     from clip_rd_edge.runtime.load import load
@@ -149,7 +149,7 @@ class _LateReporter(Reporter):
 
 def _require_bundle(bundle: Path, images: Sequence[str]) -> None:
     """Refuse what is no bundle before images are looked for: the arguments may be swapped."""
-    from clip_rd_edge.contract.bundle import is_bundle, read_manifest
+    from clip_rd_edge.bundle.manifest import is_bundle, read_manifest
 
     if is_bundle(bundle):
         return

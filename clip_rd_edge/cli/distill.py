@@ -7,7 +7,7 @@ from typing import Any
 from clip_rd_edge.cli._command import command_of
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.settings.training import Distill
-from clip_rd_edge.utils.printable import as_word
+from clip_rd_edge.utils.text import as_word
 
 # The first command that a reader of the README, of the guide, of the help and of the quickstart's output is shown.
 OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
@@ -29,9 +29,8 @@ def command(given: dict[str, Any]) -> None:
     The student is written to RUN/student, which open_clip loads as local-dir:RUN/student.
     """
     import clip_rd_edge as edge
+    from clip_rd_edge.bundle.runs import CALIBRATION_FILE, STUDENT_FOLDER
     from clip_rd_edge.cli._console import console_reporter, first_process, say
-    from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER
-    from clip_rd_edge.contract.run_folder import CALIBRATION_FILE
     from clip_rd_edge.utils.paths import is_file
 
     with console_reporter() as reporter:

@@ -7,7 +7,7 @@ from typing import Any
 from clip_rd_edge.cli._command import command_of
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.settings.training import Embed
-from clip_rd_edge.utils.printable import as_word
+from clip_rd_edge.utils.text import as_word
 
 
 @command_of(Embed, "embed")

@@ -10,7 +10,7 @@ from clip_rd_edge.cli._command import command_of
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import PathName, grouped
 from clip_rd_edge.settings.measuring import Evaluate
-from clip_rd_edge.utils.printable import csv_row
+from clip_rd_edge.utils.text import csv_row
 
 if TYPE_CHECKING:
     from clip_rd_edge.benchmarking.metrics import Score
@@ -85,7 +85,7 @@ _FOLDER = "folder"  # a further column, if a classnames.txt names folders
 
 def _require_free(path: Path) -> None:
     """Refuse a file that is there and is no table of confusions, before the long work."""
-    from clip_rd_edge.contract.outputs import require_output_file
+    from clip_rd_edge.bundle.outputs import require_output_file
 
     headers = tuple(f"{csv_row(*columns)}\n".encode() for columns in (_COLUMNS, (*_COLUMNS, _FOLDER)))
     require_output_file(

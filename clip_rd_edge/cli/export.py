@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from clip_rd_edge.bundle.formats import FORMATS, Precision
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import (
     GroupedCommand,
@@ -20,9 +21,8 @@ from clip_rd_edge.cli._options import (
     drop_none,
     grouped,
 )
-from clip_rd_edge.contract.formats import FORMATS, Precision
 from clip_rd_edge.settings.training import PRECISION_WORDS
-from clip_rd_edge.utils.printable import as_word
+from clip_rd_edge.utils.text import as_word
 
 if TYPE_CHECKING:
     from clip_rd_edge.api import ExportedBundle
@@ -146,8 +146,8 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     TensorRT engines for RTX cards are built on any machine; a Jetson builds its own with the bundle's build.sh.
     """
     import clip_rd_edge as edge
+    from clip_rd_edge.bundle.manifest import LABELS
     from clip_rd_edge.cli._console import console_reporter, say
-    from clip_rd_edge.contract.bundle import LABELS
     from clip_rd_edge.exporting.plan import BROWSER, BUILD_SHELL
     from clip_rd_edge.runtime.label_list import parse_labels
     from clip_rd_edge.utils.paths import is_file

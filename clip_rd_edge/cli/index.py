@@ -15,8 +15,8 @@ from clip_rd_edge.cli._options import grouped
 from clip_rd_edge.errors import InputError, InterruptedRunError, UsageError
 from clip_rd_edge.settings.deploying import Index
 from clip_rd_edge.utils.paths import exists
-from clip_rd_edge.utils.printable import one_line
-from clip_rd_edge.utils.signals import handled_by, leave_lost_terminal, stop_signals
+from clip_rd_edge.utils.process import handled_by, leave_lost_terminal, stop_signals
+from clip_rd_edge.utils.text import one_line
 
 
 @command_of(Index, "index")

@@ -20,9 +20,9 @@ from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._hints import spelling
 from clip_rd_edge.cli._options import CommandGroup
 from clip_rd_edge.errors import ClipRdEdgeError, LostProcessError, MissingExtraError, UsageError, causes, near_matches
-from clip_rd_edge.utils import signals
-from clip_rd_edge.utils.printable import one_line
-from clip_rd_edge.utils.signals import end_running_calls, handled_by, leave_lost_terminal, stop_signals
+from clip_rd_edge.utils import process as signals
+from clip_rd_edge.utils.process import end_running_calls, handled_by, leave_lost_terminal, stop_signals
+from clip_rd_edge.utils.text import one_line
 
 # name: (module, short help). The short help is repeated here so that listing the commands imports none of them.
 COMMANDS = {

@@ -15,11 +15,11 @@ from clip_rd_edge.cli._command import command_of
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli.distill import OWN_DATA_EXAMPLE
 from clip_rd_edge.settings.measuring import Quickstart
-from clip_rd_edge.utils.printable import as_word
+from clip_rd_edge.utils.text import as_word
 
 if TYPE_CHECKING:
-    from clip_rd_edge.contract.images import ImageFile
-    from clip_rd_edge.contract.task import ZeroShotTask
+    from clip_rd_edge.bundle.images import ImageFile
+    from clip_rd_edge.bundle.task import ZeroShotTask
 
 # Concepts that are in no training pair, and of which everybody has an image in mind: labels for a first try.
 LIVELY_CONCEPTS = ("mushroom", "rocket", "tiger", "snowman")
@@ -63,7 +63,7 @@ def _unseen_concepts() -> ZeroShotTask:
 def _classify_example(folder: Path) -> None:
     """Classify an emoji that was in no training pair with the INT8 bundle, and print the result."""
     import clip_rd_edge as edge
-    from clip_rd_edge.contract.images import open_image
+    from clip_rd_edge.bundle.images import open_image
 
     task = _unseen_concepts()
     # The first image of the split, which is in hashed order: not selected for a good result.

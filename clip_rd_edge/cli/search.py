@@ -9,7 +9,7 @@ from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import grouped
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.settings.deploying import Search
-from clip_rd_edge.utils.printable import one_line
+from clip_rd_edge.utils.text import one_line
 
 _output = grouped("Output")
 

@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES, dead_link_error, is_ignored, leads_nowhere, list_images
-from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
-from clip_rd_edge.contract.templates import Templates, imagenet_templates
+from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES, dead_link_error, is_ignored, leads_nowhere, list_images
+from clip_rd_edge.bundle.labels import Templates, imagenet_templates
+from clip_rd_edge.bundle.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.data.shards.tar_samples import Kind
 from clip_rd_edge.data.shards.tars import Shard, TarMember, open_shard
 from clip_rd_edge.data.shards.webdataset import JSON_KEY, MAX_SHARDS, json_captions, read_text
 from clip_rd_edge.errors import InputError, near_matches, quoted
-from clip_rd_edge.utils.checked import is_natural
 from clip_rd_edge.utils.files import read_text_limited, text_lines
 from clip_rd_edge.utils.paths import other_spellings, sorted_paths
+from clip_rd_edge.utils.structs import is_natural
 
 CLASS_NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 SHARD_COUNT = "nshards.txt"

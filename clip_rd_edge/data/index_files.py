@@ -22,9 +22,8 @@ import msgspec
 
 from clip_rd_edge.errors import ConfigError, LostProcessError, UsageError
 from clip_rd_edge.utils.files import now_in
-from clip_rd_edge.utils.folders import new_folder
 from clip_rd_edge.utils.host import usable_cores
-from clip_rd_edge.utils.lock import exclusive_writer
+from clip_rd_edge.utils.outputs import exclusive_writer, new_folder
 from clip_rd_edge.utils.paths import cache_home
 
 INDEX = "index.json"

@@ -7,10 +7,9 @@ from pathlib import Path
 from clip_rd_edge.data.pairs import Pairs, first_left_out, hint_to_index_again
 from clip_rd_edge.data.remote import is_remote
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.utils.paths import URL
-from clip_rd_edge.utils.printable import shown_source
+from clip_rd_edge.utils.paths import URL, Typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.trust import Typed
+from clip_rd_edge.utils.text import shown_source
 
 # Compressed ones are refused as such, and not as tables.
 TAR_SUFFIXES = (".tar", ".tar}", ".tar.gz", ".tgz")

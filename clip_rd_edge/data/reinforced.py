@@ -22,16 +22,15 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from clip_rd_edge.contract.bundle import MAX_EMBEDDING_SIZE
-from clip_rd_edge.contract.preprocess import MAX_EDGE
+from clip_rd_edge.bundle.manifest import MAX_EMBEDDING_SIZE
+from clip_rd_edge.bundle.preprocess import MAX_EDGE
 from clip_rd_edge.data.shards.index import ShardIndex, index_shards
 from clip_rd_edge.data.shards.tars import TarMember
 from clip_rd_edge.data.shards.webdataset import ShardPairs, read_json_member
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.utils.checked import CheckedError, CheckedStruct, PositiveFloat
-from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.reporting import Reporter
-from clip_rd_edge.utils.structs import read_json
+from clip_rd_edge.utils.structs import CheckedError, CheckedStruct, PositiveFloat, read_json
+from clip_rd_edge.utils.text import is_unicode
 
 STORED = "stored:"  # before the path of a file of StoredTeachers, in the place of a teacher
 # RandAugment's operations in the order of their numbers, which is that of torchvision.

@@ -25,9 +25,8 @@ from clip_rd_edge.data.shards.tar_scan import TarScan
 from clip_rd_edge.data.store_errors import http_status, is_web, reason_of, refusal
 from clip_rd_edge.errors import InputError, MissingExtraError, UnreachableError
 from clip_rd_edge.utils.files import disk_full_error
-from clip_rd_edge.utils.paths import URL
-from clip_rd_edge.utils.printable import shown_source
-from clip_rd_edge.utils.trust import Typed
+from clip_rd_edge.utils.paths import URL, Typed
+from clip_rd_edge.utils.text import shown_source
 
 PIPE = "pipe:"
 _PART_BYTES = 8 << 20

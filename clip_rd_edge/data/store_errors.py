@@ -7,7 +7,7 @@ import re
 import ssl
 
 from clip_rd_edge.errors import InputError, causes
-from clip_rd_edge.utils.printable import shown_message, shown_source
+from clip_rd_edge.utils.text import shown_message, shown_source
 
 _CREDENTIALS_HINT = (
     "check the credentials that its store expects, such as AWS_PROFILE for s3:// or HF_TOKEN for hf://, and renew them "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clip_rd_edge.contract.task import RetrievalTask, Task
+from clip_rd_edge.bundle.task import RetrievalTask, Task
 from clip_rd_edge.data.clip_benchmark import (
     find_data_set,
     image_folder_task,
@@ -16,9 +16,8 @@ from clip_rd_edge.data.shards.tars import current_versions, open_shard
 from clip_rd_edge.data.shards.webdataset import parse_sources
 from clip_rd_edge.data.tables.load import TablePairs, read_table
 from clip_rd_edge.errors import InputError, near_matches, quoted
-from clip_rd_edge.utils.paths import is_file, is_folder, near_files
-from clip_rd_edge.utils.printable import shown_source
-from clip_rd_edge.utils.trust import Typed
+from clip_rd_edge.utils.paths import Typed, is_file, is_folder, near_files
+from clip_rd_edge.utils.text import shown_source
 
 BUILT_IN_TASKS = (
     "emoji:unseen-style",

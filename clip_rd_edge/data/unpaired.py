@@ -13,20 +13,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import MAX_TEMPLATES
-from clip_rd_edge.contract.encoder import fill_template
-from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES, list_images
-from clip_rd_edge.contract.templates import parse_templates
+from clip_rd_edge.bundle.encoder import fill_template
+from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES, list_images
+from clip_rd_edge.bundle.labels import parse_templates
+from clip_rd_edge.bundle.manifest import MAX_TEMPLATES
 from clip_rd_edge.data.load import load_pairs, names_shards, require_local
 from clip_rd_edge.data.pairs import Pairs, first_left_out
 from clip_rd_edge.data.shards.webdataset import SEPARATOR, ShardPairs, parse_sources
 from clip_rd_edge.data.tables.load import TablePairs, table_images
 from clip_rd_edge.data.tables.parquet import is_parquet, read_column
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.paths import URL, exists, is_file, is_folder, why_no_file
-from clip_rd_edge.utils.printable import shown_source
+from clip_rd_edge.utils.paths import URL, Typed, exists, is_file, is_folder, why_no_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.trust import Typed
+from clip_rd_edge.utils.text import shown_source
 
 
 class TrainingData(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,7 +38,7 @@ class TrainingData(msgspec.Struct, frozen=True, kw_only=True):
         data: source of the pairs, as `data.load.load_pairs` takes it; None for none.
         images: a folder of images, or any source of pairs, whose captions are not read; None for none.
         texts: a label file, see `runtime.label_list.read_labels_file`, or a Parquet file; None for none.
-        templates: prompt templates for the texts, as `contract.templates.parse_templates` takes them.
+        templates: prompt templates for the texts, as `bundle.labels.parse_templates` takes them.
         csv_img_key, csv_caption_key, json_caption_key, train_data_upsampling_factors: see `load_pairs`.
     """
 

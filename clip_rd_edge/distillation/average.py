@@ -15,9 +15,9 @@ import numpy as np
 
 from clip_rd_edge.benchmarking.accuracy import evaluate
 from clip_rd_edge.benchmarking.metrics import primary_metric
-from clip_rd_edge.contract.checkpoint import model_folder, read_training_record
-from clip_rd_edge.contract.outputs import require_output
-from clip_rd_edge.contract.task import Task
+from clip_rd_edge.bundle.outputs import require_output
+from clip_rd_edge.bundle.runs import model_folder, read_training_record
+from clip_rd_edge.bundle.task import Task
 from clip_rd_edge.distillation.monitoring.plots import plot_average
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import PROBE_TEXT, ClipModel, model_fingerprint
@@ -27,8 +27,8 @@ from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.text.tokenizer import vocabulary_of
 from clip_rd_edge.utils.files import require_utf8_path
+from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.trust import Typed
 
 BEST: Literal["best"] = "best"
 PLOT = "average.png"

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE, model_folder
-from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.images import in_bounded_batches
-from clip_rd_edge.contract.task import Task
+from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.images import in_bounded_batches
+from clip_rd_edge.bundle.runs import WEIGHTS_FILE, model_folder
+from clip_rd_edge.bundle.task import Task
 from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.pairs import BadSamples, Pairs, require_batch
 from clip_rd_edge.data.reinforced import ReinforcedPairs, StoredTeachers
@@ -53,8 +53,8 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import BATCH_SIZE, TorchEncoder
 from clip_rd_edge.runtime.label_list import read_texts
 from clip_rd_edge.utils.files import sha256_of
-from clip_rd_edge.utils.printable import shown_sources
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import shown_sources
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from clip_rd_edge.contract.bundle import MAX_EMBEDDING_SIZE
-from clip_rd_edge.contract.checkpoint import LOCAL_DIR, model_folder
-from clip_rd_edge.contract.preprocess import MAX_EDGE
-from clip_rd_edge.contract.templates import is_template
-from clip_rd_edge.contract.tokenizer import MAX_CONTEXT
+from clip_rd_edge.bundle.labels import is_template
+from clip_rd_edge.bundle.manifest import MAX_EMBEDDING_SIZE
+from clip_rd_edge.bundle.preprocess import MAX_EDGE
+from clip_rd_edge.bundle.runs import LOCAL_DIR, model_folder
+from clip_rd_edge.bundle.tokenizer import MAX_CONTEXT
 from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.data.remote import is_remote
@@ -25,7 +25,8 @@ from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.models.student import TEACHER
 from clip_rd_edge.models.text.weights import TOKENS
-from clip_rd_edge.utils.checked import (
+from clip_rd_edge.utils.paths import AnyPath, Recorded, Typed, as_text, exists, is_file
+from clip_rd_edge.utils.structs import (
     CheckedError,
     CheckedStruct,
     NonNegativeFloat,
@@ -33,11 +34,12 @@ from clip_rd_edge.utils.checked import (
     PositiveFloat,
     PositiveInt,
     Share,
+    comment_lines,
+    commented_yaml,
+    convert,
+    read_yaml,
 )
-from clip_rd_edge.utils.paths import AnyPath, as_text, exists, is_file
-from clip_rd_edge.utils.printable import shown_sources
-from clip_rd_edge.utils.structs import comment_lines, commented_yaml, convert, read_yaml
-from clip_rd_edge.utils.trust import Recorded, Typed
+from clip_rd_edge.utils.text import shown_sources
 
 RECIPES = Path(__file__).parent / "recipes"
 RECIPE_SUFFIXES = (".yaml", ".yml")  # of recipes that are files of the user's own

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clip_rd_edge.contract.checkpoint import model_folder
+from clip_rd_edge.bundle.runs import model_folder
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.student import takes_text
 from clip_rd_edge.distillation.teachers.teacher import projection_name

@@ -10,10 +10,9 @@ from typing import Any
 
 import msgspec
 
-from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE, model_folder
-from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.contract.run_folder import INPUTS_FILE, RUN_CONFIG_FILE
-from clip_rd_edge.contract.templates import is_template
+from clip_rd_edge.bundle.labels import is_template
+from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.bundle.runs import INPUTS_FILE, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE, model_folder
 from clip_rd_edge.data.pairs import Pairs, fingerprint
 from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.data.unpaired import describe_counts
@@ -27,9 +26,9 @@ from clip_rd_edge.models.clip import form_fingerprint, model_fingerprint
 from clip_rd_edge.models.student import student_file
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.paths import is_file
-from clip_rd_edge.utils.printable import as_word, shown_source
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, read_yaml, to_json, to_yaml
+from clip_rd_edge.utils.text import as_word, shown_source
 
 _SHOWN_DIGITS = 12
 

@@ -8,8 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
-from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
+from clip_rd_edge.bundle.runs import RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.distillation.build import load_setup
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import (
@@ -27,7 +26,7 @@ from clip_rd_edge.distillation.teachers.bank import require_same_kind
 from clip_rd_edge.distillation.teachers.embedding_store import CacheManifest, manifests
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
 from clip_rd_edge.models.student import TEACHER
-from clip_rd_edge.utils.lock import LOCK_FILE
+from clip_rd_edge.utils.outputs import LOCK_FILE
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, read_yaml
 

@@ -21,10 +21,9 @@ from pathlib import Path
 import msgspec
 from PIL import Image
 
-from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
-from clip_rd_edge.contract.encoder import Embeddings, Encoder
-from clip_rd_edge.contract.run_folder import REPORT_FOLDER, RUN_CONFIG_FILE
-from clip_rd_edge.contract.task import Task
+from clip_rd_edge.bundle.encoder import Embeddings, Encoder
+from clip_rd_edge.bundle.runs import REPORT_FOLDER, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
+from clip_rd_edge.bundle.task import Task
 from clip_rd_edge.data.unpaired import MixedSamples, describe_counts, has_images
 from clip_rd_edge.distillation.batches.loader import lost_worker
 from clip_rd_edge.distillation.build import (
@@ -79,8 +78,7 @@ from clip_rd_edge.models.defaults import float32_on_cpu
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.utils.files import disk_full_error, write_text
-from clip_rd_edge.utils.folders import remove_leftovers
-from clip_rd_edge.utils.lock import exclusive_writer
+from clip_rd_edge.utils.outputs import exclusive_writer, remove_leftovers
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import to_yaml
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from clip_rd_edge.contract.checkpoint import model_folder
-from clip_rd_edge.contract.templates import parse_templates
+from clip_rd_edge.bundle.labels import parse_templates
+from clip_rd_edge.bundle.runs import model_folder
 from clip_rd_edge.distillation.batches.pixels import Crops, crops_for
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.quantized.tower import require_static_tower
@@ -36,8 +36,8 @@ from clip_rd_edge.models.student import (
 )
 from clip_rd_edge.models.text.config import build_with_text_tower_of, with_text_of
 from clip_rd_edge.models.text.weights import TOKENS, init_text_tower, init_token_embeddings
+from clip_rd_edge.utils.paths import typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.trust import typed
 
 _DEFAULT_SHAPE: dict[str, Any] = {"image_size": 224, "text": "standard", "context_length": 77}
 

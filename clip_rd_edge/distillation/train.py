@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE
-from clip_rd_edge.contract.encoder import Encoder
-from clip_rd_edge.contract.run_folder import REPORT_FOLDER
+from clip_rd_edge.bundle.encoder import Encoder
+from clip_rd_edge.bundle.runs import DISTILLATION_FILE, REPORT_FOLDER
 from clip_rd_edge.data.pairs import BadSamples, Pairs
 from clip_rd_edge.data.unpaired import MixedSamples
 from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, ViewDataset, step_loader
@@ -45,7 +44,7 @@ from clip_rd_edge.errors import InterruptedRunError, UsageError, in_one_line
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import save_clip
-from clip_rd_edge.utils.memory import FREED_MEMORY_KEPT
+from clip_rd_edge.utils.host import FREED_MEMORY_KEPT
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 if TYPE_CHECKING:

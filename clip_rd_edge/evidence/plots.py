@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from clip_rd_edge.contract.run_folder import EVALUATION_PREFIX
+from clip_rd_edge.bundle.runs import EVALUATION_PREFIX
 from clip_rd_edge.distillation.monitoring.plots import verbatim
 from clip_rd_edge.evidence.results import Curve, Evidence, runs_of
 

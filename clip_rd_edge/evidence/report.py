@@ -20,7 +20,7 @@ from clip_rd_edge.benchmarking.formatting import (
 from clip_rd_edge.benchmarking.metrics import ZeroShotScore, primary_metric
 from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.benchmarking.results import rename_old_keys
-from clip_rd_edge.contract.outputs import require_output_file
+from clip_rd_edge.bundle.outputs import require_output_file
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.evidence.plots import geometry_curves, learning_curves
 from clip_rd_edge.evidence.results import (
@@ -39,8 +39,8 @@ from clip_rd_edge.evidence.suite import TUNED_TEACHER, EvidenceSuite
 from clip_rd_edge.installation import without_checkout
 from clip_rd_edge.utils.files import write_bytes, write_text
 from clip_rd_edge.utils.paths import exists
-from clip_rd_edge.utils.printable import each_text, shown_source, shown_sources
 from clip_rd_edge.utils.structs import read_versioned_json
+from clip_rd_edge.utils.text import each_text, shown_source, shown_sources
 
 _TOP1, _IMAGE_TO_TEXT = "top-1", "image → text R@1"
 _DIFFERENCES_NOTE = (

@@ -22,9 +22,9 @@ from clip_rd_edge.benchmarking.accuracy import (
 )
 from clip_rd_edge.benchmarking.metrics import Score, primary_metric
 from clip_rd_edge.benchmarking.results import this_environment
-from clip_rd_edge.contract.encoder import Encoder
-from clip_rd_edge.contract.run_folder import EVALUATION_PREFIX, read_metrics
-from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask, with_distinct_names
+from clip_rd_edge.bundle.encoder import Encoder
+from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, read_metrics
+from clip_rd_edge.bundle.task import RetrievalTask, Task, ZeroShotTask, with_distinct_names
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.build import training_pairs
 from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, CHECKPOINTS_FOLDER
@@ -55,11 +55,11 @@ from clip_rd_edge.models.clip import model_fingerprint
 from clip_rd_edge.models.encoder import TorchEncoder, torch_threads
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.lock import exclusive_writer
-from clip_rd_edge.utils.printable import shown_source
+from clip_rd_edge.utils.outputs import exclusive_writer
+from clip_rd_edge.utils.paths import Typed, typed
 from clip_rd_edge.utils.reporting import PrefixedReporter, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
-from clip_rd_edge.utils.trust import Typed, typed
+from clip_rd_edge.utils.text import shown_source
 from clip_rd_edge.walkthrough.pipeline import Settings, tune_teacher
 
 

@@ -16,9 +16,16 @@ from clip_rd_edge.distillation.config import CROP_SCALE, Precision, Recipe, RunC
 from clip_rd_edge.distillation.student import crops_of, takes_text
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.student import TEACHER
-from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from clip_rd_edge.utils.structs import convert, read_yaml
-from clip_rd_edge.utils.trust import Typed, typed
+from clip_rd_edge.utils.paths import Typed, typed
+from clip_rd_edge.utils.structs import (
+    CheckedStruct,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    convert,
+    read_yaml,
+)
 
 _SHARED = ("objective", "steps", "epochs", "batch_size", "learning_rate", "precision")  # not a method's own settings
 TEACHER_RESULT = "teacher-result.json"  # beside the suite's own NAME.json

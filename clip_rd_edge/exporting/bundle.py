@@ -10,7 +10,9 @@ import msgspec
 import numpy as np
 import onnx
 
-from clip_rd_edge.contract.bundle import (
+from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.labels import require_readable
+from clip_rd_edge.bundle.manifest import (
     EXTERNAL_DATA_SUFFIX,
     FORMAT_VERSION,
     IMAGE_MODEL,
@@ -21,10 +23,8 @@ from clip_rd_edge.contract.bundle import (
     read_manifest,
     write_manifest,
 )
-from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.label_bank import require_readable
-from clip_rd_edge.contract.outputs import require_output
-from clip_rd_edge.contract.tokenizer import TokenIds, Tokenizer, TokenizerSpec
+from clip_rd_edge.bundle.outputs import require_output
+from clip_rd_edge.bundle.tokenizer import TokenIds, Tokenizer, TokenizerSpec
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.conversion import ConvertedBundle
@@ -50,8 +50,8 @@ from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.runtime.load import open_bundle
 from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.folders import new_folder
 from clip_rd_edge.utils.host import ONNXRUNTIMES, installed_versions
+from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
 _PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "onnx", *ONNXRUNTIMES, "pillow")

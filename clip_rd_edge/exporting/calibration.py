@@ -22,10 +22,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from clip_rd_edge.contract.checkpoint import model_folder, refuse_unfinished_run, training_record_path
-from clip_rd_edge.contract.preprocess import Pixels, Preprocessing, fit, preprocess
-from clip_rd_edge.contract.run_folder import CALIBRATION_FILE
-from clip_rd_edge.contract.tokenizer import TokenIds
+from clip_rd_edge.bundle.preprocess import Pixels, Preprocessing, fit, preprocess
+from clip_rd_edge.bundle.runs import CALIBRATION_FILE, model_folder, refuse_unfinished_run, training_record_path
+from clip_rd_edge.bundle.tokenizer import TokenIds
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadSamples, Pairs
 from clip_rd_edge.data.tables.blocks import MissingColumnError
@@ -33,9 +32,8 @@ from clip_rd_edge.data.unpaired import pair_count
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.arrays import npz_bytes, read_npz
 from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.paths import is_file
+from clip_rd_edge.utils.paths import Typed, is_file
 from clip_rd_edge.utils.structs import read_json
-from clip_rd_edge.utils.trust import Typed
 
 # Activation ranges hardly change beyond about a hundred images; with 192 held-out images, one is half a point of
 # accuracy.

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, damaged_files, read_manifest, require_whole_towers
+from clip_rd_edge.bundle.manifest import TOKENIZER, Manifest, damaged_files, read_manifest, require_whole_towers
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.int8.select import Trial

@@ -1,4 +1,4 @@
-"""One converter per format: checks a request before anything long, and writes the bundle. See `contract.formats`."""
+"""One converter per format: checks a request before anything long, and writes the bundle. See `bundle.formats`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.contract.bundle import Manifest, write_manifest
-from clip_rd_edge.contract.formats import FORMATS, Format, import_named
+from clip_rd_edge.bundle.formats import FORMATS, Format, import_named
+from clip_rd_edge.bundle.manifest import Manifest, write_manifest
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.conversion import ConvertedBundle

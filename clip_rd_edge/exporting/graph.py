@@ -12,8 +12,7 @@ from pathlib import Path
 
 import onnx
 
-from clip_rd_edge.utils.logs import quiet_logs
-from clip_rd_edge.utils.shared_block import SharedBlock
+from clip_rd_edge.utils.process import SharedBlock, quiet_logs
 
 LAYERS = ("Conv", "Gemm", "MatMul")
 # Node types of the L2 norm at the end of a tower.

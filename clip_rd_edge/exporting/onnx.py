@@ -11,13 +11,13 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.contract.bundle import IMAGE_MODEL, TEXT_MODEL
+from clip_rd_edge.bundle.manifest import IMAGE_MODEL, TEXT_MODEL
 from clip_rd_edge.errors import ClipRdEdgeError, first_line
 from clip_rd_edge.exporting.clean_up import clean_up
 from clip_rd_edge.exporting.graph import silently
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode, inference_image_tower
 from clip_rd_edge.utils.files import disk_full_error
-from clip_rd_edge.utils.shared_block import SharedBlock
+from clip_rd_edge.utils.process import SharedBlock
 
 OPSET = 18  # the exporter's default; it writes others by conversion, and LayerNormalization needs at least 17
 IMAGE_INPUT, IMAGE_OUTPUT = "pixel_values", "image_embedding"

@@ -11,7 +11,7 @@ from typing import Literal, TypedDict
 
 import msgspec
 
-from clip_rd_edge.contract.formats import FORMATS, Format, Precision
+from clip_rd_edge.bundle.formats import FORMATS, Format, Precision
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.runtime.label_list import Labels
 
@@ -91,7 +91,7 @@ class ExportOptions(TypedDict, total=False):
     """The options of `clip_rd_edge.export` and the command line, before defaults and the target's profile apply.
 
     Keys:
-        format: one of `contract.formats.FORMATS`. Default: the target's, else onnx.
+        format: one of `bundle.formats.FORMATS`. Default: the target's, else onnx.
         precision: `fp32`, `fp16`, `bf16` or `int8`. Default: the target's, else fp32.
         target: a device's name, an RTX card's capability such as `sm86`, or `browser`; or several devices, in a list
             or separated by commas. Default for `trt`: the GPU that is here, else a folder that builds its engines on

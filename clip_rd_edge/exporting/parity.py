@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Measurement
-from clip_rd_edge.contract.encoder import Embeddings, in_batches
-from clip_rd_edge.contract.preprocess import Pixels, Preprocessing
-from clip_rd_edge.contract.tokenizer import Tokenizer
+from clip_rd_edge.bundle.encoder import Embeddings, in_batches
+from clip_rd_edge.bundle.manifest import TOKENIZER, Manifest, Measurement
+from clip_rd_edge.bundle.preprocess import Pixels, Preprocessing
+from clip_rd_edge.bundle.tokenizer import Tokenizer
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.host import machine_name
 from clip_rd_edge.utils.timing import Milliseconds, time_in_turn

@@ -10,8 +10,8 @@ from typing import Literal, get_args
 
 import msgspec
 
-from clip_rd_edge.contract.encoder import as_list
-from clip_rd_edge.contract.formats import Format, Precision
+from clip_rd_edge.bundle.encoder import as_list
+from clip_rd_edge.bundle.formats import Format, Precision
 from clip_rd_edge.errors import InputError, UsageError, near_matches, require_known_options
 from clip_rd_edge.exporting.options import (
     ExportOptions,

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.bundle.preprocess import Preprocessing
 
 IMAGE = "image"  # (1, height, width, 3) uint8
 _PREFIX = "preprocess/"
@@ -63,7 +63,7 @@ def _preprocessing_graph(preprocessing: Preprocessing, output: str) -> _Graph:
 
 
 def _resized_size(g: _Graph, preprocessing: Preprocessing, height: str, width: str) -> tuple[str, str]:
-    """Height and width after resizing, rounded as `contract.preprocess` rounds."""
+    """Height and width after resizing, rounded as `bundle.preprocess` rounds."""
     rows, columns = preprocessing.size
     if preprocessing.resize_mode == "squash":
         return g.ints(rows), g.ints(columns)

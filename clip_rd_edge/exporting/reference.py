@@ -12,9 +12,9 @@ import onnx
 from onnx import numpy_helper
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import Manifest, Tower
-from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.reference import Reference, reference_images, worst_agreement, write_reference
+from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.manifest import Manifest, Tower
+from clip_rd_edge.bundle.reference import Reference, reference_images, worst_agreement, write_reference
 from clip_rd_edge.exporting.int8.saturation import open_as_written
 from clip_rd_edge.exporting.parity import HARD_TEXTS
 from clip_rd_edge.runtime.backends.session import open_session

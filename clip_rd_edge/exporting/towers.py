@@ -11,7 +11,7 @@ import msgspec
 import torch
 from torch import nn
 
-from clip_rd_edge.contract.bundle import Manifest, Tower
+from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.conversion import start_conversion
 from clip_rd_edge.exporting.graph import silently

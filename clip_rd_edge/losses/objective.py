@@ -43,7 +43,7 @@ from clip_rd_edge.losses.terms import (
     relation_divergence,
     symmetric_contrastive,
 )
-from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat
+from clip_rd_edge.utils.structs import CheckedStruct, NonNegativeFloat
 
 TeacherScale = float | Tensor | tuple[float, ...]
 # Terms that need the caption of an image; see above.

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from clip_rd_edge.utils.shared_block import SharedBlock
+from clip_rd_edge.utils.process import SharedBlock
 
 _CPU = torch.device("cpu")
 

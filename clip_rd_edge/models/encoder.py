@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.contract.encoder import Description, Embeddings, as_list, in_batches, require_finite
-from clip_rd_edge.contract.images import ImageInput, as_rgb
-from clip_rd_edge.contract.preprocess import preprocess
+from clip_rd_edge.bundle.encoder import Description, Embeddings, as_list, in_batches, require_finite
+from clip_rd_edge.bundle.images import ImageInput, as_rgb
+from clip_rd_edge.bundle.preprocess import preprocess
 from clip_rd_edge.errors import UsageError, first_line
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode, parameter_count
 from clip_rd_edge.models.defaults import on_cpu

@@ -21,8 +21,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from clip_rd_edge.contract.bundle import inner_bundles, is_bundle
-from clip_rd_edge.contract.checkpoint import (
+from clip_rd_edge.bundle.manifest import inner_bundles, is_bundle
+from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.bundle.runs import (
     CONFIG_FILE,
     DISTILLATION_FILE,
     LOCAL_DIR,
@@ -35,19 +36,16 @@ from clip_rd_edge.contract.checkpoint import (
     refuse_unfinished_run,
     training_record_path,
 )
-from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.config_limits import require_bounded
 from clip_rd_edge.models.defaults import float32_on_cpu
 from clip_rd_edge.models.own_parts import NO_STRANGERS, REMOTE_CODE, StrangeFileError, refuse_other_places
-from clip_rd_edge.utils.folders import new_folder
-from clip_rd_edge.utils.logs import quiet_logs
-from clip_rd_edge.utils.paths import exists, is_file, is_folder
-from clip_rd_edge.utils.printable import shown_sources
-from clip_rd_edge.utils.shared_block import SharedBlock
+from clip_rd_edge.utils.outputs import new_folder
+from clip_rd_edge.utils.paths import Typed, exists, is_file, is_folder
+from clip_rd_edge.utils.process import SharedBlock, quiet_logs
 from clip_rd_edge.utils.structs import convert, read_json, read_json_objects
-from clip_rd_edge.utils.trust import Typed
+from clip_rd_edge.utils.text import shown_sources
 
 
 @float32_on_cpu()

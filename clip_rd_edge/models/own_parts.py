@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from clip_rd_edge.contract.checkpoint import TRANSFORMERS_CONFIG
+from clip_rd_edge.bundle.runs import TRANSFORMERS_CONFIG
 from clip_rd_edge.errors import ConfigError, quoted
 from clip_rd_edge.utils.paths import is_file
-from clip_rd_edge.utils.shared_block import SharedBlock
+from clip_rd_edge.utils.process import SharedBlock
 
 _TIMM_NAME = re.compile(r"[\w.]+")  # of an architecture, with its tag or without: timm also takes a path, and the hub's
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.contract.encoder import in_batches
+from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches
 from clip_rd_edge.models.classifier import ImageClassifier, load_classifier
 from clip_rd_edge.models.clip import ClipModel
@@ -31,9 +31,8 @@ from clip_rd_edge.models.load import preprocessing_of
 from clip_rd_edge.models.student import student_config
 from clip_rd_edge.models.text.sentences import SentenceEncoder, load_sentence_encoder
 from clip_rd_edge.utils.files import read_text_limited, text_lines
-from clip_rd_edge.utils.paths import AnyPath, as_text
+from clip_rd_edge.utils.paths import AnyPath, Typed, as_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.trust import Typed
 
 IMAGENET = "imagenet"
 # Chosen by benchmarks/training/stitched_teacher.py.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.encoder import (
+from clip_rd_edge.bundle.encoder import (
     Embeddings,
     Encoder,
     LabelsEncoder,
@@ -19,9 +19,8 @@ from clip_rd_edge.contract.encoder import (
     require_top,
     top_indices,
 )
-from clip_rd_edge.contract.images import ImageInput
-from clip_rd_edge.contract.label_bank import LabelBank
-from clip_rd_edge.contract.templates import TemplateNames, parse_templates, template_words
+from clip_rd_edge.bundle.images import ImageInput
+from clip_rd_edge.bundle.labels import LabelBank, TemplateNames, parse_templates, template_words
 from clip_rd_edge.errors import InputError, UsageError, in_one_line
 from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.label_list import Labels, label_names

@@ -18,7 +18,7 @@ from typing import Literal
 
 import msgspec
 
-from clip_rd_edge.contract.formats import FORMATS
+from clip_rd_edge.bundle.formats import FORMATS
 from clip_rd_edge.errors import in_one_line
 from clip_rd_edge.installation import PACKAGE, install_command, pip
 from clip_rd_edge.runtime.backends.onnxruntime_builds import import_onnxruntime, overlapping_builds

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
-from clip_rd_edge.contract.encoder import Embeddings, Encoder, TowerEncoder, image_batch_size, in_batches
-from clip_rd_edge.contract.images import (
+from clip_rd_edge.bundle.encoder import Embeddings, Encoder, TowerEncoder, image_batch_size, in_batches
+from clip_rd_edge.bundle.images import (
     ImageFile,
     ImageInput,
     as_images,
@@ -26,16 +26,16 @@ from clip_rd_edge.contract.images import (
     in_bounded_batches,
     open_image,
 )
-from clip_rd_edge.contract.preprocess import Pixels, fast_decode_edge, preprocess
+from clip_rd_edge.bundle.preprocess import Pixels, fast_decode_edge, preprocess
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.cluster import map_on_cluster
 from clip_rd_edge.utils.host import usable_cores
-from clip_rd_edge.utils.signals import end_calls
+from clip_rd_edge.utils.process import end_calls
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from clip_rd_edge.contract.bundle import Manifest
+    from clip_rd_edge.bundle.manifest import Manifest
     from clip_rd_edge.runtime.encoder import BundleEncoder
 
 BATCH_SIZE = 32

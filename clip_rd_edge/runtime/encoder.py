@@ -17,19 +17,17 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.bundle import LABELS, TOKENIZER, Manifest, Tower
-from clip_rd_edge.contract.encoder import Description, Embeddings, as_list, image_batch_size, in_batches, require_finite
-from clip_rd_edge.contract.images import ImageInput, as_rgb
-from clip_rd_edge.contract.label_bank import LabelBank, read_labels
-from clip_rd_edge.contract.preprocess import preprocess, to_uint8
-from clip_rd_edge.contract.templates import in_words
-from clip_rd_edge.contract.tokenizer import Tokenizer
+from clip_rd_edge.bundle.encoder import Description, Embeddings, as_list, image_batch_size, in_batches, require_finite
+from clip_rd_edge.bundle.images import ImageInput, as_rgb
+from clip_rd_edge.bundle.labels import LabelBank, in_words, read_labels
+from clip_rd_edge.bundle.manifest import LABELS, TOKENIZER, Manifest, Tower, require_intact, require_intact_tower
+from clip_rd_edge.bundle.preprocess import preprocess, to_uint8
+from clip_rd_edge.bundle.tokenizer import Tokenizer
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError, in_one_line, near_matches
 from clip_rd_edge.runtime.backends.int8_kernels import int8_fault
 from clip_rd_edge.runtime.backends.providers import AUTO, warn
-from clip_rd_edge.runtime.intact import require_intact, require_intact_tower
 from clip_rd_edge.utils.files import size_bytes
-from clip_rd_edge.utils.signals import NativeCall
+from clip_rd_edge.utils.process import NativeCall
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -11,16 +11,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_rd_edge.contract.encoder import as_list
-from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES
+from clip_rd_edge.bundle.encoder import as_list
+from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES
 from clip_rd_edge.errors import InputError, near_matches, quoted
-from clip_rd_edge.utils.checked import is_list_of_texts, is_natural
 from clip_rd_edge.utils.files import read_limited, text_lines
-from clip_rd_edge.utils.paths import exists, expand_home, is_folder, looks_like_path, near_files
-from clip_rd_edge.utils.printable import is_unicode
-from clip_rd_edge.utils.table_text import SEPARATOR_LINE, refuse_other_formats
-from clip_rd_edge.utils.trust import Typed
-from clip_rd_edge.utils.yaml_text import parse_yaml
+from clip_rd_edge.utils.paths import Typed, exists, expand_home, is_folder, looks_like_path, near_files
+from clip_rd_edge.utils.structs import is_list_of_texts, is_natural, parse_yaml
+from clip_rd_edge.utils.text import SEPARATOR_LINE, is_unicode, refuse_other_formats
 
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")

@@ -12,10 +12,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from clip_rd_edge.contract.bundle import Manifest
-from clip_rd_edge.contract.encoder import Embeddings, Encoder, label_embeddings
-from clip_rd_edge.contract.label_bank import MAX_BYTES as BANK_BYTES
-from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, require_readable, write_labels
+from clip_rd_edge.bundle.encoder import Embeddings, Encoder, label_embeddings
+from clip_rd_edge.bundle.labels import MAX_BYTES as BANK_BYTES
+from clip_rd_edge.bundle.labels import LabelBank, LabelPrecision, require_readable, write_labels
+from clip_rd_edge.bundle.manifest import Manifest
 from clip_rd_edge.runtime.load import open_bundle
 from clip_rd_edge.utils.arrays import load_array, npy_bytes
 from clip_rd_edge.utils.files import write_bytes

@@ -6,14 +6,13 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from clip_rd_edge.contract.bundle import Manifest, is_bundle, read_manifest
-from clip_rd_edge.contract.formats import FORMATS, RUNTIMES, Runtime, format_of, import_named
+from clip_rd_edge.bundle.formats import FORMATS, RUNTIMES, Runtime, format_of, import_named
+from clip_rd_edge.bundle.manifest import Manifest, is_bundle, read_manifest, require_intact_manifest
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.runtime.backends.onnxruntime_builds import import_onnxruntime
 from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, PROVIDERS
 from clip_rd_edge.runtime.backends.session import require_threads
 from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
-from clip_rd_edge.runtime.intact import require_intact_manifest
 
 
 def load(
@@ -25,7 +24,7 @@ def load(
     spin: bool = True,
     force: bool = False,
 ) -> BundleEncoder:
-    """Open a bundle. Each tower is loaded when it is first used, and its checksum compared (see `runtime.intact`).
+    """Open a bundle. Each tower is loaded when it is first used, and its checksum compared (see `bundle.manifest`).
 
     Args:
         bundle: the bundle's folder.

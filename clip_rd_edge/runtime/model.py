@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
-from clip_rd_edge.contract.encoder import Description, Embeddings, TowerEncoder, as_list
-from clip_rd_edge.contract.images import ImageInput, is_single_image
-from clip_rd_edge.contract.templates import TemplateNames, parse_templates, template_words
+from clip_rd_edge.bundle.encoder import Description, Embeddings, TowerEncoder, as_list
+from clip_rd_edge.bundle.images import ImageInput, is_single_image
+from clip_rd_edge.bundle.labels import TemplateNames, parse_templates, template_words
 from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
 from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.label_list import Labels, label_names

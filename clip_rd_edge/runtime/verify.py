@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 from PIL import __version__ as PILLOW
 
-from clip_rd_edge.contract.bundle import (
+from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.manifest import (
     LABELS,
     MANIFEST,
     TOKENIZER,
@@ -23,14 +24,13 @@ from clip_rd_edge.contract.bundle import (
     manifest_is_intact,
     read_manifest,
 )
-from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.reference import REFERENCE, Reference, read_reference, worst_agreement
+from clip_rd_edge.bundle.reference import REFERENCE, Reference, read_reference, worst_agreement
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UnreachableError
 from clip_rd_edge.runtime.backends.providers import AUTO
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement
 from clip_rd_edge.runtime.load import open_bundle
 from clip_rd_edge.utils.files import sha256_of, size_bytes
-from clip_rd_edge.utils.signals import end_calls
+from clip_rd_edge.utils.process import end_calls
 from clip_rd_edge.utils.structs import read_json
 
 TEXT = "a photo of a cat"

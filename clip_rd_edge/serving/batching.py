@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.bundle.encoder import Embeddings
 
 _Waiting = tuple[Any, "asyncio.Future[Embeddings]"]
 

@@ -15,7 +15,7 @@ import msgspec
 
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.index.graph import MAX_TOP
-from clip_rd_edge.utils.checked import PositiveInt, Share
+from clip_rd_edge.utils.structs import PositiveInt, Share
 
 MEDIA_MARKER = "<__media__>"  # stands for the image in a llama.cpp prompt; clients read it from /props
 _DATA_URL = "data:image/"  # in any case

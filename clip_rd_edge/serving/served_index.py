@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index.graph import Graph

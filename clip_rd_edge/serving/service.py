@@ -19,11 +19,11 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
-from clip_rd_edge.contract.bundle import MANIFEST
-from clip_rd_edge.contract.encoder import Embeddings, fill_template, in_batches, normalise
-from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.contract.label_bank import LabelBank
-from clip_rd_edge.contract.preprocess import Pixels, preprocess
+from clip_rd_edge.bundle.encoder import Embeddings, fill_template, in_batches, normalise
+from clip_rd_edge.bundle.images import open_image
+from clip_rd_edge.bundle.labels import LabelBank
+from clip_rd_edge.bundle.manifest import MANIFEST
+from clip_rd_edge.bundle.preprocess import Pixels, preprocess
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import open_image_tower
@@ -34,9 +34,8 @@ from clip_rd_edge.serving.batching import Batcher
 from clip_rd_edge.serving.metrics import CONTENT_TYPE, Metrics
 from clip_rd_edge.serving.protocol import Item
 from clip_rd_edge.serving.served_index import ServedIndex
-from clip_rd_edge.utils.checked import CheckedStruct, PositiveInt
 from clip_rd_edge.utils.host import resident_memory_bytes
-from clip_rd_edge.utils.structs import decode_request
+from clip_rd_edge.utils.structs import CheckedStruct, PositiveInt, decode_request
 from clip_rd_edge.web.models import MAX_PIXELS, LabelSets, UploadedImage, label_key
 
 OPENERS = 2  # threads that decode images
@@ -292,7 +291,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._model, work)
 
     async def _embed_labels(self, labels: Sequence[str]) -> Embeddings:
-        """Return the labels' embeddings, as `contract.encoder.label_embeddings` does, in turn with other requests.
+        """Return the labels' embeddings, as `bundle.encoder.label_embeddings` does, in turn with other requests.
 
         No more prompts wait than fill a batch, and so many items are counted: thousands of labels keep no other request
         waiting, and get it no 503. Raises BusyError as `_embed`.

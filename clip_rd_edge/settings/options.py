@@ -37,8 +37,8 @@ import msgspec
 from msgspec import NODEFAULT, Meta, inspect
 
 from clip_rd_edge.errors import UsageError, near_matches, require_known_options, spelled
-from clip_rd_edge.utils.checked import CheckedError, check_number
 from clip_rd_edge.utils.paths import AnyPath
+from clip_rd_edge.utils.structs import CheckedError, check_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

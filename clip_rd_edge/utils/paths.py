@@ -14,12 +14,19 @@ import stat
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NewType
 
 from clip_rd_edge.errors import InputError, near_matches, quoted
 
 AnyPath = str | os.PathLike[str]
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # the beginning of one; C:// begins a path of Windows
+_OF_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}
+_OF_MACOS = "._"  # before a file's name, on a disk that is not formatted for a Mac
+
+
+def is_left_by_system(path: Path) -> bool:
+    """Return whether a file manager or macOS, and nobody else, puts files of this name into folders."""
+    return path.name in _OF_FILE_MANAGERS or path.name.startswith(_OF_MACOS)
 
 
 def as_text(value: Any) -> Any:
@@ -186,3 +193,27 @@ def shipped_path(name: str) -> Path:
         if (root / name).exists():
             return root / name
     raise InputError(f"clip-rd-edge does not ship {name!r}.")
+
+
+Typed = NewType("Typed", str)
+
+
+def typed(place: str | os.PathLike[str]) -> Typed:
+    """Return what was typed in this call, or a path that this program made, as such: for callers that know that."""
+    return Typed(os.fspath(place))
+
+
+class Recorded:
+    """A place that a file records, in a struct that is read from it: compared and shown, and never opened.
+
+    It is no text, so that nothing that takes a path takes it either.
+    """
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str | list[str]) -> None:
+        self._value = value
+
+    def plain(self) -> str | list[str]:
+        """Return what the file says, to compare it, to show it and to write it again."""
+        return self._value

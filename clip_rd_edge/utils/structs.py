@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 import re
 import textwrap
 from codecs import BOM_UTF8
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta
+from msgspec import inspect as types
 
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.installation import upgrade_hint
 from clip_rd_edge.utils.files import read_limited
-from clip_rd_edge.utils.printable import as_unicode, each_text
-from clip_rd_edge.utils.trust import Recorded
-from clip_rd_edge.utils.yaml_text import MAX_YAML_BYTES, parse_yaml, yaml_classes
+from clip_rd_edge.utils.paths import Recorded
+from clip_rd_edge.utils.text import as_unicode, each_text, is_unicode
+
+if TYPE_CHECKING:
+    import yaml
 
 # Results and indexes of millions of images are below this, and whatever is larger would take gigabytes of memory.
 MAX_JSON_BYTES = 1 << 30
@@ -157,15 +164,15 @@ def _near_keys(message: str, kind: type[Any]) -> tuple[str, str]:
 
 def _keys_at(location: str, kind: type[Any]) -> list[str]:
     """Return the known keys at a location such as `$.rows[2].model`."""
-    kinds: list[msgspec.inspect.Type] = [msgspec.inspect.type_info(kind)]
+    kinds: list[types.Type] = [types.type_info(kind)]
     for key in re.sub(r"\[[^]]*\]", "", location).split(".")[1:]:
         kinds = [f.type for k in kinds for s in _structs(k) for f in s.fields if f.encode_name == key]
     return [field.encode_name for k in kinds for struct in _structs(k) for field in struct.fields]
 
 
-def _structs(kind: msgspec.inspect.Type) -> list[msgspec.inspect.StructType]:
+def _structs(kind: types.Type) -> list[types.StructType]:
     """Return the structs in a type: the type itself, the members of a union or the items of a list."""
-    if isinstance(kind, msgspec.inspect.StructType):
+    if isinstance(kind, types.StructType):
         return [kind]
     inner = getattr(kind, "types", None) or [item for item in [getattr(kind, "item_type", None)] if item]
     return [struct for member in inner for struct in _structs(member)]
@@ -246,3 +253,214 @@ def attribute_comments(kind: type[Any]) -> dict[str, str]:
         elif name:
             comments[name] += f" {line.strip()}"
     return {name: comment.replace("`", "").strip() for name, comment in comments.items()}
+
+
+PositiveInt = Annotated[int, Meta(ge=1)]
+NonNegativeInt = Annotated[int, Meta(ge=0)]
+PositiveFloat = Annotated[float, Meta(gt=0)]
+NonNegativeFloat = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+_INT64 = 2**63
+_MAX_DIGITS = 10
+_LIST_OF_TEXTS = re.compile(r"""\[\s*(?:(["'])(?:\\.|(?!\1)[^\\])*\1[\s,]*)*\]""", re.DOTALL)
+
+
+def is_natural(text: str) -> bool:
+    """Return whether a text is a natural number below a billion: Python refuses to read those of very many digits."""
+    return text.isdecimal() and len(text) < _MAX_DIGITS
+
+
+def is_list_of_texts(text: str) -> bool:
+    """Return whether a text without white space around it is a list of texts, as JSON, Python or NumPy write it.
+
+    Such as `['a dog', 'two dogs']`: a table of lists has that in its cells when it is saved as CSV.
+    """
+    return text.startswith("[") and _LIST_OF_TEXTS.fullmatch(text) is not None
+
+
+class CheckedError(ConfigError, ValueError):
+    """A field has a value that is not allowed. As a ValueError, msgspec adds the field's location in the file to it."""
+
+
+class CheckedStruct(msgspec.Struct, frozen=True):
+    """Base class of structs whose numbers must be finite and within the limits of their annotations.
+
+    Integers must fit into 64 bits, as whatever they are passed on to expects.
+    """
+
+    def __post_init__(self) -> None:
+        for name, kind in _numeric_fields(type(self)):
+            _check(name, getattr(self, name), kind)
+
+
+@functools.cache
+def _numeric_fields(struct: type[msgspec.Struct]) -> tuple[tuple[str, types.Type], ...]:
+    """Return the fields that hold numbers, alone or in containers, with their types."""
+    info = types.type_info(struct)
+    assert isinstance(info, types.StructType)
+    return tuple((field.name, field.type) for field in info.fields if _has_numbers(field.type))
+
+
+def _members(kind: types.Type) -> tuple[types.Type, ...]:
+    if isinstance(kind, types.UnionType):
+        return tuple(kind.types)
+    if isinstance(kind, types.TupleType):
+        return tuple(kind.item_types)
+    if isinstance(kind, types.VarTupleType | types.ListType):
+        return (kind.item_type,)
+    if isinstance(kind, types.DictType):
+        return (kind.value_type,)
+    return ()
+
+
+def _has_numbers(kind: types.Type) -> bool:
+    return isinstance(kind, types.IntType | types.FloatType) or any(map(_has_numbers, _members(kind)))
+
+
+def _check(name: str, value: Any, kind: types.Type) -> None:
+    if isinstance(kind, types.UnionType):
+        numbers = [member for member in kind.types if _has_numbers(member)]
+        is_number = isinstance(value, int | float | list | tuple | dict) and not isinstance(value, bool)
+        is_optional = all(_has_numbers(member) or isinstance(member, types.NoneType) for member in kind.types)
+        if len(numbers) == 1 and (is_number or (is_optional and value is not None)):
+            _check(name, value, numbers[0])
+    elif isinstance(kind, types.IntType | types.FloatType):
+        check_number(name, value, kind)
+    elif isinstance(kind, types.TupleType):
+        if not isinstance(value, list | tuple) or len(value) != len(kind.item_types):
+            raise CheckedError(f"{name} is {value!r}; expected {len(kind.item_types)} numbers")
+        for item, member in zip(value, kind.item_types, strict=True):
+            _check(name, item, member)
+    elif isinstance(kind, types.DictType):
+        for key, item in value.items():
+            _check(f"{name}[{key!r}]", item, kind.value_type)
+    else:
+        for item in value:
+            _check(name, item, *_members(kind))
+
+
+def check_number(name: str, value: Any, kind: types.IntType | types.FloatType) -> None:
+    """Raise CheckedError if a value is not a finite number within the limits of its kind."""
+    valid = isinstance(value, int) or (isinstance(kind, types.FloatType) and isinstance(value, float))
+    if isinstance(value, int):
+        valid = abs(value) < _INT64
+    if not (
+        valid
+        and math.isfinite(value)
+        and (kind.ge is None or value >= kind.ge)
+        and (kind.gt is None or value > kind.gt)
+        and (kind.le is None or value <= kind.le)
+        and (kind.lt is None or value < kind.lt)
+    ):
+        raise CheckedError(f"{name} is {value!r}; expected {_describe(kind)}")
+
+
+def _describe(kind: types.IntType | types.FloatType) -> str:
+    noun = "an integer" if isinstance(kind, types.IntType) else "a finite number"
+    words = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
+    limits = [f"{text} {getattr(kind, key):,}" for key, text in words.items() if getattr(kind, key) is not None]
+    return f"{noun} {' and '.join(limits)}".rstrip()
+
+
+MAX_YAML_BYTES = 1_000_000  # a file is read at some 100 kB/s; a suite of a hundred rows has 10 kB
+MAX_VALUES = 1_000_000  # in a file, each as often as aliases repeat it: nine lines can stand for a billion
+
+
+def parse_yaml(content: bytes | str, *, source: Path) -> Any:
+    """Return the content of a YAML file as plain Python objects."""
+    import yaml
+
+    if len(content) > MAX_YAML_BYTES:
+        raise ConfigError(
+            f"{source} has {len(content):,} bytes; the limit for YAML is {MAX_YAML_BYTES:,}.",
+            hint="a list of labels may also be a text or JSON file",
+        )
+    loader: Any = None
+    try:
+        loader = yaml_classes()[0](content)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _require_few_values(node, source)
+        return _construct(loader, node, source)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{source} is not valid YAML: {' '.join(str(error).split())}.",
+            hint="compare it with a valid file: clip-rd-edge recipe show clip-rd, or clip-rd-edge benchmark --init",
+        ) from error
+    except RecursionError as error:
+        raise ConfigError(f"{source} is not valid YAML for this: its values are nested too deep.") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _construct(loader: Any, node: yaml.Node, source: Path) -> Any:
+    import yaml
+
+    try:
+        return loader.construct_document(node)
+    except (yaml.YAMLError, RecursionError):
+        raise
+    except ValueError as error:  # of a date or a number that Python cannot represent
+        raise ConfigError(f"{source} has an invalid value: {str(error).rstrip('.')}.") from error
+    except Exception as error:  # PyYAML ends with any error for `!!int ''`, `!!bool x` or `!!timestamp x`
+        raise ConfigError(
+            f"{source} has a value that is not of its tag ({type(error).__name__} in PyYAML).",
+            hint="remove what begins with ! or !!",
+        ) from error
+
+
+def _require_few_values(root: yaml.Node, source: Path) -> None:
+    """Refuse aliases that multiply values, or that lead to the value that they are in; refuse halves of characters."""
+    import yaml
+
+    counts: dict[int, int] = {}  # values in a node, by its identity; 0 while its children are counted
+
+    def count(node: Any) -> int:
+        known = counts.get(id(node))
+        if known is not None:
+            if known == 0:
+                raise ConfigError(f"{source} has an alias for the value that it is in.", hint="write the value out")
+            return known
+        counts[id(node)] = 0
+        if isinstance(node, yaml.ScalarNode):
+            if not is_unicode(node.value):
+                raise ConfigError(f"{source} has the value {node.value!r}, which is no Unicode.")
+            children: Any = ()
+        elif isinstance(node, yaml.MappingNode):
+            children = (part for pair in node.value for part in pair)
+        else:
+            children = node.value
+        counts[id(node)] = total = 1 + sum(map(count, children))
+        return total
+
+    if (total := count(root)) > MAX_VALUES:
+        raise ConfigError(
+            f"{source} stands for {total:,} values; the limit is {MAX_VALUES:,}.", hint="use fewer aliases (*name)"
+        )
+
+
+# As in YAML 1.2 and JSON. PyYAML follows YAML 1.1, where 1e-3 is a text: it has neither a point nor a signed exponent.
+_FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)$")
+
+
+@cache
+def yaml_classes() -> tuple[type[yaml.SafeLoader], type[yaml.SafeDumper]]:
+    """Return PyYAML's safe loader and dumper with numbers such as 1e-3."""
+    import yaml  # takes 20 ms to import, and running a bundle does not need it
+
+    class Loader(yaml.SafeLoader):
+        def construct_yaml_float(self, node: Any) -> float:
+            number: float = super().construct_yaml_float(node)
+            # 1e4 may stand where an integer is expected; an integer is accepted wherever a float is.
+            return int(number) if "e" in node.value.lower() and number.is_integer() else number
+
+    Loader.add_constructor("tag:yaml.org,2002:float", Loader.construct_yaml_float)
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    for kind in (Loader, Dumper):  # the dumper quotes texts that would be read as numbers
+        kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+    return Loader, Dumper

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -63,3 +64,19 @@ def _milliseconds(call: Call) -> float:
     begin = time.perf_counter_ns()
     call()
     return (time.perf_counter_ns() - begin) / 1e6
+
+
+def sign_test(count: int, others: int) -> float:
+    """Return the probability that at least `count` changes go one way if each goes either way equally often.
+
+    Args:
+        count: number of changes in the one direction; the test is one-sided.
+        others: number of changes in the other direction.
+    """
+    changed = count + others
+    outcomes, term = 0, math.comb(changed, count)
+    for number in range(count, changed + 1):
+        outcomes += term
+        term = term * (changed - number) // (number + 1)  # the next binomial coefficient, without its factorials
+    probability: float = outcomes / 2**changed
+    return probability

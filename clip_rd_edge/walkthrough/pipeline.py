@@ -17,9 +17,8 @@ from clip_rd_edge.benchmarking.results import RESULTS, Results, published, read_
 from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite
 from clip_rd_edge.benchmarking.throughput import Launch
-from clip_rd_edge.contract.bundle import is_bundle, read_manifest
-from clip_rd_edge.contract.checkpoint import LOCAL_DIR, STUDENT_FOLDER, WEIGHTS_FILE
-from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
+from clip_rd_edge.bundle.manifest import is_bundle, read_manifest
+from clip_rd_edge.bundle.runs import LOCAL_DIR, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.data import emoji
 from clip_rd_edge.distillation.config import Precision, RunConfig, load_recipe
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
@@ -36,11 +35,10 @@ from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.models.text.trim import write_trimmed
 from clip_rd_edge.runtime.label_list import everyday_labels
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
-from clip_rd_edge.utils.folders import require_free_output
 from clip_rd_edge.utils.host import instruction_sets
-from clip_rd_edge.utils.paths import is_file, is_folder, shipped_path
+from clip_rd_edge.utils.outputs import require_free_output
+from clip_rd_edge.utils.paths import Typed, is_file, is_folder, shipped_path, typed
 from clip_rd_edge.utils.reporting import Reporter
-from clip_rd_edge.utils.trust import Typed, typed
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
-from clip_rd_edge.utils.signals import end_calls, handled_by, leave_lost_terminal, stop_signals
+from clip_rd_edge.utils.process import end_calls, handled_by, leave_lost_terminal, stop_signals
 from clip_rd_edge.utils.structs import decode_request
 from clip_rd_edge.web.guard import (
     LOOPBACK,

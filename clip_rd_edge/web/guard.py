@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.utils.checked import is_natural
+from clip_rd_edge.utils.structs import is_natural
 
 LOOPBACK = "127.0.0.1"
 MAX_BODY_BYTES = 25_000_000

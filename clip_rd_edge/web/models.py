@@ -14,9 +14,9 @@ from typing import Any
 
 import msgspec
 
-from clip_rd_edge.contract.bundle import MANIFEST, read_manifest
-from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.contract.preprocess import preprocess
+from clip_rd_edge.bundle.images import open_image
+from clip_rd_edge.bundle.manifest import MANIFEST, read_manifest
+from clip_rd_edge.bundle.preprocess import preprocess
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import open_image_tower

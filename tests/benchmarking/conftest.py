@@ -14,9 +14,9 @@ from PIL import Image
 from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Role, Suite, SuiteRow
-from clip_rd_edge.contract.encoder import Description, Embeddings, normalise
-from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
-from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
+from clip_rd_edge.bundle.encoder import Description, Embeddings, normalise
+from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
+from clip_rd_edge.bundle.task import RetrievalTask, ZeroShotTask
 
 COLOURS = {
     "red": (255, 0, 0),

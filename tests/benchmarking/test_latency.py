@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from clip_rd_edge.benchmarking.latency import REFERENCE_MODEL, measure_latencies, percentiles, reference_call
-from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.contract.preprocess import preprocess
+from clip_rd_edge.bundle.images import open_image
+from clip_rd_edge.bundle.preprocess import preprocess
 from clip_rd_edge.errors import InputError
 
 

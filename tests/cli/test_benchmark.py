@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_rd_edge.bundle.encoder import Description
+from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.cli import main as cli_main
-from clip_rd_edge.contract.encoder import Description
-from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.utils.lock import exclusive_writer
+from clip_rd_edge.utils.outputs import exclusive_writer
 
 Run = Callable[..., int]
 SUITE = """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.utils.printable import as_word
+from clip_rd_edge.utils.text import as_word
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--student", "test_resnet", "--image-size", "48", "--text", "64x1", "--context-length", "12")

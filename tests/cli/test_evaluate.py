@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_rd_edge.bundle.encoder import Description
+from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.cli import main as cli_main
-from clip_rd_edge.contract.encoder import Description
-from clip_rd_edge.contract.preprocess import Preprocessing
 
 Run = Callable[..., int]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import read_manifest
+from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.exporting import bundle as exporting
 from clip_rd_edge.exporting import plan as targets
@@ -18,8 +18,8 @@ from clip_rd_edge.exporting.options import require_precision
 from clip_rd_edge.exporting.plan import ResolvedTarget, device_names, read_device, resolve_target
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
-from clip_rd_edge.utils.printable import as_word
-from clip_rd_edge.utils.trust import typed
+from clip_rd_edge.utils.paths import typed
+from clip_rd_edge.utils.text import as_word
 
 CommandLine = Callable[..., tuple[int, str, str]]
 

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from clip_rd_edge.contract.bundle import INSTRUCTION_SETS, read_manifest, write_manifest
-from clip_rd_edge.contract.label_bank import read_labels
+from clip_rd_edge.bundle.labels import read_labels
+from clip_rd_edge.bundle.manifest import INSTRUCTION_SETS, read_manifest, write_manifest
 from clip_rd_edge.exporting.layouts import browser
 
 Run = Callable[..., tuple[int, str, str]]

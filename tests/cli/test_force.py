@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 import clip_rd_edge as edge
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import UsageError
 
 CommandLine = Callable[..., tuple[int, str, str]]

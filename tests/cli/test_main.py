@@ -45,8 +45,8 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
 def test_the_device_side_never_imports_torch() -> None:
     code = """
 import importlib, pkgutil
-import clip_rd_edge.contract, clip_rd_edge.runtime, clip_rd_edge.cli.classify, clip_rd_edge.cli.verify
-for package in (clip_rd_edge.contract, clip_rd_edge.runtime):
+import clip_rd_edge.bundle, clip_rd_edge.runtime, clip_rd_edge.cli.classify, clip_rd_edge.cli.verify
+for package in (clip_rd_edge.bundle, clip_rd_edge.runtime):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)"""
     loaded = loaded_modules(code)
@@ -344,7 +344,7 @@ def test_a_signal_removes_what_is_unfinished_before_it_ends_the_process(tmp_path
 import sys, time
 from pathlib import Path
 from clip_rd_edge.cli import main
-from clip_rd_edge.utils.folders import new_folder
+from clip_rd_edge.utils.outputs import new_folder
 
 def export(arguments):
     with new_folder(Path(sys.argv[1])) as folder:

@@ -22,7 +22,7 @@ from support import Terminal
 import clip_rd_edge
 from clip_rd_edge.cli._console import ConsoleReporter, SafeConsole, console_reporter, print_table
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.utils.printable import as_word, printable
+from clip_rd_edge.utils.text import as_word, printable
 
 Run = Callable[..., tuple[int, str, str]]
 HOSTILE = ["\x1b[2J", "\x1b]52;c;ZXZpbA==\x07", "\x9b31m", "\u202egnp.exe", "a\rb", "a\x08b", "\x1b]8;;http://x\x1b\\"]
@@ -136,7 +136,7 @@ def test_a_path_in_a_command_to_copy_is_one_word() -> None:
 
 
 def test_a_path_in_a_command_to_copy_is_one_word_on_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clip_rd_edge.utils.printable.os", SimpleNamespace(name="nt"))
+    monkeypatch.setattr("clip_rd_edge.utils.text.os", SimpleNamespace(name="nt"))
     assert as_word(r"C:\Users\First Last\run") == r'"C:\Users\First Last\run"'
     assert as_word(r"runs\a&b") == r'"runs\a&b"'
     assert as_word(r"D:\runs\größe-1.0_x") == r"D:\runs\größe-1.0_x"

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from clip_rd_edge.contract.image_files import find_images, list_images
-from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
-from clip_rd_edge.contract.templates import imagenet_templates
+from clip_rd_edge.bundle.image_files import find_images, list_images
+from clip_rd_edge.bundle.images import open_image
+from clip_rd_edge.bundle.labels import imagenet_templates
+from clip_rd_edge.bundle.task import RetrievalTask, ZeroShotTask
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import InputError
 

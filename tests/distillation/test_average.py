@@ -15,7 +15,7 @@ from support import Watch
 from torch import nn
 
 import clip_rd_edge as edge
-from clip_rd_edge.contract.checkpoint import was_quantized_in_training
+from clip_rd_edge.bundle.runs import was_quantized_in_training
 from clip_rd_edge.distillation import average
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel

@@ -9,7 +9,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from clip_rd_edge.contract.run_folder import INPUTS_FILE
+from clip_rd_edge.bundle.runs import INPUTS_FILE
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.inputs import RunInputs, check_inputs
 from clip_rd_edge.errors import UsageError
@@ -20,7 +20,7 @@ from clip_rd_edge.utils.structs import to_json, to_yaml
 def test_the_former_data_are_quoted_as_windows_s_shells_take_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.utils.printable.os", SimpleNamespace(name="nt"))
+    monkeypatch.setattr("clip_rd_edge.utils.text.os", SimpleNamespace(name="nt"))
     config = RunConfig(recipe_name="clip", recipe=load_recipe("clip"), data="other.csv", student="resnet18")
     began = RunInputs(pairs=24, left_out=0, pairs_sha256="1", teacher_sha256=None)
     (tmp_path / INPUTS_FILE).write_bytes(to_json(began))

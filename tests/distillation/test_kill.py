@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from support import process_tree
 
 from benchmarks.data.unreliable_server import UnreliableServer
-from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 

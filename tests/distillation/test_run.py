@@ -26,9 +26,9 @@ from text_towers import bert_clip
 from tiny_runs import assert_same_weights, stop_at, tiny_run, weights
 
 from clip_rd_edge.benchmarking.accuracy import task_fingerprint
-from clip_rd_edge.contract.encoder import Encoder
-from clip_rd_edge.contract.run_folder import read_metrics
-from clip_rd_edge.contract.task import ZeroShotTask
+from clip_rd_edge.bundle.encoder import Encoder
+from clip_rd_edge.bundle.runs import read_metrics
+from clip_rd_edge.bundle.task import ZeroShotTask
 from clip_rd_edge.data.pairs import BadSamples, ValidPair
 from clip_rd_edge.distillation import checkpoint, train
 from clip_rd_edge.distillation.build import histogram_embeddings, load_setup
@@ -541,7 +541,7 @@ def test_images_that_are_out_of_reach_after_the_last_step_cost_no_trained_studen
 def test_few_large_images_of_the_histogram_are_decoded_at_once(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.contract.images.MAX_BATCH_PIXELS", 1)
+    monkeypatch.setattr("clip_rd_edge.bundle.images.MAX_BATCH_PIXELS", 1)
     setup, opened, decoded = load_setup(config, name="run", processes=Processes()), list[ref[object]](), list[int]()
     take = BadSamples.take
 

@@ -20,7 +20,7 @@ from thread_processes import Exchange, Threads
 from tiny_runs import killed_and_resumed, run_on_images_and_labels, stop_at, weights
 from torch import Tensor
 
-from clip_rd_edge.contract.run_folder import read_metrics
+from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.build import load_setup, make_dataset
 from clip_rd_edge.distillation.config import RunConfig, load_recipe

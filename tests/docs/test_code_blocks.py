@@ -24,8 +24,7 @@ from PIL import Image
 import clip_rd_edge as edge
 from clip_rd_edge import api
 from clip_rd_edge.benchmarking.suite import read_suite
-from clip_rd_edge.cli.main import COMMANDS, cli
-from clip_rd_edge.contract.bundle import (
+from clip_rd_edge.bundle.manifest import (
     FORMAT_VERSION,
     VERSION_WITHOUT_TEXT,
     Manifest,
@@ -33,8 +32,9 @@ from clip_rd_edge.contract.bundle import (
     Tower,
     read_manifest,
 )
-from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.contract.tokenizer import TokenizerSpec
+from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.bundle.tokenizer import TokenizerSpec
+from clip_rd_edge.cli.main import COMMANDS, cli
 from clip_rd_edge.data.reinforced import read_stored_teachers
 from clip_rd_edge.distillation.config import load_recipe, resolve
 from clip_rd_edge.evidence.suite import read_evidence

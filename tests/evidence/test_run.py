@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support import Watch
 
 from clip_rd_edge.benchmarking.accuracy import zero_shot
-from clip_rd_edge.contract.task import RetrievalTask
+from clip_rd_edge.bundle.task import RetrievalTask
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.pairs import fingerprint
 from clip_rd_edge.data.tasks import load_task
@@ -33,7 +33,7 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.student import CONFIGS, build_student, student_config
 from clip_rd_edge.utils.files import sha256_of, write_text
-from clip_rd_edge.utils.lock import exclusive_writer
+from clip_rd_edge.utils.outputs import exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, to_yaml
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
+from clip_rd_edge.bundle.images import open_image
+from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
 
 SCRIPT = Path(__file__).parents[2] / "export" / "litert" / "classify.py"
 

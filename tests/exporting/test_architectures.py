@@ -10,8 +10,8 @@ import open_clip
 import pytest
 import torch
 
-from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.exporting.onnx import export_image_tower, export_text_tower
 from clip_rd_edge.exporting.parity import Inputs, agreement, embed
 from clip_rd_edge.models.clip import ClipModel, evaluation_mode

@@ -11,8 +11,8 @@ import onnx
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import INSTRUCTION_SETS, read_manifest, write_manifest
-from clip_rd_edge.contract.label_bank import read_labels
+from clip_rd_edge.bundle.labels import read_labels
+from clip_rd_edge.bundle.manifest import INSTRUCTION_SETS, read_manifest, write_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
 from clip_rd_edge.exporting.bundle import _finish, export_bundle, export_bundles
 from clip_rd_edge.exporting.calibration import CalibrationSet, Samples
@@ -243,6 +243,6 @@ def test_a_tokenizer_that_gives_other_ids_is_refused(
 ) -> None:
     for tower in ("image", "text"):
         monkeypatch.setattr(f"clip_rd_edge.exporting.bundle.export_{tower}_tower", lambda *_: None)
-    monkeypatch.setattr("clip_rd_edge.contract.tokenizer.clean_text", lambda text, _: text)
+    monkeypatch.setattr("clip_rd_edge.bundle.tokenizer.clean_text", lambda text, _: text)
     with pytest.raises(ClipRdEdgeError, match="The exported tokenizer of resnet10t turns"):
         export_bundle(student, tmp_path / "a", ExportRequest(precision="fp32"))

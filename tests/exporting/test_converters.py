@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.contract.formats import Format
+from clip_rd_edge.bundle.formats import Format
 from clip_rd_edge.errors import MissingExtraError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.options import ExportRequest

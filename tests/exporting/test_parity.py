@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from clip_rd_edge.contract.encoder import normalise
+from clip_rd_edge.bundle.encoder import normalise
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.parity import agreement, measurement, top1_matches
 

@@ -9,8 +9,8 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import read_manifest
-from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
+from clip_rd_edge.bundle.manifest import read_manifest
+from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.options import ExportRequest

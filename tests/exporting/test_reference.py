@@ -9,8 +9,8 @@ import msgspec
 import onnx
 import pytest
 
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-from clip_rd_edge.contract.reference import Reference, read_reference, worst_agreement
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
+from clip_rd_edge.bundle.reference import Reference, read_reference, worst_agreement
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.graph import prepare_for_quantization
 from clip_rd_edge.exporting.int8.dynamic import quantize_dynamically

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 
-from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel, ImageTower
 from clip_rd_edge.models.image_config import copy_image_tower, with_image_of

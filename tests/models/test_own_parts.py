@@ -13,7 +13,7 @@ from clip_rd_edge.models.load import load_clip, require_model, save_clip
 from clip_rd_edge.models.own_parts import refuse_other_places
 from clip_rd_edge.models.student import build_student, require_student, student_config
 from clip_rd_edge.models.text.sentences import load_sentence_encoder
-from clip_rd_edge.utils.trust import typed
+from clip_rd_edge.utils.paths import typed
 
 
 def _edit(path: Path, *keys: str, **values: Any) -> None:

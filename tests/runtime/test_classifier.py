@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-from clip_rd_edge.contract.encoder import Embeddings, Encoder, Probabilities
-from clip_rd_edge.contract.label_bank import LabelBank, write_labels
+from clip_rd_edge.bundle.encoder import Embeddings, Encoder, Probabilities
+from clip_rd_edge.bundle.labels import LabelBank, write_labels
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime import classifier as module
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier

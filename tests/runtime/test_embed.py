@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.image_files import find_images, list_images
-from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.contract.preprocess import preprocess
+from clip_rd_edge.bundle.image_files import find_images, list_images
+from clip_rd_edge.bundle.images import open_image
+from clip_rd_edge.bundle.preprocess import preprocess
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
 from clip_rd_edge.runtime import embed
 from clip_rd_edge.runtime.embed import embed_images

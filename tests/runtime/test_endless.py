@@ -23,13 +23,13 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from support import PATIENCE_S, wait_until
 
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.runtime.backends.session import Session
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
-from clip_rd_edge.utils import signals
-from clip_rd_edge.utils.signals import NativeCall, end_calls, handled_by
+from clip_rd_edge.utils import process as signals
+from clip_rd_edge.utils.process import NativeCall, end_calls, handled_by
 
 CommandLine = Callable[..., tuple[int, str, str]]
 # Says when ONNX Runtime is called; stops a server after a second.
@@ -187,7 +187,7 @@ def test_a_command_is_left_if_native_code_does_not_end(colour_bundle: Path) -> N
     script = SCRIPT.replace("main()\n", "")
     stuck = f"""{script}
 import ctypes
-from clip_rd_edge.utils import signals
+from clip_rd_edge.utils import process as signals
 signals._PATIENCE_S = 0.3
 ort.InferenceSession.run = lambda *_: ctypes.CDLL(None).sleep(1_000)
 main()

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-from clip_rd_edge.contract.label_bank import LabelBank, write_labels
+from clip_rd_edge.bundle import manifest as intact
+from clip_rd_edge.bundle.labels import LabelBank, write_labels
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError
-from clip_rd_edge.runtime import intact
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.load import load
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract import label_bank
-from clip_rd_edge.contract.bundle import LABELS, read_manifest, write_manifest
-from clip_rd_edge.contract.label_bank import read_labels
+from clip_rd_edge.bundle import labels as label_bank
+from clip_rd_edge.bundle.labels import read_labels
+from clip_rd_edge.bundle.manifest import LABELS, read_manifest, write_manifest
 from clip_rd_edge.runtime import labels as labels_module
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.encoder import BundleEncoder

@@ -12,8 +12,8 @@ import onnx
 import pytest
 from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
 
-from clip_rd_edge.contract.bundle import Manifest, read_manifest, write_manifest
-from clip_rd_edge.contract.onnx_file import require_self_contained
+from clip_rd_edge.bundle.manifest import Manifest, read_manifest, write_manifest
+from clip_rd_edge.bundle.onnx_file import require_self_contained
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.runtime.backends.coreml import CoreMlEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder

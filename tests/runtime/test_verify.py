@@ -15,11 +15,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from clip_rd_edge.contract.bundle import Manifest, Tower, read_manifest, write_manifest
-from clip_rd_edge.contract.label_bank import LabelBank, write_labels
-from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.contract.reference import read_reference, write_reference
-from clip_rd_edge.contract.tokenizer import TokenizerSpec
+from clip_rd_edge.bundle.labels import LabelBank, write_labels
+from clip_rd_edge.bundle.manifest import Manifest, Tower, read_manifest, write_manifest
+from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.bundle.reference import read_reference, write_reference
+from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ConfigError, InputError, UnreachableError, UsageError
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load

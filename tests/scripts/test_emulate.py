@@ -14,9 +14,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.devices.emulate import ARM_CACHE, Questions, environment_of, interpreter, references_of, title_of
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.formats import Precision
+from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.formats import Precision
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.graph import prepare_for_quantization
 from clip_rd_edge.exporting.int8.static import StaticQuantizer

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.training import unpaired
 from benchmarks.training.quickstart_students import TASKS
-from clip_rd_edge.contract.task import ZeroShotTask
+from clip_rd_edge.bundle.task import ZeroShotTask
 from clip_rd_edge.data.tables.load import TablePairs
 
 

@@ -24,8 +24,8 @@ from PIL import Image
 from support import PATIENCE_S, patient_server, wait_until
 
 import clip_rd_edge as edge
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-from clip_rd_edge.contract.label_bank import LabelBank, write_labels
+from clip_rd_edge.bundle.labels import LabelBank, write_labels
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.index.image_index import read_index, write_content
 from clip_rd_edge.runtime.index.update import update_index

@@ -10,8 +10,7 @@ import pytest
 from msgspec import Meta
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeInt, PositiveFloat, Share, is_list_of_texts
-from clip_rd_edge.utils.structs import convert
+from clip_rd_edge.utils.structs import CheckedStruct, NonNegativeInt, PositiveFloat, Share, convert, is_list_of_texts
 
 
 class Settings(CheckedStruct, frozen=True, kw_only=True):

@@ -12,8 +12,7 @@ import pytest
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils import files
 from clip_rd_edge.utils.files import disk_full_error, machine_failure, read_limited, write_text
-from clip_rd_edge.utils.folders import new_folder
-from clip_rd_edge.utils.lock import exclusive_writer
+from clip_rd_edge.utils.outputs import exclusive_writer, new_folder
 
 
 def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

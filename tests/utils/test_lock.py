@@ -15,8 +15,8 @@ import pytest
 from support import wait_until
 
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.utils import lock
-from clip_rd_edge.utils.lock import exclusive_writer
+from clip_rd_edge.utils import outputs as lock
+from clip_rd_edge.utils.outputs import exclusive_writer
 
 
 def test_a_second_writer_is_refused_with_the_holders_process_id(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_the_lock_file_is_removed_on_windows_too(tmp_path: Path, monkeypatch: py
     unlink = Path.unlink
 
     def refuse_open(path: Path, missing_ok: bool = False) -> None:
-        if lock._held:
+        if lock._held_locks:
             raise PermissionError(13, "The process cannot access the file", str(path))
         unlink(path, missing_ok=missing_ok)
 
@@ -66,7 +66,7 @@ def test_a_new_folder_that_stays_empty_is_removed(tmp_path: Path) -> None:
 
 def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
     program = (
-        "import os, sys; from pathlib import Path; from clip_rd_edge.utils.lock import exclusive_writer\n"
+        "import os, sys; from pathlib import Path; from clip_rd_edge.utils.outputs import exclusive_writer\n"
         "with exclusive_writer(Path(sys.argv[1])): os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == 9
@@ -143,7 +143,7 @@ def test_a_lock_of_another_account_that_cannot_be_tried_is_not_passed_over(
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_does_not_hold_its_parents_lock(tmp_path: Path) -> None:
     program = (
-        "import os, sys, time; from pathlib import Path; from clip_rd_edge.utils.lock import exclusive_writer\n"
+        "import os, sys, time; from pathlib import Path; from clip_rd_edge.utils.outputs import exclusive_writer\n"
         "with exclusive_writer(Path(sys.argv[1])):\n"
         "    child = os.fork()\n"
         "    if child == 0: os.close(1); time.sleep(60)\n"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from support import share_in_threads
 
-from clip_rd_edge.utils.logs import quiet_logs
+from clip_rd_edge.utils.process import quiet_logs
 
 
 def _in_another_thread(call: Callable[[], object]) -> None:

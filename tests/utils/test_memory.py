@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from clip_rd_edge.utils.memory import _glibc
+from clip_rd_edge.utils.host import _glibc
 
 # In a process of its own: in one whose heap cannot grow, the C library asks the system anyhow.
 PROGRAM = """
 import resource
 from pathlib import Path
-from clip_rd_edge.utils.memory import FREED_MEMORY_KEPT
+from clip_rd_edge.utils.host import FREED_MEMORY_KEPT
 
 def page_faults() -> int:
     text = b"x" * 80_000_000  # numpy would ask for huge pages

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from support import share_in_threads
 
-from clip_rd_edge.utils.shared_block import SharedBlock
+from clip_rd_edge.utils.process import SharedBlock
 
 
 def test_the_first_thread_enters_and_the_last_one_leaves() -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from clip_rd_edge.utils.sign_test import sign_test
+from clip_rd_edge.utils.timing import sign_test
 
 
 def test_the_sign_test_adds_up_the_binomial_distributions_tail() -> None:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 import clip_rd_edge
-from clip_rd_edge.utils.trust import Typed
+from clip_rd_edge.utils.paths import Typed
 
 PACKAGE = Path(clip_rd_edge.__file__).parent
 READERS = ("read_json", "read_yaml", "read_versioned_json")
@@ -68,7 +68,7 @@ from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.data.unpaired import TrainingData
 from clip_rd_edge.distillation.config import RecordedConfig
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.utils.trust import Typed, typed
+from clip_rd_edge.utils.paths import Typed, typed
 def program(suite: Suite, config: RecordedConfig) -> None:
 """
 

@@ -25,9 +25,8 @@ from clip_rd_edge.api.models import open_encoder
 from clip_rd_edge.benchmarking.report.text import HTML, MARKDOWN, PLOT, write_report
 from clip_rd_edge.benchmarking.results import RESULTS, Results, read_results, write_results
 from clip_rd_edge.benchmarking.suite import Suite
-from clip_rd_edge.contract.bundle import MANIFEST
-from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
-from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
+from clip_rd_edge.bundle.manifest import MANIFEST
+from clip_rd_edge.bundle.runs import RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.distillation.config import RunConfig, commented_recipe
 from clip_rd_edge.exporting.bundle import package_versions
 from clip_rd_edge.exporting.conversion import ConvertedBundle

@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.contract.label_bank import LabelBank, write_labels
-from clip_rd_edge.contract.preprocess import preprocess
+from clip_rd_edge.bundle.images import open_image
+from clip_rd_edge.bundle.labels import LabelBank, write_labels
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
+from clip_rd_edge.bundle.preprocess import preprocess
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.layouts.browser import find_packages, write_browser
 from clip_rd_edge.exporting.options import ExportRequest

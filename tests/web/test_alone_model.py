@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-from clip_rd_edge.contract.label_bank import LabelBank, write_labels
-from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.contract.tokenizer import TokenizerSpec
+from clip_rd_edge.bundle.labels import LabelBank, write_labels
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
+from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 from clip_rd_edge.exporting.layouts.browser import ALONE, PAGE
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.load import load

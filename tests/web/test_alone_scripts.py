@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, read_labels, write_labels
-from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
-from clip_rd_edge.contract.tokenizer import Tokenizer, TokenizerSpec, clean_text
+from clip_rd_edge.bundle.images import open_image
+from clip_rd_edge.bundle.labels import LabelBank, LabelPrecision, read_labels, write_labels
+from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
+from clip_rd_edge.bundle.tokenizer import Tokenizer, TokenizerSpec, clean_text
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.layouts.browser import ALONE, PACKAGES, PAGE, _cached
 

@@ -29,7 +29,7 @@ import pytest
 from PIL import Image
 from support import PATIENCE_S, patient_server
 
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.load import load

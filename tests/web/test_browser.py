@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES
-from clip_rd_edge.contract.label_bank import LabelBank, write_labels
+from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES
+from clip_rd_edge.bundle.labels import LabelBank, write_labels
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.web.app import PAGE
 
 pytest.importorskip("uvicorn")

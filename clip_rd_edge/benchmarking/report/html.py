@@ -15,7 +15,7 @@ from clip_rd_edge.benchmarking.report.method import facts, remarks, samples_note
 from clip_rd_edge.benchmarking.report.plot import DARK, LIGHT, Palette, draw
 from clip_rd_edge.benchmarking.report.tables import RELATIVE_NOTE, Cell, Section, details, differences, sections
 from clip_rd_edge.benchmarking.results import Answer, Results, RowResult, Sample, WorstClass
-from clip_rd_edge.utils.printable import printable
+from clip_rd_edge.utils.text import printable
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 

@@ -21,7 +21,7 @@ from clip_rd_edge.benchmarking.report.method import facts, remarks, samples_note
 from clip_rd_edge.benchmarking.report.plot import draw
 from clip_rd_edge.benchmarking.report.tables import RELATIVE_NOTE, Cell, Section, details, differences, sections
 from clip_rd_edge.benchmarking.results import RESULTS, Answer, Results, published, write_results
-from clip_rd_edge.contract.outputs import require_output_file
+from clip_rd_edge.bundle.outputs import require_output_file
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.files import read_text_limited, write_bytes, write_text
 from clip_rd_edge.utils.paths import exists

@@ -21,7 +21,7 @@ from pathlib import Path
 from clip_rd_edge.data.remote import RemoteShard, ShardFile, fetch, shard_identity, version
 from clip_rd_edge.errors import ConfigError, InputError, UnreachableError, UsageError
 from clip_rd_edge.utils.files import disk_full_error, now_in
-from clip_rd_edge.utils.lock import exclusive_writer
+from clip_rd_edge.utils.outputs import exclusive_writer
 from clip_rd_edge.utils.paths import cache_home
 
 LIMIT_VARIABLE = "CLIP_RD_EDGE_SHARD_CACHE_GB"

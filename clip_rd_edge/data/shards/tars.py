@@ -39,7 +39,7 @@ _CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  #
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """A file in an uncompressed tar; implements `contract.images.ImageFile`.
+    """A file in an uncompressed tar; implements `bundle.images.ImageFile`.
 
     Without a name, the tar is asked for it when a message needs it.
     """

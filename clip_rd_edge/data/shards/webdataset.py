@@ -18,18 +18,17 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.data.order import SHUFFLE_WINDOW
 from clip_rd_edge.data.remote import RemoteShard, ShardFile, is_remote, version
 from clip_rd_edge.data.shards.cache import LIMIT_VARIABLE, cache_limit, prefetch
 from clip_rd_edge.data.shards.index import SampleLocation, ShardIndex, index_shards
 from clip_rd_edge.data.shards.tars import TarMember
 from clip_rd_edge.errors import InputError, UsageError, near_matches
-from clip_rd_edge.utils.checked import is_list_of_texts
-from clip_rd_edge.utils.paths import is_file
-from clip_rd_edge.utils.printable import is_unicode, shown_source
+from clip_rd_edge.utils.paths import Typed, is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.trust import Typed
+from clip_rd_edge.utils.structs import is_list_of_texts
+from clip_rd_edge.utils.text import is_unicode, shown_source
 
 JSON_KEY = "caption"
 SEPARATOR = "::"  # between sources and between weights, as in open_clip

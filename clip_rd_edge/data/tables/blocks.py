@@ -13,10 +13,10 @@ import numpy as np
 
 from clip_rd_edge.data.tables.packed import PackedPairs, Pair
 from clip_rd_edge.errors import InputError, near_matches, quoted
-from clip_rd_edge.utils.checked import is_list_of_texts
 from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.paths import URL, other_spellings
-from clip_rd_edge.utils.printable import shown_source
+from clip_rd_edge.utils.structs import is_list_of_texts
+from clip_rd_edge.utils.text import shown_source
 
 IMAGE_OPTION, CAPTION_OPTION = "{csv_img_key}", "{csv_caption_key}"
 _NO_NAME = "it names no image"

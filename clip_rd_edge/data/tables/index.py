@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.data.index_files import INDEX, Messages, damage, kept_index, ordered_map
 from clip_rd_edge.data.shards.tar_scan import read_at
 from clip_rd_edge.data.tables.blocks import Table, read_blocks

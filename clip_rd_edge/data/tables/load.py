@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from PIL import Image
 
-from clip_rd_edge.contract.image_files import look_at_images
-from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.bundle.image_files import look_at_images
+from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.data.pairs import Pairs
 from clip_rd_edge.data.tables.blocks import Table, read_blocks
 from clip_rd_edge.data.tables.index import index_table
@@ -19,8 +19,8 @@ from clip_rd_edge.data.tables.parquet import is_parquet, open_parquet
 from clip_rd_edge.data.tables.text import open_csv
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, why_no_file
-from clip_rd_edge.utils.printable import as_word
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import as_word
 
 INDEXED_ROWS = 1 << 17
 """Tables of some more rows are indexed; smaller ones are read into memory at each start."""

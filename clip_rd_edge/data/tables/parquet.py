@@ -18,7 +18,7 @@ from clip_rd_edge.data.tables.blocks import (
 )
 from clip_rd_edge.data.tables.packed import Pair, pack
 from clip_rd_edge.errors import InputError, MissingExtraError, first_line
-from clip_rd_edge.utils.checked import is_list_of_texts
+from clip_rd_edge.utils.structs import is_list_of_texts
 
 _SUFFIX, _MAGIC = ".parquet", b"PAR1"
 _BLOCK_ROWS = 1 << 14

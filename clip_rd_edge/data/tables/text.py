@@ -24,7 +24,7 @@ from clip_rd_edge.data.tables.blocks import (
 )
 from clip_rd_edge.data.tables.packed import Pair, pack
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.utils.table_text import SEPARATOR_LINE, refuse_other_formats
+from clip_rd_edge.utils.text import SEPARATOR_LINE, refuse_other_formats
 
 SEPARATORS = (",", "\t", ";", "|")  # Excel writes semicolons where the comma is the decimal sign
 _MAX_HEADER = 100_000  # bytes

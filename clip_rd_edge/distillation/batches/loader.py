@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs, read_twice
 from clip_rd_edge.data.unpaired import MixedSamples, has_images
@@ -29,9 +29,8 @@ from clip_rd_edge.distillation.batches.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.processes.signals import obey_only_the_parent, stop_signals_blocked
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, LostProcessError, UnreachableError
 from clip_rd_edge.utils.files import machine_failure
-from clip_rd_edge.utils.host import usable_cores
-from clip_rd_edge.utils.memory import return_freed_memory
-from clip_rd_edge.utils.shared_block import SharedBlock
+from clip_rd_edge.utils.host import return_freed_memory, usable_cores
+from clip_rd_edge.utils.process import SharedBlock
 
 HalfArray = npt.NDArray[np.float16]
 

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from clip_rd_edge.contract.preprocess import Box, Preprocessing, normalise_in_place, resize_crop
-from clip_rd_edge.utils.checked import CheckedStruct
+from clip_rd_edge.bundle.preprocess import Box, Preprocessing, normalise_in_place, resize_crop
+from clip_rd_edge.utils.structs import CheckedStruct
 
 Levels = npt.NDArray[np.uint8]  # (H, W, 3)
 # Max factor by which the aspect ratio of a crop is changed, as in torchvision for square images.
@@ -106,7 +106,7 @@ def crop_levels(image: Image.Image, box: Box, models: Sequence[Preprocessing]) -
 class Normaliser:
     """Normalises a batch's grey levels for a model, on the device that it runs on.
 
-    The arithmetic is that of `contract.preprocess.preprocess`, bit for bit on a CPU.
+    The arithmetic is that of `bundle.preprocess.preprocess`, bit for bit on a CPU.
     """
 
     def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:

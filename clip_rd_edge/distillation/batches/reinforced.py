@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.data.reinforced import Augmentation, ReinforcedPairs, StoredTeachers
 from clip_rd_edge.distillation.batches.loader import HalfArray, PairView, ViewDataset
 from clip_rd_edge.distillation.batches.pixels import Crops, Levels, crop_levels

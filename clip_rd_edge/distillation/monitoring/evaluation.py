@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from clip_rd_edge.contract.encoder import Description, Embeddings, Encoder, as_list, in_batches
+from clip_rd_edge.bundle.encoder import Description, Embeddings, Encoder, as_list, in_batches
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest
 from clip_rd_edge.errors import InputError
@@ -18,7 +18,7 @@ TEXT_BATCH = 64
 class EncoderOfAllProcesses:
     """Runs an encoder, the same one in each process, on batches that the processes take in turn.
 
-    Implements `contract.encoder.SharedEncoder`. Batches are those of a single process, so that scores do not depend on
+    Implements `bundle.encoder.SharedEncoder`. Batches are those of a single process, so that scores do not depend on
     the number of processes. All processes notice after each round of batches what happened to one of them.
 
     Args:

@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from clip_rd_edge.contract.run_folder import EVALUATION_PREFIX, METRICS_FILE, TERM_PREFIX, read_metrics
+from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, METRICS_FILE, TERM_PREFIX, read_metrics
 from clip_rd_edge.losses.objective import EmbeddingBatch
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.host import peak_memory_bytes

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.run_folder import EVALUATION_PREFIX, TERM_PREFIX, read_metrics
+from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, TERM_PREFIX, read_metrics
 from clip_rd_edge.utils.files import write_bytes
 
 STUDENT_COLOUR, TEACHER_COLOUR, NEUTRAL_COLOUR = "#c2410c", "#1d4ed8", "#6b7280"

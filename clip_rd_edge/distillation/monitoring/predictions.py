@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clip_rd_edge.contract.encoder import label_embeddings, probabilities
-from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.contract.preprocess import Pixels, preprocess
-from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
+from clip_rd_edge.bundle.encoder import label_embeddings, probabilities
+from clip_rd_edge.bundle.images import open_image
+from clip_rd_edge.bundle.preprocess import Pixels, preprocess
+from clip_rd_edge.bundle.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.data.pairs import BadSamples, Pairs
 from clip_rd_edge.data.unpaired import pair_count
 from clip_rd_edge.distillation.monitoring.plots import Prediction, plot_predictions

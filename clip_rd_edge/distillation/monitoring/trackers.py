@@ -28,13 +28,13 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from clip_rd_edge.contract.run_folder import PREDICTIONS_FILE, REPORT_FOLDER, read_metrics
+from clip_rd_edge.bundle.runs import PREDICTIONS_FILE, REPORT_FOLDER, read_metrics
 from clip_rd_edge.distillation.config import RunConfig, TrackerName
 from clip_rd_edge.errors import InterruptedRunError, MissingExtraError, UsageError
 from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.printable import one_line, shown_source, shown_sources
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
+from clip_rd_edge.utils.text import one_line, shown_source, shown_sources
 
 TENSORBOARD_FOLDER = "tensorboard"
 TRACKING_FILE = "tracking.json"

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
-from clip_rd_edge.utils.signals import handled_by, leave_lost_terminal, stop_signals
+from clip_rd_edge.utils.process import handled_by, leave_lost_terminal, stop_signals
 
 
 class Stopped(BaseException):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from clip_rd_edge.contract.checkpoint import model_folder
+from clip_rd_edge.bundle.runs import model_folder
 from clip_rd_edge.distillation.batches.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.batches.pixels import Normaliser
 from clip_rd_edge.distillation.config import RunConfig

@@ -40,16 +40,15 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.outputs import is_left_by_system
-from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.distillation.batches.loader import HalfArray
 from clip_rd_edge.distillation.batches.pixels import Crops
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel, model_fingerprint
 from clip_rd_edge.utils.arrays import npy_bytes
 from clip_rd_edge.utils.files import named_failures, write_bytes
-from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
-from clip_rd_edge.utils.paths import is_file, is_folder
+from clip_rd_edge.utils.outputs import LOCK_FILE, exclusive_writer
+from clip_rd_edge.utils.paths import is_file, is_folder, is_left_by_system
 from clip_rd_edge.utils.structs import read_json, to_json
 
 MANIFEST, COMPLETE = "manifest.json", "complete.json"

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from clip_rd_edge.contract.encoder import in_batches
+from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.data.pairs import BadPair, BadSamples, Pairs, fingerprint, read_twice
 from clip_rd_edge.distillation.batches.loader import HalfArray, ViewDataset, step_loader
 from clip_rd_edge.distillation.batches.pixels import Crops

@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.contract.checkpoint import is_architecture
-from clip_rd_edge.contract.encoder import in_batches
+from clip_rd_edge.bundle.encoder import in_batches
+from clip_rd_edge.bundle.runs import is_architecture
 from clip_rd_edge.data.reinforced import StoredTeachers, read_stored_teachers
 from clip_rd_edge.distillation.batches.loader import Batch
 from clip_rd_edge.distillation.batches.pixels import Normaliser
@@ -20,8 +20,8 @@ from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.text.captions import CaptionTower
-from clip_rd_edge.utils.printable import shown_sources
-from clip_rd_edge.utils.trust import Typed
+from clip_rd_edge.utils.paths import Typed
+from clip_rd_edge.utils.text import shown_sources
 
 
 def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:

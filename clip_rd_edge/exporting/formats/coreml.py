@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.contract.bundle import Manifest, Tower
+from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
 from clip_rd_edge.exporting.conversion import start_conversion
 from clip_rd_edge.exporting.onnx import root_cause
@@ -21,7 +21,7 @@ from clip_rd_edge.exporting.parity import Inputs, hard_inputs
 from clip_rd_edge.exporting.towers import TOWERS, on_cpu
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.coreml import COREML
-from clip_rd_edge.utils.logs import without_progress_bars
+from clip_rd_edge.utils.process import without_progress_bars
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 NOT_RUN = "converted and not run: Core ML runs on a Mac alone, where clip-rd-edge verify compares its answers"

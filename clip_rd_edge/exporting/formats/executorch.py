@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.contract.bundle import Tower
+from clip_rd_edge.bundle.manifest import Tower
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
 from clip_rd_edge.exporting.int8.candidates import Backend, Candidate, CandidateRequest, one_input_backend
 from clip_rd_edge.exporting.onnx import root_cause

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from clip_rd_edge.contract.bundle import Manifest, Tower
+from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.exporting.conversion import start_conversion
 from clip_rd_edge.exporting.formats.onnx import MIN_AGREEMENT, float32_note
 from clip_rd_edge.exporting.graph import silently
@@ -22,7 +22,7 @@ from clip_rd_edge.exporting.options import ExportRequest
 from clip_rd_edge.exporting.parity import Inputs, hard_inputs, measure
 from clip_rd_edge.runtime.backends.litert import open_litert
 from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.logs import without_progress_bars
+from clip_rd_edge.utils.process import without_progress_bars
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 LITERT = "litert"

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.contract.bundle import Tower
+from clip_rd_edge.bundle.manifest import Tower
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
 from clip_rd_edge.exporting.formats.litert import LITERT
 from clip_rd_edge.exporting.graph import silently

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from clip_rd_edge.contract.bundle import Manifest, Tower
-from clip_rd_edge.contract.encoder import in_batches
+from clip_rd_edge.bundle.encoder import in_batches
+from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.conversion import start_conversion
 from clip_rd_edge.exporting.graph import (

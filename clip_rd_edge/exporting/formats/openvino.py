@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.contract.bundle import Manifest, Tower
+from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.exporting.conversion import start_conversion
 from clip_rd_edge.exporting.int8.candidates import OPENVINO
 from clip_rd_edge.exporting.options import ExportRequest

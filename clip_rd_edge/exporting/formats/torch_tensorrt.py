@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.contract.bundle import read_manifest
+from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
 from clip_rd_edge.exporting.formats.onnx import MIN_AGREEMENT
 from clip_rd_edge.exporting.formats.tensorrt.bundle import EngineBuilder

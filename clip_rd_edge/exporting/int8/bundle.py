@@ -12,9 +12,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from clip_rd_edge.contract.bundle import Tower, read_manifest
-from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.formats import FORMATS, Format
+from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.formats import FORMATS, Format
+from clip_rd_edge.bundle.manifest import Tower, read_manifest
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.conversion import ConvertedBundle, start_conversion

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import onnx
 
-from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.exporting.graph import file_content, norm_nodes, prepare_for_quantization, silently, weighted_layers
 from clip_rd_edge.exporting.int8.dynamic import quantize_dynamically, scales_per_batch
 from clip_rd_edge.exporting.int8.ranges import measure_ranges
@@ -229,7 +229,7 @@ class Backend:
         name: the target in the manifest.
         open, candidates: open a tower's file, and yield its INT8 candidates.
         prepare: writes a copy of a tower's file that candidates are made from into a folder; returns its path.
-        one_at_a_time, instruction_sets: of the content of a candidate's file, as in `contract.bundle.Tower`.
+        one_at_a_time, instruction_sets: of the content of a candidate's file, as in `bundle.manifest.Tower`.
     """
 
     name: str

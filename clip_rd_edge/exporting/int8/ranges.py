@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from clip_rd_edge.contract.encoder import in_batches
+from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.exporting.graph import silently, with_outputs
 from clip_rd_edge.exporting.parity import Inputs
 from clip_rd_edge.runtime.backends.session import open_session

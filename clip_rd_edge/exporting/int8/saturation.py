@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from clip_rd_edge.contract.bundle import INSTRUCTION_SETS
+from clip_rd_edge.bundle.manifest import INSTRUCTION_SETS
 from clip_rd_edge.runtime.backends.int8_kernels import int8_fault, processor_saturates, wrong_sums
 from clip_rd_edge.runtime.backends.session import open_session
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_rd_edge.contract.bundle import Measurement
-from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.manifest import Measurement
 from clip_rd_edge.errors import ConfigError, first_line, in_one_line
 from clip_rd_edge.exporting.int8.candidates import ORT, Backend, Candidate, CandidateRequest
 from clip_rd_edge.exporting.int8.saturation import right_session
@@ -29,11 +29,11 @@ class QuantizedTower:
 
     Attributes:
         model: the file's content, or None if float32 is shipped.
-        precision: as in `contract.bundle.Tower`.
+        precision: as in `bundle.manifest.Tower`.
         note: why it is float32, with figures, or empty.
         measured: the measurements of what is shipped.
         trials: all candidates that were tried, for a table.
-        one_at_a_time, instruction_sets: as in `contract.bundle.Tower`.
+        one_at_a_time, instruction_sets: as in `bundle.manifest.Tower`.
     """
 
     model: bytes | None
@@ -132,7 +132,7 @@ def quantize_tower(
 
 @dataclass(frozen=True)
 class _OpenCandidate:
-    """A candidate's file, and a session of it; `one_at_a_time` as in `contract.bundle.Tower`."""
+    """A candidate's file, and a session of it; `one_at_a_time` as in `bundle.manifest.Tower`."""
 
     content: bytes
     session: Any

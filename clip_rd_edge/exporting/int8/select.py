@@ -10,8 +10,7 @@ import msgspec
 
 from clip_rd_edge.exporting.options import Budget
 from clip_rd_edge.exporting.parity import Agreement, p10
-from clip_rd_edge.utils.sign_test import sign_test
-from clip_rd_edge.utils.timing import Milliseconds
+from clip_rd_edge.utils.timing import Milliseconds, sign_test
 
 # Candidates within this factor of the fastest count as equally fast. Latencies vary by some percent from run to run. A
 # text is embedded once per query or label, and an image per frame, so accuracy may cost a text tower more.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.exporting.parity import Inputs, Timer, agreement, latencies, p10
 from clip_rd_edge.utils.timing import time_in_turn
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clip_rd_edge import web
-from clip_rd_edge.contract.bundle import (
+from clip_rd_edge.bundle.manifest import (
     LABELS,
     MANIFEST,
     TOKENIZER,
@@ -29,15 +29,16 @@ from clip_rd_edge.contract.bundle import (
     Manifest,
     damaged_files,
     read_manifest,
+    require_intact_manifest,
+    require_intact_tower,
     require_whole_towers,
     write_manifest,
 )
-from clip_rd_edge.contract.outputs import require_output
+from clip_rd_edge.bundle.outputs import require_output
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
-from clip_rd_edge.runtime.intact import require_intact_manifest, require_intact_tower
 from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.utils.files import size_bytes, write_bytes
-from clip_rd_edge.utils.folders import new_folder
+from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.paths import cache_home, is_file
 from clip_rd_edge.utils.structs import to_json
 

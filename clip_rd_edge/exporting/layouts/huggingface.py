@@ -27,10 +27,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, compose, helper, numpy_helper
 
-from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest
-from clip_rd_edge.contract.checkpoint import TRANSFORMERS_CONFIG
-from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.contract.tokenizer import TokenizerSpec
+from clip_rd_edge.bundle.manifest import TOKENIZER, Manifest, read_manifest
+from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.bundle.runs import TRANSFORMERS_CONFIG
+from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.graph import rename_tensors
 from clip_rd_edge.utils.files import write_bytes, write_text

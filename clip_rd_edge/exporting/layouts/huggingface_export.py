@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 
 from clip_rd_edge.benchmarking.results import Results
-from clip_rd_edge.contract.bundle import read_manifest
-from clip_rd_edge.contract.outputs import require_output
+from clip_rd_edge.bundle.manifest import read_manifest
+from clip_rd_edge.bundle.outputs import require_output
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
@@ -20,7 +20,7 @@ from clip_rd_edge.exporting.onnx import MAX_FILE_BYTES
 from clip_rd_edge.exporting.options import ExportRequest
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_open_clip, save_usage
-from clip_rd_edge.utils.folders import new_folder
+from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
 

@@ -22,14 +22,14 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest, require_whole_towers
-from clip_rd_edge.contract.outputs import require_output
-from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.bundle.manifest import TOKENIZER, Manifest, read_manifest, require_whole_towers
+from clip_rd_edge.bundle.outputs import require_output
+from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.errors import UsageError, near_matches
 from clip_rd_edge.exporting.graph import rename_tensors
 from clip_rd_edge.exporting.layouts.huggingface import normalizer_with_cleaning
 from clip_rd_edge.utils.files import write_bytes, write_text
-from clip_rd_edge.utils.folders import new_folder
+from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.structs import to_json
 
 # The models of open_clip that immich knows, by the size of their embeddings; the first is the default.

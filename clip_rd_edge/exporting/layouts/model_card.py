@@ -9,9 +9,9 @@ from clip_rd_edge.benchmarking.formatting import inert_markdown, markdown_table
 from clip_rd_edge.benchmarking.report.plot import draw
 from clip_rd_edge.benchmarking.report.text import PLOT, figures_table
 from clip_rd_edge.benchmarking.results import Results
-from clip_rd_edge.contract.bundle import Manifest
-from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE
-from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.bundle.manifest import Manifest
+from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.bundle.runs import DISTILLATION_FILE
 from clip_rd_edge.exporting.layouts.huggingface import BOTH, SUFFIXES, TEXT, VISION, Variant
 from clip_rd_edge.utils.files import size_bytes, write_bytes, write_text
 

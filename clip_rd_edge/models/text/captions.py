@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from clip_rd_edge.contract.encoder import in_batches
+from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.models.clip import text_module
 from clip_rd_edge.utils.reporting import Reporter
 

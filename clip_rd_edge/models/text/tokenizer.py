@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from clip_rd_edge.contract.bundle import TOKENIZER
-from clip_rd_edge.contract.tokenizer import TokenizerSpec
+from clip_rd_edge.bundle.manifest import TOKENIZER
+from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.utils.files import write_text
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from clip_rd_edge.contract.checkpoint import read_training_record
-from clip_rd_edge.contract.encoder import in_batches
+from clip_rd_edge.bundle.encoder import in_batches
+from clip_rd_edge.bundle.runs import read_training_record
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel, parameter_count, text_module
 from clip_rd_edge.models.defaults import float32_on_cpu
@@ -32,8 +32,8 @@ from clip_rd_edge.models.text.layers import layers_key, text_layers, text_transf
 from clip_rd_edge.models.text.tokenizer import write_clip_tokenizer
 from clip_rd_edge.models.text.vocabulary import most_used_tokens, needed_tokens, pieces_of, with_tokens
 from clip_rd_edge.models.text.weights import evenly_spaced
+from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.trust import Typed
 
 _TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _BATCH = 1_024

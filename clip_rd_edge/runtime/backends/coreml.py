@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.bundle import Manifest, Tower
-from clip_rd_edge.contract.encoder import Description
+from clip_rd_edge.bundle.encoder import Description
+from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError, in_one_line
 from clip_rd_edge.runtime.backends.providers import AUTO
 from clip_rd_edge.runtime.backends.session import OneInputModel

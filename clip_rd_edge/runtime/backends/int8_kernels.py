@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.bundle import can_saturate
+from clip_rd_edge.bundle.manifest import can_saturate
 from clip_rd_edge.runtime.backends.onnxruntime_builds import import_onnxruntime
 from clip_rd_edge.runtime.backends.session import open_session
 
@@ -38,7 +38,7 @@ def int8_fault(sets: Sequence[str], *, runtime: str) -> str:
     """Return why this CPU gives wrong answers for a tower's INT8, and what to do, or an empty string.
 
     Args:
-        sets: the tower's `instruction_sets`, as in `contract.bundle.Tower`.
+        sets: the tower's `instruction_sets`, as in `bundle.manifest.Tower`.
         runtime: what runs the tower on the CPU.
     """
     if can_saturate(sets) and processor_saturates():

@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
-from clip_rd_edge.contract.bundle import Manifest, Tower
-from clip_rd_edge.contract.encoder import Description
+from clip_rd_edge.bundle.encoder import Description
+from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.runtime.backends.onnxruntime_builds import import_onnxruntime
 from clip_rd_edge.runtime.backends.providers import AUTO, choose_device, session_device
 from clip_rd_edge.runtime.backends.session import open_session

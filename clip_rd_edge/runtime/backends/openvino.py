@@ -15,14 +15,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.bundle import Manifest, Tower
-from clip_rd_edge.contract.encoder import Description, in_batches
+from clip_rd_edge.bundle.encoder import Description, in_batches
+from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError, in_one_line
 from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS
 from clip_rd_edge.runtime.backends.session import NamedInput, require_threads
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
 from clip_rd_edge.utils.paths import cache_home
-from clip_rd_edge.utils.signals import NativeCall
+from clip_rd_edge.utils.process import NativeCall
 
 BF16, CPU = "bf16", "CPU"
 _MAX_COMPILED_SIZES = 3  # batch sizes that a model is compiled for; batches of other sizes run one row at a time

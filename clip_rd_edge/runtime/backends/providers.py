@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_args
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.settings.deploying import Device
-from clip_rd_edge.utils.printable import printable
+from clip_rd_edge.utils.text import printable
 
 AUTO = "auto"
 

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.bundle import EXTERNAL_DATA_SUFFIX
+from clip_rd_edge.bundle.manifest import EXTERNAL_DATA_SUFFIX
 from clip_rd_edge.errors import ConfigError, UnreachableError, UsageError, in_one_line
 from clip_rd_edge.runtime.backends.onnxruntime_builds import import_onnxruntime
 from clip_rd_edge.runtime.backends.providers import KEEP_ENGINES, PROVIDERS, provider_list, session_device, warn
 from clip_rd_edge.utils.files import machine_failure, sha256_of
 from clip_rd_edge.utils.paths import cache_home
-from clip_rd_edge.utils.signals import NativeCall
+from clip_rd_edge.utils.process import NativeCall
 
 # How ONNX Runtime reports that memory cannot be had, also while it starts.
 _NO_MEMORY = re.compile("bad_alloc|[Cc]annot allocate memory|Failed to allocate memory")

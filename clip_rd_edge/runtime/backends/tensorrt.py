@@ -13,14 +13,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, Manifest, Tower
-from clip_rd_edge.contract.encoder import Description, in_batches
+from clip_rd_edge.bundle.encoder import Description, in_batches
+from clip_rd_edge.bundle.manifest import ENGINE_SUFFIX, Manifest, Tower, require_current_engine
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
 from clip_rd_edge.runtime.backends.providers import warn
 from clip_rd_edge.runtime.backends.session import NamedInput, open_session
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
-from clip_rd_edge.runtime.intact import require_current_engine
-from clip_rd_edge.utils.signals import NativeCall
+from clip_rd_edge.utils.process import NativeCall
 
 _RTX_TARGET = "tensorrt-rtx"
 _PURPOSE = "Running an engine"

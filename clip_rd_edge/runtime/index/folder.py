@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from clip_rd_edge.contract.image_files import list_images
-from clip_rd_edge.contract.images import DANGLING, require_image
+from clip_rd_edge.bundle.image_files import list_images
+from clip_rd_edge.bundle.images import DANGLING, require_image
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.index.image_index import Entry, Index
 from clip_rd_edge.utils.files import sha256_of
-from clip_rd_edge.utils.printable import is_unicode
+from clip_rd_edge.utils.text import is_unicode
 
 _SECOND_NS = 1_000_000_000
 _COARSE_S = 2.0  # FAT keeps times to two seconds

@@ -27,7 +27,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.utils.arrays import load_array
 from clip_rd_edge.utils.files import new_file, write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter

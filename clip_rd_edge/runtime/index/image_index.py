@@ -6,8 +6,8 @@
     next/                the index that will replace this one, of another model, once all images are in it
 
 index.json names its embeddings file and is written last and atomically: if indexing is interrupted, the folder still
-holds a valid, older index. Writers wait for each other (`utils.lock`). Readers take no lock, so that a folder that they
-cannot write to can be searched: if the embeddings are gone that index.json named, they read the new index.json.
+holds a valid, older index. Writers wait for each other (`utils.outputs`). Readers take no lock, so that a folder that
+they cannot write to can be searched: if the embeddings are gone that index.json named, they read the new index.json.
 
 Blocks of rows are checked when they are read, which takes a second for a million rows of 512 entries. A search refuses
 those that have changed on the disk, and an update embeds their images again.
@@ -29,10 +29,10 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from clip_rd_edge.contract.bundle import Manifest, is_bundle
-from clip_rd_edge.contract.encoder import Embeddings, require_cosines, require_top, top_indices
-from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES
-from clip_rd_edge.contract.images import ImageInput, as_rgb
+from clip_rd_edge.bundle.encoder import Embeddings, require_cosines, require_top, top_indices
+from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES
+from clip_rd_edge.bundle.images import ImageInput, as_rgb
+from clip_rd_edge.bundle.manifest import Manifest, is_bundle
 from clip_rd_edge.errors import ConfigError, InputError, quoted
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index.graph import (

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.errors import DiskFullError, InputError, UsageError, causes
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.embed import EmbeddedBatch, embed_images, embed_images_on_cluster
@@ -57,10 +57,10 @@ from clip_rd_edge.runtime.index.image_index import (
     write_index,
 )
 from clip_rd_edge.utils.files import disk_full_error, now_in
-from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
+from clip_rd_edge.utils.outputs import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, near_files
-from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import is_unicode
 
 SAVE_EVERY_S = 20.0  # the most work that a kill -9 can lose of an index that is saved fast
 REST = 20  # a pause is at least this many times as long as the work before it, such as a save of the whole index

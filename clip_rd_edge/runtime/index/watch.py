@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from clip_rd_edge.contract.image_files import look_at_images
+from clip_rd_edge.bundle.image_files import look_at_images
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder

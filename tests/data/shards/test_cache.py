@@ -254,7 +254,7 @@ def test_a_disk_too_full_for_a_lock_is_named(server: UnreliableServer, monkeypat
     pairs = load_pairs(f"{server.url}/000.tar")
     empty_cache(server)
     close_tars()
-    monkeypatch.setattr("clip_rd_edge.utils.lock._acquire", Mock(side_effect=OSError(28, "No space left on device")))
+    monkeypatch.setattr("clip_rd_edge.utils.outputs._acquire", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(UnreachableError, match=r"could not be kept in the cache \S+: No space left on device\.$"):
         pairs.open(0)
 

@@ -21,7 +21,7 @@ from failing_datasets import Cramped, Failing, Killed, Refusing
 from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from clip_rd_edge.contract.preprocess import Box, Preprocessing
+from clip_rd_edge.bundle.preprocess import Box, Preprocessing
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.distillation.batches import loader as loader_module
@@ -314,7 +314,7 @@ edge.distill(data={str(pairs_csv)!r}, recipe="clip", student="test_resnet", imag
 
 LEFT_OPEN = """
 import sys
-from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.distillation.batches.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.batches.pixels import Crops

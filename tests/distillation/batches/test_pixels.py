@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from clip_rd_edge.contract.preprocess import Preprocessing, preprocess, resize_crop
+from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess, resize_crop
 from clip_rd_edge.distillation.batches.pixels import LARGE, Crops, Normaliser, crop_levels, crops_for
 
 MODEL = Preprocessing(size=(224, 224), mean=(0.48, 0.45, 0.41), std=(0.26, 0.27, 0.28))

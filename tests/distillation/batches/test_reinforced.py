@@ -29,8 +29,8 @@ from tiny_runs import killed_and_resumed, tiny_run, weights
 from torchvision.transforms import InterpolationMode, autoaugment
 from torchvision.transforms import functional as F
 
-from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.contract.run_folder import read_metrics
+from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.reinforced import OPERATIONS, Augmentation, ReinforcedPairs, StoredTeachers, read_stored_teachers
 from clip_rd_edge.data.shards.webdataset import parse_sources

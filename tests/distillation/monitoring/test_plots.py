@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from matplotlib.mathtext import MathTextParser
 
-from clip_rd_edge.contract.run_folder import EVALUATION_PREFIX, METRICS_FILE
+from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, METRICS_FILE
 from clip_rd_edge.distillation.monitoring.plots import plot_average, plot_run
 
 

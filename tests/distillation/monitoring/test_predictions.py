@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from support import Watch
 
-from clip_rd_edge.contract.task import RetrievalTask, Task
+from clip_rd_edge.bundle.task import RetrievalTask, Task
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.config import RunConfig, load_recipe

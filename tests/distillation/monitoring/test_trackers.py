@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from support import Watch
 
-from clip_rd_edge.contract.run_folder import METRICS_FILE, read_metrics
+from clip_rd_edge.bundle.runs import METRICS_FILE, read_metrics
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.monitoring import trackers
 from clip_rd_edge.distillation.monitoring.trackers import Outcome, RemoteRun, Service

@@ -24,7 +24,7 @@ from support import save_tiny_teacher
 from thread_processes import Threads, call_in_threads
 
 import clip_rd_edge as edge
-from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.distillation.batches.pixels import Crops
 from clip_rd_edge.distillation.checkpoint import load_checkpoint, save_checkpoint
 from clip_rd_edge.distillation.processes.distributed import Processes

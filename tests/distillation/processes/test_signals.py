@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from support import wait_until
 
-from clip_rd_edge.contract.encoder import Encoder
-from clip_rd_edge.contract.run_folder import read_metrics
+from clip_rd_edge.bundle.encoder import Encoder
+from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.distillation import build, train
 from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, ViewDataset, step_loader
@@ -204,7 +204,7 @@ def test_under_nohup_a_run_goes_on_without_its_terminal() -> None:
 
 
 def dataset(pairs_csv: Path) -> ViewDataset:
-    from clip_rd_edge.contract.preprocess import Preprocessing
+    from clip_rd_edge.bundle.preprocess import Preprocessing
     from clip_rd_edge.utils.structs import convert
 
     raw = student_config("test_resnet", embedding_size=8, image_size=32)["preprocess_cfg"]

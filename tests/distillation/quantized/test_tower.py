@@ -22,7 +22,7 @@ from support import Watch
 from timm.models import nfnet
 from torch import nn
 
-from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE
+from clip_rd_edge.bundle.runs import WEIGHTS_FILE
 from clip_rd_edge.distillation.config import QUANTIZE_DEFAULTS, RunConfig, load_recipe
 from clip_rd_edge.distillation.depthwise import speed_up_small_maps
 from clip_rd_edge.distillation.quantized.fake_quant import ActivationRanges, FakeQuantizer, RangeObserver

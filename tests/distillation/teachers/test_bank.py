@@ -13,7 +13,7 @@ import torch
 from support import Watch, save_tiny_teacher
 from tiny_runs import killed_and_resumed, stop_at, tiny_run
 
-from clip_rd_edge.contract.run_folder import read_metrics
+from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.teachers.bank import QueueBank, StoredBank, make_bank

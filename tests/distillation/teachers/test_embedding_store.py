@@ -21,7 +21,7 @@ from PIL import Image
 from support import PATIENCE_S, save_tiny_teacher
 from thread_processes import call_in_threads
 
-from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.data.pairs import BadSamples, Pairs
 from clip_rd_edge.distillation.batches.loader import StepSampler, step_loader
 from clip_rd_edge.distillation.batches.pixels import Crops

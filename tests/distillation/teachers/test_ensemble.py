@@ -19,7 +19,7 @@ from thread_processes import Exchange, Threads
 from tiny_runs import killed_and_resumed, stop_at, tiny_run, weights
 
 import clip_rd_edge as edge
-from clip_rd_edge.contract.run_folder import read_metrics
+from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.reinforced import read_stored_teachers
 from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.build import load_setup, make_dataset

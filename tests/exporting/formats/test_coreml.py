@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.contract.bundle import read_manifest
-from clip_rd_edge.contract.label_bank import read_labels
-from clip_rd_edge.contract.reference import read_reference
+from clip_rd_edge.bundle.labels import read_labels
+from clip_rd_edge.bundle.manifest import read_manifest
+from clip_rd_edge.bundle.reference import read_reference
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.formats.coreml import _exported, require_coremltools, require_declared

@@ -16,7 +16,7 @@ import torch
 from support import require_the_models_answers
 from torch import nn
 
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet

@@ -14,7 +14,7 @@ from support import require_the_models_answers
 import clip_rd_edge as edge
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
-from clip_rd_edge.contract.bundle import Manifest, read_manifest
+from clip_rd_edge.bundle.manifest import Manifest, read_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet

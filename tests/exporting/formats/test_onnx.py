@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from clip_rd_edge.contract.bundle import read_manifest
+from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet

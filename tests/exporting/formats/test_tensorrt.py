@@ -14,13 +14,12 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from clip_rd_edge.contract.bundle import read_manifest
+from clip_rd_edge.bundle.manifest import read_manifest, require_current_engine
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.formats.tensorrt.bundle import write_build_files
 from clip_rd_edge.exporting.options import ExportRequest
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.intact import require_current_engine
 from clip_rd_edge.runtime.verify import verify_bundle
 
 # Accepts trtexec's options and an existing ONNX file; the engine that it writes contains its arguments.

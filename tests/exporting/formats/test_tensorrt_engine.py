@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from clip_rd_edge.contract.bundle import read_manifest
+from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, MissingExtraError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet, Samples

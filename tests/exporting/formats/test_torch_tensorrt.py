@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from clip_rd_edge.contract.tokenizer import Tokenizer
+from clip_rd_edge.bundle.tokenizer import Tokenizer
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.formats import torch_tensorrt as torch_trt

@@ -11,8 +11,8 @@ import pytest
 from support import Watch
 
 from clip_rd_edge.api.exporting import _request
-from clip_rd_edge.contract.bundle import Manifest, Measurement
-from clip_rd_edge.contract.formats import FORMATS
+from clip_rd_edge.bundle.formats import FORMATS
+from clip_rd_edge.bundle.manifest import Manifest, Measurement
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from clip_rd_edge.contract.bundle import INSTRUCTION_SETS, read_manifest
+from clip_rd_edge.bundle.manifest import INSTRUCTION_SETS, read_manifest
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.formats.tensorrt import strongly_typed
 from clip_rd_edge.exporting.graph import prepare_for_quantization

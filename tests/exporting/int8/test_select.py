@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.exporting.int8.select import Choice, MeasuredCandidate, Trial, choose
 from clip_rd_edge.exporting.int8.sensitivity import GroupError, layers_within, with_fewest_in_float
 from clip_rd_edge.exporting.options import Budget

@@ -24,9 +24,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, CLIPImageProcessor, PreTrainedTokenizerFast
 
 import clip_rd_edge as edge
-from clip_rd_edge.contract.bundle import read_manifest
-from clip_rd_edge.contract.outputs import require_output
-from clip_rd_edge.contract.tokenizer import TokenizerSpec, clean_text
+from clip_rd_edge.bundle.manifest import read_manifest
+from clip_rd_edge.bundle.outputs import require_output
+from clip_rd_edge.bundle.tokenizer import TokenizerSpec, clean_text
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.conversion import ConvertedBundle

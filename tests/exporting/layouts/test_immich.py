@@ -13,8 +13,8 @@ from support import pad_with_another_id
 from text_towers import bert_clip, roberta_clip
 from tokenizers import Tokenizer
 
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
+from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.layouts.immich import immich_name, where_it_goes, write_immich

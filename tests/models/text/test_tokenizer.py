@@ -1,4 +1,4 @@
-"""The format of the file; tests/contract/test_tokenizer.py tests that its ids equal open_clip's."""
+"""The format of the file; tests/bundle/test_tokenizer.py tests that its ids equal open_clip's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from text_towers import bert_clip
 from tokenizers import Tokenizer, models
 
-from clip_rd_edge.contract.tokenizer import Tokenizer as BundleTokenizer
+from clip_rd_edge.bundle.tokenizer import Tokenizer as BundleTokenizer
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.parity import HARD_TEXTS
 from clip_rd_edge.models.text import tokenizer as exporter

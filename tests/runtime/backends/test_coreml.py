@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.backends.session import open_session

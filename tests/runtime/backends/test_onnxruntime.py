@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.backends import int8_kernels

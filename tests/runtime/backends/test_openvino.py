@@ -15,9 +15,9 @@ from PIL import Image
 
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-from clip_rd_edge.contract.encoder import TowerEncoder
-from clip_rd_edge.contract.formats import Runtime
+from clip_rd_edge.bundle.encoder import TowerEncoder
+from clip_rd_edge.bundle.formats import Runtime
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime import doctor

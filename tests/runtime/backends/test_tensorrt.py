@@ -21,10 +21,10 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import Manifest, read_manifest, write_manifest
+from clip_rd_edge.bundle import manifest as intact
+from clip_rd_edge.bundle.manifest import Manifest, read_manifest, write_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
 from clip_rd_edge.installation import install_command
-from clip_rd_edge.runtime import intact
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 from clip_rd_edge.utils.files import sha256_of

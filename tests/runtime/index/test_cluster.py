@@ -14,7 +14,7 @@ from PIL import Image
 from support import one_worker
 
 import clip_rd_edge as edge
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime import embed
 from clip_rd_edge.runtime.index.image_index import read_index

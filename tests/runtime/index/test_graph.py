@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from support import Watch
 
-from clip_rd_edge.contract.encoder import normalise
+from clip_rd_edge.bundle.encoder import normalise
 from clip_rd_edge.errors import ConfigError, DiskFullError
 from clip_rd_edge.runtime.index import update as indexing
 from clip_rd_edge.runtime.index.graph import (

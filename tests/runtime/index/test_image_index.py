@@ -22,10 +22,10 @@ from PIL import Image
 from support import Watch, fail_to_look_at
 
 from clip_rd_edge.benchmarking.accuracy import retrieval
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-from clip_rd_edge.contract.encoder import normalise, top_indices
-from clip_rd_edge.contract.image_files import list_images
-from clip_rd_edge.contract.task import RetrievalTask
+from clip_rd_edge.bundle.encoder import normalise, top_indices
+from clip_rd_edge.bundle.image_files import list_images
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
+from clip_rd_edge.bundle.task import RetrievalTask
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InputError, NotFiniteError, UsageError
 from clip_rd_edge.installation import upgrade_hint

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from support import PATIENCE_S, Watch, fail_to_look_at, wait_until
 
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import folder as index_folder
@@ -30,7 +30,7 @@ from clip_rd_edge.runtime.index.image_index import model_key, read_index
 from clip_rd_edge.runtime.index.update import Update, update_index
 from clip_rd_edge.runtime.index.watch import BROKEN_S, POLL_S, watch_index
 from clip_rd_edge.runtime.load import load
-from clip_rd_edge.utils.lock import exclusive_writer
+from clip_rd_edge.utils.outputs import exclusive_writer
 
 
 class Folder:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, STAMP_SUFFIX, TOKENIZER, Manifest
+from clip_rd_edge.bundle.manifest import ENGINE_SUFFIX, STAMP_SUFFIX, TOKENIZER, Manifest
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.conversion import start_conversion
@@ -17,8 +17,8 @@ from clip_rd_edge.exporting.formats.tensorrt.strongly_typed import TypedTower, t
 from clip_rd_edge.exporting.options import ExportRequest
 from clip_rd_edge.exporting.plan import BUILD_SHELL, RTX_TARGETS, SELF_BUILDING_TARGETS, require_target
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
-from clip_rd_edge.utils.printable import one_line, printable
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import one_line, printable
 
 # Returns the content of a tower's engine, given `image` or `text` and the tower's strongly typed ONNX.
 EngineBuilder = Callable[[str, TypedTower], bytes]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import onnx
 
-from clip_rd_edge.contract.bundle import Manifest
-from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.manifest import Manifest
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.formats.onnx import float32_note, fp16_tower, nodes_out_of_range, to_fp16
 from clip_rd_edge.exporting.graph import prepare_for_quantization, weighted_layers
@@ -114,7 +114,7 @@ class TypedTower:
 
     Attributes:
         content: of the ONNX file.
-        precision, note: as in `contract.bundle.Tower`.
+        precision, note: as in `bundle.manifest.Tower`.
         types: expected type of each Conv, MatMul and Gemm by node name, as TensorRT calls it.
     """
 

@@ -1,0 +1,1 @@
+"""What the exporter writes and the device reads: manifest, towers' formats, preprocessing, tokenizer, labels."""

@@ -1,0 +1,187 @@
+"""The label bank of a bundle, labels.npz: `names` (C,) and prompt-averaged `embeddings` (C, D), float32 or float16.
+
+In INT8, `levels` (C, D) int8 and `scales` (C, 1) float32 replace `embeddings`, which is their product. The different
+keys make a reader without INT8 support refuse the file instead of misreading it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from clip_rd_edge.bundle.encoder import Embeddings, as_list, require_labels
+from clip_rd_edge.bundle.manifest import LABELS
+from clip_rd_edge.errors import ConfigError, InputError, near_matches, quoted
+from clip_rd_edge.utils.arrays import npz_bytes, read_npz
+from clip_rd_edge.utils.files import read_text_limited, text_lines, write_bytes
+from clip_rd_edge.utils.paths import Typed, as_text, expand_home, near_files
+
+MAX_BYTES = 1 << 28  # of an array of labels.npz: 65,536 labels of 1,024 float32 entries
+LabelPrecision = Literal["fp32", "fp16", "int8"]
+
+
+class LabelBank(msgspec.Struct, frozen=True):
+    """Label names and their embeddings, (C,) and (C, D)."""
+
+    names: tuple[str, ...]
+    embeddings: Embeddings
+
+    def find(self, labels: Sequence[str]) -> Embeddings | None:
+        """Return the embeddings of labels in their order, or None if one is not in the bank."""
+        rows = {name: row for row, name in enumerate(self.names)}
+        if not all(label in rows for label in labels):
+            return None
+        return self.embeddings[[rows[label] for label in labels]]
+
+
+def require_readable(names: Sequence[str], size: int, precision: LabelPrecision) -> None:
+    """Refuse labels that cannot be stored, or whose bank `read_labels` would refuse, before they are embedded.
+
+    Args:
+        names: the labels.
+        size: of their embeddings.
+    """
+    require_labels(names)
+    rows = MAX_BYTES // (size * {"fp32": 4, "fp16": 2, "int8": 1}[precision])
+    if len(names) > rows:
+        raise InputError(
+            f"There are {len(names):,} labels; a bundle holds at most {rows:,} with embeddings of {size} numbers.",
+            hint="leave some out, or export without them and pass them when classifying",
+        )
+    longest = max(names, key=len, default="")
+    if 4 * len(longest) * len(names) > MAX_BYTES:  # NumPy pads all of them to it, with four bytes per character
+        raise InputError(
+            f"One of {len(names):,} labels is too long for so many: {len(longest):,} characters, beginning with "
+            f"{longest[:40]!r}.",
+            hint="shorten it",
+        )
+    if cut := [name for name in names if name.endswith("\0")]:  # which NumPy drops
+        raise InputError(f"The label {cut[0]!r} ends in a NUL character.", hint="write it anew, without it")
+
+
+def write_labels(folder: Path, bank: LabelBank, *, precision: LabelPrecision = "fp32") -> None:
+    """Write labels.npz. In `int8`, the largest entry of an embedding becomes level ±127, and its norm is preserved."""
+    arrays: dict[str, npt.NDArray[np.generic]] = {"names": np.asarray(bank.names, dtype=np.str_)}
+    if precision == "int8":
+        max_abs = np.abs(bank.embeddings).max(axis=1, keepdims=True)
+        levels = np.rint(bank.embeddings * (127 / np.where(max_abs > 0, max_abs, 1)))
+        norms, level_norms = (np.linalg.norm(rows, axis=1, keepdims=True) for rows in (bank.embeddings, levels))
+        arrays["levels"] = levels.astype(np.int8)
+        arrays["scales"] = (norms / np.maximum(level_norms, 1)).astype(np.float32)
+    else:
+        arrays["embeddings"] = bank.embeddings.astype(np.float16 if precision == "fp16" else np.float32)
+    write_bytes(folder / LABELS, npz_bytes(compressed=True, **arrays))
+
+
+def read_labels(folder: Path) -> LabelBank | None:
+    """Return the bundle's label bank, or None if it has none."""
+    path = folder / LABELS
+    if not path.is_file():
+        return None
+    arrays = read_npz(path, max_bytes=MAX_BYTES, hint="export the bundle again")
+    names = arrays.get("names")
+    embeddings = arrays.get("embeddings")
+    if "levels" in arrays and "scales" in arrays:
+        levels, scales = arrays["levels"], arrays["scales"]
+        if levels.dtype != np.int8 or levels.ndim != 2 or scales.shape != (len(levels), 1):
+            raise _damaged(path, f"levels have shape {levels.shape} and scales {scales.shape}")
+        embeddings = levels * scales
+    if names is None or embeddings is None:
+        raise _damaged(path, f"it has the arrays {', '.join(arrays) or 'none'}")
+    if names.dtype.kind != "U" or names.ndim != 1 or embeddings.dtype.kind != "f":
+        raise _damaged(path, f"names have the type {names.dtype}, embeddings {embeddings.dtype}")
+    if embeddings.ndim != 2 or len(names) != len(embeddings):
+        raise ConfigError(f"{path} has {len(names)} names for embeddings of shape {embeddings.shape}.")
+    if not len(names):
+        raise _damaged(path, "it has no labels")
+    if not np.isfinite(embeddings).all():
+        raise _damaged(path, "an embedding has an entry that is not a finite number")
+    return LabelBank(tuple(str(name) for name in names), embeddings.astype(np.float32))
+
+
+def _damaged(path: Path, reason: str) -> ConfigError:
+    return ConfigError(f"The labels in {path} cannot be read: {reason}.", hint="export the bundle again")
+
+
+_PLACEHOLDERS = ("{}", "{c}")  # the latter in CLIP_benchmark's files
+IMAGENET = "imagenet"  # names CLIP's templates on the command line
+_IMAGENET_FILE = Path(__file__).with_name("imagenet_templates.txt")
+
+
+@dataclass(frozen=True)
+class Templates:
+    """Prompt templates with one `{}` (or `{c}`) for the label's name, and their origin as shown in reports."""
+
+    prompts: tuple[str, ...]
+    origin: str
+
+
+@cache
+def imagenet_templates() -> Templates:
+    """Return the 80 templates that CLIP was evaluated with on ImageNet.
+
+    Source: https://github.com/openai/CLIP, notebooks/Prompt_Engineering_for_ImageNet.ipynb (MIT, see NOTICE).
+    """
+    return Templates(tuple(_IMAGENET_FILE.read_text(encoding="utf-8").splitlines()), "CLIP's for ImageNet")
+
+
+# Templates in Python: one or several, each as for `parse_templates`; a path; or None.
+TemplateNames = Iterable[str] | str | os.PathLike[str] | None
+
+
+def template_words(templates: TemplateNames) -> list[Typed]:
+    """Return the templates of a call in Python for `parse_templates`; none are the model's own templates."""
+    return [] if templates is None else [Typed(word) for word in as_list(as_text(templates))]
+
+
+def parse_templates(words: Sequence[Typed]) -> Templates:
+    """Return the templates that a user names: templates, `imagenet` for CLIP's, or files with one template per line."""
+    if list(words) == [IMAGENET]:
+        return imagenet_templates()
+    prompts: list[str] = []
+    for word in words:
+        if is_template(word):
+            prompts.append(word)
+        elif word == IMAGENET:
+            prompts += imagenet_templates().prompts
+        else:
+            prompts += _read_file(word)
+    return Templates(tuple(prompts), "given")
+
+
+def is_template(text: str) -> bool:
+    """Return whether a text has a place for a label; otherwise, it names a file of templates, or CLIP's."""
+    return any(placeholder in text for placeholder in _PLACEHOLDERS)
+
+
+def in_words(templates: Sequence[str]) -> str:
+    """Return what to call these templates in a sentence."""
+    return f"the template {templates[0]!r}" if len(templates) == 1 else f"a list of {len(templates)} templates"
+
+
+def _read_file(word: Typed) -> list[str]:
+    path = expand_home(word)
+    try:
+        lines = [line.strip() for line in text_lines(read_text_limited(path)) if line.strip()]
+    except InputError as error:
+        suggestion = near_matches(word, [IMAGENET]) or near_files(path)
+        raise InputError(
+            f"The template {quoted(word)} has no {{}} for the label's name, and is no readable file.{suggestion}",
+            hint=f'pass {{templates}} "{word.strip()} {{}}", the file of templates, or {IMAGENET} for CLIP\'s 80',
+        ) from error
+    if missing := [number for number, line in enumerate(lines, start=1) if not is_template(line)]:
+        raise InputError(
+            f"{path}, template {missing[0]}, has no {{}} for the label's name: {lines[missing[0] - 1]!r}.",
+            hint="write one template per line, such as: a photo of a {}.",
+        )
+    if not lines:
+        raise InputError(f"{path} has no templates.", hint="write one template per line, such as: a photo of a {}.")
+    return lines

@@ -1,0 +1,78 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from clip_rd_edge.bundle import labels as label_bank
+from clip_rd_edge.bundle.labels import LabelBank, LabelPrecision, read_labels, write_labels
+from clip_rd_edge.bundle.manifest import LABELS
+from clip_rd_edge.errors import ConfigError, InputError
+
+NAMES = ("naïve café", "猫", *map(str, range(48)))
+
+
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 0), ("fp16", 5e-4), ("int8", 0.6 / 127)])
+def test_a_label_bank_keeps_names_and_embeddings(tmp_path: Path, precision: LabelPrecision, error: float) -> None:
+    rows = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32)
+    rows *= np.geomspace(1, 0.01, 50)[:, None].astype(np.float32)  # very different norms
+    rows[-1] = 0
+    write_labels(tmp_path, LabelBank(NAMES, rows), precision=precision)
+    bank = read_labels(tmp_path)
+    assert bank is not None
+    assert bank.names == NAMES
+    assert bank.embeddings.dtype == np.float32
+    assert (np.abs(bank.embeddings - rows) <= error * np.abs(rows).max(axis=1, keepdims=True)).all()
+    norms = [np.linalg.norm(matrix, axis=1) for matrix in (bank.embeddings, rows)]
+    np.testing.assert_allclose(*norms, rtol=2e-4 if precision == "fp16" else 1e-6)
+
+
+def test_int8_takes_one_byte_per_entry(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((50, 512)).astype(np.float32)
+    write_labels(tmp_path, LabelBank(NAMES, rows), precision="int8")
+    assert (tmp_path / LABELS).stat().st_size < 1.05 * rows.size
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"names": np.asarray(["a"])}, "cannot be read"),
+        ({"names": np.asarray(["a"]), "levels": np.zeros((1, 2), np.int8)}, "cannot be read"),
+        ({"names": np.asarray(["a"]), "embeddings": np.zeros((2, 2))}, r"1 names for embeddings of shape \(2, 2\)"),
+        ({"names": np.asarray(["a"]), "embeddings": np.zeros(2)}, r"1 names for embeddings of shape \(2,\)"),
+    ],
+)
+def test_a_damaged_label_bank_is_reported(tmp_path: Path, arrays: dict[str, npt.NDArray[Any]], message: str) -> None:
+    np.savez(tmp_path / LABELS, **arrays)
+    with pytest.raises(ConfigError, match=message):
+        read_labels(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a"] * 17, "There are 17 labels; a bundle holds at most 16 with embeddings of 16 numbers."),
+        (["a"] * 15 + ["b" * 20], "One of 16 labels is too long for so many: 20 characters"),
+    ],
+)
+def test_labels_that_no_reader_would_open_are_refused(
+    names: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(label_bank, "MAX_BYTES", 16 * 16 * 4)
+    with pytest.raises(InputError, match=message):
+        label_bank.require_readable(names, 16, "fp32")
+    label_bank.require_readable(["a"] * 16, 16, "fp32")
+    label_bank.require_readable(["a"] * 16, 4 * 16, "int8")
+    with pytest.raises(InputError, match="at most 16 with embeddings of 32 numbers"):
+        label_bank.require_readable(["a"] * 17, 2 * 16, "fp16")
+
+
+def test_as_many_labels_as_are_taken_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_bank, "MAX_BYTES", 16 * 16 * 4)
+    names = tuple(f"label {number}".ljust(16) for number in range(16))
+    label_bank.require_readable(names, 16, "fp32")
+    write_labels(tmp_path, LabelBank(names, np.ones((16, 16), np.float32)))
+    bank = read_labels(tmp_path)
+    assert bank is not None
+    assert bank.names == names

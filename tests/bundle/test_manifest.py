@@ -1,0 +1,178 @@
+"""A manifest is only believed as far as it can be checked: names, numbers, checksums."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from clip_rd_edge.bundle.labels import LabelBank, write_labels
+from clip_rd_edge.bundle.manifest import MANIFEST, read_manifest, write_manifest
+from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.runtime.classifier import ZeroShotClassifier
+from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime.verify import verify_bundle
+
+OUTSIDE = [
+    "../x.onnx", "/etc/passwd", "a/../../x.onnx", "..", ".", "", "a//b", "./image.onnx", "C:\\x.onnx", "C:x", "..\\x",
+    "a\0b", "image.onnx\n", "\x1b[31mimage.onnx", "manifest.json",
+]  # fmt: skip
+ABSURD: list[tuple[tuple[str, ...], Any]] = [
+    (("preprocessing", "size"), [30_000, 30_000]), (("preprocessing", "size"), [0, 8]),
+    (("preprocessing", "size"), [-8, 8]), (("preprocessing", "size"), [8.5, 8]),
+    (("preprocessing", "size"), [10**30, 8]),
+    (("preprocessing", "std"), [0, 1, 1]), (("preprocessing", "fill_color"), 256),
+    (("tokenizer", "context_length"), 10**9), (("tokenizer", "context_length"), 0), (("tokenizer", "pad_id"), -1),
+    (("tokenizer", "end_id"), 2**40), (("embedding_size",), -1), (("embedding_size",), 0), (("embedding_size",), 10**9),
+    (("logit_scale",), -20), (("logit_scale",), 0), (("logit_scale",), 1e300), (("templates",), []),
+    (("templates",), ["{}"] * 1001), (("parameters",), -1), (("format_version",), -1),
+]  # fmt: skip
+
+
+def edit(folder: Path, keys: tuple[str, ...], value: Any) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    target = manifest
+    for key in keys[:-1]:
+        target = target[key]
+    target[keys[-1]] = value
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("keys", [("image", "file"), ("text", "file"), ("image", "engine"), ("files",)])
+def test_a_name_that_leads_out_of_the_folder_is_refused(colour_bundle: Path, keys: tuple[str, ...], name: str) -> None:
+    if keys == ("image", "engine") and name == "":
+        return  # no engine
+    files = json.loads((colour_bundle / MANIFEST).read_text())["files"]
+    edit(colour_bundle, keys, {**files, name: "0" * 64} if keys == ("files",) else name)
+    for read in (read_manifest, load, verify_bundle):
+        with pytest.raises(ConfigError, match="does not name a file inside the bundle"):
+            read(colour_bundle)
+
+
+@pytest.mark.parametrize(("keys", "value"), ABSURD)
+def test_a_number_that_no_model_has_is_refused(colour_bundle: Path, keys: tuple[str, ...], value: Any) -> None:
+    edit(colour_bundle, keys, value)
+    with pytest.raises(ConfigError, match=rf"manifest\.json is invalid: .*{keys[-1]}"):
+        read_manifest(colour_bundle)
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_manifest_that_was_not_copied_whole_is_to_be_copied_again(colour_bundle: Path, size: int) -> None:
+    os.truncate(colour_bundle / MANIFEST, size)
+    with pytest.raises(ConfigError, match=r"manifest\.json is not valid JSON") as error:
+        read_manifest(colour_bundle)
+    assert error.value.hint == "copy or export the bundle again"
+
+
+def test_the_bundles_in_a_folder_are_named_and_nothing_else_with_a_manifest(
+    colour_bundle: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(colour_bundle, tmp_path / "run" / "bundles" / "int8")
+    (tmp_path / "run" / "teacher-cache").mkdir()
+    (tmp_path / "run" / "teacher-cache" / MANIFEST).write_text('{"format_version": 1, "files": {}}')
+    with pytest.raises(InputError, match="run is not a bundle") as refusal:
+        read_manifest(tmp_path / "run")
+    assert refusal.value.hint == f"there are bundles in it: {tmp_path / 'run' / 'bundles' / 'int8'}"
+
+
+@pytest.mark.parametrize("name", ["image.onnx", "text.onnx", "tokenizer.json"])
+def test_a_file_without_a_checksum_is_refused(colour_bundle: Path, name: str) -> None:
+    files = json.loads((colour_bundle / MANIFEST).read_text())["files"]
+    edit(colour_bundle, ("files",), {key: value for key, value in files.items() if key != name})
+    for read in (read_manifest, load, verify_bundle):
+        with pytest.raises(ConfigError, match=f"has no checksum of {name}"):
+            read(colour_bundle)
+
+
+def test_a_label_bank_that_the_manifest_does_not_know_is_refused(colour_bundle: Path) -> None:
+    write_labels(colour_bundle, LabelBank(("a",), np.eye(1, 3, dtype=np.float32)))
+    with pytest.raises(ConfigError, match=r"has no checksum of labels\.npz"):
+        ZeroShotClassifier(load(colour_bundle))
+    (check,) = [check for check in verify_bundle(colour_bundle) if not check.passed]
+    assert (check.what, "has no checksum" in check.detail) == ("labels", True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"format_version": 1, "name": "\xff"}', "is not UTF-8|is not valid JSON"),
+        (b'{"format_version": 1, "a": ' + b'{"a":' * 100_000, "nested too deep"),
+        (b"[" * 100_000, "nested too deep|is invalid"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (b"", "is not valid JSON"),
+    ],
+)
+def test_a_manifest_that_is_no_text_is_reported_in_one_sentence(
+    colour_bundle: Path, content: bytes, message: str
+) -> None:
+    (colour_bundle / MANIFEST).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_manifest(colour_bundle)
+
+
+def test_every_bundle_that_was_written_is_read_back(colour_bundle: Path) -> None:
+    manifest = read_manifest(colour_bundle)
+    assert write_manifest(colour_bundle, manifest) == manifest
+    assert read_manifest(colour_bundle) == manifest
+
+
+def _label_bank(folder: Path, rows: np.ndarray) -> None:
+    names = tuple(f"label {i}" for i in range(len(rows)))
+    write_labels(folder, LabelBank(names, rows.astype(np.float32)))
+    write_manifest(folder, read_manifest(folder))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.full((2, 3), math.nan), "not a finite number"),
+        (np.asarray([[1, 0, 0], [0, math.inf, 0]]), "not a finite number"),
+        (np.eye(2, 4), "embeddings of 4 entries; expected 3"),
+    ],
+)
+def test_a_label_bank_that_does_not_fit_is_refused(colour_bundle: Path, rows: np.ndarray, message: str) -> None:
+    _label_bank(colour_bundle, rows)
+    with pytest.raises(ConfigError, match=message):
+        ZeroShotClassifier(load(colour_bundle))
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("fault", ["nan", "size", "input"])
+def test_a_tower_that_computes_no_embeddings_is_an_error_and_no_answer(
+    colour_bundle: Path, colour_images: Path, command_line: Callable[..., tuple[int, str, str]], tower: str, fault: str
+) -> None:
+    import onnx
+    from onnx import helper, numpy_helper
+
+    model = onnx.load(colour_bundle / f"{tower}.onnx")
+    manifest = read_manifest(colour_bundle)
+    if fault == "nan":
+        model.graph.node[-1].output[0] = "before"
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(math.nan).reshape(1), "nan"))
+        model.graph.node.append(helper.make_node("Mul", ["before", "nan"], ["y"]))
+        onnx.save(model, colour_bundle / f"{tower}.onnx")
+    elif fault == "size":
+        manifest = msgspec.structs.replace(manifest, embedding_size=4)
+    elif tower == "image":
+        manifest = msgspec.structs.replace(
+            manifest, preprocessing=msgspec.structs.replace(manifest.preprocessing, size=(9, 8))
+        )
+    else:
+        manifest = msgspec.structs.replace(
+            manifest, tokenizer=msgspec.structs.replace(manifest.tokenizer, context_length=7)
+        )
+    write_manifest(colour_bundle, manifest)
+    code, output, error = command_line(
+        "classify", colour_bundle, colour_images / "red.png", "--labels", "red", "green", "--no-cache"
+    )
+    assert (code, output) == (2, "")
+    assert {"nan": "not finite numbers", "size": "expected (", "input": "does not run on"}[fault] in error
