@@ -25,7 +25,6 @@ from clip_rd_edge.bundle.encoder import Embeddings, Encoder
 from clip_rd_edge.bundle.runs import REPORT_FOLDER, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.bundle.task import Task
 from clip_rd_edge.data.unpaired import MixedSamples, describe_counts, has_images
-from clip_rd_edge.distillation.batches.loader import lost_worker
 from clip_rd_edge.distillation.build import (
     RunSetup,
     histogram_embeddings,
@@ -45,7 +44,7 @@ from clip_rd_edge.distillation.config import (
     first_difference,
     is_texts_alone,
 )
-from clip_rd_edge.distillation.freezing import frozen_at_random
+from clip_rd_edge.distillation.embed import prepare_teacher
 from clip_rd_edge.distillation.inputs import (
     check_inputs,
     common_inputs,
@@ -53,6 +52,7 @@ from clip_rd_edge.distillation.inputs import (
     record_locations,
     teachers_digest,
 )
+from clip_rd_edge.distillation.loader import lost_worker
 from clip_rd_edge.distillation.monitoring.metrics import last_evaluation
 from clip_rd_edge.distillation.monitoring.plots import plot_run
 from clip_rd_edge.distillation.monitoring.trackers import require_tracker
@@ -62,9 +62,8 @@ from clip_rd_edge.distillation.processes.distributed import Processes, join_proc
 from clip_rd_edge.distillation.processes.roll_call import is_lost_connection, lost_error
 from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.resume import change_since, check_folder, without_initial_weights
-from clip_rd_edge.distillation.student import with_default_shape, with_shape_of
-from clip_rd_edge.distillation.teachers.prepare import prepare_teacher
-from clip_rd_edge.distillation.teachers.teacher import refuse_idle_teacher
+from clip_rd_edge.distillation.student import frozen_at_random, with_default_shape, with_shape_of
+from clip_rd_edge.distillation.teacher import refuse_idle_teacher
 from clip_rd_edge.distillation.train import Trained, encoder_of, prepare, total_steps, train
 from clip_rd_edge.errors import (
     ClipRdEdgeError,
