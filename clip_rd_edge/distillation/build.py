@@ -20,8 +20,8 @@ from clip_rd_edge.bundle.images import in_bounded_batches
 from clip_rd_edge.bundle.runs import WEIGHTS_FILE, model_folder
 from clip_rd_edge.bundle.task import Task
 from clip_rd_edge.data.load import names_shards
-from clip_rd_edge.data.pairs import BadSamples, Pairs, require_batch
 from clip_rd_edge.data.reinforced import ReinforcedPairs, StoredTeachers
+from clip_rd_edge.data.samples import BadSamples, Pairs, require_batch
 from clip_rd_edge.data.shards.webdataset import parse_sources
 from clip_rd_edge.data.unpaired import (
     MixedSamples,

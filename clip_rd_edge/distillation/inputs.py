@@ -13,8 +13,8 @@ import msgspec
 from clip_rd_edge.bundle.labels import is_template
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.runs import INPUTS_FILE, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE, model_folder
-from clip_rd_edge.data.pairs import Pairs, fingerprint
 from clip_rd_edge.data.reinforced import STORED
+from clip_rd_edge.data.samples import Pairs, fingerprint
 from clip_rd_edge.data.unpaired import describe_counts
 from clip_rd_edge.distillation.build import RunSetup
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
@@ -42,7 +42,7 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
         samples: the rows in words; empty for runs of before there were others than pairs.
         teacher_preprocessing: of each teacher, whose fingerprint does not cover it; none for stored teachers and for
             runs that did not record it yet.
-        pairs_sha256: see `data.pairs.fingerprint`.
+        pairs_sha256: see `data.samples.fingerprint`.
         teacher_sha256: see `models.clip.model_fingerprint`; those of several teachers in turn; None without one.
         student_sha256: the same of a trained student that is trained on; None for a new one, and for runs that did not
             record it yet.
