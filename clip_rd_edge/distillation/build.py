@@ -20,10 +20,7 @@ from clip_rd_edge.bundle.images import in_bounded_batches
 from clip_rd_edge.bundle.runs import WEIGHTS_FILE, model_folder
 from clip_rd_edge.bundle.task import Task
 from clip_rd_edge.data.load import names_shards
-from clip_rd_edge.data.reinforced import ReinforcedPairs, StoredTeachers
-from clip_rd_edge.data.samples import BadSamples, Pairs, require_batch
-from clip_rd_edge.data.shards.webdataset import parse_sources
-from clip_rd_edge.data.unpaired import (
+from clip_rd_edge.data.mixed import (
     MixedSamples,
     TrainingData,
     load_samples,
@@ -31,6 +28,9 @@ from clip_rd_edge.data.unpaired import (
     require_images,
     sample_counts,
 )
+from clip_rd_edge.data.reinforced import ReinforcedPairs, StoredTeachers
+from clip_rd_edge.data.samples import BadSamples, Pairs, require_batch
+from clip_rd_edge.data.shards.webdataset import parse_sources
 from clip_rd_edge.distillation.checkpoint import seed_everything
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.loader import ViewDataset
@@ -207,7 +207,7 @@ def lack_of_pairs(config: RunConfig, pairs: Pairs) -> list[str]:
 
 
 def training_pairs(config: RunConfig, *, reporter: Reporter = SILENT) -> Pairs:
-    """Return what a run trains on; raises as `data.unpaired.load_samples`."""
+    """Return what a run trains on; raises as `data.mixed.load_samples`."""
     source = TrainingData(**{name: getattr(config, name) for name in TrainingData.__struct_fields__})
     if load_stored_teachers(config) is not None:
         return _reinforced_pairs(source, reporter)

@@ -13,9 +13,9 @@ import msgspec
 from clip_rd_edge.bundle.labels import is_template
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.runs import INPUTS_FILE, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE, model_folder
+from clip_rd_edge.data.mixed import describe_counts
 from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.data.samples import Pairs, fingerprint
-from clip_rd_edge.data.unpaired import describe_counts
 from clip_rd_edge.distillation.build import RunSetup
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import LOCATIONS, RecordedConfig, RunConfig, plain_values
