@@ -18,7 +18,6 @@ from PIL import Image
 from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.bundle.images import in_bounded_batches
 from clip_rd_edge.bundle.runs import WEIGHTS_FILE, model_folder
-from clip_rd_edge.bundle.task import Task
 from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.mixed import (
     MixedSamples,
@@ -31,6 +30,7 @@ from clip_rd_edge.data.mixed import (
 from clip_rd_edge.data.reinforced import ReinforcedPairs, StoredTeachers
 from clip_rd_edge.data.samples import BadSamples, Pairs, require_batch
 from clip_rd_edge.data.shards.webdataset import parse_sources
+from clip_rd_edge.data.tasks import Task
 from clip_rd_edge.distillation.checkpoint import seed_everything
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.loader import ViewDataset

@@ -13,9 +13,9 @@ from PIL import Image
 from clip_rd_edge.bundle.encoder import label_embeddings, probabilities
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import Pixels, preprocess
-from clip_rd_edge.bundle.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.data.mixed import pair_count
 from clip_rd_edge.data.samples import BadSamples, Pairs
+from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.distillation.monitoring.plots import Prediction, plot_predictions
 from clip_rd_edge.models.encoder import TorchEncoder
 
