@@ -29,8 +29,8 @@ from clip_rd_edge.data.mixed import (
 )
 from clip_rd_edge.data.reinforced import ReinforcedPairs, StoredTeachers
 from clip_rd_edge.data.samples import BadSamples, Pairs, require_batch
-from clip_rd_edge.data.shards.webdataset import parse_sources
 from clip_rd_edge.data.tasks import Task
+from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.distillation.checkpoint import seed_everything
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.loader import ViewDataset
