@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.distillation.processes.distributed import Processes
-from clip_rd_edge.distillation.processes.roll_call import Member
-from clip_rd_edge.distillation.processes.signals import Stopped
+from clip_rd_edge.distillation.processes import Member, Processes, Stopped
 from clip_rd_edge.errors import ClipRdEdgeError
 
 

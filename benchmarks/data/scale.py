@@ -160,8 +160,8 @@ def write_store(folder: Path, shards: int, samples: int) -> None:
     import msgspec
 
     from clip_rd_edge.bundle.preprocess import Preprocessing
-    from clip_rd_edge.distillation import store
-    from clip_rd_edge.distillation.pixels import Crops
+    from clip_rd_edge.distillation.batches.pixels import Crops
+    from clip_rd_edge.distillation.teachers import embedding_store as store
 
     pairs = shards * samples
     manifest = store.CacheManifest(
@@ -207,7 +207,7 @@ def measure_pairs(folder: Path) -> Figures:
     """Load pairs, and read the locations and captions of a first batch."""
     from clip_rd_edge.data.load import load_pairs
     from clip_rd_edge.data.order import EpochOrder
-    from clip_rd_edge.data.samples import fingerprint
+    from clip_rd_edge.data.pairs import fingerprint
     from clip_rd_edge.utils.reporting import Reporter
 
     before, peak, next_look = proportional_memory(), 0, 0.0
@@ -242,7 +242,7 @@ def measure_pairs(folder: Path) -> Figures:
 
 def measure_store(folder: Path) -> Figures:
     """Open a teacher's store, and read 10,000 random rows of images and texts."""
-    from clip_rd_edge.distillation import store
+    from clip_rd_edge.distillation.teachers import embedding_store as store
 
     generator = np.random.default_rng(0)
     before = proportional_memory()

@@ -376,7 +376,7 @@ class CheckpointScenario:
 
     def _load(self, folder: Path) -> int:
         from clip_rd_edge.distillation.checkpoint import load_checkpoint
-        from clip_rd_edge.distillation.processes.distributed import Processes
+        from clip_rd_edge.distillation.processes import Processes
 
         module = self._module(0)
         step = load_checkpoint(folder, {"model": module}, Processes())
@@ -436,7 +436,7 @@ class IndexScenario:
 @contextmanager
 def _indexing_here(folder: Path) -> Iterator[None]:
     """Within the block, shards are indexed by this process, where operations fail, with their cache in the folder."""
-    from clip_rd_edge.data import shard_index as index_files
+    from clip_rd_edge.data import index_files
 
     with (
         patch.dict(os.environ, {"CLIP_RD_EDGE_CACHE": str(folder / "cache")}),
@@ -558,7 +558,7 @@ class BenchmarkScenario:
         from clip_rd_edge.benchmarking.answer_cache import AnswerCache
         from clip_rd_edge.benchmarking.metrics import Interval, ZeroShotScore
         from clip_rd_edge.benchmarking.results import Environment
-        from clip_rd_edge.data.tasks import ZeroShotTask
+        from clip_rd_edge.bundle.task import ZeroShotTask
 
         score = ZeroShotScore(
             task="t", images=1, classes=2, top1=1.0, top1_interval=Interval(0.0, 1.0), top5=None, mean_per_class=1.0
@@ -631,7 +631,7 @@ def make_bundle(folder: Path) -> Path:
     import torch
 
     from clip_rd_edge.exporting.bundle import export_bundle
-    from clip_rd_edge.exporting.plan import ExportRequest
+    from clip_rd_edge.exporting.options import ExportRequest
     from clip_rd_edge.models.student import build_student, student_config
 
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from clip_rd_edge.settings.training import Distill, Embed
 from clip_rd_edge.utils.paths import AnyPath, typed
 
 if TYPE_CHECKING:
-    from clip_rd_edge.data.tasks import Task
+    from clip_rd_edge.bundle.task import Task
     from clip_rd_edge.distillation.average import AveragedModel
     from clip_rd_edge.distillation.config import RunConfig
 
@@ -67,7 +67,7 @@ def embed(request: Embed) -> Path:
         InputError, ConfigError: the data, teacher or recipe is missing or invalid, or the value of an option.
     """
     from clip_rd_edge.distillation.config import resolve
-    from clip_rd_edge.distillation.embed import embed_teacher
+    from clip_rd_edge.distillation.teachers.embed import embed_teacher
 
     with _told_to_all_processes():
         config = resolve(**{**_without(request, "output", "ray"), "student": request.student or "resnet18"})
@@ -130,7 +130,7 @@ def _told_to_all_processes() -> Iterator[None]:
         yield
     except (ClipRdEdgeError, ModuleNotFoundError) as error:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from clip_rd_edge.distillation.processes.distributed import tell_failure
+            from clip_rd_edge.distillation.processes import tell_failure
 
             tell_failure(error if isinstance(error, ClipRdEdgeError) else UsageError(f"{error}."))
         raise

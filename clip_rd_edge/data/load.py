@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from clip_rd_edge.data.pairs import Pairs, first_left_out, hint_to_index_again
 from clip_rd_edge.data.remote import is_remote
-from clip_rd_edge.data.samples import Pairs, first_left_out, hint_to_index_again
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.paths import URL, Typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -58,7 +58,7 @@ def load_pairs(
             the table's folder.
         image_key, caption_key: names of the table's two columns.
         weights: how often each shard source is shown per epoch, such as `1::2`; None means once.
-        json_key, reporter: see `data.webdataset.ShardPairs`.
+        json_key, reporter: see `data.shards.webdataset.ShardPairs`.
     """
     if weights and not names_shards(source):
         raise UsageError(f"The weights {weights!r} apply only to shards, but the data are {shown_source(source)}.")
@@ -67,11 +67,11 @@ def load_pairs(
 
         pairs: Pairs = training_pairs()
     elif names_shards(source):
-        from clip_rd_edge.data.webdataset import ShardPairs, parse_sources
+        from clip_rd_edge.data.shards.webdataset import ShardPairs, parse_sources
 
         pairs = ShardPairs(source, parse_sources(source, weights), json_key=json_key, reporter=reporter)
     else:
-        from clip_rd_edge.data.tables import table_pairs
+        from clip_rd_edge.data.tables.load import table_pairs
 
         require_local(source)
         pairs = table_pairs(Path(source), image_key=image_key, caption_key=caption_key, reporter=reporter)

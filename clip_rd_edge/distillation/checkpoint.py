@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from clip_rd_edge.bundle.runs import INPUTS_FILE, METRICS_FILE, RUN_CONFIG_FILE, read_metrics
-from clip_rd_edge.distillation.monitoring.trackers import TENSORBOARD_FOLDER, TRACKING_FILE
-from clip_rd_edge.distillation.processes.distributed import Processes
+from clip_rd_edge.distillation.processes import Processes
+from clip_rd_edge.distillation.trackers import TENSORBOARD_FOLDER, TRACKING_FILE
 from clip_rd_edge.errors import ConfigError, InterruptedRunError, LostProcessError, UsageError
 from clip_rd_edge.utils.files import disk_full_error, sha256_of
 from clip_rd_edge.utils.outputs import LOCK_FILE, new_folder

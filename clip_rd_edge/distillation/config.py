@@ -19,7 +19,7 @@ from clip_rd_edge.bundle.tokenizer import MAX_CONTEXT
 from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.data.remote import is_remote
-from clip_rd_edge.data.webdataset import SEPARATOR
+from clip_rd_edge.data.shards.webdataset import SEPARATOR
 from clip_rd_edge.errors import ConfigError, UsageError, near_matches, quoted
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
@@ -73,7 +73,7 @@ class Recipe(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         scales: `bounded` keeps the learned multipliers of VRD and XRD in [1, 100], `raw` learns them as published.
         scale_start: initial value of these multipliers.
         bank_size: max number of the teacher's image embeddings, and of its caption embeddings, in the bank of the term
-            `bank`; see `distillation.bank`.
+            `bank`; see `distillation.teachers.bank`.
         bank_temperature: divides the teacher's logit scale in that term; higher values bring more distant entries in.
         epochs: passes over the pairs; ignored if `steps` is not 0.
         steps: number of training steps; 0 follows `epochs`.
@@ -125,7 +125,7 @@ class _Config(CheckedStruct, Generic[Place, Names], frozen=True, kw_only=True, f
     """The settings of a run.
 
     Attributes:
-        data, images, texts, templates: what to train on; see `data.mixed.TrainingData`.
+        data, images, texts, templates: what to train on; see `data.unpaired.TrainingData`.
         csv_img_key, csv_caption_key: column names of tables, of tasks, too.
         train_data_upsampling_factors, json_caption_key: for shards; `weights` and `json_key` of `load_pairs`.
         max_bad: max fraction of the samples that may be unreadable; these are skipped.
@@ -153,7 +153,7 @@ class _Config(CheckedStruct, Generic[Place, Names], frozen=True, kw_only=True, f
         freeze_text_layers: number of groups of layers of the text tower, from the input, that are not trained; see
             `models.text.layers.text_groups`.
         freeze_image: number of groups of layers of the image tower, from the input, that are not trained; see
-            `distillation.student`.
+            `distillation.freezing`.
         freeze_norms: keep the statistics of the batch norms; their scales and biases are trained.
         tuned_share: share of the trained weights in the saved student; the rest are those that a student to fine-tune
             started from. See `models.interpolate`.
@@ -168,7 +168,7 @@ class _Config(CheckedStruct, Generic[Place, Names], frozen=True, kw_only=True, f
             resumed: batches and loss stay the same, but batch norms and dropout see only each process's part.
         workers: loader processes; -1 uses half of the cores, at most 8.
         evaluate_every: steps between evaluations on `tasks`; 0 evaluates only at the end.
-        report_to: where the metrics also go; see `distillation.monitoring.trackers`.
+        report_to: where the metrics also go; see `distillation.trackers`.
     """
 
     recipe_name: Place

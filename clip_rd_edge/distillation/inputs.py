@@ -1,34 +1,68 @@
-"""Fingerprints of what a run reads from outside its folder, so that a resumed run notices when it was replaced."""
+"""What a run is made from: loaded and checked before anything is written, and known again when it is resumed."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import replace
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+import torch
+from PIL import Image
 
+from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.images import in_bounded_batches
 from clip_rd_edge.bundle.labels import is_template
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.runs import INPUTS_FILE, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE, model_folder
-from clip_rd_edge.data.mixed import describe_counts
-from clip_rd_edge.data.reinforced import STORED
-from clip_rd_edge.data.samples import Pairs, fingerprint
-from clip_rd_edge.distillation.build import RunSetup
-from clip_rd_edge.distillation.checkpoint import list_checkpoints
-from clip_rd_edge.distillation.config import LOCATIONS, RecordedConfig, RunConfig, plain_values
-from clip_rd_edge.distillation.processes.distributed import Processes
-from clip_rd_edge.distillation.student import text_source
+from clip_rd_edge.bundle.task import Task
+from clip_rd_edge.data.load import names_shards
+from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint, require_batch
+from clip_rd_edge.data.reinforced import STORED, ReinforcedPairs, StoredTeachers
+from clip_rd_edge.data.shards.webdataset import parse_sources
+from clip_rd_edge.data.unpaired import (
+    MixedSamples,
+    TrainingData,
+    describe_counts,
+    load_samples,
+    pair_count,
+    require_images,
+    sample_counts,
+)
+from clip_rd_edge.distillation.batches.loader import ViewDataset
+from clip_rd_edge.distillation.batches.pixels import crops_for
+from clip_rd_edge.distillation.batches.reinforced import ReinforcedDataset, require_stored_width
+from clip_rd_edge.distillation.checkpoint import list_checkpoints, seed_everything
+from clip_rd_edge.distillation.config import LOCATIONS, RecordedConfig, RunConfig, is_texts_alone, plain_values
+from clip_rd_edge.distillation.freezing import set_training_mode
+from clip_rd_edge.distillation.processes import Processes
+from clip_rd_edge.distillation.quantized.tower import require_quantizable
+from clip_rd_edge.distillation.student import make_student, require_named_student, text_source
+from clip_rd_edge.distillation.teachers.teacher import (
+    ensemble_of,
+    ensemble_of_stored,
+    load_stored_teachers,
+    load_teachers,
+)
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.models.clip import form_fingerprint, model_fingerprint
+from clip_rd_edge.losses.ensemble import Ensemble
+from clip_rd_edge.losses.objective import MATCHING_TERMS, PAIR_TERMS, Objective
+from clip_rd_edge.models.clip import ClipModel, form_fingerprint, model_fingerprint
+from clip_rd_edge.models.encoder import BATCH_SIZE, TorchEncoder
 from clip_rd_edge.models.student import student_file
+from clip_rd_edge.runtime.label_list import read_texts
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, read_yaml, to_json, to_yaml
-from clip_rd_edge.utils.text import as_word, shown_source
+from clip_rd_edge.utils.text import as_word, shown_source, shown_sources
 
 _SHOWN_DIGITS = 12
 
@@ -42,7 +76,7 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
         samples: the rows in words; empty for runs of before there were others than pairs.
         teacher_preprocessing: of each teacher, whose fingerprint does not cover it; none for stored teachers and for
             runs that did not record it yet.
-        pairs_sha256: see `data.samples.fingerprint`.
+        pairs_sha256: see `data.pairs.fingerprint`.
         teacher_sha256: see `models.clip.model_fingerprint`; those of several teachers in turn; None without one.
         student_sha256: the same of a trained student that is trained on; None for a new one, and for runs that did not
             record it yet.
@@ -371,3 +405,260 @@ def _digest(sha256: str) -> str:
 def _change(old: str | None, new: str | None) -> str | None:
     """Return from what to what a digest changed; None if it did not, or if either is not recorded."""
     return f"{_digest(old)} → {new[:_SHOWN_DIGITS]}" if old and new and old != new else None
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """Pairs, models and objective of a run. There are no `teachers` if the objective does not need one.
+
+    With `stored` teachers, the pairs are `ReinforcedPairs`, which have the embeddings, and there are no other teachers.
+    `ensemble` says how the embeddings of either become those of one; None without a teacher.
+
+    `pairs` may be `MixedSamples`, in which images and captions do not always belong together.
+
+    `tasks` are those that the student is evaluated on.
+    """
+
+    pairs: Pairs
+    teachers: tuple[ClipModel, ...]
+    student: ClipModel
+    objective: Objective
+    stored: StoredTeachers | None = None
+    ensemble: Ensemble | None = None
+    tasks: Sequence[Task] = ()
+
+    @cached_property
+    def task_fingerprints(self) -> dict[str, str]:
+        """The fingerprint of each task by its name."""
+        from clip_rd_edge.benchmarking.accuracy import task_fingerprint  # which most runs do without
+
+        return {task.name: task_fingerprint(task) for task in self.tasks}
+
+    @property
+    def teacher_names(self) -> list[str]:
+        """The names of all teachers."""
+        return [teacher.name for teacher in (self.stored.teachers if self.stored else self.teachers)]
+
+
+def load_setup(
+    config: RunConfig,
+    *,
+    name: str,
+    processes: Processes,
+    reporter: Reporter = SILENT,
+) -> RunSetup:
+    """Load the pairs, the models and the objective that a configuration names.
+
+    Args:
+        name: the student's name.
+        processes: the processes that share a batch. The main one indexes the shards; the others read its index.
+    """
+    require_quantizable(config)
+    with processes.main_first():
+        require_named_student(config)
+        pairs = training_pairs(config, reporter=reporter)
+    with processes.together():  # a machine may lack a file that the others have
+        setup = _load_models(config, pairs, name=name, processes=processes, reporter=reporter)
+    return setup
+
+
+def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Processes, reporter: Reporter) -> RunSetup:
+    BadSamples(pairs, max_share=config.max_bad)  # refuses too many before the models are loaded
+    if pairs.left_out:
+        lost = f", and about {pairs.lost:,} are lost in damaged shards" if pairs.lost else ""
+        count = len(pairs.left_out)
+        left_out = f"{count:,} samples are not pairs and were" if count > 1 else "1 sample is not a pair and was"
+        reporter.say(f"{left_out} skipped{lost}; the first: {pairs.left_out[0]}")
+    is_mixed = isinstance(pairs, MixedSamples)
+    require_batch(
+        pairs, config.recipe.batch_size, processes=processes.world_size, what="samples" if is_mixed else "pairs"
+    )
+    if is_texts_alone(config):
+        _require_terms_of_texts(config)
+        if config.teacher_cache is not None:
+            require_images(pairs)
+    elif not pair_count(pairs):
+        _require_terms_without_pairs(config)
+    stored = load_stored_teachers(config)
+    if stored is not None and isinstance(pairs, ReinforcedPairs):
+        require_stored_width(pairs, stored)
+    teachers = load_teachers(config)
+    ensemble = ensemble_of_stored(stored) if stored else ensemble_of(teachers) if teachers else None
+    if ensemble and ensemble.share_text:
+        reporter.say("the teachers share a text tower: the student learns the mean of their image embeddings")
+    seed_everything(config.seed)
+    student = make_student(config, teachers, name=name, reporter=reporter)
+    set_training_mode(student, config)  # refuses what cannot be frozen, before anything is written or cached
+    objective = Objective(
+        config.recipe.objective.for_texts() if is_texts_alone(config) else config.recipe.objective,
+        scales=config.recipe.scales,
+        scale_start=config.recipe.scale_start,
+        widths=(student.embedding_size, *ensemble.widths) if ensemble else None,
+        bank_temperature=config.recipe.bank_temperature,
+    )
+    setup = RunSetup(pairs, teachers, student, objective, stored, ensemble)
+    _require_matching_towers(config, setup)
+    return setup
+
+
+def _require_matching_towers(config: RunConfig, setup: RunSetup) -> None:
+    """Refuse an objective that trains the student's images and texts only through a projection for each."""
+    objective = setup.objective
+    terms = {name for name in objective.weights.active() if name not in PAIR_TERMS or pair_count(setup.pairs)}
+    if not objective.has_projections or terms & MATCHING_TERMS:
+        return
+    size, of_teachers = setup.student.embedding_size, sum(objective.teacher_widths)
+    recipe = "" if is_texts_alone(config) else ", or another recipe: {recipe} clip-rd"
+    raise UsageError(
+        f"The embeddings of the student have {size} entries and those of {' and '.join(setup.teacher_names)} "
+        f"{of_teachers}, and no term of the objective compares the student's images with its texts: they would not "
+        "match, since each learns a projection of its own.",
+        hint=f"name one teacher with embeddings of {size}, or give the student theirs: {{embedding_size}} {of_teachers}"
+        f"{recipe}",
+    )
+
+
+def _require_terms_without_pairs(config: RunConfig) -> None:
+    if config.recipe.objective.needs_pairs:
+        raise UsageError(
+            f"The recipe {config.recipe_name} trains on pairs of images and captions alone, of which there are none.",
+            hint="name pairs with {data}, or another recipe: {recipe} clip-rd",
+        )
+
+
+def _require_terms_of_texts(config: RunConfig) -> None:
+    if not config.recipe.objective.for_texts().active():
+        raise UsageError(
+            f"The recipe {config.recipe_name} trains on images, of which there are none.",
+            hint="name some: {images} FOLDER, or {data} PAIRS; or another recipe: {recipe} clip-rd",
+        )
+    if config.quantize:
+        raise UsageError(
+            "There are texts alone, but it is the image tower that is trained for INT8.",
+            hint="name images: {images} FOLDER, or {data} PAIRS",
+        )
+
+
+def lack_of_pairs(config: RunConfig, pairs: Pairs) -> list[str]:
+    """Return sentences on what a run cannot do if it has no pairs; none if it has."""
+    if pair_count(pairs):
+        return []
+    if is_texts_alone(config):
+        trained = ", ".join(config.recipe.objective.for_texts().active())
+        return [f"without images, the text tower alone is trained, by these terms of the objective: {trained}"]
+    left_out = [name for name in config.recipe.objective.active() if name in PAIR_TERMS]
+    terms = [f"without pairs, these terms of the objective are 0: {', '.join(left_out)}"] if left_out else []
+    if config.tasks:
+        return terms
+    return [
+        *terms,
+        "without pairs or a --task, the run cannot tell how often the student is right: evaluate it on images that you "
+        "have labelled",
+    ]
+
+
+def training_pairs(config: RunConfig, *, reporter: Reporter = SILENT) -> Pairs:
+    """Return what a run trains on; raises as `data.unpaired.load_samples`."""
+    source = TrainingData(**{name: getattr(config, name) for name in TrainingData.__struct_fields__})
+    if load_stored_teachers(config) is not None:
+        return _reinforced_pairs(source, reporter)
+    return load_samples(source, read_texts, reporter=reporter)
+
+
+def _reinforced_pairs(source: TrainingData, reporter: Reporter) -> ReinforcedPairs:
+    if source.data is None or not names_shards(source.data):
+        raise UsageError(
+            f"Stored teachers were named, but the data are {shown_sources(source.data)}; expected WebDataset shards of "
+            "reinforced samples.",
+            hint="{data} 'store/{00000..00012}.tar', or name another {teacher}",
+        )
+    sources = parse_sources(source.data, source.train_data_upsampling_factors)
+    return ReinforcedPairs(source.data, sources, json_key=source.json_caption_key, reporter=reporter)
+
+
+def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: bool = True) -> ViewDataset:
+    """Return the data set of views that a run trains on."""
+    if setup.stored is not None:
+        assert isinstance(setup.pairs, ReinforcedPairs)
+        return ReinforcedDataset(
+            setup.pairs,
+            setup.stored,
+            setup.student.preprocessing,
+            seed=config.seed,
+            views=config.views,
+            max_bad=config.max_bad,
+        )
+    return ViewDataset(
+        setup.pairs,
+        setup.student.preprocessing,
+        [teacher.preprocessing for teacher in setup.teachers] if with_teacher_pixels else [],
+        crops=crops_for(setup.student.preprocessing, config.recipe.crop_scale),
+        seed=config.seed,
+        views=config.views,
+        max_bad=config.max_bad,
+    )
+
+
+RECORDED_PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "timm", "numpy", "pillow")
+_HISTOGRAM_PAIRS = 512
+
+
+def provenance(config: RunConfig, setup: RunSetup, *, steps: int) -> dict[str, Any]:
+    """Return the content of distillation.json: recipe, teacher, data, seed, versions."""
+    digests = [_weights_sha256(name) for name in config.teachers] if setup.teachers else []
+    return {
+        "recipe": config.recipe_name,
+        "configuration": msgspec.to_builtins(config),
+        "teacher": _one_or_all(setup.teacher_names),
+        "teacher_sha256": _one_or_all(digests),
+        "data": config.data,
+        "image_source": config.images,
+        **sample_counts(setup.pairs),
+        "steps": steps,
+        "seed": config.seed,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()} {platform.system()}",
+        "versions": {name: version(name) for name in RECORDED_PACKAGES},
+    }
+
+
+def _weights_sha256(teacher: str) -> str | None:
+    folder = model_folder(teacher)
+    weights = folder / WEIGHTS_FILE if folder else None
+    return sha256_of(weights) if weights and weights.is_file() else None
+
+
+def _one_or_all(values: Sequence[str | None]) -> str | list[str | None] | None:
+    return list(values) if len(values) > 1 else values[0] if values else None
+
+
+def histogram_embeddings(config: RunConfig, setup: RunSetup) -> dict[str, tuple[Embeddings, Embeddings]]:
+    """Embed up to 512 random pairs with student and teachers: image and text embeddings, (N, D) each, by model.
+
+    Stored teachers are left out: their embeddings are those of other crops. Several teachers are one, see
+    `losses.ensemble`. Empty if there are no pairs.
+    """
+    indices = np.random.default_rng(0).permutation(pair_count(setup.pairs))[:_HISTOGRAM_PAIRS]
+    if not len(indices):
+        return {}
+    bad = BadSamples(setup.pairs, max_share=1)  # the training has refused too many; a plot refuses no trained student
+    captions = list[str]()
+
+    def images() -> Iterator[Image.Image]:
+        for index in indices.tolist():
+            pair = bad.take(index)
+            captions.append(pair.captions[0])
+            yield pair.image
+
+    encoders = [TorchEncoder(clip) for clip in (setup.student, *(setup.teachers if setup.ensemble else ()))]
+    parts = [list[Embeddings]() for _ in encoders]
+    for batch in in_bounded_batches(images(), BATCH_SIZE):
+        for part, encoder in zip(parts, encoders, strict=True):
+            part.append(encoder.encode_images(batch))
+        del batch  # before the next images are opened
+    sides = [[np.concatenate(part) for part in parts], [encoder.encode_texts(captions) for encoder in encoders]]
+    embeddings = {"student": (sides[0][0], sides[1][0])}
+    if setup.teachers and setup.ensemble:
+        image, text = (setup.ensemble.join([torch.from_numpy(part) for part in side[1:]]).numpy() for side in sides)
+        embeddings["teacher"] = (image, text)
+    return embeddings

@@ -23,15 +23,9 @@ from PIL import Image
 
 from clip_rd_edge.bundle.encoder import Embeddings, Encoder
 from clip_rd_edge.bundle.runs import REPORT_FOLDER, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
-from clip_rd_edge.data.mixed import MixedSamples, describe_counts, has_images
-from clip_rd_edge.data.tasks import Task
-from clip_rd_edge.distillation.build import (
-    RunSetup,
-    histogram_embeddings,
-    lack_of_pairs,
-    load_setup,
-    provenance,
-)
+from clip_rd_edge.bundle.task import Task
+from clip_rd_edge.data.unpaired import MixedSamples, describe_counts, has_images
+from clip_rd_edge.distillation.batches.loader import lost_worker
 from clip_rd_edge.distillation.checkpoint import (
     CHECKPOINTS_FOLDER,
     host_generators_kept,
@@ -44,27 +38,37 @@ from clip_rd_edge.distillation.config import (
     first_difference,
     is_texts_alone,
 )
-from clip_rd_edge.distillation.embed import prepare_teacher
+from clip_rd_edge.distillation.freezing import frozen_at_random
 from clip_rd_edge.distillation.inputs import (
+    RunSetup,
     check_inputs,
     common_inputs,
+    histogram_embeddings,
+    lack_of_pairs,
+    load_setup,
+    provenance,
     record_inputs,
     record_locations,
     teachers_digest,
 )
-from clip_rd_edge.distillation.loader import lost_worker
-from clip_rd_edge.distillation.monitoring.metrics import last_evaluation
-from clip_rd_edge.distillation.monitoring.plots import plot_run
-from clip_rd_edge.distillation.monitoring.trackers import require_tracker
-from clip_rd_edge.distillation.optim import named_divergence
+from clip_rd_edge.distillation.loop import Trained, encoder_of, prepare, total_steps, train
+from clip_rd_edge.distillation.metrics import last_evaluation, plot_run
+from clip_rd_edge.distillation.optimizer import named_divergence
 from clip_rd_edge.distillation.precision import with_measured_precision
-from clip_rd_edge.distillation.processes.distributed import Processes, join_processes
-from clip_rd_edge.distillation.processes.roll_call import is_lost_connection, lost_error
-from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, stop_on_signals
+from clip_rd_edge.distillation.processes import (
+    Processes,
+    Stopped,
+    StopRequest,
+    is_lost_connection,
+    join_processes,
+    lost_error,
+    stop_on_signals,
+)
 from clip_rd_edge.distillation.resume import change_since, check_folder, without_initial_weights
-from clip_rd_edge.distillation.student import frozen_at_random, with_default_shape, with_shape_of
-from clip_rd_edge.distillation.teacher import refuse_idle_teacher
-from clip_rd_edge.distillation.train import Trained, encoder_of, prepare, total_steps, train
+from clip_rd_edge.distillation.student import with_default_shape, with_shape_of
+from clip_rd_edge.distillation.teachers.prepare import prepare_teacher
+from clip_rd_edge.distillation.teachers.teacher import refuse_idle_teacher
+from clip_rd_edge.distillation.trackers import require_tracker
 from clip_rd_edge.errors import (
     ClipRdEdgeError,
     DiskFullError,

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from clip_rd_edge.bundle.runs import EVALUATION_PREFIX
-from clip_rd_edge.distillation.monitoring.plots import verbatim
+from clip_rd_edge.distillation.metrics import verbatim
 from clip_rd_edge.evidence.results import Curve, Evidence, runs_of
 
 if TYPE_CHECKING:

@@ -27,12 +27,12 @@ from support import contents, wait_until
 
 from benchmarks.data.unreliable_server import UnreliableServer
 from clip_rd_edge.data import remote
-from clip_rd_edge.data import remote as shard_cache
 from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.mixed import TrainingData, load_samples
-from clip_rd_edge.data.samples import fingerprint
-from clip_rd_edge.data.shard_index import close_tars
+from clip_rd_edge.data.pairs import fingerprint
+from clip_rd_edge.data.shards import cache as shard_cache
+from clip_rd_edge.data.shards.tars import close_tars
 from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.data.unpaired import TrainingData, load_samples
 from clip_rd_edge.errors import InputError, UnreachableError
 from clip_rd_edge.runtime.label_list import read_texts
 
@@ -278,8 +278,8 @@ def test_no_message_about_a_shard_shows_a_secret_of_its_address(
 
 def test_a_server_that_goes_away_ends_training_and_replaces_no_pair(server: UnreliableServer, shards: Path) -> None:
     from clip_rd_edge.bundle.preprocess import Preprocessing
-    from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
-    from clip_rd_edge.distillation.pixels import Crops
+    from clip_rd_edge.distillation.batches.loader import StepSampler, ViewDataset, step_loader
+    from clip_rd_edge.distillation.batches.pixels import Crops
 
     pairs = load_pairs(f"{server.url}/{{000..003}}.tar")
     for path in shard_cache._cached(remote.RemoteShard(f"{server.url}/000.tar")).parent.glob("*.tar"):

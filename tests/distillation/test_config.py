@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from clip_rd_edge.distillation.config import Recipe, RunConfig, first_difference, load_recipe, recipe_names, resolve
-from clip_rd_edge.distillation.optim import build_optimizer, learning_rate_at
+from clip_rd_edge.distillation.optimizer import build_optimizer, learning_rate_at
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.losses.objective import Objective, Weights
 

@@ -28,17 +28,17 @@ from tiny_runs import assert_same_weights, stop_at, tiny_run, weights
 from clip_rd_edge.benchmarking.accuracy import task_fingerprint
 from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import read_metrics
-from clip_rd_edge.data.samples import BadSamples, ValidPair
-from clip_rd_edge.data.tasks import ZeroShotTask
-from clip_rd_edge.distillation import checkpoint, train
-from clip_rd_edge.distillation.build import histogram_embeddings, load_setup
+from clip_rd_edge.bundle.task import ZeroShotTask
+from clip_rd_edge.data.pairs import BadSamples, ValidPair
+from clip_rd_edge.distillation import checkpoint
+from clip_rd_edge.distillation import loop as train
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, seed_everything
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.processes.distributed import Processes
-from clip_rd_edge.distillation.processes.signals import StopRequest
+from clip_rd_edge.distillation.inputs import histogram_embeddings, load_setup
+from clip_rd_edge.distillation.loop import interrupted, save_if_best
+from clip_rd_edge.distillation.processes import Processes, StopRequest
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.student import with_default_shape
-from clip_rd_edge.distillation.train import interrupted, save_if_best
 from clip_rd_edge.errors import (
     ClipRdEdgeError,
     ConfigError,
@@ -530,7 +530,7 @@ def test_images_that_are_out_of_reach_after_the_last_step_cost_no_trained_studen
         assert (tmp_path / "run" / "student").is_dir()  # whatever may happen now, such as a kill
         raise UnreachableError("Cannot read http://photos: it is away.")
 
-    monkeypatch.setattr("clip_rd_edge.distillation.build.BadSamples.take", take)
+    monkeypatch.setattr("clip_rd_edge.distillation.inputs.BadSamples.take", take)
     watch = Watch()
     student = run_distillation(config, tmp_path / "run", resume=False, reporter=watch)
     load_clip(f"local-dir:{student}")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from clip_rd_edge.distillation.strided import take_strides_first
+from clip_rd_edge.distillation.depthwise import take_strides_first
 
 SCRIPT = Path(__file__).with_name("layouts.py")
 FAMILIES = ("mobileone_s0", "repvgg_a0", "fastvit_t8", "fastvit_mci0")  # the last is the image tower of MobileCLIP2-S0

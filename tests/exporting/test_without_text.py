@@ -21,11 +21,12 @@ from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.bundle.reference import read_reference, write_reference
-from clip_rd_edge.data.tasks import ZeroShotTask
+from clip_rd_edge.bundle.task import ZeroShotTask
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.plan import ExportRequest, plan_exports
+from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.plan import plan_exports
 from clip_rd_edge.models.clip import ClipModel, parameter_count
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.encoder import BundleEncoder

@@ -1,0 +1,306 @@
+"""Images without captions and captions without images, beside pairs or instead of them; or captions alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from clip_rd_edge.bundle.encoder import fill_template
+from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES, list_images
+from clip_rd_edge.bundle.labels import parse_templates
+from clip_rd_edge.bundle.manifest import MAX_TEMPLATES
+from clip_rd_edge.data.load import load_pairs, names_shards, require_local
+from clip_rd_edge.data.pairs import Pairs, first_left_out
+from clip_rd_edge.data.shards.webdataset import SEPARATOR, ShardPairs, parse_sources
+from clip_rd_edge.data.tables.load import TablePairs, table_images
+from clip_rd_edge.data.tables.parquet import is_parquet, read_column
+from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.utils.paths import URL, Typed, exists, is_file, is_folder, why_no_file
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import shown_source
+
+
+class TrainingData(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model is trained on. `distillation.config.RunConfig` has the same fields.
+
+    A ~ at the beginning of a path stands for the home folder, here and nowhere else: a shell leaves it as it is in
+    quotes, and Python knows none.
+
+    Attributes:
+        data: source of the pairs, as `data.load.load_pairs` takes it; None for none.
+        images: a folder of images, or any source of pairs, whose captions are not read; None for none.
+        texts: a label file, see `runtime.label_list.read_labels_file`, or a Parquet file; None for none.
+        templates: prompt templates for the texts, as `bundle.labels.parse_templates` takes them.
+        csv_img_key, csv_caption_key, json_caption_key, train_data_upsampling_factors: see `load_pairs`.
+    """
+
+    data: Typed | None = None
+    images: Typed | None = None
+    texts: Typed | None = None
+    templates: tuple[Typed, ...] = ()
+    csv_img_key: str = "filepath"
+    csv_caption_key: str = "title"
+    json_caption_key: str | None = None
+    train_data_upsampling_factors: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("data", "images", "texts"):
+            if isinstance(source := getattr(self, name), str):
+                parts = source.split(SEPARATOR) if names_shards(source) else [source]
+                msgspec.structs.force_setattr(self, name, SEPARATOR.join(map(os.path.expanduser, parts)))
+
+
+@dataclass(frozen=True)
+class MixedSamples:
+    """Pairs, and after them U rows whose image and captions do not belong together; implements `Pairs`.
+
+    The images of these rows are those without captions, each once, or if there are none, those of the pairs, for at
+    most as many rows as there are texts. Their captions are the texts in turn: with more texts than rows, each row has
+    several, of which training picks one per view. Without texts, they are the captions of pairs. So each row fills a
+    place in both towers' batches, and terms that need a matching caption leave it out. For images without captions, a
+    teacher may choose other texts as training goes: see `distillation.teachers.choosing`.
+
+    Texts alone are as many rows as there are texts, without images: see `has_images`.
+
+    Attributes:
+        pairs: P pairs, or None.
+        images: I images, whose captions are not used, or None.
+        texts: T captions.
+        templates: each with a place for a text; none for the texts as they are.
+    """
+
+    pairs: Pairs | None
+    images: Pairs | None
+    texts: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.pairs is None and not self.texts:
+            raise UsageError(
+                "There are images, but no captions to train on.",
+                hint="name captions or labels: {texts} labels.txt with one per line, or {data} PAIRS",
+            )
+
+    def __len__(self) -> int:
+        return self.pair_count + self.unpaired_count
+
+    @property
+    def has_images(self) -> bool:
+        """Whether each row has an image; only texts alone have none."""
+        return self.pairs is not None or self.images is not None
+
+    @property
+    def pair_count(self) -> int:
+        """P, the number of rows from the first whose image and captions belong together."""
+        return len(self.pairs) if self.pairs is not None else 0
+
+    @property
+    def image_count(self) -> int:
+        """I."""
+        return len(self.images) if self.images is not None else 0
+
+    @property
+    def unpaired_count(self) -> int:
+        """U."""
+        texts = len(self.texts)
+        return self.image_count or (texts if self.pairs is None else min(texts, self.pair_count))
+
+    @property
+    def name(self) -> str:
+        """The names of all parts."""
+        parts = [source.name for source in (self.pairs, self.images) if source is not None]
+        return " and ".join([*parts, *(["texts"] if self.texts else [])])
+
+    @cached_property
+    def left_out(self) -> Sequence[str]:
+        """Messages about samples that cannot be used."""
+        return [message for source in (self.pairs, self.images) if source is not None for message in source.left_out]
+
+    @property
+    def lost(self) -> int:
+        """About how many further samples are lost."""
+        return sum(source.lost for source in (self.pairs, self.images) if source is not None)
+
+    @cached_property
+    def groups(self) -> npt.NDArray[np.int64]:
+        """Numbers of rows that are stored together: of texts beside pairs, with the pairs whose images they have."""
+        of_pairs = np.asarray(self.pairs.groups if self.pairs is not None else [], np.int64)
+        if self.pairs is not None and self.images is None:
+            ends = -(-np.cumsum(of_pairs) * self.unpaired_count // self.pair_count)  # by `_pair_of`
+            return np.stack([of_pairs, np.diff(ends, prepend=0)], axis=1)
+        return np.concatenate([of_pairs, [self.unpaired_count] if self.images is None else self.images.groups])
+
+    def prefetch(self, groups: Sequence[int]) -> None:
+        """Begin to fetch what these groups are read from."""
+        first = len(self.pairs.groups) if self.pairs is not None else 0
+        if self.pairs is not None and (own := [group for group in groups if group < first]):
+            self.pairs.prefetch(own)
+        if self.images is not None and (own := [group - first for group in groups if group >= first]):
+            self.images.prefetch(own)
+
+    def open(self, index: int) -> Image.Image:
+        """Return the image as RGB, of a row that has one; raises InputError if it cannot be read."""
+        row = index - self.pair_count
+        if row >= 0 and self.images is not None:
+            return self.images.open(row)
+        assert self.pairs is not None
+        return self.pairs.open(index if row < 0 else self._pair_of(row))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of a row; raises InputError if none can be read."""
+        row = index - self.pair_count
+        if row < 0 or not self.texts:
+            assert self.pairs is not None
+            return self.pairs.captions(index if row < 0 else self._pair_of(row))
+        texts = self.texts[row % len(self.texts) :: self.unpaired_count]
+        return tuple(prompt for text in texts for prompt in self.prompts(text))
+
+    def prompts(self, text: str) -> tuple[str, ...]:
+        """Return a text in each of the templates; as it is, if there are none."""
+        return tuple(fill_template(template, text) for template in self.templates) or (text,)
+
+    def identity(self) -> Iterator[bytes]:
+        """Yield bytes that identify all parts and their order."""
+        for source in (self.pairs, self.images):
+            yield b"none" if source is None else f"{len(source)}".encode()
+            yield from source.identity() if source is not None else ()
+        yield "\0".join(self.texts).encode()
+        yield "\0".join(self.templates).encode()
+
+    def _pair_of(self, row: int) -> int:
+        """Return the pair whose image or captions stand in an unpaired row: evenly spaced, or all in turn.
+
+        Without images of their own, later rows have later pairs, by which `groups` divides them.
+        """
+        if self.unpaired_count < self.pair_count:
+            return row * self.pair_count // self.unpaired_count
+        return row % self.pair_count
+
+
+def pair_count(pairs: Pairs) -> int:
+    """Return the number of rows, from the first, whose image and captions belong together."""
+    return pairs.pair_count if isinstance(pairs, MixedSamples) else len(pairs)
+
+
+def has_images(pairs: Pairs) -> bool:
+    """Return whether the rows have images, as all do but those of texts alone."""
+    return not isinstance(pairs, MixedSamples) or pairs.has_images
+
+
+def require_images(pairs: Pairs) -> None:
+    """Raise a UsageError if there are texts alone."""
+    if not has_images(pairs):
+        raise UsageError(
+            "There are texts alone, but a teacher cache holds embeddings of images.",
+            hint="name images: {images} FOLDER, or {data} PAIRS; a run on texts alone needs no cache",
+        )
+
+
+def sample_counts(pairs: Pairs) -> dict[str, int]:
+    """Return how many `pairs`, `images` without captions and `texts` there are; pairs alone if that is all."""
+    if not isinstance(pairs, MixedSamples):
+        return {"pairs": len(pairs)}
+    return {"pairs": pairs.pair_count, "images": pairs.image_count, "texts": len(pairs.texts)}
+
+
+def describe_counts(pairs: Pairs) -> str:
+    """Return how many samples of each kind there are, such as `900 images without captions and 12 texts`."""
+    words = {"pairs": "pair{}", "images": "image{} without captions", "texts": "text{}"}
+    counts = sample_counts(pairs).items()
+    parts = [f"{count:,} {words[kind].format('s' * (count != 1))}" for kind, count in counts if count]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
+
+
+def load_samples(
+    source: TrainingData, read_texts: Callable[[Typed, str], Sequence[str]], *, reporter: Reporter = SILENT
+) -> Pairs:
+    """Load what a model is trained on: plain pairs if that is all that is named.
+
+    Args:
+        read_texts: `runtime.label_list.read_texts`; returns the content of `source.texts` if it is no Parquet file.
+        reporter: receives the progress of indexing.
+    """
+    if source.data is None and source.images is None and source.texts is None:
+        raise UsageError(
+            "There are no training data.",
+            hint="name pairs with {data}, or images and captions apart: {images} FOLDER {texts} labels.txt",
+        )
+    if source.templates and source.texts is None:
+        raise UsageError(
+            "There are templates, but no texts to put into them.", hint="name labels with {texts}, or omit {templates}"
+        )
+    pairs = None
+    if (weights := source.train_data_upsampling_factors) and source.data is None:
+        raise UsageError(
+            f"The weights {weights!r} apply only to shards of pairs, of which there are none.",
+            hint="omit {train_data_upsampling_factors}",
+        )
+    if source.data is not None:
+        pairs = load_pairs(
+            source.data,
+            image_key=source.csv_img_key,
+            caption_key=source.csv_caption_key,
+            weights=source.train_data_upsampling_factors,
+            json_key=source.json_caption_key,
+            reporter=reporter,
+        )
+        if source.images is None and source.texts is None:
+            return pairs
+    images = None if source.images is None else load_images(source.images, column=source.csv_img_key, reporter=reporter)
+    templates = parse_templates(source.templates).prompts if source.templates else ()
+    if len(templates) > MAX_TEMPLATES:
+        raise UsageError(
+            f"There are {len(templates):,} templates; the limit is {MAX_TEMPLATES:,}, as in the bundle of the student.",
+            hint="name fewer with {templates}",
+        )
+    texts = load_texts(source.texts, source.csv_caption_key, read_texts) if source.texts is not None else ()
+    return MixedSamples(pairs, images, tuple(dict.fromkeys(texts)), templates)
+
+
+def load_texts(source: Typed, column: str, read_texts: Callable[[Typed, str], Sequence[str]]) -> Sequence[str]:
+    """Load texts from a label file by `read_texts`, or from a column of a Parquet file; raises InputError."""
+    if URL.search(source):
+        raise InputError(f"The texts {shown_source(source)} are not on this machine.", hint="copy them to this machine")
+    path = Path(source)
+    return (read_column if is_file(path) and is_parquet(path) else read_texts)(source, column)
+
+
+def load_images(source: Typed, *, column: str, reporter: Reporter = SILENT) -> Pairs:
+    """Load images, as pairs whose captions mean nothing.
+
+    Args:
+        source: a folder, which is searched with its subfolders; WebDataset shards; a table with a column of paths, of
+            which each counts once; or `emoji`.
+        column: name of the table's column.
+    """
+    if not names_shards(source):
+        require_local(source)
+    if names_shards(source):
+        images: Pairs = ShardPairs(source, parse_sources(source), captioned=False, reporter=reporter)
+    elif source == "emoji":
+        images = load_pairs(source)
+    elif is_folder(Path(source)):
+        paths = tuple(list_images(Path(source)))
+        images = TablePairs(source, paths, (("",),) * len(paths))
+    elif not exists(Path(source)):
+        raise InputError(
+            f"The source of images {source} {why_no_file(Path(source))}",
+            hint="name a folder of images, a table or shards",
+        )
+    elif Path(source).suffix.lower() in IMAGE_SUFFIXES:
+        raise InputError(f"{source} is a single image; expected many.", hint="name the folder of the images")
+    else:
+        images = table_images(Path(source), column=column, reporter=reporter)
+    if not len(images):
+        raise InputError(
+            f"{source} has no images.{first_left_out(images)}", hint="name a folder of images, a table or shards"
+        )
+    return images

@@ -1,0 +1,423 @@
+"""Batches that depend only on seed and step: after a resume, or on another machine, a run sees the same data."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import spawn
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.data.order import EpochOrder
+from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs, read_twice
+from clip_rd_edge.data.unpaired import MixedSamples, has_images
+from clip_rd_edge.distillation.batches.pixels import Crops, Levels, crop_levels
+from clip_rd_edge.distillation.processes import obey_only_the_parent, stop_signals_blocked
+from clip_rd_edge.errors import ClipRdEdgeError, InputError, LostProcessError, UnreachableError
+from clip_rd_edge.utils.files import machine_failure
+from clip_rd_edge.utils.host import return_freed_memory, usable_cores
+from clip_rd_edge.utils.process import SharedBlock
+
+HalfArray = npt.NDArray[np.float16]
+
+
+class EmbeddingSource(Protocol):
+    """Embeddings of all teachers that were computed before."""
+
+    def lookup(self, epoch: int, index: int, caption: str) -> tuple[HalfArray, HalfArray] | None:
+        """Return the embeddings of a pair's image in an epoch and of a caption, (Σ D_k,) each; None if it lacks one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of B images and B captions.
+
+    Attributes:
+        student_pixels, teacher_pixels: the same crops in the size of the student and of each teacher that needs pixels,
+            (B, 3, H, W) uint8 in channels-last format, for `pixels.Normaliser`; models of one size share a tensor. For
+            texts alone, height and width are 0.
+        captions: B captions.
+        bad: pairs that could not be read; other pairs took their places.
+        teacher_embeddings: image and text embeddings of all teachers from a cache, (B, Σ D_k) float16 each, where those
+            of each teacher are unit vectors; None without a cache.
+        paired: which of the captions belong to the image of their row; None if the data set has nothing but pairs.
+    """
+
+    student_pixels: Tensor
+    teacher_pixels: tuple[Tensor, ...]
+    captions: list[str]
+    bad: tuple[BadPair, ...] = ()
+    teacher_embeddings: tuple[Tensor, Tensor] | None = None
+    paired: tuple[bool, ...] | None = None
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory, from which copies to a CUDA device do not block.
+
+        torch's DataLoader calls it; without this method, it would leave a class that it does not know as it is.
+        """
+        distinct = {id(pixels): pixels for pixels in (self.student_pixels, *self.teacher_pixels)}
+        pinned = {key: pixels.pin_memory() for key, pixels in distinct.items()}
+        student = pinned[id(self.student_pixels)]
+        teacher = tuple(pinned[id(pixels)] for pixels in self.teacher_pixels)
+        embeddings = self.teacher_embeddings
+        if embeddings is not None:
+            embeddings = embeddings[0].pin_memory(), embeddings[1].pin_memory()
+        return replace(self, student_pixels=student, teacher_pixels=teacher, teacher_embeddings=embeddings)
+
+
+_ENDED = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed|exited unexpectedly(?: with exit code (\d+))?)"
+)
+# Semaphores, with which the workers begin, lie in shared memory, too.
+_WITHOUT_SHARED_MEMORY = (
+    "load without processes: {workers} 0, or give the container more shared memory: docker's shm-size is 64 MB by "
+    "default"
+)
+_ENDING_S = 1.0
+_NO_PIXELS: Levels = np.zeros((0, 0, 3), dtype=np.uint8)
+View = tuple[int, int]  # epoch and index of the pair
+
+
+class PairView(NamedTuple):
+    """Grey levels for student and teachers, (H, W, 3) each; a caption; skipped bad pairs; cached embeddings.
+
+    `paired` says whether the caption belongs to the image; None in a data set that has nothing but pairs.
+    """
+
+    student_pixels: Levels
+    teacher_pixels: tuple[Levels, ...]
+    caption: str
+    bad: tuple[BadPair, ...] = ()
+    teacher_embeddings: tuple[HalfArray, HalfArray] | None = None
+    paired: bool | None = None
+
+
+class ViewDataset(Dataset[PairView]):
+    """Views of pairs: one crop of the image and one of its captions, determined by (seed, epoch, index).
+
+    Args:
+        student, teachers: the models' preprocessing, of those teachers that need pixels.
+        crops: see `distillation.batches.pixels.crops_for`.
+        views: number of distinct views of a pair, over which the epochs cycle; 0 draws a new one every epoch.
+        max_bad: max fraction of the samples that may be unreadable.
+        substitute: whether the next valid pair takes the place of one that is bad. Otherwise the place of a bad pair is
+            filled with zeros, and `bad` of the batch names it.
+
+    Attributes:
+        cache: the teacher's embeddings of these views, or None. A pair that it lacks is bad.
+        bad: counts the samples that cannot be read; with `substitute`, `step_loader` adds those it encounters.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        student: Preprocessing,
+        teachers: Sequence[Preprocessing],
+        *,
+        crops: Crops,
+        seed: int,
+        views: int = 0,
+        max_bad: float = MAX_BAD_SHARE,
+        substitute: bool = True,
+    ) -> None:
+        self.cache: EmbeddingSource | None = None
+        self.views = views
+        self.bad = BadSamples(pairs, max_share=max_bad)
+        self.pairs, self.student, self.teachers = pairs, student, tuple(teachers)
+        self.crops, self.seed, self.substitute = crops, seed, substitute
+
+    def __getitem__(self, view: View) -> PairView:
+        epoch, index = view
+        if self.views:
+            epoch %= self.views
+        pair: PairView | None
+        if self.substitute:
+            pair, bad = self.bad.next_valid(index, partial(self._read, epoch))
+        else:
+            try:
+                pair, bad = read_twice(partial(self._read, epoch), index), ()
+            except InputError as error:
+                pair, bad = None, ((index, str(error)),)
+        if pair is None:
+            # An exception would leave a worker process as a traceback; `step_loader` reports the bad pairs instead.
+            student, *teachers = (np.zeros((*m.size, 3), dtype=np.uint8) for m in (self.student, *self.teachers))
+            pair = PairView(student, tuple(teachers), "")
+        return pair._replace(bad=bad)
+
+    def _read(self, epoch: int, index: int) -> PairView:
+        # Everything depends on the pair that is read, also where it takes the place of another one: its view is then
+        # the same as in its own place, and so is the teacher's embedding of it.
+        rng = np.random.default_rng((self.seed, epoch, index))
+        captions = self.pairs.captions(index)
+        caption = captions[int(rng.integers(len(captions)))]
+        embeddings = None
+        if self.cache is not None and (embeddings := self.cache.lookup(epoch, index, caption)) is None:
+            raise InputError(f"The teacher cache lacks pair {index}, which could not be read when the cache was built.")
+        if not has_images(self.pairs):
+            return PairView(_NO_PIXELS, (_NO_PIXELS,) * len(self.teachers), caption, paired=False)
+        try:
+            image = self.pairs.open(index)
+            student, *teachers = crop_levels(image, self.crops.draw(image.size, rng), [self.student, *self.teachers])
+        except MemoryError as error:
+            raise InputError(f"There is not enough memory for the image of pair {index:,}.") from error
+        paired = index < self.pairs.pair_count if isinstance(self.pairs, MixedSamples) else None
+        return PairView(student, tuple(teachers), caption, teacher_embeddings=embeddings, paired=paired)
+
+
+class StepSampler(Sampler[list[View]]):
+    """The views of each step from `start` to `stop`.
+
+    Epochs are shuffled by (seed, epoch), see `data.order.EpochOrder`; an incomplete last batch is dropped.
+
+    Args:
+        groups: `Pairs.groups`.
+        batch_size: of the global batch, of which each process gets its part.
+        start, stop: first step, and the step after the last.
+        rank, processes: this process's rank, and the number of processes.
+        prefetch: called with groups that will soon be read.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[int] | npt.NDArray[np.int64],
+        batch_size: int,
+        *,
+        seed: int,
+        start: int,
+        stop: int,
+        rank: int = 0,
+        processes: int = 1,
+        prefetch: Callable[[Sequence[int]], None] | None = None,
+    ) -> None:
+        self.prefetch = prefetch
+        self.order = EpochOrder(groups, seed=seed)
+        self.batch_size = batch_size
+        self.start, self.stop = start, stop
+        self.rank, self.processes = rank, processes
+
+    def __iter__(self) -> Iterator[list[View]]:
+        steps_per_epoch = len(self.order) // self.batch_size
+        size = self.batch_size // self.processes
+        upcoming: tuple[int, ...] = ()
+        for step in range(self.start, self.stop):
+            epoch, number = divmod(step, steps_per_epoch)
+            position = number * self.batch_size
+            if self.prefetch:
+                epochs = -(-self.stop // steps_per_epoch)
+                groups = self.order.groups(epoch, position, windows=2, epochs=epochs)
+                if groups != upcoming:
+                    upcoming = groups
+                    self.prefetch(groups)
+            first = position + self.rank * size
+            yield [(epoch, index) for index in self.order.indices(epoch, first, first + size).tolist()]
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers: int = -1) -> Iterator[Batch]:
+    """Yield the batches of the sampler's steps in order, prefetched by worker processes.
+
+    Args:
+        workers: number of worker processes; 0 loads in the training process; -1 uses half of the usable cores, up to 8.
+    """
+    if workers < 0:
+        workers = min(8, usable_cores() // 2)
+    loader: DataLoader[Any] = DataLoader(
+        _Batches(dataset),
+        sampler=sampler,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=partial(_start_worker, os.getpid()),
+    )
+    with stop_signals_blocked(), _MAIN_MODULE_HIDDEN:  # the workers inherit the signals
+        try:
+            batches = iter(loader)
+        except OSError as error:
+            unstarted = UnreachableError(
+                f"The loader processes could not be started: {error.strerror or error}.",
+                hint=_WITHOUT_SHARED_MEMORY,
+            )
+            raise machine_failure(error) or unstarted from error
+    try:
+        for batch in _raising(batches, workers=getattr(batches, "_workers", ())):
+            if dataset.substitute:
+                dataset.bad.add(batch.bad)
+            yield batch
+    except BaseException:
+        _end_soon(getattr(batches, "_workers", ()))
+        raise
+
+
+def _end_soon(workers: Sequence[BaseProcess]) -> None:
+    """Terminate the workers that have not ended in a second: torch waits five for each that waits for a store."""
+
+    def terminate() -> None:
+        for worker in workers:
+            worker.terminate()
+
+    if sys.is_finalizing():  # no thread starts any more: waiting for one would never end
+        terminate()
+        return
+    timer = threading.Timer(_ENDING_S, terminate)
+    timer.daemon = True
+    timer.start()
+
+
+def _start_worker(parent: int, _worker: int) -> None:
+    obey_only_the_parent(parent)
+    return_freed_memory()  # of large images, which each worker would keep for itself
+
+
+@contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Within the block, processes that are spawned, or forked by a server, do not import the main module.
+
+    It is the user's script, which would train once more in each worker unless it is guarded by its `__name__`. Workers
+    need nothing of it.
+    """
+    real = spawn.get_preparation_data
+
+    def prepared(name: str) -> dict[str, Any]:
+        return {key: value for key, value in real(name).items() if not key.startswith("init_main")}
+
+    untyped: Any = spawn
+    untyped.get_preparation_data = prepared
+    try:
+        yield
+    finally:
+        untyped.get_preparation_data = real
+
+
+_MAIN_MODULE_HIDDEN = SharedBlock(_without_main_module)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error of our own in a worker process: torch would make it a text, with a traceback and without its hint."""
+
+    error: ClipRdEdgeError
+    traceback: str
+
+
+class _Batches(Dataset[Any]):
+    """The batch of a list of views; in a worker process, a failure in place of one."""
+
+    def __init__(self, dataset: ViewDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, views: list[View]) -> Batch | _Failure:
+        try:
+            return _collate([self._dataset[view] for view in views])
+        except ClipRdEdgeError as error:
+            if get_worker_info() is None:
+                raise
+            return _Failure(error, traceback.format_exc())
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _raising(batches: Iterable[Batch | _Failure], *, workers: Sequence[BaseProcess]) -> Iterator[Batch]:
+    """Iterate, and raise what a worker process failed with, or was ended by."""
+    try:
+        for batch in batches:
+            if isinstance(batch, _Failure):
+                raise batch.error from RuntimeError(batch.traceback)
+            yield batch
+    except RuntimeError as error:
+        if lost := lost_worker(error, workers):
+            raise lost from error
+        raise
+
+
+def lost_worker(error: BaseException, workers: Sequence[BaseProcess] = ()) -> LostProcessError | None:
+    """Return the error of a run one of whose workers has ended, or None if this is another error.
+
+    torch's signal handler raises it wherever the training process happens to be.
+
+    Args:
+        workers: those of the loader that waited for a batch. They know their exit code where torch does not, because
+            they are no children of this process (a server forks them, as by default from Python 3.14 on), or on
+            Windows.
+    """
+    if not (ended := _ENDED.search(str(error))):
+        return None
+    # The handler's error, which names the exit code, is the cause of the error of a loader that waited for a batch.
+    first = _ENDED.search(str(error.__cause__)) or ended
+    # Negative is the signal that has ended it.
+    known = (worker.exitcode for worker in workers if str(worker.pid) in first[1].split(", "))
+    code = int(first[2] or next((code for code in known if code is not None), 0))
+    if code > 0:
+        return LostProcessError(
+            f"A loader process (pid {first[1]}) failed with exit code {code}; its own message is above.",
+            hint="see whether it loads in the training process: {workers} 0; resume with the same command and {resume}",
+        )
+    return LostProcessError(
+        f"A loader process (pid {ended[1]}) was ended from outside, most likely for want of memory.",
+        hint="give the machine or container more memory, or use fewer {workers}; resume with the same command and "
+        "{resume}",
+    )
+
+
+def _collate(views: list[PairView]) -> Batch:
+    student, *teachers = _stack_shared([(view.student_pixels, *view.teacher_pixels) for view in views])
+    captions, bad = [view.caption for view in views], tuple(bad for view in views for bad in view.bad)
+    embeddings = [view.teacher_embeddings for view in views if view.teacher_embeddings is not None]
+    paired = tuple(view.paired for view in views if view.paired is not None)
+    return Batch(student, tuple(teachers), captions, bad, _stack(embeddings), paired or None)
+
+
+def _stack_shared(levels: list[tuple[Levels, ...]]) -> list[Tensor]:
+    """Return one tensor per model; models whose first image is the same array share one."""
+    stacked: dict[int, Tensor] = {}
+    for number, first in enumerate(levels[0]):
+        if id(first) not in stacked:
+            images = _shared(torch.from_numpy(np.stack([view[number] for view in levels])))
+            stacked[id(first)] = images.permute(0, 3, 1, 2)
+    return [stacked[id(first)] for first in levels[0]]
+
+
+def _stack(embeddings: list[tuple[HalfArray, HalfArray]]) -> tuple[Tensor, Tensor] | None:
+    if not embeddings:
+        return None
+    images, texts = zip(*embeddings, strict=True)
+    return _shared(torch.from_numpy(np.stack(images))), _shared(torch.from_numpy(np.stack(texts)))
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """Return a tensor in shared memory in a worker process, and as it is in the training process.
+
+    torch would move it there in a thread that prints an error and drops the batch, which the training process would
+    wait for without end. A container's shared memory is 64 MB unless it is told otherwise.
+    """
+    if get_worker_info() is None:
+        return tensor
+    untyped: Any = tensor  # torch has no types for it
+    try:
+        untyped.share_memory_()
+        return tensor
+    except RuntimeError as error:
+        raise UnreachableError(
+            f"A worker process could not pass a batch of {tensor.nbytes / 1e6:.1f} MB through shared memory: "
+            f"{str(error).splitlines()[0].rpartition(': ')[2]}.",
+            hint=_WITHOUT_SHARED_MEMORY,
+        ) from error

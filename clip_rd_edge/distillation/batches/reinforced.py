@@ -1,0 +1,224 @@
+"""Train on reinforced samples: replay what their teachers saw, and read what these said of it."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+import pickle
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.data.reinforced import Augmentation, ReinforcedPairs, StoredTeachers
+from clip_rd_edge.distillation.batches.loader import HalfArray, PairView, ViewDataset
+from clip_rd_edge.distillation.batches.pixels import Crops, Levels, crop_levels
+from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.utils.arrays import read_npz
+
+_MAX_BYTES = 1 << 26  # of a sample's embeddings, unpacked: 30 + 6 rows of 1,536 numbers are 221 KB
+_IMAGES, _TEXTS, _SUFFIX = "image_emb", "text_emb", "_emb"
+
+
+class ReinforcedSample(NamedTuple):
+    """What is stored of a pair: A augmentations with their embeddings (A, D), and captions with theirs.
+
+    Attributes:
+        own, synthetic: captions with the row of each in `text_embeddings`, (C, D).
+    """
+
+    augmentations: Sequence[Augmentation]
+    image_embeddings: HalfArray
+    own: Sequence[tuple[str, int]]
+    synthetic: Sequence[tuple[str, int]]
+    text_embeddings: HalfArray
+
+
+class ReinforcedDataset(ViewDataset):
+    """Views of reinforced pairs: one of the stored augmentations, and a caption, by (seed, epoch, index).
+
+    The caption is one of the pair's own with a probability of a half, else a synthetic one: MobileCLIP gives both kinds
+    the same weight.
+
+    Args:
+        pairs, stored: the pairs, and whose embeddings they have.
+        student, seed, views, max_bad: as for `ViewDataset`.
+    """
+
+    def __init__(
+        self,
+        pairs: ReinforcedPairs,
+        stored: StoredTeachers,
+        student: Preprocessing,
+        *,
+        seed: int,
+        views: int,
+        max_bad: float,
+    ) -> None:
+        super().__init__(pairs, student, [], crops=Crops(scale=(1, 1)), seed=seed, views=views, max_bad=max_bad)
+        self._reinforced, self._stored = pairs, stored
+
+    def _read(self, epoch: int, index: int) -> PairView:
+        rng = np.random.default_rng((self.seed, epoch, index))
+        sample = read_sample(self._reinforced, index, self._stored)
+        number = int(rng.integers(len(sample.augmentations)))
+        captions = sample.synthetic if sample.synthetic and rng.random() < 0.5 else sample.own
+        caption, row = captions[int(rng.integers(len(captions)))]
+        image = augment(self.pairs.open(index), sample.augmentations[number], size=self._stored.image_size)
+        embeddings = sample.image_embeddings[number], sample.text_embeddings[row]
+        return PairView(_resized(image, self.student), (), caption, teacher_embeddings=embeddings)
+
+
+def require_stored_width(pairs: ReinforcedPairs, stored: StoredTeachers) -> None:
+    """Check that the first pair's embeddings have the width of all stored teachers together."""
+    width = int(_embeddings(pairs, 0)[_IMAGES].shape[-1])
+    if width != sum(stored.widths):
+        total = " + ".join(map(str, stored.widths))
+        raise ConfigError(
+            f"The stored embeddings of {pairs.name} have {width} numbers; expected {total}, those of the teachers "
+            f"{', '.join(teacher.name for teacher in stored.teachers)}.",
+            hint="set embedding_size of each teacher in the file after stored:",
+        )
+
+
+def read_sample(pairs: ReinforcedPairs, index: int, stored: StoredTeachers) -> ReinforcedSample:
+    """Return what is stored of a pair; the embeddings of each teacher are made unit vectors."""
+    augmentations, arrays = pairs.augmentations(index), _embeddings(pairs, index)
+    member, _ = pairs.embeddings(index)
+    images, texts = arrays[_IMAGES], arrays[_TEXTS]
+    if len(images) != len(augmentations):
+        raise InputError(f"{member} has {len(images)} embeddings for {len(augmentations)} augmentations.")
+    own = list(pairs.captions(index))
+    if len(texts) < len(own):
+        raise InputError(f"{member} has {len(texts)} embeddings for {len(own)} captions.")
+    # Rows are those of text_emb, then those of each array of a key's own, in whatever order the keys come.
+    beside, apart, rows, unknown = list[str](), list[str](), [texts], len(texts) - len(own)
+    for key, synthetic in pairs.synthetic_captions(index).items():
+        array = arrays.get(key + _SUFFIX)
+        if array is not None:
+            if len(array) != len(synthetic):
+                raise InputError(f"{member} has {len(array)} embeddings for {len(synthetic)} captions of {key}.")
+            rows.append(array)
+            apart += synthetic
+        elif unknown and unknown == len(synthetic):
+            beside, unknown = list(synthetic), 0
+        # Captions without embeddings, those of other keys than their generator was asked for, are of no use.
+    if unknown and (len(own) > 1 or pairs.synthetic_captions(index)):
+        raise InputError(f"{member} has {len(texts)} embeddings for {len(own)} captions.")
+    text_embeddings = np.concatenate(rows)
+    if any(array.ndim != 2 or array.shape[1] != sum(stored.widths) for array in (images, text_embeddings)):
+        raise InputError(f"{member} has embeddings of another width than {sum(stored.widths)}.")
+    numbered = list(zip([*own, *beside, *apart], range(len(text_embeddings)), strict=False))
+    return ReinforcedSample(
+        augmentations,
+        _unit_parts(images, stored.widths),
+        numbered[: len(own)],
+        [(caption.strip(), row) for caption, row in numbered[len(own) :] if caption.strip()],
+        _unit_parts(text_embeddings, stored.widths),
+    )
+
+
+def augment(image: Image.Image, augmentation: Augmentation, *, size: int) -> Image.Image:
+    """Return what the teachers saw: a crop, resized to `size` pixels, and RandAugment's operations on it."""
+    top, left, height, width, operations = augmentation
+    if top + height > image.height or left + width > image.width:
+        raise InputError(
+            f"The image has {image.width} × {image.height} pixels, but a stored augmentation crops it to "
+            f"{left + width} × {top + height}: it is not the image that was augmented."
+        )
+    image = F.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BICUBIC)
+    for name, magnitude in operations:
+        try:
+            image = _OPERATIONS[name](image, magnitude)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise InputError(
+                f"The stored augmentation {name} cannot be applied with magnitude {magnitude:g}."
+            ) from error
+    return image
+
+
+def _affine(image: Image.Image, *, x: float = 0, y: float = 0, shear: Sequence[float] = (0, 0)) -> Image.Image:
+    # Shears are about the corner, as in AutoAugment's own implementation, and so in torchvision's.
+    centre = [0, 0] if any(shear) else None
+    moved: Image.Image = F.affine(image, 0.0, [int(x), int(y)], 1.0, list(shear), center=centre)
+    return moved
+
+
+def _degrees(slope: float) -> float:
+    return math.degrees(math.atan(slope))
+
+
+# As in torchvision's RandAugment, whose operations cannot be called one by one.
+_OPERATIONS: Mapping[str, Callable[[Image.Image, float], Image.Image]] = {
+    "Identity": lambda image, _: image,
+    "ShearX": lambda image, m: _affine(image, shear=(_degrees(m), 0.0)),
+    "ShearY": lambda image, m: _affine(image, shear=(0.0, _degrees(m))),
+    "TranslateX": lambda image, m: _affine(image, x=m),
+    "TranslateY": lambda image, m: _affine(image, y=m),
+    "Rotate": lambda image, m: F.rotate(image, m),
+    "Brightness": lambda image, m: F.adjust_brightness(image, 1.0 + m),
+    "Color": lambda image, m: F.adjust_saturation(image, 1.0 + m),
+    "Contrast": lambda image, m: F.adjust_contrast(image, 1.0 + m),
+    "Sharpness": lambda image, m: F.adjust_sharpness(image, 1.0 + m),
+    "Posterize": lambda image, m: F.posterize(image, int(m)),
+    "Solarize": lambda image, m: F.solarize(image, m),
+    "AutoContrast": lambda image, _: F.autocontrast(image),
+    "Equalize": lambda image, _: F.equalize(image),
+}
+
+
+def _resized(image: Image.Image, model: Preprocessing) -> Levels:
+    """Return an augmented image in a model's size, (H, W, 3)."""
+    if model.size == (image.height, image.width):
+        return np.asarray(image)
+    return crop_levels(image, (0, 0, image.width, image.height), [model])[0]
+
+
+def _embeddings(pairs: ReinforcedPairs, index: int) -> dict[str, npt.NDArray[np.float32]]:
+    """Return all arrays of a pair's embeddings by name."""
+    member, is_torch = pairs.embeddings(index)
+    if member.size > _MAX_BYTES:
+        raise InputError(f"{member} has {member.size:,} bytes; the limit for embeddings is {_MAX_BYTES:,}.")
+    try:
+        content = io.BytesIO(member.read_bytes())
+        arrays = _from_torch(content) if is_torch else read_npz(content, max_bytes=_MAX_BYTES, name=str(member))
+        arrays = {name: array.astype(np.float32) for name, array in arrays.items() if name.endswith(_SUFFIX)}
+    except ConfigError as error:
+        raise InputError(f"Cannot read the embeddings: {error}") from error
+    except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
+        raise InputError(f"Cannot read the embeddings {member}: {error}.") from error
+    except (RuntimeError, pickle.UnpicklingError) as error:  # torch's for a damaged or a dangerous file
+        raise InputError(f"Cannot read the embeddings {member}: it holds more than tensors, or is damaged.") from error
+    missing = [name for name in (_IMAGES, _TEXTS) if name not in arrays]
+    if missing:
+        raise InputError(f"{member} has no {missing[0]}.")
+    return arrays
+
+
+def _from_torch(content: io.BytesIO) -> dict[str, npt.NDArray[Any]]:
+    with gzip.GzipFile(fileobj=content) as file:
+        unpacked = file.read(_MAX_BYTES + 1)
+    if len(unpacked) > _MAX_BYTES:
+        raise ValueError(f"it would take more than {_MAX_BYTES:,} bytes")
+    # Only tensors and containers of them: any other content of a pickle could be code.
+    tensors: Any = torch.load(io.BytesIO(unpacked), map_location="cpu", weights_only=True)
+    if not isinstance(tensors, dict):
+        raise ValueError("it is not a dictionary")  # noqa: TRY004  of a file's content
+    return {str(name): torch.as_tensor(value).float().numpy() for name, value in tensors.items()}
+
+
+def _unit_parts(embeddings: npt.NDArray[np.float32], widths: Sequence[int]) -> HalfArray:
+    parts = np.split(embeddings, np.cumsum(widths)[:-1], axis=1)
+    norms = [np.linalg.norm(part, axis=1, keepdims=True) for part in parts]
+    if any((norm == 0).any() or not np.isfinite(norm).all() for norm in norms):
+        raise InputError("An embedding is zero or not finite.")
+    units: HalfArray = np.concatenate([part / norm for part, norm in zip(parts, norms, strict=True)], axis=1)
+    return units.astype(np.float16)

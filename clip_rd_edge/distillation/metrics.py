@@ -1,0 +1,440 @@
+"""What a run says about itself: metrics.jsonl, evaluations by all processes, plots, and predictions to look at."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clip_rd_edge.bundle.encoder import (
+    Description,
+    Embeddings,
+    Encoder,
+    as_list,
+    in_batches,
+    label_embeddings,
+    probabilities,
+)
+from clip_rd_edge.bundle.images import open_image
+from clip_rd_edge.bundle.preprocess import Pixels, preprocess
+from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, METRICS_FILE, TERM_PREFIX, read_metrics
+from clip_rd_edge.bundle.task import RetrievalTask, Task, ZeroShotTask
+from clip_rd_edge.data.pairs import BadSamples, Pairs
+from clip_rd_edge.data.unpaired import pair_count
+from clip_rd_edge.distillation.processes import Processes, Stopped, StopRequest
+from clip_rd_edge.errors import InputError
+from clip_rd_edge.losses.objective import EmbeddingBatch
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.host import peak_memory_bytes
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Progress of a run after a step.
+
+    Attributes:
+        step, steps: completed steps, and steps in total.
+        samples_per_second: without the time of evaluations.
+        data_wait: fraction of the time, without that of evaluations, spent waiting for batches.
+        seconds_per_step: with evaluations and all else between steps, for the time left.
+        evaluation: scores by task; empty if this step was not evaluated.
+        bad: samples left out, or skipped so far, in all processes.
+        skipped: steps that left the weights unchanged because the loss or a gradient was not finite.
+        memory_bytes: see `peak_memory_on`.
+        samples: what the rows of a batch are called.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    samples_per_second: float
+    data_wait: float
+    seconds_per_step: float
+    evaluation: dict[str, float]
+    bad: int = 0
+    skipped: int = 0
+    memory_bytes: int = 0
+    samples: str = "pairs"
+
+    def message(self) -> str:
+        """Format the figures for the progress bar."""
+        bad = f", {self.bad:,} bad samples" if self.bad else ""
+        return (
+            f"loss {self.loss:.3f}, {self.samples_per_second:.0f} {self.samples}/s, "
+            f"{self.memory_bytes / 1e9:.1f} GB{bad}, {self.data_wait:.0%} waiting for data"
+        )
+
+    def evaluation_message(self) -> str:
+        """Format the evaluation's scores, one per task."""
+        return ", ".join(f"{name} {value:.1%}" for name, value in self.evaluation.items())
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl. On resume, lines after the checkpoint are dropped first.
+
+    Args:
+        start: number of completed steps.
+    """
+
+    def __init__(self, run: Path, *, start: int) -> None:
+        self._path = run / METRICS_FILE
+        kept = [line for line in read_metrics(run) if line["step"] <= start]
+        self._write_all(kept)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Return whether there are scores of a step."""
+        return bool(last_evaluation(self._path.parent, step=step))
+
+    def add_evaluation(self, step: int, scores: Mapping[str, float]) -> dict[str, Any]:
+        """Add scores to the line of the last logged step if it is `step`, else write a line for them; return them."""
+        evaluation = {f"{EVALUATION_PREFIX}{name}": value for name, value in scores.items()}
+        lines = read_metrics(self._path.parent)
+        logged = lines.pop() if lines and lines[-1]["step"] == step else {"step": step}
+        self._write_all([*lines, {**logged, **evaluation}])
+        return {"step": step, **evaluation}
+
+    def _write_all(self, lines: list[dict[str, Any]]) -> None:
+        write_bytes(self._path, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line and flush it to disk."""
+        with self._path.open("ab") as file:
+            file.write(msgspec.json.encode(line) + b"\n")
+
+
+def last_evaluation(run: Path, *, step: int) -> dict[str, float]:
+    """Return the scores that a run has of a step, its last one so far, by task; empty if that was not evaluated."""
+    lines = [line for line in read_metrics(run) if line["step"] == step]
+    scores = [item for line in lines for item in line.items() if item[0].startswith(EVALUATION_PREFIX)]
+    return {name.removeprefix(EVALUATION_PREFIX): value for name, value in scores}
+
+
+def metrics_line(
+    progress: Progress, terms: Mapping[str, Tensor], embeddings: EmbeddingBatch, extra: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return a line of metrics.jsonl; a non-finite loss becomes null."""
+    return {
+        "step": progress.step,
+        "loss": progress.loss if math.isfinite(progress.loss) else None,
+        **{f"{TERM_PREFIX}{name}": term.item() for name, term in terms.items()},
+        **embedding_geometry(embeddings),
+        **extra,
+        "samples_per_second": round(progress.samples_per_second, 2),
+        "data_wait": round(progress.data_wait, 4),
+        "seconds_per_step": float(f"{progress.seconds_per_step:.4g}"),
+        "memory_mb": round(progress.memory_bytes / 1e6),
+        "bad_samples": progress.bad,
+        "skipped_steps": progress.skipped,
+        **{f"{EVALUATION_PREFIX}{name}": value for name, value in progress.evaluation.items()},
+    }
+
+
+def peak_memory_on(device: torch.device) -> int:
+    """Return this process's peak memory in bytes: GPU memory on a GPU, else host memory; 0 if unknown."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes() or 0
+
+
+@torch.no_grad()
+def embedding_geometry(batch: EmbeddingBatch) -> dict[str, float]:
+    """Return the mean cosine of positive pairs, of negative pairs, and their gap, for student and teacher.
+
+    Only the pairs count of a batch that has other rows; fewer than two of them have no such values.
+    """
+    if batch.paired is not None:
+        batch = batch.only_pairs()
+        if len(batch.student_image) < 2:
+            return {}
+    models = {"student": (batch.student_image, batch.student_text)}
+    if batch.teacher_image is not None and batch.teacher_text is not None:
+        models["teacher"] = (batch.teacher_image, batch.teacher_text)
+    result = dict[str, float]()
+    for name, (image, text) in models.items():
+        positive, negative = mean_similarities(image, text)
+        result |= {f"{name}_positive": positive, f"{name}_negative": negative, f"{name}_gap": positive - negative}
+    return result
+
+
+def mean_similarities(image: Tensor, text: Tensor) -> tuple[float, float]:
+    """Return the mean cosines of the B positive and the B·(B − 1) negative pairs of a batch; NaN without negatives.
+
+    Args:
+        image, text: (B, D), L2-normalised.
+    """
+    pairs = len(image)
+    positive = (image.float() * text.float()).sum().item()
+    # Σ_ij v_i·t_j = (Σ_i v_i)·(Σ_j t_j): memory grows with B·D rather than with B².
+    total = (image.float().sum(dim=0) @ text.float().sum(dim=0)).item()
+    return positive / pairs, (total - positive) / (pairs * (pairs - 1)) if pairs > 1 else math.nan
+
+
+TEXT_BATCH = 64
+
+
+class EncoderOfAllProcesses:
+    """Runs an encoder, the same one in each process, on batches that the processes take in turn.
+
+    Implements `bundle.encoder.SharedEncoder`. Batches are those of a single process, so that scores do not depend on
+    the number of processes. All processes notice after each round of batches what happened to one of them.
+
+    Args:
+        request: a signal that stops the evaluation in all processes; in a single one, the signal itself does.
+    """
+
+    def __init__(self, encoder: Encoder, processes: Processes, request: StopRequest) -> None:
+        self._encoder, self._processes, self._request = encoder, processes, request
+
+    def describe(self) -> Description:
+        """Describe the encoder."""
+        return self._encoder.describe()
+
+    def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
+        """Embed images in this process alone."""
+        return self._encoder.encode_images(images)
+
+    def encode_texts(self, texts: str | Sequence[str]) -> Embeddings:
+        """Embed texts, which are the same in all processes, in all of them."""
+        texts = as_list(texts)
+        batches = in_batches(len(texts), TEXT_BATCH)
+        return self.share(batches, lambda batch: self._encoder.encode_texts(texts[batch]))
+
+    def share(self, batches: Sequence[slice], embed: Callable[[slice], Embeddings]) -> Embeddings:
+        """See `SharedEncoder`."""
+        processes = self._processes
+        counts = processes.gather_objects(len(batches))
+        if len(set(counts)) > 1:
+            raise InputError(
+                f"The processes of the run have different evaluation data: {counts} batches.",
+                hint="give all machines the same files",
+            )
+        rows = []
+        for first in range(0, len(batches), processes.world_size):
+            own = batches[first : first + processes.world_size][processes.rank : processes.rank + 1]
+            with processes.together():
+                embeddings = [] if self._request else [embed(batch) for batch in own]
+            if processes.any(bool(self._request)):
+                raise Stopped
+            rows += [part for parts in processes.gather_objects(embeddings) for part in parts]
+        return np.concatenate(rows)
+
+
+STUDENT_COLOUR, TEACHER_COLOUR, NEUTRAL_COLOUR = "#c2410c", "#1d4ed8", "#6b7280"
+
+
+def plot_run(run: Path, folder: Path, embeddings: dict[str, tuple[Embeddings, Embeddings]] | None = None) -> None:
+    """Plot `losses.png`, `geometry.png`, `evaluation.png` and `similarity.png` into `folder`, as far as there is data.
+
+    Args:
+        embeddings: for `student` and `teacher`, image and text embeddings of the same pairs, (N, D) each.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = read_metrics(run)
+    _plot_losses(lines, folder / "losses.png")
+    _plot_geometry(lines, folder / "geometry.png")
+    _plot_evaluations(lines, folder / "evaluation.png")
+    if embeddings:
+        _plot_histograms(embeddings, folder / "similarity.png")
+
+
+def _plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
+    names = sorted({key for line in lines for key in line if key.startswith(TERM_PREFIX)})
+    if not names:
+        return
+    with _figure(path, len(names), "Unweighted loss terms over training steps") as axes:
+        for axis, name in zip(axes, names, strict=True):
+            steps, values = _series(lines, name)
+            axis.plot(steps, values, color=STUDENT_COLOUR, linewidth=1.4)
+            axis.set_title(name.removeprefix(TERM_PREFIX), fontsize=10)
+            if values.size and values.min() > 0 and values.max() / values.min() > 30:
+                axis.set_yscale("log")
+
+
+def _plot_geometry(lines: list[dict[str, Any]], path: Path) -> None:
+    titles = {
+        "positive": "Matching pairs: mean cosine",
+        "negative": "Other pairs: mean cosine",
+        "gap": "Gap between the two",
+    }
+    if not any("student_gap" in line for line in lines):
+        return
+    with _figure(path, 3, "Separation of matching from other pairs in the training batches") as axes:
+        for axis, (kind, title) in zip(axes, titles.items(), strict=True):
+            for model, colour in (("student", STUDENT_COLOUR), ("teacher", TEACHER_COLOUR)):
+                steps, values = _series(lines, f"{model}_{kind}")
+                if steps.size:
+                    axis.plot(steps, values, color=colour, linewidth=1.4, label=model)
+            axis.set_title(title, fontsize=10)
+        axes[0].legend(frameon=False, fontsize=9)
+
+
+def _plot_evaluations(lines: list[dict[str, Any]], path: Path) -> None:
+    names = sorted({key for line in lines for key in line if key.startswith(EVALUATION_PREFIX)})
+    if not names:
+        return
+    with _figure(path, 1, "Accuracy over training") as (axis,):
+        for name in names:
+            steps, values = _series(lines, name)
+            axis.plot(
+                steps, 100 * values, marker="o", markersize=3, label=verbatim(name.removeprefix(EVALUATION_PREFIX))
+            )
+        axis.set_ylabel("%")
+        axis.legend(frameon=False, fontsize=9)
+
+
+def _plot_histograms(embeddings: dict[str, tuple[Embeddings, Embeddings]], path: Path) -> None:
+    with _figure(path, len(embeddings), "Cosine of images and captions after training", xlabel="cosine") as axes:
+        for axis, (model, (image, text)) in zip(axes, embeddings.items(), strict=True):
+            cosine = image @ text.T
+            diagonal = np.eye(len(cosine), dtype=bool)
+            low, high = float(cosine.min()), float(cosine.max())
+            bins = np.linspace(low, max(high, low + 1e-3), 60)  # an untrained model may map everything to one point
+            colour = STUDENT_COLOUR if model == "student" else TEACHER_COLOUR
+            axis.hist(cosine[diagonal], bins=bins, density=True, color=colour, alpha=0.75, label="matching pairs")
+            axis.hist(cosine[~diagonal], bins=bins, density=True, color=NEUTRAL_COLOUR, alpha=0.5, label="other pairs")
+            axis.set_title(model, fontsize=10)
+            axis.set_yticks([])
+            axis.legend(frameon=False, fontsize=9)
+
+
+class Prediction(NamedTuple):
+    """The text that a model finds the most probable for an image, and the right one."""
+
+    image: Image.Image
+    right: str
+    found: str
+    probability: float
+
+
+def plot_predictions(predictions: Sequence[Prediction], path: Path) -> None:
+    """Plot images with what was found in them, and with what is right where that is wrong."""
+    with _figure(path, len(predictions), "Predictions", xlabel="") as axes:
+        for axis, (image, right, found, probability) in zip(axes, predictions, strict=True):
+            axis.imshow(image)
+            axis.set_axis_off()
+            lines = [f"{_short(found)} {probability:.0%}", *([] if found == right else [f"({_short(right)})"])]
+            axis.set_title("\n".join(lines), fontsize=8, color="black" if found == right else STUDENT_COLOUR)
+
+
+def _short(text: str) -> str:
+    return verbatim(textwrap.shorten(text, 40, placeholder=" …"))
+
+
+def plot_average(weights: Sequence[float], scores: Mapping[str, Sequence[float]], chosen: float, path: Path) -> None:
+    """Plot the accuracy of the averages of two models over the weight of the second.
+
+    Args:
+        scores: accuracy at each of the weights, by task.
+        chosen: the weight that is marked.
+    """
+    with _figure(path, 1, "Accuracy between two models", xlabel="weight of the second model") as (axis,):
+        for name, values in scores.items():
+            axis.plot(weights, [100 * value for value in values], marker="o", markersize=3, label=verbatim(name))
+        axis.axvline(chosen, color=NEUTRAL_COLOUR, linewidth=1, linestyle="--")
+        axis.set_ylabel("%")
+        axis.legend(frameon=False, fontsize=9)
+
+
+def verbatim(name: str) -> str:
+    """Return a name as matplotlib takes it to draw just that: a text with two dollar signs would be a formula."""
+    return name.replace("$", r"\$")
+
+
+def _series(lines: list[dict[str, Any]], key: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    array = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
+
+
+@contextmanager
+def _figure(path: Path, count: int, title: str, *, xlabel: str = "step") -> Iterator[list[Any]]:
+    """Yield the axes of `count` plots, which are written to `path` as one PNG after the block."""
+    from matplotlib.figure import Figure  # the object interface needs no display and no global state
+
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(3.4 * columns + 0.6, 2.6 * rows + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    axes = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    for axis in axes[:count]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.set_xlabel(xlabel, fontsize=8)
+    yield axes[:count]
+    png = io.BytesIO()
+    with warnings.catch_warnings():  # of characters that the font lacks
+        warnings.simplefilter("ignore")
+        figure.savefig(png, format="png", dpi=120)
+    write_bytes(path, png.getvalue())
+
+
+SAMPLES = 12
+MAX_LABELS = 64  # of a task with more; a thousand would take the time of many steps
+
+
+@dataclass
+class Predictions:
+    """A student's predictions about images of a task or, without one, of the pairs that it is trained on.
+
+    An image of a class is compared with the task's labels; one with a caption, with the captions of the others.
+    """
+
+    task: Task | None
+    pairs: Pairs
+    encoder: TorchEncoder
+
+    def plot(self, path: Path) -> None:
+        """Plot the predictions into a PNG file; without a task and pairs, there are none."""
+        if not (self.task or pair_count(self.pairs)):
+            return
+        thumbnails, pixels, own = self._samples
+        labels, template = list[str](), "{}"
+        if isinstance(self.task, ZeroShotTask):
+            order = np.random.default_rng(0).permutation(len(self.task.labels))
+            labels, template = [self.task.labels[index] for index in order[:MAX_LABELS]], self.task.templates[0]
+        texts = list(dict.fromkeys([*own, *labels]))
+        embeddings = label_embeddings(self.encoder, texts, [template])
+        rows = probabilities(self.encoder.encode_pixels(pixels), embeddings, self.encoder.clip.logit_scale)
+        found = [texts[row.argmax()] for row in rows]
+        plot_predictions(list(map(Prediction, thumbnails, own, found, rows.max(axis=1).tolist())), path)
+
+    @cached_property
+    def _samples(self) -> tuple[list[Image.Image], Pixels, list[str]]:
+        """N thumbnails, the model's inputs (N, 3, H, W), and the right texts."""
+        thumbnails, pixels, texts = list[Image.Image](), list[Pixels](), list[str]()
+        for image, text in self._open():
+            pixels.append(preprocess(image, self.encoder.clip.preprocessing))
+            thumbnails.append(image.copy())
+            thumbnails[-1].thumbnail((128, 128))
+            texts.append(text)
+        return thumbnails, np.stack(pixels), texts
+
+    def _open(self) -> Iterator[tuple[Image.Image, str]]:
+        """Open some images, chosen at random, each with its class or its first caption."""
+        task, permutation = self.task, np.random.default_rng(0).permutation
+        if task is None:
+            bad = BadSamples(self.pairs, max_share=1)
+            for pair in map(bad.take, permutation(pair_count(self.pairs))[:SAMPLES].tolist()):
+                yield pair.image, pair.captions[0]
+        elif isinstance(task, RetrievalTask):
+            captions = task.first_captions()
+            for index in permutation(sorted(captions))[:SAMPLES].tolist():
+                yield open_image(task.images[index]), task.captions[captions[index]]
+        else:
+            for index in permutation(len(task.images))[:SAMPLES].tolist():
+                yield open_image(task.images[index]), task.labels[task.targets[index]]

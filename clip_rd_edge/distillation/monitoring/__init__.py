@@ -1,1 +1,0 @@
-"""What a run says about itself: metrics, plots, trackers, evaluations, answers to sample images."""

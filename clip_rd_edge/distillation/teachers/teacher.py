@@ -1,0 +1,330 @@
+"""The teachers of a run: frozen, with their own preprocessing and cached captions; or read from a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from clip_rd_edge.bundle.encoder import in_batches
+from clip_rd_edge.bundle.runs import is_architecture
+from clip_rd_edge.data.reinforced import StoredTeachers, read_stored_teachers
+from clip_rd_edge.distillation.batches.loader import Batch
+from clip_rd_edge.distillation.batches.pixels import Normaliser
+from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.losses.ensemble import Ensemble
+from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device
+from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.text.captions import CaptionTower
+from clip_rd_edge.utils.paths import Typed
+from clip_rd_edge.utils.text import shown_sources
+
+
+def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
+    """Return the teachers of a run, none if its objective does not need one or their embeddings are stored."""
+    if not config.recipe.objective.needs_teacher:
+        return ()
+    if not config.teachers:
+        raise UsageError(
+            f"The recipe {config.recipe_name} needs a teacher.",
+            hint="{teacher} local-dir:PATH, or a name with {teacher_pretrained}; {recipe} clip trains without one",
+        )
+    if config.stored_teachers is not None:
+        return ()
+    _require_use_of_weights(config)
+    return tuple(load_clip(name, pretrained=teacher_weights(config, name)) for name in config.teachers)
+
+
+def teacher_weights(config: RunConfig, name: str) -> Typed | None:
+    """Return `teacher_pretrained` for a teacher that is named by an architecture alone; the others have weights."""
+    return config.teacher_pretrained if is_architecture(name) else None
+
+
+def _require_use_of_weights(config: RunConfig) -> None:
+    """Raise UsageError if all teachers have weights of their own, and `teacher_pretrained` names others."""
+    teachers = config.teachers
+    if config.teacher_pretrained is not None and not any(map(is_architecture, teachers)):
+        which = f"the teacher {teachers[0]} has" if len(teachers) == 1 else "all teachers have"
+        raise UsageError(
+            f"teacher_pretrained is {config.teacher_pretrained!r}, but {which} weights already.",
+            hint="omit {teacher_pretrained}, or name an architecture alone with {teacher}",
+        )
+
+
+def load_models_to_embed_with(config: RunConfig) -> tuple[ClipModel, ...]:
+    """Return the teachers of a run, one or more."""
+    if not config.recipe.objective.needs_teacher:
+        raise UsageError(f"The recipe {config.recipe_name} has no teacher.", hint="name another {recipe}")
+    return load_teachers(config)
+
+
+def refuse_idle_teacher(config: RunConfig) -> None:
+    """Raise UsageError if a teacher is named, or what belongs to one, but the recipe has none."""
+    if config.recipe.objective.needs_teacher:
+        return
+    named = {"teacher": config.teachers, "teacher_pretrained": config.teacher_pretrained}
+    for name, value in {**named, "teacher_cache": config.teacher_cache}.items():
+        if value:
+            shown = shown_sources([value] if isinstance(value, str) else value)
+            raise UsageError(
+                f"The recipe {config.recipe_name} has no teacher, but {name} is {' and '.join(shown)}.",
+                hint=f"omit {{{name}}}, or name a recipe with a teacher: {{recipe}} clip-rd",
+            )
+
+
+def load_stored_teachers(config: RunConfig) -> StoredTeachers | None:
+    """Return the teachers whose embeddings are stored in the data; None if there are none, or none is needed."""
+    if config.stored_teachers is None or not config.recipe.objective.needs_teacher:
+        return None
+    return read_stored_teachers(Path(config.stored_teachers))
+
+
+class Targets(NamedTuple):
+    """What a teacher says of a batch.
+
+    Attributes:
+        image, text: its embeddings, (B, D) each, L2-normalised, without graph.
+        captions: the B texts of `text`, which the student is to embed: those of the batch, or others of its choice.
+    """
+
+    image: Tensor
+    text: Tensor
+    captions: list[str]
+
+
+def ensemble_of(teachers: Sequence[ClipModel]) -> Ensemble:
+    """Return how the embeddings of teachers, one or more, become those of one."""
+    first, *others = teachers
+    return Ensemble(
+        tuple(teacher.embedding_size for teacher in teachers),
+        tuple(teacher.logit_scale for teacher in teachers),
+        share_text=bool(others) and all(_have_one_text_tower(first, other) for other in others),
+    )
+
+
+def ensemble_of_stored(stored: StoredTeachers) -> Ensemble:
+    """Return how the stored embeddings of teachers, one or more, become those of one."""
+    return Ensemble(stored.widths, stored.logit_scales, share_text=stored.share_text)
+
+
+def _have_one_text_tower(first: ClipModel, second: ClipModel) -> bool:
+    if first.context_length != second.context_length or first.embedding_size != second.embedding_size:
+        return False
+    one, other = map(_text_weights, (first, second))
+    if one.keys() != other.keys() or not all(torch.equal(one[name], other[name]) for name in one):
+        return False
+    texts = ["A photo of two Dogs, asleep & well-fed!", "_naïve_ ⅷ"]  # tokenizers may clean texts in different ways
+    return torch.equal(first.tokenizer(texts), second.tokenizer(texts))
+
+
+def _text_weights(clip: ClipModel) -> dict[str, Tensor]:
+    """Return all weights but those of the image tower and the scale: parts of a text tower may lie at the top level."""
+    state = clip.model.state_dict()
+    return {name: state[name] for name in state if not name.startswith(("visual.", "logit_"))}
+
+
+class BatchTeacher(Protocol):
+    """The teacher as seen by a training step; several teachers are one, see `losses.ensemble`."""
+
+    @property
+    def logit_scale(self) -> float | tuple[float, ...]:
+        """γ_t, a multiplier, or those of several teachers."""
+        ...
+
+    def embed(self, batch: Batch) -> Targets:
+        """Embed the images and captions of a batch."""
+        ...
+
+
+# On a CPU, larger batches are no faster, and their padding costs more.
+CPU_CAPTION_BATCH = 32
+
+
+def caption_batch_size(images: int, device: torch.device) -> int:
+    """Return the number of captions per pass through a frozen text tower: as many as there are images in theirs."""
+    return CPU_CAPTION_BATCH if device.type == "cpu" else images
+
+
+class Teacher:
+    """Embeds images and captions without gradients.
+
+    Args:
+        autocast: dtype that the teacher runs in; None for float32.
+        caption_batch: captions per pass through the text tower; see `caption_batch_size`.
+
+    Attributes:
+        embed_captions: maps B captions to (B, D), L2-normalised; see `CaptionCache`.
+    """
+
+    def __init__(
+        self,
+        clip: ClipModel,
+        device: torch.device,
+        *,
+        autocast: torch.dtype | None,
+        caption_batch: int = CPU_CAPTION_BATCH,
+    ) -> None:
+        self.clip = clip
+        self.logit_scale = clip.logit_scale
+        self._image_tower = ImageTower(to_device(clip.model, device).eval())
+        self._normalise = Normaliser(clip.preprocessing, device)
+        self._device, self._autocast = device, autocast
+        tower = CaptionTower(TextTower(clip.model), clip.model)
+        self.embed_captions = CaptionCache(clip.tokenizer, tower, device, autocast=autocast, batch_size=caption_batch)
+
+    @torch.no_grad()
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Embed grey levels, (B, 3, H, W) uint8 to (B, D), L2-normalised; zeros if there are none (H = W = 0)."""
+        if not pixels.numel():
+            return torch.zeros(len(pixels), self.clip.embedding_size, device=self._device)
+        pixels = self._normalise(pixels)
+        with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
+            embeddings: Tensor = self._image_tower(pixels)
+        return embeddings
+
+
+class LiveTeacher:
+    """One or more teachers, each with its own tokenizer, preprocessing and size of images."""
+
+    def __init__(self, teachers: Sequence[Teacher]) -> None:
+        self._teachers, self._ensemble = teachers, ensemble_of([teacher.clip for teacher in teachers])
+        self.logit_scale = self._ensemble.logit_scale
+
+    def embed(self, batch: Batch) -> Targets:
+        """See `BatchTeacher`."""
+        if len(batch.teacher_pixels) != len(self._teachers):
+            raise ValueError(
+                f"The batch was loaded with pixels for {len(batch.teacher_pixels)} of {len(self._teachers)} teachers."
+            )
+        pixels = zip(self._teachers, batch.teacher_pixels, strict=True)
+        images = [teacher.embed_images(own).float() for teacher, own in pixels]
+        return Targets(self._ensemble.join(images), self.embed_captions(batch.captions), batch.captions)
+
+    def embed_captions(self, captions: list[str]) -> Tensor:
+        """Return the embeddings of N captions by all teachers as one, (N, D), L2-normalised."""
+        return self._ensemble.join([teacher.embed_captions(captions) for teacher in self._teachers])
+
+
+class CachedTeacher:
+    """Returns the embeddings that the loader read from a teacher cache: those of all teachers as one."""
+
+    def __init__(self, ensemble: Ensemble, device: torch.device) -> None:
+        self.logit_scale = ensemble.logit_scale
+        self._ensemble, self._device = ensemble, device
+
+    def embed(self, batch: Batch) -> Targets:
+        """See `BatchTeacher`."""
+        if batch.teacher_embeddings is None:
+            raise ValueError("The batch was loaded without a teacher cache.")
+        widths = list(self._ensemble.teacher_widths)
+        sides = (torch.split(side.to(self._device).float(), widths, dim=1) for side in batch.teacher_embeddings)
+        image, text = map(self._ensemble.join, sides)
+        return Targets(image, text, batch.captions)
+
+
+# Max number of captions in the cache: 100,000 rows of 512 floats are 200 MB.
+MAX_CACHED_CAPTIONS = 100_000
+
+
+class CaptionCache:
+    """Maps N captions to rows (N, D). Each caption is computed once, without gradient, when first requested.
+
+    Batches are of captions of about the same length, and padded to one size for each: the last bits of a matrix product
+    may depend on its shape, and a resumed run, whose cache is empty, must reproduce an uninterrupted one bit for bit.
+
+    Args:
+        tower: on `device`.
+        autocast: dtype that `tower` runs in; None for float32.
+        batch_size: of the shortest captions; for longer ones it is smaller.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Callable[[list[str]], Tensor],
+        tower: CaptionTower,
+        device: torch.device,
+        *,
+        autocast: torch.dtype | None,
+        batch_size: int = CPU_CAPTION_BATCH,
+    ) -> None:
+        self._tokenizer, self._tower, self._batch_size = tokenizer, tower, batch_size
+        self._device, self._autocast = device, autocast
+        self._rows: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str]) -> Tensor:
+        missing = list(dict.fromkeys(caption for caption in captions if caption not in self._rows))
+        computed: dict[str, Tensor] = {}
+        for batch, ids, length in self._batches(missing):
+            with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
+                rows = self._tower.compute(ids, length).float()
+            computed.update(zip(batch, rows, strict=False))
+        stacked = torch.stack([computed[c] if c in computed else self._rows[c] for c in captions])
+        for caption, row in computed.items():
+            if len(self._rows) < MAX_CACHED_CAPTIONS:
+                self._rows[caption] = row.clone()  # a view would keep the whole batch alive
+        return stacked
+
+    def _batches(self, captions: list[str]) -> Iterator[tuple[list[str], Tensor, int]]:
+        """Yield captions of one length, their ids with those of padding, and that length."""
+        if not captions:
+            return
+        *all_ids, padding = self._tokenizer([*captions, ""])
+        for length, rows in self._tower.rows_by_length(torch.stack(all_ids)).items():
+            # A last batch of each length, mostly padding, should not cost more than one of whole contexts.
+            shortest = self._tower.choices[0] if self._tower.choices else length
+            size = max(1, min(self._batch_size, self._batch_size * shortest // length))
+            for part in in_batches(len(rows), size):
+                own = rows[part]
+                ids = torch.stack([*(all_ids[row] for row in own), *[padding] * (size - len(own))])
+                yield [captions[row] for row in own], ids, length
+
+
+class FrozenTextTower:
+    """A text tower in which only the projection is trained; the features before it are cached per caption."""
+
+    def __init__(
+        self, clip: ClipModel, device: torch.device, *, autocast: torch.dtype | None, caption_batch: int
+    ) -> None:
+        self._text = clip.model.get_submodule("text")
+        self._projection_name = projection_name(self._text)
+        tower = CaptionTower(_Features(self._text, self._projection_name), self._text)
+        self._cached_features = CaptionCache(clip.tokenizer, tower, device, autocast=autocast, batch_size=caption_batch)
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """Embed B captions, (B, D), L2-normalised, with a graph through the projection."""
+        features = self._cached_features(captions)
+        projection = getattr(self._text, self._projection_name)
+        if isinstance(projection, nn.Module):
+            features = projection(features)
+        elif projection is not None:
+            features = features @ projection
+        return nn.functional.normalize(features.float(), dim=-1)
+
+
+class _Features(nn.Module):
+    """A text tower without its last projection."""
+
+    def __init__(self, text: nn.Module, projection_name: str) -> None:
+        super().__init__()
+        self.text, self._projection_name = text, projection_name
+
+    def forward(self, ids: Tensor) -> Tensor:
+        projection = getattr(self.text, self._projection_name)
+        # Towers from Hugging Face always call theirs; open_clip's own have None without one, whatever kind it was.
+        setattr(self.text, self._projection_name, nn.Identity() if self._projection_name == "proj" else None)
+        try:
+            features: Tensor | tuple[Tensor, Tensor] = self.text(ids)
+        finally:
+            setattr(self.text, self._projection_name, projection)
+        return features[0] if isinstance(features, tuple) else features  # CoCa's returns those of its tokens, too
+
+
+def projection_name(text: nn.Module) -> str:
+    """Return the attribute of an open_clip text tower that holds its last projection: a module, a parameter or None."""
+    # `proj` in towers from Hugging Face, `text_projection` in open_clip's own towers.
+    return "proj" if hasattr(text, "proj") else "text_projection"

@@ -1,0 +1,217 @@
+"""The scan lists what tarfile lists, and nothing after damage."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import tarfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clip_rd_edge.data.shards import tar_scan
+from clip_rd_edge.data.shards.tar_scan import UNREADABLE, TarFile, TarScan
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "GNU": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def scan_of(path: Path) -> TarScan:
+    return TarScan(partial(os.open, path, os.O_RDONLY))
+
+
+def listed(scan: TarScan) -> list[TarFile]:
+    """Return the files of a scan one after another."""
+    return [file for files in scan for file in zip(*(column.tolist() for column in files), strict=True)]
+
+
+def write_archive(path: Path, tar_format: int) -> Path:
+    """Write a tar with files, folders, links, long and non-ASCII names, and times with fractions."""
+    generator = np.random.default_rng(0)
+    with tarfile.open(path, "w", format=tar_format) as archive:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        names = ["a.jpg", "folder/a.txt", "f" * 60 + "/" + "n" * 70 + ".jpg", "été.png", "empty.txt", "z" * 100]
+        names += [] if tar_format == tarfile.USTAR_FORMAT else ["long/" * 40 + "x.jpg"]
+        for i, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = 0 if name == "empty.txt" else int(generator.integers(1, 2000))
+            info.mtime = 1e9 + 0.25 if tar_format == tarfile.PAX_FORMAT else 10**9
+            archive.addfile(info, io.BytesIO(bytes([i]) * info.size))
+            link = tarfile.TarInfo(f"link-{i}")
+            link.type, link.linkname = (tarfile.SYMTYPE, tarfile.LNKTYPE)[i % 2], "a.jpg"
+            archive.addfile(link)
+    return path
+
+
+def listed_by_tarfile(path: Path) -> list[TarFile]:
+    with tarfile.open(path) as archive:
+        members = [member for member in archive if member.isreg()]
+    return [(m.name.encode(errors="surrogateescape"), m.offset_data, m.size) for m in members]
+
+
+@pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
+def test_the_scan_lists_the_files_that_tarfile_lists(tmp_path: Path, tar_format: int) -> None:
+    path = write_archive(tmp_path / "a.tar", tar_format)
+    scan = scan_of(path)
+    assert listed(scan) == listed_by_tarfile(path)
+    assert scan.damage == ""
+
+
+def test_a_name_in_ten_thousand_headers_is_listed_once(tmp_path: Path) -> None:
+    path = tmp_path / "many.tar"
+    with tarfile.open(path, "w") as archive:
+        for i in range(3000):
+            archive.addfile(tarfile.TarInfo(f"{i}.txt"))
+    assert listed(scan_of(path)) == listed_by_tarfile(path)
+
+
+@pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
+def test_a_batch_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tar_format: int) -> None:
+    path = write_archive(tmp_path / "a.tar", tar_format)
+    for headers in range(1, 12):
+        monkeypatch.setattr(tar_scan, "_BATCH", headers)
+        scan = scan_of(path)
+        assert listed(scan) == listed_by_tarfile(path), headers
+        assert scan.damage == ""
+
+
+def test_what_follows_the_end_of_a_name_does_not_count(tmp_path: Path) -> None:
+    path, header = tmp_path / "a.tar", bytearray(plain_file("a.jpg", b"x"))
+    header[7:10] = b"old"
+    checksum = sum(header[:148]) + 8 * ord(" ") + sum(header[156:512])
+    header[148:156] = f"{checksum:06o}\0 ".encode()
+    path.write_bytes(bytes(header) + plain_file("a.txt", b"y") + bytes(1024))
+    assert listed(scan_of(path)) == [(b"a.jpg", 512, 1), (b"a.txt", 1536, 1)]
+
+
+def test_sizes_beyond_all_numbers_are_those_of_a_file_that_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(plain_file("a.jpg", b"x") + pax_header(b"39 size=%030d\n" % 10**29) + plain_file("a.txt", b"y"))
+    scan = scan_of(path)
+    assert [name for name, _, _ in listed(scan)] == [b"a.jpg", b"a.txt"]
+    assert scan.last_is_incomplete
+    assert "within a.txt" in scan.damage
+
+
+def test_a_file_of_nine_gibibytes_is_skipped_by_its_binary_size(tmp_path: Path) -> None:
+    path, size = tmp_path / "large.tar", 9 << 30
+    large, small = tarfile.TarInfo("large.bin"), tarfile.TarInfo("small.txt")
+    large.size = size
+    with path.open("wb") as file:
+        file.write(large.tobuf(tarfile.GNU_FORMAT))
+        file.seek(size, io.SEEK_CUR)  # a hole
+        file.write(small.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    assert listed(scan_of(path)) == [
+        (b"large.bin", 512, size),
+        (b"small.txt", 1024 + size, 0),
+    ]
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="GNU tar is not installed")
+@pytest.mark.parametrize("tar_format", ["gnu", "pax"])
+def test_a_sparse_file_is_listed_as_unreadable(tmp_path: Path, tar_format: str) -> None:
+    with (tmp_path / "holes.jpg").open("wb") as file:
+        for i in range(30):  # more holes than fit into one header
+            file.seek(i * (1 << 16))
+            file.write(b"data")
+    (tmp_path / "after.txt").write_text("x")
+    path = tmp_path / "a.tar"
+    command = ["tar", "--sparse", f"--format={tar_format}", "-cf", str(path), "holes.jpg", "after.txt"]
+    if subprocess.run(command, cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("this tar does not store sparse files")
+    files = listed(scan_of(path))
+    assert [offset == UNREADABLE for _, offset, _ in files] == [True, False]
+    assert files[1] == listed_by_tarfile(path)[-1]
+
+
+def pax_header(records: bytes, *, size: int | None = None) -> bytes:
+    """An extended header of any content, sound or not."""
+    info = tarfile.TarInfo("PaxHeaders/x")
+    info.type, info.size = tarfile.XHDTYPE, len(records) if size is None else size
+    return info.tobuf(tarfile.USTAR_FORMAT) + records.ljust(-(-len(records) // 512) * 512, b"\0")
+
+
+def plain_file(name: str, content: bytes) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    return info.tobuf(tarfile.USTAR_FORMAT) + content.ljust(-(-len(content) // 512) * 512, b"\0")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        pax_header(b"no records"),
+        pax_header(b"12 path"),
+        pax_header(b"-5 path=x\n"),
+        pax_header(b"99 path=x\n"),
+        pax_header(b"0 path=x\n"),
+        pax_header(b"13 size=none\n"),
+        pax_header(b"11 size=-7\n"),
+        pax_header(b"9" * 300 + b" path=x\n"),
+        pax_header(b"30 GNU.sparse.map=0,1,2,3,4,5\n"),
+        pax_header(bytes(2 << 20)),
+    ],
+    ids=["words", "cut", "negative", "long", "zero", "size", "no size", "digits", "sparse", "large"],
+)
+def test_a_malformed_extended_header_makes_the_next_file_unreadable_and_no_other(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "a.tar"
+    before, hit, after = (plain_file(name, name.encode()) for name in ("before.txt", "hit.txt", "after.txt"))
+    path.write_bytes(before + header + hit + after + bytes(1024))
+    scan = scan_of(path)
+    start = len(before) + len(header)
+    assert listed(scan) == [
+        (b"before.txt", 512, 10),
+        (b"hit.txt", UNREADABLE, 7),
+        (b"after.txt", start + len(hit) + 512, 9),
+    ]
+    assert scan.damage == ""
+
+
+def test_an_extended_header_that_runs_past_the_end_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(plain_file("before.txt", b"x") + pax_header(b"", size=1 << 30))
+    scan = scan_of(path)
+    assert [name for name, _, _ in listed(scan)] == [b"before.txt"]
+    assert "ends within an extended header" in scan.damage
+
+
+@pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
+def test_no_damaged_byte_adds_or_moves_a_file(tmp_path: Path, tar_format: int) -> None:
+    path = write_archive(tmp_path / "a.tar", tar_format)
+    whole, files = path.read_bytes(), listed(scan_of(path))
+    contents = {byte for _, offset, size in files for byte in range(offset, offset + -(-size // 512) * 512)}
+    generator = np.random.default_rng(1)
+    headers = sorted(set(range(len(whole) - 20480 // 2)) - contents)
+    for position in generator.choice(headers, 400, replace=False).tolist():
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged)
+        scan = scan_of(path)
+        found = listed(scan)
+        # A flipped bit in the content of an extended header has no checksum: it can only change one name, or make the
+        # file unreadable.
+        if found != files:
+            assert scan.damage or len(found) == len(files), position
+            assert all(
+                file[1] in (UNREADABLE, real[1]) and file[2] == real[2]
+                for file, real in zip(found, files, strict=False)
+            ), position
+
+
+@pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
+def test_every_cut_is_noticed(tmp_path: Path, tar_format: int) -> None:
+    path = write_archive(tmp_path / "a.tar", tar_format)
+    whole, files = path.read_bytes(), listed(scan_of(path))
+    end = max(offset + size for _, offset, size in files) + 1024
+    for length in range(0, end, 256):
+        path.write_bytes(whole[:length])
+        scan = scan_of(path)
+        found = listed(scan)
+        complete = found[:-1] if scan.last_is_incomplete else found
+        assert complete == files[: len(complete)]
+        assert len(found) == len(files) or scan.damage, length

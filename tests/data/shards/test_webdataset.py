@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import os
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from clip_rd_edge.data.load import load_pairs
+from clip_rd_edge.data.pairs import BadSamples
+from clip_rd_edge.data.shards import tars
+from clip_rd_edge.data.shards.webdataset import expand_braces, json_captions
+from clip_rd_edge.errors import InputError, UnreachableError, UsageError
+
+Factory = Callable[..., Any]
+
+
+@pytest.fixture
+def shards(tmp_path: Path, write_tar: Factory, encode_image: Factory) -> Path:
+    """Shards 0 and 1 of three samples each; sample i has grey level i and the caption `grey i`."""
+    for shard in (0, 1):
+        members = {}
+        for i in range(3 * shard, 3 * shard + 3):
+            kind = ("png", "webp")[i % 2]
+            members |= {f"{i:04d}.{kind.upper()}": encode_image(i, kind), f"{i:04d}.txt": f"grey {i}\n".encode()}
+        write_tar(tmp_path / f"{shard:03d}.tar", members)
+    return tmp_path
+
+
+def greys(pairs: Any) -> list[tuple[int, str]]:
+    return [(pairs.open(i).getpixel((0, 0))[0], pairs.captions(i)[0]) for i in range(len(pairs))]
+
+
+def test_a_brace_range_yields_all_samples_in_order(shards: Path) -> None:
+    pairs = load_pairs(f"{shards}/{{000..001}}.tar")
+    assert greys(pairs) == [(i, f"grey {i}") for i in range(6)]
+    assert tuple(pairs.left_out) == ()
+
+
+def test_a_source_of_weight_two_is_shown_twice_per_epoch(shards: Path) -> None:
+    pairs = load_pairs(f"{shards}/000.tar::{shards}/001.tar", weights="1::2")
+    assert [grey for grey, _ in greys(pairs)] == [0, 1, 2, 3, 4, 5, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("1", "There are 1 weights '1' for 2 sources"),
+        ("1::0.5", "'0.5' is not a positive integer"),
+        ("0::1", "'0' is not a positive integer"),
+    ],
+)
+def test_invalid_weights_are_refused(shards: Path, weights: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_pairs(f"{shards}/000.tar::{shards}/001.tar", weights=weights)
+
+
+def test_weights_are_refused_for_tables(pairs_csv: Path) -> None:
+    with pytest.raises(UsageError, match="apply only to shards"):
+        load_pairs(str(pairs_csv), weights="2")
+
+
+def test_captions_from_json(tmp_path: Path, write_tar: Factory, encode_image: Factory) -> None:
+    def as_json(**keys: object) -> bytes:
+        return msgspec.json.encode(keys)
+
+    path = write_tar(
+        tmp_path / "0.tar",
+        {
+            "a.png": encode_image(0),
+            "a.json": as_json(caption="from json", more=[None, "one", "", " two "]),
+            "b.png": encode_image(1),
+            "b.txt": b"from text",
+            "b.json": as_json(caption="from json", more=["three"]),
+            "c.png": encode_image(2),
+            "c.json": as_json(capton="typo", more=3),
+            "d.png": encode_image(3),
+            "d.json": as_json(more=[None]),
+            "e.png": encode_image(4),
+            "e.json": json.dumps({"caption": "of Python", "score": math.nan, "more": "\ud83d"}).encode(),
+            "f.png": encode_image(5),
+            "f.json": b'{"caption": NaN',
+            "g.png": encode_image(6),
+            "g.txt": b"['a dog', 'two dogs']",
+            "g.json": as_json(more='["a dog"]'),
+        },
+    )
+    pairs = load_pairs(str(path))
+    assert [pairs.captions(i) for i in (0, 1, 4)] == [("from json",), ("from text",), ("of Python",)]
+    with pytest.raises(InputError, match=r"0\.tar: c\.json has no key 'caption'\. Did you mean 'capton'"):
+        pairs.captions(2)
+    with pytest.raises(InputError, match=r"f\.json is not valid JSON"):
+        pairs.captions(5)
+    text_of_a_list = r"g\.(txt|json): the caption is the text of a list; expected the list itself"
+    with pytest.raises(InputError, match=text_of_a_list):
+        pairs.captions(6)
+    lists = load_pairs(str(path), json_key="more")
+    assert [lists.captions(i) for i in (0, 1)] == [("one", "two"), ("three",)]
+    with pytest.raises(InputError, match="'more' is neither a string nor a list of strings"):
+        lists.captions(2)
+    with pytest.raises(InputError, match=r"d\.json: the caption is empty"):
+        lists.captions(3)
+    with pytest.raises(InputError, match=r"e\.json: 'more' is no Unicode"):
+        lists.captions(4)
+    with pytest.raises(InputError, match=text_of_a_list):
+        lists.captions(6)
+
+
+def test_samples_without_image_or_caption_are_left_out_and_reported(
+    tmp_path: Path, write_tar: Factory, encode_image: Factory
+) -> None:
+    path = write_tar(
+        tmp_path / "0.tar",
+        {
+            "good.png": encode_image(0),
+            "good.txt": b"x",
+            "no-caption.png": encode_image(1),
+            "no-image.txt": b"y",
+            "__meta__.json": b"{}",
+            "x/._hidden.png": b"",
+            "last.jpg": encode_image(2, "jpeg"),
+            "last.txt": b"z",
+        },
+    )
+    pairs = load_pairs(str(path))
+    assert len(pairs) == 2
+    assert tuple(pairs.left_out) == (
+        f"{path}: no-caption has no caption (.txt, .json)",
+        f"{path}: no-image has no image (.jpg, .png, .webp)",
+    )
+
+
+def test_neighbouring_samples_of_one_name_are_two_samples(tmp_path: Path, encode_image: Factory) -> None:
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as archive:  # as of concatenated shards, in which each begins with 0000
+        for i in (3, 4):
+            for name, content in (("0000.png", encode_image(i)), ("0000.txt", f"grey {i}".encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    assert greys(load_pairs(str(path))) == [(3, "grey 3"), (4, "grey 4")]
+
+
+def test_a_truncated_shard_yields_its_complete_samples(shards: Path) -> None:
+    path = shards / "000.tar"
+    whole = path.read_bytes()
+    third = whole.index(b"0002.PNG")
+    path.write_bytes(whole[: third + 600])  # within the third image
+    pairs = load_pairs(str(path))
+    assert [grey for grey, _ in greys(pairs)] == [0, 1]
+    assert tuple(pairs.left_out) == (f"{path}: the tar ends at byte {third + 600:,}, within 0002.PNG",)
+    path.write_bytes(whole[:third] + b"\xff" * 512 + whole[third + 512 :])  # overwrite a header
+    assert tuple(load_pairs(str(path)).left_out) == (f"{path}: the tar is damaged at byte {third:,}",)
+
+
+@pytest.fixture
+def long_shards(tmp_path: Path, write_tar: Factory, encode_image: Factory) -> list[Path]:
+    """Four shards of 25 samples each."""
+    image = encode_image(0)
+    return [
+        write_tar(
+            tmp_path / f"{shard}.tar",
+            {f"{i:03d}{suffix}": content for i in range(25) for suffix, content in ((".png", image), (".txt", b"x"))},
+        )
+        for shard in range(4)
+    ]
+
+
+def test_what_lies_behind_damage_counts_as_bad(tmp_path: Path, long_shards: list[Path]) -> None:
+    damaged = bytearray(long_shards[1].read_bytes())
+    damaged[damaged.index(b"005.png") + 150] ^= 1  # in the checksum of a header
+    long_shards[1].write_bytes(damaged)
+    pairs = load_pairs(f"{tmp_path}/{{0..3}}.tar")
+    assert len(pairs) == 80
+    assert 20 <= len(pairs.left_out) + pairs.lost <= 25  # an estimate: a tar is padded at its end
+    bad = BadSamples(pairs, max_share=0.25)
+    assert bad.left_out == len(pairs.left_out) + pairs.lost
+    with pytest.raises(InputError, match=r"are bad, more than 10\.00 ?%: .*1\.tar: the tar is damaged"):
+        BadSamples(pairs, max_share=0.1)
+
+
+def test_what_a_cut_shard_lacks_of_the_usual_number_counts_as_bad(tmp_path: Path, long_shards: list[Path]) -> None:
+    whole = long_shards[2].read_bytes()
+    long_shards[2].write_bytes(whole[: whole.index(b"010.png")])  # between two members
+    pairs = load_pairs(f"{tmp_path}/{{0..3}}.tar")
+    assert (len(pairs), len(pairs.left_out) + pairs.lost) == (85, 15)
+    with pytest.raises(InputError, match=r"15 of 100 samples .*/2\.tar: the tar ends at byte"):
+        BadSamples(pairs)
+
+
+def test_shards_that_are_merely_shorter_have_lost_nothing(
+    tmp_path: Path, long_shards: list[Path], write_tar: Factory, encode_image: Factory
+) -> None:
+    write_tar(tmp_path / "4.tar", {"000.png": encode_image(0), "000.txt": b"the last one"})
+    assert load_pairs(f"{tmp_path}/{{0..4}}.tar").lost == 0
+
+
+def test_a_sample_with_malformed_headers_is_a_bad_sample_and_no_damage(tmp_path: Path, encode_image: Factory) -> None:
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as archive:
+        for i in range(4):
+            if i == 2:
+                broken = tarfile.TarInfo("PaxHeaders/x")
+                broken.type, broken.size = tarfile.XHDTYPE, 10
+                archive.addfile(broken, io.BytesIO(b"no records"))
+            for name, content in ((f"{i}.png", encode_image(i)), (f"{i}.txt", f"grey {i}".encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    pairs = load_pairs(str(path))
+    assert greys(pairs) == [(i, f"grey {i}") for i in (0, 1, 3)]
+    assert list(pairs.left_out) == [f"{path}: 2 has no image (.jpg, .png, .webp)"]
+    assert pairs.lost == 0
+
+
+def test_a_text_of_any_size_is_a_bad_sample(tmp_path: Path, write_tar: Factory, encode_image: Factory) -> None:
+    members = {
+        f"{i}.{suffix}": encode_image(i) if suffix == "png" else b"x" for i in (0, 1) for suffix in ("png", "txt")
+    }
+    path = write_tar(tmp_path / "0.tar", {**members, "1.txt": bytes((1 << 24) + 1)})
+    with pytest.raises(InputError, match=r"16,777,217 bytes; the limit for a text is 16,777,216"):
+        load_pairs(str(path)).captions(1)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tar at all" * 100])
+def test_a_file_that_is_not_a_tar_is_refused(tmp_path: Path, content: bytes) -> None:
+    for name in ("0.tar", "0.tar.gz", "0.tgz"):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"0\.t\S+ is not an uncompressed tar"):
+            load_pairs(str(path))
+
+
+def test_missing_shards_are_refused(shards: Path) -> None:
+    with pytest.raises(InputError, match=r"shard .*002\.tar does not exist \(2 of 4 "):
+        load_pairs(f"{shards}/{{000..003}}.tar")
+    with pytest.raises(InputError, match="does not exist") as caught:
+        load_pairs(f"{shards}/*.tar")
+    assert "braces" in caught.value.hint
+
+
+def test_a_tar_is_indexed_once_and_again_when_it_changes(
+    shards: Path, write_tar: Factory, encode_image: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = f"{shards}/{{000..001}}.tar"
+    before = greys(load_pairs(source))
+    indexed: list[Path] = []
+    index_tar = tars._index_tar
+    monkeypatch.setattr(tars, "_index_tar", lambda path: indexed.append(path) or index_tar(path))
+    assert greys(load_pairs(source)) == before
+    assert indexed == []
+    changed = write_tar(shards / "001.tar", {"new.png": encode_image(9), "new.txt": b"grey 9"})
+    assert greys(load_pairs(source))[3:] == [(9, "grey 9")]
+    assert indexed == [changed]
+
+
+def test_a_damaged_or_unwritable_cache_does_no_harm(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = str(shards / "000.tar")
+    before = greys(load_pairs(source))
+    (cached,) = (shards / "cache" / "shards").iterdir()
+    cached.write_bytes(cached.read_bytes()[:100])
+    assert greys(load_pairs(source)) == before
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", os.devnull)
+    assert greys(load_pairs(source)) == before
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("plain.tar", ["plain.tar"]),
+        ("{00008..00011}.tar", ["00008.tar", "00009.tar", "00010.tar", "00011.tar"]),
+        ("{8..11}.tar", ["8.tar", "9.tar", "10.tar", "11.tar"]),
+        ("{0..2}", ["0", "1", "2"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{train,val}/{0..1}.tar", ["train/0.tar", "train/1.tar", "val/0.tar", "val/1.tar"]),
+    ],
+)
+def test_braces_are_expanded(pattern: str, names: list[str]) -> None:
+    assert expand_braces(pattern) == names
+
+
+@pytest.mark.parametrize("pattern", ["{0..}.tar", "{a}.tar", "{0..1.tar", "0..1}.tar"])
+def test_an_invalid_pattern_is_refused(pattern: str) -> None:
+    with pytest.raises(InputError, match=r"neither a range nor a list|unmatched brace"):
+        expand_braces(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["{0..99999999999}.tar", "{5000000..0}.tar", "{0..999}{0..999}{0..999}.tar", "{0..999999}/{a,b}.tar"],
+)
+def test_a_pattern_for_more_shards_than_anyone_has_is_refused_at_once(pattern: str) -> None:
+    started = time.process_time()
+    with pytest.raises(InputError, match=r"names or more; the limit is 1,000,000"):
+        expand_braces(pattern)
+    assert time.process_time() - started < 5
+
+
+def test_a_range_of_numbers_of_thousands_of_digits_is_refused() -> None:
+    with pytest.raises(InputError, match="neither a range nor a list"):
+        expand_braces(f"{{0..{'9' * 5_000}}}.tar")
+
+
+@pytest.mark.parametrize("opening", ["[", '{"caption":'])
+def test_deep_json_in_a_sample_is_a_bad_sample(opening: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    member = tars.TarMember(tmp_path / "a.tar", "1.json", 0, 0)
+    monkeypatch.setattr(tars.TarMember, "read_bytes", lambda self: (opening * 200_000).encode())
+    with pytest.raises(InputError, match=r"a\.tar: 1\.json is not valid JSON for this: .* nested too deep"):
+        json_captions(member, "caption")
+
+
+@pytest.mark.parametrize(("number", "advice"), [(errno.EMFILE, "ulimit -n"), (errno.EACCES, "")])
+def test_a_shard_that_cannot_be_opened_is_no_bad_sample(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
+) -> None:
+    pairs = load_pairs(str(shards / "{000..001}.tar"))
+    tars.close_tars()
+
+    def failing(shard: Path) -> int:
+        raise OSError(number, os.strerror(number), str(shard))
+
+    monkeypatch.setattr(tars, "open_file", failing)
+    with pytest.raises(UnreachableError, match=rf"000\.tar: {os.strerror(number)}.*{advice}"):
+        pairs.open(0)

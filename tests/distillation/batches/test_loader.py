@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import errno
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from multiprocessing import spawn
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from failing_datasets import Cramped, Failing, Killed, Refusing
+from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
+
+from clip_rd_edge.bundle.preprocess import Box, Preprocessing
+from clip_rd_edge.data.load import load_pairs
+from clip_rd_edge.data.order import EpochOrder
+from clip_rd_edge.distillation.batches import loader as loader_module
+from clip_rd_edge.distillation.batches.loader import Batch, PairView, StepSampler, View, ViewDataset, step_loader
+from clip_rd_edge.distillation.batches.pixels import Crops
+from clip_rd_edge.errors import ConfigError, InputError, LostProcessError, UnreachableError
+
+STUDENT = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
+TEACHER = Preprocessing(size=(16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def batches(path: Path, start: int, stop: int, *, workers: int = 0, teachers: Sequence[Preprocessing] = ()):  # type: ignore[no-untyped-def]
+    pairs = load_pairs(str(path))
+    dataset = ViewDataset(pairs, STUDENT, teachers, crops=Crops(scale=(0.5, 1.0)), seed=3)
+    return list(step_loader(dataset, StepSampler([24], 5, seed=3, start=start, stop=stop), workers=workers))
+
+
+def test_a_resumed_loader_gives_the_batches_of_an_uninterrupted_one(pairs_csv: Path) -> None:
+    uninterrupted, resumed = batches(pairs_csv, 0, 10), batches(pairs_csv, 6, 10, workers=2)
+    for expected, actual in zip(uninterrupted[6:], resumed, strict=True):
+        assert expected.captions == actual.captions
+        assert torch.equal(expected.student_pixels, actual.student_pixels)
+
+
+def test_what_the_next_epoch_begins_with_is_fetched_ahead_and_nothing_after_the_last_step() -> None:
+    calls = list[set[int]]()
+    sampler = StepSampler([10] * 40, 10, seed=0, start=30, stop=80, prefetch=lambda groups: calls.append(set(groups)))
+    sampler.order = EpochOrder([10] * 40, seed=0, window=100)
+    windows = [set(sampler.order.groups(epoch, n, windows=1, epochs=2)) for epoch in (0, 1) for n in (0, 100, 200, 300)]
+    assert len(list(sampler)) == 50
+    assert calls == [first | second for first, second in zip(windows[3:], [*windows[4:], set[int]()], strict=True)]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs processes that may use some cores alone")
+def test_workers_are_half_of_the_cores_that_a_job_may_use(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, loader = list[int](), loader_module.DataLoader
+
+    def load(*arguments: Any, num_workers: int, **options: Any) -> Any:
+        asked.append(num_workers)
+        return loader(*arguments, **options)
+
+    monkeypatch.setattr(loader_module, "DataLoader", load)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for cores in (1, 2, 12, 40):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        batches(pairs_csv, 0, 1, workers=-1)
+    assert asked == [0, 1, 6, 8]
+
+
+def test_an_epoch_has_no_repeated_pairs_and_the_next_is_shuffled_differently(pairs_csv: Path) -> None:
+    views = [view for step in StepSampler([24], 5, seed=0, start=0, stop=8) for view in step]
+    first, second = ([index for epoch, index in views if epoch == number] for number in (0, 1))
+    assert len(first) == len(set(first)) == 20
+    assert first != second
+
+
+def test_crops_differ_between_epochs(pairs_csv: Path) -> None:
+    dataset = ViewDataset(load_pairs(str(pairs_csv)), STUDENT, [], crops=Crops(scale=(0.2, 0.9)), seed=0)
+    assert not np.array_equal(dataset[0, 0][0], dataset[1, 0][0])
+
+
+def test_the_pairs_of_an_epoch_are_cropped_differently(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes = list[Box]()
+
+    draw = Crops.draw
+
+    def record(crops: Crops, size: tuple[int, int], rng: np.random.Generator) -> Box:
+        boxes.append(draw(crops, size, rng))
+        return boxes[-1]
+
+    monkeypatch.setattr(Crops, "draw", record)
+    batches(pairs_csv, 0, 4)
+    assert len(boxes) == len(set(boxes)) == 20  # all images are of one size
+
+
+def test_the_teacher_gets_the_same_crop_in_its_own_preprocessing(pairs_csv: Path) -> None:
+    (batch,) = batches(pairs_csv, 0, 1, teachers=[TEACHER])
+    (pixels,) = batch.teacher_pixels
+    assert pixels.shape == (5, 3, 16, 16)
+    student, teacher = (pixels.float().mean((2, 3)) for pixels in (batch.student_pixels, pixels))
+    torch.testing.assert_close(student, teacher, atol=8, rtol=0)
+
+
+def test_models_that_differ_in_mean_and_deviation_alone_share_their_pixels(pairs_csv: Path) -> None:
+    (batch,) = batches(pairs_csv, 0, 1, teachers=[msgspec.structs.replace(TEACHER, size=STUDENT.size)])
+    assert batch.teacher_pixels[0] is batch.student_pixels
+    assert batch.student_pixels.dtype == torch.uint8
+    assert batch.student_pixels.is_contiguous(memory_format=torch.channels_last)
+    (other,) = batches(pairs_csv, 0, 1, teachers=[msgspec.structs.replace(STUDENT, interpolation="bilinear")])
+    assert not torch.equal(other.teacher_pixels[0], other.student_pixels)
+
+
+@pytest.mark.parametrize("size", [(72, 72), (150, 100), (100, 150), (192, 108), (300, 100)])
+def test_the_views_of_an_image_of_any_shape_are_all_different(size: tuple[int, int], tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    (tmp_path / "pairs.csv").write_text("filepath,title\na.png,one\nb.png,two\n")
+    dataset = ViewDataset(
+        load_pairs(str(tmp_path / "pairs.csv")), STUDENT, [], crops=Crops(scale=(0.9, 1.0)), seed=0, views=8
+    )
+    views = [dataset[view, index].student_pixels.tobytes() for view in range(8) for index in range(2)]
+    assert len(set(views)) == 16  # nor are the two pairs, which show the same image, cropped alike
+
+
+@pytest.fixture
+def shards(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The pairs of the table as three shards of eight; image 5 is not readable, caption 14 is empty."""
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(pairs_csv.parent / "cache"))
+    pairs = load_pairs(str(pairs_csv))
+    for shard in range(3):
+        with tarfile.open(pairs_csv.parent / f"{shard}.tar", "w") as archive:
+            for i in range(shard * 8, shard * 8 + 8):
+                image = (pairs_csv.parent / "pictures" / f"{i}.png").read_bytes() if i != 5 else b"not an image"
+                text = pairs.captions(i)[0].encode() if i != 14 else b" \n"
+                for name, content in ((f"{i:04d}.png", image), (f"{i:04d}.txt", text)):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+    return f"{pairs_csv.parent}/{{0..2}}.tar"
+
+
+def shard_batches(source: str, start: int, *, workers: int, max_bad: float) -> tuple[list[Batch], ViewDataset]:
+    dataset = ViewDataset(
+        load_pairs(source), STUDENT, [TEACHER], crops=Crops(scale=(0.5, 1.0)), seed=3, max_bad=max_bad
+    )
+    sampler = StepSampler([24], 5, seed=3, start=start, stop=9)
+    return list(step_loader(dataset, sampler, workers=workers)), dataset
+
+
+def test_shards_resume_identically_in_workers_and_skip_bad_samples(shards: str) -> None:
+    uninterrupted, dataset = shard_batches(shards, 0, workers=0, max_bad=0.1)
+    resumed, _ = shard_batches(shards, 4, workers=2, max_bad=0.1)
+    for expected, actual in zip(uninterrupted[4:], resumed, strict=True):
+        assert expected.captions == actual.captions
+        assert expected.bad == actual.bad
+        assert torch.equal(expected.student_pixels, actual.student_pixels)
+        assert torch.equal(expected.teacher_pixels[0], actual.teacher_pixels[0])
+    assert {index for batch in uninterrupted for index, _ in batch.bad} == {5, 14}
+    assert len(dataset.bad) == 2
+    numbers = {int(caption.split()[-1]) for batch in uninterrupted for caption in batch.captions}
+    assert numbers.isdisjoint({5, 14})
+    assert {6, 15} <= numbers
+
+
+def test_shards_and_a_table_give_the_same_batches(shards: str, pairs_csv: Path) -> None:
+    (from_table,) = batches(pairs_csv, 0, 1, teachers=[TEACHER])
+    from_shards, _ = shard_batches(shards, 0, workers=0, max_bad=0.1)
+    captions = zip(from_table.captions, from_shards[0].captions, strict=True)
+    valid = [row for row, (expected, actual) in enumerate(captions) if expected == actual]
+    assert len(valid) >= 3
+    assert torch.equal(from_table.student_pixels[valid], from_shards[0].student_pixels[valid])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_samples_raise_a_one_sentence_error_from_any_process(shards: str, workers: int) -> None:
+    with pytest.raises(InputError, match=r"^\d of 24 samples of .* are bad, more than 1\.00%: [^\n]*\.$"):
+        shard_batches(shards, 0, workers=workers, max_bad=0.01)
+
+
+def test_a_batch_is_pinned_as_torchs_loader_does_it(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor, *_: object) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    (apart,), (shared,) = (batches(pairs_csv, 0, 1, teachers=[teacher]) for teacher in (TEACHER, STUDENT))
+    half = torch.zeros(5, 8, dtype=torch.float16)
+    for batch in (apart, replace(shared, teacher_embeddings=(half, half + 1))):
+        pinned.clear()
+        result = pin_memory(batch)
+        assert isinstance(result, Batch)
+        assert result.captions == batch.captions
+        for actual, expected in (
+            (result.student_pixels, batch.student_pixels),
+            *zip(result.teacher_pixels, batch.teacher_pixels, strict=True),
+            *zip(result.teacher_embeddings or (), batch.teacher_embeddings or (), strict=True),
+        ):
+            assert any(actual is tensor for tensor in pinned)
+            assert torch.equal(actual, expected)
+    assert len(pinned) == 3  # pixels that student and teacher share are pinned once
+    assert result.teacher_pixels[0] is result.student_pixels
+
+
+def loader_with_a_worker(kind: type[ViewDataset], pairs_csv: Path) -> Iterator[Batch]:
+    dataset = kind(load_pairs(str(pairs_csv)), STUDENT, [TEACHER], crops=Crops(scale=(0.5, 1.0)), seed=3)
+    return step_loader(dataset, StepSampler([24], 5, seed=3, start=0, stop=9), workers=1)
+
+
+def test_a_batch_too_large_for_shared_memory_ends_the_run_in_a_sentence(pairs_csv: Path) -> None:
+    """torch prints an error and waits for the lost batch for ever."""
+    loader = loader_with_a_worker(Cramped, pairs_csv)
+    with pytest.raises(UnreachableError, match=r"a batch of 0\.0 MB through shared memory: File too large") as caught:
+        next(loader)
+    assert "workers 0" in caught.value.hint
+
+
+def test_an_error_of_our_own_keeps_its_sentence_and_its_hint_from_a_worker(pairs_csv: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^It is damaged\.$") as caught:
+        next(loader_with_a_worker(Refusing, pairs_csv))
+    assert caught.value.hint == "repair it"
+    assert "in __getitem__" in str(caught.value.__cause__)  # where it was raised, for --debug
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_a_sentence(pairs_csv: Path) -> None:
+    loader = loader_with_a_worker(Killed, pairs_csv)
+    with pytest.raises(LostProcessError, match=r"^A loader process \(pid \d+\) was ended from outside") as caught:
+        next(loader)
+    assert "workers" in caught.value.hint
+
+
+def test_a_worker_that_fails_is_not_said_to_lack_memory(pairs_csv: Path) -> None:
+    loader = loader_with_a_worker(Failing, pairs_csv)
+    with pytest.raises(LostProcessError, match=r"^A loader process \(pid \d+\) failed with exit code 1;") as caught:
+        next(loader)
+    assert "memory" not in caught.value.hint
+
+
+@pytest.mark.parametrize(("code", "said"), [(1, "failed with exit code 1"), (-9, "was ended from outside")])
+def test_a_worker_that_is_no_child_says_itself_how_it_ended(code: int, said: str) -> None:
+    """As those of a fork server, the default of Python 3.14, whose ends torch's signal handler does not see."""
+    error = RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")
+    workers: Any = [SimpleNamespace(pid=pid, exitcode=code if pid == 8 else None) for pid in (6, 7, 8)]
+    assert said in str(loader_module.lost_worker(error, workers))
+
+
+class Broken(ViewDataset):
+    """Raises what torch does, such as where a batch of a worker process does not arrive."""
+
+    def __getitem__(self, view: View) -> PairView:
+        raise RuntimeError("received 0 items of ancdata")
+
+
+def test_another_librarys_error_comes_out_as_it_is(pairs_csv: Path) -> None:
+    dataset = Broken(load_pairs(str(pairs_csv)), STUDENT, [], crops=Crops(scale=(0.5, 1.0)), seed=3)
+    with pytest.raises(RuntimeError, match="ancdata") as caught:
+        next(step_loader(dataset, [[(0, 0)]], workers=0))
+    assert caught.value.__cause__ is None  # if it were the error itself, who looks for the first cause would not end
+
+
+def test_workers_that_cannot_be_started_are_said_to_be_dispensable(
+    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")  # of a semaphore, in /dev/shm
+
+    monkeypatch.setattr(loader_module.DataLoader, "__iter__", fail)
+    with pytest.raises(UnreachableError, match=r"^The loader processes could not be started: Read-only") as caught:
+        next(loader_with_a_worker(ViewDataset, pairs_csv))
+    assert "workers 0" in caught.value.hint
+
+
+def test_a_spawned_worker_does_not_run_the_users_script_again(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def keys(*_: object) -> set[str]:
+        return {key for key in spawn.get_preparation_data("worker") if key.startswith("init_main")}
+
+    class Recording(torch.utils.data.DataLoader):  # type: ignore[type-arg]
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            sent.append(keys())
+            return super().__iter__()
+
+    sent = list[set[str]]()
+    monkeypatch.setattr(loader_module, "DataLoader", Recording)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "script.py", raising=False)  # a process of xdist has none
+    assert keys()
+    assert len(batches(pairs_csv, 0, 1)) == 1
+    assert sent == [set()]
+    assert keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_script_without_a_guard_trains_with_workers_that_are_spawned(
+    method: str, pairs_csv: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "script.py").write_text(
+        f"""
+import multiprocessing
+multiprocessing.set_start_method({method!r})
+import clip_rd_edge as edge
+edge.distill(data={str(pairs_csv)!r}, recipe="clip", student="test_resnet", image_size=32, text="64x1", steps=2,
+             batch_size=4, precision="fp32", workers=1, output="run")
+"""
+    )
+    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True, timeout=300)
+    assert (tmp_path / "run" / "student").is_dir()
+
+
+LEFT_OPEN = """
+import sys
+from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.data.load import load_pairs
+from clip_rd_edge.distillation.batches.loader import StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.batches.pixels import Crops
+
+size = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
+dataset = ViewDataset(load_pairs(sys.argv[1]), size, (), crops=Crops(scale=(0.5, 1.0)), seed=3)
+batches = step_loader(dataset, StepSampler([24], 5, seed=3, start=0, stop=9), workers=int(sys.argv[2]))
+next(batches)
+raise SystemExit("stopped")  # with the loader in a traceback, or in a variable, as in a user's own script
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_program_ends_whose_loader_is_still_open(pairs_csv: Path, workers: int) -> None:
+    command = [sys.executable, "-c", LEFT_OPEN, str(pairs_csv), str(workers)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (1, "stopped\n")

@@ -1,0 +1,319 @@
+"""Stores in MobileCLIP's format, made by hand from its documentation, are read and trained on."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reinforced_shards import (
+    AUGMENTATIONS,
+    PAIRS,
+    SIZE,
+    SYNTHETIC,
+    WIDTHS,
+    augmentations,
+    describe_teachers,
+    units,
+    write_shard,
+)
+from tiny_runs import killed_and_resumed, tiny_run, weights
+from torchvision.transforms import InterpolationMode, autoaugment
+from torchvision.transforms import functional as F
+
+from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.bundle.runs import read_metrics
+from clip_rd_edge.data.load import load_pairs
+from clip_rd_edge.data.reinforced import OPERATIONS, Augmentation, ReinforcedPairs, StoredTeachers, read_stored_teachers
+from clip_rd_edge.data.shards.webdataset import parse_sources
+from clip_rd_edge.distillation.batches.reinforced import ReinforcedDataset, augment, read_sample
+from clip_rd_edge.distillation.config import RunConfig, resolve
+from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.models.load import training_facts
+
+PREPROCESSING = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
+Store = Callable[..., str]
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """Write a shard, with changes to the files of its samples, and return its path."""
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
+
+    def write(kind: str = "first", change: Callable[[int, dict[str, bytes]], None] = lambda *_: None) -> str:
+        return write_shard(tmp_path / f"{kind}.tar", kind, change)
+
+    return write
+
+
+@pytest.fixture
+def teachers(tmp_path: Path) -> Path:
+    return describe_teachers(tmp_path / "teachers.json")
+
+
+@pytest.fixture
+def stored(teachers: Path) -> StoredTeachers:
+    return read_stored_teachers(teachers)
+
+
+def open_store(source: str) -> ReinforcedPairs:
+    return ReinforcedPairs(source, parse_sources(source))
+
+
+@pytest.mark.parametrize("kind", ["first", "second", "torch"])
+def test_a_store_is_read_as_documented(kind: str, store: Store, stored: StoredTeachers) -> None:
+    pairs = open_store(store(kind))
+    assert (len(pairs), list(pairs.left_out)) == (PAIRS, [])
+    for number in (0, 7):
+        sample = read_sample(pairs, number, stored)
+        assert [list(a[:4]) for a in sample.augmentations] == [crop for crop, _ in augmentations(number)]
+        assert sample.augmentations[2].operations == ()
+        expected = [(OPERATIONS[op], magnitude) for op, magnitude in augmentations(number)[0][1]]
+        assert list(sample.augmentations[0].operations) == expected
+        assert list(sample.own) == [(f"own {number}", 0)]
+        assert list(sample.synthetic) == [(f"synthetic {number} 0", 1), (f"synthetic {number} 1", 2)]
+        tolerance = 2**-8 if kind == "torch" else 2**-11  # bfloat16, float16
+        np.testing.assert_allclose(sample.image_embeddings, units(AUGMENTATIONS, number), atol=tolerance)
+        np.testing.assert_allclose(sample.text_embeddings, units(1 + SYNTHETIC, 100 + number), atol=tolerance)
+
+
+@pytest.mark.parametrize("keys", [("syn_text", "long_text"), ("long_text", "syn_text")])
+def test_each_caption_has_its_own_embedding_in_whatever_order_the_keys_come(
+    keys: tuple[str, str], store: Store, stored: StoredTeachers
+) -> None:
+    texts = units(1 + SYNTHETIC, 1), units(3, 2)  # of the own and of syn_text in one array, and of long_text
+    captions = {"syn_text": ["a", "b"], "long_text": ["c", "d", "e"]}
+
+    def change(_: int, files: dict[str, bytes]) -> None:
+        files["npz"] = npz(image_emb=units(AUGMENTATIONS, 0), text_emb=texts[0], long_text_emb=texts[1])
+        files["syn.json"] = json.dumps({key: captions[key] for key in keys}).encode()
+
+    sample = read_sample(open_store(store(change=change)), 0, stored)
+    expected = dict(zip(["own 0", "a", "b", "c", "d", "e"], np.concatenate(texts), strict=True))
+    assert {caption for caption, _ in [*sample.own, *sample.synthetic]} == set(expected)
+    for caption, row in [*sample.own, *sample.synthetic]:
+        np.testing.assert_allclose(sample.text_embeddings[row], expected[caption], atol=2**-11)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_blank_caption_leaves_those_after_it_their_embeddings(
+    store: Store, stored: StoredTeachers, *, apart: bool
+) -> None:
+    texts = units(4, 1)
+    arrays = {"text_emb": texts[:1], "syn_text_emb": texts[1:]} if apart else {"text_emb": texts}
+
+    def change(_: int, files: dict[str, bytes]) -> None:
+        files["npz"] = npz(image_emb=units(AUGMENTATIONS, 0), **arrays)
+        files["syn.json"] = json.dumps({"syn_text": ["a", " \n", " b"]}).encode()
+
+    sample = read_sample(open_store(store(change=change)), 0, stored)
+    assert [caption for caption, _ in sample.synthetic] == ["a", "b"]
+    for (_, row), expected in zip([*sample.own, *sample.synthetic], texts[[0, 1, 3]], strict=True):
+        np.testing.assert_allclose(sample.text_embeddings[row], expected, atol=2**-11)
+
+
+def test_shards_without_reinforcements_are_left_out_and_usable_as_others(store: Store) -> None:
+    def change(number: int, files: dict[str, bytes]) -> None:
+        files.pop("npz" if number == 3 else "paug.json" if number == 4 else "syn.json" if number == 5 else "url.txt")
+
+    source = store(change=change)
+    pairs = open_store(source)
+    assert len(pairs) == PAIRS - 2
+    assert "0003 has no embeddings (.npz, .pth.gz)" in pairs.left_out[0]
+    assert "0004 has no augmentations (.paug.json)" in pairs.left_out[1]
+    assert pairs.synthetic_captions(3) == {}
+    assert len(load_pairs(source)) == PAIRS
+
+
+@pytest.mark.parametrize("level", [9, 21])  # of which a translation is rounded to 5.4 pixels, and to 12.7
+@pytest.mark.parametrize(("name", "signed"), [(name, sign) for name in OPERATIONS for sign in (1, -1)])
+def test_every_operation_is_that_of_torchvision(name: str, signed: int, level: int) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 44, 3), dtype=np.uint8))
+    space = autoaugment.RandAugment()._augmentation_space(31, (SIZE, SIZE))
+    assert tuple(space) == OPERATIONS
+    values, is_signed = space[name]
+    magnitude = float(values[level]) if values.ndim else 0.0
+    magnitude *= signed if is_signed else 1
+    crop = F.resized_crop(image, 3, 5, 30, 28, [SIZE, SIZE], InterpolationMode.BICUBIC)
+    expected = autoaugment._apply_op(crop, name, magnitude, InterpolationMode.NEAREST, None)
+    actual = augment(image, Augmentation(3, 5, 30, 28, ((name, magnitude),)), size=SIZE)
+    assert np.array_equal(np.asarray(actual), np.asarray(expected))
+
+
+def dataset(pairs: ReinforcedPairs, stored: StoredTeachers, size: int = 32) -> ReinforcedDataset:
+    preprocessing = msgspec.structs.replace(PREPROCESSING, size=(size, size))
+    return ReinforcedDataset(pairs, stored, preprocessing, seed=0, views=0, max_bad=0.1)
+
+
+def test_a_view_joins_an_augmentation_and_a_caption_with_their_own_embeddings(
+    store: Store, stored: StoredTeachers
+) -> None:
+    pairs = open_store(store())
+    views = dataset(pairs, stored, SIZE)
+    kinds = {"own": 0, "synthetic": 0}
+    numbers = set()
+    for epoch in range(60):
+        view = views[epoch, 2]
+        sample = read_sample(pairs, 2, stored)
+        assert view.teacher_embeddings is not None
+        image, text = view.teacher_embeddings
+        (number,) = np.flatnonzero((sample.image_embeddings == image).all(axis=1))
+        shown = augment(pairs.open(2), sample.augmentations[number], size=SIZE)
+        assert np.array_equal(view.student_pixels, np.asarray(shown))
+        row = dict([*sample.own, *sample.synthetic])[view.caption]
+        assert np.array_equal(text, sample.text_embeddings[row])
+        kinds[view.caption.split()[0]] += 1
+        numbers.add(int(number))
+    assert numbers == {0, 1, 2}
+    assert min(kinds.values()) > 15  # each kind about half of the time
+    assert views[3, 2].caption == views[3, 2].caption
+    assert dataset(pairs, stored)[0, 0].student_pixels.shape == (32, 32, 3)
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("/tmp/clip-rd-edge-was-run"),)
+
+
+def malicious() -> bytes:
+    content = io.BytesIO()
+    torch.save({"image_emb": Malicious(), "text_emb": 0}, content)
+    return gzip.compress(content.getvalue())
+
+
+def npz(**arrays: Any) -> bytes:
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "message"),
+    [
+        ("pth.gz", malicious(), "it holds more than tensors, or is damaged"),
+        ("pth.gz", b"no gzip", "Cannot read the embeddings .*0000.pth.gz"),
+        ("npz", b"no zip", "Cannot read the embeddings: .*0000.npz could not be read"),
+        ("npz", npz(image_emb=np.array(["a"]), text_emb=np.zeros(1)), "Cannot read the embeddings"),
+        ("npz", npz(image_emb=np.array([object()]), text_emb=np.zeros(1)), "Cannot read the embeddings"),
+        ("npz", npz(image_emb=units(3, 0)), "has no text_emb"),
+        ("npz", npz(image_emb=units(2, 0), text_emb=units(3, 0)), "has 2 embeddings for 3 augmentations"),
+        ("npz", npz(image_emb=units(3, 0), text_emb=units(3, 0)[:0]), "has 0 embeddings for 1 captions"),
+        ("npz", npz(image_emb=units(3, 0), text_emb=units(2, 0)), "has 2 embeddings for 1 captions"),
+        ("npz", npz(image_emb=0 * units(3, 0), text_emb=units(3, 0)), "zero or not finite"),
+        ("npz", npz(image_emb=units(3, 0)[:, :4], text_emb=units(3, 0)), "of another width than 9"),
+        ("npz", npz(image_emb=units(3, 0), text_emb=units(3, 0)[:, :4]), "of another width than 9"),
+        (
+            "npz",
+            npz(image_emb=units(3, 0), text_emb=units(1, 0), syn_text_emb=units(1, 0)),
+            "1 embeddings for 2 captions",
+        ),
+        ("paug.json", b'{"param_aug": [[[1, 2, 3], null]]}', "is not as expected: param_aug as a list"),
+        ("paug.json", b'{"param_aug": [[[0, 0, 9, 9], [[77, 0.5]]]]}', "is not as expected"),
+        ("paug.json", b'{"param_aug": [[[0, 0, 9, 9], [[5, 1e300]]]]}', "is not as expected"),
+        ("paug.json", b'{"param_aug": [[[0, 0, 9, 1e400], null]]}', "is not as expected|is not valid JSON"),
+        ("paug.json", b'{"param_aug": []}', "has no augmentations"),
+        ("paug.json", b"{", "is not valid JSON"),
+        ("paug.json", b'{"param_aug": [[[0, 0, 9, 9], [[5, NaN]]]]}', "is not as expected"),
+        ("syn.json", b'{"syn_text": [3]}', "captions that are no texts"),
+        ("syn.json", rb'{"syn_text": ["\ud83d"]}', "captions that are no texts"),
+        ("syn.json", b"[]", "is not a JSON object"),
+    ],
+)
+def test_damaged_and_dangerous_samples_are_refused(
+    suffix: str, content: bytes, message: str, store: Store, stored: StoredTeachers
+) -> None:
+    def change(number: int, files: dict[str, bytes]) -> None:
+        if suffix == "pth.gz":
+            files.pop("npz")
+        files[suffix] = content
+
+    with pytest.raises(InputError, match=message):
+        read_sample(open_store(store(change=change)), 0, stored)
+    assert not Path("/tmp/clip-rd-edge-was-run").exists()
+
+
+def test_what_would_unpack_to_too_much_is_refused(
+    store: Store, stored: StoredTeachers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros = np.zeros((3, 4_000), np.float32)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, image_emb=zeros, text_emb=zeros)
+    contents = {"first": ("npz", packed.getvalue()), "torch": ("pth.gz", gzip.compress(zeros.tobytes()))}
+    for kind, (suffix, content) in contents.items():
+        pairs = open_store(store(kind, change=lambda _, files: files.update({suffix: content})))  # noqa: B023
+        for limit, message in ((20_000, "it would take|the limit is"), (10, "the limit for embeddings is 10")):
+            monkeypatch.setattr("clip_rd_edge.distillation.batches.reinforced._MAX_BYTES", limit)
+            with pytest.raises(InputError, match=message):
+                read_sample(pairs, 0, stored)
+
+
+@pytest.mark.parametrize("crop", [(2, 1, 20, 30), (2, 1, 19, 5), (2, 1, 5, 20)])
+def test_an_image_that_is_not_the_one_that_was_augmented_is_refused(crop: tuple[int, int, int, int]) -> None:
+    with pytest.raises(InputError, match="has 20 × 20 pixels, but a stored augmentation crops it to"):
+        augment(Image.new("RGB", (20, 20)), Augmentation(*crop), size=SIZE)
+    assert augment(Image.new("RGB", (20, 20)), Augmentation(2, 1, 18, 19), size=SIZE).size == (SIZE, SIZE)
+
+
+def test_an_operation_that_cannot_be_applied_is_a_bad_sample() -> None:
+    with pytest.raises(InputError, match="The stored augmentation Posterize cannot be applied with magnitude 20"):
+        augment(Image.new("RGB", (40, 40)), Augmentation(0, 0, 40, 40, (("Posterize", 20.0),)), size=SIZE)
+
+
+@pytest.fixture
+def config(teachers: Path) -> RunConfig:
+    recipe = {"steps": 6, "batch_size": 4, "bank_size": 8}
+    return tiny_run("clip-rd-bank", recipe, teacher=f"stored:{teachers}", data="unset.tar", checkpoint_every=2)
+
+
+def test_a_student_is_trained_on_a_store_and_a_killed_run_resumes_to_the_same_weights(
+    config: RunConfig, store: Store, tmp_path: Path, teachers: Path
+) -> None:
+    config = msgspec.structs.replace(config, data=store("torch"))
+    run = killed_and_resumed(config, tmp_path, after=3)
+    assert weights(run / "student")["visual.head.proj.weight"].shape[0] == sum(WIDTHS)
+    assert all(line["loss/hrd"] > 0 and line["loss/bank"] > 0 for line in read_metrics(run))
+    assert training_facts(str(run / "student"))["teacher"] == "teacher-0, teacher-1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"teacher": ["stored:a.json", "b"]}, ConfigError, "the teacher is stored:, but there are others"),
+        ({"images": "photos"}, ConfigError, "the run is not on data alone"),
+        ({"teacher_cache": "cache"}, ConfigError, "teacher_cache is cache"),
+        ({"text": "teacher"}, ConfigError, "its text tower is asked for"),
+    ],
+)
+def test_what_does_not_go_with_stored_teachers_is_refused(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    options = {"data": "a.tar", "student": "resnet18", "teacher": "stored:a.json", **changes}
+    with pytest.raises(error, match=message):
+        resolve("clip-rd", **options)
+
+
+def test_wrong_data_widths_and_descriptions_are_one_sentence(
+    config: RunConfig, store: Store, teachers: Path, tmp_path: Path
+) -> None:
+    table = msgspec.structs.replace(config, data="pairs.csv")
+    with pytest.raises(UsageError, match=r"the data are pairs\.csv; expected WebDataset shards of reinforced samples"):
+        run_distillation(table, tmp_path / "run", resume=False)
+    config = msgspec.structs.replace(config, data=store())
+    teachers.write_text(teachers.read_text().replace('"embedding_size": 5', '"embedding_size": 7'))
+    with pytest.raises(ConfigError, match=r"have 9 numbers; expected 7 \+ 4, those of the teachers teacher-0, teacher"):
+        run_distillation(config, tmp_path / "run", resume=False)
+    teachers.write_text("{}")
+    with pytest.raises(ConfigError, match="teachers"):
+        run_distillation(config, tmp_path / "run", resume=False)
+    teachers.unlink()
+    with pytest.raises(InputError, match="of stored teachers does not exist"):
+        run_distillation(config, tmp_path / "run", resume=False)

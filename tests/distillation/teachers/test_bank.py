@@ -1,0 +1,263 @@
+"""The teacher's bank: read from a cache, or filled by a run; and runs with either, in chunks and resumed."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from support import Watch, save_tiny_teacher
+from tiny_runs import killed_and_resumed, stop_at, tiny_run
+
+from clip_rd_edge.bundle.runs import read_metrics
+from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.distillation.teachers.bank import QueueBank, StoredBank, make_bank
+from clip_rd_edge.distillation.teachers.embedding_store import (
+    TeacherCache,
+    TeacherCaches,
+    image_shard,
+    open_cache,
+    text_shard,
+    with_checksums,
+    write_array,
+)
+from clip_rd_edge.distillation.teachers.teacher import Teacher
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.losses.ensemble import Ensemble
+from clip_rd_edge.utils.arrays import load_array
+
+STEPS, BATCH_SIZE, WIDTH = 8, 6, 24
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
+    save_tiny_teacher(tmp_path / "teacher")
+    recipe = {"steps": STEPS, "batch_size": BATCH_SIZE, "bank_size": 16}
+    return tiny_run(
+        "clip-rd-bank", recipe, data=str(pairs_csv), teacher=str(tmp_path / "teacher"), views=2, checkpoint_every=3
+    )
+
+
+@pytest.fixture
+def cached(config: RunConfig, tmp_path: Path) -> RunConfig:
+    return msgspec.structs.replace(config, teacher_cache=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def cache(cached: RunConfig, tmp_path: Path) -> TeacherCache:
+    run_distillation(cached, tmp_path / "filling", resume=False)
+    return open_cache(Path(str(cached.teacher_cache)))
+
+
+def stored(cache: TeacherCache, size: int, *, seed: int = 0) -> list[torch.Tensor]:
+    stored = StoredBank(TeacherCaches((cache,)), Ensemble((WIDTH,), (1.0,)), size=size, seed=seed, device=CPU)
+    bank = stored.with_batch(torch.empty(0), torch.empty(0))
+    return [bank.image, bank.text]
+
+
+def test_a_stored_bank_is_all_of_a_cache_or_a_seeded_part_of_it(cache: TeacherCache) -> None:
+    paths = [image_shard(cache.folder, 0, 0), text_shard(cache.folder, 0)]
+    everything = [torch.from_numpy(load_array(path)["row"].copy()).float() for path in paths]
+    for actual, expected in zip(stored(cache, 1_000), everything, strict=True):
+        assert actual.shape == (24, WIDTH)
+        assert torch.equal(actual, expected)
+    for part, again, other, rows in zip(
+        stored(cache, 10), stored(cache, 10), stored(cache, 10, seed=1), everything, strict=True
+    ):
+        assert torch.equal(part, again)
+        assert not torch.equal(part, other)
+        places = [(rows == row).all(dim=1).nonzero().item() for row in part]
+        assert len(set(places)) == 10
+
+
+def test_a_stored_bank_reads_several_shards(cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("bank", "embedding_store"):
+        monkeypatch.setattr(f"clip_rd_edge.distillation.teachers.{module}.SHARD_SIZE", 10)
+    everything = []
+    for path_of in (lambda shard: image_shard(cache.folder, 0, shard), lambda shard: text_shard(cache.folder, shard)):
+        rows = load_array(path_of(0))["row"].copy()
+        everything.append(torch.from_numpy(rows).float())
+        for shard in range(3):
+            write_array(path_of(shard), with_checksums(rows[10 * shard : 10 * (shard + 1)]))
+    paths = [image_shard(cache.folder, 0, 2), text_shard(cache.folder, 2)]
+    for actual, path in zip(stored(cache, 24), paths, strict=True):
+        assert torch.equal(actual[20:], torch.from_numpy(load_array(path)["row"].copy()).float())
+    for seed in range(5):  # a part of some shards, and nothing of others
+        for part, rows in zip(stored(cache, 3, seed=seed), everything, strict=True):
+            places = [(rows == row).all(dim=1).nonzero().item() for row in part]
+            assert places == sorted(set(places))
+
+
+def test_a_stored_bank_leaves_out_what_could_not_be_embedded(cache: TeacherCache) -> None:
+    path = image_shard(cache.folder, 0, 0)
+    rows = load_array(path)["row"]
+    rows[3] = 0
+    rows[5, 0] = np.nan  # of a cache of an earlier version
+    write_array(path, with_checksums(rows))
+    image, text = stored(cache, 1_000)
+    assert (len(image), len(text)) == (22, 24)
+    rows[:] = 0
+    write_array(path, with_checksums(rows))
+    with pytest.raises(InputError, match=r"None of the 24 embeddings chosen for the bank from .*view-000"):
+        stored(cache, 1_000)
+
+
+def test_an_image_that_one_of_two_teachers_could_not_embed_is_left_out(cache: TeacherCache, tmp_path: Path) -> None:
+    lacking = TeacherCache(tmp_path / "lacking", cache.manifest, cache.captions)
+    shutil.copytree(cache.folder, lacking.folder)
+    path = image_shard(lacking.folder, 0, 0)
+    rows = load_array(path)["row"]
+    rows[3] = 0
+    write_array(path, with_checksums(rows))
+    both = Ensemble((WIDTH, WIDTH), (1.0, 1.0))
+    bank = StoredBank(TeacherCaches((cache, lacking)), both, size=1_000, seed=0, device=CPU)
+    image = bank.with_batch(torch.empty(0), torch.empty(0)).image
+    assert image.shape == (23, 2 * WIDTH)
+    assert torch.equal(image[:, :WIDTH], image[:, WIDTH:])
+
+
+def test_a_caption_that_one_of_two_caches_lacks_is_left_out_of_both(cache: TeacherCache, tmp_path: Path) -> None:
+    lacking = TeacherCache(tmp_path / "lacking", cache.manifest, cache.captions - 1)
+    shutil.copytree(cache.folder, lacking.folder)
+    for path in (text_shard(lacking.folder, 0), lacking.folder / "texts" / "keys.npy"):
+        np.save(path, np.delete(load_array(path), 5, axis=0))  # it could not be read when this cache was built
+    both = Ensemble((WIDTH, WIDTH), (1.0, 1.0))
+    for caches in ((cache, lacking), (lacking, cache)):
+        bank = StoredBank(TeacherCaches(caches), both, size=1_000, seed=0, device=CPU)
+        text = bank.with_batch(torch.empty(0), torch.empty(0)).text
+        assert text.shape == (23, 2 * WIDTH)
+        assert torch.equal(text[:, :WIDTH], text[:, WIDTH:])
+
+
+def test_a_damaged_cache_is_named(cache: TeacherCache) -> None:
+    path = text_shard(cache.folder, 0)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ConfigError, match=r"shard-00000\.npy is damaged"):
+        stored(cache, 1_000)
+
+
+def test_a_queue_holds_the_last_embeddings_and_those_of_the_step() -> None:
+    queue = QueueBank(8, CPU)
+    batches = [torch.full((3, 2), float(number)) for number in range(1, 6)]
+    for batch in batches:
+        bank = queue.with_batch(batch, -batch)
+    assert sorted(bank.image[:, 0].tolist()) == [3, 3, 4, 4, 4, 5, 5, 5]
+    assert torch.equal(bank.text, -bank.image)
+    assert QueueBank(2, CPU).with_batch(batches[0], batches[0]).image.shape == (2, 2)
+    assert QueueBank(8, CPU).with_batch(batches[0], batches[0]).image.shape == (3, 2)
+
+
+def test_a_queue_drops_what_is_not_finite_and_goes_on_with_the_rest_in_their_order() -> None:
+    queue = QueueBank(5, CPU)
+    for number in range(1, 5):
+        image = torch.full((2, 2), float(number))
+        image[0] = math.nan if number == 3 else number
+        bank = queue.with_batch(image, -torch.full((2, 2), float(number)))
+    assert bank.image.isnan().any()
+    queue.drop_not_finite()
+    for number in (5, 6):
+        bank = queue.with_batch(torch.full((1, 2), float(number)), torch.full((1, 2), -float(number)))
+    assert sorted(bank.image[:, 0].tolist()) == [3, 4, 4, 5, 6]
+    assert torch.equal(bank.text, -bank.image)
+
+
+def test_an_image_without_a_finite_embedding_costs_a_run_one_step(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a teacher that overflows in float16: the bank must not keep the embedding."""
+    embed, calls = Teacher.embed_images, list[Teacher]()
+
+    def overflow_at_first(teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
+        embeddings = embed(teacher, pixels)
+        if not calls:
+            embeddings[2] = math.nan
+        calls.append(teacher)
+        return embeddings
+
+    monkeypatch.setattr(Teacher, "embed_images", overflow_at_first)
+    run_distillation(config, tmp_path / "run", resume=False)
+    assert [line["loss"] is None for line in read_metrics(tmp_path / "run")] == [True] + [False] * (STEPS - 1)
+
+
+@pytest.mark.parametrize("size", [3, 5, 8, 20])
+def test_a_queue_of_another_size_goes_on_with_the_newest_embeddings(size: int) -> None:
+    def seen(queue: QueueBank, *numbers: int) -> list[float]:
+        for number in numbers:
+            bank = queue.with_batch(torch.full((2, 2), float(number)), torch.full((2, 2), -float(number)))
+        assert torch.equal(bank.text, -bank.image)
+        return sorted(bank.image[:, 0].tolist())
+
+    before, after = QueueBank(5, CPU), QueueBank(size, CPU)
+    assert seen(before, 1, 2, 3, 4) == [2, 3, 3, 4, 4]
+    after.load_state_dict(before.state_dict())
+    assert seen(after, 5) == [2, 3, 3, 4, 4, 5, 5][-size:]
+    assert seen(after, 6, 7, 8) == [2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8][-size:]
+
+
+def test_the_embeddings_of_another_teacher_do_not_stay_in_a_queue() -> None:
+    before = QueueBank(5, CPU, source="one teacher")
+    before.with_batch(torch.ones(2, 2), torch.ones(2, 2))
+    for source, rows in (("one teacher", 3), (None, 3), ("another", 1)):
+        after = QueueBank(5, CPU, source=source)
+        after.load_state_dict(before.state_dict())
+        assert len(after.with_batch(torch.zeros(1, 2), torch.zeros(1, 2)).image) == rows
+
+
+def test_a_run_that_goes_on_with_another_teacher_begins_its_queue_anew(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(MemoryError):
+        run_distillation(config, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(4)))
+    save_tiny_teacher(tmp_path / "teacher", seed=2)
+    with pytest.raises(MemoryError):
+        run_distillation(config, tmp_path / "run", resume=True, accept_changes=True, reporter=Watch(on_step=stop_at(7)))
+    queue = torch.load(tmp_path / "run" / "checkpoints" / "step-6" / "state.pt", weights_only=True)["bank"]
+    assert queue["seen"] == 3 * BATCH_SIZE  # of steps 4 to 6: step 3 was the last that was saved
+
+
+def test_a_queue_is_no_longer_than_the_data_and_only_made_if_the_objective_needs_it(config: RunConfig) -> None:
+    bank = make_bank(config, 5, None, None, CPU)
+    assert bank is not None
+    assert len(bank.with_batch(torch.ones(6, 2), torch.ones(6, 2)).image) == 5
+    other = msgspec.structs.replace(config, recipe=load_recipe("clip-rd"))
+    assert make_bank(other, 5, None, None, CPU) is None
+
+
+@pytest.mark.parametrize("kind", ["config", "cached"])
+@pytest.mark.parametrize("stop_after", [*(pytest.param(step, marks=pytest.mark.slow) for step in (2, 5)), 7])
+def test_a_killed_run_resumes_to_the_same_weights(
+    kind: str, stop_after: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    lines = read_metrics(killed_and_resumed(request.getfixturevalue(kind), tmp_path, after=stop_after))
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(line["loss/bank"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ("config", "cached", "The run began without a teacher cache"),
+        ("cached", "config", "The run began with a bank from a teacher cache"),
+    ],
+)
+def test_a_run_does_not_change_its_kind_of_bank(
+    first: str, second: str, message: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    with pytest.raises(MemoryError):
+        run_distillation(
+            request.getfixturevalue(first), tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(4))
+        )
+    watch, began = Watch(), (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(UsageError, match=message) as error:
+        run_distillation(request.getfixturevalue(second), tmp_path / "run", resume=True, reporter=watch)
+    assert "teacher_cache" in error.value.hint
+    assert watch.updates == []  # no cache is built
+    assert (tmp_path / "run" / "config.yaml").read_text() == began
+    with pytest.raises(MemoryError):
+        run_distillation(
+            request.getfixturevalue(first), tmp_path / "run", resume=True, reporter=Watch(on_step=stop_at(5))
+        )

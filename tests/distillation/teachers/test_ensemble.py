@@ -1,0 +1,415 @@
+"""Runs with two teachers that differ in width, scale, size of images and tokens: live, from a cache, and resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from reinforced_shards import describe_teachers, write_shard
+from support import Watch, one_worker, save_tiny_teacher
+from thread_processes import Exchange, Threads
+from tiny_runs import killed_and_resumed, stop_at, tiny_run, weights
+
+import clip_rd_edge as edge
+from clip_rd_edge.bundle.runs import read_metrics
+from clip_rd_edge.data.reinforced import read_stored_teachers
+from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, step_loader
+from clip_rd_edge.distillation.config import RunConfig, load_recipe, resolve
+from clip_rd_edge.distillation.inputs import load_setup, make_dataset
+from clip_rd_edge.distillation.processes import Processes
+from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.distillation.step import StepSettings, TrainingStep
+from clip_rd_edge.distillation.teachers import embed
+from clip_rd_edge.distillation.teachers.bank import QueueBank, StoredBank
+from clip_rd_edge.distillation.teachers.embedding_store import (
+    TeacherCaches,
+    cache_folders,
+    image_shard,
+    open_caches,
+    with_checksums,
+    write_array,
+)
+from clip_rd_edge.distillation.teachers.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of, load_teachers
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.losses.objective import Objective, Weights
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.load import load_clip, save_clip, training_facts
+from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.utils.arrays import load_array
+
+STEPS, BATCH_SIZE = 4, 6
+WIDTHS, SCALES = (24, 16), (1 / 0.07, 40.0)
+CPU = torch.device("cpu")
+
+
+def save_other_teacher(folder: Path, *, seed: int = 2, width: int = 16) -> Path:
+    torch.manual_seed(seed)
+    config = student_config("test_resnet", embedding_size=width, image_size=32, text="64x1", context_length=9)
+    clip = build_student(config, name="other")
+    with torch.no_grad():
+        clip.model.get_parameter("logit_scale").fill_(math.log(SCALES[1]))
+    save_clip(folder, clip, provenance={})
+    return folder
+
+
+@pytest.fixture
+def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
+    teachers = str(save_tiny_teacher(tmp_path / "first")), str(save_other_teacher(tmp_path / "second"))
+    recipe = {"steps": STEPS, "batch_size": BATCH_SIZE, "bank_size": 16}
+    return tiny_run("clip-rd-bank", recipe, data=str(pairs_csv), teacher=teachers, views=2, checkpoint_every=2)
+
+
+@pytest.fixture
+def cached(config: RunConfig, tmp_path: Path) -> RunConfig:
+    return msgspec.structs.replace(config, teacher_cache=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("kind", ["config", "cached"])
+def test_a_killed_run_resumes_to_the_same_weights(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    run = killed_and_resumed(request.getfixturevalue(kind), tmp_path, after=3)
+    assert weights(run / "student")["visual.head.proj.weight"].shape[0] == sum(WIDTHS)  # the teachers' together
+    assert all(line["loss/bank"] > 0 and line["loss/hrd"] > 0 for line in read_metrics(run))
+
+
+def test_config_and_model_card_name_all_teachers(config: RunConfig, tmp_path: Path, plots: None) -> None:
+    run = tmp_path / "run"
+    watch = Watch()
+    auto = msgspec.structs.replace(config, teacher_precision="auto")
+    student = run_distillation(auto, run, resume=False, reporter=watch)
+    assert any(said.startswith("precision of the teachers: ") for said in watch.said)
+    assert f"teacher:\n- {tmp_path}/first\n- {tmp_path}/second\n" in (run / "config.yaml").read_text()
+    assert training_facts(str(student))["teacher"] == "first, second"
+    record = json.loads((student / "distillation.json").read_text())
+    assert len(set(record["teacher_sha256"])) == 2
+    assert list((run / "report").glob("*.png"))
+
+
+def test_a_cache_keeps_the_embeddings_of_each_teacher_side_by_side(cached: RunConfig, tmp_path: Path) -> None:
+    run_distillation(cached, tmp_path / "run", resume=False)
+    setup = load_setup(cached, name="student", processes=Processes())
+    folders = sorted((tmp_path / "cache").iterdir())
+    assert [folder.name[:8] for folder in folders] == ["teacher-", "teacher-"]
+    order = {json.loads((folder / "manifest.json").read_text())["embedding_size"]: folder for folder in folders}
+    caches = open_caches([order[width] for width in WIDTHS])
+    live, stored = make_dataset(cached, setup), make_dataset(cached, setup, with_teacher_pixels=False)
+    stored.cache = caches
+    teachers = LiveTeacher([Teacher(clip, CPU, autocast=None) for clip in setup.teachers])
+    assert teachers.logit_scale == pytest.approx(SCALES)
+    steps = StepSampler([24], 6, seed=0, start=2, stop=6)
+    for expected, actual in zip(
+        step_loader(live, steps, workers=0), step_loader(stored, steps, workers=0), strict=True
+    ):
+        assert [pixels.shape[-1] for pixels in expected.teacher_pixels] == [48, 32]
+        assert actual.teacher_pixels == ()
+        there, here = teachers.embed(expected), CachedTeacher(ensemble_of(setup.teachers), CPU).embed(actual)
+        for one, other in ((there.image, here.image), (there.text, here.text)):
+            assert one.shape == (6, sum(WIDTHS))
+            torch.testing.assert_close(other, one, atol=2**-11, rtol=0)
+    bank = StoredBank(caches, ensemble_of(setup.teachers), size=100, seed=0, device=CPU).with_batch(
+        torch.empty(0), torch.empty(0)
+    )
+    assert bank.image.shape == bank.text.shape == (24, sum(WIDTHS))
+    torch.testing.assert_close(bank.image.norm(dim=1), torch.ones(24), atol=2e-3, rtol=0)
+    # What one teacher lacks is neither in the bank nor in training.
+    path = image_shard(order[16], 0, 0)
+    rows = load_array(path)["row"]
+    rows[3] = 0
+    write_array(path, with_checksums(rows))
+    assert (
+        len(
+            StoredBank(caches, ensemble_of(setup.teachers), size=100, seed=0, device=CPU)
+            .with_batch(bank.image, bank.text)
+            .image
+        )
+        == 23
+    )
+    assert caches.lookup(0, 3, setup.pairs.captions(3)[0]) is None
+
+
+def test_a_cache_serves_runs_with_some_of_its_teachers(cached: RunConfig, tmp_path: Path) -> None:
+    assert isinstance(cached.teacher, tuple)
+    first, second = cached.teacher
+    options = {"data": cached.data, "views": 2, "workers": 0, "recipe": "clip-rd-bank"}
+    edge.embed(teacher=[first, second], output=tmp_path / "cache", **options)  # type: ignore[arg-type]
+    before = sorted(tmp_path.glob("cache/**/*"))
+    for names in (cached.teacher, (second, first), second):
+        watch = Watch()
+        config = msgspec.structs.replace(cached, teacher=names)
+        run_distillation(config, tmp_path / f"run-{len(names)}-{names[0][-3:]}", resume=False, reporter=watch)
+        assert not any(stage.startswith("caching") for stage, *_ in watch.updates)
+    assert sorted(tmp_path.glob("cache/**/*")) == before
+
+
+def test_workers_of_a_cluster_compute_each_teachers_embeddings(
+    cached: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(cached.teacher, tuple)
+    options = {"data": cached.data, "teacher": cached.teacher, "views": 1, "workers": 0}
+    here = edge.embed(output=tmp_path / "here", **options)  # type: ignore[arg-type]
+    monkeypatch.setattr(embed, "map_on_cluster", one_worker)
+    there = edge.embed(output=tmp_path / "there", ray="auto", **options)  # type: ignore[arg-type]
+    contents = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (here, there)
+    ]
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("content", ["manifest.json", "photo.jpg"])
+def test_a_cache_of_one_teacher_or_of_something_else_is_refused(
+    content: str, cached: RunConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / content).write_text("{}")
+    with pytest.raises(UsageError, match=r"is that of one teacher, but the run has 2|neither empty nor a teacher"):
+        run_distillation(cached, tmp_path / "run", resume=False)
+
+
+def test_what_a_file_manager_leaves_in_a_cache_is_no_reason_to_refuse_it(cached: RunConfig, tmp_path: Path) -> None:
+    teachers = load_setup(cached, name="run", processes=Processes()).teachers
+    folders = cache_folders(tmp_path / "cache", teachers)
+    for folder in (tmp_path / "cache", *folders):
+        folder.mkdir()
+        for name in (".DS_Store", f"._{folders[0].name}", "desktop.ini"):
+            (folder / name).write_bytes(b"")
+    assert cache_folders(tmp_path / "cache", teachers) == folders
+    run_distillation(cached, tmp_path / "run", resume=False)
+    assert all((folder / "complete.json").is_file() for folder in folders)
+
+
+def test_a_replaced_teacher_is_named_when_a_run_is_resumed(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(MemoryError):
+        run_distillation(config, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(3)))
+    save_other_teacher(tmp_path / "second", seed=3)
+    with pytest.raises(UsageError, match="the teacher second has other weights"):
+        run_distillation(config, tmp_path / "run", resume=True)
+    one = msgspec.structs.replace(config, teacher=str(tmp_path / "first"))
+    with pytest.raises(UsageError, match=r"another configuration: teacher: .*second"):
+        run_distillation(one, tmp_path / "run", resume=True)
+
+
+def test_a_teacher_is_named_once_and_one_in_a_list_is_one(config: RunConfig, tmp_path: Path) -> None:
+    first = save_tiny_teacher(tmp_path / "run" / "student")
+    with pytest.raises(ConfigError, match=r"the teacher .*run is named 2 times; expected once"):
+        resolve("clip-rd", data="p.csv", student="resnet18", teacher=[tmp_path / "run", "b", f"local-dir:{first}"])
+    with pytest.raises(ConfigError, match="the teacher a is named 2 times; expected once"):
+        resolve("clip-rd", data="emoji", student="resnet18", teacher=["a", "b", "a"])
+    assert resolve("clip-rd", data="emoji", student="resnet18", teacher=[Path("a")]).teacher == "a"
+    assert resolve("clip", data="emoji", student="resnet18", teacher=()).teacher is None
+    names = (config.teachers[0], "local-dir:missing")
+    with pytest.raises(InputError, match="missing"):
+        load_setup(msgspec.structs.replace(config, teacher=names), name="student", processes=Processes())
+
+
+def test_the_command_line_takes_several(
+    config: RunConfig, tmp_path: Path, command_line: Callable[..., tuple[int, str, str]]
+) -> None:
+    first, second = config.teachers
+    options = ("--data", config.data, "--student", "test_resnet", "-o", tmp_path / "run")
+    code, _, error = command_line("distill", "--teacher", first, "--teacher", second, "--teacher", first, *options)
+    assert code == 2
+    assert f"the teacher {first} is named 2 times; expected once" in " ".join(error.split())
+
+
+def test_an_architecture_may_carry_its_tag() -> None:
+    with pytest.raises(InputError, match="The weights 'no-such-tag' of ViT-B-32 are neither"):
+        load_clip("ViT-B-32@no-such-tag")
+
+
+def test_weights_are_for_the_teachers_that_are_named_by_an_architecture_alone(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = config.teachers[0]
+    mixed = msgspec.structs.replace(config, teacher=(folder, "ViT-B-32"), teacher_pretrained="best.pt")
+    monkeypatch.setattr(
+        "clip_rd_edge.distillation.teachers.teacher.load_clip", lambda name, pretrained: (name, pretrained)
+    )
+    assert load_teachers(mixed) == ((folder, None), ("ViT-B-32", "best.pt"))
+    monkeypatch.undo()
+    alone = msgspec.structs.replace(config, teacher=folder, teacher_pretrained="best.pt")
+    with pytest.raises(
+        UsageError, match=r"teacher_pretrained is 'best.pt', but the teacher .*first has weights already"
+    ):
+        load_teachers(alone)
+
+
+def test_the_first_teachers_text_tower_can_be_kept(config: RunConfig, tmp_path: Path) -> None:
+    kept = msgspec.structs.replace(config, text="teacher", freeze_text=True)
+    student = weights(run_distillation(kept, tmp_path / "run", resume=False))
+    teacher = weights(tmp_path / "first")
+    assert torch.equal(student["text.token_embedding.weight"], teacher["text.token_embedding.weight"])
+    assert student["visual.head.proj.weight"].shape[0] == WIDTHS[0]
+
+
+@pytest.fixture
+def alike(config: RunConfig, tmp_path: Path) -> RunConfig:
+    """Two teachers that share a text tower, with images of different sizes."""
+    first = load_clip(config.teachers[0])
+    torch.manual_seed(4)
+    vision = {**first.model_cfg["vision_cfg"], "image_size": 32}
+    other = student_config("test_resnet", embedding_size=WIDTHS[0], image_size=32)
+    second = build_student({**other, "model_cfg": {**first.model_cfg, "vision_cfg": vision}}, name="alike")
+    second.model.get_submodule("text").load_state_dict(first.model.get_submodule("text").state_dict())
+    with torch.no_grad():
+        second.model.get_parameter("logit_scale").fill_(math.log(SCALES[1]))
+    save_clip(tmp_path / "alike", second, provenance={})
+    return msgspec.structs.replace(config, teacher=(config.teachers[0], str(tmp_path / "alike")))
+
+
+def test_teachers_that_share_a_text_tower_are_the_mean_of_both(alike: RunConfig, tmp_path: Path) -> None:
+    cached = msgspec.structs.replace(alike, teacher_cache=str(tmp_path / "cache"))
+    watch = Watch()
+    run = run_distillation(cached, tmp_path / "run", resume=False, reporter=watch)
+    assert "the teachers share a text tower: the student learns the mean of their image embeddings" in watch.said
+    assert weights(run)["visual.head.proj.weight"].shape[0] == WIDTHS[0]
+    setup = load_setup(alike, name="student", processes=Processes())
+    assert setup.ensemble is not None
+    teachers = [Teacher(clip, CPU, autocast=None) for clip in setup.teachers]
+    live, stored = LiveTeacher(teachers), CachedTeacher(setup.ensemble, CPU)
+    assert live.logit_scale == stored.logit_scale == pytest.approx(sum(SCALES) / 2)
+    data, from_cache = make_dataset(alike, setup), make_dataset(alike, setup, with_teacher_pixels=False)
+    from_cache.cache = open_caches(cache_folders(tmp_path / "cache", setup.teachers))
+    steps = StepSampler([24], 6, seed=0, start=0, stop=1)
+    (batch,), (read,) = (list(step_loader(source, steps, workers=0)) for source in (data, from_cache))
+    here = live.embed(batch)
+    images = [teacher.embed_images(pixels) for teacher, pixels in zip(teachers, batch.teacher_pixels, strict=True)]
+    mean = sum(images) / 2
+    assert isinstance(mean, torch.Tensor)
+    torch.testing.assert_close(here.image, mean / mean.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(here.text, teachers[0].embed_captions(batch.captions))
+    for one, other in zip(stored.embed(read)[:2], here[:2], strict=True):
+        torch.testing.assert_close(one, other, atol=2**-11, rtol=0)
+    assert isinstance(from_cache.cache, TeacherCaches)
+    bank = StoredBank(from_cache.cache, setup.ensemble, size=100, seed=0, device=CPU)
+    both = bank.with_batch(torch.empty(0), torch.empty(0))
+    assert both.image.shape == both.text.shape == (24, WIDTHS[0])
+    torch.testing.assert_close(both.image.norm(dim=1), torch.ones(24), atol=1e-6, rtol=0)
+
+
+def test_stored_teachers_that_share_a_text_tower_are_one_teacher(alike: RunConfig, tmp_path: Path) -> None:
+    widths = (WIDTHS[0], WIDTHS[0])
+    stored = describe_teachers(tmp_path / "stored.json", widths, share_text=True)
+    config = msgspec.structs.replace(
+        alike, data=write_shard(tmp_path / "stored.tar", widths=widths), teacher=f"stored:{stored}"
+    )
+    setup = load_setup(config, name="student", processes=Processes())
+    assert setup.student.embedding_size == WIDTHS[0]
+    assert setup.ensemble is not None
+    assert setup.ensemble.share_text
+    sampler = StepSampler(setup.pairs.groups, 4, seed=0, start=0, stop=1)
+    batch = next(iter(step_loader(make_dataset(config, setup), sampler, workers=0)))
+    targets = CachedTeacher(setup.ensemble, CPU).embed(batch)
+    assert targets.image.shape == targets.text.shape == (4, WIDTHS[0])
+    with pytest.raises(ConfigError, match="share_text"):
+        read_stored_teachers(describe_teachers(tmp_path / "wrong.json", WIDTHS, share_text=True))
+
+
+@pytest.mark.parametrize("differs", ["weights", "tokenizer", "context"])
+def test_teachers_with_other_texts_stay_side_by_side(alike: RunConfig, differs: str) -> None:
+    first, second = (load_clip(name) for name in alike.teachers)
+    assert ensemble_of([first, second]).share_text
+    assert not ensemble_of([first]).share_text
+    if differs == "weights":
+        with torch.no_grad():
+            second.model.get_parameter("text.token_embedding.weight")[3] += 1e-3
+    elif differs == "tokenizer":
+        ids = second.tokenizer
+        second = replace(second, tokenizer=lambda texts: ids([text.replace("&", "and") for text in texts]))
+    else:
+        second = replace(second, tokenizer=partial(second.tokenizer, context_length=4))
+    assert ensemble_of([first, second]).widths == (WIDTHS[0], WIDTHS[0])
+
+
+def test_text_towers_are_compared_wherever_their_parts_lie(alike: RunConfig) -> None:
+    """In CLIP's own models they lie at the top level, and CoCa's has a decoder beside it."""
+    first, second = (load_clip(name) for name in alike.teachers)
+    for clip in (first, second):
+        clip.model.text_decoder = torch.nn.Linear(2, 2)
+        clip.model.token_embedding = torch.nn.Embedding(2, 2)
+        for module in (clip.model.text_decoder, clip.model.token_embedding):
+            torch.nn.init.constant_(module.weight, 0.5)
+        torch.nn.init.zeros_(clip.model.text_decoder.bias)
+    assert ensemble_of([first, second]).share_text
+    torch.nn.init.constant_(second.model.token_embedding.weight, 0.25)  # type: ignore[union-attr, arg-type]
+    assert not ensemble_of([first, second]).share_text
+
+
+CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "0", "tea", "a boat at sea", "night"]
+
+
+def small_clip(trunk: str, seed: int, width: int, size: int) -> ClipModel:
+    torch.manual_seed(seed)
+    architecture = student_config(trunk, embedding_size=width, image_size=size, text="64x1", context_length=8)
+    return build_student(architecture, name="small")
+
+
+def small_teachers(first: int, second: int) -> LiveTeacher:
+    clips = [small_clip("test_resnet", 1, 12, first), small_clip("test_resnet", 2, 8, second)]
+    return LiveTeacher([Teacher(clip, CPU, autocast=None) for clip in clips])
+
+
+def make_step(processes: Processes, settings: StepSettings) -> TrainingStep:
+    teachers = small_teachers(32, 48)
+    torch.manual_seed(0)  # of the projections
+    objective = Objective(load_recipe("clip-rd-bank").objective, widths=(16, 12, 8))
+    student = small_clip("vit_tiny_16", 0, 16, 32)
+    return TrainingStep(student, teachers, objective, processes, settings, bank=QueueBank(12, CPU))
+
+
+def compute(step: TrainingStep) -> dict[str, torch.Tensor]:
+    processes = step.processes
+    generator = torch.Generator().manual_seed(2)
+    pixels, others = ((256 * torch.rand(8, 3, size, size, generator=generator)).byte() for size in (32, 48))
+    size = len(pixels) // processes.world_size
+    part = slice(processes.rank * size, (processes.rank + 1) * size)
+    result = step(Batch(pixels[part], (pixels[part], others[part]), CAPTIONS[part]), 0)
+    parameters = [*step.student.model.named_parameters(), *step.objective.named_parameters()]
+    gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
+    return {"loss": result.loss.total, **gradients}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, torch.Tensor]:
+    return compute(make_step(Processes(), StepSettings()))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [(2, StepSettings()), (2, StepSettings(global_logits=True, block=3)), (1, StepSettings(chunks=4, block=3))],
+    ids=["local logits", "global logits", "chunks and blocks"],
+)
+def test_processes_chunks_and_blocks_give_the_loss_and_gradients_of_the_whole(
+    world_size: int, settings: StepSettings, expected: dict[str, torch.Tensor]
+) -> None:
+    assert "image_projection.weight" in expected
+    exchange = Exchange(world_size)
+    steps = [
+        make_step(Threads(rank=rank, world_size=world_size, exchange=exchange), settings) for rank in range(world_size)
+    ]
+    with ThreadPoolExecutor(world_size) as pool:
+        for actual in pool.map(compute, steps):
+            assert actual.keys() == expected.keys()
+            for name, value in expected.items():
+                tolerance = 1e-5 * max(1.0, value.abs().max().item())
+                torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=tolerance, msg=name)
+
+
+def test_a_batch_without_pixels_for_each_teacher_is_a_programming_error() -> None:
+    step = TrainingStep(
+        small_clip("test_resnet", 0, 20, 32),
+        small_teachers(32, 32),
+        Objective(Weights(fd=1), widths=(20, 12, 8)),
+        Processes(),
+        StepSettings(),
+    )
+    pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="pixels for 1 of 2 teachers"):
+        step(Batch(pixels, (pixels,), CAPTIONS[:2]), 0)

@@ -1,0 +1,256 @@
+"""Processes on machines that do not share files: what one of them lacks ends all, with a sentence that says so."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import save_tiny_teacher
+from thread_processes import Threads, call_in_threads
+
+import clip_rd_edge as edge
+from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.distillation.batches.pixels import Crops
+from clip_rd_edge.distillation.checkpoint import load_checkpoint, save_checkpoint
+from clip_rd_edge.distillation.processes import Processes
+from clip_rd_edge.distillation.teachers.embedding_store import (
+    KEY,
+    CacheManifest,
+    CompleteCache,
+    claim_cache,
+    image_shard,
+    keys_crc32,
+    text_shard,
+    with_checksums,
+    write_array,
+)
+from clip_rd_edge.distillation.teachers.store_build import ShardMaker, build_cache
+from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.utils.structs import to_json
+
+COUNT = 3
+
+
+@pytest.fixture
+def machines(pairs_csv: Path, tmp_path: Path) -> list[Path]:
+    """A folder for each of three machines, with the same shards, pairs, teacher and evaluation images."""
+    save_tiny_teacher(tmp_path / "teacher")
+    folders = [tmp_path / name for name in "abc"]
+    (tmp_path / "caption.txt").write_text("a photo")
+    for folder in folders:
+        folder.mkdir()
+        for name in ("pairs.csv", "pictures", "teacher"):
+            copy = shutil.copytree if (tmp_path / name).is_dir() else shutil.copy2
+            copy(tmp_path / name, folder / name)
+        for shard in range(3):
+            with tarfile.open(folder / f"{shard}.tar", "w") as archive:
+                archive.add(tmp_path / "pictures" / f"{shard}.png", "0.png")
+                archive.add(tmp_path / "caption.txt", "0.txt")
+        for label in ("cat", "dog"):
+            (folder / "images" / label).mkdir(parents=True)
+            shutil.copy2(tmp_path / "pictures" / "0.png", folder / "images" / label)
+        shutil.copy2(Path(__file__).parents[2] / "clip_rd_edge/distillation/recipes/clip-rd.yaml", folder / "own.yaml")
+    return folders
+
+
+OPTIONS: dict[str, Any] = {
+    "data": "{}/pairs.csv",
+    "teacher": "{}/teacher",
+    "student": "test_vit",
+    "image_size": 160,
+    "text": "64x1",
+    "context_length": 12,
+    "batch_size": 6,
+    "steps": 2,
+    "precision": "fp32",
+    "workers": 0,
+}
+Distil = Callable[..., list[Any]]
+
+
+@pytest.fixture
+def distil(machines: list[Path], monkeypatch: pytest.MonkeyPatch) -> Distil:
+    """Return a function that trains with a process on each machine, and returns what each returned or raised."""
+    current = threading.local()
+
+    @contextmanager
+    def join() -> Iterator[Processes]:
+        yield current.processes
+
+    monkeypatch.setattr("clip_rd_edge.distillation.run.join_processes", join)
+    monkeypatch.setattr("clip_rd_edge.distillation.processes.join_processes", join)
+    monkeypatch.setenv("WORLD_SIZE", str(COUNT))
+
+    def run(of_b: dict[str, Any] | None = None, **options: Any) -> list[Any]:
+        def process(processes: Threads) -> Path:
+            current.processes = processes
+            folder = machines[processes.rank]
+            told = {**OPTIONS, **options, **((of_b or {}) if processes.rank == 1 else {})}
+            located = {name: value.format(folder) if isinstance(value, str) else value for name, value in told.items()}
+            return edge.distill(output=folder / "run", **located)
+
+        return call_in_threads(COUNT, process, hosts="abc")
+
+    return run
+
+
+def assert_all_say(errors: list[Any], message: str) -> None:
+    """Check that the second process raised an error with this message, and the others one that quotes it."""
+    assert all(isinstance(error, UsageError) for error in errors), errors
+    assert re.search(message, str(errors[1])), errors[1]
+    quote = f"Process 1 of the run, on b, cannot go on: {errors[1]}"
+    assert [str(errors[0]), str(errors[2])] == [quote] * 2
+
+
+LACKS: dict[str, tuple[dict[str, str], str, str]] = {
+    "recipe": ({"recipe": "{}/own.yaml"}, "own.yaml", "b/own.yaml"),
+    "evaluation data": ({"tasks": "{}/images"}, "images", "No task named '.*b/images'"),
+    "table": ({}, "pairs.csv", "b/pairs.csv"),
+    "shard": ({"data": "{}/{{0..2}}.tar"}, "1.tar", r"The shard .*b/1.tar does not exist \(1 of 3"),
+    "teacher": ({}, "teacher/open_clip_model.safetensors", "b/teacher"),
+}
+
+
+@pytest.mark.parametrize("what", LACKS)
+def test_what_one_machine_lacks_ends_all_and_is_named(machines: list[Path], distil: Distil, what: str) -> None:
+    options, name, message = LACKS[what]
+    path = machines[1] / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    assert_all_say(distil(**options), message)
+    assert not any((machine / "run").exists() for machine in machines)
+
+
+def change_caption(machine: Path) -> None:
+    table = machine / "pairs.csv"
+    table.write_text(table.read_text().replace("number 7", "number 8"))
+
+
+def remove_row(machine: Path) -> None:
+    table = machine / "pairs.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
+
+
+def change_teacher(machine: Path) -> None:
+    path = machine / "teacher" / "open_clip_model.safetensors"
+    weights = load_file(path)
+    weights["logit_scale"] += 0.1
+    save_file(weights, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_caption, "reads 24 pairs with the SHA-256 [0-9a-f]{12}, but process 0 24 pairs with the SHA-256"),
+        (remove_row, "reads 23 pairs .*, but process 0 24 pairs"),
+        (change_teacher, "reads a teacher with the SHA-256 [0-9a-f]{12}, but process 0 a teacher"),
+    ],
+)
+def test_other_files_under_the_same_names_are_refused(
+    machines: list[Path], distil: Distil, change: Callable[[Path], None], message: str
+) -> None:
+    change(machines[1])
+    for error in distil():
+        assert isinstance(error, InputError)
+        assert re.match(f"Process 1 of the run, on b, {message}", str(error))
+
+
+@pytest.mark.parametrize(
+    ("of_b", "message"),
+    [
+        ({"seed": 3}, "seed: 0 → 3"),
+        ({"batch_size": 12}, "batch_size: 6 → 12"),
+        ({"tasks": "{}/images"}, "tasks: 0 → 1"),
+    ],
+)
+def test_other_options_are_refused(distil: Distil, of_b: dict[str, Any], message: str) -> None:
+    assert_all_say(distil(of_b), f"^The processes of the run have different options: {message}")
+
+
+def test_a_checkpoint_reaches_machines_that_do_not_see_it(tmp_path: Path) -> None:
+    modules = [torch.nn.Linear(3, 2) for _ in range(COUNT)]
+    save_checkpoint(tmp_path / "0", 4, {"model": modules[0]})
+    save_checkpoint(tmp_path / "2", 4, {"model": modules[2]})  # an older run's
+
+    def load(processes: Threads) -> int:
+        return load_checkpoint(tmp_path / str(processes.rank), {"model": modules[processes.rank]}, processes)
+
+    assert call_in_threads(COUNT, load) == [4] * COUNT
+    assert all(torch.equal(module.weight, modules[0].weight) for module in modules)
+
+
+class NoTeacher:
+    """Stands for a teacher that must not be used."""
+
+
+def test_a_teacher_cache_that_one_machine_does_not_see_is_refused_unless_it_is_complete_on_each(tmp_path: Path) -> None:
+    manifest = CacheManifest(
+        teacher="t", teacher_sha256="", logit_scale=1, embedding_size=2, seed=0, views=1, data="d", pairs=1,
+        preprocessing=Preprocessing(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3), crops=Crops(scale=(0.9, 1.0)),
+        pairs_sha256="", precision="fp32",
+    )  # fmt: skip
+
+    def build(processes: Threads) -> None:
+        folder = tmp_path / ("other" if processes.rank == 1 else "shared")
+        unused: Any = NoTeacher()
+        build_cache(folder, ShardMaker(manifest, unused, unused, workers=0, max_bad=0), processes)
+
+    assert_all_say(call_in_threads(COUNT, build, hosts="abc"), "The teacher cache .*other is not on a file system that")
+    for name in ("shared", "other"):
+        claim_cache(tmp_path / name, manifest)
+        write_array(tmp_path / name / "texts" / "keys.npy", np.zeros(1, KEY))
+        for shard in (text_shard(tmp_path / name, 0), image_shard(tmp_path / name, 0, 0)):
+            write_array(shard, with_checksums(np.zeros((1, 2), np.float16)))
+        complete = CompleteCache(1, keys_crc32(tmp_path / name))
+        (tmp_path / name / "complete.json").write_bytes(to_json(complete))
+    assert call_in_threads(COUNT, build, hosts="abc") == [None] * COUNT
+
+
+SCRIPT = """
+cd "$0/$RANK" && exec "$@"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lacks", ["shard", "evaluation data", "recipe"])
+def test_two_real_processes_end_within_seconds(machines: list[Path], tmp_path: Path, lacks: str) -> None:
+    for rank in range(2):
+        machines[rank].rename(tmp_path / str(rank))
+    path = tmp_path / "1" / LACKS[lacks][1]
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", "sh", "-c", SCRIPT]
+    command = [
+        *(sys.executable, "-m", "clip_rd_edge", "distill", "--data", "{0..2}.tar", "--recipe", "own.yaml"),
+        *("--teacher", "teacher", "--student", "test_vit", "--image-size", "160", "--text", "64x1", "-o", "run"),
+        *("--context-length", "12", "--batch-size", "2", "--steps", "1000", "--precision", "fp32", "--workers", "0"),
+        *("--task", "images"),
+    ]
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-m", *launcher, str(tmp_path), *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert time.monotonic() - started < 60
+    output = " ".join(result.stderr.split())
+    name = LACKS[lacks][1]
+    assert re.search(
+        f"error: Process 1 of the run, on {re.escape(socket.gethostname())}, cannot go on: .*{name}", output
+    )
+    assert re.search(r"exitcode *: 2 ", output), output[-3000:]

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clip_rd_edge.distillation.metrics import mean_similarities
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of entries of the largest tensor that an operation returns."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.entries = max(self.entries, output.numel() if isinstance(output, torch.Tensor) else 0)
+        return output
+
+
+def test_the_geometry_is_the_mean_over_matching_and_other_pairs_without_a_matrix_of_all_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(300, 8, generator=generator) + 0.3) for _ in range(2))
+    cosines, matching = image @ text.T, torch.eye(300, dtype=torch.bool)
+    with LargestTensor() as largest:
+        positive, negative = mean_similarities(image, text)
+    assert positive == pytest.approx(cosines[matching].mean().item(), abs=1e-6)
+    assert negative == pytest.approx(cosines[~matching].mean().item(), abs=1e-6)
+    assert largest.entries <= 300 * 8
+
+
+def test_a_single_pair_has_no_negatives() -> None:
+    one = torch.nn.functional.normalize(torch.ones(1, 4))
+    positive, negative = mean_similarities(one, one)
+    assert positive == pytest.approx(1)
+    assert negative != negative  # NaN

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from clip_rd_edge.distillation.config import load_recipe
+from clip_rd_edge.distillation.optimizer import MAX_CONSECUTIVE_SKIPS, RunOptimizer, average_decay_at, build_optimizer
+from clip_rd_edge.losses.objective import Objective, Weights
+
+
+class Tiny(torch.nn.Module):
+    """One weight and a logit scale, as every student has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.logit_scale = torch.nn.Parameter(torch.tensor(1.0))
+
+
+def optimizer(model: torch.nn.Module, **recipe: object) -> RunOptimizer:
+    settings = msgspec.structs.replace(load_recipe("clip"), **recipe)
+    return RunOptimizer(model, Objective(Weights(task=1)), settings, steps=10_000)
+
+
+@pytest.mark.parametrize(("update", "expected"), [(0, 0.1), (1, 2 / 11), (89, 90 / 99), (100_000, 0.999)])
+def test_the_decay_of_the_moving_average_starts_small(update: int, expected: float) -> None:
+    assert average_decay_at(update, 0.999) == pytest.approx(expected)
+
+
+def test_the_moving_average_of_a_short_run_forgets_the_initial_weights(tmp_path: Path) -> None:
+    """The share of the first weights in the average is what is left of 1 after updates with weights of 0."""
+    model = Tiny()
+    run = optimizer(model, ema_decay=0.999)
+    for step in range(300):
+        with torch.no_grad():
+            model.weight.fill_(1.0 if step == 0 else 0.0)
+        run.apply(step, 1.0, run=tmp_path)
+    assert 0 <= run.model_to_save.get_parameter("weight").item() < 1e-6
+
+
+def test_the_moving_average_follows_its_definition(tmp_path: Path) -> None:
+    model, expected = Tiny(), 0.0
+    run = optimizer(model, ema_decay=0.999, learning_rate=1e-12)
+    for step in range(5):
+        with torch.no_grad():
+            model.weight.fill_(float(step**2))
+        run.apply(step, 1.0, run=tmp_path)
+        decay = 0.0 if step == 0 else average_decay_at(step, 0.999)
+        expected = decay * expected + (1 - decay) * step**2
+    assert run.model_to_save.get_parameter("weight").item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_resumed_optimizer_has_the_moving_average_the_loss_scale_and_the_skipped_steps(tmp_path: Path) -> None:
+    options = {"ema_decay": 0.9, "precision": "fp16"}
+    model = Tiny()
+    run = optimizer(model, **options)
+    (model.weight * math.inf).sum().backward()
+    run.apply(0, 1.0, run=tmp_path)  # an overflow halves the scale
+    model.weight.grad = torch.ones(1)
+    run.apply(1, 1.0, run=tmp_path)
+    resumed = optimizer(Tiny(), **options)
+    assert resumed.loss_scale != run.loss_scale
+    resumed.load_state_dict(run.state_dict())
+    assert (resumed.loss_scale, resumed.skipped) == (run.loss_scale, 1)
+    average, expected = (r.model_to_save.get_parameter("weight").item() for r in (resumed, run))
+    assert average == expected != 0
+
+
+def test_the_logit_scale_is_clamped_to_100(tmp_path: Path) -> None:
+    model = Tiny()
+    run = optimizer(model)
+    for value, expected in ((9.0, 100.0), (-3.0, 1.0)):
+        with torch.no_grad():
+            model.logit_scale.fill_(value)
+        run.apply(0, 1.0, run=tmp_path)
+        assert model.logit_scale.exp().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_clipping_and_the_logged_norm_apply_to_the_true_gradient(tmp_path: Path) -> None:
+    model = Tiny()
+    run = optimizer(model, precision="fp16", clip_gradient_norm=1.0)
+    model.weight.grad = torch.full((1,), 3.0 * run.loss_scale)
+    run.apply(0, 1.0, run=tmp_path)
+    assert run.gradient_norm == pytest.approx(3.0)
+
+
+def test_adamw_has_the_recipes_betas_and_epsilon() -> None:
+    recipe = msgspec.structs.replace(load_recipe("clip-rd"), betas=(0.8, 0.91), epsilon=3e-5)
+    groups = build_optimizer(Tiny(), Objective(recipe.objective), recipe).param_groups
+    assert [(group["betas"], group["eps"]) for group in groups] == [((0.8, 0.91), 3e-5)] * 3
+
+
+def test_any_number_of_lone_steps_may_be_skipped(tmp_path: Path) -> None:
+    model = Tiny()
+    run = optimizer(model)
+    for step in range(0, 2 * MAX_CONSECUTIVE_SKIPS + 2, 2):
+        for number, loss in ((step, math.nan), (step + 1, 1.0)):
+            model.weight.grad = torch.ones(1)
+            run.apply(number, loss, run=tmp_path)
+            assert run.is_sound == math.isfinite(loss)
+    assert run.skipped == MAX_CONSECUTIVE_SKIPS + 1
+
+
+def test_the_search_for_a_loss_scale_may_skip_any_number_of_steps(tmp_path: Path) -> None:
+    model = Tiny()
+    run = optimizer(model, precision="fp16")
+    for step in range(2 * MAX_CONSECUTIVE_SKIPS):
+        (model.weight * math.inf).sum().backward()
+        run.apply(step, 1.0, run=tmp_path)
+    assert run.skipped == 2 * MAX_CONSECUTIVE_SKIPS
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1.0), (1.0, math.nan)])
+def test_a_step_that_is_not_finite_leaves_the_weights_as_they_are(tmp_path: Path, loss: float, gradient: float) -> None:
+    model = Tiny()
+    run = optimizer(model)
+    model.weight.grad = torch.full((1,), gradient)
+    run.apply(0, loss, run=tmp_path)
+    assert (model.weight.item(), run.skipped, model.weight.grad) == (0.0, 1, None)

@@ -1,0 +1,100 @@
+"""What is drawn of a run at each evaluation: its plots, and the student's predictions for TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from PIL import Image
+from support import Watch
+
+from clip_rd_edge.bundle.task import RetrievalTask, Task
+from clip_rd_edge.data.load import load_pairs
+from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.distillation import metrics as predictions
+from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.metrics import Prediction, Predictions
+from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.load import load_clip
+
+
+@pytest.fixture
+def config(pairs_csv: Path) -> RunConfig:
+    recipe = msgspec.structs.replace(load_recipe("clip"), steps=4, batch_size=6, precision="fp32")
+    return RunConfig(
+        recipe_name="clip", recipe=recipe, data=str(pairs_csv), student="test_vit", image_size=160, text="64x1",
+        context_length=12, evaluate_every=2, workers=0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    for colour in ("red", "lime", "blue"):
+        (tmp_path / "task" / colour).mkdir(parents=True)
+        Image.new("RGB", (40, 40), colour).save(tmp_path / "task" / colour / "a.png")
+    return load_task(str(tmp_path / "task"))
+
+
+@pytest.mark.parametrize("has_task", [True, False])
+def test_tensorboard_gets_the_predictions_of_each_evaluation_and_no_weight_changes(
+    has_task: bool, config: RunConfig, task: Task, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options: dict[str, Any] = {"evaluate": lambda _: {"task": 0.5}, "tasks": [task]} if has_task else {}
+    plain = run_distillation(config, tmp_path / "plain", resume=False)
+    shown = run_distillation(
+        msgspec.structs.replace(config, report_to="tensorboard"), tmp_path / "shown", resume=False, **options
+    )
+    events = EventAccumulator(str(tmp_path / "shown" / "tensorboard")).Reload()
+    assert [event.step for event in events.Images("predictions")] == [2, 4]
+    assert (tmp_path / "shown" / "report" / "predictions.png").is_file()
+    for one, other in zip(*(load_clip(str(run)).model.state_dict().values() for run in (plain, shown)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_report_is_drawn_at_each_evaluation(config: RunConfig, tmp_path: Path) -> None:
+    found = list[bool]()
+    plot = tmp_path / "run" / "report" / "losses.png"
+    config = msgspec.structs.replace(config, log_every=1)
+    watch = Watch(on_step=lambda step: found.append(plot.is_file()))
+    run_distillation(config, tmp_path / "run", resume=False, reporter=watch)
+    assert found[:3] == [False, False, True]  # the third step follows the first evaluation
+
+
+def test_what_cannot_be_drawn_ends_no_run(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clip_rd_edge.distillation.loop.plot_run", lambda *_: 1 / 0)
+    watch = Watch()
+    load_clip(str(run_distillation(config, tmp_path / "run", resume=False, reporter=watch)))
+    assert any(said.startswith("the plots of step 2 could not be drawn: ") for said in watch.said)
+
+
+@pytest.mark.parametrize("source", ["pairs", "classes", "captions"])
+def test_an_image_has_its_own_text_and_those_of_its_task_to_choose_from(
+    source: str, config: RunConfig, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = run_distillation(config, tmp_path / "run", resume=False)
+    pairs, retrieval = load_pairs(str(config.data)), load_task(str(config.data))
+    assert isinstance(retrieval, RetrievalTask)
+    plotted = list[list[Prediction]]()
+    monkeypatch.setattr(predictions, "plot_predictions", lambda found, path: plotted.append(found))
+    chosen = {"pairs": None, "classes": task, "captions": retrieval}[source]
+    for _ in range(2):
+        Predictions(chosen, pairs, TorchEncoder(load_clip(str(student)))).plot(tmp_path / "predictions.png")
+    first, second = plotted
+    assert [row[1:] for row in first] == [row[1:] for row in second]
+    if source == "classes":
+        assert {(row.right, row.image.getpixel((0, 0))) for row in first} == {
+            ("red", (255, 0, 0)), ("lime", (0, 255, 0)), ("blue", (0, 0, 255)),
+        }  # fmt: skip
+        assert {row.found for row in first} <= {"red", "lime", "blue"}
+    else:
+        own = {pairs.captions(index)[0]: pairs.open(index).tobytes() for index in range(len(pairs))}
+        assert len(first) == 12
+        assert all(row.image.tobytes() == own[row.right] for row in first)
+        assert {row.found for row in first} <= {row.right for row in first}

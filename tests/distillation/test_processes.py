@@ -1,0 +1,258 @@
+"""Several processes, here threads that exchange tensors, compute what one does; and what a step does in chunks."""
+
+from __future__ import annotations
+
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from thread_processes import Exchange, Threads
+from torch import Tensor, nn
+
+from clip_rd_edge.distillation.batches.loader import Batch, StepSampler
+from clip_rd_edge.distillation.checkpoint import list_checkpoints, save_checkpoint
+from clip_rd_edge.distillation.config import load_recipe
+from clip_rd_edge.distillation.processes import Processes
+from clip_rd_edge.distillation.step import StepSettings, TrainingStep
+from clip_rd_edge.distillation.teachers.bank import QueueBank
+from clip_rd_edge.distillation.teachers.teacher import LiveTeacher, Teacher
+from clip_rd_edge.losses.objective import EmbeddingBatch, Objective, Weights
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.student import build_student, student_config
+
+CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "0", "tea", "a boat at sea", "night"]
+CPU = torch.device("cpu")
+
+
+def model(seed: int, trunk: str = "vit_tiny_16") -> ClipModel:
+    config = student_config(trunk, embedding_size=16, image_size=32, text="64x1", context_length=8)
+    torch.manual_seed(seed)
+    return build_student(config, name=trunk)
+
+
+def make_step(processes: Processes, settings: StepSettings) -> TrainingStep:
+    objective = Objective(load_recipe("clip-rd-bank").objective)
+    teacher = LiveTeacher([Teacher(model(1), CPU, autocast=None)])
+    return TrainingStep(model(0), teacher, objective, processes, settings, bank=QueueBank(12, CPU))
+
+
+def compute(step: TrainingStep, *, loss_scale: float = 1.0) -> dict[str, Tensor]:
+    """Return the loss and all gradients of one step on this process's part of a batch."""
+    processes = step.processes
+    pixels = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    size = len(pixels) // processes.world_size
+    part = slice(processes.rank * size, (processes.rank + 1) * size)
+    result = step(Batch(pixels[part], (pixels[part],), CAPTIONS[part]), 0, loss_scale=loss_scale)
+    parameters = [*step.student.model.named_parameters(), *step.objective.named_parameters()]
+    gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
+    return {"loss": result.loss.total, **gradients}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Tensor]:
+    return compute(make_step(Processes(), StepSettings()))
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], factor: float = 1.0) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = 1.0 if name == "loss" else factor
+        tolerance = 1e-4 * max(1.0, value.abs().max().item())
+        torch.testing.assert_close(actual[name] / scale, value, rtol=1e-4, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [StepSettings(), StepSettings(global_logits=True), StepSettings(chunks=2, block=3)],
+    ids=["local logits", "global logits", "chunks and blocks"],
+)
+def test_two_processes_give_the_loss_and_gradients_of_one(settings: StepSettings, expected: dict[str, Tensor]) -> None:
+    exchange = Exchange(2)
+    # Initial weights are drawn from torch's global generator, so before the threads start.
+    steps = [make_step(Threads(rank=rank, world_size=2, exchange=exchange), settings) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        for actual in pool.map(compute, steps):
+            assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_gradient_checkpointing_changes_neither_gradients_nor_the_statistics_of_batch_norms(chunks: int) -> None:
+    def state(checkpointing: bool) -> dict[str, Tensor]:
+        student = model(0, "test_resnet")
+        student.model.train()
+        student.model.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
+        settings = StepSettings(chunks=chunks, recompute=checkpointing)
+        gradients = compute(TrainingStep(student, None, Objective(Weights(task=1)), Processes(), settings))
+        return {**gradients, **dict(student.model.named_buffers())}
+
+    torch.testing.assert_close(state(checkpointing=True), state(checkpointing=False), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("settings", [StepSettings(chunks=4), StepSettings(block=3)], ids=["chunks", "blocks"])
+def test_chunks_and_blocks_give_the_loss_and_gradients_of_the_whole(
+    settings: StepSettings, expected: dict[str, Tensor]
+) -> None:
+    assert_close(compute(make_step(Processes(), settings)), expected)
+
+
+class Tokens(nn.Module):
+    """An image tower with a class token and positions, as a ViT has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.positions = nn.Parameter(torch.ones(1, 1, 32)), nn.Parameter(torch.ones(1, 97, 32))
+        self.projection = nn.Linear(97 * 32, 16)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        tokens = torch.cat([self.token.expand(len(pixels), -1, -1), pixels.flatten(1, 2)], dim=1)
+        return nn.functional.normalize(self.projection((tokens + self.positions).flatten(1)), dim=-1)
+
+
+def test_a_compiled_step_in_chunks_of_one_pair_gives_the_gradients_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compile_as = nn.Module.compile
+
+    def gradients(settings: StepSettings) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        tower = Tokens()
+        step = TrainingStep(model(0), None, Objective(Weights(task=1)), Processes(), settings, image_tower=tower)
+        compute(step)
+        return {name: parameter.grad for name, parameter in tower.named_parameters() if parameter.grad is not None}
+
+    def compile_tokens(module: nn.Module) -> None:
+        if isinstance(module, Tokens):
+            compile_as(module, backend="aot_eager")  # which needs no compiler of C++
+
+    monkeypatch.setattr(nn.Module, "compile", compile_tokens)
+    assert_close(gradients(StepSettings(compile=True, chunks=8)), gradients(StepSettings()))
+
+
+def test_the_loss_scale_multiplies_every_gradient_and_not_the_loss(expected: dict[str, Tensor]) -> None:
+    assert_close(compute(make_step(Processes(), StepSettings()), loss_scale=8.0), expected, factor=8.0)
+
+
+def test_each_process_loads_its_own_part_of_the_batch() -> None:
+    whole = list(StepSampler([24], 6, seed=0, start=0, stop=9))
+    parts = [list(StepSampler([24], 6, seed=0, start=0, stop=9, rank=rank, processes=3)) for rank in range(3)]
+    assert [[*first, *second, *third] for first, second, third in zip(*parts, strict=True)] == whole
+    gathered = torch.arange(6)
+    local = [Processes(rank=rank, world_size=3).local_part(gathered).tolist() for rank in range(3)]
+    assert local == [[0, 1], [2, 3], [4, 5]]
+
+
+def run_steps(student: ClipModel, *steps: int, **settings: int) -> None:
+    step = TrainingStep(student, None, Objective(Weights(task=1)), Processes(), StepSettings(**settings))
+    for number in steps:
+        step(Batch(torch.rand(8, 3, 32, 32), (), CAPTIONS), number)
+
+
+def dropout_masks(student: ClipModel) -> list[Tensor]:
+    """Add dropout to a student's image tower; return the list that its masks are added to."""
+    masks = list[Tensor]()
+    dropout = nn.Dropout(0.5)
+    dropout.register_forward_hook(lambda _, __, output: masks.append(output.detach() != 0))
+    student.model.get_submodule("visual").register_forward_hook(lambda _, __, output: dropout(output))
+    return masks
+
+
+def test_the_second_pass_of_a_chunk_draws_the_dropout_of_the_first() -> None:
+    student = model(0)
+    masks = dropout_masks(student)
+    run_steps(student, 3, chunks=2)
+    first, second, *again = masks
+    assert len(again) == 2
+    assert torch.equal(again[0], first)
+    assert torch.equal(again[1], second)
+    assert not torch.equal(first, second)
+
+
+def test_each_step_and_seed_draws_its_own_dropout_and_the_same_one_again() -> None:
+    student = model(0)
+    masks = dropout_masks(student)
+    run_steps(student, 0, 0, 1)
+    run_steps(student, 0, seed=1)
+    first, again, *others = masks
+    assert torch.equal(again, first)
+    assert [torch.equal(other, first) for other in others] == [False] * 2
+
+
+def test_each_process_seeds_its_dropout_by_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks would say nothing: threads, unlike processes, draw from one generator."""
+    exchange, seeds = Exchange(2), list[int]()
+    steps = [make_step(Threads(rank=rank, world_size=2, exchange=exchange), StepSettings()) for rank in range(2)]
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compute, steps))
+    assert len(seeds) == len(set(seeds)) == 2
+
+
+def test_batch_norms_count_each_chunk_once() -> None:
+    student = model(0, "test_resnet")
+    run_steps(student, 3, chunks=2)
+    counts = [value for name, value in student.model.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counts
+    assert all(count == 2 for count in counts)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_step_that_overflows_in_float16_leaves_the_batch_norms_as_they_were(chunks: int) -> None:
+    student, factor = model(0, "test_resnet"), 1.0
+    convolution = next(m for m in student.model.modules() if isinstance(m, nn.Conv2d))
+    convolution.register_forward_pre_hook(lambda _, args: (factor * args[0],))
+    settings = StepSettings(autocast=torch.float16, chunks=chunks)
+    step = TrainingStep(student, None, Objective(Weights(task=1)), Processes(), settings)
+
+    def buffers() -> dict[str, Tensor]:
+        return {name: buffer.clone() for name, buffer in student.model.named_buffers()}
+
+    start = buffers()
+    assert compute(step)["loss"].isfinite()
+    after_one = buffers()
+    assert any(not torch.equal(after_one[name], start[name]) for name in start)
+    factor = 1e5
+    assert not compute(step)["loss"].isfinite()
+    torch.testing.assert_close(buffers(), after_one, rtol=0, atol=0)
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, step, {})
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-2", "step-10"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody has it open, which Windows and network shares do not allow to remove."""
+    unlink = os.unlink
+
+    def refuse(path: Any, **options: Any) -> None:
+        if "step-1" in str(path) or "state" in str(path):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        unlink(path, **options)
+
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {})
+    monkeypatch.setattr(os, "unlink", refuse)
+    save_checkpoint(tmp_path, 3, {})
+    assert list_checkpoints(tmp_path)[-1].name == "step-3"
+
+
+def test_the_projection_to_the_teachers_width_returns_unit_vectors() -> None:
+    """FD of unit vectors is 2 (1 − cosine) / D for images and texts each."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        [nn.functional.normalize(torch.randn(5, width, generator=generator), dim=-1) for _ in range(2)]
+        for width in (4, 6)
+    )
+    torch.manual_seed(0)
+    objective = Objective(Weights(fd=1), widths=(4, 6))
+    loss = objective(EmbeddingBatch(*student, *teacher), torch.tensor(1.0), 1.0).total
+    projections = (objective.image_projection, objective.text_projection)
+    cosines = [nn.functional.cosine_similarity(p(s), t) for p, s, t in zip(projections, student, teacher, strict=True)]
+    assert loss.item() == pytest.approx(sum((2 * (1 - c) / 6).mean().item() for c in cosines), rel=1e-5)

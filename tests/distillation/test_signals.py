@@ -1,0 +1,323 @@
+"""A run that gets SIGTERM at any moment exits with code 75, and resumes to the weights of an uninterrupted one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import wait_until
+
+from clip_rd_edge.bundle.encoder import Encoder
+from clip_rd_edge.bundle.runs import read_metrics
+from clip_rd_edge.data.load import load_pairs
+from clip_rd_edge.distillation import inputs as build
+from clip_rd_edge.distillation import loop as train
+from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.batches.pixels import Crops
+from clip_rd_edge.distillation.checkpoint import list_checkpoints
+from clip_rd_edge.distillation.config import RunConfig, resolve
+from clip_rd_edge.distillation.processes import Stopped, stop_on_signals
+from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.errors import InterruptedRunError
+from clip_rd_edge.models.student import student_config
+
+STEPS = 6
+
+
+@pytest.fixture
+def config(pairs_csv: Path) -> RunConfig:
+    return resolve(
+        "clip",
+        data=str(pairs_csv),
+        student="test_resnet",
+        image_size=32,
+        text="64x1",
+        context_length=8,
+        embedding_size=8,
+        batch_size=6,
+        steps=STEPS,
+        precision="fp32",
+        workers=0,
+        evaluate_every=2,
+    )
+
+
+def score(_: Encoder) -> dict[str, float]:
+    return {"task": 0.5}
+
+
+def weights(config: RunConfig, run: Path, *, resume: bool = False) -> dict[str, torch.Tensor]:
+    return load_file(run_distillation(config, run, resume=resume, evaluate=score) / "open_clip_model.safetensors")
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def check_resumed(config: RunConfig, run: Path) -> None:
+    """Resume a stopped run; its weights and the evaluated steps must be those of an uninterrupted one."""
+    expected, actual = weights(config, run.with_name("uninterrupted")), weights(config, run, resume=True)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    logged = {line["step"]: line.get("evaluation/task") for line in read_metrics(run)}
+    assert {step for step, value in logged.items() if value == 0.5} == {2, 4, 6}
+
+
+@pytest.mark.parametrize("stop_at", [1, 3], ids=["in the middle", "after the last step"])
+def test_sigterm_during_an_evaluation_saves_at_once_and_the_resumed_run_repeats_it(
+    config: RunConfig, tmp_path: Path, stop_at: int
+) -> None:
+    calls, finished = list[int](), list[int]()
+
+    def evaluate(encoder: Encoder) -> dict[str, float]:
+        calls.append(len(calls) + 1)
+        if len(calls) == stop_at:
+            terminate()
+            time.sleep(10)
+        finished.append(len(calls))
+        return score(encoder)
+
+    with pytest.raises(InterruptedRunError, match=f"SIGTERM after step {2 * stop_at} of 6; saved in"):
+        run_distillation(config, tmp_path / "run", resume=False, evaluate=evaluate)
+    assert len(calls) == stop_at == len(finished) + 1
+    check_resumed(config, tmp_path / "run")
+
+
+def test_a_second_sigterm_during_the_repeated_evaluation_loses_nothing(config: RunConfig, tmp_path: Path) -> None:
+    def evaluate(encoder: Encoder) -> dict[str, float]:
+        terminate()
+        return score(encoder)
+
+    for resume in (False, True):
+        with pytest.raises(InterruptedRunError, match="SIGTERM after step"):
+            run_distillation(config, tmp_path / "run", resume=resume, evaluate=evaluate)
+    check_resumed(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("waiting_for", [0, 3])
+def test_sigterm_while_waiting_for_data_stops_at_once(
+    config: RunConfig, tmp_path: Path, waiting_for: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(*arguments: Any, **options: Any) -> Iterator[Batch]:
+        for number, batch in enumerate(step_loader(*arguments, **options)):
+            if number == waiting_for:
+                terminate()
+                time.sleep(30)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "step_loader", stuck)
+        where = f"after step {waiting_for} of 6; saved" if waiting_for else "before the first of 6 steps"
+        with pytest.raises(InterruptedRunError, match=f"SIGTERM {where}"):
+            weights(config, tmp_path / "run")
+    assert len(list_checkpoints(tmp_path / "run")) == (1 if waiting_for else 0)
+    check_resumed(config, tmp_path / "run")
+
+
+def test_sigterm_while_the_data_are_indexed_loses_nothing(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "load_samples", lambda *_, **__: terminate())
+        with pytest.raises(InterruptedRunError, match="Stopped by SIGTERM; before the first step") as error:
+            weights(config, tmp_path / "run")
+    assert error.value.exit_code == 75
+    check_resumed(config, tmp_path / "run")
+
+
+def test_no_handler_for_bad_images_takes_a_stop_for_one() -> None:
+    def read() -> None:
+        try:
+            terminate()
+        except Exception as error:
+            raise AssertionError from error
+
+    with stop_on_signals() as request, pytest.raises(Stopped):
+        read()
+    assert request.signal_name == "SIGTERM"
+
+
+def test_handlers_are_restored() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on_signals() as request, request.deferred():
+        terminate()
+        assert request
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+HUNG_UP = """
+import sys, time
+from pathlib import Path
+from clip_rd_edge.distillation.processes import stop_on_signals
+
+with stop_on_signals() as request, request.deferred():
+    print("begun", flush=True)
+    while not request:
+        time.sleep(0.001)
+    for stream in (sys.stdout, sys.stderr):
+        print("saving", file=stream, flush=True)
+    Path(sys.argv[1]).write_text(request.signal_name)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a terminal that can be closed")
+@pytest.mark.usefixtures("hang_up")
+def test_what_is_printed_after_a_terminal_was_closed_does_not_keep_a_run_from_saving(tmp_path: Path) -> None:
+    import pty  # Windows has none
+
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-c", HUNG_UP, str(tmp_path / "saved")])
+    assert os.read(terminal, 5) == b"begun"
+    os.close(terminal)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (tmp_path / "saved").read_text() == "SIGHUP"
+
+
+def test_ctrl_break_stops_a_run_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Supervisors send it there, to all processes of a console; no process gets SIGTERM from another."""
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    with stop_on_signals() as request, pytest.raises(Stopped):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert request.signal_name
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_under_nohup_a_run_goes_on_without_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not request
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def dataset(pairs_csv: Path) -> ViewDataset:
+    from clip_rd_edge.bundle.preprocess import Preprocessing
+    from clip_rd_edge.utils.structs import convert
+
+    raw = student_config("test_resnet", embedding_size=8, image_size=32)["preprocess_cfg"]
+    preprocessing = convert(raw, Preprocessing, source="test")
+    return ViewDataset(load_pairs(str(pairs_csv)), preprocessing, [], crops=Crops(scale=(0.9, 1.0)), seed=0)
+
+
+posix = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
+
+
+@posix
+def test_loader_workers_survive_the_signals_of_their_group_and_end_with_the_run(pairs_csv: Path) -> None:
+    sampler = StepSampler([24], 6, seed=0, start=0, stop=12)
+    batches = step_loader(dataset(pairs_csv), sampler, workers=2)
+    captions = [next(batches).captions]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            from_elsewhere(worker.pid, number)
+    captions += [batch.captions for batch in batches]
+    assert captions == [batch.captions for batch in step_loader(dataset(pairs_csv), sampler, workers=0)]
+    assert not any(worker.is_alive() for worker in workers)
+
+
+WORKER = """
+import os
+from multiprocessing import current_process, resource_sharer
+from multiprocessing.connection import Client
+from clip_rd_edge.distillation.processes import obey_only_the_parent, stop_signals_blocked
+
+with stop_signals_blocked():
+    obey_only_the_parent(os.getppid())
+batch = resource_sharer.DupFd(0)  # as torch passes a batch on
+Client(batch._id[0], authkey=current_process().authkey).close()  # a run that stops while it takes one
+batch.detach()  # is answered after that
+raise SystemExit("whatever else is wrong")
+"""
+
+
+@posix
+def test_a_run_that_stops_while_it_takes_a_batch_leaves_no_traceback_of_a_worker() -> None:
+    worker = subprocess.run([sys.executable, "-c", WORKER], capture_output=True, text=True, check=False)
+    assert (worker.returncode, worker.stderr) == (1, "whatever else is wrong\n")
+
+
+def stop_while_waiting(pairs_csv: Path, *, workers: int) -> None:
+    """Stop a run that waits for its workers' first batch; they must end, too."""
+    batches = step_loader(dataset(pairs_csv), StepSampler([24], 6, seed=0, start=0, stop=4), workers=workers)
+    interrupt = threading.Timer(1.0, terminate)
+    with stop_on_signals():
+        interrupt.start()
+        with pytest.raises(Stopped):
+            next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert wait_until(lambda: not multiprocessing.active_children())
+
+
+@posix
+def test_a_worker_that_hangs_ends_when_the_run_does(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr(ViewDataset, "__getitem__", lambda *_: time.sleep(60))  # a batch takes six minutes
+    stop_while_waiting(pairs_csv, workers=1)
+
+
+@posix
+def test_workers_that_hang_end_together(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 30.0)  # for each worker in turn
+    monkeypatch.setattr(ViewDataset, "__getitem__", lambda *_: time.sleep(600))
+    started = time.monotonic()
+    stop_while_waiting(pairs_csv, workers=2)
+    assert time.monotonic() - started < 25
+
+
+def from_elsewhere(pid: int | None, number: signal.Signals) -> None:
+    """Send a signal from a process that is not the worker's parent."""
+    sender: Callable[[], int] = os.fork
+    child = sender()
+    if child == 0:
+        os.kill(pid or 0, number)
+        os._exit(0)
+    os.waitpid(child, 0)
+    time.sleep(0.2)
+
+
+TERMINATED = """
+import multiprocessing, os, sys, time
+from clip_rd_edge.distillation.processes import obey_only_the_parent, stop_signals_blocked
+
+def work(parent, started):
+    obey_only_the_parent(parent)
+    started.set()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    started = context.Event()
+    with stop_signals_blocked():
+        process = context.Process(target=work, args=(os.getpid(), started), daemon=True)
+        process.start()
+    started.wait()
+    process.terminate()
+    process.join(20)
+    ended = not process.is_alive()
+    process.kill()
+    sys.exit(0 if ended else "it still runs")
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
+@pytest.mark.parametrize("method", ["fork", "forkserver"])  # the default up to Python 3.13, and from 3.14 on
+def test_a_process_obeys_who_started_it_however_it_was_started(tmp_path: Path, method: str) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(TERMINATED)
+    subprocess.run([sys.executable, program, method], check=True, timeout=120)
