@@ -20,8 +20,7 @@ from clip_rd_edge.bundle.runs import model_folder, read_training_record
 from clip_rd_edge.bundle.task import Task
 from clip_rd_edge.distillation.metrics import plot_average
 from clip_rd_edge.errors import ConfigError, UsageError
-from clip_rd_edge.models.clip import PROBE_TEXT, ClipModel, model_fingerprint
-from clip_rd_edge.models.defaults import float32_on_cpu
+from clip_rd_edge.models.clip import PROBE_TEXT, ClipModel, float32_on_cpu, model_fingerprint
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip

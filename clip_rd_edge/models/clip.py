@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.models.text.tokenizer import vocabulary_of
+from clip_rd_edge.utils.process import SharedBlock
 
 
 @dataclass(frozen=True)
@@ -238,3 +239,41 @@ def default_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+_CPU = torch.device("cpu")
+
+
+@contextmanager
+def float32_on_cpu() -> Iterator[None]:
+    """Within the block, new tensors are in float32 and on the CPU unless their dtype or device is given.
+
+    Models must be built, trained and exported so: libraries create weights and constants with torch's defaults. The
+    default dtype is that of all threads, so a host's that it has changed is away until the last thread has left.
+    """
+    with _FLOAT32, on_cpu():
+        yield
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Within the block, new tensors of this thread are on the CPU unless their device is given."""
+    # It costs time in each operation, so it is entered only where it changes something.
+    with nullcontext() if torch.get_default_device() == _CPU else _CPU:
+        yield
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    previous = torch.get_default_dtype()
+    if previous == torch.float32:  # and if another thread changes it meanwhile, that stays
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+_FLOAT32 = SharedBlock(_float32)

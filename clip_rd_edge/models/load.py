@@ -37,9 +37,8 @@ from clip_rd_edge.bundle.runs import (
     training_record_path,
 )
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
-from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.clip import ClipModel, float32_on_cpu
 from clip_rd_edge.models.config_limits import require_bounded
-from clip_rd_edge.models.defaults import float32_on_cpu
 from clip_rd_edge.models.own_parts import NO_STRANGERS, REMOTE_CODE, StrangeFileError, refuse_other_places
 from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.paths import Typed, exists, is_file, is_folder

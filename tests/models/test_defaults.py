@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from support import share_in_threads
 from torch import Tensor, nn
 
-from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.defaults import float32_on_cpu
+from clip_rd_edge.models.clip import ClipModel, float32_on_cpu
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.student import build_student, student_config

@@ -29,8 +29,7 @@ from clip_rd_edge.distillation.teachers.teacher import (
     teacher_weights,
 )
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.models.clip import ClipModel, default_device
-from clip_rd_edge.models.defaults import float32_on_cpu
+from clip_rd_edge.models.clip import ClipModel, default_device, float32_on_cpu
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.cluster import map_on_cluster
 from clip_rd_edge.utils.reporting import SILENT, Reporter

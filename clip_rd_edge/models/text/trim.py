@@ -24,8 +24,7 @@ from torch import nn
 from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.bundle.runs import read_training_record
 from clip_rd_edge.errors import ConfigError, UsageError
-from clip_rd_edge.models.clip import ClipModel, parameter_count, text_module
-from clip_rd_edge.models.defaults import float32_on_cpu
+from clip_rd_edge.models.clip import ClipModel, float32_on_cpu, parameter_count, text_module
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.text.captions import CaptionTower, pooling_of
 from clip_rd_edge.models.text.layers import layers_key, text_layers, text_transformer, token_embedding
