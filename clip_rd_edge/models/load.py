@@ -38,8 +38,13 @@ from clip_rd_edge.bundle.runs import (
 )
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
 from clip_rd_edge.models.clip import ClipModel, float32_on_cpu
-from clip_rd_edge.models.config_limits import require_bounded
-from clip_rd_edge.models.own_parts import NO_STRANGERS, REMOTE_CODE, StrangeFileError, refuse_other_places
+from clip_rd_edge.models.own_parts import (
+    NO_STRANGERS,
+    REMOTE_CODE,
+    StrangeFileError,
+    refuse_other_places,
+    require_bounded,
+)
 from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.paths import Typed, exists, is_file, is_folder
 from clip_rd_edge.utils.process import SharedBlock, quiet_logs
