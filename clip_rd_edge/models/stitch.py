@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches
-from clip_rd_edge.models.classifier import ImageClassifier, load_classifier
+from clip_rd_edge.models.classifiers import ImageClassifier, load_classifier
 from clip_rd_edge.models.clip import ClipModel, float32_on_cpu
 from clip_rd_edge.models.load import preprocessing_of
 from clip_rd_edge.models.student import student_config

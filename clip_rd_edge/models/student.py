@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
-from clip_rd_edge.models.classifier import load_classifier, mismatch, read_weights, unknown_weights
+from clip_rd_edge.models.classifiers import CLASSIFIERS, load_classifier, mismatch, read_weights, unknown_weights
 from clip_rd_edge.models.clip import ClipModel, float32_on_cpu
 from clip_rd_edge.models.own_parts import refuse_other_places, require_bounded
-from clip_rd_edge.models.packaged import CLASSIFIERS
 from clip_rd_edge.utils.paths import exists, is_file
 from clip_rd_edge.utils.structs import convert, read_json
 

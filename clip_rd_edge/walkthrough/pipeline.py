@@ -27,9 +27,9 @@ from clip_rd_edge.exporting.bundle import export_bundle, package_versions
 from clip_rd_edge.exporting.calibration import calibration_set
 from clip_rd_edge.exporting.int8.select import Trial
 from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.models.classifiers import CLASSIFIERS, SENTENCE_ENCODERS
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.packaged import CLASSIFIERS, SENTENCE_ENCODERS
 from clip_rd_edge.models.stitch import IMAGENET, class_nouns, read_class_names, stitch_models
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.models.text.trim import write_trimmed

@@ -23,7 +23,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 import clip_rd_edge as edge
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models import stitch
-from clip_rd_edge.models.classifier import load_classifier, load_in_order
+from clip_rd_edge.models.classifiers import load_classifier, load_in_order
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.stitch import class_embeddings, solve_projection

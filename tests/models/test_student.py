@@ -13,11 +13,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clip_rd_edge.errors import ConfigError, InputError
-from clip_rd_edge.models.classifier import load_classifier
+from clip_rd_edge.models.classifiers import CLASSIFIERS, load_classifier
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.packaged import CLASSIFIERS
 from clip_rd_edge.models.student import (
     build_student,
     init_image_tower,

