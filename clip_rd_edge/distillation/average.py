@@ -24,7 +24,7 @@ from clip_rd_edge.models.clip import PROBE_TEXT, ClipModel, float32_on_cpu, mode
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.text.tokenizer import vocabulary_of
+from clip_rd_edge.models.tokenizers import vocabulary_of
 from clip_rd_edge.utils.files import require_utf8_path
 from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.models.text.tokenizer import vocabulary_of
+from clip_rd_edge.models.tokenizers import vocabulary_of
 from clip_rd_edge.utils.process import SharedBlock
 
 

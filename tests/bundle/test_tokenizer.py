@@ -14,7 +14,7 @@ open_clip = pytest.importorskip("open_clip")
 
 from clip_rd_edge.bundle.tokenizer import Tokenizer, TokenizerSpec  # noqa: E402
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError  # noqa: E402
-from clip_rd_edge.models.text.tokenizer import export_tokenizer  # noqa: E402
+from clip_rd_edge.models.tokenizers import export_tokenizer  # noqa: E402
 
 PIECES = [
     "a photo of a cat", "CAT", "Überstraße", "naïve café", "é", "ﬁligree", "İstanbul", "ſtraße", "ǅ", "ʼn",

@@ -272,7 +272,7 @@ PIECES = [
 @pytest.mark.parametrize("clean", ["lower", "whitespace", "canonicalize"])
 def test_token_ids_match_python(tokenizing: Node, folder: Path, clean: Any) -> None:
     open_clip = pytest.importorskip("open_clip")
-    from clip_rd_edge.models.text.tokenizer import export_tokenizer
+    from clip_rd_edge.models.tokenizers import export_tokenizer
 
     rng = random.Random(0)
     joined = [rng.choice(("", " ", "'")).join(rng.choices(PIECES, k=rng.randint(2, 6))) for _ in range(300)]

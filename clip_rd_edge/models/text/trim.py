@@ -28,9 +28,8 @@ from clip_rd_edge.models.clip import ClipModel, float32_on_cpu, parameter_count,
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.text.captions import CaptionTower, pooling_of
 from clip_rd_edge.models.text.layers import layers_key, text_layers, text_transformer, token_embedding
-from clip_rd_edge.models.text.tokenizer import write_clip_tokenizer
-from clip_rd_edge.models.text.vocabulary import most_used_tokens, needed_tokens, pieces_of, with_tokens
 from clip_rd_edge.models.text.weights import evenly_spaced
+from clip_rd_edge.models.tokenizers import most_used_tokens, needed_tokens, pieces_of, with_tokens, write_clip_tokenizer
 from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from clip_rd_edge.bundle.tokenizer import Tokenizer as BundleTokenizer
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.parity import HARD_TEXTS
-from clip_rd_edge.models.text import tokenizer as exporter
+from clip_rd_edge.models import tokenizers as exporter
 
 
 def _hugging_face(model: Any) -> Any:
