@@ -151,7 +151,7 @@ class _Config(CheckedStruct, Generic[Place, Names], frozen=True, kw_only=True, f
             every epoch.
         freeze_text: train only the last projection of the text tower.
         freeze_text_layers: number of groups of layers of the text tower, from the input, that are not trained; see
-            `models.text.layers.text_groups`.
+            `models.text_towers.text_groups`.
         freeze_image: number of groups of layers of the image tower, from the input, that are not trained; see
             `distillation.freezing`.
         freeze_norms: keep the statistics of the batch norms; their scales and biases are trained.

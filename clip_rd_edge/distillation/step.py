@@ -34,7 +34,7 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.logits import MAX_SCALE
 from clip_rd_edge.losses.objective import EmbeddingBatch, LossTerms, Objective
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
-from clip_rd_edge.models.text.captions import LENGTHS, CaptionTower
+from clip_rd_edge.models.text_towers import LENGTHS, CaptionTower
 
 
 @dataclass(frozen=True)

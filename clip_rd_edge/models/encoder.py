@@ -18,7 +18,7 @@ from clip_rd_edge.bundle.images import ImageInput, as_rgb
 from clip_rd_edge.bundle.preprocess import preprocess
 from clip_rd_edge.errors import UsageError, first_line
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode, on_cpu, parameter_count
-from clip_rd_edge.models.text.captions import CaptionTower
+from clip_rd_edge.models.text_towers import CaptionTower
 from clip_rd_edge.utils.files import size_bytes
 
 BATCH_SIZE = 64

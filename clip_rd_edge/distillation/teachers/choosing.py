@@ -16,7 +16,7 @@ from clip_rd_edge.data.unpaired import MixedSamples
 from clip_rd_edge.distillation.batches.loader import Batch
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.teachers.teacher import BatchTeacher, Targets
-from clip_rd_edge.models.text.captions import embed_with_progress
+from clip_rd_edge.models.text_towers import embed_with_progress
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 # Max number of texts to choose from, for the sake of time: all are embedded before the first step.

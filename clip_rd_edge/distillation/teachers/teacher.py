@@ -19,7 +19,7 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.models.text.captions import CaptionTower
+from clip_rd_edge.models.text_towers import CaptionTower
 from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.text import shown_sources
 

@@ -22,7 +22,7 @@ from clip_rd_edge.distillation.step import TrainingStep
 from clip_rd_edge.distillation.teachers import choosing
 from clip_rd_edge.distillation.teachers.choosing import ChoosingTeacher, texts_to_choose_from
 from clip_rd_edge.distillation.teachers.teacher import Targets
-from clip_rd_edge.models.text import captions as captions_module
+from clip_rd_edge.models import text_towers as captions_module
 
 PROMPTS = [("a red thing", "red"), ("a green thing", "green"), ("blue",)]
 # Of "blue", a row alone; the means of the others' prompts point to their axis, while no single prompt does.
