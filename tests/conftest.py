@@ -230,7 +230,7 @@ def make_student() -> Callable[..., ClipModel]:
     def make(trunk: str = "resnet10t", image_size: int = IMAGE_SIZE) -> ClipModel:
         import torch
 
-        from clip_rd_edge.models.student import build_student, student_config
+        from clip_rd_edge.models.students import build_student, student_config
 
         torch.manual_seed(0)
         config = student_config(

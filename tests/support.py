@@ -154,7 +154,7 @@ def save_tiny_teacher(folder: Path, *, seed: int = 1) -> Path:
     import torch
 
     from clip_rd_edge.models.load import save_clip
-    from clip_rd_edge.models.student import build_student, student_config
+    from clip_rd_edge.models.students import build_student, student_config
 
     torch.manual_seed(seed)
     config = student_config("test_resnet", embedding_size=24, image_size=48, text="64x1", context_length=12)

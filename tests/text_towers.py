@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.models.text.sentences import load_sentence_encoder
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -45,7 +45,7 @@ from clip_rd_edge.exporting.onnx import IMAGE_INPUT, IMAGE_OUTPUT, export_image_
 from clip_rd_edge.exporting.parity import Inputs, agreement, embed, hard_pixels
 from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 from clip_rd_edge.models.encoder import TorchEncoder
-from clip_rd_edge.models.student import build_student, preset_names, student_config
+from clip_rd_edge.models.students import build_student, preset_names, student_config
 from clip_rd_edge.runtime.backends.litert import open_litert
 from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.runtime.load import load

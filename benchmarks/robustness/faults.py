@@ -632,7 +632,7 @@ def make_bundle(folder: Path) -> Path:
 
     from clip_rd_edge.exporting.bundle import export_bundle
     from clip_rd_edge.exporting.options import ExportRequest
-    from clip_rd_edge.models.student import build_student, student_config
+    from clip_rd_edge.models.students import build_student, student_config
 
     torch.manual_seed(0)
     config = student_config("resnet10t", embedding_size=16, image_size=32, text="64x1", context_length=8)

@@ -35,7 +35,7 @@ from clip_rd_edge.losses.bank import Bank
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import to_device
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.students import build_student, student_config
 
 CPU = torch.device("cpu")
 TEACHER_SCALE = 100.0

@@ -23,7 +23,7 @@ from clip_rd_edge.data.shards.webdataset import SEPARATOR
 from clip_rd_edge.errors import ConfigError, UsageError, near_matches, quoted
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
-from clip_rd_edge.models.student import TEACHER
+from clip_rd_edge.models.students import TEACHER
 from clip_rd_edge.models.text.weights import TOKENS
 from clip_rd_edge.utils.paths import AnyPath, Recorded, Typed, as_text, exists, is_file
 from clip_rd_edge.utils.structs import (
@@ -136,14 +136,14 @@ class _Config(CheckedStruct, Generic[Place, Names], frozen=True, kw_only=True, f
         student: a preset, a timm architecture or a JSON configuration; or `local-dir:PATH` of a model to fine-tune.
         image_size: edge of the student's input in pixels. None, here and for the next two: that of a trained student,
             or the default of a new one, see `distillation.student.with_default_shape`.
-        text: see `models.student.text_size`; or the folder of a model, whose text tower the student takes; or `teacher`
+        text: see `models.students.text_size`; or the folder of a model, whose text tower the student takes; or `teacher`
             for that of the teacher, or of the first, which then needs `freeze_text`: its features are computed once per
             caption.
         context_length: tokens per caption; with the text tower of a model, that of this model.
         embedding_size: the student's; 0 takes that of all teachers side by side (with the text tower of one of them,
             its own), or 512 without a teacher. If it differs from the teachers', the objective learns projections
             between the two, which are not part of the student.
-        pretrained_image, pretrained_text: initial weights of the towers; see `models.student` and
+        pretrained_image, pretrained_text: initial weights of the towers; see `models.students` and
             `models.text.weights`.
         teacher_precision: precision that the teacher computes in; `auto` measures it separately from the student's.
         teacher_cache: folder with the teacher's embeddings, which are computed only once; needs `views`.

@@ -30,7 +30,7 @@ from clip_rd_edge.distillation.student import open_shape
 from clip_rd_edge.distillation.teachers.bank import require_same_kind
 from clip_rd_edge.distillation.teachers.embedding_store import CacheManifest, manifests
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
-from clip_rd_edge.models.student import TEACHER
+from clip_rd_edge.models.students import TEACHER
 from clip_rd_edge.utils.outputs import LOCK_FILE
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, read_yaml

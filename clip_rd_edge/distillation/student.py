@@ -22,17 +22,18 @@ from clip_rd_edge.distillation.teachers.teacher import (
 )
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.image_config import copy_image_tower, with_image_of
 from clip_rd_edge.models.load import load_clip, read_open_clip_config, require_model
-from clip_rd_edge.models.student import (
+from clip_rd_edge.models.students import (
     TEACHER,
     TEXT_SIZES,
     build_student,
+    copy_image_tower,
     init_image_tower,
     require_student,
     student_config,
     student_preprocessing,
     text_size,
+    with_image_of,
 )
 from clip_rd_edge.models.text.config import build_with_text_tower_of, with_text_of
 from clip_rd_edge.models.text.weights import TOKENS, init_text_tower, init_token_embeddings

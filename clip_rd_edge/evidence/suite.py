@@ -15,7 +15,7 @@ from clip_rd_edge.data.load import local_place
 from clip_rd_edge.distillation.config import CROP_SCALE, Precision, Recipe, RunConfig, Seed, load_recipe
 from clip_rd_edge.distillation.student import crops_of, takes_text
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.models.student import TEACHER
+from clip_rd_edge.models.students import TEACHER
 from clip_rd_edge.utils.paths import Typed, typed
 from clip_rd_edge.utils.structs import (
     CheckedStruct,

@@ -27,7 +27,7 @@ from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matche
 from clip_rd_edge.models.classifiers import ImageClassifier, load_classifier
 from clip_rd_edge.models.clip import ClipModel, float32_on_cpu
 from clip_rd_edge.models.load import preprocessing_of
-from clip_rd_edge.models.student import student_config
+from clip_rd_edge.models.students import student_config
 from clip_rd_edge.models.text.sentences import SentenceEncoder, load_sentence_encoder
 from clip_rd_edge.utils.files import read_text_limited, text_lines
 from clip_rd_edge.utils.paths import AnyPath, Typed, as_text

@@ -111,7 +111,7 @@ def unpaired(pairs_csv: Path, tmp_path: Path) -> tuple[str | Path, ...]:
     import torch
 
     from clip_rd_edge.models.load import save_clip
-    from clip_rd_edge.models.student import build_student, student_config
+    from clip_rd_edge.models.students import build_student, student_config
 
     torch.manual_seed(1)
     config = student_config("test_resnet", embedding_size=16, image_size=48, text="tiny", context_length=12)

@@ -55,5 +55,5 @@ def small_vocabulary(_few_merges: Path) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SimpleTokenizer, "__init__", init)
-        patch.setattr("clip_rd_edge.models.student.VOCABULARY_SIZE", _VOCABULARY_SIZE)
+        patch.setattr("clip_rd_edge.models.students.VOCABULARY_SIZE", _VOCABULARY_SIZE)
         yield

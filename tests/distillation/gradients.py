@@ -18,7 +18,7 @@ from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teachers.bank import QueueBank
 from clip_rd_edge.distillation.teachers.teacher import LiveTeacher, Teacher
 from clip_rd_edge.losses.objective import Objective
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.students import build_student, student_config
 
 PAIRS = 8
 CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "0", "tea", "a boat at sea", "night"]

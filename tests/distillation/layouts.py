@@ -20,7 +20,7 @@ from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import ClipModel, ImageTower, to_device
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.students import build_student, student_config
 
 SIZE, STEPS, LEARNING_RATE = 96, 5, 5e-4
 CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "0", "tea", "a boat at sea", "night"]

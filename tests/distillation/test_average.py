@@ -20,7 +20,7 @@ from clip_rd_edge.distillation import average
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.students import build_student, student_config
 
 Run = Callable[..., tuple[int, str, str]]
 RECORD = {"recipe": "clip", "data": "emoji", "evaluation": {"x": 1.0}, "date": "2020-01-01T00:00:00+00:00"}

@@ -20,7 +20,7 @@ from clip_rd_edge.distillation.freezing import frozen_at_random, set_training_mo
 from clip_rd_edge.distillation.teachers.teacher import FrozenTextTower
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.students import build_student, student_config
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from clip_rd_edge.distillation.precision import _choose_precision, _measure_prec
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.losses.objective import Objective, Weights
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.students import build_student, student_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

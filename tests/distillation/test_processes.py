@@ -22,7 +22,7 @@ from clip_rd_edge.distillation.teachers.bank import QueueBank
 from clip_rd_edge.distillation.teachers.teacher import LiveTeacher, Teacher
 from clip_rd_edge.losses.objective import EmbeddingBatch, Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.students import build_student, student_config
 
 CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "0", "tea", "a boat at sea", "night"]
 CPU = torch.device("cpu")

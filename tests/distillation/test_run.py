@@ -51,7 +51,7 @@ from clip_rd_edge.errors import (
 )
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip, save_clip, training_facts
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.utils.files import write_text
 from clip_rd_edge.utils.structs import read_yaml, to_yaml
 

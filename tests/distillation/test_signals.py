@@ -30,7 +30,7 @@ from clip_rd_edge.distillation.config import RunConfig, resolve
 from clip_rd_edge.distillation.processes import Stopped, stop_on_signals
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import InterruptedRunError
-from clip_rd_edge.models.student import student_config
+from clip_rd_edge.models.students import student_config
 
 STEPS = 6
 

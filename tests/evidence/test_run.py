@@ -31,7 +31,7 @@ from clip_rd_edge.evidence.suite import EvidenceSuite, run_config
 from clip_rd_edge.models.clip import model_fingerprint
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.student import CONFIGS, build_student, student_config
+from clip_rd_edge.models.students import CONFIGS, build_student, student_config
 from clip_rd_edge.utils.files import sha256_of, write_text
 from clip_rd_edge.utils.outputs import exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT, Reporter

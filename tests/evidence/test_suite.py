@@ -10,7 +10,7 @@ import pytest
 
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.evidence.suite import EvidenceSuite, Method, read_evidence, run_config
-from clip_rd_edge.models.student import CONFIGS
+from clip_rd_edge.models.students import CONFIGS
 from clip_rd_edge.utils.files import write_text
 from clip_rd_edge.utils.structs import to_yaml
 

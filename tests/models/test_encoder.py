@@ -18,7 +18,7 @@ from clip_rd_edge.api.models import open_encoder
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder, torch_threads
 from clip_rd_edge.models.load import save_clip
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.students import build_student, student_config
 
 
 def test_an_evaluation_leaves_every_module_in_its_own_mode() -> None:

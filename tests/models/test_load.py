@@ -29,7 +29,7 @@ from clip_rd_edge.models.load import (
     save_clip,
 )
 from clip_rd_edge.models.own_parts import NO_STRANGERS, StrangeFileError
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.students import build_student, student_config
 
 ARCHITECTURE = "ViT-B-16"
 

@@ -68,7 +68,7 @@ def student_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import msgspec
 
     from clip_rd_edge.exporting.bundle import export_bundle
-    from clip_rd_edge.models.student import build_student, student_config
+    from clip_rd_edge.models.students import build_student, student_config
 
     config = student_config("resnet10t", embedding_size=64, image_size=64, text="64x1", context_length=16)
     bundle = tmp_path_factory.mktemp("student") / "bundle"

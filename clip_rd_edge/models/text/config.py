@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel, TextTower, quick_gelu_of, text_module
-from clip_rd_edge.models.student import build_student
+from clip_rd_edge.models.students import build_student
 from clip_rd_edge.models.text_towers import text_layers
 
 # What the student has of its own. Everything else in a text_cfg changes what the weights compute.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.classifiers import unreadable_weights
 from clip_rd_edge.models.clip import ClipModel, TextTower, default_device, evaluation_mode
-from clip_rd_edge.models.student import TEACHER
+from clip_rd_edge.models.students import TEACHER
 from clip_rd_edge.models.text_towers import CaptionTower, embed_with_progress
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter

@@ -39,7 +39,7 @@ from clip_rd_edge.exporting.int8.static import StaticQuantizer
 from clip_rd_edge.exporting.onnx import export_image_tower
 from clip_rd_edge.models.clip import ClipModel, ImageTower
 from clip_rd_edge.models.load import save_clip
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.students import build_student, student_config
 
 SIZE = 64
 Pixels = npt.NDArray[np.float32]

@@ -42,7 +42,7 @@ from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip, save_clip, training_facts
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.utils.arrays import load_array
 
 STEPS, BATCH_SIZE = 4, 6

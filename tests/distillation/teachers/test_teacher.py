@@ -20,7 +20,7 @@ from clip_rd_edge.distillation.teachers.teacher import (
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.models.text_towers import LENGTHS, CaptionTower
 
 CAPTIONS = ["a cat", "two dogs", "red", "blue", "tea", "a boat"]

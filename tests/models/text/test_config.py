@@ -14,7 +14,7 @@ import torch
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel, TextTower
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.models.text.config import build_with_text_tower_of, with_text_of
 from clip_rd_edge.models.text.weights import init_text_tower
 

@@ -11,7 +11,7 @@ from support import Watch
 
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.clip import ClipModel, TextTower
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.models.text import weights as text_weights
 from clip_rd_edge.models.text.weights import evenly_spaced, init_text_tower, init_token_embeddings
 

@@ -17,7 +17,7 @@ from clip_rd_edge.models.classifiers import CLASSIFIERS, load_classifier
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.student import (
+from clip_rd_edge.models.students import (
     build_student,
     init_image_tower,
     preset_names,
