@@ -24,7 +24,7 @@ from clip_rd_edge.errors import ConfigError, UsageError, near_matches, quoted
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.models.students import TEACHER
-from clip_rd_edge.models.text.weights import TOKENS
+from clip_rd_edge.models.text_weights import TOKENS
 from clip_rd_edge.utils.paths import AnyPath, Recorded, Typed, as_text, exists, is_file
 from clip_rd_edge.utils.structs import (
     CheckedError,
@@ -144,7 +144,7 @@ class _Config(CheckedStruct, Generic[Place, Names], frozen=True, kw_only=True, f
             its own), or 512 without a teacher. If it differs from the teachers', the objective learns projections
             between the two, which are not part of the student.
         pretrained_image, pretrained_text: initial weights of the towers; see `models.students` and
-            `models.text.weights`.
+            `models.text_weights`.
         teacher_precision: precision that the teacher computes in; `auto` measures it separately from the student's.
         teacher_cache: folder with the teacher's embeddings, which are computed only once; needs `views`.
         views: number of distinct views (crop and caption) of a pair, over which the epochs cycle; 0 draws new ones

@@ -15,8 +15,8 @@ from clip_rd_edge.distillation.student import takes_text
 from clip_rd_edge.distillation.teachers.teacher import projection_name
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.text.weights import TOKENS
 from clip_rd_edge.models.text_towers import text_groups, text_transformer
+from clip_rd_edge.models.text_weights import TOKENS
 
 _SCALES = ("logit_scale", "logit_bias")  # parameters outside of the towers
 

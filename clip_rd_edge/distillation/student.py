@@ -35,8 +35,13 @@ from clip_rd_edge.models.students import (
     text_size,
     with_image_of,
 )
-from clip_rd_edge.models.text.config import build_with_text_tower_of, with_text_of
-from clip_rd_edge.models.text.weights import TOKENS, init_text_tower, init_token_embeddings
+from clip_rd_edge.models.text_weights import (
+    TOKENS,
+    build_with_text_tower_of,
+    init_text_tower,
+    init_token_embeddings,
+    with_text_of,
+)
 from clip_rd_edge.utils.paths import typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 

@@ -15,7 +15,7 @@ from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matche
 from clip_rd_edge.models.classifiers import CLASSIFIERS, load_classifier, mismatch, read_weights, unknown_weights
 from clip_rd_edge.models.clip import ClipModel, ImageTower, evaluation_mode, float32_on_cpu, quick_gelu_of
 from clip_rd_edge.models.own_parts import refuse_other_places, require_bounded
-from clip_rd_edge.models.text.config import require_equal
+from clip_rd_edge.models.text_weights import require_equal
 from clip_rd_edge.utils.paths import exists, is_file
 from clip_rd_edge.utils.structs import convert, read_json
 

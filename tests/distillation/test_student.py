@@ -23,7 +23,7 @@ from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.students import TEACHER, build_student, student_config
-from clip_rd_edge.models.text.weights import TOKENS
+from clip_rd_edge.models.text_weights import TOKENS
 from clip_rd_edge.utils.structs import read_yaml
 
 

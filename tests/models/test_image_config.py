@@ -15,7 +15,7 @@ from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel, ImageTower
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.students import build_student, copy_image_tower, with_image_of
-from clip_rd_edge.models.text.config import build_with_text_tower_of, with_text_of
+from clip_rd_edge.models.text_weights import build_with_text_tower_of, with_text_of
 
 VISION = {"layers": 4, "width": 64, "head_width": 64, "patch_size": 8, "image_size": 32}
 

@@ -19,7 +19,7 @@ from clip_rd_edge.errors import ConfigError, InputError, UsageError, first_line,
 from clip_rd_edge.models.classifiers import SENTENCE_ENCODERS
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.own_parts import NO_STRANGERS
-from clip_rd_edge.models.text.config import build_text_tower, has_quick_gelu, separate_text_tower
+from clip_rd_edge.models.text_weights import build_text_tower, has_quick_gelu, separate_text_tower
 from clip_rd_edge.utils.paths import Typed, is_file, is_folder
 from clip_rd_edge.utils.structs import read_json_objects
 

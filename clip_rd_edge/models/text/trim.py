@@ -26,7 +26,6 @@ from clip_rd_edge.bundle.runs import read_training_record
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel, float32_on_cpu, parameter_count, text_module
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.text.weights import evenly_spaced
 from clip_rd_edge.models.text_towers import (
     CaptionTower,
     layers_key,
@@ -35,6 +34,7 @@ from clip_rd_edge.models.text_towers import (
     text_transformer,
     token_embedding,
 )
+from clip_rd_edge.models.text_weights import evenly_spaced
 from clip_rd_edge.models.tokenizers import most_used_tokens, needed_tokens, pieces_of, with_tokens, write_clip_tokenizer
 from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter

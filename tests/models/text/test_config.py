@@ -15,8 +15,7 @@ from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel, TextTower
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.models.text.config import build_with_text_tower_of, with_text_of
-from clip_rd_edge.models.text.weights import init_text_tower
+from clip_rd_edge.models.text_weights import build_with_text_tower_of, init_text_tower, with_text_of
 
 WIDTH, LAYERS = 64, 2
 SIZES = ("width", "heads", "layers")
@@ -112,7 +111,7 @@ def test_a_shorter_context_is_enough_where_padding_has_no_influence() -> None:
 def test_a_tower_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever option a later open_clip adds, the comparison notices that it is not carried."""
     teacher = teacher_with(act_kwargs={"approximate": "tanh"}, norm_kwargs={"eps": 1e-1})
-    monkeypatch.setattr("clip_rd_edge.models.text.config._OWN", ("context_length", "layers", "norm_kwargs"))
+    monkeypatch.setattr("clip_rd_edge.models.text_weights._OWN", ("context_length", "layers", "norm_kwargs"))
     with pytest.raises(ConfigError, match="returns other features"):
         with_text_of(student(16), teacher)
 

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from support import Watch
 
 from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.models import text_weights
 from clip_rd_edge.models.clip import ClipModel, TextTower
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.models.text import weights as text_weights
-from clip_rd_edge.models.text.weights import evenly_spaced, init_text_tower, init_token_embeddings
+from clip_rd_edge.models.text_weights import evenly_spaced, init_text_tower, init_token_embeddings
 
 
 def clip(text: str, *, length: int = 8, width: int = 32, seed: int = 0) -> ClipModel:
