@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.stitch import load_sentence_encoder
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.models.text.sentences import load_sentence_encoder
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "abcdeghilnorstu"

@@ -57,8 +57,14 @@ from clip_rd_edge.models.classifiers import ImageClassifier, load_classifier
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.models.stitch import RIDGE, class_embeddings, read_class_names, solve_projection
-from clip_rd_edge.models.text.sentences import SentenceEncoder, load_sentence_encoder
+from clip_rd_edge.models.stitch import (
+    RIDGE,
+    SentenceEncoder,
+    class_embeddings,
+    load_sentence_encoder,
+    read_class_names,
+    solve_projection,
+)
 from clip_rd_edge.walkthrough.pipeline import captions_and_nouns
 
 EMOJI = ("unseen-style", "unseen-concepts")

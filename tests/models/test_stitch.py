@@ -26,9 +26,8 @@ from clip_rd_edge.models import stitch
 from clip_rd_edge.models.classifiers import load_classifier, load_in_order
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.stitch import class_embeddings, solve_projection
+from clip_rd_edge.models.stitch import class_embeddings, load_sentence_encoder, solve_projection
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.models.text.sentences import load_sentence_encoder
 from clip_rd_edge.models.text_weights import build_with_text_tower_of
 from clip_rd_edge.runtime.label_list import everyday_labels
 
