@@ -54,8 +54,8 @@ from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
 from clip_rd_edge.bundle.task import ZeroShotTask
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.models.classifiers import ImageClassifier, load_classifier
+from clip_rd_edge.models.edit import interpolate_clip
 from clip_rd_edge.models.encoder import TorchEncoder
-from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.stitch import (
     RIDGE,

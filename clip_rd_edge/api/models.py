@@ -120,7 +120,7 @@ def trim(request: Trim) -> Path:
     require_output(folder, "trimmed model", overwrite=request.force, sources=[source] if source else [])
     lines = load_texts(typed(request.texts), "title", read_texts) if request.texts is not None else []
 
-    from clip_rd_edge.models.text.trim import write_trimmed
+    from clip_rd_edge.models.edit import write_trimmed
 
     write_trimmed(
         spec, folder, layers=request.text_layers, vocabulary=request.vocabulary, texts=lines, overwrite=request.force,

@@ -21,8 +21,8 @@ from clip_rd_edge.bundle.task import Task
 from clip_rd_edge.distillation.metrics import plot_average
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import PROBE_TEXT, ClipModel, float32_on_cpu, model_fingerprint
+from clip_rd_edge.models.edit import interpolate_clip
 from clip_rd_edge.models.encoder import TorchEncoder
-from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.tokenizers import vocabulary_of
 from clip_rd_edge.utils.files import require_utf8_path

@@ -156,7 +156,7 @@ class _Config(CheckedStruct, Generic[Place, Names], frozen=True, kw_only=True, f
             `distillation.freezing`.
         freeze_norms: keep the statistics of the batch norms; their scales and biases are trained.
         tuned_share: share of the trained weights in the saved student; the rest are those that a student to fine-tune
-            started from. See `models.interpolate`.
+            started from. See `models.edit`.
         quantize: fine-tune a trained student for static INT8; see `distillation.quantized`.
         compile: run the student's towers through torch.compile.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.

@@ -78,7 +78,7 @@ from clip_rd_edge.errors import (
 )
 from clip_rd_edge.exporting.calibration import choose_pairs, keep_pairs
 from clip_rd_edge.models.clip import float32_on_cpu
-from clip_rd_edge.models.interpolate import interpolate_clip
+from clip_rd_edge.models.edit import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.utils.files import disk_full_error, write_text
 from clip_rd_edge.utils.outputs import exclusive_writer, remove_leftovers

@@ -28,11 +28,11 @@ from clip_rd_edge.exporting.calibration import calibration_set
 from clip_rd_edge.exporting.int8.select import Trial
 from clip_rd_edge.exporting.options import ExportRequest
 from clip_rd_edge.models.classifiers import CLASSIFIERS, SENTENCE_ENCODERS
+from clip_rd_edge.models.edit import write_trimmed
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.stitch import IMAGENET, class_nouns, read_class_names, stitch_models
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.models.text.trim import write_trimmed
 from clip_rd_edge.runtime.label_list import everyday_labels
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.host import instruction_sets

@@ -15,10 +15,10 @@ from support import share_in_threads
 from torch import Tensor, nn
 
 from clip_rd_edge.models.clip import ClipModel, float32_on_cpu
+from clip_rd_edge.models.edit import write_trimmed
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.models.text.trim import write_trimmed
 
 
 @contextmanager

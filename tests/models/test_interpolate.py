@@ -7,7 +7,7 @@ import torch
 
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.interpolate import interpolate_clip
+from clip_rd_edge.models.edit import interpolate_clip
 from clip_rd_edge.models.students import build_student, student_config
 
 

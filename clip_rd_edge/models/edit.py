@@ -10,6 +10,7 @@ alike: of the 63 million parameters of ViT-B's, 25 are the embeddings of 49,408 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.bundle.runs import read_training_record
@@ -252,3 +253,27 @@ def _leave_out_dropout(clip: ClipModel) -> None:
         config = text_transformer(clip).config
         for name in [name for name, value in vars(config).items() if "drop" in name and isinstance(value, float)]:
             setattr(config, name, 0.0)
+
+
+def interpolate_clip(before: ClipModel, after: ClipModel, *, share: float) -> ClipModel:
+    """Return a model with the weights (1 − share) · before + share · after.
+
+    A fine-tuned model has forgotten some of what its start knew. Between the two there are weights that are nearly as
+    good on the new data and nearly as good on the old, as long as the fine-tuning did not go far.
+
+    Args:
+        share: of the fine-tuned weights, from 0 to 1.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"The share of the fine-tuned weights is {share}; expected a number from 0 to 1.")
+    old, new = before.model.state_dict(), after.model.state_dict()
+    if {name: tensor.shape for name, tensor in old.items()} != {name: tensor.shape for name, tensor in new.items()}:
+        raise ConfigError(f"{before.name} and {after.name} have different architectures; expected the same.")
+    model = copy.deepcopy(after.model)
+    model.load_state_dict({name: _interpolate(old[name], tensor, share) for name, tensor in new.items()})
+    return dataclasses.replace(after, model=model)
+
+
+def _interpolate(old: Tensor, new: Tensor, share: float) -> Tensor:
+    """Interpolate weights; counters, such as the number of batches that a norm has seen, are those of `new`."""
+    return torch.lerp(old, new, share) if new.is_floating_point() else new

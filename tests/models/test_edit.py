@@ -16,9 +16,9 @@ from text_towers import WORDS, bert_clip, mt5_clip, roberta_clip
 import clip_rd_edge as edge
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel, text_module
+from clip_rd_edge.models.edit import trim_text_tower
 from clip_rd_edge.models.load import load_clip, preprocessing_of, save_clip
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.models.text.trim import trim_text_tower
 from clip_rd_edge.models.tokenizers import most_used_tokens, needed_tokens, vocabulary_of, with_tokens
 
 TEXTS = ["red cat", "red dog", "green cat", "a red tree"]

@@ -1,1 +1,0 @@
-"""Text towers and their tokens: built, trimmed, given weights to start from, and run on the positions needed."""
