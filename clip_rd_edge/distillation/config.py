@@ -136,9 +136,9 @@ class _Config(CheckedStruct, Generic[Place, Names], frozen=True, kw_only=True, f
         student: a preset, a timm architecture or a JSON configuration; or `local-dir:PATH` of a model to fine-tune.
         image_size: edge of the student's input in pixels. None, here and for the next two: that of a trained student,
             or the default of a new one, see `distillation.student.with_default_shape`.
-        text: see `models.students.text_size`; or the folder of a model, whose text tower the student takes; or `teacher`
-            for that of the teacher, or of the first, which then needs `freeze_text`: its features are computed once per
-            caption.
+        text: see `models.students.text_size`; or the folder of a model, whose text tower the student takes; or
+            `teacher` for that of the teacher, or of the first, which then needs `freeze_text`: its features are
+            computed once per caption.
         context_length: tokens per caption; with the text tower of a model, that of this model.
         embedding_size: the student's; 0 takes that of all teachers side by side (with the text tower of one of them,
             its own), or 512 without a teacher. If it differs from the teachers', the objective learns projections

@@ -15,7 +15,6 @@ from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matche
 from clip_rd_edge.models.classifiers import CLASSIFIERS, load_classifier, mismatch, read_weights, unknown_weights
 from clip_rd_edge.models.clip import ClipModel, ImageTower, evaluation_mode, float32_on_cpu, quick_gelu_of
 from clip_rd_edge.models.own_parts import refuse_other_places, require_bounded
-from clip_rd_edge.models.text_weights import require_equal
 from clip_rd_edge.utils.paths import exists, is_file
 from clip_rd_edge.utils.structs import convert, read_json
 
@@ -321,6 +320,7 @@ def _classifier_names(trunk: nn.Module) -> set[str]:
     return {k for k in trunk.state_dict() if any(k.startswith(f"{prefix}.") for prefix in prefixes)}
 
 
+_MIN_COSINE = 0.9999  # between the features of a tower and those of its copy
 _TIMM_NAME = "timm_model_name"
 _HINT = "name the teacher's architecture with {student}, or omit {pretrained_image}"
 
@@ -378,6 +378,20 @@ def _require_same_features(student: ClipModel, teacher: ClipModel) -> None:
         with evaluation_mode(model):
             features.append(ImageTower(model)(pixels.to(next(model.parameters()).device)).cpu())
     require_equal(*features, what=f"image tower with the weights of {teacher.name}", hint="omit {pretrained_image}")
+
+
+def require_equal(features: Tensor, expected: Tensor, *, what: str, hint: str) -> None:
+    """Check that a student's tower with its teacher's weights returns its features; (N, D) each, L2-normalised.
+
+    Args:
+        what, hint: the tower, and what to do if it does not, for the error.
+    """
+    cosine = float((features * expected).sum(dim=1).min())
+    if not cosine >= _MIN_COSINE:
+        raise ConfigError(
+            f"The student's {what} returns other features (cosine {cosine:.4f}, expected at least {_MIN_COSINE}).",
+            hint=hint,
+        )
 
 
 def _architecture(vision_cfg: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.classifiers import unreadable_weights
 from clip_rd_edge.models.clip import ClipModel, TextTower, default_device, evaluation_mode, quick_gelu_of, text_module
-from clip_rd_edge.models.students import TEACHER, build_student
+from clip_rd_edge.models.students import TEACHER, build_student, require_equal
 from clip_rd_edge.models.text_towers import CaptionTower, embed_with_progress, text_layers
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -187,7 +187,6 @@ def _embedded(texts: list[str], teacher: ClipModel, reporter: Reporter) -> Tenso
 _OWN = ("context_length", "vocab_size", "width", "layers")
 # Captions without, with few, and with many of the tokens that fit into the shortest context length, 4.
 _CAPTIONS = ["", "red", "a cat"]
-_MIN_COSINE = 0.9999  # between the features of a tower and those of its copy
 
 
 def with_text_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
@@ -342,20 +341,6 @@ def _require_same_features(config: dict[str, Any], teacher: ClipModel) -> None:
             hint="omit {pretrained_text}",
         ) from error
     require_equal(*features, what=f"text tower with the weights of {teacher.name}", hint="omit {pretrained_text}")
-
-
-def require_equal(features: Tensor, expected: Tensor, *, what: str, hint: str) -> None:
-    """Check that a student's tower with its teacher's weights returns its features; (N, D) each, L2-normalised.
-
-    Args:
-        what, hint: the tower, and what to do if it does not, for the error.
-    """
-    cosine = float((features * expected).sum(dim=1).min())
-    if not cosine >= _MIN_COSINE:
-        raise ConfigError(
-            f"The student's {what} returns other features (cosine {cosine:.4f}, expected at least {_MIN_COSINE}).",
-            hint=hint,
-        )
 
 
 def _features(clip: ClipModel) -> Tensor:
