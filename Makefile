@@ -47,11 +47,18 @@ dist: $(STAMP)  ## a release: both archives, each checked in clean environments,
 	$(BIN)/python packaging/release.py -o dist $(if $(TAG),--final '$(TAG)')
 	$(BIN)/python packaging/licences.py --sbom dist/clip-rd-edge.cdx.json
 
-# pip and not uv: uv would fetch the CUDA build of torch, gigabytes that a CPU has no use for.
+# PyPI's torch for Linux brings gigabytes of CUDA. Without an NVIDIA GPU, as far as `nvidia-smi` shows, its build for CPUs
+# comes first, from PyTorch's own index; where that cannot be reached, pip goes on with PyPI's.
+ifeq ($(shell uname -s) $(shell command -v nvidia-smi 2>/dev/null),Linux )
+CPU_TORCH := --extra-index-url https://download.pytorch.org/whl/cpu torch torchvision
+endif
+
+# pip and not uv, which would take the CUDA build whatever the index.
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("clip-rd-edge needs Python 3.10 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(if $(CPU_TORCH),$(BIN)/python -m pip install --quiet --retries 0 $(CPU_TORCH))
 	@echo "$(BIN)/python -m pip install -e '.[train,emoji,dev]'"
 	@$(BIN)/python -m pip install --quiet -e '.[train,emoji,dev]' || { \
 		echo 'If a package has no files for this Python yet, try an older one: make clean, and make PYTHON=python3.13' >&2; \
