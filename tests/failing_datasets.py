@@ -8,7 +8,7 @@ import signal
 
 from torch.utils.data import get_worker_info
 
-from clip_rd_edge.distillation.batches.loader import PairView, View, ViewDataset
+from clip_rd_edge.distillation.loader import PairView, View, ViewDataset
 from clip_rd_edge.errors import ConfigError
 
 

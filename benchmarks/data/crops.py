@@ -17,8 +17,8 @@ import torchvision
 from torchvision.transforms import RandomResizedCrop
 
 from benchmarks.publishing import add_output_options, publish
-from clip_rd_edge.distillation.batches.pixels import Crops
 from clip_rd_edge.distillation.config import load_recipe
+from clip_rd_edge.distillation.pixels import Crops
 
 CROPS = Crops(scale=load_recipe("clip-rd").crop_scale, aspect_ratio=1.0)
 SIZES = (

@@ -160,8 +160,8 @@ def write_store(folder: Path, shards: int, samples: int) -> None:
     import msgspec
 
     from clip_rd_edge.bundle.preprocess import Preprocessing
-    from clip_rd_edge.distillation.batches.pixels import Crops
-    from clip_rd_edge.distillation.teachers import embedding_store as store
+    from clip_rd_edge.distillation import store
+    from clip_rd_edge.distillation.pixels import Crops
 
     pairs = shards * samples
     manifest = store.CacheManifest(
@@ -242,7 +242,7 @@ def measure_pairs(folder: Path) -> Figures:
 
 def measure_store(folder: Path) -> Figures:
     """Open a teacher's store, and read 10,000 random rows of images and texts."""
-    from clip_rd_edge.distillation.teachers import embedding_store as store
+    from clip_rd_edge.distillation import store
 
     generator = np.random.default_rng(0)
     before = proportional_memory()

@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.publishing import add_output_options, publish
-from clip_rd_edge.distillation.batches.loader import Batch
 from clip_rd_edge.distillation.config import load_recipe
+from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import AUTOCAST, StepSettings, TrainingStep
-from clip_rd_edge.distillation.teachers.teacher import CachedTeacher
+from clip_rd_edge.distillation.teacher import CachedTeacher
 from clip_rd_edge.losses.bank import Bank
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.objective import Objective

@@ -20,15 +20,15 @@ import open_clip
 import torch
 from PIL import Image
 
-from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distillation.batches.pixels import Crops
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.embed import ShardMaker, build_cache, make_manifest
 from clip_rd_edge.distillation.inputs import load_setup, make_dataset
+from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.teachers.embedding_store import open_cache
-from clip_rd_edge.distillation.teachers.store_build import ShardMaker, build_cache, make_manifest
-from clip_rd_edge.distillation.teachers.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of
+from clip_rd_edge.distillation.store import open_cache
+from clip_rd_edge.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of
 from clip_rd_edge.models.clip import to_device
 
 

@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.publishing import here_and_now, print_record
 from benchmarks.training.steps import definitions
-from clip_rd_edge.distillation.batches.loader import Batch
 from clip_rd_edge.distillation.config import load_recipe
+from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.losses.objective import Objective

@@ -67,7 +67,7 @@ def embed(request: Embed) -> Path:
         InputError, ConfigError: the data, teacher or recipe is missing or invalid, or the value of an option.
     """
     from clip_rd_edge.distillation.config import resolve
-    from clip_rd_edge.distillation.teachers.embed import embed_teacher
+    from clip_rd_edge.distillation.embed import embed_teacher
 
     with _told_to_all_processes():
         config = resolve(**{**_without(request, "output", "ray"), "student": request.student or "resnet18"})

@@ -66,7 +66,7 @@ class MixedSamples:
     most as many rows as there are texts. Their captions are the texts in turn: with more texts than rows, each row has
     several, of which training picks one per view. Without texts, they are the captions of pairs. So each row fills a
     place in both towers' batches, and terms that need a matching caption leave it out. For images without captions, a
-    teacher may choose other texts as training goes: see `distillation.teachers.choosing`.
+    teacher may choose other texts as training goes: see `distillation.teacher`.
 
     Texts alone are as many rows as there are texts, without images: see `has_images`.
 

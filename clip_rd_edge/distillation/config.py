@@ -73,7 +73,7 @@ class Recipe(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         scales: `bounded` keeps the learned multipliers of VRD and XRD in [1, 100], `raw` learns them as published.
         scale_start: initial value of these multipliers.
         bank_size: max number of the teacher's image embeddings, and of its caption embeddings, in the bank of the term
-            `bank`; see `distillation.teachers.bank`.
+            `bank`; see `distillation.bank`.
         bank_temperature: divides the teacher's logit scale in that term; higher values bring more distant entries in.
         epochs: passes over the pairs; ignored if `steps` is not 0.
         steps: number of training steps; 0 follows `epochs`.
@@ -153,7 +153,7 @@ class _Config(CheckedStruct, Generic[Place, Names], frozen=True, kw_only=True, f
         freeze_text_layers: number of groups of layers of the text tower, from the input, that are not trained; see
             `models.text_towers.text_groups`.
         freeze_image: number of groups of layers of the image tower, from the input, that are not trained; see
-            `distillation.freezing`.
+            `distillation.student`.
         freeze_norms: keep the statistics of the batch norms; their scales and biases are trained.
         tuned_share: share of the trained weights in the saved student; the rest are those that a student to fine-tune
             started from. See `models.edit`.

@@ -36,16 +36,15 @@ from clip_rd_edge.data.unpaired import (
     require_images,
     sample_counts,
 )
-from clip_rd_edge.distillation.batches.loader import ViewDataset
-from clip_rd_edge.distillation.batches.pixels import crops_for
-from clip_rd_edge.distillation.batches.reinforced import ReinforcedDataset, require_stored_width
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, seed_everything
 from clip_rd_edge.distillation.config import LOCATIONS, RecordedConfig, RunConfig, is_texts_alone, plain_values
-from clip_rd_edge.distillation.freezing import set_training_mode
+from clip_rd_edge.distillation.loader import ViewDataset
+from clip_rd_edge.distillation.pixels import crops_for
 from clip_rd_edge.distillation.processes import Processes
-from clip_rd_edge.distillation.quantized.tower import require_quantizable
-from clip_rd_edge.distillation.student import make_student, require_named_student, text_source
-from clip_rd_edge.distillation.teachers.teacher import (
+from clip_rd_edge.distillation.quantized import require_quantizable
+from clip_rd_edge.distillation.reinforced import ReinforcedDataset, require_stored_width
+from clip_rd_edge.distillation.student import make_student, require_named_student, set_training_mode, text_source
+from clip_rd_edge.distillation.teacher import (
     ensemble_of,
     ensemble_of_stored,
     load_stored_teachers,

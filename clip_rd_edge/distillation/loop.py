@@ -18,7 +18,7 @@ from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import DISTILLATION_FILE, REPORT_FOLDER
 from clip_rd_edge.data.pairs import BadSamples, Pairs
 from clip_rd_edge.data.unpaired import MixedSamples
-from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.checkpoint import (
     BEST_FOLDER,
     Stateful,
@@ -27,8 +27,8 @@ from clip_rd_edge.distillation.checkpoint import (
     seed_everything,
 )
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.inputs import RunSetup, provenance
+from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.metrics import (
     EncoderOfAllProcesses,
     MetricsLog,
@@ -39,10 +39,10 @@ from clip_rd_edge.distillation.metrics import (
 )
 from clip_rd_edge.distillation.optimizer import RunOptimizer, diverged_error, named_divergence
 from clip_rd_edge.distillation.processes import Processes, Stopped, StopRequest, stop_on_signals
-from clip_rd_edge.distillation.quantized.tower import Quantization
+from clip_rd_edge.distillation.quantized import Quantization
 from clip_rd_edge.distillation.step import AUTOCAST, StepResult, TrainingStep, step_settings
-from clip_rd_edge.distillation.teachers.bank import make_bank
-from clip_rd_edge.distillation.teachers.teacher import BatchTeacher
+from clip_rd_edge.distillation.student import set_training_mode
+from clip_rd_edge.distillation.teacher import BatchTeacher
 from clip_rd_edge.distillation.trackers import Tracker, open_tracker
 from clip_rd_edge.errors import InterruptedRunError, UsageError, in_one_line
 from clip_rd_edge.models.clip import ClipModel, to_device

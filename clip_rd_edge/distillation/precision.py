@@ -9,15 +9,15 @@ from functools import partial
 import msgspec
 import torch
 
-from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, step_loader
+from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.config import Precision, RunConfig
-from clip_rd_edge.distillation.freezing import set_training_mode
+from clip_rd_edge.distillation.embed import make_teachers
 from clip_rd_edge.distillation.inputs import RunSetup, make_dataset
+from clip_rd_edge.distillation.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, step_settings
-from clip_rd_edge.distillation.teachers.bank import make_bank
-from clip_rd_edge.distillation.teachers.prepare import make_teachers
-from clip_rd_edge.distillation.teachers.teacher import BatchTeacher, CachedTeacher, LiveTeacher, Teacher
+from clip_rd_edge.distillation.student import set_training_mode
+from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, LiveTeacher, Teacher
 from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.timing import time_in_turn

@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from clip_rd_edge.bundle.runs import RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
+from clip_rd_edge.distillation.bank import require_same_kind
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import (
     CHANGEABLE_ON_RESUME,
@@ -26,9 +27,8 @@ from clip_rd_edge.distillation.inputs import (
 )
 from clip_rd_edge.distillation.precision import with_precision
 from clip_rd_edge.distillation.processes import Processes
+from clip_rd_edge.distillation.store import CacheManifest, manifests
 from clip_rd_edge.distillation.student import open_shape
-from clip_rd_edge.distillation.teachers.bank import require_same_kind
-from clip_rd_edge.distillation.teachers.embedding_store import CacheManifest, manifests
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
 from clip_rd_edge.models.students import TEACHER
 from clip_rd_edge.utils.outputs import LOCK_FILE

@@ -25,7 +25,6 @@ from clip_rd_edge.bundle.encoder import Embeddings, Encoder
 from clip_rd_edge.bundle.runs import REPORT_FOLDER, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.bundle.task import Task
 from clip_rd_edge.data.unpaired import MixedSamples, describe_counts, has_images
-from clip_rd_edge.distillation.batches.loader import lost_worker
 from clip_rd_edge.distillation.checkpoint import (
     CHECKPOINTS_FOLDER,
     host_generators_kept,
@@ -38,7 +37,7 @@ from clip_rd_edge.distillation.config import (
     first_difference,
     is_texts_alone,
 )
-from clip_rd_edge.distillation.freezing import frozen_at_random
+from clip_rd_edge.distillation.embed import prepare_teacher
 from clip_rd_edge.distillation.inputs import (
     RunSetup,
     check_inputs,
@@ -51,6 +50,7 @@ from clip_rd_edge.distillation.inputs import (
     record_locations,
     teachers_digest,
 )
+from clip_rd_edge.distillation.loader import lost_worker
 from clip_rd_edge.distillation.loop import Trained, encoder_of, prepare, total_steps, train
 from clip_rd_edge.distillation.metrics import last_evaluation, plot_run
 from clip_rd_edge.distillation.optimizer import named_divergence
@@ -65,9 +65,8 @@ from clip_rd_edge.distillation.processes import (
     stop_on_signals,
 )
 from clip_rd_edge.distillation.resume import change_since, check_folder, without_initial_weights
-from clip_rd_edge.distillation.student import with_default_shape, with_shape_of
-from clip_rd_edge.distillation.teachers.prepare import prepare_teacher
-from clip_rd_edge.distillation.teachers.teacher import refuse_idle_teacher
+from clip_rd_edge.distillation.student import frozen_at_random, with_default_shape, with_shape_of
+from clip_rd_edge.distillation.teacher import refuse_idle_teacher
 from clip_rd_edge.distillation.trackers import require_tracker
 from clip_rd_edge.errors import (
     ClipRdEdgeError,

@@ -28,13 +28,13 @@ from clip_rd_edge.bundle.task import RetrievalTask, Task, ZeroShotTask, with_dis
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, CHECKPOINTS_FOLDER
 from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.embed import CACHING_STAGE
 from clip_rd_edge.distillation.inputs import require_same_files, training_pairs
 from clip_rd_edge.distillation.metrics import mean_similarities
 from clip_rd_edge.distillation.processes import require_one_process
 from clip_rd_edge.distillation.resume import check_folder
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
 from clip_rd_edge.distillation.student import empty_student
-from clip_rd_edge.distillation.teachers.store_build import CACHING_STAGE
 from clip_rd_edge.errors import DivergedRunError, UsageError
 from clip_rd_edge.evidence.report import training_data_remark, write_evidence
 from clip_rd_edge.evidence.results import (

@@ -14,8 +14,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.distillation.batches.loader import Batch
 from clip_rd_edge.distillation.config import load_recipe
+from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.losses.objective import Objective

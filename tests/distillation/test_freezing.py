@@ -16,8 +16,8 @@ from tiny_runs import tiny_run
 from transformers import BertModel
 
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.freezing import frozen_at_random, set_training_mode
-from clip_rd_edge.distillation.teachers.teacher import FrozenTextTower
+from clip_rd_edge.distillation.student import frozen_at_random, set_training_mode
+from clip_rd_edge.distillation.teacher import FrozenTextTower
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 from clip_rd_edge.models.students import build_student, student_config

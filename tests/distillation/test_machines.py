@@ -25,10 +25,11 @@ from thread_processes import Threads, call_in_threads
 
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.distillation.batches.pixels import Crops
 from clip_rd_edge.distillation.checkpoint import load_checkpoint, save_checkpoint
+from clip_rd_edge.distillation.embed import ShardMaker, build_cache
+from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes import Processes
-from clip_rd_edge.distillation.teachers.embedding_store import (
+from clip_rd_edge.distillation.store import (
     KEY,
     CacheManifest,
     CompleteCache,
@@ -39,7 +40,6 @@ from clip_rd_edge.distillation.teachers.embedding_store import (
     with_checksums,
     write_array,
 )
-from clip_rd_edge.distillation.teachers.store_build import ShardMaker, build_cache
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.structs import to_json
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clip_rd_edge.distillation import precision
-from clip_rd_edge.distillation.batches.loader import Batch
+from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.precision import _choose_precision, _measure_precision, measured_precisions
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep

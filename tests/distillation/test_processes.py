@@ -13,13 +13,13 @@ import torch
 from thread_processes import Exchange, Threads
 from torch import Tensor, nn
 
-from clip_rd_edge.distillation.batches.loader import Batch, StepSampler
+from clip_rd_edge.distillation.bank import QueueBank
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, save_checkpoint
 from clip_rd_edge.distillation.config import load_recipe
+from clip_rd_edge.distillation.loader import Batch, StepSampler
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.teachers.bank import QueueBank
-from clip_rd_edge.distillation.teachers.teacher import LiveTeacher, Teacher
+from clip_rd_edge.distillation.teacher import LiveTeacher, Teacher
 from clip_rd_edge.losses.objective import EmbeddingBatch, Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.students import build_student, student_config

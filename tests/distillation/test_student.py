@@ -16,9 +16,9 @@ from tiny_runs import assert_same_weights, killed_and_resumed, stop_at, tiny_run
 
 from clip_rd_edge.distillation import student as module
 from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.embed import embed_teacher
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.student import require_no_logit_bias, require_separate_text_tower
-from clip_rd_edge.distillation.teachers.embed import embed_teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip
@@ -58,7 +58,7 @@ def test_a_text_tower_that_is_no_module_of_its_own_cannot_be_frozen(student: Cli
     ],
 )
 @pytest.mark.parametrize(
-    ("place", "run"), [("build", partial(run_distillation, resume=False)), ("teachers.embed", embed_teacher)]
+    ("place", "run"), [("build", partial(run_distillation, resume=False)), ("embed", embed_teacher)]
 )
 def test_a_misspelled_student_is_refused_before_anything_is_read_or_fetched(
     tmp_path: Path,

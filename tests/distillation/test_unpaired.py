@@ -21,16 +21,15 @@ from tiny_runs import killed_and_resumed, run_on_images_and_labels, stop_at, wei
 from torch import Tensor
 
 from clip_rd_edge.bundle.runs import read_metrics
-from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, step_loader
+from clip_rd_edge.distillation.bank import QueueBank
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.embed import embed_teacher
 from clip_rd_edge.distillation.inputs import load_setup, make_dataset
+from clip_rd_edge.distillation.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.teachers.bank import QueueBank
-from clip_rd_edge.distillation.teachers.choosing import ChoosingTeacher
-from clip_rd_edge.distillation.teachers.embed import embed_teacher
-from clip_rd_edge.distillation.teachers.teacher import BatchTeacher, LiveTeacher, Teacher
+from clip_rd_edge.distillation.teacher import BatchTeacher, ChoosingTeacher, LiveTeacher, Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.exporting.calibration import kept_pairs
 from clip_rd_edge.losses.objective import Objective, Weights

@@ -19,9 +19,9 @@ from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.pairs import fingerprint
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.embed import CACHING_STAGE
 from clip_rd_edge.distillation.inputs import RunInputs, record_inputs
 from clip_rd_edge.distillation.optimizer import diverged_error
-from clip_rd_edge.distillation.teachers.store_build import CACHING_STAGE
 from clip_rd_edge.errors import DivergedRunError, UsageError
 from clip_rd_edge.evidence import run as runs
 from clip_rd_edge.evidence.report import read_evidence_file

@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip_rd_edge.data.unpaired import MixedSamples
-from clip_rd_edge.distillation.batches.loader import Batch
+from clip_rd_edge.distillation import teacher as choosing
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.inputs import training_pairs
+from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import TrainingStep
-from clip_rd_edge.distillation.teachers import choosing
-from clip_rd_edge.distillation.teachers.choosing import ChoosingTeacher, texts_to_choose_from
-from clip_rd_edge.distillation.teachers.teacher import Targets
+from clip_rd_edge.distillation.teacher import ChoosingTeacher, Targets, texts_to_choose_from
 from clip_rd_edge.models import text_towers as captions_module
 
 PROMPTS = [("a red thing", "red"), ("a green thing", "green"), ("blue",)]

@@ -34,8 +34,8 @@ from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.reinforced import OPERATIONS, Augmentation, ReinforcedPairs, StoredTeachers, read_stored_teachers
 from clip_rd_edge.data.shards.webdataset import parse_sources
-from clip_rd_edge.distillation.batches.reinforced import ReinforcedDataset, augment, read_sample
 from clip_rd_edge.distillation.config import RunConfig, resolve
+from clip_rd_edge.distillation.reinforced import ReinforcedDataset, augment, read_sample
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.load import training_facts
@@ -251,7 +251,7 @@ def test_what_would_unpack_to_too_much_is_refused(
     for kind, (suffix, content) in contents.items():
         pairs = open_store(store(kind, change=lambda _, files: files.update({suffix: content})))  # noqa: B023
         for limit, message in ((20_000, "it would take|the limit is"), (10, "the limit for embeddings is 10")):
-            monkeypatch.setattr("clip_rd_edge.distillation.batches.reinforced._MAX_BYTES", limit)
+            monkeypatch.setattr("clip_rd_edge.distillation.reinforced._MAX_BYTES", limit)
             with pytest.raises(InputError, match=message):
                 read_sample(pairs, 0, stored)
 

@@ -14,10 +14,10 @@ from support import Watch, save_tiny_teacher
 from tiny_runs import killed_and_resumed, stop_at, tiny_run
 
 from clip_rd_edge.bundle.runs import read_metrics
+from clip_rd_edge.distillation.bank import QueueBank, StoredBank, make_bank
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.run import run_distillation
-from clip_rd_edge.distillation.teachers.bank import QueueBank, StoredBank, make_bank
-from clip_rd_edge.distillation.teachers.embedding_store import (
+from clip_rd_edge.distillation.store import (
     TeacherCache,
     TeacherCaches,
     image_shard,
@@ -26,7 +26,7 @@ from clip_rd_edge.distillation.teachers.embedding_store import (
     with_checksums,
     write_array,
 )
-from clip_rd_edge.distillation.teachers.teacher import Teacher
+from clip_rd_edge.distillation.teacher import Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.utils.arrays import load_array
@@ -77,8 +77,8 @@ def test_a_stored_bank_is_all_of_a_cache_or_a_seeded_part_of_it(cache: TeacherCa
 
 
 def test_a_stored_bank_reads_several_shards(cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("bank", "embedding_store"):
-        monkeypatch.setattr(f"clip_rd_edge.distillation.teachers.{module}.SHARD_SIZE", 10)
+    for module in ("bank", "store"):
+        monkeypatch.setattr(f"clip_rd_edge.distillation.{module}.SHARD_SIZE", 10)
     everything = []
     for path_of in (lambda shard: image_shard(cache.folder, 0, shard), lambda shard: text_shard(cache.folder, shard)):
         rows = load_array(path_of(0))["row"].copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby, tee
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,20 +12,25 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.data.pairs import BadPair, BadSamples, Pairs, fingerprint, read_twice
-from clip_rd_edge.distillation.batches.loader import HalfArray, ViewDataset, step_loader
-from clip_rd_edge.distillation.batches.pixels import Crops
+from clip_rd_edge.data.unpaired import require_images
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.processes import Processes
-from clip_rd_edge.distillation.teachers.embedding_store import (
+from clip_rd_edge.distillation.inputs import RunSetup, make_dataset, training_pairs
+from clip_rd_edge.distillation.loader import HalfArray, ViewDataset, step_loader
+from clip_rd_edge.distillation.pixels import Crops
+from clip_rd_edge.distillation.processes import Processes, join_processes
+from clip_rd_edge.distillation.step import AUTOCAST, caption_batch
+from clip_rd_edge.distillation.store import (
     COMPLETE,
     KEY,
     MANIFEST,
     CacheManifest,
     CompleteCache,
+    cache_folders,
     caption_key,
     caption_shard,
     claim_cache,
@@ -34,16 +40,30 @@ from clip_rd_edge.distillation.teachers.embedding_store import (
     keys_crc32,
     keys_file,
     open_cache,
+    open_caches,
     shard_count,
     shard_rows,
     text_shard,
     with_checksums,
     write_array,
 )
-from clip_rd_edge.distillation.teachers.teacher import Teacher
+from clip_rd_edge.distillation.student import crops_of, require_named_student
+from clip_rd_edge.distillation.teacher import (
+    BatchTeacher,
+    CachedTeacher,
+    ChoosingTeacher,
+    LiveTeacher,
+    Teacher,
+    caption_batch_size,
+    load_models_to_embed_with,
+    teacher_weights,
+    texts_to_choose_from,
+)
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.models.clip import ClipModel, model_fingerprint
+from clip_rd_edge.models.clip import ClipModel, default_device, float32_on_cpu, model_fingerprint
+from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.arrays import load_array
+from clip_rd_edge.utils.cluster import map_on_cluster
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -413,3 +433,93 @@ def _to_half(embeddings: Tensor) -> HalfArray:
     half: HalfArray = embeddings.float().cpu().numpy().astype("<f2")
     half[~is_embedding(half)] = 0
     return half
+
+
+def prepare_teacher(
+    config: RunConfig, setup: RunSetup, processes: Processes, reporter: Reporter
+) -> tuple[BatchTeacher | None, ViewDataset]:
+    """Return the teacher, live or from a cache that is built first, and the data set that provides its inputs."""
+    if setup.ensemble is None:
+        return None, make_dataset(config, setup)
+    if setup.stored is not None:
+        return CachedTeacher(setup.ensemble, processes.device), make_dataset(config, setup)
+    teachers = make_teachers(config, setup, processes.device, AUTOCAST[config.teacher_precision])
+    live = LiveTeacher(teachers)
+    teacher: BatchTeacher = live
+    dataset = make_dataset(config, setup, with_teacher_pixels=config.teacher_cache is None)
+    if config.teacher_cache is not None:
+        with processes.together():
+            folders = cache_folders(Path(config.teacher_cache), setup.teachers)
+        for folder, one in zip(folders, teachers, strict=True):
+            build_cache(folder, shard_maker(config, one, setup.pairs, dataset.crops), processes, reporter=reporter)
+        dataset.cache = open_caches(folders)
+        teacher = CachedTeacher(setup.ensemble, processes.device)
+    with processes.together():
+        texts = texts_to_choose_from(config, setup.pairs)
+    if texts:
+        reporter.say(f"the teacher chooses among {len(texts):,} texts for each image without a caption")
+        teacher = ChoosingTeacher(teacher, texts, live.embed_captions, reporter=reporter)
+    if config.teacher_cache is not None:
+        for one in teachers:
+            one.clip.model.to("cpu")
+    return teacher, dataset
+
+
+def make_teachers(
+    config: RunConfig, setup: RunSetup, device: torch.device, autocast: torch.dtype | None
+) -> list[Teacher]:
+    """Return the teachers of a run, on a device and in a precision."""
+    captions = caption_batch(config, device)
+    return [Teacher(clip, device, autocast=autocast, caption_batch=captions) for clip in setup.teachers]
+
+
+@float32_on_cpu()
+def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None, reporter: Reporter = SILENT) -> None:
+    """Compute what is missing in the store `folder`, for runs with this configuration's teachers, pairs and crops.
+
+    Args:
+        config: its `views` are those of the store, its `teacher_precision` is not `auto`.
+        cluster: address of a Ray cluster, whose workers compute the shards; this process writes them.
+        reporter: receives the number of completed shards.
+    """
+    with join_processes() as processes:
+        shown = reporter if processes.is_main else SILENT
+        with processes.main_first():
+            require_named_student(config)
+            pairs = training_pairs(config, reporter=shown)
+            require_images(pairs)
+        with processes.together():
+            teachers = load_models_to_embed_with(config)
+            folders = cache_folders(folder, teachers)
+        for number, (clip, its_folder) in enumerate(zip(teachers, folders, strict=True)):
+            with processes.together():
+                maker = _maker(config, clip, pairs)
+            compute = partial(_on_cluster, cluster, config, number, maker.manifest) if cluster else None
+            build_cache(its_folder, maker, processes, compute=compute, reporter=shown)
+            clip.model.to("cpu")
+
+
+def _maker(config: RunConfig, clip: ClipModel, pairs: Pairs) -> ShardMaker:
+    device = default_device()
+    autocast, captions = AUTOCAST[config.teacher_precision], caption_batch_size(BATCH_SIZE, device)
+    teacher = Teacher(clip, device, autocast=autocast, caption_batch=captions)
+    return shard_maker(config, teacher, pairs, crops_of(config))
+
+
+def _on_cluster(
+    address: str, config: RunConfig, number: int, manifest: CacheManifest, tasks: Iterable[ShardTask]
+) -> Iterator[tuple[ShardTask, Shard]]:
+    tasks = list(tasks)
+    yield from zip(tasks, map_on_cluster(address, partial(_make_worker, config, number, manifest), tasks), strict=True)
+
+
+def _make_worker(config: RunConfig, number: int, manifest: CacheManifest) -> ShardMaker:
+    """Return what computes shards of a teacher in a worker, whose data and teacher must be those of the store."""
+    name = config.teachers[number]
+    clip = load_clip(name, pretrained=teacher_weights(config, name))
+    maker = _maker(config, clip, training_pairs(config))
+    for field in ("teacher_sha256", "pairs_sha256"):
+        if getattr(maker.manifest, field) != getattr(manifest, field):
+            what = "teacher" if field == "teacher_sha256" else "data"
+            raise InputError(f"The {what} here is not that of the store.", hint="give all machines the same files")
+    return maker

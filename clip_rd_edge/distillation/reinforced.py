@@ -19,8 +19,8 @@ from torchvision.transforms import functional as F
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.data.reinforced import Augmentation, ReinforcedPairs, StoredTeachers
-from clip_rd_edge.distillation.batches.loader import HalfArray, PairView, ViewDataset
-from clip_rd_edge.distillation.batches.pixels import Crops, Levels, crop_levels
+from clip_rd_edge.distillation.loader import HalfArray, PairView, ViewDataset
+from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.utils.arrays import read_npz
 

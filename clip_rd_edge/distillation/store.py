@@ -41,8 +41,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.distillation.batches.loader import HalfArray
-from clip_rd_edge.distillation.batches.pixels import Crops
+from clip_rd_edge.distillation.loader import HalfArray
+from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel, model_fingerprint
 from clip_rd_edge.utils.arrays import npy_bytes

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.distillation.batches.loader import Batch
+from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.teachers.teacher import (
+from clip_rd_edge.distillation.teacher import (
     CachedTeacher,
     CaptionCache,
     LiveTeacher,

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clip_rd_edge.distillation.batches.loader import EmbeddingSource
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
-from clip_rd_edge.distillation.teachers.embedding_store import (
+from clip_rd_edge.distillation.loader import EmbeddingSource
+from clip_rd_edge.distillation.store import (
     SHARD_SIZE,
     TeacherCache,
     TeacherCaches,

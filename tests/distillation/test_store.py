@@ -23,14 +23,16 @@ from thread_processes import call_in_threads
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.data.pairs import BadSamples, Pairs
-from clip_rd_edge.distillation.batches.loader import StepSampler, step_loader
-from clip_rd_edge.distillation.batches.pixels import Crops
+from clip_rd_edge.distillation import embed as store_build
+from clip_rd_edge.distillation import store as embedding_store
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.embed import ShardMaker, ShardTask, build_cache, make_manifest
 from clip_rd_edge.distillation.inputs import RunSetup, load_setup, make_dataset
+from clip_rd_edge.distillation.loader import StepSampler, step_loader
+from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.run import run_distillation
-from clip_rd_edge.distillation.teachers import embedding_store, store_build
-from clip_rd_edge.distillation.teachers.embedding_store import (
+from clip_rd_edge.distillation.store import (
     COMPLETE,
     CacheManifest,
     CompleteCache,
@@ -42,8 +44,7 @@ from clip_rd_edge.distillation.teachers.embedding_store import (
     text_shard,
     with_checksums,
 )
-from clip_rd_edge.distillation.teachers.store_build import ShardMaker, ShardTask, build_cache, make_manifest
-from clip_rd_edge.distillation.teachers.teacher import CachedTeacher, CaptionCache, LiveTeacher, Teacher, ensemble_of
+from clip_rd_edge.distillation.teacher import CachedTeacher, CaptionCache, LiveTeacher, Teacher, ensemble_of
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.structs import read_json
 

@@ -21,15 +21,15 @@ from tiny_runs import killed_and_resumed, stop_at, tiny_run, weights
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.reinforced import read_stored_teachers
-from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, step_loader
+from clip_rd_edge.distillation import embed
+from clip_rd_edge.distillation.bank import QueueBank, StoredBank
 from clip_rd_edge.distillation.config import RunConfig, load_recipe, resolve
 from clip_rd_edge.distillation.inputs import load_setup, make_dataset
+from clip_rd_edge.distillation.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.teachers import embed
-from clip_rd_edge.distillation.teachers.bank import QueueBank, StoredBank
-from clip_rd_edge.distillation.teachers.embedding_store import (
+from clip_rd_edge.distillation.store import (
     TeacherCaches,
     cache_folders,
     image_shard,
@@ -37,7 +37,7 @@ from clip_rd_edge.distillation.teachers.embedding_store import (
     with_checksums,
     write_array,
 )
-from clip_rd_edge.distillation.teachers.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of, load_teachers
+from clip_rd_edge.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of, load_teachers
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
@@ -229,9 +229,7 @@ def test_weights_are_for_the_teachers_that_are_named_by_an_architecture_alone(
 ) -> None:
     folder = config.teachers[0]
     mixed = msgspec.structs.replace(config, teacher=(folder, "ViT-B-32"), teacher_pretrained="best.pt")
-    monkeypatch.setattr(
-        "clip_rd_edge.distillation.teachers.teacher.load_clip", lambda name, pretrained: (name, pretrained)
-    )
+    monkeypatch.setattr("clip_rd_edge.distillation.teacher.load_clip", lambda name, pretrained: (name, pretrained))
     assert load_teachers(mixed) == ((folder, None), ("ViT-B-32", "best.pt"))
     monkeypatch.undo()
     alone = msgspec.structs.replace(config, teacher=folder, teacher_pretrained="best.pt")

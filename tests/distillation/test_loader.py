@@ -24,9 +24,9 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from clip_rd_edge.bundle.preprocess import Box, Preprocessing
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.order import EpochOrder
-from clip_rd_edge.distillation.batches import loader as loader_module
-from clip_rd_edge.distillation.batches.loader import Batch, PairView, StepSampler, View, ViewDataset, step_loader
-from clip_rd_edge.distillation.batches.pixels import Crops
+from clip_rd_edge.distillation import loader as loader_module
+from clip_rd_edge.distillation.loader import Batch, PairView, StepSampler, View, ViewDataset, step_loader
+from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.errors import ConfigError, InputError, LostProcessError, UnreachableError
 
 STUDENT = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
@@ -316,8 +316,8 @@ LEFT_OPEN = """
 import sys
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.distillation.batches.loader import StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distillation.batches.pixels import Crops
+from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.pixels import Crops
 
 size = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
 dataset = ViewDataset(load_pairs(sys.argv[1]), size, (), crops=Crops(scale=(0.5, 1.0)), seed=3)

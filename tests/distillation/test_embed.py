@@ -14,7 +14,8 @@ import pytest
 from support import one_worker, save_tiny_teacher
 
 import clip_rd_edge as edge
-from clip_rd_edge.distillation.teachers import embed, embedding_store
+from clip_rd_edge.distillation import embed
+from clip_rd_edge.distillation import store as embedding_store
 from clip_rd_edge.errors import InputError, UsageError
 
 
@@ -112,7 +113,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 import clip_rd_edge as edge
-from clip_rd_edge.distillation.teachers import embedding_store
+from clip_rd_edge.distillation import store as embedding_store
 embedding_store.SHARD_SIZE = 10  # here; a worker is told its rows
 options, output = json.loads(sys.argv[1]), Path(sys.argv[2])
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

@@ -25,7 +25,7 @@ from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs, read_twice
 from clip_rd_edge.data.unpaired import MixedSamples, has_images
-from clip_rd_edge.distillation.batches.pixels import Crops, Levels, crop_levels
+from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.processes import obey_only_the_parent, stop_signals_blocked
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, LostProcessError, UnreachableError
 from clip_rd_edge.utils.files import machine_failure
@@ -112,7 +112,7 @@ class ViewDataset(Dataset[PairView]):
 
     Args:
         student, teachers: the models' preprocessing, of those teachers that need pixels.
-        crops: see `distillation.batches.pixels.crops_for`.
+        crops: see `distillation.pixels.crops_for`.
         views: number of distinct views of a pair, over which the epochs cycle; 0 draws a new one every epoch.
         max_bad: max fraction of the samples that may be unreadable.
         substitute: whether the next valid pair takes the place of one that is bad. Otherwise the place of a bad pair is

@@ -25,10 +25,12 @@ from torch import nn
 from clip_rd_edge.bundle.runs import WEIGHTS_FILE
 from clip_rd_edge.distillation.config import QUANTIZE_DEFAULTS, RunConfig, load_recipe
 from clip_rd_edge.distillation.depthwise import speed_up_small_maps
-from clip_rd_edge.distillation.quantized.fake_quant import ActivationRanges, FakeQuantizer, RangeObserver
-from clip_rd_edge.distillation.quantized.tower import (
+from clip_rd_edge.distillation.quantized import (
+    ActivationRanges,
+    FakeQuantizer,
     FakeQuantMode,
     QuantizedTower,
+    RangeObserver,
     norms_after_convolutions,
     require_static_tower,
 )

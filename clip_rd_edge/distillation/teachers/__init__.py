@@ -1,1 +1,0 @@
-"""The teachers of a run: their embeddings, live or on disk, those of the bank, and the texts that they choose."""
