@@ -103,7 +103,7 @@ def test_the_errors_that_docstrings_name_can_be_caught() -> None:
 
 def test_hints_take_what_the_calls_take() -> None:
     options = get_type_hints(Distill)
-    for name in ("teacher_pretrained", "teacher_cache", "pretrained_image", "pretrained_text"):
+    for name in ("teacher_pretrained", "store", "pretrained_image", "pretrained_text"):
         assert options[name] == AnyPath | None
     assert options["tasks"] == AnyPath | Sequence[AnyPath]
     for call in (edge.Model.classify, edge.Model.encode_images, edge.ZeroShotClassifier.classify):
@@ -345,7 +345,7 @@ def test_paths_may_be_texts_or_path_objects(pairs_csv: Path, colour_images: Path
     assert json.loads((run / "best" / "distillation.json").read_text())["tasks_sha256"].keys() == {"task"}
     cache = edge.embed(data=pairs_csv, teacher=run, output=tmp_path / "cache", recipe="clip-kd", workers=0)
     again = edge.distill(
-        data=pairs_csv, student=run, teacher=run, teacher_cache=cache, views=1, output=tmp_path / "again",
+        data=pairs_csv, student=run, teacher=run, store=cache, views=1, output=tmp_path / "again",
         recipe="clip-kd", steps=1, batch_size=8, precision="fp32", workers=0, tasks=task,
     )  # fmt: skip
     (score,) = edge.evaluate(again, task)

@@ -164,7 +164,7 @@ def write_store(folder: Path, shards: int, samples: int) -> None:
     from clip_rd_edge.distillation.pixels import Crops
 
     pairs = shards * samples
-    manifest = store.CacheManifest(
+    manifest = store.StoreManifest(
         teacher="synthetic",
         teacher_sha256="",
         logit_scale=100.0,
@@ -191,7 +191,7 @@ def write_store(folder: Path, shards: int, samples: int) -> None:
                 linked[rows] = path
     np.save(store.keys_file(folder), np.arange(pairs, dtype=store.KEY) * np.uint64(2**64 // pairs))
     (folder / store.MANIFEST).write_bytes(msgspec.json.encode(manifest))
-    complete = store.CompleteCache(pairs, store.keys_crc32(folder))
+    complete = store.CompleteStore(pairs, store.keys_crc32(folder))
     (folder / store.COMPLETE).write_bytes(msgspec.json.encode(complete))
 
 
@@ -247,7 +247,7 @@ def measure_store(folder: Path) -> Figures:
     generator = np.random.default_rng(0)
     before = proportional_memory()
     started, cpu = time.perf_counter(), cpu_seconds()
-    cache = store.open_cache(folder)
+    cache = store.open_store(folder)
     opened, opening_cpu = time.perf_counter(), cpu_seconds() - cpu
     for count, index in enumerate(generator.integers(0, cache.manifest.pairs, 10_000).tolist()):
         cache.lookup(0, index, f"caption {index}")

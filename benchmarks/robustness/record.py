@@ -70,7 +70,7 @@ RUNS: dict[str, dict[str, Any]] = {
         **PAIRS, "student": "test_efficientnet", "accumulate": 2, "loss_block": 3, "gradient_checkpointing": True,
     },
     "bank": {**PAIRS, "recipe": "clip-rd-bank", "pretrained_text": "tokens"},
-    "bank-of-store": {**PAIRS, "recipe": "clip-rd-bank", "views": 2, "teacher_cache": "store"},
+    "bank-of-store": {**PAIRS, "recipe": "clip-rd-bank", "views": 2, "store": "store"},
     "frozen": {**TRAINED, "freeze_text_layers": 1, "freeze_image": 1, "freeze_norms": True, "tuned_share": 0.5},
     "unpaired": {"images": IMAGES, "texts": TEXTS, "templates": PROMPTS, "teacher": TEACHER, "text": "teacher"},
     "two-teachers": {**PAIRS, "teacher": [TEACHER, f"{RUN}other-teacher"]},

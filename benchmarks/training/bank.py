@@ -8,7 +8,7 @@
         -o benchmarks/results/MACHINE/bank-cost.json --readme benchmarks/README.md
 
 Times are of the processor, without those of the loader, the optimiser and a live teacher: the teacher's embeddings come
-from memory, as from a teacher cache. Images and embeddings are random. The additional memory is by how much the peak of
+from memory, as from a store. Images and embeddings are random. The additional memory is by how much the peak of
 the process grows when steps with the bank begin, the bank included.
 """
 
@@ -30,7 +30,7 @@ from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import AUTOCAST, StepSettings, TrainingStep
-from clip_rd_edge.distillation.teacher import CachedTeacher
+from clip_rd_edge.distillation.teacher import StoredTeacher
 from clip_rd_edge.losses.bank import Bank
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.objective import Objective
@@ -42,7 +42,7 @@ TEACHER_SCALE = 100.0
 
 
 class FixedBank:
-    """Random embeddings in place of those of a teacher cache."""
+    """Random embeddings in place of those of a teacher's store."""
 
     def __init__(self, entries: int, width: int) -> None:
         self._bank = Bank(random_rows(entries, width), random_rows(entries, width))
@@ -75,7 +75,7 @@ def measure(student_name: str, image_size: int, arguments: argparse.Namespace) -
     embeddings = random_rows(size, width).half(), random_rows(size, width).half()
     captions = [f"image number {number}" for number in range(size)]
     batch = Batch(pixels, (), captions, teacher_embeddings=embeddings)
-    teacher = CachedTeacher(Ensemble((width,), (TEACHER_SCALE,)), CPU)
+    teacher = StoredTeacher(Ensemble((width,), (TEACHER_SCALE,)), CPU)
     settings = StepSettings(autocast=AUTOCAST[arguments.precision], chunks=arguments.accumulate)
 
     def step(recipe: str, bank: FixedBank | None) -> None:

@@ -21,14 +21,14 @@ import torch
 from PIL import Image
 
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.embed import ShardMaker, build_cache, make_manifest
+from clip_rd_edge.distillation.embed import ShardMaker, build_store, make_manifest
 from clip_rd_edge.distillation.inputs import load_setup, make_dataset
 from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.store import open_cache
-from clip_rd_edge.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of
+from clip_rd_edge.distillation.store import open_store
+from clip_rd_edge.distillation.teacher import LiveTeacher, StoredTeacher, Teacher, ensemble_of
 from clip_rd_edge.models.clip import to_device
 
 
@@ -85,9 +85,9 @@ def main() -> None:
             views=1,
             precision="fp32",
         )
-        build_cache(folder / "cache", ShardMaker(manifest, live, setup.pairs, workers=1, max_bad=0.0), Processes())
+        build_store(folder / "cache", ShardMaker(manifest, live, setup.pairs, workers=1, max_bad=0.0), Processes())
         cached = make_dataset(config, setup, with_teacher_pixels=False)
-        cached.cache = open_cache(folder / "cache")
+        cached.cache = open_store(folder / "cache")
         to_device(setup.student.model, device).train()
 
         def batches(dataset: ViewDataset) -> Iterator[Batch]:
@@ -96,7 +96,7 @@ def main() -> None:
 
         modes = {
             "online": (LiveTeacher([live]), batches(make_dataset(config, setup))),
-            "cached": (CachedTeacher(ensemble_of(setup.teachers), device), batches(cached)),
+            "cached": (StoredTeacher(ensemble_of(setup.teachers), device), batches(cached)),
         }
         seconds: dict[str, list[float]] = {mode: [] for mode in modes}
         gradients: dict[str, torch.Tensor] = {}

@@ -58,7 +58,7 @@ def train_all(
 
     Args:
         arguments: those of `parser_for`.
-        ways: by name, what `edge.distill` gets beside SETTINGS, with `{seed}` in the path of a teacher cache.
+        ways: by name, what `edge.distill` gets beside SETTINGS, with `{seed}` in the path of a teacher's store.
         teachers: by name, the teachers to evaluate.
         markdown: returns the table.
     """
@@ -79,8 +79,8 @@ def train_all(
     done = {(run["way"], run["seed"]) for run in result["runs"]}
     for seed, way in ((seed, way) for seed in arguments.seeds for way in ways if (way, seed) not in done):
         options = {**settings, **ways[way], "steps": arguments.steps, "seed": seed, "resume": True}
-        if "teacher_cache" in options:  # the crops of a seed are its own
-            options["teacher_cache"] = options["teacher_cache"].format(seed=seed)
+        if "store" in options:  # the crops of a seed are its own
+            options["store"] = options["store"].format(seed=seed)
         run = edge.distill(output=run_folder(arguments, way, seed), **options)
         result["runs"].append({"way": way, "seed": seed, "top1": top1(edge.load(run).encoder)})
         result |= here_and_now()

@@ -100,7 +100,7 @@ def main() -> None:
         name: {
             "data": "emoji",
             "teacher": [teachers[seed] for seed in seeds],
-            "teacher_cache": str(arguments.folder / "embeddings-{seed}"),
+            "store": str(arguments.folder / "embeddings-{seed}"),
         }
         for name, seeds in WAYS.items()
     }

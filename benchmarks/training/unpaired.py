@@ -115,7 +115,7 @@ def main() -> None:
     ways = {}
     for number, (name, data) in enumerate(write_data(arguments.folder).items()):
         cache = str(arguments.folder / f"embeddings-{number}-{{seed}}")
-        ways[name] = {"teacher": arguments.teacher, "teacher_cache": cache, **data}
+        ways[name] = {"teacher": arguments.teacher, "store": cache, **data}
     train_all(arguments, ways, {"teacher": edge.load(arguments.teacher).encoder}, markdown)
     publish_names(arguments)
 

@@ -55,7 +55,7 @@ def distill(request: Distill) -> Path:
 
 @keywords_of(Embed)
 def embed(request: Embed) -> Path:
-    """Compute the embeddings of a teacher, or of several, for `distill(teacher_cache=output)`; return the folder.
+    """Compute the embeddings of a teacher, or of several, for `distill(store=output)`; return the folder.
 
     What is there already is kept, so an interrupted call is continued by the same one. Processes that torchrun started
     share the work; so do the workers of a Ray cluster, whose machines need the same data and teacher, but not the

@@ -236,7 +236,7 @@ def is_bundle(folder: Path) -> bool:
 def listed_files(folder: Path) -> Collection[str] | None:
     """Return the names in a bundle's manifest, which is not checked; None for other folders.
 
-    Web pages, teacher caches and others have a manifest.json, too.
+    Web pages, teachers' stores and others have a manifest.json, too.
     """
     try:
         content = msgspec.json.decode(read_limited(folder / MANIFEST, MAX_MANIFEST_BYTES))

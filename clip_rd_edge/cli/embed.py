@@ -12,12 +12,12 @@ from clip_rd_edge.utils.text import as_word
 
 @command_of(Embed, "embed")
 def command(given: dict[str, Any]) -> None:
-    """Compute a teacher's embeddings once, for many runs of distill with --teacher-cache.
+    """Compute a teacher's embeddings once, for many runs of distill with --store.
 
     \b
-    clip-rd-edge embed --data pairs.csv --teacher runs/teacher --views 8 -o cache
+    clip-rd-edge embed --data pairs.csv --teacher runs/teacher --views 8 -o store
     clip-rd-edge distill --data pairs.csv --teacher runs/teacher --views 8 \\
-        --teacher-cache cache --student resnet18 -o runs/cached
+        --store store --student resnet18 -o runs/stored
 
     An interrupted command is continued by the same one. Under torchrun, and with --ray, many machines share the work.
     """
@@ -27,6 +27,6 @@ def command(given: dict[str, Any]) -> None:
     with console_reporter() as reporter:
         folder = edge.embed(**given, reporter=reporter)
     if first_process:
-        cache = as_word(folder)
-        say(f"next: clip-rd-edge distill, with the same data, teacher and views, and --teacher-cache {cache}")
+        store = as_word(folder)
+        say(f"next: clip-rd-edge distill, with the same data, teacher and views, and --store {store}")
         echo(folder)

@@ -199,7 +199,7 @@ def require_images(pairs: Pairs) -> None:
     """Raise a UsageError if there are texts alone."""
     if not has_images(pairs):
         raise UsageError(
-            "There are texts alone, but a teacher cache holds embeddings of images.",
+            "There are texts alone, but a teacher's store holds embeddings of images.",
             hint="name images: {images} FOLDER, or {data} PAIRS; a run on texts alone needs no cache",
         )
 

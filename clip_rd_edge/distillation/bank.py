@@ -1,4 +1,4 @@
-"""The teacher's embeddings that the term `bank` compares with: from a teacher cache, or those of the last pairs."""
+"""The teacher's embeddings that the term `bank` compares with: from a teacher's store, or those of the last pairs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.loader import EmbeddingSource
 from clip_rd_edge.distillation.store import (
     SHARD_SIZE,
-    TeacherCache,
-    TeacherCaches,
+    TeacherStore,
+    TeacherStores,
     embedding_file,
     image_shard,
     is_embedding,
@@ -73,27 +73,27 @@ def make_bank(
     if not config.recipe.objective.bank or is_texts_alone(config):
         return None
     size = config.recipe.bank_size
-    if isinstance(cache, TeacherCaches) and ensemble is not None:
+    if isinstance(cache, TeacherStores) and ensemble is not None:
         return StoredBank(cache, ensemble, size=size, seed=config.seed, device=device)
     return QueueBank(min(size, pairs), device, source=source)
 
 
 def require_same_kind(*, began_stored: bool, is_stored: bool) -> None:
-    """Check that a resumed run has the kind of bank that it began with, from a teacher cache or not."""
+    """Check that a resumed run has the kind of bank that it began with, from a teacher's store or not."""
     if began_stored and not is_stored:
         raise UsageError(
-            "The run began with a bank from a teacher cache; expected to go on with this cache.",
-            hint="add the {teacher_cache} and {views} of the run, or start a new run",
+            "The run began with a bank from a teacher's store; expected to go on with it.",
+            hint="add the {store} and {views} of the run, or start a new run",
         )
     if is_stored and not began_stored:
         raise UsageError(
-            "The run began without a teacher cache, with a bank of the last pairs; expected to go on without one.",
-            hint="omit {teacher_cache}, or start a new run",
+            "The run began without a teacher's store, with a bank of the last pairs; expected to go on without one.",
+            hint="omit {store}, or start a new run",
         )
 
 
 class StoredBank:
-    """Embeddings from a teacher cache, the same in every step: all of view 0, or a random part of them.
+    """Embeddings from a teacher's store, the same in every step: all of view 0, or a random part of them.
 
     Args:
         ensemble: how the embeddings of the teachers become one.
@@ -102,12 +102,12 @@ class StoredBank:
     """
 
     def __init__(
-        self, stored: TeacherCaches, ensemble: Ensemble, *, size: int, seed: int, device: torch.device
+        self, stored: TeacherStores, ensemble: Ensemble, *, size: int, seed: int, device: torch.device
     ) -> None:
         rng = np.random.default_rng(seed)
         caches, common = stored.caches, _common_captions(stored.caches)
 
-        def side(path: Callable[[TeacherCache, int], Path], totals: list[int], rows: list[_Rows] | None) -> Tensor:
+        def side(path: Callable[[TeacherStore, int], Path], totals: list[int], rows: list[_Rows] | None) -> Tensor:
             count = len(rows[0]) if rows else totals[0]
             chosen = np.sort(rng.choice(count, min(size, count), replace=False, shuffle=False))
             parts = [
@@ -144,7 +144,7 @@ class StoredBank:
         require_same_kind(began_stored=state["kind"] == "stored", is_stored=True)
 
 
-def _common_captions(caches: Sequence[TeacherCache]) -> list[_Rows] | None:
+def _common_captions(caches: Sequence[TeacherStore]) -> list[_Rows] | None:
     """Return the rows of the captions that all caches have, in the same order; None if all have the same ones.
 
     A caption that could not be read while one of them was built is missing there alone.

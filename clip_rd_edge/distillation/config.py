@@ -45,13 +45,13 @@ RECIPES = Path(__file__).parent / "recipes"
 RECIPE_SUFFIXES = (".yaml", ".yml")  # of recipes that are files of the user's own
 # Fields that may change when a run is resumed: they affect output or speed, but no batch and no loss.
 CHANGEABLE_ON_RESUME = frozenset((
-    "log_every", "checkpoint_every", "evaluate_every", "tasks", "report_to", "workers", "max_bad", "teacher_cache",
+    "log_every", "checkpoint_every", "evaluate_every", "tasks", "report_to", "workers", "max_bad", "store",
     "processes",
 ))  # fmt: skip
 # Fields that say where something lies, which may differ between machines; their content is compared instead.
 LOCATIONS = frozenset((
     "recipe_name", "data", "images", "texts", "templates", "teacher", "teacher_pretrained", "student", "text",
-    "pretrained_image", "pretrained_text", "teacher_cache", "tasks",
+    "pretrained_image", "pretrained_text", "store", "tasks",
 ))  # fmt: skip
 CROP_SCALE = (0.9, 1.0)  # of recipes that name no other
 MAX_WORKERS = 1_024  # loader processes
@@ -146,7 +146,7 @@ class _Config(CheckedStruct, Generic[Place, Names], frozen=True, kw_only=True, f
         pretrained_image, pretrained_text: initial weights of the towers; see `models.students` and
             `models.text_weights`.
         teacher_precision: precision that the teacher computes in; `auto` measures it separately from the student's.
-        teacher_cache: folder with the teacher's embeddings, which are computed only once; needs `views`.
+        store: folder with the teacher's embeddings, which are computed only once; needs `views`.
         views: number of distinct views (crop and caption) of a pair, over which the epochs cycle; 0 draws new ones
             every epoch.
         freeze_text: train only the last projection of the text tower.
@@ -192,7 +192,7 @@ class _Config(CheckedStruct, Generic[Place, Names], frozen=True, kw_only=True, f
     pretrained_image: Place | None = None
     pretrained_text: Place | None = None
     teacher_precision: Precision = "auto"
-    teacher_cache: Place | None = None
+    store: Place | None = None
     views: NonNegativeInt = 0
     freeze_text: bool = False
     freeze_text_layers: NonNegativeInt = 0
@@ -263,8 +263,8 @@ class RunConfig(_Config[Typed, Typed | tuple[Typed, ...]], frozen=True, kw_only=
             return "there are others"
         if self.data is None or self.images is not None or self.texts is not None:
             return "the run is not on data alone"
-        if self.teacher_cache is not None:
-            return f"teacher_cache is {self.teacher_cache}"
+        if self.store is not None:
+            return f"store is {self.store}"
         if self.text == TEACHER or self.pretrained_text in (TEACHER, TOKENS):
             return "its text tower is asked for"
         if self.pretrained_image == TEACHER:

@@ -28,21 +28,21 @@ from clip_rd_edge.distillation.store import (
     COMPLETE,
     KEY,
     MANIFEST,
-    CacheManifest,
-    CompleteCache,
-    cache_folders,
+    CompleteStore,
+    StoreManifest,
     caption_key,
     caption_shard,
-    claim_cache,
+    claim_store,
     embedding_file,
     image_shard,
     is_embedding,
     keys_crc32,
     keys_file,
-    open_cache,
-    open_caches,
+    open_store,
+    open_stores,
     shard_count,
     shard_rows,
+    store_folders,
     text_shard,
     with_checksums,
     write_array,
@@ -50,9 +50,9 @@ from clip_rd_edge.distillation.store import (
 from clip_rd_edge.distillation.student import crops_of, require_named_student
 from clip_rd_edge.distillation.teacher import (
     BatchTeacher,
-    CachedTeacher,
     ChoosingTeacher,
     LiveTeacher,
+    StoredTeacher,
     Teacher,
     caption_batch_size,
     load_models_to_embed_with,
@@ -70,14 +70,14 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
 
 BATCH_SIZE = 64
-CACHING_STAGE = "caching the teacher's embeddings (shards)"  # name of the stage in progress reports
+STORE_STAGE = "storing the teacher's embeddings (shards)"  # name of the stage in progress reports
 
 
 def make_manifest(
     teacher: ClipModel, pairs: Pairs, *, crops: Crops, seed: int, views: int, precision: str
-) -> CacheManifest:
+) -> StoreManifest:
     """Return the manifest of a cache of this teacher over these pairs."""
-    return CacheManifest(
+    return StoreManifest(
         teacher=teacher.name,
         teacher_sha256=model_fingerprint(teacher),
         logit_scale=teacher.logit_scale,
@@ -139,7 +139,7 @@ class Shard(NamedTuple):
 Compute = Callable[[Iterable[ShardTask]], Iterator[tuple[ShardTask, Shard]]]
 
 
-def build_cache(
+def build_store(
     folder: Path,
     maker: ShardMaker,
     processes: Processes,
@@ -154,7 +154,7 @@ def build_cache(
         reporter: receives the number of completed shards.
     """
     manifest = maker.manifest
-    processes.on_main(lambda: claim_cache(folder, manifest))
+    processes.on_main(lambda: claim_store(folder, manifest))
     with processes.together():
         complete = _is_complete(folder, manifest, processes)
     if processes.sum(int(complete))[0] == processes.world_size:
@@ -172,7 +172,7 @@ def build_cache(
             mine = missing[processes.rank :: processes.world_size]
             left = (task.with_captions(folder) for task in mine if not is_done(task))
             with_bad = list(lacking)
-            reporter.update(CACHING_STAGE, 0, len(mine))
+            reporter.update(STORE_STAGE, 0, len(mine))
             for done, (task, shard) in enumerate((compute or maker.compute)(left), start=1):
                 try:
                     bad.add(shard.bad)
@@ -181,7 +181,7 @@ def build_cache(
                 record_bad(task.path(folder), shard.bad)
                 write_array(task.path(folder), shard.rows if task.kind == "captions" else with_checksums(shard.rows))
                 with_bad += [task.path(folder)] * bool(shard.bad)
-                reporter.update(CACHING_STAGE, done, len(mine))
+                reporter.update(STORE_STAGE, done, len(mine))
             share_bad(bad, processes, with_bad)
 
     shards = [(shard, shard_rows(shard, len(maker.pairs))) for shard in range(shard_count(len(maker.pairs)))]
@@ -196,7 +196,7 @@ def build_cache(
     lacking = count_recorded(bad, [task.path(folder) for task in images], processes)
     write(images, lacking)
     if processes.is_main:
-        write_bytes(folder / COMPLETE, to_json(CompleteCache(captions, keys_crc32(folder))))
+        write_bytes(folder / COMPLETE, to_json(CompleteStore(captions, keys_crc32(folder))))
     if bad.summary:
         reporter.say(bad.summary)
     processes.barrier()
@@ -253,16 +253,16 @@ def _bad_file(path: Path) -> Path:
     return path.with_suffix(".bad.json")
 
 
-def _is_complete(folder: Path, manifest: CacheManifest, processes: Processes) -> bool:
+def _is_complete(folder: Path, manifest: StoreManifest, processes: Processes) -> bool:
     """Return whether a cache is complete, for a process that sees what the main one has claimed."""
     if not processes.is_main and not is_file(folder / MANIFEST):
         raise UsageError(
-            f"The teacher cache {folder} is not on a file system that the machines share.",
-            hint="choose another {teacher_cache}, or copy a complete one to each machine",
+            f"The teacher's store {folder} is not on a file system that the machines share.",
+            hint="choose another {store}, or copy a complete one to each machine",
         )
-    claim_cache(folder, manifest)
+    claim_store(folder, manifest)
     try:
-        open_cache(folder)
+        open_store(folder)
     except ConfigError:  # also a cache that lost a file, or a part of one, after it was complete
         return False
     return True
@@ -271,7 +271,7 @@ def _is_complete(folder: Path, manifest: CacheManifest, processes: Processes) ->
 def _reopen(folder: Path) -> None:
     """Make a complete cache an incomplete one, without its keys if they are damaged."""
     with contextlib.suppress(ConfigError, InputError, OSError):
-        if read_json(folder / COMPLETE, CompleteCache).keys_crc32 != keys_crc32(folder):
+        if read_json(folder / COMPLETE, CompleteStore).keys_crc32 != keys_crc32(folder):
             keys_file(folder).unlink()
     (folder / COMPLETE).unlink(missing_ok=True)
 
@@ -306,7 +306,7 @@ class ShardMaker:
     """
 
     def __init__(
-        self, manifest: CacheManifest, teacher: Teacher, pairs: Pairs, *, workers: int, max_bad: float
+        self, manifest: StoreManifest, teacher: Teacher, pairs: Pairs, *, workers: int, max_bad: float
     ) -> None:
         self.manifest, self.pairs, self.max_bad = manifest, pairs, max_bad
         self._teacher, self._workers = teacher, workers
@@ -442,24 +442,24 @@ def prepare_teacher(
     if setup.ensemble is None:
         return None, make_dataset(config, setup)
     if setup.stored is not None:
-        return CachedTeacher(setup.ensemble, processes.device), make_dataset(config, setup)
+        return StoredTeacher(setup.ensemble, processes.device), make_dataset(config, setup)
     teachers = make_teachers(config, setup, processes.device, AUTOCAST[config.teacher_precision])
     live = LiveTeacher(teachers)
     teacher: BatchTeacher = live
-    dataset = make_dataset(config, setup, with_teacher_pixels=config.teacher_cache is None)
-    if config.teacher_cache is not None:
+    dataset = make_dataset(config, setup, with_teacher_pixels=config.store is None)
+    if config.store is not None:
         with processes.together():
-            folders = cache_folders(Path(config.teacher_cache), setup.teachers)
+            folders = store_folders(Path(config.store), setup.teachers)
         for folder, one in zip(folders, teachers, strict=True):
-            build_cache(folder, shard_maker(config, one, setup.pairs, dataset.crops), processes, reporter=reporter)
-        dataset.cache = open_caches(folders)
-        teacher = CachedTeacher(setup.ensemble, processes.device)
+            build_store(folder, shard_maker(config, one, setup.pairs, dataset.crops), processes, reporter=reporter)
+        dataset.cache = open_stores(folders)
+        teacher = StoredTeacher(setup.ensemble, processes.device)
     with processes.together():
         texts = texts_to_choose_from(config, setup.pairs)
     if texts:
         reporter.say(f"the teacher chooses among {len(texts):,} texts for each image without a caption")
         teacher = ChoosingTeacher(teacher, texts, live.embed_captions, reporter=reporter)
-    if config.teacher_cache is not None:
+    if config.store is not None:
         for one in teachers:
             one.clip.model.to("cpu")
     return teacher, dataset
@@ -490,12 +490,12 @@ def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None
             require_images(pairs)
         with processes.together():
             teachers = load_models_to_embed_with(config)
-            folders = cache_folders(folder, teachers)
+            folders = store_folders(folder, teachers)
         for number, (clip, its_folder) in enumerate(zip(teachers, folders, strict=True)):
             with processes.together():
                 maker = _maker(config, clip, pairs)
             compute = partial(_on_cluster, cluster, config, number, maker.manifest) if cluster else None
-            build_cache(its_folder, maker, processes, compute=compute, reporter=shown)
+            build_store(its_folder, maker, processes, compute=compute, reporter=shown)
             clip.model.to("cpu")
 
 
@@ -507,13 +507,13 @@ def _maker(config: RunConfig, clip: ClipModel, pairs: Pairs) -> ShardMaker:
 
 
 def _on_cluster(
-    address: str, config: RunConfig, number: int, manifest: CacheManifest, tasks: Iterable[ShardTask]
+    address: str, config: RunConfig, number: int, manifest: StoreManifest, tasks: Iterable[ShardTask]
 ) -> Iterator[tuple[ShardTask, Shard]]:
     tasks = list(tasks)
     yield from zip(tasks, map_on_cluster(address, partial(_make_worker, config, number, manifest), tasks), strict=True)
 
 
-def _make_worker(config: RunConfig, number: int, manifest: CacheManifest) -> ShardMaker:
+def _make_worker(config: RunConfig, number: int, manifest: StoreManifest) -> ShardMaker:
     """Return what computes shards of a teacher in a worker, whose data and teacher must be those of the store."""
     name = config.teachers[number]
     clip = load_clip(name, pretrained=teacher_weights(config, name))

@@ -474,7 +474,7 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
     )
     if is_texts_alone(config):
         _require_terms_of_texts(config)
-        if config.teacher_cache is not None:
+        if config.store is not None:
             require_images(pairs)
     elif not pair_count(pairs):
         _require_terms_without_pairs(config)

@@ -167,7 +167,7 @@ class ViewDataset(Dataset[PairView]):
         caption = captions[int(rng.integers(len(captions)))]
         embeddings = None
         if self.cache is not None and (embeddings := self.cache.lookup(epoch, index, caption)) is None:
-            raise InputError(f"The teacher cache lacks pair {index}, which could not be read when the cache was built.")
+            raise InputError(f"Pair {index:,} is not in the teacher's store: it was bad when the store was built.")
         if not has_images(self.pairs):
             return PairView(_NO_PIXELS, (_NO_PIXELS,) * len(self.teachers), caption, paired=False)
         try:

@@ -17,7 +17,7 @@ from clip_rd_edge.distillation.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, step_settings
 from clip_rd_edge.distillation.student import set_training_mode
-from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, LiveTeacher, Teacher
+from clip_rd_edge.distillation.teacher import BatchTeacher, LiveTeacher, StoredTeacher, Teacher
 from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.timing import time_in_turn
@@ -46,7 +46,7 @@ def with_measured_precision(config: RunConfig, setup: RunSetup, processes: Proce
     def make_step(autocast: torch.dtype | None) -> TrainingStep:
         teacher: BatchTeacher | None = None
         if setup.ensemble is not None and setup.stored is not None:
-            teacher = CachedTeacher(setup.ensemble, single.device)
+            teacher = StoredTeacher(setup.ensemble, single.device)
         elif setup.teachers:
             teacher = LiveTeacher(make(AUTOCAST[config.teacher_precision]))
         objective = setup.objective.to(single.device)

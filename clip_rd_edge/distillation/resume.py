@@ -27,7 +27,7 @@ from clip_rd_edge.distillation.inputs import (
 )
 from clip_rd_edge.distillation.precision import with_precision
 from clip_rd_edge.distillation.processes import Processes
-from clip_rd_edge.distillation.store import CacheManifest, manifests
+from clip_rd_edge.distillation.store import StoreManifest, manifests
 from clip_rd_edge.distillation.student import open_shape
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
 from clip_rd_edge.models.students import TEACHER
@@ -44,9 +44,9 @@ def check_folder(
     Of a run that was `moved`, data or models have paths that may lead elsewhere: their content has to be compared.
     """
     config = _with_precision_of_store(config)
-    if config.teacher_cache and not config.views and not is_texts_alone(config):  # which takes no cache at all
+    if config.store and not config.views and not is_texts_alone(config):  # which takes no store at all
         raise UsageError(
-            "A teacher cache holds a fixed number of views of each pair, but no number was given.",
+            "A teacher's store holds a fixed number of views of each pair, but no number was given.",
             hint="add {views} 8, for example: eight crops of each image, over which the epochs cycle",
         )
     path = run / RUN_CONFIG_FILE
@@ -79,7 +79,7 @@ def check_folder(
         )
     is_finished = (run / STUDENT_FOLDER / WEIGHTS_FILE).is_file()
     if config.recipe.objective.bank and list_checkpoints(run) and not is_finished:  # before a cache is built
-        require_same_kind(began_stored=old.teacher_cache is not None, is_stored=config.teacher_cache is not None)
+        require_same_kind(began_stored=old.store is not None, is_stored=config.store is not None)
     if config.processes != old.processes:
         reporter.say(
             f"the run started with {old.processes} processes and continues with {config.processes}: batches and loss "
@@ -90,10 +90,10 @@ def check_folder(
 
 def _with_precision_of_store(config: RunConfig) -> RunConfig:
     """Return the configuration with a precision `auto` of the teacher replaced by that of its store, if it has one."""
-    if config.teacher_cache and config.teacher_precision == "auto":
-        for path in manifests(Path(config.teacher_cache)):
+    if config.store and config.teacher_precision == "auto":
+        for path in manifests(Path(config.store)):
             with suppress(ConfigError):  # reported when the store is opened
-                return with_precision(config, teacher=read_json(path, CacheManifest).precision)
+                return with_precision(config, teacher=read_json(path, StoreManifest).precision)
     return config
 
 

@@ -56,10 +56,10 @@ FORMAT_VERSION = 4  # increase when the same manifest gives other embeddings, su
 SHARD_SIZE = 4096  # rows per shard: 4 MiB at D = 512
 KEY, _CRC32 = np.dtype("<u8"), np.dtype("<u4")
 _HEADER_BYTES = 128  # of .npy, before the rows: of any number of them
-_RUN_AGAIN = "run the command again, which computes what a teacher cache lacks, or copy the cache again"
+_RUN_AGAIN = "run the command again, which computes what a teacher's store lacks, or copy the store again"
 
 
-class CacheManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class StoreManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything the embeddings of a cache depend on; `teacher` and `data` only name it for people.
 
     Attributes:
@@ -84,7 +84,7 @@ class CacheManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     precision: str
 
 
-class CompleteCache(msgspec.Struct, frozen=True):
+class CompleteStore(msgspec.Struct, frozen=True):
     """Content of complete.json: the number of different captions, and the CRC-32 of the file of their keys."""
 
     captions: int
@@ -156,7 +156,7 @@ class RowFile(Sequence[Any]):
 
 
 @dataclass(frozen=True)
-class TeacherCache:
+class TeacherStore:
     """Reads a complete cache.
 
     Attributes:
@@ -164,7 +164,7 @@ class TeacherCache:
     """
 
     folder: Path
-    manifest: CacheManifest
+    manifest: StoreManifest
     captions: int
 
     def lookup(self, epoch: int, index: int, caption: str) -> tuple[HalfArray, HalfArray] | None:
@@ -236,10 +236,10 @@ def keys_crc32(folder: Path) -> int:
 
 
 @dataclass(frozen=True)
-class TeacherCaches:
+class TeacherStores:
     """Reads the complete caches of one or several teachers, over the same views of the same pairs."""
 
-    caches: tuple[TeacherCache, ...]
+    caches: tuple[TeacherStore, ...]
 
     def lookup(self, epoch: int, index: int, caption: str) -> tuple[HalfArray, HalfArray] | None:
         """See `loader.EmbeddingSource`."""
@@ -286,20 +286,20 @@ def caption_shard(folder: Path, shard: int) -> Path:
     return folder / "captions" / f"shard-{shard:05d}.npy"
 
 
-def cache_folders(folder: Path, teachers: Sequence[ClipModel]) -> list[Path]:
-    """Return the folder of each teacher's cache: `folder` itself, or those of several teachers in it."""
+def store_folders(folder: Path, teachers: Sequence[ClipModel]) -> list[Path]:
+    """Return the folder of each teacher's store: `folder` itself, or those of several teachers in it."""
     if is_file(folder):
-        raise UsageError(f"The output {folder} is a file; expected a folder.", hint="choose another {teacher_cache}")
+        raise UsageError(f"The output {folder} is a file; expected a folder.", hint="choose another {store}")
     beside = is_folder(folder) and any(folder.glob(f"{_OF_A_TEACHER}*"))
     if len(teachers) == 1 and not beside:
         return [folder]
     if is_file(folder / MANIFEST):
         raise UsageError(
-            f"The teacher cache {folder} is that of one teacher, but the run has {len(teachers)}.",
-            hint="choose another {teacher_cache}",
+            f"The teacher's store {folder} is that of one teacher, but the run has {len(teachers)}.",
+            hint="choose another {store}",
         )
     if is_folder(folder) and _holds_others(folder, (_OF_A_TEACHER,)):
-        raise UsageError(f"{folder} is neither empty nor a teacher cache.", hint="choose another {teacher_cache}")
+        raise UsageError(f"{folder} is neither empty nor a teacher's store.", hint="choose another {store}")
     return [folder / f"{_OF_A_TEACHER}{model_fingerprint(teacher)[:_SHORT]}" for teacher in teachers]
 
 
@@ -311,24 +311,24 @@ def manifests(folder: Path) -> list[Path]:
 _OF_A_TEACHER, _SHORT = "teacher-", 16
 
 
-def claim_cache(folder: Path, manifest: CacheManifest) -> None:
+def claim_store(folder: Path, manifest: StoreManifest) -> None:
     """Write a manifest into a new folder, or check that the folder has the same one; jobs may do so at once."""
-    path, hint = folder / MANIFEST, "choose another --teacher-cache"
+    path, hint = folder / MANIFEST, "choose another --store"
     if is_file(folder):
         raise UsageError(f"The output {folder} is a file; expected a folder.", hint=hint)
     if not is_file(path):
-        with exclusive_writer(folder, on_wait=lambda message: None, option="--teacher-cache"):
+        with exclusive_writer(folder, on_wait=lambda message: None, option="--store"):
             if not is_file(path):
                 if _holds_others(folder, (LOCK_FILE, f".{path.name}.")):  # the latter of a job that was killed
-                    raise UsageError(f"{folder} is neither empty nor a teacher cache.", hint=hint)
+                    raise UsageError(f"{folder} is neither empty nor a teacher's store.", hint=hint)
                 with named_failures(folder, hint=hint):
                     write_bytes(path, to_json(manifest))
-    existing = read_json(path, CacheManifest)
+    existing = read_json(path, StoreManifest)
     for name in manifest.__struct_fields__:
         actual, expected = getattr(existing, name), getattr(manifest, name)
         if name not in ("teacher", "data") and actual != expected:
             raise UsageError(
-                f"{folder} is a teacher cache, but its {name} is {actual}; expected {expected}.",
+                f"{folder} is a teacher's store, but its {name} is {actual}; expected {expected}.",
                 hint=f"{hint}, or use the options that it was made with",
             )
 
@@ -343,19 +343,19 @@ def write_array(path: Path, array: npt.NDArray[Any]) -> None:
     write_bytes(path, npy_bytes(array))
 
 
-def open_cache(folder: Path) -> TeacherCache:
+def open_store(folder: Path) -> TeacherStore:
     """Open a complete cache. No embedding is read, only the keys and the size of each file."""
-    manifest = read_json(folder / MANIFEST, CacheManifest)
+    manifest = read_json(folder / MANIFEST, StoreManifest)
     if not (folder / COMPLETE).is_file():
-        raise ConfigError(f"The teacher cache {folder} is not complete.", hint="finish building it first")
-    complete = read_json(folder / COMPLETE, CompleteCache)
-    cache = TeacherCache(folder, manifest, complete.captions)
+        raise ConfigError(f"The teacher's store {folder} is not complete.", hint="finish building it first")
+    complete = read_json(folder / COMPLETE, CompleteStore)
+    cache = TeacherStore(folder, manifest, complete.captions)
     cache.require_whole()
     if keys_crc32(folder) != complete.keys_crc32:
         raise ConfigError(f"{keys_file(folder)} is damaged: it has changed since it was written.", hint=_RUN_AGAIN)
     return cache
 
 
-def open_caches(folders: Sequence[Path]) -> TeacherCaches:
-    """Open the complete caches of all teachers of a run; raises as `open_cache`."""
-    return TeacherCaches(tuple(map(open_cache, folders)))
+def open_stores(folders: Sequence[Path]) -> TeacherStores:
+    """Open the complete caches of all teachers of a run; raises as `open_store`."""
+    return TeacherStores(tuple(map(open_store, folders)))

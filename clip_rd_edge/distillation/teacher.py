@@ -74,7 +74,7 @@ def refuse_idle_teacher(config: RunConfig) -> None:
     if config.recipe.objective.needs_teacher:
         return
     named = {"teacher": config.teachers, "teacher_pretrained": config.teacher_pretrained}
-    for name, value in {**named, "teacher_cache": config.teacher_cache}.items():
+    for name, value in {**named, "store": config.store}.items():
         if value:
             shown = shown_sources([value] if isinstance(value, str) else value)
             raise UsageError(
@@ -216,8 +216,8 @@ class LiveTeacher:
         return self._ensemble.join([teacher.embed_captions(captions) for teacher in self._teachers])
 
 
-class CachedTeacher:
-    """Returns the embeddings that the loader read from a teacher cache: those of all teachers as one."""
+class StoredTeacher:
+    """Returns the embeddings that the loader read from a teacher's store: those of all teachers as one."""
 
     def __init__(self, ensemble: Ensemble, device: torch.device) -> None:
         self.logit_scale = ensemble.logit_scale
@@ -226,7 +226,7 @@ class CachedTeacher:
     def embed(self, batch: Batch) -> Targets:
         """See `BatchTeacher`."""
         if batch.teacher_embeddings is None:
-            raise ValueError("The batch was loaded without a teacher cache.")
+            raise ValueError("The batch was loaded without a teacher's store.")
         widths = list(self._ensemble.teacher_widths)
         sides = (torch.split(side.to(self._device).float(), widths, dim=1) for side in batch.teacher_embeddings)
         image, text = map(self._ensemble.join, sides)

@@ -76,7 +76,7 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         cpu_seconds: CPU time of training, including data loading and intermediate evaluations but not filling the
-            teacher cache; None if the run was interrupted and resumed.
+            teacher's store; None if the run was interrupted and resumed.
         curves: training curves, by their names in metrics.jsonl.
     """
 

@@ -28,7 +28,7 @@ from clip_rd_edge.bundle.task import RetrievalTask, Task, ZeroShotTask, with_dis
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, CHECKPOINTS_FOLDER
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.embed import CACHING_STAGE
+from clip_rd_edge.distillation.embed import STORE_STAGE
 from clip_rd_edge.distillation.inputs import require_same_files, training_pairs
 from clip_rd_edge.distillation.metrics import mean_similarities
 from clip_rd_edge.distillation.processes import require_one_process
@@ -106,7 +106,7 @@ def _geometry(encoder: Encoder, task: RetrievalTask) -> Geometry:
     return Geometry(positive=positive, negative=negative)
 
 
-CACHES = "teacher-cache"
+STORES = "store"
 # The curves taken from metrics.jsonl, without the total loss: methods sum different terms.
 CURVES = ("student_positive", "student_negative", "teacher_positive", "teacher_negative", "loss/task")
 
@@ -131,7 +131,7 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
         reporter.begin("Teacher", 1, len(runs) + 1)
         if teacher is None:
             teacher = _embedded_teacher(suite, folder, reporter)
-        configs = [run_config(suite, run, teacher=teacher, caches=folder / CACHES) for run in runs]
+        configs = [run_config(suite, run, teacher=teacher, stores=folder / STORES) for run in runs]
         _check_runs(configs, [folder / run.subfolder for run in runs], reporter)
         tasks = with_distinct_names([load_task(suite.place(name)) for name in suite.tasks], suite.tasks)
         _evaluate_teacher(suite, folder, teacher, tasks)
@@ -200,7 +200,7 @@ def _named(tasks: Sequence[Task]) -> list[tuple[str, str]]:
 
 
 class _TrainingClock(PrefixedReporter):
-    """Measures the CPU time of a run; it stands still while the teacher cache is filled, which one run does for all."""
+    """Measures the CPU time of a run; it stands still while a store is filled, which one run does for all."""
 
     def __init__(self, reporter: Reporter) -> None:
         super().__init__(reporter, prefix="")
@@ -212,7 +212,7 @@ class _TrainingClock(PrefixedReporter):
 
     def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
         now = time.process_time()
-        if stage == CACHING_STAGE and step:
+        if stage == STORE_STAGE and step:
             self._start += now - self._last_update
         self._last_update = now
         super().update(stage, step, total, message)

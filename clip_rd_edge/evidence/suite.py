@@ -200,12 +200,12 @@ def read_evidence(suite: str) -> EvidenceSuite:
     return evidence_suite
 
 
-def run_config(suite: EvidenceSuite, run: Run, *, teacher: Typed, caches: Path) -> RunConfig:
+def run_config(suite: EvidenceSuite, run: Run, *, teacher: Typed, stores: Path) -> RunConfig:
     """Return the configuration of a run.
 
     Args:
         teacher: model name, as in `load_clip`.
-        caches: folder of the teacher's embeddings, with one cache per seed and crops, because views depend on these.
+        stores: folder of the teacher's embeddings, with one store per seed and crops, because views depend on these.
     """
     recipe = suite.recipe(run.method, run.student)
     needs_teacher = recipe.objective.needs_teacher
@@ -236,10 +236,10 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: Typed, caches: Path) 
         config = msgspec.structs.replace(config, context_length=None)
     if not needs_teacher:
         return config
-    return msgspec.structs.replace(config, teacher_cache=typed(caches / _cache_name(config)))
+    return msgspec.structs.replace(config, store=typed(stores / _store_name(config)))
 
 
-def _cache_name(config: RunConfig) -> str:
+def _store_name(config: RunConfig) -> str:
     crops, name = crops_of(config), f"seed-{config.seed}"
     if crops.scale != CROP_SCALE:
         name += f"-crops-{crops.scale[0]}-{crops.scale[1]}"

@@ -115,10 +115,10 @@ class Distill(_Data, frozen=True, kw_only=True):
             group="Teacher", metavar="MODEL", default="none, for recipes without a teacher",
         ),
     ] = ()  # fmt: skip
-    teacher_cache: Annotated[
+    store: Annotated[
         AnyPath,
         option(
-            "Folder for caching the teachers' embeddings, which are then computed only once; requires {views}.",
+            "Folder for storing the teachers' embeddings, which are then computed only once; requires {views}.",
             group="Teacher", metavar="FOLDER", default="none", path=True,
         ),
     ] | None = None  # fmt: skip
@@ -426,8 +426,8 @@ class Embed(_Data, frozen=True, kw_only=True):
     output: Annotated[
         AnyPath,
         option(
-            "Folder for distill {teacher_cache}.",
-            group="Output", flags=("-o", "--output"), metavar="CACHE", also="teacher_cache", path=True,
+            "Folder for distill {store}.",
+            group="Output", flags=("-o", "--output"), metavar="STORE", also="store", path=True,
         ),
     ]  # fmt: skip
     ray: Annotated[

@@ -150,7 +150,7 @@ def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: st
     if load_recipe(recipe).objective.needs_teacher:
         taught = {
             "teacher": str(settings.folder / "teacher"),
-            "teacher_cache": str(settings.folder / "teacher-cache"),
+            "store": str(settings.folder / "store"),
         }
     config = _config(
         run,

@@ -77,8 +77,8 @@ def test_the_bundles_in_a_folder_are_named_and_nothing_else_with_a_manifest(
     colour_bundle: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(colour_bundle, tmp_path / "run" / "bundles" / "int8")
-    (tmp_path / "run" / "teacher-cache").mkdir()
-    (tmp_path / "run" / "teacher-cache" / MANIFEST).write_text('{"format_version": 1, "files": {}}')
+    (tmp_path / "run" / "store").mkdir()
+    (tmp_path / "run" / "store" / MANIFEST).write_text('{"format_version": 1, "files": {}}')
     with pytest.raises(InputError, match="run is not a bundle") as refusal:
         read_manifest(tmp_path / "run")
     assert refusal.value.hint == f"there are bundles in it: {tmp_path / 'run' / 'bundles' / 'int8'}"

@@ -157,9 +157,9 @@ def test_embeddings_of_frames_and_labels_are_computed_once(
     cache = tmp_path / "cache"
     code, output, error = command_line("embed", *data, "--views", "2", "--workers", "0", "-o", cache)
     assert (code, output) == (0, f"{cache}\n")
-    assert f"--teacher-cache {as_word(cache)}" in error
+    assert f"--store {as_word(cache)}" in error
     written = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
-    code, _, _ = command_line("distill", *unpaired, "--teacher-cache", cache, "--views", "2", "-o", tmp_path / "run")
+    code, _, _ = command_line("distill", *unpaired, "--store", cache, "--views", "2", "-o", tmp_path / "run")
     assert code == 0
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == written
 
@@ -176,8 +176,8 @@ def test_embeddings_of_frames_and_labels_are_computed_once(
         ),
         (
             ("--images",),
-            ("--batch-size", "4", "--teacher-cache", "c", "--views", "2"),
-            "There are texts alone, but a teacher cache",
+            ("--batch-size", "4", "--store", "c", "--views", "2"),
+            "There are texts alone, but a teacher's store",
         ),
         (("--texts",), (), "There are templates, but no texts to put into them"),
         ((), ("--images", "nowhere"), "nowhere does not exist"),

@@ -52,7 +52,7 @@ def test_every_option_that_an_error_names_is_one_of_a_command() -> None:
         ("export", "fix them, or accept them: {max_bad} 0.1", "fix them"),
         ("distill", "add {pretrained} with a tag", "add --teacher-pretrained with a tag"),
         ("evaluate", "name {tasks} a/, or {templates} x", "name --task a/, or --template x"),
-        ("embed", "choose another {teacher_cache}", "choose another --output"),
+        ("embed", "choose another {store}", "choose another --output"),
         ("verify", "export it with --labels", "export it with --labels"),
         ("evidence run", "use {teacher}, or {resume}", "use --teacher"),
         ("nonsense", "use {batch_size}", "use --batch-size"),

@@ -18,10 +18,10 @@ from clip_rd_edge.distillation.bank import QueueBank, StoredBank, make_bank
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.store import (
-    TeacherCache,
-    TeacherCaches,
+    TeacherStore,
+    TeacherStores,
     image_shard,
-    open_cache,
+    open_store,
     text_shard,
     with_checksums,
     write_array,
@@ -46,22 +46,22 @@ def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
 
 @pytest.fixture
 def cached(config: RunConfig, tmp_path: Path) -> RunConfig:
-    return msgspec.structs.replace(config, teacher_cache=str(tmp_path / "cache"))
+    return msgspec.structs.replace(config, store=str(tmp_path / "cache"))
 
 
 @pytest.fixture
-def cache(cached: RunConfig, tmp_path: Path) -> TeacherCache:
+def cache(cached: RunConfig, tmp_path: Path) -> TeacherStore:
     run_distillation(cached, tmp_path / "filling", resume=False)
-    return open_cache(Path(str(cached.teacher_cache)))
+    return open_store(Path(str(cached.store)))
 
 
-def stored(cache: TeacherCache, size: int, *, seed: int = 0) -> list[torch.Tensor]:
-    stored = StoredBank(TeacherCaches((cache,)), Ensemble((WIDTH,), (1.0,)), size=size, seed=seed, device=CPU)
+def stored(cache: TeacherStore, size: int, *, seed: int = 0) -> list[torch.Tensor]:
+    stored = StoredBank(TeacherStores((cache,)), Ensemble((WIDTH,), (1.0,)), size=size, seed=seed, device=CPU)
     bank = stored.with_batch(torch.empty(0), torch.empty(0))
     return [bank.image, bank.text]
 
 
-def test_a_stored_bank_is_all_of_a_cache_or_a_seeded_part_of_it(cache: TeacherCache) -> None:
+def test_a_stored_bank_is_all_of_a_cache_or_a_seeded_part_of_it(cache: TeacherStore) -> None:
     paths = [image_shard(cache.folder, 0, 0), text_shard(cache.folder, 0)]
     everything = [torch.from_numpy(load_array(path)["row"].copy()).float() for path in paths]
     for actual, expected in zip(stored(cache, 1_000), everything, strict=True):
@@ -76,7 +76,7 @@ def test_a_stored_bank_is_all_of_a_cache_or_a_seeded_part_of_it(cache: TeacherCa
         assert len(set(places)) == 10
 
 
-def test_a_stored_bank_reads_several_shards(cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stored_bank_reads_several_shards(cache: TeacherStore, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("bank", "store"):
         monkeypatch.setattr(f"clip_rd_edge.distillation.{module}.SHARD_SIZE", 10)
     everything = []
@@ -94,7 +94,7 @@ def test_a_stored_bank_reads_several_shards(cache: TeacherCache, monkeypatch: py
             assert places == sorted(set(places))
 
 
-def test_a_stored_bank_leaves_out_what_could_not_be_embedded(cache: TeacherCache) -> None:
+def test_a_stored_bank_leaves_out_what_could_not_be_embedded(cache: TeacherStore) -> None:
     path = image_shard(cache.folder, 0, 0)
     rows = load_array(path)["row"]
     rows[3] = 0
@@ -108,34 +108,34 @@ def test_a_stored_bank_leaves_out_what_could_not_be_embedded(cache: TeacherCache
         stored(cache, 1_000)
 
 
-def test_an_image_that_one_of_two_teachers_could_not_embed_is_left_out(cache: TeacherCache, tmp_path: Path) -> None:
-    lacking = TeacherCache(tmp_path / "lacking", cache.manifest, cache.captions)
+def test_an_image_that_one_of_two_teachers_could_not_embed_is_left_out(cache: TeacherStore, tmp_path: Path) -> None:
+    lacking = TeacherStore(tmp_path / "lacking", cache.manifest, cache.captions)
     shutil.copytree(cache.folder, lacking.folder)
     path = image_shard(lacking.folder, 0, 0)
     rows = load_array(path)["row"]
     rows[3] = 0
     write_array(path, with_checksums(rows))
     both = Ensemble((WIDTH, WIDTH), (1.0, 1.0))
-    bank = StoredBank(TeacherCaches((cache, lacking)), both, size=1_000, seed=0, device=CPU)
+    bank = StoredBank(TeacherStores((cache, lacking)), both, size=1_000, seed=0, device=CPU)
     image = bank.with_batch(torch.empty(0), torch.empty(0)).image
     assert image.shape == (23, 2 * WIDTH)
     assert torch.equal(image[:, :WIDTH], image[:, WIDTH:])
 
 
-def test_a_caption_that_one_of_two_caches_lacks_is_left_out_of_both(cache: TeacherCache, tmp_path: Path) -> None:
-    lacking = TeacherCache(tmp_path / "lacking", cache.manifest, cache.captions - 1)
+def test_a_caption_that_one_of_two_caches_lacks_is_left_out_of_both(cache: TeacherStore, tmp_path: Path) -> None:
+    lacking = TeacherStore(tmp_path / "lacking", cache.manifest, cache.captions - 1)
     shutil.copytree(cache.folder, lacking.folder)
     for path in (text_shard(lacking.folder, 0), lacking.folder / "texts" / "keys.npy"):
         np.save(path, np.delete(load_array(path), 5, axis=0))  # it could not be read when this cache was built
     both = Ensemble((WIDTH, WIDTH), (1.0, 1.0))
     for caches in ((cache, lacking), (lacking, cache)):
-        bank = StoredBank(TeacherCaches(caches), both, size=1_000, seed=0, device=CPU)
+        bank = StoredBank(TeacherStores(caches), both, size=1_000, seed=0, device=CPU)
         text = bank.with_batch(torch.empty(0), torch.empty(0)).text
         assert text.shape == (23, 2 * WIDTH)
         assert torch.equal(text[:, :WIDTH], text[:, WIDTH:])
 
 
-def test_a_damaged_cache_is_named(cache: TeacherCache) -> None:
+def test_a_damaged_cache_is_named(cache: TeacherStore) -> None:
     path = text_shard(cache.folder, 0)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ConfigError, match=r"shard-00000\.npy is damaged"):
@@ -240,8 +240,8 @@ def test_a_killed_run_resumes_to_the_same_weights(
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        ("config", "cached", "The run began without a teacher cache"),
-        ("cached", "config", "The run began with a bank from a teacher cache"),
+        ("config", "cached", "The run began without a teacher's store"),
+        ("cached", "config", "The run began with a bank from a teacher's store"),
     ],
 )
 def test_a_run_does_not_change_its_kind_of_bank(
@@ -254,7 +254,7 @@ def test_a_run_does_not_change_its_kind_of_bank(
     watch, began = Watch(), (tmp_path / "run" / "config.yaml").read_text()
     with pytest.raises(UsageError, match=message) as error:
         run_distillation(request.getfixturevalue(second), tmp_path / "run", resume=True, reporter=watch)
-    assert "teacher_cache" in error.value.hint
+    assert "store" in error.value.hint
     assert watch.updates == []  # no cache is built
     assert (tmp_path / "run" / "config.yaml").read_text() == began
     with pytest.raises(MemoryError):

@@ -140,7 +140,7 @@ def test_a_run_trains_with_the_texts_that_its_teacher_chose_and_with_all_others(
 ) -> None:
     """A tiny teacher with random weights finds one and the same text nearest to all images."""
     if cached:
-        config = msgspec.structs.replace(config, teacher_cache=str(tmp_path / "cache"), views=8)
+        config = msgspec.structs.replace(config, store=str(tmp_path / "cache"), views=8)
     config = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, steps=32))
     trained = Counter[str]()
     embed_captions = TrainingStep._embed_captions

@@ -39,12 +39,12 @@ def test_embed_fills_the_store_of_a_run_which_then_takes_its_precision(source: d
     sizes = {"image_size": 160, "text": "64x1", "context_length": 12, "batch_size": 6, "steps": 2}
     stored = edge.embed(output=tmp_path / "embedded", **source, precision="bf16")
     run = edge.distill(
-        student="test_vit", output=tmp_path / "first", teacher_cache=str(tmp_path / "filled"), precision="bf16",
+        student="test_vit", output=tmp_path / "first", store=str(tmp_path / "filled"), precision="bf16",
         **source, **sizes,
     )  # fmt: skip
     assert contents(stored) == contents(tmp_path / "filled")
     assert (run / "student").is_dir()
-    edge.distill(student="test_vit", output=tmp_path / "second", teacher_cache=str(stored), **source, **sizes)
+    edge.distill(student="test_vit", output=tmp_path / "second", store=str(stored), **source, **sizes)
     assert "teacher_precision: bf16" in (tmp_path / "second" / "config.yaml").read_text()
 
 
@@ -57,7 +57,7 @@ def test_a_store_for_a_student_that_squeezes_images_holds_its_crops(source: dict
     (manifest,) = stored.rglob("manifest.json")
     assert json.loads(manifest.read_text())["crops"]["aspect_ratio"] is None  # that of the image
     sizes = {"image_size": 48, "text": "64x1", "context_length": 12, "batch_size": 6, "steps": 1}
-    edge.distill(student=str(student), output=tmp_path / "run", teacher_cache=str(stored), **source, **sizes)
+    edge.distill(student=str(student), output=tmp_path / "run", store=str(stored), **source, **sizes)
 
 
 def test_the_workers_of_a_cluster_give_the_same_bytes(

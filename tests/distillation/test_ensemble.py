@@ -30,14 +30,14 @@ from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.store import (
-    TeacherCaches,
-    cache_folders,
+    TeacherStores,
     image_shard,
-    open_caches,
+    open_stores,
+    store_folders,
     with_checksums,
     write_array,
 )
-from clip_rd_edge.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of, load_teachers
+from clip_rd_edge.distillation.teacher import LiveTeacher, StoredTeacher, Teacher, ensemble_of, load_teachers
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
@@ -69,7 +69,7 @@ def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
 
 @pytest.fixture
 def cached(config: RunConfig, tmp_path: Path) -> RunConfig:
-    return msgspec.structs.replace(config, teacher_cache=str(tmp_path / "cache"))
+    return msgspec.structs.replace(config, store=str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("kind", ["config", "cached"])
@@ -98,7 +98,7 @@ def test_a_cache_keeps_the_embeddings_of_each_teacher_side_by_side(cached: RunCo
     folders = sorted((tmp_path / "cache").iterdir())
     assert [folder.name[:8] for folder in folders] == ["teacher-", "teacher-"]
     order = {json.loads((folder / "manifest.json").read_text())["embedding_size"]: folder for folder in folders}
-    caches = open_caches([order[width] for width in WIDTHS])
+    caches = open_stores([order[width] for width in WIDTHS])
     live, stored = make_dataset(cached, setup), make_dataset(cached, setup, with_teacher_pixels=False)
     stored.cache = caches
     teachers = LiveTeacher([Teacher(clip, CPU, autocast=None) for clip in setup.teachers])
@@ -109,7 +109,7 @@ def test_a_cache_keeps_the_embeddings_of_each_teacher_side_by_side(cached: RunCo
     ):
         assert [pixels.shape[-1] for pixels in expected.teacher_pixels] == [48, 32]
         assert actual.teacher_pixels == ()
-        there, here = teachers.embed(expected), CachedTeacher(ensemble_of(setup.teachers), CPU).embed(actual)
+        there, here = teachers.embed(expected), StoredTeacher(ensemble_of(setup.teachers), CPU).embed(actual)
         for one, other in ((there.image, here.image), (there.text, here.text)):
             assert one.shape == (6, sum(WIDTHS))
             torch.testing.assert_close(other, one, atol=2**-11, rtol=0)
@@ -144,7 +144,7 @@ def test_a_cache_serves_runs_with_some_of_its_teachers(cached: RunConfig, tmp_pa
         watch = Watch()
         config = msgspec.structs.replace(cached, teacher=names)
         run_distillation(config, tmp_path / f"run-{len(names)}-{names[0][-3:]}", resume=False, reporter=watch)
-        assert not any(stage.startswith("caching") for stage, *_ in watch.updates)
+        assert not any(stage.startswith("storing") for stage, *_ in watch.updates)
     assert sorted(tmp_path.glob("cache/**/*")) == before
 
 
@@ -175,12 +175,12 @@ def test_a_cache_of_one_teacher_or_of_something_else_is_refused(
 
 def test_what_a_file_manager_leaves_in_a_cache_is_no_reason_to_refuse_it(cached: RunConfig, tmp_path: Path) -> None:
     teachers = load_setup(cached, name="run", processes=Processes()).teachers
-    folders = cache_folders(tmp_path / "cache", teachers)
+    folders = store_folders(tmp_path / "cache", teachers)
     for folder in (tmp_path / "cache", *folders):
         folder.mkdir()
         for name in (".DS_Store", f"._{folders[0].name}", "desktop.ini"):
             (folder / name).write_bytes(b"")
-    assert cache_folders(tmp_path / "cache", teachers) == folders
+    assert store_folders(tmp_path / "cache", teachers) == folders
     run_distillation(cached, tmp_path / "run", resume=False)
     assert all((folder / "complete.json").is_file() for folder in folders)
 
@@ -263,7 +263,7 @@ def alike(config: RunConfig, tmp_path: Path) -> RunConfig:
 
 
 def test_teachers_that_share_a_text_tower_are_the_mean_of_both(alike: RunConfig, tmp_path: Path) -> None:
-    cached = msgspec.structs.replace(alike, teacher_cache=str(tmp_path / "cache"))
+    cached = msgspec.structs.replace(alike, store=str(tmp_path / "cache"))
     watch = Watch()
     run = run_distillation(cached, tmp_path / "run", resume=False, reporter=watch)
     assert "the teachers share a text tower: the student learns the mean of their image embeddings" in watch.said
@@ -271,10 +271,10 @@ def test_teachers_that_share_a_text_tower_are_the_mean_of_both(alike: RunConfig,
     setup = load_setup(alike, name="student", processes=Processes())
     assert setup.ensemble is not None
     teachers = [Teacher(clip, CPU, autocast=None) for clip in setup.teachers]
-    live, stored = LiveTeacher(teachers), CachedTeacher(setup.ensemble, CPU)
+    live, stored = LiveTeacher(teachers), StoredTeacher(setup.ensemble, CPU)
     assert live.logit_scale == stored.logit_scale == pytest.approx(sum(SCALES) / 2)
     data, from_cache = make_dataset(alike, setup), make_dataset(alike, setup, with_teacher_pixels=False)
-    from_cache.cache = open_caches(cache_folders(tmp_path / "cache", setup.teachers))
+    from_cache.cache = open_stores(store_folders(tmp_path / "cache", setup.teachers))
     steps = StepSampler([24], 6, seed=0, start=0, stop=1)
     (batch,), (read,) = (list(step_loader(source, steps, workers=0)) for source in (data, from_cache))
     here = live.embed(batch)
@@ -285,7 +285,7 @@ def test_teachers_that_share_a_text_tower_are_the_mean_of_both(alike: RunConfig,
     torch.testing.assert_close(here.text, teachers[0].embed_captions(batch.captions))
     for one, other in zip(stored.embed(read)[:2], here[:2], strict=True):
         torch.testing.assert_close(one, other, atol=2**-11, rtol=0)
-    assert isinstance(from_cache.cache, TeacherCaches)
+    assert isinstance(from_cache.cache, TeacherStores)
     bank = StoredBank(from_cache.cache, setup.ensemble, size=100, seed=0, device=CPU)
     both = bank.with_batch(torch.empty(0), torch.empty(0))
     assert both.image.shape == both.text.shape == (24, WIDTHS[0])
@@ -304,7 +304,7 @@ def test_stored_teachers_that_share_a_text_tower_are_one_teacher(alike: RunConfi
     assert setup.ensemble.share_text
     sampler = StepSampler(setup.pairs.groups, 4, seed=0, start=0, stop=1)
     batch = next(iter(step_loader(make_dataset(config, setup), sampler, workers=0)))
-    targets = CachedTeacher(setup.ensemble, CPU).embed(batch)
+    targets = StoredTeacher(setup.ensemble, CPU).embed(batch)
     assert targets.image.shape == targets.text.shape == (4, WIDTHS[0])
     with pytest.raises(ConfigError, match="share_text"):
         read_stored_teachers(describe_teachers(tmp_path / "wrong.json", WIDTHS, share_text=True))

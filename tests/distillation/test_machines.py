@@ -26,14 +26,14 @@ from thread_processes import Threads, call_in_threads
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.distillation.checkpoint import load_checkpoint, save_checkpoint
-from clip_rd_edge.distillation.embed import ShardMaker, build_cache
+from clip_rd_edge.distillation.embed import ShardMaker, build_store
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.store import (
     KEY,
-    CacheManifest,
-    CompleteCache,
-    claim_cache,
+    CompleteStore,
+    StoreManifest,
+    claim_store,
     image_shard,
     keys_crc32,
     text_shard,
@@ -197,8 +197,8 @@ class NoTeacher:
     """Stands for a teacher that must not be used."""
 
 
-def test_a_teacher_cache_that_one_machine_does_not_see_is_refused_unless_it_is_complete_on_each(tmp_path: Path) -> None:
-    manifest = CacheManifest(
+def test_a_store_that_one_machine_does_not_see_is_refused_unless_it_is_complete_on_each(tmp_path: Path) -> None:
+    manifest = StoreManifest(
         teacher="t", teacher_sha256="", logit_scale=1, embedding_size=2, seed=0, views=1, data="d", pairs=1,
         preprocessing=Preprocessing(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3), crops=Crops(scale=(0.9, 1.0)),
         pairs_sha256="", precision="fp32",
@@ -207,15 +207,15 @@ def test_a_teacher_cache_that_one_machine_does_not_see_is_refused_unless_it_is_c
     def build(processes: Threads) -> None:
         folder = tmp_path / ("other" if processes.rank == 1 else "shared")
         unused: Any = NoTeacher()
-        build_cache(folder, ShardMaker(manifest, unused, unused, workers=0, max_bad=0), processes)
+        build_store(folder, ShardMaker(manifest, unused, unused, workers=0, max_bad=0), processes)
 
-    assert_all_say(call_in_threads(COUNT, build, hosts="abc"), "The teacher cache .*other is not on a file system that")
+    assert_all_say(call_in_threads(COUNT, build, hosts="abc"), "The teacher's store .*other is not on a")
     for name in ("shared", "other"):
-        claim_cache(tmp_path / name, manifest)
+        claim_store(tmp_path / name, manifest)
         write_array(tmp_path / name / "texts" / "keys.npy", np.zeros(1, KEY))
         for shard in (text_shard(tmp_path / name, 0), image_shard(tmp_path / name, 0, 0)):
             write_array(shard, with_checksums(np.zeros((1, 2), np.float16)))
-        complete = CompleteCache(1, keys_crc32(tmp_path / name))
+        complete = CompleteStore(1, keys_crc32(tmp_path / name))
         (tmp_path / name / "complete.json").write_bytes(to_json(complete))
     assert call_in_threads(COUNT, build, hosts="abc") == [None] * COUNT
 

@@ -289,7 +289,7 @@ def test_a_student_is_trained_on_a_store_and_a_killed_run_resumes_to_the_same_we
     [
         ({"teacher": ["stored:a.json", "b"]}, ConfigError, "the teacher is stored:, but there are others"),
         ({"images": "photos"}, ConfigError, "the run is not on data alone"),
-        ({"teacher_cache": "cache"}, ConfigError, "teacher_cache is cache"),
+        ({"store": "cache"}, ConfigError, "store is cache"),
         ({"text": "teacher"}, ConfigError, "its text tower is asked for"),
     ],
 )

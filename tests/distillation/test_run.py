@@ -836,7 +836,7 @@ def test_a_student_cannot_have_the_text_tower_of_no_teacher(config: RunConfig, t
     [
         ({"teacher": "a"}, "teacher is a"),
         ({"teacher": ("a", "b")}, "teacher is a and b"),
-        ({"teacher_cache": "a", "views": 2}, "teacher_cache is a"),
+        ({"store": "a", "views": 2}, "store is a"),
         ({"teacher_pretrained": "a"}, "teacher_pretrained is a"),
     ],
 )

@@ -26,7 +26,7 @@ from clip_rd_edge.data.pairs import BadSamples, Pairs
 from clip_rd_edge.distillation import embed as store_build
 from clip_rd_edge.distillation import store as embedding_store
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.embed import ShardMaker, ShardTask, build_cache, make_manifest
+from clip_rd_edge.distillation.embed import ShardMaker, ShardTask, build_store, make_manifest
 from clip_rd_edge.distillation.inputs import RunSetup, load_setup, make_dataset
 from clip_rd_edge.distillation.loader import StepSampler, step_loader
 from clip_rd_edge.distillation.pixels import Crops
@@ -34,17 +34,17 @@ from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.store import (
     COMPLETE,
-    CacheManifest,
-    CompleteCache,
+    CompleteStore,
+    StoreManifest,
     caption_key,
-    claim_cache,
+    claim_store,
     image_shard,
-    open_cache,
+    open_store,
     shard_rows,
     text_shard,
     with_checksums,
 )
-from clip_rd_edge.distillation.teacher import CachedTeacher, CaptionCache, LiveTeacher, Teacher, ensemble_of
+from clip_rd_edge.distillation.teacher import CaptionCache, LiveTeacher, StoredTeacher, Teacher, ensemble_of
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.structs import read_json
 
@@ -61,7 +61,7 @@ def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
         data=str(pairs_csv),
         teacher=str(tmp_path / "teacher"),
         teacher_precision="fp32",
-        teacher_cache=str(tmp_path / "cache"),
+        store=str(tmp_path / "cache"),
         views=VIEWS,
         student="test_resnet",
         image_size=48,
@@ -93,7 +93,7 @@ def make_build(config: RunConfig, setup: RunSetup, processes: Processes = Proces
             workers=config.workers,
             max_bad=config.max_bad,
         )
-        build_cache(Path(str(config.teacher_cache)), maker, processes)
+        build_store(Path(str(config.store)), maker, processes)
 
     return run
 
@@ -108,9 +108,9 @@ def test_a_cached_teacher_gives_the_embeddings_of_the_live_one(
 ) -> None:
     build()
     live, cached = make_dataset(config, setup), make_dataset(config, setup, with_teacher_pixels=False)
-    cached.cache = open_cache(Path(str(config.teacher_cache)))
+    cached.cache = open_store(Path(str(config.store)))
     teacher = LiveTeacher([Teacher(setup.teachers[0], torch.device("cpu"), autocast=None)])
-    cached_teacher = CachedTeacher(ensemble_of(setup.teachers), torch.device("cpu"))
+    cached_teacher = StoredTeacher(ensemble_of(setup.teachers), torch.device("cpu"))
     steps = StepSampler([24], 6, seed=0, start=0, stop=12)  # three epochs over two views
     live_batches, cached_batches = step_loader(live, steps, workers=0), step_loader(cached, steps, workers=0)
     for live_batch, cached_batch in zip(live_batches, cached_batches, strict=True):
@@ -141,7 +141,7 @@ def test_every_row_of_every_shard_is_that_of_its_own_pair_view_and_caption(
     config: RunConfig, setup: RunSetup, build: Callable[..., None]
 ) -> None:
     build()
-    cache = open_cache(Path(str(config.teacher_cache)))
+    cache = open_store(Path(str(config.store)))
     rows = []
     for view in range(VIEWS):
         for index in range(24):
@@ -160,10 +160,10 @@ def test_a_caption_is_embedded_and_stored_once(config: RunConfig, pairs_csv: Pat
     pairs_csv.write_text("\n".join([header, *(line.split(" number")[0] for line in lines)]))  # four captions
     setup = load_setup(config, name="student", processes=Processes())
     make_build(config, setup)()
-    folder = Path(str(config.teacher_cache))
+    folder = Path(str(config.store))
     assert np.load(text_shard(folder, 0))["row"].shape == (4, 24)
     assert not text_shard(folder, 1).exists()
-    cache = open_cache(folder)
+    cache = open_store(folder)
     for index in range(24):
         cached = cache.lookup(0, index, setup.pairs.captions(index)[0])
         assert cached is not None
@@ -176,7 +176,7 @@ def test_a_caption_is_embedded_and_stored_once(config: RunConfig, pairs_csv: Pat
 def test_an_interrupted_build_resumes_and_an_incomplete_cache_is_rejected(
     config: RunConfig, build: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Path(str(config.teacher_cache))
+    folder = Path(str(config.store))
     write_array = store_build.write_array
     files = 3 + 2 + 3 + VIEWS * 3  # captions, keys and their pairs, texts, images
     written: list[Path] = []
@@ -195,13 +195,13 @@ def test_an_interrupted_build_resumes_and_an_incomplete_cache_is_rejected(
         with pytest.raises(KeyboardInterrupt):
             build()
         with pytest.raises(ConfigError, match="not complete"):
-            open_cache(folder)
+            open_store(folder)
         assert not list(folder.rglob("*.tmp"))
     monkeypatch.setattr(store_build, "write_array", write_array)
     build()
     repeated = {path for path in written if written.count(path) > 1}
     assert repeated <= {folder / "texts" / "pairs.npy"}  # whatever is written is not computed again
-    assert open_cache(folder).captions == 24
+    assert open_store(folder).captions == 24
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -222,7 +222,7 @@ def test_a_pair_that_cannot_be_read_for_a_moment_never_gets_the_embedding_of_ano
     open_except(5)
     make_build(config, setup)()
     cached = make_dataset(config, setup, with_teacher_pixels=False)
-    cached.cache = open_cache(Path(str(config.teacher_cache)))
+    cached.cache = open_store(Path(str(config.store)))
 
     def check(view: int, index: int, *, expected: int) -> None:
         (batch,) = step_loader(cached, [[(view, index)]], workers=0)
@@ -255,7 +255,7 @@ def test_a_read_error_that_passes_while_the_cache_is_built_leaves_no_gap(
 
     monkeypatch.setattr(type(setup.pairs), "open", open_second_time)
     build()
-    cache = open_cache(Path(str(config.teacher_cache)))
+    cache = open_store(Path(str(config.store)))
     assert len(failed) == 5
     assert all(cache.lookup(0, index, setup.pairs.captions(index)[0]) for index in range(24))
 
@@ -276,7 +276,7 @@ def test_one_loader_reads_the_images_of_all_shards_and_views(
     setup, content = load_setup(config, name="student", processes=Processes()), list[dict[str, bytes]]()
     for workers in (0, 2):
         loaders, cache = list[int](), tmp_path / f"cache-{workers}"
-        make_build(msgspec.structs.replace(config, workers=workers, teacher_cache=str(cache)), setup)()
+        make_build(msgspec.structs.replace(config, workers=workers, store=str(cache)), setup)()
         assert loaders == [workers] + [0] * VIEWS  # what is bad is tried once more
         content.append({str(file.relative_to(cache)): file.read_bytes() for file in cache.rglob("*.*")})
     assert content[0] == content[1]
@@ -306,7 +306,7 @@ def test_what_the_teacher_does_not_embed_in_finite_numbers_is_bad(
     with pytest.raises(InputError, match=r"1 of 24 .*: The teacher's embedding of image 5 is not finite in fp32"):
         make_build(config, setup)()
     make_build(msgspec.structs.replace(config, max_bad=0.05), setup)()
-    cache = open_cache(Path(str(config.teacher_cache)))
+    cache = open_store(Path(str(config.store)))
     rows = [cache.lookup(0, index, setup.pairs.captions(index)[0]) for index in range(24)]
     assert [index for index, row in enumerate(rows) if row is None] == [5, 7]
     assert np.isfinite([row for row in rows if row is not None]).all()
@@ -359,7 +359,7 @@ def test_the_bad_pairs_of_a_cache_count_also_when_it_is_continued(
     open_image = type(setup.pairs).open
     monkeypatch.setattr(type(setup.pairs), "open", fail)
     make_build(msgspec.structs.replace(config, max_bad=0.1), setup)()  # two of 24
-    cache = Path(str(config.teacher_cache))
+    cache = Path(str(config.store))
     assert list(cache.rglob("*.bad.json"))
     image_shard(cache, 0, 2).unlink()  # as if it had been interrupted; nothing is missing in this one
     (cache / COMPLETE).unlink()
@@ -403,7 +403,7 @@ def test_a_store_that_was_refused_is_refused_again_until_the_images_are_repaired
             assert f"{len(bad)} of 24 samples" in str(error)
     monkeypatch.setattr(type(setup.pairs), "open", open_image)
     assert call_in_threads(processes, build) == [None] * processes
-    cache = open_cache(Path(str(config.teacher_cache)))
+    cache = open_store(Path(str(config.store)))
     assert all(cache.lookup(view, index, setup.pairs.captions(index)[0]) for view in (0, 1) for index in range(24))
 
 
@@ -466,7 +466,7 @@ def test_a_file_that_a_complete_cache_has_lost_is_refused_and_computed_again(
     lost_bytes: int | None, name: str, build: Callable[..., None], setup: RunSetup, tmp_path: Path
 ) -> None:
     build()
-    cache, file = open_cache(tmp_path / "cache"), tmp_path / "cache" / name
+    cache, file = open_store(tmp_path / "cache"), tmp_path / "cache" / name
     content = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.*")}
     if lost_bytes is None:
         file.unlink()
@@ -474,7 +474,7 @@ def test_a_file_that_a_complete_cache_has_lost_is_refused_and_computed_again(
         file.write_bytes(content[file][:-lost_bytes])
     expected = rf"{file.name} is (missing|damaged: it has \d+ bytes); expected {len(content[file])} bytes"
     with pytest.raises(ConfigError, match=expected):
-        open_cache(tmp_path / "cache")
+        open_store(tmp_path / "cache")
     with pytest.raises(ConfigError, match=expected) as raised:  # by a run that has begun
         [cache.lookup(1, index, setup.pairs.captions(index)[0]) for index in range(24)]
     assert "run the command again" in raised.value.hint
@@ -489,7 +489,7 @@ def test_a_flipped_bit_in_a_store_is_an_error_and_no_other_embedding(
     build()
 
     def embeddings() -> list[Any]:
-        cache = open_cache(tmp_path / "cache")
+        cache = open_store(tmp_path / "cache")
         found = [cache.lookup(view, i, setup.pairs.captions(i)[0]) for view in range(VIEWS) for i in range(24)]
         return [row and tuple(part.tobytes() for part in row) for row in found]
 
@@ -516,10 +516,10 @@ def test_damaged_keys_are_computed_again(build: Callable[..., None], tmp_path: P
     content = keys.read_bytes()
     keys.write_bytes(content[:-1] + b"\0")
     with pytest.raises(ConfigError, match="damaged"):
-        open_cache(tmp_path / "cache")
+        open_store(tmp_path / "cache")
     build()
     assert keys.read_bytes() == content
-    open_cache(tmp_path / "cache")
+    open_store(tmp_path / "cache")
 
 
 def test_a_copy_of_the_data_and_of_the_teacher_in_other_folders_uses_the_same_cache(
@@ -545,13 +545,13 @@ def test_a_store_of_millions_of_rows_opens_at_once_and_its_rows_are_read_without
         keys[row] = caption_key(caption)
     keys.sort()
     embedding_store.write_array(tmp_path / "texts" / "keys.npy", keys)
-    manifest = CacheManifest(
+    manifest = StoreManifest(
         teacher="t", teacher_sha256="", logit_scale=1.0, embedding_size=width, views=1, seed=0,
         preprocessing=Preprocessing(size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1)), data="d", pairs=pairs,
         crops=Crops(scale=(0.9, 1.0)), pairs_sha256="", precision="fp32",
     )  # fmt: skip
     embedding_store.write_bytes(tmp_path / "manifest.json", embedding_store.to_json(manifest))
-    complete = CompleteCache(pairs, embedding_store.keys_crc32(tmp_path))
+    complete = CompleteStore(pairs, embedding_store.keys_crc32(tmp_path))
     embedding_store.write_bytes(tmp_path / "complete.json", embedding_store.to_json(complete))
     zeros = {
         rows: tmp_path / f"{rows}.npy" for rows in (embedding_store.SHARD_SIZE, pairs % embedding_store.SHARD_SIZE)
@@ -564,7 +564,7 @@ def test_a_store_of_millions_of_rows_opens_at_once_and_its_rows_are_read_without
             path.hardlink_to(zeros[len(shard_rows(shard, pairs))])
     del keys
     tracemalloc.start()
-    cache = open_cache(tmp_path)
+    cache = open_store(tmp_path)
     for row in np.random.default_rng(1).integers(0, pairs, 300).tolist():
         assert cache.lookup(0, row, "first") is None  # its rows are zeros
     peak = tracemalloc.get_traced_memory()[1]
@@ -609,22 +609,22 @@ def test_of_two_jobs_that_begin_a_cache_at_once_the_second_shares_it_or_is_refus
 
     monkeypatch.setattr(embedding_store, "write_bytes", slow)
     with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(claim_cache, folder, first)
+        job = pool.submit(claim_store, folder, first)
         assert writing.wait(PATIENCE_S)
         second = msgspec.structs.replace(first, seed=seed)
         with pytest.raises(UsageError, match="its seed is 0; expected 1") if refused else nullcontext():
-            claim_cache(folder, second)
+            claim_store(folder, second)
         job.result()
-    assert read_json(folder / "manifest.json", CacheManifest) == first
+    assert read_json(folder / "manifest.json", StoreManifest) == first
     assert [path.name for path in folder.iterdir()] == ["manifest.json"]
 
 
 def test_a_cache_whose_first_job_was_killed_is_begun_again(config: RunConfig, build: Callable[..., None]) -> None:
-    folder = Path(str(config.teacher_cache))
+    folder = Path(str(config.store))
     folder.mkdir()
     (folder / f".manifest.json.{'0' * 32}.tmp").touch()
     build()
-    open_cache(folder)
+    open_store(folder)
 
 
 def test_a_run_with_a_cache_completes(config: RunConfig, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import (
-    CachedTeacher,
     CaptionCache,
     LiveTeacher,
+    StoredTeacher,
     Teacher,
     caption_batch_size,
 )
@@ -53,7 +53,7 @@ def test_chunks_of_a_batch_keep_their_cached_embeddings() -> None:
     image, text = (torch.nn.functional.normalize(torch.randn(6, 8, generator=generator)) for _ in range(2))
     step = TrainingStep(
         tiny(0),
-        CachedTeacher(Ensemble((8,), (10.0,)), torch.device("cpu")),
+        StoredTeacher(Ensemble((8,), (10.0,)), torch.device("cpu")),
         Objective(Weights(task=1, fd=1)),
         Processes(),
         StepSettings(chunks=2),

@@ -120,11 +120,11 @@ def test_texts_alone_train_the_text_tower_and_nothing_else(config: RunConfig, tm
 
 def test_texts_alone_are_refused_where_images_are_needed(config: RunConfig, tmp_path: Path) -> None:
     config = msgspec.structs.replace(config, images=None, views=2)
-    with pytest.raises(UsageError, match="There are texts alone, but a teacher cache holds embeddings of images"):
+    with pytest.raises(UsageError, match="There are texts alone, but a teacher's store holds embeddings of images"):
         embed_teacher(msgspec.structs.replace(config, teacher_precision="fp32"), tmp_path / "cache")
     recipe = msgspec.structs.replace(config.recipe, batch_size=4)
     for views in (0, 2):  # no number of views would make it work
-        cached = msgspec.structs.replace(config, recipe=recipe, teacher_cache=str(tmp_path / "cache"), views=views)
+        cached = msgspec.structs.replace(config, recipe=recipe, store=str(tmp_path / "cache"), views=views)
         with pytest.raises(UsageError, match="There are texts alone"):
             run_distillation(cached, tmp_path / "run", resume=False)
     teacher = str(tmp_path / "teacher")
@@ -181,7 +181,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     config: RunConfig, pairs_csv: Path, tmp_path: Path, kind: str, stop_after: int
 ) -> None:
     if kind == "cached":
-        config = msgspec.structs.replace(config, teacher_cache=str(tmp_path / "cache"), views=2)
+        config = msgspec.structs.replace(config, store=str(tmp_path / "cache"), views=2)
     if kind == "with pairs":
         config = msgspec.structs.replace(config, data=str(pairs_csv), texts=None, templates=())
     if kind == "texts alone":

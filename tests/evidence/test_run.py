@@ -19,7 +19,7 @@ from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.pairs import fingerprint
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.embed import CACHING_STAGE
+from clip_rd_edge.distillation.embed import STORE_STAGE
 from clip_rd_edge.distillation.inputs import RunInputs, record_inputs
 from clip_rd_edge.distillation.optimizer import diverged_error
 from clip_rd_edge.errors import DivergedRunError, UsageError
@@ -176,7 +176,7 @@ def test_a_run_is_measured_by_its_last_student_and_the_time_of_its_training(
         write_text(run / "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
         for name in ("config.yaml", "checkpoints/1", "best/weights", "student/weights"):
             write_text(run / name, to_yaml(config))
-        for stage, seconds in ((CACHING_STAGE, 0), (CACHING_STAGE, 8), ("training", 42)):  # the cache is every run's
+        for stage, seconds in ((STORE_STAGE, 0), (STORE_STAGE, 8), ("training", 42)):  # the store is every run's
             now[0] += seconds
             reporter.update(stage, 1, 2)
         scores.append(evaluate(encoder))
@@ -186,7 +186,7 @@ def test_a_run_is_measured_by_its_last_student_and_the_time_of_its_training(
     monkeypatch.setattr(runs.time, "process_time", lambda: now[0])
     suite = msgspec.structs.replace(squares_suite, methods=squares_suite.methods[:1], compare_with=())
     new, resumed = suite.runs()
-    config = run_config(suite, resumed, teacher=teacher, caches=tmp_path / "out" / "teacher-cache")
+    config = run_config(suite, resumed, teacher=teacher, stores=tmp_path / "out" / "store")
     write_text(tmp_path / "out" / resumed.subfolder / "config.yaml", to_yaml(config))
     evidence = runs.run_evidence(suite, tmp_path / "out", SILENT, teacher=teacher)
     assert [run.cpu_seconds for run in evidence.runs] == [42, None]
@@ -238,7 +238,7 @@ def test_finished_runs_are_compared_with_the_suite_before_the_first_run(
     suite = msgspec.structs.replace(squares_suite, students=(str(student),), seeds=(0,))
     for run in suite.runs():
         folder = out / run.subfolder
-        write_text(folder / "config.yaml", to_yaml(run_config(suite, run, teacher=teacher, caches=out / "cache")))
+        write_text(folder / "config.yaml", to_yaml(run_config(suite, run, teacher=teacher, stores=out / "cache")))
         write_text(folder / "student" / "open_clip_model.safetensors", "")
         record_inputs(
             folder,
@@ -276,8 +276,8 @@ def test_the_clock_of_a_run_stands_still_while_the_cache_is_filled_alone(monkeyp
     times = iter([0, 10, 14, 18, 20, 25, 30, 40])
     monkeypatch.setattr(runs.time, "process_time", lambda: next(times))
     clock = runs._TrainingClock(Watch())
-    for stage, step in ((CACHING_STAGE, 0), (CACHING_STAGE, 1), (CACHING_STAGE, 2), (CACHING_STAGE, 0),
-                        (CACHING_STAGE, 1), ("training", 1)):  # fmt: skip
+    for stage, step in ((STORE_STAGE, 0), (STORE_STAGE, 1), (STORE_STAGE, 2), (STORE_STAGE, 0),
+                        (STORE_STAGE, 1), ("training", 1)):  # fmt: skip
         clock.update(stage, step, 2)
     assert clock.seconds == 40 - 8 - 5
 

@@ -22,7 +22,7 @@ def test_the_shipped_suite_trains_all_runs_with_the_same_settings() -> None:
     # Complete tables after a fifth of the runs.
     assert [run.seed for run in runs] == [seed for seed in range(5) for _ in range(12)]
     assert len({run.subfolder for run in runs}) == 60
-    configs = [run_config(suite, run, teacher="t", caches=Path("c")) for run in runs]
+    configs = [run_config(suite, run, teacher="t", stores=Path("c")) for run in runs]
     settings = {
         (c.recipe.steps, c.recipe.batch_size, c.recipe.learning_rate, c.recipe.precision, c.views) for c in configs
     }
@@ -47,14 +47,14 @@ def test_a_methods_text_tower_can_start_from_elsewhere(suite: EvidenceSuite) -> 
         msgspec.structs.replace(m, pretrained_text="tokens" if m.name == "clip-rd" else None) for m in suite.methods
     )
     runs = msgspec.structs.replace(suite, methods=methods).runs()
-    starts = {run.method.name: run_config(suite, run, teacher="t", caches=Path("c")).pretrained_text for run in runs}
+    starts = {run.method.name: run_config(suite, run, teacher="t", stores=Path("c")).pretrained_text for run in runs}
     assert {name for name, start in starts.items() if start == "tokens"} == {"clip-rd"}
 
 
 def test_a_methods_text_tower_can_keep_its_first_layers(suite: EvidenceSuite) -> None:
     methods = tuple(msgspec.structs.replace(m, freeze_text_layers=2 * (m.name == "clip-rd")) for m in suite.methods)
     runs = msgspec.structs.replace(suite, methods=methods).runs()
-    frozen = {run.method.name: run_config(suite, run, teacher="t", caches=Path("c")).freeze_text_layers for run in runs}
+    frozen = {run.method.name: run_config(suite, run, teacher="t", stores=Path("c")).freeze_text_layers for run in runs}
     assert {name for name, count in frozen.items() if count == 2} == {"clip-rd"}
 
 
@@ -62,7 +62,7 @@ def test_a_methods_text_tower_can_be_another_than_the_suites(suite: EvidenceSuit
     run = next(suite.runs())
     own = msgspec.structs.replace(run.method, text="runs/trimmed")
     runs = (run, dataclasses.replace(run, method=own))
-    texts = [run_config(suite, run, teacher="t", caches=Path("c")).text for run in runs]
+    texts = [run_config(suite, run, teacher="t", stores=Path("c")).text for run in runs]
     assert texts == [suite.text, "runs/trimmed"]
 
 
@@ -71,7 +71,7 @@ def test_a_text_tower_of_a_model_keeps_its_context_length(suite: EvidenceSuite, 
     write_text(tmp_path / "open_clip_config.json", "{}")
     for text in (None, str(tmp_path), "teacher"):
         method = msgspec.structs.replace(run.method, text=text)
-        config = run_config(suite, dataclasses.replace(run, method=method), teacher="t", caches=Path("c"))
+        config = run_config(suite, dataclasses.replace(run, method=method), teacher="t", stores=Path("c"))
         lengths.append(config.context_length)
     assert lengths == [suite.context_length, None, None]  # the model's
 
@@ -85,7 +85,7 @@ def test_a_method_can_take_other_steps_than_the_suites(suite: EvidenceSuite) -> 
 def test_a_method_can_take_other_steps_with_one_student(suite: EvidenceSuite) -> None:
     method = msgspec.structs.replace(suite.methods[0], steps={"resnet10t": suite.steps + 5})
     both = msgspec.structs.replace(suite, students=("resnet10t", "mobilevit_xxs"), methods=(method,), compare_with=())
-    steps = {run.student: run_config(both, run, teacher="t", caches=Path("c")).recipe.steps for run in both.runs()}
+    steps = {run.student: run_config(both, run, teacher="t", stores=Path("c")).recipe.steps for run in both.runs()}
     assert steps == {"resnet10t": suite.steps + 5, "mobilevit_xxs": suite.steps}
     with pytest.raises(ValueError, match="steps of the method none names the student 'resnet10t'; expected one of tes"):
         msgspec.structs.replace(suite, methods=(method,), compare_with=())
@@ -107,30 +107,30 @@ def test_runs_of_any_student_lie_in_the_suites_folder(suite: EvidenceSuite, stud
 
 def test_a_method_without_a_teacher_gets_none(suite: EvidenceSuite) -> None:
     configs = {
-        run.method.name: run_config(suite, run, teacher="t", caches=Path("c")) for run in suite.runs() if run.seed == 1
+        run.method.name: run_config(suite, run, teacher="t", stores=Path("c")) for run in suite.runs() if run.seed == 1
     }
-    assert (configs["none"].teacher, configs["none"].teacher_cache) == (None, None)
-    assert (configs["clip-rd"].teacher, configs["clip-rd"].teacher_cache) == ("t", "c/seed-1")
+    assert (configs["none"].teacher, configs["none"].store) == (None, None)
+    assert (configs["clip-rd"].teacher, configs["clip-rd"].store) == ("t", "c/seed-1")
 
 
-def test_methods_with_other_crops_have_a_teacher_cache_of_their_own(suite: EvidenceSuite) -> None:
+def test_methods_with_other_crops_have_a_store_of_their_own(suite: EvidenceSuite) -> None:
     run = next(run for run in suite.runs() if run.method.name == "clip-rd")
     settings: tuple[dict[str, object], ...] = ({}, {"crop_scale": [0.9, 1.0]}, {"crop_scale": [0.3, 1.0]})
     methods = [msgspec.structs.replace(run.method, settings=own) for own in settings]
     runs = [dataclasses.replace(run, method=method) for method in methods]
-    caches = [run_config(suite, run, teacher="t", caches=Path("c")).teacher_cache for run in runs]
+    caches = [run_config(suite, run, teacher="t", stores=Path("c")).store for run in runs]
     assert caches == ["c/seed-0", "c/seed-0", "c/seed-0-crops-0.3-1.0"]
 
 
-def test_students_that_squeeze_images_have_a_teacher_cache_of_their_own(suite: EvidenceSuite, tmp_path: Path) -> None:
+def test_students_that_squeeze_images_have_a_store_of_their_own(suite: EvidenceSuite, tmp_path: Path) -> None:
     preset = json.loads((CONFIGS / "resnet10t.json").read_text())
     run, caches = next(run for run in suite.runs() if run.method.name == "clip-rd"), []
     for mode in ("shortest", "longest", "squash"):
         student = tmp_path / f"{mode}.json"
         own = {**preset, "preprocess_cfg": {**preset["preprocess_cfg"], "resize_mode": mode}}
         student.write_text(json.dumps(own))
-        config = run_config(suite, dataclasses.replace(run, student=str(student)), teacher="t", caches=Path("c"))
-        caches.append(config.teacher_cache)
+        config = run_config(suite, dataclasses.replace(run, student=str(student)), teacher="t", stores=Path("c"))
+        caches.append(config.store)
     assert caches == ["c/seed-0", "c/seed-0", "c/seed-0-squash"]
 
 

@@ -152,7 +152,7 @@ def test_a_resumed_run_looks_for_nothing_that_its_folder_names(
     content = yaml.safe_load((run / "config.yaml").read_text())
     if not with_inputs:
         (run / "inputs.json").unlink()
-    for name in ("data", "images", "texts", "teacher", "student", "text", "pretrained_image", "teacher_cache"):
+    for name in ("data", "images", "texts", "teacher", "student", "text", "pretrained_image", "store"):
         for place in (bait.command, bait.url, str(tmp_path / "bait" / "there"), f"local-dir:{tmp_path / 'bait'}"):
             (run / "config.yaml").write_text(yaml.safe_dump({**content, name: place}))
             code, _, err = command_line(*call, "--resume")
