@@ -35,7 +35,7 @@ def read_image(path: Path) -> object:
 def read_pairs(path: Path) -> object:
     """Read a table or a shard; a pair may be bad, and the others are read."""
     from clip_rd_edge.data.load import load_pairs
-    from clip_rd_edge.data.pairs import fingerprint
+    from clip_rd_edge.data.samples import fingerprint
 
     pairs = load_pairs(str(path))
     fingerprint(pairs)

@@ -18,7 +18,7 @@ import click
 import pytest
 
 from clip_rd_edge.cli.main import cli
-from clip_rd_edge.data.pairs import Pairs
+from clip_rd_edge.data.samples import Pairs
 from clip_rd_edge.utils.reporting import Reporter
 
 # Seconds that a test waits for what an idle machine does in one: others may need the processor more.

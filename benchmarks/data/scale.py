@@ -207,7 +207,7 @@ def measure_pairs(folder: Path) -> Figures:
     """Load pairs, and read the locations and captions of a first batch."""
     from clip_rd_edge.data.load import load_pairs
     from clip_rd_edge.data.order import EpochOrder
-    from clip_rd_edge.data.pairs import fingerprint
+    from clip_rd_edge.data.samples import fingerprint
     from clip_rd_edge.utils.reporting import Reporter
 
     before, peak, next_look = proportional_memory(), 0, 0.0

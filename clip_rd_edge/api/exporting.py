@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from clip_rd_edge.benchmarking.results import Results
     from clip_rd_edge.bundle.manifest import Manifest
-    from clip_rd_edge.data.pairs import Pairs
+    from clip_rd_edge.data.samples import Pairs
     from clip_rd_edge.exporting.calibration import CalibrationPairs, CalibrationSet
     from clip_rd_edge.exporting.conversion import ConvertedBundle
     from clip_rd_edge.exporting.int8.select import Trial

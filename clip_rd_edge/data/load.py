@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clip_rd_edge.data.pairs import Pairs, first_left_out, hint_to_index_again
 from clip_rd_edge.data.remote import is_remote
+from clip_rd_edge.data.samples import Pairs, first_left_out, hint_to_index_again
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.paths import URL, Typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter

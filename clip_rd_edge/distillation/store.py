@@ -64,7 +64,7 @@ class StoreManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     Attributes:
         teacher_sha256: see `model_fingerprint`.
-        pairs_sha256: see `data.pairs.fingerprint`.
+        pairs_sha256: see `data.samples.fingerprint`.
         views: number of distinct views (crop and caption) of each pair.
         precision: precision that the teacher computed in.
     """

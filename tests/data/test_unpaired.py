@@ -14,7 +14,7 @@ from PIL import Image
 
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.order import EpochOrder
-from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint
+from clip_rd_edge.data.samples import BadSamples, Pairs, fingerprint
 from clip_rd_edge.data.tables import load, text
 from clip_rd_edge.data.unpaired import (
     MixedSamples,

@@ -22,7 +22,7 @@ from support import PATIENCE_S, save_tiny_teacher
 from thread_processes import call_in_threads
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.data.pairs import BadSamples, Pairs
+from clip_rd_edge.data.samples import BadSamples, Pairs
 from clip_rd_edge.distillation import embed as store_build
 from clip_rd_edge.distillation import store as embedding_store
 from clip_rd_edge.distillation.config import RunConfig, load_recipe

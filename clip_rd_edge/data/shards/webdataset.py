@@ -43,7 +43,7 @@ class Source:
 
 
 class ShardPairs:
-    """Pairs from one or more sources of shards; implements `data.pairs.Pairs`.
+    """Pairs from one or more sources of shards; implements `data.samples.Pairs`.
 
     The indices run through the samples of the first source, repeated by its weight, then through those of the second:
     with a weight of 2, an epoch shows each sample of a source twice, in two crops.

@@ -44,7 +44,7 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 class IndexedTable:
-    """Pairs of a table of any number of rows; implements `data.pairs.Pairs`.
+    """Pairs of a table of any number of rows; implements `data.samples.Pairs`.
 
     Attributes:
         groups: numbers of pairs in blocks of rows: image files lie apart, so that any block serves.

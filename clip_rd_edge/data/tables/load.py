@@ -11,7 +11,7 @@ from PIL import Image
 
 from clip_rd_edge.bundle.image_files import look_at_images
 from clip_rd_edge.bundle.images import open_image
-from clip_rd_edge.data.pairs import Pairs
+from clip_rd_edge.data.samples import Pairs
 from clip_rd_edge.data.tables.blocks import Table, read_blocks
 from clip_rd_edge.data.tables.index import index_table
 from clip_rd_edge.data.tables.packed import GROUP_ROWS
@@ -28,7 +28,7 @@ INDEXED_ROWS = 1 << 17
 
 @dataclass(frozen=True)
 class TablePairs:
-    """Pairs of image paths and captions in memory; implements `data.pairs.Pairs`.
+    """Pairs of image paths and captions in memory; implements `data.samples.Pairs`.
 
     Attributes:
         images: N paths.

@@ -19,7 +19,7 @@ from support import Watch, contents
 
 from clip_rd_edge.data import index_files
 from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.pairs import BadSamples, fingerprint
+from clip_rd_edge.data.samples import BadSamples, fingerprint
 from clip_rd_edge.data.tables import load, parquet, text
 from clip_rd_edge.data.tables.index import TABLE_STAGE, IndexedTable
 from clip_rd_edge.data.tables.load import TablePairs, read_table
