@@ -110,7 +110,7 @@ def trim(request: Trim) -> Path:
     """
     from clip_rd_edge.bundle.outputs import require_output
     from clip_rd_edge.bundle.runs import model_folder
-    from clip_rd_edge.data.unpaired import load_texts
+    from clip_rd_edge.data.mixed import load_texts
     from clip_rd_edge.runtime.label_list import read_texts
     from clip_rd_edge.utils.files import require_utf8_path
 

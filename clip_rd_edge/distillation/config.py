@@ -125,7 +125,7 @@ class _Config(CheckedStruct, Generic[Place, Names], frozen=True, kw_only=True, f
     """The settings of a run.
 
     Attributes:
-        data, images, texts, templates: what to train on; see `data.unpaired.TrainingData`.
+        data, images, texts, templates: what to train on; see `data.mixed.TrainingData`.
         csv_img_key, csv_caption_key: column names of tables, of tasks, too.
         train_data_upsampling_factors, json_caption_key: for shards; `weights` and `json_key` of `load_pairs`.
         max_bad: max fraction of the samples that may be unreadable; these are skipped.

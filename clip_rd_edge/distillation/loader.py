@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.data.mixed import MixedSamples, has_images
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.samples import MAX_BAD_SHARE, BadPair, BadSamples, Pairs, read_twice
-from clip_rd_edge.data.unpaired import MixedSamples, has_images
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.processes import obey_only_the_parent, stop_signals_blocked
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, LostProcessError, UnreachableError

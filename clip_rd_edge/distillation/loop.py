@@ -16,8 +16,8 @@ import msgspec
 
 from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import DISTILLATION_FILE, REPORT_FOLDER
+from clip_rd_edge.data.mixed import MixedSamples
 from clip_rd_edge.data.samples import BadSamples, Pairs
-from clip_rd_edge.data.unpaired import MixedSamples
 from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.checkpoint import (
     BEST_FOLDER,

@@ -15,9 +15,9 @@ from torch.nn.functional import normalize
 from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.bundle.runs import is_architecture
 from clip_rd_edge.data.load import names_shards
+from clip_rd_edge.data.mixed import MixedSamples
 from clip_rd_edge.data.reinforced import StoredTeachers, read_stored_teachers
 from clip_rd_edge.data.samples import Pairs
-from clip_rd_edge.data.unpaired import MixedSamples
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.pixels import Normaliser

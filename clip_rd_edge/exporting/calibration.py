@@ -26,9 +26,9 @@ from clip_rd_edge.bundle.preprocess import Pixels, Preprocessing, fit, preproces
 from clip_rd_edge.bundle.runs import CALIBRATION_FILE, model_folder, refuse_unfinished_run, training_record_path
 from clip_rd_edge.bundle.tokenizer import TokenIds
 from clip_rd_edge.data.load import load_pairs
+from clip_rd_edge.data.mixed import pair_count
 from clip_rd_edge.data.samples import MAX_BAD_SHARE, BadSamples, Pairs
 from clip_rd_edge.data.tables.blocks import MissingColumnError
-from clip_rd_edge.data.unpaired import pair_count
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.arrays import npz_bytes, read_npz
 from clip_rd_edge.utils.files import write_bytes

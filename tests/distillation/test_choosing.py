@@ -13,7 +13,7 @@ from tiny_runs import run_on_images_and_labels
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clip_rd_edge.data.unpaired import MixedSamples
+from clip_rd_edge.data.mixed import MixedSamples
 from clip_rd_edge.distillation import teacher as choosing
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.inputs import training_pairs

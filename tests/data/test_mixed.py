@@ -13,10 +13,7 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.order import EpochOrder
-from clip_rd_edge.data.samples import BadSamples, Pairs, fingerprint
-from clip_rd_edge.data.tables import load, text
-from clip_rd_edge.data.unpaired import (
+from clip_rd_edge.data.mixed import (
     MixedSamples,
     TrainingData,
     describe_counts,
@@ -26,6 +23,9 @@ from clip_rd_edge.data.unpaired import (
     pair_count,
     sample_counts,
 )
+from clip_rd_edge.data.order import EpochOrder
+from clip_rd_edge.data.samples import BadSamples, Pairs, fingerprint
+from clip_rd_edge.data.tables import load, text
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.label_list import read_texts
 
