@@ -41,8 +41,7 @@ from clip_rd_edge.benchmarking.accuracy import zero_shot
 from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.bundle.preprocess import Box
-from clip_rd_edge.bundle.task import ZeroShotTask
-from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.data.tasks import ZeroShotTask, load_task
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.exporting.parity import agreement
 from clip_rd_edge.utils.structs import read_json

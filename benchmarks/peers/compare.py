@@ -23,8 +23,8 @@ from clip_rd_edge.benchmarking.results import Environment, this_environment
 from clip_rd_edge.bundle.encoder import label_embeddings
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import preprocess
-from clip_rd_edge.bundle.task import ZeroShotTask
 from clip_rd_edge.data.emoji import training_pairs, zero_shot_task
+from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.exporting.calibration import calibration_set
 from clip_rd_edge.exporting.parity import agreement
 from clip_rd_edge.models.encoder import TorchEncoder

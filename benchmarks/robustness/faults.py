@@ -558,7 +558,7 @@ class BenchmarkScenario:
         from clip_rd_edge.benchmarking.answer_cache import AnswerCache
         from clip_rd_edge.benchmarking.metrics import Interval, ZeroShotScore
         from clip_rd_edge.benchmarking.results import Environment
-        from clip_rd_edge.bundle.task import ZeroShotTask
+        from clip_rd_edge.data.tasks import ZeroShotTask
 
         score = ZeroShotScore(
             task="t", images=1, classes=2, top1=1.0, top1_interval=Interval(0.0, 1.0), top5=None, mean_per_class=1.0

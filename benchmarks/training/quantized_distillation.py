@@ -25,8 +25,8 @@ from clip_rd_edge.bundle.encoder import Embeddings, label_embeddings
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import preprocess
 from clip_rd_edge.bundle.runs import DISTILLATION_FILE, model_folder, was_quantized_in_training
-from clip_rd_edge.bundle.task import ZeroShotTask
 from clip_rd_edge.data import emoji
+from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.exporting.calibration import calibration_set
 from clip_rd_edge.exporting.graph import prepare_for_quantization
 from clip_rd_edge.exporting.int8.rounding import RoundedLayers

@@ -32,9 +32,8 @@ from benchmarks.training.quickstart_students import (
 )
 from clip_rd_edge.benchmarking.accuracy import zero_shot
 from clip_rd_edge.benchmarking.metrics import Hits
-from clip_rd_edge.bundle.task import ZeroShotTask
 from clip_rd_edge.data import emoji
-from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.data.tasks import ZeroShotTask, load_task
 
 PAIRS = "all pairs"
 

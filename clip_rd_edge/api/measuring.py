@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from clip_rd_edge.benchmarking.regression import Changes
     from clip_rd_edge.benchmarking.results import Results
     from clip_rd_edge.bundle.labels import TemplateNames
-    from clip_rd_edge.bundle.task import Task
+    from clip_rd_edge.data.tasks import Task
     from clip_rd_edge.evidence.results import Evidence
 
 
@@ -213,8 +213,7 @@ def load_tasks(
     import msgspec
 
     from clip_rd_edge.bundle.labels import parse_templates, template_words
-    from clip_rd_edge.bundle.task import RetrievalTask, ZeroShotTask, with_distinct_names
-    from clip_rd_edge.data.tasks import load_task
+    from clip_rd_edge.data.tasks import RetrievalTask, ZeroShotTask, load_task, with_distinct_names
 
     single = isinstance(tasks, str | os.PathLike | ZeroShotTask | RetrievalTask)
     if isinstance(tasks, bytes) or not (single or isinstance(tasks, Iterable)):

@@ -18,7 +18,7 @@ from clip_rd_edge.settings.training import Distill, Embed
 from clip_rd_edge.utils.paths import AnyPath, typed
 
 if TYPE_CHECKING:
-    from clip_rd_edge.bundle.task import Task
+    from clip_rd_edge.data.tasks import Task
     from clip_rd_edge.distillation.average import AveragedModel
     from clip_rd_edge.distillation.config import RunConfig
 

@@ -33,9 +33,8 @@ from clip_rd_edge.bundle.encoder import (
     probabilities,
 )
 from clip_rd_edge.bundle.images import ImageFile, in_bounded_batches, open_image
-from clip_rd_edge.bundle.task import RetrievalTask, Task, ZeroShotTask
-from clip_rd_edge.data.clip_benchmark import CLASS_NAMES
 from clip_rd_edge.data.shards.tars import TarMember
+from clip_rd_edge.data.tasks import CLASS_NAMES, RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter

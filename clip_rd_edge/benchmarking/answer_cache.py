@@ -17,8 +17,8 @@ import msgspec
 from clip_rd_edge.benchmarking.accuracy import Answers, RetrievalAnswers, ZeroShotAnswers
 from clip_rd_edge.benchmarking.results import Environment
 from clip_rd_edge.bundle.images import ImageFile
-from clip_rd_edge.bundle.task import Task
 from clip_rd_edge.data.remote import RemoteShard, version
+from clip_rd_edge.data.tasks import Task
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_folder, is_left_by_system

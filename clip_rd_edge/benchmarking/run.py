@@ -25,8 +25,7 @@ from clip_rd_edge.benchmarking.throughput import (
 from clip_rd_edge.bundle.encoder import TowerEncoder
 from clip_rd_edge.bundle.labels import in_words
 from clip_rd_edge.bundle.manifest import is_bundle, read_manifest
-from clip_rd_edge.bundle.task import RetrievalTask, Task, ZeroShotTask
-from clip_rd_edge.data.clip_benchmark import TEMPLATES
+from clip_rd_edge.data.tasks import TEMPLATES, RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 

@@ -12,7 +12,7 @@ from PIL import Image
 from clip_rd_edge.benchmarking.accuracy import ZeroShotAnswers
 from clip_rd_edge.benchmarking.results import Answer, RowResult, Sample, WorstClass
 from clip_rd_edge.bundle.images import ImageFile, open_image
-from clip_rd_edge.bundle.task import ZeroShotTask
+from clip_rd_edge.data.tasks import ZeroShotTask
 
 SAMPLES_PER_OUTCOME = 6  # correct ones, and as many wrong ones
 THUMBNAIL_EDGE = 128  # max pixels

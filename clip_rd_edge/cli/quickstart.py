@@ -19,7 +19,7 @@ from clip_rd_edge.utils.text import as_word
 
 if TYPE_CHECKING:
     from clip_rd_edge.bundle.images import ImageFile
-    from clip_rd_edge.bundle.task import ZeroShotTask
+    from clip_rd_edge.data.tasks import ZeroShotTask
 
 # Concepts that are in no training pair, and of which everybody has an image in mind: labels for a first try.
 LIVELY_CONCEPTS = ("mushroom", "rocket", "tiger", "snowman")

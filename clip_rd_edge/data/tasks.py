@@ -1,23 +1,104 @@
-"""Load evaluation tasks by name, folder or file."""
+"""Evaluation tasks: images with class labels, and images with captions."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from clip_rd_edge.bundle.task import RetrievalTask, Task
-from clip_rd_edge.data.clip_benchmark import (
-    find_data_set,
-    image_folder_task,
-    retrieval_from_shards,
-    shard_task,
-)
+import msgspec
+
+from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES, dead_link_error, is_ignored, leads_nowhere, list_images
+from clip_rd_edge.bundle.images import ImageFile
+from clip_rd_edge.bundle.labels import Templates, imagenet_templates
 from clip_rd_edge.data.load import names_shards
-from clip_rd_edge.data.shards.tars import current_versions, open_shard
-from clip_rd_edge.data.shards.webdataset import parse_sources
+from clip_rd_edge.data.shards.tar_samples import Kind
+from clip_rd_edge.data.shards.tars import Shard, TarMember, current_versions, open_shard
+from clip_rd_edge.data.shards.webdataset import JSON_KEY, MAX_SHARDS, json_captions, parse_sources, read_text
 from clip_rd_edge.data.tables.load import TablePairs, read_table
 from clip_rd_edge.errors import InputError, near_matches, quoted
-from clip_rd_edge.utils.paths import Typed, is_file, is_folder, near_files
+from clip_rd_edge.utils.files import read_text_limited, text_lines
+from clip_rd_edge.utils.paths import Typed, is_file, is_folder, near_files, other_spellings, sorted_paths
+from clip_rd_edge.utils.structs import is_natural
 from clip_rd_edge.utils.text import shown_source
+
+
+class ZeroShotTask(msgspec.Struct, frozen=True, kw_only=True):
+    """A zero-shot classification task.
+
+    Attributes:
+        name: as shown in reports.
+        images: N images.
+        targets: N indices into `labels`.
+        labels: C class names.
+        folders: names of the C folders of images, if the classes have other names than these; else empty.
+        templates: prompt templates with one `{}`; a class embedding is the mean over them.
+        templates_from: origin of the templates as shown in reports, or empty.
+    """
+
+    name: str
+    images: tuple[ImageFile, ...]
+    targets: tuple[int, ...]
+    labels: tuple[str, ...]
+    templates: tuple[str, ...] = ("{}",)
+    templates_from: str = ""
+    folders: tuple[str, ...] = ()
+
+    @property
+    def questions(self) -> tuple[object, ...]:
+        """What is asked about the images; its repr is part of digests that are kept, so the order must stay."""
+        return self.targets, self.labels, self.templates
+
+
+class RetrievalTask(msgspec.Struct, frozen=True, kw_only=True):
+    """An image-text retrieval task; an image may have several captions.
+
+    Attributes:
+        name: as shown in reports.
+        images: N images.
+        captions: M captions.
+        caption_images: for each caption, the index of its image.
+    """
+
+    name: str
+    images: tuple[ImageFile, ...]
+    captions: tuple[str, ...]
+    caption_images: tuple[int, ...]
+
+    @property
+    def questions(self) -> tuple[object, ...]:
+        """See `ZeroShotTask.questions`."""
+        return self.captions, self.caption_images
+
+    def first_captions(self) -> dict[int, int]:
+        """Return the index of the first caption of each image that has one, by the index of the image."""
+        return {image: caption for caption, image in reversed([*enumerate(self.caption_images)])}
+
+
+Task = ZeroShotTask | RetrievalTask
+
+
+def with_distinct_names(tasks: Sequence[Task], sources: Sequence[str]) -> list[Task]:
+    """Rename tasks of the same name, such as those of `a/val.csv` and `b/val.csv`, to the parts of their source that
+    differ.
+
+    Args:
+        sources: the path or name that each task was loaded from.
+    """
+    renamed = list(tasks)
+    for name in {task.name for task in tasks}:
+        same = [number for number, task in enumerate(tasks) if task.name == name]
+        if len(same) == 1:
+            continue
+        parts = [Path(shown_source(sources[number])).parts for number in same]
+        common = next((i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1), len(parts[0]))
+        for number, path in zip(same, parts, strict=True):
+            renamed[number] = msgspec.structs.replace(
+                tasks[number], name=Path(*path[common:]).as_posix() if common < len(path) else name
+            )
+    return renamed
+
 
 BUILT_IN_TASKS = (
     "emoji:unseen-style",
@@ -40,7 +121,7 @@ def load_task(name: Typed, *, image_key: str = "filepath", caption_key: str = "t
     Args:
         image_key, caption_key: the columns of a table, as for `data.load.load_pairs`.
 
-    Metadata files that may accompany the images are described by `data.clip_benchmark.DataSet`.
+    Metadata files that may accompany the images are described by `data.tasks.DataSet`.
     """
     if not name:
         raise InputError("The name of a task is empty.", hint="check the variable it came from; . is this folder")
@@ -80,3 +161,270 @@ def _from_table(pairs: TablePairs, name: str) -> RetrievalTask:
         captions=tuple(caption for caption, _ in captions),
         caption_images=tuple(index for _, index in captions),
     )
+
+
+CLASS_NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
+SHARD_COUNT = "nshards.txt"
+SPLITS = ("test", "val", "validation")  # in order of preference
+_OTHER_SPLITS = ("train", "training", "valid", "dev")  # that are never chosen, and may be classes, too
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set folder: `root` holds its metadata and `split` its images; they may be the same folder."""
+
+    root: Path
+    split: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's name without CLIP_benchmark's prefixes, as shown in reports."""
+        return self.root.resolve().name.removeprefix("wds_").removeprefix("vtab-")
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the images of the split are in tars."""
+        if not _is_sharded(self.split):
+            return False
+        if not (self.split / SHARD_COUNT).is_file():
+            for folder in filter(_has_images, _subfolders(self.split)):
+                raise InputError(
+                    f"{self.split} has shards, such as {_tars(self.split)[0].name}, and subfolders of images, such as "
+                    f"{folder.name}.",
+                    hint="move the ones that are not meant, such as the archive of the others, to another folder",
+                )
+        return True
+
+    def labels(self) -> list[str]:
+        """Return the class names; empty if there is no classnames.txt."""
+        return self._lines(CLASS_NAMES)
+
+    def templates(self) -> Templates:
+        """Return the data set's own templates, or else CLIP's for ImageNet."""
+        own = self._lines(TEMPLATES)
+        return Templates(tuple(own), "the data set's") if own else imagenet_templates()
+
+    def kind(self) -> str:
+        """Return the data set's type (`classification`, `retrieval`, …), or an empty string if it is not stated."""
+        lines = self._lines(TYPE)
+        return lines[0].lower() if lines else ""
+
+    def metadata_path(self, name: str) -> Path:
+        """Return the path of a metadata file, at the root or beside the images; it may not exist."""
+        beside = self.split / name
+        return beside if beside.is_file() and not (self.root / name).is_file() else self.root / name
+
+    def _lines(self, name: str) -> list[str]:
+        path = self.metadata_path(name)
+        if not path.is_file():
+            return []
+        # Line numbers are class numbers: skipping an empty line in the middle would shift the classes.
+        lines = [line.strip() for line in text_lines(read_text_limited(path).strip())]
+        if "" in lines:
+            raise InputError(f"{path}, line {lines.index('') + 1}, is empty.")
+        return lines
+
+
+def find_data_set(folder: Path) -> DataSet:
+    """Return the data set in a folder, which may be its root or one of its splits."""
+    for name in SPLITS:
+        # A class may be called `test` too: a split contains folders or shards, a class contains images.
+        split = folder / name
+        if split.is_dir() and (_is_sharded(split) or _subfolders(split)):
+            return DataSet(folder, split)
+    parent = folder.resolve().parent
+    if folder.resolve().name in SPLITS and any((parent / name).is_file() for name in (CLASS_NAMES, TEMPLATES, TYPE)):
+        return DataSet(parent, folder)
+    return DataSet(folder, folder)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir() and not is_ignored(path.name)]
+
+
+def _is_sharded(folder: Path) -> bool:
+    return (folder / SHARD_COUNT).is_file() or bool(_tars(folder))
+
+
+def _tars(folder: Path) -> list[Path]:
+    return sorted_paths(path for path in folder.glob("*.tar") if not is_ignored(path.name))
+
+
+def _has_images(folder: Path) -> bool:
+    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
+
+
+_WORDNET_ID = re.compile(r"n\d{8}")
+
+
+def image_folder_task(data_set: DataSet) -> ZeroShotTask:
+    """Return the zero-shot task of a data set with one subfolder of images per class, CLASS/…/image.jpg."""
+    if lost := sorted(path for path in data_set.split.iterdir() if leads_nowhere(path) and not is_ignored(path.name)):
+        raise dead_link_error(lost[0])  # without a word, the task would have a class less
+    classes = _sort_classes(_subfolders(data_set.split))
+    own_labels = [path.name.replace("_", " ") for path in classes]
+    labels = _class_names(data_set, classes) or own_labels
+    if not data_set.labels():
+        _require_classes(data_set, classes)
+    if classes and labels == [path.name for path in classes] and all(map(_WORDNET_ID.fullmatch, labels)):
+        raise InputError(
+            f"The subfolders of {data_set.split} are named by WordNet ids, such as {labels[0]}, which mean nothing to "
+            f"a text tower.",
+            hint=f"write the class names to {data_set.root / CLASS_NAMES}, one per line, in the order of the ids",
+        )
+    samples = [(path, target) for target, subfolder in enumerate(classes) for path in list_images(subfolder)]
+    if not samples:
+        raise InputError(
+            f"{data_set.split} has no images in subfolders; expected CLASS/image.jpg.",
+            hint="put the images of each class into a subfolder with the name of the class",
+        )
+    templates = data_set.templates()
+    return ZeroShotTask(
+        name=data_set.name,
+        images=tuple(path for path, _ in samples),
+        targets=tuple(target for _, target in samples),
+        labels=tuple(labels),
+        templates=templates.prompts,
+        templates_from=templates.origin,
+        folders=() if labels == own_labels else tuple(path.name for path in classes),
+    )
+
+
+def _class_names(data_set: DataSet, classes: list[Path]) -> list[str]:
+    """Return the lines of classnames.txt, or, if there are tabs in them, the names behind its subfolders."""
+    lines, path = data_set.labels(), data_set.metadata_path(CLASS_NAMES)
+    if lines and len(lines) != len(classes):
+        raise InputError(
+            f"{path} has {len(lines)} names for {len(classes)} subfolders.",
+            hint="write one line for each: the name of the subfolder, a tab, and the name of the class",
+        )
+    if not any("\t" in line for line in lines):
+        return lines
+    names, folders = dict[str, str](), {folder.name for folder in classes}
+    for number, line in enumerate(lines, start=1):
+        typed, _, name = (part.strip() for part in line.partition("\t"))
+        spellings = [typed, *(other for other, _ in other_spellings(typed))]
+        folder = next((spelling for spelling in spellings if spelling in folders), typed)
+        if folder not in folders or folder in names or not name:
+            raise InputError(
+                f"{path}, line {number}, is {quoted(line)}; expected the name of another subfolder of "
+                f"{data_set.split}, a tab, and the name of the class.{near_matches(folder, folders - names.keys())}"
+            )
+        names[folder] = name
+    return [names[folder.name] for folder in classes]
+
+
+def _require_classes(data_set: DataSet, subfolders: list[Path]) -> None:
+    """Refuse subfolders that hold the folders of the classes, in which every image would be of the wrong class."""
+    above = [path for path in subfolders if _subfolders(path)]
+    if splits := [path for path in above if path.name.lower() in _OTHER_SPLITS]:
+        raise InputError(
+            f"{data_set.split} has the subfolder {splits[0].name}, which looks like a split and not like a class.",
+            hint=f"name the folder of the classes: {splits[0]}",
+        )
+    if len(subfolders) == 1 and above and not _has_images(above[0]):
+        raise InputError(
+            f"{data_set.split} has a single class, {above[0].name}, whose images are in subfolders.",
+            hint=f"name the folder of the classes: {above[0]}",
+        )
+
+
+def _sort_classes(classes: list[Path]) -> list[Path]:
+    """Sort by name, or by number if all names are numbers: the class folders of ImageNet-V2 are 0 to 999."""
+    if all(path.name.isdecimal() for path in classes):
+        return sorted(classes, key=lambda path: int(path.name))
+    return sorted_paths(classes)
+
+
+def shard_task(data_set: DataSet) -> Task:
+    """Return the task of a data set in shards. No sample is skipped: that would change the evaluation."""
+    shards = [open_shard(path) for path in _shard_paths(data_set)]
+    kind = data_set.kind() or ("classification" if any(shard.has("class").any() for shard in shards) else "retrieval")
+    if kind == "retrieval":
+        return retrieval_from_shards(data_set.name, shards)
+    if kind != "classification":
+        raise InputError(
+            f"{data_set.root} has the type {kind!r}; only classification and retrieval data sets can be evaluated."
+        )
+    return _zero_shot_from_shards(data_set, shards)
+
+
+def retrieval_from_shards(name: str, shards: Sequence[Shard]) -> RetrievalTask:
+    """Return the retrieval task of shards with all captions in each .txt, one per line, or else in each .json."""
+    images: list[TarMember] = []
+    captions: list[str] = []
+    caption_images: list[int] = []
+    for image, member in _samples(shards, "text", "json"):
+        texts = _captions(member)
+        captions += texts
+        caption_images += [len(images)] * len(texts)
+        images.append(image)
+    return RetrievalTask(
+        name=name, images=tuple(images), captions=tuple(captions), caption_images=tuple(caption_images)
+    )
+
+
+def _captions(member: TarMember) -> Sequence[str]:
+    """Return the lines of a .txt, or what the .json has at the key that training reads where there is no .txt."""
+    if member.name.endswith(".json"):
+        return json_captions(member, JSON_KEY, hint=_CAPTION_HINT)
+    lines = [line.strip() for line in text_lines(read_text(member)) if line.strip()]
+    if not lines:
+        raise InputError(f"{member} has no caption.")
+    return lines
+
+
+_CAPTION_HINT = f"write captions into a .txt of each sample, one per line, or into its .json at the key {JSON_KEY!r}"
+
+
+def _zero_shot_from_shards(data_set: DataSet, shards: Sequence[Shard]) -> ZeroShotTask:
+    labels = data_set.labels()
+    if not labels:
+        raise InputError(f"{data_set.root} has no {CLASS_NAMES}, which names the classes.")
+    images: list[TarMember] = []
+    targets: list[int] = []
+    for image, member in _samples(shards, "class"):
+        target = read_text(member).strip()
+        if not is_natural(target) or int(target) >= len(labels):
+            raise InputError(
+                f"{member} contains {target!r}; expected a number below {len(labels)}, the number of classes."
+            )
+        images.append(image)
+        targets.append(int(target))
+    templates = data_set.templates()
+    return ZeroShotTask(
+        name=data_set.name,
+        images=tuple(images),
+        targets=tuple(targets),
+        labels=tuple(labels),
+        templates=templates.prompts,
+        templates_from=templates.origin,
+    )
+
+
+def _shard_paths(data_set: DataSet) -> list[Path]:
+    """Return the paths of the shards: as many as nshards.txt states, or else all tars, sorted by name."""
+    count_file = data_set.split / SHARD_COUNT
+    if not count_file.is_file():
+        return _tars(data_set.split)
+    count = read_text_limited(count_file).strip()
+    if not is_natural(count) or not 1 <= int(count) <= MAX_SHARDS:
+        raise InputError(f"{count_file} contains {count!r}; expected the number of shards.")
+    return [data_set.split / f"{number}.tar" for number in range(int(count))]
+
+
+def _samples(shards: Sequence[Shard], *kinds: Kind) -> list[tuple[TarMember, TarMember]]:
+    """Return the image of every sample, and its class or text: of these kinds of files, the first that it has."""
+    samples: list[tuple[TarMember, TarMember]] = []
+    for shard in shards:
+        if shard.damage:
+            raise InputError(f"{shard.path}: {shard.damage}.", hint="copy the shard again")
+        for index in range(len(shard)):
+            image = shard.member(index, "image")
+            other = next((member for kind in kinds if (member := shard.member(index, kind)) is not None), None)
+            if image is None or other is None:
+                missing = "image" if image is None else kinds[0]
+                hint = _CAPTION_HINT if missing == "text" else ""
+                raise InputError(f"{shard.path}: {shard.name(index)} has no {missing}.", hint=hint)
+            samples.append((image, other))
+    return samples

@@ -16,7 +16,7 @@ from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Role, Suite, SuiteRow
 from clip_rd_edge.bundle.encoder import Description, Embeddings, normalise
 from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
-from clip_rd_edge.bundle.task import RetrievalTask, ZeroShotTask
+from clip_rd_edge.data.tasks import RetrievalTask, ZeroShotTask
 
 COLOURS = {
     "red": (255, 0, 0),

@@ -17,9 +17,8 @@ from clip_rd_edge.benchmarking.metrics import Recall, RetrievalScore
 from clip_rd_edge.benchmarking.results import this_environment
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite
-from clip_rd_edge.bundle.task import RetrievalTask
 from clip_rd_edge.data.shards.tars import TarMember
-from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.data.tasks import RetrievalTask, load_task
 
 Open = Callable[[str], Any]
 

@@ -19,8 +19,7 @@ from clip_rd_edge.benchmarking.accuracy import retrieval, zero_shot
 from clip_rd_edge.bundle.encoder import Description, Embeddings
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
-from clip_rd_edge.bundle.task import RetrievalTask, Task, ZeroShotTask
-from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask, load_task
 
 PREPROCESSING = Preprocessing(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
 WIDTH = 6

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow, find_suite, parse_models, read_suite
-from clip_rd_edge.bundle.task import ZeroShotTask
+from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.errors import ConfigError, InputError
 
 GOOD = """

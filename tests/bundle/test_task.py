@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from clip_rd_edge.bundle.task import RetrievalTask, ZeroShotTask, with_distinct_names
+from clip_rd_edge.data.tasks import RetrievalTask, ZeroShotTask, with_distinct_names
 
 
 def names(*tasks: tuple[str, str]) -> list[str]:

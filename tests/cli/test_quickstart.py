@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from clip_rd_edge.bundle.task import ZeroShotTask
 from clip_rd_edge.cli import distill, quickstart
+from clip_rd_edge.data.tasks import ZeroShotTask
 
 ROOT = Path(__file__).parents[2]
 

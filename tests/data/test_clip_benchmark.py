@@ -12,8 +12,7 @@ import pytest
 from clip_rd_edge.bundle.image_files import find_images, list_images
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.labels import imagenet_templates
-from clip_rd_edge.bundle.task import RetrievalTask, ZeroShotTask
-from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.data.tasks import RetrievalTask, ZeroShotTask, load_task
 from clip_rd_edge.errors import InputError
 
 Factory = Callable[..., Any]

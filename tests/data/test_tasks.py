@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clip_rd_edge.bundle.task import RetrievalTask, ZeroShotTask
-from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.data.tasks import RetrievalTask, ZeroShotTask, load_task
 from clip_rd_edge.errors import InputError
 
 

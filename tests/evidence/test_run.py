@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 from support import Watch
 
 from clip_rd_edge.benchmarking.accuracy import zero_shot
-from clip_rd_edge.bundle.task import RetrievalTask
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.samples import fingerprint
-from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.data.tasks import RetrievalTask, load_task
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.embed import STORE_STAGE
 from clip_rd_edge.distillation.inputs import RunInputs, record_inputs

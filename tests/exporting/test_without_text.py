@@ -21,7 +21,7 @@ from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.bundle.reference import read_reference, write_reference
-from clip_rd_edge.bundle.task import ZeroShotTask
+from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.training import unpaired
 from benchmarks.training.quickstart_students import TASKS
-from clip_rd_edge.bundle.task import ZeroShotTask
 from clip_rd_edge.data.tables.load import TablePairs
+from clip_rd_edge.data.tasks import ZeroShotTask
 
 
 def read(path: Path) -> list[list[str]]:

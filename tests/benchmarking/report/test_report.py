@@ -28,7 +28,7 @@ from clip_rd_edge.benchmarking.report.text import (
 from clip_rd_edge.benchmarking.results import MissingTask, Results, RowResult, SkippedRow, read_results
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite
-from clip_rd_edge.bundle.task import RetrievalTask
+from clip_rd_edge.data.tasks import RetrievalTask
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import shipped_path
 from clip_rd_edge.utils.text import each_text

@@ -25,8 +25,7 @@ from clip_rd_edge.benchmarking.accuracy import retrieval
 from clip_rd_edge.bundle.encoder import normalise, top_indices
 from clip_rd_edge.bundle.image_files import list_images
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
-from clip_rd_edge.bundle.task import RetrievalTask
-from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.data.tasks import RetrievalTask, load_task
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InputError, NotFiniteError, UsageError
 from clip_rd_edge.installation import upgrade_hint
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
