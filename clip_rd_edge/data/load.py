@@ -58,7 +58,7 @@ def load_pairs(
             the table's folder.
         image_key, caption_key: names of the table's two columns.
         weights: how often each shard source is shown per epoch, such as `1::2`; None means once.
-        json_key, reporter: see `data.shards.webdataset.ShardPairs`.
+        json_key, reporter: see `data.webdataset.ShardPairs`.
     """
     if weights and not names_shards(source):
         raise UsageError(f"The weights {weights!r} apply only to shards, but the data are {shown_source(source)}.")
@@ -67,7 +67,7 @@ def load_pairs(
 
         pairs: Pairs = training_pairs()
     elif names_shards(source):
-        from clip_rd_edge.data.shards.webdataset import ShardPairs, parse_sources
+        from clip_rd_edge.data.webdataset import ShardPairs, parse_sources
 
         pairs = ShardPairs(source, parse_sources(source, weights), json_key=json_key, reporter=reporter)
     else:

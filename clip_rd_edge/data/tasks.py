@@ -15,8 +15,8 @@ from clip_rd_edge.bundle.labels import Templates, imagenet_templates
 from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.shards.tar_samples import Kind
 from clip_rd_edge.data.shards.tars import Shard, TarMember, current_versions, open_shard
-from clip_rd_edge.data.shards.webdataset import JSON_KEY, MAX_SHARDS, json_captions, parse_sources, read_text
 from clip_rd_edge.data.tables.load import TablePairs, read_table
+from clip_rd_edge.data.webdataset import JSON_KEY, MAX_SHARDS, json_captions, parse_sources, read_text
 from clip_rd_edge.errors import InputError, near_matches, quoted
 from clip_rd_edge.utils.files import read_text_limited, text_lines
 from clip_rd_edge.utils.paths import Typed, is_file, is_folder, near_files, other_spellings, sorted_paths

@@ -19,7 +19,7 @@ from clip_rd_edge.bundle.tokenizer import MAX_CONTEXT
 from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.data.remote import is_remote
-from clip_rd_edge.data.shards.webdataset import SEPARATOR
+from clip_rd_edge.data.webdataset import SEPARATOR
 from clip_rd_edge.errors import ConfigError, UsageError, near_matches, quoted
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights

@@ -33,7 +33,7 @@ from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.reinforced import OPERATIONS, Augmentation, ReinforcedPairs, StoredTeachers, read_stored_teachers
-from clip_rd_edge.data.shards.webdataset import parse_sources
+from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.distillation.config import RunConfig, resolve
 from clip_rd_edge.distillation.reinforced import ReinforcedDataset, augment, read_sample
 from clip_rd_edge.distillation.run import run_distillation

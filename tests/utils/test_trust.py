@@ -63,7 +63,7 @@ PROGRAM = """from pathlib import Path
 from clip_rd_edge.benchmarking.suite import Suite
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.remote import RemoteShard
-from clip_rd_edge.data.shards.webdataset import parse_sources
+from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.data.mixed import TrainingData
 from clip_rd_edge.distillation.config import RecordedConfig

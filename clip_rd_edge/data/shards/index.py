@@ -159,7 +159,7 @@ def index_shards(
     Shards are scanned by several processes, and each one's result is cached: an interrupted call goes on where it was.
 
     Args:
-        json_key, captioned: as for `data.shards.webdataset.ShardPairs`.
+        json_key, captioned: as for `data.webdataset.ShardPairs`.
         reinforced: whether a sample also needs augmentations and embeddings; see `data.reinforced`.
         reporter: receives the number of indexed shards.
     """

@@ -17,7 +17,7 @@ import pytest
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.samples import BadSamples
 from clip_rd_edge.data.shards import tars
-from clip_rd_edge.data.shards.webdataset import expand_braces, json_captions
+from clip_rd_edge.data.webdataset import expand_braces, json_captions
 from clip_rd_edge.errors import InputError, UnreachableError, UsageError
 
 Factory = Callable[..., Any]
