@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
-from clip_rd_edge.data.shards.tar_scan import TarScan
 from clip_rd_edge.data.store_errors import http_status, is_web, reason_of, refusal
+from clip_rd_edge.data.tar import TarScan
 from clip_rd_edge.errors import InputError, MissingExtraError, UnreachableError
 from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.paths import URL, Typed

@@ -26,8 +26,8 @@ import numpy.typing as npt
 
 from clip_rd_edge.data.index_files import INDEX, Messages, damage, kept_index, ordered_map
 from clip_rd_edge.data.remote import ShardFile, shard_identity
-from clip_rd_edge.data.shards.tar_scan import read_at
 from clip_rd_edge.data.shards.tars import current_versions, open_shard
+from clip_rd_edge.data.tar import read_at
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json

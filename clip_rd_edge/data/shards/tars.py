@@ -23,8 +23,7 @@ import numpy.typing as npt
 
 from clip_rd_edge.data.remote import RemoteShard, ShardFile, Version, shard_identity, versions
 from clip_rd_edge.data.shards.cache import open_file
-from clip_rd_edge.data.shards.tar_samples import COLUMNS, REINFORCED_COLUMNS, Kind, SampleGroups
-from clip_rd_edge.data.shards.tar_scan import TarScan, member_name, read_at
+from clip_rd_edge.data.tar import COLUMNS, REINFORCED_COLUMNS, Kind, SampleGroups, TarScan, member_name, read_at
 from clip_rd_edge.errors import InputError, UnreachableError
 from clip_rd_edge.utils.arrays import HEADERS, npz_bytes
 from clip_rd_edge.utils.files import machine_failure, write_bytes

@@ -23,9 +23,9 @@ from PIL import Image
 
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.data.index_files import INDEX, Messages, damage, kept_index, ordered_map
-from clip_rd_edge.data.shards.tar_scan import read_at
 from clip_rd_edge.data.tables.blocks import Table, read_blocks
 from clip_rd_edge.data.tables.packed import GROUP_ROWS, ROW, Pair, unpack
+from clip_rd_edge.data.tar import read_at
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from clip_rd_edge.data.shards import tar_samples
-from clip_rd_edge.data.shards.tar_samples import COLUMNS, SampleGroups
-from clip_rd_edge.data.shards.tar_scan import TarFiles
+from clip_rd_edge.data import tar as tar_samples
+from clip_rd_edge.data.tar import COLUMNS, SampleGroups, TarFiles
 
 Location = tuple[int, int]
 USUAL = ("jpg", "JPG", "jpeg", "png", "webp", "txt", "Txt", "json", "cls")

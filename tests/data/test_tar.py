@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_rd_edge.data.shards import tar_scan
-from clip_rd_edge.data.shards.tar_scan import UNREADABLE, TarFile, TarScan
+from clip_rd_edge.data import tar as tar_scan
+from clip_rd_edge.data.tar import UNREADABLE, TarFile, TarScan
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "GNU": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
