@@ -1,32 +1,132 @@
-"""Shards in object stores, on web servers and behind shell commands: their versions, and how they are fetched.
-
-`s3://`, `gs://`, `https://`, `hf://` and whatever else fsspec reads, and `pipe:COMMAND` as in open_clip. A shard is
-fetched whole and in parts, each tried again when it fails, into a file that `data.shards.cache` keeps.
-"""
+"""What went wrong with a request to a store of shards, in words: each library raises errors of its own."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import json
 import math
 import os
 import queue
+import re
+import ssl
 import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
-from clip_rd_edge.data.store_errors import http_status, is_web, reason_of, refusal
 from clip_rd_edge.data.tar import TarScan
-from clip_rd_edge.errors import InputError, MissingExtraError, UnreachableError
-from clip_rd_edge.utils.files import disk_full_error
-from clip_rd_edge.utils.paths import URL, Typed
-from clip_rd_edge.utils.text import shown_source
+from clip_rd_edge.errors import ConfigError, InputError, MissingExtraError, UnreachableError, UsageError, causes
+from clip_rd_edge.utils.files import disk_full_error, now_in
+from clip_rd_edge.utils.outputs import exclusive_writer
+from clip_rd_edge.utils.paths import URL, Typed, cache_home
+from clip_rd_edge.utils.text import shown_message, shown_source
+
+_CREDENTIALS_HINT = (
+    "check the credentials that its store expects, such as AWS_PROFILE for s3:// or HF_TOKEN for hf://, and renew them "
+    "if they have expired"
+)
+# botocore's errors about a profile, or a login, that is not there; those about credentials say so in their names.
+_CREDENTIALS_ERRORS = ("ProfileNotFound", "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError")
+# Further ones about settings, beside ValueErrors.
+_SETTINGS_ERRORS = ("ParamValidationError", "InvalidConfigError", "ConfigParseError", "ConfigNotFound", "NoRegionError")
+_ERRNO = re.compile(r"^\[Errno \d+\] ")
+
+
+def refusal(url: str, error: BaseException) -> InputError | None:
+    """Return the error for what no later try would change, if this is such an answer."""
+    status, reason, shard = http_status(error), reason_of(error, url), shown_source(url)
+    names = {type(cause).__name__ for cause in causes(error)}
+    # fsspec raises FileNotFoundError also for servers that cannot be reached; the cause is the difference.
+    if status == 404 or (isinstance(error, FileNotFoundError) and error.__cause__ is None):
+        return InputError(f"The shard {shard} does not exist{f': {reason}' if 'bucket' in reason else ''}.")
+    if any("Credential" in name for name in names) or names.intersection(_CREDENTIALS_ERRORS):
+        return InputError(f"The shard {shard} may not be read: {reason}.", hint=_CREDENTIALS_HINT)
+    if status in (401, 403) or isinstance(error, PermissionError):
+        hint = _CREDENTIALS_HINT
+        if "request time" in reason:  # such as "The difference between the request time and the current time …"
+            hint = "set this machine's clock, with which requests are signed"
+        elif is_web(url) and "?" in url:
+            hint = "its signature may have expired: name the shards by new URLs, which {resume} takes, too"
+        return InputError(f"The shard {shard} may not be read: {reason}.", hint=hint)
+    if status in (301, 400) and (region := _bucket_region(error)):
+        return InputError(
+            f"The bucket of the shard {shard} is in the region {region}, but was looked for in another one.",
+            hint=f"set the region: AWS_DEFAULT_REGION={region}",
+        )
+    if status == 400 and not is_web(url):  # so S3 answers to a token that has expired
+        return InputError(f"The shard {shard} may not be read: {reason}.", hint=_CREDENTIALS_HINT)
+    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes(error)):
+        why = next(filter(None, (getattr(cause, "verify_message", "") for cause in causes(error))), reason)
+        return InputError(
+            f"The shard {shard} could not be fetched: its server's certificate is refused: {why}.",
+            hint="check this machine's clock, or name a file with your network's certificates: SSL_CERT_FILE, for "
+            "s3:// AWS_CA_BUNDLE",
+        )
+    if names.intersection(_SETTINGS_ERRORS) or any(map(_is_invalid_value, (error, error.__cause__))):
+        return InputError(
+            f"The shard {shard} could not be fetched: {reason}.",
+            hint="check its address, and the settings of its store, such as AWS_ENDPOINT_URL for s3://",
+        )
+    return None
+
+
+def is_web(url: str) -> bool:
+    """Return whether a URL is that of a web server, and not of a store with a protocol of its own."""
+    return url.startswith(("http://", "https://"))
+
+
+def _is_invalid_value(error: BaseException | None) -> bool:
+    """Return whether an error is about an address or a setting, and not about an answer that is no JSON, or no text."""
+    return isinstance(error, ValueError) and not isinstance(error, (json.JSONDecodeError, UnicodeError))
+
+
+def _bucket_region(error: BaseException) -> str | None:
+    """Return the region that an S3 store names in its answer to a request in another one."""
+    for cause in causes(error):
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            region: str | None = response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
+            return region
+    return None
+
+
+def http_status(error: BaseException) -> int | None:
+    """Return the HTTP status behind an error of aiohttp, botocore, huggingface_hub or gcsfs, if there is one."""
+    for cause in causes(error):
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
+        for status in (getattr(cause, "status", None), getattr(response, "status_code", None), _gcs_status(cause)):
+            if isinstance(status, int):
+                return status
+    return None
+
+
+def _gcs_status(error: BaseException) -> int | None:
+    if type(error).__name__ == "HttpError":
+        return getattr(error, "code", None)
+    # gcsfs says no more of a refusal than that.
+    return 403 if type(error) is OSError and str(error).startswith("Forbidden: ") else None
+
+
+def reason_of(error: BaseException, url: str = "") -> str:
+    """Return the first line that an error says, or one of its causes, if it says nothing but the shard's URL.
+
+    So do fsspec's errors on servers that cannot be reached; its time-outs say nothing at all.
+    """
+    texts = (_ERRNO.sub("", str(cause).strip()) for cause in causes(error))
+    text = next((text for text in texts if text not in ("", url)), type(error).__name__)
+    first, *others = text.splitlines()
+    return shown_message(f"{first} {others[0].strip()}" if first.endswith(":") and others else first).rstrip(".")
+
 
 PIPE = "pipe:"
 _PART_BYTES = 8 << 20
@@ -345,3 +445,178 @@ def _forget_file_systems() -> None:
     """Let later calls connect anew, with the credentials and the region that are set then."""
     for kind in {type(file_system) for file_system in tuple(_kept)}:
         kind.clear_instance_cache()
+
+
+LIMIT_VARIABLE = "CLIP_RD_EDGE_SHARD_CACHE_GB"
+_DEFAULT_GB = 100.0
+_PREFETCHING_THREADS = 4
+_ABANDONED_S = 24 * 3600
+_OPENING_TRIES = 10
+
+
+def open_file(shard: ShardFile) -> int:
+    """Open a shard for reading, after fetching it where it is remote; return the file descriptor."""
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+    if isinstance(shard, Path):
+        return os.open(shard, flags)
+    for _ in range(_OPENING_TRIES):
+        with contextlib.suppress(FileNotFoundError):  # another process has just made room in the cache
+            return os.open(local_path(shard), flags)
+    raise UnreachableError(
+        f"The shard {shard} was removed from the cache {_cached(shard).parent} {_OPENING_TRIES} times before it could "
+        "be opened.",
+        hint=f"name a folder of this machine with CLIP_RD_EDGE_CACHE, or raise {LIMIT_VARIABLE}",
+    )
+
+
+def local_path(shard: ShardFile) -> Path:
+    """Return the path of a shard on this machine; a remote one is fetched unless it is in the cache.
+
+    Several processes that need the same shard fetch it once.
+    """
+    if isinstance(shard, Path):
+        return shard
+    try:
+        return _cached_path(shard)
+    except FileNotFoundError:  # another process has made room
+        raise
+    except (OSError, UsageError) as error:
+        if isinstance(error, UsageError) and not disk_full_error(error):
+            raise
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        raise UnreachableError(
+            f"The shard {shard} could not be kept in the cache {_cached(shard).parent}: "
+            f"{getattr(cause, 'strerror', None) or cause}.",
+            hint=f"free some space there, name another folder with CLIP_RD_EDGE_CACHE, or lower {LIMIT_VARIABLE}",
+        ) from error
+
+
+def _cached_path(shard: RemoteShard) -> Path:
+    path, size = _cached(shard), version(shard).size
+    if not _touch(path, size):
+        with exclusive_writer(path.with_suffix(".lock.d"), on_wait=lambda message: None):
+            if not _touch(path, size):
+                part = _reserve(path, size)
+                fetch(shard, part)
+                with part.open("rb" if os.name == "posix" else "rb+") as file:
+                    os.fsync(file.fileno())  # after a power failure, no part passes for a shard
+                part.replace(path)
+                _make_room(path.parent, keep=path)  # for shards whose size was not known
+    return path
+
+
+def cache_limit() -> int:
+    """Return how many bytes the cache may hold; raises ConfigError if the environment variable is no such number."""
+    text = os.environ.get(LIMIT_VARIABLE, "")
+    try:
+        gigabytes = float(text) if text else _DEFAULT_GB
+        if not 0 < gigabytes < float("inf"):
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"{LIMIT_VARIABLE} is {text!r}; expected a positive number of gigabytes.") from None
+    return int(gigabytes * 1e9)
+
+
+def _cached(shard: RemoteShard) -> Path:
+    key = hashlib.sha256(shard_identity(shard).encode()).hexdigest()[:32]
+    return cache_home() / "remote-shards" / f"{key}.tar"
+
+
+def _touch(path: Path, size: int) -> bool:
+    """Mark a cached shard as used now; return whether it is there, and all of it."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    try:
+        return size in (-1, path.stat().st_size)
+    except OSError:
+        return False
+
+
+def _reserve(path: Path, size: int) -> Path:
+    """Make room for a shard; return the file to fetch it into, whose name keeps the room from others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{max(size, 0)}.part")
+    part.touch()
+    _make_room(path.parent, keep=part)
+    return part
+
+
+def _make_room(folder: Path, *, keep: Path) -> None:
+    """Remove the shards used least recently until the rest fits.
+
+    An open one stays readable until it is closed. On Windows it cannot be removed: that is left to the next time.
+    """
+    with exclusive_writer(folder / "making-room.lock.d", on_wait=lambda message: None):
+        room = cache_limit()
+        files, now = list(_files(folder)), now_in(folder)
+        for used, size, path in files:
+            if path.suffix == ".part":
+                if path != keep and used < now - _ABANDONED_S:
+                    with contextlib.suppress(PermissionError):
+                        path.unlink(missing_ok=True)
+                else:
+                    room -= size
+        shards = [file for file in files if file[2].suffix == ".tar"]
+        for _, size, path in sorted(shards, key=lambda file: (file[2] == keep, file[0]), reverse=True):
+            room -= size
+            if room < 0 and path != keep:
+                with contextlib.suppress(PermissionError):
+                    path.unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """Yield time of the last use, size in bytes when complete, and path of all shards and parts of shards."""
+    for path in folder.iterdir():
+        if path.suffix in (".tar", ".part"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                planned = int(path.stem.rpartition(".")[2]) if path.suffix == ".part" else 0
+                yield status.st_mtime, max(status.st_size, planned), path
+
+
+class _Prefetcher:
+    """Fetches shards in the background.
+
+    Its threads end with the process: those of an executor would first work off what is waiting, and a server that is
+    away would keep a process that has failed from ending for many minutes.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[RemoteShard] = deque()
+        self._has_work = threading.Condition()
+        for _ in range(_PREFETCHING_THREADS):
+            threading.Thread(target=self._work, name="shards", daemon=True).start()
+
+    def request(self, shards: Sequence[RemoteShard]) -> None:
+        """Fetch these shards in order, instead of those that still wait."""
+        with self._has_work:
+            self._waiting = deque(shards)
+            self._has_work.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._has_work:
+                while not self._waiting:
+                    self._has_work.wait()
+                shard = self._waiting.popleft()
+            # Whoever needs the shard meets the failure.
+            with contextlib.suppress(InputError, UnreachableError, OSError):
+                local_path(shard)
+
+
+_prefetcher: tuple[int, _Prefetcher] | None = None  # with the process that started its threads
+
+
+def prefetch(shards: Sequence[ShardFile]) -> None:
+    """Fetch remote shards in the background, in order, as many as fit into the cache together.
+
+    Failures are left to whoever needs the shard.
+    """
+    global _prefetcher
+    remote = [shard for shard in shards if isinstance(shard, RemoteShard)]
+    sizes = accumulate(version(shard).size for shard in remote)
+    remote = [shard for shard, size in zip(remote, sizes, strict=True) if size <= cache_limit()]
+    if remote:
+        if _prefetcher is None or _prefetcher[0] != os.getpid():
+            _prefetcher = (os.getpid(), _Prefetcher())
+        _prefetcher[1].request(remote)

@@ -20,8 +20,7 @@ from PIL import Image
 
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.data.order import SHUFFLE_WINDOW
-from clip_rd_edge.data.remote import RemoteShard, ShardFile, is_remote, version
-from clip_rd_edge.data.shards.cache import LIMIT_VARIABLE, cache_limit, prefetch
+from clip_rd_edge.data.remote import LIMIT_VARIABLE, RemoteShard, ShardFile, cache_limit, is_remote, prefetch, version
 from clip_rd_edge.data.shards.index import SampleLocation, ShardIndex, index_shards
 from clip_rd_edge.data.shards.tars import TarMember
 from clip_rd_edge.errors import InputError, UsageError, near_matches

@@ -21,8 +21,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.data.remote import RemoteShard, ShardFile, Version, shard_identity, versions
-from clip_rd_edge.data.shards.cache import open_file
+from clip_rd_edge.data.remote import RemoteShard, ShardFile, Version, open_file, shard_identity, versions
 from clip_rd_edge.data.tar import COLUMNS, REINFORCED_COLUMNS, Kind, SampleGroups, TarScan, member_name, read_at
 from clip_rd_edge.errors import InputError, UnreachableError
 from clip_rd_edge.utils.arrays import HEADERS, npz_bytes
