@@ -436,7 +436,7 @@ class IndexScenario:
 @contextmanager
 def _indexing_here(folder: Path) -> Iterator[None]:
     """Within the block, shards are indexed by this process, where operations fail, with their cache in the folder."""
-    from clip_rd_edge.data import index_files
+    from clip_rd_edge.data import shard_index as index_files
 
     with (
         patch.dict(os.environ, {"CLIP_RD_EDGE_CACHE": str(folder / "cache")}),

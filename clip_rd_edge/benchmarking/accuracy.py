@@ -33,7 +33,7 @@ from clip_rd_edge.bundle.encoder import (
     probabilities,
 )
 from clip_rd_edge.bundle.images import ImageFile, in_bounded_batches, open_image
-from clip_rd_edge.data.shards.tars import TarMember
+from clip_rd_edge.data.shard_index import TarMember
 from clip_rd_edge.data.tasks import CLASS_NAMES, RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import is_file

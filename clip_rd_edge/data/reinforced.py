@@ -24,8 +24,7 @@ from msgspec import Meta
 
 from clip_rd_edge.bundle.manifest import MAX_EMBEDDING_SIZE
 from clip_rd_edge.bundle.preprocess import MAX_EDGE
-from clip_rd_edge.data.shards.index import ShardIndex, index_shards
-from clip_rd_edge.data.shards.tars import TarMember
+from clip_rd_edge.data.shard_index import ShardIndex, TarMember, index_shards
 from clip_rd_edge.data.webdataset import ShardPairs, read_json_member
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.reporting import Reporter

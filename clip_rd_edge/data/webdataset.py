@@ -21,8 +21,7 @@ from PIL import Image
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.data.order import SHUFFLE_WINDOW
 from clip_rd_edge.data.remote import LIMIT_VARIABLE, RemoteShard, ShardFile, cache_limit, is_remote, prefetch, version
-from clip_rd_edge.data.shards.index import SampleLocation, ShardIndex, index_shards
-from clip_rd_edge.data.shards.tars import TarMember
+from clip_rd_edge.data.shard_index import SampleLocation, ShardIndex, TarMember, index_shards
 from clip_rd_edge.errors import InputError, UsageError, near_matches
 from clip_rd_edge.utils.paths import Typed, is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter

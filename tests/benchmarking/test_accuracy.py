@@ -29,7 +29,7 @@ from clip_rd_edge.benchmarking.metrics import RetrievalScore, ZeroShotScore
 from clip_rd_edge.bundle import images as contract_images
 from clip_rd_edge.bundle.encoder import normalise
 from clip_rd_edge.bundle.images import ImageFile, open_image
-from clip_rd_edge.data.shards.tars import open_shard
+from clip_rd_edge.data.shard_index import open_shard
 from clip_rd_edge.data.tasks import RetrievalTask, ZeroShotTask, load_task
 from clip_rd_edge.errors import InputError
 

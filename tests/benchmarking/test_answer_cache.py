@@ -17,7 +17,7 @@ from clip_rd_edge.benchmarking.metrics import Recall, RetrievalScore
 from clip_rd_edge.benchmarking.results import this_environment
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite
-from clip_rd_edge.data.shards.tars import TarMember
+from clip_rd_edge.data.shard_index import TarMember
 from clip_rd_edge.data.tasks import RetrievalTask, load_task
 
 Open = Callable[[str], Any]

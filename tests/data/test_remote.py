@@ -31,7 +31,7 @@ from clip_rd_edge.data import remote as shard_cache
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.mixed import TrainingData, load_samples
 from clip_rd_edge.data.samples import fingerprint
-from clip_rd_edge.data.shards.tars import close_tars
+from clip_rd_edge.data.shard_index import close_tars
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import InputError, UnreachableError
 from clip_rd_edge.runtime.label_list import read_texts

@@ -28,7 +28,7 @@ def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if request.param != "in memory":
         monkeypatch.setattr(load, "INDEXED_ROWS", -1)
         monkeypatch.setattr(text, "_BLOCK_BYTES", 1)
-        monkeypatch.setattr("clip_rd_edge.data.index_files.usable_cores", lambda: 1)
+        monkeypatch.setattr("clip_rd_edge.data.shard_index.usable_cores", lambda: 1)
 
 
 def test_a_csv_in_open_clips_conventions(pairs_csv: Path) -> None:

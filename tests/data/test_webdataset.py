@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from clip_rd_edge.data import shard_index as tars
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.samples import BadSamples
-from clip_rd_edge.data.shards import tars
 from clip_rd_edge.data.webdataset import expand_braces, json_captions
 from clip_rd_edge.errors import InputError, UnreachableError, UsageError
 

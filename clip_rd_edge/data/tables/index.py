@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from clip_rd_edge.bundle.images import open_image
-from clip_rd_edge.data.index_files import INDEX, Messages, damage, kept_index, ordered_map
+from clip_rd_edge.data.shard_index import INDEX, Messages, damage, kept_index, ordered_map
 from clip_rd_edge.data.tables.blocks import Table, read_blocks
 from clip_rd_edge.data.tables.packed import GROUP_ROWS, ROW, Pair, unpack
 from clip_rd_edge.data.tar import read_at

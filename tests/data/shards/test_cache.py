@@ -17,11 +17,12 @@ import pytest
 from support import PATIENCE_S, Watch, contents, other_clock, wait_until
 
 from benchmarks.data.unreliable_server import UnreliableServer
-from clip_rd_edge.data import index_files, remote
+from clip_rd_edge.data import remote
 from clip_rd_edge.data import remote as shard_cache
+from clip_rd_edge.data import shard_index as index_files
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.remote import RemoteShard
-from clip_rd_edge.data.shards.tars import close_tars
+from clip_rd_edge.data.shard_index import close_tars
 from clip_rd_edge.errors import ConfigError, UnreachableError
 
 pytest.importorskip("aiohttp")
@@ -212,7 +213,8 @@ def test_no_more_is_prefetched_than_fits(
 def test_what_waits_to_be_prefetched_does_not_keep_a_process_from_ending(server: UnreliableServer) -> None:
     code = f"""
 import time
-from clip_rd_edge.data import index_files, remote
+from clip_rd_edge.data import remote
+from clip_rd_edge.data import shard_index as index_files
 from clip_rd_edge.data import remote as shard_cache
 shards = [remote.RemoteShard("{server.url}/%03d.tar" % i) for i in range(4)]
 for shard in shards:

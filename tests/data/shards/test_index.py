@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from clip_rd_edge.data import index_files
+from clip_rd_edge.data import shard_index
+from clip_rd_edge.data import shard_index as index_files
 from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.shards import index as shard_index
-from clip_rd_edge.data.shards.index import INDEXING_STAGE, index_shards
-from clip_rd_edge.data.shards.tars import close_tars
+from clip_rd_edge.data.shard_index import INDEXING_STAGE, close_tars, index_shards
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import cache_home
 from clip_rd_edge.utils.reporting import Reporter
@@ -77,7 +76,7 @@ def test_several_workers_give_the_same_index(
         pytest.skip("this system cannot fork")
     monkeypatch.setattr(index_files, "get_all_start_methods", lambda: methods)
     monkeypatch.setattr(shard_index, "_SERIAL_BYTES", 0)
-    monkeypatch.setattr("clip_rd_edge.data.index_files.usable_cores", lambda: 4)
+    monkeypatch.setattr("clip_rd_edge.data.shard_index.usable_cores", lambda: 4)
     assert contents(paths) == EXPECTED
 
 
@@ -105,7 +104,7 @@ def test_an_interrupted_indexing_goes_on_where_it_was(paths: list[Path], monkeyp
         index_shards(paths, json_key=None, reporter=Interrupt())
     scanned = []
     scan = shard_index.open_shard.__globals__["_index_tar"]
-    monkeypatch.setattr("clip_rd_edge.data.shards.tars._index_tar", lambda path: scanned.append(path) or scan(path))
+    monkeypatch.setattr("clip_rd_edge.data.shard_index._index_tar", lambda path: scanned.append(path) or scan(path))
     assert contents(paths) == EXPECTED
     assert scanned == paths[8:]
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from support import Watch, contents
 
-from clip_rd_edge.data import index_files
+from clip_rd_edge.data import shard_index as index_files
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.samples import BadSamples, fingerprint
 from clip_rd_edge.data.tables import load, parquet, text
@@ -34,7 +34,7 @@ CAPTIONS = ("a cat", 'a 5" nail', '"quoted", he said', "two\nlines", "three\n\nl
 @pytest.fixture(autouse=True)
 def _indexed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "INDEXED_ROWS", -1)
-    monkeypatch.setattr("clip_rd_edge.data.index_files.usable_cores", lambda: 2)
+    monkeypatch.setattr("clip_rd_edge.data.shard_index.usable_cores", lambda: 2)
 
 
 def in_memory(path: Path) -> TablePairs:

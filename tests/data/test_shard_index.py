@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from clip_rd_edge.data import index_files
-from clip_rd_edge.data.index_files import ordered_map
+from clip_rd_edge.data import shard_index as index_files
+from clip_rd_edge.data.shard_index import ordered_map
 
 
 def _work(seconds: float) -> float:
