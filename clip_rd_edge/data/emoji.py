@@ -23,7 +23,7 @@ from typing import Literal
 from PIL import Image
 
 from clip_rd_edge.bundle.images import to_rgb
-from clip_rd_edge.data.tables.load import TablePairs
+from clip_rd_edge.data.tables import TablePairs
 from clip_rd_edge.data.tasks import RetrievalTask, ZeroShotTask
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.outputs import new_folder

@@ -71,7 +71,7 @@ def load_pairs(
 
         pairs = ShardPairs(source, parse_sources(source, weights), json_key=json_key, reporter=reporter)
     else:
-        from clip_rd_edge.data.tables.load import table_pairs
+        from clip_rd_edge.data.tables import table_pairs
 
         require_local(source)
         pairs = table_pairs(Path(source), image_key=image_key, caption_key=caption_key, reporter=reporter)

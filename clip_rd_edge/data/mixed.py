@@ -19,8 +19,7 @@ from clip_rd_edge.bundle.labels import parse_templates
 from clip_rd_edge.bundle.manifest import MAX_TEMPLATES
 from clip_rd_edge.data.load import load_pairs, names_shards, require_local
 from clip_rd_edge.data.samples import Pairs, first_left_out
-from clip_rd_edge.data.tables.load import TablePairs, table_images
-from clip_rd_edge.data.tables.parquet import is_parquet, read_column
+from clip_rd_edge.data.tables import TablePairs, is_parquet, read_column, table_images
 from clip_rd_edge.data.webdataset import SEPARATOR, ShardPairs, parse_sources
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.paths import URL, Typed, exists, is_file, is_folder, why_no_file

@@ -87,7 +87,7 @@ def first_left_out(pairs: Pairs) -> str:
 
 def hint_to_index_again(pairs: Pairs) -> str:
     """Return what to do about images that came after a large table was indexed; empty for other data."""
-    from clip_rd_edge.data.tables.index import IndexedTable
+    from clip_rd_edge.data.tables import IndexedTable
 
     return f"; if images were added since, touch {pairs.name}" if isinstance(pairs, IndexedTable) else ""
 

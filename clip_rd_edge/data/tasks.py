@@ -14,7 +14,7 @@ from clip_rd_edge.bundle.images import ImageFile
 from clip_rd_edge.bundle.labels import Templates, imagenet_templates
 from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.shard_index import Shard, TarMember, current_versions, open_shard
-from clip_rd_edge.data.tables.load import TablePairs, read_table
+from clip_rd_edge.data.tables import TablePairs, read_table
 from clip_rd_edge.data.tar import Kind
 from clip_rd_edge.data.webdataset import JSON_KEY, MAX_SHARDS, json_captions, parse_sources, read_text
 from clip_rd_edge.errors import InputError, near_matches, quoted

@@ -28,7 +28,7 @@ from clip_rd_edge.bundle.tokenizer import TokenIds
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.mixed import pair_count
 from clip_rd_edge.data.samples import MAX_BAD_SHARE, BadSamples, Pairs
-from clip_rd_edge.data.tables.blocks import MissingColumnError
+from clip_rd_edge.data.tables import MissingColumnError
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.arrays import npz_bytes, read_npz
 from clip_rd_edge.utils.files import write_bytes

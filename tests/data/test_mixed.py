@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from clip_rd_edge.data import tables as load
+from clip_rd_edge.data import tables as text
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.mixed import (
     MixedSamples,
@@ -25,7 +27,6 @@ from clip_rd_edge.data.mixed import (
 )
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.samples import BadSamples, Pairs, fingerprint
-from clip_rd_edge.data.tables import load, text
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.label_list import read_texts
 

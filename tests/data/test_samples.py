@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.data import samples as pairs_module
+from clip_rd_edge.data import tables as load
+from clip_rd_edge.data import tables as text
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.mixed import load_images
 from clip_rd_edge.data.remote import is_remote
 from clip_rd_edge.data.samples import BadSamples, Pairs, fingerprint, read_twice, require_batch
-from clip_rd_edge.data.tables import load, text
 from clip_rd_edge.errors import InputError, UnreachableError, UsageError
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.runs import CALIBRATION_FILE
 from clip_rd_edge.bundle.tokenizer import TokenIds
-from clip_rd_edge.data.tables.load import TablePairs
+from clip_rd_edge.data.tables import TablePairs
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.exporting.calibration import calibration_set, choose_pairs, keep_pairs, kept_pairs
 from clip_rd_edge.utils.arrays import npz_bytes

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.training import unpaired
 from benchmarks.training.quickstart_students import TASKS
-from clip_rd_edge.data.tables.load import TablePairs
+from clip_rd_edge.data.tables import TablePairs
 from clip_rd_edge.data.tasks import ZeroShotTask
 
 
