@@ -9,11 +9,18 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 
+from clip_rd_edge.bundle.encoder import in_batches
+from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.utils.process import SharedBlock, quiet_logs
 
+if TYPE_CHECKING:
+    from clip_rd_edge.exporting.parity import Inputs
+
+_ACTIVATION_BATCH = 8
 LAYERS = ("Conv", "Gemm", "MatMul")
 # Node types of the L2 norm at the end of a tower.
 _NORM_KINDS = frozenset(("Div", "Expand", "Clip", "Max", "ReduceL2", "ReduceSumSquare", "Sqrt", "LpNormalization"))
@@ -80,6 +87,14 @@ def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelPr
     present = {output.name for output in extended.graph.output}
     extended.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in present)
     return extended
+
+
+def activation_batches(model: onnx.ModelProto, tensors: Sequence[str], samples: Inputs) -> Iterator[dict[str, Inputs]]:
+    """Run a model on some inputs, batch by batch, and yield the values of the named float tensors."""
+    session = open_session(with_outputs(model, tensors).SerializeToString())
+    input_name = session.get_inputs()[0].name
+    for batch in in_batches(len(samples), _ACTIVATION_BATCH):
+        yield dict(zip(tensors, session.run(list(tensors), {input_name: samples[batch]}), strict=True))
 
 
 def weighted_layers(model: onnx.ModelProto, kinds: Sequence[str] = LAYERS) -> list[onnx.NodeProto]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from clip_rd_edge.bundle.encoder import in_batches
-from clip_rd_edge.exporting.graph import silently, with_outputs
+from clip_rd_edge.exporting.graph import activation_batches, silently
 from clip_rd_edge.exporting.parity import Inputs
-from clip_rd_edge.runtime.backends.session import open_session
 
 _PERCENTILE = 99.99  # a few outliers would widen the range and cost all other values their resolution
 _MAX_VALUES = 50_000  # per activation: using all of them takes minutes
@@ -49,9 +47,6 @@ def range_without_ties(low: Any, high: Any) -> tuple[Any, Any]:
     return (-high * np.float32(128 / 127), high) if symmetric else (low, high)
 
 
-_BATCH_SIZE = 8
-
-
 @dataclass(frozen=True)
 class Ranges:
     """Lower and upper bound per tensor name.
@@ -63,14 +58,6 @@ class Ranges:
 
     min_max: dict[str, tuple[Any, Any]]
     percentile: dict[str, tuple[Any, Any]]
-
-
-def activation_batches(model: onnx.ModelProto, tensors: Sequence[str], samples: Inputs) -> Iterator[dict[str, Inputs]]:
-    """Run a model on some inputs, batch by batch, and yield the values of the named float tensors."""
-    session = open_session(with_outputs(model, tensors).SerializeToString())
-    input_name = session.get_inputs()[0].name
-    for batch in in_batches(len(samples), _BATCH_SIZE):
-        yield dict(zip(tensors, session.run(list(tensors), {input_name: samples[batch]}), strict=True))
 
 
 def measure_ranges(model: onnx.ModelProto, tensors: Sequence[str], samples: Inputs) -> Ranges:

@@ -23,8 +23,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from clip_rd_edge.exporting.graph import drop_unused_constants, output_axis, weighted_layers
-from clip_rd_edge.exporting.int8.ranges import activation_batches
+from clip_rd_edge.exporting.graph import activation_batches, drop_unused_constants, output_axis, weighted_layers
 from clip_rd_edge.exporting.parity import Inputs
 
 _MAX_SAMPLES, _POSITIONS = 64, 2048  # more of either changes nothing that can be measured

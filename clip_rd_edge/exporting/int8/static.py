@@ -12,10 +12,17 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from clip_rd_edge.exporting.graph import LAYERS, file_content, float_tensors, output_axis, silently, weighted_layers
+from clip_rd_edge.exporting.graph import (
+    LAYERS,
+    activation_batches,
+    file_content,
+    float_tensors,
+    output_axis,
+    silently,
+    weighted_layers,
+)
 from clip_rd_edge.exporting.int8.ranges import (
     Ranges,
-    activation_batches,
     entropy_ranges,
     measure_ranges,
     range_without_ties,

@@ -9,7 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from clip_rd_edge.exporting.int8.ranges import activation_batches, measure_ranges
+from clip_rd_edge.exporting.graph import activation_batches
+from clip_rd_edge.exporting.int8.ranges import measure_ranges
 from clip_rd_edge.exporting.int8.rounding import RoundedLayers, round_weights
 from clip_rd_edge.exporting.int8.static import StaticQuantizer
 from clip_rd_edge.exporting.int8.symmetric import quantize_symmetrically, quantized_inputs
