@@ -188,7 +188,7 @@ def colour_images(tmp_path: Path) -> Path:
 def remembered_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Bundles get the ONNX file of a tower that was exported before, by any worker, which takes torch seconds.
 
-    `exporting.onnx` is as it is for tests that call it themselves.
+    `exporting.towers` is as it is for tests that call it themselves.
     """
     from clip_rd_edge.exporting import bundle
 
@@ -267,7 +267,7 @@ def student(make_student: Callable[..., ClipModel]) -> ClipModel:
 def fp32_bundle(student: ClipModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The student's float32 bundle, shared by all tests: do not change it."""
     from clip_rd_edge.exporting.bundle import export_bundle
-    from clip_rd_edge.exporting.options import ExportRequest
+    from clip_rd_edge.exporting.plan import ExportRequest
 
     bundle = tmp_path_factory.mktemp("bundles") / "fp32"
     export_bundle(

@@ -23,7 +23,7 @@ import clip_rd_edge as edge
 from clip_rd_edge import api
 from clip_rd_edge.bundle.images import ImageInput
 from clip_rd_edge.cli.main import COMMANDS
-from clip_rd_edge.exporting.options import ExportOptions
+from clip_rd_edge.exporting.plan import ExportOptions
 from clip_rd_edge.settings.training import Distill
 from clip_rd_edge.utils.paths import AnyPath
 

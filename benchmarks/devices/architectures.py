@@ -27,10 +27,10 @@ from benchmarks.devices.towers import Prepared, kind_of, model_of, prepare
 from benchmarks.publishing import add_output_options, publish
 from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.benchmarking.results import Environment, this_environment
-from clip_rd_edge.exporting.int8.select import MeasuredCandidate, choose
-from clip_rd_edge.exporting.onnx import export_image_tower
-from clip_rd_edge.exporting.options import Budget
+from clip_rd_edge.exporting.int8.search import MeasuredCandidate, choose
 from clip_rd_edge.exporting.parity import Agreement
+from clip_rd_edge.exporting.plan import Budget
+from clip_rd_edge.exporting.towers import export_image_tower
 from clip_rd_edge.models.clip import ImageTower, evaluation_mode, parameter_count
 from clip_rd_edge.models.students import preset_names
 from clip_rd_edge.runtime.backends.openvino import open_openvino

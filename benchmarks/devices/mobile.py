@@ -39,10 +39,9 @@ from clip_rd_edge.bundle.reference import read_reference
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.formats.coreml import require_declared, write_package
 from clip_rd_edge.exporting.formats.executorch import EXECUTORCH_TOOLS
-from clip_rd_edge.exporting.formats.litert import fp16_recipe, quantize
-from clip_rd_edge.exporting.formats.litert_towers import LITERT_TOOLS
-from clip_rd_edge.exporting.onnx import IMAGE_INPUT, IMAGE_OUTPUT, export_image_tower
+from clip_rd_edge.exporting.formats.litert import LITERT_TOOLS, fp16_recipe, quantize
 from clip_rd_edge.exporting.parity import Inputs, agreement, embed, hard_pixels
+from clip_rd_edge.exporting.towers import IMAGE_INPUT, IMAGE_OUTPUT, export_image_tower
 from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.students import build_student, preset_names, student_config

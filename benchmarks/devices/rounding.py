@@ -17,11 +17,11 @@ from benchmarks.publishing import here_and_now, write_record
 from clip_rd_edge.data import emoji
 from clip_rd_edge.exporting.calibration import calibration_set
 from clip_rd_edge.exporting.graph import prepare_for_quantization
+from clip_rd_edge.exporting.int8.methods import StaticQuantizer
 from clip_rd_edge.exporting.int8.rounding import RoundedLayers
 from clip_rd_edge.exporting.int8.saturation import MAX_WEIGHT
-from clip_rd_edge.exporting.int8.static import StaticQuantizer
-from clip_rd_edge.exporting.onnx import export_image_tower
 from clip_rd_edge.exporting.parity import agreement, embed
+from clip_rd_edge.exporting.towers import export_image_tower
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.runtime.backends.session import open_session

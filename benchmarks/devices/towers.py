@@ -30,10 +30,10 @@ from clip_rd_edge.data.emoji import training_pairs
 from clip_rd_edge.exporting.calibration import calibration_set
 from clip_rd_edge.exporting.graph import prepare_for_quantization, silently
 from clip_rd_edge.exporting.int8.candidates import ORT, CandidateRequest
-from clip_rd_edge.exporting.int8.select import MeasuredCandidate, choose
-from clip_rd_edge.exporting.onnx import export_image_tower, export_text_tower
-from clip_rd_edge.exporting.options import Budget, ExportRequest
+from clip_rd_edge.exporting.int8.search import MeasuredCandidate, choose
 from clip_rd_edge.exporting.parity import Agreement, Inputs, agreement, embed, latencies
+from clip_rd_edge.exporting.plan import Budget, ExportRequest
+from clip_rd_edge.exporting.towers import export_image_tower, export_text_tower
 from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import preprocessing_of
@@ -233,7 +233,7 @@ def prepare(tower: str, folder: Path) -> None:
         )
     static = next((candidate.file for candidate in candidates if candidate.name == STATIC), None)
     if static is None:  # the exporter has no static candidate for towers of matrix products
-        from clip_rd_edge.exporting.int8.static import StaticQuantizer
+        from clip_rd_edge.exporting.int8.methods import StaticQuantizer
 
         quantizer = StaticQuantizer(folder / f"preprocessed-{model.name}", calibrate, weight_bits=WEIGHT_BITS)
         (folder / "static.onnx").write_bytes(quantizer.quantize("percentile", quantizer.layers))

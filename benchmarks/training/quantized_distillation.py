@@ -29,11 +29,11 @@ from clip_rd_edge.data import emoji
 from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.exporting.calibration import calibration_set
 from clip_rd_edge.exporting.graph import prepare_for_quantization
+from clip_rd_edge.exporting.int8.methods import RangeMethod, StaticQuantizer
 from clip_rd_edge.exporting.int8.rounding import RoundedLayers
 from clip_rd_edge.exporting.int8.saturation import MAX_WEIGHT
-from clip_rd_edge.exporting.int8.static import RangeMethod, StaticQuantizer
-from clip_rd_edge.exporting.onnx import export_image_tower
 from clip_rd_edge.exporting.parity import Inputs, agreement, embed
+from clip_rd_edge.exporting.towers import export_image_tower
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.runtime.backends.session import open_session

@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from clip_rd_edge.data.samples import Pairs
     from clip_rd_edge.exporting.calibration import CalibrationPairs, CalibrationSet
     from clip_rd_edge.exporting.conversion import ConvertedBundle
-    from clip_rd_edge.exporting.int8.select import Trial
-    from clip_rd_edge.exporting.options import ExportOptions, ExportRequest
-    from clip_rd_edge.exporting.plan import Device, ExportPlan
+    from clip_rd_edge.exporting.int8.search import Trial
+    from clip_rd_edge.exporting.plan import Device, ExportOptions, ExportPlan, ExportRequest
     from clip_rd_edge.models.clip import ClipModel
     from clip_rd_edge.runtime.verify import Check
 
@@ -122,8 +121,7 @@ class _Export:
 
     def from_bundle(self) -> ExportedBundle:
         """Write a bundle for browsers."""
-        from clip_rd_edge.exporting.options import require_unconverted
-        from clip_rd_edge.exporting.plan import BROWSER
+        from clip_rd_edge.exporting.plan import BROWSER, require_unconverted
 
         if self.plans[0].layout != BROWSER:
             raise UsageError(f"{self.spec} is already a bundle.", hint="pass the model that it was exported from")
@@ -180,7 +178,7 @@ class _Export:
 
         layout, output, force, reporter = self.plans[0].layout, self.output, self.force, self.reporter
         if layout == "huggingface":
-            from clip_rd_edge.exporting.layouts.huggingface_export import export_huggingface
+            from clip_rd_edge.exporting.layouts.huggingface import export_huggingface
             from clip_rd_edge.models.load import training_facts
 
             return export_huggingface(

@@ -26,7 +26,7 @@ from clip_rd_edge.utils.text import as_word
 
 if TYPE_CHECKING:
     from clip_rd_edge.api import ExportedBundle
-    from clip_rd_edge.exporting.int8.select import Trial
+    from clip_rd_edge.exporting.int8.search import Trial
 
 _FORMATS = ". ".join(f"{name}: {info.help}" if info.help else name for name, info in FORMATS.items())
 _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")

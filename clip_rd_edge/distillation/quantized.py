@@ -21,7 +21,7 @@ from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.exporting.int8.ranges import range_without_outliers, range_without_ties
+from clip_rd_edge.exporting.int8.methods import range_without_outliers, range_without_ties
 from clip_rd_edge.exporting.int8.saturation import MAX_WEIGHT
 from clip_rd_edge.models.clip import (
     ClipModel,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -12,8 +13,10 @@ import numpy as np
 from clip_rd_edge.bundle.manifest import TOKENIZER, Manifest, damaged_files, read_manifest, require_whole_towers
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.int8.select import Trial
-from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.plan import ExportRequest
+
+if TYPE_CHECKING:
+    from clip_rd_edge.exporting.int8.search import Trial
 
 
 @dataclass(frozen=True)

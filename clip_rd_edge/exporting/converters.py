@@ -16,17 +16,15 @@ from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.conversion import ConvertedBundle
 from clip_rd_edge.exporting.formats.coreml import require_coremltools, write_coreml
 from clip_rd_edge.exporting.formats.executorch import EXECUTORCH_TOOLS, executorch_backend, require_executorch
-from clip_rd_edge.exporting.formats.litert import write_litert_fp16
-from clip_rd_edge.exporting.formats.litert_towers import LITERT_TOOLS, require_litert_torch
+from clip_rd_edge.exporting.formats.litert import LITERT_BACKEND, LITERT_TOOLS, require_litert_torch, write_litert_fp16
 from clip_rd_edge.exporting.formats.onnx import write_fp16
 from clip_rd_edge.exporting.formats.openvino import write_openvino
-from clip_rd_edge.exporting.formats.tensorrt.bundle import write_engines
+from clip_rd_edge.exporting.formats.tensorrt import write_engines
 from clip_rd_edge.exporting.formats.torch_tensorrt import engine_builder, require_torch_tensorrt
-from clip_rd_edge.exporting.int8.bundle import write_int8
 from clip_rd_edge.exporting.int8.candidates import Backend
-from clip_rd_edge.exporting.options import ExportRequest
-from clip_rd_edge.exporting.plan import RTX_TARGETS, RTX_WITHOUT_INT8, require_target
-from clip_rd_edge.exporting.reference import NodeByNode
+from clip_rd_edge.exporting.int8.search import write_int8
+from clip_rd_edge.exporting.parity import NodeByNode
+from clip_rd_edge.exporting.plan import RTX_TARGETS, RTX_WITHOUT_INT8, ExportRequest, require_target
 from clip_rd_edge.exporting.towers import Toolchain, write_towers
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.executorch import ExecuTorchEncoder
@@ -146,7 +144,7 @@ class LiteRtConverter(Converter):
         with tempfile.TemporaryDirectory() as scratch:
             job = _write_source(job, Path(scratch), LITERT_TOOLS)
             if job.request.precision == "int8":
-                return _write_int8(job)
+                return _write_int8(job, LITERT_BACKEND)
             return ConvertedBundle(write_litert_fp16(job.source, job.folder, job.request, reporter=job.reporter))
 
     def reference(self, folder: Path, manifest: Manifest) -> BundleEncoder:

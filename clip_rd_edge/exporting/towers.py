@@ -1,28 +1,153 @@
-"""Convert a model's towers from PyTorch by another toolchain than ONNX's, and compare the files with the ONNX ones."""
+"""Convert the two towers of a model to ONNX, in float32, or by another toolchain, and compare these with the ONNX."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import onnx
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from clip_rd_edge.bundle.manifest import Manifest, Tower
-from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.bundle.manifest import IMAGE_MODEL, TEXT_MODEL, Manifest, Tower
+from clip_rd_edge.errors import ClipRdEdgeError, first_line
+from clip_rd_edge.exporting.clean_up import clean_up
 from clip_rd_edge.exporting.conversion import start_conversion
 from clip_rd_edge.exporting.graph import silently
 from clip_rd_edge.exporting.int8.candidates import Opener
-from clip_rd_edge.exporting.onnx import without_fast_path
-from clip_rd_edge.exporting.options import ExportRequest
 from clip_rd_edge.exporting.parity import Inputs, hard_inputs, measure
-from clip_rd_edge.models.clip import ClipModel, TextTower, evaluation_mode, inference_image_tower
+from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode, inference_image_tower
 from clip_rd_edge.runtime.backends.session import open_session
-from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.files import disk_full_error, write_bytes
+from clip_rd_edge.utils.process import SharedBlock
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+OPSET = 18  # the exporter's default; it writes others by conversion, and LayerNormalization needs at least 17
+IMAGE_INPUT, IMAGE_OUTPUT = "pixel_values", "image_embedding"
+# Not `embedding`: the text tower has a node of that name for its token embeddings.
+TEXT_INPUT, TEXT_OUTPUT = "input_ids", "text_embedding"
+# Of the weights in an ONNX file; a protobuf file ends at 2 GiB. Those of a larger tower are written to a file of their
+# own, which torch names image.onnx.data or text.onnx.data.
+MAX_FILE_BYTES = 2_000_000_000
+# With a batch of 1, the exporter would treat the batch size as a constant.
+_EXAMPLE_BATCH = 2
+
+
+def export_image_tower(clip: ClipModel, folder: Path) -> Path:
+    """Write image.onnx: pixel_values (N, 3, H, W) float32 -> image_embedding (N, D), L2-normalised."""
+    height, width = clip.preprocessing.size
+    example = torch.zeros(_EXAMPLE_BATCH, 3, height, width)
+    tower, names = inference_image_tower(clip.model), (IMAGE_INPUT, IMAGE_OUTPUT)
+    return _export(tower, example, folder / IMAGE_MODEL, names=names, clip=clip)
+
+
+def export_text_tower(clip: ClipModel, folder: Path) -> Path:
+    """Write text.onnx: input_ids (N, T) int64 -> text_embedding (N, D), L2-normalised."""
+    example = clip.tokenizer(["a photo"] * _EXAMPLE_BATCH)
+    tower, names = _Int32TextTower(clip.model), (TEXT_INPUT, TEXT_OUTPUT)
+    return _export(tower, example, folder / TEXT_MODEL, names=names, clip=clip)
+
+
+class _Int32TextTower(TextTower):
+    """The text tower that computes with int32 ids.
+
+    It finds the end of a text as the position of the largest id, and ONNX Runtime before 1.20 has no ArgMax of int64.
+    """
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids.to(torch.int32))
+
+
+def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, str], clip: ClipModel) -> Path:
+    example = example.to(next(tower.parameters()).device)
+    is_large = _weight_bytes(tower) > MAX_FILE_BYTES
+    try:
+        with evaluation_mode(tower), without_fast_path(), silently(), _NO_GUARD_REPORTS, torch.no_grad():
+            torch.onnx.export(
+                tower,
+                (example,),
+                str(path),
+                input_names=[names[0]],
+                output_names=[names[1]],
+                opset_version=OPSET,
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                external_data=is_large,
+                verbose=False,
+            )
+        model = onnx.load(path, load_external_data=False)
+        clean_up(model)
+        onnx.save(model, path)
+        onnx.checker.check_model(path)
+    except Exception as error:  # the exporter raises many types, with reports that are pages long
+        if full := disk_full_error(error):
+            raise full from error
+        # torch's exporter is written with onnxscript, which torch does not require: pip may have kept an old one.
+        is_outdated = isinstance(_first_error(error), ImportError)
+        raise ClipRdEdgeError(
+            f"The {path.stem} tower of {clip.name} cannot be exported to ONNX: {root_cause(error)}.",
+            hint="pip install -U onnxscript" if is_outdated else "use one of clip-rd-edge's presets, or a newer torch",
+        ) from error
+    return path
+
+
+def _weight_bytes(tower: nn.Module) -> int:
+    """Return the size of the weights that a tower's file has: its module holds the whole model."""
+    of_image = isinstance(tower, ImageTower)
+    weights = tower.state_dict().items()
+    return sum(tensor.nbytes for name, tensor in weights if name.startswith("model.visual.") == of_image)
+
+
+def root_cause(error: BaseException) -> str:
+    """Return the type and first line of the error that caused `error`, which the exporter's own errors hide."""
+    error = _first_error(error)
+    name, reason = type(error).__name__, first_line(error)
+    return name if reason == name else f"{name}: {reason}"
+
+
+def _first_error(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+@contextlib.contextmanager
+def _without_fast_path() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+_NO_FAST_PATH = SharedBlock(_without_fast_path)
+
+
+def without_fast_path() -> SharedBlock:
+    """Disable the fused attention, which becomes `aten::_native_multi_head_attention` and does not exist in ONNX."""
+    return _NO_FAST_PATH
+
+
+@contextlib.contextmanager
+def _without_guard_reports() -> Iterator[None]:
+    logger = logging.getLogger("torch._guards")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+# torch.onnx tries several ways to trace a tower, and torch 2.8 logs a traceback as an error where one of them fails.
+_NO_GUARD_REPORTS = SharedBlock(_without_guard_reports)
+
 
 MAX_DIFFERENCE = 1e-4  # of an entry of an embedding, from the float32 ONNX file's
 TOWERS: dict[str, Callable[[nn.Module], nn.Module]] = {"image": inference_image_tower, "text": TextTower}

@@ -14,8 +14,7 @@ from clip_rd_edge.errors import InputError
 from clip_rd_edge.exporting import bundle as exporting
 from clip_rd_edge.exporting import plan as targets
 from clip_rd_edge.exporting.calibration import named_pairs
-from clip_rd_edge.exporting.options import require_precision
-from clip_rd_edge.exporting.plan import ResolvedTarget, device_names, read_device, resolve_target
+from clip_rd_edge.exporting.plan import ResolvedTarget, device_names, read_device, require_precision, resolve_target
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.utils.paths import typed

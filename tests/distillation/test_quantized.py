@@ -37,8 +37,8 @@ from clip_rd_edge.distillation.quantized import (
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.graph import prepare_for_quantization
-from clip_rd_edge.exporting.int8.static import StaticQuantizer
-from clip_rd_edge.exporting.onnx import export_image_tower
+from clip_rd_edge.exporting.int8.methods import StaticQuantizer
+from clip_rd_edge.exporting.towers import export_image_tower
 from clip_rd_edge.models.clip import ClipModel, ImageTower
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.students import build_student, student_config

@@ -12,8 +12,8 @@ import torch
 
 from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.exporting.onnx import export_image_tower, export_text_tower
 from clip_rd_edge.exporting.parity import Inputs, agreement, embed
+from clip_rd_edge.exporting.towers import export_image_tower, export_text_tower
 from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import preprocessing_of

@@ -17,8 +17,8 @@ from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageE
 from clip_rd_edge.exporting.bundle import _finish, export_bundle, export_bundles
 from clip_rd_edge.exporting.calibration import CalibrationSet, Samples
 from clip_rd_edge.exporting.conversion import start_conversion
-from clip_rd_edge.exporting.onnx import export_image_tower, export_text_tower
-from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.exporting.towers import export_image_tower, export_text_tower
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
@@ -57,7 +57,7 @@ def test_the_manifest_records_what_was_exported_and_measured(student: ClipModel,
 def test_towers_above_2_gb_have_their_weights_in_a_file_of_their_own(
     student: ClipModel, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.exporting.onnx.MAX_FILE_BYTES", 10_000)
+    monkeypatch.setattr("clip_rd_edge.exporting.towers.MAX_FILE_BYTES", 10_000)
     for export in (export_image_tower, export_text_tower):  # nothing that was exported as one file
         monkeypatch.setattr(f"clip_rd_edge.exporting.bundle.{export.__name__}", export)
     bundle = tmp_path / "large"

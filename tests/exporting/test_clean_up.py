@@ -23,7 +23,7 @@ from torch import nn
 
 from clip_rd_edge.exporting import clean_up as passes
 from clip_rd_edge.exporting.graph import silently
-from clip_rd_edge.exporting.onnx import export_image_tower, export_text_tower
+from clip_rd_edge.exporting.towers import export_image_tower, export_text_tower
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.session import open_session
 
@@ -42,7 +42,7 @@ def exported(
     torch.manual_seed(0)
     vit = replace(student, model=open_clip.CustomTextCLIP(32, vision, student.model_cfg["text_cfg"]).eval())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clip_rd_edge.exporting.onnx.clean_up", lambda model: None)
+        patch.setattr("clip_rd_edge.exporting.towers.clean_up", lambda model: None)
         return {
             "CNN": onnx.load(export_image_tower(student, folder)),
             "ViT": onnx.load(export_image_tower(vit, folder)),

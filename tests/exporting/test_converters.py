@@ -9,7 +9,7 @@ import pytest
 from clip_rd_edge.bundle.formats import Format
 from clip_rd_edge.errors import MissingExtraError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
-from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.models.clip import ClipModel
 

@@ -18,9 +18,9 @@ from torch import nn
 
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.bundle import write_fp32
-from clip_rd_edge.exporting.onnx import export_image_tower, export_text_tower
-from clip_rd_edge.exporting.options import ExportRequest
 from clip_rd_edge.exporting.parity import agreement, embed
+from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.exporting.towers import export_image_tower, export_text_tower
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.session import open_session
@@ -234,7 +234,7 @@ def test_only_a_tower_that_is_itself_above_the_limit_has_its_weights_in_a_file_o
 
     monkeypatch.setattr(torch.onnx, "export", record)
     for limit in (max(image, text), min(image, text)):
-        monkeypatch.setattr("clip_rd_edge.exporting.onnx.MAX_FILE_BYTES", limit)
+        monkeypatch.setattr("clip_rd_edge.exporting.towers.MAX_FILE_BYTES", limit)
         for export in (export_image_tower, export_text_tower):
             with pytest.raises(ClipRdEdgeError, match="not exported"):
                 export(student, tmp_path)

@@ -25,8 +25,7 @@ from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.options import ExportRequest
-from clip_rd_edge.exporting.plan import plan_exports
+from clip_rd_edge.exporting.plan import ExportRequest, plan_exports
 from clip_rd_edge.models.clip import ClipModel, parameter_count
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.encoder import BundleEncoder

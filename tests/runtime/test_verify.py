@@ -295,7 +295,7 @@ def test_towers_of_another_model_are_detected(
     answering: Path, make_student: Callable[..., ClipModel], tmp_path: Path
 ) -> None:
     from clip_rd_edge.exporting.bundle import export_bundle
-    from clip_rd_edge.exporting.options import ExportRequest
+    from clip_rd_edge.exporting.plan import ExportRequest
 
     other = make_student("test_resnet")  # of the same input and embedding sizes, and the same text tower
     export_bundle(other, tmp_path / "other", ExportRequest())

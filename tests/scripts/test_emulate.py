@@ -19,10 +19,9 @@ from clip_rd_edge.bundle.formats import Precision
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.graph import prepare_for_quantization
-from clip_rd_edge.exporting.int8.static import StaticQuantizer
-from clip_rd_edge.exporting.options import ExportRequest, WeightBits
-from clip_rd_edge.exporting.parity import embed, hard_pixels
-from clip_rd_edge.exporting.reference import NodeByNode, add_reference
+from clip_rd_edge.exporting.int8.methods import StaticQuantizer
+from clip_rd_edge.exporting.parity import NodeByNode, add_reference, embed, hard_pixels
+from clip_rd_edge.exporting.plan import ExportRequest, WeightBits
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.int8_kernels import processor_saturates
 from clip_rd_edge.runtime.backends.session import open_session

@@ -56,7 +56,7 @@ def test_processor_time_leaves_out_what_other_programs_take() -> None:
 
 def test_a_bundle_agrees_with_itself(colour_bundle: Path) -> None:
     from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
-    from clip_rd_edge.exporting.reference import NodeByNode, add_reference
+    from clip_rd_edge.exporting.parity import NodeByNode, add_reference
 
     add_reference(colour_bundle, NodeByNode(colour_bundle, read_manifest(colour_bundle)))
     write_manifest(colour_bundle, read_manifest(colour_bundle))

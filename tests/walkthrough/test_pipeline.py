@@ -30,7 +30,7 @@ from clip_rd_edge.bundle.runs import RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FI
 from clip_rd_edge.distillation.config import RunConfig, commented_recipe
 from clip_rd_edge.exporting.bundle import package_versions
 from clip_rd_edge.exporting.conversion import ConvertedBundle
-from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.utils.reporting import SILENT

@@ -27,7 +27,7 @@ from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.bundle.preprocess import preprocess
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.layouts.browser import find_packages, write_browser
-from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.load import load
 

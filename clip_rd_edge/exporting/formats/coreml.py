@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
 from clip_rd_edge.exporting.conversion import start_conversion
-from clip_rd_edge.exporting.onnx import root_cause
-from clip_rd_edge.exporting.options import ExportRequest
 from clip_rd_edge.exporting.parity import Inputs, hard_inputs
-from clip_rd_edge.exporting.towers import TOWERS, on_cpu
+from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.exporting.towers import TOWERS, on_cpu, root_cause
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.coreml import COREML
 from clip_rd_edge.utils.process import without_progress_bars

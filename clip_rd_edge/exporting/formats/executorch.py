@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from clip_rd_edge.bundle.manifest import Tower
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
 from clip_rd_edge.exporting.int8.candidates import Backend, Candidate, CandidateRequest, one_input_backend
-from clip_rd_edge.exporting.onnx import root_cause
 from clip_rd_edge.exporting.parity import Inputs
-from clip_rd_edge.exporting.towers import OTHER_FORMAT, TOWERS, Toolchain, on_cpu
+from clip_rd_edge.exporting.towers import OTHER_FORMAT, TOWERS, Toolchain, on_cpu, root_cause
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.executorch import open_executorch
 

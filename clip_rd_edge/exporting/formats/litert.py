@@ -1,25 +1,28 @@
-"""Quantise LiteRT files: weights in float16, and INT8 by ai-edge-quantizer, chosen by measurement.
-
-`exporting.formats.litert_towers` makes the float32 files, from PyTorch.
-"""
+"""LiteRT: towers from PyTorch by litert-torch; float16 weights and INT8 by ai-edge-quantizer, chosen by measurement."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
+from torch import Tensor, nn
 
 from clip_rd_edge.bundle.manifest import Manifest, Tower
+from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
 from clip_rd_edge.exporting.conversion import start_conversion
 from clip_rd_edge.exporting.formats.onnx import MIN_AGREEMENT, float32_note
 from clip_rd_edge.exporting.graph import silently
 from clip_rd_edge.exporting.int8.candidates import Candidate, CandidateRequest, one_input_backend
-from clip_rd_edge.exporting.options import ExportRequest
 from clip_rd_edge.exporting.parity import Inputs, hard_inputs, measure
+from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.exporting.towers import OTHER_FORMAT, TOWERS, Toolchain, on_cpu, root_cause
+from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.litert import open_litert
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.process import without_progress_bars
@@ -176,4 +179,53 @@ def _recipe(add: Callable[[Any, Any], object], operators: tuple[str, ...]) -> Re
     return recipe
 
 
-LITERT_BACKEND = one_input_backend(LITERT, open_litert, litert_candidates)
+LITERT_BACKEND = one_input_backend(LITERT, open_litert, litert_candidates, write_fp16=write_litert_fp16_tower)
+
+
+class _NamedTower(nn.Module):
+    """A tower whose output has a name; `formats.litert` finds its operators by the name of the attribute `tower`."""
+
+    def __init__(self, tower: nn.Module, output: str) -> None:
+        super().__init__()
+        self.tower, self.output = tower, output
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        (rows,) = inputs.values()
+        return {self.output: self.tower(rows)}
+
+
+def require_litert_torch() -> None:
+    """Raise MissingExtraError if litert-torch or what it needs here is not installed."""
+    packages = {"litert_torch": "litert-torch", "ai_edge_quantizer": "ai-edge-quantizer"}
+    for module, package in {**packages, "ai_edge_litert": "ai-edge-litert"}.items():
+        if find_spec(module) is None:
+            raise MissingExtraError(package, extra="litert-torch", purpose="Exporting for LiteRT")
+
+
+def convert_tower(clip: ClipModel, name: str, tower: Tower, inputs: Inputs) -> bytes:
+    """Return the content of a LiteRT file of the tower `name`, for one input like those of `inputs`.
+
+    Args:
+        tower: its ONNX file's entry, whose names of input and output are kept.
+        inputs: (N, 3, H, W) float32 or (N, T) int64; LiteRT's file takes int32 ids.
+    """
+    with silently():  # it logs which of its optional parts are missing
+        import litert_torch
+        from litert_torch import progress
+
+    example = torch.from_numpy(inputs[:1])
+    if not example.is_floating_point():
+        example = example.to(torch.int32)
+    module = _NamedTower(TOWERS[name](clip.model), tower.output_name)
+    progress.console.quiet = True
+    try:
+        with on_cpu(module):
+            model = litert_torch.convert(module, sample_kwargs={tower.input_name: example})
+            return bytes(model.model_content())
+    except Exception as error:  # it raises many types, with the whole graph in their messages
+        raise ClipRdEdgeError(
+            f"litert-torch cannot convert the {name} tower of {clip.name}: {root_cause(error)}.", hint=OTHER_FORMAT
+        ) from error
+
+
+LITERT_TOOLS = Toolchain("LiteRT", LITERT, ".tflite", convert_tower, open_litert)

@@ -30,7 +30,6 @@ from clip_rd_edge.exporting.graph import (
     prepare_for_quantization,
     with_outputs,
 )
-from clip_rd_edge.exporting.options import ExportRequest
 from clip_rd_edge.exporting.parity import (
     Agreement,
     Inputs,
@@ -41,6 +40,7 @@ from clip_rd_edge.exporting.parity import (
     latencies,
     measurement,
 )
+from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter

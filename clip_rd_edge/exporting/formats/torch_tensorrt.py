@@ -20,14 +20,11 @@ from torch import Tensor, nn
 from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
 from clip_rd_edge.exporting.formats.onnx import MIN_AGREEMENT
-from clip_rd_edge.exporting.formats.tensorrt.bundle import EngineBuilder
-from clip_rd_edge.exporting.formats.tensorrt.engine import MAX_BATCH
-from clip_rd_edge.exporting.formats.tensorrt.strongly_typed import TypedTower
+from clip_rd_edge.exporting.formats.tensorrt import MAX_BATCH, EngineBuilder, TypedTower
 from clip_rd_edge.exporting.graph import silently
-from clip_rd_edge.exporting.onnx import root_cause, without_fast_path
 from clip_rd_edge.exporting.parity import Inputs, agreement, hard_inputs
 from clip_rd_edge.exporting.plan import RTX_TARGETS
-from clip_rd_edge.exporting.towers import TOWERS
+from clip_rd_edge.exporting.towers import TOWERS, root_cause, without_fast_path
 from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 
 _CAPABILITIES = {**{name: name for name in RTX_TARGETS}, "jetson-orin": "sm87", "jetson-thor": "sm110"}

@@ -19,21 +19,37 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import onnx
 from onnx import TensorProto, compose, helper, numpy_helper
 
+from clip_rd_edge.benchmarking.formatting import inert_markdown, markdown_table
+from clip_rd_edge.benchmarking.report.plot import draw
+from clip_rd_edge.benchmarking.report.text import PLOT, figures_table
+from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.bundle.manifest import TOKENIZER, Manifest, read_manifest
+from clip_rd_edge.bundle.outputs import require_output
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.bundle.runs import TRANSFORMERS_CONFIG
+from clip_rd_edge.bundle.runs import DISTILLATION_FILE, TRANSFORMERS_CONFIG
 from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.exporting.bundle import export_bundle
+from clip_rd_edge.exporting.calibration import CalibrationSet
+from clip_rd_edge.exporting.conversion import ConvertedBundle
 from clip_rd_edge.exporting.graph import rename_tensors
-from clip_rd_edge.utils.files import write_bytes, write_text
+from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.exporting.towers import MAX_FILE_BYTES
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.load import save_open_clip, save_usage
+from clip_rd_edge.utils.files import size_bytes, write_bytes, write_text
+from clip_rd_edge.utils.outputs import new_folder
+from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 from clip_rd_edge.utils.structs import to_json
 
 Variant = Literal["fp32", "fp16", "int8"]
@@ -356,3 +372,218 @@ def _preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
         "image_mean": list(preprocessing.mean),
         "image_std": list(preprocessing.std),
     }
+
+
+def export_huggingface(
+    clip: ClipModel,
+    output: Path,
+    request: ExportRequest,
+    *,
+    calibration: CalibrationSet | None = None,
+    results: Results | None = None,
+    training: dict[str, str] | None = None,
+    overwrite: bool = False,
+    reporter: Reporter = SILENT,
+) -> ConvertedBundle:
+    """Export a model in float32 and FP16, and in INT8 too if the request says so, with its weights and a model card.
+
+    Args:
+        request: of an ONNX bundle; with `precision` int8, it needs a calibration set. A tower that INT8 does not
+            improve is float32 in the INT8 files, unless `fallback` names another precision.
+        results: a report of the model, whose figures and plot the card shows.
+        training: for the card, facts about the model's training by name.
+        clip, output, calibration, overwrite, reporter: as for `export_bundle`.
+
+    Returns:
+        The manifest of the last variant, and the trials of INT8.
+    """
+    require_output(output, "export", overwrite=overwrite)
+    require_supported(clip.preprocessing, clip.name)
+    size = sum(tensor.nbytes for tensor in clip.model.state_dict().values())
+    if size > MAX_FILE_BYTES:
+        raise UsageError(
+            f"{clip.name} has {size / 1e9:.1f} GB of weights, and the Hugging Face layout has both towers in one file "
+            "of up to 2 GB.",
+            hint="omit {layout}, or distil a smaller student",
+        )
+    variants: list[Variant] = ["fp32", "fp16"]
+    if request.precision == "int8":
+        variants.append("int8")
+    with tempfile.TemporaryDirectory() as scratch, new_folder(output, overwrite=overwrite) as folder:
+        bundles: dict[Variant, Path] = {variant: Path(scratch) / variant for variant in variants}
+        for variant, bundle in bundles.items():
+            converted = export_bundle(
+                clip,
+                bundle,
+                msgspec.structs.replace(request, precision=variant, in_batches=True),
+                calibration=calibration if variant == "int8" else None,
+                source=bundles["fp32"] if variant != "fp32" else None,
+                reporter=PrefixedReporter(reporter, f"{variant}: "),
+            )
+        reporter.update("writing the folder")
+        save_open_clip(folder, clip, location=output)
+        save_usage(folder, clip)
+        write_huggingface(bundles, folder)
+        manifests = {variant: read_manifest(bundle) for variant, bundle in bundles.items()}
+        write_model_card(folder, manifests, results=results, training=training or {})
+        return converted
+
+
+_CARD = "README.md"
+_SHOWN_PROMPTS = 5
+# `license` is missing on purpose: it is for whoever publishes the model to say.
+_HEADER = """---
+library_name: open_clip
+pipeline_tag: zero-shot-image-classification
+tags:
+- clip
+- open_clip
+- onnx
+- transformers.js
+- zero-shot-image-classification
+---"""
+_USE = """```python
+import open_clip
+
+# from a local folder: "local-dir:PATH"
+model, _, preprocess = open_clip.create_model_and_transforms("hf-hub:ORG/REPO")
+tokenizer = open_clip.get_tokenizer("hf-hub:ORG/REPO")
+```
+
+```js
+import { AutoProcessor, AutoTokenizer, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, RawImage }
+  from '@huggingface/transformers';
+
+const tokenizer = await AutoTokenizer.from_pretrained('ORG/REPO');
+const textModel = await CLIPTextModelWithProjection.from_pretrained('ORG/REPO', { dtype: 'fp32' });
+const { text_embeds } = await textModel(tokenizer(['a photo of a cat'], { padding: true, truncation: true }));
+
+const processor = await AutoProcessor.from_pretrained('ORG/REPO');
+const visionModel = await CLIPVisionModelWithProjection.from_pretrained('ORG/REPO', { dtype: 'fp32' });
+const { image_embeds } = await visionModel(await processor(await RawImage.read('photo.jpg')));
+```
+
+```python
+from fastembed import TextEmbedding
+from fastembed.common.model_description import ModelSource, PoolingType
+
+TextEmbedding.add_custom_model(
+    "ORG/REPO", pooling=PoolingType.DISABLED, normalization=False, sources=ModelSource(hf="ORG/REPO"),
+    dim=EMBEDDING_SIZE, model_file="onnx/text_model.onnx",
+)
+texts = list(TextEmbedding("ORG/REPO").embed(["a photo of a cat"]))
+```
+
+Embeddings are L2-normalised: their dot product is the cosine. The ONNX files take texts of any length up to the
+context length, in batches; transformers.js takes FP32 by default, FP16 by `dtype: 'fp16'`, and INT8, if it is there,
+by `dtype: 'int8'`."""
+_LIMITS = """- open_clip resizes images with a INTERPOLATION filter, transformers.js and fastembed with Lanczos as
+  `preprocessor_config.json` says: in Node, transformers.js has no INTERPOLATION filter that suits large images. Their
+  crop may differ by one pixel from open_clip's.
+- clip-rd-edge lays transparent images on white. transformers, transformers.js, fastembed and open_clip drop the
+  transparency, and the colours beneath it show: lay such images on white first.
+- The tokenizer file does not decode HTML entities, convert full-width letters or repair wrong encodings, as open_clip
+  does.
+- What the model recognises is what its training data show; nothing else was tested."""
+
+_BILINEAR = """- Lanczos is sharper than the bilinear filter that this model was trained with: transformers.js and
+  fastembed embed an image less like open_clip than they do for a bicubic model. Where that matters, resize the
+  shorter edge with a bilinear filter first."""
+
+
+def write_model_card(
+    folder: Path,
+    manifests: Mapping[Variant, Manifest],
+    *,
+    results: Results | None,
+    training: Mapping[str, str],
+) -> None:
+    """Write README.md into a finished folder, and the plot of the results beside it.
+
+    Args:
+        manifests: of the exported bundles by precision.
+        results: a report of the model, or None.
+        training: facts about the training by name, such as the teacher and the data.
+    """
+    manifest = manifests["fp32"]
+    parts = [_HEADER, f"# {inert_markdown(manifest.name)}", _summary(manifest), "## Use"]
+    parts += [_USE.replace("EMBEDDING_SIZE", str(manifest.embedding_size))]
+    parts += _prompts(manifest.templates)
+    parts += ["## Files", _files_table(folder, manifests)]
+    parts += ["Agreement is the mean cosine with the float32 embeddings, each side centred, as measured by the export."]
+    if results is not None:
+        parts += ["## Figures", *_figures(folder, results)]
+    if training:
+        rows = [["", ""], *([f"**{inert_markdown(name)}**", inert_markdown(value)] for name, value in training.items())]
+        parts += ["## Training", markdown_table(rows, left=range(2))]
+    parts += ["## Limits", _limits(manifest.preprocessing), "## Licence", _licence(training)]
+    write_text(folder / _CARD, "\n\n".join(parts) + "\n")
+
+
+def _summary(manifest: Manifest) -> str:
+    height, width = manifest.preprocessing.size
+    return (
+        f"A CLIP model of {manifest.parameters / 1e6:,.1f} million parameters, exported by clip-rd-edge: images of "
+        f"{height} × {width} pixels, texts of up to {manifest.tokenizer.context_length} tokens, embeddings of "
+        f"{manifest.embedding_size} numbers, logit scale {manifest.logit_scale:.4g}."
+    )
+
+
+def _prompts(templates: Sequence[str]) -> list[str]:
+    """Return what to put labels into, unless they are embedded as they are."""
+    if tuple(templates) == ("{}",):
+        return []
+    shown = ", ".join(f'"{inert_markdown(template)}"' for template in templates[:_SHOWN_PROMPTS])
+    others = len(templates) - _SHOWN_PROMPTS
+    more = f", and {others} more in {DISTILLATION_FILE}" if others > 0 else ""
+    mean = " The embedding of a label is the normalised mean over them." if len(templates) > 1 else ""
+    return [f"Prompts for labels, in place of {{}}: {shown}{more}.{mean}"]
+
+
+def _files_table(folder: Path, manifests: Mapping[Variant, Manifest]) -> str:
+    rows = [["Precision", "Tower", "File", "MB", "Computes in", "Agreement"]]
+    for variant, manifest in manifests.items():
+        for name, tower in ((VISION, manifest.image), (TEXT, manifest.text), (BOTH, None)):
+            file = f"onnx/{name}{SUFFIXES[variant]}.onnx"
+            measured = tower.measured if tower is not None else None
+            rows.append(
+                [
+                    variant,
+                    {VISION: "image", TEXT: "text", BOTH: "both"}[name],
+                    f"`{file}`",
+                    f"{size_bytes(folder / file) / 1e6:,.1f}",
+                    "" if tower is None else inert_markdown(tower.precision),
+                    "" if measured is None else f"{measured.centred_cosine:.4f}",
+                ]
+            )
+    return markdown_table(rows, left=range(3))
+
+
+def _figures(folder: Path, results: Results) -> list[str]:
+    environment = results.environment
+    where = f"Measured on {inert_markdown(environment.machine)}, {environment.date[:10]}, by `clip-rd-edge benchmark`."
+    parts = [where, figures_table(results)]
+    plot = draw(results, file_format="png")
+    if plot is not None:
+        write_bytes(folder / PLOT, plot)
+        parts.insert(1, f"![Top-1 against the latency of the image tower]({PLOT})")
+    return parts
+
+
+def _limits(preprocessing: Preprocessing) -> str:
+    interpolation = preprocessing.evaluation_interpolation
+    limits = _LIMITS.replace("INTERPOLATION", interpolation)
+    return f"{_BILINEAR}\n{limits}" if interpolation == "bilinear" else limits
+
+
+def _licence(training: Mapping[str, str]) -> str:
+    text = (
+        "The export sets no licence for the weights; add `license:` to the header above before publishing. Weights are "
+        "derived from the teacher and the data that they were trained on, whose licences may bind them."
+    )
+    if "emoji" not in (training.get("data"), training.get("image_source")):
+        return text
+    return (
+        f"{text} The built-in emoji data are Twemoji graphics (© Twitter, Inc. and other contributors, CC BY 4.0) and "
+        "OpenMoji graphics (© OpenMoji, CC BY-SA 4.0), changed: laid on white, scaled."
+    )

@@ -16,7 +16,7 @@ from clip_rd_edge.bundle.reference import read_reference
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.formats.coreml import _exported, require_coremltools, require_declared
-from clip_rd_edge.exporting.options import ExportRequest, Precision
+from clip_rd_edge.exporting.plan import ExportRequest, Precision
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.load import load
 

@@ -22,8 +22,8 @@ from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.formats.executorch import _in_convolution, _rows, convert_tower, executorch_backend
 from clip_rd_edge.exporting.int8.candidates import CandidateRequest
-from clip_rd_edge.exporting.int8.select import Trial
-from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.int8.search import Trial
+from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.executorch import ExecuTorchModel, open_executorch

@@ -18,9 +18,9 @@ from clip_rd_edge.bundle.manifest import Manifest, read_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.formats.litert_towers import convert_tower
-from clip_rd_edge.exporting.int8.select import Trial
-from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.formats.litert import convert_tower
+from clip_rd_edge.exporting.int8.search import Trial
+from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle

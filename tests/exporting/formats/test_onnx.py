@@ -17,8 +17,8 @@ from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.formats.onnx import FP16_MAX, fp16_tower, nodes_out_of_range, to_fp16, write_fp16
 from clip_rd_edge.exporting.graph import prepare_for_quantization
-from clip_rd_edge.exporting.options import ExportRequest
 from clip_rd_edge.exporting.parity import agreement, embed
+from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.runtime.verify import verify_bundle

@@ -11,9 +11,9 @@ from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.formats.openvino import write_openvino
 from clip_rd_edge.exporting.graph import prepare_for_quantization
 from clip_rd_edge.exporting.int8.candidates import nncf_is_installed, quantize_by_nncf
-from clip_rd_edge.exporting.int8.static import StaticQuantizer
-from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.int8.methods import StaticQuantizer
 from clip_rd_edge.exporting.parity import embed
+from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.runtime.load import load

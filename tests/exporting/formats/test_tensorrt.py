@@ -17,8 +17,8 @@ from onnx import numpy_helper
 from clip_rd_edge.bundle.manifest import read_manifest, require_current_engine
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.formats.tensorrt.bundle import write_build_files
-from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.formats.tensorrt import write_build_files
+from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.verify import verify_bundle
 

@@ -12,16 +12,13 @@ from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, MissingExtraError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet, Samples
+from clip_rd_edge.exporting.formats import tensorrt
 from clip_rd_edge.exporting.formats.onnx import fp16_tower, to_fp16
-from clip_rd_edge.exporting.formats.tensorrt import engine as tensorrt
-from clip_rd_edge.exporting.formats.tensorrt.engine import build_engine, mistyped_layers, parse_kernels
-from clip_rd_edge.exporting.formats.tensorrt.strongly_typed import typed_towers
+from clip_rd_edge.exporting.formats.tensorrt import build_engine, mistyped_layers, parse_kernels, typed_towers
 from clip_rd_edge.exporting.graph import prepare_for_quantization, weighted_layers
-from clip_rd_edge.exporting.int8.ranges import measure_ranges
-from clip_rd_edge.exporting.int8.symmetric import quantize_symmetrically, quantized_inputs
-from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.int8.methods import measure_ranges, quantize_symmetrically, quantized_inputs
 from clip_rd_edge.exporting.parity import hard_pixels
-from clip_rd_edge.exporting.plan import require_target
+from clip_rd_edge.exporting.plan import ExportRequest, require_target
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.verify import verify_bundle

@@ -12,11 +12,11 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.formats.tensorrt import strongly_typed
-from clip_rd_edge.exporting.formats.tensorrt.strongly_typed import TypedTower
+from clip_rd_edge.exporting.formats import tensorrt as strongly_typed
+from clip_rd_edge.exporting.formats.tensorrt import TypedTower
 from clip_rd_edge.exporting.int8.search import TowerSamples
-from clip_rd_edge.exporting.options import Budget
 from clip_rd_edge.exporting.parity import agreement, embed
+from clip_rd_edge.exporting.plan import Budget
 from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.utils.reporting import SILENT
 

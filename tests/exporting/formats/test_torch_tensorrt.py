@@ -20,10 +20,9 @@ from clip_rd_edge.bundle.tokenizer import Tokenizer
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.formats import torch_tensorrt as torch_trt
-from clip_rd_edge.exporting.formats.tensorrt.engine import parse_kernels
-from clip_rd_edge.exporting.formats.tensorrt.strongly_typed import TypedTower
+from clip_rd_edge.exporting.formats.tensorrt import TypedTower, parse_kernels
 from clip_rd_edge.exporting.formats.torch_tensorrt import engine_builder, require_torch_tensorrt
-from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.load import load

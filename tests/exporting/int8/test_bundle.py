@@ -16,10 +16,8 @@ from clip_rd_edge.bundle.manifest import Manifest, Measurement
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.int8.search import QuantizedTower, TowerSamples
-from clip_rd_edge.exporting.int8.select import Trial
-from clip_rd_edge.exporting.options import Budget, ExportRequest, Fallback
-from clip_rd_edge.exporting.plan import plan_exports
+from clip_rd_edge.exporting.int8.search import QuantizedTower, TowerSamples, Trial
+from clip_rd_edge.exporting.plan import Budget, ExportRequest, Fallback, plan_exports
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -46,7 +44,7 @@ class Export:
         self.adapted, self.judged = dict[str, bool](), dict[str, bool]()
         self.trial = {"latency_ratio": 0.6, "centred_cosine": 0.987, "size_ratio": 0.3, "loss_points": 0.0}
         self.samples, self.options = dict[str, TowerSamples](), dict[str, object]()
-        monkeypatch.setattr("clip_rd_edge.exporting.int8.bundle.quantize_tower", self.quantize)
+        monkeypatch.setattr("clip_rd_edge.exporting.int8.search.quantize_tower", self.quantize)
 
     def quantize(self, model: Path, samples: TowerSamples, **options: object) -> QuantizedTower:
         tower = samples.tower
@@ -129,7 +127,7 @@ def test_no_limit_is_named_that_would_ship_only_one_of_two_towers_where_both_are
         export.trial["latency_ratio"] = 0.5 if samples.tower == "image" else 2.0
         return export.quantize(model, samples)
 
-    monkeypatch.setattr("clip_rd_edge.exporting.int8.bundle.quantize_tower", quantize)
+    monkeypatch.setattr("clip_rd_edge.exporting.int8.search.quantize_tower", quantize)
     hints = []
     for fallback in (None, "none"):
         with pytest.raises(ClipRdEdgeError) as error:
@@ -177,7 +175,7 @@ def test_a_loss_of_a_model_that_answers_hardly_any_pair_is_said_to_mean_nothing(
     export: Export, monkeypatch: pytest.MonkeyPatch, matches: int, said: bool
 ) -> None:
     correct = lambda images, captions: np.arange(len(images)) < matches  # noqa: E731
-    monkeypatch.setattr("clip_rd_edge.exporting.int8.bundle.top1_matches", correct)
+    monkeypatch.setattr("clip_rd_edge.exporting.int8.search.top1_matches", correct)
     reporter = Watch()
     export("fp32", reporter=reporter)
     assert any(line.startswith("float32 answers 0.0% of the held-out pairs") for line in reporter.said) == said
@@ -222,8 +220,8 @@ def test_an_export_where_onnx_runtime_is_wrong_says_so_before_the_search(
     export: Export, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     wrong = "ONNX Runtime 1.23.0 gets sums of INT8 wrong on this processor: install another"
-    monkeypatch.setattr("clip_rd_edge.exporting.int8.bundle.wrong_sums", lambda: wrong)
-    monkeypatch.setattr("clip_rd_edge.exporting.int8.bundle.quantize_tower", lambda *_, **__: pytest.fail("searched"))
+    monkeypatch.setattr("clip_rd_edge.exporting.int8.search.wrong_sums", lambda: wrong)
+    monkeypatch.setattr("clip_rd_edge.exporting.int8.search.quantize_tower", lambda *_, **__: pytest.fail("searched"))
     with pytest.raises(pytest.fail.Exception, match="searched"):
         export("fp32")
     (message,) = caplog.messages

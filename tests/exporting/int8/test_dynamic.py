@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.graph import prepare_for_quantization
-from clip_rd_edge.exporting.int8.dynamic import quantize_dynamically, scales_per_batch
+from clip_rd_edge.exporting.int8.methods import quantize_dynamically, scales_per_batch
 from clip_rd_edge.exporting.parity import agreement, embed
 from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.runtime.load import load

@@ -7,8 +7,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from clip_rd_edge.exporting.int8.ranges import entropy_ranges, measure_ranges, subsample
-from clip_rd_edge.exporting.int8.static import StaticQuantizer
+from clip_rd_edge.exporting.int8.methods import StaticQuantizer, entropy_ranges, measure_ranges, subsample
 
 
 def test_a_range_excludes_outliers_and_values_that_are_not_finite() -> None:

@@ -10,10 +10,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from clip_rd_edge.exporting.graph import activation_batches
-from clip_rd_edge.exporting.int8.ranges import measure_ranges
+from clip_rd_edge.exporting.int8.methods import (
+    StaticQuantizer,
+    measure_ranges,
+    quantize_symmetrically,
+    quantized_inputs,
+)
 from clip_rd_edge.exporting.int8.rounding import RoundedLayers, round_weights
-from clip_rd_edge.exporting.int8.static import StaticQuantizer
-from clip_rd_edge.exporting.int8.symmetric import quantize_symmetrically, quantized_inputs
 
 SAMPLES = np.random.default_rng(1).uniform(0.2, 1, (32, 8, 13, 13)).astype(np.float32)
 

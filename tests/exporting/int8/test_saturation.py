@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from clip_rd_edge.bundle.manifest import INSTRUCTION_SETS, read_manifest
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.formats.tensorrt import strongly_typed
+from clip_rd_edge.exporting.formats import tensorrt as strongly_typed
 from clip_rd_edge.exporting.graph import prepare_for_quantization
 from clip_rd_edge.exporting.int8 import candidates, saturation
 from clip_rd_edge.exporting.int8.candidates import (
@@ -26,11 +26,11 @@ from clip_rd_edge.exporting.int8.candidates import (
     CandidateRequest,
     nncf_is_installed,
 )
+from clip_rd_edge.exporting.int8.methods import StaticQuantizer
 from clip_rd_edge.exporting.int8.saturation import MAX_WEIGHT, instruction_sets, max_weight
 from clip_rd_edge.exporting.int8.search import TowerSamples, quantize_tower
-from clip_rd_edge.exporting.int8.static import StaticQuantizer
-from clip_rd_edge.exporting.options import Budget, WeightBits
-from clip_rd_edge.exporting.reference import NodeByNode
+from clip_rd_edge.exporting.parity import NodeByNode
+from clip_rd_edge.exporting.plan import Budget, WeightBits
 from clip_rd_edge.runtime.backends import int8_kernels
 from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.utils.reporting import SILENT
@@ -259,7 +259,7 @@ def test_the_reference_answers_of_a_tower_are_computed_as_its_file_says(
     opened: list[bytes] = []
     monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.processor_saturates", lambda: True)
     monkeypatch.setattr(
-        "clip_rd_edge.exporting.reference.open_as_written",
+        "clip_rd_edge.exporting.parity.open_as_written",
         lambda content, *, threads: opened.append(content) or open_session(content, threads=threads),
     )
     manifest = read_manifest(colour_bundle)

@@ -13,12 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.graph import prepare_for_quantization
-from clip_rd_edge.exporting.int8.candidates import CandidateRequest, _robust_layers
+from clip_rd_edge.exporting.int8.candidates import CandidateRequest, _robust_layers, group_errors
+from clip_rd_edge.exporting.int8.methods import StaticQuantizer
 from clip_rd_edge.exporting.int8.search import TowerSamples, quantize_tower
-from clip_rd_edge.exporting.int8.sensitivity import group_errors
-from clip_rd_edge.exporting.int8.static import StaticQuantizer
-from clip_rd_edge.exporting.options import Budget
 from clip_rd_edge.exporting.parity import agreement, embed
+from clip_rd_edge.exporting.plan import Budget
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.utils.reporting import SILENT

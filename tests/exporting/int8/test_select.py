@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from clip_rd_edge.bundle.encoder import Embeddings
-from clip_rd_edge.exporting.int8.select import Choice, MeasuredCandidate, Trial, choose
-from clip_rd_edge.exporting.int8.sensitivity import GroupError, layers_within, with_fewest_in_float
-from clip_rd_edge.exporting.options import Budget
+from clip_rd_edge.exporting.int8.candidates import GroupError, layers_within, with_fewest_in_float
+from clip_rd_edge.exporting.int8.search import Choice, MeasuredCandidate, Trial, choose
 from clip_rd_edge.exporting.parity import Agreement
+from clip_rd_edge.exporting.plan import Budget
 
 
 def _measured(name: str, latency_ms: float, cosine: float = 1.0, size: int = 100, **answers: int) -> MeasuredCandidate:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_rd_edge.exporting.int8.sensitivity import layers_no_slower
+from clip_rd_edge.exporting.int8.candidates import layers_no_slower
 from clip_rd_edge.utils.timing import Milliseconds
 
 SAVED_MS = {"a": -1.0, "b": -0.5, "c": 2.0, "d": 0.0, "e": -0.05}  # saved by each layer in INT8, of 10 ms

@@ -11,11 +11,10 @@ import pytest
 from onnx import helper, numpy_helper
 
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.formats.tensorrt.strongly_typed import symmetric_tower
+from clip_rd_edge.exporting.formats.tensorrt import symmetric_tower
 from clip_rd_edge.exporting.graph import prepare_for_quantization, weighted_layers
-from clip_rd_edge.exporting.int8.ranges import Ranges, measure_ranges
+from clip_rd_edge.exporting.int8.methods import Ranges, measure_ranges, quantize_symmetrically, quantized_inputs
 from clip_rd_edge.exporting.int8.search import TowerSamples
-from clip_rd_edge.exporting.int8.symmetric import quantize_symmetrically, quantized_inputs
 from clip_rd_edge.exporting.parity import agreement, embed
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.session import open_session

@@ -32,14 +32,15 @@ from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.conversion import ConvertedBundle
 from clip_rd_edge.exporting.layouts.huggingface import (
     _last_id,
+    _licence,
     _preprocessor_config,
     _take_any_length,
+    export_huggingface,
     normalizer_with_cleaning,
     write_huggingface,
+    write_model_card,
 )
-from clip_rd_edge.exporting.layouts.huggingface_export import export_huggingface
-from clip_rd_edge.exporting.layouts.model_card import _licence, write_model_card
-from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
@@ -95,9 +96,9 @@ def test_a_model_whose_towers_do_not_fit_one_file_is_refused_before_the_export(
     student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = sum(tensor.nbytes for tensor in student.model.state_dict().values())
-    monkeypatch.setattr("clip_rd_edge.exporting.layouts.huggingface_export.MAX_FILE_BYTES", size - 1)
+    monkeypatch.setattr("clip_rd_edge.exporting.layouts.huggingface.MAX_FILE_BYTES", size - 1)
     monkeypatch.setattr(
-        "clip_rd_edge.exporting.layouts.huggingface_export.export_bundle", lambda *_, **__: pytest.fail("exported")
+        "clip_rd_edge.exporting.layouts.huggingface.export_bundle", lambda *_, **__: pytest.fail("exported")
     )
     with pytest.raises(UsageError, match="GB of weights, and the Hugging Face layout has both towers in one file"):
         export_huggingface(student, tmp_path / "hub", ExportRequest())

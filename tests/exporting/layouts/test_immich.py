@@ -18,7 +18,7 @@ from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.layouts.immich import immich_name, where_it_goes, write_immich
-from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.runtime.backends.session import open_session

@@ -1,0 +1,526 @@
+"""Convert a float32 bundle to TensorRT engines, or to files that build them on the device."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx
+
+from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.manifest import ENGINE_SUFFIX, STAMP_SUFFIX, TOKENIZER, Manifest
+from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, first_line
+from clip_rd_edge.exporting.calibration import CalibrationSet
+from clip_rd_edge.exporting.conversion import start_conversion
+from clip_rd_edge.exporting.formats.onnx import float32_note, fp16_tower, nodes_out_of_range, to_fp16
+from clip_rd_edge.exporting.graph import prepare_for_quantization, weighted_layers
+from clip_rd_edge.exporting.int8.candidates import SENSITIVITY_SAMPLES, robust_layers
+from clip_rd_edge.exporting.int8.methods import MAX_LEVEL, measure_ranges, quantize_symmetrically, quantized_inputs
+from clip_rd_edge.exporting.int8.rounding import RoundedLayers
+from clip_rd_edge.exporting.int8.saturation import right_session
+from clip_rd_edge.exporting.int8.search import TowerSamples
+from clip_rd_edge.exporting.parity import Agreement, Inputs, agreement, embed, hard_inputs
+from clip_rd_edge.exporting.plan import (
+    BUILD_SHELL,
+    RTX_TARGETS,
+    SELF_BUILDING_TARGETS,
+    Budget,
+    ExportRequest,
+    require_target,
+)
+from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
+from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
+from clip_rd_edge.utils.text import one_line, printable
+
+# Returns the content of a tower's engine, given `image` or `text` and the tower's strongly typed ONNX.
+EngineBuilder = Callable[[str, "TypedTower"], bytes]
+
+
+def write_engines(
+    source: Path,
+    folder: Path,
+    request: ExportRequest,
+    *,
+    calibration: CalibrationSet | None = None,
+    reporter: Reporter = SILENT,
+    build: EngineBuilder | None = None,
+) -> Manifest:
+    """Write strongly typed ONNX files and their engines into `folder`; return their manifest, not yet written.
+
+    Some devices build their engines themselves: for them, the folder holds build files instead (`write_build_files`).
+    Engines for an RTX card are built without a GPU, so their latency is not measured here; the types that their layers
+    compute in are checked in the builder's log.
+
+    Args:
+        source: the float32 bundle.
+        folder: where the files are written.
+        request: precision and target of the engines.
+        calibration: samples for INT8, or None for other precisions.
+        reporter: shows progress.
+        build: builds the engines for any target, instead of TensorRT for RTX.
+    """
+    target = require_target(request.target)
+    manifest = start_conversion(source, folder, request, calibration=calibration)
+    typed = typed_towers(source, manifest, request, calibration=calibration, reporter=reporter)
+    if build is None and target in RTX_TARGETS:
+        build = partial(_build_from_onnx, target=target)
+    towers = {}
+    for name, tower in manifest.towers.items():
+        typed_tower = typed[name]
+        write_bytes(folder / tower.file, typed_tower.content)
+        engine = ""
+        if build is not None:
+            reporter.update(f"{name} tower: building the engine for {target}")
+            engine = Path(tower.file).with_suffix(ENGINE_SUFFIX).name
+            write_bytes(folder / engine, build(name, typed_tower))
+        towers[name] = msgspec.structs.replace(
+            tower, precision=typed_tower.precision, note=typed_tower.note, engine=engine, measured=None
+        )
+    converted = manifest.with_towers(
+        towers, target=f"tensorrt-rtx {target}" if target in RTX_TARGETS else f"tensorrt {target}"
+    )
+    if build is None:
+        write_build_files(folder, converted, title=SELF_BUILDING_TARGETS[target])
+    return converted
+
+
+def _build_from_onnx(name: str, typed: TypedTower, *, target: str) -> bytes:
+    engine = build_engine(typed.content, target=target)
+    mistyped = mistyped_layers(engine.log, typed.types)
+    if mistyped:
+        layer, types = next(iter(mistyped.items()))
+        raise ClipRdEdgeError(
+            f"The engine of the {name} tower computes {len(mistyped)} of {len(typed.types)} layers in another type "
+            f"than its ONNX says: {layer} in {' and '.join(types) or 'an unknown type'}, not {typed.types[layer]}.",
+            hint="please report it with the version of tensorrt-rtx-cu13-bindings; {precision} fp16 may work",
+        )
+    return engine.content
+
+
+BUILD_PYTHON, CHECKSUMS = "build.py", "SHA256SUMS"
+
+_SHELL = """#!/usr/bin/env bash
+# Builds the engines of {name}. Run it on the device ({title}); it takes minutes.
+set -euo pipefail
+cd "$(dirname "$0")"
+sha256sum --check --quiet {checksums}
+TRTEXEC="${{TRTEXEC:-/usr/src/tensorrt/bin/trtexec}}"
+if ! command -v "$TRTEXEC" > /dev/null; then
+    echo "error: $TRTEXEC was not found" >&2
+    echo "hint: sudo apt install tensorrt, or TRTEXEC=/path/to/trtexec ./{shell}, or python3 {python}" >&2
+    exit 2
+fi
+build() {{  # tower, input name, input shape without the batch
+    "$TRTEXEC" --onnx="$1.onnx" --saveEngine="$1.engine.part" --stronglyTyped --skipInference \\
+        --minShapes="$2:1x$3" --optShapes="$2:1x$3" --maxShapes="$2:{max_batch}x$3" \\
+        --timingCacheFile=timing.cache --profilingVerbosity=detailed
+    mv "$1.engine.part" "$1.engine"  # no engine is left half-written
+    sha256sum "$1.onnx" "$1.engine" > "$1.engine{stamp}"  # only these two run together
+}}
+{calls}
+"""
+
+_PYTHON = '''#!/usr/bin/env python3
+"""Builds this folder's engines on the device ({title}) with TensorRT's Python API: the same as {shell}."""
+# The model is {name}.
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import tensorrt as trt
+
+HERE = Path(__file__).resolve().parent
+TOWERS = {towers!r}  # tower, input name, input shape without the batch
+MAX_BATCH = {max_batch}
+
+
+def sha256_of(name):
+    return hashlib.sha256((HERE / name).read_bytes()).hexdigest()
+
+
+def check():
+    for line in (HERE / "{checksums}").read_text().splitlines():
+        digest, name = line.split("  ", 1)
+        if sha256_of(name) != digest:
+            sys.exit(f"error: {{name}} differs from the exported file\\nhint: copy the folder again")
+
+
+def build(name, input_name, shape):
+    logger = trt.Logger(trt.Logger.WARNING)
+    builder = trt.Builder(logger)
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse((HERE / f"{{name}}.onnx").read_bytes()):
+        sys.exit(f"error: TensorRT {{trt.__version__}} cannot parse {{name}}.onnx: {{parser.get_error(0)}}")
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    profile = builder.create_optimization_profile()
+    profile.set_shape(input_name, (1, *shape), (1, *shape), (MAX_BATCH, *shape))
+    config.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        sys.exit(f"error: TensorRT {{trt.__version__}} cannot build {{name}}.engine")
+    part = HERE / f"{{name}}.engine.part"
+    part.write_bytes(bytes(engine))
+    os.replace(part, HERE / f"{{name}}.engine")
+    files = (f"{{name}}.onnx", f"{{name}}.engine")
+    stamp = "".join(f"{{sha256_of(file)}}  {{file}}\\n" for file in files)  # only these two run together
+    (HERE / f"{{name}}.engine{stamp}").write_text(stamp)
+
+
+check()
+for tower in TOWERS:
+    build(*tower)
+'''
+
+
+def write_build_files(folder: Path, manifest: Manifest, *, title: str) -> None:
+    """Write the scripts that build the engines into a bundle's folder, which already holds the ONNX files.
+
+    Args:
+        folder: the bundle's.
+        manifest: the bundle's, not yet written.
+        title: name of the device, with the software that it needs.
+    """
+    shapes = {"image": (3, *manifest.preprocessing.size), "text": (manifest.tokenizer.context_length,)}
+    towers = [(Path(tower.file).stem, tower.input_name, shapes[name]) for name, tower in manifest.towers.items()]
+    calls = "\n".join(f"build {name} {input_name} {'x'.join(map(str, shape))}" for name, input_name, shape in towers)
+    fields = {
+        "name": printable(one_line(manifest.name)),  # in comments: it is a folder's name, which can be any text
+        "title": title,
+        "checksums": CHECKSUMS,
+        "shell": BUILD_SHELL,
+        "python": BUILD_PYTHON,
+        "stamp": STAMP_SUFFIX,
+    }
+    write_text(folder / BUILD_SHELL, _SHELL.format(calls=calls, max_batch=MAX_BATCH, **fields))
+    (folder / BUILD_SHELL).chmod(0o755)
+    write_text(folder / BUILD_PYTHON, _PYTHON.format(towers=towers, max_batch=MAX_BATCH, **fields))
+    files = [*(tower.file for tower in manifest.towers.values()), *([TOKENIZER] if manifest.text else [])]
+    write_text(folder / CHECKSUMS, "".join(f"{sha256_of(folder / name)}  {name}\n" for name in files))
+
+
+@dataclass(frozen=True)
+class SymmetricTower:
+    """A tower with symmetric Q/DQ.
+
+    Attributes:
+        model: with Q/DQ, in float16 otherwise.
+        int8_layers: names of the layers in INT8.
+        float_layers: names of the layers left in float for accuracy.
+        agreement: with float32 on the held-out samples.
+    """
+
+    model: onnx.ModelProto
+    int8_layers: tuple[str, ...]
+    float_layers: tuple[str, ...]
+    agreement: Agreement
+
+
+def symmetric_tower(
+    prepared: Path,
+    samples: TowerSamples,
+    *,
+    min_agreement: float,
+    keep_float32: Collection[str] = (),
+    reporter: Reporter = SILENT,
+) -> SymmetricTower | None:
+    """Quantise every layer or, if that loses too much accuracy, all but the layers that lose most.
+
+    The others are in float16 when the agreement is measured, as in the file that is shipped.
+
+    Args:
+        prepared: a float32 model that `quant_pre_process` has optimised.
+        samples: inputs to set ranges by, and others to measure the agreement on.
+        min_agreement: min centred cosine with float32.
+        keep_float32: as for `to_fp16`.
+        reporter: shows progress.
+
+    Returns:
+        The quantised tower, or None if no selection of layers reaches `min_agreement`.
+    """
+    model = onnx.load(prepared)
+    all_layers = tuple(node.name for node in weighted_layers(model))
+    ranges = measure_ranges(model, quantized_inputs(model), samples.calibrate)
+    rounded = None
+    if samples.adapt:
+        reporter.update(f"rounding the weights of {len(all_layers)} layers")
+        rounded = RoundedLayers(model, samples.calibrate, max_level=MAX_LEVEL)
+    reference = embed(open_session(str(prepared)), samples.held_out)
+
+    def quantize(layers: Sequence[str]) -> onnx.ModelProto:
+        return quantize_symmetrically(model, ranges, layers=layers, rounded=rounded)
+
+    def embed_int8(quantized: onnx.ModelProto, inputs: Inputs) -> Embeddings:
+        content = quantized.SerializeToString()
+        return embed(right_session(open_session(content), content), inputs)
+
+    def attempt(layers: Sequence[str]) -> SymmetricTower:
+        typed = to_fp16(quantize(layers), keep_float32=keep_float32)
+        parity = agreement(reference, embed_int8(typed, samples.held_out))
+        float_layers = tuple(name for name in all_layers if name not in layers)
+        return SymmetricTower(typed, tuple(layers), float_layers, parity)
+
+    full = attempt(all_layers)
+    if full.agreement.centred_cosine >= min_agreement:
+        return full
+    reporter.update(f"measuring the INT8 error of {len(all_layers)} layers")
+    subset = samples.calibrate[:SENSITIVITY_SAMPLES]
+
+    def embed_with(layers: Sequence[str]) -> Embeddings:
+        return embed_int8(quantize(layers), subset)
+
+    of_subset = embed(open_session(str(prepared)), subset)
+    for layers in robust_layers(all_layers, embed_with, of_subset, max_error=1 - min_agreement):
+        if layers:
+            partial = attempt(layers)
+            if partial.agreement.centred_cosine >= min_agreement:
+                return partial
+    return None
+
+
+_MEASURED = ", measured on this ONNX in ONNX Runtime, which on most CPUs computes float16 in float32."
+
+
+@dataclass(frozen=True)
+class TypedTower:
+    """A tower's strongly typed ONNX.
+
+    Attributes:
+        content: of the ONNX file.
+        precision, note: as in `bundle.manifest.Tower`.
+        types: expected type of each Conv, MatMul and Gemm by node name, as TensorRT calls it.
+    """
+
+    content: bytes
+    precision: str
+    note: str = ""
+    types: dict[str, str] = field(default_factory=dict)
+
+
+def typed_towers(
+    source: Path,
+    manifest: Manifest,
+    request: ExportRequest,
+    *,
+    calibration: CalibrationSet | None,
+    reporter: Reporter = SILENT,
+) -> dict[str, TypedTower]:
+    """Convert both towers of the float32 bundle `source`.
+
+    A tower that loses too much accuracy in INT8 is converted to float16, and its note says so.
+    """
+    inputs = hard_inputs(source, manifest)
+    typed = {}
+    for name, tower in manifest.towers.items():
+        reporter.update(f"{name} tower: {request.precision}")
+        model = source / tower.file
+        if request.precision == "int8" and calibration is not None:
+            calibrate, held_out = (
+                samples.pixels if name == "image" else samples.ids
+                for samples in (calibration.calibrate, calibration.held_out)
+            )
+            samples = TowerSamples(name, calibrate, held_out, adapt=request.adapts(name))
+            typed[name] = _int8_tower(model, samples, inputs[name], request.budget, reporter)
+        else:
+            typed[name] = _float_tower(model, inputs[name], fp16=request.precision != "fp32")
+    return typed
+
+
+def _float_tower(model: Path, inputs: Inputs, *, fp16: bool, note: str = "") -> TypedTower:
+    if fp16:
+        tower = fp16_tower(model, inputs)
+        if tower.model is not None:
+            parity = f"Its centred cosine with float32 is {tower.agreement.centred_cosine:.5f}{_MEASURED}"
+            types = _expected_types(onnx.load_from_string(tower.model), float32=tower.float32_nodes)
+            return TypedTower(tower.model, "fp16", note or parity, types)
+        note = float32_note(tower.agreement.centred_cosine)
+    return TypedTower(model.read_bytes(), "fp32", note)
+
+
+def _int8_tower(model: Path, samples: TowerSamples, inputs: Inputs, budget: Budget, reporter: Reporter) -> TypedTower:
+    min_agreement = budget.min_agreement(samples.tower)
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared = prepare_for_quantization(model, Path(scratch))
+        float32_nodes = nodes_out_of_range(onnx.load(prepared), inputs)
+        tower = symmetric_tower(
+            prepared,
+            samples,
+            min_agreement=min_agreement,
+            keep_float32=float32_nodes,
+            reporter=PrefixedReporter(reporter, f"{samples.tower} tower: "),
+        )
+    if tower is None:
+        note = f"fp16: INT8 does not reach a centred cosine of {min_agreement}."
+        return _float_tower(model, inputs, fp16=True, note=note)
+    in_float, total = len(tower.float_layers), len(tower.int8_layers) + len(tower.float_layers)
+    return TypedTower(
+        tower.model.SerializeToString(),
+        f"int8 symmetric{f', {in_float} of {total} layers in FP16' if in_float else ''}",
+        f"Its centred cosine with float32 is {tower.agreement.centred_cosine:.4f}{_MEASURED}",
+        _expected_types(tower.model, int8=tower.int8_layers, float32=float32_nodes),
+    )
+
+
+def _expected_types(
+    model: onnx.ModelProto, *, int8: Collection[str] = (), float32: Collection[str] = ()
+) -> dict[str, str]:
+    """Return the types of all Conv, MatMul and Gemm nodes; matrix products of two activations are in float16."""
+    products = [node.name for node in model.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
+    return {name: "Int8" if name in int8 else "Half" for name in products if name not in float32 or name in int8}
+
+
+MAX_BATCH = 8  # of every engine, however it is built
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The content of an engine file, and the builder's log, which lists its layers (see `parse_kernels`)."""
+
+    content: bytes
+    log: str
+
+
+def build_engine(model: bytes, *, target: str) -> Engine:
+    """Build an engine for batches of 1 to MAX_BATCH, tuned for 1.
+
+    Args:
+        model: content of a strongly typed ONNX file with one input, whose first dimension is the batch.
+        target: one of RTX_TARGETS.
+    """
+    trt = _import_tensorrt_rtx()
+    logger = _logger(trt)
+    builder = trt.Builder(logger)
+    # From version 11 on, every network is strongly typed, and the flag is gone.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(model):
+        reasons = [parser.get_error(i) for i in range(parser.num_errors)]
+        raise ClipRdEdgeError(
+            f"TensorRT for RTX {trt.__version__} cannot parse the ONNX: {_first_reason(reasons)}.",
+            hint="export in another precision, or use another architecture",
+        )
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
+    config.add_optimization_profile(_profile(builder, network.get_input(0)))
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        reason = _first_reason(logger.errors)
+        raise ClipRdEdgeError(f"TensorRT for RTX {trt.__version__} cannot build the engine: {reason}.")
+    return Engine(bytes(plan), "\n".join(logger.lines))
+
+
+def _import_tensorrt_rtx() -> Any:
+    try:
+        return importlib.import_module("tensorrt_rtx_bindings")
+    except ImportError as error:
+        raise MissingExtraError("tensorrt-rtx-cu13-bindings", extra="rtx", purpose="Building an engine") from error
+
+
+def _profile(builder: Any, input_tensor: Any) -> Any:
+    profile = builder.create_optimization_profile()
+    shape = tuple(input_tensor.shape)[1:]
+    profile.set_shape(input_tensor.name, (1, *shape), (1, *shape), (MAX_BATCH, *shape))
+    return profile
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """Keeps the builder's messages: only the log lists layers and their types."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.lines: list[str] = []
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            self.lines.append(message)
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+
+    return Logger()
+
+
+def _first_reason(reasons: Sequence[Any]) -> str:
+    return first_line(reasons[0]) if reasons else "no reason was given"
+
+
+_KERNEL = re.compile(
+    r"^Name: (?P<name>[^,]*), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: "
+    r".*?Metadata: (?P<nodes>.*)$",
+    re.MULTILINE,
+)
+_PRODUCTS = ("correlation", "gemm")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One step of an engine.
+
+    Attributes:
+        inputs: types of its inputs, such as `Int8`.
+        nodes: names of the ONNX nodes that it computes.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    nodes: tuple[str, ...]
+
+
+def parse_kernels(log: str) -> list[Kernel]:
+    """Return the kernels that a builder's verbose log lists, in their order."""
+    kernels = [
+        Kernel(
+            match["name"],
+            match["kind"],
+            tuple(re.findall(r"Datatype: (\w+)", match["inputs"])),
+            tuple(re.findall(r"\[ONNX Layer: ([^\]]*)\]", match["nodes"])),
+        )
+        for match in _KERNEL.finditer(log)
+    ]
+    if not kernels:
+        raise ClipRdEdgeError("The builder's log lists no layers; expected its verbose log with detailed profiling.")
+    return kernels
+
+
+def mistyped_layers(log: str, types: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Return the layers that an engine does not compute in the expected type.
+
+    Args:
+        log: the builder's.
+        types: expected type per layer name, as TensorRT calls it: `Int8`, `Half`.
+
+    Returns:
+        Per layer name, the types that its kernel reads instead; an empty tuple if no kernel names the layer.
+    """
+    kernels_by_layer: dict[str, list[Kernel]] = {}
+    for kernel in parse_kernels(log):
+        for name in kernel.nodes:
+            kernels_by_layer.setdefault(name, []).append(kernel)
+    input_types = {name: _input_types(kernels_by_layer.get(name, ())) for name in types}
+    return {name: actual for name, actual in input_types.items() if types[name] not in actual}
+
+
+def _input_types(kernels: Sequence[Kernel]) -> tuple[str, ...]:
+    """Return the type that a node's own product kernels read first, or else all types that its fused kernels read.
+
+    An INT8 node also appears in the kernels that quantise its input or add its bias. A product that was fused with its
+    neighbours has no kernel of its own; its types are among those of the fused kernel.
+    """
+    products = [kernel.inputs[0] for kernel in kernels if kernel.kind in _PRODUCTS and kernel.inputs]
+    return tuple(products or (dtype for kernel in kernels for dtype in kernel.inputs))

@@ -1,0 +1,525 @@
+"""The ways of writing a tower in INT8: static, dynamic and symmetric, and the activation ranges that they need."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+from clip_rd_edge.exporting.graph import (
+    LAYERS,
+    activation_batches,
+    drop_unused_constants,
+    file_content,
+    float_tensors,
+    output_axis,
+    silently,
+    weighted_layers,
+)
+from clip_rd_edge.exporting.int8.rounding import RoundedLayers, weight_scale
+from clip_rd_edge.exporting.parity import Inputs
+from clip_rd_edge.exporting.plan import WeightBits
+
+RangeMethod = Literal["min-max", "percentile", "entropy"]
+RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
+# Quantised if all their inputs come from quantised nodes: SiLU and similar activations, residual sums, pooling. In
+# float, each would need its inputs dequantised and its output quantised again.
+_FOLLOWERS = ("Add", "Mul", "Sigmoid", "HardSigmoid", "ReduceMean", "GlobalAveragePool", "AveragePool", "MaxPool")
+# The quantiser removes these and lets the range of their output do the clipping; keeping them would cost a conversion.
+_CLIPPING = ("Relu", "Clip")
+
+
+class StaticQuantizer:
+    """Quantises any of a tower's layers, and the element-wise nodes after them: U8 activations, per-channel S8 weights.
+
+    Only the weights of layers have `weight_bits`: constants of element-wise nodes, where nothing saturates, have 8,
+    like activations.
+
+    Weights are rounded, and biases corrected, by what each layer sees: see `exporting.int8.rounding`.
+
+    ONNX Runtime's CPU kernels are fastest with U8 and S8. Matrix products of two activations, as in attention, stay in
+    float, and so do Softmax, normalisation and the nodes after them.
+
+    Attributes:
+        layers: names of all layers with weights.
+
+    Args:
+        model: path of a float32 model that `quant_pre_process` has optimised.
+        samples: inputs (N, …) that the ranges are measured on.
+        weight_bits: see `exporting.int8.saturation`.
+        rounded: the layers with weights that are rounded already; None rounds each weight to the nearest level.
+    """
+
+    def __init__(
+        self, model: Path, samples: Inputs, *, weight_bits: WeightBits = 7, rounded: RoundedLayers | None = None
+    ) -> None:
+        self._model = onnx.load(model)
+        self._samples = samples
+        self._weight_bits = weight_bits
+        self._rounded = rounded
+        self.layers: tuple[str, ...] = tuple(node.name for node in weighted_layers(self._model))
+
+    def quantize(self, method: RangeMethod, layers: Sequence[str]) -> bytes:
+        """Return the model with `layers`, a subset of `self.layers`, in INT8, as file content."""
+        if not layers:  # an empty list means all layers to the library
+            return file_content(self._model)
+        from onnxruntime.quantization import CalibrationMethod, QuantType
+        from onnxruntime.quantization.calibrate import TensorsData
+        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+        if method == "entropy":
+            ranges = self._entropy_ranges
+        else:
+            ranges = self._ranges.min_max if method == "min-max" else self._ranges.percentile
+        ranges = {name: range_without_ties(*bounds) for name, bounds in ranges.items()}
+        model = copy.deepcopy(self._model)
+        if self._rounded:
+            self._rounded.replace(model, layers)
+        with silently():
+            quantizer = QDQQuantizer(
+                model,
+                per_channel=True,
+                reduce_range=self._weight_bits == 7,
+                weight_qType=QuantType.QInt8,
+                activation_qType=QuantType.QUInt8,
+                tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
+                nodes_to_quantize=[*layers, *_followers(self._model, layers)],
+                nodes_to_exclude=[],
+                op_types_to_quantize=[*LAYERS, *_FOLLOWERS, *_CLIPPING],
+                extra_options={"TensorQuantOverrides": self._overrides},
+            )
+            quantizer.quantize_model()
+        _keep_in_float(quantizer.model.model)
+        return file_content(quantizer.model.model)
+
+    @cached_property
+    def _overrides(self) -> dict[str, list[dict[str, Any]]]:
+        """The quantiser's settings of the constants that no layer multiplies."""
+        weights = {node.input[1] for node in weighted_layers(self._model)}
+        names = {name for node in self._model.graph.node if node.op_type in _FOLLOWERS for name in node.input}
+        constants = [tensor for tensor in self._model.graph.initializer if tensor.name in names - weights]
+        return {t.name: [{"reduce_range": False}] for t in constants if t.data_type == onnx.TensorProto.FLOAT}
+
+    @cached_property
+    def _ranges(self) -> Ranges:
+        measured = measure_ranges(self._model, self._tensors, self._samples)
+        return Ranges(_finite(measured.min_max), _finite(measured.percentile))
+
+    @cached_property
+    def _entropy_ranges(self) -> dict[str, tuple[Any, Any]]:
+        return entropy_ranges(activation_batches(self._model, list(self._ranges.min_max), self._samples))
+
+    @cached_property
+    def _tensors(self) -> list[str]:
+        """Names of the float activations that quantised nodes read and write."""
+        constants = {tensor.name for tensor in self._model.graph.initializer}
+        names = {
+            name: None
+            for node in self._model.graph.node
+            if node.op_type in (*LAYERS, *_FOLLOWERS, *_CLIPPING)
+            for name in (*node.input[:2], *node.output)  # the third input is a bias or a setting
+            if name and name not in constants
+        }
+        floats = float_tensors(self._model.graph)
+        return [name for name in names if name in floats]
+
+
+def _finite(ranges: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    # The sum with a causal mask reaches −infinity. No layer reads it, but the quantiser checks every range.
+    return {name: bounds for name, bounds in ranges.items() if np.isfinite(bounds).all()}
+
+
+def _keep_in_float(model: onnx.ModelProto) -> None:
+    """Give a layer in float, whose input comes from INT8, that input by one scale per channel, all the same; in place.
+
+    From 1.21 on, ONNX Runtime's optimiser (WeightBiasQuantization) computes a float Conv or Gemm between
+    DequantizeLinear and QuantizeLinear in INT8, with one scale for all its weights, whatever that costs: layers stay in
+    float because INT8 costs too much there. It leaves those whose input has more scales than one.
+    """
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    for layer in weighted_layers(model, ("Conv", "Gemm")):
+        dequantize = producers.get(layer.input[0])
+        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+            continue
+        size = constants[layer.input[1]].dims[1 if output_axis(layer) == 0 else 0]
+        channels = size * next((attribute.i for attribute in layer.attribute if attribute.name == "group"), 1)
+        names = [f"{layer.name}/{name}" for name in dequantize.input[1:]]
+        for name, per_channel in zip(dequantize.input[1:], names, strict=True):
+            value = numpy_helper.to_array(constants[name])
+            graph.initializer.append(numpy_helper.from_array(np.full(channels, value), per_channel))
+        output = f"{layer.name}/input"
+        inputs = [dequantize.input[0], *names]
+        graph.node.append(helper.make_node("DequantizeLinear", inputs, [output], output, axis=1))
+        layer.input[0] = output
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    unread = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.output[0] not in read]
+    for node in unread:
+        graph.node.remove(node)
+
+
+def _followers(model: onnx.ModelProto, layers: Sequence[str]) -> list[str]:
+    """Return the names of the nodes in _FOLLOWERS and _CLIPPING that read only outputs of quantised nodes."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    quantized, followers, quantized_outputs = set(layers), [], set[str]()
+    for node in model.graph.node:  # ONNX keeps them in the order of computation
+        activations = [name for name in node.input if name and name not in constants]
+        if node.op_type in (*_FOLLOWERS, *_CLIPPING) and activations and quantized_outputs.issuperset(activations):
+            followers.append(node.name)
+            quantized_outputs.update(node.output)
+        elif node.name in quantized:
+            quantized_outputs.update(node.output)
+    return followers
+
+
+def scales_per_batch(content: bytes) -> bool:
+    """Return whether a model quantises activations at run time, by their range over the whole batch."""
+    return any(node.op_type == "DynamicQuantizeLinear" for node in onnx.load_from_string(content).graph.node)
+
+
+def quantize_dynamically(
+    model: Path | bytes,
+    *,
+    matrix_products: bool,
+    token_embeddings: bool,
+    per_token: bool,
+    weight_bits: WeightBits = 7,
+) -> bytes:
+    """Return a model with S8 weights, one scale per column, as file content.
+
+    Args:
+        model: a float32 model of opset 18 or later that `quant_pre_process` has optimised.
+        matrix_products: quantise MatMul and Gemm with constant weights; the matrix products of attention stay in float,
+            and so do Softmax and the mask that is added before it.
+        token_embeddings: quantise the token embedding table, which is most of a small text tower's size.
+        per_token: one scale per token instead of one for the whole batch, which is more accurate, since a token with
+            large values costs the others nothing (ZeroQuant, Yao et al. 2022, section 4.1), and independent of the
+            batch. It is slower, which matters to towers of small products.
+        weight_bits: of the weights of matrix products, see `exporting.int8.saturation`; token embeddings have 8.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    kinds = [*(["MatMul", "Gemm"] if matrix_products else []), *(["Gather"] if token_embeddings else [])]
+    with tempfile.TemporaryDirectory() as folder, silently():
+        source, target = Path(folder) / "source.onnx", Path(folder) / "target.onnx"
+        if isinstance(model, bytes):
+            source.write_bytes(model)
+        else:
+            source = model
+        quantize_dynamic(
+            source,
+            target,
+            kinds,
+            per_channel=True,
+            reduce_range=weight_bits == 7,
+            weight_type=QuantType.QInt8,  # U8 weights are several times slower
+            extra_options={"MatMulConstBOnly": True},
+        )
+        quantized = onnx.load(target)
+    if per_token:
+        _scale_per_token(quantized.graph)
+    return file_content(quantized)
+
+
+_AXIS, _TINY, _LEVEL, _ZERO_POINT = (f"per_token/{name}" for name in ("axis", "tiny", "level", "zero_point"))
+_CONSTANTS = {
+    _AXIS: np.array([-1], np.int64),
+    _TINY: np.array(1e-12, np.float32),
+    _LEVEL: np.array(1 / 127, np.float32),
+    _ZERO_POINT: np.array(128, np.uint8),  # U8 around the middle: ONNX Runtime's kernels are fastest with U8 and S8
+}
+
+
+def _scale_per_token(graph: onnx.GraphProto) -> None:
+    """Divide each row that is quantised at run time by its largest magnitude, and multiply the product's row by it.
+
+    Between the two, the scale is a constant, so that the product is one with Q/DQ, which ONNX Runtime fuses. It also
+    fuses MatMulInteger with the Mul after it, but would take the rows' scales for a single one there.
+    """
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    nodes: list[onnx.NodeProto] = []
+    replaced: list[onnx.NodeProto] = []
+    for quantizer in (node for node in graph.node if node.op_type == "DynamicQuantizeLinear"):
+        levels, scale, _ = quantizer.output
+        # The quantiser writes MatMulInteger, Cast, and Mul by the product of the scales of activations and weights.
+        scales = {node.output[0]: node for node in readers[scale]}
+        nodes += _quantize_rows(quantizer.input[0])
+        replaced += [quantizer, *scales.values()]
+        for product in readers[levels]:
+            (cast,) = readers[product.output[0]]
+            (multiply,) = readers[cast.output[0]]
+            (both,) = scales.keys() & set(multiply.input)
+            (weight_scale,) = set(scales[both].input) - {scale}
+            weights = (product.input[1], weight_scale, product.input[3])
+            nodes += _multiply_rows(quantizer.input[0], weights, multiply.output[0])
+            replaced += [product, cast, multiply]
+    if not replaced:
+        return
+    removed = {node.output[0] for node in replaced}
+    nodes += [node for node in graph.node if node.output[0] not in removed]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in _CONSTANTS.items())
+
+
+def _quantize_rows(values: str) -> list[onnx.NodeProto]:
+    """Return nodes that write VALUES/largest (…, 1), and VALUES/quantized (…, D): values divided by it, after Q/DQ."""
+    return [
+        _node("Abs", [values], f"{values}/abs"),
+        _node("ReduceMax", [f"{values}/abs", _AXIS], f"{values}/max"),
+        # So that a row of zeros is not divided by zero. Max would be right, too, and takes several times as long.
+        _node("Add", [f"{values}/max", _TINY], f"{values}/largest"),
+        _node("Div", [values, f"{values}/largest"], f"{values}/unit"),
+        _node("QuantizeLinear", [f"{values}/unit", _LEVEL, _ZERO_POINT], f"{values}/levels"),
+        _node("DequantizeLinear", [f"{values}/levels", _LEVEL, _ZERO_POINT], f"{values}/quantized"),
+    ]
+
+
+def _multiply_rows(values: str, weights: Sequence[str], output: str) -> list[onnx.NodeProto]:
+    """Return nodes that write the product of `values`, quantised as above, and weights: levels, scale, zero point."""
+    return [
+        _node("DequantizeLinear", weights, f"{output}/weights", axis=1),
+        _node("MatMul", [f"{values}/quantized", f"{output}/weights"], f"{output}/unit"),
+        _node("Mul", [f"{output}/unit", f"{values}/largest"], output),
+    ]
+
+
+def _node(kind: str, inputs: Sequence[str], output: str, **attributes: int) -> onnx.NodeProto:
+    return helper.make_node(kind, inputs, [output], output, **attributes)
+
+
+MAX_LEVEL = 127  # a symmetric range does not use -128
+_ZERO_POINT = "symmetric/zero_point"
+Floats = npt.NDArray[np.float32]
+
+
+def quantized_inputs(model: onnx.ModelProto) -> list[str]:
+    """Return the names of the activations that get Q/DQ, whichever layers are quantised, to measure their ranges."""
+    layers = weighted_layers(model)
+    # Of two convolutions that are added, the other is the branch where one alone is quantised.
+    branches = [name for layer in layers for name in _residual_branches(model, [layer]).values()]
+    return list(dict.fromkeys([*(node.input[0] for node in layers), *branches]))
+
+
+def quantize_symmetrically(
+    model: onnx.ModelProto,
+    ranges: Ranges,
+    *,
+    layers: Sequence[str] | None = None,
+    max_weight: int = MAX_LEVEL,
+    rounded: RoundedLayers | None = None,
+) -> onnx.ModelProto:
+    """Return a copy of a float32 model with Q/DQ on the activations and weights of its layers.
+
+    Args:
+        model: a float32 model that `quant_pre_process` has optimised.
+        ranges: of the tensors that `quantized_inputs` names.
+        layers: names of the Conv, MatMul and Gemm nodes to quantise; None means all with constant weights.
+        max_weight: largest level of a weight.
+        rounded: the layers rounded to it already; None rounds each weight to the nearest level.
+    """
+    quantized = copy.deepcopy(model)
+    if layers is None:
+        layers = [node.name for node in weighted_layers(model)]
+    if rounded:
+        rounded.replace(quantized, layers)
+    selected = [node for node in weighted_layers(quantized) if node.name in layers]
+    writer = _QdqWriter(quantized.graph, ranges, max_weight=max_weight)
+    for node in selected:
+        node.input[0] = writer.activation(node.input[0])
+        node.input[1] = writer.weight(node)
+    nodes = {node.name: node for node in quantized.graph.node}
+    for name, tensor in _residual_branches(model, selected).items():
+        add = nodes[name]
+        add.input[list(add.input).index(tensor)] = writer.activation(tensor)
+    writer.finish()
+    return quantized
+
+
+def _residual_branches(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto]) -> dict[str, str]:
+    """Map the name of each Add of a quantised convolution and another branch to that branch's tensor.
+
+    With Q/DQ on the branch, TensorRT computes the sum in the convolution's kernel.
+    """
+    convolutions = {node.output[0] for node in layers if node.op_type == "Conv"}
+    constants = {tensor.name for tensor in model.graph.initializer}
+    uses: dict[str, int] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            uses[name] = uses.get(name, 0) + 1
+    branches = {}
+    for node in model.graph.node:
+        if node.op_type == "Add" and not constants.intersection(node.input):
+            fused = [name for name in node.input if name in convolutions and uses[name] == 1]
+            if fused:
+                branches[node.name] = next(name for name in node.input if name != fused[0])
+    return branches
+
+
+class _QdqWriter:
+    """Adds Q/DQ pairs to a graph, one per tensor however many layers read it."""
+
+    def __init__(self, graph: onnx.GraphProto, ranges: Ranges, *, max_weight: int) -> None:
+        self._graph = graph
+        self._max_weight = max_weight
+        self._ranges = ranges.percentile
+        self._weights = {tensor.name: tensor for tensor in graph.initializer}
+        self._pairs: dict[str, tuple[onnx.NodeProto, onnx.NodeProto]] = {}
+        self._dequantized: dict[str, onnx.NodeProto] = {}
+
+    def activation(self, name: str) -> str:
+        """Return the name of the activation after its Q/DQ."""
+        if name not in self._pairs:
+            scale = self._constant(f"{name}/scale", weight_scale(max(map(abs, self._ranges[name])), MAX_LEVEL))
+            q = helper.make_node("QuantizeLinear", [name, scale, _ZERO_POINT], [f"{name}/q"], name=f"quantize {name}")
+            dq = helper.make_node(
+                "DequantizeLinear", [f"{name}/q", scale, _ZERO_POINT], [f"{name}/dq"], name=f"dequantize {name}"
+            )
+            self._pairs[name] = (q, dq)
+        return f"{name}/dq"
+
+    def weight(self, node: onnx.NodeProto) -> str:
+        """Return the name of the layer's weights, in S8 per output channel, after their DQ."""
+        name, axis = node.input[1], output_axis(node)
+        new = f"{name}/dq{axis}"
+        if new not in self._dequantized:
+            values = numpy_helper.to_array(self._weights[name])
+            axis %= values.ndim
+            others = tuple(i for i in range(values.ndim) if i != axis)
+            scale = weight_scale(np.abs(values).max(axis=others), self._max_weight)
+            shape = [-1 if i == axis else 1 for i in range(values.ndim)]
+            levels = np.rint(values / scale.reshape(shape))
+            quantized = np.clip(levels, -self._max_weight, self._max_weight).astype(np.int8)
+            inputs = [
+                self._constant(f"{new}/s8", quantized),
+                self._constant(f"{new}/scale", scale),
+                self._constant(f"{new}/zero_point", np.zeros(scale.shape, np.int8)),
+            ]
+            self._dequantized[new] = helper.make_node(
+                "DequantizeLinear", inputs, [new], name=f"dequantize {new}", axis=axis
+            )
+        return new
+
+    def finish(self) -> None:
+        """Insert every new node after the nodes it reads, and drop the float weights that are no longer used."""
+        self._constant(_ZERO_POINT, np.zeros((), np.int8))
+        nodes = list(self._dequantized.values())
+        for value in self._graph.input:
+            nodes.extend(self._pairs.get(value.name, ()))
+        for node in self._graph.node:
+            nodes.append(node)
+            nodes.extend(new for name in node.output for new in self._pairs.get(name, ()))
+        del self._graph.node[:]
+        self._graph.node.extend(nodes)
+        drop_unused_constants(self._graph)
+
+    def _constant(self, name: str, values: npt.NDArray[np.float32] | npt.NDArray[np.int8]) -> str:
+        self._graph.initializer.append(numpy_helper.from_array(values, name))
+        return name
+
+
+_PERCENTILE = 99.99  # a few outliers would widen the range and cost all other values their resolution
+_MAX_VALUES = 50_000  # per activation: using all of them takes minutes
+_SYMMETRIC = 1e-3  # relative
+
+
+def subsample(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a random subset of an activation's values, flattened, large enough to show their distribution.
+
+    Evenly spaced values would miss channels wherever the step and the number of channels have a common factor.
+    """
+    flat = values.reshape(-1)
+    if flat.size <= _MAX_VALUES:
+        return flat
+    return flat[np.random.default_rng(0).integers(0, flat.size, _MAX_VALUES)]
+
+
+def range_without_outliers(values: npt.NDArray[Any]) -> tuple[float, float]:
+    """Return the range of an activation's values, of any shape, without the outliers on either side."""
+    with np.errstate(invalid="ignore"):  # interpolating between two infinities of a causal mask is invalid
+        low, high = np.percentile(subsample(values), [100 - _PERCENTILE, _PERCENTILE])
+    return float(low), float(high)
+
+
+def range_without_ties(low: Any, high: Any) -> tuple[Any, Any]:
+    """Return a range for U8; one that reaches as far below 0 as above gets one more level below.
+
+    Pixels p in 0…255 with mean and standard deviation 0.5 become 2p/255 - 1. U8 over [-1, 1] has steps of 2/255, too,
+    and 0 on a level: each pixel lies between two of them, and rounding goes by the last bit of a sum, which differs by
+    processor. In steps of 1/127 they do not, and no end is clipped.
+    """
+    symmetric = high > 0 and abs(low + high) <= _SYMMETRIC * high
+    return (-high * np.float32(128 / 127), high) if symmetric else (low, high)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Lower and upper bound per tensor name.
+
+    Attributes:
+        min_max: min and max over all samples.
+        percentile: mean over the batches of each batch's range without outliers.
+    """
+
+    min_max: dict[str, tuple[Any, Any]]
+    percentile: dict[str, tuple[Any, Any]]
+
+
+def measure_ranges(model: onnx.ModelProto, tensors: Sequence[str], samples: Inputs) -> Ranges:
+    """Measure the ranges of a model's named float tensors on some inputs.
+
+    ONNX Runtime's own calibrators do the same, but its percentile calibrator keeps all histograms in memory and fails
+    on a tensor whose values are nearly all the same.
+    """
+    rows = [
+        [(value.min(), value.max(), *range_without_outliers(value)) for value in batch.values()]
+        for batch in activation_batches(model, tensors, samples)
+    ]
+    table = np.asarray(rows, dtype=np.float32)  # (batches, tensors, 4)
+    lowest, highest = table[..., 0].min(axis=0), table[..., 1].max(axis=0)
+    with np.errstate(over="ignore"):  # of a mask of float32's most negative number
+        low, high = table[..., 2].mean(axis=0), table[..., 3].mean(axis=0)
+    return Ranges(
+        min_max={name: (lowest[i], highest[i]) for i, name in enumerate(tensors)},
+        percentile={name: (low[i], high[i]) for i, name in enumerate(tensors)},
+    )
+
+
+# ONNX Runtime tries every cut from half the range to all of it, one per bin; finer bins take several times as long.
+_BINS, _LEVELS = 256, 128
+_MASKING = np.finfo(np.float32).max / 4  # no activation is as large
+
+
+def entropy_ranges(batches: Iterable[Mapping[str, npt.NDArray[Any]]]) -> dict[str, tuple[Any, Any]]:
+    """Return, per tensor name, the range that loses least by the Kullback-Leibler divergence (Migacz 2017).
+
+    The search is ONNX Runtime's own.
+
+    Args:
+        batches: the tensors' values, batch by batch. Values that are not finite are ignored, and so are those by which
+            a mask hides positions: float32's most negative number, in text towers of transformers.
+    """
+    from onnxruntime.quantization.calibrate import HistogramCollector
+
+    collector = HistogramCollector(
+        "entropy", symmetric=False, num_bins=_BINS, num_quantized_bins=_LEVELS, percentile=None, scenario=None
+    )
+    with silently():
+        for batch in batches:
+            subsets = {name: subsample(values) for name, values in batch.items()}
+            collector.collect({name: values[np.abs(values) < _MASKING] for name, values in subsets.items()})
+        result = collector.compute_collection_result()
+    return {name: (low, high) for name, (low, high, *_) in result.items()}
