@@ -631,7 +631,7 @@ def make_bundle(folder: Path) -> Path:
     import torch
 
     from clip_rd_edge.exporting.bundle import export_bundle
-    from clip_rd_edge.exporting.options import ExportRequest
+    from clip_rd_edge.exporting.plan import ExportRequest
     from clip_rd_edge.models.students import build_student, student_config
 
     torch.manual_seed(0)

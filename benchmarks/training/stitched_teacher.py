@@ -51,8 +51,7 @@ from clip_rd_edge.benchmarking.accuracy import evaluate
 from clip_rd_edge.benchmarking.metrics import accuracy_interval
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
-from clip_rd_edge.bundle.task import ZeroShotTask
-from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.data.tasks import ZeroShotTask, load_task
 from clip_rd_edge.models.classifiers import ImageClassifier, load_classifier
 from clip_rd_edge.models.edit import interpolate_clip
 from clip_rd_edge.models.encoder import TorchEncoder

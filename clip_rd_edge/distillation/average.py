@@ -17,7 +17,7 @@ from clip_rd_edge.benchmarking.accuracy import evaluate
 from clip_rd_edge.benchmarking.metrics import primary_metric
 from clip_rd_edge.bundle.outputs import require_output
 from clip_rd_edge.bundle.runs import model_folder, read_training_record
-from clip_rd_edge.bundle.task import Task
+from clip_rd_edge.data.tasks import Task
 from clip_rd_edge.distillation.metrics import plot_average
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import PROBE_TEXT, ClipModel, float32_on_cpu, model_fingerprint

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from clip_rd_edge.bundle.encoder import in_batches
+from clip_rd_edge.data.mixed import require_images
 from clip_rd_edge.data.samples import BadPair, BadSamples, Pairs, fingerprint, read_twice
-from clip_rd_edge.data.unpaired import require_images
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.inputs import RunSetup, make_dataset, training_pairs
 from clip_rd_edge.distillation.loader import HalfArray, ViewDataset, step_loader

@@ -22,12 +22,8 @@ from clip_rd_edge.bundle.images import in_bounded_batches
 from clip_rd_edge.bundle.labels import is_template
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.runs import INPUTS_FILE, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE, model_folder
-from clip_rd_edge.bundle.task import Task
 from clip_rd_edge.data.load import names_shards
-from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint, require_batch
-from clip_rd_edge.data.reinforced import STORED, ReinforcedPairs, StoredTeachers
-from clip_rd_edge.data.shards.webdataset import parse_sources
-from clip_rd_edge.data.unpaired import (
+from clip_rd_edge.data.mixed import (
     MixedSamples,
     TrainingData,
     describe_counts,
@@ -36,6 +32,10 @@ from clip_rd_edge.data.unpaired import (
     require_images,
     sample_counts,
 )
+from clip_rd_edge.data.reinforced import STORED, ReinforcedPairs, StoredTeachers
+from clip_rd_edge.data.samples import BadSamples, Pairs, fingerprint, require_batch
+from clip_rd_edge.data.tasks import Task
+from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, seed_everything
 from clip_rd_edge.distillation.config import LOCATIONS, RecordedConfig, RunConfig, is_texts_alone, plain_values
 from clip_rd_edge.distillation.loader import ViewDataset
@@ -75,7 +75,7 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
         samples: the rows in words; empty for runs of before there were others than pairs.
         teacher_preprocessing: of each teacher, whose fingerprint does not cover it; none for stored teachers and for
             runs that did not record it yet.
-        pairs_sha256: see `data.pairs.fingerprint`.
+        pairs_sha256: see `data.samples.fingerprint`.
         teacher_sha256: see `models.clip.model_fingerprint`; those of several teachers in turn; None without one.
         student_sha256: the same of a trained student that is trained on; None for a new one, and for runs that did not
             record it yet.
@@ -557,7 +557,7 @@ def lack_of_pairs(config: RunConfig, pairs: Pairs) -> list[str]:
 
 
 def training_pairs(config: RunConfig, *, reporter: Reporter = SILENT) -> Pairs:
-    """Return what a run trains on; raises as `data.unpaired.load_samples`."""
+    """Return what a run trains on; raises as `data.mixed.load_samples`."""
     source = TrainingData(**{name: getattr(config, name) for name in TrainingData.__struct_fields__})
     if load_stored_teachers(config) is not None:
         return _reinforced_pairs(source, reporter)

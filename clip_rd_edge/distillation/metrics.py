@@ -32,9 +32,9 @@ from clip_rd_edge.bundle.encoder import (
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import Pixels, preprocess
 from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, METRICS_FILE, TERM_PREFIX, read_metrics
-from clip_rd_edge.bundle.task import RetrievalTask, Task, ZeroShotTask
-from clip_rd_edge.data.pairs import BadSamples, Pairs
-from clip_rd_edge.data.unpaired import pair_count
+from clip_rd_edge.data.mixed import pair_count
+from clip_rd_edge.data.samples import BadSamples, Pairs
+from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.distillation.processes import Processes, Stopped, StopRequest
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.losses.objective import EmbeddingBatch

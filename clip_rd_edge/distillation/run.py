@@ -23,8 +23,8 @@ from PIL import Image
 
 from clip_rd_edge.bundle.encoder import Embeddings, Encoder
 from clip_rd_edge.bundle.runs import REPORT_FOLDER, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
-from clip_rd_edge.bundle.task import Task
-from clip_rd_edge.data.unpaired import MixedSamples, describe_counts, has_images
+from clip_rd_edge.data.mixed import MixedSamples, describe_counts, has_images
+from clip_rd_edge.data.tasks import Task
 from clip_rd_edge.distillation.checkpoint import (
     CHECKPOINTS_FOLDER,
     host_generators_kept,

@@ -24,8 +24,7 @@ from clip_rd_edge.benchmarking.metrics import Score, primary_metric
 from clip_rd_edge.benchmarking.results import this_environment
 from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, read_metrics
-from clip_rd_edge.bundle.task import RetrievalTask, Task, ZeroShotTask, with_distinct_names
-from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask, load_task, with_distinct_names
 from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, CHECKPOINTS_FOLDER
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.embed import STORE_STAGE

@@ -29,7 +29,19 @@ from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.conversion import ConvertedBundle
 from clip_rd_edge.exporting.converters import Conversion, converter_for
-from clip_rd_edge.exporting.onnx import (
+from clip_rd_edge.exporting.parity import (
+    HARD_TEXTS,
+    Inputs,
+    NodeByNode,
+    add_reference,
+    agreement,
+    embed,
+    latencies,
+    measurement,
+)
+from clip_rd_edge.exporting.plan import ExportRequest, require_fallback, require_precision, require_via
+from clip_rd_edge.exporting.preprocess_graph import IMAGE, with_preprocessing
+from clip_rd_edge.exporting.towers import (
     IMAGE_INPUT,
     IMAGE_OUTPUT,
     TEXT_INPUT,
@@ -37,10 +49,6 @@ from clip_rd_edge.exporting.onnx import (
     export_image_tower,
     export_text_tower,
 )
-from clip_rd_edge.exporting.options import ExportRequest, require_fallback, require_precision, require_via
-from clip_rd_edge.exporting.parity import HARD_TEXTS, Inputs, agreement, embed, latencies, measurement
-from clip_rd_edge.exporting.preprocess_graph import IMAGE, with_preprocessing
-from clip_rd_edge.exporting.reference import NodeByNode, add_reference
 from clip_rd_edge.models.clip import ClipModel, deployed_parameter_count, evaluation_mode, float32_on_cpu
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.tokenizers import export_tokenizer

@@ -25,8 +25,8 @@ from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distilla
 from clip_rd_edge.errors import InputError, InterruptedRunError
 from clip_rd_edge.exporting.bundle import export_bundle, package_versions
 from clip_rd_edge.exporting.calibration import calibration_set
-from clip_rd_edge.exporting.int8.select import Trial
-from clip_rd_edge.exporting.options import ExportRequest
+from clip_rd_edge.exporting.int8.search import Trial
+from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.models.classifiers import CLASSIFIERS, SENTENCE_ENCODERS
 from clip_rd_edge.models.edit import write_trimmed
 from clip_rd_edge.models.encoder import TorchEncoder

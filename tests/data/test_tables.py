@@ -22,10 +22,10 @@ from clip_rd_edge.data import tables as load
 from clip_rd_edge.data import tables as parquet
 from clip_rd_edge.data import tables as text
 from clip_rd_edge.data.load import load_pairs
+from clip_rd_edge.data.mixed import load_texts
 from clip_rd_edge.data.samples import BadSamples, fingerprint
 from clip_rd_edge.data.tables import TABLE_STAGE, IndexedTable, TablePairs, read_table
 from clip_rd_edge.data.tasks import load_task
-from clip_rd_edge.data.unpaired import load_texts
 from clip_rd_edge.distillation.processes import stop_on_signals
 from clip_rd_edge.errors import InputError, LostProcessError
 

@@ -15,7 +15,7 @@ from thread_processes import call_in_threads
 
 from clip_rd_edge.benchmarking import accuracy
 from clip_rd_edge.bundle.encoder import Embeddings
-from clip_rd_edge.bundle.task import RetrievalTask, Task, ZeroShotTask
+from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.distillation.metrics import EncoderOfAllProcesses
 from clip_rd_edge.distillation.processes import Processes, Stopped, StopRequest
 from clip_rd_edge.errors import InputError

@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 from support import Watch
 
-from clip_rd_edge.bundle.task import RetrievalTask, Task
 from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.data.tasks import RetrievalTask, Task, load_task
 from clip_rd_edge.distillation import metrics as predictions
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.metrics import Prediction, Predictions

@@ -28,8 +28,8 @@ from tiny_runs import assert_same_weights, stop_at, tiny_run, weights
 from clip_rd_edge.benchmarking.accuracy import task_fingerprint
 from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import read_metrics
-from clip_rd_edge.bundle.task import ZeroShotTask
-from clip_rd_edge.data.pairs import BadSamples, ValidPair
+from clip_rd_edge.data.samples import BadSamples, ValidPair
+from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.distillation import checkpoint
 from clip_rd_edge.distillation import loop as train
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, seed_everything
