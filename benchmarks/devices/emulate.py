@@ -58,7 +58,8 @@ SUITE = "trixie"  # whose Python is 3.13
 ARM_PYTHON = "3.13"
 # What a device has installed: the project's base dependencies, and LiteRT's runtime.
 PACKAGES = (
-    "numpy", "onnxruntime", "pillow", "tokenizers", "ftfy", "click", "rich", "msgspec", "PyYAML", "ai-edge-litert",
+    "numpy", "onnxruntime", "pillow", "tokenizers", "ftfy", "click", "rich", "msgspec", "PyYAML", "filelock",
+    "ai-edge-litert",
 )  # fmt: skip
 PLATFORMS = ("manylinux2014_aarch64", "manylinux_2_27_aarch64", "manylinux_2_28_aarch64")
 ARM_CACHE = cache_home() / f"arm64-{SUITE}"

@@ -1,10 +1,8 @@
-"""Folders that are whole or absent: a new one takes its place, also that of an old one, once all of it is there."""
+"""Folders that are whole or absent, with one writer at a time."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -14,14 +12,17 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.files import move, named_failures, unwritable_output
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, kind_of
 
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<key>[0-9a-f]{32})\.(?P<kind>new|tmp|old)")
-_MARK_DIGITS = 8  # of the key
-_DAY_S = 86_400.0  # since the last change of its name, too, which a time of modification leaves out
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.(?P<kind>new|tmp|old)")
+_DAY_S = 86_400.0
 _MANY_FILES = 64  # each is waited for, which takes milliseconds; for more, the whole system is asked once
 
 
@@ -32,15 +33,11 @@ def require_free_output(path: Path, *, overwrite: bool, replaced: bool = True, i
         replaced: whether `new_folder` will replace `path`, so that the folder around it has to be writable.
         ignoring: names of files in the folder to ignore.
     """
-    try:
+    with named_failures(path):
         if exists(path) and not (is_file(path) or is_folder(path)):
-            raise UsageError(
-                f"The output {path} is {kind_of(path.stat().st_mode)}; expected a folder.",
-                hint="choose another {output}",
-            )
+            kind = kind_of(path.stat().st_mode)
+            raise UsageError(f"The output {path} is {kind}; expected a folder.", hint="choose another {output}")
         in_use = is_file(path) or (is_folder(path) and any(child.name not in ignoring for child in path.iterdir()))
-    except (InputError, OSError) as error:
-        raise unwritable_output(path, error) from error
     if in_use and not overwrite:
         raise UsageError(
             f"The output {path} already exists and is not empty.",
@@ -51,19 +48,14 @@ def require_free_output(path: Path, *, overwrite: bool, replaced: bool = True, i
 
 
 def _require_replaceable(path: Path) -> None:
-    around = next((folder for folder in path.absolute().parents if exists(folder)), None)
-    if around is None:  # of Windows
-        raise unwritable_output(path, FileNotFoundError(errno.ENOENT, f"there is no {path.absolute().anchor}"))
-    if not is_folder(around):
-        raise unwritable_output(path, NotADirectoryError(errno.ENOTDIR, f"{around} is a file"))
-    # Path.is_mount knows no Windows before Python 3.12; of ".", both would say yes.
-    if os.path.ismount(path.resolve()):
+    if os.path.ismount(path.resolve()):  # Path.is_mount does not work on Windows before Python 3.12
         raise UsageError(
             f"The output {path} is where a volume is mounted, which cannot be replaced.",
             hint=f"name a folder in it: {{output}} {path / 'new'}",
         )
-    if not os.access(around, os.W_OK | os.X_OK):
-        raise unwritable_output(path, PermissionError(errno.EACCES, f"the folder {around} cannot be written to"))
+    around = next((folder for folder in path.absolute().parents if exists(folder)), path.parent)
+    if not (is_folder(around) and os.access(around, os.W_OK | os.X_OK)):
+        raise unwritable_output(path, PermissionError(errno.EACCES, f"{around} is not a folder that can be written to"))
 
 
 def require_apart(output: Path, sources: Iterable[Path]) -> None:
@@ -75,13 +67,12 @@ def require_apart(output: Path, sources: Iterable[Path]) -> None:
     """
     place = output.resolve()
     for source in sources:
-        with suppress(InputError):  # no path, such as a long label; whoever reads it says so
-            if not exists(source) or place not in (source.resolve(), *source.resolve().parents):
-                continue
-            relation = "is" if place == source.resolve() else "contains"
-            raise UsageError(
-                f"The output {output} {relation} {source}, which it would replace.", hint="choose another {output}"
-            )
+        with suppress(InputError):  # not a path, such as a long label; whoever reads it reports it
+            if exists(source) and place in (source.resolve(), *source.resolve().parents):
+                relation = "is" if place == source.resolve() else "contains"
+                raise UsageError(
+                    f"The output {output} {relation} {source}, which it would replace.", hint="choose another {output}"
+                )
     if place in (Path.cwd(), *Path.cwd().parents):
         relation = "is" if place == Path.cwd() else "contains"
         raise UsageError(f"The output {output} {relation} the working folder.", hint="name a new folder in it")
@@ -93,9 +84,8 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
     Its content is on the disk before it is renamed, so that a power failure leaves no folder of empty files. An
     existing file or folder at `path` is moved aside first and removed last, so `path` never mixes old and new files; it
-    is moved back if the new one cannot take its place. Temporary folders that killed processes of this machine left are
-    removed, and those of others after a day; what they moved aside, once the new one has its place: until then, it may
-    be all that there is.
+    is moved back if the new one cannot take its place. Temporary folders that killed processes left are removed; what
+    they moved aside, once the new one has its place: until then, it may be all that there is.
 
     Args:
         overwrite: if false, what another process has put there meanwhile is kept.
@@ -129,22 +119,15 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 def _beside(path: Path, kind: str) -> Path:
-    """Return a new name for what `new_folder(path)` has beside it, which begins with this machine's mark."""
-    return path.with_name(f".{path.name}.{_mark()}{uuid.uuid4().hex[_MARK_DIGITS:]}.{kind}")
-
-
-def _mark() -> str:
-    import platform
-
-    return hashlib.sha256(platform.node().encode(errors="surrogateescape")).hexdigest()[:_MARK_DIGITS]
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.{kind}")
 
 
 @contextmanager
 def _held(folder: Path) -> Iterator[bool]:
-    """Within the block, a folder is locked, unless folders cannot be, as on Windows and on network shares.
+    """Within the block, a folder is locked; BlockingIOError if another process holds it.
 
     Yields:
-        Whether it is locked.
+        Whether it is locked: folders cannot be on Windows and on some network shares.
     """
     try:
         import fcntl
@@ -176,21 +159,10 @@ def _remove_abandoned(path: Path, *, own: Path) -> None:
 
 
 def _leftovers(path: Path, kind: str) -> list[Path]:
-    """Return what `new_folder(path)` calls `.tmp` or `.old`, of this process and of others; empty if that is secret.
-
-    What another machine has there is among them after a day: on some network file systems, each sees its own locks
-    alone, and would take for abandoned what the other is writing. Containers, which have a new name each time, leave
-    theirs for good otherwise.
-    """
+    """Return what `new_folder(path)` calls `.tmp` or `.old`, of this process and of others; empty if that is secret."""
     with suppress(OSError):
         named = [(other, _LEFTOVER.fullmatch(other.name)) for other in path.parent.iterdir()]
-        return [
-            other
-            for other, match in named
-            if match
-            and (match["name"], match["kind"]) == (path.name, kind)
-            and (match["key"].startswith(_mark()) or time.time() - other.lstat().st_ctime > _DAY_S)
-        ]
+        return [other for other, match in named if match and match.group("name", "kind") == (path.name, kind)]
     return []
 
 
@@ -249,28 +221,12 @@ def remove_leftovers(folder: Path) -> None:
 
 LOCK_FILE = ".lock"
 _POLL_S = 0.1
-# How often a folder that goes while it is made is made again. One that never stays is behind a link to nothing, or on a
-# drive that is not there.
+# How often a folder that goes while it is made is made again: its last writer removes it if it is empty.
 _ATTEMPTS, _PAUSE_S = 100, 0.01
-_HELD_ELSEWHERE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-_LOCKED_BYTE = 1 << 30  # on Windows: no other process can read what is locked, which the content is not to be
-_IS_WINDOWS = os.name == "nt"
-_BINARY = getattr(os, "O_BINARY", 0)  # Windows would change line ends
-_held_locks: set[int] = set()  # file descriptors
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-def _forget_in_child() -> None:
-    """Close the locks that a forked process inherits: they would outlast the process that holds them."""
-    for file in _held_locks:
-        os.close(file)
-    _held_locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_in_child)
-
-
-@contextlib.contextmanager
+@contextmanager
 def exclusive_writer(
     folder: Path,
     *,
@@ -292,111 +248,56 @@ def exclusive_writer(
     Yields:
         Whether the folder may be written: False only if `stop` has ended the wait.
     """
-    path = folder / LOCK_FILE
+    from filelock import FileLock  # takes 50 ms, and most commands lock nothing
+
+    created = not exists(folder)
+    lock = FileLock(folder / LOCK_FILE, timeout=0, thread_local=False)
+    with named_failures(folder, hint=f"choose another {option}"):
+        may_write = _acquire(lock, on_wait, stop or threading.Event())
     try:
-        if is_file(folder):
-            raise UsageError(f"The output {folder} is a file; expected a folder.", hint=f"choose another {option}")
-        created = not exists(folder)
-        file = _acquire(path, on_wait, stop or threading.Event())
-    except (InputError, OSError) as error:
-        raise unwritable_output(folder, error, hint=f"choose another {option}") from error
-    if file is None:
-        yield False
-        return
-    _held_locks.add(file)
-    try:
-        yield True
+        yield may_write
     finally:
-        # Removed while locked: a process that has opened it meanwhile notices that the file is gone and retries.
-        if file in _held_locks:  # not in a process that was forked meanwhile
-            with contextlib.suppress(OSError):
-                path.unlink()
-            _held_locks.remove(file)
-            os.close(file)
-            if _IS_WINDOWS:  # where no open file is removed: neither was this one, nor is one that another has opened
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        if lock.is_locked:
+            # Removed while locked: a process that has opened it meanwhile notices that the file is gone and retries.
+            with suppress(OSError):
+                (folder / LOCK_FILE).unlink()
+            lock.release()
         if created:
-            with contextlib.suppress(OSError):  # not empty
+            with suppress(OSError):  # not empty
                 folder.rmdir()
 
 
-def _acquire(path: Path, on_wait: Callable[[str], None] | None, stop: threading.Event) -> int | None:
-    """Return the locked file, or None if `stop` was set while another process held the lock."""
-    waiting, attempts = False, 0
+def _acquire(lock: FileLock, on_wait: Callable[[str], None] | None, stop: threading.Event) -> bool:
+    """Wait for a lock; return whether the folder may be written, which it may not if `stop` has ended the wait."""
+    from filelock import Timeout
+
+    path, waiting, attempts = Path(lock.lock_file), False, 0
     while True:
-        # Its last holder may remove the folder at any moment, also while `mkdir` finds out what is there already.
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file, writable = _open(path)
+            path.parent.mkdir(parents=True, exist_ok=True)  # not filelock, which makes what a link leads to
+            lock.acquire()
+        except Timeout as held:
+            holder = ""
+            with suppress(OSError, ValueError):
+                holder = f", process {int(path.read_text())}"
+            message = f"{path.parent} is being written by another run{holder}"
+            if on_wait is None:
+                raise UsageError(f"{message}.", hint="wait until it finishes, or choose another {output}") from held
+            if not waiting:
+                on_wait(f"{message}: waiting for it")
+            waiting = True
+            if stop.wait(_POLL_S):
+                return False
         except (FileNotFoundError, FileExistsError):
             attempts += 1
             if attempts == _ATTEMPTS:
                 raise
             time.sleep(_PAUSE_S)
-            continue
-        try:
-            _lock(file)
         except OSError as error:
-            if error.errno not in _HELD_ELSEWHERE:
-                if writable:
-                    return file
-                os.close(file)  # on NFS, only a file that may be written can be locked
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from None
-            try:
-                os.lseek(file, 0, os.SEEK_SET)
-                holder = os.read(file, 32).decode(errors="replace")
-            finally:
-                os.close(file)
-            process = f", process {holder}" if holder.isdigit() else ""
-            message = f"{path.parent} is being written by another run{process}"
-            if on_wait is None:
-                raise UsageError(f"{message}.", hint="wait until it finishes, or choose another {output}") from error
-            if not waiting:
-                on_wait(f"{message}: waiting for it")
-            waiting = True
-            if stop.wait(_POLL_S):
-                return None
-            continue
-        try:
-            if _is_same_file(path, file):
-                if writable:
-                    os.ftruncate(file, 0)
-                    os.write(file, str(os.getpid()).encode())
-                    return file
-                path.unlink()  # its holder was killed
-        except BaseException:  # a full disk, perhaps; still open, it would lock this process itself out
-            os.close(file)
+            if error.errno in _NO_LOCKS:
+                return True
             raise
-        os.close(file)
-
-
-def _open(path: Path) -> tuple[int, bool]:
-    """Open or create a lock file; return also whether it may be written, as one of another account may not."""
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | _BINARY, 0o644), True
-    except PermissionError:
-        with contextlib.suppress(FileNotFoundError):  # removed meanwhile, or one that may not be created
-            return os.open(path, os.O_RDONLY | _BINARY), False
-        return os.open(path, os.O_RDWR | os.O_CREAT | _BINARY, 0o644), True
-
-
-def _lock(file: int) -> None:
-    """Lock an open file, or raise OSError without waiting."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        os.lseek(file, _LOCKED_BYTE, os.SEEK_SET)
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        os.lseek(file, 0, os.SEEK_SET)
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _is_same_file(path: Path, file: int) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file), path.stat())
-    except FileNotFoundError:
-        return False
+        else:
+            with suppress(OSError):  # a full disk; on Windows, nothing can be written to what is locked
+                path.write_text(str(os.getpid()))
+            return True
