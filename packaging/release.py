@@ -28,7 +28,7 @@ LIGHT_EXTRAS = ("demo", "serve", "camera", "remote", "wandb")
 # What is easily lost from an archive: files that no import needs.
 IN_WHEEL = (
     "clip_rd_edge/py.typed",
-    "clip_rd_edge/web/page/index.html",
+    "clip_rd_edge/serving/page/index.html",
     "clip_rd_edge/benchmarking/report/page.html",
     "clip_rd_edge/distillation/recipes/clip-rd.yaml",
     "clip_rd_edge/models/configs/resnet18.json",

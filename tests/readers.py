@@ -50,7 +50,7 @@ def read_pairs(path: Path) -> object:
 
 
 def read_labels(path: Path) -> object:
-    from clip_rd_edge.runtime.label_list import read_labels_file
+    from clip_rd_edge.runtime.labels import read_labels_file
 
     labels = read_labels_file(path)
     for label in labels:
@@ -123,7 +123,7 @@ class IndexReader:
 
     def __call__(self, path: Path) -> object:
         from benchmarks.robustness.hostile_input import place_index
-        from clip_rd_edge.runtime.index.image_index import nearest, read_index
+        from clip_rd_edge.runtime.index import nearest, read_index
 
         folder = path.parent / f"{path.name}.index"
         folder.mkdir()

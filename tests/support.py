@@ -43,8 +43,8 @@ class Terminal(io.StringIO):
 _PATIENT = """
 import sys
 from clip_rd_edge.cli.main import main
-from clip_rd_edge.web import app, limits
-limits.MAX_CONNECTIONS, limits.REQUEST_TIMEOUT_S, app.BODY_TIMEOUT_S = int(sys.argv.pop(1)), 10_000, 10_000
+from clip_rd_edge.serving import server
+server.MAX_CONNECTIONS, server.REQUEST_TIMEOUT_S, server.BODY_TIMEOUT_S = int(sys.argv.pop(1)), 10_000, 10_000
 main()
 """
 

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from clip_rd_edge.errors import InputError, MissingExtraError, causes, in_one_line, near_matches
-from clip_rd_edge.runtime.label_list import parse_labels
+from clip_rd_edge.runtime.labels import parse_labels
 
 CALL = (
     "/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:114 std::conditional_t<THRW, void, "

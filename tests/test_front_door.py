@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import json
 import os
@@ -22,7 +21,7 @@ from PIL import Image
 import clip_rd_edge as edge
 from clip_rd_edge import api
 from clip_rd_edge.bundle.images import ImageInput
-from clip_rd_edge.cli.main import COMMANDS
+from clip_rd_edge.cli.main import COMMANDS, cli
 from clip_rd_edge.exporting.plan import ExportOptions
 from clip_rd_edge.settings.training import Distill
 from clip_rd_edge.utils.paths import AnyPath
@@ -44,8 +43,9 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
 
 def commands() -> dict[str, click.Command]:
     by_name: dict[str, click.Command] = {}
-    for name, (module, _) in COMMANDS.items():
-        command = importlib.import_module(f"clip_rd_edge.cli.{module}").command
+    for name in COMMANDS:
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
         if isinstance(command, click.Group):
             by_name |= {f"{name} {child}": subcommand for child, subcommand in command.commands.items()}
         else:
@@ -380,7 +380,7 @@ def test_devices_and_doctor() -> None:
 
 def test_the_demo_is_served_with_the_given_options(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Any] = []
-    monkeypatch.setattr("clip_rd_edge.web.app.serve", lambda demo, **options: served.append((demo, options)))
+    monkeypatch.setattr("clip_rd_edge.serving.demo.serve", lambda demo, **options: served.append((demo, options)))
     edge.demo(colour_bundle, labels=["red"], port=0)
     demo, options = served[0]
     assert (len(demo.served), demo.start_labels, options["port"]) == (1, ["red"], 0)

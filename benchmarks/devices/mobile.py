@@ -46,7 +46,7 @@ from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.students import build_student, preset_names, student_config
 from clip_rd_edge.runtime.backends.litert import open_litert
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.files import size_bytes, write_bytes
 from clip_rd_edge.utils.structs import to_json

@@ -24,7 +24,7 @@ from clip_rd_edge.exporting.parity import agreement, embed
 from clip_rd_edge.exporting.towers import export_image_tower
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 
 def cosines(model: str) -> dict[str, dict[str, float]]:

@@ -26,13 +26,14 @@ import numpy as np
 from benchmarks.publishing import add_output_options, here_and_now, publish
 from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.bundle.encoder import Embeddings, normalise
-from clip_rd_edge.runtime.index.graph import build_graph, write_graph
-from clip_rd_edge.runtime.index.image_index import (
+from clip_rd_edge.runtime.index import (
     Entry,
     Index,
+    build_graph,
     nearest,
     read_graph,
     read_index,
+    write_graph,
     write_index,
 )
 
@@ -42,7 +43,7 @@ TOP, QUERIES = 10, 100
 WORKER = """
 import resource, sys
 from pathlib import Path
-from clip_rd_edge.runtime.index.image_index import nearest, read_graph, read_index
+from clip_rd_edge.runtime.index import nearest, read_graph, read_index
 path = Path(sys.argv[1])
 index, rows = read_index(path)
 nearest(index, rows, rows[0], top=10, graph=read_graph(path, index) if sys.argv[2] == "graph" else None)

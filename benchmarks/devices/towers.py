@@ -38,8 +38,8 @@ from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import preprocessing_of
 from clip_rd_edge.models.students import build_student, student_config
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
-from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.reporting import SILENT

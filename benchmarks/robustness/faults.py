@@ -401,7 +401,7 @@ class IndexScenario:
         self._draw(folder, range(2, 4))
 
     def run(self, folder: Path) -> None:
-        from clip_rd_edge.runtime.index.update import update_index
+        from clip_rd_edge.runtime.index_update import update_index
 
         update_index(self._encoder, folder / "images", folder / "index")
 
@@ -415,7 +415,7 @@ class IndexScenario:
 
     def _right_entries(self, folder: Path) -> set[str]:
         from clip_rd_edge.bundle.images import open_image
-        from clip_rd_edge.runtime.index.image_index import read_index
+        from clip_rd_edge.runtime.index import read_index
 
         index, rows = read_index(folder / "index")
         for entry, row in zip(index.entries, rows, strict=True):

@@ -83,7 +83,7 @@ def stitch(request: Stitch) -> Path:
 
     from clip_rd_edge.models.load import save_clip
     from clip_rd_edge.models.stitch import IMAGENET, read_class_names, stitch_models
-    from clip_rd_edge.runtime.label_list import everyday_labels
+    from clip_rd_edge.runtime.labels import everyday_labels
 
     clip, provenance = stitch_models(
         request.classifier, Typed(request.text), read_class_names(request.names), pretrained=request.pretrained,
@@ -111,7 +111,7 @@ def trim(request: Trim) -> Path:
     from clip_rd_edge.bundle.outputs import require_output
     from clip_rd_edge.bundle.runs import model_folder
     from clip_rd_edge.data.mixed import load_texts
-    from clip_rd_edge.runtime.label_list import read_texts
+    from clip_rd_edge.runtime.labels import read_texts
     from clip_rd_edge.utils.files import require_utf8_path
 
     folder, spec = Path(request.output), typed(request.model)
@@ -154,7 +154,7 @@ def open_encoder(
         raise UsageError(f"{spec} is not a bundle: {runtime} cannot run it.", hint="export it with clip-rd-edge export")
     from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder
     from clip_rd_edge.models.load import load_clip
-    from clip_rd_edge.runtime.backends.session import require_threads
+    from clip_rd_edge.runtime.encoder import require_threads
 
     require_threads(threads)
     kind = CompiledEncoder if runtime == "torch-compile" else TorchEncoder

@@ -14,14 +14,14 @@ from clip_rd_edge.settings.options import keywords_of
 if TYPE_CHECKING:
     from clip_rd_edge.runtime.doctor import Finding
     from clip_rd_edge.runtime.encoder import BundleEncoder
-    from clip_rd_edge.runtime.index.image_index import Hits
-    from clip_rd_edge.runtime.index.update import Update
+    from clip_rd_edge.runtime.index import Hits
+    from clip_rd_edge.runtime.index_update import Update
 
 
 @keywords_of(Index)
 def index(request: Index) -> Update:
     """Build or update a search index of the images under a folder; only new and changed images are embedded."""
-    from clip_rd_edge.runtime.index.update import update_index
+    from clip_rd_edge.runtime.index_update import update_index
 
     return update_index(
         _opened(request), Path(request.folder), Path(request.output), cluster=request.ray, reporter=request.reporter
@@ -34,7 +34,7 @@ def watch_index(request: WatchIndex) -> Iterator[Update]:
 
     Yields what each update has done, until `stop` is set, with everything saved that is embedded, or for ever.
     """
-    from clip_rd_edge.runtime.index.watch import watch_index as watch
+    from clip_rd_edge.runtime.index_update import watch_index as watch
 
     return watch(
         _opened(request), Path(request.folder), Path(request.output), stop=request.stop, reporter=request.reporter
@@ -56,7 +56,7 @@ def search(request: Search) -> Hits:
 
     Its attribute `missing` is the number of images that are not in the index yet, if indexing was interrupted.
     """
-    from clip_rd_edge.runtime.index.image_index import search_index
+    from clip_rd_edge.runtime.index import search_index
 
     bundle, folder = request.bundle, request.folder
     return search_index(
@@ -71,9 +71,9 @@ def demo(request: Demo) -> None:
 
     `ready` is called with the page's URL once the server accepts connections.
     """
-    from clip_rd_edge.runtime.label_list import label_names
-    from clip_rd_edge.web.app import Demo as Page
-    from clip_rd_edge.web.app import serve
+    from clip_rd_edge.runtime.labels import label_names
+    from clip_rd_edge.serving.demo import Demo as Page
+    from clip_rd_edge.serving.demo import serve
 
     given = request.bundles
     paths = [Path(given)] if isinstance(given, str | os.PathLike) else [Path(path) for path in given]
@@ -95,9 +95,8 @@ def serve(request: Serve) -> None:
     from clip_rd_edge import __version__
 
     try:
-        from clip_rd_edge.serving.app import make_app
-        from clip_rd_edge.serving.service import Limits, Service
-        from clip_rd_edge.web.app import run_server
+        from clip_rd_edge.serving.server import run_server
+        from clip_rd_edge.serving.service import Limits, Service, make_app
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "starlette", extra="serve", purpose="Serving a bundle") from error
     token = sendable_token(request.token) if request.token else ""

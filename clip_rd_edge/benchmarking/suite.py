@@ -16,7 +16,7 @@ from clip_rd_edge.data.load import local_place, names_shards
 from clip_rd_edge.data.tasks import BUILT_IN_TASKS, SPLITS, Task, load_task, with_distinct_names
 from clip_rd_edge.data.webdataset import SEPARATOR, parse_sources
 from clip_rd_edge.errors import ConfigError, InputError, near_matches, quoted
-from clip_rd_edge.runtime.backends.session import MAX_THREADS
+from clip_rd_edge.runtime.encoder import MAX_THREADS
 from clip_rd_edge.utils.paths import Typed, exists, is_file, is_folder, shipped_path, typed
 from clip_rd_edge.utils.structs import CheckedStruct, PositiveFloat, PositiveInt, Share, commented_yaml, read_yaml
 

@@ -80,7 +80,7 @@ def command(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> N
 
     from clip_rd_edge.bundle.image_files import find_images
     from clip_rd_edge.runtime.classifier import ZeroShotClassifier
-    from clip_rd_edge.runtime.label_list import parse_labels
+    from clip_rd_edge.runtime.labels import parse_labels
     from clip_rd_edge.runtime.load import load
 
     bundle = Path(request.bundle)

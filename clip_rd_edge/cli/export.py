@@ -149,7 +149,7 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     from clip_rd_edge.bundle.manifest import LABELS
     from clip_rd_edge.cli._console import console_reporter, say
     from clip_rd_edge.exporting.plan import BROWSER, BUILD_SHELL
-    from clip_rd_edge.runtime.label_list import parse_labels
+    from clip_rd_edge.runtime.labels import parse_labels
     from clip_rd_edge.utils.paths import is_file
 
     with console_reporter() as reporter:

@@ -37,14 +37,14 @@ COMMANDS = {
     "export": ("export", "Export a model as a bundle for a device."),
     "verify": ("verify", "Verify a bundle's files, and that it runs on this device."),
     "classify": ("classify", "Classify images among your own labels."),
-    "index": ("index", "Embed a folder of images for searching."),
-    "search": ("search", "Search an index by text or image."),
-    "serve": ("serve", "Serve a bundle to other programs over HTTP."),
-    "demo": ("demo", "Try bundles on a local web page, with a camera or image files."),
+    "index": ("device", "Embed a folder of images for searching."),
+    "search": ("device", "Search an index by text or image."),
+    "serve": ("device", "Serve a bundle to other programs over HTTP."),
+    "demo": ("device", "Try bundles on a local web page, with a camera or image files."),
     "benchmark": ("benchmark", "Compare models by accuracy, latency and size."),
     "evidence": ("evidence", "Compare training methods over several students and seeds."),
     "devices": ("devices", "List the supported devices, and how to deploy to them."),
-    "doctor": ("doctor", "Check this machine, and show what to install."),
+    "doctor": ("device", "Check this machine, and show what to install."),
 }
 # The extras that a command needs, if it is not only the one of the package that is missing.
 COMMAND_EXTRAS = {"quickstart": "train,emoji", "evidence": "train,emoji"}
@@ -66,7 +66,7 @@ class LazyGroup(CommandGroup):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"clip_rd_edge.cli.{COMMANDS[cmd_name][0]}")
-        command: click.Command = module.command
+        command: click.Command = vars(module).get(cmd_name) or module.command
         return command
 
     def resolve_command(

@@ -36,7 +36,7 @@ class TrainingData(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         data: source of the pairs, as `data.load.load_pairs` takes it; None for none.
         images: a folder of images, or any source of pairs, whose captions are not read; None for none.
-        texts: a label file, see `runtime.label_list.read_labels_file`, or a Parquet file; None for none.
+        texts: a label file, see `runtime.labels.read_labels_file`, or a Parquet file; None for none.
         templates: prompt templates for the texts, as `bundle.labels.parse_templates` takes them.
         csv_img_key, csv_caption_key, json_caption_key, train_data_upsampling_factors: see `load_pairs`.
     """
@@ -224,7 +224,7 @@ def load_samples(
     """Load what a model is trained on: plain pairs if that is all that is named.
 
     Args:
-        read_texts: `runtime.label_list.read_texts`; returns the content of `source.texts` if it is no Parquet file.
+        read_texts: `runtime.labels.read_texts`; returns the content of `source.texts` if it is no Parquet file.
         reporter: receives the progress of indexing.
     """
     if source.data is None and source.images is None and source.texts is None:

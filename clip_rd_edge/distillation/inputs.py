@@ -56,7 +56,7 @@ from clip_rd_edge.losses.objective import MATCHING_TERMS, PAIR_TERMS, Objective
 from clip_rd_edge.models.clip import ClipModel, form_fingerprint, model_fingerprint
 from clip_rd_edge.models.encoder import BATCH_SIZE, TorchEncoder
 from clip_rd_edge.models.students import student_file
-from clip_rd_edge.runtime.label_list import read_texts
+from clip_rd_edge.runtime.labels import read_texts
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter

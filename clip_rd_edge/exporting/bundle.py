@@ -52,7 +52,7 @@ from clip_rd_edge.exporting.towers import (
 from clip_rd_edge.models.clip import ClipModel, deployed_parameter_count, evaluation_mode, float32_on_cpu
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.tokenizers import export_tokenizer
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.runtime.load import open_bundle

@@ -17,7 +17,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from clip_rd_edge.exporting.graph import drop_unused_constants
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 # Programs that were written for this operator set ignore or refuse attributes that later ones added.
 _OLD_OPSET = 11

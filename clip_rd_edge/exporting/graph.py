@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import onnx
 
 from clip_rd_edge.bundle.encoder import in_batches
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.process import SharedBlock, quiet_logs
 
 if TYPE_CHECKING:

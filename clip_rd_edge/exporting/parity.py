@@ -21,7 +21,7 @@ from clip_rd_edge.bundle.reference import Reference, reference_images, worst_agr
 from clip_rd_edge.bundle.tokenizer import Tokenizer
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.int8.saturation import open_as_written
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
 from clip_rd_edge.utils.host import machine_name
 from clip_rd_edge.utils.timing import Milliseconds, time_in_turn

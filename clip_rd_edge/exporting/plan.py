@@ -16,7 +16,7 @@ from clip_rd_edge.bundle.encoder import as_list
 from clip_rd_edge.bundle.formats import FORMATS, Format, Precision
 from clip_rd_edge.errors import InputError, UsageError, near_matches, require_known_options
 from clip_rd_edge.installation import install_command
-from clip_rd_edge.runtime.label_list import Labels, label_names
+from clip_rd_edge.runtime.labels import Labels, label_names
 from clip_rd_edge.utils.host import cuda_capability, jetson_name
 from clip_rd_edge.utils.paths import shipped_path
 from clip_rd_edge.utils.structs import read_yaml

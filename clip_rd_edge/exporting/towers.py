@@ -22,7 +22,7 @@ from clip_rd_edge.exporting.int8.candidates import Opener
 from clip_rd_edge.exporting.parity import Inputs, hard_inputs, measure
 from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode, inference_image_tower
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.files import disk_full_error, write_bytes
 from clip_rd_edge.utils.process import SharedBlock
 from clip_rd_edge.utils.reporting import SILENT, Reporter

@@ -23,8 +23,7 @@ from clip_rd_edge.bundle.images import ImageInput
 from clip_rd_edge.bundle.labels import LabelBank, TemplateNames, parse_templates, template_words
 from clip_rd_edge.errors import InputError, UsageError, in_one_line
 from clip_rd_edge.runtime.embed import encode_inputs
-from clip_rd_edge.runtime.label_list import Labels, label_names
-from clip_rd_edge.runtime.labels import label_set_key, read_label_set, write_label_set
+from clip_rd_edge.runtime.labels import Labels, label_names, label_set_key, read_label_set, write_label_set
 from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -58,7 +57,7 @@ class ZeroShotClassifier:
 
     Args:
         encoder: any `Encoder`, such as the one that `clip_rd_edge.runtime.load.load` returns.
-        labels: label names, a single label, or a label file (see `runtime.label_list`); None uses those of the bundle's
+        labels: label names, a single label, or a label file (see `runtime.labels`); None uses those of the bundle's
             label bank. If the bank contains all labels, their embeddings are taken from it and the text tower is not
             loaded.
         templates: a prompt template with one `{}`, several, a file of them, or `imagenet` for CLIP's 80; None uses the

@@ -21,8 +21,14 @@ import msgspec
 from clip_rd_edge.bundle.formats import FORMATS
 from clip_rd_edge.errors import in_one_line
 from clip_rd_edge.installation import PACKAGE, install_command, pip
-from clip_rd_edge.runtime.backends.onnxruntime_builds import import_onnxruntime, overlapping_builds
-from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, PROVIDERS, choose_device
+from clip_rd_edge.runtime.backends.onnxruntime import (
+    OPENVINO_PROCESSORS,
+    PROVIDERS,
+    choose_device,
+    import_onnxruntime,
+    overlapping_builds,
+)
+from clip_rd_edge.runtime.encoder import AUTO
 from clip_rd_edge.utils.host import (
     ONNXRUNTIMES,
     OPENCVS,
@@ -138,8 +144,7 @@ def _threads(usable: int, cores: int, omp_threads: str | None, quota: float | No
 
 def _onnxruntime() -> Finding:
     try:
-        from clip_rd_edge.runtime.backends.int8_kernels import PRODUCT, RIGHT_SUMS, wrong_sums
-        from clip_rd_edge.runtime.backends.session import start_failure
+        from clip_rd_edge.runtime.backends.onnxruntime import PRODUCT, RIGHT_SUMS, start_failure, wrong_sums
 
         ort = import_onnxruntime()
         available = ort.get_available_providers()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
+import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,15 +26,16 @@ from clip_rd_edge.bundle.manifest import LABELS, TOKENIZER, Manifest, Tower, req
 from clip_rd_edge.bundle.preprocess import preprocess, to_uint8
 from clip_rd_edge.bundle.tokenizer import Tokenizer
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError, in_one_line, near_matches
-from clip_rd_edge.runtime.backends.int8_kernels import int8_fault
-from clip_rd_edge.runtime.backends.providers import AUTO, warn
 from clip_rd_edge.utils.files import size_bytes
 from clip_rd_edge.utils.process import NativeCall
+from clip_rd_edge.utils.text import printable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+AUTO = "auto"  # the device that a runtime chooses
 BATCH_SIZE = 32
+MAX_THREADS = 1_024  # each takes memory, and hundreds of thousands take minutes to start
 _SESSIONS = "_image_session", "_text_session"
 _WITH_TEXT = "export the model again, with its text tower or with --labels"
 
@@ -115,7 +118,11 @@ class BundleEncoder(ABC):
         placement = self.placement(tower)
         # ONNX Runtime's provider for OpenVINO runs on the CPU, too, in kernels of its own.
         runtime = {"cpu": placement.runtime, "openvino": "openvino"}.get(placement.device, "")
-        return int8_fault(tower.instruction_sets, runtime=runtime) if runtime else ""
+        if not runtime:
+            return ""
+        from clip_rd_edge.runtime.backends.onnxruntime import int8_fault  # late: it imports this module
+
+        return int8_fault(tower.instruction_sets, runtime=runtime)
 
     def describe(self) -> Description:
         """Describe this encoder; `precision` names both towers' if they differ."""
@@ -309,3 +316,51 @@ def _leave_sessions_to_parent() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_sessions_to_parent)
+
+
+def warn(message: str) -> None:
+    """Log a warning for the user: on stderr unless logging is configured otherwise."""
+    logging.getLogger("clip_rd_edge").warning("%s", printable(message))
+
+
+class NamedInput(NamedTuple):
+    """An input of a model, as a session describes it."""
+
+    name: str
+
+
+class OneInputModel(ABC):
+    """A model with the two methods of an ONNX Runtime session that are used here; its file takes one input at a time.
+
+    Calls run one at a time, too: an engine owns its buffers, or does not say that several threads may call it.
+
+    Args:
+        inputs: names of the inputs.
+    """
+
+    def __init__(self, inputs: Sequence[str]) -> None:
+        self._lock = threading.Lock()
+        self._inputs = [NamedInput(name) for name in inputs]
+
+    def get_inputs(self) -> list[NamedInput]:
+        """Return the inputs with their names."""
+        return self._inputs
+
+    def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """Run the model on each row of its input, (N, …); return its output, (N, D)."""
+        (rows,) = feed.values()
+        with self._lock, NativeCall():
+            return [np.concatenate([self.run_row(row) for row in rows])]
+
+    @abstractmethod
+    def run_row(self, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the output of one row, (1, D)."""
+
+
+def require_threads(threads: int | None) -> None:
+    """Raise UsageError if a number of threads is neither None nor a whole number from 1 to MAX_THREADS."""
+    if threads is not None and not (isinstance(threads, int | np.integer) and 1 <= threads <= MAX_THREADS):
+        raise UsageError(
+            f"The number of threads is {threads!r}; expected 1 to {MAX_THREADS:,}.",
+            hint=f"this machine has {os.cpu_count()} cores",
+        )

@@ -9,10 +9,8 @@ from pathlib import Path
 from clip_rd_edge.bundle.formats import FORMATS, RUNTIMES, Runtime, format_of, import_named
 from clip_rd_edge.bundle.manifest import Manifest, is_bundle, read_manifest, require_intact_manifest
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.runtime.backends.onnxruntime_builds import import_onnxruntime
-from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, PROVIDERS
-from clip_rd_edge.runtime.backends.session import require_threads
-from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
+from clip_rd_edge.runtime.backends.onnxruntime import OPENVINO_PROCESSORS, PROVIDERS, import_onnxruntime
+from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, RunOptions, require_threads
 
 
 def load(

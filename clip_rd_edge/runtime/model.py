@@ -10,7 +10,7 @@ from clip_rd_edge.bundle.images import ImageInput, is_single_image
 from clip_rd_edge.bundle.labels import TemplateNames, parse_templates, template_words
 from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
 from clip_rd_edge.runtime.embed import encode_inputs
-from clip_rd_edge.runtime.label_list import Labels, label_names
+from clip_rd_edge.runtime.labels import Labels, label_names
 from clip_rd_edge.utils.calls import checked_call
 
 

@@ -26,8 +26,7 @@ from clip_rd_edge.bundle.manifest import (
 )
 from clip_rd_edge.bundle.reference import REFERENCE, Reference, read_reference, worst_agreement
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UnreachableError
-from clip_rd_edge.runtime.backends.providers import AUTO
-from clip_rd_edge.runtime.encoder import BundleEncoder, Placement
+from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, Placement
 from clip_rd_edge.runtime.load import open_bundle
 from clip_rd_edge.utils.files import sha256_of, size_bytes
 from clip_rd_edge.utils.process import end_calls

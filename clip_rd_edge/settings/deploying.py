@@ -12,7 +12,7 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 # A list of labels as they are; a text, which is one label or the path of a label file; a path; or None.
 Labels = Iterable[str] | AnyPath | None
-# See `runtime.backends.providers`.
+# See `runtime.backends.onnxruntime`.
 Device = Literal["auto", "cpu", "cuda", "tensorrt", "coreml", "openvino", "openvino-gpu", "openvino-npu", "xnnpack"]
 
 

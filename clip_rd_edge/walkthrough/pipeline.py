@@ -33,7 +33,7 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.stitch import IMAGENET, class_nouns, read_class_names, stitch_models
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.runtime.label_list import everyday_labels
+from clip_rd_edge.runtime.labels import everyday_labels
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.host import instruction_sets
 from clip_rd_edge.utils.outputs import require_free_output

@@ -114,7 +114,7 @@ def test_labels_that_this_processor_embeds_wrongly_are_not_published(
     text = msgspec.structs.replace(manifest.text, instruction_sets=INSTRUCTION_SETS)
     write_manifest(colour_bundle, msgspec.structs.replace(manifest, text=text))
     reason = "ONNX Runtime 1.23.0 gets sums of INT8 wrong on this processor"
-    monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.wrong_sums", lambda: reason)
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.wrong_sums", lambda: reason)
     options = ("--target", "browser", "--node-modules", node_modules, "-o", tmp_path / "site")
     code, _, error = command_line("export", colour_bundle, "--labels", "red", "blue", *options)
     assert (code, f"text.onnx of colours gives wrong answers here: {reason}." in error) == (2, True)

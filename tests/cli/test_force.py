@@ -21,7 +21,7 @@ def wrong(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     manifest = read_manifest(colour_bundle)
     image = msgspec.structs.replace(manifest.image, instruction_sets=("x86-64-vnni", "aarch64"))
     write_manifest(colour_bundle, msgspec.structs.replace(manifest, image=image))
-    monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.processor_saturates", lambda: True)
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.processor_saturates", lambda: True)
     return colour_bundle
 
 
@@ -50,7 +50,7 @@ def test_python_refuses_it(wrong: Path, colour_images: Path) -> None:
 
 def test_servers_refuse_it(wrong: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = list[object]()
-    monkeypatch.setattr("clip_rd_edge.web.app.run_server", lambda app, **options: served.append(app))
+    monkeypatch.setattr("clip_rd_edge.serving.server.run_server", lambda app, **options: served.append(app))
     for serve in (edge.serve, edge.demo):
         with pytest.raises(UsageError, match="gives wrong answers here"):
             serve(wrong)

@@ -28,7 +28,7 @@ from clip_rd_edge.data.mixed import (
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.samples import BadSamples, Pairs, fingerprint
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.runtime.label_list import read_texts
+from clip_rd_edge.runtime.labels import read_texts
 
 
 @pytest.fixture

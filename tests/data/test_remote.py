@@ -34,7 +34,7 @@ from clip_rd_edge.data.samples import fingerprint
 from clip_rd_edge.data.shard_index import close_tars
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import InputError, UnreachableError
-from clip_rd_edge.runtime.label_list import read_texts
+from clip_rd_edge.runtime.labels import read_texts
 
 pytest.importorskip("aiohttp")
 Factory = Callable[..., Any]

@@ -36,7 +36,7 @@ from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import training_facts
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.runtime.label_list import read_labels_file, read_texts
+from clip_rd_edge.runtime.labels import read_labels_file, read_texts
 from clip_rd_edge.utils.structs import read_yaml
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import preprocessing_of
 from clip_rd_edge.models.students import build_student, preset_names, student_config
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 pytestmark = pytest.mark.slow
 ARCHITECTURES = ("ViT-B-32", "RN50", "MobileCLIP-S1", "convnext_base", "ViT-B-16-SigLIP")

@@ -22,7 +22,7 @@ from clip_rd_edge.exporting.towers import export_image_tower, export_text_tower
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
-from clip_rd_edge.runtime.index.image_index import model_key
+from clip_rd_edge.runtime.index import model_key
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 from clip_rd_edge.utils.reporting import SILENT
@@ -108,7 +108,7 @@ def test_a_label_bank_does_not_depend_on_a_processor_that_saturates_the_text_tow
     manifest = read_manifest(folder)
     text = msgspec.structs.replace(manifest.text, instruction_sets=("x86-64-vnni", "aarch64"))
     manifest = msgspec.structs.replace(manifest, text=text, templates=("{}",), files={})
-    monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.processor_saturates", lambda: True)
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.processor_saturates", lambda: True)
     encode = OrtEncoder.encode_ids
     monkeypatch.setattr(OrtEncoder, "encode_ids", lambda self, ids: encode(self, ids[::-1]))  # wrong answers
     _finish(folder, manifest, ExportRequest(labels=("red", "blue")), fp32_bundle, SILENT)

@@ -25,7 +25,7 @@ from clip_rd_edge.exporting import clean_up as passes
 from clip_rd_edge.exporting.graph import silently
 from clip_rd_edge.exporting.towers import export_image_tower, export_text_tower
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 TOWERS = ("CNN", "ViT", "text", "BERT")
 Array = npt.NDArray[Any]

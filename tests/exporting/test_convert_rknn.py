@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 SCRIPT = Path(__file__).parents[2] / "export" / "cpu-arm" / "convert_rknn.py"
 

@@ -23,7 +23,7 @@ from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.exporting.towers import export_image_tower, export_text_tower
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 
 @pytest.mark.parametrize("trunk", ["mobilevit_xxs", pytest.param("vit_tiny_16", marks=pytest.mark.slow)])

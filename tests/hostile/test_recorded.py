@@ -22,7 +22,7 @@ import yaml
 import clip_rd_edge as edge
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.runtime.index.image_index import read_index, write_index
+from clip_rd_edge.runtime.index import read_index, write_index
 
 CommandLine = Callable[..., tuple[int, str, str]]
 

@@ -64,9 +64,8 @@ def test_bytes_of_every_kind_get_an_answer(port: int) -> None:
 def apps(tmp_path_factory: pytest.TempPathFactory, fp32_bundle: Path) -> Iterator[list[Any]]:
     """Clients of both applications, which raise what the servers would log."""
     from clip_rd_edge.runtime.load import load
-    from clip_rd_edge.serving.app import make_app
-    from clip_rd_edge.serving.service import Service
-    from clip_rd_edge.web import app as demo
+    from clip_rd_edge.serving import demo
+    from clip_rd_edge.serving.service import Service, make_app
 
     service = make_app(Service(load(fp32_bundle, threads=1)))
     page = demo.make_app(demo.Demo([fp32_bundle], threads=1))

@@ -29,7 +29,7 @@ from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.stitch import class_embeddings, load_sentence_encoder, solve_projection
 from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.models.text_weights import build_with_text_tower_of
-from clip_rd_edge.runtime.label_list import everyday_labels
+from clip_rd_edge.runtime.labels import everyday_labels
 
 WORDS = ["a", "red", "green", "blue", "cat", "dog", "house", "tree", "gear", "bolt", "nut", "washer"]
 NAMES = ["a red gear", "a green bolt", "nut; a blue nut", "washer"]

@@ -10,7 +10,8 @@ import pytest
 
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime import doctor
-from clip_rd_edge.runtime.backends import int8_kernels, session
+from clip_rd_edge.runtime.backends import onnxruntime as int8_kernels
+from clip_rd_edge.runtime.backends import onnxruntime as session
 from clip_rd_edge.runtime.doctor import Footprint, _disk_usage, footprints
 
 Run = Callable[..., tuple[int, str, str]]

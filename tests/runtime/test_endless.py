@@ -25,7 +25,7 @@ from support import PATIENCE_S, wait_until
 
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.runtime.backends.session import Session
+from clip_rd_edge.runtime.backends.onnxruntime import Session
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 from clip_rd_edge.utils import process as signals
@@ -45,9 +45,9 @@ def run(session, *arguments):
 
 ort.InferenceSession.run = run
 if sys.argv[1] in ("serve", "demo"):
-    from clip_rd_edge.web import app
-    serve = app.run_server
-    app.run_server = lambda *arguments, **options: serve(*arguments, **{**options, "stop_within_s": 1})
+    import uvicorn
+    config = uvicorn.Config
+    uvicorn.Config = lambda app, **options: config(app, **{**options, "timeout_graceful_shutdown": 1})
 main()
 """
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clip_rd_edge.errors import ConfigError, InputError
-from clip_rd_edge.runtime.label_list import everyday_labels, label_names, parse_labels, read_labels_file, read_texts
+from clip_rd_edge.runtime.labels import everyday_labels, label_names, parse_labels, read_labels_file, read_texts
 
 # Name and content of a label file; each holds the labels "a pig" and "a dog, asleep".
 FILES = {

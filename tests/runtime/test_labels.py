@@ -162,11 +162,11 @@ def test_labels_that_this_processor_embeds_wrongly_are_not_cached(
     write_manifest(colour_bundle, msgspec.structs.replace(manifest, text=text))
     for lacking, cached in ((True, 0), (False, 1)):
         monkeypatch.setattr(
-            "clip_rd_edge.runtime.backends.int8_kernels.processor_saturates", lambda lacking=lacking: lacking
+            "clip_rd_edge.runtime.backends.onnxruntime.processor_saturates", lambda lacking=lacking: lacking
         )
         ZeroShotClassifier(load(colour_bundle, force=True), ["red", "blue"])
         assert len(list(label_cache.glob("*"))) == cached
-    monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.processor_saturates", lambda: True)
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.processor_saturates", lambda: True)
     caplog.clear()
     ZeroShotClassifier(load(colour_bundle, force=True), ["red", "blue"])
     assert "gives wrong answers here" in caplog.text  # and not silently with what another processor has cached

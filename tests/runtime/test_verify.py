@@ -374,7 +374,7 @@ def test_answers_in_int8_may_differ_by_half_again_what_rounding_does_to_the_towe
 def test_a_processor_that_saturates_the_towers_int8_fails_whatever_it_answers(
     answering: Path, monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...], lacking: bool, failing: set[str]
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.processor_saturates", lambda: lacking)
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.processor_saturates", lambda: lacking)
     _rehash(answering, image=msgspec.structs.replace(read_manifest(answering).image, instruction_sets=sets))
     failed = _failed(verify_bundle(answering))
     assert set(failed) == failing
@@ -385,7 +385,7 @@ def test_a_processor_that_saturates_the_towers_int8_fails_whatever_it_answers(
 def test_a_tower_that_this_processor_gets_wrong_answers_by_force_alone(
     answering: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.processor_saturates", lambda: True)
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.processor_saturates", lambda: True)
     sets = ("x86-64-vnni", "aarch64")
     _rehash(answering, text=msgspec.structs.replace(read_manifest(answering).text, instruction_sets=sets))
     encoder = load(answering)
@@ -404,7 +404,7 @@ def test_wrong_sums_of_int8_are_warned_about_and_fail_whatever_the_weights(
     answering: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     reason = "ONNX Runtime 1.23.0 gets sums of INT8 wrong on this processor"
-    monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.wrong_sums", lambda: reason)
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.wrong_sums", lambda: reason)
     assert not _failed(verify_bundle(answering))  # in float32
     sets = ("x86-64", "x86-64-vnni", "aarch64", "wasm32")
     _rehash(answering, image=msgspec.structs.replace(read_manifest(answering).image, instruction_sets=sets))
@@ -433,7 +433,8 @@ def test_an_engine_that_does_not_run_fails_although_its_onnx_file_answers(answer
 
 
 def test_a_device_that_does_not_start_fails(answering: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clip_rd_edge.runtime.backends import onnxruntime, session
+    from clip_rd_edge.runtime.backends import onnxruntime
+    from clip_rd_edge.runtime.backends import onnxruntime as session
 
     monkeypatch.setattr(onnxruntime.OrtEncoder, "_device_for", lambda self, tower: "cuda")
     monkeypatch.setattr(session, "_open_on", lambda *_: (None, "no driver"))

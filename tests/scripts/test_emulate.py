@@ -23,8 +23,7 @@ from clip_rd_edge.exporting.int8.methods import StaticQuantizer
 from clip_rd_edge.exporting.parity import NodeByNode, add_reference, embed, hard_pixels
 from clip_rd_edge.exporting.plan import ExportRequest, WeightBits
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.backends.int8_kernels import processor_saturates
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session, processor_saturates
 
 x86 = pytest.mark.skipif(not shutil.which("qemu-x86_64-static"), reason="qemu-user-static is not installed")
 arm = pytest.mark.skipif(

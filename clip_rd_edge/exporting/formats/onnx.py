@@ -41,7 +41,7 @@ from clip_rd_edge.exporting.parity import (
     measurement,
 )
 from clip_rd_edge.exporting.plan import ExportRequest
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.timing import time_in_turn

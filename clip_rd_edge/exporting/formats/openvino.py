@@ -12,8 +12,8 @@ from clip_rd_edge.exporting.conversion import start_conversion
 from clip_rd_edge.exporting.int8.candidates import OPENVINO
 from clip_rd_edge.exporting.parity import Inputs, Timer, hard_inputs, measure
 from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
-from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.timing import time_in_turn
 

@@ -35,7 +35,7 @@ from clip_rd_edge.exporting.plan import (
     ExportRequest,
     require_target,
 )
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 from clip_rd_edge.utils.text import one_line, printable

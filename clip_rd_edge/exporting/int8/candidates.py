@@ -36,8 +36,8 @@ from clip_rd_edge.exporting.int8.rounding import RoundedLayers
 from clip_rd_edge.exporting.int8.saturation import MAX_WEIGHT, instruction_sets, right_session
 from clip_rd_edge.exporting.parity import Inputs, Timer, agreement, embed, latencies, p10
 from clip_rd_edge.exporting.plan import WeightBits
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
-from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.timing import time_in_turn
 

@@ -6,7 +6,7 @@ by S8 weights with `vpmaddubsw`, which adds each two neighbouring products in 16
 2 · 255 · 64 is 32,640, and 32,767 fits. VNNI, AMX and Arm add in 32 bits, so both are right there, at the same speed.
 
 An export for those may be made on a processor that saturates, which then times INT8, but does not say what it answers.
-Nor does one where ONNX Runtime's kernels are wrong; see `runtime.backends.int8_kernels`.
+Nor does one where ONNX Runtime's kernels are wrong; see `runtime.backends.onnxruntime`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from clip_rd_edge.bundle.manifest import INSTRUCTION_SETS
-from clip_rd_edge.runtime.backends.int8_kernels import int8_fault, processor_saturates, wrong_sums
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import int8_fault, open_session, processor_saturates, wrong_sums
 
 # Largest level of a weight, by its bits.
 MAX_WEIGHT = {7: 64, 8: 127}

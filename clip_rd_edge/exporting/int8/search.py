@@ -37,8 +37,8 @@ from clip_rd_edge.exporting.parity import (
     top1_matches,
 )
 from clip_rd_edge.exporting.plan import Budget, ExportRequest, WeightBits
-from clip_rd_edge.runtime.backends.int8_kernels import wrong_sums
-from clip_rd_edge.runtime.backends.providers import warn
+from clip_rd_edge.runtime.backends.onnxruntime import wrong_sums
+from clip_rd_edge.runtime.encoder import warn
 from clip_rd_edge.utils.files import disk_full_error, write_bytes
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 from clip_rd_edge.utils.timing import Milliseconds, sign_test, time_in_turn

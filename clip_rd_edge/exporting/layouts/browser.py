@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_rd_edge import web
+from clip_rd_edge import serving
 from clip_rd_edge.bundle.manifest import (
     LABELS,
     MANIFEST,
@@ -172,7 +172,7 @@ def _manual_install_hint(where: str) -> str:
     return f"npm install {specs} {where}, and pass its node_modules with --node-modules"
 
 
-PAGE, ALONE = (Path(web.__file__).with_name(name) for name in ("page", "alone"))
+PAGE, ALONE = (Path(serving.__file__).with_name(name) for name in ("page", "alone"))
 BUNDLE, NPM, SIZES = "bundle", "npm", "sizes.json"
 _TOKENIZERS = ("BPE", "WordPiece", "Unigram")  # the types that @huggingface/tokenizers supports
 _RUNTIME = "ort-wasm-simd-threaded.wasm"

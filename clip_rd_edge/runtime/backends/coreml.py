@@ -13,9 +13,7 @@ import numpy.typing as npt
 from clip_rd_edge.bundle.encoder import Description
 from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError, in_one_line
-from clip_rd_edge.runtime.backends.providers import AUTO
-from clip_rd_edge.runtime.backends.session import OneInputModel
-from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
+from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, OneInputModel, Placement, RunOptions
 
 COREML = "coreml"
 _CPU = "cpu"

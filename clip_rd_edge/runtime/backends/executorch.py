@@ -16,9 +16,7 @@ import numpy.typing as npt
 
 from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError, in_one_line
-from clip_rd_edge.runtime.backends.providers import AUTO
-from clip_rd_edge.runtime.backends.session import OneInputModel, require_threads
-from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
+from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, OneInputModel, RunOptions, require_threads
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.process import SharedBlock, without_progress_bars
 

@@ -18,9 +18,8 @@ import numpy.typing as npt
 from clip_rd_edge.bundle.encoder import Description, in_batches
 from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError, in_one_line
-from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS
-from clip_rd_edge.runtime.backends.session import NamedInput, require_threads
-from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
+from clip_rd_edge.runtime.backends.onnxruntime import OPENVINO_PROCESSORS
+from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, NamedInput, Placement, RunOptions, require_threads
 from clip_rd_edge.utils.paths import cache_home
 from clip_rd_edge.utils.process import NativeCall
 

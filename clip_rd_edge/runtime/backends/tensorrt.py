@@ -16,9 +16,8 @@ import numpy.typing as npt
 from clip_rd_edge.bundle.encoder import Description, in_batches
 from clip_rd_edge.bundle.manifest import ENGINE_SUFFIX, Manifest, Tower, require_current_engine
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
-from clip_rd_edge.runtime.backends.providers import warn
-from clip_rd_edge.runtime.backends.session import NamedInput, open_session
-from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.encoder import BundleEncoder, NamedInput, Placement, RunOptions, warn
 from clip_rd_edge.utils.process import NativeCall
 
 _RTX_TARGET = "tensorrt-rtx"

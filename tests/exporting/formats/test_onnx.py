@@ -20,7 +20,7 @@ from clip_rd_edge.exporting.graph import prepare_for_quantization
 from clip_rd_edge.exporting.parity import agreement, embed
 from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.verify import verify_bundle
 
 

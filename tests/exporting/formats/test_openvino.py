@@ -15,7 +15,7 @@ from clip_rd_edge.exporting.int8.methods import StaticQuantizer
 from clip_rd_edge.exporting.parity import embed
 from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 

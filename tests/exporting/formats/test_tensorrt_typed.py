@@ -17,7 +17,7 @@ from clip_rd_edge.exporting.formats.tensorrt import TypedTower
 from clip_rd_edge.exporting.int8.search import TowerSamples
 from clip_rd_edge.exporting.parity import agreement, embed
 from clip_rd_edge.exporting.plan import Budget
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.reporting import SILENT
 
 

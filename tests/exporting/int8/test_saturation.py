@@ -31,8 +31,8 @@ from clip_rd_edge.exporting.int8.saturation import MAX_WEIGHT, instruction_sets,
 from clip_rd_edge.exporting.int8.search import TowerSamples, quantize_tower
 from clip_rd_edge.exporting.parity import NodeByNode
 from clip_rd_edge.exporting.plan import Budget, WeightBits
-from clip_rd_edge.runtime.backends import int8_kernels
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends import onnxruntime as int8_kernels
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.reporting import SILENT
 
 
@@ -257,7 +257,7 @@ def test_the_reference_answers_of_a_tower_are_computed_as_its_file_says(
     colour_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     opened: list[bytes] = []
-    monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.processor_saturates", lambda: True)
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.processor_saturates", lambda: True)
     monkeypatch.setattr(
         "clip_rd_edge.exporting.parity.open_as_written",
         lambda content, *, threads: opened.append(content) or open_session(content, threads=threads),

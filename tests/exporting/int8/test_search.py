@@ -19,7 +19,7 @@ from clip_rd_edge.exporting.int8.search import TowerSamples, quantize_tower
 from clip_rd_edge.exporting.parity import agreement, embed
 from clip_rd_edge.exporting.plan import Budget
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.reporting import SILENT
 from clip_rd_edge.utils.timing import Milliseconds
 

@@ -21,7 +21,7 @@ from clip_rd_edge.exporting.layouts.immich import immich_name, where_it_goes, wr
 from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_clip
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
 
 

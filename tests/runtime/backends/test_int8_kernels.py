@@ -10,9 +10,8 @@ import numpy as np
 import onnx
 import pytest
 
-from clip_rd_edge.runtime.backends import int8_kernels
-from clip_rd_edge.runtime.backends.int8_kernels import int8_fault, processor_saturates, wrong_sums
-from clip_rd_edge.runtime.backends.session import open_session
+from clip_rd_edge.runtime.backends import onnxruntime as int8_kernels
+from clip_rd_edge.runtime.backends.onnxruntime import int8_fault, open_session, processor_saturates, wrong_sums
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +96,7 @@ def test_the_product_is_an_onnx_file_that_runs_here() -> None:
 
 def test_asking_imports_no_onnx() -> None:
     code = (
-        "import sys; from clip_rd_edge.runtime.backends.int8_kernels import processor_saturates as ask;"
+        "import sys; from clip_rd_edge.runtime.backends.onnxruntime import processor_saturates as ask;"
         "assert 'onnxruntime' not in sys.modules; ask(); assert 'onnx' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

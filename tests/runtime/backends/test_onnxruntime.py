@@ -13,9 +13,8 @@ from PIL import Image
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.installation import install_command
-from clip_rd_edge.runtime.backends import int8_kernels
-from clip_rd_edge.runtime.backends.providers import PROVIDERS, choose_device, provider_list
-from clip_rd_edge.runtime.backends.session import _open_on, _preload_cuda
+from clip_rd_edge.runtime.backends import onnxruntime as int8_kernels
+from clip_rd_edge.runtime.backends.onnxruntime import PROVIDERS, _open_on, _preload_cuda, choose_device, provider_list
 from clip_rd_edge.runtime.load import load
 
 Run = Callable[..., tuple[int, str, str]]

@@ -14,9 +14,8 @@ import pytest
 import clip_rd_edge
 from clip_rd_edge.errors import ClipRdEdgeError, UnreachableError, UsageError
 from clip_rd_edge.runtime import doctor
-from clip_rd_edge.runtime.backends import onnxruntime_builds
-from clip_rd_edge.runtime.backends.onnxruntime_builds import import_onnxruntime
-from clip_rd_edge.runtime.backends.providers import choose_device
+from clip_rd_edge.runtime.backends import onnxruntime as onnxruntime_builds
+from clip_rd_edge.runtime.backends.onnxruntime import choose_device, import_onnxruntime
 from clip_rd_edge.runtime.verify import verify_bundle
 
 Run = Callable[..., tuple[int, str, str]]
@@ -169,4 +168,4 @@ def test_no_module_imports_onnx_runtime_itself() -> None:
         if (isinstance(node, ast.Import) and any(name.name == "onnxruntime" for name in node.names))
         or (isinstance(node, ast.ImportFrom) and node.module == "onnxruntime")
     ]
-    assert set(importing) == {"runtime/backends/onnxruntime_builds.py"}
+    assert set(importing) == {"runtime/backends/onnxruntime.py"}

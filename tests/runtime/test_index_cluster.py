@@ -17,8 +17,8 @@ import clip_rd_edge as edge
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime import embed
-from clip_rd_edge.runtime.index.image_index import read_index
-from clip_rd_edge.runtime.index.update import update_index
+from clip_rd_edge.runtime.index import read_index
+from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load
 
 
@@ -48,7 +48,7 @@ def test_a_worker_that_embeds_images_wrongly_is_refused(colour_bundle: Path, mon
     manifest = read_manifest(colour_bundle)
     image = msgspec.structs.replace(manifest.image, instruction_sets=("x86-64-vnni", "aarch64"))
     manifest = write_manifest(colour_bundle, msgspec.structs.replace(manifest, image=image))
-    monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.processor_saturates", lambda: True)
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.processor_saturates", lambda: True)
     with pytest.raises(UsageError, match="gives wrong answers here"):
         embed._make_worker(colour_bundle, manifest)
 

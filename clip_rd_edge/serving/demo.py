@@ -1,28 +1,201 @@
-"""The bundles that the demo serves, and the label lists that pages have sent."""
+"""The demo's server: serves the page and its files, and classifies images."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import msgspec
+from anyio import CapacityLimiter
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
 
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.manifest import MANIFEST, read_manifest
 from clip_rd_edge.bundle.preprocess import preprocess
-from clip_rd_edge.errors import ClipRdEdgeError, InputError
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
+from clip_rd_edge.serving.server import (
+    BODY_TIMEOUT_S,
+    LOOPBACK,
+    FullError,
+    Guard,
+    TooLargeError,
+    error_response,
+    read_body,
+    run_server,
+    too_large_message,
+)
 from clip_rd_edge.utils.paths import file_identity
+from clip_rd_edge.utils.structs import decode_request
+
+PAGE = Path(__file__).with_name("page")
+# Not as `mimetypes` has them, from the registry on Windows: a browser runs no script that is served as text/plain.
+_MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+MAX_PARALLEL = 2  # images classified at the same time
+MAX_QUEUED = 16  # requests that may wait; a single page never sends more than one at a time
+_BUSY = "Too many images at once; try again in a moment."
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Demo:
+    """The request handlers of the demo.
+
+    Args:
+        bundles: folders of the bundles, in the order that the page shows them.
+        labels: labels that the page starts with, as for `LabelSets.add`; None leaves the choice to the page.
+        threads, force: as for `runtime.load.load`.
+    """
+
+    def __init__(
+        self,
+        bundles: Sequence[Path],
+        *,
+        labels: Sequence[str] | None = None,
+        threads: int | None = None,
+        force: bool = False,
+    ):
+        self.start_labels = list(labels or [])
+        self.label_sets = LabelSets()
+        if self.start_labels:  # refused now, rather than with each image
+            self.label_sets.add(self.start_labels)
+        names = distinct_names(bundles)
+        self.served = [
+            ServedBundle(folder, shown=name, threads=threads, force=force)
+            for folder, name in zip(bundles, names, strict=True)
+        ]
+        self.pending = 0  # classify requests in progress or queued
+        self._limiter: CapacityLimiter | None = None
+        self._lister: CapacityLimiter | None = None
+
+    async def bundles(self, request: Request) -> Response:
+        """Return the bundles and the labels to start with."""
+        # In a thread, as one that was exported anew is opened first; one at a time, as files need threads, too.
+        self._lister = self._lister or CapacityLimiter(1)
+        infos = await anyio.to_thread.run_sync(lambda: [bundle.info() for bundle in self.served], limiter=self._lister)
+        return _json({"bundles": infos, "labels": self.start_labels})
+
+    async def labels(self, request: Request) -> Response:
+        """Store a list of labels; return the key by which classify requests refer to it."""
+        try:
+            labels = decode_request(await read_body(request), list)
+            return _json({"key": self.label_sets.add(labels)})
+        except InputError as error:
+            return error_response(422, str(error), hint=error.hint)
+
+    async def classify(self, request: Request) -> Response:
+        """Classify the image in the body with ?bundle=NUMBER among ?labels=KEY (without a key: the bundle's own).
+
+        With &name=NAME, as the page calls the bundle, another one that has the number since a restart is not asked.
+        """
+        bundle = self._bundle(request.query_params.get("bundle", "0"), request.query_params.get("name"))
+        key = request.query_params.get("labels", "")
+        labels = self.label_sets.get(key) if key else None
+        if key and labels is None:
+            return error_response(409, "These labels are no longer known; send them again.")
+        content = await read_body(request)  # before it counts: an unfinished request takes nobody's turn
+        if self.pending >= MAX_PARALLEL + MAX_QUEUED:
+            return error_response(429, _BUSY)
+        self.pending += 1
+        try:
+            self._limiter = self._limiter or CapacityLimiter(MAX_PARALLEL)
+            result = await anyio.to_thread.run_sync(bundle.classify, content, labels, limiter=self._limiter)
+        finally:
+            self.pending -= 1
+        return _json(result)
+
+    def _bundle(self, number: str, name: str | None) -> ServedBundle:
+        bundle = {str(index): bundle for index, bundle in enumerate(self.served)}.get(number)
+        if name is not None and (bundle is None or bundle.shown != name):
+            raise BundleRemovedError(f"Bundle {number[:20]!r} is not {name[:300]!r} any more.", hint="reload the page")
+        if bundle is None:
+            raise InputError(f"Unknown bundle {number[:20]!r}; expected a number from 0 to {len(self.served) - 1}.")
+        return bundle
+
+
+def make_app(demo: Demo, *, host: str = LOOPBACK) -> Starlette:
+    """Return the ASGI application of a `Demo`, protected by `Guard`, for a server that listens on `host`."""
+    return Starlette(
+        routes=[
+            Route("/", serve_file(PAGE / "index.html")),
+            Route("/api/bundles", demo.bundles),
+            Route("/api/labels", _report_errors(demo.labels), methods=["POST"]),
+            Route("/api/classify", _report_errors(demo.classify), methods=["POST"]),
+            *(Route(f"/{path.name}", serve_file(path)) for path in PAGE.iterdir()),
+        ],
+        middleware=[Middleware(Guard, host=host)],
+    )
+
+
+def serve_file(path: Path) -> Callable[[Request], Response]:
+    """Return a handler that answers with a file of a page, with the same type on every machine."""
+    return lambda request: FileResponse(path, media_type=_MEDIA_TYPES[path.suffix])
+
+
+def _report_errors(handler: Handler) -> Handler:
+    """Wrap a handler so that expected errors become JSON responses with their messages."""
+
+    async def handle(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except TooLargeError:
+            return error_response(413, too_large_message())
+        except FullError:
+            return error_response(429, _BUSY)
+        except (asyncio.TimeoutError, TimeoutError):
+            return error_response(408, f"The request did not arrive within {BODY_TIMEOUT_S:.0f} s.")
+        except ClientDisconnect:
+            return error_response(400, "The connection was closed before the request was complete.")
+        except BundleRemovedError as error:
+            return error_response(410, str(error), hint=error.hint)
+        except ConfigError as error:  # the bundle is at fault, not the request
+            return _failure(error)
+        except UsageError as error:
+            return error_response(400, str(error), hint=error.hint)
+        except ClipRdEdgeError as error:
+            return _failure(error)
+
+    return handle
+
+
+def _failure(error: ClipRdEdgeError) -> Response:
+    """Answer with status 500. The page shows none of the server's messages, so the log has it, too."""
+    logging.getLogger("uvicorn.error").error("%s", error)
+    return error_response(500, str(error), hint=error.hint)
+
+
+def _json(content: object) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+def serve(demo: Demo, *, host: str = LOOPBACK, port: int = 8765, ready: Callable[[str], None]) -> None:
+    """Serve the demo until it is interrupted.
+
+    Args:
+        demo: the request handlers.
+        host: address to listen on.
+        port: port to listen on; 0 uses any free port.
+        ready: called with the page's URL once the page can be opened; for a server on all addresses (0.0.0.0 or ::),
+            with the one on this machine.
+    """
+    run_server(make_app(demo, host=host), host=host, port=port, ready=ready, stop_within_s=2)
+
 
 MAX_PIXELS = 52_000_000  # of an uploaded image: those of sensors with 50 megapixels have up to 50.3 million
 MAX_LABELS = 2_000

@@ -20,7 +20,7 @@ from PIL import Image
 from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES
 from clip_rd_edge.bundle.labels import LabelBank, write_labels
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
-from clip_rd_edge.web.app import PAGE
+from clip_rd_edge.serving.demo import PAGE
 
 pytest.importorskip("uvicorn")
 pytestmark = pytest.mark.browser

@@ -21,14 +21,12 @@ from support import PATIENCE_S, Watch, fail_to_look_at, wait_until
 
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.runtime import index_update
+from clip_rd_edge.runtime import index_update as index_folder
+from clip_rd_edge.runtime import index_update as index_watch
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.index import folder as index_folder
-from clip_rd_edge.runtime.index import update as index_update
-from clip_rd_edge.runtime.index import watch as index_watch
-from clip_rd_edge.runtime.index.folder import Watched
-from clip_rd_edge.runtime.index.image_index import model_key, read_index
-from clip_rd_edge.runtime.index.update import Update, update_index
-from clip_rd_edge.runtime.index.watch import BROKEN_S, POLL_S, watch_index
+from clip_rd_edge.runtime.index import model_key, read_index
+from clip_rd_edge.runtime.index_update import BROKEN_S, POLL_S, Update, Watched, update_index, watch_index
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.outputs import exclusive_writer
 

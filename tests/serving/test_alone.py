@@ -2,7 +2,7 @@
 
 To measure a bundle of your own:
 
-    CLIP_RD_EDGE_BUNDLE=quickstart/bundles/int8 pytest tests/web/test_alone.py -k match_those_of_the_runtime -s
+    CLIP_RD_EDGE_BUNDLE=quickstart/bundles/int8 pytest tests/serving/test_alone.py -k match_those_of_the_runtime -s
 """
 
 from __future__ import annotations

@@ -27,16 +27,19 @@ import clip_rd_edge as edge
 from clip_rd_edge.bundle.labels import LabelBank, write_labels
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.runtime.index.image_index import read_index, write_content
-from clip_rd_edge.runtime.index.update import update_index
+from clip_rd_edge.runtime.index import read_index, write_content
+from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load
-from clip_rd_edge.serving.batching import Batcher
+from clip_rd_edge.serving.protocol import Batcher
 
 pytest.importorskip("starlette")
 testclient = pytest.importorskip("starlette.testclient")
 
-from clip_rd_edge.serving.app import make_app  # noqa: E402
-from clip_rd_edge.serving.service import Limits, Service  # noqa: E402
+from clip_rd_edge.serving.service import (  # noqa: E402
+    Limits,
+    Service,
+    make_app,
+)
 
 BASE_URL = "http://127.0.0.1:8766"
 
@@ -265,8 +268,8 @@ def test_searches_use_the_index_as_it_was_while_one_that_was_updated_is_read(
         assert goes_on.wait(PATIENCE_S)
         return read(path, **options)
 
-    monkeypatch.setattr("clip_rd_edge.serving.served_index.read_index", read_slowly)
-    monkeypatch.setattr("clip_rd_edge.serving.served_index._READING_S", 0.01)
+    monkeypatch.setattr("clip_rd_edge.serving.service.read_index", read_slowly)
+    monkeypatch.setattr("clip_rd_edge.serving.service._READING_S", 0.01)
     (colour_images / "blue.jpg").unlink()
     update_index(encoder, colour_images, tmp_path / "index")
     with testclient.TestClient(make_app(service), base_url=BASE_URL) as client, ThreadPoolExecutor(8) as pool:
@@ -286,7 +289,7 @@ def test_searches_use_the_index_as_it_was_while_one_that_was_updated_is_read(
 def test_an_index_that_cannot_be_read_is_an_error_until_it_can(
     colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reading_s: float
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.serving.served_index._READING_S", reading_s)
+    monkeypatch.setattr("clip_rd_edge.serving.service._READING_S", reading_s)
     encoder, index = load(colour_bundle), tmp_path / "index"
     update_index(encoder, colour_images, index)
     service = Service(encoder, index=index)
@@ -538,7 +541,7 @@ def test_a_token_file_as_programs_of_windows_write_it(
 ) -> None:
     """Text in UTF-8 begins with a mark, and PowerShell's redirection writes UTF-16."""
     apps: list[Any] = []
-    monkeypatch.setattr("clip_rd_edge.web.app.run_server", lambda app, **_: apps.append(app))
+    monkeypatch.setattr("clip_rd_edge.serving.server.run_server", lambda app, **_: apps.append(app))
     (tmp_path / "token").write_bytes(b"\xef\xbb\xbfsecret\r\n")
     assert command_line("serve", colour_bundle, "--token-file", tmp_path / "token")[0] == 0
     with testclient.TestClient(apps[0], base_url=BASE_URL) as client:
@@ -554,7 +557,9 @@ def test_a_variable_for_the_token_that_is_empty_does_not_open_the_server(
     colour_bundle: Path, command_line: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CLIP_RD_EDGE_TOKEN", "")
-    monkeypatch.setattr("clip_rd_edge.web.app.run_server", lambda *_, **options: pytest.fail("open to everybody"))
+    monkeypatch.setattr(
+        "clip_rd_edge.serving.server.run_server", lambda *_, **options: pytest.fail("open to everybody")
+    )
     code, _, error = command_line("serve", colour_bundle)
     assert (code, "The token in CLIP_RD_EDGE_TOKEN is empty" in error) == (2, True)
 
@@ -563,7 +568,7 @@ def test_a_token_that_was_read_with_its_files_newline_is_the_token(
     colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     apps: list[Any] = []
-    monkeypatch.setattr("clip_rd_edge.web.app.run_server", lambda app, **_: apps.append(app))
+    monkeypatch.setattr("clip_rd_edge.serving.server.run_server", lambda app, **_: apps.append(app))
     edge.serve(colour_bundle, token="secret\n")
     with testclient.TestClient(apps[0], base_url=BASE_URL) as client:
         assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200

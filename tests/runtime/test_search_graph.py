@@ -17,28 +17,26 @@ from support import Watch
 
 from clip_rd_edge.bundle.encoder import normalise
 from clip_rd_edge.errors import ConfigError, DiskFullError
-from clip_rd_edge.runtime.index import update as indexing
-from clip_rd_edge.runtime.index.graph import (
+from clip_rd_edge.runtime import index_update as indexing
+from clip_rd_edge.runtime.index import (
     MAX_TOP,
+    Entry,
+    Index,
     build_graph,
     is_worn,
     moved_rows,
-    open_graph,
-    usearch_is_installed,
-    write_graph,
-    write_rows,
-)
-from clip_rd_edge.runtime.index.image_index import (
-    Entry,
-    Index,
     nearest,
+    open_graph,
     read_graph,
     read_index,
     search_index,
+    usearch_is_installed,
     write_content,
+    write_graph,
     write_index,
+    write_rows,
 )
-from clip_rd_edge.runtime.index.update import update_index
+from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.files import disk_full_error
 
@@ -229,7 +227,7 @@ def test_a_graph_whose_links_are_damaged_is_not_opened(tmp_path: Path, *, memory
 def test_the_rows_that_a_graph_proposes_are_checked_and_its_own_are_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.runtime.index.image_index._BLOCK_ROWS", 1)
+    monkeypatch.setattr("clip_rd_edge.runtime.index._BLOCK_ROWS", 1)
     rows = embeddings(900)
     index = written(tmp_path, rows)
     files = write_graph(tmp_path, build_graph(rows, threads=1))
@@ -327,7 +325,7 @@ def test_an_index_that_was_damaged_gets_another_graph_with_its_embeddings(
     colour_bundle: Path, many_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(indexing, "GRAPH_FROM", 40)
-    monkeypatch.setattr("clip_rd_edge.runtime.index.image_index._BLOCK_ROWS", 4)
+    monkeypatch.setattr("clip_rd_edge.runtime.index._BLOCK_ROWS", 4)
     encoder, path = load(colour_bundle), tmp_path / "index"
     update_index(encoder, many_images, path)
     expected = search_index(path, "red", top=44, exact=True)
@@ -374,7 +372,7 @@ def test_without_usearch_search_stays_exact_and_says_so(
     monkeypatch.setattr(indexing, "GRAPH_FROM", 40)
     encoder, path = load(colour_bundle), tmp_path / "index"
     with monkeypatch.context() as missing:
-        missing.setattr("clip_rd_edge.runtime.index.update.usearch_is_installed", lambda: False)
+        missing.setattr("clip_rd_edge.runtime.index_update.usearch_is_installed", lambda: False)
         reporter = Watch()
         assert not update_index(encoder, many_images, path, reporter=reporter).approximate
         assert "search stays exact" in reporter.said[0]

@@ -1,5 +1,5 @@
 // The page's requests to the demo's server.
-// `clip-rd-edge export --target browser` replaces this file with web/alone/api.js, which needs no server.
+// `clip-rd-edge export --target browser` replaces this file with serving/alone/api.js, which needs no server.
 
 export class RequestError extends Error {
   constructor(status, message) {

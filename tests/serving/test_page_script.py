@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.web.app import PAGE
+from clip_rd_edge.serving.demo import PAGE
 
 from .conftest import Node
 

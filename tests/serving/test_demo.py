@@ -33,11 +33,13 @@ from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.load import load
-from clip_rd_edge.serving import app as serving_app
+from clip_rd_edge.serving import demo as app
+from clip_rd_edge.serving import demo as models
+from clip_rd_edge.serving import server as guard
+from clip_rd_edge.serving import server as limits
+from clip_rd_edge.serving import service as serving_app
+from clip_rd_edge.serving.server import _listen, is_loopback
 from clip_rd_edge.serving.service import Service
-from clip_rd_edge.web import app, guard, limits, models
-from clip_rd_edge.web.app import _listen
-from clip_rd_edge.web.guard import is_loopback
 
 pytest.importorskip("starlette")
 testclient = pytest.importorskip("starlette.testclient")
@@ -350,11 +352,11 @@ def test_a_server_on_all_addresses_prints_those_that_can_be_opened(monkeypatch: 
     found.append((socket.AF_INET6, None, 0, "", ("fe80::1%eth0", 0)))
     found.append((socket.AF_INET6, None, 0, "", ("2001:db8::5", 0)))
     monkeypatch.setattr("socket.getaddrinfo", lambda *arguments, **options: found)
-    monkeypatch.setattr(app, "_source_address", lambda family, to: "192.168.1.9" if family == socket.AF_INET else "")
-    assert app.network_urls("0.0.0.0", 8765) == ["http://192.168.1.9:8765/", "http://10.0.0.7:8765/"]
-    assert app.network_urls("::", 80)[-1] == "http://[2001:db8::5]:80/"
-    assert app.network_urls("192.168.1.9", 1) == ["http://192.168.1.9:1/"]
-    assert app.network_urls("127.0.0.1", 1) == app.network_urls("localhost", 1) == []
+    monkeypatch.setattr(guard, "_source_address", lambda family, to: "192.168.1.9" if family == socket.AF_INET else "")
+    assert guard.network_urls("0.0.0.0", 8765) == ["http://192.168.1.9:8765/", "http://10.0.0.7:8765/"]
+    assert guard.network_urls("::", 80)[-1] == "http://[2001:db8::5]:80/"
+    assert guard.network_urls("192.168.1.9", 1) == ["http://192.168.1.9:1/"]
+    assert guard.network_urls("127.0.0.1", 1) == guard.network_urls("localhost", 1) == []
 
 
 def test_a_terminal_shows_the_address_for_a_phone_as_a_qr_code(
@@ -364,12 +366,12 @@ def test_a_terminal_shows_the_address_for_a_phone_as_a_qr_code(
     encoded: list[str] = []
     make = segno.make
     monkeypatch.setattr(segno, "make", lambda text, **options: encoded.append(text) or make(text, **options))
-    monkeypatch.setattr(app, "network_urls", lambda host, port: ["http://192.168.1.9:8765/"] if host == "::" else [])
+    monkeypatch.setattr(guard, "network_urls", lambda host, port: ["http://192.168.1.9:8765/"] if host == "::" else [])
     monkeypatch.setattr(app, "serve", lambda demo, *, ready, **options: ready("http://127.0.0.1:8765/"))
     code, output, error = command_line("demo", colour_bundle, "--host", "::")
     assert (code, output.split()) == (0, ["http://127.0.0.1:8765/", "http://192.168.1.9:8765/"])
     assert encoded == []  # a pipe gets addresses alone
-    monkeypatch.setattr("clip_rd_edge.cli.demo._is_terminal", lambda stream: True)
+    monkeypatch.setattr("clip_rd_edge.cli.device._is_terminal", lambda stream: True)
     code, _, error = command_line("demo", colour_bundle, "--host", "::")
     assert encoded == ["http://192.168.1.9:8765/"]
     assert error.count("█") > 20

@@ -1,4 +1,4 @@
-// The page's requests, answered in the browser itself: the counterpart of web/page/api.js, which asks a server.
+// The page's requests, answered in the browser itself: the counterpart of serving/page/api.js, which asks a server.
 
 import { prompts } from "./clean.js";
 

@@ -11,9 +11,9 @@ pytest.importorskip("starlette")
 testclient = pytest.importorskip("starlette.testclient")
 
 from clip_rd_edge.runtime.load import load  # noqa: E402
-from clip_rd_edge.serving.app import make_app as make_service  # noqa: E402
+from clip_rd_edge.serving import demo as app  # noqa: E402
 from clip_rd_edge.serving.service import Service  # noqa: E402
-from clip_rd_edge.web import app  # noqa: E402
+from clip_rd_edge.serving.service import make_app as make_service  # noqa: E402
 
 URL, HOST = "http://127.0.0.1:8765", ("Host", "127.0.0.1:8765")
 TOKEN = ("Authorization", "Bearer secret")

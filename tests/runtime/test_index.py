@@ -28,15 +28,14 @@ from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.data.tasks import RetrievalTask, load_task
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InputError, NotFiniteError, UsageError
 from clip_rd_edge.installation import upgrade_hint
+from clip_rd_edge.runtime import index_update as index_folder
+from clip_rd_edge.runtime import index_update as indexing
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
 from clip_rd_edge.runtime.embed import embed_images
 from clip_rd_edge.runtime.encoder import Placement
-from clip_rd_edge.runtime.index import folder as index_folder
-from clip_rd_edge.runtime.index import update as indexing
-from clip_rd_edge.runtime.index.folder import Source
-from clip_rd_edge.runtime.index.graph import GraphFiles
-from clip_rd_edge.runtime.index.image_index import (
+from clip_rd_edge.runtime.index import (
     Entry,
+    GraphFiles,
     Index,
     is_index,
     model_key,
@@ -45,7 +44,7 @@ from clip_rd_edge.runtime.index.image_index import (
     search_index,
     write_index,
 )
-from clip_rd_edge.runtime.index.update import update_index
+from clip_rd_edge.runtime.index_update import Source, update_index
 from clip_rd_edge.runtime.load import load
 
 Run = Callable[..., tuple[int, str, str]]
@@ -538,7 +537,7 @@ def test_images_that_this_processor_embeds_wrongly_are_not_kept(
     manifest = read_manifest(colour_bundle)
     image = msgspec.structs.replace(manifest.image, instruction_sets=("x86-64-vnni", "aarch64"))
     write_manifest(colour_bundle, msgspec.structs.replace(manifest, image=image))
-    monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.processor_saturates", lambda: True)
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.processor_saturates", lambda: True)
     with pytest.raises(
         UsageError, match=r"image\.onnx of colours gives wrong answers here: its INT8 holds for x86-64-vnni and"
     ):
@@ -792,7 +791,7 @@ def test_an_index_is_read_in_parts_whatever_is_in_its_paths(
             decoded.append(text)
             return self._decoder.decode(text)
 
-    monkeypatch.setattr("clip_rd_edge.runtime.index.image_index._PART_BYTES", 1000)
+    monkeypatch.setattr("clip_rd_edge.runtime.index._PART_BYTES", 1000)
     monkeypatch.setattr("msgspec.json.Decoder", Recorder)
     assert read_index(tmp_path)[0] == whole == written
     if name == "a":
@@ -804,7 +803,7 @@ def test_an_index_is_read_in_parts_whatever_is_in_its_paths(
     ["{}", '""', '[["a",1,2,3,"b"],["a",1,2,3,4]]', '[["a",1,2,3,"b"]],["a",1,2,3,"b"]', "[" * 10_000 + "]" * 10_000],
 )
 def test_an_index_of_another_form_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: str) -> None:
-    monkeypatch.setattr("clip_rd_edge.runtime.index.image_index._PART_BYTES", 2)
+    monkeypatch.setattr("clip_rd_edge.runtime.index._PART_BYTES", 2)
     content = f'{{"folder":"f","bundle":"b","model":"m","embeddings":"e.npy","entries":{entries}}}'.encode()
     (tmp_path / "index.json").write_bytes(b'{"version":1,"crc32":%d,"index":%b}' % (zlib.crc32(content), content))
     with pytest.raises(ConfigError, match="is damaged"):
@@ -871,7 +870,7 @@ def damage(index: Path) -> None:
 def test_embeddings_that_were_damaged_on_the_disk_are_refused_and_computed_again(
     command_line: Run, colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.runtime.index.image_index._BLOCK_ROWS", 3)
+    monkeypatch.setattr("clip_rd_edge.runtime.index._BLOCK_ROWS", 3)
     encoder = load(colour_bundle)
     update_index(encoder, colour_images, index)
     expected = read_index(index, memory_mapped=False)

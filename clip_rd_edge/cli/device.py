@@ -1,0 +1,295 @@
+"""The commands that use a bundle on a device: `index`, `search`, `serve`, `demo` and `doctor`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+from urllib.parse import urlsplit
+
+import click
+
+from clip_rd_edge.cli._command import command_of
+from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._options import GroupedCommand, PathName, grouped
+from clip_rd_edge.errors import ClipRdEdgeError, InputError, InterruptedRunError, UsageError
+from clip_rd_edge.settings.deploying import Demo, Index, Search, Serve
+from clip_rd_edge.utils.paths import exists
+from clip_rd_edge.utils.process import handled_by, leave_lost_terminal, stop_signals
+from clip_rd_edge.utils.text import one_line
+
+
+@command_of(Index, "index")
+@grouped("Output")("--watch", is_flag=True, help="Go on: keep the index up to date while images come and go.")
+def index(given: dict[str, Any], watch: bool) -> None:
+    """Embed the images in FOLDER and its subfolders with BUNDLE, for clip-rd-edge search.
+
+    \b
+    clip-rd-edge index bundle photos/ -o photos.index
+    clip-rd-edge search photos.index "a red car"
+
+    Run the command again to update the index: only new and changed images are embedded. It can be interrupted at any
+    time without losing its progress. With --watch, it goes on until Ctrl-C, and an image is in the index some seconds
+    after it was written, or about a minute later if listing the folder or saving the index takes long.
+    """
+    import clip_rd_edge as edge
+    from clip_rd_edge.cli._console import console_reporter
+
+    if watch and "ray" in given:
+        raise UsageError("--watch and --ray cannot be combined.", hint="omit one of them")
+    if watch:
+        _watch(given)
+        return
+    try:
+        with console_reporter() as reporter:
+            update = edge.index(**given, reporter=reporter)
+    except KeyboardInterrupt as error:
+        if not exists(given["output"]):
+            raise
+        raise InterruptedRunError(
+            "Interrupted; what is embedded is saved.", hint="run the same command again, which embeds the others"
+        ) from error
+    for reason in update.unreadable:
+        echo(f"error: {one_line(reason)}", err=True)
+    how = "; search is approximate" if update.approximate else ""
+    echo(f"{update.embedded:,} embedded, {update.kept:,} kept, {update.removed:,} removed{how}", err=True)
+    echo(given["output"])
+    if update.unreadable:
+        count = len(update.unreadable)
+        raise InputError(
+            f"{count:,} image{'s' * (count > 1)} or folder{'s' * (count > 1)} could not be read; the others are in the "
+            "index."
+        )
+
+
+def _watch(given: dict[str, Any]) -> None:
+    """Keep the index up to date until one of the `stop_signals`; a second SIGINT ends at once."""
+    import clip_rd_edge as edge
+    from clip_rd_edge.cli._console import console_reporter
+
+    with console_reporter() as reporter, stop_event() as stop:
+        for update in edge.watch_index(**given, stop=stop, reporter=reporter):
+            for reason in update.unreadable:
+                echo(f"error: {one_line(reason)}", err=True)
+            count = update.kept + update.embedded
+            reporter.say(f"{update.embedded:,} embedded, {update.removed:,} removed: {count:,} images in the index")
+    echo(given["output"])
+
+
+@contextmanager
+def stop_event() -> Iterator[threading.Event]:
+    """Within the block, the `stop_signals` set the event; a second SIGINT interrupts."""
+    stop = threading.Event()
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        leave_lost_terminal()
+        stop.set()
+
+    with handled_by(handle, stop_signals()):
+        yield stop
+
+
+_output = grouped("Output")
+
+
+@command_of(Search, "search")
+@_output("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
+@_output("-0", "--null", is_flag=True, help="Print only the paths, each followed by NUL, as for xargs -0.")
+def search(given: dict[str, Any], as_json: bool, null: bool) -> None:
+    """Print the images in INDEX that are nearest to QUERY, which is a text or the path of an image.
+
+    \b
+    clip-rd-edge search photos.index "a red car"
+    clip-rd-edge search photos.index photos/car.jpg --top 5
+    clip-rd-edge search photos.index "a car" --bundle bundle --folder /mnt/pics
+
+    Each line has the cosine similarity, a tab, and the image's path, in which control characters are escaped. An index
+    that another machine made is searched with a copy of its bundle.
+    """
+    import clip_rd_edge as edge
+    from clip_rd_edge.cli._console import json_line
+    from clip_rd_edge.runtime.index_update import is_gone
+
+    if as_json and null:
+        raise UsageError("--json and --null cannot be combined.", hint="omit one of them")
+    hits = edge.search(**given)
+    for hit in hits:
+        if as_json:
+            line = {"image": str(hit.path), "similarity": round(hit.similarity, 6)}
+            echo(json_line(line))
+        elif null:
+            echo(f"{hit.path}\0", nl=False)
+        else:
+            echo(f"{hit.similarity:.3f}\t{one_line(hit.path)}")
+    if gone := sum(is_gone(hit.path) for hit in hits):  # and not one that this account may not look at
+        where = (
+            "index the folder again"
+            if "folder" in given
+            else "say where the folder is now with --folder, or index it again"
+        )
+        echo(f"warning: Of these {len(hits):,} images, {gone:,} are not there any more.\nhint: {where}", err=True)
+    if hits.missing:
+        name = one_line(given["index"])
+        echo(
+            f"warning: {name} has {hits.indexed:,} of {hits.indexed + hits.missing:,} images: indexing was "
+            "interrupted, by Ctrl-C or a disk that went away, or is still running; the same index command goes on",
+            err=True,
+        )
+
+
+TOKEN_VARIABLE = "CLIP_RD_EDGE_TOKEN"
+
+
+@command_of(Serve, "serve")
+@grouped("Server")(
+    "--token-file", type=PathName(), metavar="FILE",
+    help=f"File with the bearer token that requests need.  [default: the variable {TOKEN_VARIABLE}, else none]",
+)  # fmt: skip
+def serve(given: dict[str, Any], token_file: Path | None) -> None:
+    """Serve BUNDLE over HTTP, and search INDEX. Ctrl-C or SIGTERM stops it after the requests in progress.
+
+    \b
+    clip-rd-edge serve bundle
+    clip-rd-edge serve bundle photos.index --host 0.0.0.0 --token-file token.txt
+
+    POST /embeddings takes texts, and images in base64, as llama.cpp does (Frigate); POST /v1/embeddings takes texts,
+    and images as data URLs, as OpenAI does; POST /classify returns the most likely labels of an image, POST /search the
+    nearest images of INDEX. GET /v1/models, /props, /health, /metrics and /openapi.json describe the server.
+    """
+    import clip_rd_edge as edge
+    from clip_rd_edge.cli._console import say
+
+    say("starting serve")
+    token = _token(token_file)
+    host = given.get("host", "127.0.0.1")
+
+    def ready(url: str) -> None:
+        print_addresses(url, host)
+        access = "needs the token" if token else "can be used by anyone on this network, because there is no token"
+        print_how_to_stop(host, warning=f"The server {access}; there is no encryption.")
+
+    edge.serve(**given, token=token, ready=ready)
+
+
+def _token(file: Path | None) -> str:
+    from clip_rd_edge.api.running import sendable_token
+    from clip_rd_edge.utils.files import read_text_limited
+
+    if file is None:
+        # One that is set and empty is a secret that was not found: it opens the server to nobody.
+        of_variable = os.environ.get(TOKEN_VARIABLE)
+        return "" if of_variable is None else sendable_token(of_variable, source=f"The token in {TOKEN_VARIABLE}")
+    return sendable_token(read_text_limited(file), source=f"The token file {file}")
+
+
+@command_of(Demo, "demo")
+@grouped("Page")("--open", "open_page", is_flag=True, help="Open the page in your browser.")
+def demo(given: dict[str, Any], open_page: bool) -> None:
+    """Serve a web page from this machine: drop an image or start the camera, type labels, and watch the results.
+
+    \b
+    clip-rd-edge demo bundles/fp32 bundles/int8 --labels "a cat" "a dog"
+    clip-rd-edge demo bundle --host 0.0.0.0
+
+    With --host 0.0.0.0, the addresses for other machines are printed, too, and on a terminal a QR code for a phone.
+
+    Pass several BUNDLEs to compare them on the page. Nothing is loaded from the internet. Ctrl-C stops the server.
+    """
+    import clip_rd_edge as edge
+    from clip_rd_edge.runtime.labels import parse_labels
+
+    host = given.get("host", "127.0.0.1")
+
+    def ready(url: str) -> None:
+        if others := print_addresses(url, host):
+            _print_qr_code(others[0])
+        print_how_to_stop(
+            host,
+            warning="Anyone on this network can use the page and send images to it; there is no password and no "
+            "encryption. Browsers on other machines do not allow the camera, because the page is not https.",
+        )
+        if open_page:
+            click.launch(url)
+
+    labels = parse_labels(given.pop("labels", ()))
+    edge.demo(**given, labels=labels, ready=ready)
+
+
+def _print_qr_code(url: str) -> None:
+    """Print a QR code of the URL to stderr, if that is a terminal."""
+    if not _is_terminal(sys.stderr):
+        return
+    try:
+        import segno
+    except ModuleNotFoundError:
+        return
+    segno.make(url, error="l").terminal(out=sys.stderr, compact=True)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty()
+
+
+def print_addresses(url: str, host: str) -> list[str]:
+    """Print the address of a server, and those for other machines, if it listens to them; return the latter."""
+    from clip_rd_edge.serving.server import network_urls
+
+    others = network_urls(host, urlsplit(url).port or 0)
+    for address in dict.fromkeys([url, *others]):
+        echo(address)
+    return others
+
+
+def print_how_to_stop(host: str, *, warning: str) -> None:
+    """Print how to stop a server, after a warning if other machines can reach it."""
+    from clip_rd_edge.serving.server import is_loopback
+
+    if not is_loopback(host):
+        echo(f"warning: {warning}", err=True)
+    echo("Press Ctrl-C to stop.", err=True)
+
+
+_STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
+
+
+@click.command("doctor", cls=GroupedCommand, short_help="Check this machine, and show what to install.")
+@grouped("Output")("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(as_json: bool) -> None:
+    """Check the processor, threads, ONNX Runtime, GPU and optional packages.
+
+    \b
+    clip-rd-edge doctor
+    clip-rd-edge doctor --json
+
+    Missing packages are listed with the command that installs them. Exit code 0: bundles can run here, 1: they cannot.
+    """
+    import clip_rd_edge as edge
+
+    findings = edge.doctor()
+    if as_json:
+        from clip_rd_edge.utils.structs import encode_json
+
+        echo(encode_json(findings))
+    else:
+        from rich.table import Table
+        from rich.text import Text
+
+        from clip_rd_edge.cli._console import print_table
+
+        table = Table(show_header=False)
+        for finding in findings:
+            detail = Text(finding.detail)
+            if finding.remedy:
+                detail.append(f"\n{finding.remedy}", style="bold")
+            table.add_row(finding.what, Text(finding.state, style=_STYLES[finding.state]), detail)
+        print_table(table)
+    if broken := [finding for finding in findings if finding.state == "broken"]:
+        raise ClipRdEdgeError(f"No bundle can run here: {broken[0].what} {broken[0].detail}.", hint=broken[0].remedy)

@@ -1,1 +1,0 @@
-"""Web demo for bundles: a small local server, and plain HTML, CSS and JavaScript. Never imports torch."""
