@@ -32,7 +32,7 @@ def here_and_now() -> dict[str, str]:
 
 def publish(record: Any, table: str, arguments: argparse.Namespace) -> None:
     """Print the table, and write it and the record, a dict or a struct, where the options of the script say."""
-    from clip_rd_edge.benchmarking.report.text import write_between_markers
+    from clip_rd_edge.benchmarking.report import write_between_markers
 
     print(table)
     if arguments.output:

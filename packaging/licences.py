@@ -22,8 +22,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from clip_rd_edge.benchmarking.formatting import markdown_table
-from clip_rd_edge.benchmarking.report.text import write_between_markers
+from clip_rd_edge.benchmarking.report import write_between_markers
+from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.utils.files import write_text
 
 ROOT = Path(__file__).parents[1]

@@ -29,7 +29,7 @@ LIGHT_EXTRAS = ("demo", "serve", "camera", "remote", "wandb")
 IN_WHEEL = (
     "clip_rd_edge/py.typed",
     "clip_rd_edge/serving/page/index.html",
-    "clip_rd_edge/benchmarking/report/page.html",
+    "clip_rd_edge/benchmarking/page.html",
     "clip_rd_edge/distillation/recipes/clip-rd.yaml",
     "clip_rd_edge/models/configs/resnet18.json",
     "clip_rd_edge/_shipped/benchmarks/suites/quickstart.yaml",

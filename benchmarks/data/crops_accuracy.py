@@ -38,7 +38,7 @@ from PIL import Image
 import clip_rd_edge as edge
 from benchmarks.publishing import add_output_options, here_and_now, publish, write_record
 from clip_rd_edge.benchmarking.accuracy import zero_shot
-from clip_rd_edge.benchmarking.formatting import markdown_table
+from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.bundle.preprocess import Box
 from clip_rd_edge.data.tasks import ZeroShotTask, load_task

@@ -25,8 +25,8 @@ import torch
 
 from benchmarks.devices.towers import Prepared, kind_of, model_of, prepare
 from benchmarks.publishing import add_output_options, publish
-from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.benchmarking.results import Environment, this_environment
+from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.exporting.int8.search import MeasuredCandidate, choose
 from clip_rd_edge.exporting.parity import Agreement
 from clip_rd_edge.exporting.plan import Budget

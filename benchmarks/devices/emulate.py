@@ -33,9 +33,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from clip_rd_edge.benchmarking.formatting import markdown_table
-from clip_rd_edge.benchmarking.report.text import write_between_markers
+from clip_rd_edge.benchmarking.report import write_between_markers
 from clip_rd_edge.benchmarking.results import Environment, this_environment
+from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.bundle.manifest import MANIFEST, read_manifest
 from clip_rd_edge.data.emoji import zero_shot_task
 from clip_rd_edge.exporting.parity import agreement

@@ -23,7 +23,7 @@ import tomllib
 from PIL import Image
 
 from benchmarks.publishing import add_output_options, here_and_now, publish
-from clip_rd_edge.benchmarking.formatting import markdown_table
+from clip_rd_edge.benchmarking.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")

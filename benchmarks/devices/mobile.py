@@ -29,8 +29,8 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.publishing import here_and_now
-from clip_rd_edge.benchmarking.formatting import markdown_table
-from clip_rd_edge.benchmarking.report.text import write_between_markers
+from clip_rd_edge.benchmarking.report import write_between_markers
+from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.bundle.formats import FORMATS, Format
 from clip_rd_edge.bundle.manifest import Tower

@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 
 from benchmarks.publishing import add_output_options, here_and_now, publish
-from clip_rd_edge.benchmarking.formatting import markdown_table
+from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.bundle.encoder import Embeddings, normalise
 from clip_rd_edge.runtime.index import (
     Entry,

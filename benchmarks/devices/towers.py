@@ -24,8 +24,8 @@ import open_clip
 import torch
 
 from benchmarks.publishing import add_output_options, publish
-from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.benchmarking.results import Environment, this_environment
+from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.data.emoji import training_pairs
 from clip_rd_edge.exporting.calibration import calibration_set
 from clip_rd_edge.exporting.graph import prepare_for_quantization, silently

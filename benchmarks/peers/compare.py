@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from ways import IMPLEMENTATIONS, Embed, Embeddings, PeerTower, Pixels, Setup
 
-from clip_rd_edge.benchmarking.formatting import markdown_table
-from clip_rd_edge.benchmarking.report.text import write_between_markers
+from clip_rd_edge.benchmarking.report import write_between_markers
 from clip_rd_edge.benchmarking.results import Environment, this_environment
+from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.bundle.encoder import label_embeddings
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import preprocess

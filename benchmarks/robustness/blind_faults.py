@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.robustness.mutations import COPIED, ROOT, Mutation, apply, import_what_tests_need, run_tests
-from clip_rd_edge.benchmarking.formatting import markdown_table
+from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.utils.files import write_bytes, write_text
 from clip_rd_edge.utils.host import machine_name
 from clip_rd_edge.utils.structs import read_json, read_yaml, to_json

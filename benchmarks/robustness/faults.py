@@ -38,7 +38,7 @@ from unittest.mock import patch
 import numpy as np
 
 from benchmarks.data.unreliable_server import UnreliableServer
-from clip_rd_edge.benchmarking.formatting import markdown_table
+from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.utils import outputs as lock
 from clip_rd_edge.utils.files import write_text
@@ -536,13 +536,13 @@ class BenchmarkScenario:
         (folder / "model" / "weights").write_bytes(b"weights")
 
     def run(self, folder: Path) -> None:
-        from clip_rd_edge.benchmarking.answer_cache import DamagedCacheError
+        from clip_rd_edge.benchmarking.run import DamagedCacheError
 
         cache, task, answers = self._parts(folder)
         model = str(folder / "model")
         with suppress(DamagedCacheError):
             if cache.find(model, None, task) is None:
-                cache.store(model, None, task, answers, row="a")
+                cache.store(model, None, task, answers)
 
     def check(self, folder: Path) -> None:
         cache, task, answers = self._parts(folder)
@@ -554,21 +554,23 @@ class BenchmarkScenario:
 
     @staticmethod
     def _parts(folder: Path) -> tuple[Any, Any, Any]:
-        from clip_rd_edge.benchmarking.accuracy import ZeroShotAnswers
-        from clip_rd_edge.benchmarking.answer_cache import AnswerCache
+        from clip_rd_edge.benchmarking.accuracy import ZeroShotPredictions
         from clip_rd_edge.benchmarking.metrics import Interval, ZeroShotScore
         from clip_rd_edge.benchmarking.results import Environment
+        from clip_rd_edge.benchmarking.run import PredictionCache
         from clip_rd_edge.data.tasks import ZeroShotTask
 
         score = ZeroShotScore(
-            task="t", images=1, classes=2, top1=1.0, top1_interval=Interval(0.0, 1.0), top5=None, mean_per_class=1.0
-        )
+            task="t", images=1, classes=2, top1=1.0, top1_interval=Interval(0.0, 1.0), top5=None, mean_per_class=1.0,
+            templates="{}", calibration_error=0.0,
+        )  # fmt: skip
         environment = Environment(
-            machine="m", instruction_sets=(), memory_bytes=0, system="s", python="3", packages={}, date="", commit=""
-        )
+            machine="m", instruction_sets=(), memory_bytes=0, system="s", python="3", packages={}, date="", commit="",
+            accelerator="",
+        )  # fmt: skip
         task = ZeroShotTask(name="t", images=(Path("a.png"),), targets=(0,), labels=("a", "b"))
-        answers = ZeroShotAnswers(score=score, answers=(0,), probabilities=(0.75,))
-        return AnswerCache(folder / "parts", environment), task, answers
+        answers = ZeroShotPredictions(score=score, labels=(0,), probabilities=(0.75,))
+        return PredictionCache(folder / "parts", environment), task, answers
 
 
 class DistillScenario:

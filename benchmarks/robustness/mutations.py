@@ -30,7 +30,7 @@ from typing import NoReturn
 import msgspec
 import pytest
 
-from clip_rd_edge.benchmarking.formatting import markdown_table
+from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.utils.files import write_bytes, write_text
 from clip_rd_edge.utils.host import machine_name
 from clip_rd_edge.utils.structs import read_json, read_yaml, to_json

@@ -64,7 +64,7 @@ from clip_rd_edge.models.stitch import (
     read_class_names,
     solve_projection,
 )
-from clip_rd_edge.walkthrough.pipeline import captions_and_nouns
+from clip_rd_edge.pipeline import captions_and_nouns
 
 EMOJI = ("unseen-style", "unseen-concepts")
 CHOOSE_SIZE = 96

@@ -20,7 +20,7 @@ from PIL import Image
 import clip_rd_edge as edge
 from benchmarks.training.quickstart_students import Result, parser_for, plus_minus, rows, scores, train_all
 from clip_rd_edge.bundle.encoder import Description, Embeddings, Encoder
-from clip_rd_edge.walkthrough.pipeline import EMBEDDING_SIZE, FROZEN_LAYERS
+from clip_rd_edge.pipeline import EMBEDDING_SIZE, FROZEN_LAYERS
 
 WIDTH = EMBEDDING_SIZE  # of each teacher
 TEACHER_SEEDS = (0, 1)

@@ -36,7 +36,7 @@ def evaluate(request: Evaluate) -> list[Score]:
         ClipRdEdgeError: as `load`, or a task cannot be read.
     """
     from clip_rd_edge.benchmarking.accuracy import evaluate as score
-    from clip_rd_edge.benchmarking.accuracy import say_class_names
+    from clip_rd_edge.benchmarking.accuracy import note_class_names
     from clip_rd_edge.runtime.model import Model
 
     model, reporter = request.model, request.reporter
@@ -47,7 +47,7 @@ def evaluate(request: Evaluate) -> list[Score]:
         )
     columns = {"csv_img_key": request.csv_img_key, "csv_caption_key": request.csv_caption_key}
     loaded = load_tasks(request.tasks, templates=request.templates, **columns)
-    say_class_names(loaded, reporter)
+    note_class_names(loaded, reporter)
     if not isinstance(model, Model):
         model = load(model, pretrained=request.pretrained, threads=request.threads)
     return [score(model.encoder, task, per_class=request.per_class, reporter=reporter) for task in loaded]
@@ -61,11 +61,10 @@ def benchmark(request: Benchmark) -> Results:
     """
     import msgspec
 
-    from clip_rd_edge.benchmarking.answer_cache import FOLDER, AnswerCache, is_cache
-    from clip_rd_edge.benchmarking.report.plot import require_matplotlib
-    from clip_rd_edge.benchmarking.report.text import require_report_folder, write_report
+    from clip_rd_edge.benchmarking.plot import require_matplotlib
+    from clip_rd_edge.benchmarking.report import require_report_folder, write_report
     from clip_rd_edge.benchmarking.results import this_environment
-    from clip_rd_edge.benchmarking.run import run_suite
+    from clip_rd_edge.benchmarking.run import FOLDER, PredictionCache, is_cache, run_suite
     from clip_rd_edge.benchmarking.suite import find_suite, parse_models, read_suite
     from clip_rd_edge.bundle.encoder import as_list
     from clip_rd_edge.utils.outputs import LOCK_FILE, exclusive_writer, require_free_output
@@ -86,7 +85,7 @@ def benchmark(request: Benchmark) -> Results:
     with exclusive_writer(folder):
         if interrupted:
             reporter.say(f"resuming from the results in {folder / FOLDER}")
-        cache = AnswerCache(folder / FOLDER, this_environment())
+        cache = PredictionCache(folder / FOLDER, this_environment())
         open_model = partial(open_encoder, threads=loaded.threads)
         results = run_suite(loaded, open_model, reporter, cache=cache, launch=first_answer)
         write_report(results, folder)
@@ -119,7 +118,7 @@ def recommend(results: AnyPath, *, budget_ms: float | None = None, min_accuracy:
     """
     import msgspec
 
-    from clip_rd_edge.benchmarking.report.findings import busy_remark, recommendation
+    from clip_rd_edge.benchmarking.findings import busy_remark, recommendation
     from clip_rd_edge.benchmarking.results import read_results
 
     read = read_results(Path(results))
@@ -142,7 +141,7 @@ def quickstart(request: Quickstart) -> Results:
     folder = Path(request.output)
     require_utf8_path(folder)
 
-    from clip_rd_edge.walkthrough.pipeline import Settings, run_quickstart
+    from clip_rd_edge.pipeline import Settings, run_quickstart
 
     steps = {"student_steps": request.student_steps, "teacher_steps": request.teacher_steps}
     settings = Settings(
@@ -156,7 +155,7 @@ def quickstart(request: Quickstart) -> Results:
 @keywords_of(EvidenceRun)
 def evidence_run(request: EvidenceRun) -> Evidence:
     """Train a suite's students with each method and seed, measure them, and write tables and figures."""
-    from clip_rd_edge.benchmarking.report.plot import require_matplotlib
+    from clip_rd_edge.benchmarking.plot import require_matplotlib
     from clip_rd_edge.evidence.report import require_report_folder, write_report
     from clip_rd_edge.evidence.run import run_evidence
     from clip_rd_edge.evidence.suite import read_evidence

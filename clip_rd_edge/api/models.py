@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.settings.modelling import Stitch, Trim
 from clip_rd_edge.settings.options import keywords_of
+from clip_rd_edge.settings.training import Stitch, Trim
 from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath, Typed, as_text, typed
 

@@ -12,9 +12,8 @@ import msgspec
 
 from clip_rd_edge.api.measuring import load_tasks
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
-from clip_rd_edge.settings.modelling import Average
 from clip_rd_edge.settings.options import keywords_of
-from clip_rd_edge.settings.training import Distill, Embed
+from clip_rd_edge.settings.training import Average, Distill, Embed
 from clip_rd_edge.utils.paths import AnyPath, typed
 
 if TYPE_CHECKING:

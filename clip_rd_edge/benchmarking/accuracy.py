@@ -1,9 +1,14 @@
-"""Evaluate an encoder on a task: its score, and its answer to every example, so that runs can be compared in pairs."""
+"""Evaluate an encoder on a task: its score, and its prediction for every example, which runs are compared by.
+
+From the predictions also come the images of the report: samples, and the classes of lowest accuracy.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -40,17 +45,19 @@ from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 TOP1, IMAGE_TO_TEXT, TEXT_TO_IMAGE = "top-1", "image → text, R@1", "text → image, R@1"
+BATCH_SIZE = 64
+_SHOWN_FOLDERS = 3
 
 
 class Correctness(msgspec.Struct, frozen=True, kw_only=True):
-    """Which of a task's N examples a model answered correctly.
+    """Which of a task's N examples a model got right.
 
     Attributes:
-        measure: what counts as correct: TOP1, IMAGE_TO_TEXT or TEXT_TO_IMAGE.
+        measure: what counts as right: TOP1, IMAGE_TO_TEXT or TEXT_TO_IMAGE.
         bits: N bits, the first one in the highest bit of the first byte.
         questions: a digest of the labels or captions and their assignment to images; only models with the same digest
             can be compared in pairs.
-        images: a digest of the images' names and sizes; empty in results of versions that did not record it.
+        images: a digest of the images' names and sizes.
     """
 
     task: str
@@ -58,65 +65,61 @@ class Correctness(msgspec.Struct, frozen=True, kw_only=True):
     count: int
     bits: bytes
     questions: str
-    images: str = ""
+    images: str
 
     def hits(self) -> Hits:
         """Return one boolean per example, (N,)."""
         return np.unpackbits(np.frombuffer(self.bits, dtype=np.uint8), count=self.count).astype(np.bool_)
 
 
-class ZeroShotAnswers(msgspec.Struct, frozen=True, kw_only=True):
-    """An encoder's predictions for N images.
+class ZeroShotPredictions(msgspec.Struct, frozen=True, kw_only=True):
+    """An encoder's predictions for N images, and their score.
 
     Attributes:
-        answers: index of the predicted label of each image.
+        labels: index of the predicted label of each image.
         probabilities: probability of each predicted label.
     """
 
     score: ZeroShotScore
-    answers: tuple[int, ...]
+    labels: tuple[int, ...]
     probabilities: tuple[float, ...]
 
     def hits(self, task: ZeroShotTask) -> Hits:
         """Return whether each image was classified correctly, (N,)."""
-        hits: Hits = np.asarray(self.answers) == np.asarray(task.targets)
+        hits: Hits = np.asarray(self.labels) == np.asarray(task.targets)
         return hits
 
 
-class RetrievalAnswers(msgspec.Struct, frozen=True, kw_only=True):
-    """An encoder's retrieval results: the score, and which image and caption queries had a positive at rank 1."""
+class RetrievalPredictions(msgspec.Struct, frozen=True, kw_only=True):
+    """An encoder's retrieval score, and which image and caption queries had a positive at rank 1."""
 
     score: RetrievalScore
-    correctness: tuple[Correctness, ...] = msgspec.field(name="marks")
+    correctness: tuple[Correctness, ...]
 
 
-Answers = ZeroShotAnswers | RetrievalAnswers
+Predictions = ZeroShotPredictions | RetrievalPredictions
 
 
 def pack_correctness(task: Task, measure: str, hits: Hits) -> Correctness:
     """Pack N hits into bits."""
+    # Image paths are left out: the same data set may be in another folder on another machine.
+    content = (task.captions, task.caption_images) if isinstance(task, RetrievalTask) else (task.labels, task.targets)
     return Correctness(
         task=task.name,
         measure=measure,
         count=len(hits),
         bits=np.packbits(hits).tobytes(),
-        questions=_digest(task),
+        questions=hashlib.sha256(repr(content).encode()).hexdigest()[:16],
         images=image_digest(task)[:16],
     )
 
 
-def correctness_of(task: Task, answers: Answers) -> tuple[Correctness, ...]:
-    """Return which examples of the task were answered correctly, once per measure."""
-    if isinstance(answers, RetrievalAnswers):
-        return answers.correctness
+def correctness_of(task: Task, predictions: Predictions) -> tuple[Correctness, ...]:
+    """Return which examples of the task were right, once per measure."""
+    if isinstance(predictions, RetrievalPredictions):
+        return predictions.correctness
     assert isinstance(task, ZeroShotTask)
-    return (pack_correctness(task, TOP1, answers.hits(task)),)
-
-
-def _digest(task: Task) -> str:
-    # Image paths are left out: the same data set may be in another folder on another machine.
-    content = (task.captions, task.caption_images) if isinstance(task, RetrievalTask) else (task.labels, task.targets)
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+    return (pack_correctness(task, TOP1, predictions.hits(task)),)
 
 
 def image_digest(task: Task) -> str:
@@ -131,54 +134,47 @@ def task_fingerprint(task: Task) -> str:
 
 def _names_and_sizes(task: Task) -> list[tuple[str, int]]:
     """Return the name of each of a task's images, and its size in bytes, which is 0 where it is unknown."""
-    return [(Path(str(image)).name, _size(image)) for image in task.images]
 
+    def size(image: ImageFile) -> int:
+        if isinstance(image, TarMember):
+            return image.size
+        return image.stat().st_size if isinstance(image, Path) and is_file(image) else 0
 
-def _size(image: ImageFile) -> int:
-    if isinstance(image, TarMember):
-        return image.size
-    return image.stat().st_size if isinstance(image, Path) and is_file(image) else 0
-
-
-BATCH_SIZE = 64
+    return [(Path(str(image)).name, size(image)) for image in task.images]
 
 
 def evaluate(encoder: Encoder, task: Task, *, per_class: bool = False, reporter: Reporter = SILENT) -> Score:
-    """Score an encoder on a task of either kind; arguments and errors as in `zero_shot` and `retrieval`.
+    """Score an encoder on a task of either kind.
 
     Args:
         per_class: fill in `ZeroShotScore.per_class`.
     """
-    answers = answer(encoder, task, reporter=reporter)
-    if not (per_class and isinstance(task, ZeroShotTask) and isinstance(answers, ZeroShotAnswers)):
-        return answers.score
-    predicted, targets = np.asarray(answers.answers), np.asarray(task.targets)
+    predictions = predict(encoder, task, reporter=reporter)
+    if not (per_class and isinstance(task, ZeroShotTask) and isinstance(predictions, ZeroShotPredictions)):
+        return predictions.score
+    predicted, targets = np.asarray(predictions.labels), np.asarray(task.targets)
     scores = class_scores(predicted, targets, task.labels, task.folders)
-    return msgspec.structs.replace(answers.score, per_class=scores)
+    return msgspec.structs.replace(predictions.score, per_class=scores)
 
 
-_SHOWN_FOLDERS = 3
-
-
-def say_class_names(tasks: Sequence[Task], reporter: Reporter) -> None:
-    """Say which folders got which names from a classnames.txt: its order may be another than the folders'."""
+def note_class_names(tasks: Sequence[Task], reporter: Reporter) -> None:
+    """Report which folders got which names from a classnames.txt: its order may be another than the folders'."""
     for task in tasks:
         if isinstance(task, ZeroShotTask) and task.folders:
             named = [f"{folder} → {label}" for folder, label in zip(task.folders, task.labels, strict=True)]
             if len(named) > _SHOWN_FOLDERS:
                 named = [*named[: _SHOWN_FOLDERS - 1], "…", named[-1]]  # by the last, a name that is missing shows
-            shown = ", ".join(named)
-            reporter.say(f"{task.name}: {CLASS_NAMES} names the folders: {shown}")
+            reporter.say(f"{task.name}: {CLASS_NAMES} names the folders: {', '.join(named)}")
 
 
-def answer(encoder: Encoder, task: Task, *, reporter: Reporter = SILENT) -> Answers:
-    """Have an encoder answer a task of either kind; arguments and errors as in `zero_shot` and `retrieval`."""
+def predict(encoder: Encoder, task: Task, *, reporter: Reporter = SILENT) -> Predictions:
+    """Return an encoder's predictions on a task of either kind."""
     if isinstance(task, ZeroShotTask):
         return zero_shot(encoder, task, reporter=reporter)
     return retrieval(encoder, task, reporter=reporter)
 
 
-def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILENT) -> ZeroShotAnswers:
+def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILENT) -> ZeroShotPredictions:
     """Classify a task's images zero-shot among its labels.
 
     Args:
@@ -189,6 +185,7 @@ def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILE
     confidence, ranked = _classify(images, labels, encoder.describe().logit_scale)
     targets = np.asarray(task.targets, dtype=np.int64)
     hits = ranked[:, 0] == targets
+    origin = (str(len(task.templates)), task.templates_from)
     score = ZeroShotScore(
         task=task.name,
         images=len(targets),
@@ -197,11 +194,11 @@ def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILE
         top1_interval=accuracy_interval(hits),
         top5=top_k_accuracy(ranked, targets, 5) if len(task.labels) >= 5 else None,
         mean_per_class=mean_per_class(hits, targets),
-        templates=_describe_templates(task),
+        templates=task.templates[0] if len(task.templates) == 1 else ", ".join(filter(None, origin)),
         calibration_error=calibration_error(confidence, hits),
     )
-    return ZeroShotAnswers(
-        score=score, answers=tuple(ranked[:, 0].tolist()), probabilities=tuple(confidence.astype(float).tolist())
+    return ZeroShotPredictions(
+        score=score, labels=tuple(ranked[:, 0].tolist()), probabilities=tuple(confidence.astype(float).tolist())
     )
 
 
@@ -221,15 +218,8 @@ def _classify(
     return np.concatenate(confidence), ranked
 
 
-def _describe_templates(task: ZeroShotTask) -> str:
-    """Return a single template verbatim; several by their number and origin."""
-    if len(task.templates) == 1:
-        return task.templates[0]
-    return ", ".join(part for part in (str(len(task.templates)), task.templates_from) if part)
-
-
-def retrieval(encoder: Encoder, task: RetrievalTask, *, reporter: Reporter = SILENT) -> RetrievalAnswers:
-    """Retrieve in both directions, with all captions of each image; raises as `zero_shot`."""
+def retrieval(encoder: Encoder, task: RetrievalTask, *, reporter: Reporter = SILENT) -> RetrievalPredictions:
+    """Retrieve in both directions, with all captions of each image."""
     if not task.captions:
         raise InputError(f"The task {task.name!r} has no captions.")
     texts = encoder.encode_texts(task.captions)
@@ -248,7 +238,7 @@ def retrieval(encoder: Encoder, task: RetrievalTask, *, reporter: Reporter = SIL
         pack_correctness(task, IMAGE_TO_TEXT, ranked_captions[:, 0]),
         pack_correctness(task, TEXT_TO_IMAGE, ranked_images[:, 0]),
     )
-    return RetrievalAnswers(score=score, correctness=correctness)
+    return RetrievalPredictions(score=score, correctness=correctness)
 
 
 def embed_images(encoder: Encoder, files: Sequence[ImageFile], task: str, reporter: Reporter = SILENT) -> Embeddings:
@@ -269,3 +259,117 @@ def embed_images(encoder: Encoder, files: Sequence[ImageFile], task: str, report
         return np.concatenate(rows)
 
     return embed_batches(encoder, in_batches(len(files), BATCH_SIZE), embed)
+
+
+SAMPLES_PER_OUTCOME = 6  # correct ones, and as many wrong ones
+MAX_WORST_CLASSES = 6
+_THUMBNAIL_EDGE = 128  # max pixels
+
+
+class Prediction(msgspec.Struct, frozen=True, kw_only=True):
+    """A row's prediction for one image: its label, its probability, and whether it is correct (`right`)."""
+
+    row: str
+    label: str
+    probability: float
+    right: bool
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """An image (a small PNG), its true label, and the predictions of some models."""
+
+    task: str
+    png: bytes
+    label: str
+    predictions: tuple[Prediction, ...]
+
+
+class WorstClass(msgspec.Struct, frozen=True, kw_only=True):
+    """One of a row's classes of lowest accuracy.
+
+    Attributes:
+        right: number of its `images` that were classified correctly.
+        png: one of its images that was misclassified.
+        taken_for: the most frequent wrong prediction.
+        taken_for_png: an image of that class, or empty if the task has none.
+    """
+
+    row: str
+    task: str
+    label: str
+    right: int
+    images: int
+    png: bytes
+    taken_for: str
+    taken_for_png: bytes
+
+
+def choose_samples(task: ZeroShotTask, predictions: Mapping[str, ZeroShotPredictions]) -> tuple[Sample, ...]:
+    """Sample images at random: up to SAMPLES_PER_OUTCOME that the last row got right, then as many that it got wrong.
+
+    Args:
+        predictions: those that are shown, by row label.
+    """
+    hits = list(predictions.values())[-1].hits(task)
+    rng = np.random.default_rng(0)
+    indices: list[int] = []
+    for candidates in (np.flatnonzero(hits), np.flatnonzero(~hits)):
+        indices += rng.permutation(candidates)[:SAMPLES_PER_OUTCOME].tolist()
+
+    def prediction(row: str, index: int) -> Prediction:
+        label, probability = predictions[row].labels[index], predictions[row].probabilities[index]
+        right = label == task.targets[index]
+        return Prediction(row=row, label=task.labels[label], probability=probability, right=right)
+
+    return tuple(
+        Sample(
+            task=task.name,
+            png=_thumbnail(task.images[index]),
+            label=task.labels[task.targets[index]],
+            predictions=tuple(prediction(row, index) for row in predictions),
+        )
+        for index in indices
+    )
+
+
+def worst_classes(row: str, task: ZeroShotTask, predictions: ZeroShotPredictions) -> tuple[WorstClass, ...]:
+    """Return up to MAX_WORST_CLASSES classes of lowest accuracy; ties go to the most confident errors.
+
+    Classes without errors are left out.
+    """
+    hits, confidence = predictions.hits(task), np.asarray(predictions.probabilities)
+    targets, predicted = np.asarray(task.targets), np.asarray(predictions.labels)
+    ranked: list[tuple[float, float, int]] = []
+    for label in np.unique(targets):
+        in_class = targets == label
+        wrong = in_class & ~hits
+        if wrong.any():
+            ranked.append((float(hits[in_class].mean()), -float(confidence[wrong].mean()), int(label)))
+
+    def worst_class(label: int) -> WorstClass:
+        in_class = np.flatnonzero(targets == label)
+        wrong = in_class[~hits[in_class]]
+        taken_for = Counter(predicted[wrong].tolist()).most_common(1)[0][0]
+        # An image of the predicted class shows whether the two look alike; some classes of a task have no images.
+        of_predicted_class = np.flatnonzero(targets == taken_for)
+        return WorstClass(
+            row=row,
+            task=task.name,
+            label=task.labels[label],
+            right=int(hits[in_class].sum()),
+            images=len(in_class),
+            png=_thumbnail(task.images[int(wrong[0])]),
+            taken_for=task.labels[taken_for],
+            taken_for_png=_thumbnail(task.images[int(of_predicted_class[0])]) if len(of_predicted_class) else b"",
+        )
+
+    return tuple(worst_class(label) for _, _, label in sorted(ranked)[:MAX_WORST_CLASSES])
+
+
+def _thumbnail(file: ImageFile) -> bytes:
+    """Return a small PNG of an image file."""
+    image = open_image(file).copy()
+    image.thumbnail((_THUMBNAIL_EDGE, _THUMBNAIL_EDGE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

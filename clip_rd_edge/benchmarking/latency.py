@@ -80,17 +80,15 @@ class Percentiles(msgspec.Struct, frozen=True):
         p50_interval, p95_interval, p99_interval: 95 % intervals, by bootstrap over timing blocks and over the calls in
             each of them.
         blocks: the p50 of each timing block, in chronological order.
-
-    Results of format version 1 only have p50 and p95.
     """
 
     p50: float
     p95: float
-    p99: float | None = None
-    p50_interval: Interval | None = None
-    p95_interval: Interval | None = None
-    p99_interval: Interval | None = None
-    blocks: tuple[float, ...] = msgspec.field(name="sittings", default=())
+    p99: float
+    p50_interval: Interval
+    p95_interval: Interval
+    p99_interval: Interval
+    blocks: tuple[float, ...]
 
 
 def percentiles(blocks: Sequence[Milliseconds]) -> Percentiles:
@@ -172,8 +170,7 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         image, text: one tower alone, from pixels or token ids to the embedding; no `text` if the model has no text
             tower.
-        end_to_end: image file to label: read, decode, resize, image tower, classify. Without `steps`, as in results of
-            format version 1, it ends with the embedding.
+        end_to_end: image file to label: read, decode, resize, image tower, classify.
         rounds: how often each call was timed.
         threads: number of threads of the encoders; None means all cores.
     """
@@ -183,7 +180,7 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
     end_to_end: Percentiles
     rounds: int
     threads: int | None
-    steps: Steps | None = None
+    steps: Steps
 
 
 class ReferenceLatency(msgspec.Struct, frozen=True, kw_only=True):

@@ -61,7 +61,7 @@ class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         top1_interval: 95 % confidence interval over images.
         mean_per_class: top-1 averaged over the classes that have images.
         calibration_error: mean gap between the probability of a prediction and how often such predictions are correct;
-            None in results of format version 1.
+            None if it was not measured.
         templates: the prompt templates of the labels, such as `80, ImageNet's, from open_clip`.
         per_class: one entry per class, in the order of the task's labels; empty unless requested.
     """
@@ -73,8 +73,8 @@ class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     top1_interval: Interval
     top5: float | None
     mean_per_class: float
-    templates: str = ""
-    calibration_error: float | None = None
+    templates: str
+    calibration_error: float | None
     per_class: tuple[ClassScore, ...] = ()
 
 
@@ -230,14 +230,14 @@ def difference_p_value(hits: Hits, reference: Hits) -> float:
     return min(1.0, 2 * sign_test(max(won, lost), min(won, lost)))
 
 
-def may_be_chance(interval: Interval, p_value: float | None, *, level: float = 0.95) -> bool:
+def may_be_chance(interval: Interval, p_value: float, *, level: float = 0.95) -> bool:
     """Return whether a difference's interval includes zero, or too few answers changed to tell.
 
     Args:
-        p_value: see `difference_p_value`; None leaves it to the interval.
+        p_value: see `difference_p_value`.
         level: that of the interval.
     """
-    return interval.low <= 0 <= interval.high or (p_value is not None and p_value > 1 - level)
+    return interval.low <= 0 <= interval.high or p_value > 1 - level
 
 
 def primary_metric(score: Score) -> float:

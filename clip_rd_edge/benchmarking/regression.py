@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
-from clip_rd_edge.benchmarking import formatting, statistics
+from clip_rd_edge.benchmarking import tables
 from clip_rd_edge.benchmarking.accuracy import Correctness
 from clip_rd_edge.benchmarking.metrics import Interval, difference_interval, difference_p_value, may_be_chance
 from clip_rd_edge.benchmarking.results import Results, RowResult
@@ -107,7 +109,7 @@ def compare_runs(old: Results, new: Results) -> Changes:
     if noisy := sum(change.noise > DETECTABLE_CHANGE for change in latencies):
         remarks.append(
             f"{noisy} of {len(latencies)} latencies are too noisy to detect a change of "
-            f"{formatting.share(DETECTABLE_CHANGE, 1)}: repeat both runs on a quiet machine."
+            f"{tables.share(DETECTABLE_CHANGE, 1)}: repeat both runs on a quiet machine."
         )
     return Changes(
         latencies=latencies,
@@ -124,11 +126,11 @@ def _latency_changes(old: Results, new: Results, pairs: list[tuple[RowResult, Ro
         measured = [pair for pair in pairs if all(getattr(row.latency, field) for row in pair)]  # text may be left out
         old_ratios = {row.label: _log_ratios(old, row, field) for row, _ in measured}
         new_ratios = {row.label: _log_ratios(new, row, field) for _, row in measured}
-        pooled = statistics.pooled_deviation([*old_ratios.values(), *new_ratios.values()])
+        pooled = pooled_deviation([*old_ratios.values(), *new_ratios.values()])
         for old_row, new_row in measured:
             ratios = old_ratios[old_row.label], new_ratios[old_row.label]
-            change = statistics.relative_change(*ratios)
-            noise = statistics.change_noise(*ratios, pooled=pooled)
+            change = relative_change(*ratios)
+            noise = change_noise(*ratios, pooled=pooled)
             slower, faster = change > noise, change < 1 / (1 + noise) - 1
             yield LatencyChange(
                 row=old_row.label,
@@ -141,8 +143,8 @@ def _latency_changes(old: Results, new: Results, pairs: list[tuple[RowResult, Ro
             )
 
 
-def _log_ratios(results: Results, row: RowResult, field: str) -> statistics.LogRatios:
-    return statistics.log_ratios(getattr(row.latency, field).blocks, getattr(results.reference, field))
+def _log_ratios(results: Results, row: RowResult, field: str) -> LogRatios:
+    return log_ratios(getattr(row.latency, field).blocks, getattr(results.reference, field))
 
 
 def _accuracy_changes(pairs: list[tuple[RowResult, RowResult]]) -> tuple[AccuracyChange, ...]:
@@ -157,7 +159,7 @@ def _matches(old_row: RowResult, new_row: RowResult) -> Iterator[tuple[Correctne
     new_answers = {(new.task, new.measure, new.questions): new for new in new_row.correctness}
     for old in old_row.correctness:
         new = new_answers.get((old.task, old.measure, old.questions))
-        if new is not None and (old.images == new.images or not (old.images and new.images)):
+        if new is not None and old.images == new.images:
             yield old, new
 
 
@@ -183,17 +185,15 @@ def _accuracy_change(row: str, old: Correctness, new: Correctness, *, level: flo
 
 def _latency_obstacles(old: Results, new: Results) -> list[str]:
     """Return why latencies cannot be compared; empty if they can."""
-    if old.reference is None or new.reference is None:
-        return ["Latency is not compared: one of the results is from a version that did not time a reference workload."]
     for name, run in (("old", old), ("new", new)):
         if run.other_load is not None and run.other_load > TOO_BUSY:
-            load = formatting.share(run.other_load, 1)
+            load = tables.share(run.other_load, 1)
             return [
                 f"Latency is not compared: other processes used {load} of the machine during the {name} run; repeat it "
                 f"on a quiet machine."
             ]
     for name, reference in (("old", old.reference), ("new", new.reference)):
-        if len(reference.image) < statistics.MIN_BLOCKS:
+        if len(reference.image) < MIN_BLOCKS:
             return [
                 f"Latency is not compared: a single round in the {name} run tells nothing of the noise; repeat it with "
                 f"more rounds."
@@ -233,23 +233,84 @@ def _package_remarks(old: Results, new: Results) -> list[str]:
 
 
 def _machine_remarks(old: Results, new: Results) -> list[str]:
-    assert old.reference is not None
-    assert new.reference is not None
     remarks = []
     before, after = np.median(old.reference.image), np.median(new.reference.image)
     if abs(after / before - 1) >= 0.01:
         slower = "slower" if after > before else "faster"
         remarks.append(
-            f"The machine itself was {formatting.share(abs(after / before - 1), 1)} {slower} in the new run; this is "
+            f"The machine itself was {tables.share(abs(after / before - 1), 1)} {slower} in the new run; this is "
             f"corrected for."
         )
     for name, run in (("old", old), ("new", new)):
         if run.other_load is not None and run.other_load > BUSY:
             remarks.append(
-                f"Other processes used {formatting.share(run.other_load, 1)} of the machine during the {name} run."
+                f"Other processes used {tables.share(run.other_load, 1)} of the machine during the {name} run."
             )
     return remarks
 
 
 def _labels(results: Results) -> str:
     return ", ".join(row.label for row in results.rows)
+
+
+# None of the about twenty comparisons in a report should be flagged by chance: 0.05 / 20, one-sided, with a margin for
+# correlation between blocks.
+STANDARD_ERRORS = 3.5
+# Standard deviation that blocks of one run cannot show: another process has the model in another place in memory.
+RELOAD_DEVIATION = 0.01
+MIN_BLOCKS = 2  # a single one has no scatter, so that every difference would exceed the noise
+_MEDIAN_TO_MEAN_ERROR = math.sqrt(math.pi / 2)  # standard error of a median over that of a mean
+
+LogRatios = npt.NDArray[np.float64]
+
+
+def log_ratios(blocks: Sequence[float], reference: Sequence[float]) -> LogRatios:
+    """Return the logarithm of a model's latency over the reference's, per block, (B,)."""
+    ratios: LogRatios = np.log(np.asarray(blocks)) - np.log(np.asarray(reference))
+    return ratios
+
+
+def relative_change(old: LogRatios, new: LogRatios) -> float:
+    """Return the increase in latency from the old run to the new, as a fraction, corrected for the machine's speed."""
+    return float(np.expm1(np.median(new) - np.median(old)))
+
+
+def change_noise(old: LogRatios, new: LogRatios, *, pooled: float = 0.0) -> float:
+    """Return how large `relative_change` can be by chance, as a fraction.
+
+    Args:
+        old, new: log ratios of at least MIN_BLOCKS blocks each.
+        pooled: standard deviation over all models (`pooled_deviation`), used as a lower bound: the blocks of a single
+            model may be close together by chance.
+    """
+    variances = [max(pooled**2, float(np.var(ratios, ddof=1))) / len(ratios) for ratios in (old, new)]
+    deviation = math.sqrt(2 * RELOAD_DEVIATION**2 + _MEDIAN_TO_MEAN_ERROR**2 * sum(variances))
+    return math.expm1(STANDARD_ERRORS * deviation)
+
+
+def pooled_deviation(models: Sequence[LogRatios]) -> float:
+    """Return the standard deviation within models, pooled over all of them."""
+    squares = sum(float(((ratios - ratios.mean()) ** 2).sum()) for ratios in models)
+    degrees_of_freedom = sum(len(ratios) - 1 for ratios in models)
+    return math.sqrt(squares / degrees_of_freedom) if degrees_of_freedom else 0.0
+
+
+def run_noise(models: Sequence[LogRatios]) -> float:
+    """Return how much any row can differ between two runs like this one by chance, as a fraction.
+
+    Args:
+        models: the log ratios of all rows for one measurement, of at least MIN_BLOCKS blocks each.
+    """
+    pooled = pooled_deviation(models)
+    return max(change_noise(ratios, ratios, pooled=pooled) for ratios in models)
+
+
+def latency_noise(results: Results) -> float | None:
+    """Return how much any row's p50 can differ between two such runs by chance, as a fraction; None if unknown."""
+    if len(results.reference.image) < MIN_BLOCKS:
+        return None
+    models = {
+        field: [_log_ratios(results, row, field) for row in results.rows if getattr(row.latency, field)]
+        for field in MEASUREMENTS
+    }
+    return max(run_noise(ratios) for ratios in models.values() if ratios)

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
-from clip_rd_edge.benchmarking.accuracy import Correctness
+from clip_rd_edge.benchmarking.accuracy import Correctness, Sample, WorstClass
 from clip_rd_edge.benchmarking.latency import Latency, ReferenceLatency
 from clip_rd_edge.benchmarking.metrics import Interval, Score, may_be_chance
 from clip_rd_edge.benchmarking.suite import Role, Suite
@@ -59,7 +59,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
         packages: versions of the installed packages among PACKAGES.
         date: UTC, in ISO 8601.
         commit: commit of the source checkout that the code ran from, or empty.
-        accelerator: names of the NVIDIA GPUs; empty without any, and in results of versions that did not ask.
+        accelerator: names of the NVIDIA GPUs; empty without any.
     """
 
     machine: str
@@ -70,7 +70,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     packages: dict[str, str]
     date: str
     commit: str
-    accelerator: str = ""
+    accelerator: str
 
 
 def this_environment() -> Environment:
@@ -113,9 +113,7 @@ class RowResult(msgspec.Struct, frozen=True, kw_only=True):
         cold_start: time to the first answer and peak memory of a new process; None if it was not measured.
         energy_joules: energy of the whole processor per image in the image tower; None if the machine has no counter,
             or the model runs on another device.
-        correctness: which examples were answered correctly.
-
-    Results of format version 1 have none of the last four.
+        correctness: which examples were right.
     """
 
     label: str
@@ -124,10 +122,10 @@ class RowResult(msgspec.Struct, frozen=True, kw_only=True):
     description: Description
     scores: tuple[Score, ...]
     latency: Latency
-    throughput: tuple[Throughput, ...] = ()
-    cold_start: ColdStart | None = None
-    energy_joules: float | None = None
-    correctness: tuple[Correctness, ...] = msgspec.field(name="marks", default=())
+    throughput: tuple[Throughput, ...]
+    cold_start: ColdStart | None
+    energy_joules: float | None
+    correctness: tuple[Correctness, ...]
 
 
 class SkippedRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,7 +152,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         interval: 95 % confidence interval, by paired bootstrap over images.
-        p_value: by the exact sign test, two-sided; None in results of versions that did not record it.
+        p_value: by the exact sign test, two-sided.
     """
 
     task: str
@@ -162,7 +160,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     reference: str
     difference: float
     interval: Interval
-    p_value: float | None = None
+    p_value: float
 
     @property
     def may_be_chance(self) -> bool:
@@ -170,56 +168,18 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
         return may_be_chance(self.interval, self.p_value)
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """A row's prediction for one image: its label, its probability, and whether it is correct (`right`)."""
-
-    row: str
-    label: str
-    probability: float
-    right: bool
-
-
-class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """An image (a small PNG), its true label, and the predictions of some models."""
-
-    task: str
-    png: bytes
-    label: str
-    answers: tuple[Answer, ...]
-
-
-class WorstClass(msgspec.Struct, frozen=True, kw_only=True):
-    """One of a row's classes of lowest accuracy.
-
-    Attributes:
-        right: number of its `images` that were classified correctly.
-        png: one of its images that was misclassified.
-        taken_for: the most frequent wrong prediction.
-        taken_for_png: an image of that class, or empty if the task has none.
-    """
-
-    row: str
-    task: str
-    label: str
-    right: int
-    images: int
-    png: bytes
-    taken_for: str
-    taken_for_png: bytes
-
-
 class Results(msgspec.Struct, frozen=True, kw_only=True):
     """Content of results.json.
 
     Attributes:
-        reference: latency of the reference workload; None in results of format version 1.
+        reference: latency of the reference workload.
         other_load: fraction of the machine's CPU time used by other processes while latencies were timed.
     """
 
     suite: Suite
     environment: Environment
     rows: tuple[RowResult, ...]
-    reference: ReferenceLatency | None = None
+    reference: ReferenceLatency
     other_load: float | None = None
     skipped: tuple[SkippedRow, ...] = ()
     missing: tuple[MissingTask, ...] = ()
@@ -254,18 +214,6 @@ def write_results(path: Path, results: Results) -> None:
     write_bytes(path, to_json(results))
 
 
-def rename_old_keys(content: bytes) -> bytes:
-    """Results of formats 1 and 2, and evidence of format 1, with today's keys: images were called pictures."""
-    for old, new in (
-        ('"pictures"', '"images"'),
-        ('"pictures_per_second"', '"images_per_second"'),
-        ("picture → text", "image → text"),
-        ("text → picture", "text → image"),
-    ):
-        content = content.replace(old.encode(), new.encode())
-    return content
-
-
 def is_results(path: Path) -> bool:
     """Return whether `path` is a results.json, or the folder of one."""
     return is_file(path / RESULTS) or (path.suffix == ".json" and is_file(path))
@@ -282,9 +230,7 @@ def read_results(path: Path) -> Results:
         f"{path} has the results of an evidence suite; expected those of a benchmark.",
         hint=f"clip-rd-edge evidence report {as_word(path)}",
     )
-    results = read_versioned_json(
-        path, Results, newest=FORMAT_VERSION, upgrade=rename_old_keys, foreign=("runs", evidence)
-    )
+    results = read_versioned_json(path, Results, newest=FORMAT_VERSION, foreign=("runs", evidence))
     if not results.rows:
         raise ConfigError(f"{path} has no rows; expected one per measured model.", hint="run the benchmark again")
     return results

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from clip_rd_edge.benchmarking.accuracy import Answers, ZeroShotAnswers, answer, correctness_of, say_class_names
-from clip_rd_edge.benchmarking.answer_cache import AnswerCache, DamagedCacheError
-from clip_rd_edge.benchmarking.latency import EncoderCalls, Latencies, measure_latencies
+from clip_rd_edge.benchmarking.accuracy import (
+    Predictions,
+    RetrievalPredictions,
+    Sample,
+    WorstClass,
+    ZeroShotPredictions,
+    choose_samples,
+    correctness_of,
+    note_class_names,
+    predict,
+    worst_classes,
+)
+from clip_rd_edge.benchmarking.latency import EncoderCalls, measure_latencies
 from clip_rd_edge.benchmarking.metrics import difference_interval, difference_p_value
-from clip_rd_edge.benchmarking.results import Comparison, MissingTask, Results, RowResult, SkippedRow, this_environment
-from clip_rd_edge.benchmarking.samples import choose_samples, worst_classes
+from clip_rd_edge.benchmarking.results import (
+    Comparison,
+    Environment,
+    MissingTask,
+    Results,
+    RowResult,
+    SkippedRow,
+    this_environment,
+)
 from clip_rd_edge.benchmarking.suite import Role, Suite, SuiteRow, check_suite
 from clip_rd_edge.benchmarking.throughput import (
-    ColdStart,
     Launch,
-    Throughput,
     measure_cold_start,
     measure_energy,
     measure_throughput,
@@ -25,75 +44,166 @@ from clip_rd_edge.benchmarking.throughput import (
 from clip_rd_edge.bundle.encoder import TowerEncoder
 from clip_rd_edge.bundle.labels import in_words
 from clip_rd_edge.bundle.manifest import is_bundle, read_manifest
+from clip_rd_edge.data.remote import RemoteShard, version
 from clip_rd_edge.data.tasks import TEMPLATES, RetrievalTask, Task, ZeroShotTask
-from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
+from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.paths import is_folder, is_left_by_system
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
+from clip_rd_edge.utils.structs import encode_json, read_json
 
 OpenEncoder = Callable[..., TowerEncoder]  # takes a model, and `runtime=` if the row names one
+FOLDER = "parts"
+_DEFAULT_LABELS = 1_000  # number of labels to classify among if the suite only has retrieval tasks
+# The roles that each role is compared with, if the suite has them.
+_REFERENCES: dict[Role, tuple[Role, ...]] = {
+    "teacher": (),
+    "baseline": (),
+    "student": ("teacher", "baseline"),
+    "exported": ("student",),
+    "quantised": ("exported", "teacher"),
+}
+_FILE = re.compile(r"[0-9a-f]{24}\.json|\.[0-9a-f]{24}\.json\.[0-9a-f]{32}\.tmp")  # the latter left by a kill
 
 
-@dataclass
-class OpenModels:
-    """The models of a suite that could be opened, by label and in the suite's order, and those that were skipped.
+@dataclass(frozen=True)
+class _Model:
+    """A row's model that could be opened: its folder or hub name, and its predictions on each task."""
 
-    Attributes:
-        models: folder or hub name of each model.
-        answers: each model's answers, one entry per task.
+    row: SuiteRow
+    spec: str
+    encoder: TowerEncoder
+    predictions: Sequence[Predictions]
+
+
+def run_suite(
+    suite: Suite,
+    open_encoder: OpenEncoder,
+    reporter: Reporter = SILENT,
+    *,
+    cache: PredictionCache | None = None,
+    launch: Launch | None = None,
+) -> Results:
+    """Measure every model of a suite. Models that cannot be opened or measured are skipped, with the reason.
+
+    Args:
+        open_encoder: opens a folder or `hf-hub:ORG/REPO` on `suite.threads` threads, with `runtime=` if the row names
+            one. Passed in by the caller, because it may need torch.
+        cache: where predictions are stored, and read from if they exist.
+        launch: command of a process that answers once; None skips the cold start.
     """
+    check_suite(suite, source=f"The suite {suite.name}")
+    missing, tasks = suite.missing(), suite.load_tasks()
+    note_class_names(tasks, reporter)
+    models, skipped = _open_and_evaluate(suite, tasks, open_encoder, reporter, cache)
+    if not models:
+        reasons = " ".join(f"{row.label}: {row}" for row in skipped)
+        raise InputError(f"None of the models of the suite {suite.name} could be measured. {reasons}")
+    image, encoders = tasks[0].images[0], {model.row.label: model.encoder for model in models}
+    labels = next((len(task.labels) for task in tasks if isinstance(task, ZeroShotTask)), _DEFAULT_LABELS)
+    latencies = measure_latencies(
+        encoders, image, labels=labels, threads=suite.threads, rounds=suite.rounds, reporter=reporter
+    )
+    reporter.update("Throughput", 0, 1)
+    pixels = {label: EncoderCalls(encoder, image, labels).pixels for label, encoder in encoders.items()}
+    throughput, energy = measure_throughput(encoders, pixels), measure_energy(encoders, pixels)
+    reporter.update("Throughput", 1, 1)
+    rows = []
+    for done, model in enumerate(models):
+        cold_start = None
+        if launch:
+            reporter.update("Cold start", done, len(models))
+            cold_start = measure_cold_start(launch(model.spec, model.row.runtime, suite.threads), image)
+        label, predictions = model.row.label, model.predictions
+        correct = (correctness_of(task, found) for task, found in zip(tasks, predictions, strict=True))
+        rows.append(
+            RowResult(
+                label=label,
+                role=model.row.role,
+                model=model.row.model,
+                description=model.encoder.describe(),
+                scores=tuple(found.score for found in predictions),
+                latency=latencies.rows[label],
+                throughput=throughput[label],
+                cold_start=cold_start,
+                energy_joules=energy.get(label),
+                correctness=tuple(chain.from_iterable(correct)),
+            )
+        )
+    zero_shot = _zero_shot(models, tasks)
+    samples: tuple[Sample, ...] = ()
+    worst: tuple[WorstClass, ...] = ()
+    if zero_shot:
+        task, found = zero_shot[0]
+        shown = dict.fromkeys([*[row.label for row in rows if row.role == "teacher"][:1], rows[-1].label])
+        samples = choose_samples(task, {label: found[label] for label in shown})
+        worst = worst_classes(rows[-1].label, task, found[rows[-1].label])
+    return Results(
+        suite=suite,
+        environment=this_environment(),
+        rows=tuple(rows),
+        reference=latencies.reference,
+        other_load=latencies.other_load,
+        skipped=tuple(skipped),
+        missing=tuple(MissingTask(name=name, reason=reason) for name, reason in missing.items()),
+        comparisons=_compare(rows, zero_shot),
+        samples=samples,
+        worst=worst,
+    )
 
-    encoders: dict[str, TowerEncoder] = field(default_factory=dict)
-    models: dict[str, str] = field(default_factory=dict)
-    answers: dict[str, list[Answers]] = field(default_factory=dict)
-    skipped: list[SkippedRow] = field(default_factory=list)
 
-
-def open_and_evaluate(
-    suite: Suite, tasks: Sequence[Task], open_encoder: OpenEncoder, reporter: Reporter, cache: AnswerCache | None
-) -> OpenModels:
-    """Open every model and measure its accuracy."""
-    opened = OpenModels()
+def _open_and_evaluate(
+    suite: Suite, tasks: Sequence[Task], open_encoder: OpenEncoder, reporter: Reporter, cache: PredictionCache | None
+) -> tuple[list[_Model], list[SkippedRow]]:
+    """Open every model and measure its accuracy; return those that could be, and those that are skipped."""
+    models, skipped = list[_Model](), list[SkippedRow]()
     for row in suite.rows:
-        with _skipped_if_it_fails(row, opened):
-            _require_answers(suite.resolve_model(row), tasks)
-    for skipped in opened.skipped:  # before the others are measured, which may take long
-        reporter.say(f"{skipped.label} is skipped: {skipped}")
-    refused = {row.label for row in opened.skipped}
-    for row in suite.rows:
-        if row.label in refused:
-            continue
-        with _skipped_if_it_fails(row, opened):
-            model = suite.resolve_model(row)
-            encoder = open_encoder(model, runtime=row.runtime) if row.runtime else open_encoder(model)
-            _try_once(encoder, tasks[0])
-            answers = [_cached_or_new_answers(encoder, task, row, model, cache, reporter) for task in tasks]
-            opened.encoders[row.label], opened.models[row.label] = encoder, model
-            opened.answers[row.label] = answers
-    return opened
+        with _skipped_if_it_fails(row, skipped):
+            _require_text(suite.resolve_model(row), tasks)
+    for refused in skipped:  # before the others are measured, which may take long
+        reporter.say(f"{refused.label} is skipped: {refused}")
+    left_out = {row.label for row in skipped}
+    for row in (row for row in suite.rows if row.label not in left_out):
+        with _skipped_if_it_fails(row, skipped):
+            spec = suite.resolve_model(row)
+            encoder = open_encoder(spec, runtime=row.runtime) if row.runtime else open_encoder(spec)
+            # Once, so that a model whose predictions are cached does not first fail while it is timed.
+            calls = EncoderCalls(encoder, tasks[0].images[0], 1)
+            calls.embed_image()
+            calls.embed_text()
+            predictions = list[Predictions]()
+            for task in tasks:
+                found = cache.find(spec, row.runtime, task) if cache else None
+                if found is None:
+                    found = predict(encoder, task, reporter=PrefixedReporter(reporter, f"{row.label}: "))
+                    if cache:
+                        cache.store(spec, row.runtime, task, found)
+                predictions.append(found)
+            models.append(_Model(row, spec, encoder, predictions))
+    return models, skipped
 
 
 @contextmanager
-def _skipped_if_it_fails(row: SuiteRow, opened: OpenModels) -> Iterator[None]:
+def _skipped_if_it_fails(row: SuiteRow, skipped: list[SkippedRow]) -> Iterator[None]:
     """Add a row whose model cannot be opened or run to those that are skipped."""
     try:
         yield
     except ModuleNotFoundError as error:
         # A device without torch still measures its bundles.
         reason = f"It needs the package {error.name!r}, which is not installed."
-        opened.skipped.append(SkippedRow(label=row.label, model=row.model, reason=reason))
+        skipped.append(SkippedRow(label=row.label, model=row.model, reason=reason))
     except DamagedCacheError:
         raise
     except ClipRdEdgeError as error:
-        opened.skipped.append(SkippedRow(label=row.label, model=row.model, reason=str(error), hint=error.hint))
+        skipped.append(SkippedRow(label=row.label, model=row.model, reason=str(error), hint=error.hint))
 
 
-def _require_answers(model: str, tasks: Sequence[Task]) -> None:
-    """Refuse a bundle whose manifest says that it cannot answer a task: it has no text tower. No tower is loaded."""
+def _require_text(model: str, tasks: Sequence[Task]) -> None:
+    """Refuse a bundle without a text tower for tasks that need one, before any tower is loaded."""
     if not is_bundle(Path(model)):
         return
     manifest = read_manifest(Path(model))
-    if manifest.text is not None:
-        return
-    for task in tasks:
+    for task in tasks if manifest.text is None else ():
         if isinstance(task, RetrievalTask):
             manifest.require_text()
         elif task.templates != manifest.templates:
@@ -107,173 +217,116 @@ def _require_answers(model: str, tasks: Sequence[Task]) -> None:
             )
 
 
-def _try_once(encoder: TowerEncoder, task: Task) -> None:
-    """Run both towers once, so that a model whose accuracy is cached does not first fail while it is timed."""
-    calls = EncoderCalls(encoder, task.images[0], 1)
-    calls.embed_image()
-    calls.embed_text()
+_ZeroShot = tuple[ZeroShotTask, Mapping[str, ZeroShotPredictions]]  # a task, and each model's predictions by label
 
 
-def _cached_or_new_answers(
-    encoder: TowerEncoder, task: Task, row: SuiteRow, model: str, cache: AnswerCache | None, reporter: Reporter
-) -> Answers:
-    """Return a model's answers on a task from the cache, or measure and cache them."""
-    cached = cache.find(model, row.runtime, task) if cache else None
-    if cached is not None:
-        return cached
-    answers = answer(encoder, task, reporter=PrefixedReporter(reporter, f"{row.label}: "))
-    if cache:
-        cache.store(model, row.runtime, task, answers, row=row.label)
-    return answers
-
-
-TaskAnswers = tuple[ZeroShotTask, Mapping[str, ZeroShotAnswers]]  # a task, and each model's predictions by label
-
-# The roles that each role is compared with, if the suite has them.
-_REFERENCES: dict[Role, tuple[Role, ...]] = {
-    "teacher": (),
-    "baseline": (),
-    "student": ("teacher", "baseline"),
-    "exported": ("student",),
-    "quantised": ("exported", "teacher"),
-}
-
-
-def compare(rows: Sequence[RowResult], answers: Sequence[TaskAnswers]) -> tuple[Comparison, ...]:
-    """Compare every row with the first row of each of its reference roles, on every zero-shot task."""
-    first = {row.role: row for row in reversed(rows)}
-    pairs = [(row, first[role]) for row in rows for role in _REFERENCES[row.role] if role in first]
-    return tuple(_compare(row, reference, *task) for row, reference in pairs for task in answers)
-
-
-def _compare(
-    row: RowResult, reference: RowResult, task: ZeroShotTask, answers: Mapping[str, ZeroShotAnswers]
-) -> Comparison:
-    hits, reference_hits = answers[row.label].hits(task), answers[reference.label].hits(task)
-    return Comparison(
-        task=task.name,
-        label=row.label,
-        reference=reference.label,
-        difference=float(hits.mean() - reference_hits.mean()),
-        interval=difference_interval(hits, reference_hits),
-        p_value=difference_p_value(hits, reference_hits),
-    )
-
-
-_DEFAULT_LABELS = 1_000  # number of labels to classify among if the suite only has retrieval tasks
-
-
-def run_suite(
-    suite: Suite,
-    open_encoder: OpenEncoder,
-    reporter: Reporter = SILENT,
-    *,
-    cache: AnswerCache | None = None,
-    launch: Launch | None = None,
-) -> Results:
-    """Measure every model of a suite. Models that cannot be opened or measured are skipped, with the reason.
-
-    Args:
-        open_encoder: opens a folder or `hf-hub:ORG/REPO` on `suite.threads` threads, with `runtime=` if the row names
-            one. Passed in by the caller, because it may need torch.
-        cache: where accuracy results are stored, and read from if they exist.
-        launch: command of a process that answers once; None skips the cold start.
-    """
-    check_suite(suite, source=f"The suite {suite.name}")
-    missing = suite.missing()
-    tasks = suite.load_tasks()
-    say_class_names(tasks, reporter)
-    opened = open_and_evaluate(suite, tasks, open_encoder, reporter, cache)
-    if not opened.encoders:
-        reasons = " ".join(f"{row.label}: {row}" for row in opened.skipped)
-        raise InputError(f"None of the models of the suite {suite.name} could be measured. {reasons}")
-    image, labels = tasks[0].images[0], _label_count(tasks)
-    latencies = measure_latencies(
-        opened.encoders,
-        image,
-        labels=labels,
-        threads=suite.threads,
-        rounds=suite.rounds,
-        reporter=reporter,
-    )
-    reporter.update("Throughput", 0, 1)
-    pixels = {label: EncoderCalls(encoder, image, labels).pixels for label, encoder in opened.encoders.items()}
-    throughput = measure_throughput(opened.encoders, pixels)
-    energy = measure_energy(opened.encoders, pixels)
-    reporter.update("Throughput", 1, 1)
-    cold_starts = _cold_starts(suite, opened, tasks, launch, reporter)
-    rows = _rows(suite, tasks, opened, latencies, throughput, energy, cold_starts)
-    answers = _zero_shot_answers(opened.answers, tasks)
-    return Results(
-        suite=suite,
-        environment=this_environment(),
-        rows=rows,
-        reference=latencies.reference,
-        other_load=latencies.other_load,
-        skipped=tuple(opened.skipped),
-        missing=tuple(MissingTask(name=name, reason=reason) for name, reason in missing.items()),
-        comparisons=compare(rows, answers),
-        samples=choose_samples(rows, *answers[0]) if answers else (),
-        worst=worst_classes(rows[-1].label, *answers[0]) if answers else (),
-    )
-
-
-def _cold_starts(
-    suite: Suite, opened: OpenModels, tasks: Sequence[Task], launch: Launch | None, reporter: Reporter
-) -> dict[str, ColdStart | None]:
-    rows = [row for row in suite.rows if row.label in opened.models] if launch else []
-    cold_starts = {}
-    for done, row in enumerate(rows):
-        reporter.update("Cold start", done, len(rows))
-        assert launch is not None
-        command = launch(opened.models[row.label], row.runtime, suite.threads)
-        cold_starts[row.label] = measure_cold_start(command, tasks[0].images[0])
-        reporter.update("Cold start", done + 1, len(rows))
-    return cold_starts
-
-
-def _rows(
-    suite: Suite,
-    tasks: Sequence[Task],
-    opened: OpenModels,
-    latencies: Latencies,
-    throughput: Mapping[str, tuple[Throughput, ...]],
-    energy: Mapping[str, float],
-    cold_starts: Mapping[str, ColdStart | None],
-) -> tuple[RowResult, ...]:
-    rows = {row.label: row for row in suite.rows}
-    return tuple(
-        RowResult(
-            label=label,
-            role=rows[label].role,
-            model=rows[label].model,
-            description=encoder.describe(),
-            scores=tuple(answers.score for answers in opened.answers[label]),
-            latency=latencies.rows[label],
-            throughput=throughput[label],
-            cold_start=cold_starts.get(label),
-            energy_joules=energy.get(label),
-            correctness=tuple(
-                correctness
-                for task, answers in zip(tasks, opened.answers[label], strict=True)
-                for correctness in correctness_of(task, answers)
-            ),
-        )
-        for label, encoder in opened.encoders.items()
-    )
-
-
-def _label_count(tasks: Sequence[Task]) -> int:
-    """Return the number of labels of the first zero-shot task."""
-    return next((len(task.labels) for task in tasks if isinstance(task, ZeroShotTask)), _DEFAULT_LABELS)
-
-
-def _zero_shot_answers(answers: Mapping[str, Sequence[Answers]], tasks: Sequence[Task]) -> list[TaskAnswers]:
-    """Return each zero-shot task with the predictions of all models."""
-    task_answers: list[TaskAnswers] = []
+def _zero_shot(models: Sequence[_Model], tasks: Sequence[Task]) -> list[_ZeroShot]:
+    found = list[_ZeroShot]()
     for i, task in enumerate(tasks):
         if isinstance(task, ZeroShotTask):
-            by_label = {label: row[i] for label, row in answers.items()}
-            predictions = {label: row for label, row in by_label.items() if isinstance(row, ZeroShotAnswers)}
-            task_answers.append((task, predictions))
-    return task_answers
+            by_label = {model.row.label: model.predictions[i] for model in models}
+            found.append((task, {k: v for k, v in by_label.items() if isinstance(v, ZeroShotPredictions)}))
+    return found
+
+
+def _compare(rows: Sequence[RowResult], zero_shot: Sequence[_ZeroShot]) -> tuple[Comparison, ...]:
+    """Compare every row with the first row of each of its reference roles, on every zero-shot task."""
+    first = {row.role: row.label for row in reversed(rows)}
+    pairs = [(row.label, first[role]) for row in rows for role in _REFERENCES[row.role] if role in first]
+    comparisons = []
+    for label, reference in pairs:
+        for task, predictions in zero_shot:
+            hits, reference_hits = predictions[label].hits(task), predictions[reference].hits(task)
+            comparisons.append(
+                Comparison(
+                    task=task.name,
+                    label=label,
+                    reference=reference,
+                    difference=float(hits.mean() - reference_hits.mean()),
+                    interval=difference_interval(hits, reference_hits),
+                    p_value=difference_p_value(hits, reference_hits),
+                )
+            )
+    return tuple(comparisons)
+
+
+class DamagedCacheError(ConfigError):
+    """A cached file cannot be read. The model is not at fault, so it must not be skipped because of it."""
+
+
+def is_cache(folder: Path) -> bool:
+    """Return whether a folder is a cache: it exists, and holds nothing but a cache's files."""
+    return is_folder(folder) and all(map(_is_ours, folder.iterdir()))
+
+
+def _is_ours(path: Path) -> bool:
+    return bool(_FILE.fullmatch(path.name)) or is_left_by_system(path)
+
+
+class PredictionCache:
+    """A folder of predictions, one file per model and task, so that an interrupted benchmark can resume.
+
+    Each file name is a hash of everything that the predictions depend on. Latencies are compared as ratios, which must
+    come from a single run: a resumed benchmark times all models again.
+
+    Args:
+        folder: created when the first predictions are stored.
+        environment: its hardware, package versions and commit are part of the hash: processors round INT8 differently.
+    """
+
+    def __init__(self, folder: Path, environment: Environment) -> None:
+        self.folder = folder
+        hardware = (environment.machine, environment.instruction_sets, environment.accelerator)
+        self._environment = repr((hardware, sorted(environment.packages.items()), environment.commit))
+
+    def find(self, model: str, runtime: str | None, task: Task) -> Predictions | None:
+        """Return the cached predictions of this model on this task, or None."""
+        path = self._path(model, runtime, task)
+        if not path.is_file():
+            return None
+        try:
+            kind: Any = ZeroShotPredictions if isinstance(task, ZeroShotTask) else RetrievalPredictions
+            found: Predictions = read_json(path, kind)
+        except ConfigError as error:
+            raise DamagedCacheError(str(error), hint=f"remove {path}: its contents are measured again") from error
+        return found
+
+    def store(self, model: str, runtime: str | None, task: Task, predictions: Predictions) -> None:
+        """Write the predictions of one model on one task atomically."""
+        write_bytes(self._path(model, runtime, task), encode_json(predictions))
+
+    def remove(self) -> None:
+        """Delete the cache, once its contents are in the results, and nothing else that may be in its folder."""
+        with suppress(OSError):  # the folder is not there, or not empty
+            for path in self.folder.iterdir():
+                if _is_ours(path):
+                    path.unlink()
+            self.folder.rmdir()
+
+    def _path(self, model: str, runtime: str | None, task: Task) -> Path:
+        key = (self._environment, repr(runtime), _model_state(model), task_state(task))
+        return self.folder / f"{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:24]}.json"
+
+
+def _model_state(model: str) -> str:
+    """Return a model's name and, for a folder, the sizes and dates of its files: hashing gigabytes takes too long."""
+    files = sorted(path for path in Path(model).rglob("*") if path.is_file()) if Path(model).is_dir() else []
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return repr((model, stats))
+
+
+def task_state(task: Task) -> str:
+    """Return a task's questions, and the names, sizes and dates of its images or of the shards that hold them.
+
+    Of a remote shard, it is the version that the task was loaded from.
+    """
+    files = dict.fromkeys(getattr(image, "shard", image) for image in task.images)  # many images share a shard
+    states: list[tuple[int, int | str]] = []
+    for path in files:
+        with suppress(OSError):  # reported when it is opened
+            if isinstance(path, Path):
+                status = path.stat()
+                states.append((status.st_size, status.st_mtime_ns))
+            elif isinstance(path, RemoteShard):
+                states.append(version(path))
+    return repr((task.name, (*map(str, task.images), *states), *task.questions))

@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import click
 
-from clip_rd_edge.cli._command import command_of
-from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._fold import cut, fold_items, terminal_width
-from clip_rd_edge.cli._options import grouped
+from clip_rd_edge.cli.options import command_of, grouped
+from clip_rd_edge.cli.output import cut, echo, fold_items, terminal_width
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.settings.deploying import Classify
 from clip_rd_edge.utils.paths import exists
@@ -136,7 +134,7 @@ class _LateReporter(Reporter):
 
     @cached_property
     def _console(self) -> Reporter:
-        from clip_rd_edge.cli._console import console_reporter
+        from clip_rd_edge.cli.console import console_reporter
 
         return self._stack.enter_context(console_reporter())
 
@@ -197,7 +195,7 @@ def _classify_files(
     """Classify image files and print the results; report unreadable images on stderr and continue with the others."""
     from PIL import Image
 
-    from clip_rd_edge.cli._console import console_reporter
+    from clip_rd_edge.cli.console import console_reporter
     from clip_rd_edge.runtime.embed import embed_images, open_image_tower
 
     stdout = sys.stdout  # saved, because the progress bar redirects sys.stdout
@@ -302,7 +300,7 @@ def _labels_of(answer: Answer) -> list[str]:
 
 def _as_json(image: str, answer: Answer) -> str:
     """Return one JSON object; `predictions` is empty if all labels are below --none-below."""
-    from clip_rd_edge.cli._console import json_line
+    from clip_rd_edge.cli.console import json_line
 
     rows = [{"label": label, "probability": round(probability, 6)} for label, probability in answer.predictions]
     cosine = {} if answer.cosine is None else {"cosine": round(answer.cosine, 6)}

@@ -15,9 +15,8 @@ from urllib.parse import urlsplit
 
 import click
 
-from clip_rd_edge.cli._command import command_of
-from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, PathName, grouped
+from clip_rd_edge.cli.options import GroupedCommand, PathName, command_of, grouped
+from clip_rd_edge.cli.output import echo
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, InterruptedRunError, UsageError
 from clip_rd_edge.settings.deploying import Demo, Index, Search, Serve
 from clip_rd_edge.utils.paths import exists
@@ -39,7 +38,7 @@ def index(given: dict[str, Any], watch: bool) -> None:
     after it was written, or about a minute later if listing the folder or saving the index takes long.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli._console import console_reporter
+    from clip_rd_edge.cli.console import console_reporter
 
     if watch and "ray" in given:
         raise UsageError("--watch and --ray cannot be combined.", hint="omit one of them")
@@ -71,7 +70,7 @@ def index(given: dict[str, Any], watch: bool) -> None:
 def _watch(given: dict[str, Any]) -> None:
     """Keep the index up to date until one of the `stop_signals`; a second SIGINT ends at once."""
     import clip_rd_edge as edge
-    from clip_rd_edge.cli._console import console_reporter
+    from clip_rd_edge.cli.console import console_reporter
 
     with console_reporter() as reporter, stop_event() as stop:
         for update in edge.watch_index(**given, stop=stop, reporter=reporter):
@@ -115,7 +114,7 @@ def search(given: dict[str, Any], as_json: bool, null: bool) -> None:
     that another machine made is searched with a copy of its bundle.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli._console import json_line
+    from clip_rd_edge.cli.console import json_line
     from clip_rd_edge.runtime.index_update import is_gone
 
     if as_json and null:
@@ -165,7 +164,7 @@ def serve(given: dict[str, Any], token_file: Path | None) -> None:
     nearest images of INDEX. GET /v1/models, /props, /health, /metrics and /openapi.json describe the server.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli._console import say
+    from clip_rd_edge.cli.console import say
 
     say("starting serve")
     token = _token(token_file)
@@ -282,7 +281,7 @@ def doctor(as_json: bool) -> None:
         from rich.table import Table
         from rich.text import Text
 
-        from clip_rd_edge.cli._console import print_table
+        from clip_rd_edge.cli.console import print_table
 
         table = Table(show_header=False)
         for finding in findings:

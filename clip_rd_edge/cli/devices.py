@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import click
 
-from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._fold import fold_command
-from clip_rd_edge.cli._options import GroupedCommand, complete_device, grouped
+from clip_rd_edge.cli.options import GroupedCommand, complete_device, grouped
+from clip_rd_edge.cli.output import echo, fold_command
 
 # The words of the column `tested` for Device.runs.
 _TESTED = {"here": "yes", "nearby": "in part", "not yet": "not yet"}
@@ -32,7 +31,7 @@ def command(name: str | None, as_json: bool) -> None:
     elif name:
         from rich.markdown import Markdown
 
-        from clip_rd_edge.cli._console import SafeConsole
+        from clip_rd_edge.cli.console import SafeConsole
         from clip_rd_edge.exporting.plan import device_guide
 
         console = SafeConsole()
@@ -43,7 +42,7 @@ def command(name: str | None, as_json: bool) -> None:
         from rich.table import Table
         from rich.text import Text
 
-        from clip_rd_edge.cli._console import print_table
+        from clip_rd_edge.cli.console import print_table
 
         table = Table("device", "description", "requirements", "tested", show_lines=True)
         for key, device in devices.items():

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from clip_rd_edge.bundle.formats import FORMATS, Precision
-from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import (
+from clip_rd_edge.cli.options import (
     GroupedCommand,
     ManyOption,
     NameChoice,
@@ -21,6 +20,7 @@ from clip_rd_edge.cli._options import (
     drop_none,
     grouped,
 )
+from clip_rd_edge.cli.output import echo
 from clip_rd_edge.settings.training import PRECISION_WORDS
 from clip_rd_edge.utils.text import as_word
 
@@ -147,7 +147,7 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     """
     import clip_rd_edge as edge
     from clip_rd_edge.bundle.manifest import LABELS
-    from clip_rd_edge.cli._console import console_reporter, say
+    from clip_rd_edge.cli.console import console_reporter, say
     from clip_rd_edge.exporting.plan import BROWSER, BUILD_SHELL
     from clip_rd_edge.runtime.labels import parse_labels
     from clip_rd_edge.utils.paths import is_file
@@ -171,7 +171,7 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
 
 def _show(bundle: ExportedBundle, *, name: str) -> None:
     """Print the INT8 trials and the result for each tower to stderr, after the target's name if there are several."""
-    from clip_rd_edge.cli._console import print_table, say, stderr
+    from clip_rd_edge.cli.console import print_table, say, stderr
     from clip_rd_edge.utils.files import size_bytes
 
     if bundle.trials:

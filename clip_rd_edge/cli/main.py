@@ -7,7 +7,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -16,24 +16,32 @@ from typing import Any, NoReturn
 import click
 
 from clip_rd_edge import __version__
-from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._hints import spelling
-from clip_rd_edge.cli._options import CommandGroup
-from clip_rd_edge.errors import ClipRdEdgeError, LostProcessError, MissingExtraError, UsageError, causes, near_matches
+from clip_rd_edge.cli.options import CommandGroup
+from clip_rd_edge.cli.output import echo
+from clip_rd_edge.errors import (
+    ClipRdEdgeError,
+    LostProcessError,
+    MissingExtraError,
+    Spell,
+    UsageError,
+    causes,
+    near_matches,
+)
 from clip_rd_edge.utils import process as signals
 from clip_rd_edge.utils.process import end_running_calls, handled_by, leave_lost_terminal, stop_signals
 from clip_rd_edge.utils.text import one_line
 
-# name: (module, short help). The short help is repeated here so that listing the commands imports none of them.
+# name: (module, short help). The short help is repeated here so that listing the commands imports none of them. In its
+# module, a command has its name.
 COMMANDS = {
     "quickstart": ("quickstart", "Run the whole pipeline on the built-in data, in minutes."),
-    "distill": ("distill", "Train a compact student from a teacher and image-caption pairs."),
-    "embed": ("embed", "Compute a teacher's embeddings once, for many runs."),
-    "recipe": ("recipe", "Show the training recipes, to start your own from."),
-    "stitch": ("stitch", "Build a teacher from an image classifier and a sentence encoder."),
-    "trim": ("trim", "Make a student's start of a model: fewer text layers and tokens."),
-    "average": ("average", "Average the weights of two models of one architecture."),
-    "evaluate": ("evaluate", "Measure zero-shot accuracy and retrieval of a model or bundle."),
+    "distill": ("train", "Train a compact student from a teacher and image-caption pairs."),
+    "embed": ("train", "Compute a teacher's embeddings once, for many runs."),
+    "recipe": ("train", "Show the training recipes, to start your own from."),
+    "stitch": ("train", "Build a teacher from an image classifier and a sentence encoder."),
+    "trim": ("train", "Make a student's start of a model: fewer text layers and tokens."),
+    "average": ("train", "Average the weights of two models of one architecture."),
+    "evaluate": ("measure", "Measure zero-shot accuracy and retrieval of a model or bundle."),
     "export": ("export", "Export a model as a bundle for a device."),
     "verify": ("verify", "Verify a bundle's files, and that it runs on this device."),
     "classify": ("classify", "Classify images among your own labels."),
@@ -41,8 +49,8 @@ COMMANDS = {
     "search": ("device", "Search an index by text or image."),
     "serve": ("device", "Serve a bundle to other programs over HTTP."),
     "demo": ("device", "Try bundles on a local web page, with a camera or image files."),
-    "benchmark": ("benchmark", "Compare models by accuracy, latency and size."),
-    "evidence": ("evidence", "Compare training methods over several students and seeds."),
+    "benchmark": ("measure", "Compare models by accuracy, latency and size."),
+    "evidence": ("measure", "Compare training methods over several students and seeds."),
     "devices": ("devices", "List the supported devices, and how to deploy to them."),
     "doctor": ("device", "Check this machine, and show what to install."),
 }
@@ -143,7 +151,7 @@ def _main() -> None:
             sys.exit(_NO_MEMORY.exit_code)
         from clip_rd_edge.utils.files import disk_full_error, machine_failure
 
-        if failure := disk_full_error(error) or machine_failure(error) or _lost_folder_error(error):
+        if failure := disk_full_error(error) or machine_failure(error):
             _print_error(failure, arguments)
             sys.exit(failure.exit_code)
         echo(f"error: {type(error).__name__}: {error}", err=True)
@@ -192,16 +200,6 @@ def _unwound_by_signals() -> Iterator[None]:
 _NO_MEMORY = ClipRdEdgeError(
     "There is not enough memory for this.", hint="end other programs, or use smaller images, batches or models"
 )
-
-
-def _lost_folder_error(error: BaseException) -> UsageError | None:
-    """Return a one-sentence error if `error` comes of a working folder that was removed, which it never names."""
-    if any(isinstance(cause, FileNotFoundError) and cause.filename is None for cause in causes(error)):
-        try:
-            Path.cwd()
-        except OSError:
-            return UsageError("The working folder does not exist any more.", hint="cd into one that does")
-    return None
 
 
 def _open_closed_streams() -> None:
@@ -311,8 +309,25 @@ def _end_now(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
+def spelling(arguments: Sequence[str]) -> Spell:
+    """Return what names an option as the command that the arguments call does, and None for one that it lacks."""
+    command: click.Command | None = cli
+    for name in (argument for argument in arguments if not argument.startswith("-")):
+        if not isinstance(command, click.Group):
+            break
+        command = command.get_command(click.Context(command), name)
+    if command is None or isinstance(command, click.Group):
+        return lambda name: f"--{name.replace('_', '-')}"
+    names: dict[str, str] = {}
+    for parameter in command.params:
+        is_option = isinstance(parameter, click.Option)
+        named = max(parameter.opts, key=len) if is_option else parameter.metavar or str(parameter.name).upper()
+        names |= {name: named for name in (str(parameter.name), getattr(parameter, "also", "")) if name}
+    return names.get
+
+
 def _print_error(error: ClipRdEdgeError, arguments: list[str]) -> None:
-    spell = spelling(cli, arguments)
+    spell = spelling(arguments)
     echo(f"error: {one_line(error.message_for(spell))}", err=True)
     if hint := error.hint_for(spell):
         echo(f"hint: {one_line(hint)}", err=True)

@@ -11,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_rd_edge.cli._command import command_of
-from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli.distill import OWN_DATA_EXAMPLE
+from clip_rd_edge.cli.options import command_of
+from clip_rd_edge.cli.output import echo
+from clip_rd_edge.cli.train import OWN_DATA_EXAMPLE
 from clip_rd_edge.settings.measuring import Quickstart
 from clip_rd_edge.utils.text import as_word
 
@@ -26,7 +26,7 @@ LIVELY_CONCEPTS = ("mushroom", "rocket", "tiger", "snowman")
 
 
 @command_of(Quickstart, "quickstart")
-def command(given: dict[str, Any]) -> None:
+def quickstart(given: dict[str, Any]) -> None:
     """Create a data set, fine-tune a teacher, distil a student, export, quantise, compare and classify.
 
     \b
@@ -37,13 +37,13 @@ def command(given: dict[str, Any]) -> None:
     two trainings. The command can be interrupted at any time: the same command resumes.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli._console import console_reporter, print_table, table_width
+    from clip_rd_edge.cli.console import console_reporter, print_table, table_width
     from clip_rd_edge.utils.reporting import duration
 
     started, output = time.perf_counter(), Path(given.get("output", Quickstart().output))
     with console_reporter() as reporter:
         results = edge.quickstart(**given, reporter=reporter)
-    from clip_rd_edge.benchmarking.report.text import terminal_tables
+    from clip_rd_edge.benchmarking.tables import terminal_tables
 
     for table in terminal_tables(results, table_width()):
         print_table(table)

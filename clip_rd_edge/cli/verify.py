@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from clip_rd_edge.cli._command import command_of
-from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import grouped
+from clip_rd_edge.cli.options import command_of, grouped
+from clip_rd_edge.cli.output import echo
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.settings.deploying import Verify
 
@@ -29,7 +28,7 @@ def command(given: dict[str, Any], as_json: bool) -> None:
     to, or answers wrongly.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli._console import console_reporter
+    from clip_rd_edge.cli.console import console_reporter
 
     with console_reporter():
         checks = edge.verify(**given)
@@ -52,7 +51,7 @@ def _print(checks: list[Check]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from clip_rd_edge.cli._console import print_table
+    from clip_rd_edge.cli.console import print_table
 
     table = Table(show_header=False)
     for check in checks:

@@ -10,9 +10,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from clip_rd_edge.benchmarking.formatting import NO_VALUE, inert_markdown, markdown_table
 from clip_rd_edge.benchmarking.metrics import RESAMPLES, Interval, Score, primary_metric
 from clip_rd_edge.benchmarking.results import Environment, Results
+from clip_rd_edge.benchmarking.tables import NO_VALUE, inert_markdown, markdown_table
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.evidence.suite import EvidenceSuite
 from clip_rd_edge.utils.structs import read_json
@@ -38,16 +38,15 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         hits: one character per image, `1` if its label or one of its captions ranks first and `0` if not, so that
-            models can be compared in pairs; empty for a retrieval task in a file of an older version.
+            models can be compared in pairs.
         geometry: for a retrieval task, computed from its image-caption pairs.
-        content, images: fingerprints of the task's questions and images, and of the images alone, in order; empty in a
-            file of an older version.
+        content, images: fingerprints of the task's questions and images, and of the images alone, in order.
     """
 
     score: Score
-    content: str = ""
-    images: str = ""
-    hits: str = ""
+    content: str
+    images: str
+    hits: str
     geometry: Geometry | None = None
 
 
@@ -55,7 +54,7 @@ class ModelResult(msgspec.Struct, frozen=True, kw_only=True):
     """The results of one model on all tasks of the suite, in order.
 
     Attributes:
-        weights: of the teacher, a fingerprint of what it computes with; empty in a file of an older version.
+        weights: of the teacher, a fingerprint of what it computes with; else empty.
     """
 
     model: str
@@ -105,16 +104,8 @@ def read_run(folder: Path) -> RunResult | None:
 
 
 def has_tasks(result: ModelResult, others: Sequence[tuple[str, str]]) -> bool:
-    """Return whether a model was evaluated on these tasks, in this order; results of older versions have no content.
-
-    Args:
-        others: name and content of each.
-    """
-    own = tasks_of(result)
-    return len(own) == len(others) and all(
-        name == other and (content == theirs or "" in (content, theirs))
-        for (name, content), (other, theirs) in zip(own, others, strict=True)
-    )
+    """Return whether a model was evaluated on these tasks, in this order, given the name and content of each."""
+    return tasks_of(result) == list(others)
 
 
 def tasks_of(result: ModelResult) -> list[tuple[str, str]]:
@@ -138,13 +129,12 @@ class Difference:
     Attributes:
         same_sign: whether the difference has the same sign for all seeds.
         interval: 95 % confidence interval by bootstrap over images, each resampled together with all its seeds. It
-            covers other images, not other trainings. Tasks of the same images are resampled together. None without
-            hits.
+            covers other images, not other trainings. Tasks of the same images are resampled together.
     """
 
     spread: Spread
     same_sign: bool
-    interval: Interval | None
+    interval: Interval
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -230,8 +220,6 @@ def difference(runs: dict[int, RunResult], reference: dict[int, RunResult], task
         axis=0,
     )
     over_seeds, same_sign = spread(differences.tolist()), bool(differences.min() > 0 or differences.max() < 0)
-    if not all(result.hits and other.hits for task in pairs for result, other in task):
-        return Difference(over_seeds, same_sign, None)
     rng = np.random.default_rng(0)
     groups = _by_images(pairs)
     draws = np.average([_resampled(group, rng) for group in groups], axis=0, weights=list(map(len, groups)))
@@ -245,8 +233,8 @@ _Pairs = list[tuple[TaskResult, TaskResult]]  # one per seed
 def _by_images(tasks: Sequence[_Pairs]) -> list[_Pairs]:
     """Return the pairs of each task, those of tasks with the same images, such as in other languages, as one."""
     groups: dict[str, _Pairs] = {}
-    for number, pairs in enumerate(tasks):
-        groups.setdefault(pairs[0][0].images or str(number), []).extend(pairs)
+    for pairs in tasks:
+        groups.setdefault(pairs[0][0].images, []).extend(pairs)
     return list(groups.values())
 
 

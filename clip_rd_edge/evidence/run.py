@@ -52,13 +52,13 @@ from clip_rd_edge.evidence.suite import TEACHER_RESULT, TUNED_TEACHER, EvidenceS
 from clip_rd_edge.models.clip import model_fingerprint
 from clip_rd_edge.models.encoder import TorchEncoder, torch_threads
 from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.pipeline import Settings, tune_teacher
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.outputs import exclusive_writer
 from clip_rd_edge.utils.paths import Typed, typed
 from clip_rd_edge.utils.reporting import PrefixedReporter, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
 from clip_rd_edge.utils.text import shown_source
-from clip_rd_edge.walkthrough.pipeline import Settings, tune_teacher
 
 
 def evaluate_model(encoder: Encoder, tasks: Sequence[Task], *, name: str) -> ModelResult:
@@ -182,7 +182,7 @@ def _evaluate_teacher(suite: EvidenceSuite, folder: Path, teacher: Typed, tasks:
     weights = model_fingerprint(clip)
     if path.is_file():
         known = read_json(path, ModelResult)
-        is_same = known.weights in ("", weights)
+        is_same = known.weights == weights
         if not is_same and any(read_run(folder / run.subfolder) for run in suite.runs()):
             raise UsageError(
                 f"{folder} has finished runs beside another teacher, {known.model}, or one with other weights.",
@@ -254,7 +254,7 @@ def _train_and_evaluate(
         environment=this_environment(),
     )
     if known is not None:  # of a suite that had other tasks then, or the same with other images or labels
-        same = {name for name, content in tasks_of(known.result) if not content or (name, content) in named}
+        same = {name for name, content in tasks_of(known.result) if (name, content) in named}
         curves = {
             name: curve
             for name, curve in known.curves.items()

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from clip_rd_edge.settings.deploying import Threads
-from clip_rd_edge.settings.modelling import Tasks, Templates
 from clip_rd_edge.settings.options import Settings, argument, option
+from clip_rd_edge.settings.training import Tasks, Templates
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 

@@ -57,7 +57,7 @@ class Details(TypedDict, total=False):
         flags: of the command line. Default: the name of the field, with hyphens.
         many: one flag takes all values up to the next flag.
         path: the value names a file or a folder, and nothing else.
-        complete: what the shell completes it by: a key of `cli._command.COMPLETIONS`, or names joined by `|`.
+        complete: what the shell completes it by: a key of `cli.options.COMPLETIONS`, or names joined by `|`.
         words: other words for the choices of a `Literal`, such as `half` for `fp16`.
         also: another name by which errors that several commands share mean this option.
         resume: when a run is resumed, the value must be the `same`; or it says where something lies whose `content`

@@ -8,7 +8,6 @@ import math
 import re
 import textwrap
 from codecs import BOM_UTF8
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -106,7 +105,6 @@ def read_versioned_json(
     *,
     newest: int,
     key: str = "format_version",
-    upgrade: Callable[[bytes], bytes] | None = None,
     max_bytes: int = MAX_JSON_BYTES,
     foreign: tuple[str, ConfigError] | None = None,
 ) -> T:
@@ -115,7 +113,6 @@ def read_versioned_json(
     Args:
         newest: latest supported format version.
         key: what the file calls its version.
-        upgrade: rewrites the content of an older version to the newest one's keys.
         max_bytes: limit on the size of the file.
         foreign: a key that only another kind of file has, and the error for such a file.
     """
@@ -130,8 +127,6 @@ def read_versioned_json(
             f"{path} has format version {version}; this clip-rd-edge reads up to {newest}.",
             hint=upgrade_hint(),
         )
-    if upgrade is not None and version < newest:
-        content = upgrade(content)
     return _decode_json(content, kind, source=path)
 
 

@@ -38,7 +38,7 @@ Make = Callable[..., Any]
 
 def test_zero_shot_of_a_perfect_encoder(make_encoder: Make, colour_task: ZeroShotTask) -> None:
     answers = zero_shot(make_encoder(), colour_task)
-    assert answers.answers == colour_task.targets
+    assert answers.labels == colour_task.targets
     assert (answers.score.top1, answers.score.top5, answers.score.mean_per_class) == (1, 1, 1)
     assert (answers.score.images, answers.score.classes) == (6, 6)
     # exp(10 · 1) against the cosines of red's neighbours: two at 1/3 (yellow, magenta), two at -1/3, one at -1.
@@ -49,7 +49,7 @@ def test_zero_shot_of_a_perfect_encoder(make_encoder: Make, colour_task: ZeroSho
 def test_zero_shot_of_an_encoder_that_knows_half_of_the_colours(make_encoder: Make, colour_task: ZeroShotTask) -> None:
     encoder = make_encoder(known=("red", "green", "blue"))
     answers = zero_shot(encoder, colour_task)
-    correct = [a == t for a, t in zip(answers.answers, colour_task.targets, strict=True)]
+    correct = [a == t for a, t in zip(answers.labels, colour_task.targets, strict=True)]
     assert answers.score.top1 == pytest.approx(np.mean(correct))
     assert answers.score.top1_interval.low < answers.score.top1 < answers.score.top1_interval.high
     assert 0 < answers.score.top1 < 1
@@ -70,7 +70,7 @@ def test_zero_shot_of_many_images_and_labels_needs_no_matrix_of_all_pairs(
     assert peak < 8e6  # all similarities take 10 MB, and as many again for their softmax
     logits = 10.0 * images @ encoder.encode_texts(labels).T
     expected = np.exp(logits - logits.max(axis=1, keepdims=True))
-    assert list(answers.answers) == logits.argmax(axis=1).tolist()
+    assert list(answers.labels) == logits.argmax(axis=1).tolist()
     np.testing.assert_allclose(
         answers.probabilities, (expected / expected.sum(axis=1, keepdims=True)).max(axis=1), 1e-5
     )

@@ -11,11 +11,10 @@ import msgspec
 import pytest
 from PIL import Image
 
-from clip_rd_edge.benchmarking.accuracy import RetrievalAnswers
-from clip_rd_edge.benchmarking.answer_cache import AnswerCache, DamagedCacheError, is_cache, task_state
+from clip_rd_edge.benchmarking.accuracy import RetrievalPredictions
 from clip_rd_edge.benchmarking.metrics import Recall, RetrievalScore
 from clip_rd_edge.benchmarking.results import this_environment
-from clip_rd_edge.benchmarking.run import run_suite
+from clip_rd_edge.benchmarking.run import DamagedCacheError, PredictionCache, is_cache, run_suite, task_state
 from clip_rd_edge.benchmarking.suite import Suite
 from clip_rd_edge.data.shard_index import TarMember
 from clip_rd_edge.data.tasks import RetrievalTask, load_task
@@ -24,8 +23,8 @@ Open = Callable[[str], Any]
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> AnswerCache:
-    return AnswerCache(tmp_path / "parts", this_environment())
+def cache(tmp_path: Path) -> PredictionCache:
+    return PredictionCache(tmp_path / "parts", this_environment())
 
 
 def test_answers_of_another_machine_are_not_taken(tmp_path: Path) -> None:
@@ -35,10 +34,10 @@ def test_answers_of_another_machine_are_not_taken(tmp_path: Path) -> None:
         text_to_image=Recall(at1=1, at5=None, at10=None),
     )  # fmt: skip
     here = this_environment()
-    AnswerCache(tmp_path, here).store("m", None, task, RetrievalAnswers(score=score, correctness=()), row="M")
-    assert AnswerCache(tmp_path, here).find("m", None, task) is not None
+    PredictionCache(tmp_path, here).store("m", None, task, RetrievalPredictions(score=score, correctness=()))
+    assert PredictionCache(tmp_path, here).find("m", None, task) is not None
     for change in ({"machine": "Abacus, 2 cores"}, {"instruction_sets": ()}, {"accelerator": "NVIDIA L4"}):
-        assert AnswerCache(tmp_path, msgspec.structs.replace(here, **change)).find("m", None, task) is None
+        assert PredictionCache(tmp_path, msgspec.structs.replace(here, **change)).find("m", None, task) is None
 
 
 def record_evaluations(open_fake: Open, evaluated: list[str]) -> Open:
@@ -59,7 +58,7 @@ def record_evaluations(open_fake: Open, evaluated: list[str]) -> Open:
     return open_recorded
 
 
-def test_an_interrupted_run_resumes_after_the_last_model(suite: Suite, open_fake: Open, cache: AnswerCache) -> None:
+def test_an_interrupted_run_resumes_after_the_last_model(suite: Suite, open_fake: Open, cache: PredictionCache) -> None:
     def interrupted(spec: str) -> Any:
         if spec.endswith("fp32"):
             raise KeyboardInterrupt
@@ -77,7 +76,7 @@ def test_an_interrupted_run_resumes_after_the_last_model(suite: Suite, open_fake
     assert not cache.folder.exists()
 
 
-def test_a_changed_model_is_measured_again(suite: Suite, open_fake: Open, cache: AnswerCache) -> None:
+def test_a_changed_model_is_measured_again(suite: Suite, open_fake: Open, cache: PredictionCache) -> None:
     run_suite(suite, open_fake, cache=cache)
     (Path(suite.root or "") / "student" / "weights").write_bytes(b"new")
     evaluated: list[str] = []
@@ -85,7 +84,7 @@ def test_a_changed_model_is_measured_again(suite: Suite, open_fake: Open, cache:
     assert evaluated == ["student"]
 
 
-def test_a_damaged_cache_file_is_named(suite: Suite, open_fake: Open, cache: AnswerCache) -> None:
+def test_a_damaged_cache_file_is_named(suite: Suite, open_fake: Open, cache: PredictionCache) -> None:
     run_suite(suite, open_fake, cache=cache)
     path = sorted(cache.folder.iterdir())[0]
     path.write_text("{")
@@ -95,7 +94,7 @@ def test_a_damaged_cache_file_is_named(suite: Suite, open_fake: Open, cache: Ans
 
 
 def test_answers_on_images_that_were_replaced_are_measured_again(
-    suite: Suite, open_fake: Open, cache: AnswerCache
+    suite: Suite, open_fake: Open, cache: PredictionCache
 ) -> None:
     run_suite(suite, open_fake, cache=cache)
     image = Path(suite.root or "") / "task" / "red" / "16.png"
@@ -104,10 +103,10 @@ def test_answers_on_images_that_were_replaced_are_measured_again(
     assert [row.scores for row in resumed.rows] == [row.scores for row in run_suite(suite, open_fake).rows]
 
 
-def test_images_in_shards_that_were_replaced_are_measured_again(tmp_path: Path, cache: AnswerCache) -> None:
+def test_images_in_shards_that_were_replaced_are_measured_again(tmp_path: Path, cache: PredictionCache) -> None:
     shard = tmp_path / "0.tar"
     task = RetrievalTask(name="t", images=(TarMember(shard, "a.png", 0, 3),), captions=("a",), caption_images=(0,))
-    answers = RetrievalAnswers(
+    answers = RetrievalPredictions(
         score=RetrievalScore(
             task="t", images=1, captions=1, image_to_text=Recall(at1=1, at5=None, at10=None),
             text_to_image=Recall(at1=1, at5=None, at10=None),
@@ -115,7 +114,7 @@ def test_images_in_shards_that_were_replaced_are_measured_again(tmp_path: Path, 
         correctness=(),
     )  # fmt: skip
     shard.write_bytes(b"old")
-    cache.store("m", None, task, answers, row="M")
+    cache.store("m", None, task, answers)
     assert cache.find("m", None, task) == answers
     shard.write_bytes(b"newer")
     assert cache.find("m", None, task) is None
@@ -146,7 +145,7 @@ def test_a_task_on_a_remote_shard_that_was_replaced_is_another_one(
 
 
 def test_a_folder_of_that_name_with_other_files_is_no_cache_and_stays(
-    suite: Suite, open_fake: Open, cache: AnswerCache
+    suite: Suite, open_fake: Open, cache: PredictionCache
 ) -> None:
     assert not is_cache(cache.folder)
     run_suite(suite, open_fake, cache=cache)

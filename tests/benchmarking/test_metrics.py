@@ -102,7 +102,7 @@ def test_four_lost_answers_and_none_gained_may_be_chance() -> None:
     assert interval.high < 0
     assert difference_p_value(hits, reference) == difference_p_value(reference, hits) == 0.125
     assert may_be_chance(interval, 0.125)
-    assert not may_be_chance(interval, None)
+    assert not may_be_chance(interval, 0.01)
     assert not may_be_chance(interval, 0.125, level=0.8)
     assert difference_p_value(reference, reference) == 1
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from clip_rd_edge.benchmarking.report.text import write_report
-from clip_rd_edge.benchmarking.results import Results, SkippedRow, read_results, this_environment, write_results
+from clip_rd_edge.benchmarking.report import write_report
+from clip_rd_edge.benchmarking.results import Results, SkippedRow, read_results, this_environment
 from clip_rd_edge.exporting.bundle import package_versions
 
 
@@ -36,21 +36,11 @@ def test_the_installed_distribution_of_onnx_runtime_is_recorded(monkeypatch: pyt
 def test_reading_package_versions_imports_neither_torch_nor_onnxruntime() -> None:
     program = (
         "import sys; from clip_rd_edge.benchmarking import results, run;"
-        "from clip_rd_edge.benchmarking.report import text;"
+        "from clip_rd_edge.benchmarking import report;"
         "results.this_environment(); print({'torch', 'onnxruntime', 'matplotlib'} & set(sys.modules))"
     )
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert process.stdout.strip() == "set()"
-
-
-def test_results_that_still_say_pictures_can_be_read(results: Results, tmp_path: Path) -> None:
-    write_results(tmp_path / "new.json", results)
-    content = (tmp_path / "new.json").read_text(encoding="utf-8")
-    assert '"images"' in content
-    old = content.replace('"images"', '"pictures"').replace('"images_per_second"', '"pictures_per_second"')
-    old = old.replace("image → text", "picture → text").replace('"format_version": 3', '"format_version": 2')
-    (tmp_path / "old.json").write_text(old, encoding="utf-8")
-    assert read_results(tmp_path / "old.json").rows == results.rows
 
 
 def test_no_file_of_a_report_has_the_folder_of_this_package_or_a_secret(results: Results, tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ import pytest
 from support import Watch
 
 from clip_rd_edge.benchmarking.metrics import ZeroShotScore
-from clip_rd_edge.benchmarking.report.html import page
-from clip_rd_edge.benchmarking.report.text import markdown
+from clip_rd_edge.benchmarking.report import markdown, page
 from clip_rd_edge.benchmarking.results import Results, read_results, write_results
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
@@ -46,13 +45,13 @@ def test_each_role_is_compared_with_what_it_was_made_from(results: Results) -> N
 
 
 def test_samples_are_first_correct_then_wrong_for_the_last_row(results: Results) -> None:
-    correct = [sample.answers[-1].right for sample in results.samples]
+    correct = [sample.predictions[-1].right for sample in results.samples]
     assert set(correct) == {True, False}
     assert correct == sorted(correct, reverse=True)
     for sample in results.samples:
-        assert [answer.row for answer in sample.answers] == ["Teacher", "INT8"]
+        assert [answer.row for answer in sample.predictions] == ["Teacher", "INT8"]
         assert sample.png.startswith(b"\x89PNG")
-        for answer in sample.answers:
+        for answer in sample.predictions:
             assert (answer.label == sample.label) == answer.right
 
 
@@ -149,15 +148,6 @@ def test_damaged_results_are_an_error(
     with pytest.raises(ConfigError, match=message) as caught:
         read_results(path)
     assert str(path) in str(caught.value)
-
-
-def test_results_of_format_version_1_can_be_read() -> None:
-    path = Path(__file__).parents[2] / "benchmarks" / "results" / "epyc-zen4-2-cores" / "quickstart-seed-0.json"
-    measured = read_results(path)
-    assert measured.format_version == 1
-    text = markdown(measured, plot=False)
-    assert "from image file to embedding" in text
-    assert "Peak memory" not in text
 
 
 def test_missing_results_are_an_error(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from clip_rd_edge.benchmarking.report.html import page
-from clip_rd_edge.benchmarking.report.text import markdown
+from clip_rd_edge.benchmarking.report import markdown, page
 from clip_rd_edge.benchmarking.results import Results
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from clip_rd_edge.benchmarking.statistics import (
+from clip_rd_edge.benchmarking.regression import (
     RELOAD_DEVIATION,
     STANDARD_ERRORS,
     change_noise,

@@ -225,16 +225,16 @@ def test_compare_reports_changes(run: Any, suite: Path, tmp_path: Path, capsys: 
     assert run("benchmark", str(suite), "-o", str(output)) == 0
     path = output / "results.json"
     quiet = json.loads(path.read_text()) | {"other_load": 0.0}  # other processes may run during this test
-    quiet["reference"] = {timed: [1.0] * len(sittings) for timed, sittings in quiet["reference"].items()}
+    quiet["reference"] = {timed: [1.0] * len(blocks) for timed, blocks in quiet["reference"].items()}
     for timed in ("image", "text", "end_to_end"):
         latency = quiet["rows"][0]["latency"][timed]
-        latency["sittings"] = [1.0] * len(latency["sittings"])
+        latency["blocks"] = [1.0] * len(latency["blocks"])
     path.write_text(json.dumps(quiet))
     capsys.readouterr()
     assert run("benchmark", "--compare", str(output), str(path)) == 0
     assert capsys.readouterr().out.endswith("No regression.\n")
     slow = json.loads(path.read_text())
-    slow["rows"][0]["latency"]["text"]["sittings"] = [1e3] * len(slow["reference"]["text"])
+    slow["rows"][0]["latency"]["text"]["blocks"] = [1e3] * len(slow["reference"]["text"])
     (tmp_path / "slow.json").write_text(json.dumps(slow))
     assert run("benchmark", "--compare", str(path), str(tmp_path / "slow.json")) == 1
     out = capsys.readouterr().out
@@ -262,7 +262,7 @@ def test_accuracies_that_cannot_be_compared_do_not_pass(run: Any, suite: Path, t
     for name, key, changes, code, last in (
         (
             "renewed",
-            "marks",
+            "correctness",
             {"images": "others"},
             3,
             "Nothing was compared.",

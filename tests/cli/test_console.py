@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 from support import Terminal, wait_until
 
-from clip_rd_edge.cli import _console
-from clip_rd_edge.cli._console import SafeConsole, console_reporter, print_table
+from clip_rd_edge.cli import console as _console
+from clip_rd_edge.cli.console import SafeConsole, console_reporter, print_table
 from clip_rd_edge.cli.export import _trial_table
 from clip_rd_edge.exporting.int8.search import Trial
 
@@ -105,7 +105,7 @@ def test_without_a_terminal_that_redraws_there_is_a_line_at_once_and_then_one_a_
         monkeypatch.setenv(name, value)
     file, now = stream(), [1000.0]
     monkeypatch.setattr(_console, "stderr", SafeConsole(file=file, width=80))
-    monkeypatch.setattr("clip_rd_edge.cli._console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("clip_rd_edge.cli.console.time.monotonic", lambda: now[0])
     with console_reporter() as reporter:
         assert _plain(file) == "· starting\n"
         for step in range(1, 130):
@@ -122,7 +122,7 @@ def _plain(stream: io.StringIO) -> str:
 def test_every_chapter_says_how_long_it_took_and_the_last_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
     stream, now = io.StringIO(), [1000.0]
     monkeypatch.setattr(_console, "stderr", SafeConsole(file=stream, width=80))
-    monkeypatch.setattr("clip_rd_edge.cli._console.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("clip_rd_edge.cli.console.time.perf_counter", lambda: now[0])
     with console_reporter() as reporter:
         for number, title in enumerate(("first", "second"), start=1):
             reporter.begin(title, number, 2)

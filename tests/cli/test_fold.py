@@ -8,8 +8,7 @@ import shlex
 import pytest
 from support import Terminal
 
-from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._fold import cut, fold, fold_command, fold_items
+from clip_rd_edge.cli.output import cut, echo, fold, fold_command, fold_items
 
 
 def test_a_line_is_broken_at_spaces_and_what_follows_is_indented() -> None:

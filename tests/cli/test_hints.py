@@ -14,8 +14,7 @@ import pytest
 from support import commands
 
 import clip_rd_edge
-from clip_rd_edge.cli._hints import spelling
-from clip_rd_edge.cli.main import cli
+from clip_rd_edge.cli.main import spelling
 from clip_rd_edge.errors import InterruptedRunError, UsageError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -62,14 +61,14 @@ def test_a_hint_names_the_options_of_the_command_and_leaves_out_the_ways_that_it
     command: str, hint: str, expected: str
 ) -> None:
     error = UsageError("No.", hint=hint)
-    assert error.hint_for(spelling(cli, [*command.split(), "--some-value", "value"])) == expected
+    assert error.hint_for(spelling([*command.split(), "--some-value", "value"])) == expected
 
 
 def test_python_and_the_command_line_name_one_option_each_their_own_way() -> None:
     error = UsageError("{batch_size} is 4, but data/{000..012}.tar has 3.", hint="{batch_size} 3, or {x}")
     assert str(error) == "batch_size is 4, but data/{000..012}.tar has 3."
     assert error.hint == "batch_size 3, or x"
-    spell = spelling(cli, ["distill"])
+    spell = spelling(["distill"])
     assert error.message_for(spell) == "--batch-size is 4, but data/{000..012}.tar has 3."
     assert error.hint_for(spell) == "--batch-size 3"
 
@@ -85,7 +84,7 @@ def interrupting(module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch)
 def test_an_interrupted_quickstart_says_that_the_same_command_resumes(
     command_line: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    pipeline = importlib.import_module("clip_rd_edge.walkthrough.pipeline")
+    pipeline = importlib.import_module("clip_rd_edge.pipeline")
     for stage in ("_render_pairs", "tune_teacher", "trim_text"):
         monkeypatch.setattr(pipeline, stage, lambda *_: None)
     interrupting(pipeline, where, monkeypatch)

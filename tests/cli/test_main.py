@@ -139,7 +139,7 @@ def test_an_error_of_click_looks_like_the_packages_own(
 
 def test_the_quickstart_names_both_of_its_extras(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    for module in ("walkthrough.pipeline", "models.stitch"):  # loaded by other tests, perhaps; the latter imports torch
+    for module in ("pipeline", "models.stitch"):  # loaded by other tests, perhaps; the latter imports torch
         monkeypatch.delitem(sys.modules, f"clip_rd_edge.{module}", raising=False)
     code, _, error = command_line("quickstart")
     assert code == 2
@@ -217,8 +217,8 @@ CUT = """
 import sys
 from rich.table import Table
 from clip_rd_edge.cli import main
-from clip_rd_edge.cli._console import print_table
-from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli.console import print_table
+from clip_rd_edge.cli.output import echo
 
 def answer(arguments):
     table = Table("x" * 100)
@@ -292,20 +292,6 @@ def test_too_many_open_files_are_reported_in_one_line(command_line: Run, monkeyp
     assert (
         error == "error: Cannot read or write a file: Too many open files; raise their limit first: ulimit -n 4096.\n"
     )
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows removes no folder that is in use")
-def test_a_working_folder_that_was_removed_is_told(
-    command_line: Run, colour_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "working").mkdir()
-    monkeypatch.chdir(tmp_path / "working")
-    (tmp_path / "working").rmdir()
-    table = tmp_path / "pairs.csv"
-    table.write_text("filepath,title\na.png,a\n")
-    code, _, error = command_line("evaluate", colour_bundle, "--task", table)
-    assert code == 2
-    assert error.endswith("\nerror: The working folder does not exist any more.\nhint: cd into one that does\n")
 
 
 @pytest.mark.parametrize(

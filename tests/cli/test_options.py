@@ -6,7 +6,7 @@ import click
 import pytest
 from support import commands
 
-from clip_rd_edge.cli._options import GroupedCommand, GroupedOption, NameChoice
+from clip_rd_edge.cli.options import GroupedCommand, GroupedOption, NameChoice
 
 
 @pytest.mark.parametrize(

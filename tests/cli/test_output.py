@@ -20,8 +20,8 @@ from rich.text import Text
 from support import Terminal
 
 import clip_rd_edge
-from clip_rd_edge.cli._console import ConsoleReporter, SafeConsole, console_reporter, print_table
-from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli.console import ConsoleReporter, SafeConsole, console_reporter, print_table
+from clip_rd_edge.cli.output import echo
 from clip_rd_edge.utils.text import as_word, printable
 
 Run = Callable[..., tuple[int, str, str]]
@@ -62,7 +62,7 @@ def test_a_table_shows_any_text_as_it_is(text: str) -> None:
 def test_progress_and_messages_show_any_text_as_it_is(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     stream = Terminal()
     console = SafeConsole(file=stream, force_terminal=True, width=200, color_system=None)
-    monkeypatch.setattr("clip_rd_edge.cli._console.stderr", console)
+    monkeypatch.setattr("clip_rd_edge.cli.console.stderr", console)
     with console_reporter() as reporter:
         assert isinstance(reporter, ConsoleReporter)
         reporter.update(text, 1, 2, text)
@@ -76,7 +76,7 @@ def test_commands_print_with_echo_and_safe_consoles_only() -> None:
     unsafe = []
     for path in (Path(clip_rd_edge.__file__).parent / "cli").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call) or path.name in ("_echo.py", "_first_answer.py"):
+            if not isinstance(node, ast.Call) or path.name in ("output.py", "_first_answer.py"):
                 continue
             name = ast.unparse(node.func)
             constant = bool(node.args) and isinstance(node.args[0], ast.Constant)

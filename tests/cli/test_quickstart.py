@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from clip_rd_edge.cli import distill, quickstart
+from clip_rd_edge.cli import quickstart, train
 from clip_rd_edge.data.tasks import ZeroShotTask
 
 ROOT = Path(__file__).parents[2]
@@ -62,8 +62,8 @@ def test_everybody_is_shown_the_same_first_command() -> None:
     def words(text: str) -> str:
         return re.sub(r"[\\\s]+", " ", text)
 
-    example = words(f"clip-rd-edge {distill.OWN_DATA_EXAMPLE}")
-    help_text = distill.command.help or ""
+    example = words(f"clip-rd-edge {train.OWN_DATA_EXAMPLE}")
+    help_text = train.distill.help or ""
     for text in (help_text, (ROOT / "README.md").read_text(), (ROOT / "docs/data.md").read_text()):
         assert example in words(text)
 
@@ -78,7 +78,7 @@ def test_the_program_is_named_as_it_can_be_called(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("cli.quickstart", "utils.printable"):
+    for module in ("cli.quickstart", "utils.text"):
         monkeypatch.setattr(f"clip_rd_edge.{module}.os", SimpleNamespace(name="nt", path=ntpath))
 
 
@@ -95,5 +95,5 @@ def test_the_shells_of_windows_are_shown_each_command_in_one_line(monkeypatch: p
     monkeypatch.setattr(quickstart, "_unseen_concepts", lambda: task("arrow", "rocket", "square", "circle"))
     lines = [line.strip() for line in quickstart._next_steps(Path("runs/quickstart")).splitlines()]
     (trained,) = (line for line in lines if " distill " in line)
-    assert trained.split()[-10:] == re.sub(r"[\\\s]+", " ", distill.OWN_DATA_EXAMPLE).split()[-10:]
+    assert trained.split()[-10:] == re.sub(r"[\\\s]+", " ", train.OWN_DATA_EXAMPLE).split()[-10:]
     assert not any(line.startswith("-") or line.endswith("\\") for line in lines)

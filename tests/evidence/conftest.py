@@ -66,6 +66,8 @@ def model_result(name: str, correct: int) -> ModelResult:
         top1_interval=Interval(top1, top1),
         top5=top1,
         mean_per_class=top1,
+        templates="{}",
+        calibration_error=None,
     )
     recall = Recall(at1=top1, at5=None, at10=None)
     retrieval = RetrievalScore(
@@ -76,8 +78,8 @@ def model_result(name: str, correct: int) -> ModelResult:
         text_to_image=recall,
     )
     tasks = (
-        TaskResult(score=zero_shot, hits="1" * correct + "0" * (IMAGES - correct)),
-        TaskResult(score=retrieval, geometry=Geometry(positive=0.5, negative=-0.125)),
+        TaskResult(content="", images="unseen style", score=zero_shot, hits="1" * correct + "0" * (IMAGES - correct)),
+        TaskResult(content="", images="", hits="", score=retrieval, geometry=Geometry(positive=0.5, negative=-0.125)),
     )
     return ModelResult(model=name, parameters=1, tasks=tasks)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from clip_rd_edge.evidence import plots
+from clip_rd_edge.evidence import report as plots
 from clip_rd_edge.evidence.results import Curve
 
 from .conftest import Make

@@ -190,7 +190,7 @@ def test_a_run_is_measured_by_its_last_student_and_the_time_of_its_training(
     evidence = runs.run_evidence(suite, tmp_path / "out", SILENT, teacher=teacher)
     assert [run.cpu_seconds for run in evidence.runs] == [42, None]
     task = load_task(suite.tasks[0])
-    right = zero_shot(encoder, task).answers == np.asarray(task.targets)  # type: ignore[arg-type,union-attr]
+    right = zero_shot(encoder, task).labels == np.asarray(task.targets)  # type: ignore[arg-type,union-attr]
     assert not right.all()
     for run, shown in zip(evidence.runs, scores, strict=True):
         assert run.result.tasks[0].hits == "".join("01"[int(hit)] for hit in right)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clip_rd_edge.cli._fold import fold
+from clip_rd_edge.cli.output import fold
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.exporting.plan import device_guide, device_names, plan_exports, read_device
 from clip_rd_edge.utils.paths import shipped_path

@@ -15,8 +15,7 @@ from support import Watch
 
 import clip_rd_edge as edge
 from clip_rd_edge.benchmarking.accuracy import zero_shot
-from clip_rd_edge.benchmarking.report.html import page
-from clip_rd_edge.benchmarking.report.text import markdown
+from clip_rd_edge.benchmarking.report import markdown, page
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest

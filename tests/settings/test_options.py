@@ -12,7 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from clip_rd_edge.cli._command import command_of
+from clip_rd_edge.cli.options import command_of
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.settings.options import Settings, argument, declared, describe, keywords_of, option
 

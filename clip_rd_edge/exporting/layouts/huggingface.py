@@ -29,10 +29,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, compose, helper, numpy_helper
 
-from clip_rd_edge.benchmarking.formatting import inert_markdown, markdown_table
-from clip_rd_edge.benchmarking.report.plot import draw
-from clip_rd_edge.benchmarking.report.text import PLOT, figures_table
+from clip_rd_edge.benchmarking.plot import draw
+from clip_rd_edge.benchmarking.report import PLOT, figures_table
 from clip_rd_edge.benchmarking.results import Results
+from clip_rd_edge.benchmarking.tables import inert_markdown, markdown_table
 from clip_rd_edge.bundle.manifest import TOKENIZER, Manifest, read_manifest
 from clip_rd_edge.bundle.outputs import require_output
 from clip_rd_edge.bundle.preprocess import Preprocessing

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from clip_rd_edge.benchmarking.report.text import HTML, write_report
+from clip_rd_edge.benchmarking.report import HTML, write_report
 from clip_rd_edge.benchmarking.results import RESULTS, Results, published, read_results
 from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite

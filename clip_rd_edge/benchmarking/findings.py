@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clip_rd_edge.benchmarking import formatting
+from clip_rd_edge.benchmarking import tables
 from clip_rd_edge.benchmarking.accuracy import TOP1
 from clip_rd_edge.benchmarking.metrics import (
     Hits,
@@ -13,8 +13,8 @@ from clip_rd_edge.benchmarking.metrics import (
     may_be_chance,
 )
 from clip_rd_edge.benchmarking.regression import TOO_BUSY
-from clip_rd_edge.benchmarking.report.tables import sign_test
 from clip_rd_edge.benchmarking.results import Comparison, Results, RowResult
+from clip_rd_edge.benchmarking.tables import sign_test
 
 
 def recommendation(results: Results) -> str | None:
@@ -45,7 +45,7 @@ def recommendation(results: Results) -> str | None:
         reason = f"the most accurate of {len(suitable)} models that meet this"
     else:
         reason = f"the fastest model that is not significantly less accurate than {best}"
-    figures = f"{formatting.three_digits(_p95_ms(row))} ms and {formatting.percent(score.top1)} % on {score.task}"
+    figures = f"{tables.three_digits(_p95_ms(row))} ms and {tables.percent(score.top1)} % on {score.task}"
     return f"For {requirements}, choose **{choice}**: {figures}, {reason}."
 
 
@@ -54,7 +54,7 @@ def _describe_requirements(budget_ms: float | None, min_accuracy: float | None) 
     if budget_ms is not None:
         parts.append(f"at most {budget_ms:g} ms from image file to answer (95th percentile)")
     if min_accuracy is not None:
-        parts.append(f"at least {formatting.percent(min_accuracy)} % top-1")
+        parts.append(f"at least {tables.percent(min_accuracy)} % top-1")
     return " and ".join(parts)
 
 
@@ -63,9 +63,9 @@ def _describe_extremes(scored: dict[str, tuple[RowResult, ZeroShotScore]]) -> st
     fastest = min(scored, key=lambda label: _p95_ms(scored[label][0]))
     best = max(scored, key=lambda label: scored[label][1].top1)
     return (
-        f"the fastest, {fastest}, takes {formatting.three_digits(_p95_ms(scored[fastest][0]))} ms at "
-        f"{formatting.percent(scored[fastest][1].top1)} %, and the most accurate, {best}, takes "
-        f"{formatting.three_digits(_p95_ms(scored[best][0]))} ms at {formatting.percent(scored[best][1].top1)} %"
+        f"the fastest, {fastest}, takes {tables.three_digits(_p95_ms(scored[fastest][0]))} ms at "
+        f"{tables.percent(scored[fastest][1].top1)} %, and the most accurate, {best}, takes "
+        f"{tables.three_digits(_p95_ms(scored[best][0]))} ms at {tables.percent(scored[best][1].top1)} %"
     )
 
 
@@ -107,10 +107,10 @@ def headline(results: Results) -> list[str]:
     if exported and quantised:
         sentences.append(_quantised_against_exported(results, quantised, exported))
     if student and baseline and (comparison := _comparison(results, student, baseline)):
-        points = f"{formatting.signed_points(comparison.difference)} points"
+        points = f"{tables.signed_points(comparison.difference)} points"
         sentences.append(
             f"Distillation changes top-1 by {_certain(points, comparison)} compared with the same student trained "
-            f"without a teacher (95 % confidence interval {formatting.signed_interval(comparison.interval)}"
+            f"without a teacher (95 % confidence interval {tables.signed_interval(comparison.interval)}"
             f"{_chance(comparison)})."
         )
     sentences = sentences or [_summary(row, results) for row in results.rows]
@@ -124,7 +124,7 @@ def busy_remark(results: Results, *, above: float = TOO_BUSY) -> list[str]:
     if results.other_load is None or results.other_load <= above:
         return []
     return [
-        f"The machine was busy: other processes used {formatting.share(results.other_load, 1)} of it while the models "
+        f"The machine was busy: other processes used {tables.share(results.other_load, 1)} of it while the models "
         f"were timed. Latencies are too high, and not all by the same factor."
     ]
 
@@ -181,12 +181,12 @@ def above_chance(score: ZeroShotScore) -> bool:
 
 def _shipped_against_teacher(results: Results, shipped: RowResult, teacher: RowResult) -> str:
     shipped_ms, teacher_ms = shipped.latency.end_to_end.p50, teacher.latency.end_to_end.p50
-    times = f"{formatting.three_digits(shipped_ms)} ms vs {formatting.three_digits(teacher_ms)} ms"
-    sizes = " vs ".join(f"{formatting.megabytes(row.description.size_bytes)} MB" for row in (shipped, teacher))
+    times = f"{tables.three_digits(shipped_ms)} ms vs {tables.three_digits(teacher_ms)} ms"
+    sizes = " vs ".join(f"{tables.megabytes(row.description.size_bytes)} MB" for row in (shipped, teacher))
     accuracy = _accuracy_kept(results, shipped, teacher)
     subject = f"{shipped.label} {accuracy}, is" if accuracy else f"Compared with the teacher, {shipped.label} is"
     return (
-        f"{subject} {_speed(results, shipped_ms, teacher_ms)} end to end ({times} from image file to {_end(shipped)}) "
+        f"{subject} {_speed(results, shipped_ms, teacher_ms)} end to end ({times} from image file to label) "
         f"and {_size(shipped, teacher)} ({sizes})."
     )
 
@@ -208,11 +208,6 @@ def _quantised_against_exported(results: Results, quantised: RowResult, exported
     )
 
 
-def _end(row: RowResult) -> str:
-    """Return where end-to-end latency ends; see `Latency.steps`."""
-    return "label" if row.latency.steps else "embedding"
-
-
 def _comparison(results: Results, row: RowResult, reference: RowResult) -> Comparison | None:
     key = (headline_task(results), row.label, reference.label)
     return next((c for c in results.comparisons if (c.task, c.label, c.reference) == key), None)
@@ -225,8 +220,8 @@ def _accuracy_kept(results: Results, row: RowResult, teacher: RowResult) -> str:
         return ""
     verb = "keeps" if score.top1 <= teacher_score.top1 else "reaches"
     return (
-        f"{verb} **{formatting.share(score.top1, teacher_score.top1)}** of the teacher's top-1 on {score.task} "
-        f"({formatting.percent(score.top1)} % vs {formatting.percent(teacher_score.top1)} %)"
+        f"{verb} **{tables.share(score.top1, teacher_score.top1)}** of the teacher's top-1 on {score.task} "
+        f"({tables.percent(score.top1)} % vs {tables.percent(teacher_score.top1)} %)"
     )
 
 
@@ -234,36 +229,36 @@ def _accuracy_change(results: Results, row: RowResult, reference: RowResult) -> 
     comparison = _comparison(results, row, reference)
     if comparison is None:
         return ""
-    if formatting.signed_points(comparison.difference) == "0.0":
+    if tables.signed_points(comparison.difference) == "0.0":
         return "loses **no** top-1, "
     lost = comparison.difference < 0
     # A loss is stated without its sign, and so is its interval.
     bounds = Interval(-comparison.interval.high, -comparison.interval.low) if lost else comparison.interval
     points = _certain(f"{100 * abs(comparison.difference):.1f} points", comparison)
     return (
-        f"{'loses' if lost else 'gains'} {points} of top-1 (95 % confidence interval {formatting.interval(bounds)}"
+        f"{'loses' if lost else 'gains'} {points} of top-1 (95 % confidence interval {tables.interval(bounds)}"
         f"{_chance(comparison)}), "
     )
 
 
 def _size(row: RowResult, reference: RowResult) -> str:
     ratio = reference.description.size_bytes / max(row.description.size_bytes, 1)
-    if formatting.ratio(ratio) == "1.0×":
+    if tables.ratio(ratio) == "1.0×":
         return "**the same size**"
-    return f"**{formatting.ratio(ratio)} smaller**" if ratio > 1 else f"**{formatting.ratio(1 / ratio)} larger**"
+    return f"**{tables.ratio(ratio)} smaller**" if ratio > 1 else f"**{tables.ratio(1 / ratio)} larger**"
 
 
 def _speed(results: Results, latency_ms: float, reference_ms: float) -> str:
     """Return how fast a model is against another, in bold unless the machine was too busy to tell."""
-    ratio = formatting.ratio(max(reference_ms / latency_ms, latency_ms / reference_ms))
+    ratio = tables.ratio(max(reference_ms / latency_ms, latency_ms / reference_ms))
     speed = "as fast" if ratio == "1.0×" else f"{ratio} {'faster' if latency_ms < reference_ms else 'slower'}"
     return speed if busy_remark(results) else f"**{speed}**"
 
 
 def _summary(row: RowResult, results: Results) -> str:
     score = headline_score(results, row)
-    accuracy = f"reaches **{formatting.percent(score.top1)} %** top-1 on {score.task}, " if score else ""
+    accuracy = f"reaches **{tables.percent(score.top1)} %** top-1 on {score.task}, " if score else ""
     return (
-        f"{row.label} {accuracy}takes **{formatting.three_digits(row.latency.image.p50)} ms** per image in its image "
-        f"tower and needs **{formatting.megabytes(row.description.size_bytes)} MB** on disk."
+        f"{row.label} {accuracy}takes **{tables.three_digits(row.latency.image.p50)} ms** per image in its image "
+        f"tower and needs **{tables.megabytes(row.description.size_bytes)} MB** on disk."
     )

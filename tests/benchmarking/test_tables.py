@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from clip_rd_edge.benchmarking import formatting
+from clip_rd_edge.benchmarking import tables as formatting
 from clip_rd_edge.benchmarking.metrics import Interval
 
 

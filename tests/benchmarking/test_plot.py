@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.benchmarking.report import plot
-from clip_rd_edge.benchmarking.report.plot import DARK, Dots, _pareto_front, draw, place_labels, require_matplotlib
+from clip_rd_edge.benchmarking import plot
+from clip_rd_edge.benchmarking.plot import DARK, Dots, _pareto_front, draw, place_labels, require_matplotlib
 from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.errors import UsageError
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.benchmarking import formatting
+from clip_rd_edge.benchmarking import tables
+from clip_rd_edge.benchmarking.findings import headline_score
 from clip_rd_edge.benchmarking.metrics import ZeroShotScore
-from clip_rd_edge.benchmarking.report.findings import headline_score
-from clip_rd_edge.benchmarking.report.tables import heading
 from clip_rd_edge.benchmarking.results import Results, RowResult
+from clip_rd_edge.benchmarking.tables import heading
 from clip_rd_edge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ def _fill(axes: Axes, rows: list[tuple[RowResult, ZeroShotScore]], palette: Pale
     axes.plot(x[front], y[front], color=palette.muted, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
     axes.vlines(x, low, high, colors=colours, linewidth=1.2, zorder=2)
     axes.scatter(x, y, s=areas, c=colours, linewidths=1.2, edgecolors=palette.ground, zorder=3)
-    names = [f"{row.label}\n{formatting.megabytes(row.description.size_bytes)} MB" for row, _ in rows]
+    names = [f"{row.label}\n{tables.megabytes(row.description.size_bytes)} MB" for row, _ in rows]
     dots = Dots(x, y, low, high, np.sqrt(areas / np.pi))
     if not place_labels(axes, dots, names, colours, line=front):
         _number(axes, dots, names, colours, line=front)

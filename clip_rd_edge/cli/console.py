@@ -17,8 +17,7 @@ from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
-from clip_rd_edge.cli._echo import results_whole
-from clip_rd_edge.cli._fold import fold
+from clip_rd_edge.cli.output import fold, results_whole
 from clip_rd_edge.utils.reporting import Reporter, duration
 from clip_rd_edge.utils.text import printable
 

@@ -1,0 +1,391 @@
+"""The report of a benchmark: results.json, and made from it alone a page, the same as Markdown, and a plot.
+
+The page is a single HTML file without scripts or external resources; images are embedded as data URIs.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from string import Template
+
+from clip_rd_edge.benchmarking.accuracy import Prediction, Sample, WorstClass
+from clip_rd_edge.benchmarking.findings import above_chance, busy_remark, headline, shipped_row
+from clip_rd_edge.benchmarking.metrics import ZeroShotScore
+from clip_rd_edge.benchmarking.plot import DARK, LIGHT, Palette, draw
+from clip_rd_edge.benchmarking.regression import BUSY, latency_noise
+from clip_rd_edge.benchmarking.results import RESULTS, Results, RowResult, published, write_results
+from clip_rd_edge.benchmarking.tables import (
+    RELATIVE_NOTE,
+    Cell,
+    Section,
+    details,
+    differences,
+    heading,
+    inert_markdown,
+    markdown_table,
+    sections,
+    share,
+)
+from clip_rd_edge.bundle.outputs import require_output_file
+from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.files import read_text_limited, write_bytes, write_text
+from clip_rd_edge.utils.paths import exists
+from clip_rd_edge.utils.text import printable
+
+MARKDOWN, HTML, PLOT = "report.md", "report.html", "accuracy-latency.png"
+_TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def require_report_folder(folder: Path) -> None:
+    """Refuse a folder where a file of the user's has the name of one of a report's."""
+    require_output_file(
+        folder / RESULTS, lambda beginning: b'"suite":' in beginning, what="a benchmark's", option="{output}"
+    )
+    if not exists(folder / RESULTS):
+        for name in (MARKDOWN, HTML, PLOT):
+            require_output_file(folder / name, lambda beginning: False, what="an earlier report's", option="{output}")
+
+
+def write_report(results: Results, folder: Path) -> None:
+    """Write results.json, and from it alone report.md, report.html and the plot. The folder is created if necessary.
+
+    They are published, so they have no path of this package and no secret; see `results.published`.
+    """
+    results = published(results)
+    write_results(folder / RESULTS, results)
+    plot = draw(results, file_format="png")
+    if plot is not None:
+        write_bytes(folder / PLOT, plot)
+    write_text(folder / MARKDOWN, markdown(results, plot=plot is not None))
+    write_text(folder / HTML, page(results))
+
+
+def write_between_markers(document: Path, name: str, table: str) -> None:
+    """Replace the text between `<!-- NAME: begin -->` and `<!-- NAME: end -->` in a Markdown file."""
+    begin_marker, end_marker = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    text = read_text_limited(document)  # which keeps the line ends of Windows
+    before, begin, rest = text.partition(begin_marker)
+    _, end, after = rest.partition(end_marker)
+    if not (begin and end):
+        raise InputError(f"{document} has no lines {begin_marker} and {end_marker}, which must enclose the table.")
+    enclosed = f"{begin_marker}\n{table}\n{end_marker}"
+    if "\r\n" in text:
+        enclosed = enclosed.replace("\n", "\r\n")
+    write_text(document, f"{before}{enclosed}{after}")
+
+
+def markdown(results: Results, *, plot: bool) -> str:
+    """Return the report as Markdown.
+
+    Args:
+        plot: whether accuracy-latency.png exists beside it.
+    """
+    parts = [f"# {inert_markdown(results.suite.name)}: accuracy, latency, size"]
+    parts += map(inert_markdown, headline(results))
+    if plot:
+        parts.append(f"![Top-1 against the latency of the image tower]({PLOT})")
+    parts += ["## Comparison", *([RELATIVE_NOTE] if results.first("teacher") else []), figures_table(results)]
+    if results.skipped:
+        parts.append(_list(f"**{row.label}** was not measured: {row}" for row in results.skipped))
+    if results.missing:
+        parts.append(_list(f"**{task.name}** is missing: {task.reason}" for task in results.missing))
+    if results.samples:
+        headings = ["True label", *(prediction.row for prediction in results.samples[0].predictions)]
+        rows = [[sample.label, *map(_marked, sample.predictions)] for sample in results.samples]
+        parts += ["## Sample predictions", inert_markdown(_samples_note(results)), _markdown(headings, rows)]
+    if results.worst:
+        headings = ["Class", "Correct", "Most often mistaken for"]
+        rows = [[worst.label, f"{worst.right} of {worst.images}", worst.taken_for] for worst in results.worst]
+        parts += ["## Worst classes", inert_markdown(_worst_note(results)), _markdown(headings, rows)]
+    if results.comparisons:
+        rows = [[row.models, row.task, row.verdict, row.points, row.interval] for row in differences(results)]
+        table = _markdown(["Models", "Task", "", "Points", "95 % interval"], rows, numeric=2)
+        parts += ["## Differences in top-1", table]
+    parts += ["## Method", _markdown(["", ""], [[f"**{name}**", value] for name, value in facts(results)])]
+    parts += [_list(remarks(results)), "## All other figures", _models_table(results, details(results))]
+    return "\n\n".join(parts) + "\n"
+
+
+def figures_table(results: Results) -> str:
+    """Return the report's main table, one column per model, as Markdown."""
+    return _models_table(results, sections(results))
+
+
+def _models_table(results: Results, shown: Sequence[Section]) -> str:
+    rows = []
+    for section in shown:
+        rows.append([f"**{section.title}**", *("" for _ in results.rows)])
+        for line in section.lines:
+            cells = (f"{cell.text} ({cell.relative})" if cell.relative else cell.text for cell in line.cells)
+            rows.append([line.name, *cells])
+    return _markdown(["", *(row.label for row in results.rows)], rows, numeric=len(results.rows))
+
+
+def _list(items: Iterable[str]) -> str:
+    return "\n".join(f"- {inert_markdown(item)}" for item in items)
+
+
+def _marked(prediction: Prediction) -> str:
+    return f"{'✓' if prediction.right else '✗'} {prediction.label}, {share(prediction.probability, 1)}"
+
+
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: int = 0) -> str:
+    """Build a Markdown table; the last `numeric` columns are right-aligned."""
+    return markdown_table([headings, *rows], left=range(len(headings) - numeric))
+
+
+def page(results: Results) -> str:
+    """Return the report as HTML."""
+    lead, *findings = headline(results)
+    lead_row = shipped_row(results) if results.first("teacher") else None
+    paragraphs = "".join(f"<p>{_emphasise(sentence)}</p>" for sentence in findings)
+    # Two images that the style sheet chooses from. A <picture> element would stay dark when a dark page is printed.
+    plots = "".join(_plot(results, name, palette) for name, palette in (("light", LIGHT), ("dark", DARK)))
+    return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=f"{_escape(results.suite.name)}: accuracy, latency, size",
+        light=_css_variables(LIGHT),
+        dark=_css_variables(DARK),
+        lead=_emphasise(lead),
+        lead_role=lead_row.role if lead_row else "student",
+        findings=f'<div class="findings">{paragraphs}</div>' if findings else "",
+        plot=f'<figure class="plot">{plots}</figure>' if plots else "",
+        relative_note=f'<p class="small">{RELATIVE_NOTE}</p>' if results.first("teacher") else "",
+        comparison=_table(results, sections(results)),
+        skipped=_reasons("Not measured:", [(row.label, str(row)) for row in results.skipped])
+        + _reasons("Missing data sets:", [(task.name, task.reason) for task in results.missing]),
+        samples=_samples(results),
+        worst=_worst(results),
+        differences=_differences(results),
+        facts="\n".join(f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>" for name, value in facts(results)),
+        remarks="\n".join(f"<li>{_escape(remark)}</li>" for remark in remarks(results)),
+        details=_table(results, details(results)),
+    )
+
+
+def _escape(text: str) -> str:
+    """Return a text as HTML that shows it, control characters as escapes: some reorder the text around them."""
+    return html.escape(printable(text))
+
+
+def _css_variables(palette: Palette) -> str:
+    return " ".join(f"--{role}: {colour};" for role, colour in palette.roles.items())
+
+
+def _emphasise(sentence: str) -> str:
+    unbroken = _escape(sentence).replace("top-1", "top\u20111")
+    return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", unbroken)
+
+
+def _plot(results: Results, name: str, palette: Palette) -> str:
+    svg = draw(results, file_format="svg", palette=palette)
+    if svg is None:
+        return ""
+    return (
+        f'<img class="{name}" src="{_data_uri(svg, "image/svg+xml")}" width="640" height="420" '
+        f'alt="Top-1 against the latency of the image tower; the table below has the numbers.">'
+    )
+
+
+def _table(results: Results, shown: Sequence[Section]) -> str:
+    headings = "".join(map(_column_heading, results.rows))
+    bodies = "".join(_table_body(section, len(results.rows)) for section in shown)
+    head = f'<thead><tr><th scope="col">Model</th>{headings}</tr></thead>'
+    return f'<div class="scroll" tabindex="0"><table class="models">{head}{bodies}</table></div>'
+
+
+def _column_heading(row: RowResult) -> str:
+    runtime = f"{row.description.runtime}, {row.description.precision}"
+    dot = f'<span class="dot" style="--role: var(--{row.role})"></span>'
+    return f'<th scope="col">{dot}{_escape(row.label)}<small>{_escape(runtime)}</small></th>'
+
+
+def _table_body(section: Section, models: int) -> str:
+    note = f" <span>{_escape(section.note)}</span>" if section.note else ""
+    title = f'<tr><th scope="rowgroup" colspan="{models + 1}">{_escape(section.title)}{note}</th></tr>'
+    lines = "".join(
+        f'<tr><th scope="row">{_escape(line.name)}</th>{"".join(map(_cell, line.cells))}</tr>' for line in section.lines
+    )
+    return f"<tbody>{title}{lines}</tbody>"
+
+
+def _cell(cell: Cell) -> str:
+    relative = f" <small>{_escape(cell.relative)}</small>" if cell.relative else ""
+    return f"<td>{_escape(cell.text)}{relative}</td>"
+
+
+def _reasons(title: str, reasons: Sequence[tuple[str, str]]) -> str:
+    items = "".join(f"<li><strong>{_escape(name)}</strong>: {_escape(reason)}</li>" for name, reason in reasons)
+    return f'<p>{title}</p><ul class="remarks">{items}</ul>' if items else ""
+
+
+def _samples(results: Results) -> str:
+    if not results.samples:
+        return ""
+    items = "\n".join(map(_sample, results.samples))
+    return _image_section("samples", "Sample predictions", _samples_note(results), items, css_class="samples")
+
+
+def _worst(results: Results) -> str:
+    if not results.worst:
+        return ""
+    items = "\n".join(map(_worst_class, results.worst))
+    return _image_section("worst", "Worst classes", _worst_note(results), items, css_class="samples worst")
+
+
+def _image_section(name: str, title: str, note: str, items: str, *, css_class: str) -> str:
+    return (
+        f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>'
+        f'<p class="small">{_escape(note)}</p><ul class="{css_class}">{items}</ul></section>'
+    )
+
+
+def _sample(sample: Sample) -> str:
+    predictions = "".join(map(_prediction, sample.predictions))
+    image = _image(sample.png, sample.label)
+    return f"<li>{image}<div><strong>{_escape(sample.label)}</strong><dl>{predictions}</dl></div></li>"
+
+
+def _prediction(prediction: Prediction) -> str:
+    symbol, css_class = ("✓", "yes") if prediction.right else ("✗", "no")
+    shown = f'<span class="{css_class}">{symbol}</span> {_escape(prediction.label)}, {share(prediction.probability, 1)}'
+    return f"<dt>{_escape(prediction.row)}</dt><dd>{shown}</dd>"
+
+
+def _worst_class(worst: WorstClass) -> str:
+    other_image = _image(worst.taken_for_png, worst.taken_for) if worst.taken_for_png else ""
+    correct = f"<strong>{_escape(worst.label)}</strong> {worst.right} of {worst.images} correct"
+    mistaken_for = f"mistaken for <strong>{_escape(worst.taken_for)}</strong>"
+    return (
+        f"<li><figure>{_image(worst.png, worst.label)}<figcaption>{correct}</figcaption></figure>"
+        f'<span class="no" aria-hidden="true">→</span>'
+        f"<figure>{other_image}<figcaption>{mistaken_for}</figcaption></figure></li>"
+    )
+
+
+def _image(png: bytes, name: str) -> str:
+    return f'<img src="{_data_uri(png, "image/png")}" alt="{_escape(name)}">'
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _differences(results: Results) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{_escape(row.models)}</th><td class="text">{_escape(row.task)}</td>'
+        f'<td>{row.points}</td><td>{row.interval}</td><td class="text small">{row.verdict}</td></tr>'
+        for row in differences(results)
+    )
+    if not rows:
+        return ""
+    headings = '<th scope="col">Models</th><th scope="col" class="text">Task</th><th scope="col">Points</th>'
+    headings += '<th scope="col">95 % interval</th><th scope="col" class="text">Verdict</th>'
+    head = f"<thead><tr>{headings}</tr></thead>"
+    return (
+        f'<section aria-labelledby="differences"><h2 id="differences">Differences in top-1</h2>'
+        f'<div class="scroll" tabindex="0"><table class="differences">{head}<tbody>{rows}</tbody></table></div>'
+        f"</section>"
+    )
+
+
+def facts(results: Results) -> list[tuple[str, str]]:
+    """Return the hardware and software as names and values."""
+    environment = results.environment
+    memory = f"{environment.memory_bytes / 2**30:.1f} GiB" if environment.memory_bytes else ""
+    rows = [
+        ("Machine", ", ".join(part for part in (environment.machine, memory) if part)),
+        ("GPU", environment.accelerator),
+        ("Instruction sets", ", ".join(environment.instruction_sets)),
+        ("System", environment.system),
+        ("Python", environment.python),
+        ("Packages", ", ".join(f"{name} {version}" for name, version in environment.packages.items())),
+        ("Threads", str(results.suite.threads)),
+        ("Date", environment.date),
+        ("Commit", environment.commit),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def remarks(results: Results) -> list[str]:
+    """Return what a careful reader should know before quoting a number."""
+    suite, latency = results.suite, results.rows[0].latency
+    notes = [
+        *_chance_remarks(results),
+        f"Latency: batch 1 on {suite.threads} thread{'s' if suite.threads > 1 else ''}; all models timed in turn in "
+        f"one process, {latency.rounds} rounds, after warming up until the latency was steady. End to end is from the "
+        f"image file to the label.",
+        *_reliability_remarks(results),
+    ]
+    runtimes: dict[str, list[str]] = {}
+    for row in results.rows:
+        runtimes.setdefault(row.description.runtime, []).append(row.label)
+    if len(runtimes) > 1:
+        assignment = "; ".join(f"{', '.join(labels)} in {runtime}" for runtime, labels in runtimes.items())
+        notes.append(f"Models ran in different runtimes ({assignment}), which account for part of the speed-ups.")
+    notes.append("Size: the files needed to run the model, without the runtime's own libraries.")
+    scores = [s for s in results.rows[0].scores if isinstance(s, ZeroShotScore) and s.templates not in ("", "{}")]
+    if scores:
+        notes.append(f"Prompt templates: {'; '.join(f'{score.task}: {score.templates}' for score in scores)}.")
+    if results.comparisons:
+        notes.append(
+            "Intervals are 95 % confidence intervals over the task's images; those of differences are "
+            "paired by image. They do not cover other training seeds or other images."
+        )
+    return notes
+
+
+def _chance_remarks(results: Results) -> list[str]:
+    at_chance: dict[str, list[str]] = {}
+    for row in results.rows:
+        for score in row.scores:
+            if isinstance(score, ZeroShotScore) and not above_chance(score):
+                at_chance.setdefault(score.task, []).append(row.label)
+    return [f"Not significantly above chance level on {task}: {', '.join(rows)}." for task, rows in at_chance.items()]
+
+
+def _reliability_remarks(results: Results) -> list[str]:
+    """Return how reliable the figures are, and which could not be measured."""
+    if (noise := latency_noise(results)) is None:
+        notes = ["Noise: unknown, as a single round does not show it; latencies of more rounds can be compared."]
+    else:
+        notes = [
+            f"Noise: the p50s of two runs like this one can differ by up to {share(noise, 1)} by chance, "
+            f"relative to a fixed reference workload that is timed beside the models."
+        ]
+    notes += busy_remark(results, above=BUSY)
+    unknown = [row for row in results.rows if row.energy_joules is None]
+    if any(row.description.device == "cpu" for row in unknown):
+        notes.append("Energy: not available on this machine (no readable counter in /sys/class/powercap).")
+    elif unknown:
+        notes.append("Energy: of models on the CPU alone; what other devices take is not in its counters.")
+    if cold_starts := [row.cold_start for row in results.rows if row.cold_start]:
+        notes.append(
+            f"Cold start and memory: a new process that does its imports, loads the model and embeds one image and one "
+            f"text, with its files in the system's cache; median of up to "
+            f"{max(cold_start.runs for cold_start in cold_starts)} runs."
+        )
+    return notes
+
+
+def _samples_note(results: Results) -> str:
+    """Return how the samples were chosen."""
+    last = results.samples[0].predictions[-1].row
+    correct = sum(sample.predictions[-1].right for sample in results.samples)
+    wrong = len(results.samples) - correct
+    return (
+        f"{heading(results.samples[0].task)}, sampled at random: {correct} images that {last} classifies correctly and "
+        f"{wrong} that it gets wrong, so the ratio is not its accuracy. Each prediction is shown with its probability."
+    )
+
+
+def _worst_note(results: Results) -> str:
+    """Return what the section of the worst classes shows."""
+    first = results.worst[0]
+    return (
+        f"{heading(first.task)}, {first.row}: the classes with the lowest accuracy; among equals, those with the most "
+        f"confident errors."
+    )

@@ -1,1 +1,0 @@
-"""Benchmark reports as HTML, Markdown, terminal tables and a plot."""

@@ -1,0 +1,488 @@
+"""Number formats shared by the terminal, Markdown, HTML and plot output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from clip_rd_edge.benchmarking.latency import Percentiles
+from clip_rd_edge.benchmarking.metrics import Interval, Recall, RetrievalScore, Score, ZeroShotScore
+from clip_rd_edge.benchmarking.results import Comparison, Results
+from clip_rd_edge.utils.text import printable
+
+if TYPE_CHECKING:
+    from clip_rd_edge.benchmarking.regression import AccuracyChange, Changes, LatencyChange
+
+NO_VALUE = "–"
+
+
+def percent(fraction: float | None) -> str:
+    """Format a fraction in percent with one decimal and without the unit, `71.8`; a dash for None."""
+    return NO_VALUE if fraction is None else _one_decimal(fraction)
+
+
+def share(part: float, whole: float) -> str:
+    """Format `part` as a whole percentage of `whole`, `87 %`; a dash if `whole` is not positive."""
+    return f"{100 * part / whole:.0f}\N{NO-BREAK SPACE}%" if whole > 0 else NO_VALUE
+
+
+def signed_points(difference: float) -> str:
+    """Format a difference of fractions in percentage points with its sign, `−1.3`."""
+    text = _one_decimal(difference)
+    return text if text.startswith(("−", "0.0")) else f"+{text}"
+
+
+def signed_percent(change: float) -> str:
+    """Format a relative change in percent with its sign and one decimal, `−1.3 %`."""
+    return f"{signed_points(change)}\N{NO-BREAK SPACE}%"
+
+
+def interval(bounds: Interval) -> str:
+    """Format an interval of fractions in percent, `67.1 to 76.3`."""
+    return f"{percent(bounds.low)} to {percent(bounds.high)}"
+
+
+def signed_interval(bounds: Interval) -> str:
+    """Format an interval of differences in percentage points, `−2.6 to −0.3`."""
+    return f"{signed_points(bounds.low)} to {signed_points(bounds.high)}"
+
+
+def three_digits(value: float | None) -> str:
+    """Format a latency or a rate with about three digits, without the unit: `1.78`, `32.5`, `120`; a dash for None."""
+    if value is None:
+        return NO_VALUE
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def seconds(value: float | None) -> str:
+    """Format a duration with two digits, without the unit: `0.41`, `2.3`, `15`; a dash for None."""
+    if value is None:
+        return NO_VALUE
+    return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+def megabytes(size_bytes: float | None) -> str:
+    """Format a size in millions of bytes, without the unit: `7.6`, `605`; a dash for None."""
+    if size_bytes is None:
+        return NO_VALUE
+    value = size_bytes / 1e6
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def millions(count: int) -> str:
+    """Format a number of weights in millions, `6.9`; a dash for 0, which means unknown."""
+    return NO_VALUE if count == 0 else f"{count / 1e6:.1f}" if count >= 1e5 else f"{count / 1e6:.3f}"
+
+
+def ratio(value: float) -> str:
+    """Format a ratio: `4.7×`, `18×`."""
+    return f"{value:.1f}×" if value < 10 else f"{value:,.0f}×"
+
+
+def _one_decimal(fraction: float) -> str:
+    text = f"{100 * fraction:.1f}"
+    return "0.0" if text == "-0.0" else text.replace("-", "−")
+
+
+def markdown_table(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
+    """Build a Markdown table; the first row holds the column headings.
+
+    Args:
+        left: indices of the left-aligned columns; all others are right-aligned.
+    """
+    rule = ["---" if i in left else "---:" for i in range(len(rows[0]))]
+    lines = [rows[0], rule, *rows[1:]]
+    return "\n".join(
+        f"| {' | '.join(inert_markdown(cell).replace('|', '&#124;') for cell in line)} |" for line in lines
+    )
+
+
+def inert_markdown(text: str) -> str:
+    """Return one line of Markdown in which names from elsewhere are no HTML, links or images, but seen as they are."""
+    return printable(" ".join(text.splitlines())).replace("<", "&lt;").replace("](", "]&#40;").replace("][", "]&#91;")
+
+
+T = TypeVar("T")
+RELATIVE_NOTE = (
+    "Second figures are relative to the teacher: how many times smaller or faster, or the share of its accuracy."
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure, and the same figure relative to the teacher's; the latter is empty if there is none."""
+
+    text: str
+    relative: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One measurement of every model."""
+
+    name: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Related measurements, such as those of one task."""
+
+    title: str
+    note: str
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Top-1 of one model minus another's; `verdict` is empty if the difference is significant."""
+
+    task: str
+    models: str
+    points: str
+    interval: str
+    verdict: str
+
+
+def sections(results: Results) -> list[Section]:
+    """Return the main table: cost first, then each task in the suite's order."""
+    latencies = [row.latency for row in results.rows]
+    sizes = [row.description.size_bytes for row in results.rows]
+    cost = [
+        _lower_is_better("Size, MB", results, sizes, megabytes),
+        _lower_is_better("Image tower, ms", results, [latency.image.p50 for latency in latencies], three_digits),
+        _lower_is_better("Text tower, ms", results, _p50s([latency.text for latency in latencies]), three_digits),
+        _lower_is_better("End to end, ms", results, [latency.end_to_end.p50 for latency in latencies], three_digits),
+        *_memory(results),
+    ]
+    return [Section("Cost", "batch 1, median", tuple(cost)), *_tasks(results, _accuracy)]
+
+
+def details(results: Results) -> list[Section]:
+    """Return what `sections` leaves out.
+
+    These are latency percentiles and steps, throughput, cold start, energy, confidence intervals, means per class and
+    R@5 and R@10.
+    """
+    parameters = _plain("Parameters, millions", [millions(row.description.parameters) for row in results.rows])
+    cost = [
+        parameters,
+        *_latency_percentiles("Image tower", [row.latency.image for row in results.rows]),
+        *_latency_percentiles("Text tower", [row.latency.text for row in results.rows]),
+        *_latency_percentiles("End to end", [row.latency.end_to_end for row in results.rows]),
+        *_steps(results),
+        *_throughput(results),
+    ]
+    return [Section("Cost", "", tuple(cost)), *_tasks(results, _accuracy_details)]
+
+
+def _p50s(rows: Sequence[Percentiles | None]) -> list[float | None]:
+    return [row.p50 if row else None for row in rows]
+
+
+def _memory(results: Results) -> Iterator[Line]:
+    peaks = [row.cold_start.peak_memory_bytes if row.cold_start else None for row in results.rows]
+    if all(peaks):
+        known = [peak for peak in peaks if peak]
+        yield _lower_is_better("Peak memory, MB", results, known, megabytes)
+
+
+def _latency_percentiles(name: str, rows: Sequence[Percentiles | None]) -> Iterator[Line]:
+    """Yield p50 to p99 with their intervals; None is a model without this tower."""
+    for percentile in ("p50", "p95", "p99"):
+        if percentile != "p50":
+            values = [getattr(row, percentile, None) for row in rows]
+            yield _plain(f"{name}, ms, {percentile}", list(map(three_digits, values)))
+        bounds = [getattr(row, f"{percentile}_interval", None) for row in rows]
+        texts = [f"{three_digits(each.low)} to {three_digits(each.high)}" if each else NO_VALUE for each in bounds]
+        yield _plain(f"{name}, ms, {percentile}, 95 % interval", texts)
+
+
+def _steps(results: Results) -> Iterator[Line]:
+    steps = [row.latency.steps for row in results.rows]
+    yield _plain("Decoding, ms", [three_digits(row.decode) for row in steps])
+    yield _plain("Preprocessing, ms", [three_digits(row.preprocess) for row in steps])
+    name = f"Classifying among {steps[0].labels:,} labels, ms"
+    yield _plain(name, [three_digits(row.classify) for row in steps])
+
+
+def _throughput(results: Results) -> Iterator[Line]:
+    rows = results.rows
+    yield _plain("Images per second, batch 1", [three_digits(1000 / row.latency.image.p50) for row in rows])
+    for i, throughput in enumerate(rows[0].throughput):
+        rates = [three_digits(row.throughput[i].images_per_second) for row in rows]
+        yield _plain(f"Images per second, batch {throughput.batch}", rates)
+    if any(row.cold_start for row in rows):
+        seconds = [seconds(row.cold_start.first_answer_s if row.cold_start else None) for row in rows]
+        yield _plain("Cold start to first answer, s", seconds)
+    if any(row.energy_joules is not None for row in rows):
+        joules = [row.energy_joules for row in rows]
+        millijoules = [three_digits(None if value is None else 1000 * value) for value in joules]
+        yield _plain("Energy per image, mJ", millijoules)
+
+
+def differences(results: Results) -> list[Difference]:
+    """Return all comparisons of the results."""
+    return [
+        Difference(
+            task=heading(comparison.task),
+            models=f"{comparison.label} vs {comparison.reference}",
+            points=signed_points(comparison.difference),
+            interval=signed_interval(comparison.interval),
+            verdict=_verdict(comparison),
+        )
+        for comparison in results.comparisons
+    ]
+
+
+def _verdict(comparison: Comparison) -> str:
+    interval = comparison.interval
+    if interval.low == interval.high == 0:
+        return "correct on the same images"
+    if not comparison.may_be_chance:
+        return ""
+    test = sign_test(comparison)
+    return f"not significant ({test})" if test else "not significant"
+
+
+def sign_test(comparison: Comparison) -> str:
+    """Return the test that calls a difference chance although its interval leaves out zero; empty if it includes it."""
+    bounds = comparison.interval
+    return "" if bounds.low <= 0 <= bounds.high else f"exact sign test: p = {comparison.p_value:.2f}"
+
+
+def heading(task: str) -> str:
+    """Return a task's name as a heading."""
+    return task[:1].upper() + task[1:]
+
+
+def _tasks(results: Results, make: Callable[[Results, Sequence[Score]], Section]) -> list[Section]:
+    return [make(results, scores) for scores in zip(*(row.scores for row in results.rows), strict=True)]
+
+
+def _accuracy(results: Results, scores: Sequence[Score]) -> Section:
+    zero_shot = [score for score in scores if isinstance(score, ZeroShotScore)]
+    retrieval = [score for score in scores if isinstance(score, RetrievalScore)]
+    first = scores[0]
+    if isinstance(first, ZeroShotScore):
+        note = f"{first.images:,} images, {first.classes:,} labels; chance level {100 / first.classes:.1f} %"
+        lines = (
+            _higher_is_better("Top-1, %", results, [score.top1 for score in zero_shot]),
+            _higher_is_better("Top-5, %", results, [score.top5 for score in zero_shot]),
+        )
+    else:
+        note = f"{first.images:,} images, {first.captions:,} captions"
+        lines = (
+            _higher_is_better("Image → text, R@1, %", results, [score.image_to_text.at1 for score in retrieval]),
+            _higher_is_better("Text → image, R@1, %", results, [score.text_to_image.at1 for score in retrieval]),
+        )
+    return Section(heading(first.task), note, lines)
+
+
+def _accuracy_details(results: Results, scores: Sequence[Score]) -> Section:
+    zero_shot = [score for score in scores if isinstance(score, ZeroShotScore)]
+    retrieval = [score for score in scores if isinstance(score, RetrievalScore)]
+    lines: tuple[Line, ...]
+    if zero_shot:
+        lines = (
+            _plain("Top-1, 95 % interval", [interval(score.top1_interval) for score in zero_shot]),
+            _plain("Mean per class, %", [percent(score.mean_per_class) for score in zero_shot]),
+            _plain("Calibration error, points", [percent(score.calibration_error) for score in zero_shot]),
+        )
+    else:
+        lines = (
+            _plain("Image → text, R@5 / R@10, %", [_recall_at_5_and_10(score.image_to_text) for score in retrieval]),
+            _plain("Text → image, R@5 / R@10, %", [_recall_at_5_and_10(score.text_to_image) for score in retrieval]),
+        )
+    return Section(heading(scores[0].task), "", lines)
+
+
+def _recall_at_5_and_10(recall: Recall) -> str:
+    return f"{percent(recall.at5)} / {percent(recall.at10)}"
+
+
+def _lower_is_better(
+    name: str, results: Results, values: Sequence[float | None], show: Callable[[float | None], str]
+) -> Line:
+    """Return a line with the teacher's value over each value; None is a model that has none."""
+    teacher = _teacher_value(results, values)
+    ratios = [ratio(teacher / value) if teacher and value else "" for value in values]
+    return _line(name, results, [show(value) for value in values], ratios)
+
+
+def _higher_is_better(name: str, results: Results, values: Sequence[float | None]) -> Line:
+    """Return a line with each value as a percentage of the teacher's."""
+    teacher = _teacher_value(results, values)
+    shares = [share(value, teacher) if teacher and value is not None else "" for value in values]
+    return _line(name, results, [percent(value) for value in values], shares)
+
+
+def _plain(name: str, texts: Sequence[str]) -> Line:
+    return Line(name, tuple(map(Cell, texts)))
+
+
+def _line(name: str, results: Results, texts: Sequence[str], relative: Sequence[str]) -> Line:
+    cells = (
+        Cell(text, "" if row.role == "teacher" else ratio)
+        for row, text, ratio in zip(results.rows, texts, relative, strict=True)
+    )
+    return Line(name, tuple(cells))
+
+
+def _teacher_value(results: Results, values: Sequence[T]) -> T | None:
+    return next((value for row, value in zip(results.rows, values, strict=True) if row.role == "teacher"), None)
+
+
+_NAME_WIDTH = 16  # columns in which a longer name of a task is broken, rather than its figures
+
+
+def terminal_tables(results: Results, width: int) -> list[Table]:
+    """Return the report's table, one column per model, each figure also relative to the teacher's.
+
+    Args:
+        width: of the terminal, in columns. Models for which there is no room are in further tables.
+    """
+    shown = sections(results)
+    tables: list[Table] = []
+    for count in range(len(results.rows), 0, -1):
+        starts = range(0, len(results.rows), count)
+        tables = [_terminal_table(results, shown, slice(start, start + count)) for start in starts]
+        if all(_width(table) <= width for table in tables):
+            break
+    if tables and results.first("teacher"):
+        tables[-1].caption = RELATIVE_NOTE
+        tables[-1].caption_justify = "left"
+    return tables
+
+
+def _terminal_table(results: Results, shown: Sequence[Section], models: slice) -> Table:
+    table = plain_table("", *(row.label for row in results.rows[models]))
+    for section in shown:
+        table.add_section()
+        table.add_row(Text(section.title, style="bold"))
+        for line in section.lines:
+            table.add_row(line.name, *map(_terminal_cell, line.cells[models]))
+    return table
+
+
+def _width(table: Table) -> int:
+    """Return the number of columns that a table needs without wrapping anything."""
+    console = Console(width=10_000, markup=False, emoji=False)  # as the commands print it
+    return Measurement.get(console, console.options, table).maximum
+
+
+def score_tables(scores: Sequence[Score], width: int) -> list[Table]:
+    """Return one table of zero-shot scores and one of retrieval scores, in percent; empty ones are left out.
+
+    Args:
+        width: of the terminal, in columns. Where the figures of a task have no room beside each other and its name,
+            they are below each other.
+    """
+    zero_shot = [score for score in scores if isinstance(score, ZeroShotScore)]
+    retrieval = [score for score in scores if isinstance(score, RetrievalScore)]
+    tables = []
+    if zero_shot:
+        headings = ["Zero-shot, %", "Images", "Labels", "Top-1", "95 %\ninterval", "Top-5", "Mean per\nclass"]
+        rows = []
+        for score in zero_shot:
+            counts = (f"{score.images:,}", f"{score.classes:,}")
+            top1 = (percent(score.top1), interval(score.top1_interval))
+            rows.append([score.task, *counts, *top1, percent(score.top5), percent(score.mean_per_class)])
+        table = _task_table(headings, rows, width)
+        table.caption = _templates_note(zero_shot)
+        table.caption_justify = "left"
+        tables.append(table)
+    if retrieval:
+        headings = ["Retrieval, R@1 / 5 / 10, %", "Images", "Captions", "Image → text", "Text → image"]
+        rows = []
+        for recalls in retrieval:
+            counts = (f"{recalls.images:,}", f"{recalls.captions:,}")
+            rows.append([recalls.task, *counts, _recall(recalls.image_to_text), _recall(recalls.text_to_image)])
+        tables.append(_task_table(headings, rows, width))
+    return tables
+
+
+def _task_table(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Table:
+    table = plain_table(*headings)
+    for row in rows:
+        table.add_row(*row)
+    longest = max(cell_len(name) for name in (headings[0], *(row[0] for row in rows)))
+    if _width(table) - max(longest - _NAME_WIDTH, 0) <= width:
+        return table
+    table = plain_table(headings[0], "")
+    for name, *figures in rows:
+        table.add_section()
+        table.add_row(Text(name, style="bold"))
+        for heading, figure in zip(headings[1:], figures, strict=True):
+            table.add_row(heading.replace("\n", " "), figure)
+    return table
+
+
+def _templates_note(scores: Sequence[ZeroShotScore]) -> str:
+    """Return which prompt templates were used, which accuracy depends on."""
+    if len({score.templates for score in scores}) == 1:
+        return f"Prompt templates: {scores[0].templates}"
+    return "\n".join(f"Prompt templates of {score.task}: {score.templates}" for score in scores)
+
+
+def class_table(score: ZeroShotScore) -> Table:
+    """Return a table of the classes of one task, lowest recall first; classes without images come last."""
+    has_folders = any(row.folder for row in score.per_class)
+    folder = ["Folder"] if has_folders else []
+    table = plain_table(score.task, *folder, "Images", "Recall, %", "Precision, %", left=folder)
+    table.add_column("Most often mistaken for", overflow="fold")
+    for row in sorted(score.per_class, key=lambda row: 2.0 if row.recall is None else row.recall):
+        mistakes = ((label, count) for label, count in row.predicted.items() if label != row.label)
+        label, count = next(mistakes, ("", 0))
+        mistake = f"{label} ({count:,})" if count else ""
+        names = [row.label, row.folder] if has_folders else [row.label]
+        table.add_row(*names, f"{row.images:,}", percent(row.recall), percent(row.precision), mistake)
+    return table
+
+
+def plain_table(first: str, *others: str, left: Sequence[str] = ()) -> Table:
+    """Return an empty table: the first column and those named in `left` are left-aligned, the others right-aligned."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    return table
+
+
+def _recall(recall: Recall) -> str:
+    return " / ".join(percent(value) for value in (recall.at1, recall.at5, recall.at10))
+
+
+def _terminal_cell(cell: Cell) -> Text:
+    # Padded, so that figures line up with and without a relative figure.
+    return Text.assemble(f"{cell.text:>6}", (f" {cell.relative:>5}", "dim"))
+
+
+_STYLES = {"regression": "bold red", "improvement": "green", "noise": "dim", "same": "dim"}
+
+
+def change_tables(changes: Changes) -> list[Table]:
+    """Return one table of the latencies that two runs have in common and one of the accuracies that differ."""
+
+    def verdict(change: LatencyChange | AccuracyChange) -> Text:
+        return Text("within noise" if change.verdict == "noise" else change.verdict, style=_STYLES[change.verdict])
+
+    latencies = plain_table("p50", "Old, ms", "New, ms", "Change", "Noise", "", left=("",))
+    for timed in changes.latencies:
+        figures = (three_digits(timed.old_ms), three_digits(timed.new_ms), signed_percent(timed.change))
+        latencies.add_row(f"{timed.row}, {timed.what}", *figures, f"± {100 * timed.noise:.1f} %", verdict(timed))
+    accuracies = plain_table("Accuracy, %", "Old", "New", "Points", "Paired interval", "", left=("",))
+    for change in changes.accuracies:
+        if change.verdict != "same":
+            figures = (percent(change.old), percent(change.new), signed_points(change.new - change.old))
+            name = f"{change.row}, {change.task}, {change.measure}"
+            accuracies.add_row(name, *figures, signed_interval(change.interval), verdict(change))
+    return [table for table in (latencies, accuracies) if table.rows]

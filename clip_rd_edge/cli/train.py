@@ -1,0 +1,176 @@
+"""The commands that make models: `distill`, `embed`, `recipe`, `stitch`, `trim` and `average`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from clip_rd_edge.cli.options import CommandGroup, GroupedCommand, command_of, complete_recipe
+from clip_rd_edge.cli.output import echo
+from clip_rd_edge.settings.training import Average, Distill, Embed, Stitch, Trim
+from clip_rd_edge.utils.text import as_word
+
+# The first command that a reader of the README, of the guide, of the help and of the quickstart's output is shown.
+OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
+      --teacher ViT-B-16 --teacher-pretrained laion400m_e32 \\
+      --student resnet18 --pretrained-image timm \\
+      --text 512x6 --pretrained-text teacher"""
+
+
+@command_of(Distill, "distill")
+def distill(given: dict[str, Any]) -> None:
+    """Train a compact student from a teacher and image-caption pairs.
+
+    \b
+    clip-rd-edge distill --data pairs.csv --batch-size 256 -o runs/first \\
+        --teacher ViT-B-16 --teacher-pretrained laion400m_e32 \\
+        --student resnet18 --pretrained-image timm \\
+        --text 512x6 --pretrained-text teacher
+
+    The student is written to RUN/student, which open_clip loads as local-dir:RUN/student.
+    """
+    import clip_rd_edge as edge
+    from clip_rd_edge.bundle.runs import CALIBRATION_FILE, STUDENT_FOLDER
+    from clip_rd_edge.cli.console import console_reporter, first_process, say
+    from clip_rd_edge.utils.paths import is_file
+
+    with console_reporter() as reporter:
+        run = edge.distill(**given, reporter=reporter)
+    # A run on texts alone, or on a few pairs, has no images to calibrate INT8 with.
+    calibration = "" if is_file(run / CALIBRATION_FILE) else " --calibration pairs.csv"
+    say(f"next: clip-rd-edge export {as_word(run)} --precision int8{calibration} -o {as_word(run / 'bundle')}")
+    if first_process:
+        echo(run / STUDENT_FOLDER)
+
+
+@command_of(Embed, "embed")
+def embed(given: dict[str, Any]) -> None:
+    """Compute a teacher's embeddings once, for many runs of distill with --store.
+
+    \b
+    clip-rd-edge embed --data pairs.csv --teacher runs/teacher --views 8 -o store
+    clip-rd-edge distill --data pairs.csv --teacher runs/teacher --views 8 \\
+        --store store --student resnet18 -o runs/stored
+
+    An interrupted command is continued by the same one. Under torchrun, and with --ray, many machines share the work.
+    """
+    import clip_rd_edge as edge
+    from clip_rd_edge.cli.console import console_reporter, first_process, say
+
+    with console_reporter() as reporter:
+        folder = edge.embed(**given, reporter=reporter)
+    if first_process:
+        store = as_word(folder)
+        say(f"next: clip-rd-edge distill, with the same data, teacher and views, and --store {store}")
+        echo(folder)
+
+
+@click.group("recipe", cls=CommandGroup)
+def recipe() -> None:
+    """Show the training recipes of distill.
+
+    \b
+    clip-rd-edge recipe show
+    """
+
+
+@recipe.command("show", cls=GroupedCommand, short_help="Print a recipe with comments, or list all recipes.")
+@click.argument("name", required=False, shell_complete=complete_recipe)
+def show(name: str | None) -> None:
+    """Print the recipe NAME as YAML with a comment on each key; without NAME, list the recipes.
+
+    \b
+    clip-rd-edge recipe show clip-rd > mine.yaml
+    clip-rd-edge distill --recipe mine.yaml --data pairs.csv \\
+        --teacher runs/teacher --student resnet18 -o runs/mine
+    """
+    import clip_rd_edge as edge
+
+    echo(edge.recipe(name), nl=False)
+
+
+@command_of(Stitch, "stitch")
+def stitch(given: dict[str, Any]) -> None:
+    """Join CLASSIFIER and a sentence encoder through the names of the classes: zero-shot, without training images.
+
+    \b
+    clip-rd-edge stitch tf_efficientnet_lite0 --names imagenet \\
+        --text all-MiniLM-L6-v2 -o teacher
+    clip-rd-edge stitch resnet18 --pretrained parts.pth --names parts.txt \\
+        --text all-MiniLM-L6-v2 -o parts
+
+    CLASSIFIER is a timm architecture, or torchvision:NAME. The result is an open_clip model, such as distill takes as
+    its --teacher. It knows what its classes look like, and relates other texts to them as far as their meaning does.
+    """
+    import clip_rd_edge as edge
+    from clip_rd_edge.cli.console import console_reporter, say
+
+    with console_reporter() as reporter:
+        folder = edge.stitch(**given, reporter=reporter)
+    say(f"next: clip-rd-edge export {as_word(folder)} -o {as_word(f'{folder}-bundle')}")
+    echo(f"local-dir:{folder}")
+
+
+@command_of(Trim, "trim")
+def trim(given: dict[str, Any]) -> None:
+    """Leave out layers and tokens of MODEL's text tower, of which the tokens are the largest part.
+
+    \b
+    clip-rd-edge trim runs/seeing --text-layers 2 --vocabulary 7500 \\
+        --texts nouns.txt -o runs/trimmed
+    clip-rd-edge distill --texts nouns.txt --teacher runs/seeing \\
+        --student runs/trimmed --batch-size 256 --lr 5e-4 -o runs/small-text
+
+    MODEL is a run's folder or another open_clip model. The result embeds images as MODEL does, but not texts: it is
+    what a student starts from, which then learns MODEL's embeddings of texts in minutes.
+    """
+    import clip_rd_edge as edge
+    from clip_rd_edge.cli.console import console_reporter, say
+
+    with console_reporter() as reporter:
+        folder = edge.trim(**given, reporter=reporter)
+    model, texts = as_word(given["model"]), as_word(given.get("texts", "FILE"))
+    say(
+        f"next: clip-rd-edge distill --texts {texts} --teacher {model} --student {as_word(folder)} "
+        f"--batch-size 256 --lr 5e-4 -o {as_word(f'{folder}-student')}"
+    )
+    echo(f"local-dir:{folder}")
+
+
+class _Weight(click.FloatRange):
+    """A number from 0 to 1, or `best`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return "best" if str(value).casefold() == "best" else super().convert(value, param, ctx)
+
+
+@command_of(Average, "average", weight=_Weight(0, 1))
+def average(given: dict[str, Any]) -> None:
+    """Average the weights of two models: (1 − SHARE) · FIRST + SHARE · SECOND.
+
+    \b
+    clip-rd-edge average runs/general runs/tuned --weight 0.7 -o runs/between
+    clip-rd-edge average runs/general runs/tuned --weight best \\
+        --task old-images/ --task new-images/ -o runs/between
+
+    A fine-tuned model has forgotten some of what its start knew; between the two there are models that are nearly as
+    good at both. FIRST and SECOND are runs' folders or other open_clip models. The result is an open_clip folder, which
+    export and distill take. Two models that were trained from different random weights have nothing good between them.
+    """
+    import clip_rd_edge as edge
+    from clip_rd_edge.cli.console import console_reporter, print_table, say, stderr
+
+    with console_reporter() as reporter:
+        result = edge.average(**given, reporter=reporter)
+    if result.curve:
+        from clip_rd_edge.benchmarking.tables import plain_table
+
+        table = plain_table("Weight of the second", *result.curve[0].scores)
+        for point in result.curve:
+            chosen = " ←" if point.weight == result.weight else ""
+            table.add_row(f"{point.weight:g}{chosen}", *(f"{score:.1%}" for score in point.scores.values()))
+        print_table(table, console=stderr)
+    folder = result.folder
+    say(f"next: clip-rd-edge export {as_word(folder)} --precision int8 -o {as_word(f'{folder}-bundle')}")
+    echo(f"local-dir:{folder}")
