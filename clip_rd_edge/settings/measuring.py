@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from clip_rd_edge.settings.deploying import Threads
@@ -11,137 +12,103 @@ from clip_rd_edge.settings.training import Tasks, Templates
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
-ImageColumn = Annotated[str, option("Column with the image paths, of every table.", group="Tasks", metavar="COLUMN")]
-CaptionColumn = Annotated[str, option("Column with the captions, of every table.", group="Tasks", metavar="COLUMN")]
+_tasks = partial(option, group="Tasks")
+_model = partial(option, group="Model")
+_output = partial(option, group="Output")
+_suite = partial(option, group="Suite")
+_recommendation = partial(option, group="Recommendation")
+_training = partial(option, group="Training")
+_report = partial(option, group="Report")
+_teacher = partial(option, group="Teacher")
+
+ImageColumn = Annotated[str, _tasks("Column with the image paths, of every table.", metavar="COLUMN")]
+CaptionColumn = Annotated[str, _tasks("Column with the captions, of every table.", metavar="COLUMN")]
 
 
 class _Evaluated(Settings, frozen=True):
     model: Annotated[AnyPath | Any, argument("A loaded model, or anything that `load` takes.")]
-    tasks: Annotated[
-        Tasks,
-        option(
-            "A folder of images with one subfolder per class, a data set that CLIP_benchmark exported, a CSV file or "
-            "shards of images and captions, or a task of the built-in data set, such as emoji:unseen-style or "
-            "emoji:unseen-style:retrieval. Can be repeated.",
-            flags=("--task",), group="Tasks", metavar="NAME", complete="task",
-        ),
-    ]  # fmt: skip
+    tasks: Annotated[Tasks, _tasks(
+        "A folder of images with one subfolder per class, a data set that CLIP_benchmark exported, a CSV file or "
+        "shards of images and captions, or a task of the built-in data set, such as emoji:unseen-style or "
+        "emoji:unseen-style:retrieval. Can be repeated.", flags=("--task",), metavar="NAME", complete="task",
+    )]  # fmt: skip
 
 
 class Evaluate(_Evaluated, frozen=True, kw_only=True):
     """Measure zero-shot accuracy and retrieval of a model."""
 
-    pretrained: Annotated[
-        AnyPath, option("Weights, for an architecture of open_clip.", group="Model", metavar="TAG", default="none")
-    ] | None = None  # fmt: skip
-    templates: Annotated[Templates, option(
+    pretrained: Annotated[AnyPath, _model(
+        "Weights, for an architecture of open_clip.", metavar="TAG", default="none",
+    )] | None = None  # fmt: skip
+    templates: Annotated[Templates, _tasks(
         'Prompt template with {} for the label, such as "a photo of a {}", a file with one per line, or imagenet for '
-        "CLIP's 80; can be repeated.",
-        flags=("--template",), group="Tasks", metavar="PROMPT|FILE", complete="imagenet",
-        default="the data set's, else imagenet",
+        "CLIP's 80; can be repeated.", flags=("--template",), metavar="PROMPT|FILE",
+        default="the data set's, else imagenet", complete="imagenet",
     )] = None  # fmt: skip
     csv_img_key: ImageColumn = "filepath"
     csv_caption_key: CaptionColumn = "title"
     threads: Threads | None = None
-    per_class: Annotated[
-        bool,
-        option(
-            "The recall and precision of each class, lowest recall first, and the label that it was most often "
-            "mistaken for.",
-            group="Output",
-        ),
-    ] = False  # fmt: skip
+    per_class: Annotated[bool, _output(
+        "The recall and precision of each class, lowest recall first, and the label that it was most often mistaken "
+        "for.",
+    )] = False  # fmt: skip
     reporter: Reporter = SILENT
 
 
 class _Compared(Settings, frozen=True):
     suite: Annotated[AnyPath, argument("A YAML file, or the name of a suite that ships with the package.")]
-    output: Annotated[
-        AnyPath,
-        option("Folder for the report.", flags=("-o", "--output"), group="Output", metavar="FOLDER", path=True),
-    ]  # fmt: skip
+    output: Annotated[AnyPath, _output("Folder for the report.", flags=("-o", "--output"), metavar="FOLDER", path=True)]
 
 
 class Benchmark(_Compared, frozen=True, kw_only=True):
     """Compare the models of a suite by accuracy, latency and size."""
 
-    root: Annotated[
-        AnyPath, option("Folder with the data sets.", group="Suite", metavar="DIR", default="the suite's")
-    ] | None = None  # fmt: skip
-    models: Annotated[
-        str | Sequence[str],
-        option(
-            "Use this model instead of the suite's, such as student=runs/first; ROLE is teacher, baseline, student, "
-            "exported or quantised. Can be repeated.",
-            flags=("--model",), group="Suite", metavar="ROLE=MODEL", default="the suite's",
-        ),
-    ] = ()  # fmt: skip
-    budget_ms: Annotated[
-        float,
-        option(
-            "Recommend only models with at most this latency from file to result (95th percentile), in ms.",
-            group="Recommendation", metavar="MS", default="no limit", gt=0,
-        ),
-    ] | None = None  # fmt: skip
-    min_accuracy: Annotated[
-        float,
-        option(
-            "Recommend only models with at least this top-1 accuracy, such as 0.25.", group="Recommendation",
-            metavar="FRACTION", default="none", ge=0, le=1,
-        ),
-    ] | None = None  # fmt: skip
-    force: Annotated[
-        bool,
-        option("Write into FOLDER even if it is not empty; only an earlier report is replaced.", group="Output"),
-    ] = False  # fmt: skip
+    root: Annotated[AnyPath, _suite("Folder with the data sets.", metavar="DIR", default="the suite's")] | None = None
+    models: Annotated[str | Sequence[str], _suite(
+        "Use this model instead of the suite's, such as student=runs/first; ROLE is teacher, baseline, student, "
+        "exported or quantised. Can be repeated.", flags=("--model",), metavar="ROLE=MODEL", default="the suite's",
+    )] = ()  # fmt: skip
+    budget_ms: Annotated[float, _recommendation(
+        "Recommend only models with at most this latency from file to result (95th percentile), in ms.", metavar="MS",
+        default="no limit", gt=0,
+    )] | None = None  # fmt: skip
+    min_accuracy: Annotated[float, _recommendation(
+        "Recommend only models with at least this top-1 accuracy, such as 0.25.", metavar="FRACTION", default="none",
+        ge=0, le=1,
+    )] | None = None  # fmt: skip
+    force: Annotated[bool, _output(
+        "Write into FOLDER even if it is not empty; only an earlier report is replaced.",
+    )] = False  # fmt: skip
     reporter: Reporter = SILENT
 
 
 class _Walked(Settings, frozen=True):
-    output: Annotated[
-        AnyPath,
-        option("Folder for all results.", flags=("-o", "--output"), group="Output", metavar="FOLDER", path=True),
-    ] = "quickstart"  # fmt: skip
+    output: Annotated[AnyPath, _output(
+        "Folder for all results.", flags=("-o", "--output"), metavar="FOLDER", path=True,
+    )] = "quickstart"  # fmt: skip
 
 
 class Quickstart(_Walked, frozen=True, kw_only=True):
     """Run the whole pipeline on the built-in data."""
 
-    student: Annotated[
-        str,
-        option(
-            "The student: resnet10t, mobilevit_xxs, … or any timm name.", group="Training", metavar="NAME",
-            complete="student",
-        ),
-    ] = "resnet10t"  # fmt: skip
-    recipe: Annotated[
-        str,
-        option(
-            "Training recipe: clip-rd-bank, clip-rd, clip-kd, tinyclip, …", group="Training", metavar="NAME|FILE",
-            complete="recipe",
-        ),
-    ] = "clip-rd-bank"  # fmt: skip
-    seed: Annotated[int, option("Random seed of the student.", group="Training", metavar="N")] = 0
-    with_baseline: Annotated[
-        bool, option("Also train the same student without a teacher, for comparison.", group="Training")
-    ] = False
-    student_steps: Annotated[
-        int,
-        option(
-            "Training steps of the student, of 32 pairs each.", group="Training", metavar="N", default="1100", ge=1
-        ),
-    ] | None = None  # fmt: skip
-    teacher_steps: Annotated[
-        int,
-        option("Training steps of the teacher, of 64 pairs each.", group="Training", metavar="N", default="400", ge=1),
-    ] | None = None  # fmt: skip
-    photos: Annotated[
-        AnyPath,
-        option(
-            "Also compare the models on photographs, which benchmarks/data/tuxpaint.py makes.", group="Report",
-            metavar="FOLDER", default="none", path=True,
-        ),
-    ] | None = None  # fmt: skip
+    student: Annotated[str, _training(
+        "The student: resnet10t, mobilevit_xxs, … or any timm name.", metavar="NAME", complete="student",
+    )] = "resnet10t"  # fmt: skip
+    recipe: Annotated[str, _training(
+        "Training recipe: clip-rd-bank, clip-rd, clip-kd, tinyclip, …", metavar="NAME|FILE", complete="recipe",
+    )] = "clip-rd-bank"  # fmt: skip
+    seed: Annotated[int, _training("Random seed of the student.", metavar="N")] = 0
+    with_baseline: Annotated[bool, _training("Also train the same student without a teacher, for comparison.")] = False
+    student_steps: Annotated[int, _training(
+        "Training steps of the student, of 32 pairs each.", metavar="N", default="1100", ge=1,
+    )] | None = None  # fmt: skip
+    teacher_steps: Annotated[int, _training(
+        "Training steps of the teacher, of 64 pairs each.", metavar="N", default="400", ge=1,
+    )] | None = None  # fmt: skip
+    photos: Annotated[AnyPath, _report(
+        "Also compare the models on photographs, which benchmarks/data/tuxpaint.py makes.", metavar="FOLDER",
+        default="none", path=True,
+    )] | None = None  # fmt: skip
     reporter: Reporter = SILENT
 
 
@@ -149,18 +116,11 @@ class EvidenceRun(Settings, frozen=True):
     """Train a suite's students with each method and seed, and measure them."""
 
     suite: Annotated[AnyPath, argument("A YAML file, or the name of a suite that ships with the package.")]
-    output: Annotated[
-        AnyPath,
-        option(
-            "Folder for the runs and results; finished runs in it are reused.", flags=("-o", "--output"),
-            group="Output", metavar="FOLDER", path=True,
-        ),
-    ]  # fmt: skip
-    teacher: Annotated[
-        AnyPath,
-        option(
-            "local-dir:PATH, hf-hub:ORG/REPO or a run.", group="Teacher", metavar="MODEL",
-            default="the built-in one, fine-tuned first",
-        ),
-    ] | None = None  # fmt: skip
+    output: Annotated[AnyPath, _output(
+        "Folder for the runs and results; finished runs in it are reused.", flags=("-o", "--output"),
+        metavar="FOLDER", path=True,
+    )]  # fmt: skip
+    teacher: Annotated[AnyPath, _teacher(
+        "local-dir:PATH, hf-hub:ORG/REPO or a run.", metavar="MODEL", default="the built-in one, fine-tuned first",
+    )] | None = None  # fmt: skip
     reporter: Reporter = SILENT

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from clip_rd_edge.settings.options import Settings, argument, option
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+_data = partial(option, group="Data")
+_teacher = partial(option, group="Teacher")
+_student = partial(option, group="Student")
+_training = partial(option, group="Training")
+_memory = partial(option, group="Memory and speed")
+_cluster = partial(option, group="Cluster")
+_output = partial(option, group="Output")
+_text = partial(option, group="Text")
+_classifier = partial(option, group="Classifier")
+_weight = partial(option, group="Weight")
+_evaluation = partial(option, group="Evaluation")
 
 # Other words for precisions.
 PRECISION_WORDS = {
@@ -19,433 +32,192 @@ PRECISION_WORDS = {
 
 
 class _Data(Settings, frozen=True, kw_only=True):
-    data: Annotated[
-        AnyPath,
-        option(
-            "CSV, TSV or Parquet file of images and captions (columns filepath,title), WebDataset shards "
-            "(a/{000..012}.tar::b.tar), or emoji for the built-in data set.",
-            group="Data", metavar="SOURCE", default="none; see {images}", complete="data",
-        ),
-    ] | None = None  # fmt: skip
-    images: Annotated[
-        AnyPath,
-        option(
-            "Images without captions, beside the pairs or instead of them: a folder, a table with the column "
-            "filepath, or shards.",
-            group="Data", metavar="SOURCE", default="none",
-        ),
-    ] | None = None  # fmt: skip
-    texts: Annotated[
-        AnyPath,
-        option(
-            "Captions or labels without images: one per line (a line that starts with # and a space is a "
-            "comment), a table or list as for classify --labels, or a Parquet file.",
-            group="Data", metavar="FILE", default="none",
-        ),
-    ] | None = None  # fmt: skip
-    templates: Annotated[
-        str | Sequence[str],
-        option(
-            "Prompt template for {texts}, such as 'a photo of a {}', a file with one per line, or imagenet for "
-            "CLIP's 80; can be repeated.",
-            group="Data", flags=("--template",), metavar="PROMPT|FILE", default="texts as they are",
-            complete="imagenet",
-        ),
-    ] = ()  # fmt: skip
-    csv_img_key: Annotated[
-        str,
-        option(
-            "Column with the image paths, of every table.",
-            group="Data", metavar="COLUMN",
-        ),
-    ] = "filepath"  # fmt: skip
-    csv_caption_key: Annotated[
-        str,
-        option(
-            "Column with the captions, of every table.",
-            group="Data", metavar="COLUMN",
-        ),
-    ] = "title"  # fmt: skip
-    train_data_upsampling_factors: Annotated[
-        str,
-        option(
-            "How often each source of shards is repeated per epoch, such as 1::2.",
-            group="Data", metavar="W::W", default="once",
-        ),
-    ] | None = None  # fmt: skip
-    json_caption_key: Annotated[
-        str,
-        option(
-            "Key of the captions in the shards' .json files.",
-            group="Data", metavar="KEY", default="captions from .txt files",
-        ),
-    ] | None = None  # fmt: skip
-    max_bad: Annotated[
-        float,
-        option(
-            "Max fraction of damaged samples; these are skipped and counted.",
-            group="Data", metavar="FRACTION", ge=0, lt=1,
-        ),
-    ] = 0.01  # fmt: skip
-    workers: Annotated[
-        int,
-        option(
-            "Loader processes; -1 uses half the cores, at most 8.",
-            group="Data", metavar="N", ge=-1,
-        ),
-    ] = -1  # fmt: skip
-    teacher_pretrained: Annotated[
-        AnyPath,
-        option(
-            "Pretrained tag or checkpoint file, for a teacher given by NAME.",
-            group="Teacher", metavar="TAG|FILE", default="none", also="pretrained",
-        ),
-    ] | None = None  # fmt: skip
+    data: Annotated[AnyPath, _data(
+        "CSV, TSV or Parquet file of images and captions (columns filepath,title), WebDataset shards "
+        "(a/{000..012}.tar::b.tar), or emoji for the built-in data set.", metavar="SOURCE",
+        default="none; see {images}", complete="data",
+    )] | None = None  # fmt: skip
+    images: Annotated[AnyPath, _data(
+        "Images without captions, beside the pairs or instead of them: a folder, a table with the column filepath, or "
+        "shards.", metavar="SOURCE", default="none",
+    )] | None = None  # fmt: skip
+    texts: Annotated[AnyPath, _data(
+        "Captions or labels without images: one per line (a line that starts with # and a space is a comment), a table "
+        "or list as for classify --labels, or a Parquet file.", metavar="FILE", default="none",
+    )] | None = None  # fmt: skip
+    templates: Annotated[str | Sequence[str], _data(
+        "Prompt template for {texts}, such as 'a photo of a {}', a file with one per line, or imagenet for CLIP's 80; "
+        "can be repeated.", flags=("--template",), metavar="PROMPT|FILE", default="texts as they are",
+        complete="imagenet",
+    )] = ()  # fmt: skip
+    csv_img_key: Annotated[str, _data("Column with the image paths, of every table.", metavar="COLUMN")] = "filepath"
+    csv_caption_key: Annotated[str, _data("Column with the captions, of every table.", metavar="COLUMN")] = "title"
+    train_data_upsampling_factors: Annotated[str, _data(
+        "How often each source of shards is repeated per epoch, such as 1::2.", metavar="W::W", default="once",
+    )] | None = None  # fmt: skip
+    json_caption_key: Annotated[str, _data(
+        "Key of the captions in the shards' .json files.", metavar="KEY", default="captions from .txt files",
+    )] | None = None  # fmt: skip
+    max_bad: Annotated[float, _data(
+        "Max fraction of damaged samples; these are skipped and counted.", metavar="FRACTION", ge=0, lt=1,
+    )] = 0.01  # fmt: skip
+    workers: Annotated[int, _data("Loader processes; -1 uses half the cores, at most 8.", metavar="N", ge=-1)] = -1
+    teacher_pretrained: Annotated[AnyPath, _teacher(
+        "Pretrained tag or checkpoint file, for a teacher given by NAME.", metavar="TAG|FILE", default="none",
+        also="pretrained",
+    )] | None = None  # fmt: skip
 
 
 class Distill(_Data, frozen=True, kw_only=True):
     """Train a compact student."""
 
-    teacher: Annotated[
-        AnyPath | Sequence[AnyPath],
-        option(
-            "The teacher: an open_clip NAME@TAG (or NAME with {teacher_pretrained}), local-dir:PATH, "
-            "hf-hub:ORG/REPO or a run's folder; or stored:FILE, for shards with stored embeddings in "
-            "MobileCLIP's format. Can be repeated: the student then learns from all of them together.",
-            group="Teacher", metavar="MODEL", default="none, for recipes without a teacher",
-        ),
-    ] = ()  # fmt: skip
-    store: Annotated[
-        AnyPath,
-        option(
-            "Folder for storing the teachers' embeddings, which are then computed only once; requires {views}.",
-            group="Teacher", metavar="FOLDER", default="none", path=True,
-        ),
-    ] | None = None  # fmt: skip
-    views: Annotated[
-        int,
-        option(
-            "Number of fixed crops per image.",
-            group="Teacher", metavar="N", default="new crops every epoch", ge=0,
-        ),
-    ] = 0  # fmt: skip
-    student: Annotated[
-        AnyPath,
-        option(
-            "The student: mobilevit_xxs, resnet18, … or any timm name; or a trained model to fine-tune: a run's"
-            " folder or local-dir:PATH.",
-            group="Student", metavar="NAME|MODEL", complete="student",
-        ),
-    ]  # fmt: skip
-    image_size: Annotated[
-        int,
-        option(
-            "Edge of the input images in pixels.",
-            group="Student", metavar="PIXELS", default="224, or the trained model's", ge=16,
-        ),
-    ] | None = None  # fmt: skip
-    text: Annotated[
-        AnyPath,
-        option(
-            "Size of the text tower: tiny, small, standard, or WIDTHxLAYERS such as 512x6; or the folder of a "
-            "model, for its text tower; or teacher, for that of the (first) teacher, of which only the "
-            "projection is trained.",
-            group="Student", metavar="SIZE|MODEL", complete="tiny|small|standard|teacher",
-            default="standard, or the trained model's",
-        ),
-    ] | None = None  # fmt: skip
-    context_length: Annotated[
-        int,
-        option(
-            "Max tokens per caption.",
-            group="Student", metavar="TOKENS", default="77, or that of the model whose text tower it is", ge=4,
-        ),
-    ] | None = None  # fmt: skip
-    embedding_size: Annotated[
-        int,
-        option(
-            "Numbers per embedding.",
-            group="Student", metavar="N", default="the teacher's, or the sum of all teachers', else 512", ge=0,
-        ),
-    ] = 0  # fmt: skip
-    pretrained_image: Annotated[
-        AnyPath,
-        option(
-            "Initial weights of the student's image trunk; package: from an installed package, for "
-            "efficientnet_lite0; teacher: the (first) teacher's whole image tower, of the same architecture.",
-            group="Student", metavar="timm|package|teacher|FILE", complete="timm|package|teacher", default="random",
-        ),
-    ] | None = None  # fmt: skip
-    pretrained_text: Annotated[
-        AnyPath,
-        option(
-            "Initial weights of the student's text tower. tokens: only those of the token embeddings, which are"
-            " what the teacher says of each token. teacher: evenly spaced layers of the (first) teacher's. "
-            "FILE: of a checkpoint's.",
-            group="Student", metavar="tokens|teacher|FILE", complete="tokens|teacher", default="random",
-        ),
-    ] | None = None  # fmt: skip
-    freeze_text: Annotated[
-        bool,
-        option(
-            "Train only the projection of the text tower.",
-            group="Student",
-        ),
-    ] = False  # fmt: skip
-    freeze_text_layers: Annotated[
-        int,
-        option(
-            "Do not train the first N groups of layers of the text tower, of which the first is the embeddings "
-            "of the tokens: steps are faster, and a trained tower keeps what it knows of words that no caption "
-            "has.",
-            group="Student", metavar="N", ge=0,
-        ),
-    ] = 0  # fmt: skip
-    freeze_image: Annotated[
-        int,
-        option(
-            "Do not train the first N groups of layers of the image tower, as timm groups them: steps are "
-            "faster, and a trained model forgets less.",
-            group="Student", metavar="N", ge=0,
-        ),
-    ] = 0  # fmt: skip
-    freeze_norms: Annotated[
-        bool,
-        option(
-            "Keep the statistics of the batch norms: a trained model then forgets less of what is not in the "
-            "data.",
-            group="Student",
-        ),
-    ] = False  # fmt: skip
-    tuned_share: Annotated[
-        float,
-        option(
-            "Share of the trained weights in the result; the rest are those that a trained model started from.",
-            group="Student", metavar="FRACTION", ge=0, le=1,
-        ),
-    ] = 1.0  # fmt: skip
-    quantize: Annotated[
-        Literal["int8"],
-        option(
-            "Fine-tune a trained student for INT8: 300 steps at learning rate 1e-4, unless {steps} or "
-            "{learning_rate} is set.",
-            group="Student", default="off",
-        ),
-    ] | None = None  # fmt: skip
-    recipe: Annotated[
-        AnyPath,
-        option(
-            "Training recipe: clip-rd, clip-kd, tinyclip, clip, … or a YAML file.",
-            group="Training", metavar="NAME|FILE", complete="recipe",
-        ),
-    ] = "clip-rd"  # fmt: skip
-    epochs: Annotated[
-        int,
-        option(
-            "Passes over the data.",
-            group="Training", metavar="N", default="the recipe's", ge=1,
-        ),
-    ] | None = None  # fmt: skip
-    steps: Annotated[
-        int,
-        option(
-            "Number of training steps, instead of {epochs}.",
-            group="Training", metavar="N", default="as many as the epochs have", ge=1,
-        ),
-    ] | None = None  # fmt: skip
-    batch_size: Annotated[
-        int,
-        option(
-            "Pairs per step.",
-            group="Training", metavar="PAIRS", default="the recipe's", ge=1,
-        ),
-    ] | None = None  # fmt: skip
-    learning_rate: Annotated[
-        float,
-        option(
-            "Peak learning rate.",
-            group="Training", flags=("--learning-rate", "--lr"), metavar="X", gt=0,
-            default="the recipe's, times the root of {batch_size} over the recipe's",
-        ),
-    ] | None = None  # fmt: skip
-    ema_decay: Annotated[
-        float,
-        option(
-            "Keep a moving average of the weights with this decay, such as 0.999.",
-            group="Training", metavar="DECAY", default="the recipe's", ge=0, lt=1,
-        ),
-    ] | None = None  # fmt: skip
-    seed: Annotated[
-        int,
-        option(
-            "Random seed of weights, batches and crops.",
-            group="Training", metavar="N",
-        ),
-    ] = 0  # fmt: skip
-    tasks: Annotated[
-        AnyPath | Sequence[AnyPath],
-        option(
-            "Evaluate on this task (see clip-rd-edge evaluate) and keep the best student in RUN/best; can be "
-            "repeated.",
-            group="Training", flags=("--task",), metavar="NAME", default="none", complete="task",
-        ),
-    ] = ()  # fmt: skip
-    evaluate_every: Annotated[
-        int,
-        option(
-            "Steps between evaluations on the tasks.",
-            group="Training", metavar="STEPS", default="only at the end", ge=0,
-        ),
-    ] = 0  # fmt: skip
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"],
-        option(
-            "fp32, bf16, fp16, or auto, which measures which is fastest.",
-            group="Memory and speed", metavar="NAME", default="the recipe's", words=PRECISION_WORDS,
-        ),
-    ] | None = None  # fmt: skip
-    compile: Annotated[
-        bool,
-        option(
-            "Compile the student with torch.compile.",
-            group="Memory and speed",
-        ),
-    ] = False  # fmt: skip
-    gradient_checkpointing: Annotated[
-        bool,
-        option(
-            "Recompute activations in the backward pass, to save memory.",
-            group="Memory and speed",
-        ),
-    ] = False  # fmt: skip
-    accumulate: Annotated[
-        int,
-        option(
-            "Chunks per batch, to save memory; batch norms see one chunk at a time.",
-            group="Memory and speed", metavar="N", ge=1,
-        ),
-    ] = 1  # fmt: skip
-    loss_block: Annotated[
-        int,
-        option(
-            "Pairs per block of the loss, to save memory.",
-            group="Memory and speed", metavar="PAIRS", default="all", ge=0,
-        ),
-    ] = 0  # fmt: skip
-    global_logits: Annotated[
-        bool,
-        option(
-            "Under torchrun: every process computes the loss of all pairs.",
-            group="Memory and speed",
-        ),
-    ] = False  # fmt: skip
-    output: Annotated[
-        AnyPath,
-        option(
-            "The run's folder.",
-            group="Output", flags=("-o", "--output"), metavar="RUN", path=True,
-        ),
-    ]  # fmt: skip
-    resume: Annotated[
-        bool,
-        option(
-            "Resume from the latest intact checkpoint in RUN.",
-            group="Output",
-        ),
-    ] = False  # fmt: skip
-    accept_changes: Annotated[
-        bool,
-        option(
-            "Resume although data or teacher changed since the run began.",
-            group="Output",
-        ),
-    ] = False  # fmt: skip
-    checkpoint_every: Annotated[
-        int,
-        option(
-            "Steps between checkpoints.",
-            group="Output", metavar="STEPS", ge=1,
-        ),
-    ] = 500  # fmt: skip
-    report_to: Annotated[
-        Literal["tensorboard", "wandb", "mlflow"],
-        option(
-            "Also report the metrics to tensorboard (RUN/tensorboard), wandb or mlflow; a resumed run continues"
-            " there.",
-            group="Output", metavar="NAME", default="RUN/metrics.jsonl alone",
-        ),
-    ] | None = None  # fmt: skip
+    teacher: Annotated[AnyPath | Sequence[AnyPath], _teacher(
+        "The teacher: an open_clip NAME@TAG (or NAME with {teacher_pretrained}), local-dir:PATH, hf-hub:ORG/REPO or a "
+        "run's folder; or stored:FILE, for shards with stored embeddings in MobileCLIP's format. Can be repeated: the "
+        "student then learns from all of them together.", metavar="MODEL",
+        default="none, for recipes without a teacher",
+    )] = ()  # fmt: skip
+    store: Annotated[AnyPath, _teacher(
+        "Folder for storing the teachers' embeddings, which are then computed only once; requires {views}.",
+        metavar="FOLDER", default="none", path=True,
+    )] | None = None  # fmt: skip
+    views: Annotated[int, _teacher(
+        "Number of fixed crops per image.", metavar="N", default="new crops every epoch", ge=0,
+    )] = 0  # fmt: skip
+    student: Annotated[AnyPath, _student(
+        "The student: mobilevit_xxs, resnet18, … or any timm name; or a trained model to fine-tune: a run's folder or "
+        "local-dir:PATH.", metavar="NAME|MODEL", complete="student",
+    )]  # fmt: skip
+    image_size: Annotated[int, _student(
+        "Edge of the input images in pixels.", metavar="PIXELS", default="224, or the trained model's", ge=16,
+    )] | None = None  # fmt: skip
+    text: Annotated[AnyPath, _student(
+        "Size of the text tower: tiny, small, standard, or WIDTHxLAYERS such as 512x6; or the folder of a model, for "
+        "its text tower; or teacher, for that of the (first) teacher, of which only the projection is trained.",
+        metavar="SIZE|MODEL", default="standard, or the trained model's", complete="tiny|small|standard|teacher",
+    )] | None = None  # fmt: skip
+    context_length: Annotated[int, _student(
+        "Max tokens per caption.", metavar="TOKENS", default="77, or that of the model whose text tower it is", ge=4,
+    )] | None = None  # fmt: skip
+    embedding_size: Annotated[int, _student(
+        "Numbers per embedding.", metavar="N", default="the teacher's, or the sum of all teachers', else 512", ge=0,
+    )] = 0  # fmt: skip
+    pretrained_image: Annotated[AnyPath, _student(
+        "Initial weights of the student's image trunk; package: from an installed package, for efficientnet_lite0; "
+        "teacher: the (first) teacher's whole image tower, of the same architecture.",
+        metavar="timm|package|teacher|FILE", default="random", complete="timm|package|teacher",
+    )] | None = None  # fmt: skip
+    pretrained_text: Annotated[AnyPath, _student(
+        "Initial weights of the student's text tower. tokens: only those of the token embeddings, which are what the "
+        "teacher says of each token. teacher: evenly spaced layers of the (first) teacher's. FILE: of a checkpoint's.",
+        metavar="tokens|teacher|FILE", default="random", complete="tokens|teacher",
+    )] | None = None  # fmt: skip
+    freeze_text: Annotated[bool, _student("Train only the projection of the text tower.")] = False
+    freeze_text_layers: Annotated[int, _student(
+        "Do not train the first N groups of layers of the text tower, of which the first is the embeddings of the "
+        "tokens: steps are faster, and a trained tower keeps what it knows of words that no caption has.",
+        metavar="N", ge=0,
+    )] = 0  # fmt: skip
+    freeze_image: Annotated[int, _student(
+        "Do not train the first N groups of layers of the image tower, as timm groups them: steps are faster, and a "
+        "trained model forgets less.", metavar="N", ge=0,
+    )] = 0  # fmt: skip
+    freeze_norms: Annotated[bool, _student(
+        "Keep the statistics of the batch norms: a trained model then forgets less of what is not in the data.",
+    )] = False  # fmt: skip
+    tuned_share: Annotated[float, _student(
+        "Share of the trained weights in the result; the rest are those that a trained model started from.",
+        metavar="FRACTION", ge=0, le=1,
+    )] = 1.0  # fmt: skip
+    quantize: Annotated[Literal["int8"], _student(
+        "Fine-tune a trained student for INT8: 300 steps at learning rate 1e-4, unless {steps} or {learning_rate} is "
+        "set.", default="off",
+    )] | None = None  # fmt: skip
+    recipe: Annotated[AnyPath, _training(
+        "Training recipe: clip-rd, clip-kd, tinyclip, clip, … or a YAML file.", metavar="NAME|FILE",
+        complete="recipe",
+    )] = "clip-rd"  # fmt: skip
+    epochs: Annotated[int, _training("Passes over the data.", metavar="N", default="the recipe's", ge=1)] | None = None
+    steps: Annotated[int, _training(
+        "Number of training steps, instead of {epochs}.", metavar="N", default="as many as the epochs have", ge=1,
+    )] | None = None  # fmt: skip
+    batch_size: Annotated[int, _training(
+        "Pairs per step.", metavar="PAIRS", default="the recipe's", ge=1,
+    )] | None = None  # fmt: skip
+    learning_rate: Annotated[float, _training(
+        "Peak learning rate.", flags=("--learning-rate", "--lr"), metavar="X",
+        default="the recipe's, times the root of {batch_size} over the recipe's", gt=0,
+    )] | None = None  # fmt: skip
+    ema_decay: Annotated[float, _training(
+        "Keep a moving average of the weights with this decay, such as 0.999.", metavar="DECAY",
+        default="the recipe's", ge=0, lt=1,
+    )] | None = None  # fmt: skip
+    seed: Annotated[int, _training("Random seed of weights, batches and crops.", metavar="N")] = 0
+    tasks: Annotated[AnyPath | Sequence[AnyPath], _training(
+        "Evaluate on this task (see clip-rd-edge evaluate) and keep the best student in RUN/best; can be repeated.",
+        flags=("--task",), metavar="NAME", default="none", complete="task",
+    )] = ()  # fmt: skip
+    evaluate_every: Annotated[int, _training(
+        "Steps between evaluations on the tasks.", metavar="STEPS", default="only at the end", ge=0,
+    )] = 0  # fmt: skip
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], _memory(
+        "fp32, bf16, fp16, or auto, which measures which is fastest.", metavar="NAME", default="the recipe's",
+        words=PRECISION_WORDS,
+    )] | None = None  # fmt: skip
+    compile: Annotated[bool, _memory("Compile the student with torch.compile.")] = False
+    gradient_checkpointing: Annotated[bool, _memory(
+        "Recompute activations in the backward pass, to save memory.",
+    )] = False  # fmt: skip
+    accumulate: Annotated[int, _memory(
+        "Chunks per batch, to save memory; batch norms see one chunk at a time.", metavar="N", ge=1,
+    )] = 1  # fmt: skip
+    loss_block: Annotated[int, _memory(
+        "Pairs per block of the loss, to save memory.", metavar="PAIRS", default="all", ge=0,
+    )] = 0  # fmt: skip
+    global_logits: Annotated[bool, _memory(
+        "Under torchrun: every process computes the loss of all pairs.",
+    )] = False  # fmt: skip
+    output: Annotated[AnyPath, _output("The run's folder.", flags=("-o", "--output"), metavar="RUN", path=True)]
+    resume: Annotated[bool, _output("Resume from the latest intact checkpoint in RUN.")] = False
+    accept_changes: Annotated[bool, _output("Resume although data or teacher changed since the run began.")] = False
+    checkpoint_every: Annotated[int, _output("Steps between checkpoints.", metavar="STEPS", ge=1)] = 500
+    report_to: Annotated[Literal["tensorboard", "wandb", "mlflow"], _output(
+        "Also report the metrics to tensorboard (RUN/tensorboard), wandb or mlflow; a resumed run continues there.",
+        metavar="NAME", default="RUN/metrics.jsonl alone",
+    )] | None = None  # fmt: skip
     reporter: Reporter = SILENT
 
 
 class Embed(_Data, frozen=True, kw_only=True):
     """Compute the embeddings of a teacher once, for many runs."""
 
-    teacher: Annotated[
-        AnyPath | Sequence[AnyPath],
-        option(
-            "The teacher, as for distill; can be repeated.",
-            group="Teacher", metavar="MODEL",
-        ),
-    ]  # fmt: skip
-    precision: Annotated[
-        Literal["fp32", "bf16", "fp16"],
-        option(
-            "Precision that the teacher computes in: fp32, bf16 or fp16.",
-            group="Teacher", metavar="NAME", words=PRECISION_WORDS,
-        ),
-    ] = "fp32"  # fmt: skip
-    views: Annotated[
-        int,
-        option(
-            "Number of fixed crops per image.",
-            group="Teacher", metavar="N", ge=1,
-        ),
-    ] = 1  # fmt: skip
-    recipe: Annotated[
-        AnyPath,
-        option(
-            "Recipe whose range of crops is used.",
-            group="Teacher", metavar="NAME|FILE", complete="recipe",
-        ),
-    ] = "clip-rd"  # fmt: skip
-    seed: Annotated[
-        int,
-        option(
-            "Random seed of the crops.",
-            group="Teacher", metavar="N",
-        ),
-    ] = 0  # fmt: skip
-    student: Annotated[
-        AnyPath,
-        option(
-            "The student of the run, if it is a trained one or a JSON file, for crops of its shape.",
-            group="Teacher", metavar="MODEL", default="square", complete="student",
-        ),
-    ] | None = None  # fmt: skip
-    output: Annotated[
-        AnyPath,
-        option(
-            "Folder for distill {store}.",
-            group="Output", flags=("-o", "--output"), metavar="STORE", also="store", path=True,
-        ),
-    ]  # fmt: skip
-    ray: Annotated[
-        str,
-        option(
-            "Spread the work over a Ray cluster: auto for the one of this machine, or HOST:PORT.",
-            group="Cluster", metavar="ADDRESS", default="this machine",
-        ),
-    ] | None = None  # fmt: skip
+    teacher: Annotated[AnyPath | Sequence[AnyPath], _teacher(
+        "The teacher, as for distill; can be repeated.", metavar="MODEL",
+    )]  # fmt: skip
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], _teacher(
+        "Precision that the teacher computes in: fp32, bf16 or fp16.", metavar="NAME", words=PRECISION_WORDS,
+    )] = "fp32"  # fmt: skip
+    views: Annotated[int, _teacher("Number of fixed crops per image.", metavar="N", ge=1)] = 1
+    recipe: Annotated[AnyPath, _teacher(
+        "Recipe whose range of crops is used.", metavar="NAME|FILE", complete="recipe",
+    )] = "clip-rd"  # fmt: skip
+    seed: Annotated[int, _teacher("Random seed of the crops.", metavar="N")] = 0
+    student: Annotated[AnyPath, _teacher(
+        "The student of the run, if it is a trained one or a JSON file, for crops of its shape.", metavar="MODEL",
+        default="square", complete="student",
+    )] | None = None  # fmt: skip
+    output: Annotated[AnyPath, _output(
+        "Folder for distill {store}.", flags=("-o", "--output"), metavar="STORE", also="store", path=True,
+    )]  # fmt: skip
+    ray: Annotated[str, _cluster(
+        "Spread the work over a Ray cluster: auto for the one of this machine, or HOST:PORT.", metavar="ADDRESS",
+        default="this machine",
+    )] | None = None  # fmt: skip
     reporter: Reporter = SILENT
 
 
-Output = Annotated[
-    AnyPath, option("Folder for the model.", flags=("-o", "--output"), group="Output", metavar="FOLDER", path=True)
-]
-Force = Annotated[
-    bool, option("Replace an earlier result in FOLDER; a folder with anything else is refused.", group="Output")
-]
+Output = Annotated[AnyPath, _output("Folder for the model.", flags=("-o", "--output"), metavar="FOLDER", path=True)]
+Force = Annotated[bool, _output("Replace an earlier result in FOLDER; a folder with anything else is refused.")]
 Templates = str | Sequence[str] | None
 Tasks = AnyPath | Any | Iterable[AnyPath | Any]  # names of tasks, or task objects
 
@@ -458,42 +230,25 @@ class _Stitched(Settings, frozen=True):
 class Stitch(_Stitched, frozen=True, kw_only=True):
     """Join an image classifier and a sentence encoder."""
 
-    names: Annotated[
-        AnyPath,
-        option(
-            "The names of the classes: one class per line, in the order of the classifier's outputs; ';' separates "
-            "synonyms and descriptions. imagenet: the names of ImageNet's 1,000 classes.",
-            group="Text", metavar="FILE|imagenet", complete="imagenet",
-        ),
-    ]  # fmt: skip
-    text: Annotated[
-        str,
-        option(
-            "The sentence encoder: all-MiniLM-L6-v2, a folder or zip archive in the layout of transformers, a name on "
-            "the hub, or an open_clip model as local-dir:PATH, whose text tower is used.",
-            group="Text", metavar="MODEL",
-        ),
-    ]  # fmt: skip
-    pretrained: Annotated[
-        AnyPath,
-        option(
-            "The classifier's weights (.safetensors, .pth).", group="Classifier", metavar="FILE",
-            default="from an installed package, else published ones",
-        ),
-    ] | None = None  # fmt: skip
-    image_size: Annotated[
-        int,
-        option(
-            "Edge of the input images in pixels.", group="Classifier", metavar="PIXELS", default="the classifier's",
-            ge=16,
-        ),
-    ] | None = None  # fmt: skip
-    context_length: Annotated[
-        int,
-        option(
-            "Max tokens per text.", group="Text", metavar="TOKENS", default="77, or the encoder's, if fewer", ge=4
-        ),
-    ] | None = None  # fmt: skip
+    names: Annotated[AnyPath, _text(
+        "The names of the classes: one class per line, in the order of the classifier's outputs; ';' separates "
+        "synonyms and descriptions. imagenet: the names of ImageNet's 1,000 classes.", metavar="FILE|imagenet",
+        complete="imagenet",
+    )]  # fmt: skip
+    text: Annotated[str, _text(
+        "The sentence encoder: all-MiniLM-L6-v2, a folder or zip archive in the layout of transformers, a name on the "
+        "hub, or an open_clip model as local-dir:PATH, whose text tower is used.", metavar="MODEL",
+    )]  # fmt: skip
+    pretrained: Annotated[AnyPath, _classifier(
+        "The classifier's weights (.safetensors, .pth).", metavar="FILE",
+        default="from an installed package, else published ones",
+    )] | None = None  # fmt: skip
+    image_size: Annotated[int, _classifier(
+        "Edge of the input images in pixels.", metavar="PIXELS", default="the classifier's", ge=16,
+    )] | None = None  # fmt: skip
+    context_length: Annotated[int, _text(
+        "Max tokens per text.", metavar="TOKENS", default="77, or the encoder's, if fewer", ge=4,
+    )] | None = None  # fmt: skip
     force: Force = False
     reporter: Reporter = SILENT
 
@@ -506,28 +261,18 @@ class _Trimmed(Settings, frozen=True):
 class Trim(_Trimmed, frozen=True, kw_only=True):
     """Leave out layers and tokens of a text tower."""
 
-    text_layers: Annotated[
-        int,
-        option(
-            "Keep N layers of the text tower, evenly spaced, the first and the last among them.",
-            group="Text", metavar="N", default="all", ge=1,
-        ),
-    ] | None = None  # fmt: skip
-    vocabulary: Annotated[
-        int,
-        option(
-            "Keep N tokens: those that {texts} have most. For CLIP's own text towers, and for those of Hugging Face "
-            "with a tokenizer of the kinds WordPiece, Unigram or BPE.",
-            group="Text", metavar="N", default="all", ge=1,
-        ),
-    ] | None = None  # fmt: skip
-    texts: Annotated[
-        AnyPath,
-        option(
-            "Texts such as the model will be given, one per line or a table, as for distill.", group="Text",
-            metavar="FILE", default="none", path=True,
-        ),
-    ] | None = None  # fmt: skip
+    text_layers: Annotated[int, _text(
+        "Keep N layers of the text tower, evenly spaced, the first and the last among them.", metavar="N",
+        default="all", ge=1,
+    )] | None = None  # fmt: skip
+    vocabulary: Annotated[int, _text(
+        "Keep N tokens: those that {texts} have most. For CLIP's own text towers, and for those of Hugging Face with a "
+        "tokenizer of the kinds WordPiece, Unigram or BPE.", metavar="N", default="all", ge=1,
+    )] | None = None  # fmt: skip
+    texts: Annotated[AnyPath, _text(
+        "Texts such as the model will be given, one per line or a table, as for distill.", metavar="FILE",
+        default="none", path=True,
+    )] | None = None  # fmt: skip
     force: Force = False
     reporter: Reporter = SILENT
 
@@ -541,29 +286,17 @@ class _Averaged(Settings, frozen=True):
 class Average(_Averaged, frozen=True, kw_only=True):
     """Average the weights of two models."""
 
-    weight: Annotated[
-        float | Literal["best"],
-        option(
-            "Share of the second in the result, from 0 to 1; best: that of the highest mean accuracy on the tasks.",
-            group="Weight", metavar="SHARE|best",
-        ),
-    ] = 0.5  # fmt: skip
-    tasks: Annotated[
-        Tasks,
-        option(
-            "Measure the models between the two at every tenth, on this task (see clip-rd-edge evaluate); can be "
-            "repeated.",
-            flags=("--task",), group="Evaluation", metavar="NAME", default="none", complete="task",
-        ),
-    ] = ()  # fmt: skip
-    templates: Annotated[
-        Templates,
-        option(
-            'Prompt template, such as "a photo of a {}", a file with one per line, or imagenet for CLIP\'s 80; can be '
-            "repeated.",
-            flags=("--template",), group="Evaluation", metavar="PROMPT|FILE", default="the task's own",
-            complete="imagenet",
-        ),
-    ] = None  # fmt: skip
+    weight: Annotated[float | Literal["best"], _weight(
+        "Share of the second in the result, from 0 to 1; best: that of the highest mean accuracy on the tasks.",
+        metavar="SHARE|best",
+    )] = 0.5  # fmt: skip
+    tasks: Annotated[Tasks, _evaluation(
+        "Measure the models between the two at every tenth, on this task (see clip-rd-edge evaluate); can be repeated.",
+        flags=("--task",), metavar="NAME", default="none", complete="task",
+    )] = ()  # fmt: skip
+    templates: Annotated[Templates, _evaluation(
+        "Prompt template, such as \"a photo of a {}\", a file with one per line, or imagenet for CLIP's 80; can be "
+        "repeated.", flags=("--template",), metavar="PROMPT|FILE", default="the task's own", complete="imagenet",
+    )] = None  # fmt: skip
     force: Force = False
     reporter: Reporter = SILENT
