@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clip_rd_edge.losses.objective import EmbeddingBatch, Objective
+from clip_rd_edge.losses.objective import Objective
+from clip_rd_edge.losses.terms import EmbeddingBatch
 
 Array = np.ndarray[Any, Any]
 STUDENT_SCALE, IMAGE_SCALE, TEXT_SCALE, CROSS_SCALE = 8.0, 3.0, 4.0, 5.0

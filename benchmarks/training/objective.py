@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_rd_edge.distillation.config import load_recipe
-from clip_rd_edge.losses.objective import EmbeddingBatch, Objective
+from clip_rd_edge.losses.objective import Objective
+from clip_rd_edge.losses.terms import EmbeddingBatch
 
 PAIRS, WIDTH, BLOCK, TURNS = 4096, 512, 512, 3
 VERSIONS = ("plain", "ours", "blocks")

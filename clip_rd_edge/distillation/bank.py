@@ -25,8 +25,8 @@ from clip_rd_edge.distillation.store import (
     text_shard,
 )
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.losses.bank import Bank
 from clip_rd_edge.losses.ensemble import Ensemble
+from clip_rd_edge.losses.terms import Bank
 from clip_rd_edge.utils.arrays import load_array
 
 _Rows = npt.NDArray[np.int64]
@@ -70,7 +70,7 @@ def make_bank(
         ensemble: how those of the teachers become one; None without a teacher.
         source: see `QueueBank`.
     """
-    if not config.recipe.objective.bank or is_texts_alone(config):
+    if not config.recipe.objective.needing("bank") or is_texts_alone(config):
         return None
     size = config.recipe.bank_size
     if isinstance(cache, TeacherStores) and ensemble is not None:

@@ -152,8 +152,7 @@ def load_checkpoint(
         content = processes.from_main(path.read_bytes() if processes.is_main else b"")
         state = state or _decode(io.BytesIO(content))
     for name, part in parts.items():
-        if name in state:  # checkpoints of earlier versions have fewer parts
-            part.load_state_dict(state[name])
+        part.load_state_dict(state[name])
     return step
 
 

@@ -23,6 +23,7 @@ from clip_rd_edge.data.webdataset import SEPARATOR
 from clip_rd_edge.errors import ConfigError, UsageError, near_matches, quoted
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
+from clip_rd_edge.losses.terms import find_term, term_names
 from clip_rd_edge.models.students import TEACHER
 from clip_rd_edge.models.text_weights import TOKENS
 from clip_rd_edge.utils.paths import AnyPath, Recorded, Typed, as_text, exists, is_file
@@ -355,7 +356,12 @@ def commented_recipe(name: str) -> str:
     shipped = RECIPES / f"{name}.yaml"
     heading = comment_lines(_description(shipped)) if is_file(shipped) else []
     usage = "# Use a copy with: clip-rd-edge distill --recipe COPY.yaml …"
-    return "\n".join([*heading, usage, "", commented_yaml(recipe)])
+    lines = ["objective:"]
+    for term in term_names():
+        lines += comment_lines((find_term(term).compute.__doc__ or term).split("\n")[0], indent="  ")
+        lines.append(f"  {term}: {recipe.objective.get(term, 0.0)}")
+    text = commented_yaml(msgspec.structs.replace(recipe, objective=Weights()))
+    return "\n".join([*heading, usage, "", text.replace("objective: {}", "\n".join(lines))])
 
 
 def load_recipe(name: str) -> Recipe:

@@ -52,7 +52,8 @@ from clip_rd_edge.distillation.teacher import (
 )
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
-from clip_rd_edge.losses.objective import MATCHING_TERMS, PAIR_TERMS, Objective
+from clip_rd_edge.losses.objective import Objective
+from clip_rd_edge.losses.terms import find_term
 from clip_rd_edge.models.clip import ClipModel, form_fingerprint, model_fingerprint
 from clip_rd_edge.models.encoder import BATCH_SIZE, TorchEncoder
 from clip_rd_edge.models.students import student_file
@@ -503,8 +504,10 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
 def _require_matching_towers(config: RunConfig, setup: RunSetup) -> None:
     """Refuse an objective that trains the student's images and texts only through a projection for each."""
     objective = setup.objective
-    terms = {name for name in objective.weights.active() if name not in PAIR_TERMS or pair_count(setup.pairs)}
-    if not objective.has_projections or terms & MATCHING_TERMS:
+    terms = [find_term(name) for name in objective.weights]
+    if not objective.has_projections or any(
+        term.matches and ("pairs" not in term.needs or pair_count(setup.pairs)) for term in terms
+    ):
         return
     size, of_teachers = setup.student.embedding_size, sum(objective.teacher_widths)
     recipe = "" if is_texts_alone(config) else ", or another recipe: {recipe} clip-rd"
@@ -526,7 +529,7 @@ def _require_terms_without_pairs(config: RunConfig) -> None:
 
 
 def _require_terms_of_texts(config: RunConfig) -> None:
-    if not config.recipe.objective.for_texts().active():
+    if not config.recipe.objective.for_texts():
         raise UsageError(
             f"The recipe {config.recipe_name} trains on images, of which there are none.",
             hint="name some: {images} FOLDER, or {data} PAIRS; or another recipe: {recipe} clip-rd",
@@ -543,9 +546,9 @@ def lack_of_pairs(config: RunConfig, pairs: Pairs) -> list[str]:
     if pair_count(pairs):
         return []
     if is_texts_alone(config):
-        trained = ", ".join(config.recipe.objective.for_texts().active())
+        trained = ", ".join(config.recipe.objective.for_texts())
         return [f"without images, the text tower alone is trained, by these terms of the objective: {trained}"]
-    left_out = [name for name in config.recipe.objective.active() if name in PAIR_TERMS]
+    left_out = config.recipe.objective.needing("pairs")
     terms = [f"without pairs, these terms of the objective are 0: {', '.join(left_out)}"] if left_out else []
     if config.tasks:
         return terms

@@ -403,7 +403,7 @@ def interrupted(request: StopRequest, run: Path, done: int, steps: int) -> Inter
 
 class _BestRecord(msgspec.Struct):
     evaluation: dict[str, float]
-    tasks_sha256: dict[str, str] = {}  # earlier versions did not record it
+    tasks_sha256: dict[str, str]
 
 
 def _best_record(run: Path) -> _BestRecord | None:

@@ -37,7 +37,7 @@ from clip_rd_edge.data.samples import BadSamples, Pairs
 from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.distillation.processes import Processes, Stopped, StopRequest
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.losses.objective import EmbeddingBatch
+from clip_rd_edge.losses.terms import EmbeddingBatch
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.host import peak_memory_bytes

@@ -156,7 +156,7 @@ class RunOptimizer:
         self._scaler.load_state_dict(state["scaler"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
-        self.skipped = state.get("skipped", 0)  # absent from checkpoints of earlier versions
+        self.skipped = state["skipped"]
 
     def _count_skips(self, step: int, finite: bool, *, overflow: bool, run: Path) -> None:
         if finite:

@@ -78,7 +78,7 @@ def check_folder(
             hint="use the same options as before, or choose another {output}",
         )
     is_finished = (run / STUDENT_FOLDER / WEIGHTS_FILE).is_file()
-    if config.recipe.objective.bank and list_checkpoints(run) and not is_finished:  # before a cache is built
+    if config.recipe.objective.needing("bank") and list_checkpoints(run) and not is_finished:  # before a cache is built
         require_same_kind(began_stored=old.store is not None, is_stored=config.store is not None)
     if config.processes != old.processes:
         reporter.say(

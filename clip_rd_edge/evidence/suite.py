@@ -156,7 +156,7 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
         raw = msgspec.to_builtins(load_recipe(method.recipe))
         raw |= {**method.settings, "objective": {**raw["objective"], **method.weights}}
         recipe = convert(raw, Recipe, source=f"The method {method.name}")
-        if not recipe.objective.active():
+        if not recipe.objective:
             raise ConfigError(f"All weights of the method {method.name} are 0; expected at least one term.")
         return msgspec.structs.replace(
             recipe,

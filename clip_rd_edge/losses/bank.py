@@ -17,22 +17,31 @@ The student's rows take part at the teacher's scale, not at a learned one: equal
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clip_rd_edge.losses.terms import Products, at_least_float32, term
+
 # Entries of an n×K product that are computed at once, 16 MiB; of which four are in use; one row of a longer bank.
 BLOCK_ENTRIES = 2**22
 
 
-@dataclass(frozen=True)
-class Bank:
-    """The teacher's embeddings of K images and of K' captions, (K, D) and (K', D), L2-normalised."""
-
-    image: Tensor
-    text: Tensor
+@term("bank", needs={"teacher", "images", "bank"})
+def bank(p: Products) -> Tensor:
+    """Relations to a bank of the teacher's embeddings V and T, ¼ Σ KL(γ t·Y ‖ γ s·Y) over both sides and Y = V, T."""
+    if p.bank is None:
+        raise ValueError("The batch has no bank to compare with.")
+    with torch.autocast(p.s_v.device.type, enabled=False):
+        student = p.parts(torch.cat([p.p_v[p.rows], p.p_t[p.rows]]))
+        teacher = p.parts(torch.cat([p.t_v[p.rows], p.t_t[p.rows]]))
+        total = student[0].new_zeros(())
+        for entries in (p.bank.image, p.bank.text):
+            for k, part in enumerate(p.parts(at_least_float32(entries))):
+                scale = p.teacher_scales[k] / p.bank_temperature
+                total = total + bank_divergence(student[k], teacher[k], part, scale=scale)
+    return total / (4 * p.pairs * len(student))
 
 
 def bank_divergence(student: Tensor, teacher: Tensor, bank: Tensor, *, scale: float | Tensor) -> Tensor:
@@ -62,7 +71,7 @@ class _BankDivergence(torch.autograd.Function):
             target, logits = (scale * teacher[rows]) @ bank.T, (scale * student[rows]) @ bank.T
             target_logsumexp, logsumexp = target.logsumexp(1, keepdim=True), logits.logsumexp(1, keepdim=True)
             weights = (target - target_logsumexp).exp_()
-            # As in `terms.relation_divergence`: Σ P (log P − log Q), where each row of P sums to 1.
+            # As in `relational.relation_divergence`: Σ P (log P − log Q), where each row of P sums to 1.
             total += target.sub_(logits).mul_(weights).sum() + (logsumexp - target_logsumexp).sum()
             gradient[rows] = logits.sub_(logsumexp).exp_().sub_(weights) @ bank
         ctx.save_for_backward(student, gradient.mul_(scale))

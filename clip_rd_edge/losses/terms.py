@@ -1,4 +1,12 @@
-"""The loss terms. B is the batch size, and embeddings are L2-normalised, (B, D) each:
+"""The loss terms that there are, and what a term can use: its `Products`.
+
+A term is a function that is registered by its name, under which recipes give it a weight:
+
+    @term("margin", needs={"pairs", "images"})
+    def margin(p: Products) -> Tensor:
+        return (p.student().rows.logsumexp(1) - p.student().diagonal).clamp_min(1).sum() / p.pairs
+
+B is the batch size, and embeddings are L2-normalised, (B, D) each:
 
 s_v, s_t         image and text embeddings of the student
 t_v, t_t         image and text embeddings of the teacher
@@ -7,141 +15,245 @@ X·Y              the B×B product X Yᵀ
 a, b, c          learned scales: image, text, cross
 CE(L)            −(1/B) Σ_i log softmax(L_i)_i: cross-entropy of the rows of L, with the matching pair as the target
 KL(T ‖ L)        (1/B) Σ_i Σ_j P_ij (log P_ij − log Q_ij), P and Q the row-wise softmax of T and L; no gradient to T
+sg               stops the gradient
+
+The products, each of which is computed only if it is needed, and once for all terms:
+
+    product          definition    used by
+    student          s_v·s_t       task, HRD, affinity
+    teachers         t_v·t_t       HRD, affinity (target)
+    image_to_text    t_v·s_t       ICL (transposed), XRD
+    text_to_image    t_t·s_v       ICL (transposed), XRD
+    image_to_image   t_v·s_v       VRD
+    text_to_text     t_t·s_t       VRD
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import sys
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from clip_rd_edge.losses.logits import Logits
+from clip_rd_edge.errors import InputError, near_matches
+from clip_rd_edge.losses.ensemble import teacher_parts
+from clip_rd_edge.losses.logits import Logits, compute_logits
+from clip_rd_edge.utils.paths import Typed
+from clip_rd_edge.utils.structs import CheckedError
 
+if TYPE_CHECKING:
+    from clip_rd_edge.losses.objective import Objective
 
-def symmetric_contrastive(logits: Logits) -> Tensor:
-    """½ [CE(L) + CE(Lᵀ)], the InfoNCE loss of CLIP (Radford et al. 2021); a scalar.
-
-    The logits L select the term:
-
-    - task: L = γ_s s_v·s_t, so the term is ½ [CE(γ_s s_v·s_t) + CE(γ_s s_t·s_v)]
-    - contrastive part of VRD for images (CLIP-RD): L = a t_v·s_v, so ½ [CE(a t_v·s_v) + CE(a s_v·t_v)]
-    - contrastive part of VRD for texts (CLIP-RD): L = b t_t·s_t, so ½ [CE(b t_t·s_t) + CE(b s_t·t_t)]
-    """
-    return (_row_cross_entropy(logits) + _column_cross_entropy(logits)) / (2 * logits.pairs)
-
-
-def interactive_contrastive(text_to_image: Logits, image_to_text: Logits) -> Tensor:
-    """ICL, interactive contrastive learning of CLIP-KD (Yang et al. 2024): ½ [CE(c s_v·t_t) + CE(c s_t·t_v)]; a scalar.
-
-    The student's embeddings are the queries, the teacher's the keys.
-
-    Args:
-        text_to_image: c t_t·s_v, whose columns are the rows of c s_v·t_t.
-        image_to_text: c t_v·s_t, whose columns are the rows of c s_t·t_v.
-    """
-    return (_column_cross_entropy(text_to_image) + _column_cross_entropy(image_to_text)) / (2 * text_to_image.pairs)
+ENTRY_POINTS = "clip_rd_edge.terms"
+Need = Literal["teacher", "pairs", "images", "bank"]
+TeacherScale = float | Tensor | tuple[float, ...]
+SHIPPED = ("task", "fd", "icl", "hrd", "affinity", "vrd_kl", "vrd_ce_image", "vrd_ce_text", "xrd", "bank")
 
 
-def _row_cross_entropy(logits: Logits) -> Tensor:
-    """Sum over rows of the cross-entropy with the matching pair as the target."""
-    return (logits.row_logsumexp - logits.diagonal).sum()
+class Term(NamedTuple):
+    """A registered term; see `term`."""
+
+    name: str
+    compute: Callable[[Products], Tensor]
+    needs: frozenset[Need]
+    matches: bool
 
 
-def _column_cross_entropy(logits: Logits) -> Tensor:
-    return (logits.column_logsumexp - logits.diagonal).sum()
+_TERMS = dict[str, Term]()
 
 
-def relation_divergence(target: Logits, logits: Logits) -> Tensor:
-    """½ [KL(T ‖ L) + KL(Tᵀ ‖ Lᵀ)] for the target T and the logits L; a scalar. No gradient reaches T.
+def term(
+    name: str, *, needs: Collection[Need], matches: bool = False
+) -> Callable[[Callable[[Products], Tensor]], Callable[[Products], Tensor]]:
+    """Register a function as a loss term.
 
-    T and L select the term:
-
-    - HRD, horizontal relational distillation (CRD in CLIP-KD): T = γ_t t_v·t_t and L = γ_s s_v·s_t, so
-      ½ [KL(γ_t t_v·t_t ‖ γ_s s_v·s_t) + KL(γ_t t_t·t_v ‖ γ_s s_t·s_v)]
-    - VRD, vertical relational distillation (CLIP-RD): T = b t_t·s_t and L = a t_v·s_v, so
-      ½ [KL(sg(b t_t·s_t) ‖ a t_v·s_v) + KL(sg(b s_t·t_t) ‖ a s_v·t_v)], where sg stops the gradient: the image side
-      follows the text side
-    """
-    # KL = Σ P (log P − log Q) with log P = T − logsumexp T. As each row of P sums to 1, the logsumexps can be added
-    # separately.
-    rows, columns = target.row_distribution(), target.column_distribution()
-    if target.is_whole:
-        # Both directions weight the same entries T − L, so one pass is enough.
-        expected = _expected_difference(rows.add_(columns.T), target.rows, logits.rows)
-    else:
-        expected = _expected_difference(rows, target.rows, logits.rows)
-        expected = expected + _expected_difference(columns, target.columns, logits.columns)
-    normalisers = logits.row_logsumexp - target.row_logsumexp.detach()
-    normalisers = normalisers + logits.column_logsumexp - target.column_logsumexp.detach()
-    return (expected + normalisers.sum()) / (2 * logits.pairs)
-
-
-def cross_relation_divergence(image_to_text: Logits, text_to_image: Logits) -> Tensor:
-    """XRD, cross relational distillation of CLIP-RD; a scalar, where sg stops the gradient:
-
-        ¼ [KL(sg B ‖ A) + KL(sg A ‖ B) + KL(sg Bᵀ ‖ Aᵀ) + KL(sg Aᵀ ‖ Bᵀ)]
+    It returns a scalar: the share of the batch's term that is due to the pairs of `Products.rows`, so that the terms of
+    blocks add up to that of the whole.
 
     Args:
-        image_to_text: A = c t_v·s_t.
-        text_to_image: B = c t_t·s_v.
-    """
-    towards_text = relation_divergence(text_to_image, image_to_text)
-    return (towards_text + relation_divergence(image_to_text, text_to_image)) / 2
-
-
-def affinity_mimicking(target: Logits, logits: Logits) -> Tensor:
-    """Affinity mimicking of TinyCLIP (Wu et al. 2023); a scalar:
-
-        ½ [H(T, L) + H(Tᵀ, Lᵀ)],  H(T, L) = −(1/B) Σ_i Σ_j P_ij log Q_ij,  P = softmax(T), Q = softmax(L) over rows
-
-    It equals HRD plus the entropy of the teacher, so its gradient is that of HRD.
-
-    Args:
-        target: T = γ_t t_v·t_t; no gradient reaches it.
-        logits: L = γ_s s_v·s_t.
-    """
-    return relation_divergence(target, logits) + _entropy(target)
-
-
-@torch.no_grad()
-def _entropy(logits: Logits) -> Tensor:
-    """½ [entropy of the row distributions + entropy of the column distributions], means over B."""
-    rows = logits.row_logsumexp.sum() - (logits.row_distribution() * logits.rows).sum()
-    columns = logits.column_logsumexp.sum() - (logits.column_distribution() * logits.columns).sum()
-    return (rows + columns) / (2 * logits.pairs)
-
-
-class _ExpectedDifference(torch.autograd.Function):
-    """Σ P (T − L), with the gradient −P for L and none for P and T.
-
-    Autograd would store T − L as well as P. Computing P·T and P·L separately would lose precision by cancellation.
+        needs: `teacher` for the teacher's embeddings; `pairs` for a term that compares an image with its own caption,
+            which is then that of the B' ≤ B rows that are pairs; `images` for one that has no part for texts alone;
+            `bank` for the bank of the teacher's embeddings.
+        matches: whether it compares the student's own images and texts, of whatever row. The other terms compare each
+            with the teacher's: where the sizes differ, through a projection each, which does not keep them together.
     """
 
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, target: Tensor, logits: Tensor) -> Tensor:
-        ctx.save_for_backward(weights)
-        return (target - logits).mul_(weights).sum()
+    def register(compute: Callable[[Products], Tensor]) -> Callable[[Products], Tensor]:
+        if name in SHIPPED and not compute.__module__.startswith("clip_rd_edge.losses."):
+            raise CheckedError(f"the loss term {name!r} is one of the package; expected another name")
+        _TERMS[name] = Term(name, compute, frozenset(needs), matches)
+        return compute
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:
-        (weights,) = ctx.saved_tensors
-        return None, None, weights * -gradients[0]
+    return register
 
 
-def _expected_difference(weights: Tensor, target: Tensor, logits: Tensor) -> Tensor:
-    apply: Any = _ExpectedDifference.apply  # only some versions of torch have types for it
-    result: Tensor = apply(weights, target.detach(), logits)
-    return result
+def find_term(name: str) -> Term:
+    """Return a registered term, or one that an installed package names as an entry point of ENTRY_POINTS."""
+    if name not in _TERMS:
+        for entry in entry_points(group=ENTRY_POINTS, name=name):
+            entry.load()
+    if name not in _TERMS:
+        near = near_matches(str(name), _TERMS)
+        raise CheckedError(f"unknown loss term {name!r}; the terms are {', '.join(term_names())}.{near}".rstrip("."))
+    return _TERMS[name]
 
 
-def feature_distillation(student: Tensor, teacher: Tensor, *, pairs: int) -> Tensor:
-    """One half of FD, feature distillation of CLIP-KD (Yang et al. 2024): mean((s − t)²); a scalar.
+def term_names() -> list[str]:
+    """Return the names of the registered terms, in the order in which they are summed: own ones after the shipped."""
+    return sorted(_TERMS, key=place_of)
 
-    FD = mean((s_v − t_v)²) + mean((s_t − t_t)²) is the sum over images and texts; means are over all B·D entries.
 
-    Args:
-        student, teacher: embeddings of all B pairs or of a block of b pairs, (b, D), L2-normalised.
+def place_of(name: str) -> tuple[int, str]:
+    """Return by what a term is sorted among others, known or not."""
+    return SHIPPED.index(name) if name in SHIPPED else len(SHIPPED), name
+
+
+def load_terms(source: Typed) -> None:
+    """Register the terms of a Python file, or of a module that can be imported; this runs what is in it."""
+    try:
+        if not source.endswith(".py"):
+            importlib.import_module(source)
+        elif (spec := spec_from_file_location(f"terms_of_{Path(source).stem}", source)) and spec.loader:
+            sys.modules[spec.name] = module = module_from_spec(spec)
+            spec.loader.exec_module(module)
+    except (ImportError, OSError, SyntaxError) as error:
+        raise InputError(f"The loss terms of {source} cannot be loaded: {error}.", option="terms") from error
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The teacher's embeddings of K images and of K' captions, (K, D) and (K', D), L2-normalised."""
+
+    image: Tensor
+    text: Tensor
+
+
+@dataclass(frozen=True)
+class EmbeddingBatch:
+    """L2-normalised embeddings of the global batch, (B, D) each; the teacher's are None if there is no teacher.
+
+    Those of several teachers are side by side, see `losses.ensemble`.
+
+    Attributes:
+        bank: what the `bank` term compares with; None without this term.
+        paired: which rows are an image and its own caption, (B,) bool; None if all are.
+    """
+
+    student_image: Tensor
+    student_text: Tensor
+    teacher_image: Tensor | None = None
+    teacher_text: Tensor | None = None
+    bank: Bank | None = None
+    paired: Tensor | None = None
+
+    def only_pairs(self) -> EmbeddingBatch:
+        """Return the B' rows that are pairs, without the bank if there are others."""
+        if self.paired is None:
+            return self
+        rows = self.paired.nonzero()[:, 0]
+        return EmbeddingBatch(
+            self.student_image[rows],
+            self.student_text[rows],
+            None if self.teacher_image is None else self.teacher_image[rows],
+            None if self.teacher_text is None else self.teacher_text[rows],
+        )
+
+
+class Products:
+    """What the terms of a batch are computed from, at least in float32; each product on first use.
+
+    Attributes:
+        s_v, s_t: the student's embeddings, (B, D_s).
+        p_v, p_t: the same for terms that compare student and teacher: projected if the sizes differ.
+        t_v, t_t: the teacher's embeddings, (B, D); there are none without a teacher.
         pairs: B.
+        rows: the pairs whose share of the term is asked for: all of them or a block.
+        student_scale, teacher_scales: γ_s, and γ_t of each teacher.
+        bank: see `EmbeddingBatch`.
     """
-    return (student - teacher).square().sum() / (pairs * student.shape[1])
+
+    def __init__(
+        self,
+        batch: EmbeddingBatch,
+        objective: Objective,
+        student_scale: Tensor,
+        teacher_scale: TeacherScale,
+        block: slice | None,
+    ) -> None:
+        self.s_v, self.s_t = at_least_float32(batch.student_image), at_least_float32(batch.student_text)
+        self.p_v, self.p_t = self.s_v, self.s_t
+        if batch.teacher_image is not None and batch.teacher_text is not None:
+            self.t_v, self.t_t = at_least_float32(batch.teacher_image), at_least_float32(batch.teacher_text)
+            self.p_v = _projected(objective.image_projection, self.s_v)
+            self.p_t = _projected(objective.text_projection, self.s_t)
+        self.student_scale, self.bank, self.bank_temperature = student_scale, batch.bank, objective.bank_temperature
+        self.teacher_scales = teacher_scale if isinstance(teacher_scale, tuple) else (teacher_scale,)
+        if len(self.teacher_scales) != max(1, len(objective.teacher_widths)):
+            raise ValueError("Expected a logit scale for each teacher.")
+        self.pairs, self.rows = len(self.s_v), block or slice(None)
+        self._scales, self._widths, self._block = objective.scales, objective.teacher_widths, block
+        self._computed = dict[str, Logits]()
+
+    def parts(self, embeddings: Tensor) -> list[Tensor]:
+        """Return the part of embeddings (B, D) that stands for each teacher; see `losses.ensemble`."""
+        return teacher_parts(embeddings, self._widths)
+
+    def student(self) -> Logits:
+        """γ_s s_v·s_t."""
+        return self._logits("student", self.student_scale, self.s_v, self.s_t)
+
+    def teachers(self) -> list[Logits]:
+        """γ_t t_v·t_t, of each teacher."""
+        each = zip(self.teacher_scales, self.parts(self.t_v), self.parts(self.t_t), strict=True)
+        return [self._logits(f"teacher {k}", *factors) for k, factors in enumerate(each)]
+
+    def image_to_text(self) -> Logits:
+        """c t_v·s_t."""
+        return self._logits("image_to_text", self._scale("cross"), self.t_v, self.p_t)
+
+    def text_to_image(self) -> Logits:
+        """c t_t·s_v."""
+        return self._logits("text_to_image", self._scale("cross"), self.t_t, self.p_v)
+
+    def image_to_image(self) -> Logits:
+        """a t_v·s_v."""
+        return self._logits("image_to_image", self._scale("image"), self.t_v, self.p_v)
+
+    def text_to_text(self) -> Logits:
+        """b t_t·s_t."""
+        return self._logits("text_to_text", self._scale("text"), self.t_t, self.p_t)
+
+    def _scale(self, name: str) -> Tensor:
+        return self._scales.multiplier(self._scales.get_parameter(name))
+
+    def _logits(self, name: str, scale: float | Tensor, left: Tensor, right: Tensor) -> Logits:
+        if name not in self._computed:
+            # Under autocast, the products would be in half precision, where close logits become equal.
+            with torch.autocast(self.s_v.device.type, enabled=False):
+                self._computed[name] = compute_logits(scale * left, right, self._block)
+        return self._computed[name]
+
+
+def mean(terms: Iterable[Tensor]) -> Tensor:
+    """Return the mean of scalars, of each teacher for instance; of a single one, the very same."""
+    terms = list(terms)
+    return terms[0] if len(terms) == 1 else torch.stack(terms).mean()
+
+
+def _projected(projection: nn.Module, embeddings: Tensor) -> Tensor:
+    if isinstance(projection, nn.Identity):
+        return embeddings
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return nn.functional.normalize(projection(embeddings), dim=-1)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return embeddings in float32, or as they are in float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

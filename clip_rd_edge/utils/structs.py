@@ -144,6 +144,8 @@ def convert(raw: Any, kind: type[T], *, source: str) -> T:
 
 def _recorded(kind: type[Any], value: Any) -> Any:
     """Return a value of a type that msgspec has not: a text, or several, that is not to be opened."""
+    if issubclass(kind, dict):  # which checks its own keys and values
+        return kind(value)
     texts = value if isinstance(value, list) else [value]
     if kind is Recorded and all(isinstance(text, str) for text in texts):
         return Recorded(value)

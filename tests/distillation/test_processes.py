@@ -20,7 +20,8 @@ from clip_rd_edge.distillation.loader import Batch, StepSampler
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import LiveTeacher, Teacher
-from clip_rd_edge.losses.objective import EmbeddingBatch, Objective, Weights
+from clip_rd_edge.losses.objective import Objective, Weights
+from clip_rd_edge.losses.terms import EmbeddingBatch
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.students import build_student, student_config
 

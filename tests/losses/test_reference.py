@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clip_rd_edge.losses.objective import EmbeddingBatch, Objective, Weights
+from clip_rd_edge.losses.objective import Objective, Weights
+from clip_rd_edge.losses.terms import EmbeddingBatch
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "clip_rd_losses.npz"
 TERMS = ("task", "hrd", "icl", "fd", "vrd_kl", "vrd_ce_image", "vrd_ce_text", "xrd")
