@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import re
 import textwrap
 from codecs import BOM_UTF8
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -16,11 +17,11 @@ import msgspec
 from msgspec import Meta
 from msgspec import inspect as types
 
-from clip_rd_edge.errors import ConfigError, InputError, near_matches
+from clip_rd_edge.errors import ConfigError, InputError, in_one_line, near_matches
 from clip_rd_edge.installation import upgrade_hint
-from clip_rd_edge.utils.files import read_limited
+from clip_rd_edge.utils.files import MAX_TEXT_BYTES, read_limited
 from clip_rd_edge.utils.paths import Recorded
-from clip_rd_edge.utils.text import as_unicode, each_text, is_unicode
+from clip_rd_edge.utils.text import as_unicode, each_text
 
 if TYPE_CHECKING:
     import yaml
@@ -31,12 +32,12 @@ _COMMENT_WIDTH = 80  # columns, as many as a terminal has at least
 _ATTRIBUTE = re.compile(r"( *)(\w+(?:, \w+)*): (.+)")
 
 
-T = TypeVar("T", bound=msgspec.Struct)
+T = TypeVar("T")
 
 
 def read_yaml(path: Path, kind: type[T]) -> T:
     """Read a YAML file into a struct, refusing unknown keys and wrong types."""
-    raw = parse_yaml(read_limited(path, MAX_YAML_BYTES), source=path)
+    raw = parse_yaml(read_limited(path, MAX_TEXT_BYTES), source=path)
     return convert(raw if raw is not None else {}, kind, source=str(path))
 
 
@@ -47,7 +48,7 @@ def read_json(path: Path, kind: type[T]) -> T:
 
 def read_json_objects(path: Path) -> Any:
     """Return the content of a JSON file as dicts, lists, texts and numbers; raises the same errors as `read_yaml`."""
-    return _json_objects(_read_json_text(path), path)
+    return _decode_json(_read_json_text(path), Any, source=path)
 
 
 def _read_json_text(path: Path) -> bytes:
@@ -56,47 +57,40 @@ def _read_json_text(path: Path) -> bytes:
 
 
 def _decode_json(content: bytes, kind: type[T], *, source: Path) -> T:
-    try:
+    with _named(str(source), kind):
         return msgspec.json.decode(content, type=kind, dec_hook=_recorded)
-    except msgspec.ValidationError:
-        return convert(_json_objects(content, source), kind, source=str(source))  # raises with the offending key
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        _json_objects(content, source)
-        raise
 
 
-def _json_objects(content: bytes, source: Path) -> Any:
+@contextmanager
+def _named(source: str, kind: Any) -> Iterator[None]:
+    """Within the block, an error of msgspec, which decodes a `kind`, becomes a ConfigError that names the source."""
     try:
-        return msgspec.json.decode(content)
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{source} is not valid JSON: {error}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{source} is not UTF-8: {error.reason}.") from error
-    except RecursionError as error:
-        raise ConfigError(f"{source} is not valid JSON for this: its values are nested too deep.") from error
-
-
-V = TypeVar("V")
+        yield
+    except msgspec.ValidationError as error:
+        message = str(error).rstrip(".")
+        suggestion = hint = ""
+        if "unknown field" in message:
+            unknown, *location = message.split("`")[1::2]
+            keys = _keys_at(location[0] if location else "$", kind)
+            suggestion = near_matches(unknown, keys)
+            hint = f"the keys there are {', '.join(dict.fromkeys(keys))}"
+        raise ConfigError(f"{source} is invalid: {message}.{suggestion}", hint=hint) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{source} is not valid JSON: {in_one_line(error)}.") from error
 
 
 class UnknownFieldError(InputError):
     """A client sent a field that its request does not have."""
 
 
-def decode_request(body: bytes, kind: type[V]) -> V:
+def decode_request(body: bytes, kind: type[T]) -> T:
     """Decode JSON that a client sent."""
     try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.MsgspecError as error:
-        reason = str(error).rstrip(".")
-        if "unknown field" in reason:
-            suggestion, hint = _near_keys(reason, kind)
-            raise UnknownFieldError(f"The request is invalid: {reason}.{suggestion}", hint=f"{hint}.") from error
-    except UnicodeDecodeError as error:
-        reason = f"it is not UTF-8: {error.reason} at byte {error.start:,}"
-    except RecursionError:
-        reason = "its values are nested too deep"
-    raise InputError(f"The request is invalid: {reason}.")
+        with _named("The request", kind):
+            return msgspec.json.decode(body, type=kind)
+    except ConfigError as error:
+        raised = UnknownFieldError if "unknown field" in str(error) else InputError
+        raise raised(str(error), hint=error.hint and f"{error.hint}.") from error
 
 
 def read_versioned_json(
@@ -132,14 +126,8 @@ def read_versioned_json(
 
 def convert(raw: Any, kind: type[T], *, source: str) -> T:
     """Convert plain dicts and lists to a struct; raise ConfigError naming `source` and the key if they do not match."""
-    try:
+    with _named(source, kind):
         return msgspec.convert(raw, kind, strict=True, dec_hook=_recorded)
-    except msgspec.ValidationError as error:
-        message = str(error)
-        suggestion = hint = ""
-        if "unknown field" in message:
-            suggestion, hint = _near_keys(message, kind)
-        raise ConfigError(f"{source} is invalid: {message}.{suggestion}", hint=hint) from error
 
 
 def _recorded(kind: type[Any], value: Any) -> Any:
@@ -152,27 +140,20 @@ def _recorded(kind: type[Any], value: Any) -> Any:
     raise ValueError(f"Expected `str`, got `{type(value).__name__}`")
 
 
-def _near_keys(message: str, kind: type[Any]) -> tuple[str, str]:
-    """Return, for msgspec's message about an unknown field, the keys that are near it, and a hint with all keys."""
-    unknown, *location = message.split("`")[1::2]
-    keys = _keys_at(location[0] if location else "$", kind)
-    return near_matches(unknown, keys), f"the keys there are {', '.join(dict.fromkeys(keys))}"
-
-
 def _keys_at(location: str, kind: type[Any]) -> list[str]:
     """Return the known keys at a location such as `$.rows[2].model`."""
-    kinds: list[types.Type] = [types.type_info(kind)]
+    structs = _structs(types.type_info(kind))
     for key in re.sub(r"\[[^]]*\]", "", location).split(".")[1:]:
-        kinds = [f.type for k in kinds for s in _structs(k) for f in s.fields if f.encode_name == key]
-    return [field.encode_name for k in kinds for struct in _structs(k) for field in struct.fields]
+        fields = (field for struct in structs for field in struct.fields if field.encode_name == key)
+        structs = [struct for field in fields for struct in _structs(field.type)]
+    return [field.encode_name for struct in structs for field in struct.fields]
 
 
 def _structs(kind: types.Type) -> list[types.StructType]:
     """Return the structs in a type: the type itself, the members of a union or the items of a list."""
     if isinstance(kind, types.StructType):
         return [kind]
-    inner = getattr(kind, "types", None) or [item for item in [getattr(kind, "item_type", None)] if item]
-    return [struct for member in inner for struct in _structs(member)]
+    return [struct for member in _members(kind) for struct in _structs(member)]
 
 
 def to_json(struct: Any) -> bytes:
@@ -282,7 +263,8 @@ class CheckedError(ConfigError, ValueError):
 class CheckedStruct(msgspec.Struct, frozen=True):
     """Base class of structs whose numbers must be finite and within the limits of their annotations.
 
-    Integers must fit into 64 bits, as whatever they are passed on to expects.
+    msgspec checks neither NaN nor what Python code passes. Integers must fit into 64 bits, as whatever they are passed
+    on to expects.
     """
 
     def __post_init__(self) -> None:
@@ -290,7 +272,7 @@ class CheckedStruct(msgspec.Struct, frozen=True):
             _check(name, getattr(self, name), kind)
 
 
-@functools.cache
+@cache
 def _numeric_fields(struct: type[msgspec.Struct]) -> tuple[tuple[str, types.Type], ...]:
     """Return the fields that hold numbers, alone or in containers, with their types."""
     info = types.type_info(struct)
@@ -305,9 +287,7 @@ def _members(kind: types.Type) -> tuple[types.Type, ...]:
         return tuple(kind.item_types)
     if isinstance(kind, types.VarTupleType | types.ListType):
         return (kind.item_type,)
-    if isinstance(kind, types.DictType):
-        return (kind.value_type,)
-    return ()
+    return (kind.value_type,) if isinstance(kind, types.DictType) else ()
 
 
 def _has_numbers(kind: types.Type) -> bool:
@@ -315,35 +295,32 @@ def _has_numbers(kind: types.Type) -> bool:
 
 
 def _check(name: str, value: Any, kind: types.Type) -> None:
-    if isinstance(kind, types.UnionType):
-        numbers = [member for member in kind.types if _has_numbers(member)]
+    members = _members(kind)
+    if isinstance(kind, types.IntType | types.FloatType):
+        check_number(name, value, kind)
+    elif isinstance(kind, types.UnionType):
+        numbers = [member for member in members if _has_numbers(member)]
         is_number = isinstance(value, int | float | list | tuple | dict) and not isinstance(value, bool)
-        is_optional = all(_has_numbers(member) or isinstance(member, types.NoneType) for member in kind.types)
+        is_optional = all(_has_numbers(member) or isinstance(member, types.NoneType) for member in members)
         if len(numbers) == 1 and (is_number or (is_optional and value is not None)):
             _check(name, value, numbers[0])
-    elif isinstance(kind, types.IntType | types.FloatType):
-        check_number(name, value, kind)
-    elif isinstance(kind, types.TupleType):
-        if not isinstance(value, list | tuple) or len(value) != len(kind.item_types):
-            raise CheckedError(f"{name} is {value!r}; expected {len(kind.item_types)} numbers")
-        for item, member in zip(value, kind.item_types, strict=True):
-            _check(name, item, member)
-    elif isinstance(kind, types.DictType):
+    elif isinstance(kind, types.TupleType) and (not isinstance(value, list | tuple) or len(value) != len(members)):
+        raise CheckedError(f"{name} is {value!r}; expected {len(members)} numbers")
+    elif isinstance(value, dict):
         for key, item in value.items():
-            _check(f"{name}[{key!r}]", item, kind.value_type)
+            _check(f"{name}[{key!r}]", item, members[0])
     else:
-        for item in value:
-            _check(name, item, *_members(kind))
+        for number, item in enumerate(value):
+            _check(name, item, members[number % len(members)])
 
 
 def check_number(name: str, value: Any, kind: types.IntType | types.FloatType) -> None:
     """Raise CheckedError if a value is not a finite number within the limits of its kind."""
-    valid = isinstance(value, int) or (isinstance(kind, types.FloatType) and isinstance(value, float))
-    if isinstance(value, int):
-        valid = abs(value) < _INT64
+    is_valid = isinstance(value, int) or (isinstance(kind, types.FloatType) and isinstance(value, float))
     if not (
-        valid
-        and math.isfinite(value)
+        is_valid
+        and math.isfinite(value if isinstance(value, float) else 0.0)
+        and (isinstance(value, float) or abs(value) < _INT64)
         and (kind.ge is None or value >= kind.ge)
         and (kind.gt is None or value > kind.gt)
         and (kind.le is None or value <= kind.le)
@@ -365,77 +342,39 @@ MAX_VALUES = 1_000_000  # in a file, each as often as aliases repeat it: nine li
 
 def parse_yaml(content: bytes | str, *, source: Path) -> Any:
     """Return the content of a YAML file as plain Python objects."""
-    import yaml
-
     if len(content) > MAX_YAML_BYTES:
         raise ConfigError(
             f"{source} has {len(content):,} bytes; the limit for YAML is {MAX_YAML_BYTES:,}.",
             hint="a list of labels may also be a text or JSON file",
         )
-    loader: Any = None
     try:
         loader = yaml_classes()[0](content)
         node = loader.get_single_node()
-        if node is None:
-            return None
-        _require_few_values(node, source)
-        return _construct(loader, node, source)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if _count_values(node, {}) > MAX_VALUES:
+            raise ValueError(f"its aliases (*name) stand for more than {MAX_VALUES:,} values, or for themselves")
+        return None if node is None else loader.construct_document(node)
+    except Exception as error:  # PyYAML ends with any error, such as for `!!int ''` or the date 2001-99-99
         raise ConfigError(
-            f"{source} is not valid YAML: {' '.join(str(error).split())}.",
+            f"{source} is not valid YAML: {in_one_line(error)}.",
             hint="compare it with a valid file: clip-rd-edge recipe show clip-rd, or clip-rd-edge benchmark --init",
         ) from error
-    except RecursionError as error:
-        raise ConfigError(f"{source} is not valid YAML for this: its values are nested too deep.") from error
-    finally:
-        if loader is not None:
-            loader.dispose()
 
 
-def _construct(loader: Any, node: yaml.Node, source: Path) -> Any:
-    import yaml
+def _count_values(node: Any, counts: dict[int, int]) -> int:
+    """Return the number of values in a node, above the limit for one that is in itself; refuse halves of characters.
 
-    try:
-        return loader.construct_document(node)
-    except (yaml.YAMLError, RecursionError):
-        raise
-    except ValueError as error:  # of a date or a number that Python cannot represent
-        raise ConfigError(f"{source} has an invalid value: {str(error).rstrip('.')}.") from error
-    except Exception as error:  # PyYAML ends with any error for `!!int ''`, `!!bool x` or `!!timestamp x`
-        raise ConfigError(
-            f"{source} has a value that is not of its tag ({type(error).__name__} in PyYAML).",
-            hint="remove what begins with ! or !!",
-        ) from error
-
-
-def _require_few_values(root: yaml.Node, source: Path) -> None:
-    """Refuse aliases that multiply values, or that lead to the value that they are in; refuse halves of characters."""
-    import yaml
-
-    counts: dict[int, int] = {}  # values in a node, by its identity; 0 while its children are counted
-
-    def count(node: Any) -> int:
-        known = counts.get(id(node))
-        if known is not None:
-            if known == 0:
-                raise ConfigError(f"{source} has an alias for the value that it is in.", hint="write the value out")
-            return known
-        counts[id(node)] = 0
-        if isinstance(node, yaml.ScalarNode):
-            if not is_unicode(node.value):
-                raise ConfigError(f"{source} has the value {node.value!r}, which is no Unicode.")
-            children: Any = ()
-        elif isinstance(node, yaml.MappingNode):
-            children = (part for pair in node.value for part in pair)
-        else:
-            children = node.value
-        counts[id(node)] = total = 1 + sum(map(count, children))
-        return total
-
-    if (total := count(root)) > MAX_VALUES:
-        raise ConfigError(
-            f"{source} stands for {total:,} values; the limit is {MAX_VALUES:,}.", hint="use fewer aliases (*name)"
-        )
+    Args:
+        counts: the numbers of the nodes that were counted, by identity.
+    """
+    if node is not None and id(node) not in counts:
+        counts[id(node)] = MAX_VALUES + 1
+        value = node.value
+        if isinstance(value, str):
+            value.encode()
+            value = []
+        children = (child for part in value for child in (part if isinstance(part, tuple) else (part,)))
+        counts[id(node)] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts.get(id(node), 0)
 
 
 # As in YAML 1.2 and JSON. PyYAML follows YAML 1.1, where 1e-3 is a text: it has neither a point nor a signed exponent.

@@ -16,8 +16,11 @@ from clip_rd_edge.utils.structs import (
     NonNegativeInt,
     PositiveFloat,
     Share,
+    UnknownFieldError,
     convert,
+    decode_request,
     is_list_of_texts,
+    read_json,
     read_yaml,
     to_yaml,
 )
@@ -33,36 +36,47 @@ class Kitchen(msgspec.Struct, forbid_unknown_fields=True):
     spare: Oven | None = None
 
 
-@pytest.mark.parametrize("text", ["ovens: [{temperature: 1, gril: true}]", "{ovens: [], spare: {gril: true}}"])
-def test_a_misspelt_nested_key_gets_suggestions(tmp_path: Path, text: str) -> None:
-    (tmp_path / "kitchen.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"unknown field `gril`.* Did you mean 'grill'"):
-        read_yaml(tmp_path / "kitchen.yaml", Kitchen)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("temperature: hot", r"Expected `int`, got `str` - at `\$.temperature`"),
-        ("temperatur: 200", r"unknown field `temperatur`.* Did you mean 'temperature'"),
-        ("grill: true", "missing required field `temperature`"),
-        ("temperature: [", "not valid YAML"),
-        ("", "missing required field `temperature`"),
+        ("ovens: [{temperature: 1, gril: true}]", r"unknown field `gril`.* Did you mean 'grill'"),
+        ("{ovens: [], spare: {gril: true}}", r"unknown field `gril`.* Did you mean 'grill'"),
+        ("ovens: [{temperature: 1, door: open}]", r"unknown field `door` - at `\$\.ovens\[0\]`\.$"),
+        ("ovens: [{temperature: hot}]", r"Expected `int`, got `str` - at `\$\.ovens\[0\]\.temperature`"),
+        ("oven: []", r"unknown field `oven`.* Did you mean 'ovens'"),
+        ("", "missing required field `ovens`"),
+        ("ovens: [", "not valid YAML"),
+        ("[" * 5_000, "not valid YAML"),
+        ("{a: " * 5_000, "not valid YAML"),
+        ("a: 2001-99-99", "not valid YAML"),
+        ("a: !!int ''", "not valid YAML"),
+        ('a: "\\ud800"', "not valid YAML"),
+        ("a: &a [*a]", "not valid YAML"),
+        ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 20}]\n" for i in range(1, 9)), "not valid YAML"),
     ],
 )
-def test_invalid_content_is_reported_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "oven.yaml"
+def test_invalid_content_is_one_sentence_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "kitchen.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as error:
-        read_yaml(path, Oven)
+        read_yaml(path, Kitchen)
     assert str(path) in str(error.value)
 
 
 def test_an_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
-    (tmp_path / "kitchen.yaml").write_text("ovens: [{temperature: 1, door: open}]")
-    with pytest.raises(ConfigError, match=r"unknown field `door` - at `\$\.ovens\[0\]`\.$") as raised:
-        read_yaml(tmp_path / "kitchen.yaml", Kitchen)
+    (tmp_path / "kitchen.json").write_text('{"ovens": [{"temperature": 1, "door": "open"}]}')
+    with pytest.raises(ConfigError) as raised:
+        read_json(tmp_path / "kitchen.json", Kitchen)
     assert raised.value.hint == "the keys there are temperature, grill"
+
+
+@pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 100_000, b'{"temperature": "hot"}'])
+def test_a_request_that_is_invalid_is_told_from_one_with_an_unknown_field(body: bytes) -> None:
+    with pytest.raises(InputError) as raised:
+        decode_request(body, Oven)
+    assert not isinstance(raised.value, UnknownFieldError)
+    with pytest.raises(UnknownFieldError, match="Did you mean 'grill'"):
+        decode_request(b'{"temperature": 1, "gril": true}', Oven)
 
 
 class Rate(msgspec.Struct, forbid_unknown_fields=True):
@@ -84,7 +98,7 @@ def test_numbers_in_yaml_are_those_of_json(tmp_path: Path, text: str) -> None:
 def test_other_texts_in_yaml_are_no_numbers(tmp_path: Path, text: str) -> None:
     (tmp_path / "rate.yaml").write_text(f"rate: {text}\nname: x")
     if text == "2026-11-26":  # a date in YAML, which no setting is
-        with pytest.raises(ConfigError, match="Expected"):
+        with pytest.raises(ConfigError):
             read_yaml(tmp_path / "rate.yaml", Rate)
     else:
         assert read_yaml(tmp_path / "rate.yaml", Rate).rate == text
@@ -93,16 +107,6 @@ def test_other_texts_in_yaml_are_no_numbers(tmp_path: Path, text: str) -> None:
 def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere\.yaml"):
         read_yaml(tmp_path / "nowhere.yaml", Oven)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("[" * 5_000, "nested too deep"), ("{a: " * 5_000, "nested too deep"), ("a: 2001-99-99", "invalid value")],
-)
-def test_yaml_that_pyyaml_cannot_hold_is_one_sentence(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "kitchen.yaml").write_text(content)
-    with pytest.raises(ConfigError, match=rf"kitchen\.yaml .*{message}"):
-        read_yaml(tmp_path / "kitchen.yaml", Kitchen)
 
 
 class Settings(CheckedStruct, frozen=True, kw_only=True):
@@ -134,6 +138,8 @@ def test_a_number_out_of_range_is_refused_in_python_and_from_a_file(name: str, v
         Settings(**{name: value})
     with pytest.raises(ConfigError, match=rf"settings\.yaml is invalid: .*{name}"):
         convert({name: value}, Settings, source="settings.yaml")
+    with pytest.raises(ConfigError, match=name):
+        msgspec.structs.replace(Settings(), **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -144,11 +150,6 @@ def test_a_number_out_of_range_is_refused_in_python_and_from_a_file(name: str, v
 def test_a_number_in_range_is_kept(name: str, value: Any) -> None:
     assert getattr(Settings(**{name: value}), name) == value
     assert getattr(convert({name: value}, Settings, source="settings.yaml"), name) == value
-
-
-def test_replacing_a_field_checks_it_again() -> None:
-    with pytest.raises(ConfigError, match="rate is nan; expected a finite number greater than 0"):
-        msgspec.structs.replace(Settings(), rate=math.nan)
 
 
 TEXTS = ["a dog", "it's a dog's tail, [sic]", 'a "dog"', "\\", "two\nlines", "ein Hündchen \U0001f436", ""]
