@@ -76,20 +76,23 @@ def machine_name() -> str:
 
 def system_name() -> str:
     """Return distribution, kernel and architecture."""
-    try:
-        name = platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):
-        name = ""
     kernel = f"{platform.system()} {platform.release()} {platform.machine()}"
-    return f"{name}, {kernel}" if name else kernel
+    try:
+        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {kernel}"
+    except (OSError, KeyError):
+        return kernel
+
+
+def _read(path: Path) -> str:
+    """Return what the system says in a file, or nothing if it has no such file."""
+    return path.read_text(errors="replace") if path.is_file() else ""
 
 
 def memory_bytes() -> int:
     """Return the total memory of the machine, or 0 if it is unknown."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return _windows_memory()
+    if os.name == "nt":
+        return _windows_memory("GlobalMemoryStatusEx", numbers=7)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def usable_cores() -> int:
@@ -99,32 +102,23 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def cpu_quota(text: str | None = None) -> float | None:
+def cpu_quota() -> float | None:
     """Return the limit of CPU time in cores (`docker run --cpus`, systemd's CPUQuota), or None if there is no limit.
 
-    Args:
-        text: content of a control group's cpu.max; None reads those of this process, of which the smallest counts.
+    It is the smallest of this process's control group and of those around it, by cgroups v2 or v1. In a container, the
+    own group may be the root, whatever its path says.
     """
-    limits = [limit.strip().partition(" ") for limit in (_cpu_limits() if text is None else [text])]
-    return min((int(q) / int(period) for q, _, period in limits if q.isdigit() and period.isdigit()), default=None)
-
-
-def _cpu_limits() -> Iterator[str]:
-    """Yield cpu.max of this process's control group and of those around it; what cgroups v1 have for it, in its form.
-
-    In a container, the own group may be the root, whatever its path says.
-    """
-    for line in _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.is_file() else ():
+    quotas = []
+    for line in _read(_OWN_CGROUPS).splitlines():
         _, controllers, path = line.split(":", 2)
-        if not controllers:
-            root, names = _CGROUPS, ["cpu.max"]
-        elif "cpu" in controllers.split(","):
-            root, names = _CGROUPS / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
-        else:
-            continue
+        root = _CGROUPS / "cpu" if controllers else _CGROUPS
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
         for group in (own := PurePosixPath(path), *own.parents):
-            with suppress(OSError):
-                yield " ".join((root / str(group).lstrip("/") / name).read_text().strip() for name in names)
+            with suppress(OSError, ValueError):  # ValueError: a quota of "max"
+                texts = [(root / str(group).lstrip("/") / name).read_text() for name in names]
+                quota, period = map(int, " ".join(texts).split())
+                quotas.append(quota / period)
+    return min((quota for quota in quotas if quota > 0), default=None)
 
 
 def instruction_sets(features: str | None = None) -> tuple[str, ...]:
@@ -135,7 +129,7 @@ def instruction_sets(features: str | None = None) -> tuple[str, ...]:
             `sysctl hw.optional`; empty if unknown. None reads this machine's.
     """
     if features is None:
-        features = _features()
+        features = _read(_CPUINFO) or _sysctl("hw.optional")
     lines = [line.partition(":") for line in features.splitlines()]
     for key, _, value in lines:
         if key.strip() in ("flags", "Features"):
@@ -148,8 +142,7 @@ def instruction_sets(features: str | None = None) -> tuple[str, ...]:
 
 def installed_versions(packages: Sequence[str]) -> dict[str, str]:
     """Return the versions of the packages that are installed."""
-    # Read from the metadata: importing torch for its version takes seconds, and a device does not have it. Imported
-    # here, as a device that only runs a bundle has no use for it.
+    # From the metadata: importing torch for its version takes seconds. Imported here, as running a bundle needs none.
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
@@ -172,19 +165,13 @@ def is_running(process: int) -> bool | None:
     if os.name == "nt":
         return None
     try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        if Path("/proc/self/stat").is_file():
-            return False
-    else:
-        return state not in "ZX"
-    try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
-    return True
+    state = _read(Path(f"/proc/{process}/stat")).rpartition(")")[2].split()
+    return not state or state[0] not in "ZX"
 
 
 def jetson_name() -> str:
@@ -194,7 +181,7 @@ def jetson_name() -> str:
     """
     if not _JETSON_RELEASE.is_file():
         return ""
-    release = re.search(r"\bR(\d+)\b", _JETSON_RELEASE.read_text(errors="replace"))
+    release = re.search(r"\bR(\d+)\b", _read(_JETSON_RELEASE))
     return "jetson-thor" if release and int(release[1]) >= 38 else "jetson-orin"
 
 
@@ -211,38 +198,34 @@ def nvidia_gpus() -> str:
 
 def _of_nvidia_gpus(what: str) -> list[str]:
     """Return what the driver says of each GPU; nothing without a driver, or with one that fails."""
-    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired):  # no driver, or a GPU that hangs
-        return []
-    return [line.strip() for line in result.stdout.splitlines()] if result.returncode == 0 else []
-
-
-def _features() -> str:
-    if _CPUINFO.is_file():
-        return _CPUINFO.read_text(errors="replace")
-    return _sysctl("hw.optional")
+    answer = _answer_of("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader")
+    return [line.strip() for line in answer.splitlines()]
 
 
 def _sysctl(*arguments: str) -> str:
     """Return what macOS says of its hardware; nothing on other systems."""
-    if platform.system() != "Darwin":
-        return ""
-    command = [_SYSCTL, *arguments]
+    return _answer_of(_SYSCTL, *arguments) if platform.system() == "Darwin" else ""
+
+
+def _answer_of(*command: str) -> str:
+    """Return the output of a command, or nothing if it is missing, fails or hangs."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S).stdout
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):
         return ""
+    return result.stdout if result.returncode == 0 else ""
 
 
 def _processor() -> str:
-    # Arm boards give their name in the device tree.
-    if _BOARD.is_file():
-        return _BOARD.read_text(errors="replace").rstrip("\0").strip()
-    named = _processor_in(_CPUINFO.read_text(errors="replace") if _CPUINFO.is_file() else "")
-    # platform.processor() is empty on most Linux systems, and arm on every new Mac.
-    return named or _sysctl("-n", "machdep.cpu.brand_string").strip() or platform.processor() or platform.machine()
+    # Arm boards give their name in the device tree. platform.processor() is empty on most Linux systems, and arm on
+    # every new Mac.
+    return (
+        _read(_BOARD).rstrip("\0").strip()
+        or _processor_in(_read(_CPUINFO))
+        or _sysctl("-n", "machdep.cpu.brand_string").strip()
+        or platform.processor()
+        or platform.machine()
+    )
 
 
 def _processor_in(cpuinfo: str) -> str:
@@ -279,7 +262,7 @@ def _cpu_ticks() -> tuple[int, int]:
     """Return busy time (including time stolen by a hypervisor) and total time of all cores since boot, in ticks."""
     if not _STAT.is_file():
         return 0, 0
-    user, nice, system, idle, iowait, *others = map(int, _STAT.read_text().split("\n", 1)[0].split()[1:9])
+    user, nice, system, idle, iowait, *others = map(int, _read(_STAT).split("\n", 1)[0].split()[1:9])
     busy = user + nice + system + sum(others)
     return busy, busy + idle + iowait
 
@@ -288,53 +271,36 @@ def resident_memory_bytes() -> int | None:
     """Return the memory of this process that is in use now, or None if it is unknown."""
     if not _STATM.is_file():
         return None
-    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(_read(_STATM).split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_memory_bytes() -> int | None:
     """Return the peak memory of this process, or None if it is unknown."""
+    if os.name == "nt":
+        return _windows_memory("K32GetProcessMemoryInfo", numbers=8, of_process=True) or None
     # VmHWM is preferred to ru_maxrss, which on Linux includes the parent's memory at the time of the fork.
-    if _STATUS.is_file():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    try:
-        import resource
-    except ImportError:
-        return _windows_peak()
+    for line in _read(_STATUS).splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    import resource  # Windows has none
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else 1024 * peak
 
 
-def _windows_memory() -> int:
-    """Return the total memory of a machine with Windows, or 0."""
-    # MEMORYSTATUSEX: its size, the share in use, and seven numbers, of which the first is the total.
-    status = struct.pack("=2I7Q", 64, *[0] * 8)
-    answer = _ask_windows("GlobalMemoryStatusEx", status)
-    return int(struct.unpack("=2I7Q", answer)[2]) if answer else 0
+def _windows_memory(function: str, *, numbers: int, of_process: bool = False) -> int:
+    """Return the first 64-bit number that a function of kernel32 fills in after its structure's size, or 0.
 
-
-def _windows_peak() -> int | None:
-    """Return the peak memory of this process on Windows, or None."""
-    # PROCESS_MEMORY_COUNTERS: its size, the page faults, and eight numbers, of which the first is the peak.
-    counters = struct.pack("=2I8Q", 72, *[0] * 9)
-    answer = _ask_windows("K32GetProcessMemoryInfo", counters, of_process=True)
-    return int(struct.unpack("=2I8Q", answer)[2]) if answer else None
-
-
-def _ask_windows(function: str, content: bytes, *, of_process: bool = False) -> bytes | None:
-    """Return the structure that a function of the 64-bit kernel32 fills in, given its initial content, or None."""
-    import ctypes
-
-    if not hasattr(ctypes, "WinDLL"):
-        return None
-    kernel = ctypes.WinDLL("kernel32")
+    That of MEMORYSTATUSEX is the total memory, that of PROCESS_MEMORY_COUNTERS the peak of this process.
+    """
+    kernel = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined,unused-ignore]
     kernel.GetCurrentProcess.restype = ctypes.c_void_p
-    buffer = ctypes.create_string_buffer(content, len(content))
+    size = 8 + 8 * numbers
+    buffer = ctypes.create_string_buffer(struct.pack("=I", size), size)
     arguments: list[Any] = [ctypes.byref(buffer)]
     if of_process:
-        arguments = [ctypes.c_void_p(kernel.GetCurrentProcess()), *arguments, ctypes.c_uint32(len(content))]
-    return buffer.raw if getattr(kernel, function)(*arguments) else None
+        arguments = [ctypes.c_void_p(kernel.GetCurrentProcess()), *arguments, ctypes.c_uint32(size)]
+    return int(struct.unpack_from("=Q", buffer, 8)[0]) if getattr(kernel, function)(*arguments) else 0
 
 
 # Parameters of glibc's `mallopt`. Once one is set, glibc adapts its thresholds no more: in the end they get the values
@@ -372,7 +338,5 @@ def return_freed_memory() -> None:
 
 def _glibc() -> Any:
     """Return the C library if it is glibc, whose `mallopt` counts its parameters from -1; None for others."""
-    if not sys.platform.startswith("linux"):
-        return None
-    library = ctypes.CDLL(None)
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     return library if hasattr(library, "gnu_get_libc_version") else None

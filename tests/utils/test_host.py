@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import struct
 import subprocess
 import sys
 import time
@@ -23,24 +22,24 @@ from clip_rd_edge.utils.host import (
 )
 
 
-def test_instruction_sets_of_x86_and_arm() -> None:
-    x86 = "processor\t: 0\nflags\t\t: fpu sse2 avx2 avx512f avx512_vnni amx_int8\nprocessor\t: 1\n"
-    assert instruction_sets(x86) == ("AVX2", "AVX-512", "AVX-512 VNNI", "AMX INT8")
-    arm = "processor\t: 0\nFeatures\t: fp asimd asimddp\n"
-    assert instruction_sets(arm) == ("Neon", "Neon dot product")
-    assert instruction_sets("") == ()
-
-
-def test_instruction_sets_of_macos() -> None:
-    output = "hw.optional.neon: 1\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0\n"
-    assert instruction_sets(output) == ("Neon", "Neon dot product")
-    assert instruction_sets("hw.optional.avx2_0: 1\nhw.optional.avx512f: 0\n") == ("AVX2",)
-
-
-def test_cpu_limit_of_a_container() -> None:
-    assert cpu_quota("150000 100000\n") == 1.5
-    assert cpu_quota("max 100000\n") is None
-    assert cpu_quota("") is None
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        (
+            "processor\t: 0\nflags\t\t: fpu sse2 avx2 avx512f avx512_vnni amx_int8\nprocessor\t: 1\n",
+            ("AVX2", "AVX-512", "AVX-512 VNNI", "AMX INT8"),
+        ),
+        ("processor\t: 0\nFeatures\t: fp asimd asimddp\n", ("Neon", "Neon dot product")),
+        (
+            "hw.optional.neon: 1\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0\n",
+            ("Neon", "Neon dot product"),
+        ),
+        ("hw.optional.avx2_0: 1\nhw.optional.avx512f: 0\n", ("AVX2",)),
+        ("", ()),
+    ],
+)
+def test_instruction_sets_are_those_that_the_system_names(features: str, expected: tuple[str, ...]) -> None:
+    assert instruction_sets(features) == expected
 
 
 @pytest.mark.parametrize(
@@ -145,47 +144,24 @@ def test_peak_memory_does_not_decrease() -> None:
     assert (peak_memory_bytes() or 0) >= before
 
 
-def test_windows_knows_the_memory_of_machine_and_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`tests/scripts/test_windows.py` asks Windows itself."""
-    answers = {
-        "GlobalMemoryStatusEx": struct.pack("=2I7Q", 64, 12, 25_276_497_920, *range(6)),
-        "K32GetProcessMemoryInfo": struct.pack("=2I8Q", 72, 7, 428_630_016, *range(7)),
-    }
-    monkeypatch.setattr(host, "_ask_windows", lambda function, content, of_process=False: answers[function])
-    monkeypatch.setattr(host, "_STATUS", tmp_path / "status")
-    monkeypatch.setitem(sys.modules, "resource", None)
-    monkeypatch.delattr(os, "sysconf")
-    assert (host.memory_bytes(), peak_memory_bytes()) == (25_276_497_920, 428_630_016)
-    answers.update(dict.fromkeys(answers))  # it does not say
-    assert (host.memory_bytes(), peak_memory_bytes()) == (0, None)
-
-
 @pytest.mark.parametrize(
-    ("script", "capability"),
+    ("script", "capability", "gpus"),
     [
-        ("echo 8.9; echo 12.0", "8.9"),
-        ("echo 12.0", "12.0"),
-        ("echo 'NVIDIA-SMI has failed' >&2; exit 9", ""),
-        ("echo '[N/A]'", ""),
-        ("echo", ""),
+        ("echo 8.9; echo 12.0", "8.9", "8.9, 12.0"),
+        ("echo 'NVIDIA-SMI has failed'; exit 9", "", ""),
+        ("echo '[N/A]'", "", "[N/A]"),
+        ("echo", "", ""),
     ],
 )
-def test_the_compute_capability_is_the_first_gpus_as_the_driver_reports_it(
-    script: str, capability: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_gpus_are_as_the_driver_reports_them(
+    script: str, capability: str, gpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert host.cuda_capability() == ""  # no driver
+    assert (host.cuda_capability(), host.nvidia_gpus()) == ("", "")  # no driver
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     assert host.cuda_capability() == capability
-
-
-def test_nvidia_gpus_are_named_as_the_driver_reports_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert host.nvidia_gpus() == ""
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA L4; echo NVIDIA H100\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    assert host.nvidia_gpus() == "NVIDIA L4, NVIDIA H100"
+    assert host.nvidia_gpus() == gpus
 
 
 @pytest.mark.skipif(not hasattr(os, "waitid"), reason="waits for a process without looking for it")
