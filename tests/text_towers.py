@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,21 @@ SIZE: Any = {
     "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 20
 }  # fmt: skip
 CONTEXT_LENGTH = 12
+
+
+def siglip_clip(*, bias: float = 2.5, image_size: int = 32) -> ClipModel:
+    """A tiny model with a bias, as SigLIP's have, on whose images and texts its probabilities differ."""
+    torch.manual_seed(0)
+    config = student_config("test_resnet", embedding_size=16, image_size=image_size, text="64x2", context_length=16)
+    config["model_cfg"] |= {"init_logit_bias": bias, "init_logit_scale": math.log(20)}
+    config["preprocess_cfg"]["resize_mode"] = "squash"
+    clip = build_student(config, name="siglip")
+    with torch.no_grad():
+        for parameter in clip.model.parameters():
+            if parameter.ndim:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    clip.model.eval()
+    return clip
 
 
 def bert_clip(folder: Path, *, more: Sequence[str] = (), image_size: int = 64) -> ClipModel:

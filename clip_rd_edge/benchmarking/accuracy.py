@@ -35,9 +35,9 @@ from clip_rd_edge.bundle.encoder import (
     embed_batches,
     in_batches,
     label_embeddings,
-    probabilities,
 )
 from clip_rd_edge.bundle.images import ImageFile, in_bounded_batches, open_image
+from clip_rd_edge.bundle.scoring import Scoring
 from clip_rd_edge.data.shard_index import TarMember
 from clip_rd_edge.data.tasks import CLASS_NAMES, RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.errors import InputError
@@ -182,7 +182,7 @@ def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILE
     """
     labels = label_embeddings(encoder, task.labels, task.templates)
     images = embed_images(encoder, task.images, task.name, reporter)
-    confidence, ranked = _classify(images, labels, encoder.describe().logit_scale)
+    confidence, ranked = _classify(images, labels, encoder.describe().scoring)
     targets = np.asarray(task.targets, dtype=np.int64)
     hits = ranked[:, 0] == targets
     origin = (str(len(task.templates)), task.templates_from)
@@ -203,7 +203,7 @@ def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILE
 
 
 def _classify(
-    images: Embeddings, labels: Embeddings, logit_scale: float
+    images: Embeddings, labels: Embeddings, scoring: Scoring
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Return the probability of each image's first label, (N,), and its first five labels, (N, min(5, C)).
 
@@ -212,7 +212,7 @@ def _classify(
     # Ranked by similarity, not by probability: a softmax in float32 turns small differences into ties.
     ranked = nearest_indices(images, labels, 5)
     confidence = [
-        np.take_along_axis(probabilities(images[chunk], labels, logit_scale), ranked[chunk, :1], axis=1)[:, 0]
+        np.take_along_axis(scoring.probabilities(images[chunk], labels), ranked[chunk, :1], axis=1)[:, 0]
         for chunk in in_batches(len(images), CHUNK)
     ]
     return np.concatenate(confidence), ranked

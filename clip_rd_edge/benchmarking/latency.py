@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from clip_rd_edge.benchmarking.metrics import Interval
-from clip_rd_edge.bundle.encoder import TowerEncoder, embeds_texts, normalise, probabilities, top_indices
+from clip_rd_edge.bundle.encoder import TowerEncoder, embeds_texts, normalise, top_indices
 from clip_rd_edge.bundle.images import ImageFile, open_image
 from clip_rd_edge.bundle.preprocess import preprocess
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
@@ -35,7 +35,7 @@ class EncoderCalls:
         self._file = image
         self._image = open_image(image)
         description = encoder.describe()
-        self._preprocessing, self._logit_scale = description.preprocessing, description.logit_scale
+        self._preprocessing, self._scoring = description.preprocessing, description.scoring
         # Stacked, as encoders do: `[None]` gives other strides, with which torch is up to 1.5 times slower.
         self.pixels = np.stack([preprocess(self._image, self._preprocessing)])
         self._ids = encoder.tokenize([TEXT]) if embeds_texts(encoder) else None
@@ -61,12 +61,12 @@ class EncoderCalls:
 
     def classify(self) -> object:
         """Rank the labels by an embedding."""
-        return top_indices(probabilities(self._embedding, self._labels, self._logit_scale)[0], _TOP_K)
+        return top_indices(self._scoring.probabilities(self._embedding, self._labels)[0], _TOP_K)
 
     def end_to_end(self) -> object:
         """Go from the image file to its top labels, as a device does."""
         embedding = self.encoder.encode_images([open_image(self._file)])
-        return top_indices(probabilities(embedding, self._labels, self._logit_scale)[0], _TOP_K)
+        return top_indices(self._scoring.probabilities(embedding, self._labels)[0], _TOP_K)
 
 
 RESAMPLES = 1_000

@@ -12,7 +12,8 @@ from PIL import Image
 
 from clip_rd_edge.bundle.images import is_table
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.errors import ConfigError, InputError, NotFiniteError, UsageError
+from clip_rd_edge.bundle.scoring import Scoring, require_finite
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.text import is_unicode
 
@@ -25,7 +26,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         runtime: `torch`, `onnxruntime`, …
         precision: of the image tower and the text tower, such as `fp32` or `int8 + fp32`.
-        logit_scale: multiplies cosine similarities before a softmax.
+        logit_scale, logit_bias: see `scoring`.
         parameters: number of parameters, 0 if unknown.
         size_bytes: size on disk of everything needed to run it.
         device: where it runs, such as `cpu`, or `cuda + cpu` if its towers differ.
@@ -41,6 +42,12 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     parameters: int = 0
     size_bytes: int = 0
     device: str = "cpu"
+    logit_bias: float | None = None
+
+    @property
+    def scoring(self) -> Scoring:
+        """How cosine similarities become probabilities."""
+        return Scoring(self.logit_scale, self.logit_bias)
 
 
 @runtime_checkable
@@ -165,17 +172,6 @@ def as_list(texts: str | Iterable[str]) -> list[str]:
     return [str(text) for text in entries]  # those of a numpy array are of a type that msgspec does not encode
 
 
-def require_finite(embeddings: Embeddings, source: str) -> Embeddings:
-    """Return the embeddings if all entries are finite."""
-    if not np.isfinite(embeddings).all():
-        raise NotFiniteError(
-            f"{source} has embeddings with entries that are not finite numbers.",
-            hint="the model is damaged, or its precision does not work on this device; check a bundle with "
-            "clip-rd-edge verify",
-        )
-    return embeddings
-
-
 _MAX_COSINE = 1.01  # rounding to float16 included
 
 
@@ -187,9 +183,6 @@ def require_cosines(cosines: Embeddings, source: str) -> Embeddings:
             hint="the index or the model is damaged: check the bundle with clip-rd-edge verify, and index again",
         )
     return cosines
-
-
-Probabilities = npt.NDArray[np.float32]
 
 
 def require_labels(labels: Sequence[str]) -> None:
@@ -241,12 +234,3 @@ def normalise(rows: npt.NDArray[np.floating]) -> Embeddings:
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)
     normalised: Embeddings = (rows / np.maximum(norms, 1e-12)).astype(np.float32)
     return normalised
-
-
-def probabilities(images: Embeddings, labels: Embeddings, logit_scale: float) -> Probabilities:
-    """Return the softmax over labels of logit_scale times the cosine similarities, shape (N, C)."""
-    logits = require_finite(logit_scale * (images @ labels.T), "An image or a label")
-    logits -= logits.max(axis=1, keepdims=True)
-    exponents = np.exp(logits)
-    result: Probabilities = (exponents / exponents.sum(axis=1, keepdims=True)).astype(np.float32)
-    return result

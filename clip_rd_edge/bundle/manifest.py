@@ -30,8 +30,10 @@ from msgspec import Meta
 
 from clip_rd_edge.bundle.formats import format_of
 from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.bundle.scoring import LogitBias, LogitScale, Scoring
 from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.installation import upgrade_hint
 from clip_rd_edge.utils.files import is_plain_name, read_limited, sha256_of, write_bytes
 from clip_rd_edge.utils.paths import cache_home, exists, is_file, is_folder, is_left_by_system, near_files
 from clip_rd_edge.utils.structs import (
@@ -39,13 +41,12 @@ from clip_rd_edge.utils.structs import (
     CheckedStruct,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     read_versioned_json,
     to_json,
 )
 
-# A bundle without a text tower has the second version, which readers of the first refuse as newer.
-FORMAT_VERSION, VERSION_WITHOUT_TEXT = 1, 2
+# Older readers refuse what they would answer wrongly: bundles without a text tower, and those with features.
+FORMAT_VERSION, VERSION_WITHOUT_TEXT, VERSION_WITH_FEATURES = 1, 2, 3
 MANIFEST, IMAGE_MODEL, TEXT_MODEL = "manifest.json", "image.onnx", "text.onnx"
 TOKENIZER = "tokenizer.json"
 # `x86-64`: any of them; `x86-64-vnni`: with AVX-VNNI, AVX512-VNNI or AMX; `aarch64`; `wasm32`: in a browser.
@@ -60,7 +61,6 @@ STAMP_SUFFIX = ".sha256"
 
 # Limits, so that a manifest cannot ask for any amount of memory: far above those of any model that open_clip has.
 MAX_EMBEDDING_SIZE = 65_536
-MAX_LOGIT_SCALE = 1e6
 MAX_TEMPLATES = 1_000
 MAX_MANIFEST_BYTES = 1 << 24
 
@@ -123,11 +123,22 @@ class Tower(CheckedStruct, frozen=True, kw_only=True):
             _require_plain(name)
 
 
+class Features(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a reader must take into account, or else refuse the bundle.
+
+    Attributes:
+        logit_bias: see `Scoring`.
+    """
+
+    logit_bias: LogitBias | None = None
+
+
 class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The content of manifest.json.
 
     Attributes:
         tokenizer: of the text tower, also if that was left out.
+        features: left out of the file where there are none.
         text: None if the text tower was left out: the bundle then embeds images, and knows the labels of its bank.
         files: SHA-256 of every other file, by name.
         checksum: SHA-256 of this file with an empty `checksum`.
@@ -138,13 +149,14 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
     precision: str
     target: str
     embedding_size: Annotated[int, Meta(ge=1, le=MAX_EMBEDDING_SIZE)]
-    logit_scale: Annotated[PositiveFloat, Meta(le=MAX_LOGIT_SCALE)]
+    logit_scale: LogitScale
     preprocessing: Preprocessing
     tokenizer: TokenizerSpec
     image: Tower
     text: Tower | None
     templates: Annotated[tuple[str, ...], Meta(min_length=1, max_length=MAX_TEMPLATES)] = ("{}",)
     parameters: NonNegativeInt = 0
+    features: Features | msgspec.UnsetType = msgspec.UNSET
     provenance: dict[str, str] = msgspec.field(default_factory=dict)
     files: dict[str, str] = msgspec.field(default_factory=dict)
     checksum: str = ""
@@ -158,6 +170,18 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def towers(self) -> dict[str, Tower]:
         """The towers by name, `image` and, unless it was left out, `text`."""
         return {"image": self.image} if self.text is None else {"image": self.image, "text": self.text}
+
+    @property
+    def scoring(self) -> Scoring:
+        """How cosine similarities become probabilities."""
+        return Scoring(self.logit_scale, self.features.logit_bias if self.features else None)
+
+    def with_scoring(self, scoring: Scoring) -> Manifest:
+        """Return a manifest with this scoring, and in the version that it needs."""
+        if scoring.bias is None:
+            return msgspec.structs.replace(self, logit_scale=scoring.scale)
+        features, version = Features(logit_bias=scoring.bias), VERSION_WITH_FEATURES
+        return msgspec.structs.replace(self, logit_scale=scoring.scale, features=features, format_version=version)
 
     def require_text(self) -> Tower:
         """Return the text tower."""
@@ -195,7 +219,7 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def without_text(self) -> Manifest:
         """Return a manifest without the text tower and without file hashes."""
         alone = self.with_towers({"image": self.image})
-        return msgspec.structs.replace(alone, format_version=VERSION_WITHOUT_TEXT)
+        return msgspec.structs.replace(alone, format_version=max(self.format_version, VERSION_WITHOUT_TEXT))
 
 
 def can_saturate(sets: Sequence[str]) -> bool:
@@ -263,10 +287,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"{folder} is not a bundle: it {reason}.{nearest}", hint=hint)
     try:
         manifest = read_versioned_json(
-            folder / MANIFEST, Manifest, newest=VERSION_WITHOUT_TEXT, max_bytes=MAX_MANIFEST_BYTES
+            folder / MANIFEST, Manifest, newest=VERSION_WITH_FEATURES, max_bytes=MAX_MANIFEST_BYTES
         )
     except ConfigError as error:
-        error.advice = error.advice or "copy or export the bundle again"
+        is_newer = "unknown field" in str(error) and "$.features" in str(error)
+        error.advice = upgrade_hint() if is_newer else error.advice or "copy or export the bundle again"
         raise
     needed = [name for tower in manifest.towers.values() for name in manifest.files_of(tower)]
     for name in (*needed, *([TOKENIZER] if manifest.text else [])):

@@ -98,7 +98,7 @@ def command(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> N
             cache=request.cache,
             reporter=_LateReporter(stack),
         )
-    if len(classifier.labels) == 1 and not request.none_below:
+    if classifier.has_trivial_label and not request.none_below:
         _warn_of_single_label(classifier.labels[0])
     width = 0 if camera is not None else terminal_width(sys.stdout)
     as_text: Format = partial(_as_text, width=width)
@@ -263,7 +263,7 @@ def _camera_results(classifier: ZeroShotClassifier, camera: str, *, top: int) ->
 def _answers(classifier: ZeroShotClassifier, embeddings: Embeddings, *, top: int) -> list[Answer]:
     """Return the answer for each image embedding, (N, D)."""
     predictions = classifier.classify_embeddings(embeddings, top=top)
-    if len(classifier.labels) > 1:
+    if not classifier.has_trivial_label:
         return [Answer(row, None) for row in predictions]
     cosines = classifier.similarities(embeddings)[:, 0].tolist()
     return [Answer(row, cosine) for row, cosine in zip(predictions, cosines, strict=True)]

@@ -27,7 +27,6 @@ from clip_rd_edge.bundle.encoder import (
     as_list,
     in_batches,
     label_embeddings,
-    probabilities,
 )
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import Pixels, preprocess
@@ -409,7 +408,7 @@ class Predictions:
             labels, template = [self.task.labels[index] for index in order[:MAX_LABELS]], self.task.templates[0]
         texts = list(dict.fromkeys([*own, *labels]))
         embeddings = label_embeddings(self.encoder, texts, [template])
-        rows = probabilities(self.encoder.encode_pixels(pixels), embeddings, self.encoder.clip.logit_scale)
+        rows = self.encoder.clip.scoring.probabilities(self.encoder.encode_pixels(pixels), embeddings)
         found = [texts[row.argmax()] for row in rows]
         plot_predictions(list(map(Prediction, thumbnails, own, found, rows.max(axis=1).tolist())), path)
 

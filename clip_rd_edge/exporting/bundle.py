@@ -85,7 +85,7 @@ def write_fp32(clip: ClipModel, folder: Path, request: ExportRequest, *, reporte
         text = _checked_tower(
             folder / TEXT_MODEL, ids, encoder.encode_ids(ids), (TEXT_INPUT, TEXT_OUTPUT), request.threads
         )
-    return Manifest(
+    manifest = Manifest(
         format_version=FORMAT_VERSION,
         name=clip.name,
         precision="fp32",
@@ -100,6 +100,7 @@ def write_fp32(clip: ClipModel, folder: Path, request: ExportRequest, *, reporte
         parameters=deployed_parameter_count(clip.model, text_tower=True),
         provenance=request.provenance,
     )
+    return manifest.with_scoring(clip.scoring)
 
 
 def _checked_ids(clip: ClipModel, path: Path, spec: TokenizerSpec) -> TokenIds:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.bundle.scoring import Scoring
 from clip_rd_edge.models.tokenizers import vocabulary_of
 from clip_rd_edge.utils.process import SharedBlock
 
@@ -58,9 +59,14 @@ class ClipModel:
 
     @property
     def logit_scale(self) -> float:
-        """The factor that multiplies cosine similarities before a softmax."""
-        log_logit_scale: Tensor = self.model.get_parameter("logit_scale")
-        return float(log_logit_scale.detach().exp())
+        """The factor that multiplies cosine similarities."""
+        return self.scoring.scale
+
+    @property
+    def scoring(self) -> Scoring:
+        """How cosine similarities become probabilities: by a sigmoid if the model has a bias, as SigLIP's have."""
+        scale, bias = self.model.get_parameter("logit_scale"), getattr(self.model, "logit_bias", None)
+        return Scoring(float(scale.detach().exp()), None if bias is None else float(bias.detach()))
 
 
 # Ids of this text tell tokenizers apart. Part of `model_fingerprint`, which is kept in files: it must stay.

@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.bundle.encoder import Description, Embeddings, as_list, in_batches, require_finite
+from clip_rd_edge.bundle.encoder import Description, Embeddings, as_list, in_batches
 from clip_rd_edge.bundle.images import ImageInput, as_rgb
 from clip_rd_edge.bundle.preprocess import preprocess
+from clip_rd_edge.bundle.scoring import require_finite
 from clip_rd_edge.errors import UsageError, first_line
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode, on_cpu, parameter_count
 from clip_rd_edge.models.text_towers import CaptionTower
@@ -93,7 +94,8 @@ class TorchEncoder:
             precision="fp32",
             embedding_size=self.clip.embedding_size,
             preprocessing=self.clip.preprocessing,
-            logit_scale=self.clip.logit_scale,
+            logit_scale=self.clip.scoring.scale,
+            logit_bias=self.clip.scoring.bias,
             templates=self.clip.templates,
             parameters=parameters,
             size_bytes=size_bytes(weights) if weights else 4 * parameters,

@@ -12,15 +12,14 @@ from clip_rd_edge.bundle.encoder import (
     Embeddings,
     Encoder,
     LabelsEncoder,
-    Probabilities,
     label_embeddings,
-    probabilities,
     require_labels,
     require_top,
     top_indices,
 )
 from clip_rd_edge.bundle.images import ImageInput
 from clip_rd_edge.bundle.labels import LabelBank, TemplateNames, parse_templates, template_words
+from clip_rd_edge.bundle.scoring import Probabilities
 from clip_rd_edge.errors import InputError, UsageError, in_one_line
 from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.labels import Labels, label_names, label_set_key, read_label_set, write_label_set
@@ -64,6 +63,7 @@ class ZeroShotClassifier:
             model's own. The bank's embeddings are only used with the model's own templates; others embed its labels.
         none_below: omit predictions with a probability below this, between 0 and 1; an image may then have no
             prediction. The softmax over a single label is always 1: there, the cosine similarity is compared instead.
+            Models of SigLIP's kind have a sigmoid for each label, which is compared with any number of them.
         cache: keep the embeddings of a bundle's labels in the user's cache folder (see `runtime.labels`), so that the
             next process with the same labels need not load the text tower. Set to False if labels change often.
         reporter: hears that many labels are embedded, and how many are.
@@ -93,7 +93,7 @@ class ZeroShotClassifier:
         self.encoder = encoder
         self.none_below = _probability(none_below)
         description = encoder.describe()
-        self._logit_scale = description.logit_scale
+        self.scoring = description.scoring
         words = template_words(templates)
         self._templates = parse_templates(words).prompts if words else description.templates
         bank: LabelBank | None = getattr(encoder, "label_bank", None)
@@ -108,6 +108,11 @@ class ZeroShotClassifier:
     def labels(self) -> tuple[str, ...]:
         """The labels, in the order of the columns of `probabilities`."""
         return self._set.labels
+
+    @property
+    def has_trivial_label(self) -> bool:
+        """Whether there is a single label, of which a softmax makes 1 whatever the image shows."""
+        return len(self._set.labels) == 1 and not self.scoring.is_independent
 
     def set_labels(self, labels: Labels) -> None:
         """Change the labels; duplicates are removed, and only new labels are embedded by the text tower."""
@@ -131,7 +136,7 @@ class ZeroShotClassifier:
 
     def probabilities(self, images: ImageInput | Iterable[ImageInput]) -> Probabilities:
         """Return the probability of each label for each image, (N, C)."""
-        return probabilities(encode_inputs(self.encoder, images), self._set.embeddings, self._logit_scale)
+        return self.scoring.probabilities(encode_inputs(self.encoder, images), self._set.embeddings)
 
     @checked_call
     def classify(self, images: ImageInput | Iterable[ImageInput], *, top: int = 5) -> list[list[Prediction]]:
@@ -156,9 +161,9 @@ class ZeroShotClassifier:
         limit = self.none_below if none_below is None else _probability(none_below)
         labels, of_labels = self._set
         embeddings = self._unit_rows(embeddings)
-        rows = probabilities(embeddings, of_labels, self._logit_scale)
+        rows = self.scoring.probabilities(embeddings, of_labels)
         # Without a limit, a single label is answered even if its cosine is negative.
-        compared = rows if len(labels) > 1 or not limit else embeddings @ of_labels.T
+        compared = embeddings @ of_labels.T if self.has_trivial_label and limit else rows
         return [
             [Prediction(labels[i], float(row[i])) for i in top_indices(row, top) if values[i] >= limit]
             for row, values in zip(rows, compared, strict=True)

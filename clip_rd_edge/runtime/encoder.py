@@ -19,11 +19,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.bundle.encoder import Description, Embeddings, as_list, image_batch_size, in_batches, require_finite
+from clip_rd_edge.bundle.encoder import Description, Embeddings, as_list, image_batch_size, in_batches
 from clip_rd_edge.bundle.images import ImageInput, as_rgb
 from clip_rd_edge.bundle.labels import LabelBank, in_words, read_labels
 from clip_rd_edge.bundle.manifest import LABELS, TOKENIZER, Manifest, Tower, require_intact, require_intact_tower
 from clip_rd_edge.bundle.preprocess import preprocess, to_uint8
+from clip_rd_edge.bundle.scoring import require_finite
 from clip_rd_edge.bundle.tokenizer import Tokenizer
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError, in_one_line, near_matches
 from clip_rd_edge.utils.files import size_bytes
@@ -134,6 +135,7 @@ class BundleEncoder(ABC):
             embedding_size=manifest.embedding_size,
             preprocessing=manifest.preprocessing,
             logit_scale=manifest.logit_scale,
+            logit_bias=manifest.scoring.bias,
             templates=manifest.templates,
             parameters=manifest.parameters,
             size_bytes=size_bytes(self.folder),

@@ -329,7 +329,7 @@ class ServedBundle:
         finished = time.perf_counter()
         return Classification(
             labels=[prediction.label for prediction in predictions],
-            probabilities=[round(prediction.probability, 5) for prediction in predictions],
+            probabilities=[round(prediction.probability, 6) for prediction in predictions],
             labels_ms=(started - asked) * 1e3,
             open_ms=(opened - started) * 1e3,
             model_ms=(finished - opened) * 1e3,

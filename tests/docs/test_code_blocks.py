@@ -26,7 +26,9 @@ from clip_rd_edge import api
 from clip_rd_edge.benchmarking.suite import read_suite
 from clip_rd_edge.bundle.manifest import (
     FORMAT_VERSION,
+    VERSION_WITH_FEATURES,
     VERSION_WITHOUT_TEXT,
+    Features,
     Manifest,
     Measurement,
     Tower,
@@ -348,11 +350,12 @@ def test_bundle_format_names_every_field() -> None:
     text = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
     fields = [
         field.encode_name
-        for kind in (Manifest, Tower, Measurement, Preprocessing, TokenizerSpec)
+        for kind in (Manifest, Features, Tower, Measurement, Preprocessing, TokenizerSpec)
         for field in msgspec.structs.fields(kind)
     ]
     assert [name for name in fields if f"`{name}`" not in text and f'"{name}"' not in text] == []
-    assert f"The format version is **{FORMAT_VERSION}**, and **{VERSION_WITHOUT_TEXT}** for" in text
+    for version in (FORMAT_VERSION, VERSION_WITHOUT_TEXT, VERSION_WITH_FEATURES):
+        assert f"**{version}**" in text
 
 
 def test_reference_has_every_command_beside_its_function() -> None:

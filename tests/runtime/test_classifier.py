@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.bundle.encoder import Embeddings, Encoder, Probabilities
+from clip_rd_edge.bundle.encoder import Embeddings, Encoder
 from clip_rd_edge.bundle.labels import LabelBank, write_labels
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
+from clip_rd_edge.bundle.scoring import Probabilities, Scoring
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime import classifier as module
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
@@ -57,13 +58,13 @@ def test_labels_that_another_thread_changes_meanwhile_are_those_of_the_next_answ
     colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     classifier = ZeroShotClassifier(load(colour_bundle), LABELS)
-    probabilities = module.probabilities
+    probabilities = Scoring.probabilities
 
     def change_meanwhile(*arguments: Any) -> Probabilities:
         classifier.set_labels(["green", "red"])  # what the other thread does
         return probabilities(*arguments)
 
-    monkeypatch.setattr(module, "probabilities", change_meanwhile)
+    monkeypatch.setattr(Scoring, "probabilities", change_meanwhile)
     first, second = (classifier.classify([RED])[0] for _ in range(2))
     assert [prediction.label for prediction in first] == ["red", "blue", "green"]
     assert [prediction.label for prediction in second] == ["red", "green"]

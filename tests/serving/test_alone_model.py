@@ -19,6 +19,7 @@ from PIL import Image
 from clip_rd_edge.bundle.labels import LabelBank, write_labels
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.bundle.scoring import Scoring
 from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 from clip_rd_edge.exporting.layouts.browser import ALONE, PAGE
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
@@ -121,7 +122,9 @@ def assert_runtimes(answer: dict[str, Any], bundle: Path, labels: list[str] | No
     assert answer["probabilities"] == pytest.approx([probability for _, probability in expected], abs=1e-5)
 
 
-def test_answers_are_those_of_the_runtime(bundle: Path, start: Start) -> None:
+@pytest.mark.parametrize("bias", [None, -4.5])
+def test_answers_are_those_of_the_runtime(bias: float | None, bundle: Path, start: Start) -> None:
+    write_manifest(bundle, read_manifest(bundle).with_scoring(Scoring(7.0, bias)))
     node = start()
     opened = node.evaluate(OPEN)
     assert [choice["bank"] for choice in opened["choices"]] == [0]

@@ -1,6 +1,6 @@
 """Write bundles in the layout of the Hugging Face hub, as transformers.js and fastembed read it.
 
-config.json, preprocessor_config.json     of model type `clip`
+config.json, preprocessor_config.json     of model type `clip`, or `siglip`, whose logits clients take sigmoids of
 config.4.0.0.json                         of a text tower that is a model of transformers
 tokenizer.json, tokenizer_config.json
 onnx/vision_model*.onnx                   pixel_values (N, 3, H, W) float32 -> image_embeds (N, D)
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ from clip_rd_edge.bundle.manifest import TOKENIZER, Manifest, read_manifest
 from clip_rd_edge.bundle.outputs import require_output
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.runs import DISTILLATION_FILE, TRANSFORMERS_CONFIG
+from clip_rd_edge.bundle.scoring import Scoring
 from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
@@ -110,7 +112,7 @@ def write_huggingface(bundles: Mapping[Variant, Path], folder: Path) -> None:
         image = _renamed(onnx.load(bundle / towers.image.file), "pixel_values", "image_embeds")
         text = _renamed(onnx.load(bundle / towers.require_text().file), "padded_ids", "text_embeds")
         _take_any_length(text, manifest.tokenizer, last_id=_last_id(bundles["fp32"] / TOKENIZER))
-        models = {VISION: image, TEXT: text, BOTH: _joined(image, text, manifest.logit_scale)}
+        models = {VISION: image, TEXT: text, BOTH: _joined(image, text, manifest.scoring)}
         for name, model in models.items():
             onnx.checker.check_model(model)
             write_bytes(folder / "onnx" / f"{name}{SUFFIXES[variant]}.onnx", model.SerializeToString())
@@ -215,7 +217,7 @@ def _take_any_length(model: onnx.ModelProto, spec: TokenizerSpec, *, last_id: in
     graph.input.append(helper.make_tensor_value_info("input_ids", TensorProto.INT64, [batch, "sequence"]))
 
 
-def _joined(image: onnx.ModelProto, text: onnx.ModelProto, logit_scale: float) -> onnx.ModelProto:
+def _joined(image: onnx.ModelProto, text: onnx.ModelProto, scoring: Scoring) -> onnx.ModelProto:
     """Return one model of both towers that also computes the logits of all pairs."""
     parts = []
     for tower, prefix in ((image, "image."), (text, "text.")):
@@ -225,13 +227,17 @@ def _joined(image: onnx.ModelProto, text: onnx.ModelProto, logit_scale: float) -
             value.type.tensor_type.shape.dim[0].dim_param = batch
         del part.graph.value_info[:]  # shapes with names of dimensions that both towers have
         parts.append(part)
+    numbers = {"logit_scale": scoring.scale} | ({} if scoring.bias is None else {"logit_bias": scoring.bias})
+    scaled = "logits_per_image" if scoring.bias is None else "scaled"
     node = helper.make_node
     nodes = [
         node("Transpose", ["text_embeds"], ["text_embeds_t"], name="logits.Transpose", perm=[1, 0]),
         node("MatMul", ["image_embeds", "text_embeds_t"], ["cosines"], name="logits.MatMul"),
-        node("Mul", ["cosines", "logit_scale"], ["logits_per_image"], name="logits.Mul"),
+        node("Mul", ["cosines", "logit_scale"], [scaled], name="logits.Mul"),
         node("Transpose", ["logits_per_image"], ["logits_per_text"], name="logits.TransposeBack", perm=[1, 0]),
     ]
+    if scoring.bias is not None:
+        nodes.insert(3, node("Add", [scaled, "logit_bias"], ["logits_per_image"], name="logits.Add"))
     image_part, text_part = parts
     info = helper.make_tensor_value_info
     outputs = [
@@ -240,13 +246,13 @@ def _joined(image: onnx.ModelProto, text: onnx.ModelProto, logit_scale: float) -
         *text_part.graph.output,
         *image_part.graph.output,
     ]
-    scale = numpy_helper.from_array(np.asarray(logit_scale, dtype=np.float32), "logit_scale")
+    constants = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in numbers.items()]
     graph = helper.make_graph(
         [*image_part.graph.node, *text_part.graph.node, *nodes],
         "clip",
         [*text_part.graph.input, *image_part.graph.input],
         outputs,
-        initializer=[*image_part.graph.initializer, *text_part.graph.initializer, scale],
+        initializer=[*image_part.graph.initializer, *text_part.graph.initializer, *constants],
     )
     opsets: dict[str, int] = {}
     for opset in (*image.opset_import, *text.opset_import):
@@ -332,22 +338,23 @@ def _model_config(manifest: Manifest) -> dict[str, Any]:
     pad_id = spec.pad_id if spec.end_id is None else spec.end_id
     ids = {"pad_token_id": pad_id} | ({} if spec.end_id is None else {"eos_token_id": spec.end_id})
     size = manifest.embedding_size
+    kind, of_kind = ("siglip", "Siglip") if manifest.scoring.is_independent else ("clip", "CLIP")
     return {
-        "model_type": "clip",
-        "architectures": ["CLIPModel"],
+        "model_type": kind,
+        "architectures": [f"{of_kind}Model"],
         "projection_dim": size,
         "logit_scale_init_value": math.log(manifest.logit_scale),
         # In a browser, transformers.js would ask for model_quantized.onnx by default.
         "transformers.js_config": {"dtype": "fp32"},
         "pad_token_id": pad_id,
         "text_config": {
-            "model_type": "clip_text_model",
+            "model_type": f"{kind}_text_model",
             "max_position_embeddings": spec.context_length,
             "projection_dim": size,
             **ids,
         },
         "vision_config": {
-            "model_type": "clip_vision_model",
+            "model_type": f"{kind}_vision_model",
             "image_size": manifest.preprocessing.size[0],
             "projection_dim": size,
         },
@@ -507,7 +514,10 @@ def write_model_card(
     """
     manifest = manifests["fp32"]
     parts = [_HEADER, f"# {inert_markdown(manifest.name)}", _summary(manifest), "## Use"]
-    parts += [_USE.replace("EMBEDDING_SIZE", str(manifest.embedding_size))]
+    use = _USE.replace("EMBEDDING_SIZE", str(manifest.embedding_size))
+    if manifest.scoring.is_independent:
+        use = re.sub(r"CLIP(Text|Vision)ModelWithProjection", r"Siglip\1Model", use)
+    parts += [use]
     parts += _prompts(manifest.templates)
     parts += ["## Files", _files_table(folder, manifests)]
     parts += ["Agreement is the mean cosine with the float32 embeddings, each side centred, as measured by the export."]
@@ -522,10 +532,12 @@ def write_model_card(
 
 def _summary(manifest: Manifest) -> str:
     height, width = manifest.preprocessing.size
+    scoring = manifest.scoring
+    bias = "" if scoring.bias is None else f", bias {scoring.bias:.4g}, and a sigmoid for each label"
     return (
         f"A CLIP model of {manifest.parameters / 1e6:,.1f} million parameters, exported by clip-rd-edge: images of "
         f"{height} × {width} pixels, texts of up to {manifest.tokenizer.context_length} tokens, embeddings of "
-        f"{manifest.embedding_size} numbers, logit scale {manifest.logit_scale:.4g}."
+        f"{manifest.embedding_size} numbers, logit scale {manifest.logit_scale:.4g}{bias}."
     )
 
 

@@ -52,12 +52,13 @@ export class Model {
   // The labels, most likely first, with their probabilities and the times taken.
   async classify(image) {
     const started = performance.now();
-    const { image: tower, preprocessing, logit_scale: scale } = this.manifest;
+    const { image: tower, preprocessing, logit_scale: scale, features } = this.manifest;
     const pixels = preprocess(await decode(image), preprocessing);
     const opened = performance.now();
     const input = new this.ort.Tensor("float32", pixels, [1, 3, ...preprocessing.size]);
     const embedding = await this.#run(this.image, tower, input);
-    const best = softmax([...this.rows.values()].map((row) => scale * dot(row, embedding)))
+    const logits = [...this.rows.values()].map((row) => scale * dot(row, embedding));
+    const best = probabilities(logits, features?.logit_bias)
       .map((probability, i) => [probability, i])
       .sort((a, b) => b[0] - a[0] || a[1] - b[1])
       .slice(0, this.rows === this.bank ? BANK_TOP : undefined);
@@ -161,6 +162,11 @@ function dot(a, b) {
   let sum = 0;
   for (let i = 0; i < a.length; i++) sum += a[i] * b[i];
   return sum;
+}
+
+// A sigmoid for each label with a bias, as SigLIP's models have; else a softmax over the labels.
+function probabilities(logits, bias) {
+  return bias === undefined ? softmax(logits) : logits.map((logit) => 1 / (1 + Math.exp(-logit - bias)));
 }
 
 function softmax(logits) {
