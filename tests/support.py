@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import sys
 import threading
 import time
@@ -88,6 +89,17 @@ def share_in_threads(block: Callable[[], AbstractContextManager[object]], inside
         leaving, staying = threads.submit(first), threads.submit(second)
         leaving.result()
         return staying.result()
+
+
+def assert_form(sentence: str, hint: str = "") -> None:
+    """Assert that an error is one sentence for a person (what, where, what was expected), and ways out of it."""
+    assert re.match(r"[^a-z\W]|[\W\d]|\S*[./_-]|[a-z]+ (?:is|has|needs|does|takes|cannot)", sentence), sentence
+    assert sentence.endswith((".", "?")), sentence
+    for text in (sentence, hint):
+        assert "\n" not in text
+        assert len(text) <= 700, text
+        assert not re.search(r"\{[a-z]+(?:_[a-z]+)*\}|Traceback|Error\b|\bNone\b", text), text
+    assert not hint.endswith(".") or hint.endswith("…"), hint
 
 
 def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:

@@ -1,16 +1,24 @@
-"""Errors."""
+"""Errors: every one that the package raises is one sentence, and names options as the front end that shows it does."""
 
 from __future__ import annotations
 
+import ast
 import itertools
 import pickle
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from support import commands
 
-from clip_rd_edge.errors import InputError, MissingExtraError, causes, in_one_line, near_matches
+import clip_rd_edge
+from clip_rd_edge import errors
+from clip_rd_edge.cli.main import spelling
+from clip_rd_edge.errors import InputError, MissingExtraError, UsageError, causes, in_one_line, near_matches
 from clip_rd_edge.runtime.labels import parse_labels
 
+PACKAGE = Path(clip_rd_edge.__file__).parent
 CALL = (
     "/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:114 std::conditional_t<THRW, void, "
     "onnxruntime::common::Status> onnxruntime::CudaCall(ERRTYPE, const char*, const char*, SUCCTYPE) [with ERRTYPE "
@@ -65,3 +73,75 @@ def test_a_path_of_windows_is_shown_as_it_was_typed() -> None:
     assert near_matches("photo", ["photos"], prefix="d\\") == r" Did you mean 'd\photos'?"
     with pytest.raises(InputError, match=re.escape(r"The label '.\nowhere\red.txt' looks like the path of a file")):
         parse_labels((r".\nowhere\red.txt", "blue"))
+
+
+def raised() -> Iterator[tuple[str, str, str]]:
+    """The place, message and hint of every error in the package's code; {} stands for what is formatted into them."""
+
+    def rendered(node: ast.expr) -> str:
+        if isinstance(node, ast.Constant):
+            return str(node.value)
+        if isinstance(node, ast.JoinedStr):
+            parts = node.values
+            return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
+        return "{}"  # made elsewhere
+
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            kind = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if isinstance(node, ast.Call) and node.args and isinstance(getattr(errors, kind, None), type):
+                if kind == "MissingExtraError":  # takes a package, and makes the sentence itself
+                    continue
+                hints = [word.value for word in node.keywords if word.arg == "hint"]
+                yield f"{file.name}:{node.lineno}", rendered(node.args[0]), rendered(hints[0]) if hints else ""
+
+
+def test_every_error_is_one_sentence_and_its_ways_out_are_none() -> None:
+    found = list(raised())
+    assert len(found) > 200
+    problems = []
+    for place, message, hint in found:
+        # What is formatted into a message may be a sentence, with its full stop.
+        if not message.endswith((".", "?", "{}")) or "\n" in message or len(message) > 400:
+            problems.append(f"{place}: {message}")
+        if (hint.endswith(".") and "{}" not in hint) or len(hint) > 400:
+            problems.append(f"{place}: {hint}")
+    assert problems == []
+
+
+def test_every_option_that_an_error_names_is_one_of_a_command() -> None:
+    options = {parameter.name for _, command in commands() for parameter in command.params}
+    options |= {getattr(parameter, "also", "") for _, command in commands() for parameter in command.params}
+    texts = [(place, f"{message} {hint}") for place, message, hint in raised()]
+    named = {(name, place) for place, text in texts for name in re.findall(r"\{([a-z]+(?:_[a-z]+)*)\}", text)}
+    assert len(named) > 50
+    assert {(name, place) for name, place in named if name not in options} == set()
+
+
+@pytest.mark.parametrize(
+    ("command", "hint", "expected"),
+    [
+        ("distill", "the same command and {resume}", "the same command and --resume"),
+        ("quickstart", "the same command and {resume}", ""),
+        ("export", "fix them, or accept them: {max_bad} 0.1", "fix them"),
+        ("distill", "add {pretrained} with a tag", "add --teacher-pretrained with a tag"),
+        ("evaluate", "name {tasks} a/, or {templates} x", "name --task a/, or --template x"),
+        ("embed", "choose another {store}", "choose another --output"),
+        ("verify", "export it with --labels", "export it with --labels"),
+        ("evidence run", "use {teacher}, or {resume}", "use --teacher"),
+        ("nonsense", "use {batch_size}", "use --batch-size"),
+    ],
+)
+def test_a_hint_names_the_options_of_the_command_and_leaves_out_the_ways_that_it_lacks(
+    command: str, hint: str, expected: str
+) -> None:
+    error = UsageError("No.", hint=hint)
+    assert error.hint_for(spelling([*command.split(), "--some-value", "value"])) == expected
+
+
+def test_python_and_the_command_line_name_one_option_each_their_own_way() -> None:
+    error = UsageError("{batch_size} is 4, but data/{000..012}.tar has 3.", hint="{batch_size} 3, or {x}")
+    assert (str(error), error.hint) == ("batch_size is 4, but data/{000..012}.tar has 3.", "batch_size 3, or x")
+    spell = spelling(["distill"])
+    assert error.message_for(spell) == "--batch-size is 4, but data/{000..012}.tar has 3."
+    assert error.hint_for(spell) == "--batch-size 3"

@@ -11,24 +11,38 @@ with the suffix .json has each verdict as soon as it is known: the same command 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
+import traceback
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
+import pytest
 
-from benchmarks.robustness.mutations import COPIED, ROOT, Mutation, apply, import_what_tests_need, run_tests
 from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.utils.files import write_bytes, write_text
 from clip_rd_edge.utils.host import machine_name
 from clip_rd_edge.utils.structs import read_json, read_yaml, to_json
 
+ROOT = Path(__file__).parents[2]
+COPIED = ("clip_rd_edge", "tests", "benchmarks", "export", "docs", "pyproject.toml", "README.md")
+TIMEOUT_S = 900.0  # of one run of pytest; a fault can make a loop endless
+_TOO_SLOW = -1_000
 FAULTS = Path(__file__).with_suffix(".yaml")
-ELSEWHERE = {"api": "tests/test_front_door.py", "settings": "tests/settings tests/test_front_door.py"}
+ELSEWHERE = {
+    "pipeline.py": "tests/test_pipeline.py",
+    "api": "tests/test_front_door.py",
+    "settings": "tests/settings tests/test_front_door.py",
+}
 
 
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,13 +80,95 @@ def check(fault: Fault, copy: Path, tests: str) -> Verdict:
     """Run tests with a fault; leave the copy as it was."""
     path = copy / fault.file
     original = path.read_text()
-    apply(Mutation(fault=fault.what, file=fault.file, old=fault.old, new=fault.new, tests=""), copy)
+    if original.count(fault.old) != 1:
+        raise SystemExit(f"{fault.what}: {fault.old!r} occurs {original.count(fault.old)} times in {fault.file}.")
+    path.write_text(original.replace(fault.old, fault.new))
     started = time.perf_counter()
     try:
         noticed = not run_tests(copy, tests)
     finally:
         path.write_text(original)
     return Verdict(tests if noticed else "", time.perf_counter() - started)
+
+
+def run_tests(copy: Path, tests: str) -> bool:
+    """Run fast tests in a copy; return whether there are some and all pass in time.
+
+    They run in a fork of this process, which has imported what takes seconds to import. One that a signal ends, as when
+    memory is short, is run again.
+    """
+    for _ in range(2):
+        with tempfile.TemporaryFile() as output:
+            process = os.fork()
+            if process == 0:
+                _run_in_fork(copy, tests, output.fileno())
+            code = _wait(process)
+            if code > 1:
+                output.seek(0)
+                text = output.read().decode(errors="replace")
+                raise SystemExit(f"pytest {tests} ended with exit code {code}:\n{text[-2000:]}")
+        if code >= 0 or code == _TOO_SLOW:
+            break
+    return code == 0
+
+
+def _run_in_fork(copy: Path, tests: str, output: int) -> NoReturn:
+    code = 70
+    try:
+        os.setsid()  # a group of its own, so that the processes that a test starts end with it
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+        os.environ.update(PYTHONPATH=str(copy), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+        os.chdir(copy)
+        sys.dont_write_bytecode = True
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("clip_rd_edge", "benchmarks")]:
+            del sys.modules[name]
+        sys.path[:] = [str(copy), *(path for path in sys.path if path != str(ROOT))]
+        importlib.invalidate_caches()
+        # Folders of its own: those that pytest takes otherwise are removed by other runs of pytest on this machine.
+        options = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--basetemp", str(copy / "pytest")]
+        code = int(pytest.main([*options, *shlex.split(tests)]))
+    except BaseException:  # noqa: BLE001  the fork must end here, whatever happens
+        traceback.print_exc()
+    finally:
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(process: int) -> int:
+    """Return the exit code of a fork, minus the signal that ended it, or _TOO_SLOW after ending it."""
+    end = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < end:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            with suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)  # what its tests have left
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.killpg(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return _TOO_SLOW
+
+
+def import_what_tests_need() -> None:
+    """Import other packages than this one once, rather than for each run of the tests."""
+    for name in (
+        "numpy",
+        "onnx",
+        "onnxruntime",
+        "PIL.Image",
+        "torch",
+        "torchvision",
+        "open_clip",
+        "timm",
+        "transformers",
+    ):
+        with suppress(ImportError):
+            importlib.import_module(name)
 
 
 def main() -> int:

@@ -40,7 +40,6 @@ import numpy as np
 from benchmarks.data.unreliable_server import UnreliableServer
 from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.utils import outputs as lock
 from clip_rd_edge.utils.files import write_text
 
 OPERATIONS = ("fsync", "rename", "read", "open", "write")
@@ -266,7 +265,6 @@ def until_untouched(scenario: Scenario, operation: str, mode: str, scratch: Path
                     scenario.run(folder)
                 except (OSError, ClipRdEdgeError, RuntimeError, Killed):
                     reported += 1
-            lock._forget_in_child()  # the system releases the locks of a process that has ended
             if not faults.happened:
                 return Outcome(scenario.name, operation, mode, number - 1, reported, tuple(problems))
             stage = "after the fault"

@@ -49,13 +49,6 @@ def test_after_a_kill_no_operation_succeeds(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_what_is_outside_of_the_folder_does_not_fail(tmp_path: Path) -> None:
-    (tmp_path / "inside").mkdir()
-    with Faults(tmp_path / "inside", "write", 1)() as faults:
-        (tmp_path / "outside").write_bytes(b"x")
-    assert not faults.happened
-
-
 def test_the_n_th_call_of_a_socket_fails_and_none_that_is_connected_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("content")
 
@@ -85,11 +78,6 @@ def test_shards_are_read_whichever_call_of_a_socket_fails(tmp_path: Path) -> Non
     assert outcome.problems == ()
     assert outcome.faults > 4
     assert outcome.reported == 0  # each is made up for by another try
-
-
-def test_time_that_is_over_leaves_the_rest_out(tmp_path: Path) -> None:
-    outcome = until_untouched(InPlace(), "write", "error", tmp_path, end=0)
-    assert (outcome.faults, outcome.ended) == (0, False)
 
 
 class InPlace:

@@ -28,16 +28,3 @@ def test_training_that_meets_faults_ends_with_the_same_weights(tmp_path: Path) -
     assert figures["errors"] == []
     assert figures["left_over"] == []
     assert figures["same_weights_as_without_faults"] == [True] * figures["runs"]
-
-
-def test_a_flipped_bit_and_a_cut_change_the_newest_checkpoint(tmp_path: Path) -> None:
-    for step in (9, 10):
-        folder = tmp_path / "checkpoints" / f"step-{step}"
-        folder.mkdir(parents=True)
-        (folder / "state.pt").write_bytes(bytes(90))
-    soak.flip(tmp_path)
-    newest = tmp_path / "checkpoints" / "step-10" / "state.pt"
-    assert sum(newest.read_bytes()) == 16
-    soak.cut(tmp_path)
-    assert newest.stat().st_size == 30
-    assert (tmp_path / "checkpoints" / "step-9" / "state.pt").read_bytes() == bytes(90)

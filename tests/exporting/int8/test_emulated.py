@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.devices.emulate import ARM_CACHE, Questions, environment_of, interpreter, references_of, title_of
+from benchmarks.devices.emulate import ARM_CACHE, environment_of, interpreter
 from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.bundle.formats import Precision
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
@@ -38,31 +38,6 @@ import onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1])
 np.save(sys.argv[3], session.run(None, {session.get_inputs()[0].name: np.load(sys.argv[2])})[0])
 """
-
-
-def test_each_bundle_is_compared_with_the_float32_one_of_its_own_model(fp32_bundle: Path, tmp_path: Path) -> None:
-    bundles = [tmp_path / student / name for student in ("resnet10t", "bundles") for name in ("fp32", "int8")]
-    for bundle in bundles:
-        shutil.copytree(fp32_bundle, bundle)
-    int8 = [bundle for bundle in bundles if bundle.name == "int8"]
-    for bundle in int8:
-        manifest = read_manifest(bundle)
-        write_manifest(bundle, msgspec.structs.replace(manifest, precision="int8", files={}))
-    assert references_of(bundles) == {bundle: bundle.parent / "fp32" for bundle in bundles}
-    assert [title_of(bundle) for bundle in bundles] == ["resnet10t fp32", "resnet10t int8", "fp32", "int8"]
-    assert references_of(int8) == {bundle: bundle.parent / "fp32" for bundle in int8}
-    for bundle in int8:
-        shutil.rmtree(bundle.parent / "fp32")
-    with pytest.raises(SystemExit, match="no bundle in FP32"):
-        references_of(int8)
-
-
-def test_the_labels_to_choose_from_have_those_of_the_images() -> None:
-    questions = Questions.drawn(images=3, labels=20)
-    assert (len(questions.images), len(questions.labels)) == (6, 20)
-    few = Questions.drawn(images=3, labels=1)
-    assert few.images == questions.images
-    assert set(few.labels) == {questions.labels[i] for i in questions.truth}
 
 
 @x86

@@ -8,24 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.devices.windows import CACHE, environment, interpreter, wheels, windows_path
+from benchmarks.devices.windows import CACHE, environment, interpreter
 
 wine = pytest.mark.skipif(
     not shutil.which("wine") or not (CACHE / "complete").is_file(), reason="Wine or Python for Windows is not set up"
 )
-
-
-def test_windows_gets_the_versions_that_are_installed_here() -> None:
-    needed = wheels(["clip-rd-edge[train]"])
-    packages = {name: version for name, _, version in (requirement.partition("==") for requirement in needed)}
-    assert packages["numpy"] == "1.26.4"
-    assert "+" not in packages["torch"]  # +cpu is of PyTorch's own index
-    assert {"click", "pillow", "open-clip-torch", "regex"} < packages.keys()  # directly, and through others
-    assert not {"clip-rd-edge", "uvloop", "triton"} & packages.keys()
-
-
-def test_a_path_is_found_under_wine() -> None:
-    assert windows_path(Path("/tmp/a b/c.json")) == "Z:\\tmp\\a b\\c.json"
 
 
 @wine
