@@ -18,6 +18,7 @@ from support import PATIENCE_S
 
 from clip_rd_edge.cli import main
 from clip_rd_edge.cli.main import COMMANDS, EXTRA_PACKAGES
+from clip_rd_edge.errors import InterruptedRunError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.utils.host import is_running
 
@@ -94,47 +95,49 @@ def test_a_group_describes_each_command_in_a_whole_sentence(command_line: Run, g
     assert [line for line in listed if line.endswith("...") or not line.endswith(".")] == []
 
 
-def test_an_unknown_command_gets_a_suggestion(command_line: Run) -> None:
-    code, _, error = command_line("distil")
-    assert code == 2
-    assert "Did you mean 'distill'" in error
-
-
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [
-        (("distil",), "No command named 'distil'. Did you mean 'distill'?", "clip-rd-edge --help lists"),
-        (("evidence", "rum"), "No such command 'rum'.", "evidence --help lists the commands"),
-        (("classify", "b", "--label", "x"), "No option named --label. Did you mean '--labels'?", "--help"),
-        (("classify", "b", "--xyzzy"), "No option named --xyzzy.", "clip-rd-edge classify --help lists the options"),
-        (("classify", "b", "--top", "0"), "Invalid value for '--top': 0 is not in the range", "classify --help"),
-        (("classify", "b", "--top"), "Option '--top' requires an argument.", "add --help to list the options"),
-        (
-            ("classify",),
-            "Missing argument 'BUNDLE'.",
-            'for example: clip-rd-edge classify bundle cat.jpg --labels "a c',
-        ),
-        (
-            ("distill", "--data", "x"),
-            "Missing option '--student'.",
-            "for example: clip-rd-edge distill --data pairs.csv --",
-        ),
-        (
-            ("search", "x", "y", "z"),
-            "Got unexpected extra argument (z)",
-            "clip-rd-edge search --help lists the options",
-        ),
+        ("distil", "No command named 'distil'. Did you mean 'distill'?", "clip-rd-edge --help lists"),
+        ("evidence rum", "No such command 'rum'.", "evidence --help lists the commands"),
+        ("classify b --label x", "No option named --label. Did you mean '--labels'?", "--help"),
+        ("classify b --xyzzy", "No option named --xyzzy.", "clip-rd-edge classify --help lists the options"),
+        ("classify b --top 0", "Invalid value for '--top': 0 is not in the range", "classify --help"),
+        ("classify b --top", "Option '--top' requires an argument.", "add --help to list the options"),
+        ("classify", "Missing argument 'BUNDLE'.", 'for example: clip-rd-edge classify bundle cat.jpg --labels "a c'),
+        ("distill --data x", "Missing option '--student'.", "for example: clip-rd-edge distill --data pairs.csv --"),
+        ("search x y z", "Got unexpected extra argument (z)", "clip-rd-edge search --help lists the options"),
     ],
 )
 def test_an_error_of_click_looks_like_the_packages_own(
-    command_line: Run, arguments: tuple[str, ...], message: str, hint: str
+    command_line: Run, arguments: str, message: str, hint: str
 ) -> None:
-    code, output, error = command_line(*arguments)
+    code, output, error = command_line(*arguments.split())
     assert (code, output) == (2, "")
     first, second = error.splitlines()
     assert first.startswith(f"error: {message}")
     assert second.startswith("hint: ")
     assert hint in second
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "function"),
+    [
+        ("quickstart", "pipeline", "tune_teacher"),
+        ("evidence run method-evidence", "evidence.run", "_embedded_teacher"),
+    ],
+)
+def test_an_interrupted_command_of_several_trainings_says_that_the_same_command_resumes(
+    command_line: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, module: str, function: str
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise InterruptedRunError("Stopped by SIGTERM.", hint="resume with the same command and {resume}")
+
+    monkeypatch.setattr(f"clip_rd_edge.{module}.{function}", interrupt)
+    monkeypatch.setattr("clip_rd_edge.pipeline._render_pairs", lambda *_: None)
+    code, _, error = command_line(*command.split(), "-o", tmp_path)
+    assert code == 75
+    assert "hint: run the same command again to resume" in error
 
 
 def test_the_quickstart_names_both_of_its_extras(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,14 +156,6 @@ def test_a_missing_extra_is_reported_with_its_pip_command(command_line: Run, mon
     code, _, error = command_line("evaluate", "nowhere-model", "--task", "emoji:unseen-style")
     assert code == 2
     assert install_command("train") in error
-
-
-def test_an_error_is_a_message_without_traceback(command_line: Run, tmp_path: Path) -> None:
-    code, output, error = command_line("classify", tmp_path, tmp_path / "none.png", "--labels", "a", "b")
-    assert code == 2
-    assert output == ""
-    assert error.startswith("error: ")
-    assert "Traceback" not in error
 
 
 LOST = """
@@ -271,27 +266,28 @@ def test_nul_takes_what_the_code_page_of_windows_lacks(monkeypatch: pytest.Monke
     assert written.getvalue() == "a \\u732b and a Möwe \\u2713\n".encode("cp1252")
 
 
-def test_a_full_disk_is_reported_in_one_line(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def raise_disk_full() -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "/mnt/manifest.json")
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/mnt/m.json"),
+            "There is no space left on the disk for /mnt",
+        ),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files; raise their limit first: ulimit -n 4096."),
+        (MemoryError(), "There is not enough memory for this."),
+    ],
+)
+def test_what_the_machine_lacks_is_reported_in_one_line(
+    command_line: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
 
-    monkeypatch.setattr("clip_rd_edge.exporting.plan.device_names", raise_disk_full)
-    code, _, error = command_line("devices")
+    monkeypatch.setattr("clip_rd_edge.exporting.plan.target_names", fail)
+    code, _, printed = command_line("targets")
     assert code == 1
-    assert error.startswith("error: There is no space left on the disk for /mnt/manifest.json")
-    assert "hint: free some" in error
-
-
-def test_too_many_open_files_are_reported_in_one_line(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def raise_too_many() -> None:
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    monkeypatch.setattr("clip_rd_edge.exporting.plan.device_names", raise_too_many)
-    code, _, error = command_line("devices")
-    assert code == 1
-    assert (
-        error == "error: Cannot read or write a file: Too many open files; raise their limit first: ulimit -n 4096.\n"
-    )
+    assert printed.startswith("error: ")
+    assert message in printed
 
 
 @pytest.mark.parametrize(
