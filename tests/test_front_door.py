@@ -87,7 +87,7 @@ def test_path_objects_are_taken_for_names(tmp_path: Path) -> None:
     recipe.write_text(edge.recipe("clip-rd"))
     assert "objective:" in edge.recipe(recipe)
     with pytest.raises(edge.InputError, match="No device is named 'jetson'"):
-        edge.devices(Path("jetson"))
+        edge.targets(Path("jetson"))
     with pytest.raises(edge.InputError, match=r"The weights '.*w\.pt' of RN50 are neither a tag"):
         edge.load("RN50", pretrained=tmp_path / "w.pt")
     with pytest.raises(edge.InputError, match="no-run"):
@@ -373,8 +373,8 @@ def test_a_mistyped_option_is_refused(pairs_csv: Path, tmp_path: Path) -> None:
 
 
 def test_devices_and_doctor() -> None:
-    assert {"cpu-x86", "jetson-orin"} <= edge.devices().keys()
-    assert list(edge.devices("cpu-arm")) == ["cpu-arm"]
+    assert {"cpu-x86", "jetson-orin"} <= edge.targets().keys()
+    assert list(edge.targets("cpu-arm")) == ["cpu-arm"]
     assert any(finding.what == "ONNX Runtime" for finding in edge.doctor())
 
 

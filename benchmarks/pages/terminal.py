@@ -169,8 +169,8 @@ def session() -> list[Step]:
     return [
         *asked,
         Step("clip-rd-edge doctor"),
-        Step("clip-rd-edge devices"),
-        Step("clip-rd-edge devices jetson-orin"),
+        Step("clip-rd-edge targets"),
+        Step("clip-rd-edge targets jetson-orin"),
         Step("clip-rd-edge recipe show"),
         Step("clip-rd-edge recipe show clip-rd"),
         Step(f"{distil} --steps 4 -o runs/first"),

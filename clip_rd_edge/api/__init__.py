@@ -5,7 +5,7 @@ Heavy packages are imported on first use: PyTorch takes seconds to import and is
 
 from __future__ import annotations
 
-from clip_rd_edge.api.exporting import ExportedBundle, devices, export, verify
+from clip_rd_edge.api.exporting import ExportedBundle, export, targets, verify
 from clip_rd_edge.api.measuring import (
     benchmark,
     compare,
@@ -26,7 +26,6 @@ __all__ = [
     "benchmark",
     "compare",
     "demo",
-    "devices",
     "distill",
     "doctor",
     "embed",
@@ -45,6 +44,7 @@ __all__ = [
     "search",
     "serve",
     "stitch",
+    "targets",
     "trim",
     "verify",
     "watch_index",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from clip_rd_edge.exporting.calibration import CalibrationPairs, CalibrationSet
     from clip_rd_edge.exporting.conversion import ConvertedBundle
     from clip_rd_edge.exporting.int8.search import Trial
-    from clip_rd_edge.exporting.plan import Device, ExportOptions, ExportPlan, ExportRequest
+    from clip_rd_edge.exporting.plan import ExportOptions, ExportPlan, ExportRequest, Target
     from clip_rd_edge.models.clip import ClipModel
     from clip_rd_edge.runtime.verify import Check
 
@@ -275,9 +275,9 @@ def verify(request: Verify) -> list[Check]:
     )
 
 
-def devices(name: AnyPath | None = None) -> dict[str, Device]:
-    """Return the supported devices by name: their requirements, how to export for them, and what was tested."""
-    from clip_rd_edge.exporting.plan import device_names, read_device
+def targets(name: AnyPath | None = None) -> dict[str, Target]:
+    """Return the supported targets by name: their requirements, how to export for them, and what was tested."""
+    from clip_rd_edge.exporting.plan import read_target, target_names
 
-    names = [os.fspath(name)] if name else device_names()
-    return {device: read_device(device) for device in names}
+    names = [os.fspath(name)] if name else target_names()
+    return {target: read_target(target) for target in names}

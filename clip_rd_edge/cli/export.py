@@ -39,7 +39,7 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
     "--target",
     metavar="NAME",
     shell_complete=complete_targets,
-    help="Device to export for, which sets format and precision: one of `clip-rd-edge devices`, such as cpu-x86 or "
+    help="Device to export for, which sets format and precision: one of `clip-rd-edge targets`, such as cpu-x86 or "
     "jetson-orin, or an RTX card's compute capability, such as sm86; several, as in sm86,sm89,jetson-orin, make one "
     "bundle per target. browser writes a static web page that runs the bundle in the browser; MODEL may then be a "
     "bundle.  [default: none; --format trt is then for the GPU that is here, or builds its engines where it runs]",

@@ -51,7 +51,7 @@ COMMANDS = {
     "demo": ("device", "Try bundles on a local web page, with a camera or image files."),
     "benchmark": ("measure", "Compare models by accuracy, latency and size."),
     "evidence": ("measure", "Compare training methods over several students and seeds."),
-    "devices": ("devices", "List the supported devices, and how to deploy to them."),
+    "targets": ("targets", "List the supported targets, and how to deploy to them."),
     "doctor": ("device", "Check this machine, and show what to install."),
 }
 # The extras that a command needs, if it is not only the one of the package that is missing.

@@ -185,16 +185,16 @@ def packaged_names(folder: str, suffix: str) -> Callable[[], list[str]]:
     return lambda: sorted(path.stem for path in (Path(__file__).parents[1] / folder).glob(f"*{suffix}"))
 
 
-def _devices() -> list[str]:
-    from clip_rd_edge.exporting.plan import device_names
+def _targets_alone() -> list[str]:
+    from clip_rd_edge.exporting.plan import target_names
 
-    return device_names()
+    return target_names()
 
 
 def _targets() -> list[str]:
-    from clip_rd_edge.exporting.plan import TARGETS, device_names
+    from clip_rd_edge.exporting.plan import TARGETS, target_names
 
-    return sorted({*device_names(), *TARGETS})
+    return sorted({*target_names(), *TARGETS})
 
 
 def _tasks() -> Iterable[str]:
@@ -211,7 +211,7 @@ def complete_targets(context: click.Context, parameter: click.Parameter, incompl
 
 complete_recipe = completed_by(packaged_names("distillation/recipes", ".yaml"))
 complete_student = completed_by(packaged_names("models/configs", ".json"))
-complete_device = completed_by(_devices)
+complete_target_name = completed_by(_targets_alone)
 complete_task = completed_by(_tasks)
 complete_data = completed_by(("emoji",))
 complete_labels = completed_by(("everyday",))

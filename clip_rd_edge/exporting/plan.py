@@ -1,4 +1,4 @@
-"""What an export writes. Targets are described in `export/<name>/device.yaml`, with a README.md beside each."""
+"""What an export writes. Targets are described in `export/<name>/target.yaml`, with a README.md beside each."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class ExportOptions(TypedDict, total=False):
     Keys:
         format: one of `bundle.formats.FORMATS`. Default: the target's, else onnx.
         precision: `fp32`, `fp16`, `bf16` or `int8`. Default: the target's, else fp32.
-        target: a device's name, an RTX card's capability such as `sm86`, or `browser`; or several devices, in a list
+        target: a target's name, an RTX card's capability such as `sm86`, or `browser`; or several devices, in a list
             or separated by commas. Default for `trt`: the GPU that is here, else a folder that builds its engines on
             any.
         via: `onnx` or `torch-tensorrt`.
@@ -228,8 +228,8 @@ def _require_within(option: str, value: object, highest: int) -> None:
 
 DEVICES = "export"
 BROWSER = "browser"
-_FILE = "device.yaml"
-_RTX = "rtx"  # the device that covers all RTX_TARGETS
+_FILE = "target.yaml"
+_RTX = "rtx"  # the target that covers all RTX_TARGETS
 # Compute capabilities that TensorRT for RTX builds for on any machine.
 RTX_TARGETS = {
     "sm75": "GeForce RTX 20, T4",
@@ -265,7 +265,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     weight_bits: WeightBits = 7
 
 
-class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One target.
 
     Attributes:
@@ -292,27 +292,27 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     proof: str
 
 
-def device_names() -> list[str]:
+def target_names() -> list[str]:
     """Return the names of the shipped targets, sorted."""
     return sorted(path.parent.name for path in shipped_path(DEVICES).glob(f"*/{_FILE}"))
 
 
-def read_device(name: str) -> Device:
+def read_target(name: str) -> Target:
     """Read the target called `name`."""
-    return read_yaml(_folder(name) / _FILE, Device)
+    return read_yaml(_folder(name) / _FILE, Target)
 
 
-def device_guide(name: str) -> str:
-    """Return the target's README.md as Markdown; raises as `read_device`."""
+def target_guide(name: str) -> str:
+    """Return the target's README.md as Markdown; raises as `read_target`."""
     return (_folder(name) / "README.md").read_text(encoding="utf-8")
 
 
 def _folder(name: str) -> Path:
-    known = device_names()
+    known = target_names()
     if name not in known:
         raise InputError(
-            f"No device is named {name!r}; expected one of {', '.join(known)}.{near_matches(name, known)}",
-            hint="clip-rd-edge devices lists them",
+            f"No target is named {name!r}; expected one of {', '.join(known)}.{near_matches(name, known)}",
+            hint="clip-rd-edge targets lists them",
         )
     return shipped_path(DEVICES) / name
 
@@ -346,13 +346,13 @@ def resolve_target(target: str | None, *, format: Format | None, precision: Prec
         format = format or "onnx"
         require_precision(format, precision or "fp32")
         return ResolvedTarget(format, precision or "fp32", None)
-    if target not in (*device_names(), *RTX_TARGETS):
-        known = [*(name for name in device_names() if name != _RTX), *RTX_TARGETS]
+    if target not in (*target_names(), *RTX_TARGETS):
+        known = [*(name for name in target_names() if name != _RTX), *RTX_TARGETS]
         raise InputError(
             f"No target is named {target!r}; expected one of {', '.join(known)}.{near_matches(target, known)}",
-            hint="clip-rd-edge devices describes each",
+            hint="clip-rd-edge targets describes each",
         )
-    profile = read_device(_RTX if target in RTX_TARGETS else target).profile
+    profile = read_target(_RTX if target in RTX_TARGETS else target).profile
     if format not in (None, profile.format):
         raise UsageError(f"{target} takes {{format}} {profile.format}, not {format}.", hint="omit {format} or {target}")
     if profile.format == "trt":

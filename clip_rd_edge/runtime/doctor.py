@@ -196,7 +196,7 @@ def _gpu() -> Finding:
     remedy = ""
     if jetson := jetson_name():
         requirement = _CUDA_BINDINGS[jetson]
-        detail = f"NVIDIA Jetson: see clip-rd-edge devices {jetson}"
+        detail = f"NVIDIA Jetson: see clip-rd-edge targets {jetson}"
         if not _satisfied(requirement):
             remedy = f"{pip('install')} '{requirement}'  # {EXTRAS['tensorrt']}; TensorRT comes with JetPack"
     elif _has_nvidia_driver():

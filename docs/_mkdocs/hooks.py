@@ -33,9 +33,9 @@ def borrowed_pages() -> dict[str, str]:
     """Pages that live elsewhere in the repository, as `source: page`; both paths are relative, with `/`."""
     devices = sorted(path.parent.name for path in (ROOT / "export").glob("*/README.md"))
     return {
-        "export/README.md": "devices/index.md",
-        **{f"export/{name}/README.md": f"devices/{name}.md" for name in devices},
-        "examples/browser/README.md": "devices/browser-page.md",
+        "export/README.md": "targets/index.md",
+        **{f"export/{name}/README.md": f"targets/{name}.md" for name in devices},
+        "examples/browser/README.md": "targets/browser-page.md",
         "benchmarks/README.md": "results.md",
     }
 

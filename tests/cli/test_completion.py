@@ -38,7 +38,7 @@ def completions(line: str) -> list[tuple[str, str]]:
         ("clip-rd-edge classify bun", ("file", "bun")),
         ("clip-rd-edge export run --target cpu", ("plain", "cpu-x86")),
         ("clip-rd-edge export run --target sm86,jetson-o", ("plain", "sm86,jetson-orin")),
-        ("clip-rd-edge devices c", ("plain", "cpu-arm")),
+        ("clip-rd-edge targets c", ("plain", "cpu-arm")),
         ("clip-rd-edge evaluate run --task emo", ("plain", "emoji:unseen-style")),
         ("clip-rd-edge distill --data em", ("plain", "emoji")),
         ("clip-rd-edge distill --text sm", ("plain", "small")),

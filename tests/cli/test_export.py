@@ -14,7 +14,7 @@ from clip_rd_edge.errors import InputError
 from clip_rd_edge.exporting import bundle as exporting
 from clip_rd_edge.exporting import plan as targets
 from clip_rd_edge.exporting.calibration import named_pairs
-from clip_rd_edge.exporting.plan import ResolvedTarget, device_names, read_device, require_precision, resolve_target
+from clip_rd_edge.exporting.plan import ResolvedTarget, read_target, require_precision, resolve_target, target_names
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.utils.paths import typed
@@ -165,7 +165,7 @@ def test_a_target_sets_the_format_and_precision() -> None:
     assert resolve_target("cpu-x86", format=None, precision=None) == ResolvedTarget("onnx", "int8", None)
     assert resolve_target("cpu-arm", format=None, precision="fp32") == ResolvedTarget("onnx", "fp32", None, 8)
     # Only where no processor of the target saturates; a browser may run on any.
-    with_8_bits = {name for name in device_names() if read_device(name).profile.weight_bits == 8}
+    with_8_bits = {name for name in target_names() if read_target(name).profile.weight_bits == 8}
     assert with_8_bits == {"cpu-arm", "android", "cpu-x86-vnni"}
     assert resolve_target("openvino", format=None, precision="bf16") == ResolvedTarget("openvino", "bf16", None)
     assert resolve_target("sm89", format="trt", precision=None) == ResolvedTarget("trt", "fp16", "sm89")
@@ -244,9 +244,9 @@ def test_several_targets_make_one_bundle_each_from_one_export_of_the_towers(
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in device_names() if name != "rtx"])
+@pytest.mark.parametrize("name", [name for name in target_names() if name != "rtx"])
 def test_every_device_supports_its_listed_precisions(name: str) -> None:
-    profile = read_device(name).profile
+    profile = read_target(name).profile
     for precision in profile.precisions:
         require_precision(profile.format, precision)
         assert resolve_target(name, format=profile.format, precision=precision).precision == precision

@@ -27,7 +27,7 @@ def test_the_session_has_every_command() -> None:
     lines = [step.line for step in terminal.session()]
     for name in terminal.COMMANDS:
         assert any(line.startswith(f"clip-rd-edge {name} ") and "--help" not in line for line in lines) or name in (
-            "doctor", "devices"
+            "doctor", "targets"
         ), name  # fmt: skip
 
 

@@ -120,7 +120,7 @@ CASES = [
     ("evidence run nothing -o o", "benchmark --init"),
     ("evidence report nothing.json", None),
     ("evidence report R", None),
-    ("devices cpu-x68", "devices cpu-x86"),
+    ("targets cpu-x68", "targets cpu-x86"),
     ("quickstart --student resnet81 -o o", None),
     ("quickstart extra", ""),
     ("stitch resnet18 --names imagnet --text all-MiniLM-L6-v2 -o o", None),
@@ -202,7 +202,7 @@ def test_wrong_input_gets_a_sentence_and_a_hint_that_helps(
 
 def follow(hint: str, command_line: Run) -> None:
     """Run the command in a hint, or parse it where it is an example with names of its own."""
-    found = re.search(r"clip-rd-edge ((?:[a-z]+ )+--help|devices)", hint)
+    found = re.search(r"clip-rd-edge ((?:[a-z]+ )+--help|targets)", hint)
     if found:
         assert command_line(*shlex.split(found[1]))[0] == 0
         return

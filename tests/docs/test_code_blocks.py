@@ -56,7 +56,7 @@ FENCE = re.compile(r"^ *```(\w*)(?: +title=\"([^\"]+)\")?")
 MARKER = re.compile(r"<!-- (not run|parsed only): [^>]+ -->")
 SHELL = ("sh", "bash", "console")
 # Commands that take less than a second on a small bundle; the others are parsed.
-RUN = {"classify", "devices", "doctor", "evaluate", "index", "search", "verify"}
+RUN = {"classify", "targets", "doctor", "evaluate", "index", "search", "verify"}
 OTHER_PROGRAMS = {".", "cd", "cp", "done", "find", "for", "git", "hf", "scp", "ssh"}
 TINY: dict[str, Any] = {
     "student": "test_resnet", "steps": 2, "batch_size": 8, "text": "tiny", "image_size": 32, "context_length": 8,
@@ -145,7 +145,7 @@ def check_command(command: Sequence[str], place: str) -> None:
             raise AssertionError(f"{place}: {shlex.join(command)}: {error.format_message()}") from error
         if "--target" in arguments:
             for target in arguments[arguments.index("--target") + 1].split(","):
-                assert target in edge.devices() or re.fullmatch(r"sm\d+", target), f"{place}: no target {target}"
+                assert target in edge.targets() or re.fullmatch(r"sm\d+", target), f"{place}: no target {target}"
     elif Path(command[0]).name == "make":
         for target in command[1:]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"{place}: make {target}"
@@ -173,7 +173,7 @@ def test_every_block_is_run_parsed_or_marked(name: str) -> None:
 @pytest.mark.parametrize("name", [*PAGES, *PARSED_PAGES])
 def test_command_lines_parse(name: str) -> None:
     for block in blocks_of(name):
-        # Pages that `clip-rd-edge devices` shows have fences without a language.
+        # Pages that `clip-rd-edge targets` shows have fences without a language.
         is_shell = block.language in SHELL or (name in PARSED_PAGES and "clip-rd-edge" in block.code)
         if is_shell and block.marker != "not run":
             for command in command_lines(block.code):

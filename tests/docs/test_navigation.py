@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_device_has_its_page_in_the_menu() -> None:
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    devices = {path.parent.name for path in (ROOT / "export").glob("*/device.yaml")}
+    devices = {path.parent.name for path in (ROOT / "export").glob("*/target.yaml")}
     assert len(devices) > 5
-    assert {name for name in devices if f": devices/{name}.md\n" not in menu} == set()
+    assert {name for name in devices if f": targets/{name}.md\n" not in menu} == set()
 
 
 def test_the_start_page_says_what_each_extra_is_for() -> None:

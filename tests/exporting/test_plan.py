@@ -10,16 +10,16 @@ import pytest
 
 from clip_rd_edge.cli.output import fold
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.exporting.plan import device_guide, device_names, plan_exports, read_device
+from clip_rd_edge.exporting.plan import plan_exports, read_target, target_guide, target_names
 from clip_rd_edge.utils.paths import shipped_path
 
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.mark.parametrize("name", device_names())
+@pytest.mark.parametrize("name", target_names())
 def test_every_device_file_is_valid_and_has_a_guide(name: str) -> None:
-    device = read_device(name)
-    guide = device_guide(name)
+    device = read_target(name)
+    guide = target_guide(name)
     assert guide.startswith(f"# {device.title}\n")
     assert "**Tested:**" in guide
     for text in (guide, device.install, *device.needs):  # not on PyPI yet: from a clone
@@ -29,17 +29,17 @@ def test_every_device_file_is_valid_and_has_a_guide(name: str) -> None:
 
 def test_an_unknown_device_suggests_near_matches() -> None:
     with pytest.raises(InputError, match="Did you mean 'cpu-arm'"):
-        read_device("cpu-arms")
+        read_target("cpu-arms")
 
 
 def test_the_devices_command(command_line: Run) -> None:
     code, output, error = command_line("devices")
     assert code == 0
     assert fold(error, 80) == error  # a command that does not fit would get a backslash
-    assert all(name in output for name in device_names())
+    assert all(name in output for name in target_names())
     assert not re.search(r"\b(here|nearby)\b", output)  # a user would take it for the machine that the command runs on
     code, output, _ = command_line("devices", "cpu-arm")
-    assert (code, output) == (0, device_guide("cpu-arm"))
+    assert (code, output) == (0, target_guide("cpu-arm"))
     code, output, _ = command_line("devices", "--json")
     assert json.loads(output)["cpu-x86"]["runs"] == "here"
     code, _, error = command_line("devices", "toaster")

@@ -176,7 +176,7 @@ def test_a_jetson_gets_the_cuda_bindings_of_its_cuda(
     wrong, right = ("13.5.0", "12.9.10") if "<13" in remedy else ("12.9.10", "13.5.0")
     monkeypatch.setattr(doctor, "is_installed", lambda package: True)
     monkeypatch.setattr(doctor, "version", lambda package: wrong)
-    assert doctor._gpu().detail.endswith(f"clip-rd-edge devices {device}")
+    assert doctor._gpu().detail.endswith(f"clip-rd-edge targets {device}")
     assert doctor._gpu().remedy.startswith(remedy)
     monkeypatch.setattr(doctor, "version", lambda package: right)
     assert doctor._gpu().remedy == ""
