@@ -63,14 +63,14 @@ def read_config(path: Path) -> object:
     from clip_rd_edge.benchmarking.suite import read_suite
     from clip_rd_edge.distillation.config import load_recipe
     from clip_rd_edge.evidence.suite import EvidenceSuite
-    from clip_rd_edge.exporting.plan import Device
+    from clip_rd_edge.exporting.plan import Target
     from clip_rd_edge.utils.structs import read_yaml
 
     readers: list[Callable[[], object]] = [
         lambda: load_recipe(str(path)),
         lambda: read_suite(path),
         lambda: read_yaml(path, EvidenceSuite),
-        lambda: read_yaml(path, Device),
+        lambda: read_yaml(path, Target),
     ]
     errors = []
     for reader in readers:
