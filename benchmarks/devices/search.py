@@ -26,16 +26,16 @@ import numpy as np
 from benchmarks.publishing import add_output_options, here_and_now, publish
 from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.bundle.encoder import Embeddings, normalise
+from clip_rd_edge.runtime import index as searching
 from clip_rd_edge.runtime.index import (
     Entry,
     Index,
-    build_graph,
     nearest,
-    read_graph,
+    open_graph,
     read_index,
-    write_graph,
     write_index,
 )
+from clip_rd_edge.runtime.search_graph import build_graph
 
 TOP, QUERIES = 10, 100
 
@@ -43,10 +43,10 @@ TOP, QUERIES = 10, 100
 WORKER = """
 import resource, sys
 from pathlib import Path
-from clip_rd_edge.runtime.index import nearest, read_graph, read_index
+from clip_rd_edge.runtime.index import nearest, open_graph, read_index
 path = Path(sys.argv[1])
 index, rows = read_index(path)
-nearest(index, rows, rows[0], top=10, graph=read_graph(path, index) if sys.argv[2] == "graph" else None)
+nearest(index, rows, rows[0], top=10, graph=open_graph(path, index) if sys.argv[2] == "graph" else None)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 """
 
@@ -164,14 +164,13 @@ def measure_graph(path: Path, queries: Embeddings, threads: int) -> GraphFigures
     """Build the graph of an index and compare it with exact search."""
     index, rows = read_index(path)
     start, start_cpu = time.perf_counter(), time.process_time()
-    built = build_graph(rows, threads=threads)
+    built = build_graph(path, rows, threads=threads)
     assert built is not None
-    files = write_graph(path, built)
     build_s, core_s = time.perf_counter() - start, time.process_time() - start_cpu
-    index = write_index(path, msgspec.structs.replace(index, graph=files), rows)
+    index = write_index(path, msgspec.structs.replace(index, graph=built), rows)
     index, rows = read_index(path)
     start = time.perf_counter()
-    graph = read_graph(path, index)
+    graph = open_graph(path, index)
     open_ms = elapsed_ms(start)
     assert graph is not None
 
@@ -186,7 +185,7 @@ def measure_graph(path: Path, queries: Embeddings, threads: int) -> GraphFigures
         build_s=build_s,
         build_core_s=core_s,
         threads=threads,
-        size_mb=(path / files.file).stat().st_size / 1e6,
+        size_mb=(path / built.name).stat().st_size / 1e6,
         open_ms=open_ms,
         queries=time_queries(path, "graph", lambda query: nearest(index, rows, query, top=TOP, graph=graph), queries),
         recall=recall(queries),
@@ -238,6 +237,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads that build the graph")
     add_output_options(parser, "search")
     args = parser.parse_args()
+    searching.GRAPH_FROM = 0  # a graph is kept, however few the images are
     results = Results(**here_and_now(), rows=())
     for count in args.images:
         row = measure(count, args.size, graph=args.graph, threads=args.threads)

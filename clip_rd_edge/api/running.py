@@ -34,7 +34,7 @@ def watch_index(request: WatchIndex) -> Iterator[Update]:
 
     Yields what each update has done, until `stop` is set, with everything saved that is embedded, or for ever.
     """
-    from clip_rd_edge.runtime.index_update import watch_index as watch
+    from clip_rd_edge.runtime.index_watch import watch_index as watch
 
     return watch(
         _opened(request), Path(request.folder), Path(request.output), stop=request.stop, reporter=request.reporter

@@ -2,57 +2,62 @@
 
     index.json           image folder, bundle, and per image its path, size, times and SHA-256; and its own CRC-32
     embeddings-KEY.npy   the images' embeddings, (N, D) float32, one row per entry; index.json has a CRC-32 per block
-    graph-KEY.…          from a million images on: for approximate search, see `runtime.index`
+    keys-KEY.npy         from a million images on: a key per row, the same for copies of an image
+    graph-KEY.usearch    for approximate search: see `runtime.search_graph`
     next/                the index that will replace this one, of another model, once all images are in it
 
 index.json names its embeddings file and is written last and atomically: if indexing is interrupted, the folder still
-holds a valid, older index. Writers wait for each other (`utils.outputs`). Readers take no lock, so that a folder that
-they cannot write to can be searched: if the embeddings are gone that index.json named, they read the new index.json.
-
-Blocks of rows are checked when they are read, which takes a second for a million rows of 512 entries. A search refuses
-those that have changed on the disk, and an update embeds their images again.
+holds a valid, older index. Writers wait for each other (`exclusive_writer`). Readers take no lock, so that a folder
+that they cannot write to can be searched: if the embeddings are gone that index.json named, they read it again. Blocks
+of rows are checked when they are read. A search refuses those that have changed on the disk, and an update embeds their
+images again.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import os
-import re
-import shutil
 import threading
 import uuid
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path, PurePath
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from clip_rd_edge.bundle.encoder import Embeddings, require_cosines, require_top, top_indices
 from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES
 from clip_rd_edge.bundle.images import ImageInput, as_rgb
 from clip_rd_edge.bundle.manifest import Manifest, is_bundle
 from clip_rd_edge.errors import ConfigError, InputError, quoted
+from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
-from clip_rd_edge.utils.arrays import load_array
-from clip_rd_edge.utils.files import is_plain_name, new_file, read_text_limited, write_bytes, write_text
-from clip_rd_edge.utils.paths import cache_home, exists, expand_home, is_file, is_folder, looks_like_path, near_files
+from clip_rd_edge.runtime.search_graph import (
+    MAX_TOP,
+    Graph,
+    GraphFile,
+    Rows,
+    build_graph,
+    keys_of,
+    restore_graph,
+    usearch_is_installed,
+)
+from clip_rd_edge.utils.arrays import load_array, npy_bytes
+from clip_rd_edge.utils.files import is_plain_name, read_text_limited, write_bytes, write_text
+from clip_rd_edge.utils.paths import cache_home, expand_home, is_file, looks_like_path, near_files
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_versioned_json
 
 INDEX_VERSION = 1
-INDEX_FILE, NEXT, _ROWS = "index.json", "next", "embeddings-"
+INDEX_FILE, NEXT, _ROWS, _KEYS = "index.json", "next", "embeddings-", "keys-"
 _MAKE_ANEW = "delete it and index the folder again"
 _BLOCK_ROWS = 64  # per checksum: an approximate search reads about 128 rows, of as many blocks
-_PART_BYTES = 1 << 20  # of index.json: decoding it takes some milliseconds
-_BETWEEN = re.compile(rb'"\],\["')  # two entries
+GRAPH_FROM = 1_000_000  # images: below, comparing all rows takes less than 60 ms
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
@@ -78,10 +83,9 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
         model: `model_key` of that bundle.
         embeddings: name of the embeddings file, which has one row per entry.
         crc32s: of its blocks of _BLOCK_ROWS rows.
-        graph: the files of approximate search; None if search is exact.
+        graph: for approximate search; None if search is exact.
         missing: number of images that were still to be embedded when it was saved, or whose disk had gone away.
-        listed_ns: when the listing of the folder began that the entries are from, by the clock of the index's folder;
-            0 if not known.
+        listed_ns: when the listing of the folder began that the entries are from, by the clock of the index's folder.
     """
 
     folder: str
@@ -90,15 +94,9 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
     embeddings: str
     entries: list[Entry]
     crc32s: list[int] = []
-    graph: GraphFiles | None = None
+    graph: GraphFile | None = None
     missing: int = 0
     listed_ns: int = 0
-
-
-class _Undecoded(Index, frozen=True, kw_only=True):
-    """The content of index.json with its entries as text."""
-
-    entries: msgspec.Raw  # type: ignore[assignment]
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -150,17 +148,14 @@ def read_index(path: Path, *, memory_mapped: bool = True) -> tuple[Index, Embedd
     """Read an index and its embeddings.
 
     Args:
-        memory_mapped: whether the embeddings stay in their file. Where that is cut, or goes from a network share, the
-            process ends with SIGBUS, which one that runs for long cannot risk.
+        memory_mapped: whether the embeddings stay in their file, and are checked when they are compared. Where that is
+            cut, or goes from a network share, the process ends with SIGBUS, which one that runs for long cannot risk.
     """
     if not is_index(path):
         raise InputError(f"{path} is not an index: it has no {INDEX_FILE}.", hint="create one with clip-rd-edge index")
     missing = ""
     while True:
         index = _read(path)
-        for name in (index.embeddings, *((index.graph.file, index.graph.rows) if index.graph else ())):
-            if not is_plain_name(name):
-                raise ConfigError(f"{path / INDEX_FILE} names the file {name!r}, which is not inside the index.")
         try:
             rows = load_array(path / index.embeddings, memory_mapped=memory_mapped)
             break
@@ -171,36 +166,27 @@ def read_index(path: Path, *, memory_mapped: bool = True) -> tuple[Index, Embedd
             raise ConfigError(f"The index {path} is damaged: {error}.", hint=_MAKE_ANEW) from error
     is_matrix = rows.ndim == 2 and rows.dtype == np.float32 and rows.flags.c_contiguous
     if not is_matrix or len(rows) != len(index.entries) or len(index.crc32s) != len(_blocks(rows)):
-        raise ConfigError(
-            f"The index {path} has {len(index.entries)} images but embeddings of shape {rows.shape} and type "
-            f"{rows.dtype}.",
-            hint=_MAKE_ANEW,
-        )
+        raise ConfigError(f"The index {path} is damaged: its embeddings do not fit its images.", hint=_MAKE_ANEW)
     if not memory_mapped:
         _require_intact(index, rows)
     return index, rows
 
 
-def indexed_folder(path: Path) -> str:
-    """Return the path of the image folder of an index, without decoding its entries; raises as `read_index`."""
-    return _read(path, entries=False).folder
-
-
-def _read(path: Path, *, entries: bool = True) -> Index:
+def _read(path: Path) -> Index:
     try:
         file = read_versioned_json(path / INDEX_FILE, _File, newest=INDEX_VERSION, key="version")
         if zlib.crc32(file.index) != file.crc32:
             raise ConfigError(f"{INDEX_FILE} has changed since it was written: its checksum differs.")
-        content = msgspec.json.decode(file.index, type=_Undecoded)
-        decoded = _decode_in_parts(content.entries) if entries else []
-        for entry in decoded:
-            if _is_elsewhere(entry.path):
-                raise ConfigError(f"it names the image {entry.path!r}, which is not in its folder")
+        index = msgspec.json.decode(file.index, type=Index)
+        if not all(map(is_plain_name, (index.embeddings, *([index.graph.name] if index.graph else ())))) or any(
+            _is_elsewhere(entry.path) for entry in index.entries
+        ):
+            raise ConfigError("it names a file that is not in its folder.")
     except (ConfigError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         if isinstance(error, ConfigError) and error.hint:
             raise
         raise ConfigError(f"The index {path} is damaged: {str(error).rstrip('.')}.", hint=_MAKE_ANEW) from error
-    return Index(**{**msgspec.structs.asdict(content), "entries": decoded})
+    return index
 
 
 def _is_elsewhere(name: str) -> bool:
@@ -211,48 +197,47 @@ def _is_elsewhere(name: str) -> bool:
     return not name or ".." in path.parts or bool(path.anchor)
 
 
-def _decode_in_parts(text: msgspec.Raw) -> list[Entry]:
-    """Decode the entries of index.json, some thousands at a time, so that other threads run in between.
-
-    Quotes in a path are escaped, so that what looks like the end of an entry is one, or else all of a path: then what
-    is before it is no JSON.
-    """
-    content, decoder = memoryview(text), msgspec.json.Decoder(list[Entry])
-    entries: list[Entry] = []
-    opening, start = b"", 0
-    while cut := _BETWEEN.search(content, start + _PART_BYTES):
-        end = cut.end() - len(',["')
-        try:
-            entries += decoder.decode(b"".join((opening, content[start:end], b"]")))
-        except msgspec.DecodeError:
-            return decoder.decode(content)
-        opening, start = b"[", end + 1
-    entries += decoder.decode(b"".join((opening, content[start:])))
-    return entries
-
-
 def write_index(path: Path, index: Index, rows: Embeddings) -> Index:
     """Write an index, replacing the one at `path`; return it with the new name of its embeddings file.
 
     Call this with the folder locked: it deletes what older writers have left.
     """
-    old_files = leftovers(path, index.graph)
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     header = io.BytesIO()  # of the .npy file; the rows of a large index are not copied
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(rows))
-    name = f"{_ROWS}{uuid.uuid4().hex[:12]}.npy"
-    write_bytes(path / name, header.getvalue(), rows.data)
-    index = msgspec.structs.replace(index, embeddings=name, crc32s=[_crc32(rows, block) for block in _blocks(rows)])
+    index = msgspec.structs.replace(
+        index,
+        embeddings=f"{_ROWS}{uuid.uuid4().hex[:12]}.npy",
+        crc32s=[_crc32(rows, block) for block in _blocks(rows)],
+        graph=index.graph if len(rows) >= GRAPH_FROM else None,
+    )
+    write_bytes(path / index.embeddings, header.getvalue(), rows.data)
+    if index.graph:
+        write_bytes(_keys_file(path, index), npy_bytes(keys_of(rows)))
     write_content(path, index)
-    delete(old_files)
     return index
 
 
 def write_content(path: Path, index: Index) -> None:
-    """Write index.json, whose embeddings are there."""
+    """Write index.json, whose other files are there, and delete those of earlier ones."""
     content = msgspec.json.encode(index)
     head = b'{"version":%d,"crc32":%d,"index":' % (INDEX_VERSION, zlib.crc32(content))
     write_bytes(path / INDEX_FILE, head, content, b"}")
+    own = {path / index.embeddings, *({_keys_file(path, index), path / index.graph.name} if index.graph else ())}
+    for file in leftovers(path) - own:
+        with suppress(OSError):  # on Windows, one that another process has open; the next update deletes it
+            file.unlink()
+
+
+def leftovers(path: Path) -> set[Path]:
+    """Return the files of a writer other than index.json: also what a kill left half written."""
+    names = (f"{_ROWS}*", f"{_KEYS}*", "graph-*")
+    patterns = (*names, *(f".{name}.tmp" for name in names), f".{INDEX_FILE}.*.tmp")
+    return {file for pattern in patterns for file in path.glob(pattern)}
+
+
+def _keys_file(path: Path, index: Index) -> Path:
+    return path / index.embeddings.replace(_ROWS, _KEYS)
 
 
 def _blocks(rows: Embeddings) -> range:
@@ -273,8 +258,7 @@ def without_damage(index: Index, rows: Embeddings) -> tuple[Index, Embeddings]:
     if not (damaged := _damaged(index, rows, _blocks(rows))):
         return index, rows
     kept = np.flatnonzero(~np.isin(np.arange(len(rows)) // _BLOCK_ROWS, damaged))
-    entries = [index.entries[row] for row in kept.tolist()]
-    return msgspec.structs.replace(index, entries=entries, graph=None), rows[kept]
+    return msgspec.structs.replace(index, entries=[index.entries[row] for row in kept.tolist()]), rows[kept]
 
 
 def _require_intact(index: Index, rows: Embeddings, chosen: Rows | None = None) -> None:
@@ -286,20 +270,6 @@ def _require_intact(index: Index, rows: Embeddings, chosen: Rows | None = None) 
             f"changed on the disk, the first with that of {index.entries[damaged[0] * _BLOCK_ROWS].path}.",
             hint="index the folder again, which embeds these images again",
         )
-
-
-def delete(files: set[Path]) -> None:
-    """Delete files, but those that another process has open on Windows, which cannot: the next update does."""
-    for file in files:
-        with suppress(OSError):
-            file.unlink()
-
-
-def leftovers(path: Path, graph: GraphFiles | None = None) -> set[Path]:
-    """Return the files of a writer other than index.json and `graph`: also what a kill left half written."""
-    patterns = (f"{_ROWS}*.npy", f".{_ROWS}*.tmp", f".{INDEX_FILE}.*.tmp", GRAPH_FILES, f".{GRAPH_FILES}.tmp")
-    files = {file for pattern in patterns for file in path.glob(pattern)}
-    return files - ({path / graph.file, path / graph.rows} if graph else set())
 
 
 def nearest(
@@ -322,34 +292,14 @@ def nearest(
     """
     query = query.reshape(-1)
     if rows.shape[1] != len(query):
-        raise ConfigError(
-            f"The index has embeddings of {rows.shape[1]} entries; expected {len(query)}, the model's.",
-            hint=_MAKE_ANEW,
-        )
+        raise ConfigError(f"The index has embeddings of {rows.shape[1]} entries; expected {len(query)}.")
     candidates = graph.candidates(query, top) if graph is not None and top <= MAX_TOP else None
-    if candidates is not None:
-        candidates = np.sort(candidates)
+    compared = np.arange(len(rows)) if candidates is None else np.sort(candidates)
     if not checked:
-        _require_intact(index, rows, candidates)
-    compared = rows if candidates is None else rows[candidates]
-    similarities = require_cosines(np.asarray(compared @ query), "An image of the index, or the query,")
-    best = top_indices(similarities, top)
-    numbers = best if candidates is None else candidates[best]
-    return [
-        Hit(Path(index.folder, index.entries[number].path), float(similarities[i]))
-        for i, number in zip(best.tolist(), numbers.tolist(), strict=True)
-    ]
-
-
-def read_graph(path: Path, index: Index, *, memory_mapped: bool = True) -> Graph | None:
-    """Open the graph of an index; None if it has none, or it cannot be used here: then search is exact.
-
-    Args:
-        memory_mapped: as for `read_index`.
-    """
-    if index.graph is None:
-        return None
-    return open_graph(path, index.graph, len(index.entries), memory_mapped=memory_mapped)
+        _require_intact(index, rows, compared)
+    cosines = (rows if candidates is None else rows[compared]) @ query
+    best = top_indices(require_cosines(cosines, "An image of the index, or the query,"), top)
+    return [Hit(Path(index.folder, index.entries[compared[i]].path), float(cosines[i])) for i in best.tolist()]
 
 
 def search_index(
@@ -373,19 +323,15 @@ def search_index(
         options: of `runtime.load.load`, which opens the bundle.
     """
     require_top(top)
-    if isinstance(query, str) and not query.strip():
-        raise InputError("The query is empty.", hint='pass a text, such as "a red car", or the path of an image')
-    if isinstance(query, str):
-        query = _text_or_image(query)
+    asked = _text_or_image(query) if isinstance(query, str) else query
     index, rows = read_index(path)
     if folder is not None:
-        _require_images(Path(folder), path, index)
         index = msgspec.structs.replace(index, folder=os.fspath(folder))
     encoder = load(bundle or _remembered_bundle(path, index), **options)
     require_same_model(encoder, index, path)
     remember_bundle(path, encoder)
-    embedding = encoder.encode_texts([query]) if isinstance(query, str) else encoder.encode_images([as_rgb(query)])
-    graph = None if exact else read_graph(path, index)
+    embedding = encoder.encode_texts([asked]) if isinstance(asked, str) else encoder.encode_images([as_rgb(asked)])
+    graph = None if exact else open_graph(path, index)
     hits = Hits(nearest(index, rows, embedding, top=top, graph=graph, checked=False))
     hits.indexed, hits.missing = len(index.entries), index.missing
     return hits
@@ -399,19 +345,15 @@ def remember_bundle(path: Path, encoder: BundleEncoder) -> None:
 
 def _remembered_bundle(path: Path, index: Index) -> Path:
     """Return the bundle that this user named for an index: the one that index.json names may be anybody's choice."""
-    try:
+    with suppress(InputError):
         bundle = Path(read_text_limited(_memory_of(path, index.model)))
-    except InputError:
-        raise InputError(
-            f"It is not known which bundle goes with the index {path}: this account has neither made nor searched it.",
-            hint=f"name it with {{bundle}}; where the index was made, it was {index.bundle}", option="bundle",
-        ) from None  # fmt: skip
-    if not is_bundle(bundle):
-        raise InputError(
-            f"The bundle that created the index {path} is not at {bundle} any more.",
-            hint="name its current path with {bundle}", option="bundle",
-        )  # fmt: skip
-    return bundle
+        if is_bundle(bundle):
+            return bundle
+    raise InputError(
+        f"It is not known which bundle goes with the index {path}, or it was moved.",
+        hint=f"name it with {{bundle}}; where the index was made, it was {index.bundle}",
+        option="bundle",
+    )
 
 
 def _memory_of(path: Path, model: str) -> Path:
@@ -427,31 +369,15 @@ def require_same_model(encoder: BundleEncoder, index: Index, path: Path) -> None
         )
 
 
-def _require_images(folder: Path, path: Path, index: Index) -> None:
-    """Refuse a folder that has none of the index's images, none of whose results would exist."""
-    if not is_folder(folder):
-        problem = "is not a folder" if exists(folder) else "does not exist"
-        raise InputError(f"The image folder {folder} {problem}.{near_files(folder)}", hint="check {folder}")
-    if index.entries and not any(is_file(folder / entry.path) for entry in index.entries):
-        raise InputError(
-            f"The folder {folder} has none of the {len(index.entries):,} images of the index {path}, such as "
-            f"{index.entries[0].path}.",
-            hint=f"name the folder that was at {index.folder} when it was indexed",
-        )
-
-
 def _text_or_image(query: str) -> str | Path:
     """Return the path of the image that a query names, or else the query, which is a text."""
+    if not query.strip():
+        raise InputError("The query is empty.", hint='pass a text, such as "a red car", or the path of an image')
     path = expand_home(query)
     with suppress(OSError, ValueError):  # a text may be too long for a path
         if path.is_file():
             return path
         if looks_like_path(query, suffixes=IMAGE_SUFFIXES):
-            if path.is_dir():
-                raise InputError(
-                    f"The query {quoted(query)} is a folder; expected a text or the path of an image.",
-                    hint="name one of its images",
-                )
             raise InputError(
                 f"The query {quoted(query)} looks like the path of an image, but there is no such file."
                 f"{near_files(path)}",
@@ -460,240 +386,48 @@ def _text_or_image(query: str) -> str | Path:
     return query
 
 
-GRAPH_FROM = 1_000_000  # images: below, comparing all rows takes less than 60 ms
-MAX_TOP = 1_000  # results; more are searched exactly
-REBUILD_SHARE = 0.1
-# Of usearch: links per node, and nodes visited when building and when searching. Higher is more accurate, and slower.
-# 256 would do for images as queries, since links are between similar images; a text is far from all, and needs more.
-_LINKS, _VISITED_BUILDING, _VISITED_SEARCHING = 16, 64, 4096
-_CANDIDATES = 128  # ranked exactly, or 4 per result
-_BLOCK = 1 << 20  # bytes that are read or written at once
-_CHUNK = 10_000  # rows between two reports of progress
-GRAPH_FILES = "graph-*"  # names of the files
-_HEADER_BYTES = 64
-_BYTES_PER_KEY = 128  # at least, of its links
+def open_graph(path: Path, index: Index, *, memory_mapped: bool = True) -> Graph | None:
+    """Open the graph of an index; None if it has none, or it cannot be used here: then search is exact.
 
-Rows = npt.NDArray[np.int64]
-
-
-class GraphFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """The graph of an index, as index.json names it.
-
-    Attributes:
-        file, rows: names of the two files.
-        keys: number of images that it was built from.
-        links_at: where its links begin in `file`, behind the embeddings.
-        crc32: of the links.
-        rows_crc32: of `rows`.
+    Args:
+        memory_mapped: as for `read_index`.
     """
-
-    file: str
-    rows: str
-    keys: int
-    links_at: int = 0
-    crc32: int = -1
-    rows_crc32: int = -1
-
-
-class Graph(NamedTuple):
-    """An opened graph.
-
-    Attributes:
-        index: usearch's index.
-        rows: the present row of each key, or -1.
-        others: rows that it does not have.
-        keys: those whose images are there, sorted by `firsts`.
-        firsts: of each of `keys`, the key in the graph that has the same embedding.
-    """
-
-    index: Any
-    rows: Rows
-    others: Rows
-    keys: Rows
-    firsts: Rows
-
-    def candidates(self, query: Embeddings, top: int) -> Rows | None:
-        """Return the rows that may be among the `top` nearest to a query (D,).
-
-        None if the graph proposes fewer than `top` images that are still there: the others near the query are gone,
-        such as with a folder of similar images; or if it fails.
-        """
-        count = max(_CANDIDATES, 4 * top)
-        try:
-            found = self.index.search(query, count).keys.astype(np.int64)
-        except RuntimeError:
+    if index.graph is None or not usearch_is_installed():
+        return None
+    try:
+        keys = load_array(_keys_file(path, index))
+        if keys.shape != (len(index.entries),) or keys.dtype != np.uint64:
             return None
-        start = np.searchsorted(self.firsts, found)
-        copies = np.minimum(np.searchsorted(self.firsts, found, side="right") - start, top)
-        places = np.repeat(start - (np.cumsum(copies) - copies), copies) + np.arange(copies.sum())
-        rows = self.rows[self.keys[places]]  # nearest first
-        present = rows[rows >= 0][:count]
-        return np.concatenate([present, self.others]) if len(present) >= top else None
+        return restore_graph(path, index.graph, keys, memory_mapped=memory_mapped)
+    except Exception:  # noqa: BLE001 — whatever it is, comparing all rows answers as well
+        return None
 
 
-class BuiltGraph(NamedTuple):
-    """A graph of all images of an index: usearch's index, and of each row the first with the same embedding."""
-
-    index: Any
-    firsts: Rows
-
-
-def usearch_is_installed() -> bool:
-    """Return whether usearch is installed."""
-    return find_spec("usearch") is not None
-
-
-def _first_copies(rows: Embeddings) -> Rows:
-    """Return, per embedding, the first row that has the same in float16, as the graph has it."""
-    weights = np.random.default_rng(0).integers(1 << 64, size=rows.shape[1], dtype=np.uint64)
-    keys = np.arange(len(rows))
-    digests = np.empty(len(rows), dtype=np.uint64)
-    for start in range(0, len(rows), _CHUNK):
-        part = rows[start : start + _CHUNK].astype(np.float16)
-        digests[start : start + len(part)] = part.view(np.uint16).astype(np.uint64) @ weights
-    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    firsts = first[inverse].astype(np.int64)
-    copies = keys[firsts != keys]
-    for start in range(0, len(copies), _CHUNK):
-        some = copies[start : start + _CHUNK]
-        differ = (rows[some].astype(np.float16) != rows[firsts[some]].astype(np.float16)).any(axis=1)
-        firsts[some[differ]] = some[differ]
-    return firsts
-
-
-def build_graph(
+def keep_graph(
+    path: Path,
+    index: Index,
     rows: Embeddings,
     *,
-    path: Path | None = None,
     threads: int | None = None,
     stop: threading.Event | None = None,
     reporter: Reporter = SILENT,
-) -> BuiltGraph | None:
-    """Build the graph of embeddings (N, D), which takes minutes for a million.
-
-    Args:
-        path: where it is going to be written.
-        stop: ends the work when it is set; then None is returned.
-    """
-    from usearch.index import Index
-
-    firsts = _first_copies(rows)
-    chosen = np.flatnonzero(firsts == np.arange(len(rows)))
-    if path is not None and shutil.disk_usage(path).free < len(chosen) * (rows.shape[1] * 2 + _BYTES_PER_KEY):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    graph = Index(
-        ndim=rows.shape[1],
-        metric="ip",
-        dtype="f16",
-        connectivity=_LINKS,
-        expansion_add=_VISITED_BUILDING,
-        expansion_search=_VISITED_SEARCHING,
-    )
-    for start in range(0, len(chosen), _CHUNK):
-        if stop is not None and stop.is_set():
-            return None
-        keys = chosen[start : start + _CHUNK]
-        graph.add(keys, np.asarray(rows[keys]), threads=threads or 0)
-        reporter.update("building the search graph", start + len(keys), len(chosen))
-    return BuiltGraph(graph, firsts)
-
-
-def write_graph(path: Path, graph: BuiltGraph) -> GraphFiles:
-    """Write a graph into the folder of an index."""
-    index, firsts = graph
-    name = f"graph-{uuid.uuid4().hex[:12]}.usearch"
-    with new_file(path / name) as file:
-        try:
-            index.save(file.name)
-        except RuntimeError:
-            _fill(file, index.serialized_length)
-            raise
-    links_at = len(index) * index.ndim * 2
-    crc32 = _crc32_of_links(path / name, links_at)
-    files = GraphFiles(file=name, rows="", keys=len(firsts), links_at=links_at, crc32=crc32)
-    return write_rows(path, files, np.arange(len(firsts)), firsts)
-
-
-def _crc32_of_links(path: Path, links_at: int) -> int:
-    """Return a checksum of a graph's header and links, which usearch follows wherever they lead.
-
-    Damaged embeddings only make it miss images; they are most of the file, which a search need not read.
-    """
-    with path.open("rb") as file:
-        value = zlib.crc32(file.read(_HEADER_BYTES))
-        file.seek(links_at)
-        while block := file.read(_BLOCK):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def _fill(file: IO[bytes], size: int) -> None:
-    """Write a file up to a size, so that the system says why usearch could not, which does not tell."""
-    file.seek(0, os.SEEK_END)
-    while file.tell() < size:
-        file.write(bytes(_BLOCK))
-    file.flush()
-
-
-def write_rows(path: Path, files: GraphFiles, rows: Rows, firsts: Rows) -> GraphFiles:
-    """Write the present row of each key, and its first copy, to a new file; return the graph that names it."""
-    name = f"graph-rows-{uuid.uuid4().hex[:12]}.npy"
-    content = io.BytesIO()
-    np.save(content, np.stack([rows, firsts]).astype(np.int64))
-    write_bytes(path / name, content.getbuffer())
-    return msgspec.structs.replace(files, rows=name, rows_crc32=zlib.crc32(content.getbuffer()))
-
-
-def read_rows(path: Path, files: GraphFiles) -> tuple[Rows, Rows] | None:
-    """Return the row of each key, and its first copy, or None if the file is missing or damaged."""
-    try:
-        content = (path / files.rows).read_bytes()
-        both = load_array(io.BytesIO(content))
-    except (OSError, ValueError, EOFError):
-        return None
-    if zlib.crc32(content) != files.rows_crc32 or both.shape != (2, files.keys) or both.dtype.kind != "i":
-        return None
-    return both[0].astype(np.int64), both[1].astype(np.int64)
-
-
-def moved_rows(rows: Rows, kept: Rows, count: int) -> Rows:
-    """Return the row of each key after an update.
-
-    Args:
-        rows: of each key before it.
-        kept: rows before the update that are kept, in their new order.
-        count: rows before the update.
-    """
-    new = np.full(count + 1, -1, dtype=np.int64)  # the last entry is that of the key -1
-    new[kept] = np.arange(len(kept))
-    return new[rows]
-
-
-def is_worn(rows: Rows, count: int) -> bool:
-    """Return whether a graph has lost, or lacks, so many of `count` images that it should be built again."""
-    present = int((rows >= 0).sum())
-    return max(len(rows) - present, count - present) > REBUILD_SHARE * max(len(rows), 1)
-
-
-def open_graph(path: Path, files: GraphFiles, count: int, *, memory_mapped: bool = True) -> Graph | None:
-    """Open the graph of an index with `count` images; None if usearch or a file is missing, or damaged."""
-    both = read_rows(path, files)
-    if both is None or not usearch_is_installed():
-        return None
-    rows, firsts = both
-    from usearch.index import Index
-
-    try:
-        if _crc32_of_links(path / files.file, files.links_at) != files.crc32:
-            return None
-        graph = Index.restore(str(path / files.file), view=memory_mapped)
-    except Exception:  # noqa: BLE001 — whatever it is, comparing all rows answers as well
-        return None
-    if graph is None or len(graph) != (firsts == np.arange(files.keys)).sum() or (rows >= count).any():
-        return None
-    graph.expansion_search = _VISITED_SEARCHING
-    missing = np.ones(count, dtype=bool)
-    missing[rows[rows >= 0]] = False
-    keys = np.flatnonzero(rows >= 0)
-    keys = keys[np.argsort(firsts[keys], kind="stable")]
-    return Graph(graph, rows, np.flatnonzero(missing), keys, firsts[keys])
+) -> bool:
+    """Build the graph of a large index if it has none that can be used, or a worn one; return whether it has one."""
+    if len(rows) < GRAPH_FROM:
+        return False
+    graph = open_graph(path, index)
+    if graph is not None and not graph.is_worn:
+        return True
+    if not usearch_is_installed():
+        hint = install_command("usearch")
+        reporter.say(f"search stays exact; with usearch it takes less time from {GRAPH_FROM:,} images on: {hint}")
+        return False
+    usable = graph is not None
+    del graph  # closes the file, which Windows does not delete before
+    built = build_graph(path, rows, threads=threads, stop=stop, reporter=reporter)
+    if built is None:
+        return usable
+    index = msgspec.structs.replace(index, graph=built)
+    write_bytes(_keys_file(path, index), npy_bytes(keys_of(rows)))
+    write_content(path, index)
+    return True

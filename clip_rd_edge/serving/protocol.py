@@ -22,7 +22,7 @@ import numpy as np
 
 from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.runtime.index import MAX_TOP
+from clip_rd_edge.runtime.search_graph import MAX_TOP
 from clip_rd_edge.utils.structs import PositiveInt, Share
 
 MEDIA_MARKER = "<__media__>"  # stands for the image in a llama.cpp prompt; clients read it from /props

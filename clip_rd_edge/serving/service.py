@@ -38,13 +38,13 @@ from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import (
     INDEX_FILE,
     Entry,
-    Graph,
     Index,
     nearest,
-    read_graph,
+    open_graph,
     read_index,
     require_same_model,
 )
+from clip_rd_edge.runtime.search_graph import Graph
 from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.demo import MAX_PIXELS, LabelSets, UploadedImage, label_key
 from clip_rd_edge.serving.protocol import Batcher, Item
@@ -542,7 +542,7 @@ class ServedIndex:
                 hint=f"Restart clip-rd-edge serve with that bundle, {index.bundle}.",
             )
         require_same_model(self._encoder, index, self._folder)
-        return index, rows, read_graph(self._folder, index, memory_mapped=False)
+        return index, rows, open_graph(self._folder, index, memory_mapped=False)
 
 
 def _free_in_parts(entries: list[Entry]) -> None:
