@@ -302,7 +302,7 @@ def _node(kind: str, inputs: Sequence[str], output: str, **attributes: int) -> o
 
 
 MAX_LEVEL = 127  # a symmetric range does not use -128
-_ZERO_POINT = "symmetric/zero_point"
+_S8_ZERO = "symmetric/zero_point"
 Floats = npt.NDArray[np.float32]
 
 
@@ -384,9 +384,9 @@ class _QdqWriter:
         """Return the name of the activation after its Q/DQ."""
         if name not in self._pairs:
             scale = self._constant(f"{name}/scale", weight_scale(max(map(abs, self._ranges[name])), MAX_LEVEL))
-            q = helper.make_node("QuantizeLinear", [name, scale, _ZERO_POINT], [f"{name}/q"], name=f"quantize {name}")
+            q = helper.make_node("QuantizeLinear", [name, scale, _S8_ZERO], [f"{name}/q"], name=f"quantize {name}")
             dq = helper.make_node(
-                "DequantizeLinear", [f"{name}/q", scale, _ZERO_POINT], [f"{name}/dq"], name=f"dequantize {name}"
+                "DequantizeLinear", [f"{name}/q", scale, _S8_ZERO], [f"{name}/dq"], name=f"dequantize {name}"
             )
             self._pairs[name] = (q, dq)
         return f"{name}/dq"
@@ -415,7 +415,7 @@ class _QdqWriter:
 
     def finish(self) -> None:
         """Insert every new node after the nodes it reads, and drop the float weights that are no longer used."""
-        self._constant(_ZERO_POINT, np.zeros((), np.int8))
+        self._constant(_S8_ZERO, np.zeros((), np.int8))
         nodes = list(self._dequantized.values())
         for value in self._graph.input:
             nodes.extend(self._pairs.get(value.name, ()))
