@@ -42,8 +42,8 @@ def read_pairs(path: Path) -> object:
     captions = []
     for index in range(min(len(pairs), _PAIRS)):
         with suppress(InputError):
-            captions += pairs.captions(index)
-            pairs.open(index)
+            captions += pairs.read(index).captions
+            pairs.read(index).image()
     for caption in captions:
         caption.encode()  # goes into files and tokenizers
     return captions

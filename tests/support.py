@@ -19,7 +19,7 @@ import click
 import pytest
 
 from clip_rd_edge.cli.main import cli
-from clip_rd_edge.data.samples import Pairs
+from clip_rd_edge.data.samples import Samples
 from clip_rd_edge.utils.reporting import Reporter
 
 # Seconds that a test waits for what an idle machine does in one: others may need the processor more.
@@ -129,9 +129,9 @@ class Watch(Reporter):
         self.said.append(message)
 
 
-def contents(pairs: Pairs) -> list[tuple[bytes, tuple[str, ...]]]:
-    """Return the pixels and the captions of all pairs."""
-    return [(pairs.open(i).tobytes(), pairs.captions(i)) for i in range(len(pairs))]
+def contents(samples: Samples) -> list[tuple[bytes, tuple[str, ...]]]:
+    """Return the pixels and the captions of all samples."""
+    return [(sample.image().tobytes(), sample.captions) for sample in map(samples.read, range(len(samples)))]
 
 
 def other_clock(offset: str) -> dict[str, str]:

@@ -126,7 +126,7 @@ def compare_pixels(shard: Path) -> dict[str, float]:
     """Compare crops with those of Pillow: the largest difference in grey levels, and the shares above 0 and above 1."""
     pairs, differences = load_pairs(str(shard)), []
     for index in range(len(pairs)):
-        image = pairs.open(index)
+        image = pairs.read(index).image()
         box = CROPS.draw(image.size, np.random.default_rng(index))
         (levels,) = crop_levels(image, box, [STUDENT])
         differences.append(np.abs(levels.astype(int) - np.asarray(resize_crop(image, box, STUDENT)).astype(int)))

@@ -223,7 +223,7 @@ def measure_pairs(folder: Path) -> Figures:
     opened, opening_cpu = time.perf_counter(), cpu_seconds() - cpu
     order = EpochOrder(pairs.groups, seed=0)
     batch = order.indices(0, 0, min(1024, len(pairs))).tolist()
-    captions = [pairs.captions(index) for index in batch]
+    captions = [pairs.read(index).captions for index in batch]
     first_batch = time.perf_counter()
     assert set(captions) == {(CAPTION,)}
     for step in range(20):

@@ -479,8 +479,8 @@ class ShardScenario:
 
         with _indexing_here(folder):
             pairs = load_pairs(f"{folder}/{{0..1}}.tar")
-            captions = [pairs.captions(i)[0] for i in range(len(pairs))]
-            assert not pairs.left_out
+            captions = [pairs.read(i).captions[0] for i in range(len(pairs))]
+            assert not pairs.problems.count
         return captions
 
 
@@ -519,8 +519,9 @@ class RemoteScenario:
 
         with _indexing_here(folder), patch.object(remote, "_RETRY_DELAYS_S", (0.0,) * 3):
             pairs = load_pairs(f"{self._server.url}/{{0..1}}.tar")
-            assert not pairs.left_out
-            return [(pairs.captions(i)[0], pairs.open(i).convert("RGB").getpixel((0, 0))) for i in range(len(pairs))]
+            assert not pairs.problems.count
+            samples = map(pairs.read, range(len(pairs)))
+            return [(sample.captions[0], sample.image().getpixel((0, 0))) for sample in samples]
 
 
 class BenchmarkScenario:

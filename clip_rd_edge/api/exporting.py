@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from clip_rd_edge.benchmarking.results import Results
     from clip_rd_edge.bundle.manifest import Manifest
-    from clip_rd_edge.data.samples import Pairs
+    from clip_rd_edge.data.samples import Samples
     from clip_rd_edge.exporting.calibration import CalibrationPairs, CalibrationSet
     from clip_rd_edge.exporting.conversion import ConvertedBundle
     from clip_rd_edge.exporting.int8.search import Trial
@@ -143,7 +143,7 @@ class _Export:
         plans, plan, reporter = self.plans, self.plans[0], self.reporter
         if plan.layout == BROWSER:
             self._require_browser_packages()
-        pairs: Pairs | CalibrationPairs | None = None
+        pairs: Samples | CalibrationPairs | None = None
         if any(planned.request.precision == "int8" for planned in plans):
             given = self.options.get("calibration")
             pairs = kept_pairs(self.spec) if given is None else named_pairs(typed(given), self.spec)
@@ -225,7 +225,7 @@ class _Export:
         return immich_name(self.options.get("as_name"), embedding_size=clip.embedding_size, model=clip.name)
 
 
-def _calibration_set(pairs: Pairs | CalibrationPairs, clip: ClipModel) -> CalibrationSet:
+def _calibration_set(pairs: Samples | CalibrationPairs, clip: ClipModel) -> CalibrationSet:
     """Return the images and captions that INT8 is calibrated with."""
     from clip_rd_edge.exporting.calibration import CalibrationPairs, choose_pairs
     from clip_rd_edge.models.encoder import TorchEncoder

@@ -23,7 +23,7 @@ from typing import Literal
 from PIL import Image
 
 from clip_rd_edge.bundle.images import to_rgb
-from clip_rd_edge.data.tables import TablePairs
+from clip_rd_edge.data.folders import Folder
 from clip_rd_edge.data.tasks import RetrievalTask, ZeroShotTask
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.outputs import new_folder
@@ -78,17 +78,17 @@ def concepts() -> tuple[Concept, ...]:
     return tuple(by_code.values())
 
 
-def training_pairs() -> TablePairs:
+def training_pairs() -> Folder:
     """Return the images and names for training: `training` in both styles, `unseen style` in Twemoji's only."""
     folder = draw_images()
     images: list[Path] = []
     captions: list[tuple[str, ...]] = []
+    styles = {"training": ("twemoji", "openmoji"), "unseen style": ("twemoji",), "unseen concepts": ()}
     for concept in concepts():
-        styles = {"training": ("twemoji", "openmoji"), "unseen style": ("twemoji",), "unseen concepts": ()}
         for style in styles[concept.split]:
             images.append(folder / style / f"{concept.code}.png")
             captions.append((concept.name, *concept.aliases))
-    return TablePairs("emoji", tuple(images), tuple(captions))
+    return Folder.of("emoji", images, captions)
 
 
 def zero_shot_task(split: Split) -> ZeroShotTask:

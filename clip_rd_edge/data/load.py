@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from clip_rd_edge.data.remote import is_remote
-from clip_rd_edge.data.samples import Pairs, first_left_out, hint_to_index_again
+from clip_rd_edge.data.samples import Samples
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.utils.paths import URL, Typed
+from clip_rd_edge.utils.paths import URL, Typed, is_folder
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.text import shown_source
 
@@ -47,51 +48,51 @@ def load_pairs(
     caption_key: str = "title",
     weights: str | None = None,
     json_key: str | None = None,
+    templates: Sequence[str] = (),
     reporter: Reporter = SILENT,
-) -> Pairs:
+) -> Samples:
     """Load pairs for training.
 
     Args:
-        source: `emoji` for the training pairs of the built-in data set; the path of a CSV, TSV or Parquet file; or
-            WebDataset shards, such as `a/{00000..00012}.tar::b/{000..003}.tar`; all in open_clip's conventions.
-            Relative image paths in a table are resolved against the working directory, as in open_clip, or else against
-            the table's folder.
+        source: `emoji` for the training pairs of the built-in data set; the path of a CSV, TSV or Parquet file; a
+            folder of class folders; or WebDataset shards, such as `a/{00000..00012}.tar::b/{000..003}.tar`. Tables and
+            shards are in open_clip's conventions. Relative image paths in a table are resolved against the working
+            directory, as in open_clip, or else against the table's folder.
         image_key, caption_key: names of the table's two columns.
         weights: how often each shard source is shown per epoch, such as `1::2`; None means once.
-        json_key, reporter: see `data.webdataset.ShardPairs`.
+        templates: prompts for the names of class folders.
+        json_key, reporter: see `data.webdataset.Shards`.
     """
     if weights and not names_shards(source):
-        raise UsageError(f"The weights {weights!r} apply only to shards, but the data are {shown_source(source)}.")
+        raise UsageError(
+            f"The weights {weights!r} apply only to shards, but the data are {shown_source(source)}.",
+            option="train_data_upsampling_factors",
+        )
     if source == "emoji":
         from clip_rd_edge.data.emoji import training_pairs
 
-        pairs: Pairs = training_pairs()
+        pairs: Samples = training_pairs()
     elif names_shards(source):
-        from clip_rd_edge.data.webdataset import ShardPairs, parse_sources
+        from clip_rd_edge.data.webdataset import Shards, parse_sources
 
-        pairs = ShardPairs(source, parse_sources(source, weights), json_key=json_key, reporter=reporter)
+        pairs = Shards(source, parse_sources(source, weights), json_key=json_key, reporter=reporter)
     else:
-        from clip_rd_edge.data.tables import table_pairs
-
         require_local(source)
-        pairs = table_pairs(Path(source), image_key=image_key, caption_key=caption_key, reporter=reporter)
+        if is_folder(source):
+            from clip_rd_edge.data.folders import class_samples
+
+            pairs = class_samples(source, Path(source), templates)
+        else:
+            from clip_rd_edge.data.tables import load_table
+
+            pairs = load_table(Path(source), image_key=image_key, caption_key=caption_key, reporter=reporter)
     if len(pairs) < 2:
         raise InputError(
             f"{pairs.name} has {len(pairs)} pair{'s' * (len(pairs) != 1)}; a contrastive loss needs at least 2."
-            f"{first_left_out(pairs)}",
-            hint=_hint_about_left_out(pairs) if pairs.left_out else _HINT_TOO_FEW,
+            f"{pairs.problems.sentence}",
+            hint=pairs.problems.hint
+            if pairs.problems.count
+            else "add pairs, or train on the built-in data set with {data} emoji",
+            option="data",
         )
     return pairs
-
-
-_HINT_TOO_FEW = "add pairs, or train on the built-in data set with {data} emoji"
-
-
-def _hint_about_left_out(pairs: Pairs) -> str:
-    """Return what to do about samples that are there, but cannot be used."""
-    if names_shards(pairs.name):
-        return "each sample needs an image and a caption, as .txt or in a .json: see {json_caption_key}"
-    return (
-        "check these rows: an image is a local file, with / between folders, relative to the working directory or the "
-        f"table; a caption is one text and not empty{hint_to_index_again(pairs)}"
-    )

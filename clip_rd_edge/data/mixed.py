@@ -11,16 +11,16 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from clip_rd_edge.bundle.encoder import fill_template
-from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES, list_images
+from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES
 from clip_rd_edge.bundle.labels import parse_templates
 from clip_rd_edge.bundle.manifest import MAX_TEMPLATES
+from clip_rd_edge.data.folders import image_samples
 from clip_rd_edge.data.load import load_pairs, names_shards, require_local
-from clip_rd_edge.data.samples import Pairs, first_left_out
-from clip_rd_edge.data.tables import TablePairs, is_parquet, read_column, table_images
-from clip_rd_edge.data.webdataset import SEPARATOR, ShardPairs, parse_sources
+from clip_rd_edge.data.samples import NO_PROBLEMS, Counts, Problems, Sample, Samples
+from clip_rd_edge.data.tables import is_parquet, load_table, read_column
+from clip_rd_edge.data.webdataset import SEPARATOR, Shards, parse_sources
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.paths import URL, Typed, exists, is_file, is_folder, why_no_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -58,8 +58,8 @@ class TrainingData(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class MixedSamples:
-    """Pairs, and after them U rows whose image and captions do not belong together; implements `Pairs`.
+class Mixed:
+    """Pairs, and after them U rows whose image and captions do not belong together; implements `data.samples.Samples`.
 
     The images of these rows are those without captions, each once, or if there are none, those of the pairs, for at
     most as many rows as there are texts. Their captions are the texts in turn: with more texts than rows, each row has
@@ -67,7 +67,7 @@ class MixedSamples:
     place in both towers' batches, and terms that need a matching caption leave it out. For images without captions, a
     teacher may choose other texts as training goes: see `distillation.teacher`.
 
-    Texts alone are as many rows as there are texts, without images: see `has_images`.
+    Texts alone are as many rows as there are texts, without images.
 
     Attributes:
         pairs: P pairs, or None.
@@ -76,8 +76,8 @@ class MixedSamples:
         templates: each with a place for a text; none for the texts as they are.
     """
 
-    pairs: Pairs | None
-    images: Pairs | None
+    pairs: Samples | None
+    images: Samples | None
     texts: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
 
@@ -89,53 +89,46 @@ class MixedSamples:
             )
 
     def __len__(self) -> int:
-        return self.pair_count + self.unpaired_count
+        return self._pair_count + self._unpaired_count
 
     @property
-    def has_images(self) -> bool:
-        """Whether each row has an image; only texts alone have none."""
-        return self.pairs is not None or self.images is not None
+    def _parts(self) -> list[Samples]:
+        return [source for source in (self.pairs, self.images) if source is not None]
 
-    @property
-    def pair_count(self) -> int:
-        """P, the number of rows from the first whose image and captions belong together."""
+    @cached_property
+    def counts(self) -> Counts:
+        """See `Samples`."""
+        of_pairs = self.pairs.counts if self.pairs is not None else Counts()
+        return of_pairs._replace(images=0 if self.images is None else len(self.images), texts=len(self.texts))
+
+    @cached_property
+    def _pair_count(self) -> int:
         return len(self.pairs) if self.pairs is not None else 0
 
-    @property
-    def image_count(self) -> int:
-        """I."""
-        return len(self.images) if self.images is not None else 0
-
-    @property
-    def unpaired_count(self) -> int:
+    @cached_property
+    def _unpaired_count(self) -> int:
         """U."""
         texts = len(self.texts)
-        return self.image_count or (texts if self.pairs is None else min(texts, self.pair_count))
+        return self.counts.images or (texts if self.pairs is None else min(texts, self._pair_count))
 
     @property
     def name(self) -> str:
         """The names of all parts."""
-        parts = [source.name for source in (self.pairs, self.images) if source is not None]
-        return " and ".join([*parts, *(["texts"] if self.texts else [])])
-
-    @cached_property
-    def left_out(self) -> Sequence[str]:
-        """Messages about samples that cannot be used."""
-        return [message for source in (self.pairs, self.images) if source is not None for message in source.left_out]
+        return " and ".join([*(part.name for part in self._parts), *(["texts"] if self.texts else [])])
 
     @property
-    def lost(self) -> int:
-        """About how many further samples are lost."""
-        return sum(source.lost for source in (self.pairs, self.images) if source is not None)
+    def problems(self) -> Problems:
+        """Those of all parts."""
+        return sum((part.problems for part in self._parts), NO_PROBLEMS)
 
     @cached_property
     def groups(self) -> npt.NDArray[np.int64]:
         """Numbers of rows that are stored together: of texts beside pairs, with the pairs whose images they have."""
         of_pairs = np.asarray(self.pairs.groups if self.pairs is not None else [], np.int64)
         if self.pairs is not None and self.images is None:
-            ends = -(-np.cumsum(of_pairs) * self.unpaired_count // self.pair_count)  # by `_pair_of`
+            ends = -(-np.cumsum(of_pairs) * self._unpaired_count // self._pair_count)  # by `_pair_of`
             return np.stack([of_pairs, np.diff(ends, prepend=0)], axis=1)
-        return np.concatenate([of_pairs, [self.unpaired_count] if self.images is None else self.images.groups])
+        return np.concatenate([of_pairs, [self._unpaired_count] if self.images is None else self.images.groups])
 
     def prefetch(self, groups: Sequence[int]) -> None:
         """Begin to fetch what these groups are read from."""
@@ -145,22 +138,19 @@ class MixedSamples:
         if self.images is not None and (own := [group - first for group in groups if group >= first]):
             self.images.prefetch(own)
 
-    def open(self, index: int) -> Image.Image:
-        """Return the image as RGB, of a row that has one; raises InputError if it cannot be read."""
-        row = index - self.pair_count
-        if row >= 0 and self.images is not None:
-            return self.images.open(row)
-        assert self.pairs is not None
-        return self.pairs.open(index if row < 0 else self._pair_of(row))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of a row; raises InputError if none can be read."""
-        row = index - self.pair_count
-        if row < 0 or not self.texts:
+    def read(self, index: int) -> Sample:
+        """See `Samples`."""
+        row = index - self._pair_count
+        if row < 0:
             assert self.pairs is not None
-            return self.pairs.captions(index if row < 0 else self._pair_of(row))
-        texts = self.texts[row % len(self.texts) :: self.unpaired_count]
-        return tuple(prompt for text in texts for prompt in self.prompts(text))
+            return self.pairs.read(index)
+        texts = self.texts[row % len(self.texts) :: self._unpaired_count] if self.texts else ()
+        captions = tuple(prompt for text in texts for prompt in self.prompts(text))
+        image = self.images.read(row).open if self.images is not None else None
+        if self.pairs is not None and not (captions and image):  # the other is that of a pair
+            pair = self.pairs.read(self._pair_of(row))
+            captions, image = captions or pair.captions, image or pair.open
+        return Sample(captions, image, paired=False)
 
     def prompts(self, text: str) -> tuple[str, ...]:
         """Return a text in each of the templates; as it is, if there are none."""
@@ -179,48 +169,14 @@ class MixedSamples:
 
         Without images of their own, later rows have later pairs, by which `groups` divides them.
         """
-        if self.unpaired_count < self.pair_count:
-            return row * self.pair_count // self.unpaired_count
-        return row % self.pair_count
-
-
-def pair_count(pairs: Pairs) -> int:
-    """Return the number of rows, from the first, whose image and captions belong together."""
-    return pairs.pair_count if isinstance(pairs, MixedSamples) else len(pairs)
-
-
-def has_images(pairs: Pairs) -> bool:
-    """Return whether the rows have images, as all do but those of texts alone."""
-    return not isinstance(pairs, MixedSamples) or pairs.has_images
-
-
-def require_images(pairs: Pairs) -> None:
-    """Raise a UsageError if there are texts alone."""
-    if not has_images(pairs):
-        raise UsageError(
-            "There are texts alone, but a teacher's store holds embeddings of images.",
-            hint="name images: {images} FOLDER, or {data} PAIRS; a run on texts alone needs no cache",
-        )
-
-
-def sample_counts(pairs: Pairs) -> dict[str, int]:
-    """Return how many `pairs`, `images` without captions and `texts` there are; pairs alone if that is all."""
-    if not isinstance(pairs, MixedSamples):
-        return {"pairs": len(pairs)}
-    return {"pairs": pairs.pair_count, "images": pairs.image_count, "texts": len(pairs.texts)}
-
-
-def describe_counts(pairs: Pairs) -> str:
-    """Return how many samples of each kind there are, such as `900 images without captions and 12 texts`."""
-    words = {"pairs": "pair{}", "images": "image{} without captions", "texts": "text{}"}
-    counts = sample_counts(pairs).items()
-    parts = [f"{count:,} {words[kind].format('s' * (count != 1))}" for kind, count in counts if count]
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
+        if self._unpaired_count < self._pair_count:
+            return row * self._pair_count // self._unpaired_count
+        return row % self._pair_count
 
 
 def load_samples(
     source: TrainingData, read_texts: Callable[[Typed, str], Sequence[str]], *, reporter: Reporter = SILENT
-) -> Pairs:
+) -> Samples:
     """Load what a model is trained on: plain pairs if that is all that is named.
 
     Args:
@@ -232,9 +188,19 @@ def load_samples(
             "There are no training data.",
             hint="name pairs with {data}, or images and captions apart: {images} FOLDER {texts} labels.txt",
         )
-    if source.templates and source.texts is None:
+    of_classes = source.data is not None and not names_shards(source.data) and is_folder(source.data)
+    if source.templates and source.texts is None and not of_classes:
         raise UsageError(
-            "There are templates, but no texts to put into them.", hint="name labels with {texts}, or omit {templates}"
+            "There are templates, but no texts to put into them.",
+            hint="name labels with {texts} or class folders with {data}, or omit {templates}",
+            option="templates",
+        )
+    templates = parse_templates(source.templates).prompts if source.templates else ()
+    if len(templates) > MAX_TEMPLATES:
+        raise UsageError(
+            f"There are {len(templates):,} templates; the limit is {MAX_TEMPLATES:,}, as in the bundle of the student.",
+            hint="name fewer with {templates}",
+            option="templates",
         )
     pairs = None
     if (weights := source.train_data_upsampling_factors) and source.data is None:
@@ -249,19 +215,14 @@ def load_samples(
             caption_key=source.csv_caption_key,
             weights=source.train_data_upsampling_factors,
             json_key=source.json_caption_key,
+            templates=templates,
             reporter=reporter,
         )
         if source.images is None and source.texts is None:
             return pairs
     images = None if source.images is None else load_images(source.images, column=source.csv_img_key, reporter=reporter)
-    templates = parse_templates(source.templates).prompts if source.templates else ()
-    if len(templates) > MAX_TEMPLATES:
-        raise UsageError(
-            f"There are {len(templates):,} templates; the limit is {MAX_TEMPLATES:,}, as in the bundle of the student.",
-            hint="name fewer with {templates}",
-        )
     texts = load_texts(source.texts, source.csv_caption_key, read_texts) if source.texts is not None else ()
-    return MixedSamples(pairs, images, tuple(dict.fromkeys(texts)), templates)
+    return Mixed(pairs, images, tuple(dict.fromkeys(texts)), templates)
 
 
 def load_texts(source: Typed, column: str, read_texts: Callable[[Typed, str], Sequence[str]]) -> Sequence[str]:
@@ -272,7 +233,7 @@ def load_texts(source: Typed, column: str, read_texts: Callable[[Typed, str], Se
     return (read_column if is_file(path) and is_parquet(path) else read_texts)(source, column)
 
 
-def load_images(source: Typed, *, column: str, reporter: Reporter = SILENT) -> Pairs:
+def load_images(source: Typed, *, column: str, reporter: Reporter = SILENT) -> Samples:
     """Load images, as pairs whose captions mean nothing.
 
     Args:
@@ -283,12 +244,11 @@ def load_images(source: Typed, *, column: str, reporter: Reporter = SILENT) -> P
     if not names_shards(source):
         require_local(source)
     if names_shards(source):
-        images: Pairs = ShardPairs(source, parse_sources(source), captioned=False, reporter=reporter)
+        images: Samples = Shards(source, parse_sources(source), captioned=False, reporter=reporter)
     elif source == "emoji":
         images = load_pairs(source)
     elif is_folder(Path(source)):
-        paths = tuple(list_images(Path(source)))
-        images = TablePairs(source, paths, (("",),) * len(paths))
+        images = image_samples(source, Path(source))
     elif not exists(Path(source)):
         raise InputError(
             f"The source of images {source} {why_no_file(Path(source))}",
@@ -297,9 +257,9 @@ def load_images(source: Typed, *, column: str, reporter: Reporter = SILENT) -> P
     elif Path(source).suffix.lower() in IMAGE_SUFFIXES:
         raise InputError(f"{source} is a single image; expected many.", hint="name the folder of the images")
     else:
-        images = table_images(Path(source), column=column, reporter=reporter)
+        images = load_table(Path(source), image_key=column, caption_key=None, reporter=reporter)
     if not len(images):
         raise InputError(
-            f"{source} has no images.{first_left_out(images)}", hint="name a folder of images, a table or shards"
+            f"{source} has no images.{images.problems.sentence}", hint="name a folder of images, a table or shards"
         )
     return images

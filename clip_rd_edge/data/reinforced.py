@@ -24,10 +24,9 @@ from msgspec import Meta
 
 from clip_rd_edge.bundle.manifest import MAX_EMBEDDING_SIZE
 from clip_rd_edge.bundle.preprocess import MAX_EDGE
-from clip_rd_edge.data.shard_index import ShardIndex, TarMember, index_shards
-from clip_rd_edge.data.webdataset import ShardPairs, read_json_member
+from clip_rd_edge.data.shard_index import TarMember
+from clip_rd_edge.data.webdataset import Shards, read_json_member
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.structs import CheckedError, CheckedStruct, PositiveFloat, read_json
 from clip_rd_edge.utils.text import is_unicode
 
@@ -115,16 +114,15 @@ class Augmentation(NamedTuple):
     operations: tuple[tuple[str, float], ...] = ()
 
 
-class ReinforcedPairs(ShardPairs):
+class Reinforced(Shards):
     """Pairs from shards of reinforced samples; samples that lack augmentations or embeddings are left out."""
 
-    def _make_index(self, *, json_key: str | None, captioned: bool, reporter: Reporter) -> ShardIndex:
-        return index_shards(self._paths, json_key=json_key, captioned=captioned, reinforced=True, reporter=reporter)
+    reinforced = True
 
     def augmentations(self, index: int) -> tuple[Augmentation, ...]:
         """Return a pair's augmentations; raises InputError if they cannot be read."""
-        shard, location = self._locate_reinforcement(index)
-        member = TarMember(shard, "", *location.augmentations)
+        shard, located = self.locate(index)
+        member = TarMember(shard, "", *located.augmentations)
         try:
             content = read_json_member(member)
             parameters = content["param_aug"]
@@ -142,10 +140,10 @@ class ReinforcedPairs(ShardPairs):
 
     def synthetic_captions(self, index: int) -> dict[str, tuple[str, ...]]:
         """Return a pair's synthetic captions by their key, as they are; raises InputError if they cannot be read."""
-        shard, location = self._locate_reinforcement(index)
-        if location.synthetic is None:
+        shard, located = self.locate(index)
+        if located.synthetic[0] < 0:
             return {}
-        member = TarMember(shard, "", *location.synthetic)
+        member = TarMember(shard, "", *located.synthetic)
         content = read_json_member(member)
         if not isinstance(content, dict):
             raise InputError(f"{member} is not a JSON object.")
@@ -157,12 +155,8 @@ class ReinforcedPairs(ShardPairs):
 
     def embeddings(self, index: int) -> tuple[TarMember, bool]:
         """Return the file with a pair's embeddings, and whether it is a .pth.gz and not a .npz."""
-        shard, location = self._locate_reinforcement(index)
-        return TarMember(shard, "", *location.embeddings), location.is_torch
-
-    def _locate_reinforcement(self, index: int) -> Any:
-        shard, sample = self._position(index)
-        return self._paths[shard], self._index.locate_reinforcement(shard, sample)
+        shard, located = self.locate(index)
+        return TarMember(shard, "", *located.embeddings), located.is_torch
 
 
 def _augmentation(parameters: Any) -> Augmentation:

@@ -1,4 +1,4 @@
-"""Image-caption pairs for training, whatever their source."""
+"""What a model is trained on, whatever its source: images with captions, images alone, and texts alone."""
 
 from __future__ import annotations
 
@@ -6,125 +6,210 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.files import machine_failure
+from clip_rd_edge.utils.text import as_unicode
+
+GROUP_ROWS = 4096
+"""Image files that are shuffled as a group: they lie apart, so that any block of them serves."""
+MAX_EXAMPLES = 20  # messages about single samples that are kept; of the others there is the number
+MAX_BAD_SHARE = 0.01  # of all samples
+_PAUSE_S = 2.0  # most errors of networks and disks pass
+T = TypeVar("T")
 
 
-class Pairs(Protocol):
-    """N images, each with one or more equivalent captions; training picks one per view.
+class Sample(NamedTuple):
+    """An image with one or more equivalent captions, of which training picks one per view; or only one of the two.
 
-    Any process can read any pair at any time by its index, so a batch depends only on the seed and the step.
+    Attributes:
+        captions: empty in a source of images alone.
+        open: returns the image as RGB; raises InputError if it cannot be read. None for a text alone.
+        paired: whether the captions are this image's and no other's.
+    """
+
+    captions: tuple[str, ...]
+    open: Callable[[], Image.Image] | None
+    paired: bool = True
+
+    def image(self) -> Image.Image:
+        """Return the image as RGB, of a sample that has one; raises as `open`."""
+        assert self.open is not None
+        return self.open()
+
+
+class Counts(NamedTuple):
+    """How many pairs there are, images without captions, and texts; and for class folders, of how many classes."""
+
+    pairs: int = 0
+    images: int = 0
+    texts: int = 0
+    classes: int = 0
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether there is anything but pairs."""
+        return bool(self.images or self.texts)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether each row has an image; only texts alone have none."""
+        return bool(self.pairs or self.images)
+
+    def recorded(self) -> dict[str, int]:
+        """Return what a run's record says: `pairs` alone, if that is all."""
+        mixed = {"images": self.images, "texts": self.texts} if self.is_mixed else {}
+        return {"pairs": self.pairs, **mixed, **({"classes": self.classes} if self.classes else {})}
+
+    def __str__(self) -> str:
+        """Return such as `900 images without captions and 12 texts`, or `900 images of 12 classes`."""
+        words = {"pairs": "pair{}", "images": "image{} without captions", "texts": "text{}"}
+        if self.classes:
+            words["pairs"] = f"image{{}} of {self.classes:,} classes"
+        named = [(getattr(self, kind), word) for kind, word in words.items() if getattr(self, kind)]
+        parts = [f"{count:,} {word.format('s' * (count != 1))}" for count, word in named]
+        return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
+
+
+class Problems(msgspec.Struct, frozen=True):
+    """What a source holds that is not a sample, such as a row whose image does not exist.
+
+    Attributes:
+        count: how many there are.
+        examples: messages that name the place and the reason of the first ones.
+        lost: about how many further samples are in damaged parts, of which nothing else is known.
+        hint: what to do about them, or empty.
+    """
+
+    count: int = 0
+    examples: tuple[str, ...] = ()
+    lost: int = 0
+    hint: str = ""
+
+    @classmethod
+    def of(cls, messages: Sequence[str], *, count: int | None = None, hint: str = "") -> Problems:
+        """Return the problems that these messages name, or of which these are the first."""
+        examples = tuple(map(as_unicode, messages[:MAX_EXAMPLES]))
+        return cls(len(messages) if count is None else count, examples, hint=hint)
+
+    @property
+    def total(self) -> int:
+        """About how many samples there would be without the problems."""
+        return self.count + self.lost
+
+    @property
+    def sentence(self) -> str:
+        """How many were left out and why the first, after a space; empty if none."""
+        return f" {self.count:,} were left out; the first: {self.examples[0]}." if self.count else ""
+
+    def __add__(self, other: Problems) -> Problems:
+        examples = (*self.examples, *other.examples)[:MAX_EXAMPLES]
+        return Problems(self.count + other.count, examples, self.lost + other.lost, self.hint or other.hint)
+
+
+NO_PROBLEMS = Problems()
+
+
+class Samples(Protocol):
+    """N samples. Any process can read any of them at any time, so a batch depends only on the seed and the step.
 
     Attributes:
         name: as shown in logs and provenance.
-        left_out: parts of the source that are not pairs, such as a sample without a caption; each entry is a message
-            that names the location.
-        lost: about how many further samples are in damaged parts of the source, of which nothing else is known.
-        groups: numbers of consecutive pairs that are stored together, such as the samples of each shard; see
+        counts: of what kinds the samples are.
+        groups: numbers of consecutive samples that are stored together, such as those of each shard; see
             `data.order.EpochOrder` for those in several parts.
+        problems: what the source holds beside them.
     """
 
     @property
     def name(self) -> str: ...
 
     @property
-    def left_out(self) -> Sequence[str]: ...
-
-    @property
-    def lost(self) -> int: ...
+    def counts(self) -> Counts: ...
 
     @property
     def groups(self) -> Sequence[int] | npt.NDArray[np.int64]: ...
 
+    @property
+    def problems(self) -> Problems: ...
+
     def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Sample:
+        """Return a sample; raises InputError if its captions cannot be read. The image is read when it is opened."""
+        ...
 
     def prefetch(self, groups: Sequence[int]) -> None:
         """Begin to fetch what these groups are read from, if that is elsewhere; returns at once."""
         ...
 
-    def open(self, index: int) -> Image.Image:
-        """Return the image as RGB; raises InputError if it cannot be read."""
-        ...
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return one or more captions; raises InputError if none can be read."""
-        ...
-
     def identity(self) -> Iterator[bytes]:
-        """Yield bytes that identify these pairs and their order; a copy in another folder yields the same.
+        """Yield bytes that identify these samples and their order; a copy in another folder yields the same.
 
         Names without folders, captions and sizes in bytes, as far as they are known without reading samples.
         """
         ...
 
 
-def fingerprint(pairs: Pairs) -> str:
-    """Return a SHA-256 of what identifies the pairs, wherever they lie.
+def row_groups(count: int) -> list[int]:
+    """Return the sizes of blocks of image files."""
+    return [min(GROUP_ROWS, count - start) for start in range(0, count, GROUP_ROWS)]
 
-    No sample is read, so that a run over millions of pairs starts at once: an image that is replaced by another one of
+
+def fingerprint(samples: Samples) -> str:
+    """Return a SHA-256 of what identifies the samples, wherever they lie.
+
+    No sample is read, so that a run over millions of them starts at once: an image that is replaced by another one of
     the same name and size in bytes is not noticed.
     """
-    digest = hashlib.sha256(f"{len(pairs)}\n".encode())
-    for part in pairs.identity():
+    digest = hashlib.sha256(f"{len(samples)}\n".encode())
+    for part in samples.identity():
         digest.update(part + b"\x1e")
     return digest.hexdigest()
 
 
-def first_left_out(pairs: Pairs) -> str:
-    """Return the sentence, after a space, that says how many samples were left out and why the first; empty if none."""
-    left_out = pairs.left_out
-    return f" {len(left_out):,} were left out; the first: {left_out[0]}." if left_out else ""
-
-
-def hint_to_index_again(pairs: Pairs) -> str:
-    """Return what to do about images that came after a large table was indexed; empty for other data."""
-    from clip_rd_edge.data.tables import IndexedTable
-
-    return f"; if images were added since, touch {pairs.name}" if isinstance(pairs, IndexedTable) else ""
-
-
-def require_batch(pairs: Pairs, batch_size: int, *, processes: int = 1, what: str = "pairs") -> None:
-    """Check that a batch has negatives, that there are enough pairs to fill it, and that processes can share it evenly.
-
-    Args:
-        what: what the rows of `pairs` are called.
-    """
+def require_batch(samples: Samples, batch_size: int, *, processes: int = 1) -> None:
+    """Check that a batch has negatives, that there are enough samples to fill it, and that processes can share it."""
     if batch_size < 2:
-        raise UsageError(f"The batch size is {batch_size}; a contrastive loss needs at least 2 pairs per step.")
-    if batch_size > len(pairs):
         raise UsageError(
-            f"The batch size is {batch_size:,}, but {pairs.name} has only {len(pairs):,} {what}.",
-            hint=f"{{batch_size}} {len(pairs)} or less",
+            f"The batch size is {batch_size}; a contrastive loss needs at least 2 pairs per step.", option="batch_size"
+        )
+    if batch_size > len(samples):
+        raise UsageError(
+            f"The batch size is {batch_size:,}, but {samples.name} has only {len(samples):,} "
+            f"{'samples' if samples.counts.is_mixed else 'pairs'}.",
+            hint=f"{{batch_size}} {len(samples)} or less",
+            option="batch_size",
         )
     if batch_size % processes:
-        raise UsageError(f"The batch size is {batch_size}, which {processes} processes cannot share evenly.")
+        raise UsageError(
+            f"The batch size is {batch_size}, which {processes} processes cannot share evenly.", option="batch_size"
+        )
 
 
-MAX_BAD_SHARE = 0.01  # of all samples
+def require_images(samples: Samples) -> None:
+    """Raise a UsageError if there are texts alone."""
+    if not samples.counts.has_images:
+        raise UsageError(
+            "There are texts alone, but a teacher's store holds embeddings of images.",
+            hint="name images: {images} FOLDER, or {data} PAIRS; a run on texts alone needs no store",
+            option="store",
+        )
+
+
 BadPair = tuple[int, str]  # index and reason
-T = TypeVar("T")
-_PAUSE_S = 2.0  # most errors of networks and disks pass
-
-
-@dataclass(frozen=True)
-class ValidPair:
-    """An image and its captions."""
-
-    image: Image.Image
-    captions: tuple[str, ...]
 
 
 def read_twice(read: Callable[[int], T], index: int) -> T:
-    """Read a sample; one that the machine fails to deliver is no bad sample: it is tried once more.
+    """Read a sample; one that the machine fails to deliver is not a bad sample: it is tried once more.
 
     Args:
         read: reads a sample by its index; raises InputError if it cannot.
@@ -144,59 +229,49 @@ def read_twice(read: Callable[[int], T], index: int) -> T:
 
 
 class BadSamples:
-    """Counts bad samples: those that the source leaves out, and those that fail when they are read.
+    """Counts bad samples: the problems of a source, and the samples that fail when they are read.
 
     Args:
         max_share: max share of bad samples among all samples.
     """
 
-    def __init__(self, pairs: Pairs, *, max_share: float = MAX_BAD_SHARE) -> None:
-        self._pairs, self._max_share = pairs, max_share
-        self._reasons: dict[int, str] = {}  # by the index of the bad pair
+    def __init__(self, samples: Samples, *, max_share: float = MAX_BAD_SHARE) -> None:
+        self._samples, self._max_share = samples, max_share
+        self._reasons: dict[int, str] = {}  # by the index of the bad sample
         self._shared = 0  # of these, the number that all processes know
-        samples = len(pairs) + self.left_out
-        self.allowed = math.floor(max_share * samples)
-        self._check(pairs.left_out)
+        self._total = len(samples) + samples.problems.total
+        self.allowed = math.floor(max_share * self._total)
+        self._check(samples.problems.examples)
 
     def __len__(self) -> int:
-        return self.left_out + self.bad_pairs
+        return self._samples.problems.total + len(self._reasons)
 
     @cached_property
     def _fingerprint(self) -> str:
-        return fingerprint(self._pairs)
-
-    @property
-    def left_out(self) -> int:
-        """Number of samples that the source leaves out, or has lost."""
-        return len(self._pairs.left_out) + self._pairs.lost
-
-    @property
-    def bad_pairs(self) -> int:
-        """Number of pairs that could not be read, in this process or in those that have shared theirs."""
-        return len(self._reasons)
+        return fingerprint(self._samples)
 
     @property
     def unshared(self) -> int:
-        """Number of bad pairs that other processes may not know yet."""
+        """Number of bad samples that other processes may not know yet."""
         return len(self._reasons) - self._shared
 
     @property
     def summary(self) -> str:
-        """Number of bad pairs and the reason of the first, as a sentence; empty if there are none."""
+        """Number of samples that cannot be read and the reason of the first, as a sentence; empty if there are none."""
         if not self._reasons:
             return ""
         count, first = len(self._reasons), next(iter(self._reasons.values()))
         are = "pair cannot be read and is" if count == 1 else "pairs cannot be read and are"
-        return f"{count:,} of {len(self._pairs):,} {are} left out; the first: {first}"
+        return f"{count:,} of {len(self._samples):,} {are} left out; the first: {first}"
 
     def add(self, bad: Iterable[BadPair]) -> None:
-        """Count bad pairs, each only once."""
+        """Count bad samples, each only once."""
         new = {index: reason for index, reason in bad if index not in self._reasons}
         self._reasons.update(new)
         self._check(tuple(new.values()))
 
     def share(self, gather: Callable[[list[BadPair]], list[list[BadPair]]]) -> None:
-        """Count the bad pairs of all processes. Over the epochs, each process meets the same ones: they count once.
+        """Count the bad samples of all processes. Over the epochs, each process meets the same ones: they count once.
 
         Args:
             gather: returns what each process passes to it.
@@ -208,62 +283,58 @@ class BadSamples:
         self._check([reason for _, reason in bad[-1:]])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the bad pairs met so far, for a checkpoint, and of which data; their reasons are told once."""
+        """Return the bad samples met so far, for a checkpoint, and of which data; their reasons are told once."""
+        # Where nothing is bad, millions of samples need no fingerprint.
         return {"pairs": list(self._reasons), "of": self._fingerprint if self._reasons else ""}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Count the bad pairs of a state that `state_dict` returned; all processes load the same one.
+        """Count the bad samples of a state that `state_dict` returned; all processes load the same one.
 
         Those of other data are not counted: a run may go on with data that were repaired or replaced.
         """
         bad = state["pairs"]
-        # Earlier versions did not say of which data. Where nothing is bad, millions of pairs need no fingerprint.
-        is_known = bool(bad) and state.get("of", self._fingerprint) == self._fingerprint
-        self._reasons = dict.fromkeys(bad, "") if is_known else {}
+        self._reasons = dict.fromkeys(bad, "") if bad and state["of"] == self._fingerprint else {}
         self._shared = len(self._reasons)
 
     def next_valid(self, index: int, read: Callable[[int], T]) -> tuple[T | None, tuple[BadPair, ...]]:
-        """Read the first valid pair from `index` on.
+        """Read the first valid sample from `index` on.
 
         Args:
-            read: reads a pair by its index; raises InputError if it is bad.
+            read: reads a sample by its index; raises InputError if it is bad.
 
         Returns:
-            What `read` returned, or None if the bad pairs exceed the limit; and the bad pairs. They are not counted
+            What `read` returned, or None if the bad samples exceed the limit; and the bad samples. They are not counted
             yet: this may run in a worker process, and `add` must be called in the main process.
         """
         bad: list[BadPair] = []
         while len(bad) <= self.allowed:
-            candidate = (index + len(bad)) % len(self._pairs)
+            candidate = (index + len(bad)) % len(self._samples)
             try:
                 return read_twice(read, candidate), tuple(bad)
             except InputError as error:
                 bad.append((candidate, str(error)))
         return None, tuple(bad)
 
-    def take(self, index: int) -> ValidPair:
-        """Return the first valid pair from `index` on, and count the bad ones; raises as `add` and `read_twice`."""
-        pair, bad = self.next_valid(index, self._read)
+    def take(self, index: int) -> tuple[Image.Image, tuple[str, ...]]:
+        """Return image and captions of the first valid sample from `index` on, and count the bad ones."""
+        found, bad = self.next_valid(index, self._read)
         self.add(bad)
-        assert pair is not None  # otherwise the limit was exceeded and `add` has raised
-        return pair
+        assert found is not None  # otherwise the limit was exceeded and `add` has raised
+        return found
 
-    def _read(self, index: int) -> ValidPair:
-        return ValidPair(self._pairs.open(index), self._pairs.captions(index))
+    def _read(self, index: int) -> tuple[Image.Image, tuple[str, ...]]:
+        sample = self._samples.read(index)
+        return sample.image(), sample.captions
 
     def _check(self, latest: Sequence[str]) -> None:
-        if len(self) > self.allowed and latest:
-            self._refuse(len(self), latest[0])
-
-    def _refuse(self, bad: int, example: str) -> NoReturn:
-        samples = len(self._pairs) + self.left_out
+        bad = len(self)
+        if bad <= self.allowed or not latest:
+            return
+        hint = "check the source: half of it or more is no use"
+        if bad <= self._total / 2:
+            hint = f"fix or remove them, or accept them: {{max_bad}} {math.ceil(100 * bad / self._total) / 100:g}"
         raise InputError(
-            f"{bad:,} of {samples:,} samples of {self._pairs.name} are bad, more than {self._max_share:.2%}: "
-            f"{example.rstrip('.')}.",
-            hint=(
-                f"fix or remove them, or accept them: {{max_bad}} {math.ceil(100 * bad / samples) / 100:g}"
-                if bad <= samples / 2
-                else "check the source: half of it or more is no use"
-            )
-            + hint_to_index_again(self._pairs),
+            f"{bad:,} of {self._total:,} samples of {self._samples.name} are bad, more than {self._max_share:.2%}: "
+            f"{latest[0].rstrip('.')}.",
+            hint="; ".join(filter(None, (hint, self._samples.problems.hint))),
         )

@@ -1,4 +1,15 @@
-"""What the indices of shards and of tables have in common: where they are kept, how they are built, and messages."""
+"""Where the samples of WebDataset shards lie: each tar is scanned once, and then every sample can be read at any time.
+
+A sample consists of consecutive files with the same name up to the first dot, as in webdataset and open_clip:
+`000012.jpg`, `000012.txt`, `000012.json`. The samples of each shard are kept, and those of all shards of a data set:
+
+    index.json   the shards: number of samples, and a digest of their names and locations
+    rows.bin     29 bytes per sample with an image and a caption: where they lie in its shard, and the CRC-32 of that;
+                 65 bytes per reinforced sample, where its other files lie, too
+
+The folder is named after the paths, sizes and modification times of the shards. Nothing is kept in memory, so loader
+processes share the pages of the file, and 15 million samples cost as much as 15.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +29,19 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.data.remote import RemoteShard, ShardFile, Version, open_file, shard_identity, versions
+from clip_rd_edge.data.samples import NO_PROBLEMS, Problems
 from clip_rd_edge.data.tar import COLUMNS, REINFORCED_COLUMNS, Kind, SampleGroups, TarScan, member_name, read_at
 from clip_rd_edge.errors import ConfigError, InputError, LostProcessError, UnreachableError, UsageError
 from clip_rd_edge.utils.arrays import HEADERS, npz_bytes
@@ -41,35 +53,20 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
 
 INDEX = "index.json"
+INDEXING_STAGE = "indexing shards"
+_FORMAT = "5"  # increase when the same tar, or the same shards, are indexed differently
+_ROWS = "rows.bin"
+_UNUSED_S = 30 * 24 * 3600
+_MAX_OPEN = 64
 _MAX_WORKERS = 8
 _WAITING_RESULTS = 2  # per worker
-_UNUSED_S = 30 * 24 * 3600
+_SERIAL_BYTES = 1 << 28  # of tars; starting processes takes longer than scanning less than that
+_ALL_COLUMNS = COLUMNS | REINFORCED_COLUMNS
+_SUFFIXES: dict[Kind, str] = {"image": "", "text": ".txt", "json": ".json", "class": ".cls"}
+_CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # raised by a damaged cached index
+_HINT = "each sample needs an image and a caption, as .txt or in a .json: see {json_caption_key}"
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class Messages(Sequence[str]):
-    """Messages in a file, one JSON string per line, of which any number costs no memory."""
-
-    def __init__(self, path: Path, count: int) -> None:
-        self._path, self._count = path, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        return list(self)[index]
-
-    def __iter__(self) -> Iterator[str]:
-        with self._path.open("rb") as file:
-            for line in file:
-                yield msgspec.json.decode(line, type=str)
-
-    @staticmethod
-    def encode(messages: Iterable[str]) -> bytes:
-        """Return the messages as they are stored; what is not UTF-8 in a path, as an escape."""
-        printable = (message.encode(errors="backslashreplace").decode() for message in messages)
-        return b"".join(msgspec.json.encode(message) + b"\n" for message in printable)
 
 
 def kept_index(kind: str, identity: Iterable[str], build: Callable[[Path], None]) -> Path:
@@ -102,6 +99,13 @@ def kept_index(kind: str, identity: Iterable[str], build: Callable[[Path], None]
     return folder
 
 
+def _temporary_index(build: Callable[[Path], None]) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="clip-rd-edge-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    build(folder)
+    return folder
+
+
 def damage(folder: Path, number: int) -> ConfigError:
     """Return the error for a pair, counted from 0, whose entry in an index has changed since it was written."""
     return ConfigError(
@@ -128,59 +132,38 @@ def _remove_unused(indices: Path) -> None:
                 shutil.rmtree(path.parent)
 
 
-def _temporary_index(build: Callable[[Path], None]) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="clip-rd-edge-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    build(folder)
-    return folder
+def map_in_order(
+    function: Callable[[T], R], items: Sequence[T], *, parallel: bool, threads: bool = False
+) -> Iterator[R]:
+    """Map as `map` does, in several processes, or in threads where processes cannot be forked or share nothing.
 
-
-class OrderedMap(Protocol):
-    """Maps a function over items, as `map` does."""
-
-    def __call__(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]: ...
-
-
-def _in_turn(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    return map(function, items)
-
-
-@contextmanager
-def ordered_map(*, parallel: bool) -> Iterator[OrderedMap]:
-    """Yield a map that computes in several processes, or in threads where processes cannot be forked or share nothing.
-
-    It runs ahead of whoever takes the results by a few items per process, so that memory is bounded.
+    It runs ahead of whoever takes the results by a few items per process, so that memory is bounded. To be closed.
 
     Args:
         parallel: whether the work is worth starting processes.
+        threads: whether threads do it in any case.
     """
     workers = min(usable_cores(), _MAX_WORKERS)
     if workers < 2 or not parallel:
-        yield _in_turn
+        yield from map(function, items)
         return
-    pool = _pool(workers)
-
-    def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        waiting: deque[Future[R]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > _WAITING_RESULTS * workers:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool, waiting = ThreadPoolExecutor(workers) if threads else _pool(workers), deque[Future[R]]()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > _WAITING_RESULTS * workers:
                 yield waiting.popleft().result()
-        except BrokenProcessPool as error:
+        while waiting:
+            yield waiting.popleft().result()
+    except BaseException as error:
+        # What they work on is no longer needed, and a store that does not answer would keep them for minutes.
+        for process in tuple((getattr(pool, "_processes", None) or {}).values()):
+            process.kill()
+        if isinstance(error, BrokenProcessPool):
             raise LostProcessError(
                 "A process that reads the data was ended from outside, most likely for want of memory.",
                 hint="give the machine or container more memory, then run the same command again",
             ) from error
-
-    try:
-        yield run
-    except BaseException:
-        # What they work on is no longer needed, and a store that does not answer would keep them for minutes.
-        for process in tuple((getattr(pool, "_processes", None) or {}).values()):
-            process.kill()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -201,13 +184,6 @@ def _obey_the_pool() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-_ALL_COLUMNS = COLUMNS | REINFORCED_COLUMNS
-_SUFFIXES: dict[Kind, str] = {"image": "", "text": ".txt", "json": ".json", "class": ".cls"}
-_MAX_OPEN = 64
-_INDEX_FORMAT = "4"  # increase when the same tar is indexed differently
-_CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # raised by a damaged cached index
-
-
 @dataclass(frozen=True, slots=True)
 class TarMember:
     """A file in an uncompressed tar; implements `bundle.images.ImageFile`.
@@ -222,17 +198,13 @@ class TarMember:
 
     def read_bytes(self) -> bytes:
         """Return the file's content."""
-        tar = _open_tar(self.shard)
-        content = read_at(tar.file, self.size, self.offset)
+        content = read_at(_open_tar(self.shard).file, self.size, self.offset)
         if len(content) < self.size:
             raise OSError(f"expected {self.size:,} bytes, found {len(content):,}")
         return content
 
     def __str__(self) -> str:
-        if self.name:
-            return f"{self.shard}: {self.name}"
-        tar = _open_tar(self.shard)
-        return f"{self.shard}: {member_name(tar.file, self.offset)}"
+        return f"{self.shard}: {self.name or member_name(_open_tar(self.shard).file, self.offset)}"
 
 
 class _OpenTar:
@@ -282,7 +254,7 @@ _open_tar = _OpenTars()
 
 @dataclass(frozen=True)
 class Shard:
-    """The index of a tar with G samples.
+    """The samples of a tar, G of them.
 
     Attributes:
         names: sample names up to the first dot, (G,), UTF-8.
@@ -337,11 +309,10 @@ def current_versions(shards: Sequence[ShardFile]) -> list[Version]:
 
 
 def open_shard(path: ShardFile) -> Shard:
-    """Return a shard's index, from the cache if path, size and modification time of the tar are unchanged."""
-    identity = f"{_INDEX_FORMAT}\n{shard_identity(path)}"
-    cached = (
-        cache_home() / "shards" / f"{hashlib.sha256(identity.encode(errors='surrogateescape')).hexdigest()[:32]}.npz"
-    )
+    """Return a shard's samples, from the cache if path, size and modification time of the tar are unchanged."""
+    identity = f"{_FORMAT}\n{shard_identity(path)}"
+    key = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:32]
+    cached = cache_home() / "shards" / f"{key}.npz"
     # A damaged cached index is built again.
     with (
         contextlib.suppress(*_CACHE_ERRORS),
@@ -350,18 +321,19 @@ def open_shard(path: ShardFile) -> Shard:
     ):
         return Shard(path, index["names"], index["places"], str(index["damage"]), int(index["lost"]))
     close_tars()
-    shard = _index_tar(path)
+    shard = _scan(path)
     damage, lost = np.asarray(shard.damage), np.asarray(shard.lost)
     with contextlib.suppress(OSError):  # a full or read-only cache only costs time
         write_bytes(cached, npz_bytes(names=shard.names, places=shard.locations, damage=damage, lost=lost))
     return shard
 
 
-def _index_tar(path: ShardFile) -> Shard:
+def _scan(path: ShardFile) -> Shard:
     groups = SampleGroups()
     scan = TarScan(partial(open_file, path))
     try:
-        groups.add_all(scan)
+        for files in scan:
+            groups.add(files)
     except OSError as error:
         raise InputError(f"Cannot read the shard {path}: {error.strerror or error}.") from error
     if scan.damage and not len(groups):
@@ -381,47 +353,28 @@ def _samples_in(size_bytes: int, locations: npt.NDArray[np.int64]) -> int:
     return round((size_bytes - end) * len(locations) / end) if 0 < end < size_bytes else 0
 
 
-INDEXING_STAGE = "indexing shards"
-_FORMAT = "4"  # increase when the same shards are indexed differently
-_ROWS, _LEFT_OUT = "rows.bin", "left-out"
-_PLACES = (("image", "<i8"), ("caption", "<i8"), ("image_size", "<u4"), ("caption_size", "<u4"), ("kind", "u1"))
-_CRC32 = ("crc32", "<u4")
-_ROW = np.dtype([*_PLACES, _CRC32])
-_REINFORCED_ROW = np.dtype(
-    [
-        *_PLACES,
-        *((name, "<i8") for name in ("synthetic", "augmentations", "embeddings")),
-        *((name, "<u4") for name in ("synthetic_size", "augmentations_size", "embeddings_size")),
-        ("is_torch", "u1"),
-        _CRC32,
-    ]
-)
-_KINDS: tuple[Literal["text", "json"], ...] = ("text", "json")
-_SERIAL_BYTES = 1 << 28  # of tars; starting processes takes longer than scanning less than that
+class Located(NamedTuple):
+    """Where the files of a sample lie in its shard: the offset, or -1 where it is missing, and size in bytes of each.
 
-
-class SampleLocation(NamedTuple):
-    """Where the image and the caption of a sample lie in its shard: offsets and sizes in bytes."""
-
-    image: int
-    image_size: int
-    caption: int
-    caption_size: int
-    kind: Literal["text", "json"]
-
-
-class ReinforcementLocation(NamedTuple):
-    """Where the further files of a reinforced sample lie in its shard: offset and size in bytes of each.
+    The last three are those of a reinforced sample.
 
     Attributes:
-        synthetic: None if the sample has no synthetic captions.
+        is_json: whether the caption is in a .json, not in a .txt.
         is_torch: whether the embeddings are a .pth.gz, not a .npz.
     """
 
-    synthetic: tuple[int, int] | None
-    augmentations: tuple[int, int]
-    embeddings: tuple[int, int]
+    is_json: bool
     is_torch: bool
+    image: tuple[int, int]
+    caption: tuple[int, int]
+    synthetic: tuple[int, int] = (-1, 0)
+    augmentations: tuple[int, int] = (-1, 0)
+    embeddings: tuple[int, int] = (-1, 0)
+
+
+def _row_type(reinforced: bool) -> np.dtype[np.void]:
+    files = 5 if reinforced else 2
+    return np.dtype([("offset", "<i8", files), ("size", "<u4", files), ("flags", "u1"), ("crc32", "<u4")])
 
 
 class _IndexedShard(msgspec.Struct, frozen=True):
@@ -434,7 +387,7 @@ class _IndexedShard(msgspec.Struct, frozen=True):
 
 class _Index(msgspec.Struct, frozen=True):
     shards: list[_IndexedShard]
-    left_out: int
+    problems: Problems
 
 
 class ShardIndex:
@@ -442,57 +395,39 @@ class ShardIndex:
 
     Attributes:
         samples: number of such samples per shard, (S,).
-        left_out: messages about all other samples, and about damaged shards.
-        lost: about how many samples the damaged shards have lost, beside those of the messages: by the size of what
+        problems: all other samples, and damaged shards. How many samples these have lost is judged by the size of what
             cannot be read, or by what the shards that are not damaged have, whichever is more.
     """
 
     def __init__(self, folder: Path, *, reinforced: bool = False) -> None:
-        self._index = read_json(folder / INDEX, _Index)
-        self._row = _REINFORCED_ROW if reinforced else _ROW
-        self._path = folder / _ROWS
+        index = read_json(folder / INDEX, _Index)
+        self.problems, self._digests = index.problems, [shard.sha256 for shard in index.shards]
+        self._row, self._path = _row_type(reinforced), folder / _ROWS
         self._file: int | None = None
-        self.samples = np.asarray([shard.samples for shard in self._index.shards], np.int64)
+        self.samples = np.asarray([shard.samples for shard in index.shards], np.int64)
         self._first = np.cumsum(self.samples) - self.samples
-        self.lost = _lost(self._index.shards)
-        self.left_out: Sequence[str] = (
-            Messages(folder / _LEFT_OUT, self._index.left_out) if self._index.left_out else ()
-        )
         if self._path.stat().st_size != self.samples.sum() * self._row.itemsize:
-            raise InputError(f"{self._path} has another size than its index says.", hint="delete it; it is made again")
+            raise damage(folder, int(self.samples.sum()))
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_file": None}  # a process that receives a copy opens the file itself
 
-    def locate(self, shard: int, sample: int) -> SampleLocation:
+    def locate(self, shard: int, sample: int) -> Located:
         """Return the location of the `sample`-th pair of a shard."""
-        image, caption, image_size, caption_size, kind = self._read(shard, sample)[:5]
-        return SampleLocation(image, image_size, caption, caption_size, _KINDS[kind])
-
-    def locate_reinforcement(self, shard: int, sample: int) -> ReinforcementLocation:
-        """Return the location of the further files of the `sample`-th pair of a shard of reinforced samples."""
-        synthetic, augmentations, embeddings, *sizes, is_torch, _ = self._read(shard, sample)[5:]
-        return ReinforcementLocation(
-            None if synthetic < 0 else (synthetic, sizes[0]),
-            (augmentations, sizes[1]),
-            (embeddings, sizes[2]),
-            bool(is_torch),
-        )
-
-    def _read(self, shard: int, sample: int) -> tuple[int, ...]:
         if self._file is None:
             self._file = os.open(self._path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             weakref.finalize(self, os.close, self._file)
         size, number = self._row.itemsize, int(self._first[shard]) + sample
         raw = read_at(self._file, size, number * size)
-        row: tuple[int, ...] = np.frombuffer(raw, self._row)[0].tolist()
-        if zlib.crc32(raw[:-4]) != row[-1]:
+        if len(raw) < size or zlib.crc32(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
             raise damage(self._path.parent, number)
-        return row
+        row = np.frombuffer(raw, self._row)[0]
+        places = zip(row["offset"].tolist(), row["size"].tolist(), strict=True)
+        return Located(bool(row["flags"] & 1), bool(row["flags"] & 2), *places)
 
     def identity(self) -> Iterator[bytes]:
         """Yield one digest per shard of its samples' names and locations."""
-        yield from (shard.sha256.encode() for shard in self._index.shards)
+        yield from (digest.encode() for digest in self._digests)
 
 
 def index_shards(
@@ -508,43 +443,32 @@ def index_shards(
     Shards are scanned by several processes, and each one's result is cached: an interrupted call goes on where it was.
 
     Args:
-        json_key, captioned: as for `data.webdataset.ShardPairs`.
+        json_key, captioned: as for `data.webdataset.Shards`.
         reinforced: whether a sample also needs augmentations and embeddings; see `data.reinforced`.
         reporter: receives the number of indexed shards.
     """
     sizes = [size for size, _ in current_versions(paths)]
-    identities = [shard_identity(path) for path in paths]
-    # Fetching takes longer than starting processes, whatever the sizes.
-    is_large = any(not isinstance(path, Path) for path in paths) or sum(sizes) >= _SERIAL_BYTES
+    # Threads fetch them: a forked process would share its parent's connections, which may then never hear of an answer.
+    is_remote = any(not isinstance(path, Path) for path in paths)
+    is_large = len(paths) > 1 and (is_remote or sum(sizes) >= _SERIAL_BYTES)
     index = partial(_index_shard, json_key=json_key, captioned=captioned, reinforced=reinforced)
-    build = partial(_build, paths=paths, parallel=is_large, index=index, reporter=reporter)
+
+    def build(folder: Path) -> None:
+        shards, problems = list[_IndexedShard](), NO_PROBLEMS
+        parts = map_in_order(index, paths, parallel=is_large, threads=is_remote)
+        with (folder / _ROWS).open("wb") as file, closing(parts):  # type: ignore[type-var]
+            for shard, rows, of_shard in parts:
+                reporter.update(INDEXING_STAGE, len(shards), len(paths))
+                shards.append(shard)
+                file.write(rows.data)
+                problems += of_shard
+        problems = msgspec.structs.replace(problems, lost=_lost(shards))
+        (folder / INDEX).write_bytes(to_json(_Index(shards, problems)))
+        reporter.update(INDEXING_STAGE, len(paths), len(paths))
+
     key = f"{json_key!r}{' reinforced' * reinforced}" if captioned else "images"
-    return ShardIndex(kept_index("shard-indices", [_FORMAT, key, *identities], build), reinforced=reinforced)
-
-
-def _build(
-    folder: Path,
-    *,
-    paths: Sequence[ShardFile],
-    parallel: bool,
-    index: Callable[[ShardFile], _IndexedPart],
-    reporter: Reporter,
-) -> None:
-    shards: list[_IndexedShard] = []
-    left_out = 0
-    with (
-        (folder / _ROWS).open("wb") as rows_file,
-        (folder / _LEFT_OUT).open("wb") as messages_file,
-        ordered_map(parallel=parallel and len(paths) > 1) as shard_map,
-    ):
-        for shard, rows, messages in shard_map(index, paths):
-            reporter.update(INDEXING_STAGE, len(shards), len(paths))
-            shards.append(shard)
-            rows_file.write(rows.data)
-            messages_file.write(Messages.encode(messages))
-            left_out += len(messages)
-    (folder / INDEX).write_bytes(to_json(_Index(shards, left_out)))
-    reporter.update(INDEXING_STAGE, len(paths), len(paths))
+    identity = [_FORMAT, key, *map(shard_identity, paths)]
+    return ShardIndex(kept_index("shard-indices", identity, build), reinforced=reinforced)
 
 
 def _lost(shards: Sequence[_IndexedShard]) -> int:
@@ -554,11 +478,10 @@ def _lost(shards: Sequence[_IndexedShard]) -> int:
     return sum(max(shard.lost, usual - shard.samples - 1, 0) for shard in shards if shard.lost is not None)
 
 
-# A shard's entry, the rows of its pairs, and messages about its damage and its other samples.
-_IndexedPart = tuple[_IndexedShard, npt.NDArray[np.void], list[str]]
-
-
-def _index_shard(path: ShardFile, *, json_key: str | None, captioned: bool, reinforced: bool) -> _IndexedPart:
+def _index_shard(
+    path: ShardFile, *, json_key: str | None, captioned: bool, reinforced: bool
+) -> tuple[_IndexedShard, npt.NDArray[np.void], Problems]:
+    """Return a shard's entry, the rows of its pairs, and its damage and its other samples."""
     shard = open_shard(path)
     has_image, has_text, has_json = shard.has("image"), shard.has("text"), shard.has("json")
     has_caption = has_json if json_key is not None else has_text | has_json
@@ -574,26 +497,24 @@ def _index_shard(path: ShardFile, *, json_key: str | None, captioned: bool, rein
         missing = next(name for name, has in needs.items() if not has[index])
         messages.append(f"{shard.path}: {shard.name(index)} has no {missing}")
     is_json = ~has_text | (json_key is not None)
-    caption = np.where(is_json[:, None], shard.locations_of("json"), shard.locations_of("text"))
-    rows = np.empty(len(shard), _REINFORCED_ROW if reinforced else _ROW)
-    rows["image"], rows["image_size"] = _columns(shard.locations_of("image"))
-    rows["caption"], rows["caption_size"] = _columns(caption)
-    rows["kind"] = is_json
+    is_torch = ~shard.has("arrays")  # with both, the arrays, which are more precise
+    files = [shard.locations_of("image"), _where(is_json, shard, "json", "text")]
     if reinforced:
-        is_torch = ~shard.has("arrays")  # with both, the arrays, which are more precise
-        embeddings = np.where(is_torch[:, None], shard.locations_of("tensors"), shard.locations_of("arrays"))
-        rows["synthetic"], rows["synthetic_size"] = _columns(shard.locations_of("synthetic"))
-        rows["augmentations"], rows["augmentations_size"] = _columns(shard.locations_of("augmentations"))
-        rows["embeddings"], rows["embeddings_size"] = _columns(embeddings)
-        rows["is_torch"] = is_torch
+        files += [shard.locations_of("synthetic"), shard.locations_of("augmentations")]
+        files += [_where(is_torch, shard, "tensors", "arrays")]
+    rows = np.empty(len(shard), _row_type(reinforced))
+    rows["offset"] = np.stack([places[:, 0] for places in files], axis=1)
+    # No image or caption of 4 GiB is read; see the limits where they are.
+    rows["size"] = np.stack([np.minimum(places[:, 1], np.iinfo(np.uint32).max) for places in files], axis=1)
+    rows["flags"] = is_json + 2 * (is_torch & reinforced)
+    pairs = rows[is_whole]
+    pairs["crc32"] = [zlib.crc32(row.tobytes()[:-4]) for row in pairs]
     digest = hashlib.sha256(path.name.encode(errors="surrogateescape"))
     digest.update(np.ascontiguousarray(shard.names).data)
     digest.update(np.ascontiguousarray(shard.locations).data)
-    pairs = rows[is_whole]
-    pairs["crc32"] = [zlib.crc32(row.tobytes()[:-4]) for row in pairs]
-    return _IndexedShard(len(pairs), digest.hexdigest(), shard.lost if shard.damage else None), pairs, messages
+    entry = _IndexedShard(len(pairs), digest.hexdigest(), shard.lost if shard.damage else None)
+    return entry, pairs, Problems.of(messages, hint=_HINT)
 
 
-def _columns(locations: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    # No image or caption of 4 GiB is read; see the limits where they are.
-    return locations[:, 0], np.minimum(locations[:, 1], np.iinfo(np.uint32).max)
+def _where(mask: npt.NDArray[np.bool_], shard: Shard, kind: Kind, otherwise: Kind) -> npt.NDArray[np.int64]:
+    return np.where(mask[:, None], shard.locations_of(kind), shard.locations_of(otherwise))

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES, dead_link_error, is_ignored, leads_nowhere, list_images
+from clip_rd_edge.bundle.image_files import is_ignored, list_images
 from clip_rd_edge.bundle.images import ImageFile
 from clip_rd_edge.bundle.labels import Templates, imagenet_templates
+from clip_rd_edge.data.folders import CLASS_NAMES, SPLITS, class_folders, class_name, metadata_lines, subfolders
 from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.shard_index import Shard, TarMember, current_versions, open_shard
-from clip_rd_edge.data.tables import TablePairs, read_table
+from clip_rd_edge.data.tables import Table, load_table
 from clip_rd_edge.data.tar import Kind
 from clip_rd_edge.data.webdataset import JSON_KEY, MAX_SHARDS, json_captions, parse_sources, read_text
 from clip_rd_edge.errors import InputError, near_matches, quoted
 from clip_rd_edge.utils.files import read_text_limited, text_lines
-from clip_rd_edge.utils.paths import Typed, is_file, is_folder, near_files, other_spellings, sorted_paths
+from clip_rd_edge.utils.paths import Typed, is_file, is_folder, near_files, sorted_paths
 from clip_rd_edge.utils.structs import is_natural
 from clip_rd_edge.utils.text import shown_source
 
@@ -136,7 +136,7 @@ def load_task(name: Typed, *, image_key: str = "filepath", caption_key: str = "t
         return retrieval_from_shards(shown_source(name), list(map(open_shard, paths)))
     path = Path(name)
     if is_file(path):
-        return _from_table(read_table(path, image_key=image_key, caption_key=caption_key), path.stem)
+        return _from_table(load_table(path, image_key=image_key, caption_key=caption_key), path.stem)
     if not is_folder(path):
         raise InputError(
             f"No task named {quoted(shown_source(name))}: it is neither a folder of images nor one of "
@@ -144,29 +144,27 @@ def load_task(name: Typed, *, image_key: str = "filepath", caption_key: str = "t
             hint="check the path: a task is a folder with one subfolder of images per class, or a table of captions",
         )
     data_set = find_data_set(path)
-    return shard_task(data_set) if data_set.is_sharded else image_folder_task(data_set)
+    return shard_task(data_set) if _is_sharded(data_set.split) else image_folder_task(data_set)
 
 
-def _from_table(pairs: TablePairs, name: str) -> RetrievalTask:
+def _from_table(table: Table, name: str) -> RetrievalTask:
     """Return the retrieval task of a table. No row is left out: that would change the evaluation."""
-    if pairs.left_out:
-        raise InputError(f"{pairs.left_out[0]}.", hint="fix or remove the row: a task is evaluated on all of its rows")
-    paths = [path.resolve() for path in pairs.images]  # an image may have several paths
-    images = list(dict.fromkeys(paths))
-    index_of = {path: index for index, path in enumerate(images)}
-    captions = [(caption, index_of[path]) for path, texts in zip(paths, pairs.texts, strict=True) for caption in texts]
+    if table.problems.count:
+        raise InputError(
+            f"{table.problems.examples[0]}.", hint="fix or remove the row: a task is evaluated on all of its rows"
+        )
+    index_of = dict[Path, int]()  # an image may have several paths
+    pairs = [(pair.caption, index_of.setdefault(pair.path.resolve(), len(index_of))) for pair in table.pairs()]
     return RetrievalTask(
         name=name,
-        images=tuple(images),
-        captions=tuple(caption for caption, _ in captions),
-        caption_images=tuple(index for _, index in captions),
+        images=tuple(index_of),
+        captions=tuple(caption for caption, _ in pairs),
+        caption_images=tuple(index for _, index in pairs),
     )
 
 
-CLASS_NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
+TEMPLATES, TYPE = "zeroshot_classification_templates.txt", "dataset_type.txt"
 SHARD_COUNT = "nshards.txt"
-SPLITS = ("test", "val", "validation")  # in order of preference
-_OTHER_SPLITS = ("train", "training", "valid", "dev")  # that are never chosen, and may be classes, too
 
 
 @dataclass(frozen=True)
@@ -181,48 +179,15 @@ class DataSet:
         """The folder's name without CLIP_benchmark's prefixes, as shown in reports."""
         return self.root.resolve().name.removeprefix("wds_").removeprefix("vtab-")
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether the images of the split are in tars."""
-        if not _is_sharded(self.split):
-            return False
-        if not (self.split / SHARD_COUNT).is_file():
-            for folder in filter(_has_images, _subfolders(self.split)):
-                raise InputError(
-                    f"{self.split} has shards, such as {_tars(self.split)[0].name}, and subfolders of images, such as "
-                    f"{folder.name}.",
-                    hint="move the ones that are not meant, such as the archive of the others, to another folder",
-                )
-        return True
-
-    def labels(self) -> list[str]:
-        """Return the class names; empty if there is no classnames.txt."""
-        return self._lines(CLASS_NAMES)
-
     def templates(self) -> Templates:
         """Return the data set's own templates, or else CLIP's for ImageNet."""
-        own = self._lines(TEMPLATES)
+        own = metadata_lines(self.metadata_path(TEMPLATES))
         return Templates(tuple(own), "the data set's") if own else imagenet_templates()
-
-    def kind(self) -> str:
-        """Return the data set's type (`classification`, `retrieval`, …), or an empty string if it is not stated."""
-        lines = self._lines(TYPE)
-        return lines[0].lower() if lines else ""
 
     def metadata_path(self, name: str) -> Path:
         """Return the path of a metadata file, at the root or beside the images; it may not exist."""
         beside = self.split / name
         return beside if beside.is_file() and not (self.root / name).is_file() else self.root / name
-
-    def _lines(self, name: str) -> list[str]:
-        path = self.metadata_path(name)
-        if not path.is_file():
-            return []
-        # Line numbers are class numbers: skipping an empty line in the middle would shift the classes.
-        lines = [line.strip() for line in text_lines(read_text_limited(path).strip())]
-        if "" in lines:
-            raise InputError(f"{path}, line {lines.index('') + 1}, is empty.")
-        return lines
 
 
 def find_data_set(folder: Path) -> DataSet:
@@ -230,7 +195,7 @@ def find_data_set(folder: Path) -> DataSet:
     for name in SPLITS:
         # A class may be called `test` too: a split contains folders or shards, a class contains images.
         split = folder / name
-        if split.is_dir() and (_is_sharded(split) or _subfolders(split)):
+        if split.is_dir() and (_is_sharded(split) or subfolders(split)):
             return DataSet(folder, split)
     parent = folder.resolve().parent
     if folder.resolve().name in SPLITS and any((parent / name).is_file() for name in (CLASS_NAMES, TEMPLATES, TYPE)):
@@ -238,108 +203,52 @@ def find_data_set(folder: Path) -> DataSet:
     return DataSet(folder, folder)
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_dir() and not is_ignored(path.name)]
-
-
 def _is_sharded(folder: Path) -> bool:
-    return (folder / SHARD_COUNT).is_file() or bool(_tars(folder))
+    """Return whether the images of a split are in tars."""
+    if (folder / SHARD_COUNT).is_file():
+        return True
+    tars = _tars(folder)
+    inner = next((path for path in subfolders(folder) if tars and list_images(path)), None)
+    if inner:
+        raise InputError(
+            f"{folder} has shards, such as {tars[0].name}, and subfolders of images, such as {inner.name}.",
+            hint="move the ones that are not meant, such as the archive of the others, to another folder",
+        )
+    return bool(tars)
 
 
 def _tars(folder: Path) -> list[Path]:
     return sorted_paths(path for path in folder.glob("*.tar") if not is_ignored(path.name))
 
 
-def _has_images(folder: Path) -> bool:
-    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
-
-
-_WORDNET_ID = re.compile(r"n\d{8}")
-
-
 def image_folder_task(data_set: DataSet) -> ZeroShotTask:
     """Return the zero-shot task of a data set with one subfolder of images per class, CLASS/…/image.jpg."""
-    if lost := sorted(path for path in data_set.split.iterdir() if leads_nowhere(path) and not is_ignored(path.name)):
-        raise dead_link_error(lost[0])  # without a word, the task would have a class less
-    classes = _sort_classes(_subfolders(data_set.split))
-    own_labels = [path.name.replace("_", " ") for path in classes]
-    labels = _class_names(data_set, classes) or own_labels
-    if not data_set.labels():
-        _require_classes(data_set, classes)
-    if classes and labels == [path.name for path in classes] and all(map(_WORDNET_ID.fullmatch, labels)):
-        raise InputError(
-            f"The subfolders of {data_set.split} are named by WordNet ids, such as {labels[0]}, which mean nothing to "
-            f"a text tower.",
-            hint=f"write the class names to {data_set.root / CLASS_NAMES}, one per line, in the order of the ids",
-        )
-    samples = [(path, target) for target, subfolder in enumerate(classes) for path in list_images(subfolder)]
+    classes = class_folders(data_set.split, data_set.metadata_path(CLASS_NAMES))
+    samples = [(path, target) for target, (folder, _) in enumerate(classes) for path in list_images(folder)]
     if not samples:
         raise InputError(
             f"{data_set.split} has no images in subfolders; expected CLASS/image.jpg.",
             hint="put the images of each class into a subfolder with the name of the class",
         )
     templates = data_set.templates()
+    has_own_names = all(class_name(folder) == label for folder, label in classes)
     return ZeroShotTask(
         name=data_set.name,
         images=tuple(path for path, _ in samples),
         targets=tuple(target for _, target in samples),
-        labels=tuple(labels),
+        labels=tuple(label for _, label in classes),
         templates=templates.prompts,
         templates_from=templates.origin,
-        folders=() if labels == own_labels else tuple(path.name for path in classes),
+        folders=() if has_own_names else tuple(folder.name for folder, _ in classes),
     )
-
-
-def _class_names(data_set: DataSet, classes: list[Path]) -> list[str]:
-    """Return the lines of classnames.txt, or, if there are tabs in them, the names behind its subfolders."""
-    lines, path = data_set.labels(), data_set.metadata_path(CLASS_NAMES)
-    if lines and len(lines) != len(classes):
-        raise InputError(
-            f"{path} has {len(lines)} names for {len(classes)} subfolders.",
-            hint="write one line for each: the name of the subfolder, a tab, and the name of the class",
-        )
-    if not any("\t" in line for line in lines):
-        return lines
-    names, folders = dict[str, str](), {folder.name for folder in classes}
-    for number, line in enumerate(lines, start=1):
-        typed, _, name = (part.strip() for part in line.partition("\t"))
-        spellings = [typed, *(other for other, _ in other_spellings(typed))]
-        folder = next((spelling for spelling in spellings if spelling in folders), typed)
-        if folder not in folders or folder in names or not name:
-            raise InputError(
-                f"{path}, line {number}, is {quoted(line)}; expected the name of another subfolder of "
-                f"{data_set.split}, a tab, and the name of the class.{near_matches(folder, folders - names.keys())}"
-            )
-        names[folder] = name
-    return [names[folder.name] for folder in classes]
-
-
-def _require_classes(data_set: DataSet, subfolders: list[Path]) -> None:
-    """Refuse subfolders that hold the folders of the classes, in which every image would be of the wrong class."""
-    above = [path for path in subfolders if _subfolders(path)]
-    if splits := [path for path in above if path.name.lower() in _OTHER_SPLITS]:
-        raise InputError(
-            f"{data_set.split} has the subfolder {splits[0].name}, which looks like a split and not like a class.",
-            hint=f"name the folder of the classes: {splits[0]}",
-        )
-    if len(subfolders) == 1 and above and not _has_images(above[0]):
-        raise InputError(
-            f"{data_set.split} has a single class, {above[0].name}, whose images are in subfolders.",
-            hint=f"name the folder of the classes: {above[0]}",
-        )
-
-
-def _sort_classes(classes: list[Path]) -> list[Path]:
-    """Sort by name, or by number if all names are numbers: the class folders of ImageNet-V2 are 0 to 999."""
-    if all(path.name.isdecimal() for path in classes):
-        return sorted(classes, key=lambda path: int(path.name))
-    return sorted_paths(classes)
 
 
 def shard_task(data_set: DataSet) -> Task:
     """Return the task of a data set in shards. No sample is skipped: that would change the evaluation."""
     shards = [open_shard(path) for path in _shard_paths(data_set)]
-    kind = data_set.kind() or ("classification" if any(shard.has("class").any() for shard in shards) else "retrieval")
+    stated = metadata_lines(data_set.metadata_path(TYPE))
+    guess = "classification" if any(shard.has("class").any() for shard in shards) else "retrieval"
+    kind = stated[0].lower() if stated else guess
     if kind == "retrieval":
         return retrieval_from_shards(data_set.name, shards)
     if kind != "classification":
@@ -378,7 +287,7 @@ _CAPTION_HINT = f"write captions into a .txt of each sample, one per line, or in
 
 
 def _zero_shot_from_shards(data_set: DataSet, shards: Sequence[Shard]) -> ZeroShotTask:
-    labels = data_set.labels()
+    labels = metadata_lines(data_set.metadata_path(CLASS_NAMES))
     if not labels:
         raise InputError(f"{data_set.root} has no {CLASS_NAMES}, which names the classes.")
     images: list[TarMember] = []

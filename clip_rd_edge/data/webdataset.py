@@ -11,17 +11,18 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
-from PIL import Image
 
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.data.order import SHUFFLE_WINDOW
 from clip_rd_edge.data.remote import LIMIT_VARIABLE, RemoteShard, ShardFile, cache_limit, is_remote, prefetch, version
-from clip_rd_edge.data.shard_index import SampleLocation, ShardIndex, TarMember, index_shards
+from clip_rd_edge.data.samples import Counts, Sample
+from clip_rd_edge.data.shard_index import Located, TarMember, index_shards
 from clip_rd_edge.errors import InputError, UsageError, near_matches
 from clip_rd_edge.utils.paths import Typed, is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -40,8 +41,8 @@ class Source:
     weight: int = 1
 
 
-class ShardPairs:
-    """Pairs from one or more sources of shards; implements `data.samples.Pairs`.
+class Shards:
+    """Pairs from one or more sources of shards; implements `data.samples.Samples`.
 
     The indices run through the samples of the first source, repeated by its weight, then through those of the second:
     with a weight of 2, an epoch shows each sample of a source twice, in two crops.
@@ -49,13 +50,11 @@ class ShardPairs:
     Args:
         json_key: read captions from this key of the .json, a string or a list of strings; None reads the .txt, or the
             `caption` of the .json if there is no .txt.
-        captioned: whether a sample needs a caption; without, all images count, and `captions` must not be called.
+        captioned: whether a sample needs a caption; without, all images count, and captions are not read.
         reporter: receives the progress of indexing; the index of a shard is cached.
-
-    Attributes:
-        left_out: messages about samples without an image or a caption file, and about damaged shards.
-        lost: about how many samples are in the damaged parts of shards.
     """
+
+    reinforced: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -67,11 +66,13 @@ class ShardPairs:
         reporter: Reporter = SILENT,
     ) -> None:
         self.name = shown_source(name)
-        self._json_key = json_key
+        self._json_key, self._captioned = json_key, captioned
         self._weights = [source.weight for source in sources]
         self._paths = [path for source in sources for path in source.shards]
-        self._index = self._make_index(json_key=json_key, captioned=captioned, reporter=reporter)
-        self.left_out, self.lost = self._index.left_out, self._index.lost
+        self._index = index_shards(
+            self._paths, json_key=json_key, captioned=captioned, reinforced=self.reinforced, reporter=reporter
+        )
+        self.problems = self._index.problems
         # The shard of each group: the shards of a source, as often as its weight says.
         numbers = np.split(np.arange(len(self._paths)), np.cumsum([len(source.shards) for source in sources])[:-1])
         self._shard_of_group = np.concatenate([np.tile(n, w) for n, w in zip(numbers, self._weights, strict=True)])
@@ -82,16 +83,19 @@ class ShardPairs:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def open(self, index: int) -> Image.Image:
-        """Return the image as RGB; raises InputError with shard and sample if it cannot be read."""
-        shard, sample = self._locate(index)
-        return open_image(TarMember(shard, "", sample.image, sample.image_size))
+    @property
+    def counts(self) -> Counts:
+        """See `Samples`."""
+        return Counts(pairs=len(self)) if self._captioned else Counts(images=len(self))
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return all captions; raises InputError with shard and sample if there are none."""
-        shard, sample = self._locate(index)
-        member = TarMember(shard, "", sample.caption, sample.caption_size)
-        return text_captions(member) if sample.kind == "text" else json_captions(member, self._json_key or JSON_KEY)
+    def read(self, index: int) -> Sample:
+        """See `Samples`; errors name shard and sample."""
+        shard, located = self.locate(index)
+        captions: tuple[str, ...] = ()
+        if self._captioned:
+            member = TarMember(shard, "", *located.caption)
+            captions = json_captions(member, self._json_key or JSON_KEY) if located.is_json else text_captions(member)
+        return Sample(captions, partial(open_image, TarMember(shard, "", *located.image)))
 
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify these pairs: digests of names, offsets and sizes of all samples."""
@@ -101,9 +105,6 @@ class ShardPairs:
     def prefetch(self, groups: Sequence[int]) -> None:
         """Begin to fetch the shards of these groups, where they are remote."""
         prefetch([self._paths[shard] for shard in dict.fromkeys(self._shard_of_group[list(groups)].tolist())])
-
-    def _make_index(self, *, json_key: str | None, captioned: bool, reporter: Reporter) -> ShardIndex:
-        return index_shards(self._paths, json_key=json_key, captioned=captioned, reporter=reporter)
 
     def _say_if_the_cache_is_small(self, reporter: Reporter) -> None:
         remote = [path for path in self._paths if isinstance(path, RemoteShard)]
@@ -119,14 +120,11 @@ class ShardPairs:
                 f"they will be fetched again and again; {LIMIT_VARIABLE} sets another limit"
             )
 
-    def _locate(self, index: int) -> tuple[ShardFile, SampleLocation]:
-        shard, sample = self._position(index)
-        return self._paths[shard], self._index.locate(shard, sample)
-
-    def _position(self, index: int) -> tuple[int, int]:
-        """Return the number of a pair's shard, and its own number in it."""
+    def locate(self, index: int) -> tuple[ShardFile, Located]:
+        """Return the shard of a sample, and where its files lie in it."""
         group = int(np.searchsorted(self._ends, index, side="right"))
-        return int(self._shard_of_group[group]), index - int(self._ends[group] - self.groups[group])
+        shard = int(self._shard_of_group[group])
+        return self._paths[shard], self._index.locate(shard, index - int(self._ends[group] - self.groups[group]))
 
 
 def parse_sources(source: Typed, weights: str | None = None) -> list[Source]:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from clip_rd_edge.bundle.encoder import in_batches
-from clip_rd_edge.data.mixed import require_images
-from clip_rd_edge.data.samples import BadPair, BadSamples, Pairs, fingerprint, read_twice
+from clip_rd_edge.data.samples import BadPair, BadSamples, Samples, fingerprint, read_twice, require_images
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.inputs import RunSetup, make_dataset, training_pairs
-from clip_rd_edge.distillation.loader import HalfArray, ViewDataset, step_loader
+from clip_rd_edge.distillation.loader import HalfArray, View, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes import Processes, join_processes
 from clip_rd_edge.distillation.step import AUTOCAST, caption_batch
@@ -74,7 +73,7 @@ STORE_STAGE = "storing the teacher's embeddings (shards)"  # name of the stage i
 
 
 def make_manifest(
-    teacher: ClipModel, pairs: Pairs, *, crops: Crops, seed: int, views: int, precision: str
+    teacher: ClipModel, pairs: Samples, *, crops: Crops, seed: int, views: int, precision: str
 ) -> StoreManifest:
     """Return the manifest of a cache of this teacher over these pairs."""
     return StoreManifest(
@@ -306,7 +305,7 @@ class ShardMaker:
     """
 
     def __init__(
-        self, manifest: StoreManifest, teacher: Teacher, pairs: Pairs, *, workers: int, max_bad: float
+        self, manifest: StoreManifest, teacher: Teacher, pairs: Samples, *, workers: int, max_bad: float
     ) -> None:
         self.manifest, self.pairs, self.max_bad = manifest, pairs, max_bad
         self._teacher, self._workers = teacher, workers
@@ -384,7 +383,7 @@ class ShardMaker:
         zeros.
         """
         asked, parts = tee(parts)  # the loader is ahead
-        views = ([(task.view, index) for index in indices] for task, indices in asked)
+        views = ([View(task.view, index) for index in indices] for task, indices in asked)
         for batch, (task, indices) in zip(step_loader(self._views(), views, workers=workers), parts, strict=True):
             bad, rows = dict(batch.bad), _to_half(self._teacher.embed_images(batch.student_pixels))
             for index, row in zip(indices, rows, strict=True):
@@ -413,14 +412,14 @@ class ShardMaker:
     def _captions(self, index: int) -> tuple[str, ...]:
         """Return a pair's captions, none if they cannot be read."""
         with contextlib.suppress(InputError):
-            return read_twice(self.pairs.captions, index)
+            return read_twice(self.pairs.read, index).captions
         return ()
 
     def _empty(self, rows: int) -> HalfArray:
         return np.zeros((rows, self.manifest.embedding_size), dtype="<f2")
 
 
-def shard_maker(config: RunConfig, teacher: Teacher, pairs: Pairs, crops: Crops) -> ShardMaker:
+def shard_maker(config: RunConfig, teacher: Teacher, pairs: Samples, crops: Crops) -> ShardMaker:
     """Return what computes the store of a run's teacher over its pairs; `teacher_precision` is not `auto` any more."""
     manifest = make_manifest(
         teacher.clip, pairs, crops=crops, seed=config.seed, views=config.views, precision=config.teacher_precision
@@ -499,7 +498,7 @@ def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None
             clip.model.to("cpu")
 
 
-def _maker(config: RunConfig, clip: ClipModel, pairs: Pairs) -> ShardMaker:
+def _maker(config: RunConfig, clip: ClipModel, pairs: Samples) -> ShardMaker:
     device = default_device()
     autocast, captions = AUTOCAST[config.teacher_precision], caption_batch_size(BATCH_SIZE, device)
     teacher = Teacher(clip, device, autocast=autocast, caption_batch=captions)

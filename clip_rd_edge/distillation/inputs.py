@@ -23,17 +23,9 @@ from clip_rd_edge.bundle.labels import is_template
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.runs import INPUTS_FILE, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE, model_folder
 from clip_rd_edge.data.load import names_shards
-from clip_rd_edge.data.mixed import (
-    MixedSamples,
-    TrainingData,
-    describe_counts,
-    load_samples,
-    pair_count,
-    require_images,
-    sample_counts,
-)
-from clip_rd_edge.data.reinforced import STORED, ReinforcedPairs, StoredTeachers
-from clip_rd_edge.data.samples import BadSamples, Pairs, fingerprint, require_batch
+from clip_rd_edge.data.mixed import TrainingData, load_samples
+from clip_rd_edge.data.reinforced import STORED, Reinforced, StoredTeachers
+from clip_rd_edge.data.samples import BadSamples, Samples, fingerprint, require_batch, require_images
 from clip_rd_edge.data.tasks import Task
 from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, seed_everything
@@ -129,11 +121,11 @@ def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
     )
 
 
-def _data_inputs(pairs: Pairs) -> dict[str, Any]:
+def _data_inputs(pairs: Samples) -> dict[str, Any]:
     return {
         "pairs": len(pairs),
-        "left_out": len(pairs.left_out),
-        "samples": describe_counts(pairs),
+        "left_out": pairs.problems.count,
+        "samples": str(pairs.counts),
         "pairs_sha256": fingerprint(pairs),
     }
 
@@ -232,7 +224,7 @@ def changed_inputs(run: Path, inputs: RunInputs, config: RunConfig, setup: RunSe
     return _difference_of_run(old, inputs, setup, former=_former_data(run, config, old, inputs))
 
 
-def require_same_files(configs: Sequence[RunConfig], runs: Sequence[Path], pairs: Pairs) -> None:
+def require_same_files(configs: Sequence[RunConfig], runs: Sequence[Path], pairs: Samples) -> None:
     """Check that runs began with the data and the students' files that are there now; no model is loaded.
 
     Args:
@@ -409,17 +401,17 @@ def _change(old: str | None, new: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class RunSetup:
-    """Pairs, models and objective of a run. There are no `teachers` if the objective does not need one.
+    """Samples, models and objective of a run. There are no `teachers` if the objective does not need one.
 
-    With `stored` teachers, the pairs are `ReinforcedPairs`, which have the embeddings, and there are no other teachers.
+    With `stored` teachers, the pairs are `Reinforced`, which have the embeddings, and there are no other teachers.
     `ensemble` says how the embeddings of either become those of one; None without a teacher.
 
-    `pairs` may be `MixedSamples`, in which images and captions do not always belong together.
+    `pairs` may be `Mixed`, in which images and captions do not always belong together.
 
     `tasks` are those that the student is evaluated on.
     """
 
-    pairs: Pairs
+    pairs: Samples
     teachers: tuple[ClipModel, ...]
     student: ClipModel
     objective: Objective
@@ -462,25 +454,21 @@ def load_setup(
     return setup
 
 
-def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Processes, reporter: Reporter) -> RunSetup:
+def _load_models(config: RunConfig, pairs: Samples, *, name: str, processes: Processes, reporter: Reporter) -> RunSetup:
     BadSamples(pairs, max_share=config.max_bad)  # refuses too many before the models are loaded
-    if pairs.left_out:
-        lost = f", and about {pairs.lost:,} are lost in damaged shards" if pairs.lost else ""
-        count = len(pairs.left_out)
+    if count := pairs.problems.count:
+        lost = f", and about {pairs.problems.lost:,} are lost in damaged shards" if pairs.problems.lost else ""
         left_out = f"{count:,} samples are not pairs and were" if count > 1 else "1 sample is not a pair and was"
-        reporter.say(f"{left_out} skipped{lost}; the first: {pairs.left_out[0]}")
-    is_mixed = isinstance(pairs, MixedSamples)
-    require_batch(
-        pairs, config.recipe.batch_size, processes=processes.world_size, what="samples" if is_mixed else "pairs"
-    )
+        reporter.say(f"{left_out} skipped{lost}; the first: {pairs.problems.examples[0]}")
+    require_batch(pairs, config.recipe.batch_size, processes=processes.world_size)
     if is_texts_alone(config):
         _require_terms_of_texts(config)
         if config.store is not None:
             require_images(pairs)
-    elif not pair_count(pairs):
+    elif not pairs.counts.pairs:
         _require_terms_without_pairs(config)
     stored = load_stored_teachers(config)
-    if stored is not None and isinstance(pairs, ReinforcedPairs):
+    if stored is not None and isinstance(pairs, Reinforced):
         require_stored_width(pairs, stored)
     teachers = load_teachers(config)
     ensemble = ensemble_of_stored(stored) if stored else ensemble_of(teachers) if teachers else None
@@ -506,7 +494,7 @@ def _require_matching_towers(config: RunConfig, setup: RunSetup) -> None:
     objective = setup.objective
     terms = [find_term(name) for name in objective.weights]
     if not objective.has_projections or any(
-        term.matches and ("pairs" not in term.needs or pair_count(setup.pairs)) for term in terms
+        term.matches and ("pairs" not in term.needs or setup.pairs.counts.pairs) for term in terms
     ):
         return
     size, of_teachers = setup.student.embedding_size, sum(objective.teacher_widths)
@@ -541,9 +529,9 @@ def _require_terms_of_texts(config: RunConfig) -> None:
         )
 
 
-def lack_of_pairs(config: RunConfig, pairs: Pairs) -> list[str]:
+def lack_of_pairs(config: RunConfig, pairs: Samples) -> list[str]:
     """Return sentences on what a run cannot do if it has no pairs; none if it has."""
-    if pair_count(pairs):
+    if pairs.counts.pairs:
         return []
     if is_texts_alone(config):
         trained = ", ".join(config.recipe.objective.for_texts())
@@ -559,7 +547,7 @@ def lack_of_pairs(config: RunConfig, pairs: Pairs) -> list[str]:
     ]
 
 
-def training_pairs(config: RunConfig, *, reporter: Reporter = SILENT) -> Pairs:
+def training_pairs(config: RunConfig, *, reporter: Reporter = SILENT) -> Samples:
     """Return what a run trains on; raises as `data.mixed.load_samples`."""
     source = TrainingData(**{name: getattr(config, name) for name in TrainingData.__struct_fields__})
     if load_stored_teachers(config) is not None:
@@ -567,7 +555,7 @@ def training_pairs(config: RunConfig, *, reporter: Reporter = SILENT) -> Pairs:
     return load_samples(source, read_texts, reporter=reporter)
 
 
-def _reinforced_pairs(source: TrainingData, reporter: Reporter) -> ReinforcedPairs:
+def _reinforced_pairs(source: TrainingData, reporter: Reporter) -> Reinforced:
     if source.data is None or not names_shards(source.data):
         raise UsageError(
             f"Stored teachers were named, but the data are {shown_sources(source.data)}; expected WebDataset shards of "
@@ -575,13 +563,13 @@ def _reinforced_pairs(source: TrainingData, reporter: Reporter) -> ReinforcedPai
             hint="{data} 'store/{00000..00012}.tar', or name another {teacher}",
         )
     sources = parse_sources(source.data, source.train_data_upsampling_factors)
-    return ReinforcedPairs(source.data, sources, json_key=source.json_caption_key, reporter=reporter)
+    return Reinforced(source.data, sources, json_key=source.json_caption_key, reporter=reporter)
 
 
 def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: bool = True) -> ViewDataset:
     """Return the data set of views that a run trains on."""
     if setup.stored is not None:
-        assert isinstance(setup.pairs, ReinforcedPairs)
+        assert isinstance(setup.pairs, Reinforced)
         return ReinforcedDataset(
             setup.pairs,
             setup.stored,
@@ -615,7 +603,7 @@ def provenance(config: RunConfig, setup: RunSetup, *, steps: int) -> dict[str, A
         "teacher_sha256": _one_or_all(digests),
         "data": config.data,
         "image_source": config.images,
-        **sample_counts(setup.pairs),
+        **setup.pairs.counts.recorded(),
         "steps": steps,
         "seed": config.seed,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -640,7 +628,7 @@ def histogram_embeddings(config: RunConfig, setup: RunSetup) -> dict[str, tuple[
     Stored teachers are left out: their embeddings are those of other crops. Several teachers are one, see
     `losses.ensemble`. Empty if there are no pairs.
     """
-    indices = np.random.default_rng(0).permutation(pair_count(setup.pairs))[:_HISTOGRAM_PAIRS]
+    indices = np.random.default_rng(0).permutation(setup.pairs.counts.pairs)[:_HISTOGRAM_PAIRS]
     if not len(indices):
         return {}
     bad = BadSamples(setup.pairs, max_share=1)  # the training has refused too many; a plot refuses no trained student
@@ -648,9 +636,9 @@ def histogram_embeddings(config: RunConfig, setup: RunSetup) -> dict[str, tuple[
 
     def images() -> Iterator[Image.Image]:
         for index in indices.tolist():
-            pair = bad.take(index)
-            captions.append(pair.captions[0])
-            yield pair.image
+            image, own = bad.take(index)
+            captions.append(own[0])
+            yield image
 
     encoders = [TorchEncoder(clip) for clip in (setup.student, *(setup.teachers if setup.ensemble else ()))]
     parts = [list[Embeddings]() for _ in encoders]

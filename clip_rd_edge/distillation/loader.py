@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.data.mixed import MixedSamples, has_images
 from clip_rd_edge.data.order import EpochOrder
-from clip_rd_edge.data.samples import MAX_BAD_SHARE, BadPair, BadSamples, Pairs, read_twice
+from clip_rd_edge.data.samples import MAX_BAD_SHARE, BadPair, BadSamples, Samples, read_twice
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.processes import obey_only_the_parent, stop_signals_blocked
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, LostProcessError, UnreachableError
@@ -90,7 +89,14 @@ _WITHOUT_SHARED_MEMORY = (
 )
 _ENDING_S = 1.0
 _NO_PIXELS: Levels = np.zeros((0, 0, 3), dtype=np.uint8)
-View = tuple[int, int]  # epoch and index of the pair
+
+
+class View(NamedTuple):
+    """What is shown of a sample, by its number, in an epoch; the step chooses the prompt of class folders alone."""
+
+    epoch: int
+    sample: int
+    step: int = 0
 
 
 class PairView(NamedTuple):
@@ -125,7 +131,7 @@ class ViewDataset(Dataset[PairView]):
 
     def __init__(
         self,
-        pairs: Pairs,
+        pairs: Samples,
         student: Preprocessing,
         teachers: Sequence[Preprocessing],
         *,
@@ -142,40 +148,46 @@ class ViewDataset(Dataset[PairView]):
         self.crops, self.seed, self.substitute = crops, seed, substitute
 
     def __getitem__(self, view: View) -> PairView:
-        epoch, index = view
         if self.views:
-            epoch %= self.views
+            view = view._replace(epoch=view.epoch % self.views)
+
+        def read(index: int) -> PairView:
+            return self._read(view._replace(sample=index))
+
         pair: PairView | None
         if self.substitute:
-            pair, bad = self.bad.next_valid(index, partial(self._read, epoch))
+            pair, bad = self.bad.next_valid(view.sample, read)
         else:
             try:
-                pair, bad = read_twice(partial(self._read, epoch), index), ()
+                pair, bad = read_twice(read, view.sample), ()
             except InputError as error:
-                pair, bad = None, ((index, str(error)),)
+                pair, bad = None, ((view.sample, str(error)),)
         if pair is None:
             # An exception would leave a worker process as a traceback; `step_loader` reports the bad pairs instead.
             student, *teachers = (np.zeros((*m.size, 3), dtype=np.uint8) for m in (self.student, *self.teachers))
             pair = PairView(student, tuple(teachers), "")
         return pair._replace(bad=bad)
 
-    def _read(self, epoch: int, index: int) -> PairView:
+    def _read(self, view: View) -> PairView:
+        epoch, index, step = view
         # Everything depends on the pair that is read, also where it takes the place of another one: its view is then
         # the same as in its own place, and so is the teacher's embedding of it.
         rng = np.random.default_rng((self.seed, epoch, index))
-        captions = self.pairs.captions(index)
-        caption = captions[int(rng.integers(len(captions)))]
+        sample = self.pairs.read(index)
+        # All samples of a step have the same prompt, so that two images of one class have one caption.
+        chooser = np.random.default_rng((self.seed, step)) if self.pairs.counts.classes else rng
+        caption = sample.captions[int(chooser.integers(len(sample.captions)))]
         embeddings = None
         if self.cache is not None and (embeddings := self.cache.lookup(epoch, index, caption)) is None:
             raise InputError(f"Pair {index:,} is not in the teacher's store: it was bad when the store was built.")
-        if not has_images(self.pairs):
+        if sample.open is None:
             return PairView(_NO_PIXELS, (_NO_PIXELS,) * len(self.teachers), caption, paired=False)
         try:
-            image = self.pairs.open(index)
+            image = sample.open()
             student, *teachers = crop_levels(image, self.crops.draw(image.size, rng), [self.student, *self.teachers])
         except MemoryError as error:
             raise InputError(f"There is not enough memory for the image of pair {index:,}.") from error
-        paired = index < self.pairs.pair_count if isinstance(self.pairs, MixedSamples) else None
+        paired = sample.paired if self.pairs.counts.is_mixed else None
         return PairView(student, tuple(teachers), caption, teacher_embeddings=embeddings, paired=paired)
 
 
@@ -185,7 +197,7 @@ class StepSampler(Sampler[list[View]]):
     Epochs are shuffled by (seed, epoch), see `data.order.EpochOrder`; an incomplete last batch is dropped.
 
     Args:
-        groups: `Pairs.groups`.
+        groups: `Samples.groups`.
         batch_size: of the global batch, of which each process gets its part.
         start, stop: first step, and the step after the last.
         rank, processes: this process's rank, and the number of processes.
@@ -224,7 +236,7 @@ class StepSampler(Sampler[list[View]]):
                     upcoming = groups
                     self.prefetch(groups)
             first = position + self.rank * size
-            yield [(epoch, index) for index in self.order.indices(epoch, first, first + size).tolist()]
+            yield [View(epoch, index, step) for index in self.order.indices(epoch, first, first + size).tolist()]
 
     def __len__(self) -> int:
         return self.stop - self.start

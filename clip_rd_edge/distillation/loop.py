@@ -16,8 +16,7 @@ import msgspec
 
 from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import DISTILLATION_FILE, REPORT_FOLDER
-from clip_rd_edge.data.mixed import MixedSamples
-from clip_rd_edge.data.samples import BadSamples, Pairs
+from clip_rd_edge.data.samples import BadSamples, Samples
 from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.checkpoint import (
     BEST_FOLDER,
@@ -55,7 +54,7 @@ if TYPE_CHECKING:
     from clip_rd_edge.distillation.metrics import Predictions
 
 
-def total_steps(config: RunConfig, pairs: Pairs) -> int:
+def total_steps(config: RunConfig, pairs: Samples) -> int:
     """Return the number of steps of a run: the recipe's `steps`, or its epochs times the full batches per epoch."""
     return config.recipe.steps or config.recipe.epochs * (len(pairs) // config.recipe.batch_size)
 
@@ -348,7 +347,7 @@ class _Loop:
             bad=len(self.trained.bad),
             skipped=optimizer.skipped,
             memory_bytes=peak_memory_on(self.processes.device),
-            samples="samples" if isinstance(self.setup.pairs, MixedSamples) else "pairs",
+            samples="samples" if self.setup.pairs.counts.is_mixed else "pairs",
         )
         if self.log and (done == steps or scores or done % config.log_every == 0):
             extra = {

@@ -31,8 +31,7 @@ from clip_rd_edge.bundle.encoder import (
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import Pixels, preprocess
 from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, METRICS_FILE, TERM_PREFIX, read_metrics
-from clip_rd_edge.data.mixed import pair_count
-from clip_rd_edge.data.samples import BadSamples, Pairs
+from clip_rd_edge.data.samples import BadSamples, Samples
 from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.distillation.processes import Processes, Stopped, StopRequest
 from clip_rd_edge.errors import InputError
@@ -394,12 +393,12 @@ class Predictions:
     """
 
     task: Task | None
-    pairs: Pairs
+    pairs: Samples
     encoder: TorchEncoder
 
     def plot(self, path: Path) -> None:
         """Plot the predictions into a PNG file; without a task and pairs, there are none."""
-        if not (self.task or pair_count(self.pairs)):
+        if not (self.task or self.pairs.counts.pairs):
             return
         thumbnails, pixels, own = self._samples
         labels, template = list[str](), "{}"
@@ -428,8 +427,8 @@ class Predictions:
         task, permutation = self.task, np.random.default_rng(0).permutation
         if task is None:
             bad = BadSamples(self.pairs, max_share=1)
-            for pair in map(bad.take, permutation(pair_count(self.pairs))[:SAMPLES].tolist()):
-                yield pair.image, pair.captions[0]
+            for image, own in map(bad.take, permutation(self.pairs.counts.pairs)[:SAMPLES].tolist()):
+                yield image, own[0]
         elif isinstance(task, RetrievalTask):
             captions = task.first_captions()
             for index in permutation(sorted(captions))[:SAMPLES].tolist():

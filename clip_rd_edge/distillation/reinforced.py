@@ -18,8 +18,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.data.reinforced import Augmentation, ReinforcedPairs, StoredTeachers
-from clip_rd_edge.distillation.loader import HalfArray, PairView, ViewDataset
+from clip_rd_edge.data.reinforced import Augmentation, Reinforced, StoredTeachers
+from clip_rd_edge.distillation.loader import HalfArray, PairView, View, ViewDataset
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.utils.arrays import read_npz
@@ -55,7 +55,7 @@ class ReinforcedDataset(ViewDataset):
 
     def __init__(
         self,
-        pairs: ReinforcedPairs,
+        pairs: Reinforced,
         stored: StoredTeachers,
         student: Preprocessing,
         *,
@@ -66,18 +66,19 @@ class ReinforcedDataset(ViewDataset):
         super().__init__(pairs, student, [], crops=Crops(scale=(1, 1)), seed=seed, views=views, max_bad=max_bad)
         self._reinforced, self._stored = pairs, stored
 
-    def _read(self, epoch: int, index: int) -> PairView:
-        rng = np.random.default_rng((self.seed, epoch, index))
+    def _read(self, view: View) -> PairView:
+        index = view.sample
+        rng = np.random.default_rng((self.seed, view.epoch, index))
         sample = read_sample(self._reinforced, index, self._stored)
         number = int(rng.integers(len(sample.augmentations)))
         captions = sample.synthetic if sample.synthetic and rng.random() < 0.5 else sample.own
         caption, row = captions[int(rng.integers(len(captions)))]
-        image = augment(self.pairs.open(index), sample.augmentations[number], size=self._stored.image_size)
+        image = augment(self.pairs.read(index).image(), sample.augmentations[number], size=self._stored.image_size)
         embeddings = sample.image_embeddings[number], sample.text_embeddings[row]
         return PairView(_resized(image, self.student), (), caption, teacher_embeddings=embeddings)
 
 
-def require_stored_width(pairs: ReinforcedPairs, stored: StoredTeachers) -> None:
+def require_stored_width(pairs: Reinforced, stored: StoredTeachers) -> None:
     """Check that the first pair's embeddings have the width of all stored teachers together."""
     width = int(_embeddings(pairs, 0)[_IMAGES].shape[-1])
     if width != sum(stored.widths):
@@ -89,14 +90,14 @@ def require_stored_width(pairs: ReinforcedPairs, stored: StoredTeachers) -> None
         )
 
 
-def read_sample(pairs: ReinforcedPairs, index: int, stored: StoredTeachers) -> ReinforcedSample:
+def read_sample(pairs: Reinforced, index: int, stored: StoredTeachers) -> ReinforcedSample:
     """Return what is stored of a pair; the embeddings of each teacher are made unit vectors."""
     augmentations, arrays = pairs.augmentations(index), _embeddings(pairs, index)
     member, _ = pairs.embeddings(index)
     images, texts = arrays[_IMAGES], arrays[_TEXTS]
     if len(images) != len(augmentations):
         raise InputError(f"{member} has {len(images)} embeddings for {len(augmentations)} augmentations.")
-    own = list(pairs.captions(index))
+    own = list(pairs.read(index).captions)
     if len(texts) < len(own):
         raise InputError(f"{member} has {len(texts)} embeddings for {len(own)} captions.")
     # Rows are those of text_emb, then those of each array of a key's own, in whatever order the keys come.
@@ -182,7 +183,7 @@ def _resized(image: Image.Image, model: Preprocessing) -> Levels:
     return crop_levels(image, (0, 0, image.width, image.height), [model])[0]
 
 
-def _embeddings(pairs: ReinforcedPairs, index: int) -> dict[str, npt.NDArray[np.float32]]:
+def _embeddings(pairs: Reinforced, index: int) -> dict[str, npt.NDArray[np.float32]]:
     """Return all arrays of a pair's embeddings by name."""
     member, is_torch = pairs.embeddings(index)
     if member.size > _MAX_BYTES:

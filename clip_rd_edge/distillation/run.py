@@ -23,7 +23,6 @@ from PIL import Image
 
 from clip_rd_edge.bundle.encoder import Embeddings, Encoder
 from clip_rd_edge.bundle.runs import REPORT_FOLDER, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
-from clip_rd_edge.data.mixed import MixedSamples, describe_counts, has_images
 from clip_rd_edge.data.tasks import Task
 from clip_rd_edge.distillation.checkpoint import (
     CHECKPOINTS_FOLDER,
@@ -269,7 +268,7 @@ def _run(
 def _begin(config: RunConfig, run: Path, setup: RunSetup, processes: Processes, reporter: Reporter) -> RunConfig:
     """Say what a new run is going to do, and record its configuration, with the precisions that it measures first."""
     reporter.say(
-        f"{describe_counts(setup.pairs)}, {total_steps(config, setup.pairs):,} steps of {_batch_words(config, setup)}, "
+        f"{setup.pairs.counts}, {total_steps(config, setup.pairs):,} steps of {_batch_words(config, setup)}, "
         f"learning rate {config.recipe.learning_rate:g}"
     )
     for sentence in (*lack_of_pairs(config, setup.pairs), *frozen_at_random(config)):
@@ -304,7 +303,7 @@ def _save_student(
         encoder.encode_images([Image.new("RGB", (1, 1))])
         encoder.encode_texts([""])
     setup = dataclasses.replace(setup, student=student)
-    if has_images(setup.pairs):
+    if setup.pairs.counts.has_images:
         try:  # a run must not end by what only INT8 needs
             keep_pairs(run, choose_pairs(setup.pairs, preprocessing=student.preprocessing, max_bad=config.max_bad))
         except Exception as error:  # noqa: BLE001 - too few pairs, or images that cannot be read now
@@ -326,7 +325,7 @@ def _batch_words(config: RunConfig, setup: RunSetup) -> str:
     size = config.recipe.batch_size
     if is_texts_alone(config):
         return f"{size} texts"
-    return f"{size} images and {size} captions" if isinstance(setup.pairs, MixedSamples) else f"{size} pairs"
+    return f"{size} images and {size} captions" if setup.pairs.counts.is_mixed else f"{size} pairs"
 
 
 def _require_same_options(main: RunConfig, config: RunConfig) -> None:

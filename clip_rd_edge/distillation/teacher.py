@@ -15,9 +15,9 @@ from torch.nn.functional import normalize
 from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.bundle.runs import is_architecture
 from clip_rd_edge.data.load import names_shards
-from clip_rd_edge.data.mixed import MixedSamples
+from clip_rd_edge.data.mixed import Mixed
 from clip_rd_edge.data.reinforced import StoredTeachers, read_stored_teachers
-from clip_rd_edge.data.samples import Pairs
+from clip_rd_edge.data.samples import Samples
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.pixels import Normaliser
@@ -396,19 +396,19 @@ class ChoosingTeacher:
         return Targets(own.image, text, captions)
 
 
-def texts_to_choose_from(config: RunConfig, samples: Pairs) -> list[tuple[str, ...]]:
+def texts_to_choose_from(config: RunConfig, samples: Samples) -> list[tuple[str, ...]]:
     """Return the texts for images without captions, each in its prompts; without texts, the captions of pairs.
 
     Of more than MAX_TEXTS, a random sample. Empty if there are no such images, or if there are only captions in shards,
     which could not be read without fetching all images.
     """
-    if not isinstance(samples, MixedSamples) or samples.images is None:
+    if not isinstance(samples, Mixed) or samples.images is None:
         return []
     if not samples.texts and names_shards(str(config.data)):
         return []
-    count, rng = len(samples.texts) or samples.pair_count, np.random.default_rng(config.seed)
+    count, rng = len(samples.texts) or samples.counts.pairs, np.random.default_rng(config.seed)
     chosen = np.sort(rng.choice(count, min(count, MAX_TEXTS), replace=False, shuffle=False)).tolist()
     if samples.texts:
         return [samples.prompts(samples.texts[number]) for number in chosen]
-    captions = dict.fromkeys(caption for number in chosen for caption in samples.captions(number))
+    captions = dict.fromkeys(caption for number in chosen for caption in samples.read(number).captions)
     return [(caption,) for caption in captions]

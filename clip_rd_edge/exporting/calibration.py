@@ -26,8 +26,8 @@ from clip_rd_edge.bundle.preprocess import Pixels, Preprocessing, fit, preproces
 from clip_rd_edge.bundle.runs import CALIBRATION_FILE, model_folder, refuse_unfinished_run, training_record_path
 from clip_rd_edge.bundle.tokenizer import TokenIds
 from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.mixed import pair_count
-from clip_rd_edge.data.samples import MAX_BAD_SHARE, BadSamples, Pairs
+from clip_rd_edge.data.samples import MAX_BAD_SHARE, BadSamples
+from clip_rd_edge.data.samples import Samples as DataSamples
 from clip_rd_edge.data.tables import MissingColumnError
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.arrays import npz_bytes, read_npz
@@ -104,7 +104,7 @@ class CalibrationPairs:
 
 
 def choose_pairs(
-    pairs: Pairs, *, preprocessing: Preprocessing, seed: int = 0, max_bad: float = MAX_BAD_SHARE
+    pairs: DataSamples, *, preprocessing: Preprocessing, seed: int = 0, max_bad: float = MAX_BAD_SHARE
 ) -> CalibrationPairs:
     """Sample pairs without replacement, at most 320.
 
@@ -117,8 +117,9 @@ def choose_pairs(
         seed: seed for choosing the pairs, and one caption per pair.
         max_bad: max fraction of the samples that may be unreadable.
     """
-    paired = len(pairs) == pair_count(pairs) or pair_count(pairs) >= MIN_PAIRS
-    count = pair_count(pairs) if paired else len(pairs)
+    counts = pairs.counts
+    paired = not counts.is_mixed or counts.pairs >= MIN_PAIRS
+    count = counts.pairs if paired else len(pairs)
     _require_enough(pairs, count, "pairs" if paired else "images")
     generator = random.Random(seed)
     wanted = min(count, MAX_CALIBRATION + MAX_HELD_OUT)
@@ -132,17 +133,18 @@ def choose_pairs(
         if len(images) == wanted:
             break
         try:
-            image, texts = np.asarray(fit(pairs.open(index), preprocessing)), pairs.captions(index)
+            sample = pairs.read(index)
+            image, texts = np.asarray(fit(sample.image(), preprocessing)), sample.captions
         except InputError as error:
             bad.add([(index, str(error))])
             continue
         if images.setdefault(hashlib.sha256(image.tobytes()).digest(), image) is image:
-            captions.append(generator.choice(texts))
+            captions.append(texts[0] if counts.classes else generator.choice(texts))  # one prompt for all
     _require_enough(pairs, len(images), "readable pairs of different images" if paired else "different readable images")
     return CalibrationPairs(pairs.name, np.stack(list(images.values())), captions, paired)
 
 
-def _require_enough(pairs: Pairs, count: int, what: str) -> None:
+def _require_enough(pairs: DataSamples, count: int, what: str) -> None:
     if count < MIN_PAIRS:
         raise InputError(
             f"{pairs.name} has {count} {what}; at least {MIN_PAIRS} are needed to calibrate and evaluate INT8.",
@@ -151,7 +153,7 @@ def _require_enough(pairs: Pairs, count: int, what: str) -> None:
 
 
 def calibration_set(
-    pairs: Pairs,
+    pairs: DataSamples,
     *,
     preprocessing: Preprocessing,
     tokenize: Callable[[Sequence[str]], TokenIds],
@@ -206,7 +208,7 @@ def kept_pairs(model: str) -> CalibrationPairs:
 _HINT = "pass pairs like the inputs the model will see in use: {calibration} pairs.csv, or {calibration} emoji"
 
 
-def named_pairs(source: Typed, model: str) -> Pairs:
+def named_pairs(source: Typed, model: str) -> DataSamples:
     """Load the pairs that the user names.
 
     A table may have the columns of any table of pairs, or else those of the one that `model` was trained on.

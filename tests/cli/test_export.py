@@ -125,7 +125,7 @@ def test_a_table_for_calibration_may_have_the_columns_of_the_training(
     renamed = tmp_path / "renamed.csv"
     renamed.write_text(pairs.read_text().replace("filepath,title", "file,title"))
     for table in (pairs, renamed):
-        assert named_pairs(typed(table), str(run_folder)).captions(3) == ("noise number 3",)
+        assert named_pairs(typed(table), str(run_folder)).read(3).captions == ("noise number 3",)
     with pytest.raises(InputError, match=r"renamed\.csv has no column 'filepath'") as refusal:
         named_pairs(typed(renamed), "ViT-B-32")
     assert refusal.value.hint.endswith(", or rename one to 'filepath'")  # alone where there is no such option

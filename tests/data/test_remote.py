@@ -211,8 +211,8 @@ def test_a_shard_that_was_replaced_since_it_was_indexed_is_not_read_as_the_one_b
     close_tars()
     shutil.copy(server.folder / "001.tar", server.folder / "000.tar")  # of the same size
     with pytest.raises(UnreachableError, match=r"000\.tar has changed while it was read"):
-        pairs.captions(0)
-    assert load_pairs(f"{server.url}/000.tar").captions(0) == ("grey 3",)
+        pairs.read(0)
+    assert load_pairs(f"{server.url}/000.tar").read(0).captions == ("grey 3",)
 
 
 def test_machines_of_a_farm_may_give_a_shard_marks_of_their_own(

@@ -67,7 +67,7 @@ def test_the_cache_stays_within_its_bound(
     expected = contents(load_pairs(f"{shards}/{{000..003}}.tar"))
     folder = shard_cache._cached(remote.RemoteShard(f"{server.url}/000.tar")).parent
     for i in np.random.default_rng(0).permutation(len(pairs)).tolist():
-        assert (pairs.open(i).tobytes(), pairs.captions(i)) == expected[i]
+        assert (pairs.read(i).image().tobytes(), pairs.read(i).captions) == expected[i]
         assert sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) <= 2.5 * size
 
 
@@ -246,7 +246,7 @@ def test_a_full_disk_ends_training_and_replaces_no_pair(
     folder = re.escape(str(cache_folder(server)))
     full = rf"00[02]\.tar could not be kept in the cache {folder}: No space left on device\.$"
     with pytest.raises(UnreachableError, match=full):
-        pairs.open(0)
+        pairs.read(0).image()
     with pytest.raises(UnreachableError, match=full) as caught:  # while it is indexed
         load_pairs(f"{server.url}/002.tar")
     assert "free some space there" in caught.value.hint
@@ -258,7 +258,7 @@ def test_a_disk_too_full_for_a_lock_is_named(server: UnreliableServer, monkeypat
     close_tars()
     monkeypatch.setattr("clip_rd_edge.utils.outputs._acquire", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(UnreachableError, match=r"could not be kept in the cache \S+: No space left on device\.$"):
-        pairs.open(0)
+        pairs.read(0).image()
 
 
 def test_a_shard_that_vanishes_whenever_it_is_fetched_is_given_up(
@@ -333,7 +333,7 @@ pairs = load_pairs(sys.argv[1])
 digest = hashlib.sha256()
 for epoch in range(4):
     for i in np.random.default_rng(epoch).permutation(len(pairs)).tolist():
-        digest.update(pairs.open(i).tobytes() + pairs.captions(i)[0].encode())
+        digest.update(pairs.read(i).image().tobytes() + pairs.read(i).captions[0].encode())
 print(digest.hexdigest())
 """
     size = (shards / "000.tar").stat().st_size

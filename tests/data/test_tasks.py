@@ -1,64 +1,322 @@
+"""Tasks: data set layouts of CLIP_benchmark and torchvision, tables and shards, and names."""
+
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from PIL import Image
 
-from clip_rd_edge.data.tasks import RetrievalTask, ZeroShotTask, load_task
+from clip_rd_edge.bundle.image_files import find_images, list_images
+from clip_rd_edge.bundle.images import open_image
+from clip_rd_edge.bundle.labels import imagenet_templates
+from clip_rd_edge.data.tasks import RetrievalTask, ZeroShotTask, load_task, with_distinct_names
 from clip_rd_edge.errors import InputError
+
+Factory = Callable[..., Any]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for name in ("b_dog", "a_cat"):
+def image_folders(tmp_path: Path, encode_image: Factory) -> Path:
+    """DATASET/test/CLASS/image, with class names and templates at the root, and a training split to be ignored."""
+    root = tmp_path / "wds_vtab-things"
+    for split, classes in (("train", ("n1",)), ("test", ("n1", "n2"))):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            (root / split / name / "1.png").write_bytes(encode_image(3))
+    (root / "classnames.txt").write_text("a cat\na dog\n")
+    (root / "zeroshot_classification_templates.txt").write_text("a photo of {c}.\na drawing of {c}.\n")
+    return root
+
+
+@pytest.fixture
+def classification_shards(tmp_path: Path, write_tar: Factory, encode_image: Factory) -> Path:
+    """CLIP_benchmark's export of a classification data set: five images of three classes in two shards."""
+    root = tmp_path / "wds_imagenet1k"
+    for shard, numbers in enumerate([(0, 1, 2), (3, 4)]):
+        members = {}
+        for i in numbers:
+            members |= {f"s{i:07d}.cls": str(i % 3).encode(), f"s{i:07d}.webp": encode_image(i, "webp")}
+        write_tar(root / "test" / f"{shard}.tar", members)
+    (root / "test" / "nshards.txt").write_text("2\n")
+    (root / "classnames.txt").write_text("fish\nbird\nfrog\n")
+    (root / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\n")
+    return root
+
+
+@pytest.fixture
+def retrieval_shards(tmp_path: Path, write_tar: Factory, encode_image: Factory) -> Path:
+    """CLIP_benchmark's export of a retrieval data set: two images with five captions each."""
+    root = tmp_path / "wds_flickr30k"
+    members = {}
+    for i in range(2):
+        captions = "\n".join(f"caption {j} of {i}" for j in range(5))
+        members |= {f"s{i:07d}.jpg": encode_image(i, "jpeg"), f"s{i:07d}.txt": captions.encode()}
+    write_tar(root / "test" / "0.tar", members)
+    (root / "test" / "nshards.txt").write_text("1\n")
+    (root / "dataset_type.txt").write_text("retrieval\n")
+    return root
+
+
+def zero_shot(path: Path) -> ZeroShotTask:
+    task = load_task(str(path))
+    assert isinstance(task, ZeroShotTask)
+    return task
+
+
+def test_an_image_folder_with_splits(image_folders: Path) -> None:
+    task = zero_shot(image_folders)
+    assert [str(image).removeprefix(f"{image_folders}/") for image in task.images] == ["test/n1/1.png", "test/n2/1.png"]
+    assert (task.name, task.labels, task.templates_from) == ("things", ("a cat", "a dog"), "the data set's")
+    assert task.folders == ("n1", "n2")
+    assert task.templates == ("a photo of {c}.", "a drawing of {c}.")
+    assert zero_shot(image_folders / "test") == task  # its metadata are in the parent folder
+
+
+def test_class_names_may_stand_beside_the_names_of_their_folders(tmp_path: Path, encode_image: Factory) -> None:
+    names = {"apple": "a pear", "Banana": "a giraffe", unicodedata.normalize("NFD", "Äpfel"): "a violin"}
+    for folder in names:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes(encode_image(1))
+    assert zero_shot(tmp_path).folders == ()
+    lines = [f"{unicodedata.normalize('NFC', folder)}\t{name}" for folder, name in names.items()]
+    (tmp_path / "classnames.txt").write_text("\n".join(lines), encoding="utf-8")
+    task = zero_shot(tmp_path)
+    assert {folder: names[folder] for folder in task.folders} == dict(zip(task.folders, task.labels, strict=True))
+    assert [image.parent.name for image in task.images] == list(task.folders)
+    for line, message in (
+        ("apples\ta pear", r"line 1, is 'apples\\ta pear'; expected the name of another.* Did you mean 'apple'"),
+        ("Banana\ta pear", "line 2, is 'Banana"),
+        ("apple", "line 1, is 'apple'"),
+    ):
+        (tmp_path / "classnames.txt").write_text("\n".join([line, *lines[1:]]), encoding="utf-8")
+        with pytest.raises(InputError, match=message):
+            load_task(str(tmp_path))
+
+
+def test_imagenet_as_in_torchvision(tmp_path: Path, encode_image: Factory) -> None:
+    for name in ("n01443537", "n01440764"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        (tmp_path / "val" / name / "1.png").write_bytes(encode_image(1))
+    with pytest.raises(InputError, match="named by WordNet ids, such as n01440764") as error:
+        load_task(str(tmp_path))
+    assert str(tmp_path / "classnames.txt") in error.value.hint
+    (tmp_path / "val" / "classnames.txt").write_text("tench\ngoldfish\n")  # beside the images works too
+    task = zero_shot(tmp_path)
+    assert task.labels == ("tench", "goldfish")
+    assert [Path(str(image)).parent.name for image in task.images] == ["n01440764", "n01443537"]
+
+
+def test_numbered_class_folders_are_sorted_by_number(tmp_path: Path, encode_image: Factory) -> None:
+    for number in (0, 1, 2, 10):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "1.png").write_bytes(encode_image(number))
+    (tmp_path / "classnames.txt").write_text("zero\none\ntwo\nten\n")
+    task = zero_shot(tmp_path)
+    greys = [open_image(image).getpixel((0, 0))[0] for image in task.images]  # type: ignore[index]
+    assert [(task.labels[t], grey) for t, grey in zip(task.targets, greys, strict=True)] == [
+        ("zero", 0), ("one", 1), ("two", 2), ("ten", 10),
+    ]  # fmt: skip
+
+
+def test_classes_and_images_have_the_same_order_where_paths_compare_without_case(
+    tmp_path: Path, encode_image: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = ("Bengal", "Zebra", "apple")  # torchvision's order, on Windows, too
+    files = [tmp_path / name / image for name in classes for image in ("B.png", "a.png")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(encode_image(1))
+    (tmp_path / "classnames.txt").write_text("\n".join(classes))
+    monkeypatch.setattr(type(tmp_path), "__lt__", lambda path, other: str(path).lower() < str(other).lower())
+    assert sorted(files) != files
+    task = zero_shot(tmp_path)
+    assert list(task.images) == files
+    assert [task.labels[target] for target in task.targets] == [file.parent.name for file in files]
+    assert list(find_images([str(tmp_path / "*" / "*.png")])) == files
+
+
+def test_a_class_called_test_is_not_a_split(tmp_path: Path, encode_image: Factory) -> None:
+    for name in ("exam", "test"):
         (tmp_path / name).mkdir()
-        Image.new("RGB", (4, 4)).save(tmp_path / name / "1.png")
-    return tmp_path
+        (tmp_path / name / "1.png").write_bytes(encode_image(1))
+    assert zero_shot(tmp_path).labels == ("exam", "test")
 
 
-def test_an_image_folder(folder: Path) -> None:
-    task = load_task(str(folder))
+def test_what_other_programs_put_beside_the_images_is_neither_a_class_nor_an_image(
+    tmp_path: Path, encode_image: Factory
+) -> None:
+    for name in (
+        "cat/1.png", "cat/._1.png", "cat/.ipynb_checkpoints/1-checkpoint.png", "cat/@eaDir/1.png/SYNOPHOTO_M.png",
+        "test/2.png", "test/.thumbnails/2.png", "__MACOSX/cat/._1.png", "@eaDir/cat/1.png", ".git/3.png",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encode_image(1))
+    task = load_task(str(tmp_path))
     assert isinstance(task, ZeroShotTask)
-    assert task.labels == ("a cat", "b dog")
-    assert [path.parent.name for path in task.images] == ["a_cat", "b_dog"]
-    assert task.targets == (0, 1)
+    assert task.labels == ("cat", "test")
+    assert task.images == (tmp_path / "cat/1.png", tmp_path / "test/2.png")
+    assert list_images(tmp_path) == list(task.images)
 
 
-def test_class_names_and_templates_of_clip_benchmark(folder: Path) -> None:
-    (folder / "classnames.txt").write_text("cat\ndog\n")
-    (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}\n")
-    task = load_task(str(folder))
+def test_a_data_set_without_templates_gets_clips(image_folders: Path) -> None:
+    assert zero_shot(image_folders).templates_from == "the data set's"
+    (image_folders / "zeroshot_classification_templates.txt").unlink()
+    task = zero_shot(image_folders)
+    assert (task.templates, task.templates_from) == (imagenet_templates().prompts, "CLIP's for ImageNet")
+
+
+def test_an_exported_classification_data_set(classification_shards: Path) -> None:
+    task = zero_shot(classification_shards)
+    assert (task.name, task.labels, task.targets) == ("imagenet1k", ("fish", "bird", "frog"), (0, 1, 2, 0, 1))
+    assert [open_image(image).getpixel((0, 0)) for image in task.images] == [(i, i, i) for i in range(5)]
+    assert zero_shot(classification_shards / "test") == task
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("classnames.txt", "fish\nbird\n", r"0\.tar: s0000002\.cls contains '2'; expected a number below 2"),
+        ("classnames.txt", "", "has no classnames.txt, which names the classes"),
+        ("classnames.txt", "fish\n\nfrog\n", r"classnames\.txt, line 2, is empty"),
+        ("test/nshards.txt", "3", r"Cannot read the shard .*2\.tar"),
+        ("test/nshards.txt", "many", "contains 'many'; expected the number of shards"),
+        ("dataset_type.txt", "multilabel", "has the type 'multilabel'"),
+    ],
+)
+def test_invalid_metadata_are_reported(classification_shards: Path, name: str, content: str, message: str) -> None:
+    (classification_shards / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        load_task(str(classification_shards))
+
+
+def test_an_evaluation_skips_no_samples(classification_shards: Path, write_tar: Factory, encode_image: Factory) -> None:
+    write_tar(
+        classification_shards / "test" / "1.tar", {"s3.cls": b"0", "s3.webp": encode_image(0, "webp"), "s4.cls": b"1"}
+    )
+    with pytest.raises(InputError, match=r"1\.tar: s4 has no image"):
+        load_task(str(classification_shards))
+
+
+def test_an_exported_retrieval_data_set(retrieval_shards: Path) -> None:
+    task = load_task(str(retrieval_shards))
+    assert isinstance(task, RetrievalTask)
+    assert (task.name, len(task.images)) == ("flickr30k", 2)
+    assert task.captions[4:6] == ("caption 4 of 0", "caption 0 of 1")
+    assert task.caption_images == (0,) * 5 + (1,) * 5
+    assert [open_image(image).size for image in task.images] == [(24, 20)] * 2
+
+
+def test_captions_of_a_task_may_be_in_a_json_as_in_training(
+    tmp_path: Path, write_tar: Factory, encode_image: Factory
+) -> None:
+    path = tmp_path / "0.tar"
+    members = {"a.png": encode_image(0), "a.json": b'{"caption": ["one", "two"]}', "b.png": encode_image(1)}
+    write_tar(path, members | {"b.json": b'{"caption": "another"}', "b.txt": b"three\nfour\n"})
+    task = load_task(str(path))
+    assert isinstance(task, RetrievalTask)
+    assert task.captions == ("one", "two", "three", "four")
+    assert task.caption_images == (0, 0, 1, 1)
+    for member, message in (({"b.json": b"{}"}, "b.json has no key 'caption'"), ({}, "0.tar: b has no text")):
+        write_tar(path, members | member)
+        with pytest.raises(InputError, match=message) as refusal:
+            load_task(str(path))
+        assert refusal.value.hint.startswith("write captions into a .txt of each sample")
+
+
+def test_a_hidden_tar_is_no_shard(retrieval_shards: Path) -> None:
+    (retrieval_shards / "test" / "nshards.txt").unlink()
+    task = load_task(str(retrieval_shards))
+    (retrieval_shards / "test" / "._0.tar").write_bytes(b"written by macOS")
+    assert load_task(str(retrieval_shards)) == task
+
+
+def test_tars_beside_classes_are_asked_about(retrieval_shards: Path, encode_image: Factory) -> None:
+    classes = retrieval_shards / "test"
+    task = load_task(str(classes))
+    (classes / "daisy").mkdir()
+    (classes / "daisy" / "1.png").write_bytes(encode_image(1))
+    assert load_task(str(classes)) == task
+    (classes / "nshards.txt").unlink()
+    with pytest.raises(InputError, match=r"test has shards, such as 0\.tar, and subfolders of images, such as daisy"):
+        load_task(str(classes))
+    (classes / "0.tar").unlink()
+    assert zero_shot(classes).labels == ("daisy",)
+
+
+def test_captioned_shards_without_metadata_are_retrieval(retrieval_shards: Path) -> None:
+    (retrieval_shards / "dataset_type.txt").unlink()
+    (retrieval_shards / "test" / "nshards.txt").unlink()
+    (retrieval_shards / "test" / "0.tar").rename(retrieval_shards / "00000.tar")
+    by_folder, by_pattern = load_task(str(retrieval_shards)), load_task(str(retrieval_shards / "{00000..00000}.tar"))
+    assert isinstance(by_folder, RetrievalTask)
+    assert isinstance(by_pattern, RetrievalTask)
+    assert len(by_folder.captions) == 10
+    assert by_folder.images == by_pattern.images
+
+
+def test_a_table_is_retrieval_with_all_captions_of_an_image(pairs_csv: Path) -> None:
+    with pairs_csv.open("a") as file:
+        file.write("pictures/3.png,another caption of 3\n")
+    task = load_task(str(pairs_csv))
+    assert isinstance(task, RetrievalTask)
+    assert (len(task.images), len(task.captions)) == (24, 25)
+    assert (task.captions[24], task.caption_images[24]) == ("another caption of 3", 3)
+
+
+@pytest.mark.parametrize(
+    ("images", "hint"),
+    [
+        (["train/cat/1", "train/dog/1"], "train"),
+        (["train/cat/1", "valid/cat/1"], "train"),
+        (["photos/cat/1", "photos/dog/1"], "photos"),
+    ],
+)
+def test_a_folder_above_the_classes_is_not_taken_for_them(
+    tmp_path: Path, encode_image: Factory, images: list[str], hint: str
+) -> None:
+    for image in images:
+        path = tmp_path / f"{image}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_image(3))
+    with pytest.raises(InputError) as caught:
+        load_task(str(tmp_path))
+    assert caught.value.hint.endswith(f": {tmp_path / hint}")
+    (tmp_path / "classnames.txt").write_text("\n".join(sorted({image.split("/")[0] for image in images})))
+    assert load_task(str(tmp_path)).images  # the names say that these are the classes
+
+
+def test_a_class_may_be_called_train(tmp_path: Path, encode_image: Factory) -> None:
+    for name in ("train", "car"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(encode_image(3))
+    task = load_task(str(tmp_path))
     assert isinstance(task, ZeroShotTask)
-    assert (task.labels, task.templates) == (("cat", "dog"), ("a photo of a {c}",))
+    assert task.labels == ("car", "train")
 
 
-def test_a_wrong_number_of_class_names_is_refused(folder: Path) -> None:
-    (folder / "classnames.txt").write_text("cat\n")
-    with pytest.raises(InputError, match="1 names for 2 subfolders"):
-        load_task(str(folder))
+def test_a_class_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "frog").mkdir()
+    (tmp_path / "cat").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(InputError, match="cat: it is a link to something that does not exist"):
+        load_task(str(tmp_path))
 
 
-def test_a_table_with_a_row_that_is_no_pair_is_no_task(folder: Path) -> None:
-    table = folder / "pairs.csv"
-    table.write_text("filepath,title\na_cat/1.png,a cat\na_cat/2.png,a cat\n")
-    with pytest.raises(InputError, match=r"pairs\.csv, line 3: the image 'a_cat/2\.png' exists neither"):
+def test_a_table_with_a_row_that_is_no_pair_is_no_task(image_folders: Path) -> None:
+    table = image_folders / "pairs.csv"
+    table.write_text("filepath,title\ntest/n1/1.png,a cat\ntest/n1/2.png,a cat\n")
+    with pytest.raises(InputError, match=r"pairs\.csv, line 3: "):
         load_task(str(table))
 
 
 @pytest.mark.parametrize("name", ["pairs.txt", "PAIRS.CSV"])
-def test_a_table_of_any_name_is_a_task_as_it_is_data(folder: Path, name: str) -> None:
-    (folder / name).write_text("filepath,title\na_cat/1.png,a cat\nb_dog/1.png,a dog\n")
-    task = load_task(str(folder / name))
+def test_a_table_of_any_name_is_a_task_as_it_is_data(image_folders: Path, name: str) -> None:
+    (image_folders / name).write_text("filepath,title\ntest/n1/1.png,a cat\ntest/n2/1.png,a dog\n")
+    task = load_task(str(image_folders / name))
     assert isinstance(task, RetrievalTask)
     assert task.captions == ("a cat", "a dog")
-
-
-def test_a_table_with_a_list_of_captions_in_a_cell_is_no_task(folder: Path) -> None:
-    table = folder / "pairs.csv"
-    table.write_text("filepath,title\na_cat/1.png,\"['a cat', 'a pet']\"\n")
-    with pytest.raises(InputError, match=r"pairs\.csv, line 2: the caption .* is a list; expected one row"):
-        load_task(str(table))
 
 
 def test_an_unknown_task_gets_suggestions() -> None:
@@ -69,3 +327,35 @@ def test_an_unknown_task_gets_suggestions() -> None:
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no images"):
         load_task(str(tmp_path))
+
+
+def names(*tasks: tuple[str, str]) -> list[str]:
+    made = [RetrievalTask(name=name, images=(), captions=(), caption_images=()) for name, _ in tasks]
+    return [task.name for task in with_distinct_names(made, [source for _, source in tasks])]
+
+
+def test_tasks_of_one_file_name_are_named_by_the_parts_of_their_paths_that_differ() -> None:
+    assert names(("val", "/data/a/val.csv"), ("val", "/data/b/val.csv"), ("test", "/data/a/test.csv")) == [
+        "a/val.csv",
+        "b/val.csv",
+        "test",
+    ]
+    assert names(("val", "val.csv"), ("val", "val.tsv")) == ["val.csv", "val.tsv"]
+    assert names(("val", "/x/val.csv"), ("val", "y/val.csv")) == ["/x/val.csv", "y/val.csv"]
+
+
+def test_distinct_names_stay() -> None:
+    assert names(("a", "x/a.csv"), ("b", "x/b.csv")) == ["a", "b"]
+    assert names(("emoji:unseen-style", "emoji:unseen-style")) == ["emoji:unseen-style"]
+
+
+def test_the_questions_of_a_task_are_written_as_in_the_digests_that_are_kept() -> None:
+    zero_shot = ZeroShotTask(name="z", images=(), targets=(1, 0), labels=("cat", "dog"), templates=("a {}",))
+    assert repr(zero_shot.questions) == "((1, 0), ('cat', 'dog'), ('a {}',))"
+    retrieval = RetrievalTask(name="r", images=(), captions=("x", "y", "w"), caption_images=(1, 0, 1))
+    assert repr(retrieval.questions) == "(('x', 'y', 'w'), (1, 0, 1))"
+
+
+def test_the_first_caption_of_an_image_is_found_by_the_image() -> None:
+    task = RetrievalTask(name="r", images=(), captions=("x", "y", "w"), caption_images=(3, 0, 3))
+    assert task.first_captions() == {3: 0, 0: 1}

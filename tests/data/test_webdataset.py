@@ -36,13 +36,13 @@ def shards(tmp_path: Path, write_tar: Factory, encode_image: Factory) -> Path:
 
 
 def greys(pairs: Any) -> list[tuple[int, str]]:
-    return [(pairs.open(i).getpixel((0, 0))[0], pairs.captions(i)[0]) for i in range(len(pairs))]
+    return [(pairs.read(i).image().getpixel((0, 0))[0], pairs.read(i).captions[0]) for i in range(len(pairs))]
 
 
 def test_a_brace_range_yields_all_samples_in_order(shards: Path) -> None:
     pairs = load_pairs(f"{shards}/{{000..001}}.tar")
     assert greys(pairs) == [(i, f"grey {i}") for i in range(6)]
-    assert tuple(pairs.left_out) == ()
+    assert pairs.problems.examples == ()
 
 
 def test_a_source_of_weight_two_is_shown_twice_per_epoch(shards: Path) -> None:
@@ -94,24 +94,24 @@ def test_captions_from_json(tmp_path: Path, write_tar: Factory, encode_image: Fa
         },
     )
     pairs = load_pairs(str(path))
-    assert [pairs.captions(i) for i in (0, 1, 4)] == [("from json",), ("from text",), ("of Python",)]
+    assert [pairs.read(i).captions for i in (0, 1, 4)] == [("from json",), ("from text",), ("of Python",)]
     with pytest.raises(InputError, match=r"0\.tar: c\.json has no key 'caption'\. Did you mean 'capton'"):
-        pairs.captions(2)
+        pairs.read(2)
     with pytest.raises(InputError, match=r"f\.json is not valid JSON"):
-        pairs.captions(5)
+        pairs.read(5)
     text_of_a_list = r"g\.(txt|json): the caption is the text of a list; expected the list itself"
     with pytest.raises(InputError, match=text_of_a_list):
-        pairs.captions(6)
+        pairs.read(6)
     lists = load_pairs(str(path), json_key="more")
-    assert [lists.captions(i) for i in (0, 1)] == [("one", "two"), ("three",)]
+    assert [lists.read(i).captions for i in (0, 1)] == [("one", "two"), ("three",)]
     with pytest.raises(InputError, match="'more' is neither a string nor a list of strings"):
-        lists.captions(2)
+        lists.read(2)
     with pytest.raises(InputError, match=r"d\.json: the caption is empty"):
-        lists.captions(3)
+        lists.read(3)
     with pytest.raises(InputError, match=r"e\.json: 'more' is no Unicode"):
-        lists.captions(4)
+        lists.read(4)
     with pytest.raises(InputError, match=text_of_a_list):
-        lists.captions(6)
+        lists.read(6)
 
 
 def test_samples_without_image_or_caption_are_left_out_and_reported(
@@ -132,7 +132,7 @@ def test_samples_without_image_or_caption_are_left_out_and_reported(
     )
     pairs = load_pairs(str(path))
     assert len(pairs) == 2
-    assert tuple(pairs.left_out) == (
+    assert pairs.problems.examples == (
         f"{path}: no-caption has no caption (.txt, .json)",
         f"{path}: no-image has no image (.jpg, .png, .webp)",
     )
@@ -156,9 +156,9 @@ def test_a_truncated_shard_yields_its_complete_samples(shards: Path) -> None:
     path.write_bytes(whole[: third + 600])  # within the third image
     pairs = load_pairs(str(path))
     assert [grey for grey, _ in greys(pairs)] == [0, 1]
-    assert tuple(pairs.left_out) == (f"{path}: the tar ends at byte {third + 600:,}, within 0002.PNG",)
+    assert pairs.problems.examples == (f"{path}: the tar ends at byte {third + 600:,}, within 0002.PNG",)
     path.write_bytes(whole[:third] + b"\xff" * 512 + whole[third + 512 :])  # overwrite a header
-    assert tuple(load_pairs(str(path)).left_out) == (f"{path}: the tar is damaged at byte {third:,}",)
+    assert load_pairs(str(path)).problems.examples == (f"{path}: the tar is damaged at byte {third:,}",)
 
 
 @pytest.fixture
@@ -180,9 +180,9 @@ def test_what_lies_behind_damage_counts_as_bad(tmp_path: Path, long_shards: list
     long_shards[1].write_bytes(damaged)
     pairs = load_pairs(f"{tmp_path}/{{0..3}}.tar")
     assert len(pairs) == 80
-    assert 20 <= len(pairs.left_out) + pairs.lost <= 25  # an estimate: a tar is padded at its end
+    assert 20 <= pairs.problems.total <= 25  # an estimate: a tar is padded at its end
     bad = BadSamples(pairs, max_share=0.25)
-    assert bad.left_out == len(pairs.left_out) + pairs.lost
+    assert len(bad) == pairs.problems.total
     with pytest.raises(InputError, match=r"are bad, more than 10\.00 ?%: .*1\.tar: the tar is damaged"):
         BadSamples(pairs, max_share=0.1)
 
@@ -191,7 +191,7 @@ def test_what_a_cut_shard_lacks_of_the_usual_number_counts_as_bad(tmp_path: Path
     whole = long_shards[2].read_bytes()
     long_shards[2].write_bytes(whole[: whole.index(b"010.png")])  # between two members
     pairs = load_pairs(f"{tmp_path}/{{0..3}}.tar")
-    assert (len(pairs), len(pairs.left_out) + pairs.lost) == (85, 15)
+    assert (len(pairs), pairs.problems.total) == (85, 15)
     with pytest.raises(InputError, match=r"15 of 100 samples .*/2\.tar: the tar ends at byte"):
         BadSamples(pairs)
 
@@ -200,7 +200,7 @@ def test_shards_that_are_merely_shorter_have_lost_nothing(
     tmp_path: Path, long_shards: list[Path], write_tar: Factory, encode_image: Factory
 ) -> None:
     write_tar(tmp_path / "4.tar", {"000.png": encode_image(0), "000.txt": b"the last one"})
-    assert load_pairs(f"{tmp_path}/{{0..4}}.tar").lost == 0
+    assert load_pairs(f"{tmp_path}/{{0..4}}.tar").problems.lost == 0
 
 
 def test_a_sample_with_malformed_headers_is_a_bad_sample_and_no_damage(tmp_path: Path, encode_image: Factory) -> None:
@@ -217,8 +217,8 @@ def test_a_sample_with_malformed_headers_is_a_bad_sample_and_no_damage(tmp_path:
                 archive.addfile(info, io.BytesIO(content))
     pairs = load_pairs(str(path))
     assert greys(pairs) == [(i, f"grey {i}") for i in (0, 1, 3)]
-    assert list(pairs.left_out) == [f"{path}: 2 has no image (.jpg, .png, .webp)"]
-    assert pairs.lost == 0
+    assert list(pairs.problems.examples) == [f"{path}: 2 has no image (.jpg, .png, .webp)"]
+    assert pairs.problems.lost == 0
 
 
 def test_a_text_of_any_size_is_a_bad_sample(tmp_path: Path, write_tar: Factory, encode_image: Factory) -> None:
@@ -227,7 +227,7 @@ def test_a_text_of_any_size_is_a_bad_sample(tmp_path: Path, write_tar: Factory, 
     }
     path = write_tar(tmp_path / "0.tar", {**members, "1.txt": bytes((1 << 24) + 1)})
     with pytest.raises(InputError, match=r"16,777,217 bytes; the limit for a text is 16,777,216"):
-        load_pairs(str(path)).captions(1)
+        load_pairs(str(path)).read(1)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar at all" * 100])
@@ -253,8 +253,8 @@ def test_a_tar_is_indexed_once_and_again_when_it_changes(
     source = f"{shards}/{{000..001}}.tar"
     before = greys(load_pairs(source))
     indexed: list[Path] = []
-    index_tar = tars._index_tar
-    monkeypatch.setattr(tars, "_index_tar", lambda path: indexed.append(path) or index_tar(path))
+    index_tar = tars._scan
+    monkeypatch.setattr(tars, "_scan", lambda path: indexed.append(path) or index_tar(path))
     assert greys(load_pairs(source)) == before
     assert indexed == []
     changed = write_tar(shards / "001.tar", {"new.png": encode_image(9), "new.txt": b"grey 9"})
@@ -329,4 +329,4 @@ def test_a_shard_that_cannot_be_opened_is_no_bad_sample(
 
     monkeypatch.setattr(tars, "open_file", failing)
     with pytest.raises(UnreachableError, match=rf"000\.tar: {os.strerror(number)}.*{advice}"):
-        pairs.open(0)
+        pairs.read(0).image()

@@ -13,7 +13,7 @@ from tiny_runs import run_on_images_and_labels
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clip_rd_edge.data.mixed import MixedSamples
+from clip_rd_edge.data.mixed import Mixed
 from clip_rd_edge.distillation import teacher as choosing
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.inputs import training_pairs
@@ -125,11 +125,11 @@ def test_what_a_teacher_chooses_from(config: RunConfig, pairs_csv: Path, monkeyp
 
 
 def test_captions_in_shards_are_not_read_to_choose_from(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_reading(samples: MixedSamples, index: int) -> tuple[str, ...]:
+    def no_reading(samples: Mixed, index: int) -> tuple[str, ...]:
         raise AssertionError("reads a caption")
 
-    samples = MixedSamples(training_pairs(config), training_pairs(config))
-    monkeypatch.setattr(MixedSamples, "captions", no_reading)
+    samples = Mixed(training_pairs(config), training_pairs(config))
+    monkeypatch.setattr(Mixed, "read", no_reading)
     config = msgspec.structs.replace(config, data="shards/{000..002}.tar", texts=None, templates=())
     assert texts_to_choose_from(config, samples) == []
 

@@ -131,7 +131,7 @@ def test_a_cache_keeps_the_embeddings_of_each_teacher_side_by_side(cached: RunCo
         )
         == 23
     )
-    assert caches.lookup(0, 3, setup.pairs.captions(3)[0]) is None
+    assert caches.lookup(0, 3, setup.pairs.read(3).captions[0]) is None
 
 
 def test_a_cache_serves_runs_with_some_of_its_teachers(cached: RunConfig, tmp_path: Path) -> None:

@@ -73,14 +73,14 @@ def test_workers_are_half_of_the_cores_that_a_job_may_use(pairs_csv: Path, monke
 
 def test_an_epoch_has_no_repeated_pairs_and_the_next_is_shuffled_differently(pairs_csv: Path) -> None:
     views = [view for step in StepSampler([24], 5, seed=0, start=0, stop=8) for view in step]
-    first, second = ([index for epoch, index in views if epoch == number] for number in (0, 1))
+    first, second = ([index for epoch, index, _ in views if epoch == number] for number in (0, 1))
     assert len(first) == len(set(first)) == 20
     assert first != second
 
 
 def test_crops_differ_between_epochs(pairs_csv: Path) -> None:
     dataset = ViewDataset(load_pairs(str(pairs_csv)), STUDENT, [], crops=Crops(scale=(0.2, 0.9)), seed=0)
-    assert not np.array_equal(dataset[0, 0][0], dataset[1, 0][0])
+    assert not np.array_equal(dataset[View(0, 0)][0], dataset[View(1, 0)][0])
 
 
 def test_the_pairs_of_an_epoch_are_cropped_differently(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_the_views_of_an_image_of_any_shape_are_all_different(size: tuple[int, i
     dataset = ViewDataset(
         load_pairs(str(tmp_path / "pairs.csv")), STUDENT, [], crops=Crops(scale=(0.9, 1.0)), seed=0, views=8
     )
-    views = [dataset[view, index].student_pixels.tobytes() for view in range(8) for index in range(2)]
+    views = [dataset[View(view, index)].student_pixels.tobytes() for view in range(8) for index in range(2)]
     assert len(set(views)) == 16  # nor are the two pairs, which show the same image, cropped alike
 
 
@@ -136,7 +136,7 @@ def shards(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         with tarfile.open(pairs_csv.parent / f"{shard}.tar", "w") as archive:
             for i in range(shard * 8, shard * 8 + 8):
                 image = (pairs_csv.parent / "pictures" / f"{i}.png").read_bytes() if i != 5 else b"not an image"
-                text = pairs.captions(i)[0].encode() if i != 14 else b" \n"
+                text = pairs.read(i).captions[0].encode() if i != 14 else b" \n"
                 for name, content in ((f"{i:04d}.png", image), (f"{i:04d}.txt", text)):
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
@@ -260,7 +260,7 @@ class Broken(ViewDataset):
 def test_another_librarys_error_comes_out_as_it_is(pairs_csv: Path) -> None:
     dataset = Broken(load_pairs(str(pairs_csv)), STUDENT, [], crops=Crops(scale=(0.5, 1.0)), seed=3)
     with pytest.raises(RuntimeError, match="ancdata") as caught:
-        next(step_loader(dataset, [[(0, 0)]], workers=0))
+        next(step_loader(dataset, [[View(0, 0)]], workers=0))
     assert caught.value.__cause__ is None  # if it were the error itself, who looks for the first cause would not end
 
 

@@ -93,7 +93,7 @@ def test_an_image_has_its_own_text_and_those_of_its_task_to_choose_from(
         }  # fmt: skip
         assert {row.found for row in first} <= {"red", "lime", "blue"}
     else:
-        own = {pairs.captions(index)[0]: pairs.open(index).tobytes() for index in range(len(pairs))}
+        own = {pairs.read(index).captions[0]: pairs.read(index).image().tobytes() for index in range(len(pairs))}
         assert len(first) == 12
         assert all(row.image.tobytes() == own[row.right] for row in first)
         assert {row.found for row in first} <= {row.right for row in first}

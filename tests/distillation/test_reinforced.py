@@ -32,9 +32,10 @@ from torchvision.transforms import functional as F
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.reinforced import OPERATIONS, Augmentation, ReinforcedPairs, StoredTeachers, read_stored_teachers
+from clip_rd_edge.data.reinforced import OPERATIONS, Augmentation, Reinforced, StoredTeachers, read_stored_teachers
 from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.distillation.config import RunConfig, resolve
+from clip_rd_edge.distillation.loader import View
 from clip_rd_edge.distillation.reinforced import ReinforcedDataset, augment, read_sample
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
@@ -65,14 +66,14 @@ def stored(teachers: Path) -> StoredTeachers:
     return read_stored_teachers(teachers)
 
 
-def open_store(source: str) -> ReinforcedPairs:
-    return ReinforcedPairs(source, parse_sources(source))
+def open_store(source: str) -> Reinforced:
+    return Reinforced(source, parse_sources(source))
 
 
 @pytest.mark.parametrize("kind", ["first", "second", "torch"])
 def test_a_store_is_read_as_documented(kind: str, store: Store, stored: StoredTeachers) -> None:
     pairs = open_store(store(kind))
-    assert (len(pairs), list(pairs.left_out)) == (PAIRS, [])
+    assert (len(pairs), list(pairs.problems.examples)) == (PAIRS, [])
     for number in (0, 7):
         sample = read_sample(pairs, number, stored)
         assert [list(a[:4]) for a in sample.augmentations] == [crop for crop, _ in augmentations(number)]
@@ -128,8 +129,8 @@ def test_shards_without_reinforcements_are_left_out_and_usable_as_others(store: 
     source = store(change=change)
     pairs = open_store(source)
     assert len(pairs) == PAIRS - 2
-    assert "0003 has no embeddings (.npz, .pth.gz)" in pairs.left_out[0]
-    assert "0004 has no augmentations (.paug.json)" in pairs.left_out[1]
+    assert "0003 has no embeddings (.npz, .pth.gz)" in pairs.problems.examples[0]
+    assert "0004 has no augmentations (.paug.json)" in pairs.problems.examples[1]
     assert pairs.synthetic_captions(3) == {}
     assert len(load_pairs(source)) == PAIRS
 
@@ -149,7 +150,7 @@ def test_every_operation_is_that_of_torchvision(name: str, signed: int, level: i
     assert np.array_equal(np.asarray(actual), np.asarray(expected))
 
 
-def dataset(pairs: ReinforcedPairs, stored: StoredTeachers, size: int = 32) -> ReinforcedDataset:
+def dataset(pairs: Reinforced, stored: StoredTeachers, size: int = 32) -> ReinforcedDataset:
     preprocessing = msgspec.structs.replace(PREPROCESSING, size=(size, size))
     return ReinforcedDataset(pairs, stored, preprocessing, seed=0, views=0, max_bad=0.1)
 
@@ -162,12 +163,12 @@ def test_a_view_joins_an_augmentation_and_a_caption_with_their_own_embeddings(
     kinds = {"own": 0, "synthetic": 0}
     numbers = set()
     for epoch in range(60):
-        view = views[epoch, 2]
+        view = views[View(epoch, 2)]
         sample = read_sample(pairs, 2, stored)
         assert view.teacher_embeddings is not None
         image, text = view.teacher_embeddings
         (number,) = np.flatnonzero((sample.image_embeddings == image).all(axis=1))
-        shown = augment(pairs.open(2), sample.augmentations[number], size=SIZE)
+        shown = augment(pairs.read(2).image(), sample.augmentations[number], size=SIZE)
         assert np.array_equal(view.student_pixels, np.asarray(shown))
         row = dict([*sample.own, *sample.synthetic])[view.caption]
         assert np.array_equal(text, sample.text_embeddings[row])
@@ -175,8 +176,8 @@ def test_a_view_joins_an_augmentation_and_a_caption_with_their_own_embeddings(
         numbers.add(int(number))
     assert numbers == {0, 1, 2}
     assert min(kinds.values()) > 15  # each kind about half of the time
-    assert views[3, 2].caption == views[3, 2].caption
-    assert dataset(pairs, stored)[0, 0].student_pixels.shape == (32, 32, 3)
+    assert views[View(3, 2)].caption == views[View(3, 2)].caption
+    assert dataset(pairs, stored)[View(0, 0)].student_pixels.shape == (32, 32, 3)
 
 
 class Malicious:

@@ -29,7 +29,7 @@ from tiny_runs import assert_same_weights, stop_at, tiny_run, weights
 from clip_rd_edge.benchmarking.accuracy import task_fingerprint
 from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import read_metrics
-from clip_rd_edge.data.samples import BadSamples, ValidPair
+from clip_rd_edge.data.samples import BadSamples
 from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.distillation import checkpoint
 from clip_rd_edge.distillation import loop as train
@@ -537,9 +537,9 @@ def test_few_large_images_of_the_histogram_are_decoded_at_once(
     setup, opened, decoded = load_setup(config, name="run", processes=Processes()), list[ref[object]](), list[int]()
     take = BadSamples.take
 
-    def counted(bad: BadSamples, index: int) -> ValidPair:
+    def counted(bad: BadSamples, index: int) -> tuple[object, tuple[str, ...]]:
         pair = take(bad, index)
-        opened.append(ref(pair.image))
+        opened.append(ref(pair[0]))
         decoded.append(sum(image() is not None for image in opened))
         return pair
 

@@ -10,6 +10,7 @@ import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from support import PATIENCE_S, save_tiny_teacher
 from thread_processes import call_in_threads
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.data.samples import BadSamples, Pairs
+from clip_rd_edge.data.samples import BadSamples, Sample
+from clip_rd_edge.data.tables import Table
 from clip_rd_edge.distillation import embed as store_build
 from clip_rd_edge.distillation import store as embedding_store
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.embed import ShardMaker, ShardTask, build_store, make_manifest
 from clip_rd_edge.distillation.inputs import RunSetup, load_setup, make_dataset
-from clip_rd_edge.distillation.loader import StepSampler, step_loader
+from clip_rd_edge.distillation.loader import StepSampler, View, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.run import run_distillation
@@ -69,6 +71,28 @@ def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
         context_length=12,
         workers=0,
     )
+
+
+_read = Table.read
+
+
+def fail_to_open(
+    patch: pytest.MonkeyPatch, setup: RunSetup, *unreadable: int, fails: Callable[[int], bool] | None = None
+) -> None:
+    """Let images of a table not be read: these alone, or those for which a function says so."""
+
+    def read(table: Table, index: int) -> Sample:
+        sample = _read(table, index)
+
+        def opened() -> Image.Image:
+            if fails(index) if fails else index in unreadable:
+                raise InputError(f"Cannot read image {index}: Input/output error.")
+            return sample.image()
+
+        return sample._replace(open=opened)
+
+    assert isinstance(setup.pairs, Table)
+    patch.setattr(Table, "read", read)
 
 
 @pytest.fixture
@@ -124,7 +148,7 @@ def test_a_cached_teacher_gives_the_embeddings_of_the_live_one(
 def live_embeddings(config: RunConfig, setup: RunSetup, view: int, index: int) -> tuple[np.ndarray, np.ndarray]:
     """What the teacher itself gives for a view, in float32."""
     dataset = make_dataset(config, setup)
-    (batch,) = step_loader(dataset, [[(view, index)]], workers=0)
+    (batch,) = step_loader(dataset, [[View(view, index)]], workers=0)
     assert batch.bad == ()
     targets = LiveTeacher([Teacher(setup.teachers[0], torch.device("cpu"), autocast=None)]).embed(batch)
     return targets.image[0].numpy(), targets.text[0].numpy()
@@ -145,7 +169,7 @@ def test_every_row_of_every_shard_is_that_of_its_own_pair_view_and_caption(
     rows = []
     for view in range(VIEWS):
         for index in range(24):
-            (caption,) = setup.pairs.captions(index)
+            (caption,) = setup.pairs.read(index).captions
             cached = cache.lookup(view, index, caption)
             assert cached is not None
             for actual, expected in zip(cached, live_embeddings(config, setup, view, index), strict=True):
@@ -165,7 +189,7 @@ def test_a_caption_is_embedded_and_stored_once(config: RunConfig, pairs_csv: Pat
     assert not text_shard(folder, 1).exists()
     cache = open_store(folder)
     for index in range(24):
-        cached = cache.lookup(0, index, setup.pairs.captions(index)[0])
+        cached = cache.lookup(0, index, setup.pairs.read(index).captions[0])
         assert cached is not None
         np.testing.assert_allclose(
             cached[1].astype(np.float32), live_embeddings(config, setup, 0, index)[1], atol=2**-10
@@ -209,25 +233,16 @@ def test_a_pair_that_cannot_be_read_for_a_moment_never_gets_the_embedding_of_ano
     config: RunConfig, setup: RunSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = msgspec.structs.replace(config, max_bad=0.1)
-    open_image = type(setup.pairs).open
-
-    def open_except(*unreadable: int) -> None:
-        def open_(pairs: Pairs, index: int) -> Image.Image:
-            if index in unreadable:
-                raise InputError(f"Cannot read image {index}.")
-            return open_image(pairs, index)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(type(setup.pairs), "open", open_)
-
+    open_except = partial(fail_to_open, monkeypatch, setup)
     open_except(5)
     make_build(config, setup)()
     cached = make_dataset(config, setup, with_teacher_pixels=False)
     cached.cache = open_store(Path(str(config.store)))
 
     def check(view: int, index: int, *, expected: int) -> None:
-        (batch,) = step_loader(cached, [[(view, index)]], workers=0)
-        live_batch = next(iter(step_loader(make_dataset(config, setup), [[(view, expected)]], workers=0)))
-        assert batch.captions == live_batch.captions == list(setup.pairs.captions(expected))
+        (batch,) = step_loader(cached, [[View(view, index)]], workers=0)
+        live_batch = next(iter(step_loader(make_dataset(config, setup), [[View(view, expected)]], workers=0)))
+        assert batch.captions == live_batch.captions == list(setup.pairs.read(expected).captions)
         assert torch.equal(batch.student_pixels, live_batch.student_pixels)
         assert batch.teacher_embeddings is not None
         for actual, live in zip(batch.teacher_embeddings, live_embeddings(config, setup, view, expected), strict=True):
@@ -245,19 +260,18 @@ def test_a_pair_that_cannot_be_read_for_a_moment_never_gets_the_embedding_of_ano
 def test_a_read_error_that_passes_while_the_cache_is_built_leaves_no_gap(
     config: RunConfig, setup: RunSetup, build: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_image, failed = type(setup.pairs).open, set[int]()
+    failed = set[int]()
 
-    def open_second_time(pairs: Pairs, index: int) -> Image.Image:
-        if index % 5 == 0 and index not in failed:
-            failed.add(index)
-            raise InputError(f"Cannot read image {index}: Input/output error.")
-        return open_image(pairs, index)  # type: ignore[arg-type]
+    def fails_first(index: int) -> bool:
+        fails = index % 5 == 0 and index not in failed
+        failed.update([index] if fails else [])
+        return fails
 
-    monkeypatch.setattr(type(setup.pairs), "open", open_second_time)
+    fail_to_open(monkeypatch, setup, fails=fails_first)
     build()
     cache = open_store(Path(str(config.store)))
     assert len(failed) == 5
-    assert all(cache.lookup(0, index, setup.pairs.captions(index)[0]) for index in range(24))
+    assert all(cache.lookup(0, index, setup.pairs.read(index).captions[0]) for index in range(24))
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -289,7 +303,7 @@ def test_what_the_teacher_does_not_embed_in_finite_numbers_is_bad(
 ) -> None:
     """As of a teacher that overflows in float16, for one image and for the caption of another."""
     embed_images, embed_captions = Teacher.embed_images, CaptionCache.__call__
-    (caption,) = setup.pairs.captions(7)
+    (caption,) = setup.pairs.read(7).captions
 
     def images(teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
         embeddings = embed_images(teacher, pixels)
@@ -307,7 +321,7 @@ def test_what_the_teacher_does_not_embed_in_finite_numbers_is_bad(
         make_build(config, setup)()
     make_build(msgspec.structs.replace(config, max_bad=0.05), setup)()
     cache = open_store(Path(str(config.store)))
-    rows = [cache.lookup(0, index, setup.pairs.captions(index)[0]) for index in range(24)]
+    rows = [cache.lookup(0, index, setup.pairs.read(index).captions[0]) for index in range(24)]
     assert [index for index, row in enumerate(rows) if row is None] == [5, 7]
     assert np.isfinite([row for row in rows if row is not None]).all()
 
@@ -315,10 +329,7 @@ def test_what_the_teacher_does_not_embed_in_finite_numbers_is_bad(
 def test_too_many_unreadable_images_stop_the_build(
     setup: RunSetup, build: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(pairs: Pairs, index: int) -> Image.Image:
-        raise InputError(f"Cannot read image {index}.")
-
-    monkeypatch.setattr(type(setup.pairs), "open", fail)
+    fail_to_open(monkeypatch, setup, *range(24))
     with pytest.raises(InputError, match=r"of 24 samples .* are bad"):
         build()
 
@@ -334,13 +345,7 @@ class OneOfTwo(Processes):
 def test_bad_pairs_of_all_processes_count_together_also_at_the_next_attempt(
     config: RunConfig, setup: RunSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(pairs: Pairs, index: int) -> Image.Image:
-        if index == 5:
-            raise InputError(f"Cannot read image {index}.")
-        return open_image(pairs, index)  # type: ignore[arg-type]
-
-    open_image = type(setup.pairs).open
-    monkeypatch.setattr(type(setup.pairs), "open", fail)
+    fail_to_open(monkeypatch, setup, 5)
     config = msgspec.structs.replace(config, max_bad=0.1)  # two of 24
     for _ in range(2):
         with pytest.raises(InputError, match=r"3 of 24 samples .* are bad"):
@@ -351,13 +356,7 @@ def test_bad_pairs_of_all_processes_count_together_also_at_the_next_attempt(
 def test_the_bad_pairs_of_a_cache_count_also_when_it_is_continued(
     config: RunConfig, setup: RunSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(pairs: Pairs, index: int) -> Image.Image:
-        if index in (0, 5):
-            raise InputError(f"Cannot read image {index}.")
-        return open_image(pairs, index)  # type: ignore[arg-type]
-
-    open_image = type(setup.pairs).open
-    monkeypatch.setattr(type(setup.pairs), "open", fail)
+    fail_to_open(monkeypatch, setup, 0, 5)
     make_build(msgspec.structs.replace(config, max_bad=0.1), setup)()  # two of 24
     cache = Path(str(config.store))
     assert list(cache.rglob("*.bad.json"))
@@ -384,14 +383,8 @@ def test_a_store_that_was_refused_is_refused_again_until_the_images_are_repaired
 ) -> None:
     """Neither of two processes keeps a file that lacks an image."""
 
-    def fail(pairs: Pairs, index: int) -> Image.Image:
-        if index in bad:
-            raise InputError(f"Cannot read image {index}.")
-        return open_image(pairs, index)  # type: ignore[arg-type]
-
     config = msgspec.structs.replace(config, max_bad=0.05)  # one of 24
-    open_image = type(setup.pairs).open
-    monkeypatch.setattr(type(setup.pairs), "open", fail)
+    fail_to_open(monkeypatch, setup, *bad)
     setups = [copy.deepcopy(setup) for _ in range(processes)]  # a model of its own, whose tensors no other replaces
 
     def build(own: Processes) -> None:
@@ -401,10 +394,10 @@ def test_a_store_that_was_refused_is_refused_again_until_the_images_are_repaired
         for error in call_in_threads(processes, build):
             assert isinstance(error, InputError)
             assert f"{len(bad)} of 24 samples" in str(error)
-    monkeypatch.setattr(type(setup.pairs), "open", open_image)
+    fail_to_open(monkeypatch, setup)
     assert call_in_threads(processes, build) == [None] * processes
     cache = open_store(Path(str(config.store)))
-    assert all(cache.lookup(view, index, setup.pairs.captions(index)[0]) for view in (0, 1) for index in range(24))
+    assert all(cache.lookup(view, index, setup.pairs.read(index).captions[0]) for view in (0, 1) for index in range(24))
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -476,7 +469,7 @@ def test_a_file_that_a_complete_cache_has_lost_is_refused_and_computed_again(
     with pytest.raises(ConfigError, match=expected):
         open_store(tmp_path / "cache")
     with pytest.raises(ConfigError, match=expected) as raised:  # by a run that has begun
-        [cache.lookup(1, index, setup.pairs.captions(index)[0]) for index in range(24)]
+        [cache.lookup(1, index, setup.pairs.read(index).captions[0]) for index in range(24)]
     assert "run the command again" in raised.value.hint
     build()
     assert {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.*")} == content
@@ -490,7 +483,7 @@ def test_a_flipped_bit_in_a_store_is_an_error_and_no_other_embedding(
 
     def embeddings() -> list[Any]:
         cache = open_store(tmp_path / "cache")
-        found = [cache.lookup(view, i, setup.pairs.captions(i)[0]) for view in range(VIEWS) for i in range(24)]
+        found = [cache.lookup(view, i, setup.pairs.read(i).captions[0]) for view in range(VIEWS) for i in range(24)]
         return [row and tuple(part.tobytes() for part in row) for row in found]
 
     expected, rng = embeddings(), np.random.default_rng(0)

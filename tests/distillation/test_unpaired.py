@@ -25,7 +25,7 @@ from clip_rd_edge.distillation.bank import QueueBank
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.embed import embed_teacher
 from clip_rd_edge.distillation.inputs import load_setup, make_dataset
-from clip_rd_edge.distillation.loader import Batch, StepSampler, step_loader
+from clip_rd_edge.distillation.loader import Batch, StepSampler, View, step_loader
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
@@ -255,9 +255,13 @@ def test_a_row_that_takes_the_place_of_a_bad_one_is_what_it_is(config: RunConfig
     (pairs_csv.parent / "pictures" / "23.png").write_bytes(b"damaged")
     config = msgspec.structs.replace(config, data=str(pairs_csv), images=str(folder), max_bad=0.1)
     dataset = make_dataset(config, load_setup(config, name="student", processes=Processes()))
-    assert (dataset[0, 22].paired, dataset[0, 23].paired, dataset[0, 24].paired) == (True, False, False)
-    assert dataset[0, 23].caption == "a red picture"
-    assert [index for index, _ in dataset[0, 23].bad] == [23]
+    assert (dataset[View(0, 22)].paired, dataset[View(0, 23)].paired, dataset[View(0, 24)].paired) == (
+        True,
+        False,
+        False,
+    )
+    assert dataset[View(0, 23)].caption == "a red picture"
+    assert [index for index, _ in dataset[View(0, 23)].bad] == [23]
 
 
 def model(seed: int) -> ClipModel:

@@ -12,7 +12,7 @@ from PIL import Image
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.runs import CALIBRATION_FILE
 from clip_rd_edge.bundle.tokenizer import TokenIds
-from clip_rd_edge.data.tables import TablePairs
+from clip_rd_edge.data.folders import Folder
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.exporting.calibration import calibration_set, choose_pairs, keep_pairs, kept_pairs
 from clip_rd_edge.utils.arrays import npz_bytes
@@ -25,13 +25,13 @@ def _tokenize(texts: Sequence[str]) -> TokenIds:
     return np.asarray([[int(text)] for text in texts], dtype=np.int64)
 
 
-def _pairs(folder: Path, count: int) -> TablePairs:
+def _pairs(folder: Path, count: int) -> Folder:
     """Image i has the red level i and the captions i and i + 1000."""
     images = []
     for i in range(count):
         images.append(folder / f"{i}.png")
         Image.new("RGB", (10, 9), (i % 256, i // 256, 0)).save(images[-1])
-    return TablePairs("greys", tuple(images), tuple((str(i), str(i + 1000)) for i in range(count)))
+    return Folder.of("greys", images, [(str(i), str(i + 1000)) for i in range(count)])
 
 
 def test_half_are_for_calibration_and_half_are_held_out(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_as_many_samples_may_be_unreadable_as_were_in_training(tmp_path: Path) -
 
 def test_no_image_sets_ranges_and_is_held_out(tmp_path: Path) -> None:
     once = _pairs(tmp_path, 40)
-    pairs = TablePairs("captions", once.images * 5, tuple((str(i),) for i in range(200)))
+    pairs = Folder.of("captions", once.images * 5, [(str(i),) for i in range(200)])
     samples = calibration_set(pairs, preprocessing=PREPROCESSING, tokenize=_tokenize)
     calibrate, held_out = (set(part.ids[:, 0] % 40) for part in (samples.calibrate, samples.held_out))
     assert (len(calibrate), len(held_out), calibrate & held_out) == (20, 20, set())
@@ -75,7 +75,7 @@ def test_no_image_sets_ranges_and_is_held_out(tmp_path: Path) -> None:
 
 def test_copies_of_an_image_are_not_counted(tmp_path: Path) -> None:
     once = _pairs(tmp_path, 31)
-    pairs = TablePairs("copies", once.images * 2, once.texts * 2)
+    pairs = Folder.of("copies", once.images * 2, once.texts * 2)
     with pytest.raises(InputError, match="copies has 31 readable pairs of different images; at least 32 are needed"):
         calibration_set(pairs, preprocessing=PREPROCESSING, tokenize=_tokenize)
 

@@ -1,0 +1,136 @@
+"""Class folders are data: the name of a class is the caption of its images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+import clip_rd_edge as edge
+from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.data.load import load_pairs
+from clip_rd_edge.data.mixed import TrainingData, load_samples
+from clip_rd_edge.data.samples import fingerprint
+from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.pixels import Crops
+from clip_rd_edge.errors import InputError
+
+COLOURS = {"dark_red": (150, 10, 10), "light-green": (90, 230, 90), "blue": (20, 30, 220)}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Ten noisy images of each of three colours, some of them in a subfolder."""
+    generator = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        for number in range(10):
+            path = tmp_path / "photos" / name / ("more" if number % 3 else "") / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.asarray(colour) + generator.integers(-20, 20, (36, 32, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+    return tmp_path / "photos"
+
+
+def captions(source: Path, *templates: str) -> Counter[tuple[str, ...]]:
+    samples = load_samples(TrainingData(data=str(source), templates=templates), lambda *_: [])
+    return Counter(samples.read(index).captions for index in range(len(samples)))
+
+
+def test_names_of_folders_are_captions_of_their_images(photos: Path) -> None:
+    pairs = load_pairs(str(photos))
+    assert str(pairs.counts) == "30 images of 3 classes"
+    assert pairs.counts.recorded() == {"pairs": 30, "classes": 3}
+    assert captions(photos) == {("dark red",): 10, ("light green",): 10, ("blue",): 10}
+    for index in range(30):
+        sample = pairs.read(index)
+        assert sample.paired
+        near = min(COLOURS, key=lambda name: np.abs(np.subtract(sample.image().getpixel((0, 0)), COLOURS[name])).sum())
+        assert sample.captions == (near.replace("_", " ").replace("-", " "),)
+    assert len({pairs.read(index).captions for index in range(6)}) == 3  # mixed: a window of an epoch holds all classes
+
+
+@pytest.mark.parametrize("lines", ["navy\nruby\nlime\n", "light-green\tlime\ndark_red\truby\nblue\tnavy\n"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_list_of_names_may_accompany_them(photos: Path, lines: str, beside: bool) -> None:
+    place = photos if beside else photos.rename(photos.parent / "train").parent
+    (place / "classnames.txt").write_text(lines)
+    source = photos if beside else photos.parent / "train"
+    assert captions(source) == {("ruby",): 10, ("lime",): 10, ("navy",): 10}
+
+
+def test_templates_are_filled_with_the_names(photos: Path) -> None:
+    assert captions(photos, "a {} image", "{c}")["a blue image", "blue"] == 10
+
+
+def test_all_rows_of_a_step_have_one_prompt(photos: Path) -> None:
+    templates = tuple(f"{number} {{}}" for number in range(40))
+    samples = load_samples(TrainingData(data=str(photos), templates=templates), lambda *_: [])
+    dataset = ViewDataset(
+        samples, Preprocessing(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3), [], crops=Crops(scale=(0.9, 1.0)), seed=0
+    )
+
+    def prompts(rank: int, processes: int) -> list[set[str]]:
+        sampler = StepSampler(samples.groups, 6, seed=0, start=0, stop=20, rank=rank, processes=processes)
+        batches = step_loader(dataset, sampler, workers=0)
+        return [{caption.split()[0] for caption in batch.captions} for batch in batches]
+
+    steps = prompts(0, 1)
+    assert all(len(numbers) == 1 for numbers in steps)
+    assert len(set.union(*steps)) > 10
+    assert prompts(1, 2) == steps
+
+
+def test_what_lies_in_no_class_folder_counts_as_bad(photos: Path) -> None:
+    (photos / "blue" / "0.png").rename(photos / "stray.png")
+    pairs = load_pairs(str(photos))
+    assert (len(pairs), pairs.problems.count) == (29, 1)
+    assert "stray.png" in pairs.problems.examples[0]
+
+
+def test_the_fingerprint_changes_with_classes_and_files(photos: Path) -> None:
+    found = {fingerprint(load_pairs(str(photos)))}
+    (photos / "blue" / "0.png").rename(photos / "dark_red" / "10.png")
+    found.add(fingerprint(load_pairs(str(photos))))
+    (photos / "blue").rename(photos / "navy")
+    found.add(fingerprint(load_pairs(str(photos))))
+    assert len(found) == 3
+    assert fingerprint(load_pairs(str(photos.rename(photos.with_name("moved"))))) in found
+
+
+@pytest.mark.parametrize("kind", ["flat", "empty", "one class", "split", "WordNet", "names"])
+def test_folders_that_are_not_of_classes_are_refused(photos: Path, kind: str) -> None:
+    if kind == "flat":
+        photos = photos / "blue" / "more"
+    elif kind == "empty":
+        photos = photos / "blue"
+        (photos / "more").rename(photos.parent / "more")
+    elif kind == "one class":
+        photos = photos.parent
+    elif kind == "split":
+        (photos.parent / "data").mkdir()
+        photos.rename(photos.parent / "data" / "test")
+        photos = photos.parent / "data"
+    elif kind == "WordNet":
+        for number, name in enumerate(COLOURS):
+            (photos / name).rename(photos / f"n0144353{number}")
+    else:
+        (photos / "classnames.txt").write_text("red\nblue\n")
+    with pytest.raises(InputError) as caught:
+        load_pairs(str(photos))
+    assert caught.value.hint
+
+
+def test_a_tiny_model_learns_the_classes(photos: Path, tmp_path: Path) -> None:
+    run = edge.distill(
+        data=photos, templates=["a {} picture", "{}"], student="test_resnet", image_size=32, text="64x1", recipe="clip",
+        context_length=12, batch_size=15, steps=30, learning_rate=0.003, precision="fp32", workers=0,
+        output=tmp_path / "run",
+    )  # fmt: skip
+    (score,) = edge.evaluate(run, photos)
+    assert score.top1 >= 0.8
+    record = msgspec.json.decode((run / "student" / "distillation.json").read_bytes())
+    assert (record["pairs"], record["classes"]) == (30, 3)
