@@ -156,19 +156,17 @@ class TowerEncoder(Encoder, Protocol):
 
 def as_list(texts: str | Iterable[str]) -> list[str]:
     """Return a list of texts, which has one entry for a single text: a str is a sequence of characters otherwise."""
-    if isinstance(texts, str):
-        return [texts]
     given: Any = texts
-    is_scalar = isinstance(given, np.ndarray) and given.ndim == 0
-    if isinstance(given, bytes) or not isinstance(given, Iterable) or is_scalar or is_table(given):
-        raise InputError(
-            f"Texts of type {type(given).__name__} were given; expected a string or a list of strings.",
-            hint="pass one of its columns, such as list(table['label'])" if is_table(given) else "",
-        )
-    entries = list(given)
-    for number, text in enumerate(entries, start=1):
+    try:
+        entries = [given] if isinstance(given, str | bytes) or is_table(given) else list(given)
+    except TypeError:
+        entries = [given]
+    for text in entries:
         if not isinstance(text, str):
-            raise InputError(f"Text {number} is {text!r}, of type {type(text).__name__}; expected a string.")
+            raise InputError(
+                f"A text has type {type(text).__name__}; expected a string or a list of strings.",
+                hint="pass one of its columns, such as list(table['label'])" if is_table(text) else "",
+            )
     return [str(text) for text in entries]  # those of a numpy array are of a type that msgspec does not encode
 
 
@@ -186,13 +184,12 @@ def require_cosines(cosines: Embeddings, source: str) -> Embeddings:
 
 
 def require_labels(labels: Sequence[str]) -> None:
-    """Raise InputError if there are no labels, or one is empty or no Unicode."""
+    """Raise InputError if there are no labels, or one is empty or not Unicode."""
     if not labels:
         raise InputError("No labels were given.", hint='name some: {labels} "a cat" "a dog"')
-    if empty := [i for i, label in enumerate(labels) if not label.strip()]:
-        raise InputError(f"Label {empty[0] + 1} of {len(labels)} is empty.")
-    if others := [label for label in labels if not is_unicode(label)]:
-        raise InputError(f"The label {others[0]!r} is no Unicode.", hint="write it anew, in UTF-8")
+    for number, label in enumerate(labels, start=1):
+        if not label.strip() or label.endswith("\0") or not is_unicode(label):  # NumPy drops a NUL at the end
+            raise InputError(f"Label {number} of {len(labels)}, {label!r}, is empty, not Unicode, or ends in NUL.")
 
 
 _REPORTED_LABELS = 1024  # from one report of progress to the next; whole batches, whatever the number of templates

@@ -43,16 +43,12 @@ def find_images(
         on_unreadable: called for each subfolder that cannot be read; the others are searched if it returns.
     """
     for name in names:
-        if not name:
-            raise InputError(
-                "The name of an image or folder is empty.", hint="check the variable it came from; . is this folder"
-            )
         path = Path(name)
         if name == STDIN:
             yield from (Path(line) for line in lines if line.strip())
-        elif is_folder(path):
+        elif name and is_folder(path):  # Path("") is the working folder
             yield from _require_any(list_images(path, on_unreadable=on_unreadable), f"The folder {path} has no images.")
-        elif exists(path) or path.is_symlink():
+        elif name and (exists(path) or path.is_symlink()):
             yield path
         elif glob.has_magic(name):
             matches = (match for match in sorted_paths(_glob(name)) if _look_at(match, [])[0])
@@ -152,7 +148,7 @@ def dead_link_error(folder: Path) -> InputError:
 def _look_at(path: Path, failures: list[OSError]) -> tuple[bool, os.stat_result | None]:
     """Return whether this is a file, or something that only opening says why it cannot be read; and its stat.
 
-    The latter is a link that leads to none, or what cannot be looked at, for which the error is added to `failures`.
+    The latter is a link that leads to nothing, or what cannot be looked at, for which the error is added to `failures`.
     """
     try:
         found = path.stat()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import glob
 import importlib
 import io
 import os
@@ -30,7 +29,6 @@ BACKGROUND = (255, 255, 255)
 # Images with more pixels are refused before decoding, as a protection against decompression bombs. Pillow's own limit.
 MAX_PIXELS = 178_956_970
 MAX_BATCH_PIXELS = 64_000_000  # decoded at once: 192 MB, while 64 photographs of 12 megapixels take 2.3 GB
-HEADER_BYTES = 12
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 
@@ -69,43 +67,30 @@ def _opened(file: ImageFile, max_pixels: int) -> Iterator[Image.Image]:
     try:
         with _open(file) as image:
             if image.width * image.height > max_pixels:
-                raise InputError(
-                    f"The image {file} has {image.width} × {image.height} pixels; the limit is {max_pixels:,}.",
-                    hint="resize it first",
-                )
+                raise ValueError(f"it has {image.width} × {image.height} pixels; the limit is {max_pixels:,}")
             _require_decodable(image)
             yield image
-    except ClipRdEdgeError:
+    except ClipRdEdgeError:  # of a shard that cannot be fetched
         raise
     except Exception as error:  # decoders raise anything for a damaged file, from IndexError to struct.error
-        raise InputError(f"Cannot read the image {file}: {_reason(error)}.", hint=_hint(file, error)) from error
+        hint = "convert it to an 8-bit JPEG or PNG, or leave it out"
+        if isinstance(error, FileNotFoundError):
+            hint = "check the path; a pattern or ~ is expanded by shells alone: glob.glob(…), Path(…).expanduser()"
+        raise InputError(f"Cannot read the image {file}: {_reason(error)}.", hint=hint) from error
 
 
 DANGLING = "it is a link to something that does not exist"
 DANGLING_HINT = "mount the disk that it leads to, or remove the link"
 
 
-def _hint(file: ImageFile, error: Exception) -> str:
-    """Return what to do about an image that cannot be read."""
-    name = str(file)
-    if not isinstance(error, FileNotFoundError):
-        return "convert it to an 8-bit JPEG or PNG, or leave it out"
-    if name.startswith("~"):
-        return "only a shell knows ~: pass Path(…).expanduser()"
-    if glob.has_magic(name):
-        return "pass the files that match, such as sorted(glob.glob(…))"
-    return "check the path"
-
-
 def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "the file does not exist"
-    if isinstance(error, UnidentifiedImageError):  # Pillow's message names an in-memory object
-        return f"it is in none of the formats {', '.join(FORMATS)}"
     if isinstance(error, Image.DecompressionBombError):
         return f"it has more pixels than the limit of {MAX_PIXELS:,}"
     if isinstance(error, MemoryError):
         return "there is not enough memory to decode it"
+    if isinstance(error, FileNotFoundError):
+        is_link = isinstance(error.filename, str | os.PathLike) and Path(error.filename).is_symlink()
+        return DANGLING if is_link else "the file does not exist"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, OSError | SyntaxError | ValueError):
@@ -114,48 +99,45 @@ def _reason(error: Exception) -> str:
 
 
 def _open(file: ImageFile) -> Image.Image:
-    # Given a Path, Pillow reads the header first, so a file of another type is not read completely.
     if isinstance(file, Path):
-        _require_regular(file)
-        source: Path | io.BytesIO = file
+        # Opening a named pipe could wait forever, and reading a device need not end.
+        if not stat.S_ISREG(mode := file.stat().st_mode):
+            raise ValueError(f"it is not a regular file, but {kind_of(mode)}")
+        source: Path | io.BytesIO = file  # of which Pillow reads the header first
     else:
         source = io.BytesIO(file.read_bytes())
     try:
         return Image.open(source, formats=_registered_formats())
-    except UnidentifiedImageError as error:
+    except UnidentifiedImageError:
         with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getvalue()) as content:
-            header = content.read(HEADER_BYTES)
-        if not header:
-            raise InputError(
-                f"Cannot read the image {file}: it is empty.", hint="copy it again, or leave it out"
-            ) from None
-        if _is_avif(header) and "AVIF" not in Image.OPEN:
-            raise InputError(
-                f"Cannot read the image {file}: it is AVIF, which this Pillow, {PILLOW}, does not read.",
-                hint='pip install "pillow>=11.3", or convert it to JPEG',
-            ) from None
-        if header.startswith(_TIFF_HEADERS):
-            raise InputError(
-                f"Cannot read the image {file}: it is a TIFF of a kind that this Pillow, {PILLOW}, does not read, such "
-                "as CMYK with transparency, floating-point colours or a camera's RAW, or damaged.",
-                hint=_hint(file, error),
-            ) from None
-        if not is_heic(header):
-            raise
-        register_heif(file)
+            header = content.read(12)
+        if not _is_heic(header):
+            raise ValueError(_unidentified(header)) from None
+        try:
+            import pillow_heif
+        except ImportError:
+            raise ValueError("it is HEIC, which needs a package: pip install pillow-heif") from None
+        pillow_heif.register_heif_opener()
         return Image.open(source, formats=_registered_formats())
 
 
-def _require_regular(path: Path) -> None:
-    """Refuse a named pipe or a device: opening one could wait forever, and reading one need not end."""
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise InputError(f"Cannot read the image {path}: {DANGLING}.", hint=DANGLING_HINT) from None
-        raise
-    if not stat.S_ISREG(mode):
-        raise InputError(f"Cannot read the image {path}: it is not a regular file, but {kind_of(mode)}.")
+def _is_heic(header: bytes) -> bool:
+    """Return whether a file that starts with these 12 bytes is HEIC (ISO/IEC 23008-12)."""
+    return header[4:8] == b"ftyp" and header[8:12] in _HEIC_BRANDS
+
+
+def _unidentified(header: bytes) -> str:
+    """Return why Pillow does not know the format of a file that starts with these bytes."""
+    if not header:
+        return "it is empty"
+    if header[4:12] in (b"ftypavif", b"ftypavis") and "AVIF" not in Image.OPEN:
+        return f'it is AVIF, which this Pillow, {PILLOW}, does not read: pip install "pillow>=11.3"'
+    if header.startswith(_TIFF_HEADERS):
+        return (
+            f"it is a TIFF of a kind that this Pillow, {PILLOW}, does not read, such as CMYK with transparency, "
+            "floating-point colours or a camera's RAW, or damaged"
+        )
+    return f"it is in none of the formats {', '.join(FORMATS)}"
 
 
 def _registered_formats() -> list[str]:
@@ -272,77 +254,66 @@ ImageInput = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 
 def as_rgb(image: ImageInput) -> Image.Image:
     """Convert any `ImageInput` to an RGB image, as `open_image` converts a file."""
-    if isinstance(image, Image.Image):
-        return _given_to_rgb(image)
     if isinstance(image, str | os.PathLike):
         return open_image(image_path(image))
-    if not isinstance(image, np.ndarray):
-        raise InputError(
-            f"An image has type {type(image).__name__}; expected a path, a PIL image or a numpy array.",
-            hint=_hint_to_open(image),
-        )
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
-        raise InputError(
-            f"An image is an array of shape {image.shape} and dtype {image.dtype}; expected uint8 of shape "
-            "(H, W), (H, W, 3) or (H, W, 4), with channels in the order red, green, blue, alpha."
-        )
-    if 0 in image.shape:  # before Pillow, whose versions differ in what they make of it
-        raise InputError(_no_pixels(image.shape[1], image.shape[0]))
-    return to_rgb(Image.fromarray(image))
-
-
-def image_path(image: str | os.PathLike[str]) -> Path:
-    """Return the path of an image file; raise InputError for an address on the web, of which Path makes another."""
-    name = os.fspath(image)
-    if isinstance(name, str) and URL.match(name):
-        raise InputError(
-            f"The image {name!r} is an address; expected a path, a PIL image or an array.", hint="download it first"
-        )
-    if not name:
-        raise InputError("The path of an image is empty.", hint="check the variable it came from")
-    return Path(name)
-
-
-def _given_to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a PIL image that a caller made, or opened: it may be closed, or its file damaged."""
-    if 0 in image.size:
-        raise InputError(_no_pixels(*image.size))
+    if isinstance(image, np.ndarray):
+        image = _of_array(image)
+    if not isinstance(image, Image.Image):
+        raise _wrong_type(image)
     try:
+        if 0 in image.size:
+            raise ValueError(f"it has {image.width} × {image.height} pixels")
         _require_decodable(image)
         return to_rgb(image)
-    except Exception as error:
+    except Exception as error:  # it may be closed, or its file damaged
         raise InputError(
             f"An image of mode {image.mode} cannot be read: {_reason(error)}.",
             hint="convert it to 8 bits per channel, such as RGB, or leave it out",
         ) from error
 
 
-def _no_pixels(width: int, height: int) -> str:
-    return f"An image has {width} × {height} pixels; expected at least one."
+def _of_array(array: npt.NDArray[Any]) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)) or not array.size:
+        raise InputError(
+            f"An image is an array of shape {array.shape} and dtype {array.dtype}; expected uint8 of shape "
+            "(H, W), (H, W, 3) or (H, W, 4), with channels in the order red, green, blue, alpha."
+        )
+    return Image.fromarray(array)
+
+
+def image_path(image: str | os.PathLike[str]) -> Path:
+    """Return the path of an image file; raise InputError for an address on the web, of which Path makes another."""
+    name = os.fspath(image)
+    if not name or (isinstance(name, str) and URL.match(name)):
+        raise InputError(
+            f"The image {name!r} is not a path; expected a path, a PIL image or an array.", hint="download it first"
+        )
+    return Path(name)
+
+
+def _wrong_type(given: object) -> InputError:
+    """Return the error for what is not an image, nor a list of them, with how to get at the images in it."""
+    hint = "pass one of its columns, such as list(table['filepath'])" if is_table(given) else ""
+    if isinstance(given, bytes | bytearray | memoryview) or _is_open_file(given):
+        hint = "open it with PIL.Image.open(file), or bytes with PIL.Image.open(io.BytesIO(content))"
+    return InputError(
+        f"An image has type {type(given).__name__}; expected a path, a PIL image, a numpy array, or a list of them.",
+        hint=hint,
+    )
+
+
+def _is_open_file(given: object) -> bool:  # not a camera of OpenCV, whose read gives a frame
+    return hasattr(given, "read") and hasattr(given, "seek") and not isinstance(given, io.TextIOBase)
 
 
 def as_images(images: ImageInput | Iterable[ImageInput]) -> Iterable[ImageInput]:
-    """Return images as they are, and a single image in a list."""
+    """Return images as they are, and a single image in a list; what is iterated as something else is refused."""
     if is_single_image(images):
         return [images]  # type: ignore[list-item]
-    hint = _hint_to_open(images)
-    if hint or not isinstance(images, Iterable):
-        raise InputError(
-            f"Images of type {type(images).__name__} were given; expected a path, a PIL image, a numpy array, or a "
-            "list of them.",
-            hint=hint,
-        )
+    is_other = isinstance(images, bytes | bytearray | memoryview) or _is_open_file(images) or is_table(images)
+    if is_other or not isinstance(images, Iterable):
+        raise _wrong_type(images)
     return images
-
-
-def _hint_to_open(given: object) -> str:
-    """Return how to get at the images in what is none, or an empty string; what is iterated is no list of them."""
-    if isinstance(given, bytes | bytearray | memoryview):
-        return "open the bytes of a file with PIL.Image.open(io.BytesIO(content))"
-    is_file = hasattr(given, "read") and hasattr(given, "seek")  # not a camera of OpenCV, whose read gives a frame
-    if is_file and not isinstance(given, io.TextIOBase):  # of which a line would be an image
-        return "open it with PIL.Image.open(file)"
-    return "pass one of its columns, such as list(table['filepath'])" if is_table(given) else ""
 
 
 def is_table(given: object) -> bool:
@@ -368,28 +339,3 @@ def is_single_image(images: ImageInput | Iterable[ImageInput]) -> bool:
     if isinstance(images, np.ndarray):
         return images.ndim < 4 and not (images.ndim == 1 and images.dtype.kind in "OUT")
     return isinstance(images, str | os.PathLike | Image.Image)
-
-
-def is_heic(header: bytes) -> bool:
-    """Return whether a file that starts with these HEADER_BYTES is HEIC (ISO/IEC 23008-12)."""
-    return header[4:8] == b"ftyp" and header[8:12] in _HEIC_BRANDS
-
-
-def _is_avif(header: bytes) -> bool:
-    return header[4:8] == b"ftyp" and header[8:12] in (b"avif", b"avis")
-
-
-def register_heif(file: object) -> None:
-    """Register HEIC support with Pillow for this process.
-
-    Args:
-        file: the file that needs it, for the error message.
-    """
-    try:
-        import pillow_heif
-    except ImportError as error:
-        raise InputError(
-            f"Cannot read the image {file}: it is HEIC, which Pillow reads only with the package pillow-heif.",
-            hint="pip install pillow-heif, or convert it to JPEG",
-        ) from error
-    pillow_heif.register_heif_opener()

@@ -26,6 +26,7 @@ from clip_rd_edge.utils.paths import Typed, as_text, expand_home, near_files
 
 MAX_BYTES = 1 << 28  # of an array of labels.npz: 65,536 labels of 1,024 float32 entries
 LabelPrecision = Literal["fp32", "fp16", "int8"]
+_HINT = "export the bundle again"
 
 
 class LabelBank(msgspec.Struct, frozen=True):
@@ -63,8 +64,6 @@ def require_readable(names: Sequence[str], size: int, precision: LabelPrecision)
             f"{longest[:40]!r}.",
             hint="shorten it",
         )
-    if cut := [name for name in names if name.endswith("\0")]:  # which NumPy drops
-        raise InputError(f"The label {cut[0]!r} ends in a NUL character.", hint="write it anew, without it")
 
 
 def write_labels(folder: Path, bank: LabelBank, *, precision: LabelPrecision = "fp32") -> None:
@@ -86,29 +85,25 @@ def read_labels(folder: Path) -> LabelBank | None:
     path = folder / LABELS
     if not path.is_file():
         return None
-    arrays = read_npz(path, max_bytes=MAX_BYTES, hint="export the bundle again")
-    names = arrays.get("names")
-    embeddings = arrays.get("embeddings")
-    if "levels" in arrays and "scales" in arrays:
-        levels, scales = arrays["levels"], arrays["scales"]
-        if levels.dtype != np.int8 or levels.ndim != 2 or scales.shape != (len(levels), 1):
-            raise _damaged(path, f"levels have shape {levels.shape} and scales {scales.shape}")
+    arrays = read_npz(path, max_bytes=MAX_BYTES, hint=_HINT)
+    missing = np.empty(0)
+    names, embeddings, levels, scales = (
+        arrays.get(key, missing) for key in ("names", "embeddings", "levels", "scales")
+    )
+    if levels.dtype == np.int8 and levels.ndim == 2 and scales.dtype.kind == "f" and scales.shape == (len(levels), 1):
         embeddings = levels * scales
-    if names is None or embeddings is None:
-        raise _damaged(path, f"it has the arrays {', '.join(arrays) or 'none'}")
-    if names.dtype.kind != "U" or names.ndim != 1 or embeddings.dtype.kind != "f":
-        raise _damaged(path, f"names have the type {names.dtype}, embeddings {embeddings.dtype}")
-    if embeddings.ndim != 2 or len(names) != len(embeddings):
-        raise ConfigError(f"{path} has {len(names)} names for embeddings of shape {embeddings.shape}.")
-    if not len(names):
-        raise _damaged(path, "it has no labels")
-    if not np.isfinite(embeddings).all():
-        raise _damaged(path, "an embedding has an entry that is not a finite number")
+    if (
+        (names.dtype.kind, embeddings.dtype.kind) != ("U", "f")
+        or (names.ndim, embeddings.ndim) != (1, 2)
+        or not 0 < len(names) == len(embeddings)
+        or not np.isfinite(embeddings).all()
+    ):
+        found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
+        raise ConfigError(
+            f"The labels in {path} are damaged: expected names (C,) and finite embeddings (C, D), not {found}.",
+            hint=_HINT,
+        )
     return LabelBank(tuple(str(name) for name in names), embeddings.astype(np.float32))
-
-
-def _damaged(path: Path, reason: str) -> ConfigError:
-    return ConfigError(f"The labels in {path} cannot be read: {reason}.", hint="export the bundle again")
 
 
 _PLACEHOLDERS = ("{}", "{c}")  # the latter in CLIP_benchmark's files
@@ -174,14 +169,11 @@ def _read_file(word: Typed) -> list[str]:
     except InputError as error:
         suggestion = near_matches(word, [IMAGENET]) or near_files(path)
         raise InputError(
-            f"The template {quoted(word)} has no {{}} for the label's name, and is no readable file.{suggestion}",
+            f"The template {quoted(word)} has no {{}} for the label's name, and is not a readable file.{suggestion}",
             hint=f'pass {{templates}} "{word.strip()} {{}}", the file of templates, or {IMAGENET} for CLIP\'s 80',
         ) from error
-    if missing := [number for number, line in enumerate(lines, start=1) if not is_template(line)]:
-        raise InputError(
-            f"{path}, template {missing[0]}, has no {{}} for the label's name: {lines[missing[0] - 1]!r}.",
-            hint="write one template per line, such as: a photo of a {}.",
-        )
-    if not lines:
-        raise InputError(f"{path} has no templates.", hint="write one template per line, such as: a photo of a {}.")
+    missing = [number for number, line in enumerate(lines, start=1) if not is_template(line)]
+    if missing or not lines:
+        fault = f"template {missing[0]} without {{}} for the label's name" if missing else "no templates"
+        raise InputError(f"{path} has {fault}.", hint="write one template per line, such as: a photo of a {}.")
     return lines

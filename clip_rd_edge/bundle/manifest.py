@@ -63,6 +63,7 @@ STAMP_SUFFIX = ".sha256"
 MAX_EMBEDDING_SIZE = 65_536
 MAX_TEMPLATES = 1_000
 MAX_MANIFEST_BYTES = 1 << 24
+_HINT = "copy or export the bundle again; clip-rd-edge verify checks every file"
 
 
 class Measurement(CheckedStruct, frozen=True, kw_only=True):
@@ -119,8 +120,7 @@ class Tower(CheckedStruct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (self.file, self.engine or self.file):
-            _require_plain(name)
+        _require_plain(self.file, self.engine or self.file)
 
 
 class Features(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -163,8 +163,7 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self.files:
-            _require_plain(name)
+        _require_plain(*self.files)
 
     @property
     def towers(self) -> dict[str, Tower]:
@@ -227,9 +226,10 @@ def can_saturate(sets: Sequence[str]) -> bool:
     return bool(sets) and "x86-64" not in sets
 
 
-def _require_plain(name: str) -> None:
-    if not is_plain_name(name) or name == MANIFEST:
-        raise CheckedError(f"The file name {name!r} does not name a file inside the bundle")
+def _require_plain(*names: str) -> None:
+    for name in names:
+        if not is_plain_name(name) or name == MANIFEST:
+            raise CheckedError(f"The file name {name!r} does not name a file inside the bundle")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -287,24 +287,19 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"{folder} is not a bundle: it {reason}.{nearest}", hint=hint)
     try:
         manifest = read_versioned_json(
-            folder / MANIFEST, Manifest, newest=VERSION_WITH_FEATURES, max_bytes=MAX_MANIFEST_BYTES
+            folder / MANIFEST, Manifest, newest=VERSION_WITH_FEATURES, max_bytes=MAX_MANIFEST_BYTES, hint=_HINT
         )
     except ConfigError as error:
-        is_newer = "unknown field" in str(error) and "$.features" in str(error)
-        error.advice = upgrade_hint() if is_newer else error.advice or "copy or export the bundle again"
+        if "unknown field" in str(error) and "$.features" in str(error):
+            error.advice = upgrade_hint()
         raise
     needed = [name for tower in manifest.towers.values() for name in manifest.files_of(tower)]
     for name in (*needed, *([TOKENIZER] if manifest.text else [])):
         if name not in manifest.files:
-            raise ConfigError(
-                f"{folder / MANIFEST} has no checksum of {name}, which the bundle needs.",
-                hint="export the bundle again",
-            )
+            raise ConfigError(f"{folder / MANIFEST} has no checksum of {name}, which the bundle needs.", hint=_HINT)
     for name in manifest.files:
         if not (folder / name).is_file():
-            raise InputError(
-                f"The bundle {folder} is incomplete: {name} is missing.", hint="copy or export the bundle again"
-            )
+            raise InputError(f"The bundle {folder} is incomplete: {name} is missing.", hint=_HINT)
     return manifest
 
 
@@ -332,7 +327,6 @@ def damaged_files(folder: Path, manifest: Manifest) -> list[str]:
 
 _MAX_MARKS = 1_000  # files that are remembered
 _ONNX = ".onnx"
-_HINT = "copy or export the bundle again; clip-rd-edge verify checks every file"
 
 
 def marks_folder() -> Path:
@@ -394,19 +388,16 @@ def require_current_engine(folder: Path, manifest: Manifest, tower: Tower, engin
     path, stamp = folder / engine, folder / f"{engine}{STAMP_SUFFIX}"
     if not path.is_file():
         return
-    if not stamp.is_file():
+    content = stamp.read_text(encoding="utf-8", errors="replace") if stamp.is_file() else ""
+    lines = (line.split() for line in content.splitlines())
+    digests = {fields[1].removeprefix("*"): fields[0] for fields in lines if len(fields) == 2}
+    expected = manifest.files.get(tower.file) or sha256_of(folder / tower.file)
+    if digests.get(tower.file) != expected or not _has_digest(path, digests.get(engine, "")):
         raise ConfigError(
-            f"{path} has no {stamp.name}, so it may have been built from another {tower.file}.",
+            f"{path} may have been built from another {tower.file}: {stamp.name} does not have the checksums of both.",
             hint=f"build it again; if it was built from this one: "
             f"cd {folder} && sha256sum {tower.file} {engine} > {stamp.name}",
         )
-    lines = (line.split() for line in stamp.read_text(encoding="utf-8", errors="replace").splitlines())
-    digests = {fields[1].removeprefix("*"): fields[0] for fields in lines if len(fields) == 2}
-    expected = manifest.files.get(tower.file) or sha256_of(folder / tower.file)
-    if digests.get(tower.file) != expected:
-        raise ConfigError(f"{path} was built from another {tower.file} than the bundle's.", hint="build it again")
-    if not _has_digest(path, digests.get(engine, "")):
-        raise ConfigError(f"{path} is not the engine that {stamp.name} was written for.", hint="build it again")
 
 
 def _has_digest(path: Path, digest: str) -> bool:

@@ -6,7 +6,7 @@ text_embeddings, image_embeddings (N, D)  float32, L2-normalised: what the files
 text_rounding, image_rounding ()          float32: their lowest agreement with what the tower answers if sums are
                                           rounded otherwise; 1 if it was not measured, as where it is not in INT8
 
-A bundle without a text tower has no texts: (0,), (0, T) and (0, D). Older bundles have no `…_rounding`.
+A bundle without a text tower has no texts: (0,), (0, T) and (0, D).
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from clip_rd_edge.utils.files import write_bytes
 REFERENCE = "reference.npz"
 _MAX_BYTES = 64_000_000  # of an array
 _HINT = "copy or export the bundle again"
-_ROUNDINGS = ("text_rounding", "image_rounding")
 _COUNT = 8  # reference images, half of them on white
 # Levels of a colour's channels.
 _ALL, _SATURATED, _WHITE = np.arange(256), np.array([0, 255]), np.full(3, 255)
@@ -65,34 +64,26 @@ def read_reference(folder: Path) -> Reference | None:
     if not path.is_file():
         return None
     arrays = read_npz(path, max_bytes=_MAX_BYTES, hint=_HINT)
-    arrays = {**dict.fromkeys(_ROUNDINGS, np.array(1, np.float32)), **arrays}
-    if missing := set(Reference.__struct_fields__) - set(arrays):
-        raise ConfigError(f"{path} has no array {sorted(missing)[0]!r}.", hint=_HINT)
-    texts, ids, images = arrays["texts"], arrays["ids"], arrays["images"]
-    kinds = "".join(arrays[name].dtype.kind for name in Reference.__struct_fields__)
-    if not set(kinds) <= set("Uiuf"):
-        raise ConfigError(f"{path} has arrays of unexpected types.", hint=_HINT)
-    embeddings = [arrays[name].astype(np.float32) for name in ("text_embeddings", "image_embeddings")]
-    roundings = [arrays[name].astype(np.float32) for name in _ROUNDINGS]
-    shapes = (ids.ndim, images.ndim, *(rows.ndim for rows in embeddings), *(value.ndim for value in roundings))
-    of_texts, of_images = (
-        {len(rows) for rows in group} for group in ((texts, ids, embeddings[0]), (images, embeddings[1]))
-    )
+    found = {name: arrays[name] for name in Reference.__struct_fields__ if name in arrays}
+    counts = {name: len(array) for name, array in found.items() if array.ndim}
+    images, texts = counts.get("images"), counts.get("texts")
     if (
-        shapes != (2, 4, 2, 2, 0, 0)
-        or len(of_images) != 1
-        or not max(of_images) >= 2
-        or of_texts not in (of_images, {0})
+        [array.ndim for array in found.values()] != [1, 2, 4, 2, 2, 0, 0]
+        or not {array.dtype.kind for array in found.values()} <= set("Uiuf")
+        or counts
+        != {"texts": texts, "ids": texts, "images": images, "text_embeddings": texts, "image_embeddings": images}
+        or counts["images"] < 2
+        or texts not in (images, 0)
     ):
-        raise ConfigError(f"{path} has arrays of unexpected shapes.", hint=_HINT)
+        raise ConfigError(f"{path} does not have the arrays of reference embeddings in their shapes.", hint=_HINT)
     return Reference(
-        tuple(map(str, texts)),
-        ids.astype(np.int64),
-        images.astype(np.uint8),
-        text_embeddings=embeddings[0],
-        image_embeddings=embeddings[1],
-        text_rounding=float(roundings[0]),
-        image_rounding=float(roundings[1]),
+        tuple(map(str, arrays["texts"])),
+        arrays["ids"].astype(np.int64),
+        arrays["images"].astype(np.uint8),
+        text_embeddings=arrays["text_embeddings"].astype(np.float32),
+        image_embeddings=arrays["image_embeddings"].astype(np.float32),
+        text_rounding=float(arrays["text_rounding"].astype(np.float32)),
+        image_rounding=float(arrays["image_rounding"].astype(np.float32)),
     )
 
 

@@ -56,19 +56,19 @@ def _read_json_text(path: Path) -> bytes:
     return read_limited(path, MAX_JSON_BYTES).removeprefix(BOM_UTF8)
 
 
-def _decode_json(content: bytes, kind: type[T], *, source: Path) -> T:
-    with _named(str(source), kind):
+def _decode_json(content: bytes, kind: type[T], *, source: Path, hint: str = "") -> T:
+    with _named(str(source), kind, hint):
         return msgspec.json.decode(content, type=kind, dec_hook=_recorded)
 
 
 @contextmanager
-def _named(source: str, kind: Any) -> Iterator[None]:
+def _named(source: str, kind: Any, hint: str = "") -> Iterator[None]:
     """Within the block, an error of msgspec, which decodes a `kind`, becomes a ConfigError that names the source."""
     try:
         yield
     except msgspec.ValidationError as error:
         message = str(error).rstrip(".")
-        suggestion = hint = ""
+        suggestion = ""
         if "unknown field" in message:
             unknown, *location = message.split("`")[1::2]
             keys = _keys_at(location[0] if location else "$", kind)
@@ -76,7 +76,7 @@ def _named(source: str, kind: Any) -> Iterator[None]:
             hint = f"the keys there are {', '.join(dict.fromkeys(keys))}"
         raise ConfigError(f"{source} is invalid: {message}.{suggestion}", hint=hint) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{source} is not valid JSON: {in_one_line(error)}.") from error
+        raise ConfigError(f"{source} is not valid JSON: {in_one_line(error)}.", hint=hint) from error
 
 
 class UnknownFieldError(InputError):
@@ -100,6 +100,7 @@ def read_versioned_json(
     newest: int,
     key: str = "format_version",
     max_bytes: int = MAX_JSON_BYTES,
+    hint: str = "",
     foreign: tuple[str, ConfigError] | None = None,
 ) -> T:
     """Read a JSON file with the version of its format into a struct.
@@ -108,12 +109,13 @@ def read_versioned_json(
         newest: latest supported format version.
         key: what the file calls its version.
         max_bytes: limit on the size of the file.
+        hint: of the error about a file that is not as expected.
         foreign: a key that only another kind of file has, and the error for such a file.
     """
     content = read_limited(path, max_bytes)
     mark = foreign[0] if foreign else ""
     header = msgspec.defstruct("Header", [(key, int), ("mark", msgspec.Raw, msgspec.Raw())], rename={"mark": mark})
-    version, found = msgspec.structs.astuple(_decode_json(content, header, source=path))
+    version, found = msgspec.structs.astuple(_decode_json(content, header, source=path, hint=hint))
     if foreign and bytes(found):
         raise foreign[1]
     if version > newest:
@@ -121,7 +123,7 @@ def read_versioned_json(
             f"{path} has format version {version}; this clip-rd-edge reads up to {newest}.",
             hint=upgrade_hint(),
         )
-    return _decode_json(content, kind, source=path)
+    return _decode_json(content, kind, source=path, hint=hint)
 
 
 def convert(raw: Any, kind: type[T], *, source: str) -> T:

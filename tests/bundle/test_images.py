@@ -1,12 +1,14 @@
-"""Hostile and damaged image files: whatever is in them, opening one ends with an image or an InputError."""
+"""Image files, hostile and damaged ones too: opening one ends with an upright RGB image or an InputError."""
 
 from __future__ import annotations
 
 import ast
+import base64
 import io
 import os
 import random
 import struct
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,20 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin, feat
 import clip_rd_edge
 from clip_rd_edge.bundle import images
 from clip_rd_edge.bundle.images import MAX_PIXELS, as_rgb, open_image
-from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
 from clip_rd_edge.errors import InputError
 
-MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
+KINDS = [
+    pytest.param(
+        kind, marks=pytest.mark.skipif(kind in ("WEBP", "AVIF") and not features.check(kind.lower()), reason="no codec")
+    )
+    for kind in ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF")
+]
+WITH_EXIF = [kind for kind in KINDS if kind.values[0] in ("JPEG", "PNG", "WEBP", "AVIF", "TIFF")]
+
+
+def noise(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(width * 1000 + height)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -34,6 +45,20 @@ def png(width: int, height: int, pixels: bytes = b"") -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     data = zlib.compress(pixels or bytes(1 + width) * height, 9)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def refused(path: Path, content: bytes = b"") -> str:
+    """Write a file, unless it is there; return the message with which it is refused."""
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as raised:
+        open_image(path)
+    assert str(path) in str(raised.value)
+    assert raised.value.hint
+    return str(raised.value)
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
 
 
 @pytest.mark.parametrize(
@@ -48,9 +73,7 @@ def test_postscript_under_an_image_name_never_reaches_ghostscript(
         pytest.fail("Ghostscript was called")
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
-    (tmp_path / "photo.png").write_bytes(content)
-    with pytest.raises(InputError, match=r"photo\.png: it is in none of the formats JPEG, PNG"):
-        open_image(tmp_path / "photo.png")
+    refused(tmp_path / "photo.png", content)
 
 
 @pytest.mark.parametrize("kind", ["TGA", "PCX", "SGI", "IM", "XBM", "ICO", "ICNS", "JPEG2000", "DDS", "SPIDER", "PDF"])
@@ -60,15 +83,11 @@ def test_a_format_outside_the_list_is_refused_whatever_the_file_is_called(tmp_pa
     mode = {"XBM": "1", "SPIDER": "F"}.get(kind, "RGB")
     buffer = io.BytesIO()  # given a path, Pillow's SPIDER registers the suffix for itself
     Image.new(mode, (32, 32)).save(buffer, format=kind)
-    (tmp_path / "image.jpg").write_bytes(buffer.getvalue())
-    with pytest.raises(InputError, match="in none of the formats"):
-        open_image(tmp_path / "image.jpg")
+    assert "in none of the formats" in refused(tmp_path / "image.jpg", buffer.getvalue())
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_format_of_the_list_is_read_under_any_name(tmp_path: Path, kind: str) -> None:
-    if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
-        pytest.skip(f"this Pillow does not support {kind}")
     Image.new("RGB", (12, 8), (200, 30, 30)).save(tmp_path / "image", format=kind)
     assert open_image(tmp_path / "image").size == (12, 8)
 
@@ -90,26 +109,18 @@ def test_what_is_not_a_regular_file_is_refused_without_reading_it(tmp_path: Path
     path = {"named pipe": tmp_path / "pipe.png", "device": Path("/dev/zero"), "folder": tmp_path}[kind]
     if kind == "named pipe":
         os.mkfifo(path)
-    with pytest.raises(InputError, match="is not a regular file"):
-        open_image(path)
+    assert "not a regular file" in refused(path)
 
 
 @pytest.mark.parametrize("size", [(13_378, 13_378), (MAX_PIXELS + 1, 1), (2**31 - 1, 2**31 - 1), (1, MAX_PIXELS + 1)])
 def test_more_pixels_than_the_limit_are_refused_before_decoding(tmp_path: Path, size: tuple[int, int]) -> None:
-    (tmp_path / "bomb.png").write_bytes(png(*size, pixels=b"\0" * 100))
-    with pytest.raises(InputError, match=r"178,956,970"):
-        open_image(tmp_path / "bomb.png")
+    assert f"{MAX_PIXELS:,}" in refused(tmp_path / "bomb.png", png(*size, pixels=b"\0" * 100))
 
 
 def test_the_limit_on_pixels_is_what_pillow_accepts(tmp_path: Path) -> None:
-    width = 13_377
-    height = MAX_PIXELS // width
-    (tmp_path / "large.png").write_bytes(png(width, height, pixels=b"\0" * 100))
-    with (
-        pytest.warns(Image.DecompressionBombWarning),
-        pytest.raises(InputError, match=r"truncated|damaged|broken|unexpected"),
-    ):
-        open_image(tmp_path / "large.png")  # gets as far as decoding, which fails: the pixels are missing
+    content = png(13_377, MAX_PIXELS // 13_377, pixels=b"\0" * 100)
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert f"{MAX_PIXELS:,}" not in refused(tmp_path / "large.png", content)  # but that the pixels are missing
 
 
 def encoded(kind: str) -> bytes:
@@ -122,10 +133,8 @@ def encoded(kind: str) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_file_of_any_format_ends_with_an_image_or_an_input_error(tmp_path: Path, kind: str) -> None:
-    if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
-        pytest.skip(f"this Pillow does not support {kind}")
     whole, rng, path = encoded(kind), random.Random(0), tmp_path / "damaged"
     refused = 0
     for round_ in range(150):
@@ -152,109 +161,23 @@ def test_whatever_a_decoder_raises_becomes_a_sentence(
         raise error
 
     monkeypatch.setattr(images, "to_rgb", fail)
-    (tmp_path / "a.png").write_bytes(png(3, 3))
-    with pytest.raises(
-        InputError, match=rf"a\.png: its content is damaged \({type(error).__name__} in the decoder\)\.$"
-    ):
-        open_image(tmp_path / "a.png")
+    assert type(error).__name__ in refused(tmp_path / "a.png", png(3, 3))
 
 
-STRIPS = [(150_000, 1), (1, 150_000), (100_000, 3), (7, 90_000), (40_000, 300), (20_000, 64), (64, 3_000)]
+def test_a_file_that_is_cut_is_refused(tmp_path: Path) -> None:
+    noise(64, 64).save(tmp_path / "whole.jpg")
+    content = (tmp_path / "whole.jpg").read_bytes()
+    refused(tmp_path / "cut.jpg", content[: len(content) // 2])
+    (tmp_path / "photo.jpg").touch()
+    assert "it is empty" in refused(tmp_path / "photo.jpg")
 
 
-@pytest.mark.parametrize("size", STRIPS)
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("target", [(64, 64), (48, 65)])
-def test_a_strip_is_cropped_before_it_is_resized(
-    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], interpolation: str, target: tuple[int, int]
-) -> None:
-    resized: list[int] = []
-    original = Image.Image.resize
-
-    def resize(image: Image.Image, size: tuple[int, int], *args: object, **options: object) -> Image.Image:
-        resized.append(size[0] * size[1])
-        return original(image, size, *args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Image.Image, "resize", resize)
-    preprocessing = Preprocessing(size=target, mean=MEAN, std=STD, interpolation=interpolation)  # type: ignore[arg-type]
-    assert preprocess(Image.new("RGB", size, (9, 99, 200)), preprocessing).shape == (3, *target)
-    assert max(resized) <= 16 * target[0] * target[1]
-
-
-@pytest.mark.parametrize("size", [(1100, 64), (64, 1100), (2000, 50), (9, 700), (3000, 131), (1, 400), (70, 1500)])
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("target", [(64, 64), (48, 65)])
-def test_a_strip_gets_the_values_of_resizing_all_of_it(
-    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], interpolation: str, target: tuple[int, int]
-) -> None:
-    original = Image.Image.resize
-
-    def columns_first(image: Image.Image, size: tuple[int, int], resample: int, box: Any = None) -> Image.Image:
-        """Always in this order: Pillow 13 resizes the rows first if that is faster, which rounds differently."""
-        left, top, right, bottom = box or (0, 0, *image.size)
-        columns = original(image, (size[0], image.height), resample, (left, 0, right, image.height))
-        return original(columns, size, resample, (0, top, size[0], bottom))
-
-    monkeypatch.setattr(Image.Image, "resize", columns_first)
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    preprocessing = Preprocessing(
-        size=target,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        interpolation=interpolation,  # type: ignore[arg-type]
-    )
-    cropped_first = preprocess(image, preprocessing)
-    monkeypatch.setattr("clip_rd_edge.bundle.preprocess._MAX_RESIZED", 1e9)
-    levels = np.abs(cropped_first - preprocess(image, preprocessing)) * 255
-    assert levels.max() <= 1.01
-    assert (levels > 0.5).mean() < 0.01
-
-
-@pytest.mark.parametrize("size", [(150_000, 1), (1, 150_000), (500, 1)])
-def test_padding_a_strip_keeps_at_least_one_row_of_it(size: tuple[int, int]) -> None:
-    for target in ((64, 64), (48, 65)):
-        preprocessing = Preprocessing(size=target, mean=MEAN, std=STD, resize_mode="longest")
-        assert preprocess(Image.new("RGB", size), preprocessing).shape == (3, *target)
-
-
-@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("target", [(48, 64), (65, 31)])
-def test_sizes_that_are_not_square_match_open_clip(mode: Any, interpolation: Any, target: tuple[int, int]) -> None:
-    transform = pytest.importorskip("open_clip.transform")
-    cfg = transform.PreprocessCfg(size=target, mean=MEAN, std=STD, interpolation=interpolation, resize_mode=mode)
-    reference = transform.image_transform_v2(cfg, is_train=False)
-    preprocessing = Preprocessing(size=target, mean=MEAN, std=STD, interpolation=interpolation, resize_mode=mode)
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        height, width = rng.integers(9, 200, 2)
-        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        np.testing.assert_array_equal(preprocess(image, preprocessing), reference(image).numpy())
-
-
-def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
-    (tmp_path / "photo.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match=r"photo\.jpg: it is empty") as caught:
-        open_image(tmp_path / "photo.jpg")
-    assert "convert" not in caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("name", "message", "hint"),
-    [
-        ("nope.jpg", r"nope\.jpg: the file does not exist", "check the path"),
-        ("~/a.jpg", "does not exist", "expanduser"),
-        ("phone/*.jpg", "does not exist", "glob"),
-        ("https://x.org/a.jpg", "'https://x.org/a.jpg' is an address", "download it"),
-        ("", "is empty", "variable"),
-    ],
-)
-def test_the_hint_for_a_missing_image_says_what_to_do_about_its_path(name: str, message: str, hint: str) -> None:
-    with pytest.raises(InputError, match=message) as caught:
-        images.as_rgb(name)
-    assert hint in caught.value.hint
-    assert "convert" not in caught.value.hint
+@pytest.mark.parametrize("name", ["nope.jpg", "~/a.jpg", "phone/*.jpg", "https://x.org/a.jpg", ""])
+def test_a_path_to_no_image_is_refused_without_a_word_on_converting_it(name: str) -> None:
+    with pytest.raises(InputError) as raised:
+        as_rgb(name)
+    assert raised.value.hint
+    assert "convert" not in raised.value.hint
 
 
 def exif(tag: int, kind: int, value: bytes) -> bytes:
@@ -279,7 +202,7 @@ def test_odd_exif_data_does_not_keep_an_image_from_being_turned(tmp_path: Path, 
     assert open_image(path).size == (10, 20)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", WITH_EXIF[:3])
 @pytest.mark.parametrize("damaged", [b"garbage", bytes(20), b"II*\0"])
 def test_an_image_whose_exif_data_are_damaged_is_upright(tmp_path: Path, kind: str, damaged: bytes) -> None:
     path = tmp_path / "image"
@@ -303,11 +226,9 @@ def test_each_orientation_turns_an_image_as_pillow_does(tmp_path: Path, orientat
     np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "image")), np.asarray(expected))
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "MPO"])
+@pytest.mark.parametrize("kind", [*WITH_EXIF, "MPO"])
 @pytest.mark.parametrize("orientation", [2, 6])
 def test_an_image_that_was_turned_is_not_turned_again(tmp_path: Path, kind: str, orientation: int) -> None:
-    if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
-        pytest.skip(f"this Pillow does not support {kind}")
     y, x = np.mgrid[0:90, 0:120]
     photo = Image.fromarray(np.stack([2 * x, 2 * y, x + y], axis=-1).astype(np.uint8))
     photo.save(tmp_path / "photo", kind, exif=turned(orientation))
@@ -317,12 +238,36 @@ def test_an_image_that_was_turned_is_not_turned_again(tmp_path: Path, kind: str,
     np.testing.assert_array_equal(np.asarray(as_rgb(upright)), np.asarray(upright))
 
 
-def test_avif_is_named_where_pillow_does_not_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
-    (tmp_path / "photo.avif").write_bytes(struct.pack(">I4s4s", 24, b"ftyp", b"avif") + bytes(12))
-    with pytest.raises(InputError, match=r"photo\.avif: it is AVIF, which this Pillow, .*, does not read") as raised:
-        open_image(tmp_path / "photo.avif")
-    assert raised.value.hint == 'pip install "pillow>=11.3", or convert it to JPEG'
+@pytest.mark.parametrize("kind", [kind for kind in WITH_EXIF if kind.values[0] != "TIFF"])
+@pytest.mark.parametrize(("data", "size"), [(b"", (20, 10)), (turned(8).tobytes(), (10, 20))])
+def test_the_orientation_of_xmp_turns_no_image(kind: str, data: bytes, size: tuple[int, int]) -> None:
+    xmp, buffer = '<rdf:Description tiff:Orientation="6"/>', io.BytesIO()
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp)
+    options: dict[str, Any] = {"pnginfo": text} if kind == "PNG" else {"xmp": xmp.encode()}
+    Image.new("RGB", (20, 10)).save(buffer, kind, **options, **({"exif": data} if data else {}))
+    with Image.open(buffer) as image:
+        image.load()
+        before = dict(image.info)
+        assert as_rgb(image).size == size
+        assert image.info == before  # which the caller may need
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "avif", "gif"])
+def test_partial_transparency_is_blended_with_white(tmp_path: Path, suffix: str) -> None:
+    if suffix in ("webp", "avif") and not features.check(suffix):
+        pytest.skip(f"this Pillow does not support {suffix}")
+    image = Image.new("RGBA", (32, 32), (200, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 16, 32))
+    if suffix != "gif":  # GIF has no partial transparency
+        image.paste((200, 0, 0, 128), (16, 16, 32, 32))
+    image.save(tmp_path / f"image.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+    opened = np.asarray(open_image(tmp_path / f"image.{suffix}")).astype(int)
+    expected = {(4, 8): (255, 255, 255), (8, 24): (200, 0, 0)}
+    if suffix != "gif":
+        expected[24, 24] = (227, 127, 127)
+    for position, colour in expected.items():
+        assert np.abs(opened[position] - colour).max() <= (6 if suffix == "avif" else 1)
 
 
 @pytest.mark.parametrize("orientation", [1, 3])
@@ -338,23 +283,6 @@ def test_the_transparent_level_of_deep_greyscale_becomes_the_background(tmp_path
     np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "scan.png"))[::step, ::step, 0], expected)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
-@pytest.mark.parametrize(("data", "size"), [(b"", (20, 10)), (turned(8).tobytes(), (10, 20))])
-def test_the_orientation_of_xmp_turns_no_image(kind: str, data: bytes, size: tuple[int, int]) -> None:
-    if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
-        pytest.skip(f"this Pillow does not support {kind}")
-    xmp, buffer = '<rdf:Description tiff:Orientation="6"/>', io.BytesIO()
-    text = PngImagePlugin.PngInfo()
-    text.add_itxt("XML:com.adobe.xmp", xmp)
-    options: dict[str, Any] = {"pnginfo": text} if kind == "PNG" else {"xmp": xmp.encode()}
-    Image.new("RGB", (20, 10)).save(buffer, kind, **options, **({"exif": data} if data else {}))
-    with Image.open(buffer) as image:
-        image.load()
-        before = dict(image.info)
-        assert as_rgb(image).size == size
-        assert image.info == before  # which the caller may need
-
-
 def test_what_the_first_frame_of_a_gif_leaves_of_the_canvas_is_white(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 3), (200, 0, 0)).save(buffer, "GIF")
@@ -366,6 +294,65 @@ def test_what_the_first_frame_of_a_gif_leaves_of_the_canvas_is_white(tmp_path: P
     expected = np.full((6, 8, 3), 255, dtype=np.uint8)
     expected[1:4, 2:6] = (200, 0, 0)
     np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "part.gif")), expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("L", "png"), ("CMYK", "jpg"), ("P", "gif"), ("1", "png"), ("LA", "png"), ("I;16", "png")]
+)
+def test_any_mode_is_converted_to_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
+    Image.new(mode, (5, 4)).save(tmp_path / f"image.{suffix}")
+    assert open_image(tmp_path / f"image.{suffix}").mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 128, 255], [0, 128, 255]),  # levels of 8 bits in 16 or 32
+        ([0, 257 * 128, 65535], [0, 128, 255]),
+        ([0.0, 0.5, 1.0], [0, 128, 255]),
+        ([-0.001, 0.2, 1.001], [0, 51, 255]),  # interpolated
+        ([0.0, 51.4, 255.0], [0, 51, 255]),
+        ([0, 0, 0], [0, 0, 0]),
+    ],
+)
+def test_deep_greyscale_is_scaled_by_its_range(tmp_path: Path, values: list[float], expected: list[int]) -> None:
+    deep = np.asarray([values])
+    kinds = ("float32",) if deep.dtype == np.float64 else ("uint16", "int32")
+    for kind in kinds:
+        image = Image.fromarray(deep.astype(kind))
+        image.save(tmp_path / "deep.tif")
+        for opened in (open_image(tmp_path / "deep.tif"), as_rgb(image)):
+            assert np.asarray(opened)[0, :, 0].tolist() == expected, kind
+
+
+def test_sixteen_bits_may_be_big_endian(tmp_path: Path) -> None:
+    """As ImageJ and scanners write them."""
+    ramp = np.asarray([[0, 257 * 128, 65535]], dtype=">u2")
+    Image.frombytes("I;16B", (3, 1), ramp.tobytes()).save(tmp_path / "ramp.tif")
+    with Image.open(tmp_path / "ramp.tif") as image:
+        assert image.mode == "I;16B"
+    assert np.asarray(open_image(tmp_path / "ramp.tif"))[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize(
+    "values", [[0, 4095], [0, 70000], [-300, 20000], [0.0, 3.5], [-1.0, 1.0], [15.5, 8848.0], [0.5, np.nan]]
+)
+def test_deep_greyscale_of_an_unknown_range_is_refused(tmp_path: Path, values: list[float]) -> None:
+    """Of 12 bits, it would be black."""
+    image = Image.fromarray(np.asarray([values], dtype="int32" if isinstance(values[0], int) else "float32"))
+    image.save(tmp_path / "deep.tif")
+    for given in (tmp_path / "deep.tif", image):
+        with pytest.raises(InputError, match="values range from"):
+            as_rgb(given)
+
+
+def test_a_tiff_of_12_bits_is_scaled_by_what_it_says(tmp_path: Path) -> None:
+    pixels = bytes.fromhex("000fff400000")  # 0, 4095, 1024 and 0
+    fields = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 134), (274, 3), (277, 1), (278, 1), (279, 6)]
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag != 258 else 3, 1, value) for tag, value in fields)
+    header = b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + bytes(4)
+    (tmp_path / "deep.tif").write_bytes(header + pixels)
+    assert np.asarray(open_image(tmp_path / "deep.tif"))[0, :, 0].tolist() == [0, 64, 255, 0]  # and upside down
 
 
 @pytest.mark.parametrize("orientation", [1, 3])
@@ -407,11 +394,10 @@ def test_a_tiff_of_16_bits_in_separate_planes_is_refused(tmp_path: Path) -> None
         path.write_bytes(tiff({258: (16, 16, 16), 262: (2,), 284: (planes,)}, (pixels.astype("<u2") * 257).tobytes()))
         if planes == 1:
             assert np.asarray(open_image(path)).tolist() == [[[1, 2, 3], [4, 5, 6]]]
-    message = r"it has 16 bits per channel in separate planes, which this Pillow, [\d.]+, does not decode\.$"
     for read in (open_image, images.require_image):
-        with pytest.raises(InputError, match=rf"bands\.tif: {message}"):
+        with pytest.raises(InputError, match="16 bits per channel in separate planes"):
             read(path)
-    with Image.open(path) as opened, pytest.raises(InputError, match=f"mode RGB cannot be read: {message}"):
+    with Image.open(path) as opened, pytest.raises(InputError, match="16 bits per channel in separate planes"):
         as_rgb(opened)
 
 
@@ -425,7 +411,61 @@ def test_a_tiff_of_16_bits_in_separate_planes_is_refused(tmp_path: Path) -> None
     ],
 )
 def test_a_tiff_that_pillow_does_not_read_is_called_a_tiff(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "scan.tif").write_bytes(content)
-    with pytest.raises(InputError, match=r"scan\.tif: it is a TIFF of a kind that .* or damaged\.$") as raised:
-        open_image(tmp_path / "scan.tif")
-    assert raised.value.hint == "convert it to an 8-bit JPEG or PNG, or leave it out"
+    assert "it is a TIFF" in refused(tmp_path / "scan.tif", content)
+
+
+def test_avif_is_named_where_pillow_does_not_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
+    content = struct.pack(">I4s4s", 24, b"ftyp", b"avif") + bytes(12)
+    assert "it is AVIF" in refused(tmp_path / "photo.avif", content)
+
+
+HEIC = base64.b64decode(
+    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAX1tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAACJpbG9j"
+    "AAAAAERAAAEAAQAAAAABoQABAAAAAAAAAB8AAAAjaWluZgAAAAAAAQAAABVpbmZlAgAAAAABAABodmMxAAAAAA5waXRtAAAAAAABAAAA/Wlw"
+    "cnAAAADdaXBjbwAAAHZodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAMAAAMAHroCQGEAAQAqQgEBA3AA"
+    "AAMAkAAAAwAAAwAeoCCBBZbq5Ka5uAhoMCAAAAMDIAAAAwAhYgABAAZEAcFzwIkAAAATY29scm5jbHgAAQANAAaAAAAAFGlzcGUAAAAAAAAA"
+    "QAAAAEAAAAAoY2xhcAAAAEAAAAABAAAAMAAAAAEAAAAAAAAAAv////AAAAACAAAAEHBpeGkAAAAAAwgICAAAABhpcG1hAAAAAAAAAAEAAQWB"
+    "AgMFhAAAACdtZGF0AAAAGygBrwY4iS58L/UgT///j1f2X90Q2zNTCc4z8A=="
+)  # 64 × 48 pixels of (220, 30, 30)
+
+
+def test_heic_is_read_if_pillow_heif_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif")
+    (tmp_path / "red.heic").write_bytes(HEIC)
+    image = open_image(tmp_path / "red.heic")
+    assert image.size == (64, 48)
+    assert np.abs(np.asarray(image).astype(int) - (220, 30, 30)).max() <= 4
+
+
+def test_heic_without_pillow_heif_is_reported_with_the_pip_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    Image.init()
+    for name in [name for name in Image.ID if name in ("HEIF", "HEIC")]:  # registered by another test
+        monkeypatch.delitem(Image.OPEN, name)
+        monkeypatch.setattr(Image, "ID", [other for other in Image.ID if other != name])
+    assert "pip install pillow-heif" in refused(tmp_path / "red.heic", HEIC)
+
+
+def test_an_opened_image_does_not_depend_on_its_file(tmp_path: Path) -> None:
+    path, image = tmp_path / "mapped.bmp", noise(64, 64)  # Pillow memory-maps such a file
+    image.save(path)
+    opened = open_image(path)
+    with path.open("r+b") as file:
+        file.write(b"\0" * path.stat().st_size)
+    assert opened.tobytes() == image.tobytes()
+
+
+def test_a_large_jpeg_can_be_decoded_at_reduced_size(tmp_path: Path) -> None:
+    coarse = noise(8, 6).resize((800, 600))
+    for name in ("photo.jpg", "drawing.png"):
+        coarse.save(tmp_path / name)
+    whole = open_image(tmp_path / "photo.jpg")
+    quick = open_image(tmp_path / "photo.jpg", min_edge=128)
+    assert (whole.size, quick.size) == ((800, 600), (200, 150))
+    assert open_image(tmp_path / "photo.jpg", min_edge=301).size == (800, 600)
+    assert open_image(tmp_path / "drawing.png", min_edge=128).size == (800, 600)
+    difference = np.asarray(whole.resize((64, 48)), dtype=float) - np.asarray(quick.resize((64, 48)), dtype=float)
+    assert np.abs(difference).mean() < 3

@@ -45,36 +45,34 @@ def test_int8_takes_one_byte_per_entry(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arrays", "message"),
+    "arrays",
     [
-        ({"names": np.asarray(["a"])}, "cannot be read"),
-        ({"names": np.asarray(["a"]), "levels": np.zeros((1, 2), np.int8)}, "cannot be read"),
-        ({"names": np.asarray(["a"]), "embeddings": np.zeros((2, 2))}, r"1 names for embeddings of shape \(2, 2\)"),
-        ({"names": np.asarray(["a"]), "embeddings": np.zeros(2)}, r"1 names for embeddings of shape \(2,\)"),
+        {"names": np.asarray(["a"])},
+        {"embeddings": np.zeros((1, 2))},
+        {"names": np.asarray(["a"]), "levels": np.zeros((1, 2), np.int8)},
+        {"names": np.asarray(["a"]), "levels": np.zeros((1, 2), np.int8), "scales": np.zeros((2, 1), np.float32)},
+        {"names": np.asarray(["a"]), "levels": np.zeros((1, 2), np.int8), "scales": np.asarray([["a"]])},
+        {"names": np.asarray(["a"]), "embeddings": np.zeros((2, 2))},
+        {"names": np.asarray(["a"]), "embeddings": np.zeros(2)},
+        {"names": np.asarray([1]), "embeddings": np.zeros((1, 2))},
+        {"names": np.asarray(["a"]), "embeddings": np.full((1, 2), np.nan)},
+        {"names": np.asarray([], str), "embeddings": np.zeros((0, 2))},
     ],
 )
-def test_a_damaged_label_bank_is_reported(tmp_path: Path, arrays: dict[str, npt.NDArray[Any]], message: str) -> None:
+def test_a_damaged_label_bank_is_refused(tmp_path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
     np.savez(tmp_path / LABELS, **arrays)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=r"labels\.npz"):
         read_labels(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["a"] * 17, "There are 17 labels; a bundle holds at most 16 with embeddings of 16 numbers."),
-        (["a"] * 15 + ["b" * 20], "One of 16 labels is too long for so many: 20 characters"),
-    ],
-)
-def test_labels_that_no_reader_would_open_are_refused(
-    names: list[str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("names", [["a"] * 17, ["a"] * 15 + ["b" * 20]])
+def test_labels_that_no_reader_would_open_are_refused(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(label_bank, "MAX_BYTES", 16 * 16 * 4)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError):
         label_bank.require_readable(names, 16, "fp32")
     label_bank.require_readable(["a"] * 16, 16, "fp32")
     label_bank.require_readable(["a"] * 16, 4 * 16, "int8")
-    with pytest.raises(InputError, match="at most 16 with embeddings of 32 numbers"):
+    with pytest.raises(InputError):
         label_bank.require_readable(["a"] * 17, 2 * 16, "fp16")
 
 
@@ -104,11 +102,11 @@ def test_templates_are_given_as_they_are_by_name_or_in_a_file(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("a photo", "has no {} for the label's name, and is no readable file"),
+        ("a photo", "a photo"),
         ("imagnet", "Did you mean 'imagenet'"),
         ("templatez.txt", "Did you mean 'templates.txt'"),
-        ("templates.txt", "template 2, has no {} for the label's name: 'the'"),
-        ("empty.txt", "has no templates"),
+        ("templates.txt", "template 2"),
+        ("empty.txt", "no templates"),
     ],
 )
 def test_what_is_no_template_is_refused(
@@ -117,7 +115,6 @@ def test_what_is_no_template_is_refused(
     (tmp_path / "templates.txt").write_text("a {}\nthe\n")
     (tmp_path / "empty.txt").write_text("\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(InputError, match=message) as raised:
         parse_templates([word])
-    assert message in str(raised.value)
     assert raised.value.hint

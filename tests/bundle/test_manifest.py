@@ -1,4 +1,4 @@
-"""A manifest is only believed as far as it can be checked: names, numbers, checksums."""
+"""A bundle is only believed as far as it can be checked: names, numbers, checksums."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.bundle import manifest as intact
+from clip_rd_edge.bundle import manifest as contract
 from clip_rd_edge.bundle.labels import LabelBank, write_labels
 from clip_rd_edge.bundle.manifest import MANIFEST, read_manifest, write_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError
@@ -25,6 +25,7 @@ from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 
+READERS = (read_manifest, load, verify_bundle)
 OUTSIDE = [
     "../x.onnx", "/etc/passwd", "a/../../x.onnx", "..", ".", "", "a//b", "./image.onnx", "C:\\x.onnx", "C:x", "..\\x",
     "a\0b", "image.onnx\n", "\x1b[31mimage.onnx", "manifest.json",
@@ -57,24 +58,29 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(colour_bundle: Path, key
         return  # no engine
     files = json.loads((colour_bundle / MANIFEST).read_text())["files"]
     edit(colour_bundle, keys, {**files, name: "0" * 64} if keys == ("files",) else name)
-    for read in (read_manifest, load, verify_bundle):
-        with pytest.raises(ConfigError, match="does not name a file inside the bundle"):
+    for read in READERS:
+        with pytest.raises(ConfigError, match="inside the bundle"):
             read(colour_bundle)
 
 
 @pytest.mark.parametrize(("keys", "value"), ABSURD)
 def test_a_number_that_no_model_has_is_refused(colour_bundle: Path, keys: tuple[str, ...], value: Any) -> None:
     edit(colour_bundle, keys, value)
-    with pytest.raises(ConfigError, match=rf"manifest\.json is invalid: .*{keys[-1]}"):
+    with pytest.raises(ConfigError, match=keys[-1]):
         read_manifest(colour_bundle)
 
 
-@pytest.mark.parametrize("size", [0, 100])
-def test_a_manifest_that_was_not_copied_whole_is_to_be_copied_again(colour_bundle: Path, size: int) -> None:
-    os.truncate(colour_bundle / MANIFEST, size)
-    with pytest.raises(ConfigError, match=r"manifest\.json is not valid JSON") as error:
+@pytest.mark.parametrize(
+    "content",
+    [b'{"format_version": 1, "name": "\xff"}', b'{"format_version": 1, "a": ' + b'{"a":' * 100_000, b"[" * 100_000,
+     b"\xff\xfe", b"", None],
+)  # fmt: skip
+def test_a_manifest_that_is_damaged_is_to_be_copied_again(colour_bundle: Path, content: bytes | None) -> None:
+    whole = (colour_bundle / MANIFEST).read_bytes()
+    (colour_bundle / MANIFEST).write_bytes(whole[:100] if content is None else content)
+    with pytest.raises(ConfigError) as raised:
         read_manifest(colour_bundle)
-    assert error.value.hint == "copy or export the bundle again"
+    assert "again" in raised.value.hint
 
 
 def test_the_bundles_in_a_folder_are_named_and_nothing_else_with_a_manifest(
@@ -83,7 +89,7 @@ def test_the_bundles_in_a_folder_are_named_and_nothing_else_with_a_manifest(
     shutil.copytree(colour_bundle, tmp_path / "run" / "bundles" / "int8")
     (tmp_path / "run" / "store").mkdir()
     (tmp_path / "run" / "store" / MANIFEST).write_text('{"format_version": 1, "files": {}}')
-    with pytest.raises(InputError, match="run is not a bundle") as refusal:
+    with pytest.raises(InputError, match="is not a bundle") as refusal:
         read_manifest(tmp_path / "run")
     assert refusal.value.hint == f"there are bundles in it: {tmp_path / 'run' / 'bundles' / 'int8'}"
 
@@ -92,35 +98,17 @@ def test_the_bundles_in_a_folder_are_named_and_nothing_else_with_a_manifest(
 def test_a_file_without_a_checksum_is_refused(colour_bundle: Path, name: str) -> None:
     files = json.loads((colour_bundle / MANIFEST).read_text())["files"]
     edit(colour_bundle, ("files",), {key: value for key, value in files.items() if key != name})
-    for read in (read_manifest, load, verify_bundle):
-        with pytest.raises(ConfigError, match=f"has no checksum of {name}"):
+    for read in READERS:
+        with pytest.raises(ConfigError, match=name):
             read(colour_bundle)
 
 
-def test_a_label_bank_that_the_manifest_does_not_know_is_refused(colour_bundle: Path) -> None:
+def test_a_label_bank_that_the_manifest_does_not_list_is_refused(colour_bundle: Path) -> None:
     write_labels(colour_bundle, LabelBank(("a",), np.eye(1, 3, dtype=np.float32)))
-    with pytest.raises(ConfigError, match=r"has no checksum of labels\.npz"):
+    with pytest.raises(ConfigError, match=r"labels\.npz"):
         ZeroShotClassifier(load(colour_bundle))
     (check,) = [check for check in verify_bundle(colour_bundle) if not check.passed]
-    assert (check.what, "has no checksum" in check.detail) == ("labels", True)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{"format_version": 1, "name": "\xff"}', "is not UTF-8|is not valid JSON"),
-        (b'{"format_version": 1, "a": ' + b'{"a":' * 100_000, "nested too deep"),
-        (b"[" * 100_000, "nested too deep|is invalid"),
-        (b"\xff\xfe", "is not valid JSON"),
-        (b"", "is not valid JSON"),
-    ],
-)
-def test_a_manifest_that_is_no_text_is_reported_in_one_sentence(
-    colour_bundle: Path, content: bytes, message: str
-) -> None:
-    (colour_bundle / MANIFEST).write_bytes(content)
-    with pytest.raises(ConfigError, match=message):
-        read_manifest(colour_bundle)
+    assert check.what == "labels"
 
 
 def test_every_bundle_that_was_written_is_read_back(colour_bundle: Path) -> None:
@@ -129,23 +117,13 @@ def test_every_bundle_that_was_written_is_read_back(colour_bundle: Path) -> None
     assert read_manifest(colour_bundle) == manifest
 
 
-def _label_bank(folder: Path, rows: np.ndarray) -> None:
-    names = tuple(f"label {i}" for i in range(len(rows)))
-    write_labels(folder, LabelBank(names, rows.astype(np.float32)))
-    write_manifest(folder, read_manifest(folder))
-
-
 @pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (np.full((2, 3), math.nan), "not a finite number"),
-        (np.asarray([[1, 0, 0], [0, math.inf, 0]]), "not a finite number"),
-        (np.eye(2, 4), "embeddings of 4 entries; expected 3"),
-    ],
+    "rows", [np.full((2, 3), math.nan), np.asarray([[1, 0, 0], [0, math.inf, 0]]), np.eye(2, 4), np.empty((0, 3))]
 )
-def test_a_label_bank_that_does_not_fit_is_refused(colour_bundle: Path, rows: np.ndarray, message: str) -> None:
-    _label_bank(colour_bundle, rows)
-    with pytest.raises(ConfigError, match=message):
+def test_a_label_bank_that_does_not_fit_is_refused(colour_bundle: Path, rows: np.ndarray) -> None:
+    write_labels(colour_bundle, LabelBank(tuple(map(str, range(len(rows)))), rows.astype(np.float32)))
+    write_manifest(colour_bundle, read_manifest(colour_bundle))
+    with pytest.raises(ConfigError):
         ZeroShotClassifier(load(colour_bundle))
 
 
@@ -202,8 +180,8 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return sha256_of(path)
 
-    sha256_of = intact.sha256_of
-    monkeypatch.setattr(intact, "sha256_of", record)
+    sha256_of = contract.sha256_of
+    monkeypatch.setattr(contract, "sha256_of", record)
     return names
 
 
@@ -237,7 +215,7 @@ def test_a_flipped_bit_is_an_error_and_no_answer(bundle: Path, name: str) -> Non
     use_all(bundle)
 
 
-def test_labels_that_are_removed_while_a_bundle_is_in_use_are_not_taken_for_none(bundle: Path) -> None:
+def test_labels_that_are_removed_while_a_bundle_is_in_use_are_missed(bundle: Path) -> None:
     encoder = load(bundle)
     (bundle / "labels.npz").unlink()
     with pytest.raises(InputError, match=r"incomplete: labels\.npz is missing"):
@@ -276,29 +254,26 @@ def test_a_copy_is_checked_again(bundle: Path, tmp_path: Path, hashed: list[str]
         use_all(tmp_path / "copy")
 
 
-def test_a_cache_that_cannot_be_written_costs_time_alone(bundle: Path, marks: Path, hashed: list[str]) -> None:
-    marks.parent.mkdir(parents=True, exist_ok=True)
-    marks.write_bytes(b"")  # a file where the folder should be
+@pytest.mark.parametrize("fault", ["a file", "a name that is too long"])
+def test_a_cache_that_cannot_be_used_costs_time_alone(
+    bundle: Path, marks: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    if fault == "a file":
+        marks.parent.mkdir(parents=True, exist_ok=True)
+        marks.touch()
+    else:  # which fails as the home folder of another user does, also for root
+        monkeypatch.setattr(contract, "marks_folder", lambda: marks / ("a" * 300))
     use_all(bundle)
     use_all(bundle)
     assert len(hashed) == 2 * len(FILES)
 
 
-def test_a_cache_that_cannot_be_looked_into_costs_time_alone(
-    bundle: Path, tmp_path: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A name that is too long fails as the home folder of another user does, also for root.
-    monkeypatch.setattr(intact, "marks_folder", lambda: tmp_path / ("a" * 300))
-    use_all(bundle)
-    assert sorted(hashed) == sorted(FILES)
-
-
 def test_the_memory_of_intact_files_does_not_grow_without_limit(
     bundle: Path, marks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(intact, "_MAX_MARKS", 10)
+    monkeypatch.setattr(contract, "_MAX_MARKS", 10)
     manifest = read_manifest(bundle)
     for number in range(40):
         os.utime(bundle / "image.onnx", ns=(number, number))
-        intact.require_intact(bundle, manifest, "image.onnx")
+        contract.require_intact(bundle, manifest, "image.onnx")
     assert len(list(marks.iterdir())) <= 10

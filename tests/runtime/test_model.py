@@ -35,12 +35,12 @@ def truncated_image() -> Image.Image:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (None, r"^Images of type NoneType were given; expected a path, a PIL image, a numpy array, or a list of them"),
-        (b"\x89PNG", r"^Images of type bytes were given"),
-        (np.uint8(3), r"^Images of type uint8 were given"),
+        (None, r"^An image has type NoneType"),
+        (b"\x89PNG", r"^An image has type bytes"),
+        (np.uint8(3), r"^An image has type uint8"),
         ([None], r"^An image has type NoneType"),
-        (np.zeros((0, 40, 3), dtype=np.uint8), r"^An image has 40 × 0 pixels"),
-        (Image.new("RGB", (0, 5)), r"^An image has 0 × 5 pixels"),
+        (np.zeros((0, 40, 3), dtype=np.uint8), r"shape \(0, 40, 3\)"),
+        (Image.new("RGB", (0, 5)), r"0 × 5 pixels"),
         (Image.new("La", (5, 5)), r"^An image of mode La cannot be read: conversion from La to L not supported"),
         (truncated_image, r"^An image of mode RGB cannot be read: image file is truncated"),
     ],
@@ -68,9 +68,9 @@ def test_what_has_an_image_is_refused_with_a_hint_how_to_open_it(
     model: Model, colour_images: Path, given: Callable[[bytes], Any], hint: str
 ) -> None:
     images = given((colour_images / "red.png").read_bytes())
-    with pytest.raises(InputError, match=r"^(An image has type|Images of type) \w+( were given)?; expected") as raised:
+    with pytest.raises(InputError, match=r"^An image has type \w+; expected") as raised:
         model.encode_images(images)
-    assert raised.value.hint.endswith(hint) if hint else not raised.value.hint
+    assert hint in raised.value.hint if hint else not raised.value.hint
     if isinstance(images, io.BytesIO):
         assert images.tell() == 0  # and may now be opened
 
@@ -85,7 +85,7 @@ class Table(list[str]):
 
 def test_a_table_is_not_taken_for_the_names_of_its_columns(model: Model, colour_images: Path) -> None:
     for call in (lambda: model.classify(colour_images / "red.png", Table()), lambda: model.encode_texts(Table())):
-        with pytest.raises(InputError, match=r"^Texts of type Table were given; expected a string or a list") as raised:
+        with pytest.raises(InputError, match=r"^A text has type Table") as raised:
             call()
         assert raised.value.hint == "pass one of its columns, such as list(table['label'])"
 
@@ -93,14 +93,14 @@ def test_a_table_is_not_taken_for_the_names_of_its_columns(model: Model, colour_
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model, image: model.encode_texts(np.array("red")), r"Texts of type ndarray were given; expected a str"),
-        (lambda model, image: model.classify(image, [1, "red"]), r"Text 1 is 1, of type int; expected a string"),
-        (lambda model, image: model.classify(image, ["red", None]), r"Text 2 is None, of type NoneType"),
-        (lambda model, image: model.classify(image, b"red"), r"Texts of type bytes were given; expected a string"),
-        (lambda model, image: model.classify(image, 3), r"Texts of type int were given"),
-        (lambda model, image: model.classify(image, LABELS, templates=[3]), r"Text 1 is 3, of type int"),
-        (lambda model, image: model.encode_texts(None), r"Texts of type NoneType were given"),
-        (lambda model, image: model.encode_texts([b"red"]), r"Text 1 is b'red', of type bytes"),
+        (lambda model, image: model.encode_texts(np.array("red")), r"A text has type ndarray"),
+        (lambda model, image: model.classify(image, [1, "red"]), r"A text has type int"),
+        (lambda model, image: model.classify(image, ["red", None]), r"A text has type NoneType"),
+        (lambda model, image: model.classify(image, b"red"), r"A text has type bytes"),
+        (lambda model, image: model.classify(image, 3), r"A text has type int"),
+        (lambda model, image: model.classify(image, LABELS, templates=[3]), r"A text has type int"),
+        (lambda model, image: model.encode_texts(None), r"A text has type NoneType"),
+        (lambda model, image: model.encode_texts([b"red"]), r"A text has type bytes"),
         (lambda model, image: edge.evaluate(model, None), r"Tasks of type NoneType were given"),
     ],
 )
