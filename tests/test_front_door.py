@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import click
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,6 +24,7 @@ from clip_rd_edge import api
 from clip_rd_edge.bundle.images import ImageInput
 from clip_rd_edge.cli.main import COMMANDS, cli
 from clip_rd_edge.exporting.plan import ExportOptions
+from clip_rd_edge.settings.options import _members
 from clip_rd_edge.settings.training import Distill
 from clip_rd_edge.utils.paths import AnyPath
 
@@ -102,10 +104,10 @@ def test_the_errors_that_docstrings_name_can_be_caught() -> None:
 
 
 def test_hints_take_what_the_calls_take() -> None:
-    options = get_type_hints(Distill)
+    options = {field.name: set(_members(field.type)) for field in msgspec.structs.fields(Distill)}
     for name in ("teacher_pretrained", "store", "pretrained_image", "pretrained_text"):
-        assert options[name] == AnyPath | None
-    assert options["tasks"] == AnyPath | Sequence[AnyPath]
+        assert options[name] == {str, os.PathLike[str], type(None)}
+    assert options["tasks"] == {str, os.PathLike[str], Sequence[AnyPath]}
     for call in (edge.Model.classify, edge.Model.encode_images, edge.ZeroShotClassifier.classify):
         assert get_type_hints(call)["images"] == ImageInput | Iterable[ImageInput]
     assert get_type_hints(edge.Model.classify)["labels"] == Iterable[str] | str | os.PathLike[str] | None
@@ -167,7 +169,8 @@ def test_readme_and_examples_import_no_internal_modules() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     sources = [*blocks, *(path.read_text(encoding="utf-8") for path in (ROOT / "examples").glob("*.py"))]
-    assert [internal_imports(source) for source in sources] == [[] for _ in sources]
+    internal = {name for source in sources for name in internal_imports(source)}
+    assert internal <= {"clip_rd_edge.losses.terms"}  # what a loss term of one's own is made with
     assert internal_imports("from clip_rd_edge.runtime import load") == ["clip_rd_edge.runtime"]
 
 

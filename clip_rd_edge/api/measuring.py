@@ -13,7 +13,7 @@ from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.settings.measuring import Benchmark, Evaluate, EvidenceRun, Quickstart
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.utils.calls import checked_call
-from clip_rd_edge.utils.paths import AnyPath, Typed, as_text
+from clip_rd_edge.utils.paths import AnyPath, Typed, as_text, several
 
 if TYPE_CHECKING:
     from clip_rd_edge.benchmarking.metrics import Score
@@ -159,11 +159,14 @@ def evidence_run(request: EvidenceRun) -> Evidence:
     from clip_rd_edge.evidence.report import require_report_folder, write_report
     from clip_rd_edge.evidence.run import run_evidence
     from clip_rd_edge.evidence.suite import read_evidence
+    from clip_rd_edge.losses.terms import load_terms
     from clip_rd_edge.utils.files import require_utf8_path
 
     folder, reporter = Path(request.output), request.reporter
     require_utf8_path(folder)
     require_matplotlib()
+    for source in several(request.terms):
+        load_terms(source)
     loaded = read_evidence(os.fspath(request.suite))
     require_report_folder(folder, loaded.name)
     evidence = run_evidence(loaded, folder, reporter, teacher=as_text(request.teacher))

@@ -1,21 +1,18 @@
-"""Configuration of a run: the recipe (how to train), and the models and data (what to train, on what)."""
+"""How a run is configured: the recipe (how to train), and the settings of `distill` (on what, and what to train)."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from clip_rd_edge.bundle.labels import is_template
-from clip_rd_edge.bundle.manifest import MAX_EMBEDDING_SIZE
-from clip_rd_edge.bundle.preprocess import MAX_EDGE
 from clip_rd_edge.bundle.runs import LOCAL_DIR, model_folder
-from clip_rd_edge.bundle.tokenizer import MAX_CONTEXT
 from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.data.remote import is_remote
@@ -23,10 +20,12 @@ from clip_rd_edge.data.webdataset import SEPARATOR
 from clip_rd_edge.errors import ConfigError, UsageError, near_matches, quoted
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
-from clip_rd_edge.losses.terms import find_term, term_names
+from clip_rd_edge.losses.terms import find_term, load_terms, term_names
 from clip_rd_edge.models.students import TEACHER
 from clip_rd_edge.models.text_weights import TOKENS
-from clip_rd_edge.utils.paths import AnyPath, Recorded, Typed, as_text, exists, is_file
+from clip_rd_edge.settings.options import declared, option
+from clip_rd_edge.settings.training import Names, Place, Several, Training
+from clip_rd_edge.utils.paths import AnyPath, Recorded, Typed, as_text, exists, is_file, several
 from clip_rd_edge.utils.structs import (
     CheckedError,
     CheckedStruct,
@@ -34,7 +33,6 @@ from clip_rd_edge.utils.structs import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Share,
     comment_lines,
     commented_yaml,
     convert,
@@ -44,18 +42,7 @@ from clip_rd_edge.utils.text import shown_sources
 
 RECIPES = Path(__file__).parent / "recipes"
 RECIPE_SUFFIXES = (".yaml", ".yml")  # of recipes that are files of the user's own
-# Fields that may change when a run is resumed: they affect output or speed, but no batch and no loss.
-CHANGEABLE_ON_RESUME = frozenset((
-    "log_every", "checkpoint_every", "evaluate_every", "tasks", "report_to", "workers", "max_bad", "store",
-    "processes",
-))  # fmt: skip
-# Fields that say where something lies, which may differ between machines; their content is compared instead.
-LOCATIONS = frozenset((
-    "recipe_name", "data", "images", "texts", "templates", "teacher", "teacher_pretrained", "student", "text",
-    "pretrained_image", "pretrained_text", "store", "tasks",
-))  # fmt: skip
 CROP_SCALE = (0.9, 1.0)  # of recipes that name no other
-MAX_WORKERS = 1_024  # loader processes
 MAX_BANK_SIZE = 2**24  # rows; of 512 dimensions, 32 GiB
 _Decay = Annotated[float, Meta(ge=0, lt=1)]
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what numpy accepts
@@ -118,135 +105,58 @@ class Recipe(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise CheckedError(f"crop_scale is [{low}, {high}]; expected 0 < min <= max <= 1")
 
 
-Place = TypeVar("Place")  # of data, a model or a task
-Names = TypeVar("Names")  # one place or several
-
-
-class _Config(CheckedStruct, Generic[Place, Names], frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _Config(Training[Place, Names, Several], frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings of a run.
 
     Attributes:
-        data, images, texts, templates: what to train on; see `data.mixed.TrainingData`.
-        csv_img_key, csv_caption_key: column names of tables, of tasks, too.
-        train_data_upsampling_factors, json_caption_key: for shards; `weights` and `json_key` of `load_pairs`.
-        max_bad: max fraction of the samples that may be unreadable; these are skipped.
-        teacher: as `models.load.load_clip` takes it, or several of them, which `losses.ensemble` makes one; or
-            `stored:FILE` for the stored embeddings of reinforced samples, see `data.reinforced`; None if the objective
-            does not need a teacher.
-        teacher_pretrained: weights of teachers that are named by an architecture alone.
-        student: a preset, a timm architecture or a JSON configuration; or `local-dir:PATH` of a model to fine-tune.
-        image_size: edge of the student's input in pixels. None, here and for the next two: that of a trained student,
-            or the default of a new one, see `distillation.student.with_default_shape`.
-        text: see `models.students.text_size`; or the folder of a model, whose text tower the student takes; or
-            `teacher` for that of the teacher, or of the first, which then needs `freeze_text`: its features are
-            computed once per caption.
-        context_length: tokens per caption; with the text tower of a model, that of this model.
-        embedding_size: the student's; 0 takes that of all teachers side by side (with the text tower of one of them,
-            its own), or 512 without a teacher. If it differs from the teachers', the objective learns projections
-            between the two, which are not part of the student.
-        pretrained_image, pretrained_text: initial weights of the towers; see `models.students` and
-            `models.text_weights`.
+        recipe_name: of the recipe, or its file.
         teacher_precision: precision that the teacher computes in; `auto` measures it separately from the student's.
-        store: folder with the teacher's embeddings, which are computed only once; needs `views`.
-        views: number of distinct views (crop and caption) of a pair, over which the epochs cycle; 0 draws new ones
-            every epoch.
-        freeze_text: train only the last projection of the text tower.
-        freeze_text_layers: number of groups of layers of the text tower, from the input, that are not trained; see
-            `models.text_towers.text_groups`.
-        freeze_image: number of groups of layers of the image tower, from the input, that are not trained; see
-            `distillation.student`.
-        freeze_norms: keep the statistics of the batch norms; their scales and biases are trained.
-        tuned_share: share of the trained weights in the saved student; the rest are those that a student to fine-tune
-            started from. See `models.edit`.
-        quantize: fine-tune a trained student for static INT8; see `distillation.quantized`.
-        compile: run the student's towers through torch.compile.
-        gradient_checkpointing: recompute activations in the backward pass, to save memory.
-        accumulate: number of chunks in which a process's part of a batch passes through the towers of student and
-            teacher, to save memory.
-        loss_block: pairs per block of the objective, to save memory; 0 takes all of a process's pairs at once.
-        global_logits: with several processes, each computes the loss of all pairs rather than of its own.
         processes: number of processes that share a batch, as started by torchrun. It may change when the run is
             resumed: batches and loss stay the same, but batch norms and dropout see only each process's part.
-        workers: loader processes; -1 uses half of the cores, at most 8.
-        evaluate_every: steps between evaluations on `tasks`; 0 evaluates only at the end.
-        report_to: where the metrics also go; see `distillation.trackers`.
+        log_every: steps between lines of metrics.jsonl.
     """
 
     recipe_name: Place
     recipe: Recipe
-    data: Place | None = None
-    images: Place | None = None
-    texts: Place | None = None
-    templates: tuple[Place, ...] = ()
-    csv_img_key: str = "filepath"
-    csv_caption_key: str = "title"
-    train_data_upsampling_factors: str | None = None
-    json_caption_key: str | None = None
-    max_bad: Share = 0.01
-    teacher: Names | None = None
-    teacher_pretrained: Place | None = None
-    student: Place
-    image_size: Annotated[int, Meta(ge=1, le=MAX_EDGE)] | None = None
-    text: Place | None = None
-    context_length: Annotated[int, Meta(ge=2, le=MAX_CONTEXT)] | None = None
-    embedding_size: Annotated[int, Meta(ge=0, le=MAX_EMBEDDING_SIZE)] = 0
-    pretrained_image: Place | None = None
-    pretrained_text: Place | None = None
     teacher_precision: Precision = "auto"
-    store: Place | None = None
-    views: NonNegativeInt = 0
-    freeze_text: bool = False
-    freeze_text_layers: NonNegativeInt = 0
-    freeze_image: NonNegativeInt = 0
-    freeze_norms: bool = False
-    tuned_share: Share = 1.0
-    quantize: Literal["int8"] | None = None
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    accumulate: PositiveInt = 1
-    loss_block: NonNegativeInt = 0
-    global_logits: bool = False
-    processes: PositiveInt = 1
-    seed: Seed = 0
-    workers: Annotated[int, Meta(ge=-1, le=MAX_WORKERS)] = -1
-    log_every: PositiveInt = 10
-    checkpoint_every: PositiveInt = 500
-    evaluate_every: NonNegativeInt = 0
-    tasks: tuple[Place, ...] = ()
-    report_to: TrackerName | None = None
+    processes: Annotated[int, option("Number of processes.", group="", ge=1, resume="free")] = 1
+    log_every: Annotated[int, option("Steps between lines of metrics.jsonl.", group="", ge=1, resume="free")] = 10
 
 
-class RecordedConfig(_Config[Recorded, Recorded], frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RecordedConfig(
+    _Config[Recorded, Recorded, tuple[Recorded, ...]], frozen=True, kw_only=True, forbid_unknown_fields=True
+):
     """What a run's config.yaml says, perhaps a stranger's: its places are compared, and never opened."""
 
 
-class RunConfig(_Config[Typed, Typed | tuple[Typed, ...]], frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RunConfig(
+    _Config[Typed, Typed | tuple[Typed, ...], tuple[Typed, ...]], frozen=True, kw_only=True, forbid_unknown_fields=True
+):
     """Complete configuration of a run, as it was asked for; saved as `config.yaml`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.text == TEACHER and not self.freeze_text:
-            raise CheckedError("text is teacher, but freeze_text is false; expected true: this tower is kept as it is")
-        if self.text == TEACHER and self.freeze_text_layers:
-            raise CheckedError(
-                f"text is teacher, whose tower is kept as it is, but freeze_text_layers is {self.freeze_text_layers}; "
-                "expected 0"
-            )
         if self.freeze_text and self.freeze_text_layers:
-            raise CheckedError(
-                f"freeze_text is true, and freeze_text_layers is {self.freeze_text_layers}; expected one of them: the "
-                "first freezes all layers"
+            raise UsageError(
+                f"The whole text tower is frozen, and {self.freeze_text_layers} groups of its layers are; expected one "
+                "of them.",
+                hint="omit {freeze_text} or {freeze_text_layers}",
+                option="freeze_text_layers",
             )
         if self.text == TEACHER and self.pretrained_text:
-            raise CheckedError(
-                f"text is teacher, which has weights, but pretrained_text is {self.pretrained_text}; expected none"
+            raise UsageError(
+                "The text tower is the teacher's, which has weights, but others to start from were named.",
+                hint="omit {pretrained_text}",
+                option="pretrained_text",
             )
         if self.stored_teachers and (problem := self._problem_with_stored_teachers()):
-            raise CheckedError(f"the teacher is {STORED}, but {problem}: the embeddings of the shards in data are used")
+            raise UsageError(
+                f"The teacher is {STORED}, but {problem}: the embeddings of the shards in data are used.",
+                option="teacher",
+            )
         places = list(map(_place, self.teachers))
-        for name, place in zip(self.teachers, places, strict=True):
-            if places.count(place) > 1:
-                raise CheckedError(f"the teacher {name} is named {places.count(place)} times; expected once")
+        if len(set(places)) < len(places):
+            raise UsageError(f"A teacher is named twice: {', '.join(self.teachers)}.", option="teacher")
 
     @property
     def teachers(self) -> tuple[Typed, ...]:
@@ -266,11 +176,18 @@ class RunConfig(_Config[Typed, Typed | tuple[Typed, ...]], frozen=True, kw_only=
             return "the run is not on data alone"
         if self.store is not None:
             return f"store is {self.store}"
-        if self.text == TEACHER or self.pretrained_text in (TEACHER, TOKENS):
-            return "its text tower is asked for"
-        if self.pretrained_image == TEACHER:
-            return "its image tower is asked for"
+        if TEACHER in (self.text, self.pretrained_text, self.pretrained_image) or self.pretrained_text == TOKENS:
+            return "a tower of it is asked for"
         return ""
+
+
+_BY_RESUME = {entry.name: entry.extra["resume"] for entry in declared(RunConfig)}
+# Fields that may change when a run is resumed: they affect output or speed, but no batch and no loss.
+CHANGEABLE_ON_RESUME = frozenset(name for name, rule in _BY_RESUME.items() if rule == "free")
+# Fields that say where something lies, which may differ between machines; their content is compared instead.
+LOCATIONS = frozenset((
+    "recipe_name", "store", "tasks", *(name for name, rule in _BY_RESUME.items() if rule == "content"),
+))  # fmt: skip
 
 
 def is_texts_alone(config: RunConfig) -> bool:
@@ -281,30 +198,22 @@ def is_texts_alone(config: RunConfig) -> bool:
 _RECIPE_OPTIONS = ("epochs", "steps", "batch_size", "learning_rate", "precision", "ema_decay")
 
 
-def resolve(
-    recipe: AnyPath,
-    *,
-    data: AnyPath | None = None,
-    student: AnyPath,
-    teacher: AnyPath | Sequence[AnyPath] | None = None,
-    **options: Any,
-) -> RunConfig:
-    """Return the configuration of a run: a recipe, overridden by the options. Paths may be texts or path objects."""
-    recipe = os.fspath(recipe)
-    given = {**options, "data": data, "student": student, "teacher": teacher}
-    fields: dict[str, Any] = {name: as_text(value) for name, value in given.items()}
-    for name in ("tasks", "templates"):
-        names = fields.get(name)
-        if isinstance(names, (str, tuple, list)):
-            fields[name] = (names,) if isinstance(names, str) else tuple(map(as_text, names))
-    if isinstance(teacher, (tuple, list)):
-        names = tuple(map(as_text, teacher))
-        fields["teacher"] = names if len(names) > 1 else names[0] if names else None
+def resolve(recipe: AnyPath, *, student: AnyPath, **options: Any) -> RunConfig:
+    """Return the configuration of a run: a recipe, overridden by the options. Paths may be texts or path objects.
+
+    This runs what the user has named as loss terms.
+    """
+    fields: dict[str, Any] = {name: as_text(value) for name, value in {**options, "student": student}.items()}
+    for name in ("tasks", "templates", "terms"):
+        fields[name] = several(options.get(name, ()))
+    teachers = several(options.get("teacher") or ())
+    fields["teacher"] = teachers if len(teachers) > 1 else teachers[0] if teachers else None
     overrides = {name: value for name in _RECIPE_OPTIONS if (value := fields.pop(name, None)) is not None}
     if "epochs" in overrides and overrides.get("steps"):
         raise UsageError(
             f"{overrides['epochs']} epochs and {overrides['steps']} steps were both asked for; expected one of them.",
             hint="omit {epochs} or {steps}",
+            option="epochs",
         )
     if "epochs" in overrides:
         overrides["steps"] = 0
@@ -314,17 +223,16 @@ def resolve(
         fields["freeze_text"] = True
     if fields.get("quantize"):
         overrides = {**QUANTIZE_DEFAULTS, **overrides}
-    loaded = load_recipe(recipe)
+    for source in fields["terms"]:
+        load_terms(source)
+    name = Typed(os.fspath(recipe))
+    loaded = load_recipe(name)
     batch_size = overrides.get("batch_size")
     # An invalid batch size is reported by `convert`.
     if isinstance(batch_size, int) and batch_size > 0 and "learning_rate" not in overrides:
         overrides["learning_rate"] = scaled_learning_rate(loaded, batch_size)
-    raw = {
-        **fields,
-        "recipe_name": recipe,
-        "recipe": {**msgspec.to_builtins(loaded), **overrides},
-    }
-    return convert(raw, RunConfig, source="The run")
+    changed = convert({**msgspec.to_builtins(loaded), **overrides}, Recipe, source="The run")
+    return RunConfig(recipe_name=name, recipe=changed, **fields)
 
 
 def scaled_learning_rate(recipe: Recipe, batch_size: int) -> float:
@@ -383,13 +291,13 @@ def first_difference(
     Two names of one file or folder, such as a relative and an absolute path, are no difference; nor are two recipe
     files, since what they say is compared.
     """
-    old_fields = _flatten(old)
+    old_fields, new_fields = _flatten(old), _flatten(new)
     if str(old_fields["recipe_name"]).endswith(RECIPE_SUFFIXES) and new.recipe_name.endswith(RECIPE_SUFFIXES):
         ignored = {*ignored, "recipe_name"}
-    for key, value in _flatten(new).items():
-        old_value = old_fields.get(key)
-        if key not in ignored and old_value != value and not (key in LOCATIONS and _is_same_place(old_value, value)):
-            return f"{key}: {shown_sources(old_value)} → {shown_sources(value)}"
+    for key in {**new_fields, **old_fields}:
+        was, value = old_fields.get(key), new_fields.get(key)
+        if key not in ignored and was != value and not (key in LOCATIONS and _is_same_place(was, value)):
+            return f"{key}: {shown_sources(was)} → {shown_sources(value)}"
     return None
 
 

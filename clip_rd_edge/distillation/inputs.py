@@ -45,7 +45,7 @@ from clip_rd_edge.distillation.teacher import (
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.objective import Objective
-from clip_rd_edge.losses.terms import find_term
+from clip_rd_edge.losses.terms import find_term, own_terms, source_of
 from clip_rd_edge.models.clip import ClipModel, form_fingerprint, model_fingerprint
 from clip_rd_edge.models.encoder import BATCH_SIZE, TorchEncoder
 from clip_rd_edge.models.students import student_file
@@ -80,6 +80,7 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
             for runs that did not record it yet.
         form_sha256: of what a checkpoint's weights belong to: the form of the student and the teachers' embedding
             sizes; None for runs that did not record it yet.
+        terms_sha256: of the code of each own loss term of the recipe, by its name.
     """
 
     pairs: int
@@ -94,6 +95,7 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
     text_sha256: str | None = None
     student_file_sha256: str | None = None
     form_sha256: str | None = None
+    terms_sha256: dict[str, str] = {}
 
 
 def teachers_digest(inputs: RunInputs) -> str:
@@ -118,6 +120,7 @@ def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
         text_sha256=model_fingerprint(text) if text else None,
         student_file_sha256=_student_file_sha256(config),
         form_sha256=_form_of(setup),
+        terms_sha256={name: source_of(name) for name in own_terms(config.recipe.objective)},
     )
 
 
@@ -260,7 +263,8 @@ def sources_known_by_content(run: Path, old: RecordedConfig, new: RunConfig) -> 
     """
     if not is_file(run / INPUTS_FILE):
         return frozenset()
-    fields = {
+    fields = {"terms"}  # the recipe names those that it weighs
+    fields |= {
         name for name in ("data", "images", "texts") if (getattr(old, name) is None) is (getattr(new, name) is None)
     }
     templates = (*(str(template.plain()) for template in old.templates), *new.templates)
@@ -298,6 +302,7 @@ def newer_inputs(config: RunConfig, student: Path) -> list[str]:
     text = None if _taken_text(config) is None else config.text
     templates = [name for name in config.templates if not is_template(name)]
     inputs = (config.data, config.images, config.texts, *templates, *config.teachers, config.student, text)
+    inputs += config.terms
     names = [name for name in inputs if name]
     return [name for name in dict.fromkeys(names) if _written_ns(name) > finished]
 
@@ -358,6 +363,9 @@ def _difference(
         return f"the image weights that the student starts from are others ({change})"
     if change := _change(old.text_weights_sha256, new.text_weights_sha256):
         return f"the text weights that the student starts from are others ({change})"
+    for name, was in old.terms_sha256.items():
+        if change := _change(was, new.terms_sha256.get(name)):
+            return f"the loss term {name} has other code ({change})"
     if change := _change(old.form_sha256, new.form_sha256):
         return f"the student has another architecture, tokenizer or preprocessing ({change})"
     return None
@@ -385,6 +393,7 @@ def _described(inputs: RunInputs) -> dict[str, str]:
         "text_weights_sha256": f"text weights with the {_digest(inputs.text_weights_sha256 or '')}",
         "text_sha256": f"a text tower to start from with the {_digest(inputs.text_sha256 or '')}",
         "student_file_sha256": f"a file of the student with the {_digest(inputs.student_file_sha256 or '')}",
+        "terms_sha256": f"loss terms with the {' and '.join(map(_digest, inputs.terms_sha256.values()))}",
         "form_sha256": f"a student whose form has the {_digest(inputs.form_sha256 or '')}",
         "pairs_sha256": f"{_counts(inputs)} with the {_digest(inputs.pairs_sha256)}",
     }

@@ -30,7 +30,9 @@ The products, each of which is computed only if it is needed, and once for all t
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -125,6 +127,19 @@ def load_terms(source: Typed) -> None:
             spec.loader.exec_module(module)
     except (ImportError, OSError, SyntaxError) as error:
         raise InputError(f"The loss terms of {source} cannot be loaded: {error}.", option="terms") from error
+
+
+def own_terms(names: Iterable[str]) -> list[str]:
+    """Return those of some terms that are not shipped with this package."""
+    return [name for name in names if name not in SHIPPED]
+
+
+def source_of(name: str) -> str:
+    """Return a SHA-256 of the file that defines a term, or of the function alone where there is none."""
+    compute = find_term(name).compute
+    file = inspect.getsourcefile(compute)
+    content = Path(file).read_bytes() if file and Path(file).is_file() else inspect.getsource(compute).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 @dataclass(frozen=True)

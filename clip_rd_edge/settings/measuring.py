@@ -123,4 +123,8 @@ class EvidenceRun(Settings, frozen=True):
     teacher: Annotated[AnyPath, _teacher(
         "local-dir:PATH, hf-hub:ORG/REPO or a run.", metavar="MODEL", default="the built-in one, fine-tuned first",
     )] | None = None  # fmt: skip
+    terms: Annotated[AnyPath | Sequence[AnyPath], option(
+        "Python file or module with loss terms of your own, as for distill; can be repeated.",
+        group="Training", metavar="FILE|MODULE", default="those of installed packages",
+    )] = ()  # fmt: skip
     reporter: Reporter = SILENT

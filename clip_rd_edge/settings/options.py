@@ -30,7 +30,6 @@ from typing import (
     Union,
     get_args,
     get_origin,
-    get_type_hints,
 )
 
 import msgspec
@@ -161,8 +160,8 @@ def _numbers(settings: type[Settings]) -> list[Declared]:
 def _checks(settings: type[Settings]) -> Mapping[str, tuple[tuple[Any, ...], bool]]:
     """Return the fields with choices, and those that take paths."""
     found: dict[str, tuple[tuple[Any, ...], bool]] = {}
-    for name, annotation in get_type_hints(settings).items():
-        members = _members(annotation)
+    for field in msgspec.structs.fields(settings):  # unlike type hints, with the types of a generic struct
+        name, members = field.name, _members(field.type)
         choices = tuple(choice for member in members if get_origin(member) is Literal for choice in get_args(member))
         others = [member for member in members if get_origin(member) is not Literal and member is not type(None)]
         if choices:
@@ -221,11 +220,10 @@ def _default(field: msgspec.structs.FieldInfo) -> Any:
 
 def declared(settings: type[Settings]) -> Iterator[Declared]:
     """Yield the options and arguments of a struct, in its order; other fields, such as a reporter, are left out."""
-    hints = get_type_hints(settings, include_extras=True)
     for field in msgspec.structs.fields(settings):
-        for meta in _metas(hints[field.name]):
+        for meta in _metas(field.type):
             if meta.extra is not None:
-                kind, several = _kind(hints[field.name])
+                kind, several = _kind(field.type)
                 limits = {name: value for name in _LIMITS if (value := getattr(meta, name)) is not None}
                 default = NODEFAULT if field.required else _default(field)
                 yield Declared(field.name, meta.description or "", kind, several, default, limits, meta.extra)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from clip_rd_edge.settings.options import Settings, argument, option
 from clip_rd_edge.utils.paths import AnyPath
@@ -31,25 +31,32 @@ PRECISION_WORDS = {
 }
 
 
-class _Data(Settings, frozen=True, kw_only=True):
-    data: Annotated[AnyPath, _data(
+_OneOrMore = AnyPath | Sequence[AnyPath]
+Place = TypeVar("Place")  # of data, a model or a task
+Names = TypeVar("Names")  # one place or several
+Several = TypeVar("Several")  # any number of places
+_NONE: Any = ()
+
+
+class _Data(Settings, Generic[Place, Names, Several], frozen=True, kw_only=True):
+    data: Annotated[Place, _data(
         "CSV, TSV or Parquet file of images and captions (columns filepath,title), WebDataset shards "
         "(a/{000..012}.tar::b.tar), or emoji for the built-in data set.", metavar="SOURCE",
-        default="none; see {images}", complete="data",
+        default="none; see {images}", complete="data", resume="content",
     )] | None = None  # fmt: skip
-    images: Annotated[AnyPath, _data(
+    images: Annotated[Place, _data(
         "Images without captions, beside the pairs or instead of them: a folder, a table with the column filepath, or "
-        "shards.", metavar="SOURCE", default="none",
+        "shards.", metavar="SOURCE", default="none", resume="content",
     )] | None = None  # fmt: skip
-    texts: Annotated[AnyPath, _data(
+    texts: Annotated[Place, _data(
         "Captions or labels without images: one per line (a line that starts with # and a space is a comment), a table "
-        "or list as for classify --labels, or a Parquet file.", metavar="FILE", default="none",
+        "or list as for classify --labels, or a Parquet file.", metavar="FILE", default="none", resume="content",
     )] | None = None  # fmt: skip
-    templates: Annotated[str | Sequence[str], _data(
+    templates: Annotated[Several, _data(
         "Prompt template for {texts}, such as 'a photo of a {}', a file with one per line, or imagenet for CLIP's 80; "
         "can be repeated.", flags=("--template",), metavar="PROMPT|FILE", default="texts as they are",
-        complete="imagenet",
-    )] = ()  # fmt: skip
+        complete="imagenet", resume="content",
+    )] = _NONE  # fmt: skip
     csv_img_key: Annotated[str, _data("Column with the image paths, of every table.", metavar="COLUMN")] = "filepath"
     csv_caption_key: Annotated[str, _data("Column with the captions, of every table.", metavar="COLUMN")] = "title"
     train_data_upsampling_factors: Annotated[str, _data(
@@ -60,57 +67,66 @@ class _Data(Settings, frozen=True, kw_only=True):
     )] | None = None  # fmt: skip
     max_bad: Annotated[float, _data(
         "Max fraction of damaged samples; these are skipped and counted.", metavar="FRACTION", ge=0, lt=1,
+        resume="free",
     )] = 0.01  # fmt: skip
-    workers: Annotated[int, _data("Loader processes; -1 uses half the cores, at most 8.", metavar="N", ge=-1)] = -1
-    teacher_pretrained: Annotated[AnyPath, _teacher(
+    workers: Annotated[
+        int, _data("Loader processes; -1 uses half the cores, at most 8.", metavar="N", ge=-1, le=1_024, resume="free")
+    ] = -1
+    teacher_pretrained: Annotated[Place, _teacher(
         "Pretrained tag or checkpoint file, for a teacher given by NAME.", metavar="TAG|FILE", default="none",
-        also="pretrained",
+        also="pretrained", resume="content",
     )] | None = None  # fmt: skip
 
 
-class Distill(_Data, frozen=True, kw_only=True):
-    """Train a compact student."""
+class Training(_Data[Place, Names, Several], frozen=True, kw_only=True):
+    """What to train, and on what: options of `distill` that a run's config.yaml has, too.
 
-    teacher: Annotated[AnyPath | Sequence[AnyPath], _teacher(
+    There, the places are as they were typed, or as a file records them: see `distillation.config`.
+    """
+
+    teacher: Annotated[Names, _teacher(
         "The teacher: an open_clip NAME@TAG (or NAME with {teacher_pretrained}), local-dir:PATH, hf-hub:ORG/REPO or a "
         "run's folder; or stored:FILE, for shards with stored embeddings in MobileCLIP's format. Can be repeated: the "
         "student then learns from all of them together.", metavar="MODEL",
-        default="none, for recipes without a teacher",
-    )] = ()  # fmt: skip
-    store: Annotated[AnyPath, _teacher(
+        default="none, for recipes without a teacher", resume="content",
+    )] | None = None  # fmt: skip
+    store: Annotated[Place, _teacher(
         "Folder for storing the teachers' embeddings, which are then computed only once; requires {views}.",
-        metavar="FOLDER", default="none", path=True,
+        metavar="FOLDER", default="none", path=True, resume="free",
     )] | None = None  # fmt: skip
     views: Annotated[int, _teacher(
         "Number of fixed crops per image.", metavar="N", default="new crops every epoch", ge=0,
     )] = 0  # fmt: skip
-    student: Annotated[AnyPath, _student(
+    student: Annotated[Place, _student(
         "The student: mobilevit_xxs, resnet18, … or any timm name; or a trained model to fine-tune: a run's folder or "
-        "local-dir:PATH.", metavar="NAME|MODEL", complete="student",
+        "local-dir:PATH.", metavar="NAME|MODEL", complete="student", resume="content",
     )]  # fmt: skip
     image_size: Annotated[int, _student(
-        "Edge of the input images in pixels.", metavar="PIXELS", default="224, or the trained model's", ge=16,
+        "Edge of the input images in pixels.", metavar="PIXELS", default="224, or the trained model's", ge=16, le=2_048,
     )] | None = None  # fmt: skip
-    text: Annotated[AnyPath, _student(
+    text: Annotated[Place, _student(
         "Size of the text tower: tiny, small, standard, or WIDTHxLAYERS such as 512x6; or the folder of a model, for "
         "its text tower; or teacher, for that of the (first) teacher, of which only the projection is trained.",
         metavar="SIZE|MODEL", default="standard, or the trained model's", complete="tiny|small|standard|teacher",
+        resume="content",
     )] | None = None  # fmt: skip
     context_length: Annotated[int, _student(
         "Max tokens per caption.", metavar="TOKENS", default="77, or that of the model whose text tower it is", ge=4,
+        le=8_192,
     )] | None = None  # fmt: skip
     embedding_size: Annotated[int, _student(
         "Numbers per embedding.", metavar="N", default="the teacher's, or the sum of all teachers', else 512", ge=0,
+        le=65_536,
     )] = 0  # fmt: skip
-    pretrained_image: Annotated[AnyPath, _student(
+    pretrained_image: Annotated[Place, _student(
         "Initial weights of the student's image trunk; package: from an installed package, for efficientnet_lite0; "
         "teacher: the (first) teacher's whole image tower, of the same architecture.",
-        metavar="timm|package|teacher|FILE", default="random", complete="timm|package|teacher",
+        metavar="timm|package|teacher|FILE", default="random", complete="timm|package|teacher", resume="content",
     )] | None = None  # fmt: skip
-    pretrained_text: Annotated[AnyPath, _student(
+    pretrained_text: Annotated[Place, _student(
         "Initial weights of the student's text tower. tokens: only those of the token embeddings, which are what the "
         "teacher says of each token. teacher: evenly spaced layers of the (first) teacher's. FILE: of a checkpoint's.",
-        metavar="tokens|teacher|FILE", default="random", complete="tokens|teacher",
+        metavar="tokens|teacher|FILE", default="random", complete="tokens|teacher", resume="content",
     )] | None = None  # fmt: skip
     freeze_text: Annotated[bool, _student("Train only the projection of the text tower.")] = False
     freeze_text_layers: Annotated[int, _student(
@@ -133,6 +149,41 @@ class Distill(_Data, frozen=True, kw_only=True):
         "Fine-tune a trained student for INT8: 300 steps at learning rate 1e-4, unless {steps} or {learning_rate} is "
         "set.", default="off",
     )] | None = None  # fmt: skip
+    seed: Annotated[int, _training("Random seed of weights, batches and crops.", metavar="N", ge=0, lt=2**32)] = 0
+    terms: Annotated[Several, _training(
+        "Python file or module with loss terms of your own, which the recipe weighs by their names; it is run. Can be "
+        "repeated.", metavar="FILE|MODULE", default="those of installed packages", resume="content",
+    )] = _NONE  # fmt: skip
+    compile: Annotated[bool, _memory("Compile the student with torch.compile.")] = False
+    gradient_checkpointing: Annotated[bool, _memory(
+        "Recompute activations in the backward pass, to save memory.",
+    )] = False  # fmt: skip
+    accumulate: Annotated[int, _memory(
+        "Chunks per batch, to save memory; batch norms see one chunk at a time.", metavar="N", ge=1,
+    )] = 1  # fmt: skip
+    loss_block: Annotated[int, _memory(
+        "Pairs per block of the loss, to save memory.", metavar="PAIRS", default="all", ge=0,
+    )] = 0  # fmt: skip
+    global_logits: Annotated[bool, _memory(
+        "Under torchrun: every process computes the loss of all pairs.",
+    )] = False  # fmt: skip
+    checkpoint_every: Annotated[int, _output("Steps between checkpoints.", metavar="STEPS", ge=1, resume="free")] = 500
+    report_to: Annotated[Literal["tensorboard", "wandb", "mlflow"], _output(
+        "Also report the metrics to tensorboard (RUN/tensorboard), wandb or mlflow; a resumed run continues there.",
+        metavar="NAME", default="RUN/metrics.jsonl alone", resume="free",
+    )] | None = None  # fmt: skip
+    tasks: Annotated[Several, _evaluation(
+        "Evaluate on this task (see clip-rd-edge evaluate) and keep the best student in RUN/best; can be repeated.",
+        flags=("--task",), metavar="NAME", default="none", complete="task", resume="free",
+    )] = _NONE  # fmt: skip
+    evaluate_every: Annotated[int, _evaluation(
+        "Steps between evaluations on the tasks.", metavar="STEPS", default="only at the end", ge=0, resume="free",
+    )] = 0  # fmt: skip
+
+
+class Distill(Training[AnyPath, _OneOrMore, _OneOrMore], frozen=True, kw_only=True):
+    """Train a compact student."""
+
     recipe: Annotated[AnyPath, _training(
         "Training recipe: clip-rd, clip-kd, tinyclip, clip, … or a YAML file.", metavar="NAME|FILE",
         complete="recipe",
@@ -152,43 +203,17 @@ class Distill(_Data, frozen=True, kw_only=True):
         "Keep a moving average of the weights with this decay, such as 0.999.", metavar="DECAY",
         default="the recipe's", ge=0, lt=1,
     )] | None = None  # fmt: skip
-    seed: Annotated[int, _training("Random seed of weights, batches and crops.", metavar="N")] = 0
-    tasks: Annotated[AnyPath | Sequence[AnyPath], _training(
-        "Evaluate on this task (see clip-rd-edge evaluate) and keep the best student in RUN/best; can be repeated.",
-        flags=("--task",), metavar="NAME", default="none", complete="task",
-    )] = ()  # fmt: skip
-    evaluate_every: Annotated[int, _training(
-        "Steps between evaluations on the tasks.", metavar="STEPS", default="only at the end", ge=0,
-    )] = 0  # fmt: skip
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], _memory(
         "fp32, bf16, fp16, or auto, which measures which is fastest.", metavar="NAME", default="the recipe's",
         words=PRECISION_WORDS,
     )] | None = None  # fmt: skip
-    compile: Annotated[bool, _memory("Compile the student with torch.compile.")] = False
-    gradient_checkpointing: Annotated[bool, _memory(
-        "Recompute activations in the backward pass, to save memory.",
-    )] = False  # fmt: skip
-    accumulate: Annotated[int, _memory(
-        "Chunks per batch, to save memory; batch norms see one chunk at a time.", metavar="N", ge=1,
-    )] = 1  # fmt: skip
-    loss_block: Annotated[int, _memory(
-        "Pairs per block of the loss, to save memory.", metavar="PAIRS", default="all", ge=0,
-    )] = 0  # fmt: skip
-    global_logits: Annotated[bool, _memory(
-        "Under torchrun: every process computes the loss of all pairs.",
-    )] = False  # fmt: skip
     output: Annotated[AnyPath, _output("The run's folder.", flags=("-o", "--output"), metavar="RUN", path=True)]
     resume: Annotated[bool, _output("Resume from the latest intact checkpoint in RUN.")] = False
     accept_changes: Annotated[bool, _output("Resume although data or teacher changed since the run began.")] = False
-    checkpoint_every: Annotated[int, _output("Steps between checkpoints.", metavar="STEPS", ge=1)] = 500
-    report_to: Annotated[Literal["tensorboard", "wandb", "mlflow"], _output(
-        "Also report the metrics to tensorboard (RUN/tensorboard), wandb or mlflow; a resumed run continues there.",
-        metavar="NAME", default="RUN/metrics.jsonl alone",
-    )] | None = None  # fmt: skip
     reporter: Reporter = SILENT
 
 
-class Embed(_Data, frozen=True, kw_only=True):
+class Embed(_Data[AnyPath, _OneOrMore, _OneOrMore], frozen=True, kw_only=True):
     """Compute the embeddings of a teacher once, for many runs."""
 
     teacher: Annotated[AnyPath | Sequence[AnyPath], _teacher(

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NewType
 
@@ -201,6 +201,12 @@ Typed = NewType("Typed", str)
 def typed(place: str | os.PathLike[str]) -> Typed:
     """Return what was typed in this call, or a path that this program made, as such: for callers that know that."""
     return Typed(os.fspath(place))
+
+
+def several(places: AnyPath | Sequence[AnyPath]) -> tuple[Typed, ...]:
+    """Return places that were typed as texts, of which there may be any number."""
+    each = places if isinstance(places, tuple | list) else (places,)
+    return tuple(typed(place) for place in each)
 
 
 class Recorded:

@@ -7,7 +7,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from clip_rd_edge.distillation.config import Recipe, RunConfig, first_difference, load_recipe, recipe_names, resolve
+from clip_rd_edge.distillation.config import (
+    CHANGEABLE_ON_RESUME,
+    LOCATIONS,
+    Recipe,
+    RunConfig,
+    first_difference,
+    load_recipe,
+    recipe_names,
+    resolve,
+)
 from clip_rd_edge.distillation.optimizer import build_optimizer, learning_rate_at
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.losses.objective import Objective, Weights
@@ -32,22 +41,17 @@ def test_a_misspelt_recipe_name_suggests_similar_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("objective: {task: 1}\nlearning_rat: 1", "unknown field `learning_rat`.*Did you mean 'learning_rate'"),
-        ("objective: {task: 1, xdr: 1}", "unknown loss term .xdr.*Did you mean .xrd"),
-        ("objective: {task: 1}\nbatch_size: 0", r"Expected `int` >= 1 - at `\$\.batch_size`"),
-        ("objective: {task: 1}\ncrop_scale: [0.9, 0.5]", "crop_scale"),
-        ("objective: {bank: 1}\nbank_size: 0", r"Expected `int` >= 1 - at `\$\.bank_size`"),
-        ("objective: {bank: 1}\nbank_size: 1e9", "bank_size"),
-        ("objective: {bank: 1}\nbank_temperature: 0", r"Expected `float` > 0.0 - at `\$\.bank_temperature`"),
-        ("objective: {bank: .inf}", "bank is inf; expected a finite number"),
-    ],
-)
-def test_an_invalid_recipe_is_rejected(tmp_path: Path, text: str, message: str) -> None:
+    "line",
+    ["learning_rat: 1", "batch_size: 0", "crop_scale: [0.9, 0.5]", "crop_scale: [.nan, 1.0]", "bank_size: 0",
+     "bank_size: 1e9", "bank_temperature: 0", "steps: -5", "learning_rate: .nan", "weight_decay: .inf",
+     "betas: [0.9, .nan]", "betas: [0.9, 1.0]", "epsilon: 0", "clip_gradient_norm: -1", "scale_start: .nan",
+     "warmup_steps: -1", "objective: {task: .nan}", "objective: {task: -1}", "objective: {bank: .inf}",
+     "objective: {task: 1, xdr: 1}", "objective: [task]"],
+)  # fmt: skip
+def test_an_invalid_recipe_is_refused_by_file_and_key(tmp_path: Path, line: str) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=message):
+    path.write_text(line if line.startswith("objective") else f"objective: {{task: 1.0}}\n{line}\n")
+    with pytest.raises(ConfigError, match=rf"mine\.yaml is invalid.*{line.split(':')[0]}"):
         load_recipe(str(path))
 
 
@@ -84,6 +88,20 @@ def test_the_first_difference_is_named() -> None:
     changed = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, batch_size=8), log_every=3)
     assert first_difference(config, config) is None
     assert first_difference(config, changed) == "batch_size: 1024 → 8"
+    recipe = msgspec.structs.replace(config.recipe, objective=Weights(task=1, fd=2))
+    more = msgspec.structs.replace(config, recipe=recipe)
+    assert first_difference(more, config) == "objective.fd: 2.0 → None"
+
+
+def test_what_may_change_when_a_run_is_resumed_stands_with_the_options() -> None:
+    assert {
+        "log_every", "checkpoint_every", "evaluate_every", "tasks", "report_to", "workers", "max_bad", "store",
+        "processes",
+    } == CHANGEABLE_ON_RESUME  # fmt: skip
+    assert {
+        "recipe_name", "data", "images", "texts", "templates", "teacher", "teacher_pretrained", "student", "text",
+        "pretrained_image", "pretrained_text", "store", "tasks", "terms",
+    } == LOCATIONS  # fmt: skip
 
 
 def test_two_names_of_the_same_places_are_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,46 +144,27 @@ def test_the_learning_rate_follows_the_batch_size_unless_it_is_given(options: An
         ("ema_decay", math.nan), ("ema_decay", 1.0), ("ema_decay", -0.1), ("steps", -5), ("epochs", 0),
         ("learning_rate", math.nan), ("learning_rate", math.inf), ("learning_rate", 0.0), ("learning_rate", -1e-3),
         ("max_bad", math.nan), ("max_bad", 1.5), ("max_bad", -0.1), ("seed", -1), ("seed", 2**32), ("batch_size", 0),
+        ("batch_size", "8"), ("batch_size", 2.5),
         ("image_size", 0), ("image_size", 10**9), ("context_length", 0), ("embedding_size", -1), ("views", -1),
         ("accumulate", 0), ("loss_block", -1), ("workers", -2), ("workers", 10**6), ("evaluate_every", -1),
         ("checkpoint_every", 0),
     ],
 )  # fmt: skip
 def test_no_number_out_of_range_starts_a_run(option: Any, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{option}|{value}|Expected"):
+    with pytest.raises(UsageError, match=option):
         resolve("clip-rd", data="pairs.csv", student="resnet18", **{option: value})
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["steps: -5", "learning_rate: .nan", "weight_decay: .inf", "betas: [0.9, .nan]", "betas: [0.9, 1.0]", "epsilon: 0",
-     "clip_gradient_norm: -1", "scale_start: .nan", "warmup_steps: -1", "crop_scale: [.nan, 1.0]",
-     "objective: {task: .nan}", "objective: {task: -1}"],
-)  # fmt: skip
-def test_no_number_out_of_range_is_read_from_a_recipe(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "mine.yaml"
-    objective = "" if line.startswith("objective") else "objective: {task: 1.0}\n"
-    path.write_text(f"{objective}{line}\n")
-    with pytest.raises(ConfigError, match=r"mine\.yaml is invalid"):
-        load_recipe(str(path))
-
-
-@pytest.mark.parametrize("batch_size", ["8", 0, -8, 2.5])
-def test_an_invalid_batch_size_is_named_although_the_learning_rate_depends_on_it(batch_size: Any) -> None:
-    with pytest.raises(ConfigError, match="batch_size"):
-        resolve("clip-rd", data="pairs.csv", student="resnet18", batch_size=batch_size)
 
 
 def test_the_teachers_text_tower_is_frozen() -> None:
     assert resolve("clip-rd", data="d", student="s", teacher="t", text="teacher").freeze_text
     assert not resolve("clip-rd", data="d", student="s", teacher="t").freeze_text
-    with pytest.raises(ConfigError, match="text is teacher, but freeze_text is false"):
-        RunConfig(recipe_name="clip-rd", recipe=load_recipe("clip-rd"), data="d", student="s", text="teacher")
-    with pytest.raises(ConfigError, match="but pretrained_text is teacher; expected none"):
-        resolve("clip-rd", data="d", student="s", teacher="t", text="teacher", pretrained_text="teacher")
+    for wrong in ({"pretrained_text": "teacher"}, {"freeze_text_layers": 1}, {"teacher": ["t", "t"]}):
+        with pytest.raises(UsageError) as error:
+            resolve("clip-rd", data="d", student="s", text="teacher", **{"teacher": "t", **wrong})
+        assert error.value.option in wrong
 
 
 def test_epochs_and_steps_together_are_refused() -> None:
-    with pytest.raises(UsageError, match="2 epochs and 4 steps were both asked for"):
+    with pytest.raises(UsageError):
         resolve("clip-rd", data="d", student="s", epochs=2, steps=4)
     assert resolve("clip-rd", data="d", student="s", epochs=2).recipe.steps == 0

@@ -838,7 +838,7 @@ def test_a_recipe_without_a_teacher_is_given_none(
     idle = msgspec.structs.replace(alone, **named)
     with pytest.raises(UsageError, match=f"The recipe clip has no teacher, but {what}\\.") as error:
         distil(idle, tmp_path / "run")
-    assert re.match(r"omit teacher\S*, or name a recipe with a teacher", error.value.hint)
+    assert "or name a recipe with a teacher" in error.value.hint
     if named == {"teacher": "a"}:  # as an older version began it
         with pytest.raises(MemoryError):
             distil(alone, tmp_path / "run", on_step=stop_at(4))
