@@ -88,7 +88,7 @@ def test_path_objects_are_taken_for_names(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(edge.recipe("clip-rd"))
     assert "objective:" in edge.recipe(recipe)
-    with pytest.raises(edge.InputError, match="No device is named 'jetson'"):
+    with pytest.raises(edge.InputError, match="No target is named 'jetson'"):
         edge.targets(Path("jetson"))
     with pytest.raises(edge.InputError, match=r"The weights '.*w\.pt' of RN50 are neither a tag"):
         edge.load("RN50", pretrained=tmp_path / "w.pt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from clip_rd_edge.benchmarking import tables
 from clip_rd_edge.benchmarking.accuracy import TOP1
 from clip_rd_edge.benchmarking.metrics import (
     Hits,
@@ -14,7 +13,17 @@ from clip_rd_edge.benchmarking.metrics import (
 )
 from clip_rd_edge.benchmarking.regression import TOO_BUSY
 from clip_rd_edge.benchmarking.results import Comparison, Results, RowResult
-from clip_rd_edge.benchmarking.tables import sign_test
+from clip_rd_edge.benchmarking.tables import (
+    interval,
+    megabytes,
+    percent,
+    ratio,
+    share,
+    sign_test,
+    signed_interval,
+    signed_points,
+    three_digits,
+)
 
 
 def recommendation(results: Results) -> str | None:
@@ -27,66 +36,54 @@ def recommendation(results: Results) -> str | None:
         None if the suite has no budget or no zero-shot task.
     """
     suite = results.suite
-    scored = {row.label: (row, score) for row in results.rows if (score := _first_zero_shot_score(row)) is not None}
-    if not scored or (suite.budget_ms is None and suite.min_accuracy is None):
+    if suite.budget_ms is None and suite.min_accuracy is None:
         return None
+    scores = {row.label: score for row in results.rows if (score := headline_score(results, row)) is not None}
+    rows = {row.label: row for row in results.rows if row.label in scores}
+    if not rows:
+        return None
+    p95 = {label: row.latency.end_to_end.p95 for label, row in rows.items()}
+    top1 = {label: score.top1 for label, score in scores.items()}
+
+    def figures(label: str) -> tuple[str, str]:
+        return f"{three_digits(p95[label])} ms", f"{percent(top1[label])} %"
+
+    wanted = []
+    if suite.budget_ms is not None:
+        wanted.append(f"at most {suite.budget_ms:g} ms from image file to answer (95th percentile)")
+    if suite.min_accuracy is not None:
+        wanted.append(f"at least {percent(suite.min_accuracy)} % top-1")
+    requirements = " and ".join(wanted)
     max_ms, min_top1 = suite.budget_ms or float("inf"), suite.min_accuracy or 0.0
-    suitable = [label for label, (row, score) in scored.items() if _p95_ms(row) <= max_ms and score.top1 >= min_top1]
-    requirements = _describe_requirements(suite.budget_ms, suite.min_accuracy)
-    if not suitable:
-        return f"No model meets {requirements}: {_describe_extremes(scored)}."
-    best = max(suitable, key=lambda label: scored[label][1].top1)
-    rivals = [label for label in suitable if not _significantly_worse(scored[label][0], scored[best][0])]
-    choice = min(rivals, key=lambda label: _p95_ms(scored[label][0]))
-    row, score = scored[choice]
+    suitable = [label for label in rows if p95[label] <= max_ms and top1[label] >= min_top1]
+    if not suitable:  # the extremes show which requirement is out of reach
+        fastest, best = min(rows, key=lambda label: p95[label]), max(rows, key=lambda label: top1[label])
+        (fast_ms, fast_top1), (best_ms, best_top1) = figures(fastest), figures(best)
+        return (
+            f"No model meets {requirements}: the fastest, {fastest}, takes {fast_ms} at {fast_top1}, and the most "
+            f"accurate, {best}, takes {best_ms} at {best_top1}."
+        )
+    best = max(suitable, key=lambda label: top1[label])
+    choice = min(
+        (label for label in suitable if not _significantly_worse(rows[label], rows[best])), key=lambda label: p95[label]
+    )
     if len(suitable) == 1:
         reason = "the only model that meets this"
     elif choice == best:
         reason = f"the most accurate of {len(suitable)} models that meet this"
     else:
         reason = f"the fastest model that is not significantly less accurate than {best}"
-    figures = f"{tables.three_digits(_p95_ms(row))} ms and {tables.percent(score.top1)} % on {score.task}"
-    return f"For {requirements}, choose **{choice}**: {figures}, {reason}."
-
-
-def _describe_requirements(budget_ms: float | None, min_accuracy: float | None) -> str:
-    parts = []
-    if budget_ms is not None:
-        parts.append(f"at most {budget_ms:g} ms from image file to answer (95th percentile)")
-    if min_accuracy is not None:
-        parts.append(f"at least {tables.percent(min_accuracy)} % top-1")
-    return " and ".join(parts)
-
-
-def _describe_extremes(scored: dict[str, tuple[RowResult, ZeroShotScore]]) -> str:
-    """Describe the fastest and the most accurate model, which shows which requirement is out of reach."""
-    fastest = min(scored, key=lambda label: _p95_ms(scored[label][0]))
-    best = max(scored, key=lambda label: scored[label][1].top1)
-    return (
-        f"the fastest, {fastest}, takes {tables.three_digits(_p95_ms(scored[fastest][0]))} ms at "
-        f"{tables.percent(scored[fastest][1].top1)} %, and the most accurate, {best}, takes "
-        f"{tables.three_digits(_p95_ms(scored[best][0]))} ms at {tables.percent(scored[best][1].top1)} %"
-    )
-
-
-def _p95_ms(row: RowResult) -> float:
-    return row.latency.end_to_end.p95
-
-
-def _first_zero_shot_score(row: RowResult) -> ZeroShotScore | None:
-    return next((score for score in row.scores if isinstance(score, ZeroShotScore)), None)
+    shown = " and ".join(figures(choice))
+    return f"For {requirements}, choose **{choice}**: {shown} on {scores[choice].task}, {reason}."
 
 
 def _significantly_worse(row: RowResult, best: RowResult) -> bool:
-    hits, best_hits = _top1_hits(row), _top1_hits(best)
-    if hits is None or best_hits is None:
-        return row.label != best.label  # nothing to pair by: only the most accurate model remains
-    interval = difference_interval(hits, best_hits)
-    return interval.high < 0 and not may_be_chance(interval, difference_p_value(hits, best_hits))
+    def top1_hits(row: RowResult) -> Hits:
+        return next(correctness.hits() for correctness in row.correctness if correctness.measure == TOP1)
 
-
-def _top1_hits(row: RowResult) -> Hits | None:
-    return next((answers.hits() for answers in row.correctness if answers.measure == TOP1), None)
+    hits, best_hits = top1_hits(row), top1_hits(best)
+    bounds = difference_interval(hits, best_hits)
+    return bounds.high < 0 and not may_be_chance(bounds, difference_p_value(hits, best_hits))
 
 
 def headline(results: Results) -> list[str]:
@@ -105,12 +102,16 @@ def headline(results: Results) -> list[str]:
         subject = "the student before export" if shipped else "the student"
         sentences.append(_student_against_teacher(results, student, teacher, subject=subject))
     if exported and quantised:
-        sentences.append(_quantised_against_exported(results, quantised, exported))
+        speed = _speed(results, quantised.latency.image.p50, exported.latency.image.p50)
+        sentences.append(
+            f"Compared with {exported.label}, {quantised.label} {_accuracy_change(results, quantised, exported)}is "
+            f"{_size(quantised, exported)}, and its image tower is {speed}."
+        )
     if student and baseline and (comparison := _comparison(results, student, baseline)):
-        points = f"{tables.signed_points(comparison.difference)} points"
+        points = f"{signed_points(comparison.difference)} points"
         sentences.append(
             f"Distillation changes top-1 by {_certain(points, comparison)} compared with the same student trained "
-            f"without a teacher (95 % confidence interval {tables.signed_interval(comparison.interval)}"
+            f"without a teacher (95 % confidence interval {signed_interval(comparison.interval)}"
             f"{_chance(comparison)})."
         )
     sentences = sentences or [_summary(row, results) for row in results.rows]
@@ -124,22 +125,9 @@ def busy_remark(results: Results, *, above: float = TOO_BUSY) -> list[str]:
     if results.other_load is None or results.other_load <= above:
         return []
     return [
-        f"The machine was busy: other processes used {tables.share(results.other_load, 1)} of it while the models "
+        f"The machine was busy: other processes used {share(results.other_load, 1)} of it while the models "
         f"were timed. Latencies are too high, and not all by the same factor."
     ]
-
-
-def _chance(comparison: Comparison) -> str:
-    """Return what follows an interval: whether this may be chance, and why if the interval leaves out zero."""
-    if not comparison.may_be_chance:
-        return ""
-    test = sign_test(comparison)
-    return f"{f'; {test}' if test else ''}, so this may be chance"
-
-
-def _certain(figure: str, comparison: Comparison) -> str:
-    """Return a figure, in bold unless it may be chance."""
-    return figure if comparison.may_be_chance else f"**{figure}**"
 
 
 def _no_better_than_chance(results: Results) -> list[str]:
@@ -162,15 +150,10 @@ def shipped_row(results: Results) -> RowResult | None:
     return results.last("quantised") or results.last("exported")
 
 
-def headline_task(results: Results) -> str | None:
-    """Return the name of the first zero-shot task, which headline, plot and samples are about."""
-    scores = results.rows[0].scores
-    return next((score.task for score in scores if isinstance(score, ZeroShotScore)), None)
-
-
 def headline_score(results: Results, row: RowResult) -> ZeroShotScore | None:
-    """Return a row's score on the headline's task."""
-    task = headline_task(results)
+    """Return a row's score on the first zero-shot task, which headline, plot and samples are about."""
+    tasks = (score.task for score in results.rows[0].scores if isinstance(score, ZeroShotScore))
+    task = next(tasks, None)
     return next((score for score in row.scores if isinstance(score, ZeroShotScore) and score.task == task), None)
 
 
@@ -181,8 +164,8 @@ def above_chance(score: ZeroShotScore) -> bool:
 
 def _shipped_against_teacher(results: Results, shipped: RowResult, teacher: RowResult) -> str:
     shipped_ms, teacher_ms = shipped.latency.end_to_end.p50, teacher.latency.end_to_end.p50
-    times = f"{tables.three_digits(shipped_ms)} ms vs {tables.three_digits(teacher_ms)} ms"
-    sizes = " vs ".join(f"{tables.megabytes(row.description.size_bytes)} MB" for row in (shipped, teacher))
+    times = f"{three_digits(shipped_ms)} ms vs {three_digits(teacher_ms)} ms"
+    sizes = " vs ".join(f"{megabytes(row.description.size_bytes)} MB" for row in (shipped, teacher))
     accuracy = _accuracy_kept(results, shipped, teacher)
     subject = f"{shipped.label} {accuracy}, is" if accuracy else f"Compared with the teacher, {shipped.label} is"
     return (
@@ -199,18 +182,23 @@ def _student_against_teacher(results: Results, student: RowResult, teacher: RowR
     return f"{subject[0].upper()}{subject[1:]} {accuracy}, is {size}, and its image tower is {speed}."
 
 
-def _quantised_against_exported(results: Results, quantised: RowResult, exported: RowResult) -> str:
-    accuracy = _accuracy_change(results, quantised, exported)
-    speed = _speed(results, quantised.latency.image.p50, exported.latency.image.p50)
-    return (
-        f"Compared with {exported.label}, {quantised.label} {accuracy}is {_size(quantised, exported)}, "
-        f"and its image tower is {speed}."
-    )
-
-
 def _comparison(results: Results, row: RowResult, reference: RowResult) -> Comparison | None:
-    key = (headline_task(results), row.label, reference.label)
+    score = headline_score(results, row)
+    key = (score and score.task, row.label, reference.label)
     return next((c for c in results.comparisons if (c.task, c.label, c.reference) == key), None)
+
+
+def _chance(comparison: Comparison) -> str:
+    """Return what follows an interval: whether this may be chance, and why if the interval leaves out zero."""
+    if not comparison.may_be_chance:
+        return ""
+    test = sign_test(comparison)
+    return f"{f'; {test}' if test else ''}, so this may be chance"
+
+
+def _certain(figure: str, comparison: Comparison) -> str:
+    """Return a figure, in bold unless it may be chance."""
+    return figure if comparison.may_be_chance else f"**{figure}**"
 
 
 def _accuracy_kept(results: Results, row: RowResult, teacher: RowResult) -> str:
@@ -220,8 +208,8 @@ def _accuracy_kept(results: Results, row: RowResult, teacher: RowResult) -> str:
         return ""
     verb = "keeps" if score.top1 <= teacher_score.top1 else "reaches"
     return (
-        f"{verb} **{tables.share(score.top1, teacher_score.top1)}** of the teacher's top-1 on {score.task} "
-        f"({tables.percent(score.top1)} % vs {tables.percent(teacher_score.top1)} %)"
+        f"{verb} **{share(score.top1, teacher_score.top1)}** of the teacher's top-1 on {score.task} "
+        f"({percent(score.top1)} % vs {percent(teacher_score.top1)} %)"
     )
 
 
@@ -229,36 +217,36 @@ def _accuracy_change(results: Results, row: RowResult, reference: RowResult) -> 
     comparison = _comparison(results, row, reference)
     if comparison is None:
         return ""
-    if tables.signed_points(comparison.difference) == "0.0":
+    if signed_points(comparison.difference) == "0.0":
         return "loses **no** top-1, "
     lost = comparison.difference < 0
     # A loss is stated without its sign, and so is its interval.
     bounds = Interval(-comparison.interval.high, -comparison.interval.low) if lost else comparison.interval
     points = _certain(f"{100 * abs(comparison.difference):.1f} points", comparison)
     return (
-        f"{'loses' if lost else 'gains'} {points} of top-1 (95 % confidence interval {tables.interval(bounds)}"
+        f"{'loses' if lost else 'gains'} {points} of top-1 (95 % confidence interval {interval(bounds)}"
         f"{_chance(comparison)}), "
     )
 
 
 def _size(row: RowResult, reference: RowResult) -> str:
-    ratio = reference.description.size_bytes / max(row.description.size_bytes, 1)
-    if tables.ratio(ratio) == "1.0×":
+    times = reference.description.size_bytes / max(row.description.size_bytes, 1)
+    if ratio(times) == "1.0×":
         return "**the same size**"
-    return f"**{tables.ratio(ratio)} smaller**" if ratio > 1 else f"**{tables.ratio(1 / ratio)} larger**"
+    return f"**{ratio(times)} smaller**" if times > 1 else f"**{ratio(1 / times)} larger**"
 
 
 def _speed(results: Results, latency_ms: float, reference_ms: float) -> str:
     """Return how fast a model is against another, in bold unless the machine was too busy to tell."""
-    ratio = tables.ratio(max(reference_ms / latency_ms, latency_ms / reference_ms))
-    speed = "as fast" if ratio == "1.0×" else f"{ratio} {'faster' if latency_ms < reference_ms else 'slower'}"
+    times = ratio(max(reference_ms / latency_ms, latency_ms / reference_ms))
+    speed = "as fast" if times == "1.0×" else f"{times} {'faster' if latency_ms < reference_ms else 'slower'}"
     return speed if busy_remark(results) else f"**{speed}**"
 
 
 def _summary(row: RowResult, results: Results) -> str:
     score = headline_score(results, row)
-    accuracy = f"reaches **{tables.percent(score.top1)} %** top-1 on {score.task}, " if score else ""
+    accuracy = f"reaches **{percent(score.top1)} %** top-1 on {score.task}, " if score else ""
     return (
-        f"{row.label} {accuracy}takes **{tables.three_digits(row.latency.image.p50)} ms** per image in its image "
-        f"tower and needs **{tables.megabytes(row.description.size_bytes)} MB** on disk."
+        f"{row.label} {accuracy}takes **{three_digits(row.latency.image.p50)} ms** per image in its image "
+        f"tower and needs **{megabytes(row.description.size_bytes)} MB** on disk."
     )

@@ -6,7 +6,7 @@ import importlib.util
 import io
 import textwrap
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.benchmarking import tables
 from clip_rd_edge.benchmarking.findings import headline_score
 from clip_rd_edge.benchmarking.metrics import ZeroShotScore
 from clip_rd_edge.benchmarking.results import Results, RowResult
-from clip_rd_edge.benchmarking.tables import heading
+from clip_rd_edge.benchmarking.tables import heading, megabytes
 from clip_rd_edge.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
 Numbers = npt.NDArray[np.float64]
@@ -41,112 +39,15 @@ _POSITIONS: tuple[tuple[float, float, Any, Any], ...] = (
     (-0.7, 0.7, "right", "bottom"),
     (-0.7, -0.7, "right", "top"),
 )
-
-
-@dataclass(frozen=True)
-class Dots:
-    """N dots, each with a vertical error bar.
-
-    Attributes:
-        x, y, low, high: centres and ends of the bars, (N,), in data coordinates.
-        radii: radii of the dots, (N,), in points.
-    """
-
-    x: Numbers
-    y: Numbers
-    low: Numbers
-    high: Numbers
-    radii: Numbers
-
-
-def place_labels(
-    axes: Axes, dots: Dots, names: Sequence[str], colours: Sequence[str], *, line: Sequence[int] = ()
-) -> bool:
-    """Label each dot at the first of _POSITIONS that is free, or at the one with the smallest overlap.
-
-    Args:
-        line: indices of the dots that a line connects, in order; labels avoid the line as well.
-
-    Returns:
-        Whether the labels can be read: none covers another or leaves the frame.
-    """
-    figure = cast("Figure", axes.figure)  # get_figure(root=True) is new in matplotlib 3.10
-    figure.draw_without_rendering()  # fixes the layout, so that pixel coordinates are final
-    occupied = [*_dot_boxes(axes, dots, figure.dpi / 72), *_line_boxes(axes, dots, line)]
-    frame = axes.get_window_extent()
-    labels: list[Bbox] = []
-    legible = True
-    for index, (name, colour) in enumerate(zip(names, colours, strict=True)):
-        candidates = [_annotate(axes, dots, index, position, name, colour) for position in _POSITIONS]
-        boxes = [candidate.get_window_extent() for candidate in candidates]
-        best = min(range(len(candidates)), key=lambda i: _overlap(boxes[i], occupied, frame))
-        for i, candidate in enumerate(candidates):
-            if i != best:
-                candidate.remove()
-        legible = legible and _overlap(boxes[best], labels, frame) < 1
-        labels.append(boxes[best])
-        occupied.append(boxes[best])
-    return legible
-
-
-def _dot_boxes(axes: Axes, dots: Dots, pixels_per_point: float) -> list[Bbox]:
-    """Return the bounding boxes of dots and bars, in pixels."""
-    from matplotlib.transforms import Bbox
-
-    def to_pixels(y: Numbers) -> Numbers:
-        pixels: Numbers = axes.transData.transform(np.column_stack([dots.x, y]))
-        return pixels
-
-    boxes = []
-    for (x, y), (_, low), (_, high), r in zip(
-        to_pixels(dots.y), to_pixels(dots.low), to_pixels(dots.high), dots.radii * pixels_per_point, strict=True
-    ):
-        boxes += [Bbox.from_extents(x - r, y - r, x + r, y + r), Bbox.from_extents(x - 1, low, x + 1, high)]
-    return boxes
-
-
-def _line_boxes(axes: Axes, dots: Dots, line: Sequence[int]) -> list[Bbox]:
-    """Return small boxes along the line, in pixels."""
-    from matplotlib.transforms import Bbox
-
-    ends = axes.transData.transform(np.column_stack([dots.x, dots.y]))[list(line)]
-    fractions = np.linspace(0, 1, _LINE_SEGMENTS)
-    points = [start + (end - start) * fraction for start, end in pairwise(ends) for fraction in fractions]
-    return [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in points]
-
-
-def _annotate(
-    axes: Axes, dots: Dots, index: int, position: tuple[float, float, Any, Any], name: str, colour: str
-) -> Text:
-    right, up, horizontal, vertical = position
-    distance = dots.radii[index] + _GAP
-    return axes.annotate(
-        name,
-        (dots.x[index], dots.y[index]),
-        xytext=(right * distance, up * distance),
-        textcoords="offset points",
-        ha=horizontal,
-        va=vertical,
-        color=colour,
-        fontsize=9.5,
-        linespacing=1.25,
-        zorder=4,
-    )
-
-
-def _overlap(box: Bbox, others: Sequence[Bbox], frame: Bbox) -> float:
-    """Return the area of a label, in pixels², that overlaps others or lies outside the frame."""
-    from matplotlib.transforms import Bbox
-
-    shared = sum(abs(area.width * area.height) for other in others if (area := Bbox.intersection(box, other)))
-    inside = Bbox.intersection(box, frame)
-    return shared + box.width * box.height - (inside.width * inside.height if inside else 0)
-
-
 _WIDTH, _HEIGHT = 6.4, 4.2  # inches
 _KEY_LINE_LENGTH, _KEY_LINE_HEIGHT = 84, 0.2  # characters, inches
 _MAX_AREA = 1100.0  # points², the dot of the largest model
 _MIN_AREA = 30.0  # points²; smaller dots would be hard to see
+# For characters that the default font lacks, where they are installed.
+_FURTHER_FONTS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Hebrew",
+    "WenQuanYi Zen Hei", "Arial Unicode MS", "Microsoft YaHei", "Hiragino Sans", "STIXGeneral",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -160,27 +61,16 @@ class Palette:
     ground: str
 
 
+_ROLES = ("teacher", "baseline", "student", "exported", "quantised")
 LIGHT = Palette(
-    roles={
-        "teacher": "#2563eb",
-        "baseline": "#78716c",
-        "student": "#c2410c",
-        "exported": "#0f766e",
-        "quantised": "#9333ea",
-    },
+    roles=dict(zip(_ROLES, ("#2563eb", "#78716c", "#c2410c", "#0f766e", "#9333ea"), strict=True)),
     ink="#1c1917",
     muted="#57534e",
     line="#e7e5e4",
     ground="#ffffff",
 )
 DARK = Palette(
-    roles={
-        "teacher": "#7aa7ff",
-        "baseline": "#a8a29e",
-        "student": "#fb923c",
-        "exported": "#2dd4bf",
-        "quantised": "#c084fc",
-    },
+    roles=dict(zip(_ROLES, ("#7aa7ff", "#a8a29e", "#fb923c", "#2dd4bf", "#c084fc"), strict=True)),
     ink="#f5f5f4",
     muted="#b5afaa",
     line="#3a3633",
@@ -210,11 +100,12 @@ def draw(results: Results, *, file_format: Literal["png", "svg"], palette: Palet
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import fontManager
 
-    texts = [heading(rows[0][1].task), *(row.label for row, _ in rows)]
+    installed = {font.name for font in fontManager.ttflist}
     settings = {
         "font.size": 10,
-        "font.family": ["sans-serif", *_further_fonts(texts)],
+        "font.family": ["sans-serif", *(name for name in _FURTHER_FONTS if name in installed)],
         "svg.hashsalt": "clip-rd-edge",
         "text.parse_math": False,  # a name with two dollar signs is no formula
     }
@@ -230,32 +121,84 @@ def draw(results: Results, *, file_format: Literal["png", "svg"], palette: Palet
     return buffer.getvalue()
 
 
-def _further_fonts(texts: Iterable[str]) -> list[str]:
-    """Return installed font families for the characters of texts, such as Chinese, that the default font lacks."""
-    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+@dataclass(frozen=True)
+class Dots:
+    """N dots, each with a vertical error bar.
 
-    def lacking(path: str, characters: set[str]) -> set[str]:
-        try:
-            font = get_font(path)
-        except (OSError, RuntimeError):  # removed since matplotlib listed it, or damaged
-            return characters
-        return {character for character in characters if not font.get_char_index(ord(character))}
+    Attributes:
+        x, y, low, high: centres and ends of the bars, (N,), in data coordinates.
+        radii: radii of the dots, (N,), in points.
+    """
 
-    missing = lacking(findfont(FontProperties()), {character for character in "".join(texts) if character > "~"})
-    if not missing:
-        return []
-    regular = [font for font in fontManager.ttflist if (font.style, font.weight) == ("normal", 400)]
-    lacks = {font.name: lacking(font.fname, missing) for font in regular if not font.name.startswith("Last Resort")}
-    families = list[str]()
-    while lacks and missing - lacks[best := min(lacks, key=lambda name: (len(missing & lacks[name]), name))]:
-        families.append(best)
-        missing = missing & lacks[best]
-    return families
+    x: Numbers
+    y: Numbers
+    low: Numbers
+    high: Numbers
+    radii: Numbers
+
+    def boxes(self, axes: Axes, line: Sequence[int]) -> list[Bbox]:
+        """Return the bounding boxes of dots and bars, and small ones along the line between the dots, in pixels."""
+        from matplotlib.transforms import Bbox
+
+        figure = cast("Figure", axes.figure)  # get_figure(root=True) is new in matplotlib 3.10
+        centres, lows, highs = (
+            axes.transData.transform(np.column_stack([self.x, y])) for y in (self.y, self.low, self.high)
+        )
+        boxes = []
+        for (x, y), (_, low), (_, high), r in zip(centres, lows, highs, self.radii * figure.dpi / 72, strict=True):
+            boxes += [Bbox.from_extents(x - r, y - r, x + r, y + r), Bbox.from_extents(x - 1, low, x + 1, high)]
+        for start, end in pairwise(centres[list(line)]):
+            points = start + (end - start) * np.linspace(0, 1, _LINE_SEGMENTS)[:, None]
+            boxes += [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in points]
+        return boxes
+
+
+def place_labels(
+    axes: Axes, dots: Dots, names: Sequence[str], colours: Sequence[str], *, line: Sequence[int] = ()
+) -> bool:
+    """Label each dot at the first of _POSITIONS that is free, or at the one with the smallest overlap.
+
+    Args:
+        line: indices of the dots that a line connects, in order; labels avoid the line as well.
+
+    Returns:
+        Whether the labels can be read: none covers another or leaves the frame.
+    """
+    cast("Figure", axes.figure).draw_without_rendering()  # fixes the layout, so that pixel coordinates are final
+    occupied, frame = dots.boxes(axes, line), axes.get_window_extent()
+    labels: list[Bbox] = []
+    legible = True
+    for index, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        distance = dots.radii[index] + _GAP
+        candidates = [
+            axes.annotate(
+                name, (dots.x[index], dots.y[index]), xytext=(right * distance, up * distance),
+                textcoords="offset points", ha=horizontal, va=vertical, color=colour, fontsize=9.5, linespacing=1.25,
+                zorder=4,
+            )
+            for right, up, horizontal, vertical in _POSITIONS
+        ]  # fmt: skip
+        boxes = [candidate.get_window_extent() for candidate in candidates]
+        best = min(range(len(candidates)), key=lambda i: _overlap(boxes[i], occupied, frame))
+        for i, candidate in enumerate(candidates):
+            if i != best:
+                candidate.remove()
+        legible = legible and _overlap(boxes[best], labels, frame) < 1
+        labels.append(boxes[best])
+        occupied.append(boxes[best])
+    return legible
+
+
+def _overlap(box: Bbox, others: Sequence[Bbox], frame: Bbox) -> float:
+    """Return the area of a label, in pixels², that overlaps others or lies outside the frame."""
+    from matplotlib.transforms import Bbox
+
+    shared = sum(abs(area.width * area.height) for other in others if (area := Bbox.intersection(box, other)))
+    inside = Bbox.intersection(box, frame)
+    return shared + box.width * box.height - (inside.width * inside.height if inside else 0)
 
 
 def _fill(axes: Axes, rows: list[tuple[RowResult, ZeroShotScore]], palette: Palette) -> None:
-    from matplotlib import rcParams
-
     x = np.asarray([row.latency.image.p50 for row, _ in rows])
     y = np.asarray([100 * score.top1 for _, score in rows])
     low = np.asarray([100 * score.top1_interval.low for _, score in rows])
@@ -268,13 +211,12 @@ def _fill(axes: Axes, rows: list[tuple[RowResult, ZeroShotScore]], palette: Pale
     axes.plot(x[front], y[front], color=palette.muted, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
     axes.vlines(x, low, high, colors=colours, linewidth=1.2, zorder=2)
     axes.scatter(x, y, s=areas, c=colours, linewidths=1.2, edgecolors=palette.ground, zorder=3)
-    names = [f"{row.label}\n{tables.megabytes(row.description.size_bytes)} MB" for row, _ in rows]
+    names = [f"{row.label}\n{megabytes(row.description.size_bytes)} MB" for row, _ in rows]
     dots = Dots(x, y, low, high, np.sqrt(areas / np.pi))
     if not place_labels(axes, dots, names, colours, line=front):
         _number(axes, dots, names, colours, line=front)
     title = f"{heading(rows[0][1].task)}: top-1, %"
-    weight = "bold" if rcParams["font.family"] == ["sans-serif"] else "normal"  # which further fonts may not have
-    axes.set_title(title, loc="left", color=palette.ink, fontsize=11, fontweight=weight, pad=10)
+    axes.set_title(title, loc="left", color=palette.ink, fontsize=11, fontweight="bold", pad=10)
     legend = "Area: size on disk. Bar: 95 % confidence interval. Dotted: Pareto front."
     axes.set_xlabel(
         f"Image tower, ms per image (log scale)\n{legend}", color=palette.muted, fontsize=9, linespacing=1.5
@@ -289,10 +231,8 @@ def _number(axes: Axes, dots: Dots, names: Sequence[str], colours: Sequence[str]
         text.remove()
     figure = cast("Figure", axes.figure)
     numbers = [str(number) for number in range(1, len(names) + 1)]
-    key = [
-        textwrap.fill(f"{number}  {name}".replace("\n", ", "), _KEY_LINE_LENGTH)
-        for number, name in zip(numbers, names, strict=True)
-    ]
+    lines = [f"{number}  {name}".replace("\n", ", ") for number, name in zip(numbers, names, strict=True)]
+    key = [textwrap.fill(line, _KEY_LINE_LENGTH) for line in lines]
     figure.set_figheight(_HEIGHT + _KEY_LINE_HEIGHT * len("\n".join(key).splitlines()))
     handles = [Line2D([], [], color=colour, marker="o", linestyle="") for colour in colours]
     figure.legend(handles, key, loc="outside lower center", frameon=False, fontsize=8.5, labelcolor=list(colours))

@@ -1,4 +1,10 @@
-"""Compare two runs of a suite: regressions and improvements, as opposed to noise."""
+"""Compare two runs of a suite: regressions and improvements, as opposed to noise.
+
+A model's latency is expressed relative to the reference workload (`benchmarking.latency`): the logarithm of its p50
+over the reference's p50 in the same timing block. A run's relative latency is the median over its blocks. The scatter
+of the blocks predicts the scatter of runs: the noise of a comparison is STANDARD_ERRORS times the standard error of the
+difference of two such medians, with RELOAD_DEVIATION included.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +16,25 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.benchmarking import tables
 from clip_rd_edge.benchmarking.accuracy import Correctness
 from clip_rd_edge.benchmarking.metrics import Interval, difference_interval, difference_p_value, may_be_chance
 from clip_rd_edge.benchmarking.results import Results, RowResult
+from clip_rd_edge.benchmarking.tables import share
 from clip_rd_edge.errors import InputError
 
 Verdict = Literal["regression", "improvement", "noise", "same"]
+LogRatios = npt.NDArray[np.float64]
 DETECTABLE_CHANGE = 0.15  # a change that a comparison should be able to detect
 TOO_BUSY = 0.25  # load by other processes above which calls are interrupted too often for any statistics
 BUSY = 0.05  # load by other processes above which latencies are no longer those of the models alone
 MEASUREMENTS = {"image": "image tower", "text": "text tower", "end_to_end": "end to end"}
+# None of the about twenty comparisons in a report should be flagged by chance: 0.05 / 20, one-sided, with a margin for
+# correlation between blocks.
+STANDARD_ERRORS = 3.5
+# Standard deviation that blocks of one run cannot show: another process has the model in another place in memory.
+RELOAD_DEVIATION = 0.01
+MIN_BLOCKS = 2  # a single one has no scatter, so that every difference would exceed the noise
+_MEDIAN_TO_MEAN_ERROR = math.sqrt(math.pi / 2)  # standard error of a median over that of a mean
 
 
 class LatencyChange(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,41 +94,43 @@ def compare_runs(old: Results, new: Results) -> Changes:
     new_rows = {row.label: row for row in new.rows}
     pairs = [(row, new_rows[row.label]) for row in old.rows if row.label in new_rows]
     if not pairs:
+        labels = (", ".join(row.label for row in run.rows) for run in (old, new))
         raise InputError(
-            f"The two results have no model in common: {_labels(old)} and {_labels(new)}.",
+            f"The two results have no model in common: {' and '.join(labels)}.",
             hint="compare two runs of the same suite",
         )
     old_tasks, new_tasks = (list(dict.fromkeys(s.task for row in run.rows for s in row.scores)) for run in (old, new))
     lost = {row.label: "It is not in the suite." for row in old.rows if row.label not in new_rows}
     lost |= {task: "The suite has no task of this name." for task in old_tasks if task not in new_tasks}
     reasons = {row.label: row.reason for row in new.skipped} | {task.name: task.reason for task in new.missing}
-    lost = {name: reasons.get(name, reason) for name, reason in lost.items()}
-    obstacles = _latency_obstacles(old, new)
-    on_another_gpu = _on_another_gpu(old, new, pairs)
-    remarks = [*obstacles, *_package_remarks(old, new), *([] if obstacles else _machine_remarks(old, new))]
     accuracies = _accuracy_changes(pairs)
     compared = {(change.row, change.task) for change in accuracies}
     uncompared = [
         task for task in old_tasks if task in new_tasks and any((row.label, task) not in compared for row, _ in pairs)
     ]
+    obstacles = _latency_obstacles(old, new)
+    remarks = [*obstacles, *_package_remarks(old, new), *([] if obstacles else _machine_remarks(old, new))]
     remarks += [
         f"Accuracy on {task} is not compared: the two runs have other images, labels or captions of it."
         for task in uncompared
     ]
+    gpus = [run.environment.accelerator for run in (old, new)]
+    on_another_gpu = [pair[0].label for pair in pairs if any(row.description.device != "cpu" for row in pair)]
+    on_another_gpu = on_another_gpu if gpus[0] != gpus[1] else []
     if on_another_gpu and not obstacles:
-        gpus = " and ".join(run.environment.accelerator or "none that is known" for run in (old, new))
-        remarks.append(f"Latency of {', '.join(on_another_gpu)} is not compared: the GPUs differ, {gpus}.")
+        named = " and ".join(gpu or "none that is known" for gpu in gpus)
+        remarks.append(f"Latency of {', '.join(on_another_gpu)} is not compared: the GPUs differ, {named}.")
     timed = [pair for pair in pairs if pair[0].label not in on_another_gpu]
     latencies = () if obstacles else tuple(_latency_changes(old, new, timed))
     if noisy := sum(change.noise > DETECTABLE_CHANGE for change in latencies):
         remarks.append(
             f"{noisy} of {len(latencies)} latencies are too noisy to detect a change of "
-            f"{tables.share(DETECTABLE_CHANGE, 1)}: repeat both runs on a quiet machine."
+            f"{share(DETECTABLE_CHANGE, 1)}: repeat both runs on a quiet machine."
         )
     return Changes(
         latencies=latencies,
         accuracies=accuracies,
-        lost=lost,
+        lost={name: reasons.get(name, reason) for name, reason in lost.items()},
         uncompared=tuple(uncompared),
         remarks=tuple(remarks),
         regressions=len(lost) + [change.verdict for change in latencies + accuracies].count("regression"),
@@ -129,8 +145,7 @@ def _latency_changes(old: Results, new: Results, pairs: list[tuple[RowResult, Ro
         pooled = pooled_deviation([*old_ratios.values(), *new_ratios.values()])
         for old_row, new_row in measured:
             ratios = old_ratios[old_row.label], new_ratios[old_row.label]
-            change = relative_change(*ratios)
-            noise = change_noise(*ratios, pooled=pooled)
+            change, noise = relative_change(*ratios), change_noise(*ratios, pooled=pooled)
             slower, faster = change > noise, change < 1 / (1 + noise) - 1
             yield LatencyChange(
                 row=old_row.label,
@@ -144,129 +159,8 @@ def _latency_changes(old: Results, new: Results, pairs: list[tuple[RowResult, Ro
 
 
 def _log_ratios(results: Results, row: RowResult, field: str) -> LogRatios:
-    return log_ratios(getattr(row.latency, field).blocks, getattr(results.reference, field))
-
-
-def _accuracy_changes(pairs: list[tuple[RowResult, RowResult]]) -> tuple[AccuracyChange, ...]:
-    matches = [(old_row.label, *match) for old_row, new_row in pairs for match in _matches(old_row, new_row)]
-    # Bonferroni: with many comparisons, some 95 % intervals would exclude 0 by chance.
-    level = 1 - 0.05 / max(len(matches), 1)
-    return tuple(_accuracy_change(label, old, new, level=level) for label, old, new in matches)
-
-
-def _matches(old_row: RowResult, new_row: RowResult) -> Iterator[tuple[Correctness, Correctness]]:
-    """Yield the answers to the same examples in both runs."""
-    new_answers = {(new.task, new.measure, new.questions): new for new in new_row.correctness}
-    for old in old_row.correctness:
-        new = new_answers.get((old.task, old.measure, old.questions))
-        if new is not None and old.images == new.images:
-            yield old, new
-
-
-def _accuracy_change(row: str, old: Correctness, new: Correctness, *, level: float) -> AccuracyChange:
-    old_hits, new_hits = old.hits(), new.hits()
-    interval = difference_interval(new_hits, old_hits, level=level)
-    if bool((old_hits == new_hits).all()):
-        verdict: Verdict = "same"
-    elif may_be_chance(interval, difference_p_value(new_hits, old_hits), level=level):
-        verdict = "noise"
-    else:
-        verdict = "improvement" if interval.low > 0 else "regression"
-    return AccuracyChange(
-        row=row,
-        task=old.task,
-        measure=old.measure,
-        old=float(old_hits.mean()),
-        new=float(new_hits.mean()),
-        interval=interval,
-        verdict=verdict,
-    )
-
-
-def _latency_obstacles(old: Results, new: Results) -> list[str]:
-    """Return why latencies cannot be compared; empty if they can."""
-    for name, run in (("old", old), ("new", new)):
-        if run.other_load is not None and run.other_load > TOO_BUSY:
-            load = tables.share(run.other_load, 1)
-            return [
-                f"Latency is not compared: other processes used {load} of the machine during the {name} run; repeat it "
-                f"on a quiet machine."
-            ]
-    for name, reference in (("old", old.reference), ("new", new.reference)):
-        if len(reference.image) < MIN_BLOCKS:
-            return [
-                f"Latency is not compared: a single round in the {name} run tells nothing of the noise; repeat it with "
-                f"more rounds."
-            ]
-    settings: list[tuple[str, object, object]] = [
-        ("machines", old.environment.machine, new.environment.machine),
-        ("numbers of threads", old.suite.threads, new.suite.threads),
-    ]
-    sets = [", ".join(run.environment.instruction_sets) for run in (old, new)]
-    if old.environment.machine == new.environment.machine and all(sets):  # AMD EPYC names several generations
-        settings.append(("instruction sets of the machines", sets[0], sets[1]))
-    return [
-        f"Latency is not compared: the {name} differ, {before} and {after}."
-        for name, before, after in settings
-        if before != after
-    ]
-
-
-def _on_another_gpu(old: Results, new: Results, pairs: list[tuple[RowResult, RowResult]]) -> list[str]:
-    """Return the labels of the rows that ran on different GPUs, or on one that only one of the results names."""
-    if old.environment.accelerator == new.environment.accelerator:
-        return []
-    return [pair[0].label for pair in pairs if any(row.description.device != "cpu" for row in pair)]
-
-
-def _package_remarks(old: Results, new: Results) -> list[str]:
-    before, after = old.environment.packages, new.environment.packages
-    differing = [
-        f"{name} {before.get(name, 'none')} → {after.get(name, 'none')}"
-        for name in sorted({*before, *after})
-        if before.get(name) != after.get(name)
-    ]
-    if not differing:
-        return []
-    note = " The reference workload runs in ONNX Runtime, so changes in its speed count as changes of the machine."
-    return [f"Packages differ: {', '.join(differing)}.{note if 'onnxruntime' in ' '.join(differing) else ''}"]
-
-
-def _machine_remarks(old: Results, new: Results) -> list[str]:
-    remarks = []
-    before, after = np.median(old.reference.image), np.median(new.reference.image)
-    if abs(after / before - 1) >= 0.01:
-        slower = "slower" if after > before else "faster"
-        remarks.append(
-            f"The machine itself was {tables.share(abs(after / before - 1), 1)} {slower} in the new run; this is "
-            f"corrected for."
-        )
-    for name, run in (("old", old), ("new", new)):
-        if run.other_load is not None and run.other_load > BUSY:
-            remarks.append(
-                f"Other processes used {tables.share(run.other_load, 1)} of the machine during the {name} run."
-            )
-    return remarks
-
-
-def _labels(results: Results) -> str:
-    return ", ".join(row.label for row in results.rows)
-
-
-# None of the about twenty comparisons in a report should be flagged by chance: 0.05 / 20, one-sided, with a margin for
-# correlation between blocks.
-STANDARD_ERRORS = 3.5
-# Standard deviation that blocks of one run cannot show: another process has the model in another place in memory.
-RELOAD_DEVIATION = 0.01
-MIN_BLOCKS = 2  # a single one has no scatter, so that every difference would exceed the noise
-_MEDIAN_TO_MEAN_ERROR = math.sqrt(math.pi / 2)  # standard error of a median over that of a mean
-
-LogRatios = npt.NDArray[np.float64]
-
-
-def log_ratios(blocks: Sequence[float], reference: Sequence[float]) -> LogRatios:
-    """Return the logarithm of a model's latency over the reference's, per block, (B,)."""
-    ratios: LogRatios = np.log(np.asarray(blocks)) - np.log(np.asarray(reference))
+    """Return the logarithm of a row's latency over the reference's, per block, (B,)."""
+    ratios: LogRatios = np.log(getattr(row.latency, field).blocks) - np.log(getattr(results.reference, field))
     return ratios
 
 
@@ -309,8 +203,95 @@ def latency_noise(results: Results) -> float | None:
     """Return how much any row's p50 can differ between two such runs by chance, as a fraction; None if unknown."""
     if len(results.reference.image) < MIN_BLOCKS:
         return None
-    models = {
-        field: [_log_ratios(results, row, field) for row in results.rows if getattr(row.latency, field)]
+    models = (
+        [_log_ratios(results, row, field) for row in results.rows if getattr(row.latency, field)]
         for field in MEASUREMENTS
-    }
-    return max(run_noise(ratios) for ratios in models.values() if ratios)
+    )
+    return max(run_noise(ratios) for ratios in models if ratios)
+
+
+def _accuracy_changes(pairs: list[tuple[RowResult, RowResult]]) -> tuple[AccuracyChange, ...]:
+    """Compare the correctness of the same examples in both runs."""
+    matches: list[tuple[str, Correctness, Correctness]] = []
+    for old_row, new_row in pairs:
+        found = {(new.task, new.measure, new.questions, new.images): new for new in new_row.correctness}
+        for old in old_row.correctness:
+            if new := found.get((old.task, old.measure, old.questions, old.images)):
+                matches.append((old_row.label, old, new))
+    # Bonferroni: with many comparisons, some 95 % intervals would exclude 0 by chance.
+    level = 1 - 0.05 / max(len(matches), 1)
+    return tuple(_accuracy_change(label, old, new, level=level) for label, old, new in matches)
+
+
+def _accuracy_change(row: str, old: Correctness, new: Correctness, *, level: float) -> AccuracyChange:
+    old_hits, new_hits = old.hits(), new.hits()
+    interval = difference_interval(new_hits, old_hits, level=level)
+    if bool((old_hits == new_hits).all()):
+        verdict: Verdict = "same"
+    elif may_be_chance(interval, difference_p_value(new_hits, old_hits), level=level):
+        verdict = "noise"
+    else:
+        verdict = "improvement" if interval.low > 0 else "regression"
+    return AccuracyChange(
+        row=row,
+        task=old.task,
+        measure=old.measure,
+        old=float(old_hits.mean()),
+        new=float(new_hits.mean()),
+        interval=interval,
+        verdict=verdict,
+    )
+
+
+def _latency_obstacles(old: Results, new: Results) -> list[str]:
+    """Return why latencies cannot be compared; empty if they can."""
+    for name, run in (("old", old), ("new", new)):
+        if run.other_load is not None and run.other_load > TOO_BUSY:
+            return [
+                f"Latency is not compared: other processes used {share(run.other_load, 1)} of the machine during the "
+                f"{name} run; repeat it on a quiet machine."
+            ]
+        if len(run.reference.image) < MIN_BLOCKS:
+            return [
+                f"Latency is not compared: a single round in the {name} run does not show the noise; repeat it with "
+                f"more rounds."
+            ]
+    settings: list[tuple[str, object, object]] = [
+        ("machines", old.environment.machine, new.environment.machine),
+        ("numbers of threads", old.suite.threads, new.suite.threads),
+    ]
+    sets = [", ".join(run.environment.instruction_sets) for run in (old, new)]
+    if old.environment.machine == new.environment.machine and all(sets):  # AMD EPYC names several generations
+        settings.append(("instruction sets of the machines", sets[0], sets[1]))
+    return [
+        f"Latency is not compared: the {name} differ, {before} and {after}."
+        for name, before, after in settings
+        if before != after
+    ]
+
+
+def _package_remarks(old: Results, new: Results) -> list[str]:
+    before, after = old.environment.packages, new.environment.packages
+    differing = [
+        f"{name} {before.get(name, 'none')} → {after.get(name, 'none')}"
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]
+    if not differing:
+        return []
+    note = " The reference workload runs in ONNX Runtime, so changes in its speed count as changes of the machine."
+    return [f"Packages differ: {', '.join(differing)}.{note if 'onnxruntime' in ' '.join(differing) else ''}"]
+
+
+def _machine_remarks(old: Results, new: Results) -> list[str]:
+    remarks = []
+    change = float(np.median(new.reference.image) / np.median(old.reference.image)) - 1
+    if abs(change) >= 0.01:
+        remarks.append(
+            f"The machine itself was {share(abs(change), 1)} {'slower' if change > 0 else 'faster'} in the new run; "
+            f"this is corrected for."
+        )
+    for name, run in (("old", old), ("new", new)):
+        if run.other_load is not None and run.other_load > BUSY:
+            remarks.append(f"Other processes used {share(run.other_load, 1)} of the machine during the {name} run.")
+    return remarks

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich import box
 from rich.cells import cell_len
@@ -14,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clip_rd_edge.benchmarking.latency import Percentiles
-from clip_rd_edge.benchmarking.metrics import Interval, Recall, RetrievalScore, Score, ZeroShotScore
+from clip_rd_edge.benchmarking.metrics import Interval, RetrievalScore, Score, ZeroShotScore
 from clip_rd_edge.benchmarking.results import Comparison, Results
 from clip_rd_edge.utils.text import printable
 
@@ -110,30 +109,26 @@ def inert_markdown(text: str) -> str:
     return printable(" ".join(text.splitlines())).replace("<", "&lt;").replace("](", "]&#40;").replace("][", "]&#91;")
 
 
-T = TypeVar("T")
 RELATIVE_NOTE = (
     "Second figures are relative to the teacher: how many times smaller or faster, or the share of its accuracy."
 )
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A figure, and the same figure relative to the teacher's; the latter is empty if there is none."""
 
     text: str
     relative: str = ""
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One measurement of every model."""
 
     name: str
     cells: tuple[Cell, ...]
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """Related measurements, such as those of one task."""
 
     title: str
@@ -141,8 +136,7 @@ class Section:
     lines: tuple[Line, ...]
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """Top-1 of one model minus another's; `verdict` is empty if the difference is significant."""
 
     task: str
@@ -154,16 +148,19 @@ class Difference:
 
 def sections(results: Results) -> list[Section]:
     """Return the main table: cost first, then each task in the suite's order."""
-    latencies = [row.latency for row in results.rows]
-    sizes = [row.description.size_bytes for row in results.rows]
+    rows, latencies = results.rows, [row.latency for row in results.rows]
+    texts = [latency.text.p50 if latency.text else None for latency in latencies]
     cost = [
-        _lower_is_better("Size, MB", results, sizes, megabytes),
+        _lower_is_better("Size, MB", results, [row.description.size_bytes for row in rows], megabytes),
         _lower_is_better("Image tower, ms", results, [latency.image.p50 for latency in latencies], three_digits),
-        _lower_is_better("Text tower, ms", results, _p50s([latency.text for latency in latencies]), three_digits),
+        _lower_is_better("Text tower, ms", results, texts, three_digits),
         _lower_is_better("End to end, ms", results, [latency.end_to_end.p50 for latency in latencies], three_digits),
-        *_memory(results),
     ]
-    return [Section("Cost", "batch 1, median", tuple(cost)), *_tasks(results, _accuracy)]
+    peaks = [row.cold_start.peak_memory_bytes if row.cold_start else None for row in rows]
+    if all(peaks):
+        cost.append(_lower_is_better("Peak memory, MB", results, peaks, megabytes))
+    tasks = zip(*(row.scores for row in rows), strict=True)
+    return [Section("Cost", "batch 1, median", tuple(cost)), *(_accuracy(results, scores) for scores in tasks)]
 
 
 def details(results: Results) -> list[Section]:
@@ -172,27 +169,16 @@ def details(results: Results) -> list[Section]:
     These are latency percentiles and steps, throughput, cold start, energy, confidence intervals, means per class and
     R@5 and R@10.
     """
-    parameters = _plain("Parameters, millions", [millions(row.description.parameters) for row in results.rows])
     cost = [
-        parameters,
+        _plain("Parameters, millions", [millions(row.description.parameters) for row in results.rows]),
         *_latency_percentiles("Image tower", [row.latency.image for row in results.rows]),
         *_latency_percentiles("Text tower", [row.latency.text for row in results.rows]),
         *_latency_percentiles("End to end", [row.latency.end_to_end for row in results.rows]),
         *_steps(results),
         *_throughput(results),
     ]
-    return [Section("Cost", "", tuple(cost)), *_tasks(results, _accuracy_details)]
-
-
-def _p50s(rows: Sequence[Percentiles | None]) -> list[float | None]:
-    return [row.p50 if row else None for row in rows]
-
-
-def _memory(results: Results) -> Iterator[Line]:
-    peaks = [row.cold_start.peak_memory_bytes if row.cold_start else None for row in results.rows]
-    if all(peaks):
-        known = [peak for peak in peaks if peak]
-        yield _lower_is_better("Peak memory, MB", results, known, megabytes)
+    tasks = zip(*(row.scores for row in results.rows), strict=True)
+    return [Section("Cost", "", tuple(cost)), *map(_accuracy_details, tasks)]
 
 
 def _latency_percentiles(name: str, rows: Sequence[Percentiles | None]) -> Iterator[Line]:
@@ -221,8 +207,8 @@ def _throughput(results: Results) -> Iterator[Line]:
         rates = [three_digits(row.throughput[i].images_per_second) for row in rows]
         yield _plain(f"Images per second, batch {throughput.batch}", rates)
     if any(row.cold_start for row in rows):
-        seconds = [seconds(row.cold_start.first_answer_s if row.cold_start else None) for row in rows]
-        yield _plain("Cold start to first answer, s", seconds)
+        starts = [seconds(row.cold_start.first_answer_s if row.cold_start else None) for row in rows]
+        yield _plain("Cold start to first answer, s", starts)
     if any(row.energy_joules is not None for row in rows):
         joules = [row.energy_joules for row in rows]
         millijoules = [three_digits(None if value is None else 1000 * value) for value in joules]
@@ -244,8 +230,7 @@ def differences(results: Results) -> list[Difference]:
 
 
 def _verdict(comparison: Comparison) -> str:
-    interval = comparison.interval
-    if interval.low == interval.high == 0:
+    if comparison.interval.low == comparison.interval.high == 0:
         return "correct on the same images"
     if not comparison.may_be_chance:
         return ""
@@ -264,14 +249,10 @@ def heading(task: str) -> str:
     return task[:1].upper() + task[1:]
 
 
-def _tasks(results: Results, make: Callable[[Results, Sequence[Score]], Section]) -> list[Section]:
-    return [make(results, scores) for scores in zip(*(row.scores for row in results.rows), strict=True)]
-
-
 def _accuracy(results: Results, scores: Sequence[Score]) -> Section:
+    first = scores[0]
     zero_shot = [score for score in scores if isinstance(score, ZeroShotScore)]
     retrieval = [score for score in scores if isinstance(score, RetrievalScore)]
-    first = scores[0]
     if isinstance(first, ZeroShotScore):
         note = f"{first.images:,} images, {first.classes:,} labels; chance level {100 / first.classes:.1f} %"
         lines = (
@@ -287,58 +268,57 @@ def _accuracy(results: Results, scores: Sequence[Score]) -> Section:
     return Section(heading(first.task), note, lines)
 
 
-def _accuracy_details(results: Results, scores: Sequence[Score]) -> Section:
+def _accuracy_details(scores: Sequence[Score]) -> Section:
     zero_shot = [score for score in scores if isinstance(score, ZeroShotScore)]
     retrieval = [score for score in scores if isinstance(score, RetrievalScore)]
-    lines: tuple[Line, ...]
     if zero_shot:
-        lines = (
+        lines = [
             _plain("Top-1, 95 % interval", [interval(score.top1_interval) for score in zero_shot]),
             _plain("Mean per class, %", [percent(score.mean_per_class) for score in zero_shot]),
             _plain("Calibration error, points", [percent(score.calibration_error) for score in zero_shot]),
-        )
+        ]
     else:
-        lines = (
-            _plain("Image → text, R@5 / R@10, %", [_recall_at_5_and_10(score.image_to_text) for score in retrieval]),
-            _plain("Text → image, R@5 / R@10, %", [_recall_at_5_and_10(score.text_to_image) for score in retrieval]),
-        )
-    return Section(heading(scores[0].task), "", lines)
-
-
-def _recall_at_5_and_10(recall: Recall) -> str:
-    return f"{percent(recall.at5)} / {percent(recall.at10)}"
+        directions = {
+            "Image → text": [score.image_to_text for score in retrieval],
+            "Text → image": [score.text_to_image for score in retrieval],
+        }
+        lines = [
+            _plain(f"{name}, R@5 / R@10, %", [f"{percent(recall.at5)} / {percent(recall.at10)}" for recall in recalls])
+            for name, recalls in directions.items()
+        ]
+    return Section(heading(scores[0].task), "", tuple(lines))
 
 
 def _lower_is_better(
     name: str, results: Results, values: Sequence[float | None], show: Callable[[float | None], str]
 ) -> Line:
     """Return a line with the teacher's value over each value; None is a model that has none."""
-    teacher = _teacher_value(results, values)
-    ratios = [ratio(teacher / value) if teacher and value else "" for value in values]
-    return _line(name, results, [show(value) for value in values], ratios)
+    return _relative(name, results, values, show, lambda teacher, value: ratio(teacher / value) if value else "")
 
 
 def _higher_is_better(name: str, results: Results, values: Sequence[float | None]) -> Line:
     """Return a line with each value as a percentage of the teacher's."""
-    teacher = _teacher_value(results, values)
-    shares = [share(value, teacher) if teacher and value is not None else "" for value in values]
-    return _line(name, results, [percent(value) for value in values], shares)
+    return _relative(name, results, values, percent, lambda teacher, value: share(value, teacher))
 
 
-def _plain(name: str, texts: Sequence[str]) -> Line:
-    return Line(name, tuple(map(Cell, texts)))
-
-
-def _line(name: str, results: Results, texts: Sequence[str], relative: Sequence[str]) -> Line:
+def _relative(
+    name: str,
+    results: Results,
+    values: Sequence[float | None],
+    show: Callable[[float | None], str],
+    compare: Callable[[float, float], str],
+) -> Line:
+    roles = [row.role for row in results.rows]
+    teacher = values[roles.index("teacher")] if "teacher" in roles else None
     cells = (
-        Cell(text, "" if row.role == "teacher" else ratio)
-        for row, text, ratio in zip(results.rows, texts, relative, strict=True)
+        Cell(show(value), compare(teacher, value) if teacher and value is not None and role != "teacher" else "")
+        for role, value in zip(roles, values, strict=True)
     )
     return Line(name, tuple(cells))
 
 
-def _teacher_value(results: Results, values: Sequence[T]) -> T | None:
-    return next((value for row, value in zip(results.rows, values, strict=True) if row.role == "teacher"), None)
+def _plain(name: str, texts: Sequence[str]) -> Line:
+    return Line(name, tuple(map(Cell, texts)))
 
 
 _NAME_WIDTH = 16  # columns in which a longer name of a task is broken, rather than its figures
@@ -369,7 +349,9 @@ def _terminal_table(results: Results, shown: Sequence[Section], models: slice) -
         table.add_section()
         table.add_row(Text(section.title, style="bold"))
         for line in section.lines:
-            table.add_row(line.name, *map(_terminal_cell, line.cells[models]))
+            # Padded, so that figures line up with and without a relative figure.
+            cells = (Text.assemble(f"{text:>6}", (f" {relative:>5}", "dim")) for text, relative in line.cells[models])
+            table.add_row(line.name, *cells)
     return table
 
 
@@ -387,25 +369,27 @@ def score_tables(scores: Sequence[Score], width: int) -> list[Table]:
             they are below each other.
     """
     zero_shot = [score for score in scores if isinstance(score, ZeroShotScore)]
-    retrieval = [score for score in scores if isinstance(score, RetrievalScore)]
     tables = []
     if zero_shot:
         headings = ["Zero-shot, %", "Images", "Labels", "Top-1", "95 %\ninterval", "Top-5", "Mean per\nclass"]
-        rows = []
-        for score in zero_shot:
-            counts = (f"{score.images:,}", f"{score.classes:,}")
-            top1 = (percent(score.top1), interval(score.top1_interval))
-            rows.append([score.task, *counts, *top1, percent(score.top5), percent(score.mean_per_class)])
+        rows = [
+            [s.task, f"{s.images:,}", f"{s.classes:,}", percent(s.top1), interval(s.top1_interval), percent(s.top5),
+             percent(s.mean_per_class)]
+            for s in zero_shot
+        ]  # fmt: skip
         table = _task_table(headings, rows, width)
-        table.caption = _templates_note(zero_shot)
+        of_tasks = [f"Prompt templates of {score.task}: {score.templates}" for score in zero_shot]
+        are_same = len({score.templates for score in zero_shot}) == 1
+        table.caption = f"Prompt templates: {zero_shot[0].templates}" if are_same else "\n".join(of_tasks)
         table.caption_justify = "left"
         tables.append(table)
-    if retrieval:
+    if retrieval := [score for score in scores if isinstance(score, RetrievalScore)]:
         headings = ["Retrieval, R@1 / 5 / 10, %", "Images", "Captions", "Image → text", "Text → image"]
         rows = []
-        for recalls in retrieval:
-            counts = (f"{recalls.images:,}", f"{recalls.captions:,}")
-            rows.append([recalls.task, *counts, _recall(recalls.image_to_text), _recall(recalls.text_to_image)])
+        for score in retrieval:
+            recalls = [(r.at1, r.at5, r.at10) for r in (score.image_to_text, score.text_to_image)]
+            shown = (" / ".join(map(percent, recall)) for recall in recalls)
+            rows.append([score.task, f"{score.images:,}", f"{score.captions:,}", *shown])
         tables.append(_task_table(headings, rows, width))
     return tables
 
@@ -426,13 +410,6 @@ def _task_table(headings: Sequence[str], rows: Sequence[Sequence[str]], width: i
     return table
 
 
-def _templates_note(scores: Sequence[ZeroShotScore]) -> str:
-    """Return which prompt templates were used, which accuracy depends on."""
-    if len({score.templates for score in scores}) == 1:
-        return f"Prompt templates: {scores[0].templates}"
-    return "\n".join(f"Prompt templates of {score.task}: {score.templates}" for score in scores)
-
-
 def class_table(score: ZeroShotScore) -> Table:
     """Return a table of the classes of one task, lowest recall first; classes without images come last."""
     has_folders = any(row.folder for row in score.per_class)
@@ -440,10 +417,9 @@ def class_table(score: ZeroShotScore) -> Table:
     table = plain_table(score.task, *folder, "Images", "Recall, %", "Precision, %", left=folder)
     table.add_column("Most often mistaken for", overflow="fold")
     for row in sorted(score.per_class, key=lambda row: 2.0 if row.recall is None else row.recall):
-        mistakes = ((label, count) for label, count in row.predicted.items() if label != row.label)
-        label, count = next(mistakes, ("", 0))
-        mistake = f"{label} ({count:,})" if count else ""
+        mistakes = (f"{label} ({count:,})" for label, count in row.predicted.items() if label != row.label)
         names = [row.label, row.folder] if has_folders else [row.label]
+        mistake = next(mistakes, "")
         table.add_row(*names, f"{row.images:,}", percent(row.recall), percent(row.precision), mistake)
     return table
 
@@ -455,15 +431,6 @@ def plain_table(first: str, *others: str, left: Sequence[str] = ()) -> Table:
     for name in others:
         table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
     return table
-
-
-def _recall(recall: Recall) -> str:
-    return " / ".join(percent(value) for value in (recall.at1, recall.at5, recall.at10))
-
-
-def _terminal_cell(cell: Cell) -> Text:
-    # Padded, so that figures line up with and without a relative figure.
-    return Text.assemble(f"{cell.text:>6}", (f" {cell.relative:>5}", "dim"))
 
 
 _STYLES = {"regression": "bold red", "improvement": "green", "noise": "dim", "same": "dim"}

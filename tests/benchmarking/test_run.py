@@ -1,177 +1,278 @@
 from __future__ import annotations
 
+import io
+import os
+import subprocess
+import sys
+import tarfile
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from PIL import Image
 from support import Watch
 
-from clip_rd_edge.benchmarking.metrics import ZeroShotScore
+from clip_rd_edge.benchmarking.accuracy import RetrievalPredictions
+from clip_rd_edge.benchmarking.metrics import Recall, RetrievalScore, ZeroShotScore
 from clip_rd_edge.benchmarking.report import markdown, page
-from clip_rd_edge.benchmarking.results import Results, read_results, write_results
-from clip_rd_edge.benchmarking.run import run_suite
+from clip_rd_edge.benchmarking.results import Results, read_results, this_environment, write_results
+from clip_rd_edge.benchmarking.run import DamagedCacheError, PredictionCache, is_cache, run_suite, task_state
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
+from clip_rd_edge.data.tar import TarMember
+from clip_rd_edge.data.tasks import RetrievalTask, load_task
 from clip_rd_edge.errors import ConfigError, InputError, MissingExtraError
+from clip_rd_edge.exporting.bundle import package_versions
+
+Open = Callable[..., Any]
 
 
-def test_results_have_rows_scores_and_latency(results: Results, suite: Suite) -> None:
+def test_results_have_rows_scores_latency_and_comparisons(results: Results, suite: Suite) -> None:
     assert [row.label for row in results.rows] == [row.label for row in suite.rows]
-    teacher, *_, quantised = results.rows
-    assert isinstance(teacher.scores[0], ZeroShotScore)
-    assert teacher.scores[0].top1 == 1
-    assert quantised.scores[0].top1 < 1
-    assert teacher.description.size_bytes == 6_000_000
-    assert teacher.latency.image.p50 > 0
-    assert results.environment.packages["numpy"]
-
-
-def test_each_role_is_compared_with_what_it_was_made_from(results: Results) -> None:
+    teacher, alone, student, fp32, quantised = (row.scores[0] for row in results.rows)
+    assert isinstance(teacher, ZeroShotScore)
+    assert teacher.top1 == 1 > quantised.top1
+    assert results.rows[0].description.size_bytes == 6_000_000
+    assert results.rows[0].latency.image.p50 > 0
     pairs = [(comparison.label, comparison.reference) for comparison in results.comparisons]
     assert pairs == [
-        ("Student", "Teacher"),
-        ("Student", "Alone"),
-        ("FP32", "Student"),
-        ("INT8", "FP32"),
-        ("INT8", "Teacher"),
-    ]
+        ("Student", "Teacher"), ("Student", "Alone"), ("FP32", "Student"), ("INT8", "FP32"), ("INT8", "Teacher"),
+    ]  # fmt: skip
     by_pair = dict(zip(pairs, results.comparisons, strict=True))
-    teacher, alone, student, fp32, _ = (row.scores[0].top1 for row in results.rows)
-    assert by_pair["Student", "Teacher"].difference == pytest.approx(student - teacher)
-    assert by_pair["Student", "Alone"].difference == pytest.approx(student - alone)
+    assert by_pair["Student", "Teacher"].difference == pytest.approx(student.top1 - teacher.top1)
+    assert by_pair["Student", "Alone"].difference == pytest.approx(student.top1 - alone.top1)
     same = by_pair["FP32", "Student"]
-    assert (fp32 - student, same.difference, same.interval.low, same.interval.high) == (0, 0, 0, 0)
+    assert (fp32.top1 - student.top1, same.difference, same.interval.low, same.interval.high) == (0, 0, 0, 0)
 
 
-def test_samples_are_first_correct_then_wrong_for_the_last_row(results: Results) -> None:
+def test_samples_are_first_correct_then_wrong_and_worst_classes_those_with_errors(results: Results) -> None:
     correct = [sample.predictions[-1].right for sample in results.samples]
     assert set(correct) == {True, False}
     assert correct == sorted(correct, reverse=True)
     for sample in results.samples:
-        assert [answer.row for answer in sample.predictions] == ["Teacher", "INT8"]
+        assert [prediction.row for prediction in sample.predictions] == ["Teacher", "INT8"]
         assert sample.png.startswith(b"\x89PNG")
-        for answer in sample.predictions:
-            assert (answer.label == sample.label) == answer.right
+        for prediction in sample.predictions:
+            assert (prediction.label == sample.label) == prediction.right
+    hits = results.rows[-1].correctness[0].hits().reshape(6, 2)  # two images per colour
+    assert len(results.worst) == int((~hits.all(axis=1)).sum()) > 0
+    assert [worst.right for worst in results.worst] == sorted(worst.right for worst in results.worst)
+    for worst in results.worst:
+        assert worst.row == "INT8"
+        assert worst.right < worst.images == 2
+        assert worst.label != worst.taken_for
+        assert worst.png.startswith(b"\x89PNG")
+        assert worst.taken_for_png.startswith(b"\x89PNG")
 
 
-def test_a_missing_model_is_skipped_with_its_reason(
-    suite: Suite, open_fake: Callable[[str], Any], tmp_path: Path
-) -> None:
-    (tmp_path / "models" / "alone").rmdir()
-    measured = run_suite(suite, open_fake)
-    assert [row.label for row in measured.rows] == ["Teacher", "Student", "FP32", "INT8"]
-    (skipped,) = measured.skipped
-    assert skipped.label == "Alone"
-    assert skipped.reason == f"There is no model folder {tmp_path / 'models' / 'alone'}."
+def test_models_that_cannot_be_opened_or_run_are_skipped_with_the_reason(suite: Suite, open_fake: Open) -> None:
+    """One whose folder is missing, one that needs torch, and one whose runtime is missing."""
 
-
-def test_a_row_that_needs_torch_is_skipped_without_torch(suite: Suite, open_fake: Callable[[str], Any]) -> None:
-    def without_torch(spec: str) -> Any:
-        if spec.endswith(("teacher", "student", "alone")):
+    def open_model(spec: str, **options: str) -> Any:
+        if spec.endswith("student"):
             raise ModuleNotFoundError("No module named 'torch'", name="torch")
-        return open_fake(spec)
-
-    measured = run_suite(suite, without_torch)
-    assert [row.label for row in measured.rows] == ["FP32", "INT8"]
-    assert {row.reason for row in measured.skipped} == {"It needs the package 'torch', which is not installed."}
-
-
-def test_a_row_is_skipped_if_its_runtime_is_missing(suite: Suite, open_fake: Callable[[str], Any]) -> None:
-    runtimes: list[str] = []
-
-    def with_runtime(spec: str, **options: str) -> Any:
         encoder = open_fake(spec)
         if options:
-            runtimes.append(options["runtime"])
+            assert options == {"runtime": "openvino"}
             encoder.encode_pixels = without_openvino  # a runtime is imported when a tower is first used
         return encoder
 
     def without_openvino(pixels: Any) -> Any:
         raise MissingExtraError("openvino", extra="openvino", purpose="Running a bundle in OpenVINO")
 
+    (Path(suite.root or "") / "alone").rmdir()
     *others, int8 = suite.rows
     rows = (*others, msgspec.structs.replace(int8, runtime="openvino"))
-    measured = run_suite(msgspec.structs.replace(suite, rows=rows), with_runtime)
-    assert runtimes == ["openvino"]
-    assert [row.label for row in measured.rows] == [row.label for row in others]
-    assert (
-        measured.skipped[0].reason
-        == "Running a bundle in OpenVINO needs the package 'openvino', which is not installed."
-    )
-
-
-def test_a_suite_without_any_usable_model_is_an_error(suite: Suite, open_fake: Callable[[str], Any]) -> None:
+    measured = run_suite(msgspec.structs.replace(suite, rows=rows), open_model)
+    assert [row.label for row in measured.rows] == ["Teacher", "FP32"]
+    reasons = {row.label: row.reason for row in measured.skipped}
+    assert reasons.keys() == {"Alone", "Student", "INT8"}
+    assert f"{suite.root}/alone" in reasons["Alone"]
+    assert "'torch'" in reasons["Student"]
+    assert "'openvino'" in reasons["INT8"]
     nowhere = msgspec.structs.replace(suite, rows=(SuiteRow(label="A", model="nowhere", role="student"),))
-    with pytest.raises(InputError, match=r"None of the models of the suite colours could be measured\. A: .*nowhere"):
+    with pytest.raises(InputError):
         run_suite(nowhere, open_fake)
 
 
 def test_an_unknown_task_is_an_error_before_any_model_is_opened(suite: Suite) -> None:
-    def open_nothing(spec: str) -> Any:
-        raise AssertionError(f"{spec} was opened")
-
     with pytest.raises(InputError, match="Did you mean 'emoji:unseen-style'"):
-        run_suite(msgspec.structs.replace(suite, tasks=("emoji:unsen-style",)), open_nothing)
+        run_suite(msgspec.structs.replace(suite, tasks=("emoji:unsen-style",)), lambda spec: pytest.fail(spec))
 
 
-def test_progress_names_the_row_and_the_task(suite: Suite, open_fake: Callable[[str], Any]) -> None:
+def test_progress_names_the_row_and_the_task(suite: Suite, open_fake: Open) -> None:
     watch = Watch()
     run_suite(suite, open_fake, watch)
-    updates = watch.updates
-    assert updates[0] == ("Teacher: task", 12, 12)
-    assert ("Latency", 5, 5) in updates
-    assert updates[-1] == ("Throughput", 1, 1)
-
-
-def test_results_are_read_as_they_were_written(results: Results, tmp_path: Path) -> None:
-    path = tmp_path / "out" / "results.json"
-    write_results(path, results)
-    assert read_results(path) == results
+    assert watch.updates[0] == ("Teacher: task", 12, 12)
+    assert ("Latency", 5, 5) in watch.updates
+    assert watch.updates[-1] == ("Throughput", 1, 1)
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("old", "new"),
     [
-        (lambda text: text[: len(text) // 2], "is not valid JSON"),
-        (lambda text: text.replace('"environment"', '"machine"'), "missing required field `environment`"),
-        (lambda text: text.replace('"format_version": 3', '"format_version": 9'), "has format version 9; .* up to 3"),
-        (lambda text: text.replace('"role": "teacher"', '"role": "pupil"'), "Invalid enum value 'pupil'"),
+        ("", "["),
+        ('"environment"', '"machine"'),
+        ('"format_version": 3', '"format_version": 9'),
+        ('"role": "teacher"', '"role": "pupil"'),
     ],
 )
-def test_damaged_results_are_an_error(
-    results: Results, tmp_path: Path, damage: Callable[[str], str], message: str
+def test_results_are_read_as_they_were_written_and_damaged_ones_are_an_error(
+    results: Results, tmp_path: Path, old: str, new: str
 ) -> None:
-    path = tmp_path / "results.json"
+    path = tmp_path / "out" / "results.json"
     write_results(path, results)
-    path.write_text(damage(path.read_text()))
-    with pytest.raises(ConfigError, match=message) as caught:
+    assert read_results(path) == read_results(path.parent) == results
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ConfigError) as caught:
         read_results(path)
     assert str(path) in str(caught.value)
 
 
-def test_missing_results_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"Cannot read .*results\.json: No such file"):
-        read_results(tmp_path / "results.json")
-
-
-def test_missing_data_sets_are_reported_and_the_others_measured(
-    suite: Suite, open_fake: Callable[[str], Any], tmp_path: Path
-) -> None:
+def test_missing_data_sets_and_prompt_templates_are_reported(suite: Suite, open_fake: Open) -> None:
+    root = Path(suite.root or "")
+    (root / "task" / "zeroshot_classification_templates.txt").unlink()
     wider = msgspec.structs.replace(suite, tasks=("sun397", "task"), missing_tasks="skip")
     measured = run_suite(wider, open_fake)
-    assert [score.task for score in measured.rows[0].scores] == ["task"]
-    assert [task.name for task in measured.missing] == ["sun397"]
-    assert f"{tmp_path / 'models'} has no folder sun397" in measured.missing[0].reason
-    assert "- **sun397** is missing: " in markdown(measured, plot=False)
+    assert [(score.task, score.templates) for score in measured.rows[0].scores] == [("task", "80, CLIP's for ImageNet")]
+    (missing,) = measured.missing
+    assert missing.name == "sun397"
+    assert f"{root} has no folder sun397" in missing.reason
+    text = markdown(measured, plot=False)
+    assert "- **sun397** is missing: " in text
     assert "<strong>sun397</strong>: " in page(measured)
+    assert "Prompt templates: task: 80, CLIP's for ImageNet." in text
 
 
-def test_the_report_names_the_prompt_templates(suite: Suite, open_fake: Callable[[str], Any]) -> None:
-    (Path(suite.root or "") / "task" / "zeroshot_classification_templates.txt").unlink()
-    measured = run_suite(
-        suite,
-        open_fake,
+def test_the_installed_distribution_of_onnx_runtime_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_the_gpu_build(package: str) -> str:
+        if package == "onnxruntime":
+            raise PackageNotFoundError(package)
+        return "1.23.0" if package == "onnxruntime-gpu" else version(package)
+
+    monkeypatch.setattr("importlib.metadata.version", with_the_gpu_build)
+    for versions in (this_environment().packages, package_versions()):
+        assert {name: number for name, number in versions.items() if "onnxruntime" in name} == {
+            "onnxruntime-gpu": "1.23.0"
+        }
+
+
+def test_reading_package_versions_imports_neither_torch_nor_onnxruntime() -> None:
+    program = (
+        "import sys; from clip_rd_edge.benchmarking import report, results, run;"
+        "results.this_environment(); print({'torch', 'onnxruntime', 'matplotlib'} & set(sys.modules))"
     )
-    assert measured.rows[0].scores[0].templates == "80, CLIP's for ImageNet"
-    assert "Prompt templates: task: 80, CLIP's for ImageNet." in markdown(measured, plot=False)
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "set()"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> PredictionCache:
+    return PredictionCache(tmp_path / "parts", this_environment())
+
+
+PREDICTIONS = RetrievalPredictions(
+    score=RetrievalScore(
+        task="t", images=1, captions=1, image_to_text=Recall(at1=1, at5=None, at10=None),
+        text_to_image=Recall(at1=1, at5=None, at10=None),
+    ),
+    correctness=(),
+)  # fmt: skip
+
+
+def test_predictions_of_another_machine_are_not_taken(tmp_path: Path) -> None:
+    task = RetrievalTask(name="t", images=(tmp_path / "a.png",), captions=("a",), caption_images=(0,))
+    here = this_environment()
+    PredictionCache(tmp_path, here).store("m", None, task, PREDICTIONS)
+    assert PredictionCache(tmp_path, here).find("m", None, task) == PREDICTIONS
+    for change in ({"machine": "Abacus, 2 cores"}, {"instruction_sets": ()}, {"accelerator": "NVIDIA L4"}):
+        assert PredictionCache(tmp_path, msgspec.structs.replace(here, **change)).find("m", None, task) is None
+
+
+def recording(open_fake: Open, evaluated: list[str]) -> Open:
+    """Wrap `open_fake` to record which models embed the images of a task."""
+
+    def open_recorded(spec: str) -> Any:
+        encoder = open_fake(spec)
+        plain = encoder.encode_images
+
+        def encode(images: Any) -> Any:
+            if len(images) > 1:  # latency is measured at batch 1
+                evaluated.append(encoder.name)
+            return plain(images)
+
+        encoder.encode_images = encode
+        return encoder
+
+    return open_recorded
+
+
+def test_an_interrupted_run_resumes_and_measures_again_what_has_changed(
+    suite: Suite, open_fake: Open, cache: PredictionCache, results: Results
+) -> None:
+    def interrupted(spec: str) -> Any:
+        if spec.endswith("fp32"):
+            raise KeyboardInterrupt
+        return open_fake(spec)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(suite, interrupted, cache=cache)
+    evaluated: list[str] = []
+    resumed = run_suite(suite, recording(open_fake, evaluated), cache=cache)
+    assert evaluated == ["fp32", "int8"]
+    assert [row.scores for row in resumed.rows] == [row.scores for row in results.rows]
+    assert resumed.comparisons == results.comparisons
+    (Path(suite.root or "") / "student" / "weights").write_bytes(b"new")
+    evaluated.clear()
+    run_suite(suite, recording(open_fake, evaluated), cache=cache)
+    assert evaluated == ["student"]
+    image = Path(suite.root or "") / "task" / "red" / "16.png"
+    image.write_bytes((image.parents[1] / "blue" / "24.png").read_bytes())
+    evaluated.clear()
+    run_suite(suite, recording(open_fake, evaluated), cache=cache)
+    assert len(evaluated) == len(suite.rows)
+    path = sorted(cache.folder.iterdir())[0]
+    for path in cache.folder.iterdir():
+        path.write_text("{")
+    with pytest.raises(DamagedCacheError) as caught:
+        run_suite(suite, open_fake, cache=cache)
+    assert caught.value.hint.startswith(f"remove {cache.folder}")
+
+
+def test_a_folder_of_that_name_with_other_files_is_no_cache_and_stays(cache: PredictionCache, tmp_path: Path) -> None:
+    assert not is_cache(cache.folder)
+    shard = tmp_path / "0.tar"
+    shard.write_bytes(b"old")
+    task = RetrievalTask(name="t", images=(TarMember(shard, "a.png", 0, 3),), captions=("a",), caption_images=(0,))
+    cache.store("m", None, task, PREDICTIONS)
+    assert cache.find("m", None, task) == PREDICTIONS
+    shard.write_bytes(b"newer")
+    assert cache.find("m", None, task) is None
+    (cache.folder / ".DS_Store").touch()  # whoever looked at the folder has not put anything there
+    assert is_cache(cache.folder)
+    (cache.folder / "engine.step").write_text("mine")
+    assert not is_cache(cache.folder)
+    cache.remove()
+    assert [path.name for path in cache.folder.iterdir()] == ["engine.step"]
+
+
+def test_a_task_on_a_remote_shard_that_was_replaced_is_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fsspec")
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
+    path, states = tmp_path / "0.tar", []
+    for shade in (0, 255):
+        png = io.BytesIO()
+        Image.new("L", (8, 8), shade).save(png, "png")
+        with tarfile.open(path, "w") as tar:
+            for name, content in {"a.png": png.getvalue(), "a.txt": b"a"}.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        os.utime(path, (shade, shade))
+        states.append(task_state(load_task(path.as_uri())))
+        assert task_state(load_task(path.as_uri())) == states[-1]
+    assert states[0] != states[1]
