@@ -1,0 +1,188 @@
+"""The commands that make models, and what the quickstart says at its end."""
+
+from __future__ import annotations
+
+import json
+import ntpath
+import re
+import shlex
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from support import save_tiny_teacher
+
+from clip_rd_edge.benchmarking.suite import EXAMPLE, read_suite
+from clip_rd_edge.cli import quickstart, train
+from clip_rd_edge.data.tasks import ZeroShotTask
+from clip_rd_edge.distillation.config import load_recipe, recipe_names
+from clip_rd_edge.utils.text import as_word
+
+Run = Callable[..., tuple[int, str, str]]
+ROOT = Path(__file__).parents[2]
+SMALL = ("--student", "test_resnet", "--image-size", "48", "--text", "64x1", "--context-length", "12")
+FAST = ("--precision", "fp32", "--workers", "0")
+
+
+def test_a_run_on_pairs_with_tasks_of_one_file_name(command_line: Run, pairs_csv: Path, tmp_path: Path) -> None:
+    lines = pairs_csv.read_text().splitlines()
+    for folder, count in (("a", 1), ("b", 20)):  # a single image is always found
+        (pairs_csv.parent / folder).mkdir()
+        rows = [f"../{line}" for line in lines[1 : count + 1]]
+        (pairs_csv.parent / folder / "val.csv").write_text("\n".join([lines[0], *rows]))
+    tasks = [argument for folder in "ab" for argument in ("--task", pairs_csv.parent / folder / "val.csv")]
+    run = tmp_path / "run"
+    arguments = ("--data", pairs_csv, *SMALL, *FAST, "--recipe", "clip", "--batch-size", "6", "--epochs", "1", *tasks)
+    code, output, _ = command_line("distill", *arguments, "-o", run)
+    assert (code, output.strip()) == (0, str(run / "student"))
+    assert (run / "student" / "open_clip_model.safetensors").is_file()
+    line = json.loads((run / "metrics.jsonl").read_text())  # of 4 steps, the last is logged
+    assert line["evaluation/a/val.csv"] == 1.0
+    assert line["evaluation/b/val.csv"] < 1.0
+    code, _, error = command_line("distill", *arguments, "-o", pairs_csv.parent)
+    assert (code, "already exists and is not empty" in error) == (2, True)
+
+
+def test_a_run_on_shards_counts_bad_samples(
+    command_line: Run, pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            for i in range(12 * shard, 12 * shard + 12):
+                archive.add(pairs_csv.parent / "pictures" / f"{i}.png", f"{i:04d}.png")
+                (tmp_path / "caption.json").write_text(f'{{"captions": ["number {i}", "an image"]}}')
+                archive.add(tmp_path / "caption.json", f"{i:04d}.json")
+            archive.add(tmp_path / "caption.json", "alone.json")
+    data = ("--data", f"{tmp_path}/0.tar::{tmp_path}/1.tar", "--train-data-upsampling-factors", "1::2")
+    options = (*data, *SMALL, *FAST, "--recipe", "clip", "--batch-size", "6", "--json-caption-key", "captions")
+    code, _, error = command_line("distill", *options, "--epochs", "1", "-o", tmp_path / "strict")
+    assert code == 2
+    assert "2 of 38 samples" in error
+    assert "0.tar: alone has no image" in error
+    assert not (tmp_path / "strict").exists()
+    code, _, error = command_line("distill", *options, "--epochs", "1", "--max-bad", "0.1", "-o", tmp_path / "run")
+    assert (code, "2 samples are not pairs and were skipped" in error) == (0, True)
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert '"step":6' in line  # 12 + 2 · 12 pairs in batches of 6
+    assert '"bad_samples":2' in line
+
+
+def test_frames_and_a_list_of_labels_give_a_student_and_a_bundle(
+    command_line: Run, pairs_csv: Path, tmp_path: Path
+) -> None:
+    """From stored embeddings, which are computed once; and what is advised where no image is left to calibrate with."""
+    (tmp_path / "labels.txt").write_text("red\ngreen\nblue\nyellow\n")
+    images, teacher = ("--images", pairs_csv.parent / "pictures"), save_tiny_teacher(tmp_path / "teacher")
+    texts = ("--texts", tmp_path / "labels.txt", "--template", "a {} picture", "--teacher", teacher)
+    store, run = tmp_path / "store", tmp_path / "run"
+    code, output, error = command_line("embed", *images, *texts, "--views", "2", "--workers", "0", "-o", store)
+    assert (code, output) == (0, f"{store}\n"), error
+    assert f"--store {as_word(store)}" in error
+    written = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
+    steps = (*SMALL, *FAST, "--steps", "2")
+    options = (*images, *texts, *steps, "--batch-size", "6", "--store", store, "--views", "2")
+    code, output, error = command_line("distill", *options, "-o", run)
+    assert (code, output.strip()) == (0, str(run / "student")), error
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == written
+    assert "24 images without captions and 4 texts" in error
+    assert "--precision int8 -o" in error
+    labels = ("--labels", tmp_path / "labels.txt")
+    assert command_line("export", run, "-o", tmp_path / "bundle", "--precision", "fp32", *labels)[0] == 0
+    image = pairs_csv.parent / "pictures" / "0.png"
+    code, output, _ = command_line("classify", tmp_path / "bundle", image, "--json")
+    assert code == 0
+    assert json.loads(output.splitlines()[0])["predictions"][0]["label"] in {"red", "green", "blue", "yellow"}
+    code, _, error = command_line("distill", *texts, *steps, "--batch-size", "4", "-o", tmp_path / "texts")
+    assert (code, "--precision int8 --calibration pairs.csv -o" in error) == (0, True), error
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_printed_recipe_is_the_recipe_with_a_comment_on_every_key(
+    command_line: Run, tmp_path: Path, name: str
+) -> None:
+    code, output, error = command_line("recipe", "show", name)
+    assert (code, error) == (0, "")
+    (tmp_path / "mine.yaml").write_text(output)
+    assert load_recipe(str(tmp_path / "mine.yaml")) == load_recipe(name)
+    lines = output.splitlines()
+    keys = [i for i, line in enumerate(lines) if ":" in line and not line.lstrip().startswith("#")]
+    uncommented = [lines[i].split(":")[0] for i in keys if not lines[i - 1].lstrip().startswith("#")]
+    assert uncommented == ["epsilon"]  # explained together with betas
+    assert max(map(len, lines)) <= 80  # as many as a terminal has at least
+
+
+def test_recipes_are_listed_and_a_printed_suite_can_be_read(command_line: Run, tmp_path: Path) -> None:
+    code, output, _ = command_line("recipe", "show")
+    assert code == 0
+    assert [line.split()[0] for line in output.splitlines()] == recipe_names()
+    assert max(map(len, output.splitlines())) <= 80
+    code, output, error = command_line("benchmark", "--init")
+    assert (code, error) == (0, "")
+    (tmp_path / "suite.yaml").write_text(output)
+    suite = read_suite(tmp_path / "suite.yaml")
+    assert (suite.rows, suite.tasks) == (EXAMPLE.rows, EXAMPLE.tasks)
+
+
+def unseen(*names: str) -> ZeroShotTask:
+    """Two images of each concept, as in the two art styles."""
+    images = tuple(Path(f"/emoji of mine/{style}/{name}.png") for name in names for style in ("a", "b"))
+    return ZeroShotTask(
+        name="unseen", images=images, targets=tuple(i // 2 for i in range(2 * len(names))), labels=names
+    )
+
+
+LIVELY = quickstart.LIVELY_CONCEPTS
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (("arrow", "rocket", "square", "snowman", "tiger", "mushroom"), LIVELY),
+        (("arrow", "square", "circle", "line", "x"), ("arrow", "square", "circle", "line")),
+    ],
+)
+def test_the_quickstart_ends_with_commands_that_work_when_copied(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], labels: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(quickstart, "_unseen_concepts", lambda: unseen(*names))
+    shown = quickstart._next_steps(Path("my runs/quickstart")).replace("\\\n", " ")
+    arguments = shlex.split(next(line for line in shown.splitlines() if " classify " in line))
+    split = arguments.index("--labels")
+    assert arguments[split - 2] == "my runs/quickstart/bundles/int8"
+    assert tuple(arguments[split + 1 :]) == labels
+    assert Path(arguments[split - 1]).stem in labels
+    example = re.sub(r"[\\\s]+", " ", f"clip-rd-edge {train.OWN_DATA_EXAMPLE}")
+    for text in (train.distill.help or "", *((ROOT / name).read_text() for name in ("README.md", "docs/data.md"))):
+        assert example in re.sub(r"[\\\s]+", " ", text)
+
+
+def test_the_lively_labels_are_concepts_in_no_training_pair() -> None:
+    emoji = pytest.importorskip("clip_rd_edge.data.emoji")
+    pytest.importorskip("resvg_py")
+    assert set(LIVELY) <= {concept.name for concept in emoji.concepts() if concept.split == "unseen concepts"}
+
+
+def test_the_program_is_named_as_it_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "clip_rd_edge" / "__main__.py")])
+    assert quickstart._program() == f"{shlex.quote(sys.executable)} -m clip_rd_edge"
+    monkeypatch.setattr(sys, "argv", [str(Path.cwd() / ".venv/bin/clip-rd-edge")])
+    assert quickstart._program() == ".venv/bin/clip-rd-edge"
+
+
+def test_the_shells_of_windows_are_shown_each_command_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("cli.quickstart", "utils.text"):
+        monkeypatch.setattr(f"clip_rd_edge.{module}.os", SimpleNamespace(name="nt", path=ntpath))
+    monkeypatch.setenv("PATH", "")
+    program = r"Z:\of mine\.venv\Scripts\clip-rd-edge"  # on another drive
+    monkeypatch.setattr(sys, "argv", [program])
+    assert quickstart._program() == f'"{program}"'
+    monkeypatch.setattr(quickstart, "_unseen_concepts", lambda: unseen("arrow", "rocket", "square", "circle"))
+    lines = [line.strip() for line in quickstart._next_steps(Path("runs/quickstart")).splitlines()]
+    (trained,) = (line for line in lines if " distill " in line)
+    assert trained.split()[-10:] == re.sub(r"[\\\s]+", " ", train.OWN_DATA_EXAMPLE).split()[-10:]
+    assert not any(line.startswith("-") or line.endswith("\\") for line in lines)
