@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,26 +19,14 @@ from clip_rd_edge.cli.export import _trial_table
 from clip_rd_edge.exporting.int8.search import Trial
 
 NAME = "static, entropy ranges, in the layers that get no slower, per-channel"
-TRIALS = [
-    Trial(
-        tower="image",
-        name=NAME,
-        latency_ratio=0.456,
-        centred_cosine=0.99123,
-        size_ratio=0.25,
-        loss_points=-0.3,
-        verdict="shipped",
-    ),
-    Trial(
-        tower="text",
-        name="dynamic",
-        latency_ratio=1.1,
-        centred_cosine=0.9,
-        size_ratio=0.25,
-        loss_points=12.3,
-        verdict="agrees less than 0.995",
-    ),
-]
+IMAGE = Trial(
+    tower="image", name=NAME, latency_ratio=0.456, centred_cosine=0.99123, size_ratio=0.25, loss_points=-0.3,
+    verdict="shipped",
+)  # fmt: skip
+TEXT = Trial(
+    tower="text", name="dynamic", latency_ratio=1.1, centred_cosine=0.9, size_ratio=0.25, loss_points=12.3,
+    verdict="agrees less than 0.995",
+)  # fmt: skip
 
 
 @contextmanager
@@ -132,38 +121,31 @@ def test_every_chapter_says_how_long_it_took_and_the_last_one_too(monkeypatch: p
     ]  # fmt: skip
 
 
+def printed(trials: list[Trial], stream: io.StringIO, **options: Any) -> str:
+    print_table(_trial_table(trials), console=Console(file=stream, **options))
+    return stream.getvalue()
+
+
 @pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1"}, {"FORCE_COLOR": "1", "TERM": "dumb"}])
 def test_the_table_of_trials_fits_80_columns_and_a_pipe_cuts_nothing(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    stream: io.StringIO = Terminal()
-    print_table(_trial_table(TRIALS), console=Console(file=stream, force_terminal=True, width=80, color_system=None))
-    lines = stream.getvalue().splitlines()
-    assert max(map(len, lines)) <= 80
-    shown = stream.getvalue()
+    shown = printed([IMAGE, TEXT], Terminal(), force_terminal=True, width=80, color_system=None)
+    assert max(map(len, shown.splitlines())) <= 80
     assert "…" not in shown
     for figure in ("× 0.46", "0.9912", "+0.3", "× 0.25", "-12.3", "shipped", "per-channel"):
         assert figure in shown
-    stream = io.StringIO()
-    print_table(_trial_table(TRIALS), console=Console(file=stream, width=40))
-    assert NAME in stream.getvalue()
+    assert NAME in printed([IMAGE, TEXT], io.StringIO(), width=40)
 
 
-def test_the_table_of_trials_has_no_points_where_none_were_measured() -> None:
-    stream = io.StringIO()
-    unpaired = msgspec.structs.replace(TRIALS[1], loss_points=float("nan"), verdict="shipped")
-    print_table(_trial_table([unpaired]), console=Console(file=stream, width=120))
-    row = stream.getvalue().strip().splitlines()[-1].split()
-    assert row == ["text", "dynamic", "×", "1.10", "0.9000", "×", "0.25", "shipped"]
-
-
-def test_the_table_of_trials_has_no_figures_of_a_candidate_that_failed() -> None:
-    stream, none = io.StringIO(), float("nan")
-    failed = Trial(
-        tower="text", name="static", latency_ratio=none, centred_cosine=none, size_ratio=none, loss_points=none,
-        verdict="failed: no memory",
-    )  # fmt: skip
-    print_table(_trial_table([failed]), console=Console(file=stream, width=120))
-    assert stream.getvalue().strip().splitlines()[-1].split() == ["text", "static", "failed:", "no", "memory"]
+def test_the_table_of_trials_has_only_what_was_measured() -> None:
+    unpaired = msgspec.structs.replace(TEXT, loss_points=float("nan"), verdict="shipped")
+    none = dict.fromkeys(("latency_ratio", "centred_cosine", "size_ratio", "loss_points"), float("nan"))
+    failed = msgspec.structs.replace(TEXT, **none, verdict="failed: no memory")
+    for trial, row in (
+        (unpaired, ["text", "dynamic", "×", "1.10", "0.9000", "×", "0.25", "shipped"]),
+        (failed, ["text", "dynamic", "failed:", "no", "memory"]),
+    ):
+        assert printed([trial], io.StringIO(), width=120).strip().splitlines()[-1].split() == row

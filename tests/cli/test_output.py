@@ -1,4 +1,7 @@
-"""Text of unknown origin is shown, and never obeyed: by a terminal, rich, a spreadsheet or a Markdown viewer."""
+"""Text of unknown origin is shown, and never obeyed: by a terminal, rich, a spreadsheet or a Markdown viewer.
+
+And messages on a narrow terminal are broken at spaces, so that commands in them can be copied.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from support import Terminal
 
 import clip_rd_edge
 from clip_rd_edge.cli.console import ConsoleReporter, SafeConsole, console_reporter, print_table
-from clip_rd_edge.cli.output import echo
+from clip_rd_edge.cli.output import cut, echo, fold, fold_command, fold_items
 from clip_rd_edge.utils.text import as_word, printable
 
 Run = Callable[..., tuple[int, str, str]]
@@ -30,15 +33,11 @@ MARKUP = ["[/nope]", "[bold]x[/bold]", "[link=http://x]y[/link]", ":smile:", "[r
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_control_characters_become_escapes_that_can_be_read(text: str) -> None:
+def test_a_terminal_gets_no_escapes_and_a_pipe_gets_names_as_they_are(text: str) -> None:
     shown = printable(f"naïve 猫 👩‍🚀\t{text}\n")
     assert shown.startswith("naïve 猫 👩‍🚀\t")
     assert shown.endswith("\n")
     assert all(character.isprintable() or character in "\t\n\u200d" for character in shown)
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_a_terminal_gets_no_escapes_and_a_pipe_gets_names_as_they_are(text: str) -> None:
     terminal, pipe = Terminal(), io.StringIO()
     echo(f"photos/{text}.png", file=terminal)
     echo(f"photos/{text}.png", file=pipe)
@@ -47,21 +46,15 @@ def test_a_terminal_gets_no_escapes_and_a_pipe_gets_names_as_they_are(text: str)
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, *MARKUP])
-def test_a_table_shows_any_text_as_it_is(text: str) -> None:
-    console = SafeConsole(file=Terminal(), force_terminal=True, width=200, color_system=None)
+def test_tables_progress_and_messages_show_any_text_as_it_is(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    stream = Terminal()
+    console = SafeConsole(file=stream, force_terminal=True, width=200, color_system=None)
     table = Table(text, title=text)
     table.add_row(text)
     table.add_row(Text(text, style="bold"))
     print_table(table, console=console)
-    output = console.file.getvalue()  # type: ignore[attr-defined]
-    assert output.count(printable(text)) >= 3  # rich removes some control characters from a Text
-    assert text in MARKUP or text not in output
-
-
-@pytest.mark.parametrize("text", [*HOSTILE, *MARKUP])
-def test_progress_and_messages_show_any_text_as_it_is(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    stream = Terminal()
-    console = SafeConsole(file=stream, force_terminal=True, width=200, color_system=None)
+    assert stream.getvalue().count(printable(text)) >= 3  # rich removes some control characters from a Text
+    assert text in MARKUP or text not in stream.getvalue()
     monkeypatch.setattr("clip_rd_edge.cli.console.stderr", console)
     with console_reporter() as reporter:
         assert isinstance(reporter, ConsoleReporter)
@@ -69,14 +62,14 @@ def test_progress_and_messages_show_any_text_as_it_is(monkeypatch: pytest.Monkey
         reporter.say(text)
         reporter.begin(text, 1, 1)
         reporter.say(text)
-    assert stream.getvalue().count(printable(text)) >= 4
+    assert stream.getvalue().count(printable(text)) >= 7
 
 
 def test_commands_print_with_echo_and_safe_consoles_only() -> None:
     unsafe = []
     for path in (Path(clip_rd_edge.__file__).parent / "cli").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call) or path.name in ("output.py", "_first_answer.py"):
+            if not isinstance(node, ast.Call) or path.name in ("output.py", "_first_answer.py", "first_answer.py"):
                 continue
             name = ast.unparse(node.func)
             constant = bool(node.args) and isinstance(node.args[0], ast.Constant)
@@ -105,9 +98,6 @@ def test_classify_and_errors_escape_names_on_a_terminal(
     shown = sys.stdout.getvalue()  # type: ignore[attr-defined]
     assert "\x1b" not in shown
     assert "\\x1b[31mred\\n.png" in shown
-
-
-def test_an_unknown_option_is_shown_without_its_escapes(command_line: Run) -> None:
     code, _, error = command_line("classify", "--\x1b[31m")
     assert (code, "\x1b" in error, "\\x1b[31m" in error) == (2, False, True)
 
@@ -127,15 +117,12 @@ def test_csv_has_no_cell_that_a_spreadsheet_computes(
             assert not cell.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r"))
 
 
-@pytest.mark.skipif(os.name != "posix", reason="other shells quote in other ways")
-def test_a_path_in_a_command_to_copy_is_one_word() -> None:
-    for path in ("runs/first", "runs/#1 of ü", "it's", "a{0..1}.tar"):
-        assert shlex.split(as_word(path), comments=True) == [path]
-    assert as_word(Path("runs/first")) == "runs/first"
-    assert as_word("-dash") == "./-dash"
-
-
-def test_a_path_in_a_command_to_copy_is_one_word_on_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_in_a_command_to_copy_is_one_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.name == "posix":
+        for path in ("runs/first", "runs/#1 of ü", "it's", "a{0..1}.tar"):
+            assert shlex.split(as_word(path), comments=True) == [path]
+        assert as_word(Path("runs/first")) == "runs/first"
+        assert as_word("-dash") == "./-dash"
     monkeypatch.setattr("clip_rd_edge.utils.text.os", SimpleNamespace(name="nt"))
     assert as_word(r"C:\Users\First Last\run") == r'"C:\Users\First Last\run"'
     assert as_word(r"runs\a&b") == r'"runs\a&b"'
@@ -153,5 +140,68 @@ def test_pipes_have_utf_8_whatever_the_locale(colour_bundle: Path, colour_images
     )  # fmt: skip
     assert "赤.png" in result.stdout.decode()
     assert '"猫"' in result.stdout.decode()
-    assert '"Möwe"' in result.stdout.decode()
-    assert "Cannot read the image naïve 猫.png: " in result.stderr.decode()
+    assert "naïve 猫.png" in result.stderr.decode()
+
+
+def test_a_line_is_broken_at_spaces_and_what_follows_is_indented() -> None:
+    text = "error: The output runs/first already exists and is not empty."
+    assert fold(text, 30) == "error: The output runs/first\n  already exists and is not\n  empty."
+    assert fold(text, 0) == fold(text, len(text)) == text
+    path = "a" * 50  # which has no space
+    assert fold(f"error: {path} does not exist.", 30) == f"error:\n  {path}\n  does not exist."
+    assert fold("    image tower, static: faster", 20) == "    image tower,\n      static: faster"
+    assert fold("猫猫猫 猫猫猫", 12) == "猫猫猫\n  猫猫猫"  # each takes two columns
+    assert fold("猫猫猫 猫猫猫", 13) == "猫猫猫 猫猫猫"
+    assert (cut("frame 1 猫", 9), cut("frame 1", 0)) == ("frame 1 ", "frame 1")
+
+
+@pytest.mark.parametrize("width", range(12, 90, 3))
+def test_a_command_in_a_message_is_the_same_for_a_shell(width: int) -> None:
+    command = "clip-rd-edge classify bundle a.jpg --labels \"a red cat\" 'a dog' --top 3 --threads 1"
+    folded = fold(f"hint: for example: {command}, or ask for help with all of it", width)
+    start = folded.index("clip-rd-edge")
+    copied = folded[start : folded.index(", or") if ", or" in folded else folded.index(",\n")]
+    assert shlex.split(copied.replace("\\\n", "")) == shlex.split(command)
+    assert all(line.endswith("\\") for line in copied.split("\n")[:-1])
+    assert "\\" not in folded[: start - 1] + folded[start + len(copied) :]
+    if width >= 20:
+        command = "clip-rd-edge export RUN --target jetson-orin -o 'my bundle'"
+        folded = fold_command(f"{command}      # FP16; --precision int8 works, too", width)
+        assert max(map(len, folded.splitlines())) <= max(width, 34)
+        assert shlex.split(folded.replace("\\\n", ""), comments=True) == shlex.split(command)
+    if width >= 30:
+        commands = ["clip-rd-edge verify bundle", 'clip-rd-edge classify bundle photo.jpg --labels "a cat" "a dog"']
+        copied = fold(f"next: {'; '.join(commands)}", width).removeprefix("next:").replace("\\\n", "")
+        assert [shlex.split(each) for each in copied.split(";")] == [shlex.split(command) for command in commands]
+
+
+@pytest.mark.parametrize("installer", ["pip", "uv pip", "uv tool", "pipx"])
+def test_an_install_command_in_a_hint_is_broken_as_a_command(installer: str) -> None:
+    folded = fold(f"hint: {installer} install 'clip-rd-edge[demo] @ file:///wheels/a.whl'", 40)
+    assert folded == f"hint: {installer} install \\\n  'clip-rd-edge[demo] @ file:///wheels/a.whl'"
+
+
+def test_only_a_terminal_gets_folded_messages_and_of_stdout_prose_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    text = "word " * 20
+    terminal, pipe, data = Terminal(), io.StringIO(), Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    echo(text, err=True)
+    assert max(map(len, terminal.getvalue().splitlines())) <= 20
+    monkeypatch.setattr("sys.stderr", pipe)
+    echo(text, err=True)
+    echo(text, file=data)
+    assert pipe.getvalue() == data.getvalue() == f"{text}\n"
+    prose, table = Terminal(), f"| {'a | ' * 20}"
+    monkeypatch.setattr("sys.stdout", prose)
+    echo(f"{text}\n{table}", prose=True)
+    *lines, row = prose.getvalue().splitlines()
+    assert max(map(len, lines)) <= 20
+    assert row == table
+
+
+def test_items_are_broken_between_them() -> None:
+    items = ["a long label 54.4%", "green 43.4%", "red 2.2%"]
+    assert fold_items("red.png", items, 0) == "red.png\ta long label 54.4%  green 43.4%  red 2.2%"
+    assert fold_items("red.png", items, 40) == "red.png\ta long label 54.4%  green 43.4%\n\tred 2.2%"
+    assert fold_items("red.png", items, 10) == "red.png\ta long label 54.4%\n\tgreen 43.4%\n\tred 2.2%"
