@@ -6,7 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -23,7 +23,7 @@ from clip_rd_edge.benchmarking.tables import (
     signed_points,
 )
 from clip_rd_edge.bundle.outputs import require_output_file
-from clip_rd_edge.bundle.runs import EVALUATION_PREFIX
+from clip_rd_edge.bundle.runs import EVALUATION_PREFIX as _EVALUATION
 from clip_rd_edge.distillation.metrics import verbatim
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.evidence.results import (
@@ -48,7 +48,6 @@ from clip_rd_edge.utils.text import each_text, shown_source, shown_sources
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _TOP1, _IMAGE_TO_TEXT = "top-1", "image → text R@1"
 _DIFFERENCES_NOTE = (
@@ -64,16 +63,16 @@ _GEOMETRY_NOTE = (
 
 def markdown(evidence: Evidence) -> str:
     """Return all tables, after the settings and the cost."""
-    _, measure = _compared(evidence)
     prose = [_settings(evidence), *training_data_remark(evidence.suite)]
     parts = [*map(inert_markdown, prose), _score_table(evidence)]
     if _differ_in_steps(evidence):
         parts += [_time_table(evidence)]
     if evidence.suite.compare_with:
-        parts += [_DIFFERENCES_NOTE.format(measure)]
+        parts += [_DIFFERENCES_NOTE.format(_compared(evidence)[1])]
         parts += [_difference_table(evidence, reference) for reference in evidence.suite.compare_with]
-    if any(task.geometry for task in evidence.teacher.tasks):  # of retrieval tasks
-        parts += [_GEOMETRY_NOTE, _geometry_table(evidence)]
+    if tasks := [task for task in evidence.teacher.tasks if task.geometry]:  # of retrieval
+        headings = [f"{_task_name(evidence, task)}: {name}" for task in tasks for name in ("own", "others", "gap")]
+        parts += [_GEOMETRY_NOTE, _means_table(evidence, headings, _cosines, show=_three_decimals)]
     return "\n\n".join(parts)
 
 
@@ -92,11 +91,9 @@ def _settings(evidence: Evidence) -> str:
     dates = sorted({run.environment.date[:10] for run in runs})
     threads = f"{suite.threads} thread{'s' if suite.threads > 1 else ''}"
     counts = {machine: len(on_it) for machine, on_it in _by_machine(runs).items()}
-    named = [
-        f"{machine} ({count} run{'s' if count > 1 else ''})" if len(counts) > 1 else machine
-        for machine, count in counts.items()
-    ]
-    machines = " and ".join(named)
+    several = len(counts) > 1
+    shown = (f"{name} ({count} run{'s' if count > 1 else ''})" if several else name for name, count in counts.items())
+    machines = " and ".join(shown)
     steps = f"{suite.steps:,} steps" + (", or those given below," if _differ_in_steps(evidence) else "")
     return (
         f"{done}: {steps} of {suite.batch_size} pairs at {suite.image_size} pixels each, "
@@ -226,12 +223,6 @@ def _difference_table(evidence: Evidence, reference: str) -> str:
     return markdown_table(lines, left=(0, 1))
 
 
-def _geometry_table(evidence: Evidence) -> str:
-    tasks = [task for task in evidence.teacher.tasks if task.geometry]
-    headings = [f"{_task_name(evidence, task)}: {name}" for task in tasks for name in ("own", "others", "gap")]
-    return _means_table(evidence, headings, _cosines, show=_three_decimals)
-
-
 def _cosines(result: ModelResult) -> list[float]:
     geometries = [task.geometry for task in result.tasks if task.geometry]
     return [value for geometry in geometries for value in (geometry.positive, geometry.negative, geometry.gap)]
@@ -324,10 +315,7 @@ def write_report(evidence: Evidence, folder: Path) -> list[Path]:
     """Write tables and figures to `folder`, and return their paths."""
     page = folder / f"{evidence.suite.name}{_PAGE}"
     write_text(page, markdown(evidence) + "\n")
-    figures = _drawn(evidence, folder)
-    for path, png in figures.items():
-        write_bytes(path, png)
-    return [page, *figures]
+    return [page, *_write_figures(_drawn(evidence, folder))]
 
 
 def _drawn(evidence: Evidence, folder: Path) -> dict[Path, bytes]:
@@ -339,70 +327,98 @@ def _drawn(evidence: Evidence, folder: Path) -> dict[Path, bytes]:
     }
 
 
+def _write_figures(figures: dict[Path, bytes]) -> list[Path]:
+    for path, png in figures.items():
+        write_bytes(path, png)
+    return list(figures)
+
+
 def publish(source: Path, page: Path) -> None:
     """Write the tables of the JSON file `source` between the markers in `page`, and the figures beside `source`."""
     evidence = read_evidence_file(source)
     figures = _drawn(evidence, source.parent)  # before the page: it stays as it is if they cannot be drawn
     write_between_markers(page, evidence.suite.name, markdown(evidence))
-    for path, png in figures.items():
-        write_bytes(path, png)
+    _write_figures(figures)
 
 
 # Okabe and Ito's palette, which most colour-blind readers can distinguish; the first colour is black.
-COLOURS = ("#000000", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
-GEOMETRY = {"positive": "own caption", "negative": "others' captions", "gap": "gap"}
+_COLOURS = ("#000000", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 
 
 def learning_curves(evidence: Evidence, *, measure: str) -> bytes:
     """Plot the scores of each task over training, which are of `measure`, one column per student."""
     curves = dict.fromkeys(name for run in evidence.runs for name in run.curves)
-    names = [name for name in curves if name.startswith(EVALUATION_PREFIX)]
-    figure, grid = _grid(evidence, len(names), f"{measure[0].upper()}{measure[1:]} over training, %")
-    for row, name in enumerate(names):
-        for column, student in enumerate(evidence.suite.students):
-            axes = grid[row][column]
-            axes.set_title(verbatim(f"{student}: {name.removeprefix(EVALUATION_PREFIX)}"), fontsize=9)
-            _plot_methods(axes, evidence, student, [name], factor=100)
-        # Applies to the whole row. It stops autoscaling of the upper limit, so it must come after the last curve.
-        grid[row][0].set_ylim(bottom=0)
-    return _png(figure, grid)
+    panels = [_Panel(name.removeprefix(_EVALUATION), [name]) for name in curves if name.startswith(_EVALUATION)]
+    return _draw(evidence, f"{measure[0].upper()}{measure[1:]} over training, %", panels, factor=100)
 
 
 def geometry_curves(evidence: Evidence) -> bytes:
     """Plot mean cosines in the training batches over training, one column per student; the teacher is dashed."""
-    figure, grid = _grid(evidence, len(GEOMETRY), "Mean cosine of images and captions in the training batches")
-    for row, (kind, title) in enumerate(GEOMETRY.items()):
-        for column, student in enumerate(evidence.suite.students):
-            axes = grid[row][column]
-            axes.set_title(verbatim(f"{student}: {title}"), fontsize=9)
-            _plot_methods(axes, evidence, student, _curve_names("student", kind))
-            _plot_teacher(axes, evidence, student, _curve_names("teacher", kind))
-    return _png(figure, grid)
+    panels = [
+        _Panel(title, [f"student_{kind}" for kind in kinds], [f"teacher_{kind}" for kind in kinds])
+        for title, kinds in (
+            ("own caption", ["positive"]),
+            ("others' captions", ["negative"]),
+            ("gap", ["positive", "negative"]),
+        )
+    ]
+    return _draw(evidence, "Mean cosine of images and captions in the training batches", panels)
 
 
-def _curve_names(model: str, kind: str) -> list[str]:
-    """Return the name of a curve, or of the two curves that it is the difference of."""
-    return [f"{model}_positive", f"{model}_negative"] if kind == "gap" else [f"{model}_{kind}"]
+class _Panel(NamedTuple):
+    """A row of plots: the name of a curve, or of the two that it is the difference of; and those of the teacher."""
+
+    title: str
+    names: Sequence[str]
+    of_teacher: Sequence[str] = ()
 
 
-def _plot_methods(axes: Axes, evidence: Evidence, student: str, names: Sequence[str], *, factor: float = 1) -> None:
+def _draw(evidence: Evidence, title: str, panels: Sequence[_Panel], *, factor: float = 1) -> bytes:
+    from matplotlib.figure import Figure  # the object interface: no display, no global state
+
+    students = evidence.suite.students
+    figure = Figure(figsize=(3.7 * len(students), 2.1 * len(panels) + 0.9), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    grid: list[list[Axes]] = figure.subplots(
+        len(panels), len(students), squeeze=False, sharex=True, sharey="row"
+    ).tolist()
+    for row, panel in zip(grid, panels, strict=True):
+        for axes, student in zip(row, students, strict=True):
+            axes.set_title(verbatim(f"{student}: {panel.title}"), fontsize=9)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(labelsize=8)
+            axes.grid(color="#e7e5e4", linewidth=0.6)
+            _plot(axes, evidence, student, panel, factor)
+        if factor != 1:  # after the last curve, as it stops autoscaling of the upper limit of the whole row
+            row[0].set_ylim(bottom=0)
+    for axes in grid[-1]:
+        axes.set_xlabel("step", fontsize=8)
+    handles: dict[str, Any] = {}
+    for axes in (axes for row in grid for axes in row):
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    full, compact = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", dpi=110)
+    # A colour palette halves the file size; the figures are committed to the repository.
+    Image.open(full, formats=("PNG",)).convert("RGB").quantize(128).save(compact, format="png", optimize=True)
+    return compact.getvalue()
+
+
+def _plot(axes: Axes, evidence: Evidence, student: str, panel: _Panel, factor: float) -> None:
     for number, method in enumerate(evidence.suite.methods):
         runs = runs_of(evidence, student, method.name).values()
-        curves = [curve for run in runs if (curve := _combine(run.curves, names))]
-        if not curves:
-            continue
-        colour = COLOURS[number % len(COLOURS)]
-        steps, values = _at_common_steps(curves)
-        values *= factor
-        axes.plot(steps, values.mean(axis=0), color=colour, linewidth=1.3, label=verbatim(method.name))
-        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
-
-
-def _plot_teacher(axes: Axes, evidence: Evidence, student: str, names: Sequence[str]) -> None:
-    runs = [run for run in evidence.runs if run.student == student]
-    curve = next((curve for run in runs if (curve := _combine(run.curves, names))), None)
-    if curve:
-        axes.plot(curve.steps, curve.values, color="#57534e", linewidth=1, linestyle="--", label="teacher")
+        curves = [curve for run in runs if (curve := _combine(run.curves, panel.names))]
+        if curves:
+            colour = _COLOURS[number % len(_COLOURS)]
+            steps, values = _at_common_steps(curves)
+            values *= factor
+            axes.plot(steps, values.mean(axis=0), color=colour, linewidth=1.3, label=verbatim(method.name))
+            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
+    runs_of_student = [run for run in evidence.runs if run.student == student]
+    if panel.of_teacher and (found := [c for run in runs_of_student if (c := _combine(run.curves, panel.of_teacher))]):
+        steps, values = found[0].steps, np.asarray(found[0].values)
+        axes.plot(steps, values, color="#57534e", linewidth=1, linestyle="--", label="teacher")
 
 
 def _combine(curves: dict[str, Curve], names: Sequence[str]) -> Curve | None:
@@ -422,32 +438,3 @@ def _at_common_steps(curves: Sequence[Curve]) -> tuple[tuple[int, ...], np.ndarr
     points = [dict(zip(curve.steps, curve.values, strict=True)) for curve in curves]
     steps = tuple(step for step in curves[0].steps if all(step in values for values in points))
     return steps, np.asarray([[values[step] for step in steps] for values in points], dtype=np.float64)
-
-
-def _grid(evidence: Evidence, rows: int, title: str) -> tuple[Figure, list[list[Axes]]]:
-    from matplotlib.figure import Figure  # the object interface: no display, no global state
-
-    columns = len(evidence.suite.students)
-    figure = Figure(figsize=(3.7 * columns, 2.1 * rows + 0.9), layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    grid: list[list[Any]] = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey="row").tolist()
-    for axes in (axes for row in grid for axes in row):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-        axes.grid(color="#e7e5e4", linewidth=0.6)
-    for axes in grid[-1]:
-        axes.set_xlabel("step", fontsize=8)
-    return figure, grid
-
-
-def _png(figure: Figure, grid: list[list[Axes]]) -> bytes:
-    handles: dict[str, Any] = {}
-    for axes in (axes for row in grid for axes in row):
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    full, compact = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format="png", dpi=110)
-    # A colour palette halves the file size; the figures are committed to the repository.
-    Image.open(full, formats=("PNG",)).convert("RGB").quantize(128).save(compact, format="png", optimize=True)
-    return compact.getvalue()

@@ -230,13 +230,20 @@ def test_the_same_command_resumes_an_interrupted_run(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
+@pytest.mark.usefixtures("capfdbinary")
 def test_what_was_measured_in_a_folder_whose_name_is_not_utf_8_is_written(
-    command_line: Run, suite: Path, tmp_path: Path
+    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from clip_rd_edge.cli.main import main
+
     root = tmp_path / os.fsdecode(b"caf\xe9")
     (tmp_path / "task").rename(root)
     suite.write_text(suite.read_text().replace("[task]", "[.]"))
-    assert command_line("benchmark", suite, "--root", root, "-o", tmp_path / "report")[0] == 0
+    words = ("benchmark", str(suite), "--root", str(root), "-o", str(tmp_path / "report"))
+    monkeypatch.setattr(sys, "argv", ["clip-rd-edge", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
     for name in ("report.md", "report.html", "results.json"):
         assert "udce9" in (tmp_path / "report" / name).read_text()
 
