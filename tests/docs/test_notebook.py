@@ -85,7 +85,7 @@ def test_it_runs_on_tiny_models(
 
     def trim(model: Path, output: Path, *, texts: Path, vocabulary: int, **options: Any) -> Path:
         assert (len(texts.read_text().splitlines()), vocabulary) == (21_841, 10_000)  # CLIP's vocabulary stays whole
-        return keep_layers(model, output, **{**options, "text_layers": 1})
+        return keep_layers(model, output, **options)
 
     keep_layers = edge.trim
     export = edge.export
