@@ -48,6 +48,7 @@ from clip_rd_edge.utils.text import each_text, shown_source, shown_sources
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _TOP1, _IMAGE_TO_TEXT = "top-1", "image → text R@1"
 _DIFFERENCES_NOTE = (
@@ -398,6 +399,10 @@ def _draw(evidence: Evidence, title: str, panels: Sequence[_Panel], *, factor: f
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     full, compact = io.BytesIO(), io.BytesIO()
     figure.savefig(full, format="png", dpi=110)
     # A colour palette halves the file size; the figures are committed to the repository.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from support import assert_form
 
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.evidence.suite import EvidenceSuite, Method, read_evidence, run_config
@@ -42,28 +43,17 @@ def test_a_method_can_change_settings_of_its_recipe(suite: EvidenceSuite) -> Non
     assert recipe.steps == suite.steps
 
 
-def test_a_methods_text_tower_can_start_from_elsewhere(suite: EvidenceSuite) -> None:
-    methods = tuple(
-        msgspec.structs.replace(m, pretrained_text="tokens" if m.name == "clip-rd" else None) for m in suite.methods
-    )
+@pytest.mark.parametrize(
+    ("field", "value", "default"),
+    [("pretrained_text", "tokens", None), ("freeze_text_layers", 2, 0), ("text", "runs/trimmed", "tiny")],
+)
+def test_a_method_can_have_a_text_tower_of_its_own(
+    suite: EvidenceSuite, field: str, value: object, default: object
+) -> None:
+    methods = tuple(msgspec.structs.replace(m, **{field: value}) if m.name == "clip-rd" else m for m in suite.methods)
     runs = msgspec.structs.replace(suite, methods=methods).runs()
-    starts = {run.method.name: run_config(suite, run, teacher="t", stores=Path("c")).pretrained_text for run in runs}
-    assert {name for name, start in starts.items() if start == "tokens"} == {"clip-rd"}
-
-
-def test_a_methods_text_tower_can_keep_its_first_layers(suite: EvidenceSuite) -> None:
-    methods = tuple(msgspec.structs.replace(m, freeze_text_layers=2 * (m.name == "clip-rd")) for m in suite.methods)
-    runs = msgspec.structs.replace(suite, methods=methods).runs()
-    frozen = {run.method.name: run_config(suite, run, teacher="t", stores=Path("c")).freeze_text_layers for run in runs}
-    assert {name for name, count in frozen.items() if count == 2} == {"clip-rd"}
-
-
-def test_a_methods_text_tower_can_be_another_than_the_suites(suite: EvidenceSuite) -> None:
-    run = next(suite.runs())
-    own = msgspec.structs.replace(run.method, text="runs/trimmed")
-    runs = (run, dataclasses.replace(run, method=own))
-    texts = [run_config(suite, run, teacher="t", stores=Path("c")).text for run in runs]
-    assert texts == [suite.text, "runs/trimmed"]
+    found = {run.method.name: getattr(run_config(suite, run, teacher="t", stores=Path("c")), field) for run in runs}
+    assert found == {"none": default, "clip-rd": value, "clip-rd-without-xrd": default}
 
 
 def test_a_text_tower_of_a_model_keeps_its_context_length(suite: EvidenceSuite, tmp_path: Path) -> None:
@@ -76,18 +66,12 @@ def test_a_text_tower_of_a_model_keeps_its_context_length(suite: EvidenceSuite, 
     assert lengths == [suite.context_length, None, None]  # the model's
 
 
-def test_a_method_can_take_other_steps_than_the_suites(suite: EvidenceSuite) -> None:
-    method = next(suite.runs()).method
-    own = msgspec.structs.replace(method, steps=suite.steps + 5)
-    assert [suite.recipe(m, "resnet10t").steps for m in (method, own)] == [suite.steps, suite.steps + 5]
-
-
 def test_a_method_can_take_other_steps_with_one_student(suite: EvidenceSuite) -> None:
     method = msgspec.structs.replace(suite.methods[0], steps={"resnet10t": suite.steps + 5})
     both = msgspec.structs.replace(suite, students=("resnet10t", "mobilevit_xxs"), methods=(method,), compare_with=())
     steps = {run.student: run_config(both, run, teacher="t", stores=Path("c")).recipe.steps for run in both.runs()}
     assert steps == {"resnet10t": suite.steps + 5, "mobilevit_xxs": suite.steps}
-    with pytest.raises(ValueError, match="steps of the method none names the student 'resnet10t'; expected one of tes"):
+    with pytest.raises(ValueError, match="student"):  # which the suite does not train
         msgspec.structs.replace(suite, methods=(method,), compare_with=())
 
 
@@ -135,46 +119,40 @@ def test_students_that_squeeze_images_have_a_store_of_their_own(suite: EvidenceS
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
+    ("old", "new"),
     [
-        ("steps: 2", "stepps: 2", "unknown field `stepps`.*Did you mean 'steps'"),
-        ("steps: 2", "steps: 0", "`int` >= 1.*steps"),
-        ("tasks:\n- emoji:unseen-style\n- emoji:unseen-style:retrieval", "tasks: []", "length >= 1.*tasks"),
-        ("xrd: 0", "xdr: 0", "clip-rd-without-xrd is invalid.*'xdr'.*Did you mean 'xrd'"),
-        ("weights: {}", "weights: {task: 0}", "All weights of the method none are 0; expected at least one term"),
-        ("recipe: clip-rd\n", "recipe: clip-dr\n", "no recipe 'clip-dr'"),
-        ("- none\n", "- nobody\n", "compare_with names 'nobody'; expected one of none, clip-rd"),
-        ("- 1\n", "- 0\n", "seeds has duplicates: 0, 0"),
-        ("name: none", "name: ../none", "expected lower-case letters"),
-        ("name: small", "name: ours/v2", "the suite's name is 'ours/v2'; expected lower-case letters"),
-        ("name: small", "name: ../outside", "expected lower-case letters"),
-        ("name: small", "name: ''", "expected lower-case letters"),
-        ("name: small", "name: teacher-result", "expected another, as teacher-result.json is the teacher's"),
-        ("precision: fp32", "precision: auto", "precision is auto"),
-        ("learning_rate: 0.001", "learning_rate: .nan", "`float` > 0"),
-        ("learning_rate: 0.001", "learning_rate: .inf", "learning_rate is inf; expected a finite number"),
-        ("learning_rate: 0.001", "learning_rate: 0", "`float` > 0"),
-        ("xrd: 0", "xrd: .inf", r"weights\['xrd'\] is inf; expected a finite number"),
-        ("xrd: 0", "xrd: -1", "`float` >= 0.0"),
-        ("- 1\n", "- -1\n", "`int` >= 0"),
-        ("threads: 1", "threads: 100000", "`int` <= 1024"),
-        (
-            "settings: {}",
-            "settings: {bank_sise: 1}",
-            "The method none is invalid.*`bank_sise`.*Did you mean 'bank_size'",
-        ),
-        ("settings: {}", "settings: {bank_size: 0}", r"`int` >= 1 - at `\$\.bank_size`"),
-        ("settings: {}", "settings: {steps: 5}", "settings of the method .* have 'steps'"),
-        ("settings: {}", "settings: {epochs: 5}", "settings of the method .* have 'epochs'"),  # the suite has steps
+        ("steps: 2", "stepps: 2"),
+        ("steps: 2", "steps: 0"),
+        ("tasks:\n- emoji:unseen-style\n- emoji:unseen-style:retrieval", "tasks: []"),
+        ("xrd: 0", "xdr: 0"),
+        ("xrd: 0", "xrd: .inf"),
+        ("xrd: 0", "xrd: -1"),
+        ("weights: {}", "weights: {task: 0}"),
+        ("recipe: clip-rd\n", "recipe: clip-dr\n"),
+        ("- none\n", "- nobody\n"),
+        ("- 1\n", "- 0\n"),
+        ("- 1\n", "- -1\n"),
+        ("name: none", "name: ../none"),
+        ("name: small", "name: ours/v2"),
+        ("name: small", "name: ''"),
+        ("name: small", "name: teacher-result"),
+        ("precision: fp32", "precision: auto"),
+        ("learning_rate: 0.001", "learning_rate: .nan"),
+        ("learning_rate: 0.001", "learning_rate: 0"),
+        ("threads: 1", "threads: 100000"),
+        ("settings: {}", "settings: {bank_sise: 1}"),
+        ("settings: {}", "settings: {bank_size: 0}"),
+        ("settings: {}", "settings: {epochs: 5}"),  # the suite has steps
     ],
 )
-def test_an_invalid_suite_is_an_error(suite: EvidenceSuite, tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_an_invalid_suite_is_an_error(suite: EvidenceSuite, tmp_path: Path, old: str, new: str) -> None:
     text = to_yaml(suite)
     assert old in text
     path = tmp_path / "suite.yaml"
     path.write_text(text.replace(old, new))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError) as refused:
         read_evidence(str(path))
+    assert_form(str(refused.value), refused.value.hint)
 
 
 def test_a_suite_is_read_as_it_was_written(suite: EvidenceSuite, tmp_path: Path) -> None:
