@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,14 +18,13 @@ from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite
 from clip_rd_edge.benchmarking.throughput import Launch
 from clip_rd_edge.bundle.manifest import is_bundle, read_manifest
-from clip_rd_edge.bundle.runs import LOCAL_DIR, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
+from clip_rd_edge.bundle.runs import LOCAL_DIR, STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.data import emoji
 from clip_rd_edge.distillation.config import Precision, RunConfig, load_recipe
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
 from clip_rd_edge.errors import InputError, InterruptedRunError
 from clip_rd_edge.exporting.bundle import export_bundle, package_versions
 from clip_rd_edge.exporting.calibration import calibration_set
-from clip_rd_edge.exporting.int8.search import Trial
 from clip_rd_edge.exporting.plan import ExportRequest
 from clip_rd_edge.models.classifiers import CLASSIFIERS, SENTENCE_ENCODERS
 from clip_rd_edge.models.edit import write_trimmed
@@ -34,36 +33,12 @@ from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.stitch import IMAGENET, class_nouns, read_class_names, stitch_models
 from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.runtime.labels import everyday_labels
+from clip_rd_edge.settings.measuring import Quickstart
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.host import instruction_sets
 from clip_rd_edge.utils.outputs import require_free_output
 from clip_rd_edge.utils.paths import Typed, is_file, is_folder, shipped_path, typed
 from clip_rd_edge.utils.reporting import Reporter
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of a quickstart.
-
-    Attributes:
-        folder: output folder.
-        student: a preset.
-        recipe: distillation recipe.
-        seed: the student's; the teacher's is always 0.
-        with_baseline: also train the same student without a teacher, for as many steps.
-        teacher_steps, student_steps: steps of 64 pairs for the teacher and of 32 pairs for the student.
-        photos: a folder with tasks of photographs, which are added to the comparison; see `photo_tasks`.
-    """
-
-    folder: Path
-    student: str = "resnet10t"
-    recipe: str = "clip-rd-bank"
-    seed: int = 0
-    with_baseline: bool = False
-    teacher_steps: int = 400
-    student_steps: int = 1100
-    photos: Path | None = None
-
 
 IMAGE_SIZE = 64  # pixels: enough for emoji, and feasible to train on two cores
 CONTEXT_LENGTH = 16  # the longest name in the data set has 12 tokens, including the start and end tokens
@@ -74,6 +49,56 @@ CLASSIFIER, SENTENCE_ENCODER = "tf_efficientnet_lite0", "all-MiniLM-L6-v2"  # th
 EMBEDDING_SIZE = 384  # the sentence encoder's
 FROZEN_LAYERS = 4  # of its image tower, while it is tuned
 _STUDENT_DIGEST = "student_sha256"  # in a bundle's provenance: of the file of the student's weights
+
+
+def run_quickstart(request: Quickstart, open_encoder: OpenEncoder, launch: Launch | None = None) -> Results:
+    """Run all stages that are not complete yet; return the benchmark results.
+
+    Args:
+        open_encoder: opens a bundle or a model folder for the benchmark.
+        launch: as `benchmarking.run.run_suite` takes it.
+    """
+    folder, reporter = Path(request.output), request.reporter
+    require_free_output(folder, overwrite=True, replaced=False)  # stages that are complete stay
+    report = folder / "report"
+    require_free_output(report, overwrite=is_file(report / RESULTS))  # it may be somebody's own
+    # The student is built again minutes later, after the teacher is tuned: report at once what will fail then.
+    photo_tasks(request)
+    load_recipe(request.recipe)
+    architecture = student_config(
+        request.student,
+        embedding_size=EMBEDDING_SIZE,
+        image_size=IMAGE_SIZE,
+        text="tiny",  # in place of the trimmed one, which is not there yet
+        context_length=CONTEXT_LENGTH,
+    )
+    build_student(architecture, name=request.student)
+    stages: list[tuple[str, Callable[[Quickstart], None]]] = [
+        ("Render the data set", _render_pairs),
+        ("Tune the teacher", _tune_teacher),
+        ("Trim the teacher's text tower", trim_text),
+        ("Distil the student", distil_student),
+        *([("Train the same student without a teacher", train_baseline)] if request.with_baseline else []),
+        ("Export to ONNX FP32 and FP16", _export_floats),
+        ("Quantise to INT8", partial(_export, precision="int8")),
+        ("Compare all models", partial(_compare, open_encoder=open_encoder, launch=launch)),
+    ]
+    for number, (title, run_stage) in enumerate(stages, start=1):
+        reporter.begin(title, number, len(stages))
+        try:
+            with resumed_by_the_same_call():
+                run_stage(request)
+        except KeyboardInterrupt:  # outside the trainings, which save their state: the stage begins anew
+            raise InterruptedRunError(
+                f"Interrupted in stage {number} of {len(stages)}; the stages before it are kept.",
+                hint="run the same command again to resume",
+            ) from None
+    return read_results(report / RESULTS)
+
+
+def _render_pairs(request: Quickstart) -> None:
+    pairs, concepts = emoji.training_pairs(), len(emoji.concepts())
+    request.reporter.say(f"{concepts:,} emoji in two art styles; {len(pairs):,} pairs for training, 760 for testing")
 
 
 def build_teacher(folder: Path, reporter: Reporter) -> Path:
@@ -93,18 +118,27 @@ def build_teacher(folder: Path, reporter: Reporter) -> Path:
     return folder
 
 
-def tune_teacher(settings: Settings, reporter: Reporter) -> None:
+def _tune_teacher(request: Quickstart) -> None:
+    """Tune the teacher; if it is not tuned yet, or is tuned again, what is made from it is made anew."""
+    folder = Path(request.output)
+    if not is_file(folder / "teacher" / STUDENT_FOLDER / WEIGHTS_FILE):
+        shutil.rmtree(folder / "trimmed", ignore_errors=True)
+        _forget_results(folder)
+    tune_teacher(request)
+
+
+def tune_teacher(request: Quickstart) -> None:
     """Tune the built-in teacher on the training pairs; here, many small batches train better than few large ones.
 
-    It knows photographs, and would only forget them in its first layers: frozen, they take half of the time, and the
-    result is better.
+    It has learnt from photographs, and would only forget them in its first layers: frozen, they take half of the time,
+    and the result is better.
     """
-    start = build_teacher(settings.folder / "teacher-untuned", reporter)
-    run = settings.folder / "teacher"
-    config = _config(
-        run,
+    start = build_teacher(Path(request.output) / "teacher-untuned", request.reporter)
+    _train(
+        request,
+        "teacher",
         recipe="clip",
-        steps=settings.teacher_steps,
+        steps=request.teacher_steps,
         batch_size=64,
         learning_rate=1e-3,
         student=f"{LOCAL_DIR}{start}",
@@ -113,21 +147,23 @@ def tune_teacher(settings: Settings, reporter: Reporter) -> None:
         freeze_norms=True,
         seed=0,  # the same teacher for all students, so that students of different seeds can be compared
     )
-    run_distillation(config, run, resume=True, reporter=reporter)
 
 
-def trim_text(settings: Settings, reporter: Reporter) -> None:
+def trim_text(request: Quickstart) -> None:
     """Write what the student's text tower starts from: a part of the teacher's, with the tokens that nouns need.
 
     The texts that decide which tokens stay are kept beside it, one per line: captions and nouns of all kinds.
     """
-    trimmed = settings.folder / "trimmed"
+    folder = Path(request.output)
+    trimmed = folder / "trimmed"
     if trimmed.is_dir():
         return
     texts = captions_and_nouns()
-    write_text(settings.folder / "nouns.txt", "".join(f"{text}\n" for text in texts))
-    teacher = typed(settings.folder / "teacher")
-    write_trimmed(teacher, trimmed, layers=TEXT_LAYERS, vocabulary=VOCABULARY, texts=texts, reporter=reporter)
+    write_text(folder / "nouns.txt", "".join(f"{text}\n" for text in texts))
+    write_trimmed(
+        typed(folder / "teacher"), trimmed, layers=TEXT_LAYERS, vocabulary=VOCABULARY, texts=texts,
+        reporter=request.reporter,
+    )  # fmt: skip
 
 
 def captions_and_nouns() -> list[str]:
@@ -135,43 +171,40 @@ def captions_and_nouns() -> list[str]:
     return list(dict.fromkeys([*chain.from_iterable(emoji.training_pairs().texts), *class_nouns()]))
 
 
-def distil_student(settings: Settings, reporter: Reporter) -> None:
+def distil_student(request: Quickstart) -> None:
     """Distil the student from the tuned teacher."""
-    _train_student(settings, reporter, settings.folder / "student", settings.recipe)
+    _train_student(request, "student", request.recipe)
 
 
-def train_baseline(settings: Settings, reporter: Reporter) -> None:
+def train_baseline(request: Quickstart) -> None:
     """Train the same student on the same pairs for as many steps, but without a teacher."""
-    _train_student(settings, reporter, settings.folder / "student-alone", "clip")
+    _train_student(request, "student-alone", "clip")
 
 
-def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: str) -> None:
-    taught: dict[str, Any] = {}
-    if load_recipe(recipe).objective.needs_teacher:
-        taught = {
-            "teacher": str(settings.folder / "teacher"),
-            "store": str(settings.folder / "store"),
-        }
-    config = _config(
-        run,
+def _train_student(request: Quickstart, name: str, recipe: str) -> None:
+    folder = Path(request.output)
+    taught = {"teacher": str(folder / "teacher"), "store": str(folder / "store")}
+    _train(
+        request,
+        name,
         recipe=recipe,
-        steps=settings.student_steps,
+        steps=request.student_steps,
         batch_size=32,
         learning_rate=2e-3,
-        student=settings.student,
-        text=str(settings.folder / "trimmed"),
+        student=request.student,
+        text=str(folder / "trimmed"),
         freeze_text_layers=FROZEN_TEXT_LAYERS,
         views=VIEWS,
-        seed=settings.seed,
+        seed=request.seed,
         # AMX halves what a product of the student takes; the teacher's depthwise convolutions gain nothing from it.
         precision="bf16" if "AMX BF16" in instruction_sets() else "fp32",
-        **taught,
+        **(taught if load_recipe(recipe).objective.needs_teacher else {}),
     )
-    run_distillation(config, run, resume=True, reporter=reporter)
 
 
-def _config(
-    run: Path,
+def _train(
+    request: Quickstart,
+    name: str,
     *,
     recipe: str,
     steps: int,
@@ -179,19 +212,16 @@ def _config(
     learning_rate: float,
     precision: Precision = "fp32",
     **rest: Any,
-) -> RunConfig:
+) -> None:
     loaded = load_recipe(recipe)
-    # The precision is not measured, or the models would depend on what else the machine is doing. A run that an older
-    # version began keeps what it measured, which is what `auto` means then.
-    if is_file(run / RUN_CONFIG_FILE):
-        precision = "auto"
-    return RunConfig(
+    config = RunConfig(
         recipe_name=Typed(recipe),
         recipe=msgspec.structs.replace(
             loaded,
             steps=steps,
             batch_size=batch_size,
             learning_rate=learning_rate,
+            # Not measured, or the models would depend on what else the machine is doing.
             precision=precision if loaded.precision == "auto" else loaded.precision,
         ),
         teacher_precision=precision,
@@ -202,111 +232,48 @@ def _config(
         checkpoint_every=100,
         **rest,
     )
+    run_distillation(config, Path(request.output) / name, resume=True, reporter=request.reporter)
 
 
-def run_quickstart(
-    settings: Settings, reporter: Reporter, open_encoder: OpenEncoder, launch: Launch | None = None
-) -> Results:
-    """Run all stages that are not complete yet; return the benchmark results.
-
-    Args:
-        open_encoder: opens a bundle or a model folder for the benchmark.
-        launch: as `benchmarking.run.run_suite` takes it.
-    """
-    require_free_output(settings.folder, overwrite=True, replaced=False)  # stages that are complete stay
-    report = settings.folder / "report"
-    require_free_output(report, overwrite=is_file(report / RESULTS))  # it may be somebody's own
-    # The student is built again minutes later, after the teacher is tuned: report at once what will fail then.
-    photo_tasks(settings.photos)
-    load_recipe(settings.recipe)
-    architecture = student_config(
-        settings.student,
-        embedding_size=EMBEDDING_SIZE,
-        image_size=IMAGE_SIZE,
-        text="tiny",  # in place of the trimmed one, which is not there yet
-        context_length=CONTEXT_LENGTH,
-    )
-    build_student(architecture, name=settings.student)
-    stages: list[tuple[str, Callable[[Settings, Reporter], None]]] = [
-        ("Render the data set", _render_pairs),
-        ("Tune the teacher", _tune_teacher),
-        ("Trim the teacher's text tower", trim_text),
-        ("Distil the student", distil_student),
-        *([("Train the same student without a teacher", train_baseline)] if settings.with_baseline else []),
-        ("Export to ONNX FP32 and FP16", _export_floats),
-        ("Quantise to INT8", _export_int8),
-        ("Compare all models", partial(_compare, open_encoder=open_encoder, launch=launch)),
-    ]
-    for number, (title, run_stage) in enumerate(stages, start=1):
-        reporter.begin(title, number, len(stages))
-        try:
-            with resumed_by_the_same_call():
-                run_stage(settings, reporter)
-        except KeyboardInterrupt:  # outside the trainings, which save their state: the stage begins anew
-            raise InterruptedRunError(
-                f"Interrupted in stage {number} of {len(stages)}; the stages before it are kept.",
-                hint="run the same command again to resume",
-            ) from None
-    return read_results(settings.folder / "report" / RESULTS)
+def _export_floats(request: Quickstart) -> None:
+    _export(request, precision="fp32")
+    _export(request, precision="fp16")
 
 
-def _render_pairs(settings: Settings, reporter: Reporter) -> None:
-    pairs = emoji.training_pairs()
-    concepts = len(emoji.concepts())
-    reporter.say(f"{concepts:,} emoji in two art styles; {len(pairs):,} pairs for training, 760 for testing")
-
-
-def _tune_teacher(settings: Settings, reporter: Reporter) -> None:
-    """Tune the teacher; if it is not tuned yet, or is tuned again, what is made from it is made anew."""
-    if not is_file(settings.folder / "teacher" / STUDENT_FOLDER / WEIGHTS_FILE):
-        shutil.rmtree(settings.folder / "trimmed", ignore_errors=True)
-        _forget_results(settings.folder)
-    tune_teacher(settings, reporter)
-
-
-def _export_floats(settings: Settings, reporter: Reporter) -> None:
-    _export(settings, reporter, "fp32")
-    _export(settings, reporter, "fp16")
-
-
-def _export_int8(settings: Settings, reporter: Reporter) -> None:
-    _export(settings, reporter, "int8")
-
-
-def _export(settings: Settings, reporter: Reporter, precision: Literal["fp32", "fp16", "int8"]) -> None:
-    bundle = settings.folder / "bundles" / precision
-    student = sha256_of(settings.folder / "student" / STUDENT_FOLDER / WEIGHTS_FILE)
+def _export(request: Quickstart, *, precision: Literal["fp32", "fp16", "int8"]) -> None:
+    folder = Path(request.output)
+    bundle = folder / "bundles" / precision
+    student = sha256_of(folder / "student" / STUDENT_FOLDER / WEIGHTS_FILE)
     if is_bundle(bundle) and read_manifest(bundle).provenance.get(_STUDENT_DIGEST) == student:
         return
-    _forget_results(settings.folder)
-    clip = load_clip(typed(settings.folder / "student"))
+    _forget_results(folder)
+    clip = load_clip(typed(folder / "student"))
     calibration = None
     if precision == "int8":
         calibration = calibration_set(
             emoji.training_pairs(), preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize
         )
-    request = ExportRequest(
-        precision=precision,
-        fallback="fp32",  # machines on which INT8 does not pay off still get a report
-        labels=tuple(concept.name for concept in emoji.concepts()),
-        provenance={
-            "model": "quickstart",
-            "recipe": settings.recipe,
-            "student": settings.student,
-            _STUDENT_DIGEST: student,
-            **package_versions(),
-        },
-    )
+    provenance = {"model": "quickstart", "recipe": request.recipe, "student": request.student, _STUDENT_DIGEST: student}
     converted = export_bundle(
         clip,
         bundle,
-        request,
+        ExportRequest(
+            precision=precision,
+            fallback="fp32",  # machines on which INT8 does not pay off still get a report
+            labels=tuple(concept.name for concept in emoji.concepts()),
+            provenance={**provenance, **package_versions()},
+        ),
         calibration=calibration,
-        source=None if precision == "fp32" else settings.folder / "bundles" / "fp32",
+        source=None if precision == "fp32" else folder / "bundles" / "fp32",
         overwrite=True,  # an export of another student, which was trained here before
-        reporter=reporter,
+        reporter=request.reporter,
     )
-    _report_trials(reporter, converted.trials)
+    for trial in converted.trials:
+        figures = (
+            f"{1 / trial.latency_ratio:.2f}× as fast as FP32, centred cosine {trial.centred_cosine:.4f}, "
+            f"{trial.size_ratio:.2f}× the size: "
+        )
+        request.reporter.say(f"{trial.tower} tower, {trial.name}: {figures if trial.measured else ''}{trial.verdict}")
 
 
 def _forget_results(folder: Path) -> None:
@@ -318,32 +285,30 @@ def _forget_results(folder: Path) -> None:
         write_bytes(results, b"")
 
 
-def _report_trials(reporter: Reporter, trials: Sequence[Trial]) -> None:
-    """Report each INT8 candidate that was measured, and the verdict on it."""
-    for trial in trials:
-        figures = (
-            f"{1 / trial.latency_ratio:.2f}× as fast as FP32, centred cosine {trial.centred_cosine:.4f}, "
-            f"{trial.size_ratio:.2f}× the size: "
-        )
-        reporter.say(f"{trial.tower} tower, {trial.name}: {figures if trial.measured else ''}{trial.verdict}")
-
-
-def _compare(settings: Settings, reporter: Reporter, *, open_encoder: OpenEncoder, launch: Launch | None) -> None:
-    report, suite = settings.folder / "report", quickstart_suite(settings.folder, photos=settings.photos)
+def _compare(request: Quickstart, *, open_encoder: OpenEncoder, launch: Launch | None) -> None:
+    report, suite = Path(request.output) / "report", quickstart_suite(request)
     is_known = is_file(report / RESULTS) and (report / RESULTS).stat().st_size > 0
     results = read_results(report / RESULTS) if is_known else None
     if results is None or results.suite != published(suite):
-        results = run_suite(suite, open_encoder, reporter, launch=launch)
+        results = run_suite(suite, open_encoder, request.reporter, launch=launch)
         (report / HTML).unlink(missing_ok=True)  # it is written last: where it is missing, the report is unfinished
     elif (report / HTML).is_file():
         return
     write_report(results, report)  # file by file, as others in the folder are the user's
 
 
-def photo_tasks(photos: Path | None) -> tuple[str, ...]:
+def quickstart_suite(request: Quickstart) -> Suite:
+    """Return the shipped suite for a quickstart, without the baseline if it was not trained, and with photographs."""
+    folder, suite = Path(request.output), read_suite(shipped_path("benchmarks/suites/quickstart.yaml"))
+    rows = tuple(row for row in suite.rows if row.role != "baseline" or (folder / row.model).is_dir())
+    return msgspec.structs.replace(suite, root=str(folder), rows=rows, tasks=suite.tasks + photo_tasks(request))
+
+
+def photo_tasks(request: Quickstart) -> tuple[str, ...]:
     """Return the tasks in a folder of photographs: `photographs`, and `photographs-LANGUAGE` with other labels."""
-    if photos is None:
+    if request.photos is None:
         return ()
+    photos = Path(request.photos)
     folders = sorted(photos.glob("photographs*")) if is_folder(photos) else []
     tasks = tuple(str(path.resolve()) for path in folders if path.is_dir())
     if not tasks:
@@ -352,14 +317,3 @@ def photo_tasks(photos: Path | None) -> tuple[str, ...]:
             hint="write it with: python -m benchmarks.data.tuxpaint FOLDER",
         )
     return tasks
-
-
-def quickstart_suite(folder: Path, *, photos: Path | None = None) -> Suite:
-    """Return the shipped suite for a quickstart folder, without the baseline if it was not trained.
-
-    Args:
-        photos: as for `photo_tasks`, whose tasks are added.
-    """
-    suite = read_suite(shipped_path("benchmarks/suites/quickstart.yaml"))
-    rows = tuple(row for row in suite.rows if row.role != "baseline" or (folder / row.model).is_dir())
-    return msgspec.structs.replace(suite, root=str(folder), rows=rows, tasks=suite.tasks + photo_tasks(photos))

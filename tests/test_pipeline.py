@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -13,7 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
+import torch
 
 import clip_rd_edge as edge
 from clip_rd_edge.errors import ConfigError, InputError, InterruptedRunError, UsageError
@@ -27,16 +30,18 @@ from clip_rd_edge.benchmarking.report import HTML, MARKDOWN, PLOT, write_report
 from clip_rd_edge.benchmarking.results import RESULTS, Results, read_results, write_results
 from clip_rd_edge.benchmarking.suite import Suite
 from clip_rd_edge.bundle.manifest import MANIFEST
-from clip_rd_edge.bundle.runs import RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
+from clip_rd_edge.bundle.runs import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.distillation.config import RunConfig, commented_recipe
 from clip_rd_edge.exporting.bundle import package_versions
 from clip_rd_edge.exporting.conversion import ConvertedBundle
 from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.models.classifiers import CLASSIFIERS
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.load import save_clip
-from clip_rd_edge.pipeline import Settings, quickstart_suite
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.load import load_clip, save_clip
+from clip_rd_edge.pipeline import quickstart_suite
+from clip_rd_edge.settings.measuring import Quickstart
 from clip_rd_edge.utils.reporting import SILENT
-from clip_rd_edge.utils.structs import to_yaml
 
 STEPS = ("--teacher-steps", "2", "--student-steps", "3")
 
@@ -89,7 +94,10 @@ def test_a_quickstart_killed_at_every_stage_resumes(tmp_path: Path) -> None:
 def test_photographs_are_compared_in_each_language(tmp_path: Path) -> None:
     for name in ("photographs-de", "photographs", "images"):
         (tmp_path / "photos" / name).mkdir(parents=True)
-    shipped, suite = quickstart_suite(tmp_path), quickstart_suite(tmp_path, photos=tmp_path / "photos")
+    shipped, suite = (
+        quickstart_suite(Quickstart(tmp_path)),
+        quickstart_suite(Quickstart(tmp_path, photos=tmp_path / "photos")),
+    )
     assert [Path(task).name for task in suite.tasks[len(shipped.tasks) :]] == ["photographs", "photographs-de"]
     assert suite.tasks[: len(shipped.tasks)] == shipped.tasks
 
@@ -120,7 +128,7 @@ def test_what_the_user_has_put_beside_a_report_stays_and_a_half_written_report_i
 
     def compare(write: Callable[[Results, Path], None] = write_report) -> None:
         monkeypatch.setattr(pipeline, "write_report", write)
-        pipeline._compare(Settings(folder=tmp_path), SILENT, open_encoder=open_encoder, launch=None)
+        pipeline._compare(Quickstart(tmp_path), open_encoder=open_encoder, launch=None)
 
     def write_half(results: Results, folder: Path) -> None:
         write_results(folder / RESULTS, results)
@@ -137,7 +145,7 @@ def test_what_the_user_has_put_beside_a_report_stays_and_a_half_written_report_i
     written = {path: path.stat().st_mtime_ns for path in report.iterdir()}
     compare()
     assert written == {path: path.stat().st_mtime_ns for path in report.iterdir()}
-    assert measured == [quickstart_suite(tmp_path)]
+    assert measured == [quickstart_suite(Quickstart(tmp_path))]
 
 
 def test_a_student_that_takes_no_images_of_this_size_is_refused_before_any_training(tmp_path: Path) -> None:
@@ -158,18 +166,18 @@ def test_ctrl_c_between_the_trainings_says_how_to_resume(tmp_path: Path, monkeyp
     assert (error.value.exit_code, error.value.hint) == (75, "run the same command again to resume")
 
 
-def configurations(settings: Settings) -> dict[str, RunConfig]:
+def configurations(request: Quickstart) -> dict[str, RunConfig]:
     """Return the configurations of a quickstart's trainings by the folder of the run; nothing is trained."""
     configs = dict[str, RunConfig]()
 
     def record(config: RunConfig, run: Path, **_: object) -> None:
         configs[run.name] = config
 
-    (settings.folder / "teacher-untuned").mkdir(exist_ok=True)
+    (Path(request.output) / "teacher-untuned").mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "run_distillation", record)
         for stage in (pipeline.tune_teacher, pipeline.distil_student, pipeline.train_baseline):
-            stage(settings, SILENT)
+            stage(request)
     return configs
 
 
@@ -184,7 +192,7 @@ def test_no_training_depends_on_a_measurement_of_time(
     sets: tuple[str, ...], student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "instruction_sets", lambda: sets)
-    configs = configurations(Settings(folder=tmp_path))
+    configs = configurations(Quickstart(tmp_path))
     assert {name: precisions(config) for name, config in configs.items()} == {
         "teacher": ("fp32", "fp32"),
         "student": (student, student),
@@ -203,7 +211,7 @@ def test_a_bundle_records_the_versions_that_exported_it(
 
     save_clip(tmp_path / "student" / STUDENT_FOLDER, student, provenance={})
     monkeypatch.setattr(pipeline, "export_bundle", record)
-    pipeline._export_floats(Settings(folder=tmp_path), SILENT)
+    pipeline._export_floats(Quickstart(tmp_path))
     assert all(request.provenance.items() >= package_versions().items() for request in requests)
     assert [request.precision for request in requests] == ["fp32", "fp16"]
 
@@ -218,18 +226,18 @@ def test_a_student_that_is_trained_again_is_exported_and_measured_again(
         save_clip(tmp_path / "student" / STUDENT_FOLDER, student, provenance={}, overwrite=True)
 
     def export() -> bytes:
-        pipeline._export(Settings(folder=tmp_path), SILENT, "fp32")
+        pipeline._export(Quickstart(tmp_path), precision="fp32")
         return exported.read_bytes()
 
     train()
     first = export()
     report, measured = tmp_path / "report", list[Suite]()
     results = read_results(Path(__file__).parents[1] / "benchmarks/results/epyc-zen3-2-cores/quickstart.json")
-    write_report(msgspec.structs.replace(results, suite=quickstart_suite(tmp_path)), report)
+    write_report(msgspec.structs.replace(results, suite=quickstart_suite(Quickstart(tmp_path))), report)
     monkeypatch.setattr(pipeline, "run_suite", lambda suite, *_, **__: measured.append(suite) or results)
 
     def compare() -> None:
-        pipeline._compare(Settings(folder=tmp_path), SILENT, open_encoder=open_encoder, launch=None)
+        pipeline._compare(Quickstart(tmp_path), open_encoder=open_encoder, launch=None)
 
     assert export() == first
     compare()
@@ -241,7 +249,7 @@ def test_a_student_that_is_trained_again_is_exported_and_measured_again(
     with pytest.raises(InterruptedRunError):  # before anything is measured
         edge.quickstart(tmp_path)
     compare()
-    assert measured == [quickstart_suite(tmp_path)]
+    assert measured == [quickstart_suite(Quickstart(tmp_path))]
 
 
 def test_what_is_made_from_a_teacher_is_made_again_with_one_that_is_tuned_again(
@@ -266,7 +274,7 @@ def test_what_is_made_from_a_teacher_is_made_again_with_one_that_is_tuned_again(
 
 
 def test_students_start_from_the_same_text_tower_and_one_has_a_teacher(tmp_path: Path) -> None:
-    configs = configurations(Settings(folder=tmp_path))
+    configs = configurations(Quickstart(tmp_path))
     cache, trimmed = str(tmp_path / "store"), str(tmp_path / "trimmed")
     assert {name: (c.recipe_name, c.text, c.freeze_text_layers, c.views, c.store) for name, c in configs.items()} == {
         "teacher": ("clip", None, 0, 0, None),
@@ -276,7 +284,7 @@ def test_students_start_from_the_same_text_tower_and_one_has_a_teacher(tmp_path:
 
 
 def test_the_teacher_keeps_its_texts_its_first_layers_and_what_its_norms_have_seen(tmp_path: Path) -> None:
-    teacher = configurations(Settings(folder=tmp_path))["teacher"]
+    teacher = configurations(Quickstart(tmp_path))["teacher"]
     assert (teacher.freeze_text, teacher.freeze_image, teacher.freeze_norms) == (True, 4, True)
     assert (teacher.recipe.steps, teacher.embedding_size) == (400, 384)
 
@@ -285,20 +293,61 @@ def test_the_precision_of_the_users_own_recipe_is_kept(tmp_path: Path, monkeypat
     monkeypatch.setattr(pipeline, "instruction_sets", lambda: ())
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(commented_recipe("clip-rd").replace("precision: auto", "precision: bf16"))
-    assert precisions(configurations(Settings(folder=tmp_path, recipe=str(recipe)))["student"]) == ("bf16", "fp32")
+    assert precisions(configurations(Quickstart(tmp_path, recipe=str(recipe)))["student"]) == ("bf16", "fp32")
 
 
-@pytest.mark.parametrize("measured", [("fp32", "auto"), ("bf16", "auto"), ("bf16", "fp32")])
-def test_a_run_whose_precision_an_older_version_measured_keeps_it(tmp_path: Path, measured: tuple[str, str]) -> None:
-    settings = Settings(folder=tmp_path)
-    config = configurations(settings)["teacher"]
-    old = msgspec.structs.replace(
-        config, recipe=msgspec.structs.replace(config.recipe, precision=measured[0]), teacher_precision=measured[1]
-    )
-    weights = tmp_path / "teacher" / STUDENT_FOLDER / WEIGHTS_FILE
-    weights.parent.mkdir(parents=True)
-    weights.touch()
-    (tmp_path / "teacher" / RUN_CONFIG_FILE).write_text(to_yaml(old), encoding="utf-8")
-    pipeline.tune_teacher(settings, SILENT)  # refuses a run with other settings
-    with pytest.raises(UsageError, match="another configuration: steps: 400 → 500"):
-        pipeline.tune_teacher(Settings(folder=tmp_path, teacher_steps=500), SILENT)
+@pytest.fixture(scope="module")
+def untuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pipeline.build_teacher(tmp_path_factory.mktemp("untuned") / "teacher", SILENT)
+
+
+def test_the_image_trunk_has_the_published_weights(untuned: Path) -> None:
+    published = torch.load(CLASSIFIERS[pipeline.CLASSIFIER].verified(), weights_only=True)
+    trunk = load_clip(str(untuned)).model.get_submodule("visual.trunk").state_dict()
+    assert torch.equal(trunk["conv_stem.weight"], published["_conv_stem.weight"])
+    assert torch.equal(trunk["conv_head.weight"], published["_conv_head.weight"])
+    assert torch.equal(trunk["bn2.running_var"], published["_bn1.running_var"])
+
+
+def test_the_text_trunk_embeds_similar_texts_close_together(untuned: Path) -> None:
+    clip = load_clip(str(untuned))
+    with torch.no_grad():
+        ids = clip.tokenizer(["a cat", "a kitten", "a national flag"])
+        states = clip.model.get_submodule("text.transformer")(input_ids=ids, attention_mask=(ids != 0).long())
+        mask = (ids != 0)[..., None]
+        pooled = (states.last_hidden_state * mask).sum(1) / mask.sum(1)
+    cat, kitten, flag = torch.nn.functional.normalize(pooled, dim=-1)
+    assert cat @ kitten > cat @ flag + 0.3
+
+
+def test_the_folder_can_be_moved(untuned: Path, tmp_path: Path) -> None:
+    before = TorchEncoder(load_clip(str(untuned))).encode_texts(["a cat"])
+    moved = untuned.rename(tmp_path / "moved")
+    try:
+        after = TorchEncoder(load_clip(str(moved))).encode_texts(["a cat"])
+    finally:
+        moved.rename(untuned)
+    np.testing.assert_array_equal(before, after)
+
+
+def test_the_students_text_tower_starts_from_two_layers_and_the_tokens_of_captions_and_nouns(
+    untuned: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "teacher").symlink_to(untuned)
+    pipeline.trim_text(Quickstart(tmp_path))
+    nouns = (tmp_path / "nouns.txt").read_text(encoding="utf-8").splitlines()
+    assert {"grinning face", "oil beetle"} <= set(nouns)
+    assert len(nouns) == len(set(nouns))
+    trimmed = load_clip(str(tmp_path / "trimmed"))
+    assert len(trimmed.model.get_submodule("text.transformer.encoder.layer")) == 2  # type: ignore[arg-type]
+    # A word of a caption keeps its token; one that no text has is spelled with others.
+    tokens = [(trimmed.tokenizer([word])[0] != 0).sum().item() - 2 for word in ("grinning", "bundesliga")]
+    assert tokens[0] == 1 < tokens[1]
+
+
+def test_weights_other_than_the_published_ones_are_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    weights = dataclasses.replace(CLASSIFIERS[pipeline.CLASSIFIER], sha256="0" * 64)
+    monkeypatch.setitem(CLASSIFIERS, pipeline.CLASSIFIER, weights)
+    with pytest.raises(InputError, match="is not the published file"):
+        pipeline.build_teacher(tmp_path / "teacher", SILENT)
+    assert list(tmp_path.iterdir()) == []

@@ -138,18 +138,11 @@ def quickstart(request: Quickstart) -> Results:
     """Run the whole pipeline on the built-in emoji data set in minutes on a CPU; an interrupted run is resumed."""
     from clip_rd_edge.utils.files import require_utf8_path
 
-    folder = Path(request.output)
-    require_utf8_path(folder)
+    require_utf8_path(Path(request.output))
 
-    from clip_rd_edge.pipeline import Settings, run_quickstart
+    from clip_rd_edge.pipeline import run_quickstart
 
-    steps = {"student_steps": request.student_steps, "teacher_steps": request.teacher_steps}
-    settings = Settings(
-        folder=folder, student=request.student, recipe=request.recipe, seed=request.seed,
-        with_baseline=request.with_baseline, photos=None if request.photos is None else Path(request.photos),
-        **{name: count for name, count in steps.items() if count is not None},
-    )  # fmt: skip
-    return run_quickstart(settings, request.reporter, partial(open_encoder, threads=1), first_answer)
+    return run_quickstart(request, partial(open_encoder, threads=1), first_answer)
 
 
 @keywords_of(EvidenceRun)

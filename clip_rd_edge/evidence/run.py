@@ -52,7 +52,8 @@ from clip_rd_edge.evidence.suite import TEACHER_RESULT, TUNED_TEACHER, EvidenceS
 from clip_rd_edge.models.clip import model_fingerprint
 from clip_rd_edge.models.encoder import TorchEncoder, torch_threads
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.pipeline import Settings, tune_teacher
+from clip_rd_edge.pipeline import tune_teacher
+from clip_rd_edge.settings.measuring import Quickstart
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.outputs import exclusive_writer
 from clip_rd_edge.utils.paths import Typed, typed
@@ -172,7 +173,7 @@ def _embedded_teacher(suite: EvidenceSuite, folder: Path, reporter: Reporter) ->
             f"The suite {suite.name} trains on {shown_source(suite.data)}, for which there is no built-in teacher.",
             hint="name a teacher: {teacher} local-dir:PATH, or hf-hub:ORG/REPO",
         )
-    tune_teacher(Settings(folder=folder, teacher_steps=suite.teacher_steps), reporter)
+    tune_teacher(Quickstart(folder, teacher_steps=suite.teacher_steps, reporter=reporter))
     return typed(folder / TUNED_TEACHER)
 
 

@@ -99,12 +99,8 @@ class Quickstart(_Walked, frozen=True, kw_only=True):
     )] = "clip-rd-bank"  # fmt: skip
     seed: Annotated[int, _training("Random seed of the student.", metavar="N")] = 0
     with_baseline: Annotated[bool, _training("Also train the same student without a teacher, for comparison.")] = False
-    student_steps: Annotated[int, _training(
-        "Training steps of the student, of 32 pairs each.", metavar="N", default="1100", ge=1,
-    )] | None = None  # fmt: skip
-    teacher_steps: Annotated[int, _training(
-        "Training steps of the teacher, of 64 pairs each.", metavar="N", default="400", ge=1,
-    )] | None = None  # fmt: skip
+    student_steps: Annotated[int, _training("Steps of the student, of 32 pairs each.", metavar="N", ge=1)] = 1100
+    teacher_steps: Annotated[int, _training("Steps of the teacher, of 64 pairs each.", metavar="N", ge=1)] = 400
     photos: Annotated[AnyPath, _report(
         "Also compare the models on photographs, which benchmarks/data/tuxpaint.py makes.", metavar="FOLDER",
         default="none", path=True,
