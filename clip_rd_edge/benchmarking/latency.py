@@ -142,6 +142,7 @@ def reference_call(*, threads: int | None) -> Callable[[], object]:
     return lambda: session.run(None, feed)
 
 
+_MEASUREMENTS = ("image", "text", "end_to_end")
 BLOCKS = 10
 _MIN_ROUNDS = 2  # per block
 _MAX_SECONDS = 20.0  # for each of image tower, text tower and end to end
@@ -226,7 +227,12 @@ def measure_latencies(
         reporter: receives the number of finished blocks.
     """
     encoder_calls = {label: EncoderCalls(encoder, image, labels) for label, encoder in encoders.items()}
-    measurements = _measurement_calls(encoder_calls, threads)
+    workload = reference_call(threads=threads)
+    measurements: list[Calls] = [{REFERENCE: workload} for _ in _MEASUREMENTS]
+    for label, timed in encoder_calls.items():
+        measurements[0][label], measurements[2][label] = timed.embed_image, timed.end_to_end
+        if embeds_texts(timed.encoder):
+            measurements[1][label] = timed.embed_text
     for call in (call for calls in measurements for call in calls.values()):
         warm_up(call)
     load = BackgroundLoad()
@@ -249,31 +255,14 @@ def measure_latencies(
     return Latencies(rows, reference, load.share())
 
 
-_MEASUREMENTS = ("image", "text", "end_to_end")
-
-
-def _measurement_calls(encoder_calls: Mapping[str, EncoderCalls], threads: int | None) -> tuple[Calls, Calls, Calls]:
-    """Return the calls that are timed in turn: image towers, text towers and end to end, each after the reference."""
-    reference = reference_call(threads=threads)
-    images, texts, end_to_end = ({REFERENCE: reference} for _ in _MEASUREMENTS)
-    for label, calls in encoder_calls.items():
-        images[label], end_to_end[label] = calls.embed_image, calls.end_to_end
-        if embeds_texts(calls.encoder):
-            texts[label] = calls.embed_text
-    return images, texts, end_to_end
-
-
 def _measure_steps(encoder_calls: Mapping[str, EncoderCalls], labels: int, *, rounds: int) -> dict[str, Steps]:
-    steps: tuple[Calls, ...] = (
-        {label: calls.decode for label, calls in encoder_calls.items()},
-        {label: calls.preprocess for label, calls in encoder_calls.items()},
-        {label: calls.classify for label, calls in encoder_calls.items()},
-    )
-    times = [time_in_turn(calls, rounds=rounds, max_seconds=_STEP_SECONDS) for calls in steps]
-    p50s = {label: [float(np.median(samples[label])) for samples in times] for label in encoder_calls}
+    times = {}
+    for step in ("decode", "preprocess", "classify"):
+        calls: Calls = {label: getattr(calls, step) for label, calls in encoder_calls.items()}
+        times[step] = time_in_turn(calls, rounds=rounds, max_seconds=_STEP_SECONDS)
     return {
-        label: Steps(decode=decode, preprocess=preprocess, classify=classify, labels=labels)
-        for label, (decode, preprocess, classify) in p50s.items()
+        label: Steps(labels=labels, **{step: float(np.median(found[label])) for step, found in times.items()})
+        for label in encoder_calls
     }
 
 

@@ -33,20 +33,9 @@ from clip_rd_edge.utils.structs import read_versioned_json, to_json
 from clip_rd_edge.utils.text import as_unicode, as_word, each_text, shown_sources
 
 PACKAGES = (
-    "clip-rd-edge",
-    *ONNXRUNTIMES,
-    "openvino",
-    "ai-edge-litert",
-    "executorch",
-    "coremltools",
-    "nncf",
-    "torch",
-    "open_clip_torch",
-    "timm",
-    "numpy",
-    "pillow",
-    "tokenizers",
-)
+    "clip-rd-edge", *ONNXRUNTIMES, "openvino", "ai-edge-litert", "executorch", "coremltools", "nncf", "torch",
+    "open_clip_torch", "timm", "numpy", "pillow", "tokenizers",
+)  # fmt: skip
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):

@@ -34,8 +34,9 @@ class EnergyMeter:
     def __init__(self, folder: Path = _POWERCAP) -> None:
         # Intel's intel-rapl-mmio:0 counts the same package as intel-rapl:0, which comes later in order and is kept.
         paths = [path for path in sorted(folder.glob("*/energy_uj")) if _is_package(path)]
-        packages = {(path.parent / "name").read_text(): path for path in paths}
-        self._counters = [_Counter(path) for path in packages.values()]
+        self._counters = list({(path.parent / "name").read_text(): path for path in paths}.values())
+        self._ranges = [int((path.parent / "max_energy_range_uj").read_text()) + 1 for path in self._counters]
+        self._last = self._read()
 
     def __bool__(self) -> bool:
         """Return whether there is a readable counter."""
@@ -43,20 +44,13 @@ class EnergyMeter:
 
     def joules(self) -> float:
         """Return the energy used since the last call, or since the meter was created."""
-        return sum(counter.microjoules() for counter in self._counters) / 1e6
-
-
-class _Counter:
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._range = int((path.parent / "max_energy_range_uj").read_text())
-        self._last = int(path.read_text())
-
-    def microjoules(self) -> int:
-        now = int(self._path.read_text())
-        used = (now - self._last) % (self._range + 1)  # the counter wraps around to 0
+        now, before = self._read(), self._last
         self._last = now
-        return used
+        # Each counter wraps around to 0.
+        return sum((new - old) % size for new, old, size in zip(now, before, self._ranges, strict=True)) / 1e6
+
+    def _read(self) -> list[int]:
+        return [int(path.read_text()) for path in self._counters]
 
 
 def _is_package(counter: Path) -> bool:
@@ -107,11 +101,9 @@ def measure_energy(
 
     Models that do not run on the CPU alone are left out: what another device takes is not in the processor's counters.
     """
-    meter = meter or EnergyMeter()
-    if not meter:
-        return {}
+    meter = EnergyMeter() if meter is None else meter
     joules = {}
-    for label, encoder in encoders.items():
+    for label, encoder in encoders.items() if meter else ():
         if encoder.describe().device != "cpu":
             continue
         calls, start = 0, time.perf_counter()
