@@ -164,7 +164,7 @@ def with_every_text(results: Results, name: str) -> Results:
     def change(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: content if key in FIXED else change(content) for key, content in value.items()}
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             return [change(content) for content in value]
         return each_text(value, lambda text: text + name)
 
