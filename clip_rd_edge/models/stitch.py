@@ -84,11 +84,12 @@ def class_nouns() -> list[str]:
 def class_embeddings(text: SentenceEncoder, names: Sequence[Sequence[str]], *, reporter: Reporter = SILENT) -> Tensor:
     """Return one embedding per class, (K, D), L2-normalised: the mean of the embeddings of its names."""
     texts = [name for synonyms in names for name in synonyms]
-    embeddings = []
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # short ones together take a third of the time
+    embeddings = torch.empty(len(texts), text.embedding_size)
     for batch in in_batches(len(texts), _TEXTS_PER_BATCH):
         reporter.update("embedding the names of the classes", batch.start, len(texts))
-        embeddings.append(text.encode(texts[batch]))
-    chunks = torch.split(torch.cat(embeddings), [len(synonyms) for synonyms in names])
+        embeddings[order[batch]] = text.encode([texts[index] for index in order[batch]])
+    chunks = torch.split(embeddings, [len(synonyms) for synonyms in names])
     means = [chunk.mean(dim=0) for chunk in chunks]
     return nn.functional.normalize(torch.stack(means), dim=-1)
 
@@ -259,6 +260,7 @@ class SentenceEncoder:
         model: maps token ids (N, T) to features (N, D).
         embedding_size: D.
         source: where the weights come from, for the provenance of what is built from them.
+        padding: the token id that `model` masks; None if it does not.
     """
 
     text_cfg: dict[str, Any]
@@ -266,11 +268,15 @@ class SentenceEncoder:
     tokenizer: Any
     embedding_size: int
     source: str
+    padding: int | None = None
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Return the embeddings of one batch, (N, D), L2-normalised."""
-        return nn.functional.normalize(self.model(self.tokenizer(list(texts))).float(), dim=-1)
+        tokens = self.tokenizer(list(texts))
+        if self.padding is not None:  # columns of padding alone cost most of the time, and change nothing
+            tokens = tokens[:, : 1 + int((tokens != self.padding).any(dim=0).nonzero().max())]
+        return nn.functional.normalize(self.model(tokens).float(), dim=-1)
 
 
 def load_sentence_encoder(spec: Typed, *, context_length: int | None = None) -> SentenceEncoder:
@@ -356,7 +362,7 @@ def _hugging_face(folder: Path, *, context_length: int, name: str, source: str) 
             tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=text_cfg["context_length"])
     except Exception as error:  # transformers raises many types
         raise ConfigError(f"The sentence encoder {source} could not be loaded: {first_line(error)}.") from error
-    return SentenceEncoder(text_cfg, model.eval(), tokenizer, int(width), source)
+    return SentenceEncoder(text_cfg, model.eval(), tokenizer, int(width), source, padding=config.pad_token_id)
 
 
 def _max_context_length(config: Any) -> int | None:
