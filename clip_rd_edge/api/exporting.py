@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clip_rd_edge.api.everyday import place_of
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.settings.deploying import Verify
 from clip_rd_edge.settings.options import keywords_of
@@ -271,7 +272,7 @@ def verify(request: Verify) -> list[Check]:
     from clip_rd_edge.runtime.verify import verify_bundle
 
     return verify_bundle(
-        Path(request.bundle), threads=request.threads, device=request.device, time_limit_s=request.time_limit
+        Path(place_of(request.bundle)), threads=request.threads, device=request.device, time_limit_s=request.time_limit
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clip_rd_edge.api.everyday import place_of
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.settings.training import Stitch, Trim
@@ -33,8 +34,8 @@ def load(
     """Open a model that classifies and embeds images (paths, PIL images, arrays, or lists of them) and texts.
 
     Args:
-        model: the folder of a bundle, which needs no PyTorch; the folder of a run; or any open_clip model: an
-            architecture with `pretrained`, `local-dir:PATH` or `hf-hub:ORG/REPO`.
+        model: the folder of a bundle, which needs no PyTorch; `everyday`, which is built in; the folder of a run; or
+            any open_clip model: an architecture with `pretrained`, `local-dir:PATH` or `hf-hub:ORG/REPO`.
         pretrained: an open_clip tag or a checkpoint file, if `model` is an architecture.
         threads: number of threads; None uses all cores.
         runtime: `onnxruntime`, `openvino`, `tensorrt`, `litert`, `executorch` or `coreml` for a bundle, None for the
@@ -142,6 +143,7 @@ def open_encoder(
     from clip_rd_edge.bundle.manifest import is_bundle
     from clip_rd_edge.bundle.runs import LOCAL_DIR, model_folder, refuse_other_weights
 
+    spec = typed(place_of(spec))
     path = Path(spec.removeprefix(LOCAL_DIR))
     if is_bundle(path):
         refuse_other_weights(spec, pretrained)

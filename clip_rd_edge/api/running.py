@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clip_rd_edge.api.everyday import place_of
 from clip_rd_edge.errors import InputError, MissingExtraError
 from clip_rd_edge.settings.deploying import Demo, Index, Search, Serve, WatchIndex
 from clip_rd_edge.settings.options import keywords_of
@@ -46,7 +47,7 @@ def _opened(request: Index | WatchIndex | Serve) -> BundleEncoder:
     from clip_rd_edge.runtime.load import load as load_bundle
 
     return load_bundle(
-        Path(request.bundle), threads=request.threads, device=request.device, spin=False, force=request.force
+        Path(place_of(request.bundle)), threads=request.threads, device=request.device, spin=False, force=request.force
     )
 
 
@@ -76,7 +77,8 @@ def demo(request: Demo) -> None:
     from clip_rd_edge.serving.demo import serve
 
     given = request.bundles
-    paths = [Path(given)] if isinstance(given, str | os.PathLike) else [Path(path) for path in given]
+    several = [given] if isinstance(given, str | os.PathLike) else given
+    paths = [Path(place_of(path)) for path in several]
     page = Page(paths, labels=label_names(request.labels), threads=request.threads, force=request.force)
     serve(page, host=request.host, port=request.port, ready=request.ready)
 

@@ -251,6 +251,7 @@ def command_of(
         def call(**values: Any) -> None:
             taken = {name: values.pop(name) for name in names}
             given = {name: value for name, value in taken.items() if value not in (None, (), defaults[name])}
+            given |= {name: _opened(taken[name]) for name in ("bundle", "bundles") if taken.get(name)}
             function(given, **values)
 
         kept = [parameter for parameter in parameters if parameter.name in names]
@@ -259,6 +260,20 @@ def command_of(
         )
 
     return decorate
+
+
+def _opened(bundle: Any) -> Any:
+    """Return a bundle's place, or several: where the built-in one is named, made with a progress bar if need be."""
+    if isinstance(bundle, tuple):
+        return tuple(map(_opened, bundle))
+    from clip_rd_edge.api.everyday import is_built_in, place_of
+
+    if not is_built_in(bundle):
+        return bundle
+    from clip_rd_edge.cli.console import console_reporter
+
+    with console_reporter() as reporter:
+        return place_of(bundle, reporter=reporter)
 
 
 _LAST_GROUPS = ("Device", "Cluster", "Output")

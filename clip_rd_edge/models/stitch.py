@@ -84,7 +84,7 @@ def class_nouns() -> list[str]:
 def class_embeddings(text: SentenceEncoder, names: Sequence[Sequence[str]], *, reporter: Reporter = SILENT) -> Tensor:
     """Return one embedding per class, (K, D), L2-normalised: the mean of the embeddings of its names."""
     texts = [name for synonyms in names for name in synonyms]
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # short ones together take a third of the time
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # short ones together: less padding
     embeddings = torch.empty(len(texts), text.embedding_size)
     for batch in in_batches(len(texts), _TEXTS_PER_BATCH):
         reporter.update("embedding the names of the classes", batch.start, len(texts))

@@ -45,7 +45,7 @@ Port = Annotated[int, _server("Port to listen on; 0 uses any free port.", metava
 
 
 class _Verified(Settings, frozen=True):
-    bundle: Annotated[AnyPath, argument("The bundle.", path=True)]
+    bundle: Annotated[AnyPath, argument("The bundle, or everyday.", path=True)]
 
 
 class Verify(_Verified, frozen=True, kw_only=True):
@@ -62,7 +62,7 @@ class Verify(_Verified, frozen=True, kw_only=True):
 class Classify(Settings, frozen=True, kw_only=True):
     """Classify images among labels: the options of the command line, which Python gives to `load` and `classify`."""
 
-    bundle: Annotated[AnyPath, argument("The bundle.", path=True)]
+    bundle: Annotated[AnyPath, argument("The bundle, or everyday.", path=True)]
     images: Annotated[Sequence[str], argument("Files, folders, globs, or - for stdin.", metavar="IMAGE")] = ()
     labels: Annotated[Labels, _labels(
         'Labels such as "a cat" "a dog"; everyday, for some 300 everyday things; or a label file: text with one label '
@@ -145,7 +145,7 @@ class Search(_Searched, frozen=True, kw_only=True):
 
 
 class _Served(Settings, frozen=True):
-    bundle: Annotated[AnyPath, argument("The bundle.", path=True)]
+    bundle: Annotated[AnyPath, argument("The bundle, or everyday.", path=True)]
     index: Annotated[AnyPath, argument("An index that the bundle made, to search.", path=True)] | None = None
 
 
@@ -170,7 +170,9 @@ class Serve(_Served, frozen=True, kw_only=True):
 
 
 class _Shown(Settings, frozen=True):
-    bundles: Annotated[AnyPath | Sequence[AnyPath], argument("One or more bundles.", metavar="BUNDLE", path=True)]
+    bundles: Annotated[AnyPath | Sequence[AnyPath], argument(
+        "One or more bundles; without any, everyday.", metavar="BUNDLE", path=True
+    )] = "everyday"  # fmt: skip
 
 
 class Demo(_Shown, frozen=True, kw_only=True):
