@@ -507,9 +507,10 @@ def test_images_that_are_moved_or_deleted_while_they_are_embedded_leave_the_inde
 def test_an_index_is_searched_and_updated_on_another_device_with_a_copy_of_its_bundle(
     colour_bundle: Path, colour_images: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(OrtEncoder, "placement", lambda self, tower: Placement("onnxruntime", "cuda"))
-    update_index(load(colour_bundle), colour_images, index)
-    monkeypatch.undo()
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(OrtEncoder, "placement", lambda self, tower: Placement("onnxruntime", "cuda"))
+        update_index(load(colour_bundle), colour_images, index)
     there = tmp_path / "device"
     for path in (colour_bundle, colour_images, index):
         shutil.move(path, there / path.name)
