@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 import pytest
 from PIL import Image
+from starlette import testclient
 
 import clip_rd_edge as edge
 from clip_rd_edge import api
@@ -383,10 +384,13 @@ def test_devices_and_doctor() -> None:
 
 def test_the_demo_is_served_with_the_given_options(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Any] = []
-    monkeypatch.setattr("clip_rd_edge.serving.demo.serve", lambda demo, **options: served.append((demo, options)))
+    monkeypatch.setattr("clip_rd_edge.serving.server.run_server", lambda app, **options: served.append((app, options)))
     edge.demo(colour_bundle, labels=["red"], port=0)
-    demo, options = served[0]
-    assert (len(demo.served), demo.start_labels, options["port"]) == (1, ["red"], 0)
+    app, options = served[0]
+    assert (options["host"], options["port"]) == ("127.0.0.1", 0)
+    with testclient.TestClient(app, base_url="http://127.0.0.1") as client:
+        answer = client.get("/api/bundles").json()
+    assert (len(answer["bundles"]), answer["labels"]) == (1, ["red"])
 
 
 def test_no_function_has_more_than_eight_parameters() -> None:

@@ -74,13 +74,15 @@ def demo(request: Demo) -> None:
     """
     from clip_rd_edge.runtime.labels import label_names
     from clip_rd_edge.serving.demo import Demo as Page
-    from clip_rd_edge.serving.demo import serve
+    from clip_rd_edge.serving.demo import make_app
+    from clip_rd_edge.serving.server import run_server
 
     given = request.bundles
     several = [given] if isinstance(given, str | os.PathLike) else given
     paths = [Path(place_of(path)) for path in several]
     page = Page(paths, labels=label_names(request.labels), threads=request.threads, force=request.force)
-    serve(page, host=request.host, port=request.port, ready=request.ready)
+    app = make_app(page, host=request.host)
+    run_server(app, host=request.host, port=request.port, ready=request.ready, stop_within_s=2)
 
 
 @keywords_of(Serve)

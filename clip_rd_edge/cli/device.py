@@ -249,7 +249,7 @@ def print_addresses(url: str, host: str) -> list[str]:
 
 def print_how_to_stop(host: str, *, warning: str) -> None:
     """Print how to stop a server, after a warning if other machines can reach it."""
-    from clip_rd_edge.serving.server import is_loopback
+    from clip_rd_edge.serving.guard import is_loopback
 
     if not is_loopback(host):
         echo(f"warning: {warning}", err=True)

@@ -1,16 +1,12 @@
-"""The demo's server: serves the page and its files, and classifies images."""
+"""The page of `demo`: its files, the bundles that it shows, and its requests."""
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +15,7 @@ import msgspec
 from anyio import CapacityLimiter
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
@@ -31,17 +27,10 @@ from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
-from clip_rd_edge.serving.server import (
-    BODY_TIMEOUT_S,
-    LOOPBACK,
-    FullError,
-    Guard,
-    TooLargeError,
-    error_response,
-    read_body,
-    run_server,
-    too_large_message,
-)
+from clip_rd_edge.serving import protocol
+from clip_rd_edge.serving.guard import LOOPBACK, Guard, RefusedError, error_response
+from clip_rd_edge.serving.protocol import UploadedImage, label_key, require_few_labels
+from clip_rd_edge.serving.server import Handler, answered, read_body
 from clip_rd_edge.utils.paths import file_identity
 from clip_rd_edge.utils.structs import decode_request
 
@@ -50,166 +39,11 @@ PAGE = Path(__file__).with_name("page")
 _MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 MAX_PARALLEL = 2  # images classified at the same time
 MAX_QUEUED = 16  # requests that may wait; a single page never sends more than one at a time
-_BUSY = "Too many images at once; try again in a moment."
-Handler = Callable[[Request], Awaitable[Response]]
-
-
-class Demo:
-    """The request handlers of the demo.
-
-    Args:
-        bundles: folders of the bundles, in the order that the page shows them.
-        labels: labels that the page starts with, as for `LabelSets.add`; None leaves the choice to the page.
-        threads, force: as for `runtime.load.load`.
-    """
-
-    def __init__(
-        self,
-        bundles: Sequence[Path],
-        *,
-        labels: Sequence[str] | None = None,
-        threads: int | None = None,
-        force: bool = False,
-    ):
-        self.start_labels = list(labels or [])
-        self.label_sets = LabelSets()
-        if self.start_labels:  # refused now, rather than with each image
-            self.label_sets.add(self.start_labels)
-        names = distinct_names(bundles)
-        self.served = [
-            ServedBundle(folder, shown=name, threads=threads, force=force)
-            for folder, name in zip(bundles, names, strict=True)
-        ]
-        self.pending = 0  # classify requests in progress or queued
-        self._limiter: CapacityLimiter | None = None
-        self._lister: CapacityLimiter | None = None
-
-    async def bundles(self, request: Request) -> Response:
-        """Return the bundles and the labels to start with."""
-        # In a thread, as one that was exported anew is opened first; one at a time, as files need threads, too.
-        self._lister = self._lister or CapacityLimiter(1)
-        infos = await anyio.to_thread.run_sync(lambda: [bundle.info() for bundle in self.served], limiter=self._lister)
-        return _json({"bundles": infos, "labels": self.start_labels})
-
-    async def labels(self, request: Request) -> Response:
-        """Store a list of labels; return the key by which classify requests refer to it."""
-        try:
-            labels = decode_request(await read_body(request), list)
-            return _json({"key": self.label_sets.add(labels)})
-        except InputError as error:
-            return error_response(422, str(error), hint=error.hint)
-
-    async def classify(self, request: Request) -> Response:
-        """Classify the image in the body with ?bundle=NUMBER among ?labels=KEY (without a key: the bundle's own).
-
-        With &name=NAME, as the page calls the bundle, another one that has the number since a restart is not asked.
-        """
-        bundle = self._bundle(request.query_params.get("bundle", "0"), request.query_params.get("name"))
-        key = request.query_params.get("labels", "")
-        labels = self.label_sets.get(key) if key else None
-        if key and labels is None:
-            return error_response(409, "These labels are no longer known; send them again.")
-        content = await read_body(request)  # before it counts: an unfinished request takes nobody's turn
-        if self.pending >= MAX_PARALLEL + MAX_QUEUED:
-            return error_response(429, _BUSY)
-        self.pending += 1
-        try:
-            self._limiter = self._limiter or CapacityLimiter(MAX_PARALLEL)
-            result = await anyio.to_thread.run_sync(bundle.classify, content, labels, limiter=self._limiter)
-        finally:
-            self.pending -= 1
-        return _json(result)
-
-    def _bundle(self, number: str, name: str | None) -> ServedBundle:
-        bundle = {str(index): bundle for index, bundle in enumerate(self.served)}.get(number)
-        if name is not None and (bundle is None or bundle.shown != name):
-            raise BundleRemovedError(f"Bundle {number[:20]!r} is not {name[:300]!r} any more.", hint="reload the page")
-        if bundle is None:
-            raise InputError(f"Unknown bundle {number[:20]!r}; expected a number from 0 to {len(self.served) - 1}.")
-        return bundle
-
-
-def make_app(demo: Demo, *, host: str = LOOPBACK) -> Starlette:
-    """Return the ASGI application of a `Demo`, protected by `Guard`, for a server that listens on `host`."""
-    return Starlette(
-        routes=[
-            Route("/", serve_file(PAGE / "index.html")),
-            Route("/api/bundles", demo.bundles),
-            Route("/api/labels", _report_errors(demo.labels), methods=["POST"]),
-            Route("/api/classify", _report_errors(demo.classify), methods=["POST"]),
-            *(Route(f"/{path.name}", serve_file(path)) for path in PAGE.iterdir()),
-        ],
-        middleware=[Middleware(Guard, host=host)],
-    )
-
-
-def serve_file(path: Path) -> Callable[[Request], Response]:
-    """Return a handler that answers with a file of a page, with the same type on every machine."""
-    return lambda request: FileResponse(path, media_type=_MEDIA_TYPES[path.suffix])
-
-
-def _report_errors(handler: Handler) -> Handler:
-    """Wrap a handler so that expected errors become JSON responses with their messages."""
-
-    async def handle(request: Request) -> Response:
-        try:
-            return await handler(request)
-        except TooLargeError:
-            return error_response(413, too_large_message())
-        except FullError:
-            return error_response(429, _BUSY)
-        except (asyncio.TimeoutError, TimeoutError):
-            return error_response(408, f"The request did not arrive within {BODY_TIMEOUT_S:.0f} s.")
-        except ClientDisconnect:
-            return error_response(400, "The connection was closed before the request was complete.")
-        except BundleRemovedError as error:
-            return error_response(410, str(error), hint=error.hint)
-        except ConfigError as error:  # the bundle is at fault, not the request
-            return _failure(error)
-        except UsageError as error:
-            return error_response(400, str(error), hint=error.hint)
-        except ClipRdEdgeError as error:
-            return _failure(error)
-
-    return handle
-
-
-def _failure(error: ClipRdEdgeError) -> Response:
-    """Answer with status 500. The page shows none of the server's messages, so the log has it, too."""
-    logging.getLogger("uvicorn.error").error("%s", error)
-    return error_response(500, str(error), hint=error.hint)
-
-
-def _json(content: object) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")
-
-
-def serve(demo: Demo, *, host: str = LOOPBACK, port: int = 8765, ready: Callable[[str], None]) -> None:
-    """Serve the demo until it is interrupted.
-
-    Args:
-        demo: the request handlers.
-        host: address to listen on.
-        port: port to listen on; 0 uses any free port.
-        ready: called with the page's URL once the page can be opened; for a server on all addresses (0.0.0.0 or ::),
-            with the one on this machine.
-    """
-    run_server(make_app(demo, host=host), host=host, port=port, ready=ready, stop_within_s=2)
-
-
-MAX_PIXELS = 52_000_000  # of an uploaded image: those of sensors with 50 megapixels have up to 50.3 million
-MAX_LABELS = 2_000
-MAX_LABEL_LENGTH = 300  # characters
 MAX_SETS = 64  # label lists that are kept
 BANK_TOP = 20  # labels returned when classifying among a bundle's own labels
 _MAX_CLASSIFIERS = 8  # label lists cached per bundle
-
-
-class BundleRemovedError(InputError):
-    """A bundle was removed while the demo was running, or exported anew without what a page asks it for.
-
-    Also for a page that asks for a bundle of an earlier demo.
-    """
+# Of errors that are no RefusedError; the page has a message for each status, and shows none of the server's words.
+_BUSY, _LABELS_LOST, _BUNDLE_GONE, _BAD_LABELS = 429, 409, 410, 422
 
 
 class BundleInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -245,20 +79,6 @@ class Classification(msgspec.Struct, frozen=True, kw_only=True):
     model_ms: float
 
 
-@dataclass(frozen=True)
-class UploadedImage:
-    """An image from a request, in the form that `open_image` takes; `place` follows "the image" in messages."""
-
-    content: bytes
-    place: str = "that was sent"
-
-    def read_bytes(self) -> bytes:
-        return self.content
-
-    def __str__(self) -> str:
-        return self.place
-
-
 class ServedBundle:
     """A bundle that is opened for the demo, and opened again when it has been exported anew.
 
@@ -290,7 +110,7 @@ class ServedBundle:
         """Return an encoder for the current content of the folder."""
         identity = file_identity(self.folder / MANIFEST)
         if identity is None:
-            raise BundleRemovedError(f"The bundle {self.folder} was removed.", hint="export it again")
+            raise RefusedError(_BUNDLE_GONE, f"The bundle {self.folder} was removed.")
         with self._lock:
             if self._opened != identity:
                 self._encoder = load(self.folder, threads=self._threads, force=self._force)
@@ -301,7 +121,7 @@ class ServedBundle:
 
     def info(self) -> BundleInfo:
         """Return what the page shows about the bundle; if it was removed, the last known information."""
-        with suppress(ClipRdEdgeError):
+        with suppress(ClipRdEdgeError, RefusedError):
             self._info = self._describe(self.encoder())
         return self._info
 
@@ -319,9 +139,9 @@ class ServedBundle:
         except InputError as error:
             if labels is not None and encoder.has_text_tower:
                 raise  # the labels themselves are refused
-            raise BundleRemovedError(str(error), hint=error.advice) from error
+            raise RefusedError(_BUNDLE_GONE, str(error)) from error  # exported anew without what the page asks it for
         started = time.perf_counter()
-        image = open_image(UploadedImage(content), max_pixels=MAX_PIXELS)
+        image = open_image(UploadedImage(content), max_pixels=protocol.MAX_PIXELS)
         pixels = preprocess(image, encoder.manifest.preprocessing)[None]
         opened = time.perf_counter()
         embeddings = encoder.encode_pixels(pixels)
@@ -329,15 +149,14 @@ class ServedBundle:
         finished = time.perf_counter()
         return Classification(
             labels=[prediction.label for prediction in predictions],
-            probabilities=[round(prediction.probability, 6) for prediction in predictions],
+            probabilities=[round(prediction.probability, 5) for prediction in predictions],
             labels_ms=(started - asked) * 1e3,
             open_ms=(opened - started) * 1e3,
             model_ms=(finished - opened) * 1e3,
         )
 
     def _describe(self, encoder: BundleEncoder) -> BundleInfo:
-        description = encoder.describe()
-        bank = encoder.label_bank
+        description, bank = encoder.describe(), encoder.label_bank
         return BundleInfo(
             name=description.name,
             folder=self.shown,
@@ -357,14 +176,19 @@ class ServedBundle:
             if classifier is None or classifier.encoder is not encoder:
                 classifier = ZeroShotClassifier(encoder, labels, cache=False)
         with self._lock:
-            self._classifiers[key] = classifier
-            self._classifiers.move_to_end(key)
-            while len(self._classifiers) > _MAX_CLASSIFIERS:
-                self._classifiers.popitem(last=False)
-            for other in [other for other in self._turns if other not in self._classifiers]:
+            _keep(self._classifiers, key, classifier, _MAX_CLASSIFIERS)
+            for other in self._turns.keys() - self._classifiers.keys():
                 if not self._turns[other].locked():
                     del self._turns[other]
         return classifier
+
+
+def _keep(kept: OrderedDict[str, Any], key: str, value: object, count: int) -> None:
+    """Put a value among those used last, of which so many are kept."""
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > count:
+        kept.popitem(last=False)
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
@@ -382,38 +206,114 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-class LabelSets:
-    """The last MAX_SETS label lists that were sent, by key, so that the frames of a camera need not each carry one."""
+class Demo:
+    """The request handlers of the demo.
 
-    def __init__(self) -> None:
-        self._sets: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+    Args:
+        bundles: folders of the bundles, in the order that the page shows them.
+        labels: labels that the page starts with; None leaves the choice to the page.
+        threads, force: as for `runtime.load.load`.
 
-    def add(self, labels: Sequence[Any]) -> str:
-        """Store a list of labels; return its key."""
-        if not labels:
-            raise InputError("No labels were sent.")
-        if len(labels) > MAX_LABELS:
-            raise InputError(
-                f"There are {len(labels):,} labels; the limit is {MAX_LABELS:,}.",
-                hint="leave some out; the number of those that a bundle is exported with is not limited",
-            )
-        for number, label in enumerate(labels, start=1):
-            if not isinstance(label, str) or not label.strip():
-                raise InputError(f"Label {number} of {len(labels)} is empty or not text.")
-            if len(label) > MAX_LABEL_LENGTH:
-                raise InputError(f"Label {number} has {len(label):,} characters; the limit is {MAX_LABEL_LENGTH}.")
+    Attributes:
+        label_sets: the last MAX_SETS lists that were sent, by key: the frames of a camera need not each carry one.
+        pending: classify requests in progress or queued.
+    """
+
+    def __init__(
+        self,
+        bundles: Sequence[Path],
+        *,
+        labels: Sequence[str] | None = None,
+        threads: int | None = None,
+        force: bool = False,
+    ):
+        self.start_labels = list(labels or [])
+        self.label_sets: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+        if self.start_labels:  # refused now, rather than with each image
+            require_few_labels(self.start_labels)
+        names = distinct_names(bundles)
+        self.served = [
+            ServedBundle(folder, shown=name, threads=threads, force=force)
+            for folder, name in zip(bundles, names, strict=True)
+        ]
+        self.pending = 0
+        self._limiter: CapacityLimiter | None = None
+        self._lister: CapacityLimiter | None = None
+
+    async def bundles(self, request: Request) -> Response:
+        """Return the bundles and the labels to start with."""
+        # In a thread, as one that was exported anew is opened first; one at a time, as files need threads, too.
+        self._lister = self._lister or CapacityLimiter(1)
+        infos = await anyio.to_thread.run_sync(lambda: [bundle.info() for bundle in self.served], limiter=self._lister)
+        return _json({"bundles": infos, "labels": self.start_labels})
+
+    async def labels(self, request: Request) -> Response:
+        """Store a list of labels; return the key by which classify requests refer to it."""
+        try:
+            labels = decode_request(await read_body(request), list)
+            require_few_labels(labels)
+        except InputError as error:
+            return error_response(_BAD_LABELS, str(error), error.hint)
         key = label_key(labels)
-        self._sets[key] = tuple(labels)
-        self._sets.move_to_end(key)
-        while len(self._sets) > MAX_SETS:
-            self._sets.popitem(last=False)
-        return key
+        _keep(self.label_sets, key, tuple(labels), MAX_SETS)
+        return _json({"key": key})
 
-    def get(self, key: str) -> tuple[str, ...] | None:
-        """Return the labels with that key, or None if they are no longer stored."""
-        return self._sets.get(key)
+    async def classify(self, request: Request) -> Response:
+        """Classify the image in the body with ?bundle=NUMBER among ?labels=KEY (without a key: the bundle's own).
+
+        With &name=NAME, as the page calls the bundle, another one that has the number since a restart is not asked.
+        """
+        bundle = self._bundle(request.query_params.get("bundle", "0"), request.query_params.get("name"))
+        key = request.query_params.get("labels", "")
+        labels = self.label_sets.get(key) if key else None
+        if key and labels is None:
+            raise RefusedError(_LABELS_LOST, "These labels are no longer known; send them again.")
+        content = await read_body(request)  # before it counts: an unfinished request takes nobody's turn
+        if self.pending >= MAX_PARALLEL + MAX_QUEUED:
+            raise RefusedError(_BUSY, "Too many images at once; try again in a moment.")
+        self.pending += 1
+        try:
+            self._limiter = self._limiter or CapacityLimiter(MAX_PARALLEL)
+            return _json(await anyio.to_thread.run_sync(bundle.classify, content, labels, limiter=self._limiter))
+        finally:
+            self.pending -= 1
+
+    def _bundle(self, number: str, name: str | None) -> ServedBundle:
+        bundle = {str(index): bundle for index, bundle in enumerate(self.served)}.get(number)
+        if name is not None and (bundle is None or bundle.shown != name):
+            raise RefusedError(_BUNDLE_GONE, f"Bundle {number[:20]!r} is not {name[:300]!r} any more.")
+        if bundle is None:
+            raise InputError(f"Unknown bundle {number[:20]!r}; expected a number from 0 to {len(self.served) - 1}.")
+        return bundle
 
 
-def label_key(labels: Sequence[str]) -> str:
-    """Return a key for a list of labels, derived from its content."""
-    return hashlib.sha256(msgspec.json.encode(list(labels))).hexdigest()[:32]
+def make_app(demo: Demo, *, host: str = LOOPBACK) -> Starlette:
+    """Return the ASGI application of a `Demo`, protected by `Guard`, for a server that listens on `host`."""
+    return Starlette(
+        routes=[
+            Route("/", serve_file(PAGE / "index.html")),
+            Route("/api/bundles", demo.bundles),
+            Route("/api/labels", _answered(demo.labels), methods=["POST"]),
+            Route("/api/classify", _answered(demo.classify), methods=["POST"]),
+            *(Route(f"/{path.name}", serve_file(path)) for path in PAGE.iterdir()),
+        ],
+        middleware=[Middleware(Guard, host=host, respond=error_response, full=_BUSY)],
+    )
+
+
+def _answered(handler: Handler) -> Handler:
+    return answered(handler, respond=error_response, status_of=_status_of)
+
+
+def _status_of(error: ClipRdEdgeError) -> int:
+    """Return 400 where the request is at fault, and 500 where the bundle or the machine is."""
+    return 400 if isinstance(error, UsageError) and not isinstance(error, ConfigError) else 500
+
+
+def serve_file(path: Path) -> Callable[[Request], Response]:
+    """Return a handler that answers with a file of a page, with the same type on every machine."""
+    return lambda request: FileResponse(path, media_type=_MEDIA_TYPES[path.suffix])
+
+
+def _json(content: object) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")

@@ -6,21 +6,16 @@ Fields that are not listed here are ignored in the former, as both servers do, a
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
+import hashlib
 import re
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
-from contextlib import suppress
-from threading import Lock
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
-import numpy as np
 
-from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.search_graph import MAX_TOP
 from clip_rd_edge.utils.structs import PositiveInt, Share
@@ -29,7 +24,43 @@ MEDIA_MARKER = "<__media__>"  # stands for the image in a llama.cpp prompt; clie
 _DATA_URL = "data:image/"  # in any case
 MAX_ITEMS = 2048  # per request, as OpenAI's
 MAX_TEXT_LENGTH = 100_000  # characters: tokenising millions takes seconds, and models read a few hundred at most
+MAX_LABELS = 2_000
+MAX_LABEL_LENGTH = 300  # characters
+MAX_PIXELS = 52_000_000  # of an uploaded image: those of sensors with 50 megapixels have up to 50.3 million
 _DATA = re.compile(r"data:[\w/+.-]*;base64,", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class UploadedImage:
+    """An image from a request, in the form that `open_image` takes; `place` follows "the image" in messages."""
+
+    content: bytes
+    place: str = "that was sent"
+
+    def read_bytes(self) -> bytes:
+        return self.content
+
+    def __str__(self) -> str:
+        return self.place
+
+
+def require_few_labels(labels: Sequence[Any]) -> None:
+    """Raise InputError if a client's labels are no texts, too long or too many."""
+    if not labels:
+        raise InputError("No labels were sent.")
+    if len(labels) > MAX_LABELS:
+        raise InputError(
+            f"There are {len(labels):,} labels; the limit is {MAX_LABELS:,}.",
+            hint="leave some out; the number of those that a bundle is exported with is not limited",
+        )
+    for number, label in enumerate(labels, start=1):
+        if not isinstance(label, str) or not label.strip() or len(label) > MAX_LABEL_LENGTH:
+            raise InputError(f"Label {number} of {len(labels)} has to be a text of 1 to {MAX_LABEL_LENGTH} characters.")
+
+
+def label_key(labels: Sequence[str]) -> str:
+    """Return a key for a list of labels, derived from its content."""
+    return hashlib.sha256(msgspec.json.encode(list(labels))).hexdigest()[:32]
 
 
 class Item(msgspec.Struct, frozen=True):
@@ -202,89 +233,3 @@ def openapi(version: str, *, search: bool) -> dict[str, Any]:
         "components": {"schemas": components, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{"token": []}, {}],
     }
-
-
-_Waiting = tuple[Any, "asyncio.Future[Embeddings]"]
-
-
-class Batcher:
-    """Runs a tower for items of several requests at once.
-
-    While the model computes one batch, the items that arrive meanwhile wait and make up the next one: an idle server
-    answers at once, and a busy one computes full batches. Nothing waits for a batch to fill. The model's thread takes
-    its next batch itself, and so does not stand idle while the event loop is busy with requests and answers.
-
-    Args:
-        encode: embeds a batch of items, (N, D).
-        executor: where `encode` runs; one worker, which the towers share in turn, so that they do not compete for the
-            cores.
-        max_batch: max number of items per call of `encode`.
-        on_batch: called with the size of each batch, on the model's thread.
-    """
-
-    def __init__(
-        self,
-        encode: Callable[[Sequence[Any]], Embeddings],
-        executor: Executor,
-        *,
-        max_batch: int,
-        on_batch: Callable[[int], None] = lambda size: None,
-    ) -> None:
-        self._encode, self._executor = encode, executor
-        self._max_batch, self._on_batch = max_batch, on_batch
-        self._waiting: deque[_Waiting] = deque()
-        self._lock = Lock()
-        self._runs = False  # whether the executor has or gets a batch
-
-    async def embed(self, items: Sequence[Any]) -> Embeddings:
-        """Embed a request's items, (N, D); if the caller is cancelled, those that still wait are dropped."""
-        loop = asyncio.get_running_loop()
-        futures: list[asyncio.Future[Embeddings]] = [loop.create_future() for _ in items]
-        with self._lock:
-            self._waiting.extend(zip(items, futures, strict=True))
-            starts, self._runs = not self._runs, True
-        if starts:
-            self._executor.submit(self._run, loop)
-        if len(futures) == 1:
-            return (await futures[0])[None]
-        return np.stack(await asyncio.gather(*futures))
-
-    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Compute one batch, hand its rows to the event loop, and get in line for the next one."""
-        batch = self._next_batch()
-        futures = [future for _, future in batch]
-        if batch:
-            self._on_batch(len(batch))
-            try:
-                rows = self._encode([item for item, _ in batch])
-            except Exception as error:  # noqa: BLE001 — whatever it is, it is the answer of these requests alone
-                loop.call_soon_threadsafe(_fail, futures, error)
-            else:
-                loop.call_soon_threadsafe(_deliver, futures, rows)
-        with self._lock:
-            self._runs = continues = bool(self._waiting)
-        if continues:
-            with suppress(RuntimeError):  # the server has stopped, and nobody waits any more
-                self._executor.submit(self._run, loop)
-
-    def _next_batch(self) -> list[_Waiting]:
-        """Take the items that have waited longest, but for those that nobody waits for any more."""
-        batch: list[_Waiting] = []
-        with self._lock:
-            while self._waiting and len(batch) < self._max_batch:
-                item, future = self._waiting.popleft()
-                if not future.cancelled():
-                    batch.append((item, future))
-        return batch
-
-
-def _deliver(futures: Sequence[asyncio.Future[Embeddings]], rows: Embeddings) -> None:
-    for future, row in zip(futures, rows, strict=True):
-        if not future.done():
-            future.set_result(row)
-
-
-def _fail(futures: Sequence[asyncio.Future[Embeddings]], error: Exception) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_exception(error)

@@ -1,273 +1,64 @@
-"""Access control for a server on this machine: which hosts and origins may send requests, and how large they may be.
-
-Any page on the web can make a browser send requests to this machine. Checking Host prevents DNS rebinding (a foreign
-name that resolves to 127.0.0.1); checking Origin blocks requests from other sites' pages. X-Forwarded-Host and its like
-are not read, for anyone can send them.
-"""
+"""The server of `serve` and `demo`: what it answers to errors, and what it spends on its clients."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import ipaddress
 import logging
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
-from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, UsageError
+from clip_rd_edge.serving.guard import LOOPBACK, RefusedError, Respond, is_loopback
 from clip_rd_edge.utils.process import end_calls, handled_by, leave_lost_terminal, stop_signals
-from clip_rd_edge.utils.structs import is_natural
 
-LOOPBACK = "127.0.0.1"
-MAX_BODY_BYTES = 25_000_000
 BODY_TIMEOUT_S = 20.0  # for a request body to arrive
-MAX_BODIES_BYTES = 200_000_000  # of all requests that are received or answered at a time
-_HEADERS = {  # of every response
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
-}
-_ONCE = ("host", "origin", "authorization", "content-length", "transfer-encoding")
-_RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
-_RAW_NAMES = {name for name, _ in _RAW_HEADERS}
-
-
-class TooLargeError(Exception):
-    """The request body exceeds MAX_BODY_BYTES."""
-
-
-class FullError(Exception):
-    """The bodies of all requests together exceed MAX_BODIES_BYTES, and this one had to make room."""
-
-
-class _Body:
-    """What has arrived of a request's body; `given_up` is set when others need the room."""
-
-    def __init__(self) -> None:
-        self.size, self.is_complete = 0, False
-        self.given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-
-class Guard:
-    """Middleware that rejects foreign hosts, foreign origins and large bodies, and adds security headers.
-
-    Reading a body raises `TooLargeError` or `FullError` if it exceeds a limit. When all bodies together exceed theirs,
-    those that began first and are still not complete are given up: clients that send theirs slowly, or never end them,
-    keep nobody out.
-
-    Args:
-        app: the application to protect.
-        host: address or name that the server listens on; whoever chose a name reaches the server by it.
-        names: further host names that requests may use, as from `host_names`. Their pages may send requests, too: a
-            proxy in front of the server passes on the site's Origin, but mostly the server's own address as Host.
-        token_required: every request carries a secret that a foreign page does not know, so that Host and Origin need
-            no check.
-        respond: makes the response of a refusal from its status and message.
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        host: str,
-        names: Collection[str] = (),
-        token_required: bool = False,
-        respond: Callable[[int, str], Response] | None = None,
-    ) -> None:
-        self.app, self._respond = app, respond or error_response
-        self.loopback = is_loopback(host)
-        self.named = {*names} - {""}  # without `host`: a page of another port of 127.0.0.1 is foreign
-        self.names = {*self.named, host.lower()} - {""}
-        self.token_required = token_required
-        self._bodies: dict[_Body, None] = {}  # of all requests that are not answered yet, in the order of their begin
-        self._last_allowed: str | None = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        refusal = self._refusal(headers)
-        if refusal is not None:
-            status, message = refusal
-            await self._respond(status, message)(scope, receive, _with_headers(send))
-            return
-        if not scope["path"].isprintable():  # no file and no route; NUL is an error where files are looked for
-            await self._respond(404, "Not found.")(scope, receive, _with_headers(send))
-            return
-        body = _Body()
-
-        async def receive_counted() -> Message:
-            """Count the bytes, for bodies without a Content-Length."""
-            message = await (receive() if body.is_complete else _unless_given_up(body, receive))
-            body.size += len(message.get("body", b""))
-            body.is_complete = not message.get("more_body", False)
-            if body.size > MAX_BODY_BYTES:
-                raise TooLargeError
-            self._make_room(body)
-            return message
-
-        self._bodies[body] = None
-        try:
-            await self.app(scope, receive_counted, _with_headers(send))
-        finally:
-            self._bodies.pop(body, None)
-
-    def _make_room(self, body: _Body) -> None:
-        """Give up bodies until all fit; raise FullError if `body` is the one to give up."""
-        total = sum(other.size for other in self._bodies)
-        for other in list(self._bodies):
-            if total <= MAX_BODIES_BYTES:
-                return
-            if not other.is_complete and other is not body:
-                total -= other.size
-                other.given_up.set_result(None)
-                del self._bodies[other]
-        if total > MAX_BODIES_BYTES:
-            raise FullError
-
-    def _refusal(self, headers: Headers) -> tuple[int, str] | None:
-        names = headers.keys()
-        if any(names.count(name) > 1 for name in _ONCE) or {"content-length", "transfer-encoding"} <= set(names):
-            # A proxy in front may have read the other one.
-            return 400, f"The request has two of the headers that it may have once: {', '.join(_ONCE)}."
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if not self.token_required:
-            # Without any Host, it is no browser's: probes of load balancers send none with HTTP/1.0.
-            if (host or origin) and not self._allows(host):
-                return 403, f"The host {host!r} is not allowed; use the address that clip-rd-edge printed."
-            if origin is not None and not self._allows_page(origin, host):
-                message = f"Requests from pages of {origin} to {host!r} are not allowed"
-                return 403, f"{message}; a proxy has to pass on Host unchanged."
-        length = headers.get("content-length", "0")
-        if not is_natural(length) or int(length) > MAX_BODY_BYTES:
-            return 413, too_large_message()
-        return None
-
-    def _allows(self, host: str) -> bool:
-        """Return whether requests may name a host; the last one is remembered, for most name the same."""
-        if host != self._last_allowed:
-            if _hostname(host) not in self.names and not allowed_host(host, loopback=self.loopback):
-                return False
-            self._last_allowed = host
-        return True
-
-    def _allows_page(self, origin: str, host: str) -> bool:
-        """Return whether pages of an origin may send requests to this Host: its own, and those of a given name."""
-        scheme, _, site = origin.partition("://")
-        return scheme in ("http", "https") and (site == host or _hostname(site) in self.named)
-
-
-async def _unless_given_up(body: _Body, receive: Receive) -> Message:
-    """Return the next message; raise FullError if the body is given up before it comes."""
-    message: asyncio.Future[Message] = asyncio.ensure_future(receive())
-    waiting: set[asyncio.Future[Any]] = {message, body.given_up}
-    try:
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if body.given_up.done():
-            raise FullError
-        return message.result()
-    finally:
-        message.cancel()
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether a server on `host` can be reached only from this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def allowed_host(host: str, *, loopback: bool) -> bool:
-    """Return whether a Host header names this machine.
-
-    Loopback names are always allowed. If the server is open to the network, so are all IP addresses and this machine's
-    host name: unlike a foreign name, they cannot be used for DNS rebinding.
-    """
-    name = _hostname(host)
-    if name == "localhost":
-        return True
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        hostname = socket.gethostname().lower()
-        return not loopback and name in {hostname, f"{hostname}.local"}
-    return address.is_loopback or not loopback
-
-
-def _hostname(host: str) -> str:
-    """Return the name in a Host header without its port, or an empty string if it is anything else than NAME:PORT."""
-    try:
-        parts = urlsplit(f"//{host}")
-        is_valid = parts.netloc == host and "@" not in host and parts.port != 0  # a wrong port raises
-        return parts.hostname or "" if is_valid else ""
-    except ValueError:
-        return ""
-
-
-def host_names(names: str | Collection[str]) -> set[str]:
-    """Return the host names in what a user gives, a single one or several: NAME, NAME:PORT or http://NAME:PORT."""
-    hosts = set()
-    for name in [names] if isinstance(names, str) else names:
-        host = _hostname(name.strip().rpartition("://")[2].partition("/")[0])
-        if not host:
-            raise UsageError(
-                f"{name!r} has no host name.", hint="name the host alone, such as {allow_host} clip-server"
-            )
-        hosts.add(host)
-    return hosts
-
-
-def error_response(status: int, message: str, *, hint: str = "") -> JSONResponse:
-    """Return a JSON response with an error message and a hint."""
-    return JSONResponse({"error": message, "hint": hint}, status_code=status)
-
-
-def too_large_message() -> str:
-    """Return the message for TooLargeError."""
-    return f"The request is too large; the limit is {MAX_BODY_BYTES // 1_000_000} MB."
-
-
-def _with_headers(send: Send) -> Send:
-    async def send_with_headers(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            own = [header for header in message.get("headers", ()) if header[0].lower() not in _RAW_NAMES]
-            message["headers"] = [*own, *_RAW_HEADERS]
-        await send(message)
-
-    return send_with_headers
-
-
+REQUEST_TIMEOUT_S = 10.0  # for the head of the first request to arrive
 MAX_CONNECTIONS = 256
 OPEN_FILES = 1024  # the usual limit of a process; a shell of macOS has 256
-REQUEST_TIMEOUT_S = 10.0  # for the head of the first request to arrive
 MAX_HEAD_BYTES = 64_000  # of a request; of what follows its body, too
 MAX_AHEAD, MAX_AHEAD_BYTES = 64, 256_000  # requests that arrive before the answer to an earlier one, and their bytes
 MAX_LOG_LINES, LOG_PERIOD_S = 20, 60.0
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def answered(handler: Handler, *, respond: Respond, status_of: Callable[[ClipRdEdgeError], int]) -> Handler:
+    """Wrap a handler so that expected errors become responses; those of the server itself are logged, too."""
+
+    async def handle(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except RefusedError as refused:
+            return respond(refused.status, str(refused), "")
+        except (asyncio.TimeoutError, TimeoutError):
+            return respond(408, f"The request did not arrive within {BODY_TIMEOUT_S:.0f} s.", "")
+        except ClientDisconnect:
+            return respond(400, "The connection was closed before the request was complete.", "")
+        except ClipRdEdgeError as error:
+            status = status_of(error)
+            if status >= 500:
+                logging.getLogger("uvicorn.error").error("%s", error)
+            return respond(status, str(error), error.hint)
+
+    return handle
+
+
+async def read_body(request: Request) -> bytes:
+    """Return the body of a request; raise TimeoutError if it takes longer than BODY_TIMEOUT_S to arrive."""
+    return await asyncio.wait_for(request.body(), BODY_TIMEOUT_S)
 
 
 class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-ignore]
@@ -284,7 +75,6 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-
     ahead_bytes = 0  # received since a request is being answered
 
     def connection_made(self, transport: Any) -> None:
-        """Count the connection, and start to wait for its first request."""
         super().connection_made(transport)
         self.opened_at = time.monotonic()
         if len(self.connections) > connection_limit():
@@ -295,17 +85,15 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-
         self.timer = asyncio.get_running_loop().call_later(REQUEST_TIMEOUT_S, self._end_without_request)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection; its timer would keep it in memory."""
-        self.timer.cancel()
+        self.timer.cancel()  # which would keep the connection in memory
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
-        """A request begins."""
         self.in_fields, self.field_bytes = True, 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """Its head is complete. What is raised here ends the parsing, and the answer is 400."""
+        """What is raised here ends the parsing, and the answer is 400."""
         self.in_fields = False
         if len(self.pipeline) >= MAX_AHEAD:
             raise OverflowError
@@ -316,12 +104,10 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-
         self.in_fields, self.field_bytes = True, 0
 
     def on_body(self, body: bytes) -> None:
-        """A part of the body has arrived."""
         self.in_fields = False
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request has ended."""
         self.in_fields = False
         super().on_message_complete()
 
@@ -383,19 +169,17 @@ class LogLimit(logging.Filter):
         return self._lines <= MAX_LOG_LINES
 
 
-async def read_body(request: Request) -> bytes:
-    """Return the body of a request; raise TimeoutError if it takes longer than BODY_TIMEOUT_S to arrive."""
-    return await asyncio.wait_for(request.body(), BODY_TIMEOUT_S)
-
-
 def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], None], stop_within_s: int) -> None:
     """Run an application until one of the `stop_signals`; requests in progress have `stop_within_s` seconds to finish.
 
     Args:
-        host, port, ready: as for `serve`.
+        host: address to listen on.
+        port: port to listen on; 0 uses any free port.
+        ready: called with the server's URL once it accepts connections; for a server on all addresses (0.0.0.0 or ::),
+            with the one on this machine.
     """
-    with _listen(host, port) as listener:
-        url = url_of({"": LOOPBACK, "0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host), listener.getsockname()[1])
+    loggers = [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
+    with _listen(host, port) as listener, _filtered(loggers, LogLimit()):
         config = uvicorn.Config(
             app,
             http=LimitedProtocol,
@@ -408,15 +192,19 @@ def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], N
             timeout_graceful_shutdown=stop_within_s,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
-        log_limit, loggers = LogLimit(), [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
+        ready(url_of({"": LOOPBACK, "0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host), listener.getsockname()[1]))
+        _run(_Server(config), listener)
+
+
+@contextmanager
+def _filtered(loggers: Collection[logging.Logger], limit: logging.Filter) -> Iterator[None]:
+    for logger in loggers:
+        logger.addFilter(limit)
+    try:
+        yield
+    finally:
         for logger in loggers:
-            logger.addFilter(log_limit)
-        try:
-            ready(url)
-            _run(_Server(config), listener)
-        finally:
-            for logger in loggers:
-                logger.removeFilter(log_limit)
+            logger.removeFilter(limit)
 
 
 class _Server(uvicorn.Server):
@@ -430,7 +218,6 @@ class _Server(uvicorn.Server):
         self._over = end_calls(128 + signal.SIGTERM)
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until a signal."""
         try:
             super().run(sockets)
         finally:
@@ -439,7 +226,7 @@ class _Server(uvicorn.Server):
 
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:
     """Run a server until it ends; in a thread of its own within an event loop, as in the cell of a notebook."""
-    if not _is_in_event_loop():
+    if asyncio._get_running_loop() is None:
         with _stopped_by_lost_terminal(server):
             server.run(sockets=[listener])
         return
@@ -469,14 +256,6 @@ def _stopped_by_lost_terminal(server: uvicorn.Server) -> Iterator[None]:
         signal.raise_signal(received[0])
 
 
-def _is_in_event_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
-
-
 def url_of(host: str, port: int) -> str:
     """Return the URL of a server."""
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
@@ -491,23 +270,19 @@ def network_urls(host: str, port: int) -> list[str]:
     addresses = [_source_address(socket.AF_INET, "192.0.2.1")]
     if host == "::":
         addresses.append(_source_address(socket.AF_INET6, "2001:db8::1"))
-    try:
+    with suppress(OSError):
         resolved = socket.getaddrinfo(socket.gethostname(), port, type=socket.SOCK_STREAM)
-    except OSError:
-        resolved = []
-    addresses += [str(entry[4][0]) for entry in resolved if entry[0] == socket.AF_INET or host == "::"]
+        addresses += [str(entry[4][0]) for entry in resolved if entry[0] == socket.AF_INET or host == "::"]
     usable = (address for address in addresses if address and not is_loopback(address) and "%" not in address)
     return [url_of(address, port) for address in dict.fromkeys(usable)]
 
 
 def _source_address(family: socket.AddressFamily, destination: str) -> str:
     """Return this machine's address on the way to `destination`, or an empty string; nothing is sent."""
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((destination, 9))
-            return str(probe.getsockname()[0])
-    except OSError:
-        return ""
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((destination, 9))
+        return str(probe.getsockname()[0])
+    return ""
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,4 +1,4 @@
-"""The handlers of `clip-rd-edge serve`: they embed, classify and search for all requests together."""
+"""What `clip-rd-edge serve` answers to other programs: embeddings, classification and search."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import base64
 import hmac
 import sys
 import time
-from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from copy import copy
@@ -35,40 +35,21 @@ from clip_rd_edge.errors import ClipRdEdgeError, InputError, with_hint
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.index import (
-    INDEX_FILE,
-    Entry,
-    Index,
-    nearest,
-    open_graph,
-    read_index,
-    require_same_model,
-)
-from clip_rd_edge.runtime.search_graph import Graph
+from clip_rd_edge.runtime.index import nearest
 from clip_rd_edge.serving import protocol
-from clip_rd_edge.serving.demo import MAX_PIXELS, LabelSets, UploadedImage, label_key
-from clip_rd_edge.serving.protocol import Batcher, Item
-from clip_rd_edge.serving.server import (
-    LOOPBACK,
-    FullError,
-    Guard,
-    TooLargeError,
-    host_names,
-    read_body,
-    too_large_message,
-)
+from clip_rd_edge.serving.guard import LOOPBACK, Guard, RefusedError, host_names
+from clip_rd_edge.serving.protocol import Item, UploadedImage, label_key, require_few_labels
+from clip_rd_edge.serving.server import Handler, answered, read_body
+from clip_rd_edge.serving.shared import CONTENT_TYPE, Batcher, Metrics, ServedIndex
 from clip_rd_edge.utils.host import resident_memory_bytes
-from clip_rd_edge.utils.paths import file_identity
 from clip_rd_edge.utils.structs import CheckedStruct, PositiveInt, UnknownFieldError, decode_request
 
 OPENERS = 2  # threads that decode images
+RETRY_AFTER_S = 1
+_BUSY = 503
 _BATCHES_AHEAD = 3  # of opened images: one in the model, one being opened, and one ready in between
 _FEW_CHARACTERS = 1000  # that are tokenised at once: a change of threads takes longer
 _MAX_CLASSIFIERS = 8  # label lists whose embeddings are kept
-
-
-class BusyError(ClipRdEdgeError):
-    """The server has as much work as it accepts."""
 
 
 class Limits(CheckedStruct, frozen=True, kw_only=True):
@@ -127,7 +108,7 @@ class Service:
             self._classifiers[label_key([])] = ZeroShotClassifier(encoder, None, cache=False)
 
     async def embeddings(self, request: Request) -> Response:
-        """POST /embeddings: llama.cpp's form, a list with one matrix of one row per item."""
+        """Embed in llama.cpp's form: a list with one matrix of one row per item."""
         items = protocol.llama_items(decode_request(await request.body(), protocol.LlamaRequest))
         rows, _ = await self._embed(items)
         return json_response([{"index": number, "embedding": [row.tolist()]} for number, row in enumerate(rows)])
@@ -150,7 +131,7 @@ class Service:
         """GET /v1/models/NAME."""
         entry, name = self._model_entry(), request.path_params["name"]
         if name not in (entry["id"], *entry["aliases"]):
-            return error_response(404, f"There is no model {name!r}; this server has {entry['id']!r}.")
+            return _error_response(404, f"There is no model {name!r}; this server has {entry['id']!r}.")
         return json_response(entry)
 
     def _model_entry(self) -> dict[str, Any]:
@@ -196,7 +177,7 @@ class Service:
         """POST /classify."""
         body = decode_request(await request.body(), protocol.ClassifyRequest)
         if body.labels is not None:
-            LabelSets().add(body.labels)  # refuses what is no list of labels
+            require_few_labels(body.labels)
         classifier = await self._classifier(body.labels)
         (row,), _ = await self._embed([Item(image=protocol.decode_image(body.image))])
         (predictions,) = classifier.classify_embeddings(row[None], top=body.top, none_below=body.none_below)
@@ -224,7 +205,7 @@ class Service:
     def turn(self) -> Iterator[None]:
         """Count a request while it is answered."""
         if self.active_requests >= self.limits.max_requests:
-            raise BusyError(f"{self.active_requests:,} requests are being answered already.")
+            raise RefusedError(_BUSY, f"{self.active_requests:,} requests are being answered already.")
         self.active_requests += 1
         try:
             yield
@@ -278,13 +259,15 @@ class Service:
             return await self._images.embed([pixels])
 
     def _open(self, image: UploadedImage) -> Pixels:
-        return preprocess(open_image(image, max_pixels=MAX_PIXELS), self.encoder.manifest.preprocessing)
+        return preprocess(open_image(image, max_pixels=protocol.MAX_PIXELS), self.encoder.manifest.preprocessing)
 
     @contextmanager
     def _counted(self, items: int) -> Iterator[None]:
-        """Count the items of a request while they are embedded; raises BusyError as `_embed`."""
+        """Count the items of a request while they are embedded."""
         if self.pending_items and self.pending_items + items > self.limits.max_items:
-            raise BusyError(f"{self.pending_items:,} items wait already; the limit is {self.limits.max_items:,}.")
+            raise RefusedError(
+                _BUSY, f"{self.pending_items:,} items wait already; the limit is {self.limits.max_items:,}."
+            )
         self.pending_items += items
         try:
             yield
@@ -292,7 +275,7 @@ class Service:
             self.pending_items -= items
 
     async def _classifier(self, labels: Sequence[str] | None) -> ZeroShotClassifier:
-        """Return the classifier among these labels, or those of the bundle; raises as `_embed`."""
+        """Return the classifier among these labels, or those of the bundle."""
         key = label_key(labels or [])
         async with self._turns.setdefault(key, asyncio.Lock()):
             if key not in self._classifiers:
@@ -317,7 +300,7 @@ class Service:
         """Return the labels' embeddings, as `bundle.encoder.label_embeddings` does, in turn with other requests.
 
         No more prompts wait than fill a batch, and so many items are counted: thousands of labels keep no other request
-        waiting, and get it no 503. Raises BusyError as `_embed`.
+        waiting, and get it no 503.
         """
         templates, size = self.description.templates, self.limits.max_batch
         means = list[Embeddings]()
@@ -338,27 +321,6 @@ def _base64(row: Embeddings) -> str:
     return base64.b64encode(row.astype("<f4").tobytes()).decode()
 
 
-def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Return a response with what msgspec encodes."""
-    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
-
-
-def error_response(status: int, message: str, *, headers: dict[str, str] | None = None) -> Response:
-    """Return an error in OpenAI's form."""
-    kinds = {
-        401: "authentication_error",
-        403: "permission_error",
-        404: "not_found_error",
-        503: "unavailable_error",
-    }
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return json_response({"error": {"code": status, "message": message, "type": kind, "param": None}}, status, headers)
-
-
-RETRY_AFTER_S = 1
-Handler = Callable[[Request], Awaitable[Response]]
-
-
 def make_app(
     service: Service, *, token: str = "", host: str = LOOPBACK, names: str | Collection[str] = ()
 ) -> Starlette:
@@ -367,7 +329,7 @@ def make_app(
     Args:
         token: the bearer token that every request but /health needs; empty for none.
         host: that the server listens on.
-        names: further host names that requests may use; see `serving.server` for both.
+        names: further host names that requests may use; see `serving.guard` for both.
     """
     posts: dict[str, Handler] = {
         "/embeddings": service.embeddings,
@@ -391,7 +353,9 @@ def make_app(
         for method, handlers in (("POST", posts), ("GET", gets))
         for path, handler in handlers.items()
     ]
-    guard = Middleware(Guard, host=host, names=host_names(names), token_required=bool(token), respond=error_response)
+    guard = Middleware(
+        Guard, host=host, names=host_names(names), token_required=bool(token), respond=_error_response, full=_BUSY
+    )
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -407,55 +371,42 @@ async def _unrouted(request: Request, error: HTTPException) -> Response:
     allowed = (error.headers or {}).get("Allow", "")
     expected = f"{request.method} is not answered, but {allowed}" if allowed else "there is nothing; see /openapi.json"
     message = f"At {request.url.path}, {expected}."
-    return error_response(error.status_code, message, headers=dict(error.headers or {}))
+    response = _error_response(error.status_code, message)
+    response.headers.update(error.headers or {})
+    return response
 
 
 def _answer(path: str, handler: Handler, service: Service, token: str) -> Handler:
     """Wrap a handler: check the token, turn expected errors into answers in OpenAI's form, and count."""
 
-    async def handle(request: Request) -> Response:
-        started = time.perf_counter()
+    async def checked(request: Request) -> Response:
         if token and path != "/health" and not _authorised(request, token):
-            response = error_response(
-                401, "The bearer token is missing or wrong.", headers={"WWW-Authenticate": "Bearer"}
-            )
-        else:
-            response = await _result(handler, request, service)
-        service.metrics.finish(path, response.status_code, time.perf_counter() - started)
-        return response
-
-    return handle
-
-
-def _authorised(request: Request, token: str) -> bool:
-    scheme, _, sent = request.headers.get("authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(sent.strip().encode(), token.encode())
-
-
-async def _result(handler: Handler, request: Request, service: Service) -> Response:
-    try:
+            raise RefusedError(401, "The bearer token is missing or wrong.")
         if request.method != "POST":
             return await handler(request)
         # Before it counts: requests that are never complete take nobody's turn. The handler gets the body from here.
         await read_body(request)
         with service.turn():
             return await _unless_it_leaves(handler, request)
-    except BusyError as error:
-        return error_response(503, str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
-    except FullError:
-        return error_response(503, "Too much is being sent at once.", headers={"Retry-After": str(RETRY_AFTER_S)})
-    except TooLargeError:
-        return error_response(413, too_large_message())
-    except (asyncio.TimeoutError, TimeoutError):
-        return error_response(408, "The request did not arrive in time.")
-    except ClientDisconnect:
-        return error_response(400, "The connection was closed before the request was complete.")
-    except UnknownFieldError as error:
-        return error_response(422, with_hint(str(error), error.hint))
-    except InputError as error:
-        return error_response(400, with_hint(str(error), error.hint))
-    except ClipRdEdgeError as error:
-        return error_response(500, with_hint(str(error), error.hint))
+
+    answer = answered(checked, respond=_error_response, status_of=_status_of)
+
+    async def handle(request: Request) -> Response:
+        started = time.perf_counter()
+        response = await answer(request)
+        service.metrics.finish(path, response.status_code, time.perf_counter() - started)
+        return response
+
+    return handle
+
+
+def _status_of(error: ClipRdEdgeError) -> int:
+    return 422 if isinstance(error, UnknownFieldError) else 400 if isinstance(error, InputError) else 500
+
+
+def _authorised(request: Request, token: str) -> bool:
+    scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(sent.strip().encode(), token.encode())
 
 
 async def _unless_it_leaves(handler: Handler, request: Request) -> Response:
@@ -485,135 +436,15 @@ async def _unless_it_leaves(handler: Handler, request: Request) -> Response:
         end.cancel()
 
 
-_ENTRIES_FREED = 10_000  # at a time
-_READING_S = 1.0  # that a search waits for an index that was updated; less than a client's patience
-
-Opened = tuple[Index, Embeddings, Graph | None]
-
-
-class ServedIndex:
-    """An index that others may update.
-
-    Args:
-        folder: of the index.
-        encoder: the bundle that made it.
-    """
-
-    def __init__(self, folder: Path, encoder: BundleEncoder) -> None:
-        self._folder, self._encoder = folder, encoder
-        self._identity = file_identity(folder / INDEX_FILE)  # of the index.json that was read last
-        self._error: ClipRdEdgeError | None = None  # why that cannot be searched
-        self._reading: asyncio.Task[None] | None = None
-        self._opened = self._open()
-
-    async def current(self) -> Opened:
-        """Return the index, read again if it was updated; the one before, where reading takes long."""
-        identity = await asyncio.to_thread(file_identity, self._folder / INDEX_FILE)
-        if self._reading is None and (identity != self._identity or self._error is not None):
-            self._reading = asyncio.create_task(self._read_again())
-            finished, _ = await asyncio.wait([self._reading], timeout=_READING_S)
-            for reading in finished:
-                reading.result()  # raises what is not expected
-        if self._error is not None and identity == self._identity:
-            # Not an InputError, as the client's mistakes are: it was removed, or replaced by another bundle's.
-            raise ClipRdEdgeError(str(self._error), hint=self._error.advice) from self._error
-        return self._opened
-
-    async def _read_again(self) -> None:
-        try:
-            identity = await asyncio.to_thread(file_identity, self._folder / INDEX_FILE)
-            try:
-                opened = await asyncio.to_thread(self._open, self._opened[0].model)
-            except ClipRdEdgeError as error:
-                self._identity, self._error = identity, error
-                return
-            entries = list(self._opened[0].entries)
-            self._opened, self._identity, self._error = opened, identity, None
-            await asyncio.to_thread(_free_in_parts, entries)
-        finally:
-            self._reading = None
-
-    def _open(self, model: str | None = None) -> Opened:
-        """Read the index; `model` is the key of the one that has made it so far."""
-        index, rows = read_index(self._folder, memory_mapped=False)
-        if model is not None and index.model != model:
-            raise ClipRdEdgeError(
-                f"Another bundle has made the index {self._folder} again since this server started.",
-                hint=f"Restart clip-rd-edge serve with that bundle, {index.bundle}.",
-            )
-        require_same_model(self._encoder, index, self._folder)
-        return index, rows, open_graph(self._folder, index, memory_mapped=False)
+def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return a response with what msgspec encodes."""
+    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
-def _free_in_parts(entries: list[Entry]) -> None:
-    """Empty a list: all at once, the memory of a million entries is freed while no other thread runs."""
-    while entries:
-        del entries[-_ENTRIES_FREED:]
-
-
-PREFIX = "clip_rd_edge_"
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-
-
-class Histogram:
-    """Counts values by upper bounds.
-
-    Args:
-        bounds: upper bounds of the buckets, ascending.
-    """
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = tuple(bounds)
-        self.counts = [0] * (len(self.bounds) + 1)
-        self.sum = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count a value."""
-        self.counts[next((i for i, bound in enumerate(self.bounds) if value <= bound), len(self.bounds))] += 1
-        self.sum += value
-
-    def lines(self, name: str, labels: str) -> list[str]:
-        """Return the samples of the histogram; `labels` are as in `tower="image"`."""
-        lines, total = [], 0
-        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
-            total += count
-            lines.append(f'{name}_bucket{{{labels},le="{bound}"}} {total}')
-        return [*lines, f"{name}_sum{{{labels}}} {self.sum:.6f}", f"{name}_count{{{labels}}} {total}"]
-
-
-class Metrics:
-    """The server's counters."""
-
-    def __init__(self) -> None:
-        self.requests: Counter[tuple[str, int]] = Counter()
-        self.seconds: dict[str, Histogram] = {}
-        self.batches = {tower: Histogram(SIZES) for tower in ("image", "text")}
-
-    def finish(self, path: str, status: int, seconds: float) -> None:
-        """Count a finished request of a known path."""
-        self.requests[path, status] += 1
-        self.seconds.setdefault(path, Histogram(SECONDS)).observe(seconds)
-
-    def render(self, *, pending: int, memory_bytes: int | None) -> str:
-        """Return all metrics as text.
-
-        Args:
-            pending: items of requests that are not answered yet.
-            memory_bytes: resident memory of the process, or None if it is unknown.
-        """
-        lines = [f"# TYPE {PREFIX}requests_total counter"]
-        for (path, status), count in sorted(self.requests.items()):
-            lines.append(f'{PREFIX}requests_total{{path="{path}",status="{status}"}} {count}')
-        lines.append(f"# TYPE {PREFIX}request_seconds histogram")
-        for path, histogram in sorted(self.seconds.items()):
-            lines += histogram.lines(f"{PREFIX}request_seconds", f'path="{path}"')
-        lines.append(f"# TYPE {PREFIX}batch_size histogram")
-        for tower, histogram in self.batches.items():
-            lines += histogram.lines(f"{PREFIX}batch_size", f'tower="{tower}"')
-        lines.append(f"# TYPE {PREFIX}pending_items gauge")
-        lines.append(f"{PREFIX}pending_items {pending}")
-        if memory_bytes is not None:
-            lines += ["# TYPE process_resident_memory_bytes gauge", f"process_resident_memory_bytes {memory_bytes}"]
-        return "\n".join(lines) + "\n"
+def _error_response(status: int, message: str, hint: str = "") -> Response:
+    """Return an error in OpenAI's form."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 503: "unavailable_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    error = {"code": status, "message": with_hint(message, hint), "type": kind, "param": None}
+    headers = {_BUSY: {"Retry-After": str(RETRY_AFTER_S)}, 401: {"WWW-Authenticate": "Bearer"}}
+    return json_response({"error": error}, status, headers.get(status))

@@ -8,7 +8,6 @@ import json
 import logging
 import mimetypes
 import os
-import re
 import runpy
 import shutil
 import signal
@@ -27,23 +26,15 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from starlette import testclient
 from support import PATIENCE_S, patient_server
 
+import clip_rd_edge as edge
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
-from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
-from clip_rd_edge.runtime.load import load
 from clip_rd_edge.serving import demo as app
-from clip_rd_edge.serving import demo as models
-from clip_rd_edge.serving import server as guard
-from clip_rd_edge.serving import server as limits
-from clip_rd_edge.serving import service as serving_app
-from clip_rd_edge.serving.server import _listen, is_loopback
-from clip_rd_edge.serving.service import Service
-
-pytest.importorskip("starlette")
-testclient = pytest.importorskip("starlette.testclient")
-
+from clip_rd_edge.serving import guard, protocol, server
 
 LABELS = ["red", "green", "blue"]
 
@@ -97,32 +88,6 @@ def test_the_pages_files_have_their_types_whatever_the_machine_calls_them(
         assert client.get("/").headers["content-type"].startswith("text/html")
 
 
-def test_a_port_on_windows_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another option stands for the one that only Windows has."""
-    monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_KEEPALIVE, raising=False)
-    with _listen("127.0.0.1", 0) as listener:
-        options = [listener.getsockopt(socket.SOL_SOCKET, name) for name in (socket.SO_KEEPALIVE, socket.SO_REUSEADDR)]
-    assert [bool(value) for value in options] == [True, False]
-
-
-def test_labels_that_the_page_would_not_take_are_refused_at_the_start(colour_bundle: Path) -> None:
-    with pytest.raises(InputError, match=r"There are 2,001 labels; the limit is 2,000\."):
-        app.Demo([colour_bundle], labels=[f"thing {number}" for number in range(2_001)], threads=1)
-    with pytest.raises(InputError, match="Label 2 has 301 characters"):
-        app.Demo([colour_bundle], labels=["red", "r" * 301], threads=1)
-    assert app.Demo([colour_bundle], labels=["red"] * 2_000, threads=1).start_labels == ["red"] * 2_000
-
-
-def test_a_bundle_that_embeds_images_alone_is_refused(colours_without_text: Path) -> None:
-    manifest = read_manifest(colours_without_text)
-    (colours_without_text / "labels.npz").unlink()
-    write_manifest(colours_without_text, manifest)
-    with pytest.raises(InputError, match="has no text tower and no labels: there is nothing to classify"):
-        app.Demo([colours_without_text])
-    with pytest.raises(InputError, match="has no text tower and no labels: it embeds images alone"):
-        ZeroShotClassifier(load(colours_without_text))
-
-
 def test_bundles_in_folders_of_the_same_name_are_told_apart(colour_bundle: Path, tmp_path: Path) -> None:
     folders = [tmp_path / path for path in ("a/bundles/int8", "b/bundles/int8", "b/bundles/fp32")]
     for folder in folders:
@@ -146,21 +111,10 @@ def test_the_time_to_embed_labels_is_told_apart(client: Any, key: str, monkeypat
         time.sleep(0.05)
         return ZeroShotClassifier(*arguments, **options)
 
-    monkeypatch.setattr(models, "ZeroShotClassifier", slow)
+    monkeypatch.setattr(app, "ZeroShotClassifier", slow)
     labels_ms = [client.post(f"/api/classify?labels={key}", content=png()).json()["labels_ms"] for _ in range(2)]
     assert labels_ms[0] >= 50
     assert labels_ms[1] < labels_ms[0]
-
-
-def test_a_page_of_an_earlier_server_gets_no_answer_of_another_bundle(client: Any, key: str) -> None:
-    def status(bundle: int, name: str) -> int:
-        query = {"bundle": bundle, "name": name, "labels": key}
-        return int(client.post("/api/classify", params=query, content=png()).status_code)
-
-    first, second = (bundle["folder"] for bundle in client.get("/api/bundles").json()["bundles"])
-    assert (status(0, first), status(1, second)) == (200, 200)
-    assert (status(0, second), status(1, first)) == (410, 410)
-    assert status(2, "third") == 410  # which an earlier server had
 
 
 @pytest.mark.parametrize(
@@ -176,9 +130,9 @@ def test_a_page_of_an_earlier_server_gets_no_answer_of_another_bundle(client: An
         ("/api/labels", b"{", 422, "The request is invalid"),
         ("/api/labels", b'{"a": 1}', 422, "The request is invalid"),
         ("/api/labels", b"[]", 422, "No labels were sent"),
-        ("/api/labels", b'["a", 1]', 422, "Label 2 of 2 is empty or not text"),
-        ("/api/labels", b'["a", " "]', 422, "Label 2 of 2 is empty or not text"),
-        ("/api/labels", json.dumps(["a" * 301]).encode(), 422, "Label 1 has 301 characters"),
+        ("/api/labels", b'["a", 1]', 422, "Label 2 of 2 has to be"),
+        ("/api/labels", b'["a", " "]', 422, "Label 2 of 2 has to be"),
+        ("/api/labels", json.dumps(["a" * 301]).encode(), 422, "Label 1 of 1 has to be"),
         ("/api/labels", json.dumps(["a"] * 2001).encode(), 422, "There are 2,001 labels; the limit is 2,000"),
     ],
 )
@@ -191,8 +145,8 @@ def test_invalid_requests_get_an_error_message(
 
 
 def test_large_images_and_bodies_are_refused(client: Any, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert models.MAX_PIXELS >= 8160 * 6144  # of a phone with 50 megapixels
-    monkeypatch.setattr(models, "MAX_PIXELS", 1_000_000)
+    assert protocol.MAX_PIXELS >= 8160 * 6144  # of a phone with 50 megapixels
+    monkeypatch.setattr(protocol, "MAX_PIXELS", 1_000_000)
     response = client.post(f"/api/classify?labels={key}", content=png(size=(1200, 1000)))
     message = "The image that was sent has 1200 × 1000 pixels; the limit is 1,000,000."
     assert (response.status_code, response.json()["error"]) == (400, message)
@@ -202,24 +156,6 @@ def test_large_images_and_bodies_are_refused(client: Any, key: str, monkeypatch:
     response = client.post("/api/labels", content=iter([b" " * 600_000, b" " * 600_000]))
     assert (response.status_code, response.json()["error"]) == (413, "The request is too large; the limit is 1 MB.")
     assert client.post("/api/labels", json=["still", "works"]).status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("host", "loopback", "allowed"),
-    [
-        ("127.0.0.1:8765", True, True),
-        ("localhost", True, True),
-        ("[::1]:8765", True, True),
-        ("evil.example:8765", True, False),
-        ("localhost.evil.example", True, False),
-        ("192.168.1.5:8765", True, False),
-        ("", True, False),
-        ("192.168.1.5:8765", False, True),
-        ("evil.example:8765", False, False),
-    ],
-)
-def test_allowed_hosts(host: str, loopback: bool, allowed: bool) -> None:
-    assert guard.allowed_host(host, loopback=loopback) is allowed
 
 
 def test_foreign_pages_are_refused(client: Any) -> None:
@@ -235,7 +171,9 @@ def test_foreign_pages_are_refused(client: Any) -> None:
     assert same_origin.status_code == 200
 
 
-def test_a_bundle_that_is_deleted_or_exported_again(client: Any, key: str, colour_bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_that_is_deleted_or_exported_again(
+    client: Any, key: str, colour_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     url = f"/api/classify?labels={key}"
     assert client.post(url, content=png()).status_code == 200
     shutil.rmtree(colour_bundle)
@@ -249,6 +187,7 @@ def test_a_bundle_that_is_deleted_or_exported_again(client: Any, key: str, colou
     assert client.post(url, content=png()).status_code == 200
     (colour_bundle / "manifest.json").write_text("{")
     assert client.post(url, content=png()).status_code == 500
+    assert "manifest.json is not valid JSON" in caplog.text  # where the server runs: the page shows no such words
 
 
 def test_parallel_requests_are_answered_or_rejected(client: Any, key: str) -> None:
@@ -262,45 +201,38 @@ def test_parallel_requests_are_answered_or_rejected(client: Any, key: str) -> No
     assert client.post(f"/api/classify?labels={key}", content=png()).status_code == 200
 
 
+def test_a_page_of_an_earlier_server_gets_no_answer_of_another_bundle(client: Any, key: str) -> None:
+    def status(bundle: int, name: str) -> int:
+        query = {"bundle": bundle, "name": name, "labels": key}
+        return int(client.post("/api/classify", params=query, content=png()).status_code)
+
+    first, second = (bundle["folder"] for bundle in client.get("/api/bundles").json()["bundles"])
+    assert (status(0, first), status(1, second)) == (200, 200)
+    assert (status(0, second), status(1, first), status(2, "third")) == (410, 410, 410)
+
+
+def test_what_the_page_cannot_use_is_refused_at_the_start(colour_bundle: Path, tmp_path: Path) -> None:
+    for labels in ([f"thing {number}" for number in range(2_001)], ["red", "r" * 301]):
+        with pytest.raises(InputError):
+            app.Demo([colour_bundle], labels=labels, threads=1)
+    with pytest.raises(InputError):
+        app.Demo([tmp_path])
+    with server._listen("127.0.0.1", 0) as listener:
+        # asyncio sets TCP_NODELAY only for this protocol; without it, every response takes 40 ms longer.
+        assert listener.proto == socket.IPPROTO_TCP
+        with pytest.raises(UsageError):
+            edge.demo(colour_bundle, port=listener.getsockname()[1], ready=pytest.fail)
+
+
 def test_the_number_of_stored_label_lists_is_limited(client: Any) -> None:
     for i in range(100):
         key = client.post("/api/labels", json=[f"label {i}"]).json()["key"]
         client.post(f"/api/classify?labels={key}", content=png())
-    assert len(client.demo.label_sets._sets) == 64
+    assert len(client.demo.label_sets) == 64
     assert len(client.demo.served[0]._classifiers) == 8
 
 
-def test_a_folder_that_is_not_a_bundle_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not a bundle"):
-        app.Demo([tmp_path])
-
-
-pytest.importorskip("uvicorn")
-
-
 Run = Callable[..., tuple[int, str, str]]
-
-
-def test_the_name_that_the_server_was_told_to_listen_on_reaches_it(colour_bundle: Path) -> None:
-    demo = app.Demo([colour_bundle], threads=1)
-    for application in (
-        app.make_app(demo, host="Camera.lan"),
-        serving_app.make_app(Service(load(colour_bundle, threads=1)), host="Camera.lan"),
-    ):
-        for name, refused in (("camera.lan", False), ("evil.lan", True)):
-            with testclient.TestClient(application, base_url=f"http://{name}:8765") as client:
-                assert (client.get("/").status_code == 403) is refused
-
-
-def test_loopback_addresses() -> None:
-    assert all(is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"))
-    assert not any(is_loopback(host) for host in ("0.0.0.0", "192.168.1.2", "::", "example.org"))
-
-
-def test_responses_are_sent_without_delay() -> None:
-    with _listen("127.0.0.1", 0) as listener:
-        # asyncio sets TCP_NODELAY only for this protocol; without it, every response takes 40 ms longer.
-        assert listener.proto == socket.IPPROTO_TCP
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
@@ -347,68 +279,12 @@ def test_it_serves_in_the_cell_of_a_notebook_until_ctrl_c(colour_bundle: Path) -
             process.kill()
 
 
-def test_a_server_on_all_addresses_prints_those_that_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [(socket.AF_INET, None, 0, "", (address, 0)) for address in ("127.0.1.1", "10.0.0.7", "192.168.1.9")]
-    found.append((socket.AF_INET6, None, 0, "", ("fe80::1%eth0", 0)))
-    found.append((socket.AF_INET6, None, 0, "", ("2001:db8::5", 0)))
-    monkeypatch.setattr("socket.getaddrinfo", lambda *arguments, **options: found)
-    monkeypatch.setattr(guard, "_source_address", lambda family, to: "192.168.1.9" if family == socket.AF_INET else "")
-    assert guard.network_urls("0.0.0.0", 8765) == ["http://192.168.1.9:8765/", "http://10.0.0.7:8765/"]
-    assert guard.network_urls("::", 80)[-1] == "http://[2001:db8::5]:80/"
-    assert guard.network_urls("192.168.1.9", 1) == ["http://192.168.1.9:1/"]
-    assert guard.network_urls("127.0.0.1", 1) == guard.network_urls("localhost", 1) == []
-
-
-def test_a_terminal_shows_the_address_for_a_phone_as_a_qr_code(
-    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch, command_line: Run
-) -> None:
-    segno = pytest.importorskip("segno")
-    encoded: list[str] = []
-    make = segno.make
-    monkeypatch.setattr(segno, "make", lambda text, **options: encoded.append(text) or make(text, **options))
-    monkeypatch.setattr(guard, "network_urls", lambda host, port: ["http://192.168.1.9:8765/"] if host == "::" else [])
-    monkeypatch.setattr(app, "serve", lambda demo, *, ready, **options: ready("http://127.0.0.1:8765/"))
-    code, output, error = command_line("demo", colour_bundle, "--host", "::")
-    assert (code, output.split()) == (0, ["http://127.0.0.1:8765/", "http://192.168.1.9:8765/"])
-    assert encoded == []  # a pipe gets addresses alone
-    monkeypatch.setattr("clip_rd_edge.cli.device._is_terminal", lambda stream: True)
-    code, _, error = command_line("demo", colour_bundle, "--host", "::")
-    assert encoded == ["http://192.168.1.9:8765/"]
-    assert error.count("█") > 20
-    command_line("demo", colour_bundle)
-    assert len(encoded) == 1  # other machines cannot reach it
-
-
 def test_the_page_shows_none_of_the_servers_words() -> None:
     script = (app.PAGE / "api.js").read_text(encoding="utf-8")
     assert "content.error" not in script
     assert "content.hint" not in script
-    statuses = set(re.findall(r"error_response\((\d+)", Path(app.__file__).read_text(encoding="utf-8")))
-    statuses |= {"403", "413", "500"} - {"409"}
-    assert {status for status in statuses if f"  {status}: " not in script} <= {"409"}  # labels are sent again
-
-
-def test_a_failure_of_the_model_is_logged_where_the_server_runs(
-    client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(content: bytes, labels: Any) -> None:
-        raise ConfigError("The bundle is damaged.")
-
-    monkeypatch.setattr(client.demo.served[0], "classify", fail)
-    assert client.post("/api/classify?bundle=0&labels=", content=b"image").status_code == 500
-    assert "The bundle is damaged." in caplog.text
-
-
-def test_a_used_port_and_a_missing_bundle_are_refused(command_line: Run, colour_bundle: Path, tmp_path: Path) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        code, _, error = command_line("demo", colour_bundle, "--port", str(listener.getsockname()[1]))
-    assert code == 2
-    assert "Cannot listen on 127.0.0.1" in error
-    assert "hint: choose another port with --port" in error
-    code, _, error = command_line("demo", tmp_path / "none")
-    assert (code, "is not a bundle" in error) == (2, True)
+    statuses = {400, 403, 408, 413, 500, app._BUSY, app._BUNDLE_GONE, app._BAD_LABELS}  # but not of labels sent again
+    assert {status for status in statuses if f"  {status}: " not in script} == set()
 
 
 HOSTILE = [
@@ -456,20 +332,11 @@ def test_odd_lengths_are_refused(client: Any, length: str) -> None:
         async def collect(message: Any) -> None:
             sent.append(message)
 
-        await guard.Guard(client.app, host="127.0.0.1")(scope, receive, collect)
+        await guard.Guard(client.app, host="127.0.0.1", respond=guard.error_response)(scope, receive, collect)
         return int(sent[0]["status"])
 
     headers = [(b"host", b"127.0.0.1"), (b"content-length", length.encode("latin-1"))]
     assert asyncio.run(send(headers)) == 413
-
-
-def test_all_bodies_together_are_limited_and_forgotten_when_answered(
-    client: Any, key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(guard, "MAX_BODIES_BYTES", 1_000)
-    assert client.post(f"/api/classify?labels={key}", content=b"a" * 1_001).status_code == 429
-    for _ in range(20):
-        assert client.post(f"/api/classify?labels={key}", content=png()).status_code == 200
 
 
 class Upload:
@@ -522,10 +389,10 @@ def test_bodies_that_are_never_complete_make_room_for_those_that_are(
 
 
 def test_nobody_else_waits_while_labels_are_embedded(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = models.ServedBundle(colour_bundle, threads=1)
+    bundle = app.ServedBundle(colour_bundle, threads=1)
     bundle.classify(png(), LABELS)
     began, finish, embedded = threading.Event(), threading.Event(), list[Any]()
-    make = models.ZeroShotClassifier
+    make = app.ZeroShotClassifier
 
     def slow(encoder: Any, labels: Any, **options: Any) -> Any:
         embedded.append(labels)
@@ -533,7 +400,7 @@ def test_nobody_else_waits_while_labels_are_embedded(colour_bundle: Path, monkey
         assert finish.wait(60)
         return make(encoder, labels, **options)
 
-    monkeypatch.setattr(models, "ZeroShotClassifier", slow)
+    monkeypatch.setattr(app, "ZeroShotClassifier", slow)
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(bundle.classify, png(), ["a", "b"]) for _ in range(2)]
         assert began.wait(60)
@@ -545,14 +412,14 @@ def test_nobody_else_waits_while_labels_are_embedded(colour_bundle: Path, monkey
 
 
 def test_the_page_is_answered_while_a_bundle_is_opened_anew(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    began, finish, load_bundle = threading.Event(), threading.Event(), models.load
+    began, finish, load_bundle = threading.Event(), threading.Event(), app.load
 
     def slow(*arguments: Any, **options: Any) -> Any:
         began.set()
         assert finish.wait(20)
         return load_bundle(*arguments, **options)
 
-    monkeypatch.setattr(models, "load", slow)
+    monkeypatch.setattr(app, "load", slow)
     os.utime(client.demo.served[1].folder / "manifest.json")  # exported anew
     with ThreadPoolExecutor(2) as pool:
         bundles = pool.submit(client.get, "/api/bundles")
@@ -567,14 +434,14 @@ def test_the_page_is_answered_while_a_bundle_is_opened_anew(client: Any, monkeyp
 
 def test_the_log_says_how_many_lines_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(limits.time, "monotonic", lambda: now[0])
-    limit = limits.LogLimit()
+    monkeypatch.setattr(server.time, "monotonic", lambda: now[0])
+    limit = server.LogLimit()
 
     def record() -> logging.LogRecord:
         return logging.LogRecord("uvicorn.error", logging.WARNING, "", 0, "failed %s", ("so",), None)
 
-    assert [limit.filter(record()) for _ in range(1_000)].count(True) == limits.MAX_LOG_LINES
-    now[0] = limits.LOG_PERIOD_S + 1
+    assert [limit.filter(record()) for _ in range(1_000)].count(True) == server.MAX_LOG_LINES
+    now[0] = server.LOG_PERIOD_S + 1
     last = record()
     assert limit.filter(last)
     assert last.getMessage() == "failed so (980 lines before were left out)"
@@ -656,12 +523,12 @@ def test_a_head_without_an_end_is_refused(colour_bundle: Path) -> None:
 
 
 @pytest.fixture(params=["httptools_impl.HttpToolsProtocol", "h11_impl.H11Protocol"])
-def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+def limited(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`LimitedProtocol` over either parser of uvicorn."""
     name, _, parser = request.param.partition(".")
     module = pytest.importorskip(f"uvicorn.protocols.http.{name}")
     monkeypatch.setattr("uvicorn.protocols.http.auto.AutoHTTPProtocol", getattr(module, parser))
-    return runpy.run_path(limits.__file__)["LimitedProtocol"]
+    return runpy.run_path(server.__file__)["LimitedProtocol"]
 
 
 async def send_until_closed(protocol: Any, application: Any, parts: Iterable[bytes]) -> tuple[int, bytes]:
@@ -707,20 +574,13 @@ CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\
 
 @pytest.mark.parametrize("application", [answer_after_the_body, refuse])
 @pytest.mark.parametrize("field", [b"a: b\r\n", b"x" * 6])
-def test_trailers_without_an_end_are_refused(protocol: Any, application: Any, field: bytes) -> None:
+def test_trailers_without_an_end_are_refused(limited: Any, application: Any, field: bytes) -> None:
     parts = [CHUNKED + b"0\r\n", b"a: "] + [field * 10_000] * 200
-    assert asyncio.run(send_until_closed(protocol, application, parts))[0] < 8_000_000  # what buffers take is less
-
-
-def test_many_small_chunks_and_their_trailers_are_a_body(protocol: Any) -> None:
-    chunked = CHUNKED.replace(b"Host", b"Connection: close\r\nHost")
-    parts = [chunked, *[b"1\r\na\r\n" * 2_000] * 20, b"0\r\na: b\r\n\r\n"]
-    answers = asyncio.run(send_until_closed(protocol, answer_after_the_body, parts))[1]
-    assert answers.startswith(b"HTTP/1.1 200")
+    assert asyncio.run(send_until_closed(limited, application, parts))[0] < 8_000_000  # what buffers take is less
 
 
 @pytest.mark.parametrize("request_line", [b"GET / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\nContent-Length: 0\r\n"])
-def test_any_number_of_requests_before_the_first_answer_is_refused(protocol: Any, request_line: bytes) -> None:
+def test_any_number_of_requests_before_the_first_answer_is_refused(limited: Any, request_line: bytes) -> None:
     answered = 0
 
     async def answer_some(scope: Any, receive: Any, send: Any) -> None:
@@ -733,22 +593,8 @@ def test_any_number_of_requests_before_the_first_answer_is_refused(protocol: Any
         await send({"type": "http.response.body"})
 
     request = request_line + b"Host: a\r\n\r\n"
-    asyncio.run(send_until_closed(protocol, answer_some, [request * 5_000] * 20))
+    asyncio.run(send_until_closed(limited, answer_some, [request * 5_000] * 20))
     assert answered < 200
     last = request_line + b"Host: a\r\nConnection: close\r\n\r\n"
-    answered, answers = 0, asyncio.run(send_until_closed(protocol, answer_some, [request * 19 + last]))[1]
+    answered, answers = 0, asyncio.run(send_until_closed(limited, answer_some, [request * 19 + last]))[1]
     assert answers.count(b"200 OK") == 20  # those that are not too many are answered
-
-
-def test_a_bundle_without_a_text_tower_classifies_among_its_own_labels(
-    colours_without_text: Path, colour_bundle: Path
-) -> None:
-    demo = app.Demo([colours_without_text, colour_bundle], threads=1)
-    with testclient.TestClient(app.make_app(demo), base_url="http://127.0.0.1:8765") as client:
-        bundles = client.get("/api/bundles").json()["bundles"]
-        assert [(bundle["bank"], bundle["texts"]) for bundle in bundles] == [(3, False), (0, True)]
-        assert client.post("/api/classify?bundle=0", content=png()).json()["labels"][0] == "red"
-        key = client.post("/api/labels", content=b'["cyan"]').json()["key"]
-        refused = client.post(f"/api/classify?bundle=0&labels={key}", content=png())
-        assert refused.status_code == 410
-        assert "'cyan' is none of its 3 labels" in refused.json()["error"]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette import testclient
 
-pytest.importorskip("starlette")
-testclient = pytest.importorskip("starlette.testclient")
-
-from clip_rd_edge.runtime.load import load  # noqa: E402
-from clip_rd_edge.serving import demo as app  # noqa: E402
-from clip_rd_edge.serving.service import Service  # noqa: E402
-from clip_rd_edge.serving.service import make_app as make_service  # noqa: E402
+from clip_rd_edge.runtime.load import load
+from clip_rd_edge.serving import demo as app
+from clip_rd_edge.serving import server as running
+from clip_rd_edge.serving.guard import allowed_host
+from clip_rd_edge.serving.service import Service
+from clip_rd_edge.serving.service import make_app as make_service
 
 URL, HOST = "http://127.0.0.1:8765", ("Host", "127.0.0.1:8765")
 TOKEN = ("Authorization", "Bearer secret")
@@ -101,7 +102,33 @@ def test_only_pages_of_the_web_have_an_origin(client: Any, server: str, origin: 
 
 
 @pytest.mark.parametrize("server", ["demo", "serve"], indirect=True)
-def test_a_foreign_host_is_refused_however_often_it_asks(client: Any, server: str) -> None:
-    for _ in range(2):
-        assert client.get(PATHS[server], headers={"Host": "evil.example"}).status_code == 403
+def test_a_foreign_host_is_refused(client: Any, server: str) -> None:
+    assert client.get(PATHS[server], headers={"Host": "evil.example"}).status_code == 403
     assert client.get(PATHS[server]).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback", "allowed"),
+    [
+        ("127.0.0.1:8765", True, True), ("localhost", True, True), ("[::1]:8765", True, True),
+        ("127.9.9.9", True, True),
+        ("evil.example:8765", True, False), ("localhost.evil.example", True, False), ("192.168.1.5:8765", True, False),
+        ("", True, False), ("0.0.0.0", True, False), ("192.168.1.5:8765", False, True),
+        ("evil.example:8765", False, False), (socket.gethostname(), False, True),
+    ],
+)  # fmt: skip
+def test_allowed_hosts(host: str, loopback: bool, allowed: bool) -> None:
+    assert allowed_host(host, loopback=loopback) is allowed
+
+
+def test_a_server_on_all_addresses_prints_those_that_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET, None, 0, "", (address, 0)) for address in ("127.0.1.1", "10.0.0.7", "192.168.1.9")]
+    found += [(socket.AF_INET6, None, 0, "", (address, 0)) for address in ("fe80::1%eth0", "2001:db8::5")]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *arguments, **options: found)
+    monkeypatch.setattr(
+        running, "_source_address", lambda family, to: "192.168.1.9" if family == socket.AF_INET else ""
+    )
+    assert running.network_urls("0.0.0.0", 8765) == ["http://192.168.1.9:8765/", "http://10.0.0.7:8765/"]
+    assert running.network_urls("::", 80)[-1] == "http://[2001:db8::5]:80/"
+    assert running.network_urls("192.168.1.9", 1) == ["http://192.168.1.9:1/"]
+    assert running.network_urls("127.0.0.1", 1) == running.network_urls("localhost", 1) == []
