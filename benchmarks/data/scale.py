@@ -186,13 +186,12 @@ def write_store(folder: Path, shards: int, samples: int) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.hardlink_to(linked[rows])
             else:
-                zeros = np.zeros((rows, manifest.embedding_size), np.float16)
-                store.write_array(path, store.with_checksums(zeros))
+                store.write_rows(path, np.zeros((rows, manifest.embedding_size), np.float16))
                 linked[rows] = path
-    np.save(store.keys_file(folder), np.arange(pairs, dtype=store.KEY) * np.uint64(2**64 // pairs))
+    captions = np.arange(pairs, dtype=np.uint64)[:, None] * np.array([2**64 // pairs, 1], np.uint64)
+    store.write_rows(store.captions_file(folder), captions)
     (folder / store.MANIFEST).write_bytes(msgspec.json.encode(manifest))
-    complete = store.CompleteStore(pairs, store.keys_crc32(folder))
-    (folder / store.COMPLETE).write_bytes(msgspec.json.encode(complete))
+    (folder / store.COMPLETE).write_bytes(msgspec.json.encode(store.CompleteStore(pairs)))
 
 
 MAKERS: dict[str, Callable[[Path, int, int], None]] = {

@@ -1,4 +1,4 @@
-"""Compare training steps with a live and a cached teacher, data loading included, in turn in one process.
+"""Compare training steps with a live teacher and with its store, data loading included, in turn in one process.
 
 python -m benchmarks.training.embedding_store ViT-B-16        # random weights of real size; or ViT-L-14
 python -m benchmarks.training.embedding_store ViT-B-16 --batch-size 16 --steps 4 --student mobilevit_s
@@ -21,13 +21,12 @@ import torch
 from PIL import Image
 
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.embed import ShardMaker, build_store, make_manifest
+from clip_rd_edge.distillation.embed import ShardMaker, fill_store
 from clip_rd_edge.distillation.inputs import load_setup, make_dataset
 from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.store import open_store
+from clip_rd_edge.distillation.store import open_stores
 from clip_rd_edge.distillation.teacher import LiveTeacher, StoredTeacher, Teacher, ensemble_of
 from clip_rd_edge.models.clip import to_device
 
@@ -72,22 +71,16 @@ def main() -> None:
             data=str(make_data(folder, 2 * args.batch_size)),
             teacher=str(make_teacher(folder / "teacher", args.teacher)),
             student=args.student,
+            teacher_precision="fp32",
             views=1,
             workers=1,
         )
         setup = load_setup(config, name="student", processes=Processes())
         live = Teacher(setup.teachers[0], device, autocast=None)
-        manifest = make_manifest(
-            setup.teachers[0],
-            setup.pairs,
-            crops=Crops(scale=(0.9, 1.0), aspect_ratio=1.0),
-            seed=0,
-            views=1,
-            precision="fp32",
-        )
-        build_store(folder / "cache", ShardMaker(manifest, live, setup.pairs, workers=1, max_bad=0.0), Processes())
-        cached = make_dataset(config, setup, with_teacher_pixels=False)
-        cached.cache = open_store(folder / "cache")
+        stored = make_dataset(config, setup, with_teacher_pixels=False)
+        maker = ShardMaker(config, live, setup.pairs, stored.crops)
+        fill_store(folder / "store", maker, Processes(), max_bad=0.0)
+        stored.store = open_stores([folder / "store"])
         to_device(setup.student.model, device).train()
 
         def batches(dataset: ViewDataset) -> Iterator[Batch]:
@@ -96,7 +89,7 @@ def main() -> None:
 
         modes = {
             "online": (LiveTeacher([live]), batches(make_dataset(config, setup))),
-            "cached": (StoredTeacher(ensemble_of(setup.teachers), device), batches(cached)),
+            "stored": (StoredTeacher(ensemble_of(setup.teachers), device), batches(stored)),
         }
         seconds: dict[str, list[float]] = {mode: [] for mode in modes}
         gradients: dict[str, torch.Tensor] = {}
@@ -110,11 +103,11 @@ def main() -> None:
                 else:
                     gradients[mode] = setup.student.model.get_parameter("text.text_projection").grad.clone()  # type: ignore[union-attr]
                 setup.student.model.zero_grad(set_to_none=True)
-        online, from_cache = (statistics.median(seconds[mode]) for mode in modes)
-        difference = (gradients["online"] - gradients["cached"]).norm() / gradients["online"].norm()
+        online, from_store = (statistics.median(seconds[mode]) for mode in modes)
+        difference = (gradients["online"] - gradients["stored"]).norm() / gradients["online"].norm()
         print(
             f"{args.teacher} to {args.student}, batch {args.batch_size}: online {online:.2f} s per step, "
-            f"cached {from_cache:.2f} s, {online / from_cache:.1f}× as fast; "
+            f"from a store {from_store:.2f} s, {online / from_store:.1f}× as fast; "
             f"relative gradient difference {difference:.1e}"
         )
 

@@ -1,11 +1,10 @@
-"""The teacher's embeddings that the term `bank` compares with: from a teacher's store, or those of the last pairs."""
+"""The teacher's embeddings that the term `bank` compares with: from its store, or those of the last pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial, reduce
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,49 +12,16 @@ import torch
 from torch import Tensor
 
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
-from clip_rd_edge.distillation.loader import EmbeddingSource
-from clip_rd_edge.distillation.store import (
-    SHARD_SIZE,
-    TeacherStore,
-    TeacherStores,
-    embedding_file,
-    image_shard,
-    is_embedding,
-    shard_rows,
-    text_shard,
-)
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.distillation.store import HalfArray, TeacherStore, TeacherStores, captions_file, load_rows, read_rows
+from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.terms import Bank
-from clip_rd_edge.utils.arrays import load_array
-
-_Rows = npt.NDArray[np.int64]
-
-
-class TeacherBank(Protocol):
-    """A bank during training. All processes have the same one, whatever their number."""
-
-    def with_batch(self, image: Tensor, text: Tensor) -> Bank:
-        """Return the bank of a step whose global batch has these embeddings of the teacher, (B, D) each."""
-        ...
-
-    def drop_not_finite(self) -> None:
-        """Drop embeddings that are not finite: with them, the loss of every further step would not be, either."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state that `state_dict` returned."""
-        ...
 
 
 def make_bank(
     config: RunConfig,
     pairs: int,
-    cache: EmbeddingSource | None,
+    store: TeacherStores | None,
     ensemble: Ensemble | None,
     device: torch.device,
     *,
@@ -64,22 +30,22 @@ def make_bank(
     """Return the bank of a run, None if its objective does not need one.
 
     Args:
-        pairs: number of pairs that the run trains on. Without a cache, the bank holds no more: further entries would be
+        pairs: number of pairs that the run trains on. Without a store, the bank holds no more: further entries would be
             those of the same pairs in earlier epochs.
-        cache: where the run's embeddings come from; None if they are computed as training goes.
+        store: where the run's embeddings come from; None if they are computed as training goes.
         ensemble: how those of the teachers become one; None without a teacher.
         source: see `QueueBank`.
     """
     if not config.recipe.objective.needing("bank") or is_texts_alone(config):
         return None
     size = config.recipe.bank_size
-    if isinstance(cache, TeacherStores) and ensemble is not None:
-        return StoredBank(cache, ensemble, size=size, seed=config.seed, device=device)
+    if store is not None and ensemble is not None:
+        return StoredBank(store, ensemble, size=size, seed=config.seed, device=device)
     return QueueBank(min(size, pairs), device, source=source)
 
 
 def require_same_kind(*, began_stored: bool, is_stored: bool) -> None:
-    """Check that a resumed run has the kind of bank that it began with, from a teacher's store or not."""
+    """Check that a resumed run has the kind of bank that it began with, from a store or not."""
     if began_stored and not is_stored:
         raise UsageError(
             "The run began with a bank from a teacher's store; expected to go on with it.",
@@ -104,79 +70,48 @@ class StoredBank:
     def __init__(
         self, stored: TeacherStores, ensemble: Ensemble, *, size: int, seed: int, device: torch.device
     ) -> None:
-        rng = np.random.default_rng(seed)
-        caches, common = stored.caches, _common_captions(stored.caches)
+        rng, stores = np.random.default_rng(seed), stored.stores
 
-        def side(path: Callable[[TeacherStore, int], Path], totals: list[int], rows: list[_Rows] | None) -> Tensor:
-            count = len(rows[0]) if rows else totals[0]
-            chosen = np.sort(rng.choice(count, min(size, count), replace=False, shuffle=False))
-            parts = [
-                _read_rows(
-                    partial(path, cache),
-                    rows[number][chosen] if rows else chosen,
-                    total=totals[number],
-                    width=cache.manifest.embedding_size,
-                )
-                for number, cache in enumerate(caches)
-            ]
-            readable = _readable(parts, partial(path, caches[0]))
-            return ensemble.join([torch.from_numpy(part).to(device).float() for part in readable])
+        def choice(count: int) -> npt.NDArray[np.int64]:
+            return np.sort(rng.choice(count, min(size, count), replace=False, shuffle=False))
 
-        pairs, captions = [cache.manifest.pairs for cache in caches], [cache.captions for cache in caches]
-        self._bank = Bank(
-            side(lambda cache, shard: image_shard(cache.folder, 0, shard), pairs, None),
-            side(lambda cache, shard: text_shard(cache.folder, shard), captions, common),
-        )
+        def joined(parts: Sequence[HalfArray]) -> Tensor:
+            readable = np.logical_and.reduce([part.any(axis=1) for part in parts])  # bad ones are zeros
+            return ensemble.join([torch.from_numpy(part[readable]).to(device).float() for part in parts])
+
+        pairs = choice(stores[0].manifest.pairs)
+        images = [read_rows(partial(store.images, 0), pairs) for store in stores]
+        common = _common_captions(stores)
+        captions = choice(len(common[0]) if common else stores[0].captions)
+        own = [rows[captions] for rows in common] or [captions]
+        texts = [read_rows(store.texts, rows) for store, rows in zip(stores, own, strict=True)]
+        self._bank = Bank(joined(images), joined(texts))
 
     def with_batch(self, image: Tensor, text: Tensor) -> Bank:
-        """See `TeacherBank`."""
+        """Return the bank, which a batch does not change."""
         return self._bank
 
     def drop_not_finite(self) -> None:
-        """Do nothing: there are none, see `_readable`."""
+        """Do nothing: all stored embeddings are finite."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the kind alone: the embeddings are in the cache."""
-        return {"kind": "stored"}
+        """Return nothing: the embeddings are in the store."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `TeacherBank`."""
-        require_same_kind(began_stored=state["kind"] == "stored", is_stored=True)
+        """Do nothing; see `require_same_kind`."""
 
 
-def _common_captions(caches: Sequence[TeacherStore]) -> list[_Rows] | None:
-    """Return the rows of the captions that all caches have, in the same order; None if all have the same ones.
+def _common_captions(stores: Sequence[TeacherStore]) -> list[npt.NDArray[np.int64]]:
+    """Return the rows of the captions that all of several stores have, in the same order; nothing for a single store.
 
     A caption that could not be read while one of them was built is missing there alone.
     """
-    if len(caches) == 1:
-        return None
-    keys = [load_array(cache.folder / "texts" / "keys.npy", memory_mapped=True) for cache in caches]
-    if all(np.array_equal(keys[0], other) for other in keys[1:]):
-        return None
+    if len(stores) == 1:
+        return []
+    keys = [load_rows(captions_file(store.folder))[:, 0] for store in stores]
     common = reduce(np.intersect1d, keys)
     return [np.searchsorted(own, common) for own in keys]
-
-
-def _read_rows(path: Callable[[int], Path], chosen: _Rows, *, total: int, width: int) -> npt.NDArray[np.float16]:
-    """Read rows of shards of together `total` rows, (K, width), in ascending order."""
-    parts = []
-    for rows in np.split(chosen, np.flatnonzero(np.diff(chosen // SHARD_SIZE)) + 1):
-        shard = int(rows[0]) // SHARD_SIZE
-        with embedding_file(path(shard), shard_rows(shard, total), width=width) as file:
-            parts.append(np.stack([file[row] for row in (rows % SHARD_SIZE).tolist()]))
-    return np.concatenate(parts)
-
-
-def _readable(parts: Sequence[npt.NDArray[np.float16]], path: Callable[[int], Path]) -> list[npt.NDArray[np.float16]]:
-    """Return the rows of each teacher without those that could not be embedded by one of them."""
-    readable = np.logical_and.reduce([is_embedding(part) for part in parts])
-    if not readable.any():
-        raise InputError(
-            f"None of the {len(readable):,} embeddings chosen for the bank from {path(0).parent} could be computed.",
-            hint="increase the recipe's bank_size, or repair the data and build the cache again",
-        )
-    return [part[readable] for part in parts]
 
 
 class QueueBank:
@@ -184,7 +119,7 @@ class QueueBank:
 
     Args:
         size: max number of pairs.
-        source: names the teachers: a state with the embeddings of others is not loaded. None if it is not known.
+        source: names the teachers: a state with the embeddings of others is not loaded, as they lie in another space.
     """
 
     def __init__(self, size: int, device: torch.device, *, source: str | None = None) -> None:
@@ -193,7 +128,7 @@ class QueueBank:
         self._seen = 0
 
     def with_batch(self, image: Tensor, text: Tensor) -> Bank:
-        """See `TeacherBank`."""
+        """Return the bank of a step whose global batch has these embeddings of the teacher, (B, D) each."""
         if not self._seen:
             self._rows = image.new_empty(2, self._size, image.shape[1])
         newest = torch.stack([image, text])[:, -self._size :]
@@ -203,7 +138,7 @@ class QueueBank:
         return Bank(*self._filled())
 
     def drop_not_finite(self) -> None:
-        """See `TeacherBank`."""
+        """Drop embeddings that are not finite: with them, the loss of every further step would not be, either."""
         rows = self._filled()
         rows = rows.roll(-(self._seen % rows.shape[1]), dims=1)  # the oldest first
         rows = rows[:, rows.isfinite().all(dim=2).all(dim=0)]
@@ -212,15 +147,13 @@ class QueueBank:
             self._rows[:, : self._seen] = rows
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the embeddings."""
-        return {"kind": "queue", "seen": self._seen, "rows": self._filled().clone(), "source": self._source}
+        """Return the embeddings, for a checkpoint."""
+        return {"seen": self._seen, "rows": self._filled().clone(), "source": self._source}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `TeacherBank`."""
-        require_same_kind(began_stored=state["kind"] == "stored", is_stored=False)
-        source = state.get("source")  # earlier versions did not record it
-        if self._source and source and source != self._source:
-            return  # the embeddings of another teacher lie in another space
+        """Restore a state that `state_dict` returned."""
+        if state["source"] != self._source:
+            return
         rows, seen = state["rows"].to(self._device), state["seen"]
         count = rows.shape[1]
         if count != min(seen, self._size):  # the data have become more or fewer pairs: the oldest row comes first
@@ -232,3 +165,6 @@ class QueueBank:
 
     def _filled(self) -> Tensor:
         return self._rows[:, : min(self._seen, self._size)]
+
+
+TeacherBank = StoredBank | QueueBank  # all processes have the same one, whatever their number

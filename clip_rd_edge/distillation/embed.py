@@ -1,11 +1,12 @@
-"""Compute the files of a teacher's store, by this process, by those of a run, or by a Ray cluster."""
+"""Fill a teacher's store, for a run or for many: by this process, by those of torchrun, or by a Ray cluster."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, tee
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,32 +20,32 @@ from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.data.samples import BadPair, BadSamples, Samples, fingerprint, read_twice, require_images
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.inputs import RunSetup, make_dataset, training_pairs
-from clip_rd_edge.distillation.loader import HalfArray, View, ViewDataset, step_loader
+from clip_rd_edge.distillation.loader import View, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes import Processes, join_processes
 from clip_rd_edge.distillation.step import AUTOCAST, caption_batch
 from clip_rd_edge.distillation.store import (
     COMPLETE,
-    KEY,
     MANIFEST,
     CompleteStore,
+    HalfArray,
+    RowFile,
     StoreManifest,
     caption_key,
     caption_shard,
-    claim_store,
-    embedding_file,
+    captions_file,
     image_shard,
-    is_embedding,
-    keys_crc32,
-    keys_file,
+    is_complete,
+    load_rows,
     open_store,
     open_stores,
+    rows_with_checksums,
     shard_count,
     shard_rows,
+    sole_builder,
     store_folders,
     text_shard,
-    with_checksums,
-    write_array,
+    write_rows,
 )
 from clip_rd_edge.distillation.student import crops_of, require_named_student
 from clip_rd_edge.distillation.teacher import (
@@ -58,10 +59,9 @@ from clip_rd_edge.distillation.teacher import (
     teacher_weights,
     texts_to_choose_from,
 )
-from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel, default_device, float32_on_cpu, model_fingerprint
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.utils.arrays import load_array
 from clip_rd_edge.utils.cluster import map_on_cluster
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_file
@@ -72,372 +72,10 @@ BATCH_SIZE = 64
 STORE_STAGE = "storing the teacher's embeddings (shards)"  # name of the stage in progress reports
 
 
-def make_manifest(
-    teacher: ClipModel, pairs: Samples, *, crops: Crops, seed: int, views: int, precision: str
-) -> StoreManifest:
-    """Return the manifest of a cache of this teacher over these pairs."""
-    return StoreManifest(
-        teacher=teacher.name,
-        teacher_sha256=model_fingerprint(teacher),
-        logit_scale=teacher.logit_scale,
-        embedding_size=teacher.embedding_size,
-        preprocessing=teacher.preprocessing,
-        crops=crops,
-        seed=seed,
-        views=views,
-        data=pairs.name,
-        pairs=len(pairs),
-        pairs_sha256=fingerprint(pairs),
-        precision=precision,
-    )
-
-
-class ShardTask(NamedTuple):
-    """A file of a store to compute.
-
-    Attributes:
-        rows: of all pairs, or of all captions, those in the file.
-        keys, pairs: of the captions of a text shard, (n,): its part of keys.npy and pairs.npy.
-    """
-
-    kind: Literal["captions", "texts", "images"]
-    shard: int
-    rows: range
-    view: int = 0
-    keys: npt.NDArray[Any] | None = None
-    pairs: npt.NDArray[Any] | None = None
-
-    def path(self, folder: Path) -> Path:
-        """Return the path of the file."""
-        if self.kind == "images":
-            return image_shard(folder, self.view, self.shard)
-        return (caption_shard if self.kind == "captions" else text_shard)(folder, self.shard)
-
-    def is_done(self, folder: Path, *, width: int) -> bool:
-        """Return whether the file is there and, if it holds embeddings, (width,) each, as long as its rows."""
-        path = self.path(folder)
-        return path.is_file() if self.kind == "captions" else embedding_file(path, self.rows, width=width).is_whole()
-
-    def with_captions(self, folder: Path) -> ShardTask:
-        """Return the task with what it needs of the store's other files."""
-        if self.kind != "texts":
-            return self
-        keys, pairs = (load_array(folder / "texts" / f"{name}.npy", memory_mapped=True) for name in ("keys", "pairs"))
-        part = slice(self.rows.start, self.rows.stop)
-        return self._replace(keys=np.array(keys[part]), pairs=np.array(pairs[part]))
-
-
-class Shard(NamedTuple):
-    """The content of a file, and the pairs that could not be read for it."""
-
-    rows: npt.NDArray[Any]
-    bad: tuple[BadPair, ...] = ()
-
-
-# Computes tasks, in any order, by whoever.
-Compute = Callable[[Iterable[ShardTask]], Iterator[tuple[ShardTask, Shard]]]
-
-
-def build_store(
-    folder: Path,
-    maker: ShardMaker,
-    processes: Processes,
-    *,
-    compute: Compute | None = None,
-    reporter: Reporter = SILENT,
-) -> None:
-    """Compute what is missing or cut off in `folder`; each process computes its share of the shards.
-
-    Args:
-        compute: computes the shards; None for `maker`, in each process.
-        reporter: receives the number of completed shards.
-    """
-    manifest = maker.manifest
-    processes.on_main(lambda: claim_store(folder, manifest))
-    with processes.together():
-        complete = _is_complete(folder, manifest, processes)
-    if processes.sum(int(complete))[0] == processes.world_size:
-        return
-    processes.on_main(lambda: _reopen(folder))
-    bad = BadSamples(maker.pairs, max_share=maker.max_bad)
-
-    def is_done(task: ShardTask) -> bool:
-        return task.is_done(folder, width=manifest.embedding_size)
-
-    def write(tasks: Sequence[ShardTask], lacking: Sequence[Path] = ()) -> None:
-        # Another job may write files meanwhile, so that one process lists them for all; or remove those that it wrote,
-        # if it is refused.
-        while missing := processes.on_main(lambda: [task for task in tasks if not is_done(task)]):
-            mine = missing[processes.rank :: processes.world_size]
-            left = (task.with_captions(folder) for task in mine if not is_done(task))
-            with_bad = list(lacking)
-            reporter.update(STORE_STAGE, 0, len(mine))
-            for done, (task, shard) in enumerate((compute or maker.compute)(left), start=1):
-                try:
-                    bad.add(shard.bad)
-                except InputError:  # too many already, for which all processes are refused below
-                    break
-                record_bad(task.path(folder), shard.bad)
-                write_array(task.path(folder), shard.rows if task.kind == "captions" else with_checksums(shard.rows))
-                with_bad += [task.path(folder)] * bool(shard.bad)
-                reporter.update(STORE_STAGE, done, len(mine))
-            share_bad(bad, processes, with_bad)
-
-    shards = [(shard, shard_rows(shard, len(maker.pairs))) for shard in range(shard_count(len(maker.pairs)))]
-    write([ShardTask("captions", shard, rows) for shard, rows in shards])
-    keys = keys_file(folder)
-    if processes.is_main and not (_is_array(keys) and _is_array(keys.with_name("pairs.npy"))):
-        _merge_captions(folder, keys, len(shards))
-    processes.barrier()
-    captions = len(load_array(keys, memory_mapped=True))
-    write([ShardTask("texts", shard, shard_rows(shard, captions)) for shard in range(shard_count(captions))])
-    images = [ShardTask("images", shard, rows, view) for view in range(manifest.views) for shard, rows in shards]
-    lacking = count_recorded(bad, [task.path(folder) for task in images], processes)
-    write(images, lacking)
-    if processes.is_main:
-        write_bytes(folder / COMPLETE, to_json(CompleteStore(captions, keys_crc32(folder))))
-    if bad.summary:
-        reporter.say(bad.summary)
-    processes.barrier()
-
-
-def share_bad(bad: BadSamples, processes: Processes, files: Iterable[Path]) -> None:
-    """Wait for all processes, and count their bad pairs together.
-
-    A process that has too many of its own stops there and refuses here, so that the others remove their files, too.
-
-    Args:
-        files: those that this process wrote without some bad pairs. They are removed if the bad pairs of all processes
-            are too many: the next attempt would take them for complete, and count nothing.
-    """
-    try:
-        bad.share(processes.gather_objects)
-    except InputError:
-        for path in files:
-            path.unlink(missing_ok=True)  # another job that wrote it, too, may have removed it
-            _bad_file(path).unlink(missing_ok=True)
-        raise
-
-
-class _LeftOut(msgspec.Struct, frozen=True):
-    """Pairs that a file of a store lacks, with the reasons."""
-
-    pairs: tuple[BadPair, ...]
-
-
-def record_bad(path: Path, bad: Sequence[BadPair]) -> None:
-    """Write the pairs that a file of a store lacks beside it, before it is written: later calls count them, too."""
-    if bad:
-        write_bytes(_bad_file(path), to_json(_LeftOut(tuple(bad))))
-    else:
-        _bad_file(path).unlink(missing_ok=True)
-
-
-def count_recorded(bad: BadSamples, files: Sequence[Path], processes: Processes) -> list[Path]:
-    """Count the pairs that those of the files lack which earlier calls wrote; return these files."""
-
-    def recorded() -> list[tuple[Path, tuple[BadPair, ...]]]:
-        lacking = [path for path in files if is_file(_bad_file(path)) and is_file(path)]
-        return [(path, read_json(_bad_file(path), _LeftOut).pairs) for path in lacking]
-
-    found = processes.on_main(recorded)
-    lacking = [path for path, _ in found]
-    with contextlib.suppress(InputError):  # too many, for which all processes are refused below
-        bad.add(pair for _, pairs in found for pair in pairs)
-    share_bad(bad, processes, lacking)
-    return lacking
-
-
-def _bad_file(path: Path) -> Path:
-    return path.with_suffix(".bad.json")
-
-
-def _is_complete(folder: Path, manifest: StoreManifest, processes: Processes) -> bool:
-    """Return whether a cache is complete, for a process that sees what the main one has claimed."""
-    if not processes.is_main and not is_file(folder / MANIFEST):
-        raise UsageError(
-            f"The teacher's store {folder} is not on a file system that the machines share.",
-            hint="choose another {store}, or copy a complete one to each machine",
-        )
-    claim_store(folder, manifest)
-    try:
-        open_store(folder)
-    except ConfigError:  # also a cache that lost a file, or a part of one, after it was complete
-        return False
-    return True
-
-
-def _reopen(folder: Path) -> None:
-    """Make a complete cache an incomplete one, without its keys if they are damaged."""
-    with contextlib.suppress(ConfigError, InputError, OSError):
-        if read_json(folder / COMPLETE, CompleteStore).keys_crc32 != keys_crc32(folder):
-            keys_file(folder).unlink()
-    (folder / COMPLETE).unlink(missing_ok=True)
-
-
-def _is_array(path: Path) -> bool:
-    try:
-        load_array(path, memory_mapped=True)
-    except (OSError, ValueError, EOFError):
-        return False
-    return True
-
-
-def _merge_captions(folder: Path, path: Path, shards: int) -> None:
-    """Write the keys of all different captions, sorted, and beside them a pair that has each.
-
-    Embeddings of texts are there only if the keys were lost, and those to which their rows belong may have been others.
-    """
-    for texts in path.parent.glob("shard-*.npy"):
-        texts.unlink()
-    entries = np.concatenate([load_array(caption_shard(folder, shard)) for shard in range(shards)])
-    keys, first = np.unique(entries["key"], return_index=True)
-    write_array(path.with_name("pairs.npy"), entries["pair"][first])
-    write_array(path, keys)
-
-
-class ShardMaker:
-    """Computes the files of a store.
-
-    Args:
-        workers: loader processes; see `step_loader`.
-        max_bad: max fraction of the samples that may be unreadable.
-    """
-
-    def __init__(
-        self, manifest: StoreManifest, teacher: Teacher, pairs: Samples, *, workers: int, max_bad: float
-    ) -> None:
-        self.manifest, self.pairs, self.max_bad = manifest, pairs, max_bad
-        self._teacher, self._workers = teacher, workers
-        self._data_set: ViewDataset | None = None
-
-    def compute(self, tasks: Iterable[ShardTask]) -> Iterator[tuple[ShardTask, Shard]]:
-        """Compute tasks in turn in this process."""
-        for kind, of_kind in groupby(tasks, key=lambda task: task.kind):
-            if kind == "images":
-                yield from self._images(of_kind)
-            else:
-                yield from ((task, self(task)) for task in of_kind)
-
-    def __call__(self, task: ShardTask) -> Shard:
-        """Compute a task."""
-        if task.kind == "captions":
-            return Shard(self._caption_keys(task.rows))
-        if task.kind == "texts":
-            assert task.keys is not None
-            assert task.pairs is not None
-            return Shard(self._texts(task.keys, task.pairs))
-        ((_, shard),) = self._images([task])
-        return shard
-
-    def _caption_keys(self, rows: range) -> npt.NDArray[np.void]:
-        """Return the keys of all captions of pairs, and the number of the pair of each."""
-        entries = [(caption_key(caption), index) for index in rows for caption in self._captions(index)]
-        return np.asarray(entries, dtype=[("key", KEY), ("pair", "<i8")])
-
-    def _texts(self, keys: npt.NDArray[Any], pairs: npt.NDArray[Any]) -> HalfArray:
-        """Embed captions by their keys; rows of zeros for those that cannot be read or embedded."""
-        captions: dict[int, str] = {}  # by row
-        for row, (key, pair) in enumerate(zip(keys.tolist(), pairs.tolist(), strict=True)):
-            for caption in self._captions(pair):
-                if caption_key(caption) == key:
-                    captions[row] = caption
-        embeddings = self._empty(len(keys))
-        readable = list(captions)
-        for batch in in_batches(len(readable), BATCH_SIZE):
-            texts = [captions[row] for row in readable[batch]]
-            embeddings[readable[batch]] = _to_half(self._teacher.embed_captions(texts))
-        return embeddings
-
-    def _images(self, tasks: Iterable[ShardTask]) -> Iterator[tuple[ShardTask, Shard]]:
-        """Embed the images of pairs in views; rows of zeros for those that cannot be read or embedded.
-
-        One loader reads for all tasks: its processes start once, and are ahead where one task ends and another begins.
-        """
-        parts = ((task, task.rows[part]) for task in tasks for part in in_batches(len(task.rows), BATCH_SIZE))
-        embeddings, bad = self._empty(0), dict[int, str]()
-        for task, indices, rows, bad_ones in self._embed(parts, workers=self._workers):
-            if indices[0] == task.rows.start:
-                embeddings, bad = self._empty(len(task.rows)), {}
-            embeddings[np.subtract(indices, task.rows.start)] = rows
-            bad |= bad_ones
-            if indices[-1] + 1 == task.rows.stop:
-                bad = self._try_again(task, embeddings, bad) if bad else bad
-                yield task, Shard(embeddings, tuple(bad.items()))
-
-    def _try_again(self, task: ShardTask, embeddings: HalfArray, bad: Iterable[int]) -> dict[int, str]:
-        """Embed these pairs of a task once more: most errors of networks and disks pass. Return those still bad."""
-        indices, still_bad = sorted(bad), dict[int, str]()
-        parts = ((task, indices[part]) for part in in_batches(len(indices), BATCH_SIZE))
-        for _, again, rows, bad_ones in self._embed(parts, workers=0):
-            embeddings[np.subtract(again, task.rows.start)] = rows
-            still_bad |= bad_ones
-        return still_bad
-
-    def _embed(
-        self, parts: Iterable[tuple[ShardTask, Sequence[int]]], *, workers: int
-    ) -> Iterator[tuple[ShardTask, Sequence[int], HalfArray, dict[int, str]]]:
-        """Embed parts of shards, of some pairs each, which one loader reads.
-
-        Yields each part with its rows, and with those pairs that cannot be read or embedded, and why. Their rows are
-        zeros.
-        """
-        asked, parts = tee(parts)  # the loader is ahead
-        views = ([View(task.view, index) for index in indices] for task, indices in asked)
-        for batch, (task, indices) in zip(step_loader(self._views(), views, workers=workers), parts, strict=True):
-            bad, rows = dict(batch.bad), _to_half(self._teacher.embed_images(batch.student_pixels))
-            for index, row in zip(indices, rows, strict=True):
-                if index in bad:
-                    row[:] = 0
-                elif not is_embedding(row):
-                    bad[index] = (
-                        f"The teacher's embedding of image {index:,} is not finite in {self.manifest.precision}."
-                    )
-            yield task, indices, rows, bad
-
-    def _views(self) -> ViewDataset:
-        if self._data_set is None:
-            self._data_set = ViewDataset(
-                self.pairs,
-                self._teacher.clip.preprocessing,
-                [],
-                crops=self.manifest.crops,
-                seed=self.manifest.seed,
-                views=self.manifest.views,
-                max_bad=self.max_bad,
-                substitute=False,
-            )
-        return self._data_set
-
-    def _captions(self, index: int) -> tuple[str, ...]:
-        """Return a pair's captions, none if they cannot be read."""
-        with contextlib.suppress(InputError):
-            return read_twice(self.pairs.read, index).captions
-        return ()
-
-    def _empty(self, rows: int) -> HalfArray:
-        return np.zeros((rows, self.manifest.embedding_size), dtype="<f2")
-
-
-def shard_maker(config: RunConfig, teacher: Teacher, pairs: Samples, crops: Crops) -> ShardMaker:
-    """Return what computes the store of a run's teacher over its pairs; `teacher_precision` is not `auto` any more."""
-    manifest = make_manifest(
-        teacher.clip, pairs, crops=crops, seed=config.seed, views=config.views, precision=config.teacher_precision
-    )
-    return ShardMaker(manifest, teacher, pairs, workers=config.workers, max_bad=config.max_bad)
-
-
-def _to_half(embeddings: Tensor) -> HalfArray:
-    """Return rows of a store: zeros for embeddings that are not finite, as where a teacher overflows in float16."""
-    half: HalfArray = embeddings.float().cpu().numpy().astype("<f2")
-    half[~is_embedding(half)] = 0
-    return half
-
-
 def prepare_teacher(
     config: RunConfig, setup: RunSetup, processes: Processes, reporter: Reporter
 ) -> tuple[BatchTeacher | None, ViewDataset]:
-    """Return the teacher, live or from a cache that is built first, and the data set that provides its inputs."""
+    """Return the teacher, live or from a store that is filled first, and the data set that provides its inputs."""
     if setup.ensemble is None:
         return None, make_dataset(config, setup)
     if setup.stored is not None:
@@ -450,8 +88,9 @@ def prepare_teacher(
         with processes.together():
             folders = store_folders(Path(config.store), setup.teachers)
         for folder, one in zip(folders, teachers, strict=True):
-            build_store(folder, shard_maker(config, one, setup.pairs, dataset.crops), processes, reporter=reporter)
-        dataset.cache = open_stores(folders)
+            maker = ShardMaker(config, one, setup.pairs, dataset.crops)
+            fill_store(folder, maker, processes, max_bad=config.max_bad, reporter=reporter)
+        dataset.store = open_stores(folders)
         teacher = StoredTeacher(setup.ensemble, processes.device)
     with processes.together():
         texts = texts_to_choose_from(config, setup.pairs)
@@ -459,8 +98,8 @@ def prepare_teacher(
         reporter.say(f"the teacher chooses among {len(texts):,} texts for each image without a caption")
         teacher = ChoosingTeacher(teacher, texts, live.embed_captions, reporter=reporter)
     if config.store is not None:
-        for one in teachers:
-            one.clip.model.to("cpu")
+        for clip in setup.teachers:
+            clip.model.to("cpu")
     return teacher, dataset
 
 
@@ -490,35 +129,293 @@ def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None
         with processes.together():
             teachers = load_models_to_embed_with(config)
             folders = store_folders(folder, teachers)
-        for number, (clip, its_folder) in enumerate(zip(teachers, folders, strict=True)):
+        for number, (clip, own) in enumerate(zip(teachers, folders, strict=True)):
             with processes.together():
                 maker = _maker(config, clip, pairs)
             compute = partial(_on_cluster, cluster, config, number, maker.manifest) if cluster else None
-            build_store(its_folder, maker, processes, compute=compute, reporter=shown)
+            fill_store(own, maker, processes, max_bad=config.max_bad, compute=compute, reporter=shown)
             clip.model.to("cpu")
 
 
 def _maker(config: RunConfig, clip: ClipModel, pairs: Samples) -> ShardMaker:
     device = default_device()
     autocast, captions = AUTOCAST[config.teacher_precision], caption_batch_size(BATCH_SIZE, device)
-    teacher = Teacher(clip, device, autocast=autocast, caption_batch=captions)
-    return shard_maker(config, teacher, pairs, crops_of(config))
+    return ShardMaker(config, Teacher(clip, device, autocast=autocast, caption_batch=captions), pairs, crops_of(config))
 
 
 def _on_cluster(
-    address: str, config: RunConfig, number: int, manifest: StoreManifest, tasks: Iterable[ShardTask]
-) -> Iterator[tuple[ShardTask, Shard]]:
-    tasks = list(tasks)
-    yield from zip(tasks, map_on_cluster(address, partial(_make_worker, config, number, manifest), tasks), strict=True)
+    address: str, config: RunConfig, number: int, manifest: StoreManifest, tasks: Sequence[Task]
+) -> Iterator[Shard]:
+    return map_on_cluster(address, partial(_make_worker, config, number, manifest), tasks)
 
 
-def _make_worker(config: RunConfig, number: int, manifest: StoreManifest) -> ShardMaker:
+def _make_worker(config: RunConfig, number: int, manifest: StoreManifest) -> Callable[[Task], Shard]:
     """Return what computes shards of a teacher in a worker, whose data and teacher must be those of the store."""
     name = config.teachers[number]
     clip = load_clip(name, pretrained=teacher_weights(config, name))
     maker = _maker(config, clip, training_pairs(config))
-    for field in ("teacher_sha256", "pairs_sha256"):
+    for field, what in (("teacher_sha256", "teacher"), ("pairs_sha256", "data")):
         if getattr(maker.manifest, field) != getattr(manifest, field):
-            what = "teacher" if field == "teacher_sha256" else "data"
             raise InputError(f"The {what} here is not that of the store.", hint="give all machines the same files")
-    return maker
+    return lambda task: next(maker.compute([task]))
+
+
+class Task(NamedTuple):
+    """A file of a store to compute.
+
+    Attributes:
+        rows: of all pairs, or of all captions, those in the file.
+        captions: of a text shard, (n, 2): its part of captions.npy.
+    """
+
+    kind: Literal["captions", "texts", "images"]
+    shard: int
+    rows: range
+    view: int = 0
+    captions: npt.NDArray[np.uint64] | None = None
+
+    def path(self, folder: Path) -> Path:
+        """Return the path of the file."""
+        if self.kind == "images":
+            return image_shard(folder, self.view, self.shard)
+        return (caption_shard if self.kind == "captions" else text_shard)(folder, self.shard)
+
+    def is_done(self, folder: Path, *, width: int) -> bool:
+        """Return whether the file is there and, if it holds embeddings, (width,) each, as long as its rows."""
+        path = self.path(folder)
+        return is_file(path) if self.kind == "captions" else RowFile(path, count=len(self.rows), width=width).is_whole()
+
+    def with_captions(self, folder: Path) -> Task:
+        """Return the task with what it needs of the store's other files."""
+        if self.kind != "texts":
+            return self
+        captions = load_rows(captions_file(folder), memory_mapped=True)
+        return self._replace(captions=np.array(captions[self.rows.start : self.rows.stop]))
+
+
+class Shard(NamedTuple):
+    """The content of a file, and the pairs that are bad in it."""
+
+    rows: npt.NDArray[Any]
+    bad: tuple[BadPair, ...] = ()
+
+
+Compute = Callable[[Sequence[Task]], Iterator[Shard]]  # computes tasks of one kind, in their order
+
+
+class ShardMaker:
+    """Computes the files of a store of one teacher over the pairs of a run; `teacher_precision` is not `auto`."""
+
+    def __init__(self, config: RunConfig, teacher: Teacher, pairs: Samples, crops: Crops) -> None:
+        self.pairs, self._teacher, self._workers = pairs, teacher, config.workers
+        self.manifest = StoreManifest(
+            teacher=teacher.clip.name,
+            teacher_sha256=model_fingerprint(teacher.clip),
+            logit_scale=teacher.logit_scale,
+            embedding_size=teacher.clip.embedding_size,
+            preprocessing=teacher.clip.preprocessing,
+            crops=crops,
+            seed=config.seed,
+            views=config.views,
+            data=pairs.name,
+            pairs=len(pairs),
+            pairs_sha256=fingerprint(pairs),
+            precision=config.teacher_precision,
+        )
+
+    def compute(self, tasks: Sequence[Task]) -> Iterator[Shard]:
+        """Compute tasks of one kind in turn in this process."""
+        if tasks and tasks[0].kind == "images":
+            yield from self._images(tasks)
+            return
+        for task in tasks:
+            yield Shard(self._captions(task.rows) if task.captions is None else self._texts(task.captions))
+
+    def _captions(self, rows: range) -> npt.NDArray[np.uint64]:
+        """Return key and pair of all captions of pairs."""
+        entries = [(caption_key(caption), index) for index in rows for caption in self._captions_of(index)]
+        return np.array(entries, dtype="<u8").reshape(-1, 2)
+
+    def _texts(self, captions: npt.NDArray[np.uint64]) -> HalfArray:
+        """Embed captions by their keys; rows of zeros for those that cannot be read or embedded."""
+        texts: dict[int, str] = {}  # by row
+        for row, (key, pair) in enumerate(captions.tolist()):
+            found = [caption for caption in self._captions_of(pair) if caption_key(caption) == key]
+            texts.update((row, caption) for caption in found)
+        embeddings: HalfArray = np.zeros((len(captions), self.manifest.embedding_size), dtype="<f2")
+        readable = list(texts)
+        for batch in in_batches(len(readable), BATCH_SIZE):
+            rows = readable[batch]
+            embeddings[rows] = _to_half(self._teacher.embed_captions([texts[row] for row in rows]))
+        return embeddings
+
+    def _images(self, tasks: Sequence[Task]) -> Iterator[Shard]:
+        """Embed the images of pairs in views; rows of zeros for those that cannot be read or embedded.
+
+        One loader reads for all tasks: its processes start once, and are ahead where one task ends and another begins.
+        """
+        manifest, clip = self.manifest, self._teacher.clip
+        views = ViewDataset(
+            self.pairs, clip.preprocessing, [], crops=manifest.crops, seed=manifest.seed, views=manifest.views,
+            max_bad=1, substitute=False,
+        )  # fmt: skip
+
+        def parts() -> Iterator[tuple[Task, range]]:
+            return ((task, task.rows[part]) for task in tasks for part in in_batches(len(task.rows), BATCH_SIZE))
+
+        batches = step_loader(
+            views, ([View(task.view, index) for index in part] for task, part in parts()), workers=self._workers
+        )
+        rows, bad = list[HalfArray](), dict[int, str]()
+        for batch, (task, part) in zip(batches, parts(), strict=True):
+            bad.update(batch.bad)
+            rows.append(_to_half(self._teacher.embed_images(batch.student_pixels)))
+            for index, row in zip(part, rows[-1], strict=True):
+                if index in bad:
+                    row[:] = 0
+                elif not row.any():
+                    bad[index] = f"The teacher's embedding of image {index:,} is not finite in {manifest.precision}."
+            if part.stop == task.rows.stop:
+                yield Shard(np.concatenate(rows), tuple(bad.items()))
+                rows, bad = [], {}
+
+    def _captions_of(self, index: int) -> tuple[str, ...]:
+        """Return a pair's captions, none if they cannot be read."""
+        with suppress(InputError):
+            return read_twice(self.pairs.read, index).captions
+        return ()
+
+
+def _to_half(embeddings: Tensor) -> HalfArray:
+    """Return rows of a store: zeros for embeddings that are not finite, as where a teacher overflows in float16."""
+    half: HalfArray = embeddings.float().cpu().numpy().astype("<f2")
+    half[~np.isfinite(half).all(axis=1)] = 0
+    return half
+
+
+def fill_store(
+    folder: Path,
+    maker: ShardMaker,
+    processes: Processes,
+    *,
+    max_bad: float,
+    compute: Compute | None = None,
+    reporter: Reporter = SILENT,
+) -> None:
+    """Compute what is missing or cut off in `folder`; each process computes its share of the shards.
+
+    Args:
+        max_bad: max share of bad samples.
+        compute: computes the shards; None for `maker`, in each process.
+        reporter: receives the number of completed shards.
+    """
+    manifest = maker.manifest
+    with ExitStack() as stack:
+
+        def begin() -> bool:
+            if is_complete(folder, manifest):
+                return False
+            stack.enter_context(sole_builder(folder, manifest, reporter))
+            return True
+
+        is_begun = processes.on_main(begin)
+        with processes.together():
+            if not is_file(folder / MANIFEST):
+                raise UsageError(
+                    f"The store {folder} is not on a file system that the machines share.",
+                    hint="choose another {store}, or copy a complete one to each machine",
+                )
+            if not is_begun:
+                open_store(folder)
+        if not is_begun:
+            return
+        filling = _Filling(folder, manifest.embedding_size, processes, BadSamples(maker.pairs, max_share=max_bad))
+        filling.count(processes.on_main(lambda: _recorded_bad(folder)))
+        write = partial(filling.write, compute or maker.compute, reporter)
+        shards = [(shard, shard_rows(shard, manifest.pairs)) for shard in range(shard_count(manifest.pairs))]
+        write([Task("captions", *shard) for shard in shards])
+        captions = processes.on_main(lambda: _merge_captions(folder, len(shards)))
+        write([Task("texts", shard, shard_rows(shard, captions)) for shard in range(shard_count(captions))])
+        write([Task("images", *shard, view) for view in range(manifest.views) for shard in shards])
+        processes.on_main(lambda: write_bytes(folder / COMPLETE, to_json(CompleteStore(captions))))
+        if filling.bad.summary:
+            reporter.say(filling.bad.summary)
+
+
+@dataclass(frozen=True)
+class _Filling:
+    """What all processes write into a store, and the bad pairs that they have met."""
+
+    folder: Path
+    width: int
+    processes: Processes
+    bad: BadSamples
+
+    def write(self, compute: Compute, reporter: Reporter, tasks: Sequence[Task]) -> None:
+        """Compute and write the files that are missing, one in each process at a time."""
+        folder, rank, count = self.folder, self.processes.rank, self.processes.world_size
+        missing = self.processes.on_main(lambda: [task for task in tasks if not task.is_done(folder, width=self.width)])
+        own = [task.with_captions(folder) for task in missing[rank::count]]
+        shards = zip(own, compute(own), strict=True)
+        reporter.update(STORE_STAGE, 0, len(missing))
+        for done in range(0, len(missing), count):
+            with self.processes.together():
+                bad = _write(folder, *next(shards)) if done + rank < len(missing) else ()
+            self.count(chain.from_iterable(self.processes.gather_objects(bad)))
+            reporter.update(STORE_STAGE, min(done + count, len(missing)), len(missing))
+
+    def count(self, bad: Iterable[BadPair]) -> None:
+        """Count bad pairs, the same ones in all processes.
+
+        If they are too many, the files that lack them are removed: the next attempt would take them for complete.
+        """
+        try:
+            self.bad.add(bad)
+        except InputError:
+            if self.processes.is_main:
+                for record in self.folder.glob(_BAD_RECORDS):
+                    record.with_suffix(".npy").unlink(missing_ok=True)
+                    record.unlink()
+            raise
+
+
+_BAD_RECORDS = "images/*/*.json"
+
+
+class _BadRecord(msgspec.Struct, frozen=True):
+    """Content of a file beside a shard of images: the pairs that are bad in it, with the reasons."""
+
+    pairs: tuple[BadPair, ...]
+
+
+def _write(folder: Path, task: Task, shard: Shard) -> tuple[BadPair, ...]:
+    """Write a file, and before it the record of what is bad in it: later calls count that, too."""
+    path = task.path(folder)
+    record = path.with_suffix(".json")
+    if shard.bad:
+        write_bytes(record, to_json(_BadRecord(shard.bad)))
+    else:
+        record.unlink(missing_ok=True)
+    write_rows(path, shard.rows)
+    return shard.bad
+
+
+def _recorded_bad(folder: Path) -> list[BadPair]:
+    """Return the pairs that are bad in the files that earlier calls wrote."""
+    records = [record for record in folder.glob(_BAD_RECORDS) if is_file(record.with_suffix(".npy"))]
+    return [pair for record in records for pair in read_json(record, _BadRecord).pairs]
+
+
+def _merge_captions(folder: Path, shards: int) -> int:
+    """Write all different captions, sorted by key, each with a pair that has it; return their number.
+
+    Embeddings of texts are removed if they may be those of other rows.
+    """
+    entries = np.concatenate([load_rows(caption_shard(folder, shard)) for shard in range(shards)])
+    path, first = captions_file(folder), np.unique(entries[:, 0], return_index=True)[1]
+    content = rows_with_checksums(entries[first])
+    if not is_file(path) or path.read_bytes() != content:
+        for texts in path.parent.glob("shard-*.npy"):
+            texts.unlink()
+        write_bytes(path, content)
+    return len(first)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import spawn
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,58 +26,11 @@ from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.samples import MAX_BAD_SHARE, BadPair, BadSamples, Samples, read_twice
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.processes import obey_only_the_parent, stop_signals_blocked
+from clip_rd_edge.distillation.store import HalfArray, TeacherStores
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, LostProcessError, UnreachableError
 from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.host import return_freed_memory, usable_cores
 from clip_rd_edge.utils.process import SharedBlock
-
-HalfArray = npt.NDArray[np.float16]
-
-
-class EmbeddingSource(Protocol):
-    """Embeddings of all teachers that were computed before."""
-
-    def lookup(self, epoch: int, index: int, caption: str) -> tuple[HalfArray, HalfArray] | None:
-        """Return the embeddings of a pair's image in an epoch and of a caption, (Σ D_k,) each; None if it lacks one."""
-        ...
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch of B images and B captions.
-
-    Attributes:
-        student_pixels, teacher_pixels: the same crops in the size of the student and of each teacher that needs pixels,
-            (B, 3, H, W) uint8 in channels-last format, for `pixels.Normaliser`; models of one size share a tensor. For
-            texts alone, height and width are 0.
-        captions: B captions.
-        bad: pairs that could not be read; other pairs took their places.
-        teacher_embeddings: image and text embeddings of all teachers from a cache, (B, Σ D_k) float16 each, where those
-            of each teacher are unit vectors; None without a cache.
-        paired: which of the captions belong to the image of their row; None if the data set has nothing but pairs.
-    """
-
-    student_pixels: Tensor
-    teacher_pixels: tuple[Tensor, ...]
-    captions: list[str]
-    bad: tuple[BadPair, ...] = ()
-    teacher_embeddings: tuple[Tensor, Tensor] | None = None
-    paired: tuple[bool, ...] | None = None
-
-    def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory, from which copies to a CUDA device do not block.
-
-        torch's DataLoader calls it; without this method, it would leave a class that it does not know as it is.
-        """
-        distinct = {id(pixels): pixels for pixels in (self.student_pixels, *self.teacher_pixels)}
-        pinned = {key: pixels.pin_memory() for key, pixels in distinct.items()}
-        student = pinned[id(self.student_pixels)]
-        teacher = tuple(pinned[id(pixels)] for pixels in self.teacher_pixels)
-        embeddings = self.teacher_embeddings
-        if embeddings is not None:
-            embeddings = embeddings[0].pin_memory(), embeddings[1].pin_memory()
-        return replace(self, student_pixels=student, teacher_pixels=teacher, teacher_embeddings=embeddings)
-
 
 _ENDED = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed|exited unexpectedly(?: with exit code (\d+))?)"
@@ -99,11 +52,42 @@ class View(NamedTuple):
     step: int = 0
 
 
-class PairView(NamedTuple):
-    """Grey levels for student and teachers, (H, W, 3) each; a caption; skipped bad pairs; cached embeddings.
+@dataclass(frozen=True)
+class Batch:
+    """A batch of B images and B captions.
 
-    `paired` says whether the caption belongs to the image; None in a data set that has nothing but pairs.
+    Attributes:
+        student_pixels, teacher_pixels: the same crops in the size of the student and of each teacher that needs pixels,
+            (B, 3, H, W) uint8 in channels-last format, for `pixels.Normaliser`; models of one size share a tensor. For
+            texts alone, height and width are 0.
+        bad: pairs that could not be read; other pairs took their places.
+        teacher_embeddings: image and text embeddings of all teachers from a store, (B, Σ D_k) float16 each, where those
+            of each teacher are unit vectors.
+        paired: which of the captions belong to the image of their row; None if the data set has nothing but pairs.
     """
+
+    student_pixels: Tensor
+    teacher_pixels: tuple[Tensor, ...]
+    captions: list[str]
+    bad: tuple[BadPair, ...] = ()
+    teacher_embeddings: tuple[Tensor, Tensor] | None = None
+    paired: tuple[bool, ...] | None = None
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory, from which copies to a GPU do not block; torch's loader calls it."""
+        distinct = {id(pixels): pixels for pixels in (self.student_pixels, *self.teacher_pixels)}
+        pinned = {key: pixels.pin_memory() for key, pixels in distinct.items()}
+        embeddings = self.teacher_embeddings
+        return replace(
+            self,
+            student_pixels=pinned[id(self.student_pixels)],
+            teacher_pixels=tuple(pinned[id(pixels)] for pixels in self.teacher_pixels),
+            teacher_embeddings=embeddings and (embeddings[0].pin_memory(), embeddings[1].pin_memory()),
+        )
+
+
+class PairView(NamedTuple):
+    """One row of a `Batch`: grey levels for student and teachers, (H, W, 3) each, and the pairs that were bad."""
 
     student_pixels: Levels
     teacher_pixels: tuple[Levels, ...]
@@ -118,15 +102,14 @@ class ViewDataset(Dataset[PairView]):
 
     Args:
         student, teachers: the models' preprocessing, of those teachers that need pixels.
-        crops: see `distillation.pixels.crops_for`.
         views: number of distinct views of a pair, over which the epochs cycle; 0 draws a new one every epoch.
-        max_bad: max fraction of the samples that may be unreadable.
+        max_bad: max share of bad samples.
         substitute: whether the next valid pair takes the place of one that is bad. Otherwise the place of a bad pair is
             filled with zeros, and `bad` of the batch names it.
 
     Attributes:
-        cache: the teacher's embeddings of these views, or None. A pair that it lacks is bad.
-        bad: counts the samples that cannot be read; with `substitute`, `step_loader` adds those it encounters.
+        store: the teacher's embeddings of these views, or None. A pair that it lacks is bad.
+        bad: counts bad samples; with `substitute`, `step_loader` adds those it encounters.
     """
 
     def __init__(
@@ -141,7 +124,7 @@ class ViewDataset(Dataset[PairView]):
         max_bad: float = MAX_BAD_SHARE,
         substitute: bool = True,
     ) -> None:
-        self.cache: EmbeddingSource | None = None
+        self.store: TeacherStores | None = None
         self.views = views
         self.bad = BadSamples(pairs, max_share=max_bad)
         self.pairs, self.student, self.teachers = pairs, student, tuple(teachers)
@@ -162,8 +145,7 @@ class ViewDataset(Dataset[PairView]):
                 pair, bad = read_twice(read, view.sample), ()
             except InputError as error:
                 pair, bad = None, ((view.sample, str(error)),)
-        if pair is None:
-            # An exception would leave a worker process as a traceback; `step_loader` reports the bad pairs instead.
+        if pair is None:  # `step_loader` reports the bad pairs
             student, *teachers = (np.zeros((*m.size, 3), dtype=np.uint8) for m in (self.student, *self.teachers))
             pair = PairView(student, tuple(teachers), "")
         return pair._replace(bad=bad)
@@ -178,7 +160,7 @@ class ViewDataset(Dataset[PairView]):
         chooser = np.random.default_rng((self.seed, step)) if self.pairs.counts.classes else rng
         caption = sample.captions[int(chooser.integers(len(sample.captions)))]
         embeddings = None
-        if self.cache is not None and (embeddings := self.cache.lookup(epoch, index, caption)) is None:
+        if self.store is not None and (embeddings := self.store.lookup(epoch, index, caption)) is None:
             raise InputError(f"Pair {index:,} is not in the teacher's store: it was bad when the store was built.")
         if sample.open is None:
             return PairView(_NO_PIXELS, (_NO_PIXELS,) * len(self.teachers), caption, paired=False)
@@ -263,18 +245,20 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
         try:
             batches = iter(loader)
         except OSError as error:
-            unstarted = UnreachableError(
-                f"The loader processes could not be started: {error.strerror or error}.",
-                hint=_WITHOUT_SHARED_MEMORY,
-            )
-            raise machine_failure(error) or unstarted from error
+            unstarted = f"The loader processes could not be started: {error.strerror or error}."
+            raise machine_failure(error) or UnreachableError(unstarted, hint=_WITHOUT_SHARED_MEMORY) from error
+    processes: Sequence[BaseProcess] = getattr(batches, "_workers", ())
     try:
-        for batch in _raising(batches, workers=getattr(batches, "_workers", ())):
+        for batch in batches:
+            if isinstance(batch, _Failure):
+                raise batch.error from RuntimeError(batch.traceback)
             if dataset.substitute:
                 dataset.bad.add(batch.bad)
             yield batch
-    except BaseException:
-        _end_soon(getattr(batches, "_workers", ()))
+    except BaseException as error:
+        _end_soon(processes)
+        if isinstance(error, RuntimeError) and (lost := lost_worker(error, processes)):
+            raise lost from error
         raise
 
 
@@ -302,8 +286,7 @@ def _start_worker(parent: int, _worker: int) -> None:
 def _without_main_module() -> Iterator[None]:
     """Within the block, processes that are spawned, or forked by a server, do not import the main module.
 
-    It is the user's script, which would train once more in each worker unless it is guarded by its `__name__`. Workers
-    need nothing of it.
+    It is the user's script, which would train once more in each worker unless it is guarded by its `__name__`.
     """
     real = spawn.get_preparation_data
 
@@ -321,8 +304,7 @@ def _without_main_module() -> Iterator[None]:
 _MAIN_MODULE_HIDDEN = SharedBlock(_without_main_module)
 
 
-@dataclass(frozen=True)
-class _Failure:
+class _Failure(NamedTuple):
     """An error of our own in a worker process: torch would make it a text, with a traceback and without its hint."""
 
     error: ClipRdEdgeError
@@ -348,37 +330,22 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _raising(batches: Iterable[Batch | _Failure], *, workers: Sequence[BaseProcess]) -> Iterator[Batch]:
-    """Iterate, and raise what a worker process failed with, or was ended by."""
-    try:
-        for batch in batches:
-            if isinstance(batch, _Failure):
-                raise batch.error from RuntimeError(batch.traceback)
-            yield batch
-    except RuntimeError as error:
-        if lost := lost_worker(error, workers):
-            raise lost from error
-        raise
-
-
 def lost_worker(error: BaseException, workers: Sequence[BaseProcess] = ()) -> LostProcessError | None:
     """Return the error of a run one of whose workers has ended, or None if this is another error.
 
     torch's signal handler raises it wherever the training process happens to be.
 
     Args:
-        workers: those of the loader that waited for a batch. They know their exit code where torch does not, because
-            they are no children of this process (a server forks them, as by default from Python 3.14 on), or on
-            Windows.
+        workers: those of the loader that waited for a batch. They have their exit code where torch does not see it:
+            where a server forks them, as by default from Python 3.14 on, and on Windows.
     """
     if not (ended := _ENDED.search(str(error))):
         return None
     # The handler's error, which names the exit code, is the cause of the error of a loader that waited for a batch.
     first = _ENDED.search(str(error.__cause__)) or ended
-    # Negative is the signal that has ended it.
-    known = (worker.exitcode for worker in workers if str(worker.pid) in first[1].split(", "))
-    code = int(first[2] or next((code for code in known if code is not None), 0))
-    if code > 0:
+    codes = (worker.exitcode for worker in workers if str(worker.pid) in first[1].split(", "))
+    code = int(first[2] or next((code for code in codes if code is not None), 0))
+    if code > 0:  # negative is the signal that has ended it
         return LostProcessError(
             f"A loader process (pid {first[1]}) failed with exit code {code}; its own message is above.",
             hint="see whether it loads in the training process: {workers} 0; resume with the same command and {resume}",
@@ -391,45 +358,40 @@ def lost_worker(error: BaseException, workers: Sequence[BaseProcess] = ()) -> Lo
 
 
 def _collate(views: list[PairView]) -> Batch:
-    student, *teachers = _stack_shared([(view.student_pixels, *view.teacher_pixels) for view in views])
-    captions, bad = [view.caption for view in views], tuple(bad for view in views for bad in view.bad)
-    embeddings = [view.teacher_embeddings for view in views if view.teacher_embeddings is not None]
-    paired = tuple(view.paired for view in views if view.paired is not None)
-    return Batch(student, tuple(teachers), captions, bad, _stack(embeddings), paired or None)
-
-
-def _stack_shared(levels: list[tuple[Levels, ...]]) -> list[Tensor]:
-    """Return one tensor per model; models whose first image is the same array share one."""
-    stacked: dict[int, Tensor] = {}
+    stacked: dict[int, Tensor] = {}  # by the array of the first view, which models of one size share
+    levels = [(view.student_pixels, *view.teacher_pixels) for view in views]
     for number, first in enumerate(levels[0]):
         if id(first) not in stacked:
-            images = _shared(torch.from_numpy(np.stack([view[number] for view in levels])))
-            stacked[id(first)] = images.permute(0, 3, 1, 2)
-    return [stacked[id(first)] for first in levels[0]]
+            stacked[id(first)] = _shared(np.stack([own[number] for own in levels])).permute(0, 3, 1, 2)
+    student, *teachers = (stacked[id(first)] for first in levels[0])
+    embeddings = [view.teacher_embeddings for view in views if view.teacher_embeddings is not None]
+    image, text = zip(*embeddings, strict=True) if embeddings else ((), ())
+    return Batch(
+        student,
+        tuple(teachers),
+        [view.caption for view in views],
+        tuple(bad for view in views for bad in view.bad),
+        (_shared(np.stack(image)), _shared(np.stack(text))) if embeddings else None,
+        tuple(view.paired for view in views if view.paired is not None) or None,
+    )
 
 
-def _stack(embeddings: list[tuple[HalfArray, HalfArray]]) -> tuple[Tensor, Tensor] | None:
-    if not embeddings:
-        return None
-    images, texts = zip(*embeddings, strict=True)
-    return _shared(torch.from_numpy(np.stack(images))), _shared(torch.from_numpy(np.stack(texts)))
-
-
-def _shared(tensor: Tensor) -> Tensor:
-    """Return a tensor in shared memory in a worker process, and as it is in the training process.
+def _shared(array: npt.NDArray[Any]) -> Tensor:
+    """Return a tensor, in shared memory in a worker process.
 
     torch would move it there in a thread that prints an error and drops the batch, which the training process would
-    wait for without end. A container's shared memory is 64 MB unless it is told otherwise.
+    wait for without end.
     """
+    tensor = torch.from_numpy(array)
     if get_worker_info() is None:
         return tensor
     untyped: Any = tensor  # torch has no types for it
     try:
         untyped.share_memory_()
-        return tensor
     except RuntimeError as error:
         raise UnreachableError(
             f"A worker process could not pass a batch of {tensor.nbytes / 1e6:.1f} MB through shared memory: "
             f"{str(error).splitlines()[0].rpartition(': ')[2]}.",
             hint=_WITHOUT_SHARED_MEMORY,
         ) from error
+    return tensor

@@ -110,7 +110,7 @@ def prepare(
     quantization = Quantization() if config.quantize else None
     if quantization:
         parts["ranges"] = quantization.ranges
-    bank = make_bank(config, len(setup.pairs), dataset.cache, setup.ensemble, processes.device, source=bank_source)
+    bank = make_bank(config, len(setup.pairs), dataset.store, setup.ensemble, processes.device, source=bank_source)
     if bank:
         parts["bank"] = bank
     start = load_checkpoint(run, parts, processes, reporter=reporter)

@@ -19,8 +19,9 @@ from torchvision.transforms import functional as F
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.data.reinforced import Augmentation, Reinforced, StoredTeachers
-from clip_rd_edge.distillation.loader import HalfArray, PairView, View, ViewDataset
+from clip_rd_edge.distillation.loader import PairView, View, ViewDataset
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
+from clip_rd_edge.distillation.store import HalfArray
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.utils.arrays import read_npz
 

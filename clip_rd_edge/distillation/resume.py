@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -27,13 +26,13 @@ from clip_rd_edge.distillation.inputs import (
 )
 from clip_rd_edge.distillation.precision import with_precision
 from clip_rd_edge.distillation.processes import Processes
-from clip_rd_edge.distillation.store import StoreManifest, manifests
+from clip_rd_edge.distillation.store import stored_precision
 from clip_rd_edge.distillation.student import open_shape
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.models.students import TEACHER
 from clip_rd_edge.utils.outputs import LOCK_FILE
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.structs import read_json, read_yaml
+from clip_rd_edge.utils.structs import read_yaml
 
 
 def check_folder(
@@ -91,9 +90,7 @@ def check_folder(
 def _with_precision_of_store(config: RunConfig) -> RunConfig:
     """Return the configuration with a precision `auto` of the teacher replaced by that of its store, if it has one."""
     if config.store and config.teacher_precision == "auto":
-        for path in manifests(Path(config.store)):
-            with suppress(ConfigError):  # reported when the store is opened
-                return with_precision(config, teacher=read_json(path, StoreManifest).precision)
+        return with_precision(config, teacher=stored_precision(Path(config.store)))
     return config
 
 

@@ -1,28 +1,23 @@
 """The teacher's embeddings, computed once and read back row by row.
 
     manifest.json                      what the embeddings depend on
-    images/view-V/shard-S.npy          (n,) rows of D float16, for the pairs S · SHARD_SIZE to S · SHARD_SIZE + n
-    captions/shard-S.npy               the keys of these pairs' captions, and the number of the pair of each
-    texts/keys.npy                     (C,) keys of all different captions, sorted
-    texts/pairs.npy                    (C,) a pair that has the caption
-    texts/shard-T.npy                  (n,) rows of D float16, for the keys T · SHARD_SIZE to T · SHARD_SIZE + n
-    complete.json                      written last: nothing is missing; with the CRC-32 of keys.npy
+    captions/shard-S.npy               (n, 2) key and pair of each caption of a shard's pairs
+    texts/captions.npy                 (C, 2) the same for all different captions, sorted by key
+    texts/shard-T.npy                  (n, D) float16, for the captions T · SHARD_SIZE to T · SHARD_SIZE + n
+    images/view-V/shard-S.npy          (n, D) float16, for the pairs S · SHARD_SIZE to S · SHARD_SIZE + n
+    complete.json                      written last: nothing is missing
 
-With a cache, epoch e shows view e mod V: the same crops and captions return every V epochs, and the teacher takes no
-part in a step. A cache is rejected if anything differs that its embeddings depend on; where the data lie does not
-matter.
+With a store, epoch e shows view e mod V: the same crops and captions return every V epochs, and the teacher takes no
+part in a step. A store is refused if anything differs that its embeddings depend on; where the data lie does not
+matter. The stores of several teachers lie side by side in FOLDER/teacher-SHA256, so that a run with some of them, or
+with one more, finds what is there.
 
-The embeddings of several teachers are several caches side by side, in a folder each: FOLDER/teacher-SHA256, after the
-teacher's fingerprint, so that a run with some of the teachers, or with another one more, finds what is there.
+Images are stored by view and pair, captions once each, by a hash of their text. A pair that was bad when the store was
+built, or for which the teacher computed no finite numbers, has a row of zeros. It is then bad in training, too.
 
-Images are stored by view and pair, captions once each, by a hash of their text. A pair that could not be read when the
-cache was built, or for which the teacher computed no finite numbers, has a row of zeros, which no embedding is: it is
-then bad in training, too, and another pair takes its place with its own row.
-
-Files are written atomically, so several processes or machines can build one cache together, and an interrupted build
-continues where it stopped. Rows are read with plain reads, so neither opening a cache nor reading from it needs memory
-that grows with its size, and worker processes share the operating system's cache of the files. Each row of embeddings
-has its CRC-32, which is checked whenever it is read, in about a microsecond; keys.npy, when a cache is opened.
+An interrupted build continues where it stopped, as files are written atomically. Rows are read with plain reads, so
+neither opening a store nor reading from it needs memory that grows with its size. Each row has a CRC-32, which is
+checked when it is read, in about a microsecond.
 """
 
 from __future__ import annotations
@@ -31,8 +26,10 @@ import hashlib
 import io
 import zlib
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,26 +38,27 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.distillation.loader import HalfArray
 from clip_rd_edge.distillation.pixels import Crops
-from clip_rd_edge.errors import ConfigError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel, model_fingerprint
-from clip_rd_edge.utils.arrays import npy_bytes
-from clip_rd_edge.utils.files import named_failures, write_bytes
-from clip_rd_edge.utils.outputs import LOCK_FILE, exclusive_writer
-from clip_rd_edge.utils.paths import is_file, is_folder, is_left_by_system
+from clip_rd_edge.utils.arrays import load_array, npy_bytes
+from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.outputs import exclusive_writer
+from clip_rd_edge.utils.paths import is_file, is_left_by_system
+from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
 
 MANIFEST, COMPLETE = "manifest.json", "complete.json"
-FORMAT_VERSION = 4  # increase when the same manifest gives other embeddings, such as by other crops
+FORMAT_VERSION = 1  # increase when the same manifest gives other embeddings, such as by other crops
 SHARD_SIZE = 4096  # rows per shard: 4 MiB at D = 512
-KEY, _CRC32 = np.dtype("<u8"), np.dtype("<u4")
-_HEADER_BYTES = 128  # of .npy, before the rows: of any number of them
-_RUN_AGAIN = "run the command again, which computes what a teacher's store lacks, or copy the store again"
+_OF_A_TEACHER = "teacher-"
+_HEADER_BYTES = 128  # of .npy, for any number of these rows
+HalfArray = npt.NDArray[np.float16]
+_RUN_AGAIN = "run the command again, which computes what a store lacks, or copy the store again"
 
 
 class StoreManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything the embeddings of a cache depend on; `teacher` and `data` only name it for people.
+    """Everything the embeddings of a store depend on; `teacher` and `data` only name it for people.
 
     Attributes:
         teacher_sha256: see `model_fingerprint`.
@@ -85,55 +83,27 @@ class StoreManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class CompleteStore(msgspec.Struct, frozen=True):
-    """Content of complete.json: the number of different captions, and the CRC-32 of the file of their keys."""
+    """Content of complete.json: C, the number of different captions."""
 
     captions: int
-    keys_crc32: int
 
 
 class RowFile(Sequence[Any]):
-    """Rows of a .npy file, each read when it is asked for; the file is open only within the `with` block.
+    """The rows of a file, each read and checked when it is asked for; open only within the `with` block.
 
     Args:
-        count: number of rows in the file.
-        dtype: of a row; that of `embedding_rows` is checked, and returned without its checksum.
+        count, width, dtype: of the rows, (count, width).
     """
 
-    def __init__(self, path: Path, *, count: int, dtype: np.dtype[Any]) -> None:
-        self._path, self._count, self._dtype = path, count, dtype
-        self._size_bytes = _HEADER_BYTES + count * dtype.itemsize
+    def __init__(self, path: Path, *, count: int, width: int, dtype: str = "<f2") -> None:
+        self._path, self._count, self._type = path, count, _row_type(dtype, width)
+        self._size_bytes = _HEADER_BYTES + count * self._type.itemsize
 
     def __enter__(self) -> RowFile:
         # Opening costs 10 µs, and leaves no position in an open file that worker processes would share.
-        try:
-            self._file = self._path.open("rb", buffering=0)
-        except FileNotFoundError as error:
-            raise self._not_whole(None) from error
-        if (size := self._file.seek(0, io.SEEK_END)) != self._size_bytes:
-            self._file.close()
-            raise self._not_whole(size)
+        self.require_whole()
+        self._file = self._path.open("rb", buffering=0)
         return self
-
-    def is_whole(self) -> bool:
-        """Return whether the file exists and is as long as its rows; it is not opened."""
-        return self._actual_bytes() == self._size_bytes
-
-    def require_whole(self) -> None:
-        """Raise ConfigError unless the file is whole."""
-        if (size := self._actual_bytes()) != self._size_bytes:
-            raise self._not_whole(size)
-
-    def _actual_bytes(self) -> int | None:
-        try:
-            return self._path.stat().st_size
-        except FileNotFoundError:
-            return None
-
-    def _not_whole(self, size: int | None) -> ConfigError:
-        problem = "is missing" if size is None else f"is damaged: it has {size:,} bytes"
-        return ConfigError(
-            f"{self._path} {problem}; expected {self._size_bytes:,} bytes, for {self._count:,} rows.", hint=_RUN_AGAIN
-        )
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -142,22 +112,63 @@ class RowFile(Sequence[Any]):
         return self._count
 
     def __getitem__(self, index: Any) -> Any:
-        self._file.seek(_HEADER_BYTES + index * self._dtype.itemsize)
-        content = self._file.read(self._dtype.itemsize)
-        row = np.frombuffer(content, dtype=self._dtype)[0]
-        if not self._dtype.names:
-            return row
-        if zlib.crc32(content[: -_CRC32.itemsize]) != row["crc32"]:
+        self._file.seek(_HEADER_BYTES + index * self._type.itemsize, io.SEEK_SET)
+        content = self._file.read(self._type.itemsize)
+        row = np.frombuffer(content, dtype=self._type)[0]
+        if zlib.crc32(content[:-4]) != row["crc32"]:
             raise ConfigError(
                 f"{self._path} is damaged: row {index:,} has changed since it was written.",
                 hint=f"delete it, and {_RUN_AGAIN}",
             )
         return row["row"]
 
+    def is_whole(self) -> bool:
+        """Return whether the file exists and is as long as its rows; it is not opened."""
+        return self._path.is_file() and self._path.stat().st_size == self._size_bytes
+
+    def require_whole(self) -> None:
+        """Raise ConfigError unless the file is whole."""
+        if not self.is_whole():
+            raise ConfigError(
+                f"{self._path} is missing or damaged; expected {self._size_bytes:,} bytes, for {self._count:,} rows.",
+                hint=_RUN_AGAIN,
+            )
+
+
+def _row_type(dtype: str, width: int) -> np.dtype[Any]:
+    return np.dtype([("row", dtype, (width,)), ("crc32", "<u4")])
+
+
+def write_rows(path: Path, rows: npt.NDArray[Any]) -> None:
+    """Write rows, (n, D), with their checksums, atomically."""
+    write_bytes(path, rows_with_checksums(rows))
+
+
+def rows_with_checksums(rows: npt.NDArray[Any]) -> bytes:
+    """Return the content of the file of these rows, (n, D)."""
+    checked = np.empty(len(rows), _row_type(rows.dtype.str, rows.shape[1]))
+    checked["row"] = rows
+    checked["crc32"] = [zlib.crc32(row) for row in np.ascontiguousarray(rows)]
+    return npy_bytes(checked)
+
+
+def read_rows(files: Callable[[int], RowFile], rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """Return some rows of all shards together, (n, D).
+
+    Args:
+        files: returns the file of a shard.
+        rows: ascending.
+    """
+    parts = []
+    for own in np.split(rows, np.flatnonzero(np.diff(rows // SHARD_SIZE)) + 1):
+        with files(int(own[0]) // SHARD_SIZE) as file:
+            parts += [file[row] for row in (own % SHARD_SIZE).tolist()]
+    return np.stack(parts)
+
 
 @dataclass(frozen=True)
 class TeacherStore:
-    """Reads a complete cache.
+    """The files of one teacher's store.
 
     Attributes:
         captions: C, the number of different captions.
@@ -170,95 +181,60 @@ class TeacherStore:
     def lookup(self, epoch: int, index: int, caption: str) -> tuple[HalfArray, HalfArray] | None:
         """Return the teacher's embeddings of a pair's image in an epoch and of a caption, (D,) each.
 
-        None if one of them could not be read or embedded when the cache was built.
+        None if one of them was bad when the store was built.
         """
-        with self._images(epoch % self.manifest.views, index // SHARD_SIZE) as images:
+        with self.images(epoch % self.manifest.views, index // SHARD_SIZE) as images:
             image: HalfArray = images[index % SHARD_SIZE]
         key = caption_key(caption)
-        with self._keys() as keys:
-            row = bisect_left(keys, key)
-            if row == self.captions or keys[row] != key:
+        with RowFile(captions_file(self.folder), count=self.captions, width=2, dtype="<u8") as captions:
+            place = bisect_left(captions, key, key=lambda entry: int(entry[0]))
+            if place == self.captions or captions[place][0] != key:
                 return None
-        with self._texts(row // SHARD_SIZE) as texts:
-            text: HalfArray = texts[row % SHARD_SIZE]
-        return (image, text) if is_embedding(image) and is_embedding(text) else None
+        with self.texts(place // SHARD_SIZE) as texts:
+            text: HalfArray = texts[place % SHARD_SIZE]
+        return (image, text) if image.any() and text.any() else None
+
+    def texts(self, shard: int) -> RowFile:
+        """Return the embeddings of a shard's captions."""
+        rows = shard_rows(shard, self.captions)
+        return RowFile(text_shard(self.folder, shard), count=len(rows), width=self.manifest.embedding_size)
+
+    def images(self, view: int, shard: int) -> RowFile:
+        """Return the embeddings of a shard's images."""
+        rows = shard_rows(shard, self.manifest.pairs)
+        return RowFile(image_shard(self.folder, view, shard), count=len(rows), width=self.manifest.embedding_size)
 
     def require_whole(self) -> None:
         """Raise ConfigError if a file is missing or not as long as its rows; none is opened."""
-        self._keys().require_whole()
-        for shard in range(shard_count(self.captions)):
-            self._texts(shard).require_whole()
-        for view in range(self.manifest.views):
-            for shard in range(shard_count(self.manifest.pairs)):
-                self._images(view, shard).require_whole()
-
-    def _keys(self) -> RowFile:
-        return RowFile(keys_file(self.folder), count=self.captions, dtype=KEY)
-
-    def _texts(self, shard: int) -> RowFile:
-        rows = shard_rows(shard, self.captions)
-        return embedding_file(text_shard(self.folder, shard), rows, width=self.manifest.embedding_size)
-
-    def _images(self, view: int, shard: int) -> RowFile:
-        rows = shard_rows(shard, self.manifest.pairs)
-        return embedding_file(image_shard(self.folder, view, shard), rows, width=self.manifest.embedding_size)
-
-
-def embedding_file(path: Path, rows: range, *, width: int) -> RowFile:
-    """Return the file of a shard with these rows, (width,) each."""
-    return RowFile(path, count=len(rows), dtype=_row_type(width))
-
-
-def _row_type(width: int) -> np.dtype[Any]:
-    return np.dtype([("row", "<f2", (width,)), ("crc32", _CRC32)])
-
-
-def with_checksums(rows: HalfArray) -> npt.NDArray[np.void]:
-    """Return what the file of a shard with these rows, (n, D), holds: (n,)."""
-    checked = np.empty(len(rows), _row_type(rows.shape[1]))
-    checked["row"] = rows
-    checked["crc32"] = [zlib.crc32(row) for row in np.ascontiguousarray(rows)]
-    return checked
-
-
-def keys_file(folder: Path) -> Path:
-    """Return the path of the keys of all different captions."""
-    return folder / "texts" / "keys.npy"
-
-
-def keys_crc32(folder: Path) -> int:
-    """Return the CRC-32 of the file of keys, reading it in parts."""
-    crc32 = 0
-    with keys_file(folder).open("rb") as file:
-        while block := file.read(1 << 15):
-            crc32 = zlib.crc32(block, crc32)
-    return crc32
+        RowFile(captions_file(self.folder), count=self.captions, width=2, dtype="<u8").require_whole()
+        images = (
+            self.images(view, shard)
+            for view in range(self.manifest.views)
+            for shard in range(shard_count(self.manifest.pairs))
+        )
+        for file in chain(map(self.texts, range(shard_count(self.captions))), images):
+            file.require_whole()
 
 
 @dataclass(frozen=True)
 class TeacherStores:
-    """Reads the complete caches of one or several teachers, over the same views of the same pairs."""
+    """The complete stores of one or several teachers, over the same views of the same pairs."""
 
-    caches: tuple[TeacherStore, ...]
+    stores: tuple[TeacherStore, ...]
 
     def lookup(self, epoch: int, index: int, caption: str) -> tuple[HalfArray, HalfArray] | None:
         """See `loader.EmbeddingSource`."""
-        rows = [row for cache in self.caches if (row := cache.lookup(epoch, index, caption)) is not None]
-        if len(rows) < len(self.caches):
+        rows = [store.lookup(epoch, index, caption) for store in self.stores]
+        found = [row for row in rows if row is not None]
+        if len(found) < len(rows):
             return None
-        images, texts = zip(*rows, strict=True)
+        images, texts = zip(*found, strict=True)
         return np.concatenate(images), np.concatenate(texts)
-
-
-def is_embedding(rows: HalfArray) -> npt.NDArray[np.bool_]:
-    """Return which rows, (…, D), are embeddings: not zeros, and finite. Caches of earlier versions may hold others."""
-    embedded: npt.NDArray[np.bool_] = np.logical_and(rows.any(axis=-1), np.isfinite(rows).all(axis=-1))
-    return embedded
 
 
 def caption_key(caption: str) -> int:
     """Return a hash of 64 bits: of 15 million captions, two share one with a probability of 6e-6."""
-    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=KEY.itemsize).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
 
 
 def shard_count(rows: int) -> int:
@@ -282,80 +258,86 @@ def text_shard(folder: Path, shard: int) -> Path:
 
 
 def caption_shard(folder: Path, shard: int) -> Path:
-    """Return the path of the keys of the captions of a shard's pairs."""
+    """Return the path of the captions of a shard's pairs."""
     return folder / "captions" / f"shard-{shard:05d}.npy"
+
+
+def captions_file(folder: Path) -> Path:
+    """Return the path of all different captions."""
+    return folder / "texts" / "captions.npy"
+
+
+def load_rows(path: Path, *, memory_mapped: bool = False) -> npt.NDArray[Any]:
+    """Return all rows of a file, (n, D), without their checksums."""
+    rows: npt.NDArray[Any] = load_array(path, memory_mapped=memory_mapped)["row"]
+    return rows
 
 
 def store_folders(folder: Path, teachers: Sequence[ClipModel]) -> list[Path]:
     """Return the folder of each teacher's store: `folder` itself, or those of several teachers in it."""
-    if is_file(folder):
-        raise UsageError(f"The output {folder} is a file; expected a folder.", hint="choose another {store}")
-    beside = is_folder(folder) and any(folder.glob(f"{_OF_A_TEACHER}*"))
-    if len(teachers) == 1 and not beside:
+    if len(teachers) == 1 and not any(folder.glob(f"{_OF_A_TEACHER}*")):
         return [folder]
     if is_file(folder / MANIFEST):
         raise UsageError(
-            f"The teacher's store {folder} is that of one teacher, but the run has {len(teachers)}.",
+            f"The store {folder} is that of one teacher, but the run has {len(teachers)}.",
             hint="choose another {store}",
         )
-    if is_folder(folder) and _holds_others(folder, (_OF_A_TEACHER,)):
-        raise UsageError(f"{folder} is neither empty nor a teacher's store.", hint="choose another {store}")
-    return [folder / f"{_OF_A_TEACHER}{model_fingerprint(teacher)[:_SHORT]}" for teacher in teachers]
+    return [folder / f"{_OF_A_TEACHER}{model_fingerprint(teacher)[:16]}" for teacher in teachers]
 
 
-def manifests(folder: Path) -> list[Path]:
-    """Return the paths of the manifests of a cache of one teacher, or of several."""
-    return [path for path in (folder / MANIFEST, *sorted(folder.glob(f"{_OF_A_TEACHER}*/{MANIFEST}"))) if is_file(path)]
+def stored_precision(folder: Path) -> str | None:
+    """Return the precision that a store of one or several teachers was computed in; None if there is none."""
+    for path in (folder / MANIFEST, *sorted(folder.glob(f"{_OF_A_TEACHER}*/{MANIFEST}"))):
+        if is_file(path):
+            return read_json(path, StoreManifest).precision
+    return None
 
 
-_OF_A_TEACHER, _SHORT = "teacher-", 16
+@contextmanager
+def sole_builder(folder: Path, manifest: StoreManifest, reporter: Reporter) -> Iterator[None]:
+    """Begin a store, or go on with the same one; other runs that need it wait until it is complete."""
+    with exclusive_writer(folder, on_wait=reporter.say, option="{store}"):
+        if not is_file(folder / MANIFEST):
+            if any(not path.name.startswith(".") and not is_left_by_system(path) for path in folder.iterdir()):
+                raise UsageError(f"{folder} is neither empty nor a teacher's store.", hint="choose another {store}")
+            write_bytes(folder / MANIFEST, to_json(manifest))
+        require_same_store(folder, manifest)
+        (folder / COMPLETE).unlink(missing_ok=True)
+        yield
 
 
-def claim_store(folder: Path, manifest: StoreManifest) -> None:
-    """Write a manifest into a new folder, or check that the folder has the same one; jobs may do so at once."""
-    path, hint = folder / MANIFEST, "choose another --store"
-    if is_file(folder):
-        raise UsageError(f"The output {folder} is a file; expected a folder.", hint=hint)
-    if not is_file(path):
-        with exclusive_writer(folder, on_wait=lambda message: None, option="--store"):
-            if not is_file(path):
-                if _holds_others(folder, (LOCK_FILE, f".{path.name}.")):  # the latter of a job that was killed
-                    raise UsageError(f"{folder} is neither empty nor a teacher's store.", hint=hint)
-                with named_failures(folder, hint=hint):
-                    write_bytes(path, to_json(manifest))
-    existing = read_json(path, StoreManifest)
+def require_same_store(folder: Path, manifest: StoreManifest) -> None:
+    """Refuse a store whose embeddings are others."""
+    existing = read_json(folder / MANIFEST, StoreManifest)
     for name in manifest.__struct_fields__:
         actual, expected = getattr(existing, name), getattr(manifest, name)
         if name not in ("teacher", "data") and actual != expected:
             raise UsageError(
                 f"{folder} is a teacher's store, but its {name} is {actual}; expected {expected}.",
-                hint=f"{hint}, or use the options that it was made with",
+                hint="choose another {store}, or use the options that it was made with",
             )
 
 
-def _holds_others(folder: Path, own: tuple[str, ...]) -> bool:
-    """Return whether a folder holds files with other beginnings than these that somebody has put there."""
-    return any(not path.name.startswith(own) and not is_left_by_system(path) for path in folder.iterdir())
-
-
-def write_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """Write a .npy file atomically."""
-    write_bytes(path, npy_bytes(array))
+def is_complete(folder: Path, manifest: StoreManifest) -> bool:
+    """Return whether there is such a store, and nothing is missing in it; refuse that of another teacher or data."""
+    if not is_file(folder / MANIFEST):
+        return False
+    require_same_store(folder, manifest)
+    try:
+        open_store(folder)
+    except (ConfigError, InputError):  # it was interrupted, or has lost a file, or a part of one
+        return False
+    return True
 
 
 def open_store(folder: Path) -> TeacherStore:
-    """Open a complete cache. No embedding is read, only the keys and the size of each file."""
+    """Open a complete store. Only the size of each file is looked at."""
     manifest = read_json(folder / MANIFEST, StoreManifest)
-    if not (folder / COMPLETE).is_file():
-        raise ConfigError(f"The teacher's store {folder} is not complete.", hint="finish building it first")
-    complete = read_json(folder / COMPLETE, CompleteStore)
-    cache = TeacherStore(folder, manifest, complete.captions)
-    cache.require_whole()
-    if keys_crc32(folder) != complete.keys_crc32:
-        raise ConfigError(f"{keys_file(folder)} is damaged: it has changed since it was written.", hint=_RUN_AGAIN)
-    return cache
+    store = TeacherStore(folder, manifest, read_json(folder / COMPLETE, CompleteStore).captions)
+    store.require_whole()
+    return store
 
 
 def open_stores(folders: Sequence[Path]) -> TeacherStores:
-    """Open the complete caches of all teachers of a run; raises as `open_store`."""
+    """Open the complete stores of all teachers of a run."""
     return TeacherStores(tuple(map(open_store, folders)))

@@ -1,4 +1,4 @@
-"""The teacher's bank: read from a cache, or filled by a run; and runs with either, in chunks and resumed."""
+"""The teacher's bank: read from a store, or filled by a run; and runs with either, in chunks and resumed."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.store import (
     TeacherStore,
     TeacherStores,
+    captions_file,
     image_shard,
+    load_rows,
     open_store,
     text_shard,
-    with_checksums,
-    write_array,
+    write_rows,
 )
 from clip_rd_edge.distillation.teacher import Teacher
-from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
-from clip_rd_edge.utils.arrays import load_array
 
 STEPS, BATCH_SIZE, WIDTH = 8, 6, 24
 CPU = torch.device("cpu")
@@ -45,101 +45,87 @@ def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
 
 
 @pytest.fixture
-def cached(config: RunConfig, tmp_path: Path) -> RunConfig:
-    return msgspec.structs.replace(config, store=str(tmp_path / "cache"))
+def with_store(config: RunConfig, tmp_path: Path) -> RunConfig:
+    return msgspec.structs.replace(config, store=str(tmp_path / "store"))
 
 
 @pytest.fixture
-def cache(cached: RunConfig, tmp_path: Path) -> TeacherStore:
-    run_distillation(cached, tmp_path / "filling", resume=False)
-    return open_store(Path(str(cached.store)))
+def store(with_store: RunConfig, tmp_path: Path) -> TeacherStore:
+    run_distillation(with_store, tmp_path / "filling", resume=False)
+    return open_store(tmp_path / "store")
 
 
-def stored(cache: TeacherStore, size: int, *, seed: int = 0) -> list[torch.Tensor]:
-    stored = StoredBank(TeacherStores((cache,)), Ensemble((WIDTH,), (1.0,)), size=size, seed=seed, device=CPU)
-    bank = stored.with_batch(torch.empty(0), torch.empty(0))
-    return [bank.image, bank.text]
+def stored(*stores: TeacherStore, size: int = 1_000, seed: int = 0) -> list[torch.Tensor]:
+    ensemble = Ensemble((WIDTH,) * len(stores), (1.0,) * len(stores))
+    bank = StoredBank(TeacherStores(stores), ensemble, size=size, seed=seed, device=CPU)
+    rows = bank.with_batch(torch.empty(0), torch.empty(0))
+    return [rows.image, rows.text]
 
 
-def test_a_stored_bank_is_all_of_a_cache_or_a_seeded_part_of_it(cache: TeacherStore) -> None:
-    paths = [image_shard(cache.folder, 0, 0), text_shard(cache.folder, 0)]
-    everything = [torch.from_numpy(load_array(path)["row"].copy()).float() for path in paths]
-    for actual, expected in zip(stored(cache, 1_000), everything, strict=True):
+def with_zeros(path: Path, row: int) -> None:
+    rows = load_rows(path)
+    rows[row] = 0
+    write_rows(path, rows)
+
+
+@pytest.fixture
+def lacking(store: TeacherStore, tmp_path: Path) -> TeacherStore:
+    """A copy of the store, from which the tests take something."""
+    return TeacherStore(Path(shutil.copytree(store.folder, tmp_path / "lacking")), store.manifest, store.captions)
+
+
+def test_a_stored_bank_is_all_of_a_store_or_a_seeded_part_of_it(store: TeacherStore) -> None:
+    paths = [image_shard(store.folder, 0, 0), text_shard(store.folder, 0)]
+    everything = [torch.from_numpy(load_rows(path)).float() for path in paths]
+    for actual, expected in zip(stored(store), everything, strict=True):
         assert actual.shape == (24, WIDTH)
         assert torch.equal(actual, expected)
-    for part, again, other, rows in zip(
-        stored(cache, 10), stored(cache, 10), stored(cache, 10, seed=1), everything, strict=True
-    ):
+    parts = [stored(store, size=10, seed=seed) for seed in (0, 0, 1)]
+    for part, again, other, rows in zip(*parts, everything, strict=True):
         assert torch.equal(part, again)
         assert not torch.equal(part, other)
         places = [(rows == row).all(dim=1).nonzero().item() for row in part]
         assert len(set(places)) == 10
 
 
-def test_a_stored_bank_reads_several_shards(cache: TeacherStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("bank", "store"):
-        monkeypatch.setattr(f"clip_rd_edge.distillation.{module}.SHARD_SIZE", 10)
+def test_a_stored_bank_reads_several_shards(store: TeacherStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clip_rd_edge.distillation.store.SHARD_SIZE", 10)
     everything = []
-    for path_of in (lambda shard: image_shard(cache.folder, 0, shard), lambda shard: text_shard(cache.folder, shard)):
-        rows = load_array(path_of(0))["row"].copy()
-        everything.append(torch.from_numpy(rows).float())
+    for path_of in (lambda shard: image_shard(store.folder, 0, shard), lambda shard: text_shard(store.folder, shard)):
+        rows = load_rows(path_of(0))
+        everything.append(torch.from_numpy(rows.copy()).float())
         for shard in range(3):
-            write_array(path_of(shard), with_checksums(rows[10 * shard : 10 * (shard + 1)]))
-    paths = [image_shard(cache.folder, 0, 2), text_shard(cache.folder, 2)]
-    for actual, path in zip(stored(cache, 24), paths, strict=True):
-        assert torch.equal(actual[20:], torch.from_numpy(load_array(path)["row"].copy()).float())
+            write_rows(path_of(shard), rows[10 * shard : 10 * (shard + 1)])
+    assert all(map(torch.equal, stored(store), everything))
     for seed in range(5):  # a part of some shards, and nothing of others
-        for part, rows in zip(stored(cache, 3, seed=seed), everything, strict=True):
+        for part, rows in zip(stored(store, size=3, seed=seed), everything, strict=True):
             places = [(rows == row).all(dim=1).nonzero().item() for row in part]
             assert places == sorted(set(places))
 
 
-def test_a_stored_bank_leaves_out_what_could_not_be_embedded(cache: TeacherStore) -> None:
-    path = image_shard(cache.folder, 0, 0)
-    rows = load_array(path)["row"]
-    rows[3] = 0
-    rows[5, 0] = np.nan  # of a cache of an earlier version
-    write_array(path, with_checksums(rows))
-    image, text = stored(cache, 1_000)
-    assert (len(image), len(text)) == (22, 24)
-    rows[:] = 0
-    write_array(path, with_checksums(rows))
-    with pytest.raises(InputError, match=r"None of the 24 embeddings chosen for the bank from .*view-000"):
-        stored(cache, 1_000)
-
-
-def test_an_image_that_one_of_two_teachers_could_not_embed_is_left_out(cache: TeacherStore, tmp_path: Path) -> None:
-    lacking = TeacherStore(tmp_path / "lacking", cache.manifest, cache.captions)
-    shutil.copytree(cache.folder, lacking.folder)
-    path = image_shard(lacking.folder, 0, 0)
-    rows = load_array(path)["row"]
-    rows[3] = 0
-    write_array(path, with_checksums(rows))
-    both = Ensemble((WIDTH, WIDTH), (1.0, 1.0))
-    bank = StoredBank(TeacherStores((cache, lacking)), both, size=1_000, seed=0, device=CPU)
-    image = bank.with_batch(torch.empty(0), torch.empty(0)).image
+def test_what_one_of_two_teachers_could_not_embed_is_left_out(store: TeacherStore, lacking: TeacherStore) -> None:
+    with_zeros(image_shard(lacking.folder, 0, 0), 3)
+    assert [len(side) for side in stored(lacking)] == [23, 24]
+    image, _ = stored(store, lacking)
     assert image.shape == (23, 2 * WIDTH)
     assert torch.equal(image[:, :WIDTH], image[:, WIDTH:])
 
 
-def test_a_caption_that_one_of_two_caches_lacks_is_left_out_of_both(cache: TeacherStore, tmp_path: Path) -> None:
-    lacking = TeacherStore(tmp_path / "lacking", cache.manifest, cache.captions - 1)
-    shutil.copytree(cache.folder, lacking.folder)
-    for path in (text_shard(lacking.folder, 0), lacking.folder / "texts" / "keys.npy"):
-        np.save(path, np.delete(load_array(path), 5, axis=0))  # it could not be read when this cache was built
-    both = Ensemble((WIDTH, WIDTH), (1.0, 1.0))
-    for caches in ((cache, lacking), (lacking, cache)):
-        bank = StoredBank(TeacherStores(caches), both, size=1_000, seed=0, device=CPU)
-        text = bank.with_batch(torch.empty(0), torch.empty(0)).text
+def test_a_caption_that_one_of_two_stores_lacks_is_left_out_of_both(store: TeacherStore, lacking: TeacherStore) -> None:
+    for path in (text_shard(lacking.folder, 0), captions_file(lacking.folder)):
+        write_rows(path, np.delete(load_rows(path), 5, axis=0))  # it could not be read when this store was built
+    lacking = TeacherStore(lacking.folder, lacking.manifest, lacking.captions - 1)
+    for stores in ((store, lacking), (lacking, store)):
+        _, text = stored(*stores)
         assert text.shape == (23, 2 * WIDTH)
         assert torch.equal(text[:, :WIDTH], text[:, WIDTH:])
 
 
-def test_a_damaged_cache_is_named(cache: TeacherStore) -> None:
-    path = text_shard(cache.folder, 0)
+def test_a_damaged_store_is_named(store: TeacherStore) -> None:
+    path = text_shard(store.folder, 0)
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ConfigError, match=r"shard-00000\.npy is damaged"):
-        stored(cache, 1_000)
+    with pytest.raises(ConfigError, match=path.name):
+        stored(store)
 
 
 def test_a_queue_holds_the_last_embeddings_and_those_of_the_step() -> None:
@@ -200,15 +186,6 @@ def test_a_queue_of_another_size_goes_on_with_the_newest_embeddings(size: int) -
     assert seen(after, 6, 7, 8) == [2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8][-size:]
 
 
-def test_the_embeddings_of_another_teacher_do_not_stay_in_a_queue() -> None:
-    before = QueueBank(5, CPU, source="one teacher")
-    before.with_batch(torch.ones(2, 2), torch.ones(2, 2))
-    for source, rows in (("one teacher", 3), (None, 3), ("another", 1)):
-        after = QueueBank(5, CPU, source=source)
-        after.load_state_dict(before.state_dict())
-        assert len(after.with_batch(torch.zeros(1, 2), torch.zeros(1, 2)).image) == rows
-
-
 def test_a_run_that_goes_on_with_another_teacher_begins_its_queue_anew(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(MemoryError):
         run_distillation(config, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(4)))
@@ -227,7 +204,7 @@ def test_a_queue_is_no_longer_than_the_data_and_only_made_if_the_objective_needs
     assert make_bank(other, 5, None, None, CPU) is None
 
 
-@pytest.mark.parametrize("kind", ["config", "cached"])
+@pytest.mark.parametrize("kind", ["config", "with_store"])
 @pytest.mark.parametrize("stop_after", [*(pytest.param(step, marks=pytest.mark.slow) for step in (2, 5)), 7])
 def test_a_killed_run_resumes_to_the_same_weights(
     kind: str, stop_after: int, request: pytest.FixtureRequest, tmp_path: Path
@@ -237,27 +214,18 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert all(line["loss/bank"] > 0 for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "message"),
-    [
-        ("config", "cached", "The run began without a teacher's store"),
-        ("cached", "config", "The run began with a bank from a teacher's store"),
-    ],
-)
+@pytest.mark.parametrize(("first", "second"), [("config", "with_store"), ("with_store", "config")])
 def test_a_run_does_not_change_its_kind_of_bank(
-    first: str, second: str, message: str, request: pytest.FixtureRequest, tmp_path: Path
+    first: str, second: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
+    began_with, other = request.getfixturevalue(first), request.getfixturevalue(second)
     with pytest.raises(MemoryError):
-        run_distillation(
-            request.getfixturevalue(first), tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(4))
-        )
+        run_distillation(began_with, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(4)))
     watch, began = Watch(), (tmp_path / "run" / "config.yaml").read_text()
-    with pytest.raises(UsageError, match=message) as error:
-        run_distillation(request.getfixturevalue(second), tmp_path / "run", resume=True, reporter=watch)
+    with pytest.raises(UsageError, match="began with") as error:
+        run_distillation(other, tmp_path / "run", resume=True, reporter=watch)
     assert "store" in error.value.hint
-    assert watch.updates == []  # no cache is built
+    assert watch.updates == []  # no store is filled
     assert (tmp_path / "run" / "config.yaml").read_text() == began
     with pytest.raises(MemoryError):
-        run_distillation(
-            request.getfixturevalue(first), tmp_path / "run", resume=True, reporter=Watch(on_step=stop_at(5))
-        )
+        run_distillation(began_with, tmp_path / "run", resume=True, reporter=Watch(on_step=stop_at(5)))

@@ -14,15 +14,14 @@ import pytest
 from support import one_worker, save_tiny_teacher
 
 import clip_rd_edge as edge
-from clip_rd_edge.distillation import embed
-from clip_rd_edge.distillation import store as embedding_store
+from clip_rd_edge.distillation import embed, store
 from clip_rd_edge.errors import InputError, UsageError
 
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """24 pairs make three shards of images and of texts."""
-    monkeypatch.setattr(embedding_store, "SHARD_SIZE", 10)
+    monkeypatch.setattr(store, "SHARD_SIZE", 10)
 
 
 @pytest.fixture
@@ -63,6 +62,7 @@ def test_a_store_for_a_student_that_squeezes_images_holds_its_crops(source: dict
 def test_the_workers_of_a_cluster_give_the_same_bytes(
     source: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    source["teacher"] = [source["teacher"], str(save_tiny_teacher(tmp_path / "second", seed=2))]
     here = edge.embed(output=tmp_path / "here", **source)
     monkeypatch.setattr(embed, "map_on_cluster", one_worker)
     assert contents(edge.embed(output=tmp_path / "there", ray="auto", **source)) == contents(here)
@@ -84,11 +84,9 @@ def test_a_worker_with_other_data_is_refused(
 def test_an_output_that_is_a_file_or_within_one_is_refused(source: dict[str, Any], tmp_path: Path) -> None:
     notes = tmp_path / "notes.csv"
     notes.write_text("mine")
-    with pytest.raises(UsageError, match=r"notes\.csv is a file; expected a folder") as error:
-        edge.embed(output=notes, **source)
-    assert error.value.hint
-    with pytest.raises(UsageError, match="cannot be written: Not a directory"):
-        edge.embed(output=notes / "store", **source)
+    for output in (notes, notes / "store"):
+        with pytest.raises(UsageError):
+            edge.embed(output=output, **source)
     assert notes.read_text() == "mine"
 
 
@@ -113,8 +111,8 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 import clip_rd_edge as edge
-from clip_rd_edge.distillation import store as embedding_store
-embedding_store.SHARD_SIZE = 10  # here; a worker is told its rows
+from clip_rd_edge.distillation import store
+store.SHARD_SIZE = 10  # here; a worker is told its rows
 options, output = json.loads(sys.argv[1]), Path(sys.argv[2])
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 second = cluster.add_node(num_cpus=1)

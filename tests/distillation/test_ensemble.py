@@ -1,10 +1,9 @@
-"""Runs with two teachers that differ in width, scale, size of images and tokens: live, from a cache, and resumed."""
+"""Runs with two teachers that differ in width, scale, size of images and tokens: live, from a store, and resumed."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -14,16 +13,16 @@ import msgspec
 import pytest
 import torch
 from reinforced_shards import describe_teachers, write_shard
-from support import Watch, one_worker, save_tiny_teacher
+from support import Watch, save_tiny_teacher
 from thread_processes import Exchange, Threads
 from tiny_runs import killed_and_resumed, stop_at, tiny_run, weights
 
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.reinforced import read_stored_teachers
-from clip_rd_edge.distillation import embed
 from clip_rd_edge.distillation.bank import QueueBank, StoredBank
 from clip_rd_edge.distillation.config import RunConfig, load_recipe, resolve
+from clip_rd_edge.distillation.embed import STORE_STAGE
 from clip_rd_edge.distillation.inputs import load_setup, make_dataset
 from clip_rd_edge.distillation.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.processes import Processes
@@ -32,18 +31,19 @@ from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.store import (
     TeacherStores,
     image_shard,
+    load_rows,
     open_stores,
     store_folders,
-    with_checksums,
-    write_array,
+    write_rows,
 )
 from clip_rd_edge.distillation.teacher import LiveTeacher, StoredTeacher, Teacher, ensemble_of, load_teachers
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.objective import Objective, Weights
+from clip_rd_edge.losses.terms import Bank
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip, save_clip, training_facts
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.utils.arrays import load_array
 
 STEPS, BATCH_SIZE = 4, 6
 WIDTHS, SCALES = (24, 16), (1 / 0.07, 40.0)
@@ -68,11 +68,11 @@ def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
 
 
 @pytest.fixture
-def cached(config: RunConfig, tmp_path: Path) -> RunConfig:
-    return msgspec.structs.replace(config, store=str(tmp_path / "cache"))
+def with_store(config: RunConfig, tmp_path: Path) -> RunConfig:
+    return msgspec.structs.replace(config, store=str(tmp_path / "store"))
 
 
-@pytest.mark.parametrize("kind", ["config", "cached"])
+@pytest.mark.parametrize("kind", ["config", "with_store"])
 def test_a_killed_run_resumes_to_the_same_weights(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     run = killed_and_resumed(request.getfixturevalue(kind), tmp_path, after=3)
     assert weights(run / "student")["visual.head.proj.weight"].shape[0] == sum(WIDTHS)  # the teachers' together
@@ -92,97 +92,60 @@ def test_config_and_model_card_name_all_teachers(config: RunConfig, tmp_path: Pa
     assert list((run / "report").glob("*.png"))
 
 
-def test_a_cache_keeps_the_embeddings_of_each_teacher_side_by_side(cached: RunConfig, tmp_path: Path) -> None:
-    run_distillation(cached, tmp_path / "run", resume=False)
-    setup = load_setup(cached, name="student", processes=Processes())
-    folders = sorted((tmp_path / "cache").iterdir())
-    assert [folder.name[:8] for folder in folders] == ["teacher-", "teacher-"]
-    order = {json.loads((folder / "manifest.json").read_text())["embedding_size"]: folder for folder in folders}
-    caches = open_stores([order[width] for width in WIDTHS])
-    live, stored = make_dataset(cached, setup), make_dataset(cached, setup, with_teacher_pixels=False)
-    stored.cache = caches
+def test_a_store_keeps_the_embeddings_of_each_teacher_side_by_side(with_store: RunConfig, tmp_path: Path) -> None:
+    run_distillation(with_store, tmp_path / "run", resume=False)
+    setup = load_setup(with_store, name="student", processes=Processes())
+    folders = store_folders(tmp_path / "store", setup.teachers)
+    assert sorted(folders) == sorted((tmp_path / "store").iterdir())
+    stores = open_stores(folders)
+    assert tuple(store.manifest.embedding_size for store in stores.stores) == WIDTHS
+    live, stored = make_dataset(with_store, setup), make_dataset(with_store, setup, with_teacher_pixels=False)
+    stored.store = stores
     teachers = LiveTeacher([Teacher(clip, CPU, autocast=None) for clip in setup.teachers])
     assert teachers.logit_scale == pytest.approx(SCALES)
     steps = StepSampler([24], 6, seed=0, start=2, stop=6)
-    for expected, actual in zip(
-        step_loader(live, steps, workers=0), step_loader(stored, steps, workers=0), strict=True
-    ):
+    batches = zip(step_loader(live, steps, workers=0), step_loader(stored, steps, workers=0), strict=True)
+    for expected, actual in batches:
         assert [pixels.shape[-1] for pixels in expected.teacher_pixels] == [48, 32]
         assert actual.teacher_pixels == ()
         there, here = teachers.embed(expected), StoredTeacher(ensemble_of(setup.teachers), CPU).embed(actual)
         for one, other in ((there.image, here.image), (there.text, here.text)):
             assert one.shape == (6, sum(WIDTHS))
             torch.testing.assert_close(other, one, atol=2**-11, rtol=0)
-    bank = StoredBank(caches, ensemble_of(setup.teachers), size=100, seed=0, device=CPU).with_batch(
-        torch.empty(0), torch.empty(0)
-    )
+    bank = stored_bank(stores, ensemble_of(setup.teachers))
     assert bank.image.shape == bank.text.shape == (24, sum(WIDTHS))
     torch.testing.assert_close(bank.image.norm(dim=1), torch.ones(24), atol=2e-3, rtol=0)
     # What one teacher lacks is neither in the bank nor in training.
-    path = image_shard(order[16], 0, 0)
-    rows = load_array(path)["row"]
+    rows = load_rows(image_shard(folders[1], 0, 0))
     rows[3] = 0
-    write_array(path, with_checksums(rows))
-    assert (
-        len(
-            StoredBank(caches, ensemble_of(setup.teachers), size=100, seed=0, device=CPU)
-            .with_batch(bank.image, bank.text)
-            .image
-        )
-        == 23
-    )
-    assert caches.lookup(0, 3, setup.pairs.read(3).captions[0]) is None
+    write_rows(image_shard(folders[1], 0, 0), rows)
+    assert len(stored_bank(stores, ensemble_of(setup.teachers)).image) == 23
+    assert stores.lookup(0, 3, setup.pairs.read(3).captions[0]) is None
 
 
-def test_a_cache_serves_runs_with_some_of_its_teachers(cached: RunConfig, tmp_path: Path) -> None:
-    assert isinstance(cached.teacher, tuple)
-    first, second = cached.teacher
-    options = {"data": cached.data, "views": 2, "workers": 0, "recipe": "clip-rd-bank"}
-    edge.embed(teacher=[first, second], output=tmp_path / "cache", **options)  # type: ignore[arg-type]
-    before = sorted(tmp_path.glob("cache/**/*"))
-    for names in (cached.teacher, (second, first), second):
+def stored_bank(stores: TeacherStores, ensemble: Ensemble) -> Bank:
+    bank = StoredBank(stores, ensemble, size=100, seed=0, device=CPU)
+    return bank.with_batch(torch.empty(0), torch.empty(0))
+
+
+def test_a_store_serves_runs_with_some_of_its_teachers(with_store: RunConfig, tmp_path: Path) -> None:
+    first, second = with_store.teachers
+    options = {"data": with_store.data, "views": 2, "workers": 0, "recipe": "clip-rd-bank"}
+    edge.embed(teacher=[first, second], output=tmp_path / "store", **options)  # type: ignore[arg-type]
+    before = sorted(tmp_path.glob("store/**/*"))
+    for names in ((first, second), (second, first), second):
         watch = Watch()
-        config = msgspec.structs.replace(cached, teacher=names)
+        config = msgspec.structs.replace(with_store, teacher=names)
         run_distillation(config, tmp_path / f"run-{len(names)}-{names[0][-3:]}", resume=False, reporter=watch)
-        assert not any(stage.startswith("storing") for stage, *_ in watch.updates)
-    assert sorted(tmp_path.glob("cache/**/*")) == before
+        assert not any(stage == STORE_STAGE for stage, *_ in watch.updates)
+    assert sorted(tmp_path.glob("store/**/*")) == before
 
 
-def test_workers_of_a_cluster_compute_each_teachers_embeddings(
-    cached: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert isinstance(cached.teacher, tuple)
-    options = {"data": cached.data, "teacher": cached.teacher, "views": 1, "workers": 0}
-    here = edge.embed(output=tmp_path / "here", **options)  # type: ignore[arg-type]
-    monkeypatch.setattr(embed, "map_on_cluster", one_worker)
-    there = edge.embed(output=tmp_path / "there", ray="auto", **options)  # type: ignore[arg-type]
-    contents = [
-        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        for folder in (here, there)
-    ]
-    assert contents[0] == contents[1]
-
-
-@pytest.mark.parametrize("content", ["manifest.json", "photo.jpg"])
-def test_a_cache_of_one_teacher_or_of_something_else_is_refused(
-    content: str, cached: RunConfig, tmp_path: Path
-) -> None:
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / content).write_text("{}")
-    with pytest.raises(UsageError, match=r"is that of one teacher, but the run has 2|neither empty nor a teacher"):
-        run_distillation(cached, tmp_path / "run", resume=False)
-
-
-def test_what_a_file_manager_leaves_in_a_cache_is_no_reason_to_refuse_it(cached: RunConfig, tmp_path: Path) -> None:
-    teachers = load_setup(cached, name="run", processes=Processes()).teachers
-    folders = store_folders(tmp_path / "cache", teachers)
-    for folder in (tmp_path / "cache", *folders):
-        folder.mkdir()
-        for name in (".DS_Store", f"._{folders[0].name}", "desktop.ini"):
-            (folder / name).write_bytes(b"")
-    assert store_folders(tmp_path / "cache", teachers) == folders
-    run_distillation(cached, tmp_path / "run", resume=False)
-    assert all((folder / "complete.json").is_file() for folder in folders)
+def test_a_store_of_one_teacher_is_refused_for_two(with_store: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match="that of one teacher, but the run has 2"):
+        run_distillation(with_store, tmp_path / "run", resume=False)
 
 
 def test_a_replaced_teacher_is_named_when_a_run_is_resumed(config: RunConfig, tmp_path: Path) -> None:
@@ -198,25 +161,16 @@ def test_a_replaced_teacher_is_named_when_a_run_is_resumed(config: RunConfig, tm
 
 def test_a_teacher_is_named_once_and_one_in_a_list_is_one(config: RunConfig, tmp_path: Path) -> None:
     first = save_tiny_teacher(tmp_path / "run" / "student")
-    with pytest.raises(ConfigError, match=r"the teacher .*run is named 2 times; expected once"):
-        resolve("clip-rd", data="p.csv", student="resnet18", teacher=[tmp_path / "run", "b", f"local-dir:{first}"])
-    with pytest.raises(ConfigError, match="the teacher a is named 2 times; expected once"):
-        resolve("clip-rd", data="emoji", student="resnet18", teacher=["a", "b", "a"])
+    for names in ([tmp_path / "run", "b", f"local-dir:{first}"], ["a", "b", "a"]):
+        with pytest.raises(ConfigError, match="twice"):
+            resolve("clip-rd", data="p.csv", student="resnet18", teacher=names)
     assert resolve("clip-rd", data="emoji", student="resnet18", teacher=[Path("a")]).teacher == "a"
     assert resolve("clip", data="emoji", student="resnet18", teacher=()).teacher is None
-    names = (config.teachers[0], "local-dir:missing")
     with pytest.raises(InputError, match="missing"):
-        load_setup(msgspec.structs.replace(config, teacher=names), name="student", processes=Processes())
-
-
-def test_the_command_line_takes_several(
-    config: RunConfig, tmp_path: Path, command_line: Callable[..., tuple[int, str, str]]
-) -> None:
-    first, second = config.teachers
-    options = ("--data", config.data, "--student", "test_resnet", "-o", tmp_path / "run")
-    code, _, error = command_line("distill", "--teacher", first, "--teacher", second, "--teacher", first, *options)
-    assert code == 2
-    assert f"the teacher {first} is named 2 times; expected once" in " ".join(error.split())
+        load_setup(
+            msgspec.structs.replace(config, teacher=(config.teachers[0], "local-dir:missing")),
+            name="student", processes=Processes(),
+        )  # fmt: skip
 
 
 def test_an_architecture_may_carry_its_tag() -> None:
@@ -263,9 +217,9 @@ def alike(config: RunConfig, tmp_path: Path) -> RunConfig:
 
 
 def test_teachers_that_share_a_text_tower_are_the_mean_of_both(alike: RunConfig, tmp_path: Path) -> None:
-    cached = msgspec.structs.replace(alike, store=str(tmp_path / "cache"))
+    stored_config = msgspec.structs.replace(alike, store=str(tmp_path / "store"))
     watch = Watch()
-    run = run_distillation(cached, tmp_path / "run", resume=False, reporter=watch)
+    run = run_distillation(stored_config, tmp_path / "run", resume=False, reporter=watch)
     assert "the teachers share a text tower: the student learns the mean of their image embeddings" in watch.said
     assert weights(run)["visual.head.proj.weight"].shape[0] == WIDTHS[0]
     setup = load_setup(alike, name="student", processes=Processes())
@@ -273,10 +227,10 @@ def test_teachers_that_share_a_text_tower_are_the_mean_of_both(alike: RunConfig,
     teachers = [Teacher(clip, CPU, autocast=None) for clip in setup.teachers]
     live, stored = LiveTeacher(teachers), StoredTeacher(setup.ensemble, CPU)
     assert live.logit_scale == stored.logit_scale == pytest.approx(sum(SCALES) / 2)
-    data, from_cache = make_dataset(alike, setup), make_dataset(alike, setup, with_teacher_pixels=False)
-    from_cache.cache = open_stores(store_folders(tmp_path / "cache", setup.teachers))
+    data, from_store = make_dataset(alike, setup), make_dataset(alike, setup, with_teacher_pixels=False)
+    from_store.store = stores = open_stores(store_folders(tmp_path / "store", setup.teachers))
     steps = StepSampler([24], 6, seed=0, start=0, stop=1)
-    (batch,), (read,) = (list(step_loader(source, steps, workers=0)) for source in (data, from_cache))
+    (batch,), (read,) = (list(step_loader(source, steps, workers=0)) for source in (data, from_store))
     here = live.embed(batch)
     images = [teacher.embed_images(pixels) for teacher, pixels in zip(teachers, batch.teacher_pixels, strict=True)]
     mean = sum(images) / 2
@@ -285,9 +239,7 @@ def test_teachers_that_share_a_text_tower_are_the_mean_of_both(alike: RunConfig,
     torch.testing.assert_close(here.text, teachers[0].embed_captions(batch.captions))
     for one, other in zip(stored.embed(read)[:2], here[:2], strict=True):
         torch.testing.assert_close(one, other, atol=2**-11, rtol=0)
-    assert isinstance(from_cache.cache, TeacherStores)
-    bank = StoredBank(from_cache.cache, setup.ensemble, size=100, seed=0, device=CPU)
-    both = bank.with_batch(torch.empty(0), torch.empty(0))
+    both = stored_bank(stores, setup.ensemble)
     assert both.image.shape == both.text.shape == (24, WIDTHS[0])
     torch.testing.assert_close(both.image.norm(dim=1), torch.ones(24), atol=1e-6, rtol=0)
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,19 +27,16 @@ from thread_processes import Threads, call_in_threads
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.distillation.checkpoint import load_checkpoint, save_checkpoint
-from clip_rd_edge.distillation.embed import ShardMaker, build_store
+from clip_rd_edge.distillation.embed import fill_store
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.store import (
-    KEY,
     CompleteStore,
     StoreManifest,
-    claim_store,
+    captions_file,
     image_shard,
-    keys_crc32,
     text_shard,
-    with_checksums,
-    write_array,
+    write_rows,
 )
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.structs import to_json
@@ -193,10 +191,6 @@ def test_a_checkpoint_reaches_machines_that_do_not_see_it(tmp_path: Path) -> Non
     assert all(torch.equal(module.weight, modules[0].weight) for module in modules)
 
 
-class NoTeacher:
-    """Stands for a teacher that must not be used."""
-
-
 def test_a_store_that_one_machine_does_not_see_is_refused_unless_it_is_complete_on_each(tmp_path: Path) -> None:
     manifest = StoreManifest(
         teacher="t", teacher_sha256="", logit_scale=1, embedding_size=2, seed=0, views=1, data="d", pairs=1,
@@ -206,17 +200,16 @@ def test_a_store_that_one_machine_does_not_see_is_refused_unless_it_is_complete_
 
     def build(processes: Threads) -> None:
         folder = tmp_path / ("other" if processes.rank == 1 else "shared")
-        unused: Any = NoTeacher()
-        build_store(folder, ShardMaker(manifest, unused, unused, workers=0, max_bad=0), processes)
+        unused: Any = SimpleNamespace(manifest=manifest)
+        fill_store(folder, unused, processes, max_bad=0)
 
-    assert_all_say(call_in_threads(COUNT, build, hosts="abc"), "The teacher's store .*other is not on a")
+    assert_all_say(call_in_threads(COUNT, build, hosts="abc"), "The store .*other is not on a")
     for name in ("shared", "other"):
-        claim_store(tmp_path / name, manifest)
-        write_array(tmp_path / name / "texts" / "keys.npy", np.zeros(1, KEY))
+        write_rows(captions_file(tmp_path / name), np.zeros((1, 2), np.uint64))
         for shard in (text_shard(tmp_path / name, 0), image_shard(tmp_path / name, 0, 0)):
-            write_array(shard, with_checksums(np.zeros((1, 2), np.float16)))
-        complete = CompleteStore(1, keys_crc32(tmp_path / name))
-        (tmp_path / name / "complete.json").write_bytes(to_json(complete))
+            write_rows(shard, np.zeros((1, 2), np.float16))
+        for file, content in (("manifest.json", manifest), ("complete.json", CompleteStore(1))):
+            (tmp_path / name / file).write_bytes(to_json(content))
     assert call_in_threads(COUNT, build, hosts="abc") == [None] * COUNT
 
 
