@@ -1,12 +1,15 @@
-"""The scan lists what tarfile lists, and nothing after damage."""
+"""The scan lists what tarfile lists, and nothing after damage; files make samples by the rules of webdataset."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import os
+import random
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import numpy as np
 import pytest
 
 from clip_rd_edge.data import tar as tar_scan
-from clip_rd_edge.data.tar import UNREADABLE, TarFile, TarScan
+from clip_rd_edge.data.tar import COLUMNS, UNREADABLE, SampleGroups, TarFile, TarScan
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "GNU": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -25,7 +28,7 @@ def scan_of(path: Path) -> TarScan:
 
 def listed(scan: TarScan) -> list[TarFile]:
     """Return the files of a scan one after another."""
-    return [file for files in scan for file in zip(*(column.tolist() for column in files), strict=True)]
+    return [file for files in scan for file in files]
 
 
 def write_archive(path: Path, tar_format: int) -> Path:
@@ -215,3 +218,85 @@ def test_every_cut_is_noticed(tmp_path: Path, tar_format: int) -> None:
         complete = found[:-1] if scan.last_is_incomplete else found
         assert complete == files[: len(complete)]
         assert len(found) == len(files) or scan.damage, length
+
+
+# Samples
+
+Location = tuple[int, int]
+USUAL = ("jpg", "JPG", "jpeg", "png", "webp", "txt", "Txt", "json", "cls")
+UNUSUAL = ("", "foo", "jpgx", "jpg2", "seg.png", "jsonl", "t", "jpeg\0x")
+STEMS = ("0", "00", "000", "1", "a_b", "a__b", "__meta__", "x/0", "./0", "x.y/0", "", "x/", "x/__meta__/0", "été")
+
+
+def files_of(names: Sequence[str], first: int = 0) -> list[TarFile]:
+    """Files whose offset and size tell where they are in the list."""
+    return [(name.encode(), number * 10, number * 10 + 1) for number, name in enumerate(names, first)]
+
+
+def grouped(names: Sequence[str], ends: Sequence[int]) -> tuple[list[bytes], list[dict[int, Location]], bool]:
+    """Group files in batches with these ends: names, locations by column, and whether the last file is in a sample."""
+    groups = SampleGroups()
+    for start, end in itertools.pairwise([0, *ends]):
+        groups.add(files_of(names[start:end], start))
+    locations = [
+        {column: (offset, size) for column, (offset, size) in enumerate(sample) if offset >= 0}
+        for sample in groups.locations().tolist()
+    ]
+    return groups.names(len(groups)).tolist(), locations, groups.last_is_in_sample
+
+
+def image_locations(names: Sequence[str]) -> list[list[int]]:
+    """The locations of images by the rules written for reading."""
+    return [list(sample.get(0, (-1, 0))) for sample in expected(names)[1]]
+
+
+def expected(names: Sequence[str]) -> tuple[list[bytes], list[dict[int, Location]], bool]:
+    """The rules once more, written for reading."""
+    columns = {"jpg": 0, "png": 0, "jpeg": 0, "webp": 0, "txt": 1, "json": 2, "cls": 3}
+    samples: list[tuple[str, set[str], dict[str, Location]]] = []
+    is_in_sample = False
+    for number, name in enumerate(names):
+        folder, slash, file = name.rpartition("/")
+        stem, _, suffix = file.partition(".")
+        parts = [*folder.split("/"), stem] if suffix else name.split("/")
+        is_meta = any(part.startswith("__") and part.endswith("__") and len(part) >= 4 for part in parts)
+        is_in_sample = bool(stem and suffix) and not is_meta
+        if not is_in_sample:
+            continue
+        sample, suffix = folder + slash + stem, suffix.lower()
+        if not samples or samples[-1][0] != sample or suffix in samples[-1][1]:
+            samples.append((sample, set(), {}))
+        samples[-1][1].add(suffix)
+        samples[-1][2][suffix] = (10 * number, 10 * number + 1)
+    # Of several images, the first in the order of `columns` counts.
+    locations = [
+        {column: sample[suffix] for suffix, column in reversed(columns.items()) if suffix in sample}
+        for _, _, sample in samples
+    ]
+    return [name.encode() for name, _, _ in samples], locations, is_in_sample
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5], ids=["few unusual", "many unusual"])
+def test_random_names_are_grouped_by_the_rules_in_batches_of_any_size(share: float) -> None:
+    generator = random.Random(0)
+    for _ in range(300):
+        names: list[str] = []
+        while len(names) < 60:
+            usual = generator.random() >= share
+            stem = generator.choice(STEMS[:5] if usual else STEMS)
+            suffixes = generator.sample(USUAL if usual else USUAL + UNUSUAL, generator.randint(1, 4))
+            names += [f"{stem}.{suffix}" if suffix else stem for suffix in suffixes if stem or suffix]
+        ends = [*sorted(generator.sample(range(len(names)), generator.randint(0, 6))), len(names)]
+        assert grouped(names, ends) == expected(names), (names, ends)
+
+
+def test_no_files_make_no_samples() -> None:
+    groups = SampleGroups()
+    groups.add(files_of([]))
+    assert (len(groups), len(groups.names(0)), groups.locations().shape) == (0, 0, (0, len(COLUMNS), 2))
+
+
+def test_of_several_images_in_a_sample_the_one_that_open_clip_takes_counts() -> None:
+    names = ("a.webp", "a.png", "a.jpg", "a.txt", "b.jpeg", "b.txt", "b.png", "c.webp", "c.jpeg")
+    assert image_locations(names) == [[20, 21], [60, 61], [80, 81]]
+    assert [sample[0] for sample in grouped(names, [len(names)])[1]] == [(20, 21), (60, 61), (80, 81)]
