@@ -39,7 +39,7 @@ from clip_rd_edge.bundle.encoder import (
 from clip_rd_edge.bundle.images import ImageFile, in_bounded_batches, open_image
 from clip_rd_edge.bundle.scoring import Scoring
 from clip_rd_edge.data.folders import CLASS_NAMES
-from clip_rd_edge.data.shard_index import TarMember
+from clip_rd_edge.data.shard_files import TarMember
 from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import is_file

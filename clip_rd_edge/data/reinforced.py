@@ -24,7 +24,7 @@ from msgspec import Meta
 
 from clip_rd_edge.bundle.manifest import MAX_EMBEDDING_SIZE
 from clip_rd_edge.bundle.preprocess import MAX_EDGE
-from clip_rd_edge.data.shard_index import TarMember
+from clip_rd_edge.data.shard_files import TarMember
 from clip_rd_edge.data.webdataset import Shards, read_json_member
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.structs import CheckedError, CheckedStruct, PositiveFloat, read_json

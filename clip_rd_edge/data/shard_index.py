@@ -21,31 +21,31 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
 import weakref
 import zipfile
 import zlib
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.data.remote import RemoteShard, ShardFile, Version, open_file, shard_identity, versions
+from clip_rd_edge.data.remote import ShardFile, in_threads, shard_identity
 from clip_rd_edge.data.samples import NO_PROBLEMS, Problems
-from clip_rd_edge.data.tar import COLUMNS, REINFORCED_COLUMNS, Kind, SampleGroups, TarScan, member_name, read_at
-from clip_rd_edge.errors import ConfigError, InputError, LostProcessError, UnreachableError, UsageError
+from clip_rd_edge.data.shard_files import TarMember, close_tars, current_versions, open_file
+from clip_rd_edge.data.tar import COLUMNS, REINFORCED_COLUMNS, Kind, SampleGroups, TarScan, read_at
+from clip_rd_edge.errors import ConfigError, InputError, LostProcessError, UsageError
 from clip_rd_edge.utils.arrays import HEADERS, npz_bytes
-from clip_rd_edge.utils.files import machine_failure, now_in, write_bytes
+from clip_rd_edge.utils.files import now_in, write_bytes
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.outputs import exclusive_writer, new_folder
 from clip_rd_edge.utils.paths import cache_home
@@ -57,7 +57,6 @@ INDEXING_STAGE = "indexing shards"
 _FORMAT = "5"  # increase when the same tar, or the same shards, are indexed differently
 _ROWS = "rows.bin"
 _UNUSED_S = 30 * 24 * 3600
-_MAX_OPEN = 64
 _MAX_WORKERS = 8
 _WAITING_RESULTS = 2  # per worker
 _SERIAL_BYTES = 1 << 28  # of tars; starting processes takes longer than scanning less than that
@@ -133,21 +132,21 @@ def _remove_unused(indices: Path) -> None:
 
 
 def map_in_order(
-    function: Callable[[T], R], items: Sequence[T], *, parallel: bool, threads: bool = False
+    function: Callable[[T], R], items: Sequence[T], *, by: Literal["this thread", "threads", "processes"]
 ) -> Iterator[R]:
     """Map as `map` does, in several processes, or in threads where processes cannot be forked or share nothing.
 
-    It runs ahead of whoever takes the results by a few items per process, so that memory is bounded. To be closed.
-
-    Args:
-        parallel: whether the work is worth starting processes.
-        threads: whether threads do it in any case.
+    Processes run ahead of whoever takes the results by a few items each, so that memory is bounded. To be closed.
     """
     workers = min(usable_cores(), _MAX_WORKERS)
-    if workers < 2 or not parallel:
+    if by == "this thread" or workers < 2:
         yield from map(function, items)
         return
-    pool, waiting = ThreadPoolExecutor(workers) if threads else _pool(workers), deque[Future[R]]()
+    pool = _pool(workers) if by == "processes" else None
+    if pool is None:
+        yield from in_threads(function, items, threads=workers)
+        return
+    waiting = deque[Future[R]]()
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
@@ -156,8 +155,8 @@ def map_in_order(
         while waiting:
             yield waiting.popleft().result()
     except BaseException as error:
-        # What they work on is no longer needed, and a store that does not answer would keep them for minutes.
-        for process in tuple((getattr(pool, "_processes", None) or {}).values()):
+        # What they work on is no longer needed, and may take long.
+        for process in tuple((pool._processes or {}).values()):
             process.kill()
         if isinstance(error, BrokenProcessPool):
             raise LostProcessError(
@@ -169,12 +168,12 @@ def map_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _pool(workers: int) -> Executor:
+def _pool(workers: int) -> ProcessPoolExecutor | None:
     if "fork" in get_all_start_methods():
         # Not spawned: that would import the user's script again.
         with contextlib.suppress(OSError, ImportError, NotImplementedError):  # no semaphores, as without /dev/shm
             return ProcessPoolExecutor(workers, get_context("fork"), initializer=_obey_the_pool)
-    return ThreadPoolExecutor(workers)
+    return None
 
 
 def _obey_the_pool() -> None:
@@ -182,74 +181,6 @@ def _obey_the_pool() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@dataclass(frozen=True, slots=True)
-class TarMember:
-    """A file in an uncompressed tar; implements `bundle.images.ImageFile`.
-
-    Without a name, the tar is asked for it when a message needs it.
-    """
-
-    shard: ShardFile
-    name: str
-    offset: int
-    size: int
-
-    def read_bytes(self) -> bytes:
-        """Return the file's content."""
-        content = read_at(_open_tar(self.shard).file, self.size, self.offset)
-        if len(content) < self.size:
-            raise OSError(f"expected {self.size:,} bytes, found {len(content):,}")
-        return content
-
-    def __str__(self) -> str:
-        return f"{self.shard}: {self.name or member_name(_open_tar(self.shard).file, self.offset)}"
-
-
-class _OpenTar:
-    """A file that is closed once nobody holds it: after the last read of one that is no longer kept open."""
-
-    def __init__(self, shard: ShardFile) -> None:
-        try:
-            self.file = open_file(shard)
-        except InputError as error:  # not a bad sample: other pairs must not take the places of a whole shard's
-            raise UnreachableError(str(error), hint=error.advice) from error
-        except OSError as error:
-            lost = UnreachableError(f"Cannot read the shard {shard}: {error.strerror or error}.")
-            raise machine_failure(error) or lost from error
-        weakref.finalize(self, os.close, self.file)
-
-
-class _OpenTars:
-    """The tars used most recently. Reads name their offset, so that forked workers and threads can share them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._tars = OrderedDict[ShardFile, _OpenTar]()
-
-    def __call__(self, shard: ShardFile) -> _OpenTar:
-        with self._lock:
-            if shard in self._tars:
-                self._tars.move_to_end(shard)
-                return self._tars[shard]
-        tar = _OpenTar(shard)  # may fetch it
-        with self._lock:
-            self._tars[shard] = tar
-            # A file that was removed from the cache of remote shards takes room on the disk until it is closed.
-            for other in [o for o in self._tars if isinstance(o, RemoteShard) and o != shard]:
-                if os.fstat(self._tars[other].file).st_nlink == 0:
-                    del self._tars[other]
-            while len(self._tars) > _MAX_OPEN:
-                self._tars.popitem(last=False)
-        return tar
-
-    def clear(self) -> None:
-        with self._lock:
-            self._tars.clear()
-
-
-_open_tar = _OpenTars()
 
 
 @dataclass(frozen=True)
@@ -295,17 +226,6 @@ class Shard:
         if offset < 0:
             return None
         return TarMember(self.path, self.name(index) + _SUFFIXES[kind], offset, size)
-
-
-def close_tars() -> None:
-    """Close all tars, so that one that was replaced since is opened again."""
-    _open_tar.clear()
-
-
-def current_versions(shards: Sequence[ShardFile]) -> list[Version]:
-    """Return the versions that shards have now, which they are read as from here on; raises as `remote.versions`."""
-    close_tars()
-    return versions(shards)
 
 
 def open_shard(path: ShardFile) -> Shard:
@@ -448,14 +368,16 @@ def index_shards(
         reporter: receives the number of indexed shards.
     """
     sizes = [size for size, _ in current_versions(paths)]
-    # Threads fetch them: a forked process would share its parent's connections, which may then never hear of an answer.
-    is_remote = any(not isinstance(path, Path) for path in paths)
-    is_large = len(paths) > 1 and (is_remote or sum(sizes) >= _SERIAL_BYTES)
+    by: Literal["this thread", "threads", "processes"] = "this thread"
+    if any(not isinstance(path, Path) for path in paths):
+        by = "threads"  # a forked process would share its parent's connections, which may then hear of no answer
+    elif len(paths) > 1 and sum(sizes) >= _SERIAL_BYTES:
+        by = "processes"
     index = partial(_index_shard, json_key=json_key, captioned=captioned, reinforced=reinforced)
 
     def build(folder: Path) -> None:
         shards, problems = list[_IndexedShard](), NO_PROBLEMS
-        parts = map_in_order(index, paths, parallel=is_large, threads=is_remote)
+        parts = map_in_order(index, paths, by=by)
         with (folder / _ROWS).open("wb") as file, closing(parts):  # type: ignore[type-var]
             for shard, rows, of_shard in parts:
                 reporter.update(INDEXING_STAGE, len(shards), len(paths))

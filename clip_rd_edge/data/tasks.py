@@ -13,7 +13,8 @@ from clip_rd_edge.bundle.images import ImageFile
 from clip_rd_edge.bundle.labels import Templates, imagenet_templates
 from clip_rd_edge.data.folders import CLASS_NAMES, SPLITS, class_folders, class_name, metadata_lines, subfolders
 from clip_rd_edge.data.load import names_shards
-from clip_rd_edge.data.shard_index import Shard, TarMember, current_versions, open_shard
+from clip_rd_edge.data.shard_files import TarMember, current_versions
+from clip_rd_edge.data.shard_index import Shard, open_shard
 from clip_rd_edge.data.tables import Table, load_table
 from clip_rd_edge.data.tar import Kind
 from clip_rd_edge.data.webdataset import JSON_KEY, MAX_SHARDS, json_captions, parse_sources, read_text

@@ -20,9 +20,10 @@ import numpy as np
 
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.data.order import SHUFFLE_WINDOW
-from clip_rd_edge.data.remote import LIMIT_VARIABLE, RemoteShard, ShardFile, cache_limit, is_remote, prefetch, version
+from clip_rd_edge.data.remote import RemoteShard, ShardFile, is_remote, version
 from clip_rd_edge.data.samples import Counts, Sample
-from clip_rd_edge.data.shard_index import Located, TarMember, index_shards
+from clip_rd_edge.data.shard_files import LIMIT_VARIABLE, TarMember, cache_limit, prefetch
+from clip_rd_edge.data.shard_index import Located, index_shards
 from clip_rd_edge.errors import InputError, UsageError, near_matches
 from clip_rd_edge.utils.paths import Typed, is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter

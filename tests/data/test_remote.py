@@ -26,12 +26,11 @@ import pytest
 from support import contents, wait_until
 
 from benchmarks.data.unreliable_server import UnreliableServer
-from clip_rd_edge.data import remote
-from clip_rd_edge.data import remote as shard_cache
+from clip_rd_edge.data import remote, shard_files
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.mixed import TrainingData, load_samples
 from clip_rd_edge.data.samples import fingerprint
-from clip_rd_edge.data.shard_index import close_tars
+from clip_rd_edge.data.shard_files import close_tars
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import InputError, UnreachableError
 from clip_rd_edge.runtime.labels import read_texts
@@ -175,17 +174,6 @@ def test_each_shard_is_fetched_once(server: UnreliableServer) -> None:
     assert sorted(server.requests) == [f"/{i:03d}.tar" for i in range(SHARDS)]  # only to ask for their versions
 
 
-@pytest.mark.parametrize("ignores_ranges", [False, True])
-def test_what_an_ended_process_has_fetched_is_continued(
-    server: UnreliableServer, shards: Path, tmp_path: Path, ignores_ranges: bool
-) -> None:
-    server.ignores_ranges = ignores_ranges
-    part, content = tmp_path / "000.part", (shards / "000.tar").read_bytes()
-    part.write_bytes(b"x" * 1000)
-    remote.fetch(remote.RemoteShard(f"{server.url}/000.tar"), part)
-    assert part.read_bytes() == b"x" * 1000 + content[1000:]
-
-
 @pytest.mark.parametrize("version_header", ["ETag", "Last-Modified"])
 def test_a_shard_that_changed_is_fetched_again(
     server: UnreliableServer, write_tar: Factory, encode_image: Factory, version_header: str
@@ -207,7 +195,7 @@ def test_a_shard_that_was_replaced_since_it_was_indexed_is_not_read_as_the_one_b
     server: UnreliableServer,
 ) -> None:
     pairs = load_pairs(f"{server.url}/000.tar")
-    shard_cache.local_path(remote.RemoteShard(f"{server.url}/000.tar")).unlink()
+    shard_files.local_path(remote.RemoteShard(f"{server.url}/000.tar")).unlink()
     close_tars()
     shutil.copy(server.folder / "001.tar", server.folder / "000.tar")  # of the same size
     with pytest.raises(UnreachableError, match=r"000\.tar has changed while it was read"):
@@ -282,7 +270,7 @@ def test_a_server_that_goes_away_ends_training_and_replaces_no_pair(server: Unre
     from clip_rd_edge.distillation.pixels import Crops
 
     pairs = load_pairs(f"{server.url}/{{000..003}}.tar")
-    for path in shard_cache._cached(remote.RemoteShard(f"{server.url}/000.tar")).parent.glob("*.tar"):
+    for path in shard_files._cached(remote.RemoteShard(f"{server.url}/000.tar")).parent.glob("*.tar"):
         path.unlink()
     server.fail = ["503"] * 1000
     preprocessing = Preprocessing(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -317,22 +305,6 @@ def test_a_command_whose_failure_a_pipe_hides_leaves_no_shard_behind(
     assert contents(load_pairs("pipe:sh get 000.tar | cat")) == expected
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs a shell with cat")
-def test_a_full_disk_is_not_taken_for_a_command_that_fails(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import resource
-
-    monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("tried again"))
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            remote.fetch(remote.RemoteShard(f"pipe:cat {shlex.quote(str(shards))}/000.tar"), tmp_path / "000.part")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-
-
 def test_a_full_disk_is_not_taken_for_a_server_that_fails(
     server: UnreliableServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,11 +312,12 @@ def test_a_full_disk_is_not_taken_for_a_server_that_fails(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     shard = remote.RemoteShard(f"{server.url}/000.tar")
+    remote._known_versions[shard.url] = remote.Version(-1, "")  # of a server that does not say how long a file is
     file_system, _ = remote._file_system(shard.url)
     monkeypatch.setattr(file_system, "get_file", get_file)
     monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("tried again"))
     with pytest.raises(OSError, match="No space left"):
-        remote._fetch_parts(shard.url, -1, tmp_path / "000.part")
+        remote.fetch(shard, tmp_path / "000.part")
 
 
 def test_a_relative_command_in_another_folder_gives_other_shards(
@@ -388,7 +361,7 @@ def test_a_certificate_that_is_refused_fails_at_once(monkeypatch: pytest.MonkeyP
     refused.verify_message = "self-signed certificate"
     monkeypatch.setattr(remote, "_info", Mock(side_effect=error))
     monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("tried again"))
-    with pytest.raises(InputError, match=r"its server's certificate is refused: self-signed certificate\.$") as caught:
+    with pytest.raises(InputError, match="self-signed certificate") as caught:
         load_pairs("https://a/0.tar")
     assert "SSL_CERT_FILE" in caught.value.hint
 
@@ -406,7 +379,7 @@ def test_a_file_that_was_replaced_on_the_hub_is_noticed(tmp_path: Path, monkeypa
     assert remote.versions([shard]) == [(3, blob)]
     remote._known_versions.clear()
     assert remote.version(shard) == (3, blob)  # what is kept of a folder is kept per thread
-    monkeypatch.setattr(remote, "_fetch_parts", lambda url, size, part: part.write_bytes(b"new"))
+    monkeypatch.setattr(remote, "_part", lambda *_: b"new")
     blob = "2" * 40
     with pytest.raises(InputError, match="has changed while it was read"):
         remote.fetch(shard, tmp_path / "0.part")

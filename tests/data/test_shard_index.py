@@ -19,7 +19,8 @@ import pytest
 
 from clip_rd_edge.data import shard_index
 from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.shard_index import INDEXING_STAGE, close_tars, index_shards, map_in_order
+from clip_rd_edge.data.shard_files import close_tars
+from clip_rd_edge.data.shard_index import INDEXING_STAGE, index_shards, map_in_order
 from clip_rd_edge.distillation.processes import stop_on_signals
 from clip_rd_edge.errors import ConfigError, InputError, LostProcessError
 from clip_rd_edge.utils.paths import cache_home
@@ -188,7 +189,7 @@ def _die(seconds: float) -> float:
 
 
 def _stop_after_the_first(first: float) -> None:
-    with closing(map_in_order(_work, [first, 60], parallel=True)) as results:
+    with closing(map_in_order(_work, [first, 60], by="processes")) as results:
         next(results)
         raise KeyboardInterrupt
 
@@ -213,7 +214,7 @@ def test_processes_that_still_work_are_not_waited_for(first: float, error: type[
 @pytest.mark.usefixtures("two_cores")
 def test_a_worker_that_is_killed_is_told_in_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:
     with stop_on_signals(), pytest.raises(LostProcessError):
-        list(map_in_order(_die, [0, 1], parallel=True))
+        list(map_in_order(_die, [0, 1], by="processes"))
     assert capfd.readouterr().err == ""  # nor a traceback of the other worker, which the pool ends
 
 
@@ -225,4 +226,4 @@ def test_a_machine_without_semaphores_works_in_threads(monkeypatch: pytest.Monke
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
-    assert list(map_in_order(_work, [0.01, 0.02], parallel=True)) == [0.01, 0.02]
+    assert list(map_in_order(_work, [0.01, 0.02], by="processes")) == [0.01, 0.02]

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from clip_rd_edge.data import shard_files
 from clip_rd_edge.data import shard_index as tars
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.samples import BadSamples
@@ -311,8 +312,8 @@ def test_a_range_of_numbers_of_thousands_of_digits_is_refused() -> None:
 
 @pytest.mark.parametrize("opening", ["[", '{"caption":'])
 def test_deep_json_in_a_sample_is_a_bad_sample(opening: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    member = tars.TarMember(tmp_path / "a.tar", "1.json", 0, 0)
-    monkeypatch.setattr(tars.TarMember, "read_bytes", lambda self: (opening * 200_000).encode())
+    member = shard_files.TarMember(tmp_path / "a.tar", "1.json", 0, 0)
+    monkeypatch.setattr(shard_files.TarMember, "read_bytes", lambda self: (opening * 200_000).encode())
     with pytest.raises(InputError, match=r"a\.tar: 1\.json is not valid JSON for this: .* nested too deep"):
         json_captions(member, "caption")
 
@@ -322,11 +323,11 @@ def test_a_shard_that_cannot_be_opened_is_no_bad_sample(
     shards: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
 ) -> None:
     pairs = load_pairs(str(shards / "{000..001}.tar"))
-    tars.close_tars()
+    shard_files.close_tars()
 
     def failing(shard: Path) -> int:
         raise OSError(number, os.strerror(number), str(shard))
 
-    monkeypatch.setattr(tars, "open_file", failing)
+    monkeypatch.setattr(shard_files, "open_file", failing)
     with pytest.raises(UnreachableError, match=rf"000\.tar: {os.strerror(number)}.*{advice}"):
         pairs.read(0).image()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import subprocess
@@ -17,19 +16,17 @@ import pytest
 from support import PATIENCE_S, Watch, contents, other_clock, wait_until
 
 from benchmarks.data.unreliable_server import UnreliableServer
-from clip_rd_edge.data import remote
-from clip_rd_edge.data import remote as shard_cache
-from clip_rd_edge.data import shard_index as index_files
+from clip_rd_edge.data import remote, shard_files, shard_index
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.remote import RemoteShard
-from clip_rd_edge.data.shard_index import close_tars
+from clip_rd_edge.data.shard_files import close_tars
 from clip_rd_edge.errors import ConfigError, UnreachableError
 
 pytest.importorskip("aiohttp")
 
 
 def cache_folder(server: UnreliableServer) -> Path:
-    return shard_cache._cached(RemoteShard(f"{server.url}/000.tar")).parent
+    return shard_files._cached(RemoteShard(f"{server.url}/000.tar")).parent
 
 
 def empty_cache(server: UnreliableServer) -> None:
@@ -37,35 +34,24 @@ def empty_cache(server: UnreliableServer) -> None:
         path.unlink()
 
 
-def test_a_part_that_a_killed_process_left_is_continued(server: UnreliableServer, shards: Path) -> None:
-    shard = remote.RemoteShard(f"{server.url}/000.tar")
-    path = shard_cache._cached(shard)
-    path.parent.mkdir(parents=True)
-    whole = (shards / "000.tar").read_bytes()
-    path.with_suffix(f".{len(whole)}.part").write_bytes(whole[:-500])
-    server.requests.clear()
-    assert shard_cache.local_path(shard).read_bytes() == whole
-    assert len(server.requests) == 2  # for the rest, and whether the version is still the same
-
-
 def test_a_shard_that_a_power_failure_cut_is_fetched_again(server: UnreliableServer, shards: Path) -> None:
     pairs = load_pairs(f"{server.url}/000.tar")
     expected = contents(pairs)
     close_tars()
     shard = remote.RemoteShard(f"{server.url}/000.tar")
-    os.truncate(shard_cache._cached(shard), 1500)
+    os.truncate(shard_files._cached(shard), 1500)
     assert contents(load_pairs(f"{server.url}/000.tar")) == expected
-    assert shard_cache.local_path(shard).stat().st_size == (shards / "000.tar").stat().st_size
+    assert shard_files.local_path(shard).stat().st_size == (shards / "000.tar").stat().st_size
 
 
 def test_the_cache_stays_within_its_bound(
     server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = (shards / "000.tar").stat().st_size
-    monkeypatch.setenv(shard_cache.LIMIT_VARIABLE, str(2.5 * size / 1e9))
+    monkeypatch.setenv(shard_files.LIMIT_VARIABLE, str(2.5 * size / 1e9))
     pairs = load_pairs(f"{server.url}/{{000..003}}.tar")
     expected = contents(load_pairs(f"{shards}/{{000..003}}.tar"))
-    folder = shard_cache._cached(remote.RemoteShard(f"{server.url}/000.tar")).parent
+    folder = shard_files._cached(remote.RemoteShard(f"{server.url}/000.tar")).parent
     for i in np.random.default_rng(0).permutation(len(pairs)).tolist():
         assert (pairs.read(i).image().tobytes(), pairs.read(i).captions) == expected[i]
         assert sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) <= 2.5 * size
@@ -74,27 +60,27 @@ def test_the_cache_stays_within_its_bound(
 def test_the_shard_that_was_used_least_recently_makes_room(
     server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(shard_cache.LIMIT_VARIABLE, str(2.5 * (shards / "000.tar").stat().st_size / 1e9))
+    monkeypatch.setenv(shard_files.LIMIT_VARIABLE, str(2.5 * (shards / "000.tar").stat().st_size / 1e9))
     first, second, third = (RemoteShard(f"{server.url}/00{number}.tar") for number in range(3))
     for seconds, shard in enumerate((first, second)):
-        os.utime(shard_cache.local_path(shard), (seconds, seconds))
-    used_again = shard_cache.local_path(first)
-    new = shard_cache.local_path(third)
+        os.utime(shard_files.local_path(shard), (seconds, seconds))
+    used_again = shard_files.local_path(first)
+    new = shard_files.local_path(third)
     assert set(cache_folder(server).glob("*.tar")) == {used_again, new}
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "ten"])
 def test_a_senseless_bound_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setenv(shard_cache.LIMIT_VARIABLE, text)
+    monkeypatch.setenv(shard_files.LIMIT_VARIABLE, text)
     with pytest.raises(ConfigError, match="expected a positive number of gigabytes"):
-        shard_cache.cache_limit()
+        shard_files.cache_limit()
 
 
 def test_processes_that_need_one_shard_fetch_it_once(server: UnreliableServer) -> None:
     shard = remote.RemoteShard(f"{server.url}/000.tar")
     remote.version(shard)
     server.requests.clear()
-    threads = [threading.Thread(target=shard_cache.local_path, args=(shard,)) for _ in range(8)]
+    threads = [threading.Thread(target=shard_files.local_path, args=(shard,)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -105,12 +91,12 @@ def test_processes_that_need_one_shard_fetch_it_once(server: UnreliableServer) -
 
 def test_prefetching_fetches_the_shards_of_the_groups(server: UnreliableServer) -> None:
     pairs = load_pairs(f"{server.url}/{{000..003}}.tar")
-    folder = shard_cache._cached(remote.RemoteShard(f"{server.url}/000.tar")).parent
+    folder = shard_files._cached(remote.RemoteShard(f"{server.url}/000.tar")).parent
     for path in folder.glob("*.tar"):
         path.unlink()
     pairs.prefetch([1, 3])
     wait_until(lambda: len(list(folder.glob("*.tar"))) >= 2)
-    expected = {shard_cache._cached(remote.RemoteShard(f"{server.url}/00{i}.tar")) for i in (1, 3)}
+    expected = {shard_files._cached(remote.RemoteShard(f"{server.url}/00{i}.tar")) for i in (1, 3)}
     assert set(folder.glob("*.tar")) == expected
 
 
@@ -121,9 +107,9 @@ def test_shards_are_prefetched_in_order_instead_of_those_that_still_wait(monkeyp
         fetched.append(shard.name)
         assert goes_on.wait(PATIENCE_S)
 
-    monkeypatch.setattr(shard_cache, "local_path", fetch)
-    monkeypatch.setattr(shard_cache, "_PREFETCHING_THREADS", 1)
-    prefetcher = shard_cache._Prefetcher()
+    monkeypatch.setattr(shard_files, "local_path", fetch)
+    monkeypatch.setattr(shard_files, "_PREFETCHING_THREADS", 1)
+    prefetcher = shard_files._Prefetcher()
     prefetcher.request([RemoteShard(f"http://a/{number}.tar") for number in range(3)])
     wait_until(lambda: fetched)
     prefetcher.request([RemoteShard(f"http://a/{number}.tar") for number in (7, 5)])
@@ -136,10 +122,10 @@ def test_parts_being_fetched_count_at_their_final_size(
     server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = (shards / "000.tar").stat().st_size
-    monkeypatch.setenv(shard_cache.LIMIT_VARIABLE, str(2.5 * size / 1e9))
+    monkeypatch.setenv(shard_files.LIMIT_VARIABLE, str(2.5 * size / 1e9))
     contents(load_pairs(f"{server.url}/{{000..001}}.tar"))
     (cache_folder(server) / f"another.{size}.part").touch()  # fetched by another process
-    shard_cache.local_path(RemoteShard(f"{server.url}/002.tar"))
+    shard_files.local_path(RemoteShard(f"{server.url}/002.tar"))
     assert len(list(cache_folder(server).glob("*.tar"))) == 1
 
 
@@ -147,10 +133,10 @@ def test_parts_that_nobody_continues_are_removed_after_a_day(server: UnreliableS
     contents(load_pairs(f"{server.url}/000.tar"))
     abandoned = cache_folder(server) / "another.99.part"
     abandoned.touch()
-    shard_cache.local_path(RemoteShard(f"{server.url}/001.tar"))
+    shard_files.local_path(RemoteShard(f"{server.url}/001.tar"))
     assert abandoned.exists()
     os.utime(abandoned, (time.time() - 90_000,) * 2)
-    shard_cache.local_path(RemoteShard(f"{server.url}/002.tar"))
+    shard_files.local_path(RemoteShard(f"{server.url}/002.tar"))
     assert not abandoned.exists()
 
 
@@ -159,7 +145,7 @@ def test_a_removed_shard_takes_no_room_through_an_open_file(
     server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = (shards / "000.tar").stat().st_size
-    monkeypatch.setenv(shard_cache.LIMIT_VARIABLE, str(1.5 * size / 1e9))
+    monkeypatch.setenv(shard_files.LIMIT_VARIABLE, str(1.5 * size / 1e9))
     contents(load_pairs(f"{server.url}/{{000..003}}.tar"))
     links = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     assert not [link for link in links if "remote-shards" in link and link.endswith("(deleted)")]
@@ -169,14 +155,14 @@ def test_a_shard_that_is_open_on_windows_makes_room_the_next_time(
     server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def local_shard(number: int) -> Path:
-        return shard_cache.local_path(RemoteShard(f"{server.url}/00{number}.tar"))
+        return shard_files.local_path(RemoteShard(f"{server.url}/00{number}.tar"))
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
         if path == is_open:
             raise PermissionError(13, "The process cannot access the file because it is being used", str(path))
         real_unlink(path, missing_ok)
 
-    monkeypatch.setenv(shard_cache.LIMIT_VARIABLE, str(1.5 * (shards / "000.tar").stat().st_size / 1e9))
+    monkeypatch.setenv(shard_files.LIMIT_VARIABLE, str(1.5 * (shards / "000.tar").stat().st_size / 1e9))
     is_open, real_unlink = local_shard(0), Path.unlink
     with monkeypatch.context() as windows:
         windows.setattr(Path, "unlink", unlink)
@@ -192,7 +178,7 @@ def test_a_cache_that_is_too_small_for_the_order_is_told(
     watch = Watch()
     load_pairs(f"{server.url}/{{000..003}}.tar", reporter=watch)
     assert watch.said == []
-    monkeypatch.setenv(shard_cache.LIMIT_VARIABLE, str(2 * (shards / "000.tar").stat().st_size / 1e9))
+    monkeypatch.setenv(shard_files.LIMIT_VARIABLE, str(2 * (shards / "000.tar").stat().st_size / 1e9))
     load_pairs(f"{server.url}/{{000..003}}.tar", reporter=watch)
     assert "they will be fetched again and again; CLIP_RD_EDGE_SHARD_CACHE_GB sets another limit" in watch.said[0]
 
@@ -203,9 +189,9 @@ def test_no_more_is_prefetched_than_fits(
     pairs = load_pairs(f"{server.url}/{{000..003}}.tar")
     empty_cache(server)
     size = (shards / "000.tar").stat().st_size
-    monkeypatch.setenv(shard_cache.LIMIT_VARIABLE, str(2.5 * size / 1e9))
+    monkeypatch.setenv(shard_files.LIMIT_VARIABLE, str(2.5 * size / 1e9))
     requested = list[str]()
-    monkeypatch.setattr(shard_cache._Prefetcher, "request", lambda _, shards: requested.extend(s.name for s in shards))
+    monkeypatch.setattr(shard_files._Prefetcher, "request", lambda _, shards: requested.extend(s.name for s in shards))
     pairs.prefetch([2, 0, 1, 3])
     assert requested == ["002.tar", "000.tar"]
 
@@ -214,14 +200,14 @@ def test_what_waits_to_be_prefetched_does_not_keep_a_process_from_ending(server:
     code = f"""
 import time
 from clip_rd_edge.data import remote
-from clip_rd_edge.data import shard_index as index_files
-from clip_rd_edge.data import remote as shard_cache
+from clip_rd_edge.data import shard_index
+from clip_rd_edge.data import shard_files
 shards = [remote.RemoteShard("{server.url}/%03d.tar" % i) for i in range(4)]
 for shard in shards:
     remote.version(shard)
 print("ready", flush=True)
 input()
-shard_cache.prefetch(shards)
+shard_files.prefetch(shards)
 time.sleep(0.2)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -241,7 +227,7 @@ def test_a_full_disk_ends_training_and_replaces_no_pair(
     def fetch(shard: RemoteShard, part: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shard_cache, "fetch", fetch)
+    monkeypatch.setattr(shard_files, "fetch", fetch)
     close_tars()
     folder = re.escape(str(cache_folder(server)))
     full = rf"00[02]\.tar could not be kept in the cache {folder}: No space left on device\.$"
@@ -266,11 +252,11 @@ def test_a_shard_that_vanishes_whenever_it_is_fetched_is_given_up(
 ) -> None:
     shard = RemoteShard(f"{server.url}/000.tar")
     vanished = Mock(return_value=cache_folder(server) / "vanished.tar")
-    monkeypatch.setattr(shard_cache, "local_path", vanished)
+    monkeypatch.setattr(shard_files, "local_path", vanished)
     with pytest.raises(UnreachableError, match=r"000\.tar was removed from the cache .* 10 times before") as caught:
-        shard_cache.open_file(shard)
+        shard_files.open_file(shard)
     assert vanished.call_count == 10
-    assert shard_cache.LIMIT_VARIABLE in caught.value.hint
+    assert shard_files.LIMIT_VARIABLE in caught.value.hint
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows removes no folder that is in use")
@@ -281,41 +267,27 @@ def test_a_command_whose_working_folder_was_removed_is_given_up(
     monkeypatch.chdir(tmp_path / "working")
     (tmp_path / "working").rmdir()
     with pytest.raises(UnreachableError, match="The working folder does not exist any more"):
-        shard_cache.open_file(RemoteShard("pipe:cat 000.tar"))
-
-
-def test_without_locks_two_fetches_at_once_write_the_same_bytes(
-    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shard_cache, "exclusive_writer", lambda *_, **__: contextlib.nullcontext())
-    shard = RemoteShard(f"{server.url}/000.tar")
-    remote.version(shard)
-    whole = (shards / "000.tar").read_bytes()
-    part = shard_cache._reserve(shard_cache._cached(shard), len(whole))
-    threads = [threading.Thread(target=remote.fetch, args=(shard, part)) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert part.read_bytes() == whole
+        shard_files.open_file(RemoteShard("pipe:cat 000.tar"))
 
 
 def test_a_clock_that_is_ahead_removes_nothing_that_others_use(
     server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = RemoteShard(f"{server.url}/000.tar")
-    index = index_files.kept_index("shard-indices", ["a"], lambda folder: (folder / index_files.INDEX).touch())
-    part = shard_cache._reserve(shard_cache._cached(first), 9)  # another machine fetches it
+    index = shard_index.kept_index("shard-indices", ["a"], lambda folder: (folder / shard_index.INDEX).touch())
+    part = shard_files._cached(first).with_suffix(".9.a.part")  # another machine fetches it
+    part.parent.mkdir(exist_ok=True)
+    part.touch()
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 50 * 24 * 3600)
-    shard_cache.local_path(RemoteShard(f"{server.url}/001.tar"))
-    index_files.kept_index("shard-indices", ["b"], lambda folder: (folder / index_files.INDEX).touch())
+    shard_files.local_path(RemoteShard(f"{server.url}/001.tar"))
+    shard_index.kept_index("shard-indices", ["b"], lambda folder: (folder / shard_index.INDEX).touch())
     assert part.is_file()
     assert index.is_dir()
-    for path in (part, index / index_files.INDEX):
+    for path in (part, index / shard_index.INDEX):
         os.utime(path, (now - 50 * 24 * 3600,) * 2)
-    shard_cache.local_path(RemoteShard(f"{server.url}/002.tar"))
-    index_files.kept_index("shard-indices", ["c"], lambda folder: (folder / index_files.INDEX).touch())
+    shard_files.local_path(RemoteShard(f"{server.url}/002.tar"))
+    shard_index.kept_index("shard-indices", ["c"], lambda folder: (folder / shard_index.INDEX).touch())
     assert not part.exists()
     assert not index.exists()
 
@@ -340,7 +312,7 @@ print(digest.hexdigest())
     local, *remote_runs = (
         subprocess.Popen(
             [sys.executable, "-c", code, f"{source}/{{000..003}}.tar"],
-            env={**os.environ, shard_cache.LIMIT_VARIABLE: str(limit * size / 1e9), **variables},
+            env={**os.environ, shard_files.LIMIT_VARIABLE: str(limit * size / 1e9), **variables},
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -1,0 +1,269 @@
+"""Shards on this machine: the bounded cache of remote ones, shared by processes and runs, and files within open tars.
+
+    KEY.tar             a shard, named after its URL and version; the modification time is when it was last opened
+    KEY.SIZE.….part     a shard of this size that is being fetched, or that an ended process left behind
+
+Room is made before a shard is fetched, by removing what was used least recently; a shard that is needed again is
+fetched again. What is read from it is what is read from a local one, so batches do not depend on where shards are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import tempfile
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from clip_rd_edge.data.remote import RemoteShard, ShardFile, Version, fetch, shard_identity, version, versions
+from clip_rd_edge.data.tar import member_name, read_at
+from clip_rd_edge.errors import ConfigError, InputError, UnreachableError, UsageError
+from clip_rd_edge.utils.files import disk_full_error, machine_failure, now_in
+from clip_rd_edge.utils.outputs import exclusive_writer
+from clip_rd_edge.utils.paths import cache_home
+
+LIMIT_VARIABLE = "CLIP_RD_EDGE_SHARD_CACHE_GB"
+_DEFAULT_GB = 100.0
+_ABANDONED_S = 24 * 3600
+_OPENING_TRIES = 10
+_PREFETCHING_THREADS = 4
+_MAX_OPEN = 64
+
+
+def open_file(shard: ShardFile) -> int:
+    """Open a shard for reading, after fetching it where it is remote; return the file descriptor."""
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+    if isinstance(shard, Path):
+        return os.open(shard, flags)
+    for _ in range(_OPENING_TRIES):
+        with contextlib.suppress(FileNotFoundError):  # another process has just made room in the cache
+            return os.open(local_path(shard), flags)
+    raise UnreachableError(
+        f"The shard {shard} was removed from the cache {_cached(shard).parent} {_OPENING_TRIES} times before it could "
+        "be opened.",
+        hint=f"name a folder of this machine with CLIP_RD_EDGE_CACHE, or raise {LIMIT_VARIABLE}",
+    )
+
+
+def local_path(shard: RemoteShard) -> Path:
+    """Return the path of a shard on this machine, which is fetched unless it is in the cache.
+
+    Several processes that need the same shard fetch it once.
+    """
+    path = _cached(shard)
+    try:
+        if not _touch(path, shard):
+            with exclusive_writer(path.with_suffix(".lock.d"), on_wait=lambda message: None):
+                if not _touch(path, shard):
+                    _fill(path, shard)
+    except FileNotFoundError:  # another process has made room
+        raise
+    except (OSError, UsageError) as error:
+        if isinstance(error, UsageError) and not disk_full_error(error):
+            raise
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        raise UnreachableError(
+            f"The shard {shard} could not be kept in the cache {path.parent}: "
+            f"{getattr(cause, 'strerror', None) or cause}.",
+            hint=f"free some space there, name another folder with CLIP_RD_EDGE_CACHE, or lower {LIMIT_VARIABLE}",
+        ) from error
+    return path
+
+
+def cache_limit() -> int:
+    """Return how many bytes the cache may hold; raises ConfigError if the environment variable is no such number."""
+    text = os.environ.get(LIMIT_VARIABLE, "")
+    try:
+        gigabytes = float(text) if text else _DEFAULT_GB
+        if not 0 < gigabytes < math.inf:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"{LIMIT_VARIABLE} is {text!r}; expected a positive number of gigabytes.") from None
+    return int(gigabytes * 1e9)
+
+
+def _cached(shard: RemoteShard) -> Path:
+    key = hashlib.sha256(shard_identity(shard).encode()).hexdigest()[:32]
+    return cache_home() / "remote-shards" / f"{key}.tar"
+
+
+def _touch(path: Path, shard: RemoteShard) -> bool:
+    """Mark a cached shard as used now; return whether it is there, and all of it."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    try:
+        return version(shard).size in (-1, path.stat().st_size)
+    except OSError:
+        return False
+
+
+def _fill(path: Path, shard: RemoteShard) -> None:
+    """Fetch a shard into the cache."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The size in its name keeps the room from others.
+    file, name = tempfile.mkstemp(".part", f"{path.stem}.{max(version(shard).size, 0)}.", path.parent)
+    part = Path(name)
+    try:
+        os.close(file)
+        _make_room(path.parent, keep=part)
+        fetch(shard, part)
+        with part.open("rb" if os.name == "posix" else "rb+") as written:
+            os.fsync(written.fileno())  # after a power failure, no part passes for a shard
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    _make_room(path.parent, keep=path)  # for shards whose size was not known
+
+
+def _make_room(folder: Path, *, keep: Path) -> None:
+    """Remove the shards used least recently until the rest fits.
+
+    An open one stays readable until it is closed. On Windows it cannot be removed: that is left to the next time.
+    """
+    with exclusive_writer(folder / "making-room.lock.d", on_wait=lambda message: None):
+        room, now = cache_limit(), now_in(folder)
+        shards = list[tuple[float, int, Path]]()
+        for path in folder.glob("*.*"):
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                status = path.stat()
+                if path.suffix == ".tar":
+                    shards.append((status.st_mtime, status.st_size, path))
+                elif path.suffix == ".part" and path != keep and status.st_mtime < now - _ABANDONED_S:
+                    path.unlink()
+                elif path.suffix == ".part":
+                    room -= max(status.st_size, int(path.name.split(".")[1]))
+        for _, size, path in sorted(shards, key=lambda file: (file[2] == keep, file[0]), reverse=True):
+            room -= size
+            if room < 0 and path != keep:
+                with contextlib.suppress(PermissionError):
+                    path.unlink(missing_ok=True)
+
+
+class _Prefetcher:
+    """Fetches shards in the background, by threads that end with the process, as those of `in_threads`."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[RemoteShard] = deque()
+        self._has_work = threading.Condition()
+        for _ in range(_PREFETCHING_THREADS):
+            threading.Thread(target=self._work, name="shards", daemon=True).start()
+
+    def request(self, shards: Sequence[RemoteShard]) -> None:
+        """Fetch these shards in order, instead of those that still wait."""
+        with self._has_work:
+            self._waiting = deque(shards)
+            self._has_work.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._has_work:
+                while not self._waiting:
+                    self._has_work.wait()
+                shard = self._waiting.popleft()
+            # Whoever needs the shard meets the failure.
+            with contextlib.suppress(InputError, UnreachableError, OSError):
+                local_path(shard)
+
+
+_prefetcher: tuple[int, _Prefetcher] | None = None  # with the process that started its threads
+
+
+def prefetch(shards: Sequence[ShardFile]) -> None:
+    """Fetch remote shards in the background, in order, as many as fit into the cache together.
+
+    Failures are left to whoever needs the shard.
+    """
+    global _prefetcher
+    remote = [shard for shard in shards if isinstance(shard, RemoteShard)]
+    sizes = accumulate(version(shard).size for shard in remote)
+    remote = [shard for shard, size in zip(remote, sizes, strict=True) if size <= cache_limit()]
+    if remote:
+        if _prefetcher is None or _prefetcher[0] != os.getpid():
+            _prefetcher = (os.getpid(), _Prefetcher())
+        _prefetcher[1].request(remote)
+
+
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """A file in an uncompressed tar; implements `bundle.images.ImageFile`.
+
+    Without a name, the tar is asked for it when a message needs it.
+    """
+
+    shard: ShardFile
+    name: str
+    offset: int
+    size: int
+
+    def read_bytes(self) -> bytes:
+        """Return the file's content."""
+        content = read_at(_open_tar(self.shard).file, self.size, self.offset)
+        if len(content) < self.size:
+            raise OSError(f"expected {self.size:,} bytes, found {len(content):,}")
+        return content
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.name or member_name(_open_tar(self.shard).file, self.offset)}"
+
+
+class _OpenTar:
+    """A file that is closed once nobody holds it: after the last read of one that is no longer kept open."""
+
+    def __init__(self, shard: ShardFile) -> None:
+        try:
+            self.file = open_file(shard)
+        except InputError as error:  # not a bad sample: other pairs must not take the places of a whole shard's
+            raise UnreachableError(str(error), hint=error.advice) from error
+        except OSError as error:
+            lost = UnreachableError(f"Cannot read the shard {shard}: {error.strerror or error}.")
+            raise machine_failure(error) or lost from error
+        weakref.finalize(self, os.close, self.file)
+
+
+class _OpenTars:
+    """The tars used most recently. Reads name their offset, so that forked workers and threads can share them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tars = OrderedDict[ShardFile, _OpenTar]()
+
+    def __call__(self, shard: ShardFile) -> _OpenTar:
+        with self._lock:
+            if shard in self._tars:
+                self._tars.move_to_end(shard)
+                return self._tars[shard]
+        tar = _OpenTar(shard)  # may fetch it
+        with self._lock:
+            self._tars[shard] = tar
+            # A file that was removed from the cache of remote shards takes room on the disk until it is closed.
+            for other in [o for o in self._tars if isinstance(o, RemoteShard) and o != shard]:
+                if os.fstat(self._tars[other].file).st_nlink == 0:
+                    del self._tars[other]
+            while len(self._tars) > _MAX_OPEN:
+                self._tars.popitem(last=False)
+        return tar
+
+    def clear(self) -> None:
+        with self._lock:
+            self._tars.clear()
+
+
+_open_tar = _OpenTars()
+
+
+def close_tars() -> None:
+    """Close all tars, so that one that was replaced since is opened again."""
+    _open_tar.clear()
+
+
+def current_versions(shards: Sequence[ShardFile]) -> list[Version]:
+    """Return the versions that shards have now, which they are read as from here on; raises as `remote.versions`."""
+    close_tars()
+    return versions(shards)
