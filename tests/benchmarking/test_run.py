@@ -21,7 +21,7 @@ from clip_rd_edge.benchmarking.report import markdown, page
 from clip_rd_edge.benchmarking.results import Results, read_results, this_environment, write_results
 from clip_rd_edge.benchmarking.run import DamagedCacheError, PredictionCache, is_cache, run_suite, task_state
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
-from clip_rd_edge.data.shard_index import TarMember
+from clip_rd_edge.data.shard_files import TarMember
 from clip_rd_edge.data.tasks import RetrievalTask, load_task
 from clip_rd_edge.errors import ConfigError, InputError, MissingExtraError
 from clip_rd_edge.exporting.bundle import package_versions
