@@ -122,10 +122,7 @@ def test_an_error_of_click_looks_like_the_packages_own(
 
 @pytest.mark.parametrize(
     ("command", "module", "function"),
-    [
-        ("quickstart", "pipeline", "tune_teacher"),
-        ("evidence run method-evidence", "evidence.run", "_embedded_teacher"),
-    ],
+    [("quickstart", "pipeline", "tune_teacher"), ("evidence run method-evidence", "evidence.run", "_embedded_teacher")],
 )
 def test_an_interrupted_command_of_several_trainings_says_that_the_same_command_resumes(
     command_line: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, module: str, function: str

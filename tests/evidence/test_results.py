@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from clip_rd_edge.benchmarking.metrics import difference_interval
 from clip_rd_edge.evidence.results import Difference, Evidence, RunResult, difference, runs_of, spread
@@ -52,9 +52,9 @@ def test_tasks_of_the_same_images_are_resampled_together(make: Make) -> None:
     evidence = make({("none", 0): 4, ("clip-rd", 0): 12, ("none", 1): 5, ("clip-rd", 1): 9})
 
     def in_two_languages(runs: dict[int, RunResult]) -> dict[int, RunResult]:
-        tasks = {s: (msgspec.structs.replace(run.result.tasks[0], images="same"),) * 2 for s, run in runs.items()}
-        results = {s: msgspec.structs.replace(run.result, tasks=tasks[s]) for s, run in runs.items()}
-        return {s: msgspec.structs.replace(run, result=results[s]) for s, run in runs.items()}
+        tasks = {s: (replace(run.result.tasks[0], images="same"),) * 2 for s, run in runs.items()}
+        results = {s: replace(run.result, tasks=tasks[s]) for s, run in runs.items()}
+        return {s: replace(run, result=results[s]) for s, run in runs.items()}
 
     ours, theirs = (in_two_languages(runs_of(evidence, "test_vit", method)) for method in ("clip-rd", "none"))
     one, two = difference(ours, theirs, [0]), difference(ours, theirs, [0, 1])
@@ -68,8 +68,8 @@ def test_tasks_count_alike_in_their_mean_and_are_resampled_apart(make: Make) -> 
     def twice(runs: dict[int, RunResult]) -> dict[int, RunResult]:
         ((seed, run),) = runs.items()
         task = run.result.tasks[0]
-        tasks = (task, msgspec.structs.replace(task, images="others"))
-        return {seed: msgspec.structs.replace(run, result=msgspec.structs.replace(run.result, tasks=tasks))}
+        tasks = (task, replace(task, images="others"))
+        return {seed: replace(run, result=replace(run.result, tasks=tasks))}
 
     ours, theirs = (twice(runs_of(evidence, "test_vit", method)) for method in ("clip-rd", "none"))
     one, two = difference(ours, theirs, [0]), difference(ours, theirs, [0, 1])
@@ -91,17 +91,17 @@ def test_an_interval_is_that_of_a_normal_distribution_around_the_mean_of_the_tas
     def runs(hits: list[str]) -> dict[int, RunResult]:
         (task, _) = model_result("any", 0).tasks
         tasks = [
-            msgspec.structs.replace(
+            replace(
                 task,
                 hits=digits,
                 images=str(number > 0),
-                score=msgspec.structs.replace(task.score, top1=digits.count("1") / len(digits)),
+                score=replace(task.score, top1=digits.count("1") / len(digits)),
             )
             for number, digits in enumerate(hits)
             for _ in range(1 if number else languages)
         ]
         (run,) = blank.runs
-        return {0: msgspec.structs.replace(run, result=msgspec.structs.replace(run.result, tasks=tuple(tasks)))}
+        return {0: replace(run, result=replace(run.result, tasks=tuple(tasks)))}
 
     found = difference(runs(list(gains)), runs(["0" * len(gains[0])] * 2), range(languages + 1))
     assert found is not None
