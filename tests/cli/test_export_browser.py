@@ -65,28 +65,6 @@ def test_what_is_made_from_a_read_only_package_and_bundle_can_be_written_and_rem
     assert [path for path in written if not path.stat().st_mode & stat.S_IWUSR] == []
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--format", "openvino"), "--target browser cannot be combined with --format openvino"),
-        (("--layout", "immich"), "cannot be combined with --layout immich"),
-        (("--preprocess-in-graph",), "cannot be combined with --preprocess-in-graph"),
-        (("--precision", "int8"), "is a bundle already; --precision cannot change it"),
-        (("--node-modules", "nowhere"), "nowhere has no onnxruntime-web/dist"),
-    ],
-)
-def test_options_that_a_browser_page_does_not_support_are_refused(
-    command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path, options: tuple[str, ...], message: str
-) -> None:
-    site = tmp_path / "site"
-    code, output, error = command_line(
-        "export", colour_bundle, "--target", "browser", "--node-modules", node_modules, *options, "-o", site
-    )
-    assert (code, output) == (2, "")
-    assert message in error
-    assert not site.exists()
-
-
 def test_bundles_that_a_browser_cannot_run_are_refused(
     command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path
 ) -> None:

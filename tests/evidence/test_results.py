@@ -26,15 +26,6 @@ def test_differences_use_the_seeds_that_both_methods_have(make: Make) -> None:
     assert difference_from_none(make({("none", 0): 4, ("clip-rd", 1): 13}), "clip-rd") is None
 
 
-def test_seeds_with_different_signs_are_recorded(make: Make) -> None:
-    result = difference_from_none(
-        make({("none", 0): 4, ("none", 1): 10, ("clip-rd", 0): 14, ("clip-rd", 1): 9}), "clip-rd"
-    )
-    assert result is not None
-    assert not result.same_sign
-    assert result.spread.mean == pytest.approx((10 - 1) / 2 / IMAGES)  # each seed with its own reference
-
-
 def test_more_seeds_on_the_same_images_do_not_narrow_the_interval(make: Make) -> None:
     one_seed = difference_from_none(make({("none", 0): 4, ("clip-rd", 0): 12}), "clip-rd")
     two_seeds = difference_from_none(
