@@ -32,7 +32,7 @@ from clip_rd_edge.exporting.parity import Agreement
 from clip_rd_edge.exporting.plan import Budget
 from clip_rd_edge.exporting.towers import export_image_tower
 from clip_rd_edge.models.clip import ImageTower, evaluation_mode, parameter_count
-from clip_rd_edge.models.students import preset_names
+from clip_rd_edge.models.names import preset_names
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
 from clip_rd_edge.utils.outputs import new_folder

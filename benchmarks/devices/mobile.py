@@ -44,7 +44,8 @@ from clip_rd_edge.exporting.parity import Inputs, agreement, embed, hard_pixels
 from clip_rd_edge.exporting.towers import IMAGE_INPUT, IMAGE_OUTPUT, export_image_tower
 from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 from clip_rd_edge.models.encoder import TorchEncoder
-from clip_rd_edge.models.students import build_student, preset_names, student_config
+from clip_rd_edge.models.names import preset_names
+from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.runtime.backends.litert import open_litert
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load

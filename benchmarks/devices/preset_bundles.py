@@ -16,7 +16,7 @@ from pathlib import Path
 import clip_rd_edge as edge
 from clip_rd_edge.data import emoji
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.models.students import preset_names
+from clip_rd_edge.models.names import preset_names
 
 PRECISIONS = ("fp32", "fp16", "int8")
 

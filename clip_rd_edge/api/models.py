@@ -140,18 +140,16 @@ def open_encoder(
     force: bool = False,
 ) -> TowerEncoder:
     """Open a bundle without PyTorch, or another model with it; arguments and errors as for `load`."""
-    from clip_rd_edge.bundle.manifest import is_bundle
-    from clip_rd_edge.bundle.runs import LOCAL_DIR, model_folder, refuse_other_weights
+    from clip_rd_edge.models.names import parse_name
 
     spec = typed(place_of(spec))
-    path = Path(spec.removeprefix(LOCAL_DIR))
-    if is_bundle(path):
-        refuse_other_weights(spec, pretrained)
+    named = parse_name(spec, weights=pretrained)
+    if named.kind == "bundle":
         if runtime == "torch" or runtime == "torch-compile":
             raise UsageError(f"{spec} is a bundle, which torch cannot run.", hint="pass the model it was exported from")
         from clip_rd_edge.runtime.load import load as load_bundle
 
-        return load_bundle(path, threads=threads, runtime=runtime, device=device, force=force)
+        return load_bundle(Path(named.name), threads=threads, runtime=runtime, device=device, force=force)
     if runtime not in (None, "torch", "torch-compile"):
         raise UsageError(f"{spec} is not a bundle: {runtime} cannot run it.", hint="export it with clip-rd-edge export")
     from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder
@@ -160,7 +158,11 @@ def open_encoder(
 
     require_threads(threads)
     kind = CompiledEncoder if runtime == "torch-compile" else TorchEncoder
-    return kind(load_clip(spec, pretrained=pretrained), folder=model_folder(spec), threads=threads)
+    return kind(
+        load_clip(spec, pretrained=pretrained),
+        folder=Path(named.name) if named.kind == "folder" else None,
+        threads=threads,
+    )
 
 
 def first_answer(spec: str, runtime: RowRuntime | None, threads: int) -> list[str]:

@@ -15,9 +15,8 @@ from typing import Any
 
 import msgspec
 
-from clip_rd_edge.bundle.manifest import is_bundle
-from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.paths import exists, is_file
+from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.structs import read_json_objects
 
 CONFIG_FILE = "open_clip_config.json"
@@ -26,7 +25,6 @@ DISTILLATION_FILE = "distillation.json"
 TRANSFORMERS_CONFIG = "config.json"
 STUDENT_FOLDER = "student"
 LOCAL_DIR = "local-dir:"
-TAG_MARK = "@"  # between an architecture and its pretrained tag
 # What DISTILLATION_FILE says of one model, and not of others that are made from its weights.
 _OF_ONE_MODEL = ("evaluation", "templates", "average", "date")
 
@@ -40,22 +38,6 @@ def model_folder(spec: str) -> Path | None:
         if is_file(candidate / CONFIG_FILE):
             return candidate
     return path if spec.startswith(LOCAL_DIR) else None
-
-
-def is_architecture(spec: str) -> bool:
-    """Return whether `spec` names an architecture of open_clip alone, without weights."""
-    name = spec.removeprefix("open_clip:")
-    tagged = TAG_MARK in name and not exists(name)
-    return not (name.startswith("hf-hub:") or tagged or is_bundle(Path(name)) or model_folder(name) is not None)
-
-
-def refuse_other_weights(spec: str, pretrained: str | None) -> None:
-    """Refuse weights for a model that has its own, which would be used in their place."""
-    if pretrained is not None and not is_architecture(spec):
-        raise UsageError(
-            f"{spec} has weights of its own; pretrained, {pretrained!r}, is for an architecture alone.",
-            hint="omit it, or name the architecture in place of the model",
-        )
 
 
 def refuse_unfinished_run(spec: str) -> None:

@@ -48,10 +48,10 @@ from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.losses.terms import find_term, own_terms, source_of
 from clip_rd_edge.models.clip import ClipModel, form_fingerprint, model_fingerprint
 from clip_rd_edge.models.encoder import BATCH_SIZE, TorchEncoder
-from clip_rd_edge.models.students import student_file
+from clip_rd_edge.models.names import is_trained, student_file
 from clip_rd_edge.runtime.labels import read_texts
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
-from clip_rd_edge.utils.paths import is_file
+from clip_rd_edge.utils.paths import Typed, is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, read_yaml, to_json, to_yaml
 from clip_rd_edge.utils.text import as_word, shown_source, shown_sources
@@ -114,7 +114,7 @@ def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
         **_data_inputs(setup.pairs),
         teacher_sha256=teachers if len(teachers) > 1 else teachers[0] if teachers else None,
         teacher_preprocessing=tuple(clip.preprocessing for clip in setup.teachers),
-        student_sha256=None if model_folder(config.student) is None else model_fingerprint(setup.student),
+        student_sha256=model_fingerprint(setup.student) if is_trained(config.student) else None,
         image_weights_sha256=_sha256_of_file(config.pretrained_image),
         text_weights_sha256=_sha256_of_file(config.pretrained_text),
         text_sha256=model_fingerprint(text) if text else None,
@@ -146,9 +146,9 @@ def _form_of(setup: RunSetup) -> str:
     return hashlib.sha256(msgspec.json.encode(form)).hexdigest()
 
 
-def _taken_text(config: RunConfig) -> Path | None:
-    """Return the folder of the model whose text tower the student has; None also for a student to fine-tune."""
-    return text_source(config) if model_folder(config.student) is None else None
+def _taken_text(config: RunConfig) -> Typed | None:
+    """Return the name of the model whose text tower the student has; None also for a student to fine-tune."""
+    return None if is_trained(config.student) else text_source(config)
 
 
 def common_inputs(config: RunConfig, setup: RunSetup, processes: Processes) -> RunInputs:
@@ -278,7 +278,7 @@ def sources_known_by_content(run: Path, old: RecordedConfig, new: RunConfig) -> 
     fields |= {name for name, sha256 in weights.items() if sha256 and is_file(getattr(new, name) or "")}
     if inputs.text_sha256 and _taken_text(new) is not None:
         fields.add("text")
-    if (inputs.student_sha256 and model_folder(new.student) is not None) or (
+    if (inputs.student_sha256 and is_trained(new.student)) or (
         inputs.student_file_sha256 and student_file(new.student)
     ):
         fields.add("student")

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from clip_rd_edge.bundle.runs import model_folder
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Normaliser
@@ -30,6 +29,7 @@ from clip_rd_edge.models.clip import (
     forget_attention_biases,
     inference_image_tower,
 )
+from clip_rd_edge.models.names import is_trained
 
 _UINT8 = (0, 255)
 _WEIGHT = (-MAX_WEIGHT[7], MAX_WEIGHT[7])  # as for every target whose processor is not known in advance
@@ -388,7 +388,7 @@ def require_quantizable(config: RunConfig) -> None:
     """Check, before anything is loaded, that a configuration can be combined with quantisation."""
     if config.quantize is None:
         return
-    if model_folder(config.student) is None:
+    if not is_trained(config.student):
         raise UsageError(
             f"Quantisation fine-tunes a trained student, but {config.student} is untrained.",
             hint="train it first without {quantize}, then use that run: {student} RUN {quantize} int8",

@@ -64,7 +64,7 @@ from clip_rd_edge.distillation.processes import (
     stop_on_signals,
 )
 from clip_rd_edge.distillation.resume import change_since, check_folder, without_initial_weights
-from clip_rd_edge.distillation.student import frozen_at_random, with_default_shape, with_shape_of
+from clip_rd_edge.distillation.student import frozen_at_random, load_student, with_default_shape, with_shape_of
 from clip_rd_edge.distillation.teacher import refuse_idle_teacher
 from clip_rd_edge.distillation.trackers import require_tracker
 from clip_rd_edge.errors import (
@@ -77,7 +77,7 @@ from clip_rd_edge.errors import (
 from clip_rd_edge.exporting.calibration import choose_pairs, keep_pairs
 from clip_rd_edge.models.clip import float32_on_cpu
 from clip_rd_edge.models.edit import interpolate_clip
-from clip_rd_edge.models.load import load_clip, save_clip
+from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.utils.files import disk_full_error, write_text
 from clip_rd_edge.utils.outputs import exclusive_writer, remove_leftovers
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -293,7 +293,7 @@ def _save_student(
     student.model.to("cpu")
     evaluation = last_evaluation(run, step=trained.steps)
     if config.tuned_share < 1:
-        student = interpolate_clip(load_clip(config.student), student, share=config.tuned_share)
+        student = interpolate_clip(load_student(config), student, share=config.tuned_share)
         if evaluate:  # the run has evaluated the trained weights alone
             evaluation = evaluate(encoder_of(student, trained.quantization))
             scores = ", ".join(f"{name} {value:.1%}" for name, value in evaluation.items())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,7 +12,6 @@ import torch
 from torch import nn
 
 from clip_rd_edge.bundle.labels import parse_templates
-from clip_rd_edge.bundle.runs import model_folder
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.pixels import Crops, crops_for
 from clip_rd_edge.distillation.quantized import require_static_tower
@@ -23,16 +21,19 @@ from clip_rd_edge.distillation.teacher import (
     load_stored_teachers,
     load_teachers,
     projection_name,
+    teacher_weights,
 )
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.load import load_clip, read_open_clip_config, require_model
+from clip_rd_edge.models.load import known_config, load_clip
+from clip_rd_edge.models.names import is_trained
 from clip_rd_edge.models.students import (
     TEACHER,
     TEXT_SIZES,
     build_student,
     copy_image_tower,
     init_image_tower,
+    require_same_image_tower,
     require_student,
     student_config,
     student_preprocessing,
@@ -45,9 +46,10 @@ from clip_rd_edge.models.text_weights import (
     build_with_text_tower_of,
     init_text_tower,
     init_token_embeddings,
+    require_similar_text_tower,
     with_text_of,
 )
-from clip_rd_edge.utils.paths import typed
+from clip_rd_edge.utils.paths import Typed, typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 _DEFAULT_SHAPE: dict[str, Any] = {"image_size": 224, "text": "standard", "context_length": 77}
@@ -64,8 +66,6 @@ def make_student(
     """
     student = _student_to_train(config, teachers, name, reporter)
     require_no_logit_bias(student)
-    if config.freeze_text:
-        require_separate_text_tower(student)
     if config.quantize:
         require_static_tower(student)
     if config.templates:  # the prompts that it learns are those to classify with
@@ -79,7 +79,7 @@ def with_default_shape(config: RunConfig) -> RunConfig:
 
     None stays where a model decides: of a trained student, and for the context length of a text tower that is taken.
     """
-    if model_folder(config.student) is not None:
+    if is_trained(config.student):
         return config
     try:
         require_student(config.student)
@@ -96,7 +96,7 @@ def open_shape(config: RunConfig) -> frozenset[str]:
 
 def with_shape_of(config: RunConfig, student: ClipModel) -> RunConfig:
     """Return the configuration with the student's own shape; its text tower from Hugging Face has no size to name."""
-    shape = _shape_of(student)
+    shape = _shape_of(student.model_cfg)
     if config.text is not None or student.has_hugging_face_text:
         shape["text"] = config.text
     return msgspec.structs.replace(config, **{name: shape[name] for name in _DEFAULT_SHAPE})
@@ -107,27 +107,43 @@ def require_named_student(config: RunConfig) -> None:
 
     It is called before the data are indexed and a teacher is fetched, which may take hours.
     """
-    if model_folder(config.student) is None:
-        require_student(config.student)
-    else:
-        require_model(config.student)
-    if config.text is None or config.text == TEACHER:
-        return
-    if text_source(config) is not None:
-        require_model(config.text)
-    else:
-        text_size(config.text)
-
-
-def _student_to_train(config: RunConfig, teachers: Sequence[ClipModel], name: str, reporter: Reporter) -> ClipModel:
-    if model_folder(config.student) is not None:
+    if is_trained(config.student):
         if config.pretrained_image or config.pretrained_text:
             raise UsageError(
                 f"{config.student} already has weights, but other weights to start from were named.",
                 hint="omit {pretrained_image} and {pretrained_text}",
             )
-        student = load_clip(config.student)
-        _require_shape(config, student)
+        _require_shape(config, known_config(config.student))
+    else:
+        require_student(config.student)
+    if config.text is not None and config.text != TEACHER:
+        if text_source(config) is not None:
+            known_config(config.text)
+        else:
+            text_size(config.text)
+    if config.recipe.objective.needs_teacher and config.stored_teachers is None:
+        known = [known_config(name, pretrained=teacher_weights(config, name)) for name in config.teachers]
+        if known and known[0]:
+            _require_fit(config, known[0])
+
+
+def _require_fit(config: RunConfig, teacher: dict[str, Any]) -> None:
+    """Refuse towers of a new student that cannot start from the (first) teacher's, whose `model_cfg` is known."""
+    shape = {name: getattr(config, name) or default for name, default in _DEFAULT_SHAPE.items()}
+    if config.pretrained_image == TEACHER or config.pretrained_text == TEACHER:
+        shape["text"] = "tiny" if takes_text(config) else shape["text"]
+        size = config.embedding_size or int(teacher["embed_dim"])
+        student = student_config(config.student, embedding_size=size, **shape)["model_cfg"]
+        if config.pretrained_image == TEACHER:
+            require_same_image_tower(student, teacher, name=config.teachers[0])
+        if config.pretrained_text == TEACHER:
+            require_similar_text_tower(student, teacher, name=config.teachers[0])
+
+
+def _student_to_train(config: RunConfig, teachers: Sequence[ClipModel], name: str, reporter: Reporter) -> ClipModel:
+    if is_trained(config.student):
+        student = load_student(config)
+        _require_shape(config, student.model_cfg)
         return student
     if config.tuned_share < 1:
         raise UsageError(
@@ -153,9 +169,14 @@ def _student_to_train(config: RunConfig, teachers: Sequence[ClipModel], name: st
     return student
 
 
-def _require_shape(config: RunConfig, student: ClipModel) -> None:
-    """Raise a UsageError if a trained student is asked to have another shape than it has."""
-    actual = _shape_of(student)
+def load_student(config: RunConfig) -> ClipModel:
+    """Load the trained student of a run, whose text tower is a module of its own, which can be frozen."""
+    return load_clip(config.student, separate_text=True)
+
+
+def _require_shape(config: RunConfig, model_cfg: dict[str, Any]) -> None:
+    """Raise a UsageError if a trained student is asked to have another shape than it has, as far as that is known."""
+    actual = _shape_of(model_cfg) if model_cfg else {}
     asked_for = {name: getattr(config, name) for name in actual}
     if config.text is not None and not takes_text(config):
         size = text_size(config.text)
@@ -170,26 +191,24 @@ def _require_shape(config: RunConfig, student: ClipModel) -> None:
             )
 
 
-def _shape_of(student: ClipModel) -> dict[str, Any]:
+def _shape_of(model_cfg: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's shape, with a text tower as `text_size` takes it, or the name of one from Hugging Face."""
+    image_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    size = image_cfg.get("image_size", 224)  # open_clip's defaults
+    text = text_cfg.get("hf_model_name") or f"{text_cfg.get('width', 512)}x{text_cfg.get('layers', 12)}"
     return {
-        "image_size": max(student.preprocessing.size),
-        "context_length": student.context_length,
-        "embedding_size": student.embedding_size,
-        "text": _text_size_of(student),
+        "image_size": max(size) if isinstance(size, list | tuple) else size,
+        "context_length": text_cfg.get("context_length", 77),
+        "embedding_size": model_cfg["embed_dim"],
+        "text": text,
     }
 
 
-def _text_size_of(student: ClipModel) -> str:
-    """Return the size of a text tower as `text_size` takes it; the name of one from Hugging Face."""
-    text_cfg = student.model_cfg["text_cfg"]
-    if name := text_cfg.get("hf_model_name"):
-        return str(name)
-    return f"{text_cfg.get('width', 512)}x{text_cfg.get('layers', 12)}"  # open_clip's defaults
-
-
-def text_source(config: RunConfig) -> Path | None:
-    """Return the folder of the model whose text tower a new student takes; None for a new tower, or the teacher's."""
-    return None if config.text is None or config.text in (TEACHER, *TEXT_SIZES) else model_folder(config.text)
+def text_source(config: RunConfig) -> Typed | None:
+    """Return the name of the model whose text tower a new student takes; None for a new tower, or the teacher's."""
+    if config.text is None or config.text in (TEACHER, *TEXT_SIZES) or not is_trained(config.text):
+        return None
+    return typed(config.text)
 
 
 def takes_text(config: RunConfig) -> bool:
@@ -206,7 +225,7 @@ def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) 
         )
     architecture = _student_architecture(config, teachers)
     if source is not None:
-        text_model = load_clip(typed(source))
+        text_model = load_clip(source)
         _require_context_length(config, text_model)
         return build_with_text_tower_of(text_model, architecture, name=name)
     if config.text != TEACHER:
@@ -253,7 +272,7 @@ def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> d
 
 def _embedding_size(config: RunConfig, teachers: Sequence[ClipModel]) -> int:
     if (source := text_source(config)) is not None:
-        return int(read_open_clip_config(source)["model_cfg"]["embed_dim"])
+        return int((known_config(source) or load_clip(source).model_cfg)["embed_dim"])
     if (stored := load_stored_teachers(config)) is not None:
         return sum(ensemble_of_stored(stored).widths)
     if config.text == TEACHER or config.pretrained_image == TEACHER:
@@ -263,17 +282,17 @@ def _embedding_size(config: RunConfig, teachers: Sequence[ClipModel]) -> int:
 
 def crops_of(config: RunConfig) -> Crops:
     """Return the crops of a run: those for the input of its student, which is square unless it is a trained one."""
-    if model_folder(config.student) is None:
-        preprocessing = student_preprocessing(config.student)
+    if is_trained(config.student):
+        preprocessing = load_student(config).preprocessing
     else:
-        preprocessing = load_clip(config.student).preprocessing
+        preprocessing = student_preprocessing(config.student)
     return crops_for(preprocessing, config.recipe.crop_scale)
 
 
 def empty_student(config: RunConfig, *, name: str) -> ClipModel:
     """Return the untrained student of a run; teachers are loaded if its architecture depends on them."""
-    if model_folder(config.student) is not None:
-        return load_clip(config.student)
+    if is_trained(config.student):
+        return load_student(config)
     depends = config.embedding_size == 0 or TEACHER in (config.text, config.pretrained_image, config.pretrained_text)
     return _build_student(config, load_teachers(config) if depends else (), name)
 
@@ -285,16 +304,6 @@ def require_no_logit_bias(student: ClipModel) -> None:
             f"The student {student.name} has a logit bias, as SigLIP's models do; expected one without: the objective "
             "consists of softmax losses, which do not train a bias.",
             hint="train another student; the model can be the teacher",
-        )
-
-
-def require_separate_text_tower(student: ClipModel) -> None:
-    """Check that the text tower is a module of its own, which can be frozen."""
-    if not hasattr(student.model, "text"):
-        raise UsageError(
-            f"The text tower of {student.name} cannot be frozen: its parts lie at the top level of the model, as in "
-            "OpenAI's; expected a module of its own, which models with custom_text in open_clip's configuration have.",
-            hint="omit {freeze_text}",
         )
 
 
@@ -357,7 +366,7 @@ def frozen_at_random(config: RunConfig) -> Iterator[str]:
     Args:
         config: as the run began: a checkpoint replaces the weights that it names.
     """
-    if model_folder(config.student) is not None:
+    if is_trained(config.student):
         return
     has_tokens = config.pretrained_text == TOKENS  # which are the first group of layers
     frozen_text = config.freeze_text or config.freeze_text_layers > has_tokens

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clip_rd_edge.bundle.encoder import in_batches
-from clip_rd_edge.bundle.runs import is_architecture
 from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.mixed import Mixed
 from clip_rd_edge.data.reinforced import StoredTeachers, read_stored_teachers
@@ -25,6 +24,7 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device
 from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.names import is_trained
 from clip_rd_edge.models.text_towers import CaptionTower, embed_with_progress
 from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -48,13 +48,13 @@ def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
 
 def teacher_weights(config: RunConfig, name: str) -> Typed | None:
     """Return `teacher_pretrained` for a teacher that is named by an architecture alone; the others have weights."""
-    return config.teacher_pretrained if is_architecture(name) else None
+    return None if is_trained(name) else config.teacher_pretrained
 
 
 def _require_use_of_weights(config: RunConfig) -> None:
     """Raise UsageError if all teachers have weights of their own, and `teacher_pretrained` names others."""
     teachers = config.teachers
-    if config.teacher_pretrained is not None and not any(map(is_architecture, teachers)):
+    if config.teacher_pretrained is not None and all(map(is_trained, teachers)):
         which = f"the teacher {teachers[0]} has" if len(teachers) == 1 else "all teachers have"
         raise UsageError(
             f"teacher_pretrained is {config.teacher_pretrained!r}, but {which} weights already.",

@@ -8,8 +8,6 @@ import logging
 import os
 import shutil
 import socket
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,23 +19,22 @@ import msgspec
 import torch
 from torch import Tensor
 
-from clip_rd_edge.bundle.manifest import inner_bundles, is_bundle
+from clip_rd_edge.bundle.manifest import inner_bundles
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.runs import (
     CONFIG_FILE,
     DISTILLATION_FILE,
     LOCAL_DIR,
     STUDENT_FOLDER,
-    TAG_MARK,
     TRANSFORMERS_CONFIG,
     WEIGHTS_FILE,
     model_folder,
-    refuse_other_weights,
     refuse_unfinished_run,
     training_record_path,
 )
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
 from clip_rd_edge.models.clip import ClipModel, float32_on_cpu
+from clip_rd_edge.models.names import HUB, ModelName, parse_name
 from clip_rd_edge.models.own_parts import (
     NO_STRANGERS,
     REMOTE_CODE,
@@ -53,47 +50,50 @@ from clip_rd_edge.utils.text import shown_sources
 
 
 @float32_on_cpu()
-def load_clip(spec: Typed, *, pretrained: Typed | None = None) -> ClipModel:
+def load_clip(spec: Typed, *, pretrained: Typed | None = None, separate_text: bool = False) -> ClipModel:
     """Load a model with its tokenizer and preprocessing, in evaluation mode, on the CPU.
 
     Args:
-        spec: `ViT-B-32` or `open_clip:ViT-B-32` (an architecture of open_clip), `ViT-B-32@openai` (with a tag),
-            `hf-hub:ORG/REPO`, `local-dir:PATH`, the path of such a folder, or the folder of a run, whose student is
-            loaded.
+        spec: a trained model, as `models.names` has it.
         pretrained: for an architecture without a tag of its own, an open_clip tag or a checkpoint file.
+        separate_text: build the text tower as a module of its own, as students have it, also where open_clip's model
+            has its parts at the top level.
     """
     import open_clip
 
-    name, weights, folder, model_cfg = _find(spec, pretrained)
+    named = parse_name(spec, weights=pretrained)
+    model_cfg = _known_config(named)
+    folder = Path(named.name) if named.kind == "folder" else None
+    name = f"{LOCAL_DIR}{folder}" if folder else named.name
     overrides = _relocated_text_cfg(folder, model_cfg) if folder else {}
-    hub = _HUB if _may_need_hub(name, weights, model_cfg) else nullcontext()
-    with _quiet_open_clip(), NO_STRANGERS, hub:
+    has_tag = named.weights is not None and not exists(named.weights)
+    needs_hub = named.kind == "hub" or has_tag or (not folder and "hf_tokenizer_name" in model_cfg["text_cfg"])
+    with quiet_logs(logging.ERROR, spare_configured=True), NO_STRANGERS, _HUB if needs_hub else nullcontext():
         try:
-            if not model_cfg:  # of the hub
+            if named.kind == "hub":
                 model_cfg = open_clip.get_model_config(name)
                 require_bounded(model_cfg, name)
                 refuse_other_places(model_cfg, name)
             model = open_clip.create_model(
                 name,
-                pretrained=weights,
+                pretrained=named.weights,
                 require_pretrained=True,
                 pretrained_text=False,
                 force_quick_gelu=model_cfg.get("quick_gelu", False),
+                force_custom_text=separate_text,
+                force_preprocess_cfg=_preprocessing_of_tags(named),
                 **overrides,
             )
+            tokenizer = open_clip.get_tokenizer(name)
         except ConfigError:
             raise
         except Exception as error:  # open_clip, the hub client and torch raise many types
-            raise _loading_error(_describe_model(name, weights, model_cfg), error) from error
-        try:
-            tokenizer = open_clip.get_tokenizer(name)
-        except Exception as error:
-            hub_name = model_cfg.get("text_cfg", {}).get("hf_tokenizer_name")
-            subject = f"The tokenizer of {name}{f' ({hub_name})' if hub_name and not folder else ''}"
-            raise _loading_error(subject, error) from error
+            raise _loading_error(named, model_cfg, error) from error
+    if separate_text and hasattr(model, "text"):
+        model_cfg = {**model_cfg, "custom_text": True}
     usage = _usage(folder)
     return ClipModel(
-        name=_display_name(name, weights),
+        name=_display_name(named),
         model=model.eval(),
         tokenizer=tokenizer,
         preprocessing=preprocessing_of(model),
@@ -103,25 +103,19 @@ def load_clip(spec: Typed, *, pretrained: Typed | None = None) -> ClipModel:
     )
 
 
-def require_model(spec: Typed, *, pretrained: Typed | None = None) -> None:
-    """Refuse a model that is not there; nothing is fetched, and no weights are read. Arguments as for `load_clip`."""
-    _find(spec, pretrained)
+def known_config(spec: Typed, *, pretrained: Typed | None = None) -> dict[str, Any]:
+    """Return the `model_cfg` of a trained model as far as it is here: empty for one of the hub, whose is fetched.
+
+    A model that is not there is refused; nothing is fetched, and no weights are read. Arguments as for `load_clip`.
+    """
+    return _known_config(parse_name(spec, weights=pretrained))
 
 
-def _find(spec: Typed, pretrained: Typed | None) -> tuple[str, str | None, Path | None, dict[str, Any]]:
-    """Return open_clip's name of a model, its weights, its folder if it has one, and what is known of its model_cfg."""
-    name = spec.removeprefix("open_clip:")
-    weights: str | None = pretrained
-    refuse_other_weights(name, weights)
-    folder = model_folder(name)
-    if folder is not None:
-        return f"{LOCAL_DIR}{folder}", None, folder, read_open_clip_config(folder)["model_cfg"]
-    if name.startswith("hf-hub:"):
-        return name, None, None, {}
-    if not exists(name):
-        name, _, tag = name.partition(TAG_MARK)
-        weights = tag or weights
-    return name, weights, None, _architecture(name, weights)
+def _known_config(named: ModelName) -> dict[str, Any]:
+    if named.kind == "folder":
+        config: dict[str, Any] = read_open_clip_config(Path(named.name))["model_cfg"]
+        return config
+    return {} if named.kind == "hub" else _architecture(named)
 
 
 def read_open_clip_config(folder: Path) -> dict[str, Any]:
@@ -149,45 +143,67 @@ def preprocessing_of(model: Any) -> Preprocessing:
     return convert(raw, Preprocessing, source="the model's preprocess_cfg")
 
 
-def _architecture(name: str, pretrained: str | None) -> dict[str, Any]:
+def _architecture(named: ModelName) -> dict[str, Any]:
+    """Return open_clip's configuration of an architecture that is named with weights; refuse all else."""
     import open_clip
 
-    config: dict[str, Any] | None = open_clip.get_model_config(name)
+    name, weights = named.name, named.weights
+    config: dict[str, Any] | None = open_clip.get_model_config(name) if named.kind in ("open_clip", "trunk") else None
     if config is None:
-        refuse_unfinished_run(name)
-        if is_bundle(Path(name)):
-            raise InputError(
-                f"{name} is a bundle, which has no weights that PyTorch can load.",
-                hint="name the model that it was exported from: a run's folder, or one that open_clip can load",
-            )
-        if is_folder(name):
-            raise InputError(
-                f"The folder {name} holds no model: it has no {CONFIG_FILE}.",
-                hint=inner_bundles(Path(name)) or "name the folder of a run, or of a model that open_clip can load",
-            )
-        raise InputError(
-            f"No model named {quoted(name)}: it is neither a folder nor an open_clip architecture."
-            f"{near_matches(name, open_clip.list_models())}",
-            hint="check the path; open_clip.list_models() lists the architectures",
-        )
+        raise _no_model(named, open_clip.list_models())
     tags = open_clip.list_pretrained_tags_by_model(name)
-    which = (
-        f"a checkpoint file or a tag: {', '.join(tags)}" if tags else "a checkpoint file; open_clip has no tags for it"
-    )
-    if pretrained is None:
-        raise InputError(
-            f"The architecture {name} was given without weights.",
-            hint=f"add {{pretrained}} with {which}, or name a model's folder instead",
+    tag_cfg = open_clip.get_pretrained_cfg(name, weights) if weights else {}
+    if weights is None or not (tag_cfg or exists(weights)):
+        what = (
+            "was named without weights" if weights is None else f"has no weights {quoted(weights)}, nor are they a file"
         )
-    tag_cfg = open_clip.get_pretrained_cfg(name, pretrained)
-    if not exists(pretrained) and not tag_cfg:
         raise InputError(
-            f"The weights {quoted(pretrained)} of {name} are neither a tag of open_clip nor a file."
-            f"{near_matches(pretrained, tags)}",
-            hint=f"pass {which}",
+            f"The architecture {name} {what}.{near_matches(weights or '', tags)}",
+            hint=f"{name}@TAG, of {', '.join(tags)}; or {name}@FILE" if tags else f"{name}@FILE, with a checkpoint",
         )
     # open_clip only warns where weights were trained with another activation than the architecture's.
     return {**config, "quick_gelu": True} if tag_cfg.get("quick_gelu") else config
+
+
+def _no_model(named: ModelName, architectures: list[str]) -> InputError:
+    """Return why a name is not that of a trained model."""
+    name = named.name
+    refuse_unfinished_run(name)
+    if named.kind == "bundle":
+        return InputError(
+            f"{name} is a bundle, which has no weights that PyTorch can load.",
+            hint="name the model that it was exported from: a run's folder, or one that open_clip can load",
+        )
+    if named.kind in ("preset", "file"):
+        return InputError(
+            f"{name} is the image tower of a new student, without weights; expected a trained model.",
+            hint="name the folder of a run, or an open_clip NAME@TAG",
+        )
+    if is_folder(name):
+        return InputError(
+            f"The folder {name} holds no model: it has no {CONFIG_FILE}.",
+            hint=inner_bundles(Path(name)) or "name the folder of a run, or of a model that open_clip can load",
+        )
+    return InputError(
+        f"No model named {quoted(name)}: it is neither a folder nor an open_clip architecture."
+        f"{near_matches(name, architectures)}",
+        hint="check the path; open_clip.list_models() lists the architectures",
+    )
+
+
+def _preprocessing_of_tags(named: ModelName) -> dict[str, Any] | None:
+    """Return how an architecture's published weights see images, for a file, which does not have it.
+
+    None where they differ, and for weights with a tag, of which open_clip takes their own.
+    """
+    import open_clip
+
+    if named.weights is None or open_clip.get_pretrained_cfg(named.name, named.weights):
+        return None
+    tags = open_clip.list_pretrained_tags_by_model(named.name)
+    published = [open_clip.get_pretrained_cfg(named.name, tag) for tag in tags]
+    seen = [{key: cfg[key] for key in ("mean", "std", "interpolation", "resize_mode")} for cfg in published]
+    return seen[0] if seen and all(one == seen[0] for one in seen) else None
 
 
 def _relocated_text_cfg(folder: Path, model_cfg: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +235,7 @@ _TRAINING_FACTS = ("recipe", "teacher", "data", "image_source", "pairs", "images
 
 def training_facts(spec: str) -> dict[str, str]:
     """Return what distillation.json in a model's folder says about its training, by name; empty if there is none."""
-    path = training_record_path(model_folder(spec.removeprefix("open_clip:")))
+    path = training_record_path(model_folder(spec))
     if path is None:
         return {}
     record = read_json_objects(path)
@@ -238,34 +254,13 @@ def _without_folder(value: object) -> str:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(shown_sources(value))
 
 
-def _display_name(spec: str, pretrained: str | None) -> str:
-    if spec.startswith(LOCAL_DIR):
-        path = Path(spec.removeprefix(LOCAL_DIR)).resolve()
+def _display_name(named: ModelName) -> str:
+    if named.kind == "folder":
+        path = Path(named.name).resolve()
         # The student folders of all runs have the same name, so the name of the run is used.
         return path.parent.name if path.name == STUDENT_FOLDER else path.name
-    return spec.removeprefix("hf-hub:") + (f" ({pretrained})" if pretrained and not exists(pretrained) else "")
-
-
-@contextmanager
-def _without_tokenizer_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*clean_up_tokenization_spaces")  # of transformers 4.45
-        yield
-
-
-# Threads may load at once.
-_NO_TOKENIZER_WARNINGS = SharedBlock(_without_tokenizer_warnings)
-
-
-@contextmanager
-def _quiet_open_clip() -> Iterator[None]:
-    """Within the block, this thread logs nothing below CRITICAL at the root's level, nor a warning of each tokenizer.
-
-    open_clip logs each step and failure of loading there; the error that `load_clip` raises contains the message. The
-    hub's logger has a level of its own, and says that it retries.
-    """
-    with quiet_logs(logging.ERROR, spare_configured=True), _NO_TOKENIZER_WARNINGS:
-        yield
+    has_tag = named.weights and not exists(named.weights)
+    return named.name.removeprefix(HUB) + (f" ({named.weights})" if has_tag else "")
 
 
 _PORTS = {"http": 80, "https": 443}
@@ -290,46 +285,29 @@ def _offline_if_unreachable() -> Iterator[None]:
 _HUB = SharedBlock(_offline_if_unreachable)
 
 
-def _may_need_hub(spec: str, pretrained: str | None, model_cfg: dict[str, Any]) -> bool:
-    """Return whether loading may need more than local files."""
-    has_hub_parts = any(key.startswith("hf_") for key in model_cfg.get("text_cfg", {}))
-    is_tag = pretrained is not None and not exists(pretrained)
-    return is_tag or spec.startswith("hf-hub:") or (has_hub_parts and not spec.startswith(LOCAL_DIR))
-
-
-def _describe_model(spec: str, pretrained: str | None, model_cfg: dict[str, Any]) -> str:
-    """Describe the model and everything that open_clip fetches to build it, for error messages."""
-    text_model = model_cfg.get("text_cfg", {}).get("hf_model_name")
-    text = f" with the text tower {text_model}" if text_model and not spec.startswith(LOCAL_DIR) else ""
-    weights = f"{' and' if text else ' with'} the weights {pretrained!r}" if pretrained else ""
-    return f"The model {spec}{text}{weights}"
-
-
-def _loading_error(subject: str, error: Exception) -> InputError | ConfigError:
-    """Convert an error raised by open_clip or the hub client while loading `subject`."""
+def _loading_error(named: ModelName, model_cfg: dict[str, Any], error: Exception) -> InputError | ConfigError:
+    """Convert an error raised by open_clip, transformers, the hub client or torch."""
+    text_cfg = model_cfg.get("text_cfg", {})
+    others = [text_cfg.get(key) for key in ("hf_model_name", "hf_tokenizer_name")] if named.kind != "folder" else []
+    with_others = [str(name) for name in dict.fromkeys(others) if name] + ([named.weights] if named.weights else [])
+    subject = f"The model {named.name}{' with ' if with_others else ''}{' and '.join(with_others)}"
     if isinstance(error, StrangeFileError) or "trust_remote_code" in str(error):
         return ConfigError(
             f"{subject} could not be loaded: {error if isinstance(error, StrangeFileError) else REMOTE_CODE}.",
             hint="use a model whose architecture transformers itself has",
         )
-    if isinstance(error, ModuleNotFoundError):
-        return ConfigError(f"{subject} could not be loaded: {first_line(error)}.", hint=f"pip install {error.name}")
-    if _needs_network(error):
+    if any(word in str(error) for word in ("connect", "resolve", "offline", "Max retries", "LocalEntryNotFound")):
         return InputError(
             f"{subject} could not be fetched: the hub cannot be reached, and its local cache is incomplete.",
             hint="download it on a machine with network access, and pass a folder with the model and its tokenizer as "
             "local-dir:PATH",
         )
-    if "hf-hub:" in subject:
+    if named.kind == "hub":
         return InputError(
             f"{subject} could not be fetched: {first_line(error)}.", hint="check the name, or log in to the hub"
         )
-    return ConfigError(
-        f"{subject} could not be loaded: {first_line(error)}.",
-        hint="unset PYTHONOPTIMIZE, or set it to 1: transformers needs its docstrings"
-        if sys.flags.optimize > 1
-        else "",
-    )
+    missing = f"pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+    return ConfigError(f"{subject} could not be loaded: {first_line(error)}.", hint=missing)
 
 
 def _resolves(url: str) -> bool:
@@ -342,12 +320,6 @@ def _resolves(url: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _needs_network(error: BaseException) -> bool:
-    """Return whether the message of a loading error indicates an unreachable hub and an incomplete cache."""
-    markers = ("connect", "resolve", "offline", "Max retries", "LocalEntryNotFound")
-    return any(marker in str(error) for marker in markers)
 
 
 def save_clip(

@@ -14,11 +14,11 @@ from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
 from clip_rd_edge.models.classifiers import CLASSIFIERS, load_classifier, mismatch, read_weights, unknown_weights
 from clip_rd_edge.models.clip import ClipModel, ImageTower, evaluation_mode, float32_on_cpu, quick_gelu_of
+from clip_rd_edge.models.names import CONFIGS, architectures, parse_name, preset_names
 from clip_rd_edge.models.own_parts import refuse_other_places, require_bounded
 from clip_rd_edge.utils.paths import exists, is_file
 from clip_rd_edge.utils.structs import convert, read_json
 
-CONFIGS = Path(__file__).parent / "configs"
 _HEAD_WIDTH = 64  # as in CLIP
 VOCABULARY_SIZE = 49_408  # of CLIP
 
@@ -57,19 +57,15 @@ def text_size(name: str) -> TextSize:
     return TextSize(width=int(width), layers=int(layers))
 
 
-def preset_names() -> list[str]:
-    """Return the names of image trunks that are known to work; any other timm name is accepted too."""
-    return sorted(path.stem for path in CONFIGS.glob("*.json"))
-
-
 def student_config(
     student: str, *, embedding_size: int, image_size: int = 224, text: str = "standard", context_length: int = 77
 ) -> dict[str, Any]:
     """Return the open_clip configuration of a student, `model_cfg` and `preprocess_cfg`.
 
     Args:
-        student: a preset, the name of any timm trunk, or the path of a JSON file with `vision_cfg` and `preprocess_cfg`
-            as in open_clip's configurations, and `quick_gelu` where the image tower has it.
+        student: a preset, the name of any timm trunk, `open_clip:NAME` for the image tower of that architecture, or the
+            path of a JSON file with `vision_cfg` and `preprocess_cfg` as in open_clip's configurations, and
+            `quick_gelu` where the image tower has it.
         embedding_size: D; the teacher's D if their embeddings are compared entry by entry.
         image_size: edge of the square input in pixels.
         text: size of the text tower; see `text_size`.
@@ -167,24 +163,22 @@ class _Preset(msgspec.Struct, forbid_unknown_fields=True):
 
 def require_student(student: str) -> None:
     """Refuse the name of a new student that `student_config` would refuse; nothing is built."""
-    if _preset_in_file(student) is None:
+    if _known_preset(student) is None:
         _require_timm_trunk(student)
 
 
-def student_file(student: str) -> Path | None:
-    """Return the user's JSON file that a student is named by; None for other names, and without such a file."""
-    return Path(student) if student.endswith(".json") and is_file(Path(student)) else None
-
-
 def _preset(student: str) -> _Preset:
-    return _preset_in_file(student) or _timm_preset(student)
+    return _known_preset(student) or _timm_preset(student)
 
 
-def _preset_in_file(student: str) -> _Preset | None:
-    """Return the preset in our or the user's JSON file that a student is named by; None without such a file."""
-    path = student_file(student) or CONFIGS / f"{student}.json"
-    if not is_file(path):
+def _known_preset(student: str) -> _Preset | None:
+    """Return the image tower that a file of ours, of the user or of open_clip describes; None for timm's."""
+    named = parse_name(student)
+    if named.kind == "open_clip":
+        return _open_clip_preset(named.name)
+    if named.kind not in ("file", "preset"):
         return None
+    path = Path(named.name) if named.kind == "file" else CONFIGS / f"{named.name}.json"
     preset = read_json(path, _Preset)
     require_bounded({"vision_cfg": preset.vision_cfg}, path)
     refuse_other_places({"vision_cfg": preset.vision_cfg}, str(path), folder=path.parent)
@@ -193,14 +187,41 @@ def _preset_in_file(student: str) -> _Preset | None:
     return preset
 
 
+def _open_clip_preset(name: str) -> _Preset:
+    """Return the image tower of open_clip's architecture, which sees images as its first published weights do."""
+    import open_clip
+
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise InputError(
+            f"No architecture {quoted(name)} in open_clip.{near_matches(name, architectures())}",
+            hint="{student} open_clip:NAME, or NAME@TAG for a trained model",
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    published = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
+    defaults = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    seen = defaults | {key: published[key] for key in keys if key in published}
+    preprocess_cfg = msgspec.convert(
+        {**seen, "mean": list(seen["mean"]), "std": list(seen["std"])}, _PresetPreprocessing
+    )
+    vision_cfg = {key: value for key, value in config["vision_cfg"].items() if key != "image_size"}
+    if "timm_model_name" in vision_cfg:
+        vision_cfg["timm_model_pretrained"] = False
+    return _Preset(vision_cfg, preprocess_cfg, quick_gelu=config.get("quick_gelu", False))
+
+
 def _require_timm_trunk(trunk: str) -> None:
     import timm
 
     if not timm.is_model(trunk):
         known = [*preset_names(), *timm.list_models()]
+        of_open_clip = trunk in architectures()
+        ways = f"{trunk}@TAG for its published weights, open_clip:{trunk} for its image tower, untrained"
         raise InputError(
-            f"No student named {quoted(trunk)}: it is neither a preset nor a timm model.{near_matches(trunk, known)}",
-            hint=f"presets: {', '.join(preset_names())}",
+            f"No student named {quoted(trunk)}: it is neither a preset nor a timm model."
+            f"{'' if of_open_clip else near_matches(trunk, known)}",
+            hint=ways if of_open_clip else f"presets: {', '.join(preset_names())}",
         )
     try:
         timm.get_pretrained_cfg(trunk)
@@ -322,7 +343,22 @@ def _classifier_names(trunk: nn.Module) -> set[str]:
 
 _MIN_COSINE = 0.9999  # between the features of a tower and those of its copy
 _TIMM_NAME = "timm_model_name"
-_HINT = "name the teacher's architecture with {student}, or omit {pretrained_image}"
+
+
+def require_same_image_tower(model_cfg: dict[str, Any], source: dict[str, Any], *, name: str) -> None:
+    """Refuse a student whose image tower is of another kind than the teacher's, by the `model_cfg` of both."""
+    own, other = map(_architecture, (model_cfg["vision_cfg"], source["vision_cfg"]))
+    if own != other:
+        raise ConfigError(
+            f"The student's image tower is {own}, and that of {name} is {other}; expected the same.",
+            hint="name the teacher's architecture with {student}, or omit {pretrained_image}",
+        )
+    if model_cfg["embed_dim"] != source["embed_dim"]:
+        raise ConfigError(
+            f"The student's embedding size is {model_cfg['embed_dim']}, and that of {name} is {source['embed_dim']}; "
+            "expected the same: the image tower is to start as the teacher's.",
+            hint=f"{{embedding_size}} {source['embed_dim']}, or omit {{pretrained_image}}",
+        )
 
 
 def with_image_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
@@ -332,21 +368,10 @@ def with_image_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
         config: of `student_config`.
     """
     model_cfg, preprocess_cfg = config["model_cfg"], config["preprocess_cfg"]
-    own, source = model_cfg["vision_cfg"], teacher.model_cfg["vision_cfg"]
-    if _architecture(own) != _architecture(source):
-        raise ConfigError(
-            f"The student's image tower is {_architecture(own)}, and that of {teacher.name} is "
-            f"{_architecture(source)}; expected the same.",
-            hint=_HINT,
-        )
-    if model_cfg["embed_dim"] != teacher.embedding_size:
-        raise ConfigError(
-            f"The student's embedding size is {model_cfg['embed_dim']}, and that of {teacher.name} is "
-            f"{teacher.embedding_size}; expected the same: the image tower is to start as the teacher's.",
-            hint=f"{{embedding_size}} {teacher.embedding_size}, or omit {{pretrained_image}}",
-        )
+    require_same_image_tower(model_cfg, teacher.model_cfg, name=teacher.name)
+    source = teacher.model_cfg["vision_cfg"]
     vision_cfg = {**source, "timm_model_pretrained": False} if _TIMM_NAME in source else source
-    model_cfg = {**model_cfg, "vision_cfg": {**vision_cfg, "image_size": own["image_size"]}}
+    model_cfg = {**model_cfg, "vision_cfg": {**vision_cfg, "image_size": model_cfg["vision_cfg"]["image_size"]}}
     quick_gelu = quick_gelu_of(teacher.model.get_submodule("visual"))
     if quick_gelu is not None:
         model_cfg["quick_gelu"] = quick_gelu

@@ -199,13 +199,7 @@ def with_text_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
     """
     model_cfg, source = config["model_cfg"], teacher.model_cfg["text_cfg"]
     text_cfg = model_cfg["text_cfg"]
-    refusal = _refusal(text_cfg, source, teacher)
-    if refusal:
-        raise ConfigError(
-            f"The student's text tower cannot start from that of {teacher.name}: {refusal}.",
-            hint="omit {pretrained_text}",
-        )
-    _check_context_length(text_cfg["context_length"], source, teacher.name)
+    require_similar_text_tower(model_cfg, teacher.model_cfg, name=teacher.name)
     if text_cfg["width"] != source.get("width", 512):
         return config  # `init_text_tower` names both widths
     carried = {name: value for name, value in source.items() if name not in _OWN}
@@ -268,7 +262,17 @@ def build_text_tower(text_cfg: dict[str, Any], *, embedding_size: int, quick_gel
     return text
 
 
-def _refusal(text_cfg: dict[str, Any], source: dict[str, Any], teacher: ClipModel) -> str:
+def require_similar_text_tower(model_cfg: dict[str, Any], source: dict[str, Any], *, name: str) -> None:
+    """Refuse a student whose text tower cannot start from layers of the teacher's, by their `model_cfg`."""
+    text_cfg, source = model_cfg["text_cfg"], source["text_cfg"]
+    if refusal := _refusal(text_cfg, source):
+        raise ConfigError(
+            f"The student's text tower cannot start from that of {name}: {refusal}.", hint="omit {pretrained_text}"
+        )
+    _check_context_length(text_cfg["context_length"], source, name)
+
+
+def _refusal(text_cfg: dict[str, Any], source: dict[str, Any]) -> str:
     """Return why a student cannot have this text tower, or an empty string."""
     if "hf_model_name" in source:
         return f"it is {source['hf_model_name']} of Hugging Face, and the student's is a transformer of open_clip"

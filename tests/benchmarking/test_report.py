@@ -9,7 +9,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from msgspec.structs import replace
 from rich.console import Console
 
 from clip_rd_edge.benchmarking import tables
@@ -23,6 +22,8 @@ from clip_rd_edge.data.tasks import RetrievalTask
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import shipped_path
 from clip_rd_edge.utils.text import each_text
+
+replace = msgspec.structs.replace
 
 
 @pytest.fixture(autouse=True)

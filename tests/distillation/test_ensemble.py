@@ -174,7 +174,7 @@ def test_a_teacher_is_named_once_and_one_in_a_list_is_one(config: RunConfig, tmp
 
 
 def test_an_architecture_may_carry_its_tag() -> None:
-    with pytest.raises(InputError, match="The weights 'no-such-tag' of ViT-B-32 are neither"):
+    with pytest.raises(InputError, match="ViT-B-32 has no weights 'no-such-tag'"):
         load_clip("ViT-B-32@no-such-tag")
 
 

@@ -18,7 +18,7 @@ from clip_rd_edge.distillation import student as module
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.embed import embed_teacher
 from clip_rd_edge.distillation.run import run_distillation
-from clip_rd_edge.distillation.student import require_no_logit_bias, require_separate_text_tower
+from clip_rd_edge.distillation.student import require_no_logit_bias
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip
@@ -38,14 +38,6 @@ def test_a_student_with_a_logit_bias_is_refused(student: ClipModel) -> None:
     student.model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
     with pytest.raises(UsageError, match="test_resnet has a logit bias, as SigLIP's models do"):
         require_no_logit_bias(student)
-
-
-def test_a_text_tower_that_is_no_module_of_its_own_cannot_be_frozen(student: ClipModel) -> None:
-    require_separate_text_tower(student)
-    del student.model.text
-    with pytest.raises(UsageError, match="The text tower of test_resnet cannot be frozen") as error:
-        require_separate_text_tower(student)
-    assert error.value.hint == "omit freeze_text"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from clip_rd_edge.exporting.towers import export_image_tower, export_text_tower
 from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import preprocessing_of
-from clip_rd_edge.models.students import build_student, preset_names, student_config
+from clip_rd_edge.models.names import preset_names
+from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 pytestmark = pytest.mark.slow

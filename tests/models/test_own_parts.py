@@ -9,7 +9,7 @@ import pytest
 from text_towers import bert_clip
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.models.load import load_clip, require_model, save_clip
+from clip_rd_edge.models.load import known_config, load_clip, save_clip
 from clip_rd_edge.models.own_parts import refuse_other_places
 from clip_rd_edge.models.stitch import load_sentence_encoder
 from clip_rd_edge.models.students import build_student, require_student, student_config
@@ -60,7 +60,7 @@ def test_a_configuration_that_leads_away_from_its_folder_is_refused(
     for name in ("create_model", "get_tokenizer"):
         monkeypatch.setattr(open_clip, name, lambda *_, **__: pytest.fail("it was followed"))
     _edit(theirs / "open_clip_config.json", "model_cfg", tower, **values)
-    for check in (require_model, load_clip):
+    for check in (known_config, load_clip):
         with pytest.raises(ConfigError):
             check(typed(theirs))
 

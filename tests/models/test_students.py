@@ -17,13 +17,8 @@ from clip_rd_edge.models.classifiers import CLASSIFIERS, load_classifier
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.students import (
-    build_student,
-    init_image_tower,
-    preset_names,
-    require_student,
-    student_config,
-)
+from clip_rd_edge.models.names import preset_names
+from clip_rd_edge.models.students import build_student, init_image_tower, require_student, student_config
 
 
 def tiny(name: str, size: int = 64, width: int = 32):  # type: ignore[no-untyped-def]
@@ -141,8 +136,8 @@ def test_an_architecture_is_loaded_with_a_checkpoint_file(tmp_path: Path) -> Non
     ("spec", "pretrained", "message"),
     [
         ("ViT-B-61", None, "No model named 'ViT-B-61'"),
-        ("ViT-B-16", None, "given without weights"),
-        ("ViT-B-16", "nonsense", "neither a tag of open_clip nor a file"),
+        ("ViT-B-16", None, "named without weights"),
+        ("ViT-B-16", "nonsense", "has no weights"),
         ("local-dir:/nowhere", None, "does not exist"),
     ],
 )

@@ -1,0 +1,237 @@
+"""One rule for the names of models, seen against a hub on the loopback that serves random weights under real names."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from text_towers import WORDS
+
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.models.load import known_config, load_clip, save_clip
+from clip_rd_edge.models.names import ModelName, architectures, is_trained, parse_name
+from clip_rd_edge.models.students import build_student, student_config
+from clip_rd_edge.utils.paths import typed
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a run, a bundle, a JSON file, and folders that are named as a preset and with an @."""
+    monkeypatch.chdir(tmp_path)
+    config = student_config("test_resnet", embedding_size=8, image_size=32, text="64x1", context_length=8)
+    for name in ("run/student", "odd@name"):
+        save_clip(tmp_path / name, build_student(config, name="tiny"), provenance={})
+    for name in ("bundle", "resnet18"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text("{}")
+    (tmp_path / "own.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "trained"),
+    [
+        ("run", ("folder", "run/student"), True),
+        ("local-dir:run/student", ("folder", "run/student"), True),
+        ("odd@name", ("folder", "odd@name"), True),
+        ("local-dir:nowhere", ("folder", "nowhere"), True),
+        ("bundle", ("bundle", "bundle"), True),
+        ("hf-hub:org/repo@main", ("hub", "hf-hub:org/repo@main"), True),
+        ("MobileCLIP2-S0@dfndr2b", ("open_clip", "MobileCLIP2-S0", "dfndr2b"), True),
+        ("open_clip:ViT-B-32@w/a@b.pt", ("open_clip", "ViT-B-32", "w/a@b.pt"), True),
+        ("open_clip:ViT-B-32", ("open_clip", "ViT-B-32"), False),
+        ("resnet18", ("preset", "resnet18"), False),
+        ("own.json", ("file", "own.json"), False),
+        ("other.json", ("trunk", "other.json"), False),
+        ("convnext_base", ("trunk", "convnext_base"), False),  # of timm and of open_clip
+        ("", ("trunk", ""), False),
+    ],
+)
+def test_what_a_name_means(text: str, expected: tuple[str, ...], trained: bool, folder: Path) -> None:
+    assert parse_name(text) == ModelName(*expected)  # type: ignore[arg-type]
+    assert is_trained(text) == trained
+    if trained:
+        with pytest.raises(UsageError):
+            parse_name(text, weights="best.pt")
+    else:
+        assert parse_name(text, weights="best.pt").weights == "best.pt"
+
+
+def test_the_names_of_architectures_need_no_torch() -> None:
+    program = (
+        "import sys; from clip_rd_edge.models.names import architectures; "
+        "print(*architectures()); assert 'torch' not in sys.modules"
+    )
+    listed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+    assert set(listed) == {*open_clip.list_models()} == {*architectures()}
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "own.json", "bundle", "ViT-B-32", "ViT-B-32@nonsense", "ViT-B-61", "mobilenetv3_small_050"]
+)
+def test_what_has_no_weights_is_refused_where_they_are_needed(name: str, folder: Path) -> None:
+    for load in (load_clip, known_config):
+        with pytest.raises((InputError, ConfigError)) as refusal:
+            load(typed(name))
+        assert "\n" not in str(refusal.value)
+        if name.startswith("ViT-B-32"):
+            assert "ViT-B-32@TAG, of openai" in refusal.value.hint
+
+
+def test_a_file_of_weights_has_images_prepared_as_for_the_published_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = tiny_architecture()
+    del config["text_cfg"]["hf_tokenizer_name"]
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", config)
+    seen = {"mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "bilinear", "resize_mode": "squash"}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"one": seen, "two": seen})
+    name = typed(f"tiny@{tmp_path / 'weights.safetensors'}")
+    preprocessing = load_clip(name).preprocessing
+    assert (preprocessing.mean, preprocessing.std) == ((0, 0, 0), (1, 1, 1))
+    assert (preprocessing.interpolation, preprocessing.resize_mode) == ("bilinear", "squash")
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"one": seen, "two": {**seen, "std": (2, 2, 2)}})
+    assert load_clip(name).preprocessing.mean == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
+
+
+def test_a_text_tower_at_the_top_level_can_be_loaded_apart_and_computes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, config = tiny_architecture()
+    del config["custom_text"], config["text_cfg"]["hf_tokenizer_name"]
+    config["text_cfg"]["vocab_size"] = 49408
+    torch.manual_seed(1)
+    model = open_clip.CLIP(**config).eval()
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "plain", config)
+    student = load_clip(typed(f"plain@{tmp_path / 'weights.safetensors'}"), separate_text=True)
+    assert hasattr(student.model, "text")
+    save_clip(tmp_path / "student", student, provenance={})
+    pixels = torch.randn(2, 3, 16, 16)
+    for clip in (student, load_clip(typed(tmp_path / "student"))):
+        ids = clip.tokenizer(["a cat", "two"])
+        with torch.no_grad():
+            torch.testing.assert_close(clip.model.encode_text(ids), model.encode_text(ids))  # type: ignore[operator]
+            torch.testing.assert_close(clip.model.encode_image(pixels), model.encode_image(pixels))  # type: ignore[operator]
+
+
+def tiny_architecture() -> tuple[torch.nn.Module, dict[str, Any]]:
+    """An architecture whose text tower reads the tokens of a repository of the hub, with random weights."""
+    config: dict[str, Any] = {
+        "embed_dim": 16, "custom_text": True,
+        "vision_cfg": {"layers": 1, "width": 64, "head_width": 64, "patch_size": 8, "image_size": 16},
+        "text_cfg": {
+            "context_length": 8, "vocab_size": len(WORDS) + 5, "width": 64, "heads": 1, "layers": 1,
+            "hf_tokenizer_name": "timm/tiny-OpenCLIP", "no_causal_mask": True, "pool_type": "last",
+        },
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return open_clip.CustomTextCLIP(**{key: value for key, value in config.items() if key != "custom_text"}), config
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """The address of a hub with the repository timm/tiny-OpenCLIP, and that repository's folder."""
+    from transformers import BertTokenizerFast
+
+    files = tmp_path / "hub" / "timm" / "tiny-OpenCLIP"
+    files.mkdir(parents=True)
+    (files / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    BertTokenizerFast(str(files / "vocab.txt")).save_pretrained(files)
+    model, config = tiny_architecture()
+    save_file(model.state_dict(), files / "open_clip_model.safetensors")
+    preprocess_cfg = {"mean": [0.1] * 3, "std": [0.9] * 3, "resize_mode": "squash", "size": 16}
+    (files / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess_cfg}))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            parts = self.path.partition("?")[0].strip("/").split("/")
+            path = files / parts[-1]
+            if parts[:2] == ["api", "models"]:
+                about = {"type": "file", "size": 1, "oid": "0" * 40}
+                names = [{"rfilename": file.name, "path": file.name, **about} for file in files.iterdir()]
+                listing = {"id": "timm/tiny-OpenCLIP", "sha": "0" * 40, "siblings": names}
+                self.answer(json.dumps(names if "tree" in parts else listing).encode(), "application/json")
+            elif parts[:3] == ["timm", "tiny-OpenCLIP", "resolve"] and path.is_file():
+                self.answer(path.read_bytes(), "application/octet-stream")
+            else:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def answer(self, content: bytes, kind: str) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", files
+    server.shutdown()
+    server.server_close()
+
+
+PROGRAM = """
+import json, sys
+import open_clip
+import clip_rd_edge as edge
+from pathlib import Path
+config, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+open_clip.factory._MODEL_CONFIGS["tiny"] = config
+seen = {"mean": (0.1,) * 3, "std": (0.9,) * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+open_clip.pretrained._PRETRAINED["tiny"] = {"random": {"hf_hub": "timm/tiny-OpenCLIP/", **seen}}
+texts = ["red cat", "a dog", "tree"]
+for number, name in enumerate(["tiny@random", "hf-hub:timm/tiny-OpenCLIP"]):
+    model = edge.load(name)
+    rows = model.encode_texts(texts)
+    bundle = edge.export(name, folder / f"bundle-{number}")
+    assert abs(edge.load(bundle).encode_texts(texts) - rows).max() < 1e-4
+    run = edge.distill(
+        data=folder / "pairs.csv", student=name, teacher=str(folder / "teacher"), output=folder / f"run-{number}",
+        steps=1, batch_size=6, precision="fp32", workers=0, learning_rate=1e-9,
+    )
+    tuned = edge.load(run)
+    assert abs(tuned.encode_texts(texts) - rows).max() < 1e-3
+    assert tuned.describe().preprocessing == model.describe().preprocessing
+"""
+
+
+def test_a_published_model_is_fine_tuned_exported_and_loaded_from_the_hub(
+    hub: tuple[str, Path], pairs_csv: Path, tmp_path: Path
+) -> None:
+    """Its tokenizer, preprocessing and context come along, and differ from the teacher's."""
+    address, files = hub
+    config = student_config("test_resnet", embedding_size=8, image_size=32, text="64x1", context_length=12)
+    save_clip(pairs_csv.parent / "teacher", build_student(config, name="teacher"), provenance={})
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
+    arguments = [json.dumps(tiny_architecture()[1]), str(pairs_csv.parent)]
+    subprocess.run([sys.executable, "-c", PROGRAM, *arguments], env=environment, check=True)
+    for number in range(2):
+        student = pairs_csv.parent / f"run-{number}" / "student"
+        assert (student / "tokenizer.json").is_file()
+        tuned, start = (load_file(path / "open_clip_model.safetensors") for path in (student, files))
+        assert tuned.keys() == start.keys()
