@@ -149,8 +149,7 @@ class MissingExtraError(UsageError):
 
     def __init__(self, package: str, *, extra: str, purpose: str) -> None:
         super().__init__(
-            f"{purpose} needs the package {package!r}, which is not installed.",
-            hint=install_command(extra),
+            f"{purpose} needs the package {package!r}, which is not installed.", hint=install_command(extra)
         )
 
 

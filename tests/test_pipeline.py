@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 import clip_rd_edge as edge
 from clip_rd_edge.errors import ConfigError, InputError, InterruptedRunError, UsageError
@@ -124,7 +125,7 @@ def test_what_the_user_has_put_beside_a_report_stays_and_a_half_written_report_i
 
     def measure(suite: Suite, *_: object, **__: object) -> Results:
         measured.append(suite)
-        return msgspec.structs.replace(old, suite=suite)
+        return replace(old, suite=suite)
 
     def compare(write: Callable[[Results, Path], None] = write_report) -> None:
         monkeypatch.setattr(pipeline, "write_report", write)
@@ -233,7 +234,7 @@ def test_a_student_that_is_trained_again_is_exported_and_measured_again(
     first = export()
     report, measured = tmp_path / "report", list[Suite]()
     results = read_results(Path(__file__).parents[1] / "benchmarks/results/epyc-zen3-2-cores/quickstart.json")
-    write_report(msgspec.structs.replace(results, suite=quickstart_suite(Quickstart(tmp_path))), report)
+    write_report(replace(results, suite=quickstart_suite(Quickstart(tmp_path))), report)
     monkeypatch.setattr(pipeline, "run_suite", lambda suite, *_, **__: measured.append(suite) or results)
 
     def compare() -> None:

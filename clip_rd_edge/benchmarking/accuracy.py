@@ -29,13 +29,7 @@ from clip_rd_edge.benchmarking.metrics import (
     recall_from_ranks,
     top_k_accuracy,
 )
-from clip_rd_edge.bundle.encoder import (
-    Embeddings,
-    Encoder,
-    embed_batches,
-    in_batches,
-    label_embeddings,
-)
+from clip_rd_edge.bundle.encoder import Embeddings, Encoder, embed_batches, in_batches, label_embeddings
 from clip_rd_edge.bundle.images import ImageFile, in_bounded_batches, open_image
 from clip_rd_edge.bundle.scoring import Scoring
 from clip_rd_edge.data.folders import CLASS_NAMES

@@ -140,10 +140,7 @@ def mean_per_class(hits: Hits, targets: npt.NDArray[np.int64]) -> float:
 
 
 def class_scores(
-    predicted: npt.NDArray[np.int64],
-    targets: npt.NDArray[np.int64],
-    labels: Sequence[str],
-    folders: Sequence[str] = (),
+    predicted: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], labels: Sequence[str], folders: Sequence[str] = ()
 ) -> tuple[ClassScore, ...]:
     """Return the score of each of C classes from the predicted and true classes of N images, as indices into `labels`.
 

@@ -35,12 +35,7 @@ from clip_rd_edge.benchmarking.results import (
     this_environment,
 )
 from clip_rd_edge.benchmarking.suite import Role, Suite, SuiteRow, check_suite
-from clip_rd_edge.benchmarking.throughput import (
-    Launch,
-    measure_cold_start,
-    measure_energy,
-    measure_throughput,
-)
+from clip_rd_edge.benchmarking.throughput import Launch, measure_cold_start, measure_energy, measure_throughput
 from clip_rd_edge.bundle.encoder import TowerEncoder
 from clip_rd_edge.bundle.labels import in_words
 from clip_rd_edge.bundle.manifest import is_bundle, read_manifest

@@ -1,8 +1,8 @@
-"""Number formats shared by the terminal, Markdown, HTML and plot output."""
+"""The figures of a report as texts, and as tables of the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich import box
@@ -12,9 +12,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from clip_rd_edge.benchmarking.latency import Percentiles
 from clip_rd_edge.benchmarking.metrics import Interval, RetrievalScore, Score, ZeroShotScore
-from clip_rd_edge.benchmarking.results import Comparison, Results
+from clip_rd_edge.benchmarking.results import Comparison, Results, RowResult
 from clip_rd_edge.utils.text import printable
 
 if TYPE_CHECKING:
@@ -149,18 +148,18 @@ class Difference(NamedTuple):
 def sections(results: Results) -> list[Section]:
     """Return the main table: cost first, then each task in the suite's order."""
     rows, latencies = results.rows, [row.latency for row in results.rows]
-    texts = [latency.text.p50 if latency.text else None for latency in latencies]
-    cost = [
-        _lower_is_better("Size, MB", results, [row.description.size_bytes for row in rows], megabytes),
-        _lower_is_better("Image tower, ms", results, [latency.image.p50 for latency in latencies], three_digits),
-        _lower_is_better("Text tower, ms", results, texts, three_digits),
-        _lower_is_better("End to end, ms", results, [latency.end_to_end.p50 for latency in latencies], three_digits),
-    ]
+    costs: dict[str, tuple[list[float | None], Callable[[float | None], str]]] = {
+        "Size, MB": ([row.description.size_bytes for row in rows], megabytes),
+        "Image tower, ms": ([latency.image.p50 for latency in latencies], three_digits),
+        "Text tower, ms": ([latency.text.p50 if latency.text else None for latency in latencies], three_digits),
+        "End to end, ms": ([latency.end_to_end.p50 for latency in latencies], three_digits),
+    }
     peaks = [row.cold_start.peak_memory_bytes if row.cold_start else None for row in rows]
     if all(peaks):
-        cost.append(_lower_is_better("Peak memory, MB", results, peaks, megabytes))
+        costs["Peak memory, MB"] = ([*peaks], megabytes)
+    lines = (_relative(results, name, values, show, _times) for name, (values, show) in costs.items())
     tasks = zip(*(row.scores for row in rows), strict=True)
-    return [Section("Cost", "batch 1, median", tuple(cost)), *(_accuracy(results, scores) for scores in tasks)]
+    return [Section("Cost", "batch 1, median", tuple(lines)), *(_accuracy(results, scores) for scores in tasks)]
 
 
 def details(results: Results) -> list[Section]:
@@ -169,50 +168,37 @@ def details(results: Results) -> list[Section]:
     These are latency percentiles and steps, throughput, cold start, energy, confidence intervals, means per class and
     R@5 and R@10.
     """
-    cost = [
-        _plain("Parameters, millions", [millions(row.description.parameters) for row in results.rows]),
-        *_latency_percentiles("Image tower", [row.latency.image for row in results.rows]),
-        *_latency_percentiles("Text tower", [row.latency.text for row in results.rows]),
-        *_latency_percentiles("End to end", [row.latency.end_to_end for row in results.rows]),
-        *_steps(results),
-        *_throughput(results),
-    ]
     tasks = zip(*(row.scores for row in results.rows), strict=True)
-    return [Section("Cost", "", tuple(cost)), *map(_accuracy_details, tasks)]
+    return [_plain("Cost", _cost_details(results.rows)), *map(_accuracy_details, tasks)]
 
 
-def _latency_percentiles(name: str, rows: Sequence[Percentiles | None]) -> Iterator[Line]:
-    """Yield p50 to p99 with their intervals; None is a model without this tower."""
-    for percentile in ("p50", "p95", "p99"):
-        if percentile != "p50":
-            values = [getattr(row, percentile, None) for row in rows]
-            yield _plain(f"{name}, ms, {percentile}", list(map(three_digits, values)))
-        bounds = [getattr(row, f"{percentile}_interval", None) for row in rows]
-        texts = [f"{three_digits(each.low)} to {three_digits(each.high)}" if each else NO_VALUE for each in bounds]
-        yield _plain(f"{name}, ms, {percentile}, 95 % interval", texts)
-
-
-def _steps(results: Results) -> Iterator[Line]:
-    steps = [row.latency.steps for row in results.rows]
-    yield _plain("Decoding, ms", [three_digits(row.decode) for row in steps])
-    yield _plain("Preprocessing, ms", [three_digits(row.preprocess) for row in steps])
-    name = f"Classifying among {steps[0].labels:,} labels, ms"
-    yield _plain(name, [three_digits(row.classify) for row in steps])
-
-
-def _throughput(results: Results) -> Iterator[Line]:
-    rows = results.rows
-    yield _plain("Images per second, batch 1", [three_digits(1000 / row.latency.image.p50) for row in rows])
-    for i, throughput in enumerate(rows[0].throughput):
-        rates = [three_digits(row.throughput[i].images_per_second) for row in rows]
-        yield _plain(f"Images per second, batch {throughput.batch}", rates)
+def _cost_details(rows: Sequence[RowResult]) -> dict[str, list[str]]:
+    texts = {"Parameters, millions": [millions(row.description.parameters) for row in rows]}
+    for name in ("image", "text", "end_to_end"):
+        timed = [getattr(row.latency, name) for row in rows]  # None is a model without this tower
+        title = {"end_to_end": "End to end"}.get(name, f"{name.capitalize()} tower")
+        for percentile in ("p50", "p95", "p99"):
+            if percentile != "p50":
+                texts[f"{title}, ms, {percentile}"] = [three_digits(getattr(each, percentile, None)) for each in timed]
+            bounds = [getattr(each, f"{percentile}_interval", None) for each in timed]
+            texts[f"{title}, ms, {percentile}, 95 % interval"] = [
+                f"{three_digits(each.low)} to {three_digits(each.high)}" if each else NO_VALUE for each in bounds
+            ]
+    steps = [row.latency.steps for row in rows]
+    texts["Decoding, ms"] = [three_digits(step.decode) for step in steps]
+    texts["Preprocessing, ms"] = [three_digits(step.preprocess) for step in steps]
+    texts[f"Classifying among {steps[0].labels:,} labels, ms"] = [three_digits(step.classify) for step in steps]
+    texts["Images per second, batch 1"] = [three_digits(1000 / row.latency.image.p50) for row in rows]
+    for same_batch in zip(*(row.throughput for row in rows), strict=False):
+        rates = [three_digits(throughput.images_per_second) for throughput in same_batch]
+        texts[f"Images per second, batch {same_batch[0].batch}"] = rates
     if any(row.cold_start for row in rows):
         starts = [seconds(row.cold_start.first_answer_s if row.cold_start else None) for row in rows]
-        yield _plain("Cold start to first answer, s", starts)
-    if any(row.energy_joules is not None for row in rows):
-        joules = [row.energy_joules for row in rows]
-        millijoules = [three_digits(None if value is None else 1000 * value) for value in joules]
-        yield _plain("Energy per image, mJ", millijoules)
+        texts["Cold start to first answer, s"] = starts
+    joules = [row.energy_joules for row in rows]
+    if any(value is not None for value in joules):
+        texts["Energy per image, mJ"] = [three_digits(None if value is None else 1000 * value) for value in joules]
+    return texts
 
 
 def differences(results: Results) -> list[Difference]:
@@ -249,65 +235,63 @@ def heading(task: str) -> str:
     return task[:1].upper() + task[1:]
 
 
-def _accuracy(results: Results, scores: Sequence[Score]) -> Section:
-    first = scores[0]
+def _of_kinds(scores: Sequence[Score]) -> tuple[list[ZeroShotScore], list[RetrievalScore]]:
     zero_shot = [score for score in scores if isinstance(score, ZeroShotScore)]
-    retrieval = [score for score in scores if isinstance(score, RetrievalScore)]
+    return zero_shot, [score for score in scores if isinstance(score, RetrievalScore)]
+
+
+def _accuracy(results: Results, scores: Sequence[Score]) -> Section:
+    (zero_shot, retrieval), first = _of_kinds(scores), scores[0]
+    figures: dict[str, list[float | None]]
     if isinstance(first, ZeroShotScore):
         note = f"{first.images:,} images, {first.classes:,} labels; chance level {100 / first.classes:.1f} %"
-        lines = (
-            _higher_is_better("Top-1, %", results, [score.top1 for score in zero_shot]),
-            _higher_is_better("Top-5, %", results, [score.top5 for score in zero_shot]),
-        )
+        figures = {"Top-1, %": [score.top1 for score in zero_shot], "Top-5, %": [score.top5 for score in zero_shot]}
     else:
         note = f"{first.images:,} images, {first.captions:,} captions"
-        lines = (
-            _higher_is_better("Image → text, R@1, %", results, [score.image_to_text.at1 for score in retrieval]),
-            _higher_is_better("Text → image, R@1, %", results, [score.text_to_image.at1 for score in retrieval]),
-        )
-    return Section(heading(first.task), note, lines)
+        figures = {
+            "Image → text, R@1, %": [score.image_to_text.at1 for score in retrieval],
+            "Text → image, R@1, %": [score.text_to_image.at1 for score in retrieval],
+        }
+    lines = (_relative(results, name, values, percent, _share_of) for name, values in figures.items())
+    return Section(heading(first.task), note, tuple(lines))
 
 
 def _accuracy_details(scores: Sequence[Score]) -> Section:
-    zero_shot = [score for score in scores if isinstance(score, ZeroShotScore)]
-    retrieval = [score for score in scores if isinstance(score, RetrievalScore)]
+    zero_shot, retrieval = _of_kinds(scores)
     if zero_shot:
-        lines = [
-            _plain("Top-1, 95 % interval", [interval(score.top1_interval) for score in zero_shot]),
-            _plain("Mean per class, %", [percent(score.mean_per_class) for score in zero_shot]),
-            _plain("Calibration error, points", [percent(score.calibration_error) for score in zero_shot]),
-        ]
+        texts = {
+            "Top-1, 95 % interval": [interval(score.top1_interval) for score in zero_shot],
+            "Mean per class, %": [percent(score.mean_per_class) for score in zero_shot],
+            "Calibration error, points": [percent(score.calibration_error) for score in zero_shot],
+        }
     else:
-        directions = {
+        recalls = {
             "Image → text": [score.image_to_text for score in retrieval],
             "Text → image": [score.text_to_image for score in retrieval],
         }
-        lines = [
-            _plain(f"{name}, R@5 / R@10, %", [f"{percent(recall.at5)} / {percent(recall.at10)}" for recall in recalls])
-            for name, recalls in directions.items()
-        ]
-    return Section(heading(scores[0].task), "", tuple(lines))
+        texts = {
+            f"{name}, R@5 / R@10, %": [f"{percent(recall.at5)} / {percent(recall.at10)}" for recall in each]
+            for name, each in recalls.items()
+        }
+    return _plain(heading(scores[0].task), texts)
 
 
-def _lower_is_better(
-    name: str, results: Results, values: Sequence[float | None], show: Callable[[float | None], str]
-) -> Line:
-    """Return a line with the teacher's value over each value; None is a model that has none."""
-    return _relative(name, results, values, show, lambda teacher, value: ratio(teacher / value) if value else "")
+def _times(teacher: float, value: float) -> str:
+    return ratio(teacher / value) if value else ""
 
 
-def _higher_is_better(name: str, results: Results, values: Sequence[float | None]) -> Line:
-    """Return a line with each value as a percentage of the teacher's."""
-    return _relative(name, results, values, percent, lambda teacher, value: share(value, teacher))
+def _share_of(teacher: float, value: float) -> str:
+    return share(value, teacher)
 
 
 def _relative(
-    name: str,
     results: Results,
+    name: str,
     values: Sequence[float | None],
     show: Callable[[float | None], str],
     compare: Callable[[float, float], str],
 ) -> Line:
+    """Return a line with each value also compared with the teacher's; None is a model that has none."""
     roles = [row.role for row in results.rows]
     teacher = values[roles.index("teacher")] if "teacher" in roles else None
     cells = (
@@ -317,8 +301,8 @@ def _relative(
     return Line(name, tuple(cells))
 
 
-def _plain(name: str, texts: Sequence[str]) -> Line:
-    return Line(name, tuple(map(Cell, texts)))
+def _plain(title: str, texts: Mapping[str, Sequence[str]]) -> Section:
+    return Section(title, "", tuple(Line(name, tuple(map(Cell, shown))) for name, shown in texts.items()))
 
 
 _NAME_WIDTH = 16  # columns in which a longer name of a task is broken, rather than its figures
@@ -368,7 +352,7 @@ def score_tables(scores: Sequence[Score], width: int) -> list[Table]:
         width: of the terminal, in columns. Where the figures of a task have no room beside each other and its name,
             they are below each other.
     """
-    zero_shot = [score for score in scores if isinstance(score, ZeroShotScore)]
+    zero_shot, of_retrieval = _of_kinds(scores)
     tables = []
     if zero_shot:
         headings = ["Zero-shot, %", "Images", "Labels", "Top-1", "95 %\ninterval", "Top-5", "Mean per\nclass"]
@@ -383,10 +367,10 @@ def score_tables(scores: Sequence[Score], width: int) -> list[Table]:
         table.caption = f"Prompt templates: {zero_shot[0].templates}" if are_same else "\n".join(of_tasks)
         table.caption_justify = "left"
         tables.append(table)
-    if retrieval := [score for score in scores if isinstance(score, RetrievalScore)]:
+    if of_retrieval:
         headings = ["Retrieval, R@1 / 5 / 10, %", "Images", "Captions", "Image → text", "Text → image"]
         rows = []
-        for score in retrieval:
+        for score in of_retrieval:
             recalls = [(r.at1, r.at5, r.at10) for r in (score.image_to_text, score.text_to_image)]
             shown = (" / ".join(map(percent, recall)) for recall in recalls)
             rows.append([score.task, f"{score.images:,}", f"{score.captions:,}", *shown])

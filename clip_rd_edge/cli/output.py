@@ -49,8 +49,7 @@ def results_whole() -> Iterator[None]:
             with suppress(OSError, ValueError):  # what the buffer still holds would fail again at the end
                 discard_output(sys.stdout.fileno())
             raise DiskFullError(
-                f"What is printed is cut off: {error.strerror}.",
-                hint="free some space, or print into a file elsewhere",
+                f"What is printed is cut off: {error.strerror}.", hint="free some space, or print into a file elsewhere"
             ) from error
         raise
 

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 
 from clip_rd_edge.benchmarking.results import Results
@@ -155,4 +155,4 @@ def open_colours(spec: str) -> ColourEncoder:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """The results of the suite, measured once, as if on a quiet machine; they are immutable."""
     measured = run_suite(make_suite(tmp_path_factory.mktemp("colours") / "models"), open_colours)
-    return msgspec.structs.replace(measured, other_load=0.0)
+    return replace(measured, other_load=0.0)

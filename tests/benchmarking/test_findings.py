@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
+from msgspec.structs import replace
 
 from clip_rd_edge.benchmarking.findings import headline, recommendation
 from clip_rd_edge.benchmarking.metrics import Interval
@@ -11,7 +11,6 @@ from clip_rd_edge.benchmarking.report import markdown, remarks
 from clip_rd_edge.benchmarking.results import Results, RowResult
 from clip_rd_edge.benchmarking.tables import differences
 
-replace = msgspec.structs.replace
 # Image tower, p50 and p95 of end to end, in ms.
 LATENCIES = {
     "Teacher": (20.0, 24.0, 20.0), "Alone": (8.0, 9.0, 9.0), "Student": (10.0, 12.0, 8.0), "FP32": (6.0, 8.0, 4.0),

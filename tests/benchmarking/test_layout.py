@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
+from msgspec.structs import replace
 
 from clip_rd_edge.benchmarking.report import page as report
 from clip_rd_edge.benchmarking.results import Results
@@ -39,9 +39,9 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def page(browser: Any, results: Results) -> Iterator[Any]:
     """The report of ten models with long names, all of it unfolded."""
-    second = (msgspec.structs.replace(row, label=f"ResNet-10-T, seed 2, {row.label}") for row in results.rows)
+    second = (replace(row, label=f"ResNet-10-T, seed 2, {row.label}") for row in results.rows)
     page = browser.new_page()
-    page.set_content(report(msgspec.structs.replace(results, rows=(*results.rows, *second))))
+    page.set_content(report(replace(results, rows=(*results.rows, *second))))
     page.evaluate("document.querySelector('details').open = true")
     yield page
     page.close()

@@ -6,9 +6,9 @@ import re
 import sys
 import warnings
 
-import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 
 from clip_rd_edge.benchmarking.plot import DARK, Dots, _pareto_front, draw, place_labels, require_matplotlib
@@ -30,16 +30,16 @@ def test_the_plot_has_the_colours_of_roles_and_background(results: Results) -> N
 
 
 def test_results_without_a_zero_shot_task_have_no_plot(results: Results) -> None:
-    rows = tuple(msgspec.structs.replace(row, scores=()) for row in results.rows[:1])
-    assert draw(msgspec.structs.replace(results, rows=rows), file_format="png") is None
+    rows = tuple(replace(row, scores=()) for row in results.rows[:1])
+    assert draw(replace(results, rows=rows), file_format="png") is None
 
 
 def test_labels_in_other_scripts_are_drawn_without_a_warning(results: Results) -> None:
     names = itertools.cycle(("老师", "生徒のモデル", "طالب"))
-    rows = tuple(msgspec.structs.replace(row, label=next(names)) for row in results.rows)
+    rows = tuple(replace(row, label=next(names)) for row in results.rows)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert draw(msgspec.structs.replace(results, rows=rows), file_format="svg")
+        assert draw(replace(results, rows=rows), file_format="svg")
 
 
 def test_pareto_front_excludes_dominated_models() -> None:
@@ -60,8 +60,8 @@ def test_labels_of_nearby_dots_do_not_overlap() -> None:
 
 
 def test_a_label_with_dollar_signs_is_no_formula(results: Results) -> None:
-    rows = tuple(msgspec.structs.replace(row, label=f"100$%$ {row.label}") for row in results.rows[:1])
-    svg = draw(msgspec.structs.replace(results, rows=rows), file_format="svg")
+    rows = tuple(replace(row, label=f"100$%$ {row.label}") for row in results.rows[:1])
+    svg = draw(replace(results, rows=rows), file_format="svg")
     assert svg is not None
     assert b"<!-- 100$%$ Teacher -->" in svg  # which matplotlib writes beside the outlines of a text
 
@@ -74,11 +74,11 @@ def test_names_that_do_not_fit_give_way_to_numbers_with_a_key(results: Results) 
 
     assert "Student" in texts(results)  # they fit
     rows = tuple(
-        msgspec.structs.replace(row, label=f"ResNet-10-T, seed {seed}, {'with a bank of labels, ' * 3}{row.label}")
+        replace(row, label=f"ResNet-10-T, seed {seed}, {'with a bank of labels, ' * 3}{row.label}")
         for seed in range(3)
         for row in results.rows
     )
-    shown = texts(msgspec.structs.replace(results, rows=rows))
+    shown = texts(replace(results, rows=rows))
     numbers = [str(number) for number in range(1, len(rows) + 1)]
     assert [text for text in shown if text in numbers] == numbers
     (first,) = [text for text in shown if text.startswith("15  ")]

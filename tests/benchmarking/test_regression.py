@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from clip_rd_edge.benchmarking import latency
 from clip_rd_edge.benchmarking.accuracy import IMAGE_TO_TEXT, TEXT_TO_IMAGE, Correctness
-from clip_rd_edge.benchmarking.latency import Latencies
 from clip_rd_edge.benchmarking.regression import (
     RELOAD_DEVIATION,
     STANDARD_ERRORS,
@@ -45,6 +44,9 @@ class FakeClock:
     def perf_counter_ns(self) -> int:
         return round(1e9 * self.now)
 
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeClock]:
@@ -56,44 +58,31 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeClock]:
 
 
 Machine = Callable[[], float]  # how much longer than usual the next call takes, as a factor
+Simulate = Callable[..., Results]
 
 
+@pytest.fixture
 def simulate(
-    results: Results,
-    clock: FakeClock,
-    image: Path,
-    open_fake: Any,
-    machine: Machine,
-    slow: str = "",
-    rounds: int = 100,
-) -> Results:
-    """Return the results with the latencies of a simulated machine; the model `slow` takes 15 % longer."""
-    rows = {}
-    for row in results.rows:
-        encoder = open_fake(row.model)
-        seconds = SCALES[row.label] / 1000 * (1.15 if row.label == slow else 1)
-        for name in ("encode_pixels", "encode_ids"):
-            plain = getattr(encoder, name)
-            setattr(
-                encoder, name, lambda inputs, plain=plain, s=seconds: (tick(clock, s * machine()), plain(inputs))[1]
-            )
-        rows[row.label] = encoder
-    original = latency.reference_call
-    latency.reference_call = lambda threads: lambda: tick(clock, 0.002 * machine())
-    try:
-        latencies: Latencies = latency.measure_latencies(rows, image, threads=1, rounds=rounds)
-    finally:
-        latency.reference_call = original
-    measured = tuple(msgspec.structs.replace(row, latency=latencies.rows[row.label]) for row in results.rows)
-    return msgspec.structs.replace(results, rows=measured, reference=latencies.reference, other_load=None)
+    results: Results, clock: FakeClock, squares: dict[str, Path], open_fake: Any, monkeypatch: Any
+) -> Simulate:
+    """Return a function that measures latencies on a simulated machine; the model `slow` takes 15 % longer."""
 
+    def simulated(machine: Machine = lambda: 1.0, slow: str = "", rounds: int = 100) -> Results:
+        def timed(seconds: float, call: Callable[..., Any] = lambda: None) -> Callable[..., Any]:
+            return lambda *inputs: (clock.tick(seconds * machine()), call(*inputs))[1]
 
-def tick(clock: FakeClock, seconds: float) -> None:
-    clock.now += seconds
+        encoders = {}
+        for row in results.rows:
+            encoder = encoders[row.label] = open_fake(row.model)
+            seconds = SCALES[row.label] / 1000 * (1.15 if row.label == slow else 1)
+            for name in ("encode_pixels", "encode_ids"):
+                setattr(encoder, name, timed(seconds, getattr(encoder, name)))
+        monkeypatch.setattr(latency, "reference_call", lambda threads: timed(0.002))
+        measured = latency.measure_latencies(encoders, squares["red"], threads=1, rounds=rounds)
+        rows = tuple(replace(row, latency=measured.rows[row.label]) for row in results.rows)
+        return replace(results, rows=rows, reference=measured.reference, other_load=None)
 
-
-def steady() -> float:
-    return 1.0
+    return simulated
 
 
 def noisy_machine(seed: int, clock: FakeClock, slowdown: float) -> Machine:
@@ -115,35 +104,25 @@ def verdicts(changes: Changes) -> dict[str, set[str]]:
     return by_row
 
 
-def test_a_slowdown_by_15_percent_is_a_regression(
-    results: Results, clock: FakeClock, squares: dict[str, Path], open_fake: Any
-) -> None:
-    before = simulate(results, clock, squares["red"], open_fake, steady)
-    after = simulate(results, clock, squares["red"], open_fake, steady, slow="INT8")
+def test_a_slowdown_by_15_percent_is_a_regression(simulate: Simulate) -> None:
+    before, after = simulate(), simulate(slow="INT8")
     changes = compare_runs(before, after)
-    assert verdicts(changes)["INT8"] == {"regression"}
-    assert {
-        verdict for row, row_verdicts in verdicts(changes).items() if row != "INT8" for verdict in row_verdicts
-    } == {"noise"}
+    assert verdicts(changes) == {label: {"regression" if label == "INT8" else "noise"} for label in SCALES}
     assert [change.change for change in changes.latencies if change.row == "INT8"] == pytest.approx([0.15] * 3)
     assert changes.regressions == 3
     reverse = compare_runs(after, before)
     assert (reverse.regressions, verdicts(reverse)["INT8"]) == (0, {"improvement"})
 
 
-def test_a_slowdown_is_distinguished_from_noise_on_a_noisy_machine(
-    results: Results, clock: FakeClock, squares: dict[str, Path], open_fake: Any
-) -> None:
-    first = simulate(results, clock, squares["red"], open_fake, noisy_machine(0, clock, 1.0))
-    second = simulate(results, clock, squares["red"], open_fake, noisy_machine(1, clock, 1.08))  # the machine is slower
-    unchanged = compare_runs(first, second)
+def test_a_slowdown_is_distinguished_from_noise_on_a_noisy_machine(simulate: Simulate, clock: FakeClock) -> None:
+    first = simulate(noisy_machine(0, clock, 1.0))
+    unchanged = compare_runs(first, simulate(noisy_machine(1, clock, 1.08)))  # the machine is slower
     assert {change.verdict for change in unchanged.latencies} == {"noise"}
     assert max(change.noise for change in unchanged.latencies) < 0.15
     assert any("The machine itself was" in remark and "slower" in remark for remark in unchanged.remarks)
-    raw = [change.new_ms / change.old_ms for change in unchanged.latencies]
-    assert np.median(raw) > 1.05
+    assert np.median([change.new_ms / change.old_ms for change in unchanged.latencies]) > 1.05
     assert abs(np.median([change.change for change in unchanged.latencies])) < 0.02
-    slow = simulate(results, clock, squares["red"], open_fake, noisy_machine(2, clock, 0.95), slow="Student")
+    slow = simulate(noisy_machine(2, clock, 0.95), slow="Student")
     assert verdicts(compare_runs(first, slow))["Student"] == {"regression"}
 
 
@@ -152,8 +131,8 @@ def test_accuracy_is_compared_in_pairs(results: Results) -> None:
     (correctness,) = teacher.correctness
     assert correctness.count == 12
     assert correctness.hits().mean() == teacher.scores[0].top1  # type: ignore[union-attr]
-    all_wrong = msgspec.structs.replace(correctness, bits=bytes(len(correctness.bits)))
-    worse = msgspec.structs.replace(results, rows=(msgspec.structs.replace(teacher, correctness=(all_wrong,)), *others))
+    all_wrong = replace(correctness, bits=bytes(len(correctness.bits)))
+    worse = replace(results, rows=(replace(teacher, correctness=(all_wrong,)), *others))
     changes = compare_runs(results, worse)
     (lost,) = (change for change in changes.accuracies if change.verdict != "same")
     assert (lost.row, lost.new, lost.verdict) == (teacher.label, 0, "regression")
@@ -169,9 +148,9 @@ def test_the_more_accuracies_are_compared_the_larger_a_loss_must_be(results: Res
         for row in results.rows:
             hits[:misses] = row.label != "INT8"
             bits = np.packbits(hits).tobytes()
-            answers = tuple(msgspec.structs.replace(c, count=len(hits), bits=bits) for c in row.correctness[:1])
-            rows.append(msgspec.structs.replace(row, correctness=answers))
-        return msgspec.structs.replace(results, rows=tuple(rows))
+            answers = tuple(replace(c, count=len(hits), bits=bits) for c in row.correctness[:1])
+            rows.append(replace(row, correctness=answers))
+        return replace(results, rows=tuple(rows))
 
     def verdict(old: Results, new: Results) -> str:
         (change,) = (change for change in compare_runs(old, new).accuracies if change.row == "INT8")
@@ -181,21 +160,16 @@ def test_the_more_accuracies_are_compared_the_larger_a_loss_must_be(results: Res
     assert len(compare_runs(before, after).accuracies) == 5
     assert verdict(before, after) == "noise"
     assert verdict(before, with_misses(20)) == "regression"
-    alone = [msgspec.structs.replace(run, rows=run.rows[-1:]) for run in (before, after)]
+    alone = [replace(run, rows=run.rows[-1:]) for run in (before, after)]
     assert verdict(*alone) == "regression"
-    alone[1] = msgspec.structs.replace(after, rows=with_misses(4).rows[-1:])
+    alone[1] = replace(after, rows=with_misses(4).rows[-1:])
     assert verdict(*alone) == "noise"  # 4 of 4 changed answers go one way in one of 8 cases
 
 
 @pytest.mark.parametrize("other", ["questions", "images"])
 def test_answers_to_other_examples_are_not_compared(results: Results, other: str) -> None:
-    rows = tuple(
-        msgspec.structs.replace(
-            row, correctness=tuple(msgspec.structs.replace(c, **{other: "others"}) for c in row.correctness)
-        )
-        for row in results.rows
-    )
-    changes = compare_runs(results, msgspec.structs.replace(results, rows=rows))
+    rows = tuple(replace(row, correctness=(replace(*row.correctness, **{other: "others"}),)) for row in results.rows)
+    changes = compare_runs(results, replace(results, rows=rows))
     assert (changes.accuracies, changes.uncompared, changes.regressions) == ((), ("task",), 0)
     assert "Accuracy on task is not compared: the two runs have other images" in " ".join(changes.remarks)
 
@@ -204,12 +178,12 @@ def test_answers_are_compared_with_those_in_the_same_direction(results: Results)
     def directions(correctness: Correctness) -> tuple[Correctness, ...]:
         one, other = b"\xff\xf0", b"\x00\x00"
         return tuple(
-            msgspec.structs.replace(correctness, measure=measure, bits=bits)
+            replace(correctness, measure=measure, bits=bits)
             for measure, bits in ((IMAGE_TO_TEXT, one), (TEXT_TO_IMAGE, other))
         )
 
-    rows = tuple(msgspec.structs.replace(row, correctness=directions(*row.correctness)) for row in results.rows)
-    both = msgspec.structs.replace(results, rows=rows)
+    rows = tuple(replace(row, correctness=directions(*row.correctness)) for row in results.rows)
+    both = replace(results, rows=rows)
     changes = compare_runs(both, both).accuracies
     assert [(change.measure, change.old, change.new) for change in changes[:2]] == [
         (IMAGE_TO_TEXT, 1, 1),
@@ -220,7 +194,7 @@ def test_answers_are_compared_with_those_in_the_same_direction(results: Results)
 
 def test_a_lost_model_is_a_regression(results: Results) -> None:
     skipped = SkippedRow(label="INT8", model="int8", reason="There is no model folder int8.")
-    fewer = msgspec.structs.replace(results, rows=results.rows[:-1], skipped=(skipped,))
+    fewer = replace(results, rows=results.rows[:-1], skipped=(skipped,))
     changes = compare_runs(results, fewer)
     assert changes.lost == {"INT8": "There is no model folder int8."}
     assert changes.regressions == 1
@@ -243,9 +217,9 @@ def test_latencies_are_compared_in_the_same_circumstances_alone(
     def measured(changes: dict[str, Any]) -> Results:
         load, threads = changes.get("other_load"), changes.get("threads", 1)
         own = {name: value for name, value in changes.items() if name in ("machine", "instruction_sets")}
-        environment = msgspec.structs.replace(results.environment, **own)
-        suite = msgspec.structs.replace(results.suite, threads=threads)
-        return msgspec.structs.replace(results, suite=suite, environment=environment, other_load=load)
+        environment = replace(results.environment, **own)
+        suite = replace(results.suite, threads=threads)
+        return replace(results, suite=suite, environment=environment, other_load=load)
 
     changes = compare_runs(measured(before), measured(after))
     assert bool(changes.latencies) is not bool(obstacle)
@@ -253,31 +227,26 @@ def test_latencies_are_compared_in_the_same_circumstances_alone(
     assert not (obstacle and "too noisy" in " ".join(changes.remarks))
 
 
-def test_latencies_of_a_single_round_are_not_compared(
-    results: Results, clock: FakeClock, squares: dict[str, Path], open_fake: Any
-) -> None:
-    def simulated(rounds: int, slow: str = "") -> Results:
-        return simulate(results, clock, squares["red"], open_fake, steady, slow=slow, rounds=rounds)
-
-    several, single = simulated(2), simulated(1, slow="INT8")
+def test_latencies_of_a_single_round_are_not_compared(simulate: Simulate) -> None:
+    several, single = simulate(rounds=2), simulate(rounds=1, slow="INT8")
     for old, new, name in ((several, single, "new"), (single, several, "old")):
         changes = compare_runs(old, new)
         assert (changes.latencies, changes.regressions) == ((), 0)
         assert changes.remarks[0].startswith(f"Latency is not compared: a single round in the {name} run ")
     assert (latency_noise(single), "Noise: unknown" in " ".join(remarks(single))) == (None, True)
     assert (latency_noise(several) or 0) > 0
-    assert verdicts(compare_runs(several, simulated(2, slow="INT8")))["INT8"] == {"regression"}
+    assert verdicts(compare_runs(several, simulate(rounds=2, slow="INT8")))["INT8"] == {"regression"}
 
 
 def test_latencies_on_a_gpu_are_not_compared_with_those_on_another(results: Results) -> None:
     def on(gpu: str, *devices: str) -> Results:
         rows = [
-            msgspec.structs.replace(row, description=msgspec.structs.replace(row.description, device=device))
+            replace(row, description=replace(row.description, device=device))
             for row, device in zip(results.rows, devices, strict=False)
         ]
-        environment = msgspec.structs.replace(results.environment, accelerator=gpu)
+        environment = replace(results.environment, accelerator=gpu)
         rows += results.rows[len(rows) :]
-        return msgspec.structs.replace(results, rows=tuple(rows), environment=environment, other_load=None)
+        return replace(results, rows=tuple(rows), environment=environment, other_load=None)
 
     teacher = results.rows[0].label
     changes = compare_runs(on("NVIDIA L4", "cuda + cpu"), on("NVIDIA H100", "cuda + cpu"))
@@ -291,21 +260,21 @@ def test_latencies_on_a_gpu_are_not_compared_with_those_on_another(results: Resu
 
 
 def test_noisy_latencies_are_reported(results: Results) -> None:
-    results = msgspec.structs.replace(results, other_load=None)
+    results = replace(results, other_load=None)
 
     def with_noise(row: Any) -> Any:
-        image = msgspec.structs.replace(row.latency.image, blocks=(1.0, 3.0))
-        return msgspec.structs.replace(row, latency=msgspec.structs.replace(row.latency, image=image))
+        image = replace(row.latency.image, blocks=(1.0, 3.0))
+        return replace(row, latency=replace(row.latency, image=image))
 
-    reference = msgspec.structs.replace(results.reference, image=(1.0, 1.0))
-    noisy = msgspec.structs.replace(results, rows=tuple(map(with_noise, results.rows)), reference=reference)
+    reference = replace(results.reference, image=(1.0, 1.0))
+    noisy = replace(results, rows=tuple(map(with_noise, results.rows)), reference=reference)
     assert "too noisy to detect a change of 15\u00a0%" in " ".join(compare_runs(noisy, noisy).remarks)
 
 
 def test_runs_without_a_common_model_are_an_error(results: Results) -> None:
-    renamed = tuple(msgspec.structs.replace(row, label=f"My {row.label}") for row in results.rows)
+    renamed = tuple(replace(row, label=f"My {row.label}") for row in results.rows)
     with pytest.raises(InputError):
-        compare_runs(results, msgspec.structs.replace(results, rows=renamed))
+        compare_runs(results, replace(results, rows=renamed))
 
 
 @pytest.fixture
@@ -314,20 +283,19 @@ def with_two_tasks(results: Results) -> Results:
 
     def twice(row: Any, name: str) -> Any:
         (one,) = getattr(row, name)
-        return one, msgspec.structs.replace(one, task="flowers")
+        return one, replace(one, task="flowers")
 
     rows = tuple(
-        msgspec.structs.replace(row, scores=twice(row, "scores"), correctness=twice(row, "correctness"))
-        for row in results.rows
+        replace(row, scores=twice(row, "scores"), correctness=twice(row, "correctness")) for row in results.rows
     )
-    return msgspec.structs.replace(results, rows=rows)
+    return replace(results, rows=rows)
 
 
 def test_a_lost_task_is_a_regression(results: Results, with_two_tasks: Results) -> None:
     changes = compare_runs(with_two_tasks, results)
     assert (changes.lost, changes.regressions) == ({"flowers": "The suite has no task of this name."}, 1)
     missing = (MissingTask(name="flowers", reason="There is no folder flowers."),)
-    changes = compare_runs(with_two_tasks, msgspec.structs.replace(results, missing=missing))
+    changes = compare_runs(with_two_tasks, replace(results, missing=missing))
     assert changes.lost == {"flowers": "There is no folder flowers."}
     changes = compare_runs(results, with_two_tasks)
     assert (changes.lost, changes.uncompared, changes.regressions) == ({}, (), 0)
@@ -335,11 +303,11 @@ def test_a_lost_task_is_a_regression(results: Results, with_two_tasks: Results) 
 
 def test_one_of_two_tasks_with_other_images_is_not_compared(with_two_tasks: Results) -> None:
     rows = [
-        msgspec.structs.replace(row, correctness=(first, msgspec.structs.replace(second, images="others")))
+        replace(row, correctness=(first, replace(second, images="others")))
         for row in with_two_tasks.rows
         for first, second in [row.correctness]
     ]
-    changes = compare_runs(with_two_tasks, msgspec.structs.replace(with_two_tasks, rows=tuple(rows)))
+    changes = compare_runs(with_two_tasks, replace(with_two_tasks, rows=tuple(rows)))
     assert (changes.uncompared, {change.task for change in changes.accuracies}) == (("flowers",), {"task"})
 
 

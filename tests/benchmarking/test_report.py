@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
 from clip_rd_edge.benchmarking import tables
@@ -22,8 +23,6 @@ from clip_rd_edge.data.tasks import RetrievalTask
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import shipped_path
 from clip_rd_edge.utils.text import each_text
-
-replace = msgspec.structs.replace
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 from support import Watch
 
@@ -84,22 +84,22 @@ def test_models_that_cannot_be_opened_or_run_are_skipped_with_the_reason(suite: 
 
     (Path(suite.root or "") / "alone").rmdir()
     *others, int8 = suite.rows
-    rows = (*others, msgspec.structs.replace(int8, runtime="openvino"))
-    measured = run_suite(msgspec.structs.replace(suite, rows=rows), open_model)
+    rows = (*others, replace(int8, runtime="openvino"))
+    measured = run_suite(replace(suite, rows=rows), open_model)
     assert [row.label for row in measured.rows] == ["Teacher", "FP32"]
     reasons = {row.label: row.reason for row in measured.skipped}
     assert reasons.keys() == {"Alone", "Student", "INT8"}
     assert f"{suite.root}/alone" in reasons["Alone"]
     assert "'torch'" in reasons["Student"]
     assert "'openvino'" in reasons["INT8"]
-    nowhere = msgspec.structs.replace(suite, rows=(SuiteRow(label="A", model="nowhere", role="student"),))
+    nowhere = replace(suite, rows=(SuiteRow(label="A", model="nowhere", role="student"),))
     with pytest.raises(InputError):
         run_suite(nowhere, open_fake)
 
 
 def test_an_unknown_task_is_an_error_before_any_model_is_opened(suite: Suite) -> None:
     with pytest.raises(InputError, match="Did you mean 'emoji:unseen-style'"):
-        run_suite(msgspec.structs.replace(suite, tasks=("emoji:unsen-style",)), lambda spec: pytest.fail(spec))
+        run_suite(replace(suite, tasks=("emoji:unsen-style",)), lambda spec: pytest.fail(spec))
 
 
 def test_progress_names_the_row_and_the_task(suite: Suite, open_fake: Open) -> None:
@@ -134,7 +134,7 @@ def test_results_are_read_as_they_were_written_and_damaged_ones_are_an_error(
 def test_missing_data_sets_and_prompt_templates_are_reported(suite: Suite, open_fake: Open) -> None:
     root = Path(suite.root or "")
     (root / "task" / "zeroshot_classification_templates.txt").unlink()
-    wider = msgspec.structs.replace(suite, tasks=("sun397", "task"), missing_tasks="skip")
+    wider = replace(suite, tasks=("sun397", "task"), missing_tasks="skip")
     measured = run_suite(wider, open_fake)
     assert [(score.task, score.templates) for score in measured.rows[0].scores] == [("task", "80, CLIP's for ImageNet")]
     (missing,) = measured.missing
@@ -188,7 +188,7 @@ def test_predictions_of_another_machine_are_not_taken(tmp_path: Path) -> None:
     PredictionCache(tmp_path, here).store("m", None, task, PREDICTIONS)
     assert PredictionCache(tmp_path, here).find("m", None, task) == PREDICTIONS
     for change in ({"machine": "Abacus, 2 cores"}, {"instruction_sets": ()}, {"accelerator": "NVIDIA L4"}):
-        assert PredictionCache(tmp_path, msgspec.structs.replace(here, **change)).find("m", None, task) is None
+        assert PredictionCache(tmp_path, replace(here, **change)).find("m", None, task) is None
 
 
 def recording(open_fake: Open, evaluated: list[str]) -> Open:

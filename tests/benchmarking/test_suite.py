@@ -4,8 +4,8 @@ import io
 import tarfile
 from pathlib import Path
 
-import msgspec
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 from support import assert_form
 
@@ -58,7 +58,7 @@ def test_models_and_tasks_are_relative_to_the_root(suite: Suite) -> None:
     assert isinstance(task, ZeroShotTask)
     assert len(task.images) == 12
     assert suite.resolve_model(SuiteRow(label="B", model="hf-hub:org/model", role="teacher")) == "hf-hub:org/model"
-    assert len(msgspec.structs.replace(suite, tasks=("task", "task")).load_tasks()) == 1
+    assert len(replace(suite, tasks=("task", "task")).load_tasks()) == 1
 
 
 def test_a_shipped_suite_is_found_by_name(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_task_that_is_missing_is_not_replaced_by_another_folder(tmp_path: Path
     save_images(tmp_path, "cats", "dogs", "test/cats", "test/dogs", "things/cats", "things/dogs")
     suite = read_suite(write(tmp_path, GOOD.replace("emoji:unseen-style", f'"{task.format(root=tmp_path)}"')))
     with pytest.raises(InputError):
-        Suite.load_tasks(msgspec.structs.replace(suite, root=str(tmp_path), data_root=str(tmp_path)))
+        Suite.load_tasks(replace(suite, root=str(tmp_path), data_root=str(tmp_path)))
 
 
 def test_shards_are_found_under_the_root_and_skipped_only_if_they_are_missing(tmp_path: Path) -> None:

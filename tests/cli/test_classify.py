@@ -35,19 +35,6 @@ def test_a_broken_image_in_a_folder_is_reported_and_skipped(
     assert "1 of 5 images could not be read; the others are classified." in error
 
 
-def test_a_subfolder_that_cannot_be_read_is_reported_by_classify_and_index(
-    command_line: Run, colour_bundle: Path, without_more: Path, tmp_path: Path
-) -> None:
-    code, output, error = command_line("classify", colour_bundle, without_more, *LABELS)
-    assert (code, len(output.splitlines())) == (2, 3)
-    assert f"Cannot read the folder {without_more / 'more'}: Permission denied" in error
-    assert "1 folder could not be read; the others are classified." in error
-    code, _, error = command_line("index", colour_bundle, without_more, "-o", tmp_path / "index")
-    assert code == 2
-    assert f"Cannot read the folder {without_more / 'more'}: Permission denied" in error
-    assert "3 embedded" in error
-
-
 def test_that_many_labels_are_embedded_is_said_once(
     command_line: Run, colour_bundle: Path, colour_images: Path, tmp_path: Path
 ) -> None:
@@ -60,12 +47,6 @@ def test_that_many_labels_are_embedded_is_said_once(
     assert command_line(*command) == (0, output, "")  # they are cached
     labels.write_text("red\nblue\n")
     assert "embedding" not in command_line(*command)[2]
-
-
-def test_an_empty_name_is_refused(command_line: Run, colour_bundle: Path) -> None:
-    code, output, error = command_line("classify", colour_bundle, "", *LABELS)
-    assert (code, output) == (2, "")
-    assert "The name of an image or folder is empty" in error
 
 
 def test_csv_output_and_images_without_a_likely_label(
@@ -129,26 +110,6 @@ def test_many_images_from_stdin_are_classified_and_the_rate_is_printed(
     assert error.endswith(" per second\n")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "Expected either images or --camera"),
-        (("red.png", "--camera", "0"), "Expected either images or --camera"),
-        (("red.png", "--json", "--csv"), "cannot be combined"),
-        (("--camera", "0", "--quick"), "--camera and --quick cannot be combined"),
-        (("-",), "the list on stdin is empty"),
-        (("nowhere.png",), "image or folder nowhere.png does not exist"),
-    ],
-)
-def test_invalid_arguments_are_refused(
-    command_line: Run, colour_bundle: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
-) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    code, output, error = command_line("classify", colour_bundle, *arguments, *LABELS)
-    assert (code, output) == (2, "")
-    assert message in error
-
-
 def test_frames_of_a_camera_are_classified(
     command_line: Run, colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,16 +168,6 @@ def test_a_single_label_is_answered_with_a_warning_and_its_cosine_similarity(
     assert [json.loads(line)["cosine"] > 0.5 for line in output.splitlines()] == [True, False]
 
 
-def test_labels_come_from_files_and_words_together(
-    command_line: Run, colour_bundle: Path, colour_images: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "labels.json").write_text('["green", "blue"]')
-    labels = ("--labels", "red", tmp_path / "labels.json", "--top", "9", "--json")
-    code, output, _ = command_line("classify", colour_bundle, colour_images / "red.png", *labels)
-    assert code == 0
-    assert {row["label"] for row in json.loads(output)["predictions"]} == {"red", "green", "blue"}
-
-
 @pytest.mark.parametrize("following", [("--none-below", "0.5"), ("--none-below=0.5",), ("--json",), ("-0",)])
 def test_an_option_is_not_taken_as_a_label(
     command_line: Run, colour_bundle: Path, colour_images: Path, following: tuple[str, ...]
@@ -227,12 +178,6 @@ def test_an_option_is_not_taken_as_a_label(
     code, output, _ = command_line("classify", colour_bundle, colour_images / "red.png", "--labels", "-1", "red")
     assert code == 0
     assert "\tred " in output
-
-
-def test_a_mistyped_label_file_is_no_label(command_line: Run, colour_bundle: Path, colour_images: Path) -> None:
-    code, output, error = command_line("classify", colour_bundle, colour_images, "--labels", "labelz.txt")
-    assert (code, output) == (2, "")
-    assert "looks like the path of a file" in error
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
@@ -260,11 +205,3 @@ def test_a_newline_in_a_file_name_breaks_no_line_and_null_passes_it_on(
     assert output.splitlines() == ["0.982\t" + rf"{colour_images}/a\nred.png"]
     _, output, _ = command_line("search", tmp_path / "index", "red", "--top", "1", "--null")
     assert output == f"{renamed}\0"
-
-
-def test_swapped_arguments_are_named(command_line: Run, colour_bundle: Path, colour_images: Path) -> None:
-    photo = colour_images / "red.png"
-    code, _, error = command_line("classify", photo, colour_bundle, "--labels", "red", "blue")
-    assert code == 2
-    assert f"{photo} is not a bundle" in error
-    assert f"clip-rd-edge classify {colour_bundle} {photo}" in " ".join(error.split())

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import msgspec
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 from support import Terminal, wait_until
 
@@ -141,9 +141,9 @@ def test_the_table_of_trials_fits_80_columns_and_a_pipe_cuts_nothing(
 
 
 def test_the_table_of_trials_has_only_what_was_measured() -> None:
-    unpaired = msgspec.structs.replace(TEXT, loss_points=float("nan"), verdict="shipped")
+    unpaired = replace(TEXT, loss_points=float("nan"), verdict="shipped")
     none = dict.fromkeys(("latency_ratio", "centred_cosine", "size_ratio", "loss_points"), float("nan"))
-    failed = msgspec.structs.replace(TEXT, **none, verdict="failed: no memory")
+    failed = replace(TEXT, **none, verdict="failed: no memory")
     for trial, row in (
         (unpaired, ["text", "dynamic", "×", "1.10", "0.9000", "×", "0.25", "shipped"]),
         (failed, ["text", "dynamic", "failed:", "no", "memory"]),

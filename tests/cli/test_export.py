@@ -78,47 +78,6 @@ def test_int8_export_of_a_run_with_labels(
     assert (code, "is already a bundle" in err) == (2, True)
 
 
-def test_invalid_arguments_exit_with_2_and_a_message_and_leave_no_files(
-    run_folder: Path, pairs: Path, tmp_path: Path, command_line: CommandLine
-) -> None:
-    empty, few = tmp_path / "empty.txt", tmp_path / "few.csv"
-    empty.write_text("\n")
-    few.write_text("\n".join(pairs.read_text().splitlines()[:11]))
-    new, used = tmp_path / "new", tmp_path / "used"
-    used.mkdir()
-    (used / "notes.txt").write_text("mine")
-    cases: list[tuple[tuple[str | Path, ...], str]] = [
-        ((run_folder,), "Missing option '-o'"),
-        ((run_folder, "-o", used), "already exists and is not empty"),
-        ((run_folder, "-o", new, "--precision", "int4"), "'int4' is not one of 'fp32', 'fp16', 'bf16', 'int8'"),
-        ((run_folder, "-o", new, "--precision", "bf16"), "onnx does not support bf16; expected fp32, fp16, int8"),
-        ((run_folder, "-o", new, "--fallback", "fp16"), "--fallback is for --precision int8, not fp32"),
-        (
-            (run_folder, "-o", new, "--precision", "int8", "--format", "trt", "--target", "sm86", "--max-loss", "1"),
-            "--max-loss is for ONNX Runtime and OpenVINO",
-        ),
-        ((run_folder, "-o", new, "--via", "torch-tensorrt"), "expected --format trt, not onnx"),
-        (
-            (run_folder, "-o", new, "--precision", "int8", "--target", "sm86", "--via", "torch-tensorrt"),
-            "--via torch-tensorrt does not support INT8",
-        ),
-        (("open_clip:ViT-B-32", "-o", new), "The architecture ViT-B-32 was given without weights"),
-        (
-            (run_folder, "-o", new, "--labels", tmp_path / "none.txt"),
-            "looks like the path of a file, but there is no such file",
-        ),
-        ((run_folder, "-o", new, "--labels", empty), "has no labels; expected one label per line"),
-        ((tmp_path / "none", "-o", new), "No model named"),
-        (("ViT-B-32", "-o", new, "--precision", "int8"), "INT8 needs calibration pairs, and ViT-B-32 comes without"),
-        ((run_folder, "-o", new, "--precision", "int8", "--calibration", few), "has 10 pairs; at least 32 are needed"),
-    ]
-    for arguments, message in cases:
-        code, out, err = command_line("export", *arguments)
-        assert (code, out) == (2, ""), arguments
-        assert message in err, arguments
-        assert not new.exists()
-
-
 def test_a_table_for_calibration_may_have_the_columns_of_the_training(
     run_folder: Path, pairs: Path, tmp_path: Path
 ) -> None:
@@ -129,22 +88,6 @@ def test_a_table_for_calibration_may_have_the_columns_of_the_training(
     with pytest.raises(InputError, match=r"renamed\.csv has no column 'filepath'") as refusal:
         named_pairs(typed(renamed), "ViT-B-32")
     assert refusal.value.hint.endswith(", or rename one to 'filepath'")  # alone where there is no such option
-
-
-def test_an_unknown_target_is_refused_with_the_list_of_targets(
-    run_folder: Path, tmp_path: Path, command_line: CommandLine
-) -> None:
-    new = tmp_path / "new"
-    code, _, err = command_line("export", run_folder, "--format", "trt", "--target", "sm99", "-o", new)
-    assert (code, "No target is named 'sm99'; expected one of" in err) == (2, True)
-    assert all(name in err.replace("\n", " ") for name in ("cpu-x86", "browser", "jetson-thor", "sm86", "sm120"))
-    code, _, err = command_line("export", run_folder, "--target", "sm86", "--format", "onnx", "-o", new)
-    assert (code, "sm86 takes --format trt, not onnx" in err) == (2, True)
-    code, _, err = command_line("export", run_folder, "--target", "rtx", "-o", new)
-    assert (code, "sm86 (GeForce RTX 30" in err) == (2, True)
-    code, _, err = command_line("export", run_folder, "--target", "cpu-x86", "--precision", "bf16", "-o", new)
-    assert (code, "cpu-x86 takes --precision int8 or fp32 or fp16, not bf16" in err) == (2, True)
-    assert not new.exists()
 
 
 @pytest.mark.slow
@@ -264,21 +207,3 @@ def test_an_output_that_would_replace_what_is_read_is_refused(
     monkeypatch.chdir(tmp_path)
     code, _, error = command_line("export", run_folder, "-o", ".")
     assert (code, "The output . is the working folder" in error) == (2, True)
-
-
-@pytest.mark.parametrize("option", ["--min-agreement", "--max-loss"])
-def test_a_limit_of_int8_that_is_no_number_is_refused_at_once(
-    tmp_path: Path, command_line: CommandLine, option: str
-) -> None:
-    code, _, error = command_line("export", "nowhere", "--precision", "int8", option, "nan", "-o", tmp_path / "out")
-    assert code == 2
-    assert f"{option} is nan; expected a number from 0 to 1" in error
-
-
-@pytest.mark.parametrize("option", [("--labels", "a", "b"), ("--preprocess-in-graph",)])
-def test_what_immich_has_no_place_for_is_refused_at_once(
-    tmp_path: Path, command_line: CommandLine, option: tuple[str, ...]
-) -> None:
-    code, _, error = command_line("export", "nowhere", "--layout", "immich", "-o", tmp_path / "out", *option)
-    assert code == 2
-    assert f"hint: omit {option[0]}" in error

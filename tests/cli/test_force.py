@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import pytest
+from msgspec.structs import replace
 
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
@@ -19,8 +19,8 @@ CommandLine = Callable[..., tuple[int, str, str]]
 def wrong(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle for processors with VNNI, and one without it."""
     manifest = read_manifest(colour_bundle)
-    image = msgspec.structs.replace(manifest.image, instruction_sets=("x86-64-vnni", "aarch64"))
-    write_manifest(colour_bundle, msgspec.structs.replace(manifest, image=image))
+    image = replace(manifest.image, instruction_sets=("x86-64-vnni", "aarch64"))
+    write_manifest(colour_bundle, replace(manifest, image=image))
     monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.processor_saturates", lambda: True)
     return colour_bundle
 

@@ -122,10 +122,7 @@ def test_an_error_of_click_looks_like_the_packages_own(
 
 @pytest.mark.parametrize(
     ("command", "module", "function"),
-    [
-        ("quickstart", "pipeline", "tune_teacher"),
-        ("evidence run method-evidence", "evidence.run", "_embedded_teacher"),
-    ],
+    [("quickstart", "pipeline", "tune_teacher"), ("evidence run method-evidence", "evidence.run", "_embedded_teacher")],
 )
 def test_an_interrupted_command_of_several_trainings_says_that_the_same_command_resumes(
     command_line: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, module: str, function: str
@@ -138,16 +135,6 @@ def test_an_interrupted_command_of_several_trainings_says_that_the_same_command_
     code, _, error = command_line(*command.split(), "-o", tmp_path)
     assert code == 75
     assert "hint: run the same command again to resume" in error
-
-
-def test_the_quickstart_names_both_of_its_extras(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
-    for module in ("pipeline", "models.stitch"):  # loaded by other tests, perhaps; the latter imports torch
-        monkeypatch.delitem(sys.modules, f"clip_rd_edge.{module}", raising=False)
-    code, _, error = command_line("quickstart")
-    assert code == 2
-    assert "error: `quickstart` needs the package 'torch'" in error
-    assert "[train,emoji]'" in error
 
 
 def test_a_missing_extra_is_reported_with_its_pip_command(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 import clip_rd_edge
 from clip_rd_edge.benchmarking.results import read_results
@@ -32,15 +33,11 @@ def test_an_unfinished_suite_gives_tables(make: Make) -> None:
 def with_machines(evidence: Evidence, *machines: tuple[str, tuple[str, ...]]) -> Evidence:
     """The evidence of methods of three steps, whose runs take 60, 120 and 900 s on these machines."""
     runs = tuple(
-        msgspec.structs.replace(
-            run,
-            cpu_seconds=seconds,
-            environment=msgspec.structs.replace(run.environment, machine=name, instruction_sets=sets),
-        )
+        replace(run, cpu_seconds=seconds, environment=replace(run.environment, machine=name, instruction_sets=sets))
         for run, (name, sets), seconds in zip(evidence.runs, machines, (60.0, 120.0, 900.0), strict=True)
     )
-    methods = tuple(msgspec.structs.replace(method, steps=3) for method in evidence.suite.methods)
-    return msgspec.structs.replace(evidence, suite=msgspec.structs.replace(evidence.suite, methods=methods), runs=runs)
+    methods = tuple(replace(method, steps=3) for method in evidence.suite.methods)
+    return replace(evidence, suite=replace(evidence.suite, methods=methods), runs=runs)
 
 
 @pytest.mark.parametrize(
@@ -67,17 +64,17 @@ def with_tasks(evidence: Evidence, change: Callable[[tuple[TaskResult, ...]], tu
     """Return the evidence with other results of the tasks of each model."""
 
     def changed(result: ModelResult) -> ModelResult:
-        return msgspec.structs.replace(result, tasks=change(result.tasks))
+        return replace(result, tasks=change(result.tasks))
 
-    runs = tuple(msgspec.structs.replace(run, result=changed(run.result)) for run in evidence.runs)
-    return msgspec.structs.replace(evidence, teacher=changed(evidence.teacher), runs=runs)
+    runs = tuple(replace(run, result=changed(run.result)) for run in evidence.runs)
+    return replace(evidence, teacher=changed(evidence.teacher), runs=runs)
 
 
 def test_what_a_suite_lacks_has_no_table(make: Make) -> None:
     evidence = make(CORRECT)
     assert "Differences in" in markdown(evidence)
-    alone = msgspec.structs.replace(evidence.suite, compare_with=())
-    assert "Differences in" not in markdown(msgspec.structs.replace(evidence, suite=alone))
+    alone = replace(evidence.suite, compare_with=())
+    assert "Differences in" not in markdown(replace(evidence, suite=alone))
     zero_shot = markdown(with_tasks(evidence, lambda tasks: tasks[:1]))
     assert "top-1" in zero_shot
     assert "Geometry" not in zero_shot
@@ -94,7 +91,7 @@ def test_a_suite_of_retrieval_tasks_alone_is_compared_in_their_recall(make: Make
 
 def test_a_task_with_few_labels_has_no_column_for_top_5(make: Make) -> None:
     def four_labels(tasks: tuple[TaskResult, ...]) -> tuple[TaskResult, ...]:
-        return (msgspec.structs.replace(tasks[0], score=msgspec.structs.replace(tasks[0].score, classes=4, top5=None)),)
+        return (replace(tasks[0], score=replace(tasks[0].score, classes=4, top5=None)),)
 
     text = markdown(with_tasks(make(CORRECT), four_labels))
     rows = [line for line in text.partition("\n\nDifferences")[0].splitlines() if line.startswith("|")]
@@ -105,27 +102,27 @@ def test_a_task_with_few_labels_has_no_column_for_top_5(make: Make) -> None:
 def test_only_the_cost_of_the_built_in_teacher_has_its_tuning(make: Make) -> None:
     evidence = make(CORRECT)
     assert "plus tuning the teacher and computing its embeddings." in markdown(evidence)
-    other = msgspec.structs.replace(evidence.teacher, model="ViT-B-16")
-    own_data = msgspec.structs.replace(evidence.suite, data="pairs.csv")
+    other = replace(evidence.teacher, model="ViT-B-16")
+    own_data = replace(evidence.suite, data="pairs.csv")
     for changed in ({"teacher": other}, {"suite": own_data}):
-        assert "run, plus computing the teacher's embeddings." in markdown(msgspec.structs.replace(evidence, **changed))
+        assert "run, plus computing the teacher's embeddings." in markdown(replace(evidence, **changed))
 
 
 def test_a_task_that_was_trained_on_is_named(make: Make) -> None:
     evidence = make(CORRECT)
     assert "trained and evaluated" not in markdown(evidence)
-    suite = msgspec.structs.replace(evidence.suite, data="./pairs.csv", tasks=("squares", "pairs.csv"))
-    text = markdown(msgspec.structs.replace(evidence, suite=suite))
+    suite = replace(evidence.suite, data="./pairs.csv", tasks=("squares", "pairs.csv"))
+    text = markdown(replace(evidence, suite=suite))
     assert "\n\npairs.csv is both trained and evaluated on: its scores say nothing about new pairs.\n\n" in text
 
 
 def test_a_machine_or_task_is_no_markup(make: Make) -> None:
     evidence = make(CORRECT)
     name = "<script>[x](http://x)\x1b[2J\n\n# b"
-    environment = msgspec.structs.replace(evidence.runs[0].environment, machine=name)
-    runs = tuple(msgspec.structs.replace(run, environment=environment) for run in evidence.runs)
-    suite = msgspec.structs.replace(evidence.suite, data=name, tasks=(name,))
-    text = markdown(msgspec.structs.replace(evidence, suite=suite, runs=runs))
+    environment = replace(evidence.runs[0].environment, machine=name)
+    runs = tuple(replace(run, environment=environment) for run in evidence.runs)
+    suite = replace(evidence.suite, data=name, tasks=(name,))
+    text = markdown(replace(evidence, suite=suite, runs=runs))
     assert not any(part in text for part in ("<", "](", "\x1b", "\n# "))
 
 
@@ -168,17 +165,14 @@ def test_the_results_of_a_benchmark_are_told_from_those_of_evidence(tmp_path: Pa
 
 def test_a_secret_in_the_address_of_the_data_is_not_in_the_evidence(make: Make, tmp_path: Path) -> None:
     evidence = make(CORRECT)
-    suite = msgspec.structs.replace(evidence.suite, data="https://me:SECRET@a.example/{0..9}.tar?sig=SECRET")
-    write_evidence(tmp_path / "small.json", msgspec.structs.replace(evidence, suite=suite))
+    suite = replace(evidence.suite, data="https://me:SECRET@a.example/{0..9}.tar?sig=SECRET")
+    write_evidence(tmp_path / "small.json", replace(evidence, suite=suite))
     assert "SECRET" not in (tmp_path / "small.json").read_text()
     assert read_evidence_file(tmp_path / "small.json").suite.data == "https://a.example/{0..9}.tar"
 
 
 def test_one_command_updates_the_page_and_the_figures(
-    make: Make,
-    tmp_path: Path,
-    command_line: Callable[..., tuple[int, str, str]],
-    monkeypatch: pytest.MonkeyPatch,
+    make: Make, tmp_path: Path, command_line: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for figure in ("learning_curves", "geometry_curves"):  # the test that runs the suite draws them
         monkeypatch.setattr(report, figure, lambda *_, name=figure, **__: name.encode())
@@ -246,9 +240,7 @@ def test_a_report_replaces_an_earlier_one_and_no_file_of_the_users(
 def test_the_name_of_a_task_is_no_formula(make: Make) -> None:
     evidence = make({("none", 0): 4})
     curves = {f"evaluation/{task}": Curve(steps=(1, 2), values=(0.1, 0.2)) for task in ("100$%$", "emoji")}
-    evidence = msgspec.structs.replace(
-        evidence, runs=tuple(msgspec.structs.replace(run, curves=curves) for run in evidence.runs)
-    )
+    evidence = replace(evidence, runs=tuple(replace(run, curves=curves) for run in evidence.runs))
     assert report.learning_curves(evidence, measure="top-1").startswith(b"\x89PNG")
 
 
@@ -260,7 +252,7 @@ def test_seeds_are_averaged_where_all_have_a_point(make: Make, monkeypatch: pyte
         **{key: Curve(steps=(1, 2, 3), values=(0.1, 0.2, 0.3)) for key in (name, "student_positive")},
         "student_negative": Curve(steps=(2, 3), values=(0.1, 0.1)),  # the first was not finite
     }
-    evidence = msgspec.structs.replace(evidence, runs=(msgspec.structs.replace(whole, curves=curves), gaps))
+    evidence = replace(evidence, runs=(replace(whole, curves=curves), gaps))
     drawn = []
     monkeypatch.setattr(report, "_png", lambda figure: drawn.append(figure.axes) or b"")
     report.learning_curves(evidence, measure="top-1")

@@ -5,10 +5,10 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import Watch
@@ -47,7 +47,7 @@ def squares_suite(suite: EvidenceSuite, pairs_csv: Path, tmp_path: Path) -> Evid
         (tmp_path / "squares" / colour).mkdir(parents=True)
         Image.new("RGB", (40, 40), colour).save(tmp_path / "squares" / colour / "one.png")
     tasks = (str(tmp_path / "squares"), str(pairs_csv))
-    return msgspec.structs.replace(suite, data=str(pairs_csv), tasks=tasks, students=("test_resnet",))
+    return replace(suite, data=str(pairs_csv), tasks=tasks, students=("test_resnet",))
 
 
 @pytest.fixture
@@ -96,9 +96,9 @@ def test_with_other_tasks_or_another_teacher_what_was_evaluated_is_evaluated_aga
     monkeypatch.setattr(runs, "run_distillation", train)
     squares, pairs = squares_suite.tasks
     one_run = {"methods": squares_suite.methods[:1], "compare_with": (), "seeds": (0,)}
-    first = msgspec.structs.replace(squares_suite, **one_run, tasks=(squares,))
+    first = replace(squares_suite, **one_run, tasks=(squares,))
     runs.run_evidence(first, tmp_path / "out", SILENT, teacher=teacher)
-    both = msgspec.structs.replace(first, tasks=(pairs, squares))
+    both = replace(first, tasks=(pairs, squares))
     shutil.copytree(teacher, tmp_path / "other")
     evidence = runs.run_evidence(both, tmp_path / "out", SILENT, teacher=str(tmp_path / "other"))
     assert evidence.teacher.model == "other"
@@ -184,7 +184,7 @@ def test_a_run_is_measured_by_its_last_student_and_the_time_of_its_training(
 
     monkeypatch.setattr(runs, "run_distillation", train)
     monkeypatch.setattr(runs.time, "process_time", lambda: now[0])
-    suite = msgspec.structs.replace(squares_suite, methods=squares_suite.methods[:1], compare_with=())
+    suite = replace(squares_suite, methods=squares_suite.methods[:1], compare_with=())
     new, resumed = suite.runs()
     config = run_config(suite, resumed, teacher=teacher, stores=tmp_path / "out" / "store")
     write_text(tmp_path / "out" / resumed.subfolder / "config.yaml", to_yaml(config))
@@ -221,11 +221,11 @@ def test_a_suite_is_checked_before_its_first_run(
     squares_suite: EvidenceSuite, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "run_distillation", lambda *_, **__: pytest.fail("a run has begun"))
-    typo = msgspec.structs.replace(squares_suite, students=("test_resnet", "test_resnett"))
+    typo = replace(squares_suite, students=("test_resnet", "test_resnett"))
     with pytest.raises(UsageError, match="No student named 'test_resnett'"):
         runs.run_evidence(typo, tmp_path / "out", SILENT, teacher=teacher)
-    unknown = msgspec.structs.replace(squares_suite.methods[2], text="runs/trimed")
-    late = msgspec.structs.replace(squares_suite, methods=(*squares_suite.methods[:2], unknown))
+    unknown = replace(squares_suite.methods[2], text="runs/trimed")
+    late = replace(squares_suite, methods=(*squares_suite.methods[:2], unknown))
     with pytest.raises(UsageError, match="The method clip-rd-without-xrd cannot train test_resnet: The text tower is"):
         runs.run_evidence(late, tmp_path / "out", SILENT, teacher=teacher)
 
@@ -235,7 +235,7 @@ def test_finished_runs_are_compared_with_the_suite_before_the_first_run(
 ) -> None:
     out, student, data = tmp_path / "out", tmp_path / "mine.json", pairs_csv.read_text()
     student.write_bytes((CONFIGS / "resnet10t.json").read_bytes())
-    suite = msgspec.structs.replace(squares_suite, students=(str(student),), seeds=(0,))
+    suite = replace(squares_suite, students=(str(student),), seeds=(0,))
     for run in suite.runs():
         folder = out / run.subfolder
         write_text(folder / "config.yaml", to_yaml(run_config(suite, run, teacher=teacher, stores=out / "cache")))
@@ -252,8 +252,8 @@ def test_finished_runs_are_compared_with_the_suite_before_the_first_run(
         with pytest.raises(UsageError, match=message):
             runs.run_evidence(suite, out, SILENT, teacher=teacher)
 
-    heavier = msgspec.structs.replace(suite.methods[2], weights={"xrd": 0, "fd": 1})
-    changed = msgspec.structs.replace(suite, methods=(*suite.methods[:2], heavier))
+    heavier = replace(suite.methods[2], weights={"xrd": 0, "fd": 1})
+    changed = replace(suite, methods=(*suite.methods[:2], heavier))
     refuse(changed, r"clip-rd-without-xrd.seed-0 holds a run with another configuration: objective\.fd: ")
     pairs_csv.write_text(data.replace("a red picture", "a reddish picture"))
     refuse(suite, r"none.seed-0 began with other inputs: .*pairs\.csv still has 24 pairs, but other names, captions")
@@ -288,7 +288,7 @@ def test_an_interrupted_suite_resumes(
 ) -> None:
     folder, path = tmp_path / "out", tmp_path / "suite.yaml"
     path.write_text(to_yaml(squares_suite))
-    first_seed = msgspec.structs.replace(squares_suite, seeds=(0,))
+    first_seed = replace(squares_suite, seeds=(0,))
     evidence = runs.run_evidence(first_seed, folder, SILENT, teacher=teacher)
     assert [run.method for run in evidence.runs] == ["none", "clip-rd", "clip-rd-without-xrd"]
     full, without = evidence.runs[1:]
@@ -313,11 +313,11 @@ def test_an_interrupted_suite_resumes(
     for name in ("small-curves.png", "small-geometry.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
-    other = msgspec.structs.replace(squares_suite, steps=3)
+    other = replace(squares_suite, steps=3)
     with pytest.raises(UsageError, match="another configuration: steps: 2 → 3"):
         runs.run_evidence(other, folder, SILENT, teacher=teacher)
-    other_weights = msgspec.structs.replace(squares_suite.methods[1], weights={"fd": 1})
-    other = msgspec.structs.replace(squares_suite, methods=(other_weights,), compare_with=())
+    other_weights = replace(squares_suite.methods[1], weights={"fd": 1})
+    other = replace(squares_suite, methods=(other_weights,), compare_with=())
     with pytest.raises(UsageError, match=r"another configuration: objective\.fd"):
         runs.run_evidence(other, folder, SILENT, teacher=teacher)
 

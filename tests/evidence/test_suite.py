@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 from support import assert_form
 
 from clip_rd_edge.errors import ConfigError
@@ -50,8 +51,8 @@ def test_a_method_can_change_settings_of_its_recipe(suite: EvidenceSuite) -> Non
 def test_a_method_can_have_a_text_tower_of_its_own(
     suite: EvidenceSuite, field: str, value: object, default: object
 ) -> None:
-    methods = tuple(msgspec.structs.replace(m, **{field: value}) if m.name == "clip-rd" else m for m in suite.methods)
-    runs = msgspec.structs.replace(suite, methods=methods).runs()
+    methods = tuple(replace(m, **{field: value}) if m.name == "clip-rd" else m for m in suite.methods)
+    runs = replace(suite, methods=methods).runs()
     found = {run.method.name: getattr(run_config(suite, run, teacher="t", stores=Path("c")), field) for run in runs}
     assert found == {"none": default, "clip-rd": value, "clip-rd-without-xrd": default}
 
@@ -60,19 +61,19 @@ def test_a_text_tower_of_a_model_keeps_its_context_length(suite: EvidenceSuite, 
     run, lengths = next(suite.runs()), []
     write_text(tmp_path / "open_clip_config.json", "{}")
     for text in (None, str(tmp_path), "teacher"):
-        method = msgspec.structs.replace(run.method, text=text)
+        method = replace(run.method, text=text)
         config = run_config(suite, dataclasses.replace(run, method=method), teacher="t", stores=Path("c"))
         lengths.append(config.context_length)
     assert lengths == [suite.context_length, None, None]  # the model's
 
 
 def test_a_method_can_take_other_steps_with_one_student(suite: EvidenceSuite) -> None:
-    method = msgspec.structs.replace(suite.methods[0], steps={"resnet10t": suite.steps + 5})
-    both = msgspec.structs.replace(suite, students=("resnet10t", "mobilevit_xxs"), methods=(method,), compare_with=())
+    method = replace(suite.methods[0], steps={"resnet10t": suite.steps + 5})
+    both = replace(suite, students=("resnet10t", "mobilevit_xxs"), methods=(method,), compare_with=())
     steps = {run.student: run_config(both, run, teacher="t", stores=Path("c")).recipe.steps for run in both.runs()}
     assert steps == {"resnet10t": suite.steps + 5, "mobilevit_xxs": suite.steps}
     with pytest.raises(ValueError, match="student"):  # which the suite does not train
-        msgspec.structs.replace(suite, methods=(method,), compare_with=())
+        replace(suite, methods=(method,), compare_with=())
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_a_method_can_take_other_steps_with_one_student(suite: EvidenceSuite) ->
     ],
 )
 def test_runs_of_any_student_lie_in_the_suites_folder(suite: EvidenceSuite, student: str, folder: str) -> None:
-    run = next(msgspec.structs.replace(suite, students=(student,)).runs())
+    run = next(replace(suite, students=(student,)).runs())
     assert run.subfolder == Path("runs", folder, "none", "seed-0")
 
 
@@ -100,7 +101,7 @@ def test_a_method_without_a_teacher_gets_none(suite: EvidenceSuite) -> None:
 def test_methods_with_other_crops_have_a_store_of_their_own(suite: EvidenceSuite) -> None:
     run = next(run for run in suite.runs() if run.method.name == "clip-rd")
     settings: tuple[dict[str, object], ...] = ({}, {"crop_scale": [0.9, 1.0]}, {"crop_scale": [0.3, 1.0]})
-    methods = [msgspec.structs.replace(run.method, settings=own) for own in settings]
+    methods = [replace(run.method, settings=own) for own in settings]
     runs = [dataclasses.replace(run, method=method) for method in methods]
     caches = [run_config(suite, run, teacher="t", stores=Path("c")).store for run in runs]
     assert caches == ["c/seed-0", "c/seed-0", "c/seed-0-crops-0.3-1.0"]
