@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -179,21 +179,17 @@ class ZeroShotClassifier:
         width = self._set.embeddings.shape[1]
         hint = f"pass what encode_images of this model returns: (N, {width}), or ({width},) for one image"
         try:
-            rows = np.asarray(embeddings)
+            given = np.asarray(embeddings)
         except (TypeError, ValueError, RuntimeError) as error:  # rows of several lengths, or a tensor on a GPU
             raise InputError(f"Image embeddings are no array: {in_one_line(error)}.", hint=hint) from error
-        if rows.dtype.kind not in "fiu" or rows.ndim not in (1, 2) or rows.shape[-1] != width:
-            raise InputError(
-                f"Image embeddings have the shape {rows.shape} and the type {rows.dtype}; expected numbers of shape "
-                f"(N, {width}).",
-                hint=hint,
-            )
-        rows = rows.reshape(-1, width).astype(np.float64)  # in which no length overflows
+        if given.dtype.kind not in "fiu" or given.ndim not in (1, 2) or given.shape[-1] != width:
+            raise InputError(f"Image embeddings have the shape {given.shape} and the type {given.dtype}.", hint=hint)
+        rows = given.reshape(-1, width).astype(np.float64)  # in which no length overflows
         lengths = np.linalg.norm(rows, axis=1)
         if (wrong := np.flatnonzero(~(np.isfinite(lengths) & (lengths > _NO_LENGTH)))).size:
-            problem = "is zero" if lengths[wrong[0]] <= _NO_LENGTH else "has an entry that is not a finite number"
             raise InputError(
-                f"Image embedding {wrong[0] + 1} of {len(rows):,} {problem}.", hint="leave it out, or embed it again"
+                f"Image embedding {wrong[0] + 1} of {len(rows):,} is zero, or has entries that are not finite numbers.",
+                hint="leave it out, or embed it again",
             )
         unit: Embeddings = (rows / lengths[:, None]).astype(np.float32)
         return unit
@@ -203,32 +199,21 @@ class ZeroShotClassifier:
         known = self._known  # in which another thread may put another dict meanwhile
         new = [label for label in labels if label not in known]
         if new or not labels:
-            known.update(self._read_cache(labels) or self._embed_new(labels, new, known))
+            key = self._cache_key(labels)
+            rows = read_label_set(key, count=len(labels)) if key else None
+            if rows is not None:
+                known.update(zip(labels, rows, strict=True))
+            else:
+                reporter = self._reporter if len(new) >= _MANY_LABELS else SILENT
+                reporter.say(f"embedding {len(new):,} labels; a bundle that is exported with --labels has them at once")
+                embeddings = label_embeddings(self.encoder, new, self._templates, reporter=reporter)
+                known.update(zip(new, embeddings, strict=True))
+                if key := self._cache_key(labels):  # now of where the text tower really runs
+                    write_label_set(key, np.stack([known[label] for label in labels]))
         # Forget labels that are gone: the memory of a long-running page whose labels change must not grow.
         known = {label: known[label] for label in labels}
         self._known = known
         return np.stack(list(known.values()))
-
-    def _read_cache(self, labels: Sequence[str]) -> dict[str, Embeddings]:
-        """Return the labels' embeddings from the cache, or an empty dict."""
-        key = self._cache_key(labels)
-        rows = read_label_set(key, count=len(labels)) if key else None
-        return {} if rows is None else dict(zip(labels, rows, strict=True))
-
-    def _embed_new(
-        self, labels: Sequence[str], new: Sequence[str], known: Mapping[str, Embeddings]
-    ) -> dict[str, Embeddings]:
-        """Embed the new labels and write the whole set to the cache."""
-        reporter = SILENT
-        if len(new) >= _MANY_LABELS:
-            reporter = self._reporter
-            reporter.say(f"embedding {len(new):,} labels; a bundle that is exported with --labels has them at once")
-        embeddings = label_embeddings(self.encoder, new, self._templates, reporter=reporter)
-        embedded = dict(zip(new, embeddings, strict=True))
-        if key := self._cache_key(labels):  # now of where the text tower really runs
-            rows = np.stack([embedded[label] if label in embedded else known[label] for label in labels])
-            write_label_set(key, rows)
-        return embedded
 
     def _cache_key(self, labels: Sequence[str]) -> str:
         text_key: str = getattr(self.encoder, "text_key", "") if self._cache else ""

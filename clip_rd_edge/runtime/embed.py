@@ -28,7 +28,6 @@ from clip_rd_edge.bundle.images import (
 )
 from clip_rd_edge.bundle.preprocess import Pixels, fast_decode_edge, preprocess
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.utils.cluster import map_on_cluster
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.process import end_calls
 
@@ -43,6 +42,7 @@ _MAX_OPENERS = 8  # threads; on Linux they run at a lower priority than the mode
 _CHUNK_BATCHES = 8  # that a worker of a cluster embeds at a time
 _BATCHES_AHEAD = 3  # one in the model, one being opened, and one ready in between
 P = TypeVar("P", bound=ImageFile)
+_Gathered = tuple[Sequence[P], Pixels | None, Sequence[InputError]]  # a batch that is ready for the model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +137,16 @@ def embed_images(
             return InputError(f"Cannot read the image {image}: there is not enough memory to resize it.")
 
     def gather(batch: Sequence[tuple[P, Future[Pixels | InputError]]]) -> _Gathered[P]:
-        return _gather([(image, opened.result()) for image, opened in batch])
+        opened = [(image, future.result()) for image, future in batch]
+        readable = [(image, pixels) for image, pixels in opened if not isinstance(pixels, InputError)]
+        errors = [error for _, error in opened if isinstance(error, InputError)]
+        pixels = np.stack([pixels for _, pixels in readable]) if readable else None
+        return [image for image, _ in readable], pixels, errors
 
     def embed(gathered: Future[_Gathered[P]]) -> EmbeddedBatch[P]:
-        return _embed(encoder, gathered.result(), size)
+        readable, pixels, errors = gathered.result()
+        rows = np.zeros((0, size), dtype=np.float32) if pixels is None else encoder.encode_pixels(pixels)
+        return EmbeddedBatch(images=readable, embeddings=rows, unreadable=errors)
 
     batch_size = image_batch_size(batch_size, preprocessing)
     remaining = iter(images)
@@ -177,6 +183,8 @@ def embed_images_on_cluster(address: str, encoder: BundleEncoder, images: Sequen
     Args:
         address: as for `map_on_cluster`; the cluster's machines need the same bundle and images.
     """
+    from clip_rd_edge.utils.cluster import map_on_cluster  # late: hardly anybody has a cluster
+
     chunks = [images[part] for part in in_batches(len(images), _CHUNK_BATCHES * BATCH_SIZE)]
     make = partial(_make_worker, encoder.folder.resolve(), encoder.manifest, force=encoder.force)
     for batches in map_on_cluster(address, make, chunks):
@@ -206,27 +214,3 @@ def _lower_priority() -> None:
     if sys.platform == "linux":  # where priorities are per thread
         with suppress(OSError):  # services and containers may be forbidden to
             os.setpriority(os.PRIO_PROCESS, 0, min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10))
-
-
-@dataclass(frozen=True)
-class _Gathered(Generic[P]):
-    """A batch that is ready for the model; `pixels` is None if no image could be read."""
-
-    images: Sequence[P]
-    pixels: Pixels | None
-    unreadable: Sequence[InputError]
-
-
-def _gather(opened: Sequence[tuple[P, Pixels | InputError]]) -> _Gathered[P]:
-    readable = [(image, pixels) for image, pixels in opened if not isinstance(pixels, InputError)]
-    return _Gathered(
-        [image for image, _ in readable],
-        np.stack([pixels for _, pixels in readable]) if readable else None,
-        [error for _, error in opened if isinstance(error, InputError)],
-    )
-
-
-def _embed(encoder: TowerEncoder, batch: _Gathered[P], size: int) -> EmbeddedBatch[P]:
-    no_rows = np.zeros((0, size), dtype=np.float32)
-    embeddings = no_rows if batch.pixels is None else encoder.encode_pixels(batch.pixels)
-    return EmbeddedBatch(images=batch.images, embeddings=embeddings, unreadable=batch.unreadable)

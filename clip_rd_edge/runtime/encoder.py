@@ -146,15 +146,9 @@ class BundleEncoder(ABC):
         """The bundle's precomputed labels and their embeddings, or None."""
         require_intact(self.folder, self.manifest, LABELS)
         bank = read_labels(self.folder)
-        if bank is None and LABELS in self.manifest.files:  # removed since the manifest was read
-            raise InputError(
-                f"The bundle {self.folder} is incomplete: {LABELS} is missing.", hint="copy or export the bundle again"
-            )
-        if bank is not None and self.manifest.files and LABELS not in self.manifest.files:
-            raise ConfigError(
-                f"The manifest of {self.folder} has no checksum of {LABELS}.",
-                hint="export the bundle again with --labels",
-            )
+        listed = LABELS in self.manifest.files
+        if self.manifest.files and (bank is not None) != listed:  # removed since it was read, or unchecked
+            raise ConfigError(f"{self.folder / LABELS} is not what the manifest lists.", hint="export the bundle again")
         if bank is not None and bank.embeddings.shape[1] != self.manifest.embedding_size:
             raise ConfigError(
                 f"{self.folder / LABELS} has embeddings of {bank.embeddings.shape[1]} entries; expected "
@@ -189,20 +183,20 @@ class BundleEncoder(ABC):
     def stored_label_embeddings(self, labels: Sequence[str], templates: Sequence[str]) -> Embeddings:
         """Return the label bank's embeddings of these labels, (C, D), for a bundle without a text tower."""
         bank, own = self.label_bank, self.manifest.templates
-        bundle = f"The bundle of {self.manifest.name} has no text tower"
-        if bank is None:
-            raise InputError(f"{bundle} and no labels: it embeds images alone.", hint=_WITH_TEXT)
-        if tuple(templates) != own:
-            raise UsageError(
-                f"{bundle}: its labels were embedded with {in_words(own)}, and {in_words(templates)} is asked for.",
-                hint=f"{f'use --template {own[0]!r}, or ' if len(own) == 1 else ''}{_WITH_TEXT}",
+        names = bank.names if bank else ()
+        if bank is None or tuple(templates) != own:
+            has = f"labels with {in_words(own)} alone" if bank else "no labels: it embeds images alone"
+            one = f"use --template {own[0]!r}, or " if bank and len(own) == 1 else ""
+            raise InputError(
+                f"The bundle of {self.manifest.name} has no text tower and {has}.", hint=f"{one}{_WITH_TEXT}"
             )
         embeddings = bank.find(labels)
         if embeddings is None:
-            unknown = next(label for label in labels if label not in bank.names)
-            nearest = near_matches(unknown, bank.names)
+            unknown = next(label for label in labels if label not in names)
             raise InputError(
-                f"{bundle}, and {unknown!r} is none of its {len(bank.names):,} labels.{nearest}", hint=_WITH_TEXT
+                f"The bundle of {self.manifest.name} has no text tower, and {unknown!r} is none of its "
+                f"{len(names):,} labels.{near_matches(unknown, names)}",
+                hint=_WITH_TEXT,
             )
         return embeddings
 

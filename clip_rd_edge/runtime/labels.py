@@ -22,10 +22,9 @@ from clip_rd_edge.bundle.labels import MAX_BYTES as BANK_BYTES
 from clip_rd_edge.bundle.labels import LabelBank, LabelPrecision, require_readable, write_labels
 from clip_rd_edge.bundle.manifest import Manifest
 from clip_rd_edge.errors import InputError, near_matches, quoted
-from clip_rd_edge.runtime.load import open_bundle
 from clip_rd_edge.utils.arrays import load_array, npy_bytes
 from clip_rd_edge.utils.files import read_limited, text_lines, write_bytes
-from clip_rd_edge.utils.paths import Typed, cache_home, exists, expand_home, is_folder, looks_like_path, near_files
+from clip_rd_edge.utils.paths import Typed, cache_home, expand_home, looks_like_path, near_files
 from clip_rd_edge.utils.structs import is_list_of_texts, is_natural, parse_yaml
 from clip_rd_edge.utils.text import SEPARATOR_LINE, is_unicode, refuse_other_formats
 
@@ -39,6 +38,8 @@ HEADINGS = ("label", "labels", "name", "names", "class", "classes", "class_name"
 Labels = Iterable[str] | str | os.PathLike[str] | None
 MAX_FILE_BYTES = 1 << 24  # 200,000 labels
 MAX_TEXTS_BYTES = 1 << 28  # some four million captions
+MAX_BYTES = BANK_BYTES + 1024  # of the label cache: as many labels as a bundle may have, and what is beside the rows
+_DIGEST_BYTES = hashlib.sha256().digest_size
 EVERYDAY = "everyday"  # names the shipped list on the command line
 _EVERYDAY_FILE = Path(__file__).with_name("everyday_labels.txt")
 _ID = re.compile(r"\S*\d\S*")  # of a class or a file, as n02084071, /m/0bt9lr and 0001.jpg are
@@ -67,11 +68,6 @@ def read_texts(name: Typed, column: str) -> list[str]:
         column: heading or key of the captions, before HEADINGS. In a table, these may have several lines.
     """
     path = Path(name)
-    if not exists(path):
-        raise InputError(
-            f"Cannot read {name}: there is no such file.{near_files(path)}",
-            hint="name a file with one caption or label per line",
-        )
     headings = (column.lower(), *HEADINGS)
     return _read_list(path, max_bytes=MAX_TEXTS_BYTES, headings=headings, captions=True)
 
@@ -84,9 +80,9 @@ def everyday_labels() -> list[str]:
 def parse_labels(words: Sequence[str]) -> list[str] | None:
     """Return the labels of a command line, where each word is a label or the path of a label file; None for no words.
 
-    The word EVERYDAY stands for `everyday_labels`, alone or beside others; a label of that name can be in a file.
-
-    White space around a label is dropped, so that two that differ only there are one to a classifier.
+    A single word is a file if there is one of that name, and others if they look like a path. The word EVERYDAY stands
+    for `everyday_labels`, alone or beside others; a label of that name can be in a file. White space around a label is
+    dropped, so that two that differ only there are one to a classifier.
     """
     names: list[str] = []
     for word in words:
@@ -101,31 +97,18 @@ def parse_labels(words: Sequence[str]) -> list[str] | None:
 
 
 def _is_label_file(word: str, *, alone: bool) -> bool:
-    """Return whether a word names a label file: any file if it is the only word, else one that looks like a path."""
     path = expand_home(word)
     path_like = looks_like_path(word, suffixes=(*LABEL_FILE_SUFFIXES, *IMAGE_SUFFIXES))
     try:
-        names_file, names_folder = path.is_file(), path.is_dir()
+        is_there = path.is_file()
     except (OSError, ValueError):  # too long for a path, or with a NUL
         return False
-    if names_file and path.suffix.lower() in IMAGE_SUFFIXES:
-        raise InputError(f"The label {quoted(word)} is an image.", hint="name the images before {labels}")
-    if names_file and not alone and not path_like:
-        raise InputError(
-            f"{quoted(word)} may be a label or the file of that name.",
-            hint=f"pass {{labels}} ./{word} for the file, or write the labels into a file, one per line",
-        )
-    if names_folder and path_like:
-        raise InputError(
-            f"The label {quoted(word)} is a folder; expected a label or a label file.",
-            hint="name a text file with one label per line",
-        )
-    if path_like and not names_file:
+    if path_like and not is_there:
         raise InputError(
             f"The label {quoted(word)} looks like the path of a file, but there is no such file.{near_files(path)}",
             hint="check the path; a label that really has this form can be a line of a label file",
         )
-    return names_file
+    return is_there and (alone or path_like)
 
 
 def _require_single_label(word: str, *, alone: bool) -> None:
@@ -136,10 +119,10 @@ def _require_single_label(word: str, *, alone: bool) -> None:
     parts = [part for part in parts if part]
     several = len(parts) > 1 and (alone or brackets or not re.search(r"\s", stripped))
     if several or (parts and (stripped[-1] in ",;|" or is_list_of_texts(stripped))):
-        quoted = " ".join(f'"{part}"' for part in parts)
+        shown = " ".join(f'"{part}"' for part in parts)
         raise InputError(
             f"The label {word!r} looks like a list; expected one label per argument.",
-            hint=f"pass {{labels}} {quoted}, or one label per line in a file",
+            hint=f"pass {{labels}} {shown}, or one label per line in a file",
         )
 
 
@@ -157,22 +140,16 @@ def read_labels_file(path: Path) -> list[str]:
 
 
 def _read_list(path: Path, *, max_bytes: int, headings: Sequence[str], captions: bool) -> list[str]:
-    if is_folder(path):
-        raise InputError(f"The label file {path} is a folder.", hint="name a file with one label per line")
     content = read_limited(path, max_bytes, hint="leave out some of the labels or captions, or shorten them")
     refuse_other_formats(f"The label file {path}", content)
     try:
         text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+        if "\0" in text:
+            raise ValueError("it has NUL characters, as UTF-16 has")
+    except ValueError as error:
         raise InputError(
-            f"The label file {path} is not UTF-8 text: {error.reason} at byte {error.start}.",
-            hint="save it as UTF-8 text, one label per line",
+            f"The label file {path} is not UTF-8 text: {error}.", hint="save it as UTF-8 text, one label per line"
         ) from error
-    if "\0" in text:
-        raise InputError(
-            f"The label file {path} is not UTF-8 text: it has NUL characters, as UTF-16 has.",
-            hint="save it as UTF-8 text, one label per line",
-        )
     suffix = path.suffix.lower()
     if suffix in STRUCTURED_SUFFIXES:
         labels = _from_structure(_parse(text, path), path, headings)
@@ -186,15 +163,10 @@ def _read_list(path: Path, *, max_bytes: int, headings: Sequence[str], captions:
             f"The label file {path} has no labels; expected one label per line.",
             hint='write labels into it, or pass them directly: {labels} "a cat" "a dog"',
         )
-    if len(labels) == 1 and len(_SEPARATOR.split(labels[0])) > 2:
+    is_list = len(labels) == 1 and len(_SEPARATOR.split(labels[0])) > 2
+    if lists := [label for label in labels if is_list or is_list_of_texts(label)]:
         raise InputError(
-            f"The label file {path} has a single line, which looks like a list: {labels[0]!r}.",
-            hint="write one label per line",
-        )
-    if lists := [label for label in labels if is_list_of_texts(label)]:
-        raise InputError(
-            f"The label file {path} has a label that is a list: {lists[0]!r}.",
-            hint="write one label or caption per line",
+            f"The label file {path} has a list for a label: {lists[0]!r}.", hint="write one label per line"
         )
     return labels
 
@@ -206,35 +178,32 @@ def _from_table(text: str, path: Path, headings: Sequence[str], *, captions: boo
     first = re.split(r"[\r\n]", text, maxsplit=1)[0]
     separator = _table_separator(first, TABLE_SUFFIXES[path.suffix.lower()], headings)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    rows: list[list[str]] = []
-    starts: list[int] = []  # the row's first line
+    rows: list[tuple[int, list[str]]] = []  # with the row's first line
+    problem, last = "", above
     try:
-        last = above
         for row in reader:
             start, last = last + 1, above + reader.line_num
-            if rows and any(cell.strip() for cell in row[len(rows[0]) :]):
-                raise InputError(
-                    f"The label file {path}, line {start}, has more fields than its first line.",
-                    hint=f"put a text with {separator!r} in quotes, and a heading above each column",
-                )
-            if rows and any(_holds_rows(cell, column, len(rows[0]), separator) for column, cell in enumerate(row)):
-                raise _several_lines(path, start)
+            width = len(rows[0][1]) if rows else len(row)
+            if any(cell.strip() for cell in row[width:]):
+                problem = f"{start} has more fields than its first line"
+            elif rows and any(_holds_rows(cell, column, width, separator) for column, cell in enumerate(row)):
+                problem = f"{start}: a quoted field holds several lines"
+            if problem:
+                break
             if any(cell.strip() for cell in row):
-                rows.append(row)
-                starts.append(start)
+                rows.append((start, row))
     except csv.Error as error:
+        problem = f"{above + reader.line_num}: {error}"
+    number, header_rows = _column_number([row for _, row in rows], first, path, headings) if rows else (0, 0)
+    if not captions and not problem:
+        several = (start for start, row in rows if len(text_lines("".join(row[number : number + 1]).strip())) > 1)
+        problem = next((f"{start}: a quoted field holds several lines" for start in several), "")
+    if problem:
         raise InputError(
-            f"The label file {path}, line {above + reader.line_num}: {error}.",
-            hint='a quote that begins a field must end it, and is doubled within it: "a 5"" nail"',
-        ) from error
-    if not rows:
-        return []
-    number, header_rows = _column_number(rows, first, path, headings)
-    if not captions:
-        for start, row in zip(starts, rows, strict=True):
-            if len(text_lines("".join(row[number : number + 1]).strip())) > 1:
-                raise _several_lines(path, start)
-    return _column(rows[header_rows:], number)
+            f"The label file {path}, line {problem}.",
+            hint=f'put a text with {separator!r} in quotes, and double a quote within: "a 5"" nail"; one text per line',
+        )
+    return _column([row for _, row in rows[header_rows:]], number)
 
 
 def _column_number(rows: Sequence[Sequence[str]], first: str, path: Path, headings: Sequence[str]) -> tuple[int, int]:
@@ -267,13 +236,6 @@ def _holds_rows(cell: str, column: int, columns: int, separator: str) -> bool:
     return len(fields) > 1 and all(count >= least for count, least in zip(fields, expected, strict=True))
 
 
-def _several_lines(path: Path, line: int) -> InputError:
-    return InputError(
-        f"The label file {path}, line {line}: a quoted field holds several lines.",
-        hint="write each text on one line, and close the quote, if it was left open",
-    )
-
-
 def _table_separator(first: str, usual: str, headings: Sequence[str]) -> str:
     """Return the separator that splits the first line into cells of which one is a heading, else the likeliest one."""
     for separator in usual + ",\t;|":
@@ -300,10 +262,8 @@ def _parse(text: str, path: Path) -> Any:
 def _parse_json(text: str, location: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"The label file {location} is not valid JSON: {error}.") from error
-    except RecursionError as error:
-        raise InputError(f"The label file {location} is not a list of labels: it is nested too deep.") from error
 
 
 def _from_structure(content: Any, path: Path, headings: Sequence[str]) -> list[str]:
@@ -322,13 +282,11 @@ def _name(item: Any, location: str, headings: Sequence[str]) -> str:
     item = _under_heading(item, headings)
     if isinstance(item, list) and item and all(_ID.fullmatch(str(part)) for part in item[:-1]):  # no several names
         item = item[-1]
-    if not isinstance(item, str) or not item.strip():
+    if not isinstance(item, str) or not item.strip() or not is_unicode(item):
         raise InputError(
             f"The label file {location} is {item!r}; expected a name.",
             hint="write one text per entry, or objects with the text at the key 'label'",
         )
-    if not is_unicode(item):
-        raise InputError(f"The label file {location} is {item!r}, which is no Unicode.")
     return item.strip()
 
 
@@ -358,6 +316,8 @@ def write_label_bank(
         labels: the names, in order.
         encoder: embeds them in the bundle's place, if that does not run here or has no text tower.
     """
+    from clip_rd_edge.runtime.load import open_bundle  # late: what reads labels alone opens no bundle
+
     names = tuple(dict.fromkeys(labels))
     if encoder is None:
         own = open_bundle(folder, manifest, device="cpu")
@@ -369,10 +329,6 @@ def write_label_bank(
     require_readable(names, manifest.embedding_size, precision)
     embeddings = label_embeddings(encoder, names, manifest.templates)
     write_labels(folder, LabelBank(names, embeddings), precision=precision)
-
-
-MAX_BYTES = BANK_BYTES + 1024  # of the label cache: as many labels as a bundle may have, and what is beside the rows
-_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def label_cache_folder() -> Path:

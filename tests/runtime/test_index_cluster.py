@@ -27,7 +27,7 @@ def test_the_workers_of_a_cluster_give_the_same_index(
 ) -> None:
     (colour_images / "broken.png").write_bytes(b"not an image")
     here = update_index(load(colour_bundle), colour_images, tmp_path / "here")
-    monkeypatch.setattr(embed, "map_on_cluster", one_worker)
+    monkeypatch.setattr("clip_rd_edge.utils.cluster.map_on_cluster", one_worker)
     monkeypatch.setattr(embed, "BATCH_SIZE", 2)
     monkeypatch.setattr(embed, "_CHUNK_BATCHES", 1)
     there = update_index(load(colour_bundle), colour_images, tmp_path / "there", cluster="auto")

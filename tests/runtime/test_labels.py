@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -12,11 +11,188 @@ from PIL import Image
 from clip_rd_edge.bundle import labels as label_bank
 from clip_rd_edge.bundle.labels import read_labels
 from clip_rd_edge.bundle.manifest import LABELS, read_manifest, write_manifest
+from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.runtime import labels as labels_module
+from clip_rd_edge.runtime.backends.openvino import OpenVinoEncoder
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.labels import label_set_key, write_label_bank
+from clip_rd_edge.runtime.labels import (
+    everyday_labels,
+    label_names,
+    label_set_key,
+    parse_labels,
+    read_labels_file,
+    read_texts,
+    write_label_bank,
+)
 from clip_rd_edge.runtime.load import load
+
+# Name and content of a label file; each holds the labels "a pig" and "a dog, asleep".
+FILES = {
+    "labels.txt": "# animals\na pig\n\n#\n  a dog, asleep \n",
+    "labels": "\ufeffa pig\r\na dog, asleep\r\n",
+    "labels.csv": 'label,count\na pig,3\n"a dog, asleep",4\na pig,5\n',
+    "semicolon.csv": "id;Class_Name\n7;a pig\n8;a dog, asleep\n",
+    "tabs.csv": "id\tlabel\n7\ta pig\n8\ta dog, asleep\n",
+    "excel.csv": "\ufeffsep=;\r\nid;label\r\n7;a pig\r\n8;a dog, asleep\r\n",
+    "bars.csv": "id|label\n7|a pig\n8|a dog, asleep\n",
+    "commas.tsv": 'name,id\na pig,7\n"a dog, asleep",8\n',
+    "old mac.csv": "id;label\r7;a pig\r8;a dog, asleep\r",
+    "one column.csv": 'a pig\n"a dog, asleep"\n',
+    "numbered.csv": 'label,count,class_name\n0,3,a pig\n1,4,"a dog, asleep"\n',
+    "labels.tsv": "id\tname\n7\ta pig\n8\ta dog, asleep\n",
+    "list.json": '["a pig", "a dog, asleep"]',
+    "object.json": '{"version": 1, "labels": ["a pig", "a dog, asleep"]}',
+    "id2label.json": '{"id2label": {"10": "a dog, asleep", "2": "a pig"}}',
+    "imagenet.json": '{"0": ["n02395406", "a pig"], "1": ["n02084071", "a dog, asleep"]}',
+    "coco.json": '{"classes": [{"id": 1, "name": "a pig"}, {"id": 2, "name": "a dog, asleep"}]}',
+    "lines.jsonl": '{"id": 7, "Name": "a pig"}\n\n{"id": 8, "Name": "a dog, asleep"}\n',
+    "lines.ndjson": '"a pig"\r\n"a dog, asleep"\r\n',
+    "yolo.yaml": "path: data\nnames:\n  0: a pig\n  1: a dog, asleep\n",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_label_file_is_read_by_what_it_is(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).write_text(FILES[name], encoding="utf-8")
+    labels = ["a pig", "a dog, asleep"]
+    assert parse_labels([str(tmp_path / name)]) == labels
+    assert label_names(tmp_path / name) == label_names(str(tmp_path / name)) == labels
+    monkeypatch.chdir(tmp_path)
+    assert parse_labels(["a cat", f"./{name}", "a cow"]) == ["a cat", *labels, "a cow"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column", "expected"),
+    [
+        ("digits.csv", "label,image\n0,a.png\n1,b.png\n", "label", ["0", "1"]),
+        ("digits.csv", "digit,name\n0,zero\n1,one\n", "digit", ["0", "1"]),
+        (
+            "pairs.json",
+            '[{"name": "1.jpg", "Caption": "a pig"}, {"name": "2.jpg", "Caption": "b"}]',
+            "Caption",
+            ["a pig", "b"],
+        ),
+        ("pairs.json", '{"name": ["1.jpg", "2.jpg"], "Caption": ["a pig", "b"]}', "Caption", ["a pig", "b"]),
+        ("pairs.json", '{"caption": "of animals", "names": ["a pig", "b"]}', "Caption", ["a pig", "b"]),
+        ("table.csv", 'title\n"two\nlines"\none\n', "title", ["two\nlines", "one"]),
+        (
+            "table.csv",
+            'a,title,"label\n"\n1,"b, c\n\non d, red,\nand e\n",x\n2,f,x',
+            "title",
+            ["b, c\n\non d, red,\nand e", "f"],
+        ),
+    ],
+)
+def test_captions_come_from_the_column_or_key_that_is_asked_for(
+    tmp_path: Path, name: str, content: str, column: str, expected: list[str]
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert read_texts(str(tmp_path / name), column) == expected
+
+
+def test_everyday_is_a_list_of_labels_unless_a_file_has_this_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    everyday = everyday_labels()
+    assert label_names("everyday") == parse_labels(["everyday"]) == everyday
+    assert len(everyday) == len(set(everyday)) > 200
+    assert parse_labels(["everyday", "a torch"]) == [*everyday, "a torch"]
+    (tmp_path / "mine.txt").write_text("special\neveryday\n")
+    assert parse_labels(["mine.txt", "everyday"]) == ["special", "everyday", *everyday]
+    (tmp_path / "everyday").write_text("a pig\n")
+    assert parse_labels(["everyday"]) == ["a pig"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["labelz.txt"], ["a pig", "labelz.txt"], ["labels.tx"], ["./labels"], ["sub/labels.tx"], ["~/no-such-labels"],
+        ["C:\\data\\labels"], ["sub/"], ["a pig", "photo.jpg"], ["pig,dog,boat"], ["pig, dog"], ["pig;dog"],
+        ["pig|dog"], ["pig\ndog"], ['["pig", "a dog"]'], ["a cat", "['pig']"], ["pig,", "dog,", "boat"],
+        ["a cat", "pig,dog"],
+    ],
+)  # fmt: skip
+def test_a_word_that_is_probably_no_label_is_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for name in ("labels.txt", "sub/labels.txt", "dog"):
+        (tmp_path / name).write_text("a pig\n")
+    Image.new("RGB", (9, 9)).save("photo.jpg")
+    with pytest.raises(InputError) as raised:
+        parse_labels(words)
+    assert raised.value.hint
+    assert parse_labels(["a pig", "dog"]) == ["a pig", "dog"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["a pig"], ["a dog, asleep", "a dog, awake"], ["1,000 metres"], ["[unknown]", "{}"], ["~100 people"],
+        ["black/white", "U.S.A.", "node.js", "St. Bernard", "#1", "church/indoor", "?", "a" * 5000],
+    ],
+)  # fmt: skip
+def test_unusual_labels_are_taken_as_they_are(words: list[str], tmp_path: Path) -> None:
+    assert parse_labels(words) == words
+    (tmp_path / "labels.txt").write_text(" a dog \n")  # but for white space around them
+    assert parse_labels([" a cat", "a cat ", str(tmp_path / "labels.txt")]) == ["a cat", "a cat", "a dog"]
+
+
+def test_a_list_in_python_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("not for clients\n")
+    labels = ["pig,dog", str(tmp_path / "secret.txt"), "no/such.txt", "everyday"]
+    assert label_names(labels) == label_names(tuple(labels)) == label_names(np.array(labels)) == labels
+    assert label_names("a pig") == ["a pig"]
+    assert label_names(()) == []
+    assert label_names(None) is parse_labels([]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.txt", "# nothing\n"), ("latin.txt", "caf\xe9"), ("utf-16.txt", "a\0 \0c\0a\0t\0\n\0"),
+        ("line.txt", "pig, dog, boat\n"), ("lists.txt", "['a pig', 'two pigs']\na cat\n"),
+        ("lists.csv", 'file,label\n1.jpg,"[""a pig""]"\n'), ("table.csv", "labl,count\npig,3\n"),
+        ("tabs.csv", "id\tlabl\n7\tpig\n"), ("commas.csv", "label\npig\ndog, asleep\n"),
+        ("of R.csv", '"label"\n"1","pig"\n'), ("unnamed.csv", "bear\nbear, brown\n"),
+        ("lines.csv", 'label\n"a cat\non a mat"\n'),
+        ("excel.csv", 'sep=;\nlabel\n"a pig'), ("excel.csv", "sep=;\nlabel;id\npig;1;dog\n"),
+        ("sheet.xlsx", "PK\x03\x04\x14\0\xff"), ("labels.txt.gz", "\x1f\x8b\x08"), ("empty.csv", ""),
+        ("broken.json", '["a pig",'), ("number.json", "[1, 2]"), ("object.json", '{"a": 1}'),
+        ("captions.json", '[["a pig", "two pigs", "pigs"]]'), ("synonyms.json", '{"0": ["tench", "Tinca tinca"]}'),
+        ("broken.jsonl", '"a pig"\n"a dog\n'), ("broken.yaml", "names: ["), ("missing.txt", None), ("folder", None),
+        ("large.txt", "a" * (1 << 24) + "a"),
+    ],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+def test_an_unreadable_label_file_is_refused(tmp_path: Path, name: str, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content, encoding="latin-1")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises((InputError, ConfigError)) as raised:
+        read_labels_file(tmp_path / name)
+    assert name in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    ['dog,"a toy\ncat,a pet"\n', 'dog,"a toy\nhen,grey\ncat,a pet\npig,5"\n', '"dog,a toy\ncat",a pet\n'],
+)
+def test_rows_that_a_stray_quote_joined_are_refused(tmp_path: Path, rows: str) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(f"label,title\nbird,free\n{rows}")
+    for read in (read_labels_file, lambda path: read_texts(str(path), "title")):
+        with pytest.raises(InputError, match="line 3"):
+            read(path)
+
+
+def test_only_line_ends_end_a_row_of_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_bytes("id,label\r\n1,a cat\u2028on a mat\r\n2,a dog\x85by the sea\n3,red\x0band blue\n".encode())
+    assert read_labels_file(path) == ["a cat\u2028on a mat", "a dog\x85by the sea", "red\x0band blue"]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +218,6 @@ def test_a_label_bank_is_stored_in_the_precision_of_the_text_tower(
     np.testing.assert_allclose(bank.embeddings, load(colour_bundle).encode_texts(["red", "blue"]), atol=0.5 / 127)
 
 
-Run = Callable[..., tuple[int, str, str]]
 NAMES = ["red", "green", "blue"]
 NOISE = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))]
 
@@ -123,24 +298,6 @@ def test_a_cache_that_cannot_be_written_is_ignored(colour_bundle: Path, label_ca
     assert classifier(colour_bundle).classify(NOISE)
 
 
-def test_the_cache_is_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.undo()  # the cache folder of the tests
-    monkeypatch.delenv("CLIP_RD_EDGE_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert labels_module.label_cache_folder() == tmp_path / "clip-rd-edge" / "labels"
-
-
-def test_classify_uses_the_cache_unless_it_is_disabled(
-    command_line: Run, colour_bundle: Path, colour_images: Path, label_cache: Path
-) -> None:
-    command = ("classify", colour_bundle, colour_images / "red.png", "--labels", "red", "blue")
-    _, expected, _ = command_line(*command, "--no-cache")
-    assert not label_cache.exists()
-    assert command_line(*command) == (0, expected, "")
-    assert len(list(label_cache.iterdir())) == 1
-    assert command_line(*command) == (0, expected, "")
-
-
 def test_embeddings_of_a_tower_that_fell_back_are_kept_as_those_of_where_it_ran(
     colour_bundle: Path, label_cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -173,7 +330,6 @@ def test_labels_that_this_processor_embeds_wrongly_are_not_cached(
 
 
 def test_the_key_of_text_embeddings_depends_on_precision_runtime_and_device(colour_bundle: Path) -> None:
-    from clip_rd_edge.runtime.backends.openvino import OpenVinoEncoder
 
     manifest = read_manifest(colour_bundle)
     bf16 = msgspec.structs.replace(manifest, text=msgspec.structs.replace(manifest.text, precision="bf16"))

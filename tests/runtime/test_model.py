@@ -33,46 +33,32 @@ def truncated_image() -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        (None, r"^An image has type NoneType"),
-        (b"\x89PNG", r"^An image has type bytes"),
-        (np.uint8(3), r"^An image has type uint8"),
-        ([None], r"^An image has type NoneType"),
-        (np.zeros((0, 40, 3), dtype=np.uint8), r"shape \(0, 40, 3\)"),
-        (Image.new("RGB", (0, 5)), r"0 × 5 pixels"),
-        (Image.new("La", (5, 5)), r"^An image of mode La cannot be read: conversion from La to L not supported"),
-        (truncated_image, r"^An image of mode RGB cannot be read: image file is truncated"),
-    ],
-)
-def test_what_is_no_image_is_refused_with_a_sentence(model: Model, images: Any, message: str) -> None:
-    given = images() if callable(images) else images
-    for call in (lambda: model.classify(given, LABELS), lambda: model.encode_images(given)):
-        with pytest.raises(InputError, match=message):
-            call()
-
-
-@pytest.mark.parametrize(
     ("given", "hint"),
     [
+        (lambda content: None, ""),
+        (lambda content: [None], ""),
+        (lambda content: np.uint8(3), ""),
+        (lambda content: np.zeros((0, 40, 3), dtype=np.uint8), ""),
+        (lambda content: Image.new("RGB", (0, 5)), ""),
+        (lambda content: Image.new("La", (5, 5)), "convert"),
+        (lambda content: truncated_image(), "convert"),
         (lambda content: io.BytesIO(content), "PIL.Image.open(file)"),
         (lambda content: [io.BytesIO(content)], "PIL.Image.open(file)"),
         (lambda content: content, "PIL.Image.open(io.BytesIO(content))"),
         (lambda content: [bytearray(content)], "PIL.Image.open(io.BytesIO(content))"),
-        (lambda content: None, ""),
-        (lambda content: [None], ""),
         (lambda content: Table(), "list(table['filepath'])"),
     ],
 )
-def test_what_has_an_image_is_refused_with_a_hint_how_to_open_it(
+def test_what_is_no_image_is_refused_with_a_hint_how_to_open_it(
     model: Model, colour_images: Path, given: Callable[[bytes], Any], hint: str
 ) -> None:
-    images = given((colour_images / "red.png").read_bytes())
-    with pytest.raises(InputError, match=r"^An image has type \w+; expected") as raised:
-        model.encode_images(images)
-    assert hint in raised.value.hint if hint else not raised.value.hint
-    if isinstance(images, io.BytesIO):
-        assert images.tell() == 0  # and may now be opened
+    for call in (model.encode_images, lambda images: model.classify(images, LABELS)):
+        images = given((colour_images / "red.png").read_bytes())
+        with pytest.raises(InputError) as raised:
+            call(images)
+        assert hint in raised.value.hint
+        if isinstance(images, io.BytesIO):
+            assert images.tell() == 0  # and may now be opened
 
 
 class Table(list[str]):
@@ -83,31 +69,22 @@ class Table(list[str]):
         self.columns = ["label"]
 
 
-def test_a_table_is_not_taken_for_the_names_of_its_columns(model: Model, colour_images: Path) -> None:
-    for call in (lambda: model.classify(colour_images / "red.png", Table()), lambda: model.encode_texts(Table())):
-        with pytest.raises(InputError, match=r"^A text has type Table") as raised:
-            call()
-        assert raised.value.hint == "pass one of its columns, such as list(table['label'])"
-
-
 @pytest.mark.parametrize(
-    ("call", "message"),
+    "call",
     [
-        (lambda model, image: model.encode_texts(np.array("red")), r"A text has type ndarray"),
-        (lambda model, image: model.classify(image, [1, "red"]), r"A text has type int"),
-        (lambda model, image: model.classify(image, ["red", None]), r"A text has type NoneType"),
-        (lambda model, image: model.classify(image, b"red"), r"A text has type bytes"),
-        (lambda model, image: model.classify(image, 3), r"A text has type int"),
-        (lambda model, image: model.classify(image, LABELS, templates=[3]), r"A text has type int"),
-        (lambda model, image: model.encode_texts(None), r"A text has type NoneType"),
-        (lambda model, image: model.encode_texts([b"red"]), r"A text has type bytes"),
-        (lambda model, image: edge.evaluate(model, None), r"Tasks of type NoneType were given"),
+        lambda model, image: model.encode_texts(np.array("red")),
+        lambda model, image: model.classify(image, [1, "red"]),
+        lambda model, image: model.classify(image, ["red", None]),
+        lambda model, image: model.classify(image, b"red"),
+        lambda model, image: model.classify(image, LABELS, templates=[3]),
+        lambda model, image: model.classify(image, Table()),
+        lambda model, image: model.encode_texts(None),
+        lambda model, image: model.encode_texts(Table()),
+        lambda model, image: edge.evaluate(model, None),
     ],
 )
-def test_what_is_no_text_is_refused_with_a_sentence(
-    model: Model, colour_images: Path, call: Callable[[Model, Path], object], message: str
-) -> None:
-    with pytest.raises(InputError, match=message):
+def test_what_is_no_text_is_refused(model: Model, colour_images: Path, call: Callable[[Model, Path], object]) -> None:
+    with pytest.raises(InputError):
         call(model, colour_images / "red.png")
 
 
@@ -215,7 +192,7 @@ def test_the_number_of_answers_is_at_least_one(
         lambda: model.classify(colour_images / "red.png", LABELS, top=top),
         lambda: edge.search(tmp_path / "index", "red", top=top),
     ):
-        with pytest.raises(UsageError, match=rf"top is {top}; expected an integer at least 1"):
+        with pytest.raises(UsageError):
             call()
 
 

