@@ -40,8 +40,9 @@ _NONE: Any = ()
 
 class _Data(Settings, Generic[Place, Names, Several], frozen=True, kw_only=True):
     data: Annotated[Place, _data(
-        "CSV, TSV or Parquet file of images and captions (columns filepath,title), WebDataset shards "
-        "(a/{000..012}.tar::b.tar), or emoji for the built-in data set.", metavar="SOURCE",
+        "CSV, TSV or Parquet file of images and captions (columns filepath,title), a folder with a sub-folder of "
+        "images for each class, WebDataset shards (a/{000..012}.tar::b.tar), or emoji for the built-in data set.",
+        metavar="SOURCE",
         default="none; see {images}", complete="data", resume="content",
     )] | None = None  # fmt: skip
     images: Annotated[Place, _data(
@@ -53,9 +54,9 @@ class _Data(Settings, Generic[Place, Names, Several], frozen=True, kw_only=True)
         "or list as for classify --labels, or a Parquet file.", metavar="FILE", default="none", resume="content",
     )] | None = None  # fmt: skip
     templates: Annotated[Several, _data(
-        "Prompt template for {texts}, such as 'a photo of a {}', a file with one per line, or imagenet for CLIP's 80; "
-        "can be repeated.", flags=("--template",), metavar="PROMPT|FILE", default="texts as they are",
-        complete="imagenet", resume="content",
+        "Prompt template for {texts} and class folders, such as 'a photo of a {}', a file with one per line, or "
+        "imagenet for CLIP's 80; can be repeated.", flags=("--template",), metavar="PROMPT|FILE",
+        default="texts as they are", complete="imagenet", resume="content",
     )] = _NONE  # fmt: skip
     csv_img_key: Annotated[str, _data("Column with the image paths, of every table.", metavar="COLUMN")] = "filepath"
     csv_caption_key: Annotated[str, _data("Column with the captions, of every table.", metavar="COLUMN")] = "title"

@@ -34,6 +34,14 @@ def empty_cache(server: UnreliableServer) -> None:
         path.unlink()
 
 
+def test_what_a_killed_process_has_fetched_is_not_used(server: UnreliableServer, shards: Path) -> None:
+    shard = remote.RemoteShard(f"{server.url}/000.tar")
+    path, whole = shard_files._cached(shard), (shards / "000.tar").read_bytes()
+    path.parent.mkdir(parents=True)
+    path.with_suffix(f".{len(whole)}.a.part").write_bytes(b"x" * 1000)
+    assert shard_files.local_path(shard).read_bytes() == whole
+
+
 def test_a_shard_that_a_power_failure_cut_is_fetched_again(server: UnreliableServer, shards: Path) -> None:
     pairs = load_pairs(f"{server.url}/000.tar")
     expected = contents(pairs)
