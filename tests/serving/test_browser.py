@@ -223,69 +223,6 @@ def test_all_images_of_a_folder_are_opened_and_nothing_else(page: Any, tmp_path:
     assert page.inner_text("#position").startswith(f"1 of {len(IMAGE_SUFFIXES)}: photos/a.")
 
 
-def test_labels_come_back_with_a_page_that_was_left(page: Any) -> None:
-    # Where WebKit keeps a page to go back to, it gives fields without autocomplete their default values.
-    page.locator("#labels input").nth(1).fill("blue")
-    fields = page.locator("#labels input")
-    assert fields.evaluate_all("fields => fields.map((field) => field.defaultValue)") == ["red", "blue"]
-
-
-def test_the_image_comes_back_with_a_page_that_was_left(page: Any) -> None:
-    send_image(page, RED, "drop")
-    wait_for_lead(page, "red ")
-    page.evaluate("""() => {
-        const preview = document.getElementById("preview");
-        preview.width = preview.width; // empties it, as WebKit shows it
-        dispatchEvent(new PageTransitionEvent("pageshow", { persisted: true }));
-    }""")
-    page.wait_for_function("""() => {
-        const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-        context.drawImage(document.getElementById("preview"), 0, 0);
-        return context.getImageData(5, 5, 1, 1).data[0] > 200;
-    }""")
-
-
-@pytest.mark.parametrize("key", ["Tab", "Shift+Tab"])
-def test_the_focus_stays_in_the_list_when_an_emptied_label_is_left(page: Any, key: str) -> None:
-    page.locator("#labels input").nth(0 if key == "Tab" else 1).fill("")
-    page.keyboard.press(key)
-    page.wait_for_function("() => document.querySelectorAll('#labels li').length === 1")
-    assert page.evaluate("document.activeElement.closest('#labels li') !== null")
-
-
-def test_a_click_that_ends_the_typing_of_a_label_counts(page: Any) -> None:
-    page.fill("#new", "blue")
-    page.get_by_label("second").click()
-    page.wait_for_function("() => document.querySelectorAll('#labels li').length === 3")
-    assert page.get_by_label("second").is_checked()
-    page.locator("#labels input").nth(0).fill("")
-    page.get_by_label("Remove green").click()
-    page.wait_for_function("() => document.querySelectorAll('#labels li').length === 1")
-    assert list(rows(page)) == ["blue"]
-    page.fill("#new", "yellow")
-    page.check("#bank")
-    page.uncheck("#bank")
-    assert list(rows(page)) == ["blue"]
-    assert page.input_value("#new") == "yellow"  # it can still be added
-    page.focus("#new")
-    page.click("#clear")
-    page.wait_for_timeout(100)
-    assert list(rows(page)) == []
-
-
-def test_long_labels_of_a_bundle_are_shown_whole(page: Any, bundles: list[Path]) -> None:
-    labels = [f"a photograph taken from a car at dusk of a road sign in the rain which says number {n}" for n in (7, 8)]
-    write_labels(bundles[1], LabelBank(tuple(labels), np.eye(2, 3, dtype=np.float32)))
-    write_manifest(bundles[1], read_manifest(bundles[1]))
-    page.reload()
-    page.get_by_label("second").check()
-    page.check("#bank")
-    send_image(page, RED, "drop")
-    wait_for_lead(page, "a photograph")
-    cut = "texts => texts.filter((text) => text.scrollWidth > text.clientWidth).length"
-    assert page.locator("#labels .text").evaluate_all(cut) == 0
-
-
 NO_RESPONSE = "The server does not respond. Is clip-rd-edge demo still running?"
 ANOTHER_PAGE = "Something else answered in place of the server, such as a page to log in. Reload this page."
 
@@ -314,50 +251,11 @@ def test_an_answer_that_a_proxy_gives_in_place_of_the_server_is_none(page: Any, 
     expect_failed_requests(page, status=status)
 
 
-def test_percentages_of_labels_are_not_read_out(page: Any) -> None:
-    send_image(page, RED, "drop")
-    wait_for_lead(page, "red ")
-    live = """outputs => outputs.map((output) => output.getAttribute("aria-live"))"""
-    assert page.locator("#labels output").evaluate_all(live) == ["off", "off"]
-    assert page.get_attribute("#lead", "aria-live") == "polite"
-    page.get_by_label("second").check()
-    page.get_by_label("own 2 labels").check()
-    wait_for_lead(page, "yellow ")
-    assert set(page.locator("#labels output").evaluate_all(live)) == {"off"}
-
-
-def test_the_page_says_that_it_waits_for_a_slow_server(page: Any, url: str) -> None:
-    other = page.context.new_page()
-    waiting: list[Any] = []
-    other.route("**/api/bundles", lambda route: waiting.append(route))
-    other.goto(url)
-    wait_for_lead(other, "Loading …")
-    waiting[0].continue_()
-    wait_for_lead(other, "What does this image show?")
-    other.close()
-
-
 def test_all_scripts_are_asked_for_at_once() -> None:
     page = (PAGE / "index.html").read_text(encoding="utf-8")
     assert sorted(re.findall(r'rel="modulepreload" href="(.+?)"', page)) == sorted(
         path.name for path in PAGE.glob("*.js") if path.name != "app.js"
     )
-
-
-def test_bars_are_seen_with_forced_colours_and_in_print(page: Any) -> None:
-    send_image(page, RED, "drop")
-    wait_for_lead(page, "red ")
-    # Where both colours are the same, the bar is not seen.
-    colours = """() => [".best .bar", ".best"].map((part) =>
-        getComputedStyle(document.querySelector("#labels " + part)).backgroundColor)"""
-    page.emulate_media(forced_colors="active")
-    bar, row = page.evaluate(colours)
-    assert bar != row
-    page.emulate_media(forced_colors="none", media="print", color_scheme="dark")
-    adjust = page.locator("#labels .best .bar").evaluate("bar => getComputedStyle(bar).printColorAdjust")
-    assert adjust == "exact"
-    ink = page.evaluate("getComputedStyle(document.body).color")
-    assert ink == "rgb(0, 0, 0)"  # on white paper, whatever the screen has
 
 
 @pytest.mark.parametrize(("scheme", "word"), [("http", "sent unencrypted to"), ("https", "sent to")])
@@ -464,41 +362,16 @@ def test_the_page_can_be_used_by_keyboard(page: Any, tmp_path: Path) -> None:
     assert page.evaluate("document.querySelector('.selected').textContent").startswith("second")
 
 
-def test_new_labels_are_visible_and_duplicates_are_one(page: Any) -> None:
-    page.set_viewport_size({"width": 1280, "height": 400})
-    for number in range(20):
-        page.fill("#new", f"label {number}")
-        page.press("#new", "Enter")
-    assert len(rows(page)) == 22
-    shown = """() => {
-        const [list, row] = [document.getElementById("labels"), document.getElementById("labels").lastElementChild];
-        return row.getBoundingClientRect().bottom <= list.getBoundingClientRect().bottom + 1;
-    }"""
-    assert page.evaluate(shown)
-    page.fill("#new", " red ")
-    page.press("#new", "Enter")
-    assert page.locator("#labels li").count() == 22
-    last = page.locator("#labels input").last
-    last.fill("green")
-    last.blur()
-    assert page.locator("#labels li").count() == 21
-
-
-def paste_labels(page: Any, text: str, *, cells: tuple[int, int, int] | None = None) -> None:
-    """Paste labels into the field for new ones; with `cells` as from a spreadsheet, with an image of that colour."""
+def paste_labels(page: Any, text: str) -> None:
+    """Paste labels into the field for new ones."""
     page.evaluate(
-        """([text, image]) => {
+        """(text) => {
             const data = new DataTransfer();
             data.setData("text", text);
-            if (image) {
-                data.setData("text/html", `<td>${text}</td>`);
-                const bytes = Uint8Array.from(atob(image), (character) => character.charCodeAt(0));
-                data.items.add(new File([bytes], "image.png", { type: "image/png" }));
-            }
             const event = new ClipboardEvent("paste", { bubbles: true, cancelable: true, clipboardData: data });
             document.getElementById("new").dispatchEvent(event);
         }""",
-        [text, base64.b64encode(jpeg(cells)).decode() if cells else ""],
+        text,
     )
 
 
@@ -523,28 +396,6 @@ def test_pasted_labels_are_cut_like_typed_ones(page: Any) -> None:
     assert list(rows(page)) == ["red", "green", "🟥" * 299]
 
 
-def test_labels_that_are_pasted_from_a_spreadsheet_leave_the_image(page: Any) -> None:
-    send_image(page, RED, "drop")
-    wait_for_lead(page, "red ")
-    for text in ("blue\nyellow", "blue"):  # a single cell is left to the field
-        paste_labels(page, text, cells=GREEN)
-    page.wait_for_function("() => document.querySelectorAll('#labels output')[3]?.textContent")
-    assert list(rows(page)) == ["red", "green", "blue", "yellow"]
-    assert page.inner_text("#position") == "1 of 1: image.jpg"
-    assert page.inner_text("#lead").startswith("red ")
-
-
-def test_enter_that_an_input_method_takes_leaves_the_focus_in_the_label(page: Any) -> None:
-    press = """(keyCode) => {
-        const field = document.querySelector("#labels input");
-        field.focus();
-        field.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", keyCode, bubbles: true }));
-        return document.activeElement === field;
-    }"""
-    assert page.evaluate(press, 229)
-    assert not page.evaluate(press, 13)
-
-
 def test_labels_and_choices_survive_a_reload(page: Any) -> None:
     page.fill("#new", "blue")
     page.press("#new", "Enter")
@@ -560,45 +411,6 @@ def test_labels_and_choices_survive_a_reload(page: Any) -> None:
     assert page.is_checked("#bank")
     page.uncheck("#bank")
     assert list(rows(page)) == ["green", "blue"]
-
-
-def test_a_returning_visitor_sees_the_labels_that_a_bundle_was_given_meanwhile(page: Any) -> None:
-    banks = iter([0, 2, 2])
-
-    def answer(route: Any) -> None:
-        bundle = route.fetch().json()["bundles"][1]
-        route.fulfill(json={"labels": [], "bundles": [{**bundle, "bank": next(banks)}]})
-
-    page.route("**/api/bundles", answer)
-    for shown in (False, True):
-        page.reload()
-        page.wait_for_selector("#bundles tr")
-        assert (page.is_visible("#bank-switch"), page.is_checked("#bank")) == (shown, shown)
-    page.uncheck("#bank")
-    page.fill("#new", "blue")
-    page.press("#new", "Enter")
-    page.reload()
-    page.wait_for_selector("#bundles tr")
-    assert not page.is_checked("#bank")  # which the visitor has turned off
-    page.unroute("**/api/bundles")
-
-
-def test_times_leave_out_the_first_call(page: Any) -> None:
-    page.evaluate("""() => {
-        const send = window.fetch;
-        let calls = 0;
-        window.fetch = async (path, ...options) => {
-            const response = await send(path, ...options);
-            if (!String(path).startsWith("api/classify")) return response;
-            const result = { ...(await response.json()), model_ms: calls++ ? 2 : 5000 };
-            return Response.json(result, { status: response.status });
-        };
-    }""")
-    cell = "document.getElementById('bundles').rows[0].cells[3].textContent"
-    send_image(page, RED, "drop")
-    page.wait_for_function(f"() => {cell} === '5000 ms'")
-    send_image(page, BLUE, "drop")
-    page.wait_for_function(f"() => {cell} === '2.0 ms'")
 
 
 def test_times_leave_out_the_embedding_of_labels(page: Any) -> None:
@@ -620,35 +432,6 @@ def test_the_last_answer_does_not_stay_beside_an_image_that_takes_long(page: Any
     answer_now(page, waiting)
     wait_for_lead(page, "green ")
     assert all(rows(page).values())
-
-
-def test_the_last_answer_does_not_stay_beside_a_camera_whose_server_is_stuck(page: Any) -> None:
-    page.fill("#new", "blue")
-    page.press("#new", "Enter")
-    page.click("#camera")
-    page.wait_for_function("() => document.getElementById('rate').textContent.endsWith('frames/s')")
-    waiting = hold_answers(page)
-    wait_for_lead(page, "Classifying …")
-    assert set(rows(page).values()) == {""}
-    assert not page.is_visible("#rate")
-    answer_now(page, waiting)
-    wait_for_lead(page, "blue ")
-    page.wait_for_selector("#rate:not([hidden])")
-    page.click("#camera")
-
-
-def test_an_image_that_follows_a_change_of_labels_is_classified_once(page: Any) -> None:
-    requests: list[str] = []
-    page.on("request", lambda request: "api/classify" in request.url and requests.append(request.url))
-    page.evaluate("""() => {
-        const field = document.querySelector("#labels input");
-        field.value = "blue";
-        field.dispatchEvent(new InputEvent("input", { bubbles: true }));
-    }""")
-    send_image(page, BLUE, "drop")
-    wait_for_lead(page, "blue ")
-    page.wait_for_timeout(500)  # a change of labels waits 120 ms for another one
-    assert len(requests) == 1
 
 
 def test_several_images_and_a_folder(page: Any, tmp_path: Path) -> None:
@@ -727,30 +510,6 @@ def test_an_image_that_is_too_long_for_a_canvas_is_shown(page: Any) -> None:
     assert page.locator("#preview").evaluate(middle) == [4096, 1, *RED, 255]
 
 
-def test_text_can_be_dragged_into_the_field_for_a_label(page: Any) -> None:
-    title, field = page.locator("#labels-title").bounding_box(), page.locator("#new").bounding_box()
-    page.mouse.dblclick(title["x"] + 10, title["y"] + 8)
-    page.mouse.down()
-    page.mouse.move(title["x"] + 40, title["y"] + 30, steps=4)
-    page.mouse.move(field["x"] + 30, field["y"] + 15, steps=6)
-    assert "over" not in page.get_attribute("#stage", "class").split()
-    page.mouse.up()
-    page.wait_for_function("() => document.getElementById('new').value === 'Labels'")
-    prevented = page.evaluate("""() => {
-        const dataTransfer = new DataTransfer();
-        dataTransfer.setData("text/uri-list", "http://127.0.0.1/image.jpg");
-        const event = new DragEvent("drop", { bubbles: true, cancelable: true, dataTransfer });
-        return !document.getElementById("stage").dispatchEvent(event);
-    }""")
-    assert prevented  # the page is not left for it
-    assert page.inner_text("#error").startswith("The browser hands over an address and no image.")
-    send_image(page, RED, "dragenter")
-    assert "over" in page.get_attribute("#stage", "class").split()
-    send_image(page, RED, "drop")
-    wait_for_lead(page, "red ")
-    assert "over" not in page.get_attribute("#stage", "class").split()
-
-
 def test_what_cannot_be_read_of_a_dropped_folder_is_named_and_the_rest_is_opened(page: Any) -> None:
     page.evaluate(
         """(encoded) => {
@@ -806,38 +565,6 @@ def test_the_page_fits_a_narrow_screen(page: Any, scheme: str) -> None:
     assert small == []  # all are large enough for touch
 
 
-@pytest.mark.parametrize("width", [320, 390])
-def test_large_text_on_a_narrow_screen_leaves_room_for_labels(page: Any, width: int) -> None:
-    page.set_viewport_size({"width": width, "height": 640})
-    send_image(page, RED, "drop")
-    wait_for_lead(page, "red ")
-    heights = page.locator("#labels li").evaluate_all("rows => rows.map((row) => row.offsetHeight)")
-    assert heights == [44, 44]  # one line, as long as the text has its usual size
-    page.evaluate("document.documentElement.style.fontSize = '200%'")
-    widths = page.locator("#labels input, #new").evaluate_all("fields => fields.map((field) => field.clientWidth)")
-    assert min(widths) >= 200
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    outside = """buttons => buttons.filter((button) => {
-        const [inner, outer] = [button.getBoundingClientRect(), button.parentElement.getBoundingClientRect()];
-        return inner.left < outer.left || inner.right > outer.right;
-    }).length"""
-    assert page.locator("#labels .remove, #labels output, #clear").evaluate_all(outside) == 0
-
-
-@pytest.mark.parametrize("width", [320, 360, 834, 900])
-def test_the_names_of_bundles_are_not_broken_on_a_phone_or_tablet(page: Any, width: int) -> None:
-    page.set_viewport_size({"width": width, "height": 740})
-    page.evaluate("""() => document.querySelectorAll("#bundles td").forEach((cell, i) => {
-        cell.textContent = ["fp32", "128 MB", "38 ms", "131 ms"][i % 4];
-    })""")
-    # Names and precisions are a line each, and no column is out of sight.
-    heights = page.locator("#bundles label").evaluate_all("labels => labels.map((label) => label.offsetHeight)")
-    assert max(heights) <= 2 * 24
-    shown = """labels => labels.map((label) => getComputedStyle(label, "::after").content)"""
-    assert page.locator("#bundles label").evaluate_all(shown) == ['"fp32"', '"fp32"']
-    assert page.locator(".scroll").evaluate("(table) => table.scrollWidth <= table.clientWidth")
-
-
 def test_the_camera_does_not_start_where_the_browser_hides_pixels(page: Any) -> None:
     page.evaluate("""() => {
         OffscreenCanvasRenderingContext2D.prototype.getImageData = (left, top, width, height) => {
@@ -870,17 +597,3 @@ def test_an_answer_leaves_the_error_that_came_after_its_question(page: Any) -> N
     assert page.inner_text("#error") == "The camera cannot be used: no camera was found."
     send_image(page, RED, "drop")
     page.wait_for_function("() => document.getElementById('error').textContent === ''")
-
-
-def test_the_buttons_have_one_line_and_stand_in_their_middle(page: Any) -> None:
-    page.set_viewport_size({"width": 1280, "height": 800})
-    lines = page.locator(".buttons .button").evaluate_all(
-        """buttons => buttons.map((button) => {
-            const range = document.createRange();
-            range.selectNodeContents(button);
-            const [text, box] = [range.getBoundingClientRect(), button.getBoundingClientRect()];
-            return [range.getClientRects().length, text.top + text.bottom - box.top - box.bottom];
-        })"""
-    )
-    assert [count for count, _ in lines] == [1, 1, 1]
-    assert max(abs(offset) for _, offset in lines) < 2

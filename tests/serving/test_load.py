@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import io
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -106,14 +105,3 @@ def test_repeated_bursts_of_two_hundred_requests(server: Server) -> None:
             assert 200 in codes
             memory.append(server.memory_mb())
     assert memory[-1] - memory[2] < MAX_GROWTH_MB
-
-
-def test_deleting_the_bundle_does_not_stop_the_server(server: Server, colour_bundle: Path) -> None:
-    (image,) = make_images(1)
-    with server.connect() as connection:
-        key = labels_key(connection, ["red", "green"])
-        assert post(connection, f"/api/classify?labels={key}", image)[0] == 200
-        shutil.rmtree(colour_bundle)
-        status, result = post(connection, f"/api/classify?labels={key}", image)
-    assert (status, result["error"]) == (410, f"The bundle {colour_bundle} was removed.")
-    assert server.process.poll() is None

@@ -342,36 +342,6 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_of_its_request_are
     assert len(opened) <= 4  # that image, one per thread meanwhile, and that of the second request
 
 
-def test_the_images_of_a_large_request_are_not_all_opened_before_they_are_embedded(
-    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoder = load(colour_bundle)
-    encode, opened, embedded, ahead = encoder.encode_pixels, list[int](), list[int](), list[int]()
-
-    def encode_pixels(pixels: Any) -> Any:
-        embedded.append(len(pixels))
-        return encode(pixels)
-
-    monkeypatch.setattr(encoder, "encode_pixels", encode_pixels)
-    service = Service(encoder, limits=Limits(max_batch=2))
-    embedded.clear()  # what it does at the start
-    plain = service._open
-
-    def open_counted(image: Any) -> Any:
-        opened.append(1)
-        ahead.append(len(opened) - sum(embedded))
-        return plain(image)
-
-    monkeypatch.setattr(service, "_open", open_counted)
-    colours = [(250, 5, 5), (5, 250, 5), (5, 5, 250)] * 20
-    images = [f"data:image/jpeg;base64,{encoded(jpeg(colour))}" for colour in colours]
-    with testclient.TestClient(make_app(service), base_url=BASE_URL) as client:
-        items = client.post("/v1/embeddings", json={"input": images}).json()["data"]
-    assert [np.argmax(item["embedding"]) for item in items] == [0, 1, 2] * 20
-    assert max(ahead) <= 6
-    assert max(embedded) == 2
-
-
 def test_an_index_whose_files_are_cut_under_the_server_is_still_searched(
     colour_bundle: Path, colour_images: Path, tmp_path: Path, start: Callable[..., tuple[subprocess.Popen[str], int]]
 ) -> None:
