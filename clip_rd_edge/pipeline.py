@@ -23,9 +23,9 @@ from clip_rd_edge.data import emoji
 from clip_rd_edge.distillation.config import Precision, RunConfig, load_recipe
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
 from clip_rd_edge.errors import InputError, InterruptedRunError
-from clip_rd_edge.exporting.bundle import export_bundle, package_versions
+from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import calibration_set
-from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.exporting.plan import Plan, package_versions
 from clip_rd_edge.models.classifiers import CLASSIFIERS, SENTENCE_ENCODERS
 from clip_rd_edge.models.edit import write_trimmed
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -248,22 +248,22 @@ def _export(request: Quickstart, *, precision: Literal["fp32", "fp16", "int8"]) 
         return
     _forget_results(folder)
     clip = load_clip(typed(folder / "student"))
-    calibration = None
+    samples = None
     if precision == "int8":
-        calibration = calibration_set(
+        samples = calibration_set(
             emoji.training_pairs(), preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize
         )
     provenance = {"model": "quickstart", "recipe": request.recipe, "student": request.student, _STUDENT_DIGEST: student}
     converted = export_bundle(
         clip,
         bundle,
-        ExportRequest(
+        Plan(
             precision=precision,
             fallback="fp32",  # machines on which INT8 does not pay off still get a report
             labels=tuple(concept.name for concept in emoji.concepts()),
             provenance={**provenance, **package_versions()},
         ),
-        calibration=calibration,
+        samples=samples,
         source=None if precision == "fp32" else folder / "bundles" / "fp32",
         overwrite=True,  # an export of another student, which was trained here before
         reporter=request.reporter,

@@ -267,13 +267,13 @@ def student(make_student: Callable[..., ClipModel]) -> ClipModel:
 def fp32_bundle(student: ClipModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The student's float32 bundle, shared by all tests: do not change it."""
     from clip_rd_edge.exporting.bundle import export_bundle
-    from clip_rd_edge.exporting.plan import ExportRequest
+    from clip_rd_edge.exporting.plan import Plan
 
     bundle = tmp_path_factory.mktemp("bundles") / "fp32"
     export_bundle(
         student,
         bundle,
-        ExportRequest(
+        Plan(
             precision="fp32",
             labels=(
                 "cat",

@@ -9,18 +9,25 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 import pytest
 
 from clip_rd_edge.cli.main import cli
 from clip_rd_edge.data.samples import Samples
 from clip_rd_edge.utils.reporting import Reporter
+
+if TYPE_CHECKING:
+    import onnx
+
+    from clip_rd_edge.exporting.calibration import CalibrationSet
+    from clip_rd_edge.exporting.int8.candidates import Float32Tower
 
 # Seconds that a test waits for what an idle machine does in one: others may need the processor more.
 PATIENCE_S = 120.0
@@ -227,3 +234,34 @@ def require_the_models_answers(bundle: Path, fp32_bundle: Path, *, runtime: str,
     checks = verify_bundle(bundle)
     assert all(check.passed for check in checks), checks
     assert {check.runtime for check in checks if check.runtime} == {runtime}
+
+
+def float32_tower(
+    bundle: Path, name: str, calibration: CalibrationSet, *, count: int = 32, **rest: Any
+) -> Float32Tower:
+    """Return a tower of a float32 bundle to quantise, with up to `count` samples of each kind."""
+    from clip_rd_edge.exporting.int8.candidates import Float32Tower
+
+    kind = "pixels" if name == "image" else "ids"
+    calibrate, held_out = (getattr(part, kind)[:count] for part in (calibration.calibrate, calibration.held_out))
+    return Float32Tower(
+        **{"name": name, "model": bundle / f"{name}.onnx", "calibrate": calibrate, "held_out": held_out, **rest}
+    )
+
+
+def onnx_model(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Mapping[str, Sequence[Any]],
+    outputs: Mapping[str, Sequence[Any] | None],
+    constants: Mapping[str, Any],
+) -> onnx.ModelProto:
+    """Return a model of float32 inputs and outputs, by their shapes, with the shapes of all activations."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    ports = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in of_kind.items()]
+             for of_kind in (inputs, outputs))  # fmt: skip
+    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "tower", *ports, initializer=tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    return onnx.shape_inference.infer_shapes(model)

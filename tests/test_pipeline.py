@@ -33,9 +33,8 @@ from clip_rd_edge.benchmarking.suite import Suite
 from clip_rd_edge.bundle.manifest import MANIFEST
 from clip_rd_edge.bundle.runs import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.distillation.config import RunConfig, commented_recipe
-from clip_rd_edge.exporting.bundle import package_versions
-from clip_rd_edge.exporting.conversion import ConvertedBundle
-from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.exporting.formats import Converted
+from clip_rd_edge.exporting.plan import Plan, package_versions
 from clip_rd_edge.models.classifiers import CLASSIFIERS
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -206,9 +205,9 @@ def test_a_bundle_records_the_versions_that_exported_it(
 ) -> None:
     requests = []
 
-    def record(clip: object, folder: Path, request: ExportRequest, **_: object) -> ConvertedBundle:
+    def record(clip: object, folder: Path, request: Plan, **_: object) -> Converted:
         requests.append(request)
-        return ConvertedBundle(None)  # type: ignore[arg-type]
+        return Converted(None)  # type: ignore[arg-type]
 
     save_clip(tmp_path / "student" / STUDENT_FOLDER, student, provenance={})
     monkeypatch.setattr(pipeline, "export_bundle", record)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -32,7 +32,7 @@ from benchmarks.publishing import here_and_now
 from clip_rd_edge.benchmarking.report import write_between_markers
 from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.bundle.encoder import Embeddings
-from clip_rd_edge.bundle.formats import FORMATS, Format
+from clip_rd_edge.bundle.formats import FORMATS
 from clip_rd_edge.bundle.manifest import Tower
 from clip_rd_edge.bundle.preprocess import preprocess
 from clip_rd_edge.bundle.reference import read_reference
@@ -198,7 +198,7 @@ def _packages(preset: str, clip: ClipModel, pixels: Inputs, folder: Path) -> Con
 
 def table(results: Results) -> str:
     """Return the tables as Markdown; a column that no row has a value for is left out."""
-    title = FORMATS[cast(Format, results.format)].title
+    title = FORMATS[results.format].title
     columns: dict[str, Callable[[Converted], str]] = {
         "max difference": lambda row: f"{row.max_difference:.1e}" if row.max_difference else "",
         "FP32, MB": lambda row: f"{row.fp32_mb:.1f}",

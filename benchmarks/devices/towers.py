@@ -29,10 +29,10 @@ from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.data.emoji import training_pairs
 from clip_rd_edge.exporting.calibration import calibration_set
 from clip_rd_edge.exporting.graph import prepare_for_quantization, silently
-from clip_rd_edge.exporting.int8.candidates import ORT, CandidateRequest
+from clip_rd_edge.exporting.int8.candidates import Float32Tower, onnx_candidates
 from clip_rd_edge.exporting.int8.search import MeasuredCandidate, choose
 from clip_rd_edge.exporting.parity import Agreement, Inputs, agreement, embed, latencies
-from clip_rd_edge.exporting.plan import Budget, ExportRequest
+from clip_rd_edge.exporting.plan import Budget, Plan
 from clip_rd_edge.exporting.towers import export_image_tower, export_text_tower
 from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -42,7 +42,6 @@ from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.outputs import new_folder
-from clip_rd_edge.utils.reporting import SILENT
 from clip_rd_edge.utils.structs import to_json
 from clip_rd_edge.utils.timing import Milliseconds, time_in_turn
 
@@ -170,7 +169,7 @@ TOWERS = {
 }
 CALIBRATION_SAMPLES, HELD_OUT_SAMPLES = 48, 32
 THREADS, REPEATS = 1, 5
-WEIGHT_BITS = ExportRequest().weight_bits
+WEIGHT_BITS = Plan().weight_bits
 STATIC = "static, percentile"
 
 
@@ -216,16 +215,15 @@ def prepare(tower: str, folder: Path) -> None:
     model = model.rename(folder / "fp32.onnx")
     np.save(folder / "one.npy", held_out[:1])
     reference = embed(open_session(str(model)), held_out)
-    request = CandidateRequest(
+    float32 = Float32Tower(
+        name=kind_of(tower),
         model=prepare_for_quantization(model, folder),
-        samples=calibrate,
-        max_error=1 - min_agreement(tower),
-        weight_bits=WEIGHT_BITS,
-        threads=THREADS,
-        reporter=SILENT,
+        calibrate=calibrate,
+        held_out=held_out,
+        plan=Plan(threads=THREADS),
     )
     candidates = []
-    for number, method in enumerate(ORT.candidates(request)):
+    for number, method in enumerate(onnx_candidates(float32)):
         path = folder / f"int8-{number}.onnx"
         path.write_bytes(method.make())
         candidates.append(

@@ -632,12 +632,12 @@ def make_bundle(folder: Path) -> Path:
     import torch
 
     from clip_rd_edge.exporting.bundle import export_bundle
-    from clip_rd_edge.exporting.plan import ExportRequest
+    from clip_rd_edge.exporting.plan import Plan
     from clip_rd_edge.models.students import build_student, student_config
 
     torch.manual_seed(0)
     config = student_config("resnet10t", embedding_size=16, image_size=32, text="64x1", context_length=8)
-    export_bundle(build_student(config, name="tiny"), folder / "bundle", ExportRequest())
+    export_bundle(build_student(config, name="tiny"), folder / "bundle", Plan())
     return folder / "bundle"
 
 

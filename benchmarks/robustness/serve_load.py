@@ -46,11 +46,11 @@ IMAGES = 32  # different images and texts
 def random_bundle(student: str, folder: Path) -> Path:
     """Export a student with random weights; needs the extra [train]."""
     from clip_rd_edge.exporting.bundle import export_bundle
-    from clip_rd_edge.exporting.plan import ExportRequest
+    from clip_rd_edge.exporting.plan import Plan
     from clip_rd_edge.models.students import build_student, student_config
 
     clip = build_student(student_config(student, embedding_size=256), name=student)
-    export_bundle(clip, folder / "bundle", ExportRequest())
+    export_bundle(clip, folder / "bundle", Plan())
     return folder / "bundle"
 
 

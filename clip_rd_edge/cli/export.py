@@ -1,130 +1,29 @@
-"""`clip-rd-edge export`: export a model as a bundle."""
+"""`clip-rd-edge export`, `verify` and `targets`: make a bundle, check it, and for what."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from clip_rd_edge.bundle.formats import FORMATS, Precision
-from clip_rd_edge.cli.options import (
-    GroupedCommand,
-    ManyOption,
-    NameChoice,
-    PathName,
-    complete_labels,
-    complete_targets,
-    drop_none,
-    grouped,
-)
-from clip_rd_edge.cli.output import echo
-from clip_rd_edge.settings.training import PRECISION_WORDS
+from clip_rd_edge.cli.options import GroupedCommand, command_of, complete_target_name, grouped
+from clip_rd_edge.cli.output import echo, fold_command
+from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.settings.deploying import Export, Verify
 from clip_rd_edge.utils.text import as_word
 
 if TYPE_CHECKING:
     from clip_rd_edge.api import ExportedBundle
     from clip_rd_edge.exporting.int8.search import Trial
-
-_FORMATS = ". ".join(f"{name}: {info.help}" if info.help else name for name, info in FORMATS.items())
-_bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
+    from clip_rd_edge.runtime.verify import Check
 
 
-@click.command("export", cls=GroupedCommand, short_help="Export a model as a bundle for a device.")
-@click.argument("model")
-@_bundle("--pretrained", metavar="TAG|FILE", help="Weights, if MODEL is an architecture of open_clip.  [default: none]")
-@_bundle(
-    "--target",
-    metavar="NAME",
-    shell_complete=complete_targets,
-    help="Device to export for, which sets format and precision: one of `clip-rd-edge targets`, such as cpu-x86 or "
-    "jetson-orin, or an RTX card's compute capability, such as sm86; several, as in sm86,sm89,jetson-orin, make one "
-    "bundle per target. browser writes a static web page that runs the bundle in the browser; MODEL may then be a "
-    "bundle.  [default: none; --format trt is then for the GPU that is here, or builds its engines where it runs]",
-)
-@_bundle(
-    "--format", metavar="NAME",
-    type=NameChoice(list(FORMATS), meant={alias: name for name, info in FORMATS.items() for alias in info.aliases}),
-    help=f"{_FORMATS}.  [default: the target's, else onnx]",
-)  # fmt: skip
-@_bundle(
-    "--precision",
-    type=NameChoice(list(get_args(Precision)), meant=PRECISION_WORDS),
-    metavar="NAME",
-    help="Precision of the towers: fp32, fp16, bf16 or int8.  [default: the target's, else fp32]",
-)
-@_bundle(
-    "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE", shell_complete=complete_labels,
-    help='Labels such as "a cat" "a dog", everyday, or a label file (see classify), whose embeddings are stored in '
-    "the bundle.  [default: the model's own, if it was stitched]",
-)  # fmt: skip
-@_bundle(
-    "--text-tower/--no-text-tower", default=True,
-    help="--no-text-tower leaves the text tower out, often the larger part of a bundle: it then embeds images, and "
-    "classifies among the labels of --labels alone.",
-)  # fmt: skip
-@_bundle(
-    "--preprocess-in-graph",
-    is_flag=True,
-    help="Preprocess in image.onnx: it takes uint8 RGB images of any size, one at a time.",
-)
-@_bundle(
-    "--layout", type=NameChoice(["bundle", "huggingface", "immich"]), default="bundle", show_default=True,
-    metavar="NAME",
-    help="bundle, huggingface or immich. huggingface writes a folder that open_clip, transformers.js and fastembed "
-    "load, with float32, FP16 and, with --precision int8, INT8 files and a model card. immich writes a model folder "
-    "for immich.",
-)  # fmt: skip
-@_bundle(
-    "--as", "as_name", metavar="NAME",
-    help="For --layout immich: the model that immich knows by this name and whose place the student takes; its "
-    "embeddings must have the same size.  [default: ViT-B-32__openai for embeddings of 512 numbers]",
-)  # fmt: skip
-@_bundle(
-    "--report", type=PathName(), metavar="DIR",
-    help="Report of `clip-rd-edge benchmark` whose figures go into the model card of --layout huggingface.  "
-    "[default: none]",
-)  # fmt: skip
-@_bundle(
-    "--via", type=NameChoice(["onnx", "torch-tensorrt"]), default="onnx", show_default=True,
-    metavar="NAME",
-    help="Build TensorRT engines from ONNX (onnx), or from PyTorch on the target GPU (torch-tensorrt).",
-)  # fmt: skip
-@_bundle(
-    "--node-modules", type=PathName(), metavar="DIR",
-    help="Folder where npm installed the packages for --target browser.  [default: download them once]",
-)  # fmt: skip
-@_int8(
-    "--calibration", metavar="CSV|emoji",
-    help="Pairs for calibrating and evaluating INT8.  [default: those that MODEL's run kept]",
-)  # fmt: skip
-@_int8(
-    "--min-agreement", type=click.FloatRange(0, 1), metavar="COSINE",
-    help="Min centred cosine between INT8 and float32 embeddings.  [default: 0.99; text tower: 0.995]",
-)  # fmt: skip
-@_int8(
-    "--max-loss", type=click.FloatRange(0, 100), metavar="POINTS",
-    help="Max loss of zero-shot accuracy by INT8 on held-out pairs, in percentage points.  [default: 0.5]",
-)  # fmt: skip
-@_int8(
-    "--fallback", metavar="NAME", type=NameChoice(["fp32", "fp16", "none"]),
-    help="Precision of a tower that INT8 does not improve: fp32 or fp16; none refuses the export.  "
-    "[default: fp32, but if INT8 improves neither tower, the export is refused]",
-)  # fmt: skip
-@_output("-o", "--output", required=True, type=PathName(), metavar="FOLDER", help="Folder of the bundle.")
-@_output("--force", is_flag=True, help="Replace an earlier export in FOLDER; a folder with anything else is refused.")
-@_output(
-    "--threads",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Threads for measuring latency.",
-)
-@_output("--json", "as_json", is_flag=True, help="Print the bundle and all INT8 trials as JSON.")
-def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **options: Any) -> None:
+@command_of(Export, "export")
+@grouped("Output")("--json", "as_json", is_flag=True, help="Print the bundle and all INT8 trials as JSON.")
+def export(given: dict[str, Any], as_json: bool) -> None:
     """Export MODEL as a bundle, which runs without PyTorch: two ONNX files, a tokenizer and a manifest.
 
     \b
@@ -152,16 +51,16 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     from clip_rd_edge.runtime.labels import parse_labels
     from clip_rd_edge.utils.paths import is_file
 
+    output = Path(given["output"])
     with console_reporter() as reporter:
-        options = drop_none(labels=parse_labels(labels), **options)
-        bundle = edge.export(model, output, **options, reporter=reporter)
+        bundle = edge.export(**{**given, "labels": parse_labels(given.get("labels", ()))}, reporter=reporter)
     for part in bundle.targets or (bundle,):
         _show(part, name=f"{part.folder.name}: " if bundle.targets else "")
-    if options.get("target") != BROWSER and options.get("layout") == "bundle" and not bundle.targets:
+    if given.get("target") != (BROWSER,) and "layout" not in given and not bundle.targets:
         labels_option = "" if is_file(output / LABELS) else ' --labels "a cat" "a dog"'
         name = as_word(output)
         use = f"classify {name} photo.jpg{labels_option}"
-        if labels_option and not options["text_tower"]:
+        if labels_option and not given.get("text_tower", True):
             use = f"index {name} photos/ -o photos.index"
         steps = f"clip-rd-edge verify {name}; clip-rd-edge {use}"
         script = output / BUILD_SHELL
@@ -226,3 +125,105 @@ def _summary(bundle: ExportedBundle) -> dict[str, Any]:
         **bundle.manifest.towers,
         "trials": list(bundle.trials),
     }
+
+
+@command_of(Verify, "verify")
+@grouped("Output")("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
+def verify(given: dict[str, Any], as_json: bool) -> None:
+    """Check that the files of BUNDLE are unchanged since the export, and that both towers answer as they did there.
+
+    \b
+    clip-rd-edge verify bundle
+    clip-rd-edge verify bundle --device cuda --json
+
+    Each tower embeds the bundle's reference images or texts on this device; the embeddings must agree with the
+    exporter's, as closely as the tower's precision allows. This needs no PyTorch. Exit code 0: all checks passed, 1: a
+    file is damaged or missing, or a tower does not run, takes longer than the limit, runs elsewhere than it was meant
+    to, or answers wrongly.
+    """
+    import clip_rd_edge as edge
+    from clip_rd_edge.cli.console import console_reporter
+
+    with console_reporter():
+        checks = edge.verify(**given)
+    if as_json:
+        from clip_rd_edge.utils.structs import encode_json
+
+        echo(encode_json(checks))
+    else:
+        _print_checks(checks)
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        raise ClipRdEdgeError(
+            f"The bundle {given['bundle']} failed {len(failed)} of {len(checks)} checks: "
+            f"{', '.join(check.what for check in failed)}.",
+            hint=next((check.hint for check in failed if check.hint), ""),
+        )
+
+
+def _print_checks(checks: list[Check]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from clip_rd_edge.cli.console import print_table
+
+    table = Table(show_header=False)
+    for check in checks:
+        state = Text("ok", style="green") if check.passed else Text("failed", style="red")
+        table.add_row(check.what, state, check.detail)
+    print_table(table)
+
+
+# The words of the column `tested` for Target.runs.
+_TESTED = {"here": "yes", "nearby": "in part", "not yet": "not yet"}
+
+
+@click.command("targets", cls=GroupedCommand, short_help="List the supported targets, and how to deploy to them.")
+@click.argument("name", required=False, metavar="[NAME]", shell_complete=complete_target_name)
+@grouped("Output")("--json", "as_json", is_flag=True, help="Print the targets as JSON.")
+def targets(name: str | None, as_json: bool) -> None:
+    """List the supported targets, or show how to deploy to the target NAME.
+
+    \b
+    clip-rd-edge targets
+    clip-rd-edge targets cpu-arm
+    """
+    import clip_rd_edge as edge
+
+    known = edge.targets(name)
+    if as_json:
+        from clip_rd_edge.utils.structs import to_json
+
+        echo(to_json(known), nl=False)
+    elif name:
+        from rich.markdown import Markdown
+
+        from clip_rd_edge.cli.console import SafeConsole
+        from clip_rd_edge.exporting.plan import target_guide
+
+        console = SafeConsole()
+        guide = target_guide(name)
+        # Print plain Markdown unless stdout is a terminal.
+        console.print(Markdown(_fit(guide, console.width))) if console.file.isatty() else echo(guide, nl=False)
+    else:
+        from rich.table import Table
+        from rich.text import Text
+
+        from clip_rd_edge.cli.console import print_table
+
+        table = Table("target", "description", "requirements", "tested", show_lines=True)
+        for key, target in known.items():
+            title = Text.assemble(f"{target.title}\n", (target.examples, "dim"))
+            table.add_row(key, title, "\n".join(target.needs), _TESTED[target.runs])
+        print_table(table)
+        echo("How to deploy: clip-rd-edge targets NAME; what is here: clip-rd-edge doctor", err=True)
+
+
+def _fit(guide: str, width: int) -> str:
+    """Return a guide whose shell commands fit a terminal: where rich breaks them, they could not be copied."""
+    lines, in_shell = [], False
+    for line in guide.splitlines():
+        if line.startswith("```"):
+            in_shell = line == "```sh"
+        lines.append(fold_command(line, width - 2) if in_shell else line)
+    return "\n".join(lines)

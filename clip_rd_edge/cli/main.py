@@ -43,7 +43,7 @@ COMMANDS = {
     "average": ("train", "Average the weights of two models of one architecture."),
     "evaluate": ("measure", "Measure zero-shot accuracy and retrieval of a model or bundle."),
     "export": ("export", "Export a model as a bundle for a device."),
-    "verify": ("verify", "Verify a bundle's files, and that it runs on this device."),
+    "verify": ("export", "Verify a bundle's files, and that it runs on this device."),
     "classify": ("classify", "Classify images among your own labels."),
     "index": ("device", "Embed a folder of images for searching."),
     "search": ("device", "Search an index by text or image."),
@@ -51,7 +51,7 @@ COMMANDS = {
     "demo": ("device", "Try bundles on a local web page, with a camera or image files."),
     "benchmark": ("measure", "Compare models by accuracy, latency and size."),
     "evidence": ("measure", "Compare training methods over several students and seeds."),
-    "targets": ("targets", "List the supported targets, and how to deploy to them."),
+    "targets": ("export", "List the supported targets, and how to deploy to them."),
     "doctor": ("device", "Check this machine, and show what to install."),
 }
 # The extras that a command needs, if it is not only the one of the package that is missing.

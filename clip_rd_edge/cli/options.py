@@ -224,7 +224,7 @@ def drop_none(**options: Any) -> dict[str, Any]:
 
 COMPLETIONS = {
     "data": complete_data, "labels": complete_labels, "recipe": complete_recipe,
-    "student": complete_student, "task": complete_task,
+    "student": complete_student, "targets": complete_targets, "task": complete_task,
 }  # fmt: skip
 
 

@@ -1,16 +1,20 @@
-"""Export a model as a bundle: in float32, each file is checked against the model; conversions start from there."""
+"""Export a model: float32 towers that are compared with torch, a bundle per plan from there, its manifest last."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 import onnx
 
 from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.formats import import_named
 from clip_rd_edge.bundle.labels import require_readable
 from clip_rd_edge.bundle.manifest import (
     EXTERNAL_DATA_SUFFIX,
@@ -20,15 +24,16 @@ from clip_rd_edge.bundle.manifest import (
     TOKENIZER,
     Manifest,
     Tower,
+    damaged_files,
     read_manifest,
+    require_whole_towers,
     write_manifest,
 )
 from clip_rd_edge.bundle.outputs import require_output
 from clip_rd_edge.bundle.tokenizer import TokenIds, Tokenizer, TokenizerSpec
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
-from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.conversion import ConvertedBundle
-from clip_rd_edge.exporting.converters import Conversion, converter_for
+from clip_rd_edge.exporting.formats import Converted, Job
+from clip_rd_edge.exporting.layouts import LAYOUTS, Layout
 from clip_rd_edge.exporting.parity import (
     HARD_TEXTS,
     Inputs,
@@ -39,8 +44,7 @@ from clip_rd_edge.exporting.parity import (
     latencies,
     measurement,
 )
-from clip_rd_edge.exporting.plan import ExportRequest, require_fallback, require_precision, require_via
-from clip_rd_edge.exporting.preprocess_graph import IMAGE, with_preprocessing
+from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.exporting.towers import (
     IMAGE_INPUT,
     IMAGE_OUTPUT,
@@ -51,22 +55,138 @@ from clip_rd_edge.exporting.towers import (
 )
 from clip_rd_edge.models.clip import ClipModel, deployed_parameter_count, evaluation_mode, float32_on_cpu
 from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.tokenizers import export_tokenizer
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.runtime.load import open_bundle
+from clip_rd_edge.settings.deploying import Export
 from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.host import ONNXRUNTIMES, installed_versions
 from clip_rd_edge.utils.outputs import new_folder
+from clip_rd_edge.utils.paths import as_text, typed
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
-_PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "onnx", *ONNXRUNTIMES, "pillow")
+if TYPE_CHECKING:
+    from clip_rd_edge.data.samples import Samples
+    from clip_rd_edge.exporting.calibration import CalibrationPairs, CalibrationSet
+
 MAX_DIFFERENCE, MIN_COSINE = 1e-4, 0.99999
 TARGET = "onnxruntime"
 
 
-def write_fp32(clip: ClipModel, folder: Path, request: ExportRequest, *, reporter: Reporter = SILENT) -> Manifest:
+@float32_on_cpu()
+def export_model(
+    request: Export, plans: Sequence[Plan], pairs: Samples | CalibrationPairs | None = None
+) -> dict[str, Converted]:
+    """Load a model and export it by its plans; return what was written, by target.
+
+    Args:
+        pairs: to calibrate and evaluate INT8 on, if a plan is in it.
+    """
+    reporter, output, layout = request.reporter, Path(request.output), plans[0].layout
+    reporter.update("loading the model")
+    clip = load_clip(typed(request.model), pretrained=as_text(request.pretrained))
+    samples = None
+    if pairs is not None:
+        from clip_rd_edge.exporting.calibration import CalibrationPairs, choose_pairs
+
+        reporter.update(f"reading images of {pairs.name}")
+        chosen = pairs if isinstance(pairs, CalibrationPairs) else choose_pairs(pairs, preprocessing=clip.preprocessing)
+        samples = chosen.for_model(preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize)
+    if layout in ("bundle", "browser") and clip.labels:
+        plans = [replace(plan, labels=plan.labels or clip.labels) for plan in plans]
+    if layout != "bundle":
+        return {plans[0].target: export_layout(clip, request, plans[0], samples=samples)}
+    if len(plans) == 1:
+        written = export_bundle(clip, output, plans[0], samples=samples, overwrite=request.force, reporter=reporter)
+        return {plans[0].target: written}
+    by_target = {plan.target: plan for plan in plans}
+    return export_bundles(clip, output, by_target, samples=samples, overwrite=request.force, reporter=reporter)
+
+
+@float32_on_cpu()
+def export_layout(clip: ClipModel, request: Export, plan: Plan, *, samples: CalibrationSet | None = None) -> Converted:
+    """Export a model in another layout than a bundle's; return the bundle in the plan's precision, or in the last."""
+    layout: Layout = import_named(LAYOUTS[plan.layout])()
+    layout.check_model(clip, request)
+    plans: dict[str, Plan] = {name: replace(plan, precision=name) for name in layout.precisions(plan)}
+    output, reporter = Path(request.output), request.reporter
+    with tempfile.TemporaryDirectory() as scratch, new_folder(output, overwrite=request.force) as folder:
+        bundles = Path(scratch) / "bundles"
+        written = export_bundles(clip, bundles, plans, samples=samples, reporter=reporter)
+        reporter.update("writing the folder")
+        layout.write({name: bundles / name for name in plans}, folder, clip, request)
+    return list(written.values())[-1]
+
+
+@float32_on_cpu()
+def export_bundle(
+    clip: ClipModel,
+    output: Path,
+    plan: Plan,
+    *,
+    samples: CalibrationSet | None = None,
+    source: Path | None = None,
+    overwrite: bool = False,
+    reporter: Reporter = SILENT,
+) -> Converted:
+    """Export a model as a bundle in the folder `output`.
+
+    Args:
+        samples: calibrate and evaluate INT8.
+        source: the model's float32 bundle, if there is one, so that its towers are not exported again.
+        overwrite: replace an earlier export in `output`.
+    """
+    require_output(output, "export", overwrite=overwrite)
+    _require_storable(clip, plan)
+    with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
+        if source is None:
+            source = folder if (plan.format, plan.precision) == ("onnx", "fp32") else Path(scratch)
+            fp32 = write_fp32(clip, source, threads=plan.threads, reporter=reporter)
+        else:
+            fp32 = read_manifest(source)
+            if fp32.precision != "fp32" or damaged_files(source, fp32):
+                raise UsageError(f"The bundle {source} is damaged, or not in float32.", hint="export it again")
+        job = Job(plan=plan, clip=clip, source=source, fp32=fp32, folder=folder, samples=samples, reporter=reporter)
+        return _write_bundle(job)
+
+
+@float32_on_cpu()
+def export_bundles(
+    clip: ClipModel,
+    output: Path,
+    plans: Mapping[str, Plan],
+    *,
+    samples: CalibrationSet | None = None,
+    overwrite: bool = False,
+    reporter: Reporter = SILENT,
+) -> dict[str, Converted]:
+    """Export a model as several bundles, each in the folder of its name in `output`; the towers are exported once."""
+    require_output(output, "export", overwrite=overwrite)
+    for plan in plans.values():
+        _require_storable(clip, plan)
+    with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
+        source, threads = Path(scratch), next(iter(plans.values())).threads
+        fp32 = write_fp32(clip, source, threads=threads, reporter=reporter)
+        written = {}
+        for name, plan in plans.items():
+            (folder / name).mkdir()
+            of_name = PrefixedReporter(reporter, f"{name}: ")
+            written[name] = _write_bundle(
+                Job(plan=plan, clip=clip, source=source, fp32=fp32, folder=folder / name, samples=samples,
+                    reporter=of_name)
+            )  # fmt: skip
+        return written
+
+
+def _require_storable(clip: ClipModel, plan: Plan) -> None:
+    """Refuse labels that a bundle cannot hold."""
+    if plan.labels is not None:  # the precision of their embeddings is known later: int8 takes the least
+        require_readable(tuple(dict.fromkeys(plan.labels)), clip.embedding_size, "int8")
+
+
+def write_fp32(clip: ClipModel, folder: Path, *, threads: int = 1, reporter: Reporter = SILENT) -> Manifest:
     """Write both towers and the tokenizer into `folder`; return their manifest, not yet written."""
     with evaluation_mode(clip.model):
         reporter.update("exporting the image tower")
@@ -80,11 +200,9 @@ def write_fp32(clip: ClipModel, folder: Path, request: ExportRequest, *, reporte
         pixels = np.random.default_rng(0).standard_normal((len(HARD_TEXTS), 3, height, width)).astype(np.float32)
         encoder = TorchEncoder(clip)
         image = _checked_tower(
-            folder / IMAGE_MODEL, pixels, encoder.encode_pixels(pixels), (IMAGE_INPUT, IMAGE_OUTPUT), request.threads
+            folder / IMAGE_MODEL, pixels, encoder.encode_pixels(pixels), (IMAGE_INPUT, IMAGE_OUTPUT), threads
         )
-        text = _checked_tower(
-            folder / TEXT_MODEL, ids, encoder.encode_ids(ids), (TEXT_INPUT, TEXT_OUTPUT), request.threads
-        )
+        text = _checked_tower(folder / TEXT_MODEL, ids, encoder.encode_ids(ids), (TEXT_INPUT, TEXT_OUTPUT), threads)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         name=clip.name,
@@ -98,7 +216,6 @@ def write_fp32(clip: ClipModel, folder: Path, request: ExportRequest, *, reporte
         text=text,
         templates=clip.templates,
         parameters=deployed_parameter_count(clip.model, text_tower=True),
-        provenance=request.provenance,
     )
     return manifest.with_scoring(clip.scoring)
 
@@ -138,125 +255,51 @@ def _checked_tower(path: Path, inputs: Inputs, expected: Embeddings, names: tupl
     )
 
 
-@float32_on_cpu()
-def export_bundle(
-    clip: ClipModel,
-    output: Path,
-    request: ExportRequest,
-    *,
-    calibration: CalibrationSet | None = None,
-    source: Path | None = None,
-    overwrite: bool = False,
-    reporter: Reporter = SILENT,
-) -> ConvertedBundle:
-    """Export a model as a bundle in the folder `output`; its manifest is written last.
-
-    Args:
-        clip: the model.
-        output: the bundle's folder.
-        request: format, precision and the other parameters.
-        calibration: samples to calibrate and evaluate INT8 on; only INT8 needs them.
-        source: the model's float32 bundle, if there is one, so that it is not exported again for other precisions.
-        overwrite: replace an earlier export in `output`.
-        reporter: shows progress.
-    """
-    require_output(output, "export", overwrite=overwrite)
-    _require_supported(clip, request, calibration)
-    with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
-        if (request.format, request.precision) == ("onnx", "fp32"):
-            source = folder
-            converted = ConvertedBundle(write_fp32(clip, folder, request, reporter=reporter))
-        else:
-            if source is None:
-                source = Path(scratch)
-                write_manifest(source, write_fp32(clip, source, request, reporter=reporter))
-            job = Conversion(clip, source, folder, request, calibration, reporter)
-            converted = converter_for(request.format).convert(job)
-        if request.precision == "int8" and calibration is not None:
-            request = msgspec.structs.replace(
-                request, provenance={**request.provenance, "calibration": calibration.name}
-            )
-        manifest = converted.manifest
-        if not request.text_tower:
-            parameters = deployed_parameter_count(clip.model, text_tower=False)
-            manifest = msgspec.structs.replace(manifest, parameters=parameters)
-        return ConvertedBundle(_finish(folder, manifest, request, source, reporter), converted.trials)
-
-
-@float32_on_cpu()
-def export_bundles(
-    clip: ClipModel,
-    output: Path,
-    requests: Mapping[str, ExportRequest],
-    *,
-    calibration: CalibrationSet | None = None,
-    overwrite: bool = False,
-    reporter: Reporter = SILENT,
-) -> dict[str, ConvertedBundle]:
-    """Export a model as several bundles, each in the folder of its name in `output`; the towers are exported once.
-
-    Args:
-        requests: one per name.
-        clip, output, calibration, overwrite, reporter: as for `export_bundle`.
-    """
-    require_output(output, "export", overwrite=overwrite)
-    for request in requests.values():
-        _require_supported(clip, request, calibration)
-    with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch) / "fp32"
-        export_bundle(clip, source, ExportRequest(threads=next(iter(requests.values())).threads), reporter=reporter)
-        return {
-            name: export_bundle(
-                clip,
-                folder / name,
-                request,
-                calibration=calibration if request.precision == "int8" else None,
-                source=source,
-                reporter=PrefixedReporter(reporter, f"{name}: "),
-            )
-            for name, request in requests.items()
-        }
-
-
-def _require_supported(clip: ClipModel, request: ExportRequest, calibration: CalibrationSet | None) -> None:
-    """Raise UsageError or InputError if the request cannot be met."""
-    require_precision(request.format, request.precision)
-    require_fallback(request.fallback, format=request.format, precision=request.precision)
-    require_via(request.via, format=request.format, precision=request.precision)
-    converter_for(request.format).check(request)
-    if request.precision == "int8" and calibration is None:
-        raise UsageError("INT8 needs a calibration set, to measure the activation ranges on.")
-    if request.labels is not None:  # the precision of their embeddings is known later: int8 takes the least
-        require_readable(tuple(dict.fromkeys(request.labels)), clip.embedding_size, "int8")
-
-
-def _finish(
-    folder: Path,
-    manifest: Manifest,
-    request: ExportRequest,
-    source: Path,
-    reporter: Reporter,
-) -> Manifest:
-    """Add what was requested and the reference answers to the bundle, and write the manifest.
-
-    Args:
-        source: the float32 bundle that it was converted from, with both towers.
-    """
-    manifest = msgspec.structs.replace(manifest, provenance=dict(request.provenance))
-    if request.preprocess_in_graph:
+def _write_bundle(job: Job) -> Converted:
+    """Carry out a job: convert the towers, add what was asked for and the reference answers, write the manifest."""
+    plan, folder = job.plan, job.folder
+    converter = plan.converter
+    if plan.text_tower and job.source != folder:
+        shutil.copyfile(job.source / TOKENIZER, folder / TOKENIZER)
+    if (plan.format, plan.precision) != ("onnx", "fp32"):
+        require_whole_towers(job.source, job.manifest, purpose="every conversion of float32 ONNX")
+    provenance = dict(plan.provenance)
+    if plan.precision == "int8":
+        provenance["calibration"] = _require_different_captions(job).name
+    manifest, trials = converter.convert(job)
+    manifest = msgspec.structs.replace(manifest, provenance=provenance)
+    if plan.preprocess_in_graph:
         manifest = _with_preprocessing(folder, manifest)
-    converter = converter_for(request.format)
-    origin = converter.runnable(folder, source)
-    known = manifest if origin == folder else read_manifest(origin)
-    if request.labels is not None:
-        reporter.update("embedding the labels")
-        complete = (origin, known) if known.text else (source, read_manifest(source))
-        write_label_bank(folder, manifest, request.labels, encoder=_label_encoder(*complete))
-    if not request.text_tower:
-        manifest, known = _without_text(folder, manifest), known.without_text()
-    reporter.update("computing the reference answers")
-    add_reference(folder, converter.reference(origin, known))
-    return write_manifest(folder, manifest)
+    origin = converter.runnable(job)
+    runnable = manifest if origin == folder else job.fp32
+    if plan.labels is not None:
+        job.reporter.update("embedding the labels")
+        complete = (origin, runnable) if runnable.text else (job.source, job.fp32)
+        write_label_bank(folder, manifest, plan.labels, encoder=_label_encoder(*complete))
+    if not plan.text_tower:
+        for name in (TEXT_MODEL, f"{TEXT_MODEL}{EXTERNAL_DATA_SUFFIX}", TOKENIZER):  # if they were for the labels alone
+            (folder / name).unlink(missing_ok=True)
+        parameters = deployed_parameter_count(job.clip.model, text_tower=False)
+        manifest = msgspec.structs.replace(manifest.without_text(), parameters=parameters)
+        runnable = runnable.without_text()
+    job.reporter.update("computing the reference answers")
+    add_reference(folder, converter.reference(origin, runnable))
+    return Converted(write_manifest(folder, manifest), trials)
+
+
+def _require_different_captions(job: Job) -> CalibrationSet:
+    """Return the samples of a job for INT8, whose texts have to differ if they are compared."""
+    samples = job.samples
+    if samples is None:
+        raise UsageError("INT8 needs a calibration set, to measure the activation ranges on.")
+    if job.plan.text_tower and len(np.unique(samples.held_out.ids, axis=0)) < 2:  # nothing is left without their mean
+        raise UsageError(
+            f"All captions from {samples.name} are alike, so the text tower in INT8 cannot be compared with float32; "
+            "expected different ones.",
+            hint="pass pairs with captions of their own: {calibration} pairs.csv, or leave the text tower out with "
+            "{labels} and --no-text-tower",
+        )
+    return samples
 
 
 def _label_encoder(folder: Path, manifest: Manifest) -> BundleEncoder:
@@ -265,15 +308,9 @@ def _label_encoder(folder: Path, manifest: Manifest) -> BundleEncoder:
     return NodeByNode(folder, manifest) if encoder.int8_fault(manifest.require_text()) else encoder
 
 
-def _without_text(folder: Path, manifest: Manifest) -> Manifest:
-    """Delete the files of a text tower that was needed for the labels alone; return the manifest without it."""
-    if manifest.text is not None:
-        for name in (TEXT_MODEL, f"{TEXT_MODEL}{EXTERNAL_DATA_SUFFIX}", TOKENIZER):
-            (folder / name).unlink(missing_ok=True)
-    return manifest.without_text()
-
-
 def _with_preprocessing(folder: Path, manifest: Manifest) -> Manifest:
+    from clip_rd_edge.exporting.preprocess_graph import IMAGE, with_preprocessing  # which few exports need
+
     path = folder / manifest.image.file
     if (folder / f"{path.name}{EXTERNAL_DATA_SUFFIX}").is_file():
         raise UsageError(
@@ -282,8 +319,3 @@ def _with_preprocessing(folder: Path, manifest: Manifest) -> Manifest:
     write_bytes(path, with_preprocessing(onnx.load(path), manifest.preprocessing).SerializeToString())
     image = msgspec.structs.replace(manifest.image, input_name=IMAGE, preprocesses=True)
     return msgspec.structs.replace(manifest, image=image)
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of the installed packages that an export depends on, for its provenance."""
-    return installed_versions(_PACKAGES)

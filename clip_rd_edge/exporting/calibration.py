@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from clip_rd_edge.bundle.preprocess import Pixels, Preprocessing, fit, preprocess
-from clip_rd_edge.bundle.runs import CALIBRATION_FILE, model_folder, refuse_unfinished_run, training_record_path
+from clip_rd_edge.bundle.runs import CALIBRATION_FILE, model_folder, read_training_record, refuse_unfinished_run
 from clip_rd_edge.bundle.tokenizer import TokenIds
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.samples import MAX_BAD_SHARE, BadSamples
@@ -33,7 +34,6 @@ from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.arrays import npz_bytes, read_npz
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import Typed, is_file
-from clip_rd_edge.utils.structs import read_json
 
 # Activation ranges hardly change beyond about a hundred images; with 192 held-out images, one is half a point of
 # accuracy.
@@ -44,8 +44,7 @@ _MAX_READ = 8 * (MAX_CALIBRATION + MAX_HELD_OUT)
 _MAX_BYTES = 1 << 30  # of the images that a run keeps: as many as there are, of 1,024 pixels
 
 
-@dataclass(frozen=True)
-class Samples:
+class Samples(NamedTuple):
     """Model inputs of N pairs: pixels (N, 3, H, W) float32 and token ids (N, T) int64."""
 
     pixels: Pixels
@@ -54,12 +53,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Samples for calibration and held-out samples for evaluation.
+    """Samples that set activation ranges, and held-out ones that candidates are evaluated on.
 
     Attributes:
         name: the name of the pairs, for provenance.
-        calibrate: samples that set the activation ranges.
-        held_out: samples that candidates are evaluated on; none of them sets a range.
         paired: whether each caption belongs to its image, so that right answers are known.
     """
 
@@ -93,14 +90,9 @@ class CalibrationPairs:
             size, other = (" × ".join(map(str, shape)) for shape in (preprocessing.size, self.images.shape[1:3]))
             raise UsageError(f"The model takes images of {size} pixels, and those of its run have {other}.", hint=_HINT)
         pixels: Pixels = np.stack([preprocess(Image.fromarray(image), preprocessing) for image in self.images])
-        ids = tokenize(self.captions)
-        half = min(MAX_CALIBRATION, len(pixels) // 2)
-        return CalibrationSet(
-            self.name,
-            calibrate=Samples(pixels[:half], ids[:half]),
-            held_out=Samples(pixels[half:], ids[half:]),
-            paired=self.paired,
-        )
+        ids, half = tokenize(self.captions), min(MAX_CALIBRATION, len(pixels) // 2)
+        calibrate, held_out = (Samples(pixels[part], ids[part]) for part in (slice(half), slice(half, None)))
+        return CalibrationSet(self.name, calibrate, held_out, self.paired)
 
 
 def choose_pairs(
@@ -113,8 +105,7 @@ def choose_pairs(
 
     Args:
         pairs: where the samples come from; pairs alone, if there are enough of them among other images and captions.
-        preprocessing: of the model that is quantised.
-        seed: seed for choosing the pairs, and one caption per pair.
+        seed: for choosing the pairs, and one caption per pair.
         max_bad: max fraction of the samples that may be unreadable.
     """
     counts = pairs.counts
@@ -153,16 +144,11 @@ def _require_enough(pairs: DataSamples, count: int, what: str) -> None:
 
 
 def calibration_set(
-    pairs: DataSamples,
-    *,
-    preprocessing: Preprocessing,
-    tokenize: Callable[[Sequence[str]], TokenIds],
-    seed: int = 0,
+    pairs: DataSamples, *, preprocessing: Preprocessing, tokenize: Callable[[Sequence[str]], TokenIds], seed: int = 0
 ) -> CalibrationSet:
-    """Choose pairs for a model; arguments and errors as for `choose_pairs` and `CalibrationPairs.for_model`."""
-    return choose_pairs(pairs, preprocessing=preprocessing, seed=seed).for_model(
-        preprocessing=preprocessing, tokenize=tokenize
-    )
+    """Choose pairs for a model; arguments as for `choose_pairs` and `CalibrationPairs.for_model`."""
+    chosen = choose_pairs(pairs, preprocessing=preprocessing, seed=seed)
+    return chosen.for_model(preprocessing=preprocessing, tokenize=tokenize)
 
 
 class _Record(msgspec.Struct, frozen=True):
@@ -194,13 +180,10 @@ def kept_pairs(model: str) -> CalibrationPairs:
     images, record = arrays.get("images", np.empty(0)), arrays.get("record", np.empty(0))
     try:
         content = msgspec.json.decode(record.tobytes(), type=_Record)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} has no valid record: {error}.", hint=_HINT) from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        content = _Record("", [], True)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(content.captions):
-        raise ConfigError(
-            f"{path} has images of shape {images.shape} and type {images.dtype} for {len(content.captions)} captions.",
-            hint=_HINT,
-        )
+        raise ConfigError(f"{path} has no valid images, or no valid record of their captions.", hint=_HINT)
     levels = np.cumsum(images, axis=2, dtype=np.uint8)
     return CalibrationPairs(content.name, levels, content.captions, content.paired)
 
@@ -215,17 +198,7 @@ def named_pairs(source: Typed, model: str) -> DataSamples:
     """
     with contextlib.suppress(MissingColumnError):
         return load_pairs(source)
-    path = training_record_path(model_folder(model))
-    columns = _Columns() if path is None else read_json(path, _TrainingRecord).configuration
-    return load_pairs(source, image_key=columns.csv_img_key, caption_key=columns.csv_caption_key)
-
-
-class _Columns(msgspec.Struct):
-    csv_img_key: str = "filepath"
-    csv_caption_key: str = "title"
-
-
-class _TrainingRecord(msgspec.Struct):
-    """The fields of distillation.json that are read here."""
-
-    configuration: _Columns = msgspec.field(default_factory=_Columns)
+    recorded = read_training_record(model).get("configuration")
+    columns = recorded if isinstance(recorded, dict) else {}
+    image_key, caption_key = columns.get("csv_img_key", "filepath"), columns.get("csv_caption_key", "title")
+    return load_pairs(source, image_key=str(image_key), caption_key=str(caption_key))

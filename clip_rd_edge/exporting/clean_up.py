@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from clip_rd_edge.exporting.graph import drop_unused_constants
+from clip_rd_edge.exporting.graph import attributes_of, drop_unused_constants, producers_of, replace_nodes
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 # Programs that were written for this operator set ignore or refuse attributes that later ones added.
@@ -62,7 +62,7 @@ def regroup_gelu(graph: onnx.GraphProto) -> None:
 
     Halving is exact, so the values stay the same; a text tower in INT8 takes 5 % less time.
     """
-    producers = _producers(graph)
+    producers = producers_of(graph)
     halves = {tensor.name for tensor in graph.initializer if not tensor.dims and numpy_helper.to_array(tensor) == 0.5}
     for node in graph.node:
         for x, halved in (tuple(node.input), tuple(node.input)[::-1]) if node.op_type == "Mul" else ():
@@ -93,7 +93,7 @@ def spell_out_l2_norms(graph: onnx.GraphProto) -> None:
     """
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
-        attributes = _attributes(node)
+        attributes = attributes_of(node)
         if node.op_type != "ReduceL2" or attributes.get("noop_with_empty_axes"):
             nodes.append(node)
             continue
@@ -106,7 +106,7 @@ def spell_out_l2_norms(graph: onnx.GraphProto) -> None:
             ),
             helper.make_node("Sqrt", [f"{norm}/sum"], [norm], node.name),
         )
-    _replace_nodes(graph, nodes)
+    replace_nodes(graph, nodes)
 
 
 def drop_nan_guards(graph: onnx.GraphProto) -> None:
@@ -115,7 +115,7 @@ def drop_nan_guards(graph: onnx.GraphProto) -> None:
     torch exports attention with a mask of booleans, as in BERT, with this guard against rows whose scores are all -inf.
     No score of these is. MNN 3.6 has no IsNaN and does not convert the tower.
     """
-    producers = _producers(graph)
+    producers = producers_of(graph)
     replaced = {}
     for node in graph.node:
         guard = producers.get(node.input[0]) if node.op_type == "Where" else None
@@ -156,7 +156,7 @@ def fold_constants(model: onnx.ModelProto) -> None:
                 folded[node.output[0]] = values
         if not folded:
             return
-        _replace_nodes(graph, [node for node in graph.node if node.output[0] not in folded])
+        replace_nodes(graph, [node for node in graph.node if node.output[0] not in folded])
         graph.initializer.extend(value for values in folded.values() for value in values)
         drop_unused_constants(graph)
 
@@ -187,7 +187,7 @@ def unsqueeze_instead_of_gathering_all(model: onnx.ModelProto) -> None:
     has no GatherND of booleans, and QNN refuses it.
     """
     gathers = [node for node in model.graph.node if node.op_type == "GatherND"]
-    gathers = [node for node in gathers if not _attributes(node).get("batch_dims")]
+    gathers = [node for node in gathers if not attributes_of(node).get("batch_dims")]
     parts = [(node, part) for node in gathers if (part := _computed_from_shapes(model, node.input[1])) is not None]
     shapes = [_shapes(model, size) for size in _BATCH_SIZES] if parts else []
     for node, part in parts:
@@ -201,7 +201,7 @@ def unsqueeze_instead_of_gathering_all(model: onnx.ModelProto) -> None:
 
 def _computed_from_shapes(model: onnx.ModelProto, name: str) -> onnx.ModelProto | None:
     """Return the part of a model that computes a tensor, or None if its values depend on more than the batch size."""
-    graph, producers = model.graph, _producers(model.graph)
+    graph, producers = model.graph, producers_of(model.graph)
     constants = {tensor.name: tensor for tensor in graph.initializer}
     inputs = {value.name for value in graph.input}
     needed, pending = set[str](), [name]
@@ -249,7 +249,7 @@ def skip_expansions(model: onnx.ModelProto) -> None:
     It broadcasts by itself, which also takes less time. torch expands the norm of every embedding, by its batch size
     from Shape(end=1). OpenCV 4 knows no `end`, and fails or returns five axes; compilers for NPUs like no Shape at all.
     """
-    graph, producers = model.graph, _producers(model.graph)
+    graph, producers = model.graph, producers_of(model.graph)
     readers = [node for node in graph.node if node.op_type in _BROADCASTING]
     expanded = {name for name, node in producers.items() if node.op_type == "Expand"}
     readers = [node for node in readers if expanded.intersection(node.input)]
@@ -334,20 +334,12 @@ def drop_unused_nodes(graph: onnx.GraphProto) -> None:
         if used.intersection(node.output):
             used.update(node.input)
             nodes.append(node)
-    _replace_nodes(graph, nodes[::-1])
+    replace_nodes(graph, nodes[::-1])
     drop_unused_constants(graph)
     written = {name for node in nodes for name in node.output}
     described = [value for value in graph.value_info if value.name in written]
     del graph.value_info[:]
     graph.value_info.extend(described)
-
-
-def _producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
-    return {output: node for node in graph.node for output in node.output}
-
-
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
 def _constant(graph: onnx.GraphProto, name: str) -> npt.NDArray[Any] | None:
@@ -367,8 +359,3 @@ def _add_constant(graph: onnx.GraphProto, name: str, value: npt.ArrayLike) -> st
 def _read_instead(graph: onnx.GraphProto, replaced: dict[str, str]) -> None:
     for node in graph.node:
         node.input[:] = [replaced.get(name, name) for name in node.input]
-
-
-def _replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    del graph.node[:]
-    graph.node.extend(nodes)

@@ -7,10 +7,11 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
 import onnx
 
 from clip_rd_edge.bundle.encoder import in_batches
@@ -20,7 +21,6 @@ from clip_rd_edge.utils.process import SharedBlock, quiet_logs
 if TYPE_CHECKING:
     from clip_rd_edge.exporting.parity import Inputs
 
-_ACTIVATION_BATCH = 8
 LAYERS = ("Conv", "Gemm", "MatMul")
 # Node types of the L2 norm at the end of a tower.
 _NORM_KINDS = frozenset(("Div", "Expand", "Clip", "Max", "ReduceL2", "ReduceSumSquare", "Sqrt", "LpNormalization"))
@@ -89,11 +89,13 @@ def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelPr
     return extended
 
 
-def activation_batches(model: onnx.ModelProto, tensors: Sequence[str], samples: Inputs) -> Iterator[dict[str, Inputs]]:
+def activation_batches(
+    model: onnx.ModelProto, tensors: Sequence[str], samples: Inputs, *, batch_size: int = 8
+) -> Iterator[dict[str, npt.NDArray[Any]]]:
     """Run a model on some inputs, batch by batch, and yield the values of the named float tensors."""
     session = open_session(with_outputs(model, tensors).SerializeToString())
     input_name = session.get_inputs()[0].name
-    for batch in in_batches(len(samples), _ACTIVATION_BATCH):
+    for batch in in_batches(len(samples), batch_size):
         yield dict(zip(tensors, session.run(list(tensors), {input_name: samples[batch]}), strict=True))
 
 
@@ -107,8 +109,7 @@ def output_axis(node: onnx.NodeProto) -> int:
     """Return the axis of a layer's weights, 0 or -1, that its output channels are on."""
     if node.op_type == "Conv":
         return 0
-    transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
-    return 0 if transposed else -1
+    return 0 if node.op_type == "Gemm" and attributes_of(node).get("transB") else -1
 
 
 def norm_nodes(graph: onnx.GraphProto) -> set[str]:
@@ -117,7 +118,7 @@ def norm_nodes(graph: onnx.GraphProto) -> set[str]:
     Squares need twice the range of what is squared, and an embedding by a rounded norm is not normalised: they all stay
     in float32. `exporting.clean_up` writes a norm as Sqrt(ReduceSum(Pow(x, 2))); the last is followed to its division.
     """
-    producers = {name: node for node in graph.node for name in node.output}
+    producers = producers_of(graph)
     names: set[str] = set()
     for root in graph.node:
         total = producers.get(root.input[0]) if root.op_type == "Sqrt" else None
@@ -149,3 +150,20 @@ def drop_unused_constants(graph: onnx.GraphProto) -> None:
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+
+
+def producers_of(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    """Return the node that writes each activation."""
+    return {output: node for node in graph.node for output in node.output}
+
+
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    """Return a node's attributes by name."""
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Give a graph other nodes in place of its own."""
+    nodes = list(nodes)
+    del graph.node[:]
+    graph.node.extend(nodes)

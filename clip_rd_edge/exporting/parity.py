@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from clip_rd_edge.bundle.manifest import TOKENIZER, Manifest, Measurement, Tower
 from clip_rd_edge.bundle.preprocess import Pixels, Preprocessing
 from clip_rd_edge.bundle.reference import Reference, reference_images, worst_agreement, write_reference
 from clip_rd_edge.bundle.tokenizer import Tokenizer
-from clip_rd_edge.errors import UsageError
-from clip_rd_edge.exporting.int8.saturation import open_as_written
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
 from clip_rd_edge.utils.host import machine_name
@@ -50,15 +49,10 @@ class Agreement:
 
 
 def agreement(reference: Embeddings, other: Embeddings) -> Agreement:
-    """Compare two sets of embeddings, both (N, D), row by row.
+    """Compare two sets of embeddings, both (N, D) with N of 2 or more, row by row.
 
     If any value is not finite, the cosines are 0 and the max difference is infinite.
     """
-    if reference.shape != other.shape or reference.ndim != 2 or len(reference) < 2:
-        raise UsageError(
-            f"Embeddings of shapes {reference.shape} and {other.shape} cannot be compared; "
-            "expected the same (N, D) with N of 2 or more."
-        )
     # float16 overflow and bad scales give NaN, which would otherwise pass every `<` that guards a threshold.
     if not (np.isfinite(reference).all() and np.isfinite(other).all()):
         return Agreement(float("inf"), 0.0, 0.0, len(reference))
@@ -131,8 +125,6 @@ def hard_inputs(bundle: Path, manifest: Manifest) -> dict[str, Inputs]:
     return {"image": hard_pixels(manifest.preprocessing), "text": ids}
 
 
-# Times several calls in turn: `utils.timing.time_in_turn`, or a stand-in.
-Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, Milliseconds]]
 BATCH_SIZE = 16
 
 
@@ -144,12 +136,14 @@ def embed(session: Any, inputs: Inputs, *, batch_size: int = BATCH_SIZE) -> Embe
     return embeddings
 
 
-def latencies(
-    sessions: Mapping[str, Any], inputs: Inputs, *, timer: Timer = time_in_turn
-) -> Mapping[str, Milliseconds]:
-    """Return the latencies, in milliseconds, of each session on the first input, batch 1, all timed in turn."""
+def latencies(sessions: Mapping[str, Any], inputs: Inputs, **limits: Any) -> Mapping[str, Milliseconds]:
+    """Return the latencies, in milliseconds, of each session on the first input, batch 1, all timed in turn.
+
+    Args:
+        limits: as `time_in_turn` takes them.
+    """
     feeds = {name: {session.get_inputs()[0].name: inputs[:1]} for name, session in sessions.items()}
-    return timer({name: _run_call(session, feeds[name]) for name, session in sessions.items()})
+    return time_in_turn({name: partial(sessions[name].run, None, feed) for name, feed in feeds.items()}, **limits)
 
 
 def p10(latencies_ms: Milliseconds) -> float:
@@ -185,15 +179,11 @@ def measurement(
     )
 
 
-def measure(session: Any, reference: Any, inputs: Inputs, *, threads: int, timer: Timer = time_in_turn) -> Measurement:
+def measure(session: Any, reference: Any, inputs: Inputs, *, threads: int) -> Measurement:
     """Return how a tower agrees with the float32 one on all inputs, and its latency, timed in turn with that one's."""
     parity = agreement(embed(reference, inputs), embed(session, inputs))
-    latencies_ms = latencies({"fp32": reference, "converted": session}, inputs, timer=timer)
+    latencies_ms = latencies({"fp32": reference, "converted": session}, inputs)
     return measurement(parity, latencies_ms["converted"], reference_ms=latencies_ms["fp32"], threads=threads)
-
-
-def _run_call(session: Any, feed: dict[str, Inputs]) -> Callable[[], object]:
-    return lambda: session.run(None, feed)
 
 
 # Relative; a few times the rounding of float32, 6e-8, as sums gather it.
@@ -222,8 +212,14 @@ class NodeByNode(BundleEncoder):
         """Open an unoptimised session for the tower's ONNX file."""
         path = self.folder / tower.file
         if super().int8_fault(tower):
-            return open_as_written(path.read_bytes(), threads=self.threads)
+            return _open_as_written(path.read_bytes(), self.threads)
         return open_session(str(path), threads=self.threads, optimize=False)
+
+
+def _open_as_written(content: bytes, threads: int | None) -> Any:
+    from clip_rd_edge.exporting.int8.saturation import open_as_written  # which float32 does not need
+
+    return open_as_written(content, threads=threads)
 
 
 class _RoundedOtherwise(NodeByNode):
@@ -247,14 +243,13 @@ class _RoundedOtherwise(NodeByNode):
                 values = numpy_helper.to_array(tensor)
                 factors = 1 + _NOISE * self._rng.standard_normal(values.shape)
                 tensor.CopyFrom(numpy_helper.from_array((values * factors).astype(np.float32), tensor.name))
-        return open_as_written(model.SerializeToString(), threads=self.threads)
+        return _open_as_written(model.SerializeToString(), self.threads)
 
 
 def add_reference(folder: Path, encoder: BundleEncoder) -> None:
-    """Write reference.npz into a bundle's folder.
+    """Write reference.npz into a bundle's folder, whose manifest is not written yet.
 
     Args:
-        folder: the bundle's folder; its manifest is not yet written.
         encoder: computes the answers, such as NodeByNode. Without a text tower, there are none for texts.
     """
     manifest = encoder.manifest
@@ -268,6 +263,12 @@ def add_reference(folder: Path, encoder: BundleEncoder) -> None:
     def embed_texts(encoder: BundleEncoder) -> Embeddings:
         return encoder.encode_ids(ids) if texts else encoder.encode_texts([])
 
+    def rounding(tower: Tower | None, embed: Callable[[BundleEncoder], Embeddings], answers: Embeddings) -> float:
+        """Return the lowest agreement of a tower's answers with those of other roundings; 1 if it is not in INT8."""
+        if tower is None or not tower.precision.startswith("int8") or not isinstance(encoder, NodeByNode):
+            return 1.0
+        return min(worst_agreement(answers, embed(_RoundedOtherwise(encoder, seed))) for seed in range(_ROUNDINGS))
+
     text_embeddings, image_embeddings = embed_texts(encoder), embed_images(encoder)
     reference = Reference(
         texts=texts,
@@ -275,16 +276,7 @@ def add_reference(folder: Path, encoder: BundleEncoder) -> None:
         images=images,
         text_embeddings=text_embeddings,
         image_embeddings=image_embeddings,
-        text_rounding=_rounding(encoder, manifest.text, embed_texts, text_embeddings),
-        image_rounding=_rounding(encoder, manifest.image, embed_images, image_embeddings),
+        text_rounding=rounding(manifest.text, embed_texts, text_embeddings),
+        image_rounding=rounding(manifest.image, embed_images, image_embeddings),
     )
     write_reference(folder, reference)
-
-
-def _rounding(
-    encoder: BundleEncoder, tower: Tower | None, embed: Callable[[BundleEncoder], Embeddings], answers: Embeddings
-) -> float:
-    """Return the lowest agreement of a tower's answers with those of other roundings; 1 if it is not in INT8."""
-    if tower is None or not tower.precision.startswith("int8") or not isinstance(encoder, NodeByNode):
-        return 1.0
-    return min(worst_agreement(answers, embed(_RoundedOtherwise(encoder, seed))) for seed in range(_ROUNDINGS))

@@ -1,31 +1,33 @@
-"""Convert the two towers of a model to ONNX, in float32, or by another toolchain, and compare these with the ONNX."""
+"""Convert a model's towers to ONNX in float32, or by another toolchain, whose files are compared with those."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import onnx
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.bundle.manifest import IMAGE_MODEL, TEXT_MODEL, Manifest, Tower
+from clip_rd_edge.bundle.manifest import IMAGE_MODEL, TEXT_MODEL, TOKENIZER, Tower
 from clip_rd_edge.errors import ClipRdEdgeError, first_line
 from clip_rd_edge.exporting.clean_up import clean_up
-from clip_rd_edge.exporting.conversion import start_conversion
 from clip_rd_edge.exporting.graph import silently
-from clip_rd_edge.exporting.int8.candidates import Opener
-from clip_rd_edge.exporting.parity import Inputs, hard_inputs, measure
-from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.exporting.parity import Inputs, measure
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode, inference_image_tower
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.files import disk_full_error, write_bytes
 from clip_rd_edge.utils.process import SharedBlock
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from clip_rd_edge.exporting.formats import Converted, Job
 
 OPSET = 18  # the exporter's default; it writes others by conversion, and LayerNormalization needs at least 17
 IMAGE_INPUT, IMAGE_OUTPUT = "pixel_values", "image_embedding"
@@ -36,6 +38,9 @@ TEXT_INPUT, TEXT_OUTPUT = "input_ids", "text_embedding"
 MAX_FILE_BYTES = 2_000_000_000
 # With a batch of 1, the exporter would treat the batch size as a constant.
 _EXAMPLE_BATCH = 2
+MAX_DIFFERENCE = 1e-4  # of an entry of an embedding, from the float32 ONNX file's
+TOWERS: dict[str, Callable[[nn.Module], nn.Module]] = {"image": inference_image_tower, "text": TextTower}
+OTHER_FORMAT = "use {format} onnx, which ONNX Runtime runs on phones as well"
 
 
 def export_image_tower(clip: ClipModel, folder: Path) -> Path:
@@ -66,7 +71,7 @@ class _Int32TextTower(TextTower):
 def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, str], clip: ClipModel) -> Path:
     example = example.to(next(tower.parameters()).device)
     is_large = _weight_bytes(tower) > MAX_FILE_BYTES
-    try:
+    with converting("torch", path.stem, clip, hint="use one of clip-rd-edge's presets, or a newer torch"):
         with evaluation_mode(tower), without_fast_path(), silently(), _NO_GUARD_REPORTS, torch.no_grad():
             torch.onnx.export(
                 tower,
@@ -84,15 +89,6 @@ def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, 
         clean_up(model)
         onnx.save(model, path)
         onnx.checker.check_model(path)
-    except Exception as error:  # the exporter raises many types, with reports that are pages long
-        if full := disk_full_error(error):
-            raise full from error
-        # torch's exporter is written with onnxscript, which torch does not require: pip may have kept an old one.
-        is_outdated = isinstance(_first_error(error), ImportError)
-        raise ClipRdEdgeError(
-            f"The {path.stem} tower of {clip.name} cannot be exported to ONNX: {root_cause(error)}.",
-            hint="pip install -U onnxscript" if is_outdated else "use one of clip-rd-edge's presets, or a newer torch",
-        ) from error
     return path
 
 
@@ -103,8 +99,23 @@ def _weight_bytes(tower: nn.Module) -> int:
     return sum(tensor.nbytes for name, tensor in weights if name.startswith("model.visual.") == of_image)
 
 
+@contextlib.contextmanager
+def converting(tool: str, tower: str, clip: ClipModel, *, hint: str = OTHER_FORMAT) -> Iterator[None]:
+    """Say in one sentence what a converter fails at: it raises many types, with reports that are pages long."""
+    try:
+        yield
+    except Exception as error:
+        if full := disk_full_error(error):
+            raise full from error
+        # torch's exporter is written with onnxscript, which torch does not require: pip may have kept an old one.
+        hint = "pip install -U onnxscript" if isinstance(_first_error(error), ImportError) else hint
+        raise ClipRdEdgeError(
+            f"{tool} cannot convert the {tower} tower of {clip.name}: {root_cause(error)}.", hint=hint
+        ) from error
+
+
 def root_cause(error: BaseException) -> str:
-    """Return the type and first line of the error that caused `error`, which the exporter's own errors hide."""
+    """Return the type and first line of the error that caused `error`, which a converter's own errors hide."""
     error = _first_error(error)
     name, reason = type(error).__name__, first_line(error)
     return name if reason == name else f"{name}: {reason}"
@@ -149,9 +160,21 @@ def _without_guard_reports() -> Iterator[None]:
 _NO_GUARD_REPORTS = SharedBlock(_without_guard_reports)
 
 
-MAX_DIFFERENCE = 1e-4  # of an entry of an embedding, from the float32 ONNX file's
-TOWERS: dict[str, Callable[[nn.Module], nn.Module]] = {"image": inference_image_tower, "text": TextTower}
-OTHER_FORMAT = "use --format onnx, which ONNX Runtime runs on phones as well"
+@contextlib.contextmanager
+def on_cpu(module: nn.Module) -> Iterator[nn.Module]:
+    """Move a module to the CPU to be traced, without the messages of what traces it; afterwards it is as it was."""
+    device = next(module.parameters()).device
+    with evaluation_mode(module), without_fast_path(), silently(), torch.no_grad():
+        try:
+            yield module.cpu()
+        finally:
+            module.to(device)
+
+
+def example_row(inputs: Inputs, *, ids: torch.dtype = torch.int32) -> Tensor:
+    """Return the first of a tower's inputs (1, …), whose token ids are of this type."""
+    example = torch.from_numpy(inputs[:1])
+    return example if example.is_floating_point() else example.to(ids)
 
 
 @dataclass(frozen=True)
@@ -164,59 +187,49 @@ class Toolchain:
         suffix: of the files.
         convert: returns the content of a file from the model, the name of a tower, its ONNX file's manifest entry, and
             inputs whose first row is an example; the file takes one input at a time.
-        open: opens a file.
+        open: opens a file, given its path and `threads`, as an object with the methods `get_inputs()` and
+            `run(names, feed)` of an ONNX Runtime session.
     """
 
     title: str
     target: str
     suffix: str
     convert: Callable[[ClipModel, str, Tower, Inputs], bytes]
-    open: Opener
+    open: Callable[..., Any]
 
 
-@contextlib.contextmanager
-def on_cpu(module: nn.Module) -> Iterator[nn.Module]:
-    """Move a module to the CPU to be traced, without the messages of what traces it; afterwards it is as it was."""
-    device = next(module.parameters()).device
-    with evaluation_mode(module), without_fast_path(), silently(), torch.no_grad():
-        try:
-            yield module.cpu()
-        finally:
-            module.to(device)
+def write_towers(job: Job, tools: Toolchain) -> Converted:
+    """Write a model's towers in float32 into the job's folder.
 
-
-def write_towers(
-    clip: ClipModel,
-    source: Path,
-    folder: Path,
-    request: ExportRequest,
-    *,
-    tools: Toolchain,
-    reporter: Reporter = SILENT,
-) -> Manifest:
-    """Write a model's towers in float32 into `folder`; return their manifest, not yet written.
-
-    Latency is measured against the float32 ONNX files of the bundle `source`, with which the answers are compared.
+    Latency is measured against the float32 ONNX files of the job's source, with which the answers are compared.
     """
-    manifest = start_conversion(source, folder, request)
-    inputs = hard_inputs(source, manifest)
-    towers = {}
-    for name, tower in manifest.towers.items():
-        reporter.update(f"{name} tower: converting to {tools.title}")
-        file = f"{name}{tools.suffix}"
-        write_bytes(folder / file, tools.convert(clip, name, tower, inputs[name]))
-        converted = msgspec.structs.replace(tower, file=file, one_at_a_time=True)
-        reporter.update(f"{name} tower: comparing {tools.title} with ONNX Runtime")
-        reference = open_session(str(source / tower.file), threads=request.threads)
-        session = tools.open(str(folder / file), threads=request.threads)
-        measured = measure(session, reference, inputs[name], threads=request.threads)
+    threads = job.plan.threads
+
+    def convert(name: str, tower: Tower) -> Tower:
+        path = job.folder / f"{name}{tools.suffix}"
+        write_bytes(path, tools.convert(job.clip, name, tower, job.inputs[name]))
+        reference = open_session(str(job.source / tower.file), threads=threads)
+        session = tools.open(str(path), threads=threads)
+        measured = measure(session, reference, job.inputs[name], threads=threads)
         if not measured.max_difference <= MAX_DIFFERENCE:
             raise ClipRdEdgeError(
-                f"{file} differs from the model by {measured.max_difference:.2g}; expected at most {MAX_DIFFERENCE:g}.",
+                f"{path.name} differs from the model by {measured.max_difference:.2g}; expected at most "
+                f"{MAX_DIFFERENCE:g}.",
                 hint=OTHER_FORMAT,
             )
         note = ""
         if measured.speedup < 1:
             note = f"fp32: {tools.title} takes {1 / measured.speedup:.2f} times as long here as ONNX Runtime."
-        towers[name] = msgspec.structs.replace(converted, note=note, measured=measured)
-    return manifest.with_towers(towers, target=tools.target)
+        return msgspec.structs.replace(tower, file=path.name, one_at_a_time=True, note=note, measured=measured)
+
+    return job.convert_towers(convert, doing=f"converting to {tools.title}", target=tools.target)
+
+
+@contextlib.contextmanager
+def from_own_float32(job: Job, tools: Toolchain) -> Iterator[Job]:
+    """Write both towers in float32 by a toolchain; yield the job that converts those, until the end of the block."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        shutil.copyfile(job.source / TOKENIZER, folder / TOKENIZER)
+        whole = replace(job, folder=folder, plan=replace(job.plan, text_tower=True))
+        yield replace(job, source=folder, fp32=write_towers(whole, tools).manifest)

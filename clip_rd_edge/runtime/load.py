@@ -6,7 +6,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from clip_rd_edge.bundle.formats import FORMATS, RUNTIMES, Runtime, format_of, import_named
+from clip_rd_edge.bundle.formats import FORMATS, RUNTIMES, encoder_of, format_of
 from clip_rd_edge.bundle.manifest import Manifest, is_bundle, read_manifest, require_intact_manifest
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.runtime.backends.onnxruntime import OPENVINO_PROCESSORS, PROVIDERS, import_onnxruntime
@@ -17,7 +17,7 @@ def load(
     bundle: str | os.PathLike[str],
     *,
     threads: int | None = None,
-    runtime: Runtime | None = None,
+    runtime: str | None = None,
     device: str = AUTO,
     spin: bool = True,
     force: bool = False,
@@ -43,7 +43,7 @@ def load(
         folder = _without_links(folder)
     manifest = read_manifest(folder)
     require_intact_manifest(folder, manifest)
-    if runtime is not None and runtime not in tuple(RUNTIMES):  # which also takes what cannot be hashed
+    if runtime is not None and runtime not in (*RUNTIMES, format_of(manifest.target).runtime):
         raise UsageError(f"Unknown runtime {runtime!r}; expected one of {', '.join(RUNTIMES)}.")
     return open_bundle(folder, manifest, threads=threads, runtime=runtime, device=device, spin=spin, force=force)
 
@@ -62,7 +62,7 @@ def open_bundle(
     manifest: Manifest,
     *,
     threads: int | None = None,
-    runtime: Runtime | None = None,
+    runtime: str | None = None,
     device: str = AUTO,
     spin: bool = True,
     force: bool = False,
@@ -72,12 +72,12 @@ def open_bundle(
     engine = runtime or _runtime_for(device, manifest)
     _require_readable(manifest, engine)
     options = RunOptions(threads=threads, device=device, spin=spin, required=runtime is not None)
-    encoder: BundleEncoder = import_named(RUNTIMES[engine]).open(folder, manifest, options)
+    encoder: BundleEncoder = encoder_of(engine).open(folder, manifest, options)
     encoder.force = force
     return encoder
 
 
-def _require_readable(manifest: Manifest, engine: Runtime) -> None:
+def _require_readable(manifest: Manifest, engine: str) -> None:
     """Raise UsageError if a runtime does not read the files of a bundle."""
     own = format_of(manifest.target)
     reads_onnx = any(info.runtime == engine and info.is_onnx for info in FORMATS.values())
@@ -88,7 +88,7 @@ def _require_readable(manifest: Manifest, engine: Runtime) -> None:
         )
 
 
-def _runtime_for(device: str, manifest: Manifest) -> Runtime:
+def _runtime_for(device: str, manifest: Manifest) -> str:
     """Return the runtime that opens a bundle on a device."""
     info = format_of(manifest.target)
     own = info.runtime

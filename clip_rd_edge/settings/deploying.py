@@ -1,4 +1,4 @@
-"""What a bundle is asked for on a device: an index, a search, a server, a page."""
+"""What an export is asked for, and a bundle on a device: an index, a search, a server, a page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
-from clip_rd_edge.settings.options import Settings, argument, option
+from clip_rd_edge.settings.options import PRECISION_WORDS, Settings, argument, option
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -20,9 +20,16 @@ _cluster = partial(option, group="Cluster")
 _query = partial(option, group="Query")
 _limits = partial(option, group="Limits")
 _page = partial(option, group="Page")
+_bundle = partial(option, group="Bundle")
+_int8 = partial(option, group="INT8")
 
 # A list of labels as they are; a text, which is one label or the path of a label file; a path; or None.
 Labels = Iterable[str] | AnyPath | None
+ExportPrecision = Literal["fp32", "fp16", "bf16", "int8"]
+ExportLayout = Literal["bundle", "huggingface", "immich"]
+# Precision of a tower that INT8 does not improve; `none` refuses the export.
+Fallback = Literal["fp32", "fp16", "none"]
+Via = Literal["onnx", "torch-tensorrt"]  # how TensorRT engines are built
 # See `runtime.backends.onnxruntime`.
 Device = Literal["auto", "cpu", "cuda", "tensorrt", "coreml", "openvino", "openvino-gpu", "openvino-npu", "xnnpack"]
 
@@ -42,6 +49,89 @@ Force = Annotated[bool, _device(
 )]  # fmt: skip
 Host = Annotated[str, _server("Address to listen on; 0.0.0.0 for the network.", metavar="ADDRESS")]
 Port = Annotated[int, _server("Port to listen on; 0 uses any free port.", metavar="N", ge=0, le=65535)]
+
+
+class _Exported(Settings, frozen=True):
+    model: Annotated[AnyPath, argument("The model.")]
+    output: Annotated[AnyPath, _output("Folder of the bundle.", flags=("-o", "--output"), metavar="FOLDER", path=True)]
+
+
+class Export(_Exported, frozen=True, kw_only=True):
+    """Export a model as a bundle."""
+
+    pretrained: Annotated[AnyPath, _bundle(
+        "Weights, if MODEL is an architecture of open_clip.", metavar="TAG|FILE", default="none",
+    )] | None = None  # fmt: skip
+    target: Annotated[str | Sequence[str], _bundle(
+        "Device to export for, which sets format and precision: one of `clip-rd-edge targets`, such as cpu-x86 or "
+        "jetson-orin, or an RTX card's compute capability, such as sm86; several, as in sm86,sm89,jetson-orin, make "
+        "one bundle per target. browser writes a static web page that runs the bundle in the browser; MODEL may then "
+        "be a bundle.", metavar="NAME", complete="targets",
+        default="none; {format} trt is then for the GPU that is here, or builds its engines where it runs",
+    )] | None = None  # fmt: skip
+    format: Annotated[str, _bundle(
+        "onnx. openvino: ONNX files for OpenVINO. trt: TensorRT engines beside their ONNX files; needs no GPU. litert: "
+        "LiteRT (TensorFlow Lite) files for phones. executorch: ExecuTorch files for phones. coreml: Core ML packages "
+        "for Apple devices; converted anywhere, run on a Mac. Or a format of an installed package.", metavar="NAME",
+        complete="onnx|openvino|trt|litert|executorch|coreml", default="the target's, else onnx",
+    )] | None = None  # fmt: skip
+    precision: Annotated[ExportPrecision, _bundle(
+        "Precision of the towers: fp32, fp16, bf16 or int8.", metavar="NAME", default="the target's, else fp32",
+        words=PRECISION_WORDS,
+    )] | None = None  # fmt: skip
+    labels: Annotated[Labels, _bundle(
+        'Labels such as "a cat" "a dog", everyday, or a label file (see classify), whose embeddings are stored in the '
+        "bundle.", metavar="LABEL...|FILE", many=True, complete="labels",
+        default="the model's own, if it was stitched",
+    )] = None  # fmt: skip
+    text_tower: Annotated[bool, _bundle(
+        "--no-text-tower leaves the text tower out, often the larger part of a bundle: it then embeds images, and "
+        "classifies among the labels of {labels} alone.",
+    )] = True  # fmt: skip
+    preprocess_in_graph: Annotated[bool, _bundle(
+        "Preprocess in image.onnx: it takes uint8 RGB images of any size, one at a time.",
+    )] = False  # fmt: skip
+    layout: Annotated[ExportLayout, _bundle(
+        "bundle, huggingface or immich. huggingface writes a folder that open_clip, transformers.js and fastembed "
+        "load, with float32, FP16 and, with {precision} int8, INT8 files and a model card. immich writes a model "
+        "folder for immich.", metavar="NAME",
+    )] = "bundle"  # fmt: skip
+    as_name: Annotated[str, _bundle(
+        "For {layout} immich: the model that immich knows by this name and whose place the student takes; its "
+        "embeddings must have the same size.", flags=("--as",), metavar="NAME",
+        default="ViT-B-32__openai for embeddings of 512 numbers",
+    )] | None = None  # fmt: skip
+    report: Annotated[AnyPath, _bundle(
+        "Report of `clip-rd-edge benchmark` whose figures go into the model card of {layout} huggingface.",
+        metavar="DIR", path=True, default="none",
+    )] | None = None  # fmt: skip
+    via: Annotated[Via, _bundle(
+        "Build TensorRT engines from ONNX (onnx), or from PyTorch on the target GPU (torch-tensorrt).", metavar="NAME",
+    )] = "onnx"  # fmt: skip
+    node_modules: Annotated[AnyPath, _bundle(
+        "Folder where npm installed the packages for {target} browser.", metavar="DIR", path=True,
+        default="download them once",
+    )] | None = None  # fmt: skip
+    calibration: Annotated[AnyPath, _int8(
+        "Pairs for calibrating and evaluating INT8.", metavar="CSV|emoji", default="those that MODEL's run kept",
+    )] | None = None  # fmt: skip
+    min_agreement: Annotated[float, _int8(
+        "Min centred cosine between INT8 and float32 embeddings.", metavar="COSINE", ge=0, le=1,
+        default="0.99; text tower: 0.995",
+    )] | None = None  # fmt: skip
+    max_loss: Annotated[float, _int8(
+        "Max loss of zero-shot accuracy by INT8 on held-out pairs, in percentage points.", metavar="POINTS", ge=0,
+        le=100, default="0.5",
+    )] | None = None  # fmt: skip
+    fallback: Annotated[Fallback, _int8(
+        "Precision of a tower that INT8 does not improve: fp32 or fp16; none refuses the export.", metavar="NAME",
+        default="fp32, but if INT8 improves neither tower, the export is refused",
+    )] | None = None  # fmt: skip
+    threads: Annotated[int, _output("Threads for measuring latency.", metavar="N", ge=1)] = 1
+    force: Annotated[bool, _output(
+        "Replace an earlier export in FOLDER; a folder with anything else is refused.",
+    )] = False  # fmt: skip
+    reporter: Reporter = SILENT
 
 
 class _Verified(Settings, frozen=True):

@@ -46,6 +46,13 @@ P = ParamSpec("P")
 S = TypeVar("S", bound="Settings")
 R = TypeVar("R")
 Resume = Literal["same", "content", "free"]
+# Other words for precisions.
+PRECISION_WORDS = {
+    **dict.fromkeys(("float32", "float", "f32", "full"), "fp32"),
+    **dict.fromkeys(("float16", "half", "f16"), "fp16"),
+    "bfloat16": "bf16",
+    **dict.fromkeys(("8", "i8", "w8a8", "quantized", "quantised"), "int8"),
+}
 _PATH_TYPES = frozenset(get_args(AnyPath))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from clip_rd_edge.settings.options import Settings, argument, option
+from clip_rd_edge.settings.options import PRECISION_WORDS, Settings, argument, option
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -21,14 +21,6 @@ _text = partial(option, group="Text")
 _classifier = partial(option, group="Classifier")
 _weight = partial(option, group="Weight")
 _evaluation = partial(option, group="Evaluation")
-
-# Other words for precisions.
-PRECISION_WORDS = {
-    **dict.fromkeys(("float32", "float", "f32", "full"), "fp32"),
-    **dict.fromkeys(("float16", "half", "f16"), "fp16"),
-    "bfloat16": "bf16",
-    **dict.fromkeys(("8", "i8", "w8a8", "quantized", "quantised"), "int8"),
-}
 
 
 _OneOrMore = AnyPath | Sequence[AnyPath]

@@ -24,7 +24,7 @@ from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
 from clip_rd_edge.data.shard_files import TarMember
 from clip_rd_edge.data.tasks import RetrievalTask, load_task
 from clip_rd_edge.errors import ConfigError, InputError, MissingExtraError
-from clip_rd_edge.exporting.bundle import package_versions
+from clip_rd_edge.exporting.plan import package_versions
 
 Open = Callable[..., Any]
 

@@ -46,7 +46,7 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
 def test_the_device_side_never_imports_torch() -> None:
     code = """
 import importlib, pkgutil
-import clip_rd_edge.bundle, clip_rd_edge.runtime, clip_rd_edge.cli.classify, clip_rd_edge.cli.verify
+import clip_rd_edge.bundle, clip_rd_edge.runtime, clip_rd_edge.cli.classify, clip_rd_edge.cli.export
 for package in (clip_rd_edge.bundle, clip_rd_edge.runtime):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)"""

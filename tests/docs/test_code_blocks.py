@@ -43,6 +43,7 @@ from clip_rd_edge.evidence.suite import read_evidence
 from clip_rd_edge.exporting.plan import plan_exports
 from clip_rd_edge.losses.terms import load_terms
 from clip_rd_edge.models.students import build_student, student_config
+from clip_rd_edge.settings.deploying import Export
 from clip_rd_edge.utils.paths import typed
 
 ROOT = Path(__file__).parents[2]
@@ -282,9 +283,7 @@ class Small:
         return Path(shutil.copytree(self._done[key], output))
 
     def export(self, model: str | Path, output: str | Path, **options: Any) -> edge.ExportedBundle:
-        plan_exports(
-            {name: value for name, value in options.items() if name not in ("pretrained", "force", "reporter")}
-        )
+        plan_exports(Export(model, output, **options))
         assert Path(model).is_dir()
         shutil.rmtree(output, ignore_errors=True)
         shutil.copytree(self.bundle, output)

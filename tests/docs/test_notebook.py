@@ -15,6 +15,7 @@ import pytest
 import clip_rd_edge as edge
 from clip_rd_edge import api
 from clip_rd_edge.exporting.plan import plan_exports
+from clip_rd_edge.settings.deploying import Export
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 
@@ -91,8 +92,8 @@ def test_it_runs_on_tiny_models(
     export = edge.export
 
     def export_fp32(model: Path, output: Path, *, precision: str = "fp32", **options: Any) -> edge.ExportedBundle:
-        resolved = plan_exports({**{k: v for k, v in options.items() if k != "force"}, "precision": precision})
-        assert resolved[0].request.precision == precision
+        resolved = plan_exports(Export(model, output, precision=precision, **options))
+        assert resolved[0].precision == precision
         return export(model, output, force=options["force"])
 
     monkeypatch.setattr(edge, "stitch", stitch)

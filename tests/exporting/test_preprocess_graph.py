@@ -13,7 +13,7 @@ from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
-from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.exporting.preprocess_graph import with_preprocessing
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
@@ -114,7 +114,7 @@ def test_a_bundle_with_preprocessing_takes_images_of_any_size(
 ) -> None:
     bundle = tmp_path / "bundle"
     export_bundle(
-        student, bundle, ExportRequest(precision="fp16", preprocess_in_graph=True, labels=("cat",)), source=fp32_bundle
+        student, bundle, Plan(precision="fp16", preprocess_in_graph=True, labels=("cat",)), source=fp32_bundle
     )
     manifest = read_manifest(bundle)
     assert (manifest.image.preprocesses, manifest.image.input_name) == (True, "image")
@@ -134,5 +134,5 @@ def test_preprocessing_in_an_engine_is_refused(student: ClipModel, tmp_path: Pat
         export_bundle(
             student,
             tmp_path / "b",
-            ExportRequest(precision="fp16", format="trt", target="sm86", preprocess_in_graph=True),
+            Plan(precision="fp16", format="trt", target="sm86", preprocess_in_graph=True),
         )

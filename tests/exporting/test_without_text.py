@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,7 +24,7 @@ from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.plan import ExportRequest, plan_exports
+from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel, parameter_count
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.encoder import BundleEncoder
@@ -32,7 +32,7 @@ from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 
 LABELS = ("cat", "dog")
-WITHOUT = ExportRequest(labels=LABELS, text_tower=False, provenance={"model": "tiny"})
+WITHOUT = Plan(labels=LABELS, text_tower=False, provenance={"model": "tiny"})
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +74,9 @@ def test_it_has_the_image_tower_and_the_labels_of_the_complete_bundle(
 def test_conversions_convert_the_image_tower_alone(
     precision: Any, student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
-    request = msgspec.structs.replace(WITHOUT, precision=precision, fallback="fp16" if precision == "int8" else None)
+    request = replace(WITHOUT, precision=precision, fallback="fp16" if precision == "int8" else None)
     samples = calibration if precision == "int8" else None
-    converted = export_bundle(student, tmp_path / "a", request, calibration=samples, source=fp32_bundle)
+    converted = export_bundle(student, tmp_path / "a", request, samples=samples, source=fp32_bundle)
     assert {trial.tower for trial in converted.trials} <= {"image"}
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
         "image.onnx", "labels.npz", "manifest.json", "reference.npz"
@@ -89,7 +89,7 @@ def test_conversions_convert_the_image_tower_alone(
 
 
 def test_build_files_for_a_device_name_the_image_tower_alone(student: ClipModel, tmp_path: Path) -> None:
-    request = msgspec.structs.replace(WITHOUT, format="trt", precision="fp16", target="jetson-orin")
+    request = replace(WITHOUT, format="trt", precision="fp16", target="jetson-orin")
     export_bundle(student, tmp_path / "a", request)
     assert (tmp_path / "a" / "build.sh").read_text().count("\nbuild ") == 1
     assert [line.split()[1] for line in (tmp_path / "a" / "SHA256SUMS").read_text().splitlines()] == ["image.onnx"]
@@ -126,7 +126,7 @@ def test_other_texts_are_refused_in_one_sentence(without_text: Path, images: tup
 def test_without_labels_it_embeds_images_alone(
     student: ClipModel, fp32_bundle: Path, images: tuple[Path, ...], tmp_path: Path
 ) -> None:
-    export_bundle(student, tmp_path / "a", ExportRequest(text_tower=False))
+    export_bundle(student, tmp_path / "a", Plan(text_tower=False))
     model = edge.load(tmp_path / "a")
     np.testing.assert_array_equal(model.encode_images(images[0]), edge.load(fp32_bundle).encode_images(images[0]))
     with pytest.raises(InputError, match="has no text tower and no labels: it embeds images alone"):
@@ -224,10 +224,3 @@ def test_a_benchmark_refuses_it_for_retrieval_before_others_are_measured(
     suite = Suite(name="text", tasks=(str(tmp_path / "pairs.csv"),), rows=rows)
     with pytest.raises(InputError, match=r"exported with --no-text-tower.*Hint: export the model again without that"):
         run_suite(suite, pytest.fail)
-
-
-@pytest.mark.parametrize("layout", ["huggingface", "immich"])
-def test_layouts_of_other_programs_need_the_text_tower(layout: Any) -> None:
-    plan_exports({"layout": layout})
-    with pytest.raises(UsageError, match=layout):
-        plan_exports({"layout": layout, "text_tower": False})

@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.bundle.preprocess import preprocess
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.layouts.browser import find_packages, write_browser
-from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.load import load
 
@@ -72,7 +73,7 @@ def student_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     config = student_config("resnet10t", embedding_size=64, image_size=64, text="64x1", context_length=16)
     bundle = tmp_path_factory.mktemp("student") / "bundle"
-    manifest = export_bundle(build_student(config, name="random"), bundle, ExportRequest(precision="fp32")).manifest
+    manifest = export_bundle(build_student(config, name="random"), bundle, Plan(precision="fp32")).manifest
     write_manifest(bundle, msgspec.structs.replace(manifest, logit_scale=100.0))
     return bundle
 
@@ -213,7 +214,8 @@ def test_a_bundle_without_a_text_tower_starts_with_its_own_labels(site: Site, co
 
 def export_later(bundle: Path, site: Path) -> None:
     """Export a bundle into a site that is being served; the files are those of a later second, which HTTP can tell."""
-    write_browser(bundle, site, overwrite=True)
+    shutil.rmtree(site)
+    write_browser(bundle, site)
     for path in site.rglob("*"):
         later = path.stat().st_mtime + 60
         os.utime(path, (later, later))

@@ -1,4 +1,4 @@
-"""Convert a model's towers from PyTorch to Core ML packages, and check what they declare. They run on a Mac alone."""
+"""Core ML: packages from PyTorch, whose declarations are checked. They run on a Mac alone."""
 
 from __future__ import annotations
 
@@ -12,19 +12,55 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.bundle.manifest import Manifest, Tower
+from clip_rd_edge.bundle.manifest import Tower
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
-from clip_rd_edge.exporting.conversion import start_conversion
-from clip_rd_edge.exporting.parity import Inputs, hard_inputs
-from clip_rd_edge.exporting.plan import ExportRequest
-from clip_rd_edge.exporting.towers import TOWERS, on_cpu, root_cause
+from clip_rd_edge.exporting.formats import Converted, Format, Job
+from clip_rd_edge.exporting.parity import Inputs
+from clip_rd_edge.exporting.plan import Plan
+from clip_rd_edge.exporting.towers import TOWERS, converting, example_row, on_cpu
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.coreml import COREML
 from clip_rd_edge.utils.process import without_progress_bars
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 NOT_RUN = "converted and not run: Core ML runs on a Mac alone, where clip-rd-edge verify compares its answers"
 _HINT = "use {format} onnx, which ONNX Runtime runs on Apple devices as well"
+
+
+class CoreMl(Format):
+    """Core ML packages, converted from PyTorch, in float32 or float16; nothing but a Mac runs them."""
+
+    def check(self, plan: Plan) -> None:
+        """Raise MissingExtraError if coremltools is not installed, and UsageError if its compiled part is missing."""
+        found = find_spec("coremltools")
+        if found is None:
+            raise MissingExtraError("coremltools", extra=COREML, purpose="Exporting for Core ML")
+        folders = map(Path, found.submodule_search_locations or ())
+        if not any(any(folder.glob("libmilstoragepython*")) for folder in folders):
+            # pip installs the sources as they are where PyPI has no wheel for this Python.
+            raise UsageError(
+                "The installed coremltools has no compiled part, without which it writes no file: there is no wheel of "
+                "it for this Python.",
+                hint="pip install --pre -U coremltools, or use an older Python",
+            )
+
+    def convert(self, job: Job) -> Converted:
+        """Write the bundle; what a package declares is compared with the source."""
+        precision = job.plan.precision
+
+        def convert(name: str, tower: Tower) -> Tower:
+            package = job.folder / f"{name}.mlpackage"
+            with without_progress_bars():
+                write_package(job.clip, name, tower, job.inputs[name], package, half=precision == "fp16")
+            require_declared(package, tower, job.inputs[name], job.fp32.embedding_size)
+            return msgspec.structs.replace(
+                tower, file=package.name, precision=precision, one_at_a_time=True, note=NOT_RUN, measured=None
+            )
+
+        return job.convert_towers(convert, doing="converting to Core ML", target=COREML)
+
+    def runnable(self, job: Job) -> Path:
+        """Return the float32 bundle in ONNX, whose answers the packages are to give on a Mac."""
+        return job.source
 
 
 class _OneInput(nn.Module):
@@ -37,43 +73,6 @@ class _OneInput(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         output: Tensor = self.tower(rows)
         return output
-
-
-def require_coremltools() -> None:
-    """Raise MissingExtraError if coremltools is not installed, and UsageError if its compiled part is missing."""
-    found = find_spec("coremltools")
-    if found is None:
-        raise MissingExtraError("coremltools", extra=COREML, purpose="Exporting for Core ML")
-    folders = map(Path, found.submodule_search_locations or ())
-    if not any(any(folder.glob("libmilstoragepython*")) for folder in folders):
-        # pip installs the sources as they are where PyPI has no wheel for this Python.
-        raise UsageError(
-            "The installed coremltools has no compiled part, without which it writes no file: there is no wheel of it "
-            "for this Python.",
-            hint="pip install --pre -U coremltools, or use an older Python",
-        )
-
-
-def write_coreml(
-    clip: ClipModel, source: Path, folder: Path, request: ExportRequest, *, reporter: Reporter = SILENT
-) -> Manifest:
-    """Write a model's towers as Core ML packages into `folder`, in float32 or float16; return their manifest.
-
-    What a package declares is compared with the bundle `source`: names, shapes and types of input and output.
-    """
-    manifest = start_conversion(source, folder, request)
-    inputs = hard_inputs(source, manifest)
-    towers = {}
-    for name, tower in manifest.towers.items():
-        reporter.update(f"{name} tower: converting to Core ML")
-        package = folder / f"{name}.mlpackage"
-        with without_progress_bars():
-            write_package(clip, name, tower, inputs[name], package, half=request.precision == "fp16")
-        require_declared(package, tower, inputs[name], manifest.embedding_size)
-        towers[name] = msgspec.structs.replace(
-            tower, file=package.name, precision=request.precision, one_at_a_time=True, note=NOT_RUN, measured=None
-        )
-    return manifest.with_towers(towers, target=COREML)
 
 
 def write_package(
@@ -89,28 +88,19 @@ def write_package(
     """
     import coremltools
 
-    example = torch.from_numpy(inputs[:1])
-    if not example.is_floating_point():
-        example = example.to(torch.int32)
-    module = _OneInput(TOWERS[name](clip.model))
-    precision = coremltools.precision.FLOAT16 if half else coremltools.precision.FLOAT32
-    port = coremltools.TensorType(name=tower.input_name, shape=tuple(example.shape), dtype=inputs_type(example))
-    try:
-        with on_cpu(module):
-            model = coremltools.convert(
-                _exported(module, example),
-                inputs=[port],
-                outputs=[coremltools.TensorType(name=tower.output_name, dtype=np.float32)],
-                convert_to="mlprogram",
-                compute_precision=precision,
-                minimum_deployment_target=coremltools.target.iOS16,
-                skip_model_load=True,
-            )
-            model.save(str(package))
-    except Exception as error:  # it raises many types
-        raise ClipRdEdgeError(
-            f"coremltools cannot convert the {name} tower of {clip.name}: {root_cause(error)}.", hint=_HINT
-        ) from error
+    example, module = example_row(inputs), _OneInput(TOWERS[name](clip.model))
+    dtype: Any = np.float32 if example.is_floating_point() else np.int32
+    with converting("coremltools", name, clip, hint=_HINT), on_cpu(module):
+        model = coremltools.convert(
+            _exported(module, example),
+            inputs=[coremltools.TensorType(name=tower.input_name, shape=tuple(example.shape), dtype=dtype)],
+            outputs=[coremltools.TensorType(name=tower.output_name, dtype=np.float32)],
+            convert_to="mlprogram",
+            compute_precision=coremltools.precision.FLOAT16 if half else coremltools.precision.FLOAT32,
+            minimum_deployment_target=coremltools.target.iOS16,
+            skip_model_load=True,
+        )
+        model.save(str(package))
     _remove_what_is_not_needed(package)
 
 
@@ -120,11 +110,6 @@ def _exported(module: nn.Module, example: Tensor) -> torch.export.ExportedProgra
         {torch.ops.aten.alias.default: lambda tensor: tensor}
     )
     return program
-
-
-def inputs_type(example: Tensor) -> Any:
-    """Return the numpy type of an example input."""
-    return np.float32 if example.is_floating_point() else np.int32
 
 
 def _remove_what_is_not_needed(package: Path) -> None:

@@ -1,35 +1,52 @@
-"""Convert a model's towers from PyTorch to ExecuTorch's XNNPACK backend, in float32 and in INT8."""
+"""ExecuTorch: towers from PyTorch for its XNNPACK backend, in float32 and in INT8."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.bundle.manifest import Tower
-from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
-from clip_rd_edge.exporting.int8.candidates import Backend, Candidate, CandidateRequest, one_input_backend
+from clip_rd_edge.bundle.manifest import Manifest, Tower
+from clip_rd_edge.errors import MissingExtraError
+from clip_rd_edge.exporting.formats import Converted, Format, Job
+from clip_rd_edge.exporting.int8.candidates import Backend, Candidate, Float32Tower, one_input_backend
+from clip_rd_edge.exporting.int8.search import write_int8
 from clip_rd_edge.exporting.parity import Inputs
-from clip_rd_edge.exporting.towers import OTHER_FORMAT, TOWERS, Toolchain, on_cpu, root_cause
+from clip_rd_edge.exporting.plan import Plan
+from clip_rd_edge.exporting.towers import TOWERS, Toolchain, converting, from_own_float32, on_cpu, write_towers
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.backends.executorch import open_executorch
+from clip_rd_edge.runtime.backends.executorch import ExecuTorchEncoder, open_executorch
 
 EXECUTORCH = "executorch"
-_SUFFIX = ".pte"
 _PRODUCT = torch.ops.aten.linear.default
 _CONVOLUTION = (torch.ops.aten.conv2d.default, torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
 _CALIBRATION_SAMPLES = 64  # each runs through PyTorch's graph with an observer at every operator
 
 
-def require_executorch() -> None:
-    """Raise MissingExtraError if ExecuTorch or what it quantises with is not installed."""
-    for module in ("executorch", "torchao"):
-        if find_spec(module) is None:
-            raise MissingExtraError(module, extra="executorch", purpose="Exporting for ExecuTorch")
+class ExecuTorch(Format):
+    """ExecuTorch files, converted from PyTorch; INT8 is compared with ExecuTorch's own float32."""
+
+    def check(self, plan: Plan) -> None:
+        """Raise MissingExtraError if ExecuTorch or what it quantises with is not installed."""
+        for module in ("executorch", "torchao"):
+            if find_spec(module) is None:
+                raise MissingExtraError(module, extra="executorch", purpose="Exporting for ExecuTorch")
+
+    def convert(self, job: Job) -> Converted:
+        """Write the bundle."""
+        if job.plan.precision == "fp32":
+            return write_towers(job, EXECUTORCH_TOOLS)
+        with from_own_float32(job, EXECUTORCH_TOOLS) as own:
+            return write_int8(own, executorch_backend(job.clip))
+
+    def reference(self, folder: Path, manifest: Manifest) -> ExecuTorchEncoder:
+        """Return ExecuTorch's encoder: it has no kernels beside those that compute the bundle."""
+        return ExecuTorchEncoder(folder, manifest)
 
 
 def convert_tower(clip: ClipModel, name: str, tower: Tower, inputs: Inputs) -> bytes:
@@ -39,13 +56,8 @@ def convert_tower(clip: ClipModel, name: str, tower: Tower, inputs: Inputs) -> b
         tower: its ONNX file's entry, whose names of input and output the file does not have.
         inputs: (N, 3, H, W) float32 or (N, T) int64.
     """
-    try:
-        with on_cpu(TOWERS[name](clip.model)) as module:
-            return _lowered(module, torch.from_numpy(inputs[:1]))
-    except Exception as error:  # it raises many types
-        raise ClipRdEdgeError(
-            f"ExecuTorch cannot convert the {name} tower of {clip.name}: {root_cause(error)}.", hint=OTHER_FORMAT
-        ) from error
+    with converting("ExecuTorch", name, clip), on_cpu(TOWERS[name](clip.model)) as module:
+        return _lowered(module, torch.from_numpy(inputs[:1]))
 
 
 def _lowered(module: nn.Module, example: Tensor) -> bytes:
@@ -63,18 +75,15 @@ def executorch_backend(clip: ClipModel) -> Backend:
     return one_input_backend(EXECUTORCH, open_executorch, partial(_candidates, clip))
 
 
-def _candidates(clip: ClipModel, request: CandidateRequest) -> Iterator[Candidate]:
-    """Yield INT8 candidates for the tower that the request's file is called after.
+def _candidates(clip: ClipModel, tower: Float32Tower) -> Iterator[Candidate]:
+    """Yield INT8 candidates for a tower.
 
     A tower with several convolutions is quantised statically: whole, without its matrix products, or in its
     convolutions alone. Any tower's matrix products are quantised dynamically.
     """
-    name = request.model.stem
-    make = partial(_quantized, clip, name, request.samples)
-    if (
-        name == "image"
-        and sum(isinstance(part, nn.Conv2d) for part in clip.model.get_submodule("visual").modules()) > 1
-    ):
+    make = partial(_quantized, clip, tower.name, tower.calibrate)
+    layers = clip.model.get_submodule("visual").modules() if tower.name == "image" else ()
+    if sum(isinstance(layer, nn.Conv2d) for layer in layers) > 1:
         yield Candidate("static", make)
         yield Candidate("static, matrix products in float", partial(make, keep=lambda node: node.target != _PRODUCT))
         yield Candidate("static in convolutions", partial(make, keep=_in_convolution))
@@ -127,4 +136,4 @@ def _rows(samples: Inputs) -> list[Tensor]:
     return [torch.from_numpy(samples[i : i + 1]) for i in range(len(samples))]
 
 
-EXECUTORCH_TOOLS = Toolchain("ExecuTorch", EXECUTORCH, _SUFFIX, convert_tower, open_executorch)
+EXECUTORCH_TOOLS = Toolchain("ExecuTorch", EXECUTORCH, ".pte", convert_tower, open_executorch)

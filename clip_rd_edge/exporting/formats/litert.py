@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.bundle.manifest import Manifest, Tower
-from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
-from clip_rd_edge.exporting.conversion import start_conversion
+from clip_rd_edge.errors import MissingExtraError
+from clip_rd_edge.exporting.formats import Converted, Format, Job
 from clip_rd_edge.exporting.formats.onnx import MIN_AGREEMENT, float32_note
 from clip_rd_edge.exporting.graph import silently
-from clip_rd_edge.exporting.int8.candidates import Candidate, CandidateRequest, one_input_backend
-from clip_rd_edge.exporting.parity import Inputs, hard_inputs, measure
-from clip_rd_edge.exporting.plan import ExportRequest
-from clip_rd_edge.exporting.towers import OTHER_FORMAT, TOWERS, Toolchain, on_cpu, root_cause
+from clip_rd_edge.exporting.int8.candidates import Candidate, Float32Tower, one_input_backend
+from clip_rd_edge.exporting.int8.search import write_int8
+from clip_rd_edge.exporting.parity import Inputs, measure
+from clip_rd_edge.exporting.plan import Plan
+from clip_rd_edge.exporting.towers import (
+    TOWERS,
+    Toolchain,
+    converting,
+    example_row,
+    from_own_float32,
+    on_cpu,
+    write_towers,
+)
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.backends.litert import open_litert
+from clip_rd_edge.runtime.backends.litert import LiteRtEncoder, open_litert
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.process import without_progress_bars
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 LITERT = "litert"
 # Operators are quantised by the names of their outputs, which begin with the modules that they come from. Those of the
@@ -44,65 +51,101 @@ _CALIBRATION_SAMPLES = 64  # ranges are those of minimum and maximum, each sampl
 Recipe = list[dict[str, Any]]
 
 
-def write_litert_fp16(source: Path, folder: Path, request: ExportRequest, *, reporter: Reporter = SILENT) -> Manifest:
-    """Write the towers of the float32 LiteRT bundle `source` with float16 weights; return their manifest, not written.
+class LiteRt(Format):
+    """LiteRT files, converted from PyTorch; float16 and INT8 are made from LiteRT's own float32."""
 
-    A CPU computes them in float32; a phone's GPU or NPU in float16.
+    def check(self, plan: Plan) -> None:
+        """Raise MissingExtraError if litert-torch or what it needs here is not installed."""
+        for package in ("litert-torch", "ai-edge-quantizer", "ai-edge-litert"):
+            if find_spec(package.replace("-", "_")) is None:
+                raise MissingExtraError(package, extra="litert-torch", purpose="Exporting for LiteRT")
+
+    def convert(self, job: Job) -> Converted:
+        """Write the bundle."""
+        if job.plan.precision == "fp32":
+            return write_towers(job, LITERT_TOOLS)
+        with from_own_float32(job, LITERT_TOOLS) as own:
+            if job.plan.precision == "int8":
+                return write_int8(own, LITERT_BACKEND)
+            return own.convert_towers(partial(write_fp16, own), doing="float16 weights")
+
+    def reference(self, folder: Path, manifest: Manifest) -> LiteRtEncoder:
+        """Return an encoder without XNNPACK, whose kernels differ by processor."""
+        return LiteRtEncoder(folder, manifest, xnnpack=False)
+
+
+class _NamedTower(nn.Module):
+    """A tower whose output has a name; its operators are found by the names of this class and of the attribute."""
+
+    def __init__(self, tower: nn.Module, output: str) -> None:
+        super().__init__()
+        self.tower, self.output = tower, output
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        (rows,) = inputs.values()
+        return {self.output: self.tower(rows)}
+
+
+def convert_tower(clip: ClipModel, name: str, tower: Tower, inputs: Inputs) -> bytes:
+    """Return the content of a LiteRT file of the tower `name`, for one input like those of `inputs`.
+
+    Args:
+        tower: its ONNX file's entry, whose names of input and output are kept.
+        inputs: (N, 3, H, W) float32 or (N, T) int64; LiteRT's file takes int32 ids.
     """
-    manifest = start_conversion(source, folder, request)
-    inputs = hard_inputs(source, manifest)
-    towers = {}
-    for name, tower in manifest.towers.items():
-        reporter.update(f"{name} tower: float16 weights")
-        towers[name] = write_litert_fp16_tower(source, folder, tower, inputs[name], threads=request.threads)
-    return manifest.with_towers(towers)
+    with silently():  # it logs which of its optional parts are missing
+        import litert_torch
+        from litert_torch import progress
+
+    module = _NamedTower(TOWERS[name](clip.model), tower.output_name)
+    progress.console.quiet = True
+    with converting("litert-torch", name, clip), on_cpu(module):
+        model = litert_torch.convert(module, sample_kwargs={tower.input_name: example_row(inputs)})
+        return bytes(model.model_content())
 
 
-def write_litert_fp16_tower(source: Path, folder: Path, tower: Tower, inputs: Inputs, *, threads: int) -> Tower:
-    """Write one tower of the float32 LiteRT bundle `source` with float16 weights; return its manifest entry."""
-    file = source / tower.file
+def write_fp16(job: Job, name: str, tower: Tower) -> Tower:
+    """Write one tower with float16 weights, which a CPU computes in float32, a phone's GPU or NPU in float16."""
+    file = job.source / tower.file
     content = quantize(file.read_bytes(), fp16_recipe())
-    reference, session = (open_litert(model, threads=threads) for model in (str(file), content))
-    measured = measure(session, reference, inputs, threads=threads)
+    reference, session = (open_litert(model, threads=job.plan.threads) for model in (str(file), content))
+    measured = measure(session, reference, job.inputs[name], threads=job.plan.threads)
     if measured.centred_cosine < MIN_AGREEMENT:
-        shutil.copyfile(file, folder / tower.file)
+        shutil.copyfile(file, job.folder / tower.file)
         return msgspec.structs.replace(tower, note=float32_note(measured.centred_cosine))
-    write_bytes(folder / tower.file, content)
+    write_bytes(job.folder / tower.file, content)
     return msgspec.structs.replace(tower, precision="fp16", measured=measured)
 
 
-def litert_candidates(request: CandidateRequest) -> Iterator[Candidate]:
+def litert_candidates(tower: Float32Tower) -> Iterator[Candidate]:
     """Yield INT8 candidates for a float32 LiteRT file.
 
     A tower with several convolutions is quantised statically: whole, or in its convolutions and what is between them,
     because some operators have no kernel in INT8 and others lose too much. Any tower is quantised dynamically, and in
     its weights alone, which saves space.
     """
-    content = request.model.read_bytes()
+    content = tower.model.read_bytes()
+    make = partial(partial, quantize, content)
     operators = operator_names(content)
     if sum(operators.count(name) for name in _CONVOLUTIONS) > 1:
-        request.reporter.update("measuring the ranges of INT8")
-        ranges = calibrated(content, request.samples, threads=request.threads)
+        tower.reporter.update("measuring the ranges of INT8")
+        ranges = calibrated(content, tower.calibrate, threads=tower.plan.threads)
         inner = (*_CONVOLUTIONS, *_BETWEEN)
-        for name, recipe in {
-            "static": static_recipe(("*",)),
-            "static in convolutions and products": static_recipe((*inner, *_PRODUCTS)),
-            "static in convolutions": static_recipe(inner),
-            "static in convolutions alone": static_recipe(_CONVOLUTIONS),
-            "static in convolutions, dynamic in products": static_recipe(inner) + dynamic_recipe(_PRODUCTS),
+        for name, of_operators in {
+            "static": _static(("*",)),
+            "static in convolutions and products": _static((*inner, *_PRODUCTS)),
+            "static in convolutions": _static(inner),
+            "static in convolutions alone": _static(_CONVOLUTIONS),
+            "static in convolutions, dynamic in products": _static(inner) + _dynamic(_PRODUCTS),
         }.items():
-            yield Candidate(name, _maker(content, recipe, ranges))
-    yield Candidate("dynamic", _maker(content, dynamic_recipe(("*",))))
-    yield Candidate("weights only", _maker(content, weights_recipe(("*",))))
+            yield Candidate(name, make(of_operators, ranges))
+    yield Candidate("dynamic", make(_dynamic(("*",))))
+    yield Candidate("weights only", make(recipe("weight_only", ("*",), num_bits=8)))
 
 
-def _maker(content: bytes, recipe: Recipe, ranges: dict[str, Any] | None = None) -> Callable[[], bytes]:
-    return partial(quantize, content, recipe, ranges)
-
-
-def quantize(content: bytes, recipe: Recipe, ranges: dict[str, Any] | None = None) -> bytes:
+def quantize(content: bytes, steps: Recipe, ranges: dict[str, Any] | None = None) -> bytes:
     """Return a float32 LiteRT file quantised by a recipe of ai-edge-quantizer; static ones need `ranges`."""
-    quantizer = _quantizer(content, recipe)
+    quantizer = _quantizer(content, steps)
     with silently(), without_progress_bars():
         result = quantizer.quantize(ranges, enable_progress_bar=False, enable_progress_report=False)
     return bytes(result.quantized_model)
@@ -113,7 +156,7 @@ def calibrated(content: bytes, samples: Inputs, *, threads: int) -> dict[str, An
     (name,) = (port.name for port in open_litert(content, threads=threads).get_inputs())
     data = [{name: sample[None]} for sample in samples[:_CALIBRATION_SAMPLES]]
     with silently(), without_progress_bars():
-        quantizer = _quantizer(content, static_recipe(("*",)))
+        quantizer = _quantizer(content, _static(("*",)))
         ranges: dict[str, Any] = quantizer.calibrate({_signature(content): data}, num_threads=threads)
     return ranges
 
@@ -134,98 +177,40 @@ def _signature(content: bytes) -> str:
     return str(signature)
 
 
-def _quantizer(content: bytes, recipe: Recipe) -> Any:
+def _quantizer(content: bytes, steps: Recipe) -> Any:
     from ai_edge_quantizer.quantizer import Quantizer
 
-    return Quantizer(bytearray(content), recipe)
+    return Quantizer(bytearray(content), steps)
 
 
-def static_recipe(operators: tuple[str, ...]) -> Recipe:
-    """Return a recipe for weights and activations in INT8, by measured ranges, of these operators."""
-    return _recipe(
-        lambda manager, name: manager.add_static_config(_INSIDE, name, activation_num_bits=8, weight_num_bits=8),
-        operators,
-    )
+def recipe(kind: str, operators: tuple[str, ...], **settings: Any) -> Recipe:
+    """Return a recipe for these operators.
+
+    Args:
+        kind: `static` for weights and activations in INT8, by measured ranges; `dynamic` for activations that are
+            quantised as they come; `weight_only` for weights that are stored in fewer bits.
+    """
+    from ai_edge_quantizer.qtyping import TFLOperationName
+    from ai_edge_quantizer.recipe_manager import RecipeManager
+
+    manager = RecipeManager()
+    for name in operators:
+        getattr(manager, f"add_{kind}_config")(_INSIDE, TFLOperationName(name), **settings)
+    result: Recipe = manager.get_quantization_recipe()
+    return result
 
 
-def dynamic_recipe(operators: tuple[str, ...]) -> Recipe:
-    """Return a recipe for weights in INT8, and activations that are quantised as they come, of these operators."""
-    return _recipe(lambda manager, name: manager.add_dynamic_config(_INSIDE, name, num_bits=8), operators)
-
-
-def weights_recipe(operators: tuple[str, ...]) -> Recipe:
-    """Return a recipe for weights that are stored in INT8 and multiplied in float32."""
-    return _recipe(lambda manager, name: manager.add_weight_only_config(_INSIDE, name, num_bits=8), operators)
+_static = partial(recipe, "static", activation_num_bits=8, weight_num_bits=8)
+_dynamic = partial(recipe, "dynamic", num_bits=8)
 
 
 def fp16_recipe() -> Recipe:
     """Return a recipe for weights that are stored in float16."""
     from ai_edge_quantizer.algorithm_manager import AlgorithmName
 
-    def add(manager: Any, name: Any) -> None:
-        manager.add_weight_only_config(_INSIDE, name, num_bits=16, algorithm_key=AlgorithmName.FLOAT_CASTING)
-
-    return _recipe(add, ("FULLY_CONNECTED", *_CONVOLUTIONS, "CONV_2D_TRANSPOSE", "EMBEDDING_LOOKUP"))
-
-
-def _recipe(add: Callable[[Any, Any], object], operators: tuple[str, ...]) -> Recipe:
-    from ai_edge_quantizer.qtyping import TFLOperationName
-    from ai_edge_quantizer.recipe_manager import RecipeManager
-
-    manager = RecipeManager()
-    for name in operators:
-        add(manager, TFLOperationName(name))
-    recipe: Recipe = manager.get_quantization_recipe()
-    return recipe
-
-
-LITERT_BACKEND = one_input_backend(LITERT, open_litert, litert_candidates, write_fp16=write_litert_fp16_tower)
-
-
-class _NamedTower(nn.Module):
-    """A tower whose output has a name; `formats.litert` finds its operators by the name of the attribute `tower`."""
-
-    def __init__(self, tower: nn.Module, output: str) -> None:
-        super().__init__()
-        self.tower, self.output = tower, output
-
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        (rows,) = inputs.values()
-        return {self.output: self.tower(rows)}
-
-
-def require_litert_torch() -> None:
-    """Raise MissingExtraError if litert-torch or what it needs here is not installed."""
-    packages = {"litert_torch": "litert-torch", "ai_edge_quantizer": "ai-edge-quantizer"}
-    for module, package in {**packages, "ai_edge_litert": "ai-edge-litert"}.items():
-        if find_spec(module) is None:
-            raise MissingExtraError(package, extra="litert-torch", purpose="Exporting for LiteRT")
-
-
-def convert_tower(clip: ClipModel, name: str, tower: Tower, inputs: Inputs) -> bytes:
-    """Return the content of a LiteRT file of the tower `name`, for one input like those of `inputs`.
-
-    Args:
-        tower: its ONNX file's entry, whose names of input and output are kept.
-        inputs: (N, 3, H, W) float32 or (N, T) int64; LiteRT's file takes int32 ids.
-    """
-    with silently():  # it logs which of its optional parts are missing
-        import litert_torch
-        from litert_torch import progress
-
-    example = torch.from_numpy(inputs[:1])
-    if not example.is_floating_point():
-        example = example.to(torch.int32)
-    module = _NamedTower(TOWERS[name](clip.model), tower.output_name)
-    progress.console.quiet = True
-    try:
-        with on_cpu(module):
-            model = litert_torch.convert(module, sample_kwargs={tower.input_name: example})
-            return bytes(model.model_content())
-    except Exception as error:  # it raises many types, with the whole graph in their messages
-        raise ClipRdEdgeError(
-            f"litert-torch cannot convert the {name} tower of {clip.name}: {root_cause(error)}.", hint=OTHER_FORMAT
-        ) from error
+    operators = ("FULLY_CONNECTED", *_CONVOLUTIONS, "CONV_2D_TRANSPOSE", "EMBEDDING_LOOKUP")
+    return recipe("weight_only", operators, num_bits=16, algorithm_key=AlgorithmName.FLOAT_CASTING)
 
 
 LITERT_TOOLS = Toolchain("LiteRT", LITERT, ".tflite", convert_tower, open_litert)
+LITERT_BACKEND = one_input_backend(LITERT, open_litert, litert_candidates, write_fp16=write_fp16)

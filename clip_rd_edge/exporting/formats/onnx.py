@@ -1,4 +1,4 @@
-"""Convert a float32 ONNX model to float16, strongly typed: Casts in the graph set the type that each node computes in.
+"""ONNX for ONNX Runtime, and float32 models in float16, strongly typed: Casts set the type that each node computes in.
 
 ONNX Runtime and TensorRT then use the same types, and no builder flag decides. LayerNorm, Softmax, sums, norms and the
 final norm stay in float32, because their sums of squares and exponentials are the first to exceed float16's range.
@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -18,33 +19,20 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from clip_rd_edge.bundle.encoder import in_batches
-from clip_rd_edge.bundle.manifest import Manifest, Tower
+from clip_rd_edge.bundle.manifest import Tower
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.exporting.conversion import start_conversion
+from clip_rd_edge.exporting.formats import Converted, Format, Job
 from clip_rd_edge.exporting.graph import (
+    activation_batches,
     drop_unused_constants,
     file_content,
     float_tensors,
     norm_nodes,
     prepare_for_quantization,
-    with_outputs,
 )
-from clip_rd_edge.exporting.parity import (
-    Agreement,
-    Inputs,
-    Timer,
-    agreement,
-    embed,
-    hard_inputs,
-    latencies,
-    measurement,
-)
-from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.exporting.parity import Agreement, Inputs, agreement, embed, latencies, measurement
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.timing import time_in_turn
 
 FP16_MAX = float(np.finfo(np.float16).max)  # 65504
 _FP16_MIN = 2.0**-24  # the smallest that is not 0
@@ -102,18 +90,15 @@ def nodes_out_of_range(model: onnx.ModelProto, samples: Inputs) -> list[str]:
     """
     floats = float_tensors(model.graph)
     producers = {name: node.name for node in model.graph.node for name in node.output if name in floats}
-    session = open_session(with_outputs(model, list(producers)).SerializeToString())
-    out_of_range: set[str] = set()
-    large_sums: set[str] = set()
     means = [node for node in model.graph.node if node.op_type in _MEANS and node.output[0] in producers]
-    for batch in in_batches(len(samples), _BATCH_SIZE):
-        inputs = {session.get_inputs()[0].name: samples[batch]}
-        values = {**inputs, **dict(zip(producers, session.run(list(producers), inputs), strict=True))}
+    out_of_range, large_sums = set[str](), set[str]()
+    for start, values in enumerate(activation_batches(model, list(producers), samples, batch_size=_BATCH_SIZE)):
         out_of_range.update(
             producer for name, producer in producers.items() if _is_large(values[name]) or _vanishes(values[name])
         )
+        values[model.graph.input[0].name] = samples[start * _BATCH_SIZE : (start + 1) * _BATCH_SIZE]
         for node in means:
-            mean = values[node.output[0]]
+            mean: npt.NDArray[np.float32] = values[node.output[0]]
             if _is_large(mean * (values[node.input[0]].size / max(mean.size, 1))):
                 large_sums.add(node.name)
     tensors = {name for name, producer in producers.items() if producer in out_of_range}
@@ -239,36 +224,38 @@ def fp16_tower(model: Path, inputs: Inputs) -> Fp16Tower:
     return Fp16Tower(content if parity.centred_cosine >= MIN_AGREEMENT else None, parity, tuple(float32_nodes))
 
 
-def write_fp16(
-    source: Path, folder: Path, request: ExportRequest, *, reporter: Reporter = SILENT, timer: Timer = time_in_turn
-) -> Manifest:
-    """Write the towers of the float32 bundle `source` in float16 into `folder`; return their manifest, not yet written.
+class Onnx(Format):
+    """ONNX for ONNX Runtime: the float32 source itself, or FP16 or INT8."""
+
+    def convert(self, job: Job) -> Converted:
+        """Write the bundle."""
+        if job.plan.precision == "int8":
+            from clip_rd_edge.exporting.int8.search import ORT, write_int8  # which the others do not need
+
+            return write_int8(job, ORT)
+        if job.plan.precision == "fp16":
+            return job.convert_towers(partial(write_fp16, job), doing="float16")
+        if job.folder != job.source:
+            for path in job.source.glob("*.onnx*"):
+                shutil.copyfile(path, job.folder / path.name)
+        return Converted(job.fp32)
+
+
+def write_fp16(job: Job, name: str, tower: Tower) -> Tower:
+    """Write one tower in float16; return its manifest entry.
 
     On a CPU, float16 only saves space: ONNX Runtime computes it in float32, and the casts take time. The tower's note
     says how much it took here.
     """
-    manifest = start_conversion(source, folder, request)
-    inputs = hard_inputs(source, manifest)
-    towers = {}
-    for name, tower in manifest.towers.items():
-        reporter.update(f"{name} tower: float16")
-        towers[name] = write_fp16_tower(source, folder, tower, inputs[name], threads=request.threads, timer=timer)
-    return manifest.with_towers(towers)
-
-
-def write_fp16_tower(
-    source: Path, folder: Path, tower: Tower, inputs: Inputs, *, threads: int, timer: Timer = time_in_turn
-) -> Tower:
-    """Write one tower of the float32 bundle `source` in float16 into `folder`; return its manifest entry."""
-    fp32_file, fp16_file = source / tower.file, folder / tower.file
-    converted = fp16_tower(fp32_file, inputs)
+    fp32_file, fp16_file, threads = job.source / tower.file, job.folder / tower.file, job.plan.threads
+    converted = fp16_tower(fp32_file, job.inputs[name])
     if converted.model is None:
         shutil.copyfile(fp32_file, fp16_file)
         return msgspec.structs.replace(tower, note=float32_note(converted.agreement.centred_cosine))
     write_bytes(fp16_file, converted.model)
     files = {"fp32": fp32_file, "fp16": fp16_file}
-    sessions = {name: open_session(str(file), threads=threads) for name, file in files.items()}
-    latencies_ms = latencies(sessions, inputs, timer=timer)
+    sessions = {precision: open_session(str(file), threads=threads) for precision, file in files.items()}
+    latencies_ms = latencies(sessions, job.inputs[name])
     measured = measurement(
         converted.agreement, latencies_ms["fp16"], reference_ms=latencies_ms["fp32"], threads=threads
     )

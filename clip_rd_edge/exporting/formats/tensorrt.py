@@ -1,4 +1,9 @@
-"""Convert a float32 bundle to TensorRT engines, or to files that build them on the device."""
+"""TensorRT: strongly typed ONNX, and engines from it, or the files that build them on the device. No torch.
+
+The ONNX sets every type (`formats.onnx`, `int8.methods`), because TensorRT 11 has neither precision flags nor
+calibrators, and TensorRT 10 and TensorRT for RTX do not need them. In INT8, as many layers are quantised as the
+agreement with float32 allows.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,7 @@ import importlib
 import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,84 +19,80 @@ import msgspec
 import onnx
 
 from clip_rd_edge.bundle.encoder import Embeddings
-from clip_rd_edge.bundle.manifest import ENGINE_SUFFIX, STAMP_SUFFIX, TOKENIZER, Manifest
-from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, first_line
-from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.conversion import start_conversion
+from clip_rd_edge.bundle.manifest import ENGINE_SUFFIX, STAMP_SUFFIX, TOKENIZER, Manifest, Tower
+from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError, first_line
+from clip_rd_edge.exporting.formats import Converted, Format, Job
 from clip_rd_edge.exporting.formats.onnx import float32_note, fp16_tower, nodes_out_of_range, to_fp16
 from clip_rd_edge.exporting.graph import prepare_for_quantization, weighted_layers
-from clip_rd_edge.exporting.int8.candidates import SENSITIVITY_SAMPLES, robust_layers
-from clip_rd_edge.exporting.int8.methods import MAX_LEVEL, measure_ranges, quantize_symmetrically, quantized_inputs
+from clip_rd_edge.exporting.int8.candidates import SENSITIVITY_SAMPLES, Float32Tower, int8_error, robust_layers
+from clip_rd_edge.exporting.int8.methods import measure_ranges
 from clip_rd_edge.exporting.int8.rounding import RoundedLayers
 from clip_rd_edge.exporting.int8.saturation import right_session
-from clip_rd_edge.exporting.int8.search import TowerSamples
-from clip_rd_edge.exporting.parity import Agreement, Inputs, agreement, embed, hard_inputs
-from clip_rd_edge.exporting.plan import (
-    BUILD_SHELL,
-    RTX_TARGETS,
-    SELF_BUILDING_TARGETS,
-    Budget,
-    ExportRequest,
-    require_target,
-)
+from clip_rd_edge.exporting.int8.symmetric import MAX_LEVEL, quantize_symmetrically, quantized_inputs
+from clip_rd_edge.exporting.parity import Agreement, Inputs, agreement, embed
+from clip_rd_edge.exporting.plan import BUILD_SHELL, RTX_TARGETS, RTX_WITHOUT_INT8, SELF_BUILDING_TARGETS, Plan
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
-from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 from clip_rd_edge.utils.text import one_line, printable
 
 # Returns the content of a tower's engine, given `image` or `text` and the tower's strongly typed ONNX.
 EngineBuilder = Callable[[str, "TypedTower"], bytes]
 
 
-def write_engines(
-    source: Path,
-    folder: Path,
-    request: ExportRequest,
-    *,
-    calibration: CalibrationSet | None = None,
-    reporter: Reporter = SILENT,
-    build: EngineBuilder | None = None,
-) -> Manifest:
-    """Write strongly typed ONNX files and their engines into `folder`; return their manifest, not yet written.
+class TensorRt(Format):
+    """ONNX with engines beside it, built from it or by torch-tensorrt.
 
     Some devices build their engines themselves: for them, the folder holds build files instead (`write_build_files`).
     Engines for an RTX card are built without a GPU, so their latency is not measured here; the types that their layers
     compute in are checked in the builder's log.
-
-    Args:
-        source: the float32 bundle.
-        folder: where the files are written.
-        request: precision and target of the engines.
-        calibration: samples for INT8, or None for other precisions.
-        reporter: shows progress.
-        build: builds the engines for any target, instead of TensorRT for RTX.
     """
-    target = require_target(request.target)
-    manifest = start_conversion(source, folder, request, calibration=calibration)
-    typed = typed_towers(source, manifest, request, calibration=calibration, reporter=reporter)
-    if build is None and target in RTX_TARGETS:
-        build = partial(_build_from_onnx, target=target)
-    towers = {}
-    for name, tower in manifest.towers.items():
-        typed_tower = typed[name]
-        write_bytes(folder / tower.file, typed_tower.content)
-        engine = ""
-        if build is not None:
-            reporter.update(f"{name} tower: building the engine for {target}")
-            engine = Path(tower.file).with_suffix(ENGINE_SUFFIX).name
-            write_bytes(folder / engine, build(name, typed_tower))
-        towers[name] = msgspec.structs.replace(
-            tower, precision=typed_tower.precision, note=typed_tower.note, engine=engine, measured=None
-        )
-    converted = manifest.with_towers(
-        towers, target=f"tensorrt-rtx {target}" if target in RTX_TARGETS else f"tensorrt {target}"
-    )
-    if build is None:
-        write_build_files(folder, converted, title=SELF_BUILDING_TARGETS[target])
-    return converted
+
+    def check(self, plan: Plan) -> None:
+        """Raise if engines cannot be built for the target as planned."""
+        if plan.precision == "int8" and plan.target in RTX_WITHOUT_INT8:
+            raise UsageError(
+                f"TensorRT for RTX does not compute the towers in INT8 on {plan.target} ({RTX_TARGETS[plan.target]}).",
+                hint="use {precision} fp16",
+            )
+        if plan.via == "torch-tensorrt":
+            from clip_rd_edge.exporting.formats.torch_tensorrt import require_torch_tensorrt
+
+            require_torch_tensorrt(plan.target)
+
+    def convert(self, job: Job) -> Converted:
+        """Write the bundle."""
+        target, build = job.plan.target, _builder(job)
+
+        def convert(name: str, tower: Tower) -> Tower:
+            typed = typed_tower(job, name, tower)
+            write_bytes(job.folder / tower.file, typed.content)
+            engine = ""
+            if build is not None:
+                job.reporter_of(name).update(f"building the engine for {target}")
+                engine = Path(tower.file).with_suffix(ENGINE_SUFFIX).name
+                write_bytes(job.folder / engine, build(name, typed))
+            return msgspec.structs.replace(
+                tower, precision=typed.precision, note=typed.note, engine=engine, measured=None
+            )
+
+        runtime = "tensorrt-rtx" if target in RTX_TARGETS else "tensorrt"
+        converted = job.convert_towers(convert, doing=job.plan.precision, target=f"{runtime} {target}")
+        if build is None:
+            write_build_files(job.folder, converted.manifest, title=SELF_BUILDING_TARGETS[target])
+        return converted
 
 
-def _build_from_onnx(name: str, typed: TypedTower, *, target: str) -> bytes:
+def _builder(job: Job) -> EngineBuilder | None:
+    """Return what builds the engines, or None if the target does."""
+    target = job.plan.target
+    if job.plan.via == "torch-tensorrt":
+        from clip_rd_edge.exporting.formats.torch_tensorrt import engine_builder, require_torch_tensorrt
+
+        return engine_builder(require_torch_tensorrt(target), job.clip, job.inputs)
+    return (lambda name, typed: _build_from_onnx(name, typed, target)) if target in RTX_TARGETS else None
+
+
+def _build_from_onnx(name: str, typed: TypedTower, target: str) -> bytes:
     engine = build_engine(typed.content, target=target)
     mistyped = mistyped_layers(engine.log, typed.types)
     if mistyped:
@@ -107,83 +107,6 @@ def _build_from_onnx(name: str, typed: TypedTower, *, target: str) -> bytes:
 
 BUILD_PYTHON, CHECKSUMS = "build.py", "SHA256SUMS"
 
-_SHELL = """#!/usr/bin/env bash
-# Builds the engines of {name}. Run it on the device ({title}); it takes minutes.
-set -euo pipefail
-cd "$(dirname "$0")"
-sha256sum --check --quiet {checksums}
-TRTEXEC="${{TRTEXEC:-/usr/src/tensorrt/bin/trtexec}}"
-if ! command -v "$TRTEXEC" > /dev/null; then
-    echo "error: $TRTEXEC was not found" >&2
-    echo "hint: sudo apt install tensorrt, or TRTEXEC=/path/to/trtexec ./{shell}, or python3 {python}" >&2
-    exit 2
-fi
-build() {{  # tower, input name, input shape without the batch
-    "$TRTEXEC" --onnx="$1.onnx" --saveEngine="$1.engine.part" --stronglyTyped --skipInference \\
-        --minShapes="$2:1x$3" --optShapes="$2:1x$3" --maxShapes="$2:{max_batch}x$3" \\
-        --timingCacheFile=timing.cache --profilingVerbosity=detailed
-    mv "$1.engine.part" "$1.engine"  # no engine is left half-written
-    sha256sum "$1.onnx" "$1.engine" > "$1.engine{stamp}"  # only these two run together
-}}
-{calls}
-"""
-
-_PYTHON = '''#!/usr/bin/env python3
-"""Builds this folder's engines on the device ({title}) with TensorRT's Python API: the same as {shell}."""
-# The model is {name}.
-
-import hashlib
-import os
-import sys
-from pathlib import Path
-
-import tensorrt as trt
-
-HERE = Path(__file__).resolve().parent
-TOWERS = {towers!r}  # tower, input name, input shape without the batch
-MAX_BATCH = {max_batch}
-
-
-def sha256_of(name):
-    return hashlib.sha256((HERE / name).read_bytes()).hexdigest()
-
-
-def check():
-    for line in (HERE / "{checksums}").read_text().splitlines():
-        digest, name = line.split("  ", 1)
-        if sha256_of(name) != digest:
-            sys.exit(f"error: {{name}} differs from the exported file\\nhint: copy the folder again")
-
-
-def build(name, input_name, shape):
-    logger = trt.Logger(trt.Logger.WARNING)
-    builder = trt.Builder(logger)
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse((HERE / f"{{name}}.onnx").read_bytes()):
-        sys.exit(f"error: TensorRT {{trt.__version__}} cannot parse {{name}}.onnx: {{parser.get_error(0)}}")
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    profile = builder.create_optimization_profile()
-    profile.set_shape(input_name, (1, *shape), (1, *shape), (MAX_BATCH, *shape))
-    config.add_optimization_profile(profile)
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
-        sys.exit(f"error: TensorRT {{trt.__version__}} cannot build {{name}}.engine")
-    part = HERE / f"{{name}}.engine.part"
-    part.write_bytes(bytes(engine))
-    os.replace(part, HERE / f"{{name}}.engine")
-    files = (f"{{name}}.onnx", f"{{name}}.engine")
-    stamp = "".join(f"{{sha256_of(file)}}  {{file}}\\n" for file in files)  # only these two run together
-    (HERE / f"{{name}}.engine{stamp}").write_text(stamp)
-
-
-check()
-for tower in TOWERS:
-    build(*tower)
-'''
-
 
 def write_build_files(folder: Path, manifest: Manifest, *, title: str) -> None:
     """Write the scripts that build the engines into a bundle's folder, which already holds the ONNX files.
@@ -197,100 +120,18 @@ def write_build_files(folder: Path, manifest: Manifest, *, title: str) -> None:
     towers = [(Path(tower.file).stem, tower.input_name, shapes[name]) for name, tower in manifest.towers.items()]
     calls = "\n".join(f"build {name} {input_name} {'x'.join(map(str, shape))}" for name, input_name, shape in towers)
     fields = {
+        "title": title, "checksums": CHECKSUMS, "shell": BUILD_SHELL, "python": BUILD_PYTHON, "stamp": STAMP_SUFFIX,
+        "max_batch": str(MAX_BATCH), "towers": repr(towers), "calls": calls,
         "name": printable(one_line(manifest.name)),  # in comments: it is a folder's name, which can be any text
-        "title": title,
-        "checksums": CHECKSUMS,
-        "shell": BUILD_SHELL,
-        "python": BUILD_PYTHON,
-        "stamp": STAMP_SUFFIX,
-    }
-    write_text(folder / BUILD_SHELL, _SHELL.format(calls=calls, max_batch=MAX_BATCH, **fields))
+    }  # fmt: skip
+    for script in (BUILD_SHELL, BUILD_PYTHON):
+        content = Path(__file__).with_name(f"{script}.in").read_text(encoding="utf-8")
+        for key, value in fields.items():
+            content = content.replace(f"@{key}@", value)
+        write_text(folder / script, content)
     (folder / BUILD_SHELL).chmod(0o755)
-    write_text(folder / BUILD_PYTHON, _PYTHON.format(towers=towers, max_batch=MAX_BATCH, **fields))
     files = [*(tower.file for tower in manifest.towers.values()), *([TOKENIZER] if manifest.text else [])]
     write_text(folder / CHECKSUMS, "".join(f"{sha256_of(folder / name)}  {name}\n" for name in files))
-
-
-@dataclass(frozen=True)
-class SymmetricTower:
-    """A tower with symmetric Q/DQ.
-
-    Attributes:
-        model: with Q/DQ, in float16 otherwise.
-        int8_layers: names of the layers in INT8.
-        float_layers: names of the layers left in float for accuracy.
-        agreement: with float32 on the held-out samples.
-    """
-
-    model: onnx.ModelProto
-    int8_layers: tuple[str, ...]
-    float_layers: tuple[str, ...]
-    agreement: Agreement
-
-
-def symmetric_tower(
-    prepared: Path,
-    samples: TowerSamples,
-    *,
-    min_agreement: float,
-    keep_float32: Collection[str] = (),
-    reporter: Reporter = SILENT,
-) -> SymmetricTower | None:
-    """Quantise every layer or, if that loses too much accuracy, all but the layers that lose most.
-
-    The others are in float16 when the agreement is measured, as in the file that is shipped.
-
-    Args:
-        prepared: a float32 model that `quant_pre_process` has optimised.
-        samples: inputs to set ranges by, and others to measure the agreement on.
-        min_agreement: min centred cosine with float32.
-        keep_float32: as for `to_fp16`.
-        reporter: shows progress.
-
-    Returns:
-        The quantised tower, or None if no selection of layers reaches `min_agreement`.
-    """
-    model = onnx.load(prepared)
-    all_layers = tuple(node.name for node in weighted_layers(model))
-    ranges = measure_ranges(model, quantized_inputs(model), samples.calibrate)
-    rounded = None
-    if samples.adapt:
-        reporter.update(f"rounding the weights of {len(all_layers)} layers")
-        rounded = RoundedLayers(model, samples.calibrate, max_level=MAX_LEVEL)
-    reference = embed(open_session(str(prepared)), samples.held_out)
-
-    def quantize(layers: Sequence[str]) -> onnx.ModelProto:
-        return quantize_symmetrically(model, ranges, layers=layers, rounded=rounded)
-
-    def embed_int8(quantized: onnx.ModelProto, inputs: Inputs) -> Embeddings:
-        content = quantized.SerializeToString()
-        return embed(right_session(open_session(content), content), inputs)
-
-    def attempt(layers: Sequence[str]) -> SymmetricTower:
-        typed = to_fp16(quantize(layers), keep_float32=keep_float32)
-        parity = agreement(reference, embed_int8(typed, samples.held_out))
-        float_layers = tuple(name for name in all_layers if name not in layers)
-        return SymmetricTower(typed, tuple(layers), float_layers, parity)
-
-    full = attempt(all_layers)
-    if full.agreement.centred_cosine >= min_agreement:
-        return full
-    reporter.update(f"measuring the INT8 error of {len(all_layers)} layers")
-    subset = samples.calibrate[:SENSITIVITY_SAMPLES]
-
-    def embed_with(layers: Sequence[str]) -> Embeddings:
-        return embed_int8(quantize(layers), subset)
-
-    of_subset = embed(open_session(str(prepared)), subset)
-    for layers in robust_layers(all_layers, embed_with, of_subset, max_error=1 - min_agreement):
-        if layers:
-            partial = attempt(layers)
-            if partial.agreement.centred_cosine >= min_agreement:
-                return partial
-    return None
-
-
-_MEASURED = ", measured on this ONNX in ONNX Runtime, which on most CPUs computes float16 in float32."
 
 
 @dataclass(frozen=True)
@@ -309,33 +150,15 @@ class TypedTower:
     types: dict[str, str] = field(default_factory=dict)
 
 
-def typed_towers(
-    source: Path,
-    manifest: Manifest,
-    request: ExportRequest,
-    *,
-    calibration: CalibrationSet | None,
-    reporter: Reporter = SILENT,
-) -> dict[str, TypedTower]:
-    """Convert both towers of the float32 bundle `source`.
+def typed_tower(job: Job, name: str, tower: Tower) -> TypedTower:
+    """Convert a tower; one that loses too much accuracy in INT8 is converted to float16, and its note says so."""
+    model, inputs = job.source / tower.file, job.inputs[name]
+    if job.plan.precision == "int8":
+        return int8_tower(Float32Tower.of(job, name), inputs)
+    return _float_tower(model, inputs, fp16=job.plan.precision != "fp32")
 
-    A tower that loses too much accuracy in INT8 is converted to float16, and its note says so.
-    """
-    inputs = hard_inputs(source, manifest)
-    typed = {}
-    for name, tower in manifest.towers.items():
-        reporter.update(f"{name} tower: {request.precision}")
-        model = source / tower.file
-        if request.precision == "int8" and calibration is not None:
-            calibrate, held_out = (
-                samples.pixels if name == "image" else samples.ids
-                for samples in (calibration.calibrate, calibration.held_out)
-            )
-            samples = TowerSamples(name, calibrate, held_out, adapt=request.adapts(name))
-            typed[name] = _int8_tower(model, samples, inputs[name], request.budget, reporter)
-        else:
-            typed[name] = _float_tower(model, inputs[name], fp16=request.precision != "fp32")
-    return typed
+
+_MEASURED = ", measured on this ONNX in ONNX Runtime, which on most CPUs computes float16 in float32."
 
 
 def _float_tower(model: Path, inputs: Inputs, *, fp16: bool, note: str = "") -> TypedTower:
@@ -349,27 +172,26 @@ def _float_tower(model: Path, inputs: Inputs, *, fp16: bool, note: str = "") -> 
     return TypedTower(model.read_bytes(), "fp32", note)
 
 
-def _int8_tower(model: Path, samples: TowerSamples, inputs: Inputs, budget: Budget, reporter: Reporter) -> TypedTower:
-    min_agreement = budget.min_agreement(samples.tower)
+def int8_tower(tower: Float32Tower, inputs: Inputs) -> TypedTower:
+    """Quantise a tower, with float16 in between.
+
+    Args:
+        inputs: those that produce the largest values that the tower will meet.
+    """
+    min_agreement = tower.plan.budget.min_agreement(tower.name)
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = prepare_for_quantization(model, Path(scratch))
+        prepared = prepare_for_quantization(tower.model, Path(scratch))
         float32_nodes = nodes_out_of_range(onnx.load(prepared), inputs)
-        tower = symmetric_tower(
-            prepared,
-            samples,
-            min_agreement=min_agreement,
-            keep_float32=float32_nodes,
-            reporter=PrefixedReporter(reporter, f"{samples.tower} tower: "),
-        )
-    if tower is None:
+        found = symmetric_tower(replace(tower, model=prepared), min_agreement=min_agreement, keep_float32=float32_nodes)
+    if found is None:
         note = f"fp16: INT8 does not reach a centred cosine of {min_agreement}."
-        return _float_tower(model, inputs, fp16=True, note=note)
-    in_float, total = len(tower.float_layers), len(tower.int8_layers) + len(tower.float_layers)
+        return _float_tower(tower.model, inputs, fp16=True, note=note)
+    in_float, total = found.total - len(found.layers), found.total
     return TypedTower(
-        tower.model.SerializeToString(),
+        found.model.SerializeToString(),
         f"int8 symmetric{f', {in_float} of {total} layers in FP16' if in_float else ''}",
-        f"Its centred cosine with float32 is {tower.agreement.centred_cosine:.4f}{_MEASURED}",
-        _expected_types(tower.model, int8=tower.int8_layers, float32=float32_nodes),
+        f"Its centred cosine with float32 is {found.agreement.centred_cosine:.4f}{_MEASURED}",
+        _expected_types(found.model, int8=found.layers, float32=float32_nodes),
     )
 
 
@@ -379,6 +201,77 @@ def _expected_types(
     """Return the types of all Conv, MatMul and Gemm nodes; matrix products of two activations are in float16."""
     products = [node.name for node in model.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
     return {name: "Int8" if name in int8 else "Half" for name in products if name not in float32 or name in int8}
+
+
+@dataclass(frozen=True)
+class SymmetricTower:
+    """A tower with symmetric Q/DQ.
+
+    Attributes:
+        model: with Q/DQ, in float16 otherwise.
+        layers: names of the layers in INT8, of `total`; the others stay in float for accuracy.
+        agreement: with float32 on the held-out samples.
+    """
+
+    model: onnx.ModelProto
+    layers: tuple[str, ...]
+    total: int
+    agreement: Agreement
+
+
+def symmetric_tower(
+    tower: Float32Tower, *, min_agreement: float, keep_float32: Collection[str] = ()
+) -> SymmetricTower | None:
+    """Quantise every layer or, if that loses too much accuracy, all but the layers that lose most.
+
+    The others are in float16 when the agreement is measured, as in the file that is shipped.
+
+    Args:
+        tower: with a model that `quant_pre_process` has optimised.
+        min_agreement: min centred cosine with float32.
+        keep_float32: as for `to_fp16`.
+
+    Returns:
+        The quantised tower, or None if no selection of layers reaches `min_agreement`.
+    """
+    model, float32 = onnx.load(tower.model), open_session(str(tower.model))
+    all_layers = tuple(node.name for node in weighted_layers(model))
+    ranges = measure_ranges(model, quantized_inputs(model), tower.calibrate)
+    rounded = None
+    if tower.plan.adapts(tower.name):
+        tower.reporter.update(f"rounding the weights of {len(all_layers)} layers")
+        rounded = RoundedLayers(model, tower.calibrate, max_level=MAX_LEVEL)
+    reference = embed(float32, tower.held_out)
+
+    def quantize(layers: Sequence[str]) -> onnx.ModelProto:
+        return quantize_symmetrically(model, ranges, layers=layers, rounded=rounded)
+
+    def embed_int8(quantized: onnx.ModelProto, inputs: Inputs) -> Embeddings:
+        content = quantized.SerializeToString()
+        return embed(right_session(open_session(content), content), inputs)
+
+    def attempt(layers: Sequence[str]) -> SymmetricTower:
+        typed = to_fp16(quantize(layers), keep_float32=keep_float32)
+        parity = agreement(reference, embed_int8(typed, tower.held_out))
+        return SymmetricTower(typed, tuple(layers), len(all_layers), parity)
+
+    full = attempt(all_layers)
+    if full.agreement.centred_cosine >= min_agreement:
+        return full
+    tower.reporter.update(f"measuring the INT8 error of {len(all_layers)} layers")
+    subset = tower.calibrate[:SENSITIVITY_SAMPLES]
+
+    of_subset = embed(float32, subset)
+
+    def error_of(layers: Sequence[str]) -> float:
+        return int8_error(of_subset, embed_int8(quantize(layers), subset))
+
+    for layers in robust_layers(all_layers, error_of, max_error=1 - min_agreement):
+        if layers:
+            partial = attempt(layers)
+            if partial.agreement.centred_cosine >= min_agreement:
+                return partial
+    return None
 
 
 MAX_BATCH = 8  # of every engine, however it is built

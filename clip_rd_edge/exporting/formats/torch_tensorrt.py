@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import copy
 import importlib
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
 from clip_rd_edge.exporting.formats.onnx import MIN_AGREEMENT
 from clip_rd_edge.exporting.formats.tensorrt import MAX_BATCH, EngineBuilder, TypedTower
 from clip_rd_edge.exporting.graph import silently
-from clip_rd_edge.exporting.parity import Inputs, agreement, hard_inputs
+from clip_rd_edge.exporting.parity import Inputs, agreement
 from clip_rd_edge.exporting.plan import RTX_TARGETS
-from clip_rd_edge.exporting.towers import TOWERS, root_cause, without_fast_path
+from clip_rd_edge.exporting.towers import TOWERS, converting, root_cause, without_fast_path
 from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 
 _CAPABILITIES = {**{name: name for name in RTX_TARGETS}, "jetson-orin": "sm87", "jetson-thor": "sm110"}
@@ -44,15 +43,13 @@ class _Fp16Tower(nn.Module):
         return embeddings
 
 
-def engine_builder(torch_tensorrt: Any, clip: ClipModel, source: Path) -> EngineBuilder:
+def engine_builder(torch_tensorrt: Any, clip: ClipModel, inputs: Mapping[str, Inputs]) -> EngineBuilder:
     """Return a function that builds a model's engines on this machine's GPU.
 
     Args:
         torch_tensorrt: the package, as `require_torch_tensorrt` returns it.
-        clip: the model.
-        source: the model's float32 bundle, whose tokenizer is used for the inputs that float16 is tested on.
+        inputs: of each tower, by name, which float16 is tested on.
     """
-    inputs = hard_inputs(source, read_manifest(source))
 
     def build(name: str, typed: TypedTower) -> bytes:
         tower = copy.deepcopy(TOWERS[name](clip.model)).to(_device())
@@ -60,7 +57,8 @@ def engine_builder(torch_tensorrt: Any, clip: ClipModel, source: Path) -> Engine
             if typed.precision == "fp16":
                 tower = _to_fp16(tower, name, inputs[name])
             example = torch.from_numpy(inputs[name][:_EXAMPLE_BATCH]).to(_device())
-            return _build_engine(torch_tensorrt, tower, name, example)
+            with converting("torch-tensorrt", name, clip, hint=_HINT):
+                return _build_engine(torch_tensorrt, tower, example)
 
     return build
 
@@ -109,19 +107,14 @@ def _to_fp16(tower: nn.Module, name: str, inputs: Inputs) -> nn.Module:
     return fp16
 
 
-def _build_engine(torch_tensorrt: Any, tower: nn.Module, name: str, example: Tensor) -> bytes:
+def _build_engine(torch_tensorrt: Any, tower: nn.Module, example: Tensor) -> bytes:
     """Return the content of an engine for batches of 1 to MAX_BATCH, tuned for 1."""
     shape = tuple(example.shape[1:])
-    try:
-        program = torch.export.export(
-            tower, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
-        )
-        spec = torch_tensorrt.Input(
-            min_shape=(1, *shape), opt_shape=(1, *shape), max_shape=(MAX_BATCH, *shape), dtype=example.dtype
-        )
-        convert = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine
-        return bytes(convert(program, arg_inputs=[spec]))
-    except Exception as error:  # it raises many types, with the whole graph in their messages
-        raise ClipRdEdgeError(
-            f"torch-tensorrt cannot build the engine of the {name} tower: {root_cause(error)}.", hint=_HINT
-        ) from error
+    program = torch.export.export(
+        tower, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
+    )
+    spec = torch_tensorrt.Input(
+        min_shape=(1, *shape), opt_shape=(1, *shape), max_shape=(MAX_BATCH, *shape), dtype=example.dtype
+    )
+    convert = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine
+    return bytes(convert(program, arg_inputs=[spec]))

@@ -1,10 +1,10 @@
-"""The ways of writing a tower in INT8: static, dynamic and symmetric, and the activation ranges that they need."""
+"""The ways of writing a tower in INT8 for CPUs, static and dynamic, and the activation ranges that set scales."""
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,17 +18,20 @@ from onnx import helper, numpy_helper
 from clip_rd_edge.exporting.graph import (
     LAYERS,
     activation_batches,
-    drop_unused_constants,
+    attributes_of,
     file_content,
     float_tensors,
     output_axis,
+    producers_of,
+    replace_nodes,
     silently,
     weighted_layers,
 )
-from clip_rd_edge.exporting.int8.rounding import RoundedLayers, weight_scale
+from clip_rd_edge.exporting.int8.rounding import RoundedLayers
 from clip_rd_edge.exporting.parity import Inputs
 from clip_rd_edge.exporting.plan import WeightBits
 
+Bounds = dict[str, tuple[Any, Any]]  # lower and upper bound per tensor name
 RangeMethod = Literal["min-max", "percentile", "entropy"]
 RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
 # Quantised if all their inputs come from quantised nodes: SiLU and similar activations, residual sums, pooling. In
@@ -41,12 +44,8 @@ _CLIPPING = ("Relu", "Clip")
 class StaticQuantizer:
     """Quantises any of a tower's layers, and the element-wise nodes after them: U8 activations, per-channel S8 weights.
 
-    Only the weights of layers have `weight_bits`: constants of element-wise nodes, where nothing saturates, have 8,
-    like activations.
-
-    Weights are rounded, and biases corrected, by what each layer sees: see `exporting.int8.rounding`.
-
-    ONNX Runtime's CPU kernels are fastest with U8 and S8. Matrix products of two activations, as in attention, stay in
+    ONNX Runtime's CPU kernels are fastest with these. Only the weights of layers have `weight_bits`: constants of
+    element-wise nodes, where nothing saturates, have 8. Matrix products of two activations, as in attention, stay in
     float, and so do Softmax, normalisation and the nodes after them.
 
     Attributes:
@@ -76,11 +75,8 @@ class StaticQuantizer:
         from onnxruntime.quantization.calibrate import TensorsData
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-        if method == "entropy":
-            ranges = self._entropy_ranges
-        else:
-            ranges = self._ranges.min_max if method == "min-max" else self._ranges.percentile
-        ranges = {name: range_without_ties(*bounds) for name, bounds in ranges.items()}
+        measured = self._entropy_ranges if method == "entropy" else self._ranges[method]
+        ranges = {name: range_without_ties(*bounds) for name, bounds in measured.items()}
         model = copy.deepcopy(self._model)
         if self._rounded:
             self._rounded.replace(model, layers)
@@ -110,13 +106,17 @@ class StaticQuantizer:
         return {t.name: [{"reduce_range": False}] for t in constants if t.data_type == onnx.TensorProto.FLOAT}
 
     @cached_property
-    def _ranges(self) -> Ranges:
+    def _ranges(self) -> Mapping[str, Bounds]:
+        # The sum with a causal mask reaches −infinity. No layer reads it, but the quantiser checks every range.
         measured = measure_ranges(self._model, self._tensors, self._samples)
-        return Ranges(_finite(measured.min_max), _finite(measured.percentile))
+        return {
+            method: {name: bounds for name, bounds in of_method.items() if np.isfinite(bounds).all()}
+            for method, of_method in (("min-max", measured.min_max), ("percentile", measured.percentile))
+        }
 
     @cached_property
-    def _entropy_ranges(self) -> dict[str, tuple[Any, Any]]:
-        return entropy_ranges(activation_batches(self._model, list(self._ranges.min_max), self._samples))
+    def _entropy_ranges(self) -> Bounds:
+        return entropy_ranges(activation_batches(self._model, list(self._ranges["min-max"]), self._samples))
 
     @cached_property
     def _tensors(self) -> list[str]:
@@ -133,11 +133,6 @@ class StaticQuantizer:
         return [name for name in names if name in floats]
 
 
-def _finite(ranges: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
-    # The sum with a causal mask reaches −infinity. No layer reads it, but the quantiser checks every range.
-    return {name: bounds for name, bounds in ranges.items() if np.isfinite(bounds).all()}
-
-
 def _keep_in_float(model: onnx.ModelProto) -> None:
     """Give a layer in float, whose input comes from INT8, that input by one scale per channel, all the same; in place.
 
@@ -147,13 +142,13 @@ def _keep_in_float(model: onnx.ModelProto) -> None:
     """
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    producers = {name: node for node in graph.node for name in node.output}
+    producers = producers_of(graph)
     for layer in weighted_layers(model, ("Conv", "Gemm")):
         dequantize = producers.get(layer.input[0])
         if dequantize is None or dequantize.op_type != "DequantizeLinear":
             continue
         size = constants[layer.input[1]].dims[1 if output_axis(layer) == 0 else 0]
-        channels = size * next((attribute.i for attribute in layer.attribute if attribute.name == "group"), 1)
+        channels = size * attributes_of(layer).get("group", 1)
         names = [f"{layer.name}/{name}" for name in dequantize.input[1:]]
         for name, per_channel in zip(dequantize.input[1:], names, strict=True):
             value = numpy_helper.to_array(constants[name])
@@ -231,6 +226,11 @@ def quantize_dynamically(
     return file_content(quantized)
 
 
+def with_token_embeddings(make: Callable[[], Path | bytes]) -> bytes:
+    """Return the model that `make` returns with its token embeddings in INT8, too."""
+    return quantize_dynamically(make(), matrix_products=False, token_embeddings=True, per_token=False)
+
+
 _AXIS, _TINY, _LEVEL, _ZERO_POINT = (f"per_token/{name}" for name in ("axis", "tiny", "level", "zero_point"))
 _CONSTANTS = {
     _AXIS: np.array([-1], np.int64),
@@ -270,8 +270,7 @@ def _scale_per_token(graph: onnx.GraphProto) -> None:
         return
     removed = {node.output[0] for node in replaced}
     nodes += [node for node in graph.node if node.output[0] not in removed]
-    del graph.node[:]
-    graph.node.extend(nodes)
+    replace_nodes(graph, nodes)
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in _CONSTANTS.items())
 
 
@@ -299,136 +298,6 @@ def _multiply_rows(values: str, weights: Sequence[str], output: str) -> list[onn
 
 def _node(kind: str, inputs: Sequence[str], output: str, **attributes: int) -> onnx.NodeProto:
     return helper.make_node(kind, inputs, [output], output, **attributes)
-
-
-MAX_LEVEL = 127  # a symmetric range does not use -128
-_S8_ZERO = "symmetric/zero_point"
-Floats = npt.NDArray[np.float32]
-
-
-def quantized_inputs(model: onnx.ModelProto) -> list[str]:
-    """Return the names of the activations that get Q/DQ, whichever layers are quantised, to measure their ranges."""
-    layers = weighted_layers(model)
-    # Of two convolutions that are added, the other is the branch where one alone is quantised.
-    branches = [name for layer in layers for name in _residual_branches(model, [layer]).values()]
-    return list(dict.fromkeys([*(node.input[0] for node in layers), *branches]))
-
-
-def quantize_symmetrically(
-    model: onnx.ModelProto,
-    ranges: Ranges,
-    *,
-    layers: Sequence[str] | None = None,
-    max_weight: int = MAX_LEVEL,
-    rounded: RoundedLayers | None = None,
-) -> onnx.ModelProto:
-    """Return a copy of a float32 model with Q/DQ on the activations and weights of its layers.
-
-    Args:
-        model: a float32 model that `quant_pre_process` has optimised.
-        ranges: of the tensors that `quantized_inputs` names.
-        layers: names of the Conv, MatMul and Gemm nodes to quantise; None means all with constant weights.
-        max_weight: largest level of a weight.
-        rounded: the layers rounded to it already; None rounds each weight to the nearest level.
-    """
-    quantized = copy.deepcopy(model)
-    if layers is None:
-        layers = [node.name for node in weighted_layers(model)]
-    if rounded:
-        rounded.replace(quantized, layers)
-    selected = [node for node in weighted_layers(quantized) if node.name in layers]
-    writer = _QdqWriter(quantized.graph, ranges, max_weight=max_weight)
-    for node in selected:
-        node.input[0] = writer.activation(node.input[0])
-        node.input[1] = writer.weight(node)
-    nodes = {node.name: node for node in quantized.graph.node}
-    for name, tensor in _residual_branches(model, selected).items():
-        add = nodes[name]
-        add.input[list(add.input).index(tensor)] = writer.activation(tensor)
-    writer.finish()
-    return quantized
-
-
-def _residual_branches(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto]) -> dict[str, str]:
-    """Map the name of each Add of a quantised convolution and another branch to that branch's tensor.
-
-    With Q/DQ on the branch, TensorRT computes the sum in the convolution's kernel.
-    """
-    convolutions = {node.output[0] for node in layers if node.op_type == "Conv"}
-    constants = {tensor.name for tensor in model.graph.initializer}
-    uses: dict[str, int] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            uses[name] = uses.get(name, 0) + 1
-    branches = {}
-    for node in model.graph.node:
-        if node.op_type == "Add" and not constants.intersection(node.input):
-            fused = [name for name in node.input if name in convolutions and uses[name] == 1]
-            if fused:
-                branches[node.name] = next(name for name in node.input if name != fused[0])
-    return branches
-
-
-class _QdqWriter:
-    """Adds Q/DQ pairs to a graph, one per tensor however many layers read it."""
-
-    def __init__(self, graph: onnx.GraphProto, ranges: Ranges, *, max_weight: int) -> None:
-        self._graph = graph
-        self._max_weight = max_weight
-        self._ranges = ranges.percentile
-        self._weights = {tensor.name: tensor for tensor in graph.initializer}
-        self._pairs: dict[str, tuple[onnx.NodeProto, onnx.NodeProto]] = {}
-        self._dequantized: dict[str, onnx.NodeProto] = {}
-
-    def activation(self, name: str) -> str:
-        """Return the name of the activation after its Q/DQ."""
-        if name not in self._pairs:
-            scale = self._constant(f"{name}/scale", weight_scale(max(map(abs, self._ranges[name])), MAX_LEVEL))
-            q = helper.make_node("QuantizeLinear", [name, scale, _S8_ZERO], [f"{name}/q"], name=f"quantize {name}")
-            dq = helper.make_node(
-                "DequantizeLinear", [f"{name}/q", scale, _S8_ZERO], [f"{name}/dq"], name=f"dequantize {name}"
-            )
-            self._pairs[name] = (q, dq)
-        return f"{name}/dq"
-
-    def weight(self, node: onnx.NodeProto) -> str:
-        """Return the name of the layer's weights, in S8 per output channel, after their DQ."""
-        name, axis = node.input[1], output_axis(node)
-        new = f"{name}/dq{axis}"
-        if new not in self._dequantized:
-            values = numpy_helper.to_array(self._weights[name])
-            axis %= values.ndim
-            others = tuple(i for i in range(values.ndim) if i != axis)
-            scale = weight_scale(np.abs(values).max(axis=others), self._max_weight)
-            shape = [-1 if i == axis else 1 for i in range(values.ndim)]
-            levels = np.rint(values / scale.reshape(shape))
-            quantized = np.clip(levels, -self._max_weight, self._max_weight).astype(np.int8)
-            inputs = [
-                self._constant(f"{new}/s8", quantized),
-                self._constant(f"{new}/scale", scale),
-                self._constant(f"{new}/zero_point", np.zeros(scale.shape, np.int8)),
-            ]
-            self._dequantized[new] = helper.make_node(
-                "DequantizeLinear", inputs, [new], name=f"dequantize {new}", axis=axis
-            )
-        return new
-
-    def finish(self) -> None:
-        """Insert every new node after the nodes it reads, and drop the float weights that are no longer used."""
-        self._constant(_S8_ZERO, np.zeros((), np.int8))
-        nodes = list(self._dequantized.values())
-        for value in self._graph.input:
-            nodes.extend(self._pairs.get(value.name, ()))
-        for node in self._graph.node:
-            nodes.append(node)
-            nodes.extend(new for name in node.output for new in self._pairs.get(name, ()))
-        del self._graph.node[:]
-        self._graph.node.extend(nodes)
-        drop_unused_constants(self._graph)
-
-    def _constant(self, name: str, values: npt.NDArray[np.float32] | npt.NDArray[np.int8]) -> str:
-        self._graph.initializer.append(numpy_helper.from_array(values, name))
-        return name
 
 
 _PERCENTILE = 99.99  # a few outliers would widen the range and cost all other values their resolution
@@ -474,8 +343,8 @@ class Ranges:
         percentile: mean over the batches of each batch's range without outliers.
     """
 
-    min_max: dict[str, tuple[Any, Any]]
-    percentile: dict[str, tuple[Any, Any]]
+    min_max: Bounds
+    percentile: Bounds
 
 
 def measure_ranges(model: onnx.ModelProto, tensors: Sequence[str], samples: Inputs) -> Ranges:
@@ -503,7 +372,7 @@ _BINS, _LEVELS = 256, 128
 _MASKING = np.finfo(np.float32).max / 4  # no activation is as large
 
 
-def entropy_ranges(batches: Iterable[Mapping[str, npt.NDArray[Any]]]) -> dict[str, tuple[Any, Any]]:
+def entropy_ranges(batches: Iterable[Mapping[str, npt.NDArray[Any]]]) -> Bounds:
     """Return, per tensor name, the range that loses least by the Kullback-Leibler divergence (Migacz 2017).
 
     The search is ONNX Runtime's own.

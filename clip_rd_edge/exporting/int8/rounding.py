@@ -21,9 +21,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
-from clip_rd_edge.exporting.graph import activation_batches, drop_unused_constants, output_axis, weighted_layers
+from clip_rd_edge.exporting.graph import (
+    activation_batches,
+    attributes_of,
+    drop_unused_constants,
+    output_axis,
+    weighted_layers,
+)
 from clip_rd_edge.exporting.parity import Inputs
 
 _MAX_SAMPLES, _POSITIONS = 64, 2048  # more of either changes nothing that can be measured
@@ -109,7 +115,7 @@ class RoundedLayers:
     def _layer(self, node: onnx.NodeProto) -> _Layer | None:
         """Return the layer of a node, or None if its inputs cannot be told from the node alone."""
         values = numpy_helper.to_array(self._constants[node.input[1]])
-        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        attributes = attributes_of(node)
         if node.op_type == "Conv":
             padding = attributes.get("auto_pad", b"NOTSET")
             return _Layer(node, values, attributes) if padding in (b"NOTSET", b"VALID") else None

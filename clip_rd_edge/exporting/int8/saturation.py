@@ -12,6 +12,7 @@ Nor does one where ONNX Runtime's kernels are wrong; see `runtime.backends.onnxr
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from clip_rd_edge.bundle.manifest import INSTRUCTION_SETS
+from clip_rd_edge.exporting.graph import attributes_of, producers_of, replace_nodes
 from clip_rd_edge.runtime.backends.onnxruntime import int8_fault, open_session, processor_saturates, wrong_sums
 
 # Largest level of a weight, by its bits.
@@ -47,7 +49,7 @@ def instruction_sets(content: bytes) -> tuple[str, ...]:
 def max_weight(model: onnx.ModelProto) -> int | None:
     """Return the largest absolute level of an S8 weight that a layer multiplies, or None if there is none."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    producers = {name: node for node in model.graph.node for name in node.output}
+    producers = producers_of(model.graph)
     levels = [_levels(node.input[1], producers, constants) for node in model.graph.node if node.op_type in _LAYERS]
     largest = [int(np.abs(values.astype(np.int16)).max()) for values in levels if values is not None and values.size]
     return max(largest, default=None)
@@ -66,7 +68,7 @@ def _levels(
     if node.op_type == "DequantizeLinear" or node.input[0] not in constants:
         return _levels(node.input[0], producers, constants)
     values, scale = (numpy_helper.to_array(constants[name]) for name in node.input[:2])
-    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+    axis = attributes_of(node).get("axis", 1)
     shape = [-1 if i == axis % values.ndim else 1 for i in range(values.ndim)] if scale.ndim else []
     levels: npt.NDArray[np.int8] = np.clip(np.rint(values / scale.reshape(shape)), -128, 127).astype(np.int8)
     return levels
@@ -101,11 +103,8 @@ def open_as_written(content: bytes, *, threads: int | None = None) -> Any:
     Q/DQ is computed in float32, as no nodes are fused; integer products are in float64, which holds their sums.
     """
     model = onnx.load_from_string(content)
-    nodes = [
-        part for node in model.graph.node for part in (_in_float64(node) if node.op_type == "MatMulInteger" else [node])
-    ]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    nodes = [_in_float64(node) if node.op_type == "MatMulInteger" else [node] for node in model.graph.node]
+    replace_nodes(model.graph, chain.from_iterable(nodes))
     return open_session(model.SerializeToString(), threads=threads, optimize=False)
 
 

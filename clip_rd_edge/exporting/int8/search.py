@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,36 +14,42 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from clip_rd_edge.bundle.encoder import Embeddings
-from clip_rd_edge.bundle.formats import FORMATS, Format
-from clip_rd_edge.bundle.manifest import Measurement, Tower, read_manifest
+from clip_rd_edge.bundle.formats import format_named
+from clip_rd_edge.bundle.manifest import Tower
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, first_line, in_one_line
-from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.conversion import ConvertedBundle, start_conversion
-from clip_rd_edge.exporting.int8.candidates import OPENVINO, ORT, Backend, Candidate, CandidateRequest
+from clip_rd_edge.exporting.formats import Converted, Job
+from clip_rd_edge.exporting.formats.onnx import write_fp16
+from clip_rd_edge.exporting.int8.candidates import Backend, Candidate, Float32Tower, onnx_candidates
 from clip_rd_edge.exporting.int8.saturation import right_session
 from clip_rd_edge.exporting.parity import (
     BATCH_SIZE,
     Agreement,
-    Inputs,
-    Matches,
-    Timer,
     agreement,
     embed,
-    hard_inputs,
     latencies,
     measurement,
     p10,
     top1_matches,
 )
-from clip_rd_edge.exporting.plan import Budget, ExportRequest, WeightBits
-from clip_rd_edge.runtime.backends.onnxruntime import wrong_sums
+from clip_rd_edge.exporting.plan import Budget, Plan
+from clip_rd_edge.runtime.backends.onnxruntime import open_session, wrong_sums
 from clip_rd_edge.runtime.encoder import warn
 from clip_rd_edge.utils.files import disk_full_error, write_bytes
-from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
-from clip_rd_edge.utils.timing import Milliseconds, sign_test, time_in_turn
+from clip_rd_edge.utils.timing import Milliseconds, sign_test
 
+ORT = Backend("onnxruntime", open_session, onnx_candidates, write_fp16=write_fp16)
 _FP32 = "float32"
+_MIN_CORRECT = 0.05  # share of the held-out pairs that float32 has to answer before a loss says anything
+# Candidates within this factor of the fastest count as equally fast. Latencies vary by some percent from run to run. A
+# text is embedded once per query or label, and an image per frame, so accuracy may cost a text tower more.
+_EQUALLY_FAST = {"image": 1.1, "text": 1.25}
+# A candidate is worth its loss of accuracy if it takes at most this share of float32's latency, or of its size.
+_MAX_LATENCY_RATIO, _MAX_SIZE_RATIO = 0.95, 0.67
+# Up to this factor a candidate is not slower: INT8 token embeddings halve a text tower's file and leave its latency
+# unchanged, so two runs may disagree on which of the two is faster.
+_NOT_SLOWER = 1.03
+# A loss of accuracy counts only if its probability by chance is below this.
+_CHANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -52,105 +58,149 @@ class QuantizedTower:
 
     Attributes:
         model: the file's content, or None if float32 is shipped.
-        precision: as in `bundle.manifest.Tower`.
-        note: why it is float32, with figures, or empty.
-        measured: the measurements of what is shipped.
+        tower: its entry in the manifest; if float32 is shipped, its note says why, with figures.
         trials: all candidates that were tried, for a table.
-        one_at_a_time, instruction_sets: as in `bundle.manifest.Tower`.
     """
 
     model: bytes | None
-    precision: str
-    note: str
-    measured: Measurement
+    tower: Tower
     trials: tuple[Trial, ...]
-    one_at_a_time: bool = False
-    instruction_sets: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """Why it is float32."""
+        return self.tower.note.removeprefix("float32: ")
 
 
-@dataclass(frozen=True)
-class TowerSamples:
-    """Inputs of one tower.
+def write_int8(job: Job, backend: Backend) -> Converted:
+    """Write the towers of a job's source in INT8.
 
-    Attributes:
-        tower: `image` or `text`.
-        calibrate: inputs to set ranges by, (N, 3, H, W) float32 or (N, T) int64.
-        held_out: other inputs (M, …), which candidates are evaluated on.
-        reference: embeddings (M, D) of `held_out` by the float32 file, if they are known already.
-        correct: returns which held-out pairs (M,) the tower's embeddings of `held_out` match, given the other tower's;
-            None without pairs, where nobody knows what is correct.
-        adapt: see `exporting.int8.candidates.CandidateRequest`.
-        in_batches: leave out candidates whose embeddings depend on the other inputs of a batch.
+    A tower falls back if INT8 makes it neither faster nor, at the same latency, smaller, or costs too much accuracy;
+    its note says so.
     """
+    if backend.name == ORT.name and (reason := wrong_sums()):
+        warn(f"{reason}. INT8 is timed, and evaluated in float arithmetic, but its bundle gives wrong answers here.")
+    found = {
+        tower.name: quantize_tower(tower, job.manifest.towers[tower.name], backend)
+        for tower in _towers(job, backend)
+        if tower.name in job.manifest.towers
+    }
+    _require_fallback(job.manifest.name, found, job.plan)
 
-    tower: str
-    calibrate: Inputs
-    held_out: Inputs
-    reference: Embeddings | None = None
-    correct: Callable[[Embeddings], Matches] | None = None
-    adapt: bool = True
-    in_batches: bool = False
+    def write(name: str, tower: Tower) -> Tower:
+        outcome, source, file = found[name], job.source / tower.file, job.folder / tower.file
+        if outcome.model is not None:
+            write_bytes(file, outcome.model)
+        elif job.plan.fallback == "fp16" and backend.write_fp16:
+            written = backend.write_fp16(job, name, tower)
+            return msgspec.structs.replace(
+                written, note=f"{written.precision}: {outcome.reason} {written.note}".rstrip()
+            )
+        else:
+            shutil.copyfile(source, file)
+        return outcome.tower
+
+    converted = job.convert_towers(write, doing="writing the file", target=backend.name)
+    return Converted(converted.manifest, tuple(trial for outcome in found.values() for trial in outcome.trials))
 
 
-def quantize_tower(
-    model: Path,
-    samples: TowerSamples,
-    *,
-    budget: Budget = Budget(),  # noqa: B008 — frozen
-    threads: int = 1,
-    weight_bits: WeightBits = 7,
-    backend: Backend = ORT,
-    reporter: Reporter = SILENT,
-    timer: Timer = time_in_turn,
-) -> QuantizedTower:
+def _towers(job: Job, backend: Backend) -> list[Float32Tower]:
+    """Return both towers, with the answers that are correct: an image's own caption is the nearest.
+
+    Without pairs, nobody knows what is correct, and candidates are judged by their agreement with float32 alone.
+    """
+    samples, threads = job.samples, job.plan.threads
+    towers = [Float32Tower.of(job, name) for name in job.fp32.towers]
+    towers = [
+        replace(tower, reference=embed(backend.open(str(tower.model), threads=threads), tower.held_out))
+        for tower in towers
+    ]
+    if samples is None or not samples.paired:
+        job.reporter.say("there are no pairs to evaluate INT8 on: it is judged by its agreement with float32 alone")
+        return towers
+    images, captions = (tower.reference for tower in towers)
+    assert images is not None
+    assert captions is not None
+    share = top1_matches(images, captions).mean()
+    chance = 1 / len(np.unique(samples.held_out.ids, axis=0))
+    if share <= max(_MIN_CORRECT, chance):
+        job.reporter.say(
+            f"float32 answers {share:.1%} of the held-out pairs, and guessing {chance:.1%}: the points that INT8 loses "
+            "say nothing"
+        )
+    of_images, of_captions = partial(top1_matches, captions=captions), partial(top1_matches, images)
+    return [replace(towers[0], correct=of_images), replace(towers[1], correct=of_captions)]
+
+
+def _require_fallback(name: str, quantized: Mapping[str, QuantizedTower], plan: Plan) -> None:
+    """Raise ClipRdEdgeError if a tower falls back and the user does not allow it."""
+    falling_back = {tower: outcome for tower, outcome in quantized.items() if outcome.model is None}
+    fallback = plan.fallback
+    allowed = fallback in ("fp32", "fp16") or (fallback is None and len(falling_back) < len(quantized))
+    if not falling_back or allowed:
+        return
+    reasons = " ".join(f"{tower} tower: {outcome.reason}" for tower, outcome in falling_back.items())
+    raise ClipRdEdgeError(
+        f"INT8 is not worth shipping for {name} on this machine: {reasons.rstrip('.')}.",
+        hint=_alternatives(falling_back, plan),
+    )
+
+
+def _alternatives(falling_back: Mapping[str, QuantizedTower], plan: Plan) -> str:
+    """Return what to do, with the budget that ships INT8 where one does: in all towers if no fallback is allowed."""
+    options = ["{fallback} fp32 ships float32, the best here"]
+    if "fp16" in format_named(plan.format).precisions:
+        options.append("{fallback} fp16 ships half its size")
+    measured = [[t for t in outcome.trials if t.measured] for outcome in falling_back.values()]
+    best = [trial for trials in measured if trials and (trial := nearest(trials)).pays and trial.centred_cosine >= 0]
+    budget = plan.budget
+    if best and (plan.fallback is None or len(best) == len(falling_back)):
+        changes = []
+        if any(trial.centred_cosine < budget.min_agreement(trial.tower) for trial in best):
+            cosine = min(trial.centred_cosine for trial in best)
+            changes.append(f"{{min_agreement}} {math.floor(100 * cosine) / 100}")
+        loss = max(trial.loss_points for trial in best)
+        if loss > budget.max_loss:
+            changes.append(f"{{max_loss}} {math.ceil(10 * loss) / 10}")
+        options.append(f"{' '.join(changes)} ships the nearest INT8 candidate")
+    return ", ".join(options)
+
+
+def quantize_tower(tower: Float32Tower, entry: Tower, backend: Backend = ORT) -> QuantizedTower:
     """Build and measure every INT8 candidate of a tower, and choose by the measurements on this machine.
 
     Args:
-        model: the float32 file.
-        samples: calibration and held-out inputs of the tower.
-        budget: the accuracy that INT8 may cost.
-        threads: number of threads when measuring latency.
-        weight_bits: of INT8 weights; see `exporting.int8.saturation`.
+        entry: the float32 tower's in the manifest.
         backend: the runtime that the tower is quantised for and measured in.
-        reporter: shows progress.
-        timer: times calls in turn.
     """
-    tower, inputs = samples.tower, samples.held_out
-    reporter = PrefixedReporter(reporter, f"{tower} tower: ")
-    float32 = backend.open(str(model), threads=threads)
+    threads, reporter = tower.plan.threads, tower.reporter
+    float32 = backend.open(str(tower.model), threads=threads)
     with tempfile.TemporaryDirectory() as folder:
-        request = CandidateRequest(
-            model=backend.prepare(model, Path(folder)),
-            samples=samples.calibrate,
-            adapt=samples.adapt,
-            max_error=1 - budget.min_agreement(tower),
-            weight_bits=weight_bits,
-            threads=threads,
-            reporter=reporter,
-        )
-        opened, left_out = _open_candidates(request, samples, backend)
+        prepared = replace(tower, model=backend.prepare(tower.model, Path(folder)))
+        opened, left_out = _open_candidates(prepared, backend)
     reporter.update(f"timing {len(opened)} candidates and float32 in turn")
     sessions = {_FP32: float32, **{name: candidate.session for name, candidate in opened.items()}}
-    latencies_ms = latencies(sessions, inputs, timer=timer)
+    latencies_ms = latencies(sessions, tower.held_out)
     reporter.update(f"evaluating {len(opened)} candidates")
-    embeddings = embed(float32, inputs) if samples.reference is None else samples.reference
-    reference = _Reference(embeddings, samples.correct(embeddings) if samples.correct else None)
-    fp32 = MeasuredCandidate(_FP32, latencies_ms[_FP32], agreement(embeddings, embeddings), model.stat().st_size)
+    reference = embed(float32, tower.held_out) if tower.reference is None else tower.reference
+    tower = replace(tower, reference=reference)
     measured = {
-        name: _measured(name, candidate, latencies_ms[name], samples, reference, backend=backend, threads=threads)
-        for name, candidate in opened.items()
+        name: _measured(name, candidate, latencies_ms[name], tower, backend) for name, candidate in opened.items()
     }
-    choice = choose(tower, fp32, list(measured.values()), budget=budget, left_out=left_out)
+    same = agreement(reference, reference)
+    fp32 = MeasuredCandidate(_FP32, latencies_ms[_FP32], same, tower.model.stat().st_size)
+    choice = choose(tower.name, fp32, list(measured.values()), budget=tower.plan.budget, left_out=left_out)
     shipped, file = (measured[choice.name], opened[choice.name]) if choice.name else (fp32, None)
-    return QuantizedTower(
-        model=file.content if file else None,
+    figures = measurement(shipped.agreement, shipped.latencies_ms, reference_ms=fp32.latencies_ms, threads=threads)
+    written = msgspec.structs.replace(
+        entry,
         precision=f"int8 {choice.name}" if file else "fp32",
         note=choice.note,
-        measured=measurement(shipped.agreement, shipped.latencies_ms, reference_ms=fp32.latencies_ms, threads=threads),
-        trials=choice.trials,
-        one_at_a_time=file.one_at_a_time if file else False,
+        measured=figures,
+        one_at_a_time=entry.one_at_a_time or (file is not None and file.one_at_a_time),
         instruction_sets=backend.instruction_sets(file.content) if file else (),
     )
+    return QuantizedTower(file.content if file else None, written, choice.trials)
 
 
 @dataclass(frozen=True)
@@ -162,18 +212,16 @@ class _OpenCandidate:
     one_at_a_time: bool
 
 
-def _open_candidates(
-    request: CandidateRequest, samples: TowerSamples, backend: Backend
-) -> tuple[dict[str, _OpenCandidate], list[Trial]]:
+def _open_candidates(tower: Float32Tower, backend: Backend) -> tuple[dict[str, _OpenCandidate], list[Trial]]:
     """Return the candidates to measure by name, and the others."""
     opened, left_out = dict[str, _OpenCandidate](), list[Trial]()
-    for candidate in backend.candidates(request):
-        request.reporter.update(candidate.name)
-        result = _open_candidate(candidate, backend, request.threads)
+    for candidate in backend.candidates(tower):
+        tower.reporter.update(candidate.name)
+        result = _open_candidate(candidate, backend, tower.plan.threads)
         if isinstance(result, str):
-            left_out.append(_trial_left_out(samples.tower, candidate, f"failed: {result}"))
-        elif samples.in_batches and result.one_at_a_time:
-            left_out.append(_trial_left_out(samples.tower, candidate, "depends on the batch"))
+            left_out.append(Trial(tower=tower.name, name=candidate.name, verdict=f"failed: {result}"))
+        elif tower.plan.in_batches and result.one_at_a_time:
+            left_out.append(Trial(tower=tower.name, name=candidate.name, verdict="depends on the batch"))
         else:
             opened[candidate.name] = result
     return opened, left_out
@@ -193,60 +241,21 @@ def _open_candidate(candidate: Candidate, backend: Backend, threads: int) -> _Op
     return _OpenCandidate(content, session, backend.one_at_a_time(content))
 
 
-def _trial_left_out(tower: str, candidate: Candidate, verdict: str) -> Trial:
-    return Trial(
-        tower=tower,
-        name=candidate.name,
-        latency_ratio=float("nan"),
-        centred_cosine=float("nan"),
-        size_ratio=float("nan"),
-        loss_points=float("nan"),
-        verdict=verdict,
-    )
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """Float32's embeddings of the held-out inputs (M, D), and the pairs (M,) that they match, None without pairs."""
-
-    embeddings: Embeddings
-    correct: Matches | None
-
-
 def _measured(
-    name: str,
-    candidate: _OpenCandidate,
-    latencies_ms: Milliseconds,
-    samples: TowerSamples,
-    reference: _Reference,
-    *,
-    backend: Backend,
-    threads: int,
+    name: str, candidate: _OpenCandidate, latencies_ms: Milliseconds, tower: Float32Tower, backend: Backend
 ) -> MeasuredCandidate:
     """Return what a candidate costs and how it answers, beside float32."""
-    content = candidate.content
+    content, reference = candidate.content, tower.reference
     session = right_session(
-        candidate.session, content, threads=threads, runtime=backend.name, sets=backend.instruction_sets
+        candidate.session, content, threads=tower.plan.threads, runtime=backend.name, sets=backend.instruction_sets
     )
-    embeddings = embed(session, samples.held_out, batch_size=1 if candidate.one_at_a_time else BATCH_SIZE)
+    embeddings = embed(session, tower.held_out, batch_size=1 if candidate.one_at_a_time else BATCH_SIZE)
+    assert reference is not None
     answers = {}
-    if samples.correct and reference.correct is not None:
-        correct = samples.correct(embeddings)
-        answers["lost"] = int((reference.correct & ~correct).sum())
-        answers["gained"] = int((correct & ~reference.correct).sum())
-    return MeasuredCandidate(name, latencies_ms, agreement(reference.embeddings, embeddings), len(content), **answers)
-
-
-# Candidates within this factor of the fastest count as equally fast. Latencies vary by some percent from run to run. A
-# text is embedded once per query or label, and an image per frame, so accuracy may cost a text tower more.
-_EQUALLY_FAST = {"image": 1.1, "text": 1.25}
-# A candidate is worth its loss of accuracy if it takes at most this share of float32's latency, or of its size.
-_MAX_LATENCY_RATIO, _MAX_SIZE_RATIO = 0.95, 0.67
-# Up to this factor a candidate is not slower: INT8 token embeddings halve a text tower's file and leave its latency
-# unchanged, so two runs may disagree on which of the two is faster.
-_NOT_SLOWER = 1.03
-# A loss of accuracy counts only if its probability by chance is below this.
-_CHANCE = 0.1
+    if tower.correct:
+        before, after = tower.correct(reference), tower.correct(embeddings)
+        answers = {"lost": int((before & ~after).sum()), "gained": int((after & ~before).sum())}
+    return MeasuredCandidate(name, latencies_ms, agreement(reference, embeddings), len(content), **answers)
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
@@ -265,10 +274,10 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
     tower: str
     name: str
-    latency_ratio: float
-    centred_cosine: float
-    size_ratio: float
-    loss_points: float
+    latency_ratio: float = math.nan
+    centred_cosine: float = math.nan
+    size_ratio: float = math.nan
+    loss_points: float = math.nan
     verdict: str
 
     @property
@@ -407,155 +416,3 @@ def nearest(trials: Sequence[Trial]) -> Trial:
     """Return the trial that came nearest to being shipped: the most accurate of those that pay, else the fastest."""
     paying = [t for t in trials if t.pays]
     return max(paying, key=lambda t: t.centred_cosine) if paying else min(trials, key=lambda t: t.latency_ratio)
-
-
-_MIN_CORRECT = 0.05  # share of the held-out pairs that float32 has to answer before a loss says anything
-_BACKENDS: dict[Format, Backend] = {"openvino": OPENVINO}
-
-
-def write_int8(
-    source: Path,
-    folder: Path,
-    request: ExportRequest,
-    *,
-    calibration: CalibrationSet,
-    backend: Backend | None = None,
-    reporter: Reporter = SILENT,
-) -> ConvertedBundle:
-    """Write the towers of the float32 bundle `source` in INT8 into `folder`.
-
-    A tower falls back if INT8 makes it neither faster nor, at the same latency, smaller, or costs too much accuracy;
-    its note says so.
-
-    Args:
-        source: the float32 bundle.
-        folder: where the files are written.
-        request: its format decides which runtime the towers are quantised for and measured in.
-        calibration: samples to set ranges by, and held-out samples to evaluate candidates on.
-        backend: that runtime, if its candidates are not made from the files alone; None takes the format's.
-        reporter: shows progress.
-    """
-    manifest = start_conversion(source, folder, request, calibration=calibration)
-    backend = backend or _BACKENDS.get(request.format, ORT)
-    if backend is ORT and (reason := wrong_sums()):
-        warn(f"{reason}. INT8 is timed, and evaluated in float arithmetic, but its bundle gives wrong answers here.")
-    quantized = {
-        samples.tower: quantize_tower(
-            source / manifest.towers[samples.tower].file,
-            samples,
-            budget=request.budget,
-            weight_bits=request.weight_bits,
-            threads=request.threads,
-            backend=backend,
-            reporter=reporter,
-        )
-        for samples in _tower_samples(source, calibration, backend, request, reporter=reporter)
-        if samples.tower in manifest.towers
-    }
-    _require_fallback(manifest.name, quantized, request)
-    in_fp16 = {name for name, outcome in quantized.items() if outcome.model is None and request.fallback == "fp16"}
-    inputs = hard_inputs(source, manifest) if in_fp16 else {}
-    towers = {
-        name: _write_fp16_fallback(quantized[name], tower, inputs[name], source, folder, backend)
-        if name in in_fp16
-        else _write_tower(quantized[name], tower, source, folder)
-        for name, tower in manifest.towers.items()
-    }
-    trials = tuple(trial for tower in quantized.values() for trial in tower.trials)
-    return ConvertedBundle(manifest.with_towers(towers, target=backend.name), trials)
-
-
-def _tower_samples(
-    source: Path, calibration: CalibrationSet, backend: Backend, request: ExportRequest, *, reporter: Reporter
-) -> list[TowerSamples]:
-    """Return the samples of both towers; an answer is correct if an image's own caption is the nearest.
-
-    Without pairs, nobody knows what is correct, and candidates are judged by their agreement with float32 alone.
-    """
-    towers = read_manifest(source).towers
-    calibrate, held_out = calibration.calibrate, calibration.held_out
-    inputs: dict[str, tuple[Inputs, Inputs]] = {
-        "image": (calibrate.pixels, held_out.pixels),
-        "text": (calibrate.ids, held_out.ids),
-    }
-    references = {
-        name: embed(backend.open(str(source / tower.file), threads=request.threads), inputs[name][1])
-        for name, tower in towers.items()
-    }
-    correct: dict[str, Callable[[Embeddings], Matches]] = {
-        "image": partial(top1_matches, captions=references["text"]),
-        "text": partial(top1_matches, references["image"]),
-    }
-    samples = [
-        TowerSamples(name, *inputs[name], references[name], adapt=request.adapts(name), in_batches=request.in_batches)
-        for name in towers
-    ]
-    if not calibration.paired:
-        reporter.say("there are no pairs to evaluate INT8 on: it is judged by its agreement with float32 alone")
-        return samples
-    share, chance = correct["image"](references["image"]).mean(), 1 / len(np.unique(held_out.ids, axis=0))
-    if share <= max(_MIN_CORRECT, chance):
-        reporter.say(
-            f"float32 answers {share:.1%} of the held-out pairs, and guessing {chance:.1%}: the points that INT8 loses "
-            "say nothing"
-        )
-    return [replace(of_tower, correct=correct[of_tower.tower]) for of_tower in samples]
-
-
-def _require_fallback(name: str, quantized: Mapping[str, QuantizedTower], request: ExportRequest) -> None:
-    """Raise ClipRdEdgeError if a tower falls back and the user does not allow it."""
-    falling_back = {tower: outcome for tower, outcome in quantized.items() if outcome.model is None}
-    fallback = request.fallback
-    allowed = fallback in ("fp32", "fp16") or (fallback is None and len(falling_back) < len(quantized))
-    if not falling_back or allowed:
-        return
-    reasons = " ".join(
-        f"{tower} tower: {outcome.note.removeprefix('float32: ')}" for tower, outcome in falling_back.items()
-    )
-    raise ClipRdEdgeError(
-        f"INT8 is not worth shipping for {name} on this machine: {reasons.rstrip('.')}.",
-        hint=_alternatives(falling_back, request),
-    )
-
-
-def _alternatives(falling_back: Mapping[str, QuantizedTower], request: ExportRequest) -> str:
-    """Return what to do, with the budget that ships INT8 where one does: in all towers if no fallback is allowed."""
-    options = ["{fallback} fp32 ships float32, the best here"]
-    if "fp16" in FORMATS[request.format].precisions:
-        options.append("{fallback} fp16 ships half its size")
-    measured = [[t for t in outcome.trials if t.measured] for outcome in falling_back.values()]
-    best = [trial for trials in measured if trials and (trial := nearest(trials)).pays and trial.centred_cosine >= 0]
-    budget = request.budget
-    if best and (request.fallback is None or len(best) == len(falling_back)):
-        changes = []
-        if any(trial.centred_cosine < budget.min_agreement(trial.tower) for trial in best):
-            cosine = min(trial.centred_cosine for trial in best)
-            changes.append(f"{{min_agreement}} {math.floor(100 * cosine) / 100}")
-        loss = max(trial.loss_points for trial in best)
-        if loss > budget.max_loss:
-            changes.append(f"{{max_loss}} {math.ceil(10 * loss) / 10}")
-        options.append(f"{' '.join(changes)} ships the nearest INT8 candidate")
-    return ", ".join(options)
-
-
-def _write_tower(quantized: QuantizedTower, tower: Tower, source: Path, folder: Path) -> Tower:
-    if quantized.model is None:
-        shutil.copyfile(source / tower.file, folder / tower.file)
-    else:
-        write_bytes(folder / tower.file, quantized.model)
-    return msgspec.structs.replace(
-        tower,
-        precision=quantized.precision,
-        note=quantized.note,
-        measured=quantized.measured,
-        one_at_a_time=quantized.one_at_a_time or tower.one_at_a_time,
-        instruction_sets=quantized.instruction_sets,
-    )
-
-
-def _write_fp16_fallback(
-    quantized: QuantizedTower, tower: Tower, inputs: Inputs, source: Path, folder: Path, backend: Backend
-) -> Tower:
-    written = backend.write_fp16(source, folder, tower, inputs, threads=quantized.measured.threads)
-    reason = quantized.note.removeprefix("float32: ")
-    return msgspec.structs.replace(written, note=f"{written.precision}: {reason} {written.note}".rstrip())

@@ -17,8 +17,8 @@ import tarfile
 import tempfile
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from clip_rd_edge import serving
 from clip_rd_edge.bundle.manifest import (
@@ -34,48 +34,48 @@ from clip_rd_edge.bundle.manifest import (
     require_whole_towers,
     write_manifest,
 )
-from clip_rd_edge.bundle.outputs import require_output
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
+from clip_rd_edge.exporting.layouts import Layout
+from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.labels import write_label_bank
+from clip_rd_edge.settings.deploying import Export
 from clip_rd_edge.utils.files import size_bytes, write_bytes
 from clip_rd_edge.utils.outputs import new_folder
-from clip_rd_edge.utils.paths import cache_home, is_file
+from clip_rd_edge.utils.paths import AnyPath, cache_home, is_file
 from clip_rd_edge.utils.structs import to_json
 
 _TIMEOUT_S = 60
 
 
-@dataclass(frozen=True, kw_only=True)
-class Package:
+class Package(NamedTuple):
     """A pinned npm package.
 
     Attributes:
+        spec: name and version, as npm takes them.
         sha512: SHA-512 of its archive in base64, as in npm's `dist.integrity`.
         files: paths of the required files in the package, by the name that the page uses. Scripts are renamed to .js,
             because some servers do not know .mjs.
     """
 
-    name: str
-    version: str
+    spec: str
     sha512: str
     files: Mapping[str, str]
 
     @property
-    def spec(self) -> str:
-        """Name and version, as npm takes them."""
-        return f"{self.name}@{self.version}"
+    def name(self) -> str:
+        """Its name alone."""
+        return self.spec.rpartition("@")[0]
 
     @property
     def url(self) -> str:
         """URL of the archive."""
-        archive = f"{self.name.rsplit('/', 1)[-1]}-{self.version}.tgz"
-        return f"https://registry.npmjs.org/{self.name}/-/{archive}"
+        archive = self.spec.rpartition("/")[2].replace("@", "-")
+        return f"https://registry.npmjs.org/{self.name}/-/{archive}.tgz"
 
 
 PACKAGES = (
     Package(
-        name="onnxruntime-web",
-        version="1.30.0",
+        "onnxruntime-web@1.30.0",
         sha512="q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==",
         files={
             "ort.wasm.js": "dist/ort.wasm.min.mjs",
@@ -87,8 +87,7 @@ PACKAGES = (
         },
     ),
     Package(
-        name="@huggingface/tokenizers",
-        version="0.2.0",
+        "@huggingface/tokenizers@0.2.0",
         sha512="LidMHe1FpcSYH4vcSjXooda34pC0M8m1gmDOv7SQi6Iv+ib1zX7J3sHBCC9/3FPCkn2k1b55FneVqMRxrr99pg==",
         files={"tokenizers.js": "dist/tokenizers.min.mjs", "tokenizers.LICENSE.txt": "LICENSE"},
     ),
@@ -113,7 +112,7 @@ def _installed(package: Package, node_modules: Path) -> Path:
     for file in package.files.values():
         if not is_file(source / file):
             raise InputError(
-                f"{node_modules} has no {package.name}/{file}.", hint=_manual_install_hint(f"in {node_modules.parent}")
+                f"{node_modules} has no {package.name}/{file}.", hint=_by_hand(f"in {node_modules.parent}")
             )
     return source
 
@@ -121,7 +120,13 @@ def _installed(package: Package, node_modules: Path) -> Path:
 def _cached(package: Package) -> Path:
     source = cache_home() / "npm" / package.spec.replace("/", "-")
     if not all((source / file).is_file() for file in package.files.values()):
-        archive = _verify(package, _download(package))
+        archive = _download(package)
+        digest = base64.b64encode(hashlib.sha512(archive).digest()).decode()
+        if digest != package.sha512:
+            raise ClipRdEdgeError(
+                f"The download of {package.spec} from npm's registry has SHA-512 {digest}; expected {package.sha512}.",
+                hint="check the registry or mirror that npm is configured to use",
+            )
         with new_folder(source) as folder, tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             for file in package.files.values():
                 member = tar.extractfile(f"package/{file}")
@@ -153,21 +158,11 @@ def _download(package: Package) -> bytes:
         reason = next((line.rstrip(".") for line in lines if line and not _NPM_CODE.match(line)), "npm gave no reason")
         raise ClipRdEdgeError(
             f"Cannot download {package.spec}, which the browser page needs, from npm's registry: {reason}.",
-            hint=_manual_install_hint("on a machine with a network connection"),
+            hint=_by_hand("on a machine with a network connection"),
         ) from error
 
 
-def _verify(package: Package, archive: bytes) -> bytes:
-    digest = base64.b64encode(hashlib.sha512(archive).digest()).decode()
-    if digest != package.sha512:
-        raise ClipRdEdgeError(
-            f"The download of {package.spec} from npm's registry has SHA-512 {digest}; expected {package.sha512}.",
-            hint="check the registry or mirror that npm is configured to use",
-        )
-    return archive
-
-
-def _manual_install_hint(where: str) -> str:
+def _by_hand(where: str) -> str:
     specs = " ".join(package.spec for package in PACKAGES)
     return f"npm install {specs} {where}, and pass its node_modules with --node-modules"
 
@@ -178,8 +173,26 @@ _TOKENIZERS = ("BPE", "WordPiece", "Unigram")  # the types that @huggingface/tok
 _RUNTIME = "ort-wasm-simd-threaded.wasm"
 
 
-def write_browser(bundle: Path, output: Path, *, node_modules: Path | None = None, overwrite: bool = False) -> Manifest:
-    """Write a folder that any static web server can serve; return the bundle's manifest.
+class Browser(Layout):
+    """A folder that any static web server can serve."""
+
+    def check_model(self, clip: ClipModel, request: Export) -> None:
+        """Raise if onnxruntime-web is not among npm's packages."""
+        request.reporter.update("looking for onnxruntime-web")
+        find_packages(_folder(request.node_modules))
+
+    def write(self, bundles: Mapping[str, Path], folder: Path, clip: ClipModel, request: Export) -> None:
+        """Write the folder."""
+        (bundle,) = bundles.values()
+        write_browser(bundle, folder, node_modules=_folder(request.node_modules))
+
+
+def _folder(path: AnyPath | None) -> Path | None:
+    return Path(path) if path else None
+
+
+def write_browser(bundle: Path, folder: Path, *, node_modules: Path | None = None) -> Manifest:
+    """Write what a static web server can serve; return the bundle's manifest.
 
     index.html, …    the page of `clip-rd-edge demo`, with an api.js that runs the model in the browser
     bundle/          the unchanged bundle, without what its manifest does not list
@@ -188,24 +201,18 @@ def write_browser(bundle: Path, output: Path, *, node_modules: Path | None = Non
 
     Args:
         bundle: an ONNX bundle.
-        output: the folder to write.
         node_modules: see `find_packages`.
-        overwrite: replace an earlier export in `output`.
     """
-    require_output(output, "export", overwrite=overwrite)
     manifest = read_manifest(bundle)
-    _require_supported(bundle, manifest)
-    if bundle.resolve() in output.resolve().parents:
-        raise UsageError(f"The output {output} is inside the bundle that it holds.", hint="choose another {output}")
-    with new_folder(output, overwrite=overwrite) as folder:
-        for source in (PAGE, ALONE):  # ALONE replaces api.js
-            for path in source.iterdir():  # as everywhere: without modes, as the package may be read-only
-                shutil.copyfile(path, folder / path.name)
-        (folder / NPM).mkdir()
-        for name, path in find_packages(node_modules).items():
-            shutil.copyfile(path, folder / NPM / name)
-        _copy_bundle(bundle, manifest, folder / BUNDLE)
-        write_bytes(folder / SIZES, to_json(_sizes(folder, manifest)))
+    require_supported(bundle, manifest)
+    (folder / NPM).mkdir(parents=True)
+    for source in (PAGE, ALONE):  # ALONE replaces api.js
+        for path in source.iterdir():  # as everywhere: without modes, as the package may be read-only
+            shutil.copyfile(path, folder / path.name)
+    for name, path in find_packages(node_modules).items():
+        shutil.copyfile(path, folder / NPM / name)
+    _copy_bundle(bundle, manifest, folder / BUNDLE)
+    write_bytes(folder / SIZES, to_json(_sizes(folder, manifest)))
     return manifest
 
 
@@ -221,59 +228,48 @@ def _copy_bundle(bundle: Path, manifest: Manifest, folder: Path) -> None:
         shutil.copyfile(bundle / name, folder / name)
 
 
-def _require_supported(bundle: Path, manifest: Manifest) -> None:
-    if manifest.target != "onnxruntime":
-        raise UsageError(
-            f"The bundle {bundle} is for {manifest.target}; a browser runs only bundles of {{format}} onnx."
-        )
-    if manifest.image.preprocesses:
-        raise UsageError(
-            f"The bundle {bundle} preprocesses images in its graph; the browser page preprocesses them itself.",
-            hint="export it without --preprocess-in-graph",
-        )
+def require_supported(bundle: Path, manifest: Manifest) -> None:
+    """Raise UsageError if the page cannot run a bundle."""
     require_whole_towers(bundle, manifest, purpose="a browser")
-    for tower in manifest.towers.values():
-        if (sets := tower.instruction_sets) and WASM not in sets:
+    text = None if manifest.text is None else json.loads((bundle / TOKENIZER).read_bytes())["model"]["type"]
+    reasons = {
+        f"it is for {manifest.target}, and a browser runs ONNX alone": manifest.target != "onnxruntime",
+        "it preprocesses images in its graph, and the page does it itself": manifest.image.preprocesses,
+        "its INT8 is for processors that a browser may get wrong": any(
+            tower.instruction_sets and WASM not in tower.instruction_sets for tower in manifest.towers.values()
+        ),
+        "it has no text tower and no labels to classify images among": text is None and LABELS not in manifest.files,
+        f"the page has no tokenizer of the type {text}": text not in (None, *_TOKENIZERS),
+    }
+    for reason, holds in reasons.items():
+        if holds:
             raise UsageError(
-                f"{bundle / tower.file} has INT8 for {' and '.join(sets)}, which a browser may get wrong.",
-                hint="export the model that it was made from, with --target browser --precision int8",
+                f"The bundle {bundle} does not run in a browser: {reason}.",
+                hint="export the model that it was made from, with {target} browser",
             )
-    if manifest.text is None:
-        if LABELS not in manifest.files:
-            raise UsageError(
-                f"The bundle {bundle} has no text tower and no labels: a page has nothing to classify images among.",
-                hint="export the model with --labels, or without --no-text-tower",
-            )
-        return
-    tokenizer_type = json.loads((bundle / TOKENIZER).read_bytes())["model"]["type"]
-    if tokenizer_type not in _TOKENIZERS:
-        raise UsageError(
-            f"The bundle {bundle} has a {tokenizer_type} tokenizer; the browser page supports {', '.join(_TOKENIZERS)}."
-        )
 
 
 def _sizes(folder: Path, manifest: Manifest) -> dict[str, int]:
-    files = (MANIFEST, *(tower.file for tower in manifest.towers.values()), TOKENIZER, LABELS)
-    loaded = [
-        folder / NPM / _RUNTIME,
-        *(folder / BUNDLE / name for name in files if (folder / BUNDLE / name).is_file()),
-    ]
-    return {"loaded": sum(map(size_bytes, loaded)), "bundle": size_bytes(folder / BUNDLE)}
+    names = (MANIFEST, *(tower.file for tower in manifest.towers.values()), TOKENIZER, LABELS)
+    loaded = [folder / BUNDLE / name for name in names if (folder / BUNDLE / name).is_file()]
+    return {
+        "loaded": sum(map(size_bytes, (folder / NPM / _RUNTIME, *loaded))), "bundle": size_bytes(folder / BUNDLE)
+    }  # fmt: skip
 
 
-def write_from_bundle(
-    bundle: Path, output: Path, *, labels: Sequence[str] | None, node_modules: Path | None, overwrite: bool
-) -> Manifest:
-    """Write the browser folder from an existing bundle, with a label bank of `labels` unless they are None.
-
-    Arguments and errors are those of `write_browser`.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
+def export_page(request: Export, labels: Sequence[str] | None) -> Manifest:
+    """Write the browser folder from an existing bundle, with a label bank of `labels` unless they are None."""
+    bundle, output = Path(request.model), Path(request.output)
+    if bundle.resolve() in output.resolve().parents:
+        raise UsageError(f"The output {output} is inside the bundle that it holds.", hint="choose another {output}")
+    manifest, node_modules = read_manifest(bundle), _folder(request.node_modules)
+    require_supported(bundle, manifest)
+    find_packages(node_modules)
+    with tempfile.TemporaryDirectory() as scratch, new_folder(output, overwrite=request.force) as folder:
         if labels is not None:
-            manifest, copy = read_manifest(bundle), Path(scratch) / "bundle"
-            _require_supported(bundle, manifest)
+            copy = Path(scratch) / "bundle"
             _copy_bundle(bundle, manifest, copy)
             write_label_bank(copy, manifest, labels)
             write_manifest(copy, manifest)
             bundle = copy
-        return write_browser(bundle, output, node_modules=node_modules, overwrite=overwrite)
+        return write_browser(bundle, folder, node_modules=node_modules)

@@ -20,43 +20,39 @@ from __future__ import annotations
 import json
 import math
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from string import Template
+from typing import Any
 
-import msgspec
 import numpy as np
 import onnx
 from onnx import TensorProto, compose, helper, numpy_helper
 
 from clip_rd_edge.benchmarking.plot import draw
 from clip_rd_edge.benchmarking.report import PLOT, figures_table
-from clip_rd_edge.benchmarking.results import Results
+from clip_rd_edge.benchmarking.results import Results, read_results
 from clip_rd_edge.benchmarking.tables import inert_markdown, markdown_table
+from clip_rd_edge.bundle.formats import Precision
 from clip_rd_edge.bundle.manifest import TOKENIZER, Manifest, read_manifest
-from clip_rd_edge.bundle.outputs import require_output
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.runs import DISTILLATION_FILE, TRANSFORMERS_CONFIG
 from clip_rd_edge.bundle.scoring import Scoring
 from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.exporting.bundle import export_bundle
-from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.conversion import ConvertedBundle
 from clip_rd_edge.exporting.graph import rename_tensors
-from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.exporting.layouts import Layout
+from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.exporting.towers import MAX_FILE_BYTES
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.load import save_open_clip, save_usage
+from clip_rd_edge.models.load import save_open_clip, save_usage, training_facts
+from clip_rd_edge.settings.deploying import Export
 from clip_rd_edge.utils.files import size_bytes, write_bytes, write_text
-from clip_rd_edge.utils.outputs import new_folder
-from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
+from clip_rd_edge.utils.paths import as_text
 from clip_rd_edge.utils.structs import to_json
 
-Variant = Literal["fp32", "fp16", "int8"]
 _VERSIONED_CONFIG = "config.4.0.0.json"
-SUFFIXES: dict[Variant, str] = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}
 VISION, TEXT, BOTH = "vision_model", "text_model", "model"
 _END_OF_WORD = "</w>"
 # open_clip's pattern for words, without what JavaScript's regular expressions lack. The text is in lower case before.
@@ -70,35 +66,56 @@ _FINAL_SIGMA = rf"(?<={_CASED}|{_CASED}{_MARK})Σ(?!{_MARK}*{_CASED})"
 _TERMINAL_ESCAPE = r"\x1b\[[0-9;]*[a-zA-Z]"
 _CONTROL = r"[\x00-\x08\x0b\x0e-\x1f\x7f" + "\u206a-\u206f\ufeff\ufff9-\ufffc]"
 _LIGATURES = {
-    "\u0132": "IJ",
-    "\u0133": "ij",
-    "\u0149": "'n",
-    "\u01c4": "DŽ",
-    "\u01c5": "Dž",
-    "\u01c6": "dž",
-    "\u01c7": "LJ",
-    "\u01c8": "Lj",
-    "\u01c9": "lj",
-    "\u01ca": "NJ",
-    "\u01cb": "Nj",
-    "\u01cc": "nj",
-    "\u01f1": "DZ",
-    "\u01f2": "Dz",
-    "\u01f3": "dz",
-    "\ufb00": "ff",
-    "\ufb01": "fi",
-    "\ufb02": "fl",
-    "\ufb03": "ffi",
-    "\ufb04": "ffl",
-    "\ufb05": "ſt",
+    "\u0132": "IJ", "\u0133": "ij", "\u0149": "'n", "\u01c4": "DŽ", "\u01c5": "Dž", "\u01c6": "dž", "\u01c7": "LJ",
+    "\u01c8": "Lj", "\u01c9": "lj", "\u01ca": "NJ", "\u01cb": "Nj", "\u01cc": "nj", "\u01f1": "DZ", "\u01f2": "Dz",
+    "\u01f3": "dz", "\ufb00": "ff", "\ufb01": "fi", "\ufb02": "fl", "\ufb03": "ffi", "\ufb04": "ffl", "\ufb05": "ſt",
     "\ufb06": "st",
-}
+}  # fmt: skip
 # Lanczos. With bicubic, 3, transformers.js resizes in Node without a low-pass filter: images that are much larger than
 # the model's input get other embeddings. Its Lanczos has one, as has Pillow's, and is close to Pillow's bicubic.
 _RESAMPLE = 1
+_CARD = Path(__file__).with_name("model_card.md")  # without a licence on purpose: it is for whoever publishes to say
+_SHOWN_PROMPTS = 5
+_BILINEAR = """- Lanczos is sharper than the bilinear filter that this model was trained with: transformers.js and
+  fastembed embed an image less like open_clip than they do for a bicubic model. Where that matters, resize the
+  shorter edge with a bilinear filter first.
+"""
 
 
-def write_huggingface(bundles: Mapping[Variant, Path], folder: Path) -> None:
+class HuggingFace(Layout):
+    """A folder for the hub: the model in float32 and FP16, and in INT8 if asked for, its weights, and a model card."""
+
+    def precisions(self, plan: Plan) -> tuple[Precision, ...]:
+        """Return those of the files."""
+        return ("fp32", "fp16", "int8") if plan.precision == "int8" else ("fp32", "fp16")
+
+    def check_model(self, clip: ClipModel, request: Export) -> None:
+        """Raise UsageError if the clients cannot preprocess images for a model, or its towers do not fit one file."""
+        require_supported(clip.preprocessing, clip.name)
+        _results(request)  # raises if there are none
+        size = sum(tensor.nbytes for tensor in clip.model.state_dict().values())
+        if size > MAX_FILE_BYTES:
+            raise UsageError(
+                f"{clip.name} has {size / 1e9:.1f} GB of weights, and the Hugging Face layout has both towers in one "
+                "file of up to 2 GB.",
+                hint="omit {layout}, or distil a smaller student",
+            )
+
+    def write(self, bundles: Mapping[str, Path], folder: Path, clip: ClipModel, request: Export) -> None:
+        """Write the folder."""
+        save_open_clip(folder, clip, location=Path(request.output))
+        save_usage(folder, clip)
+        write_huggingface(bundles, folder)
+        manifests = {variant: read_manifest(bundle) for variant, bundle in bundles.items()}
+        training = training_facts(str(as_text(request.model)))
+        write_model_card(folder, manifests, results=_results(request), training=training)
+
+
+def _results(request: Export) -> Results | None:
+    return None if request.report is None else read_results(Path(request.report))
+
+
+def write_huggingface(bundles: Mapping[str, Path], folder: Path) -> None:
     """Write the files of transformers.js and fastembed for bundles of one model into `folder`, which exists.
 
     Args:
@@ -381,129 +398,8 @@ def _preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
     }
 
 
-def export_huggingface(
-    clip: ClipModel,
-    output: Path,
-    request: ExportRequest,
-    *,
-    calibration: CalibrationSet | None = None,
-    results: Results | None = None,
-    training: dict[str, str] | None = None,
-    overwrite: bool = False,
-    reporter: Reporter = SILENT,
-) -> ConvertedBundle:
-    """Export a model in float32 and FP16, and in INT8 too if the request says so, with its weights and a model card.
-
-    Args:
-        request: of an ONNX bundle; with `precision` int8, it needs a calibration set. A tower that INT8 does not
-            improve is float32 in the INT8 files, unless `fallback` names another precision.
-        results: a report of the model, whose figures and plot the card shows.
-        training: for the card, facts about the model's training by name.
-        clip, output, calibration, overwrite, reporter: as for `export_bundle`.
-
-    Returns:
-        The manifest of the last variant, and the trials of INT8.
-    """
-    require_output(output, "export", overwrite=overwrite)
-    require_supported(clip.preprocessing, clip.name)
-    size = sum(tensor.nbytes for tensor in clip.model.state_dict().values())
-    if size > MAX_FILE_BYTES:
-        raise UsageError(
-            f"{clip.name} has {size / 1e9:.1f} GB of weights, and the Hugging Face layout has both towers in one file "
-            "of up to 2 GB.",
-            hint="omit {layout}, or distil a smaller student",
-        )
-    variants: list[Variant] = ["fp32", "fp16"]
-    if request.precision == "int8":
-        variants.append("int8")
-    with tempfile.TemporaryDirectory() as scratch, new_folder(output, overwrite=overwrite) as folder:
-        bundles: dict[Variant, Path] = {variant: Path(scratch) / variant for variant in variants}
-        for variant, bundle in bundles.items():
-            converted = export_bundle(
-                clip,
-                bundle,
-                msgspec.structs.replace(request, precision=variant, in_batches=True),
-                calibration=calibration if variant == "int8" else None,
-                source=bundles["fp32"] if variant != "fp32" else None,
-                reporter=PrefixedReporter(reporter, f"{variant}: "),
-            )
-        reporter.update("writing the folder")
-        save_open_clip(folder, clip, location=output)
-        save_usage(folder, clip)
-        write_huggingface(bundles, folder)
-        manifests = {variant: read_manifest(bundle) for variant, bundle in bundles.items()}
-        write_model_card(folder, manifests, results=results, training=training or {})
-        return converted
-
-
-_CARD = "README.md"
-_SHOWN_PROMPTS = 5
-# `license` is missing on purpose: it is for whoever publishes the model to say.
-_HEADER = """---
-library_name: open_clip
-pipeline_tag: zero-shot-image-classification
-tags:
-- clip
-- open_clip
-- onnx
-- transformers.js
-- zero-shot-image-classification
----"""
-_USE = """```python
-import open_clip
-
-# from a local folder: "local-dir:PATH"
-model, _, preprocess = open_clip.create_model_and_transforms("hf-hub:ORG/REPO")
-tokenizer = open_clip.get_tokenizer("hf-hub:ORG/REPO")
-```
-
-```js
-import { AutoProcessor, AutoTokenizer, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, RawImage }
-  from '@huggingface/transformers';
-
-const tokenizer = await AutoTokenizer.from_pretrained('ORG/REPO');
-const textModel = await CLIPTextModelWithProjection.from_pretrained('ORG/REPO', { dtype: 'fp32' });
-const { text_embeds } = await textModel(tokenizer(['a photo of a cat'], { padding: true, truncation: true }));
-
-const processor = await AutoProcessor.from_pretrained('ORG/REPO');
-const visionModel = await CLIPVisionModelWithProjection.from_pretrained('ORG/REPO', { dtype: 'fp32' });
-const { image_embeds } = await visionModel(await processor(await RawImage.read('photo.jpg')));
-```
-
-```python
-from fastembed import TextEmbedding
-from fastembed.common.model_description import ModelSource, PoolingType
-
-TextEmbedding.add_custom_model(
-    "ORG/REPO", pooling=PoolingType.DISABLED, normalization=False, sources=ModelSource(hf="ORG/REPO"),
-    dim=EMBEDDING_SIZE, model_file="onnx/text_model.onnx",
-)
-texts = list(TextEmbedding("ORG/REPO").embed(["a photo of a cat"]))
-```
-
-Embeddings are L2-normalised: their dot product is the cosine. The ONNX files take texts of any length up to the
-context length, in batches; transformers.js takes FP32 by default, FP16 by `dtype: 'fp16'`, and INT8, if it is there,
-by `dtype: 'int8'`."""
-_LIMITS = """- open_clip resizes images with a INTERPOLATION filter, transformers.js and fastembed with Lanczos as
-  `preprocessor_config.json` says: in Node, transformers.js has no INTERPOLATION filter that suits large images. Their
-  crop may differ by one pixel from open_clip's.
-- clip-rd-edge lays transparent images on white. transformers, transformers.js, fastembed and open_clip drop the
-  transparency, and the colours beneath it show: lay such images on white first.
-- The tokenizer file does not decode HTML entities, convert full-width letters or repair wrong encodings, as open_clip
-  does.
-- What the model recognises is what its training data show; nothing else was tested."""
-
-_BILINEAR = """- Lanczos is sharper than the bilinear filter that this model was trained with: transformers.js and
-  fastembed embed an image less like open_clip than they do for a bicubic model. Where that matters, resize the
-  shorter edge with a bilinear filter first."""
-
-
 def write_model_card(
-    folder: Path,
-    manifests: Mapping[Variant, Manifest],
-    *,
-    results: Results | None,
-    training: Mapping[str, str],
+    folder: Path, manifests: Mapping[str, Manifest], *, results: Results | None, training: Mapping[str, str]
 ) -> None:
     """Write README.md into a finished folder, and the plot of the results beside it.
 
@@ -513,21 +409,24 @@ def write_model_card(
         training: facts about the training by name, such as the teacher and the data.
     """
     manifest = manifests["fp32"]
-    parts = [_HEADER, f"# {inert_markdown(manifest.name)}", _summary(manifest), "## Use"]
-    use = _USE.replace("EMBEDDING_SIZE", str(manifest.embedding_size))
+    interpolation = manifest.preprocessing.evaluation_interpolation
+    rows = [["", ""], *([f"**{inert_markdown(name)}**", inert_markdown(value)] for name, value in training.items())]
+    template = _CARD.read_text(encoding="utf-8")
     if manifest.scoring.is_independent:
-        use = re.sub(r"CLIP(Text|Vision)ModelWithProjection", r"Siglip\1Model", use)
-    parts += [use]
-    parts += _prompts(manifest.templates)
-    parts += ["## Files", _files_table(folder, manifests)]
-    parts += ["Agreement is the mean cosine with the float32 embeddings, each side centred, as measured by the export."]
-    if results is not None:
-        parts += ["## Figures", *_figures(folder, results)]
-    if training:
-        rows = [["", ""], *([f"**{inert_markdown(name)}**", inert_markdown(value)] for name, value in training.items())]
-        parts += ["## Training", markdown_table(rows, left=range(2))]
-    parts += ["## Limits", _limits(manifest.preprocessing), "## Licence", _licence(training)]
-    write_text(folder / _CARD, "\n\n".join(parts) + "\n")
+        template = re.sub(r"CLIP(Text|Vision)ModelWithProjection", r"Siglip\1Model", template)
+    card = Template(template).substitute(
+        name=inert_markdown(manifest.name),
+        summary=_summary(manifest),
+        embedding_size=manifest.embedding_size,
+        prompts=_prompts(manifest.templates),
+        files=_files_table(folder, manifests),
+        figures=_figures(folder, results) if results is not None else "",
+        training=f"## Training\n\n{markdown_table(rows, left=range(2))}\n\n" if training else "",
+        bilinear=_BILINEAR if interpolation == "bilinear" else "",
+        interpolation=interpolation,
+        licence=_licence(training),
+    )
+    write_text(folder / "README.md", card)
 
 
 def _summary(manifest: Manifest) -> str:
@@ -541,18 +440,18 @@ def _summary(manifest: Manifest) -> str:
     )
 
 
-def _prompts(templates: Sequence[str]) -> list[str]:
+def _prompts(templates: Sequence[str]) -> str:
     """Return what to put labels into, unless they are embedded as they are."""
     if tuple(templates) == ("{}",):
-        return []
+        return ""
     shown = ", ".join(f'"{inert_markdown(template)}"' for template in templates[:_SHOWN_PROMPTS])
     others = len(templates) - _SHOWN_PROMPTS
     more = f", and {others} more in {DISTILLATION_FILE}" if others > 0 else ""
     mean = " The embedding of a label is the normalised mean over them." if len(templates) > 1 else ""
-    return [f"Prompts for labels, in place of {{}}: {shown}{more}.{mean}"]
+    return f"\n\nPrompts for labels, in place of {{}}: {shown}{more}.{mean}"
 
 
-def _files_table(folder: Path, manifests: Mapping[Variant, Manifest]) -> str:
+def _files_table(folder: Path, manifests: Mapping[str, Manifest]) -> str:
     rows = [["Precision", "Tower", "File", "MB", "Computes in", "Agreement"]]
     for variant, manifest in manifests.items():
         for name, tower in ((VISION, manifest.image), (TEXT, manifest.text), (BOTH, None)):
@@ -571,21 +470,15 @@ def _files_table(folder: Path, manifests: Mapping[Variant, Manifest]) -> str:
     return markdown_table(rows, left=range(3))
 
 
-def _figures(folder: Path, results: Results) -> list[str]:
+def _figures(folder: Path, results: Results) -> str:
     environment = results.environment
     where = f"Measured on {inert_markdown(environment.machine)}, {environment.date[:10]}, by `clip-rd-edge benchmark`."
-    parts = [where, figures_table(results)]
+    parts = ["## Figures", where, figures_table(results)]
     plot = draw(results, file_format="png")
     if plot is not None:
         write_bytes(folder / PLOT, plot)
-        parts.insert(1, f"![Top-1 against the latency of the image tower]({PLOT})")
-    return parts
-
-
-def _limits(preprocessing: Preprocessing) -> str:
-    interpolation = preprocessing.evaluation_interpolation
-    limits = _LIMITS.replace("INTERPOLATION", interpolation)
-    return f"{_BILINEAR}\n{limits}" if interpolation == "bilinear" else limits
+        parts.insert(2, f"![Top-1 against the latency of the image tower]({PLOT})")
+    return "".join(f"{part}\n\n" for part in parts)
 
 
 def _licence(training: Mapping[str, str]) -> str:

@@ -16,6 +16,7 @@ source. Every other value of its preprocessing of images is equal up to rounding
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ import onnx
 from onnx import TensorProto, helper
 
 from clip_rd_edge.bundle.manifest import TOKENIZER, Manifest, read_manifest, require_whole_towers
-from clip_rd_edge.bundle.outputs import require_output
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.errors import UsageError, near_matches
 from clip_rd_edge.exporting.graph import rename_tensors
+from clip_rd_edge.exporting.layouts import Layout
 from clip_rd_edge.exporting.layouts.huggingface import normalizer_with_cleaning
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.settings.deploying import Export
 from clip_rd_edge.utils.files import write_bytes, write_text
-from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.structs import to_json
 
 # The models of open_clip that immich knows, by the size of their embeddings; the first is the default.
@@ -69,6 +71,22 @@ def immich_name(name: str | None, *, embedding_size: int, model: str) -> str:
     )
 
 
+class Immich(Layout):
+    """A model folder for immich."""
+
+    def check_model(self, clip: ClipModel, request: Export) -> None:
+        """Raise UsageError if immich's server or its preprocessing does not take the model."""
+        immich_name(request.as_name, embedding_size=clip.embedding_size, model=clip.name)
+        require_supported(clip.preprocessing, clip.name)
+
+    def write(self, bundles: Mapping[str, Path], folder: Path, clip: ClipModel, request: Export) -> None:
+        """Write the folder, and say where it goes."""
+        (bundle,) = bundles.values()
+        write_immich(bundle, folder)
+        name = immich_name(request.as_name, embedding_size=clip.embedding_size, model=clip.name)
+        request.reporter.say(where_it_goes(Path(request.output), name, clip.preprocessing))
+
+
 def where_it_goes(folder: Path, name: str, preprocessing: Preprocessing) -> str:
     """Say in a sentence how immich finds the folder, and in another if it resizes images in another way."""
     note = f"; immich resizes images with a bicubic filter, and this model expects a {preprocessing.interpolation} one"
@@ -80,29 +98,29 @@ def where_it_goes(folder: Path, name: str, preprocessing: Preprocessing) -> str:
     )
 
 
-def write_immich(bundle: Path, output: Path, *, overwrite: bool = False) -> None:
-    """Write the ONNX bundle `bundle` as a model folder for immich."""
-    require_output(output, "export", overwrite=overwrite)
-    manifest = read_manifest(bundle)
-    require_whole_towers(bundle, manifest, purpose="a model folder for immich")
-    preprocessing = manifest.preprocessing
+def require_supported(preprocessing: Preprocessing, name: str) -> None:
+    """Raise UsageError if immich cannot preprocess images for the model `name`."""
     height, width = preprocessing.size
-    if manifest.image.preprocesses or preprocessing.resize_mode != "shortest" or height != width:
+    if preprocessing.resize_mode != "shortest" or height != width:
         raise UsageError(
             "immich does its own preprocessing: it resizes the shortest edge and crops a square; "
-            f"{manifest.name} takes {height} × {width} with resize mode {preprocessing.resize_mode}"
-            f"{', preprocessed in its graph' if manifest.image.preprocesses else ''}.",
-            hint="omit {layout} or {preprocess_in_graph}",
+            f"{name} takes {height} × {width} with resize mode {preprocessing.resize_mode}.",
+            hint="omit {layout}",
         )
-    with new_folder(output, overwrite=overwrite) as folder:
-        image = rename_tensors(onnx.load(bundle / manifest.image.file), {manifest.image.input_name: "image"})
-        write_bytes(folder / "visual" / "model.onnx", image.SerializeToString())
-        tower = manifest.require_text()
-        text = _take_int32_ids(onnx.load(bundle / tower.file), tower.input_name)
-        write_bytes(folder / "textual" / "model.onnx", text.SerializeToString())
-        write_bytes(folder / "visual" / "preprocess_cfg.json", to_json(preprocessing.open_clip_cfg()))
-        _write_tokenizer(bundle / TOKENIZER, folder / "textual", manifest)
-        write_bytes(folder / "config.json", to_json(_model_config(manifest)))
+
+
+def write_immich(bundle: Path, folder: Path) -> None:
+    """Write the ONNX bundle `bundle` as a model folder for immich."""
+    manifest = read_manifest(bundle)
+    require_whole_towers(bundle, manifest, purpose="a model folder for immich")
+    image = rename_tensors(onnx.load(bundle / manifest.image.file), {manifest.image.input_name: "image"})
+    write_bytes(folder / "visual" / "model.onnx", image.SerializeToString())
+    tower = manifest.require_text()
+    text = _take_int32_ids(onnx.load(bundle / tower.file), tower.input_name)
+    write_bytes(folder / "textual" / "model.onnx", text.SerializeToString())
+    write_bytes(folder / "visual" / "preprocess_cfg.json", to_json(manifest.preprocessing.open_clip_cfg()))
+    _write_tokenizer(bundle / TOKENIZER, folder / "textual", manifest)
+    write_bytes(folder / "config.json", to_json(_model_config(manifest)))
 
 
 def _model_config(manifest: Manifest) -> dict[str, Any]:

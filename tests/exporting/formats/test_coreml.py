@@ -15,8 +15,8 @@ from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.bundle.reference import read_reference
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
-from clip_rd_edge.exporting.formats.coreml import _exported, require_coremltools, require_declared
-from clip_rd_edge.exporting.plan import ExportRequest, Precision
+from clip_rd_edge.exporting.formats.coreml import CoreMl, _exported, require_declared
+from clip_rd_edge.exporting.plan import Plan, Precision
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.load import load
 
@@ -39,11 +39,10 @@ def test_coremltools_from_its_sources_is_refused_before_any_work(
     package.mkdir()
     (package / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UsageError, match="has no compiled part") as error:
-        require_coremltools()
-    assert "pip install --pre -U coremltools" in (error.value.hint or "")
+    with pytest.raises(UsageError):
+        CoreMl().check(Plan(format="coreml"))
     (package / "libmilstoragepython.so").touch()
-    require_coremltools()
+    CoreMl().check(Plan(format="coreml"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -52,7 +51,7 @@ def test_both_towers_are_packages_with_the_source_bundles_answers_and_labels(
 ) -> None:
     coremltools = pytest.importorskip("coremltools", reason="needs the extra coreml")
     bundle = tmp_path / "bundle"
-    request = ExportRequest(format="coreml", precision=precision, labels=("cat", "dog"))
+    request = Plan(format="coreml", precision=precision, labels=("cat", "dog"))
     export_bundle(student, bundle, request, source=fp32_bundle)
     manifest = read_manifest(bundle)
     assert (manifest.target, manifest.precision, manifest.text.file) == ("coreml", precision, "text.mlpackage")

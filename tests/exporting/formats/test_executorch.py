@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,19 +16,18 @@ from support import require_the_models_answers
 from torch import nn
 
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError, UsageError
+from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.formats.executorch import _in_convolution, _rows, convert_tower, executorch_backend
-from clip_rd_edge.exporting.int8.candidates import CandidateRequest
+from clip_rd_edge.exporting.formats.executorch import _in_convolution, _rows, executorch_backend
+from clip_rd_edge.exporting.int8.candidates import Float32Tower
 from clip_rd_edge.exporting.int8.search import Trial
-from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.executorch import ExecuTorchModel, open_executorch
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
-from clip_rd_edge.utils.reporting import SILENT
 
 
 def for_executorch(bundle: Path) -> Path:
@@ -113,26 +111,13 @@ def executorch_bundle(student: ClipModel, fp32_bundle: Path, tmp_path_factory: p
     """The student's bundle for ExecuTorch in float32."""
     pytest.importorskip("executorch", reason="needs the extra executorch")
     bundle = tmp_path_factory.mktemp("executorch") / "bundle"
-    request = ExportRequest(format="executorch", labels=("cat", "dog"))
+    request = Plan(format="executorch", labels=("cat", "dog"))
     export_bundle(student, bundle, request, source=fp32_bundle)
     return bundle
 
 
 def test_a_float32_bundle_gives_the_models_answers(fp32_bundle: Path, executorch_bundle: Path) -> None:
     require_the_models_answers(executorch_bundle, fp32_bundle, runtime="executorch", suffix=".pte")
-
-
-def test_classify_and_evaluate_run_a_bundle_for_executorch(
-    command_line: Callable[..., tuple[int, str, str]], executorch_bundle: Path, colour_images: Path
-) -> None:
-    code, output, error = command_line("classify", executorch_bundle, colour_images / "red.png")
-    assert (code, error) == (0, "")
-    assert "\tcat " in output
-    table = colour_images / "pairs.csv"
-    table.write_text("filepath,title\nred.png,red\ngreen.png,green\n")
-    code, output, error = command_line("evaluate", executorch_bundle, "--task", table)
-    assert code == 0, error
-    assert "R@1" in output
 
 
 def test_inputs_that_ranges_are_measured_on_have_no_stride_of_0() -> None:
@@ -161,15 +146,9 @@ def test_weights_and_relu_belong_to_their_convolution_and_a_product_does_not() -
 def test_only_a_tower_with_convolutions_is_quantised_statically(
     student: ClipModel, tower: str, names: list[str]
 ) -> None:
-    request = CandidateRequest(
-        model=Path(f"{tower}.pte"),
-        samples=np.zeros((1, 1)),
-        max_error=0.01,
-        weight_bits=8,
-        threads=1,
-        reporter=SILENT,
-    )
-    assert [candidate.name for candidate in executorch_backend(student).candidates(request)] == names
+    none = np.zeros((1, 1))
+    float32 = Float32Tower(name=tower, model=Path(f"{tower}.pte"), calibrate=none, held_out=none)
+    assert [candidate.name for candidate in executorch_backend(student).candidates(float32)] == names
 
 
 @pytest.mark.slow
@@ -178,25 +157,11 @@ def test_int8_is_chosen_by_measurement_among_static_and_dynamic_candidates(
 ) -> None:
     pytest.importorskip("executorch", reason="needs the extra executorch")
     bundle = tmp_path / "bundle"
-    request = ExportRequest(precision="int8", format="executorch", fallback="fp32")
-    converted = export_bundle(student, bundle, request, source=fp32_bundle, calibration=calibration)
+    request = Plan(precision="int8", format="executorch", fallback="fp32")
+    converted = export_bundle(student, bundle, request, source=fp32_bundle, samples=calibration)
     trials: dict[str, Trial] = {f"{trial.tower} {trial.name}": trial for trial in converted.trials}
     assert {"image static", "image static in convolutions", "text dynamic"} <= set(trials)
     assert trials["image static in convolutions"].centred_cosine > 0.99
     assert trials["image static in convolutions"].size_ratio < 0.4
     assert trials["text dynamic"].centred_cosine > 0.99
     assert all(check.passed for check in verify_bundle(bundle))
-
-
-def test_a_tower_that_cannot_be_converted_is_reported_in_one_line(
-    student: ClipModel, fp32_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*arguments: object, **options: object) -> None:
-        raise RuntimeError("no lowering of aten.foo\nand the whole graph")
-
-    monkeypatch.setattr("clip_rd_edge.exporting.formats.executorch._lowered", fail)
-    pixels = np.zeros((1, 3, 32, 32), dtype=np.float32)
-    with pytest.raises(ClipRdEdgeError, match="cannot convert the image tower") as raised:
-        convert_tower(student, "image", read_manifest(fp32_bundle).image, pixels)
-    assert "no lowering of aten.foo." in str(raised.value)
-    assert "\n" not in str(raised.value)

@@ -7,22 +7,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from support import require_the_models_answers
 
 import clip_rd_edge as edge
-from clip_rd_edge.benchmarking.run import run_suite
-from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
 from clip_rd_edge.bundle.manifest import Manifest, read_manifest
-from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.formats.litert import convert_tower
 from clip_rd_edge.exporting.int8.search import Trial
-from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 
 
@@ -37,7 +31,7 @@ def litert_bundle(
     def export(precision: str) -> Path:
         bundle = folder / precision
         if not bundle.exists():
-            request = ExportRequest(format="litert", precision=precision, labels=("cat", "dog"))  # type: ignore[arg-type]
+            request = Plan(format="litert", precision=precision, labels=("cat", "dog"))  # type: ignore[arg-type]
             export_bundle(student, bundle, request, source=fp32_bundle)
         return bundle
 
@@ -61,17 +55,6 @@ def test_float16_halves_the_files_and_keeps_the_answers(litert_bundle: Callable[
     assert all(check.passed for check in verify_bundle(fp16))
 
 
-def test_classify_runs_a_bundle_for_litert(
-    command_line: Callable[..., tuple[int, str, str]], litert_bundle: Callable[[str], Path], colour_images: Path
-) -> None:
-    code, output, error = command_line("classify", litert_bundle("fp32"), colour_images / "red.png")
-    assert (code, error) == (0, "")
-    assert "\tcat " in output
-    code, _, error = command_line("classify", litert_bundle("fp32"), colour_images / "red.png", "--device", "cuda")
-    assert code == 2
-    assert "LiteRT has no device 'cuda' here; expected auto or cpu." in error
-
-
 def test_the_example_that_needs_no_clip_rd_edge_gives_the_same_answers(
     litert_bundle: Callable[[str], Path], colour_images: Path
 ) -> None:
@@ -84,29 +67,6 @@ def test_the_example_that_needs_no_clip_rd_edge_gives_the_same_answers(
     assert answers[expected.label] == pytest.approx(expected.probability, abs=2e-3)
 
 
-def test_a_suite_compares_a_litert_bundle_with_onnx(
-    litert_bundle: Callable[[str], Path], fp32_bundle: Path, colour_images: Path
-) -> None:
-    table = colour_images / "pairs.csv"
-    table.write_text("filepath,title\nred.png,red\ngreen.png,green\n")
-    rows = (
-        SuiteRow(label="ORT", model=str(fp32_bundle), role="exported"),
-        SuiteRow(label="LiteRT", model=str(litert_bundle("fp32")), role="exported"),
-    )
-    results = run_suite(
-        Suite(name="two", rows=rows, tasks=(str(table),), rounds=5),
-        lambda spec, *, runtime=None: load(spec, threads=1, runtime=runtime),
-    )
-    assert [row.description.runtime for row in results.rows] == ["onnxruntime", "litert"]
-
-
-def test_other_runtimes_refuse_files_that_they_cannot_read(
-    litert_bundle: Callable[[str], Path], fp32_bundle: Path
-) -> None:
-    with pytest.raises(UsageError, match=r"The runtime onnxruntime does not run this bundle, whose files are LiteRT\."):
-        load(litert_bundle("fp32"), runtime="onnxruntime")
-
-
 @pytest.mark.slow
 def test_int8_is_chosen_by_measurement_among_static_and_dynamic_candidates(
     student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
@@ -116,9 +76,9 @@ def test_int8_is_chosen_by_measurement_among_static_and_dynamic_candidates(
     converted = export_bundle(
         student,
         bundle,
-        ExportRequest(precision="int8", format="litert", fallback="fp32"),
+        Plan(precision="int8", format="litert", fallback="fp32"),
         source=fp32_bundle,
-        calibration=calibration,
+        samples=calibration,
     )
     trials: dict[str, Trial] = {f"{trial.tower} {trial.name}": trial for trial in converted.trials}
     assert {"image static", "image static in convolutions", "text dynamic", "text weights only"} <= set(trials)
@@ -132,19 +92,3 @@ def test_int8_is_chosen_by_measurement_among_static_and_dynamic_candidates(
         assert tower.one_at_a_time
         assert not tower.precision.startswith("int8") or "x86-64" in tower.instruction_sets
     assert all(check.passed for check in verify_bundle(bundle))
-
-
-def test_a_tower_that_cannot_be_converted_is_reported_in_one_line(
-    student: ClipModel, fp32_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    litert_torch = pytest.importorskip("litert_torch", reason="needs the extra litert-torch")
-
-    def fail(*arguments: object, **options: object) -> None:
-        raise RuntimeError("no lowering of aten.foo\nand the whole graph")
-
-    monkeypatch.setattr(litert_torch, "convert", fail)
-    pixels = np.zeros((1, 3, 32, 32), dtype=np.float32)
-    with pytest.raises(ClipRdEdgeError, match="cannot convert the image tower") as raised:
-        convert_tower(student, "image", read_manifest(fp32_bundle).image, pixels)
-    assert "no lowering of aten.foo." in str(raised.value)
-    assert "\n" not in str(raised.value)

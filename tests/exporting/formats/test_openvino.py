@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.formats.openvino import write_openvino
+from clip_rd_edge.exporting.formats import Job
+from clip_rd_edge.exporting.formats.openvino import nncf_is_installed, quantize_by_nncf
 from clip_rd_edge.exporting.graph import prepare_for_quantization
-from clip_rd_edge.exporting.int8.candidates import nncf_is_installed, quantize_by_nncf
 from clip_rd_edge.exporting.int8.methods import StaticQuantizer
 from clip_rd_edge.exporting.parity import embed
-from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
@@ -27,7 +27,7 @@ def test_a_bundle_for_openvino_runs_and_is_measured_in_openvino(
 ) -> None:
     bundle = tmp_path / "bundle"
     manifest = export_bundle(
-        student, bundle, ExportRequest(precision="fp32", format="openvino", labels=("cat",)), source=fp32_bundle
+        student, bundle, Plan(precision="fp32", format="openvino", labels=("cat",)), source=fp32_bundle
     ).manifest
     assert (manifest.target, manifest.precision) == ("openvino", "fp32")
     assert manifest.image.measured is not None
@@ -37,11 +37,14 @@ def test_a_bundle_for_openvino_runs_and_is_measured_in_openvino(
     assert all(check.passed for check in verify_bundle(bundle))
 
 
-def test_bfloat16_is_a_hint_in_the_manifest(fp32_bundle: Path, tmp_path: Path) -> None:
+def test_bfloat16_is_a_hint_in_the_manifest(
+    student: ClipModel, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow = {"converted": np.full(5, 3.0), "fp32": np.full(5, 2.0)}
-    manifest = write_openvino(
-        fp32_bundle, tmp_path, ExportRequest(precision="bf16", format="openvino"), timer=lambda _: slow
-    )
+    monkeypatch.setattr("clip_rd_edge.exporting.parity.time_in_turn", lambda _: slow)
+    plan = Plan(precision="bf16", format="openvino")
+    job = Job(plan=plan, clip=student, source=fp32_bundle, fp32=read_manifest(fp32_bundle), folder=tmp_path)
+    manifest = plan.converter.convert(job).manifest
     assert manifest.image.precision == manifest.text.precision == "bf16"
     assert (tmp_path / "image.onnx").read_bytes() == (fp32_bundle / "image.onnx").read_bytes()
     assert "OpenVINO takes 1.50 times as long" in manifest.image.note
@@ -56,20 +59,15 @@ def test_int8_candidates_are_tried_in_openvino(
     converted = export_bundle(
         student,
         tmp_path / "bundle",
-        ExportRequest(precision="int8", format="openvino", fallback="fp32"),
+        Plan(precision="int8", format="openvino", fallback="fp32"),
         source=fp32_bundle,
-        calibration=calibration,
+        samples=calibration,
     )
     manifest, trials = converted.manifest, {f"{trial.tower} {trial.name}" for trial in converted.trials}
     assert manifest.target == "openvino"
     assert {"image symmetric, percentile", "text symmetric, percentile", "text static, entropy"} <= trials
     assert ("image NNCF" in trials) == nncf_is_installed()
     assert not any("dynamic" in trial for trial in trials)
-
-
-def test_a_precision_that_openvino_does_not_support_is_refused(student: ClipModel, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"openvino does not support fp16; expected fp32, bf16, int8"):
-        export_bundle(student, tmp_path / "bundle", ExportRequest(precision="fp16", format="openvino"))
 
 
 def test_a_text_tower_can_be_quantised_statically_despite_its_infinite_mask(

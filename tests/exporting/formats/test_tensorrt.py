@@ -1,4 +1,4 @@
-"""The scripts of a bundle that is built on the device, such as a Jetson, tested against a stand-in for TensorRT."""
+"""TensorRT: typed ONNX, engines built without a GPU, and the scripts that build them on the device, by a stand-in."""
 
 from __future__ import annotations
 
@@ -6,20 +6,40 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
+from support import float32_tower
 
 from clip_rd_edge.bundle.manifest import read_manifest, require_current_engine
+from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.formats.tensorrt import write_build_files
-from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.exporting.formats import tensorrt
+from clip_rd_edge.exporting.formats.onnx import fp16_tower, to_fp16
+from clip_rd_edge.exporting.formats.tensorrt import (
+    TypedTower,
+    build_engine,
+    int8_tower,
+    mistyped_layers,
+    parse_kernels,
+    symmetric_tower,
+    write_build_files,
+)
+from clip_rd_edge.exporting.graph import prepare_for_quantization, weighted_layers
+from clip_rd_edge.exporting.int8.methods import measure_ranges
+from clip_rd_edge.exporting.int8.symmetric import quantize_symmetrically, quantized_inputs
+from clip_rd_edge.exporting.parity import agreement, embed, hard_pixels
+from clip_rd_edge.exporting.plan import Budget, Plan
+from clip_rd_edge.installation import install_command
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.verify import verify_bundle
 
 # Accepts trtexec's options and an existing ONNX file; the engine that it writes contains its arguments.
@@ -43,9 +63,9 @@ def folder(
     export_bundle(
         student,
         bundle,
-        ExportRequest(precision="int8", format="trt", target="jetson-orin"),
+        Plan(precision="int8", format="trt", target="jetson-orin"),
         source=fp32_bundle,
-        calibration=calibration,
+        samples=calibration,
     )
     return bundle
 
@@ -77,7 +97,7 @@ def test_a_bundle_for_a_graphics_card_builds_in_half_precision(
     student: ClipModel, fp32_bundle: Path, trtexec: Path, tmp_path: Path
 ) -> None:
     bundle = tmp_path / "bundle"
-    request = ExportRequest(precision="fp16", format="trt", target="nvidia-gpu")
+    request = Plan(precision="fp16", format="trt", target="nvidia-gpu")
     export_bundle(student, bundle, request, source=fp32_bundle)
     assert read_manifest(bundle).target == "tensorrt nvidia-gpu"
     assert "NVIDIA GPU with TensorRT 10 or 11" in (bundle / "build.sh").read_text()
@@ -184,3 +204,175 @@ def test_build_py_builds_both_engines(folder: Path, tmp_path: Path) -> None:
     _require_current_engines(folder)
     for name in ("image", "text"):
         (folder / f"{name}.engine").unlink()
+
+
+# The types that layers compute in.
+
+
+def _int8_tower(bundle: Path, calibration: CalibrationSet) -> TypedTower:
+    plan = Plan(budget=Budget(image=0.9), provenance={"quantize": "int8"})
+    tower = float32_tower(bundle, "image", calibration, plan=plan, calibrate=calibration.calibrate.pixels[:8])
+    return int8_tower(tower, tower.calibrate)
+
+
+def _change_weights(monkeypatch: pytest.MonkeyPatch, change: Callable[[list[TensorProto]], None]) -> None:
+    """Change the INT8 weights of each tower when its other layers are rounded to float16."""
+    to_fp16 = tensorrt.to_fp16
+
+    def changed(model: onnx.ModelProto, **options: Any) -> onnx.ModelProto:
+        typed = to_fp16(model, **options)
+        change([tensor for tensor in typed.graph.initializer if tensor.data_type == TensorProto.INT8])
+        return typed
+
+    monkeypatch.setattr(tensorrt, "to_fp16", changed)
+
+
+def test_the_note_has_the_agreement_of_the_file_that_is_shipped(
+    fp32_bundle: Path, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shift(weights: list[TensorProto]) -> None:
+        """Change the largest weight a little, as rounding to float16 might."""
+        weight = max(weights, key=lambda tensor: len(tensor.raw_data))
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) // 4 * 4, weight.name))
+
+    _change_weights(monkeypatch, shift)
+    tower = _int8_tower(fp32_bundle, calibration)
+    pixels = calibration.held_out.pixels
+    reference = embed(open_session(str(fp32_bundle / "image.onnx")), pixels)
+    shipped = agreement(reference, embed(open_session(tower.content), pixels)).centred_cosine
+    assert tower.precision == "int8 symmetric"
+    assert f"Its centred cosine with float32 is {shipped:.4f}, measured" in tower.note
+
+
+def test_a_tower_that_float16_spoils_beside_int8_is_not_shipped(
+    fp32_bundle: Path, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(weights: list[TensorProto]) -> None:
+        for tensor in weights:
+            if len(tensor.dims) > 1:
+                flipped = np.ascontiguousarray(numpy_helper.to_array(tensor)[::-1])
+                tensor.CopyFrom(numpy_helper.from_array(flipped, tensor.name))
+
+    _change_weights(monkeypatch, spoil)
+    tower = _int8_tower(fp32_bundle, calibration)
+    assert (tower.precision, tower.note) == ("fp16", "fp16: INT8 does not reach a centred cosine of 0.9.")
+
+
+def test_layers_that_lose_most_stay_in_float(fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path) -> None:
+    prepared = prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path)
+    tower = float32_tower(fp32_bundle, "image", calibration, count=8, model=prepared)
+    full = symmetric_tower(tower, min_agreement=0.9)
+    assert full is not None
+    assert len(full.layers) == full.total == 15
+    min_agreement = (1 + full.agreement.centred_cosine) / 2
+    partial = symmetric_tower(tower, min_agreement=min_agreement)
+    assert partial is not None
+    assert 0 < len(partial.layers) < 15
+    assert partial.agreement.centred_cosine >= min_agreement
+    assert symmetric_tower(tower, min_agreement=1.1) is None  # no tower can reach this
+
+
+# Lines in the format of the log of TensorRT for RTX 1.7, shortened.
+_LOG = """Layers:
+Name: __myl_Move_0, LayerType: kgen, Inputs: [ { Name: x, Dimensions: [-1,3], Datatype: Float }], Constants: [], \
+Outputs: [ { Name: q, Datatype: Int8 }], TacticName: t, StreamId: 0, Metadata: [ONNX Layer: conv]
+Name: conv_1, LayerType: correlation, Inputs: [ { Name: q, Datatype: Int8 }, { Name: r, Datatype: Half }], \
+Constants: [ { Name: w, Datatype: Int8 }], Outputs: [], TacticName: t, StreamId: 0, Metadata: [ONNX Layer: conv]\
+[ONNX Layer: relu]
+Name: mha, LayerType: kgen, Inputs: [ { Name: a, Datatype: Half }], Constants: [], Outputs: [], TacticName: , \
+StreamId: 0, Metadata: [ONNX Layer: softmax][ONNX Layer: product]
+"""
+
+
+def test_the_log_lists_the_input_types_of_layers() -> None:
+    kernels = {kernel.name: kernel for kernel in parse_kernels(_LOG)}
+    assert kernels["conv_1"].inputs == ("Int8", "Half")
+    assert kernels["conv_1"].nodes == ("conv", "relu")
+    assert mistyped_layers(_LOG, {"conv": "Int8", "product": "Half"}) == {}
+    # The kernel that quantises the convolution's input reads float; only the convolution's own kernel counts.
+    assert mistyped_layers(_LOG, {"conv": "Half", "product": "Int8", "gone": "Int8"}) == {
+        "conv": ("Int8",),
+        "product": ("Half",),
+        "gone": (),
+    }
+    with pytest.raises(ClipRdEdgeError, match="lists no layers"):
+        parse_kernels("nothing")
+
+
+def test_the_error_for_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(tensorrt.importlib, "import_module", not_installed)
+    with pytest.raises(MissingExtraError) as raised:
+        build_engine(b"", target="sm86")
+    assert raised.value.hint == install_command("rtx")
+
+
+@pytest.fixture(scope="module")
+def rtx() -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra rtx")
+
+
+@pytest.mark.tensorrt
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize(("trunk", "target"), [("resnet10t", "sm86"), ("mobilevit_xxs", "sm89")])
+def test_an_image_engine_computes_in_the_requested_type(
+    trunk: str, target: str, image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path
+) -> None:
+    clip, path = image_tower(trunk)
+    prepared = onnx.load(prepare_for_quantization(path, tmp_path))
+    pixels = hard_pixels(clip.preprocessing)
+    tower = fp16_tower(path, pixels)
+    assert tower.model is not None
+    products = [node.name for node in prepared.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
+    engine = build_engine(tower.model, target=target)
+    assert mistyped_layers(engine.log, dict.fromkeys(products, "Half")) == {}
+    # In float32, the same check reports every layer, which shows that it can fail.
+    layers = [node.name for node in weighted_layers(prepared)]
+    fp32 = build_engine(path.read_bytes(), target=target)
+    assert len(mistyped_layers(fp32.log, dict.fromkeys(layers, "Half"))) == len(layers)
+    assert len(engine.content) < 0.9 * len(fp32.content)
+    quantized = to_fp16(quantize_symmetrically(prepared, measure_ranges(prepared, quantized_inputs(prepared), pixels)))
+    int8 = build_engine(quantized.SerializeToString(), target=target)
+    assert mistyped_layers(int8.log, dict.fromkeys(layers, "Int8")) == {}
+
+
+@pytest.mark.tensorrt
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize("target", ["sm86", "sm120"])
+def test_a_text_engine_computes_in_int8(fp32_bundle: Path, calibration: CalibrationSet, target: str) -> None:
+    tower = float32_tower(fp32_bundle, "text", calibration)
+    typed = int8_tower(tower, tower.calibrate)
+    assert list(typed.types.values()).count("Int8") == 13
+    assert mistyped_layers(build_engine(typed.content, target=target).log, typed.types) == {}
+
+
+@pytest.mark.tensorrt
+@pytest.mark.usefixtures("rtx")
+def test_a_bundle_holds_engines_and_their_onnx_files(
+    student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "engines"
+    manifest = export_bundle(
+        student,
+        bundle,
+        Plan(precision="int8", format="trt", target="sm89", labels=("cat",)),
+        source=fp32_bundle,
+        samples=calibration,
+    ).manifest
+    assert manifest.target == "tensorrt-rtx sm89"
+    assert (manifest.image.engine, manifest.text.engine) == ("image.engine", "text.engine")
+    assert {"image.onnx", "image.engine", "text.onnx", "text.engine"} < set(manifest.files)
+    assert manifest.image.precision.startswith("int8 symmetric")
+    assert manifest.image.measured is None  # this machine's latency would not be the GPU's
+    assert "Its centred cosine with float32 is 0.9" in manifest.image.note
+    assert all(check.passed for check in verify_bundle(bundle, device="cpu"))
+
+
+@pytest.mark.tensorrt
+@pytest.mark.usefixtures("rtx")
+def test_a_parser_error_is_one_sentence() -> None:
+    with pytest.raises(ClipRdEdgeError) as raised:
+        build_engine(b"no onnx", target="sm86")
+    assert "\n" not in str(raised.value)

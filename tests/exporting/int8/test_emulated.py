@@ -21,7 +21,7 @@ from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.graph import prepare_for_quantization
 from clip_rd_edge.exporting.int8.methods import StaticQuantizer
 from clip_rd_edge.exporting.parity import NodeByNode, add_reference, embed, hard_pixels
-from clip_rd_edge.exporting.plan import ExportRequest, WeightBits
+from clip_rd_edge.exporting.plan import Plan, WeightBits
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.onnxruntime import open_session, processor_saturates
 
@@ -79,7 +79,7 @@ def test_bundles_give_the_exporters_answers_on_arm(
         bundle = _int8_bundle(fp32_bundle, 7, tmp_path)
     else:
         bundle = tmp_path / "bundle"
-        export_bundle(student, bundle, ExportRequest(precision=precision), source=fp32_bundle)
+        export_bundle(student, bundle, Plan(precision=precision), source=fp32_bundle)
     agreement, passed = _agreement_on(processor, bundle)
     assert passed
     # The A76 computes in FP16, 0.9996 with ONNX Runtime 1.32; the A53 converts to float32.

@@ -7,16 +7,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
+from support import onnx_model
 
 from clip_rd_edge.exporting.graph import activation_batches
-from clip_rd_edge.exporting.int8.methods import (
-    StaticQuantizer,
-    measure_ranges,
-    quantize_symmetrically,
-    quantized_inputs,
-)
+from clip_rd_edge.exporting.int8.methods import StaticQuantizer, measure_ranges
 from clip_rd_edge.exporting.int8.rounding import RoundedLayers, round_weights
+from clip_rd_edge.exporting.int8.symmetric import quantize_symmetrically, quantized_inputs
 
 SAMPLES = np.random.default_rng(1).uniform(0.2, 1, (32, 8, 13, 13)).astype(np.float32)
 
@@ -38,16 +35,14 @@ def tower(tmp_path: Path) -> Path:
         helper.make_node("GlobalAveragePool", ["p"], ["m"], "mean"),
         helper.make_node("Flatten", ["m"], ["y"], "flatten"),
     ]
-    graph = helper.make_graph(
+    model = onnx_model(
         nodes,
-        "tower",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 8, 13, 13])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 8])],
-        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in constants.items()],
+        {"x": ["batch", 8, 13, 13]},
+        {"y": ["batch", 8]},
+        {name: value.astype(np.float32) for name, value in constants.items()},
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     path = tmp_path / "tower.onnx"
-    onnx.save(onnx.shape_inference.infer_shapes(model), path)
+    onnx.save(model, path)
     return path
 
 
@@ -146,15 +141,10 @@ def _product(weights: np.ndarray, path: Path, *, kind: str = "MatMul") -> Path:
     attributes = {"transB": 1} if "transposed" in kind else {}
     node = helper.make_node(kind.split(",")[0], ["x", "weights"], ["y"], "product", **attributes)
     stored = np.ascontiguousarray(weights.T if attributes else weights, dtype=np.float32)
-    graph = helper.make_graph(
-        [node],
-        "tower",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", weights.shape[0]])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", weights.shape[1]])],
-        [numpy_helper.from_array(stored, "weights")],
+    onnx.save(
+        onnx_model([node], {"x": ["batch", weights.shape[0]]}, {"y": ["batch", weights.shape[1]]}, {"weights": stored}),
+        path,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    onnx.save(onnx.shape_inference.infer_shapes(model), path)
     return path
 
 

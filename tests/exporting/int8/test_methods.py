@@ -1,0 +1,345 @@
+"""The ways of writing a tower in INT8: static, dynamic, symmetric; and the ranges that they need."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from support import onnx_model
+
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
+from clip_rd_edge.exporting.calibration import CalibrationSet
+from clip_rd_edge.exporting.graph import prepare_for_quantization, weighted_layers
+from clip_rd_edge.exporting.int8.methods import (
+    Ranges,
+    StaticQuantizer,
+    entropy_ranges,
+    measure_ranges,
+    quantize_dynamically,
+    scales_per_batch,
+    subsample,
+)
+from clip_rd_edge.exporting.int8.symmetric import quantize_symmetrically, quantized_inputs
+from clip_rd_edge.exporting.parity import agreement, embed
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.load import load
+
+
+@pytest.fixture
+def pixels() -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """16 noise images of different brightness, 64 × 64."""
+    rng = np.random.default_rng(0)
+    noise = rng.uniform(-1, 1, (16, 3, 1, 1)) + 0.5 * rng.standard_normal((16, 3, 64, 64))
+    return noise.astype(np.float32)
+
+
+def test_softmax_normalisation_and_attention_products_stay_in_float(
+    image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path
+) -> None:
+    model = prepare_for_quantization(image_tower("mobilevit_xxs")[1], tmp_path)
+    samples = np.random.default_rng(0).standard_normal((8, 3, 64, 64)).astype(np.float32)
+    quantizer = StaticQuantizer(model, samples)
+    kinds = Counter(node.op_type for node in onnx.load(model).graph.node if node.name in quantizer.layers)
+    assert kinds == {"Conv": 35, "MatMul": 36, "Gemm": 1}
+    nodes = onnx.load_from_string(quantizer.quantize("min-max", quantizer.layers)).graph.node
+    producers = {output: node for node in nodes for output in node.output}
+
+    def comes_from_int8(name: str) -> bool:
+        return name in producers and producers[name].op_type == "DequantizeLinear"
+
+    by_kind = {kind: [n for n in nodes if n.op_type == kind] for kind in ("Softmax", "MatMul", "Sigmoid")}
+    assert not any(comes_from_int8(node.input[0]) for node in by_kind["Softmax"])
+    assert sum(not comes_from_int8(node.input[1]) for node in by_kind["MatMul"]) == 18  # two per attention block
+    # SiLU follows its convolution; in the 9 attention blocks it follows a matrix product.
+    assert all(comes_from_int8(node.input[0]) for node in by_kind["Sigmoid"])
+
+
+def test_only_nodes_after_an_int8_layer_are_quantised(
+    image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path
+) -> None:
+    model = prepare_for_quantization(image_tower("mobilevit_xxs")[1], tmp_path)
+    samples = np.random.default_rng(0).standard_normal((8, 3, 64, 64)).astype(np.float32)
+    quantizer = StaticQuantizer(model, samples)
+    nodes = onnx.load_from_string(quantizer.quantize("percentile", quantizer.layers[:1])).graph.node
+    producers = {output: node for node in nodes for output in node.output}
+    quantized = Counter(
+        node.op_type
+        for node in nodes
+        if node.op_type not in ("QuantizeLinear", "Shape")
+        and any(name in producers and producers[name].op_type == "DequantizeLinear" for name in node.input[:1])
+    )
+    assert quantized == {"Conv": 2, "Sigmoid": 1, "Mul": 1}  # the next convolution reads the SiLU's output
+
+
+def test_the_range_of_a_layer_replaces_its_relu(fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path) -> None:
+    model = prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path)
+    quantizer = StaticQuantizer(model, calibration.calibrate.pixels)
+    content = quantizer.quantize("min-max", quantizer.layers)
+    before, after = (
+        Counter(node.op_type for node in m.graph.node) for m in (onnx.load(model), onnx.load_from_string(content))
+    )
+    assert (before["Relu"], after["Relu"]) == (11, 0)
+    quantized = onnx.load_from_string(content)
+    onnx.checker.check_model(quantized, full_check=True)
+    assert [opset.domain for opset in quantized.opset_import] == [""]  # ONNX Runtime imports nine
+    pixels = calibration.held_out.pixels
+    parity = agreement(embed(open_session(str(model)), pixels), embed(open_session(content), pixels))
+    assert parity.centred_cosine > 0.99
+
+
+@pytest.mark.parametrize(("kind", "attributes"), [("Conv", {}), ("Gemm", {"transB": 1}), ("Gemm", {})])
+def test_a_layer_in_float_between_int8_layers_is_computed_in_float(
+    kind: str, attributes: dict[str, int], tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal((8, 8)).astype(np.float32) for name in ("first", "second", "third")}
+    # ONNX Runtime would give the second layer one scale for all weights: those that count would become 0.
+    weights["first"][0], weights["second"][0, 0] = 0, 1_000
+    if kind == "Conv":
+        weights = {name: value[..., None, None] for name, value in weights.items()}
+    elif not attributes:
+        weights = {name: value.T for name, value in weights.items()}
+    size: list[str | int] = ["batch", 8, 1, 1] if kind == "Conv" else ["batch", 8]
+    tensors = ["x", "a", "b", "y"]
+    onnx.save(
+        onnx_model(
+            [
+                helper.make_node(kind, [tensors[i], name], [tensors[i + 1]], name, **attributes)
+                for i, name in enumerate(weights)
+            ],
+            {"x": size},
+            {"y": size},
+            weights,
+        ),
+        tmp_path / "tower.onnx",
+    )
+    samples = rng.uniform(0, 1, (16, 8, *size[2:])).astype(np.float32)
+    content = StaticQuantizer(tmp_path / "tower.onnx", samples).quantize("min-max", ["first", "third"])
+    onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
+    as_written, computed = (
+        open_session(content, optimize=optimize).run(None, {"x": samples})[0] for optimize in (False, True)
+    )
+    assert np.abs(computed - as_written).max() <= 0.02 * np.ptp(as_written)
+
+
+def test_a_tower_with_scales_of_the_batch_runs_one_at_a_time(fp32_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(fp32_bundle, tmp_path / "bundle"))
+    source = prepare_for_quantization(bundle / "text.onnx", tmp_path)
+    content = quantize_dynamically(source, matrix_products=True, token_embeddings=True, per_token=False)
+    assert scales_per_batch(content)
+    quantized = onnx.load_from_string(content)
+    onnx.checker.check_model(quantized, full_check=True)
+    assert [opset.domain for opset in quantized.opset_import] == [""]
+    assert not scales_per_batch(source.read_bytes())
+    (bundle / "text.onnx").write_bytes(content)
+    manifest = read_manifest(bundle)
+    embeddings = {}
+    for one_at_a_time in (False, True):
+        text = msgspec.structs.replace(manifest.text, one_at_a_time=one_at_a_time)
+        write_manifest(bundle, msgspec.structs.replace(manifest, text=text))
+        encoder = load(bundle)
+        embeddings[one_at_a_time] = encoder.encode_texts(["a red cat", "under a tree", "", "dog " * 20])
+    single = load(bundle).encode_texts(["a red cat"])
+    np.testing.assert_array_equal(embeddings[True][:1], single)
+    assert np.abs(embeddings[False][:1] - single).max() > 1e-6  # the reason for one_at_a_time
+
+
+def test_with_scales_per_token_an_embedding_does_not_depend_on_the_batch(
+    fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    source = prepare_for_quantization(fp32_bundle / "text.onnx", tmp_path)
+    content = quantize_dynamically(source, matrix_products=True, token_embeddings=True, per_token=True)
+    quantized = onnx.load_from_string(content)
+    onnx.checker.check_model(quantized, full_check=True)
+    assert [opset.domain for opset in quantized.opset_import] == [""]
+    assert not scales_per_batch(content)
+    session, ids = open_session(content), calibration.held_out.ids
+    embeddings = embed(session, ids)
+    np.testing.assert_allclose(embeddings, embed(session, ids, batch_size=1), atol=1e-6)
+    assert agreement(embed(open_session(str(source)), ids), embeddings).centred_cosine > 0.998
+
+
+def test_a_token_with_large_values_costs_others_nothing(tmp_path: Path) -> None:
+    """Products of rank 3 with one input for two of them, then a Gemm of rank 2 with its bias."""
+    generator = np.random.default_rng(0)
+    constants = {"query": (32, 48), "key": (32, 48), "weights": (8, 48), "bias": (8,), "shape": None}
+    values = {
+        name: generator.standard_normal(shape).astype(np.float32) if shape else np.array([-1, 48])
+        for name, shape in constants.items()
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "query"], ["q"], "q"),
+        helper.make_node("MatMul", ["x", "key"], ["k"], "k"),
+        helper.make_node("Add", ["q", "k"], ["sum"], "sum"),
+        helper.make_node("Reshape", ["sum", "shape"], ["rows"], "rows"),
+        helper.make_node("Gemm", ["rows", "weights", "bias"], ["y"], "y", transB=1),
+    ]
+    source = tmp_path / "products.onnx"
+    onnx.save(onnx_model(nodes, {"x": ["batch", 5, 32]}, {"y": [None, 8]}, values), source)
+    x = generator.standard_normal((3, 5, 32)).astype(np.float32)
+    x[0, 0] *= 1000
+    x[1, 2] = 0
+    prepared = prepare_for_quantization(source, tmp_path)
+    expected = embed(open_session(str(prepared)), x)
+
+    def errors(per_token: bool, optimise: bool) -> np.ndarray:
+        content = quantize_dynamically(prepared, matrix_products=True, token_embeddings=False, per_token=per_token)
+        options = onnxruntime.SessionOptions()
+        levels = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        return np.abs(embed(session, x) - expected).max(axis=1) / np.abs(expected).max(axis=1)
+
+    for optimise in (True, False):
+        assert errors(True, optimise).max() < 0.05
+        assert np.median(errors(False, optimise)) > 0.5
+    np.testing.assert_allclose(errors(True, True), errors(True, False), atol=1e-5)
+    assert errors(True, True)[7] < 1e-6  # the row of zeros: the bias alone
+
+
+def test_a_range_excludes_outliers_and_values_that_are_not_finite() -> None:
+    rng = np.random.default_rng(0)
+    batches = [rng.standard_normal((4, 5_000)).astype(np.float32) for _ in range(2)]
+    batches[0][0, 0], batches[1][0, :2] = 8.0, (-np.inf, np.finfo(np.float32).min)  # the last two of masks
+    low, high = entropy_ranges({"x": batch} for batch in batches)["x"]
+    assert -8 < low < -2
+    assert 3 < high < 8
+
+
+def test_a_range_is_never_wider_than_the_values() -> None:
+    positive = np.abs(np.random.default_rng(0).standard_normal((1, 9, 9))).astype(np.float32)
+    ranges = entropy_ranges([{"relu": positive, "constant": np.full((2, 3), 0.5, dtype=np.float32)}])
+    assert ranges["relu"][0] >= positive.min()
+    assert ranges["relu"][1] <= positive.max()
+    assert ranges["constant"] == (0.5, 0.5)
+
+
+def test_a_subset_has_values_of_every_channel() -> None:
+    values = np.tile(np.arange(512), (1, 150, 1))  # channels last; half of them have odd numbers, and a step is 2
+    assert len(np.unique(subsample(values))) == 512
+    assert subsample(np.arange(10)).tolist() == list(range(10))
+
+
+def test_a_mask_of_the_most_negative_number_is_measured_without_a_warning() -> None:
+    lowest = np.finfo(np.float32).min
+    mask = numpy_helper.from_array(np.array([[0, lowest]], np.float32), "mask")
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "mask"], ["masked"])],
+        "tower",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 2])],
+        [helper.make_tensor_value_info("masked", TensorProto.FLOAT, ["N", 2])],
+        [mask],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ranges = measure_ranges(model, ["masked"], np.zeros((64, 2), np.float32))
+    assert ranges.min_max["masked"] == (lowest, 0)
+    assert ranges.percentile["masked"][0] < lowest / 2
+
+
+def test_no_pixel_lies_between_two_levels_where_mean_and_standard_deviation_are_one_half(tmp_path: Path) -> None:
+    """There, the last bit of a sum, which differs by processor, would decide how each pixel is rounded."""
+    weights = np.random.default_rng(0).standard_normal((4, 3, 1, 1)).astype(np.float32)
+    onnx.save(
+        onnx_model(
+            [helper.make_node("Conv", ["x", "weights"], ["y"], name="stem")],
+            {"x": ["N", 3, 16, 16]},
+            {"y": ["N", 4, 16, 16]},
+            {"weights": weights},
+        ),
+        tmp_path / "tower.onnx",
+    )
+    pixels = np.arange(256) / 255 * 2 - 1
+    samples = np.broadcast_to(pixels.reshape(16, 16), (8, 3, 16, 16)).astype(np.float32)
+    content = StaticQuantizer(tmp_path / "tower.onnx", samples).quantize("percentile", ["stem"])
+    quantized = onnx.load_from_string(content)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantized.graph.initializer}
+    node = next(node for node in quantized.graph.node if node.input[0] == "x")
+    scale, zero_point = (constants[name].item() for name in node.input[1:])
+
+    def levels(pixels: np.ndarray) -> np.ndarray:
+        return (np.rint(pixels / scale) + zero_point).clip(0, 255)
+
+    np.testing.assert_array_equal(levels(pixels * (1 + 1e-6)), levels(pixels * (1 - 1e-6)))
+    assert np.abs((levels(pixels) - zero_point) * scale - pixels).max() <= scale / 2
+
+
+@pytest.mark.parametrize("trunk", ["resnet10t", "mobilevit_xxs"])
+def test_q_and_dq_meet_tensorrts_requirements(
+    trunk: str, image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path, pixels: np.ndarray
+) -> None:
+    source = image_tower(trunk)[1]
+    model = onnx.load(prepare_for_quantization(source, tmp_path))
+    quantized = quantize_symmetrically(model, measure_ranges(model, quantized_inputs(model), pixels))
+    onnx.checker.check_model(quantized, full_check=True)
+    constants = {t.name: numpy_helper.to_array(t) for t in quantized.graph.initializer}
+    producers = {name: node for node in quantized.graph.node for name in node.output}
+    layers = {node.name: node for node in weighted_layers(model)}
+    for node in quantized.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            scale, zero = (constants[name] for name in node.input[1:])
+            assert zero.dtype == np.int8
+            assert not zero.any()
+            assert (scale.astype(np.float16) == scale).all()  # the scale stays exact when the graph is cast to float16
+        elif node.name in layers:
+            activation, weight = (producers[name] for name in node.input[:2])
+            assert constants[activation.input[1]].ndim == 0
+            original = next(t for t in model.graph.initializer if t.name == layers[node.name].input[1])
+            axis = next(a.i for a in weight.attribute if a.name == "axis")
+            assert constants[weight.input[1]].shape == (original.dims[axis],)
+            assert len(node.input) < 3 or node.input[2] == layers[node.name].input[2]  # the bias is unchanged
+        elif node.op_type in ("Softmax", "LayerNormalization", "Sigmoid"):
+            assert all(producers[name].op_type != "DequantizeLinear" for name in node.input[:1])
+    size_ratio = len(quantized.SerializeToString()) / source.stat().st_size
+    assert size_ratio < 0.3
+    reference = embed(open_session(str(source)), pixels)
+    assert agreement(reference, embed(open_session(quantized.SerializeToString()), pixels)).centred_cosine > 0.9
+
+
+@pytest.mark.parametrize("bounds", [(-10.0, 1.0), (-1.0, 10.0)])
+def test_a_scale_covers_the_larger_of_both_bounds(bounds: tuple[float, float]) -> None:
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 4]) for name in ("x", "y")]
+    weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="layer")], "one", values[:1], values[1:], [weight]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    quantized = quantize_symmetrically(model, Ranges(min_max={}, percentile={"x": bounds}))
+    (scale,) = (numpy_helper.to_array(t) for t in quantized.graph.initializer if t.name == "x/scale")
+    assert 10 <= 127 * scale < 10.01
+
+
+def test_the_residual_branch_of_a_convolution_is_quantised(
+    image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path, pixels: np.ndarray
+) -> None:
+    model = onnx.load(prepare_for_quantization(image_tower("resnet10t")[1], tmp_path))
+    quantized = quantize_symmetrically(model, measure_ranges(model, quantized_inputs(model), pixels))
+    producers = {name: node.op_type for node in quantized.graph.node for name in node.output}
+    sums = [sorted(producers[name] for name in node.input) for node in quantized.graph.node if node.op_type == "Add"]
+    assert sums == [["Conv", "DequantizeLinear"]] * 4
+
+
+def test_each_layer_can_be_quantised_alone(
+    image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path, pixels: np.ndarray
+) -> None:
+    model = onnx.load(prepare_for_quantization(image_tower("resnet10t")[1], tmp_path))
+    ranges = measure_ranges(model, quantized_inputs(model), pixels)
+    fused = 0
+    for layer in weighted_layers(model):
+        graph = quantize_symmetrically(model, ranges, layers=[layer.name]).graph
+        branches = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+        sums = [node for node in graph.node if node.op_type == "Add" and branches.intersection(node.input)]
+        assert all(layer.output[0] in node.input for node in sums)
+        fused += len(sums)
+    assert fused == 7  # of four blocks, three have a convolution in the shortcut, too
