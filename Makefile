@@ -45,6 +45,7 @@ test-all: $(STAMP)  ## the slow tests, too
 dist: $(STAMP)  ## a release: both archives, each checked in clean environments, and their bill of materials (CycloneDX)
 	$(BIN)/python -m pip install --quiet build twine
 	$(BIN)/python packaging/release.py -o dist $(if $(TAG),--final '$(TAG)')
+	$(BIN)/python packaging/everyday.py -o dist
 	$(BIN)/python packaging/licences.py --sbom dist/clip-rd-edge.cdx.json
 
 # PyPI's torch for Linux brings gigabytes of CUDA. Without an NVIDIA GPU, as far as `nvidia-smi` shows, its build for CPUs
