@@ -11,8 +11,8 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
-from importlib.metadata import Distribution, PackageNotFoundError, distribution, requires, version
-from importlib.util import cache_from_source, find_spec
+from importlib.metadata import requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -61,7 +61,6 @@ _NOT_LISTED = {"all", "dev", "docs", "torch-tensorrt"}  # torch-tensorrt is a fi
 # JetPack 6 has CUDA 12, whose driver runs no later major version; JetPack 7 has CUDA 13.
 _CUDA_BINDINGS = {"jetson-orin": "cuda-bindings<13", "jetson-thor": "cuda-bindings>=13"}
 _ONNXRUNTIME_GPU = '"onnxruntime-gpu[cuda,cudnn]"'  # the extras bring the libraries of CUDA and cuDNN
-_LARGEST_COUNT = 5  # packages that are listed with their sizes
 _FAST_INT8 = {"AVX-VNNI", "AVX-512 VNNI", "AMX INT8", "Neon dot product", "Arm I8MM"}
 _FAST_BF16 = {"AVX-512 BF16", "AMX BF16", "Arm BF16"}
 
@@ -97,7 +96,6 @@ def examine() -> list[Finding]:
         _onnxruntime(),
         *_openvino(),
         _gpu(),
-        _disk_usage(footprints(PACKAGE)),
         *(_extra(name, packages) for name, packages in extras().items()),
         _torch_tensorrt(),
     ]
@@ -222,18 +220,6 @@ def _satisfied(requirement: str) -> bool:
     return (int(version("cuda-bindings").split(".")[0]) < 13) == requirement.endswith("<13")
 
 
-def _disk_usage(packages: list[Footprint]) -> Finding:
-    total = sum(package.size_bytes for package in packages)
-    compiled = sum(package.compiled_bytes for package in packages)
-    largest = ", ".join(f"{package.name} {package.size_bytes / 1e6:.0f}" for package in packages[:_LARGEST_COUNT])
-    rest = packages[_LARGEST_COUNT:]
-    detail = (
-        f"{total / 1e6:.0f} MB without extras: {largest}, {len(rest)} others "
-        f"{sum(package.size_bytes for package in rest) / 1e6:.0f}; {compiled / 1e6:.0f} MB of it is compiled Python"
-    )
-    return Finding(what="installed", state="ok", detail=detail)
-
-
 def _torch_tensorrt() -> Finding:
     """Report torch-tensorrt, the alternative way from PyTorch to TensorRT, and what it needs."""
     packages = " and ".join(package for package in ("torch-tensorrt", "torch-tensorrt-rtx") if is_installed(package))
@@ -258,37 +244,6 @@ def _has_other_name(package: str) -> bool:
     return package in OPENCVS and find_spec("cv2") is not None
 
 
-class Footprint(msgspec.Struct, frozen=True, kw_only=True):
-    """Disk usage of an installed package.
-
-    Attributes:
-        name: the package's normalised name.
-        size_bytes: size of all its files, including compiled Python.
-        compiled_bytes: size of the compiled Python files, which Python regenerates if they are missing.
-    """
-
-    name: str
-    size_bytes: int
-    compiled_bytes: int
-
-
-def footprints(package: str) -> list[Footprint]:
-    """Return the disk usage of a package and its installed dependencies, largest first."""
-    usage: dict[str, Footprint] = {}
-    pending = [package]
-    while pending:
-        name = pending.pop()
-        if name in usage:
-            continue
-        try:
-            installed = distribution(name)
-        except PackageNotFoundError:
-            continue  # required on another system or Python version only
-        usage[name] = _footprint(name, installed)
-        pending += _without_extra(installed.requires or [])
-    return sorted(usage.values(), key=lambda footprint: (-footprint.size_bytes, footprint.name))
-
-
 def _without_extra(requirements: Sequence[str]) -> list[str]:
     """Return the names of the dependencies that belong to no extra, normalised as in PEP 503."""
     names = []
@@ -297,17 +252,3 @@ def _without_extra(requirements: Sequence[str]) -> list[str]:
         if "extra" not in marker and (match := re.match(r"[\w.-]+", requirement)):
             names.append(re.sub(r"[-_.]+", "-", match[0]).lower())
     return names
-
-
-def _footprint(name: str, installed: Distribution) -> Footprint:
-    # RECORD lists files that pip compiled, but not those that Python compiled at import: look for both on disk.
-    files = [Path(str(file.locate())) for file in installed.files or [] if file.suffix != ".pyc"]
-    compiled = sum(_size(Path(cache_from_source(str(file)))) for file in files if file.suffix == ".py")
-    return Footprint(name=name, size_bytes=sum(map(_size, files)) + compiled, compiled_bytes=compiled)
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return 0

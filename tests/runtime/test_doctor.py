@@ -11,7 +11,6 @@ import pytest
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime import doctor
 from clip_rd_edge.runtime.backends import onnxruntime as int8_kernels
-from clip_rd_edge.runtime.doctor import Footprint, footprints
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -164,28 +163,3 @@ def test_the_doctor_command(command_line: Run, monkeypatch: pytest.MonkeyPatch) 
     code, output, _ = command_line("doctor", "--json")
     assert code == 1
     assert "broken" in {finding["state"] for finding in json.loads(output)}
-
-
-def install(site: Path, name: str, *, requires: str = "", files: dict[str, int]) -> None:
-    """Create an installed package as pip does: its files and its metadata."""
-    metadata = site / f"{name}-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{requires}\n")
-    for file, size in files.items():
-        (site / file).parent.mkdir(parents=True, exist_ok=True)
-        (site / file).write_bytes(b"x" * size)
-    (metadata / "RECORD").write_text("".join(f"{file},,\n" for file in files if "listed" not in file))
-
-
-def test_disk_usage_of_a_package_and_its_dependencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from importlib.util import cache_from_source
-
-    monkeypatch.syspath_prepend(tmp_path)
-    requires = 'Requires-Dist: Re_Quired>=1; python_version > "3"\nRequires-Dist: torch; extra == "train"\n'
-    compiled = Path(cache_from_source("ours/a.py")).as_posix()
-    install(tmp_path, "ours", requires=requires, files={"ours/a.py": 10, compiled: 5, "ours/not-listed": 1000})
-    install(tmp_path, "re_quired", requires="Requires-Dist: ours\nRequires-Dist: nowhere", files={"lib.so": 70})
-    assert footprints("ours") == [
-        Footprint(name="re-quired", size_bytes=70, compiled_bytes=0),
-        Footprint(name="ours", size_bytes=15, compiled_bytes=5),
-    ]

@@ -7,7 +7,7 @@ import hashlib
 import io
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -100,70 +100,45 @@ class Provider(NamedTuple):
 
     Attributes:
         name: ONNX Runtime's name for it.
-        options: returns its options, given a cache folder and a number of threads.
         package: the package that contains it; empty where OpenVINO without ONNX Runtime serves the device better.
+        options: its options; {cache} is a folder for engines, and {threads} their number, without which the option is
+            left out.
         needs: what it needs on the machine beside its package.
     """
 
     name: str
-    options: Callable[[Path, int | None], dict[str, str]]
     package: str
+    options: Mapping[str, str]
     needs: str = ""
-
-
-def _no_options(cache: Path, threads: int | None) -> dict[str, str]:
-    return {}
-
-
-def _openvino_cpu(cache: Path, threads: int | None) -> dict[str, str]:
-    return {"device_type": "CPU", **({"num_of_threads": str(threads)} if threads else {})}
 
 
 # OpenVINO's processors, by the name of the device. The package openvino runs on them without ONNX Runtime, too.
 OPENVINO_PROCESSORS = {"openvino": "CPU", "openvino-gpu": "GPU", "openvino-npu": "NPU"}
-
-
+_OPENVINO, _GPU_BUILD, _NVIDIA = "OpenVINOExecutionProvider", "onnxruntime-gpu", "NVIDIA's driver, CUDA"
 PROVIDERS: dict[str, Provider] = {
-    "cpu": Provider("CPUExecutionProvider", _no_options, "onnxruntime"),
+    "cpu": Provider("CPUExecutionProvider", "onnxruntime", {}),
     # The default, an exhaustive search, takes seconds for each new batch size.
     "cuda": Provider(
-        "CUDAExecutionProvider",
-        lambda cache, threads: {"cudnn_conv_algo_search": "HEURISTIC"},
-        "onnxruntime-gpu",
-        "NVIDIA's driver, CUDA and cuDNN",
+        "CUDAExecutionProvider", _GPU_BUILD, {"cudnn_conv_algo_search": "HEURISTIC"}, f"{_NVIDIA} and cuDNN"
     ),
     # Builds an engine when a tower is opened, which takes minutes the first time.
     "tensorrt": Provider(
         "TensorrtExecutionProvider",
-        lambda cache, threads: {
-            "trt_engine_cache_enable": "True",
-            "trt_engine_cache_path": str(cache),
-            "trt_timing_cache_enable": "True",
-            "trt_timing_cache_path": str(cache),
+        _GPU_BUILD,
+        {
+            **{f"trt_{kind}_cache_enable": "True" for kind in ("engine", "timing")},
+            **{f"trt_{kind}_cache_path": "{cache}" for kind in ("engine", "timing")},
         },
-        "onnxruntime-gpu",
-        "NVIDIA's driver, CUDA, cuDNN and TensorRT",
+        f"{_NVIDIA}, cuDNN and TensorRT",
     ),
-    "coreml": Provider(
-        "CoreMLExecutionProvider", lambda cache, threads: {"ModelFormat": "MLProgram"}, "onnxruntime on a Mac"
-    ),
+    "coreml": Provider("CoreMLExecutionProvider", "onnxruntime on a Mac", {"ModelFormat": "MLProgram"}),
     # onnxruntime-openvino ends at 1.24, which gets sums of INT8 wrong on processors with AMX.
-    "openvino": Provider("OpenVINOExecutionProvider", _openvino_cpu, ""),
+    "openvino": Provider(_OPENVINO, "", {"device_type": "CPU", "num_of_threads": "{threads}"}),
     # Both compile a tower when it is opened, which takes seconds the first time.
-    "openvino-gpu": Provider(
-        "OpenVINOExecutionProvider",
-        lambda cache, threads: {"device_type": "GPU", "cache_dir": str(cache)},
-        "",
-    ),
-    "openvino-npu": Provider(
-        "OpenVINOExecutionProvider",
-        lambda cache, threads: {"device_type": "NPU", "cache_dir": str(cache)},
-        "",
-    ),
+    "openvino-gpu": Provider(_OPENVINO, "", {"device_type": "GPU", "cache_dir": "{cache}"}),
+    "openvino-npu": Provider(_OPENVINO, "", {"device_type": "NPU", "cache_dir": "{cache}"}),
     "xnnpack": Provider(
-        "XnnpackExecutionProvider",
-        lambda cache, threads: {"intra_op_num_threads": str(threads)} if threads else {},
-        "a build of onnxruntime with XNNPACK",
+        "XnnpackExecutionProvider", "a build of onnxruntime with XNNPACK", {"intra_op_num_threads": "{threads}"}
     ),
 }
 # What `auto` prefers to the CPU: devices that need a package of their own and that start at once. Others have to be
@@ -209,7 +184,17 @@ def provider_list(device: str, *, cache: Path, threads: int | None) -> list[tupl
         cache: folder for the engines of this model that are built on this machine.
     """
     names = {"cpu": ("cpu",), "tensorrt": ("tensorrt", "cuda", "cpu")}.get(device, (device, "cpu"))
-    return [(PROVIDERS[name].name, PROVIDERS[name].options(cache, threads)) for name in names]
+    return [
+        (
+            PROVIDERS[name].name,
+            {
+                option: value.format(cache=cache, threads=threads)
+                for option, value in PROVIDERS[name].options.items()
+                if threads or "{threads}" not in value
+            },
+        )
+        for name in names
+    ]
 
 
 def session_device(session: Any, requested: str) -> str:
@@ -245,13 +230,12 @@ def open_session(
     Args:
         model: path of an ONNX file, or its bytes.
         threads: intra-op threads; None uses every core.
-        device: one of `providers.PROVIDERS`.
+        device: one of PROVIDERS.
         spin: let idle threads busy-wait, ONNX Runtime's default and the fastest for a single image. False frees their
             cores for other work, such as opening many images.
         optimize: fuse nodes. False computes each as the file says, which is slower: for reference answers.
     """
     ort = import_onnxruntime()
-
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only: its warnings are about its own graph optimisations
     if not optimize:
@@ -300,7 +284,6 @@ def _open_on(ort: Any, model: str | bytes, options: Any, device: str, threads: i
 def start_failure(model: bytes, device: str) -> str:
     """Return why ONNX Runtime does not run a model on a device, or an empty string; it logs nothing meanwhile."""
     ort = import_onnxruntime()
-
     options = ort.SessionOptions()
     options.log_severity_level = _LOG_NOTHING
     ort.set_default_logger_severity(_LOG_NOTHING)
@@ -314,7 +297,6 @@ def start_failure(model: bytes, device: str) -> str:
 def _preload_cuda() -> None:
     """Load the libraries of CUDA and cuDNN that pip has installed, where the system's loader does not look."""
     ort = import_onnxruntime()
-
     if hasattr(ort, "preload_dlls"):  # since 1.21
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
             ort.preload_dlls()
@@ -439,7 +421,7 @@ class OrtEncoder(BundleEncoder):
     """A bundle in ONNX Runtime.
 
     Args:
-        device: one of `providers.DEVICES`; `auto` chooses per tower, by its precision.
+        device: one of DEVICES; `auto` chooses per tower, by its precision.
         spin: see `open_session`.
     """
 
