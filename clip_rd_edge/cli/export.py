@@ -106,25 +106,22 @@ def _trial_table(trials: Sequence[Trial]) -> Any:
 
 
 def _as_json(bundle: ExportedBundle) -> str:
+    from clip_rd_edge.utils.files import size_bytes
     from clip_rd_edge.utils.structs import encode_json
 
-    summary = _summary(bundle)
-    if bundle.targets:
-        parts = {part.folder.name: _summary(part) for part in bundle.targets}
-        summary = {"folder": str(bundle.folder), "targets": parts}
-    return encode_json(summary).decode()
-
-
-def _summary(bundle: ExportedBundle) -> dict[str, Any]:
-    from clip_rd_edge.utils.files import size_bytes
-
-    return {
-        "bundle": str(bundle.folder),
-        "precision": bundle.manifest.precision,
-        "size_bytes": size_bytes(bundle.folder),
-        **bundle.manifest.towers,
-        "trials": list(bundle.trials),
+    summaries: dict[str, Any] = {
+        part.folder.name: {
+            "bundle": str(part.folder),
+            "precision": part.manifest.precision,
+            "size_bytes": size_bytes(part.folder),
+            **part.manifest.towers,
+            "trials": list(part.trials),
+        }
+        for part in bundle.targets or (bundle,)
     }
+    if bundle.targets:
+        return encode_json({"folder": str(bundle.folder), "targets": summaries}).decode()
+    return encode_json(summaries[bundle.folder.name]).decode()
 
 
 @command_of(Verify, "verify")

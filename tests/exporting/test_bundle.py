@@ -9,7 +9,6 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from clip_rd_edge.runtime.index.image_index import model_key
 from PIL import Image
 
 from clip_rd_edge.bundle.labels import read_labels
@@ -23,6 +22,7 @@ from clip_rd_edge.exporting.towers import export_image_tower, export_text_tower
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
+from clip_rd_edge.runtime.index import model_key
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 

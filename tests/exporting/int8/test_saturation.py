@@ -26,7 +26,7 @@ from clip_rd_edge.exporting.int8.saturation import MAX_WEIGHT, instruction_sets,
 from clip_rd_edge.exporting.int8.search import ORT, quantize_tower
 from clip_rd_edge.exporting.parity import NodeByNode
 from clip_rd_edge.exporting.plan import Budget, Plan, WeightBits
-from clip_rd_edge.runtime.backends import int8_kernels
+from clip_rd_edge.runtime.backends import onnxruntime as int8_kernels
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 
