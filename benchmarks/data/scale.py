@@ -188,8 +188,7 @@ def write_store(folder: Path, shards: int, samples: int) -> None:
             else:
                 store.write_rows(path, np.zeros((rows, manifest.embedding_size), np.float16))
                 linked[rows] = path
-    captions = np.arange(pairs, dtype=np.uint64)[:, None] * np.array([2**64 // pairs, 1], np.uint64)
-    store.write_rows(store.captions_file(folder), captions)
+    store.write_rows(store.keys_file(folder), np.arange(pairs, dtype=np.uint64)[:, None] * np.uint64(2**64 // pairs))
     (folder / store.MANIFEST).write_bytes(msgspec.json.encode(manifest))
     (folder / store.COMPLETE).write_bytes(msgspec.json.encode(store.CompleteStore(pairs)))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
-from clip_rd_edge.distillation.store import HalfArray, TeacherStore, TeacherStores, captions_file, load_rows, read_rows
+from clip_rd_edge.distillation.store import HalfArray, TeacherStore, TeacherStores, keys_file, load_rows, read_rows
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.terms import Bank
@@ -109,7 +109,7 @@ def _common_captions(stores: Sequence[TeacherStore]) -> list[npt.NDArray[np.int6
     """
     if len(stores) == 1:
         return []
-    keys = [load_rows(captions_file(store.folder))[:, 0] for store in stores]
+    keys = [load_rows(keys_file(store.folder))[:, 0] for store in stores]
     common = reduce(np.intersect1d, keys)
     return [np.searchsorted(own, common) for own in keys]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -32,16 +32,13 @@ from clip_rd_edge.distillation.store import (
     RowFile,
     StoreManifest,
     caption_key,
-    caption_shard,
-    captions_file,
     image_shard,
     is_complete,
-    load_rows,
+    keys_file,
     open_store,
     open_stores,
     rows_with_checksums,
-    shard_count,
-    shard_rows,
+    shards,
     sole_builder,
     store_folders,
     text_shard,
@@ -55,7 +52,7 @@ from clip_rd_edge.distillation.teacher import (
     StoredTeacher,
     Teacher,
     caption_batch_size,
-    load_models_to_embed_with,
+    load_teachers,
     teacher_weights,
     texts_to_choose_from,
 )
@@ -127,12 +124,14 @@ def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None
             pairs = training_pairs(config, reporter=shown)
             require_images(pairs)
         with processes.together():
-            teachers = load_models_to_embed_with(config)
+            if not (teachers := load_teachers(config)):
+                raise UsageError(f"The recipe {config.recipe_name} has no teacher.", option="recipe")
             folders = store_folders(folder, teachers)
         for number, (clip, own) in enumerate(zip(teachers, folders, strict=True)):
             with processes.together():
                 maker = _maker(config, clip, pairs)
-            compute = partial(_on_cluster, cluster, config, number, maker.manifest) if cluster else None
+            make = partial(_make_worker, config, number, maker.manifest)
+            compute = partial(map_on_cluster, cluster, make) if cluster else None
             fill_store(own, maker, processes, max_bad=config.max_bad, compute=compute, reporter=shown)
             clip.model.to("cpu")
 
@@ -143,20 +142,13 @@ def _maker(config: RunConfig, clip: ClipModel, pairs: Samples) -> ShardMaker:
     return ShardMaker(config, Teacher(clip, device, autocast=autocast, caption_batch=captions), pairs, crops_of(config))
 
 
-def _on_cluster(
-    address: str, config: RunConfig, number: int, manifest: StoreManifest, tasks: Sequence[Task]
-) -> Iterator[Shard]:
-    return map_on_cluster(address, partial(_make_worker, config, number, manifest), tasks)
-
-
 def _make_worker(config: RunConfig, number: int, manifest: StoreManifest) -> Callable[[Task], Shard]:
     """Return what computes shards of a teacher in a worker, whose data and teacher must be those of the store."""
     name = config.teachers[number]
     clip = load_clip(name, pretrained=teacher_weights(config, name))
     maker = _maker(config, clip, training_pairs(config))
-    for field, what in (("teacher_sha256", "teacher"), ("pairs_sha256", "data")):
-        if getattr(maker.manifest, field) != getattr(manifest, field):
-            raise InputError(f"The {what} here is not that of the store.", hint="give all machines the same files")
+    if maker.manifest != manifest:
+        raise InputError("The teacher or the data here is another one.", hint="give all machines the same files")
     return lambda task: next(maker.compute([task]))
 
 
@@ -164,33 +156,14 @@ class Task(NamedTuple):
     """A file of a store to compute.
 
     Attributes:
-        rows: of all pairs, or of all captions, those in the file.
-        captions: of a text shard, (n, 2): its part of captions.npy.
+        rows: of all captions, or of all pairs in `view`, those in the file.
+        captions: of a file of texts, (n, 2): the key of each caption, and a pair that has it; None for images.
     """
 
-    kind: Literal["captions", "texts", "images"]
-    shard: int
+    path: Path
     rows: range
     view: int = 0
     captions: npt.NDArray[np.uint64] | None = None
-
-    def path(self, folder: Path) -> Path:
-        """Return the path of the file."""
-        if self.kind == "images":
-            return image_shard(folder, self.view, self.shard)
-        return (caption_shard if self.kind == "captions" else text_shard)(folder, self.shard)
-
-    def is_done(self, folder: Path, *, width: int) -> bool:
-        """Return whether the file is there and, if it holds embeddings, (width,) each, as long as its rows."""
-        path = self.path(folder)
-        return is_file(path) if self.kind == "captions" else RowFile(path, count=len(self.rows), width=width).is_whole()
-
-    def with_captions(self, folder: Path) -> Task:
-        """Return the task with what it needs of the store's other files."""
-        if self.kind != "texts":
-            return self
-        captions = load_rows(captions_file(folder), memory_mapped=True)
-        return self._replace(captions=np.array(captions[self.rows.start : self.rows.stop]))
 
 
 class Shard(NamedTuple):
@@ -224,15 +197,13 @@ class ShardMaker:
         )
 
     def compute(self, tasks: Sequence[Task]) -> Iterator[Shard]:
-        """Compute tasks of one kind in turn in this process."""
-        if tasks and tasks[0].kind == "images":
-            yield from self._images(tasks)
-            return
-        for task in tasks:
-            yield Shard(self._captions(task.rows) if task.captions is None else self._texts(task.captions))
+        """Compute files of images, or of texts, in turn in this process."""
+        texts = [task.captions for task in tasks if task.captions is not None]
+        yield from (Shard(self._texts(captions)) for captions in texts)
+        yield from self._images([task for task in tasks if task.captions is None])
 
-    def _captions(self, rows: range) -> npt.NDArray[np.uint64]:
-        """Return key and pair of all captions of pairs."""
+    def captions(self, rows: range) -> npt.NDArray[np.uint64]:
+        """Return key and pair of all captions of pairs, (n, 2)."""
         entries = [(caption_key(caption), index) for index in rows for caption in self._captions_of(index)]
         return np.array(entries, dtype="<u8").reshape(-1, 2)
 
@@ -331,15 +302,40 @@ def fill_store(
             return
         filling = _Filling(folder, manifest.embedding_size, processes, BadSamples(maker.pairs, max_share=max_bad))
         filling.count(processes.on_main(lambda: _recorded_bad(folder)))
-        write = partial(filling.write, compute or maker.compute, reporter)
-        shards = [(shard, shard_rows(shard, manifest.pairs)) for shard in range(shard_count(manifest.pairs))]
-        write([Task("captions", *shard) for shard in shards])
-        captions = processes.on_main(lambda: _merge_captions(folder, len(shards)))
-        write([Task("texts", shard, shard_rows(shard, captions)) for shard in range(shard_count(captions))])
-        write([Task("images", *shard, view) for view in range(manifest.views) for shard in shards])
-        processes.on_main(lambda: write_bytes(folder / COMPLETE, to_json(CompleteStore(captions))))
+        captions = _different_captions(maker, processes)
+        processes.on_main(lambda: _write_keys(folder, captions[:, :1]))
+        texts = [
+            Task(text_shard(folder, shard), rows, captions=captions[rows.start : rows.stop])
+            for shard, rows in shards(len(captions))
+        ]
+        images = [
+            Task(image_shard(folder, view, shard), rows, view)
+            for view in range(manifest.views)
+            for shard, rows in shards(manifest.pairs)
+        ]
+        for tasks in (texts, images):
+            filling.write(tasks, compute or maker.compute, reporter)
+        processes.on_main(lambda: write_bytes(folder / COMPLETE, to_json(CompleteStore(len(captions)))))
         if filling.bad.summary:
             reporter.say(filling.bad.summary)
+
+
+def _different_captions(maker: ShardMaker, processes: Processes) -> npt.NDArray[np.uint64]:
+    """Return the key of each different caption, ascending, and the first pair that has it, (C, 2)."""
+    with processes.together():
+        own = [maker.captions(rows) for _, rows in shards(len(maker.pairs))[processes.rank :: processes.world_size]]
+    entries = np.concatenate(list(chain.from_iterable(processes.gather_objects(own))))
+    entries = entries[np.lexsort((entries[:, 1], entries[:, 0]))]
+    return entries[np.unique(entries[:, 0], return_index=True)[1]]
+
+
+def _write_keys(folder: Path, keys: npt.NDArray[np.uint64]) -> None:
+    """Write the keys of all captions. If they are not those that are there, embeddings belong to other rows."""
+    path, content = keys_file(folder), rows_with_checksums(keys)
+    if not is_file(path) or path.read_bytes() != content:
+        for texts in path.parent.glob("shard-*.npy"):
+            texts.unlink()
+        write_bytes(path, content)
 
 
 @dataclass(frozen=True)
@@ -351,16 +347,17 @@ class _Filling:
     processes: Processes
     bad: BadSamples
 
-    def write(self, compute: Compute, reporter: Reporter, tasks: Sequence[Task]) -> None:
+    def write(self, tasks: Sequence[Task], compute: Compute, reporter: Reporter) -> None:
         """Compute and write the files that are missing, one in each process at a time."""
-        folder, rank, count = self.folder, self.processes.rank, self.processes.world_size
-        missing = self.processes.on_main(lambda: [task for task in tasks if not task.is_done(folder, width=self.width)])
-        own = [task.with_captions(folder) for task in missing[rank::count]]
-        shards = zip(own, compute(own), strict=True)
+        rank, count = self.processes.rank, self.processes.world_size
+        files = [RowFile(task.path, count=len(task.rows), width=self.width) for task in tasks]
+        missing = self.processes.on_main(lambda: [number for number, file in enumerate(files) if not file.is_whole()])
+        own = [tasks[number] for number in missing[rank::count]]
+        computed = zip(own, compute(own), strict=True)
         reporter.update(STORE_STAGE, 0, len(missing))
         for done in range(0, len(missing), count):
             with self.processes.together():
-                bad = _write(folder, *next(shards)) if done + rank < len(missing) else ()
+                bad = _write(*next(computed)) if done + rank < len(missing) else ()
             self.count(chain.from_iterable(self.processes.gather_objects(bad)))
             reporter.update(STORE_STAGE, min(done + count, len(missing)), len(missing))
 
@@ -388,15 +385,14 @@ class _BadRecord(msgspec.Struct, frozen=True):
     pairs: tuple[BadPair, ...]
 
 
-def _write(folder: Path, task: Task, shard: Shard) -> tuple[BadPair, ...]:
+def _write(task: Task, shard: Shard) -> tuple[BadPair, ...]:
     """Write a file, and before it the record of what is bad in it: later calls count that, too."""
-    path = task.path(folder)
-    record = path.with_suffix(".json")
+    record = task.path.with_suffix(".json")
     if shard.bad:
         write_bytes(record, to_json(_BadRecord(shard.bad)))
     else:
         record.unlink(missing_ok=True)
-    write_rows(path, shard.rows)
+    write_rows(task.path, shard.rows)
     return shard.bad
 
 
@@ -404,18 +400,3 @@ def _recorded_bad(folder: Path) -> list[BadPair]:
     """Return the pairs that are bad in the files that earlier calls wrote."""
     records = [record for record in folder.glob(_BAD_RECORDS) if is_file(record.with_suffix(".npy"))]
     return [pair for record in records for pair in read_json(record, _BadRecord).pairs]
-
-
-def _merge_captions(folder: Path, shards: int) -> int:
-    """Write all different captions, sorted by key, each with a pair that has it; return their number.
-
-    Embeddings of texts are removed if they may be those of other rows.
-    """
-    entries = np.concatenate([load_rows(caption_shard(folder, shard)) for shard in range(shards)])
-    path, first = captions_file(folder), np.unique(entries[:, 0], return_index=True)[1]
-    content = rows_with_checksums(entries[first])
-    if not is_file(path) or path.read_bytes() != content:
-        for texts in path.parent.glob("shard-*.npy"):
-            texts.unlink()
-        write_bytes(path, content)
-    return len(first)

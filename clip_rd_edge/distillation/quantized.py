@@ -1,15 +1,19 @@
-"""INT8 rounding in float32, as by the exporter's static Q/DQ: U8 activations and constants, 7-bit S8 weights per
-output channel.
+"""An image tower that computes with INT8 rounding wherever the exporter's static Q/DQ will be placed.
 
-Gradients pass straight through the rounding (Jacob et al. 2018, arXiv:1712.05877), so a tower can adapt to it. The
-operators are PyTorch's own.
+U8 activations and constants, 7-bit S8 weights per output channel, in float32. Gradients pass straight through the
+rounding (Jacob et al. 2018, arXiv:1712.05877), so a tower can adapt to it.
+
+`exporting.int8` quantises convolutions, matrix products with weights, and the elementwise operations after them. The
+same rule is applied here to torch functions as they are called, so a model needs neither replaced modules nor a traced
+graph: its parameters, checkpoints and optimiser stay the same. Batch norms are folded into the convolution before them,
+and ReLUs into the layer before them, as in the exported graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,26 +40,6 @@ _WEIGHT = (-MAX_WEIGHT[7], MAX_WEIGHT[7])  # as for every target whose processor
 _MIN_SCALE = 1e-12  # for tensors that are always 0
 
 
-class QuantizationHooks(Protocol):
-    """Called with each tensor that INT8 will hold; returns the tensor to compute with instead."""
-
-    def activation(self, index: int, values: Tensor) -> Tensor:
-        """Process an activation with range `index`. If called again for an index, the last call counts."""
-        ...
-
-    def pooled(self, index: int, values: Tensor) -> Tensor:
-        """Process an activation that keeps the scale of its input with range `index`, such as after pooling."""
-        ...
-
-    def weight(self, values: Tensor) -> Tensor:
-        """Process a layer's weights, (out, …)."""
-        ...
-
-    def constant(self, values: Tensor) -> Tensor:
-        """Process a constant that is added or multiplied elementwise, such as a bias."""
-        ...
-
-
 class ActivationRanges:
     """Min and max of each activation that INT8 will hold, (n,) each, in the order of computation."""
 
@@ -71,7 +55,27 @@ class ActivationRanges:
         self.low, self.high = state["low"], state["high"]
 
 
-class RangeObserver:
+class QuantizationHooks:
+    """Called with each tensor that INT8 will hold; returns the tensor to compute with instead: here, the same one."""
+
+    def activation(self, index: int, values: Tensor) -> Tensor:
+        """Process an activation with range `index`. If called again for an index, the last call counts."""
+        return values
+
+    def pooled(self, index: int, values: Tensor) -> Tensor:
+        """Process an activation that keeps the scale of its input with range `index`, such as after pooling."""
+        return values
+
+    def weight(self, values: Tensor) -> Tensor:
+        """Process a layer's weights, (out, …)."""
+        return values
+
+    def constant(self, values: Tensor) -> Tensor:
+        """Process a constant that is added or multiplied elementwise, such as a bias."""
+        return values
+
+
+class RangeObserver(QuantizationHooks):
     """Records the ranges of activations, and rounds nothing."""
 
     def __init__(self) -> None:
@@ -80,15 +84,6 @@ class RangeObserver:
 
     def activation(self, index: int, values: Tensor) -> Tensor:
         self._batch[index] = range_without_outliers(values.detach().float().cpu().numpy())
-        return values
-
-    def pooled(self, index: int, values: Tensor) -> Tensor:
-        return values
-
-    def weight(self, values: Tensor) -> Tensor:
-        return values
-
-    def constant(self, values: Tensor) -> Tensor:
         return values
 
     def end_batch(self) -> None:
@@ -104,7 +99,7 @@ class RangeObserver:
         ranges.low, ranges.high = low.clamp(max=0), high.clamp(min=0)
 
 
-class FakeQuantizer:
+class FakeQuantizer(QuantizationHooks):
     """Rounds activations within given ranges, and weights within their own."""
 
     def __init__(self, ranges: ActivationRanges, device: torch.device) -> None:
@@ -149,11 +144,6 @@ _OUT_OF_PLACE = {
 }
 
 
-def _is_in_place(func: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a function writes into its first argument."""
-    return func in _OUT_OF_PLACE or bool(kwargs.get("inplace"))
-
-
 class FakeQuantMode(TorchFunctionMode):
     """While active, passes the tensors that INT8 will hold to `hooks`. Use one instance per call of a tower.
 
@@ -183,7 +173,7 @@ class FakeQuantMode(TorchFunctionMode):
             return first
         if id(first) not in self._outputs:
             return func(*args, **kwargs)
-        if not _is_in_place(func, kwargs):
+        if func not in _OUT_OF_PLACE and not kwargs.get("inplace"):
             return self._follower(func, first, args, kwargs)
         # The exported graph computes a new tensor, and reads it wherever the model reads the one it has written into.
         kwargs = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
@@ -392,59 +382,50 @@ def require_quantizable(config: RunConfig) -> None:
         raise UsageError(
             f"Quantisation fine-tunes a trained student, but {config.student} is untrained.",
             hint="train it first without {quantize}, then use that run: {student} RUN {quantize} int8",
+            option="student",
         )
     if config.recipe.precision != "fp32":
-        raise UsageError(f"INT8 rounding is computed in fp32, not in {config.recipe.precision}.")
+        raise UsageError(f"INT8 rounding is computed in fp32, not in {config.recipe.precision}.", option="precision")
     for name in ("compile", "gradient_checkpointing"):
         if getattr(config, name):
-            option = f"{{{name}}}"
-            raise UsageError(f"{option} cannot be combined with {{quantize}}.", hint=f"omit {option}")
+            raise UsageError(f"{{{name}}} cannot be combined with {{quantize}}.", hint=f"omit {{{name}}}", option=name)
 
 
 def require_static_tower(student: ClipModel) -> None:
     """Check that the image tower of a student is exported in static INT8, with the layers that it is trained with."""
-    visual = student.model.get_submodule("visual")
-    # A single convolution is the patch embedding of a transformer; `exporting.int8.candidates` has the same rule.
-    if sum(isinstance(module, nn.Conv2d) for module in visual.modules()) < 2:
+    if reason := _reason_against(student):
         raise UsageError(
-            f"The image tower of {student.name} is a transformer, which the exporter quantises dynamically: "
-            "there are no activation ranges to adapt to.",
-            hint=_AS_IT_IS,
-        )
-    with evaluation_mode(student.model):
-        difference = _difference_without_rounding(ImageTower(student.model), student.preprocessing.size)
-        if difference > _MAX_DIFFERENCE:
-            raise UsageError(
-                f"The image tower of {student.name} cannot be trained under INT8 rounding: where nothing is rounded at "
-                f"all, its embeddings are still {difference:.1%} off, so that another network would be trained.",
-                hint=_AS_IT_IS,
-            )
-        exported = inference_image_tower(student.model)
-        if exported.model is student.model:
-            return
-        pixels = torch.zeros(1, 3, *student.preprocessing.size, device=_device(student.model))
-        merges = _range_count(exported, pixels) != _range_count(ImageTower(student.model), pixels)
-    # Each branch would be rounded by itself, and the weights of the merged layer, which INT8 holds, never.
-    if merges:
-        raise UsageError(
-            f"The image tower of {student.name} has parallel branches, which the exporter merges before it rounds: "
-            "training under the rounding of each branch would not prepare it for that of the merged layers.",
-            hint=_AS_IT_IS,
+            f"The image tower of {student.name} cannot be trained for INT8: {reason}.",
+            hint="export it as it is with --precision int8",
+            option="quantize",
         )
 
 
-_AS_IT_IS = "export it as it is with --precision int8"
 _MAX_DIFFERENCE = 0.05  # several times that of the rounding of TF32, in which GPUs compute
 
 
-def _difference_without_rounding(tower: nn.Module, size: tuple[int, int]) -> float:
-    """Return how far `FakeQuantMode` moves a tower's embedding of an image where nothing is rounded."""
-    pixels = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(_device(tower))
-    norms = norms_after_convolutions(tower, pixels)
-    with torch.no_grad(), FakeQuantMode(RangeObserver(), norms):
-        unrounded = tower(pixels)
-    with torch.no_grad():
-        return float((unrounded - tower(pixels)).norm())
+def _reason_against(student: ClipModel) -> str:
+    visual = student.model.get_submodule("visual")
+    # A single convolution is the patch embedding of a transformer; `exporting.int8.candidates` has the same rule.
+    if sum(isinstance(module, nn.Conv2d) for module in visual.modules()) < 2:
+        return "it is a transformer, which the exporter quantises dynamically, without ranges to adapt to"
+    with evaluation_mode(student.model):
+        tower, exported = ImageTower(student.model), inference_image_tower(student.model)
+        size, device = student.preprocessing.size, _device(student.model)
+        pixels = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+        with torch.no_grad(), FakeQuantMode(RangeObserver(), norms_after_convolutions(tower, pixels)):
+            unrounded = tower(pixels)
+        with torch.no_grad():
+            difference = float((unrounded - tower(pixels)).norm())
+        if difference > _MAX_DIFFERENCE:
+            return (
+                f"where nothing is rounded at all, its embeddings are still {difference:.1%} off, so that another "
+                "network would be trained"
+            )
+        # Each branch would be rounded by itself, and the weights of the merged layer, which INT8 holds, never.
+        if exported.model is not student.model and _range_count(exported, pixels) != _range_count(tower, pixels):
+            return "it has parallel branches, which the exporter merges before it rounds"
+    return ""
 
 
 def _range_count(tower: nn.Module, example: Tensor) -> int:

@@ -1,9 +1,8 @@
 """The teacher's embeddings, computed once and read back row by row.
 
     manifest.json                      what the embeddings depend on
-    captions/shard-S.npy               (n, 2) key and pair of each caption of a shard's pairs
-    texts/captions.npy                 (C, 2) the same for all different captions, sorted by key
-    texts/shard-T.npy                  (n, D) float16, for the captions T · SHARD_SIZE to T · SHARD_SIZE + n
+    texts/keys.npy                     (C, 1) a hash of each different caption, sorted
+    texts/shard-T.npy                  (n, D) float16, for the keys T · SHARD_SIZE to T · SHARD_SIZE + n
     images/view-V/shard-S.npy          (n, D) float16, for the pairs S · SHARD_SIZE to S · SHARD_SIZE + n
     complete.json                      written last: nothing is missing
 
@@ -29,7 +28,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -186,13 +184,17 @@ class TeacherStore:
         with self.images(epoch % self.manifest.views, index // SHARD_SIZE) as images:
             image: HalfArray = images[index % SHARD_SIZE]
         key = caption_key(caption)
-        with RowFile(captions_file(self.folder), count=self.captions, width=2, dtype="<u8") as captions:
-            place = bisect_left(captions, key, key=lambda entry: int(entry[0]))
-            if place == self.captions or captions[place][0] != key:
+        with self.keys() as keys:
+            place = bisect_left(keys, key, key=lambda row: int(row[0]))
+            if place == self.captions or keys[place][0] != key:
                 return None
         with self.texts(place // SHARD_SIZE) as texts:
             text: HalfArray = texts[place % SHARD_SIZE]
         return (image, text) if image.any() and text.any() else None
+
+    def keys(self) -> RowFile:
+        """Return the keys of all different captions."""
+        return RowFile(keys_file(self.folder), count=self.captions, width=1, dtype="<u8")
 
     def texts(self, shard: int) -> RowFile:
         """Return the embeddings of a shard's captions."""
@@ -206,14 +208,12 @@ class TeacherStore:
 
     def require_whole(self) -> None:
         """Raise ConfigError if a file is missing or not as long as its rows; none is opened."""
-        RowFile(captions_file(self.folder), count=self.captions, width=2, dtype="<u8").require_whole()
-        images = (
-            self.images(view, shard)
-            for view in range(self.manifest.views)
-            for shard in range(shard_count(self.manifest.pairs))
-        )
-        for file in chain(map(self.texts, range(shard_count(self.captions))), images):
-            file.require_whole()
+        self.keys().require_whole()
+        for shard in range(shard_count(self.captions)):
+            self.texts(shard).require_whole()
+        for view in range(self.manifest.views):
+            for shard in range(shard_count(self.manifest.pairs)):
+                self.images(view, shard).require_whole()
 
 
 @dataclass(frozen=True)
@@ -247,6 +247,11 @@ def shard_rows(shard: int, total: int) -> range:
     return range(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, total))
 
 
+def shards(total: int) -> list[tuple[int, range]]:
+    """Return each shard of this number of rows with its rows."""
+    return [(shard, shard_rows(shard, total)) for shard in range(shard_count(total))]
+
+
 def image_shard(folder: Path, view: int, shard: int) -> Path:
     """Return the path of a shard of image embeddings."""
     return folder / "images" / f"view-{view:03d}" / f"shard-{shard:05d}.npy"
@@ -257,19 +262,14 @@ def text_shard(folder: Path, shard: int) -> Path:
     return folder / "texts" / f"shard-{shard:05d}.npy"
 
 
-def caption_shard(folder: Path, shard: int) -> Path:
-    """Return the path of the captions of a shard's pairs."""
-    return folder / "captions" / f"shard-{shard:05d}.npy"
+def keys_file(folder: Path) -> Path:
+    """Return the path of the keys of all different captions."""
+    return folder / "texts" / "keys.npy"
 
 
-def captions_file(folder: Path) -> Path:
-    """Return the path of all different captions."""
-    return folder / "texts" / "captions.npy"
-
-
-def load_rows(path: Path, *, memory_mapped: bool = False) -> npt.NDArray[Any]:
+def load_rows(path: Path) -> npt.NDArray[Any]:
     """Return all rows of a file, (n, D), without their checksums."""
-    rows: npt.NDArray[Any] = load_array(path, memory_mapped=memory_mapped)["row"]
+    rows: npt.NDArray[Any] = load_array(path)["row"]
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The teachers of a run: frozen, with their own preprocessing and cached captions; or read from a cache."""
+"""The teachers of a run: frozen, with their own preprocessing and cached captions; or read from a store."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from clip_rd_edge.models.names import is_trained
 from clip_rd_edge.models.text_towers import CaptionTower, embed_with_progress
 from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.text import shown_sources
 
 
 def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
@@ -39,10 +38,16 @@ def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
         raise UsageError(
             f"The recipe {config.recipe_name} needs a teacher.",
             hint="{teacher} local-dir:PATH, or a name with {teacher_pretrained}; {recipe} clip trains without one",
+            option="teacher",
         )
     if config.stored_teachers is not None:
         return ()
-    _require_use_of_weights(config)
+    if config.teacher_pretrained is not None and all(map(is_trained, config.teachers)):
+        raise UsageError(
+            f"The weights {config.teacher_pretrained!r} were named, but all teachers have weights already.",
+            hint="omit {teacher_pretrained}, or name an architecture alone with {teacher}",
+            option="teacher_pretrained",
+        )
     return tuple(load_clip(name, pretrained=teacher_weights(config, name)) for name in config.teachers)
 
 
@@ -51,35 +56,14 @@ def teacher_weights(config: RunConfig, name: str) -> Typed | None:
     return None if is_trained(name) else config.teacher_pretrained
 
 
-def _require_use_of_weights(config: RunConfig) -> None:
-    """Raise UsageError if all teachers have weights of their own, and `teacher_pretrained` names others."""
-    teachers = config.teachers
-    if config.teacher_pretrained is not None and all(map(is_trained, teachers)):
-        which = f"the teacher {teachers[0]} has" if len(teachers) == 1 else "all teachers have"
-        raise UsageError(
-            f"teacher_pretrained is {config.teacher_pretrained!r}, but {which} weights already.",
-            hint="omit {teacher_pretrained}, or name an architecture alone with {teacher}",
-        )
-
-
-def load_models_to_embed_with(config: RunConfig) -> tuple[ClipModel, ...]:
-    """Return the teachers of a run, one or more."""
-    if not config.recipe.objective.needs_teacher:
-        raise UsageError(f"The recipe {config.recipe_name} has no teacher.", hint="name another {recipe}")
-    return load_teachers(config)
-
-
 def refuse_idle_teacher(config: RunConfig) -> None:
     """Raise UsageError if a teacher is named, or what belongs to one, but the recipe has none."""
-    if config.recipe.objective.needs_teacher:
-        return
-    named = {"teacher": config.teachers, "teacher_pretrained": config.teacher_pretrained}
-    for name, value in {**named, "store": config.store}.items():
-        if value:
-            shown = shown_sources([value] if isinstance(value, str) else value)
+    for name in ("teacher", "teacher_pretrained", "store"):
+        if getattr(config, name) and not config.recipe.objective.needs_teacher:
             raise UsageError(
-                f"The recipe {config.recipe_name} has no teacher, but {name} is {' and '.join(shown)}.",
+                f"The recipe {config.recipe_name} has no teacher, but {{{name}}} was named.",
                 hint=f"omit {{{name}}}, or name a recipe with a teacher: {{recipe}} clip-rd",
+                option=name,
             )
 
 
@@ -91,10 +75,9 @@ def load_stored_teachers(config: RunConfig) -> StoredTeachers | None:
 
 
 class Targets(NamedTuple):
-    """What a teacher says of a batch.
+    """A teacher's embeddings of a batch, (B, D) each, L2-normalised, without graph.
 
     Attributes:
-        image, text: its embeddings, (B, D) each, L2-normalised, without graph.
         captions: the B texts of `text`, which the student is to embed: those of the batch, or others of its choice.
     """
 
@@ -138,9 +121,7 @@ class BatchTeacher(Protocol):
     """The teacher as seen by a training step; several teachers are one, see `losses.ensemble`."""
 
     @property
-    def logit_scale(self) -> float | tuple[float, ...]:
-        """γ_t, a multiplier, or those of several teachers."""
-        ...
+    def logit_scale(self) -> float | tuple[float, ...]: ...  # γ_t, a multiplier, or those of several teachers
 
     def embed(self, batch: Batch) -> Targets:
         """Embed the images and captions of a batch."""
@@ -175,8 +156,7 @@ class Teacher:
         autocast: torch.dtype | None,
         caption_batch: int = CPU_CAPTION_BATCH,
     ) -> None:
-        self.clip = clip
-        self.logit_scale = clip.logit_scale
+        self.clip, self.logit_scale = clip, clip.logit_scale
         self._image_tower = ImageTower(to_device(clip.model, device).eval())
         self._normalise = Normaliser(clip.preprocessing, device)
         self._device, self._autocast = device, autocast
@@ -203,10 +183,6 @@ class LiveTeacher:
 
     def embed(self, batch: Batch) -> Targets:
         """See `BatchTeacher`."""
-        if len(batch.teacher_pixels) != len(self._teachers):
-            raise ValueError(
-                f"The batch was loaded with pixels for {len(batch.teacher_pixels)} of {len(self._teachers)} teachers."
-            )
         pixels = zip(self._teachers, batch.teacher_pixels, strict=True)
         images = [teacher.embed_images(own).float() for teacher, own in pixels]
         return Targets(self._ensemble.join(images), self.embed_captions(batch.captions), batch.captions)
@@ -225,8 +201,7 @@ class StoredTeacher:
 
     def embed(self, batch: Batch) -> Targets:
         """See `BatchTeacher`."""
-        if batch.teacher_embeddings is None:
-            raise ValueError("The batch was loaded without a teacher's store.")
+        assert batch.teacher_embeddings is not None  # of a data set with a store
         widths = list(self._ensemble.teacher_widths)
         sides = (torch.split(side.to(self._device).float(), widths, dim=1) for side in batch.teacher_embeddings)
         image, text = map(self._ensemble.join, sides)

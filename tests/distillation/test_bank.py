@@ -20,8 +20,8 @@ from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.store import (
     TeacherStore,
     TeacherStores,
-    captions_file,
     image_shard,
+    keys_file,
     load_rows,
     open_store,
     text_shard,
@@ -112,7 +112,7 @@ def test_what_one_of_two_teachers_could_not_embed_is_left_out(store: TeacherStor
 
 
 def test_a_caption_that_one_of_two_stores_lacks_is_left_out_of_both(store: TeacherStore, lacking: TeacherStore) -> None:
-    for path in (text_shard(lacking.folder, 0), captions_file(lacking.folder)):
+    for path in (text_shard(lacking.folder, 0), keys_file(lacking.folder)):
         write_rows(path, np.delete(load_rows(path), 5, axis=0))  # it could not be read when this store was built
     lacking = TeacherStore(lacking.folder, lacking.manifest, lacking.captions - 1)
     for stores in ((store, lacking), (lacking, store)):

@@ -77,7 +77,7 @@ def test_a_worker_with_other_data_is_refused(
         return one_worker(address, make, items)
 
     monkeypatch.setattr(embed, "map_on_cluster", on_another_machine)
-    with pytest.raises(InputError, match="The data here is not that of the store"):
+    with pytest.raises(InputError, match="the data here"):
         edge.embed(output=tmp_path / "store", ray="auto", **source)
 
 

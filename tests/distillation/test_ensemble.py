@@ -39,7 +39,7 @@ from clip_rd_edge.distillation.store import (
 from clip_rd_edge.distillation.teacher import LiveTeacher, StoredTeacher, Teacher, ensemble_of, load_teachers
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
-from clip_rd_edge.losses.objective import Objective, Weights
+from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.losses.terms import Bank
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip, save_clip, training_facts
@@ -162,7 +162,7 @@ def test_a_replaced_teacher_is_named_when_a_run_is_resumed(config: RunConfig, tm
 def test_a_teacher_is_named_once_and_one_in_a_list_is_one(config: RunConfig, tmp_path: Path) -> None:
     first = save_tiny_teacher(tmp_path / "run" / "student")
     for names in ([tmp_path / "run", "b", f"local-dir:{first}"], ["a", "b", "a"]):
-        with pytest.raises(ConfigError, match="twice"):
+        with pytest.raises(UsageError, match="twice"):
             resolve("clip-rd", data="p.csv", student="resnet18", teacher=names)
     assert resolve("clip-rd", data="emoji", student="resnet18", teacher=[Path("a")]).teacher == "a"
     assert resolve("clip", data="emoji", student="resnet18", teacher=()).teacher is None
@@ -187,10 +187,9 @@ def test_weights_are_for_the_teachers_that_are_named_by_an_architecture_alone(
     assert load_teachers(mixed) == ((folder, None), ("ViT-B-32", "best.pt"))
     monkeypatch.undo()
     alone = msgspec.structs.replace(config, teacher=folder, teacher_pretrained="best.pt")
-    with pytest.raises(
-        UsageError, match=r"teacher_pretrained is 'best.pt', but the teacher .*first has weights already"
-    ):
+    with pytest.raises(UsageError) as refused:
         load_teachers(alone)
+    assert refused.value.option == "teacher_pretrained"
 
 
 def test_the_first_teachers_text_tower_can_be_kept(config: RunConfig, tmp_path: Path) -> None:
@@ -350,16 +349,3 @@ def test_processes_chunks_and_blocks_give_the_loss_and_gradients_of_the_whole(
             for name, value in expected.items():
                 tolerance = 1e-5 * max(1.0, value.abs().max().item())
                 torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=tolerance, msg=name)
-
-
-def test_a_batch_without_pixels_for_each_teacher_is_a_programming_error() -> None:
-    step = TrainingStep(
-        small_clip("test_resnet", 0, 20, 32),
-        small_teachers(32, 32),
-        Objective(Weights(fd=1), widths=(20, 12, 8)),
-        Processes(),
-        StepSettings(),
-    )
-    pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="pixels for 1 of 2 teachers"):
-        step(Batch(pixels, (pixels,), CAPTIONS[:2]), 0)

@@ -33,8 +33,8 @@ from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.store import (
     CompleteStore,
     StoreManifest,
-    captions_file,
     image_shard,
+    keys_file,
     text_shard,
     write_rows,
 )
@@ -205,7 +205,7 @@ def test_a_store_that_one_machine_does_not_see_is_refused_unless_it_is_complete_
 
     assert_all_say(call_in_threads(COUNT, build, hosts="abc"), "The store .*other is not on a")
     for name in ("shared", "other"):
-        write_rows(captions_file(tmp_path / name), np.zeros((1, 2), np.uint64))
+        write_rows(keys_file(tmp_path / name), np.zeros((1, 1), np.uint64))
         for shard in (text_shard(tmp_path / name, 0), image_shard(tmp_path / name, 0, 0)):
             write_rows(shard, np.zeros((1, 2), np.float16))
         for file, content in (("manifest.json", manifest), ("complete.json", CompleteStore(1))):

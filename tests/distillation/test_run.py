@@ -821,29 +821,14 @@ def test_a_student_cannot_have_the_text_tower_of_no_teacher(config: RunConfig, t
         distil(alone, tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("named", "what"),
-    [
-        ({"teacher": "a"}, "teacher is a"),
-        ({"teacher": ("a", "b")}, "teacher is a and b"),
-        ({"store": "a", "views": 2}, "store is a"),
-        ({"teacher_pretrained": "a"}, "teacher_pretrained is a"),
-    ],
-)
-def test_a_recipe_without_a_teacher_is_given_none(
-    config: RunConfig, tmp_path: Path, named: dict[str, Any], what: str
-) -> None:
+@pytest.mark.parametrize("named", [{"teacher": ("a", "b")}, {"store": "a", "views": 2}, {"teacher_pretrained": "a"}])
+def test_a_recipe_without_a_teacher_is_given_none(config: RunConfig, tmp_path: Path, named: dict[str, Any]) -> None:
     recipe = msgspec.structs.replace(config.recipe, objective=load_recipe("clip").objective)
     alone = msgspec.structs.replace(config, recipe=recipe, recipe_name="clip", teacher=None)
     idle = msgspec.structs.replace(alone, **named)
-    with pytest.raises(UsageError, match=f"The recipe clip has no teacher, but {what}\\.") as error:
+    with pytest.raises(UsageError) as error:
         distil(idle, tmp_path / "run")
-    assert "or name a recipe with a teacher" in error.value.hint
-    if named == {"teacher": "a"}:  # as an older version began it
-        with pytest.raises(MemoryError):
-            distil(alone, tmp_path / "run", on_step=stop_at(4))
-        write_text(tmp_path / "run" / "config.yaml", to_yaml(idle))
-        distil(idle, tmp_path / "run", resume=True)
+    assert error.value.option in named
 
 
 def test_the_first_layers_of_a_frozen_image_tower_keep_weights_and_statistics(

@@ -38,8 +38,8 @@ from clip_rd_edge.distillation.store import (
     TeacherStore,
     TeacherStores,
     caption_key,
-    captions_file,
     image_shard,
+    keys_file,
     open_store,
     shard_rows,
     text_shard,
@@ -315,7 +315,7 @@ def test_a_store_that_was_refused_is_refused_again_until_the_images_are_repaired
     )
 
 
-@pytest.mark.parametrize("name", ["images/view-001/shard-00001.npy", "texts/shard-00002.npy", "texts/captions.npy"])
+@pytest.mark.parametrize("name", ["images/view-001/shard-00001.npy", "texts/shard-00002.npy", "texts/keys.npy"])
 @pytest.mark.parametrize("lost_bytes", [None, 1])
 def test_a_file_that_a_complete_store_has_lost_is_refused_and_computed_again(
     lost_bytes: int | None, name: str, config: RunConfig, setup: RunSetup, filled: TeacherStore
@@ -379,7 +379,7 @@ def test_a_store_of_millions_of_rows_opens_at_once_and_its_rows_are_read_without
     for row, caption in {0: "first", pairs // 2: "middle", pairs - 1: "last"}.items():
         keys[row] = caption_key(caption)
     keys.sort()
-    write_rows(captions_file(tmp_path), np.stack([keys, np.arange(pairs, dtype=np.uint64)], axis=1))
+    write_rows(keys_file(tmp_path), keys[:, None])
     manifest = StoreManifest(
         teacher="t", teacher_sha256="", logit_scale=1.0, embedding_size=width, views=1, seed=0,
         preprocessing=Preprocessing(size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1)), data="d", pairs=pairs,
@@ -448,7 +448,7 @@ def test_of_two_jobs_that_fill_a_store_at_once_the_second_waits_and_shares_it_or
         first.result()
         error = second.exception()
     assert isinstance(error, UsageError) if seed else error is None
-    assert computed == [0] * 3  # captions, texts and images: the second finds nothing left to do
+    assert computed == [0] * 2  # texts and images: the second finds nothing left to do
     open_store(Path(str(config.store)))
 
 
