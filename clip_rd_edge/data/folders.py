@@ -13,7 +13,7 @@ import numpy as np
 from clip_rd_edge.bundle.encoder import fill_template
 from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES, dead_link_error, is_ignored, leads_nowhere, list_images
 from clip_rd_edge.bundle.images import open_image
-from clip_rd_edge.data.samples import NO_PROBLEMS, Counts, Problems, Sample, row_groups
+from clip_rd_edge.data.samples import NO_PROBLEMS, Counts, LocalFiles, Problems, Sample
 from clip_rd_edge.errors import InputError, near_matches, quoted
 from clip_rd_edge.utils.files import read_text_limited, text_lines
 from clip_rd_edge.utils.paths import other_spellings, sorted_paths
@@ -27,7 +27,7 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True)
-class Folder:
+class Folder(LocalFiles):
     """Image files in memory; implements `data.samples.Samples`.
 
     Attributes:
@@ -52,18 +52,10 @@ class Folder:
     def __len__(self) -> int:
         return len(self.images)
 
-    @property
-    def groups(self) -> Sequence[int]:
-        """Sizes of blocks of images."""
-        return row_groups(len(self))
-
     def read(self, index: int) -> Sample:
         """See `Samples`."""
         captions = self.texts[self.numbers[index]] if self.numbers else ()
         return Sample(captions, partial(open_image, self.images[index]))
-
-    def prefetch(self, groups: Sequence[int]) -> None:
-        """Do nothing: the images are local files."""
 
     def identity(self) -> Iterator[bytes]:
         """Yield the captions, and of each image name, size in bytes, and which captions it has."""

@@ -19,11 +19,12 @@ from clip_rd_edge.bundle.manifest import MAX_TEMPLATES
 from clip_rd_edge.data.folders import image_samples
 from clip_rd_edge.data.load import load_pairs, names_shards, require_local
 from clip_rd_edge.data.samples import NO_PROBLEMS, Counts, Problems, Sample, Samples
-from clip_rd_edge.data.tables import is_parquet, load_table, read_column
+from clip_rd_edge.data.tables import is_parquet, load_table, parquet_rows
 from clip_rd_edge.data.webdataset import SEPARATOR, Shards, parse_sources
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.paths import URL, Typed, exists, is_file, is_folder, why_no_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.structs import is_list_of_texts
 from clip_rd_edge.utils.text import shown_source
 
 
@@ -230,7 +231,25 @@ def load_texts(source: Typed, column: str, read_texts: Callable[[Typed, str], Se
     if URL.search(source):
         raise InputError(f"The texts {shown_source(source)} are not on this machine.", hint="copy them to this machine")
     path = Path(source)
-    return (read_column if is_file(path) and is_parquet(path) else read_texts)(source, column)
+    return _read_column(path, column) if is_file(path) and is_parquet(path) else read_texts(source, column)
+
+
+def _read_column(path: Path, column: str) -> list[str]:
+    """Return the texts of a column of captions in a Parquet file, without empty ones."""
+    rows = parquet_rows(path, {column: "csv_caption_key"})
+    texts = [text.strip() for _, text, _, _ in rows if text.strip()]
+    if lists := [text for text in texts if is_list_of_texts(text)]:
+        raise InputError(
+            f"{path} has a list in its column {column!r}: {lists[0]!r}; expected one row per caption.",
+            hint="write each caption into a row of its own",
+        )
+    if not texts:
+        raise InputError(
+            f"{path} has no text in its column {column!r}.",
+            hint="name the column with {csv_caption_key}",
+            option="csv_caption_key",
+        )
+    return texts
 
 
 def load_images(source: Typed, *, column: str, reporter: Reporter = SILENT) -> Samples:

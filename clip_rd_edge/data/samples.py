@@ -159,9 +159,19 @@ class Samples(Protocol):
         ...
 
 
-def row_groups(count: int) -> list[int]:
-    """Return the sizes of blocks of image files."""
-    return [min(GROUP_ROWS, count - start) for start in range(0, count, GROUP_ROWS)]
+class LocalFiles:
+    """What image files on this machine have in common as `Samples`: they lie apart, and need not be fetched."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def groups(self) -> Sequence[int]:
+        """Sizes of blocks of rows."""
+        return [min(GROUP_ROWS, len(self) - start) for start in range(0, len(self), GROUP_ROWS)]
+
+    def prefetch(self, groups: Sequence[int]) -> None:
+        """Do nothing."""
 
 
 def fingerprint(samples: Samples) -> str:

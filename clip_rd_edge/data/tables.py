@@ -22,17 +22,16 @@ import stat
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from clip_rd_edge.bundle.images import open_image
-from clip_rd_edge.data.samples import GROUP_ROWS, MAX_EXAMPLES, Counts, Problems, Sample, row_groups
+from clip_rd_edge.data.samples import GROUP_ROWS, MAX_EXAMPLES, Counts, LocalFiles, Problems, Sample
 from clip_rd_edge.data.shard_index import INDEX, damage, kept_index
 from clip_rd_edge.errors import InputError, MissingExtraError, first_line, near_matches, quoted
 from clip_rd_edge.utils.files import machine_failure
@@ -59,11 +58,6 @@ _BOM = b"\xef\xbb\xbf"
 _MAGIC = b"PAR1"
 _AS_UTF_8 = "save the table as UTF-8"
 _HINT = "an image is a local file, with / between folders, relative to the working directory or the table"
-_OTHER_FORMATS = (
-    (rb"\xff\xd8\xff|\x89PNG", "is an image, and not a table", "name a table of images and captions"),
-    (rb"\s*<(?:\?xml|!DOCTYPE|html)", "is XML or HTML, and not a table", "save it as CSV"),
-    (rb"\s*[\[{]\s*[\[{\"]", "is JSON, and not a table", "write a CSV file with the columns filepath,title"),
-)
 
 
 class Pair(NamedTuple):
@@ -88,7 +82,7 @@ class _Index(msgspec.Struct, frozen=True):
     problems: Problems
 
 
-class Table:
+class Table(LocalFiles):
     """Pairs of a table; implements `data.samples.Samples`.
 
     Args:
@@ -104,8 +98,14 @@ class Table:
             raise damage(Path(name), index.pairs)
 
     def _map(self) -> None:
-        source = self._source
-        parts: Sequence[Any] = [_mapped(source / part) for part in _PARTS] if isinstance(source, Path) else source
+        parts: Sequence[Any] = (
+            self._source
+            if not isinstance(self._source, Path)
+            else [
+                np.memmap(path, np.uint8, mode="r") if path.stat().st_size else b""
+                for path in map(self._source.joinpath, _PARTS)
+            ]
+        )
         self._rows, self._texts, self._folders = [memoryview(part) for part in parts]
 
     def __getstate__(self) -> dict[str, object]:
@@ -122,14 +122,6 @@ class Table:
     def counts(self) -> Counts:
         """See `Samples`."""
         return Counts(pairs=len(self)) if self._captioned else Counts(images=len(self))
-
-    @property
-    def groups(self) -> Sequence[int]:
-        """Sizes of blocks of rows."""
-        return row_groups(len(self))
-
-    def prefetch(self, groups: Sequence[int]) -> None:
-        """Do nothing: the images are local files."""
 
     def read(self, index: int) -> Sample:
         """See `Samples`."""
@@ -170,10 +162,6 @@ class Table:
                 )
 
 
-def _mapped(path: Path) -> npt.NDArray[np.uint8]:
-    return np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
-
-
 def load_table(path: Path, *, image_key: str, caption_key: str | None, reporter: Reporter = SILENT) -> Table:
     """Return the pairs of a table; arguments and errors as for `data.load.load_pairs`.
 
@@ -184,11 +172,18 @@ def load_table(path: Path, *, image_key: str, caption_key: str | None, reporter:
         reporter: receives the number of rows of a table that is to be kept.
     """
     if not is_file(path):
-        raise InputError(f"The data file {path} {why_no_file(path)}", hint=_hint_about(path), option="data")
+        raise InputError(
+            f"The data file {path} {why_no_file(path)}",
+            hint="name a CSV file with the columns filepath,title, a folder of class folders, shards (….tar) or emoji",
+            option="data",
+        )
     status, parquet = path.stat(), is_parquet(path)
-    count = _count_of(path) if parquet else status.st_size // _ROW_BYTES
+    count = status.st_size // _ROW_BYTES
+    if parquet:
+        with _opened(path) as file:
+            count = file.metadata.num_rows
     columns = {image_key: "csv_img_key", **({} if caption_key is None else {caption_key: "csv_caption_key"})}
-    rows = partial(_parquet_rows if parquet else _csv_rows, path, columns)
+    rows = partial(parquet_rows if parquet else _csv_rows, path, columns)
     read = partial(_read, path, rows, caption_key=caption_key, unit="row" if parquet else "line")
     if count <= KEPT_ROWS:
         parts = [io.BytesIO() for _ in _PARTS]
@@ -196,9 +191,11 @@ def load_table(path: Path, *, image_key: str, caption_key: str | None, reporter:
         return Table(str(path), index, [part.getvalue() for part in parts], captioned=caption_key is not None)
 
     def build(folder: Path) -> None:
+        def progress(done: int) -> None:
+            reporter.update(TABLE_STAGE, done, max(count, done))
+
         with ExitStack() as stack:
             files = [stack.enter_context((folder / part).open("wb")) for part in _PARTS]
-            progress = partial(_report, reporter, count)
             index = read(files, hint=f"if images were added since, touch {path}", progress=progress)
         (folder / INDEX).write_bytes(to_json(index))
 
@@ -210,16 +207,6 @@ def load_table(path: Path, *, image_key: str, caption_key: str | None, reporter:
     table = Table(str(path), read_json(folder / INDEX, _Index), folder, captioned=caption_key is not None)
     table.check_images()
     return table
-
-
-def _hint_about(path: Path) -> str:
-    if str(path).startswith("'") and str(path).endswith("'"):
-        return "use double quotes: Windows' cmd takes single ones for a part of the name"
-    return "name a CSV file with the columns filepath,title, a folder of class folders, shards (….tar) or emoji"
-
-
-def _report(reporter: Reporter, rows: int, done: int) -> None:
-    reporter.update(TABLE_STAGE, done, max(rows, done))
 
 
 Rows = Iterator[tuple[int, str, str, str]]
@@ -336,11 +323,7 @@ class MissingColumnError(InputError):
 
 
 def _require_columns(path: Path, columns: Sequence[str], required: Mapping[str, str]) -> None:
-    """Raise MissingColumnError if a table lacks a column, and InputError if it has several of that name.
-
-    Args:
-        required: by name, the options that name them.
-    """
+    """Refuse a table that lacks one of these columns, or has several of its name; with the options that name them."""
     for key, option in required.items():
         if key not in columns:
             raise MissingColumnError(
@@ -388,7 +371,7 @@ def _begin(file: BinaryIO, path: Path, columns: Mapping[str, str]) -> tuple[str,
     """Go to the header of a CSV file; return its separator, and the number of lines above it."""
     head = file.read(_MAX_HEADER)
     start = len(_BOM) if head.startswith(_BOM) else 0
-    refuse_other_formats(str(path), head[start:], _OTHER_FORMATS)
+    refuse_other_formats(str(path), head[start:])
     if b"\0" in (head[start:].splitlines() or [b""])[0]:
         raise InputError(f"{path} is not UTF-8 text: its first line has NUL bytes, as UTF-16 has.", hint=_AS_UTF_8)
     if above := re.compile(SEPARATOR_LINE.encode()).match(head, start):
@@ -439,52 +422,34 @@ def is_parquet(path: Path) -> bool:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
-def read_column(name: str, column: str) -> list[str]:
-    """Return the texts of a column of captions in a Parquet file, without empty ones."""
-    path = Path(name)
-    rows = _parquet_rows(path, {column: "csv_caption_key"})
-    texts = [text.strip() for _, text, _, _ in rows if text.strip()]
-    if lists := [text for text in texts if is_list_of_texts(text)]:
-        raise InputError(
-            f"{path} has a list in its column {column!r}: {lists[0]!r}; expected one row per caption.",
-            hint="write each caption into a row of its own",
-        )
-    if not texts:
-        raise InputError(
-            f"{path} has no text in its column {column!r}.",
-            hint="name the column with {csv_caption_key}",
-            option="csv_caption_key",
-        )
-    return texts
-
-
-def _parquet_rows(path: Path, columns: Mapping[str, str], _finder: _Finder | None = None) -> Rows:
+def parquet_rows(path: Path, columns: Mapping[str, str], _finder: _Finder | None = None) -> Rows:
     """Yield the rows of a Parquet file."""
-    pyarrow, parquet = _pyarrow(path)
     number = 0
+    with _opened(path) as file:
+        _require_texts(path, file.schema_arrow, columns)
+        # Neither threads nor reading ahead: memory stays bounded.
+        for batch in file.iter_batches(_BLOCK_ROWS, columns=list(columns), use_threads=False):
+            cells = [batch.column(key) for key in columns]
+            for image, caption in zip(cells[0], cells[-1], strict=True):
+                number += 1
+                try:
+                    yield number, image.as_py() or "", caption.as_py() or "", ""
+                except UnicodeDecodeError as error:  # not all that write Parquet check their texts
+                    raise InputError(f"{path}, row {number}: it is not UTF-8 text.", hint=_AS_UTF_8) from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("pyarrow", extra="parquet", purpose=f"Reading {path}") from error
     try:
         with parquet.ParquetFile(path, memory_map=True) as file:
-            _require_texts(path, file.schema_arrow, columns)
-            # Neither threads nor reading ahead: memory stays bounded.
-            for batch in file.iter_batches(_BLOCK_ROWS, columns=list(columns), use_threads=False):
-                cells = [batch.column(key) for key in columns]
-                for image, caption in zip(cells[0], cells[-1], strict=True):
-                    number += 1
-                    yield number, image.as_py() or "", caption.as_py() or "", ""
-    except UnicodeDecodeError as error:  # not all that write Parquet check their texts
-        raise InputError(f"{path}, row {number}: it is not UTF-8 text.", hint=_AS_UTF_8) from error
+            yield file
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path} is damaged, or not a Parquet file: {first_line(error)}.") from error
-
-
-def _count_of(path: Path) -> int:
-    """Return the number of rows of a Parquet file; 0 if it cannot be read."""
-    pyarrow, parquet = _pyarrow(path)
-    try:
-        with parquet.ParquetFile(path, memory_map=True) as file:
-            return int(file.metadata.num_rows)
-    except (OSError, pyarrow.ArrowException):
-        return 0
 
 
 def _require_texts(path: Path, schema: Any, columns: Mapping[str, str]) -> None:
@@ -499,12 +464,3 @@ def _require_texts(path: Path, schema: Any, columns: Mapping[str, str]) -> None:
                 hint=f"name a column of text with {{{option}}}{into_files}",
                 option=option,
             )
-
-
-def _pyarrow(path: Path) -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("pyarrow", extra="parquet", purpose=f"Reading {path}") from error
-    return pyarrow, pyarrow.parquet

@@ -103,12 +103,6 @@ def test_all_three_together(pairs_csv: Path, frames: Path) -> None:
     assert captions(samples)[24:] == [("cat",)] * 5
 
 
-def test_pairs_alone_stay_as_they_are(pairs_csv: Path) -> None:
-    pairs = load_samples(TrainingData(data=str(pairs_csv)), given([]))
-    assert not isinstance(pairs, Mixed)
-    assert str(pairs.counts) == "24 pairs"
-
-
 def test_whatever_changes_has_another_fingerprint(pairs_csv: Path, frames: Path) -> None:
     source = TrainingData(data=str(pairs_csv), images=str(frames), texts="labels.txt")
     found = {
@@ -247,13 +241,3 @@ def test_a_name_that_is_not_utf_8_is_a_name_like_any_other(frames: Path) -> None
     first = fingerprint(load_images(str(frames), column="filepath"))
     path.rename(frames / os.fsdecode(b"caf\xe8.png"))
     assert fingerprint(load_images(str(frames), column="filepath")) != first
-
-
-def test_links_in_a_folder_of_images_are_followed(frames: Path, tmp_path: Path) -> None:
-    (tmp_path / "links").mkdir()
-    (tmp_path / "links" / "phone").symlink_to(frames)
-    (tmp_path / "links" / "dead.png").symlink_to(tmp_path / "gone.png")
-    images = load_images(str(tmp_path / "links"), column="filepath")
-    assert len(images) == 1 + len(load_images(str(frames), column="filepath"))
-    with pytest.raises(InputError, match="a link to something that does not exist"):
-        images.read(0).image()

@@ -137,17 +137,6 @@ def test_parts_being_fetched_count_at_their_final_size(
     assert len(list(cache_folder(server).glob("*.tar"))) == 1
 
 
-def test_parts_that_nobody_continues_are_removed_after_a_day(server: UnreliableServer) -> None:
-    contents(load_pairs(f"{server.url}/000.tar"))
-    abandoned = cache_folder(server) / "another.99.part"
-    abandoned.touch()
-    shard_files.local_path(RemoteShard(f"{server.url}/001.tar"))
-    assert abandoned.exists()
-    os.utime(abandoned, (time.time() - 90_000,) * 2)
-    shard_files.local_path(RemoteShard(f"{server.url}/002.tar"))
-    assert not abandoned.exists()
-
-
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="lists open files in /proc")
 def test_a_removed_shard_takes_no_room_through_an_open_file(
     server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
@@ -244,15 +233,6 @@ def test_a_full_disk_ends_training_and_replaces_no_pair(
     with pytest.raises(UnreachableError, match=full) as caught:  # while it is indexed
         load_pairs(f"{server.url}/002.tar")
     assert "free some space there" in caught.value.hint
-
-
-def test_a_disk_too_full_for_a_lock_is_named(server: UnreliableServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = load_pairs(f"{server.url}/000.tar")
-    empty_cache(server)
-    close_tars()
-    monkeypatch.setattr("clip_rd_edge.utils.outputs._acquire", Mock(side_effect=OSError(28, "No space left on device")))
-    with pytest.raises(UnreachableError, match=r"could not be kept in the cache \S+: No space left on device\.$"):
-        pairs.read(0).image()
 
 
 def test_a_shard_that_vanishes_whenever_it_is_fetched_is_given_up(

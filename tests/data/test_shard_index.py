@@ -20,7 +20,7 @@ import pytest
 from clip_rd_edge.data import shard_index
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.shard_files import close_tars
-from clip_rd_edge.data.shard_index import INDEXING_STAGE, index_shards, map_in_order
+from clip_rd_edge.data.shard_index import index_shards, map_in_order
 from clip_rd_edge.distillation.processes import stop_on_signals
 from clip_rd_edge.errors import ConfigError, InputError, LostProcessError
 from clip_rd_edge.utils.paths import cache_home
@@ -54,10 +54,6 @@ def contents(paths: list[Path]) -> list[str]:
 EXPECTED = [f"{10 * i + j} {i} {j}" for i in range(12) for j in range(1 + i % 3)]
 
 
-def test_samples_are_found_in_the_order_of_the_shards(paths: list[Path]) -> None:
-    assert contents(paths) == EXPECTED
-
-
 def test_a_flipped_bit_in_an_index_is_an_error_and_no_other_sample(
     paths: list[Path], flips: Callable[[Path, Callable[[], object]], int]
 ) -> None:
@@ -85,17 +81,6 @@ def test_several_workers_give_the_same_index(
     monkeypatch.setattr(shard_index, "_SERIAL_BYTES", 0)
     monkeypatch.setattr("clip_rd_edge.data.shard_index.usable_cores", lambda: 4)
     assert contents(paths) == EXPECTED
-
-
-def test_progress_is_reported_per_shard(paths: list[Path]) -> None:
-    steps = []
-
-    class Watch(Reporter):
-        def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
-            steps.append((stage, step, total))
-
-    index_shards(paths, json_key=None, reporter=Watch())
-    assert steps == [(INDEXING_STAGE, step, 12) for step in range(13)]
 
 
 def test_an_interrupted_indexing_goes_on_where_it_was(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from clip_rd_edge.bundle.image_files import find_images, list_images
 from clip_rd_edge.bundle.images import open_image
-from clip_rd_edge.bundle.labels import imagenet_templates
 from clip_rd_edge.data.tasks import RetrievalTask, ZeroShotTask, load_task, with_distinct_names
 from clip_rd_edge.errors import InputError
 
@@ -161,13 +160,6 @@ def test_what_other_programs_put_beside_the_images_is_neither_a_class_nor_an_ima
     assert list_images(tmp_path) == list(task.images)
 
 
-def test_a_data_set_without_templates_gets_clips(image_folders: Path) -> None:
-    assert zero_shot(image_folders).templates_from == "the data set's"
-    (image_folders / "zeroshot_classification_templates.txt").unlink()
-    task = zero_shot(image_folders)
-    assert (task.templates, task.templates_from) == (imagenet_templates().prompts, "CLIP's for ImageNet")
-
-
 def test_an_exported_classification_data_set(classification_shards: Path) -> None:
     task = zero_shot(classification_shards)
     assert (task.name, task.labels, task.targets) == ("imagenet1k", ("fish", "bird", "frog"), (0, 1, 2, 0, 1))
@@ -226,13 +218,6 @@ def test_captions_of_a_task_may_be_in_a_json_as_in_training(
         assert refusal.value.hint.startswith("write captions into a .txt of each sample")
 
 
-def test_a_hidden_tar_is_no_shard(retrieval_shards: Path) -> None:
-    (retrieval_shards / "test" / "nshards.txt").unlink()
-    task = load_task(str(retrieval_shards))
-    (retrieval_shards / "test" / "._0.tar").write_bytes(b"written by macOS")
-    assert load_task(str(retrieval_shards)) == task
-
-
 def test_tars_beside_classes_are_asked_about(retrieval_shards: Path, encode_image: Factory) -> None:
     classes = retrieval_shards / "test"
     task = load_task(str(classes))
@@ -257,15 +242,6 @@ def test_captioned_shards_without_metadata_are_retrieval(retrieval_shards: Path)
     assert by_folder.images == by_pattern.images
 
 
-def test_a_table_is_retrieval_with_all_captions_of_an_image(pairs_csv: Path) -> None:
-    with pairs_csv.open("a") as file:
-        file.write("pictures/3.png,another caption of 3\n")
-    task = load_task(str(pairs_csv))
-    assert isinstance(task, RetrievalTask)
-    assert (len(task.images), len(task.captions)) == (24, 25)
-    assert (task.captions[24], task.caption_images[24]) == ("another caption of 3", 3)
-
-
 @pytest.mark.parametrize(
     ("images", "hint"),
     [
@@ -286,15 +262,6 @@ def test_a_folder_above_the_classes_is_not_taken_for_them(
     assert caught.value.hint.endswith(f": {tmp_path / hint}")
     (tmp_path / "classnames.txt").write_text("\n".join(sorted({image.split("/")[0] for image in images})))
     assert load_task(str(tmp_path)).images  # the names say that these are the classes
-
-
-def test_a_class_may_be_called_train(tmp_path: Path, encode_image: Factory) -> None:
-    for name in ("train", "car"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "1.png").write_bytes(encode_image(3))
-    task = load_task(str(tmp_path))
-    assert isinstance(task, ZeroShotTask)
-    assert task.labels == ("car", "train")
 
 
 def test_a_class_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:

@@ -64,11 +64,6 @@ def test_invalid_weights_are_refused(shards: Path, weights: str, message: str) -
         load_pairs(f"{shards}/000.tar::{shards}/001.tar", weights=weights)
 
 
-def test_weights_are_refused_for_tables(pairs_csv: Path) -> None:
-    with pytest.raises(UsageError, match="apply only to shards"):
-        load_pairs(str(pairs_csv), weights="2")
-
-
 def test_captions_from_json(tmp_path: Path, write_tar: Factory, encode_image: Factory) -> None:
     def as_json(**keys: object) -> bytes:
         return msgspec.json.encode(keys)
@@ -137,17 +132,6 @@ def test_samples_without_image_or_caption_are_left_out_and_reported(
         f"{path}: no-caption has no caption (.txt, .json)",
         f"{path}: no-image has no image (.jpg, .png, .webp)",
     )
-
-
-def test_neighbouring_samples_of_one_name_are_two_samples(tmp_path: Path, encode_image: Factory) -> None:
-    path = tmp_path / "0.tar"
-    with tarfile.open(path, "w") as archive:  # as of concatenated shards, in which each begins with 0000
-        for i in (3, 4):
-            for name, content in (("0000.png", encode_image(i)), ("0000.txt", f"grey {i}".encode())):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-    assert greys(load_pairs(str(path))) == [(3, "grey 3"), (4, "grey 4")]
 
 
 def test_a_truncated_shard_yields_its_complete_samples(shards: Path) -> None:
@@ -303,11 +287,6 @@ def test_a_pattern_for_more_shards_than_anyone_has_is_refused_at_once(pattern: s
     with pytest.raises(InputError, match=r"names or more; the limit is 1,000,000"):
         expand_braces(pattern)
     assert time.process_time() - started < 5
-
-
-def test_a_range_of_numbers_of_thousands_of_digits_is_refused() -> None:
-    with pytest.raises(InputError, match="neither a range nor a list"):
-        expand_braces(f"{{0..{'9' * 5_000}}}.tar")
 
 
 @pytest.mark.parametrize("opening", ["[", '{"caption":'])
