@@ -21,7 +21,7 @@ from clip_rd_edge.bundle.preprocess import Pixels, Preprocessing
 from clip_rd_edge.bundle.reference import Reference, reference_images, worst_agreement, write_reference
 from clip_rd_edge.bundle.tokenizer import Tokenizer
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
-from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
+from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.utils.host import machine_name
 from clip_rd_edge.utils.timing import Milliseconds, time_in_turn
 
@@ -199,11 +199,6 @@ class NodeByNode(BundleEncoder):
 
     runtime = "onnxruntime"
 
-    @classmethod
-    def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> NodeByNode:
-        """Open a bundle."""
-        return cls(folder, manifest, threads=options.threads)
-
     def int8_fault(self, tower: Tower) -> str:
         """Return an empty string: what `open_tower` opens is right everywhere."""
         return ""
@@ -230,7 +225,7 @@ class _RoundedOtherwise(NodeByNode):
     """
 
     def __init__(self, encoder: BundleEncoder, seed: int) -> None:
-        super().__init__(encoder.folder, encoder.manifest, threads=encoder.threads)
+        super().__init__(encoder.folder, encoder.manifest, encoder.options)
         self._rng = np.random.default_rng(seed)
 
     def open_tower(self, tower: Tower) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 import numpy as np
@@ -30,9 +30,6 @@ from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageE
 from clip_rd_edge.utils.files import size_bytes
 from clip_rd_edge.utils.process import NativeCall
 from clip_rd_edge.utils.text import printable
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 AUTO = "auto"  # the device that a runtime chooses
 BATCH_SIZE = 32
@@ -62,8 +59,8 @@ class RunOptions:
 
     Attributes:
         threads: threads per tower; None leaves the choice to the runtime.
-        device: one of `providers.DEVICES`.
-        spin: as for `backends.session.open_session`.
+        device: one of `backends.onnxruntime.DEVICES`.
+        spin: as for `backends.onnxruntime.open_session`.
         required: fail, rather than fall back to another runtime.
     """
 
@@ -74,33 +71,39 @@ class RunOptions:
 
 
 class BundleEncoder(ABC):
-    """An `Encoder` for a bundle; each runtime's subclass implements `open` and `open_tower`. See `runtime.load`.
+    """An `Encoder` for a bundle; each runtime's subclass implements `open_tower`. See `runtime.load`.
 
     Args:
         folder, manifest: the bundle.
-        threads: threads per tower; None leaves the choice to the runtime.
+        options: how to run it; UsageError if the runtime does not have that device.
 
     Attributes:
         force: see `runtime.load.load`.
     """
 
     runtime: ClassVar[str]
+    devices: ClassVar[tuple[str, ...]] = (AUTO, "cpu")  # that it takes
     force = False
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, options: RunOptions | None = None) -> None:
         self.folder = folder.absolute()  # towers are opened on first use, when the working folder may be another one
         self.manifest = manifest
-        self.threads = threads
+        self.options = options or RunOptions()
+        if self.options.device not in self.devices:
+            raise UsageError(
+                f"The runtime {self.runtime} has no device {self.options.device!r}; expected one of "
+                f"{', '.join(self.devices)}."
+            )
+
+    @property
+    def threads(self) -> int | None:
+        """Threads per tower; None leaves the choice to the runtime."""
+        return self.options.threads
 
     def __getstate__(self) -> dict[str, object]:
         """Return what pickle takes to another process, or copy to a twin, which opens the towers itself."""
         opened = (*_SESSIONS, "_tokenizer")
         return {name: value for name, value in vars(self).items() if name not in opened}
-
-    @classmethod
-    @abstractmethod
-    def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> Self:
-        """Open a bundle."""
 
     @abstractmethod
     def open_tower(self, tower: Tower) -> Any:

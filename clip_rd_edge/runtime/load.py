@@ -29,12 +29,12 @@ def load(
         threads: threads per tower; None leaves the choice to the runtime, which uses every core.
         runtime: the inference engine; None uses the one that the bundle was exported for. If its TensorRT engines
             cannot run here, the ONNX files that they were built from run on the CPU.
-        device: one of `providers.DEVICES`. `auto` chooses a GPU or OpenVINO if ONNX Runtime's package for it is
+        device: one of `settings.deploying.Device`. `auto` chooses a GPU or OpenVINO if ONNX Runtime's package for it is
             installed, and the CPU otherwise, for INT8, and in OpenVINO itself. OpenVINO's devices run a bundle made for
             OpenVINO, or with `runtime="openvino"`, in OpenVINO itself, and others in ONNX Runtime, or in OpenVINO if
             only that is installed. `tensorrt` runs the engines of a bundle made for it, and others in ONNX Runtime.
             `describe().device` is the device chosen.
-        spin: False for embedding many images in ONNX Runtime: see `backends.session.open_session`.
+        spin: False for embedding many images in ONNX Runtime: see `backends.onnxruntime.open_session`.
         force: use a tower, with a warning, although this processor is known to compute its INT8 wrongly. Otherwise the
             first use raises UsageError.
     """
@@ -72,7 +72,7 @@ def open_bundle(
     engine = runtime or _runtime_for(device, manifest)
     _require_readable(manifest, engine)
     options = RunOptions(threads=threads, device=device, spin=spin, required=runtime is not None)
-    encoder: BundleEncoder = encoder_of(engine).open(folder, manifest, options)
+    encoder: BundleEncoder = encoder_of(engine)(folder, manifest, options)
     encoder.force = force
     return encoder
 

@@ -15,7 +15,7 @@ from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.runtime import labels as labels_module
 from clip_rd_edge.runtime.backends.openvino import OpenVinoEncoder
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
-from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
 from clip_rd_edge.runtime.labels import (
     everyday_labels,
     label_names,
@@ -329,7 +329,10 @@ def test_labels_that_this_processor_embeds_wrongly_are_not_cached(
     assert "gives wrong answers here" in caplog.text  # and not silently with what another processor has cached
 
 
-def test_the_key_of_text_embeddings_depends_on_precision_runtime_and_device(colour_bundle: Path) -> None:
+def test_the_key_of_text_embeddings_depends_on_precision_runtime_and_device(
+    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.openvino._require_processor", lambda processor: None)
 
     manifest = read_manifest(colour_bundle)
     bf16 = msgspec.structs.replace(manifest, text=msgspec.structs.replace(manifest.text, precision="bf16"))
@@ -337,7 +340,7 @@ def test_the_key_of_text_embeddings_depends_on_precision_runtime_and_device(colo
         load(colour_bundle, device="cpu"),
         OpenVinoEncoder(colour_bundle, manifest),
         OpenVinoEncoder(colour_bundle, bf16),
-        OpenVinoEncoder(colour_bundle, bf16, processor="GPU"),
+        OpenVinoEncoder(colour_bundle, bf16, RunOptions(device="openvino-gpu")),
     ]
     assert len({encoder.text_key for encoder in encoders}) == 4
     assert load(colour_bundle, device="cpu").text_key == encoders[0].text_key

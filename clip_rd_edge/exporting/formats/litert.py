@@ -71,7 +71,9 @@ class LiteRt(Format):
 
     def reference(self, folder: Path, manifest: Manifest) -> LiteRtEncoder:
         """Return an encoder without XNNPACK, whose kernels differ by processor."""
-        return LiteRtEncoder(folder, manifest, xnnpack=False)
+        encoder = LiteRtEncoder(folder, manifest)
+        encoder.xnnpack = False
+        return encoder
 
 
 class _NamedTower(nn.Module):

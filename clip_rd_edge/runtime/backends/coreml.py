@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.bundle.encoder import Description
-from clip_rd_edge.bundle.manifest import Manifest, Tower
-from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError, in_one_line
-from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, OneInputModel, Placement, RunOptions
+from clip_rd_edge.bundle.manifest import Tower
+from clip_rd_edge.errors import ConfigError, MissingExtraError, in_one_line
+from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, OneInputModel, Placement
 
 COREML = "coreml"
 _CPU = "cpu"
@@ -59,24 +59,14 @@ def open_coreml(package: Path, tower: Tower, *, cpu_only: bool = False) -> CoreM
 
 
 class CoreMlEncoder(BundleEncoder):
-    """A bundle in Core ML.
+    """A bundle in Core ML, which chooses among the CPU, the GPU and the Neural Engine if the device is not `cpu`."""
 
-    Args:
-        cpu_only: False lets Core ML choose among the CPU, the GPU and the Neural Engine.
-    """
+    runtime, devices = COREML, (AUTO, COREML, _CPU)
 
-    runtime = COREML
-
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, cpu_only: bool = False) -> None:
-        super().__init__(folder, manifest, threads=threads)
-        self.cpu_only = cpu_only
-
-    @classmethod
-    def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> CoreMlEncoder:
-        """Open a bundle."""
-        if options.device not in (AUTO, COREML, _CPU):
-            raise UsageError(f"Core ML has no device {options.device!r}; expected auto, coreml or cpu.")
-        return cls(folder, manifest, threads=options.threads, cpu_only=options.device == _CPU)
+    @property
+    def cpu_only(self) -> bool:
+        """Whether it runs on the CPU alone."""
+        return self.options.device == _CPU
 
     def describe(self) -> Description:
         """Describe this encoder; `device` is `coreml` or `cpu`, as in `placement`."""

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.bundle.manifest import Manifest, Tower
-from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError, in_one_line
-from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, OneInputModel, RunOptions, require_threads
+from clip_rd_edge.bundle.manifest import Tower
+from clip_rd_edge.errors import ConfigError, MissingExtraError, in_one_line
+from clip_rd_edge.runtime.encoder import BundleEncoder, OneInputModel, require_threads
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.process import SharedBlock, without_progress_bars
 
@@ -87,13 +87,6 @@ class ExecuTorchEncoder(BundleEncoder):
     """A bundle in ExecuTorch, on the CPU."""
 
     runtime = "executorch"
-
-    @classmethod
-    def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> ExecuTorchEncoder:
-        """Open a bundle."""
-        if options.device not in (AUTO, "cpu"):
-            raise UsageError(f"ExecuTorch has no device {options.device!r} here; expected auto or cpu.")
-        return cls(folder, manifest, threads=options.threads)
 
     def open_tower(self, tower: Tower) -> ExecuTorchModel:
         """Open the tower's file; raises as `open_executorch`."""

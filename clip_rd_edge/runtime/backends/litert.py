@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
-from clip_rd_edge.bundle.manifest import Manifest, Tower
-from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError, in_one_line
-from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, OneInputModel, RunOptions, require_threads
+from clip_rd_edge.bundle.manifest import Tower
+from clip_rd_edge.errors import ConfigError, MissingExtraError, in_one_line
+from clip_rd_edge.runtime.encoder import BundleEncoder, OneInputModel, require_threads
 from clip_rd_edge.utils.host import usable_cores
 
 
@@ -62,27 +61,14 @@ def open_litert(model: str | bytes, *, threads: int | None = None, xnnpack: bool
 
 
 class LiteRtEncoder(BundleEncoder):
-    """A bundle in LiteRT, on the CPU.
+    """A bundle in LiteRT, on the CPU; in an app, LiteRT also runs its files on the GPU and the NPU.
 
-    Args:
+    Attributes:
         xnnpack: as for `open_litert`.
     """
 
     runtime = "litert"
-
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, xnnpack: bool = True) -> None:
-        super().__init__(folder, manifest, threads=threads)
-        self.xnnpack = xnnpack
-
-    @classmethod
-    def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> LiteRtEncoder:
-        """Open a bundle."""
-        if options.device not in (AUTO, "cpu"):
-            raise UsageError(
-                f"LiteRT has no device {options.device!r} here; expected auto or cpu.",
-                hint="in an app, LiteRT also runs its files on the GPU and the NPU",
-            )
-        return cls(folder, manifest, threads=options.threads)
+    xnnpack = True
 
     def open_tower(self, tower: Tower) -> LiteRtModel:
         """Open the tower's file; raises as `open_litert`."""

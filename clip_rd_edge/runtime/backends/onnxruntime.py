@@ -78,7 +78,7 @@ def _cannot_be_imported(error: Exception) -> ClipRdEdgeError:
         reason, remedy = in_one_line(error), f"{pip('install')} {ONNXRUNTIMES[0]}"
     else:
         ((package, version),) = versions.items()
-        if numpy.startswith("2.") and _numbers(version) < _WITH_NUMPY_2:
+        if numpy.startswith("2.") and tuple(map(int, version.split(".")[:2])) < _WITH_NUMPY_2:
             reason, remedy = f"{package} {version} needs NumPy 1, not {numpy}", f'{pip("install")} "numpy<2"'
         elif isinstance(error, ImportError) and error.name == "onnxruntime":
             reason, remedy = f"files of {package} are missing", _reinstall(package, version)
@@ -89,10 +89,6 @@ def _cannot_be_imported(error: Exception) -> ClipRdEdgeError:
 
 def _reinstall(package: str, version: str) -> str:
     return f"{pip('install')} --force-reinstall --no-deps {package}=={version}"
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")[:2]))
 
 
 class Provider(NamedTuple):
@@ -163,8 +159,6 @@ def choose_device(device: str, available: Sequence[str], *, precision: str) -> s
     if device == AUTO:
         preferred = () if precision.startswith("int8") else _PREFERRED
         return next((name for name in preferred if name in supported), "cpu")
-    if device not in PROVIDERS:
-        raise UsageError(f"Unknown device {device!r}; expected one of {', '.join(DEVICES)}.")
     if device not in supported:
         package, fault, hint = PROVIDERS[device].package, "", ""
         if (overlap := overlapping_builds()) and overlap.build in (package, f"onnxruntime-{device.partition('-')[0]}"):
@@ -418,35 +412,15 @@ def _product(activations: npt.NDArray[np.uint8], weights: npt.NDArray[np.int8]) 
 
 
 class OrtEncoder(BundleEncoder):
-    """A bundle in ONNX Runtime.
+    """A bundle in ONNX Runtime; the device `auto` is chosen per tower, by its precision."""
 
-    Args:
-        device: one of DEVICES; `auto` chooses per tower, by its precision.
-        spin: see `open_session`.
-    """
+    runtime, devices = "onnxruntime", DEVICES
 
-    runtime = "onnxruntime"
-
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        *,
-        threads: int | None = None,
-        device: str = AUTO,
-        spin: bool = True,
-    ) -> None:
-        super().__init__(folder, manifest, threads=threads)
-        self.device = device
-        self.spin = spin
+    def __init__(self, folder: Path, manifest: Manifest, options: RunOptions | None = None) -> None:
+        super().__init__(folder, manifest, options)
         self._loaded_devices: dict[str, str] = {}  # by file name
-        if device not in (AUTO, "cpu"):
+        if self.options.device not in (AUTO, "cpu"):
             self._device_for(manifest.image)  # fail now, not at the first image
-
-    @classmethod
-    def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> OrtEncoder:
-        """Open a bundle."""
-        return cls(folder, manifest, threads=options.threads, device=options.device, spin=options.spin)
 
     def describe(self) -> Description:
         """Describe this encoder; `device` is the chosen one, or where a loaded tower actually runs."""
@@ -457,7 +431,8 @@ class OrtEncoder(BundleEncoder):
     def open_tower(self, tower: Tower) -> Any:
         """Open an ONNX Runtime session for the tower; raises as `open_session`."""
         device = self._device_for(tower)
-        session = open_session(str(self.folder / tower.file), threads=self.threads, device=device, spin=self.spin)
+        path, options = str(self.folder / tower.file), self.options
+        session = open_session(path, threads=options.threads, device=device, spin=options.spin)
         self._loaded_devices[tower.file] = session_device(session, device)
         return session
 
@@ -475,7 +450,7 @@ class OrtEncoder(BundleEncoder):
         return Placement(self.runtime, device, f"{chosen} did not start", hint)
 
     def _device_for(self, tower: Tower) -> str:
-        if self.device == "cpu":
+        if self.options.device == "cpu":
             return "cpu"
         available = import_onnxruntime().get_available_providers()
-        return choose_device(self.device, available, precision=tower.precision)
+        return choose_device(self.options.device, available, precision=tower.precision)

@@ -173,30 +173,15 @@ _TELEMETRY = "openvino_telemetry"
 
 
 class OpenVinoEncoder(BundleEncoder):
-    """A bundle in OpenVINO.
+    """A bundle in OpenVINO."""
 
-    Args:
-        processor: as for `open_openvino`.
-    """
+    runtime, devices = "openvino", (AUTO, "cpu", *OPENVINO_PROCESSORS)
 
-    runtime = "openvino"
-
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, processor: str = CPU) -> None:
-        super().__init__(folder, manifest, threads=threads)
-        self.processor = processor
-
-    @classmethod
-    def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> OpenVinoEncoder:
-        """Open a bundle."""
-        device = options.device
-        if device not in (AUTO, "cpu", *OPENVINO_PROCESSORS):
-            raise UsageError(
-                f"OpenVINO has no device {device!r}; expected auto, cpu, {', '.join(OPENVINO_PROCESSORS)}."
-            )
-        processor = OPENVINO_PROCESSORS.get(device, CPU)
-        if processor != CPU:  # which is there; others are looked for before anything runs
-            _require_processor(processor)
-        return cls(folder, manifest, threads=options.threads, processor=processor)
+    def __init__(self, folder: Path, manifest: Manifest, options: RunOptions | None = None) -> None:
+        super().__init__(folder, manifest, options)
+        self.processor = OPENVINO_PROCESSORS.get(self.options.device, CPU)
+        if self.processor != CPU:  # which is there; others are looked for before anything runs
+            _require_processor(self.processor)
 
     def describe(self) -> Description:
         """Describe this encoder; `device` is `cpu`, `gpu` or `npu`."""

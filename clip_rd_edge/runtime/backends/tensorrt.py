@@ -16,7 +16,7 @@ import numpy.typing as npt
 from clip_rd_edge.bundle.encoder import Description, in_batches
 from clip_rd_edge.bundle.manifest import ENGINE_SUFFIX, Manifest, Tower, require_current_engine
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
-from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import DEVICES, open_session
 from clip_rd_edge.runtime.encoder import BundleEncoder, NamedInput, Placement, RunOptions, warn
 from clip_rd_edge.utils.process import NativeCall
 
@@ -50,22 +50,15 @@ def open_engine(path: Path, *, rtx: bool) -> TensorRtModel:
 class TensorRtEncoder(BundleEncoder):
     """A bundle in TensorRT.
 
-    Args:
-        required: raise if an engine cannot run here. Otherwise a warning is logged, and the ONNX file that the engine
-            was built from runs on the CPU.
+    If an engine cannot run here, a warning is logged, and the ONNX file that it was built from runs on the CPU; or if
+    the runtime was asked for, that is an error.
     """
 
-    runtime = "tensorrt"
+    runtime, devices = "tensorrt", DEVICES
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, required: bool = False) -> None:
-        super().__init__(folder, manifest, threads=threads)
-        self.required = required
+    def __init__(self, folder: Path, manifest: Manifest, options: RunOptions | None = None) -> None:
+        super().__init__(folder, manifest, options)
         self._placements: dict[str, Placement] = {}  # of the loaded towers, by file name
-
-    @classmethod
-    def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> TensorRtEncoder:
-        """Open a bundle."""
-        return cls(folder, manifest, threads=options.threads, required=options.required)
 
     def describe(self) -> Description:
         """Describe this encoder; `runtime` and `device` are those of the towers loaded so far."""
@@ -87,7 +80,7 @@ class TensorRtEncoder(BundleEncoder):
                 require_current_engine(self.folder, self.manifest, tower, name)
             model = open_engine(self.folder / name, rtx=self.manifest.target.startswith(_RTX_TARGET))
         except ClipRdEdgeError as error:
-            if self.required:
+            if self.options.required:
                 raise
             fallback = f"its engine did not run: {str(error).rstrip('.')}"
             self._placements[tower.file] = Placement("onnxruntime", "cpu", fallback, error.hint)

@@ -68,8 +68,6 @@ def test_a_requested_device_is_used_or_refused_with_the_package_that_supports_it
         with pytest.raises(UsageError) as raised:
             choose_device(device, (CPU,), precision="fp32")
         assert raised.value.hint == install_command("openvino")
-    with pytest.raises(UsageError):
-        choose_device("gpu", (CPU,), precision="fp32")
 
 
 @pytest.mark.parametrize("device", PROVIDERS)
