@@ -20,6 +20,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from clip_rd_edge.installation import install_command
@@ -151,6 +152,15 @@ class MissingExtraError(UsageError):
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed.", hint=install_command(extra)
         )
+
+
+@contextmanager
+def needs_extra(package: str, *, extra: str, purpose: str) -> Iterator[None]:
+    """Within the block, a module that is not installed is a MissingExtraError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(package, extra=extra, purpose=purpose) from error
 
 
 def with_hint(message: str, hint: str) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from clip_rd_edge.data.tar import TarScan
-from clip_rd_edge.errors import InputError, MissingExtraError, UnreachableError, causes
+from clip_rd_edge.errors import InputError, MissingExtraError, UnreachableError, causes, needs_extra
 from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.paths import URL, Typed
 from clip_rd_edge.utils.text import shown_message, shown_source

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError, first_line, relayed_error
+from clip_rd_edge.errors import ClipRdEdgeError, UsageError, first_line, needs_extra, relayed_error
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -28,12 +28,10 @@ def map_on_cluster(address: str, make: Callable[[], Callable[[T], R]], items: It
         make: returns the function; called once in each worker, in this process's working folder if it exists there.
         items: read as a whole before the first one is computed; they and the results are pickled.
     """
-    try:
+    with needs_extra("ray", extra="ray", purpose="{ray}"):
         import ray
         from ray.data import DataContext
         from ray.data import from_items as data_set_of
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("ray", extra="ray", purpose="{ray}") from error
     rows = [{"item": pickle.dumps(item)} for item in items]
     if not rows:
         return

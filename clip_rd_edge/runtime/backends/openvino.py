@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from clip_rd_edge.bundle.encoder import Description, in_batches
 from clip_rd_edge.bundle.manifest import Manifest, Tower
-from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError, in_one_line
+from clip_rd_edge.errors import ConfigError, UsageError, in_one_line, needs_extra
 from clip_rd_edge.runtime.backends.onnxruntime import OPENVINO_PROCESSORS
 from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, NamedInput, Placement, RunOptions, require_threads
 from clip_rd_edge.utils.paths import cache_home
@@ -115,10 +115,8 @@ def _read(core: Any, model: str | bytes) -> Any:
 
 def _require_processor(processor: str) -> Any:
     """Return the package; raise MissingExtraError if it is not installed, UsageError if it finds no such processor."""
-    try:
+    with needs_extra("openvino", extra="openvino", purpose="Running a bundle in OpenVINO"):
         openvino = _import_openvino()
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("openvino", extra="openvino", purpose="Running a bundle in OpenVINO") from error
     if processor not in (processors := available_processors()):
         raise UsageError(
             f"OpenVINO {openvino.__version__} finds no {processor} here; it finds {', '.join(processors)}.",
