@@ -16,29 +16,32 @@ _UV_TOOL, _PIPX = "uv-receipt.toml", "pipx_metadata.json"
 
 
 def install_command(extra: str) -> str:
-    """Return the pip command that installs this package with an extra, such as `train`, as it works on this machine.
-
-    pip records where a package came from, unless it was an index (PEP 610, `direct_url.json`).
-    """
+    """Return the command that installs this package with an extra, such as `train`, as it works on this machine."""
     origin = _origin()
     extras = ",".join(dict.fromkeys([*_extras_of_tool(), *extra.split(",")]))
+    editable = ""
     if "dir_info" in origin:
-        options = ["-e"] if origin["dir_info"].get("editable") else []
-        return _pip_install(*options, f"{_folder(origin)}[{extras}]")
-    # The commit, since a branch may have moved on: the extras of other code, or other code, would be installed.
-    return _pip_install(f"{PACKAGE}[{extras}]{_source(origin, origin.get('vcs_info', {}).get('commit_id'))}")
+        editable = "-e " if origin["dir_info"].get("editable") else ""
+        requirement = f"{_folder(origin)}[{extras}]"
+    else:
+        # The commit, since a branch may have moved on: the extras of other code, or other code, would be installed.
+        requirement = f"{PACKAGE}[{extras}]{_source(origin, origin.get('vcs_info', {}).get('commit_id'))}"
+    install = "uv tool install" if _is_made_by(_UV_TOOL) else "pipx install --force"
+    if not _is_made_by(_UV_TOOL, _PIPX):
+        install = pip("install")
+    return f"{install} {editable}{_quoted(requirement)}"
 
 
 def upgrade_hint() -> str:
-    """Return what to do for a newer version: pip's command, or words where that would install the same files again."""
+    """Return what to do for a newer version: a command, or words where that would install the same files again."""
     origin = _origin()
     if "dir_info" in origin:
         return f"git pull in {_folder(origin)}, then install it again"
     if "archive_info" in origin:
         return f"install a newer {PACKAGE}: this one is from {origin['url']}"
-    if _is_made_by(_UV_TOOL) or _is_made_by(_PIPX):
+    if _is_made_by(_UV_TOOL, _PIPX):
         return f"{'uv tool' if _is_made_by(_UV_TOOL) else 'pipx'} upgrade {PACKAGE}"
-    return _pip_install("-U", f"{PACKAGE}{_source(origin)}")
+    return f"{pip('install')} -U {_quoted(PACKAGE + _source(origin))}"
 
 
 def without_checkout() -> Callable[[str], str]:
@@ -66,18 +69,8 @@ def pip(action: str) -> str:
     return f"pip {action}" if find_spec("pip") else f"uv pip {action}"
 
 
-def _pip_install(*arguments: str) -> str:
-    *options, requirement = arguments
-    if _is_made_by(_UV_TOOL):
-        command = "uv tool install"
-    else:
-        command = "pipx install --force" if _is_made_by(_PIPX) else pip("install")
-    return " ".join([command, *options, _quoted(requirement)])
-
-
-def _is_made_by(record: str) -> bool:
-    """Return whether this environment was made for the package by uv or pipx, given the file that they leave in it."""
-    return (Path(sys.prefix) / record).is_file()
+def _is_made_by(*records: str) -> bool:
+    return any((Path(sys.prefix) / record).is_file() for record in records)
 
 
 def _extras_of_tool() -> list[str]:
@@ -115,7 +108,7 @@ def _source(origin: dict[str, Any], commit: str | None = None) -> str:
 
 
 def _origin() -> dict[str, Any]:
-    """Return the content of direct_url.json, or an empty dict if an index was the origin."""
+    """Return what pip recorded of where this package came from (PEP 610), or an empty dict for an index."""
     import json
     from importlib.metadata import PackageNotFoundError, distribution
 
