@@ -231,10 +231,8 @@ def _run_command(shard: RemoteShard, part: Path) -> None:
 
 def _file_system(url: str) -> tuple[Any, str]:
     purpose = f"Reading {shown_source(url)}"
-    try:
+    with needs_extra("fsspec", extra="remote", purpose=purpose):
         import fsspec
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("fsspec", extra="remote", purpose=purpose) from error
     try:
         file_system, path = fsspec.core.url_to_fs(url, **_options(url))
     except ImportError as error:

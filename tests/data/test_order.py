@@ -52,6 +52,14 @@ def test_order_differs_by_seed_and_epoch_also_within_a_single_group() -> None:
         assert len(set(orders)) == 4
 
 
+def test_an_order_that_was_used_shows_each_epoch_in_its_own_order_also_within_one_window() -> None:
+    order = EpochOrder(GROUPS, seed=3)
+    for epoch in (0, 1, 0):
+        fresh = EpochOrder(GROUPS, seed=3).indices(epoch, 0, 50)
+        np.testing.assert_array_equal(order.indices(epoch, 0, 50), fresh)
+    assert order.indices(0, 0, 50).tolist() != order.indices(1, 0, 50).tolist()
+
+
 def test_other_epochs_and_seeds_put_other_groups_into_a_window() -> None:
     orders = [EpochOrder([10] * 10, seed=seed, window=20).indices(epoch, 0, 100) for seed in (0, 1) for epoch in (0, 1)]
     windows = [tuple(frozenset(window // 10) for window in order.reshape(5, 20)) for order in orders]

@@ -26,6 +26,7 @@ hypothesis = pytest.importorskip("hypothesis")
 
 from hypothesis import strategies as st  # noqa: E402
 
+SUITE = "benchmarks/suites/quickstart.yaml"
 SUFFIXES = {
     "images": ("png", "jpg", "gif", "tif", "webp", "bmp", "ppm"),
     "shards": ("tar",),
@@ -40,63 +41,13 @@ SUFFIXES = {
 }
 # What means something in one of the formats, to be put anywhere.
 TOKENS = [
-    b"\0",
-    b"\xff",
-    b"\x80",
-    b"\xed\xa0\x80",
-    b"\xef\xbb\xbf",
-    b'"',
-    b"'",
-    b",",
-    b"\t",
-    b"\r\n",
-    b"\n",
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b"]]]]",
-    b"[[[[",
-    b":",
-    b": ",
-    b"- ",
-    b"&a ",
-    b"*a",
-    b"<<: *a",
-    b"!!int ",
-    b"!!float ",
-    b"!!bool ",
-    b"!!timestamp ",
-    b"!!binary ",
-    b"!!set ",
-    b"? ",
-    b"| ",
-    b"> ",
-    b"%YAML ",
-    b"---\n",
-    b"-1",
-    b"1e999",
-    b"NaN",
-    b"-Infinity",
-    b"9" * 30,
-    b"0x",
-    b"null",
-    b"true",
-    b"\\ud800",
-    b"\\u0000",
-    b"../",
-    b"filepath,title\n",
-    b"label\n",
-    b"names: ",
-    b"PK\x03\x04",
-    b"\x93NUMPY",
-    b"(1,)",
-    b"'<U1'",
-    b"'|O'",
-    b"ustar\0",
-    b"\x7f\xff\xff\xff",
+    b"\0", b"\xff", b"\x80", b"\xed\xa0\x80", b"\xef\xbb\xbf", b'"', b"'", b",", b"\t", b"\r\n", b"\n", b"{", b"}",
+    b"[", b"]", b"]]]]", b"[[[[", b":", b": ", b"- ", b"&a ", b"*a", b"<<: *a", b"!!int ", b"!!float ", b"!!bool ",
+    b"!!timestamp ", b"!!binary ", b"!!set ", b"? ", b"| ", b"> ", b"%YAML ", b"---\n", b"-1", b"1e999", b"NaN",
+    b"-Infinity", b"9" * 30, b"0x", b"null", b"true", b"\\ud800", b"\\u0000", b"../", b"filepath,title\n", b"label\n",
+    b"names: ", b"PK\x03\x04", b"\x93NUMPY", b"(1,)", b"'<U1'", b"'|O'", b"ustar\0", b"\x7f\xff\xff\xff",
     b"\xff\xff\xff\xff",
-]
+]  # fmt: skip
 
 
 def good_files(bundle: Path) -> dict[str, list[bytes]]:
@@ -115,12 +66,9 @@ def good_files(bundle: Path) -> dict[str, list[bytes]]:
     def archive(tar_format: int) -> bytes:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tar_format) as tar:
+            captions = b'{"caption": ["a", "b"]}'
             for number in range(3):
-                for suffix, content in (
-                    ("png", picture("PNG")),
-                    ("txt", b"a dog"),
-                    ("json", b'{"caption": ["a", "b"]}'),
-                ):
+                for suffix, content in (("png", picture("PNG")), ("txt", b"a dog"), ("json", captions)):
                     info = tarfile.TarInfo(f"{'long/' * 20 * number}{number}.{suffix}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
@@ -194,6 +142,17 @@ def keep(kind: str, suffix: str, content: bytes) -> Path:
     return path
 
 
+def check_file(kind: str, suffix: str, content: bytes, read: Callable[[Path], Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"input.{suffix}")
+        path.write_bytes(content)
+        try:
+            answer_or_sentence(lambda: read(path))
+        except BaseException:
+            keep(kind, suffix, content)
+            raise
+
+
 @pytest.mark.parametrize("kind", SUFFIXES)
 def test_a_damaged_file_gets_an_answer_or_a_sentence(kind: str, colour_bundle: Path) -> None:
     read = readers(colour_bundle)[kind]
@@ -201,14 +160,7 @@ def test_a_damaged_file_gets_an_answer_or_a_sentence(kind: str, colour_bundle: P
 
     @hypothesis.given(damaged(contents), st.sampled_from(SUFFIXES[kind]))
     def check(content: bytes, suffix: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, f"input.{suffix}")
-            path.write_bytes(content)
-            try:
-                answer_or_sentence(lambda: read(path))
-            except BaseException:
-                keep(kind, suffix, content)
-                raise
+        check_file(kind, suffix, content, read)
 
     check()
 
@@ -230,14 +182,7 @@ def test_any_header_of_an_array_gets_an_answer_or_a_sentence(header: int, colour
         with zipfile.ZipFile(buffer, "w") as archive:
             for name in ("names", "embeddings"):
                 archive.writestr(f"{name}.npy", array)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "labels.npz")
-            path.write_bytes(buffer.getvalue())
-            try:
-                answer_or_sentence(lambda: read(path))
-            except BaseException:
-                keep("banks", "npz", buffer.getvalue())
-                raise
+        check_file("banks", "npz", buffer.getvalue(), read)
 
     check()
 

@@ -11,7 +11,7 @@ import pytest
 
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils import files
-from clip_rd_edge.utils.files import disk_full_error, machine_failure, read_limited, write_text
+from clip_rd_edge.utils.files import disk_full_error, is_plain_name, machine_failure, read_limited, write_text
 from clip_rd_edge.utils.outputs import exclusive_writer, new_folder
 
 
@@ -117,6 +117,20 @@ class Unreadable(AbstractContextManager["Unreadable"]):
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+@pytest.mark.parametrize("name", ["image.onnx", "deep/er/a b.txt", "..a", "a..", "猫.png"])
+def test_a_name_that_stays_in_its_folder_is_plain(name: str) -> None:
+    assert is_plain_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "a/../../x", "a/..", "..", ".", "./x", "", "/etc/passwd", "a//b", "a/", "C:\\x", "C:x", "..\\x", "\\\\h",
+     "a\0b", "a\n", "\x1b[31mx"],
+)  # fmt: skip
+def test_a_name_that_may_lead_out_of_its_folder_is_not_plain(name: str) -> None:
+    assert not is_plain_name(name)
 
 
 def test_write_text_leaves_no_temporary_file(tmp_path: Path) -> None:
