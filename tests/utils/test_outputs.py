@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -271,22 +271,36 @@ def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed")
+def test_the_lock_file_is_removed_while_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removed later, it may be one that another process has locked, while a third one locks a new file."""
+    unlink, refused = Path.unlink, list[str]()
+
+    def try_to_write(path: Path, missing_ok: bool = False) -> None:
+        monkeypatch.setattr(Path, "unlink", unlink)
+        with pytest.raises(UsageError) as raised:
+            exclusive_writer(tmp_path).__enter__()
+        refused.append(str(raised.value))
+        unlink(path, missing_ok=missing_ok)
+
+    with exclusive_writer(tmp_path):
+        monkeypatch.setattr(Path, "unlink", try_to_write)
+    assert len(refused) == 1
+    assert names(tmp_path) == []
+
+
 def test_writers_that_come_and_go_are_never_two_at_once(tmp_path: Path) -> None:
-    """The lock file, and the folder, are removed by each while others open them."""
     inside, together = list[int](), list[int]()
 
     def write(number: int) -> None:
         for _ in range(20):
-            with suppress(UsageError), exclusive_writer(tmp_path / "folder", on_wait=lambda message: None):
+            with exclusive_writer(tmp_path / "folder", on_wait=lambda message: None):
                 inside.append(number)
                 together.append(len(inside))
                 inside.remove(number)
 
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        for writer in [threads.submit(write, number) for number in range(4)]:
+            writer.result()
     assert together == [1] * 80
     assert set(names(tmp_path)) <= {"folder"}
 
