@@ -33,7 +33,7 @@ import numpy as np
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.data.samples import GROUP_ROWS, MAX_EXAMPLES, Counts, LocalFiles, Problems, Sample
 from clip_rd_edge.data.shard_index import INDEX, damage, kept_index
-from clip_rd_edge.errors import InputError, MissingExtraError, first_line, near_matches, quoted
+from clip_rd_edge.errors import InputError, first_line, near_matches, needs_extra, quoted
 from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.paths import URL, is_file, other_spellings, why_no_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -440,11 +440,9 @@ def parquet_rows(path: Path, columns: Mapping[str, str], _finder: _Finder | None
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    try:
+    with needs_extra("pyarrow", extra="parquet", purpose=f"Reading {path}"):
         import pyarrow
         from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("pyarrow", extra="parquet", purpose=f"Reading {path}") from error
     try:
         with parquet.ParquetFile(path, memory_map=True) as file:
             yield file

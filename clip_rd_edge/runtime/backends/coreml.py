@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from clip_rd_edge.bundle.encoder import Description
 from clip_rd_edge.bundle.manifest import Tower
-from clip_rd_edge.errors import ConfigError, MissingExtraError, in_one_line
+from clip_rd_edge.errors import ConfigError, in_one_line, needs_extra
 from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, OneInputModel, Placement
 
 COREML = "coreml"
@@ -41,10 +41,8 @@ class CoreMlModel(OneInputModel):
 
 def open_coreml(package: Path, tower: Tower, *, cpu_only: bool = False) -> CoreMlModel:
     """Open a package, which compiles it for this Mac."""
-    try:
+    with needs_extra("coremltools", extra=COREML, purpose="Running a bundle in Core ML"):
         import coremltools
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("coremltools", extra=COREML, purpose="Running a bundle in Core ML") from error
     system = platform.system()
     if system != "Darwin":
         raise ConfigError(

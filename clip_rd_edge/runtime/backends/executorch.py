@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.bundle.manifest import Tower
-from clip_rd_edge.errors import ConfigError, MissingExtraError, in_one_line
+from clip_rd_edge.errors import ConfigError, in_one_line, needs_extra
 from clip_rd_edge.runtime.encoder import BundleEncoder, OneInputModel, require_threads
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.process import SharedBlock, without_progress_bars
@@ -64,12 +64,10 @@ def open_executorch(model: str | bytes, *, threads: int | None = None) -> ExecuT
         model: path of a .pte file, or its bytes.
         threads: threads to run on; None uses every core. All programs of a process share them.
     """
-    try:
-        with without_progress_bars():
-            from executorch.extension.pybindings import portable_lib
-            from executorch.runtime import Runtime
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("executorch", extra="executorch", purpose="Running a bundle in ExecuTorch") from error
+    purpose = "Running a bundle in ExecuTorch"
+    with needs_extra("executorch", extra="executorch", purpose=purpose), without_progress_bars():
+        from executorch.extension.pybindings import portable_lib
+        from executorch.runtime import Runtime
     require_threads(threads)
     wanted = threads or usable_cores()
     if portable_lib._threadpool_get_thread_count() != wanted:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy.typing as npt
 
 from clip_rd_edge.bundle.manifest import Tower
-from clip_rd_edge.errors import ConfigError, MissingExtraError, in_one_line
+from clip_rd_edge.errors import ConfigError, in_one_line, needs_extra
 from clip_rd_edge.runtime.encoder import BundleEncoder, OneInputModel, require_threads
 from clip_rd_edge.utils.host import usable_cores
 
@@ -41,10 +41,8 @@ def open_litert(model: str | bytes, *, threads: int | None = None, xnnpack: bool
         threads: threads to run on; None uses every core.
         xnnpack: False runs LiteRT's own kernels, which are slower and the same on all processors of a kind.
     """
-    try:
+    with needs_extra("ai-edge-litert", extra="litert", purpose="Running a bundle in LiteRT"):
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("ai-edge-litert", extra="litert", purpose="Running a bundle in LiteRT") from error
     require_threads(threads)
     kernels = OpResolverType.AUTO if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     try:
