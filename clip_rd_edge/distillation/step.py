@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,10 +160,10 @@ class TrainingStep:
         else:
             image, text = self._embed_without_graph(chunks, step)
         embeddings = self._gather(chunks, targets, image, text)
-        parameter = model.get_parameter("logit_scale")
-        # A leaf of its own: the towers' parameters belong to their backward pass alone.
-        log_scale = parameter.detach().clone().requires_grad_(parameter.requires_grad)
-        loss, gradients = self._backward_to_embeddings(embeddings, log_scale, loss_scale)
+        scoring = [getattr(model, name, None) for name in ("logit_scale", "logit_bias")]
+        # Leaves of their own: the towers' parameters belong to their backward pass alone.
+        leaves = [p if p is None else p.detach().clone().requires_grad_(p.requires_grad) for p in scoring]
+        loss, gradients = self._backward_to_embeddings(embeddings, leaves, loss_scale)
         if len(chunks) == 1:
             self._backward((image, text), gradients)
         else:
@@ -172,7 +173,9 @@ class TrainingStep:
                 is_last = number == len(chunks) - 1
                 with nullcontext() if is_last else processes.accumulate(self._synchronised):
                     self._backward(self._embed(self._synchronised, chunk, step, number), list(part))
-        parameter.grad = log_scale.grad
+        for parameter, leaf in zip(scoring, leaves, strict=True):
+            if parameter is not None and leaf is not None:
+                parameter.grad = leaf.grad
         if not loss.total.isfinite():  # the step will be skipped; asked here, where the loss is awaited anyway
             if buffers is not None:
                 _restore_buffers(model, buffers)
@@ -243,7 +246,7 @@ class TrainingStep:
         return EmbeddingBatch(*student, teacher_image, teacher_text, bank, paired)
 
     def _backward_to_embeddings(
-        self, embeddings: EmbeddingBatch, log_scale: Tensor, loss_scale: float
+        self, embeddings: EmbeddingBatch, scoring: list[Any], loss_scale: float
     ) -> tuple[LossTerms, list[Tensor]]:
         """Backpropagate this process's share of the loss to the global embeddings.
 
@@ -251,7 +254,7 @@ class TrainingStep:
             The global loss, and the gradients of this process's image and text embeddings. Those of the scales and of
             the objective's other parameters are summed over processes in the same message.
         """
-        processes, settings = self.processes, self.settings
+        processes, settings, (log_scale, bias) = self.processes, self.settings, scoring
         pairs = len(embeddings.student_image)
         local = pairs // processes.world_size
         start, stop = (0, pairs) if settings.global_logits else (processes.rank * local, (processes.rank + 1) * local)
@@ -261,13 +264,14 @@ class TrainingStep:
         for first in range(start, stop, size):
             block = None if size == pairs else slice(first, min(first + size, stop))
             teacher_scale = self.teacher.logit_scale if self.teacher else 0.0
-            loss = self.objective(embeddings, log_scale.exp(), teacher_scale, block=block)
+            loss = self.objective(embeddings, log_scale.exp(), teacher_scale, block=block, student_bias=bias)
             torch.autograd.backward([loss_scale * share * loss.total])
             total += share * loss.total.detach()
             for name, term in loss.terms.items():
                 terms[name] = terms.get(name, 0.0) + share * term.detach()
         leaves = (embeddings.student_image, embeddings.student_text)
         summed = [leaf.grad for leaf in (*leaves, log_scale, *self.objective.parameters())]
+        summed += [] if bias is None else [bias.grad]
         processes.all_reduce([total, *terms.values(), *summed])
         return LossTerms(total, terms), [processes.local_part(_gradient(leaf)) for leaf in leaves]
 
@@ -336,9 +340,13 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 @torch.no_grad()
 def clamp_scales(student: nn.Module, objective: Objective) -> None:
-    """Clamp the student's logit scale to [1, 100], as CLIP does, and the objective's scales to their range."""
-    log_logit_scale: Tensor = student.get_parameter("logit_scale")
-    log_logit_scale.clamp_(0.0, math.log(MAX_SCALE))
+    """Clamp the student's logit scale to [1, 100], as CLIP does, and the objective's scales to their range.
+
+    SigLIP's models, which have a bias, have scales above 100, and are trained without bounds.
+    """
+    if getattr(student, "logit_bias", None) is None:
+        log_logit_scale: Tensor = student.get_parameter("logit_scale")
+        log_logit_scale.clamp_(0.0, math.log(MAX_SCALE))
     objective.scales.clamp_()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -24,6 +25,7 @@ from clip_rd_edge.distillation.teacher import (
     teacher_weights,
 )
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
+from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import known_config, load_clip
 from clip_rd_edge.models.names import is_trained
@@ -52,6 +54,7 @@ from clip_rd_edge.models.text_weights import (
 from clip_rd_edge.utils.paths import Typed, typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
+_SIGMOID_START = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # of Zhai et al. 2023
 _DEFAULT_SHAPE: dict[str, Any] = {"image_size": 224, "text": "standard", "context_length": 77}
 
 
@@ -65,7 +68,7 @@ def make_student(
         name: of a new student.
     """
     student = _student_to_train(config, teachers, name, reporter)
-    require_no_logit_bias(student)
+    require_trained_bias(student, config.recipe.objective)
     if config.quantize:
         require_static_tower(student)
     if config.templates:  # the prompts that it learns are those to classify with
@@ -266,7 +269,9 @@ def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> d
             )
         architecture = with_image_of(architecture, teachers[0])
     if config.pretrained_text == TEACHER and teachers:
-        return with_text_of(architecture, teachers[0])
+        architecture = with_text_of(architecture, teachers[0])
+    if "sigmoid" in config.recipe.objective:
+        architecture["model_cfg"] |= _SIGMOID_START
     return architecture
 
 
@@ -297,13 +302,18 @@ def empty_student(config: RunConfig, *, name: str) -> ClipModel:
     return _build_student(config, load_teachers(config) if depends else (), name)
 
 
-def require_no_logit_bias(student: ClipModel) -> None:
-    """Check that the student's logits are s · cosine, as the objective has them, without a bias."""
-    if getattr(student.model, "logit_bias", None) is not None:
+def require_trained_bias(student: ClipModel, objective: Weights) -> None:
+    """Check that a student has a logit bias if, and only if, the term `sigmoid` trains it."""
+    is_biased, is_trained = getattr(student.model, "logit_bias", None) is not None, "sigmoid" in objective
+    if is_biased and not is_trained:
         raise UsageError(
-            f"The student {student.name} has a logit bias, as SigLIP's models do; expected one without: the objective "
-            "consists of softmax losses, which do not train a bias.",
-            hint="train another student; the model can be the teacher",
+            f"The student {student.name} has a logit bias, as SigLIP's models do, and no term of the recipe trains it.",
+            hint="give the term sigmoid a weight in {recipe}, or train another student; the model can be the teacher",
+        )
+    if is_trained and not is_biased:
+        raise UsageError(
+            f"The term sigmoid trains a logit bias, but {student.name} was trained without.",
+            hint="leave the term out of {recipe}, or start from one of SigLIP's models, or a new student",
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.losses.logits import Logits
 from clip_rd_edge.losses.terms import Products, term
 
@@ -12,6 +13,23 @@ from clip_rd_edge.losses.terms import Products, term
 def task(p: Products) -> Tensor:
     """The InfoNCE loss of CLIP (Radford et al. 2021), ½ [CE(γ_s s_v·s_t) + CE(γ_s s_t·s_v)]."""
     return _both_ways(p.student())
+
+
+@term("sigmoid", needs={"pairs", "images"}, matches=True)
+def sigmoid(p: Products) -> Tensor:
+    """The pairwise loss of SigLIP (Zhai et al. 2023), −(1/B) Σ_ij log σ(z_ij (γ_s s_v·s_t + β_s)_ij).
+
+    z is 1 for an image and its own caption, and −1 for all others. It trains β_s, the student's bias, and each pair is
+    scored by itself: a process needs the rows of its own images alone. Beside it, the terms of relations compare
+    softmaxes of the cosines, each side at its own scale, in which a bias has no part.
+    """
+    if p.student_bias is None:
+        raise ConfigError("The loss term sigmoid needs a student with a logit bias, as SigLIP's models have.")
+    logits = p.student()
+    # log σ(−x) = −softplus(x), and log σ(x) is x more.
+    return (
+        nn.functional.softplus(logits.rows + p.student_bias).sum() - (logits.diagonal + p.student_bias).sum()
+    ) / p.pairs
 
 
 @term("icl", needs={"teacher", "pairs", "images"})

@@ -122,6 +122,7 @@ class Objective(nn.Module):
         teacher_scale: TeacherScale,
         *,
         block: slice | None = None,
+        student_bias: Tensor | None = None,
     ) -> LossTerms:
         """Return the loss of a global batch, or the contribution of a block of its pairs.
 
@@ -129,12 +130,13 @@ class Objective(nn.Module):
             batch: embeddings of the global batch.
             student_scale: γ_s, the student's logit scale as a multiplier, a scalar.
             teacher_scale: γ_t, the teacher's logit scale, or those of several teachers.
+            student_bias: β_s, a scalar, of a student that has a bias.
             block: pairs `start` to `stop`; the losses of blocks that partition the batch add up to that of the batch.
         """
-        whole = pairs = Products(batch, self, student_scale, teacher_scale, block)
+        whole = pairs = Products(batch, self, student_scale, teacher_scale, block, student_bias)
         if batch.paired is not None:
             within = block and slice(*(int(batch.paired[:end].sum()) for end in (block.start, block.stop)))
-            pairs = Products(batch.only_pairs(), self, student_scale, teacher_scale, within)
+            pairs = Products(batch.only_pairs(), self, student_scale, teacher_scale, within, student_bias)
         terms = {}
         for name in self.weights:
             term = find_term(name)

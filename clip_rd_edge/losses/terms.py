@@ -12,6 +12,7 @@ s_v, s_t         image and text embeddings of the student
 t_v, t_t         image and text embeddings of the teacher
 X·Y              the B×B product X Yᵀ
 γ_s, γ_t         logit scales of the student and the teacher
+β_s              logit bias of the student
 a, b, c          learned scales: image, text, cross
 CE(L)            −(1/B) Σ_i log softmax(L_i)_i: cross-entropy of the rows of L, with the matching pair as the target
 KL(T ‖ L)        (1/B) Σ_i Σ_j P_ij (log P_ij − log Q_ij), P and Q the row-wise softmax of T and L; no gradient to T
@@ -20,7 +21,7 @@ sg               stops the gradient
 The products, each of which is computed only if it is needed, and once for all terms:
 
     product          definition    used by
-    student          s_v·s_t       task, HRD, affinity
+    student          s_v·s_t       task, HRD, affinity, sigmoid
     teachers         t_v·t_t       HRD, affinity (target)
     image_to_text    t_v·s_t       ICL (transposed), XRD
     text_to_image    t_t·s_v       ICL (transposed), XRD
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "clip_rd_edge.terms"
 Need = Literal["teacher", "pairs", "images", "bank"]
 TeacherScale = float | Tensor | tuple[float, ...]
-SHIPPED = ("task", "fd", "icl", "hrd", "affinity", "vrd_kl", "vrd_ce_image", "vrd_ce_text", "xrd", "bank")
+SHIPPED = ("task", "fd", "icl", "hrd", "affinity", "vrd_kl", "vrd_ce_image", "vrd_ce_text", "xrd", "bank", "sigmoid")
 
 
 class Term(NamedTuple):
@@ -191,6 +192,7 @@ class Products:
         pairs: B.
         rows: the pairs whose share of the term is asked for: all of them or a block.
         student_scale, teacher_scales: γ_s, and γ_t of each teacher.
+        student_bias: β_s; None for a student without one.
         bank: see `EmbeddingBatch`.
     """
 
@@ -201,6 +203,7 @@ class Products:
         student_scale: Tensor,
         teacher_scale: TeacherScale,
         block: slice | None,
+        student_bias: Tensor | None = None,
     ) -> None:
         self.s_v, self.s_t = at_least_float32(batch.student_image), at_least_float32(batch.student_text)
         self.p_v, self.p_t = self.s_v, self.s_t
@@ -208,6 +211,7 @@ class Products:
             self.t_v, self.t_t = at_least_float32(batch.teacher_image), at_least_float32(batch.teacher_text)
             self.p_v = _projected(objective.image_projection, self.s_v)
             self.p_t = _projected(objective.text_projection, self.s_t)
+        self.student_bias = student_bias
         self.student_scale, self.bank, self.bank_temperature = student_scale, batch.bank, objective.bank_temperature
         self.teacher_scales = teacher_scale if isinstance(teacher_scale, tuple) else (teacher_scale,)
         if len(self.teacher_scales) != max(1, len(objective.teacher_widths)):

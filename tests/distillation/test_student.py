@@ -12,18 +12,21 @@ import msgspec
 import pytest
 import torch
 from support import Watch, save_tiny_teacher
+from text_towers import siglip_clip
 from tiny_runs import assert_same_weights, killed_and_resumed, stop_at, tiny_run
 
 from clip_rd_edge.distillation import student as module
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.embed import embed_teacher
 from clip_rd_edge.distillation.run import run_distillation
-from clip_rd_edge.distillation.student import require_no_logit_bias
+from clip_rd_edge.distillation.student import require_trained_bias
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.students import TEACHER, build_student, student_config
 from clip_rd_edge.models.text_weights import TOKENS
+from clip_rd_edge.utils.paths import typed
 from clip_rd_edge.utils.structs import read_yaml
 
 
@@ -33,11 +36,14 @@ def student() -> ClipModel:
     return build_student(config, name="test_resnet")
 
 
-def test_a_student_with_a_logit_bias_is_refused(student: ClipModel) -> None:
-    require_no_logit_bias(student)
+def test_a_logit_bias_needs_the_term_that_trains_it(student: ClipModel) -> None:
+    require_trained_bias(student, Weights(task=1))
+    with pytest.raises(UsageError):
+        require_trained_bias(student, Weights(sigmoid=1))
     student.model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
-    with pytest.raises(UsageError, match="test_resnet has a logit bias, as SigLIP's models do"):
-        require_no_logit_bias(student)
+    require_trained_bias(student, Weights(sigmoid=1, hrd=1))
+    with pytest.raises(UsageError):
+        require_trained_bias(student, Weights(task=1))
 
 
 @pytest.mark.parametrize(
@@ -179,3 +185,20 @@ def test_a_students_file_that_was_edited_is_noticed_and_one_that_was_moved_is_no
         assert error.value.hint == "restore them, or start a new run with another output"
     moved = msgspec.structs.replace(config, student=write("moved.json", 0.5))
     assert load_clip(str(run_distillation(moved, run, resume=True))).preprocessing.mean == (0.5, 0.5, 0.5)
+
+
+def test_the_term_sigmoid_trains_the_bias_of_a_new_student_and_of_a_trained_one(
+    pairs_csv: Path, tmp_path: Path
+) -> None:
+    save_clip(tmp_path / "siglip", siglip_clip(image_size=48), provenance={})
+    recipe = {"steps": 3, "batch_size": 6, "learning_rate": 1e-2, "objective": Weights(sigmoid=1, hrd=1)}
+    shape = {"image_size": None, "text": None, "context_length": None}
+    settings = {"data": str(pairs_csv), "teacher": str(tmp_path / "siglip")}
+    new = tiny_run("clip", recipe, **settings)
+    tuned = tiny_run("clip", recipe, **settings, student=str(tmp_path / "siglip"), **shape)
+    for config, start in ((new, (10.0, -10.0)), (tuned, (20.0, 2.5))):
+        name = "new" if config is new else "tuned"
+        scoring = load_clip(typed(run_distillation(config, tmp_path / name, resume=False))).scoring
+        assert scoring.bias is not None
+        for trained, initial in zip((scoring.scale, scoring.bias), start, strict=True):
+            assert 0 < abs(trained - initial) < 1

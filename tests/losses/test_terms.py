@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from losses_in_numpy import (
@@ -36,7 +37,7 @@ from clip_rd_edge.utils.paths import typed
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_term.py"
 TERMS = term_names()
-ROWS, TEMPERATURE = 6, 2.0
+ROWS, TEMPERATURE, BIAS = 6, 2.0, torch.tensor(-3.0, dtype=torch.float64)
 PAIRED = (True, False, True, True, False, False)
 
 
@@ -62,7 +63,7 @@ class Case:
         objective = Objective(weights, scales="raw", widths=(width, *self.widths), bank_temperature=TEMPERATURE)
         scale = torch.tensor(STUDENT_SCALE, dtype=torch.float64)
         scales = self.scales if len(self.scales) > 1 else self.scales[0]
-        total: Tensor = in_float64(objective)(batch, scale, scales, block=block).total
+        total: Tensor = in_float64(objective)(batch, scale, scales, block=block, student_bias=BIAS).total
         return total
 
     def expected(self, term: str, s_v: Array, s_t: Array) -> Any:
@@ -93,6 +94,9 @@ class Case:
             return total / (4 * count)
         return {
             "task": lambda: both_ways(cross_entropy, student),
+            "sigmoid": lambda: (
+                np.log1p(np.exp((1 - 2 * np.eye(len(student))) * (student + BIAS.item()))).sum() / len(student)
+            ),
             "icl": lambda: (cross_entropy(b.T) + cross_entropy(a.T)) / 2,
             "hrd": lambda: sum(both_ways(divergence, target, student) for target in targets) / count,
             "affinity": lambda: (
@@ -154,7 +158,7 @@ def test_without_a_pair_the_terms_of_pairs_are_zero_and_leave_no_trace() -> None
     case = Case(5, scales=(12.0,), paired=(False,) * ROWS)
     alone, with_pair_terms = case.batch(), case.batch()
     others = [name for name in TERMS if "pairs" not in find_term(name).needs]
-    assert {*TERMS} - {*others} == {"task", "icl", "vrd_kl", "xrd"}
+    assert {*TERMS} - {*others} == {"task", "icl", "vrd_kl", "xrd", "sigmoid"}
     expected, loss = case.loss(alone, *others), case.loss(with_pair_terms, *TERMS)
     torch.autograd.backward([expected, loss])
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
@@ -164,6 +168,26 @@ def test_without_a_pair_the_terms_of_pairs_are_zero_and_leave_no_trace() -> None
     case.loss(batch, "task").backward()
     assert batch.student_image.grad is not None
     assert not batch.student_image.grad.any()
+
+
+def test_the_sigmoid_is_open_clips_over_all_processes_and_trains_the_bias() -> None:
+    """Each of three processes computes the rows of its own images."""
+    image, text = (rows(ROWS, 5, seed).requires_grad_() for seed in (0, 1))
+    scale, bias = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (STUDENT_SCALE, -3.0))
+    expected = open_clip.loss.SigLipLoss()(image, text, scale, bias)
+    inputs = [image, text, scale, bias]
+    gradients = torch.autograd.grad(expected, inputs)
+    objective = in_float64(Objective(Weights(sigmoid=1)))
+    parts = [
+        objective(EmbeddingBatch(image, text), scale, 1.0, block=slice(k, k + 2), student_bias=bias).total
+        for k in (0, 2, 4)
+    ]
+    torch.testing.assert_close(sum(parts), expected, rtol=0, atol=1e-9)
+    for own, theirs in zip(torch.autograd.grad(sum(parts), inputs), gradients, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=0, atol=1e-9)
+    assert gradients[3].abs() > 1e-3
+    with pytest.raises(ConfigError):
+        objective(EmbeddingBatch(image, text), scale, 1.0)
 
 
 @pytest.fixture

@@ -159,6 +159,8 @@ def test_each_stage_is_reported_and_the_names_one_batch_after_the_other(
 
 def test_all_names_of_a_class_count() -> None:
     class Text:
+        embedding_size = 3
+
         def encode(self, names: list[str]) -> torch.Tensor:
             return torch.eye(3)[[["a", "b", "c"].index(name) for name in names]]
 
