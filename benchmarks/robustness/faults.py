@@ -433,13 +433,8 @@ class IndexScenario:
 
 @contextmanager
 def _indexing_here(folder: Path) -> Iterator[None]:
-    """Within the block, shards are indexed by this process, where operations fail, with their cache in the folder."""
-    from clip_rd_edge.data import shard_index as index_files
-
-    with (
-        patch.dict(os.environ, {"CLIP_RD_EDGE_CACHE": str(folder / "cache")}),
-        patch.object(index_files, "_MAX_WORKERS", 1),
-    ):
+    """Within the block, the cache is in the folder, where operations fail."""
+    with patch.dict(os.environ, {"CLIP_RD_EDGE_CACHE": str(folder / "cache")}):
         yield
 
 

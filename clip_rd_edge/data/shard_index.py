@@ -19,21 +19,16 @@ import hashlib
 import io
 import os
 import shutil
-import signal
 import tempfile
 import weakref
 import zipfile
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -43,10 +38,9 @@ from clip_rd_edge.data.remote import ShardFile, in_threads, shard_identity
 from clip_rd_edge.data.samples import NO_PROBLEMS, Problems
 from clip_rd_edge.data.shard_files import TarMember, close_tars, current_versions, open_file
 from clip_rd_edge.data.tar import COLUMNS, REINFORCED_COLUMNS, Kind, SampleGroups, TarScan, read_at
-from clip_rd_edge.errors import ConfigError, InputError, LostProcessError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.arrays import HEADERS, npz_bytes
 from clip_rd_edge.utils.files import now_in, write_bytes
-from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.outputs import exclusive_writer, new_folder
 from clip_rd_edge.utils.paths import cache_home
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -57,15 +51,11 @@ INDEXING_STAGE = "indexing shards"
 _FORMAT = "5"  # increase when the same tar, or the same shards, are indexed differently
 _ROWS = "rows.bin"
 _UNUSED_S = 30 * 24 * 3600
-_MAX_WORKERS = 8
-_WAITING_RESULTS = 2  # per worker
-_SERIAL_BYTES = 1 << 28  # of tars; starting processes takes longer than scanning less than that
+_FETCHING_THREADS = 8
 _ALL_COLUMNS = COLUMNS | REINFORCED_COLUMNS
 _SUFFIXES: dict[Kind, str] = {"image": "", "text": ".txt", "json": ".json", "class": ".cls"}
 _CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # raised by a damaged cached index
 _HINT = "each sample needs an image and a caption, as .txt or in a .json: see {json_caption_key}"
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def kept_index(kind: str, identity: Iterable[str], build: Callable[[Path], None]) -> Path:
@@ -129,58 +119,6 @@ def _remove_unused(indices: Path) -> None:
             if path.stat().st_mtime < now - _UNUSED_S:
                 path.unlink()  # first: what is removed in part is no index
                 shutil.rmtree(path.parent)
-
-
-def map_in_order(
-    function: Callable[[T], R], items: Sequence[T], *, by: Literal["this thread", "threads", "processes"]
-) -> Iterator[R]:
-    """Map as `map` does, in several processes, or in threads where processes cannot be forked or share nothing.
-
-    Processes run ahead of whoever takes the results by a few items each, so that memory is bounded. To be closed.
-    """
-    workers = min(usable_cores(), _MAX_WORKERS)
-    if by == "this thread" or workers < 2:
-        yield from map(function, items)
-        return
-    pool = _pool(workers) if by == "processes" else None
-    if pool is None:
-        yield from in_threads(function, items, threads=workers)
-        return
-    waiting = deque[Future[R]]()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > _WAITING_RESULTS * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BaseException as error:
-        # What they work on is no longer needed, and may take long.
-        for process in tuple((pool._processes or {}).values()):
-            process.kill()
-        if isinstance(error, BrokenProcessPool):
-            raise LostProcessError(
-                "A process that reads the data was ended from outside, most likely for want of memory.",
-                hint="give the machine or container more memory, then run the same command again",
-            ) from error
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _pool(workers: int) -> ProcessPoolExecutor | None:
-    if "fork" in get_all_start_methods():
-        # Not spawned: that would import the user's script again.
-        with contextlib.suppress(OSError, ImportError, NotImplementedError):  # no semaphores, as without /dev/shm
-            return ProcessPoolExecutor(workers, get_context("fork"), initializer=_obey_the_pool)
-    return None
-
-
-def _obey_the_pool() -> None:
-    """Leave Ctrl-C and a lost terminal to the main process, which ends its workers, and end when it says so."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)
@@ -360,25 +298,21 @@ def index_shards(
 ) -> ShardIndex:
     """Return the index of some shards, from the cache if path, size and modification time of all are unchanged.
 
-    Shards are scanned by several processes, and each one's result is cached: an interrupted call goes on where it was.
+    Each shard's result is cached: an interrupted call goes on where it was. Remote ones are fetched by several threads.
 
     Args:
         json_key, captioned: as for `data.webdataset.Shards`.
         reinforced: whether a sample also needs augmentations and embeddings; see `data.reinforced`.
         reporter: receives the number of indexed shards.
     """
-    sizes = [size for size, _ in current_versions(paths)]
-    by: Literal["this thread", "threads", "processes"] = "this thread"
-    if any(not isinstance(path, Path) for path in paths):
-        by = "threads"  # a forked process would share its parent's connections, which may then hear of no answer
-    elif len(paths) > 1 and sum(sizes) >= _SERIAL_BYTES:
-        by = "processes"
+    current_versions(paths)
     index = partial(_index_shard, json_key=json_key, captioned=captioned, reinforced=reinforced)
 
     def build(folder: Path) -> None:
         shards, problems = list[_IndexedShard](), NO_PROBLEMS
-        parts = map_in_order(index, paths, by=by)
-        with (folder / _ROWS).open("wb") as file, closing(parts):  # type: ignore[type-var]
+        is_remote = any(not isinstance(path, Path) for path in paths)
+        parts = in_threads(index, paths, threads=_FETCHING_THREADS) if is_remote else map(index, paths)
+        with (folder / _ROWS).open("wb") as file:
             for shard, rows, of_shard in parts:
                 reporter.update(INDEXING_STAGE, len(shards), len(paths))
                 shards.append(shard)

@@ -61,17 +61,11 @@ _HINT = "an image is a local file, with / between folders, relative to the worki
 
 
 class Pair(NamedTuple):
-    """Where an image is, its size in bytes, and its caption."""
+    """An image, its size in bytes, and its caption."""
 
-    folder: str
-    name: str
+    path: Path
     size: int
     caption: str
-
-    @property
-    def path(self) -> Path:
-        """The image's path."""
-        return Path(self.folder, self.name)
 
 
 class _Index(msgspec.Struct, frozen=True):
@@ -141,11 +135,7 @@ class Table(LocalFiles):
         if zlib.crc32(content, zlib.crc32(parent)) != crc32:
             raise damage(self._source if isinstance(self._source, Path) else Path(self.name), index)
         name, size, caption = bytes(content).decode().split("\0", 2)
-        return Pair(os.fsdecode(bytes(parent)), name, int(size), caption)
-
-    def pairs(self) -> Iterator[Pair]:
-        """Yield all pairs."""
-        return map(self.pair, range(len(self)))
+        return Pair(Path(os.fsdecode(bytes(parent)), name), int(size), caption)
 
     def check_images(self) -> None:
         """Compare some images' sizes with those when the table was read; raises InputError if one is another."""
@@ -153,12 +143,10 @@ class Table(LocalFiles):
             pair = self.pair(index)
             size = pair.path.stat().st_size if pair.path.is_file() else None
             if size != pair.size:
-                found = "does not exist" if size is None else f"has {size:,} bytes"
                 raise InputError(
-                    f"The image {pair.path} of {self.name} {found}; it had {pair.size:,} bytes when the table was "
-                    "indexed.",
-                    hint="check that this machine has the images, such as by a mounted folder, or touch "
-                    f"{self.name}: a table with another time is indexed again",
+                    f"The image {pair.path} of {self.name} {'is missing' if size is None else 'has changed'} since the "
+                    "table was indexed.",
+                    hint=f"check that this machine has the images, or touch {self.name} to have it indexed again",
                 )
 
 
@@ -232,7 +220,10 @@ def _read(
         found = finder.image(image)
         reason = problem if found else finder.reason(image)
         if caption_key is not None:
-            reason = reason or _problem_with(caption, caption_key)
+            caption = caption.strip()
+            if not reason and (not caption or is_list_of_texts(caption)):
+                what = "a list; expected one row per caption" if caption else "empty"
+                reason = f"the caption in column {caption_key!r} is {what}"
         elif image.strip():  # each row without an image counts, and each image once
             seen_before = len(seen)
             seen.add(hash(found or reason))
@@ -240,7 +231,7 @@ def _read(
                 continue
         if found and not reason:
             try:
-                packer.add(*found, caption.strip())
+                packer.add(*found, caption)
             except UnicodeEncodeError as error:
                 raise InputError(f"{path}, {unit} {number}: it is not UTF-8 text.", hint=_AS_UTF_8) from error
         else:
@@ -248,15 +239,6 @@ def _read(
             examples += [f"{path}, {unit} {number}: {reason}"] if len(examples) < MAX_EXAMPLES else []
     progress(done)
     return _Index(packer.pairs, packer.digest.hexdigest(), Problems.of(examples, count=problems, hint=hint))
-
-
-def _problem_with(caption: str, key: str) -> str:
-    caption = caption.strip()
-    if not caption:
-        return f"the caption in column {key!r} is empty"
-    if is_list_of_texts(caption):
-        return f"the caption in column {key!r} is a list; expected one row per caption"
-    return ""
 
 
 class _Packer:

@@ -155,7 +155,8 @@ def _from_table(table: Table, name: str) -> RetrievalTask:
             f"{table.problems.examples[0]}.", hint="fix or remove the row: a task is evaluated on all of its rows"
         )
     index_of = dict[Path, int]()  # an image may have several paths
-    pairs = [(pair.caption, index_of.setdefault(pair.path.resolve(), len(index_of))) for pair in table.pairs()]
+    rows = map(table.pair, range(len(table)))
+    pairs = [(row.caption, index_of.setdefault(row.path.resolve(), len(index_of))) for row in rows]
     return RetrievalTask(
         name=name,
         images=tuple(index_of),

@@ -139,15 +139,14 @@ def _parse_weights(weights: str | None, sources: int) -> list[int]:
     if not weights:
         return [1] * sources
     parts = [part.strip() for part in weights.split(SEPARATOR)]
-    if len(parts) != sources:
-        raise UsageError(f"There are {len(parts)} weights {weights!r} for {sources} sources; one per source is needed.")
-    for part in parts:
-        # A weight of 0.5 would show the same half of a source in every epoch.
-        if not part.isdecimal() or int(part) < 1:
-            raise UsageError(
-                f"The weight {part!r} is not a positive integer: it is how often a source is shown per epoch.",
-                hint="to show the first source half as often as the second, use 1::2",
-            )
+    # A weight of 0.5 would show the same half of a source in every epoch.
+    if len(parts) != sources or not all(part.isdecimal() and int(part) for part in parts):
+        raise UsageError(
+            f"The weights {weights!r} are not a positive integer for each of {sources} sources: how often it is shown "
+            "per epoch.",
+            hint="to show the first source half as often as the second, use 1::2",
+            option="train_data_upsampling_factors",
+        )
     return [int(part) for part in parts]
 
 

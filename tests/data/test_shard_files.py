@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -19,93 +19,108 @@ from benchmarks.data.unreliable_server import UnreliableServer
 from clip_rd_edge.data import remote, shard_files, shard_index
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.remote import RemoteShard
-from clip_rd_edge.data.shard_files import close_tars
+from clip_rd_edge.data.shard_files import close_tars, local_path
 from clip_rd_edge.errors import ConfigError, UnreachableError
 
 pytest.importorskip("aiohttp")
 
 
-def cache_folder(server: UnreliableServer) -> Path:
-    return shard_files._cached(RemoteShard(f"{server.url}/000.tar")).parent
+@pytest.fixture
+def shard(server: UnreliableServer) -> Callable[[int], RemoteShard]:
+    return lambda number: RemoteShard(f"{server.url}/00{number}.tar")
 
 
-def empty_cache(server: UnreliableServer) -> None:
-    for path in cache_folder(server).glob("*.tar"):
+@pytest.fixture
+def folder(shard: Callable[[int], RemoteShard]) -> Path:
+    return shard_files._cached(shard(0)).parent
+
+
+@pytest.fixture
+def size(shards: Path) -> int:
+    return (shards / "000.tar").stat().st_size
+
+
+@pytest.fixture
+def bound(size: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let the cache hold so many shards."""
+    return lambda count: monkeypatch.setenv(shard_files.LIMIT_VARIABLE, str(count * size / 1e9))
+
+
+def empty(folder: Path) -> None:
+    close_tars()
+    for path in folder.glob("*.tar"):
         path.unlink()
 
 
-def test_what_a_killed_process_has_fetched_is_not_used(server: UnreliableServer, shards: Path) -> None:
-    shard = remote.RemoteShard(f"{server.url}/000.tar")
-    path, whole = shard_files._cached(shard), (shards / "000.tar").read_bytes()
-    path.parent.mkdir(parents=True)
-    path.with_suffix(f".{len(whole)}.a.part").write_bytes(b"x" * 1000)
-    assert shard_files.local_path(shard).read_bytes() == whole
+def test_what_a_killed_process_has_fetched_is_not_used(
+    shard: Callable[[int], RemoteShard], folder: Path, shards: Path
+) -> None:
+    folder.mkdir(parents=True)
+    whole = (shards / "000.tar").read_bytes()
+    shard_files._cached(shard(0)).with_suffix(f".{len(whole)}.a.part").write_bytes(b"x" * 1000)
+    assert local_path(shard(0)).read_bytes() == whole
 
 
-def test_a_shard_that_a_power_failure_cut_is_fetched_again(server: UnreliableServer, shards: Path) -> None:
-    pairs = load_pairs(f"{server.url}/000.tar")
-    expected = contents(pairs)
+def test_a_shard_that_a_power_failure_cut_is_fetched_again(
+    server: UnreliableServer, shard: Callable[[int], RemoteShard], size: int
+) -> None:
+    expected = contents(load_pairs(f"{server.url}/000.tar"))
     close_tars()
-    shard = remote.RemoteShard(f"{server.url}/000.tar")
-    os.truncate(shard_files._cached(shard), 1500)
+    os.truncate(local_path(shard(0)), 1500)
     assert contents(load_pairs(f"{server.url}/000.tar")) == expected
-    assert shard_files.local_path(shard).stat().st_size == (shards / "000.tar").stat().st_size
+    assert local_path(shard(0)).stat().st_size == size
 
 
 def test_the_cache_stays_within_its_bound(
-    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
+    server: UnreliableServer, shards: Path, folder: Path, size: int, bound: Callable[[float], None]
 ) -> None:
-    size = (shards / "000.tar").stat().st_size
-    monkeypatch.setenv(shard_files.LIMIT_VARIABLE, str(2.5 * size / 1e9))
+    bound(2.5)
     pairs = load_pairs(f"{server.url}/{{000..003}}.tar")
     expected = contents(load_pairs(f"{shards}/{{000..003}}.tar"))
-    folder = shard_files._cached(remote.RemoteShard(f"{server.url}/000.tar")).parent
     for i in np.random.default_rng(0).permutation(len(pairs)).tolist():
-        assert (pairs.read(i).image().tobytes(), pairs.read(i).captions) == expected[i]
+        sample = pairs.read(i)
+        assert (sample.image().tobytes(), sample.captions) == expected[i]
         assert sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) <= 2.5 * size
 
 
 def test_the_shard_that_was_used_least_recently_makes_room(
-    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
+    shard: Callable[[int], RemoteShard], folder: Path, bound: Callable[[float], None]
 ) -> None:
-    monkeypatch.setenv(shard_files.LIMIT_VARIABLE, str(2.5 * (shards / "000.tar").stat().st_size / 1e9))
-    first, second, third = (RemoteShard(f"{server.url}/00{number}.tar") for number in range(3))
-    for seconds, shard in enumerate((first, second)):
-        os.utime(shard_files.local_path(shard), (seconds, seconds))
-    used_again = shard_files.local_path(first)
-    new = shard_files.local_path(third)
-    assert set(cache_folder(server).glob("*.tar")) == {used_again, new}
+    bound(2.5)
+    for number in (0, 1):
+        os.utime(local_path(shard(number)), (number, number))
+    used_again, new = local_path(shard(0)), local_path(shard(2))
+    assert set(folder.glob("*.tar")) == {used_again, new}
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "ten"])
 def test_a_senseless_bound_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv(shard_files.LIMIT_VARIABLE, text)
-    with pytest.raises(ConfigError, match="expected a positive number of gigabytes"):
+    with pytest.raises(ConfigError):
         shard_files.cache_limit()
 
 
-def test_processes_that_need_one_shard_fetch_it_once(server: UnreliableServer) -> None:
-    shard = remote.RemoteShard(f"{server.url}/000.tar")
-    remote.version(shard)
+def test_processes_that_need_one_shard_fetch_it_once(
+    server: UnreliableServer, shard: Callable[[int], RemoteShard], size: int
+) -> None:
+    remote.version(shard(0))
     server.requests.clear()
-    threads = [threading.Thread(target=shard_files.local_path, args=(shard,)) for _ in range(8)]
+    threads = [threading.Thread(target=local_path, args=(shard(0),)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    parts = -(-(server.folder / "000.tar").stat().st_size // 1000)
-    assert len(server.requests) == parts + 1  # the last asks whether the version is still the same
+    assert len(server.requests) == -(-size // 1000) + 1  # the last asks whether the version is still the same
 
 
-def test_prefetching_fetches_the_shards_of_the_groups(server: UnreliableServer) -> None:
+def test_prefetching_fetches_the_shards_of_the_groups(
+    server: UnreliableServer, shard: Callable[[int], RemoteShard], folder: Path
+) -> None:
     pairs = load_pairs(f"{server.url}/{{000..003}}.tar")
-    folder = shard_files._cached(remote.RemoteShard(f"{server.url}/000.tar")).parent
-    for path in folder.glob("*.tar"):
-        path.unlink()
+    empty(folder)
     pairs.prefetch([1, 3])
     wait_until(lambda: len(list(folder.glob("*.tar"))) >= 2)
-    expected = {shard_files._cached(remote.RemoteShard(f"{server.url}/00{i}.tar")) for i in (1, 3)}
-    assert set(folder.glob("*.tar")) == expected
+    assert set(folder.glob("*.tar")) == {shard_files._cached(shard(i)) for i in (1, 3)}
 
 
 def test_shards_are_prefetched_in_order_instead_of_those_that_still_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,82 +141,77 @@ def test_shards_are_prefetched_in_order_instead_of_those_that_still_wait(monkeyp
     assert fetched == ["0.tar", "7.tar", "5.tar"]
 
 
-def test_parts_being_fetched_count_at_their_final_size(
-    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size = (shards / "000.tar").stat().st_size
-    monkeypatch.setenv(shard_files.LIMIT_VARIABLE, str(2.5 * size / 1e9))
-    contents(load_pairs(f"{server.url}/{{000..001}}.tar"))
-    (cache_folder(server) / f"another.{size}.part").touch()  # fetched by another process
-    shard_files.local_path(RemoteShard(f"{server.url}/002.tar"))
-    assert len(list(cache_folder(server).glob("*.tar"))) == 1
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="lists open files in /proc")
-def test_a_removed_shard_takes_no_room_through_an_open_file(
-    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size = (shards / "000.tar").stat().st_size
-    monkeypatch.setenv(shard_files.LIMIT_VARIABLE, str(1.5 * size / 1e9))
-    contents(load_pairs(f"{server.url}/{{000..003}}.tar"))
-    links = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
-    assert not [link for link in links if "remote-shards" in link and link.endswith("(deleted)")]
-
-
-def test_a_shard_that_is_open_on_windows_makes_room_the_next_time(
-    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def local_shard(number: int) -> Path:
-        return shard_files.local_path(RemoteShard(f"{server.url}/00{number}.tar"))
-
-    def unlink(path: Path, missing_ok: bool = False) -> None:
-        if path == is_open:
-            raise PermissionError(13, "The process cannot access the file because it is being used", str(path))
-        real_unlink(path, missing_ok)
-
-    monkeypatch.setenv(shard_files.LIMIT_VARIABLE, str(1.5 * (shards / "000.tar").stat().st_size / 1e9))
-    is_open, real_unlink = local_shard(0), Path.unlink
-    with monkeypatch.context() as windows:
-        windows.setattr(Path, "unlink", unlink)
-        assert local_shard(1).is_file()
-    assert is_open.is_file()
-    kept = local_shard(2)
-    assert [path for path in kept.parent.iterdir() if path.suffix in (".tar", ".part")] == [kept]
-
-
-def test_a_cache_that_is_too_small_for_the_order_is_told(
-    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    watch = Watch()
-    load_pairs(f"{server.url}/{{000..003}}.tar", reporter=watch)
-    assert watch.said == []
-    monkeypatch.setenv(shard_files.LIMIT_VARIABLE, str(2 * (shards / "000.tar").stat().st_size / 1e9))
-    load_pairs(f"{server.url}/{{000..003}}.tar", reporter=watch)
-    assert "they will be fetched again and again; CLIP_RD_EDGE_SHARD_CACHE_GB sets another limit" in watch.said[0]
-
-
 def test_no_more_is_prefetched_than_fits(
-    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
+    server: UnreliableServer, folder: Path, bound: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = load_pairs(f"{server.url}/{{000..003}}.tar")
-    empty_cache(server)
-    size = (shards / "000.tar").stat().st_size
-    monkeypatch.setenv(shard_files.LIMIT_VARIABLE, str(2.5 * size / 1e9))
+    empty(folder)
+    bound(2.5)
     requested = list[str]()
     monkeypatch.setattr(shard_files._Prefetcher, "request", lambda _, shards: requested.extend(s.name for s in shards))
     pairs.prefetch([2, 0, 1, 3])
     assert requested == ["002.tar", "000.tar"]
 
 
+def test_parts_being_fetched_count_at_their_final_size(
+    server: UnreliableServer,
+    shard: Callable[[int], RemoteShard],
+    folder: Path,
+    size: int,
+    bound: Callable[[float], None],
+) -> None:
+    bound(2.5)
+    contents(load_pairs(f"{server.url}/{{000..001}}.tar"))
+    (folder / f"another.{size}.a.part").touch()  # fetched by another process
+    local_path(shard(2))
+    assert len(list(folder.glob("*.tar"))) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="lists open files in /proc")
+def test_a_removed_shard_takes_no_room_through_an_open_file(
+    server: UnreliableServer, bound: Callable[[float], None]
+) -> None:
+    bound(1.5)
+    contents(load_pairs(f"{server.url}/{{000..003}}.tar"))
+    links = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [link for link in links if "remote-shards" in link and link.endswith("(deleted)")]
+
+
+def test_a_shard_that_is_open_on_windows_makes_room_the_next_time(
+    shard: Callable[[int], RemoteShard], folder: Path, bound: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path == is_open:
+            raise PermissionError(13, "The process cannot access the file because it is being used", str(path))
+        real_unlink(path, missing_ok)
+
+    bound(1.5)
+    is_open, real_unlink = local_path(shard(0)), Path.unlink
+    with monkeypatch.context() as windows:
+        windows.setattr(Path, "unlink", unlink)
+        assert local_path(shard(1)).is_file()
+    assert is_open.is_file()
+    kept = local_path(shard(2))
+    assert [path for path in folder.iterdir() if path.suffix in (".tar", ".part")] == [kept]
+
+
+def test_a_cache_that_is_too_small_for_the_order_is_told(
+    server: UnreliableServer, bound: Callable[[float], None]
+) -> None:
+    watch = Watch()
+    load_pairs(f"{server.url}/{{000..003}}.tar", reporter=watch)
+    assert watch.said == []
+    bound(2)
+    load_pairs(f"{server.url}/{{000..003}}.tar", reporter=watch)
+    assert shard_files.LIMIT_VARIABLE in watch.said[0]
+
+
 def test_what_waits_to_be_prefetched_does_not_keep_a_process_from_ending(server: UnreliableServer) -> None:
     code = f"""
 import time
-from clip_rd_edge.data import remote
-from clip_rd_edge.data import shard_index
-from clip_rd_edge.data import shard_files
+from clip_rd_edge.data import remote, shard_files
 shards = [remote.RemoteShard("{server.url}/%03d.tar" % i) for i in range(4)]
-for shard in shards:
-    remote.version(shard)
+remote.versions(shards)
 print("ready", flush=True)
 input()
 shard_files.prefetch(shards)
@@ -216,35 +226,25 @@ time.sleep(0.2)
 
 
 def test_a_full_disk_ends_training_and_replaces_no_pair(
-    server: UnreliableServer, monkeypatch: pytest.MonkeyPatch
+    server: UnreliableServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = load_pairs(f"{server.url}/{{000..001}}.tar")
-    empty_cache(server)
-
-    def fetch(shard: RemoteShard, part: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(shard_files, "fetch", fetch)
-    close_tars()
-    folder = re.escape(str(cache_folder(server)))
-    full = rf"00[02]\.tar could not be kept in the cache {folder}: No space left on device\.$"
-    with pytest.raises(UnreachableError, match=full):
-        pairs.read(0).image()
-    with pytest.raises(UnreachableError, match=full) as caught:  # while it is indexed
-        load_pairs(f"{server.url}/002.tar")
-    assert "free some space there" in caught.value.hint
+    empty(folder)
+    monkeypatch.setattr(shard_files, "fetch", Mock(side_effect=OSError(28, "No space left on device")))
+    for read in (lambda: pairs.read(0), lambda: load_pairs(f"{server.url}/002.tar")):  # or while it is indexed
+        with pytest.raises(UnreachableError, match=rf"{folder}: No space left on device") as caught:
+            read()
+        assert "free some space" in caught.value.hint
 
 
 def test_a_shard_that_vanishes_whenever_it_is_fetched_is_given_up(
-    server: UnreliableServer, monkeypatch: pytest.MonkeyPatch
+    shard: Callable[[int], RemoteShard], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shard = RemoteShard(f"{server.url}/000.tar")
-    vanished = Mock(return_value=cache_folder(server) / "vanished.tar")
+    vanished = Mock(return_value=folder / "vanished.tar")
     monkeypatch.setattr(shard_files, "local_path", vanished)
-    with pytest.raises(UnreachableError, match=r"000\.tar was removed from the cache .* 10 times before") as caught:
-        shard_files.open_file(shard)
+    with pytest.raises(UnreachableError):
+        shard_files.open_file(shard(0))
     assert vanished.call_count == 10
-    assert shard_files.LIMIT_VARIABLE in caught.value.hint
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows removes no folder that is in use")
@@ -254,35 +254,34 @@ def test_a_command_whose_working_folder_was_removed_is_given_up(
     (tmp_path / "working").mkdir()
     monkeypatch.chdir(tmp_path / "working")
     (tmp_path / "working").rmdir()
-    with pytest.raises(UnreachableError, match="The working folder does not exist any more"):
+    with pytest.raises(UnreachableError, match="working folder"):
         shard_files.open_file(RemoteShard("pipe:cat 000.tar"))
 
 
 def test_a_clock_that_is_ahead_removes_nothing_that_others_use(
-    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
+    shard: Callable[[int], RemoteShard], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = RemoteShard(f"{server.url}/000.tar")
-    index = shard_index.kept_index("shard-indices", ["a"], lambda folder: (folder / shard_index.INDEX).touch())
-    part = shard_files._cached(first).with_suffix(".9.a.part")  # another machine fetches it
-    part.parent.mkdir(exist_ok=True)
+    def touched(key: str) -> Path:
+        return shard_index.kept_index("shard-indices", [key], lambda new: (new / shard_index.INDEX).touch())
+
+    index, part = touched("a"), folder / "another.9.a.part"  # another machine fetches it
+    folder.mkdir(exist_ok=True)
     part.touch()
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 50 * 24 * 3600)
-    shard_files.local_path(RemoteShard(f"{server.url}/001.tar"))
-    shard_index.kept_index("shard-indices", ["b"], lambda folder: (folder / shard_index.INDEX).touch())
-    assert part.is_file()
-    assert index.is_dir()
+    local_path(shard(1))
+    touched("b")
+    assert (part.is_file(), index.is_dir()) == (True, True)
     for path in (part, index / shard_index.INDEX):
         os.utime(path, (now - 50 * 24 * 3600,) * 2)
-    shard_files.local_path(RemoteShard(f"{server.url}/002.tar"))
-    shard_index.kept_index("shard-indices", ["c"], lambda folder: (folder / shard_index.INDEX).touch())
-    assert not part.exists()
-    assert not index.exists()
+    local_path(shard(2))
+    touched("c")
+    assert (part.exists(), index.exists()) == (False, False)
 
 
 @pytest.mark.parametrize("clock", ["the same", "+40d"])
 def test_runs_share_a_cache_whatever_their_bounds_and_clocks(
-    server: UnreliableServer, shards: Path, clock: str
+    server: UnreliableServer, shards: Path, size: int, clock: str
 ) -> None:
     clocks = [{}, {}, {} if clock == "the same" else other_clock(clock), {}]
     code = """
@@ -296,7 +295,7 @@ for epoch in range(4):
         digest.update(pairs.read(i).image().tobytes() + pairs.read(i).captions[0].encode())
 print(digest.hexdigest())
 """
-    size = (shards / "000.tar").stat().st_size
+    sources = ((shards, 9), (server.url, 1.5), (server.url, 2.5), (server.url, 9))
     local, *remote_runs = (
         subprocess.Popen(
             [sys.executable, "-c", code, f"{source}/{{000..003}}.tar"],
@@ -304,9 +303,7 @@ print(digest.hexdigest())
             stdout=subprocess.PIPE,
             text=True,
         )
-        for (source, limit), variables in zip(
-            ((shards, 9), (server.url, 1.5), (server.url, 2.5), (server.url, 9)), clocks, strict=True
-        )
+        for (source, limit), variables in zip(sources, clocks, strict=True)
     )
     expected = local.communicate(timeout=300)[0]
     assert len(expected) == 65

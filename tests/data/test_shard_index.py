@@ -1,17 +1,12 @@
-"""Many shards are indexed into one file, once, whatever interrupts or damages it; work on them ends when it fails."""
+"""Many shards are indexed into one file, once, whatever interrupts or damages it."""
 
 from __future__ import annotations
 
-import errno
 import gc
-import multiprocessing
 import os
 import pickle
-import signal
 import sys
-import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +15,8 @@ import pytest
 from clip_rd_edge.data import shard_index
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.shard_files import close_tars
-from clip_rd_edge.data.shard_index import index_shards, map_in_order
-from clip_rd_edge.distillation.processes import stop_on_signals
-from clip_rd_edge.errors import ConfigError, InputError, LostProcessError
+from clip_rd_edge.data.shard_index import index_shards
+from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.utils.paths import cache_home
 from clip_rd_edge.utils.reporting import Reporter
 
@@ -69,18 +63,6 @@ def test_the_index_of_a_data_set_that_is_gone_is_closed(paths: list[Path]) -> No
     gc.collect()
     links = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     assert not [link for link in links if link.startswith(str(cache_home().resolve()))]
-
-
-@pytest.mark.parametrize("methods", [["fork", "spawn"], ["spawn"]], ids=["processes", "threads"])
-def test_several_workers_give_the_same_index(
-    paths: list[Path], monkeypatch: pytest.MonkeyPatch, methods: list[str]
-) -> None:
-    if methods[0] not in shard_index.get_all_start_methods():
-        pytest.skip("this system cannot fork")
-    monkeypatch.setattr(shard_index, "get_all_start_methods", lambda: methods)
-    monkeypatch.setattr(shard_index, "_SERIAL_BYTES", 0)
-    monkeypatch.setattr("clip_rd_edge.data.shard_index.usable_cores", lambda: 4)
-    assert contents(paths) == EXPECTED
 
 
 def test_an_interrupted_indexing_goes_on_where_it_was(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,59 +138,3 @@ def test_a_shard_that_was_cut_since_it_was_indexed_has_bad_samples(paths: list[P
     close_tars()
     with pytest.raises(InputError, match=r"02\.tar.*expected .* bytes, found 0"):
         pairs.read(2).image()
-
-
-def _work(seconds: float) -> float:
-    time.sleep(seconds)
-    if not seconds:
-        raise OSError("damaged")
-    return seconds
-
-
-def _die(seconds: float) -> float:
-    if not seconds:
-        time.sleep(0.5)  # the other worker has begun
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
-    return seconds
-
-
-def _stop_after_the_first(first: float) -> None:
-    with closing(map_in_order(_work, [first, 60], by="processes")) as results:
-        next(results)
-        raise KeyboardInterrupt
-
-
-@pytest.fixture
-def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    if "fork" not in multiprocessing.get_all_start_methods():
-        pytest.skip("needs fork")
-    monkeypatch.setattr(shard_index, "usable_cores", lambda: 2)
-
-
-@pytest.mark.usefixtures("two_cores")
-@pytest.mark.parametrize(("first", "error"), [(0, OSError), (0.01, KeyboardInterrupt)], ids=["failure", "stop"])
-def test_processes_that_still_work_are_not_waited_for(first: float, error: type[BaseException]) -> None:
-    started = time.monotonic()
-    with pytest.raises(error):
-        _stop_after_the_first(first)
-    assert time.monotonic() - started < 30
-    assert not multiprocessing.active_children()
-
-
-@pytest.mark.usefixtures("two_cores")
-def test_a_worker_that_is_killed_is_told_in_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:
-    with stop_on_signals(), pytest.raises(LostProcessError):
-        list(map_in_order(_die, [0, 1], by="processes"))
-    assert capfd.readouterr().err == ""  # nor a traceback of the other worker, which the pool ends
-
-
-@pytest.mark.usefixtures("two_cores")
-def test_a_machine_without_semaphores_works_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one whose /dev/shm is missing or read-only, or AWS Lambda."""
-
-    def refuse(*arguments: Any, **options: Any) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
-    assert list(map_in_order(_work, [0.01, 0.02], by="processes")) == [0.01, 0.02]

@@ -51,17 +51,11 @@ def test_a_source_of_weight_two_is_shown_twice_per_epoch(shards: Path) -> None:
     assert [grey for grey, _ in greys(pairs)] == [0, 1, 2, 3, 4, 5, 3, 4, 5]
 
 
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ("1", "There are 1 weights '1' for 2 sources"),
-        ("1::0.5", "'0.5' is not a positive integer"),
-        ("0::1", "'0' is not a positive integer"),
-    ],
-)
-def test_invalid_weights_are_refused(shards: Path, weights: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+@pytest.mark.parametrize("weights", ["1", "1::0.5", "0::1"])
+def test_invalid_weights_are_refused(shards: Path, weights: str) -> None:
+    with pytest.raises(UsageError) as caught:
         load_pairs(f"{shards}/000.tar::{shards}/001.tar", weights=weights)
+    assert caught.value.option == "train_data_upsampling_factors"
 
 
 def test_captions_from_json(tmp_path: Path, write_tar: Factory, encode_image: Factory) -> None:
@@ -280,7 +274,7 @@ def test_an_invalid_pattern_is_refused(pattern: str) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["{0..99999999999}.tar", "{5000000..0}.tar", "{0..999}{0..999}{0..999}.tar", "{0..999999}/{a,b}.tar"],
+    ["{0..99999999999}.tar", "{5000000..0}.tar", "{0..999}{0..999}{0..999}.tar"],
 )
 def test_a_pattern_for_more_shards_than_anyone_has_is_refused_at_once(pattern: str) -> None:
     started = time.process_time()
