@@ -17,7 +17,6 @@ from clip_rd_edge.cli.options import command_of, grouped
 from clip_rd_edge.cli.output import cut, echo, fold_items, terminal_width
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.settings.deploying import Classify
-from clip_rd_edge.utils.paths import exists
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.text import csv_row, is_unicode, one_line
 
@@ -36,6 +35,7 @@ class Answer(NamedTuple):
 Format = Callable[[str, Answer], str]
 CSV_HEADER = "image,rank,label,probability"
 NO_LABEL = "none of these"
+_UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")  # byte order marks, as bytes that are not UTF-8 are read
 MANY_IMAGES = 50  # from this number on, a progress bar and a rate are shown
 _images, _output = grouped("Images"), grouped("Output")
 
@@ -59,30 +59,25 @@ def command(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> N
     """
     request = Classify(**given)
     images, labels, camera = tuple(request.images), given.get("labels", ()), request.camera
-    # A single value that is a file is one of labels.
-    if camera is None and not images and len(labels) > 1 and _is_there(labels[-1]):
-        raise UsageError(
-            f"There are no images: --labels took {labels[-1]}, as it takes all that stands before the next option.",
-            hint="put the images before --labels",
-        )
     if (camera is None) == (not images):
         raise UsageError(
-            "Expected either images or --camera.", hint="pass files, a folder, - for a list, or --camera 0"
+            "Expected either images or --camera.",
+            hint="pass files, a folder, - for a list, or --camera 0; images stand before --labels, which takes what "
+            "follows",
         )
     if as_csv and (as_json or null):
         raise UsageError(f"{'--json' if as_json else '--null'} and --csv cannot be combined.", hint="omit one of them")
-    if camera is not None and request.quick:
-        raise UsageError("--camera and --quick cannot be combined.", hint="omit --quick: it is for JPEG files")
     # numpy's matrix products are small here: more threads only take cores from the model. numpy reads this at import.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     from clip_rd_edge.bundle.image_files import find_images
+    from clip_rd_edge.bundle.manifest import read_manifest
     from clip_rd_edge.runtime.classifier import ZeroShotClassifier
     from clip_rd_edge.runtime.labels import parse_labels
     from clip_rd_edge.runtime.load import load
 
     bundle = Path(request.bundle)
-    _require_bundle(bundle, images)
+    read_manifest(bundle)  # before images are looked for
     folders: list[InputError] = []  # that cannot be read
     paths = list(find_images(images, lines=_lines(sys.stdin, null=null), on_unreadable=folders.append))
     for error in folders:
@@ -99,7 +94,12 @@ def command(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> N
             reporter=_LateReporter(stack),
         )
     if classifier.has_trivial_label and not request.none_below:
-        _warn_of_single_label(classifier.labels[0])
+        echo(
+            f"warning: The only label is {classifier.labels[0]!r}: the softmax over a single label is 100 % for every "
+            "image.\nhint: add what else the images may show, or set a min cosine similarity, such as --none-below "
+            "0.25",
+            err=True,
+        )
     width = 0 if camera is not None else terminal_width(sys.stdout)
     as_text: Format = partial(_as_text, width=width)
     format_result: Format = _as_json if as_json else _as_csv if as_csv else _as_record if null else as_text
@@ -117,13 +117,6 @@ def command(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> N
     if folders:
         count = len(folders)
         raise InputError(f"{count:,} folder{'s' * (count > 1)} could not be read; the others are classified.")
-
-
-def _is_there(label: str) -> bool:
-    try:
-        return exists(label)
-    except InputError:  # no path, such as a long label
-        return False
 
 
 class _LateReporter(Reporter):
@@ -145,22 +138,6 @@ class _LateReporter(Reporter):
         self._console.say(message)
 
 
-def _require_bundle(bundle: Path, images: Sequence[str]) -> None:
-    """Refuse what is no bundle before images are looked for: the arguments may be swapped."""
-    from clip_rd_edge.bundle.manifest import is_bundle, read_manifest
-
-    if is_bundle(bundle):
-        return
-    try:
-        read_manifest(bundle)
-    except InputError as error:
-        if other := next((name for name in images if name and is_bundle(Path(name))), None):
-            raise InputError(
-                str(error), hint=f"name the bundle first: clip-rd-edge classify {other} {bundle}"
-            ) from error
-        raise
-
-
 def _lines(stream: TextIO, *, null: bool) -> Iterator[str]:
     """Yield the paths on a stream, one per line or each ended by NUL; nothing is read before the first is asked for.
 
@@ -177,9 +154,6 @@ def _lines(stream: TextIO, *, null: bool) -> Iterator[str]:
                 hint="in cmd, begin with: chcp 65001; in PowerShell, write the list with: Out-File -Encoding utf8",
             )
         yield (line if number else line.removeprefix("\ufeff")).rstrip("\r\n")
-
-
-_UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")  # byte order marks, as bytes that are not UTF-8 are read
 
 
 def _classify_files(
@@ -232,10 +206,15 @@ def _classify_files(
 
 def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, format_result: Format, end: str) -> None:
     """Print the result for each frame until the camera ends or Ctrl-C; on a terminal, each overwrites the last."""
+    from clip_rd_edge.runtime.camera import frames
+
     terminal, width = sys.stdout.isatty(), terminal_width(sys.stdout)
     started, count = time.perf_counter(), 0
     try:
-        for count, (answer, latency_ms) in enumerate(_camera_results(classifier, camera, top=top), start=1):
+        for count, frame in enumerate(frames(camera), start=1):
+            seen = time.perf_counter()
+            (answer,) = _answers(classifier, classifier.encoder.encode_images([frame]), top=top)
+            latency_ms = 1e3 * (time.perf_counter() - seen)
             line = format_result(f"frame {count}", answer)
             if terminal:
                 click.echo("\r\x1b[2K", nl=False)  # clear the line of the last frame
@@ -251,15 +230,6 @@ def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, f
     echo(f"{count:,} frames in {seconds:.1f} s, {count / seconds:.1f} per second", err=True)
 
 
-def _camera_results(classifier: ZeroShotClassifier, camera: str, *, top: int) -> Iterator[tuple[Answer, float]]:
-    from clip_rd_edge.runtime.camera import frames
-
-    for frame in frames(camera):
-        started = time.perf_counter()
-        (answer,) = _answers(classifier, classifier.encoder.encode_images([frame]), top=top)
-        yield answer, 1e3 * (time.perf_counter() - started)
-
-
 def _answers(classifier: ZeroShotClassifier, embeddings: Embeddings, *, top: int) -> list[Answer]:
     """Return the answer for each image embedding, (N, D)."""
     predictions = classifier.classify_embeddings(embeddings, top=top)
@@ -267,14 +237,6 @@ def _answers(classifier: ZeroShotClassifier, embeddings: Embeddings, *, top: int
         return [Answer(row, None) for row in predictions]
     cosines = classifier.similarities(embeddings)[:, 0].tolist()
     return [Answer(row, cosine) for row, cosine in zip(predictions, cosines, strict=True)]
-
-
-def _warn_of_single_label(label: str) -> None:
-    echo(
-        f"warning: The only label is {label!r}: the softmax over a single label is 100 % for every image.\n"
-        "hint: add what else the images may show, or set a min cosine similarity, such as --none-below 0.25",
-        err=True,
-    )
 
 
 def _as_text(image: str, answer: Answer, width: int = 0) -> str:
