@@ -115,7 +115,7 @@ def search(given: dict[str, Any], as_json: bool, null: bool) -> None:
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli.console import json_line
-    from clip_rd_edge.runtime.index_update import is_gone
+    from clip_rd_edge.runtime.index_folder import is_gone
 
     if as_json and null:
         raise UsageError("--json and --null cannot be combined.", hint="omit one of them")

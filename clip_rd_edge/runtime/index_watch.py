@@ -19,7 +19,8 @@ from typing import NamedTuple
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import INDEX_FILE
-from clip_rd_edge.runtime.index_update import REST, Indexer, Listing, Stamp, Update, Watched
+from clip_rd_edge.runtime.index_folder import Listing, Stamp
+from clip_rd_edge.runtime.index_update import REST, Indexer, Update, Watched
 from clip_rd_edge.utils.paths import file_identity
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 

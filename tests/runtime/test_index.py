@@ -39,7 +39,8 @@ from clip_rd_edge.runtime.index import (
     search_index,
     write_index,
 )
-from clip_rd_edge.runtime.index_update import Source, update_index
+from clip_rd_edge.runtime.index_folder import Source
+from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.files import disk_full_error
 
@@ -409,7 +410,7 @@ def test_a_large_file_that_is_no_image_is_not_read_into_memory(
     Image.effect_noise((99, 99), 80).save(colour_images / "large.png")
     read, plain = list[str](), Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or plain(path))
-    monkeypatch.setattr(indexing, "_LARGE_BYTES", 5_000)
+    monkeypatch.setattr("clip_rd_edge.runtime.index_folder._LARGE_BYTES", 5_000)
     update = update_index(load(colour_bundle), colour_images, index)
     assert (update.embedded, len(update.unreadable)) == (5, 1)
     assert "large.png" in read

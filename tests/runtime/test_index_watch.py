@@ -24,7 +24,8 @@ from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.runtime import index_update, index_watch
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import model_key, read_index
-from clip_rd_edge.runtime.index_update import Listing, Update, update_index
+from clip_rd_edge.runtime.index_folder import Listing
+from clip_rd_edge.runtime.index_update import Update, update_index
 from clip_rd_edge.runtime.index_watch import BROKEN_S, POLL_S, watch_index
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.outputs import exclusive_writer
