@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.bundle.encoder import fill_template
-from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES
 from clip_rd_edge.bundle.labels import parse_templates
 from clip_rd_edge.bundle.manifest import MAX_TEMPLATES
 from clip_rd_edge.data.folders import image_samples
@@ -22,7 +21,7 @@ from clip_rd_edge.data.samples import NO_PROBLEMS, Counts, Problems, Sample, Sam
 from clip_rd_edge.data.tables import is_parquet, load_table, parquet_rows
 from clip_rd_edge.data.webdataset import SEPARATOR, Shards, parse_sources
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.paths import URL, Typed, exists, is_file, is_folder, why_no_file
+from clip_rd_edge.utils.paths import URL, Typed, is_file, is_folder
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import is_list_of_texts
 from clip_rd_edge.utils.text import shown_source
@@ -204,11 +203,6 @@ def load_samples(
             option="templates",
         )
     pairs = None
-    if (weights := source.train_data_upsampling_factors) and source.data is None:
-        raise UsageError(
-            f"The weights {weights!r} apply only to shards of pairs, of which there are none.",
-            hint="omit {train_data_upsampling_factors}",
-        )
     if source.data is not None:
         pairs = load_pairs(
             source.data,
@@ -238,15 +232,10 @@ def _read_column(path: Path, column: str) -> list[str]:
     """Return the texts of a column of captions in a Parquet file, without empty ones."""
     rows = parquet_rows(path, {column: "csv_caption_key"})
     texts = [text.strip() for _, text, _, _ in rows if text.strip()]
-    if lists := [text for text in texts if is_list_of_texts(text)]:
+    if not texts or any(map(is_list_of_texts, texts)):
         raise InputError(
-            f"{path} has a list in its column {column!r}: {lists[0]!r}; expected one row per caption.",
-            hint="write each caption into a row of its own",
-        )
-    if not texts:
-        raise InputError(
-            f"{path} has no text in its column {column!r}.",
-            hint="name the column with {csv_caption_key}",
+            f"{path} has {'lists' if texts else 'no text'} in its column {column!r}; expected one text per row.",
+            hint="name another column with {csv_caption_key}",
             option="csv_caption_key",
         )
     return texts
@@ -260,22 +249,14 @@ def load_images(source: Typed, *, column: str, reporter: Reporter = SILENT) -> S
             which each counts once; or `emoji`.
         column: name of the table's column.
     """
-    if not names_shards(source):
-        require_local(source)
     if names_shards(source):
         images: Samples = Shards(source, parse_sources(source), captioned=False, reporter=reporter)
     elif source == "emoji":
         images = load_pairs(source)
-    elif is_folder(Path(source)):
+    elif is_folder(source):
         images = image_samples(source, Path(source))
-    elif not exists(Path(source)):
-        raise InputError(
-            f"The source of images {source} {why_no_file(Path(source))}",
-            hint="name a folder of images, a table or shards",
-        )
-    elif Path(source).suffix.lower() in IMAGE_SUFFIXES:
-        raise InputError(f"{source} is a single image; expected many.", hint="name the folder of the images")
     else:
+        require_local(source)
         images = load_table(Path(source), image_key=column, caption_key=None, reporter=reporter)
     if not len(images):
         raise InputError(

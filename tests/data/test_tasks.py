@@ -74,90 +74,83 @@ def test_an_image_folder_with_splits(image_folders: Path) -> None:
     assert zero_shot(image_folders / "test") == task  # its metadata are in the parent folder
 
 
-def test_class_names_may_stand_beside_the_names_of_their_folders(tmp_path: Path, encode_image: Factory) -> None:
+@pytest.fixture
+def make(tmp_path: Path, encode_image: Factory) -> Callable[..., Path]:
+    """Write images under these names, and return their folder."""
+
+    def write(*names: str) -> Path:
+        for number, name in enumerate(names):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(encode_image(number))
+        return tmp_path
+
+    return write
+
+
+def test_class_names_may_stand_beside_the_names_of_their_folders(make: Callable[..., Path]) -> None:
     names = {"apple": "a pear", "Banana": "a giraffe", unicodedata.normalize("NFD", "Äpfel"): "a violin"}
-    for folder in names:
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "1.png").write_bytes(encode_image(1))
-    assert zero_shot(tmp_path).folders == ()
-    lines = [f"{unicodedata.normalize('NFC', folder)}\t{name}" for folder, name in names.items()]
-    (tmp_path / "classnames.txt").write_text("\n".join(lines), encoding="utf-8")
-    task = zero_shot(tmp_path)
-    assert {folder: names[folder] for folder in task.folders} == dict(zip(task.folders, task.labels, strict=True))
+    folder = make(*(f"{name}/1.png" for name in names))
+    assert zero_shot(folder).folders == ()
+    lines = [f"{unicodedata.normalize('NFC', name)}\t{label}" for name, label in names.items()]
+    (folder / "classnames.txt").write_text("\n".join(lines), encoding="utf-8")
+    task = zero_shot(folder)
+    assert {name: names[name] for name in task.folders} == dict(zip(task.folders, task.labels, strict=True))
     assert [image.parent.name for image in task.images] == list(task.folders)
-    for line, message in (
-        ("apples\ta pear", r"line 1, is 'apples\\ta pear'; expected the name of another.* Did you mean 'apple'"),
-        ("Banana\ta pear", "line 2, is 'Banana"),
-        ("apple", "line 1, is 'apple'"),
-    ):
-        (tmp_path / "classnames.txt").write_text("\n".join([line, *lines[1:]]), encoding="utf-8")
-        with pytest.raises(InputError, match=message):
-            load_task(str(tmp_path))
+    for line, number in (("apples\ta pear", 1), ("Banana\ta pear", 2), ("apple", 1)):
+        (folder / "classnames.txt").write_text("\n".join([line, *lines[1:]]), encoding="utf-8")
+        with pytest.raises(InputError, match=f"line {number}, is"):
+            load_task(str(folder))
 
 
-def test_imagenet_as_in_torchvision(tmp_path: Path, encode_image: Factory) -> None:
-    for name in ("n01443537", "n01440764"):
-        (tmp_path / "val" / name).mkdir(parents=True)
-        (tmp_path / "val" / name / "1.png").write_bytes(encode_image(1))
-    with pytest.raises(InputError, match="named by WordNet ids, such as n01440764") as error:
-        load_task(str(tmp_path))
-    assert str(tmp_path / "classnames.txt") in error.value.hint
-    (tmp_path / "val" / "classnames.txt").write_text("tench\ngoldfish\n")  # beside the images works too
-    task = zero_shot(tmp_path)
+def test_imagenet_as_in_torchvision(make: Callable[..., Path]) -> None:
+    folder = make("val/n01443537/1.png", "val/n01440764/1.png")
+    with pytest.raises(InputError, match="WordNet") as error:
+        load_task(str(folder))
+    assert str(folder / "classnames.txt") in error.value.hint
+    (folder / "val" / "classnames.txt").write_text("tench\ngoldfish\n")  # beside the images works too
+    task = zero_shot(folder)
     assert task.labels == ("tench", "goldfish")
     assert [Path(str(image)).parent.name for image in task.images] == ["n01440764", "n01443537"]
 
 
-def test_numbered_class_folders_are_sorted_by_number(tmp_path: Path, encode_image: Factory) -> None:
-    for number in (0, 1, 2, 10):
-        (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / "1.png").write_bytes(encode_image(number))
-    (tmp_path / "classnames.txt").write_text("zero\none\ntwo\nten\n")
-    task = zero_shot(tmp_path)
+def test_numbered_class_folders_are_sorted_by_number(make: Callable[..., Path]) -> None:
+    folder = make("0/a.png", "1/a.png", "2/a.png", "10/a.png")
+    (folder / "classnames.txt").write_text("zero\none\ntwo\nten\n")
+    task = zero_shot(folder)
     greys = [open_image(image).getpixel((0, 0))[0] for image in task.images]  # type: ignore[index]
     assert [(task.labels[t], grey) for t, grey in zip(task.targets, greys, strict=True)] == [
-        ("zero", 0), ("one", 1), ("two", 2), ("ten", 10),
+        ("zero", 0), ("one", 1), ("two", 2), ("ten", 3),
     ]  # fmt: skip
 
 
 def test_classes_and_images_have_the_same_order_where_paths_compare_without_case(
-    tmp_path: Path, encode_image: Factory, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     classes = ("Bengal", "Zebra", "apple")  # torchvision's order, on Windows, too
-    files = [tmp_path / name / image for name in classes for image in ("B.png", "a.png")]
-    for file in files:
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(encode_image(1))
-    (tmp_path / "classnames.txt").write_text("\n".join(classes))
-    monkeypatch.setattr(type(tmp_path), "__lt__", lambda path, other: str(path).lower() < str(other).lower())
+    names = [f"{name}/{image}" for name in classes for image in ("B.png", "a.png")]
+    folder = make(*names)
+    files = [folder / name for name in names]
+    (folder / "classnames.txt").write_text("\n".join(classes))
+    monkeypatch.setattr(type(folder), "__lt__", lambda path, other: str(path).lower() < str(other).lower())
     assert sorted(files) != files
-    task = zero_shot(tmp_path)
+    task = zero_shot(folder)
     assert list(task.images) == files
     assert [task.labels[target] for target in task.targets] == [file.parent.name for file in files]
-    assert list(find_images([str(tmp_path / "*" / "*.png")])) == files
+    assert list(find_images([str(folder / "*" / "*.png")])) == files
 
 
-def test_a_class_called_test_is_not_a_split(tmp_path: Path, encode_image: Factory) -> None:
-    for name in ("exam", "test"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "1.png").write_bytes(encode_image(1))
-    assert zero_shot(tmp_path).labels == ("exam", "test")
+def test_a_class_may_be_called_test_or_train(make: Callable[..., Path]) -> None:
+    assert zero_shot(make("exam/1.png", "test/1.png", "train/1.png")).labels == ("exam", "test", "train")
 
 
-def test_what_other_programs_put_beside_the_images_is_neither_a_class_nor_an_image(
-    tmp_path: Path, encode_image: Factory
-) -> None:
-    for name in (
+def test_what_other_programs_put_beside_the_images_is_neither_a_class_nor_an_image(make: Callable[..., Path]) -> None:
+    folder = make(
         "cat/1.png", "cat/._1.png", "cat/.ipynb_checkpoints/1-checkpoint.png", "cat/@eaDir/1.png/SYNOPHOTO_M.png",
         "test/2.png", "test/.thumbnails/2.png", "__MACOSX/cat/._1.png", "@eaDir/cat/1.png", ".git/3.png",
-    ):  # fmt: skip
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(encode_image(1))
-    task = load_task(str(tmp_path))
-    assert isinstance(task, ZeroShotTask)
+    )  # fmt: skip
+    task = zero_shot(folder)
     assert task.labels == ("cat", "test")
-    assert task.images == (tmp_path / "cat/1.png", tmp_path / "test/2.png")
-    assert list_images(tmp_path) == list(task.images)
+    assert list(task.images) == list_images(folder) == [folder / "cat/1.png", folder / "test/2.png"]
 
 
 def test_an_exported_classification_data_set(classification_shards: Path) -> None:
@@ -168,19 +161,19 @@ def test_an_exported_classification_data_set(classification_shards: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content"),
     [
-        ("classnames.txt", "fish\nbird\n", r"0\.tar: s0000002\.cls contains '2'; expected a number below 2"),
-        ("classnames.txt", "", "has no classnames.txt, which names the classes"),
-        ("classnames.txt", "fish\n\nfrog\n", r"classnames\.txt, line 2, is empty"),
-        ("test/nshards.txt", "3", r"Cannot read the shard .*2\.tar"),
-        ("test/nshards.txt", "many", "contains 'many'; expected the number of shards"),
-        ("dataset_type.txt", "multilabel", "has the type 'multilabel'"),
+        ("classnames.txt", "fish\nbird\n"),
+        ("classnames.txt", ""),
+        ("classnames.txt", "fish\n\nfrog\n"),
+        ("test/nshards.txt", "3"),
+        ("test/nshards.txt", "many"),
+        ("dataset_type.txt", "multilabel"),
     ],
 )
-def test_invalid_metadata_are_reported(classification_shards: Path, name: str, content: str, message: str) -> None:
+def test_invalid_metadata_are_refused(classification_shards: Path, name: str, content: str) -> None:
     (classification_shards / name).write_text(content)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError):
         load_task(str(classification_shards))
 
 
@@ -245,30 +238,27 @@ def test_captioned_shards_without_metadata_are_retrieval(retrieval_shards: Path)
 @pytest.mark.parametrize(
     ("images", "hint"),
     [
-        (["train/cat/1", "train/dog/1"], "train"),
-        (["train/cat/1", "valid/cat/1"], "train"),
-        (["photos/cat/1", "photos/dog/1"], "photos"),
+        (["train/cat/1.png", "train/dog/1.png"], "train"),
+        (["train/cat/1.png", "valid/cat/1.png"], "train"),
+        (["photos/cat/1.png", "photos/dog/1.png"], "photos"),
     ],
 )
 def test_a_folder_above_the_classes_is_not_taken_for_them(
-    tmp_path: Path, encode_image: Factory, images: list[str], hint: str
+    make: Callable[..., Path], images: list[str], hint: str
 ) -> None:
-    for image in images:
-        path = tmp_path / f"{image}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode_image(3))
+    folder = make(*images)
     with pytest.raises(InputError) as caught:
-        load_task(str(tmp_path))
-    assert caught.value.hint.endswith(f": {tmp_path / hint}")
-    (tmp_path / "classnames.txt").write_text("\n".join(sorted({image.split("/")[0] for image in images})))
-    assert load_task(str(tmp_path)).images  # the names say that these are the classes
+        load_task(str(folder))
+    assert caught.value.hint.endswith(f": {folder / hint}")
+    (folder / "classnames.txt").write_text("\n".join(sorted({image.split("/")[0] for image in images})))
+    assert load_task(str(folder)).images  # the names say that these are the classes
 
 
-def test_a_class_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "frog").mkdir()
-    (tmp_path / "cat").symlink_to(tmp_path / "unmounted")
+def test_a_class_that_is_a_link_to_nothing_is_refused(make: Callable[..., Path]) -> None:
+    folder = make("frog/1.png")
+    (folder / "cat").symlink_to(folder / "unmounted")
     with pytest.raises(InputError, match="cat: it is a link to something that does not exist"):
-        load_task(str(tmp_path))
+        load_task(str(folder))
 
 
 def test_a_table_with_a_row_that_is_no_pair_is_no_task(image_folders: Path) -> None:
@@ -286,14 +276,10 @@ def test_a_table_of_any_name_is_a_task_as_it_is_data(image_folders: Path, name: 
     assert task.captions == ("a cat", "a dog")
 
 
-def test_an_unknown_task_gets_suggestions() -> None:
-    with pytest.raises(InputError, match="Did you mean 'emoji:unseen-style'"):
-        load_task("emoji:unseen-stile")
-
-
-def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no images"):
-        load_task(str(tmp_path))
+def test_what_names_no_images_is_refused(tmp_path: Path) -> None:
+    for name in ("emoji:unseen-stile", str(tmp_path), ""):
+        with pytest.raises(InputError):
+            load_task(name)
 
 
 def names(*tasks: tuple[str, str]) -> list[str]:
@@ -302,11 +288,8 @@ def names(*tasks: tuple[str, str]) -> list[str]:
 
 
 def test_tasks_of_one_file_name_are_named_by_the_parts_of_their_paths_that_differ() -> None:
-    assert names(("val", "/data/a/val.csv"), ("val", "/data/b/val.csv"), ("test", "/data/a/test.csv")) == [
-        "a/val.csv",
-        "b/val.csv",
-        "test",
-    ]
+    three = names(("val", "/data/a/val.csv"), ("val", "/data/b/val.csv"), ("test", "/data/a/test.csv"))
+    assert three == ["a/val.csv", "b/val.csv", "test"]
     assert names(("val", "val.csv"), ("val", "val.tsv")) == ["val.csv", "val.tsv"]
     assert names(("val", "/x/val.csv"), ("val", "y/val.csv")) == ["/x/val.csv", "y/val.csv"]
 
