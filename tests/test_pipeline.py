@@ -216,6 +216,7 @@ def test_a_bundle_records_the_versions_that_exported_it(
     assert [request.precision for request in requests] == ["fp32", "fp16"]
 
 
+@pytest.mark.slow
 def test_a_student_that_is_trained_again_is_exported_and_measured_again(
     tmp_path: Path, make_student: Callable[..., ClipModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from clip_rd_edge.errors import DivergedRunError, UsageError
 from clip_rd_edge.evidence import run as runs
 from clip_rd_edge.evidence.report import read_evidence_file
 from clip_rd_edge.evidence.results import Curve, Geometry, ModelResult
-from clip_rd_edge.evidence.run import _evaluate_task, _geometry
+from clip_rd_edge.evidence.run import _evaluate_task, _geometry, evaluate_model
 from clip_rd_edge.evidence.suite import EvidenceSuite, run_config
 from clip_rd_edge.models.clip import model_fingerprint
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -128,6 +129,7 @@ def test_the_other_runs_are_trained_before_those_that_diverge_end_the_suite(
     squares_suite: EvidenceSuite, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, diverging = [], ["none", "clip-rd"]
+    squares_tasks = [load_task(name) for name in squares_suite.tasks]
 
     def train(config: RunConfig, run: Path, **_: object) -> Path:
         begun.append((config.recipe_name, config.seed))
@@ -138,6 +140,8 @@ def test_the_other_runs_are_trained_before_those_that_diverge_end_the_suite(
         return Path(teacher)
 
     monkeypatch.setattr(runs, "run_distillation", train)
+    measured = cache(lambda name: evaluate_model(TorchEncoder(load_clip(teacher)), squares_tasks, name=name))
+    monkeypatch.setattr(runs, "evaluate_model", lambda encoder, tasks, *, name: measured(name))
     all_runs = [(run.method.name, run.seed) for run in squares_suite.runs()]
     for message in (
         "2 of 6 runs have diverged: test_resnet, none, seed 0; test_resnet, clip-rd, seed 0.",
