@@ -11,9 +11,11 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -54,6 +56,25 @@ def marks(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.getbasetemp() / "intact" / uuid.uuid4().hex
     monkeypatch.setattr("clip_rd_edge.bundle.manifest.marks_folder", lambda: folder)
     return folder
+
+
+@pytest.fixture
+def plots() -> None:
+    """Have runs draw their plots."""
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny runs write empty plots, which would take longer than their training, unless a test asks for them."""
+    metrics = sys.modules.get("clip_rd_edge.distillation.metrics")
+    if metrics is not None and "plots" not in request.fixturenames:
+        monkeypatch.setattr(metrics, "_figure", _empty_figure)
+
+
+@contextmanager
+def _empty_figure(path: Path, count: int, title: str, **_: object) -> Iterator[list[MagicMock]]:
+    yield [MagicMock() for _ in range(count)]
+    path.write_bytes(b"\x89PNG")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Tiny runs draw no plots, which would take longer than their training, unless a test asks for them."""
+"""A small vocabulary for the tokenizers of tiny runs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,6 @@ from typing import Any
 
 import pytest
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
-
-
-@pytest.fixture(autouse=True)
-def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "plots" not in request.fixturenames:
-        monkeypatch.setattr("clip_rd_edge.distillation.run.plot_run", lambda *_: None)
-
-
-@pytest.fixture
-def plots() -> None:
-    """Have runs draw their plots."""
-
 
 _VOCABULARY_SIZE = 5_120  # has the words of the tests in one token each
 _read_tokenizer = SimpleTokenizer.__init__

@@ -10,6 +10,8 @@ from matplotlib.mathtext import MathTextParser
 from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, METRICS_FILE
 from clip_rd_edge.distillation.metrics import plot_average, plot_run
 
+pytestmark = pytest.mark.usefixtures("plots")
+
 
 @pytest.mark.parametrize("task", ["100$%$", "from $5 to $9", r"\$5"])
 def test_the_name_of_a_task_is_no_formula(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
