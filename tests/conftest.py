@@ -74,7 +74,7 @@ def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @contextmanager
 def _empty_figure(path: Path, count: int, title: str, **_: object) -> Iterator[list[MagicMock]]:
     yield [MagicMock() for _ in range(count)]
-    path.write_bytes(b"\x89PNG")
+    Image.new("RGB", (1, 1)).save(path)
 
 
 @pytest.fixture

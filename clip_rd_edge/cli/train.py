@@ -142,7 +142,10 @@ class _Weight(click.FloatRange):
     """A number from 0 to 1, or `best`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return "best" if str(value).casefold() == "best" else super().convert(value, param, ctx)
+        try:
+            return "best" if str(value).casefold() == "best" else super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value!r} is neither a number from 0 to 1 nor 'best'.", param, ctx)
 
 
 @command_of(Average, "average", weight=_Weight(0, 1))
