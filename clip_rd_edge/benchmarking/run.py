@@ -23,7 +23,7 @@ from clip_rd_edge.benchmarking.accuracy import (
     predict,
     worst_classes,
 )
-from clip_rd_edge.benchmarking.latency import EncoderCalls, measure_latencies
+from clip_rd_edge.benchmarking.latency import EncoderCalls, Latencies, measure_latencies
 from clip_rd_edge.benchmarking.metrics import difference_interval, difference_p_value
 from clip_rd_edge.benchmarking.results import (
     Comparison,
@@ -94,37 +94,7 @@ def run_suite(
     if not models:
         reasons = " ".join(f"{row.label}: {row}" for row in skipped)
         raise InputError(f"None of the models of the suite {suite.name} could be measured. {reasons}")
-    image, encoders = tasks[0].images[0], {model.row.label: model.encoder for model in models}
-    labels = next((len(task.labels) for task in tasks if isinstance(task, ZeroShotTask)), _DEFAULT_LABELS)
-    latencies = measure_latencies(
-        encoders, image, labels=labels, threads=suite.threads, rounds=suite.rounds, reporter=reporter
-    )
-    reporter.update("Throughput", 0, 1)
-    pixels = {label: EncoderCalls(encoder, image, labels).pixels for label, encoder in encoders.items()}
-    throughput, energy = measure_throughput(encoders, pixels), measure_energy(encoders, pixels)
-    reporter.update("Throughput", 1, 1)
-    rows = []
-    for done, model in enumerate(models):
-        cold_start = None
-        if launch:
-            reporter.update("Cold start", done, len(models))
-            cold_start = measure_cold_start(launch(model.spec, model.row.runtime, suite.threads), image)
-        label, predictions = model.row.label, model.predictions
-        correct = (correctness_of(task, found) for task, found in zip(tasks, predictions, strict=True))
-        rows.append(
-            RowResult(
-                label=label,
-                role=model.row.role,
-                model=model.row.model,
-                description=model.encoder.describe(),
-                scores=tuple(found.score for found in predictions),
-                latency=latencies.rows[label],
-                throughput=throughput[label],
-                cold_start=cold_start,
-                energy_joules=energy.get(label),
-                correctness=tuple(chain.from_iterable(correct)),
-            )
-        )
+    rows, latencies = _measure(suite, models, tasks, reporter, launch)
     zero_shot = _zero_shot(models, tasks)
     samples: tuple[Sample, ...] = ()
     worst: tuple[WorstClass, ...] = ()
@@ -176,6 +146,44 @@ def _open_and_evaluate(
                 predictions.append(found)
             models.append(_Model(row, spec, encoder, predictions))
     return models, skipped
+
+
+def _measure(
+    suite: Suite, models: Sequence[_Model], tasks: Sequence[Task], reporter: Reporter, launch: Launch | None
+) -> tuple[list[RowResult], Latencies]:
+    """Time all models in turn; return their rows, and the latencies with those of the reference workload."""
+    image, encoders = tasks[0].images[0], {model.row.label: model.encoder for model in models}
+    labels = next((len(task.labels) for task in tasks if isinstance(task, ZeroShotTask)), _DEFAULT_LABELS)
+    latencies = measure_latencies(
+        encoders, image, labels=labels, threads=suite.threads, rounds=suite.rounds, reporter=reporter
+    )
+    reporter.update("Throughput", 0, 1)
+    pixels = {label: EncoderCalls(encoder, image, labels).pixels for label, encoder in encoders.items()}
+    throughput, energy = measure_throughput(encoders, pixels), measure_energy(encoders, pixels)
+    reporter.update("Throughput", 1, 1)
+    rows = []
+    for done, model in enumerate(models):
+        cold_start = None
+        if launch:
+            reporter.update("Cold start", done, len(models))
+            cold_start = measure_cold_start(launch(model.spec, model.row.runtime, suite.threads), image)
+        label, predictions = model.row.label, model.predictions
+        correct = (correctness_of(task, found) for task, found in zip(tasks, predictions, strict=True))
+        rows.append(
+            RowResult(
+                label=label,
+                role=model.row.role,
+                model=model.row.model,
+                description=model.encoder.describe(),
+                scores=tuple(found.score for found in predictions),
+                latency=latencies.rows[label],
+                throughput=throughput[label],
+                cold_start=cold_start,
+                energy_joules=energy.get(label),
+                correctness=tuple(chain.from_iterable(correct)),
+            )
+        )
+    return rows, latencies
 
 
 @contextmanager
