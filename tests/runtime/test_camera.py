@@ -32,27 +32,6 @@ def test_missing_opencv_is_reported_with_its_pip_command(monkeypatch: pytest.Mon
     assert raised.value.hint == install_command("camera")
 
 
-@pytest.mark.parametrize(
-    ("package", "hint"),
-    [
-        ("opencv-python-headless", "pip install -U opencv-python-headless"),
-        ("opencv-python", "pip uninstall -y opencv-python && pip install opencv-python-headless"),
-        ("", install_command("camera")),
-    ],
-)
-def test_an_opencv_that_cannot_be_imported_is_told_with_the_command_that_mends_it(
-    package: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "cv2", raising=False)
-    monkeypatch.setattr("clip_rd_edge.runtime.camera.installed_versions", lambda _: {package: "4"} if package else {})
-    with pytest.raises(ClipRdEdgeError) as raised:
-        next(frames("0"))
-    assert str(raised.value) == "OpenCV cannot be imported: libGL.so.1: cannot open shared object file."
-    assert raised.value.hint == hint
-
-
 def test_every_frame_of_a_video_is_yielded_as_rgb(tmp_path: Path) -> None:
     cv2 = pytest.importorskip("cv2")
     video = tmp_path / "video.avi"

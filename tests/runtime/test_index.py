@@ -21,10 +21,8 @@ import pytest
 from PIL import Image
 from support import Watch, fail_to_look_at
 
-from clip_rd_edge.benchmarking.accuracy import retrieval
 from clip_rd_edge.bundle.encoder import normalise
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
-from clip_rd_edge.data.tasks import RetrievalTask, load_task
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InputError, NotFiniteError, UsageError
 from clip_rd_edge.runtime import index_update as indexing
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
@@ -675,19 +673,6 @@ def test_embeddings_that_were_damaged_on_the_disk_are_refused_and_computed_again
     (colour_images / known.entries[-1].path).unlink()  # nothing is new
     assert update_index(encoder, colour_images, index).kept == 3
     assert len(read_index(index, memory_mapped=False)[0].entries) == 3
-
-
-def test_search_matches_the_recall_of_the_evaluation(colour_bundle: Path, pairs_csv: Path, index: Path) -> None:
-    task, encoder = load_task(str(pairs_csv)), load(colour_bundle)
-    assert isinstance(task, RetrievalTask)
-    update_index(encoder, pairs_csv.parent / "pictures", index)
-    known, rows = read_index(index)
-    hits = [
-        task.images[image_number] in [hit.path for hit in nearest(known, rows, encoder.encode_texts([caption]), top=5)]
-        for caption, image_number in zip(task.captions, task.caption_images, strict=True)
-    ]
-    assert np.mean(hits) == retrieval(encoder, task).score.text_to_image.at5
-    assert 0.5 < np.mean(hits) < 1  # six images per colour: not all are found
 
 
 def test_the_index_and_search_commands(

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import pytest
 from PIL import Image
-from support import PATIENCE_S, Watch, fail_to_look_at, wait_until
+from support import PATIENCE_S, Watch, wait_until
 
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
@@ -158,17 +158,6 @@ def test_a_file_that_another_program_keeps_to_itself_is_taken_when_it_can_be_rea
     assert "locked.png" in watched.names()
 
 
-def test_a_file_that_cannot_be_looked_at_is_reported_once_and_keeps_its_entry(
-    watched: Folder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing = lambda: fail_to_look_at(  # noqa: E731
-        monkeypatch, lambda path: path.name == "red.png", OSError(errno.EIO, "Input/output error")
-    )
-    (message,) = messages(watched.watch(failing, nothing, nothing, watched.skip(BROKEN_S), nothing, nothing))
-    assert "red.png: Input/output error" in message
-    assert watched.names() == ALL
-
-
 def test_an_image_that_is_overwritten_keeps_its_entry_until_it_is_complete(watched: Folder) -> None:
     red, counts = watched.folder / "red.png", list[int]()
     look = lambda: counts.append(len(watched.names()))  # noqa: E731
@@ -226,23 +215,6 @@ def test_removed_images_leave_the_index_though_others_are_always_being_written(w
     updates = watched.watch(remove, *[write] * int(BROKEN_S / POLL_S + 3))
     assert [(update.removed, update.unreadable) for update in updates] == [(0, []), (1, [])]
     assert "red.png" not in watched.names()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="has no time of change")
-def test_a_file_of_the_same_size_whose_time_was_put_back_is_embedded_and_one_with_another_mode_is_not(
-    watched: Folder,
-) -> None:
-    frame, other = watched.folder / "frame.bmp", watched.folder / "blue.jpg"
-    paint(frame, (250, 0, 0))()
-    os.utime(frame, (1, 1))
-
-    def replace() -> None:
-        paint(frame, (0, 250, 0))()
-        os.utime(frame, (1, 1))
-        other.chmod(0o600)
-
-    updates = watched.watch(replace, nothing, nothing, nothing)
-    assert [(update.embedded, update.kept) for update in updates] == [(5, 0), (1, 4)]
 
 
 def test_an_unmounted_folder_empties_no_index(watched: Folder) -> None:

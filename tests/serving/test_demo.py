@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +31,6 @@ from support import PATIENCE_S, patient_server
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.serving import demo as app
 from clip_rd_edge.serving import guard, protocol, server
 
@@ -104,17 +102,6 @@ def test_classify(client: Any, key: str) -> None:
         assert response.json()["labels"][0] == "red"
         assert len(response.json()["probabilities"]) == 3
         assert response.json()["model_ms"] > 0
-
-
-def test_the_time_to_embed_labels_is_told_apart(client: Any, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(*arguments: Any, **options: Any) -> ZeroShotClassifier:
-        time.sleep(0.05)
-        return ZeroShotClassifier(*arguments, **options)
-
-    monkeypatch.setattr(app, "ZeroShotClassifier", slow)
-    labels_ms = [client.post(f"/api/classify?labels={key}", content=png()).json()["labels_ms"] for _ in range(2)]
-    assert labels_ms[0] >= 50
-    assert labels_ms[1] < labels_ms[0]
 
 
 @pytest.mark.parametrize(

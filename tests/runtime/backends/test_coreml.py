@@ -117,27 +117,3 @@ def test_elsewhere_than_on_a_mac_it_is_said_in_a_sentence(
     assert raised.value.hint == install_command("coreml")
     with pytest.raises(UsageError):
         load(packaged, device="cuda")
-
-
-@pytest.mark.parametrize("towers", [("image", "text"), ("image",)])
-def test_compare_reports_each_tower_and_fails_on_wrong_answers(
-    packaged: Path,
-    coreml: type[Model],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    towers: tuple[str, ...],
-) -> None:
-    if "text" not in towers:
-        write_manifest(packaged, read_manifest(packaged).without_text())
-    source = (ROOT / "export" / "coreml" / "compare.py").read_text(encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["compare.py", str(packaged)])
-    for error, code, word in ((0.0, 0, ": right"), (1e-3, 1, ": WRONG")):
-        monkeypatch.setattr(Model, "error", error)
-        with pytest.raises(SystemExit) as ended:
-            exec(compile(source, "compare.py", "exec"), {"__name__": "__main__"})
-        assert ended.value.code == code
-        lines = capsys.readouterr().out.splitlines()
-        assert [line.split(":")[0] for line in lines] == [
-            f"{tower} tower, fp32, {units}" for tower in towers for units in ("CPU", "Core ML's choice")
-        ]
-        assert lines[0].endswith(word)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ast
 import io
 import platform
 import subprocess
@@ -17,7 +16,6 @@ import onnxruntime as ort
 import pytest
 from PIL import Image
 
-import clip_rd_edge
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, UnreachableError, UsageError
 from clip_rd_edge.installation import install_command
@@ -251,8 +249,6 @@ def test_int8_saturates_in_every_provider_that_runs_on_the_cpu(
 
 
 Install = Callable[[dict[str, str]], None]
-PACKAGE = Path(clip_rd_edge.__file__).parent
-OVERLAP = "onnxruntime and onnxruntime-gpu are installed in one folder, where each overwrites files of the other"
 MEND_OVERLAP = "pip uninstall -y onnxruntime && pip install --force-reinstall --no-deps onnxruntime-gpu==1.24.4"
 BOTH = {"onnxruntime": "1.26.0", "onnxruntime-gpu": "1.24.4", "numpy": "2.4.6"}
 
@@ -321,43 +317,6 @@ def test_a_machine_at_its_limits_is_not_taken_for_a_broken_installation(monkeypa
     fail_to_import(monkeypatch, OSError(24, "Too many open files", "onnxruntime/__init__.py"))
     with pytest.raises(UnreachableError):
         import_onnxruntime()
-
-
-def test_two_builds_in_one_folder_are_told_where_a_device_is_missed(
-    command_line: Run,
-    colour_bundle: Path,
-    colour_images: Path,
-    installed: Install,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    finding = doctor._onnxruntime()
-    assert finding.state == "ok"
-    installed(BOTH)
-    before, after = msgspec.structs.asdict(finding), msgspec.structs.asdict(doctor._onnxruntime())
-    assert {key: value for key, value in after.items() if value != before[key]} == {
-        "state": "missing",
-        "detail": f"{finding.detail}. {OVERLAP}",
-        "remedy": MEND_OVERLAP,
-    }
-    with pytest.raises(UsageError) as raised:
-        choose_device("cuda", [CPU], precision="fp32")
-    assert raised.value.hint == MEND_OVERLAP
-    monkeypatch.setattr(backend, "pip", lambda action: f"uv pip {action}")
-    cuda = ("--labels", "red", "--device", "cuda")
-    error = command_line("classify", colour_bundle, colour_images, *cuda)[2]
-    assert f"hint: uv {MEND_OVERLAP.replace('&& ', '&& uv ')}\n" in error  # with options of uv that classify lacks
-
-
-def test_no_module_imports_onnx_runtime_itself() -> None:
-    """What is imported from onnxruntime.quantization comes after a session was opened."""
-    importing = [
-        file.relative_to(PACKAGE).as_posix()
-        for file in PACKAGE.rglob("*.py")
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if (isinstance(node, ast.Import) and any(name.name == "onnxruntime" for name in node.names))
-        or (isinstance(node, ast.ImportFrom) and node.module == "onnxruntime")
-    ]
-    assert set(importing) == {"runtime/backends/onnxruntime.py"}
 
 
 @pytest.fixture(autouse=True)

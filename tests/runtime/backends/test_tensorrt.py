@@ -21,7 +21,6 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from clip_rd_edge.bundle import manifest as intact
 from clip_rd_edge.bundle.manifest import Manifest, read_manifest, write_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
 from clip_rd_edge.installation import install_command
@@ -221,21 +220,6 @@ def test_an_engine_of_an_older_bundle_beside_a_newer_onnx_file_does_not_run(
     assert " To use the engine: build it again" in record.getMessage()
     _build_engines(colour_bundle)
     assert load(colour_bundle, runtime="tensorrt").encode_texts(["red"]).argmax() == 1
-
-
-def test_nothing_is_hashed_again_when_an_engine_that_the_device_built_is_opened_again(
-    cuda: FakeCuda, colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _build_engines(colour_bundle)
-    manifest = msgspec.structs.replace(read_manifest(colour_bundle), target="tensorrt jetson-orin")
-    _write_manifest_of_device(colour_bundle, manifest)
-    hashed: list[str] = []
-    monkeypatch.setattr(intact, "sha256_of", lambda path: (hashed.append(path.name), sha256_of(path))[1])
-    load(colour_bundle, runtime="tensorrt").encode_texts(["red"])
-    assert "text.engine" in hashed
-    hashed.clear()
-    load(colour_bundle, runtime="tensorrt").encode_texts(["red"])
-    assert hashed == []
 
 
 def _write_manifest_of_device(bundle: Path, manifest: Manifest) -> None:
