@@ -98,7 +98,7 @@ def run_quickstart(request: Quickstart, open_encoder: OpenEncoder, launch: Launc
 
 def _render_pairs(request: Quickstart) -> None:
     pairs, concepts = emoji.training_pairs(), len(emoji.concepts())
-    request.reporter.say(f"{concepts:,} emoji in two art styles; {len(pairs):,} pairs for training, 760 for testing")
+    request.reporter.note(f"{concepts:,} emoji in two art styles; {len(pairs):,} pairs for training, 760 for testing")
 
 
 def build_teacher(folder: Path, reporter: Reporter) -> Path:
@@ -273,7 +273,7 @@ def _export(request: Quickstart, *, precision: Literal["fp32", "fp16", "int8"]) 
             f"{1 / trial.latency_ratio:.2f}× as fast as FP32, centred cosine {trial.centred_cosine:.4f}, "
             f"{trial.size_ratio:.2f}× the size: "
         )
-        request.reporter.say(f"{trial.tower} tower, {trial.name}: {figures if trial.measured else ''}{trial.verdict}")
+        request.reporter.note(f"{trial.tower} tower, {trial.name}: {figures if trial.measured else ''}{trial.verdict}")
 
 
 def _forget_results(folder: Path) -> None:

@@ -125,15 +125,15 @@ class Watch(Reporter):
 
     def __init__(self, stage: str = "training", on_step: Callable[[int], None] = lambda step: None) -> None:
         self.stage, self.on_step = stage, on_step
-        self.updates, self.said = list[tuple[str, int, int | None]](), list[str]()
+        self.updates, self.noted = list[tuple[str, int, int | None]](), list[str]()
 
     def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
         self.updates.append((stage, step, total))
         if stage == self.stage:
             self.on_step(step)
 
-    def say(self, message: str) -> None:
-        self.said.append(message)
+    def note(self, message: str) -> None:
+        self.noted.append(message)
 
 
 def contents(samples: Samples) -> list[tuple[bytes, tuple[str, ...]]]:

@@ -302,7 +302,7 @@ def test_a_bundle_can_be_evaluated_and_benchmarked(
             edge.benchmark(suite, tmp_path / "again")
     reporter = Watch()
     edge.benchmark(suite, tmp_path / "again", reporter=reporter)
-    assert any(said.startswith("resuming from the results") for said in reporter.said)
+    assert any(said.startswith("resuming from the results") for said in reporter.noted)
     table = edge.evidence_report([tmp_path / "report" / "results.json", tmp_path / "again"])
     assert "| FP32 | 100.0 ± 0.0" in table
 

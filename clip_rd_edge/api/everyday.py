@@ -58,7 +58,7 @@ def everyday(*, reporter: Reporter = SILENT) -> Path:
     if not is_bundle(folder):
         if not find_spec("torch"):
             raise MissingExtraError("torch", extra="train,emoji", purpose="Making the built-in model, once,")
-        with exclusive_writer(folder.parent, on_wait=reporter.say):
+        with exclusive_writer(folder.parent, on_wait=reporter.note):
             if not is_bundle(folder):
                 make_everyday(folder, reporter=reporter)
     return folder
@@ -74,7 +74,7 @@ def make_everyday(folder: Path, *, reporter: Reporter = SILENT) -> None:
     ((encoder, text_weights),) = SENTENCE_ENCODERS.items()
     for package in (image_weights, text_weights):
         package.verified()  # `stitch` would look for it on the hub
-    reporter.say(f"making the model {NAME!r}: once, in about a minute")
+    reporter.note(f"making the model {NAME!r}: once, in about a minute")
     with TemporaryDirectory() as scratch:
         model = stitch(classifier, names="imagenet", text=encoder, output=Path(scratch) / "model", reporter=reporter)
         reporter.update("quantising its towers")

@@ -81,7 +81,7 @@ def export(request: Export) -> ExportedBundle:
         given = request.calibration
         pairs = kept_pairs(model) if given is None else named_pairs(typed(given), model)
     if plans[0].note:
-        request.reporter.say(plans[0].note)
+        request.reporter.note(plans[0].note)
 
     # PyTorch takes seconds to import: by now, mistakes in the options have been reported.
     from clip_rd_edge.exporting.bundle import export_model

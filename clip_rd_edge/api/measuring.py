@@ -84,7 +84,7 @@ def benchmark(request: Benchmark) -> Results:
             loaded.resolve_model(row)  # models named in this call must exist: they are not skipped
     with exclusive_writer(folder):
         if interrupted:
-            reporter.say(f"resuming from the results in {folder / FOLDER}")
+            reporter.note(f"resuming from the results in {folder / FOLDER}")
         cache = PredictionCache(folder / FOLDER, this_environment())
         open_model = partial(open_encoder, threads=loaded.threads)
         results = run_suite(loaded, open_model, reporter, cache=cache, launch=first_answer)
@@ -164,7 +164,7 @@ def evidence_run(request: EvidenceRun) -> Evidence:
     require_report_folder(folder, loaded.name)
     evidence = run_evidence(loaded, folder, reporter, teacher=as_text(request.teacher))
     for path in write_report(evidence, folder):
-        reporter.say(f"written: {path}")
+        reporter.note(f"written: {path}")
     return evidence
 
 

@@ -159,7 +159,7 @@ def note_class_names(tasks: Sequence[Task], reporter: Reporter) -> None:
             named = [f"{folder} → {label}" for folder, label in zip(task.folders, task.labels, strict=True)]
             if len(named) > _SHOWN_FOLDERS:
                 named = [*named[: _SHOWN_FOLDERS - 1], "…", named[-1]]  # by the last, a name that is missing shows
-            reporter.say(f"{task.name}: {CLASS_NAMES} names the folders: {', '.join(named)}")
+            reporter.note(f"{task.name}: {CLASS_NAMES} names the folders: {', '.join(named)}")
 
 
 def predict(encoder: Encoder, task: Task, *, reporter: Reporter = SILENT) -> Predictions:

@@ -126,7 +126,7 @@ def _open_and_evaluate(
         with _skipped_if_it_fails(row, skipped):
             _require_text(suite.resolve_model(row), tasks)
     for refused in skipped:  # before the others are measured, which may take long
-        reporter.say(f"{refused.label} is skipped: {refused}")
+        reporter.note(f"{refused.label} is skipped: {refused}")
     left_out = {row.label for row in skipped}
     for row in (row for row in suite.rows if row.label not in left_out):
         with _skipped_if_it_fails(row, skipped):

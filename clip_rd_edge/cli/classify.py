@@ -134,8 +134,8 @@ class _LateReporter(Reporter):
     def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
         self._console.update(stage, step, total, message)
 
-    def say(self, message: str) -> None:
-        self._console.say(message)
+    def note(self, message: str) -> None:
+        self._console.note(message)
 
 
 def _lines(stream: TextIO, *, null: bool) -> Iterator[str]:

@@ -48,7 +48,7 @@ _PIPED_WIDTH = 200  # columns; without a terminal, rich would wrap lines at 80
 _PIPED_INTERVAL_S = 60.0  # min time between two lines of progress in a pipe or a file
 
 
-def say(message: str) -> None:
+def note(message: str) -> None:
     """Print a message to stderr, in one line unless the terminal is narrower."""
     bullet, space, rest = _folded(f"· {printable(message)}", stderr).partition(" ")
     stderr.print(Text.assemble((bullet, "dim"), space, rest), soft_wrap=True)
@@ -126,9 +126,9 @@ class ConsoleReporter(Reporter):
             self._stage, self._task = stage, self._bar.add_task(printable(stage), total=total, message="")
         self._bar.update(self._task, completed=step, total=total, message=printable(message))
 
-    def say(self, message: str) -> None:
+    def note(self, message: str) -> None:
         if self._chapter_start is None:
-            say(message)
+            note(message)
         else:
             console = self._bar.console
             console.print(Text(_folded(f"    {printable(message)}", console), style="dim"), soft_wrap=True)
@@ -137,7 +137,7 @@ class ConsoleReporter(Reporter):
         """Report how long the current chapter took, if there is one."""
         if self._chapter_start is not None:
             self._clear()
-            self.say(f"done in {duration(time.perf_counter() - self._chapter_start)}")
+            self.note(f"done in {duration(time.perf_counter() - self._chapter_start)}")
 
     def _print_progress(self, stage: str, step: int, total: int | None, message: str) -> None:
         """Print a line of progress, unless the last one is too recent: the first at once, so that a log shows life."""
@@ -145,7 +145,7 @@ class ConsoleReporter(Reporter):
         if now >= self._next_line:
             self._next_line = now + _PIPED_INTERVAL_S
             count = f" {step:,}/{total:,}" if total else ""
-            self.say(f"{stage}{count}{f', {message}' if message else ''}")
+            self.note(f"{stage}{count}{f', {message}' if message else ''}")
 
     def _clear(self) -> None:
         if self._task is not None:

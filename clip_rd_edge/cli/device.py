@@ -77,7 +77,7 @@ def _watch(given: dict[str, Any]) -> None:
             for reason in update.unreadable:
                 echo(f"error: {one_line(reason)}", err=True)
             count = update.kept + update.embedded
-            reporter.say(f"{update.embedded:,} embedded, {update.removed:,} removed: {count:,} images in the index")
+            reporter.note(f"{update.embedded:,} embedded, {update.removed:,} removed: {count:,} images in the index")
     echo(given["output"])
 
 
@@ -164,9 +164,9 @@ def serve(given: dict[str, Any], token_file: Path | None) -> None:
     nearest images of INDEX. GET /v1/models, /props, /health, /metrics and /openapi.json describe the server.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import say
+    from clip_rd_edge.cli.console import note
 
-    say("starting serve")
+    note("starting serve")
     token = _token(token_file)
     host = given.get("host", "127.0.0.1")
 

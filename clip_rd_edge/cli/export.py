@@ -46,7 +46,7 @@ def export(given: dict[str, Any], as_json: bool) -> None:
     """
     import clip_rd_edge as edge
     from clip_rd_edge.bundle.manifest import LABELS
-    from clip_rd_edge.cli.console import console_reporter, say
+    from clip_rd_edge.cli.console import console_reporter, note
     from clip_rd_edge.exporting.plan import BROWSER, BUILD_SHELL
     from clip_rd_edge.runtime.labels import parse_labels
     from clip_rd_edge.utils.paths import is_file
@@ -64,21 +64,21 @@ def export(given: dict[str, Any], as_json: bool) -> None:
             use = f"index {name} photos/ -o photos.index"
         steps = f"clip-rd-edge verify {name}; clip-rd-edge {use}"
         script = output / BUILD_SHELL
-        say(f"next, on the device: bash {as_word(script)}; {steps}" if is_file(script) else f"next: {steps}")
+        note(f"next, on the device: bash {as_word(script)}; {steps}" if is_file(script) else f"next: {steps}")
     echo(_as_json(bundle) if as_json else output)
 
 
 def _show(bundle: ExportedBundle, *, name: str) -> None:
     """Print the INT8 trials and the result for each tower to stderr, after the target's name if there are several."""
-    from clip_rd_edge.cli.console import print_table, say, stderr
+    from clip_rd_edge.cli.console import note, print_table, stderr
     from clip_rd_edge.utils.files import size_bytes
 
     if bundle.trials:
         print_table(_trial_table(bundle.trials), console=stderr)
-    say(f"{name}precision: {bundle.manifest.precision}, {size_bytes(bundle.folder) / 1e6:,.1f} MB")
+    note(f"{name}precision: {bundle.manifest.precision}, {size_bytes(bundle.folder) / 1e6:,.1f} MB")
     for kind, tower in bundle.manifest.towers.items():
         latency = f", {tower.measured.latency_ms_p50:.2f} ms" if tower.measured else ""
-        say(f"{name}{kind} tower: {(tower.note or tower.precision).rstrip('.')}{latency}")
+        note(f"{name}{kind} tower: {(tower.note or tower.precision).rstrip('.')}{latency}")
 
 
 def _trial_table(trials: Sequence[Trial]) -> Any:

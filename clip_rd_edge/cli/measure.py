@@ -172,7 +172,7 @@ def benchmark(
     if suite is None or output is None:
         missing = "SUITE" if suite is None else "-o FOLDER"
         raise UsageError(f"{missing} is missing.", hint="clip-rd-edge benchmark quickstart -o report")
-    from clip_rd_edge.cli.console import console_reporter, print_table, say, table_width
+    from clip_rd_edge.cli.console import console_reporter, note, print_table, table_width
 
     with console_reporter() as reporter:
         results = edge.benchmark(suite, output, **given, reporter=reporter)
@@ -182,14 +182,14 @@ def benchmark(
     for table in terminal_tables(results, table_width()):
         print_table(table)
     for remark in busy_remark(results):
-        say(remark)
+        note(remark)
     if advice := recommendation(results):
         echo(advice.replace("**", ""), prose=True)
     for skipped in results.skipped:
-        say(f"{skipped.label} was skipped: {skipped}")
+        note(f"{skipped.label} was skipped: {skipped}")
     for task in results.missing:
-        say(f"{task.name} is missing: {task.reason}")
-    say(f"The report is {output / 'report.html'}")
+        note(f"{task.name} is missing: {task.reason}")
+    note(f"The report is {output / 'report.html'}")
 
 
 def _compare(old: Path, new: Path, *, allow_busy: bool, as_json: bool) -> int:
@@ -199,7 +199,7 @@ def _compare(old: Path, new: Path, *, allow_busy: bool, as_json: bool) -> int:
     not and `allow_busy` is false.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import print_table, say
+    from clip_rd_edge.cli.console import note, print_table
     from clip_rd_edge.utils.structs import to_json
 
     changes = edge.compare(old, new)
@@ -216,7 +216,7 @@ def _compare(old: Path, new: Path, *, allow_busy: bool, as_json: bool) -> int:
         for name, reason in changes.lost.items():
             echo(f"{name} is missing in the new result: {reason}")
         for remark in changes.remarks:
-            say(remark)
+            note(remark)
         count = changes.regressions
         echo(f"{count} regression{'s' if count > 1 else ''}." if count else _without_regression(changes))
     if changes.regressions:
@@ -287,10 +287,10 @@ def report(results: tuple[Path, ...], into: Path | None) -> None:
     seeds, each a results.json or its folder: then the table has means and standard deviations of accuracy.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import say
+    from clip_rd_edge.cli.console import note
 
     tables = edge.evidence_report(results, into=into)
     if into is None:
         echo(tables, prose=True)
     else:
-        say(f"written: {into}")
+        note(f"written: {into}")

@@ -32,14 +32,14 @@ def distill(given: dict[str, Any]) -> None:
     """
     import clip_rd_edge as edge
     from clip_rd_edge.bundle.runs import CALIBRATION_FILE, STUDENT_FOLDER
-    from clip_rd_edge.cli.console import console_reporter, first_process, say
+    from clip_rd_edge.cli.console import console_reporter, first_process, note
     from clip_rd_edge.utils.paths import is_file
 
     with console_reporter() as reporter:
         run = edge.distill(**given, reporter=reporter)
     # A run on texts alone, or on a few pairs, has no images to calibrate INT8 with.
     calibration = "" if is_file(run / CALIBRATION_FILE) else " --calibration pairs.csv"
-    say(f"next: clip-rd-edge export {as_word(run)} --precision int8{calibration} -o {as_word(run / 'bundle')}")
+    note(f"next: clip-rd-edge export {as_word(run)} --precision int8{calibration} -o {as_word(run / 'bundle')}")
     if first_process:
         echo(run / STUDENT_FOLDER)
 
@@ -56,13 +56,13 @@ def embed(given: dict[str, Any]) -> None:
     An interrupted command is continued by the same one. Under torchrun, and with --ray, many machines share the work.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import console_reporter, first_process, say
+    from clip_rd_edge.cli.console import console_reporter, first_process, note
 
     with console_reporter() as reporter:
         folder = edge.embed(**given, reporter=reporter)
     if first_process:
         store = as_word(folder)
-        say(f"next: clip-rd-edge distill, with the same data, teacher and views, and --store {store}")
+        note(f"next: clip-rd-edge distill, with the same data, teacher and views, and --store {store}")
         echo(folder)
 
 
@@ -104,11 +104,11 @@ def stitch(given: dict[str, Any]) -> None:
     its --teacher. It knows what its classes look like, and relates other texts to them as far as their meaning does.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import console_reporter, say
+    from clip_rd_edge.cli.console import console_reporter, note
 
     with console_reporter() as reporter:
         folder = edge.stitch(**given, reporter=reporter)
-    say(f"next: clip-rd-edge export {as_word(folder)} -o {as_word(f'{folder}-bundle')}")
+    note(f"next: clip-rd-edge export {as_word(folder)} -o {as_word(f'{folder}-bundle')}")
     echo(f"local-dir:{folder}")
 
 
@@ -126,12 +126,12 @@ def trim(given: dict[str, Any]) -> None:
     what a student starts from, which then learns MODEL's embeddings of texts in minutes.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import console_reporter, say
+    from clip_rd_edge.cli.console import console_reporter, note
 
     with console_reporter() as reporter:
         folder = edge.trim(**given, reporter=reporter)
     model, texts = as_word(given["model"]), as_word(given.get("texts", "FILE"))
-    say(
+    note(
         f"next: clip-rd-edge distill --texts {texts} --teacher {model} --student {as_word(folder)} "
         f"--batch-size 256 --lr 5e-4 -o {as_word(f'{folder}-student')}"
     )
@@ -162,7 +162,7 @@ def average(given: dict[str, Any]) -> None:
     export and distill take. Two models that were trained from different random weights have nothing good between them.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import console_reporter, print_table, say, stderr
+    from clip_rd_edge.cli.console import console_reporter, note, print_table, stderr
 
     with console_reporter() as reporter:
         result = edge.average(**given, reporter=reporter)
@@ -175,5 +175,5 @@ def average(given: dict[str, Any]) -> None:
             table.add_row(f"{point.weight:g}{chosen}", *(f"{score:.1%}" for score in point.scores.values()))
         print_table(table, console=stderr)
     folder = result.folder
-    say(f"next: clip-rd-edge export {as_word(folder)} --precision int8 -o {as_word(f'{folder}-bundle')}")
+    note(f"next: clip-rd-edge export {as_word(folder)} --precision int8 -o {as_word(f'{folder}-bundle')}")
     echo(f"local-dir:{folder}")

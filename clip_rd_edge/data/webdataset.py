@@ -116,7 +116,7 @@ class Shards:
         shards = 2 * (SHUFFLE_WINDOW / max(np.mean(self.groups), 1) + 1)
         needed = min(total, int(total * shards / len(remote)))
         if needed > (limit := cache_limit()):
-            reporter.say(
+            reporter.note(
                 f"{needed / 1e9:,.2f} GB of shards are in use at a time, but their cache holds {limit / 1e9:,.2f} GB: "
                 f"they will be fetched again and again; {LIMIT_VARIABLE} sets another limit"
             )

@@ -144,7 +144,7 @@ def load_checkpoint(
         example = f" ({problems[0]})" if problems else ""
         raise ConfigError(f"No checkpoint in {run / CHECKPOINTS_FOLDER} can be read{example}.", hint="start a new run")
     for problem in problems:
-        reporter.say(f"the checkpoint {problem}; the run goes on from step {step} instead")
+        reporter.note(f"the checkpoint {problem}; the run goes on from step {step} instead")
     if step == 0:
         return 0
     if processes.world_size > 1:  # machines need not share their files

@@ -92,7 +92,7 @@ def prepare_teacher(
     with processes.together():
         texts = texts_to_choose_from(config, setup.pairs)
     if texts:
-        reporter.say(f"the teacher chooses among {len(texts):,} texts for each image without a caption")
+        reporter.note(f"the teacher chooses among {len(texts):,} texts for each image without a caption")
         teacher = ChoosingTeacher(teacher, texts, live.embed_captions, reporter=reporter)
     if config.store is not None:
         for clip in setup.teachers:
@@ -317,7 +317,7 @@ def fill_store(
             filling.write(tasks, compute or maker.compute, reporter)
         processes.on_main(lambda: write_bytes(folder / COMPLETE, to_json(CompleteStore(len(captions)))))
         if filling.bad.summary:
-            reporter.say(filling.bad.summary)
+            reporter.note(filling.bad.summary)
 
 
 def _different_captions(maker: ShardMaker, processes: Processes) -> npt.NDArray[np.uint64]:

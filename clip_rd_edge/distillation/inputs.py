@@ -216,7 +216,7 @@ def check_inputs(
             raise UsageError(
                 f"{run} began with other inputs: {difference}.", hint=f"{', '.join(ways[:-1])}, or {ways[-1]}"
             )
-        reporter.say(f"the run goes on with changed inputs: {difference}")
+        reporter.note(f"the run goes on with changed inputs: {difference}")
     if not has_checkpoint:
         record_inputs(run, inputs)
 
@@ -468,7 +468,7 @@ def _load_models(config: RunConfig, pairs: Samples, *, name: str, processes: Pro
     if count := pairs.problems.count:
         lost = f", and about {pairs.problems.lost:,} are lost in damaged shards" if pairs.problems.lost else ""
         left_out = f"{count:,} samples are not pairs and were" if count > 1 else "1 sample is not a pair and was"
-        reporter.say(f"{left_out} skipped{lost}; the first: {pairs.problems.examples[0]}")
+        reporter.note(f"{left_out} skipped{lost}; the first: {pairs.problems.examples[0]}")
     require_batch(pairs, config.recipe.batch_size, processes=processes.world_size)
     if is_texts_alone(config):
         _require_terms_of_texts(config)
@@ -482,7 +482,7 @@ def _load_models(config: RunConfig, pairs: Samples, *, name: str, processes: Pro
     teachers = load_teachers(config)
     ensemble = ensemble_of_stored(stored) if stored else ensemble_of(teachers) if teachers else None
     if ensemble and ensemble.share_text:
-        reporter.say("the teachers share a text tower: the student learns the mean of their image embeddings")
+        reporter.note("the teachers share a text tower: the student learns the mean of their image embeddings")
     seed_everything(config.seed)
     student = make_student(config, teachers, name=name, reporter=reporter)
     set_training_mode(student, config)  # refuses what cannot be frozen, before anything is written or cached

@@ -121,7 +121,7 @@ def prepare(
             hint="restore the data that it began with, or start a new run with another {output}",
         )
     if start:
-        reporter.say(f"resumed after step {start:,} of {steps:,}")
+        reporter.note(f"resumed after step {start:,} of {steps:,}")
     saved_student = dataclasses.replace(student, model=optimizer.model_to_save)
     if quantization and start == 0:
         quantization.calibrate(student, dataset, config)
@@ -189,7 +189,7 @@ def train(
             saved=start,
         )
         for name in changed_tasks(run, setup.task_fingerprints):
-            reporter.say(f"the task {name} has other images or labels: the next evaluation replaces the best student")
+            reporter.note(f"the task {name} has other images or labels: the next evaluation replaces the best student")
         loop.repeat_evaluation()
         clock = _Clock()
         batches = step_loader(dataset, sampler, workers=config.workers)
@@ -328,7 +328,7 @@ class _Loop:
             try:
                 save_if_best(self.run, student, scores, provenance=record, tasks=self.setup.task_fingerprints)
             except UsageError as error:  # such as a folder that is open in another window, on Windows
-                self.reporter.say(f"the best student is not saved: {error}")
+                self.reporter.note(f"the best student is not saved: {error}")
         return scores
 
     def report(self, done: int, result: StepResult, scores: dict[str, float], clock: _Clock) -> None:
@@ -360,7 +360,7 @@ class _Loop:
             self.tracker.write(line)
         self.reporter.update("training", done, steps, progress.message())
         if scores:
-            self.reporter.say(f"step {done:,}: {progress.evaluation_message()}")
+            self.reporter.note(f"step {done:,}: {progress.evaluation_message()}")
 
     @cached_property
     def predictions(self) -> Predictions:
@@ -378,7 +378,7 @@ class _Loop:
             if done < self.trained.steps:  # else it is plotted once the student is saved
                 plot_run(self.run, self.run / REPORT_FOLDER)
         except Exception as error:  # noqa: BLE001 - a run must not end by its plots
-            self.reporter.say(f"the plots of step {done:,} could not be drawn: {in_one_line(error)}")
+            self.reporter.note(f"the plots of step {done:,} could not be drawn: {in_one_line(error)}")
 
     def interrupted(self) -> InterruptedRunError:
         """Return the error that ends the loop on a signal."""

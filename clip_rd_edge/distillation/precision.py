@@ -41,7 +41,7 @@ def with_measured_precision(config: RunConfig, setup: RunSetup, processes: Proce
     if setup.teachers:
         precision, reason = _choose_teacher_precision(config.teacher_precision, make, batch, single.device)
         config = with_precision(config, teacher=_common_precision(precision, processes))
-        reporter.say(f"precision of the teacher{'s' if len(setup.teachers) > 1 else ''}: {reason}")
+        reporter.note(f"precision of the teacher{'s' if len(setup.teachers) > 1 else ''}: {reason}")
 
     def make_step(autocast: torch.dtype | None) -> TrainingStep:
         teacher: BatchTeacher | None = None
@@ -56,7 +56,7 @@ def with_measured_precision(config: RunConfig, setup: RunSetup, processes: Proce
         return TrainingStep(setup.student, teacher, objective, single, settings, bank=bank)
 
     precision, reason = _choose_precision(config.recipe.precision, make_step, batch, single.device)
-    reporter.say(f"precision: {reason}")
+    reporter.note(f"precision: {reason}")
     return with_precision(config, student=_common_precision(precision, processes))
 
 

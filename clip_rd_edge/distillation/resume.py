@@ -80,7 +80,7 @@ def check_folder(
     if config.recipe.objective.needing("bank") and list_checkpoints(run) and not is_finished:  # before a cache is built
         require_same_kind(began_stored=old.store is not None, is_stored=config.store is not None)
     if config.processes != old.processes:
-        reporter.say(
+        reporter.note(
             f"the run started with {old.processes} processes and continues with {config.processes}: batches and loss "
             "stay the same, but batch norms and dropout see other parts of a batch"
         )

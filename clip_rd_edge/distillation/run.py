@@ -221,7 +221,7 @@ def _run(
     is_finished = processes.from_main((run / STUDENT_FOLDER / WEIGHTS_FILE).is_file())
     if is_finished and state != "moved":
         change = processes.on_main(lambda: change_since(config, run))
-        reporter.say(f"{run} is already finished{change}")
+        reporter.note(f"{run} is already finished{change}")
         return run / STUDENT_FOLDER
     is_begun = processes.from_main(bool(list_checkpoints(run)))
     start = without_initial_weights(config) if is_begun else config
@@ -236,7 +236,7 @@ def _run(
     )
     processes.on_main(lambda: record_locations(run, config))
     if is_finished:
-        reporter.say(f"{run} is already finished")
+        reporter.note(f"{run} is already finished")
         return run / STUDENT_FOLDER
     teacher, dataset = prepare_teacher(config, setup, processes, reporter)
     trained = prepare(
@@ -267,12 +267,12 @@ def _run(
 
 def _begin(config: RunConfig, run: Path, setup: RunSetup, processes: Processes, reporter: Reporter) -> RunConfig:
     """Say what a new run is going to do, and record its configuration, with the precisions that it measures first."""
-    reporter.say(
+    reporter.note(
         f"{setup.pairs.counts}, {total_steps(config, setup.pairs):,} steps of {_batch_words(config, setup)}, "
         f"learning rate {config.recipe.learning_rate:g}"
     )
     for sentence in (*lack_of_pairs(config, setup.pairs), *frozen_at_random(config)):
-        reporter.say(sentence)
+        reporter.note(sentence)
     config = with_measured_precision(config, setup, processes, reporter)
     if processes.is_main:
         write_text(run / RUN_CONFIG_FILE, to_yaml(config))
@@ -297,7 +297,7 @@ def _save_student(
         if evaluate:  # the run has evaluated the trained weights alone
             evaluation = evaluate(encoder_of(student, trained.quantization))
             scores = ", ".join(f"{name} {value:.1%}" for name, value in evaluation.items())
-            reporter.say(f"the student with a share of {config.tuned_share:g} of the trained weights: {scores}")
+            reporter.note(f"the student with a share of {config.tuned_share:g} of the trained weights: {scores}")
     with named_divergence(run):  # which an encoder reports
         encoder = encoder_of(student, trained.quantization)
         encoder.encode_images([Image.new("RGB", (1, 1))])
@@ -307,18 +307,18 @@ def _save_student(
         try:  # a run must not end by what only INT8 needs
             keep_pairs(run, choose_pairs(setup.pairs, preprocessing=student.preprocessing, max_bad=config.max_bad))
         except Exception as error:  # noqa: BLE001 - too few pairs, or images that cannot be read now
-            reporter.say(f"no images are kept to calibrate INT8 with: {in_one_line(error)}")
+            reporter.note(f"no images are kept to calibrate INT8 with: {in_one_line(error)}")
     record = {**provenance(config, setup, steps=trained.steps), "evaluation": evaluation}
     save_clip(run / STUDENT_FOLDER, student, provenance=record)
     embeddings = dict[str, tuple[Embeddings, Embeddings]]()
     try:  # the student is there: a run must not end by its plots
         embeddings = histogram_embeddings(config, setup)
     except Exception as error:  # noqa: BLE001 - also images that cannot be read now
-        reporter.say(f"the similarities of pairs could not be plotted: {in_one_line(error)}")
+        reporter.note(f"the similarities of pairs could not be plotted: {in_one_line(error)}")
     try:
         plot_run(run, run / REPORT_FOLDER, embeddings)
     except Exception as error:  # noqa: BLE001
-        reporter.say(f"the plots in {run / REPORT_FOLDER} could not be drawn: {in_one_line(error)}")
+        reporter.note(f"the plots in {run / REPORT_FOLDER} could not be drawn: {in_one_line(error)}")
 
 
 def _batch_words(config: RunConfig, setup: RunSetup) -> str:

@@ -162,13 +162,13 @@ def _student_to_train(config: RunConfig, teachers: Sequence[ClipModel], name: st
             hint="choose another {pretrained_text}, or another {recipe}",
         )
     if config.pretrained_image == TEACHER:
-        reporter.say(copy_image_tower(student, teachers[0]))
+        reporter.note(copy_image_tower(student, teachers[0]))
     elif config.pretrained_image:
-        reporter.say(init_image_tower(student, config.pretrained_image))
+        reporter.note(init_image_tower(student, config.pretrained_image))
     if config.pretrained_text == TOKENS:
-        reporter.say(init_token_embeddings(student, teachers, reporter))
+        reporter.note(init_token_embeddings(student, teachers, reporter))
     elif config.pretrained_text:
-        reporter.say(init_text_tower(student, config.pretrained_text, teachers[0] if teachers else None))
+        reporter.note(init_text_tower(student, config.pretrained_text, teachers[0] if teachers else None))
     return student
 
 

@@ -194,7 +194,7 @@ class RemoteRun(Tracker):
             ) from error
         is_same = known is not None and known.identity == identity
         if known and not is_same:
-            reporter.say(f"{service.name} no longer has the run {known.identity}: {identity} replaces it")
+            reporter.note(f"{service.name} no longer has the run {known.identity}: {identity} replaces it")
         self._record(known if known and is_same else Reported(identity))
         for line in read_metrics(run):  # what a run before this one logged, but did not report
             self.write(line)
@@ -241,7 +241,7 @@ class RemoteRun(Tracker):
         write_bytes(self._path, to_json(self._all))
 
     def _say_failed(self, error: Exception) -> None:
-        self._reporter.say(
+        self._reporter.note(
             f"{self._service.name} could not be reached ({type(error).__name__}: {one_line(error)}); training goes on, "
             "and what is missing there is reported later"
         )

@@ -127,7 +127,7 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
     with torch_threads(suite.threads), exclusive_writer(folder), resumed_by_the_same_call():
         runs = list(suite.runs())
         for remark in training_data_remark(suite):
-            reporter.say(remark)
+            reporter.note(remark)
         reporter.begin("Teacher", 1, len(runs) + 1)
         if teacher is None:
             teacher = _embedded_teacher(suite, folder, reporter)
@@ -141,7 +141,7 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
             try:
                 _train_and_evaluate(config, run, folder / run.subfolder, tasks=tasks, reporter=reporter)
             except DivergedRunError as error:
-                reporter.say(str(error))
+                reporter.note(str(error))
                 diverged.append(str(run))
             else:
                 write_evidence(folder / f"{suite.name}.json", collect(suite, folder))
@@ -266,7 +266,7 @@ def _train_and_evaluate(
     # `best` was selected on the test tasks, so only the model of the last step may be evaluated on them.
     for leftover in (CHECKPOINTS_FOLDER, BEST_FOLDER):
         shutil.rmtree(run_folder / leftover, ignore_errors=True)
-    reporter.say(", ".join(f"{task.score.task} {primary_metric(task.score):.1%}" for task in result.result.tasks))
+    reporter.note(", ".join(f"{task.score.task} {primary_metric(task.score):.1%}" for task in result.result.tasks))
 
 
 def _curves(lines: Sequence[dict[str, Any]]) -> dict[str, Curve]:

@@ -109,7 +109,7 @@ def write_trimmed(
     reporter.update("loading the model")
     clip = load_clip(spec)
     trimmed = trim_text_tower(clip, layers=layers, vocabulary=vocabulary, texts=texts, reporter=reporter)
-    reporter.say(trimmed.description)
+    reporter.note(trimmed.description)
     reporter.update("writing the model")
     record = {"model": spec, "text_layers": layers, "vocabulary": vocabulary}
     save_clip(folder, trimmed.clip, provenance={**read_training_record(spec), "trimmed": record}, overwrite=overwrite)

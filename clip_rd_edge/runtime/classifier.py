@@ -205,7 +205,7 @@ class ZeroShotClassifier:
                 known.update(zip(labels, rows, strict=True))
             else:
                 reporter = self._reporter if len(new) >= _MANY_LABELS else SILENT
-                reporter.say(f"embedding {len(new):,} labels; a bundle that is exported with --labels has them at once")
+                reporter.note(f"embedding {len(new):,} labels; a bundle exported with --labels has them at once")
                 embeddings = label_embeddings(self.encoder, new, self._templates, reporter=reporter)
                 known.update(zip(new, embeddings, strict=True))
                 if key := self._cache_key(labels):  # now of where the text tower really runs

@@ -420,7 +420,7 @@ def keep_graph(
         return True
     if not usearch_is_installed():
         hint = install_command("usearch")
-        reporter.say(f"search stays exact; with usearch it takes less time from {GRAPH_FROM:,} images on: {hint}")
+        reporter.note(f"search stays exact; with usearch it takes less time from {GRAPH_FROM:,} images on: {hint}")
         return False
     usable = graph is not None
     del graph  # closes the file, which Windows does not delete before

@@ -144,7 +144,7 @@ class Indexer:
         foreign = set(self._path.iterdir()) - leftovers(self._path) if is_folder(self._path) else set()
         if is_file(self._path) or (not is_index(self._path) and foreign - {self._path / LOCK_FILE}):
             raise UsageError(f"The output {self._path} exists and is not an index.", hint="choose another {output}")
-        with exclusive_writer(self._path, on_wait=self._reporter.say, stop=self._stop) as may_write:
+        with exclusive_writer(self._path, on_wait=self._reporter.note, stop=self._stop) as may_write:
             update = self._update(watched) if may_write else None
         if update is not None:
             self._has_written, self.identity = True, file_identity(self._path / INDEX_FILE)
@@ -158,7 +158,7 @@ class Indexer:
         found, (index, rows) = index.entries, without_damage(index, rows)
         if len(index.entries) < len(found):
             count = len(found) - len(index.entries)
-            self._reporter.say(f"{count:,} embeddings in {self._path} are damaged: they are computed again")
+            self._reporter.note(f"{count:,} embeddings in {self._path} are damaged: they are computed again")
         listing = watched.listing if watched else Listing(self._folder)
         listed_ns = int((now_in(self._path) - (time.monotonic() - listing.began)) * 1e9)
         if not listing.stamps or is_empty_folder(self._folder):  # it may have gone since it was listed
@@ -207,7 +207,7 @@ class Indexer:
                 f"Another model's index has been put at {path}: it stays, and the watch ends.",
                 hint="watch with the bundle that made it, or choose another {output}",
             )
-        self._reporter.say(
+        self._reporter.note(
             f"another model made {path}: its {len(index.entries):,} images are embedded again, and it stays until then"
         )
         if is_index(path / NEXT):

@@ -133,7 +133,7 @@ def watch_index(
         started = clock()
         listing, update, messages = Listing(folder), None, list[str]()
         if not listing.stamps and not waiting:
-            reporter.say(f"{folder} has no images: waiting for some")
+            reporter.note(f"{folder} has no images: waiting for some")
         waiting = not listing.stamps
         if listing.stamps:  # an unmounted folder has none, and removes none
             images.look(listing, started)

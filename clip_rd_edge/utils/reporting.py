@@ -18,7 +18,7 @@ class Reporter:
             message: figures to show beside the progress bar, such as the loss.
         """
 
-    def say(self, message: str) -> None:
+    def note(self, message: str) -> None:
         """Report a decision or a result, in one sentence that stays on the screen."""
 
 
@@ -44,8 +44,8 @@ class PrefixedReporter(Reporter):
     def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
         self._reporter.update(f"{self._prefix}{stage}", step, total, message)
 
-    def say(self, message: str) -> None:
-        self._reporter.say(message)
+    def note(self, message: str) -> None:
+        self._reporter.note(message)
 
 
 SILENT = Reporter()

@@ -43,7 +43,7 @@ def test_that_many_labels_are_embedded_is_said_once(
     command = "classify", colour_bundle, colour_images / "red.png", "--labels", labels, "--top", "1"
     code, output, error = command_line(*command)
     assert (code, "red" in output) == (0, True)
-    assert "embedding 2,100 labels; a bundle that is exported with --labels has them at once" in error
+    assert "embedding 2,100 labels; a bundle exported with --labels has them at once" in error
     assert command_line(*command) == (0, output, "")  # they are cached
     labels.write_text("red\nblue\n")
     assert "embedding" not in command_line(*command)[2]

@@ -59,9 +59,9 @@ def test_tables_progress_and_messages_show_any_text_as_it_is(monkeypatch: pytest
     with console_reporter() as reporter:
         assert isinstance(reporter, ConsoleReporter)
         reporter.update(text, 1, 2, text)
-        reporter.say(text)
+        reporter.note(text)
         reporter.begin(text, 1, 1)
-        reporter.say(text)
+        reporter.note(text)
     assert stream.getvalue().count(printable(text)) >= 7
 
 

@@ -200,10 +200,10 @@ def test_a_cache_that_is_too_small_for_the_order_is_told(
 ) -> None:
     watch = Watch()
     load_pairs(f"{server.url}/{{000..003}}.tar", reporter=watch)
-    assert watch.said == []
+    assert watch.noted == []
     bound(2)
     load_pairs(f"{server.url}/{{000..003}}.tar", reporter=watch)
-    assert shard_files.LIMIT_VARIABLE in watch.said[0]
+    assert shard_files.LIMIT_VARIABLE in watch.noted[0]
 
 
 def test_what_waits_to_be_prefetched_does_not_keep_a_process_from_ending(server: UnreliableServer) -> None:

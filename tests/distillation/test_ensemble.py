@@ -84,7 +84,7 @@ def test_config_and_model_card_name_all_teachers(config: RunConfig, tmp_path: Pa
     watch = Watch()
     auto = msgspec.structs.replace(config, teacher_precision="auto")
     student = run_distillation(auto, run, resume=False, reporter=watch)
-    assert any(said.startswith("precision of the teachers: ") for said in watch.said)
+    assert any(said.startswith("precision of the teachers: ") for said in watch.noted)
     assert f"teacher:\n- {tmp_path}/first\n- {tmp_path}/second\n" in (run / "config.yaml").read_text()
     assert training_facts(str(student))["teacher"] == "first, second"
     record = json.loads((student / "distillation.json").read_text())
@@ -219,7 +219,7 @@ def test_teachers_that_share_a_text_tower_are_the_mean_of_both(alike: RunConfig,
     stored_config = msgspec.structs.replace(alike, store=str(tmp_path / "store"))
     watch = Watch()
     run = run_distillation(stored_config, tmp_path / "run", resume=False, reporter=watch)
-    assert "the teachers share a text tower: the student learns the mean of their image embeddings" in watch.said
+    assert "the teachers share a text tower: the student learns the mean of their image embeddings" in watch.noted
     assert weights(run)["visual.head.proj.weight"].shape[0] == WIDTHS[0]
     setup = load_setup(alike, name="student", processes=Processes())
     assert setup.ensemble is not None

@@ -70,7 +70,7 @@ def test_what_cannot_be_drawn_ends_no_run(config: RunConfig, tmp_path: Path, mon
     monkeypatch.setattr("clip_rd_edge.distillation.loop.plot_run", lambda *_: 1 / 0)
     watch = Watch()
     load_clip(str(run_distillation(config, tmp_path / "run", resume=False, reporter=watch)))
-    assert any(said.startswith("the plots of step 2 could not be drawn: ") for said in watch.said)
+    assert any(said.startswith("the plots of step 2 could not be drawn: ") for said in watch.noted)
 
 
 @pytest.mark.parametrize("source", ["pairs", "classes", "captions"])

@@ -127,7 +127,7 @@ def test_torch_settings_of_a_host_program_change_no_weight_and_its_generators_go
 
 def test_a_run_says_at_its_beginning_that_frozen_layers_are_random(config: RunConfig, tmp_path: Path) -> None:
     class Stopping(Watch):
-        def say(self, message: str) -> None:
+        def note(self, message: str) -> None:
             if "the frozen layers of the text tower keep random weights" in message:
                 raise ConnectionAbortedError
 
@@ -147,7 +147,7 @@ def test_plots_that_cannot_be_drawn_cost_no_student(
     watch = Watch()
     student = run_distillation(config, tmp_path / "run", resume=False, reporter=watch)
     load_clip(f"local-dir:{student}")
-    assert watch.said[-1] == f"the plots in {tmp_path / 'run' / 'report'} could not be drawn: no font was found"
+    assert watch.noted[-1] == f"the plots in {tmp_path / 'run' / 'report'} could not be drawn: no font was found"
 
 
 def test_a_secret_in_the_address_of_the_data_is_in_no_file_that_is_published(
@@ -166,7 +166,7 @@ def test_a_secret_in_the_address_of_the_data_is_in_no_file_that_is_published(
     assert with_secret == [run / "config.yaml"]  # which --resume needs
     record = msgspec.json.decode((student / "distillation.json").read_bytes())
     assert record["data"] == record["configuration"]["data"] == training_facts(str(run))["data"] == "{0..1}.tar"
-    assert "SECRET" not in " ".join(watch.said)
+    assert "SECRET" not in " ".join(watch.noted)
     with pytest.raises(UsageError, match=r"^\S+ began with other inputs: \{0\.\.1\}\.tar with 24 pairs") as refusal:
         distil(msgspec.structs.replace(config, data=str(tmp_path / "1.tar")), run, resume=True)
     assert refusal.value.hint.startswith(f"name those that it began with, the data in {run / 'config.yaml'}, or")
@@ -274,7 +274,7 @@ def test_a_signal_saves_the_state_and_tells_how_to_resume(config: RunConfig, tmp
     assert error.value.exit_code == 75
     watch = Watch()
     resumed = run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
-    assert "resumed after step 3 of 8" in watch.said
+    assert "resumed after step 3 of 8" in watch.noted
     assert_same_weights(resumed, distil(config, tmp_path / "uninterrupted"))
 
 
@@ -304,8 +304,8 @@ def test_a_checkpoint_with_one_flipped_bit_is_skipped_and_named(
     state.write_bytes(content)
     watch = Watch()
     resumed = run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
-    assert any("step-8: state.pt does not match its checksum" in sentence for sentence in watch.said)
-    assert any("goes on from step 6" in sentence for sentence in watch.said)
+    assert any("step-8: state.pt does not match its checksum" in sentence for sentence in watch.noted)
+    assert any("goes on from step 6" in sentence for sentence in watch.noted)
     assert_same_weights(resumed, distil(config, tmp_path / "uninterrupted"))
 
 
@@ -380,7 +380,7 @@ def test_a_run_whose_inputs_were_replaced_is_resumed_only_when_that_is_accepted(
     watch = Watch(on_step=stop_at(5))
     with pytest.raises(MemoryError):
         run_distillation(config, tmp_path / "run", resume=True, accept_changes=True, reporter=watch)
-    assert any(difference in sentence for sentence in watch.said)
+    assert any(difference in sentence for sentence in watch.noted)
     distil(config, tmp_path / "run", resume=True)  # with the inputs that were accepted
 
 
@@ -479,7 +479,7 @@ def test_a_run_without_a_checkpoint_is_resumed_with_the_inputs_that_are_there_no
     difference, watch = other_captions(config), Watch(on_step=stop_at(2))
     with pytest.raises(MemoryError):
         run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
-    assert any(difference in sentence for sentence in watch.said)
+    assert any(difference in sentence for sentence in watch.noted)
 
 
 def test_a_trained_student_that_was_replaced_is_noticed(config: RunConfig, tmp_path: Path) -> None:
@@ -526,7 +526,7 @@ def test_images_that_are_out_of_reach_after_the_last_step_cost_no_trained_studen
     watch = Watch()
     student = run_distillation(config, tmp_path / "run", resume=False, reporter=watch)
     load_clip(f"local-dir:{student}")
-    assert watch.said[-1] == "the similarities of pairs could not be plotted: Cannot read http://photos: it is away"
+    assert watch.noted[-1] == "the similarities of pairs could not be plotted: Cannot read http://photos: it is away"
     assert not (tmp_path / "run" / "report" / "similarity.png").exists()
 
 
@@ -704,14 +704,14 @@ def test_resuming_a_finished_run_tells_the_inputs_that_changed_since(config: Run
         run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
         for path in (Path(config.data), *Path(str(config.teacher)).iterdir()):
             os.utime(path, (later, later))  # as copies have it
-    assert watch.said == [f"{tmp_path / 'run'} is already finished"] * 2
+    assert watch.noted == [f"{tmp_path / 'run'} is already finished"] * 2
     difference = other_weights(config)
     run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
-    assert f"is already finished; {difference}" in watch.said[-1]
+    assert f"is already finished; {difference}" in watch.noted[-1]
     Path(config.data).write_text("nothing\n")
     os.utime(config.data, (later, later))
     run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
-    assert f"is already finished; {config.data} and {config.teacher} changed since then" in watch.said[-1]
+    assert f"is already finished; {config.data} and {config.teacher} changed since then" in watch.noted[-1]
 
 
 def test_a_folder_in_use_or_of_another_run_is_rejected(config: RunConfig, tmp_path: Path) -> None:
@@ -947,7 +947,7 @@ def test_precision_is_measured_and_saved(config: RunConfig, tmp_path: Path) -> N
     watch.on_step = stop
     with pytest.raises(MemoryError):
         run_distillation(auto, tmp_path / "run", resume=False, reporter=watch)
-    assert any("measured: a step takes" in sentence for sentence in watch.said)
+    assert any("measured: a step takes" in sentence for sentence in watch.noted)
     saved_config = (tmp_path / "run" / "config.yaml").read_text()
     assert "precision: auto" not in saved_config
     assert np.isfinite(read_metrics(tmp_path / "run")[0]["loss"])
@@ -1005,7 +1005,7 @@ def test_a_run_goes_on_where_the_best_student_cannot_be_replaced(
     run_distillation(config, tmp_path / "run", resume=False, reporter=watch, evaluate=lambda _: {"task": next(scores)})
     best = json.loads((tmp_path / "run" / "best" / "distillation.json").read_text())
     assert best["evaluation"] == {"task": 0.5}
-    assert [line for line in watch.said if line.startswith("the best student is not saved: The output ")]
+    assert [line for line in watch.noted if line.startswith("the best student is not saved: The output ")]
 
 
 def test_evaluations_do_not_count_as_slow_training(config: RunConfig, tmp_path: Path) -> None:
@@ -1030,7 +1030,7 @@ def test_an_evaluation_that_fails_loses_no_step(config: RunConfig, tmp_path: Pat
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-2"]
     watch = Watch()
     run_distillation(config, tmp_path / "run", resume=True, reporter=watch, evaluate=lambda _: {"task": 0.5})
-    assert "resumed after step 2 of 2" in watch.said
+    assert "resumed after step 2 of 2" in watch.noted
     assert read_metrics(tmp_path / "run")[-1]["evaluation/task"] == 0.5
 
 
@@ -1070,7 +1070,7 @@ def test_the_best_student_is_that_of_the_tasks_content_whatever_its_name(config:
         run_distillation(config, run, resume=False, reporter=watch, tasks=[easy], **options)
     watch = Watch()
     run_distillation(config, run, resume=True, reporter=watch, tasks=[hard], **options)
-    assert "the task val has other images or labels: the next evaluation replaces the best student" in watch.said
+    assert "the task val has other images or labels: the next evaluation replaces the best student" in watch.noted
     best = json.loads((run / "best" / "distillation.json").read_text())
     assert (best["steps"], best["evaluation"], best["tasks_sha256"]) == (
         2,
@@ -1086,7 +1086,7 @@ def test_a_run_can_be_resumed_on_another_number_of_processes_and_reports_it(conf
     (tmp_path / "run" / "config.yaml").write_text(saved_config.replace("processes: 1", "processes: 2"))
     watch = Watch()
     run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
-    assert "started with 2 processes and continues with 1" in watch.said[0]
+    assert "started with 2 processes and continues with 1" in watch.noted[0]
 
 
 def test_the_moving_average_is_saved_and_evaluated(config: RunConfig, tmp_path: Path) -> None:

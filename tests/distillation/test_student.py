@@ -147,7 +147,7 @@ def test_a_text_tower_that_was_replaced_is_noticed(text_taken: RunConfig, tmp_pa
     watch = Watch()
     save_tiny_teacher(tmp_path / "moved", seed=3)
     assert run_distillation(moved, run, resume=True, reporter=watch) == resumed
-    assert "is already finished; the text tower that the student starts from has other weights" in watch.said[-1]
+    assert "is already finished; the text tower that the student starts from has other weights" in watch.noted[-1]
 
 
 def test_the_text_tower_of_another_model_keeps_its_context_length(text_taken: RunConfig, tmp_path: Path) -> None:

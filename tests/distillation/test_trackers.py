@@ -126,8 +126,8 @@ def test_a_service_that_fails_does_not_stop_the_run_and_gets_what_it_missed(
     service.fails = True
     for step in (2, 3):
         tracker.write({"step": step, "loss": 1.0})
-    assert len(watch.said) == 1
-    assert "Fake could not be reached (ConnectionError: no\\nroute)" in watch.said[0]
+    assert len(watch.noted) == 1
+    assert "Fake could not be reached (ConnectionError: no\\nroute)" in watch.noted[0]
     service.fails = False
     tracker.write({"step": 4, "loss": 1.0})  # too early for another attempt
     assert service.steps == [1]
@@ -192,7 +192,7 @@ def test_a_run_that_was_deleted_there_is_replaced(config: RunConfig, tmp_path: P
     (tmp_path / METRICS_FILE).write_text('{"step":1,"loss":1.0}\n')
     service.forgets = True
     remote(tmp_path, service, config, watch)
-    assert watch.said == ["Fake no longer has the run run-1: run-2 replaces it"]
+    assert watch.noted == ["Fake no longer has the run run-1: run-2 replaces it"]
     assert service.steps == [1, 1]
 
 

@@ -65,9 +65,9 @@ class Listener(Watch):
 def test_images_and_labels_alone_train_a_student(config: RunConfig, tmp_path: Path, plots: None) -> None:
     watch = Listener()
     student = run_distillation(config, tmp_path / "run", resume=False, reporter=watch)
-    assert "24 images without captions and 4 texts, 6 steps of 6 images and 6 captions" in watch.said[0]
+    assert "24 images without captions and 4 texts, 6 steps of 6 images and 6 captions" in watch.noted[0]
     assert " samples/s, " in watch.messages[-1]  # there are no pairs
-    said = " ".join(watch.said)
+    said = " ".join(watch.noted)
     assert "without pairs, these terms of the objective are 0: task, icl, vrd_kl, xrd" in said
     assert "the teacher chooses among 4 texts for each image without a caption" in said
     assert "cannot tell how often the student is right" in said
@@ -101,7 +101,7 @@ def test_texts_alone_train_the_text_tower_and_nothing_else(config: RunConfig, tm
     )
     watch = Watch()
     student = run_distillation(config, tmp_path / "run", resume=False, reporter=watch)
-    said = " ".join(watch.said)
+    said = " ".join(watch.noted)
     assert "the image tower is initialised from that of teacher" in said
     assert "4 texts, 6 steps of 4 texts" in said
     assert "fp32, as there are no images whose embedding could be timed" in said
@@ -168,7 +168,7 @@ def test_projections_need_a_term_that_keeps_images_and_texts_together(
 
 def test_the_teachers_image_tower_must_fit_the_student(config: RunConfig, tmp_path: Path) -> None:
     config = msgspec.structs.replace(config, pretrained_image="teacher")
-    with pytest.raises(ConfigError, match="image tower is resnet10t, and that of .*teacher is test_resnet"):
+    with pytest.raises(ConfigError, match=r"image tower is resnet10t, and that of .*teacher is test_resnet"):
         run_distillation(msgspec.structs.replace(config, student="resnet10t"), tmp_path / "run", resume=False)
     config = msgspec.structs.replace(config, student="test_resnet", embedding_size=8)
     with pytest.raises(ConfigError, match="embedding size is 8, and that of teacher is 24"):
@@ -219,7 +219,7 @@ def test_a_file_of_templates_is_known_by_its_content_wherever_it_lies(
     os.utime(file, (later, later))
     watch = Watch()
     run_distillation(there, run, resume=True, reporter=watch)
-    assert "pictures and texts still has 24 images without captions" in watch.said[-1]
+    assert "pictures and texts still has 24 images without captions" in watch.noted[-1]
 
 
 def test_other_templates_that_are_named_themselves_are_other_options(config: RunConfig, tmp_path: Path) -> None:

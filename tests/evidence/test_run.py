@@ -69,7 +69,7 @@ def test_a_second_writer_and_a_missing_teacher_are_errors(squares_suite: Evidenc
     watch = Watch()
     with pytest.raises(UsageError, match="no built-in teacher"):
         runs.run_evidence(squares_suite, tmp_path / "out", watch)
-    assert watch.said == [
+    assert watch.noted == [
         f"{squares_suite.data} is both trained and evaluated on: its scores say nothing about new pairs."
     ]
     with pytest.raises(UsageError, match="no finished run of the suite small"):
@@ -152,7 +152,7 @@ def test_the_other_runs_are_trained_before_those_that_diverge_end_the_suite(
             runs.run_evidence(squares_suite, tmp_path / "out", watch, teacher=teacher)
         assert (error.value.exit_code, begun) == (1, all_runs)
         assert error.value.hint.startswith("finished runs are kept: ")
-        assert "The run has diverged: the loss was not finite; no checkpoint was written yet." in watch.said
+        assert "The run has diverged: the loss was not finite; no checkpoint was written yet." in watch.noted
         written = read_evidence_file(tmp_path / "out" / "small.json")
         assert [(run.method, run.seed) for run in written.runs] == [
             (method, seed) for method, seed in all_runs if seed or method not in diverging
@@ -270,9 +270,9 @@ def test_finished_runs_are_compared_with_the_suite_before_the_first_run(
 def test_what_a_run_says_is_heard_in_a_suite() -> None:
     watch = Watch()
     clock = runs._TrainingClock(watch)
-    clock.say("the run goes on with changed inputs")
+    clock.note("the run goes on with changed inputs")
     clock.update("training", 1, 2)
-    assert (watch.said, watch.updates) == (["the run goes on with changed inputs"], [("training", 1, 2)])
+    assert (watch.noted, watch.updates) == (["the run goes on with changed inputs"], [("training", 1, 2)])
 
 
 def test_the_clock_of_a_run_stands_still_while_the_cache_is_filled_alone(monkeypatch: pytest.MonkeyPatch) -> None:

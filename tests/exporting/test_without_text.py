@@ -201,7 +201,7 @@ def test_a_benchmark_says_what_to_write_for_its_template_before_others_are_measu
     reporter, opened = Watch(), list[str]()
 
     def open_encoder(model: str) -> BundleEncoder:
-        assert "labels alone is skipped" in reporter.said[0]
+        assert "labels alone is skipped" in reporter.noted[0]
         opened.append(model)
         return load(Path(model))
 

@@ -231,7 +231,7 @@ def test_a_trimmed_student_learns_its_teachers_texts(bert: ClipModel, tmp_path: 
     texts.write_text("\n".join(f"{a} {b}" for a in WORDS for b in WORDS))
     watch = Watch()
     start = edge.trim(teacher, tmp_path / "start", text_layers=2, vocabulary=40, texts=texts, reporter=watch)
-    assert "40 of 45 tokens" in watch.said[0]
+    assert "40 of 45 tokens" in watch.noted[0]
     record = json.loads((start / "distillation.json").read_text())
     assert record["trimmed"] == {"model": str(teacher), "text_layers": 2, "vocabulary": 40}
     assert record["data"] == "somewhere"

@@ -437,7 +437,7 @@ def test_another_models_index_stays_whole_until_all_images_are_embedded_again(
     watch = interrupted_at(64)
     with pytest.raises(KeyboardInterrupt):
         update_index(encoder, colour_images, index, reporter=watch)
-    assert "another model made" in watch.said[0]
+    assert "another model made" in watch.noted[0]
     hits = search_index(index, "red", top=200)
     assert (len(hits), hits.missing) == (104, 0)
     update = update_index(encoder, colour_images, index)
@@ -665,7 +665,7 @@ def test_embeddings_that_were_damaged_on_the_disk_are_refused_and_computed_again
     watch = Watch()
     update = update_index(encoder, colour_images, index, reporter=watch)
     assert (update.embedded, update.kept, update.removed) == (1, 3, 0)
-    assert "1 embeddings" in watch.said[0]
+    assert "1 embeddings" in watch.noted[0]
     known, rows = read_index(index, memory_mapped=False)
     assert known.entries == expected[0].entries
     np.testing.assert_array_equal(rows, expected[1])

@@ -394,7 +394,7 @@ def test_a_stop_ends_the_wait_for_another_writer(watched: Folder) -> None:
     thread = threading.Thread(target=lambda: updates.extend(watch))
     with exclusive_writer(watched.index):
         thread.start()
-        wait_until(lambda: reporter.said)
+        wait_until(lambda: reporter.noted)
         stop.set()
         thread.join(PATIENCE_S)
         assert not thread.is_alive()

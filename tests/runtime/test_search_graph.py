@@ -262,7 +262,7 @@ def test_a_graph_that_cannot_be_used_is_built_again(
         missing.setattr(searching, "usearch_is_installed", lambda: False)
         reporter = Watch()
         assert not update_index(encoder, many_images, path, reporter=reporter).approximate
-        assert "search stays exact; with usearch" in reporter.said[0]
+        assert "search stays exact; with usearch" in reporter.noted[0]
         assert len(search_index(path, "blue", top=3)) == 3
     assert update_index(encoder, many_images, path).approximate  # nothing new but the package
     (file,) = path.glob(pattern)

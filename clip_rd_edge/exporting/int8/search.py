@@ -116,7 +116,7 @@ def _towers(job: Job, backend: Backend) -> list[Float32Tower]:
         for tower in towers
     ]
     if samples is None or not samples.paired:
-        job.reporter.say("there are no pairs to evaluate INT8 on: it is judged by its agreement with float32 alone")
+        job.reporter.note("there are no pairs to evaluate INT8 on: it is judged by its agreement with float32 alone")
         return towers
     images, captions = (tower.reference for tower in towers)
     assert images is not None
@@ -124,7 +124,7 @@ def _towers(job: Job, backend: Backend) -> list[Float32Tower]:
     share = top1_matches(images, captions).mean()
     chance = 1 / len(np.unique(samples.held_out.ids, axis=0))
     if share <= max(_MIN_CORRECT, chance):
-        job.reporter.say(
+        job.reporter.note(
             f"float32 answers {share:.1%} of the held-out pairs, and guessing {chance:.1%}: the points that INT8 loses "
             "say nothing"
         )

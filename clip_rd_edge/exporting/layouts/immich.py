@@ -84,7 +84,7 @@ class Immich(Layout):
         (bundle,) = bundles.values()
         write_immich(bundle, folder)
         name = immich_name(request.as_name, embedding_size=clip.embedding_size, model=clip.name)
-        request.reporter.say(where_it_goes(Path(request.output), name, clip.preprocessing))
+        request.reporter.note(where_it_goes(Path(request.output), name, clip.preprocessing))
 
 
 def where_it_goes(folder: Path, name: str, preprocessing: Preprocessing) -> str:

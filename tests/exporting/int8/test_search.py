@@ -499,7 +499,7 @@ def test_a_loss_of_a_model_that_answers_hardly_any_pair_is_said_to_mean_nothing(
     monkeypatch.setattr("clip_rd_edge.exporting.int8.search.top1_matches", correct)
     reporter = Watch()
     export("fp32", reporter=reporter)
-    assert any(line.startswith("float32 answers 0.0% of the held-out pairs") for line in reporter.said) == said
+    assert any(line.startswith("float32 answers 0.0% of the held-out pairs") for line in reporter.noted) == said
 
 
 @pytest.mark.parametrize("paired", [True, False])
@@ -508,7 +508,7 @@ def test_without_pairs_no_answer_is_taken_for_right_and_that_is_said_once(export
     reporter = Watch()
     export("fp32", reporter=reporter)
     assert [tower.correct is not None for tower in export.towers.values()] == [paired] * 2
-    assert sum("agreement with float32 alone" in line for line in reporter.said) == (not paired)
+    assert sum("agreement with float32 alone" in line for line in reporter.noted) == (not paired)
 
 
 def test_an_export_where_onnx_runtime_is_wrong_says_so_before_the_search(
