@@ -1,4 +1,4 @@
-# Two commands for a fresh clone: `make quickstart` and `make test`. Each sets itself up in .venv first.
+# For a fresh clone: `make install`, `make quickstart` and `make test`. Each sets itself up in .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,9 @@ DOCS_STAMP := $(VENV)/.docs-installed
 # Where compiled code may not be kept, as in some containers, each of the many processes of the tests compiles it anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart test lint style types script-types docs test-fast test-all dist clean
+.PHONY: install quickstart test lint style types script-types docs test-fast test-all dist clean
+
+install: $(STAMP)  ## the environment .venv, for training, exporting and the built-in data
 
 quickstart: $(STAMP)  ## the whole way on the built-in data, in minutes; interrupt and repeat as you like
 	$(BIN)/clip-rd-edge quickstart
