@@ -7,10 +7,10 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 from urllib.parse import urlsplit
 
 import click
@@ -129,12 +129,11 @@ def search(given: dict[str, Any], as_json: bool, null: bool) -> None:
         else:
             echo(f"{hit.similarity:.3f}\t{one_line(hit.path)}")
     if gone := sum(is_gone(hit.path) for hit in hits):  # and not one that this account may not look at
-        where = (
-            "index the folder again"
-            if "folder" in given
-            else "say where the folder is now with --folder, or index it again"
+        where = "" if "folder" in given else "say where the folder is now with --folder, or "
+        echo(
+            f"warning: Of these {len(hits):,} images, {gone:,} are not there any more.\nhint: {where}index it again",
+            err=True,
         )
-        echo(f"warning: Of these {len(hits):,} images, {gone:,} are not there any more.\nhint: {where}", err=True)
     if hits.missing:
         name = one_line(given["index"])
         echo(
@@ -171,9 +170,8 @@ def serve(given: dict[str, Any], token_file: Path | None) -> None:
     host = given.get("host", "127.0.0.1")
 
     def ready(url: str) -> None:
-        print_addresses(url, host)
         access = "needs the token" if token else "can be used by anyone on this network, because there is no token"
-        print_how_to_stop(host, warning=f"The server {access}; there is no encryption.")
+        announce(url, host, warning=f"The server {access}; there is no encryption.")
 
     edge.serve(**given, token=token, ready=ready)
 
@@ -208,13 +206,14 @@ def demo(given: dict[str, Any], open_page: bool) -> None:
     host = given.get("host", "127.0.0.1")
 
     def ready(url: str) -> None:
-        if others := print_addresses(url, host):
-            _print_qr_code(others[0])
-        print_how_to_stop(
+        others = announce(
+            url,
             host,
             warning="Anyone on this network can use the page and send images to it; there is no password and no "
             "encryption. Browsers on other machines do not allow the camera, because the page is not https.",
         )
+        if others:
+            _print_qr_code(others[0])
         if open_page:
             click.launch(url)
 
@@ -224,36 +223,28 @@ def demo(given: dict[str, Any], open_page: bool) -> None:
 
 def _print_qr_code(url: str) -> None:
     """Print a QR code of the URL to stderr, if that is a terminal."""
-    if not _is_terminal(sys.stderr):
-        return
-    try:
-        import segno
-    except ModuleNotFoundError:
-        return
-    segno.make(url, error="l").terminal(out=sys.stderr, compact=True)
+    if sys.stderr.isatty():
+        with suppress(ModuleNotFoundError):
+            import segno
+
+            segno.make(url, error="l").terminal(out=sys.stderr, compact=True)
 
 
-def _is_terminal(stream: TextIO) -> bool:
-    return stream.isatty()
+def announce(url: str, host: str, *, warning: str) -> list[str]:
+    """Print the addresses of a server, a warning if other machines can reach it, and how to stop it.
 
-
-def print_addresses(url: str, host: str) -> list[str]:
-    """Print the address of a server, and those for other machines, if it listens to them; return the latter."""
+    Returns the addresses for other machines.
+    """
+    from clip_rd_edge.serving.guard import is_loopback
     from clip_rd_edge.serving.server import network_urls
 
     others = network_urls(host, urlsplit(url).port or 0)
     for address in dict.fromkeys([url, *others]):
         echo(address)
-    return others
-
-
-def print_how_to_stop(host: str, *, warning: str) -> None:
-    """Print how to stop a server, after a warning if other machines can reach it."""
-    from clip_rd_edge.serving.guard import is_loopback
-
     if not is_loopback(host):
         echo(f"warning: {warning}", err=True)
     echo("Press Ctrl-C to stop.", err=True)
+    return others
 
 
 _STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}

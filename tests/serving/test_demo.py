@@ -135,8 +135,7 @@ def test_large_images_and_bodies_are_refused(client: Any, key: str, monkeypatch:
     assert protocol.MAX_PIXELS >= 8160 * 6144  # of a phone with 50 megapixels
     monkeypatch.setattr(protocol, "MAX_PIXELS", 1_000_000)
     response = client.post(f"/api/classify?labels={key}", content=png(size=(1200, 1000)))
-    message = "The image that was sent has 1200 × 1000 pixels; the limit is 1,000,000."
-    assert (response.status_code, response.json()["error"]) == (400, message)
+    assert (response.status_code, "1200 × 1000 pixels" in response.json()["error"]) == (400, True)
     monkeypatch.setattr(guard, "MAX_BODY_BYTES", 1_000_000)
     assert client.post("/api/labels", content=b" " * 1_000_001).status_code == 413
     # Without a Content-Length, the bytes are counted on arrival.

@@ -41,13 +41,7 @@ def import_onnxruntime() -> Any:
 
 
 class Overlap(NamedTuple):
-    """Several builds in one folder.
-
-    Attributes:
-        build: the one that is wanted, such as `onnxruntime-gpu`.
-        fault: what is wrong, without a full stop.
-        remedy: the command that leaves only `build`.
-    """
+    """Several builds in one folder: the one that is wanted, what is wrong, and what mends it."""
 
     build: str
     fault: str

@@ -100,7 +100,7 @@ def test_devices_and_runtimes_that_do_not_fit_are_refused(colour_bundle: Path) -
     with pytest.raises(UsageError, match=r"The runtime executorch does not run this bundle, whose files are ONNX\."):
         load(colour_bundle, runtime="executorch")
     for_executorch(colour_bundle)
-    with pytest.raises(UsageError, match=r"ExecuTorch has no device 'cuda' here; expected auto or cpu\."):
+    with pytest.raises(UsageError, match="has no device 'cuda'"):
         load(colour_bundle, device="cuda")
     with pytest.raises(UsageError, match=r"does not run this bundle, whose files are ExecuTorch\."):
         load(colour_bundle, runtime="onnxruntime")
