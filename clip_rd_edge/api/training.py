@@ -18,8 +18,8 @@ from clip_rd_edge.utils.paths import AnyPath, typed
 
 if TYPE_CHECKING:
     from clip_rd_edge.data.tasks import Task
-    from clip_rd_edge.distillation.average import AveragedModel
     from clip_rd_edge.distillation.config import RunConfig
+    from clip_rd_edge.models.edit import AveragedModel
 
 
 @keywords_of(Distill)
@@ -89,8 +89,8 @@ def average(request: Average) -> AveragedModel:
     """Average the weights of two models of one architecture: (1 − weight) · first + weight · second.
 
     A fine-tuned model has forgotten some of what its start knew; between the two there are models that are nearly as
-    good at both (WiSE-FT, Wortsman et al. 2022). With tasks, the result's `curve` and average.png in the output show
-    them. open_clip loads the result as `local-dir:PATH`.
+    good at both (WiSE-FT, Wortsman et al. 2022). With tasks, the result's `curve` shows them, which is in the output's
+    distillation.json, too. open_clip loads the result as `local-dir:PATH`.
 
     Raises:
         UsageError: `output` is in use or holds one of the two models, or the best weight has no task to be measured on.
@@ -100,11 +100,11 @@ def average(request: Average) -> AveragedModel:
     # Before the models, so that a mistyped name is reported at once.
     tasks = load_tasks(request.tasks, templates=request.templates) if request.tasks else []
 
-    from clip_rd_edge.distillation.average import average_models
+    from clip_rd_edge.models.edit import average_models
 
     return average_models(
         (typed(request.first), typed(request.second)), Path(request.output), weight=request.weight,
-        tasks=tasks, force=request.force, reporter=request.reporter,
+        score=_evaluator(tasks), force=request.force, reporter=request.reporter,
     )  # fmt: skip
 
 

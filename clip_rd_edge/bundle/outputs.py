@@ -33,7 +33,7 @@ _TOKENIZER_FILES = (
     "added_tokens.json", "chat_template.jinja", TRANSFORMERS_CONFIG, "merges.txt", "special_tokens_map.json", "*.model",
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt",
 )  # fmt: skip
-_MODEL = _Layout((CONFIG_FILE, WEIGHTS_FILE, DISTILLATION_FILE), (*_TOKENIZER_FILES, "average.png"))
+_MODEL = _Layout((CONFIG_FILE, WEIGHTS_FILE, DISTILLATION_FILE), _TOKENIZER_FILES)
 _EXPORTS = (  # beside bundles, whose manifests say what is in them
     _Layout(("index.html", "sizes.json", f"bundle/{MANIFEST}"), ("*.js", "style.css", "icon.svg", "npm/*")),  # browser
     _Layout(

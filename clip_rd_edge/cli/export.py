@@ -30,7 +30,7 @@ def export(given: dict[str, Any], as_json: bool) -> None:
     clip-rd-edge export runs/first --precision int8 --labels labels.txt -o bundle
     clip-rd-edge export runs/first --target cpu-x86 -o bundle
     clip-rd-edge export runs/first --labels labels.txt --no-text-tower -o bundle
-    clip-rd-edge export open_clip:ViT-B-32 --pretrained openai -o vit-b-32
+    clip-rd-edge export MobileCLIP2-S0@dfndr2b -o mobileclip
     clip-rd-edge export runs/first --target sm89 -o bundle
     clip-rd-edge export runs/first --format trt -o bundle
     clip-rd-edge export runs/first --target coreml -o bundle

@@ -331,21 +331,6 @@ def _short(text: str) -> str:
     return verbatim(textwrap.shorten(text, 40, placeholder=" …"))
 
 
-def plot_average(weights: Sequence[float], scores: Mapping[str, Sequence[float]], chosen: float, path: Path) -> None:
-    """Plot the accuracy of the averages of two models over the weight of the second.
-
-    Args:
-        scores: accuracy at each of the weights, by task.
-        chosen: the weight that is marked.
-    """
-    with _figure(path, 1, "Accuracy between two models", xlabel="weight of the second model") as (axis,):
-        for name, values in scores.items():
-            axis.plot(weights, [100 * value for value in values], marker="o", markersize=3, label=verbatim(name))
-        axis.axvline(chosen, color=NEUTRAL_COLOUR, linewidth=1, linestyle="--")
-        axis.set_ylabel("%")
-        axis.legend(frameon=False, fontsize=9)
-
-
 def verbatim(name: str) -> str:
     """Return a name as matplotlib takes it to draw just that: a text with two dollar signs would be a formula."""
     return name.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Trim a text tower: fewer layers, and the embeddings of those tokens alone that its texts need.
+"""Models that are made from others: with a smaller text tower, or with weights between those of two.
 
 Most of a sentence encoder is its vocabulary: MiniLM-L6 has 11.7 of its 22.6 million parameters in the embeddings of
 30,522 tokens, XLM-R 192 of 278 million in those of 250,002. Texts of one kind need a part of them, and a word without a
@@ -10,22 +10,34 @@ alike: of the 63 million parameters of ViT-B's, 25 are the embeddings of 49,408 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
-from collections.abc import Sequence
+import os
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clip_rd_edge.bundle.encoder import in_batches
-from clip_rd_edge.bundle.runs import read_training_record
+from clip_rd_edge.bundle.outputs import require_output
+from clip_rd_edge.bundle.runs import model_folder, read_training_record
 from clip_rd_edge.errors import ConfigError, UsageError
-from clip_rd_edge.models.clip import ClipModel, float32_on_cpu, parameter_count, text_module
+from clip_rd_edge.models.clip import (
+    ClipModel,
+    float32_on_cpu,
+    form_fingerprint,
+    model_fingerprint,
+    parameter_count,
+    text_module,
+)
+from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.text_towers import (
     CaptionTower,
@@ -37,6 +49,7 @@ from clip_rd_edge.models.text_towers import (
 )
 from clip_rd_edge.models.text_weights import evenly_spaced
 from clip_rd_edge.models.tokenizers import most_used_tokens, needed_tokens, pieces_of, with_tokens, write_clip_tokenizer
+from clip_rd_edge.utils.files import require_utf8_path
 from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -256,13 +269,11 @@ def _leave_out_dropout(clip: ClipModel) -> None:
 
 
 def interpolate_clip(before: ClipModel, after: ClipModel, *, share: float) -> ClipModel:
-    """Return a model with the weights (1 − share) · before + share · after.
+    """Return a model with the weights (1 − share) · before + share · after (WiSE-FT, Wortsman et al. 2022).
 
     A fine-tuned model has forgotten some of what its start knew. Between the two there are weights that are nearly as
-    good on the new data and nearly as good on the old, as long as the fine-tuning did not go far.
-
-    Args:
-        share: of the fine-tuned weights, from 0 to 1.
+    good on the new data and nearly as good on the old, as long as the fine-tuning did not go far. Counters, such as the
+    number of batches that a norm has seen, are those of `after`.
     """
     if not 0 <= share <= 1:
         raise ConfigError(f"The share of the fine-tuned weights is {share}; expected a number from 0 to 1.")
@@ -270,10 +281,93 @@ def interpolate_clip(before: ClipModel, after: ClipModel, *, share: float) -> Cl
     if {name: tensor.shape for name, tensor in old.items()} != {name: tensor.shape for name, tensor in new.items()}:
         raise ConfigError(f"{before.name} and {after.name} have different architectures; expected the same.")
     model = copy.deepcopy(after.model)
-    model.load_state_dict({name: _interpolate(old[name], tensor, share) for name, tensor in new.items()})
-    return dataclasses.replace(after, model=model)
+    model.load_state_dict(
+        {name: torch.lerp(old[name], own, share) if own.is_floating_point() else own for name, own in new.items()}
+    )
+    return replace(after, model=model)
 
 
-def _interpolate(old: Tensor, new: Tensor, share: float) -> Tensor:
-    """Interpolate weights; counters, such as the number of batches that a norm has seen, are those of `new`."""
-    return torch.lerp(old, new, share) if new.is_floating_point() else new
+class CurvePoint(msgspec.Struct, frozen=True):
+    """The accuracy of the model with this share of the second model's weights: top-1 or R@1, by task."""
+
+    weight: float
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class AveragedModel(os.PathLike[str]):
+    """An average of two models. It is path-like: pass it wherever the folder of a model is expected.
+
+    Attributes:
+        folder: an open_clip folder.
+        weight: share of the second model's weights.
+        curve: accuracy by weight, in ascending order; empty without tasks.
+    """
+
+    folder: Path
+    weight: float
+    curve: tuple[CurvePoint, ...] = ()
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+
+@float32_on_cpu()
+def average_models(
+    names: tuple[Typed, Typed],
+    folder: Path,
+    *,
+    weight: float | Literal["best"],
+    score: Callable[[TorchEncoder], dict[str, float]] | None = None,
+    force: bool = False,
+    reporter: Reporter = SILENT,
+) -> AveragedModel:
+    """Write the model with the weights (1 − weight) · first + weight · second to `folder`.
+
+    Args:
+        names: two trained models of one form.
+        weight: a number from 0 to 1; or `best` for that of the highest mean score among the weights of the curve, of
+            equal ones the nearest to 0.5.
+        score: measures a model, by task; every tenth is measured, and the weight itself.
+        force: replace an earlier average in `folder`; a folder with anything else is refused.
+    """
+    if not isinstance(weight, float | int) and weight != "best":
+        raise UsageError(f"The weight is {weight!r}; expected a number from 0 to 1, or best.")
+    if weight == "best" and score is None:
+        raise UsageError(
+            "The best weight was asked for, but there is no task to measure it on.",
+            hint="name labelled images: {tasks} my-images/, or a number: {weight} 0.5",
+        )
+    require_utf8_path(folder)
+    sources = [source for name in names if (source := model_folder(name))]
+    require_output(folder, "average", overwrite=force, sources=sources)
+    reporter.update("loading both models")
+    first, second = (load_clip(name, separate_text=True) for name in names)
+    if form_fingerprint(first) != form_fingerprint(second):
+        raise ConfigError(
+            f"{first.name} and {second.name} differ in architecture, preprocessing or tokenizer; expected models that "
+            "differ in their weights alone.",
+            hint="average a model with one that was trained from it, or two runs from the same start",
+        )
+    own = () if weight == "best" else (float(weight),)
+    curve = []
+    if score:
+        for number, share in enumerate(weights := sorted({*(tenth / 10 for tenth in range(11)), *own})):
+            reporter.update("evaluating weights", number, len(weights))
+            curve.append(CurvePoint(share, score(TorchEncoder(interpolate_clip(first, second, share=share)))))
+    best = max(curve, key=lambda p: (statistics.fmean(p.scores.values()), -abs(p.weight - 0.5)), default=None)
+    chosen = best.weight if weight == "best" and best else float(weight)
+    before, after = map(read_training_record, names)
+    record = {
+        **((after or before) if chosen > 0 else before),  # with a weight of 0, it is the first
+        "average": {
+            "models": [first.name, second.name],
+            "sha256": [model_fingerprint(first), model_fingerprint(second)],
+            "weight": chosen,
+            "chosen_by": "best" if weight == "best" else "user",
+            "curve": msgspec.to_builtins(curve),
+        },
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    save_clip(folder, interpolate_clip(first, second, share=chosen), provenance=record, overwrite=force)
+    return AveragedModel(folder, chosen, tuple(curve))

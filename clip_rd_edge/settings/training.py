@@ -91,8 +91,9 @@ class Training(_Data[Place, Names, Several], frozen=True, kw_only=True):
         "Number of fixed crops per image.", metavar="N", default="new crops every epoch", ge=0,
     )] = 0  # fmt: skip
     student: Annotated[Place, _student(
-        "The student: mobilevit_xxs, resnet18, … or any timm name; or a trained model to fine-tune: a run's folder or "
-        "local-dir:PATH.", metavar="NAME|MODEL", complete="student", resume="content",
+        "The student: mobilevit_xxs, resnet18, … or any timm name, or open_clip:NAME; or a trained model to fine-tune: "
+        "a run's folder, NAME@TAG, local-dir:PATH or hf-hub:ORG/REPO.", metavar="NAME|MODEL", complete="student",
+        resume="content",
     )]  # fmt: skip
     image_size: Annotated[int, _student(
         "Edge of the input images in pixels.", metavar="PIXELS", default="224, or the trained model's", ge=16, le=2_048,

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.mathtext import MathTextParser
 
 from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, METRICS_FILE
-from clip_rd_edge.distillation.metrics import plot_average, plot_run
+from clip_rd_edge.distillation.metrics import plot_run
 
 pytestmark = pytest.mark.usefixtures("plots")
 
@@ -25,6 +25,5 @@ def test_the_name_of_a_task_is_no_formula(task: str, tmp_path: Path, monkeypatch
     monkeypatch.setattr(MathTextParser, "parse", recorded)
     (tmp_path / METRICS_FILE).write_text(json.dumps({"step": 1, EVALUATION_PREFIX + task: 0.5}) + "\n")
     plot_run(tmp_path, tmp_path / "report")
-    plot_average([0, 1], {task: [0.1, 0.2]}, 0, tmp_path / "report" / "average.png")
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {"evaluation.png", "average.png"}
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"evaluation.png"}
     assert formulas == []

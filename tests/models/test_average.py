@@ -1,0 +1,170 @@
+"""Averages of two models, and the accuracy between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from support import Watch
+
+import clip_rd_edge as edge
+from clip_rd_edge.bundle.runs import was_quantized_in_training
+from clip_rd_edge.errors import ConfigError, UsageError
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.edit import average_models, interpolate_clip
+from clip_rd_edge.models.load import load_clip, save_clip
+from clip_rd_edge.models.students import build_student, student_config
+from clip_rd_edge.utils.paths import typed
+
+RECORD = {"recipe": "clip", "data": "emoji", "evaluation": {"x": 1.0}, "date": "2020-01-01T00:00:00+00:00"}
+
+
+def build(seed: int, *, text_cfg: dict[str, Any] | None = None, **changes: Any) -> ClipModel:
+    torch.manual_seed(seed)
+    settings = {"embedding_size": 16, "image_size": 32, "text": "64x1", "context_length": 8, **changes}
+    config = student_config("test_resnet", **settings)
+    config["model_cfg"]["text_cfg"] |= text_cfg or {}
+    return build_student(config, name=f"model {seed}")
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Path, Path]:
+    """A model, and the same with other weights, with a record of its training."""
+    save_clip(tmp_path / "first", build(0), provenance={})
+    save_clip(tmp_path / "second", build(1), provenance=RECORD)
+    return tmp_path / "first", tmp_path / "second"
+
+
+def test_weights_and_statistics_are_interpolated_and_counters_taken_from_after() -> None:
+    before, after = build(0), build(1)
+    after.model(torch.randn(4, 3, 32, 32), torch.ones(4, 8, dtype=torch.long))  # moves the batch norms' statistics
+    old, new = ({k: v.clone() for k, v in clip.model.state_dict().items()} for clip in (before, after))
+    for share in (0.0, 0.75, 1.0):
+        between = interpolate_clip(before, after, share=share).model.state_dict()
+        assert any(name.endswith("running_mean") for name in between)
+        for name, tensor in between.items():
+            exact = (1 - share) * old[name] + share * new[name] if tensor.is_floating_point() else new[name]
+            torch.testing.assert_close(tensor, exact)
+    assert all(torch.equal(tensor, new[name]) for name, tensor in after.model.state_dict().items())
+    for other, share in ((build(1, embedding_size=24), 0.5), (after, 1.5)):
+        with pytest.raises(ConfigError):
+            interpolate_clip(before, other, share=share)
+
+
+def test_the_result_has_the_weights_between_and_the_record_of_the_training(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    result = edge.average(*models, tmp_path / "between", weight=0.25)
+    assert (result.weight, result.curve, Path(result)) == (0.25, (), tmp_path / "between")
+    first, second, between = (load_clip(typed(os.fspath(path))).model.state_dict() for path in (*models, result))
+    for name, tensor in between.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, 0.75 * first[name] + 0.25 * second[name])
+    record = json.loads((result.folder / "distillation.json").read_text())
+    assert (record["recipe"], record["average"]["weight"], record["average"]["chosen_by"]) == ("clip", 0.25, "user")
+    assert record["average"]["models"] == ["first", "second"]
+    assert len(set(record["average"]["sha256"])) == 2
+    assert "evaluation" not in record
+    assert record["date"] != RECORD["date"]
+
+
+def test_weights_trained_for_int8_are_told_from_those_that_were_not(tmp_path: Path) -> None:
+    names = {"plain": {"quantize": None}, "int8": {"quantize": "int8", "tuned_share": 0.5}}
+    names["start"] = {"quantize": "int8", "tuned_share": 0.0}  # of which the trained weights have no share
+    for seed, (name, configuration) in enumerate(names.items()):
+        save_clip(tmp_path / name, build(seed), provenance={"configuration": configuration})
+    for first, second, weight in (("plain", "int8", 0.5), ("plain", "int8", 0.0), ("int8", "plain", 0.0)):
+        edge.average(tmp_path / first, tmp_path / second, tmp_path / f"{first}-{second}-{weight}", weight=weight)
+    adapted = {path.name for path in tmp_path.iterdir() if was_quantized_in_training(str(path))}
+    assert adapted == {"int8", "plain-int8-0.5", "int8-plain-0.0"}
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([0, 1, 2, 3, 4, 5, 6, 7, 9, 8, 0], 0.8),
+        ([5, 1, 1, 1, 1, 1, 5, 1, 1, 1, 5], 0.6),  # of equal ones, the nearest to the middle
+    ],
+)
+def test_the_best_weight_has_the_highest_mean(
+    models: tuple[Path, Path], tmp_path: Path, scores: list[int], best: float
+) -> None:
+    measured = iter({"new": value / 10, "old": 1 - value / 20} for value in scores)
+    names = typed(models[0]), typed(models[1])
+    result = average_models(names, tmp_path / "between", weight="best", score=lambda encoder: next(measured))
+    assert result.weight == best
+    record = json.loads((tmp_path / "between" / "distillation.json").read_text())
+    assert (record["average"]["weight"], record["average"]["chosen_by"]) == (best, "best")
+
+
+def test_models_that_differ_in_more_than_their_weights_are_refused(tmp_path: Path) -> None:
+    changes: list[dict[str, Any]] = [
+        {"text_cfg": {"heads": 2}}, {"text_cfg": {"no_causal_mask": True}}, {"text_cfg": {"pool_type": "last"}},
+        {"embedding_size": 24}, {"image_size": 64}, {"context_length": 9},
+    ]  # fmt: skip
+    save_clip(tmp_path / "first", build(0), provenance={})
+    others = [build(1, **change) for change in changes]
+    seen = msgspec.structs.replace(others[0].preprocessing, resize_mode="squash")
+    others.append(dataclasses.replace(build(1), preprocessing=seen))
+    for number, other in enumerate(others):
+        save_clip(tmp_path / str(number), other, provenance={})
+        with pytest.raises(ConfigError):
+            edge.average(tmp_path / "first", tmp_path / str(number), tmp_path / "between")
+    assert not (tmp_path / "between").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"weight": "best"}, UsageError),
+        ({"weight": "most"}, UsageError),
+        ({"weight": 1.5}, ConfigError),
+        ({"tasks": "emoji:unseen"}, edge.InputError),
+    ],
+)
+def test_wrong_options_leave_nothing(
+    models: tuple[Path, Path], tmp_path: Path, options: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        edge.average(*models, tmp_path / "between", **options)
+    assert not (tmp_path / "between").exists()
+
+
+def test_an_output_that_is_in_use_or_holds_a_model_is_kept(models: tuple[Path, Path], tmp_path: Path) -> None:
+    edge.average(*models, tmp_path / "between")
+    assert edge.average(*models, tmp_path / "between", weight=1, force=True).weight == 1
+    for folder, force in ((tmp_path / "between", False), (models[0], True), (tmp_path, True)):
+        with pytest.raises(UsageError):
+            edge.average(*models, folder, force=force)
+    checkpoint = tmp_path / "meanwhile" / "checkpoints" / "step-5000"
+    watch = Watch("loading both models", lambda step: checkpoint.mkdir(parents=True))
+    with pytest.raises(UsageError):
+        edge.average(*models, tmp_path / "meanwhile", reporter=watch)
+    assert [path.name for path in checkpoint.parents[1].iterdir()] == ["checkpoints"]
+
+
+def test_the_command_prints_the_curve_and_the_name_of_the_model(
+    command_line: Callable[..., tuple[int, str, str]], models: tuple[Path, Path], colour_images: Path, tmp_path: Path
+) -> None:
+    for colour in ("red", "green", "blue"):
+        (tmp_path / "task" / colour).mkdir(parents=True)
+        (path,) = colour_images.glob(f"{colour}.*")
+        (tmp_path / "task" / colour / path.name).write_bytes(path.read_bytes())
+    between = tmp_path / "between"
+    code, output, error = command_line(
+        "average", *models, "--weight", "0.35", "--task", tmp_path / "task", "-o", between
+    )
+    assert (code, output.strip()) == (0, f"local-dir:{between}")
+    assert error.count("←") == 1
+    curve = json.loads((between / "distillation.json").read_text())["average"]["curve"]
+    assert [point["weight"] for point in curve] == sorted([*(number / 10 for number in range(11)), 0.35])
+    for path, point in zip((*models, between), (curve[0], curve[-1], curve[4]), strict=True):
+        (score,) = edge.evaluate(path, str(tmp_path / "task"))
+        assert point["scores"] == {"task": score.top1}  # type: ignore[union-attr]
