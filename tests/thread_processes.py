@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.distillation.processes import Member, Processes, Stopped
+from clip_rd_edge.distillation.processes import Processes, Stopped
 from clip_rd_edge.errors import ClipRdEdgeError
 
 
@@ -48,6 +48,9 @@ class Threads(Processes):
 
     def from_main(self, value: Any) -> Any:
         return self.exchange.all(self.rank, value)[0]
+
+    def meet(self) -> None:
+        self.exchange.barrier.wait()
 
     def barrier(self) -> None:
         self.exchange.barrier.wait()
@@ -90,11 +93,10 @@ def call_in_threads(count: int, action: Callable[[Threads], Any], *, hosts: str 
         hosts: one letter per process, the name of its machine; empty if that is not known.
     """
     exchange = Exchange(count)
-    members = tuple(Member(host, 1) for host in hosts)
 
     def call(rank: int) -> Any:
         try:
-            return action(Threads(rank=rank, world_size=count, members=members, exchange=exchange))
+            return action(Threads(rank=rank, world_size=count, hosts=tuple(hosts), exchange=exchange))
         except (ClipRdEdgeError, Stopped) as error:
             return error
 

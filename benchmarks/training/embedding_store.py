@@ -22,9 +22,9 @@ from PIL import Image
 
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.embed import ShardMaker, fill_store
-from clip_rd_edge.distillation.inputs import load_setup, make_dataset
 from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.processes import Processes
+from clip_rd_edge.distillation.setup import load_setup, make_dataset
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.store import open_stores
 from clip_rd_edge.distillation.teacher import LiveTeacher, StoredTeacher, Teacher, ensemble_of

@@ -32,7 +32,7 @@ def distill(request: Distill) -> Path:
         InterruptedRunError: a signal stopped the run; its state was saved.
     """
     from clip_rd_edge.distillation.config import resolve
-    from clip_rd_edge.distillation.run import run_distillation
+    from clip_rd_edge.distillation.distill import run_distillation
     from clip_rd_edge.utils.files import require_utf8_path
 
     with _told_to_all_processes():

@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop: a step, and what follows it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import DISTILLATION_FILE, REPORT_FOLDER
-from clip_rd_edge.data.samples import BadSamples, Samples
 from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.checkpoint import (
     BEST_FOLDER,
@@ -25,197 +22,282 @@ from clip_rd_edge.distillation.checkpoint import (
     save_checkpoint,
     seed_everything,
 )
-from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.inputs import RunSetup, provenance
 from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distillation.metrics import (
-    EncoderOfAllProcesses,
-    MetricsLog,
-    Progress,
-    metrics_line,
-    peak_memory_on,
-    plot_run,
-)
+from clip_rd_edge.distillation.metrics import EncoderOfAllProcesses, MetricsLog, Progress, peak_memory_on, plot_run
 from clip_rd_edge.distillation.optimizer import RunOptimizer, diverged_error, named_divergence
-from clip_rd_edge.distillation.processes import Processes, Stopped, StopRequest, stop_on_signals
+from clip_rd_edge.distillation.processes import Stopped
 from clip_rd_edge.distillation.quantized import Quantization
+from clip_rd_edge.distillation.run import Run
+from clip_rd_edge.distillation.setup import RunSetup, provenance
 from clip_rd_edge.distillation.step import AUTOCAST, StepResult, TrainingStep, step_settings
 from clip_rd_edge.distillation.student import set_training_mode
 from clip_rd_edge.distillation.teacher import BatchTeacher
 from clip_rd_edge.distillation.trackers import Tracker, open_tracker
-from clip_rd_edge.errors import InterruptedRunError, UsageError, in_one_line
+from clip_rd_edge.errors import UsageError, in_one_line
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.utils.host import FREED_MEMORY_KEPT
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 if TYPE_CHECKING:
     from clip_rd_edge.distillation.metrics import Predictions
 
 
-def total_steps(config: RunConfig, pairs: Samples) -> int:
-    """Return the number of steps of a run: the recipe's `steps`, or its epochs times the full batches per epoch."""
-    return config.recipe.steps or config.recipe.epochs * (len(pairs) // config.recipe.batch_size)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a run trains, as its newest checkpoint left it.
-
-    Attributes:
-        compute: computes gradients from a batch; `optimizer` applies them.
-        parts: what a checkpoint holds, by its key there; `bad` are the samples among them that could not be read.
-        student, encoder: what is saved and evaluated: the moving average if there is one, else the trained model.
-        start, steps: completed steps, and steps in total.
-        quantization: the rounding that it is trained under, if any.
-    """
-
-    compute: TrainingStep
-    optimizer: RunOptimizer
-    parts: dict[str, Stateful]
-    bad: BadSamples
-    student: ClipModel
-    encoder: TorchEncoder
-    start: int
-    steps: int
-    quantization: Quantization | None
-
-
-def prepare(
-    config: RunConfig,
-    run: Path,
-    setup: RunSetup,
-    *,
-    teacher: BatchTeacher | None,
-    dataset: ViewDataset,
-    processes: Processes,
-    reporter: Reporter,
-    bank_source: str | None = None,
-) -> Trained:
-    """Move student and objective to the device, and restore their state, and all else that training changes.
+class TrainingState:
+    """What training changes, restored from the run's newest checkpoint; student and objective are on the device.
 
     Args:
-        config: resolved; its precision is not `auto`.
         teacher: None if the objective does not need one.
         bank_source: names the teachers whose embeddings a bank holds.
+
+    Attributes:
+        done, steps: completed steps, and steps in total.
+        saved: the last step whose state was saved.
+        parts: what a checkpoint holds, by its key there.
+        bad: the samples that could not be read.
+        student, encoder: what is saved and evaluated: the moving average if there is one, else the trained model.
+        quantization: the rounding that the student is trained under, if any.
     """
-    recipe, steps, student = config.recipe, total_steps(config, setup.pairs), setup.student
-    seed_everything(config.seed)
-    model = to_device(student.model, processes.device)
-    objective = setup.objective.to(processes.device)
-    set_training_mode(student, config)
-    optimizer = RunOptimizer(model, objective, recipe, steps=steps)
-    parts: dict[str, Stateful] = {"model": model, "objective": objective, "update": optimizer, "bad": dataset.bad}
-    quantization = Quantization() if config.quantize else None
-    if quantization:
-        parts["ranges"] = quantization.ranges
-    bank = make_bank(config, len(setup.pairs), dataset.store, setup.ensemble, processes.device, source=bank_source)
-    if bank:
-        parts["bank"] = bank
-    start = load_checkpoint(run, parts, processes, reporter=reporter)
-    if start > steps:
-        raise UsageError(
-            f"{run} has done {start:,} steps, and {config.recipe.epochs:,} epochs of {len(setup.pairs):,} pairs have "
-            f"{steps:,}.",
-            hint="restore the data that it began with, or start a new run with another {output}",
+
+    def __init__(
+        self, run: Run, setup: RunSetup, teacher: BatchTeacher | None, dataset: ViewDataset, *, bank_source: str
+    ) -> None:
+        config, recipe, processes = run.config, run.config.recipe, run.processes
+        self.steps, self.bad = setup.total_steps(config), dataset.bad
+        seed_everything(config.seed)
+        model = to_device(setup.student.model, processes.device)
+        objective = setup.objective.to(processes.device)
+        set_training_mode(setup.student, config)
+        self.optimizer = RunOptimizer(model, objective, recipe, steps=self.steps)
+        self.parts: dict[str, Stateful] = {
+            "model": model, "objective": objective, "update": self.optimizer, "bad": self.bad,
+        }  # fmt: skip
+        self.quantization = Quantization() if config.quantize else None
+        if self.quantization:
+            self.parts["ranges"] = self.quantization.ranges
+        count = len(setup.pairs)
+        bank = make_bank(config, count, dataset.store, setup.ensemble, processes.device, source=bank_source)
+        if bank:
+            self.parts["bank"] = bank
+        self.done = self.saved = load_checkpoint(run.folder, self.parts, processes, reporter=run.reporter)
+        if self.done > self.steps:
+            raise UsageError(
+                f"{run.folder} has done {self.done:,} steps, and {recipe.epochs:,} epochs of {count:,} pairs have "
+                f"{self.steps:,}.",
+                hint="restore the data that it began with, or start a new run with another {output}",
+            )
+        if self.done:
+            run.reporter.note(f"resumed after step {self.done:,} of {self.steps:,}")
+        self.student = dataclasses.replace(setup.student, model=self.optimizer.model_to_save)
+        if self.quantization and not self.done:
+            self.quantization.calibrate(setup.student, dataset, config)
+        self._compute = TrainingStep(
+            setup.student,
+            teacher,
+            objective,
+            processes,
+            step_settings(config, AUTOCAST[recipe.precision], processes.device),
+            image_tower=self.quantization.tower(setup.student) if self.quantization else None,
+            bank=bank,
         )
-    if start:
-        reporter.note(f"resumed after step {start:,} of {steps:,}")
-    saved_student = dataclasses.replace(student, model=optimizer.model_to_save)
-    if quantization and start == 0:
-        quantization.calibrate(student, dataset, config)
-    compute = TrainingStep(
-        student,
-        teacher,
-        objective,
-        processes,
-        step_settings(config, AUTOCAST[recipe.precision], processes.device),
-        image_tower=quantization.tower(student) if quantization else None,
-        bank=bank,
-    )
-    encoder = encoder_of(saved_student, quantization)
-    return Trained(compute, optimizer, parts, dataset.bad, saved_student, encoder, start, steps, quantization)
+        self.encoder = self.encoder_of(self.student)
+
+    def encoder_of(self, student: ClipModel) -> TorchEncoder:
+        """Return what evaluates a student of the run, under the rounding that the run trains for."""
+        return TorchEncoder(student, image_tower=self.quantization.tower(student) if self.quantization else None)
+
+    def train_on(self, batch: Batch, folder: Path) -> StepResult:
+        """Update the weights with the gradients of a batch."""
+        result = self._compute(batch, self.done, loss_scale=self.optimizer.loss_scale)
+        self.optimizer.apply(self.done, result.loss.total.item(), run=folder)
+        self.done += 1
+        return result
 
 
-def encoder_of(student: ClipModel, quantization: Quantization | None) -> TorchEncoder:
-    """Return what evaluates a student of a run, under the rounding that the run trains for."""
-    return TorchEncoder(student, image_tower=quantization.tower(student) if quantization else None)
+class Training:
+    """The steps of a run, and what follows each of them.
 
-
-def train(
-    config: RunConfig,
-    run: Path,
-    setup: RunSetup,
-    trained: Trained,
-    *,
-    dataset: ViewDataset,
-    processes: Processes,
-    reporter: Reporter = SILENT,
-    evaluate: Callable[[Encoder], dict[str, float]] | None = None,
-) -> None:
-    """Train the student from where `prepare` left it.
-
-    Args:
-        config: resolved; its precision is not `auto`.
-        evaluate: called with the student every `config.evaluate_every` steps and at the end, in all processes with an
-            encoder that they share. Its scores are added to the metrics, and the best student is saved as `RUN/best`.
+    Attributes:
+        result: of the last step.
+        scores: of the evaluation after it; empty without one.
+        is_stopping: whether the run ends after this step, as a signal has requested in one of the processes.
     """
-    start, steps = trained.start, trained.steps
-    log = MetricsLog(run, start=start) if processes.is_main else None
-    tracker = open_tracker(config, run, start=start, reporter=reporter) if processes.is_main else Tracker()
-    sampler = StepSampler(
-        setup.pairs.groups,
-        config.recipe.batch_size,
-        seed=config.seed,
-        start=start,
-        stop=steps,
-        rank=processes.rank,
-        processes=processes.world_size,
-        prefetch=setup.pairs.prefetch,
-    )
-    with stop_on_signals() as request, request.deferred(), tracker, FREED_MEMORY_KEPT:
-        loop = _Loop(
-            config=config,
-            run=run,
-            setup=setup,
-            trained=trained,
-            processes=processes,
-            request=request,
-            log=log,
-            tracker=tracker,
-            reporter=reporter,
-            evaluate=evaluate,
-            saved=start,
+
+    def __init__(self, run: Run, setup: RunSetup, state: TrainingState, dataset: ViewDataset) -> None:
+        self.run, self.setup, self.state, self.dataset = run, setup, state, dataset
+        self._start, is_main = state.done, run.processes.is_main
+        self._log = MetricsLog(run.folder, start=self._start) if is_main else None
+        self._tracker = Tracker()
+        if is_main:
+            self._tracker = open_tracker(run.config, run.folder, start=self._start, reporter=run.reporter)
+        self.scores, self._clock = dict[str, float](), _Clock()
+        self.is_stopping = self._is_save_due = False
+
+    def __call__(self) -> None:
+        """Train from where the state is to the last step."""
+        run, state = self.run, self.state
+        hooks = (self.save, self.evaluate, self.report, self.draw, self.stop)
+        with run.stop.deferred(), self._tracker, FREED_MEMORY_KEPT:
+            for name in changed_tasks(run.folder, self.setup.task_fingerprints):
+                run.reporter.note(
+                    f"the task {name} has other images or labels: the next evaluation replaces the best student"
+                )
+            self._repeat_evaluation()
+            self._clock = _Clock()
+            for batch in self._batches():
+                self.result = state.train_on(batch, run.folder)
+                self._exchange()
+                for hook in hooks:  # in this order: an evaluation that fails loses no step
+                    hook()
+            if run.stop:  # during the evaluation of a run whose last step was done before
+                raise run.interrupted(state.steps, state.steps)
+
+    def _batches(self) -> Iterator[Batch]:
+        """Yield the batches; a signal that arrives meanwhile stops a single process, its state saved."""
+        run, state, recipe = self.run, self.state, self.run.config.recipe
+        sampler = StepSampler(
+            self.setup.pairs.groups,
+            recipe.batch_size,
+            seed=run.config.seed,
+            start=self._start,
+            stop=state.steps,
+            rank=run.processes.rank,
+            processes=run.processes.world_size,
+            prefetch=self.setup.pairs.prefetch,
         )
-        for name in changed_tasks(run, setup.task_fingerprints):
-            reporter.note(f"the task {name} has other images or labels: the next evaluation replaces the best student")
-        loop.repeat_evaluation()
-        clock = _Clock()
-        batches = step_loader(dataset, sampler, workers=config.workers)
-        for step in range(start, steps):
-            with clock.waiting():
-                batch = loop.next_batch(batches, step)
-            result = loop.update(batch, step)
-            done = step + 1
-            unshared, stop_requests = processes.sum(dataset.bad.unshared, int(bool(request)))
-            if unshared:
-                dataset.bad.share(processes.gather_objects)
-            is_stopping = stop_requests > 0
-            loop.save(done, is_stopping=is_stopping)  # before an evaluation, which may fail, as for a damaged image
-            with clock.evaluating():
-                scores = loop.scores(done)
-            loop.report(done, result, scores, clock)
-            with clock.evaluating():
-                loop.draw(done)
-            if not is_stopping and loop.is_evaluation_due(done) and processes.any(bool(request)):
-                is_stopping = True
-                if done > loop.saved:
-                    loop.save(done, is_stopping=True)
-            if is_stopping:
-                raise loop.interrupted()
-        if request:  # during the evaluation of a run whose last step was done before
-            raise interrupted(request, run, steps, steps)
+        batches = step_loader(self.dataset, sampler, workers=run.config.workers)
+        while state.done < state.steps:
+            try:
+                with self._clock.counting("waited"), run.stopped_at_once():
+                    batch = next(batches)
+            except Stopped:
+                if state.done > state.saved and state.optimizer.is_finite:
+                    save_checkpoint(run.folder, state.done, state.parts)
+                    state.saved = state.done
+                raise run.interrupted(state.saved, state.steps) from None
+            yield batch
+
+    def _exchange(self) -> None:
+        """Tell all processes of a stop request in one of them, and of its bad samples."""
+        processes = self.run.processes
+        processes.meet()
+        unshared, stop_requests = processes.sum(self.state.bad.unshared, int(bool(self.run.stop)))
+        if unshared:
+            self.state.bad.share(processes.gather_objects)
+        self.is_stopping = stop_requests > 0
+
+    def save(self) -> None:
+        """Save the state if it is due.
+
+        A skipped step changes no weight, but may be the first of a run that diverges: unless this is the last chance to
+        save, the older checkpoint is the better one.
+        """
+        run, state, optimizer = self.run, self.state, self.state.optimizer
+        self._is_save_due = self._is_save_due or state.done % run.config.checkpoint_every == 0
+        if not (self._is_save_due or self.is_stopping or state.done == state.steps):
+            return
+        is_fit = optimizer.is_finite if self.is_stopping else optimizer.is_sound
+        if not run.processes.any(not is_fit):
+            if run.processes.is_main:
+                save_checkpoint(run.folder, state.done, state.parts)
+            state.saved, self._is_save_due = state.done, False
+        elif run.processes.any(not optimizer.is_finite):
+            raise diverged_error(run.folder, f"weights are not finite after step {state.done:,}")
+        run.processes.barrier()
+
+    @property
+    def _is_evaluation_due(self) -> bool:
+        every = self.run.config.evaluate_every
+        return self.state.done == self.state.steps or (every > 0 and self.state.done % every == 0)
+
+    def evaluate(self) -> None:
+        """Evaluate if that is due, and save the best student; if a signal ends it, the resumed run repeats it."""
+        self.scores = {}
+        run, state, processes = self.run, self.state, self.run.processes
+        if not (run.evaluate and self._is_evaluation_due):
+            return
+        processes.broadcast(state.student.model.buffers())  # those that are saved
+        with self._clock.counting("evaluated"):
+            try:
+                with run.stopped_at_once(), named_divergence(run.folder):
+                    self.scores = run.evaluate(EncoderOfAllProcesses(state.encoder, processes, run.stop))
+            except Stopped:
+                return
+            if processes.is_main:
+                record = partial(provenance, run.config, self.setup, steps=state.done)
+                tasks = self.setup.task_fingerprints
+                try:
+                    save_if_best(run.folder, state.student, self.scores, provenance=record, tasks=tasks)
+                except UsageError as error:  # such as a folder that is open in another window, on Windows
+                    run.reporter.note(f"the best student is not saved: {error}")
+
+    def _repeat_evaluation(self) -> None:
+        """Evaluate after the last step of the interrupted run, if that was due and a signal ended it."""
+        is_evaluated = self._log is None or self._log.is_evaluated(self._start)
+        if self._start and self.run.processes.any(not is_evaluated):
+            self.evaluate()
+            if self.scores and self._log:
+                self._tracker.add(self._log.add_evaluation(self._start, self.scores))
+
+    def report(self) -> None:
+        """Show how far the run is, and log it if that is due."""
+        run, state, config, clock = self.run, self.state, self.run.config, self._clock
+        elapsed, done = clock.elapsed, state.done - self._start
+        progress = Progress(
+            step=state.done,
+            steps=state.steps,
+            loss=self.result.loss.total.item(),
+            samples_per_second=done * config.recipe.batch_size / (elapsed - clock.evaluated),
+            data_wait=clock.waited / (elapsed - clock.evaluated),
+            seconds_per_step=elapsed / done,
+            evaluation=self.scores,
+            bad=len(state.bad),
+            skipped=state.optimizer.skipped,
+            memory_bytes=peak_memory_on(run.processes.device),
+            samples="samples" if self.setup.pairs.counts.is_mixed else "pairs",
+        )
+        if self._log and (state.done == state.steps or self.scores or state.done % config.log_every == 0):
+            learnt = {
+                "learning_rate": state.optimizer.learning_rate,
+                "gradient_norm": state.optimizer.gradient_norm,
+                "logit_scale": self.setup.student.logit_scale,
+            }
+            line = progress.line(self.result.loss.terms, self.result.embeddings, learnt)
+            self._log.write(line)
+            self._tracker.write(line)
+        run.reporter.update("training", state.done, state.steps, progress.message())
+        if self.scores:
+            run.reporter.note(f"step {state.done:,}: {progress.evaluation_message()}")
+
+    @cached_property
+    def _predictions(self) -> Predictions:
+        """Predictions about images of the run's first task, for a tracker that shows them."""
+        from clip_rd_edge.distillation.metrics import Predictions
+
+        return Predictions(next(iter(self.run.tasks), None), self.setup.pairs, self.state.encoder)
+
+    def draw(self) -> None:
+        """After an evaluation, plot the run so far, and show the tracker what the student predicts."""
+        run, done = self.run, self.state.done
+        if not (run.processes.is_main and self._is_evaluation_due):
+            return
+        with self._clock.counting("evaluated"):
+            try:
+                self._tracker.show(done, lambda path: self._predictions.plot(path))
+                if done < self.state.steps:  # else it is plotted once the student is saved
+                    plot_run(run.folder, run.folder / REPORT_FOLDER)
+            except Exception as error:  # noqa: BLE001 - a run must not end by its plots
+                run.reporter.note(f"the plots of step {done:,} could not be drawn: {in_one_line(error)}")
+
+    def stop(self) -> None:
+        """End the run if a signal has requested that, its state saved."""
+        state = self.state
+        if not self.is_stopping and self._is_evaluation_due and self.run.processes.any(bool(self.run.stop)):
+            self.is_stopping = True
+            if state.done > state.saved:
+                self.save()
+        if self.is_stopping:
+            raise self.run.interrupted(state.saved, state.steps)
 
 
 class _Clock:
@@ -230,174 +312,10 @@ class _Clock:
         return time.perf_counter() - self._started
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def counting(self, name: str) -> Iterator[None]:
         since = self.elapsed
         yield
-        self.waited += self.elapsed - since
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        since = self.elapsed
-        yield
-        self.evaluated += self.elapsed - since
-
-
-@dataclass(kw_only=True)
-class _Loop:
-    """The parts of an iteration, and what they share.
-
-    Attributes:
-        saved: the last step whose state was saved.
-        is_save_due: whether a newer state was to be saved, but was not sound.
-    """
-
-    config: RunConfig
-    run: Path
-    setup: RunSetup
-    trained: Trained
-    processes: Processes
-    request: StopRequest
-    log: MetricsLog | None
-    tracker: Tracker
-    reporter: Reporter
-    evaluate: Callable[[Encoder], dict[str, float]] | None
-    saved: int
-    is_save_due: bool = False
-
-    def repeat_evaluation(self) -> None:
-        """Evaluate after the last step of before, if that was due and a signal ended it."""
-        start, log = self.trained.start, self.log
-        is_evaluated = log is None or log.is_evaluated(start)
-        if start and self.processes.any(not is_evaluated) and (scores := self.scores(start)) and log:
-            self.tracker.add(log.add_evaluation(start, scores))
-
-    def next_batch(self, batches: Iterator[Batch], step: int) -> Batch:
-        """Return the batch of a step; a signal that arrives meanwhile stops a single process, its state saved."""
-        try:
-            with self._stopped_at_once():
-                return next(batches)
-        except Stopped:
-            if step > self.saved and self.trained.optimizer.is_finite:
-                save_checkpoint(self.run, step, self.trained.parts)
-                self.saved = step
-            raise self.interrupted() from None
-
-    def update(self, batch: Batch, step: int) -> StepResult:
-        """Update the weights with the gradients of a batch."""
-        optimizer = self.trained.optimizer
-        result = self.trained.compute(batch, step, loss_scale=optimizer.loss_scale)
-        optimizer.apply(step, result.loss.total.item(), run=self.run)
-        return result
-
-    def save(self, done: int, *, is_stopping: bool) -> None:
-        """Save the state after `done` steps if it is due.
-
-        A skipped step changes no weight, but may be the first of a run that diverges: unless this is the last chance to
-        save, the older checkpoint is the better one.
-        """
-        optimizer, processes = self.trained.optimizer, self.processes
-        self.is_save_due = self.is_save_due or done % self.config.checkpoint_every == 0
-        if not (self.is_save_due or is_stopping or done == self.trained.steps):
-            return
-        is_fit = optimizer.is_finite if is_stopping else optimizer.is_sound
-        if processes.sum(int(not is_fit)) == [0]:
-            if processes.is_main:
-                save_checkpoint(self.run, done, self.trained.parts)
-            self.saved, self.is_save_due = done, False
-        elif processes.sum(int(not optimizer.is_finite)) != [0]:
-            raise diverged_error(self.run, f"weights are not finite after step {done:,}")
-        processes.barrier()
-
-    def is_evaluation_due(self, done: int) -> bool:
-        every = self.config.evaluate_every
-        return done == self.trained.steps or (every > 0 and done % every == 0)
-
-    def scores(self, done: int) -> dict[str, float]:
-        """Evaluate after `done` steps; empty if that is not due, or if a signal ends it: the resumed run repeats it."""
-        if not (self.evaluate and self.is_evaluation_due(done)):
-            return {}
-        student, processes = self.trained.student, self.processes
-        processes.broadcast(student.model.buffers())  # those that are saved
-        try:
-            with self._stopped_at_once(), named_divergence(self.run):
-                scores = self.evaluate(EncoderOfAllProcesses(self.trained.encoder, processes, self.request))
-        except Stopped:
-            return {}
-        if processes.is_main:
-            record = partial(provenance, self.config, self.setup, steps=done)
-            try:
-                save_if_best(self.run, student, scores, provenance=record, tasks=self.setup.task_fingerprints)
-            except UsageError as error:  # such as a folder that is open in another window, on Windows
-                self.reporter.note(f"the best student is not saved: {error}")
-        return scores
-
-    def report(self, done: int, result: StepResult, scores: dict[str, float], clock: _Clock) -> None:
-        """Show how far the run is, and log it if that is due."""
-        config, optimizer = self.config, self.trained.optimizer
-        start, steps = self.trained.start, self.trained.steps
-        elapsed = clock.elapsed
-        progress = Progress(
-            step=done,
-            steps=steps,
-            loss=result.loss.total.item(),
-            samples_per_second=(done - start) * config.recipe.batch_size / (elapsed - clock.evaluated),
-            data_wait=clock.waited / (elapsed - clock.evaluated),
-            seconds_per_step=elapsed / (done - start),
-            evaluation=scores,
-            bad=len(self.trained.bad),
-            skipped=optimizer.skipped,
-            memory_bytes=peak_memory_on(self.processes.device),
-            samples="samples" if self.setup.pairs.counts.is_mixed else "pairs",
-        )
-        if self.log and (done == steps or scores or done % config.log_every == 0):
-            extra = {
-                "learning_rate": optimizer.learning_rate,
-                "gradient_norm": optimizer.gradient_norm,
-                "logit_scale": self.setup.student.logit_scale,
-            }
-            line = metrics_line(progress, result.loss.terms, result.embeddings, extra)
-            self.log.write(line)
-            self.tracker.write(line)
-        self.reporter.update("training", done, steps, progress.message())
-        if scores:
-            self.reporter.note(f"step {done:,}: {progress.evaluation_message()}")
-
-    @cached_property
-    def predictions(self) -> Predictions:
-        """Predictions about images of the run's first task, for a tracker that shows them."""
-        from clip_rd_edge.distillation.metrics import Predictions
-
-        return Predictions(next(iter(self.setup.tasks), None), self.setup.pairs, self.trained.encoder)
-
-    def draw(self, done: int) -> None:
-        """After an evaluation, plot the run so far, and show the tracker what the student predicts."""
-        if not (self.processes.is_main and self.is_evaluation_due(done)):
-            return
-        try:
-            self.tracker.show(done, lambda path: self.predictions.plot(path))
-            if done < self.trained.steps:  # else it is plotted once the student is saved
-                plot_run(self.run, self.run / REPORT_FOLDER)
-        except Exception as error:  # noqa: BLE001 - a run must not end by its plots
-            self.reporter.note(f"the plots of step {done:,} could not be drawn: {in_one_line(error)}")
-
-    def interrupted(self) -> InterruptedRunError:
-        """Return the error that ends the loop on a signal."""
-        return interrupted(self.request, self.run, self.saved, self.trained.steps)
-
-    def _stopped_at_once(self) -> AbstractContextManager[None]:
-        """Within the block, a signal raises `Stopped` in a single process.
-
-        Several stop together, after a step or a round of batches: elsewhere they cannot agree.
-        """
-        return self.request.at_once() if self.processes.world_size == 1 else nullcontext()
-
-
-def interrupted(request: StopRequest, run: Path, done: int, steps: int) -> InterruptedRunError:
-    """Return the error that says how far a stopped run came."""
-    after = f"after step {done:,} of {steps:,}; saved in {run}" if done else f"before the first of {steps:,} steps"
-    return InterruptedRunError(
-        f"Stopped by {request.signal_name or 'a signal'} {after}.", hint="resume with the same command and {resume}"
-    )
+        setattr(self, name, getattr(self, name) + self.elapsed - since)
 
 
 class _BestRecord(msgspec.Struct):
@@ -417,11 +335,7 @@ def changed_tasks(run: Path, tasks: Mapping[str, str]) -> list[str]:
         tasks: the fingerprint of each by its name.
     """
     best = _best_record(run)
-    return _changed(best, tasks) if best else []
-
-
-def _changed(best: _BestRecord, tasks: Mapping[str, str]) -> list[str]:
-    return [name for name, sha256 in tasks.items() if best.tasks_sha256.get(name, sha256) != sha256]
+    return [name for name, sha256 in tasks.items() if best and best.tasks_sha256.get(name, sha256) != sha256]
 
 
 def save_if_best(
@@ -443,11 +357,11 @@ def save_if_best(
     Returns:
         Whether the student was written.
     """
-    if best := _best_record(run):
-        # A resumed run may have others.
-        same_tasks = best.evaluation.keys() == evaluation.keys() and not _changed(best, tasks)
-        if same_tasks and statistics.fmean(evaluation.values()) <= statistics.fmean(best.evaluation.values()):
-            return False
+    best = _best_record(run)
+    # A resumed run may have other tasks.
+    same_tasks = best and best.evaluation.keys() == evaluation.keys() and not changed_tasks(run, tasks)
+    if best and same_tasks and statistics.fmean(evaluation.values()) <= statistics.fmean(best.evaluation.values()):
+        return False
     record = {**provenance(), "evaluation": dict(evaluation), "tasks_sha256": dict(tasks)}
     save_clip(run / BEST_FOLDER, student, provenance=record)
     return True

@@ -81,6 +81,25 @@ class Progress:
         """Format the evaluation's scores, one per task."""
         return ", ".join(f"{name} {value:.1%}" for name, value in self.evaluation.items())
 
+    def line(
+        self, terms: Mapping[str, Tensor], embeddings: EmbeddingBatch, learnt: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """Return a line of metrics.jsonl; a non-finite loss becomes null."""
+        return {
+            "step": self.step,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            **{f"{TERM_PREFIX}{name}": term.item() for name, term in terms.items()},
+            **embedding_geometry(embeddings),
+            **learnt,
+            "samples_per_second": round(self.samples_per_second, 2),
+            "data_wait": round(self.data_wait, 4),
+            "seconds_per_step": float(f"{self.seconds_per_step:.4g}"),
+            "memory_mb": round(self.memory_bytes / 1e6),
+            "bad_samples": self.bad,
+            "skipped_steps": self.skipped,
+            **{f"{EVALUATION_PREFIX}{name}": value for name, value in self.evaluation.items()},
+        }
+
 
 class MetricsLog:
     """Appends to metrics.jsonl. On resume, lines after the checkpoint are dropped first.
@@ -120,26 +139,6 @@ def last_evaluation(run: Path, *, step: int) -> dict[str, float]:
     lines = [line for line in read_metrics(run) if line["step"] == step]
     scores = [item for line in lines for item in line.items() if item[0].startswith(EVALUATION_PREFIX)]
     return {name.removeprefix(EVALUATION_PREFIX): value for name, value in scores}
-
-
-def metrics_line(
-    progress: Progress, terms: Mapping[str, Tensor], embeddings: EmbeddingBatch, extra: Mapping[str, float]
-) -> dict[str, Any]:
-    """Return a line of metrics.jsonl; a non-finite loss becomes null."""
-    return {
-        "step": progress.step,
-        "loss": progress.loss if math.isfinite(progress.loss) else None,
-        **{f"{TERM_PREFIX}{name}": term.item() for name, term in terms.items()},
-        **embedding_geometry(embeddings),
-        **extra,
-        "samples_per_second": round(progress.samples_per_second, 2),
-        "data_wait": round(progress.data_wait, 4),
-        "seconds_per_step": float(f"{progress.seconds_per_step:.4g}"),
-        "memory_mb": round(progress.memory_bytes / 1e6),
-        "bad_samples": progress.bad,
-        "skipped_steps": progress.skipped,
-        **{f"{EVALUATION_PREFIX}{name}": value for name, value in progress.evaluation.items()},
-    }
 
 
 def peak_memory_on(device: torch.device) -> int:
@@ -221,6 +220,7 @@ class EncoderOfAllProcesses:
             )
         rows = []
         for first in range(0, len(batches), processes.world_size):
+            processes.meet()
             own = batches[first : first + processes.world_size][processes.rank : processes.rank + 1]
             with processes.together():
                 embeddings = [] if self._request else [embed(batch) for batch in own]

@@ -12,9 +12,9 @@ import torch
 from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.config import Precision, RunConfig
 from clip_rd_edge.distillation.embed import make_teachers
-from clip_rd_edge.distillation.inputs import RunSetup, make_dataset
 from clip_rd_edge.distillation.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.processes import Processes
+from clip_rd_edge.distillation.setup import RunSetup, make_dataset
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, step_settings
 from clip_rd_edge.distillation.student import set_training_mode
 from clip_rd_edge.distillation.teacher import BatchTeacher, LiveTeacher, StoredTeacher, Teacher

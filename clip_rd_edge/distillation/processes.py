@@ -1,13 +1,22 @@
-"""The processes of a run, a single one or those that torchrun started: how they share work, and how they stop."""
+"""The processes of a run, a single one or those that torchrun started: how they share work, and how they stop.
+
+A process that ends closes its connections, which the others notice at once. One that is stopped, or whose machine is
+off, keeps them open: the others end TIMEOUT after it should have come to a step, or to a part of an evaluation. Before
+the first step, they wait for as long as an index or a store of embeddings may take.
+
+SIGINT, SIGTERM and SIGHUP stop a run between two steps with its state saved, and elsewhere at once. Job schedulers and
+service managers send SIGTERM to every process of a job, so the loader's workers get it, too. They ignore it: the run
+still needs them, and stops them itself when it ends.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -15,7 +24,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,13 +34,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clip_rd_edge.errors import ClipRdEdgeError, LostProcessError, UsageError, first_line, relayed_error
 from clip_rd_edge.models.clip import default_device
-from clip_rd_edge.utils.host import is_running
 from clip_rd_edge.utils.process import handled_by, leave_lost_terminal, stop_signals
 
-# Indexing, caching and evaluating may take hours, in which the other processes wait for the main one. A process that
-# ends closes its connections, which the others notice at once; see `heartbeat` for one that is stopped.
-_LONGEST_WAIT = timedelta(days=7)
-_CONNECTION_S = 1800.0  # until all have started, as torch's own
+TIMEOUT = timedelta(minutes=10)  # of a message between processes that train
+_LONGEST_WAIT = timedelta(days=7)  # for the main process before the first step
 _BUCKET_MB = 64  # of gradients per message
 T = TypeVar("T")
 
@@ -45,14 +51,14 @@ class Processes:
     Attributes:
         control: a group over CPUs for waiting and counting, None for a single process. It has a longer timeout than the
             group that sums gradients, and no message of it waits for a GPU.
-        members: machine and number of each process, by rank; empty for a single process.
+        hosts: the machine of each process, by rank; empty for a single process.
     """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: dist.ProcessGroup | None = None
-    members: tuple[Member, ...] = ()
+    hosts: tuple[str, ...] = ()
 
     @property
     def is_main(self) -> bool:
@@ -136,8 +142,13 @@ class Processes:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def meet(self) -> None:
+        """Wait for all processes, for TIMEOUT at most; the error of the first process names those that did not come."""
+        if self.world_size > 1:
+            dist.monitored_barrier(group=self.control, timeout=TIMEOUT, wait_all_ranks=True)
+
     def barrier(self) -> None:
-        """Wait for all processes."""
+        """Wait for all processes, however long."""
         if self.world_size > 1:
             dist.barrier(group=self.control)
 
@@ -168,7 +179,7 @@ class Processes:
 
     def where(self, rank: int) -> str:
         """Return `, on HOST,` for a message about a process, or nothing if that is not known."""
-        return f", on {self.members[rank].host}," if self.members else ""
+        return f", on {self.hosts[rank]}," if self.hosts else ""
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -187,8 +198,7 @@ class Processes:
         The later ones find on disk what was written, whether or not the machines share their files. An error of this
         package in one process is raised in all.
         """
-        hosts = [member.host for member in self.members]
-        is_first_here = not hosts or hosts.index(hosts[self.rank]) == self.rank
+        is_first_here = not self.hosts or self.hosts.index(self.hosts[self.rank]) == self.rank
         turn = 0 if self.is_main else 1 if is_first_here else 2
         for _ in range(turn):
             self.barrier()
@@ -238,15 +248,14 @@ def join_processes() -> Iterator[Processes]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **_store_after_restart())
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, **_store_after_restart())
     try:
         # Newer releases of torch declare a number for processes outside of the group, of which there are none.
         control: Any = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        members: list[Member] = [this_member()] * world_size
-        dist.all_gather_object(members, this_member(), group=control)
-        with heartbeat(rank, world_size):
-            yield Processes(rank, world_size, device, control, tuple(members))
+        hosts = [""] * world_size
+        dist.all_gather_object(hosts, socket.gethostname(), group=control)
+        yield Processes(rank, world_size, device, control, tuple(hosts))
     finally:
         dist.destroy_process_group()
 
@@ -261,8 +270,32 @@ def _store_after_restart() -> dict[str, Any]:
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if restart == "0" or not of_agent or os.environ.get("GROUP_WORLD_SIZE") != "1":
         return {}
-    store = PrefixStore(f"clip-rd-edge/restart-{restart}", cast(Any, open_store(_CONNECTION_S)))
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # libuv matters to the server alone, but PyTorch's wheel for Windows refuses it here, too.
+    store: Any = TCPStore(*address, is_master=False, wait_for_workers=False, use_libuv=False)
+    store = PrefixStore(f"clip-rd-edge/restart-{restart}", store)
     return {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+
+
+_MISSING = re.compile(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier|waiting for send/recv from rank (0)")
+
+
+def lost_process(error: RuntimeError, processes: Processes) -> LostProcessError | None:
+    """Return the error that names the processes without which a message failed; None if an error is another one."""
+    is_of_message = isinstance(error, dist.DistError) or any(
+        text in str(error) for text in ("gloo", "Connection closed by peer", "monitoredBarrier")
+    )
+    if processes.world_size == 1 or not is_of_message:
+        return None
+    found = _MISSING.search(str(error))
+    lost = [int(rank) for rank in (found[1] or found[2]).split(",")] if found else []
+    if processes.world_size == 2:
+        lost = [1 - processes.rank]
+    hint = "its own output says why; resume with the same command and {resume}"
+    if not lost:
+        return LostProcessError(f"The connection to another process of the run failed: {first_line(error)}.", hint=hint)
+    names = " and ".join(f"{rank} (on {processes.hosts[rank]})" for rank in lost)
+    return LostProcessError(f"Process {names} of the run has ended, or does not answer.", hint=hint)
 
 
 def tell_failure(error: ClipRdEdgeError) -> None:
@@ -372,232 +405,3 @@ def _end_when_terminated_by(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
-
-
-INTERVAL_S = 2.0
-# A process counts its own ticks rather than seconds: while it is stopped itself, it does not miss others.
-MAX_MISSED = 30
-_LEFT = 1 << 40  # added to the number of a process that has ended as it should
-
-
-class Store(Protocol):
-    """Numbers that all processes share."""
-
-    def add(self, key: str, amount: int) -> int:
-        """Add to a number, which is 0 at first; return the sum."""
-        ...
-
-
-def open_store(timeout_s: float) -> Store:
-    """Connect to the store that torchrun provides.
-
-    The connection is one of our own: torch's wait for others, and one that waits lets no other thread ask.
-    """
-    store: Store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_s),
-        use_libuv=False,  # matters to the server alone, but PyTorch's wheel for Windows refuses it here, too
-    )
-    return store
-
-
-def store_key(purpose: str, rank: int) -> str:
-    """Return the key of a process's number, another one after each restart by torchrun."""
-    return f"clip-rd-edge/{purpose}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
-
-
-class Heartbeat:
-    """Beats for one process, and watches the one after it.
-
-    Args:
-        rank, world_size: of this process.
-        store: the shared numbers.
-        holder: rank of the process that holds them, or None if none of the run's does. It is held silent when the store
-            does not answer.
-        on_silence: called once, in another thread, with the rank of a process that has been silent for MAX_MISSED
-            intervals.
-        interval_s: between two beats.
-    """
-
-    def __init__(
-        self,
-        rank: int,
-        world_size: int,
-        store: Store,
-        *,
-        holder: int | None,
-        on_silence: Callable[[int], None],
-        interval_s: float,
-    ) -> None:
-        self._rank, self._watched = rank, (rank + 1) % world_size
-        self._store, self._holder, self._on_silence, self._interval_s = store, holder, on_silence, interval_s
-        self._stopping = threading.Event()
-        self._round, self._seen = 0, 0  # beats of this process that the store has taken, and the watched one's number
-        self._beating = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self._watching = threading.Thread(target=self._watch, name="heartbeat-watch", daemon=True)
-
-    def start(self) -> None:
-        """Start to beat and to watch."""
-        self._beating.start()
-        self._watching.start()
-
-    def stop(self) -> None:
-        """Stop; the process that watches this one takes no notice."""
-        self._stopping.set()
-        for thread in (self._watching, self._beating):
-            thread.join(timeout=2 * self._interval_s)
-
-    def _beat(self) -> None:
-        try:
-            while not self._stopping.is_set():
-                self._store.add(_key(self._rank), 1)
-                self._seen = self._store.add(_key(self._watched), 0)
-                self._round += 1
-                self._stopping.wait(self._interval_s)
-            self._store.add(_key(self._rank), _LEFT)
-        except RuntimeError:  # the store is gone, and with it the launcher or the first process: connections tell
-            self._stopping.set()
-
-    def _watch(self) -> None:
-        missed, seen, round_then = 0, 0, 0
-        while not self._stopping.wait(self._interval_s):
-            round_now, seen_now = self._round, self._seen
-            if seen_now >= _LEFT:
-                return
-            if seen_now != seen:
-                missed, seen, round_then = 0, seen_now, round_now
-                continue
-            missed += 1
-            if missed > MAX_MISSED:
-                # Since then, and not in the last interval alone, in which a busy machine may be late with a beat. The
-                # first one may have been on its way when the store fell silent.
-                answers = round_now - round_then > 1
-                silent = self._watched if answers else self._holder
-                if silent is not None:
-                    self._on_silence(silent)
-                return
-
-
-def _key(rank: int) -> str:
-    return store_key("beats", rank)
-
-
-@contextmanager
-def heartbeat(rank: int, world_size: int) -> Iterator[None]:
-    """Within the block, this process ends with exit code 1 if another one of the run is stopped."""
-    store = open_store(INTERVAL_S * MAX_MISSED)
-    holder = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
-    beats = Heartbeat(rank, world_size, store, holder=holder, on_silence=_end, interval_s=INTERVAL_S)
-    beats.start()
-    try:
-        yield
-    finally:
-        beats.stop()
-
-
-def silence_error(rank: int) -> ClipRdEdgeError:
-    """Return the error that names a process that is silent."""
-    return ClipRdEdgeError(
-        f"Process {rank} of the run has not answered for {INTERVAL_S * MAX_MISSED:.0f} s: it is stopped, or its "
-        "machine is.",
-        hint="end it, and resume with the same command and {resume}",
-    )
-
-
-def _end(rank: int) -> None:
-    """End this process: its main thread waits for the silent one, inside of a library that nothing else can wake."""
-    error = silence_error(rank)
-    sys.stderr.write(f"error: {error}\nhint: {error.hint}\n")
-    sys.stderr.flush()
-    os._exit(error.exit_code)
-
-
-_POLL_S = 0.2
-LOCAL_WAIT_S = 2.0  # until the launcher has noticed that a process ended
-REMOTE_WAIT_S = 10.0
-RESUME_HINT = "its own output says why; resume with the same command and {resume}"
-
-
-class Member(NamedTuple):
-    """A process of a run, by its machine and its number there."""
-
-    host: str
-    pid: int
-
-
-def this_member() -> Member:
-    """Return this process."""
-    return Member(socket.gethostname(), os.getpid())
-
-
-def is_lost_connection(error: RuntimeError) -> bool:
-    """Return whether an error is that of a message between processes, rather than of a computation."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
-
-
-def find_lost(rank: int, members: Sequence[Member], store: Store | None) -> list[int]:
-    """Return the ranks of the processes that have ended, empty if that cannot be told.
-
-    Those on this machine are looked for by their numbers. Those on others had a message fail, too, and answer a roll
-    call unless they are lost themselves. Without a store to answer in, the only one on another machine is lost: the
-    launcher that had the store ends with its processes.
-
-    Args:
-        members: all processes, by rank.
-        store: None if it is gone.
-    """
-    store = store if store is not None and _answer(store, _roll_key(rank)) else None
-    here = [other for other, member in enumerate(members) if member.host == members[rank].host]
-    deadline = time.monotonic() + LOCAL_WAIT_S
-    while time.monotonic() < deadline:
-        if ended := [other for other in here if is_running(members[other].pid) is False]:
-            return ended
-        time.sleep(_POLL_S)
-    elsewhere = [other for other in range(len(members)) if other not in here]
-    deadline = time.monotonic() + REMOTE_WAIT_S
-    while store and elsewhere and time.monotonic() < deadline:
-        try:
-            elsewhere = [other for other in elsewhere if not store.add(_roll_key(other), 0)]
-        except RuntimeError:  # it ended with its machine
-            store = None
-        time.sleep(_POLL_S)
-    return elsewhere if store or len(elsewhere) == 1 else []
-
-
-def lost_error(error: RuntimeError, rank: int, members: Sequence[Member]) -> LostProcessError:
-    """Return the error that names the processes that are lost."""
-    lost = find_lost(rank, members, _connect())
-    own = members[rank].host
-    if not lost:
-        hosts = dict.fromkeys(member.host for member in members if member.host != own)
-        return LostProcessError(
-            f"The connection to another process of the run failed: {first_line(error)}.",
-            hint=f"see the output on {' and '.join(hosts) or own}; resume with the same command and {{resume}}",
-        )
-    names = " and ".join(f"{other} (on {members[other].host})" for other in lost)
-    verb = "has ended" if len(lost) == 1 else "have ended"
-    if any(members[other].host != own for other in lost):
-        verb += " or cannot be reached"
-    return LostProcessError(f"Process {names} of the run {verb}.", hint=RESUME_HINT)
-
-
-def _connect() -> Store | None:
-    try:
-        return open_store(REMOTE_WAIT_S)
-    except (RuntimeError, KeyError):
-        return None
-
-
-def _answer(store: Store, key: str) -> bool:
-    try:
-        store.add(key, 1)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _roll_key(rank: int) -> str:
-    return store_key("roll-call", rank)

@@ -27,12 +27,13 @@ from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, read_metrics
 from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask, load_task, with_distinct_names
 from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, CHECKPOINTS_FOLDER
 from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.embed import STORE_STAGE
-from clip_rd_edge.distillation.inputs import require_same_files, training_pairs
+from clip_rd_edge.distillation.inputs import require_same_files
 from clip_rd_edge.distillation.metrics import mean_similarities
 from clip_rd_edge.distillation.processes import require_one_process
-from clip_rd_edge.distillation.resume import check_folder
-from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
+from clip_rd_edge.distillation.run import check_folder, resumed_by_the_same_call
+from clip_rd_edge.distillation.setup import training_pairs
 from clip_rd_edge.distillation.student import empty_student
 from clip_rd_edge.errors import DivergedRunError, UsageError
 from clip_rd_edge.evidence.report import training_data_remark, write_evidence

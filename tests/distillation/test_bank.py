@@ -16,7 +16,7 @@ from tiny_runs import killed_and_resumed, stop_at, tiny_run
 from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.distillation.bank import QueueBank, StoredBank, make_bank
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.store import (
     TeacherStore,
     TeacherStores,

@@ -22,11 +22,11 @@ from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.reinforced import read_stored_teachers
 from clip_rd_edge.distillation.bank import QueueBank, StoredBank
 from clip_rd_edge.distillation.config import RunConfig, load_recipe, resolve
+from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.embed import STORE_STAGE
-from clip_rd_edge.distillation.inputs import load_setup, make_dataset
 from clip_rd_edge.distillation.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.processes import Processes
-from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.distillation.setup import load_setup, make_dataset
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.store import (
     TeacherStores,

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from support import PATIENCE_S
 from thread_processes import Exchange, Threads
 from torch import Tensor, nn
 
@@ -17,9 +25,10 @@ from clip_rd_edge.distillation.bank import QueueBank
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, save_checkpoint
 from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.distillation.loader import Batch, StepSampler
-from clip_rd_edge.distillation.processes import Processes
+from clip_rd_edge.distillation.processes import Processes, _store_after_restart, lost_process
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import LiveTeacher, Teacher
+from clip_rd_edge.errors import LostProcessError
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.losses.terms import EmbeddingBatch
 from clip_rd_edge.models.clip import ClipModel
@@ -257,3 +266,82 @@ def test_the_projection_to_the_teachers_width_returns_unit_vectors() -> None:
     projections = (objective.image_projection, objective.text_projection)
     cosines = [nn.functional.cosine_similarity(p(s), t) for p, s, t in zip(projections, student, teacher, strict=True)]
     assert loss.item() == pytest.approx(sum((2 * (1 - c) / 6).mean().item() for c in cosines), rel=1e-5)
+
+
+def of_two(rank: int = 0, *, count: int = 2) -> Processes:
+    return Processes(rank, count, CPU, None, tuple("abc"[:count]))
+
+
+@pytest.mark.parametrize(
+    ("message", "processes", "named"),
+    [
+        ("[Rank 0]: Ranks 1, 2 failed to pass monitoredBarrier in 9 ms", of_two(count=3), "^Process 1 .*b.* and 2 "),
+        ("Rank 2 reached monitoredBarrier, but errors while waiting for send/recv from rank 0.", of_two(2, count=3),
+         "^Process 0 "),
+        ("[gloo/transport/tcp/pair.cc:534] Connection closed by peer", of_two(1), r"^Process 0 \(on a\) of the run"),
+        ("[gloo/transport/tcp/pair.cc:534] Connection closed by peer", of_two(count=3), "^The connection to another"),
+    ],
+)  # fmt: skip
+def test_the_error_names_the_process_that_is_lost(message: str, processes: Processes, named: str) -> None:
+    error = lost_process(RuntimeError(message), processes)
+    assert isinstance(error, LostProcessError)
+    assert re.search(named, str(error))
+
+
+def test_other_errors_are_no_lost_connections() -> None:
+    assert lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), of_two()) is None
+    assert lost_process(RuntimeError("gloo: Connection closed by peer"), Processes()) is None
+
+
+MEETING = """
+    import datetime, os, signal, sys
+    from clip_rd_edge.distillation import processes as module
+    module.TIMEOUT = datetime.timedelta(seconds=5)
+    with module.join_processes() as processes:
+        processes.meet()
+        if processes.rank == 1:
+            os.kill(os.getpid(), signal.Signals[sys.argv[1]])
+        try:
+            processes.meet()
+        except RuntimeError as error:
+            sys.exit(str(module.lost_process(error, processes)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="Windows has no signal that stops a process")
+@pytest.mark.parametrize("how", ["SIGSTOP", "SIGKILL"])
+def test_a_process_that_is_stopped_or_killed_ends_the_others(how: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(MEETING), how]
+    started = []
+    for rank in "01":
+        environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        _, error = started[0].communicate(timeout=PATIENCE_S)
+        assert f"Process 1 (on {socket.gethostname()}) of the run has ended, or does not answer." in error
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def test_processes_that_torchrun_starts_again_do_not_meet_those_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port), "RANK": "1", "WORLD_SIZE": "2",
+        "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert _store_after_restart() == {}
+    server.set("address", "of a process that ended")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    arguments = _store_after_restart()
+    assert (arguments["rank"], arguments["world_size"]) == (1, 2)
+    assert not arguments["store"].check(["address"])
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")  # machines may count restarts differently
+    assert _store_after_restart() == {}

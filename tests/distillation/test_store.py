@@ -25,12 +25,12 @@ from clip_rd_edge.data.samples import Sample
 from clip_rd_edge.data.tables import Table
 from clip_rd_edge.distillation import embed, store
 from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.embed import ShardMaker, fill_store
-from clip_rd_edge.distillation.inputs import RunSetup, load_setup, make_dataset
 from clip_rd_edge.distillation.loader import StepSampler, View, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes import Processes
-from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.distillation.setup import RunSetup, load_setup, make_dataset
 from clip_rd_edge.distillation.store import (
     COMPLETE,
     CompleteStore,

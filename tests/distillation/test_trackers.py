@@ -19,7 +19,7 @@ from support import Watch
 from clip_rd_edge.bundle.runs import METRICS_FILE, read_metrics
 from clip_rd_edge.distillation import trackers
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.trackers import Outcome, RemoteRun, Service
 from clip_rd_edge.errors import InterruptedRunError, MissingExtraError, UsageError
 
