@@ -1,15 +1,6 @@
-"""Exceptions that clip-rd-edge raises deliberately.
+"""Exceptions that clip-rd-edge raises deliberately: `ClipRdEdgeError` and its subclasses.
 
-    ClipRdEdgeError          base class; exit code 1
-    ├── DiskFullError        there is no space left on a disk; exit code 1
-    ├── UnreachableError     this machine, another one or the network failed to deliver data; exit code 1
-    ├── LostProcessError     another process of a run has ended or cannot be reached; exit code 1
-    ├── DivergedRunError     training has diverged; exit code 1
-    ├── InterruptedRunError  stopped by a signal after saving its state; the hint says how to resume; exit code 75
-    └── UsageError           the request cannot be carried out as given; exit code 2
-        ├── InputError       a file, image, caption or table is missing or invalid
-        ├── ConfigError      a recipe, suite, manifest or model configuration is invalid
-        └── MissingExtraError  an optional dependency is not installed
+The exit code is 1, for a `UsageError`, which the user can fix, 2, and for an `InterruptedRunError` 75.
 
 A message says what was wrong, with its value and place, and what was expected; `hint` says what to do next. Both write
 an option in braces, as in "set {batch_size} to 64 or less": Python shows `batch_size`, the command line `--batch-size`.

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from clip_rd_edge.bundle.manifest import ENGINE_SUFFIX, MANIFEST, STAMP_SUFFIX, listed_files
 from clip_rd_edge.bundle.runs import CONFIG_FILE, DISTILLATION_FILE, TRANSFORMERS_CONFIG, WEIGHTS_FILE
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.utils.files import unwritable_output
+from clip_rd_edge.utils.files import named_failures
 from clip_rd_edge.utils.outputs import require_apart, require_free_output
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, is_left_by_system
 from clip_rd_edge.utils.structs import read_json_objects
@@ -56,26 +56,24 @@ def require_output(path: Path, kind: OutputKind, *, overwrite: bool, sources: It
     Args:
         sources: what the output is made from, which it must not replace.
     """
-    try:
+    with named_failures(path):
         if is_file(path):
             raise UsageError(f"The output {path} is a file; expected a folder.", hint="choose another {output}")
         names = sorted(child.name for child in path.iterdir()) if is_folder(path) else []
         stray = _stray(path, kind) if names else None
-    except (InputError, OSError) as error:
-        raise unwritable_output(path, error) from error
-    if stray is not None and not overwrite:
+    if stray is not None and not overwrite:  # not with {force} in its hint
         raise UsageError(f"The output {path} already exists and is not empty.", hint="choose another {output}")
     require_free_output(path, overwrite=overwrite)
     require_apart(path, sources)
-    if stray == "":
-        raise UsageError(
-            f"The output {path} is not replaced: it is no earlier {kind}, but a folder with {names[0]}.",
-            hint="choose another {output}, or remove that folder yourself",
-        )
     if stray is not None:
+        found = (
+            f"beside an earlier {kind}, it holds {stray}"
+            if stray
+            else f"it is not an earlier {kind}: it holds {names[0]}"
+        )
         raise UsageError(
-            f"The output {path} is not replaced: beside an earlier {kind}, it holds {stray}.",
-            hint=f"choose another {{output}}, or move {stray} elsewhere",
+            f"The output {path} is not replaced: {found}.",
+            hint=f"choose another {{output}}, or move {stray or 'that folder'} elsewhere",
         )
 
 
@@ -91,11 +89,8 @@ def require_output_file(path: Path, is_earlier: Callable[[bytes], bool], *, what
         return
     beginning = b""
     if is_file(path):
-        try:
-            with path.open("rb") as file:
-                beginning = file.read(4096)
-        except OSError as error:
-            raise unwritable_output(path, error, hint=f"choose another {option}") from error
+        with named_failures(path, hint=f"choose another {option}"), path.open("rb") as file:
+            beginning = file.read(4096)
         if not beginning or is_earlier(beginning):
             return
     raise UsageError(

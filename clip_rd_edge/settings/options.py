@@ -36,7 +36,7 @@ import msgspec
 from msgspec import NODEFAULT, Meta, inspect
 
 from clip_rd_edge.errors import UsageError, near_matches, require_known_options, spelled
-from clip_rd_edge.utils.paths import AnyPath
+from clip_rd_edge.utils.paths import AnyPath, require_paths
 from clip_rd_edge.utils.structs import CheckedError, check_number
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Settings(msgspec.Struct, frozen=True):
                 known = ", ".join(str(choice) for choice in choices if choice is not None)
                 raise UsageError(f"{name} is {value!r}; expected one of {known}.{near}", option=name)
             if takes_path and not choices and not (value is None and name in _optional(type(self))):
-                _require_paths(name, value)
+                require_paths(name, value)
 
 
 @functools.cache
@@ -181,17 +181,6 @@ def _checks(settings: type[Settings]) -> Mapping[str, tuple[tuple[Any, ...], boo
 @functools.cache
 def _optional(settings: type[Settings]) -> frozenset[str]:
     return frozenset(entry.name for entry in declared(settings) if entry.default is None)
-
-
-def _require_paths(name: str, value: Any) -> None:
-    for item in value if isinstance(value, list | tuple) else [value]:
-        if not isinstance(item, str | os.PathLike):
-            raise UsageError(
-                f"{name} is {item!r}, of type {type(item).__name__}; expected a path or a name.",
-                hint="pass a text or a pathlib.Path", option=name,
-            )  # fmt: skip
-        if not os.fspath(item):
-            raise UsageError(f"{name} is empty.", hint="check the variable it came from; . is this folder", option=name)
 
 
 def keywords_of(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P, R]]:

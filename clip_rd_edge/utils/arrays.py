@@ -83,19 +83,15 @@ def read_npz(
 
 
 def _read_array(file: Any, name: str, max_bytes: int) -> npt.NDArray[Any]:
-    version = npy.read_magic(file)
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f"{name} has version {version} of the .npy format")
     try:
         with HEADERS:
-            shape, fortran, dtype = readers[version](file)
+            shape, fortran, dtype = readers[npy.read_magic(file)](file)
     except Exception as error:  # NumPy evaluates it as Python, and ends with whatever that raises
         raise ValueError(f"{name} has no valid header ({type(error).__name__})") from error
-    if dtype.hasobject or dtype.itemsize == 0:
-        raise ValueError(f"{name} has the type {dtype}")
-    if any(type(length) is not int or length < 0 for length in shape):  # True is an int to NumPy's check
-        raise ValueError(f"{name} has the shape {shape}")
+    # True is an int to NumPy's check.
+    if dtype.hasobject or dtype.itemsize == 0 or any(type(length) is not int or length < 0 for length in shape):
+        raise ValueError(f"{name} has the type {dtype} and the shape {shape}")
     size = dtype.itemsize * math.prod(shape)
     if max(size, *shape, 0) > max_bytes:
         raise ValueError(f"{name} has {size:,} bytes; the limit is {max_bytes:,}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from clip_rd_edge.errors import UsageError, require_known_options
+from clip_rd_edge.errors import require_known_options
+from clip_rd_edge.utils.paths import require_paths
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,17 +31,7 @@ def checked_call(function: Callable[P, R]) -> Callable[P, R]:
         given: dict[str, Any] = {**dict(zip(parameters, args, strict=False)), **kwargs}
         for name, kind in paths.items():
             if name in given and not (given[name] is None and kind != "AnyPath"):
-                _require_path(name, given[name])
+                require_paths(name, given[name])
         return function(*args, **kwargs)
 
     return call
-
-
-def _require_path(name: str, value: Any) -> None:
-    if not isinstance(value, str | os.PathLike):
-        raise UsageError(
-            f"{name} is {value!r}, of type {type(value).__name__}; expected a path or a name.",
-            hint="pass a text or a pathlib.Path",
-        )
-    if not os.fspath(value):
-        raise UsageError(f"{name} is empty.", hint="check the variable it came from; . is this folder")

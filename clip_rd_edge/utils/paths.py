@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NewType
 
-from clip_rd_edge.errors import InputError, near_matches, quoted
+from clip_rd_edge.errors import InputError, UsageError, near_matches, quoted
 
 AnyPath = str | os.PathLike[str]
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # the beginning of one; C:// begins a path of Windows
@@ -32,6 +32,16 @@ def is_left_by_system(path: Path) -> bool:
 def as_text(value: Any) -> Any:
     """Return a path object as text, and any other value as it is."""
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def require_paths(name: str, value: Any) -> None:
+    """Raise UsageError if the option `name` is neither a path nor a list of them."""
+    for path in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(path, str | os.PathLike):
+            fault = f"{path!r}, of type {type(path).__name__}; expected a path or a name"
+            raise UsageError(f"{name} is {fault}.", hint="pass a text or a pathlib.Path", option=name)
+        if not os.fspath(path):
+            raise UsageError(f"{name} is empty.", hint="check the variable it came from; . is this folder", option=name)
 
 
 def is_file(path: AnyPath) -> bool:

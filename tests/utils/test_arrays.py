@@ -80,18 +80,15 @@ def test_a_compression_bomb_is_refused_by_its_size(tmp_path: Path) -> None:
         read_npz(path, max_bytes=1_000_000)
 
 
-@pytest.mark.parametrize("missing", [1, 3, 4000])
-def test_an_array_that_is_cut_or_continues_is_refused(tmp_path: Path, missing: int) -> None:
-    with pytest.raises(ConfigError, match="does not have the 4,000 bytes"):
-        read_npz(archive(tmp_path / "cut.npz", header("(1000,)") + bytes(4000 - missing)), max_bytes=10_000)
-    with pytest.raises(ConfigError, match="does not have the 4,000 bytes"):
-        read_npz(archive(tmp_path / "long.npz", header("(1000,)") + bytes(4000 + missing)), max_bytes=10_000)
+@pytest.mark.parametrize("more", [-4000, -3, -1, 1, 4000])
+def test_an_array_that_is_cut_or_continues_is_refused(tmp_path: Path, more: int) -> None:
+    with pytest.raises(ConfigError):
+        read_npz(archive(tmp_path / "a.npz", header("(1000,)") + bytes(4000 + more)), max_bytes=10_000)
 
 
 def test_more_arrays_than_any_archive_has_are_refused(tmp_path: Path) -> None:
-    path = archive(tmp_path / "many.npz", header("(1,)") + bytes(4), members=17)
-    with pytest.raises(ConfigError, match="17 arrays; expected at most 16"):
-        read_npz(path, max_bytes=1000)
+    with pytest.raises(ConfigError, match="17 arrays"):
+        read_npz(archive(tmp_path / "many.npz", header("(1,)") + bytes(4), members=17), max_bytes=1000)
 
 
 def test_a_flipped_bit_anywhere_ends_with_arrays_or_one_sentence(tmp_path: Path) -> None:
