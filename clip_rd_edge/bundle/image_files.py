@@ -135,7 +135,7 @@ def _walk(folder: str, onerror: Callable[[OSError], None] | None = None) -> Iter
 
 
 def leads_nowhere(path: Path) -> bool:
-    """Return whether this is a link to something that does not exist, and that by its name may be a folder."""
+    """Return whether this is a link to nothing that by its name may be a folder."""
     # Not those of Path, which raise for what cannot be looked at, up to Python 3.13.
     return not path.suffix and os.path.islink(path) and not os.path.exists(path)  # noqa: PTH110, PTH114
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from clip_rd_edge.errors import ConfigError, InputError
-from clip_rd_edge.utils.files import machine_failure
+from clip_rd_edge.utils.files import machine_failure, read_limited
 from clip_rd_edge.utils.process import NativeCall
 from clip_rd_edge.utils.structs import CheckedStruct
 from clip_rd_edge.utils.text import is_unicode
@@ -95,15 +95,11 @@ class Tokenizer:
     """Converts texts to token ids, shape (N, T) int64."""
 
     def __init__(self, path: Path, spec: TokenizerSpec) -> None:
-        from tokenizers import (
-            Tokenizer as FastTokenizer,
-        )  # imported late: not needed if labels come from the label bank
+        import tokenizers  # late: not needed if labels come from the label bank
 
-        if not path.is_file() or path.stat().st_size > _MAX_FILE_BYTES:
-            reason = f"it is larger than {_MAX_FILE_BYTES:,} bytes" if path.is_file() else "the file does not exist"
-            raise ConfigError(f"{path} could not be read as a tokenizer: {reason}.")
         with _reported(path), NativeCall():
-            self._tokenizer: Any = FastTokenizer.from_buffer(_bounded(path.read_bytes()))
+            content = _bounded(read_limited(path, _MAX_FILE_BYTES))
+            self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(content)
         self._path = path
         if spec.end_id is None:
             self._tokenizer.enable_truncation(max_length=spec.context_length)
@@ -132,8 +128,9 @@ def _reported(path: Path) -> Iterator[None]:
             raise
         if failure := machine_failure(error):  # it starts a thread per core
             raise failure from error
+        reason = str(error).rstrip(".")
         raise ConfigError(
-            f"{path} could not be read as a tokenizer: {error}.", hint="export the bundle again"
+            f"{path} could not be read as a tokenizer: {reason}.", hint="export the bundle again"
         ) from error
 
 

@@ -128,19 +128,15 @@ def unwritable_output(path: Path, error: Exception, *, hint: str = "choose anoth
     """Return the error for an output that cannot be written, or for a place in the cache, which no -o has named."""
     cause = error.__cause__ or error
     reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-    if link := _link_to_nothing(path):
-        reason = f"{link} is a link to {link.readlink()}, which is not there"
+    with suppress(OSError, ValueError):  # of a path that is too long, for example
+        for link in (path, *path.parents):
+            if link.is_symlink() and not link.exists():
+                reason = f"{link} is a link to {link.readlink()}, which is not there"
     if cache_home() in path.parents:
         return UsageError(
             f"The cache {path} cannot be written: {reason}.", hint="name another folder with CLIP_RD_EDGE_CACHE"
         )
     return UsageError(f"The output {path} cannot be written: {reason}.", hint=hint)
-
-
-def _link_to_nothing(path: Path) -> Path | None:
-    with suppress(OSError, ValueError):  # of a path that is too long, for example
-        return next((place for place in (path, *path.parents) if place.is_symlink() and not place.exists()), None)
-    return None
 
 
 @contextmanager
@@ -167,33 +163,23 @@ def disk_full_error(error: BaseException) -> DiskFullError | None:
         if _errno(cause) in _DISK_FULL:
             filename = getattr(cause, "filename", None)
             where = f" for {filename}" if filename else ""
+            problem = f"There is no space left on the disk{where}"
+            hint = "free some space, or choose another {output}; temporary files are written to the folder in TMPDIR"
             if _errno(cause) == errno.EFBIG:
-                return DiskFullError(
-                    f"A file{where} is larger than its file system, or a limit of this shell, allows; no half-written "
-                    "file or folder is left behind.",
-                    hint="see ulimit -f, or choose another {output}; FAT keeps no file of 4 GB",
-                )
-            return DiskFullError(
-                f"There is no space left on the disk{where}; no half-written file or folder is left behind.",
-                hint="free some space, or choose another {output}; temporary files are written to the folder in TMPDIR",
-            )
+                problem = f"A file{where} is larger than its file system, or a limit of this shell, allows"
+                hint = "see ulimit -f, or choose another {output}; FAT keeps no file of 4 GB"
+            return DiskFullError(f"{problem}; no half-written file or folder is left behind.", hint=hint)
     return None
 
 
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 # What the system says when the machine, a disk or the network fails, and not when something is wrong with a file. Not
 # every system has all of them.
-_FAILURES = {
-    *_TOO_MANY_FILES,
-    *(
-        getattr(errno, name)
-        for name in (
-            *("ENOMEM", "EIO", "ESTALE", "EREMOTEIO", "ENXIO", "ENODEV", "ENOTCONN", "ETIMEDOUT", "ECONNRESET"),
-            *("EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
-        )
-        if hasattr(errno, name)
-    ),
-}
+_NAMES = (
+    "EMFILE", "ENFILE", "ENOMEM", "EIO", "ESTALE", "EREMOTEIO", "ENXIO", "ENODEV", "ENOTCONN", "ETIMEDOUT",
+    "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH",
+)  # fmt: skip
+_FAILURES = {getattr(errno, name) for name in _NAMES if hasattr(errno, name)}
 # The same in Windows's own numbers, for which Python says EINVAL, ENOENT or EACCES: not ready, CRC, bad network path,
 # network busy, device gone, unexpected network error, network name deleted or bad, timeout, I/O device, not connected,
 # network or host unreachable, connection aborted.
@@ -207,7 +193,9 @@ def machine_failure(error: BaseException) -> UnreachableError | None:
         if isinstance(cause, OSError) and (
             cause.errno in _FAILURES or getattr(cause, "winerror", None) in _WINDOWS_FAILURES
         ):
-            what = str(error) if isinstance(error, ClipRdEdgeError) else _failed(cause)
+            what = f"Cannot read or write {cause.filename or 'a file'}: {cause.strerror}"
+            if isinstance(error, ClipRdEdgeError):
+                what = str(error)
             advice = "; raise their limit first: ulimit -n 4096" if cause.errno in _TOO_MANY_FILES else ""
             return UnreachableError(f"{what.rstrip('.')}{advice}.")
         if _NO_THREAD.search(str(cause)):
@@ -220,10 +208,6 @@ def machine_failure(error: BaseException) -> UnreachableError | None:
 
 # How Python, and libraries in Rust and C++, report that a thread cannot be started; the latter is the system's EAGAIN.
 _NO_THREAD = re.compile("can't start new thread|Resource temporarily unavailable")
-
-
-def _failed(error: OSError) -> str:
-    return f"Cannot read or write {error.filename or 'a file'}: {error.strerror}"
 
 
 # How libraries in Rust, such as safetensors and tokenizers, report an error of the operating system.
