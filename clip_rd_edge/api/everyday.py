@@ -84,13 +84,12 @@ def make_everyday(folder: Path, *, reporter: Reporter = SILENT) -> None:
 def _calibration(folder: Path) -> Path:
     """Write pairs to calibrate INT8 with: crops of the photograph that matplotlib brings, and names of things."""
     from matplotlib.cbook import get_sample_data
-    from PIL import Image
 
+    from clip_rd_edge.bundle.images import open_image
     from clip_rd_edge.runtime.labels import everyday_labels
 
     draw, rows = random.Random(0), [("filepath", "title")]
-    with Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)) as file:
-        photograph = file.convert("RGB")
+    photograph = open_image(Path(get_sample_data("grace_hopper.jpg", asfileobj=False)))
     names = everyday_labels()
     draw.shuffle(names)
     for number, name in zip(range(_CROPS), itertools.cycle(names), strict=False):
