@@ -217,11 +217,6 @@ complete_data = completed_by(("emoji",))
 complete_labels = completed_by(("everyday",))
 
 
-def drop_none(**options: Any) -> dict[str, Any]:
-    """Return the options that are not None, that is, those that were set."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
 COMPLETIONS = {
     "data": complete_data, "labels": complete_labels, "recipe": complete_recipe,
     "student": complete_student, "targets": complete_targets, "task": complete_task,
