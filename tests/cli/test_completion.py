@@ -9,20 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
+
+from clip_rd_edge.cli.main import cli
 
 GUIDE = Path(__file__).parents[2] / "docs" / "index.md"
 
 
 def completions(line: str) -> list[tuple[str, str]]:
-    """Return type and value of what bash is offered for a line whose last word is incomplete."""
-    environment = {
-        **os.environ, "_CLIP_RD_EDGE_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")),
-    }  # fmt: skip
-    command = [sys.executable, "-m", "clip_rd_edge"]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert process.stderr == ""
-    output = process.stdout
-    return [(kind, value) for kind, _, value in (row.partition(",") for row in output.splitlines())]
+    """Return type and value of what a shell is offered for a line whose last word is incomplete."""
+    _, *words, last = line.split(" ")
+    offered = ShellComplete(cli, {}, "clip-rd-edge", "_CLIP_RD_EDGE_COMPLETE").get_completions(words, last)
+    return [(item.type, item.value) for item in offered]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +51,12 @@ def test_the_shell_is_offered_commands_options_values_presets_and_files(line: st
 
 
 def test_a_wrong_command_is_no_error_in_the_prompt() -> None:
-    assert ("plain", "quickstart") in completions("clip-rd-edge clasify ")
+    words = {"COMP_WORDS": "clip-rd-edge clasify ", "COMP_CWORD": "2"}
+    environment = {**os.environ, "_CLIP_RD_EDGE_COMPLETE": "bash_complete", **words}
+    command = [sys.executable, "-m", "clip_rd_edge"]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert process.stderr == ""
+    assert "plain,quickstart" in process.stdout.splitlines()
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
