@@ -21,8 +21,7 @@ from clip_rd_edge.utils.text import as_word
 
 CLASS_NAMES = "classnames.txt"
 SPLITS = ("test", "val", "validation")  # those of an evaluation, in order of preference
-TRAINING_SPLITS = ("train", "training")
-_OTHER_SPLITS = (*TRAINING_SPLITS, "valid", "dev")  # that an evaluation never chooses, and may be classes, too
+_OTHER_SPLITS = ("train", "training", "valid", "dev")  # that an evaluation never chooses, and may be classes, too
 _WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -84,15 +83,15 @@ def class_samples(name: str, folder: Path, templates: Sequence[str] = ()) -> Fol
     names = folder / CLASS_NAMES
     if not names.is_file() and folder.resolve().name in (*SPLITS, *_OTHER_SPLITS):
         names = folder.resolve().parent / CLASS_NAMES
-    if splits := [path for path in subfolders(folder) if path.name in SPLITS and subfolders(path)]:
-        raise _not_the_classes(folder, f"has the subfolder {splits[0].name}, which looks like a split", splits[0])
+    splits = {path.name.lower(): path for path in subfolders(folder) if subfolders(path)}
+    if split := next((splits[name] for name in (*_OTHER_SPLITS, *SPLITS) if name in splits), None):
+        raise _not_the_classes(folder, f"has the subfolder {split.name}, which looks like a split", split)
     classes = class_folders(folder, names)
     images = [(path, number) for number, (inner, _) in enumerate(classes) for path in list_images(inner)]
-    if len({number for _, number in images}) < 2:
+    if (count := len({number for _, number in images})) < 2:
         raise InputError(
-            f"The data {folder} are a folder, in which {len(classes)} subfolders have images; expected 2 or more, each "
-            "with the images of a class.",
-            hint=f"name such a folder, a CSV file with the columns filepath,title, shards (….tar) or emoji, or pass "
+            f"The folder {folder} has images in {count} subfolders; expected 2 or more, one for each class.",
+            hint="name such a folder, a CSV file with the columns filepath,title, shards (….tar) or emoji, or pass "
             f"images and captions apart: {{images}} {as_word(folder)} {{texts}} FILE",
             option="data",
         )
