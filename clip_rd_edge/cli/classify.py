@@ -47,7 +47,7 @@ _images, _output = grouped("Images"), grouped("Output")
 )  # fmt: skip
 @_output("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
 @_output("--csv", "as_csv", is_flag=True, help="Print CSV with one row per image and label.")
-def command(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> None:
+def classify(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> None:
     """Classify each IMAGE with BUNDLE. IMAGE is a file, a folder, a glob, or - to read paths from stdin.
 
     \b

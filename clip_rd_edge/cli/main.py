@@ -74,7 +74,7 @@ class LazyGroup(CommandGroup):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"clip_rd_edge.cli.{COMMANDS[cmd_name][0]}")
-        command: click.Command = vars(module).get(cmd_name) or module.command
+        command: click.Command = vars(module)[cmd_name]
         return command
 
     def resolve_command(
