@@ -9,7 +9,6 @@ from itertools import chain
 from typing import Any
 
 import msgspec
-import torch
 from torch import nn
 
 from clip_rd_edge.bundle.labels import parse_templates
@@ -115,15 +114,22 @@ def require_named_student(config: RunConfig) -> None:
             raise UsageError(
                 f"{config.student} already has weights, but other weights to start from were named.",
                 hint="omit {pretrained_image} and {pretrained_text}",
+                option="pretrained_image" if config.pretrained_image else "pretrained_text",
             )
         _require_shape(config, known_config(config.student))
     else:
         require_student(config.student)
     if config.text is not None and config.text != TEACHER:
-        if text_source(config) is not None:
-            known_config(config.text)
-        else:
+        if text_source(config) is None:
             text_size(config.text)
+        elif config.pretrained_text:
+            raise UsageError(
+                f"The student takes the text tower of {config.text}, but other weights to start from were named.",
+                hint="omit {pretrained_text}",
+                option="pretrained_text",
+            )
+        else:
+            known_config(config.text)
     if config.recipe.objective.needs_teacher and config.stored_teachers is None:
         known = [known_config(name, pretrained=teacher_weights(config, name)) for name in config.teachers]
         if known and known[0]:
@@ -153,14 +159,16 @@ def _student_to_train(config: RunConfig, teachers: Sequence[ClipModel], name: st
             f"A share of {config.tuned_share:g} of the trained weights was asked for, but {config.student} has "
             "no weights to start from.",
             hint="omit {tuned_share}, or name a trained model with {student}",
+            option="tuned_share",
         )
+    for option in ("text", "pretrained_text", "pretrained_image"):
+        if getattr(config, option) in (TEACHER, TOKENS) and not teachers:
+            raise UsageError(
+                f"{{{option}}} takes something of the teacher, but the recipe {config.recipe_name} has no teacher.",
+                hint=f"choose another {{{option}}}, or another {{recipe}}",
+                option=option,
+            )
     student = _build_student(config, teachers, name)
-    if config.pretrained_text in (TEACHER, TOKENS) and not teachers:
-        raise UsageError(
-            f"The student's text tower is to start from its teacher, but the recipe {config.recipe_name} has no "
-            "teacher.",
-            hint="choose another {pretrained_text}, or another {recipe}",
-        )
     if config.pretrained_image == TEACHER:
         reporter.note(copy_image_tower(student, teachers[0]))
     elif config.pretrained_image:
@@ -186,11 +194,10 @@ def _require_shape(config: RunConfig, model_cfg: dict[str, Any]) -> None:
         asked_for["text"] = f"{size.width}x{size.layers}"
     for name, value in actual.items():
         if asked_for[name] not in (value, None, 0):  # 0: the embedding size of a teacher
-            option = f"{{{name}}}"
-            what = "text tower" if name == "text" else name.replace("_", " ")
             raise UsageError(
-                f"{config.student} is trained, and its {what} is {value}; {getattr(config, name)} was asked for.",
-                hint=f"omit {option}, or name an architecture with {{student}}",
+                f"{config.student} is trained with {{{name}}} {value}; {getattr(config, name)} was asked for.",
+                hint=f"omit {{{name}}}, or name an architecture with {{student}}",
+                option=name,
             )
 
 
@@ -221,36 +228,19 @@ def takes_text(config: RunConfig) -> bool:
 
 def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) -> ClipModel:
     """Return a new student, whose weights are random unless it takes the text tower of a model."""
-    if (source := text_source(config)) is not None and config.pretrained_text:
-        raise UsageError(
-            f"The student takes the text tower of {config.text}, but other weights to start from were named.",
-            hint="omit {pretrained_text}",
-        )
     architecture = _student_architecture(config, teachers)
-    if source is not None:
-        text_model = load_clip(source)
-        _require_context_length(config, text_model)
-        return build_with_text_tower_of(text_model, architecture, name=name)
-    if config.text != TEACHER:
+    if not takes_text(config):
         return build_student(architecture, name=name)
-    if not teachers:
-        raise UsageError(
-            f"The student is to have its teacher's text tower, but the recipe {config.recipe_name} has no teacher.",
-            hint="choose another {text}, or another {recipe}",
-        )
-    _require_context_length(config, teachers[0])
-    return build_with_text_tower_of(teachers[0], architecture, name=name)
-
-
-def _require_context_length(config: RunConfig, clip: ClipModel) -> None:
-    """Raise a UsageError if the student takes the text tower of a model, but another context length was asked for."""
+    source = text_source(config)
+    clip = load_clip(source) if source else teachers[0]
     if config.context_length not in (None, clip.context_length):
-        of = f"its teacher {clip.name}" if config.text == TEACHER else config.text
         raise UsageError(
-            f"The student takes the text tower of {of}, whose context length is {clip.context_length}; "
+            f"The student takes the text tower of {clip.name}, whose context length is {clip.context_length}; "
             f"{config.context_length} was asked for.",
             hint="omit {context_length}",
+            option="context_length",
         )
+    return build_with_text_tower_of(clip, architecture, name=name)
 
 
 def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> dict[str, Any]:
@@ -261,14 +251,8 @@ def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> d
     embedding_size = config.embedding_size or _embedding_size(config, teachers)
     architecture = student_config(config.student, embedding_size=embedding_size, **shape)
     if config.pretrained_image == TEACHER:
-        if not teachers:
-            raise UsageError(
-                f"The student is to start from its teacher's image tower, but the recipe {config.recipe_name} has no "
-                "teacher.",
-                hint="choose another {pretrained_image}, or another {recipe}",
-            )
         architecture = with_image_of(architecture, teachers[0])
-    if config.pretrained_text == TEACHER and teachers:
+    if config.pretrained_text == TEACHER:
         architecture = with_text_of(architecture, teachers[0])
     if "sigmoid" in config.recipe.objective:
         architecture["model_cfg"] |= _SIGMOID_START
@@ -317,9 +301,6 @@ def require_trained_bias(student: ClipModel, objective: Weights) -> None:
         )
 
 
-_SCALES = ("logit_scale", "logit_bias")  # parameters outside of the towers
-
-
 def set_training_mode(student: ClipModel, config: RunConfig) -> None:
     """Put the student in training mode; freeze what the configuration says.
 
@@ -331,7 +312,7 @@ def set_training_mode(student: ClipModel, config: RunConfig) -> None:
     student.model.train(config.quantize is None)
     if config.freeze_norms:
         for module in student.model.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
     if config.gradient_checkpointing:
         student.model.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -341,24 +322,22 @@ def set_training_mode(student: ClipModel, config: RunConfig) -> None:
             transformer: Any = student.model.get_submodule("text.transformer")
             transformer.gradient_checkpointing_enable({"use_reentrant": False})
     if config.freeze_text:
-        freeze_all_but_projection(student.model.get_submodule("text"))
+        _freeze_all_but_projection(student.model.get_submodule("text"))
     elif config.freeze_text_layers:
-        freeze_first_text_layers(student, config.freeze_text_layers)
+        groups = text_groups(student)  # the embeddings first
+        _freeze_first(groups, config.freeze_text_layers, text_transformer(student), option="freeze_text_layers")
     if is_texts_alone(config):
-        image_tower = student.model.get_submodule("visual")
-        image_tower.eval().requires_grad_(False)
+        student.model.get_submodule("visual").eval().requires_grad_(False)
     elif config.freeze_image:
-        freeze_first_layers(student, config.freeze_image)
+        groups, trunk = _image_groups(student)
+        _freeze_first(groups, config.freeze_image, trunk, option="freeze_image")
     _require_trained_part(student, config)
 
 
 def _require_trained_part(student: ClipModel, config: RunConfig) -> None:
-    """Raise a UsageError if no tower has a parameter to train, as without images and a projection of the text tower.
-
-    The logit scale, which belongs to no tower, changes no answer.
-    """
-    trained = (name for name, parameter in student.model.named_parameters() if parameter.requires_grad)
-    if all(name in _SCALES for name in trained):
+    """Raise a UsageError if no tower has a parameter to train, as without images and a projection of the text tower."""
+    trained = {name for name, parameter in student.model.named_parameters() if parameter.requires_grad}
+    if trained <= {"logit_scale", "logit_bias"}:
         reasons = [
             *(["there are no images to train the image tower on"] if is_texts_alone(config) else []),
             *(["its frozen text tower has no projection to train"] if config.freeze_text else []),
@@ -380,18 +359,18 @@ def frozen_at_random(config: RunConfig) -> Iterator[str]:
         return
     has_tokens = config.pretrained_text == TOKENS  # which are the first group of layers
     frozen_text = config.freeze_text or config.freeze_text_layers > has_tokens
-    if frozen_text and not takes_text(config) and (has_tokens or not config.pretrained_text):
-        yield _FROZEN_AT_RANDOM.format(tower="text")
-    if config.freeze_image and not config.pretrained_image:
-        yield _FROZEN_AT_RANDOM.format(tower="image")
+    frozen = {
+        "text": frozen_text and not takes_text(config) and (has_tokens or not config.pretrained_text),
+        "image": config.freeze_image and not config.pretrained_image,
+    }
+    for tower in (tower for tower in frozen if frozen[tower]):
+        yield (
+            f"the frozen layers of the {tower} tower keep random weights: --pretrained-{tower} names weights to start "
+            "from"
+        )
 
 
-_FROZEN_AT_RANDOM = (
-    "the frozen layers of the {tower} tower keep random weights: --pretrained-{tower} names weights to start from"
-)
-
-
-def freeze_all_but_projection(text: nn.Module) -> None:
+def _freeze_all_but_projection(text: nn.Module) -> None:
     """Freeze a text tower except for its projection, and disable its dropout."""
     projection = getattr(text, projection_name(text))
     parts = projection.parameters() if isinstance(projection, nn.Module) else [projection]  # None without a projection
@@ -401,52 +380,30 @@ def freeze_all_but_projection(text: nn.Module) -> None:
     text.eval()
 
 
-def freeze_first_layers(student: ClipModel, count: int) -> None:
-    """Freeze the first groups of layers of an image tower, and put them in evaluation mode.
-
-    They are timm's groups, of which the first is the stem; the others are blocks. No gradient is computed for them, and
-    none flows through them to the input.
-    """
+def _image_groups(student: ClipModel) -> tuple[list[list[nn.Parameter]], nn.Module]:
+    """Return timm's groups of layers of an image tower, the stem first, then its blocks; and the trunk."""
     from timm.models import group_parameters
 
-    if "timm_model_name" not in student.model_cfg["vision_cfg"]:
-        raise UsageError(
-            f"The first layers of {student.name} cannot be frozen: its image tower is not a timm trunk.",
-            hint="omit {freeze_image}",
-        )
-    trunk: Any = student.model.get_submodule("visual.trunk")
+    trunk: Any = getattr(student.model.get_submodule("visual"), "trunk", None)
     if not hasattr(trunk, "group_matcher"):
         raise UsageError(
-            f"The first layers of {student.name} cannot be frozen: timm does not say how its layers form groups.",
+            f"The first layers of {student.name} cannot be frozen: timm has no groups of them.",
             hint="omit {freeze_image}, or name another {student}",
+            option="freeze_image",
         )
     groups: dict[int, list[str]] = group_parameters(trunk, trunk.group_matcher())
+    return [[trunk.get_parameter(name) for name in groups[group]] for group in sorted(groups)], trunk
+
+
+def _freeze_first(groups: Sequence[Iterable[nn.Parameter]], count: int, within: nn.Module, *, option: str) -> None:
+    """Compute no gradient for the first groups of parameters; modules without others go into evaluation mode."""
     if count >= len(groups):
         raise ConfigError(
-            f"{count} groups of layers of {student.name} were to be frozen, but its image tower has {len(groups)}.",
-            hint=f"{{freeze_image}} takes 0 to {len(groups) - 1}",
+            f"{count} groups of layers were to be frozen, but the tower has {len(groups)}.",
+            hint=f"{{{option}}} takes 0 to {len(groups) - 1}",
+            option=option,
         )
-    _freeze([[trunk.get_parameter(name) for name in groups[group]] for group in sorted(groups)[:count]], within=trunk)
-
-
-def freeze_first_text_layers(student: ClipModel, count: int) -> None:
-    """Freeze the first groups of layers of a text tower, the embeddings first, and disable their dropout.
-
-    What they know of words that are in no caption stays as it is, and no gradient is computed for them.
-    """
-    groups = text_groups(student)
-    if count >= len(groups):
-        raise ConfigError(
-            f"{count} groups of layers of {student.name} were to be frozen, but its text tower has {len(groups)}, the "
-            "embeddings among them.",
-            hint=f"{{freeze_text_layers}} takes 0 to {len(groups) - 1}; {{freeze_text}} freezes all",
-        )
-    _freeze(groups[:count], within=text_transformer(student))
-
-
-def _freeze(groups: Iterable[Iterable[nn.Parameter]], *, within: nn.Module) -> None:
-    """Compute no gradient for groups of parameters, and put the modules that have no others in evaluation mode."""
-    for parameter in chain.from_iterable(groups):
+    for parameter in chain.from_iterable(groups[:count]):
         parameter.requires_grad_(False)
     for module in within.modules():
         parameters = list(module.parameters())
