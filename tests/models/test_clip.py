@@ -103,10 +103,6 @@ def test_the_parameters_of_a_deployed_model_are_those_of_its_merged_branches(
     assert both - image == parameter_count(model) - parameter_count(model.get_submodule("visual"))
 
 
-def test_a_trunk_without_branches_is_not_copied(student: ClipModel) -> None:
-    assert inference_image_tower(student.model).model is student.model
-
-
 def test_a_trunk_that_timm_cannot_merge_stays_as_it_was_trained(
     make_student: Callable[..., ClipModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

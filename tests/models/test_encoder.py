@@ -14,10 +14,8 @@ import torch
 from support import share_in_threads
 from torch import nn
 
-from clip_rd_edge.api.models import open_encoder
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder, torch_threads
-from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.students import build_student, student_config
 
 
@@ -97,10 +95,3 @@ def test_blocks_in_each_other_and_in_threads_restore_the_number_of_threads() -> 
     assert share_in_threads(lambda: torch_threads(before + 3), torch.get_num_threads) == before + 3
     with ThreadPoolExecutor(1) as thread:  # starts with what the others have left
         assert thread.submit(torch.get_num_threads).result() == before
-
-
-def test_an_encoder_is_opened_with_its_threads(student: ClipModel, tmp_path: Path) -> None:
-    save_clip(tmp_path / "student", student, provenance={})
-    before = torch.get_num_threads()
-    encoder = open_encoder(str(tmp_path / "student"), threads=before + 1)
-    assert (encoder.threads, torch.get_num_threads()) == (before + 1, before)  # type: ignore[attr-defined]

@@ -52,7 +52,7 @@ def test_merges_are_strings_unless_a_piece_has_a_space(
 def test_a_tokenizer_that_keeps_the_end_of_a_long_text_is_refused(tmp_path: Path) -> None:
     words = bert_clip(tmp_path / "bert").tokenizer
     words.tokenizer.truncation_side = "left"
-    with pytest.raises(ClipRdEdgeError, match=r"bert' truncates on the left, which a bundle cannot express"):
+    with pytest.raises(ClipRdEdgeError):
         exporter.export_tokenizer(words, tmp_path)
 
 
