@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +29,7 @@ Matrix = npt.NDArray[np.float64]
 Matches = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class Agreement:
+class Agreement(NamedTuple):
     """Agreement of N embeddings with N reference embeddings.
 
     Attributes:
@@ -102,18 +100,11 @@ def hard_pixels(preprocessing: Preprocessing) -> Pixels:
     height, width = preprocessing.size
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:height, :width]
-    images = np.stack(
-        [
-            np.ones((3, height, width)),
-            np.zeros((3, height, width)),
-            np.stack([np.ones((height, width)), np.zeros((height, width)), np.zeros((height, width))]),
-            np.broadcast_to((rows + columns) % 2, (3, height, width)),
-            np.broadcast_to((rows // 16 + columns // 16) % 2, (3, height, width)),
-            rng.integers(0, 2, (3, height, width)),
-            rng.uniform(0, 1, (3, height, width)),
-            np.broadcast_to(columns / max(width - 1, 1), (3, height, width)),
-        ]
-    )
+    red = np.asarray([1, 0, 0])[:, None, None]
+    noise = rng.integers(0, 2, (3, height, width)), rng.uniform(0, 1, (3, height, width))
+    checkerboards = ((rows // edge + columns // edge) % 2 for edge in (1, 16))
+    kinds = (np.ones(1), np.zeros(1), red, *checkerboards, *noise, columns / max(width - 1, 1))
+    images = np.stack([np.broadcast_to(kind, (3, height, width)) for kind in kinds])
     mean, std = (np.asarray(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     pixels: Pixels = ((images - mean) / std).astype(np.float32)
     return pixels
@@ -158,14 +149,7 @@ def p10(latencies_ms: Milliseconds) -> float:
 def measurement(
     agreement: Agreement, latencies_ms: Milliseconds, *, reference_ms: Milliseconds, threads: int
 ) -> Measurement:
-    """Return a tower's figures as the manifest stores them.
-
-    Args:
-        agreement: of its embeddings with float32's.
-        latencies_ms: of the tower.
-        reference_ms: of the float32 tower, timed in turn with `latencies_ms`.
-        threads: number of threads of both.
-    """
+    """Return a tower's figures as the manifest stores them, with the latencies of float32, timed in turn with its."""
     return Measurement(
         latency_ms_p50=float(np.median(latencies_ms)),
         latency_ms_p95=float(np.percentile(latencies_ms, 95)),

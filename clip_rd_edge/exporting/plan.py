@@ -68,16 +68,13 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One target.
+    """One target, as its YAML file describes it.
 
     Attributes:
-        title: what it is, in a few words.
         examples: products that it covers.
-        needs: prerequisites, before anything is installed.
-        install: the command that installs the runtime on it.
+        needs, install: prerequisites, and the command that installs the runtime on it.
         precision: the recommended precision, with the reason.
-        profile: the settings of `clip-rd-edge export --target`.
-        export: the command that makes the bundle.
+        profile, export: the settings of `clip-rd-edge export --target`, and a command with them.
         runs: how far the project itself has tested it: `here` on such a machine, `nearby` on another one with the same
             software, `not yet`.
         proof: what exactly was tested and what was not, in one sentence.
@@ -110,13 +107,17 @@ def target_guide(name: str) -> str:
 
 
 def _folder(name: str) -> Path:
-    known = target_names()
+    _require_known(name, target_names())
+    return shipped_path(DEVICES) / name
+
+
+def _require_known(name: str, known: Sequence[str]) -> None:
     if name not in known:
         raise InputError(
             f"No target is named {name!r}; expected one of {', '.join(known)}.{near_matches(name, known)}",
-            hint="clip-rd-edge targets lists them",
+            hint="clip-rd-edge targets describes each",
+            option="target",
         )
-    return shipped_path(DEVICES) / name
 
 
 # Bits of INT8 weights on CPUs. 7 is right on every processor; with 8, x86 processors without VNNI saturate (see
@@ -269,13 +270,7 @@ def _profile(request: Export, name: str | None) -> Profile:
     if name is None:
         format = request.format or "onnx"
         return Profile(format=format, precisions=format_named(format).precisions)
-    if name not in (*target_names(), *RTX_TARGETS) or name == _RTX:
-        known = [*(name for name in target_names() if name != _RTX), *RTX_TARGETS]
-        raise InputError(
-            f"No target is named {name!r}; expected one of {', '.join(known)}.{near_matches(name, known)}",
-            hint="clip-rd-edge targets describes each",
-            option="target",
-        )
+    _require_known(name, [*(name for name in target_names() if name != _RTX), *RTX_TARGETS])
     return read_target(_RTX if name in RTX_TARGETS else name).profile
 
 
@@ -332,21 +327,12 @@ def engine_target_here() -> tuple[str, str]:
     """
     if jetson := jetson_name():
         return jetson, f"no --target: the folder is for this {SELF_BUILDING_TARGETS[jetson]}; run its build.sh next"
-    generic = "nvidia-gpu"
     capability = cuda_capability()
-    if not capability:
-        return generic, (
-            "no --target, and no NVIDIA GPU here: the folder builds its own engines on any; copy it there and run "
-            "bash build.sh, or python3 build.py (engines for an RTX card can be built here: --target sm89)"
-        )
     target = f"sm{capability.replace('.', '')}"
-    if target not in RTX_TARGETS:
-        reason = f"{target}, for which TensorRT builds the engines: run the folder's build.sh or build.py next"
-    elif find_spec("tensorrt_rtx_bindings") is None:
-        reason = (
-            f"{target}: run the folder's build.sh or build.py next, which need TensorRT "
-            f"(with TensorRT for RTX, the export builds the engines: {install_command('rtx')})"
-        )
-    else:
+    if target in RTX_TARGETS and find_spec("tensorrt_rtx_bindings"):
         return target, f"no --target: the engines are for the GPU here, {target} ({RTX_TARGETS[target]})"
-    return generic, f"no --target: the GPU here is {reason}"
+    return "nvidia-gpu", (
+        f"no --target, and {f'the GPU here is {target}' if capability else 'no NVIDIA GPU here'}: the folder builds "
+        "its own engines on any, by TensorRT; copy it there and run bash build.sh, or python3 build.py (with TensorRT "
+        f"for RTX, --target sm89 builds those of an RTX card here: {install_command('rtx')})"
+    )

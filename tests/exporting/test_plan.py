@@ -71,7 +71,7 @@ def test_weights_that_some_processors_saturate_are_for_targets_that_none_of_them
     [
         ("", "", True, "nvidia-gpu", "builds its own engines on any"),
         ("8.9", "", True, "sm89", "for the GPU here, sm89"),
-        ("8.9", "", False, "nvidia-gpu", "which need TensorRT"),
+        ("8.9", "", False, "nvidia-gpu", "with TensorRT for RTX"),
         ("9.0", "", True, "nvidia-gpu", "the GPU here is sm90"),
         ("", "jetson-orin", False, "jetson-orin", "for this Jetson Orin"),
     ],
