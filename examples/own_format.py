@@ -55,9 +55,5 @@ def open_program(path, *, threads=None):
 class Encoder(BundleEncoder):
     runtime = "pt2"
 
-    @classmethod
-    def open(cls, folder, manifest, options):
-        return cls(folder, manifest)
-
     def open_tower(self, tower):
         return Program(str(self.folder / tower.file))
