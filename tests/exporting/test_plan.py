@@ -202,7 +202,7 @@ def test_a_format_of_another_package_is_exported_and_run(tmp_path: Path) -> None
     assert all(check.passed for check in edge.verify(bundle))
     ours, expected = (edge.load(each) for each in (bundle, plain))
     np.testing.assert_allclose(ours.encode_images(image), expected.encode_images(image), atol=1e-5)
-    assert [label for label, _ in ours.classify(image)[0]] == [label for label, _ in expected.classify(image)[0]]
+    assert [label for label, _ in ours.classify(image)] == [label for label, _ in expected.classify(image)]
     assert format_of("pt2").title == "torch.export"
     with pytest.raises(UsageError, match="pt2"):
         plan(format="pt")
