@@ -152,17 +152,15 @@ def open_encoder(
         return load_bundle(Path(named.name), threads=threads, runtime=runtime, device=device, force=force)
     if runtime not in (None, "torch", "torch-compile"):
         raise UsageError(f"{spec} is not a bundle: {runtime} cannot run it.", hint="export it with clip-rd-edge export")
+    from clip_rd_edge.models.clip import inference_image_tower
     from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder
     from clip_rd_edge.models.load import load_clip
     from clip_rd_edge.runtime.encoder import require_threads
 
     require_threads(threads)
     kind = CompiledEncoder if runtime == "torch-compile" else TorchEncoder
-    return kind(
-        load_clip(spec, pretrained=pretrained),
-        folder=Path(named.name) if named.kind == "folder" else None,
-        threads=threads,
-    )
+    clip, folder = load_clip(spec, pretrained=pretrained), Path(named.name) if named.kind == "folder" else None
+    return kind(clip, folder=folder, image_tower=inference_image_tower(clip.model), threads=threads)
 
 
 def first_answer(spec: str, runtime: RowRuntime | None, threads: int) -> list[str]:

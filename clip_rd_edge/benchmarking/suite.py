@@ -17,6 +17,7 @@ from clip_rd_edge.data.load import local_place, names_shards
 from clip_rd_edge.data.tasks import BUILT_IN_TASKS, Task, load_task, with_distinct_names
 from clip_rd_edge.data.webdataset import SEPARATOR, parse_sources
 from clip_rd_edge.errors import ConfigError, InputError, near_matches, quoted
+from clip_rd_edge.models.names import parse_name
 from clip_rd_edge.runtime.encoder import MAX_THREADS
 from clip_rd_edge.utils.paths import Typed, exists, is_file, is_folder, shipped_path, typed
 from clip_rd_edge.utils.structs import CheckedStruct, PositiveFloat, PositiveInt, Share, commented_yaml, read_yaml
@@ -24,7 +25,6 @@ from clip_rd_edge.utils.structs import CheckedStruct, PositiveFloat, PositiveInt
 Role = Literal["teacher", "baseline", "student", "exported", "quantised"]
 RowRuntime = Literal["torch", "torch-compile", Runtime]
 Threads = Annotated[int, Meta(ge=1, le=MAX_THREADS)]
-_HUB = "hf-hub:"
 _SHIPPED = "benchmarks/suites"
 
 
@@ -33,7 +33,7 @@ class SuiteRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     Attributes:
         label: its name in the report.
-        model: the folder of a bundle, a run or an open_clip model, or `hf-hub:ORG/REPO`.
+        model: the folder of a bundle, a run or an open_clip model, `hf-hub:ORG/REPO`, or `NAME@TAG`.
         role: decides what it is compared with: a student with the teacher and the baseline (the same student, trained
             without a teacher), the exported model with the student, the quantised one with the exported one.
         runtime: torch or torch-compile for a model, one of the others for a bundle; None means eager torch, or the
@@ -104,8 +104,9 @@ class Suite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def resolve_model(self, row: SuiteRow) -> Typed:
         """Return a row's model as `open_encoder` accepts it."""
-        if row.model.startswith(_HUB):
-            return Typed(row.model)
+        named = parse_name(row.model)
+        if named.kind == "hub" or (named.kind == "open_clip" and named.weights and not exists(named.weights)):
+            return Typed(row.model)  # published: a file of weights is not for a suite to name
         folder = Path(self.root or ".") / row.model.removeprefix(LOCAL_DIR)
         if not is_folder(folder):
             raise InputError(f"There is no model folder {folder}.")

@@ -150,8 +150,15 @@ class TorchEncoder:
 class CompiledEncoder(TorchEncoder):
     """Runs a `ClipModel` with torch.compile, which compiles each tower once for single inputs and once for batches."""
 
-    def __init__(self, clip: ClipModel, *, folder: Path | None = None, threads: int | None = None) -> None:
-        super().__init__(clip, folder=folder, threads=threads)
+    def __init__(
+        self,
+        clip: ClipModel,
+        *,
+        folder: Path | None = None,
+        image_tower: nn.Module | None = None,
+        threads: int | None = None,
+    ) -> None:
+        super().__init__(clip, folder=folder, image_tower=image_tower, threads=threads)
         self._caption_tower = self._text_tower  # each length would be compiled apart
         self._compiled: dict[tuple[int, bool], Callable[[Tensor], Tensor]] = {}
 
