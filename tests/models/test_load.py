@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -120,24 +119,6 @@ def test_loading_is_quiet_and_leaves_the_applications_logging_as_it_was(
     assert capfd.readouterr().err == ""
 
 
-def test_another_thread_of_the_application_logs_while_a_model_loads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    get_tokenizer = open_clip.get_tokenizer
-
-    def log_and_get(*arguments: Any, **options: Any) -> object:
-        thread = threading.Thread(target=lambda: logging.getLogger("application").error("payment failed"))
-        thread.start()
-        thread.join()
-        return get_tokenizer(*arguments, **options)
-
-    monkeypatch.setattr(open_clip, "get_tokenizer", log_and_get)
-    save_clip(tmp_path / "tiny", tiny(), provenance={})
-    caplog.clear()
-    load_clip(str(tmp_path / "tiny"))
-    assert caplog.messages == ["payment failed"]
-
-
 def test_a_thread_that_has_loaded_its_model_lets_no_python_code_into_that_of_another() -> None:
     from transformers import dynamic_module_utils as modules
 
@@ -249,10 +230,3 @@ def test_a_configuration_of_a_model_that_nobody_has_takes_no_memory(name: str, t
     shutil.copy(Path(__file__).parents[1] / "corpus" / "teachers" / f"{name}.json", tmp_path / "open_clip_config.json")
     with pytest.raises(ConfigError):
         load_clip(f"local-dir:{tmp_path}")
-
-
-def test_the_bundles_in_a_folder_that_is_no_model_are_named(colour_bundle: Path, tmp_path: Path) -> None:
-    shutil.copytree(colour_bundle, tmp_path / "bundles" / "int8")
-    with pytest.raises(InputError) as refusal:
-        load_clip(str(tmp_path / "bundles"))
-    assert refusal.value.hint == f"there are bundles in it: {tmp_path / 'bundles' / 'int8'}"
