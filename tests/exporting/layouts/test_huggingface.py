@@ -38,8 +38,8 @@ from clip_rd_edge.exporting.layouts.huggingface import (
     _take_any_length,
     normalizer_with_cleaning,
     write_huggingface,
-    write_model_card,
 )
+from clip_rd_edge.exporting.layouts.model_card import write_model_card
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
