@@ -252,15 +252,17 @@ def exclusive_writer(
 
     created = not exists(folder)
     lock = FileLock(folder / LOCK_FILE, timeout=0, thread_local=False)
-    with named_failures(folder, hint=f"choose another {option}"):
-        may_write = _acquire(lock, on_wait, stop or threading.Event())
     try:
+        with named_failures(folder, hint=f"choose another {option}"):
+            may_write = _acquire(lock, on_wait, stop or threading.Event())
         yield may_write
     finally:
-        if lock.is_locked:
-            # Removed while locked: a process that has opened it meanwhile notices that the file is gone and retries.
-            with suppress(OSError):
-                (folder / LOCK_FILE).unlink()
+        try:
+            if lock.is_locked:
+                # Removed while locked: a process that has opened it meanwhile sees that the file is gone and retries.
+                with suppress(OSError):
+                    (folder / LOCK_FILE).unlink()
+        finally:
             lock.release()
         if created:
             with suppress(OSError):  # not empty
