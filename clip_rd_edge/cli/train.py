@@ -13,7 +13,7 @@ from clip_rd_edge.utils.text import as_word
 
 # The first command that a reader of the README, of the guide, of the help and of the quickstart's output is shown.
 OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
-      --teacher ViT-B-16 --teacher-pretrained laion400m_e32 \\
+      --teacher ViT-B-16@laion400m_e32 \\
       --student resnet18 --pretrained-image timm \\
       --text 512x6 --pretrained-text teacher"""
 
@@ -24,7 +24,7 @@ def distill(given: dict[str, Any]) -> None:
 
     \b
     clip-rd-edge distill --data pairs.csv --batch-size 256 -o runs/first \\
-        --teacher ViT-B-16 --teacher-pretrained laion400m_e32 \\
+        --teacher ViT-B-16@laion400m_e32 \\
         --student resnet18 --pretrained-image timm \\
         --text 512x6 --pretrained-text teacher
 

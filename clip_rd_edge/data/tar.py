@@ -151,7 +151,8 @@ class _Headers:
             size = 0
         if kind in _REGULAR + _SPARSE + _WITHOUT_CONTENT:
             self._name, self._size, self._is_unreadable = b"", -1, False
-        self._start = content + (size + _BLOCK - 1 & -_BLOCK)
+        # A damaged size may be beyond what the system takes for an offset.
+        self._start = min(content + (size + _BLOCK - 1 & -_BLOCK), max(content, self.end))
         return False
 
     def _apply_extension(self, kind: int, offset: int, size: int) -> None:

@@ -13,12 +13,13 @@ from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
-from clip_rd_edge.exporting.plan import Plan
+from clip_rd_edge.exporting.plan import Plan, plan_exports
 from clip_rd_edge.exporting.preprocess_graph import with_preprocessing
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
+from clip_rd_edge.settings.deploying import Export
 
 _MEAN, _STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
@@ -129,10 +130,7 @@ def test_a_bundle_with_preprocessing_takes_images_of_any_size(
     assert all(check.passed for check in verify_bundle(bundle))
 
 
-def test_preprocessing_in_an_engine_is_refused(student: ClipModel, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="preprocess_in_graph does not work with TensorRT"):
-        export_bundle(
-            student,
-            tmp_path / "b",
-            Plan(precision="fp16", format="trt", target="sm86", preprocess_in_graph=True),
-        )
+def test_preprocessing_in_an_engine_is_refused() -> None:
+    with pytest.raises(UsageError) as error:
+        plan_exports(Export(model="student", output="bundle", target="sm86", preprocess_in_graph=True))
+    assert error.value.option == "preprocess_in_graph"

@@ -33,13 +33,12 @@ from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.formats import Converted
 from clip_rd_edge.exporting.layouts.huggingface import (
     _last_id,
-    _licence,
     _preprocessor_config,
     _take_any_length,
     normalizer_with_cleaning,
     write_huggingface,
 )
-from clip_rd_edge.exporting.layouts.model_card import write_model_card
+from clip_rd_edge.exporting.layouts.model_card import _licence, write_model_card
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
