@@ -24,18 +24,18 @@ PACKAGE = TESTS.parent / "clip_rd_edge"
 LONG = 60  # lines of a function, from `def` on
 # What is measured: its limit, and the one to reach.
 BUDGETS: Mapping[str, tuple[int, int]] = {
-    "modules of the package": (292, 175),
-    "lines of the package": (47_550, 33_000),
-    "lines of the longest module": (480, 450),
+    "modules of the package": (193, 175),
+    "lines of the package": (42_400, 33_000),
+    "lines of the longest module": (450, 450),
     "parameters of a function": (8, 8),
-    f"functions above {LONG} lines": (9, 8),
-    "raise statements": (828, 480),
-    "lines of Raises: below api/": (60, 60),
-    "own modules imported by --help": (12, 12),
-    "own modules imported by classify": (55, 34),
-    "own modules imported by export": (152, 70),
-    "own modules imported by distill": (161, 80),
-    "lines of the tests": (46_950, 26_000),
+    f"functions above {LONG} lines": (4, 8),
+    "raise statements": (690, 480),
+    "lines of Raises: below api/": (20, 60),
+    "own modules imported by --help": (10, 12),
+    "own modules imported by classify": (41, 34),
+    "own modules imported by export": (70, 70),
+    "own modules imported by distill": (123, 80),
+    "lines of the tests": (41_200, 26_000),
 }
 _COMMANDS = {
     "--help": "--help",
