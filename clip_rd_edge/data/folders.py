@@ -113,8 +113,8 @@ def class_samples(name: str, folder: Path, templates: Sequence[str] = ()) -> Fol
 
 
 def class_name(folder: Path) -> str:
-    """Return what a class is called by the name of its folder."""
-    return " ".join(re.split(r"[_\-\s]+", folder.name)).strip() or folder.name
+    """Return what a class is called by the name of its folder: a hyphen is part of it, as in `t-shirt`."""
+    return folder.name.replace("_", " ")
 
 
 def class_folders(folder: Path, names: Path) -> list[tuple[Path, str]]:
