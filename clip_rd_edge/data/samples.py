@@ -98,7 +98,8 @@ class Problems(msgspec.Struct, frozen=True):
     def of(cls, messages: Sequence[str], *, count: int | None = None, hint: str = "") -> Problems:
         """Return the problems that these messages name, or of which these are the first."""
         examples = tuple(map(as_unicode, messages[:MAX_EXAMPLES]))
-        return cls(len(messages) if count is None else count, examples, hint=hint)
+        count = len(messages) if count is None else count
+        return cls(count, examples, hint=hint if count else "")
 
     @property
     def total(self) -> int:
