@@ -77,9 +77,7 @@ class Suite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
     min_accuracy: Share | None = None
 
     def load_tasks(self) -> list[Task]:
-        """Load the tasks, except those that `missing` names.
-        ConfigError: a task is a command or a URL.
-        """
+        """Load the tasks, except those that `missing` names."""
         missing = self.missing()
         if len(missing) == len(set(self.tasks)):
             raise InputError(
