@@ -251,7 +251,8 @@ def exclusive_writer(
     from filelock import FileLock  # takes 50 ms, and most commands lock nothing
 
     created = not exists(folder)
-    lock = FileLock(folder / LOCK_FILE, timeout=0, thread_local=False)
+    # Without locks, no marker in place of one, which a kill would leave there.
+    lock = FileLock(folder / LOCK_FILE, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
         with named_failures(folder, hint=f"choose another {option}"):
             may_write = _acquire(lock, on_wait, stop or threading.Event())
@@ -296,9 +297,11 @@ def _acquire(lock: FileLock, on_wait: Callable[[str], None] | None, stop: thread
                 raise
             time.sleep(_PAUSE_S)
         except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return True
-            raise
+            if error.errno not in _NO_LOCKS:
+                raise
+            with suppress(OSError):
+                path.unlink()
+            return True
         else:
             with suppress(OSError):  # a full disk; on Windows, nothing can be written to what is locked
                 path.write_text(str(os.getpid()))
