@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import platform
 import re
 import shutil
 import threading
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.(?P<kind>new|tmp|old)")
-_DAY_S = 86_400.0
+_MARK_DIGITS, _DAY_S = 8, 86_400.0
 _MANY_FILES = 64  # each is waited for, which takes milliseconds; for more, the whole system is asked once
 
 
@@ -84,8 +86,9 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
     Its content is on the disk before it is renamed, so that a power failure leaves no folder of empty files. An
     existing file or folder at `path` is moved aside first and removed last, so `path` never mixes old and new files; it
-    is moved back if the new one cannot take its place. Temporary folders that killed processes left are removed; what
-    they moved aside, once the new one has its place: until then, it may be all that there is.
+    is moved back if the new one cannot take its place. Temporary folders that killed processes of this machine left are
+    removed, and those of others after a day; what they moved aside, once the new one has its place: until then, it may
+    be all that there is.
 
     Args:
         overwrite: if false, what another process has put there meanwhile is kept.
@@ -119,7 +122,12 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.{kind}")
+    return path.with_name(f".{path.name}.{_mark()}{uuid.uuid4().hex[_MARK_DIGITS:]}.{kind}")
+
+
+def _mark() -> str:
+    """Return what the keys of this machine begin with: on some network file systems, it sees its own locks alone."""
+    return hashlib.sha256(platform.node().encode(errors="surrogateescape")).hexdigest()[:_MARK_DIGITS]
 
 
 @contextmanager
@@ -150,11 +158,12 @@ def _held(folder: Path) -> Iterator[bool]:
 
 
 def _remove_abandoned(path: Path, *, own: Path) -> None:
-    """Remove others' temporary folders of `new_folder(path)` that no process holds; after a day where none can."""
+    """Remove temporary folders of `new_folder(path)` that nobody holds; after a day where this machine cannot know."""
     for folder in _leftovers(path, "tmp"):
         if folder != own and folder.is_dir():
             with suppress(OSError), _held(folder) as is_held:  # somebody else holds it, or has removed it
-                if is_held or time.time() - folder.stat().st_ctime > _DAY_S:
+                is_known = is_held and folder.name.startswith(f".{path.name}.{_mark()}")
+                if is_known or time.time() - folder.stat().st_ctime > _DAY_S:
                     _remove(folder)
 
 

@@ -152,11 +152,12 @@ def test_a_later_folder_of_the_same_name_removes_what_a_kill_left_but_not_what_i
     )
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
     assert Path(killed.stdout.strip(), "large").is_file()
-    other = tmp_path / f".others.{KEY}.tmp"
-    other.mkdir()
+    others = [tmp_path / f".{name}.{KEY}.tmp" for name in ("others", "out")]  # the latter, of another machine
+    for other in others:
+        other.mkdir()
     with new_folder(tmp_path / "out") as first, new_folder(tmp_path / "out") as second:
-        assert sorted(tmp_path.iterdir()) == sorted([first, second, other])
-    assert names(tmp_path) == [other.name, "out"]
+        assert sorted(tmp_path.iterdir()) == sorted([first, second, *others])
+    assert names(tmp_path) == [*(other.name for other in others), "out"]
 
 
 def test_what_a_killed_process_moved_aside_is_removed_once_there_is_a_new_one(tmp_path: Path) -> None:
