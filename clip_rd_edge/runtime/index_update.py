@@ -147,7 +147,7 @@ class Indexer:
         with exclusive_writer(self._path, on_wait=self._reporter.note, stop=self._stop) as may_write:
             update = self._update(watched) if may_write else None
         if update is not None:
-            self._has_written, self.identity = True, file_identity(self._path / INDEX_FILE)
+            self.identity = file_identity(self._path / INDEX_FILE)
         return update
 
     def _update(self, watched: Watched | None) -> Update | None:
@@ -178,6 +178,7 @@ class Indexer:
                     return update
                 index = write_index(self._path, index, rows)
                 shutil.rmtree(place, ignore_errors=True)
+        self._has_written = True
         update.approximate = keep_graph(
             self._path, index, rows, threads=self._encoder.threads, stop=self._stop, reporter=self._reporter
         )

@@ -319,6 +319,23 @@ def test_another_models_index_that_is_put_there_is_kept_and_ends_the_watch(
     assert read_index(watched.index)[0].model == model_key(watched.encoder.manifest)
 
 
+def test_a_disk_that_goes_away_while_another_models_index_is_replaced_ends_no_watch(
+    watched: Folder, other: BundleEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update_index(other, watched.folder, watched.index)
+    away, embed_images = watched.folder.with_name("away"), index_update.embed_images
+
+    def unmount(*arguments: Any) -> Iterator[object]:
+        monkeypatch.undo()
+        watched.folder.rename(away)
+        return embed_images(*arguments)
+
+    monkeypatch.setattr(index_update, "embed_images", unmount)
+    watched.watch(lambda: away.rename(watched.folder) and None, nothing)
+    assert watched.names() == ALL
+    assert read_index(watched.index)[0].model == model_key(watched.encoder.manifest)
+
+
 def test_a_watch_that_waits_for_images_embeds_them_with_the_bundle_that_it_started_with(
     colour_bundle: Path, tmp_path: Path
 ) -> None:
