@@ -129,9 +129,10 @@ def search(given: dict[str, Any], as_json: bool, null: bool) -> None:
         else:
             echo(f"{hit.similarity:.3f}\t{one_line(hit.path)}")
     if gone := sum(is_gone(hit.path) for hit in hits):  # and not one that this account may not look at
-        where = "" if "folder" in given else "say where the folder is now with --folder, or "
+        where = "check --folder" if "folder" in given else "say where the folder is now with --folder"
         echo(
-            f"warning: Of these {len(hits):,} images, {gone:,} are not there any more.\nhint: {where}index it again",
+            f"warning: Of these {len(hits):,} images, {gone:,} are not there any more.\n"
+            f"hint: {where}, or index it again",
             err=True,
         )
     if hits.missing:
