@@ -157,23 +157,6 @@ def is_installed(package: str) -> bool:
     return package in installed_versions([package])
 
 
-def is_running(process: int) -> bool | None:
-    """Return whether a process of this machine runs; None on Windows, where asking would send it a signal.
-
-    One that has ended does not run, although it is listed until its parent has looked for it.
-    """
-    if os.name == "nt":
-        return None
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    state = _read(Path(f"/proc/{process}/stat")).rpartition(")")[2].split()
-    return not state or state[0] not in "ZX"
-
-
 def jetson_name() -> str:
     """Return `jetson-orin` or `jetson-thor`, or an empty string on another machine.
 

@@ -14,13 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support import PATIENCE_S
+from support import PATIENCE_S, is_running
 
 from clip_rd_edge.cli import main
 from clip_rd_edge.cli.main import COMMANDS, EXTRA_PACKAGES
 from clip_rd_edge.errors import InterruptedRunError
 from clip_rd_edge.installation import install_command
-from clip_rd_edge.utils.host import is_running
 
 Run = Callable[..., tuple[int, str, str]]
 EXTRAS_MODULES = (*(module for modules in EXTRA_PACKAGES.values() for module in modules), "cv2", "openvino", "tensorrt")
@@ -162,7 +161,7 @@ main.main()
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a loader")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for a loader in /proc")
 def test_a_run_that_lost_a_process_ends_at_once_with_its_loaders() -> None:
     result = subprocess.run([sys.executable, "-c", LOST, "distill"], capture_output=True, text=True, timeout=300)
     assert result.returncode == 1

@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import other_clock, process_tree, save_tiny_teacher
+from support import is_running, other_clock, process_tree, save_tiny_teacher
 
 from clip_rd_edge.distillation.config import commented_recipe
-from clip_rd_edge.utils.host import is_running
 
 pytestmark = [
     pytest.mark.slow,

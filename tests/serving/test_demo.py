@@ -17,9 +17,9 @@ import sys
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -433,32 +433,40 @@ def test_the_log_says_how_many_lines_it_left_out(monkeypatch: pytest.MonkeyPatch
     assert last.getMessage() == "failed so (980 lines before were left out)"
 
 
+@contextmanager
+def started(command: Sequence[str], **options: Any) -> Iterator[tuple[str, int, list[str]]]:
+    """Yield a server's host, its port, and a list for what it has logged when the block is over."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    assert process.stdout is not None
+    log = list[str]()
+    try:
+        address = urllib.parse.urlsplit(process.stdout.readline().strip())
+        yield str(address.hostname), address.port or 0, log
+    finally:
+        process.send_signal(signal.SIGINT)
+        log.append(process.communicate(timeout=60)[1])
+
+
+def require_answers(host: str, port: int) -> None:
+    for _ in range(3):
+        with urllib.request.urlopen(f"http://{host}:{port}/api/bundles", timeout=60) as response:
+            assert response.status == 200
+
+
 @pytest.mark.parametrize(
     "sent", [b"", b"GET / HT", b"POST /api/classify HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n1"]
 )
 def test_clients_that_hold_connections_keep_nobody_out(colour_bundle: Path, sent: bytes) -> None:
     command = patient_server("demo", colour_bundle, "--port", "0", "--threads", "1", connections=20)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    held = []
-    try:
-        address = urllib.parse.urlsplit(process.stdout.readline().strip())
-        for _ in range(60):
-            held.append(socket.create_connection((address.hostname, address.port), timeout=60))
-            held[-1].sendall(sent)
-        for _ in range(3):
-            with urllib.request.urlopen(f"http://{address.netloc}/api/bundles", timeout=60) as response:
-                assert response.status == 200
-        for connection in held[:40]:  # those that are too many have ended the oldest ones, and nothing else does
+    with started(command) as (host, port, log), ExitStack() as held:
+        connections = [held.enter_context(socket.create_connection((host, port), timeout=60)) for _ in range(60)]
+        for connection in connections:
+            connection.sendall(sent)
+        require_answers(host, port)
+        for connection in connections[:40]:  # those that are too many have ended the oldest, and nothing else does
             with suppress(ConnectionError):
                 assert connection.recv(1) == b""
-    finally:
-        for connection in held:
-            connection.close()
-        process.send_signal(signal.SIGINT)
-        _, log = process.communicate(timeout=60)
-    assert len(log) < 10_000
+    assert len(log[0]) < 10_000
 
 
 @pytest.mark.parametrize("hard", [100, 4_096])
@@ -466,31 +474,17 @@ def test_a_low_limit_of_open_files_keeps_nobody_out(colour_bundle: Path, hard: i
     resource = pytest.importorskip("resource")
     command = patient_server("demo", colour_bundle, "--port", "0", "--threads", "1", connections=256)
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (100, hard))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
-    assert process.stdout is not None
-    held = []
-    try:
-        address = urllib.parse.urlsplit(process.stdout.readline().strip())
+    with started(command, preexec_fn=limit) as (host, port, log), ExitStack() as held:
         for _ in range(120):
-            held.append(socket.create_connection((address.hostname, address.port), timeout=60))
-        for _ in range(3):
-            with urllib.request.urlopen(f"http://{address.netloc}/api/bundles", timeout=20) as response:
-                assert response.status == 200
-    finally:
-        for connection in held:
-            connection.close()
-        process.send_signal(signal.SIGINT)
-        _, log = process.communicate(timeout=60)
-    assert "Traceback" not in log
+            held.enter_context(socket.create_connection((host, port), timeout=60))
+        require_answers(host, port)
+    assert "Traceback" not in log[0]
 
 
 def test_a_head_without_an_end_is_refused(colour_bundle: Path) -> None:
     command = [sys.executable, "-m", "clip_rd_edge", "demo", str(colour_bundle), "--port", "0", "--threads", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        address = urllib.parse.urlsplit(process.stdout.readline().strip())
-        connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=60)
+    with started(command) as (host, port, _):
+        connection = http.client.HTTPConnection(host, port, timeout=60)
         for _ in range(2):
             connection.request("GET", "/api/bundles", headers={"X-Long": "x" * 20_000})
             response = connection.getresponse()
@@ -503,9 +497,6 @@ def test_a_head_without_an_end_is_refused(colour_bundle: Path) -> None:
                 lines += 1
         connection.close()
         assert lines < 2_000  # what fits into the buffers of the system is less
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
 
 
 @pytest.fixture(params=["httptools_impl.HttpToolsProtocol", "h11_impl.H11Protocol"])

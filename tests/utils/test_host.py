@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -15,7 +14,6 @@ from clip_rd_edge.utils.host import (
     _glibc,
     cpu_quota,
     instruction_sets,
-    is_running,
     machine_name,
     peak_memory_bytes,
     usable_cores,
@@ -162,16 +160,6 @@ def test_gpus_are_as_the_driver_reports_them(
     (tmp_path / "nvidia-smi").chmod(0o755)
     assert host.cuda_capability() == capability
     assert host.nvidia_gpus() == gpus
-
-
-@pytest.mark.skipif(not hasattr(os, "waitid"), reason="waits for a process without looking for it")
-def test_a_process_that_has_ended_does_not_run_though_it_is_still_listed() -> None:
-    assert is_running(os.getpid()) is True
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert is_running(process.pid) is False
-    process.wait()
-    assert is_running(process.pid) is False
 
 
 # In a process of its own: in one whose heap cannot grow, the C library asks the system anyhow.
