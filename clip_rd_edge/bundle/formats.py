@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from clip_rd_edge.errors import UsageError, near_matches
@@ -139,7 +140,7 @@ def format_of(target: str) -> FormatInfo:
 
 def encoder_of(runtime: str) -> Any:
     """Return the class that runs bundles in a runtime."""
-    return import_named(next(info for info in (*FORMATS.values(), *_others()) if info.runtime == runtime).encoder)
+    return import_named(next(info for info in chain(FORMATS.values(), _others()) if info.runtime == runtime).encoder)
 
 
 def _points() -> Iterable[EntryPoint]:
@@ -149,7 +150,7 @@ def _points() -> Iterable[EntryPoint]:
 
 
 def _others() -> Iterator[FormatInfo]:
-    return map(_loaded, _points())
+    yield from map(_loaded, _points())
 
 
 def _loaded(point: EntryPoint) -> FormatInfo:

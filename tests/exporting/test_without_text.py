@@ -22,7 +22,7 @@ from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.bundle.reference import read_reference, write_reference
 from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.exporting.bundle import export_bundle
+from clip_rd_edge.exporting.bundle import export_bundle, export_bundles
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel, parameter_count
@@ -68,6 +68,14 @@ def test_it_has_the_image_tower_and_the_labels_of_the_complete_bundle(
     assert all(check.passed for check in checks)
     assert [check.what for check in checks if check.agreement] == ["image tower"]
     assert read_manifest(fp32_bundle).format_version == 1  # which readers of older versions still open
+
+
+def test_of_several_bundles_it_is_as_alone(student: ClipModel, without_text: Path, tmp_path: Path) -> None:
+    export_bundles(student, tmp_path / "all", {"one": WITHOUT})
+    names = ["image.onnx", "labels.npz", "manifest.json", "reference.npz"]
+    assert sorted(path.name for path in (tmp_path / "all" / "one").iterdir()) == names
+    for name in ("image.onnx", "labels.npz"):
+        assert (tmp_path / "all" / "one" / name).read_bytes() == (without_text / name).read_bytes()
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])

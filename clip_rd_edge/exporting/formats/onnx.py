@@ -238,7 +238,7 @@ class Onnx(Format):
         if job.folder != job.source:
             for path in job.source.glob("*.onnx*"):
                 shutil.copyfile(path, job.folder / path.name)
-        return Converted(job.fp32)
+        return Converted(job.manifest)
 
 
 def write_fp16(job: Job, name: str, tower: Tower) -> Tower:
