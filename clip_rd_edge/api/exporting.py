@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from clip_rd_edge.api.everyday import place_of
 from clip_rd_edge.settings.deploying import Export, Verify
 from clip_rd_edge.settings.options import keywords_of
@@ -62,6 +64,7 @@ def export(request: Export) -> ExportedBundle:
     from clip_rd_edge.bundle.runs import LOCAL_DIR, model_folder
     from clip_rd_edge.exporting.plan import plan_exports
 
+    request = msgspec.structs.replace(request, model=place_of(request.model, reporter=request.reporter))
     model, output = typed(request.model), Path(request.output)
     read = (request.pretrained, request.labels, request.calibration, request.report, request.node_modules)
     sources = [Path(name) for name in read if isinstance(name, str | os.PathLike)]

@@ -204,7 +204,7 @@ def plan_exports(request: Export) -> tuple[Plan, ...]:
     """Plan the export for each target in `target`, a list or separated by commas; one plan if there is at most one."""
     given = [] if request.target is None else as_list(request.target)
     names: list[str | None] = [name.strip() for text in given for name in text.split(",")]
-    if is_bundle(Path(str(as_text(request.model)))) and names != [BROWSER]:
+    if is_bundle(Path(request.model)) and names != [BROWSER]:
         raise UsageError(f"{request.model} is already a bundle.", hint="pass the model that it was exported from")
     for name in names:
         if names.count(name) > 1:
@@ -283,6 +283,7 @@ def _conflicts(request: Export, plan: Plan, plans: tuple[Plan, ...]) -> Iterator
     if plan.format not in ("onnx", "openvino"):
         in_graph = f"{info.title} takes images of one size"
     engines = "TensorRT's INT8 falls back to FP16 per layer" if int8 and plan.format == "trt" else ""
+    converted = "the model is a bundle already" if is_bundle(Path(request.model)) else ""
     absent = int8 and request.fallback not in (None, "none", *info.precisions)
     folder = layout in ("huggingface", "immich")
     for is_given, option, reason in (
@@ -303,7 +304,7 @@ def _conflicts(request: Export, plan: Plan, plans: tuple[Plan, ...]) -> Iterator
             for name in ("calibration", "min_agreement", "max_loss", "fallback")
         ),
         *(
-            (is_given, name, "the model is a bundle already" if is_bundle(Path(str(as_text(request.model)))) else "")
+            (is_given, name, converted)
             for name, is_given in {
                 "pretrained": request.pretrained is not None, "precision": request.precision is not None,
                 "calibration": request.calibration is not None, "text_tower": not request.text_tower,

@@ -108,7 +108,8 @@ def converting(tool: str, tower: str, clip: ClipModel, *, hint: str = OTHER_FORM
         if full := disk_full_error(error):
             raise full from error
         # torch's exporter is written with onnxscript, which torch does not require: pip may have kept an old one.
-        hint = "pip install -U onnxscript" if isinstance(_first_error(error), ImportError) else hint
+        if tool == "torch" and isinstance(_first_error(error), ImportError):
+            hint = "pip install -U onnxscript"
         raise ClipRdEdgeError(
             f"{tool} cannot convert the {tower} tower of {clip.name}: {root_cause(error)}.", hint=hint
         ) from error

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.bundle.encoder import in_batches
-from clip_rd_edge.bundle.runs import model_folder
 from clip_rd_edge.errors import ConfigError, InputError, UsageError, first_line, near_matches, quoted
 from clip_rd_edge.models.classifiers import SENTENCE_ENCODERS, ImageClassifier, load_classifier
 from clip_rd_edge.models.clip import ClipModel, float32_on_cpu
 from clip_rd_edge.models.load import load_clip, preprocessing_of
+from clip_rd_edge.models.names import is_trained
 from clip_rd_edge.models.own_parts import NO_STRANGERS
 from clip_rd_edge.models.students import student_config
 from clip_rd_edge.models.text_weights import build_text_tower, has_quick_gelu, separate_text_tower
@@ -284,12 +284,12 @@ def load_sentence_encoder(spec: Typed, *, context_length: int | None = None) -> 
 
     Args:
         spec: a folder in the layout of sentence-transformers or transformers, or a zip archive of one; the name of such
-            a repository on the Hugging Face hub; or an open_clip model as `local-dir:PATH` or `hf-hub:ORG/REPO`, whose
-            text tower is used. `all-MiniLM-L6-v2` is loaded from an installed package where there is one.
+            a repository on the Hugging Face hub; or a trained model, as `models.names` has it, whose text tower is
+            used. `all-MiniLM-L6-v2` is loaded from an installed package where there is one.
         context_length: T, the number of token ids per text. None for 77, or the encoder's maximum, if that is less; an
             open_clip model has its own.
     """
-    if spec.startswith("hf-hub:") or (model_folder(spec) is not None):
+    if is_trained(spec):
         return _text_tower_of(spec, context_length)
     context_length = context_length or _CONTEXT_LENGTH
     packaged = SENTENCE_ENCODERS.get(spec.removeprefix("sentence-transformers/"))

@@ -256,7 +256,7 @@ class Stitch(_Stitched, frozen=True, kw_only=True):
     )]  # fmt: skip
     text: Annotated[str, _text(
         "The sentence encoder: all-MiniLM-L6-v2, a folder or zip archive in the layout of transformers, a name on the "
-        "hub, or an open_clip model as local-dir:PATH, whose text tower is used.", metavar="MODEL",
+        "hub, or a model of open_clip, such as ViT-B-32@openai, whose text tower is used.", metavar="MODEL",
     )]  # fmt: skip
     pretrained: Annotated[AnyPath, _classifier(
         "The classifier's weights (.safetensors, .pth).", metavar="FILE",

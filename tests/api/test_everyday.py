@@ -11,7 +11,7 @@ import pytest
 
 import clip_rd_edge as edge
 from clip_rd_edge.api import everyday
-from clip_rd_edge.errors import MissingExtraError
+from clip_rd_edge.errors import MissingExtraError, UsageError
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -39,6 +39,8 @@ def test_it_is_made_once(name: str, made: list[Path], colour_images: Path, comma
         assert output.startswith(f"{colour_images / 'red.png'}\t")
     assert len(edge.load(name).classify(colour_images / "red.png", labels=["red", "blue"])) == 2
     assert all(check.passed for check in edge.verify(name))
+    with pytest.raises(UsageError, match="already a bundle"):
+        edge.export(name, "exported")
     assert len(made) == 1
 
 

@@ -218,15 +218,18 @@ def test_only_a_tower_that_is_itself_above_the_limit_has_its_weights_in_a_file_o
 
 
 @pytest.mark.parametrize(
-    ("cause", "hint"),
+    ("tool", "cause", "hint"),
     [
-        (ImportError("cannot import name 'opset23' from 'onnxscript'"), "pip install -U onnxscript"),
-        (ValueError("no lowering of aten.foo\nand the whole graph"), "use {format} onnx"),
-        (OSError(errno.ENOSPC, "No space left on device", "image.onnx"), ""),
+        ("torch", ImportError("cannot import name 'opset23' from 'onnxscript'"), "pip install -U onnxscript"),
+        ("litert-torch", ImportError("No module named 'jax'"), "use {format} onnx"),
+        ("torch", ValueError("no lowering of aten.foo\nand the whole graph"), "use {format} onnx"),
+        ("torch", OSError(errno.ENOSPC, "No space left on device", "image.onnx"), ""),
     ],
 )
-def test_what_a_converter_fails_at_is_said_in_one_sentence(student: ClipModel, cause: Exception, hint: str) -> None:
-    with pytest.raises(ClipRdEdgeError) as raised, converting("tool", "image", student):
+def test_what_a_converter_fails_at_is_said_in_one_sentence(
+    student: ClipModel, tool: str, cause: Exception, hint: str
+) -> None:
+    with pytest.raises(ClipRdEdgeError) as raised, converting(tool, "image", student):
         raise RuntimeError("the exporter failed") from cause
     assert "\n" not in str(raised.value)
     assert raised.value.advice.startswith(hint)
