@@ -71,7 +71,7 @@ def run_distillation(
         tasks: those of `evaluate`; a tracker shows the student's predictions about images of the first.
     """
     with open_run(config, folder, resume=resume, reporter=reporter) as run:
-        run.evaluate, run.tasks, processes = evaluate, tasks, run.processes
+        run.evaluate, processes = evaluate, run.processes
         is_finished = processes.from_main((run.student / WEIGHTS_FILE).is_file())
         if is_finished and run.state != "moved":
             run.reporter.note(f"{folder} is already finished")

@@ -274,7 +274,7 @@ class Training:
         """Predictions about images of the run's first task, for a tracker that shows them."""
         from clip_rd_edge.distillation.metrics import Predictions
 
-        return Predictions(next(iter(self.run.tasks), None), self.setup.pairs, self.state.encoder)
+        return Predictions(next(iter(self.setup.tasks), None), self.setup.pairs, self.state.encoder)
 
     def draw(self) -> None:
         """After an evaluation, plot the run so far, and show the tracker what the student predicts."""

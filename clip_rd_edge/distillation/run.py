@@ -13,11 +13,11 @@ tensorboard/     the same metrics for TensorBoard, if requested; see also tracke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import msgspec
 
@@ -55,9 +55,6 @@ from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_yaml
 
-if TYPE_CHECKING:
-    from clip_rd_edge.data.tasks import Task
-
 Evaluate = Callable[[Encoder], dict[str, float]]
 _RESUME = "resume with the same command and {resume}"
 
@@ -73,7 +70,6 @@ class Run:
         stop: whether a signal has requested a stop.
         reporter: silent in all processes but the main one.
         evaluate: returns the scores of a student by the name of the task; None without tasks.
-        tasks: those of `evaluate`; a tracker shows the student's predictions about images of the first.
     """
 
     config: RunConfig
@@ -83,7 +79,6 @@ class Run:
     stop: StopRequest
     reporter: Reporter
     evaluate: Evaluate | None = None
-    tasks: Sequence[Task] = ()
 
     @property
     def student(self) -> Path:

@@ -232,7 +232,6 @@ def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: boo
 
 
 RECORDED_PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "timm", "numpy", "pillow")
-_HISTOGRAM_PAIRS = 512
 
 
 def provenance(config: RunConfig, setup: RunSetup, *, steps: int) -> dict[str, Any]:
