@@ -37,6 +37,7 @@ from clip_rd_edge.distillation.store import (
     keys_file,
     open_store,
     open_stores,
+    require_same_store,
     rows_with_checksums,
     shards,
     sole_builder,
@@ -296,6 +297,7 @@ def fill_store(
                     f"The store {folder} is not on a file system that the machines share.",
                     hint="choose another {store}, or copy a complete one to each machine",
                 )
+            require_same_store(folder, manifest)
             if not is_begun:
                 open_store(folder)
         if not is_begun:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -211,6 +212,8 @@ def test_a_store_that_one_machine_does_not_see_is_refused_unless_it_is_complete_
         for file, content in (("manifest.json", manifest), ("complete.json", CompleteStore(1))):
             (tmp_path / name / file).write_bytes(to_json(content))
     assert call_in_threads(COUNT, build, hosts="abc") == [None] * COUNT
+    (tmp_path / "other" / "manifest.json").write_bytes(to_json(msgspec.structs.replace(manifest, seed=1)))
+    assert_all_say(call_in_threads(COUNT, build, hosts="abc"), "other is a teacher's store, but its seed is 1")
 
 
 SCRIPT = """
