@@ -212,6 +212,7 @@ class EncoderOfAllProcesses:
     def share(self, batches: Sequence[slice], embed: Callable[[slice], Embeddings]) -> Embeddings:
         """See `SharedEncoder`."""
         processes = self._processes
+        processes.meet()
         counts = processes.gather_objects(len(batches))
         if len(set(counts)) > 1:
             raise InputError(
@@ -220,9 +221,8 @@ class EncoderOfAllProcesses:
             )
         rows = []
         for first in range(0, len(batches), processes.world_size):
-            processes.meet()
             own = batches[first : first + processes.world_size][processes.rank : processes.rank + 1]
-            with processes.together():
+            with processes.together(soon=True):
                 embeddings = [] if self._request else [embed(batch) for batch in own]
             if processes.any(bool(self._request)):
                 raise Stopped

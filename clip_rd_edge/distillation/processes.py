@@ -182,13 +182,19 @@ class Processes:
         return f", on {self.hosts[rank]}," if self.hosts else ""
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Raise an error of this package in the body as `agree` does; the body sends no messages."""
+    def together(self, *, soon: bool = False) -> Iterator[None]:
+        """Raise an error of this package in the body as `agree` does; the body sends no messages.
+
+        Args:
+            soon: whether all processes come to its end within TIMEOUT, as in `meet`; otherwise, however late.
+        """
         error: ClipRdEdgeError | None = None
         try:
             yield
         except ClipRdEdgeError as caught:
             error = caught
+        if soon:
+            self.meet()
         self.agree(error)
 
     @contextmanager
@@ -272,7 +278,7 @@ def _store_after_restart() -> dict[str, Any]:
         return {}
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # libuv matters to the server alone, but PyTorch's wheel for Windows refuses it here, too.
-    store: Any = TCPStore(*address, is_master=False, wait_for_workers=False, use_libuv=False)
+    store: Any = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=TIMEOUT, use_libuv=False)
     store = PrefixStore(f"clip-rd-edge/restart-{restart}", store)
     return {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
 

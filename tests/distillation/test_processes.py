@@ -299,10 +299,10 @@ MEETING = """
     module.TIMEOUT = datetime.timedelta(seconds=5)
     with module.join_processes() as processes:
         processes.meet()
-        if processes.rank == 1:
-            os.kill(os.getpid(), signal.Signals[sys.argv[1]])
         try:
-            processes.meet()
+            with processes.together(soon=True):
+                if processes.rank == 1:
+                    os.kill(os.getpid(), signal.Signals[sys.argv[1]])
         except RuntimeError as error:
             sys.exit(str(module.lost_process(error, processes)))
 """
