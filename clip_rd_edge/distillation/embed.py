@@ -58,6 +58,7 @@ from clip_rd_edge.distillation.teacher import (
     texts_to_choose_from,
 )
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.losses.terms import load_terms
 from clip_rd_edge.models.clip import ClipModel, default_device, float32_on_cpu, model_fingerprint
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.cluster import map_on_cluster
@@ -145,6 +146,8 @@ def _maker(config: RunConfig, clip: ClipModel, pairs: Samples) -> ShardMaker:
 
 def _make_worker(config: RunConfig, number: int, manifest: StoreManifest) -> Callable[[Task], Shard]:
     """Return what computes shards of a teacher in a worker, whose data and teacher must be those of the store."""
+    for source in config.terms:  # which the recipe weighs
+        load_terms(source)
     name = config.teachers[number]
     clip = load_clip(name, pretrained=teacher_weights(config, name))
     maker = _maker(config, clip, training_pairs(config))

@@ -220,6 +220,10 @@ class Embed(_Data[AnyPath, _OneOrMore, _OneOrMore], frozen=True, kw_only=True):
     recipe: Annotated[AnyPath, _teacher(
         "Recipe whose range of crops is used.", metavar="NAME|FILE", complete="recipe",
     )] = "clip-rd"  # fmt: skip
+    terms: Annotated[_OneOrMore, _teacher(
+        "Python file or module with loss terms of your own that the recipe weighs, as for distill; can be repeated.",
+        metavar="FILE|MODULE", default="those of installed packages",
+    )] = ()  # fmt: skip
     seed: Annotated[int, _teacher("Random seed of the crops.", metavar="N")] = 0
     student: Annotated[AnyPath, _teacher(
         "The student of the run, if it is a trained one or a JSON file, for crops of its shape.", metavar="MODEL",

@@ -42,7 +42,9 @@ def test_an_own_term_is_trained_logged_and_known_by_its_code(pairs_csv: Path, tm
     with pytest.raises(ConfigError, match="unknown loss term 'margin'"):  # what a run records is not run
         edge.distill(**options, resume=True)
     shutil.copy(EXAMPLE, mine)
-    mine.rename(tmp_path / "moved.py")
-    edge.distill(**options, terms=[tmp_path / "moved.py"], resume=True)
+    mine = mine.rename(tmp_path / "moved.py")
+    edge.distill(**options, terms=[mine], resume=True)
+    with pytest.raises(UsageError, match="has no teacher"):  # its terms are known
+        edge.embed(data=pairs_csv, recipe=recipe, terms=mine, teacher="ViT-B-32@openai", output=tmp_path / "store")
     lines = read_metrics(run)
     assert all(line["loss"] == pytest.approx(line["loss/task"] + 0.5 * line["loss/margin"]) for line in lines)
