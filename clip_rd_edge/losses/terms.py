@@ -90,7 +90,7 @@ def term(
 
     def register(compute: Callable[[Products], Tensor]) -> Callable[[Products], Tensor]:
         if name in SHIPPED and not compute.__module__.startswith("clip_rd_edge.losses."):
-            raise CheckedError(f"the loss term {name!r} is one of the package; expected another name")
+            raise InputError(f"The loss term {name!r} is one of the package's; expected another name.", option="terms")
         _TERMS[name] = Term(name, compute, frozenset(needs), matches)
         return compute
 
