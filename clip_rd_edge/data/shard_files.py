@@ -1,7 +1,7 @@
 """Shards on this machine: the bounded cache of remote ones, shared by processes and runs, and files within open tars.
 
     KEY.tar             a shard, named after its URL and version; the modification time is when it was last opened
-    KEY.SIZE.….part     a shard of this size that is being fetched, or, until its next fetch, left by an ended process
+    KEY.SIZE.….part     a shard of this size that is being fetched, or that an ended process left behind
 
 Room is made before a shard is fetched, by removing what was used least recently; a shard that is needed again is
 fetched again. What is read from it is what is read from a local one, so batches do not depend on where shards are.
@@ -31,7 +31,7 @@ from clip_rd_edge.utils.paths import cache_home
 
 LIMIT_VARIABLE = "CLIP_RD_EDGE_SHARD_CACHE_GB"
 _DEFAULT_GB = 100.0
-_ABANDONED_S = 24 * 3600
+_ABANDONED_S = 3600  # what is being fetched grows every few minutes, also over a slow network
 _OPENING_TRIES = 10
 _PREFETCHING_THREADS = 4
 _MAX_OPEN = 64
@@ -105,11 +105,8 @@ def _touch(path: Path, shard: RemoteShard) -> bool:
 
 
 def _fill(path: Path, shard: RemoteShard) -> None:
-    """Fetch a shard into the cache; whoever calls has its lock."""
+    """Fetch a shard into the cache."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(PermissionError):
-        for left in path.parent.glob(f"{path.stem}.*.part"):  # threads that prefetch end with their process
-            left.unlink(missing_ok=True)
     # The size in its name keeps the room from others.
     file, name = tempfile.mkstemp(".part", f"{path.stem}.{max(version(shard).size, 0)}.", path.parent)
     part = Path(name)
