@@ -132,7 +132,7 @@ def colour_bundle(tmp_path: Path) -> Path:
     from onnx import TensorProto, helper, numpy_helper
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from clip_rd_edge.bundle import manifest as contract
+    from clip_rd_edge.bundle.manifest import Manifest, Tower, write_manifest
     from clip_rd_edge.bundle.preprocess import Preprocessing
     from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 
@@ -163,7 +163,7 @@ def colour_bundle(tmp_path: Path) -> Path:
     tokenizer = Tokenizer(models.WordPiece(words, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
-    manifest = contract.Manifest(
+    manifest = Manifest(
         format_version=1,
         name="colours",
         precision="fp32",
@@ -172,11 +172,11 @@ def colour_bundle(tmp_path: Path) -> Path:
         logit_scale=20.0,
         preprocessing=Preprocessing(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
         tokenizer=TokenizerSpec(context_length=6),
-        image=contract.Tower(file="image.onnx", input_name="x", output_name="y", precision="fp32"),
-        text=contract.Tower(file="text.onnx", input_name="x", output_name="y", precision="fp32"),
+        image=Tower(file="image.onnx", input_name="x", output_name="y", precision="fp32"),
+        text=Tower(file="text.onnx", input_name="x", output_name="y", precision="fp32"),
         templates=("a photo of {}",),
     )
-    contract.write_manifest(folder, manifest)
+    write_manifest(folder, manifest)
     return folder
 
 

@@ -177,7 +177,7 @@ def session() -> list[Step]:
         Step(f"{distil} --steps 4 -o runs/first", codes=(2,)),
         Step(f"{distil} --steps 100000 -o runs/long", interrupt="training", codes=(75,)),
         Step(f"{distil} --steps 100000 -o runs/long --resume", interrupt="training", codes=(75,)),
-        Step("clip-rd-edge embed --data pairs.csv --teacher runs/first --recipe clip-kd -o cache"),
+        Step("clip-rd-edge embed --data pairs.csv --teacher runs/first --recipe clip-kd -o store"),
         Step(f"{distil} --steps 2 -o runs/other"),
         Step("clip-rd-edge average runs/first runs/other --weight best --task tasks -o runs/between"),
         Step("clip-rd-edge evaluate runs/first --task tasks"),

@@ -50,7 +50,7 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "manifests": (["classify H P --labels red green", "verify H", "index H D -o O"], ["export H -o O"]),
     "banks": (["classify H P", "verify H"], []),
     "tokenizers": (["classify H P --labels red green", "verify H"], []),
-    "towers": (["classify H P --labels red green", "verify H", "benchmark --throughput H"], []),
+    "towers": (["classify H P --labels red green", "verify H"], []),
     "indexes": (["search I red", "index B D -o I"], []),
     "teachers": ([], ["export T -o O", f"{_DISTILL} --recipe clip-rd --data TABLE --teacher T -o O"]),
 }

@@ -1,7 +1,7 @@
 """Load `clip-rd-edge serve` with concurrent clients, and compare its throughput with that of the model alone.
 
 python -m benchmarks.robustness.serve_load quickstart/bundles/fp32 --seconds 300
-python -m benchmarks.robustness.serve_load resnet18 --seconds 90 --json benchmarks/results/epyc-zen4-2-cores/serve.json
+python -m benchmarks.robustness.serve_load resnet18 --seconds 90 --json benchmarks/results/MACHINE/serve.json
 
 Clients send one image each, or one text, in llama.cpp's form, and the next one when the answer is there. Beside them,
 slow clients never finish their request, and others close the connection before the answer. The model alone runs the
