@@ -54,7 +54,7 @@ def everyday(*, reporter: Reporter = SILENT) -> Path:
     package = find_spec(PACKAGE)
     if package is not None and package.submodule_search_locations:
         return Path(package.submodule_search_locations[0]) / NAME
-    folder = cache_home() / "models" / f"{NAME}-{VERSION}"
+    folder = cache_home() / "models" / VERSION / NAME
     if not is_bundle(folder):
         if not find_spec("torch"):
             raise MissingExtraError("torch", extra="train,emoji", purpose="Making the built-in model, once,")

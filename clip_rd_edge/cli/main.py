@@ -97,7 +97,7 @@ def cli(debug: bool) -> None:
 
     \b
     clip-rd-edge quickstart
-    clip-rd-edge classify quickstart/bundles/int8 a.jpg --labels cat dog
+    clip-rd-edge classify everyday photo.jpg --labels "a cat" "a dog"
 
     Results are printed to stdout, everything else to stderr. Exit codes: 0 success, 1 failure, 2 invalid usage or
     unreadable input, 75 interrupted after saving: run the same command again to resume, distill with --resume.
