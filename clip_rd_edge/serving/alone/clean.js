@@ -1,4 +1,4 @@
-// Cleans texts before tokenisation, like clean_text in contract/tokenizer.py, except for two of ftfy's fixes that typed
+// Cleans texts before tokenisation, like clean_text in bundle/tokenizer.py, except for two of ftfy's fixes that typed
 // text does not need: text decoded with a wrong encoding (cafÃ© for café), and HTML entities in capitals.
 
 const LIGATURES = {

@@ -1,4 +1,4 @@
-// Reads numpy's .npz, a zip of .npy files, as written by write_labels in contract/label_bank.py: floats, int8 and
+// Reads numpy's .npz, a zip of .npy files, as written by write_labels in bundle/labels.py: floats, int8 and
 // Unicode text.
 
 // Returns the arrays by name: { shape, data }, with data a Float32Array, an Int8Array or an array of strings.

@@ -1,4 +1,4 @@
-// From an image to the input of the image tower: the same steps, rounding and names as contract/preprocess.py.
+// From an image to the input of the image tower: the same steps, rounding and names as bundle/preprocess.py.
 
 import { HIDDEN_PIXELS, readsPixels } from "./canvas.js";
 import { resize } from "./resample.js";

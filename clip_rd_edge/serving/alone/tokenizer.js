@@ -1,4 +1,4 @@
-// Tokenises texts by tokenizer.json: the same ids as contract/tokenizer.py for every text that was cleaned before.
+// Tokenises texts by tokenizer.json: the same ids as bundle/tokenizer.py for every text that was cleaned before.
 
 import { Tokenizer as JsonTokenizer } from "./npm/tokenizers.js";
 

@@ -11,7 +11,7 @@ export async function droppedImages(items) {
   return { ...found, files: imagesOnly(found.files) };
 }
 
-// As IMAGE_SUFFIXES in contract/image_files.py. The types that browsers name depend on the system, and include RAW files.
+// As IMAGE_SUFFIXES in bundle/image_files.py. The types that browsers name depend on the system, and include RAW files.
 const SUFFIXES = /\.(avif|bmp|gif|hei[cf]|hif|jfif|jpe|jpe?g|p[gnp]m|png|tiff?|webp)$/i;
 
 // The images among the files of a folder; files that were chosen one by one are never left out.
@@ -22,7 +22,7 @@ export function imagesOnly(files) {
   return own.sort((a, b) => path(a).localeCompare(path(b), "en", { numeric: true }));
 }
 
-// As `is_ignored` in contract/image_files.py: whether a file or subfolder is hidden, or another program's.
+// As `is_ignored` in bundle/image_files.py: whether a file or subfolder is hidden, or another program's.
 function isIgnored(name) {
   return name.startsWith(".") || name === "__MACOSX" || name === "@eaDir";
 }
