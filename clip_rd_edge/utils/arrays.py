@@ -8,7 +8,6 @@ import threading
 import zipfile
 import zlib
 from pathlib import Path
-from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -48,8 +47,9 @@ def load_array(source: Path | IO[bytes], *, memory_mapped: bool = False) -> npt.
     try:
         with HEADERS:
             array: npt.NDArray[Any] = np.load(source, mmap_mode="r" if memory_mapped else None, allow_pickle=False)
-    except (SyntaxError, TokenError, TypeError, KeyError, ArithmeticError, MemoryError, RecursionError) as error:
-        # NumPy evaluates a header as Python, and ends with whatever that raises.
+    except (OSError, ValueError, EOFError):
+        raise
+    except Exception as error:  # NumPy evaluates a header as Python, and ends with whatever that raises
         raise ValueError(f"its header is damaged ({type(error).__name__})") from error
     return array
 
