@@ -111,6 +111,8 @@ def cpu_quota() -> float | None:
     quotas = []
     for line in _read(_OWN_CGROUPS).splitlines():
         _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue  # of v1, where each has groups of its own
         root = _CGROUPS / "cpu" if controllers else _CGROUPS
         names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
         for group in (own := PurePosixPath(path), *own.parents):

@@ -51,8 +51,9 @@ def test_instruction_sets_are_those_that_the_system_names(features: str, expecte
             2.0,
         ),
         (
-            "3:cpuset:/\n2:cpu,cpuacct:/x\n0::/\n",
-            {"cpu/x/cpu.cfs_quota_us": "50000\n", "cpu/x/cpu.cfs_period_us": "100000\n"},
+            "3:cpuset:/y\n2:cpu,cpuacct:/x\n0::/\n",
+            {f"cpu/{name}": "50000\n" for name in ("x/cpu.cfs_quota_us", "y/cpu.cfs_period_us")}
+            | {"cpu/x/cpu.cfs_period_us": "100000\n", "cpu/y/cpu.cfs_quota_us": "5000\n"},
             0.5,
         ),
         ("1:cpu:/docker/0123\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
