@@ -339,7 +339,7 @@ def search_index(
 
 def remember_bundle(path: Path, encoder: BundleEncoder) -> None:
     """Remember in the user's cache the bundle that was named for the index at `path`."""
-    with suppress(OSError):  # a full or read-only cache: the bundle is then to be named again
+    with suppress(OSError, UnicodeError):  # a full or read-only cache: the bundle is then to be named again
         write_text(_memory_of(path, model_key(encoder.manifest)), os.fspath(encoder.folder.resolve()))
 
 
