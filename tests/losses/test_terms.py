@@ -53,7 +53,7 @@ class Case:
 
     def batch(self) -> EmbeddingBatch:
         student = [rows(ROWS, sum(self.widths), seed).requires_grad_() for seed in (0, 1)]
-        teacher = side_by_side(self.images), side_by_side(self.texts)
+        teacher = side_by_side(self.images).clone(), side_by_side(self.texts).clone()
         bank = Bank(side_by_side(self.bank_images), side_by_side(self.bank_texts))
         return EmbeddingBatch(*student, *teacher, bank, None if self.paired is None else torch.tensor(self.paired))
 
