@@ -1,6 +1,6 @@
 """Compare the boxes of training crops with those of torchvision's RandomResizedCrop, for images of twelve shapes.
 
-python -m benchmarks.data.crops -o benchmarks/results/MACHINE/crops.json --readme benchmarks/README.md
+python -m benchmarks.data.crops -o benchmarks/results/MACHINE/crops.json --readme benchmarks/measurements/crops.md
 
 Draws only; no image is read. Both get the default range of areas, and torchvision its default aspect ratios.
 """

@@ -5,7 +5,7 @@
     python -m benchmarks.data.crops_accuracy photos q choose --models student \
         -o benchmarks/results/MACHINE/crops-accuracy-choose.json
     python -m benchmarks.data.crops_accuracy photos q test --crops centre image input \
-        -o benchmarks/results/MACHINE/crops-accuracy.json --readme benchmarks/README.md
+        -o benchmarks/results/MACHINE/crops-accuracy.json --readme benchmarks/measurements/crops.md
 
 Fine-tunes the quickstart's teacher (`clip`, text tower frozen) and its student (`clip-rd`, with the quickstart's
 teacher) for each way and seed, on the photographs whose labels are not in the task, and evaluates on the task: five in

@@ -2,7 +2,8 @@
 
     pip install webdataset
     python -m benchmarks.data.tuxpaint photos
-    python -m benchmarks.data.loading photos -o benchmarks/results/MACHINE/loading.json --readme benchmarks/README.md
+    python -m benchmarks.data.loading photos -o benchmarks/results/MACHINE/loading.json \\
+        --readme benchmarks/measurements/loading.md
 
 Everything reads the same WebDataset shards and delivers batches of 64 crops of 224 pixels as normalised float32. What
 counts is processor time, from the shard to the tensors; no loader processes are involved.

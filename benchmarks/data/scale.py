@@ -1,6 +1,6 @@
 """Index and read data sets of millions of samples: time, memory, and the time to the first batch.
 
-    python -m benchmarks.data.scale -o benchmarks/results/MACHINE/scale.json --readme benchmarks/README.md
+    python -m benchmarks.data.scale -o benchmarks/results/MACHINE/scale.json --readme benchmarks/measurements/scale.md
 
 Four data sets of 15 million samples, each measured in a process of its own at the first start and at a later one:
 

@@ -1,7 +1,8 @@
 """Compare training batches from an S3 store and a web server, both slow and failing, with those from the local disk.
 
     pip install 'moto[server]' s3fs
-    python -m benchmarks.data.streaming -o benchmarks/results/MACHINE/streaming.json --readme benchmarks/README.md
+    python -m benchmarks.data.streaming -o benchmarks/results/MACHINE/streaming.json \\
+        --readme benchmarks/measurements/streaming.md
 
 The store is moto's S3 server, behind a proxy that delays each request by 20 ms and lets one in a hundred fail (with
 503, or with half of the answer); the web server does the same. In each round, all three ways load the same epoch, in

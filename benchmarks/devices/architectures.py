@@ -2,7 +2,8 @@
 
     python -m benchmarks.devices.architectures WORK --prepare    # only prepares files; the machine may be busy
     python -m benchmarks.devices.architectures WORK \\
-        -o benchmarks/results/MACHINE/architectures.json --readme benchmarks/README.md   # on a quiet machine
+        -o benchmarks/results/MACHINE/architectures.json \\
+        --readme benchmarks/measurements/architectures.md   # on a quiet machine
 
 Weights are random: only latency is meaningful. WORK may be the folder of towers.py, whose files are reused. Thread
 pools of some runtimes wait actively after a call, so each runtime is called several times in a row, and the first calls

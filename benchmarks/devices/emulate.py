@@ -2,7 +2,7 @@
 
     python -m benchmarks.devices.emulate quickstart/bundles/fp32 quickstart/bundles/int8 --cpu Haswell cortex-a76
     python -m benchmarks.devices.emulate quickstart/bundles/* -o benchmarks/results/MACHINE/emulated.json \\
-        --readme benchmarks/README.md
+        --readme benchmarks/measurements/processors.md
 
 Needs Debian or Ubuntu with `apt-get install qemu-user-static debootstrap`, and for the images the extra [emoji]. An
 arm64 Debian with the wheels of the base install is set up once in the user's cache (a minute, 0.5 GB); x86 processors

@@ -1,6 +1,7 @@
 """Run a bundle with the oldest and the newest release of every runtime dependency, on each Python that is here.
 
-python -m benchmarks.devices.floors BUNDLE -o benchmarks/results/MACHINE/floors.json --readme benchmarks/README.md
+python -m benchmarks.devices.floors BUNDLE -o benchmarks/results/MACHINE/floors.json \\
+    --readme benchmarks/measurements/releases.md
 
 Environments are made in a scratch folder with uv (`pip install uv`), from wheels alone. The oldest releases are the
 lowest that pyproject.toml allows and that exist for the Python; pyenv's Pythons are found by themselves. In each

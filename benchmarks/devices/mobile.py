@@ -1,7 +1,8 @@
 """Convert the image tower of every preset to a format for phones, compare it with PyTorch, and time it.
 
 pip install '.[train,litert-torch]'      # or executorch, or coreml: each in an environment of its own
-python -m benchmarks.devices.mobile litert -o benchmarks/results/MACHINE/litert.json --readme benchmarks/README.md \\
+python -m benchmarks.devices.mobile litert -o benchmarks/results/MACHINE/litert.json \\
+    --readme benchmarks/measurements/phones.md \\
     --bundles quickstart/bundles/fp32 quickstart/bundles/int8 litert/fp32 litert/int8
 
 The presets' weights are random, so their table says nothing about accuracy. The format's runtime and ONNX Runtime take

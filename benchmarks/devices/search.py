@@ -7,7 +7,7 @@ answers a query; most of it is the rows and the graph, mapped from their files.
 
 python -m benchmarks.devices.search 10000 100000 1000000
 python -m benchmarks.devices.search 1000000 --graph --threads 2 -o benchmarks/results/MACHINE/search.json \\
-    --readme benchmarks/README.md       # pip install usearch; minutes
+    --readme benchmarks/measurements/processes.md       # pip install usearch; minutes
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m benchmarks.devices.towers WORK --prepare       # prepares files, some minutes; the machine may be busy
     python -m benchmarks.devices.towers WORK -o benchmarks/results/MACHINE/towers.json \\
-        --readme benchmarks/README.md                        # on a quiet machine; resumes after an interruption
+        --readme benchmarks/measurements/towers.md    # on a quiet machine; resumes after an interruption
 
 Weights are random, images and captions come from the embedded data set: only latency and size are meaningful. For INT8
 in ONNX Runtime, every candidate of the exporter is first timed beside float32, and the exporter's own rule chooses. If

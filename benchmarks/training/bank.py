@@ -3,9 +3,9 @@
     export OMP_NUM_THREADS=1
     python -m benchmarks.training.bank resnet10t@64 --text tiny -o benchmarks/results/MACHINE/bank-cost.json
     python -m benchmarks.training.bank vit_tiny_16@224 resnet18@224 --batch-size 32 \\
-        -o benchmarks/results/MACHINE/bank-cost.json --readme benchmarks/README.md
+        -o benchmarks/results/MACHINE/bank-cost.json --readme benchmarks/measurements/bank-cost.md
     python -m benchmarks.training.bank resnet18@224 --accumulate 8 --rounds 3 \\
-        -o benchmarks/results/MACHINE/bank-cost.json --readme benchmarks/README.md
+        -o benchmarks/results/MACHINE/bank-cost.json --readme benchmarks/measurements/bank-cost.md
 
 Times are of the processor, without those of the loader, the optimiser and a live teacher: the teacher's embeddings come
 from memory, as from a store. Images and embeddings are random. The additional memory is by how much the peak of

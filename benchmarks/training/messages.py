@@ -1,6 +1,7 @@
 """Count the messages of a training step on several processes, and how much of them the backward pass hides.
 
-    python -m benchmarks.training.messages -o benchmarks/results/MACHINE/messages.json --readme benchmarks/README.md
+    python -m benchmarks.training.messages -o benchmarks/results/MACHINE/messages.json \\
+        --readme benchmarks/measurements/messages.md
 
 A run of `distill` on noise images is started by torchrun, and torch's profiler watches some of its steps in the first
 process, from the status message of one to that of another: what is counted is what a run sends. A message lasts from

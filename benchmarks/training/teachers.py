@@ -2,7 +2,7 @@
 
     export OMP_NUM_THREADS=1
     python -m benchmarks.training.teachers teachers --untuned quickstart/teacher-untuned --seeds 0 1 2 3 4 \\
-        -o benchmarks/results/MACHINE/teachers.json --readme benchmarks/README.md
+        -o benchmarks/results/MACHINE/teachers.json --readme benchmarks/measurements/two-teachers.md
 
 Both teachers' embeddings are stored. They share their text tower, so a student of both learns the mean of their image
 embeddings. An interrupted call goes on; finished teachers and students are in the folder.

@@ -2,7 +2,7 @@
 
     export OMP_NUM_THREADS=1
     python -m benchmarks.training.unpaired unpaired --teacher quickstart/teacher --seeds 0 1 2 3 4 \\
-        -o benchmarks/results/MACHINE/unpaired.json --readme benchmarks/README.md
+        -o benchmarks/results/MACHINE/unpaired.json --readme benchmarks/measurements/captions.md
 
 Each concept of the built-in data has its name as its only caption, and the list of labels has all these names. So half
 of the captions lack many names altogether: a second table has the top-1 on the names that they have, and on the others.

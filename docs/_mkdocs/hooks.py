@@ -32,11 +32,13 @@ LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[
 def borrowed_pages() -> dict[str, str]:
     """Pages that live elsewhere in the repository, as `source: page`; both paths are relative, with `/`."""
     devices = sorted(path.parent.name for path in (ROOT / "export").glob("*/README.md"))
+    measured = sorted(path.name for path in (ROOT / "benchmarks" / "measurements").glob("*.md"))
     return {
         "export/README.md": "targets/index.md",
         **{f"export/{name}/README.md": f"targets/{name}.md" for name in devices},
         "examples/browser/README.md": "targets/browser-page.md",
-        "benchmarks/README.md": "results.md",
+        "benchmarks/README.md": "measurements/index.md",
+        **{f"benchmarks/measurements/{name}": f"measurements/{name}" for name in measured},
     }
 
 

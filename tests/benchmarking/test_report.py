@@ -266,6 +266,6 @@ def test_the_text_between_the_markers_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["towers", "peers"])
-def test_the_benchmarks_readme_has_the_markers(name: str) -> None:
-    text = (shipped_path("benchmarks") / "README.md").read_text()
+def test_the_page_of_a_measurement_has_its_markers(name: str) -> None:
+    text = (shipped_path("benchmarks") / "measurements" / f"{name}.md").read_text()
     assert text.index(f"<!-- {name}: begin -->") < text.index(f"<!-- {name}: end -->")

@@ -53,8 +53,9 @@ PAGES = {
 # Pages of the site whose command lines are parsed; their blocks need figures, devices or data that a test has not.
 PARSED_PAGES = {
     path.relative_to(ROOT).as_posix(): path
-    for folder in ("export", "benchmarks", "examples")
-    for path in sorted((ROOT / folder).rglob("README.md"))
+    for pattern in ("export/**/README.md", "benchmarks/**/*.md", "examples/**/README.md")
+    for path in sorted(ROOT.glob(pattern))
+    if "results" not in path.parts
 }
 FENCE = re.compile(r"^ *```(\w*)(?: +title=\"([^\"]+)\")?")
 MARKER = re.compile(r"<!-- (not run|parsed only): [^>]+ -->")

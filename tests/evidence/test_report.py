@@ -133,7 +133,8 @@ def test_the_published_tables_match_the_published_results() -> None:
         return re.sub(r" \([^)|]*\)|\*\*", "", text)
 
     benchmarks = Path(__file__).parents[2] / "benchmarks"
-    page = without_intervals((benchmarks / "README.md").read_text(encoding="utf-8"))
+    pages = sorted(benchmarks.glob("measurements/*.md"))
+    page = without_intervals("".join(path.read_text(encoding="utf-8") for path in pages))
     names = {"bank", "bank-text", "bank-choice", "tokens", "trimmed", "equal-time", "method-evidence"}
     published = [source for source in sorted(benchmarks.glob("results/*/*.json")) if source.stem in names]
     assert {source.stem for source in published} == names
