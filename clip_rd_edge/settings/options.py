@@ -35,7 +35,7 @@ from typing import (
 import msgspec
 from msgspec import NODEFAULT, Meta, inspect
 
-from clip_rd_edge.errors import UsageError, near_matches, require_known_options, spelled
+from clip_rd_edge.errors import UsageError, near_matches, require_known_options
 from clip_rd_edge.utils.paths import AnyPath, require_paths
 from clip_rd_edge.utils.structs import CheckedError, check_number
 
@@ -254,14 +254,3 @@ def _kind(annotation: Any) -> tuple[type | tuple[str, ...], bool]:
         if kind in members:
             return kind, several
     return str, several
-
-
-def describe(settings: type[Settings]) -> str:
-    """Return the `Args:` of a docstring: a line for each field, with the names of Python."""
-    lines = ["Args:"]
-    names = {entry.name for entry in declared(settings)}
-    for entry in declared(settings):
-        default = f" Default: {entry.extra['default']}." if entry.extra.get("default") else ""
-        text = spelled(f"{entry.text}{default}", lambda name: name if name in names else None)
-        lines.append(f"    {entry.name}: {text}")
-    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The command reference as Markdown, made from the click commands themselves."""
+"""The reference of the commands as Markdown, a page each, made from the click commands and their settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from collections.abc import Iterator
 
 import click
 
+import clip_rd_edge as edge
+from clip_rd_edge.settings.options import declared
+
+# The Python of a command, where it is not the function of its name.
+FUNCTIONS = {
+    "classify": ("Model.classify", "Model.classify_camera"),
+    "index": ("index", "watch_index"),
+    "benchmark": ("benchmark", "compare", "recommend"),
+    "recipe show": ("recipe",),
+}
 # Options that only say how a command prints; functions return values instead.
 PRINTING = {"as_json", "as_csv", "open_page"}
 
@@ -28,42 +38,69 @@ def _below(group: click.Group, parent: click.Context) -> Iterator[tuple[click.Co
             yield context, command
 
 
-def reference(group: click.Group) -> str:
-    """The page: what holds for every command, then one section per command."""
+def name_of(context: click.Context) -> str:
+    """The command without the program's name, such as `evidence run`."""
+    return context.command_path.removeprefix("clip-rd-edge ")
+
+
+def functions_of(name: str) -> tuple[str, ...]:
+    """The names of `clip_rd_edge` that do what a command does."""
+    return FUNCTIONS.get(name) or (name.replace(" ", "_").replace("-", "_"),)
+
+
+def page_of(name: str) -> str:
+    """The page of a command, in the folder of the overview, which is index.md."""
+    return f"{name.replace(' ', '-')}.md" if name != "index" else "index-command.md"
+
+
+def pages(group: click.Group) -> dict[str, str]:
+    """The text of each page by its name: the overview `index.md`, and one per command."""
     context = click.Context(group, info_name="clip-rd-edge")
-    parts = ["# Command reference", *_paragraphs(group.help or "")]
-    parts.append(_table([row for parameter in group.get_params(context) if (row := _row(parameter, context))]))
-    parts.append("This page is generated from the commands' own `--help`.")
+    options = _table([row for parameter in group.get_params(context) if (row := _row(parameter, context))])
+    rows = []
+    made = {}
     for inner, command in commands(group):
-        parts += _section(inner, command)
-    return "\n\n".join(parts) + "\n"
+        name = name_of(inner)
+        first = next(_paragraphs(command.help or "")).replace("\n", " ")
+        python = ", ".join(f"[`{function}`][clip_rd_edge.{function}]" for function in functions_of(name))
+        rows.append(f"| [`{name}`]({page_of(name)}) | {first.partition('. ')[0].rstrip('.')} | {python} |")
+        made[page_of(name)] = "\n\n".join(_page(inner, command)) + "\n"
+    table = "\n".join(["| command | does | in Python |", "| --- | --- | --- |", *rows])
+    python = (
+        "Every command is a function of `clip_rd_edge` with the same names: `--batch-size` is `batch_size`, `-o` is "
+        "`output`; a command's page lists other differences. [Python](../python/index.md) has classes and errors."
+    )
+    index = ["# Commands and functions", *_paragraphs(group.help or ""), table, python, options]
+    return {"index.md": "\n\n".join(index) + "\n", **made}
 
 
-def examples(command: click.Command) -> Iterator[str]:
-    r"""The blocks of example commands in a command's help: the paragraphs marked with `\b`."""
-    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
-        if paragraph.startswith("\b"):
-            yield paragraph.removeprefix("\b").strip("\n")
-
-
-def _section(context: click.Context, command: click.Command) -> list[str]:
-    path = context.command_path
+def _page(context: click.Context, command: click.Command) -> list[str]:
+    path, name = context.command_path, name_of(context)
     arguments = " ".join(command.collect_usage_pieces(context))
-    parts = [f"## {path.removeprefix('clip-rd-edge ')}", f"```text\n{path} {arguments}\n```"]
-    parts += _paragraphs(command.help or "")
+    parts = [f"# {name}", f"```text\n{path} {arguments}\n```", *_paragraphs(command.help or "")]
     groups: dict[str, list[str]] = {}
+    if rows := list(_arguments(name)):
+        groups[""] = rows
     for parameter in command.get_params(context):
         if row := _row(parameter, context):
             groups.setdefault(getattr(parameter, "group", ""), []).append(row)
     for heading, rows in groups.items():
-        if heading:
-            parts.append(f"**{heading}**")
-        elif len(groups) > 1:
-            parts.append("**Other options**")
+        parts += [f"## {heading}"] if heading else []
         parts.append(_table(rows))
+    parts.append("## In Python")
     if renamed := _other_names(command):
-        parts.append(f"In Python: {renamed}.")
+        parts.append(f"Keywords are the options above; {renamed}.")
+    for function in functions_of(name):  # a method stands with its class
+        parts.append(f"[`{function}`][clip_rd_edge.{function}]" if "." in function else f"::: clip_rd_edge.{function}")
     return parts
+
+
+def _arguments(name: str) -> Iterator[str]:
+    """Rows for what the command line takes by its place."""
+    settings = getattr(getattr(edge, functions_of(name)[0], None), "settings", None)
+    for entry in declared(settings) if settings else ():
+        if entry.is_argument:
+            yield f"| <code>{entry.extra['metavar'] or entry.name.upper()}</code> | {entry.text} |"
 
 
 def _paragraphs(text: str) -> Iterator[str]:
@@ -80,7 +117,7 @@ def _table(rows: list[str]) -> str:
 
 
 def _row(parameter: click.Parameter, context: click.Context) -> str:
-    """A row of the table of options; nothing for arguments, which the usage line shows, and for --help."""
+    """A row of the table of options; nothing for arguments, which stand before, and for --help."""
     record = parameter.get_help_record(context)
     if record is None or isinstance(parameter, click.Argument) or parameter.name == "help":
         return ""

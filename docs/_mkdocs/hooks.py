@@ -1,7 +1,7 @@
 """What mkdocs does beside rendering docs/*.md: pages taken from elsewhere, links out of the guide, and checks.
 
-A warning fails the build, which is strict: a name of the front door without a docstring or without a place in
-reference.md, a link to a file that is not there, a page that would fetch something from the network.
+A warning fails the build, which is strict: a name of the front door without a docstring or without a page, a link to a
+file that is not there, a page that would fetch something from the network.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from commands import reference  # beside this file
+from commands import pages  # beside this file
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -50,15 +50,19 @@ class OneNameEach(logging.Filter):
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Check the front door."""
+    """Check the front door, and put the pages of the commands into the menu."""
     logging.getLogger("mkdocs.plugins.griffe").addFilter(OneNameEach())
-    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"^::: clip_rd_edge\.(\w+)$", text, re.MULTILINE))
+    written = (path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "python").glob("*.md"))
+    texts = [*written, *pages(cli).values()]
+    documented = set(re.findall(r"^::: clip_rd_edge\.(\w+)$", "\n".join(texts), re.MULTILINE))
     for name in edge.__all__:
         for where in undocumented(name, getattr(edge, name)):
             log.warning("clip_rd_edge.%s has no docstring", where)
         if name not in documented:
-            log.warning("reference.md does not document clip_rd_edge.%s", name)
+            log.warning("no page documents clip_rd_edge.%s", name)
+    for section in config.nav or ():
+        if "Reference" in section:
+            section["Reference"][0]["Commands"] = [f"commands/{name}" for name in pages(cli)]
 
 
 def undocumented(name: str, value: Any) -> list[str]:
@@ -74,8 +78,9 @@ def undocumented(name: str, value: Any) -> list[str]:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated command reference, the borrowed pages, and the figures that these show."""
-    files.append(File.generated(config, "commands.md", content=reference(cli)))
+    """Add the generated pages of the commands, the borrowed pages, and the figures that these show."""
+    for name, text in pages(cli).items():
+        files.append(File.generated(config, f"commands/{name}", content=text))
     for source, page in borrowed_pages().items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=text))

@@ -54,11 +54,9 @@ class StructFields(Extension):
     """What griffe does itself for dataclasses."""
 
     def on_function(self, *, func: Function, **_: Any) -> None:
-        """Give a function of a struct of settings the struct's fields, and say what they mean."""
+        """Give a function of a struct of settings the struct's fields; the command's options say what they mean."""
         if not any("keywords_of" in str(decorator.value) for decorator in func.decorators):
             return
-        from clip_rd_edge.settings.options import describe
-
         call = getattr(importlib.import_module(func.module.path), func.name)
         func.parameters = Parameters(
             *(
@@ -71,9 +69,6 @@ class StructFields(Extension):
                 for parameter in inspect.signature(call).parameters.values()
             )
         )
-        if func.docstring is not None:
-            text, mark, raised = inspect.cleandoc(func.docstring.value).partition("\nRaises:")
-            func.docstring.value = f"{text.rstrip()}\n\n{describe(call.settings)}\n{mark}{raised}"
 
     def on_class(self, *, cls: Class, **_: Any) -> None:
         """Add `__init__` where there is none."""
