@@ -177,10 +177,13 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def with_scoring(self, scoring: Scoring) -> Manifest:
         """Return a manifest with this scoring, and in the version that it needs."""
-        if scoring.bias is None:
-            return msgspec.structs.replace(self, logit_scale=scoring.scale)
-        features, version = Features(logit_bias=scoring.bias), VERSION_WITH_FEATURES
-        return msgspec.structs.replace(self, logit_scale=scoring.scale, features=features, format_version=version)
+        scaled = msgspec.structs.replace(self, logit_scale=scoring.scale)
+        return scaled if scoring.bias is None else scaled.with_features(logit_bias=scoring.bias)
+
+    def with_features(self, **features: object) -> Manifest:
+        """Return a manifest with these fields of `Features`, beside those that it has, and in the version they need."""
+        merged = msgspec.structs.replace(self.features or Features(), **features)
+        return msgspec.structs.replace(self, features=merged, format_version=VERSION_WITH_FEATURES)
 
     def require_text(self) -> Tower:
         """Return the text tower."""
