@@ -36,7 +36,7 @@ from clip_rd_edge.bundle.manifest import (
 )
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.tokenizer import TokenizerSpec
-from clip_rd_edge.cli.main import COMMANDS, cli
+from clip_rd_edge.cli.main import cli
 from clip_rd_edge.data.reinforced import read_stored_teachers
 from clip_rd_edge.distillation.config import load_recipe, resolve
 from clip_rd_edge.evidence.suite import read_evidence
@@ -379,14 +379,3 @@ def test_links_of_the_readme_lead_somewhere() -> None:
             if anchor:
                 headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
                 assert anchor in {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}, link
-
-
-def test_the_readme_names_every_command_and_every_page_of_the_guide() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = text.partition("## Commands")[2].partition("## Licence")[0]
-    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    named = [name for cell in first_cells for name in re.findall(r"`([a-z-]+)", cell)]
-    assert sorted(named) == sorted(COMMANDS)  # and each once
-    # reached from Contributing, which is not about use
-    inner = {"contributing.md", "licences.md", "releasing.md"}
-    assert {path.name for path in (ROOT / "docs").glob("*.md")} - inner <= set(re.findall(r"docs/([\w-]+\.md)", text))
