@@ -165,7 +165,7 @@ def load_epoch(source: str, *, outage: ServerProcess | None = None) -> dict[str,
     shutil.rmtree(cache_home() / "remote-shards", ignore_errors=True)
     close_tars()
     preprocessing = Preprocessing(size=(224, 224), mean=(0.5,) * 3, std=(0.5,) * 3)
-    dataset = ViewDataset(pairs, preprocessing, [], crops=crops_for(preprocessing, (0.9, 1.0)), seed=0)
+    dataset = ViewDataset(pairs, preprocessing, [], crops=crops_for(preprocessing, (0.9, 1.0), "scaled"), seed=0)
     steps = len(pairs) // BATCH
     sampler = StepSampler(pairs.groups, BATCH, seed=0, start=0, stop=steps, prefetch=pairs.prefetch)
     sampler.order = EpochOrder(pairs.groups, seed=0, window=WINDOW_SHARDS * int(pairs.groups[0]))

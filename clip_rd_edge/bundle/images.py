@@ -8,7 +8,7 @@ import importlib
 import io
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL import __version__ as PILLOW
 
+from clip_rd_edge.bundle.preprocess import Box
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, in_one_line
 from clip_rd_edge.utils.paths import URL, kind_of
 
@@ -53,6 +54,29 @@ def open_image(file: ImageFile, *, min_edge: int | None = None, max_pixels: int 
         if min_edge is not None:
             image.draft("RGB", (min_edge, min_edge))
         return to_rgb(image)
+
+
+def open_to_crop(
+    file: ImageFile, draw: Callable[[tuple[int, int]], Box], *, min_edge: int | None
+) -> tuple[Image.Image, Box]:
+    """Open an image as `open_image` does, to be cropped; return the image, and the box in its pixels.
+
+    Args:
+        draw: returns the box to crop in an image of this width and height.
+        min_edge: min length of both edges of the crop. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as its
+            crop has that many pixels; images in other formats are the same as without. None decodes at full size.
+    """
+    with _opened(file, MAX_PIXELS) as image:
+        if min_edge is None or image.format not in _JPEGS:
+            rgb = to_rgb(image)
+            return rgb, draw(rgb.size)
+        width, height = image.size
+        box = draw((height, width) if _orientation(image) in _SIDEWAYS else (width, height))
+        shrink = int(min(box[2] - box[0], box[3] - box[1])) // min_edge
+        # Pillow chooses the fraction, and returns the exact size, of which it rounds up the number of pixels.
+        reduced = image.draft("RGB", (width // shrink, height // shrink)) if shrink > 1 else None
+        scale = reduced[1][2] / width if reduced else 1.0
+        return to_rgb(image), (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale)
 
 
 def require_image(path: Path) -> None:
@@ -202,6 +226,8 @@ _TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+_SIDEWAYS = (5, 6, 7, 8)
+_JPEGS = ("JPEG", "MPO")  # the latter of cameras with several images in a file
 
 
 def _orientation(image: Image.Image) -> int:

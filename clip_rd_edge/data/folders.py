@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from clip_rd_edge.bundle.encoder import fill_template
 from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES, dead_link_error, is_ignored, leads_nowhere, list_images
-from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.data.samples import NO_PROBLEMS, Counts, LocalFiles, Problems, Sample
 from clip_rd_edge.errors import InputError, near_matches, quoted
 from clip_rd_edge.utils.files import read_text_limited, text_lines
@@ -54,7 +52,7 @@ class Folder(LocalFiles):
     def read(self, index: int) -> Sample:
         """See `Samples`."""
         captions = self.texts[self.numbers[index]] if self.numbers else ()
-        return Sample(captions, partial(open_image, self.images[index]))
+        return Sample(captions, self.images[index])
 
     def identity(self) -> Iterator[bytes]:
         """Yield the captions, and of each image name, size in bytes, and which captions it has."""

@@ -146,10 +146,10 @@ class Mixed:
             return self.pairs.read(index)
         texts = self.texts[row % len(self.texts) :: self._unpaired_count] if self.texts else ()
         captions = tuple(prompt for text in texts for prompt in self.prompts(text))
-        image = self.images.read(row).open if self.images is not None else None
+        image = self.images.read(row).file if self.images is not None else None
         if self.pairs is not None and not (captions and image):  # the other is that of a pair
             pair = self.pairs.read(self._pair_of(row))
-            captions, image = captions or pair.captions, image or pair.open
+            captions, image = captions or pair.captions, image or pair.file
         return Sample(captions, image, paired=False)
 
     def prompts(self, text: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clip_rd_edge.bundle.images import ImageFile, open_image
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.text import as_unicode
@@ -32,18 +33,18 @@ class Sample(NamedTuple):
 
     Attributes:
         captions: empty in a source of images alone.
-        open: returns the image as RGB; raises InputError if it cannot be read. None for a text alone.
+        file: the image; None for a text alone.
         paired: whether the captions are this image's and no other's.
     """
 
     captions: tuple[str, ...]
-    open: Callable[[], Image.Image] | None
+    file: ImageFile | None
     paired: bool = True
 
     def image(self) -> Image.Image:
-        """Return the image as RGB, of a sample that has one; raises as `open`."""
-        assert self.open is not None
-        return self.open()
+        """Return the image as RGB, of a sample that has one; raises InputError if it cannot be read."""
+        assert self.file is not None
+        return open_image(self.file)
 
 
 class Counts(NamedTuple):

@@ -30,7 +30,6 @@ from typing import IO, Any, BinaryIO, NamedTuple
 import msgspec
 import numpy as np
 
-from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.data.samples import GROUP_ROWS, MAX_EXAMPLES, Counts, LocalFiles, Problems, Sample
 from clip_rd_edge.data.shard_index import INDEX, damage, kept_index
 from clip_rd_edge.errors import InputError, first_line, near_matches, needs_extra, quoted
@@ -120,7 +119,7 @@ class Table(LocalFiles):
     def read(self, index: int) -> Sample:
         """See `Samples`."""
         pair = self.pair(index)
-        return Sample((pair.caption,) if self._captioned else (), partial(open_image, pair.path))
+        return Sample((pair.caption,) if self._captioned else (), pair.path)
 
     def identity(self) -> Iterator[bytes]:
         """Yield a digest of the images' names and sizes in bytes, and of the captions."""

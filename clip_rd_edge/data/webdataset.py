@@ -11,14 +11,12 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
 
-from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.data.order import SHUFFLE_WINDOW
 from clip_rd_edge.data.remote import RemoteShard, ShardFile, is_remote, version
 from clip_rd_edge.data.samples import Counts, Sample
@@ -96,7 +94,7 @@ class Shards:
         if self._captioned:
             member = TarMember(shard, "", *located.caption)
             captions = json_captions(member, self._json_key or JSON_KEY) if located.is_json else text_captions(member)
-        return Sample(captions, partial(open_image, TarMember(shard, "", *located.image)))
+        return Sample(captions, TarMember(shard, "", *located.image))
 
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify these pairs: digests of names, offsets and sizes of all samples."""

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.bundle.images import open_to_crop
+from clip_rd_edge.bundle.preprocess import Preprocessing, fast_decode_edge
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.samples import MAX_BAD_SHARE, BadPair, BadSamples, Samples, read_twice
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
@@ -129,6 +130,8 @@ class ViewDataset(Dataset[PairView]):
         self.bad = BadSamples(pairs, max_share=max_bad)
         self.pairs, self.student, self.teachers = pairs, student, tuple(teachers)
         self.crops, self.seed, self.substitute = crops, seed, substitute
+        # By the largest of the models, which share what is decoded.
+        self._min_edge = max(map(fast_decode_edge, (student, *teachers))) if crops.decode == "scaled" else None
 
     def __getitem__(self, view: View) -> PairView:
         if self.views:
@@ -162,11 +165,11 @@ class ViewDataset(Dataset[PairView]):
         embeddings = None
         if self.store is not None and (embeddings := self.store.lookup(epoch, index, caption)) is None:
             raise InputError(f"Pair {index:,} is not in the teacher's store: it was bad when the store was built.")
-        if sample.open is None:
+        if sample.file is None:
             return PairView(_NO_PIXELS, (_NO_PIXELS,) * len(self.teachers), caption, paired=False)
         try:
-            image = sample.open()
-            student, *teachers = crop_levels(image, self.crops.draw(image.size, rng), [self.student, *self.teachers])
+            image, box = open_to_crop(sample.file, partial(self.crops.draw, rng=rng), min_edge=self._min_edge)
+            student, *teachers = crop_levels(image, box, [self.student, *self.teachers])
         except MemoryError as error:
             raise InputError(f"There is not enough memory for the image of pair {index:,}.") from error
         paired = sample.paired if self.pairs.counts.is_mixed else None

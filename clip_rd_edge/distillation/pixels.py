@@ -17,25 +17,29 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from clip_rd_edge.bundle.preprocess import Box, Preprocessing, normalise_in_place, resize_crop
+from clip_rd_edge.settings.training import Decode
 from clip_rd_edge.utils.structs import CheckedStruct
 
 Levels = npt.NDArray[np.uint8]  # (H, W, 3)
 # Max factor by which the aspect ratio of a crop is changed, as in torchvision for square images.
 MAX_ASPECT_CHANGE = 4 / 3
-# Crops with two edges of at least so many pixels are rounded to whole pixels, and resized by torch.
+# Crops with two edges of at least so many pixels are rounded to those, and resized by torch.
 LARGE = 256
 
 
 class Crops(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How training images are cropped.
+    """How training images are decoded and cropped.
 
     Attributes:
         scale: min and max share that a crop keeps of the area of the largest box with this aspect ratio.
         aspect_ratio: width over height, about which crops vary; None for each image's own.
+        decode: `scaled` decodes a large JPEG at 1/2, 1/4 or 1/8 of its size, as a device does, as long as the crop
+            keeps twice the pixels that the models see; `full` decodes every pixel.
     """
 
     scale: tuple[float, float]
     aspect_ratio: float | None = None
+    decode: Decode = "full"
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Box:
         """Draw a crop box in an image of any shape.
@@ -66,14 +70,15 @@ class Crops(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return left, top, min(width, left + w), min(height, top + h)
 
 
-def crops_for(preprocessing: Preprocessing, scale: tuple[float, float]) -> Crops:
+def crops_for(preprocessing: Preprocessing, scale: tuple[float, float], decode: Decode) -> Crops:
     """Return the crops to train a model on: they are squeezed where its evaluation squeezes images, and only there.
 
     An evaluation with `shortest` or `longest` squeezes nothing, so crops have the input's aspect ratio, as in the
     training of CLIP (Radford et al. 2021, section 2.4). With `squash`, they have the image's.
     """
     height, width = preprocessing.size
-    return Crops(scale=scale, aspect_ratio=None if preprocessing.resize_mode == "squash" else width / height)
+    ratio = None if preprocessing.resize_mode == "squash" else width / height
+    return Crops(scale=scale, aspect_ratio=ratio, decode=decode)
 
 
 def crop_levels(image: Image.Image, box: Box, models: Sequence[Preprocessing]) -> list[Levels]:
@@ -96,7 +101,7 @@ def crop_levels(image: Image.Image, box: Box, models: Sequence[Preprocessing]) -
             resized[key] = np.asarray(resize_crop(image, box, model))
             continue
         if crop is None:
-            window = np.asarray(image)[int(top) : int(bottom), int(left) : int(right)]
+            window = np.asarray(image)[round(top) : round(bottom), round(left) : round(right)]
             crop = torch.from_numpy(window.copy()).permute(2, 0, 1)[None]
         levels = interpolate(crop, model.size, mode=model.interpolation, antialias=True)
         resized[key] = levels[0].permute(1, 2, 0).numpy()

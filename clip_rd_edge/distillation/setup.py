@@ -224,7 +224,7 @@ def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: boo
         setup.pairs,
         setup.student.preprocessing,
         [teacher.preprocessing for teacher in setup.teachers] if with_teacher_pixels else [],
-        crops=crops_for(setup.student.preprocessing, config.recipe.crop_scale),
+        crops=crops_for(setup.student.preprocessing, config.recipe.crop_scale, config.decode),
         seed=config.seed,
         views=config.views,
         max_bad=config.max_bad,

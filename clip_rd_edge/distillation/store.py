@@ -308,14 +308,18 @@ def sole_builder(folder: Path, manifest: StoreManifest, reporter: Reporter) -> I
 
 def require_same_store(folder: Path, manifest: StoreManifest) -> None:
     """Refuse a store whose embeddings are others."""
-    existing = read_json(folder / MANIFEST, StoreManifest)
-    for name in manifest.__struct_fields__:
-        actual, expected = getattr(existing, name), getattr(manifest, name)
-        if name not in ("teacher", "data") and actual != expected:
+    existing = _values(read_json(folder / MANIFEST, StoreManifest))
+    for name, expected in _values(manifest).items():
+        if name not in ("teacher", "data") and existing[name] != expected:
             raise UsageError(
-                f"{folder} is a teacher's store, but its {name} is {actual}; expected {expected}.",
+                f"{folder} is a teacher's store, but its {name} is {existing[name]}; expected {expected}.",
                 hint="choose another {store}, or use the options that it was made with",
             )
+
+
+def _values(manifest: StoreManifest) -> dict[str, Any]:
+    values: dict[str, Any] = msgspec.to_builtins(manifest)
+    return {**values.pop("crops"), **values}
 
 
 def is_complete(folder: Path, manifest: StoreManifest) -> bool:

@@ -275,7 +275,7 @@ def crops_of(config: RunConfig) -> Crops:
         preprocessing = load_student(config).preprocessing
     else:
         preprocessing = student_preprocessing(config.student)
-    return crops_for(preprocessing, config.recipe.crop_scale)
+    return crops_for(preprocessing, config.recipe.crop_scale, config.decode)
 
 
 def empty_student(config: RunConfig, *, name: str) -> ClipModel:

@@ -28,6 +28,7 @@ Place = TypeVar("Place")  # of data, a model or a task
 Names = TypeVar("Names")  # one place or several
 Several = TypeVar("Several")  # any number of places
 _NONE: Any = ()
+Decode = Literal["scaled", "full"]
 
 
 class _Data(Settings, Generic[Place, Names, Several], frozen=True, kw_only=True):
@@ -65,6 +66,10 @@ class _Data(Settings, Generic[Place, Names, Several], frozen=True, kw_only=True)
     workers: Annotated[
         int, _data("Loader processes; -1 uses half the cores, at most 8.", metavar="N", ge=-1, le=1_024, resume="free")
     ] = -1
+    decode: Annotated[Decode, _data(
+        "scaled: decode a large JPEG at 1/2, 1/4 or 1/8 of its size where its crop still has twice the pixels that the "
+        "models see; full: decode every pixel.", metavar="NAME",
+    )] = "scaled"  # fmt: skip
     teacher_pretrained: Annotated[Place, _teacher(
         "Pretrained tag or checkpoint file, for a teacher given by NAME.", metavar="TAG|FILE", default="none",
         also="pretrained", resume="content",

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin, feat
 
 import clip_rd_edge
 from clip_rd_edge.bundle import images
-from clip_rd_edge.bundle.images import MAX_PIXELS, as_rgb, open_image
+from clip_rd_edge.bundle.images import MAX_PIXELS, as_rgb, open_image, open_to_crop
 from clip_rd_edge.errors import InputError
 
 KINDS = [
@@ -469,3 +469,27 @@ def test_a_large_jpeg_can_be_decoded_at_reduced_size(tmp_path: Path) -> None:
     assert open_image(tmp_path / "drawing.png", min_edge=128).size == (800, 600)
     difference = np.asarray(whole.resize((64, 48)), dtype=float) - np.asarray(quick.resize((64, 48)), dtype=float)
     assert np.abs(difference).mean() < 3
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_crop_of_a_jpeg_is_that_of_the_whole_image_at_the_smallest_size_with_enough_pixels(
+    orientation: int, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(8, 6).resize((808, 608)).save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    upright = open_image(tmp_path / "photo.jpg")
+    box = (upright.width * 0.1, upright.height * 0.2, upright.width * 0.9, upright.height * 0.8)
+    sizes = list[tuple[int, int]]()
+
+    def draw(size: tuple[int, int]) -> tuple[float, float, float, float]:
+        sizes.append(size)
+        return box
+
+    for min_edge, fraction in ((None, 1), (300, 1), (150, 2), (74, 4), (20, 8)):
+        image, own = open_to_crop(tmp_path / "photo.jpg", draw, min_edge=min_edge)
+        assert image.size == tuple(-(-edge // fraction) for edge in upright.size)
+        assert own == pytest.approx([edge / fraction for edge in box])
+        crops = [np.asarray(one.resize((32, 32), box=edges), float) for one, edges in ((upright, box), (image, own))]
+        assert np.abs(crops[0] - crops[1]).mean() < (3 if fraction > 1 else 1e-9)
+    assert set(sizes) == {upright.size}

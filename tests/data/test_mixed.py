@@ -184,8 +184,8 @@ def test_texts_beside_pairs_are_read_with_the_pairs_whose_images_they_have(
         (group,) = order.groups(0, len(seen), windows=1, epochs=1)
         size = samples.groups[group].sum()
         rows = order.indices(0, len(seen), len(seen) + size).tolist()
-        monkeypatch.setattr(pairs, "read", lambda index, group=group: Sample((), lambda: index // 7 == group))
-        assert all(samples.read(row).image() for row in rows)
+        monkeypatch.setattr(pairs, "read", lambda index, group=group: Sample((), index // 7 == group))
+        assert all(samples.read(row).file for row in rows)
         assert sum(row < 24 for row in rows) == pairs.groups[group]
         seen += rows
     assert sorted(seen) == list(range(24 + texts))
@@ -197,7 +197,7 @@ def test_texts_alone_are_as_many_rows_without_images() -> None:
     samples = load_samples(TrainingData(texts="labels.txt"), given(["cat", "dog", "cat"]))
     assert captions(samples) == [("cat",), ("dog",)]
     assert str(samples.counts) == "2 texts"
-    assert (samples.read(0).open, samples.counts.has_images, list(samples.groups)) == (None, False, [2])
+    assert (samples.read(0).file, samples.counts.has_images, list(samples.groups)) == (None, False, [2])
 
 
 @pytest.mark.parametrize(

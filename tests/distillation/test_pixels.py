@@ -48,7 +48,7 @@ def test_crops_of_an_image_of_any_shape_differ_in_aspect_ratio_and_reach_all_its
 @pytest.mark.parametrize(("height", "width"), [(224, 224), (160, 320)])
 def test_crops_have_the_shape_of_the_input_and_reach_all_edges(size: tuple[int, int], height: int, width: int) -> None:
     """So that photographs of any shape are trained on as they are evaluated, and not squeezed into the input."""
-    crops = crops_for(msgspec.structs.replace(MODEL, size=(height, width)), (0.9, 1.0))
+    crops = crops_for(msgspec.structs.replace(MODEL, size=(height, width)), (0.9, 1.0), "full")
     rng = np.random.default_rng(0)
     boxes = np.asarray([crops.draw(size, rng) for _ in range(500)])
     widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
@@ -61,7 +61,8 @@ def test_crops_have_the_shape_of_the_input_and_reach_all_edges(size: tuple[int, 
 
 def test_a_model_is_trained_on_squeezed_images_where_it_is_evaluated_on_them_and_only_there() -> None:
     squash, longest = (
-        crops_for(msgspec.structs.replace(MODEL, resize_mode=mode), (1.0, 1.0)) for mode in ("squash", "longest")
+        crops_for(msgspec.structs.replace(MODEL, resize_mode=mode), (1.0, 1.0), "full")
+        for mode in ("squash", "longest")
     )
     assert squash.draw((300, 100), np.random.default_rng(0)) == (0, 0, 300, 100)
     left, top, right, bottom = longest.draw((300, 100), np.random.default_rng(0))

@@ -15,7 +15,6 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from support import save_tiny_teacher
 from thread_processes import call_in_threads
 from tiny_runs import tiny_run
@@ -45,6 +44,7 @@ from clip_rd_edge.distillation.store import (
     text_shard,
     write_rows,
 )
+from clip_rd_edge.distillation.student import crops_of
 from clip_rd_edge.distillation.teacher import CaptionCache, LiveTeacher, StoredTeacher, Teacher, ensemble_of
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.files import write_bytes
@@ -71,7 +71,7 @@ def setup(config: RunConfig) -> RunSetup:
 
 def fill(config: RunConfig, setup: RunSetup, processes: Processes | None = None) -> None:
     teacher = Teacher(setup.teachers[0], torch.device("cpu"), autocast=None)
-    maker = ShardMaker(config, teacher, setup.pairs, Crops(scale=config.recipe.crop_scale, aspect_ratio=1.0))
+    maker = ShardMaker(config, teacher, setup.pairs, crops_of(config))
     fill_store(Path(str(config.store)), maker, processes or Processes(), max_bad=config.max_bad)
 
 
@@ -98,11 +98,8 @@ def unreadable(setup: RunSetup, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
     def choose(*indices: int) -> None:
         def read(table: Table, index: int) -> Sample:
-            def fail() -> Image.Image:
-                raise InputError(f"Cannot read image {index}.")
-
             sample = read_row(table, index)
-            return sample._replace(open=fail) if index in indices else sample
+            return sample._replace(file=Path("missing.jpg")) if index in indices else sample
 
         monkeypatch.setattr(Table, "read", read)
 
@@ -405,14 +402,15 @@ def test_a_store_of_millions_of_rows_opens_at_once_and_its_rows_are_read_without
     assert opened.lookup(0, 0, "no such caption") is None
 
 
-@pytest.mark.parametrize("name", ["seed", "views", "precision", "crops", "teacher_sha256", "pairs_sha256"])
+@pytest.mark.parametrize("name", ["seed", "views", "precision", "scale", "decode", "teacher_sha256", "pairs_sha256"])
 def test_a_store_of_anything_else_is_refused_by_name(name: str, config: RunConfig, setup: RunSetup) -> None:
     fill(config, setup)
     options: dict[str, dict[str, Any]] = {
         "seed": {"seed": 1},
         "views": {"views": 3},
         "precision": {"teacher_precision": "bf16"},
-        "crops": {"recipe": msgspec.structs.replace(config.recipe, crop_scale=(0.5, 1.0))},
+        "scale": {"recipe": msgspec.structs.replace(config.recipe, crop_scale=(0.5, 1.0))},
+        "decode": {"decode": "full"},
     }
     if name == "teacher_sha256":
         with torch.no_grad():
