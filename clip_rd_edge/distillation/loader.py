@@ -65,6 +65,8 @@ class Batch:
         teacher_embeddings: image and text embeddings of all teachers from a store, (B, Σ D_k) float16 each, where those
             of each teacher are unit vectors.
         paired: which of the captions belong to the image of their row; None if the data set has nothing but pairs.
+        student_ids, teacher_ids: the captions' token ids for the student and for each teacher that embeds captions,
+            (B, T), as far as `ViewDataset.tokenizers` has their tokenizers.
     """
 
     student_pixels: Tensor
@@ -73,6 +75,8 @@ class Batch:
     bad: tuple[BadPair, ...] = ()
     teacher_embeddings: tuple[Tensor, Tensor] | None = None
     paired: tuple[bool, ...] | None = None
+    student_ids: Tensor | None = None
+    teacher_ids: tuple[Tensor, ...] = ()
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory, from which copies to a GPU do not block; torch's loader calls it."""
@@ -110,6 +114,7 @@ class ViewDataset(Dataset[PairView]):
 
     Attributes:
         store: the teacher's embeddings of these views, or None. A pair that it lacks is bad.
+        tokenizers: of the student, and of each teacher that embeds captions, for the ids of a batch; none for no ids.
         bad: counts bad samples; with `substitute`, `step_loader` adds those it encounters.
     """
 
@@ -126,6 +131,7 @@ class ViewDataset(Dataset[PairView]):
         substitute: bool = True,
     ) -> None:
         self.store: TeacherStores | None = None
+        self.tokenizers: tuple[Callable[[list[str]], Tensor], ...] = ()
         self.views = views
         self.bad = BadSamples(pairs, max_share=max_bad)
         self.pairs, self.student, self.teachers = pairs, student, tuple(teachers)
@@ -283,6 +289,9 @@ def _end_soon(workers: Sequence[BaseProcess]) -> None:
 def _start_worker(parent: int, _worker: int) -> None:
     obey_only_the_parent(parent)
     return_freed_memory()  # of large images, which each worker would keep for itself
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # its threads do not survive the fork, and it warns of that
 
 
 @contextmanager
@@ -322,7 +331,9 @@ class _Batches(Dataset[Any]):
 
     def __getitem__(self, views: list[View]) -> Batch | _Failure:
         try:
-            return _collate([self._dataset[view] for view in views])
+            batch = _collate([self._dataset[view] for view in views])
+            ids = [_shared(tokenize(batch.captions).numpy()) for tokenize in self._dataset.tokenizers]
+            return replace(batch, student_ids=ids[0] if ids else None, teacher_ids=tuple(ids[1:]))
         except ClipRdEdgeError as error:
             if get_worker_info() is None:
                 raise

@@ -43,6 +43,11 @@ if TYPE_CHECKING:
     from clip_rd_edge.distillation.metrics import Predictions
 
 
+# A GPU is waited for where a number is read: in steps between two looks at whether the run diverges, and in seconds
+# between two looks at its loss.
+_CHECK_EVERY, _SHOW_EVERY_S = 10, 1.0
+
+
 class TrainingState:
     """What training changes, restored from the run's newest checkpoint; student and objective are on the device.
 
@@ -109,8 +114,10 @@ class TrainingState:
     def train_on(self, batch: Batch, folder: Path) -> StepResult:
         """Update the weights with the gradients of a batch."""
         result = self._compute(batch, self.done, loss_scale=self.optimizer.loss_scale)
-        self.optimizer.apply(self.done, result.loss.total.item(), run=folder)
+        self.optimizer.apply(self.done, result.loss.total)
         self.done += 1
+        if self.done % _CHECK_EVERY == 0 or self.done == self.steps:  # the same steps in all processes
+            self.optimizer.require_progress(self.done, run=folder)
         return result
 
 
@@ -132,6 +139,7 @@ class Training:
             self._tracker = open_tracker(run.config, run.folder, start=self._start, reporter=run.reporter)
         self.scores, self._clock = dict[str, float](), _Clock()
         self.is_stopping = self._is_save_due = False
+        self._message, self._next_look_s = "", 0.0
 
     def __call__(self) -> None:
         """Train from where the state is to the last step."""
@@ -241,33 +249,43 @@ class Training:
 
     def report(self) -> None:
         """Show how far the run is, and log it if that is due."""
-        run, state, config, clock = self.run, self.state, self.run.config, self._clock
+        run, state, config = self.run, self.state, self.run.config
+        if self._log is None:  # that of another process
+            return
+        is_logged = state.done == state.steps or bool(self.scores) or state.done % config.log_every == 0
+        if is_logged or self._clock.elapsed >= self._next_look_s:
+            progress = self._progress()
+            self._message, self._next_look_s = progress.message(), self._clock.elapsed + _SHOW_EVERY_S
+            if is_logged:
+                learnt = {
+                    "learning_rate": state.optimizer.learning_rate,
+                    "gradient_norm": state.optimizer.gradient_norm.item(),
+                    "logit_scale": self.setup.student.logit_scale,
+                }
+                line = progress.line(self.result.loss.terms, self.result.embeddings, learnt)
+                self._log.write(line)
+                self._tracker.write(line)
+            if self.scores:
+                run.reporter.note(f"step {state.done:,}: {progress.evaluation_message()}")
+        run.reporter.update("training", state.done, state.steps, self._message)
+
+    def _progress(self) -> Progress:
+        state, config, clock = self.state, self.run.config, self._clock
+        loss = self.result.loss.total.item()  # first: the time of what was still to be computed counts
         elapsed, done = clock.elapsed, state.done - self._start
-        progress = Progress(
+        return Progress(
             step=state.done,
             steps=state.steps,
-            loss=self.result.loss.total.item(),
+            loss=loss,
             samples_per_second=done * config.recipe.batch_size / (elapsed - clock.evaluated),
             data_wait=clock.waited / (elapsed - clock.evaluated),
             seconds_per_step=elapsed / done,
             evaluation=self.scores,
             bad=len(state.bad),
             skipped=state.optimizer.skipped,
-            memory_bytes=peak_memory_on(run.processes.device),
+            memory_bytes=peak_memory_on(self.run.processes.device),
             samples="samples" if self.setup.pairs.counts.is_mixed else "pairs",
         )
-        if self._log and (state.done == state.steps or self.scores or state.done % config.log_every == 0):
-            learnt = {
-                "learning_rate": state.optimizer.learning_rate,
-                "gradient_norm": state.optimizer.gradient_norm,
-                "logit_scale": self.setup.student.logit_scale,
-            }
-            line = progress.line(self.result.loss.terms, self.result.embeddings, learnt)
-            self._log.write(line)
-            self._tracker.write(line)
-        run.reporter.update("training", state.done, state.steps, progress.message())
-        if self.scores:
-            run.reporter.note(f"step {state.done:,}: {progress.evaluation_message()}")
 
     @cached_property
     def _predictions(self) -> Predictions:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import Recipe
@@ -54,15 +54,6 @@ def average_decay_at(update: int, decay: float) -> float:
     return min(decay, (1 + update) / (10 + update))
 
 
-def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Return the update of an exponential moving average, for `AveragedModel`."""
-
-    def update(averaged: Any, current: Any, count: Tensor | int) -> None:
-        get_ema_multi_avg_fn(average_decay_at(int(count), decay))(averaged, current, count)  # type: ignore[no-untyped-call]
-
-    return update
-
-
 # Several consecutive steps without finite gradients mean that the run has diverged.
 MAX_CONSECUTIVE_SKIPS = 5
 
@@ -70,12 +61,12 @@ MAX_CONSECUTIVE_SKIPS = 5
 class RunOptimizer:
     """Optimiser, loss scale and moving average of a run.
 
+    A step is computed, and skipped if need be, on the device alone: to read a number from a GPU is to wait for it.
+    What does so is said here.
+
     Attributes:
-        loss_scale: factor on the loss before the backward pass, which keeps float16 gradients from underflowing; 1 in
-            other precisions.
         learning_rate: of the last step.
-        gradient_norm: of the last step, before clipping.
-        skipped: number of skipped steps.
+        gradient_norm: of the last step, before clipping, on the device.
     """
 
     def __init__(self, model: nn.Module, objective: Objective, recipe: Recipe, *, steps: int) -> None:
@@ -84,61 +75,93 @@ class RunOptimizer:
         self._parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         device = next(model.parameters()).device
         self._scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
-        self._average: AveragedModel | None = None
-        if recipe.ema_decay:
-            # Buffers are copied, not averaged: a causal mask holds −inf, whose average with itself is NaN.
-            self._average = AveragedModel(model, multi_avg_fn=moving_average(recipe.ema_decay))
-        self.learning_rate = self.gradient_norm = 0.0
-        self.skipped = self._consecutive_skips = 0
+        self._average, self._averaged = copy.deepcopy(model) if recipe.ema_decay else None, 0  # models in the average
+        self.learning_rate, self.gradient_norm = 0.0, torch.zeros((), device=device)
+        # Of the skipped steps, all; those without a finite loss since the last that had one; the most of these so far.
+        self._skips = torch.zeros(3, dtype=torch.int64, device=device)
 
     @property
-    def loss_scale(self) -> float:
-        """See the class."""
-        one = torch.ones((), device=self._parameters[0].device)
-        return float(self._scaler.scale(one)) if self._scaler.is_enabled() else 1.0
+    def loss_scale(self) -> float | Tensor:
+        """Factor on the loss before the backward pass, which keeps float16 gradients from underflowing."""
+        return self._scaler.scale(torch.ones_like(self.gradient_norm)) if self._scaler.is_enabled() else 1.0
 
     @property
     def model_to_save(self) -> nn.Module:
         """The model to evaluate and save: the moving average if there is one, else the trained model."""
-        return self._average.module if self._average is not None else self._model
+        return self._model if self._average is None else self._average
+
+    @property
+    def skipped(self) -> int:
+        """Number of skipped steps; waits for the device."""
+        return int(self._skips[0])
 
     @property
     def is_sound(self) -> bool:
-        """Whether the last step had a finite loss, and has left finite weights."""
-        return self._consecutive_skips == 0 and self.is_finite
+        """Whether the last step had a finite loss, and has left finite weights; waits for the device."""
+        return int(self._skips[1]) == 0 and self.is_finite
 
     @property
     def is_finite(self) -> bool:
-        """Whether the weights, and the statistics of batch norms, are finite; a mask holds −inf."""
+        """Whether the weights, and batch norms' statistics, are finite; a mask holds −inf. Waits for the device."""
         buffers = (buffer for buffer in self._model.buffers() if buffer.is_floating_point())
         return all(bool(values.isfinite().all()) for values in self._parameters) and not any(
             bool(values.isnan().any() or values.isposinf().any()) for values in buffers
         )
 
-    def apply(self, step: int, loss: float, *, run: Path) -> None:
+    @torch.no_grad()
+    def apply(self, step: int, loss: Tensor) -> None:
         """Update the weights with the current gradients, and clear the gradients. Skipped if they are not finite.
 
         Args:
             step: counted from 0.
-            loss: of this step.
-            run: folder of the run, whose last checkpoint an error names.
+            loss: of this step, on the device.
         """
         self.learning_rate = learning_rate_at(step, self._steps, self._recipe)
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
         scaled = self.loss_scale != 1.0
         self._scaler.unscale_(self._optimizer)  # before clipping, whose limit applies to the true gradients
-        max_norm = self._recipe.clip_gradient_norm or math.inf
-        self.gradient_norm = float(nn.utils.clip_grad_norm_(self._parameters, max_norm))
-        finite = math.isfinite(loss) and math.isfinite(self.gradient_norm)
-        if finite:
-            self._scaler.step(self._optimizer)
-            clamp_scales(self._model, self._objective)
-            if self._average is not None:
-                self._average.update_parameters(self._model)
-        self._scaler.update()
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        self.gradient_norm = nn.utils.get_total_norm(gradients)
+        if self._recipe.clip_gradient_norm:
+            nn.utils.clip_grads_with_norm_(self._parameters, self._recipe.clip_gradient_norm, self.gradient_norm)
+        skip = ~(loss.isfinite() & self.gradient_norm.isfinite())
+        untyped: Any = self._optimizer
+        untyped.found_inf = skip.float()  # by which the fused kernel leaves weights and moments as they are
+        self._optimizer.step()
+        clamp_scales(self._model, self._objective)
+        self._update_average()
+        if self._scaler.is_enabled():
+            self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        self._count_skips(step, finite, overflow=scaled and math.isfinite(loss), run=run)
+        # Else, the scaler is still searching for its scale.
+        counts = skip & ~(loss.isfinite() & scaled & (self.loss_scale > 1.0))
+        in_a_row = (self._skips[1] + counts) * skip
+        self._skips = torch.stack([self._skips[0] + skip, in_a_row, torch.maximum(self._skips[2], in_a_row)])
+
+    def _update_average(self) -> None:
+        """Add the weights to the moving average; after a skipped step, those of the step before count once more."""
+        if self._average is None:
+            return
+        decay = average_decay_at(self._averaged, self._recipe.ema_decay) if self._averaged else 0.0
+        torch._foreach_lerp_(list(self._average.parameters()), list(self._model.parameters()), 1 - decay)
+        # Buffers are copied, not averaged: a causal mask holds −inf, whose average with itself is NaN.
+        for buffer, own in zip(self._average.buffers(), self._model.buffers(), strict=True):
+            buffer.copy_(own)
+        self._averaged += 1
+
+    def require_progress(self, done: int, *, run: Path) -> None:
+        """Raise DivergedRunError if the loss was not finite for several steps in a row; waits for the device.
+
+        Args:
+            done: number of completed steps.
+            run: folder of the run, whose last checkpoint the error names.
+        """
+        skipped, _, in_a_row = self._skips.tolist()
+        nothing_learnt = skipped == done == self._steps
+        if nothing_learnt or in_a_row >= MAX_CONSECUTIVE_SKIPS:
+            count = skipped if nothing_learnt else in_a_row
+            raise diverged_error(run, f"the loss was not finite for {count} steps in a row, up to step {done}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of optimiser, loss scale, moving average and skipped steps, without model and objective."""
@@ -147,6 +170,7 @@ class RunOptimizer:
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
             "average": average,
+            "averaged": self._averaged,
             "skipped": self.skipped,
         }
 
@@ -156,19 +180,8 @@ class RunOptimizer:
         self._scaler.load_state_dict(state["scaler"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
-        self.skipped = state["skipped"]
-
-    def _count_skips(self, step: int, finite: bool, *, overflow: bool, run: Path) -> None:
-        if finite:
-            self._consecutive_skips = 0
-            return
-        self.skipped += 1
-        if not (overflow and self.loss_scale > 1.0):  # else the scaler is still searching for its scale
-            self._consecutive_skips += 1
-        nothing_learnt = self.skipped == step + 1 == self._steps
-        if nothing_learnt or self._consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
-            count = self.skipped if nothing_learnt else self._consecutive_skips
-            raise diverged_error(run, f"the loss was not finite for {count} steps in a row, up to step {step + 1}")
+        self._averaged = state["averaged"]
+        self._skips[0] = state["skipped"]
 
 
 def diverged_error(run: Path, reason: str) -> DivergedRunError:

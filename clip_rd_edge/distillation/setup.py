@@ -210,25 +210,18 @@ def _reinforced_pairs(source: TrainingData, reporter: Reporter) -> Reinforced:
 
 def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: bool = True) -> ViewDataset:
     """Return the data set of views that a run trains on."""
+    teachers = setup.teachers if with_teacher_pixels else ()
+    student = setup.student
+    options: dict[str, Any] = {"seed": config.seed, "views": config.views, "max_bad": config.max_bad}
     if setup.stored is not None:
         assert isinstance(setup.pairs, Reinforced)
-        return ReinforcedDataset(
-            setup.pairs,
-            setup.stored,
-            setup.student.preprocessing,
-            seed=config.seed,
-            views=config.views,
-            max_bad=config.max_bad,
-        )
-    return ViewDataset(
-        setup.pairs,
-        setup.student.preprocessing,
-        [teacher.preprocessing for teacher in setup.teachers] if with_teacher_pixels else [],
-        crops=crops_for(setup.student.preprocessing, config.recipe.crop_scale, config.decode),
-        seed=config.seed,
-        views=config.views,
-        max_bad=config.max_bad,
-    )
+        dataset: ViewDataset = ReinforcedDataset(setup.pairs, setup.stored, student.preprocessing, **options)
+    else:
+        seen = [teacher.preprocessing for teacher in teachers]
+        crops = crops_for(student.preprocessing, config.recipe.crop_scale, config.decode)
+        dataset = ViewDataset(setup.pairs, student.preprocessing, seen, crops=crops, **options)
+    dataset.tokenizers = tuple(model.tokenizer for model in (student, *teachers))
+    return dataset
 
 
 RECORDED_PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "timm", "numpy", "pillow")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.distillation.bank import TeacherBank
+from clip_rd_edge.distillation.bank import QueueBank, TeacherBank
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.depthwise import speed_up_small_maps, take_strides_first
 from clip_rd_edge.distillation.loader import Batch
@@ -37,6 +37,8 @@ from clip_rd_edge.losses.objective import LossTerms, Objective
 from clip_rd_edge.losses.terms import EmbeddingBatch
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 from clip_rd_edge.models.text_towers import LENGTHS, CaptionTower
+
+EmbedTexts = Callable[[list[str], Tensor | None], Tensor]  # captions and, where they are tokenised already, their ids
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class TrainingStep:
             speed_up_small_maps(student.model)
         # Each length would be compiled apart.
         self._text_tower = CaptionTower(text_tower, student.model, choices=() if settings.compile else LENGTHS)
-        embed_texts: Callable[[list[str]], Tensor] = self._embed_captions
+        embed_texts: EmbedTexts = self._embed_captions
         if settings.freeze_text:
             embed_texts = FrozenTextTower(
                 student, processes.device, autocast=settings.autocast, caption_batch=settings.caption_batch
@@ -139,8 +141,11 @@ class TrainingStep:
         self._towers = _Towers(student.model, self._image_tower, embed_texts)
         self._synchronised = processes.synchronised(self._towers)
 
-    def __call__(self, batch: Batch, step: int, *, loss_scale: float = 1.0) -> StepResult:
+    def __call__(self, batch: Batch, step: int, *, loss_scale: float | Tensor = 1.0) -> StepResult:
         """Compute one step. A step whose loss is not finite is to be skipped, and does not spoil those that follow.
+
+        Nothing is read back from the device, whose queue of kernels stays full; only a bank of past embeddings, and a
+        teacher that chooses texts, wait for it.
 
         Args:
             batch: this process's part of the global batch.
@@ -153,8 +158,11 @@ class TrainingStep:
         buffers = _buffer_values(model) if self.settings.autocast is torch.float16 else None
         chunks = list(self._chunks(batch))
         targets = [self.teacher.embed(chunk) for chunk in chunks] if self.teacher else []
-        if targets:
-            chunks = [replace(chunk, captions=own.captions) for chunk, own in zip(chunks, targets, strict=True)]
+        if targets:  # a teacher may have chosen other captions
+            chunks = [
+                chunk if own.captions is chunk.captions else replace(chunk, captions=own.captions, student_ids=None)
+                for chunk, own in zip(chunks, targets, strict=True)
+            ]
         if len(chunks) == 1:
             image, text = self._embed(self._synchronised, chunks[0], step, 0)
         else:
@@ -176,11 +184,12 @@ class TrainingStep:
         for parameter, leaf in zip(scoring, leaves, strict=True):
             if parameter is not None and leaf is not None:
                 parameter.grad = leaf.grad
-        if not loss.total.isfinite():  # the step will be skipped; asked here, where the loss is awaited anyway
-            if buffers is not None:
-                _restore_buffers(model, buffers)
-            if self.bank is not None:
-                self.bank.drop_not_finite()
+        if buffers is not None:
+            is_finite = loss.total.isfinite()
+            kept = [torch.where(is_finite, new, old) for new, old in zip(model.buffers(), buffers, strict=True)]
+            _restore_buffers(model, kept)
+        if isinstance(self.bank, QueueBank) and not loss.total.isfinite():
+            self.bank.drop_not_finite()
         return StepResult(loss, embeddings)
 
     def _chunks(self, batch: Batch) -> Iterator[Batch]:
@@ -198,7 +207,7 @@ class TrainingStep:
             pixels = self._normalise(pixels)
         try:
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                image, text = towers(pixels, batch.captions)
+                image, text = towers(pixels, batch.captions, batch.student_ids)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -208,8 +217,8 @@ class TrainingStep:
             ) from error
         return image, text
 
-    def _embed_captions(self, captions: list[str]) -> Tensor:
-        embeddings: Tensor = self._text_tower(self.student.tokenizer(captions))
+    def _embed_captions(self, captions: list[str], ids: Tensor | None) -> Tensor:
+        embeddings: Tensor = self._text_tower(self.student.tokenizer(captions) if ids is None else ids)
         return embeddings
 
     @torch.no_grad()
@@ -235,7 +244,7 @@ class TrainingStep:
         mixed = chunks[0].paired is not None  # in one process, then in all: it depends on the data set
         if mixed:
             flags = [flag for chunk in chunks for flag in chunk.paired or ()]
-            local.append(torch.tensor(flags, device=image.device).float()[:, None])
+            local.append(torch.tensor(flags).to(image.device, non_blocking=True).float()[:, None])
         student_image, student_text, *teacher = self.processes.gather(local)
         paired = teacher.pop()[:, 0] > 0 if mixed else None
         student = student_image.requires_grad_(), student_text.requires_grad_()
@@ -246,7 +255,7 @@ class TrainingStep:
         return EmbeddingBatch(*student, teacher_image, teacher_text, bank, paired)
 
     def _backward_to_embeddings(
-        self, embeddings: EmbeddingBatch, scoring: list[Any], loss_scale: float
+        self, embeddings: EmbeddingBatch, scoring: list[Any], loss_scale: float | Tensor
     ) -> tuple[LossTerms, list[Tensor]]:
         """Backpropagate this process's share of the loss to the global embeddings.
 
@@ -279,26 +288,28 @@ class TrainingStep:
 class _Towers(nn.Module):
     """Both towers in one forward pass, whose backward pass is synchronised as a whole."""
 
-    def __init__(self, model: nn.Module, image_tower: nn.Module, embed_texts: Callable[[list[str]], Tensor]) -> None:
+    def __init__(self, model: nn.Module, image_tower: nn.Module, embed_texts: EmbedTexts) -> None:
         super().__init__()
         self.model = model  # the parameters of both
         self.image_tower = image_tower
         self._embed_texts = embed_texts
 
-    def forward(self, pixels: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor, captions: list[str], ids: Tensor | None) -> tuple[Tensor, Tensor]:
         image = self.image_tower(pixels) if pixels.numel() else None
-        text = self._embed_texts(captions)
+        text = self._embed_texts(captions, ids)
         return torch.zeros_like(text) if image is None else image, text
 
 
 def _part(batch: Batch, part: slice) -> Batch:
-    pixels, embeddings, paired = batch.teacher_pixels, batch.teacher_embeddings, batch.paired
+    pixels, ids, embeddings, paired = batch.teacher_pixels, batch.student_ids, batch.teacher_embeddings, batch.paired
     return Batch(
         batch.student_pixels[part],
         tuple(images[part] for images in pixels),
         batch.captions[part],
         teacher_embeddings=None if embeddings is None else (embeddings[0][part], embeddings[1][part]),
         paired=None if paired is None else paired[part],
+        student_ids=None if ids is None else ids[part],
+        teacher_ids=tuple(own[part] for own in batch.teacher_ids),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -185,11 +186,18 @@ class LiveTeacher:
         """See `BatchTeacher`."""
         pixels = zip(self._teachers, batch.teacher_pixels, strict=True)
         images = [teacher.embed_images(own).float() for teacher, own in pixels]
-        return Targets(self._ensemble.join(images), self.embed_captions(batch.captions), batch.captions)
+        return Targets(
+            self._ensemble.join(images), self.embed_captions(batch.captions, batch.teacher_ids), batch.captions
+        )
 
-    def embed_captions(self, captions: list[str]) -> Tensor:
-        """Return the embeddings of N captions by all teachers as one, (N, D), L2-normalised."""
-        return self._ensemble.join([teacher.embed_captions(captions) for teacher in self._teachers])
+    def embed_captions(self, captions: list[str], ids: Sequence[Tensor] = ()) -> Tensor:
+        """Return the embeddings of N captions by all teachers as one, (N, D), L2-normalised.
+
+        Args:
+            ids: of each teacher's tokenizer, (N, T) each; without any, the captions are tokenised here.
+        """
+        tokenised = zip_longest(self._teachers, ids)
+        return self._ensemble.join([teacher.embed_captions(captions, own) for teacher, own in tokenised])
 
 
 class StoredTeacher:
@@ -203,7 +211,8 @@ class StoredTeacher:
         """See `BatchTeacher`."""
         assert batch.teacher_embeddings is not None  # of a data set with a store
         widths = list(self._ensemble.teacher_widths)
-        sides = (torch.split(side.to(self._device).float(), widths, dim=1) for side in batch.teacher_embeddings)
+        moved = (side.to(self._device, non_blocking=True).float() for side in batch.teacher_embeddings)
+        sides = (torch.split(side, widths, dim=1) for side in moved)
         image, text = map(self._ensemble.join, sides)
         return Targets(image, text, batch.captions)
 
@@ -234,16 +243,18 @@ class CaptionCache:
         batch_size: int = CPU_CAPTION_BATCH,
     ) -> None:
         self._tokenizer, self._tower, self._batch_size = tokenizer, tower, batch_size
-        self._device, self._autocast = device, autocast
+        self._device, self._autocast, self._padding = device, autocast, tokenizer([""])
         self._rows: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, captions: list[str]) -> Tensor:
-        missing = list(dict.fromkeys(caption for caption in captions if caption not in self._rows))
+    def __call__(self, captions: list[str], ids: Tensor | None = None) -> Tensor:
+        places = {caption: row for row, caption in enumerate(captions)}
+        missing = [caption for caption in places if caption not in self._rows]
+        own_ids = None if ids is None else ids[[places[caption] for caption in missing]]
         computed: dict[str, Tensor] = {}
-        for batch, ids, length in self._batches(missing):
+        for batch, batch_ids, length in self._batches(missing, own_ids):
             with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
-                rows = self._tower.compute(ids, length).float()
+                rows = self._tower.compute(batch_ids, length).float()
             computed.update(zip(batch, rows, strict=False))
         stacked = torch.stack([computed[c] if c in computed else self._rows[c] for c in captions])
         for caption, row in computed.items():
@@ -251,19 +262,19 @@ class CaptionCache:
                 self._rows[caption] = row.clone()  # a view would keep the whole batch alive
         return stacked
 
-    def _batches(self, captions: list[str]) -> Iterator[tuple[list[str], Tensor, int]]:
+    def _batches(self, captions: list[str], ids: Tensor | None) -> Iterator[tuple[list[str], Tensor, int]]:
         """Yield captions of one length, their ids with those of padding, and that length."""
         if not captions:
             return
-        *all_ids, padding = self._tokenizer([*captions, ""])
-        for length, rows in self._tower.rows_by_length(torch.stack(all_ids)).items():
+        all_ids = self._tokenizer(captions) if ids is None else ids
+        for length, rows in self._tower.rows_by_length(all_ids).items():
             # A last batch of each length, mostly padding, should not cost more than one of whole contexts.
             shortest = self._tower.choices[0] if self._tower.choices else length
             size = max(1, min(self._batch_size, self._batch_size * shortest // length))
             for part in in_batches(len(rows), size):
                 own = rows[part]
-                ids = torch.stack([*(all_ids[row] for row in own), *[padding] * (size - len(own))])
-                yield [captions[row] for row in own], ids, length
+                padded = torch.stack([*(all_ids[row] for row in own), *self._padding.expand(size - len(own), -1)])
+                yield [captions[row] for row in own], padded, length
 
 
 class FrozenTextTower:
@@ -277,9 +288,9 @@ class FrozenTextTower:
         tower = CaptionTower(_Features(self._text, self._projection_name), self._text)
         self._cached_features = CaptionCache(clip.tokenizer, tower, device, autocast=autocast, batch_size=caption_batch)
 
-    def __call__(self, captions: list[str]) -> Tensor:
-        """Embed B captions, (B, D), L2-normalised, with a graph through the projection."""
-        features = self._cached_features(captions)
+    def __call__(self, captions: list[str], ids: Tensor | None = None) -> Tensor:
+        """Embed B captions, (B, D), L2-normalised, with a graph through the projection; `ids`: of its tokenizer."""
+        features = self._cached_features(captions, ids)
         projection = getattr(self._text, self._projection_name)
         if isinstance(projection, nn.Module):
             features = projection(features)

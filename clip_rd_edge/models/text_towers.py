@@ -79,11 +79,11 @@ class CaptionTower(nn.Module):
         passes = self.passes(input_ids)
         computed = torch.cat([self.compute(input_ids[own], length) for length, own in passes])
         order = torch.tensor([row for _, own in passes for row in own]).argsort()
-        return computed[order.to(computed.device)]
+        return computed[order.to(computed.device, non_blocking=True)]
 
     def compute(self, input_ids: Tensor, length: int) -> Tensor:
         """Return the rows of texts that need no more than the first `length` positions."""
-        ids = input_ids[:, :length].to(next(self.tower.parameters()).device)
+        ids = input_ids[:, :length].to(next(self.tower.parameters()).device, non_blocking=True)
         with _replaced if self._positional else nullcontext():
             cut = {}
             if length < input_ids.shape[1]:

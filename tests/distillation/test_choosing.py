@@ -145,9 +145,9 @@ def test_a_run_trains_with_the_texts_that_its_teacher_chose_and_with_all_others(
     trained = Counter[str]()
     embed_captions = TrainingStep._embed_captions
 
-    def seen(step: TrainingStep, captions: list[str]) -> Tensor:
+    def seen(step: TrainingStep, captions: list[str], ids: Tensor | None) -> Tensor:
         trained.update(caption.removeprefix("a ").removesuffix(" picture") for caption in captions)
-        return embed_captions(step, captions)
+        return embed_captions(step, captions, ids)
 
     monkeypatch.setattr(TrainingStep, "_embed_captions", seen)
     run_distillation(config, tmp_path / "run", resume=False)

@@ -38,7 +38,7 @@ def test_the_moving_average_of_a_short_run_forgets_the_initial_weights(tmp_path:
     for step in range(300):
         with torch.no_grad():
             model.weight.fill_(1.0 if step == 0 else 0.0)
-        run.apply(step, 1.0, run=tmp_path)
+        run.apply(step, torch.tensor(1.0))
     assert 0 <= run.model_to_save.get_parameter("weight").item() < 1e-6
 
 
@@ -48,7 +48,7 @@ def test_the_moving_average_follows_its_definition(tmp_path: Path) -> None:
     for step in range(5):
         with torch.no_grad():
             model.weight.fill_(float(step**2))
-        run.apply(step, 1.0, run=tmp_path)
+        run.apply(step, torch.tensor(1.0))
         decay = 0.0 if step == 0 else average_decay_at(step, 0.999)
         expected = decay * expected + (1 - decay) * step**2
     assert run.model_to_save.get_parameter("weight").item() == pytest.approx(expected, rel=1e-5)
@@ -59,9 +59,9 @@ def test_a_resumed_optimizer_has_the_moving_average_the_loss_scale_and_the_skipp
     model = Tiny()
     run = optimizer(model, **options)
     (model.weight * math.inf).sum().backward()
-    run.apply(0, 1.0, run=tmp_path)  # an overflow halves the scale
+    run.apply(0, torch.tensor(1.0))  # an overflow halves the scale
     model.weight.grad = torch.ones(1)
-    run.apply(1, 1.0, run=tmp_path)
+    run.apply(1, torch.tensor(1.0))
     resumed = optimizer(Tiny(), **options)
     assert resumed.loss_scale != run.loss_scale
     resumed.load_state_dict(run.state_dict())
@@ -76,7 +76,7 @@ def test_the_logit_scale_is_clamped_to_100(tmp_path: Path) -> None:
     for value, expected in ((9.0, 100.0), (-3.0, 1.0)):
         with torch.no_grad():
             model.logit_scale.fill_(value)
-        run.apply(0, 1.0, run=tmp_path)
+        run.apply(0, torch.tensor(1.0))
         assert model.logit_scale.exp().item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_clipping_and_the_logged_norm_apply_to_the_true_gradient(tmp_path: Path)
     model = Tiny()
     run = optimizer(model, precision="fp16", clip_gradient_norm=1.0)
     model.weight.grad = torch.full((1,), 3.0 * run.loss_scale)
-    run.apply(0, 1.0, run=tmp_path)
+    run.apply(0, torch.tensor(1.0))
     assert run.gradient_norm == pytest.approx(3.0)
 
 
@@ -100,7 +100,7 @@ def test_any_number_of_lone_steps_may_be_skipped(tmp_path: Path) -> None:
     for step in range(0, 2 * MAX_CONSECUTIVE_SKIPS + 2, 2):
         for number, loss in ((step, math.nan), (step + 1, 1.0)):
             model.weight.grad = torch.ones(1)
-            run.apply(number, loss, run=tmp_path)
+            run.apply(number, torch.tensor(loss))
             assert run.is_sound == math.isfinite(loss)
     assert run.skipped == MAX_CONSECUTIVE_SKIPS + 1
 
@@ -110,7 +110,7 @@ def test_the_search_for_a_loss_scale_may_skip_any_number_of_steps(tmp_path: Path
     run = optimizer(model, precision="fp16")
     for step in range(2 * MAX_CONSECUTIVE_SKIPS):
         (model.weight * math.inf).sum().backward()
-        run.apply(step, 1.0, run=tmp_path)
+        run.apply(step, torch.tensor(1.0))
     assert run.skipped == 2 * MAX_CONSECUTIVE_SKIPS
 
 
@@ -119,5 +119,5 @@ def test_a_step_that_is_not_finite_leaves_the_weights_as_they_are(tmp_path: Path
     model = Tiny()
     run = optimizer(model)
     model.weight.grad = torch.full((1,), gradient)
-    run.apply(0, loss, run=tmp_path)
+    run.apply(0, torch.tensor(loss))
     assert (model.weight.item(), run.skipped, model.weight.grad) == (0.0, 1, None)

@@ -254,8 +254,8 @@ def test_what_the_teacher_does_not_embed_in_finite_numbers_is_bad(
         embeddings[5, 3] = np.nan
         return embeddings
 
-    def captions(cache: CaptionCache, texts: list[str]) -> torch.Tensor:
-        embeddings = embed_captions(cache, texts)
+    def captions(cache: CaptionCache, texts: list[str], ids: torch.Tensor | None = None) -> torch.Tensor:
+        embeddings = embed_captions(cache, texts, ids)
         embeddings[texts.index(caption), 3] = np.inf
         return embeddings
 
