@@ -90,6 +90,8 @@ def require_matplotlib() -> None:
 def draw(results: Results, *, file_format: Literal["png", "svg"], palette: Palette = LIGHT) -> bytes | None:
     """Plot top-1 on the headline's task against the latency of the image tower. The area of a dot is the size on disk.
 
+    Where there is a teacher, top-1 is in per cent of the teacher's.
+
     Returns:
         The content of the image file, or None if the suite has no zero-shot task.
     """
@@ -200,13 +202,14 @@ def _overlap(box: Bbox, others: Sequence[Bbox], frame: Bbox) -> float:
 
 def _fill(axes: Axes, rows: list[tuple[RowResult, ZeroShotScore]], palette: Palette) -> None:
     x = np.asarray([row.latency.image.p50 for row, _ in rows])
-    y = np.asarray([100 * score.top1 for _, score in rows])
-    low = np.asarray([100 * score.top1_interval.low for _, score in rows])
-    high = np.asarray([100 * score.top1_interval.high for _, score in rows])
+    whole = next((score.top1 for row, score in rows if row.role == "teacher" and score.top1), 1.0)
+    y = np.asarray([100 * score.top1 / whole for _, score in rows])
+    low = np.asarray([100 * score.top1_interval.low / whole for _, score in rows])
+    high = np.asarray([100 * score.top1_interval.high / whole for _, score in rows])
     sizes = np.asarray([row.description.size_bytes for row, _ in rows], dtype=float)
     areas = np.maximum(_MAX_AREA * sizes / max(sizes.max(), 1), _MIN_AREA)
     colours = [palette.roles[row.role] for row, _ in rows]
-    _set_axes(axes, x, low, high, palette)
+    _set_axes(axes, x, low, high, palette, most=100 / whole)
     front = _pareto_front(x, y)
     axes.plot(x[front], y[front], color=palette.muted, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
     axes.vlines(x, low, high, colors=colours, linewidth=1.2, zorder=2)
@@ -215,7 +218,8 @@ def _fill(axes: Axes, rows: list[tuple[RowResult, ZeroShotScore]], palette: Pale
     dots = Dots(x, y, low, high, np.sqrt(areas / np.pi))
     if not place_labels(axes, dots, names, colours, line=front):
         _number(axes, dots, names, colours, line=front)
-    title = f"{heading(rows[0][1].task)}: top-1, %"
+    unit = "% of the teacher's" if whole < 1 else "%"
+    title = f"{heading(rows[0][1].task)}: top-1, {unit}"
     axes.set_title(title, loc="left", color=palette.ink, fontsize=11, fontweight="bold", pad=10)
     legend = "Area: size on disk. Bar: 95 % confidence interval. Dotted: Pareto front."
     axes.set_xlabel(
@@ -239,13 +243,13 @@ def _number(axes: Axes, dots: Dots, names: Sequence[str], colours: Sequence[str]
     place_labels(axes, dots, numbers, colours, line=line)
 
 
-def _set_axes(axes: Axes, x: Numbers, low: Numbers, high: Numbers, palette: Palette) -> None:
+def _set_axes(axes: Axes, x: Numbers, low: Numbers, high: Numbers, palette: Palette, *, most: float) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log")
     axes.set_xlim(x.min() / 1.8, x.max() * 1.8)
     margin = max(0.12 * (high.max() - low.min()), 2.0)
-    top = min(high.max() + margin, 104)
+    top = min(high.max() + margin, 1.04 * most)
     axes.set_ylim(max(low.min() - margin, -0.06 * top), top)  # no tick below 0, which is impossible
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())

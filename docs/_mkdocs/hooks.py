@@ -78,7 +78,9 @@ def undocumented(name: str, value: Any) -> list[str]:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages of the commands, the borrowed pages, and the figures that these show."""
+    """Add the generated pages of the commands, the borrowed pages, the figures that these show, and the logo."""
+    logo = ROOT / "clip_rd_edge" / "serving" / "page" / "icon.svg"
+    files.append(File.generated(config, "assets/icon.svg", abs_src_path=str(logo)))
     for name, text in pages(cli).items():
         files.append(File.generated(config, f"commands/{name}", content=text))
     for source, page in borrowed_pages().items():
