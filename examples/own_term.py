@@ -1,6 +1,6 @@
 """A loss term of one's own. Train with it: add `margin: 0.5` to the objective of a recipe, and name this file.
 
-clip-rd-edge recipe show clip-rd > mine.yaml
+clip-rd-edge recipe clip-rd > mine.yaml
 clip-rd-edge distill --recipe mine.yaml --terms examples/own_term.py …
 """
 

@@ -33,7 +33,7 @@ from clip_rd_edge.utils.paths import AnyPath
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
 # Options that exist only on the command line.
-PRINTING = {"as_json", "as_csv", "null", "confusion"}
+PRINTING = {"as_json", "as_csv", "null", "confusion", "all_extras"}
 FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "benchmark": (api.benchmark, {"compared", "init", "allow_busy"}),  # --compare is edge.compare
     "demo": (api.demo, {"open_page"}),
@@ -41,7 +41,6 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "serve": (api.serve, {"token_file"}),  # a file, or a variable: a token in a command line is seen by others
     "evidence run": (api.evidence_run, set()),
     "evidence report": (api.evidence_report, set()),
-    "recipe show": (api.recipe, set()),
 }
 
 

@@ -165,14 +165,14 @@ def session() -> list[Step]:
     distil = f"clip-rd-edge distill --data pairs.csv --student test_resnet --recipe clip {TINY}"
     asked = [Step("clip-rd-edge", codes=(0, 2)), Step("clip-rd-edge --help"), Step("clip-rd-edge --version")]
     asked += [Step(f"clip-rd-edge {name} --help") for name in COMMANDS]
-    asked += [Step(f"clip-rd-edge {name} --help") for name in ("recipe show", "evidence run", "evidence report")]
+    asked += [Step(f"clip-rd-edge {name} --help") for name in ("evidence run", "evidence report")]
     return [
         *asked,
         Step("clip-rd-edge doctor"),
         Step("clip-rd-edge targets"),
         Step("clip-rd-edge targets jetson-orin"),
-        Step("clip-rd-edge recipe show"),
-        Step("clip-rd-edge recipe show clip-rd"),
+        Step("clip-rd-edge recipe"),
+        Step("clip-rd-edge recipe clip-rd"),
         Step(f"{distil} --steps 4 -o runs/first"),
         Step(f"{distil} --steps 4 -o runs/first", codes=(2,)),
         Step(f"{distil} --steps 100000 -o runs/long", interrupt="training", codes=(75,)),

@@ -46,7 +46,7 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "shards": (["evaluate B --task F"], [f"{_DISTILL} --recipe clip --data F -o O"]),
     "tables": (["evaluate B --task F"], [f"{_DISTILL} --recipe clip --data F -o O"]),
     "labels": (["classify B P --labels F"], []),
-    "configs": (["recipe show F", "benchmark F -o O"], [f"{_DISTILL} --recipe F --data F -o O", "evidence run F -o O"]),
+    "configs": (["recipe F", "benchmark F -o O"], [f"{_DISTILL} --recipe F --data F -o O", "evidence run F -o O"]),
     "manifests": (["classify H P --labels red green", "verify H", "index H D -o O"], ["export H -o O"]),
     "banks": (["classify H P", "verify H"], []),
     "tokenizers": (["classify H P --labels red green", "verify H"], []),

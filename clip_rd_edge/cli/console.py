@@ -70,14 +70,14 @@ def _folded(text: str, console: Console) -> str:
     return fold(text, _columns(console))
 
 
-def print_table(table: Table, *, console: Console | None = None) -> None:
-    """Print a table to stdout or another console; into a file or a pipe without wrapping lines."""
+def print_table(table: Table, *, console: Console | None = None, columns: int | None = None) -> None:
+    """Print a table to stdout or another console, `columns` wide at most; in a pipe, no line is wrapped at 80."""
     console = console or SafeConsole()
     if not _columns(console):
         # Without a height, rich would take the width of a dumb terminal, which is 80.
         console = SafeConsole(width=_PIPED_WIDTH, height=console.height, file=console.file)
     with results_whole():
-        console.print(table)
+        console.print(table, width=columns and min(columns, console.width))
 
 
 def table_width() -> int:

@@ -6,11 +6,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import click
@@ -22,6 +22,9 @@ from clip_rd_edge.settings.deploying import Demo, Index, Search, Serve
 from clip_rd_edge.utils.paths import exists
 from clip_rd_edge.utils.process import handled_by, leave_lost_terminal, stop_signals
 from clip_rd_edge.utils.text import one_line
+
+if TYPE_CHECKING:
+    from clip_rd_edge.runtime.doctor import Finding
 
 
 @command_of(Index, "index")
@@ -248,19 +251,21 @@ def announce(url: str, host: str, *, warning: str) -> list[str]:
     return others
 
 
-_STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
+_STYLES = {"broken": "red", "missing": "yellow", "ok": "green"}  # in the order of the list
+_DOCTOR_COLUMNS = 100
 
 
 @click.command("doctor", cls=GroupedCommand, short_help="Check this machine, and show what to install.")
+@grouped("Output")("--extras", "all_extras", is_flag=True, help="Show what each extra is for, and what it needs.")
 @grouped("Output")("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def doctor(as_json: bool) -> None:
+def doctor(all_extras: bool, as_json: bool) -> None:
     """Check the processor, threads, ONNX Runtime, GPU and optional packages.
 
     \b
     clip-rd-edge doctor
-    clip-rd-edge doctor --json
+    clip-rd-edge doctor --extras
 
-    Missing packages are listed with the command that installs them. Exit code 0: bundles can run here, 1: they cannot.
+    What is wrong comes first, with the command that mends it. Exit code 0: bundles can run here, 1: they cannot.
     """
     import clip_rd_edge as edge
 
@@ -270,17 +275,29 @@ def doctor(as_json: bool) -> None:
 
         echo(encode_json(findings))
     else:
-        from rich.table import Table
-        from rich.text import Text
-
-        from clip_rd_edge.cli.console import print_table
-
-        table = Table(show_header=False)
-        for finding in findings:
-            detail = Text(finding.detail)
-            if finding.remedy:
-                detail.append(f"\n{finding.remedy}", style="bold")
-            table.add_row(finding.what, Text(finding.state, style=_STYLES[finding.state]), detail)
-        print_table(table)
+        _print_findings(findings, all_extras=all_extras)
     if broken := [finding for finding in findings if finding.state == "broken"]:
         raise ClipRdEdgeError(f"No bundle can run here: {broken[0].what} {broken[0].detail}.", hint=broken[0].remedy)
+
+
+def _print_findings(findings: Sequence[Finding], *, all_extras: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from clip_rd_edge.cli.console import print_table
+    from clip_rd_edge.installation import install_command
+
+    extras = [finding for finding in findings if finding.is_extra]
+    shown = findings if all_extras else [finding for finding in findings if not finding.is_extra]
+    table = Table(show_header=False)
+    for finding in sorted(shown, key=lambda finding: (finding.is_extra, list(_STYLES).index(finding.state))):
+        detail = Text(finding.detail)
+        if finding.remedy:
+            detail.append(f"\n{finding.remedy}", style="bold")
+        table.add_row(finding.what, Text(finding.state, style=_STYLES[finding.state]), detail)
+    if not all_extras:
+        names = {state: ", ".join(sorted(f.what.strip("[]") for f in extras if f.state == state)) for state in _STYLES}
+        detail = Text(f"{names['ok'] or 'none'}; not installed: {names['missing'] or 'none'}")
+        detail.append(f"\n{install_command('NAME')}", style="bold").append("; what each is for: doctor --extras")
+        table.add_row("extras", Text("ok", style=_STYLES["ok"]), detail)
+    print_table(table, columns=_DOCTOR_COLUMNS)

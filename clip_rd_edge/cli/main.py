@@ -37,7 +37,7 @@ COMMANDS = {
     "quickstart": ("quickstart", "Run the whole pipeline on the built-in data, in minutes."),
     "distill": ("train", "Train a compact student from a teacher and image-caption pairs."),
     "embed": ("train", "Compute a teacher's embeddings once, for many runs."),
-    "recipe": ("train", "Show the training recipes, to start your own from."),
+    "recipe": ("train", "List the training recipes, or show one to start your own from."),
     "stitch": ("train", "Build a teacher from an image classifier and a sentence encoder."),
     "trim": ("train", "Make a student's start of a model: fewer text layers and tokens."),
     "average": ("train", "Average the weights of two models of one architecture."),
@@ -53,6 +53,24 @@ COMMANDS = {
     "evidence": ("measure", "Compare training methods over several students and seeds."),
     "targets": ("export", "List the supported targets, and how to deploy to them."),
     "doctor": ("device", "Check this machine, and show what to install."),
+}
+# How `--help` lists them; what is in no group comes last, as advanced.
+GROUPS = {
+    "Try": ("classify", "demo", "quickstart"),
+    "Train": ("distill", "recipe"),
+    "Models": ("stitch", "trim", "average"),
+    "Ship": ("export", "verify", "targets"),
+    "Use": ("index", "search", "serve", "doctor"),
+    "Measure": ("evaluate", "benchmark"),
+}
+# What other programs call a command.
+OTHER_WORDS = {
+    **dict.fromkeys(("train", "fit", "finetune", "fine-tune"), "distill"),
+    **dict.fromkeys(("predict", "infer", "run"), "classify"),
+    **dict.fromkeys(("convert", "quantize", "quantise", "deploy"), "export"),
+    **dict.fromkeys(("devices", "platforms"), "targets"),
+    **dict.fromkeys(("web", "ui", "webcam", "camera"), "demo"),
+    **dict.fromkeys(("eval", "test"), "evaluate"),
 }
 # The extras that a command needs, if it is not only the one of the package that is missing.
 COMMAND_EXTRAS = {"quickstart": "train,emoji", "evidence": "train,emoji"}
@@ -81,12 +99,17 @@ class LazyGroup(CommandGroup):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
-            ctx.fail(f"No command named {args[0]!r}.{near_matches(args[0], COMMANDS)}")
+            meant = OTHER_WORDS.get(args[0].casefold())
+            suggestion = f" Did you mean {meant!r}?" if meant else near_matches(args[0], COMMANDS)
+            ctx.fail(f"No command named {args[0]!r}.{suggestion}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, short_help) for name, (_, short_help) in COMMANDS.items()])
+        advanced = tuple(name for name in COMMANDS if not any(name in names for names in GROUPS.values()))
+        width = max(map(len, COMMANDS))
+        for heading, names in {**GROUPS, "Advanced": advanced}.items():
+            with formatter.section(heading):
+                formatter.write_dl([(f"{name:{width}}", COMMANDS[name][1]) for name in names])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -96,8 +119,8 @@ def cli(debug: bool) -> None:
     """Distil, quantise and run CLIP models on small devices.
 
     \b
-    clip-rd-edge quickstart
     clip-rd-edge classify everyday photo.jpg --labels "a cat" "a dog"
+    clip-rd-edge quickstart
 
     Results are printed to stdout, everything else to stderr. Exit codes: 0 success, 1 failure, 2 invalid usage or
     unreadable input, 75 interrupted after saving: run the same command again to resume, distill with --resume.

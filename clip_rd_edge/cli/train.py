@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from clip_rd_edge.cli.options import CommandGroup, GroupedCommand, command_of, complete_recipe
+from clip_rd_edge.cli.options import GroupedCommand, command_of, complete_recipe
 from clip_rd_edge.cli.output import echo
 from clip_rd_edge.settings.training import Average, Distill, Embed, Stitch, Trim
 from clip_rd_edge.utils.text import as_word
@@ -66,28 +66,22 @@ def embed(given: dict[str, Any]) -> None:
         echo(folder)
 
 
-@click.group("recipe", cls=CommandGroup)
-def recipe() -> None:
-    """Show the training recipes of distill.
+@click.command("recipe", cls=GroupedCommand, short_help="List the training recipes, or show one.")
+@click.argument("name", required=False, metavar="[NAME]", shell_complete=complete_recipe)
+def recipe(name: str | None) -> None:
+    """List the training recipes, or print the recipe NAME as YAML with a comment on each key.
 
     \b
-    clip-rd-edge recipe show
-    """
-
-
-@recipe.command("show", cls=GroupedCommand, short_help="Print a recipe with comments, or list all recipes.")
-@click.argument("name", required=False, shell_complete=complete_recipe)
-def show(name: str | None) -> None:
-    """Print the recipe NAME as YAML with a comment on each key; without NAME, list the recipes.
-
-    \b
-    clip-rd-edge recipe show clip-rd > mine.yaml
+    clip-rd-edge recipe
+    clip-rd-edge recipe clip-rd > mine.yaml
     clip-rd-edge distill --recipe mine.yaml --data pairs.csv \\
         --teacher runs/teacher --student resnet18 -o runs/mine
     """
     import clip_rd_edge as edge
 
     echo(edge.recipe(name), nl=False)
+    if name is None:
+        echo("Show one, to start your own from: clip-rd-edge recipe NAME > mine.yaml", err=True)
 
 
 @command_of(Stitch, "stitch")

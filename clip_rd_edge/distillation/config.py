@@ -278,7 +278,7 @@ def load_recipe(name: str) -> Recipe:
     if not is_file(path) and path.parent == RECIPES:
         raise ConfigError(
             f"There is no recipe {quoted(name)}.{near_matches(name, recipe_names())}",
-            hint=f"one of {', '.join(recipe_names())}, or a YAML file: clip-rd-edge recipe show clip-rd > mine.yaml",
+            hint=f"one of {', '.join(recipe_names())}, or a YAML file: clip-rd-edge recipe clip-rd > mine.yaml",
         )
     return read_yaml(path, Recipe)
 

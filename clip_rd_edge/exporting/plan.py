@@ -50,6 +50,13 @@ SELF_BUILDING_TARGETS = {
     "jetson-thor": "Jetson Thor, compute capability 11.0; JetPack 7, TensorRT 10.13",
 }
 TARGETS = {**RTX_TARGETS, **SELF_BUILDING_TARGETS}  # of TensorRT
+# What people call boards that share a target with others.
+_BOARDS = {
+    **dict.fromkeys(("raspberry-pi", "raspberrypi", "rpi", "pi", "pi4", "pi5", "arm64"), "cpu-arm"),
+    **dict.fromkeys(("x86", "intel", "amd", "pc", "cpu"), "cpu-x86"),
+    **dict.fromkeys(("orin", "orin-nano", "jetson-nano", "jetson-orin-nano"), "jetson-orin"),
+    **dict.fromkeys(("iphone", "ios", "mac", "apple"), "coreml"),
+}
 BUILD_SHELL = "build.sh"  # in a folder that builds its own engines
 
 
@@ -113,8 +120,10 @@ def _folder(name: str) -> Path:
 
 def _require_known(name: str, known: Sequence[str]) -> None:
     if name not in known:
+        meant = _BOARDS.get(name.casefold())
+        suggestion = f" Did you mean {meant!r}?" if meant else near_matches(name, known)
         raise InputError(
-            f"No target is named {name!r}; expected one of {', '.join(known)}.{near_matches(name, known)}",
+            f"No target is named {name!r}; expected one of {', '.join(known)}.{suggestion}",
             hint="clip-rd-edge targets describes each",
             option="target",
         )

@@ -57,7 +57,8 @@ EXTRAS = {
     "mlflow": "distill --report-to mlflow",
     **{extra: purpose for info in FORMATS.values() for extra, purpose in info.extras.items()},
 }
-_NOT_LISTED = {"all", "dev", "docs", "torch-tensorrt"}  # torch-tensorrt is a finding of its own
+_TORCH_TENSORRT = "torch-tensorrt"  # a finding of its own
+_NOT_LISTED = {"all", "dev", "docs", _TORCH_TENSORRT}
 # JetPack 6 has CUDA 12, whose driver runs no later major version; JetPack 7 has CUDA 13.
 _CUDA_BINDINGS = {"jetson-orin": "cuda-bindings<13", "jetson-thor": "cuda-bindings>=13"}
 _ONNXRUNTIME_GPU = '"onnxruntime-gpu[cuda,cudnn]"'  # the extras bring the libraries of CUDA and cuDNN
@@ -83,6 +84,11 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     state: State
     detail: str
     remedy: str = ""
+
+    @property
+    def is_extra(self) -> bool:
+        """Whether it is about optional packages, which are missing unless one asks for them."""
+        return self.what.startswith("[") or self.what == _TORCH_TENSORRT
 
 
 def examine() -> list[Finding]:
@@ -227,7 +233,7 @@ def _torch_tensorrt() -> Finding:
         f"{packages or 'not installed'}: for export --via torch-tensorrt, which needs the target GPU and "
         "a CUDA build of torch; without --via, engines are built from ONNX, without a GPU ([rtx])"
     )
-    return Finding(what="torch-tensorrt", state="ok", detail=detail)
+    return Finding(what=_TORCH_TENSORRT, state="ok" if packages else "missing", detail=detail)
 
 
 def _extra(name: str, packages: list[str]) -> Finding:

@@ -358,7 +358,7 @@ def parse_yaml(content: bytes | str, *, source: Path) -> Any:
     except Exception as error:  # PyYAML ends with any error, such as for `!!int ''` or the date 2001-99-99
         raise ConfigError(
             f"{source} is not valid YAML: {in_one_line(error)}.",
-            hint="compare it with a valid file: clip-rd-edge recipe show clip-rd, or clip-rd-edge benchmark --init",
+            hint="compare it with a valid file: clip-rd-edge recipe clip-rd, or clip-rd-edge benchmark --init",
         ) from error
 
 

@@ -15,10 +15,9 @@ FUNCTIONS = {
     "classify": ("Model.classify", "Model.classify_camera"),
     "index": ("index", "watch_index"),
     "benchmark": ("benchmark", "compare", "recommend"),
-    "recipe show": ("recipe",),
 }
 # Options that only say how a command prints; functions return values instead.
-PRINTING = {"as_json", "as_csv", "open_page"}
+PRINTING = {"as_json", "as_csv", "open_page", "all_extras"}
 
 
 def commands(group: click.Group, name: str = "clip-rd-edge") -> Iterator[tuple[click.Context, click.Command]]:

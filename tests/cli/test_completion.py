@@ -29,7 +29,7 @@ def completions(line: str) -> list[tuple[str, str]]:
         ("clip-rd-edge quick", ("plain", "quickstart")),
         ("clip-rd-edge export run --preci", ("plain", "--precision")),
         ("clip-rd-edge export run --precision i", ("plain", "int8")),
-        ("clip-rd-edge recipe show clip-k", ("plain", "clip-kd")),
+        ("clip-rd-edge recipe clip-k", ("plain", "clip-kd")),
         ("clip-rd-edge distill --recipe tiny", ("plain", "tinyclip")),
         ("clip-rd-edge distill --student mobilevit_x", ("plain", "mobilevit_xxs")),
         ("clip-rd-edge distill --recipe mine", ("file", "mine")),

@@ -17,7 +17,7 @@ import pytest
 from support import PATIENCE_S, is_running
 
 from clip_rd_edge.cli import main
-from clip_rd_edge.cli.main import COMMANDS, EXTRA_PACKAGES
+from clip_rd_edge.cli.main import COMMANDS, EXTRA_PACKAGES, OTHER_WORDS
 from clip_rd_edge.errors import InterruptedRunError
 from clip_rd_edge.installation import install_command
 
@@ -75,19 +75,25 @@ def test_every_command_has_help(command_line: Run, name: str) -> None:
     assert output.startswith(f"Usage: clip-rd-edge {name}")
 
 
-@pytest.mark.parametrize("group", ["", "evidence", "recipe"])
-def test_a_group_without_a_command_shows_its_help(command_line: Run, group: str) -> None:
+@pytest.mark.parametrize(("group", "heading"), [("", "Try:"), ("evidence", "Commands:")])
+def test_a_group_without_a_command_shows_its_help(command_line: Run, group: str, heading: str) -> None:
     code, output, error = command_line(*group.split())
     assert code in (0, 2)  # click before 8.2: 0
     shown = (output + error).splitlines()
     assert shown[0] == f"Usage: clip-rd-edge {group and group + ' '}[OPTIONS] COMMAND [ARGS]..."
-    assert "Commands:" in shown
+    assert heading in shown
     assert not [line for line in shown if "\\n" in line or line.startswith(("error", "hint"))]
 
 
-@pytest.mark.parametrize("group", ["evidence", "recipe"])
-def test_a_group_describes_each_command_in_a_whole_sentence(command_line: Run, group: str) -> None:
-    code, output, _ = command_line(group, "--help")
+def test_the_help_lists_every_command_once_under_a_heading(command_line: Run) -> None:
+    _, output, _ = command_line("--help")
+    listed = [line.split()[0] for line in output.partition("Try:\n")[2].splitlines() if line.startswith("  ")]
+    assert sorted(listed) == sorted(COMMANDS)
+    assert set(OTHER_WORDS.values()) <= set(COMMANDS)
+
+
+def test_a_group_describes_each_command_in_a_whole_sentence(command_line: Run) -> None:
+    code, output, _ = command_line("evidence", "--help")
     listed = output.partition("Commands:\n")[2].strip().splitlines()
     assert code == 0
     assert listed
@@ -98,6 +104,9 @@ def test_a_group_describes_each_command_in_a_whole_sentence(command_line: Run, g
     ("arguments", "message", "hint"),
     [
         ("distil", "No command named 'distil'. Did you mean 'distill'?", "clip-rd-edge --help lists"),
+        ("train", "No command named 'train'. Did you mean 'distill'?", "clip-rd-edge --help lists"),
+        ("Predict x", "No command named 'Predict'. Did you mean 'classify'?", "clip-rd-edge --help lists"),
+        ("targets pi5", "No target is named 'pi5'", "clip-rd-edge targets"),
         ("evidence rum", "No such command 'rum'.", "evidence --help lists the commands"),
         ("classify b --label x", "No option named --label. Did you mean '--labels'?", "--help"),
         ("classify b --xyzzy", "No option named --xyzzy.", "clip-rd-edge classify --help lists the options"),

@@ -13,7 +13,7 @@ from benchmarks.pages.terminal import TERMINALS, Step, Terminal, play  # noqa: E
 
 @pytest.mark.parametrize("shown", [each for each in TERMINALS if each.colour], ids=lambda each: each.name)
 def test_help_and_mistakes_look_right(shown: Terminal, tmp_path: Path) -> None:
-    lines = ["clip-rd-edge --help", "clip-rd-edge classify --help", "clip-rd-edge recipe show clip-rd"]
+    lines = ["clip-rd-edge --help", "clip-rd-edge classify --help", "clip-rd-edge recipe clip-rd"]
     mistakes = ["clip-rd-edge classify bundle photos/rde.png", "clip-rd-edge distill --data pairs.csv"]
     steps = [*map(Step, lines), *(Step(line, codes=(2,)) for line in mistakes)]
     assert [each.problems for each in play(steps, shown, tmp_path / "recordings")] == [[]] * len(steps)

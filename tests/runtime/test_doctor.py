@@ -150,6 +150,10 @@ def test_the_doctor_command(command_line: Run, monkeypatch: pytest.MonkeyPatch) 
     code, output, error = command_line("doctor")
     assert (code, error) == (0, "")
     assert "for cpu; bundles run on cpu" in output
+    assert "emoji" in output
+    assert "[emoji]" not in output
+    assert max(map(len, output.splitlines())) <= 100
+    code, output, _ = command_line("doctor", "--extras")
     assert "[emoji]" in output
     code, output, _ = command_line("doctor", "--json")
     assert {"machine", "processor", "threads", "ONNX Runtime", "GPU"} <= {
@@ -158,7 +162,7 @@ def test_the_doctor_command(command_line: Run, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     code, output, error = command_line("doctor")
     assert code == 1
-    assert "broken" in output
+    assert "ONNX Runtime │ broken" in output.splitlines()[1]
     assert error.startswith("error: No bundle can run here: ONNX Runtime cannot be imported")
     code, output, _ = command_line("doctor", "--json")
     assert code == 1
