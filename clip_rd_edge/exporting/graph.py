@@ -90,7 +90,7 @@ def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelPr
 
 
 def activation_batches(
-    model: onnx.ModelProto, tensors: Sequence[str], samples: Inputs, *, batch_size: int = 8
+    model: onnx.ModelProto, tensors: Sequence[str], samples: Inputs, *, batch_size: int
 ) -> Iterator[dict[str, npt.NDArray[Any]]]:
     """Run a model on some inputs, batch by batch, and yield the values of the named float tensors."""
     session = open_session(with_outputs(model, tensors).SerializeToString())

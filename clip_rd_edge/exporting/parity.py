@@ -116,12 +116,16 @@ def hard_inputs(bundle: Path, manifest: Manifest) -> dict[str, Inputs]:
     return {"image": hard_pixels(manifest.preprocessing), "text": ids}
 
 
-BATCH_SIZE = 16
+_TEXTS_AT_ONCE = 16
 
 
-def embed(session: Any, inputs: Inputs, *, batch_size: int = BATCH_SIZE) -> Embeddings:
-    """Run a tower in batches and return the embeddings (N, D) of its N inputs."""
+def embed(session: Any, inputs: Inputs, *, batch_size: int | None = None) -> Embeddings:
+    """Run a tower in batches and return the embeddings (N, D) of its N inputs.
+
+    By default, images run one by one: several take that many times the memory, and on a CPU hardly less time.
+    """
     name = session.get_inputs()[0].name
+    batch_size = batch_size or (_TEXTS_AT_ONCE if inputs.ndim == 2 else 1)
     parts = [session.run(None, {name: inputs[batch]})[0] for batch in in_batches(len(inputs), batch_size)]
     embeddings: Embeddings = np.concatenate(parts)
     return embeddings

@@ -168,6 +168,7 @@ class Plan:
         weight_bits: of INT8 weights that a CPU multiplies; TensorRT always uses 8.
         fallback: precision of a tower that INT8 does not improve. None: float32 if the other tower is in INT8; if
             neither is, the export is refused. `none` also refuses it for a single tower.
+        search_minutes: about how long INT8 candidates of both towers are tried; None for all of them.
         labels: names for a label bank, so that a device with fixed labels needs no text tower; None for no bank.
         text_tower: False leaves the text tower and the tokenizer out.
         threads: number of threads when measuring latency.
@@ -184,6 +185,7 @@ class Plan:
     budget: Budget = Budget()
     weight_bits: WeightBits = 7
     fallback: Fallback | None = None
+    search_minutes: float | None = None
     labels: tuple[str, ...] | None = None
     text_tower: bool = True
     threads: int = 1
@@ -266,6 +268,7 @@ def _plan(request: Export, name: str | None) -> Plan:
         # The other layouts cannot name the processors that a file is for.
         weight_bits=profile.weight_bits if request.layout == "bundle" else 7,
         fallback=request.fallback,
+        search_minutes=request.search_minutes,
         labels=None if labels is None else tuple(labels),
         text_tower=request.text_tower,
         threads=request.threads,
@@ -307,10 +310,10 @@ def _conflicts(request: Export, plan: Plan, plans: tuple[Plan, ...]) -> Iterator
         (request.via != "onnx" and plan.format != "trt", "via", "it builds TensorRT engines: {format} trt"),
         (request.via != "onnx" and int8, "via", "INT8's Q/DQ nodes are in the ONNX"),
         (absent, "fallback", f"{info.title} is exported in {', '.join(info.precisions)}"),
-        *((getattr(request, name) is not None, name, engines) for name in ("fallback", "max_loss")),
+        *((getattr(request, name) is not None, name, engines) for name in ("fallback", "max_loss", "search_minutes")),
         *(
             (getattr(request, name) is not None, name, no_int8)
-            for name in ("calibration", "min_agreement", "max_loss", "fallback")
+            for name in ("calibration", "min_agreement", "max_loss", "fallback", "search_minutes")
         ),
         *(
             (is_given, name, converted)

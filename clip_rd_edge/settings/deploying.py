@@ -127,6 +127,10 @@ class Export(_Exported, frozen=True, kw_only=True):
         "Precision of a tower that INT8 does not improve: fp32 or fp16; none refuses the export.", metavar="NAME",
         default="fp32, but if INT8 improves neither tower, the export is refused",
     )] | None = None  # fmt: skip
+    search_minutes: Annotated[float, _int8(
+        "About how long to try INT8 candidates, the most promising first; the best of those tried by then is taken.",
+        metavar="MINUTES", gt=0, default="until all are tried",
+    )] | None = None  # fmt: skip
     threads: Annotated[int, _output("Threads for measuring latency.", metavar="N", ge=1)] = 1
     force: Annotated[bool, _output(
         "Replace an earlier export in FOLDER; a folder with anything else is refused.",

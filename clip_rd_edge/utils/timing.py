@@ -5,12 +5,37 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from clip_rd_edge.utils.reporting import duration
+
 Milliseconds = npt.NDArray[np.float64]
 Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The time that some work has; its text is what is left, if that is limited."""
+
+    seconds: float = math.inf
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        """The seconds that are left; below 0 when it is over."""
+        return self.started + self.seconds - time.monotonic()
+
+    def share(self, part: float, *, most: float = math.inf) -> float:
+        """Return a part of the seconds that are left, at most `most` and at least 0."""
+        return max(0.0, min(part * self.left, most))
+
+    def __str__(self) -> str:
+        return "" if math.isinf(self.seconds) else f"{duration(max(self.left, 0))} left"
+
+
 # Of warm-up.
 _WINDOW = 5  # calls per median
 _TOLERANCE, _MAX_CALLS, _MAX_SECONDS = 0.05, 100, 2.0

@@ -34,12 +34,13 @@ from clip_rd_edge.exporting.parity import Inputs, Matches, agreement, embed, lat
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.timing import Clock
 
 if TYPE_CHECKING:
     from clip_rd_edge.exporting.formats import Job
 
 SENSITIVITY_SAMPLES = 16  # calibration samples that the errors are measured on
-_MAX_SECONDS = 15.0
+_MAX_SECONDS, _SHARE = 15.0, 0.15  # and of what is left of a limited time
 # Shares of the max error that the INT8 layers may have on the calibration samples; a smaller share may be as fast.
 _ERROR_SHARES = (0.9, 0.4, 0.1)
 # If all layers together have at most this share of the max error, none is worth leaving in float, which takes space
@@ -59,6 +60,7 @@ class Float32Tower:
         reference: embeddings (M, D) of `held_out` by the float32 file, if they are known already.
         correct: returns which held-out pairs (M,) the tower's embeddings of `held_out` match, given the other tower's;
             None without pairs, where nobody knows what is correct.
+        clock: the time for all candidates.
         reporter: shows progress.
     """
 
@@ -69,6 +71,7 @@ class Float32Tower:
     plan: Plan = field(default_factory=Plan)
     reference: Embeddings | None = None
     correct: Callable[[Embeddings], Matches] | None = None
+    clock: Clock = field(default_factory=Clock)
     reporter: Reporter = SILENT
 
     @classmethod
@@ -162,7 +165,7 @@ def one_input_backend(
 
 
 def onnx_candidates(tower: Float32Tower) -> Iterator[Candidate]:
-    """Yield candidates for ONNX Runtime that suit the layers of a tower.
+    """Yield candidates for ONNX Runtime that suit the layers of a tower, the most promising first.
 
     Convolutions are quantised statically: all of them, the robust ones, and those that INT8 makes no slower. If a tower
     has several layers that are matrix products, these are quantised dynamically. A tower with both combines the two.
@@ -191,8 +194,11 @@ def onnx_candidates(tower: Float32Tower) -> Iterator[Candidate]:
 
 def static_candidates(quantizer: StaticQuantizer, tower: Float32Tower) -> Generator[Candidate, None, Sequence[str]]:
     """Yield static INT8 of all layers and of the robust ones; return the most that are robust."""
-    for method in RANGE_METHODS:
-        yield Candidate(f"static, {method}", partial(quantizer.quantize, method, quantizer.layers))
+    first, *others = (
+        Candidate(f"static, {method}", partial(quantizer.quantize, method, quantizer.layers))
+        for method in RANGE_METHODS
+    )
+    yield first
     count = len(quantizer.layers)
     tower.reporter.update(f"measuring the INT8 error of {count} layers")
     samples, threads = tower.calibrate[:SENSITIVITY_SAMPLES], tower.plan.threads
@@ -206,12 +212,15 @@ def static_candidates(quantizer: StaticQuantizer, tower: Float32Tower) -> Genera
         except Exception:  # noqa: BLE001 — the library raises many types; layers that it cannot handle stay in float
             return math.inf
 
-    is_small = error_of(quantizer.layers) <= _SMALL_SHARE * tower.max_error
-    robust = [quantizer.layers] if is_small else robust_layers(quantizer.layers, error_of, max_error=tower.max_error)
+    robust = [quantizer.layers]
+    if error_of(quantizer.layers) > _SMALL_SHARE * tower.max_error:
+        max_seconds = tower.clock.share(_SHARE, most=_MAX_SECONDS)
+        robust = robust_layers(quantizer.layers, error_of, max_error=tower.max_error, max_seconds=max_seconds)
     for layers in robust:
         if layers and len(layers) < count:
             name = f"static, percentile, {count - len(layers)} of {count} layers in float"
             yield Candidate(name, partial(quantizer.quantize, "percentile", layers))
+    yield from others
     return robust[0]
 
 
@@ -236,7 +245,12 @@ def _in_convolutions(
     if has_products:
         yield Candidate(f"static in {len(robust)} convolutions{suffix}", partial(make, robust))
     threads = tower.plan.threads
-    no_slower = layers_no_slower(robust, lambda layers: open_session(make(layers), threads=threads), tower.calibrate)
+    no_slower = layers_no_slower(
+        robust,
+        lambda layers: open_session(make(layers), threads=threads),
+        tower.calibrate,
+        max_seconds=tower.clock.share(_SHARE, most=_MAX_SECONDS / 2),
+    )
     if no_slower and len(no_slower) < len(robust):
         name = f"static in {len(no_slower)} convolutions that get no slower{suffix}"
         yield Candidate(name, partial(make, no_slower))
@@ -253,7 +267,9 @@ def int8_error(reference: Embeddings, embeddings: Embeddings) -> float:
     return 1 - agreement(reference, embeddings).centred_cosine
 
 
-def robust_layers(layers: Sequence[str], error_of: ErrorOf, *, max_error: float) -> list[tuple[str, ...]]:
+def robust_layers(
+    layers: Sequence[str], error_of: ErrorOf, *, max_error: float, max_seconds: float = _MAX_SECONDS
+) -> list[tuple[str, ...]]:
     """Return the layers to quantise for shares of the max error, in their order; the first are the most.
 
     Shares with the same layers, or with none, have one entry.
@@ -261,10 +277,11 @@ def robust_layers(layers: Sequence[str], error_of: ErrorOf, *, max_error: float)
     Args:
         layers: names, in the order of computation.
         max_error: 1 − the min centred cosine.
+        max_seconds: approximate limit of the processor time, once for the errors and once for the layers.
     """
-    errors = group_errors(layers, error_of, max_seconds=_MAX_SECONDS)
+    errors = group_errors(layers, error_of, max_seconds=max_seconds)
     limits = [share * max_error for share in _ERROR_SHARES]
-    return with_fewest_in_float(errors, error_of, limits, max_seconds=_MAX_SECONDS)
+    return with_fewest_in_float(errors, error_of, limits, max_seconds=max_seconds)
 
 
 def group_errors(layers: Sequence[str], error_of: ErrorOf, *, max_seconds: float) -> list[GroupError]:
@@ -275,7 +292,8 @@ def group_errors(layers: Sequence[str], error_of: ErrorOf, *, max_seconds: float
     """
     started = time.process_time()  # so that a busy machine does not make larger groups, and a larger file
     first = error_of(layers[:1])
-    size = max(1, math.ceil(len(layers) * (time.process_time() - started) / max_seconds))
+    seconds = len(layers) * (time.process_time() - started)
+    size = max(1, math.ceil(seconds / max_seconds)) if max_seconds else len(layers)
     groups = [tuple(layers[start : start + size]) for start in range(0, len(layers), size)]
     return [(group, first if group == tuple(layers[:1]) else error_of(group)) for group in groups]
 
@@ -317,7 +335,7 @@ _NONE = "none"
 
 
 def layers_no_slower(
-    layers: Sequence[str], open_with: Callable[[Sequence[str]], Any], inputs: Inputs
+    layers: Sequence[str], open_with: Callable[[Sequence[str]], Any], inputs: Inputs, *, max_seconds: float = 8.0
 ) -> tuple[str, ...]:
     """Return the layers of the groups that INT8 makes no slower, in their order.
 
@@ -325,11 +343,12 @@ def layers_no_slower(
         layers: names, in the order of computation, at least one.
         open_with: opens a session of the tower with the given layers in INT8.
         inputs: model inputs; the first is timed.
+        max_seconds: approximate limit of the time of running them.
     """
     size = math.ceil(len(layers) / _GROUPS)
     groups = {str(start): tuple(layers[start : start + size]) for start in range(0, len(layers), size)}
     sessions = {_NONE: open_with(())} | {name: open_with(group) for name, group in groups.items()}
-    timed = latencies(sessions, inputs, rounds=30, max_seconds=8.0)
+    timed = latencies(sessions, inputs, rounds=30, max_seconds=max_seconds)
     latency_ms = {name: p10(times) for name, times in timed.items()}
     return tuple(
         layer for name, group in groups.items() if latency_ms[name] <= _NO_SLOWER * latency_ms[_NONE] for layer in group

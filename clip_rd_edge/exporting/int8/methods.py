@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from clip_rd_edge.exporting.parity import Inputs
 from clip_rd_edge.exporting.plan import WeightBits
 
 Bounds = dict[str, tuple[Any, Any]]  # lower and upper bound per tensor name
-RangeMethod = Literal["min-max", "percentile", "entropy"]
+RangeMethod = Literal["percentile", "min-max"]
 RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
 # Quantised if all their inputs come from quantised nodes: SiLU and similar activations, residual sums, pooling. In
 # float, each would need its inputs dequantised and its output quantised again.
@@ -75,8 +75,7 @@ class StaticQuantizer:
         from onnxruntime.quantization.calibrate import TensorsData
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-        measured = self._entropy_ranges if method == "entropy" else self._ranges[method]
-        ranges = {name: range_without_ties(*bounds) for name, bounds in measured.items()}
+        ranges = {name: range_without_ties(*bounds) for name, bounds in self._ranges[method].items()}
         model = copy.deepcopy(self._model)
         if self._rounded:
             self._rounded.replace(model, layers)
@@ -113,10 +112,6 @@ class StaticQuantizer:
             method: {name: bounds for name, bounds in of_method.items() if np.isfinite(bounds).all()}
             for method, of_method in (("min-max", measured.min_max), ("percentile", measured.percentile))
         }
-
-    @cached_property
-    def _entropy_ranges(self) -> Bounds:
-        return entropy_ranges(activation_batches(self._model, list(self._ranges["min-max"]), self._samples))
 
     @cached_property
     def _tensors(self) -> list[str]:
@@ -302,18 +297,19 @@ def _node(kind: str, inputs: Sequence[str], output: str, **attributes: int) -> o
 
 _PERCENTILE = 99.99  # a few outliers would widen the range and cost all other values their resolution
 _MAX_VALUES = 50_000  # per activation: using all of them takes minutes
+_TOGETHER = 8  # samples whose values together have a range without outliers
 _SYMMETRIC = 1e-3  # relative
 
 
-def subsample(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def subsample(values: npt.NDArray[Any], count: int = _MAX_VALUES, *, seed: int = 0) -> npt.NDArray[Any]:
     """Return a random subset of an activation's values, flattened, large enough to show their distribution.
 
     Evenly spaced values would miss channels wherever the step and the number of channels have a common factor.
     """
     flat = values.reshape(-1)
-    if flat.size <= _MAX_VALUES:
+    if flat.size <= count:
         return flat
-    return flat[np.random.default_rng(0).integers(0, flat.size, _MAX_VALUES)]
+    return flat[np.random.default_rng(seed).integers(0, flat.size, count)]
 
 
 def range_without_outliers(values: npt.NDArray[Any]) -> tuple[float, float]:
@@ -340,7 +336,7 @@ class Ranges:
 
     Attributes:
         min_max: min and max over all samples.
-        percentile: mean over the batches of each batch's range without outliers.
+        percentile: mean over groups of samples of each group's range without outliers.
     """
 
     min_max: Bounds
@@ -351,44 +347,21 @@ def measure_ranges(model: onnx.ModelProto, tensors: Sequence[str], samples: Inpu
     """Measure the ranges of a model's named float tensors on some inputs.
 
     ONNX Runtime's own calibrators do the same, but its percentile calibrator keeps all histograms in memory and fails
-    on a tensor whose values are nearly all the same.
+    on a tensor whose values are nearly all the same. Samples run one by one: the activations of several take gigabytes.
     """
-    rows = [
-        [(value.min(), value.max(), *range_without_outliers(value)) for value in batch.values()]
-        for batch in activation_batches(model, tensors, samples)
-    ]
-    table = np.asarray(rows, dtype=np.float32)  # (batches, tensors, 4)
-    lowest, highest = table[..., 0].min(axis=0), table[..., 1].max(axis=0)
+    ends, without_outliers = [], []
+    seen: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in tensors}
+    for number, values in enumerate(activation_batches(model, tensors, samples, batch_size=1), 1):
+        ends.append([(value.min(), value.max()) for value in values.values()])
+        for name, value in values.items():
+            seen[name].append(subsample(value, _MAX_VALUES // _TOGETHER, seed=number))
+        if number % _TOGETHER == 0 or number == len(samples):
+            without_outliers.append([range_without_outliers(np.concatenate(subsets)) for subsets in seen.values()])
+            seen = {name: [] for name in tensors}
+    lowest, highest = np.asarray(ends).min(axis=0)[:, 0], np.asarray(ends).max(axis=0)[:, 1]
     with np.errstate(over="ignore"):  # of a mask of float32's most negative number
-        low, high = table[..., 2].mean(axis=0), table[..., 3].mean(axis=0)
+        low, high = np.asarray(without_outliers, dtype=np.float32).mean(axis=0).T
     return Ranges(
         min_max={name: (lowest[i], highest[i]) for i, name in enumerate(tensors)},
         percentile={name: (low[i], high[i]) for i, name in enumerate(tensors)},
     )
-
-
-# ONNX Runtime tries every cut from half the range to all of it, one per bin; finer bins take several times as long.
-_BINS, _LEVELS = 256, 128
-_MASKING = np.finfo(np.float32).max / 4  # no activation is as large
-
-
-def entropy_ranges(batches: Iterable[Mapping[str, npt.NDArray[Any]]]) -> Bounds:
-    """Return, per tensor name, the range that loses least by the Kullback-Leibler divergence (Migacz 2017).
-
-    The search is ONNX Runtime's own.
-
-    Args:
-        batches: the tensors' values, batch by batch. Values that are not finite are ignored, and so are those by which
-            a mask hides positions: float32's most negative number, in text towers of transformers.
-    """
-    from onnxruntime.quantization.calibrate import HistogramCollector
-
-    collector = HistogramCollector(
-        "entropy", symmetric=False, num_bins=_BINS, num_quantized_bins=_LEVELS, percentile=None, scenario=None
-    )
-    with silently():
-        for batch in batches:
-            subsets = {name: subsample(values) for name, values in batch.items()}
-            collector.collect({name: values[np.abs(values) < _MASKING] for name, values in subsets.items()})
-        result = collector.compute_collection_result()
-    return {name: (low, high) for name, (low, high, *_) in result.items()}

@@ -87,10 +87,11 @@ class RoundedLayers:
         random = np.random.default_rng(0)
         share = math.ceil(_POSITIONS / len(self._samples))
         tensors = list(dict.fromkeys(layer.node.input[0] for layer in self._layers))
-        for batch in activation_batches(self._model, tensors, self._samples):
+        # One by one: the activations of several samples take gigabytes.
+        for batch in activation_batches(self._model, tensors, self._samples, batch_size=1):
             for layer in self._layers:
                 values = batch[layer.node.input[0]].astype(np.float32, copy=False)
-                moments[layer.node.name].add(layer.inputs(values, share * len(values), random))
+                moments[layer.node.name].add(layer.inputs(values, share, random))
         return {layer.node.name: self._round(layer, moments[layer.node.name]) for layer in self._layers}
 
     def _round(self, layer: _Layer, moments: _Moments) -> dict[int, Floats]:

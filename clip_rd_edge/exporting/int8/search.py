@@ -22,7 +22,6 @@ from clip_rd_edge.exporting.formats.onnx import write_fp16
 from clip_rd_edge.exporting.int8.candidates import Backend, Float32Tower, onnx_candidates
 from clip_rd_edge.exporting.int8.saturation import right_session
 from clip_rd_edge.exporting.parity import (
-    BATCH_SIZE,
     Agreement,
     agreement,
     embed,
@@ -35,7 +34,7 @@ from clip_rd_edge.exporting.plan import Budget, Plan
 from clip_rd_edge.runtime.backends.onnxruntime import open_session, wrong_sums
 from clip_rd_edge.runtime.encoder import warn
 from clip_rd_edge.utils.files import disk_full_error, write_bytes
-from clip_rd_edge.utils.timing import Milliseconds, sign_test
+from clip_rd_edge.utils.timing import Clock, Milliseconds, sign_test
 
 ORT = Backend("onnxruntime", open_session, onnx_candidates, write_fp16=write_fp16)
 _FP32 = "float32"
@@ -50,6 +49,12 @@ _MAX_LATENCY_RATIO, _MAX_SIZE_RATIO = 0.95, 0.67
 _NOT_SLOWER = 1.03
 # A loss of accuracy counts only if its probability by chance is below this.
 _CHANCE = 0.1
+# Every candidate is compared on a few held-out samples, where its error may be this many times the largest; the best of
+# them on all.
+_FEW, _TOLERANCE = 24, 1.3
+_TIMING_SECONDS = 12.0
+# Of a limited time: what the first float32 embeddings may take, and what is kept for comparing candidates.
+_FOR_REFERENCE, _FOR_COMPARING = 0.15, 0.4
 
 
 @dataclass(frozen=True)
@@ -80,11 +85,12 @@ def write_int8(job: Job, backend: Backend) -> Converted:
     """
     if backend.name == ORT.name and (reason := wrong_sums()):
         warn(f"{reason}. INT8 is timed, and evaluated in float arithmetic, but its bundle gives wrong answers here.")
-    found = {
-        tower.name: quantize_tower(tower, job.manifest.towers[tower.name], backend)
-        for tower in _towers(job, backend)
-        if tower.name in job.manifest.towers
-    }
+    clock = Clock() if job.plan.search_minutes is None else Clock(60 * job.plan.search_minutes)
+    towers = [tower for tower in _towers(job, backend, clock) if tower.name in job.manifest.towers]
+    found = {}
+    for left, tower in zip(range(len(towers), 0, -1), towers, strict=True):
+        timed = replace(tower, clock=Clock(clock.share(1 / left)))
+        found[tower.name] = quantize_tower(timed, job.manifest.towers[tower.name], backend)
     _require_fallback(job.manifest.name, found, job.plan)
 
     def write(name: str, tower: Tower) -> Tower:
@@ -104,17 +110,24 @@ def write_int8(job: Job, backend: Backend) -> Converted:
     return Converted(converted.manifest, tuple(trial for outcome in found.values() for trial in outcome.trials))
 
 
-def _towers(job: Job, backend: Backend) -> list[Float32Tower]:
+def _towers(job: Job, backend: Backend, clock: Clock) -> list[Float32Tower]:
     """Return both towers, with the answers that are correct: an image's own caption is the nearest.
 
-    Without pairs, nobody knows what is correct, and candidates are judged by their agreement with float32 alone.
+    Without pairs, nobody knows what is correct, and candidates are judged by their agreement with float32 alone. If the
+    time is limited, a slow tower has fewer held-out samples.
     """
     samples, threads = job.samples, job.plan.threads
     towers = [Float32Tower.of(job, name) for name in job.fp32.towers]
-    towers = [
-        replace(tower, reference=embed(backend.open(str(tower.model), threads=threads), tower.held_out))
-        for tower in towers
+    sessions = [backend.open(str(tower.model), threads=threads) for tower in towers]
+    seconds = [
+        latencies({"": session}, tower.held_out, rounds=1, warmup=1)[""].sum() / 1e3
+        for session, tower in zip(sessions, towers, strict=True)
     ]
+    count = max(_FEW, int(min(clock.share(_FOR_REFERENCE) / sum(seconds), len(towers[0].held_out))))
+    for number, session in enumerate(sessions):
+        towers[number].reporter.update("embedding the held-out samples in float32", message=str(clock))
+        held_out = towers[number].held_out[:count]
+        towers[number] = replace(towers[number], held_out=held_out, reference=embed(session, held_out))
     if samples is None or not samples.paired:
         job.reporter.note("there are no pairs to evaluate INT8 on: it is judged by its agreement with float32 alone")
         return towers
@@ -122,7 +135,7 @@ def _towers(job: Job, backend: Backend) -> list[Float32Tower]:
     assert images is not None
     assert captions is not None
     share = top1_matches(images, captions).mean()
-    chance = 1 / len(np.unique(samples.held_out.ids, axis=0))
+    chance = 1 / len(np.unique(towers[1].held_out, axis=0))
     if share <= max(_MIN_CORRECT, chance):
         job.reporter.note(
             f"float32 answers {share:.1%} of the held-out pairs, and guessing {chance:.1%}: the points that INT8 loses "
@@ -173,23 +186,29 @@ def quantize_tower(tower: Float32Tower, entry: Tower, backend: Backend = ORT) ->
         entry: the float32 tower's in the manifest.
         backend: the runtime that the tower is quantised for and measured in.
     """
-    threads, reporter = tower.plan.threads, tower.reporter
+    threads, reporter, clock = tower.plan.threads, tower.reporter, tower.clock
     float32 = backend.open(str(tower.model), threads=threads)
     with tempfile.TemporaryDirectory() as folder:
         prepared = replace(tower, model=backend.prepare(tower.model, Path(folder)))
         opened, left_out = _open_candidates(prepared, backend)
-    reporter.update(f"timing {len(opened)} candidates and float32 in turn")
+    reporter.update(f"timing {len(opened)} candidates and float32 in turn", message=str(clock))
     sessions = {_FP32: float32, **{name: candidate.session for name, candidate in opened.items()}}
-    latencies_ms = latencies(sessions, tower.held_out)
-    reporter.update(f"evaluating {len(opened)} candidates")
+    max_seconds = clock.share(_FOR_COMPARING, most=_TIMING_SECONDS)
+    latencies_ms = latencies(sessions, tower.held_out, max_seconds=max_seconds)
     reference = embed(float32, tower.held_out) if tower.reference is None else tower.reference
     tower = replace(tower, reference=reference)
-    measured = {
-        name: _measured(name, candidate, latencies_ms[name], tower, backend) for name, candidate in opened.items()
-    }
     same = agreement(reference, reference)
     fp32 = MeasuredCandidate(_FP32, latencies_ms[_FP32], same, tower.model.stat().st_size)
-    choice = choose(tower.name, fp32, list(measured.values()), budget=tower.plan.budget, left_out=left_out)
+    few, measured = _few_of(tower), {}
+    for number, (name, candidate) in enumerate(opened.items(), 1):
+        reporter.update("comparing candidates", number, len(opened), str(clock))
+        measured[name] = _measured(name, candidate, latencies_ms[name], few, backend)
+    budget = tower.plan.budget
+    choice = choose(tower.name, fp32, list(measured.values()), budget=budget, left_out=left_out)
+    while (best := choice.name) and measured[best].agreement.samples < same.samples:
+        reporter.update(f"evaluating {best}", message=str(clock))
+        measured[best] = _measured(best, opened[best], latencies_ms[best], tower, backend)
+        choice = choose(tower.name, fp32, list(measured.values()), budget=budget, left_out=left_out)
     shipped, file = (measured[choice.name], opened[choice.name]) if choice.name else (fp32, None)
     figures = measurement(shipped.agreement, shipped.latencies_ms, reference_ms=fp32.latencies_ms, threads=threads)
     written = msgspec.structs.replace(
@@ -201,6 +220,14 @@ def quantize_tower(tower: Float32Tower, entry: Tower, backend: Backend = ORT) ->
         instruction_sets=backend.instruction_sets(file.content) if file else (),
     )
     return QuantizedTower(file.content if file else None, written, choice.trials)
+
+
+def _few_of(tower: Float32Tower) -> Float32Tower:
+    """Return a tower with a few of its held-out samples, by which no accuracy is judged."""
+    assert tower.reference is not None
+    if len(tower.held_out) <= _FEW:
+        return tower
+    return replace(tower, held_out=tower.held_out[:_FEW], reference=tower.reference[:_FEW], correct=None)
 
 
 class _OpenCandidate(NamedTuple):
@@ -215,7 +242,10 @@ def _open_candidates(tower: Float32Tower, backend: Backend) -> tuple[dict[str, _
     """Return the candidates to measure by name, and the others."""
     opened, left_out = dict[str, _OpenCandidate](), list[Trial]()
     for candidate in backend.candidates(tower):
-        tower.reporter.update(candidate.name)
+        if opened and tower.clock.left < _FOR_COMPARING * tower.clock.seconds:
+            tower.reporter.note(f"{tower.name} tower: no time is left to try more than {len(opened)} ways of INT8")
+            break
+        tower.reporter.update(candidate.name, message=str(tower.clock))
         verdict = ""
         try:
             content = candidate.make()
@@ -244,7 +274,7 @@ def _measured(
     session = right_session(
         candidate.session, content, threads=tower.plan.threads, runtime=backend.name, sets=backend.instruction_sets
     )
-    embeddings = embed(session, tower.held_out, batch_size=1 if candidate.one_at_a_time else BATCH_SIZE)
+    embeddings = embed(session, tower.held_out, batch_size=1 if candidate.one_at_a_time else None)
     assert reference is not None
     answers = {}
     if tower.correct:
@@ -260,10 +290,11 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         tower: `image` or `text`.
         name: the candidate's.
         latency_ratio: the candidate's latency (10th percentile) divided by float32's; below 1 is faster.
-        centred_cosine: of its embeddings with float32's on the held-out samples.
+        centred_cosine: of its embeddings with float32's on held-out samples.
+        samples: number of these; all if the candidate was the best so far.
         size_ratio: its file size divided by float32's.
         loss_points: loss of zero-shot accuracy on the held-out pairs, in points; below 0 is a gain. NaN without
-            pairs.
+            pairs, and if `samples` are few.
         verdict: `shipped`, or why not.
     """
 
@@ -271,6 +302,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     latency_ratio: float = math.nan
     centred_cosine: float = math.nan
+    samples: int = 0
     size_ratio: float = math.nan
     loss_points: float = math.nan
     verdict: str
@@ -335,17 +367,23 @@ def choose(
     Args:
         tower: `image` or `text`.
         fp32: float32, timed in turn with the candidates.
-        tried: the candidates.
+        tried: the candidates; one that was compared on fewer samples than float32 may disagree a little more.
         budget: the accuracy that INT8 may cost.
         left_out: candidates that could not be measured, for the table, and the note if there is no other.
     """
     min_agreement = budget.min_agreement(tower)
     latency_ratios = {c.name: p10(c.latencies_ms) / p10(fp32.latencies_ms) for c in tried}
     size_ratios = {c.name: c.size_bytes / fp32.size_bytes for c in tried}
-    objections = {
-        c.name: _objections(c, latency_ratios[c.name], size_ratios[c.name], min_agreement, budget.max_loss)
-        for c in tried
-    }
+    objections = {}
+    for c in tried:
+        tolerance = 1.0 if c.agreement.samples == fp32.agreement.samples else _TOLERANCE
+        too_far = 1 - c.agreement.centred_cosine > tolerance * (1 - min_agreement)
+        reasons = (
+            _cost_objection(latency_ratios[c.name], size_ratios[c.name]),
+            f"below {min_agreement}" if too_far else "",
+            _loss_objection(c, budget.max_loss),
+        )
+        objections[c.name] = " and ".join(filter(None, reasons))
     good = [c for c in tried if not objections[c.name]]
     best = None
     if good:
@@ -358,6 +396,7 @@ def choose(
             name=c.name,
             latency_ratio=latency_ratios[c.name],
             centred_cosine=c.agreement.centred_cosine,
+            samples=c.agreement.samples,
             size_ratio=size_ratios[c.name],
             loss_points=c.loss_points,
             verdict="shipped" if c is best else objections[c.name] or "another is better",
@@ -366,19 +405,6 @@ def choose(
     )
     note = "" if best else _float32_note(trials, left_out)
     return Choice(best.name if best else None, note, (*trials, *left_out))
-
-
-def _objections(
-    candidate: MeasuredCandidate, latency_ratio: float, size_ratio: float, min_agreement: float, max_loss: float
-) -> str:
-    """Return why a candidate cannot be shipped, or an empty string."""
-    reasons = [_cost_objection(latency_ratio, size_ratio)]
-    if candidate.agreement.centred_cosine < min_agreement:
-        reasons.append(f"below {min_agreement}")
-    lost, loss_points = candidate.lost, candidate.loss_points
-    if lost is not None and loss_points > max_loss and not _explained_by_chance(lost, candidate.gained):
-        reasons.append(f"loses {loss_points:.1f} points")
-    return " and ".join(filter(None, reasons))
 
 
 def _cost_objection(latency_ratio: float, size_ratio: float) -> str:
@@ -390,9 +416,12 @@ def _cost_objection(latency_ratio: float, size_ratio: float) -> str:
     return ""
 
 
-def _explained_by_chance(lost: int, gained: int) -> bool:
-    """Return whether rounding that loses and gains answers equally often may lose this many (one-sided sign test)."""
-    return sign_test(lost, gained) >= _CHANCE
+def _loss_objection(candidate: MeasuredCandidate, max_loss: float) -> str:
+    """Return an objection if a candidate loses more than rounding that gains answers as often (a sign test)."""
+    lost, points = candidate.lost, candidate.loss_points
+    if lost is None or points <= max_loss or sign_test(lost, candidate.gained) >= _CHANCE:
+        return ""
+    return f"loses {points:.1f} points"
 
 
 def _float32_note(trials: Sequence[Trial], left_out: Sequence[Trial]) -> str:

@@ -65,7 +65,7 @@ def test_int8_candidates_are_tried_in_openvino(
     )
     manifest, trials = converted.manifest, {f"{trial.tower} {trial.name}" for trial in converted.trials}
     assert manifest.target == "openvino"
-    assert {"image symmetric, percentile", "text symmetric, percentile", "text static, entropy"} <= trials
+    assert {"image symmetric, percentile", "text symmetric, percentile", "text static, min-max"} <= trials
     assert ("image NNCF" in trials) == nncf_is_installed()
     assert not any("dynamic" in trial for trial in trials)
 

@@ -52,7 +52,7 @@ def _rounded(tower: Path, samples: np.ndarray = SAMPLES, max_level: int = 64) ->
 
 def _outputs(model: onnx.ModelProto, tensor: str, samples: np.ndarray = SAMPLES) -> np.ndarray:
     """Return what a layer writes: (N, …)."""
-    batches = activation_batches(model, [tensor], samples)
+    batches = activation_batches(model, [tensor], samples, batch_size=4)
     return np.concatenate([batch[tensor] for batch in batches])
 
 

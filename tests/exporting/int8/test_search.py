@@ -47,6 +47,7 @@ from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.settings.deploying import Export
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.timing import Clock
 
 Timed = Callable[..., None]
 ENTRY = Tower(file="tower.onnx", input_name="x", output_name="y", precision="fp32")
@@ -138,6 +139,30 @@ def test_answers_that_a_candidate_loses_and_gains_are_counted(
     assert (quantized.model is None) == (points > 0)
     if points > 0:
         assert "loses 100.0 points" in {trial.verdict for trial in quantized.trials}
+
+
+def test_the_best_of_all_candidates_on_a_few_samples_is_evaluated_on_all(
+    fp32_bundle: Path, calibration: CalibrationSet, timed: Timed
+) -> None:
+    tower = float32_tower(fp32_bundle, "text", calibration)
+    timed(float32=3.0)
+    quantized = quantize_tower(dataclasses.replace(tower, held_out=np.tile(tower.held_out, (3, 1))), ENTRY)
+    assert Counter((trial.verdict == "shipped", trial.samples) for trial in quantized.trials) == {
+        (True, 72): 1, (False, 24): len(quantized.trials) - 1,
+    }  # fmt: skip
+    assert quantized.tower.measured.samples == 72
+
+
+def test_a_limited_time_ships_the_best_of_those_tried_by_then(
+    fp32_bundle: Path, calibration: CalibrationSet, timed: Timed
+) -> None:
+    timed(float32=3.0)
+    reporter = Watch()
+    for name, tried in (("text", "dynamic with token embeddings, per-token"), ("image", "static, percentile")):
+        tower = float32_tower(fp32_bundle, name, calibration, plan=Plan(budget=Budget(0.9, 0.9)), reporter=reporter)
+        quantized = quantize_tower(dataclasses.replace(tower, clock=Clock(0)), ENTRY)
+        assert [(trial.name, trial.verdict) for trial in quantized.trials] == [(tried, "shipped")]
+    assert len(reporter.noted) == 2
 
 
 def test_a_candidate_that_depends_on_the_batch_is_left_out_for_clients_that_send_batches(
@@ -317,7 +342,7 @@ def test_a_layer_that_the_library_cannot_quantise_stays_in_float(
             return tower.model.read_bytes()
 
     names = [candidate.name for candidate in static_candidates(Quantizer(), tower)]  # type: ignore[arg-type]
-    assert names[3:] == ["static, percentile, 1 of 2 layers in float"]
+    assert names[1:] == ["static, percentile, 1 of 2 layers in float", "static, min-max"]
 
 
 def test_an_error_in_trying_layers_is_not_taken_for_layers_that_lose_much() -> None:
