@@ -16,7 +16,7 @@ from clip_rd_edge.utils.paths import AnyPath, typed
 
 if TYPE_CHECKING:
     from clip_rd_edge.bundle.manifest import Manifest
-    from clip_rd_edge.exporting.int8.search import Trial
+    from clip_rd_edge.exporting.int8.trials import Trial
     from clip_rd_edge.exporting.plan import Target
     from clip_rd_edge.runtime.verify import Check
 

@@ -30,6 +30,7 @@ from clip_rd_edge.runtime.backends.onnxruntime import (
 )
 from clip_rd_edge.runtime.encoder import AUTO
 from clip_rd_edge.utils.host import (
+    FAST_BF16,
     ONNXRUNTIMES,
     OPENCVS,
     cpu_quota,
@@ -63,7 +64,6 @@ _NOT_LISTED = {"all", "dev", "docs", _TORCH_TENSORRT}
 _CUDA_BINDINGS = {"jetson-orin": "cuda-bindings<13", "jetson-thor": "cuda-bindings>=13"}
 _ONNXRUNTIME_GPU = '"onnxruntime-gpu[cuda,cudnn]"'  # the extras bring the libraries of CUDA and cuDNN
 _FAST_INT8 = {"AVX-VNNI", "AVX-512 VNNI", "AMX INT8", "Neon dot product", "Arm I8MM"}
-_FAST_BF16 = {"AVX-512 BF16", "AMX BF16", "Arm BF16"}
 
 
 State = Literal["ok", "missing", "broken"]
@@ -132,7 +132,7 @@ def _processor(features: tuple[str, ...]) -> Finding:
         return Finding(what="processor", state="ok", detail="the system does not report its instruction sets")
     fast = [name for name in features if name in _FAST_INT8]
     int8 = f"INT8 is fast ({fast[-1]})" if fast else "INT8 may be no faster than float32: no VNNI, AMX or dot product"
-    bf16 = "bfloat16 in hardware" if _FAST_BF16 & set(features) else "no bfloat16 in hardware"
+    bf16 = "bfloat16 in hardware" if FAST_BF16 & set(features) else "no bfloat16 in hardware"
     return Finding(what="processor", state="ok", detail=f"{', '.join(features)}: {int8}; {bf16}")
 
 

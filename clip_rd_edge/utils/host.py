@@ -32,6 +32,7 @@ INSTRUCTION_SETS = {
     "bf16": "Arm BF16",
     "sve": "SVE",
 }
+FAST_BF16 = {"AVX-512 BF16", "AMX BF16", "Arm BF16"}
 # Their names on macOS, under hw.optional.
 _MACOS_INSTRUCTION_SETS = {
     "avx2_0": "AVX2",

@@ -16,7 +16,7 @@ from support import Terminal, wait_until
 from clip_rd_edge.cli import console as _console
 from clip_rd_edge.cli.console import SafeConsole, console_reporter, print_table
 from clip_rd_edge.cli.export import _trial_table
-from clip_rd_edge.exporting.int8.search import Trial
+from clip_rd_edge.exporting.int8.trials import Trial
 
 NAME = "static, entropy ranges, in the layers that get no slower, per-channel"
 IMAGE = Trial(

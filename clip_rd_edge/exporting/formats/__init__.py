@@ -17,7 +17,7 @@ from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
 if TYPE_CHECKING:
     from clip_rd_edge.exporting.calibration import CalibrationSet
-    from clip_rd_edge.exporting.int8.search import Trial
+    from clip_rd_edge.exporting.int8.trials import Trial
     from clip_rd_edge.models.clip import ClipModel
 
 

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from clip_rd_edge.bundle.formats import format_named
 from clip_rd_edge.bundle.manifest import Tower
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, first_line, in_one_line
 from clip_rd_edge.exporting.formats import Converted, Job
 from clip_rd_edge.exporting.formats.onnx import write_fp16
 from clip_rd_edge.exporting.int8.candidates import Backend, Float32Tower, onnx_candidates
+from clip_rd_edge.exporting.int8.remarks import alternatives, remarks
 from clip_rd_edge.exporting.int8.saturation import right_session
+from clip_rd_edge.exporting.int8.trials import QuantizedTower, Trial, cost_objection, nearest
 from clip_rd_edge.exporting.parity import (
     Agreement,
     agreement,
@@ -42,11 +43,6 @@ _MIN_CORRECT = 0.05  # share of the held-out pairs that float32 has to answer be
 # Candidates within this factor of the fastest count as equally fast. Latencies vary by some percent from run to run. A
 # text is embedded once per query or label, and an image per frame, so accuracy may cost a text tower more.
 _EQUALLY_FAST = {"image": 1.1, "text": 1.25}
-# A candidate is worth its loss of accuracy if it takes at most this share of float32's latency, or of its size.
-_MAX_LATENCY_RATIO, _MAX_SIZE_RATIO = 0.95, 0.67
-# Up to this factor a candidate is not slower: INT8 token embeddings halve a text tower's file and leave its latency
-# unchanged, so two runs may disagree on which of the two is faster.
-_NOT_SLOWER = 1.03
 # A loss of accuracy counts only if its probability by chance is below this.
 _CHANCE = 0.1
 # Every candidate is compared on a few held-out samples, where its error may be this many times the largest; the best of
@@ -55,26 +51,6 @@ _FEW, _TOLERANCE = 24, 1.3
 _TIMING_SECONDS = 12.0
 # Of a limited time: what the first float32 embeddings may take, and what is kept for comparing candidates.
 _FOR_REFERENCE, _FOR_COMPARING = 0.15, 0.4
-
-
-@dataclass(frozen=True)
-class QuantizedTower:
-    """The outcome of quantising a tower.
-
-    Attributes:
-        model: the file's content, or None if float32 is shipped.
-        tower: its entry in the manifest; if float32 is shipped, its note says why, with figures.
-        trials: all candidates that were tried, for a table.
-    """
-
-    model: bytes | None
-    tower: Tower
-    trials: tuple[Trial, ...]
-
-    @property
-    def reason(self) -> str:
-        """Why it is float32."""
-        return self.tower.note.removeprefix("float32: ")
 
 
 def write_int8(job: Job, backend: Backend) -> Converted:
@@ -92,6 +68,8 @@ def write_int8(job: Job, backend: Backend) -> Converted:
         timed = replace(tower, clock=Clock(clock.share(1 / left)))
         found[tower.name] = quantize_tower(timed, job.manifest.towers[tower.name], backend)
     _require_fallback(job.manifest.name, found, job.plan)
+    for remark in remarks(job, found, backend):
+        job.reporter.note(remark)
 
     def write(name: str, tower: Tower) -> Tower:
         outcome, source, file = found[name], job.source / tower.file, job.folder / tower.file
@@ -155,28 +133,8 @@ def _require_fallback(name: str, quantized: Mapping[str, QuantizedTower], plan: 
     reasons = " ".join(f"{tower} tower: {outcome.reason}" for tower, outcome in falling_back.items())
     raise ClipRdEdgeError(
         f"INT8 is not worth shipping for {name} on this machine: {reasons.rstrip('.')}.",
-        hint=_alternatives(falling_back, plan),
+        hint=alternatives(falling_back, plan),
     )
-
-
-def _alternatives(falling_back: Mapping[str, QuantizedTower], plan: Plan) -> str:
-    """Return what to do, with the budget that ships INT8 where one does: in all towers if no fallback is allowed."""
-    options = ["{fallback} fp32 ships float32, the best here"]
-    if "fp16" in format_named(plan.format).precisions:
-        options.append("{fallback} fp16 ships half its size")
-    measured = [[t for t in outcome.trials if t.measured] for outcome in falling_back.values()]
-    best = [trial for trials in measured if trials and (trial := nearest(trials)).pays and trial.centred_cosine >= 0]
-    budget = plan.budget
-    if best and (plan.fallback is None or len(best) == len(falling_back)):
-        changes = []
-        if any(trial.centred_cosine < budget.min_agreement(trial.tower) for trial in best):
-            cosine = min(trial.centred_cosine for trial in best)
-            changes.append(f"{{min_agreement}} {math.floor(100 * cosine) / 100}")
-        loss = max(trial.loss_points for trial in best)
-        if loss > budget.max_loss:
-            changes.append(f"{{max_loss}} {math.ceil(10 * loss) / 10}")
-        options.append(f"{' '.join(changes)} ships the nearest INT8 candidate")
-    return ", ".join(options)
 
 
 def quantize_tower(tower: Float32Tower, entry: Tower, backend: Backend = ORT) -> QuantizedTower:
@@ -283,41 +241,6 @@ def _measured(
     return MeasuredCandidate(name, latencies_ms, agreement(reference, embeddings), len(content), **answers)
 
 
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """One row in the table of candidates that were tried.
-
-    Attributes:
-        tower: `image` or `text`.
-        name: the candidate's.
-        latency_ratio: the candidate's latency (10th percentile) divided by float32's; below 1 is faster.
-        centred_cosine: of its embeddings with float32's on held-out samples.
-        samples: number of these; all if the candidate was the best so far.
-        size_ratio: its file size divided by float32's.
-        loss_points: loss of zero-shot accuracy on the held-out pairs, in points; below 0 is a gain. NaN without
-            pairs, and if `samples` are few.
-        verdict: `shipped`, or why not.
-    """
-
-    tower: str
-    name: str
-    latency_ratio: float = math.nan
-    centred_cosine: float = math.nan
-    samples: int = 0
-    size_ratio: float = math.nan
-    loss_points: float = math.nan
-    verdict: str
-
-    @property
-    def measured(self) -> bool:
-        """Whether the candidate was measured; the figures of one that failed or was left out are NaN."""
-        return not math.isnan(self.latency_ratio)
-
-    @property
-    def pays(self) -> bool:
-        """Whether the candidate is faster than float32, or much smaller and not slower."""
-        return self.measured and not _cost_objection(self.latency_ratio, self.size_ratio)
-
-
 @dataclass(frozen=True)
 class MeasuredCandidate:
     """The measurements of a candidate, or of float32, whose agreement is with itself.
@@ -379,7 +302,7 @@ def choose(
         tolerance = 1.0 if c.agreement.samples == fp32.agreement.samples else _TOLERANCE
         too_far = 1 - c.agreement.centred_cosine > tolerance * (1 - min_agreement)
         reasons = (
-            _cost_objection(latency_ratios[c.name], size_ratios[c.name]),
+            cost_objection(latency_ratios[c.name], size_ratios[c.name]),
             f"below {min_agreement}" if too_far else "",
             _loss_objection(c, budget.max_loss),
         )
@@ -407,15 +330,6 @@ def choose(
     return Choice(best.name if best else None, note, (*trials, *left_out))
 
 
-def _cost_objection(latency_ratio: float, size_ratio: float) -> str:
-    """Return why a candidate would not pay even if it were exact, or an empty string."""
-    if latency_ratio > _NOT_SLOWER:
-        return "slower than float32"
-    if latency_ratio > _MAX_LATENCY_RATIO and size_ratio > _MAX_SIZE_RATIO:
-        return "not significantly faster or smaller than float32"
-    return ""
-
-
 def _loss_objection(candidate: MeasuredCandidate, max_loss: float) -> str:
     """Return an objection if a candidate loses more than rounding that gains answers as often (a sign test)."""
     lost, points = candidate.lost, candidate.loss_points
@@ -433,9 +347,3 @@ def _float32_note(trials: Sequence[Trial], left_out: Sequence[Trial]) -> str:
         f"float32: none of {len(trials)} INT8 candidates is worth shipping; the nearest ({best.name}: {best.verdict}) "
         f"took {best.latency_ratio:.2f} times as long, with a centred cosine of {best.centred_cosine:.4f}."
     )
-
-
-def nearest(trials: Sequence[Trial]) -> Trial:
-    """Return the trial that came nearest to being shipped: the most accurate of those that pay, else the fastest."""
-    paying = [t for t in trials if t.pays]
-    return max(paying, key=lambda t: t.centred_cosine) if paying else min(trials, key=lambda t: t.latency_ratio)

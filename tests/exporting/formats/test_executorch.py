@@ -21,7 +21,7 @@ from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.formats.executorch import _in_convolution, _rows, executorch_backend
 from clip_rd_edge.exporting.int8.candidates import Float32Tower
-from clip_rd_edge.exporting.int8.search import Trial
+from clip_rd_edge.exporting.int8.trials import Trial
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.models.clip import ClipModel

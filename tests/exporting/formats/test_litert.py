@@ -14,7 +14,7 @@ import clip_rd_edge as edge
 from clip_rd_edge.bundle.manifest import Manifest, read_manifest
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.int8.search import Trial
+from clip_rd_edge.exporting.int8.trials import Trial
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.verify import verify_bundle

@@ -32,14 +32,8 @@ from clip_rd_edge.exporting.int8.candidates import (
     static_candidates,
     with_fewest_in_float,
 )
-from clip_rd_edge.exporting.int8.search import (
-    Choice,
-    MeasuredCandidate,
-    QuantizedTower,
-    Trial,
-    choose,
-    quantize_tower,
-)
+from clip_rd_edge.exporting.int8.search import Choice, MeasuredCandidate, choose, quantize_tower
+from clip_rd_edge.exporting.int8.trials import QuantizedTower, Trial
 from clip_rd_edge.exporting.parity import Agreement, agreement, embed
 from clip_rd_edge.exporting.plan import Budget, Fallback, Plan, plan_exports
 from clip_rd_edge.models.clip import ClipModel
