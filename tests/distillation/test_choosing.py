@@ -13,7 +13,6 @@ from tiny_runs import run_on_images_and_labels
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clip_rd_edge.data.mixed import Mixed
 from clip_rd_edge.distillation import teacher as choosing
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.distill import run_distillation
@@ -69,10 +68,6 @@ def test_the_text_nearest_to_an_image_takes_the_place_of_its_caption(monkeypatch
     assert teacher.logit_scale == 10.0
 
 
-def test_a_text_of_many_prompts_is_no_nearer_for_it() -> None:
-    assert ChoosingTeacher(Colours(), PROMPTS, embed).embed(batch_of(["violet: a"], (False,))).captions == ["blue"]
-
-
 def test_all_prompts_of_a_text_take_turns() -> None:
     teacher = ChoosingTeacher(Colours(), PROMPTS, embed)
     captions = [f"red: {number}" for number in range(20)]
@@ -122,16 +117,6 @@ def test_what_a_teacher_chooses_from(config: RunConfig, pairs_csv: Path, monkeyp
     assert len(some) == 3
     assert some == texts_of(config)
     assert some != texts_of(config, seed=1) or some != texts_of(config, seed=2)
-
-
-def test_captions_in_shards_are_not_read_to_choose_from(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_reading(samples: Mixed, index: int) -> tuple[str, ...]:
-        raise AssertionError("reads a caption")
-
-    samples = Mixed(training_pairs(config), training_pairs(config))
-    monkeypatch.setattr(Mixed, "read", no_reading)
-    config = msgspec.structs.replace(config, data="shards/{000..002}.tar", texts=None, templates=())
-    assert texts_to_choose_from(config, samples) == []
 
 
 @pytest.mark.parametrize("cached", [False, True])

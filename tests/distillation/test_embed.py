@@ -81,20 +81,6 @@ def test_a_worker_with_other_data_is_refused(
         edge.embed(output=tmp_path / "store", ray="auto", **source)
 
 
-def test_an_output_that_is_a_file_or_within_one_is_refused(source: dict[str, Any], tmp_path: Path) -> None:
-    notes = tmp_path / "notes.csv"
-    notes.write_text("mine")
-    for output in (notes, notes / "store"):
-        with pytest.raises(UsageError):
-            edge.embed(output=output, **source)
-    assert notes.read_text() == "mine"
-
-
-def test_a_recipe_without_a_teacher_is_refused(source: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="The recipe clip has no teacher"):
-        edge.embed(output=tmp_path / "store", recipe="clip", **source)
-
-
 @pytest.mark.parametrize(("option", "value"), [("precision", "auto"), ("views", 0)])
 def test_options_that_make_no_store_are_refused(
     source: dict[str, Any], tmp_path: Path, option: str, value: Any

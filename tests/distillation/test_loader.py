@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import errno
 import io
-import os
 import subprocess
 import sys
 import tarfile
@@ -13,11 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
-from failing_datasets import Cramped, Failing, Killed, Refusing
+from failing_datasets import Cramped, Killed, Refusing
 from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
@@ -25,7 +22,7 @@ from clip_rd_edge.bundle.preprocess import Box, Preprocessing
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.distillation import loader as loader_module
-from clip_rd_edge.distillation.loader import Batch, PairView, StepSampler, View, ViewDataset, step_loader
+from clip_rd_edge.distillation.loader import Batch, StepSampler, View, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.errors import ConfigError, InputError, LostProcessError, UnreachableError
 
@@ -55,32 +52,11 @@ def test_what_the_next_epoch_begins_with_is_fetched_ahead_and_nothing_after_the_
     assert calls == [first | second for first, second in zip(windows[3:], [*windows[4:], set[int]()], strict=True)]
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs processes that may use some cores alone")
-def test_workers_are_half_of_the_cores_that_a_job_may_use(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, loader = list[int](), loader_module.DataLoader
-
-    def load(*arguments: Any, num_workers: int, **options: Any) -> Any:
-        asked.append(num_workers)
-        return loader(*arguments, **options)
-
-    monkeypatch.setattr(loader_module, "DataLoader", load)
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    for cores in (1, 2, 12, 40):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
-        batches(pairs_csv, 0, 1, workers=-1)
-    assert asked == [0, 1, 6, 8]
-
-
 def test_an_epoch_has_no_repeated_pairs_and_the_next_is_shuffled_differently(pairs_csv: Path) -> None:
     views = [view for step in StepSampler([24], 5, seed=0, start=0, stop=8) for view in step]
     first, second = ([index for epoch, index, _ in views if epoch == number] for number in (0, 1))
     assert len(first) == len(set(first)) == 20
     assert first != second
-
-
-def test_crops_differ_between_epochs(pairs_csv: Path) -> None:
-    dataset = ViewDataset(load_pairs(str(pairs_csv)), STUDENT, [], crops=Crops(scale=(0.2, 0.9)), seed=0)
-    assert not np.array_equal(dataset[View(0, 0)][0], dataset[View(1, 0)][0])
 
 
 def test_the_pairs_of_an_epoch_are_cropped_differently(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,15 +79,6 @@ def test_the_teacher_gets_the_same_crop_in_its_own_preprocessing(pairs_csv: Path
     assert pixels.shape == (5, 3, 16, 16)
     student, teacher = (pixels.float().mean((2, 3)) for pixels in (batch.student_pixels, pixels))
     torch.testing.assert_close(student, teacher, atol=8, rtol=0)
-
-
-def test_models_that_differ_in_mean_and_deviation_alone_share_their_pixels(pairs_csv: Path) -> None:
-    (batch,) = batches(pairs_csv, 0, 1, teachers=[msgspec.structs.replace(TEACHER, size=STUDENT.size)])
-    assert batch.teacher_pixels[0] is batch.student_pixels
-    assert batch.student_pixels.dtype == torch.uint8
-    assert batch.student_pixels.is_contiguous(memory_format=torch.channels_last)
-    (other,) = batches(pairs_csv, 0, 1, teachers=[msgspec.structs.replace(STUDENT, interpolation="bilinear")])
-    assert not torch.equal(other.teacher_pixels[0], other.student_pixels)
 
 
 @pytest.mark.parametrize("size", [(72, 72), (150, 100), (100, 150), (192, 108), (300, 100)])
@@ -235,45 +202,12 @@ def test_a_worker_that_is_killed_ends_the_run_in_a_sentence(pairs_csv: Path) -> 
     assert "workers" in caught.value.hint
 
 
-def test_a_worker_that_fails_is_not_said_to_lack_memory(pairs_csv: Path) -> None:
-    loader = loader_with_a_worker(Failing, pairs_csv)
-    with pytest.raises(LostProcessError, match=r"^A loader process \(pid \d+\) failed with exit code 1;") as caught:
-        next(loader)
-    assert "memory" not in caught.value.hint
-
-
 @pytest.mark.parametrize(("code", "said"), [(1, "failed with exit code 1"), (-9, "was ended from outside")])
 def test_a_worker_that_is_no_child_says_itself_how_it_ended(code: int, said: str) -> None:
     """As those of a fork server, the default of Python 3.14, whose ends torch's signal handler does not see."""
     error = RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")
     workers: Any = [SimpleNamespace(pid=pid, exitcode=code if pid == 8 else None) for pid in (6, 7, 8)]
     assert said in str(loader_module.lost_worker(error, workers))
-
-
-class Broken(ViewDataset):
-    """Raises what torch does, such as where a batch of a worker process does not arrive."""
-
-    def __getitem__(self, view: View) -> PairView:
-        raise RuntimeError("received 0 items of ancdata")
-
-
-def test_another_librarys_error_comes_out_as_it_is(pairs_csv: Path) -> None:
-    dataset = Broken(load_pairs(str(pairs_csv)), STUDENT, [], crops=Crops(scale=(0.5, 1.0)), seed=3)
-    with pytest.raises(RuntimeError, match="ancdata") as caught:
-        next(step_loader(dataset, [[View(0, 0)]], workers=0))
-    assert caught.value.__cause__ is None  # if it were the error itself, who looks for the first cause would not end
-
-
-def test_workers_that_cannot_be_started_are_said_to_be_dispensable(
-    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(_: object) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")  # of a semaphore, in /dev/shm
-
-    monkeypatch.setattr(loader_module.DataLoader, "__iter__", fail)
-    with pytest.raises(UnreachableError, match=r"^The loader processes could not be started: Read-only") as caught:
-        next(loader_with_a_worker(ViewDataset, pairs_csv))
-    assert "workers 0" in caught.value.hint
 
 
 def test_a_spawned_worker_does_not_run_the_users_script_again(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,24 +226,6 @@ def test_a_spawned_worker_does_not_run_the_users_script_again(pairs_csv: Path, m
     assert len(batches(pairs_csv, 0, 1)) == 1
     assert sent == [set()]
     assert keys()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_a_script_without_a_guard_trains_with_workers_that_are_spawned(
-    method: str, pairs_csv: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "script.py").write_text(
-        f"""
-import multiprocessing
-multiprocessing.set_start_method({method!r})
-import clip_rd_edge as edge
-edge.distill(data={str(pairs_csv)!r}, recipe="clip", student="test_resnet", image_size=32, text="64x1", steps=2,
-             batch_size=4, precision="fp32", workers=1, output="run")
-"""
-    )
-    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True, timeout=300)
-    assert (tmp_path / "run" / "student").is_dir()
 
 
 LEFT_OPEN = """

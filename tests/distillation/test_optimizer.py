@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clip_rd_edge.distillation.config import load_recipe
-from clip_rd_edge.distillation.optimizer import MAX_CONSECUTIVE_SKIPS, RunOptimizer, average_decay_at, build_optimizer
+from clip_rd_edge.distillation.optimizer import MAX_CONSECUTIVE_SKIPS, RunOptimizer, average_decay_at
 from clip_rd_edge.losses.objective import Objective, Weights
 
 
@@ -86,12 +86,6 @@ def test_clipping_and_the_logged_norm_apply_to_the_true_gradient(tmp_path: Path)
     model.weight.grad = torch.full((1,), 3.0 * run.loss_scale)
     run.apply(0, torch.tensor(1.0))
     assert run.gradient_norm == pytest.approx(3.0)
-
-
-def test_adamw_has_the_recipes_betas_and_epsilon() -> None:
-    recipe = msgspec.structs.replace(load_recipe("clip-rd"), betas=(0.8, 0.91), epsilon=3e-5)
-    groups = build_optimizer(Tiny(), Objective(recipe.objective), recipe).param_groups
-    assert [(group["betas"], group["eps"]) for group in groups] == [((0.8, 0.91), 3e-5)] * 3
 
 
 def test_any_number_of_lone_steps_may_be_skipped(tmp_path: Path) -> None:

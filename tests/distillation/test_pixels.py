@@ -69,14 +69,6 @@ def test_a_model_is_trained_on_squeezed_images_where_it_is_evaluated_on_them_and
     assert right - left == bottom - top == 100
 
 
-@pytest.mark.parametrize("size", [(500, 333), (1920, 1080)])
-def test_large_crops_have_whole_pixels_and_small_ones_fractions(size: tuple[int, int]) -> None:
-    rng = np.random.default_rng(0)
-    for scale, whole in (((0.9, 1.0), True), ((0.01, 0.01), False)):
-        box = Crops(scale=scale).draw(size, rng)
-        assert all(edge == int(edge) for edge in box) is whole
-
-
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
     """Edges, gradients and grain, with values up to both ends of the range."""
     rng = np.random.default_rng(seed)
@@ -120,12 +112,3 @@ def test_the_device_normalises_exactly_as_the_shared_preprocessing_does(size: tu
     assert pixels.is_contiguous(memory_format=torch.channels_last)
     for actual, image in zip(pixels, images, strict=True):
         np.testing.assert_array_equal(actual.numpy(), preprocess(image, model))
-
-
-def test_pixels_outside_of_a_crop_do_not_contribute() -> None:
-    pixels = np.full((200, 300, 3), 255, dtype=np.uint8)
-    pixels[50:150, 60:240] = 100
-    small = msgspec.structs.replace(MODEL, size=(32, 32))
-    assert np.ptp(np.asarray(resize_crop(Image.fromarray(pixels), (60, 50, 240, 150), small))) == 0
-    large = Image.fromarray(pixels.repeat(4, 0).repeat(4, 1))
-    assert np.ptp(crop_levels(large, (240, 200, 960, 600), [small])[0]) == 0

@@ -73,8 +73,3 @@ def test_a_measured_model_has_the_weights_statistics_and_gradients_of_before() -
     assert "measured" in reason
     assert all(torch.equal(value, before[name]) for name, value in student.model.state_dict().items())
     assert all(parameter.grad is None for parameter in [*student.model.parameters(), *objective.parameters()])
-
-
-def test_float16_is_measured_only_where_it_can_be_fast() -> None:
-    assert measured_precisions(CUDA) == ("fp32", "bf16", "fp16")
-    assert measured_precisions(CPU) == ("fp32", "bf16")

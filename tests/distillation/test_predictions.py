@@ -66,13 +66,6 @@ def test_the_report_is_drawn_at_each_evaluation(config: RunConfig, tmp_path: Pat
     assert found[:3] == [False, False, True]  # the third step follows the first evaluation
 
 
-def test_what_cannot_be_drawn_ends_no_run(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clip_rd_edge.distillation.loop.plot_run", lambda *_: 1 / 0)
-    watch = Watch()
-    load_clip(str(run_distillation(config, tmp_path / "run", resume=False, reporter=watch)))
-    assert any(said.startswith("the plots of step 2 could not be drawn: ") for said in watch.noted)
-
-
 @pytest.mark.parametrize("source", ["pairs", "classes", "captions"])
 def test_an_image_has_its_own_text_and_those_of_its_task_to_choose_from(
     source: str, config: RunConfig, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

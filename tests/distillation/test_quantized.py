@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from safetensors.torch import load_file
 from support import Watch
-from timm.models import nfnet
 from torch import nn
 
 from clip_rd_edge.bundle.runs import WEIGHTS_FILE
@@ -292,22 +290,6 @@ def test_incompatible_options_are_rejected(
     assert not (tmp_path / "run").exists()
 
 
-def test_other_precisions_and_transformers_are_rejected(config: RunConfig, tmp_path: Path) -> None:
-    half = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, precision="bf16"))
-    with pytest.raises(UsageError, match="computed in fp32, not in bf16"):
-        run_distillation(half, tmp_path / "run", resume=False)
-    transformer = save_model(tmp_path / "transformer", "test_vit", image_size=160)
-    with pytest.raises(UsageError, match="is a transformer, which the exporter quantises dynamically"):
-        run_distillation(msgspec.structs.replace(config, student=str(transformer)), tmp_path / "run", resume=False)
-
-
-def test_a_trunk_whose_branches_the_export_merges_is_refused() -> None:
-    with pytest.raises(UsageError, match="parallel branches, which the exporter merges before it rounds") as refused:
-        require_static_tower(make_student("repghostnet_050"))
-    assert refused.value.hint == "export it as it is with --precision int8"
-    require_static_tower(make_student("test_efficientnet"))
-
-
 class Branches(nn.Module):
     """Two convolutions, whose outputs an operation brings together, and one of what it returns, or has written into."""
 
@@ -386,23 +368,6 @@ def test_where_nothing_is_rounded_it_computes_what_the_float_tower_does(layers: 
         with FakeQuantMode(RangeObserver(), norms):
             torch.testing.assert_close(tower(pixels), expected)
     assert len(norms) == isinstance(layers[0], nn.BatchNorm2d)
-
-
-def test_a_trunk_that_scales_its_branches_in_place_is_trained_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(nfnet.model_cfgs["test_nfnet"], skipinit=True)  # as of dm_nfnet_f0
-    monkeypatch.setitem(nfnet.model_cfgs, "test_nfnet", config)
-    clip, pixels = make_student("test_nfnet"), torch.from_numpy(make_pixels()[:4])
-    gains = [value for name, value in clip.model.named_parameters() if name.endswith("skipinit_gain")]
-    assert gains
-    for gain in gains:
-        nn.init.constant_(gain, 0.5)
-    require_static_tower(clip)
-    tower = ImageTower(clip.model)
-    with torch.no_grad(), FakeQuantMode(RangeObserver(), {}):
-        unrounded = tower(pixels)
-    torch.testing.assert_close(unrounded, tower(pixels))
-    quantized(clip, make_pixels())(pixels)[:, 0].sum().backward()
-    assert all(gain.grad for gain in gains)
 
 
 class WrittenLater(nn.Module):

@@ -253,18 +253,6 @@ def test_what_would_unpack_to_too_much_is_refused(
                 read_sample(pairs, 0, stored)
 
 
-@pytest.mark.parametrize("crop", [(2, 1, 20, 30), (2, 1, 19, 5), (2, 1, 5, 20)])
-def test_an_image_that_is_not_the_one_that_was_augmented_is_refused(crop: tuple[int, int, int, int]) -> None:
-    with pytest.raises(InputError):
-        augment(Image.new("RGB", (20, 20)), Augmentation(*crop), size=SIZE)
-    assert augment(Image.new("RGB", (20, 20)), Augmentation(2, 1, 18, 19), size=SIZE).size == (SIZE, SIZE)
-
-
-def test_an_operation_that_cannot_be_applied_is_a_bad_sample() -> None:
-    with pytest.raises(InputError):
-        augment(Image.new("RGB", (40, 40)), Augmentation(0, 0, 40, 40, (("Posterize", 20.0),)), size=SIZE)
-
-
 @pytest.fixture
 def config(teachers: Path) -> RunConfig:
     recipe = {"steps": 6, "batch_size": 4, "bank_size": 8}

@@ -12,11 +12,9 @@ import shlex
 import shutil
 import signal
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from weakref import ref
 
 import msgspec
 import numpy as np
@@ -29,20 +27,14 @@ from tiny_runs import assert_same_weights, stop_at, tiny_run, weights
 from clip_rd_edge.benchmarking.accuracy import task_fingerprint
 from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import read_metrics
-from clip_rd_edge.data.samples import BadSamples
 from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.distillation import checkpoint
 from clip_rd_edge.distillation import loop as train
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, seed_everything
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.distill import histogram_embeddings, run_distillation
-from clip_rd_edge.distillation.loop import save_if_best
-from clip_rd_edge.distillation.processes import Processes
-from clip_rd_edge.distillation.setup import load_setup
+from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.student import with_default_shape
 from clip_rd_edge.errors import (
-    ClipRdEdgeError,
-    ConfigError,
     DiskFullError,
     DivergedRunError,
     InputError,
@@ -52,11 +44,9 @@ from clip_rd_edge.errors import (
 )
 from clip_rd_edge.losses import terms
 from clip_rd_edge.losses.terms import Term
-from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip, save_clip, training_facts
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.utils.files import write_text
-from clip_rd_edge.utils.structs import read_yaml, to_yaml
+from clip_rd_edge.utils.structs import read_yaml
 
 STEPS = 8
 
@@ -83,6 +73,10 @@ def fine_tuning(config: RunConfig, model: Path, **changes: Any) -> RunConfig:
     """Return a run that trains a trained model, of whatever shape that is."""
     of_model = {"image_size": None, "context_length": None, "text": None, **changes}
     return msgspec.structs.replace(config, student=f"local-dir:{model}", **of_model)
+
+
+def with_recipe(config: RunConfig, **recipe: object) -> RunConfig:
+    return msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, **recipe))
 
 
 def distil(
@@ -125,31 +119,6 @@ def test_torch_settings_of_a_host_program_change_no_weight_and_its_generators_go
     assert_same_weights(within, without)
 
 
-def test_a_run_says_at_its_beginning_that_frozen_layers_are_random(config: RunConfig, tmp_path: Path) -> None:
-    class Stopping(Watch):
-        def note(self, message: str) -> None:
-            if "the frozen layers of the text tower keep random weights" in message:
-                raise ConnectionAbortedError
-
-    with pytest.raises(ConnectionAbortedError):
-        run_distillation(
-            msgspec.structs.replace(config, freeze_text_layers=1), tmp_path / "run", resume=False, reporter=Stopping()
-        )
-
-
-def test_plots_that_cannot_be_drawn_cost_no_student(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise ValueError("no font was found")
-
-    monkeypatch.setattr("clip_rd_edge.distillation.distill.plot_run", fail)
-    watch = Watch()
-    student = run_distillation(config, tmp_path / "run", resume=False, reporter=watch)
-    load_clip(f"local-dir:{student}")
-    assert watch.noted[-1] == f"the plots in {tmp_path / 'run' / 'report'} could not be drawn: no font was found"
-
-
 def test_a_secret_in_the_address_of_the_data_is_in_no_file_that_is_published(
     config: RunConfig, pairs_csv: Path, tmp_path: Path
 ) -> None:
@@ -176,12 +145,8 @@ def test_a_secret_in_the_address_of_the_data_is_in_no_file_that_is_published(
 def test_a_killed_run_resumes_to_the_same_weights(config: RunConfig, tmp_path: Path, stop_after: int) -> None:
     uninterrupted = distil(config, tmp_path / "uninterrupted")
 
-    def kill(step: int) -> None:
-        if step == stop_after:
-            raise MemoryError("like a kill, this saves nothing")
-
     with pytest.raises(MemoryError):
-        distil(config, tmp_path / "killed", on_step=kill)
+        distil(config, tmp_path / "killed", on_step=stop_at(stop_after))
     resumed = distil(config, tmp_path / "killed", resume=True)
     assert_same_weights(resumed, uninterrupted)
     assert [line["step"] for line in read_metrics(tmp_path / "killed")] == list(range(1, STEPS + 1))
@@ -193,12 +158,8 @@ def test_a_resumed_run_goes_on_counting_bad_samples(config: RunConfig, pairs_csv
     for image in (0, 1, 2, 3, 4, 6):
         (pairs_csv.parent / "pictures" / f"{image}.png").write_bytes(b"damaged")
 
-    def kill(step: int) -> None:
-        if step == 5:
-            raise MemoryError("like a kill, this saves nothing")
-
     with pytest.raises(MemoryError):
-        distil(config, run, on_step=kill)
+        distil(config, run, on_step=stop_at(5))
     counts = [line["bad_samples"] for line in read_metrics(run)]
     distil(config, run, resume=True)
     resumed = [line["bad_samples"] for line in read_metrics(run)]
@@ -241,27 +202,6 @@ def test_a_full_disk_when_the_student_is_written_leaves_no_student(
     assert not (tmp_path / "run" / "student").exists()
 
 
-def test_full_shared_memory_is_not_called_a_full_disk(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")  # of a semaphore, in /dev/shm
-
-    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", fail)
-    with pytest.raises(UnreachableError, match=r"^The loader processes could not be started: No space") as error:
-        distil(config, tmp_path / "run")
-    assert error.value.hint.startswith("load without processes: workers 0")
-
-
-def test_a_run_whose_folder_is_removed_meanwhile_says_so(config: RunConfig, tmp_path: Path) -> None:
-    def remove(step: int) -> None:
-        if step == 3:
-            shutil.rmtree(tmp_path / "run")
-
-    with pytest.raises(UsageError, match="run, was moved or removed while it was being written"):
-        distil(config, tmp_path / "run", on_step=remove)
-
-
 @pytest.mark.usefixtures("hang_up")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_saves_the_state_and_tells_how_to_resume(config: RunConfig, tmp_path: Path, name: str) -> None:
@@ -278,25 +218,23 @@ def test_a_signal_saves_the_state_and_tells_how_to_resume(config: RunConfig, tmp
     assert_same_weights(resumed, distil(config, tmp_path / "uninterrupted"))
 
 
-def test_a_truncated_checkpoint_is_skipped(config: RunConfig, tmp_path: Path) -> None:
-    student = distil(config, tmp_path / "run")
-    shutil.rmtree(student)
-    older, newest = list_checkpoints(tmp_path / "run")[-2:]
-    (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:5000])
-    assert older != newest
-    assert_same_weights(distil(config, tmp_path / "run", resume=True), distil(config, tmp_path / "uninterrupted"))
+def truncated(content: bytes) -> bytes:
+    return content[:5000]
 
 
-@pytest.mark.parametrize("share", [*(pytest.param(share, marks=pytest.mark.slow) for share in (0.1, 0.5)), 0.9])
-def test_a_checkpoint_with_one_flipped_bit_is_skipped_and_named(
-    config: RunConfig, tmp_path: Path, share: float
+def with_a_flipped_bit(content: bytes) -> bytes:
+    place = int(0.9 * len(content))
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", [truncated, with_a_flipped_bit])
+def test_a_damaged_checkpoint_is_skipped_and_named(
+    config: RunConfig, tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     student = distil(config, tmp_path / "run")
     shutil.rmtree(student)
     state = list_checkpoints(tmp_path / "run")[-1] / "state.pt"
-    content = bytearray(state.read_bytes())
-    content[int(share * len(content))] ^= 1
-    state.write_bytes(content)
+    state.write_bytes(damage(state.read_bytes()))
     watch = Watch()
     resumed = run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
     assert any("step-8: state.pt does not match its checksum" in sentence for sentence in watch.noted)
@@ -424,24 +362,6 @@ def test_weights_of_a_checkpoint_are_not_joined_to_what_they_do_not_belong_to(
     distil(config, tmp_path / "run", resume=True)
 
 
-def test_changes_are_accepted_for_good_once_the_checkpoint_is_loaded(config: RunConfig, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    with pytest.raises(MemoryError):
-        distil(config, run, on_step=stop_at(4))
-    before = (run / "inputs.json").read_bytes()
-    other_captions(config)
-    state = run / "checkpoints" / "step-3" / "state.pt"
-    content = state.read_bytes()
-    state.write_bytes(content[:100])
-    with pytest.raises(ConfigError, match="No checkpoint"):
-        run_distillation(config, run, resume=True, accept_changes=True)
-    assert (run / "inputs.json").read_bytes() == before
-    state.write_bytes(content)
-    with pytest.raises(MemoryError):
-        run_distillation(config, run, resume=True, accept_changes=True, reporter=Watch(on_step=stop_at(4)))
-    assert (run / "inputs.json").read_bytes() != before
-
-
 def spoil_an_image(config: RunConfig) -> Path:
     image = next(Path(str(config.data)).parent.rglob("*.png"))
     image.rename(image.with_suffix(".good"))
@@ -466,29 +386,6 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing_for_the_cor
     assert (tmp_path / "run" / "config.yaml").is_file()
 
 
-def test_a_run_without_a_checkpoint_is_resumed_with_the_inputs_that_are_there_now(
-    config: RunConfig, tmp_path: Path
-) -> None:
-    with pytest.raises(MemoryError):
-        distil(config, tmp_path / "run", on_step=stop_at(2))
-    difference, watch = other_captions(config), Watch(on_step=stop_at(2))
-    with pytest.raises(MemoryError):
-        run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
-    assert any(difference in sentence for sentence in watch.noted)
-
-
-def test_a_trained_student_that_was_replaced_is_noticed(config: RunConfig, tmp_path: Path) -> None:
-    model = save_tiny_teacher(tmp_path / "trained")
-    config = fine_tuning(config, model, tuned_share=0.5)  # of which its last step needs the weights again
-    with pytest.raises(MemoryError):
-        distil(config, tmp_path / "run", on_step=stop_at(4))
-    other_weights(msgspec.structs.replace(config, teacher=str(model)))
-    with pytest.raises(UsageError, match="the model that it trains on has other weights"):
-        distil(config, tmp_path / "run", resume=True)
-    save_tiny_teacher(model)
-    distil(config, tmp_path / "run", resume=True)
-
-
 def test_a_run_is_not_finished_because_it_has_fewer_pairs(config: RunConfig, tmp_path: Path) -> None:
     config = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, steps=0, epochs=4))
     with pytest.raises(MemoryError):
@@ -501,13 +398,6 @@ def test_a_run_is_not_finished_because_it_has_fewer_pairs(config: RunConfig, tmp
     Path(config.data).write_text(pairs)
     distil(config, tmp_path / "run", resume=True)
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 17))
-
-
-def test_an_unreadable_image_of_the_histogram_refuses_no_trained_student(config: RunConfig, tmp_path: Path) -> None:
-    next(tmp_path.rglob("*.png")).write_bytes(b"")
-    config = msgspec.structs.replace(config, max_bad=0.0)
-    setup = load_setup(config, name="run", processes=Processes())
-    assert {len(image) for image, _ in histogram_embeddings(setup).values()} == {24}
 
 
 def test_images_that_are_out_of_reach_after_the_last_step_cost_no_trained_student(
@@ -523,53 +413,6 @@ def test_images_that_are_out_of_reach_after_the_last_step_cost_no_trained_studen
     load_clip(f"local-dir:{student}")
     assert watch.noted[-1] == "the similarities of pairs could not be plotted: Cannot read http://photos: it is away"
     assert not (tmp_path / "run" / "report" / "similarity.png").exists()
-
-
-def test_few_large_images_of_the_histogram_are_decoded_at_once(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("clip_rd_edge.bundle.images.MAX_BATCH_PIXELS", 1)
-    setup, opened, decoded = load_setup(config, name="run", processes=Processes()), list[ref[object]](), list[int]()
-    take = BadSamples.take
-
-    def counted(bad: BadSamples, index: int) -> tuple[object, tuple[str, ...]]:
-        pair = take(bad, index)
-        opened.append(ref(pair[0]))
-        decoded.append(sum(image() is not None for image in opened))
-        return pair
-
-    monkeypatch.setattr(BadSamples, "take", counted)
-    embeddings = histogram_embeddings(setup)
-    assert {len(image) for image, _ in embeddings.values()} == {24}
-    assert max(decoded) <= 3
-
-
-def test_inputs_that_were_moved_are_the_same(config: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(MemoryError):
-        distil(config, tmp_path / "run", on_step=stop_at(4))
-    assert config.teacher
-    shutil.copytree(config.teacher, tmp_path / "copy")
-    shutil.rmtree(config.teacher)
-    shutil.copytree(tmp_path / "copy", config.teacher)
-    distil(config, tmp_path / "run", resume=True)
-    assert (tmp_path / "run" / "student").is_dir()
-
-
-def test_other_names_of_the_same_files_resume_a_run(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    student = save_tiny_teacher(tmp_path / "trained")
-    config = fine_tuning(config, student)
-    with pytest.raises(MemoryError):
-        distil(config, tmp_path / "run", on_step=stop_at(4))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "link.csv").symlink_to(config.data or "")
-    others = {"data": "link.csv", "teacher": "local-dir:./teacher", "student": "trained"}
-    distil(msgspec.structs.replace(config, **others), tmp_path / "run", resume=True)
-    other_weights(config)
-    with pytest.raises(UsageError, match=r"began with other inputs: the .* has other weights") as error:
-        distil(msgspec.structs.replace(config, student="teacher"), tmp_path / "run", resume=True)
-    assert "accept-changes" not in error.value.hint
 
 
 def test_a_run_is_resumed_from_another_working_directory(
@@ -641,23 +484,6 @@ def test_weights_to_start_from_are_known_by_their_content_and_not_needed_again(
     distil(starting_from("../weights.pth"), run, resume=True)
 
 
-def test_weights_that_timm_publishes_are_fetched_for_the_start_alone(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fetched = list[str]()
-
-    def fetch(student: ClipModel, source: str) -> str:
-        fetched.append(source)
-        return "weights of timm"
-
-    monkeypatch.setattr("clip_rd_edge.distillation.student.init_image_tower", fetch)
-    config = msgspec.structs.replace(config, pretrained_image="timm")
-    with pytest.raises(MemoryError):
-        distil(config, tmp_path / "run", on_step=stop_at(4))
-    distil(config, tmp_path / "run", resume=True)
-    assert fetched == ["timm"]
-
-
 def test_what_a_killed_save_left_is_removed_when_the_run_is_resumed(config: RunConfig, tmp_path: Path) -> None:
     run, number = tmp_path / "run", "0" * 32
     with pytest.raises(MemoryError):
@@ -703,22 +529,15 @@ def test_a_folder_in_use_or_of_another_run_is_rejected(config: RunConfig, tmp_pa
         distil(msgspec.structs.replace(config, seed=1), tmp_path / "run", resume=True)
 
 
-def test_a_non_finite_loss_stops_the_run(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    term = Term("xrd", lambda products: products.student().rows.sum() * math.nan, frozenset({"teacher"}), False)
-    monkeypatch.setitem(terms._TERMS, "xrd", term)
-    with pytest.raises(ClipRdEdgeError, match="not finite for 8 steps in a row"):
-        distil(config, tmp_path / "run")
-    assert read_metrics(tmp_path / "run")[0]["loss"] is None
-
-
-def test_a_run_whose_every_step_is_skipped_makes_no_student(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("steps", [2, STEPS])  # less than what ends a run, and more
+def test_a_loss_that_is_not_finite_ends_the_run_without_a_student(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
     term = Term("xrd", lambda products: products.student().rows.sum() * math.nan, frozenset({"teacher"}), False)
     monkeypatch.setitem(terms._TERMS, "xrd", term)
-    short = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, steps=2))
-    with pytest.raises(ClipRdEdgeError, match="not finite for 2 steps in a row, up to step 2; no checkpoint"):
-        distil(short, tmp_path / "run")
+    with pytest.raises(DivergedRunError):
+        distil(with_recipe(config, steps=steps), tmp_path / "run")
+    assert read_metrics(tmp_path / "run")[0]["loss"] is None
     assert not (tmp_path / "run" / "student").exists()
 
 
@@ -751,29 +570,14 @@ def test_a_missing_teacher_is_an_error(config: RunConfig, tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
-def test_only_the_projection_of_a_frozen_text_tower_is_trained(
-    config: RunConfig, teacher: Path, tmp_path: Path
-) -> None:
-    recipe = msgspec.structs.replace(config.recipe, objective=load_recipe("clip").objective)
-    tuned = fine_tuning(config, teacher, recipe=recipe, recipe_name="clip", teacher=None, freeze_text=True)
-    before, after = weights(teacher), weights(distil(tuned, tmp_path / "run"))
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert {name for name in changed if name.startswith("text.")} == {"text.text_projection"}
-    assert any(name.startswith("visual.trunk") for name in changed)
-
-
 def test_a_student_with_its_teachers_text_tower_trains_its_projection_and_resumes(
     config: RunConfig, teacher: Path, tmp_path: Path
 ) -> None:
     kept = msgspec.structs.replace(config, text="teacher", freeze_text=True)
     uninterrupted = distil(kept, tmp_path / "uninterrupted")
 
-    def kill(step: int) -> None:
-        if step == 5:
-            raise MemoryError("like a kill, this saves nothing")
-
     with pytest.raises(MemoryError):
-        distil(kept, tmp_path / "run", on_step=kill)
+        distil(kept, tmp_path / "run", on_step=stop_at(5))
     assert_same_weights(distil(kept, tmp_path / "run", resume=True), uninterrupted)
     load_clip(str(uninterrupted))
     before, after = weights(teacher), weights(uninterrupted)
@@ -788,14 +592,6 @@ def test_a_student_with_its_teachers_text_tower_has_its_context_length(config: R
     student = distil(msgspec.structs.replace(kept, context_length=None), tmp_path / "run")
     assert load_clip(str(student)).context_length == 12
     assert read_yaml(tmp_path / "run" / "config.yaml", RunConfig).context_length == 12
-
-
-def test_a_student_cannot_have_the_text_tower_of_no_teacher(config: RunConfig, tmp_path: Path) -> None:
-    recipe = msgspec.structs.replace(config.recipe, objective=load_recipe("clip").objective)
-    alone = msgspec.structs.replace(config, recipe=recipe, recipe_name="clip", text="teacher", freeze_text=True)
-    alone = msgspec.structs.replace(alone, teacher=None)
-    with pytest.raises(UsageError):
-        distil(alone, tmp_path / "run")
 
 
 @pytest.mark.parametrize("named", [{"teacher": ("a", "b")}, {"store": "a", "views": 2}, {"teacher_pretrained": "a"}])
@@ -818,13 +614,6 @@ def test_the_first_layers_of_a_frozen_image_tower_keep_weights_and_statistics(
     assert any(name.startswith(frozen) for name in (n.removeprefix("visual.trunk.") for n in before))
     assert not [name for name in changed if name.startswith(frozen)]
     assert {"layer2.0.conv1.weight", "layer2.0.bn1.running_mean"} <= changed
-
-
-def test_an_image_tower_has_only_so_many_layers_to_freeze(config: RunConfig, teacher: Path, tmp_path: Path) -> None:
-    tuned = fine_tuning(config, teacher, freeze_image=9)
-    with pytest.raises(ConfigError):
-        distil(tuned, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_frozen_batch_norms_keep_their_statistics_and_train_their_scales(
@@ -880,9 +669,6 @@ def test_a_run_records_the_shape_of_its_trained_student(config: RunConfig, teach
     run, tuned = tmp_path / "run", msgspec.structs.replace(fine_tuning(config, teacher), student=str(teacher))
     with pytest.raises(MemoryError):
         distil(tuned, run, on_step=stop_at(4))
-    # As older versions wrote it, whatever the student was.
-    of_older = {"image_size": 224, "text": "standard", "context_length": 77}
-    write_text(run / "config.yaml", to_yaml(msgspec.structs.replace(tuned, **of_older)))
     student = distil(tuned, run, resume=True)
     record = json.loads((student / "distillation.json").read_text())["configuration"]
     shape = {"image_size": 48, "text": "64x1", "context_length": 12}
@@ -905,23 +691,9 @@ def test_a_new_students_shape_has_defaults_that_a_resumed_run_keeps(config: RunC
         distil(msgspec.structs.replace(config, **left_open), tmp_path / "run", resume=True)
 
 
-def test_a_trained_student_is_not_asked_to_have_its_teachers_text_tower(
-    config: RunConfig, teacher: Path, tmp_path: Path
-) -> None:
-    other = fine_tuning(config, teacher, text="teacher", freeze_text=True)
-    with pytest.raises(UsageError) as error:
-        distil(other, tmp_path / "run")
-    assert error.value.hint == "omit text, or name an architecture with student"
-
-
 def test_precision_is_measured_and_saved(config: RunConfig, tmp_path: Path) -> None:
     auto = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, precision="auto"))
-    watch = Watch()
-
-    def stop(step: int) -> None:
-        raise MemoryError
-
-    watch.on_step = stop
+    watch = Watch(on_step=stop_at(1))
     with pytest.raises(MemoryError):
         run_distillation(auto, tmp_path / "run", resume=False, reporter=watch)
     assert any("measured: a step takes" in sentence for sentence in watch.noted)
@@ -939,10 +711,6 @@ def test_a_teacher_of_another_width_is_compared_through_a_projection_that_is_not
     assert saved["text.text_projection"].shape[1] == 10
     assert not any("projection" in name and name != "text.text_projection" for name in saved)
     assert read_metrics(tmp_path / "run")[-1]["loss"] < read_metrics(tmp_path / "run")[0]["loss"]
-
-
-def with_recipe(config: RunConfig, **recipe: object) -> RunConfig:
-    return msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, **recipe))
 
 
 def test_the_best_student_is_saved_in_addition_to_the_last(config: RunConfig, tmp_path: Path) -> None:
@@ -985,18 +753,6 @@ def test_a_run_goes_on_where_the_best_student_cannot_be_replaced(
     assert [line for line in watch.noted if line.startswith("the best student is not saved: The output ")]
 
 
-def test_evaluations_do_not_count_as_slow_training(config: RunConfig, tmp_path: Path) -> None:
-    def evaluate(_: object) -> dict[str, float]:
-        time.sleep(2)
-        return {"task": 0.5}
-
-    config = msgspec.structs.replace(with_recipe(config, steps=2), evaluate_every=1)
-    run_distillation(config, tmp_path / "run", resume=False, evaluate=evaluate)
-    last = read_metrics(tmp_path / "run")[-1]
-    training_s = config.recipe.batch_size / last["samples_per_second"]
-    assert last["seconds_per_step"] > 1.9 + training_s
-
-
 def test_an_evaluation_that_fails_loses_no_step(config: RunConfig, tmp_path: Path) -> None:
     def fail(_: object) -> dict[str, float]:
         raise InputError("The image cannot be read.")
@@ -1029,15 +785,6 @@ def test_a_student_that_is_finished_without_its_tasks_has_no_scores_of_an_earlie
     assert json.loads((student / "distillation.json").read_text())["evaluation"] == {}
 
 
-def test_the_best_student_is_that_of_the_tasks_that_the_run_has_now(config: RunConfig, tmp_path: Path) -> None:
-    clip = load_clip(str(config.teacher))
-    saved = [
-        save_if_best(tmp_path, clip, scores, provenance=dict, tasks={})
-        for scores in ({"easy": 0.9}, {"easy": 0.8}, {"hard": 0.3}, {"hard": 0.2}, {"hard": 0.4})
-    ]
-    assert saved == [True, False, True, False, True]
-
-
 def test_the_best_student_is_that_of_the_tasks_content_whatever_its_name(config: RunConfig, tmp_path: Path) -> None:
     config = msgspec.structs.replace(with_recipe(config, steps=3), evaluate_every=1, checkpoint_every=1)
     run, watch, scores = tmp_path / "run", Watch(on_step=stop_at(1)), iter([0.9, 0.3, 0.2])
@@ -1054,16 +801,6 @@ def test_the_best_student_is_that_of_the_tasks_content_whatever_its_name(config:
         {"val": 0.3},
         {"val": task_fingerprint(hard)},
     )
-
-
-def test_a_run_can_be_resumed_on_another_number_of_processes_and_reports_it(config: RunConfig, tmp_path: Path) -> None:
-    distil(config, tmp_path / "run")
-    saved_config = (tmp_path / "run" / "config.yaml").read_text()
-    assert "processes: 1" in saved_config
-    (tmp_path / "run" / "config.yaml").write_text(saved_config.replace("processes: 1", "processes: 2"))
-    watch = Watch()
-    run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
-    assert "started with 2 processes and continues with 1" in watch.noted[0]
 
 
 def test_the_moving_average_is_saved_and_evaluated(config: RunConfig, tmp_path: Path) -> None:
@@ -1092,12 +829,3 @@ def test_float16_scales_the_loss_and_trains(config: RunConfig, tmp_path: Path) -
     first_norm = next(line["gradient_norm"] for line in lines if line["gradient_norm"] is not None)
     reference = read_metrics(tmp_path / "fp32")[0]["gradient_norm"]
     assert 0.5 * reference < first_norm < 2 * reference
-
-
-@pytest.mark.slow
-def test_gradient_checkpointing_does_not_change_the_weights(config: RunConfig, tmp_path: Path) -> None:
-    plain = distil(config, tmp_path / "plain")
-    checkpointed = distil(msgspec.structs.replace(config, gradient_checkpointing=True), tmp_path / "checkpointed")
-    expected, actual = weights(plain), weights(checkpointed)
-    for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)

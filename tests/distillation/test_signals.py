@@ -135,26 +135,6 @@ def test_sigterm_while_the_data_are_indexed_loses_nothing(
     check_resumed(config, tmp_path / "run")
 
 
-def test_no_handler_for_bad_images_takes_a_stop_for_one() -> None:
-    def read() -> None:
-        try:
-            terminate()
-        except Exception as error:
-            raise AssertionError from error
-
-    with stop_on_signals() as request, pytest.raises(Stopped):
-        read()
-    assert request.signal_name == "SIGTERM"
-
-
-def test_handlers_are_restored() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with stop_on_signals() as request, request.deferred():
-        terminate()
-        assert request
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
 HUNG_UP = """
 import sys, time
 from pathlib import Path
@@ -269,15 +249,6 @@ def test_a_worker_that_hangs_ends_when_the_run_does(pairs_csv: Path, monkeypatch
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
     monkeypatch.setattr(ViewDataset, "__getitem__", lambda *_: time.sleep(60))  # a batch takes six minutes
     stop_while_waiting(pairs_csv, workers=1)
-
-
-@posix
-def test_workers_that_hang_end_together(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 30.0)  # for each worker in turn
-    monkeypatch.setattr(ViewDataset, "__getitem__", lambda *_: time.sleep(600))
-    started = time.monotonic()
-    stop_while_waiting(pairs_csv, workers=2)
-    assert time.monotonic() - started < 25
 
 
 def from_elsewhere(pid: int | None, number: signal.Signals) -> None:

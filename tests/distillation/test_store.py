@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,36 +18,24 @@ from support import save_tiny_teacher
 from thread_processes import call_in_threads
 from tiny_runs import tiny_run
 
-from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.data.samples import Sample
 from clip_rd_edge.data.tables import Table
 from clip_rd_edge.distillation import embed, store
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.embed import ShardMaker, fill_store
 from clip_rd_edge.distillation.loader import StepSampler, View, step_loader
-from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.setup import RunSetup, load_setup, make_dataset
 from clip_rd_edge.distillation.store import (
-    COMPLETE,
-    CompleteStore,
-    StoreManifest,
     TeacherStore,
     TeacherStores,
-    caption_key,
     image_shard,
-    keys_file,
     open_store,
-    shard_rows,
-    text_shard,
-    write_rows,
 )
 from clip_rd_edge.distillation.student import crops_of
 from clip_rd_edge.distillation.teacher import CaptionCache, LiveTeacher, StoredTeacher, Teacher, ensemble_of
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.structs import to_json
 
 VIEWS = 2
 
@@ -144,23 +131,6 @@ def test_every_row_of_every_shard_is_that_of_its_own_pair_view_and_caption(
                 np.testing.assert_allclose(actual.astype(np.float32), expected, atol=2**-10)
             rows.append(stored[0].tobytes())
     assert len(set(rows)) == VIEWS * 24
-
-
-@pytest.mark.usefixtures("small_shards")
-def test_a_caption_is_embedded_and_stored_once(config: RunConfig, pairs_csv: Path, tmp_path: Path) -> None:
-    header, *lines = pairs_csv.read_text().splitlines()
-    pairs_csv.write_text("\n".join([header, *(line.split(" number")[0] for line in lines)]))  # four captions
-    setup = load(config)
-    fill(config, setup)
-    filled = open_store(tmp_path / "store")
-    assert filled.captions == 4
-    assert len(list(filled.folder.glob("texts/shard-*.npy"))) == 1
-    for index in range(24):
-        stored = filled.lookup(0, index, setup.pairs.read(index).captions[0])
-        assert stored is not None
-        np.testing.assert_allclose(
-            stored[1].astype(np.float32), live_embeddings(config, setup, 0, index)[1], atol=2**-10
-        )
 
 
 def test_a_build_that_is_interrupted_at_any_file_continues(
@@ -271,22 +241,6 @@ def test_what_the_teacher_does_not_embed_in_finite_numbers_is_bad(
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_the_bad_pairs_of_a_store_count_also_when_it_is_continued(
-    config: RunConfig, setup: RunSetup, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    unreadable(setup, monkeypatch)(0, 5)
-    fill(msgspec.structs.replace(config, max_bad=0.1), setup)  # two of 24
-    folder = Path(str(config.store))
-    assert len(list(folder.glob("images/*/*.json"))) == VIEWS
-    image_shard(folder, 0, 2).unlink()  # as if it had been interrupted; nothing is missing in this one
-    (folder / COMPLETE).unlink()
-    with pytest.raises(InputError):
-        fill(msgspec.structs.replace(config, max_bad=0.05), setup)
-    assert not list(folder.glob("images/*/*.json"))  # and so are the files that lack them, to be made anew
-    assert not image_shard(folder, 0, 0).exists()
-
-
-@pytest.mark.usefixtures("small_shards")
 @pytest.mark.parametrize(("processes", "bad"), [(1, (3, 12)), (2, (3, 7, 12)), (3, (3, 12))])
 def test_a_store_that_was_refused_is_refused_again_until_the_images_are_repaired(
     processes: int, bad: tuple[int, ...], config: RunConfig, setup: RunSetup, monkeypatch: pytest.MonkeyPatch
@@ -370,38 +324,6 @@ def test_a_copy_of_the_data_and_of_the_teacher_in_other_folders_uses_the_same_st
     assert {path: path.stat().st_mtime_ns for path in filled.folder.rglob("*")} == written != {}
 
 
-def test_a_store_of_millions_of_rows_opens_at_once_and_its_rows_are_read_without_memory(tmp_path: Path) -> None:
-    pairs, width = 1_000_000, 64
-    keys = np.sort(np.random.default_rng(0).integers(0, 2**64, pairs, dtype=np.uint64))
-    for row, caption in {0: "first", pairs // 2: "middle", pairs - 1: "last"}.items():
-        keys[row] = caption_key(caption)
-    keys.sort()
-    write_rows(keys_file(tmp_path), keys[:, None])
-    manifest = StoreManifest(
-        teacher="t", teacher_sha256="", logit_scale=1.0, embedding_size=width, views=1, seed=0,
-        preprocessing=Preprocessing(size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1)), data="d", pairs=pairs,
-        crops=Crops(scale=(0.9, 1.0)), pairs_sha256="", precision="fp32",
-    )  # fmt: skip
-    write_bytes(tmp_path / "manifest.json", to_json(manifest))
-    write_bytes(tmp_path / "complete.json", to_json(CompleteStore(pairs)))
-    zeros = {rows: tmp_path / f"{rows}.npy" for rows in (store.SHARD_SIZE, pairs % store.SHARD_SIZE)}
-    for rows, path in zeros.items():
-        write_rows(path, np.zeros((rows, width), np.float16))
-    for shard in range(store.shard_count(pairs)):
-        for path in (image_shard(tmp_path, 0, shard), text_shard(tmp_path, shard)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.hardlink_to(zeros[len(shard_rows(shard, pairs))])
-    del keys
-    tracemalloc.start()
-    opened = open_store(tmp_path)
-    for row in np.random.default_rng(1).integers(0, pairs, 300).tolist():
-        assert opened.lookup(0, row, "first") is None  # its rows are zeros
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 200_000
-    assert opened.lookup(0, 0, "no such caption") is None
-
-
 @pytest.mark.parametrize("name", ["seed", "views", "precision", "scale", "decode", "teacher_sha256", "pairs_sha256"])
 def test_a_store_of_anything_else_is_refused_by_name(name: str, config: RunConfig, setup: RunSetup) -> None:
     fill(config, setup)
@@ -448,24 +370,3 @@ def test_of_two_jobs_that_fill_a_store_at_once_the_second_waits_and_shares_it_or
     assert isinstance(error, UsageError) if seed else error is None
     assert computed == [0] * 2  # texts and images: the second finds nothing left to do
     open_store(Path(str(config.store)))
-
-
-@pytest.mark.parametrize(
-    ("name", "refused"), [(".manifest.json.0.tmp", False), ("desktop.ini", False), ("a.jpg", True)]
-)
-def test_a_folder_of_somebody_else_is_refused_but_not_what_systems_and_killed_jobs_leave(
-    name: str, refused: bool, config: RunConfig, setup: RunSetup, tmp_path: Path
-) -> None:
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store" / name).touch()
-    if refused:
-        with pytest.raises(UsageError, match="neither empty nor a teacher's store"):
-            fill(config, setup)
-    else:
-        fill(config, setup)
-        open_store(tmp_path / "store")
-
-
-def test_a_store_needs_a_number_of_views(config: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="views"):
-        run_distillation(msgspec.structs.replace(config, views=0), tmp_path / "run", resume=False)

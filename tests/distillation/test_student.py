@@ -9,8 +9,6 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +19,19 @@ import torch
 from support import Watch, save_tiny_teacher
 from text_towers import bert_clip, siglip_clip
 from tiny_runs import assert_same_weights, killed_and_resumed, stop_at, tiny_run
-from transformers import BertModel
 
 from clip_rd_edge.distillation import student as module
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.distill import run_distillation
-from clip_rd_edge.distillation.embed import embed_teacher
 from clip_rd_edge.distillation.student import frozen_at_random, require_trained_bias, set_training_mode
 from clip_rd_edge.distillation.teacher import FrozenTextTower
-from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.students import TEACHER, build_student, student_config
 from clip_rd_edge.models.text_weights import TOKENS
 from clip_rd_edge.utils.paths import typed
-from clip_rd_edge.utils.structs import read_yaml
 
 
 @pytest.fixture
@@ -53,44 +48,6 @@ def test_a_logit_bias_needs_the_term_that_trains_it(student: ClipModel) -> None:
     require_trained_bias(student, Weights(sigmoid=1, hrd=1))
     with pytest.raises(UsageError):
         require_trained_bias(student, Weights(task=1))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"student": "test_resnt"}, {"student": "local-dir:/none"}, {"text": "smal"}, {"text": "local-dir:/none"}],
-    ids=str,
-)
-@pytest.mark.parametrize(
-    ("place", "run"), [("setup", partial(run_distillation, resume=False)), ("embed", embed_teacher)]
-)
-def test_a_misspelled_student_is_refused_before_anything_is_read_or_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, run: Callable[..., object], changes: dict[str, str]
-) -> None:
-    monkeypatch.setattr(f"clip_rd_edge.distillation.{place}.training_pairs", lambda *_, **__: pytest.fail("indexed"))
-    config = tiny_run("clip-rd", {}, teacher="ViT-B-32", teacher_pretrained="openai", data="far.tar", **changes)
-    with pytest.raises(
-        (InputError, ConfigError), match=re.escape(next(iter(changes.values())).removeprefix("local-dir:"))
-    ):
-        run(config, tmp_path / "run")
-
-
-def test_token_embeddings_are_initialised_once_in_a_run(
-    pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    starts = list[list[str]]()
-
-    def double(student: ClipModel, teachers: list[ClipModel], reporter: object) -> str:
-        starts.append([teacher.name for teacher in teachers])
-        with torch.no_grad():
-            student.model.get_parameter("text.token_embedding.weight").mul_(2)
-        return "token embeddings are doubled"
-
-    monkeypatch.setattr(module, "init_token_embeddings", double)
-    save_tiny_teacher(tmp_path / "teacher")
-    settings = {"data": str(pairs_csv), "teacher": str(tmp_path / "teacher"), "checkpoint_every": 2}
-    config = tiny_run("clip-rd", {"steps": 6, "batch_size": 6}, pretrained_text=TOKENS, **settings)
-    killed_and_resumed(config, tmp_path, after=3)
-    assert starts == [["teacher"], ["teacher"]]  # of the run without interruption, and of the other before it
 
 
 @pytest.mark.parametrize("start", [TOKENS, TEACHER])
@@ -146,21 +103,6 @@ def test_a_text_tower_that_was_replaced_is_noticed(text_taken: RunConfig, tmp_pa
     assert_same_weights(resumed, run_distillation(moved, tmp_path / "uninterrupted", resume=False))
 
 
-def test_the_text_tower_of_another_model_keeps_its_context_length(text_taken: RunConfig, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    for length in (8, 77):
-        other = msgspec.structs.replace(text_taken, context_length=length)
-        asked = rf"text tower of .*texts, whose context length is 12; {length} was asked for"
-        with pytest.raises(UsageError, match=asked):
-            run_distillation(other, run, resume=False)
-    default = msgspec.structs.replace(text_taken, context_length=None)
-    with pytest.raises(MemoryError):
-        run_distillation(default, run, resume=False, reporter=Watch(on_step=stop_at(3)))
-    recorded = read_yaml(run / "config.yaml", RunConfig)
-    assert recorded.context_length == 12
-    assert load_clip(str(run_distillation(default, run, resume=True))).context_length == 12
-
-
 def test_a_students_file_that_was_edited_is_noticed_and_one_that_was_moved_is_not(
     pairs_csv: Path, tmp_path: Path
 ) -> None:
@@ -211,18 +153,6 @@ def test_a_run_that_would_train_nothing_is_refused(student: ClipModel, texts_alo
     student.model.get_submodule("text").proj = torch.nn.Identity()  # as in towers of Hugging Face without a projection
     with pytest.raises(UsageError, match="Nothing of test_resnet would be trained"):
         set_training_mode(student, texts_alone)
-
-
-def test_a_text_tower_without_a_projection_is_frozen_whole(texts_alone: RunConfig) -> None:
-    config = student_config("test_resnet", embedding_size=64, image_size=32, text="64x1", context_length=8)
-    config["model_cfg"]["text_cfg"]["proj_type"] = "none"
-    student = build_student(config, name="test_resnet")
-    with pytest.raises(UsageError, match="Nothing of"):
-        set_training_mode(student, texts_alone)
-    frozen = FrozenTextTower(student, torch.device("cpu"), autocast=None, caption_batch=2)(["red", "a cat"])
-    assert not frozen.requires_grad
-    expected = TextTower(student.model)(student.tokenizer(["red", "a cat"]))
-    torch.testing.assert_close(frozen, expected.detach())
 
 
 def test_a_text_tower_whose_projection_has_a_bias_is_frozen_but_for_it(texts_alone: RunConfig) -> None:
@@ -320,20 +250,3 @@ def test_frozen_layers_with_random_weights_are_reported(options: dict[str, Any],
     assert [sentence.split()[5] for sentence in frozen_at_random(config)] == towers
     trained = msgspec.structs.replace(config, student="local-dir:student")
     assert list(frozen_at_random(trained)) == []
-
-
-def test_a_text_tower_of_transformers_recomputes_in_a_way_that_several_processes_can_have(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Releases before 5 take another way unless they are told."""
-    student, chosen = bert_clip(tmp_path / "text"), list[object]()
-    monkeypatch.setattr(BertModel, "gradient_checkpointing_enable", lambda _, options=None: chosen.append(options))
-    set_training_mode(student, tiny_run("clip", {}, data="pairs.csv", gradient_checkpointing=True))
-    assert chosen[-1] == {"use_reentrant": False}
-
-
-def test_layers_without_groups_cannot_be_frozen(student: ClipModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("timm.models.resnet.ResNet.group_matcher")  # as in csatv2
-    with pytest.raises(UsageError) as error:
-        set_training_mode(student, tiny_run("clip", {}, data="pairs.csv", freeze_image=1))
-    assert error.value.option == "freeze_image"

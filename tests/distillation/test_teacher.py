@@ -13,11 +13,8 @@ from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import (
     CaptionCache,
     LiveTeacher,
-    StoredTeacher,
     Teacher,
-    caption_batch_size,
 )
-from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.students import build_student, student_config
@@ -46,25 +43,6 @@ def test_accumulate_chunks_the_teacher_as_well() -> None:
     whole = Teacher(tiny(1), torch.device("cpu"), autocast=None)
     assert result.embeddings.teacher_image is not None
     torch.testing.assert_close(result.embeddings.teacher_image, whole.embed_images(pixels), rtol=1e-5, atol=1e-5)
-
-
-def test_chunks_of_a_batch_keep_their_cached_embeddings() -> None:
-    generator = torch.Generator().manual_seed(0)
-    image, text = (torch.nn.functional.normalize(torch.randn(6, 8, generator=generator)) for _ in range(2))
-    step = TrainingStep(
-        tiny(0),
-        StoredTeacher(Ensemble((8,), (10.0,)), torch.device("cpu")),
-        Objective(Weights(task=1, fd=1)),
-        Processes(),
-        StepSettings(chunks=2),
-    )
-    pixels = torch.randint(256, (6, 3, 32, 32), generator=generator).byte()
-    batch = Batch(pixels, (), CAPTIONS, teacher_embeddings=(image.half(), text.half()))
-    embeddings = step(batch, 0).embeddings
-    assert embeddings.teacher_image is not None
-    assert embeddings.teacher_text is not None
-    assert torch.equal(embeddings.teacher_image, image.half().float())
-    assert torch.equal(embeddings.teacher_text, text.half().float())
 
 
 class FirstIds(nn.Module):
@@ -104,8 +82,3 @@ def test_a_captions_embedding_does_not_depend_on_what_else_is_in_its_batch() -> 
     teacher = Teacher(clip, torch.device("cpu"), autocast=None)
     for row in reversed(range(len(captions))):
         assert torch.equal(teacher.embed_captions([captions[row]])[0], whole[row])
-
-
-@pytest.mark.parametrize(("device", "expected"), [("cuda", 512), ("mps", 512), ("cpu", 32)])
-def test_captions_on_an_accelerator_come_in_batches_as_large_as_the_images(device: str, expected: int) -> None:
-    assert caption_batch_size(512, torch.device(device)) == expected
