@@ -12,7 +12,6 @@ from clip_rd_edge.api.models import first_answer, load, open_encoder
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.settings.measuring import Benchmark, Evaluate, EvidenceRun, Quickstart
 from clip_rd_edge.settings.options import keywords_of
-from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath, Typed, as_text, several
 
 if TYPE_CHECKING:
@@ -93,7 +92,6 @@ def benchmark(request: Benchmark) -> Results:
     return results
 
 
-@checked_call
 def compare(old: AnyPath, new: AnyPath) -> Changes:
     """Compare two benchmark results, files or folders: regressions, improvements and noise."""
     from clip_rd_edge.benchmarking.regression import compare_runs
@@ -102,7 +100,6 @@ def compare(old: AnyPath, new: AnyPath) -> Changes:
     return compare_runs(read_results(Path(old)), read_results(Path(new)))
 
 
-@checked_call
 def recommend(results: AnyPath, *, budget_ms: float | None = None, min_accuracy: float | None = None) -> str:
     """Return a sentence that recommends a model of a finished benchmark; nothing is measured.
 
@@ -168,7 +165,6 @@ def evidence_run(request: EvidenceRun) -> Evidence:
     return evidence
 
 
-@checked_call
 def evidence_report(results: AnyPath | Sequence[AnyPath], *, into: AnyPath | None = None) -> str:
     """Return the tables of an evidence file, or of several results of one benchmark, as Markdown. Nothing is trained.
 

@@ -12,7 +12,6 @@ from clip_rd_edge.api.everyday import place_of
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.settings.training import Stitch, Trim
-from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath, Typed, as_text, typed
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from clip_rd_edge.runtime.model import Model
 
 
-@checked_call
 def load(
     model: AnyPath,
     *,

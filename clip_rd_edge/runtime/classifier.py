@@ -23,7 +23,6 @@ from clip_rd_edge.bundle.scoring import Probabilities
 from clip_rd_edge.errors import InputError, UsageError, in_one_line
 from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.labels import Labels, label_names, label_set_key, read_label_set, write_label_set
-from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 _MANY_LABELS = 2000  # from this number on, embedding them is reported: it takes many seconds
@@ -74,7 +73,6 @@ class ZeroShotClassifier:
         UsageError: `none_below` is not between 0 and 1, or `encoder` is none.
     """
 
-    @checked_call
     def __init__(
         self,
         encoder: Encoder,
@@ -138,12 +136,10 @@ class ZeroShotClassifier:
         """Return the probability of each label for each image, (N, C)."""
         return self.scoring.probabilities(encode_inputs(self.encoder, images), self._set.embeddings)
 
-    @checked_call
     def classify(self, images: ImageInput | Iterable[ImageInput], *, top: int = 5) -> list[list[Prediction]]:
         """Return the `top` most likely labels of each image, most likely first; see also `none_below`."""
         return self.classify_embeddings(encode_inputs(self.encoder, images), top=top)
 
-    @checked_call
     def classify_embeddings(
         self, embeddings: Embeddings, *, top: int = 5, none_below: float | None = None
     ) -> list[list[Prediction]]:

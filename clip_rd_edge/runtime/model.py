@@ -11,7 +11,6 @@ from clip_rd_edge.bundle.labels import TemplateNames, parse_templates, template_
 from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
 from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.labels import Labels, label_names
-from clip_rd_edge.utils.calls import checked_call
 
 
 class Model:
@@ -59,7 +58,6 @@ class Model:
         rows: Embeddings = bundle.stored_label_embeddings(labels, templates)
         return rows
 
-    @checked_call
     def encode_images(self, images: ImageInput | Iterable[ImageInput], *, quick: bool = False) -> Embeddings:
         """Embed images.
 
@@ -77,7 +75,6 @@ class Model:
         first: Embeddings = rows[0] if is_single_image(images) else rows
         return first
 
-    @checked_call
     def encode_texts(self, texts: str | Iterable[str]) -> Embeddings:
         """Embed texts as they are, without templates.
 
@@ -115,7 +112,6 @@ class Model:
         quick: bool = False,
     ) -> list[list[Prediction]]: ...
 
-    @checked_call
     def classify(
         self,
         images: ImageInput | Iterable[ImageInput],
@@ -148,7 +144,6 @@ class Model:
         predictions = classifier.classify_embeddings(embeddings, top=top)
         return predictions[0] if single else predictions
 
-    @checked_call
     def classify_camera(
         self,
         camera: str | int = 0,
