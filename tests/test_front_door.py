@@ -376,33 +376,22 @@ def test_the_demo_is_served_with_the_given_options(colour_bundle: Path, monkeypa
     assert (len(answer["bundles"]), answer["labels"]) == (1, ["red"])
 
 
-WRONG_CALLS: list[tuple[Callable[[Any], object], str]] = [
-    (lambda model: edge.load(None), "model is None, of type NoneType"),  # type: ignore[arg-type]
-    (lambda model: edge.load(3), "model is 3, of type int"),  # type: ignore[arg-type]
-    (lambda model: edge.load(""), "model is empty"),
-    (lambda model: edge.load("bundle", thread=1), "'thread'. Did you mean 'threads'"),  # type: ignore[call-arg]
-    (lambda model: edge.distill(data="emoji", student="resnet18", output=None), "output"),  # type: ignore[arg-type]
-    (lambda model: edge.distill(data="p", student="s", output="o", batchsize=8), "'batchsize'.*'batch_size'"),  # type: ignore[call-arg]
-    (lambda model: edge.distill(data="p", student="s", output="o", batch_size="8"), "batch_size"),  # type: ignore[arg-type]
-    (lambda model: edge.index("bundle", None, "index"), "folder"),  # type: ignore[arg-type]
-    (lambda model: edge.evaluate("bundle", "emoji", template="a {}"), "'template'.*'templates'"),  # type: ignore[call-arg]
-    (lambda model: edge.export("run", "o", precison="int8"), "'precison'.*'precision'"),  # type: ignore[call-arg]
-    (lambda model: edge.serve("o", allow_hosts=["camera"]), "'allow_hosts'.*'allow_host'"),  # type: ignore[call-arg]
-    (lambda model: edge.quickstart("o", steps=3), "Unknown quickstart option 'steps'"),  # type: ignore[call-arg]
-    (lambda model: edge.stitch("s", "o", names="imagenet", text="b", size=64), "Unknown stitch option 'size'"),  # type: ignore[call-arg]
-    (lambda model: model.classify("a.png", ["red"], tops=5), r"Unknown Model\.classify option 'tops'.*'top'"),
-    (lambda model: model.classify_camera(label=["red"]), r"Model\.classify_camera option 'label'.*'labels'"),
-    (lambda model: edge.ZeroShotClassifier(model, ["red"], template="a"), "'template'.*'templates'"),  # type: ignore[call-arg]
-    (lambda model: edge.ZeroShotClassifier(model, ["red"]).classify([], k=1), r"Unknown .*\.classify option 'k'"),  # type: ignore[call-arg]
+WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
+    (lambda: edge.distill(data="emoji", student="resnet18", output=None), "output"),  # type: ignore[arg-type]
+    (lambda: edge.distill(data="p", student="s", output="o", batchsize=8), "'batchsize'.*'batch_size'"),  # type: ignore[call-arg]
+    (lambda: edge.distill(data="p", student="s", output="o", batch_size="8"), "batch_size"),  # type: ignore[arg-type]
+    (lambda: edge.index("bundle", None, "index"), "folder"),  # type: ignore[arg-type]
+    (lambda: edge.export("run", "o", precison="int8"), "'precison'.*'precision'"),  # type: ignore[call-arg]
+    (lambda: edge.serve("o", allow_hosts=["camera"]), "'allow_hosts'.*'allow_host'"),  # type: ignore[call-arg]
+    (lambda: edge.quickstart("o", steps=3), "Unknown quickstart option 'steps'"),  # type: ignore[call-arg]
+    (lambda: edge.stitch("s", "o", names="imagenet", text="b", size=64), "Unknown stitch option 'size'"),  # type: ignore[call-arg]
 ]
 
 
 @pytest.mark.parametrize(("call", "message"), WRONG_CALLS)
-def test_a_call_with_a_wrong_argument_is_refused_in_one_sentence(
-    colour_bundle: Path, call: Callable[[Any], object], message: str
-) -> None:
+def test_a_call_with_a_wrong_argument_is_refused_in_one_sentence(call: Callable[[], object], message: str) -> None:
     with pytest.raises(edge.UsageError, match=message):
-        call(edge.load(colour_bundle))
+        call()
 
 
 def test_onnx_runtime_sends_nothing_to_its_makers(colour_bundle: Path, colour_images: Path, tmp_path: Path) -> None:

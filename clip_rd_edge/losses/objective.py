@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.losses import bank, contrastive, feature, relational  # noqa: F401  they register their terms
+from clip_rd_edge.losses import shipped  # noqa: F401  it registers its terms
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind, Scales
 from clip_rd_edge.losses.terms import EmbeddingBatch, Need, Products, TeacherScale, find_term, place_of
 from clip_rd_edge.utils.structs import CheckedError

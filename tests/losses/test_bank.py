@@ -10,9 +10,9 @@ import torch
 from losses_in_numpy import rows
 from torch import Tensor
 
-from clip_rd_edge.losses import bank as bank_module
-from clip_rd_edge.losses.bank import bank_divergence
+from clip_rd_edge.losses import shipped
 from clip_rd_edge.losses.objective import Objective, Weights
+from clip_rd_edge.losses.shipped import bank_divergence
 from clip_rd_edge.losses.terms import Bank, EmbeddingBatch
 
 SCALE, PAIRS, WIDTH = 20.0, 6, 8
@@ -44,7 +44,7 @@ def test_blocks_of_rows_add_up_to_the_whole(entries: int, monkeypatch: pytest.Mo
     student, teacher, bank = rows(PAIRS, WIDTH, 0).requires_grad_(), rows(PAIRS, WIDTH, 1), rows(11, WIDTH, 2)
     whole = bank_divergence(student, teacher, bank, scale=SCALE)
     (expected,) = torch.autograd.grad(whole, student)
-    monkeypatch.setattr(bank_module, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(shipped, "BLOCK_ENTRIES", entries)
     in_blocks = bank_divergence(student, teacher, bank, scale=SCALE)
     torch.testing.assert_close(in_blocks, whole)
     torch.testing.assert_close(torch.autograd.grad(in_blocks, student)[0], expected)
@@ -60,7 +60,7 @@ def test_no_product_exceeds_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
                 self.entries = max(self.entries, result.numel())
             return result
 
-    monkeypatch.setattr(bank_module, "BLOCK_ENTRIES", 4_000)
+    monkeypatch.setattr(shipped, "BLOCK_ENTRIES", 4_000)
     student, teacher, bank = rows(64, WIDTH, 0).requires_grad_(), rows(64, WIDTH, 1), rows(1_000, 2, seed=2)
     with LargestTensor() as largest:
         bank_divergence(student[:, :2], teacher[:, :2], bank, scale=SCALE).backward()
