@@ -8,14 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-import numpy as np
-import torch
 from PIL import Image
 
-from clip_rd_edge.bundle.encoder import Embeddings
-from clip_rd_edge.bundle.images import in_bounded_batches
 from clip_rd_edge.bundle.runs import REPORT_FOLDER, RUN_CONFIG_FILE, WEIGHTS_FILE
-from clip_rd_edge.data.samples import BadSamples
 from clip_rd_edge.data.tasks import Task
 from clip_rd_edge.distillation.checkpoint import host_generators_kept, list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
@@ -38,14 +33,11 @@ from clip_rd_edge.errors import in_one_line
 from clip_rd_edge.exporting.calibration import choose_pairs, keep_pairs
 from clip_rd_edge.models.clip import float32_on_cpu
 from clip_rd_edge.models.edit import interpolate_clip
-from clip_rd_edge.models.encoder import BATCH_SIZE, TorchEncoder
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.students import TEACHER
 from clip_rd_edge.utils.files import write_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import to_yaml
-
-_HISTOGRAM_PAIRS = 512
 
 
 @host_generators_kept()
@@ -147,11 +139,8 @@ def _save_student(run: Run, setup: RunSetup, state: TrainingState) -> None:
             )
     record = {**provenance(config, setup, steps=state.steps), "evaluation": evaluation}
     save_clip(run.student, student, provenance=record)
-    embeddings = dict[str, tuple[Embeddings, Embeddings]]()
-    with _forgiven(run, "the similarities of pairs could not be plotted"):
-        embeddings = histogram_embeddings(setup)
     with _forgiven(run, f"the plots in {run.folder / REPORT_FOLDER} could not be drawn"):
-        plot_run(run.folder, run.folder / REPORT_FOLDER, embeddings)
+        plot_run(run.folder, run.folder / REPORT_FOLDER)
 
 
 @contextmanager
@@ -161,35 +150,3 @@ def _forgiven(run: Run, what: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - also images that cannot be read now
         run.reporter.note(f"{what}: {in_one_line(error)}")
-
-
-def histogram_embeddings(setup: RunSetup) -> dict[str, tuple[Embeddings, Embeddings]]:
-    """Embed up to 512 random pairs with student and teachers: image and text embeddings, (N, D) each, by model.
-
-    Stored teachers are left out: their embeddings are those of other crops. Several teachers are one, see
-    `losses.ensemble`. Empty if there are no pairs.
-    """
-    indices = np.random.default_rng(0).permutation(setup.pairs.counts.pairs)[:_HISTOGRAM_PAIRS]
-    if not len(indices):
-        return {}
-    bad = BadSamples(setup.pairs, max_share=1)  # the training has refused too many; a plot refuses no trained student
-    captions = list[str]()
-
-    def images() -> Iterator[Image.Image]:
-        for index in indices.tolist():
-            image, own = bad.take(index)
-            captions.append(own[0])
-            yield image
-
-    encoders = [TorchEncoder(clip) for clip in (setup.student, *(setup.teachers if setup.ensemble else ()))]
-    parts = [list[Embeddings]() for _ in encoders]
-    for batch in in_bounded_batches(images(), BATCH_SIZE):
-        for part, encoder in zip(parts, encoders, strict=True):
-            part.append(encoder.encode_images(batch))
-        del batch  # before the next images are opened
-    sides = [[np.concatenate(part) for part in parts], [encoder.encode_texts(captions) for encoder in encoders]]
-    embeddings = {"student": (sides[0][0], sides[1][0])}
-    if setup.teachers and setup.ensemble:
-        image, text = (setup.ensemble.join([torch.from_numpy(part) for part in side[1:]]).numpy() for side in sides)
-        embeddings["teacher"] = (image, text)
-    return embeddings

@@ -230,22 +230,16 @@ class EncoderOfAllProcesses:
         return np.concatenate(rows)
 
 
-STUDENT_COLOUR, TEACHER_COLOUR, NEUTRAL_COLOUR = "#c2410c", "#1d4ed8", "#6b7280"
+STUDENT_COLOUR, TEACHER_COLOUR = "#c2410c", "#1d4ed8"
 
 
-def plot_run(run: Path, folder: Path, embeddings: dict[str, tuple[Embeddings, Embeddings]] | None = None) -> None:
-    """Plot `losses.png`, `geometry.png`, `evaluation.png` and `similarity.png` into `folder`, as far as there is data.
-
-    Args:
-        embeddings: for `student` and `teacher`, image and text embeddings of the same pairs, (N, D) each.
-    """
+def plot_run(run: Path, folder: Path) -> None:
+    """Plot `losses.png`, `geometry.png` and `evaluation.png` into `folder`, as far as there is data."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = read_metrics(run)
     _plot_losses(lines, folder / "losses.png")
     _plot_geometry(lines, folder / "geometry.png")
     _plot_evaluations(lines, folder / "evaluation.png")
-    if embeddings:
-        _plot_histograms(embeddings, folder / "similarity.png")
 
 
 def _plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
@@ -291,21 +285,6 @@ def _plot_evaluations(lines: list[dict[str, Any]], path: Path) -> None:
             )
         axis.set_ylabel("%")
         axis.legend(frameon=False, fontsize=9)
-
-
-def _plot_histograms(embeddings: dict[str, tuple[Embeddings, Embeddings]], path: Path) -> None:
-    with _figure(path, len(embeddings), "Cosine of images and captions after training", xlabel="cosine") as axes:
-        for axis, (model, (image, text)) in zip(axes, embeddings.items(), strict=True):
-            cosine = image @ text.T
-            diagonal = np.eye(len(cosine), dtype=bool)
-            low, high = float(cosine.min()), float(cosine.max())
-            bins = np.linspace(low, max(high, low + 1e-3), 60)  # an untrained model may map everything to one point
-            colour = STUDENT_COLOUR if model == "student" else TEACHER_COLOUR
-            axis.hist(cosine[diagonal], bins=bins, density=True, color=colour, alpha=0.75, label="matching pairs")
-            axis.hist(cosine[~diagonal], bins=bins, density=True, color=NEUTRAL_COLOUR, alpha=0.5, label="other pairs")
-            axis.set_title(model, fontsize=10)
-            axis.set_yticks([])
-            axis.legend(frameon=False, fontsize=9)
 
 
 class Prediction(NamedTuple):

@@ -144,12 +144,6 @@ def _named_failures(folder: Path, stop: StopRequest) -> Iterator[None]:
                 f"{str(full).partition(';')[0]}; the run {folder} goes on from {kept}.",
                 hint=f"free some space, then {_RESUME}",
             ) from error
-        is_of_run = isinstance(error, FileNotFoundError) and folder in Path(str(error.filename)).parents
-        if is_of_run and not folder.exists():
-            raise UsageError(
-                f"The folder of the run, {folder}, was moved or removed while it was being written.",
-                hint="move it back and resume with the same command and {resume}, or begin again without",
-            ) from error
         raise
 
 

@@ -14,15 +14,13 @@ import inspect
 import os
 import re
 import secrets
-import sys
 import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Mapping
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -34,7 +32,7 @@ from clip_rd_edge.errors import InterruptedRunError, MissingExtraError, UsageErr
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
-from clip_rd_edge.utils.text import one_line, shown_source, shown_sources
+from clip_rd_edge.utils.text import one_line, shown_sources
 
 TENSORBOARD_FOLDER = "tensorboard"
 TRACKING_FILE = "tracking.json"
@@ -80,8 +78,7 @@ def require_tracker(name: TrackerName | None) -> None:
     if importlib.util.find_spec(name) is None:
         raise MissingExtraError(name, extra=_EXTRAS[name], purpose=f"{{report_to}} {name}")
     if name == "wandb":
-        if any(_has_secret(word) for word in sys.argv):
-            os.environ["WANDB__DISABLE_META"] = "true"  # or else it publishes the command line
+        os.environ.setdefault("WANDB__DISABLE_META", "true")  # the command line, which may hold a secret
         _require_login()
 
 
@@ -171,8 +168,8 @@ class Tracking(msgspec.Struct, frozen=True, omit_defaults=True):
 class RemoteRun(Tracker):
     """A run of a tracking service; a distillation that is resumed continues it.
 
-    Training does not depend on the service: what cannot be reported is kept and reported later, at the latest by the
-    resumed run.
+    Training does not depend on the service: what cannot be reported is read from metrics.jsonl and reported later, at
+    the latest by the resumed run.
 
     Args:
         config: shown as the run's settings, but for what may be a secret in the addresses of data.
@@ -180,8 +177,7 @@ class RemoteRun(Tracker):
     """
 
     def __init__(self, run: Path, service: Service, config: RunConfig, reporter: Reporter) -> None:
-        self._path, self._service, self._reporter = run / TRACKING_FILE, service, reporter
-        self._pending = deque[tuple[int, dict[str, float]]]()
+        self._run, self._path, self._service, self._reporter = run, run / TRACKING_FILE, service, reporter
         self._retry_at = 0.0  # when to report again after a failure, by the monotonic clock
         self._all = read_json(self._path, Tracking) if self._path.is_file() else Tracking()
         known: Reported | None = getattr(self._all, service.key)
@@ -196,44 +192,45 @@ class RemoteRun(Tracker):
         if known and not is_same:
             reporter.note(f"{service.name} no longer has the run {known.identity}: {identity} replaces it")
         self._record(known if known and is_same else Reported(identity))
-        for line in read_metrics(run):  # what a run before this one logged, but did not report
-            self.write(line)
+        self._report_missing()
 
     def write(self, line: Mapping[str, float | None]) -> None:
-        step, figures = _figures(line)
-        if step > self._reported.step and (not self._pending or step > self._pending[-1][0]):
-            self._report(step, figures)
+        if self._retry_at:
+            self._report_missing()
+        elif line["step"] and line["step"] > self._reported.step:
+            self._report(line)
 
     def add(self, line: Mapping[str, float | None]) -> None:
-        self._report(*_figures(line))
+        if not self._retry_at:
+            self._report(line)
 
     def close(self, outcome: Outcome) -> None:
-        self._retry_at = 0.0
-        self._flush()
+        if self._retry_at:
+            self._report_missing(at_once=True)
         try:
             self._service.close(outcome)
         except Exception as error:  # noqa: BLE001 - a run must not end by what its tracker raises
             self._say_failed(error)
 
-    def _report(self, step: int, figures: dict[str, float]) -> None:
-        self._pending.append((step, figures))
-        self._flush()
+    def _report_missing(self, *, at_once: bool = False) -> None:
+        """Report the steps of metrics.jsonl that the service has not, unless it has just failed."""
+        if at_once or time.monotonic() >= self._retry_at:
+            missing = (line for line in read_metrics(self._run) if line["step"] > self._reported.step)
+            if all(map(self._report, missing)):
+                self._retry_at = 0.0
 
-    def _flush(self) -> None:
-        if time.monotonic() < self._retry_at:
-            return
-        while self._pending:
-            step, figures = self._pending[0]
-            try:
-                self._service.log(step, figures)
-            except Exception as error:  # noqa: BLE001 - as above
-                if not self._retry_at:
-                    self._say_failed(error)
-                self._retry_at = time.monotonic() + _RETRY_INTERVAL_S
-                return
-            self._pending.popleft()
-            self._record(msgspec.structs.replace(self._reported, step=max(step, self._reported.step)))
-        self._retry_at = 0.0
+    def _report(self, line: Mapping[str, float | None]) -> bool:
+        """Report a line; return whether the service has it."""
+        step, figures = _figures(line)
+        try:
+            self._service.log(step, figures)
+        except Exception as error:  # noqa: BLE001 - as above
+            if not self._retry_at:
+                self._say_failed(error)
+            self._retry_at = time.monotonic() + _RETRY_INTERVAL_S
+            return False
+        self._record(msgspec.structs.replace(self._reported, step=max(step, self._reported.step)))
+        return True
 
     def _record(self, reported: Reported) -> None:
         self._reported = reported
@@ -276,11 +273,6 @@ class WandbService(Service):
 
     def close(self, outcome: Outcome) -> None:
         self._run.finish(exit_code=0 if outcome == "finished" else 1)
-
-
-def _has_secret(word: str) -> bool:
-    """Return whether a word of a command line, such as `--data=URL`, is an address that is not shown as it is."""
-    return any(shown_source(part) != part for part in (word, word.partition("=")[2]))
 
 
 def _require_login() -> None:
@@ -367,12 +359,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-class _Line(NamedTuple):
-    step: int
-    figures: dict[str, float]
-
-
-def _figures(line: Mapping[str, float | None]) -> _Line:
+def _figures(line: Mapping[str, float | None]) -> tuple[int, dict[str, float]]:
     """Return the step and the finite figures of a line of metrics.jsonl."""
     figures = {name: x for name, x in line.items() if name != "step" and x is not None and isfinite(x)}
-    return _Line(int(line["step"] or 0), figures)
+    return int(line["step"] or 0), figures

@@ -39,7 +39,6 @@ from clip_rd_edge.errors import (
     DivergedRunError,
     InputError,
     InterruptedRunError,
-    UnreachableError,
     UsageError,
 )
 from clip_rd_edge.losses import terms
@@ -400,19 +399,18 @@ def test_a_run_is_not_finished_because_it_has_fewer_pairs(config: RunConfig, tmp
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 17))
 
 
-def test_images_that_are_out_of_reach_after_the_last_step_cost_no_trained_student(
+def test_plots_that_cannot_be_drawn_cost_no_student(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def take(*_: object) -> None:
+    def plot(*_: object) -> None:
         assert (tmp_path / "run" / "student").is_dir()  # whatever may happen now, such as a kill
-        raise UnreachableError("Cannot read http://photos: it is away.")
+        raise ValueError("no font was found")
 
-    monkeypatch.setattr("clip_rd_edge.distillation.distill.BadSamples.take", take)
+    monkeypatch.setattr("clip_rd_edge.distillation.distill.plot_run", plot)
     watch = Watch()
     student = run_distillation(config, tmp_path / "run", resume=False, reporter=watch)
     load_clip(f"local-dir:{student}")
-    assert watch.noted[-1] == "the similarities of pairs could not be plotted: Cannot read http://photos: it is away"
-    assert not (tmp_path / "run" / "report" / "similarity.png").exists()
+    assert watch.noted[-1] == f"the plots in {tmp_path / 'run' / 'report'} could not be drawn: no font was found"
 
 
 def test_a_run_is_resumed_from_another_working_directory(
