@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import errno
 import inspect
-import json
 import os
 import re
 import subprocess
@@ -197,15 +196,6 @@ def test_an_image_can_be_given_in_any_form(colour_bundle: Path, colour_images: P
     assert model.classify(FORMS[form](path), labels=["red", "blue"])[0].label == "red"
 
 
-def test_greyscale_palette_and_cmyk_images_work(colour_bundle: Path, colour_images: Path) -> None:
-    model = edge.load(colour_bundle)
-    image = Image.open(colour_images / "red.png")
-    grey = np.asarray(image.convert("L"))
-    np.testing.assert_array_equal(model.encode_images(grey), model.encode_images(np.stack([grey] * 3, axis=2)))
-    for mode in ("P", "CMYK"):
-        assert model.classify(image.convert(mode), labels=["red", "blue"])[0].label == "red"
-
-
 def test_single_inputs_give_single_results_and_lists_give_lists(colour_bundle: Path, colour_images: Path) -> None:
     model = edge.load(colour_bundle)
     width = model.describe().embedding_size
@@ -218,28 +208,6 @@ def test_single_inputs_give_single_results_and_lists_give_lists(colour_bundle: P
     answers = model.classify(paths, labels=["red", "green", "blue"])
     assert [answer[0].label for answer in answers] == ["red", "green", "blue"]
     assert model.classify(paths[0], labels="red")[0] == ("red", 1.0)  # one label, not three letters
-
-
-def test_invalid_images_are_refused(colour_bundle: Path, tmp_path: Path) -> None:
-    model = edge.load(colour_bundle)
-    (tmp_path / "text.png").write_text("not an image")
-    floats, channels = np.zeros((8, 8, 3), dtype=np.float32), np.zeros((8, 8, 5), dtype=np.uint8)
-    wrong: list[Any] = [floats, channels, tmp_path / "missing.png", [3], [tmp_path / "text.png"] * 2]
-    for images in wrong:
-        with pytest.raises(edge.InputError):
-            model.encode_images(images)
-
-
-def test_label_embeddings_are_reused_between_calls(colour_bundle: Path, colour_images: Path) -> None:
-    model = edge.load(colour_bundle)
-    prompt_counts: list[int] = []
-    encode = model.encoder.encode_texts
-    model.encoder.encode_texts = lambda prompts: prompt_counts.append(len(prompts)) or encode(prompts)  # type: ignore[method-assign, func-returns-value]
-    for _ in range(3):
-        model.classify(colour_images / "red.png", labels=["red", "blue"], cache=False)
-    assert prompt_counts == [2]
-    model.classify(colour_images / "red.png", labels=["red", "green"], cache=False)
-    assert prompt_counts == [2, 2]
 
 
 def test_a_classifier_accepts_a_model(colour_bundle: Path, colour_images: Path) -> None:
@@ -320,43 +288,6 @@ def test_a_student_can_be_distilled_exported_and_loaded(pairs_csv: Path, tmp_pat
     assert {answer.label for answer in model.classify(np.zeros((9, 9, 3), np.uint8))} == {"a cat", "a dog"}
     with pytest.raises(edge.UsageError, match="is already a bundle"):
         edge.export(bundle, tmp_path / "again")
-
-
-def test_the_names_of_columns_apply_to_a_table_that_is_a_task(pairs_csv: Path, tmp_path: Path) -> None:
-    renamed = tmp_path / "renamed.csv"
-    renamed.write_text(pairs_csv.read_text().replace("filepath,title", "image,text", 1))
-    columns: Any = {"csv_img_key": "image", "csv_caption_key": "text"}
-    run = edge.distill(
-        data=renamed, student="test_resnet", output=tmp_path / "run", recipe="clip", steps=1, batch_size=8, text="64x1",
-        image_size=32, context_length=8, embedding_size=16, precision="fp32", workers=0, tasks=renamed, **columns,
-    )  # fmt: skip
-    (score,) = edge.evaluate(run, renamed, **columns)
-    assert score.images == 24
-    with pytest.raises(edge.InputError, match=r"renamed\.csv has no column 'filepath'"):
-        edge.evaluate(run, renamed)
-
-
-def test_paths_may_be_texts_or_path_objects(pairs_csv: Path, colour_images: Path, tmp_path: Path) -> None:
-    task = tmp_path / "task"
-    for colour in ("red", "green"):
-        (task / colour).mkdir(parents=True)
-        (task / colour / "image.png").write_bytes((colour_images / f"{colour}.png").read_bytes())
-    recipe = tmp_path / "own.yaml"
-    recipe.write_text(edge.recipe("clip"), encoding="utf-8")
-    run = edge.distill(
-        data=pairs_csv, student="test_resnet", output=tmp_path / "run", recipe=recipe, steps=1, batch_size=8,
-        text="64x1", image_size=32, context_length=8, embedding_size=16, precision="fp32", workers=0, tasks=[task],
-    )  # fmt: skip
-    assert json.loads((run / "best" / "distillation.json").read_text())["tasks_sha256"].keys() == {"task"}
-    cache = edge.embed(data=pairs_csv, teacher=run, output=tmp_path / "cache", recipe="clip-kd", workers=0)
-    again = edge.distill(
-        data=pairs_csv, student=run, teacher=run, store=cache, views=1, output=tmp_path / "again",
-        recipe="clip-kd", steps=1, batch_size=8, precision="fp32", workers=0, tasks=task,
-    )  # fmt: skip
-    (score,) = edge.evaluate(again, task)
-    assert edge.evaluate(again, [task, str(task)]) == [score]
-    with pytest.raises(edge.InputError, match=r"pairs\.csv has 24 pairs; at least 32"):  # read, after all
-        edge.export(again, tmp_path / "int8", precision="int8", calibration=pairs_csv)
 
 
 def test_devices_and_doctor() -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 from PIL import Image
-from support import Watch
 
 from clip_rd_edge.benchmarking import accuracy
 from clip_rd_edge.benchmarking.accuracy import (
@@ -29,7 +28,6 @@ from clip_rd_edge.bundle.encoder import normalise
 from clip_rd_edge.bundle.images import ImageFile, open_image
 from clip_rd_edge.data.shard_index import open_shard
 from clip_rd_edge.data.tasks import RetrievalTask, ZeroShotTask, load_task
-from clip_rd_edge.errors import InputError
 
 Make = Callable[..., Any]
 
@@ -74,16 +72,6 @@ def test_zero_shot_of_many_images_and_labels_needs_no_matrix_of_all_pairs(
     )
 
 
-@pytest.mark.parametrize(("labels", "top5"), [(4, None), (5, 1.0)])
-def test_there_is_no_top5_with_fewer_than_five_labels(
-    make_encoder: Make, colour_task: ZeroShotTask, labels: int, top5: float | None
-) -> None:
-    short = replace(
-        colour_task, images=colour_task.images[:3], targets=colour_task.targets[:3], labels=colour_task.labels[:labels]
-    )
-    assert zero_shot(make_encoder(), short).score.top5 == top5
-
-
 def test_retrieval_accepts_any_caption_of_an_image(make_encoder: Make, colour_retrieval: RetrievalTask) -> None:
     answers = retrieval(make_encoder(), colour_retrieval)
     score, (images, captions) = answers.score, answers.correctness
@@ -106,25 +94,6 @@ def test_corrected_labels_and_captions_make_other_questions(
     )
     for task, other in zip((colour_task, colour_retrieval), corrected, strict=True):
         assert pack_correctness(task, TOP1, hits).questions != pack_correctness(other, TOP1, hits).questions
-
-
-def test_images_are_embedded_in_batches(
-    make_encoder: Make, colour_task: ZeroShotTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(accuracy, "BATCH_SIZE", 4)
-    encoder, watch = make_encoder(), Watch()
-    zero_shot(encoder, colour_task, reporter=watch)
-    assert encoder.batches == [4, 2]
-    assert [(step, total) for _, step, total in watch.updates] == [(4, 6), (6, 6)]
-
-
-def test_a_task_without_images_or_captions_is_an_error(
-    make_encoder: Make, colour_task: ZeroShotTask, colour_retrieval: RetrievalTask
-) -> None:
-    with pytest.raises(InputError, match="'colours' has no images"):
-        zero_shot(make_encoder(), replace(colour_task, images=(), targets=()))
-    with pytest.raises(InputError, match="'colours, retrieval' has no captions"):
-        retrieval(make_encoder(), replace(colour_retrieval, captions=(), caption_images=()))
 
 
 def test_large_images_are_embedded_in_smaller_batches(

@@ -19,13 +19,11 @@ from clip_rd_edge.benchmarking.regression import (
     Changes,
     change_noise,
     compare_runs,
-    latency_noise,
     pooled_deviation,
     relative_change,
     run_noise,
 )
-from clip_rd_edge.benchmarking.report import remarks
-from clip_rd_edge.benchmarking.results import MissingTask, Results, SkippedRow
+from clip_rd_edge.benchmarking.results import Results, SkippedRow
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils import timing
 
@@ -227,88 +225,10 @@ def test_latencies_are_compared_in_the_same_circumstances_alone(
     assert not (obstacle and "too noisy" in " ".join(changes.remarks))
 
 
-def test_latencies_of_a_single_round_are_not_compared(simulate: Simulate) -> None:
-    several, single = simulate(rounds=2), simulate(rounds=1, slow="INT8")
-    for old, new, name in ((several, single, "new"), (single, several, "old")):
-        changes = compare_runs(old, new)
-        assert (changes.latencies, changes.regressions) == ((), 0)
-        assert changes.remarks[0].startswith(f"Latency is not compared: a single round in the {name} run ")
-    assert (latency_noise(single), "Noise: unknown" in " ".join(remarks(single))) == (None, True)
-    assert (latency_noise(several) or 0) > 0
-    assert verdicts(compare_runs(several, simulate(rounds=2, slow="INT8")))["INT8"] == {"regression"}
-
-
-def test_latencies_on_a_gpu_are_not_compared_with_those_on_another(results: Results) -> None:
-    def on(gpu: str, *devices: str) -> Results:
-        rows = [
-            replace(row, description=replace(row.description, device=device))
-            for row, device in zip(results.rows, devices, strict=False)
-        ]
-        environment = replace(results.environment, accelerator=gpu)
-        rows += results.rows[len(rows) :]
-        return replace(results, rows=tuple(rows), environment=environment, other_load=None)
-
-    teacher = results.rows[0].label
-    changes = compare_runs(on("NVIDIA L4", "cuda + cpu"), on("NVIDIA H100", "cuda + cpu"))
-    assert {change.row for change in changes.latencies} == {row.label for row in results.rows[1:]}
-    assert f"Latency of {teacher} is not compared: the GPUs differ, NVIDIA L4 and NVIDIA H100." in changes.remarks
-    assert teacher in {change.row for change in changes.accuracies}
-    same = compare_runs(on("NVIDIA L4", "cuda"), on("NVIDIA L4", "cuda"))
-    assert teacher in {change.row for change in same.latencies}
-    everywhere = ["cuda"] * len(results.rows)
-    assert compare_runs(on("", *everywhere), on("NVIDIA L4", *everywhere)).latencies == ()
-
-
-def test_noisy_latencies_are_reported(results: Results) -> None:
-    results = replace(results, other_load=None)
-
-    def with_noise(row: Any) -> Any:
-        image = replace(row.latency.image, blocks=(1.0, 3.0))
-        return replace(row, latency=replace(row.latency, image=image))
-
-    reference = replace(results.reference, image=(1.0, 1.0))
-    noisy = replace(results, rows=tuple(map(with_noise, results.rows)), reference=reference)
-    assert "too noisy to detect a change of 15\u00a0%" in " ".join(compare_runs(noisy, noisy).remarks)
-
-
 def test_runs_without_a_common_model_are_an_error(results: Results) -> None:
     renamed = tuple(replace(row, label=f"My {row.label}") for row in results.rows)
     with pytest.raises(InputError):
         compare_runs(results, replace(results, rows=renamed))
-
-
-@pytest.fixture
-def with_two_tasks(results: Results) -> Results:
-    """The results with a second task, `flowers`."""
-
-    def twice(row: Any, name: str) -> Any:
-        (one,) = getattr(row, name)
-        return one, replace(one, task="flowers")
-
-    rows = tuple(
-        replace(row, scores=twice(row, "scores"), correctness=twice(row, "correctness")) for row in results.rows
-    )
-    return replace(results, rows=rows)
-
-
-def test_a_lost_task_is_a_regression(results: Results, with_two_tasks: Results) -> None:
-    changes = compare_runs(with_two_tasks, results)
-    assert (changes.lost, changes.regressions) == ({"flowers": "The suite has no task of this name."}, 1)
-    missing = (MissingTask(name="flowers", reason="There is no folder flowers."),)
-    changes = compare_runs(with_two_tasks, replace(results, missing=missing))
-    assert changes.lost == {"flowers": "There is no folder flowers."}
-    changes = compare_runs(results, with_two_tasks)
-    assert (changes.lost, changes.uncompared, changes.regressions) == ({}, (), 0)
-
-
-def test_one_of_two_tasks_with_other_images_is_not_compared(with_two_tasks: Results) -> None:
-    rows = [
-        replace(row, correctness=(first, replace(second, images="others")))
-        for row in with_two_tasks.rows
-        for first, second in [row.correctness]
-    ]
-    changes = compare_runs(with_two_tasks, replace(with_two_tasks, rows=tuple(rows)))
-    assert (changes.uncompared, {change.task for change in changes.accuracies}) == (("flowers",), {"task"})
 
 
 def test_blocks_of_one_model_that_agree_by_chance_have_the_noise_of_all_models() -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -14,13 +14,9 @@ from rich.console import Console
 
 from clip_rd_edge.benchmarking import tables
 from clip_rd_edge.benchmarking.metrics import RetrievalScore, ZeroShotScore
-from clip_rd_edge.benchmarking.report import markdown, page, remarks, write_between_markers, write_report
+from clip_rd_edge.benchmarking.report import markdown, page, remarks, write_report
 from clip_rd_edge.benchmarking.results import MissingTask, Results, SkippedRow, read_results
-from clip_rd_edge.benchmarking.run import run_suite
-from clip_rd_edge.benchmarking.suite import Suite
-from clip_rd_edge.benchmarking.tables import class_table, details, score_tables, terminal_tables
-from clip_rd_edge.data.tasks import RetrievalTask
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.benchmarking.tables import details, terminal_tables
 from clip_rd_edge.utils.paths import shipped_path
 from clip_rd_edge.utils.text import each_text
 
@@ -191,21 +187,6 @@ def test_terminal_tables_cut_nothing_and_fit(with_retrieval: Results, width: int
     assert "67\u00a0%" in text
 
 
-@pytest.mark.parametrize("width", [40, 60, 80, 200])
-def test_score_tables_cut_neither_names_nor_figures(with_retrieval: Results, width: int) -> None:
-    scores = [
-        replace(score, task=f"product-photos-winter-{year}")
-        for score in with_retrieval.rows[0].scores
-        for year in (2025, 2026)
-    ]
-    classes = [class_table(score) for score in scores if isinstance(score, ZeroShotScore)]
-    text = printed(*score_tables(scores, width), *classes, width=width)
-    assert "…" not in text
-    for figure in ("75.8 to 100.0", "12.3 / 45.6 / –", "Prompt templates: "):
-        assert figure in text
-    assert {"2025", "2026"} <= set(re.findall(r"\d{4}", text))
-
-
 @pytest.mark.usefixtures("real_plots")
 def test_write_report_writes_all_files(results: Results, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "report"
@@ -215,21 +196,6 @@ def test_write_report_writes_all_files(results: Results, tmp_path: Path) -> None
     assert read_results(folder / "results.json") == results
     assert (folder / "accuracy-latency.png").read_bytes().startswith(b"\x89PNG")
     assert "![" in (folder / "report.md").read_text()
-
-
-@pytest.mark.usefixtures("real_plots")
-def test_a_suite_with_only_retrieval_has_no_plot_and_no_samples(
-    suite: Suite, open_fake: Callable[[str], Any], colour_retrieval: RetrievalTask, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(Suite, "load_tasks", lambda self: [colour_retrieval])
-    write_report(run_suite(suite, open_fake), tmp_path / "report")
-    assert not (tmp_path / "report" / "accuracy-latency.png").exists()
-    text = (tmp_path / "report" / "report.md").read_text()
-    assert "![" not in text
-    assert "Compared with the teacher, the student before export is **1.5× smaller**" in text
-    assert "Image → text, R@1, %" in text
-    assert "<figure" not in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_no_file_of_a_report_has_the_folder_of_this_package_or_a_secret(results: Results, tmp_path: Path) -> None:
@@ -251,18 +217,6 @@ def test_no_file_of_a_report_has_the_folder_of_this_package_or_a_secret(results:
     assert read.skipped[0].hint == "pip install 'clip-rd-edge[train]'"
     assert read.suite.tasks == ("clip-rd-edge/photos", f"{clone}s", "https://a.example/{0..9}.tar")
     assert read.samples == results.samples
-
-
-def test_the_text_between_the_markers_is_replaced(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- table: begin -->\nold\n<!-- table: end -->\nafter\n")
-    write_between_markers(page, "table", "| new |")
-    assert page.read_text() == "before\n<!-- table: begin -->\n| new |\n<!-- table: end -->\nafter\n"
-    page.write_bytes(b"before\r\n<!-- table: begin -->\r\n<!-- table: end -->\r\n")
-    write_between_markers(page, "table", "| a |\n| b |")
-    assert page.read_bytes() == b"before\r\n<!-- table: begin -->\r\n| a |\r\n| b |\r\n<!-- table: end -->\r\n"
-    with pytest.raises(InputError):
-        write_between_markers(page, "other", "| new |")
 
 
 @pytest.mark.parametrize("name", ["towers", "peers"])

@@ -2,29 +2,22 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 from PIL import Image
-from support import Watch
 
 from clip_rd_edge.benchmarking.accuracy import RetrievalPredictions
 from clip_rd_edge.benchmarking.metrics import Recall, RetrievalScore, ZeroShotScore
-from clip_rd_edge.benchmarking.report import markdown, page
 from clip_rd_edge.benchmarking.results import Results, read_results, this_environment, write_results
-from clip_rd_edge.benchmarking.run import DamagedCacheError, PredictionCache, is_cache, run_suite, task_state
+from clip_rd_edge.benchmarking.run import DamagedCacheError, PredictionCache, run_suite, task_state
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
-from clip_rd_edge.data.shard_files import TarMember
 from clip_rd_edge.data.tasks import RetrievalTask, load_task
 from clip_rd_edge.errors import ConfigError, InputError, MissingExtraError
-from clip_rd_edge.exporting.plan import package_versions
 
 Open = Callable[..., Any]
 
@@ -102,14 +95,6 @@ def test_an_unknown_task_is_an_error_before_any_model_is_opened(suite: Suite) ->
         run_suite(replace(suite, tasks=("emoji:unsen-style",)), lambda spec: pytest.fail(spec))
 
 
-def test_progress_names_the_row_and_the_task(suite: Suite, open_fake: Open) -> None:
-    watch = Watch()
-    run_suite(suite, open_fake, watch)
-    assert watch.updates[0] == ("Teacher: task", 12, 12)
-    assert ("Latency", 5, 5) in watch.updates
-    assert watch.updates[-1] == ("Throughput", 1, 1)
-
-
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -129,43 +114,6 @@ def test_results_are_read_as_they_were_written_and_damaged_ones_are_an_error(
     with pytest.raises(ConfigError) as caught:
         read_results(path)
     assert str(path) in str(caught.value)
-
-
-def test_missing_data_sets_and_prompt_templates_are_reported(suite: Suite, open_fake: Open) -> None:
-    root = Path(suite.root or "")
-    (root / "task" / "zeroshot_classification_templates.txt").unlink()
-    wider = replace(suite, tasks=("sun397", "task"), missing_tasks="skip")
-    measured = run_suite(wider, open_fake)
-    assert [(score.task, score.templates) for score in measured.rows[0].scores] == [("task", "80, CLIP's for ImageNet")]
-    (missing,) = measured.missing
-    assert missing.name == "sun397"
-    assert f"{root} has no folder sun397" in missing.reason
-    text = markdown(measured, plot=False)
-    assert "- **sun397** is missing: " in text
-    assert "<strong>sun397</strong>: " in page(measured)
-    assert "Prompt templates: task: 80, CLIP's for ImageNet." in text
-
-
-def test_the_installed_distribution_of_onnx_runtime_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def with_the_gpu_build(package: str) -> str:
-        if package == "onnxruntime":
-            raise PackageNotFoundError(package)
-        return "1.23.0" if package == "onnxruntime-gpu" else version(package)
-
-    monkeypatch.setattr("importlib.metadata.version", with_the_gpu_build)
-    for versions in (this_environment().packages, package_versions()):
-        assert {name: number for name, number in versions.items() if "onnxruntime" in name} == {
-            "onnxruntime-gpu": "1.23.0"
-        }
-
-
-def test_reading_package_versions_imports_neither_torch_nor_onnxruntime() -> None:
-    program = (
-        "import sys; from clip_rd_edge.benchmarking import report, results, run;"
-        "results.this_environment(); print({'torch', 'onnxruntime', 'matplotlib'} & set(sys.modules))"
-    )
-    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert process.stdout.strip() == "set()"
 
 
 @pytest.fixture
@@ -239,23 +187,6 @@ def test_an_interrupted_run_resumes_and_measures_again_what_has_changed(
     with pytest.raises(DamagedCacheError) as caught:
         run_suite(suite, open_fake, cache=cache)
     assert caught.value.hint.startswith(f"remove {cache.folder}")
-
-
-def test_a_folder_of_that_name_with_other_files_is_no_cache_and_stays(cache: PredictionCache, tmp_path: Path) -> None:
-    assert not is_cache(cache.folder)
-    shard = tmp_path / "0.tar"
-    shard.write_bytes(b"old")
-    task = RetrievalTask(name="t", images=(TarMember(shard, "a.png", 0, 3),), captions=("a",), caption_images=(0,))
-    cache.store("m", None, task, PREDICTIONS)
-    assert cache.find("m", None, task) == PREDICTIONS
-    shard.write_bytes(b"newer")
-    assert cache.find("m", None, task) is None
-    (cache.folder / ".DS_Store").touch()  # whoever looked at the folder has not put anything there
-    assert is_cache(cache.folder)
-    (cache.folder / "engine.step").write_text("mine")
-    assert not is_cache(cache.folder)
-    cache.remove()
-    assert [path.name for path in cache.folder.iterdir()] == ["engine.step"]
 
 
 def test_a_task_on_a_remote_shard_that_was_replaced_is_another_one(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -29,20 +28,6 @@ def test_seeds_table_has_means_spreads_and_paired_ratios(results: Results) -> No
     assert cells[f"{roles['student']} / {roles['teacher']}"] == "0.65× ± 0.21 (0.50 to 0.80)"
 
 
-def test_seeds_table_leaves_out_ratios_to_zero_and_what_a_run_lacks(results: Results) -> None:
-    roles = {row.role: row.label for row in results.rows}
-    nothing = with_top1(results, dict.fromkeys(roles, 0.5) | {"teacher": 0.0})
-    lines = seeds_table([nothing, results]).splitlines()
-    ratio = next(line for line in lines if f"{roles['student']} / {roles['teacher']}" in line)
-    assert ratio.split(" | ")[1].strip(" |") == "–"
-    second = replace(results.rows[0].scores[0], task="second")
-    rows = [replace(row, scores=(*row.scores, second)) for row in results.rows]
-    fewer = replace(results, rows=(results.rows[0], *rows[1:]))
-    lines = seeds_table([replace(results, rows=tuple(rows)), fewer]).splitlines()
-    assert ["±" in cell for cell in lines[2].split(" | ")] == [False, True, False]
-    assert ["±" in cell for cell in lines[3].split(" | ")] == [False, True, True]
-
-
 def test_seeds_table_leaves_out_a_task_whose_images_differ_and_says_so(results: Results) -> None:
     second = replace(results.rows[0].scores[0], task="second")
 
@@ -62,10 +47,3 @@ def test_seeds_table_leaves_out_a_task_whose_images_differ_and_says_so(results: 
     assert seeds_table([unknown, old]).splitlines()[0] == "| model | task | second |"
     with pytest.raises(InputError):
         seeds_table([old, measured("new", "new")])
-
-
-def test_a_result_that_is_given_twice_is_not_two_seeds(results: Results) -> None:
-    other = replace(results, rows=results.rows[:2])
-    copied = msgspec.convert(msgspec.to_builtins(results), Results)
-    with pytest.raises(InputError, match="results 2 and 3"):
-        seeds_table([other, results, copied])

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from PIL import Image
 from support import assert_form
 
-from clip_rd_edge.benchmarking.suite import Suite, SuiteRow, find_suite, parse_models, read_suite
+from clip_rd_edge.benchmarking.suite import Suite, SuiteRow, find_suite, read_suite
 from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.errors import ConfigError, InputError
 
@@ -96,14 +96,6 @@ def test_a_task_is_found_under_any_of_clip_benchmarks_names(tmp_path: Path, fold
     assert "under any of the names imagenet1k, wds_imagenet1k" in suite.missing()["imagenet1k"]
 
 
-@pytest.mark.parametrize("task", ["gone/", "other/test", "{root}/elsewhere/things"])
-def test_a_task_that_is_missing_is_not_replaced_by_another_folder(tmp_path: Path, task: str) -> None:
-    save_images(tmp_path, "cats", "dogs", "test/cats", "test/dogs", "things/cats", "things/dogs")
-    suite = read_suite(write(tmp_path, GOOD.replace("emoji:unseen-style", f'"{task.format(root=tmp_path)}"')))
-    with pytest.raises(InputError):
-        Suite.load_tasks(replace(suite, root=str(tmp_path), data_root=str(tmp_path)))
-
-
 def test_shards_are_found_under_the_root_and_skipped_only_if_they_are_missing(tmp_path: Path) -> None:
     image = io.BytesIO()
     Image.new("RGB", (4, 4)).save(image, "PNG")
@@ -118,16 +110,3 @@ def test_shards_are_found_under_the_root_and_skipped_only_if_they_are_missing(tm
     suite = read_suite(write(tmp_path, text))
     assert suite.missing().keys() == {"{2..3}.tar"}
     assert [len(task.images) for task in suite.load_tasks()][1:] == [2]
-
-
-def test_models_from_the_command_line_have_labels_that_differ() -> None:
-    def labels(*models: str) -> list[str]:
-        return [row.label for row in parse_models(models)]
-
-    assert labels("teacher=hf-hub:o/m", "student=runs/a", "student=runs/b/") == ["Teacher", "Student a", "Student b"]
-    assert labels("student=runs/a/best", "student=runs/b/best", "student=runs/c", "exported=best") == [
-        "Student runs/a/best", "Student runs/b/best", "Student c", "Exported",
-    ]  # fmt: skip
-    for model in ("runs/a", "pupil=runs/a", "student="):
-        with pytest.raises(ConfigError):
-            parse_models([model])

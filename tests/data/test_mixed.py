@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +14,7 @@ from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.mixed import Mixed, TrainingData, load_images, load_samples
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.samples import Counts, Sample, Samples, fingerprint
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.labels import read_texts
 
 
@@ -198,46 +196,3 @@ def test_texts_alone_are_as_many_rows_without_images() -> None:
     assert captions(samples) == [("cat",), ("dog",)]
     assert str(samples.counts) == "2 texts"
     assert (samples.read(0).file, samples.counts.has_images, list(samples.groups)) == (None, False, [2])
-
-
-@pytest.mark.parametrize(
-    ("source", "texts", "message"),
-    [
-        ({}, [], "There are no training data"),
-        ({"images": "frames"}, [], "There are images, but no captions to train on"),
-        ({"images": "frames", "templates": ("a {}",)}, [], "There are templates, but no texts"),
-        (
-            {"images": "frames", "texts": "labels.txt", "templates": ("a {}",) * 1001},
-            ["cat"],
-            "There are 1,001 templates; the limit is 1,000",
-        ),
-    ],
-)
-def test_what_is_missing_is_said(
-    frames: Path, monkeypatch: pytest.MonkeyPatch, source: dict[str, object], texts: list[str], message: str
-) -> None:
-    monkeypatch.chdir(frames.parent)
-    with pytest.raises(UsageError, match=message) as error:
-        load_samples(TrainingData(**source), given(texts))  # type: ignore[arg-type]
-    assert "name " in error.value.hint
-
-
-def test_sources_without_images_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="empty has no images"):
-        load_images(str(tmp_path / "empty"), column="filepath")
-    (tmp_path / "table.csv").write_text("filepath\ngone.png\n")
-    with pytest.raises(InputError, match=r"has no images\. 1 were left out; the first: .*gone\.png"):
-        load_images(str(tmp_path / "table.csv"), column="filepath")
-    with pytest.raises(InputError, match="s3://bucket/photos are not on this machine"):
-        load_images("s3://bucket/photos", column="filepath")
-    with pytest.raises(InputError, match="nowhere does not exist"):
-        load_images(str(tmp_path / "nowhere"), column="filepath")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems' names are Unicode")
-def test_a_name_that_is_not_utf_8_is_a_name_like_any_other(frames: Path) -> None:
-    path = next(frames.rglob("*.png")).rename(frames / os.fsdecode(b"caf\xe9.png"))
-    first = fingerprint(load_images(str(frames), column="filepath"))
-    path.rename(frames / os.fsdecode(b"caf\xe8.png"))
-    assert fingerprint(load_images(str(frames), column="filepath")) != first

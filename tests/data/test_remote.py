@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import errno
 import gc
-import itertools
-import math
 import multiprocessing
 import os
 import shlex
 import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 from support import contents, wait_until
@@ -66,46 +61,6 @@ def test_an_answer_that_stalls_is_asked_for_again_soon(
     assert contents(load_pairs(f"{server.url}/000.tar")) == contents(load_pairs(f"{shards}/000.tar"))
     assert server.fail == []
     assert time.monotonic() - started < 100  # a busy machine included; aiohttp's limit is 300 s for a whole answer
-
-
-@pytest.mark.skipif(os.name == "nt", reason="needs a folder named http:")
-def test_shards_are_fetched_through_the_proxy_of_the_environment(
-    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(shards, server.folder / "http:" / "storage.example")
-    for name in ("http_proxy", "HTTP_PROXY"):
-        monkeypatch.setenv(name, server.url)
-    monkeypatch.setenv("no_proxy", "other.example")
-    pairs = load_pairs("http://storage.example/000.tar")
-    assert contents(pairs) == contents(load_pairs(f"{shards}/000.tar"))
-    assert set(server.requests) == {"http://storage.example/000.tar"}
-
-
-def test_tries_end_two_minutes_after_the_first_failure_however_long_each_takes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def failures(seconds: float, **options: Any) -> tuple[int, float]:
-        now, tries = 0.0, 0
-
-        def wait(delay: float) -> None:
-            nonlocal now
-            now += delay
-
-        def fail() -> None:
-            nonlocal tries
-            tries += 1
-            wait(seconds)
-            raise TimeoutError("silent")
-
-        monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: now, sleep=wait))
-        with pytest.raises(InputError, match="could not be fetched: silent"):
-            remote._with_retries("s3://a/0.tar", fail, **options)
-        return tries, now
-
-    assert failures(0) == (10, 120)
-    assert failures(60) == (3, 181.5)
-    assert failures(120) == (2, 240.5)
-    assert failures(3600, limit_s=math.inf)[0] == 10  # a whole file, or the output of a command, takes what it takes
 
 
 @pytest.mark.parametrize(("signal_name", "code"), [("SIGINT", 130), ("SIGTERM", -15)])
@@ -194,15 +149,6 @@ def test_a_shard_that_was_replaced_since_it_was_indexed_is_not_read_as_the_one_b
     with pytest.raises(UnreachableError, match=r"000\.tar has changed while it was read"):
         pairs.read(0)
     assert load_pairs(f"{server.url}/000.tar").read(0).captions == ("grey 3",)
-
-
-def test_machines_of_a_farm_may_give_a_shard_marks_of_their_own(
-    server: UnreliableServer, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ask, marks = remote._remote_version, itertools.cycle("ab")
-    monkeypatch.setattr(remote, "_remote_version", lambda url: ask(url)._replace(mark=next(marks)))
-    remote.fetch(remote.RemoteShard(f"{server.url}/000.tar"), tmp_path / "000.part")
-    assert (tmp_path / "000.part").read_bytes() == (shards / "000.tar").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -305,52 +251,6 @@ def test_a_full_disk_is_not_taken_for_a_server_that_fails(
         remote.fetch(shard, tmp_path / "000.part")
 
 
-def test_a_relative_command_in_another_folder_gives_other_shards(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for number in range(2):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        shutil.copy(shards / f"00{number}.tar", folder / "same.tar")
-        monkeypatch.chdir(folder)
-        assert contents(load_pairs("pipe:cat same.tar")) == contents(load_pairs(f"{shards}/00{number}.tar"))
-
-
-@pytest.mark.parametrize("address", ["http:///0.tar", "http://a:99999/0.tar"])
-def test_an_address_that_no_server_can_have_fails_at_once(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("tried again"))
-    with pytest.raises(InputError, match=r"0\.tar could not be fetched") as caught:
-        load_pairs(address)
-    assert "check its address" in caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (OSError("Forbidden: https://storage.googleapis.com/b/a\nno access"), "Forbidden: https://storage.googleapis"),
-        (type("HttpError", (Exception,), {"code": 401})("Invalid Credentials, 401"), "Invalid Credentials, 401"),
-    ],
-)
-def test_what_google_cloud_storage_refuses_is_a_sentence_at_once(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
-) -> None:
-    monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("tried again"))
-    with pytest.raises(InputError, match=rf"shard gs://a/0\.tar may not be read: {reason}") as caught:
-        remote._with_retries("gs://a/0.tar", Mock(side_effect=error))
-    assert "check the credentials" in caught.value.hint
-
-
-def test_a_certificate_that_is_refused_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = FileNotFoundError("https://a/0.tar")
-    error.__cause__ = refused = ssl.SSLCertVerificationError(1, "certificate verify failed: self-signed certificate")
-    refused.verify_message = "self-signed certificate"
-    monkeypatch.setattr(remote, "_info", Mock(side_effect=error))
-    monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("tried again"))
-    with pytest.raises(InputError, match="self-signed certificate") as caught:
-        load_pairs("https://a/0.tar")
-    assert "SSL_CERT_FILE" in caught.value.hint
-
-
 def test_a_file_that_was_replaced_on_the_hub_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub")
     blob = "1" * 40
@@ -370,18 +270,6 @@ def test_a_file_that_was_replaced_on_the_hub_is_noticed(tmp_path: Path, monkeypa
         remote.fetch(shard, tmp_path / "0.part")
     assert remote.versions([shard]) == [(3, blob)]
     remote.fetch(shard, tmp_path / "0.part")
-
-
-def test_options_are_beside_those_of_fsspecs_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fsspec
-
-    monkeypatch.setitem(fsspec.config.conf, "http", {"client_kwargs": {"headers": {"A": "b"}}})
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"s3": {"addressing_style": "path"}}})
-    assert remote._options("https://a/0.tar")["client_kwargs"]["headers"] == {"A": "b"}
-    assert remote._options("s3://a/0.tar")["config_kwargs"] == {
-        "s3": {"addressing_style": "path"},
-        "retries": {"total_max_attempts": 1},
-    }
 
 
 def test_other_schemes_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

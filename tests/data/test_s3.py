@@ -85,24 +85,6 @@ def test_what_s3_refuses_is_a_sentence_at_once(bucket: str) -> None:
     assert REFUSALS[bucket][3] in caught.value.hint
 
 
-@pytest.mark.usefixtures("refuser")
-@pytest.mark.parametrize(
-    ("setting", "value", "hint"),
-    [
-        ("AWS_PROFILE", "none", "credentials"),
-        ("AWS_ENDPOINT_URL", "localhost:5000", "ENDPOINT_URL"),
-        ("AWS_DEFAULT_REGION", "eu west", "settings"),
-    ],
-)
-def test_settings_that_cannot_work_are_a_sentence_at_once(
-    monkeypatch: pytest.MonkeyPatch, setting: str, value: str, hint: str
-) -> None:
-    monkeypatch.setenv(setting, value)
-    with pytest.raises(InputError, match=r"shard s3://private/0\.tar ") as caught:
-        load_pairs("s3://private/0.tar")
-    assert hint in caught.value.hint
-
-
 def test_a_bucket_that_answers_with_errors_is_asked_once_per_try(
     server: UnreliableServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,19 +93,6 @@ def test_a_bucket_that_answers_with_errors_is_asked_once_per_try(
     with pytest.raises(InputError, match=r"shard s3://a/0\.tar could not be fetched: Service Unavailable"):
         load_pairs("s3://a/0.tar")
     assert len(server.requests) == 5
-
-
-@pytest.mark.usefixtures("refuser")
-def test_missing_credentials_are_a_sentence_once_and_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.delenv(key)
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.setenv("HOME", "/nonexistent")
-        with pytest.raises(InputError, match=r"s3://private/0\.tar may not be read: Unable to locate credentials"):
-            load_pairs("s3://private/0.tar")
-    with pytest.raises(InputError, match=r"may not be read: Access Denied"):  # with those set since
-        load_pairs("s3://private/0.tar")
 
 
 @pytest.mark.slow

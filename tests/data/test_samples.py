@@ -61,15 +61,6 @@ def test_samples_left_out_count_as_bad(tmp_path: Path, write_tar: Callable[..., 
         BadSamples(load_pairs(str(path)), max_share=0.09)
 
 
-def test_the_refusal_of_bad_samples_says_what_to_accept(pairs_csv: Path) -> None:
-    pairs_csv.write_text(f"{pairs_csv.read_text().rstrip()}\npictures/none.png,a cat\n")
-    pairs = load_pairs(str(pairs_csv))
-    with pytest.raises(InputError) as caught:
-        BadSamples(pairs, max_share=0.01)
-    assert "max_bad 0.04" in caught.value.hint
-    assert len(BadSamples(pairs, max_share=0.04)) == 1
-
-
 def test_bad_pairs_of_other_processes_count_each_once(damaged: Samples) -> None:
     bad = BadSamples(damaged, max_share=0.1)  # two of 24
     bad.add([(5, "damaged")])

@@ -13,14 +13,14 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from support import PATIENCE_S, Watch, contents, other_clock, wait_until
+from support import PATIENCE_S, contents, other_clock, wait_until
 
 from benchmarks.data.unreliable_server import UnreliableServer
-from clip_rd_edge.data import remote, shard_files, shard_index
+from clip_rd_edge.data import remote, shard_files
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.remote import RemoteShard
 from clip_rd_edge.data.shard_files import close_tars, local_path
-from clip_rd_edge.errors import ConfigError, UnreachableError
+from clip_rd_edge.errors import UnreachableError
 
 pytest.importorskip("aiohttp")
 
@@ -93,13 +93,6 @@ def test_the_shard_that_was_used_least_recently_makes_room(
     assert set(folder.glob("*.tar")) == {used_again, new}
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "ten"])
-def test_a_senseless_bound_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setenv(shard_files.LIMIT_VARIABLE, text)
-    with pytest.raises(ConfigError):
-        shard_files.cache_limit()
-
-
 def test_processes_that_need_one_shard_fetch_it_once(
     server: UnreliableServer, shard: Callable[[int], RemoteShard], size: int
 ) -> None:
@@ -141,18 +134,6 @@ def test_shards_are_prefetched_in_order_instead_of_those_that_still_wait(monkeyp
     assert fetched == ["0.tar", "7.tar", "5.tar"]
 
 
-def test_no_more_is_prefetched_than_fits(
-    server: UnreliableServer, folder: Path, bound: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pairs = load_pairs(f"{server.url}/{{000..003}}.tar")
-    empty(folder)
-    bound(2.5)
-    requested = list[str]()
-    monkeypatch.setattr(shard_files._Prefetcher, "request", lambda _, shards: requested.extend(s.name for s in shards))
-    pairs.prefetch([2, 0, 1, 3])
-    assert requested == ["002.tar", "000.tar"]
-
-
 def test_parts_being_fetched_count_at_their_final_size(
     server: UnreliableServer,
     shard: Callable[[int], RemoteShard],
@@ -175,35 +156,6 @@ def test_a_removed_shard_takes_no_room_through_an_open_file(
     contents(load_pairs(f"{server.url}/{{000..003}}.tar"))
     links = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     assert not [link for link in links if "remote-shards" in link and link.endswith("(deleted)")]
-
-
-def test_a_shard_that_is_open_on_windows_makes_room_the_next_time(
-    shard: Callable[[int], RemoteShard], folder: Path, bound: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unlink(path: Path, missing_ok: bool = False) -> None:
-        if path == is_open:
-            raise PermissionError(13, "The process cannot access the file because it is being used", str(path))
-        real_unlink(path, missing_ok)
-
-    bound(1.5)
-    is_open, real_unlink = local_path(shard(0)), Path.unlink
-    with monkeypatch.context() as windows:
-        windows.setattr(Path, "unlink", unlink)
-        assert local_path(shard(1)).is_file()
-    assert is_open.is_file()
-    kept = local_path(shard(2))
-    assert [path for path in folder.iterdir() if path.suffix in (".tar", ".part")] == [kept]
-
-
-def test_a_cache_that_is_too_small_for_the_order_is_told(
-    server: UnreliableServer, bound: Callable[[float], None]
-) -> None:
-    watch = Watch()
-    load_pairs(f"{server.url}/{{000..003}}.tar", reporter=watch)
-    assert watch.noted == []
-    bound(2)
-    load_pairs(f"{server.url}/{{000..003}}.tar", reporter=watch)
-    assert shard_files.LIMIT_VARIABLE in watch.noted[0]
 
 
 def test_what_waits_to_be_prefetched_does_not_keep_a_process_from_ending(server: UnreliableServer) -> None:
@@ -235,48 +187,6 @@ def test_a_full_disk_ends_training_and_replaces_no_pair(
         with pytest.raises(UnreachableError, match=rf"{folder}: No space left on device") as caught:
             read()
         assert "free some space" in caught.value.hint
-
-
-def test_a_shard_that_vanishes_whenever_it_is_fetched_is_given_up(
-    shard: Callable[[int], RemoteShard], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    vanished = Mock(return_value=folder / "vanished.tar")
-    monkeypatch.setattr(shard_files, "local_path", vanished)
-    with pytest.raises(UnreachableError):
-        shard_files.open_file(shard(0))
-    assert vanished.call_count == 10
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows removes no folder that is in use")
-def test_a_command_whose_working_folder_was_removed_is_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "working").mkdir()
-    monkeypatch.chdir(tmp_path / "working")
-    (tmp_path / "working").rmdir()
-    with pytest.raises(UnreachableError, match="working folder"):
-        shard_files.open_file(RemoteShard("pipe:cat 000.tar"))
-
-
-def test_a_clock_that_is_ahead_removes_nothing_that_others_use(
-    shard: Callable[[int], RemoteShard], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def touched(key: str) -> Path:
-        return shard_index.kept_index("shard-indices", [key], lambda new: (new / shard_index.INDEX).touch())
-
-    index, part = touched("a"), folder / "another.9.a.part"  # another machine fetches it
-    folder.mkdir(exist_ok=True)
-    part.touch()
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 50 * 24 * 3600)
-    local_path(shard(1))
-    touched("b")
-    assert (part.is_file(), index.is_dir()) == (True, True)
-    for path in (part, index / shard_index.INDEX):
-        os.utime(path, (now - 50 * 24 * 3600,) * 2)
-    local_path(shard(2))
-    touched("c")
-    assert (part.exists(), index.exists()) == (False, False)
 
 
 @pytest.mark.parametrize("clock", ["the same", "+40d"])

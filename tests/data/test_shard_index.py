@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,15 +54,6 @@ def test_a_flipped_bit_in_an_index_is_an_error_and_no_other_sample(
     assert flips(file, lambda: contents(paths)) >= 100
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="lists open files in /proc")
-def test_the_index_of_a_data_set_that_is_gone_is_closed(paths: list[Path]) -> None:
-    for _ in range(2):
-        assert contents(paths) == EXPECTED
-    gc.collect()
-    links = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
-    assert not [link for link in links if link.startswith(str(cache_home().resolve()))]
-
-
 def test_an_interrupted_indexing_goes_on_where_it_was(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     class StopError(Exception):
         pass
@@ -104,32 +93,6 @@ def test_one_unreadable_shard_is_named_and_leaves_no_index(paths: list[Path], tm
     with pytest.raises(InputError, match=r"05\.tar is not an uncompressed tar"):
         index_shards(paths, json_key=None)
     assert not list((tmp_path / "cache" / "shard-indices").glob("*/index.json"))
-
-
-def test_a_message_names_the_sample_in_its_shard(tmp_path: Path, write_tar: Factory, encode_image: Factory) -> None:
-    members = {"a.png": encode_image(0), "a.txt": b"a", "b.png": b"?", "b.txt": b"b", "c.png": b"?", "c.txt": b" "}
-    path = write_tar(tmp_path / "0.tar", members)
-    pairs = load_pairs(str(path))
-    with pytest.raises(InputError, match=r"0\.tar: b\.png"):
-        pairs.read(1).image()
-    with pytest.raises(InputError, match=r"0\.tar: c\.txt: the caption is empty"):
-        pairs.read(2)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems' names are Unicode")
-def test_a_message_about_a_shard_whose_folder_is_not_utf_8_is_kept(
-    tmp_path: Path, write_tar: Factory, encode_image: Factory
-) -> None:
-    members = {
-        "a.png": encode_image(1),
-        "a.txt": b"a",
-        "b.png": encode_image(2),
-        "b.txt": b"b",
-        "c.png": encode_image(3),
-    }
-    shard = write_tar(tmp_path / os.fsdecode(b"caf\xe9") / "0.tar", members)
-    (message,) = load_pairs(str(shard)).problems.examples
-    assert "caf\\udce9" in message
 
 
 def test_a_shard_that_was_cut_since_it_was_indexed_has_bad_samples(paths: list[Path]) -> None:

@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import time
-import unicodedata
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,7 @@ from support import Watch, contents
 from clip_rd_edge.data import tables
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.mixed import load_images, load_texts
-from clip_rd_edge.data.remote import is_remote
-from clip_rd_edge.data.samples import BadSamples, Samples, fingerprint
+from clip_rd_edge.data.samples import Samples, fingerprint
 from clip_rd_edge.data.tables import TABLE_STAGE, Table
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import InputError, UnreachableError
@@ -188,18 +186,6 @@ def test_the_separator_is_the_one_that_splits_the_header(pairs_csv: Path, separa
     assert captions(load_pairs(str(path))) == [caption] * 24
 
 
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_the_line_that_tells_excel_the_separator_is_no_header(pairs_csv: Path, mark: str) -> None:
-    rows = pairs_csv.read_text().replace(",", ";")
-    pairs_csv.write_text(f"{mark}sep=;\n{rows}pictures/none.png;a cat\n", encoding="utf-8")
-    pairs = load_pairs(str(pairs_csv))
-    assert len(pairs) == 24
-    assert "line 27: " in pairs.problems.examples[0]
-    pairs_csv.write_text('sep=;\nfilepath;"title"s\n')
-    with pytest.raises(InputError, match="line 2: "):
-        load_pairs(str(pairs_csv))
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -238,17 +224,6 @@ def test_a_table_that_is_no_file_here_is_refused(tmp_path: Path, kind: str) -> N
         load_pairs("s3://bucket/pairs.csv" if kind == "elsewhere" else str(path))
 
 
-def test_a_drive_of_windows_before_two_slashes_is_no_address(
-    pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    if os.name != "nt":
-        (tmp_path / "C:").symlink_to("/", target_is_directory=True)
-    assert len(load_pairs(f"C://{pairs_csv.relative_to(pairs_csv.anchor).as_posix()}")) == 24
-    assert not is_remote("C://shards/{000..001}.tar")
-    assert is_remote("https://server/{000..001}.tar")
-
-
 class LostShareError(OSError):
     """What Windows raises when a network share went away."""
 
@@ -271,19 +246,6 @@ def test_rows_whose_images_the_machine_cannot_find_are_not_left_out(
     monkeypatch.setattr(os, "stat", failing)
     with pytest.raises(UnreachableError, match=rf"5\.png: {error.strerror}"):
         load_pairs(str(pairs_csv))
-
-
-def test_an_image_whose_name_is_spelled_as_on_another_system_is_named(pairs_csv: Path) -> None:
-    picture = pairs_csv.parent / "pictures" / "0.png"
-    names = [unicodedata.normalize(form, "Größe.png") for form in ("NFC", "NFD")]
-    picture.with_name(names[0]).write_bytes(picture.read_bytes())
-    if os.sep == "\\" or picture.with_name(names[1]).exists():
-        pytest.skip("this system does not tell them apart")
-    with pairs_csv.open("a", encoding="utf-8") as file:
-        file.write(f"pictures/{names[1]},a cat\npictures\\0.png,a dog\n")
-    unicode_form, windows = load_pairs(str(pairs_csv)).problems.examples
-    assert "another form of Unicode (NFC)" in unicode_form
-    assert "/ for each backslash" in windows
 
 
 def test_images_alone_count_once_each_and_rows_without_one_each(pairs_csv: Path) -> None:
@@ -310,27 +272,6 @@ def test_a_table_is_read_once_until_its_time_changes(pairs_csv: Path, monkeypatc
     assert fingerprint(load_pairs(str(pairs_csv))) != first
 
 
-@pytest.mark.usefixtures("kept")
-def test_images_that_came_after_the_table_was_indexed_are_found_as_the_hint_says(pairs_csv: Path) -> None:
-    write_rows(pairs_csv, [(f"{'late' if i < 12 else 'pictures'}/{i}.png", "a caption") for i in range(24)])
-    for _ in range(2):
-        with pytest.raises(InputError, match=r"late/0\.png") as refusal:
-            BadSamples(load_pairs(str(pairs_csv)))
-        assert refusal.value.hint.endswith(f"touch {pairs_csv}")
-        shutil.copytree(pairs_csv.parent / "pictures", pairs_csv.parent / "late", dirs_exist_ok=True)
-    pairs_csv.touch()
-    assert not BadSamples(load_pairs(str(pairs_csv)))
-
-
-@pytest.mark.usefixtures("kept")
-@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_bytes(b"new")], ids=["missing", "replaced"])
-def test_images_that_changed_since_are_told(pairs_csv: Path, change: Callable[[Path], Any]) -> None:
-    load_pairs(str(pairs_csv))
-    change(pairs_csv.parent / "pictures" / "0.png")
-    with pytest.raises(InputError, match=r"0\.png of .*pairs\.csv "):
-        load_pairs(str(pairs_csv))
-
-
 def test_relative_paths_depend_on_the_working_directory(
     pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,28 +281,6 @@ def test_relative_paths_depend_on_the_working_directory(
     shutil.copy(other / "pictures" / "1.png", other / "pictures" / "0.png")
     monkeypatch.chdir(other)
     assert contents(load_pairs(str(pairs_csv))) != from_table
-
-
-def test_relative_paths_depend_on_the_folder_of_a_link_to_the_table(pairs_csv: Path, tmp_path: Path) -> None:
-    from_table = contents(load_pairs(str(pairs_csv)))
-    other = tmp_path / "other"
-    shutil.copytree(pairs_csv.parent / "pictures", other / "pictures")
-    shutil.copy(other / "pictures" / "1.png", other / "pictures" / "0.png")
-    (other / "pairs.csv").symlink_to(pairs_csv)
-    from_other = contents(load_pairs(str(other / "pairs.csv")))
-    assert from_other != from_table
-    current = tmp_path / "current"
-    for folder, expected in ((other, from_other), (pairs_csv.parent, from_table)):
-        current.unlink(missing_ok=True)
-        current.symlink_to(folder)
-        assert contents(load_pairs(str(current / "pairs.csv"))) == expected
-
-
-@pytest.mark.usefixtures("kept")
-def test_an_index_outlives_its_removal_from_the_cache(pairs_csv: Path, tmp_path: Path) -> None:
-    pairs = load_pairs(str(pairs_csv))
-    shutil.rmtree(tmp_path / "cache")
-    assert pairs.read(23).captions == ("a yellow picture number 23",)
 
 
 @pytest.mark.usefixtures("kept")

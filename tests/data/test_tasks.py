@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from clip_rd_edge.bundle.image_files import find_images, list_images
+from clip_rd_edge.bundle.image_files import list_images
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.data.tasks import RetrievalTask, ZeroShotTask, load_task, with_distinct_names
 from clip_rd_edge.errors import InputError
@@ -102,17 +102,6 @@ def test_class_names_may_stand_beside_the_names_of_their_folders(make: Callable[
             load_task(str(folder))
 
 
-def test_imagenet_as_in_torchvision(make: Callable[..., Path]) -> None:
-    folder = make("val/n01443537/1.png", "val/n01440764/1.png")
-    with pytest.raises(InputError, match="WordNet") as error:
-        load_task(str(folder))
-    assert str(folder / "classnames.txt") in error.value.hint
-    (folder / "val" / "classnames.txt").write_text("tench\ngoldfish\n")  # beside the images works too
-    task = zero_shot(folder)
-    assert task.labels == ("tench", "goldfish")
-    assert [Path(str(image)).parent.name for image in task.images] == ["n01440764", "n01443537"]
-
-
 def test_numbered_class_folders_are_sorted_by_number(make: Callable[..., Path]) -> None:
     folder = make("0/a.png", "1/a.png", "2/a.png", "10/a.png")
     (folder / "classnames.txt").write_text("zero\none\ntwo\nten\n")
@@ -121,22 +110,6 @@ def test_numbered_class_folders_are_sorted_by_number(make: Callable[..., Path]) 
     assert [(task.labels[t], grey) for t, grey in zip(task.targets, greys, strict=True)] == [
         ("zero", 0), ("one", 1), ("two", 2), ("ten", 3),
     ]  # fmt: skip
-
-
-def test_classes_and_images_have_the_same_order_where_paths_compare_without_case(
-    make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    classes = ("Bengal", "Zebra", "apple")  # torchvision's order, on Windows, too
-    names = [f"{name}/{image}" for name in classes for image in ("B.png", "a.png")]
-    folder = make(*names)
-    files = [folder / name for name in names]
-    (folder / "classnames.txt").write_text("\n".join(classes))
-    monkeypatch.setattr(type(folder), "__lt__", lambda path, other: str(path).lower() < str(other).lower())
-    assert sorted(files) != files
-    task = zero_shot(folder)
-    assert list(task.images) == files
-    assert [task.labels[target] for target in task.targets] == [file.parent.name for file in files]
-    assert list(find_images([str(folder / "*" / "*.png")])) == files
 
 
 def test_a_class_may_be_called_test_or_train(make: Callable[..., Path]) -> None:
@@ -211,19 +184,6 @@ def test_captions_of_a_task_may_be_in_a_json_as_in_training(
         assert refusal.value.hint.startswith("write captions into a .txt of each sample")
 
 
-def test_tars_beside_classes_are_asked_about(retrieval_shards: Path, encode_image: Factory) -> None:
-    classes = retrieval_shards / "test"
-    task = load_task(str(classes))
-    (classes / "daisy").mkdir()
-    (classes / "daisy" / "1.png").write_bytes(encode_image(1))
-    assert load_task(str(classes)) == task
-    (classes / "nshards.txt").unlink()
-    with pytest.raises(InputError, match=r"test has shards, such as 0\.tar, and subfolders of images, such as daisy"):
-        load_task(str(classes))
-    (classes / "0.tar").unlink()
-    assert zero_shot(classes).labels == ("daisy",)
-
-
 def test_captioned_shards_without_metadata_are_retrieval(retrieval_shards: Path) -> None:
     (retrieval_shards / "dataset_type.txt").unlink()
     (retrieval_shards / "test" / "nshards.txt").unlink()
@@ -233,32 +193,6 @@ def test_captioned_shards_without_metadata_are_retrieval(retrieval_shards: Path)
     assert isinstance(by_pattern, RetrievalTask)
     assert len(by_folder.captions) == 10
     assert by_folder.images == by_pattern.images
-
-
-@pytest.mark.parametrize(
-    ("images", "hint"),
-    [
-        (["train/cat/1.png", "train/dog/1.png"], "train"),
-        (["train/cat/1.png", "valid/cat/1.png"], "train"),
-        (["photos/cat/1.png", "photos/dog/1.png"], "photos"),
-    ],
-)
-def test_a_folder_above_the_classes_is_not_taken_for_them(
-    make: Callable[..., Path], images: list[str], hint: str
-) -> None:
-    folder = make(*images)
-    with pytest.raises(InputError) as caught:
-        load_task(str(folder))
-    assert caught.value.hint.endswith(f": {folder / hint}")
-    (folder / "classnames.txt").write_text("\n".join(sorted({image.split("/")[0] for image in images})))
-    assert load_task(str(folder)).images  # the names say that these are the classes
-
-
-def test_a_class_that_is_a_link_to_nothing_is_refused(make: Callable[..., Path]) -> None:
-    folder = make("frog/1.png")
-    (folder / "cat").symlink_to(folder / "unmounted")
-    with pytest.raises(InputError, match="cat: it is a link to something that does not exist"):
-        load_task(str(folder))
 
 
 def test_a_table_with_a_row_that_is_no_pair_is_no_task(image_folders: Path) -> None:

@@ -9,25 +9,15 @@ import pytest
 from msgspec.structs import replace
 
 import clip_rd_edge
-from clip_rd_edge.benchmarking.results import read_results
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.evidence import report
 from clip_rd_edge.evidence.report import markdown, read_evidence_file, write_evidence
-from clip_rd_edge.evidence.results import Curve, Evidence, ModelResult, TaskResult
+from clip_rd_edge.evidence.results import Evidence
 from clip_rd_edge.utils.structs import to_yaml
 
 from .conftest import Make
 
 CORRECT = {("none", 0): 4, ("clip-rd", 0): 12, ("none", 1): 3}  # three of six runs are finished
-
-
-def test_an_unfinished_suite_gives_tables(make: Make) -> None:
-    text = markdown(make(CORRECT))
-    assert text.startswith("3 of 6 runs are finished: 2 steps of 6 pairs")
-    assert "| test_vit | `none` | 2 | 17.5 ± 3.5 | 17.5 ± 3.5 | 17.5 ± 3.5 |" in text
-    assert "| test_vit | `clip-rd` | 1 | **+40.0 (+" in text
-    assert "without-xrd" not in text
-    assert "| 0.500 ± 0.000 | −0.125 ± 0.000 | 0.625 ± 0.000 |" in text
 
 
 def with_machines(evidence: Evidence, *machines: tuple[str, tuple[str, ...]]) -> Evidence:
@@ -58,54 +48,6 @@ def test_times_of_different_steps_are_a_table_with_a_row_per_machine(
     assert f"CPU time on {names[0]}, 1.0 to 2.0 minutes per run; 0.2 hours of CPU time on {names[1]}," in text
     assert f"| test_vit | `none` | {names[0]} | 3 | 60 |" in text
     assert f"| test_vit | `none` | {names[1]} | 3 | 900 |" in text
-
-
-def with_tasks(evidence: Evidence, change: Callable[[tuple[TaskResult, ...]], tuple[TaskResult, ...]]) -> Evidence:
-    """Return the evidence with other results of the tasks of each model."""
-
-    def changed(result: ModelResult) -> ModelResult:
-        return replace(result, tasks=change(result.tasks))
-
-    runs = tuple(replace(run, result=changed(run.result)) for run in evidence.runs)
-    return replace(evidence, teacher=changed(evidence.teacher), runs=runs)
-
-
-def test_what_a_suite_lacks_has_no_table(make: Make) -> None:
-    evidence = make(CORRECT)
-    assert "Differences in" in markdown(evidence)
-    alone = replace(evidence.suite, compare_with=())
-    assert "Differences in" not in markdown(replace(evidence, suite=alone))
-    zero_shot = markdown(with_tasks(evidence, lambda tasks: tasks[:1]))
-    assert "top-1" in zero_shot
-    assert "Geometry" not in zero_shot
-
-
-def test_a_suite_of_retrieval_tasks_alone_is_compared_in_their_recall(make: Make) -> None:
-    replace = msgspec.structs.replace
-    text = markdown(with_tasks(make(CORRECT), lambda tasks: (replace(tasks[1], hits=tasks[0].hits),)))
-    assert "retrieval, image → text R@1 | unseen style, retrieval, text → image R@1 |" in text
-    assert "Differences in image → text R@1, in percentage points" in text
-    assert "top-1" not in text.lower()
-    assert "| test_vit | `clip-rd` | 1 | **+40.0 (+" in text
-
-
-def test_a_task_with_few_labels_has_no_column_for_top_5(make: Make) -> None:
-    def four_labels(tasks: tuple[TaskResult, ...]) -> tuple[TaskResult, ...]:
-        return (replace(tasks[0], score=replace(tasks[0].score, classes=4, top5=None)),)
-
-    text = markdown(with_tasks(make(CORRECT), four_labels))
-    rows = [line for line in text.partition("\n\nDifferences")[0].splitlines() if line.startswith("|")]
-    assert "top-5" not in rows[0]
-    assert len({row.count("|") for row in rows}) == 1
-
-
-def test_only_the_cost_of_the_built_in_teacher_has_its_tuning(make: Make) -> None:
-    evidence = make(CORRECT)
-    assert "plus tuning the teacher and computing its embeddings." in markdown(evidence)
-    other = replace(evidence.teacher, model="ViT-B-16")
-    own_data = replace(evidence.suite, data="pairs.csv")
-    for changed in ({"teacher": other}, {"suite": own_data}):
-        assert "run, plus computing the teacher's embeddings." in markdown(replace(evidence, **changed))
 
 
 def test_a_task_that_was_trained_on_is_named(make: Make) -> None:
@@ -154,16 +96,6 @@ def test_evidence_is_read_as_it_was_written(make: Make, tmp_path: Path) -> None:
             read_evidence_file(path)
 
 
-def test_the_results_of_a_benchmark_are_told_from_those_of_evidence(tmp_path: Path, make: Make) -> None:
-    (tmp_path / "results.json").write_text('{"format_version": 3, "suite": {}, "rows": [], "tasks": []}')
-    with pytest.raises(ConfigError, match="has the results of a benchmark; expected those of an evidence suite"):
-        read_evidence_file(tmp_path / "results.json")
-    write_evidence(tmp_path / "evidence.json", make(CORRECT))
-    with pytest.raises(ConfigError, match="has the results of an evidence suite") as raised:
-        read_results(tmp_path / "evidence.json")
-    assert raised.value.hint == f"clip-rd-edge evidence report {tmp_path / 'evidence.json'}"
-
-
 def test_a_secret_in_the_address_of_the_data_is_not_in_the_evidence(make: Make, tmp_path: Path) -> None:
     evidence = make(CORRECT)
     suite = replace(evidence.suite, data="https://me:SECRET@a.example/{0..9}.tar?sig=SECRET")
@@ -195,22 +127,6 @@ def test_one_command_updates_the_page_and_the_figures(
     assert "has no lines <!-- small: begin -->" in error
 
 
-def test_the_command_shows_what_it_measured_even_if_its_suite_is_gone_meanwhile(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command_line: Callable[..., tuple[int, str, str]]
-) -> None:
-    evidence, suite = make(CORRECT), tmp_path / "suite.yaml"
-    suite.write_text(to_yaml(evidence.suite))
-
-    def run(suite: str, output: Path, **_: object) -> Evidence:
-        write_evidence(output / "small.json", evidence)
-        Path(suite).unlink()
-        return evidence
-
-    monkeypatch.setattr(clip_rd_edge, "evidence_run", run, raising=False)
-    code, shown, _ = command_line("evidence", "run", str(suite), "-o", str(tmp_path / "out"))
-    assert (code, "3 of 6 runs are finished" in shown) == (0, True)
-
-
 def test_a_report_replaces_an_earlier_one_and_no_file_of_the_users(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,29 +152,3 @@ def test_a_report_replaces_an_earlier_one_and_no_file_of_the_users(
     for _ in range(2):
         clip_rd_edge.evidence_run(suite, folder)
     assert {path.name for path in folder.iterdir()} == set(names)
-
-
-def test_the_name_of_a_task_is_no_formula(make: Make) -> None:
-    evidence = make({("none", 0): 4})
-    curves = {f"evaluation/{task}": Curve(steps=(1, 2), values=(0.1, 0.2)) for task in ("100$%$", "emoji")}
-    evidence = replace(evidence, runs=tuple(replace(run, curves=curves) for run in evidence.runs))
-    assert report.learning_curves(evidence, measure="top-1").startswith(b"\x89PNG")
-
-
-def test_seeds_are_averaged_where_all_have_a_point(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    evidence = make({("none", 0): 4, ("none", 1): 3})
-    whole, gaps = evidence.runs
-    name = "evaluation/emoji, unseen style"
-    curves = {
-        **{key: Curve(steps=(1, 2, 3), values=(0.1, 0.2, 0.3)) for key in (name, "student_positive")},
-        "student_negative": Curve(steps=(2, 3), values=(0.1, 0.1)),  # the first was not finite
-    }
-    evidence = replace(evidence, runs=(replace(whole, curves=curves), gaps))
-    drawn = []
-    monkeypatch.setattr(report, "_png", lambda figure: drawn.append(figure.axes) or b"")
-    report.learning_curves(evidence, measure="top-1")
-    report.geometry_curves(evidence)
-    (accuracy,) = drawn[0][0].lines
-    assert accuracy.get_xydata().tolist() == [[1, pytest.approx(10)], [2, pytest.approx(20)]]
-    gap, *_ = drawn[1][2].lines
-    assert gap.get_xydata().tolist() == [[2, pytest.approx(0.05)]]

@@ -11,7 +11,6 @@ import pytest
 import torch
 from msgspec.structs import replace
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from support import Watch
 
 from clip_rd_edge.benchmarking.accuracy import zero_shot
@@ -25,10 +24,9 @@ from clip_rd_edge.distillation.optimizer import diverged_error
 from clip_rd_edge.errors import DivergedRunError, UsageError
 from clip_rd_edge.evidence import run as runs
 from clip_rd_edge.evidence.report import read_evidence_file
-from clip_rd_edge.evidence.results import Curve, Geometry, ModelResult
+from clip_rd_edge.evidence.results import Curve, Geometry
 from clip_rd_edge.evidence.run import _evaluate_task, _geometry, evaluate_model
 from clip_rd_edge.evidence.suite import EvidenceSuite, run_config
-from clip_rd_edge.models.clip import model_fingerprint
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.names import CONFIGS
@@ -36,7 +34,7 @@ from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.utils.files import sha256_of, write_text
 from clip_rd_edge.utils.outputs import exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.structs import read_json, to_yaml
+from clip_rd_edge.utils.structs import to_yaml
 
 COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta")
 
@@ -74,16 +72,6 @@ def test_a_second_writer_and_a_missing_teacher_are_errors(squares_suite: Evidenc
     ]
     with pytest.raises(UsageError, match="no finished run of the suite small"):
         runs.collect(squares_suite, tmp_path / "out")
-
-
-def test_several_processes_are_refused(
-    squares_suite: EvidenceSuite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="compared by a single process, but 2 were started") as error:
-        runs.run_evidence(squares_suite, tmp_path / "out", SILENT)
-    assert "train each method and seed by distill under torchrun" in error.value.hint
-    assert not (tmp_path / "out").exists()
 
 
 def test_with_other_tasks_or_another_teacher_what_was_evaluated_is_evaluated_again(
@@ -209,18 +197,6 @@ def test_a_run_is_measured_by_its_last_student_and_the_time_of_its_training(
     assert kept == {"config.yaml", "metrics.jsonl", "result.json", "student"}
 
 
-def test_a_teacher_of_the_same_name_is_measured_again_while_no_run_has_learned_from_the_other(
-    squares_suite: EvidenceSuite, teacher: str, tmp_path: Path
-) -> None:
-    other = shutil.copytree(teacher, tmp_path / "other" / "teacher")
-    weights = load_file(other / "open_clip_model.safetensors")
-    save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "open_clip_model.safetensors")
-    for name in (teacher, str(other), str(other)):
-        runs._evaluate_teacher(squares_suite, tmp_path, name, [])
-        result = read_json(tmp_path / "teacher-result.json", ModelResult)
-        assert result.weights == model_fingerprint(load_clip(name))
-
-
 def test_a_suite_is_checked_before_its_first_run(
     squares_suite: EvidenceSuite, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,14 +241,6 @@ def test_finished_runs_are_compared_with_the_suite_before_the_first_run(
     student.write_text(student.read_text().replace("resnet10t", "resnet18"))
     refuse(suite, "the file of the student's architecture has another content")
     assert [path.name for path in out.iterdir()] == ["runs"]  # nothing was measured or written
-
-
-def test_what_a_run_says_is_heard_in_a_suite() -> None:
-    watch = Watch()
-    clock = runs._TrainingClock(watch)
-    clock.note("the run goes on with changed inputs")
-    clock.update("training", 1, 2)
-    assert (watch.noted, watch.updates) == (["the run goes on with changed inputs"], [("training", 1, 2)])
 
 
 def test_the_clock_of_a_run_stands_still_while_the_cache_is_filled_alone(monkeypatch: pytest.MonkeyPatch) -> None:

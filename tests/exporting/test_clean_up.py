@@ -277,46 +277,6 @@ def test_a_gather_of_all_entries_in_their_order_is_an_unsqueeze(order: list[int]
     np.testing.assert_array_equal(_run(model, inputs), before)
 
 
-@pytest.mark.parametrize("alone", [2, 3])
-def test_an_expansion_that_does_nothing_at_one_batch_size_alone_stays(alone: int) -> None:
-    """It makes 1 + (N - `alone`)² columns of one, of which the reader's other input has one."""
-    nodes = [
-        helper.make_node("Shape", ["x"], ["batch"], "shape", start=0, end=1),
-        helper.make_node("Sub", ["batch", "alone"], ["difference"], "subtract"),
-        helper.make_node("Mul", ["difference", "difference"], ["more"], "square"),
-        helper.make_node("Add", ["more", "one"], ["columns"], "columns"),
-        helper.make_node("Concat", ["batch", "columns"], ["size"], "concat", axis=0),
-        helper.make_node("Expand", ["x", "size"], ["wide"], "expand"),
-        helper.make_node("Relu", ["x"], ["other"], "relu"),
-        helper.make_node("Add", ["other", "wide"], ["y"], "add"),
-    ]
-    model = _model(nodes, {"x": ["N", 1]}, {"alone": [alone], "one": [1]})
-    passes.clean_up(model)
-    for count in (1, 2, 3, 4):
-        assert _run(model, np.ones((count, 1), np.float32)).tolist() == [[2] * (1 + (count - alone) ** 2)] * count
-
-
-@pytest.mark.parametrize("alone", [2, 3])
-def test_a_gather_in_order_at_one_batch_size_alone_stays(alone: int) -> None:
-    """Of N rows, it reads row i · (N - `alone` + 1) modulo N as its row i."""
-    nodes = [
-        helper.make_node("Shape", ["x"], ["batch"], "shape", start=0, end=1),
-        helper.make_node("Squeeze", ["batch"], ["count"], "count"),
-        helper.make_node("Range", ["zero", "count", "one"], ["rows"], "rows"),
-        helper.make_node("Sub", ["count", "less"], ["step"], "step"),
-        helper.make_node("Mul", ["rows", "step"], ["steps"], "steps"),
-        helper.make_node("Mod", ["steps", "count"], ["row"], "row"),
-        helper.make_node("Reshape", ["row", "shape"], ["indices"], "indices"),
-        helper.make_node("GatherND", ["x", "indices"], ["y"], "gather"),
-    ]
-    constants = {"zero": np.int64(0), "one": np.int64(1), "less": np.int64(alone - 1), "shape": [-1, 1, 1]}
-    model = _model(nodes, {"x": ["N"]}, constants)
-    passes.clean_up(model)
-    for count in (2, 3, 4):
-        rows = [float(i * (count - alone + 1) % count) for i in range(count)]
-        assert _run(model, np.arange(count, dtype=np.float32)).tolist() == [[row] for row in rows]
-
-
 def test_constants_are_folded_unless_the_file_grows() -> None:
     nodes = [
         helper.make_node("Transpose", ["table"], ["transposed"], "transpose"),  # the table is read below, too

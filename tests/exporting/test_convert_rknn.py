@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -67,21 +65,6 @@ def run(monkeypatch: pytest.MonkeyPatch, bundle: Path, output: Path) -> int | st
     return ended.value.code
 
 
-def test_the_script_does_not_hide_the_toolkit_by_its_own_name(fp32_bundle: Path, tmp_path: Path) -> None:
-    api = tmp_path / "packages" / "rknn" / "api.py"
-    api.parent.mkdir(parents=True)
-    (api.parent / "__init__.py").touch()
-    api.write_text("def RKNN(**options):\n    raise SystemExit('the toolkit')\n")
-    result = subprocess.run(
-        [sys.executable, SCRIPT, fp32_bundle, tmp_path / "files"],
-        env={**os.environ, "PYTHONPATH": str(api.parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.stderr == "the toolkit\n"
-
-
 def test_both_towers_are_converted_and_compared(
     fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,28 +91,3 @@ def test_a_bundle_without_a_text_tower_is_converted(
     bundle = changed(fp32_bundle, tmp_path / "bundle", text=None)
     assert run(monkeypatch, bundle, tmp_path / "files") == 0
     assert [path.name for path in (tmp_path / "files").iterdir()] == ["image.rknn"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"target": "openvino"}, "error: the bundle is for openvino; expected one of --format onnx"),
-        ({"text": {"precision": "int8 static"}}, "error: text.onnx is in int8 static; expected --precision fp32"),
-        ({"image": {"takes_pictures": True}}, "error: image.onnx preprocesses images; export it without"),
-    ],
-)
-def test_a_bundle_that_the_toolkit_does_not_convert_is_refused(
-    fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
-) -> None:
-    bundle = changed(fp32_bundle, tmp_path / "bundle", **changes)
-    assert str(run(monkeypatch, bundle, tmp_path / "files")).startswith(message)
-    assert not (tmp_path / "files").exists()
-
-
-def test_wrong_answers_and_failed_steps_end_with_an_error(
-    fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Toolkit, "error", 1.0)
-    assert run(monkeypatch, fp32_bundle, tmp_path / "files") == 1
-    monkeypatch.setattr(Toolkit, "build_code", -1)
-    assert run(monkeypatch, fp32_bundle, tmp_path / "files") == "error: build ended with -1"

@@ -14,7 +14,7 @@ from support import save_tiny_teacher
 
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.formats import FORMATS, format_named, format_of
-from clip_rd_edge.errors import InputError, MissingExtraError, UsageError
+from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.exporting import plan as plans
 from clip_rd_edge.exporting.formats import Format
 from clip_rd_edge.exporting.plan import Plan, plan_exports, read_target, target_guide, target_names
@@ -153,18 +153,6 @@ def test_a_bundle_can_become_a_page_alone(colour_bundle: Path, tmp_path: Path) -
         with pytest.raises(UsageError) as refusal:
             plan_exports(Export(colour_bundle, tmp_path, target="browser", **{option: value}))
         assert refusal.value.option == option
-
-
-@pytest.mark.parametrize(
-    ("format", "extra"), [("coreml", "coreml"), ("executorch", "executorch"), ("litert", "litert-torch")]
-)
-def test_an_export_without_the_converter_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, extra: str
-) -> None:
-    monkeypatch.setattr(f"clip_rd_edge.exporting.formats.{format}.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError) as missing:
-        edge.export("nothing", tmp_path / "bundle", format=format)
-    assert f"[{extra}]" in missing.value.hint
 
 
 def test_int8_for_a_card_that_never_passes_the_check_of_its_engine_is_refused(tmp_path: Path) -> None:

@@ -11,23 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support import Watch
 
 import clip_rd_edge as edge
 from clip_rd_edge.benchmarking.accuracy import zero_shot
-from clip_rd_edge.benchmarking.report import markdown, page
-from clip_rd_edge.benchmarking.run import run_suite
-from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.bundle.reference import read_reference, write_reference
 from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.exporting.bundle import export_bundle, export_bundles
+from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel, parameter_count
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
-from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 
@@ -68,14 +63,6 @@ def test_it_has_the_image_tower_and_the_labels_of_the_complete_bundle(
     assert all(check.passed for check in checks)
     assert [check.what for check in checks if check.agreement] == ["image tower"]
     assert read_manifest(fp32_bundle).format_version == 1  # which readers of older versions still open
-
-
-def test_of_several_bundles_it_is_as_alone(student: ClipModel, without_text: Path, tmp_path: Path) -> None:
-    export_bundles(student, tmp_path / "all", {"one": WITHOUT})
-    names = ["image.onnx", "labels.npz", "manifest.json", "reference.npz"]
-    assert sorted(path.name for path in (tmp_path / "all" / "one").iterdir()) == names
-    for name in ("image.onnx", "labels.npz"):
-        assert (tmp_path / "all" / "one" / name).read_bytes() == (without_text / name).read_bytes()
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
@@ -196,39 +183,3 @@ def test_a_benchmark_compares_it_with_the_complete_bundle(
     assert line.rstrip("| ").endswith("–")
     again = edge.benchmark(suite, output=tmp_path / "again", root=tmp_path)
     assert again.rows[1].latency.text is None
-
-
-def test_a_benchmark_says_what_to_write_for_its_template_before_others_are_measured(
-    fp32_bundle: Path, without_text: Path, task: Path, tmp_path: Path
-) -> None:
-    rows = (
-        SuiteRow(label="complete", role="exported", model=str(fp32_bundle)),
-        SuiteRow(label="labels alone", role="quantised", model=str(without_text)),
-    )
-    suite = Suite(name="text", tasks=("task",), rows=rows, rounds=4, root=str(tmp_path))
-    reporter, opened = Watch(), list[str]()
-
-    def open_encoder(model: str) -> BundleEncoder:
-        assert "labels alone is skipped" in reporter.noted[0]
-        opened.append(model)
-        return load(Path(model))
-
-    results = run_suite(suite, open_encoder, reporter)
-    assert opened == [str(fp32_bundle)]
-    (skipped,) = results.skipped
-    assert skipped.reason.endswith("embedded with the template '{}', and task asks for a list of 80 templates.")
-    assert skipped.hint.startswith("write '{}' into zeroshot_classification_templates.txt in the folder of task, or ")
-    assert f"**labels alone** was not measured: {skipped.reason} Hint: {skipped.hint}" in markdown(results, plot=False)
-    assert "Hint: write " in page(results)
-    (task / "zeroshot_classification_templates.txt").write_text("{}\n")
-    assert not run_suite(suite, lambda model: load(Path(model))).skipped
-
-
-def test_a_benchmark_refuses_it_for_retrieval_before_others_are_measured(
-    fp32_bundle: Path, without_text: Path, images: tuple[Path, ...], tmp_path: Path
-) -> None:
-    (tmp_path / "pairs.csv").write_text(f"filepath,title\n{images[0]},a cat\n{images[1]},a dog\n")
-    rows = (SuiteRow(label="labels alone", role="quantised", model=str(without_text)),)
-    suite = Suite(name="text", tasks=(str(tmp_path / "pairs.csv"),), rows=rows)
-    with pytest.raises(InputError, match=r"exported with --no-text-tower.*Hint: export the model again without that"):
-        run_suite(suite, pytest.fail)

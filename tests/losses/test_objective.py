@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.losses.logits import Scales
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.losses.terms import EmbeddingBatch
@@ -24,12 +23,6 @@ def test_the_total_is_the_weighted_sum_of_the_terms() -> None:
     result = Objective(ALL)(batch(), torch.tensor(10.0), 20.0)
     expected = sum(weight * result.terms[name] for name, weight in ALL.items())
     torch.testing.assert_close(result.total, expected)
-
-
-def test_terms_of_weight_zero_are_not_computed() -> None:
-    student_only = EmbeddingBatch(batch().student_image, batch().student_text)
-    result = Objective(Weights(task=1))(student_only, torch.tensor(10.0), 0.0)
-    assert set(result.terms) == {"task"}
 
 
 def test_clip_rd_computes_six_products() -> None:
@@ -51,11 +44,6 @@ def test_logits_are_float32_under_autocast_and_from_bfloat16() -> None:
         result = Objective(ALL)(batch(dtype=torch.bfloat16), torch.tensor(10.0), 20.0)
     assert result.total.dtype == torch.float32
     assert all(term.dtype == torch.float32 for term in result.terms.values())
-
-
-def test_an_objective_without_terms_is_refused() -> None:
-    with pytest.raises(ConfigError):
-        Objective(Weights())
 
 
 @pytest.mark.parametrize("value", [-50.0, 50.0])

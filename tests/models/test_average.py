@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
-from support import Watch
 
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.runs import was_quantized_in_training
-from clip_rd_edge.errors import ConfigError, UsageError
+from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.edit import average_models, interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
@@ -118,53 +116,3 @@ def test_models_that_differ_in_more_than_their_weights_are_refused(tmp_path: Pat
         with pytest.raises(ConfigError):
             edge.average(tmp_path / "first", tmp_path / str(number), tmp_path / "between")
     assert not (tmp_path / "between").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ({"weight": "best"}, UsageError),
-        ({"weight": "most"}, UsageError),
-        ({"weight": 1.5}, ConfigError),
-        ({"tasks": "emoji:unseen"}, edge.InputError),
-    ],
-)
-def test_wrong_options_leave_nothing(
-    models: tuple[Path, Path], tmp_path: Path, options: dict[str, Any], error: type[Exception]
-) -> None:
-    with pytest.raises(error):
-        edge.average(*models, tmp_path / "between", **options)
-    assert not (tmp_path / "between").exists()
-
-
-def test_an_output_that_is_in_use_or_holds_a_model_is_kept(models: tuple[Path, Path], tmp_path: Path) -> None:
-    edge.average(*models, tmp_path / "between")
-    assert edge.average(*models, tmp_path / "between", weight=1, force=True).weight == 1
-    for folder, force in ((tmp_path / "between", False), (models[0], True), (tmp_path, True)):
-        with pytest.raises(UsageError):
-            edge.average(*models, folder, force=force)
-    checkpoint = tmp_path / "meanwhile" / "checkpoints" / "step-5000"
-    watch = Watch("loading both models", lambda step: checkpoint.mkdir(parents=True))
-    with pytest.raises(UsageError):
-        edge.average(*models, tmp_path / "meanwhile", reporter=watch)
-    assert [path.name for path in checkpoint.parents[1].iterdir()] == ["checkpoints"]
-
-
-def test_the_command_prints_the_curve_and_the_name_of_the_model(
-    command_line: Callable[..., tuple[int, str, str]], models: tuple[Path, Path], colour_images: Path, tmp_path: Path
-) -> None:
-    for colour in ("red", "green", "blue"):
-        (tmp_path / "task" / colour).mkdir(parents=True)
-        (path,) = colour_images.glob(f"{colour}.*")
-        (tmp_path / "task" / colour / path.name).write_bytes(path.read_bytes())
-    between = tmp_path / "between"
-    code, output, error = command_line(
-        "average", *models, "--weight", "0.35", "--task", tmp_path / "task", "-o", between
-    )
-    assert (code, output.strip()) == (0, f"local-dir:{between}")
-    assert error.count("←") == 1
-    curve = json.loads((between / "distillation.json").read_text())["average"]["curve"]
-    assert [point["weight"] for point in curve] == sorted([*(number / 10 for number in range(11)), 0.35])
-    for path, point in zip((*models, between), (curve[0], curve[-1], curve[4]), strict=True):
-        (score,) = edge.evaluate(path, str(tmp_path / "task"))
-        assert point["scores"] == {"task": score.top1}  # type: ignore[union-attr]

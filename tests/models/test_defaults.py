@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from support import share_in_threads
 from torch import Tensor, nn
 
 from clip_rd_edge.models.clip import ClipModel, float32_on_cpu
-from clip_rd_edge.models.edit import write_trimmed
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.students import build_student, student_config
@@ -64,25 +62,6 @@ def test_a_model_is_loaded_and_encodes_as_without(
     assert same(clip.model.state_dict(), loaded.model.state_dict())
     assert np.array_equal(embeddings[0], expected.encode_images(images))
     assert np.array_equal(embeddings[1], expected.encode_texts(texts))
-
-
-@host
-def test_a_new_student_has_the_weights_that_it_has_without(host: Callable[[], AbstractContextManager[object]]) -> None:
-    with host():
-        student = tiny()
-    assert same(tiny().model.state_dict(), student.model.state_dict())
-
-
-@host
-def test_a_trimmed_model_has_the_weights_that_it_has_without(
-    host: Callable[[], AbstractContextManager[object]], tmp_path: Path
-) -> None:
-    save_clip(tmp_path / "tiny", tiny(), provenance={})
-    write_trimmed(str(tmp_path / "tiny"), tmp_path / "without", layers=1)
-    with host():
-        write_trimmed(str(tmp_path / "tiny"), tmp_path / "with", layers=1)
-    one, other = (load_file(tmp_path / name / "open_clip_model.safetensors") for name in ("without", "with"))
-    assert same(one, other)
 
 
 def test_what_the_host_has_set_is_back_when_the_last_thread_has_left() -> None:

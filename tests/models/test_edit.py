@@ -10,16 +10,15 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from support import Watch
-from text_towers import WORDS, bert_clip, mt5_clip, roberta_clip
+from text_towers import bert_clip, mt5_clip, roberta_clip
 
 import clip_rd_edge as edge
-from clip_rd_edge.errors import ConfigError, UsageError
+from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel, text_module
 from clip_rd_edge.models.edit import trim_text_tower
 from clip_rd_edge.models.load import load_clip, preprocessing_of, save_clip
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.models.tokenizers import most_used_tokens, needed_tokens, vocabulary_of, with_tokens
+from clip_rd_edge.models.tokenizers import most_used_tokens, needed_tokens, with_tokens
 
 TEXTS = ["red cat", "red dog", "green cat", "a red tree"]
 
@@ -166,65 +165,3 @@ def test_merged_tokens_stay_with_their_parts(bert: ClipModel) -> None:
     assert with_tokens(content, kept)["model"]["merges"] == [("a", "b"), ("ab", "c")]
     # Both parts of "abc" would be one too many.
     assert [pieces[number] for number in most_used_tokens(content, used, needed, 4)] == ["a", "b", "c", "ca"]
-
-
-def test_what_cannot_be_trimmed_is_refused(bert: ClipModel) -> None:
-    with pytest.raises(UsageError):
-        trim_text_tower(bert)
-    with pytest.raises(UsageError):
-        trim_text_tower(bert, vocabulary=20)
-    with pytest.raises(ConfigError):
-        trim_text_tower(bert, layers=4)
-    one_layer = trim_text_tower(bert, layers=1).clip
-    with pytest.raises(ConfigError) as raised:
-        trim_text_tower(one_layer, layers=1)
-    assert raised.value.hint == "omit text_layers"
-    with pytest.raises(ConfigError):
-        trim_text_tower(bert, vocabulary=3, texts=TEXTS)
-    with pytest.raises(ConfigError):
-        trim_text_tower(bert, vocabulary=45, texts=TEXTS)
-
-
-def test_texts_of_a_trimmed_model_come_from_what_a_run_takes(bert: ClipModel, tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    pyarrow.parquet = pytest.importorskip("pyarrow.parquet")
-    save_clip(tmp_path / "teacher", bert, provenance={})
-    pyarrow.parquet.write_table(pyarrow.table({"title": TEXTS}), tmp_path / "texts.parquet")
-    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
-    vocabularies = [
-        vocabulary_of(
-            load_clip(
-                str(edge.trim(tmp_path / "teacher", tmp_path / kind, vocabulary=39, texts=tmp_path / f"texts.{kind}"))
-            ).tokenizer
-        )
-        for kind in ("txt", "parquet")
-    ]
-    assert len(vocabularies[0]) == 39
-    assert vocabularies[0] == vocabularies[1]
-
-
-def test_a_trimmed_student_learns_its_teachers_texts(bert: ClipModel, tmp_path: Path) -> None:
-    teacher, texts = tmp_path / "teacher", tmp_path / "texts.txt"
-    save_clip(teacher, bert, provenance={"data": "somewhere"})
-    texts.write_text("\n".join(f"{a} {b}" for a in WORDS for b in WORDS))
-    watch = Watch()
-    start = edge.trim(teacher, tmp_path / "start", text_layers=2, vocabulary=40, texts=texts, reporter=watch)
-    assert "40 of 45 tokens" in watch.noted[0]
-    record = json.loads((start / "distillation.json").read_text())
-    assert record["trimmed"] == {"model": str(teacher), "text_layers": 2, "vocabulary": 40}
-    assert record["data"] == "somewhere"
-    with pytest.raises(UsageError):
-        edge.trim(start, start, text_layers=1, force=True)
-    run = edge.distill(
-        texts=texts, teacher=teacher, student=start, steps=40, batch_size=50, learning_rate=3e-3, precision="fp32",
-        output=tmp_path / "run", workers=0,
-    )  # fmt: skip
-    lines = texts.read_text().splitlines()
-    rows = [embed(load_clip(str(model)), lines) for model in (teacher, start, run)]
-    rows = [r - r.mean(0) for r in rows]
-    cosine = [float((rows[0] * r).sum() / np.linalg.norm(rows[0]) / np.linalg.norm(r)) for r in rows[1:]]
-    assert cosine[1] > cosine[0] + 0.05, cosine
-    bundle = edge.export(run, tmp_path / "bundle")
-    assert (
-        np.abs(edge.load(bundle).encoder.encode_texts(lines[:5]) - embed(load_clip(str(run)), lines[:5])).max() < 1e-4
-    )

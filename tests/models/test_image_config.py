@@ -15,7 +15,6 @@ from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel, ImageTower
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.students import build_student, copy_image_tower, with_image_of
-from clip_rd_edge.models.text_weights import build_with_text_tower_of, with_text_of
 
 VISION = {"layers": 4, "width": 64, "head_width": 64, "patch_size": 8, "image_size": 32}
 
@@ -77,13 +76,3 @@ def test_an_image_tower_that_computes_something_else_with_the_same_weights_is_re
     student.model.get_submodule("visual").register_forward_hook(lambda module, inputs, output: -output)
     with pytest.raises(ConfigError):
         copy_image_tower(student, teacher)
-
-
-@pytest.mark.parametrize("quick_gelu", [False, True])
-def test_towers_that_need_different_activations_are_refused(quick_gelu: bool) -> None:
-    config = with_image_of(architecture(), model(quick_gelu=quick_gelu))
-    texts = model(quick_gelu=not quick_gelu)
-    with pytest.raises(ConfigError):
-        build_with_text_tower_of(texts, config, name="student")
-    with pytest.raises(ConfigError):
-        with_text_of(config, texts)

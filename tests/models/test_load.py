@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from support import share_in_threads
 
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.load import load_clip, preprocessing_of, save_clip
+from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.own_parts import NO_STRANGERS, StrangeFileError
 from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.utils.paths import typed
@@ -41,14 +40,6 @@ def tiny() -> ClipModel:
     return build_student(config, name="tiny")
 
 
-def check(clip: ClipModel, projection: torch.Tensor) -> None:
-    assert torch.equal(clip.model.get_parameter("visual.proj"), projection)
-    assert clip.embedding_size == 512
-    assert clip.preprocessing == preprocessing_of(clip.model)
-    assert clip.preprocessing.size == (224, 224)
-    assert clip.tokenizer(["a cat"]).shape == (1, 77)
-
-
 def test_a_model_trained_with_random_interpolation_is_evaluated_as_open_clip_does(tmp_path: Path) -> None:
     save_clip(tmp_path / "model", tiny(), provenance={})
     path = tmp_path / "model/open_clip_config.json"
@@ -56,21 +47,6 @@ def test_a_model_trained_with_random_interpolation_is_evaluated_as_open_clip_doe
     config["preprocess_cfg"]["interpolation"] = "random"
     path.write_text(json.dumps(config))
     assert load_clip(f"local-dir:{tmp_path / 'model'}").preprocessing.interpolation == "bicubic"
-
-
-@pytest.mark.slow
-def test_a_teacher_is_loaded_offline_from_the_hubs_cache(
-    checkpoint: tuple[Path, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, projection = checkpoint
-    revision = "0" * 40
-    repository = tmp_path / "models--someone--some-clip"
-    shutil.copytree(folder, repository / "snapshots" / revision)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(revision)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    check(load_clip("hf-hub:someone/some-clip"), projection)
 
 
 @pytest.mark.parametrize(
@@ -102,21 +78,6 @@ def test_what_a_model_records_is_utf_8_whatever_the_locale(tmp_path: Path, monke
     monkeypatch.setattr(Path, "write_text", as_on_windows)
     save_clip(tmp_path / "model", tiny(), provenance={"data": "データ/Müller.csv"})
     assert json.loads((tmp_path / "model" / "distillation.json").read_bytes())["data"] == "データ/Müller.csv"
-
-
-@pytest.mark.parametrize("level", [logging.WARNING, logging.DEBUG])
-def test_loading_is_quiet_and_leaves_the_applications_logging_as_it_was(
-    level: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = logging.getLogger()
-    monkeypatch.setattr(root, "level", level)
-    monkeypatch.setattr(root, "handlers", [])  # as in an application that configures nothing
-    with pytest.raises(InputError):
-        load_clip("ViT-B-32", pretrained=None)
-    save_clip(tmp_path / "tiny", tiny(), provenance={})
-    load_clip(str(tmp_path / "tiny"))
-    assert (root.level, root.handlers) == (level, [])
-    assert capfd.readouterr().err == ""
 
 
 def test_a_thread_that_has_loaded_its_model_lets_no_python_code_into_that_of_another() -> None:
@@ -154,32 +115,6 @@ def test_weights_with_a_tag_are_run_with_the_activation_that_they_were_trained_w
         kinds = [type(module).__name__ for module in model.model.modules()]
         assert (kinds.count("QuickGELU"), kinds.count("GELU")) == (2, 0)
     assert "QuickGELU" not in {type(module).__name__ for module in load_clip("tiny@laion").model.modules()}
-
-
-@pytest.mark.slow
-def test_a_missing_siglip_tokenizer_is_reported_and_a_complete_folder_loads(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    config = open_clip.get_model_config("ViT-B-16-SigLIP")
-    folder = tmp_path / "siglip"
-    folder.mkdir()
-    torch.manual_seed(0)
-    model = open_clip.create_model("ViT-B-16-SigLIP")
-    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
-    with pytest.raises(InputError):
-        load_clip("open_clip:ViT-B-16-SigLIP", pretrained=str(folder / "open_clip_pytorch_model.bin"))
-    # With the tokenizer files beside the weights, as on the hub, no network is needed.
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": config, "preprocess_cfg": model.visual.preprocess_cfg})
-    )
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "a"]))
-    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    clip = load_clip(str(folder))
-    assert clip.tokenizer(["a cat"])[0, :5].tolist() == [2, 6, 5, 3, 0]
-    assert clip.context_length == 64
 
 
 CODE = """

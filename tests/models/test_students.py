@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clip_rd_edge.errors import ConfigError, InputError
-from clip_rd_edge.models.classifiers import CLASSIFIERS, load_classifier
+from clip_rd_edge.models.classifiers import load_classifier
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.names import preset_names
-from clip_rd_edge.models.students import build_student, init_image_tower, require_student, student_config
+from clip_rd_edge.models.students import build_student, init_image_tower, student_config
 
 
 def tiny(name: str, size: int = 64, width: int = 32):  # type: ignore[no-untyped-def]
@@ -79,14 +79,6 @@ def test_a_trunk_is_described_by_any_timm_and_without_drawing_random_numbers(
     load_classifier("test_resnet", pretrained=weights)
 
 
-def test_an_unknown_tag_of_weights_gets_suggestions() -> None:
-    assert tiny("test_resnet.r160_in1k", 96).embedding_size == 32
-    require_student("seresnet34.untrained")  # whose weights would be random anyway
-    with pytest.raises(InputError) as error:
-        tiny("resnet18.a1_in22k")
-    assert error.value.hint.startswith("omit the tag: resnet18; known are resnet18.a1_in1k, ")
-
-
 @pytest.mark.parametrize(
     ("trunk", "hint"),
     [
@@ -101,12 +93,6 @@ def test_an_unsupported_image_size_is_refused_with_the_one_that_the_tower_is_mad
     with pytest.raises(ConfigError) as error:
         build_student(config, name="r4")
     assert error.value.hint == hint
-
-
-def test_a_model_is_loaded_by_local_dir_folder_and_run(tmp_path: Path) -> None:
-    save_clip(tmp_path / "run" / "student", tiny("resnet10t"), provenance={})
-    for spec in (f"local-dir:{tmp_path}/run/student", f"{tmp_path}/run/student", f"{tmp_path}/run"):
-        assert load_clip(spec).name == "run"
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -170,24 +156,6 @@ def test_image_weights_that_do_not_match_are_refused(tmp_path: Path) -> None:
         init_image_tower(student, "nothing.pt")
     with pytest.raises(ConfigError):
         init_image_tower(clip("64x1", trunk="vit_tiny_16"), "timm")
-
-
-@pytest.mark.parametrize("size", ["huge", "512", "100x2", "64x0", "x"])
-def test_an_invalid_text_size_is_refused(size: str) -> None:
-    with pytest.raises(ConfigError):
-        student_config("test_resnet", embedding_size=8, text=size)
-
-
-def test_an_image_tower_starts_from_packaged_weights() -> None:
-    packaged = CLASSIFIERS["tf_efficientnet_lite0"]
-    if not packaged.is_installed():
-        pytest.skip("the extra emoji is not installed")
-    clip = tiny("efficientnet_lite0")
-    assert init_image_tower(clip, "package").endswith("the packaged weights of tf_efficientnet_lite0")
-    published = torch.load(packaged.verified(), weights_only=True)
-    assert torch.equal(clip.model.get_parameter("visual.trunk.conv_head.weight"), published["_conv_head.weight"])
-    with pytest.raises(ConfigError):
-        init_image_tower(tiny("test_resnet"), "package")
 
 
 VIT = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 8}

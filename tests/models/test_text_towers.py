@@ -108,12 +108,6 @@ def test_gradients_are_those_of_the_whole_context() -> None:
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-4)
 
 
-def test_as_many_positions_as_the_tower_is_wide_are_no_mask() -> None:
-    model = custom(context_length=64)
-    ids = open_clip.SimpleTokenizer(context_length=64)(TEXTS)
-    torch.testing.assert_close(CaptionTower(TextTower(model), model)(ids), TextTower(model)(ids))
-
-
 @pytest.mark.parametrize("text_cfg", [{"no_causal_mask": True}, {"pool_type": "last"}, {"embed_cls": True}])
 def test_other_towers_of_open_clip_compute_the_whole_context(text_cfg: dict[str, Any]) -> None:
     model = custom(**text_cfg)
@@ -121,16 +115,6 @@ def test_other_towers_of_open_clip_compute_the_whole_context(text_cfg: dict[str,
     tower = CaptionTower(TextTower(model), model)
     assert positions(tower, ids) == [(len(TEXTS), 77)]
     torch.testing.assert_close(tower(ids), TextTower(model)(ids))
-
-
-@pytest.mark.parametrize("text_cfg", [{}, {"pool_type": "eos", "eos_id": 49407}])
-def test_a_tower_goes_to_another_process(text_cfg: dict[str, Any]) -> None:
-    model = custom(**text_cfg)
-    ids = open_clip.get_tokenizer("ViT-B-32")(TEXTS)
-    tower = CaptionTower(TextTower(model), model)
-    copied = pickle.loads(pickle.dumps(tower))
-    assert copied.lengths(ids) == tower.lengths(ids) == [8, 8, 8, 8, 16, 64, 77, 8]
-    assert torch.equal(copied(ids), tower(ids))
 
 
 @pytest.mark.parametrize(("pooler", "cut"), [("mean_pooler", True), ("cls_pooler", True), ("max_pooler", False)])

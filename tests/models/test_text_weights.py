@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from support import Watch
 
 from clip_rd_edge.errors import ConfigError, InputError
@@ -20,11 +19,6 @@ def clip(text: str, *, length: int = 8, width: int = 32, seed: int = 0) -> ClipM
     torch.manual_seed(seed)
     config = student_config("test_resnet", embedding_size=width, image_size=32, text=text, context_length=length)
     return build_student(config, name="student" if seed else "teacher")
-
-
-def saved(path: Path, state: dict[str, torch.Tensor]) -> str:
-    save_file(state, str(path))
-    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -44,14 +38,6 @@ def test_a_text_tower_is_initialised_from_the_teachers_layers() -> None:
         assert torch.equal(student_state[name.format(new)], teacher_state[name.format(old)])
     assert torch.equal(student_state["text.positional_embedding"], teacher_state["text.positional_embedding"][:8])
     assert student_state["text.text_projection"].shape == (64, 32)  # the teacher's is wider, so this stays random
-
-
-def test_a_text_tower_is_initialised_from_a_checkpoint_in_the_older_format(tmp_path: Path) -> None:
-    student, other = clip("64x1"), clip("64x1", seed=1)
-    state = {k.removeprefix("text."): v for k, v in other.model.state_dict().items() if k.startswith("text.")}
-    init_text_tower(student, saved(tmp_path / "clip.safetensors", state), None)
-    other_state = other.model.state_dict()
-    assert all(torch.equal(v, other_state[k]) for k, v in student.model.state_dict().items() if k.startswith("text."))
 
 
 def test_text_weights_that_do_not_match_are_refused(tmp_path: Path) -> None:
@@ -123,8 +109,3 @@ def test_parts_of_characters_and_special_tokens_have_no_text() -> None:
     assert tokenizer.encoder["Ã"] not in texts  # the first byte of a character of two
     assert not {tokenizer.sot_token_id, tokenizer.eot_token_id} & texts.keys()
     assert 40_000 < len(texts) < 49_406
-
-
-def test_token_embeddings_need_a_teacher() -> None:
-    with pytest.raises(InputError):
-        init_token_embeddings(clip("64x1"), [])

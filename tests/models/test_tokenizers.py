@@ -8,12 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from text_towers import bert_clip
 from tokenizers import Tokenizer, models
 
-from clip_rd_edge.bundle.tokenizer import Tokenizer as BundleTokenizer
-from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.exporting.parity import HARD_TEXTS
 from clip_rd_edge.models import tokenizers as exporter
 
 
@@ -47,19 +43,3 @@ def test_merges_are_strings_unless_a_piece_has_a_space(
     path = tmp_path / "tokenizer.json"
     assert json.loads(path.read_text())["model"].get("merges") == merges
     assert Tokenizer.from_file(str(path)).to_str() == Tokenizer(model).to_str()
-
-
-def test_a_tokenizer_that_keeps_the_end_of_a_long_text_is_refused(tmp_path: Path) -> None:
-    words = bert_clip(tmp_path / "bert").tokenizer
-    words.tokenizer.truncation_side = "left"
-    with pytest.raises(ClipRdEdgeError):
-        exporter.export_tokenizer(words, tmp_path)
-
-
-def test_the_texts_that_tokenizers_are_compared_on_tell_at_which_end_they_truncate(tmp_path: Path) -> None:
-    words = bert_clip(tmp_path / "bert", more=[*"0123456789", *(f"##{digit}" for digit in range(10))]).tokenizer
-    spec = exporter.export_tokenizer(words, tmp_path)
-    ids = BundleTokenizer(tmp_path / "tokenizer.json", spec)(HARD_TEXTS)
-    assert (ids == words(list(HARD_TEXTS)).numpy()).all()
-    words.tokenizer.truncation_side = "left"
-    assert (ids != words(list(HARD_TEXTS)).numpy())[-1].any()

@@ -11,8 +11,8 @@ import pytest
 
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils import files
-from clip_rd_edge.utils.files import disk_full_error, is_plain_name, machine_failure, read_limited, write_text
-from clip_rd_edge.utils.outputs import exclusive_writer, new_folder
+from clip_rd_edge.utils.files import disk_full_error, is_plain_name, read_limited, write_text
+from clip_rd_edge.utils.outputs import new_folder
 
 
 def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,17 +138,6 @@ def test_write_text_leaves_no_temporary_file(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file"]
 
 
-def test_a_cache_that_cannot_be_written_names_what_moves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for service accounts, whose home is often empty or another's: -o would not help."""
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "file" / "cache"))
-    images = tmp_path / "file" / "cache" / "emoji"
-    for place in (new_folder(images), exclusive_writer(images)):
-        with pytest.raises(UsageError, match=r"^The cache .*emoji cannot be written: ") as raised, place:
-            pass
-        assert "CLIP_RD_EDGE_CACHE" in (raised.value.hint or "")
-
-
 def test_a_full_disk_leaves_nothing_behind_and_is_reported_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,34 +161,3 @@ def test_a_full_disk_leaves_nothing_behind_and_is_reported_in_one_sentence(
     assert "larger than its file system" in str(
         disk_full_error(OSError(errno.EFBIG, "File too large", "/mnt/state.pt"))
     )
-
-
-def test_a_folder_that_is_read_as_a_file_is_named_at_once_on_windows_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(path: Path, mode: str) -> IO[bytes]:
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setattr(files, "_IS_WINDOWS", True)
-    monkeypatch.setattr(files.time, "sleep", lambda _: pytest.fail("it waits"))
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(InputError, match="Is a directory"):
-        read_limited(tmp_path, 100)
-
-
-class WindowsError(OSError):
-    """What Windows raises for a network share or a disk that is gone: its errno says little."""
-
-    winerror = 64
-
-
-def test_windows_s_own_numbers_of_failures_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    gone = WindowsError(errno.EINVAL, "The specified network name is no longer available", "//nas/a.png")
-    assert str(machine_failure(gone)).startswith("Cannot read or write //nas/a.png: The specified network name")
-    gone.winerror = 3  # no such folder
-    assert machine_failure(gone) is None
-    rust = RuntimeError("There is not enough space on the disk. (os error 112)")  # of safetensors
-    assert disk_full_error(rust) is None
-    monkeypatch.setattr(files, "_IS_WINDOWS", True)
-    assert "no space left on the disk" in str(disk_full_error(rust))
-    assert disk_full_error(RuntimeError("Access is denied. (os error 5)")) is None

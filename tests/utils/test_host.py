@@ -80,45 +80,6 @@ def test_this_machine() -> None:
     assert set(instruction_sets()) <= set(INSTRUCTION_SETS.values())
 
 
-@pytest.mark.parametrize(
-    ("cpuinfo", "name"),
-    [
-        ("model name\t: Intel(R) N100\nmodel name\t: Intel(R) N100\n", "Intel(R) N100"),
-        ("CPU implementer\t: 0x41\nCPU part\t: 0xd0c\n" * 2, "Arm Neoverse-N1"),  # Graviton 2
-        ("CPU implementer\t: 0x41\nCPU part\t: 0xd40\n", "Arm Neoverse-V1"),  # Graviton 3
-        (
-            "CPU implementer\t: 0x51\nCPU part\t: 0x802\nCPU implementer\t: 0x51\nCPU part\t: 0x803\n",
-            "aarch64 0x51-0x802 + aarch64 0x51-0x803",
-        ),
-        ("isa\t: rv64imafdc\n", "aarch64"),
-    ],
-)
-def test_processors_are_told_apart_by_what_linux_says_of_them(
-    cpuinfo: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _pretend_to_be(monkeypatch, tmp_path, system="Linux", machine="aarch64")
-    (tmp_path / "cpuinfo").write_text(cpuinfo)
-    assert machine_name() == f"{name}, 4 cores"
-
-
-def test_macs_are_told_apart_by_the_brand_of_their_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _pretend_to_be(monkeypatch, tmp_path, system="Darwin", machine="arm")
-    assert machine_name() == "arm, 4 cores"  # it cannot be asked
-    (tmp_path / "sysctl").write_text('#!/bin/sh\n[ "$*" = "-n machdep.cpu.brand_string" ] && echo Apple M1\n')
-    (tmp_path / "sysctl").chmod(0o755)
-    assert machine_name() == "Apple M1, 4 cores"
-
-
-def _pretend_to_be(patch: pytest.MonkeyPatch, folder: Path, *, system: str, machine: str) -> None:
-    for name, file in (("_BOARD", "model"), ("_CPUINFO", "cpuinfo")):
-        patch.setattr(host, name, folder / file)
-    patch.setattr(host, "_SYSCTL", str(folder / "sysctl"))
-    patch.setattr(host.platform, "system", lambda: system)
-    patch.setattr(host.platform, "machine", lambda: machine)
-    patch.setattr(host.platform, "processor", str)
-    patch.setattr(host.os, "cpu_count", lambda: 4)
-
-
 def test_background_load_excludes_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = host.os.sysconf("SC_CLK_TCK")
     # Two cores for ten seconds; twelve seconds of work, of which nine are this process's.
@@ -127,11 +88,6 @@ def test_background_load_excludes_own_work(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(host, "_cpu_ticks", lambda: next(states))
     monkeypatch.setattr(time, "process_time", lambda: next(own_seconds))
     assert BackgroundLoad().share() == pytest.approx(3 / 20)
-
-
-def test_background_load_may_be_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "_cpu_ticks", lambda: (0, 0))
-    assert BackgroundLoad().share() is None
 
 
 def test_peak_memory_does_not_decrease() -> None:

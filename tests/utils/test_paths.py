@@ -4,7 +4,6 @@ import ast
 import importlib
 import os
 import typing
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ import msgspec
 import pytest
 
 import clip_rd_edge
-from clip_rd_edge.utils import paths
-from clip_rd_edge.utils.paths import Typed, cache_home, file_identity, looks_like_path, near_files, why_no_file
+from clip_rd_edge.utils.paths import Typed, cache_home, file_identity
 
 
 @pytest.fixture(autouse=True)
@@ -32,66 +30,12 @@ def test_without_a_home_the_cache_is_where_containers_have_it(monkeypatch: pytes
     assert cache_home() == Path(os.sep) / ".cache" / "clip-rd-edge"
 
 
-def test_a_cache_folder_that_is_given_needs_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(Path, "home", no_home)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_home() == tmp_path / "clip-rd-edge"
-
-
-def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert cache_home() == tmp_path / ".cache" / "clip-rd-edge"
-
-
 def test_files_of_the_same_size_and_time_are_told_apart(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
         os.utime(tmp_path / name, (1, 1))  # as in images of OSTree and Nix
     assert file_identity(tmp_path / "a") == file_identity(tmp_path / "a") != file_identity(tmp_path / "b")
     assert file_identity(tmp_path / "c") is None
-
-
-def test_a_folder_that_may_be_entered_but_not_listed_suggests_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "St.Bernard").touch()
-    assert looks_like_path(str(tmp_path / "St.Bern"), suffixes=())
-    monkeypatch.chdir(tmp_path)
-    assert looks_like_path("St.Bern", suffixes=())
-
-    def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    for name in ("scandir", "listdir"):  # which of them Path.iterdir calls depends on Python
-        monkeypatch.setattr(os, name, refuse)
-    assert not looks_like_path("St.Bern", suffixes=())
-    assert why_no_file(Path("St.Bern")) == "does not exist."
-
-
-def test_the_names_of_a_large_folder_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(10):
-        (tmp_path / f"image{number}.jpg").touch()
-    monkeypatch.setattr(paths, "_MAX_COMPARED", 10)
-    assert "image1.jpg" in near_files(tmp_path / "image.jpg")
-    (tmp_path / "one-more").touch()
-    assert near_files(tmp_path / "image.jpg") == ""
-
-
-def test_a_name_in_another_form_of_unicode_is_not_suggested_as_if_it_were_another(tmp_path: Path) -> None:
-    composed, decomposed = (unicodedata.normalize(form, "Vögel") for form in ("NFC", "NFD"))
-    above = tmp_path / composed  # as the folder of a user whose files come from a Mac
-    (above / decomposed).mkdir(parents=True)
-    (above / decomposed / "0.jpg").touch()
-    if (above / composed).exists():
-        pytest.skip("this system does not tell them apart")
-    for path in (above / composed, above / composed / "0.jpg"):
-        reason = "does not exist. There is one whose name is written in another form of Unicode (NFD)."
-        assert why_no_file(path) == reason
-    assert why_no_file(above / composed / "1.jpg") == "does not exist."
-    if os.sep == "/":
-        backslash = Path(f"{above}\\{decomposed}\\0.jpg")
-        assert why_no_file(backslash) == "does not exist. There is one with / for each backslash."
 
 
 PACKAGE = Path(clip_rd_edge.__file__).parent

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from clip_rd_edge.bundle.labels import read_labels
 from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.bundle.reference import read_reference
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError
 from clip_rd_edge.exporting.bundle import export_bundle
-from clip_rd_edge.exporting.formats.coreml import CoreMl, _exported, require_declared
+from clip_rd_edge.exporting.formats.coreml import _exported, require_declared
 from clip_rd_edge.exporting.plan import Plan, Precision
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.load import load
@@ -30,19 +30,6 @@ def test_the_exported_graph_has_no_alias_which_coremltools_does_not_know() -> No
     program = _exported(Aliased(), torch.zeros(1, 3))
     assert torch.ops.aten.alias.default not in {node.target for node in program.graph.nodes}
     assert program.module()(torch.ones(1, 3)).tolist() == [[4, 4, 4]]
-
-
-def test_coremltools_from_its_sources_is_refused_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = tmp_path / "coremltools"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UsageError):
-        CoreMl().check(Plan(format="coreml"))
-    (package / "libmilstoragepython.so").touch()
-    CoreMl().check(Plan(format="coreml"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
 from support import require_the_models_answers
 from torch import nn
 
-from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
-from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.formats.executorch import _in_convolution, _rows, executorch_backend
 from clip_rd_edge.exporting.int8.candidates import Float32Tower
 from clip_rd_edge.exporting.int8.trials import Trial
 from clip_rd_edge.exporting.plan import Plan
-from clip_rd_edge.installation import install_command
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.backends.executorch import ExecuTorchModel, open_executorch
-from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime.backends.executorch import ExecuTorchModel
 from clip_rd_edge.runtime.verify import verify_bundle
-
-
-def for_executorch(bundle: Path) -> Path:
-    write_manifest(bundle, msgspec.structs.replace(read_manifest(bundle), target="executorch"))
-    return bundle
 
 
 class Method:
@@ -49,61 +35,6 @@ def test_a_batch_runs_row_by_row() -> None:
     name = model.get_inputs()[0].name
     (output,) = model.run(None, {name: np.arange(12, dtype=np.int64).reshape(3, 4)})
     np.testing.assert_array_equal(output, [[6, 6], [22, 22], [38, 38]])
-
-
-def test_a_missing_package_is_reported_with_its_extra(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "executorch.extension.pybindings", None)
-    with pytest.raises(MissingExtraError) as raised:
-        load(for_executorch(colour_bundle)).encode_texts(["red"])
-    assert raised.value.hint == install_command("executorch")
-
-
-@pytest.fixture
-def refusing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Put a stand-in for ExecuTorch in place that loads nothing; return the numbers of threads that were set."""
-    threads: list[int] = []
-
-    def refuse(program: Any) -> None:
-        raise RuntimeError("Failed to load program,\nerror: 0x23")
-
-    runtime = SimpleNamespace(get=lambda: SimpleNamespace(load_program=refuse))
-
-    def reset(count: int) -> None:
-        threads.append(count)
-        os.write(2, b"[threadpool.cpp:66] Resetting threadpool\n")
-
-    bindings = SimpleNamespace(_unsafe_reset_threadpool=reset, _threadpool_get_thread_count=lambda: 1)
-    for name, contents in {
-        "executorch": {},
-        "executorch.extension": {},
-        "executorch.extension.pybindings": {"portable_lib": bindings},
-        "executorch.runtime": {"Runtime": runtime},
-    }.items():
-        module = ModuleType(name)
-        module.__dict__.update(contents)
-        monkeypatch.setitem(sys.modules, name, module)
-    return threads
-
-
-def test_a_file_that_executorch_cannot_load_is_reported_in_one_line(
-    refusing: list[int], colour_bundle: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(ConfigError, match=r"^ExecuTorch cannot run .*image\.onnx: Failed to load program, .*0x23\.$"):
-        open_executorch(str(colour_bundle / "image.onnx"), threads=2)
-    assert refusing == [2]
-    assert capfd.readouterr().err == ""  # the pool's message is no user's business
-    with pytest.raises(UsageError, match="number of threads is 0; expected 1 to 1,024"):
-        open_executorch(str(colour_bundle / "image.onnx"), threads=0)
-
-
-def test_devices_and_runtimes_that_do_not_fit_are_refused(colour_bundle: Path) -> None:
-    with pytest.raises(UsageError, match=r"The runtime executorch does not run this bundle, whose files are ONNX\."):
-        load(colour_bundle, runtime="executorch")
-    for_executorch(colour_bundle)
-    with pytest.raises(UsageError, match="has no device 'cuda'"):
-        load(colour_bundle, device="cuda")
-    with pytest.raises(UsageError, match=r"does not run this bundle, whose files are ExecuTorch\."):
-        load(colour_bundle, runtime="onnxruntime")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import shutil
-import stat
 from collections import Counter
 from pathlib import Path
 
@@ -12,12 +10,10 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from support import onnx_model
 
-from clip_rd_edge.bundle.manifest import Manifest, read_manifest
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.formats import Job
-from clip_rd_edge.exporting.formats.onnx import FP16_MAX, Onnx, fp16_tower, nodes_out_of_range, to_fp16
+from clip_rd_edge.exporting.formats.onnx import FP16_MAX, fp16_tower, nodes_out_of_range, to_fp16
 from clip_rd_edge.exporting.graph import prepare_for_quantization
 from clip_rd_edge.exporting.parity import agreement, embed
 from clip_rd_edge.exporting.plan import Plan
@@ -226,31 +222,3 @@ def test_a_float16_bundle_is_half_the_size_and_passes_verification(
     assert all(check.passed for check in verify_bundle(bundle))
     kinds = Counter(node.op_type for node in onnx.load(bundle / "text.onnx").graph.node)
     assert kinds["Softmax"] == 3
-
-
-def _to_fp16(student: ClipModel, source: Path, folder: Path) -> Manifest:
-    job = Job(plan=Plan(precision="fp16"), clip=student, source=source, fp32=read_manifest(source), folder=folder)
-    return Onnx().convert(job).manifest
-
-
-def test_the_note_says_that_a_float16_tower_is_slower(
-    student: ClipModel, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slow = {"fp16": np.full(5, 3.0), "fp32": np.full(5, 2.0)}
-    monkeypatch.setattr("clip_rd_edge.exporting.parity.time_in_turn", lambda _: slow)
-    manifest = _to_fp16(student, fp32_bundle, tmp_path)
-    assert "takes 1.50 times as long" in manifest.image.note
-    assert manifest.image.measured is not None
-    assert manifest.image.measured.centred_cosine > 0.999
-    assert read_manifest(fp32_bundle).image.note == ""
-
-
-def test_a_bundle_that_is_made_from_a_read_only_one_can_be_written(
-    student: ClipModel, fp32_bundle: Path, tmp_path: Path
-) -> None:
-    protected = shutil.copytree(fp32_bundle, tmp_path / "fp32")
-    for path in protected.iterdir():
-        path.chmod(0o444)
-    (tmp_path / "fp16").mkdir()
-    _to_fp16(student, protected, tmp_path / "fp16")
-    assert [path.name for path in (tmp_path / "fp16").iterdir() if not path.stat().st_mode & stat.S_IWUSR] == []

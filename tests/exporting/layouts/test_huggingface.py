@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import onnx
 import open_clip
@@ -20,14 +19,11 @@ from onnx import TensorProto, helper
 from PIL import Image
 from support import pad_with_another_id
 from text_towers import bert_clip, roberta_clip
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, CLIPImageProcessor, PreTrainedTokenizerFast
 
-import clip_rd_edge as edge
-from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.bundle.outputs import require_output
 from clip_rd_edge.bundle.tokenizer import TokenizerSpec, clean_text
-from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.bundle import export_layout
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.formats import Converted
@@ -38,7 +34,7 @@ from clip_rd_edge.exporting.layouts.huggingface import (
     normalizer_with_cleaning,
     write_huggingface,
 )
-from clip_rd_edge.exporting.layouts.model_card import _licence, write_model_card
+from clip_rd_edge.exporting.layouts.model_card import _licence
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -92,16 +88,6 @@ def _expected(folder: Path, images: list[Image.Image], texts: list[str]) -> tupl
         model.encode_image(pixels, normalize=True).numpy(),
         model.encode_text(tokenizer(texts), normalize=True).numpy(),
     )
-
-
-def test_a_model_whose_towers_do_not_fit_one_file_is_refused_before_the_export(
-    student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size = sum(tensor.nbytes for tensor in student.model.state_dict().values())
-    monkeypatch.setattr("clip_rd_edge.exporting.layouts.huggingface.MAX_FILE_BYTES", size - 1)
-    monkeypatch.setattr("clip_rd_edge.exporting.bundle.export_bundles", lambda *_, **__: pytest.fail("exported"))
-    with pytest.raises(UsageError):
-        export_layout(student, Export("model", tmp_path / "hub"), HUB)
 
 
 def test_the_folder_has_the_files_of_all_clients(folder: Path) -> None:
@@ -178,31 +164,6 @@ def test_the_folder_has_the_scale_and_the_padding_of_its_model(colour_bundle: Pa
     expected = np.asarray([[1, 0, 0], [0.5**0.5, 0.5**0.5, 0], [0, 0, 1]])
     np.testing.assert_allclose(embeddings, expected, atol=1e-6)
     np.testing.assert_allclose(logits, 20 * expected, atol=1e-5)
-
-
-def test_ids_have_64_bits_also_where_an_int_has_32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with NumPy 1 on Windows."""
-    asarray = np.asarray
-    ids = [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", 5]) for name in ("padded_ids", "out")]
-    graph = helper.make_graph([helper.make_node("Identity", ["padded_ids"], ["out"])], "ids", ids[:1], ids[1:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "asarray", lambda value, *rest, **options: asarray(value, *(rest or (np.int32,)), **options))
-        _take_any_length(model, TokenizerSpec(context_length=5, end_id=3))
-    assert {tensor.data_type for tensor in model.graph.initializer} == {TensorProto.INT64}
-    session = open_session(model.SerializeToString())
-    assert session.run(None, {"input_ids": np.asarray([[1, 3, 2]])})[0].tolist() == [[1, 3, 0, 0, 0]]
-
-
-def test_the_tokenizer_file_writes_letters_that_are_two_as_two() -> None:
-    spec = TokenizerSpec(context_length=5, clean="whitespace")
-    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    content = json.loads(tokenizer.to_str())
-    content["normalizer"] = normalizer_with_cleaning(content["normalizer"], spec)
-    written = Tokenizer.from_str(json.dumps(content)).normalizer
-    for letters in ("ǄǅǆǇǈǉǊǋǌǱǲǳ", "Ĳĳ ŉ", "ﬀﬁﬂﬃﬄﬅﬆ"):
-        assert written.normalize_str(letters) == clean_text(letters, "whitespace").lower()
 
 
 @pytest.mark.parametrize("clean", ["lower", "canonicalize", "whitespace"])
@@ -308,26 +269,6 @@ def test_the_models_own_prompts_and_labels_are_kept_and_nothing_else_of_its_trai
     loaded = load_clip(str(tmp_path / "hub"))
     assert (loaded.templates, loaded.labels) == (prompts, ("red", "blue"))
     require_output(tmp_path / "hub", "export", overwrite=True)
-
-
-def test_the_model_card_names_the_filter_that_the_model_was_trained_with(
-    folder: Path, fp32_bundle: Path, tmp_path: Path
-) -> None:
-    assert "open_clip resizes images with a bicubic filter" in (folder / "README.md").read_text()
-    hub, manifest = shutil.copytree(folder, tmp_path / "hub"), read_manifest(fp32_bundle)
-    bilinear = msgspec.structs.replace(manifest.preprocessing, interpolation="bilinear")
-    manifests = {"fp32": msgspec.structs.replace(manifest, preprocessing=bilinear)}
-    write_model_card(hub, manifests, results=None, training={})
-    card = (hub / "README.md").read_text()
-    assert "open_clip resizes images with a bilinear filter" in card
-    assert "Lanczos is sharper than the bilinear filter" in card
-
-
-def test_a_model_that_the_clients_cannot_preprocess_for_is_refused(student: ClipModel, tmp_path: Path) -> None:
-    padded = msgspec.structs.replace(student.preprocessing, resize_mode="longest")
-    with pytest.raises(UsageError):
-        export_layout(dataclasses.replace(student, preprocessing=padded), Export("model", tmp_path / "hub"), HUB)
-    assert not (tmp_path / "hub").exists()
 
 
 # Text towers that are models of transformers.
@@ -523,18 +464,6 @@ def test_fastembed_computes_open_clips_embeddings(
     clip_folder: Path, request_file: Path, fastembed_python: Path
 ) -> None:
     _answers(clip_folder, request_file, fastembed_python, CLIENTS / "fastembed_client.py", clip_folder, request_file)
-
-
-def test_labels_that_a_model_starts_with_are_for_bundles(student: ClipModel, tmp_path: Path) -> None:
-    save_clip(tmp_path / "model", dataclasses.replace(student, labels=("a cat", "a dog")), provenance={})
-    bundle = edge.export(tmp_path / "model", tmp_path / "bundle")
-    answers = edge.load(bundle).classify(np.zeros((9, 9, 3), np.uint8))
-    assert sorted(label for label, _ in answers) == ["a cat", "a dog"]
-    given = edge.load(edge.export(tmp_path / "model", tmp_path / "given", labels=["a pig"]))
-    assert given.label_bank is not None
-    assert given.label_bank.names == ("a pig",)
-    edge.export(tmp_path / "model", tmp_path / "hub", layout="huggingface")
-    assert not list((tmp_path / "hub").rglob("labels.npz"))
 
 
 @pytest.mark.parametrize("fact", ["data", "image_source"])

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,14 +12,13 @@ from support import pad_with_another_id
 from text_towers import bert_clip, roberta_clip
 from tokenizers import Tokenizer
 
-from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
+from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
-from clip_rd_edge.exporting.layouts.immich import immich_name, require_supported, where_it_goes, write_immich
+from clip_rd_edge.exporting.layouts.immich import immich_name, require_supported, write_immich
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
 
@@ -78,27 +76,6 @@ def test_texts_are_padded_with_the_models_own_id(colour_bundle: Path, tmp_path: 
         np.testing.assert_allclose(_text_embedding(tmp_path / "immich", text, length=6)[0], expected, atol=1e-6)
 
 
-def test_underscores_and_punctuation_are_cleaned_by_the_tokenizer_file_alone(
-    colour_bundle: Path, tmp_path: Path
-) -> None:
-    manifest = read_manifest(colour_bundle)
-    tokenizer = msgspec.structs.replace(manifest.tokenizer, clean="canonicalize")
-    write_manifest(colour_bundle, msgspec.structs.replace(manifest, tokenizer=tokenizer))
-    write_immich(colour_bundle, tmp_path / "immich")
-    config = json.loads((tmp_path / "immich" / "config.json").read_text())
-    assert config["text_cfg"].keys() == {"context_length"}  # else immich removes them first
-    normalizer = Tokenizer.from_file(str(tmp_path / "immich" / "textual" / "tokenizer.json")).normalizer
-    assert normalizer.normalize_str("Red_car, mother-in-law!").strip() == "red car motherinlaw"
-
-
-def test_a_model_that_expects_another_filter_than_immichs_is_told(tmp_path: Path) -> None:
-    bicubic = Preprocessing(size=(8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    bilinear = msgspec.structs.replace(bicubic, interpolation="bilinear")
-    told = "immich resizes images with a bicubic filter, and this model expects a bilinear one"
-    assert told in where_it_goes(tmp_path, "ViT-B-32__openai", bilinear)
-    assert "filter" not in where_it_goes(tmp_path, "ViT-B-32__openai", bicubic)
-
-
 @pytest.mark.parametrize("mode", ["longest", "squash"])
 def test_preprocessing_that_immich_does_not_support_is_refused(mode: Any) -> None:
     with pytest.raises(UsageError):
@@ -137,16 +114,3 @@ def test_a_model_takes_the_place_of_one_with_embeddings_of_the_same_size() -> No
     for name, embedding_size in (("ViT-B-32__openai", 256), ("ViT-L-14__openai", 512), (None, 256), ("ViT-B-32", 512)):
         with pytest.raises(UsageError):
             immich_name(name, embedding_size=embedding_size, model="student")
-
-
-def test_a_model_of_another_size_is_refused_before_it_is_exported(
-    student: ClipModel, tmp_path: Path, command_line: Callable[..., tuple[int, str, str]]
-) -> None:
-    save_clip(tmp_path / "student", student, provenance={})
-    code, _, error = command_line(
-        "export", tmp_path / "student", "--layout", "immich", "--as", "ViT-B-32__openai", "-o", tmp_path / "immich"
-    )
-    assert code == 2
-    assert "has embeddings of 32 numbers" in error
-    assert "distill --embedding-size 512" in error
-    assert not (tmp_path / "immich").exists()
