@@ -13,32 +13,19 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clip_rd_edge.api import (
-        ExportedBundle,
-        average,
+    from clip_rd_edge.api.exporting import ExportedBundle, export, targets, verify
+    from clip_rd_edge.api.measuring import (
         benchmark,
         compare,
-        demo,
-        distill,
-        doctor,
-        embed,
         evaluate,
         evidence_report,
         evidence_run,
-        export,
-        index,
-        load,
         quickstart,
-        recipe,
         recommend,
-        search,
-        serve,
-        stitch,
-        targets,
-        trim,
-        verify,
-        watch_index,
     )
+    from clip_rd_edge.api.models import load, stitch, trim
+    from clip_rd_edge.api.running import demo, doctor, index, search, serve, watch_index
+    from clip_rd_edge.api.training import average, distill, embed, recipe
     from clip_rd_edge.errors import (
         ClipRdEdgeError,
         ConfigError,
@@ -58,12 +45,19 @@ __version__ = "0.1.0"
 # reads this variable once, when it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-_CLASSES = {
-    "Model": "clip_rd_edge.runtime.model",
-    "Prediction": "clip_rd_edge.runtime.classifier",
-    "Reporter": "clip_rd_edge.utils.reporting",
-    "ZeroShotClassifier": "clip_rd_edge.runtime.classifier",
-}
+# Where each name is defined; errors, which are named so, in `errors`.
+_HOMES = {
+    "api.exporting": ("ExportedBundle", "export", "targets", "verify"),
+    "api.measuring": (
+        "benchmark", "compare", "evaluate", "evidence_report", "evidence_run", "quickstart", "recommend",
+    ),
+    "api.models": ("load", "stitch", "trim"),
+    "api.running": ("demo", "doctor", "index", "search", "serve", "watch_index"),
+    "api.training": ("average", "distill", "embed", "recipe"),
+    "runtime.classifier": ("Prediction", "ZeroShotClassifier"),
+    "runtime.model": ("Model",),
+    "utils.reporting": ("Reporter",),
+}  # fmt: skip
 
 __all__ = [
     "ClipRdEdgeError",
@@ -109,9 +103,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    default = "clip_rd_edge.errors" if name.endswith("Error") else "clip_rd_edge.api"
-    module = _CLASSES.get(name, default)
-    value = getattr(importlib.import_module(module), name)
+    home = next((home for home, names in _HOMES.items() if name in names), "errors")
+    value = getattr(importlib.import_module(f"clip_rd_edge.{home}"), name)
     globals()[name] = value  # later accesses bypass __getattr__
     return value
 

@@ -22,7 +22,6 @@ from starlette import testclient
 from support import Watch
 
 import clip_rd_edge as edge
-from clip_rd_edge import api
 from clip_rd_edge.bundle.images import ImageInput
 from clip_rd_edge.cli.main import COMMANDS, cli
 from clip_rd_edge.settings.options import _members
@@ -34,12 +33,12 @@ Run = Callable[..., tuple[int, str, str]]
 # Options that exist only on the command line.
 PRINTING = {"as_json", "as_csv", "null", "confusion", "all_extras"}
 FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
-    "benchmark": (api.benchmark, {"compared", "init", "allow_busy"}),  # --compare is edge.compare
-    "demo": (api.demo, {"open_page"}),
-    "index": (api.index, {"watch"}),  # --watch is edge.watch_index
-    "serve": (api.serve, {"token_file"}),  # a file, or a variable: a token in a command line is seen by others
-    "evidence run": (api.evidence_run, set()),
-    "evidence report": (api.evidence_report, set()),
+    "benchmark": (edge.benchmark, {"compared", "init", "allow_busy"}),  # --compare is edge.compare
+    "demo": (edge.demo, {"open_page"}),
+    "index": (edge.index, {"watch"}),  # --watch is edge.watch_index
+    "serve": (edge.serve, {"token_file"}),  # a file, or a variable: a token in a command line is seen by others
+    "evidence run": (edge.evidence_run, set()),
+    "evidence report": (edge.evidence_report, set()),
 }
 
 
@@ -58,7 +57,7 @@ def commands() -> dict[str, click.Command]:
 def parameters_of(function: Callable[..., Any]) -> set[str]:
     parameters = inspect.signature(function).parameters
     names = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
-    if function is api.serve:
+    if function is edge.serve:
         names -= {"token"}
     return names
 
@@ -257,7 +256,7 @@ def test_a_bundle_can_be_evaluated_and_benchmarked(
     suite.write_text(
         f"name: colours\ntasks: [{task}]\nrounds: 2\nrows:\n- {{label: FP32, role: exported, model: {colour_bundle}}}\n"
     )
-    monkeypatch.setattr(api, "first_answer", lambda *_: [sys.executable, "-c", "print('{}')"])
+    monkeypatch.setattr("clip_rd_edge.api.measuring.first_answer", lambda *_: [sys.executable, "-c", "print('{}')"])
     results = edge.benchmark(suite, tmp_path / "report", budget_ms=1e6)
     assert [row.label for row in results.rows] == ["FP32"]
     assert results.suite.budget_ms == 1e6

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clip_rd_edge.api import open_encoder
+from clip_rd_edge.api.models import open_encoder
 from clip_rd_edge.bundle.encoder import embeds_texts
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.utils.host import peak_memory_bytes

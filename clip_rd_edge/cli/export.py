@@ -16,7 +16,7 @@ from clip_rd_edge.settings.deploying import Export, Verify
 from clip_rd_edge.utils.text import as_word
 
 if TYPE_CHECKING:
-    from clip_rd_edge.api import ExportedBundle
+    from clip_rd_edge.api.exporting import ExportedBundle
     from clip_rd_edge.exporting.int8.trials import Trial
     from clip_rd_edge.runtime.verify import Check
 

@@ -48,7 +48,7 @@ def evaluate(given: dict[str, Any], confusion: Path | None, as_json: bool) -> No
     which were used. Accuracy depends on them: compare models with the same.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.api import load_tasks
+    from clip_rd_edge.api.measuring import load_tasks
     from clip_rd_edge.cli.console import console_reporter, print_table, table_width
 
     if confusion is not None:

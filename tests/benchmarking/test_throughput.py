@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clip_rd_edge.api import first_answer
+from clip_rd_edge.api.models import first_answer
 from clip_rd_edge.benchmarking import throughput
 from clip_rd_edge.benchmarking.throughput import (
     BATCHES,

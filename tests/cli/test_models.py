@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.api import open_encoder
+from clip_rd_edge.api.models import open_encoder
 from clip_rd_edge.errors import UsageError
 
 

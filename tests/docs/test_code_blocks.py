@@ -22,7 +22,6 @@ import pytest
 from PIL import Image
 
 import clip_rd_edge as edge
-from clip_rd_edge import api
 from clip_rd_edge.benchmarking.suite import read_suite
 from clip_rd_edge.bundle.manifest import (
     FORMAT_VERSION,
@@ -322,7 +321,7 @@ def reader(
         (folder / table).write_text(pairs_csv.read_text().replace("pictures/", f"{pairs_csv.parent}/pictures/"))
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.stdin", io.StringIO("photos/red.png\n"))
-    monkeypatch.setattr(api, "first_answer", lambda *_: ["echo", "{}"])
+    monkeypatch.setattr("clip_rd_edge.api.measuring.first_answer", lambda *_: ["echo", "{}"])
     small.bundle = colour_bundle
     monkeypatch.setattr(edge, "distill", small.distill)
     monkeypatch.setattr(edge, "export", small.export)

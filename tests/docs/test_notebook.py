@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 import clip_rd_edge as edge
-from clip_rd_edge import api
 from clip_rd_edge.exporting.plan import plan_exports
 from clip_rd_edge.settings.deploying import Export
 
@@ -101,7 +100,7 @@ def test_it_runs_on_tiny_models(
     # Tested elsewhere, and most of the time here: measuring INT8, the plots of a run, and cold starts.
     monkeypatch.setattr(edge, "export", export_fp32)
     monkeypatch.setattr("clip_rd_edge.distillation.distill.plot_run", lambda *_: None)
-    monkeypatch.setattr(api, "first_answer", lambda *_: ["echo", "{}"])
+    monkeypatch.setattr("clip_rd_edge.api.measuring.first_answer", lambda *_: ["echo", "{}"])
     artwork = tmp_path / "artwork"
     shutil.copytree(emoji.draw_images() / "twemoji", tmp_path / "all")
     artwork.mkdir()
