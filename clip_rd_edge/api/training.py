@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from clip_rd_edge.api.measuring import load_tasks
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.settings.training import Average, Distill, Embed
@@ -98,7 +97,7 @@ def average(request: Average) -> AveragedModel:
         InputError: a model or a task does not exist.
     """
     # Before the models, so that a mistyped name is reported at once.
-    tasks = load_tasks(request.tasks, templates=request.templates) if request.tasks else []
+    tasks = _load_tasks(request.tasks, templates=request.templates)
 
     from clip_rd_edge.models.edit import average_models
 
@@ -148,4 +147,12 @@ def _evaluator(tasks: Sequence[Task]) -> Callable[[Any], dict[str, float]] | Non
 def _tasks(config: RunConfig) -> list[Task]:
     """Load the tasks of a run; a table has the columns of its data."""
     columns = {"csv_img_key": config.csv_img_key, "csv_caption_key": config.csv_caption_key}
-    return load_tasks(config.tasks, **columns) if config.tasks else []
+    return _load_tasks(config.tasks, **columns)
+
+
+def _load_tasks(names: Sequence[AnyPath], **options: Any) -> list[Task]:
+    if not names:
+        return []
+    from clip_rd_edge.api.measuring import load_tasks
+
+    return load_tasks(names, **options)

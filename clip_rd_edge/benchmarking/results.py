@@ -30,7 +30,7 @@ from clip_rd_edge.utils.host import (
 )
 from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.structs import read_versioned_json, to_json
-from clip_rd_edge.utils.text import as_unicode, as_word, each_text, shown_sources
+from clip_rd_edge.utils.text import as_unicode, each_text, shown_sources
 
 PACKAGES = (
     "clip-rd-edge", *ONNXRUNTIMES, "openvino", "ai-edge-litert", "executorch", "coremltools", "nncf", "torch",
@@ -215,11 +215,8 @@ def read_results(path: Path) -> Results:
         path: the file, or the folder that a benchmark wrote.
     """
     path = path / RESULTS if is_folder(path) else path
-    evidence = ConfigError(
-        f"{path} has the results of an evidence suite; expected those of a benchmark.",
-        hint=f"clip-rd-edge evidence report {as_word(path)}",
-    )
-    results = read_versioned_json(path, Results, newest=FORMAT_VERSION, foreign=("runs", evidence))
+    hint = "expected the results of a benchmark; those of an evidence suite are for clip-rd-edge evidence report"
+    results = read_versioned_json(path, Results, newest=FORMAT_VERSION, hint=hint)
     if not results.rows:
         raise ConfigError(f"{path} has no rows; expected one per measured model.", hint="run the benchmark again")
     return results

@@ -32,7 +32,6 @@ from clip_rd_edge.distillation.student import frozen_at_random, load_student, wi
 from clip_rd_edge.errors import in_one_line
 from clip_rd_edge.exporting.calibration import choose_pairs, keep_pairs
 from clip_rd_edge.models.clip import float32_on_cpu
-from clip_rd_edge.models.edit import interpolate_clip
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.students import TEACHER
 from clip_rd_edge.utils.files import write_text
@@ -122,6 +121,8 @@ def _save_student(run: Run, setup: RunSetup, state: TrainingState) -> None:
     student.model.to("cpu")
     evaluation = last_evaluation(run.folder, step=state.steps)
     if config.tuned_share < 1:
+        from clip_rd_edge.models.edit import interpolate_clip
+
         student = interpolate_clip(load_student(config), student, share=config.tuned_share)
         if run.evaluate:  # the run has evaluated the trained weights alone
             evaluation = run.evaluate(state.encoder_of(student))

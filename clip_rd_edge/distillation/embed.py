@@ -61,7 +61,6 @@ from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.losses.terms import load_terms
 from clip_rd_edge.models.clip import ClipModel, default_device, float32_on_cpu, model_fingerprint
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.utils.cluster import map_on_cluster
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -132,8 +131,11 @@ def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None
         for number, (clip, own) in enumerate(zip(teachers, folders, strict=True)):
             with processes.together():
                 maker = _maker(config, clip, pairs)
-            make = partial(_make_worker, config, number, maker.manifest)
-            compute = partial(map_on_cluster, cluster, make) if cluster else None
+            compute: Compute | None = None
+            if cluster:
+                from clip_rd_edge.utils.cluster import map_on_cluster  # late: hardly anybody has a cluster
+
+                compute = partial(map_on_cluster, cluster, partial(_make_worker, config, number, maker.manifest))
             fill_store(own, maker, processes, max_bad=config.max_bad, compute=compute, reporter=shown)
             clip.model.to("cpu")
 

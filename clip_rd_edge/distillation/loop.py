@@ -26,7 +26,6 @@ from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, st
 from clip_rd_edge.distillation.metrics import EncoderOfAllProcesses, MetricsLog, Progress, peak_memory_on, plot_run
 from clip_rd_edge.distillation.optimizer import RunOptimizer, diverged_error, named_divergence
 from clip_rd_edge.distillation.processes import Stopped
-from clip_rd_edge.distillation.quantized import Quantization
 from clip_rd_edge.distillation.run import Run
 from clip_rd_edge.distillation.setup import RunSetup, provenance
 from clip_rd_edge.distillation.step import AUTOCAST, StepResult, TrainingStep, step_settings
@@ -41,6 +40,7 @@ from clip_rd_edge.utils.host import FREED_MEMORY_KEPT
 
 if TYPE_CHECKING:
     from clip_rd_edge.distillation.metrics import Predictions
+    from clip_rd_edge.distillation.quantized import Quantization
 
 
 # A GPU is waited for where a number is read: in steps between two looks at whether the run diverges, and in seconds
@@ -77,8 +77,11 @@ class TrainingState:
         self.parts: dict[str, Stateful] = {
             "model": model, "objective": objective, "update": self.optimizer, "bad": self.bad,
         }  # fmt: skip
-        self.quantization = Quantization() if config.quantize else None
-        if self.quantization:
+        self.quantization: Quantization | None = None
+        if config.quantize:
+            from clip_rd_edge.distillation.quantized import Quantization  # which imports the exporter's
+
+            self.quantization = Quantization()
             self.parts["ranges"] = self.quantization.ranges
         count = len(setup.pairs)
         bank = make_bank(config, count, dataset.store, setup.ensemble, processes.device, source=bank_source)

@@ -199,20 +199,18 @@ class Processes:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the body in the main process first, then in one process of each further machine, then in the others.
+        """Run the body in the main process first, which shows its progress, then in the others at once.
 
-        The later ones find on disk what was written, whether or not the machines share their files. An error of this
-        package in one process is raised in all.
+        They find on disk what was written; on a machine that does not share it, a lock has one of them write it. An
+        error of this package in one process is raised in all.
         """
-        is_first_here = not self.hosts or self.hosts.index(self.hosts[self.rank]) == self.rank
-        turn = 0 if self.is_main else 1 if is_first_here else 2
-        for _ in range(turn):
+        if not self.is_main:
             self.barrier()
         with self.together():
             try:
                 yield
             finally:  # whatever happened: the others must not wait forever
-                for _ in range(2 - turn):
+                if self.is_main:
                     self.barrier()
 
 

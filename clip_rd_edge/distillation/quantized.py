@@ -376,8 +376,6 @@ class Quantization:
 
 def require_quantizable(config: RunConfig) -> None:
     """Check, before anything is loaded, that a configuration can be combined with quantisation."""
-    if config.quantize is None:
-        return
     if not is_trained(config.student):
         raise UsageError(
             f"Quantisation fine-tunes a trained student, but {config.student} is untrained.",

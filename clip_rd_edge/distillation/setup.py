@@ -24,8 +24,6 @@ from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.loader import ViewDataset
 from clip_rd_edge.distillation.pixels import crops_for
 from clip_rd_edge.distillation.processes import Processes
-from clip_rd_edge.distillation.quantized import require_quantizable
-from clip_rd_edge.distillation.reinforced import ReinforcedDataset, require_stored_width
 from clip_rd_edge.distillation.student import make_student, require_named_student, set_training_mode
 from clip_rd_edge.distillation.teacher import (
     ensemble_of,
@@ -67,6 +65,8 @@ class RunSetup:
     @cached_property
     def task_fingerprints(self) -> dict[str, str]:
         """The fingerprint of each task by its name."""
+        if not self.tasks:
+            return {}
         from clip_rd_edge.benchmarking.accuracy import task_fingerprint  # which most runs do without
 
         return {task.name: task_fingerprint(task) for task in self.tasks}
@@ -94,7 +94,10 @@ def load_setup(
         name: the student's name.
         processes: the processes that share a batch. The main one indexes the shards; the others read its index.
     """
-    require_quantizable(config)
+    if config.quantize:
+        from clip_rd_edge.distillation.quantized import require_quantizable
+
+        require_quantizable(config)
     with processes.main_first():
         require_named_student(config)
         pairs = training_pairs(config, reporter=reporter)
@@ -114,6 +117,8 @@ def _load_models(config: RunConfig, pairs: Samples, *, name: str, processes: Pro
         require_images(pairs)
     stored = load_stored_teachers(config)
     if stored is not None and isinstance(pairs, Reinforced):
+        from clip_rd_edge.distillation.reinforced import require_stored_width
+
         require_stored_width(pairs, stored)
     teachers = load_teachers(config)
     ensemble = ensemble_of_stored(stored) if stored else ensemble_of(teachers) if teachers else None
@@ -214,6 +219,8 @@ def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: boo
     student = setup.student
     options: dict[str, Any] = {"seed": config.seed, "views": config.views, "max_bad": config.max_bad}
     if setup.stored is not None:
+        from clip_rd_edge.distillation.reinforced import ReinforcedDataset
+
         assert isinstance(setup.pairs, Reinforced)
         dataset: ViewDataset = ReinforcedDataset(setup.pairs, setup.stored, student.preprocessing, **options)
     else:

@@ -14,7 +14,6 @@ from torch import nn
 from clip_rd_edge.bundle.labels import parse_templates
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.pixels import Crops, crops_for
-from clip_rd_edge.distillation.quantized import require_static_tower
 from clip_rd_edge.distillation.teacher import (
     ensemble_of,
     ensemble_of_stored,
@@ -34,7 +33,6 @@ from clip_rd_edge.models.students import (
     build_student,
     copy_image_tower,
     init_image_tower,
-    require_same_image_tower,
     require_student,
     student_config,
     student_preprocessing,
@@ -47,7 +45,6 @@ from clip_rd_edge.models.text_weights import (
     build_with_text_tower_of,
     init_text_tower,
     init_token_embeddings,
-    require_similar_text_tower,
     with_text_of,
 )
 from clip_rd_edge.utils.paths import Typed, typed
@@ -69,6 +66,8 @@ def make_student(
     student = _student_to_train(config, teachers, name, reporter)
     require_trained_bias(student, config.recipe.objective)
     if config.quantize:
+        from clip_rd_edge.distillation.quantized import require_static_tower
+
         require_static_tower(student)
     if config.templates:  # the prompts that it learns are those to classify with
         prompts = parse_templates(config.templates).prompts
@@ -131,22 +130,8 @@ def require_named_student(config: RunConfig) -> None:
         else:
             known_config(config.text)
     if config.recipe.objective.needs_teacher and config.stored_teachers is None:
-        known = [known_config(name, pretrained=teacher_weights(config, name)) for name in config.teachers]
-        if known and known[0]:
-            _require_fit(config, known[0])
-
-
-def _require_fit(config: RunConfig, teacher: dict[str, Any]) -> None:
-    """Refuse towers of a new student that cannot start from the (first) teacher's, whose `model_cfg` is known."""
-    shape = {name: getattr(config, name) or default for name, default in _DEFAULT_SHAPE.items()}
-    if config.pretrained_image == TEACHER or config.pretrained_text == TEACHER:
-        shape["text"] = "tiny" if takes_text(config) else shape["text"]
-        size = config.embedding_size or int(teacher["embed_dim"])
-        student = student_config(config.student, embedding_size=size, **shape)["model_cfg"]
-        if config.pretrained_image == TEACHER:
-            require_same_image_tower(student, teacher, name=config.teachers[0])
-        if config.pretrained_text == TEACHER:
-            require_similar_text_tower(student, teacher, name=config.teachers[0])
+        for name in config.teachers:
+            known_config(name, pretrained=teacher_weights(config, name))
 
 
 def _student_to_train(config: RunConfig, teachers: Sequence[ClipModel], name: str, reporter: Reporter) -> ClipModel:

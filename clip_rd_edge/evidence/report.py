@@ -287,11 +287,8 @@ def write_evidence(path: Path, evidence: Evidence) -> None:
 
 def read_evidence_file(path: Path) -> Evidence:
     """Read a file written by `write_evidence`."""
-    results = ConfigError(
-        f"{path} has the results of a benchmark; expected those of an evidence suite.",
-        hint="see the report.html beside it, or compare two with: clip-rd-edge benchmark --compare BEFORE AFTER",
-    )
-    evidence = read_versioned_json(path, Evidence, newest=FORMAT_VERSION, foreign=("rows", results))
+    hint = "expected the results of an evidence suite; those of a benchmark are for clip-rd-edge benchmark --compare"
+    evidence = read_versioned_json(path, Evidence, newest=FORMAT_VERSION, hint=hint)
     if not evidence.runs:
         raise ConfigError(f"{path} has no runs; expected at least one.", hint="run the suite again")
     return evidence

@@ -101,7 +101,6 @@ def read_versioned_json(
     key: str = "format_version",
     max_bytes: int = MAX_JSON_BYTES,
     hint: str = "",
-    foreign: tuple[str, ConfigError] | None = None,
 ) -> T:
     """Read a JSON file with the version of its format into a struct.
 
@@ -110,14 +109,10 @@ def read_versioned_json(
         key: what the file calls its version.
         max_bytes: limit on the size of the file.
         hint: of the error about a file that is not as expected.
-        foreign: a key that only another kind of file has, and the error for such a file.
     """
     content = read_limited(path, max_bytes)
-    mark = foreign[0] if foreign else ""
-    header = msgspec.defstruct("Header", [(key, int), ("mark", msgspec.Raw, msgspec.Raw())], rename={"mark": mark})
-    version, found = msgspec.structs.astuple(_decode_json(content, header, source=path, hint=hint))
-    if foreign and bytes(found):
-        raise foreign[1]
+    header = msgspec.defstruct("Header", [(key, int)])
+    (version,) = msgspec.structs.astuple(_decode_json(content, header, source=path, hint=hint))
     if version > newest:
         raise ConfigError(
             f"{path} has format version {version}; this clip-rd-edge reads up to {newest}.",

@@ -14,7 +14,7 @@ import pytest
 from support import one_worker, save_tiny_teacher
 
 import clip_rd_edge as edge
-from clip_rd_edge.distillation import embed, store
+from clip_rd_edge.distillation import store
 from clip_rd_edge.errors import InputError, UsageError
 
 
@@ -64,7 +64,7 @@ def test_the_workers_of_a_cluster_give_the_same_bytes(
 ) -> None:
     source["teacher"] = [source["teacher"], str(save_tiny_teacher(tmp_path / "second", seed=2))]
     here = edge.embed(output=tmp_path / "here", **source)
-    monkeypatch.setattr(embed, "map_on_cluster", one_worker)
+    monkeypatch.setattr("clip_rd_edge.utils.cluster.map_on_cluster", one_worker)
     assert contents(edge.embed(output=tmp_path / "there", ray="auto", **source)) == contents(here)
 
 
@@ -76,7 +76,7 @@ def test_a_worker_with_other_data_is_refused(
         table.write_text(table.read_text().replace("number 7", "number 8"))
         return one_worker(address, make, items)
 
-    monkeypatch.setattr(embed, "map_on_cluster", on_another_machine)
+    monkeypatch.setattr("clip_rd_edge.utils.cluster.map_on_cluster", on_another_machine)
     with pytest.raises(InputError, match="the data here"):
         edge.embed(output=tmp_path / "store", ray="auto", **source)
 
