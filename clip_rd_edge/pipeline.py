@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import msgspec
 
+from clip_rd_edge.benchmarking.latency import Launch
 from clip_rd_edge.benchmarking.report import HTML, write_report
 from clip_rd_edge.benchmarking.results import RESULTS, Results, published, read_results
 from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite
-from clip_rd_edge.benchmarking.throughput import Launch
 from clip_rd_edge.bundle.manifest import is_bundle, read_manifest
 from clip_rd_edge.bundle.runs import LOCAL_DIR, STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.data import emoji

@@ -11,10 +11,9 @@ from typing import TypeVar
 import msgspec
 
 from clip_rd_edge.benchmarking.accuracy import Correctness, Sample, WorstClass
-from clip_rd_edge.benchmarking.latency import Latency, ReferenceLatency
+from clip_rd_edge.benchmarking.latency import ColdStart, Latency, ReferenceLatency, Throughput
 from clip_rd_edge.benchmarking.metrics import Interval, Score, may_be_chance
 from clip_rd_edge.benchmarking.suite import Role, Suite
-from clip_rd_edge.benchmarking.throughput import ColdStart, Throughput
 from clip_rd_edge.bundle.encoder import Description
 from clip_rd_edge.errors import ConfigError, with_hint
 from clip_rd_edge.installation import without_checkout

@@ -23,7 +23,15 @@ from clip_rd_edge.benchmarking.accuracy import (
     predict,
     worst_classes,
 )
-from clip_rd_edge.benchmarking.latency import EncoderCalls, Latencies, measure_latencies
+from clip_rd_edge.benchmarking.latency import (
+    EncoderCalls,
+    Latencies,
+    Launch,
+    measure_cold_start,
+    measure_energy,
+    measure_latencies,
+    measure_throughput,
+)
 from clip_rd_edge.benchmarking.metrics import difference_interval, difference_p_value
 from clip_rd_edge.benchmarking.results import (
     Comparison,
@@ -35,7 +43,6 @@ from clip_rd_edge.benchmarking.results import (
     this_environment,
 )
 from clip_rd_edge.benchmarking.suite import Role, Suite, SuiteRow, check_suite
-from clip_rd_edge.benchmarking.throughput import Launch, measure_cold_start, measure_energy, measure_throughput
 from clip_rd_edge.bundle.encoder import TowerEncoder
 from clip_rd_edge.bundle.labels import in_words
 from clip_rd_edge.bundle.manifest import is_bundle, read_manifest
