@@ -6,6 +6,9 @@
     open_clip:NAME                                the image tower of open_clip's architecture, for a new student
 
 A student that is named by a trained model is fine-tuned. All else needs a trained model. No torch is imported here.
+
+A model's own files may name architectures, and what lies beside them, but no path, no code and no other model: that is
+for the configurations that come with open_clip, and for what the user typed.
 """
 
 from __future__ import annotations
