@@ -11,12 +11,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from clip_rd_edge.bundle.labels import is_template
-from clip_rd_edge.bundle.runs import LOCAL_DIR, model_folder
-from clip_rd_edge.data.load import names_shards
+from clip_rd_edge.bundle.runs import model_folder
 from clip_rd_edge.data.reinforced import STORED
-from clip_rd_edge.data.remote import is_remote
-from clip_rd_edge.data.webdataset import SEPARATOR
 from clip_rd_edge.errors import ConfigError, UsageError, near_matches, quoted
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
@@ -288,38 +284,20 @@ def first_difference(
 ) -> str | None:
     """Return the first difference as `key: old → new`, or None; a resumed run ignores CHANGEABLE_ON_RESUME.
 
-    Two names of one file or folder, such as a relative and an absolute path, are no difference; nor are two recipe
-    files, since what they say is compared.
+    Two recipe files are no difference, since what they say is compared.
     """
     old_fields, new_fields = _flatten(old), _flatten(new)
     if str(old_fields["recipe_name"]).endswith(RECIPE_SUFFIXES) and new.recipe_name.endswith(RECIPE_SUFFIXES):
         ignored = {*ignored, "recipe_name"}
     for key in {**new_fields, **old_fields}:
         was, value = old_fields.get(key), new_fields.get(key)
-        if key not in ignored and was != value and not (key in LOCATIONS and _is_same_place(was, value)):
+        if key not in ignored and was != value:
             return f"{key}: {shown_sources(was)} → {shown_sources(value)}"
     return None
 
 
-def _is_same_place(old: object, new: object) -> bool:
-    if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)):
-        return len(old) == len(new) and all(map(_is_same_place, old, new))
-    return isinstance(old, str) and isinstance(new, str) and _absolute(old) in (_absolute(new), _place(Typed(new)))
-
-
-def _absolute(name: str) -> str:
-    """Return a place as an absolute path, by its text alone: what a file records is not looked for."""
-    parts = name.split(SEPARATOR) if names_shards(name) else [name]
-    paths = (part.removeprefix(LOCAL_DIR).removeprefix(STORED) for part in parts)
-    return SEPARATOR.join(path if is_remote(path) else os.path.abspath(path) for path in paths)  # noqa: PTH100
-
-
 def _place(name: Typed) -> str:
-    """Return the absolute path of the file, the folder or the shards that a name leads to, or else the name."""
-    if names_shards(name):
-        return SEPARATOR.join(part if is_remote(part) else str(Path(part).resolve()) for part in name.split(SEPARATOR))
-    if is_template(name):
-        return name  # a sentence, which may be too long for a path
+    """Return the absolute path of the file or the folder that a teacher's name leads to, or else the name."""
     path = model_folder(name) or Path(name.removeprefix(STORED))
     return str(path.resolve()) if exists(path) else name
 

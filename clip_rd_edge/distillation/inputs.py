@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-from clip_rd_edge.bundle.labels import is_template
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.runs import INPUTS_FILE, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.data.samples import Samples, fingerprint
@@ -214,36 +213,17 @@ def record_inputs(run: Path, inputs: RunInputs) -> None:
     write_bytes(run / INPUTS_FILE, to_json(inputs))
 
 
-def sources_known_by_content(run: Path, old: RecordedConfig, new: RunConfig) -> frozenset[str]:
+def sources_known_by_content(run: Path, new: RunConfig) -> frozenset[str]:
     """Return the fields of a run's configuration that RUN/inputs.json decides, whatever path they name.
 
-    A path says little: it may be relative to another working directory, or that of a copy on another machine.
-
-    Args:
-        old: the configuration that the run began with.
+    A path says little: it may be relative to another working directory, or that of a copy on another machine. Weights
+    to start from are known by a file alone, and a checkpoint has replaced them.
     """
     if not is_file(run / INPUTS_FILE):
         return frozenset()
     inputs = read_json(run / INPUTS_FILE, RunInputs)
-    fields = {"terms"}  # the recipe names those that it weighs
-    fields |= {name for name in ("data", "images", "texts") if bool(getattr(old, name)) is bool(getattr(new, name))}
-    templates = (*(str(template.plain()) for template in old.templates), *new.templates)
-    if "texts" in fields and not all(map(is_template, templates)):
-        fields.add("templates")  # which a file holds; the texts are compared with them
-    teachers = old.teacher.plain() if old.teacher else []
-    if (len(teachers) if isinstance(teachers, list) else 1) == len(new.teachers):
-        fields |= {"teacher", "teacher_pretrained"}
-    for name, sha256 in (
-        ("pretrained_image", inputs.image_weights_sha256),
-        ("pretrained_text", inputs.text_weights_sha256),
-    ):
-        fields |= {name} if sha256 and is_file(getattr(new, name) or "") else set()
-    fields |= {"text"} if inputs.text_sha256 and _taken_text(new) is not None else set()
-    if (inputs.student_sha256 and is_trained(new.student)) or (
-        inputs.student_file_sha256 and student_file(new.student)
-    ):
-        fields.add("student")
-    return frozenset(fields)
+    weights = {"pretrained_image": inputs.image_weights_sha256, "pretrained_text": inputs.text_weights_sha256}
+    return LOCATIONS - {name for name, sha256 in weights.items() if not (sha256 and is_file(getattr(new, name) or ""))}
 
 
 def record_locations(run: Path, config: RunConfig) -> None:

@@ -224,7 +224,7 @@ def check_folder(
         teacher=old.teacher_precision if config.teacher_precision == "auto" else None,
     )
     decided = open_shape(config)  # by a model
-    known = CHANGEABLE_ON_RESUME | decided | sources_known_by_content(folder, old, config)
+    known = CHANGEABLE_ON_RESUME | decided | sources_known_by_content(folder, config)
     if difference := first_difference(old, config, ignored=known):
         raise UsageError(
             f"{folder} holds a run with another configuration: {difference}.",

@@ -70,7 +70,7 @@ def load_clip(spec: Typed, *, pretrained: Typed | None = None, separate_text: bo
     overrides = _relocated_text_cfg(folder, model_cfg) if folder else {}
     has_tag = named.weights is not None and not exists(named.weights)
     needs_hub = named.kind == "hub" or has_tag or (not folder and "hf_tokenizer_name" in model_cfg["text_cfg"])
-    with quiet_logs(logging.ERROR, spare_configured=True), NO_STRANGERS, _HUB if needs_hub else nullcontext():
+    with quiet_logs(logging.ERROR), NO_STRANGERS, _HUB if needs_hub else nullcontext():
         try:
             if named.kind == "hub":
                 model_cfg = open_clip.get_model_config(name)

@@ -89,24 +89,6 @@ def test_what_may_change_when_a_run_is_resumed_stands_with_the_options() -> None
     } == LOCATIONS  # fmt: skip
 
 
-def test_two_names_of_the_same_places_are_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-    config = RunConfig(recipe_name="clip", recipe=load_recipe("clip"), student="resnet18")
-    names: dict[str, Any] = {
-        "data": "a/{0..3}.tar::s3://b/0.tar", "teacher": ("first", "second"), "images": "first", "texts": None
-    }  # fmt: skip
-    same: dict[str, Any] = {
-        "data": f"{tmp_path}/a/{{0..3}}.tar::s3://b/0.tar", "teacher": ("./first/", "local-dir:second"),
-        "images": f"{tmp_path}/second/../first", "texts": None,
-    }  # fmt: skip
-    one = msgspec.structs.replace(config, **names)
-    assert first_difference(one, msgspec.structs.replace(one, **same)) is None
-    for other in ({"data": "a/{0..4}.tar::s3://b/0.tar"}, {"teacher": ("second", "first")}, {"images": "third"}):
-        assert first_difference(one, msgspec.structs.replace(one, **other)) is not None
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -432,7 +432,7 @@ def test_a_run_is_resumed_from_another_working_directory(
         with pytest.raises(UsageError, match=inputs) as refusal:
             distil(other, run, resume=True)
         assert re.match(r"name those that it began with: data \S*pairs\.csv,", refusal.value.hint)
-        with pytest.raises(UsageError, match="another configuration: images: None → "):
+        with pytest.raises(UsageError, match="24 images without captions, in place of 24 pairs"):
             distil(msgspec.structs.replace(there, images=there.data), run, resume=True)
         assert_same_weights(distil(there, run, resume=True), expected)
         recorded = read_yaml(run / "config.yaml", RunConfig)
