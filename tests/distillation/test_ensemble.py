@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,19 +11,17 @@ import msgspec
 import pytest
 import torch
 from support import Watch, save_tiny_teacher
-from thread_processes import Exchange, Threads
 from tiny_runs import killed_and_resumed, tiny_run, weights
 
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.runs import read_metrics
-from clip_rd_edge.distillation.bank import QueueBank, StoredBank
-from clip_rd_edge.distillation.config import RunConfig, load_recipe, resolve
+from clip_rd_edge.distillation.bank import StoredBank
+from clip_rd_edge.distillation.config import RunConfig, resolve
 from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.embed import STORE_STAGE
-from clip_rd_edge.distillation.loader import Batch, StepSampler, step_loader
+from clip_rd_edge.distillation.loader import StepSampler, step_loader
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.setup import load_setup, make_dataset
-from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.store import (
     TeacherStores,
     image_shard,
@@ -36,9 +33,7 @@ from clip_rd_edge.distillation.store import (
 from clip_rd_edge.distillation.teacher import LiveTeacher, StoredTeacher, Teacher, ensemble_of, load_teachers
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
-from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.losses.terms import Bank
-from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.students import build_student, student_config
 
@@ -218,63 +213,3 @@ def test_teachers_with_other_texts_stay_side_by_side(alike: RunConfig, differs: 
     else:
         second = replace(second, tokenizer=partial(second.tokenizer, context_length=4))
     assert ensemble_of([first, second]).widths == (WIDTHS[0], WIDTHS[0])
-
-
-CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "0", "tea", "a boat at sea", "night"]
-
-
-def small_clip(trunk: str, seed: int, width: int, size: int) -> ClipModel:
-    torch.manual_seed(seed)
-    architecture = student_config(trunk, embedding_size=width, image_size=size, text="64x1", context_length=8)
-    return build_student(architecture, name="small")
-
-
-def small_teachers(first: int, second: int) -> LiveTeacher:
-    clips = [small_clip("test_resnet", 1, 12, first), small_clip("test_resnet", 2, 8, second)]
-    return LiveTeacher([Teacher(clip, CPU, autocast=None) for clip in clips])
-
-
-def make_step(processes: Processes, settings: StepSettings) -> TrainingStep:
-    teachers = small_teachers(32, 48)
-    torch.manual_seed(0)  # of the projections
-    objective = Objective(load_recipe("clip-rd-bank").objective, widths=(16, 12, 8))
-    student = small_clip("vit_tiny_16", 0, 16, 32)
-    return TrainingStep(student, teachers, objective, processes, settings, bank=QueueBank(12, CPU))
-
-
-def compute(step: TrainingStep) -> dict[str, torch.Tensor]:
-    processes = step.processes
-    generator = torch.Generator().manual_seed(2)
-    pixels, others = ((256 * torch.rand(8, 3, size, size, generator=generator)).byte() for size in (32, 48))
-    size = len(pixels) // processes.world_size
-    part = slice(processes.rank * size, (processes.rank + 1) * size)
-    result = step(Batch(pixels[part], (pixels[part], others[part]), CAPTIONS[part]), 0)
-    parameters = [*step.student.model.named_parameters(), *step.objective.named_parameters()]
-    gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
-    return {"loss": result.loss.total, **gradients}
-
-
-@pytest.fixture(scope="module")
-def expected() -> dict[str, torch.Tensor]:
-    return compute(make_step(Processes(), StepSettings()))
-
-
-@pytest.mark.parametrize(
-    ("world_size", "settings"),
-    [(2, StepSettings()), (2, StepSettings(global_logits=True, block=3)), (1, StepSettings(chunks=4, block=3))],
-    ids=["local logits", "global logits", "chunks and blocks"],
-)
-def test_processes_chunks_and_blocks_give_the_loss_and_gradients_of_the_whole(
-    world_size: int, settings: StepSettings, expected: dict[str, torch.Tensor]
-) -> None:
-    assert "image_projection.weight" in expected
-    exchange = Exchange(world_size)
-    steps = [
-        make_step(Threads(rank=rank, world_size=world_size, exchange=exchange), settings) for rank in range(world_size)
-    ]
-    with ThreadPoolExecutor(world_size) as pool:
-        for actual in pool.map(compute, steps):
-            assert actual.keys() == expected.keys()
-            for name, value in expected.items():
-                tolerance = 1e-5 * max(1.0, value.abs().max().item())
-                torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=tolerance, msg=name)

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -25,65 +26,96 @@ from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.distillation.loader import Batch, StepSampler
 from clip_rd_edge.distillation.processes import Processes, _store_after_restart, lost_process
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.teacher import LiveTeacher, Teacher
+from clip_rd_edge.distillation.teacher import BatchTeacher, ChoosingTeacher, LiveTeacher, Teacher
 from clip_rd_edge.errors import LostProcessError
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.losses.terms import EmbeddingBatch
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.students import build_student, student_config
 
-CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "0", "tea", "a boat at sea", "night"]
+CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "red", "tea", "a boat at sea", "red"]
+COLOURS = ["red", "green", "a very dark blue"]
 CPU = torch.device("cpu")
 
 
-def model(seed: int, trunk: str = "vit_tiny_16") -> ClipModel:
-    config = student_config(trunk, embedding_size=16, image_size=32, text="64x1", context_length=8)
+class Case(NamedTuple):
+    """What a step learns from: teachers by width and size of images, and which rows of its batch are pairs."""
+
+    teachers: tuple[tuple[int, int], ...] = ((16, 32),)
+    paired: tuple[bool, ...] = (True,) * 8
+    chooses: bool = False  # the teacher, texts for images without captions
+
+
+CASES = {
+    "pairs": Case(),
+    "two teachers": Case(teachers=((12, 32), (8, 48))),
+    "mixed": Case(paired=(True, False, True, True, False, False, True, False)),
+    "no pair in the second half, texts that are chosen": Case(paired=(True,) * 3 + (False,) * 5, chooses=True),
+}
+
+
+def model(seed: int, trunk: str = "vit_tiny_16", *, width: int = 16, image_size: int = 32) -> ClipModel:
+    config = student_config(trunk, embedding_size=width, image_size=image_size, text="64x1", context_length=8)
     torch.manual_seed(seed)
     return build_student(config, name=trunk)
 
 
-def make_step(processes: Processes, settings: StepSettings) -> TrainingStep:
-    objective = Objective(load_recipe("clip-rd-bank").objective)
-    teacher = LiveTeacher([Teacher(model(1), CPU, autocast=None)])
+def make_step(processes: Processes, settings: StepSettings, case: Case = CASES["pairs"]) -> TrainingStep:
+    clips = [model(1 + k, "test_resnet", width=w, image_size=size) for k, (w, size) in enumerate(case.teachers)]
+    teacher: BatchTeacher = (plain := LiveTeacher([Teacher(clip, CPU, autocast=None) for clip in clips]))
+    if case.chooses:
+        teacher = ChoosingTeacher(plain, [(f"{colour} tea", colour) for colour in COLOURS], plain.embed_captions)
+    torch.manual_seed(0)  # of the projections
+    objective = Objective(load_recipe("clip-rd-bank").objective, widths=(16, *(width for width, _ in case.teachers)))
     return TrainingStep(model(0), teacher, objective, processes, settings, bank=QueueBank(12, CPU))
 
 
-def compute(step: TrainingStep, *, loss_scale: float = 1.0) -> dict[str, Tensor]:
-    """Return the loss and all gradients of one step on this process's part of a batch."""
-    processes = step.processes
-    pixels = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+def compute(step: TrainingStep, case: Case = CASES["pairs"], *, loss_scale: float = 1.0) -> dict[str, Tensor]:
+    """Return the loss, its terms and all gradients of one step on this process's part of a batch."""
+    processes, generator = step.processes, torch.Generator().manual_seed(2)
+    pixels, *others = (torch.rand(8, 3, size, size, generator=generator) for _, size in ((16, 32), *case.teachers))
     size = len(pixels) // processes.world_size
     part = slice(processes.rank * size, (processes.rank + 1) * size)
-    result = step(Batch(pixels[part], (pixels[part],), CAPTIONS[part]), 0, loss_scale=loss_scale)
+    paired = None if all(case.paired) else case.paired[part]
+    batch = Batch(pixels[part], tuple(own[part] for own in others), CAPTIONS[part], paired=paired)
+    result = step(batch, 0, loss_scale=loss_scale)
     parameters = [*step.student.model.named_parameters(), *step.objective.named_parameters()]
     gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
-    return {"loss": result.loss.total, **gradients}
-
-
-@pytest.fixture(scope="module")
-def expected() -> dict[str, Tensor]:
-    return compute(make_step(Processes(), StepSettings()))
+    return {"loss": result.loss.total, **result.loss.terms, **gradients}
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], factor: float = 1.0) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        scale = 1.0 if name == "loss" else factor
+        scale = factor if "." in name or name == "logit_scale" else 1.0  # of a gradient
         tolerance = 1e-4 * max(1.0, value.abs().max().item())
         torch.testing.assert_close(actual[name] / scale, value, rtol=1e-4, atol=tolerance, msg=name)
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize(
-    "settings",
-    [StepSettings(), StepSettings(global_logits=True), StepSettings(chunks=2, block=3)],
-    ids=["local logits", "global logits", "chunks and blocks"],
+    ("count", "settings"),
+    [
+        (2, StepSettings()),
+        (2, StepSettings(global_logits=True)),
+        (2, StepSettings(chunks=2, block=3)),
+        (1, StepSettings(chunks=4)),
+        (1, StepSettings(block=3)),
+    ],
+    ids=["processes", "global logits", "processes, chunks and blocks", "chunks", "blocks"],
 )
-def test_two_processes_give_the_loss_and_gradients_of_one(settings: StepSettings, expected: dict[str, Tensor]) -> None:
-    exchange = Exchange(2)
+def test_processes_chunks_and_blocks_give_the_loss_and_gradients_of_the_whole(
+    count: int, settings: StepSettings, case: Case
+) -> None:
+    expected = compute(make_step(Processes(), StepSettings(), case), case)
+    exchange = Exchange(count)
     # Initial weights are drawn from torch's global generator, so before the threads start.
-    steps = [make_step(Threads(rank=rank, world_size=2, exchange=exchange), settings) for rank in range(2)]
-    with ThreadPoolExecutor(2) as pool:
-        for actual in pool.map(compute, steps):
+    steps = [
+        make_step(Threads(rank, count, exchange=exchange) if count > 1 else Processes(), settings, case)
+        for rank in range(count)
+    ]
+    with ThreadPoolExecutor(count) as pool:
+        for actual in pool.map(lambda step: compute(step, case), steps):
             assert_close(actual, expected)
 
 
@@ -98,13 +130,6 @@ def test_gradient_checkpointing_changes_neither_gradients_nor_the_statistics_of_
         return {**gradients, **dict(student.model.named_buffers())}
 
     torch.testing.assert_close(state(checkpointing=True), state(checkpointing=False), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("settings", [StepSettings(chunks=4), StepSettings(block=3)], ids=["chunks", "blocks"])
-def test_chunks_and_blocks_give_the_loss_and_gradients_of_the_whole(
-    settings: StepSettings, expected: dict[str, Tensor]
-) -> None:
-    assert_close(compute(make_step(Processes(), settings)), expected)
 
 
 class Tokens(nn.Module):
@@ -140,7 +165,8 @@ def test_a_compiled_step_in_chunks_of_one_pair_gives_the_gradients_of_the_whole(
     assert_close(gradients(StepSettings(compile=True, chunks=8)), gradients(StepSettings()))
 
 
-def test_the_loss_scale_multiplies_every_gradient_and_not_the_loss(expected: dict[str, Tensor]) -> None:
+def test_the_loss_scale_multiplies_every_gradient_and_not_the_loss() -> None:
+    expected = compute(make_step(Processes(), StepSettings()))
     assert_close(compute(make_step(Processes(), StepSettings()), loss_scale=8.0), expected, factor=8.0)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,32 +13,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from support import Watch
-from thread_processes import Exchange, Threads
 from tiny_runs import killed_and_resumed, run_on_images_and_labels, stop_at, weights
-from torch import Tensor
 
 from clip_rd_edge.bundle.runs import read_metrics
-from clip_rd_edge.distillation.bank import QueueBank
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.embed import embed_teacher
 from clip_rd_edge.distillation.loader import Batch, StepSampler, View, step_loader
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.setup import load_setup, make_dataset
-from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.teacher import BatchTeacher, ChoosingTeacher, LiveTeacher, Teacher
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.exporting.calibration import kept_pairs
-from clip_rd_edge.losses.objective import Objective, Weights
-from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.models.load import training_facts
-from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.runtime.labels import read_labels_file, read_texts
-
-CPU = torch.device("cpu")
-CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "red", "tea", "a boat at sea", "red"]
-COLOURS = ["red", "green", "a very dark blue"]
-PAIRED = (True, False, True, True, False, False, True, False)
 
 
 @pytest.fixture
@@ -205,71 +191,6 @@ def test_a_row_that_takes_the_place_of_a_bad_one_is_what_it_is(config: RunConfig
     )
     assert dataset[View(0, 23)].caption == "a red picture"
     assert [index for index, _ in dataset[View(0, 23)].bad] == [23]
-
-
-def model(seed: int) -> ClipModel:
-    config = student_config("vit_tiny_16", embedding_size=16, image_size=32, text="64x1", context_length=8)
-    torch.manual_seed(seed)
-    return build_student(config, name="vit_tiny_16")
-
-
-def make_step(processes: Processes, settings: StepSettings, *, chooses: bool) -> TrainingStep:
-    objective = Objective(load_recipe("clip-rd-bank").objective)
-    teacher: BatchTeacher = (plain := LiveTeacher([Teacher(model(1), CPU, autocast=None)]))
-    if chooses:
-        teacher = ChoosingTeacher(plain, [(f"{colour} tea", colour) for colour in COLOURS], plain.embed_captions)
-    return TrainingStep(model(0), teacher, objective, processes, settings, bank=QueueBank(12, CPU))
-
-
-def compute(step: TrainingStep, paired: Sequence[bool]) -> dict[str, Tensor]:
-    """Return the loss, its terms and all gradients of one step on this process's part of a batch."""
-    processes = step.processes
-    pixels = torch.randint(256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(2)).byte()
-    size = len(pixels) // processes.world_size
-    part = slice(processes.rank * size, (processes.rank + 1) * size)
-    batch = Batch(pixels[part], (pixels[part],), CAPTIONS[part], paired=tuple(paired)[part])
-    result = step(batch, 0)
-    parameters = [*step.student.model.named_parameters(), *step.objective.named_parameters()]
-    gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
-    return {"loss": result.loss.total, **result.loss.terms, **gradients}
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        tolerance = 1e-5 * max(1.0, value.abs().max().item())
-        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=tolerance, msg=name)
-
-
-@pytest.mark.parametrize("chooses", [False, True], ids=["in turn", "chosen"])
-@pytest.mark.parametrize("paired", [PAIRED, (True,) * 3 + (False,) * 5], ids=["mixed", "no pair in the second half"])
-@pytest.mark.parametrize(
-    ("count", "settings"),
-    [
-        (2, StepSettings()),
-        (2, StepSettings(global_logits=True)),
-        (2, StepSettings(chunks=2, block=3)),
-        (1, StepSettings(chunks=4)),
-        (1, StepSettings(block=3)),
-    ],
-    ids=["processes", "global logits", "processes, chunks and blocks", "chunks", "blocks"],
-)
-def test_processes_chunks_and_blocks_give_the_gradients_of_the_whole(
-    count: int, settings: StepSettings, paired: tuple[bool, ...], chooses: bool
-) -> None:
-    expected = compute(make_step(Processes(), StepSettings(), chooses=chooses), paired)
-    exchange = Exchange(count)
-    steps = [
-        make_step(
-            Threads(rank=rank, world_size=count, exchange=exchange) if count > 1 else Processes(),
-            settings,
-            chooses=chooses,
-        )
-        for rank in range(count)
-    ]
-    with ThreadPoolExecutor(count) as pool:
-        for actual in pool.map(lambda step: compute(step, paired), steps):
-            assert_close(actual, expected)
 
 
 def test_a_recipe_of_pairs_alone_is_refused_without_pairs(config: RunConfig, tmp_path: Path) -> None:
