@@ -3,11 +3,9 @@ from __future__ import annotations
 import json
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from clip_rd_edge import installation
 from clip_rd_edge.installation import install_command, pip, upgrade_hint
 
 
@@ -61,21 +59,6 @@ def test_the_hints_work_from_where_the_package_came_from(
     monkeypatch.setattr("importlib.metadata.distribution", lambda name: _Installed(direct_url))
     assert install_command("train") == command
     assert upgrade_hint() == upgrade
-
-
-def test_on_windows_the_command_has_a_path_and_quotes_that_its_shells_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    origin = {"url": "file:///C:/my/clone", "dir_info": {"editable": True}}
-    monkeypatch.setattr("importlib.metadata.distribution", lambda name: _Installed(origin))
-    monkeypatch.setattr(installation, "os", SimpleNamespace(name="nt"))
-    monkeypatch.setattr("urllib.request.url2pathname", lambda path: {"/C:/my/clone": "C:\\my\\clone"}[path])
-    assert install_command("train") == 'pip install -e "C:\\my\\clone[train]"'
-
-
-def test_where_there_is_no_pip_the_command_is_uvs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An environment of uv has none, and the pip that a shell finds installs into another Python."""
-    monkeypatch.setattr("importlib.metadata.distribution", lambda name: _Installed(None))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert install_command("demo") == "uv pip install 'clip-rd-edge[demo]'"
 
 
 def test_a_clone_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,12 +125,3 @@ def test_the_commands_are_those_of_the_tool_that_made_the_environment(
     assert install_command("demo") == command
     assert upgrade_hint() == upgrade
     assert pip("uninstall") == pip_command.format(environment)
-
-
-def test_extras_that_a_tool_has_are_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "uv-receipt.toml").write_text('requirements = [{ name = "clip-rd-edge", extras = ["emoji"] }]')
-    monkeypatch.setattr("sys.prefix", str(tmp_path))
-    monkeypatch.setattr("importlib.metadata.distribution", lambda name: _Installed(None))
-    assert install_command("train,emoji") == "uv tool install 'clip-rd-edge[emoji,train]'"
-    (tmp_path / "uv-receipt.toml").write_text('requirements = [{ name = "clip-rd-edge" }]')
-    assert install_command("train,emoji") == "uv tool install 'clip-rd-edge[train,emoji]'"

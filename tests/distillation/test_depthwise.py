@@ -11,7 +11,7 @@ from timm.layers import create_conv2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clip_rd_edge.distillation.depthwise import speed_up_small_maps
+from clip_rd_edge.distillation.depthwise import speed_up_small_maps, take_strides_first
 
 
 def is_fast(output: Tensor) -> bool:
@@ -108,3 +108,35 @@ def test_timms_layers_checkpointing_and_autocast(dtype: torch.dtype) -> None:
         tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5  # of the rounding of what they see
         torch.testing.assert_close(own, torchs, rtol=tolerance, atol=tolerance)
         assert torch.equal(own, checkpointed)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"stride": 2}, {"stride": (1, 3), "bias": False}, {"stride": 2, "padding": "valid"}]
+)
+def test_outputs_and_gradients_stay(options: dict[str, Any], compiled: bool) -> None:
+    plain = nn.Conv2d(3, 5, 1, **options).double()
+    other: Any = copy.deepcopy(plain)
+    take_strides_first(other)
+    assert type(other) is not nn.Conv2d
+    assert list(other.state_dict()) == list(plain.state_dict())
+    call = torch.compile(other, backend="aot_eager", fullgraph=True) if compiled else other
+    image = torch.randn((2, 3, 7, 6), dtype=torch.double, requires_grad=True)
+    one, two = plain(image), call(image)
+    torch.testing.assert_close(two, one, rtol=1e-12, atol=1e-12)
+    gradients = [
+        torch.autograd.grad(y.square().sum(), [image, *m.parameters()]) for y, m in ((one, plain), (two, other))
+    ]
+    for own, torchs in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(own, torchs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stride": 1}, {"padding": 1}, {"kernel_size": 3}, {"in_channels": 16}, {"groups": 2}],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_pointwise_convolutions_stay_torchs(options: dict[str, Any]) -> None:
+    convolution = nn.Conv2d(**{"in_channels": 4, "out_channels": 8, "kernel_size": 1, "stride": 2} | options)
+    take_strides_first(convolution)
+    assert type(convolution) is nn.Conv2d

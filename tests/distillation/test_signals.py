@@ -211,27 +211,6 @@ def test_loader_workers_survive_the_signals_of_their_group_and_end_with_the_run(
     assert not any(worker.is_alive() for worker in workers)
 
 
-WORKER = """
-import os
-from multiprocessing import current_process, resource_sharer
-from multiprocessing.connection import Client
-from clip_rd_edge.distillation.processes import obey_only_the_parent, stop_signals_blocked
-
-with stop_signals_blocked():
-    obey_only_the_parent(os.getppid())
-batch = resource_sharer.DupFd(0)  # as torch passes a batch on
-Client(batch._id[0], authkey=current_process().authkey).close()  # a run that stops while it takes one
-batch.detach()  # is answered after that
-raise SystemExit("whatever else is wrong")
-"""
-
-
-@posix
-def test_a_run_that_stops_while_it_takes_a_batch_leaves_no_traceback_of_a_worker() -> None:
-    worker = subprocess.run([sys.executable, "-c", WORKER], capture_output=True, text=True, check=False)
-    assert (worker.returncode, worker.stderr) == (1, "whatever else is wrong\n")
-
-
 def stop_while_waiting(pairs_csv: Path, *, workers: int) -> None:
     """Stop a run that waits for its workers' first batch; they must end, too."""
     batches = step_loader(dataset(pairs_csv), StepSampler([24], 6, seed=0, start=0, stop=4), workers=workers)
