@@ -34,13 +34,11 @@ from clip_rd_edge.bundle.runs import (
 )
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
 from clip_rd_edge.models.clip import ClipModel, float32_on_cpu
-from clip_rd_edge.models.names import (
-    HUB,
+from clip_rd_edge.models.names import HUB, ModelName, parse_name
+from clip_rd_edge.models.own_parts import (
     NO_STRANGERS,
     REMOTE_CODE,
-    ModelName,
     StrangeFileError,
-    parse_name,
     refuse_other_places,
     require_bounded,
 )

@@ -16,7 +16,7 @@ from support import share_in_threads
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.names import NO_STRANGERS, StrangeFileError
+from clip_rd_edge.models.own_parts import NO_STRANGERS, StrangeFileError
 from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.utils.paths import typed
 
