@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +150,7 @@ def _tasks(config: RunConfig) -> list[Task]:
     return _load_tasks(config.tasks, **columns)
 
 
-def _load_tasks(names: Sequence[AnyPath], **options: Any) -> list[Task]:
+def _load_tasks(names: AnyPath | Iterable[AnyPath], **options: Any) -> list[Task]:
     if not names:
         return []
     from clip_rd_edge.api.measuring import load_tasks
