@@ -13,6 +13,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clip_rd_edge.api.building import BuiltBundle, build
     from clip_rd_edge.api.exporting import ExportedBundle, export, targets, verify
     from clip_rd_edge.api.measuring import (
         benchmark,
@@ -47,6 +48,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Where each name is defined; errors, which are named so, in `errors`.
 _HOMES = {
+    "api.building": ("BuiltBundle", "build"),
     "api.exporting": ("ExportedBundle", "export", "targets", "verify"),
     "api.measuring": (
         "benchmark", "compare", "evaluate", "evidence_report", "evidence_run", "quickstart", "recommend",
@@ -60,6 +62,7 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
+    "BuiltBundle",
     "ClipRdEdgeError",
     "ConfigError",
     "ExportedBundle",
@@ -74,6 +77,7 @@ __all__ = [
     "ZeroShotClassifier",
     "average",
     "benchmark",
+    "build",
     "compare",
     "demo",
     "distill",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,6 +16,7 @@ from clip_rd_edge.benchmarking.report import HTML, write_report
 from clip_rd_edge.benchmarking.results import RESULTS, Results, published, read_results
 from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite
+from clip_rd_edge.building.built_in import built_in_teacher
 from clip_rd_edge.bundle.manifest import is_bundle, read_manifest
 from clip_rd_edge.bundle.runs import LOCAL_DIR, STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.data import emoji
@@ -27,13 +27,11 @@ from clip_rd_edge.errors import InputError, InterruptedRunError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import calibration_set
 from clip_rd_edge.exporting.plan import Plan, package_versions
-from clip_rd_edge.models.classifiers import CLASSIFIERS, SENTENCE_ENCODERS
 from clip_rd_edge.models.edit import write_trimmed
 from clip_rd_edge.models.encoder import TorchEncoder
-from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.stitch import IMAGENET, class_nouns, read_class_names, stitch_models
+from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.stitch import class_nouns
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.runtime.labels import everyday_labels
 from clip_rd_edge.settings.measuring import Quickstart
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.host import instruction_sets
@@ -46,7 +44,6 @@ CONTEXT_LENGTH = 16  # the longest name in the data set has 12 tokens, including
 TEXT_LAYERS, VOCABULARY = 2, 7500  # of the teacher's text tower, 6 and 30,522, that the student starts from
 FROZEN_TEXT_LAYERS = 2  # groups of that tower: its embeddings, and the first of the two layers
 VIEWS = 5  # of each pair; as the teacher sees them only once, less than half of its work is left
-CLASSIFIER, SENTENCE_ENCODER = "tf_efficientnet_lite0", "all-MiniLM-L6-v2"  # the parts of the built-in teacher
 EMBEDDING_SIZE = 384  # the sentence encoder's
 FROZEN_LAYERS = 4  # of its image tower, while it is tuned
 _STUDENT_DIGEST = "student_sha256"  # in a bundle's provenance: of the file of the student's weights
@@ -103,20 +100,8 @@ def _render_pairs(request: Quickstart) -> None:
 
 
 def build_teacher(folder: Path, reporter: Reporter) -> Path:
-    """Stitch the built-in teacher from packages with weights; an existing folder is left unchanged."""
-    if not folder.is_dir():
-        for package in (CLASSIFIERS[CLASSIFIER], SENTENCE_ENCODERS[SENTENCE_ENCODER]):
-            package.verified()  # `stitch_models` would download what is not installed
-        clip, provenance = stitch_models(
-            CLASSIFIER,
-            Typed(SENTENCE_ENCODER),
-            read_class_names(IMAGENET),
-            image_size=IMAGE_SIZE,
-            context_length=CONTEXT_LENGTH,
-            reporter=reporter,
-        )
-        save_clip(folder, replace(clip, labels=tuple(everyday_labels())), provenance=provenance)
-    return folder
+    """Stitch the built-in teacher at the quickstart's size; an existing folder is left unchanged."""
+    return built_in_teacher(folder, image_size=IMAGE_SIZE, context_length=CONTEXT_LENGTH, reporter=reporter)
 
 
 def _tune_teacher(request: Quickstart) -> None:

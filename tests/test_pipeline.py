@@ -29,6 +29,7 @@ from clip_rd_edge.api.models import open_encoder
 from clip_rd_edge.benchmarking.report import HTML, MARKDOWN, PLOT, write_report
 from clip_rd_edge.benchmarking.results import RESULTS, Results, read_results, write_results
 from clip_rd_edge.benchmarking.suite import Suite
+from clip_rd_edge.building.built_in import CLASSIFIER
 from clip_rd_edge.bundle.manifest import MANIFEST
 from clip_rd_edge.bundle.runs import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.distillation.config import RunConfig
@@ -284,7 +285,7 @@ def untuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_image_trunk_has_the_published_weights(untuned: Path) -> None:
-    published = torch.load(CLASSIFIERS[pipeline.CLASSIFIER].verified(), weights_only=True)
+    published = torch.load(CLASSIFIERS[CLASSIFIER].verified(), weights_only=True)
     trunk = load_clip(str(untuned)).model.get_submodule("visual.trunk").state_dict()
     assert torch.equal(trunk["conv_stem.weight"], published["_conv_stem.weight"])
     assert torch.equal(trunk["conv_head.weight"], published["_conv_head.weight"])

@@ -35,6 +35,7 @@ from clip_rd_edge.utils.text import one_line
 # module, a command has its name.
 COMMANDS = {
     "quickstart": ("quickstart", "Run the whole pipeline on the built-in data, in minutes."),
+    "build": ("build", "Build a bundle for a device from your own images."),
     "distill": ("train", "Train a compact student from a teacher and image-caption pairs."),
     "embed": ("train", "Compute a teacher's embeddings once, for many runs."),
     "recipe": ("train", "List the training recipes, or show one to start your own from."),
@@ -73,7 +74,7 @@ OTHER_WORDS = {
     **dict.fromkeys(("eval", "test"), "evaluate"),
 }
 # The extras that a command needs, if it is not only the one of the package that is missing.
-COMMAND_EXTRAS = {"quickstart": "train,emoji", "evidence": "train,emoji"}
+COMMAND_EXTRAS = {"build": "train,emoji", "quickstart": "train,emoji", "evidence": "train,emoji"}
 # The packages of each extra, for the hint if one is not installed.
 EXTRA_PACKAGES = {
     "train": ("torch", "torchvision", "open_clip", "timm", "transformers", "safetensors", "onnx", "matplotlib"),

@@ -1,0 +1,421 @@
+"""The stages of a build. Each keeps its result in the output folder, and does nothing where that is still right.
+
+look.json, train.csv, held-out/   see `building.look`
+teacher/, teacher.json            the built-in teacher, if no other is named, and its accuracy on what is held out
+trimmed/                          the text tower that the student starts from
+plan.yaml                         see `building.plan`
+run/, store/                      the training; the teacher's embeddings
+bundles/TARGET/                   what goes to the device
+report/, verdict.md               the models compared, and what follows
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from clip_rd_edge.benchmarking.accuracy import ZeroShotPredictions, predict
+from clip_rd_edge.benchmarking.accuracy import evaluate as score
+from clip_rd_edge.benchmarking.metrics import primary_metric
+from clip_rd_edge.benchmarking.report import HTML, write_report
+from clip_rd_edge.benchmarking.results import RESULTS, published, read_results
+from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
+from clip_rd_edge.benchmarking.suite import Role, Suite, SuiteRow
+from clip_rd_edge.benchmarking.throughput import Launch
+from clip_rd_edge.building.built_in import built_in_teacher
+from clip_rd_edge.building.look import HELD_OUT, LOOK, TRAIN, Look, look, write_task
+from clip_rd_edge.building.plan import (
+    BATCH,
+    LIVE_ABOVE,
+    VIEWS,
+    Plan,
+    asked_of,
+    context_length_for,
+    image_size_for,
+    kept_plan,
+    measured_seconds,
+    reasons,
+    run_config,
+    steps_within,
+    training_precision,
+    write_plan,
+)
+from clip_rd_edge.building.student import choose_student, is_here, require_measurable, start_of
+from clip_rd_edge.building.verdict import VERDICT, verdict
+from clip_rd_edge.bundle.formats import format_named
+from clip_rd_edge.bundle.manifest import is_bundle, read_manifest
+from clip_rd_edge.bundle.runs import (
+    CALIBRATION_FILE,
+    EVALUATION_PREFIX,
+    LOCAL_DIR,
+    STUDENT_FOLDER,
+    WEIGHTS_FILE,
+    read_metrics,
+    read_training_record,
+)
+from clip_rd_edge.data.tasks import Task, ZeroShotTask, load_task
+from clip_rd_edge.distillation.checkpoint import BEST_FOLDER
+from clip_rd_edge.distillation.distill import run_distillation
+from clip_rd_edge.distillation.metrics import last_evaluation
+from clip_rd_edge.distillation.run import resumed_by_the_same_call
+from clip_rd_edge.errors import ConfigError, InterruptedRunError
+from clip_rd_edge.exporting.bundle import export_model
+from clip_rd_edge.exporting.calibration import kept_pairs
+from clip_rd_edge.exporting.plan import Plan as ExportPlan
+from clip_rd_edge.exporting.plan import plan_exports
+from clip_rd_edge.models.edit import trim_text_tower
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.load import known_config, load_clip, save_clip
+from clip_rd_edge.models.stitch import class_nouns
+from clip_rd_edge.models.text_towers import text_layers
+from clip_rd_edge.runtime.verify import verify_bundle
+from clip_rd_edge.settings.building import Build
+from clip_rd_edge.settings.deploying import Export, Fallback
+from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
+from clip_rd_edge.utils.outputs import LOCK_FILE, exclusive_writer, require_free_output
+from clip_rd_edge.utils.paths import Typed, is_file, several, typed
+from clip_rd_edge.utils.reporting import Reporter
+from clip_rd_edge.utils.structs import read_json, to_json
+from clip_rd_edge.utils.text import as_word
+
+_PROBE_STEPS = 12
+_EVALUATIONS = 5  # in a run
+_TEXT_LAYERS, _VOCABULARY, _FROZEN_TEXT_LAYERS = 2, 7500, 2  # as the quickstart's, see its evidence
+_PROMPT = "a photo of a {}."
+_RECIPE, _RATE = "clip-rd-bank", 1e-3
+_SURE, _SHOWN_DOUBTS = 0.9, 3  # probability of another class, of labels that are shown as doubtful
+_DIGEST, _KEPT = "student_sha256", ".measured"
+
+
+class TeacherScore(msgspec.Struct, frozen=True, kw_only=True):
+    """What the teacher makes of the images that are held out, without training on any: what is possible.
+
+    Attributes:
+        key: a digest of images, labels and teacher.
+        top1, prompted: with the labels as they are, and in a prompt; of captions, R@1, and None.
+        doubtful: images that the teacher is sure are of another class, which may be wrong labels.
+    """
+
+    key: str
+    images: int
+    top1: float
+    prompted: float | None = None
+    doubtful: tuple[str, ...] = ()
+
+
+@dataclass
+class Building:
+    """A build in progress.
+
+    Attributes:
+        open_encoder, launch: as `benchmarking.run.run_suite` takes them.
+        found, plan: what the stages so far have settled.
+    """
+
+    request: Build
+    open_encoder: OpenEncoder
+    launch: Launch | None = None
+    found: Look = field(init=False)
+    plan: Plan = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder, self.reporter = Path(self.request.output), self.request.reporter
+        self.run, self.held_out = self.folder / "run", self.folder / HELD_OUT
+        self.bundle = self.folder / "bundles" / self.request.target
+        given = self.request.teacher
+        self.teacher = typed(given) if given is not None else Typed(f"{LOCAL_DIR}{self.folder / 'teacher'}")
+
+    def __call__(self) -> list[str]:
+        """Run what is not done yet; return the verdict."""
+        self._refuse_in_advance()
+        stages: Sequence[tuple[str, Callable[[], None]]] = (
+            ("Look at the images, and hold some back", self.look),
+            ("See what the teacher makes of them", self.teach),
+            ("Choose the student", self.choose),
+            ("Distil the student", self.distil),
+            (f"Export it for {self.request.target}", self.export),
+            ("Verify the bundle", self.verify),
+            ("Compare", self.compare),
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with exclusive_writer(self.folder):
+            for number, (title, stage) in enumerate(stages, start=1):
+                self.reporter.begin(title, number, len(stages))
+                try:
+                    with resumed_by_the_same_call():
+                        stage()
+                except KeyboardInterrupt:
+                    raise InterruptedRunError(
+                        f"Interrupted in stage {number} of {len(stages)}; the stages before it are kept.",
+                        hint="run the same command again to resume",
+                    ) from None
+        return (self.folder / VERDICT).read_text(encoding="utf-8").split("\n\n")[:-1]
+
+    def _refuse_in_advance(self) -> None:
+        """Refuse at once what would fail after hours."""
+        read_target_of(self.request)
+        require_measurable(self.request)
+        if not is_file(self.folder / LOOK):
+            require_free_output(self.folder, overwrite=False, ignoring=(LOCK_FILE,))
+        if several(self.request.tasks):
+            for task in several(self.request.tasks):
+                load_task(task)
+        if self.request.teacher is not None:
+            known_config(self.teacher)
+
+    # Each stage below is called in this order.
+
+    def look(self) -> None:
+        """Look at the images, and hold some back."""
+        self.found = look(self.request)
+        for line in self.found.lines:
+            self.reporter.note(line)
+        parts = {part: len(self.found.of(part)) for part in ("train", "choose", "test")}
+        self.reporter.note(
+            f"{parts['train']:,} to train on; held out: {parts['test']:,} for the report, {parts['choose']:,} to "
+            f"choose by, in {self.held_out}"
+        )
+        kept = kept_plan(self.request, self.found)
+        if kept:
+            self.plan = kept
+
+    def teach(self) -> None:
+        """Make the built-in teacher if no other is named, and measure the teacher on what is held out."""
+        if self.request.teacher is None:
+            built_in_teacher(
+                self.folder / "teacher",
+                image_size=image_size_for(self.request, self.found),
+                context_length=context_length_for(self.found),
+                reporter=self.reporter,
+            )
+        key, path = f"{self.found.key} {self.teacher}", self.folder / "teacher.json"
+        known = read_json(path, TeacherScore) if is_file(path) else None
+        if known is None or known.key != key or not self.held_out.is_dir():
+            encoder = TorchEncoder(load_clip(self.teacher))
+            if self.found.kind == "images":
+                self._name_images(encoder)
+            known = self._score_teacher(encoder, key)
+            write_bytes(path, to_json(known))
+        prompt = f", and {known.prompted:.1%} as “{_PROMPT}”" if known.prompted is not None else ""
+        what = "find their caption first" if self.found.kind == "captions" else "get the right label as it is"
+        if self.found.kind == "images":
+            self.reporter.note(f"it has named {known.images:,} images that are held out, to compare the student with")
+        else:
+            self.reporter.note(f"without training, {known.top1:.1%} of {known.images:,} images {what}{prompt}")
+        if known.doubtful:
+            self.reporter.note(f"labels to check: {'; '.join(known.doubtful)}")
+
+    def _score_teacher(self, encoder: TorchEncoder, key: str) -> TeacherScore:
+        task = load_task(typed(self.task("test")))
+        predictions = predict(encoder, task, reporter=self.reporter)
+        top1, prompted, doubtful = primary_metric(predictions.score), None, list[str]()
+        if isinstance(task, ZeroShotTask) and isinstance(predictions, ZeroShotPredictions):
+            prompted = primary_metric(score(encoder, msgspec.structs.replace(task, templates=(_PROMPT,))))
+            sure = np.argsort(predictions.probabilities)[::-1].tolist()
+            wrong = [
+                i for i in sure if predictions.labels[i] != task.targets[i] and predictions.probabilities[i] > _SURE
+            ]
+            if top1 > 0.5:  # the doubts of a teacher that is mostly wrong mean nothing
+                doubtful = [
+                    f"{Path(str(task.images[i])).name} in {task.labels[task.targets[i]]} may be "
+                    f"{task.labels[predictions.labels[i]]}"
+                    for i in wrong[:_SHOWN_DOUBTS]
+                ]
+        return TeacherScore(key=key, images=len(task.images), top1=top1, prompted=prompted, doubtful=tuple(doubtful))
+
+    def _name_images(self, encoder: TorchEncoder) -> None:
+        """Write the task of images without captions, with the teacher's answers as their classes."""
+        rows = [*self.found.of("choose"), *self.found.of("test")]
+        asked = ZeroShotTask(
+            name="naming", images=tuple(Path(row.path) for row in rows), targets=(0,) * len(rows),
+            labels=self.found.labels,
+        )  # fmt: skip
+        answers = predict(encoder, asked, reporter=self.reporter)
+        assert isinstance(answers, ZeroShotPredictions)
+        named = [
+            msgspec.structs.replace(row, caption=self.found.labels[n])
+            for row, n in zip(rows, answers.labels, strict=True)
+        ]
+        write_task(self.held_out, self.found, named)
+
+    def task(self, part: str) -> Path:
+        """Return the task of a part that is held out, `val` or `test`."""
+        return self.held_out / (part if self.found.labels else f"{part}.csv")
+
+    def choose(self) -> None:
+        """Choose the student, and make what its text tower starts from."""
+        trimmed, size = self.folder / "trimmed", image_size_for(self.request, self.found)
+        if not trimmed.is_dir():
+            captions = [row.caption for row in self.found.of("train")]
+            texts = list(dict.fromkeys([*captions, *self.found.labels, *class_nouns()]))
+            trim_text_tower_of(self.teacher, trimmed, texts, self.reporter)
+        if not hasattr(self, "plan"):
+            name, count = choose_student(self.request, image_size=size), len(self.found.of("train"))
+            self.plan = Plan(
+                data=self.found.key, asked=asked_of(self.request), student=name, start=start_of(name, self.teacher),
+                image_size=size, precision=training_precision(), views=VIEWS if count <= LIVE_ABOVE else 0,
+                recipe=_RECIPE, batch_size=min(BATCH, count), learning_rate=_RATE,
+                frozen_text_layers=min(_FROZEN_TEXT_LAYERS, len(text_layers(load_clip(typed(trimmed))))),
+            )  # fmt: skip
+        for line in reasons(self.plan):
+            self.reporter.note(line)
+
+    def distil(self) -> None:
+        """Train the student, for as many steps as the hours allow."""
+        settings = self._run_settings()
+        if not self.plan.steps:
+            self.plan = self._timed(settings)
+            write_plan(self.request, self.plan)
+        evaluate, tasks = None, list[Task]()
+        if self.found.of("choose"):
+            place = typed(self.task("val"))
+            tasks = [load_task(place)]
+            settings |= {"tasks": (place,), "evaluate_every": max(self.plan.steps // _EVALUATIONS, 1)}
+            (task,) = tasks
+            evaluate = lambda encoder: {task.name: primary_metric(score(encoder, task))}  # noqa: E731
+        config = run_config(self.request, self.plan, steps=self.plan.steps, **settings)
+        run_distillation(config, self.run, resume=True, reporter=self.reporter, evaluate=evaluate, tasks=tasks)
+
+    def _run_settings(self) -> dict[str, Any]:
+        table, views = Typed(str(self.folder / TRAIN)), self.plan.views
+        taught = {"teacher": self.teacher, "store": Typed(str(self.folder / "store")) if views else None}
+        text = {"text": typed(self.folder / "trimmed")}
+        if self.found.kind != "images":
+            return {"data": table, **taught, **text}
+        labels = self.folder / "labels.txt"
+        write_text(labels, "".join(f"{label}\n" for label in self.found.labels))
+        return {"images": table, "texts": Typed(str(labels)), **taught, **text}
+
+    def _timed(self, settings: dict[str, Any]) -> Plan:
+        """Return the plan with its number of steps, by the speed of a few; the teacher's store is filled meanwhile."""
+        began, probe, plan = time.monotonic(), self.folder / "probe", self.plan
+        if not self.request.steps:
+            shutil.rmtree(probe, ignore_errors=True)
+            config = run_config(self.request, plan, steps=_PROBE_STEPS, log_every=1, **settings)
+            run_distillation(config, probe, resume=False, reporter=self.reporter)
+            plan = msgspec.structs.replace(plan, seconds_per_step=float(f"{measured_seconds(probe):.3g}"))
+            shutil.rmtree(probe)
+        steps, why = steps_within(self.request, plan, self.found, spent_s=time.monotonic() - began)
+        self.reporter.note(
+            f"{steps:,} steps, {why}" + (f"; {plan.seconds_per_step:g} s each" if not self.request.steps else "")
+        )
+        return msgspec.structs.replace(plan, steps=steps)
+
+    def student(self) -> Path:
+        """Return the folder of the student: the last, unless an earlier one was better by more than chance."""
+        last = last_evaluation(self.run, step=self.plan.steps)
+        best = read_training_record(str(self.run / BEST_FOLDER)).get("steps")
+        if last and best and best != self.plan.steps:
+            (name, final), count = next(iter(last.items())), len(self.found.of("choose"))
+            earlier = last_evaluation(self.run, step=best).get(name, 0.0)
+            if earlier - final > 2 * max(final * (1 - final) / count, 1e-9) ** 0.5:
+                return self.run / BEST_FOLDER
+        return self.run / STUDENT_FOLDER
+
+    def export(self) -> None:
+        """Export the student as a bundle, with its labels."""
+        student = self.student()
+        digest = sha256_of(student / WEIGHTS_FILE)
+        if is_bundle(self.bundle) and read_manifest(self.bundle).provenance.get(_DIGEST) == digest:
+            return self.reporter.note(f"{self.bundle} is there")
+        request = Export(
+            model=f"{LOCAL_DIR}{student}", output=self.bundle, target=self.request.target, force=True,
+            labels=list(self.found.labels) or None, reporter=self.reporter,
+        )  # fmt: skip
+        enough = is_file(self.run / CALIBRATION_FILE)
+        if not enough:
+            self.reporter.note("too few images to calibrate INT8: the bundle is in float32")
+            request = msgspec.structs.replace(request, precision="fp32")
+        plans = [
+            replace(plan, provenance={**plan.provenance, _DIGEST: digest}, fallback=_fallback(plan))
+            for plan in plan_exports(request)
+        ]
+        pairs = kept_pairs(str(self.run)) if any(plan.precision == "int8" for plan in plans) else None
+        written = export_model(request, plans, pairs)
+        for trial in next(iter(written.values())).trials:
+            self.reporter.note(f"{trial.tower} tower, {trial.name}: {trial.verdict}")
+
+    def verify(self) -> None:
+        """Verify that the bundle gives the exporter's answers, where this machine can run it."""
+        checks = verify_bundle(self.bundle)
+        failed = [check for check in checks if not check.passed]
+        for check in failed:
+            self.reporter.note(f"{check.what}: {check.detail}. {check.hint}")
+        if not failed:
+            self.reporter.note(f"{len(checks)} checks passed")
+        if failed or not is_here(self.request.target):
+            self.reporter.note(f"on the device, run: clip-rd-edge verify {as_word(self.bundle.name)}")
+
+    def compare(self) -> None:
+        """Measure teacher, student and all bundles, and write report and verdict."""
+        suite, report = self._suite(), self.folder / "report"
+        known = read_results(report / RESULTS) if is_file(report / RESULTS) else None
+        key = self._measured_key()
+        is_right = known is not None and known.suite == published(suite) and self._kept_key() == key
+        if not (is_right and is_file(report / HTML) and is_file(self.folder / VERDICT)):
+            results = run_suite(suite, self.open_encoder, self.reporter, launch=self.launch)
+            write_report(results, report)
+            lines = verdict(self.found, results, max_latency=self.request.max_latency, rising=self._is_rising())
+            write_text(self.folder / VERDICT, "".join(f"{line}\n\n" for line in lines))
+            write_text(self.folder / _KEPT, key)
+
+    def _suite(self) -> Suite:
+        rows = [
+            SuiteRow(label="Teacher", model=str(self.teacher), role="teacher"),
+            SuiteRow(label="Student", model=str(self.student()), role="student"),
+        ]
+        bundles = sorted(path for path in self.bundle.parent.iterdir() if is_bundle(path) and path != self.bundle)
+        for path in (*bundles, self.bundle):  # the one of this call last: the verdict is on it
+            role: Role = "quantised" if "int8" in read_manifest(path).precision else "exported"
+            rows.append(SuiteRow(label=f"Bundle {path.name}", model=str(path), role=role))
+        tasks = (str(self.task("test")), *map(str, several(self.request.tasks)))
+        return Suite(
+            name=Path(self.request.data).resolve().name, rows=tuple(rows), tasks=tasks, rounds=100,
+            budget_ms=None,
+        )  # fmt: skip
+
+    def _measured_key(self) -> str:
+        bundles = sorted(self.bundle.parent.glob("*/manifest.json"))
+        return " ".join(sha256_of(path) for path in (*bundles, self.student() / WEIGHTS_FILE))
+
+    def _kept_key(self) -> str:
+        path = self.folder / _KEPT
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+    def _is_rising(self) -> bool:
+        lines = [line for line in read_metrics(self.run) if any(key.startswith(EVALUATION_PREFIX) for key in line)]
+        scores = [next(value for key, value in line.items() if key.startswith(EVALUATION_PREFIX)) for line in lines]
+        count = max(len(self.found.of("choose")), 1)
+        return len(scores) > 2 and scores[-1] - scores[-2] > 2 / count and scores[-1] >= max(scores)
+
+
+def _fallback(plan: ExportPlan) -> Fallback | None:
+    """Return the precision of towers that INT8 does not improve: whoever builds gets a bundle in any case."""
+    floats = "fp32" in format_named(plan.format).precisions
+    return "fp32" if plan.precision == "int8" and plan.format != "trt" and floats else plan.fallback
+
+
+def trim_text_tower_of(teacher: Typed, folder: Path, texts: Sequence[str], reporter: Reporter) -> None:
+    """Write what the student's text tower starts from: the teacher's, with as much of it left out as can be."""
+    clip = load_clip(teacher)
+    tries = ((_TEXT_LAYERS, _VOCABULARY), (None, _VOCABULARY), (_TEXT_LAYERS, None))
+    for layers, vocabulary in tries:
+        try:
+            trimmed = trim_text_tower(clip, layers=layers, vocabulary=vocabulary, texts=texts, reporter=reporter)
+        except ConfigError:  # it has no more than that
+            continue
+        reporter.note(trimmed.description)
+        return save_clip(folder, trimmed.clip, provenance={})
+    save_clip(folder, clip, provenance={})
+
+
+def read_target_of(request: Build) -> None:
+    """Refuse a target that cannot be exported for."""
+    plan_exports(Export(model=str(request.data), output=request.output, target=request.target))
