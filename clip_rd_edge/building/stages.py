@@ -23,12 +23,12 @@ import numpy as np
 
 from clip_rd_edge.benchmarking.accuracy import ZeroShotPredictions, predict
 from clip_rd_edge.benchmarking.accuracy import evaluate as score
+from clip_rd_edge.benchmarking.latency import Launch
 from clip_rd_edge.benchmarking.metrics import primary_metric
 from clip_rd_edge.benchmarking.report import HTML, write_report
 from clip_rd_edge.benchmarking.results import RESULTS, published, read_results
 from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
 from clip_rd_edge.benchmarking.suite import Role, Suite, SuiteRow
-from clip_rd_edge.benchmarking.throughput import Launch
 from clip_rd_edge.building.built_in import built_in_teacher
 from clip_rd_edge.building.look import HELD_OUT, LOOK, TRAIN, Look, look, write_task
 from clip_rd_edge.building.plan import (
