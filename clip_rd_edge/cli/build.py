@@ -16,8 +16,8 @@ def build(given: dict[str, Any]) -> None:
 
     \b
     clip-rd-edge build photos/ --target cpu-arm -o flowers
-    clip-rd-edge build pairs.csv --target cpu-x86 --teacher ViT-B-16@laion400m_e32 \\
-        --hours 8 -o captions
+    clip-rd-edge build pairs.csv --target cpu-x86 --hours 8 -o captions \\
+        --teacher ViT-B-16@laion400m_e32
     clip-rd-edge build photos/ --labels "a cat" "a dog" --target cpu-arm -o pets
 
     DATA is a folder with a sub-folder of images for each class, a table of images and captions, or a folder of images
