@@ -65,7 +65,7 @@ from clip_rd_edge.distillation.checkpoint import BEST_FOLDER
 from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.metrics import last_evaluation
 from clip_rd_edge.distillation.run import resumed_by_the_same_call
-from clip_rd_edge.errors import ConfigError, InterruptedRunError
+from clip_rd_edge.errors import ConfigError, InterruptedRunError, UsageError
 from clip_rd_edge.exporting.bundle import export_model
 from clip_rd_edge.exporting.calibration import kept_pairs
 from clip_rd_edge.exporting.plan import Plan as ExportPlan
@@ -160,13 +160,12 @@ class Building:
 
     def _refuse_in_advance(self) -> None:
         """Refuse at once what would fail after hours."""
-        read_target_of(self.request)
+        _require_bundle_target(self.request)
         require_measurable(self.request)
         if not is_file(self.folder / LOOK):
             require_free_output(self.folder, overwrite=False, ignoring=(LOCK_FILE,))
-        if several(self.request.tasks):
-            for task in several(self.request.tasks):
-                load_task(task)
+        for task in several(self.request.tasks):
+            load_task(task)
         if self.request.teacher is not None:
             known_config(self.teacher)
 
@@ -416,6 +415,13 @@ def trim_text_tower_of(teacher: Typed, folder: Path, texts: Sequence[str], repor
     save_clip(folder, clip, provenance={})
 
 
-def read_target_of(request: Build) -> None:
-    """Refuse a target that cannot be exported for."""
-    plan_exports(Export(model=str(request.data), output=request.output, target=request.target))
+def _require_bundle_target(request: Build) -> None:
+    """Refuse a target that cannot be exported for, or for which no bundle is made."""
+    plans = plan_exports(Export(model=f"{LOCAL_DIR}student", output=request.output, target=request.target))
+    if len(plans) > 1 or plans[0].layout != "bundle":
+        raise UsageError(
+            f"The target is {request.target}; expected one that gets a bundle.",
+            hint="build for one device after the other: the training is not repeated. A bundle becomes a page by "
+            "clip-rd-edge export BUNDLE --target browser",
+            option="target",
+        )

@@ -40,7 +40,8 @@ def test_copies_are_one_group_also_where_they_were_recompressed(files: list[Path
 
 def test_an_image_without_contrast_is_like_no_other() -> None:
     white, black = (perceptual_hash(Image.new("RGB", (50, 50), colour)) for colour in ("white", "black"))
-    assert abs(float(white @ white)) < 1e-6 and abs(float(white @ black)) < 1e-6
+    assert abs(float(white @ white)) < 1e-6
+    assert abs(float(white @ black)) < 1e-6
 
 
 def test_images_with_the_same_key_are_a_group() -> None:
@@ -56,7 +57,8 @@ def test_copies_stay_on_one_side_and_each_class_keeps_half(files: list[Path]) ->
     assert all(len(set(parts[start : start + 3])) == 1 for start in range(0, 300, 3))
     assert {"choose", "test"} <= set(parts)
     held = [part != "train" for part in parts]
-    assert 54 <= sum(held[:270]) <= 57 and 6 <= sum(held[270:297]) <= 9
+    assert 54 <= sum(held[:270]) <= 57
+    assert 6 <= sum(held[270:297]) <= 9
     assert not any(held[297:])  # its three images are one, in three copies
 
 
