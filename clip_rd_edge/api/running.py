@@ -97,6 +97,7 @@ def serve(request: Serve) -> None:
         UsageError: a limit is less than 1, listening on the address failed, or a host has no name.
     """
     from clip_rd_edge import __version__
+    from clip_rd_edge.runtime.index import remembered_folder
 
     try:
         from clip_rd_edge.serving.server import run_server
@@ -104,9 +105,12 @@ def serve(request: Serve) -> None:
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "starlette", extra="serve", purpose="Serving a bundle") from error
     token = sendable_token(request.token) if request.token else ""
-    folder = None if request.index is None else Path(request.index)
+    folder = images = None
+    if request.index is not None:
+        folder = Path(request.index)
+        images = remembered_folder(folder) if request.folder is None else Path(request.folder)
     limits = Limits(max_batch=request.max_batch, max_items=request.max_items)
-    service = Service(_opened(request), index=folder, limits=limits, version=__version__)
+    service = Service(_opened(request), index=folder, images=images, limits=limits, version=__version__)
     app = make_app(service, token=token, host=request.host, names=request.allow_host)
     run_server(app, host=request.host, port=request.port, ready=request.ready, stop_within_s=10)
 

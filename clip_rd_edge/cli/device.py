@@ -162,9 +162,13 @@ def serve(given: dict[str, Any], token_file: Path | None) -> None:
     clip-rd-edge serve bundle
     clip-rd-edge serve bundle photos.index --host 0.0.0.0 --token-file token.txt
 
-    POST /embeddings takes texts, and images in base64, as llama.cpp does (Frigate); POST /v1/embeddings takes texts,
-    and images as data URLs, as OpenAI does; POST /classify returns the most likely labels of an image, POST /search the
-    nearest images of INDEX. GET /v1/models, /props, /health, /metrics and /openapi.json describe the server.
+    \b
+    curl -F image=@photo.jpg -F labels="a cat" -F labels="a dog" \\
+        http://127.0.0.1:8766/classify
+    curl "http://127.0.0.1:8766/search?q=a+red+car"
+
+    The address itself is a page to search INDEX; /docs describes all requests, among them those of llama.cpp (Frigate)
+    and OpenAI for embeddings. GET /v1/models, /props, /health and /metrics describe the server.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli.console import note

@@ -55,6 +55,7 @@ from clip_rd_edge.utils.structs import read_versioned_json
 
 INDEX_VERSION = 1
 INDEX_FILE, NEXT, _ROWS, _KEYS = "index.json", "next", "embeddings-", "keys-"
+_FOLDER = "folder"  # among what is remembered, beside the keys of models
 _MAKE_ANEW = "delete it and index the folder again"
 _BLOCK_ROWS = 64  # per checksum: an approximate search reads about 128 rows, of as many blocks
 GRAPH_FROM = 1_000_000  # images: below, comparing all rows takes less than 60 ms
@@ -272,7 +273,13 @@ def _require_intact(index: Index, rows: Embeddings, chosen: Rows | None = None) 
         )
 
 
-def nearest(
+def nearest(index: Index, rows: Embeddings, query: Embeddings, **options: Any) -> list[Hit]:
+    """Return the images nearest to a query, as `nearest_rows` finds them."""
+    found = nearest_rows(index, rows, query, **options)
+    return [Hit(Path(index.folder, index.entries[row].path), cosine) for row, cosine in found]
+
+
+def nearest_rows(
     index: Index,
     rows: Embeddings,
     query: Embeddings,
@@ -280,12 +287,13 @@ def nearest(
     top: int,
     graph: Graph | None = None,
     checked: bool = True,
-) -> list[Hit]:
-    """Return the images nearest to a query embedding, (D,) or (1, D), nearest first; ties keep the index's order.
+) -> list[tuple[int, float]]:
+    """Return the rows nearest to a query embedding, (D,) or (1, D), nearest first, with their cosine similarities.
 
-    Without a graph, or for more than MAX_TOP results, the search is exact: one matrix product over all rows, limited by
-    memory bandwidth. For 100,000 images it takes less time than reading index.json. With a graph, only the rows that it
-    proposes are compared, if it proposes enough: `python -m benchmarks.devices.search 100000 --graph` measures both.
+    Ties keep the index's order. Without a graph, or for more than MAX_TOP results, the search is exact: one matrix
+    product over all rows, limited by memory bandwidth. For 100,000 images it takes less time than reading index.json.
+    With a graph, only the rows that it proposes are compared, if it proposes enough: `python -m
+    benchmarks.devices.search 100000 --graph` measures both.
 
     Args:
         checked: whether the rows are known to be intact; else those that are compared are checked now.
@@ -299,7 +307,7 @@ def nearest(
         _require_intact(index, rows, compared)
     cosines = (rows if candidates is None else rows[compared]) @ query
     best = top_indices(require_cosines(cosines, "An image of the index, or the query,"), top)
-    return [Hit(Path(index.folder, index.entries[compared[i]].path), float(cosines[i])) for i in best.tolist()]
+    return [(int(compared[i]), float(cosines[i])) for i in best.tolist()]
 
 
 def search_index(
@@ -329,7 +337,7 @@ def search_index(
         index = msgspec.structs.replace(index, folder=os.fspath(folder))
     encoder = load(bundle or _remembered_bundle(path, index), **options)
     require_same_model(encoder, index, path)
-    remember_bundle(path, encoder)
+    remember(path, encoder, folder)
     embedding = encoder.encode_texts([asked]) if isinstance(asked, str) else encoder.encode_images([as_rgb(asked)])
     graph = None if exact else open_graph(path, index)
     hits = Hits(nearest(index, rows, embedding, top=top, graph=graph, checked=False))
@@ -337,10 +345,19 @@ def search_index(
     return hits
 
 
-def remember_bundle(path: Path, encoder: BundleEncoder) -> None:
-    """Remember in the user's cache the bundle that was named for the index at `path`."""
+def remember(path: Path, encoder: BundleEncoder, folder: str | os.PathLike[str] | None) -> None:
+    """Remember in the user's cache the bundle, and the image folder, that were named for the index at `path`."""
     with suppress(OSError, UnicodeError):  # a full or read-only cache: the bundle is then to be named again
         write_text(_memory_of(path, model_key(encoder.manifest)), os.fspath(encoder.folder.resolve()))
+        if folder is not None:
+            write_text(_memory_of(path, _FOLDER), os.fspath(Path(folder).resolve()))
+
+
+def remembered_folder(path: Path) -> Path | None:
+    """Return the image folder that this user named for an index: the one in index.json may be anybody's choice."""
+    with suppress(InputError):
+        return Path(read_text_limited(_memory_of(path, _FOLDER)))
+    return None
 
 
 def _remembered_bundle(path: Path, index: Index) -> Path:

@@ -29,7 +29,7 @@ from clip_rd_edge.runtime.index import (
     leftovers,
     model_key,
     read_index,
-    remember_bundle,
+    remember,
     without_damage,
     write_content,
     write_index,
@@ -152,7 +152,7 @@ class Indexer:
 
     def _update(self, watched: Watched | None) -> Update | None:
         place, index, rows = self._open()
-        remember_bundle(self._path, self._encoder)
+        remember(self._path, self._encoder, self._folder)
         if place == self._path:  # what was begun with another model has been given up
             shutil.rmtree(self._path / NEXT, ignore_errors=True)
         found, (index, rows) = index.entries, without_damage(index, rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from anyio import CapacityLimiter
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from clip_rd_edge.bundle.images import open_image
@@ -30,13 +30,10 @@ from clip_rd_edge.runtime.load import load
 from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.guard import LOOPBACK, Guard, RefusedError, error_response
 from clip_rd_edge.serving.protocol import UploadedImage, label_key, require_few_labels
-from clip_rd_edge.serving.server import Handler, answered, read_body
+from clip_rd_edge.serving.server import PAGE, Handler, answered, read_body, serve_file
 from clip_rd_edge.utils.paths import file_identity
 from clip_rd_edge.utils.structs import decode_request
 
-PAGE = Path(__file__).with_name("page")
-# Not as `mimetypes` has them, from the registry on Windows: a browser runs no script that is served as text/plain.
-_MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 MAX_PARALLEL = 2  # images classified at the same time
 MAX_QUEUED = 16  # requests that may wait; a single page never sends more than one at a time
 MAX_SETS = 64  # label lists that are kept
@@ -308,11 +305,6 @@ def _answered(handler: Handler) -> Handler:
 def _status_of(error: ClipRdEdgeError) -> int:
     """Return 400 where the request is at fault, and 500 where the bundle or the machine is."""
     return 400 if isinstance(error, UsageError) and not isinstance(error, ConfigError) else 500
-
-
-def serve_file(path: Path) -> Callable[[Request], Response]:
-    """Return a handler that answers with a file of a page, with the same type on every machine."""
-    return lambda request: FileResponse(path, media_type=_MEDIA_TYPES[path.suffix])
 
 
 def _json(content: object) -> Response:

@@ -10,15 +10,15 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.search_graph import MAX_TOP
-from clip_rd_edge.utils.structs import PositiveInt, Share
+from clip_rd_edge.utils.structs import PositiveInt, Share, decode_request
 
 MEDIA_MARKER = "<__media__>"  # stands for the image in a llama.cpp prompt; clients read it from /props
 _DATA_URL = "data:image/"  # in any case
@@ -28,6 +28,10 @@ MAX_LABELS = 2_000
 MAX_LABEL_LENGTH = 300  # characters
 MAX_PIXELS = 52_000_000  # of an uploaded image: those of sensors with 50 megapixels have up to 50.3 million
 _DATA = re.compile(r"data:[\w/+.-]*;base64,", re.IGNORECASE)
+_FORM = "multipart/form-data"
+_BOUNDARY = re.compile(r'boundary=(?:"([^"]{1,70})"|([^\s;,"]{1,70}))', re.IGNORECASE)
+_FIELD_NAME = re.compile(rb'[;\s]name="([^"]*)"', re.IGNORECASE)
+_MAX_FIELDS = MAX_LABELS + 10
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,62 @@ class SearchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     top: Annotated[PositiveInt, msgspec.Meta(le=MAX_TOP)] = 10
 
 
+Asked = TypeVar("Asked", ClassifyRequest, SearchRequest)
+
+
+def read_request(
+    body: bytes, kind: type[Asked], *, content_type: str, query: Iterable[tuple[str, str]]
+) -> tuple[Asked, bytes]:
+    """Return a request to classify or search, and the image in it, which is empty if there is none.
+
+    It is JSON; or a form, as of `curl -F image=@photo.jpg`; or the image file alone. With the latter two, the other
+    fields may stand in the address, such as `?labels=a+cat&labels=a+dog`.
+    """
+    if not content_type.lower().startswith(_FORM):
+        if content_type.lower().startswith("application/json") or body.lstrip()[:1] in (b"", b"{"):
+            request = decode_request(body, kind)
+            return request, decode_image(request.image) if request.image else b""
+        return request_of(query, kind), body
+    image, fields = b"", list(query)
+    for name, content in _form_fields(body, content_type):
+        if name == "image":
+            image = content
+            continue
+        try:
+            fields.append((name, content.decode()))
+        except UnicodeDecodeError as error:
+            raise InputError(f"The field {name[:80]!r} of the form is not UTF-8 text.") from error
+    return request_of(fields, kind), image
+
+
+def request_of(fields: Iterable[tuple[str, str]], kind: type[Asked]) -> Asked:
+    """Return a request from the fields of a form or an address; its image comes by itself."""
+    values: dict[str, Any] = {"image": ""}
+    for name, value in fields:
+        if name == "labels":
+            values.setdefault(name, []).append(value)
+        elif name != "image":
+            values[name] = value
+    return decode_request(msgspec.json.encode(values), kind, strict=False)
+
+
+def _form_fields(body: bytes, content_type: str) -> list[tuple[str, bytes]]:
+    """Return the fields of a form by name, as RFC 7578 has them."""
+    match = _BOUNDARY.search(content_type)
+    separator = f"\r\n--{match[1] or match[2]}".encode() if match else b"\r\n--"
+    _, *parts = (b"\r\n" + body).split(separator, _MAX_FIELDS + 1)
+    if not match or len(parts) < 2 or not parts[-1].startswith(b"--"):
+        raise InputError(f"The form is incomplete, or has more than {_MAX_FIELDS:,} fields.")
+    fields = []
+    for part in parts[:-1]:
+        head, blank, content = part.partition(b"\r\n\r\n")
+        name = _FIELD_NAME.search(head)
+        if not blank or name is None:
+            raise InputError("A field of the form has no name.")
+        fields.append((name[1].decode(errors="replace"), content))
+    return fields
+
+
 def llama_items(request: LlamaRequest) -> list[Item]:
     """Return the items of a llama.cpp request."""
     content = request.content if request.content is not None else request.input
@@ -199,15 +259,17 @@ def openapi(version: str, *, search: bool) -> dict[str, Any]:
         "/classify": (ClassifyRequest, "Return the most likely labels of an image."),
         "/search": (SearchRequest, "Return the images of the index nearest to a text or an image."),
     }
-    if not search:
-        del bodies["/search"]
     gets = {
+        "/search": "Return the images of the index nearest to a text.",
+        "/thumbnail/{id}": "A small JPEG of an image that was found, at the address in its hit.",
         "/v1/models": "The model, in OpenAI's form.",
         "/v1/models/{name}": "The model of that name, in OpenAI's form.",
         "/props": "The model, in llama.cpp's form.",
         "/health": "Whether the server answers; needs no token.",
         "/metrics": "Counters for Prometheus.",
     }
+    if not search:
+        del bodies["/search"], gets["/search"], gets["/thumbnail/{id}"]
     schemas, components = msgspec.json.schema_components(
         [kind for kind, _ in bodies.values()], ref_template="#/components/schemas/{name}"
     )
@@ -216,16 +278,22 @@ def openapi(version: str, *, search: bool) -> dict[str, Any]:
         "400": {"description": "the request is invalid"},
         "503": {"description": "too many requests: try again after Retry-After seconds"},
     }
-    answer = {"200": answers["200"]}
-    paths: dict[str, Any] = {path: {"get": {"summary": text, "responses": answer}} for path, text in gets.items()}
-    paths["/v1/models/{name}"]["get"] |= {
-        "parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}],
-        "responses": {**answer, "404": {"description": "there is no such model"}},
-    }
+    paths: dict[str, Any] = {}
+    for path, text in gets.items():
+        given = _parameters(path)
+        failures = {"404": {"description": "there is none"}} if "{" in path else {}
+        responses = {**(answers if path == "/search" else {"200": answers["200"]}), **failures}
+        paths[path] = {"get": {"summary": text, **given, "responses": responses, **_sample(f"GET {path}")}}
     for (path, (_, text)), schema in zip(bodies.items(), schemas, strict=True):
-        sent = {"required": True, "content": {"application/json": {"schema": schema}}}
+        content: dict[str, Any] = {"application/json": {"schema": schema}}
         refused = {} if path.endswith("/embeddings") else {"422": {"description": "a field is unknown"}}
-        paths[path] = {"post": {"summary": text, "requestBody": sent, "responses": {**answers, **refused}}}
+        if refused:  # what `read_request` takes
+            image = {"type": "string", "contentMediaType": "application/octet-stream"}
+            form = {"allOf": [schema, {"properties": {"image": image}}]}
+            content |= {_FORM: {"schema": form}, "image/*": {"schema": image}}
+        post = {"summary": text, "requestBody": {"required": True, "content": content}}
+        post |= {"responses": {**answers, **refused}, **_sample(f"POST {path}")}
+        paths.setdefault(path, {})["post"] = post
     return {
         "openapi": "3.1.0",
         "info": {"title": "clip-rd-edge", "version": version},
@@ -233,3 +301,29 @@ def openapi(version: str, *, search: bool) -> dict[str, Any]:
         "components": {"schemas": components, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{"token": []}, {}],
     }
+
+
+_SAMPLES = {
+    "POST /classify": "curl -F image=@photo.jpg -F labels='a cat' -F labels='a dog' URL/classify",
+    "POST /search": "curl -F image=@photo.jpg URL/search",
+    "GET /search": "curl 'URL/search?q=a+red+car&top=5'",
+    "POST /embeddings": """curl -d '{"content": "a red car"}' URL/embeddings""",
+    "POST /v1/embeddings": """curl -d '{"input": ["a red car"]}' URL/v1/embeddings""",
+}
+
+
+def _sample(operation: str) -> dict[str, Any]:
+    """Return the example of an operation, as documentation pages show it; URL stands for the server's address."""
+    source = _SAMPLES.get(operation)
+    return {"x-codeSamples": [{"lang": "Shell", "source": source}]} if source else {}
+
+
+def _parameters(path: str) -> dict[str, Any]:
+    """Return the parameters of a GET request."""
+    given = [("query", "q", True, "string"), ("query", "top", False, "integer")] if path == "/search" else []
+    given += [("path", name, True, "string") for name in re.findall(r"{(\w+)}", path)]
+    described = [
+        {"name": name, "in": place, "required": required, "schema": {"type": kind}}
+        for place, name, required, kind in given
+    ]
+    return {"parameters": described} if described else {}

@@ -7,18 +7,20 @@ import errno
 import logging
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
@@ -33,6 +35,9 @@ MAX_HEAD_BYTES = 64_000  # of a request; of what follows its body, too
 MAX_AHEAD, MAX_AHEAD_BYTES = 64, 256_000  # requests that arrive before the answer to an earlier one, and their bytes
 MAX_LOG_LINES, LOG_PERIOD_S = 20, 60.0
 Handler = Callable[[Request], Awaitable[Response]]
+PAGE, SITE = Path(__file__).with_name("page"), Path(__file__).with_name("site")  # of `demo`, and of `serve`
+# Not as `mimetypes` has them, from the registry on Windows: a browser runs no script that is served as text/plain.
+_MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 
 def answered(handler: Handler, *, respond: Respond, status_of: Callable[[ClipRdEdgeError], int]) -> Handler:
@@ -59,6 +64,46 @@ def answered(handler: Handler, *, respond: Respond, status_of: Callable[[ClipRdE
 async def read_body(request: Request) -> bytes:
     """Return the body of a request; raise TimeoutError if it takes longer than BODY_TIMEOUT_S to arrive."""
     return await asyncio.wait_for(request.body(), BODY_TIMEOUT_S)
+
+
+async def unless_it_leaves(handler: Handler, request: Request) -> Response:
+    """Return the handler's response; cancel it if the client closes the connection, to compute nothing for it."""
+    task = asyncio.current_task()
+    assert task is not None
+    end = asyncio.ensure_future(request.receive())  # the body is complete: what comes next is the connection's end
+    left = False
+
+    def leave(end: asyncio.Future[Any]) -> None:
+        nonlocal left
+        if not end.cancelled():
+            left = True
+            task.cancel()
+
+    end.add_done_callback(leave)
+    try:
+        return await handler(request)
+    except asyncio.CancelledError:
+        if not left:
+            raise
+        if sys.version_info >= (3, 11):
+            task.uncancel()
+        raise ClientDisconnect from None
+    finally:
+        end.remove_done_callback(leave)
+        end.cancel()
+
+
+def page_files(search: bool) -> dict[str, Path]:
+    """Return the files of the pages by their addresses: the search page, if there is an index, and that of the API."""
+    files = {"/docs": "docs.html", "/docs.js": "docs.js", "/api.js": "api.js", "/site.css": "site.css"}
+    files |= {"/": "search.html", "/search.js": "search.js"} if search else {"/": "docs.html"}
+    shared = {f"/{name}": PAGE / name for name in ("style.css", "icon.svg")}
+    return {path: SITE / name for path, name in files.items()} | shared
+
+
+def serve_file(path: Path) -> Callable[[Request], Response]:
+    """Return a handler that answers with a file of a page, with the same type on every machine."""
+    return lambda request: FileResponse(path, media_type=_MEDIA_TYPES[path.suffix])
 
 
 class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-ignore]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
@@ -22,7 +21,7 @@ import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -35,11 +34,10 @@ from clip_rd_edge.errors import ClipRdEdgeError, InputError, with_hint
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.index import nearest
 from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.guard import LOOPBACK, Guard, RefusedError, host_names
 from clip_rd_edge.serving.protocol import Item, UploadedImage, label_key, require_few_labels
-from clip_rd_edge.serving.server import Handler, answered, read_body
+from clip_rd_edge.serving.server import Handler, answered, page_files, read_body, serve_file, unless_it_leaves
 from clip_rd_edge.serving.shared import CONTENT_TYPE, Batcher, Metrics, ServedIndex
 from clip_rd_edge.utils.host import resident_memory_bytes
 from clip_rd_edge.utils.structs import CheckedStruct, PositiveInt, UnknownFieldError, decode_request
@@ -73,6 +71,7 @@ class Service:
     Args:
         encoder: the bundle.
         index: folder of an index of that bundle, for /search; None serves no search.
+        images: the folder of the indexed images, for thumbnails; None serves none.
         limits: how much the server takes on.
         version: of this package, which clients are told.
     """
@@ -82,6 +81,7 @@ class Service:
         encoder: BundleEncoder,
         *,
         index: Path | None = None,
+        images: Path | None = None,
         limits: Limits | None = None,
         version: str = "",
     ) -> None:
@@ -100,7 +100,7 @@ class Service:
         self._classifiers: OrderedDict[str, ZeroShotClassifier] = OrderedDict()
         # By the key of the labels: one request embeds them, and the others with the same ones wait for it.
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._index = ServedIndex(index, encoder) if index is not None else None
+        self._index = ServedIndex(index, encoder, images) if index is not None else None
         open_image_tower(encoder)
         if encoder.has_text_tower:
             encoder.encode_texts(["a photo"])  # the first request waits for neither tower
@@ -175,26 +175,38 @@ class Service:
 
     async def classify(self, request: Request) -> Response:
         """POST /classify."""
-        body = decode_request(await request.body(), protocol.ClassifyRequest)
+        body, image = await _asked(request, protocol.ClassifyRequest)
         if body.labels is not None:
             require_few_labels(body.labels)
         classifier = await self._classifier(body.labels)
-        (row,), _ = await self._embed([Item(image=protocol.decode_image(body.image))])
+        (row,), _ = await self._embed([Item(image=image)])
         (predictions,) = classifier.classify_embeddings(row[None], top=body.top, none_below=body.none_below)
         return json_response({"predictions": [{"label": label, "probability": p} for label, p in predictions]})
 
     async def search(self, request: Request) -> Response:
         """POST /search."""
-        body = decode_request(await request.body(), protocol.SearchRequest)
-        if bool(body.query.strip()) == bool(body.image):
+        return await self._search(*await _asked(request, protocol.SearchRequest))
+
+    async def search_text(self, request: Request) -> Response:
+        """GET /search?q=TEXT&top=N."""
+        fields = [("query" if name == "q" else name, value) for name, value in request.query_params.multi_items()]
+        return await self._search(protocol.request_of(fields, protocol.SearchRequest), b"")
+
+    async def _search(self, body: protocol.SearchRequest, image: bytes) -> Response:
+        if bool(body.query.strip()) == bool(image):
             raise InputError("Expected either a query or an image.")
         protocol.require_length(body.query, "The query")
-        item = Item(image=protocol.decode_image(body.image)) if body.image else Item(text=body.query)
-        (row,), _ = await self._embed([item])
+        (row,), _ = await self._embed([Item(image=image) if image else Item(text=body.query)])
         assert self._index is not None  # /search has no route without an index
-        index, rows, graph = await self._index.current()
-        hits = await asyncio.to_thread(nearest, index, rows, row, top=body.top, graph=graph)
-        return json_response({"hits": [{"path": str(hit.path), "similarity": hit.similarity} for hit in hits]})
+        return json_response({"hits": await self._index.search(row, top=body.top)})
+
+    async def thumbnail(self, request: Request) -> Response:
+        """GET /thumbnail/ID."""
+        assert self._index is not None
+        loop, name = asyncio.get_running_loop(), request.path_params["id"]
+        with self._counted(1):
+            content = await loop.run_in_executor(self._openers, self._index.thumbnail, name)
+        return Response(content, media_type="image/jpeg")
 
     @property
     def searches(self) -> bool:
@@ -317,6 +329,12 @@ def _stacked(encode: Callable[[Any], Embeddings]) -> Callable[[Sequence[Any]], E
     return lambda inputs: encode(np.stack(inputs))
 
 
+async def _asked(request: Request, kind: type[protocol.Asked]) -> tuple[protocol.Asked, bytes]:
+    """Return the request in a body, and its image, whichever of the forms it has."""
+    content_type, query = request.headers.get("content-type", ""), request.query_params.multi_items()
+    return protocol.read_request(await request.body(), kind, content_type=content_type, query=query)
+
+
 def _base64(row: Embeddings) -> str:
     return base64.b64encode(row.astype("<f4").tobytes()).decode()
 
@@ -337,8 +355,6 @@ def make_app(
         "/v1/embeddings": service.openai_embeddings,
         "/classify": service.classify,
     }
-    if service.searches:
-        posts["/search"] = service.search
     gets: dict[str, Handler] = {
         "/v1/models": service.models,
         "/v1/models/{name:path}": service.model,
@@ -348,11 +364,17 @@ def make_app(
         "/metrics": service.prometheus,
         "/openapi.json": service.openapi,
     }
+    computed = dict[str, Handler]()
+    if service.searches:
+        posts["/search"] = service.search
+        computed = {"/search": service.search_text, "/thumbnail/{id}": service.thumbnail}
     routes = [
-        Route(path, _answer(path, handler, service, token), methods=[method])
-        for method, handlers in (("POST", posts), ("GET", gets))
+        Route(path, _answer(path, handler, service, token, computes=computes), methods=[method])
+        for method, handlers, computes in (("POST", posts, True), ("GET", computed, True), ("GET", gets, False))
         for path, handler in handlers.items()
     ]
+    # They hold nothing of the bundle, and ask for the token themselves.
+    routes += [Route(path, serve_file(file), methods=["GET"]) for path, file in page_files(service.searches).items()]
     guard = Middleware(
         Guard, host=host, names=host_names(names), token_required=bool(token), respond=_error_response, full=_BUSY
     )
@@ -369,25 +391,25 @@ def make_app(
 async def _unrouted(request: Request, error: HTTPException) -> Response:
     """Answer a request that no handler takes."""
     allowed = (error.headers or {}).get("Allow", "")
-    expected = f"{request.method} is not answered, but {allowed}" if allowed else "there is nothing; see /openapi.json"
+    expected = f"{request.method} is not answered, but {allowed}" if allowed else "there is nothing; see /docs"
     message = f"At {request.url.path}, {expected}."
     response = _error_response(error.status_code, message)
     response.headers.update(error.headers or {})
     return response
 
 
-def _answer(path: str, handler: Handler, service: Service, token: str) -> Handler:
+def _answer(path: str, handler: Handler, service: Service, token: str, *, computes: bool) -> Handler:
     """Wrap a handler: check the token, turn expected errors into answers in OpenAI's form, and count."""
 
     async def checked(request: Request) -> Response:
         if token and path != "/health" and not _authorised(request, token):
             raise RefusedError(401, "The bearer token is missing or wrong.")
-        if request.method != "POST":
+        if not computes:
             return await handler(request)
         # Before it counts: requests that are never complete take nobody's turn. The handler gets the body from here.
         await read_body(request)
         with service.turn():
-            return await _unless_it_leaves(handler, request)
+            return await unless_it_leaves(handler, request)
 
     answer = answered(checked, respond=_error_response, status_of=_status_of)
 
@@ -407,33 +429,6 @@ def _status_of(error: ClipRdEdgeError) -> int:
 def _authorised(request: Request, token: str) -> bool:
     scheme, _, sent = request.headers.get("authorization", "").partition(" ")
     return scheme.lower() == "bearer" and hmac.compare_digest(sent.strip().encode(), token.encode())
-
-
-async def _unless_it_leaves(handler: Handler, request: Request) -> Response:
-    """Return the handler's response; cancel it if the client closes the connection, to compute nothing for it."""
-    task = asyncio.current_task()
-    assert task is not None
-    end = asyncio.ensure_future(request.receive())  # the body is complete: what comes next is the connection's end
-    left = False
-
-    def leave(end: asyncio.Future[Any]) -> None:
-        nonlocal left
-        if not end.cancelled():
-            left = True
-            task.cancel()
-
-    end.add_done_callback(leave)
-    try:
-        return await handler(request)
-    except asyncio.CancelledError:
-        if not left:
-            raise
-        if sys.version_info >= (3, 11):
-            task.uncancel()
-        raise ClientDisconnect from None
-    finally:
-        end.remove_done_callback(leave)
-        end.cancel()
 
 
 def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:

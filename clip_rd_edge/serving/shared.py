@@ -1,8 +1,9 @@
-"""What concurrent requests share: the batches of their items, the index that they search, and the counters."""
+"""What concurrent requests share: the batches of their items, the index with its thumbnails, and the counters."""
 
 from __future__ import annotations
 
 import asyncio
+import io
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -14,16 +15,21 @@ from typing import Any
 import numpy as np
 
 from clip_rd_edge.bundle.encoder import Embeddings
-from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.bundle.images import open_image
+from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.index import INDEX_FILE, Index, open_graph, read_index, require_same_model
+from clip_rd_edge.runtime.index import INDEX_FILE, Index, nearest_rows, open_graph, read_index, require_same_model
 from clip_rd_edge.runtime.search_graph import Graph
+from clip_rd_edge.serving.guard import RefusedError
+from clip_rd_edge.serving.protocol import MAX_PIXELS
 from clip_rd_edge.utils.paths import file_identity
+from clip_rd_edge.utils.structs import is_natural
 
 PREFIX = "clip_rd_edge_"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _READING_S = 1.0  # that a search waits for an index that was updated; less than a client's patience
+THUMBNAIL_EDGE = 320  # pixels
 SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
@@ -176,10 +182,12 @@ class ServedIndex:
     Args:
         folder: of the index.
         encoder: the bundle that made it.
+        images: the image folder that the user named, from which thumbnails are made; None for none: the one that the
+            index names may be anybody's choice.
     """
 
-    def __init__(self, folder: Path, encoder: BundleEncoder) -> None:
-        self._folder, self._encoder = folder, encoder
+    def __init__(self, folder: Path, encoder: BundleEncoder, images: Path | None = None) -> None:
+        self._folder, self._encoder, self.images = folder, encoder, images
         self._identity = file_identity(folder / INDEX_FILE)  # of the index.json that was read last
         self._error: ClipRdEdgeError | None = None  # why that cannot be searched
         self._reading: asyncio.Task[None] | None = None
@@ -198,6 +206,36 @@ class ServedIndex:
             raise ClipRdEdgeError(str(self._error), hint=self._error.advice) from self._error
         return self._opened
 
+    async def search(self, query: Embeddings, *, top: int) -> list[dict[str, Any]]:
+        """Return the images nearest to a query, with the addresses of their thumbnails."""
+        index, rows, graph = await self.current()
+        found = await asyncio.to_thread(nearest_rows, index, rows, query, top=top, graph=graph)
+        hits = []
+        for row, similarity in found:
+            hit = {"path": str(Path(index.folder, index.entries[row].path)), "similarity": similarity}
+            hits.append(hit | ({"thumbnail": f"/thumbnail/{_thumbnail_id(index, row)}"} if self.images else {}))
+        return hits
+
+    def thumbnail(self, name: str) -> bytes:
+        """Return a small JPEG of an image, by the id that `search` has given it.
+
+        Raises:
+            RefusedError: the index has no such image any more, or it does not lie in the image folder.
+        """
+        index = self._opened[0]
+        row = name.partition("-")[0]
+        known = is_natural(row) and len(row) < 10 and int(row) < len(index.entries)
+        if self.images is not None and known and name == _thumbnail_id(index, int(row)):
+            path = (self.images / index.entries[int(row)].path).resolve()
+            if path.is_relative_to(self.images.resolve()):
+                with suppress(InputError):  # it is gone, or damaged
+                    image = open_image(path, min_edge=THUMBNAIL_EDGE, max_pixels=MAX_PIXELS)
+                    image.thumbnail((THUMBNAIL_EDGE, THUMBNAIL_EDGE))
+                    content = io.BytesIO()
+                    image.save(content, "JPEG", quality=80)
+                    return content.getvalue()
+        raise RefusedError(404, "There is no such image.")
+
     async def _read_again(self) -> None:
         try:
             identity = await asyncio.to_thread(file_identity, self._folder / INDEX_FILE)
@@ -213,3 +251,8 @@ class ServedIndex:
         index, rows = read_index(self._folder, memory_mapped=False)
         require_same_model(self._encoder, index, self._folder)
         return index, rows, open_graph(self._folder, index, memory_mapped=False)
+
+
+def _thumbnail_id(index: Index, row: int) -> str:
+    """Return a name of an image that means no other one after an update of the index."""
+    return f"{row}-{index.entries[row].sha256[:16]}"

@@ -254,6 +254,10 @@ class Serve(_Served, frozen=True, kw_only=True):
         "Host name by which clients reach the server, such as a container's or that of a site whose proxy passes "
         "requests on, if there is no token; can be repeated.", metavar="NAME", default="none",
     )] = ()  # fmt: skip
+    folder: Annotated[AnyPath, _server(
+        "Current path of INDEX's image folder, of which /search shows thumbnails.", metavar="FOLDER",
+        default="the one that you named to index", path=True,
+    )] | None = None  # fmt: skip
     max_batch: Annotated[int, _limits("Max images or texts per call of the model.", metavar="N", ge=1)] = 16
     max_items: Annotated[int, _limits(
         "Max images and texts that wait for their answer; requests beyond are answered with 503.", metavar="N", ge=1,

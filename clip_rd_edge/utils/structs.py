@@ -83,11 +83,11 @@ class UnknownFieldError(InputError):
     """A client sent a field that its request does not have."""
 
 
-def decode_request(body: bytes, kind: type[T]) -> T:
-    """Decode JSON that a client sent."""
+def decode_request(body: bytes, kind: type[T], *, strict: bool = True) -> T:
+    """Decode JSON that a client sent; without `strict`, numbers may be texts, as in a form."""
     try:
         with _named("The request", kind):
-            return msgspec.json.decode(body, type=kind)
+            return msgspec.json.decode(body, type=kind, strict=strict)
     except ConfigError as error:
         raised = UnknownFieldError if "unknown field" in str(error) else InputError
         raise raised(str(error), hint=error.hint and f"{error.hint}.") from error

@@ -79,6 +79,7 @@ def apps(tmp_path_factory: pytest.TempPathFactory, fp32_bundle: Path) -> Iterato
 PATHS = (
     "/", "/embeddings", "/embedding", "/v1/embeddings", "/classify", "/search", "/v1/models", "/props", "/health",
     "/metrics", "/openapi.json", "/api/bundles", "/api/labels", "/api/classify", "/index.html", "/../x", "/%00", "/%ff",
+    "/search?q=%ff&top=-1", "/search?q=red&top=1e9", "/thumbnail/0-", "/thumbnail/%00", "/docs", "/classify?top=x",
     "/api/classify?bundle=²", "/api/classify?labels=%ff&bundle=-1", "//", "/%2e%2e/%2e%2e/etc/passwd",
 )  # fmt: skip
 ODD = [b"[" * 100_000, b'{"other":' * 50_000, b'{"input": "\xff"}', b'["\xff"]', b'["\\ud800"]']
@@ -102,6 +103,7 @@ def bodies() -> Any:
     )
     written = values.map(lambda value: json.dumps(value).encode())
     odd = [*ODD, b'["\xed\xa0\x80"]', b"\xef\xbb\xbf[]", b'{"top": 1e999}', b"9" * 10_000, b""]
+    odd += [b"--x", b"--x--", b"--x\r\n" * 9, b'--x\r\nA: ; name="image"\r\n\r\n\xff\r\n--x--', b"\r\n--x" * 99_999]
     return written | st.binary(max_size=200) | st.sampled_from(odd)
 
 
@@ -113,6 +115,7 @@ def test_any_request_gets_an_answer_below_500(apps: list[Any]) -> None:
         ["host", "origin", "content-type", "content-length", "authorization", "x-odd", "expect", "range"]
     )
     header_values = st.sampled_from([
+        "multipart/form-data; boundary=x", "image/png",
         "127.0.0.1:8765", "[::1", "localhost", "evil.example", "-1", "9" * 30, "Bearer x", "bytes=5-1",
         "bytes=0-99999999999", "100-continue", "²", "http://127.0.0.1:8765", "",
     ])  # fmt: skip

@@ -236,7 +236,7 @@ def test_images_whose_folder_goes_away_as_they_are_taken_are_embedded_later(
     away, counts = watched.folder.with_name("away"), iter(range(99))
     module, name, at = {
         "listed": (index_watch, "Listing", 2),
-        "opened": (index_update, "remember_bundle", 1),
+        "opened": (index_update, "remember", 1),
         "embedding": (index_update, "embed_images", 1),
     }[moment]
     plain = getattr(module, name)

@@ -31,6 +31,7 @@ from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.index import read_index
 from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load
+from clip_rd_edge.serving.server import page_files
 from clip_rd_edge.serving.service import (
     Limits,
     Service,
@@ -459,7 +460,7 @@ WRONG = ["", "Bearer", "Bearer ", "Bearer s", "Bearer secre", "Bearer ecret", "B
          "Bearer wrong", "Bearer wrong, Bearer secret", "Basic secret", "secret"]  # fmt: skip
 
 
-def test_only_the_whole_token_opens_any_route_but_health(
+def test_only_the_whole_token_opens_any_route_but_health_and_pages(
     colour_bundle: Path, colour_images: Path, tmp_path: Path
 ) -> None:
     encoder = load(colour_bundle)
@@ -470,7 +471,8 @@ def test_only_the_whole_token_opens_any_route_but_health(
             (method,) = route.methods - {"HEAD"}
             for sent in ({}, *({"Authorization": wrong} for wrong in WRONG)):
                 answer = client.request(method, route.path.replace("{name:path}", "colours"), headers=sent)
-                expected = (200, None) if route.path == "/health" else (401, "Bearer")
+                is_open = route.path == "/health" or route.path in page_files(search=True)
+                expected = (200, None) if is_open else (401, "Bearer")
                 assert (answer.status_code, answer.headers.get("WWW-Authenticate")) == expected, (route.path, sent)
 
 
@@ -522,11 +524,13 @@ def test_prometheus_reads_what_was_counted_and_the_document_names_every_route(cl
     document = client.get("/openapi.json").json()
     assert document["components"]["schemas"]["SearchRequest"]["properties"]["top"]["maximum"] == 1000
     routes = {route.path_format for route in client.app.routes}
-    assert routes - set(document["paths"]) == {"/embedding", "/models", "/openapi.json"}  # further names, and itself
+    pages = set(page_files(search=True))
+    more_names = {"/embedding", "/models"}
+    assert routes - pages - set(document["paths"]) == {*more_names, "/openapi.json"}
     for path, methods in document["paths"].items():
         for method in methods:
             filled = path.replace("{name}", "clip-rd-edge")
-            assert client.request(method, filled, content=b"").status_code in (200, 400)
+            assert client.request(method, filled, content=b"").status_code in (200, 400, 404)
 
 
 def test_the_items_of_concurrent_requests_share_batches_and_keep_their_rows() -> None:
@@ -699,3 +703,86 @@ def test_a_bundle_without_a_text_tower_answers_images_and_refuses_texts(colours_
         assert client.post("/classify", json=body).json()["predictions"][0]["label"] == "red"
         refused = client.post("/classify", json={**body, "labels": ["cyan"]})
         assert (refused.status_code, "'cyan' is none of its 3 labels" in refused.text) == (400, True)
+
+
+def test_a_form_and_an_image_alone_are_classified_as_json_is(client: Any) -> None:
+    labels, image = ["red", "blue"], jpeg((5, 5, 250))
+    expected = client.post("/classify", json={"image": encoded(image), "labels": labels, "top": 1}).json()
+    asked = {"labels": labels, "top": "1"}
+    answers = [
+        client.post("/classify", files={"image": ("photo.jpg", image)}, data=asked),
+        client.post("/classify", content=image, params=asked, headers={"Content-Type": "image/jpeg"}),
+        # as of curl --data-binary @photo.jpg
+        client.post(
+            "/classify", content=image, params=asked, headers={"Content-Type": "application/x-www-form-urlencoded"}
+        ),
+    ]
+    assert [answer.json() for answer in answers] == [expected] * 3
+    assert expected["predictions"][0]["label"] == "blue"
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "status"),
+    [
+        ("multipart/form-data", b"--x\r\n\r\n\r\n--x--", 400),  # no boundary
+        ("multipart/form-data; boundary=x", b"", 400),
+        ("multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\nab', 400),
+        ("multipart/form-data; boundary=x", b"--x\r\nContent-Disposition: form-data\r\n\r\nab\r\n--x--", 400),
+        ("multipart/form-data; boundary=x", b"--x\r\n" * 100_000 + b"--x--", 400),
+        ("multipart/form-data; boundary=x", b'--x\r\nA: ; name="top"\r\n\r\n\xff\r\n--x--', 400),
+        ("multipart/form-data; boundary=x", b'--x\r\nA: ; name="other"\r\n\r\n1\r\n--x--', 422),
+        ("image/jpeg", b"", 400),
+        ("image/jpeg", b"no image", 400),
+    ],
+)
+def test_a_form_that_is_none_is_refused(client: Any, content_type: str, body: bytes, status: int) -> None:
+    assert client.post("/classify", content=body, headers={"Content-Type": content_type}).status_code == status
+
+
+def test_search_by_address_finds_what_search_by_json_does(client: Any) -> None:
+    expected = client.post("/search", json={"query": "red", "top": 2}).json()
+    assert client.get("/search", params={"q": "red", "top": "2"}).json() == expected
+    assert len(expected["hits"]) == 2
+    by_image = client.post("/search", files={"image": ("photo.jpg", jpeg())}, data={"top": "1"}).json()
+    assert Path(by_image["hits"][0]["path"]).name == "red.png"
+    assert [client.get("/search", params=wrong).status_code for wrong in ({}, {"q": ""}, {"q": "x", "top": "x"})] == [
+        400
+    ] * 3
+    assert client.get("/search", params={"q": "x", "other": "1"}).status_code == 422
+
+
+def test_thumbnails_are_of_the_named_folder_alone(colour_bundle: Path, tmp_path: Path) -> None:
+    photos, encoder = tmp_path / "photos", load(colour_bundle)
+    photos.mkdir()
+    Image.new("RGB", (900, 600), "red").save(photos / "red.png")
+    Image.new("RGB", (60, 60), "blue").save(photos / "blue.png")
+    update_index(encoder, photos, tmp_path / "index")
+    with testclient.TestClient(make_app(Service(encoder, index=tmp_path / "index")), base_url=BASE_URL) as client:
+        assert "thumbnail" not in client.get("/search?q=red").json()["hits"][0]  # nobody named the folder
+    app = make_app(Service(encoder, index=tmp_path / "index", images=photos))
+    with testclient.TestClient(app, base_url=BASE_URL) as client:
+        thumbnails = {Path(h["path"]).stem: h["thumbnail"] for h in client.get("/search?q=red").json()["hits"]}
+        answer = client.get(thumbnails["red"])
+        assert answer.headers["Content-Type"] == "image/jpeg"
+        assert Image.open(io.BytesIO(answer.content)).size == (320, 213)
+        row, _, digest = thumbnails["red"].rpartition("/")[2].partition("-")
+        wrong = [row, f"{row}-", f"-1-{digest}", f"{1 - int(row)}-{digest}", f"²-{digest}", f"{'9' * 5000}-{digest}"]
+        assert {client.get(f"/thumbnail/{name}").status_code for name in wrong} == {404}
+        (tmp_path / "secret.png").write_bytes((photos / "blue.png").read_bytes())
+        (photos / "blue.png").unlink()
+        assert client.get(thumbnails["blue"]).status_code == 404
+        (photos / "blue.png").symlink_to(tmp_path / "secret.png")
+        assert client.get(thumbnails["blue"]).status_code == 404
+        (photos / "red.png").write_bytes(b"damaged")
+        assert client.get(thumbnails["red"]).status_code == 404
+
+
+def test_serve_shows_thumbnails_of_the_folder_that_was_indexed(
+    colour_bundle: Path, colour_images: Path, tmp_path: Path, start: Callable[..., tuple[subprocess.Popen[str], int]]
+) -> None:
+    edge.index(colour_bundle, colour_images, output=tmp_path / "index")
+    _, port = start(str(tmp_path / "index"))
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/search?q=red") as response:
+        hit = json.load(response)["hits"][0]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{hit['thumbnail']}") as response:
+        assert Image.open(io.BytesIO(response.read())).format == "JPEG"
