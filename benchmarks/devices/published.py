@@ -1,7 +1,7 @@
 """Take open_clip's architectures through the toolkit, with random weights under the names of published ones.
 
     python -m benchmarks.devices.published WORK -o benchmarks/results/MACHINE/published.json \\
-        --readme benchmarks/README.md
+        --readme benchmarks/measurements/published.md
 
 Each is fetched by NAME@TAG from a hub on the loopback (NAME@FILE where open_clip has no tag), exported in float32,
 which is compared with torch, exported in INT8 within a limited time, trained as a student, and distilled from as a

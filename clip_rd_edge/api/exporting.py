@@ -66,7 +66,9 @@ def export(request: Export) -> ExportedBundle:
 
     request = msgspec.structs.replace(request, model=place_of(request.model, reporter=request.reporter))
     model, output = typed(request.model), Path(request.output)
-    read = (request.pretrained, request.labels, request.calibration, request.report, request.node_modules)
+    read = (
+        request.pretrained, request.labels, request.calibration, request.texts, request.report, request.node_modules
+    )  # fmt: skip
     sources = [Path(name) for name in read if isinstance(name, str | os.PathLike)]
     sources += filter(None, (Path(model.removeprefix(LOCAL_DIR)), model_folder(model)))
     require_output(output, "export", overwrite=request.force, sources=sources)
@@ -80,9 +82,12 @@ def export(request: Export) -> ExportedBundle:
     pairs = None
     if any(plan.precision == "int8" for plan in plans):
         from clip_rd_edge.exporting.calibration import kept_pairs, named_pairs
+        from clip_rd_edge.runtime.labels import read_labels_file
 
-        given = request.calibration
-        pairs = kept_pairs(model) if given is None else named_pairs(typed(given), model)
+        given, texts = request.calibration, plans[0].labels
+        if request.texts is not None:
+            texts = tuple(read_labels_file(Path(request.texts)))
+        pairs = kept_pairs(model) if given is None else named_pairs(typed(given), model, texts=texts)
     if plans[0].note:
         request.reporter.note(plans[0].note)
 

@@ -23,17 +23,21 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clip_rd_edge.bundle.image_files import list_images
 from clip_rd_edge.bundle.preprocess import Pixels, Preprocessing, fit, preprocess
 from clip_rd_edge.bundle.runs import CALIBRATION_FILE, model_folder, read_training_record, refuse_unfinished_run
 from clip_rd_edge.bundle.tokenizer import TokenIds
-from clip_rd_edge.data.load import load_pairs
+from clip_rd_edge.data.folders import image_samples, subfolders
+from clip_rd_edge.data.load import load_pairs, names_shards
+from clip_rd_edge.data.mixed import Mixed
 from clip_rd_edge.data.samples import MAX_BAD_SHARE, BadSamples
 from clip_rd_edge.data.samples import Samples as DataSamples
 from clip_rd_edge.data.tables import MissingColumnError
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.runtime.labels import everyday_labels
 from clip_rd_edge.utils.arrays import npz_bytes, read_npz
 from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.paths import Typed, is_file
+from clip_rd_edge.utils.paths import Typed, is_file, is_folder
 
 # Activation ranges hardly change beyond about a hundred images; with 192 held-out images, one is half a point of
 # accuracy.
@@ -188,14 +192,19 @@ def kept_pairs(model: str) -> CalibrationPairs:
     return CalibrationPairs(content.name, levels, content.captions, content.paired)
 
 
-_HINT = "pass pairs like the inputs the model will see in use: {calibration} pairs.csv, or {calibration} emoji"
+_HINT = "pass inputs like those the model will see in use: {calibration} pairs.csv, or {calibration} photos/"
 
 
-def named_pairs(source: Typed, model: str) -> DataSamples:
+def named_pairs(source: Typed, model: str, *, texts: Sequence[str] | None = None) -> DataSamples:
     """Load the pairs that the user names.
 
-    A table may have the columns of any table of pairs, or else those of the one that `model` was trained on.
+    A table may have the columns of any table of pairs, or else those of the one that `model` was trained on. A folder
+    with fewer than two class folders holds images alone, and the captions are `texts`, or everyday things.
     """
+    if is_folder(source) and not names_shards(source):
+        folder = Path(source)
+        if texts is not None or sum(any(list_images(inner)) for inner in subfolders(folder)) < 2:
+            return Mixed(None, image_samples(source, folder), tuple(texts or everyday_labels()))
     with contextlib.suppress(MissingColumnError):
         return load_pairs(source)
     recorded = read_training_record(model).get("configuration")

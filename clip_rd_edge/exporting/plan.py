@@ -306,6 +306,7 @@ def _conflicts(request: Export, plan: Plan, plans: tuple[Plan, ...]) -> Iterator
         (folder and request.labels is not None, "labels", f"the layout {layout} stores no labels"),
         (request.preprocess_in_graph, "preprocess_in_graph", in_graph),
         (request.as_name is not None, "as_name", "" if layout == "immich" else "it is for {layout} immich"),
+        (request.texts is not None and request.calibration is None, "texts", "it needs {calibration} FOLDER"),
         (request.report is not None, "report", "" if layout == "huggingface" else "it is for {layout} huggingface"),
         (request.via != "onnx" and plan.format != "trt", "via", "it builds TensorRT engines: {format} trt"),
         (request.via != "onnx" and int8, "via", "INT8's Q/DQ nodes are in the ONNX"),
@@ -313,7 +314,7 @@ def _conflicts(request: Export, plan: Plan, plans: tuple[Plan, ...]) -> Iterator
         *((getattr(request, name) is not None, name, engines) for name in ("fallback", "max_loss", "search_minutes")),
         *(
             (getattr(request, name) is not None, name, no_int8)
-            for name in ("calibration", "min_agreement", "max_loss", "fallback", "search_minutes")
+            for name in ("calibration", "texts", "min_agreement", "max_loss", "fallback", "search_minutes")
         ),
         *(
             (is_given, name, converted)

@@ -113,7 +113,12 @@ class Export(_Exported, frozen=True, kw_only=True):
         default="download them once",
     )] | None = None  # fmt: skip
     calibration: Annotated[AnyPath, _int8(
-        "Pairs for calibrating and evaluating INT8.", metavar="CSV|emoji", default="those that MODEL's run kept",
+        "Pairs for calibrating and evaluating INT8, or a folder of images.", metavar="CSV|FOLDER|emoji",
+        default="those that MODEL's run kept",
+    )] | None = None  # fmt: skip
+    texts: Annotated[AnyPath, _int8(
+        "With a folder of images as {calibration}: what the text tower is calibrated on, one text per line.",
+        metavar="FILE", path=True, default="the labels, or everyday things",
     )] | None = None  # fmt: skip
     min_agreement: Annotated[float, _int8(
         "Min centred cosine between INT8 and float32 embeddings.", metavar="COSINE", ge=0, le=1,

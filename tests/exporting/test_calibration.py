@@ -14,8 +14,10 @@ from clip_rd_edge.bundle.runs import CALIBRATION_FILE
 from clip_rd_edge.bundle.tokenizer import TokenIds
 from clip_rd_edge.data.folders import Folder
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.exporting.calibration import calibration_set, choose_pairs, keep_pairs, kept_pairs
+from clip_rd_edge.exporting.calibration import calibration_set, choose_pairs, keep_pairs, kept_pairs, named_pairs
+from clip_rd_edge.runtime.labels import everyday_labels
 from clip_rd_edge.utils.arrays import npz_bytes
+from clip_rd_edge.utils.paths import Typed
 
 RECORD = np.frombuffer(b'{"name":"greys","captions":["a","b"],"paired":true}', np.uint8)
 PREPROCESSING = Preprocessing(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -43,6 +45,18 @@ def test_half_are_for_calibration_and_half_are_held_out(tmp_path: Path) -> None:
     np.testing.assert_array_equal(samples.calibrate.ids[:, 0] % 1000, calibrate)  # captions belong to their images
     assert {int(caption) // 1000 for caption in samples.calibrate.ids[:, 0]} == {0, 1}  # any of an image's captions
     assert samples.name == "greys"
+
+
+def test_a_folder_of_images_alone_takes_its_texts_from_elsewhere(tmp_path: Path) -> None:
+    _pairs(tmp_path, 40)
+    (tmp_path / "2024").mkdir()
+    (tmp_path / "0.png").rename(tmp_path / "2024" / "0.png")  # one folder is no two classes
+    for texts in (("7", "8", "9"), None):
+        pairs = named_pairs(Typed(str(tmp_path)), "ViT-B-32", texts=texts)
+        chosen = choose_pairs(pairs, preprocessing=PREPROCESSING)
+        assert (len(chosen.images), chosen.paired) == (40, False)
+        assert set(chosen.captions) <= set(texts or everyday_labels())
+        assert len(set(chosen.captions)) >= 3
 
 
 def test_samples_depend_on_the_seed_and_their_number_is_bounded(tmp_path: Path) -> None:

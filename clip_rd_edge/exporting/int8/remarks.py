@@ -18,7 +18,7 @@ from clip_rd_edge.utils.host import FAST_BF16, instruction_sets
 # An accurate candidate is named if it takes at most this share longer, with at most this share of the error.
 _LITTLE_LONGER, _MUCH_NEARER = 1.15, 0.33
 # BF16 in OpenVINO is named below this share of the shipped tower's latency. It takes 0.48 to 0.66 of that of float32 in
-# ONNX Runtime (benchmarks/README.md, Towers, by runtime and precision).
+# ONNX Runtime (benchmarks/measurements/towers.md).
 _FASTER, _USUAL_BF16 = 0.9, 0.6
 _SAMPLES = 24
 _HERE = ("", "cpu-x86", "cpu-x86-vnni", "cpu-arm", "openvino")  # targets that may be this processor
