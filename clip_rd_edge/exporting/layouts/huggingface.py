@@ -7,8 +7,8 @@ onnx/vision_model*.onnx                   pixel_values (N, 3, H, W) float32 -> i
 onnx/text_model*.onnx                     input_ids (N, any length) int64 -> text_embeds (N, D)
 onnx/model*.onnx                          both -> logits_per_image, logits_per_text, text_embeds, image_embeds
 
-`*` is empty for float32, which transformers.js takes by default, or `_fp16` or `_int8`, which it selects by `dtype`.
-Embeddings are L2-normalised.
+`*` is empty for float32, which transformers.js takes by default, or `_fp16`, `_int8` or `_quantized`, which it selects
+by the `dtype` fp16, int8 or q8; the last two are the same file. Embeddings are L2-normalised.
 
 open_clip builds a text tower of transformers from the config.json beside its weights, which here is that of CLIP. It
 names config.4.0.0.json as its version for transformers from 4.0.0 on, which then reads that file instead; the clients
@@ -47,6 +47,7 @@ from clip_rd_edge.utils.files import write_bytes, write_text
 from clip_rd_edge.utils.paths import as_text
 from clip_rd_edge.utils.structs import to_json
 
+_Q8 = "_quantized"  # what transformers.js takes for q8, its default in a browser, and other programs for INT8
 _VERSIONED_CONFIG = "config.4.0.0.json"
 _END_OF_WORD = "</w>"
 # open_clip's pattern for words, without what JavaScript's regular expressions lack. The text is in lower case before.
@@ -120,7 +121,9 @@ def write_huggingface(bundles: Mapping[str, Path], folder: Path) -> None:
         models = {VISION: image, TEXT: text, BOTH: _joined(image, text, manifest.scoring)}
         for name, model in models.items():
             onnx.checker.check_model(model)
-            write_bytes(folder / "onnx" / f"{name}{SUFFIXES[variant]}.onnx", model.SerializeToString())
+            content = model.SerializeToString()
+            for suffix in (SUFFIXES[variant], *([_Q8] if variant == "int8" else [])):
+                write_bytes(folder / "onnx" / f"{name}{suffix}.onnx", content)
     _write_tokenizer(bundles["fp32"] / TOKENIZER, folder, manifest.tokenizer)
     config = _model_config(manifest)
     if (folder / TRANSFORMERS_CONFIG).is_file():

@@ -9,8 +9,9 @@ textual/tokenizer.json, textual/tokenizer_config.json
 immich's server takes models by name, and knows the size of each one's embeddings: a student takes the name of a model
 of the same size. Sources: `CLIP_MODEL_INFO` of the server, `OpenClipVisualEncoder` and `OpenClipTextualEncoder` of the
 machine-learning service. Where the middle of an image lies between two pixels, its crop begins at the lower one, and
-open_clip's at the even one. It resizes with a bicubic filter whatever preprocess_cfg.json says, but for its newest
-source. Every other value of its preprocessing of images is equal up to rounding.
+open_clip's at the even one. Up to release 2.2 at least, it crops and resizes with a bicubic filter whatever
+preprocess_cfg.json says; its newest source goes by `resize_mode`, shortest or squash, and `interpolation`. Every other
+value of its preprocessing of images is equal up to rounding.
 """
 
 from __future__ import annotations
@@ -88,22 +89,23 @@ class Immich(Layout):
 
 
 def where_it_goes(folder: Path, name: str, preprocessing: Preprocessing) -> str:
-    """Say in a sentence how immich finds the folder, and in another if it resizes images in another way."""
-    note = f"; immich resizes images with a bicubic filter, and this model expects a {preprocessing.interpolation} one"
+    """Say in a sentence how immich finds the folder, and in another if some of its releases resize in another way."""
+    given = f"{preprocessing.resize_mode}, {preprocessing.interpolation}"
+    note = f"; immich up to 2.2 at least crops images and resizes with a bicubic filter, and this model expects {given}"
     return (
         f"next: copy {folder} to clip/{name} in the model cache of immich's machine-learning service (/cache in its "
         f"container, the volume model-cache), and choose {name} as the smart search model; run smart search for all "
         "assets again, because embeddings of two models cannot be compared"
-        f"{note if preprocessing.interpolation != 'bicubic' else ''}"
+        f"{note if given != 'shortest, bicubic' else ''}"
     )
 
 
 def require_supported(preprocessing: Preprocessing, name: str) -> None:
     """Raise UsageError if immich cannot preprocess images for the model `name`."""
     height, width = preprocessing.size
-    if preprocessing.resize_mode != "shortest" or height != width:
+    if preprocessing.resize_mode == "longest" or height != width:
         raise UsageError(
-            "immich does its own preprocessing: it resizes the shortest edge and crops a square; "
+            "immich does its own preprocessing: it crops or squashes images to a square; "
             f"{name} takes {height} × {width} with resize mode {preprocessing.resize_mode}.",
             hint="omit {layout}",
         )

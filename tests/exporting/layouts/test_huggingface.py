@@ -93,7 +93,7 @@ def _expected(folder: Path, images: list[Image.Image], texts: list[str]) -> tupl
 def test_the_folder_has_the_files_of_all_clients(folder: Path) -> None:
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     models = {f"onnx/{name}{suffix}.onnx" for name in ("vision_model", "text_model", "model")
-              for suffix in ("", "_fp16", "_int8")}  # fmt: skip
+              for suffix in ("", "_fp16", "_int8", "_quantized")}  # fmt: skip
     configs = {"config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert names == models | configs | {"open_clip_config.json", "open_clip_model.safetensors", "README.md"}
 

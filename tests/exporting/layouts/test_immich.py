@@ -16,7 +16,7 @@ from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
-from clip_rd_edge.exporting.layouts.immich import immich_name, require_supported, write_immich
+from clip_rd_edge.exporting.layouts.immich import immich_name, require_supported, where_it_goes, write_immich
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
@@ -76,10 +76,22 @@ def test_texts_are_padded_with_the_models_own_id(colour_bundle: Path, tmp_path: 
         np.testing.assert_allclose(_text_embedding(tmp_path / "immich", text, length=6)[0], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["longest", "squash"])
-def test_preprocessing_that_immich_does_not_support_is_refused(mode: Any) -> None:
+@pytest.mark.parametrize(("mode", "size"), [("longest", (8, 8)), ("squash", (8, 9)), ("shortest", (8, 9))])
+def test_preprocessing_that_immich_does_not_support_is_refused(mode: Any, size: tuple[int, int]) -> None:
     with pytest.raises(UsageError):
-        require_supported(Preprocessing(size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode), "student")
+        require_supported(Preprocessing(size=size, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode), "student")
+
+
+@pytest.mark.parametrize(
+    ("mode", "interpolation"), [("shortest", "bicubic"), ("squash", "bicubic"), ("shortest", "bilinear")]
+)
+def test_what_older_releases_of_immich_resize_in_another_way_is_named(mode: Any, interpolation: Any) -> None:
+    preprocessing = Preprocessing(
+        size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode, interpolation=interpolation
+    )
+    require_supported(preprocessing, "student")
+    differs = (mode, interpolation) != ("shortest", "bicubic")
+    assert ("2.2" in where_it_goes(Path("folder"), "name", preprocessing)) == differs
 
 
 @pytest.mark.parametrize(
