@@ -76,6 +76,7 @@ OTHERS = {
     "import-linter": "BSD-2-Clause",
     "jinja2": "BSD-3-Clause",
     "kiwisolver": "BSD-3-Clause",
+    "latex2mathml": "MIT",
     "litert-torch": "Apache-2.0",
     "matplotlib": "Matplotlib",
     "mkdocs": "BSD-2-Clause",

@@ -11,6 +11,8 @@ import logging
 import os
 import posixpath
 import re
+from html import unescape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from clip_rd_edge.cli.main import cli
 log = logging.getLogger("mkdocs.hooks.clip_rd_edge")
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+# What pymdownx.arithmatex leaves of $…$ and $$…$$.
+FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL)
 FENCE = re.compile(r"^\s*```")
 LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?(https?:)?//[^\"'\s>]+")
 
@@ -115,10 +119,24 @@ def _redirect(match: re.Match[str], origin: str, page: Page, config: MkDocsConfi
         path = posixpath.relpath(inside, posixpath.dirname(page.file.src_uri) or ".")
     elif (ROOT / place).exists() and not place.startswith(".."):
         kind = "tree" if (ROOT / place).is_dir() else "blob"
-        path = f"{config.extra['repository']}/{kind}/main/{place}"
+        path = f"{config.repo_url}/{kind}/main/{place}"
     else:
         log.warning("%s links to %s, which is not there", origin, target)
     return f"{before}{path}{hash_mark}{anchor}{after}"
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Write formulas as MathML, which browsers show without scripts; as LaTeX where the converter is not installed."""
+    if find_spec("latex2mathml") is None:
+        return html
+    from latex2mathml.converter import convert
+
+    def shown(match: re.Match[str]) -> str:
+        tag, inline, display = match.groups()
+        formula: str = convert(unescape(inline or display), display="inline" if inline else "block")
+        return f"<{tag} class=formula>{formula}</{tag}>"
+
+    return FORMULA.sub(shown, html)
 
 
 def on_post_build(config: MkDocsConfig) -> None:
