@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import click
 
 import clip_rd_edge as edge
+from clip_rd_edge.cli.main import GROUPS
 from clip_rd_edge.settings.options import declared
 
+ADVANCED = "Advanced"
 # The Python of a command, where it is not the function of its name.
 FUNCTIONS = {
     "classify": ("Model.classify", "Model.classify_camera"),
@@ -56,20 +58,24 @@ def pages(group: click.Group) -> dict[str, str]:
     """The text of each page by its name: the overview `index.md`, and one per command."""
     context = click.Context(group, info_name="clip-rd-edge")
     options = _table([row for parameter in group.get_params(context) if (row := _row(parameter, context))])
-    rows = []
+    rows: dict[str, list[str]] = {heading: [] for heading in (*GROUPS, ADVANCED)}
     made = {}
     for inner, command in commands(group):
         name = name_of(inner)
         first = next(_paragraphs(command.help or "")).replace("\n", " ")
         python = ", ".join(f"[`{function}`][clip_rd_edge.{function}]" for function in functions_of(name))
-        rows.append(f"| [`{name}`]({page_of(name)}) | {first.partition('. ')[0].rstrip('.')} | {python} |")
+        heading = next((each for each, names in GROUPS.items() if name in names), ADVANCED)
+        rows[heading].append(f"| [`{name}`]({page_of(name)}) | {first.partition('. ')[0].rstrip('.')} | {python} |")
         made[page_of(name)] = "\n\n".join(_page(inner, command)) + "\n"
-    table = "\n".join(["| command | does | in Python |", "| --- | --- | --- |", *rows])
+    tables = [
+        "\n".join([f"## {heading}\n", "| command | does | in Python |", "| --- | --- | --- |", *each])
+        for heading, each in rows.items()
+    ]
     python = (
         "Every command is a function of `clip_rd_edge` with the same names: `--batch-size` is `batch_size`, `-o` is "
         "`output`; a command's page lists other differences. [Python](../python/index.md) has classes and errors."
     )
-    index = ["# Commands and functions", *_paragraphs(group.help or ""), table, python, options]
+    index = ["# Commands and functions", *_paragraphs(group.help or ""), python, *tables, "## Options of every command", options]
     return {"index.md": "\n\n".join(index) + "\n", **made}
 
 
