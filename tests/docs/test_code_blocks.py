@@ -61,7 +61,7 @@ MARKER = re.compile(r"<!-- (not run|parsed only): [^>]+ -->")
 SHELL = ("sh", "bash", "console")
 # Commands that take less than a second on a small bundle; the others are parsed.
 RUN = {"classify", "targets", "doctor", "evaluate", "index", "search", "verify"}
-OTHER_PROGRAMS = {".", "cd", "cp", "done", "find", "for", "git", "hf", "scp", "ssh"}
+OTHER_PROGRAMS = {".", "cd", "cp", "curl", "done", "find", "for", "git", "hf", "scp", "ssh"}
 TINY: dict[str, Any] = {
     "student": "test_resnet", "steps": 2, "batch_size": 8, "text": "tiny", "image_size": 32, "context_length": 8,
     "embedding_size": 16, "precision": "fp32", "workers": 0,
@@ -227,6 +227,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "recipe.yaml": lambda path: load_recipe(str(path)),
     "suite.yaml": read_suite,
     "evidence.yaml": lambda path: read_evidence(str(path)),
+    "margin.yaml": lambda path: read_evidence(str(path)),
     "manifest.json": check_manifest,
     "teachers.json": read_stored_teachers,
     "my_terms.py": lambda path: load_terms(typed(path)),

@@ -89,7 +89,7 @@ def test_an_architecture_of_ones_own_is_trained(
     pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distill = edge.distill
-    monkeypatch.setattr(edge, "distill", lambda **options: distill(**{**options, **TINY}))
+    monkeypatch.setattr(edge, "distill", lambda **options: distill(**{**options, "epochs": None, **TINY}))
     teacher = save_tiny_teacher(tmp_path / "teacher")
     run("custom_student.py", pairs_csv, teacher, tmp_path / "run", monkeypatch=monkeypatch)
     assert edge.load(tmp_path / "run").encode_images([pairs_csv.parent / "pictures" / "0.png"]).shape[0] == 1
