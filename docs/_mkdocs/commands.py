@@ -75,7 +75,14 @@ def pages(group: click.Group) -> dict[str, str]:
         "Every command is a function of `clip_rd_edge` with the same names: `--batch-size` is `batch_size`, `-o` is "
         "`output`; a command's page lists other differences. [Python](../python/index.md) has classes and errors."
     )
-    index = ["# Commands and functions", *_paragraphs(group.help or ""), python, *tables, "## Options of every command", options]
+    index = [
+        "# Commands and functions",
+        *_paragraphs(group.help or ""),
+        python,
+        *tables,
+        "## Options of every command",
+        options,
+    ]
     return {"index.md": "\n\n".join(index) + "\n", **made}
 
 
