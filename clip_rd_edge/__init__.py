@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from clip_rd_edge.api.models import load, stitch, trim
     from clip_rd_edge.api.running import demo, doctor, index, search, serve, watch_index
-    from clip_rd_edge.api.training import average, distill, embed, recipe
+    from clip_rd_edge.api.training import average, distill, embed, pack, recipe
     from clip_rd_edge.errors import (
         ClipRdEdgeError,
         ConfigError,
@@ -55,7 +55,7 @@ _HOMES = {
     ),
     "api.models": ("load", "stitch", "trim"),
     "api.running": ("demo", "doctor", "index", "search", "serve", "watch_index"),
-    "api.training": ("average", "distill", "embed", "recipe"),
+    "api.training": ("average", "distill", "embed", "pack", "recipe"),
     "runtime.classifier": ("Prediction", "ZeroShotClassifier"),
     "runtime.model": ("Model",),
     "utils.reporting": ("Reporter",),
@@ -89,6 +89,7 @@ __all__ = [
     "export",
     "index",
     "load",
+    "pack",
     "quickstart",
     "recipe",
     "recommend",

@@ -8,7 +8,8 @@ import signal
 
 from torch.utils.data import get_worker_info
 
-from clip_rd_edge.distillation.loader import PairView, View, ViewDataset
+from clip_rd_edge.data.order import View
+from clip_rd_edge.distillation.loader import PairView, ViewDataset
 from clip_rd_edge.errors import ConfigError
 
 

@@ -38,7 +38,8 @@ from benchmarks.publishing import add_output_options, here_and_now, publish
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import Preprocessing, resize_crop
 from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
+from clip_rd_edge.data.order import StepSampler
+from clip_rd_edge.distillation.loader import ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops, Normaliser, crop_levels
 
 SIZES = ((512, 384), (1536, 1024))

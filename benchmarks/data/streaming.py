@@ -155,9 +155,9 @@ def load_epoch(source: str, *, outage: ServerProcess | None = None) -> dict[str,
     """Load an epoch with an empty cache of shards; return its digest, images per second and the longest wait."""
     from clip_rd_edge.bundle.preprocess import Preprocessing
     from clip_rd_edge.data.load import load_pairs
-    from clip_rd_edge.data.order import EpochOrder
+    from clip_rd_edge.data.order import EpochOrder, StepSampler
     from clip_rd_edge.data.shard_files import close_tars
-    from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
+    from clip_rd_edge.distillation.loader import ViewDataset, step_loader
     from clip_rd_edge.distillation.pixels import crops_for
     from clip_rd_edge.utils.paths import cache_home
 

@@ -20,9 +20,10 @@ import open_clip
 import torch
 from PIL import Image
 
+from clip_rd_edge.data.order import StepSampler
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.embed import ShardMaker, fill_store
-from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.loader import Batch, ViewDataset, step_loader
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.setup import load_setup, make_dataset
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep

@@ -12,10 +12,11 @@ import msgspec
 
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.settings.options import keywords_of
-from clip_rd_edge.settings.training import Average, Distill, Embed
+from clip_rd_edge.settings.training import Average, Distill, Embed, Pack
 from clip_rd_edge.utils.paths import AnyPath, typed
 
 if TYPE_CHECKING:
+    from clip_rd_edge.data.pack import Packed
     from clip_rd_edge.data.tasks import Task
     from clip_rd_edge.distillation.config import RunConfig
     from clip_rd_edge.models.edit import AveragedModel
@@ -76,6 +77,36 @@ def embed(request: Embed) -> Path:
             )
     embed_teacher(config, Path(request.output), cluster=request.ray, reporter=request.reporter)
     return Path(request.output)
+
+
+@keywords_of(Pack)
+def pack(request: Pack) -> Packed:
+    """Write training data as shards of small images; `source` of the result is `data` of `distill`.
+
+    Shards that are there already are kept, so an interrupted call is continued by the same one.
+
+    Raises:
+        UsageError: `output` holds something else, or shards of other data.
+        InputError: the data are missing, or too many samples are damaged.
+    """
+    from clip_rd_edge.bundle.labels import parse_templates
+    from clip_rd_edge.data.load import load_pairs
+    from clip_rd_edge.data.mixed import TrainingData, load_images
+    from clip_rd_edge.data.pack import pack_samples
+
+    data, reporter = TrainingData(data=typed(request.data)).data or typed(""), request.reporter
+    if request.without_captions:
+        samples = load_images(data, column=request.csv_img_key, reporter=reporter)
+    else:
+        templates = parse_templates([typed(request.template)]).prompts if request.template else ()
+        samples = load_pairs(
+            data, image_key=request.csv_img_key, caption_key=request.csv_caption_key,
+            json_key=request.json_caption_key, templates=templates, reporter=reporter,
+        )  # fmt: skip
+        if len(templates) > 1 or (templates and not samples.counts.classes):
+            # Of several, each image of a step would get another: captions of one class would differ.
+            raise UsageError("A template is one prompt, for the names of class folders.", option="template")
+    return pack_samples(samples, Path(request.output), edge=request.edge, max_bad=request.max_bad, reporter=reporter)
 
 
 def _without(request: Distill | Embed, *names: str) -> dict[str, Any]:

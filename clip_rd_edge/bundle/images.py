@@ -50,7 +50,7 @@ def open_image(file: ImageFile, *, min_edge: int | None = None, max_pixels: int 
             many times faster for a photograph, but no longer bit-identical to open_clip. None decodes at full size.
         max_pixels: limit on width × height, at most MAX_PIXELS; checked before decoding.
     """
-    with _opened(file, max_pixels) as image:
+    with opened_image(file, max_pixels) as image:
         if min_edge is not None:
             image.draft("RGB", (min_edge, min_edge))
         return to_rgb(image)
@@ -66,7 +66,7 @@ def open_to_crop(
         min_edge: min length of both edges of the crop. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as its
             crop has that many pixels; images in other formats are the same as without. None decodes at full size.
     """
-    with _opened(file, MAX_PIXELS) as image:
+    with opened_image(file, MAX_PIXELS) as image:
         if min_edge is None or image.format not in _JPEGS:
             rgb = to_rgb(image)
             return rgb, draw(rgb.size)
@@ -81,13 +81,13 @@ def open_to_crop(
 
 def require_image(path: Path) -> None:
     """Raise InputError if the first bytes of a file show that `open_image` would; the others are not read."""
-    with _opened(path, MAX_PIXELS):
+    with opened_image(path, MAX_PIXELS):
         pass
 
 
 @contextlib.contextmanager
-def _opened(file: ImageFile, max_pixels: int) -> Iterator[Image.Image]:
-    """Open an image that is still to be decoded; errors, of the block too, are those of `open_image`."""
+def opened_image(file: ImageFile, max_pixels: int) -> Iterator[Image.Image]:
+    """Yield an image that is still to be decoded; errors, of the block too, are those of `open_image`."""
     try:
         with _open(file) as image:
             if image.width * image.height > max_pixels:

@@ -1,4 +1,4 @@
-"""The commands that make models: `distill`, `embed`, `recipe`, `stitch`, `trim` and `average`."""
+"""The commands that make models: `distill`, `embed`, `pack`, `recipe`, `stitch`, `trim` and `average`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import click
 
 from clip_rd_edge.cli.options import GroupedCommand, command_of, complete_recipe
 from clip_rd_edge.cli.output import echo
-from clip_rd_edge.settings.training import Average, Distill, Embed, Stitch, Trim
+from clip_rd_edge.settings.training import Average, Distill, Embed, Pack, Stitch, Trim
 from clip_rd_edge.utils.text import as_word
 
 # The first command that a reader of the README, of the guide, of the help and of the quickstart's output is shown.
@@ -64,6 +64,29 @@ def embed(given: dict[str, Any]) -> None:
         store = as_word(folder)
         note(f"next: clip-rd-edge distill, with the same data, teacher and views, and --store {store}")
         echo(folder)
+
+
+@command_of(Pack, "pack")
+def pack(given: dict[str, Any]) -> None:
+    """Pack DATA into shards of small images, which many runs of distill read fast.
+
+    \b
+    clip-rd-edge pack photos/ -o shards
+    clip-rd-edge distill --data 'shards/{00000..00004}.tar' \\
+        --teacher ViT-B-16@laion400m_e32 --student resnet18 -o runs/first
+
+    DATA is what distill takes as --data: a table, class folders, or shards here or elsewhere. The samples come in an
+    order of chance. An interrupted command is continued by the same one.
+    """
+    import clip_rd_edge as edge
+    from clip_rd_edge.cli.console import console_reporter, note
+
+    with console_reporter() as reporter:
+        packed = edge.pack(**given, reporter=reporter)
+    note(f"{packed.samples:,} samples, {packed.bytes / 1e6:,.1f} MB, {packed.bytes / packed.samples / 1e3:.0f} KB each")
+    option = "--images" if given.get("without_captions") else "--data"
+    note(f"next: clip-rd-edge distill {option} {as_word(packed.source)}, with all else as before")
+    echo(packed.source)
 
 
 @click.command("recipe", cls=GroupedCommand, short_help="List the training recipes, or show one.")

@@ -1,8 +1,9 @@
-"""The order in which an epoch shows its pairs: a function of the seed and the epoch, in little memory."""
+"""The order in which an epoch shows its pairs, and the steps that follow from it: functions of the seed alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -90,3 +91,62 @@ class EpochOrder:
     def _ranges(self, groups: Indices) -> list[tuple[int, int]]:
         first, sizes = (of_parts[:, groups].ravel().tolist() for of_parts in (self._first, self._parts))
         return list(zip(first, sizes, strict=True))
+
+
+class View(NamedTuple):
+    """What is shown of a sample, by its number, in an epoch; the step chooses the prompt of class folders alone."""
+
+    epoch: int
+    sample: int
+    step: int = 0
+
+
+class StepSampler:
+    """The views of each step from `start` to `stop`.
+
+    Epochs are shuffled by (seed, epoch), see `EpochOrder`; an incomplete last batch is dropped.
+
+    Args:
+        groups: `Samples.groups`.
+        batch_size: of the global batch, of which each process gets its part.
+        start, stop: first step, and the step after the last.
+        rank, processes: this process's rank, and the number of processes.
+        prefetch: called with groups that will soon be read.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[int] | npt.NDArray[np.int64],
+        batch_size: int,
+        *,
+        seed: int,
+        start: int,
+        stop: int,
+        rank: int = 0,
+        processes: int = 1,
+        prefetch: Callable[[Sequence[int]], None] | None = None,
+    ) -> None:
+        self.prefetch = prefetch
+        self.order = EpochOrder(groups, seed=seed)
+        self.batch_size = batch_size
+        self.start, self.stop = start, stop
+        self.rank, self.processes = rank, processes
+
+    def __iter__(self) -> Iterator[list[View]]:
+        steps_per_epoch = len(self.order) // self.batch_size
+        size = self.batch_size // self.processes
+        upcoming: tuple[int, ...] = ()
+        for step in range(self.start, self.stop):
+            epoch, number = divmod(step, steps_per_epoch)
+            position = number * self.batch_size
+            if self.prefetch:
+                epochs = -(-self.stop // steps_per_epoch)
+                groups = self.order.groups(epoch, position, windows=2, epochs=epochs)
+                if groups != upcoming:
+                    upcoming = groups
+                    self.prefetch(groups)
+            first = position + self.rank * size
+            yield [View(epoch, index, step) for index in self.order.indices(epoch, first, first + size).tolist()]
+
+    def __len__(self) -> int:
+        return self.stop - self.start

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from clip_rd_edge.bundle.encoder import in_batches
+from clip_rd_edge.data.order import View
 from clip_rd_edge.data.samples import BadPair, BadSamples, Samples, fingerprint, read_twice, require_images
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.loader import View, ViewDataset, step_loader
+from clip_rd_edge.distillation.loader import ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes import Processes, join_processes
 from clip_rd_edge.distillation.setup import RunSetup, make_dataset, training_pairs

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import spawn
@@ -19,18 +21,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from clip_rd_edge.bundle.images import open_to_crop
 from clip_rd_edge.bundle.preprocess import Preprocessing, fast_decode_edge
-from clip_rd_edge.data.order import EpochOrder
+from clip_rd_edge.data.order import View
 from clip_rd_edge.data.samples import MAX_BAD_SHARE, BadPair, BadSamples, Samples, read_twice
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.processes import obey_only_the_parent, stop_signals_blocked
 from clip_rd_edge.distillation.store import HalfArray, TeacherStores
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, LostProcessError, UnreachableError
 from clip_rd_edge.utils.files import machine_failure
-from clip_rd_edge.utils.host import return_freed_memory, usable_cores
+from clip_rd_edge.utils.host import cpu_quota, memory_bytes, memory_limit, return_freed_memory, usable_cores
 from clip_rd_edge.utils.process import SharedBlock
 
 _ENDED = re.compile(
@@ -42,15 +44,9 @@ _WITHOUT_SHARED_MEMORY = (
     "default"
 )
 _ENDING_S = 1.0
+_MUCH, _STEPS, _SECONDS = 0.1, 16, 5.0  # the share of waiting that calls for more workers, and how long it is measured
+_WORKER_BYTES = 512 << 20  # of a worker that decodes a large photograph
 _NO_PIXELS: Levels = np.zeros((0, 0, 3), dtype=np.uint8)
-
-
-class View(NamedTuple):
-    """What is shown of a sample, by its number, in an epoch; the step chooses the prompt of class folders alone."""
-
-    epoch: int
-    sample: int
-    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,68 +178,105 @@ class ViewDataset(Dataset[PairView]):
         return PairView(student, tuple(teachers), caption, teacher_embeddings=embeddings, paired=paired)
 
 
-class StepSampler(Sampler[list[View]]):
-    """The views of each step from `start` to `stop`.
-
-    Epochs are shuffled by (seed, epoch), see `data.order.EpochOrder`; an incomplete last batch is dropped.
-
-    Args:
-        groups: `Samples.groups`.
-        batch_size: of the global batch, of which each process gets its part.
-        start, stop: first step, and the step after the last.
-        rank, processes: this process's rank, and the number of processes.
-        prefetch: called with groups that will soon be read.
-    """
-
-    def __init__(
-        self,
-        groups: Sequence[int] | npt.NDArray[np.int64],
-        batch_size: int,
-        *,
-        seed: int,
-        start: int,
-        stop: int,
-        rank: int = 0,
-        processes: int = 1,
-        prefetch: Callable[[Sequence[int]], None] | None = None,
-    ) -> None:
-        self.prefetch = prefetch
-        self.order = EpochOrder(groups, seed=seed)
-        self.batch_size = batch_size
-        self.start, self.stop = start, stop
-        self.rank, self.processes = rank, processes
-
-    def __iter__(self) -> Iterator[list[View]]:
-        steps_per_epoch = len(self.order) // self.batch_size
-        size = self.batch_size // self.processes
-        upcoming: tuple[int, ...] = ()
-        for step in range(self.start, self.stop):
-            epoch, number = divmod(step, steps_per_epoch)
-            position = number * self.batch_size
-            if self.prefetch:
-                epochs = -(-self.stop // steps_per_epoch)
-                groups = self.order.groups(epoch, position, windows=2, epochs=epochs)
-                if groups != upcoming:
-                    upcoming = groups
-                    self.prefetch(groups)
-            first = position + self.rank * size
-            yield [View(epoch, index, step) for index in self.order.indices(epoch, first, first + size).tolist()]
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
-def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers: int = -1) -> Iterator[Batch]:
+def step_loader(
+    dataset: ViewDataset,
+    sampler: Iterable[list[View]],
+    *,
+    workers: int = -1,
+    note: Callable[[str], object] = lambda text: None,
+) -> Iterator[Batch]:
     """Yield the batches of the sampler's steps in order, prefetched by worker processes.
 
     Args:
-        workers: number of worker processes; 0 loads in the training process; -1 uses half of the usable cores, up to 8.
+        workers: number of worker processes; 0 loads in the training process; -1 begins with half of the usable cores,
+            at most 8, and doubles their number while steps wait for batches, up to `most_workers`.
+        note: called with a sentence when there will be more workers, and once when steps wait without that.
     """
-    if workers < 0:
-        workers = min(8, usable_cores() // 2)
+    steps, count = _Steps(sampler), workers if workers >= 0 else min(8, _cores() // 2)
+    is_told = count == 0
+    while not steps.is_done:
+        steps.is_paused, wait = False, _Wait(2 * count)
+        with closing(_load(dataset, steps, count)) as batches:
+            for batch in wait.timed(batches):
+                yield batch
+                if is_told or steps.is_paused or wait.share < _MUCH:
+                    continue
+                said = f"steps wait for data {wait.share:.0%} of the time, with {count} loader process"
+                said += "es" * (count > 1)
+                more = min(2 * count, most_workers(batch)) if workers < 0 else count
+                if more > count:
+                    note(f"{said}: there will be {more}")
+                    count, steps.is_paused = more, True  # batches that are being loaded are still used
+                else:
+                    note(f"{said}{'' if workers > 0 else ', as many as this machine has room for'}")
+                    is_told = True
+
+
+class _Steps:
+    """The views of one step after another, as long as they are not paused."""
+
+    def __init__(self, steps: Iterable[list[View]]) -> None:
+        self._steps = iter(steps)
+        self.is_paused = self.is_done = False
+
+    def __iter__(self) -> Iterator[list[View]]:
+        while not self.is_paused:
+            try:
+                views = next(self._steps)
+            except StopIteration:
+                self.is_done = True
+                return
+            yield views
+
+
+class _Wait:
+    """How much of the time goes into waiting for batches.
+
+    Args:
+        skipped: number of first batches that do not count: those that the workers begin with.
+
+    Attributes:
+        share: of the last _STEPS batches and _SECONDS, when they have just passed; else 0.
+    """
+
+    def __init__(self, skipped: int) -> None:
+        self.share, self._skipped = 0.0, skipped
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches."""
+        count, waited, since = -self._skipped, 0.0, time.perf_counter()
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            now = time.perf_counter()
+            count, waited, self.share = count + 1, waited + now - asked, 0.0
+            if count >= _STEPS and now - since >= _SECONDS:
+                self.share, count = waited / (now - since), 0
+            if count == 0:
+                waited, since = 0.0, now
+            yield batch
+
+
+def _cores() -> int:
+    """Return the number of cores for each training process of this machine."""
+    return int(min(usable_cores(), cpu_quota() or math.inf)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def most_workers(batch: Batch) -> int:
+    """Return how many loader processes this machine has room for: a core each but for one, and half of the memory."""
+    tensors = {id(one): one.nbytes for one in (batch.student_pixels, *batch.teacher_pixels)}
+    each = _WORKER_BYTES + 2 * sum(tensors.values())  # a worker is two batches ahead
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    memory = (memory_limit() or memory_bytes()) // 2 // processes // each
+    return max(1, min(_cores() - 1, memory))
+
+
+def _load(dataset: ViewDataset, steps: Iterable[list[View]], workers: int) -> Generator[Batch, None, None]:
     loader: DataLoader[Any] = DataLoader(
         _Batches(dataset),
-        sampler=sampler,
+        sampler=steps,
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_it_is,
@@ -289,9 +322,7 @@ def _end_soon(workers: Sequence[BaseProcess]) -> None:
 def _start_worker(parent: int, _worker: int) -> None:
     obey_only_the_parent(parent)
     return_freed_memory()  # of large images, which each worker would keep for itself
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # its threads do not survive the fork, and it warns of that
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # whose threads do not survive the fork
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from clip_rd_edge.bundle.runs import DISTILLATION_FILE, REPORT_FOLDER
+from clip_rd_edge.data.order import StepSampler
 from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.checkpoint import (
     BEST_FOLDER,
@@ -22,7 +23,7 @@ from clip_rd_edge.distillation.checkpoint import (
     save_checkpoint,
     seed_everything,
 )
-from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.loader import Batch, ViewDataset, step_loader
 from clip_rd_edge.distillation.metrics import EncoderOfAllProcesses, MetricsLog, Progress, peak_memory_on, plot_run
 from clip_rd_edge.distillation.optimizer import RunOptimizer, diverged_error, named_divergence
 from clip_rd_edge.distillation.processes import Stopped
@@ -176,7 +177,7 @@ class Training:
             processes=run.processes.world_size,
             prefetch=self.setup.pairs.prefetch,
         )
-        batches = step_loader(self.dataset, sampler, workers=run.config.workers)
+        batches = step_loader(self.dataset, sampler, workers=run.config.workers, note=run.reporter.note)
         while state.done < state.steps:
             try:
                 with self._clock.counting("waited"), run.stopped_at_once():

@@ -9,10 +9,11 @@ from functools import partial
 import msgspec
 import torch
 
+from clip_rd_edge.data.order import StepSampler
 from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.config import Precision, RunConfig
 from clip_rd_edge.distillation.embed import make_teachers
-from clip_rd_edge.distillation.loader import Batch, StepSampler, step_loader
+from clip_rd_edge.distillation.loader import Batch, step_loader
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.setup import RunSetup, make_dataset
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, step_settings

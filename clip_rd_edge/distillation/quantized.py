@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from clip_rd_edge.data.order import StepSampler
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.loader import ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.int8.methods import range_without_outliers, range_without_ties

@@ -18,8 +18,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.data.order import View
 from clip_rd_edge.data.reinforced import Augmentation, Reinforced, StoredTeachers
-from clip_rd_edge.distillation.loader import PairView, View, ViewDataset
+from clip_rd_edge.distillation.loader import PairView, ViewDataset
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.store import HalfArray
 from clip_rd_edge.errors import ConfigError, InputError

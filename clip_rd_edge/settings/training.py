@@ -31,6 +31,16 @@ _NONE: Any = ()
 Decode = Literal["scaled", "full"]
 
 
+ImageColumn = Annotated[str, _data("Column with the image paths, of every table.", metavar="COLUMN")]
+CaptionColumn = Annotated[str, _data("Column with the captions, of every table.", metavar="COLUMN")]
+JsonKey = Annotated[str, _data(
+    "Key of the captions in the shards' .json files.", metavar="KEY", default="captions from .txt files",
+)] | None  # fmt: skip
+MaxBad = Annotated[float, _data(
+    "Max fraction of damaged samples; these are skipped and counted.", metavar="FRACTION", ge=0, lt=1, resume="free",
+)]  # fmt: skip
+
+
 class _Data(Settings, Generic[Place, Names, Several], frozen=True, kw_only=True):
     data: Annotated[Place, _data(
         "CSV, TSV or Parquet file of images and captions (columns filepath,title), a folder with a sub-folder of "
@@ -51,21 +61,19 @@ class _Data(Settings, Generic[Place, Names, Several], frozen=True, kw_only=True)
         "imagenet for CLIP's 80; can be repeated.", flags=("--template",), metavar="PROMPT|FILE",
         default="texts as they are", complete="imagenet", resume="content",
     )] = _NONE  # fmt: skip
-    csv_img_key: Annotated[str, _data("Column with the image paths, of every table.", metavar="COLUMN")] = "filepath"
-    csv_caption_key: Annotated[str, _data("Column with the captions, of every table.", metavar="COLUMN")] = "title"
+    csv_img_key: ImageColumn = "filepath"
+    csv_caption_key: CaptionColumn = "title"
     train_data_upsampling_factors: Annotated[str, _data(
         "How often each source of shards is repeated per epoch, such as 1::2.", metavar="W::W", default="once",
     )] | None = None  # fmt: skip
-    json_caption_key: Annotated[str, _data(
-        "Key of the captions in the shards' .json files.", metavar="KEY", default="captions from .txt files",
-    )] | None = None  # fmt: skip
-    max_bad: Annotated[float, _data(
-        "Max fraction of damaged samples; these are skipped and counted.", metavar="FRACTION", ge=0, lt=1,
-        resume="free",
-    )] = 0.01  # fmt: skip
+    json_caption_key: JsonKey = None
+    max_bad: MaxBad = 0.01
     workers: Annotated[
-        int, _data("Loader processes; -1 uses half the cores, at most 8.", metavar="N", ge=-1, le=1_024, resume="free")
-    ] = -1
+        int, _data(
+            "Loader processes; -1 begins with half of the cores, at most 8, and takes more while steps wait for data.",
+            metavar="N", ge=-1, le=1_024, resume="free",
+        ),
+    ] = -1  # fmt: skip
     decode: Annotated[Decode, _data(
         "scaled: decode a large JPEG at 1/2, 1/4 or 1/8 of its size where its crop still has twice the pixels that the "
         "models see; full: decode every pixel.", metavar="NAME",
@@ -241,6 +249,31 @@ class Embed(_Data[AnyPath, _OneOrMore, _OneOrMore], frozen=True, kw_only=True):
         "Spread the work over a Ray cluster: auto for the one of this machine, or HOST:PORT.", metavar="ADDRESS",
         default="this machine",
     )] | None = None  # fmt: skip
+    reporter: Reporter = SILENT
+
+
+class _Packed(Settings, frozen=True):
+    data: Annotated[AnyPath, argument("Images with captions, as distill takes them with {data}.", complete="data")]
+
+
+class Pack(_Packed, frozen=True, kw_only=True):
+    """Pack training data into shards of small images, once for many runs."""
+
+    edge: Annotated[int, _data(
+        "Length of an image's shorter edge in pixels; smaller images stay as they are.", metavar="PIXELS", ge=16,
+        le=8_192,
+    )] = 512  # fmt: skip
+    without_captions: Annotated[bool, _data("Pack images alone, as distill takes them with {images}.")] = False
+    template: Annotated[str, _data(
+        "Prompt for the names of class folders, such as 'a photo of a {}'.", metavar="PROMPT", default="the name alone",
+    )] | None = None  # fmt: skip
+    csv_img_key: ImageColumn = "filepath"
+    csv_caption_key: CaptionColumn = "title"
+    json_caption_key: JsonKey = None
+    max_bad: MaxBad = 0.01
+    output: Annotated[AnyPath, _output(
+        "Folder for the shards.", flags=("-o", "--output"), metavar="FOLDER", path=True,
+    )]  # fmt: skip
     reporter: Reporter = SILENT
 
 

@@ -109,19 +109,27 @@ def cpu_quota() -> float | None:
     It is the smallest of this process's control group and of those around it, by cgroups v2 or v1. In a container, the
     own group may be the root, whatever its path says.
     """
-    quotas = []
+    limits = _group_limits("cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us"), "cpu.max")
+    return min((quota / period for quota, period in limits if quota > 0), default=None)
+
+
+def memory_limit() -> int | None:
+    """Return the limit of memory in bytes of this process's control group, as `cpu_quota`; None without one."""
+    limits = _group_limits("memory", ("memory.limit_in_bytes",), "memory.max")
+    return min((limit for (limit,) in limits if limit < memory_bytes()), default=None)
+
+
+def _group_limits(controller: str, old_files: Sequence[str], file: str) -> Iterator[list[int]]:
+    """Yield the numbers in the files of cgroups v1, or in the file of v2, for this process's group and those around."""
     for line in _read(_OWN_CGROUPS).splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue  # of v1, where each has groups of its own
-        root = _CGROUPS / "cpu" if controllers else _CGROUPS
-        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        root, names = (_CGROUPS / controller, old_files) if controllers else (_CGROUPS, (file,))
         for group in (own := PurePosixPath(path), *own.parents):
-            with suppress(OSError, ValueError):  # ValueError: a quota of "max"
+            with suppress(OSError, ValueError):  # ValueError: a limit of "max"
                 texts = [(root / str(group).lstrip("/") / name).read_text() for name in names]
-                quota, period = map(int, " ".join(texts).split())
-                quotas.append(quota / period)
-    return min((quota for quota in quotas if quota > 0), default=None)
+                yield [int(text) for text in " ".join(texts).split()]
 
 
 def instruction_sets(features: str | None = None) -> tuple[str, ...]:

@@ -14,8 +14,9 @@ import clip_rd_edge as edge
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.mixed import TrainingData, load_samples
+from clip_rd_edge.data.order import StepSampler
 from clip_rd_edge.data.samples import fingerprint
-from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.loader import ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 
 COLOURS = {"dark_red": (150, 10, 10), "light-green": (90, 230, 90), "blue": (20, 30, 220)}

@@ -197,7 +197,8 @@ def test_no_message_about_a_shard_shows_a_secret_of_its_address(
 
 def test_a_server_that_goes_away_ends_training_and_replaces_no_pair(server: UnreliableServer, shards: Path) -> None:
     from clip_rd_edge.bundle.preprocess import Preprocessing
-    from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
+    from clip_rd_edge.data.order import StepSampler
+    from clip_rd_edge.distillation.loader import ViewDataset, step_loader
     from clip_rd_edge.distillation.pixels import Crops
 
     pairs = load_pairs(f"{server.url}/{{000..003}}.tar")

@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing import spawn
@@ -20,9 +21,9 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from clip_rd_edge.bundle.preprocess import Box, Preprocessing
 from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.order import EpochOrder
+from clip_rd_edge.data.order import EpochOrder, StepSampler, View
 from clip_rd_edge.distillation import loader as loader_module
-from clip_rd_edge.distillation.loader import Batch, StepSampler, View, ViewDataset, step_loader
+from clip_rd_edge.distillation.loader import Batch, PairView, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.errors import ConfigError, InputError, LostProcessError, UnreachableError
 
@@ -50,6 +51,58 @@ def test_what_the_next_epoch_begins_with_is_fetched_ahead_and_nothing_after_the_
     windows = [set(sampler.order.groups(epoch, n, windows=1, epochs=2)) for epoch in (0, 1) for n in (0, 100, 200, 300)]
     assert len(list(sampler)) == 50
     assert calls == [first | second for first, second in zip(windows[3:], [*windows[4:], set[int]()], strict=True)]
+
+
+class Slow(ViewDataset):
+    """Takes a hundredth of a second for each pair."""
+
+    def __getitem__(self, view: View) -> PairView:
+        time.sleep(0.01)
+        return super().__getitem__(view)
+
+
+def test_workers_become_more_while_steps_wait_and_the_batches_stay_the_same(
+    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "_SECONDS", 0.0)
+    monkeypatch.setattr(loader_module, "usable_cores", lambda: 2)
+    monkeypatch.setattr(loader_module, "most_workers", lambda batch: 3)
+    dataset, notes = Slow(load_pairs(str(pairs_csv)), STUDENT, [], crops=Crops(scale=(0.5, 1.0)), seed=3), list[str]()
+
+    def load(workers: int) -> list[Batch]:
+        return list(
+            step_loader(dataset, StepSampler([24], 2, seed=3, start=0, stop=90), workers=workers, note=notes.append)
+        )
+
+    grown = load(-1)
+    assert [note.rpartition("there will be ")[2] for note in notes[:2]] == ["2", "3"]
+    assert len(notes) == 3
+    assert [batch.captions for batch in load(2)] == [batch.captions for batch in grown]
+    assert len(grown) == 90
+    assert len(notes) == 4  # a number that was asked for stays
+
+
+def test_workers_have_a_core_each_and_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "usable_cores", lambda: 16)
+    monkeypatch.setattr(loader_module, "cpu_quota", lambda: None)
+    batch = Batch(torch.zeros(1024, 3, 224, 224, dtype=torch.uint8), (), [])
+    for gigabytes, processes, expected in ((256, 1, 15), (256, 4, 3), (8, 1, 5), (1, 1, 1)):
+        monkeypatch.setattr(loader_module, "memory_limit", lambda gigabytes=gigabytes: gigabytes << 30)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert loader_module.most_workers(batch) == expected
+
+
+def test_a_batch_has_the_ids_of_its_captions(pairs_csv: Path) -> None:
+    dataset = ViewDataset(load_pairs(str(pairs_csv)), STUDENT, [], crops=Crops(scale=(0.5, 1.0)), seed=3)
+    dataset.tokenizers = (lengths, lengths)
+    for workers in (0, 1):
+        (batch,) = step_loader(dataset, StepSampler([24], 5, seed=3, start=0, stop=1), workers=workers)
+        assert batch.student_ids is not None
+        assert [batch.student_ids.tolist(), batch.teacher_ids[0].tolist()] == [[[len(c)] for c in batch.captions]] * 2
+
+
+def lengths(captions: list[str]) -> torch.Tensor:
+    return torch.tensor([[len(caption)] for caption in captions])
 
 
 def test_an_epoch_has_no_repeated_pairs_and_the_next_is_shuffled_differently(pairs_csv: Path) -> None:
@@ -232,7 +285,8 @@ LEFT_OPEN = """
 import sys
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
+from clip_rd_edge.data.order import StepSampler
+from clip_rd_edge.distillation.loader import ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 
 size = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))

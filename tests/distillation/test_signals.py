@@ -21,12 +21,13 @@ from support import wait_until
 from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.load import load_pairs
+from clip_rd_edge.data.order import StepSampler
 from clip_rd_edge.distillation import loop as train
 from clip_rd_edge.distillation import setup as build
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig, resolve
 from clip_rd_edge.distillation.distill import run_distillation
-from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.loader import Batch, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes import Stopped, stop_on_signals
 from clip_rd_edge.errors import InterruptedRunError

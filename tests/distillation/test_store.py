@@ -18,12 +18,13 @@ from support import save_tiny_teacher
 from thread_processes import call_in_threads
 from tiny_runs import tiny_run
 
+from clip_rd_edge.data.order import StepSampler, View
 from clip_rd_edge.data.samples import Sample
 from clip_rd_edge.data.tables import Table
 from clip_rd_edge.distillation import embed, store
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.embed import ShardMaker, fill_store
-from clip_rd_edge.distillation.loader import StepSampler, View, step_loader
+from clip_rd_edge.distillation.loader import step_loader
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.setup import RunSetup, load_setup, make_dataset
 from clip_rd_edge.distillation.store import (
