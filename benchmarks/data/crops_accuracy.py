@@ -6,16 +6,20 @@
         -o benchmarks/results/MACHINE/crops-accuracy-choose.json
     python -m benchmarks.data.crops_accuracy photos q test --crops centre image input \
         -o benchmarks/results/MACHINE/crops-accuracy.json --readme benchmarks/measurements/crops.md
+    python -m benchmarks.data.crops_accuracy photos q test --crops full scaled --models student --seeds 3 --steps 60 \
+        -o benchmarks/results/MACHINE/decoding-accuracy.json --readme benchmarks/measurements/loading.md
 
 Fine-tunes the quickstart's teacher (`clip`, text tower frozen) and its student (`clip-rd`, with the quickstart's
 teacher) for each way and seed, on the photographs whose labels are not in the task, and evaluates on the task: five in
 six of them are not square. The photographs are first reduced to a shorter edge of twice the input, so that decoding
-does not take most of the time. Ways to crop:
+does not take most of the time, but for the last two. Ways to crop:
 
     centre    torchvision's: an aspect ratio of 3:4 to 4:3, and where none fits, the centre crop that is nearest
     image     the image's own aspect ratio, changed a little; wide images are squeezed into a square
     between   an aspect ratio between the image's own and the input's
     input     the shipped one: the input's aspect ratio, changed a little, anywhere in the image; nothing is squeezed
+    full      the shipped one, of photographs of full size, with --decode full
+    scaled    the same with --decode scaled, which decodes these at a half or a quarter of their size
 
 Runs that the output already has are not repeated.
 """
@@ -78,7 +82,9 @@ def between(crops: Crops, size: tuple[int, int], rng: np.random.Generator) -> Bo
     return shipped(Crops(scale=crops.scale, aspect_ratio=(width / height) ** rng.uniform()), size, rng)
 
 
+DECODINGS = ("full", "scaled")
 CROPS: dict[str, Crop] = {"centre": centre, "image": image_shaped, "between": between, "input": shipped}
+CROPS |= dict.fromkeys(DECODINGS, shipped)
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -121,8 +127,12 @@ def reduce(file: Path, folder: Path) -> Path:
     return path
 
 
-def load_photographs(photos: Path, name: str, folder: Path) -> tuple[ZeroShotTask, Path]:
-    """Return a task, and the table of all pairs whose images are not in it, both with reduced photographs."""
+def load_photographs(photos: Path, name: str, folder: Path, *, of_full_size: bool) -> tuple[ZeroShotTask, Path]:
+    """Return a task, and the table of all pairs whose images are not in it, with reduced photographs.
+
+    Args:
+        of_full_size: whether those of the table are not reduced.
+    """
     task = load_task(str(photos / "tasks" / name))
     assert isinstance(task, ZeroShotTask)
     images = tuple(reduce(Path(str(image)), folder) for image in task.images)
@@ -133,15 +143,17 @@ def load_photographs(photos: Path, name: str, folder: Path) -> tuple[ZeroShotTas
     with table.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["filepath", "title"])
         writer.writeheader()
-        writer.writerows({**row, "filepath": reduce(photos / row["filepath"], folder)} for row in rows)
+        for row in rows:
+            file = photos.resolve() / row["filepath"]
+            writer.writerow({**row, "filepath": file if of_full_size else reduce(file, folder)})
     return msgspec.structs.replace(task, images=images, templates=(TEMPLATE,)), table
 
 
-def train(quickstart: Path, model: str, data: Path, output: Path, *, steps: int, seed: int) -> None:
+def train(quickstart: Path, model: str, data: Path, output: Path, *, steps: int, seed: int, decode: str) -> None:
     """Fine-tune the quickstart's teacher or student."""
     start = f"local-dir:{quickstart / model / 'student'}"
     common = {"data": str(data), "student": start, "output": output, "steps": steps, "seed": seed, "workers": 0}
-    common |= {"batch_size": 32, "precision": "fp32", "checkpoint_every": steps}
+    common |= {"batch_size": 32, "precision": "fp32", "checkpoint_every": steps, "decode": decode}
     if model == "teacher":
         edge.distill(**common, recipe="clip", learning_rate=1e-4, freeze_text=True)  # type: ignore[arg-type]
     else:
@@ -207,10 +219,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)
     add_output_options(parser, "crops-accuracy", required=True)
+    parser.add_argument("--marker", help="of the table in the Markdown file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        task, data = load_photographs(arguments.photos, arguments.task, scratch)
+        of_full_size = set(arguments.crops) <= set(DECODINGS)
+        task, data = load_photographs(arguments.photos, arguments.task, scratch, of_full_size=of_full_size)
         evaluate = Evaluator(task, arguments.quickstart / "teacher")
         result = Result(
             **here_and_now(),
@@ -232,7 +246,8 @@ def main() -> None:
                 continue
             output = scratch / f"{model}-{crop}-{seed}"
             with mock.patch.object(Crops, "draw", CROPS[crop]):
-                train(arguments.quickstart, model, data, output, steps=arguments.steps, seed=seed)
+                decode = crop if crop in DECODINGS else "full"
+                train(arguments.quickstart, model, data, output, steps=arguments.steps, seed=seed, decode=decode)
             run = evaluate(output, crop=crop, seed=seed)
             result.runs.append(run)
             write_record(result, arguments.output)

@@ -5,45 +5,62 @@
     python -m benchmarks.data.loading photos -o benchmarks/results/MACHINE/loading.json \\
         --readme benchmarks/measurements/loading.md
 
-Everything reads the same WebDataset shards and delivers batches of 64 crops of 224 pixels as normalised float32. What
-counts is processor time, from the shard to the tensors; no loader processes are involved.
+Everything reads the same WebDataset shards, crops the same boxes, and delivers batches of 64 crops of 224 pixels as
+normalised float32. What counts is processor time, from the shard to the tensors; no loader processes are involved.
 
-    clip-rd-edge              student and teacher, which differ in mean and standard deviation
-    webdataset                one model: webdataset, RandomResizedCrop, ToTensor, Normalize, as in open_clip
+    scaled                    student and teacher, which differ in mean and standard deviation
+    full                      the same with --decode full
+    webdataset                one model: webdataset, torchvision's crop and resize, ToTensor, Normalize, as in open_clip
     webdataset, two models    the same, with a second Normalize
 
-Besides, the pixels are compared with those of `bundle.preprocess.resize_crop`, which resizes with Pillow.
+Besides, the pixels of `full` are compared with those of `bundle.preprocess.resize_crop`, which resizes with Pillow, and
+those of `scaled` with those of `full`.
+
+Then, steps of 64 pairs that take STEP_S, as on a GPU, are fed by loader processes that take as long for an image as was
+measured, but sleep meanwhile: they stand for the cores that this machine lacks.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import tarfile
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import functional
 
-from benchmarks.publishing import add_output_options, here_and_now, publish
-from clip_rd_edge.bundle.images import open_image
-from clip_rd_edge.bundle.preprocess import Preprocessing, resize_crop
+from benchmarks.publishing import add_output_options, here_and_now, publish, write_record
+from clip_rd_edge.bundle.images import open_image, open_to_crop
+from clip_rd_edge.bundle.preprocess import Preprocessing, fast_decode_edge, resize_crop
 from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.order import StepSampler
-from clip_rd_edge.distillation.loader import ViewDataset, step_loader
+from clip_rd_edge.data.order import StepSampler, View
+from clip_rd_edge.data.samples import Samples
+from clip_rd_edge.distillation import loader
+from clip_rd_edge.distillation.loader import PairView, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops, Normaliser, crop_levels
 
-SIZES = ((512, 384), (1536, 1024))
-CROPS = Crops(scale=(0.9, 1.0), aspect_ratio=1.0)
+SIZES = ((512, 384), (1152, 864), (1536, 1024), (2592, 1944), (4032, 3024))
+WAITING = (1152, 2592, 4032)  # widths of 1, 5 and 12 megapixels
+STEP_S, CORES = 0.2, 16
+HASTE = 5  # times faster than that, the loaders sleep, and so do the steps
+CROPS = Crops(scale=(0.9, 1.0), aspect_ratio=1.0, decode="scaled")
+FULL = msgspec.structs.replace(CROPS, decode="full")
 BATCH = 64
 CPU = torch.device("cpu")
 STUDENT = Preprocessing(size=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -70,9 +87,9 @@ def write_shard(path: Path, photos: list[Path], size: tuple[int, int]) -> int:
     return total // len(photos)
 
 
-def ours(shard: Path) -> Way:
+def ours(shard: Path, crops: Crops) -> Way:
     pairs = load_pairs(str(shard))
-    dataset = ViewDataset(pairs, STUDENT, [TEACHER], crops=CROPS, seed=0)
+    dataset = ViewDataset(pairs, STUDENT, [TEACHER], crops=crops, seed=0)
     student, teacher = Normaliser(STUDENT, CPU), Normaliser(TEACHER, CPU)
 
     def load() -> Iterator[tuple[Tensor, ...]]:
@@ -87,21 +104,24 @@ def ours(shard: Path) -> Way:
 def webdatasets(shard: Path, models: list[Preprocessing]) -> Way:
     import webdataset
 
-    crop = transforms.RandomResizedCrop(
-        STUDENT.size, scale=CROPS.scale, interpolation=transforms.InterpolationMode.BICUBIC
-    )
     to_tensor = transforms.ToTensor()
     normalise = [transforms.Normalize(model.mean, model.std) for model in models]
 
-    def transform(image: Image.Image) -> tuple[Tensor, ...]:
-        pixels = to_tensor(crop(image))
+    def transform(image: Image.Image, key: str) -> tuple[Tensor, ...]:
+        # The box of the first view: by seed, epoch and index; of one caption the choice is drawn first.
+        rng = np.random.default_rng((0, 0, int(key)))
+        rng.integers(1)
+        left, top, right, bottom = map(int, FULL.draw(image.size, rng))
+        bicubic = transforms.InterpolationMode.BICUBIC
+        crop = functional.resized_crop(image, top, left, bottom - top, right - left, list(STUDENT.size), bicubic)
+        pixels = to_tensor(crop)
         return tuple(call(pixels) for call in normalise)
 
     def load() -> Iterator[tuple[Tensor, ...]]:
         samples = webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False).decode("pilrgb")
         batch: list[tuple[Tensor, ...]] = []
-        for image, _ in samples.to_tuple("jpg", "txt"):
-            batch.append(transform(image))
+        for key, image, _ in samples.to_tuple("__key__", "jpg", "txt"):
+            batch.append(transform(image, key))
             if len(batch) == BATCH:
                 yield tuple(torch.stack(column) for column in zip(*batch, strict=True))
                 batch = []
@@ -124,82 +144,153 @@ def time_ways(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def compare_pixels(shard: Path) -> dict[str, float]:
-    """Compare crops with those of Pillow: the largest difference in grey levels, and the shares above 0 and above 1."""
-    pairs, differences = load_pairs(str(shard)), []
+def compare_pixels(shard: Path) -> dict[str, dict[str, float]]:
+    """Compare crops of `full` with those of Pillow, and those of `scaled` with those of `full`, in grey levels."""
+    pairs: Samples = load_pairs(str(shard))
+    differences: dict[str, list[npt.NDArray[np.int64]]] = {"full": [], "scaled": []}
     for index in range(len(pairs)):
-        image = pairs.read(index).image()
-        box = CROPS.draw(image.size, np.random.default_rng(index))
+        file = pairs.read(index).file
+        assert file is not None
+        image, box = open_to_crop(file, partial(FULL.draw, rng=np.random.default_rng(index)), min_edge=None)
         (levels,) = crop_levels(image, box, [STUDENT])
-        differences.append(np.abs(levels.astype(int) - np.asarray(resize_crop(image, box, STUDENT)).astype(int)))
-    values = np.stack(differences)
-    return {"max": int(values.max()), "above_0": float((values > 0).mean()), "above_1": float((values > 1).mean())}
+        quick, own = open_to_crop(file, lambda size, box=box: box, min_edge=fast_decode_edge(STUDENT))
+        (scaled,) = crop_levels(quick, own, [STUDENT])
+        for name, other in (("full", np.asarray(resize_crop(image, box, STUDENT))), ("scaled", scaled)):
+            differences[name].append(np.abs(levels.astype(int) - other.astype(int)))
+    return {
+        name: {
+            "mean": round(float(np.mean(values)), 3),
+            "max": int(np.max(values)),
+            "above_0": round(float(np.mean(np.greater(values, 0))), 5),
+            "above_1": round(float(np.mean(np.greater(values, 1))), 5),
+        }
+        for name, values in differences.items()
+    }
+
+
+class Sleeping(ViewDataset):
+    """Takes as long for a batch as it was told to, on no core."""
+
+    seconds = 0.0
+
+    def __getitem__(self, view: View) -> PairView:
+        if view.sample == 0:
+            time.sleep(self.seconds / HASTE)
+        empty = np.zeros((8, 8, 3), np.uint8)
+        return PairView(empty, (empty,), "")
+
+
+def wait_for_data(pairs: Samples, seconds: float, *, workers: int) -> dict[str, object]:
+    """Return what share of the last 30 steps waits for its batch, of their time, too, and how many loaders there are.
+
+    Args:
+        seconds: for an image on one core.
+        workers: -1 for as many as the tool takes on a machine of CORES cores.
+    """
+    dataset, notes, waits = Sleeping(pairs, STUDENT, [TEACHER], crops=CROPS, seed=0), list[str](), list[float]()
+    dataset.seconds, steps = BATCH * seconds, 50 if workers > 0 else 150
+    views = ([View(0, index) for index in range(BATCH)] for _ in range(steps))
+    machine = {"usable_cores": lambda: CORES, "most_workers": lambda batch: CORES - 1}
+    with mock.patch.multiple(loader, **machine, _SECONDS=loader._SECONDS / HASTE):
+        batches = step_loader(dataset, views, workers=workers, note=notes.append)
+        for _ in range(steps):
+            asked = time.perf_counter()
+            next(batches)
+            waits.append(time.perf_counter() - asked)
+            time.sleep(STEP_S / HASTE)
+    last = np.asarray(waits[-30:])
+    chosen = [int(note.rpartition(" ")[2]) for note in notes if "there will be" in note]
+    return {
+        "workers": workers if workers > 0 else (chosen or [CORES // 2])[-1],
+        "chosen_by": "hand" if workers > 0 else "measured wait",
+        "steps_that_wait": round(float((last > 0.1 * STEP_S / HASTE).mean()), 2),
+        "share_of_time": round(float(last.sum() / (last.sum() + len(last) * STEP_S / HASTE)), 2),
+        "notes": notes,
+    }
+
+
+def measure(size: tuple[int, int], photos: list[Path], rounds: int) -> dict[str, Any]:
+    """Measure all ways of loading JPEGs of a size."""
+    with tempfile.TemporaryDirectory() as folder:
+        shard = Path(folder) / f"{size[0]}.tar"
+        file_bytes = write_shard(shard, photos, size)
+        ways = {
+            "scaled": ours(shard, CROPS),
+            "full": ours(shard, FULL),
+            "webdataset": webdatasets(shard, [STUDENT]),
+            "webdataset, two models": webdatasets(shard, [STUDENT, TEACHER]),
+        }
+        seconds = time_ways(ways, rounds)
+        one = {name: float(np.median(values)) for name, values in seconds.items()}
+        ratios = {name: sorted(np.asarray(seconds[name]) / np.asarray(seconds["scaled"])) for name in ways}
+        waiting = [
+            {"decode": decode, **wait_for_data(load_pairs(str(shard)), one[decode], workers=workers)}
+            for decode in ("full", "scaled")
+            for workers in ((2, -1) if size[0] in WAITING else ())
+        ]
+        return {
+            "size": size,
+            "file_bytes": file_bytes,
+            "ms_per_image": {name: round(1000 * value, 2) for name, value in one.items()},
+            "speed_up": {
+                name: [round(float(np.quantile(values, q)), 2) for q in (0, 0.5, 1)] for name, values in ratios.items()
+            },
+            "pixels": compare_pixels(shard),
+            "waiting": waiting,
+        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("photos", type=Path, help="the folder that tuxpaint.py wrote")
-    parser.add_argument("--images", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=BATCH)
+    parser.add_argument("--rounds", type=int, default=3)
     add_output_options(parser, "loading", required=True)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     photos = sorted((arguments.photos / "images").iterdir())[: arguments.images]
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for size in SIZES:
-            shard = Path(folder) / f"{size[0]}.tar"
-            file_bytes = write_shard(shard, photos, size)
-            ways = {
-                "clip-rd-edge": ours(shard),
-                "webdataset": webdatasets(shard, [STUDENT]),
-                "webdataset, two models": webdatasets(shard, [STUDENT, TEACHER]),
-            }
-            seconds = time_ways(ways, arguments.rounds)
-            ratios = {name: sorted(np.asarray(seconds[name]) / np.asarray(seconds["clip-rd-edge"])) for name in ways}
-            rows.append(
-                {
-                    "size": size,
-                    "file_bytes": file_bytes,
-                    "images_per_second": {
-                        name: round(1 / float(np.median(values))) for name, values in seconds.items()
-                    },
-                    "speed_up": {
-                        name: [round(float(np.quantile(values, q)), 2) for q in (0, 0.5, 1)]
-                        for name, values in ratios.items()
-                    },
-                    "pixels": compare_pixels(shard),
-                }
-            )
-            print(rows[-1])
     levels = STUDENT.size[0] * STUDENT.size[1] * 3
-    result = {
+    result: dict[str, Any] = {
         **here_and_now(),
         "versions": {name: version(name) for name in ("pillow", "torch", "torchvision", "webdataset")},
         "images": len(photos),
         "rounds": arguments.rounds,
-        "sizes": rows,
         "bytes_per_image": {"clip-rd-edge": levels, "float32 for two models": 2 * 4 * levels},
+        "waiting": {"step_s": STEP_S, "pairs_per_step": BATCH, "cores": CORES},
+        "sizes": [],
     }
+    rows: list[dict[str, Any]] = result["sizes"]
+    if arguments.output.is_file():  # sizes that it has are not measured again
+        rows += json.loads(arguments.output.read_text())["sizes"]
+    for size in SIZES[len(rows) :]:
+        rows.append(measure(size, photos, arguments.rounds))
+        write_record(result, arguments.output)
     publish(result, markdown(rows), arguments)
 
 
-def markdown(rows: list[dict[str, object]]) -> str:
+def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| JPEG | ours, images per second | webdataset | its time / ours | for two models |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| JPEG | scaled, ms an image | full | webdataset | its time / scaled | for two models | mean difference |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        size, rates, ratios = row["size"], row["images_per_second"], row["speed_up"]
-        assert isinstance(size, tuple)
-        assert isinstance(rates, dict)
-        assert isinstance(ratios, dict)
-        cells = [f"{rates[name]:,}" for name in ("clip-rd-edge", "webdataset")]
+        cells = [f"{row['ms_per_image'][name]:.1f}" for name in ("scaled", "full", "webdataset")]
         for name in ("webdataset", "webdataset, two models"):
-            low, middle, high = ratios[name]
+            low, middle, high = row["speed_up"][name]
             cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
-        lines.append(f"| {size[0]} × {size[1]} | {' | '.join(cells)} |")
+        cells.append(f"{row['pixels']['scaled']['mean']:.2f} of 255")
+        lines.append(f"| {row['size'][0]} × {row['size'][1]} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| JPEG | decode | 2 loaders: steps that wait, share of the time | the tool takes | then |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        for two, own in zip(row["waiting"][::2], row["waiting"][1::2], strict=True):
+            waits = [f"{one['steps_that_wait']:.0%}, {one['share_of_time']:.0%}" for one in (two, own)]
+            size = f"{row['size'][0]} × {row['size'][1]}"
+            lines.append(f"| {size} | {two['decode']} | {waits[0]} | {own['workers']} | {waits[1]} |")
     return "\n".join(lines)
 
 
