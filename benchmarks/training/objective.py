@@ -1,6 +1,7 @@
 """Measure time and memory of the objective against a plain implementation that needs thirteen matrix products.
 
-    python -m benchmarks.training.objective            # N = 4,096, D = 512, float32, forward and backward
+    python -m benchmarks.training.objective                            # N = 4,096, D = 512, blocks of 512
+    python -m benchmarks.training.objective --pairs 2048 --block 256   # forward and backward, in float32
 
 Every measurement runs in its own process, so that its peak memory can be measured. Versions take turns; times are
 medians over the turns.
@@ -8,6 +9,7 @@ medians over the turns.
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import statistics
@@ -23,7 +25,7 @@ from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.losses.terms import EmbeddingBatch
 
-PAIRS, WIDTH, BLOCK, TURNS = 4096, 512, 512, 3
+WIDTH, TURNS = 512, 3
 VERSIONS = ("plain", "ours", "blocks")
 
 
@@ -52,9 +54,9 @@ def plain(batch: EmbeddingBatch, gamma_s: Tensor, gamma_t: float, a: Tensor, b: 
     return task + 2000 * fd + icl + hrd + vrd + vrd_ce + xrd / 4
 
 
-def run(version: str) -> dict[str, float]:
+def run(version: str, pairs: int, block_size: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
-    rows = [F.normalize(torch.randn(PAIRS, WIDTH, generator=generator), dim=-1) for _ in range(4)]
+    rows = [F.normalize(torch.randn(pairs, WIDTH, generator=generator), dim=-1) for _ in range(4)]
     batch = EmbeddingBatch(rows[0].requires_grad_(), rows[1].requires_grad_(), rows[2], rows[3])
     objective = Objective(load_recipe("clip-rd").objective)
     gamma = torch.tensor(14.3, requires_grad=True)
@@ -67,10 +69,10 @@ def run(version: str) -> dict[str, float]:
             )
             loss.backward()
             return loss.item()
-        size = BLOCK if version == "blocks" else PAIRS
+        size = block_size if version == "blocks" else pairs
         total = 0.0
-        for start in range(0, PAIRS, size):
-            block = None if size == PAIRS else slice(start, start + size)
+        for start in range(0, pairs, size):
+            block = None if size == pairs else slice(start, start + size)
             loss = objective(batch, gamma, 100.0, block=block).total
             loss.backward()
             total += loss.item()
@@ -85,12 +87,12 @@ def run(version: str) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "peak_bytes": float(peak), "loss": value}
 
 
-def main() -> None:
+def main(pairs: int, block: int) -> None:
     results: dict[str, list[dict[str, float]]] = {version: [] for version in VERSIONS}
     for _ in range(TURNS):
         for version in VERSIONS:
             process = subprocess.run(
-                [sys.executable, "-m", "benchmarks.training.objective", version],
+                [sys.executable, "-m", "benchmarks.training.objective", version, f"--pairs={pairs}", f"--block={block}"],
                 capture_output=True,
                 text=True,
                 check=True,
@@ -110,7 +112,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(json.dumps(run(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("version", nargs="?", choices=VERSIONS, help="measure this one, and print JSON")
+    parser.add_argument("--pairs", type=int, default=4096)
+    parser.add_argument("--block", type=int, default=512)
+    arguments = parser.parse_args()
+    if arguments.version:
+        print(json.dumps(run(arguments.version, arguments.pairs, arguments.block)))
     else:
-        main()
+        main(arguments.pairs, arguments.block)
