@@ -88,11 +88,12 @@ def run(version: str, pairs: int, block_size: int) -> dict[str, float]:
 
 
 def main(pairs: int, block: int) -> None:
+    sizes = [f"--pairs={pairs}", f"--block={block}"]
     results: dict[str, list[dict[str, float]]] = {version: [] for version in VERSIONS}
     for _ in range(TURNS):
         for version in VERSIONS:
             process = subprocess.run(
-                [sys.executable, "-m", "benchmarks.training.objective", version, f"--pairs={pairs}", f"--block={block}"],
+                [sys.executable, "-m", "benchmarks.training.objective", version, *sizes],
                 capture_output=True,
                 text=True,
                 check=True,
