@@ -52,8 +52,10 @@ def build(request: Build) -> BuiltBundle:
     require_matplotlib()
 
     from clip_rd_edge.benchmarking.report import HTML
+    from clip_rd_edge.building.look import task_of
     from clip_rd_edge.building.stages import Building
 
     building = Building(request, partial(open_encoder, threads=1), first_answer)
-    lines = building()
-    return BuiltBundle(building.bundle, tuple(lines), building.folder / "report" / HTML, building.task("test"))
+    lines = tuple(building())
+    report, held_out = building.folder / "report" / HTML, task_of(building.folder, building.found, "test")
+    return BuiltBundle(building.bundle, lines, report, held_out)

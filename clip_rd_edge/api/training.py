@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from clip_rd_edge.bundle.runs import DATA_FOLDER, RUN_CONFIG_FILE
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.settings.training import Average, Distill, Embed, Pack
-from clip_rd_edge.utils.paths import AnyPath, typed
+from clip_rd_edge.utils.paths import AnyPath, is_file, several, typed
 
 if TYPE_CHECKING:
     from clip_rd_edge.data.pack import Packed
@@ -31,15 +32,25 @@ def distill(request: Distill) -> Path:
         InputError, ConfigError: the data, teacher, student or recipe is missing or invalid.
         InterruptedRunError: a signal stopped the run; its state was saved.
     """
+    from clip_rd_edge.distillation.beforehand import fitting_batch, note_overlap, with_steps_for
     from clip_rd_edge.distillation.config import resolve
     from clip_rd_edge.distillation.distill import run_distillation
     from clip_rd_edge.utils.files import require_utf8_path
 
-    with _told_to_all_processes():
-        config = resolve(**_without(request, "output", "resume", "accept_changes"))
-        tasks = _tasks(config)
     run = Path(request.output)
     require_utf8_path(run)
+    with _told_to_all_processes():
+        options = _without(request, "output", "resume", "accept_changes", "hours", "hold_out")
+        if request.hours is not None or request.hold_out is not None:
+            options |= _settled(request)
+        config = resolve(**options)
+        if request.batch_size is None and 2 <= (size := fitting_batch(config)) < config.recipe.batch_size:
+            config = resolve(**{**options, "batch_size": size})
+        tasks = _tasks(config)
+        if tasks and not is_file(run / RUN_CONFIG_FILE):
+            note_overlap(config, tasks, reporter=request.reporter)
+        if request.hours is not None:
+            config = with_steps_for(config, run, request.hours, reporter=request.reporter)
     run_distillation(
         config,
         run,
@@ -50,6 +61,45 @@ def distill(request: Distill) -> Path:
         tasks=tasks,
     )
     return run
+
+
+def _settled(request: Distill) -> dict[str, Any]:
+    """Return the options of a run that follow from `hold_out`, whose images are divided in RUN/data."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "{hours} and {hold_out} are for a run in one process; this one has several.",
+            hint="name {steps}, and what was held back before with {tasks}",
+            option="hours" if request.hold_out is None else "hold_out",
+        )
+    if request.hours is not None and (request.steps is not None or request.epochs is not None):
+        raise UsageError("{hours} decides the number of steps.", hint="omit {steps} and {epochs}", option="hours")
+    if request.hold_out is None:
+        return {}
+    others = [name for name in ("images", "texts", "templates") if getattr(request, name)]
+    if request.data is None or others:
+        raise UsageError(
+            f"{{hold_out}} divides {{data}} alone{f', and {{{others[0]}}} was given' if others else ''}.",
+            hint="hold images back yourself, and name them with {tasks}",
+            option="hold_out",
+        )
+
+    from clip_rd_edge.building.look import TRAIN, look, task_of
+    from clip_rd_edge.utils.outputs import LOCK_FILE, require_free_output
+
+    run, columns = Path(request.output), (request.csv_img_key, request.csv_caption_key)
+    if not is_file(run / RUN_CONFIG_FILE):
+        require_free_output(run, overwrite=False, ignoring=(DATA_FOLDER, LOCK_FILE))
+    folder = run / DATA_FOLDER
+    data, reporter = typed(request.data), request.reporter
+    found = look(data, folder, share=request.hold_out, chosen_by=0, columns=columns, reporter=reporter)
+    for line in found.lines:
+        reporter.note(line)
+    return {
+        "data": folder / TRAIN,
+        "tasks": (*several(request.tasks), task_of(folder, found, "test")),
+        "evaluate_every": request.evaluate_every or request.checkpoint_every,
+        "csv_img_key": "filepath", "csv_caption_key": "title",
+    }  # fmt: skip
 
 
 @keywords_of(Embed)

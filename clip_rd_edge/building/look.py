@@ -29,16 +29,15 @@ import numpy as np
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.data.folders import CLASS_NAMES, Folder, class_name, image_samples, subfolders
 from clip_rd_edge.data.load import load_pairs, names_shards
-from clip_rd_edge.data.look import Part, Seen, groups_of, hold_back, see_all
+from clip_rd_edge.data.look import CHOSEN_BY, Part, Seen, groups_of, hold_back, see_all
 from clip_rd_edge.data.samples import Samples, fingerprint
 from clip_rd_edge.data.tables import Table
 from clip_rd_edge.data.tasks import TEMPLATES
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.runtime.labels import label_names
-from clip_rd_edge.settings.building import Build
 from clip_rd_edge.utils.files import write_bytes, write_text
 from clip_rd_edge.utils.outputs import new_folder
-from clip_rd_edge.utils.paths import is_file, is_folder, typed
+from clip_rd_edge.utils.paths import Typed, is_file, is_folder
+from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
 
 LOOK, PAGE, TRAIN, HELD_OUT = "look.json", "look.html", "train.csv", "held-out"
@@ -91,19 +90,37 @@ class _Source:
     samples: Samples
 
 
-def look(request: Build) -> Look:
-    """Look at the images of a request and divide them, unless that is done, and return what is known."""
-    folder, source = Path(request.output), _read_source(request)
-    place = str(Path(request.data).absolute())
-    content = (fingerprint(source.samples), source.kind, source.labels, request.hold_out, place)
+def look(
+    data: Typed,
+    folder: Path,
+    *,
+    share: float,
+    labels: Sequence[str] | None = None,
+    chosen_by: int = CHOSEN_BY,
+    columns: tuple[str, str] = ("filepath", "title"),
+    reporter: Reporter = SILENT,
+) -> Look:
+    """Look at images and divide them, unless that is done in the folder already, and return what is known.
+
+    Args:
+        share: of the images that are held out.
+        labels: what may be on images without captions.
+        chosen_by: one in so many of these is for choosing a student; 0 for none.
+        columns: of a table, with the paths and the captions.
+    """
+    source = _read_source(data, labels, columns, reporter)
+    place = str(Path(data).absolute())
+    content = (fingerprint(source.samples), source.kind, source.labels, share, chosen_by, place)
     key = hashlib.sha256(msgspec.json.encode(content)).hexdigest()
     if is_file(folder / LOOK) and (known := read_json(folder / LOOK, Look)).key == key:
         return known
     (folder / LOOK).unlink(missing_ok=True)
-    found = _divided(source, see_all(source.paths, reporter=request.reporter), request.hold_out, key=key)
-    rows = [row for row in found.rows if row.part == "train"]
+    seen = see_all(source.paths, reporter=reporter)
+    found = _divided(source, seen, share=share, chosen_by=chosen_by, key=key)
+    rows = found.of("train")
     if len(rows) < 2:
-        raise InputError(f"{request.data} has {len(rows)} images to train on; expected more.{_first_problem(found)}")
+        raise InputError(f"{data} has {len(rows)} images to train on. {' '.join(f'{line}.' for line in found.lines)}")
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / TRAIN, table_of(rows))
     if found.kind != "images":  # else, the teacher names what is on them
         write_task(folder / HELD_OUT, found, found.rows)
@@ -112,30 +129,28 @@ def look(request: Build) -> Look:
     return found
 
 
-def _read_source(request: Build) -> _Source:
-    data, labels = typed(request.data), label_names(request.labels)
+def _read_source(data: Typed, labels: Sequence[str] | None, columns: tuple[str, str], reporter: Reporter) -> _Source:
     if names_shards(data) or not (is_file(data) or is_folder(data)):
         raise InputError(
             f"{data} is neither a folder of images nor a table of them.",
             hint="name a folder with a sub-folder for each class, a CSV file with the columns filepath,title, or a "
             "folder of images with {labels}; distill trains on shards",
+            option="data",
         )
     if labels is not None:
         if not is_folder(data):
             raise UsageError("Labels were given beside a table of captions.", hint="omit {labels}", option="labels")
-        samples = image_samples(data, Path(data))
+        images = image_samples(data, Path(data))
         if len(set(labels)) < 2:
             raise UsageError("There is one label; expected two or more.", option="labels")
-        return _Source("images", list(samples.images), [""] * len(samples), tuple(dict.fromkeys(labels)), samples)
+        return _Source("images", list(images.images), [""] * len(images), tuple(dict.fromkeys(labels)), images)
     if is_folder(data) and not subfolders(Path(data)):
         raise UsageError(
             f"The images of {data} are in no class folders.",
             hint="name what may be on them with {labels}, or put the images of each class into a folder of its name",
             option="labels",
         )
-    pairs = load_pairs(
-        data, image_key=request.csv_img_key, caption_key=request.csv_caption_key, reporter=request.reporter
-    )
+    pairs = load_pairs(data, image_key=columns[0], caption_key=columns[1], reporter=reporter)
     if isinstance(pairs, Folder):
         captions = [pairs.texts[number][0] for number in pairs.numbers]
         return _Source("classes", list(pairs.images), captions, tuple(sorted(set(captions))), pairs)
@@ -147,10 +162,10 @@ def _read_source(request: Build) -> _Source:
     return _Source(kind, [row.path for row in rows], captions, distinct if kind == "classes" else (), pairs)
 
 
-def _divided(source: _Source, seen: Sequence[Seen], share: float, *, key: str) -> Look:
+def _divided(source: _Source, seen: Sequence[Seen], *, share: float, chosen_by: int, key: str) -> Look:
     captions, kind = source.captions, source.kind
     groups = groups_of(seen, captions if kind == "captions" else ())
-    parts = hold_back(seen, groups, captions if kind == "classes" else [""] * len(seen), share)
+    parts = hold_back(seen, groups, captions if kind == "classes" else [""] * len(seen), share, chosen_by)
     copies = groups_of(seen) if kind == "captions" else groups
     rows = tuple(
         Row(str(path.absolute()), caption, "left out" if own.problem else part, copy)
@@ -199,10 +214,6 @@ def duplicates(rows: Iterable[Row]) -> list[list[Row]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _first_problem(found: Look) -> str:
-    return "".join(f" {line}." for line in found.lines[1:2])
-
-
 def table_of(rows: Iterable[Row]) -> str:
     """Return rows as a table in open_clip's columns; one without captions has the paths alone."""
     text = io.StringIO()
@@ -213,6 +224,11 @@ def table_of(rows: Iterable[Row]) -> str:
             writer.writerow(("filepath", "title")[: len(cells)])
         writer.writerow(cells)
     return text.getvalue()
+
+
+def task_of(folder: Path, found: Look, part: str) -> Path:
+    """Return the task of a part that is held out, `val` or `test`."""
+    return folder / HELD_OUT / (part if found.labels else f"{part}.csv")
 
 
 def write_task(folder: Path, found: Look, rows: Iterable[Row]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from clip_rd_edge.building.look import Look
 from clip_rd_edge.building.student import STARTS, STUDENTS
-from clip_rd_edge.bundle.runs import METRICS_FILE, read_metrics
+from clip_rd_edge.distillation.beforehand import Speed
 from clip_rd_edge.distillation.config import Precision, RunConfig, load_recipe, recipe_names
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.settings.building import Build
@@ -46,7 +46,6 @@ class Plan(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         views: crops of each image, whose embeddings by the teacher are kept; 0 for new ones every epoch.
         precision: of student and teacher.
         steps: number of training steps.
-        seconds_per_step: as measured before the first one.
     """
 
     data: str
@@ -61,7 +60,6 @@ class Plan(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     views: int
     precision: Precision
     steps: int = 0
-    seconds_per_step: float = 0.0
 
 
 def asked_of(request: Build) -> dict[str, str]:
@@ -131,34 +129,16 @@ def run_config(request: Build, plan: Plan, *, steps: int, **settings: Any) -> Ru
     )  # fmt: skip
 
 
-def steps_within(request: Build, plan: Plan, found: Look, *, spent_s: float) -> tuple[int, str]:
-    """Return how many steps to train, and why.
-
-    Args:
-        spent_s: seconds of the hours that are over.
-    """
-    if request.steps:
-        return request.steps, "as asked for"
+def steps_of(request: Build, plan: Plan, found: Look, speed: Speed | None) -> tuple[int, str]:
+    """Return how many steps to train, and why; `speed` is needed unless a number is asked for."""
     rows = len(found.of("train"))
+    if speed is None:
+        return request.steps or MIN_STEPS, "as asked for"
     enough = max(MIN_STEPS, MAX_EPOCHS * rows // plan.batch_size)
-    affordable = int((TRAINING_SHARE * request.hours * 3600 - spent_s) / plan.seconds_per_step)
-    if affordable >= enough:
-        return (
-            enough,
-            f"{enough * plan.batch_size / rows:.0f} times all images, which suffice; {request.hours:g} h allow more",
-        )
-    steps = max(affordable, 1)
-    return steps, f"as many as {request.hours:g} h allow, {steps * plan.batch_size / rows:.1f} times all images"
-
-
-def measured_seconds(run: Path) -> float:
-    """Return the seconds per step of a short run, without its first steps, in which buffers are allocated."""
-    lines = read_metrics(run)
-    if len(lines) < 2:
-        raise UsageError(f"{run / METRICS_FILE} has too few steps to measure by.")
-    first, last = lines[len(lines) // 3], lines[-1]
-    over = last["step"] * last["seconds_per_step"] - first["step"] * first["seconds_per_step"]
-    return float(max(over / max(last["step"] - first["step"], 1), 1e-4))
+    affordable = speed.steps_in(TRAINING_SHARE * request.hours)
+    steps = min(enough, affordable)
+    times, each = f"{steps * plan.batch_size / rows:.1f} times all images", f"{speed.seconds_per_step:g} s each"
+    return steps, f"{times}, {each}: {'more would hardly help' if steps == enough else f'{request.hours:g} h allow'}"
 
 
 def reasons(plan: Plan) -> Iterator[str]:

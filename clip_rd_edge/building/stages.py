@@ -11,8 +11,6 @@ report/, verdict.md               the models compared, and what follows
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +28,7 @@ from clip_rd_edge.benchmarking.results import RESULTS, published, read_results
 from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
 from clip_rd_edge.benchmarking.suite import Role, Suite, SuiteRow
 from clip_rd_edge.building.built_in import built_in_teacher
-from clip_rd_edge.building.look import HELD_OUT, LOOK, TRAIN, Look, look, write_task
+from clip_rd_edge.building.look import HELD_OUT, LOOK, PAGE, TRAIN, Look, look, task_of, write_task
 from clip_rd_edge.building.plan import (
     BATCH,
     LIVE_ABOVE,
@@ -40,10 +38,9 @@ from clip_rd_edge.building.plan import (
     context_length_for,
     image_size_for,
     kept_plan,
-    measured_seconds,
     reasons,
     run_config,
-    steps_within,
+    steps_of,
     training_precision,
     write_plan,
 )
@@ -61,6 +58,7 @@ from clip_rd_edge.bundle.runs import (
     read_training_record,
 )
 from clip_rd_edge.data.tasks import Task, ZeroShotTask, load_task
+from clip_rd_edge.distillation.beforehand import measure_speed, note_overlap
 from clip_rd_edge.distillation.checkpoint import BEST_FOLDER
 from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.metrics import last_evaluation
@@ -75,17 +73,17 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import known_config, load_clip, save_clip
 from clip_rd_edge.models.stitch import class_nouns
 from clip_rd_edge.models.text_towers import text_layers
+from clip_rd_edge.runtime.labels import label_names
 from clip_rd_edge.runtime.verify import verify_bundle
 from clip_rd_edge.settings.building import Build
 from clip_rd_edge.settings.deploying import Export, Fallback
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
-from clip_rd_edge.utils.outputs import LOCK_FILE, exclusive_writer, require_free_output
+from clip_rd_edge.utils.outputs import exclusive_writer, require_free_output
 from clip_rd_edge.utils.paths import Typed, is_file, several, typed
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
 from clip_rd_edge.utils.text import as_word
 
-_PROBE_STEPS = 12
 _EVALUATIONS = 5  # in a run
 _TEXT_LAYERS, _VOCABULARY, _FROZEN_TEXT_LAYERS = 2, 7500, 2  # as the quickstart's, see its evidence
 _PROMPT = "a photo of a {}."
@@ -162,8 +160,9 @@ class Building:
         """Refuse at once what would fail after hours."""
         _require_bundle_target(self.request)
         require_measurable(self.request)
-        if not is_file(self.folder / LOOK):
-            require_free_output(self.folder, overwrite=False, ignoring=(LOCK_FILE,))
+        if not is_file(self.folder / LOOK):  # or it was killed before that was written
+            hidden = [path.name for path in self.folder.glob(".*")]
+            require_free_output(self.folder, overwrite=False, ignoring=(*hidden, TRAIN, HELD_OUT, PAGE))
         for task in several(self.request.tasks):
             load_task(task)
         if self.request.teacher is not None:
@@ -173,7 +172,11 @@ class Building:
 
     def look(self) -> None:
         """Look at the images, and hold some back."""
-        self.found = look(self.request)
+        request = self.request
+        self.found = look(
+            typed(request.data), self.folder, share=request.hold_out, labels=label_names(request.labels),
+            columns=(request.csv_img_key, request.csv_caption_key), reporter=self.reporter,
+        )  # fmt: skip
         for line in self.found.lines:
             self.reporter.note(line)
         parts = {part: len(self.found.of(part)) for part in ("train", "choose", "test")}
@@ -212,7 +215,7 @@ class Building:
             self.reporter.note(f"labels to check: {'; '.join(known.doubtful)}")
 
     def _score_teacher(self, encoder: TorchEncoder, key: str) -> TeacherScore:
-        task = load_task(typed(self.task("test")))
+        task = load_task(typed(task_of(self.folder, self.found, "test")))
         predictions = predict(encoder, task, reporter=self.reporter)
         top1, prompted, doubtful = primary_metric(predictions.score), None, list[str]()
         if isinstance(task, ZeroShotTask) and isinstance(predictions, ZeroShotPredictions):
@@ -244,10 +247,6 @@ class Building:
         ]
         write_task(self.held_out, self.found, named)
 
-    def task(self, part: str) -> Path:
-        """Return the task of a part that is held out, `val` or `test`."""
-        return self.held_out / (part if self.found.labels else f"{part}.csv")
-
     def choose(self) -> None:
         """Choose the student, and make what its text tower starts from."""
         trimmed, size = self.folder / "trimmed", image_size_for(self.request, self.found)
@@ -270,11 +269,16 @@ class Building:
         """Train the student, for as many steps as the hours allow."""
         settings = self._run_settings()
         if not self.plan.steps:
-            self.plan = self._timed(settings)
+            config = run_config(self.request, self.plan, steps=1, **settings)
+            speed = None if self.request.steps else measure_speed(config, self.run, reporter=self.reporter)
+            steps, why = steps_of(self.request, self.plan, self.found, speed)
+            self.reporter.note(f"{steps:,} steps, {why}")
+            self.plan = msgspec.structs.replace(self.plan, steps=steps)
+            note_overlap(config, [load_task(task) for task in several(self.request.tasks)], reporter=self.reporter)
             write_plan(self.request, self.plan)
         evaluate, tasks = None, list[Task]()
         if self.found.of("choose"):
-            place = typed(self.task("val"))
+            place = typed(task_of(self.folder, self.found, "val"))
             tasks = [load_task(place)]
             settings |= {"tasks": (place,), "evaluate_every": max(self.plan.steps // _EVALUATIONS, 1)}
             (task,) = tasks
@@ -291,21 +295,6 @@ class Building:
         labels = self.folder / "labels.txt"
         write_text(labels, "".join(f"{label}\n" for label in self.found.labels))
         return {"images": table, "texts": Typed(str(labels)), **taught, **text}
-
-    def _timed(self, settings: dict[str, Any]) -> Plan:
-        """Return the plan with its number of steps, by the speed of a few; the teacher's store is filled meanwhile."""
-        began, probe, plan = time.monotonic(), self.folder / "probe", self.plan
-        if not self.request.steps:
-            shutil.rmtree(probe, ignore_errors=True)
-            config = run_config(self.request, plan, steps=_PROBE_STEPS, log_every=1, **settings)
-            run_distillation(config, probe, resume=False, reporter=self.reporter)
-            plan = msgspec.structs.replace(plan, seconds_per_step=float(f"{measured_seconds(probe):.3g}"))
-            shutil.rmtree(probe)
-        steps, why = steps_within(self.request, plan, self.found, spent_s=time.monotonic() - began)
-        self.reporter.note(
-            f"{steps:,} steps, {why}" + (f"; {plan.seconds_per_step:g} s each" if not self.request.steps else "")
-        )
-        return msgspec.structs.replace(plan, steps=steps)
 
     def student(self) -> Path:
         """Return the folder of the student: the last, unless an earlier one was better by more than chance."""
@@ -374,7 +363,7 @@ class Building:
         for path in (*bundles, self.bundle):  # the one of this call last: the verdict is on it
             role: Role = "quantised" if "int8" in read_manifest(path).precision else "exported"
             rows.append(SuiteRow(label=f"Bundle {path.name}", model=str(path), role=role))
-        tasks = (str(self.task("test")), *map(str, several(self.request.tasks)))
+        tasks = (str(task_of(self.folder, self.found, "test")), *map(str, several(self.request.tasks)))
         return Suite(
             name=Path(self.request.data).resolve().name, rows=tuple(rows), tasks=tasks, rounds=100,
             budget_ms=None,

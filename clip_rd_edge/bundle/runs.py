@@ -73,6 +73,7 @@ def was_quantized_in_training(spec: str) -> bool:
 
 RUN_CONFIG_FILE = "config.yaml"
 INPUTS_FILE = "inputs.json"
+DATA_FOLDER = "data"  # of a run that holds a part of its data back
 METRICS_FILE = "metrics.jsonl"
 REPORT_FOLDER = "report"
 PREDICTIONS_FILE = "predictions.png"  # in the report

@@ -7,7 +7,8 @@ that of the images. All copies of an image stand on one side of a division, or a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import random
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -29,8 +30,9 @@ NEAR = 0.985  # correlation of hashes; that of copies in JPEG of a third of the 
 _FLAT = 2.0  # grey levels: the hash of an image with less contrast is nearly zero, and like no other
 _DECODED_EDGE = 64  # at least; of a JPEG, so many pixels take a fraction of the time
 _CHUNK = 1_024
-_CHOSEN_BY = 3  # one in so many held-out images is for choosing, the others for the report
+CHOSEN_BY = 3  # one in so many held-out images is for choosing, the others for the report
 MAX_HELD_OUT = 6_000
+MAX_LOOKED_AT = 1_000
 Part = Literal["train", "choose", "test"]
 Hashes = npt.NDArray[np.float32]
 
@@ -109,7 +111,9 @@ def groups_of(seen: Sequence[Seen], keys: Sequence[str] = ()) -> list[int]:
     return [first(index) for index in range(len(seen))]
 
 
-def hold_back(seen: Sequence[Seen], groups: Sequence[int], classes: Sequence[str], share: float) -> list[Part]:
+def hold_back(
+    seen: Sequence[Seen], groups: Sequence[int], classes: Sequence[str], share: float, chosen_by: int = CHOSEN_BY
+) -> list[Part]:
     """Return the part of each image: most are trained on, some choose a student, and others are for the report alone.
 
     Whole groups are held back, in the order of a digest, so that the same images are whenever the rest of the data
@@ -119,6 +123,7 @@ def hold_back(seen: Sequence[Seen], groups: Sequence[int], classes: Sequence[str
         groups: of `groups_of`.
         classes: the class of each image; one class for all where there are none.
         share: of the images that can be read; of many images it is less, see MAX_HELD_OUT.
+        chosen_by: one in so many is for choosing; 0 for none.
     """
     parts: list[Part] = ["train"] * len(seen)
     members, readable = dict[int, list[int]](), [index for index, own in enumerate(seen) if not own.problem]
@@ -141,9 +146,8 @@ def hold_back(seen: Sequence[Seen], groups: Sequence[int], classes: Sequence[str
             if held >= wanted:
                 break
             if held + len(own) <= count // 2:
-                part: Part = (
-                    "choose" if int(min(seen[index].digest for index in own)[-8:], 16) % _CHOSEN_BY == 0 else "test"
-                )
+                number = int(min(seen[index].digest for index in own)[-8:], 16)
+                part: Part = "choose" if chosen_by and number % chosen_by == 0 else "test"
                 for index in own:
                     parts[index] = part
                 held += len(own)
@@ -151,10 +155,21 @@ def hold_back(seen: Sequence[Seen], groups: Sequence[int], classes: Sequence[str
 
 
 def overlap(
-    trained: Iterable[Path], evaluated: Iterable[Path], *, reporter: Reporter = SILENT
-) -> list[tuple[int, int]]:
-    """Return which images of two sets are the same, or near-duplicates, by their numbers in each."""
-    first, second = see_all(list(trained), reporter=reporter), see_all(list(evaluated), reporter=reporter)
-    if not (first and second):
-        return []
-    return list(near_pairs(*(np.stack([own.hash for own in seen]) for seen in (first, second))))
+    trained: Sequence[Path], evaluated: Sequence[Path], *, reporter: Reporter = SILENT
+) -> tuple[list[tuple[Path, Path]], int]:
+    """Return which images of a task are trained on, as they are or as near-duplicates, and how many were looked at.
+
+    Of many images, some are drawn by chance, always the same: MAX_LOOKED_AT of the task and four times as many others.
+    """
+    draw = random.Random(0)
+    first, second = (
+        list(paths) if len(paths) <= most else draw.sample(list(paths), most)
+        for paths, most in ((trained, 4 * MAX_LOOKED_AT), (evaluated, MAX_LOOKED_AT))
+    )
+    seen, other = see_all(first, reporter=reporter), see_all(second, reporter=reporter)
+    digests = {one.digest: number for number, one in enumerate(seen) if one.digest}
+    found = {number: digests[one.digest] for number, one in enumerate(other) if one.digest in digests}
+    if seen and other:
+        for row, column in near_pairs(*(np.stack([one.hash for one in part]) for part in (seen, other))):
+            found.setdefault(column, row)
+    return [(first[row], second[column]) for column, row in sorted(found.items())], len(second)

@@ -6,6 +6,7 @@ metrics.jsonl    one line per logged step
 checkpoints/     the complete state, for --resume
 calibration.npz  images and captions of the data, on which an export in INT8 is calibrated
 student/         the trained model, an open_clip local-dir; a run without it is unfinished
+data/            what was held back from the data, if that was asked for
 best/            the best student by the run's own evaluations, if there were any
 report/          plots, drawn at each evaluation and once the student is saved
 tensorboard/     the same metrics for TensorBoard, if requested; see also trackers.py
@@ -22,7 +23,7 @@ from typing import Literal
 import msgspec
 
 from clip_rd_edge.bundle.encoder import Encoder
-from clip_rd_edge.bundle.runs import RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
+from clip_rd_edge.bundle.runs import DATA_FOLDER, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.distillation.bank import require_same_kind
 from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints, no_trace_of_failure
 from clip_rd_edge.distillation.config import (
@@ -200,7 +201,7 @@ def check_folder(
             option="views",
         )
     path = folder / RUN_CONFIG_FILE
-    if not any(path.name != LOCK_FILE for path in folder.iterdir()):
+    if not any(path.name not in (LOCK_FILE, DATA_FOLDER) for path in folder.iterdir()):
         return config, "new"
     if not resume:
         raise UsageError(
@@ -210,7 +211,8 @@ def check_folder(
         )
     if not path.is_file():
         # What is left of a run that was killed at its start is hidden.
-        if strangers := sorted(own.name for own in folder.iterdir() if not own.name.startswith(".")):
+        others = (own.name for own in folder.iterdir() if own.name != DATA_FOLDER)
+        if strangers := sorted(name for name in others if not name.startswith(".")):
             raise UsageError(
                 f"There is no run in {folder} to resume: it has no {RUN_CONFIG_FILE}, but {strangers[0]}.",
                 hint="choose another {output}: a run would replace files in that folder",

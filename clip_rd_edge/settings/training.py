@@ -199,8 +199,16 @@ class Distill(Training[AnyPath, _OneOrMore, _OneOrMore], frozen=True, kw_only=Tr
     steps: Annotated[int, _training(
         "Number of training steps, instead of {epochs}.", metavar="N", default="as many as the epochs have", ge=1,
     )] | None = None  # fmt: skip
+    hours: Annotated[float, _training(
+        "Train for so many hours, of a speed that is measured first, instead of {epochs} or {steps}.", metavar="HOURS",
+        default="as long as the steps take", gt=0,
+    )] | None = None  # fmt: skip
+    hold_out: Annotated[float, _evaluation(
+        "Hold back this share of the images of a table or of class folders, copies together, and evaluate on them; "
+        "written to RUN/data.", metavar="SHARE", default="none", gt=0, le=0.5,
+    )] | None = None  # fmt: skip
     batch_size: Annotated[int, _training(
-        "Pairs per step.", metavar="PAIRS", default="the recipe's", ge=1,
+        "Pairs per step.", metavar="PAIRS", default="the recipe's, at most as many as there are", ge=1,
     )] | None = None  # fmt: skip
     learning_rate: Annotated[float, _training(
         "Peak learning rate.", flags=("--learning-rate", "--lr"), metavar="X",
