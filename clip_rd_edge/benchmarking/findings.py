@@ -117,7 +117,7 @@ def headline(results: Results) -> list[str]:
     sentences = sentences or [_summary(row, results) for row in results.rows]
     advice = recommendation(results)
     warnings = [*busy_remark(results), *_no_better_than_chance(results)]
-    return [*warnings, *sentences[:1], *([advice] if advice else []), *sentences[1:]]
+    return [*results.verdict, *warnings, *sentences[:1], *([advice] if advice else []), *sentences[1:]]
 
 
 def busy_remark(results: Results, *, above: float = TOO_BUSY) -> list[str]:

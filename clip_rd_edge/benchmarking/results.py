@@ -162,6 +162,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         reference: latency of the reference workload.
         other_load: fraction of the machine's CPU time used by other processes while latencies were timed.
+        verdict: sentences that a report begins with, of `build`.
     """
 
     suite: Suite
@@ -174,6 +175,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     comparisons: tuple[Comparison, ...] = ()
     samples: tuple[Sample, ...] = ()
     worst: tuple[WorstClass, ...] = ()
+    verdict: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
     def first(self, role: Role) -> RowResult | None:

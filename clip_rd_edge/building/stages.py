@@ -349,8 +349,8 @@ class Building:
         is_right = known is not None and known.suite == published(suite) and self._kept_key() == key
         if not (is_right and is_file(report / HTML) and is_file(self.folder / VERDICT)):
             results = run_suite(suite, self.open_encoder, self.reporter, launch=self.launch)
-            write_report(results, report)
             lines = verdict(self.found, results, max_latency=self.request.max_latency, rising=self._is_rising())
+            write_report(msgspec.structs.replace(results, verdict=tuple(lines)), report)
             write_text(self.folder / VERDICT, "".join(f"{line}\n\n" for line in lines))
             write_text(self.folder / _KEPT, key)
 

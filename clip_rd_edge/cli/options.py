@@ -55,11 +55,14 @@ _OPTION_COLUMNS = 26  # max width of the options; the description of a longer on
 
 
 class GroupedOption(click.Option):
-    """An option that `--help` lists under the heading of its group, with its range in words."""
+    """An option that `--help` lists under the heading of its group, with its range in words.
 
-    def __init__(self, *args: Any, group: str = "", also: str = "", **kwargs: Any) -> None:
+    Where some options of a command are common, `--help` lists these and the required ones, and `--help-all` all.
+    """
+
+    def __init__(self, *args: Any, group: str = "", also: str = "", common: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.group, self.also = group, also
+        self.group, self.also, self.common = group, also, common
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         record = super().get_help_record(ctx)
@@ -130,9 +133,31 @@ class ExampleFirst(click.Command):
 class GroupedCommand(ExampleFirst):
     """A command whose `--help` lists its options by group, in the order of the groups' first options."""
 
+    @property
+    def _is_long(self) -> bool:
+        return any(getattr(parameter, "common", False) for parameter in self.params)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        parameters = super().get_params(ctx)
+        if self._is_long:
+            text = f"Show this message with all {len(self.params)} options and exit."
+            parameters.append(
+                click.Option(
+                    ["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=_show_all, help=text
+                )
+            )
+        return parameters
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
+        is_short = self._is_long and not ctx.meta.get(_ALL)
         for parameter in self.get_params(ctx):
+            if (
+                is_short
+                and parameter in self.params
+                and not (parameter.required or getattr(parameter, "common", False))
+            ):
+                continue
             # From click 8.5 on, arguments have help records, too; the docstring describes them.
             if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
                 heading = getattr(parameter, "group", "") or OTHER_OPTIONS
@@ -142,6 +167,16 @@ class GroupedCommand(ExampleFirst):
         for heading, records in groups.items():
             with formatter.section(heading):
                 formatter.write_dl(records, col_max=_OPTION_COLUMNS)
+
+
+_ALL = f"{__name__}.all"
+
+
+def _show_all(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        ctx.meta[_ALL] = True
+        click.echo(ctx.get_help(), color=ctx.color)
+        ctx.exit()
 
 
 def _unbroken(text: str) -> str:
@@ -307,6 +342,7 @@ def _parameter(entry: Declared, kind: click.ParamType | None) -> click.Parameter
         [*flags, entry.name],
         group=entry.extra["group"],
         also=entry.extra["also"],
+        common=entry.extra["common"],
         required=required,
         multiple=entry.several or entry.extra["many"],
         metavar=metavar,

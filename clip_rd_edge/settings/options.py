@@ -65,6 +65,7 @@ class Details(TypedDict, total=False):
         path: the value names a file or a folder, and nothing else.
         complete: what the shell completes it by: a key of `cli.options.COMPLETIONS`, or names joined by `|`.
         words: other words for the choices of a `Literal`, such as `half` for `fp16`.
+        common: `--help` lists it; where no option of a command is common, all are listed.
         also: another name by which errors that several commands share mean this option.
         resume: when a run is resumed, the value must be the `same`; or it says where something lies whose `content`
             must be the same; or it is `free`.
@@ -76,6 +77,7 @@ class Details(TypedDict, total=False):
     path: bool
     complete: str
     words: Mapping[str, str]
+    common: bool
     also: str
     resume: Resume
     ge: float
@@ -101,7 +103,16 @@ def option(text: str, *, group: str, metavar: str = "", default: str = "", **det
     return Meta(description=text, extra={**_PLAIN, **given}, **limits)
 
 
-_PLAIN = {"flags": (), "many": False, "path": False, "complete": "", "words": {}, "also": "", "resume": "same"}
+_PLAIN = {
+    "flags": (),
+    "many": False,
+    "path": False,
+    "complete": "",
+    "words": {},
+    "common": False,
+    "also": "",
+    "resume": "same",
+}
 
 
 def argument(text: str, *, metavar: str = "", path: bool = False, complete: str = "") -> Meta:

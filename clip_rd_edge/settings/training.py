@@ -46,7 +46,7 @@ class _Data(Settings, Generic[Place, Names, Several], frozen=True, kw_only=True)
         "CSV, TSV or Parquet file of images and captions (columns filepath,title), a folder with a sub-folder of "
         "images for each class, WebDataset shards (a/{000..012}.tar::b.tar), or emoji for the built-in data set.",
         metavar="SOURCE",
-        default="none; see {images}", complete="data", resume="content",
+        default="none; see {images}", complete="data", resume="content", common=True,
     )] | None = None  # fmt: skip
     images: Annotated[Place, _data(
         "Images without captions, beside the pairs or instead of them: a folder, a table with the column filepath, or "
@@ -94,7 +94,7 @@ class Training(_Data[Place, Names, Several], frozen=True, kw_only=True):
         "The teacher: an open_clip NAME@TAG (or NAME with {teacher_pretrained}), local-dir:PATH, hf-hub:ORG/REPO or a "
         "run's folder; or stored:FILE, for shards with stored embeddings in MobileCLIP's format. Can be repeated: the "
         "student then learns from all of them together.", metavar="MODEL",
-        default="none, for recipes without a teacher", resume="content",
+        default="none, for recipes without a teacher", resume="content", common=True,
     )] | None = None  # fmt: skip
     store: Annotated[Place, _teacher(
         "Folder for storing the teachers' embeddings, which are then computed only once; requires {views}.",
@@ -106,7 +106,7 @@ class Training(_Data[Place, Names, Several], frozen=True, kw_only=True):
     student: Annotated[Place, _student(
         "The student: mobilevit_xxs, resnet18, … or any timm name, or open_clip:NAME; or a trained model to fine-tune: "
         "a run's folder, NAME@TAG, local-dir:PATH or hf-hub:ORG/REPO.", metavar="NAME|MODEL", complete="student",
-        resume="content",
+        resume="content", common=True,
     )]  # fmt: skip
     image_size: Annotated[int, _student(
         "Edge of the input images in pixels.", metavar="PIXELS", default="224, or the trained model's", ge=16, le=2_048,
@@ -115,7 +115,7 @@ class Training(_Data[Place, Names, Several], frozen=True, kw_only=True):
         "Size of the text tower: tiny, small, standard, or WIDTHxLAYERS such as 512x6; or the folder of a model, for "
         "its text tower; or teacher, for that of the (first) teacher, of which only the projection is trained.",
         metavar="SIZE|MODEL", default="standard, or the trained model's", complete="tiny|small|standard|teacher",
-        resume="content",
+        resume="content", common=True,
     )] | None = None  # fmt: skip
     context_length: Annotated[int, _student(
         "Max tokens per caption.", metavar="TOKENS", default="77, or that of the model whose text tower it is", ge=4,
@@ -129,6 +129,7 @@ class Training(_Data[Place, Names, Several], frozen=True, kw_only=True):
         "Initial weights of the student's image trunk; package: from an installed package, for efficientnet_lite0; "
         "teacher: the (first) teacher's whole image tower, of the same architecture.",
         metavar="timm|package|teacher|FILE", default="random", complete="timm|package|teacher", resume="content",
+        common=True,
     )] | None = None  # fmt: skip
     pretrained_text: Annotated[Place, _student(
         "Initial weights of the student's text tower. tokens: only those of the token embeddings, which are what the "
@@ -181,7 +182,7 @@ class Training(_Data[Place, Names, Several], frozen=True, kw_only=True):
     )] | None = None  # fmt: skip
     tasks: Annotated[Several, _evaluation(
         "Evaluate on this task (see clip-rd-edge evaluate) and keep the best student in RUN/best; can be repeated.",
-        flags=("--task",), metavar="NAME", default="none", complete="task", resume="free",
+        flags=("--task",), metavar="NAME", default="none", complete="task", resume="free", common=True,
     )] = _NONE  # fmt: skip
     evaluate_every: Annotated[int, _evaluation(
         "Steps between evaluations on the tasks.", metavar="STEPS", default="only at the end", ge=0, resume="free",
@@ -193,22 +194,24 @@ class Distill(Training[AnyPath, _OneOrMore, _OneOrMore], frozen=True, kw_only=Tr
 
     recipe: Annotated[AnyPath, _training(
         "Training recipe: clip-rd, clip-kd, tinyclip, clip, … or a YAML file.", metavar="NAME|FILE",
-        complete="recipe",
+        complete="recipe", common=True,
     )] = "clip-rd"  # fmt: skip
-    epochs: Annotated[int, _training("Passes over the data.", metavar="N", default="the recipe's", ge=1)] | None = None
+    epochs: Annotated[int, _training(
+        "Passes over the data.", metavar="N", default="the recipe's", ge=1, common=True,
+    )] | None = None  # fmt: skip
     steps: Annotated[int, _training(
         "Number of training steps, instead of {epochs}.", metavar="N", default="as many as the epochs have", ge=1,
     )] | None = None  # fmt: skip
     hours: Annotated[float, _training(
         "Train for so many hours, of a speed that is measured first, instead of {epochs} or {steps}.", metavar="HOURS",
-        default="as long as the steps take", gt=0,
+        default="as long as the steps take", gt=0, common=True,
     )] | None = None  # fmt: skip
     hold_out: Annotated[float, _evaluation(
         "Hold back this share of the images of a table or of class folders, copies together, and evaluate on them; "
-        "written to RUN/data.", metavar="SHARE", default="none", gt=0, le=0.5,
+        "written to RUN/data.", metavar="SHARE", default="none", gt=0, le=0.5, common=True,
     )] | None = None  # fmt: skip
     batch_size: Annotated[int, _training(
-        "Pairs per step.", metavar="PAIRS", default="the recipe's, at most as many as there are", ge=1,
+        "Pairs per step.", metavar="PAIRS", default="the recipe's, at most as many as there are", ge=1, common=True,
     )] | None = None  # fmt: skip
     learning_rate: Annotated[float, _training(
         "Peak learning rate.", flags=("--learning-rate", "--lr"), metavar="X",
@@ -222,8 +225,10 @@ class Distill(Training[AnyPath, _OneOrMore, _OneOrMore], frozen=True, kw_only=Tr
         "fp32, bf16, fp16, or auto, which measures which is fastest.", metavar="NAME", default="the recipe's",
         words=PRECISION_WORDS,
     )] | None = None  # fmt: skip
-    output: Annotated[AnyPath, _output("The run's folder.", flags=("-o", "--output"), metavar="RUN", path=True)]
-    resume: Annotated[bool, _output("Resume from the latest intact checkpoint in RUN.")] = False
+    output: Annotated[AnyPath, _output(
+        "The run's folder.", flags=("-o", "--output"), metavar="RUN", path=True, common=True,
+    )]  # fmt: skip
+    resume: Annotated[bool, _output("Resume from the latest intact checkpoint in RUN.", common=True)] = False
     accept_changes: Annotated[bool, _output("Resume although data or teacher changed since the run began.")] = False
     reporter: Reporter = SILENT
 
