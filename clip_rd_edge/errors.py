@@ -33,7 +33,7 @@ class ClipRdEdgeError(Exception):
 
     Args:
         message: one sentence: what was wrong, with its value and place, and what was expected.
-        hint: what to do next, or empty; ways that exclude each other are joined by `, or `.
+        hint: what to do next, or empty; alternatives are joined by `, or `.
         option: the name of the option that is to be changed, or empty.
     """
 

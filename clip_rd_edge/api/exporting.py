@@ -48,10 +48,9 @@ def export(request: Export) -> ExportedBundle:
 
     For several targets, `output` holds one bundle per target, in a folder of its name.
 
-    While a graph is converted, what any thread of the process prints to `sys.stdout`, and its warnings, are suppressed;
-    other threads log as ever.
+    The model is one that `load` takes; a bundle is exported only with `target="browser"`.
 
-    The model is one that `load` takes, but a bundle only with `target="browser"`.
+    While a graph is converted, warnings and what any thread prints to `sys.stdout` are suppressed.
 
     Raises:
         UsageError: `output` is in use, or would replace the model, or the options contradict each other.

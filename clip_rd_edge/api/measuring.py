@@ -28,7 +28,7 @@ def evaluate(request: Evaluate) -> list[Score]:
     """Evaluate a bundle, a run or any open_clip model on zero-shot classification and retrieval; one score per task.
 
     `model` is a loaded model, or anything that `load` accepts; `tasks` are names as for the command line, or task
-    objects. With `per_class`, zero-shot scores have the accuracy of each class, and what it was mistaken for.
+    objects. With `per_class`, zero-shot scores have the accuracy of each class, and the class that it was mistaken for.
 
     Raises:
         UsageError: `pretrained` or `threads` beside a loaded model.
@@ -169,8 +169,8 @@ def evidence_report(results: AnyPath | Sequence[AnyPath], *, into: AnyPath | Non
     """Return the tables of an evidence file, or of several results of one benchmark, as Markdown. Nothing is trained.
 
     Args:
-        results: the file of a suite; or at least two results of `benchmark`, such as those of several seeds, each a
-            results.json or its folder, of which the table has means and standard deviations.
+        results: the file of a suite; or two or more results of `benchmark`, each a results.json or its folder, for a
+            table of means and standard deviations.
         into: a Markdown file whose marked lines are replaced by a suite's tables; figures are written beside `results`.
     """
     from clip_rd_edge.evidence.report import markdown, publish, read_evidence_file

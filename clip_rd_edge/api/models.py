@@ -39,8 +39,8 @@ def load(
         runtime: `onnxruntime`, `openvino`, `tensorrt`, `litert`, `executorch` or `coreml` for a bundle, None for the
             one it was exported for; `torch` or `torch-compile` for other models.
         device: the device on which ONNX Runtime runs a bundle; see `clip-rd-edge doctor`.
-        force: answer, with a warning, although this processor computes the bundle's INT8 wrongly; otherwise the first
-            answer is a UsageError.
+        force: run a bundle whose INT8 this processor computes wrongly, with a warning; otherwise its first use raises a
+            UsageError.
 
     Raises:
         InputError, ConfigError: the model does not exist or is damaged.
@@ -62,8 +62,8 @@ def stitch(request: Stitch) -> Path:
     """Join an image classifier and a sentence encoder to an open_clip model, and return its folder.
 
     No image is needed: the projection is computed from the classifier's weights and the embeddings of its class names.
-    open_clip loads the folder as `local-dir:PATH`, and `distill` takes it as a teacher. Its bundles start with the
-    classes as labels; with `imagenet`, with the labels `everyday`.
+    open_clip loads the folder as `local-dir:PATH`, and `distill` takes it as a teacher. Its bundles have the classes as
+    labels, or the labels `everyday` if `names` is `imagenet`.
 
     Raises:
         UsageError: `output` is in use.
@@ -97,10 +97,10 @@ def stitch(request: Stitch) -> Path:
 
 @keywords_of(Trim)
 def trim(request: Trim) -> Path:
-    """Write a model with a smaller text tower, a student's start, and return its folder.
+    """Write a copy of a model with a smaller text tower, as the start of a student, and return its folder.
 
-    The result embeds images as the model does, and most texts otherwise: `distill` with the model as `teacher`, the
-    result as `student` and `texts`, without images, teaches it.
+    The copy embeds images as the model does, and most texts differently. To teach it the model's text embeddings, call
+    `distill` with the model as `teacher`, the copy as `student`, and `texts` without images.
 
     Raises:
         UsageError: `output` is in use or holds the model, or nothing is to be trimmed.

@@ -33,7 +33,7 @@ def index(request: Index) -> Update:
 def watch_index(request: WatchIndex) -> Iterator[Update]:
     """Build or update a search index as `index` does, and keep it up to date while images come, change and go.
 
-    Yields what each update has done, until `stop` is set, with everything saved that is embedded, or for ever.
+    Yields what each update has done, until `stop` is set; everything that is embedded is then saved.
     """
     from clip_rd_edge.runtime.index_watch import watch_index as watch
 
@@ -55,7 +55,7 @@ def _opened(request: Index | WatchIndex | Serve) -> BundleEncoder:
 def search(request: Search) -> Hits:
     """Return the images of an index that are nearest to a text or an image, nearest first, as a list of `Hit`.
 
-    Its attribute `missing` is the number of images that are not in the index yet, if indexing was interrupted.
+    The list's attribute `missing` is the number of images that an interrupted indexing has left out.
     """
     from clip_rd_edge.runtime.index import search_index
 

@@ -106,9 +106,8 @@ def _settled(request: Distill) -> dict[str, Any]:
 def embed(request: Embed) -> Path:
     """Compute the embeddings of a teacher, or of several, for `distill(store=output)`; return the folder.
 
-    What is there already is kept, so an interrupted call is continued by the same one. Processes that torchrun started
-    share the work; so do the workers of a Ray cluster, whose machines need the same data and teacher, but not the
-    output.
+    Embeddings in `output` are kept, so the same call continues an interrupted one. Processes of torchrun share the work,
+    and so do the workers of a Ray cluster, whose machines need the same data and teacher, but not the output.
 
     Raises:
         UsageError: `output` holds something else, or cannot be read as shards; there is no cluster; or the teacher's
@@ -131,9 +130,9 @@ def embed(request: Embed) -> Path:
 
 @keywords_of(Pack)
 def pack(request: Pack) -> Packed:
-    """Write training data as shards of small images; `source` of the result is `data` of `distill`.
+    """Write training data as shards of small images. Give the result's `source` to `distill` as `data`.
 
-    Shards that are there already are kept, so an interrupted call is continued by the same one.
+    Shards in `output` are kept, so the same call continues an interrupted one.
 
     Raises:
         UsageError: `output` holds something else, or shards of other data.
@@ -168,9 +167,9 @@ def _without(request: Distill | Embed, *names: str) -> dict[str, Any]:
 def average(request: Average) -> AveragedModel:
     """Average the weights of two models of one architecture: (1 − weight) · first + weight · second.
 
-    A fine-tuned model has forgotten some of what its start knew; between the two there are models that are nearly as
-    good at both (WiSE-FT, Wortsman et al. 2022). With tasks, the result's `curve` shows them, which is in the output's
-    distillation.json, too. open_clip loads the result as `local-dir:PATH`.
+    A fine-tuned model has forgotten some of what its start knew; models between the two are nearly as good at both
+    (WiSE-FT, Wortsman et al. 2022). With tasks, the result's `curve` has the accuracy of each weight, which
+    distillation.json records. open_clip loads the result as `local-dir:PATH`.
 
     Raises:
         UsageError: `output` is in use or holds one of the two models, or the best weight has no task to be measured on.
@@ -189,7 +188,7 @@ def average(request: Average) -> AveragedModel:
 
 
 def recipe(name: AnyPath | None = None) -> str:
-    """Return a recipe as commented YAML, to start one's own from; without a name, a list of the shipped recipes.
+    """Return a recipe as YAML with comments, to start your own from; without a name, a list of the shipped recipes.
 
     Args:
         name: a name such as `clip-rd`, or a YAML file.

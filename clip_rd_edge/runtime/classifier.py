@@ -62,15 +62,15 @@ class ZeroShotClassifier:
             model's own. The bank's embeddings are only used with the model's own templates; others embed its labels.
         none_below: omit predictions with a probability below this, between 0 and 1; an image may then have no
             prediction. The softmax over a single label is always 1: there, the cosine similarity is compared instead.
-            Models of SigLIP's kind have a sigmoid for each label, which is compared with any number of them.
+            Models of SigLIP's kind give each label a probability of its own.
         cache: keep the embeddings of a bundle's labels in the user's cache folder (see `runtime.labels`), so that the
             next process with the same labels need not load the text tower. Set to False if labels change often.
-        reporter: hears that many labels are embedded, and how many are.
+        reporter: is told how many labels have been embedded, if they are many.
 
     Raises:
         InputError: there are no labels, a label is empty or looks like the path of a missing file, or a template has
             no `{}`.
-        UsageError: `none_below` is not between 0 and 1, or `encoder` is none.
+        UsageError: `none_below` is not between 0 and 1, or `encoder` is not an encoder.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class ZeroShotClassifier:
 
     @property
     def has_trivial_label(self) -> bool:
-        """Whether there is a single label, of which a softmax makes 1 whatever the image shows."""
+        """Whether there is a single label, whose softmax is 1 whatever the image shows."""
         return len(self._set.labels) == 1 and not self.scoring.is_independent
 
     def set_labels(self, labels: Labels) -> None:
@@ -149,8 +149,7 @@ class ZeroShotClassifier:
             none_below: in place of the classifier's; None takes that.
 
         Raises:
-            InputError: the embeddings are of another shape or no numbers, or one is zero or has an entry that is not
-                finite.
+            InputError: the embeddings have another shape, are not numbers, or one is zero or not finite.
             UsageError: `top` is less than 1, or `none_below` is not between 0 and 1.
         """
         require_top(top)

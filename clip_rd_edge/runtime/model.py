@@ -22,7 +22,7 @@ class Model:
         encoder: the encoder that runs the model.
 
     Attributes:
-        encoder: the same encoder, for what this class does not offer.
+        encoder: the same encoder, whose other methods this class does not have.
     """
 
     def __init__(self, encoder: TowerEncoder) -> None:
