@@ -53,11 +53,11 @@ class ClipRdEdgeError(Exception):
         return self.hint_for(_as_in_python)
 
     def message_for(self, spell: Spell) -> str:
-        """Return the message with options as `spell` names them, or else as Python does."""
+        """Return the message with each option as `spell` names it, or as in Python where `spell` returns None."""
         return spelled(super().__str__(), lambda name: spell(name) or name)
 
     def hint_for(self, spell: Spell) -> str:
-        """Return the hint with options as `spell` names them, without the ways that need one which it lacks."""
+        """Return the hint with each option as `spell` names it, without the ways for whose option it returns None."""
         ways = (spelled(way, spell) for way in self.advice.split(_OR))
         return _OR.join(way for way in ways if not _OPTION.search(way))
 

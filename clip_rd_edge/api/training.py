@@ -106,8 +106,8 @@ def _settled(request: Distill) -> dict[str, Any]:
 def embed(request: Embed) -> Path:
     """Compute the embeddings of a teacher, or of several, for `distill(store=output)`; return the folder.
 
-    Embeddings in `output` are kept, so the same call continues an interrupted one. Processes of torchrun share the work,
-    and so do the workers of a Ray cluster, whose machines need the same data and teacher, but not the output.
+    Embeddings in `output` are kept, so the same call continues an interrupted one. Processes of torchrun share the
+    work, and so do the workers of a Ray cluster, whose machines need the same data and teacher, but not the output.
 
     Raises:
         UsageError: `output` holds something else, or cannot be read as shards; there is no cluster; or the teacher's
