@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from clip_rd_edge.api.models import first_answer, open_encoder
+from clip_rd_edge.api.models import open_encoder
 from clip_rd_edge.settings.building import Build
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.utils.files import require_utf8_path
@@ -55,7 +55,7 @@ def build(request: Build) -> BuiltBundle:
     from clip_rd_edge.building.look import task_of
     from clip_rd_edge.building.stages import Building
 
-    building = Building(request, partial(open_encoder, threads=1), first_answer)
+    building = Building(request, partial(open_encoder, threads=1))
     lines = tuple(building())
     report, held_out = building.folder / "report" / HTML, task_of(building.folder, building.found, "test")
     return BuiltBundle(building.bundle, lines, report, held_out)

@@ -195,7 +195,7 @@ def _lines(source: _Source, seen: Sequence[Seen], rows: Sequence[Row]) -> Iterab
             )
             yield f"{len(few):,} classes have fewer than {FEW} images: {named}{', …' if len(few) > 5 else ''}"
     groups = duplicates(rows)
-    exact = len(rows) - lost - len({own.digest for own in seen if own.digest})
+    exact = len({row.path for row in rows if row.part != "left out"}) - len({own.digest for own in seen if own.digest})
     copies = sum(map(len, groups)) - len(groups)
     if copies:
         yield f"{copies:,} are copies of others, {max(exact, 0):,} of them byte for byte; copies stay on one side"
@@ -206,12 +206,12 @@ def _lines(source: _Source, seen: Sequence[Seen], rows: Sequence[Row]) -> Iterab
 
 
 def duplicates(rows: Iterable[Row]) -> list[list[Row]]:
-    """Return the groups of images that are copies of each other."""
-    groups = dict[int, list[Row]]()
+    """Return the groups of files that are copies of each other; a file with several captions is none."""
+    groups = dict[int, dict[str, Row]]()
     for row in rows:
         if row.part != "left out":
-            groups.setdefault(row.group, []).append(row)
-    return [group for group in groups.values() if len(group) > 1]
+            groups.setdefault(row.group, {}).setdefault(row.path, row)
+    return [list(group.values()) for group in groups.values() if len(group) > 1]
 
 
 def table_of(rows: Iterable[Row]) -> str:

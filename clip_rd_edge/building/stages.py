@@ -21,7 +21,6 @@ import numpy as np
 
 from clip_rd_edge.benchmarking.accuracy import ZeroShotPredictions, predict
 from clip_rd_edge.benchmarking.accuracy import evaluate as score
-from clip_rd_edge.benchmarking.latency import Launch
 from clip_rd_edge.benchmarking.metrics import primary_metric
 from clip_rd_edge.benchmarking.report import HTML, write_report
 from clip_rd_edge.benchmarking.results import RESULTS, published, read_results
@@ -113,13 +112,12 @@ class Building:
     """A build in progress.
 
     Attributes:
-        open_encoder, launch: as `benchmarking.run.run_suite` takes them.
+        open_encoder: opens a folder or a name on one thread.
         found, plan: what the stages so far have settled.
     """
 
     request: Build
     open_encoder: OpenEncoder
-    launch: Launch | None = None
     found: Look = field(init=False)
     plan: Plan = field(init=False)
 
@@ -348,8 +346,10 @@ class Building:
         key = self._measured_key()
         is_right = known is not None and known.suite == published(suite) and self._kept_key() == key
         if not (is_right and is_file(report / HTML) and is_file(self.folder / VERDICT)):
-            results = run_suite(suite, self.open_encoder, self.reporter, launch=self.launch)
-            lines = verdict(self.found, results, max_latency=self.request.max_latency, rising=self._is_rising())
+            results = run_suite(suite, self.open_encoder, self.reporter)
+            limit = self.request.max_latency if is_here(self.request.target) else None
+            label = suite.rows[-1].label
+            lines = verdict(self.found, results, label, max_latency=limit, rising=self._is_rising())
             write_report(msgspec.structs.replace(results, verdict=tuple(lines)), report)
             write_text(self.folder / VERDICT, "".join(f"{line}\n\n" for line in lines))
             write_text(self.folder / _KEPT, key)

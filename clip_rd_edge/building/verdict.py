@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from clip_rd_edge.benchmarking.findings import above_chance, headline_score, shipped_row
+from clip_rd_edge.benchmarking.findings import above_chance, headline_score
 from clip_rd_edge.benchmarking.metrics import RetrievalScore
 from clip_rd_edge.benchmarking.results import Results, RowResult
 from clip_rd_edge.building.look import FEW, Look
@@ -15,31 +15,36 @@ _WEAK = 0.5  # of a class's images: below, the class is named
 _NAMED = 5
 
 
-def verdict(found: Look, results: Results, *, max_latency: float | None, rising: bool) -> list[str]:
-    """Return the verdict, its first sentence first.
+def verdict(found: Look, results: Results, label: str, *, max_latency: float | None, rising: bool) -> list[str]:
+    """Return the verdict on a bundle, its first sentence first.
 
     Args:
+        label: of the bundle's row; where this machine cannot run it, the verdict is on the student.
+        max_latency: in milliseconds, if it can be measured here.
         rising: whether the accuracy was still rising when the training ended.
     """
-    return [*_how_good(found, results, max_latency), *_what_next(found, results, rising=rising)]
-
-
-def _how_good(found: Look, results: Results, max_latency: float | None) -> Iterator[str]:
-    teacher, row = results.first("teacher"), shipped_row(results) or results.first("student")
+    row = next((row for row in results.rows if row.label == label), None) or results.first("student")
     if row is None:
-        yield "Neither the student nor its bundle could be measured: see the report for the reasons."
-        return
+        return ["Neither the student nor its bundle could be measured: see the report for the reasons."]
+    teacher = results.first("teacher")
+    return [*_how_good(found, results, row, teacher, max_latency), *_what_next(found, results, row, teacher, rising)]
+
+
+def _how_good(
+    found: Look, results: Results, row: RowResult, teacher: RowResult | None, max_latency: float | None
+) -> Iterator[str]:
     device = f"{row.latency.image.p50:.1f} ms per image here, {row.description.size_bytes / 1e6:.1f} MB"
     score, reference = headline_score(results, row), teacher and headline_score(results, teacher)
     if score is None:
         yield f"{row.label}: {_recall(row)}{f', the teacher {_recall(teacher)}' if teacher else ''}; {device}."
     else:
-        asked = "the teacher's answers" if found.kind == "images" else "the right ones"
-        against = f"; the teacher, without training on them, {reference.top1:.1%}" if reference else ""
         low, high = score.top1_interval.low, score.top1_interval.high
+        right = "answers as its teacher does" if found.kind == "images" else "is right"
+        against = f"; the teacher is, without training on them, on {reference.top1:.1%}" if reference else ""
         yield (
-            f"{row.label}: {score.top1:.1%} of {score.images:,} images that it was not trained on get {asked} among "
-            f"{score.classes:,} (95 % interval {low:.0%} to {high:.0%}){against}; {device}."
+            f"{row.label} {right} on {score.top1:.1%} of {score.images:,} images that it was not trained on, among "
+            f"{score.classes:,} labels (95 % interval {low:.0%} to {high:.0%})"
+            f"{'' if found.kind == 'images' else against}; {device}."
         )
         if not above_chance(score):
             yield f"That is no better than chance, {1 / score.classes:.1%}: do not use it."
@@ -52,19 +57,17 @@ def _recall(row: RowResult) -> str:
     return f"{score.image_to_text.at1:.1%} of {score.images:,} images find their caption first" if score else "-"
 
 
-def _what_next(found: Look, results: Results, *, rising: bool) -> Iterator[str]:
-    teacher, row = results.first("teacher"), shipped_row(results) or results.first("student")
+def _what_next(found: Look, results: Results, row: RowResult, teacher: RowResult | None, rising: bool) -> Iterator[str]:
     score, reference = (headline_score(results, one) if one else None for one in (row, teacher))
     if found.kind == "images":
         yield (
             "Nobody has said what is on the images, so the student can only become as good as its teacher: move the "
             "images in held-out/test into the right folders to see how good that is, or label some to train on."
         )
+    counts = Counter(one.caption for one in found.of("train"))
     if weak := [entry for entry in results.worst if entry.right < _WEAK * entry.images]:
-        counts = Counter(row.caption for row in found.of("train"))
         named = [f"{one.label} ({counts[one.label]} to train on, taken for {one.taken_for})" for one in weak[:_NAMED]]
         yield f"More images would help most of: {', '.join(named)}."
-    counts = Counter(row.caption for row in found.of("train"))
     if found.kind == "classes" and (few := [label for label in found.labels if counts[label] < FEW]):
         yield f"{len(few):,} classes have fewer than {FEW} images to train on, which is little."
     if rising:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,15 @@ def build(world: Path, output: Path, **changed: Any) -> edge.BuiltBundle:
     return edge.build(output=output, **options)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _without_what_takes_long() -> Iterator[None]:
+    """Leave out the 22,000 nouns that tokens are chosen by, and the plots of the runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clip_rd_edge.building.stages.class_nouns", lambda: ["a cat", "a dog"])
+        patch.setattr("clip_rd_edge.distillation.distill.plot_run", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def built(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("built") / "out"
@@ -86,6 +96,7 @@ def test_the_same_call_does_nothing_and_another_target_trains_nothing_again(worl
     assert (built / "bundles" / "cpu-arm" / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_build_that_was_killed_in_each_stage_ends_as_if_it_was_not(
     world: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +105,15 @@ def test_a_build_that_was_killed_in_each_stage_ends_as_if_it_was_not(
     def killed(*arguments: object, **options: object) -> None:
         raise MemoryError("like a kill, this saves nothing")
 
-    names = ("write_task", "predict", "save_clip", "run_distillation", "export_model", "verify_bundle", "write_report")
+    names = (
+        "write_task",
+        "predict",
+        "trim_text_tower",
+        "run_distillation",
+        "export_model",
+        "verify_bundle",
+        "write_report",
+    )
     for name in names:
         where = stages.look.__globals__ if name == "write_task" else vars(stages)
         with monkeypatch.context() as patch:
@@ -149,6 +168,7 @@ def test_what_cannot_be_built_is_refused_before_anything_is_written(
     assert not (tmp_path / "out" / "look.json").exists()
 
 
+@pytest.mark.slow
 def test_captions_of_their_own_are_held_out_as_retrieval(world: Path, tmp_path: Path) -> None:
     rows = [(path, f"{path.parent.name} thing {path.stem}") for path in sorted((world / "images").rglob("*.png"))]
     with (tmp_path / "pairs.csv").open("w", newline="") as file:
