@@ -53,7 +53,8 @@ def _without_what_takes_long() -> Iterator[None]:
     """Leave out the 22,000 nouns that tokens are chosen by, and the plots of the runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("clip_rd_edge.building.stages.class_nouns", lambda: ["a cat", "a dog"])
-        patch.setattr("clip_rd_edge.distillation.distill.plot_run", lambda *_: None)
+        for module in ("distill", "loop"):
+            patch.setattr(f"clip_rd_edge.distillation.{module}.plot_run", lambda *_: None)
         yield
 
 
@@ -105,16 +106,8 @@ def test_a_build_that_was_killed_in_each_stage_ends_as_if_it_was_not(
     def killed(*arguments: object, **options: object) -> None:
         raise MemoryError("like a kill, this saves nothing")
 
-    names = (
-        "write_task",
-        "predict",
-        "trim_text_tower",
-        "run_distillation",
-        "export_model",
-        "verify_bundle",
-        "write_report",
-    )
-    for name in names:
+    later = ("predict", "trim_text_tower", "run_distillation", "export_model", "verify_bundle", "write_report")
+    for name in ("write_task", *later):
         where = stages.look.__globals__ if name == "write_task" else vars(stages)
         with monkeypatch.context() as patch:
             patch.setitem(where, name, killed)
