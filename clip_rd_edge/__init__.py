@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         recommend,
     )
     from clip_rd_edge.api.models import load, stitch, trim
-    from clip_rd_edge.api.running import demo, doctor, index, search, serve, watch_index
+    from clip_rd_edge.api.running import demo, doctor, index, search, serve, teach, watch_index
     from clip_rd_edge.api.training import average, distill, embed, pack, recipe
     from clip_rd_edge.errors import (
         ClipRdEdgeError,
@@ -54,7 +54,7 @@ _HOMES = {
         "benchmark", "compare", "evaluate", "evidence_report", "evidence_run", "quickstart", "recommend",
     ),
     "api.models": ("load", "stitch", "trim"),
-    "api.running": ("demo", "doctor", "index", "search", "serve", "watch_index"),
+    "api.running": ("demo", "doctor", "index", "search", "serve", "teach", "watch_index"),
     "api.training": ("average", "distill", "embed", "pack", "recipe"),
     "runtime.classifier": ("Prediction", "ZeroShotClassifier"),
     "runtime.model": ("Model",),
@@ -97,6 +97,7 @@ __all__ = [
     "serve",
     "stitch",
     "targets",
+    "teach",
     "trim",
     "verify",
     "watch_index",

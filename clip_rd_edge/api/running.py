@@ -3,20 +3,69 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clip_rd_edge.api.everyday import place_of
-from clip_rd_edge.errors import InputError, MissingExtraError
-from clip_rd_edge.settings.deploying import Demo, Index, Search, Serve, WatchIndex
+from clip_rd_edge.errors import InputError, MissingExtraError, UsageError
+from clip_rd_edge.settings.deploying import Demo, Index, Search, Serve, Teach, WatchIndex
 from clip_rd_edge.settings.options import keywords_of
+from clip_rd_edge.utils.paths import near_files
 
 if TYPE_CHECKING:
     from clip_rd_edge.runtime.doctor import Finding
     from clip_rd_edge.runtime.encoder import BundleEncoder
     from clip_rd_edge.runtime.index import Hits
     from clip_rd_edge.runtime.index_update import Update
+    from clip_rd_edge.runtime.taught import Lesson
+
+
+@keywords_of(Teach)
+def teach(request: Teach) -> Lesson:
+    """Teach a bundle labels by a few images of each, and write it with them as a new bundle.
+
+    The labels stand beside those that the bundle has, or alone. It keeps the embeddings of the images, so that others
+    are taught later without them. `Model.teach` teaches an open model without writing one.
+
+    Raises:
+        UsageError: `output` is in use, or there is neither a folder nor a label to forget.
+        InputError: the folder or an image cannot be read, or a label to forget was not taught.
+    """
+    from clip_rd_edge.bundle.outputs import require_output
+    from clip_rd_edge.runtime import taught
+    from clip_rd_edge.runtime.load import load as load_bundle
+
+    bundle, output, given = Path(place_of(request.bundle)), Path(request.output), request.folder
+    forget = [request.forget] if isinstance(request.forget, str) else list(request.forget)
+    if given is None and not forget:
+        hint = "name a folder with a subfolder of images for each label, or a label with {forget}"
+        raise UsageError("There is nothing to teach or to forget.", hint=hint, option="folder")
+    folder = Path(given) if isinstance(given, str | os.PathLike) else None
+    if folder is None and not isinstance(given, Mapping | None):
+        raise UsageError(
+            f"folder is of type {type(given).__name__}; expected a path or images by label.", option="folder"
+        )
+    require_output(output, "export", overwrite=request.force, sources=[bundle, *([folder] if folder else [])])
+    encoder = load_bundle(bundle, threads=request.threads, device=request.device, force=request.force)
+    examples: Any = class_images(folder) if folder else given or {}
+    request.reporter.update("embedding the images")
+    lesson = taught.teach(encoder, examples, forget=forget, alone=request.alone)
+    taught.write_taught_bundle(encoder, output, overwrite=request.force)
+    return lesson
+
+
+def class_images(folder: Path) -> dict[str, list[Path]]:
+    """Return the images of each class folder by the class's name; a folder without any is one class."""
+    from clip_rd_edge.bundle.image_files import list_images
+    from clip_rd_edge.data.folders import CLASS_NAMES, class_folders, class_name, subfolders
+
+    if not folder.is_dir():
+        raise InputError(f"The folder {folder} does not exist.{near_files(folder)}", hint="check the path")
+    classes = (
+        class_folders(folder, folder / CLASS_NAMES) if subfolders(folder) else [(folder, class_name(folder.resolve()))]
+    )
+    return {name: list_images(inner) for inner, name in classes}
 
 
 @keywords_of(Index)

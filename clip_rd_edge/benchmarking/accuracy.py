@@ -31,7 +31,7 @@ from clip_rd_edge.benchmarking.metrics import (
 )
 from clip_rd_edge.bundle.encoder import Embeddings, Encoder, embed_batches, in_batches, label_embeddings
 from clip_rd_edge.bundle.images import ImageFile, in_bounded_batches, open_image
-from clip_rd_edge.bundle.scoring import Scoring
+from clip_rd_edge.bundle.scoring import Scoring, paired
 from clip_rd_edge.data.folders import CLASS_NAMES
 from clip_rd_edge.data.shard_files import TarMember
 from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask
@@ -204,6 +204,7 @@ def _classify(
 
     Only the similarities of CHUNK images at once are in memory.
     """
+    images = paired(images, labels)
     # Ranked by similarity, not by probability: a softmax in float32 turns small differences into ties.
     ranked = nearest_indices(images, labels, 5)
     confidence = [

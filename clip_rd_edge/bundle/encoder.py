@@ -200,6 +200,8 @@ def label_embeddings(
 ) -> Embeddings:
     """Return one embedding per label, shape (C, D): the normalised mean of its embeddings over all templates.
 
+    With labels that images have taught the encoder's bundle, (C, D + 1): see `LabelBank`.
+
     Args:
         labels: names, such as `cat`.
         templates: prompt templates with one `{}` for the name (or `{c}`, as in CLIP_benchmark), such as
@@ -207,6 +209,12 @@ def label_embeddings(
         reporter: hears how many labels are embedded.
     """
     require_labels(labels)
+    bank: Any = getattr(encoder, "label_bank", None)
+    if bank is not None and len(texts := bank.untaught(labels)) < len(labels):
+        size = encoder.describe().embedding_size
+        rows = label_embeddings(encoder, texts, templates) if texts else np.zeros((0, size), np.float32)
+        completed: Embeddings = bank.completed(labels, rows)
+        return completed
     if isinstance(encoder, LabelsEncoder) and not encoder.has_text_tower:
         return encoder.stored_label_embeddings(labels, templates)
     means = []

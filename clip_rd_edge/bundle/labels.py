@@ -2,6 +2,15 @@
 
 In INT8, `levels` (C, D) int8 and `scales` (C, 1) float32 replace `embeddings`, which is their product. The different
 keys make a reader without INT8 support refuse the file instead of misreading it.
+
+In a bundle that was taught labels by images, rows are (C, D + 1), of any length: the last entry is added to the cosine.
+What they were made from is kept in taught.npz, from which more labels are taught later (see `runtime.taught`):
+
+names (C,), texts (C, D) float32    the taught labels, and the embeddings of their texts; zeros without a text tower
+own (C,) bool                       whether the bundle had the label before, which it gets back when it is forgotten
+images (N, D) float16               embeddings of images
+classes (N,) int32                  the label of each, or -1 for images of nothing that is taught
+model ()                            the key of the image tower, to which the embeddings belong
 """
 
 from __future__ import annotations
@@ -11,14 +20,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.bundle.encoder import Embeddings, as_list, require_labels
-from clip_rd_edge.bundle.manifest import LABELS
+from clip_rd_edge.bundle.manifest import LABELS, TAUGHT
 from clip_rd_edge.errors import ConfigError, InputError, near_matches, quoted
 from clip_rd_edge.utils.arrays import npz_bytes, read_npz
 from clip_rd_edge.utils.files import read_text_limited, text_lines, write_bytes
@@ -27,13 +36,16 @@ from clip_rd_edge.utils.paths import Typed, as_text, expand_home, near_files
 MAX_BYTES = 1 << 28  # of an array of labels.npz: 65,536 labels of 1,024 float32 entries
 LabelPrecision = Literal["fp32", "fp16", "int8"]
 _HINT = "export the bundle again"
+_TAUGHT_HINT = "copy the bundle again, or teach it again from the images"
+_UNIT = 0.01  # by which float16 may miss the length of an embedding
 
 
 class LabelBank(msgspec.Struct, frozen=True):
-    """Label names and their embeddings, (C,) and (C, D)."""
+    """Label names and their embeddings, (C,) and (C, D), or (C, D + 1) with some that were taught by images."""
 
     names: tuple[str, ...]
     embeddings: Embeddings
+    taught: tuple[str, ...] = ()
 
     def find(self, labels: Sequence[str]) -> Embeddings | None:
         """Return the embeddings of labels in their order, or None if one is not in the bank."""
@@ -41,6 +53,30 @@ class LabelBank(msgspec.Struct, frozen=True):
         if not all(label in rows for label in labels):
             return None
         return self.embeddings[[rows[label] for label in labels]]
+
+    def untaught(self, labels: Sequence[str]) -> list[str]:
+        """Return those of the labels that have no row of their own beside others, in their order."""
+        return [label for label in labels if label not in self.taught]
+
+    def completed(self, labels: Sequence[str], texts: Embeddings) -> Embeddings:
+        """Return the rows of labels: those taught from the bank, and those of `untaught` from `texts`, (T, D)."""
+        untaught = self.untaught(labels)
+        if len(untaught) == len(labels):
+            return texts
+        texts = np.pad(texts, ((0, 0), (0, self.embeddings.shape[1] - texts.shape[1])))
+        rows = dict(zip(self.names, self.embeddings, strict=True)) | dict(zip(untaught, texts, strict=True))
+        return np.stack([rows[label] for label in labels])
+
+
+class Taught(msgspec.Struct, frozen=True):
+    """What labels were taught with; shapes as above."""
+
+    names: tuple[str, ...]
+    texts: Embeddings
+    own: npt.NDArray[np.bool_]
+    images: npt.NDArray[np.float16]
+    classes: npt.NDArray[np.int32]
+    model: str
 
 
 def require_readable(names: Sequence[str], size: int, precision: LabelPrecision) -> None:
@@ -104,6 +140,50 @@ def read_labels(folder: Path) -> LabelBank | None:
             hint=_HINT,
         )
     return LabelBank(tuple(str(name) for name in names), embeddings.astype(np.float32))
+
+
+def write_taught(folder: Path, taught: Taught) -> None:
+    """Write taught.npz."""
+    write_bytes(folder / TAUGHT, taught_bytes(taught))
+
+
+def taught_bytes(taught: Taught) -> bytes:
+    """Return the content of taught.npz."""
+    arrays = {name: np.asarray(getattr(taught, name)) for name in Taught.__struct_fields__}
+    return npz_bytes(compressed=True, **arrays)
+
+
+def read_taught(path: Path, *, size: int) -> Taught:
+    """Read taught.npz, of embeddings with `size` entries."""
+    arrays = read_npz(path, max_bytes=MAX_BYTES, hint=_TAUGHT_HINT)
+    shapes = {name: arrays[name].shape for name in Taught.__struct_fields__ if name in arrays}
+    kinds = "".join(arrays[name].dtype.kind for name in shapes)
+    count, images = len(arrays.get("names", ())), len(arrays.get("images", ()))
+    expected = ((count,), (count, size), (count,), (images, size), (images,), ())
+    if kinds != "UfbfiU" or tuple(shapes.values()) != expected or not _is_sound(arrays, count):
+        raise ConfigError(f"{path} does not have the arrays of taught labels in their shapes.", hint=_TAUGHT_HINT)
+    names = tuple(map(str, arrays["names"]))
+    require_labels(names)
+    return Taught(
+        names,
+        arrays["texts"].astype(np.float32),
+        arrays["own"],
+        arrays["images"].astype(np.float16),
+        arrays["classes"].astype(np.int32),
+        str(arrays["model"]),
+    )
+
+
+def _is_sound(arrays: dict[str, npt.NDArray[Any]], count: int) -> bool:
+    """Return whether rows are of unit length, or zeros for texts, and each label has an image."""
+    lengths = np.linalg.norm(arrays["images"].astype(np.float64), axis=1)
+    texts = np.linalg.norm(arrays["texts"].astype(np.float64), axis=1)
+    return bool(
+        (abs(lengths - 1) < _UNIT).all()
+        and (np.minimum(abs(texts - 1), abs(texts)) < _UNIT).all()
+        and len(set(arrays["names"].tolist())) == count
+        and set(arrays["classes"].tolist()) - {-1} == set(range(count))
+    )
 
 
 _PLACEHOLDERS = ("{}", "{c}")  # the latter in CLIP_benchmark's files

@@ -12,6 +12,7 @@ image.engine, text.engine   TensorRT targets only: engines, beside the ONNX file
 image.engine.sha256, …      engines built on the device only: the SHA-256 of the ONNX file and of the engine
 tokenizer.json   read by the `tokenizers` library
 labels.npz       optional: embeddings of fixed labels, which then do not need the text tower
+taught.npz       optional: the embeddings of the images that some of these labels were taught with
 
 A bundle exported with `--no-text-tower` has no text.* and no tokenizer.json.
 """
@@ -52,7 +53,7 @@ TOKENIZER = "tokenizer.json"
 # `x86-64`: any of them; `x86-64-vnni`: with AVX-VNNI, AVX512-VNNI or AMX; `aarch64`; `wasm32`: in a browser.
 WASM = "wasm32"
 INSTRUCTION_SETS = ("x86-64", "x86-64-vnni", "aarch64", WASM)
-LABELS = "labels.npz"
+LABELS, TAUGHT = "labels.npz", "taught.npz"
 ENGINE_SUFFIX = ".engine"  # replaces .onnx in the name of a TensorRT engine
 EXTERNAL_DATA_SUFFIX = ".data"  # added to the name of an ONNX file whose weights are in a file of their own
 # Added to the name of an engine that the device built, which the manifest does not list: what sha256sum prints for its
@@ -128,9 +129,11 @@ class Features(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     Attributes:
         logit_bias: see `Scoring`.
+        taught: the labels that images have taught, whose rows of labels.npz stand for them also beside other labels.
     """
 
     logit_bias: LogitBias | None = None
+    taught: tuple[str, ...] = ()
 
 
 class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -175,6 +178,11 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """How cosine similarities become probabilities."""
         return Scoring(self.logit_scale, self.features.logit_bias if self.features else None)
 
+    @property
+    def taught(self) -> tuple[str, ...]:
+        """See `Features`."""
+        return self.features.taught if self.features else ()
+
     def with_scoring(self, scoring: Scoring) -> Manifest:
         """Return a manifest with this scoring, and in the version that it needs."""
         scaled = msgspec.structs.replace(self, logit_scale=scoring.scale)
@@ -183,6 +191,9 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def with_features(self, **features: object) -> Manifest:
         """Return a manifest with these fields of `Features`, beside those that it has, and in the version they need."""
         merged = msgspec.structs.replace(self.features or Features(), **features)
+        if merged == Features():
+            version = FORMAT_VERSION if self.text else VERSION_WITHOUT_TEXT
+            return msgspec.structs.replace(self, features=msgspec.UNSET, format_version=version)
         return msgspec.structs.replace(self, features=merged, format_version=VERSION_WITH_FEATURES)
 
     def require_text(self) -> Tower:

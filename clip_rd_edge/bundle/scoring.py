@@ -34,8 +34,8 @@ class Scoring(CheckedStruct, frozen=True):
         return self.bias is not None
 
     def probabilities(self, images: npt.NDArray[np.float32], labels: npt.NDArray[np.float32]) -> Probabilities:
-        """Return the probability of each label for each image, (N, C), from embeddings (N, D) and (C, D)."""
-        logits = require_finite(self.scale * (images @ labels.T), "An image or a label")
+        """Return the probability of each label for each image, (N, C), from (N, D) and (C, D), or as in `paired`."""
+        logits = require_finite(self.scale * (paired(images, labels) @ labels.T), "An image or a label")
         if self.bias is not None:
             sigmoid: Probabilities = np.exp(-np.logaddexp(0, -(logits + self.bias))).astype(np.float32)
             return sigmoid
@@ -43,6 +43,13 @@ class Scoring(CheckedStruct, frozen=True):
         exponents = np.exp(logits)
         softmax: Probabilities = (exponents / exponents.sum(axis=1, keepdims=True)).astype(np.float32)
         return softmax
+
+
+def paired(images: npt.NDArray[np.float32], labels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return image embeddings, (N, D), with a 1 at the end if labels are (C, D + 1), whose last entry is an offset."""
+    if labels.shape[1] != images.shape[1] + 1:
+        return images
+    return np.concatenate([images, np.ones((len(images), 1), dtype=np.float32)], axis=1)
 
 
 def require_finite(embeddings: npt.NDArray[np.float32], source: str) -> npt.NDArray[np.float32]:

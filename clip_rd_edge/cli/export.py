@@ -1,4 +1,4 @@
-"""`clip-rd-edge export`, `verify` and `targets`: make a bundle, check it, and for what."""
+"""`clip-rd-edge export`, `teach`, `verify` and `targets`: make a bundle, teach it, check it, and for what."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import click
 from clip_rd_edge.cli.options import GroupedCommand, command_of, complete_target_name, grouped
 from clip_rd_edge.cli.output import echo, fold_command
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.settings.deploying import Export, Verify
-from clip_rd_edge.utils.text import as_word
+from clip_rd_edge.settings.deploying import Export, Teach, Verify
+from clip_rd_edge.utils.text import as_word, one_line
 
 if TYPE_CHECKING:
     from clip_rd_edge.api.exporting import ExportedBundle
@@ -122,6 +122,39 @@ def _as_json(bundle: ExportedBundle) -> str:
     if bundle.targets:
         return encode_json({"folder": str(bundle.folder), "targets": summaries}).decode()
     return encode_json(summaries[bundle.folder.name]).decode()
+
+
+@command_of(Teach, "teach")
+@grouped("Output")("--json", "as_json", is_flag=True, help="Print what was taught as JSON.")
+def teach(given: dict[str, Any], as_json: bool) -> None:
+    """Teach BUNDLE labels by a few images of each, and write it with them as a new bundle.
+
+    \b
+    clip-rd-edge teach bundle my-things/ -o taught
+    clip-rd-edge teach taught more-things/ -o taught-2
+    clip-rd-edge teach taught-2 --forget "my mug" -o taught-3
+    clip-rd-edge classify taught photo.jpg
+
+    FOLDER has a subfolder for each label, such as my-things/my mug/1.jpg; one to fifty images of each are enough. No
+    training and no PyTorch: the images are embedded once, and the rest takes seconds on a small board. The bundle keeps
+    the embeddings, so that more images and labels are added later without the old ones.
+    """
+    import clip_rd_edge as edge
+    from clip_rd_edge.cli.console import console_reporter, note
+
+    with console_reporter() as reporter:
+        lesson = edge.teach(**given, reporter=reporter)
+    counts = ", ".join(f"{one_line(name)} ({count})" for name, count in lesson.labels.items())
+    note(f"taught: {counts or 'nothing any more'}; {lesson.beside:,} labels beside them have texts alone")
+    if lesson.accuracy is not None and lesson.by_texts is not None:
+        note(f"images left out in turn: {lesson.accuracy:.0%} get their label, {lesson.by_texts:.0%} by its text alone")
+    note(f"next: clip-rd-edge classify {as_word(given['output'])} photo.jpg")
+    if as_json:
+        from clip_rd_edge.utils.structs import encode_json
+
+        echo(encode_json({"bundle": str(given["output"]), "lesson": lesson}))
+    else:
+        echo(given["output"])
 
 
 @command_of(Verify, "verify")

@@ -47,6 +47,7 @@ COMMANDS = {
     "export": ("export", "Export a model as a bundle for a device."),
     "verify": ("export", "Verify a bundle's files, and that it runs on this device."),
     "classify": ("classify", "Classify images among your own labels."),
+    "teach": ("export", "Teach a bundle labels by a few images of each."),
     "index": ("device", "Embed a folder of images for searching."),
     "search": ("device", "Search an index by text or image."),
     "serve": ("device", "Serve a bundle to other programs over HTTP."),

@@ -19,7 +19,7 @@ from clip_rd_edge.bundle.encoder import (
 )
 from clip_rd_edge.bundle.images import ImageInput
 from clip_rd_edge.bundle.labels import LabelBank, TemplateNames, parse_templates, template_words
-from clip_rd_edge.bundle.scoring import Probabilities
+from clip_rd_edge.bundle.scoring import Probabilities, paired
 from clip_rd_edge.errors import InputError, UsageError, in_one_line
 from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.labels import Labels, label_names, label_set_key, read_label_set, write_label_set
@@ -94,8 +94,9 @@ class ZeroShotClassifier:
         self.scoring = description.scoring
         words = template_words(templates)
         self._templates = parse_templates(words).prompts if words else description.templates
+        self._size = description.embedding_size
         bank: LabelBank | None = getattr(encoder, "label_bank", None)
-        self._bank_labels = bank.names if bank else None
+        self._taught, self._bank_labels = bank, bank.names if bank else None
         self._bank = bank if self._templates == description.templates else None
         self._cache, self._reporter = cache, reporter
         self._known: dict[str, Embeddings] = {}
@@ -130,7 +131,7 @@ class ZeroShotClassifier:
         require_labels(names)
         unique = tuple(dict.fromkeys(names))
         stored = self._bank.find(unique) if self._bank and unique else None
-        self._set = _LabelSet(unique, self._embed(unique) if stored is None else stored)
+        self._set = _LabelSet(unique, self._rows(unique) if stored is None else stored)
 
     def probabilities(self, images: ImageInput | Iterable[ImageInput]) -> Probabilities:
         """Return the probability of each label for each image, (N, C)."""
@@ -158,7 +159,7 @@ class ZeroShotClassifier:
         embeddings = self._unit_rows(embeddings)
         rows = self.scoring.probabilities(embeddings, of_labels)
         # Without a limit, a single label is answered even if its cosine is negative.
-        compared = embeddings @ of_labels.T if self.has_trivial_label and limit else rows
+        compared = paired(embeddings, of_labels) @ of_labels.T if self.has_trivial_label and limit else rows
         return [
             [Prediction(labels[i], float(row[i])) for i in top_indices(row, top) if values[i] >= limit]
             for row, values in zip(rows, compared, strict=True)
@@ -166,12 +167,13 @@ class ZeroShotClassifier:
 
     def similarities(self, embeddings: Embeddings) -> Similarities:
         """Return the cosine similarity of image embeddings, (N, D), to each label, (N, C); as `classify_embeddings`."""
-        rows: Similarities = self._unit_rows(embeddings) @ self._set.embeddings.T
+        of_labels = self._set.embeddings
+        rows: Similarities = paired(self._unit_rows(embeddings), of_labels) @ of_labels.T
         return rows
 
     def _unit_rows(self, embeddings: Embeddings) -> Embeddings:
         """Return the embeddings that a caller has, (N, D), divided by their lengths; errors: `classify_embeddings`."""
-        width = self._set.embeddings.shape[1]
+        width = self._size
         hint = f"pass what encode_images of this model returns: (N, {width}), or ({width},) for one image"
         try:
             given = np.asarray(embeddings)
@@ -188,6 +190,13 @@ class ZeroShotClassifier:
             )
         unit: Embeddings = (rows / lengths[:, None]).astype(np.float32)
         return unit
+
+    def _rows(self, labels: Sequence[str]) -> Embeddings:
+        """Return the labels' embeddings, (C, D), or (C, D + 1) if the bank has rows that images have taught."""
+        if self._taught is None:
+            return self._embed(labels)
+        texts = self._taught.untaught(labels)
+        return self._taught.completed(labels, self._embed(texts) if texts else np.zeros((0, self._size), np.float32))
 
     def _embed(self, labels: Sequence[str]) -> Embeddings:
         """Return the labels' embeddings, (C, D); the text tower embeds only labels that the last call did not have."""

@@ -21,8 +21,16 @@ import numpy.typing as npt
 
 from clip_rd_edge.bundle.encoder import Description, Embeddings, as_list, image_batch_size, in_batches
 from clip_rd_edge.bundle.images import ImageInput, as_rgb
-from clip_rd_edge.bundle.labels import LabelBank, in_words, read_labels
-from clip_rd_edge.bundle.manifest import LABELS, TOKENIZER, Manifest, Tower, require_intact, require_intact_tower
+from clip_rd_edge.bundle.labels import LabelBank, Taught, in_words, read_labels, read_taught
+from clip_rd_edge.bundle.manifest import (
+    LABELS,
+    TAUGHT,
+    TOKENIZER,
+    Manifest,
+    Tower,
+    require_intact,
+    require_intact_tower,
+)
 from clip_rd_edge.bundle.preprocess import preprocess, to_uint8
 from clip_rd_edge.bundle.scoring import require_finite
 from clip_rd_edge.bundle.tokenizer import Tokenizer
@@ -149,16 +157,31 @@ class BundleEncoder(ABC):
         """The bundle's precomputed labels and their embeddings, or None."""
         require_intact(self.folder, self.manifest, LABELS)
         bank = read_labels(self.folder)
-        listed = LABELS in self.manifest.files
+        listed, taught = LABELS in self.manifest.files, self.manifest.taught
         if self.manifest.files and (bank is not None) != listed:  # removed since it was read, or unchecked
             raise ConfigError(f"{self.folder / LABELS} is not what the manifest lists.", hint="export the bundle again")
-        if bank is not None and bank.embeddings.shape[1] != self.manifest.embedding_size:
+        width = self.manifest.embedding_size + bool(taught)
+        if bank is not None and (bank.embeddings.shape[1] != width or not set(taught) <= set(bank.names)):
             raise ConfigError(
-                f"{self.folder / LABELS} has embeddings of {bank.embeddings.shape[1]} entries; expected "
-                f"{self.manifest.embedding_size}, the model's.",
+                f"{self.folder / LABELS} has rows of {bank.embeddings.shape[1]} entries; expected {width}"
+                f"{', and the taught labels' if taught else ''}.",
                 hint="export the bundle again",
             )
-        return bank
+        return bank and msgspec.structs.replace(bank, taught=taught)
+
+    @cached_property
+    def taught(self) -> Taught | None:
+        """What images have taught the bundle, or None."""
+        if not self.manifest.taught:
+            return None
+        require_intact(self.folder, self.manifest, TAUGHT)
+        taught = read_taught(self.folder / TAUGHT, size=self.manifest.embedding_size)
+        if taught.names != self.manifest.taught or taught.model != image_key(self.manifest):
+            raise ConfigError(
+                f"{self.folder / TAUGHT} is not of this bundle: it has other labels, or another model's images.",
+                hint="copy the bundle again, or teach it again from the images",
+            )
+        return taught
 
     @property
     def text_key(self) -> str:
@@ -295,6 +318,12 @@ class BundleEncoder(ABC):
 
     def _no_rows(self) -> Embeddings:
         return np.zeros((0, self.manifest.embedding_size), dtype=np.float32)
+
+
+def image_key(manifest: Manifest) -> str:
+    """Return a key of a bundle's image tower, to which embeddings of images belong."""
+    files = [manifest.files.get(name, "") for name in manifest.files_of(manifest.image)]
+    return hashlib.sha256(msgspec.json.encode((files, manifest.preprocessing))).hexdigest()
 
 
 _opened: weakref.WeakSet[BundleEncoder] = weakref.WeakSet()  # those with a session

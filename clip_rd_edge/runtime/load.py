@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
 from clip_rd_edge.bundle.formats import FORMATS, RUNTIMES, encoder_of, format_of
-from clip_rd_edge.bundle.manifest import Manifest, is_bundle, read_manifest, require_intact_manifest
+from clip_rd_edge.bundle.manifest import (
+    MANIFEST,
+    Manifest,
+    damaged_files,
+    is_bundle,
+    read_manifest,
+    require_intact_manifest,
+    require_intact_tower,
+)
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.runtime.backends.onnxruntime import OPENVINO_PROCESSORS, PROVIDERS, import_onnxruntime
 from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, RunOptions, require_threads
@@ -46,6 +55,18 @@ def load(
     if runtime is not None and runtime not in (*RUNTIMES, format_of(manifest.target).runtime):
         raise UsageError(f"Unknown runtime {runtime!r}; expected one of {', '.join(RUNTIMES)}.")
     return open_bundle(folder, manifest, threads=threads, runtime=runtime, device=device, spin=spin, force=force)
+
+
+def copy_bundle(bundle: Path, manifest: Manifest, folder: Path) -> None:
+    """Copy a bundle's manifest and the files that it lists, all as they were exported, into a new folder."""
+    require_intact_manifest(bundle, manifest)
+    if damaged := damaged_files(bundle, manifest):
+        raise UsageError(f"The bundle {bundle} is damaged: {', '.join(damaged)}.", hint="copy or export it again")
+    for tower in manifest.towers.values():
+        require_intact_tower(bundle, manifest, tower)
+    for name in (MANIFEST, *manifest.files):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle / name, folder / name)
 
 
 def _without_links(folder: Path) -> Path:

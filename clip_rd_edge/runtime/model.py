@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from clip_rd_edge.bundle.encoder import Description, Embeddings, TowerEncoder, as_list
 from clip_rd_edge.bundle.images import ImageInput, is_single_image
@@ -11,6 +11,9 @@ from clip_rd_edge.bundle.labels import TemplateNames, parse_templates, template_
 from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
 from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.labels import Labels, label_names
+
+if TYPE_CHECKING:
+    from clip_rd_edge.runtime.taught import Examples, Lesson
 
 
 class Model:
@@ -85,6 +88,30 @@ class Model:
             row: Embeddings = self.encoder.encode_texts([texts])[0]
             return row
         return self.encoder.encode_texts(as_list(texts))
+
+    @checked_call
+    def teach(self, examples: Examples, *, forget: Sequence[str] = (), alone: bool = False) -> Lesson:
+        """Teach this model labels by a few images of each; `classify` without labels then chooses among them as well.
+
+        Nothing is written: `clip_rd_edge.teach` writes a bundle.
+
+        Args:
+            examples: images by label, such as `{"my mug": ["mug-1.jpg", "mug-2.jpg"]}`; those of a label that was
+                taught before are added to its earlier ones.
+            forget: labels to be forgotten with their images.
+            alone: leave out the model's labels that have texts alone.
+
+        Returns:
+            What was taught, with the accuracy that it has for images that are left out.
+
+        Raises:
+            InputError: an image could not be read, or a label to forget was not taught.
+        """
+        from clip_rd_edge.runtime.taught import teach
+
+        lesson = teach(self.encoder, examples, forget=forget, alone=alone)
+        self._classifier = None
+        return lesson
 
     @overload
     def classify(  # type: ignore[overload-overlap]  # a str, though a sequence, is one image

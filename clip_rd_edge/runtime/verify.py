@@ -14,10 +14,11 @@ import numpy as np
 from PIL import Image
 from PIL import __version__ as PILLOW
 
-from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.encoder import Embeddings, normalise
 from clip_rd_edge.bundle.manifest import (
     LABELS,
     MANIFEST,
+    TAUGHT,
     TOKENIZER,
     Manifest,
     Tower,
@@ -218,7 +219,9 @@ def _trials(encoder: BundleEncoder, reference: Reference | None) -> list[_Trial]
             run, answers = partial(_embed_texts, encoder, ref), ref.text_embeddings
             trials.append(_Trial("text tower", text, texts, run, answers, ref.text_rounding))
     if (encoder.folder / LABELS).is_file() or LABELS in manifest.files:
-        trials.append(_Trial("labels", None, {LABELS}, lambda: _label_embeddings(encoder)))
+        trials.append(
+            _Trial("labels", None, {LABELS, *([TAUGHT] if manifest.taught else [])}, lambda: _labels(encoder))
+        )
     return trials
 
 
@@ -295,7 +298,11 @@ def _embed_noise(encoder: BundleEncoder) -> Embeddings:
     return encoder.encode_pixels(np.random.default_rng(0).standard_normal(size).astype(np.float32))
 
 
-def _label_embeddings(encoder: BundleEncoder) -> Embeddings:
-    bank = encoder.label_bank
+def _labels(encoder: BundleEncoder) -> Embeddings:
+    """Return the embeddings of labels that have texts alone, and of what taught the others, which have any length."""
+    bank, taught = encoder.label_bank, encoder.taught
     assert bank is not None  # its file is there
-    return bank.embeddings
+    rows = [row[: encoder.manifest.embedding_size] for row, name in zip(bank.embeddings, bank.names, strict=True)
+            if name not in bank.taught]  # fmt: skip
+    images = [] if taught is None else list(normalise(taught.images))
+    return np.stack([*rows, *images])

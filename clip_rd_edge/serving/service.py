@@ -302,7 +302,9 @@ class Service:
         names = tuple(dict.fromkeys(labels or ()))
         is_stored = bank is not None and await asyncio.to_thread(bank.find, names) is not None
         if names and encoder.has_text_tower and not is_stored:
-            rows = await self._embed_labels(names)
+            texts = bank.untaught(names) if bank else names
+            rows = await self._embed_labels(texts)
+            rows = bank.completed(names, rows) if bank else rows
             encoder, labels = copy(encoder), None
             encoder.label_bank = LabelBank(names, rows)  # from which the classifier takes them as they are
         work = partial(ZeroShotClassifier, encoder, labels, cache=False)

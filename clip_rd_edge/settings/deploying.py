@@ -191,6 +191,34 @@ class Classify(Settings, frozen=True, kw_only=True):
     force: Force = False
 
 
+class _Taught(Settings, frozen=True):
+    bundle: Annotated[AnyPath, argument("The bundle, or everyday.", path=True)]
+    folder: Annotated[AnyPath | Any, argument(
+        "A subfolder of images for each label, whose name is the label; or a folder of images of one label. In Python "
+        "also images by label.", path=True,
+    )] | None = None  # fmt: skip
+
+
+class Teach(_Taught, frozen=True, kw_only=True):
+    """Teach a bundle labels by a few images of each."""
+
+    output: Annotated[
+        AnyPath, _output("Folder of the new bundle.", flags=("-o", "--output"), metavar="FOLDER", path=True)
+    ]
+    forget: Annotated[str | Sequence[str], _labels(
+        "Forget a taught label with its images; can be repeated.", metavar="LABEL", default="none",
+    )] = ()  # fmt: skip
+    alone: Annotated[bool, _labels(
+        "Leave out the bundle's other labels, which have texts alone; any can still be typed beside the taught ones.",
+    )] = False  # fmt: skip
+    threads: Threads | None = None
+    device: OnDevice = "auto"
+    force: Annotated[bool, _output(
+        "Replace an earlier export in FOLDER, and teach although this processor computes the bundle's INT8 wrongly.",
+    )] = False  # fmt: skip
+    reporter: Reporter = SILENT
+
+
 class _Indexed(Settings, frozen=True):
     bundle: Annotated[AnyPath, argument("The bundle that embeds the images.", path=True)]
     folder: Annotated[AnyPath, argument("The images, in subfolders, too.", path=True)]

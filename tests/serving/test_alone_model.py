@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import clip_rd_edge as edge
 from clip_rd_edge.bundle.labels import LabelBank, write_labels
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.bundle.preprocess import Preprocessing
@@ -148,6 +149,17 @@ def test_a_bundles_own_labels_have_their_own_rows(bundle: Path, start: Start) ->
     assert_runtimes(answer, bundle, None, picture())
     assert_runtimes(classify(node, LABELS, picture()), bundle, LABELS, picture())
     assert_runtimes(classify(node, ["label 3", "red"], picture()), bundle, ["label 3", "red"], picture())
+
+
+def test_a_taught_label_has_its_row_beside_others(bundle: Path, start: Start, tmp_path: Path) -> None:
+    images = [np.asarray(picture(seed).convert("RGB")) for seed in range(4)]
+    edge.teach(bundle, {"mine": images[:2], "yours": images[2:]}, output=tmp_path / "taught")
+    shutil.rmtree(bundle)
+    shutil.copytree(tmp_path / "taught", bundle)
+    node = start()
+    node.evaluate(OPEN)
+    for labels in (None, ["mine", "red", "Blue "], ["yours", "mine"], LABELS):
+        assert_runtimes(classify(node, labels, picture(1)), bundle, labels, picture(1))
 
 
 @pytest.mark.parametrize("one_at_a_time", [False, True])

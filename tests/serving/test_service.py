@@ -209,11 +209,19 @@ def test_nobody_else_waits_while_labels_are_embedded(colour_bundle: Path, monkey
     assert sum(map(len, batches)) == 1 + 40 + 1  # each label once, although two requests had them
 
 
-def test_labels_are_embedded_as_by_the_classifier_whatever_the_batch(colour_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("taught", [False, True])
+def test_labels_are_embedded_as_by_the_classifier_whatever_the_batch(
+    colour_bundle: Path, tmp_path: Path, taught: bool
+) -> None:
     bundle = shutil.copytree(colour_bundle, tmp_path / "bundle")
     templates = ("{}", "a {} thing", "one {c}", "the {}")
     write_manifest(bundle, msgspec.structs.replace(read_manifest(bundle), templates=templates))
     names = ["red", "green", "a red thing", "blue", "red", "dark red", "thing", "green and blue"]
+    if taught:
+        edge.teach(
+            bundle, {"blue": [np.full((9, 9, 3), 9 * i + 100, np.uint8) for i in range(3)]}, output=tmp_path / "t"
+        )
+        bundle = tmp_path / "t"
     expected = edge.ZeroShotClassifier(load(bundle), names, cache=False).classify(Image.open(io.BytesIO(jpeg())), top=9)
     service = Service(load(bundle), limits=Limits(max_batch=3))
     with testclient.TestClient(make_app(service), base_url=BASE_URL) as client:

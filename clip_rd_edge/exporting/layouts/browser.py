@@ -25,10 +25,7 @@ from clip_rd_edge.bundle.manifest import (
     TOKENIZER,
     WASM,
     Manifest,
-    damaged_files,
     read_manifest,
-    require_intact_manifest,
-    require_intact_tower,
     require_whole_towers,
     write_manifest,
 )
@@ -36,6 +33,7 @@ from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError, in_one_
 from clip_rd_edge.exporting.layouts import Layout
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.labels import write_label_bank
+from clip_rd_edge.runtime.load import copy_bundle
 from clip_rd_edge.settings.deploying import Export
 from clip_rd_edge.utils.files import size_bytes, write_bytes
 from clip_rd_edge.utils.outputs import new_folder
@@ -195,21 +193,9 @@ def write_browser(bundle: Path, folder: Path, *, node_modules: Path | None = Non
             shutil.copyfile(path, folder / path.name)
     for name, path in find_packages(node_modules).items():
         shutil.copyfile(path, folder / NPM / name)
-    _copy_bundle(bundle, manifest, folder / BUNDLE)
+    copy_bundle(bundle, manifest, folder / BUNDLE)
     write_bytes(folder / SIZES, to_json(_sizes(folder, manifest)))
     return manifest
-
-
-def _copy_bundle(bundle: Path, manifest: Manifest, folder: Path) -> None:
-    """Copy a bundle's manifest and the files that it lists, all as they were exported, into a new folder."""
-    require_intact_manifest(bundle, manifest)
-    if damaged := damaged_files(bundle, manifest):
-        raise UsageError(f"The bundle {bundle} is damaged: {', '.join(damaged)}.", hint="copy or export it again")
-    for tower in manifest.towers.values():
-        require_intact_tower(bundle, manifest, tower)
-    for name in (MANIFEST, *manifest.files):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(bundle / name, folder / name)
 
 
 def require_supported(bundle: Path, manifest: Manifest) -> None:
@@ -248,11 +234,17 @@ def export_page(request: Export, labels: Sequence[str] | None) -> Manifest:
         raise UsageError(f"The output {output} is inside the bundle that it holds.", hint="choose another {output}")
     manifest, node_modules = read_manifest(bundle), _folder(request.node_modules)
     require_supported(bundle, manifest)
+    if labels is not None and manifest.taught:
+        raise UsageError(
+            f"The bundle {bundle} keeps the labels that it was taught.",
+            hint="leave out {labels}, and type others on the page, beside the taught ones",
+            option="labels",
+        )
     find_packages(node_modules)
     with tempfile.TemporaryDirectory() as scratch, new_folder(output, overwrite=request.force) as folder:
         if labels is not None:
             copy = Path(scratch) / "bundle"
-            _copy_bundle(bundle, manifest, copy)
+            copy_bundle(bundle, manifest, copy)
             write_label_bank(copy, manifest, labels)
             write_manifest(copy, manifest)
             bundle = copy

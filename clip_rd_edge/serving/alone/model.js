@@ -42,11 +42,14 @@ export class Model {
       return;
     }
     // As the runtime does: rows of the bank and of the text tower, which may have another precision, are not mixed.
-    const known = labels.every((label) => this.bank?.has(label)) ? this.bank : this.embedded;
-    const missing = labels.filter((label) => !known.has(label));
+    // Those that images have taught are the bank's also beside others.
+    const all = labels.every((label) => this.bank?.has(label));
+    const taught = this.manifest.features?.taught ?? [];
+    const find = (label) => (all || taught.includes(label) ? this.bank : this.embedded).get(label);
+    const missing = labels.filter((label) => !find(label));
     const embeddings = await this.#embed(missing.map((label) => promptLists[labels.indexOf(label)]));
-    this.rows = new Map(labels.map((label) => [label, known.get(label) ?? embeddings[missing.indexOf(label)]]));
-    if (known !== this.bank) this.embedded = this.rows;
+    this.rows = new Map(labels.map((label) => [label, find(label) ?? embeddings[missing.indexOf(label)]]));
+    if (!all) this.embedded = this.rows;
   }
 
   // The labels, most likely first, with their probabilities and the times taken.
@@ -56,7 +59,7 @@ export class Model {
     const pixels = preprocess(await decode(image), preprocessing);
     const opened = performance.now();
     const input = new this.ort.Tensor("float32", pixels, [1, 3, ...preprocessing.size]);
-    const embedding = await this.#run(this.image, tower, input);
+    const embedding = [...(await this.#run(this.image, tower, input)), 1]; // for rows that end with an offset
     const logits = [...this.rows.values()].map((row) => scale * dot(row, embedding));
     const best = probabilities(logits, features?.logit_bias)
       .map((probability, i) => [probability, i])

@@ -1,0 +1,265 @@
+"""Labels that a few images of each have taught: a linear head on frozen embeddings, in closed form, by NumPy alone.
+
+Where a label c has a text t(c) alone, an image x gets the logit s x·t(c). A taught one adds what its images show:
+
+    s x·[β t(c) + (1 − β) t̄] + b (x·r(c) − τ)
+
+t̄ is the mean of the taught labels' texts. r is a ridge regression from the embeddings of all images onto their labels,
+in which `reference_images` are images of none. τ is the share 0.4 of what an image that was left out gets for its own
+label: with less, the label becomes less likely than by its text. So those beside it, which have texts alone, keep their
+images. β, b and the ridge λ are those which best predict every image while it is left out; that is exact and costs
+nothing in a linear regression. With b = 0 and β = 1 the answer is zero-shot's, for texts that need no images.
+
+Sources: Tip-Adapter (Zhang et al. 2022) adds images to texts so; "A closer look at the few-shot adaptation of large
+vision-language models" (Silva-Rodríguez et al. 2024) warns of choices that no small set of images can make; left-out
+residuals of a ridge regression, Allen (1974).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from clip_rd_edge.bundle.encoder import Embeddings, Encoder, embeds_texts, label_embeddings, require_labels
+from clip_rd_edge.bundle.images import ImageInput
+from clip_rd_edge.bundle.labels import MAX_BYTES, LabelBank, Taught, require_readable, write_labels, write_taught
+from clip_rd_edge.bundle.manifest import LABELS, TAUGHT, write_manifest
+from clip_rd_edge.bundle.reference import reference_images
+from clip_rd_edge.bundle.scoring import Scoring
+from clip_rd_edge.errors import InputError, near_matches
+from clip_rd_edge.runtime.embed import encode_inputs
+from clip_rd_edge.runtime.encoder import BundleEncoder, image_key
+from clip_rd_edge.runtime.load import copy_bundle
+from clip_rd_edge.utils.outputs import new_folder
+
+Matrix = npt.NDArray[np.float64]
+Examples = Mapping[str, ImageInput | Iterable[ImageInput]]
+_TEXT_SHARES, _BOOSTS, _RIDGES = (1.0, 0.5, 0.0), (0.0, 2.0, 4.0, 8.0, 16.0), (0.1, 0.3, 1.0)  # β, b, λ
+# With one image of each label, none is left to compare with: β, b, λ, and what another image would get for its label.
+_SINGLE, _UNSEEN = (0.5, 16.0, 0.3), 0.54
+_THRESHOLD = 0.4
+_NONE = -1  # the class of the reference images
+
+
+class Lesson(msgspec.Struct, frozen=True, kw_only=True):
+    """What was taught.
+
+    Attributes:
+        labels: the number of images of each taught label.
+        beside: number of labels that have texts alone.
+        accuracy: share of the images that get their own label while they are left out; None with one of each.
+        by_texts: the same by the texts alone.
+        text_share, boost, ridge, threshold: β, b, λ and τ.
+    """
+
+    labels: dict[str, int]
+    beside: int
+    accuracy: float | None = None
+    by_texts: float | None = None
+    text_share: float = 1.0
+    boost: float = 0.0
+    ridge: float = 0.0
+    threshold: float = 0.0
+
+
+def teach(encoder: Encoder, examples: Examples, *, forget: Sequence[str] = (), alone: bool = False) -> Lesson:
+    """Teach an encoder's label bank labels by images of each, beside those that it has been taught before.
+
+    Args:
+        encoder: its attributes `label_bank` and `taught` are replaced.
+        examples: images of each label; those of a label that was taught before are added to its earlier ones.
+        forget: labels to be forgotten with their images.
+        alone: leave out the labels that have texts alone.
+    """
+    bank: LabelBank | None = getattr(encoder, "label_bank", None)
+    taught: Taught = getattr(encoder, "taught", None) or _nothing(encoder)
+    for name in forget:
+        if name not in taught.names:
+            raise InputError(
+                f"No images have taught {name!r}.{near_matches(name, taught.names)}",
+                hint=f"the taught labels are: {', '.join(taught.names) or 'none'}",
+            )
+    for name, images in examples.items():
+        taught = _with_images(encoder, taught, bank, name, encode_inputs(encoder, images))
+    kept = [name for name in taught.names if name not in forget]
+    back = [name for name, own in zip(taught.names, taught.own, strict=True) if own and name in forget]
+    beside = None if alone else _beside(bank, taught, back)
+    taught = _only(taught, kept)
+    new, lesson = beside, Lesson(labels={}, beside=len(beside.names) if beside else 0)
+    if kept:
+        description = encoder.describe()
+        require_readable((*kept, *(beside.names if beside else ())), description.embedding_size + 1, "fp32")
+        new, lesson = taught_bank(taught, beside, description.scoring)
+    encoder.label_bank, encoder.taught = new, taught  # type: ignore[attr-defined]
+    return lesson
+
+
+def write_taught_bundle(encoder: BundleEncoder, output: Path, *, overwrite: bool = False) -> None:
+    """Write a copy of a bundle with the labels that its encoder has been taught."""
+    bank, taught = encoder.label_bank, encoder.taught
+    with new_folder(output, overwrite=overwrite) as folder:
+        copy_bundle(encoder.folder, encoder.manifest, folder)
+        for name in (LABELS, TAUGHT):
+            (folder / name).unlink(missing_ok=True)
+        if bank is not None:
+            write_labels(folder, bank)
+        if taught is not None and taught.names:
+            write_taught(folder, taught)
+        write_manifest(folder, encoder.manifest.with_features(taught=taught.names if taught else ()))
+
+
+def _nothing(encoder: Encoder) -> Taught:
+    """Return a start without labels: the embeddings of the reference images."""
+    description = encoder.describe()
+    rows = encode_inputs(encoder, list(reference_images(description.preprocessing.size)))
+    none = np.full(len(rows), _NONE, np.int32)
+    empty = np.zeros((0, description.embedding_size), np.float32)
+    key = image_key(encoder.manifest) if isinstance(encoder, BundleEncoder) else ""
+    return Taught((), empty, np.zeros(0, np.bool_), rows.astype(np.float16), none, key)
+
+
+def _with_images(encoder: Encoder, taught: Taught, bank: LabelBank | None, name: str, rows: Embeddings) -> Taught:
+    """Return what was taught with images of a label, (N, D), added; those that it has already are left out."""
+    require_labels([name])
+    if not len(rows):
+        raise InputError(f"There are no images of {name!r}.", hint="name one to fifty of them")
+    names, texts, own = taught.names, taught.texts, taught.own
+    if name not in names:
+        stored = bank.find([name]) if bank else None
+        if stored is not None:
+            text = stored
+        elif embeds_texts(encoder):
+            text = label_embeddings(encoder, [name], encoder.describe().templates)
+        else:
+            text = np.zeros((1, texts.shape[1]), np.float32)
+        names = (*names, name)
+        texts, own = np.concatenate([texts, text[:, : texts.shape[1]]]), np.append(own, stored is not None)
+    number = names.index(name)
+    known = {row.tobytes() for row in taught.images[taught.classes == number]}
+    added = {key: row for row in rows.astype(np.float16) if (key := row.tobytes()) not in known}
+    images = np.concatenate([taught.images, np.stack(list(added.values()))]) if added else taught.images
+    if images.nbytes > MAX_BYTES:
+        raise InputError(f"There are {len(images):,} images; their embeddings take more than {MAX_BYTES >> 20} MB.")
+    classes = np.append(taught.classes, np.full(len(added), number, np.int32)).astype(np.int32)
+    return Taught(names, texts, own, images, classes, taught.model)
+
+
+def _only(taught: Taught, names: Sequence[str]) -> Taught:
+    """Return what was taught of these labels alone."""
+    rows = [taught.names.index(name) for name in names]
+    numbers = {_NONE: _NONE} | {row: number for number, row in enumerate(rows)}
+    kept = np.array([number in numbers for number in taught.classes.tolist()], np.bool_)
+    classes = np.array([numbers[number] for number in taught.classes[kept].tolist()], np.int32)
+    return Taught(tuple(names), taught.texts[rows], taught.own[rows], taught.images[kept], classes, taught.model)
+
+
+def _beside(bank: LabelBank | None, taught: Taught, back: Sequence[str]) -> LabelBank | None:
+    """Return the labels of a bank that have texts alone, with those that have again, or None without any."""
+    size = taught.texts.shape[1]
+    names = [name for name in (bank.names if bank else ()) if name not in taught.names]
+    rows = [bank.find(names)[:, :size]] if bank and names else []  # type: ignore[index]
+    rows += [taught.texts[[taught.names.index(name) for name in back]]] if back else []
+    return LabelBank((*names, *back), np.concatenate(rows)) if rows else None
+
+
+def taught_bank(taught: Taught, beside: LabelBank | None, scoring: Scoring) -> tuple[LabelBank, Lesson]:
+    """Return a bank with the taught labels, and after them those beside, as the heading of this module has it."""
+    images, classes, count = taught.images.astype(np.float64), taught.classes, len(taught.names)
+    images /= np.linalg.norm(images, axis=1, keepdims=True)
+    texts = taught.texts.astype(np.float64)
+    others = np.zeros((0, texts.shape[1])) if beside is None else beside.embeddings.astype(np.float64)
+    is_known = texts.any(axis=1)
+    if len(known := np.concatenate([texts[is_known], others])):
+        texts[~is_known] = known.mean(axis=0)
+    mean = texts.mean(axis=0)
+    sizes = np.bincount(classes + 1, minlength=count + 1)
+    weights = len(images) / len(sizes) / sizes[classes + 1]
+    targets = (classes[:, None] == np.arange(count)).astype(np.float64)
+    judged = (classes != _NONE) & (sizes[classes + 1] > 1)
+    left = _LeftOut(images[judged], classes[judged], weights[judged], texts, mean, others, scoring)
+    choice, head = None, np.zeros((count, texts.shape[1]))
+    for ridge in _RIDGES if judged.any() else ():
+        solved, scores = _regression(images, targets, weights, ridge)
+        found = left.best(scores[judged], ridge)
+        if choice is None or found.loss < choice.loss:
+            choice, head = found, solved
+    if choice is None:
+        choice = _Choice(0.0, *_SINGLE, _THRESHOLD * _UNSEEN, None, None)
+        head, _ = _regression(images, targets, weights, choice.ridge)
+    rows = choice.share * texts + (1 - choice.share) * mean + choice.boost / scoring.scale * head
+    rows = np.pad(rows, ((0, 0), (0, 1)), constant_values=-choice.boost * choice.threshold / scoring.scale)
+    vectors = np.concatenate([rows, np.pad(others, ((0, 0), (0, 1)))]).astype(np.float32)
+    lesson = Lesson(
+        labels=dict(zip(taught.names, sizes[1:].tolist(), strict=True)), beside=len(others), accuracy=choice.accuracy,
+        by_texts=choice.by_texts, text_share=choice.share, boost=choice.boost, ridge=choice.ridge,
+        threshold=choice.threshold,
+    )  # fmt: skip
+    return LabelBank((*taught.names, *(beside.names if beside else ())), vectors, taught.names), lesson
+
+
+def _regression(images: Matrix, targets: Matrix, weights: Matrix, ridge: float) -> tuple[Matrix, Matrix]:
+    """Return the head of a weighted ridge regression, (C, D), and what each image gets while it is left out, (N, C)."""
+    weighted = images.T * weights
+    inverse = np.linalg.inv(weighted @ images + ridge * np.eye(images.shape[1]))
+    head = inverse @ (weighted @ targets)
+    leverage = weights * ((images @ inverse) * images).sum(axis=1)
+    return head.T, (images @ head - leverage[:, None] * targets) / (1 - leverage)[:, None]
+
+
+class _Choice(NamedTuple):
+    loss: float
+    share: float
+    boost: float
+    ridge: float
+    threshold: float
+    accuracy: float | None
+    by_texts: float | None
+
+
+class _LeftOut(NamedTuple):
+    """Images, (N, D), of labels with several, and what is compared for them."""
+
+    images: Matrix
+    classes: npt.NDArray[np.int32]
+    weights: Matrix
+    texts: Matrix
+    mean: Matrix
+    others: Matrix
+    scoring: Scoring
+
+    def best(self, scores: Matrix, ridge: float) -> _Choice:
+        """Return the mix of texts and the regression's left-out scores, (N, C), with the lowest loss."""
+        own, scale = np.arange(len(self.classes)), self.scoring.scale
+        threshold = max(0.0, _THRESHOLD * float(np.average(scores[own, self.classes], weights=self.weights)))
+        beside, level = scale * self.images @ self.others.T, scale * (self.images @ self.mean)[:, None]
+        by_text = scale * self.images @ self.texts.T
+        best, by_texts = None, None
+        for share, boost in product(_TEXT_SHARES, _BOOSTS):
+            logits = share * by_text + (1 - share) * level + boost * (scores - threshold)
+            logits = np.concatenate([logits, beside], axis=1)
+            right = float(np.average(logits.argmax(axis=1) == self.classes, weights=self.weights))
+            by_texts = right if by_texts is None else by_texts  # the first has texts alone
+            losses = _losses(logits, self.classes, self.scoring.bias)
+            loss = float(np.average(losses, weights=self.weights))
+            if best is None or loss < best.loss:
+                best = _Choice(loss, share, boost, ridge, threshold, right, by_texts)
+        assert best is not None
+        return best
+
+
+def _losses(logits: Matrix, classes: npt.NDArray[np.int32], bias: float | None) -> Matrix:
+    """Return the negative logarithm of the probability of each image's answers, by softmax or by sigmoids."""
+    own = np.arange(len(classes)), classes
+    if bias is None:
+        highest = logits.max(axis=1)
+        losses: Matrix = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1)) - logits[own]
+        return losses
+    wrong = np.logaddexp(0, logits + bias)
+    losses = wrong.sum(axis=1) - wrong[own] + np.logaddexp(0, -(logits[own] + bias))
+    return losses
