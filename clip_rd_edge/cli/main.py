@@ -63,7 +63,7 @@ GROUPS = {
     "Train": ("distill", "recipe"),
     "Models": ("stitch", "trim", "average"),
     "Ship": ("export", "verify", "targets"),
-    "Use": ("index", "search", "serve", "doctor"),
+    "Use": ("teach", "index", "search", "serve", "doctor"),
     "Measure": ("evaluate", "benchmark"),
 }
 # What other programs call a command.

@@ -89,7 +89,6 @@ class Model:
             return row
         return self.encoder.encode_texts(as_list(texts))
 
-    @checked_call
     def teach(self, examples: Examples, *, forget: Sequence[str] = (), alone: bool = False) -> Lesson:
         """Teach this model labels by a few images of each; `classify` without labels then chooses among them as well.
 
