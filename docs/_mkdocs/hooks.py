@@ -29,6 +29,11 @@ ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 # What pymdownx.arithmatex leaves of $…$ and $$…$$.
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL)
+# A menu in the sidebar, as far as its title.
+MENU = re.compile(
+    r'(<nav class="md-nav" data-md-level="\d" )aria-labelledby="\w+"'
+    r"([^<]*<label[^<]*<span[^<]*</span>\s*)([^<]*?)(?=\s*</label>)"
+)
 FENCE = re.compile(r"^\s*```")
 LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?(https?:)?//[^\"'\s>]+")
 
@@ -137,6 +142,13 @@ def on_page_content(html: str, **_: Any) -> str:
         return f"<{tag} class=formula>{formula}</{tag}>"
 
     return FORMULA.sub(shown, html)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Name what the theme leaves without a name for screen readers: the search, and menus whose label is an icon."""
+    dialog = 'data-md-component="search" role="dialog"'
+    output = output.replace(dialog, f'{dialog} aria-label="Search"')
+    return MENU.sub(r'\1aria-label="\3"\2\3', output)
 
 
 def on_post_build(config: MkDocsConfig) -> None:
