@@ -91,8 +91,10 @@ def export(request: Export) -> ExportedBundle:
         request.reporter.note(plans[0].note)
 
     # PyTorch takes seconds to import: by now, mistakes in the options have been reported.
+    from clip_rd_edge.api.models import import_modules
     from clip_rd_edge.exporting.bundle import export_model
 
+    import_modules(request.modules)
     written = export_model(request, plans, pairs)
     bundles = tuple(ExportedBundle(output / name, part.manifest, part.trials) for name, part in written.items())
     return ExportedBundle(output, bundles[0].manifest, bundles[0].trials, bundles if len(plans) > 1 else ())

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_rd_edge.api.models import first_answer, load, open_encoder
+from clip_rd_edge.api.models import first_answer, import_modules, load, open_encoder
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.settings.measuring import Benchmark, Evaluate, EvidenceRun, Quickstart
 from clip_rd_edge.settings.options import keywords_of
@@ -48,6 +48,7 @@ def evaluate(request: Evaluate) -> list[Score]:
     loaded = load_tasks(request.tasks, templates=request.templates, **columns)
     note_class_names(loaded, reporter)
     if not isinstance(model, Model):
+        import_modules(request.modules)
         model = load(model, pretrained=request.pretrained, threads=request.threads)
     return [score(model.encoder, task, per_class=request.per_class, reporter=reporter) for task in loaded]
 

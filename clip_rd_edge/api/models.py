@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from clip_rd_edge.api.everyday import place_of
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.settings.training import Stitch, Trim
-from clip_rd_edge.utils.paths import AnyPath, Typed, as_text, typed
+from clip_rd_edge.utils.paths import AnyPath, Typed, as_text, several, typed
 
 if TYPE_CHECKING:
     from clip_rd_edge.benchmarking.suite import RowRuntime
@@ -55,6 +56,14 @@ def load(
         typed(model), pretrained=weights, threads=threads, runtime=runtime, device=device, force=force
     )
     return Model(encoder)
+
+
+def import_modules(modules: AnyPath | Sequence[AnyPath]) -> None:
+    """Run Python files or modules of the user's own, which register models of timm."""
+    for source in several(modules):
+        from clip_rd_edge.losses.terms import load_terms
+
+        load_terms(source)
 
 
 @keywords_of(Stitch)

@@ -73,8 +73,11 @@ def index(request: Index) -> Update:
     """Build or update a search index of the images under a folder; only new and changed images are embedded."""
     from clip_rd_edge.runtime.index_update import update_index
 
+    encoder = _opened(request)
+    if not encoder.has_text_tower:  # before minutes are spent
+        request.reporter.note("the bundle has no text tower: images will find images in this index, and texts will not")
     return update_index(
-        _opened(request), Path(request.folder), Path(request.output), cluster=request.ray, reporter=request.reporter
+        encoder, Path(request.folder), Path(request.output), cluster=request.ray, reporter=request.reporter
     )
 
 

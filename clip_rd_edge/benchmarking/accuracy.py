@@ -331,7 +331,7 @@ def choose_samples(task: ZeroShotTask, predictions: Mapping[str, ZeroShotPredict
 def worst_classes(row: str, task: ZeroShotTask, predictions: ZeroShotPredictions) -> tuple[WorstClass, ...]:
     """Return up to MAX_WORST_CLASSES classes of lowest accuracy; ties go to the most confident errors.
 
-    Classes without errors are left out.
+    Classes without errors are left out, and those of a single image, whose accuracy is all or nothing.
     """
     hits, confidence = predictions.hits(task), np.asarray(predictions.probabilities)
     targets, predicted = np.asarray(task.targets), np.asarray(predictions.labels)
@@ -339,7 +339,7 @@ def worst_classes(row: str, task: ZeroShotTask, predictions: ZeroShotPredictions
     for label in np.unique(targets):
         in_class = targets == label
         wrong = in_class & ~hits
-        if wrong.any():
+        if wrong.any() and in_class.sum() > 1:
             ranked.append((float(hits[in_class].mean()), -float(confidence[wrong].mean()), int(label)))
 
     def worst_class(label: int) -> WorstClass:

@@ -153,7 +153,7 @@ def page(results: Results) -> str:
         lead_role=lead_row.role if lead_row else "student",
         findings=f'<div class="findings">{paragraphs}</div>' if findings else "",
         plot=f'<figure class="plot">{plots}</figure>' if plots else "",
-        relative_note=f'<p class="small">{RELATIVE_NOTE}</p>' if results.first("teacher") else "",
+        relative_note="".join(f'<p class="small">{_escape(note)}</p>' for note in _table_notes(results)),
         comparison=_table(results, sections(results)),
         skipped=_reasons("Not measured:", [(row.label, str(row)) for row in results.skipped])
         + _reasons("Missing data sets:", [(task.name, task.reason) for task in results.missing]),
@@ -227,6 +227,13 @@ def _samples(results: Results) -> str:
         return ""
     items = "\n".join(map(_sample, results.samples))
     return _image_section("samples", "Sample predictions", _samples_note(results), items, css_class="samples")
+
+
+def _table_notes(results: Results) -> list[str]:
+    """Return what one has to know to read the table: what figures relate to, and whether latencies can be trusted."""
+    is_said = bool(busy_remark(results))  # by the headline
+    busy = [] if is_said else busy_remark(results, above=BUSY)
+    return [*([RELATIVE_NOTE] if results.first("teacher") else []), *busy]
 
 
 def _worst(results: Results) -> str:
@@ -356,7 +363,6 @@ def _reliability_remarks(results: Results) -> list[str]:
             f"Noise: the p50s of two runs like this one can differ by up to {share(noise, 1)} by chance, "
             f"relative to a fixed reference workload that is timed beside the models."
         ]
-    notes += busy_remark(results, above=BUSY)
     unknown = [row for row in results.rows if row.energy_joules is None]
     if any(row.description.device == "cpu" for row in unknown):
         notes.append("Energy: not available on this machine (no readable counter in /sys/class/powercap).")

@@ -49,6 +49,7 @@ def evaluate(given: dict[str, Any], confusion: Path | None, as_json: bool) -> No
     """
     import clip_rd_edge as edge
     from clip_rd_edge.api.measuring import load_tasks
+    from clip_rd_edge.api.models import import_modules
     from clip_rd_edge.cli.console import console_reporter, print_table, table_width
 
     if confusion is not None:
@@ -58,6 +59,7 @@ def evaluate(given: dict[str, Any], confusion: Path | None, as_json: bool) -> No
         read = {name: given[name] for name in ("templates", "csv_img_key", "csv_caption_key") if name in given}
         tasks = load_tasks(given["tasks"], **read)
         reporter.update("loading the model")
+        import_modules(given.get("modules", ()))
         opened = {name: given[name] for name in ("pretrained", "threads") if name in given}
         model = edge.load(given["model"], **opened)
         per_class = "per_class" in given

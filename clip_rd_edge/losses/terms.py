@@ -127,7 +127,7 @@ def load_terms(source: Typed) -> None:
             sys.modules[spec.name] = module = module_from_spec(spec)
             spec.loader.exec_module(module)
     except (ImportError, OSError, SyntaxError) as error:
-        raise InputError(f"The loss terms of {source} cannot be loaded: {error}.", option="terms") from error
+        raise InputError(f"The module {source} cannot be loaded: {error}.", option="terms") from error
 
 
 def own_terms(names: Iterable[str]) -> list[str]:

@@ -237,6 +237,11 @@ def _timm_preset(trunk: str) -> _Preset:
     # open_clip's linear projection expects `num_features`, but some trunks (MobileNetV3 and V4) widen again after
     # pooling. For these, timm's own classifier becomes the projection.
     widens = getattr(module, "head_hidden_size", module.num_features) != module.num_features
+    if not (own := getattr(module, "default_cfg", None)):
+        raise ConfigError(
+            f"The image tower {trunk} has no default_cfg, as models of timm have.",
+            hint='give the module one, such as: default_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}',
+        )
     return _Preset(
         vision_cfg={
             "timm_model_name": trunk,
@@ -244,7 +249,7 @@ def _timm_preset(trunk: str) -> _Preset:
             "timm_pool": "avg" if widens else "",
             "timm_proj": "" if widens else "linear",
         },
-        preprocess_cfg=_PresetPreprocessing(mean=list(module.default_cfg["mean"]), std=list(module.default_cfg["std"])),
+        preprocess_cfg=_PresetPreprocessing(mean=list(own["mean"]), std=list(own["std"])),
     )
 
 

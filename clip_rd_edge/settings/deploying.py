@@ -51,6 +51,12 @@ Host = Annotated[str, _server("Address to listen on; 0.0.0.0 for the network.", 
 Port = Annotated[int, _server("Port to listen on; 0 uses any free port.", metavar="N", ge=0, le=65535)]
 
 
+Modules = Annotated[AnyPath | Sequence[AnyPath], option(
+    "Python file or module that registers the model, as {terms} of distill does; it is run. Can be repeated.",
+    group="Model", metavar="FILE|MODULE", default="none", flags=("--import",),
+)]  # fmt: skip
+
+
 class _Exported(Settings, frozen=True):
     model: Annotated[AnyPath, argument("The model.")]
     output: Annotated[AnyPath, _output("Folder of the bundle.", flags=("-o", "--output"), metavar="FOLDER", path=True)]
@@ -62,6 +68,7 @@ class Export(_Exported, frozen=True, kw_only=True):
     pretrained: Annotated[AnyPath, _bundle(
         "Weights, if MODEL is an architecture of open_clip.", metavar="TAG|FILE", default="none",
     )] | None = None  # fmt: skip
+    modules: Modules = ()
     target: Annotated[str | Sequence[str], _bundle(
         "Device to export for, which sets format and precision: one of `clip-rd-edge targets`, such as cpu-x86 or "
         "jetson-orin, or an RTX card's compute capability, such as sm86; several, as in sm86,sm89,jetson-orin, make "

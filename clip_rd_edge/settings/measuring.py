@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
-from clip_rd_edge.settings.deploying import Threads
+from clip_rd_edge.settings.deploying import Modules, Threads
 from clip_rd_edge.settings.options import Settings, argument, option
 from clip_rd_edge.settings.training import Tasks, Templates
 from clip_rd_edge.utils.paths import AnyPath
@@ -40,6 +40,7 @@ class Evaluate(_Evaluated, frozen=True, kw_only=True):
     pretrained: Annotated[AnyPath, _model(
         "Weights, for an architecture of open_clip.", metavar="TAG", default="none",
     )] | None = None  # fmt: skip
+    modules: Modules = ()
     templates: Annotated[Templates, _tasks(
         'Prompt template with {} for the label, such as "a photo of a {}", a file with one per line, or imagenet for '
         "CLIP's 80; can be repeated.", flags=("--template",), metavar="PROMPT|FILE",

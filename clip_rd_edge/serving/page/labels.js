@@ -81,6 +81,7 @@ export class LabelList {
 
   // Typed labels keep their order, so that the eye can follow a bar; the bundle's own are sorted by probability.
   show(result) {
+    list.classList.remove("waiting");
     if (this.bank) {
       [...list.children].forEach((row, i) => {
         row.querySelector(".text").textContent = result.labels[i] ?? "";
@@ -98,6 +99,7 @@ export class LabelList {
   clear() {
     // Empty rows reserve the space for the bundle's own labels.
     if (this.bank) list.replaceChildren(...Array.from({ length: BANK_ROWS }, () => this.#createBankRow()));
+    list.classList.toggle("waiting", this.bank);
     for (const row of list.children) this.#setProbability(row, null, false);
   }
 
