@@ -127,7 +127,7 @@ def requirements(text: str | None = None) -> dict[str, list[Requirement]]:
     project = _tables(text or (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = {name: [Requirement(line) for line in lines] for name, lines in project.items()}
     return {
-        name: [requirement for requirement in lines if canonical(requirement.name) != PACKAGE]
+        name: [requirement for requirement in lines if not canonical(requirement.name).startswith(PACKAGE)]
         for name, lines in extras.items()
     }
 

@@ -88,7 +88,7 @@ def markdown(results: Results, *, plot: bool) -> str:
     parts += map(inert_markdown, headline(results))
     if plot:
         parts.append(f"![Top-1 against the latency of the image tower]({PLOT})")
-    parts += ["## Comparison", *([RELATIVE_NOTE] if results.first("teacher") else []), figures_table(results)]
+    parts += ["## Comparison", *_table_notes(results), figures_table(results)]
     if results.skipped:
         parts.append(_list(f"**{row.label}** was not measured: {row}" for row in results.skipped))
     if results.missing:
@@ -231,8 +231,7 @@ def _samples(results: Results) -> str:
 
 def _table_notes(results: Results) -> list[str]:
     """Return what one has to know to read the table: what figures relate to, and whether latencies can be trusted."""
-    is_said = bool(busy_remark(results))  # by the headline
-    busy = [] if is_said else busy_remark(results, above=BUSY)
+    busy = [] if busy_remark(results) else busy_remark(results, above=BUSY)  # else the headline has it
     return [*([RELATIVE_NOTE] if results.first("teacher") else []), *busy]
 
 

@@ -307,6 +307,8 @@ def _loading_error(named: ModelName, model_cfg: dict[str, Any], error: Exception
             f"{subject} could not be fetched: {first_line(error)}.", hint="check the name, or log in to the hub"
         )
     missing = f"pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+    if "Unknown model" in str(error):  # of timm
+        missing = "if its image tower is your own, name the file that registers it: {modules} FILE"
     return ConfigError(f"{subject} could not be loaded: {first_line(error)}.", hint=missing)
 
 

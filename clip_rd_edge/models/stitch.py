@@ -84,11 +84,13 @@ def class_nouns() -> list[str]:
 def class_embeddings(text: SentenceEncoder, names: Sequence[Sequence[str]], *, reporter: Reporter = SILENT) -> Tensor:
     """Return one embedding per class, (K, D), L2-normalised: the mean of the embeddings of its names."""
     texts = [name for synonyms in names for name in synonyms]
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # short ones together: less padding
+    reporter.update("embedding the names of the classes", 0, len(texts))
+    tokens = text.tokenizer(texts)
+    order = text.lengths(tokens).argsort(stable=True)  # short ones together: a quarter less to compute
     embeddings = torch.empty(len(texts), text.embedding_size)
     for batch in in_batches(len(texts), _TEXTS_PER_BATCH):
-        reporter.update("embedding the names of the classes", batch.start, len(texts))
-        embeddings[order[batch]] = text.encode([texts[index] for index in order[batch]])
+        embeddings[order[batch]] = text.encode_tokens(tokens[order[batch]])
+        reporter.update("embedding the names of the classes", batch.stop, len(texts))
     chunks = torch.split(embeddings, [len(synonyms) for synonyms in names])
     means = [chunk.mean(dim=0) for chunk in chunks]
     return nn.functional.normalize(torch.stack(means), dim=-1)
@@ -270,13 +272,22 @@ class SentenceEncoder:
     source: str
     padding: int | None = None
 
-    @torch.no_grad()
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """Return the numbers of tokens of texts, (N,), without the padding that the model masks."""
+        if self.padding is None:
+            return torch.full((len(tokens),), tokens.shape[1])
+        return tokens.shape[1] - (tokens != self.padding).flip(1).long().argmax(dim=1)
+
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Return the embeddings of one batch, (N, D), L2-normalised."""
-        tokens = self.tokenizer(list(texts))
-        if self.padding is not None:  # columns of padding alone cost most of the time, and change nothing
-            tokens = tokens[:, : 1 + int((tokens != self.padding).any(dim=0).nonzero().max())]
-        return nn.functional.normalize(self.model(tokens).float(), dim=-1)
+        return self.encode_tokens(self.tokenizer(list(texts)))
+
+    @torch.no_grad()
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings of one batch of token ids, (N, T), as (N, D), L2-normalised."""
+        # Columns of padding alone cost most of the time, and change nothing.
+        features = self.model(tokens[:, : int(self.lengths(tokens).max())])
+        return nn.functional.normalize(features.float(), dim=-1)
 
 
 def load_sentence_encoder(spec: Typed, *, context_length: int | None = None) -> SentenceEncoder:

@@ -47,6 +47,7 @@ from clip_rd_edge.utils.host import (
 EXTRAS = {
     "train": "distilling, exporting, and evaluating models that are not bundles",
     "emoji": "data set and teacher of the quickstart",
+    "everyday": "the built-in model, where there is no PyTorch to make it",
     "demo": "the page of demo (segno: only for the QR code of demo --host)",
     "serve": "serving bundles to other programs",
     "camera": "classify --camera",

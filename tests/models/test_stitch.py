@@ -122,8 +122,14 @@ def test_all_names_of_a_class_count() -> None:
     class Text:
         embedding_size = 3
 
-        def encode(self, names: list[str]) -> torch.Tensor:
-            return torch.eye(3)[[["a", "b", "c"].index(name) for name in names]]
+        def tokenizer(self, names: list[str]) -> torch.Tensor:
+            return torch.tensor([[["a", "b", "c"].index(name)] for name in names])
+
+        def lengths(self, tokens: torch.Tensor) -> torch.Tensor:
+            return -tokens[:, 0]  # so that the order of the batches is another one
+
+        def encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+            return torch.eye(3)[tokens[:, 0]]
 
     expected = torch.tensor([[0.5**0.5, 0.5**0.5, 0.0], [0.0, 0.0, 1.0]])
     torch.testing.assert_close(class_embeddings(Text(), [("a", "b"), ("c",)]), expected)

@@ -90,4 +90,4 @@ def test_a_release_is_built_where_it_is_tested_and_published_without_a_token() -
     assert publish["permissions"] == {"id-token": "write"}
     assert not any(step.get("uses", "").startswith("actions/checkout") for step in publish["steps"])
     (upload,) = (step for step in publish["steps"] if step.get("uses", "").startswith("pypa/gh-action-pypi-publish"))
-    assert upload["with"] == {"attestations": True}
+    assert upload["with"] == {"attestations": True, "skip-existing": True}
