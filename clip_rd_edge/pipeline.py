@@ -239,7 +239,10 @@ def _export(request: Quickstart, *, precision: Literal["fp32", "fp16", "int8"]) 
     samples = None
     if precision == "int8":
         samples = calibration_set(
-            emoji.training_pairs(), preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize
+            emoji.training_pairs(),
+            preprocessing=clip.preprocessing,
+            tokenize=TorchEncoder(clip).tokenize,
+            seen=True,
         )
     provenance = {"model": "quickstart", "recipe": request.recipe, "student": request.student, _STUDENT_DIGEST: student}
     converted = export_bundle(

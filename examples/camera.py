@@ -24,5 +24,5 @@ def changes(predictions: Iterable[list[edge.Prediction]]) -> Iterator[str]:
 
 if __name__ == "__main__":
     bundle, camera, *labels = sys.argv[1:]
-    for seen in changes(edge.load(bundle).classify_camera(camera, labels, none_below=0.5)):
+    for seen in changes(edge.load(bundle).classify_camera(camera, labels, none=True)):
         print(seen, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -78,8 +78,8 @@ def export(request: Export) -> ExportedBundle:
         from clip_rd_edge.exporting.layouts.browser import export_page
 
         return ExportedBundle(output, export_page(request, plans[0].labels))
-    pairs = None
-    if any(plan.precision == "int8" for plan in plans):
+    pairs: Any = None
+    if request.calibration is not None or any(plan.precision == "int8" for plan in plans):
         from clip_rd_edge.exporting.calibration import kept_pairs, named_pairs
         from clip_rd_edge.runtime.labels import read_labels_file
 

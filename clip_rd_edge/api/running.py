@@ -114,7 +114,7 @@ def search(request: Search) -> Hits:
     bundle, folder = request.bundle, request.folder
     return search_index(
         Path(request.index), request.query, top=request.top, bundle=bundle, folder=folder, exact=request.exact,
-        threads=request.threads, device=request.device, force=request.force,
+        all=request.all, threads=request.threads, device=request.device, force=request.force,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from clip_rd_edge.bundle.images import is_table
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.bundle.scoring import Scoring, require_finite
+from clip_rd_edge.bundle.scoring import Calibration, Scoring, require_finite
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.text import is_unicode
@@ -30,6 +30,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
         parameters: number of parameters, 0 if unknown.
         size_bytes: size on disk of everything needed to run it.
         device: where it runs, such as `cpu`, or `cuda + cpu` if its towers differ.
+        calibration: of a bundle that was exported with pairs.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int = 0
     device: str = "cpu"
     logit_bias: float | None = None
+    calibration: Calibration | None = None
 
     @property
     def scoring(self) -> Scoring:

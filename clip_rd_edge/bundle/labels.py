@@ -1,5 +1,7 @@
 """The label bank of a bundle, labels.npz: `names` (C,) and prompt-averaged `embeddings` (C, D), float32 or float16.
 
+background.npz has the same form, and holds common nouns.
+
 In INT8, `levels` (C, D) int8 and `scales` (C, 1) float32 replace `embeddings`, which is their product. The different
 keys make a reader without INT8 support refuse the file instead of misreading it.
 
@@ -102,8 +104,11 @@ def require_readable(names: Sequence[str], size: int, precision: LabelPrecision)
         )
 
 
-def write_labels(folder: Path, bank: LabelBank, *, precision: LabelPrecision = "fp32") -> None:
-    """Write labels.npz. In `int8`, the largest entry of an embedding becomes level ±127, and its norm is preserved."""
+def write_labels(folder: Path, bank: LabelBank, *, precision: LabelPrecision = "fp32", name: str = LABELS) -> None:
+    """Write a label bank into the file `name`.
+
+    In `int8`, the largest entry of an embedding becomes level ±127, and its norm is preserved.
+    """
     arrays: dict[str, npt.NDArray[np.generic]] = {"names": np.asarray(bank.names, dtype=np.str_)}
     if precision == "int8":
         max_abs = np.abs(bank.embeddings).max(axis=1, keepdims=True)
@@ -113,12 +118,12 @@ def write_labels(folder: Path, bank: LabelBank, *, precision: LabelPrecision = "
         arrays["scales"] = (norms / np.maximum(level_norms, 1)).astype(np.float32)
     else:
         arrays["embeddings"] = bank.embeddings.astype(np.float16 if precision == "fp16" else np.float32)
-    write_bytes(folder / LABELS, npz_bytes(compressed=True, **arrays))
+    write_bytes(folder / name, npz_bytes(compressed=True, **arrays))
 
 
-def read_labels(folder: Path) -> LabelBank | None:
-    """Return the bundle's label bank, or None if it has none."""
-    path = folder / LABELS
+def read_labels(folder: Path, *, name: str = LABELS) -> LabelBank | None:
+    """Return the label bank in a file of a bundle, or None if there is no such file."""
+    path = folder / name
     if not path.is_file():
         return None
     arrays = read_npz(path, max_bytes=MAX_BYTES, hint=_HINT)
@@ -184,6 +189,12 @@ def _is_sound(arrays: dict[str, npt.NDArray[Any]], count: int) -> bool:
         and len(set(arrays["names"].tolist())) == count
         and set(arrays["classes"].tolist()) - {-1} == set(range(count))
     )
+
+
+@cache
+def background_nouns() -> tuple[str, ...]:
+    """Return some thousand common nouns, of things, living beings, places and ideas."""
+    return tuple(Path(__file__).with_name("nouns.txt").read_text(encoding="utf-8").split())
 
 
 _PLACEHOLDERS = ("{}", "{c}")  # the latter in CLIP_benchmark's files

@@ -13,6 +13,8 @@ image.engine.sha256, …      engines built on the device only: the SHA-256 of t
 tokenizer.json   read by the `tokenizers` library
 labels.npz       optional: embeddings of fixed labels, which then do not need the text tower
 taught.npz       optional: the embeddings of the images that some of these labels were taught with
+background.npz   embeddings of common nouns, with which a label is compared to say "none of these"
+known.npz        optional: embeddings of the images that answers were calibrated on
 
 A bundle exported with `--no-text-tower` has no text.* and no tokenizer.json.
 """
@@ -31,7 +33,7 @@ from msgspec import Meta
 
 from clip_rd_edge.bundle.formats import format_of
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.bundle.scoring import LogitBias, LogitScale, Scoring
+from clip_rd_edge.bundle.scoring import Calibration, LogitBias, LogitScale, Scoring
 from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.installation import upgrade_hint
@@ -54,6 +56,7 @@ TOKENIZER = "tokenizer.json"
 WASM = "wasm32"
 INSTRUCTION_SETS = ("x86-64", "x86-64-vnni", "aarch64", WASM)
 LABELS, TAUGHT = "labels.npz", "taught.npz"
+BACKGROUND, KNOWN = "background.npz", "known.npz"
 ENGINE_SUFFIX = ".engine"  # replaces .onnx in the name of a TensorRT engine
 EXTERNAL_DATA_SUFFIX = ".data"  # added to the name of an ONNX file whose weights are in a file of their own
 # Added to the name of an engine that the device built, which the manifest does not list: what sha256sum prints for its
@@ -130,10 +133,12 @@ class Features(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
     Attributes:
         logit_bias: see `Scoring`.
         taught: the labels that images have taught, whose rows of labels.npz stand for them also beside other labels.
+        calibration: of probabilities, and of the answer that nothing fits.
     """
 
     logit_bias: LogitBias | None = None
     taught: tuple[str, ...] = ()
+    calibration: Calibration | None = None
 
 
 class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -89,15 +89,26 @@ def classify(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> 
             encoder,
             parse_labels(labels),
             templates=request.templates,
-            none_below=request.none_below,
             cache=request.cache,
             reporter=_LateReporter(stack),
+            none=request.none,
+            refuse_known=request.refuse_known,
+            multi=request.multi,
+            raw=request.raw,
         )
-    if classifier.has_trivial_label and not request.none_below:
+        compares = request.none or request.multi or request.refuse_known is not None
+        if compares:
+            classifier.background()  # with the progress of embedding it
+    if compares and classifier.calibration is None:
+        echo(
+            "warning: The bundle was exported without pairs of images and captions: what is refused, and the "
+            "probability of a label by itself, are rough estimates.\nhint: export it with --calibration pairs.csv",
+            err=True,
+        )
+    if classifier.has_trivial_label and not compares:
         echo(
             f"warning: The only label is {classifier.labels[0]!r}: the softmax over a single label is 100 % for every "
-            "image.\nhint: add what else the images may show, or set a min cosine similarity, such as --none-below "
-            "0.25",
+            "image.\nhint: add what else the images may show, or let images be refused with --none",
             err=True,
         )
     width = 0 if camera is not None else terminal_width(sys.stdout)
@@ -261,7 +272,7 @@ def _labels_of(answer: Answer) -> list[str]:
 
 
 def _as_json(image: str, answer: Answer) -> str:
-    """Return one JSON object; `predictions` is empty if all labels are below --none-below."""
+    """Return one JSON object; `predictions` is empty if no label fits."""
     from clip_rd_edge.cli.console import json_line
 
     rows = [{"label": label, "probability": round(probability, 6)} for label, probability in answer.predictions]
@@ -270,7 +281,7 @@ def _as_json(image: str, answer: Answer) -> str:
 
 
 def _as_csv(image: str, answer: Answer) -> str:
-    """Return one row per label, or one row with an empty label if all labels are below --none-below."""
+    """Return one row per label, or one row with an empty label if none fits."""
     rows = [
         csv_row(image, rank, label, f"{probability:.6f}")
         for rank, (label, probability) in enumerate(answer.predictions, start=1)

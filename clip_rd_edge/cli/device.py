@@ -114,7 +114,8 @@ def search(given: dict[str, Any], as_json: bool, null: bool) -> None:
     clip-rd-edge search photos.index "a car" --bundle bundle --folder /mnt/pics
 
     Each line has the cosine similarity, a tab, and the image's path, in which control characters are escaped. An index
-    that another machine made is searched with a copy of its bundle.
+    that another machine made is searched with a copy of its bundle. For a text, the list ends where images fit no
+    better than the best ones for random texts.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli.console import json_line
@@ -131,6 +132,9 @@ def search(given: dict[str, Any], as_json: bool, null: bool) -> None:
             echo(f"{hit.path}\0", nl=False)
         else:
             echo(f"{hit.similarity:.3f}\t{one_line(hit.path)}")
+    if hits.cutoff is not None and len(hits) < min(Search(**given).top, hits.indexed):
+        found = f"only {len(hits):,} fit" if hits else "nothing fits"
+        echo(f"Of {hits.indexed:,} images, {found}; --all prints the nearest anyway.", err=True)
     if gone := sum(is_gone(hit.path) for hit in hits):  # and not one that this account may not look at
         where = "check --folder" if "folder" in given else "say where the folder is now with --folder"
         echo(

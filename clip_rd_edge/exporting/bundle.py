@@ -15,11 +15,20 @@ import onnx
 
 from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.bundle.formats import import_named
-from clip_rd_edge.bundle.labels import require_readable
+from clip_rd_edge.bundle.labels import (
+    LabelBank,
+    LabelPrecision,
+    background_nouns,
+    read_labels,
+    require_readable,
+    write_labels,
+)
 from clip_rd_edge.bundle.manifest import (
+    BACKGROUND,
     EXTERNAL_DATA_SUFFIX,
     FORMAT_VERSION,
     IMAGE_MODEL,
+    KNOWN,
     TEXT_MODEL,
     TOKENIZER,
     Manifest,
@@ -32,6 +41,7 @@ from clip_rd_edge.bundle.manifest import (
 from clip_rd_edge.bundle.outputs import require_output
 from clip_rd_edge.bundle.tokenizer import TokenIds, Tokenizer, TokenizerSpec
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
+from clip_rd_edge.exporting.answers import calibrate
 from clip_rd_edge.exporting.formats import Converted, Job
 from clip_rd_edge.exporting.layouts import LAYOUTS, Layout
 from clip_rd_edge.exporting.parity import (
@@ -89,11 +99,13 @@ def export_model(
     clip = load_clip(typed(request.model), pretrained=as_text(request.pretrained))
     samples = None
     if pairs is not None:
-        from clip_rd_edge.exporting.calibration import CalibrationPairs, choose_pairs
+        from clip_rd_edge.exporting.calibration import CalibrationPairs, choose_pairs, was_trained_on
 
         reporter.update(f"reading images of {pairs.name}")
         chosen = pairs if isinstance(pairs, CalibrationPairs) else choose_pairs(pairs, preprocessing=clip.preprocessing)
         samples = chosen.for_model(preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize)
+        if request.calibration is not None and was_trained_on(typed(request.model), typed(request.calibration)):
+            samples = replace(samples, seen=True)
     if layout in ("bundle", "browser") and clip.labels:
         plans = [replace(plan, labels=plan.labels or clip.labels) for plan in plans]
     if layout != "bundle":
@@ -276,6 +288,7 @@ def _write_bundle(job: Job) -> Converted:
         job.reporter.update("embedding the labels")
         complete = (origin, runnable) if runnable.text else (job.source, job.fp32)
         write_label_bank(folder, manifest, plan.labels, encoder=_label_encoder(*complete))
+    manifest = _with_calibration(job, manifest, open_bundle(origin, runnable, device="cpu"))
     if not plan.text_tower:
         for name in (TEXT_MODEL, f"{TEXT_MODEL}{EXTERNAL_DATA_SUFFIX}", TOKENIZER):  # if they were for the labels alone
             (folder / name).unlink(missing_ok=True)
@@ -285,6 +298,35 @@ def _write_bundle(job: Job) -> Converted:
     job.reporter.update("computing the reference answers")
     add_reference(folder, converter.reference(origin, runnable))
     return Converted(write_manifest(folder, manifest), trials)
+
+
+def _with_calibration(job: Job, manifest: Manifest, encoder: BundleEncoder) -> Manifest:
+    """Write the background, by the float32 text tower, and return the manifest with what pairs say of the answers.
+
+    The pairs are those that ranges were measured on: the others have chosen how INT8 is done.
+    """
+    job.reporter.update("calibrating the answers")
+    texts = _label_encoder(job.source, job.fp32)
+    write_label_bank(job.folder, manifest, background_nouns(), encoder=texts, name=BACKGROUND)
+    bank = read_labels(job.folder, name=BACKGROUND)
+    if job.samples is None or not job.samples.paired or bank is None or encoder.int8_fault(manifest.image):
+        return manifest
+    if job.samples.seen:
+        job.reporter.note(
+            'probabilities and "none of these" are not calibrated: that takes pairs which the model was not trained on'
+        )
+        return manifest
+    pixels, ids = job.samples.calibrate
+    images, captions = encoder.encode_pixels(pixels), texts.encode_ids(ids)
+    calibration = calibrate(images, captions, bank.embeddings, manifest.scoring, source=job.samples.name)
+    if calibration is None:
+        job.reporter.note(
+            f"the captions of {job.samples.name} are too few, or do not fit their images: answers are not calibrated"
+        )
+        return manifest
+    precision: LabelPrecision = "fp32" if manifest.image.precision == "fp32" else "int8"
+    write_labels(job.folder, LabelBank(tuple(map(str, range(len(images)))), images), precision=precision, name=KNOWN)
+    return manifest.with_features(calibration=calibration)
 
 
 def _require_different_captions(job: Job) -> CalibrationSet:

@@ -1,4 +1,4 @@
-"""The images and captions that INT8 is calibrated on, and held-out ones to evaluate it.
+"""The images and captions that INT8 and the answers are calibrated on, and held-out ones to evaluate INT8.
 
 A run keeps its own in RUN/calibration.npz, beside the student: what its record says of the data is never opened, since
 it may be a stranger's.
@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,12 +62,14 @@ class CalibrationSet:
     Attributes:
         name: the name of the pairs, for provenance.
         paired: whether each caption belongs to its image, so that right answers are known.
+        seen: whether the model was trained on them, whose matches are better than those of other pairs.
     """
 
     name: str
     calibrate: Samples
     held_out: Samples
     paired: bool = True
+    seen: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,14 @@ class CalibrationPairs:
         images: (N, H, W, 3) uint8, of the size of the model's input.
         captions: one of each image.
         paired: whether each caption belongs to its image.
+        seen: whether the model was trained on them.
     """
 
     name: str
     images: npt.NDArray[np.uint8]
     captions: list[str]
     paired: bool
+    seen: bool = False
 
     def for_model(
         self, *, preprocessing: Preprocessing, tokenize: Callable[[Sequence[str]], TokenIds]
@@ -96,7 +100,7 @@ class CalibrationPairs:
         pixels: Pixels = np.stack([preprocess(Image.fromarray(image), preprocessing) for image in self.images])
         ids, half = tokenize(self.captions), min(MAX_CALIBRATION, len(pixels) // 2)
         calibrate, held_out = (Samples(pixels[part], ids[part]) for part in (slice(half), slice(half, None)))
-        return CalibrationSet(self.name, calibrate, held_out, self.paired)
+        return CalibrationSet(self.name, calibrate, held_out, self.paired, self.seen)
 
 
 def choose_pairs(
@@ -148,10 +152,15 @@ def _require_enough(pairs: DataSamples, count: int, what: str) -> None:
 
 
 def calibration_set(
-    pairs: DataSamples, *, preprocessing: Preprocessing, tokenize: Callable[[Sequence[str]], TokenIds], seed: int = 0
+    pairs: DataSamples,
+    *,
+    preprocessing: Preprocessing,
+    tokenize: Callable[[Sequence[str]], TokenIds],
+    seed: int = 0,
+    seen: bool = False,
 ) -> CalibrationSet:
-    """Choose pairs for a model; arguments as for `choose_pairs` and `CalibrationPairs.for_model`."""
-    chosen = choose_pairs(pairs, preprocessing=preprocessing, seed=seed)
+    """Choose pairs for a model; arguments as for `choose_pairs` and `CalibrationPairs`."""
+    chosen = replace(choose_pairs(pairs, preprocessing=preprocessing, seed=seed), seen=seen)
     return chosen.for_model(preprocessing=preprocessing, tokenize=tokenize)
 
 
@@ -189,10 +198,17 @@ def kept_pairs(model: str) -> CalibrationPairs:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(content.captions):
         raise ConfigError(f"{path} has no valid images, or no valid record of their captions.", hint=_HINT)
     levels = np.cumsum(images, axis=2, dtype=np.uint8)
-    return CalibrationPairs(content.name, levels, content.captions, content.paired)
+    return CalibrationPairs(content.name, levels, content.captions, content.paired, seen=True)
 
 
 _HINT = "pass inputs like those the model will see in use: {calibration} pairs.csv, or {calibration} photos/"
+
+
+def was_trained_on(model: str, source: Typed) -> bool:
+    """Return whether a model's record says that it was trained on the data that the user names."""
+    recorded = read_training_record(model).get("configuration")
+    data = recorded.get("data") if isinstance(recorded, dict) else None
+    return isinstance(data, str) and (data == source or Path(data).absolute() == Path(source).absolute())
 
 
 def named_pairs(source: Typed, model: str, *, texts: Sequence[str] | None = None) -> DataSamples:

@@ -314,7 +314,7 @@ def _conflicts(request: Export, plan: Plan, plans: tuple[Plan, ...]) -> Iterator
         *((getattr(request, name) is not None, name, engines) for name in ("fallback", "max_loss", "search_minutes")),
         *(
             (getattr(request, name) is not None, name, no_int8)
-            for name in ("calibration", "texts", "min_agreement", "max_loss", "fallback", "search_minutes")
+            for name in ("texts", "min_agreement", "max_loss", "fallback", "search_minutes")
         ),
         *(
             (is_given, name, converted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +18,15 @@ from clip_rd_edge.bundle.encoder import (
     top_indices,
 )
 from clip_rd_edge.bundle.images import ImageInput
-from clip_rd_edge.bundle.labels import LabelBank, TemplateNames, parse_templates, template_words
-from clip_rd_edge.bundle.scoring import Probabilities, paired
-from clip_rd_edge.errors import InputError, UsageError, in_one_line
+from clip_rd_edge.bundle.labels import LabelBank, TemplateNames, background_nouns, parse_templates, template_words
+from clip_rd_edge.bundle.scoring import REFUSE_KNOWN, UNCALIBRATED, Probabilities, paired, usual_limit
+from clip_rd_edge.errors import InputError, UsageError, in_one_line, require_known_options
 from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.labels import Labels, label_names, label_set_key, read_label_set, write_label_set
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _MANY_LABELS = 2000  # from this number on, embedding them is reported: it takes many seconds
 _NO_LENGTH = 1e-12  # up to this, an embedding has no direction
@@ -38,16 +41,58 @@ class _LabelSet(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """A label and its probability among all labels of the classifier."""
+    """A label and its probability: among all labels of the classifier, or with `multi`, by itself."""
 
     label: str
     probability: float
 
 
-def _probability(none_below: float) -> float:
-    if not (isinstance(none_below, int | float | np.floating) and 0 <= none_below <= 1):
-        raise UsageError(f"none_below is {none_below!r}; expected a probability between 0 and 1.")
-    return none_below
+class Deciding(TypedDict, total=False):
+    """How answers are decided.
+
+    Attributes:
+        none: return no prediction for an image that no label fits: at most 5 % of images of known things, by the
+            bundle's calibration.
+        refuse_known: the same with another share than 5 %.
+        multi: give each label a probability by itself, since several may fit; they need not add up to 1.
+        raw: leave the bundle's calibration out: probabilities are those of the model's own scoring.
+    """
+
+    none: bool
+    refuse_known: float | None
+    multi: bool
+    raw: bool
+
+
+class _Decision(NamedTuple):
+    """See `Deciding`; `refuse_known` is None if each image gets a label."""
+
+    refuse_known: float | None = None
+    multi: bool = False
+    raw: bool = False
+
+    @property
+    def needs_matches(self) -> bool:
+        """Whether labels are compared with the background."""
+        return self.multi or self.refuse_known is not None
+
+
+def _decision(given: Deciding) -> _Decision:
+    options: dict[str, Any] = {**given}
+    require_known_options(options, Deciding.__annotations__, command="classify")
+    rate = options.get("refuse_known")
+    if rate is None and options.get("none"):
+        rate = REFUSE_KNOWN
+    if rate is not None and not (isinstance(rate, int | float | np.floating) and 0 <= rate < 1):
+        raise UsageError(f"{{refuse_known}} is {rate!r}; expected a share from 0 to 1.", option="refuse_known")
+    multi, raw = bool(options.get("multi")), bool(options.get("raw"))
+    if multi and raw:
+        raise UsageError(
+            "{multi} and {raw} cannot be combined: a label's own probability comes from the calibration.",
+            hint="omit one of them",
+            option="raw",
+        )
+    return _Decision(None if rate is None else float(rate), multi, raw)
 
 
 class ZeroShotClassifier:
@@ -60,17 +105,15 @@ class ZeroShotClassifier:
             loaded.
         templates: a prompt template with one `{}`, several, a file of them, or `imagenet` for CLIP's 80; None uses the
             model's own. The bank's embeddings are only used with the model's own templates; others embed its labels.
-        none_below: omit predictions with a probability below this, between 0 and 1; an image may then have no
-            prediction. The softmax over a single label is always 1: there, the cosine similarity is compared instead.
-            Models of SigLIP's kind give each label a probability of its own.
         cache: keep the embeddings of a bundle's labels in the user's cache folder (see `runtime.labels`), so that the
             next process with the same labels need not load the text tower. Set to False if labels change often.
         reporter: is told how many labels have been embedded, if they are many.
+        deciding: see `Deciding`.
 
     Raises:
         InputError: there are no labels, a label is empty or looks like the path of a missing file, or a template has
             no `{}`.
-        UsageError: `none_below` is not between 0 and 1, or `encoder` is not an encoder.
+        UsageError: `refuse_known` is not a share, `multi` and `raw` are combined, or `encoder` is not an encoder.
     """
 
     def __init__(
@@ -79,9 +122,9 @@ class ZeroShotClassifier:
         labels: Labels = None,
         *,
         templates: TemplateNames = None,
-        none_below: float = 0.0,
         cache: bool = True,
         reporter: Reporter = SILENT,
+        **deciding: Unpack[Deciding],
     ) -> None:
         if not isinstance(encoder, Encoder):
             raise UsageError(
@@ -89,17 +132,19 @@ class ZeroShotClassifier:
                 hint='load it first: clip_rd_edge.load("bundle")',
             )
         self.encoder = encoder
-        self.none_below = _probability(none_below)
+        self._decision = _decision(deciding)
         description = encoder.describe()
-        self.scoring = description.scoring
+        self.scoring, self.calibration = description.scoring, description.calibration
         words = template_words(templates)
         self._templates = parse_templates(words).prompts if words else description.templates
-        self._size = description.embedding_size
+        self._size, self._has_own_templates = description.embedding_size, self._templates == description.templates
         bank: LabelBank | None = getattr(encoder, "label_bank", None)
         self._taught, self._bank_labels = bank, bank.names if bank else None
-        self._bank = bank if self._templates == description.templates else None
+        self._bank = bank if self._has_own_templates else None
         self._cache, self._reporter = cache, reporter
         self._known: dict[str, Embeddings] = {}
+        self._nouns: Embeddings | None = None
+        self._kept_limit: tuple[Embeddings, float, float] | None = None  # of labels, for a share
         self._set: _LabelSet
         self.set_labels(labels)
 
@@ -135,35 +180,83 @@ class ZeroShotClassifier:
 
     def probabilities(self, images: ImageInput | Iterable[ImageInput]) -> Probabilities:
         """Return the probability of each label for each image, (N, C)."""
-        return self.scoring.probabilities(encode_inputs(self.encoder, images), self._set.embeddings)
+        return self._answers(encode_inputs(self.encoder, images), self._set.embeddings, self._decision)[0]
 
     def classify(self, images: ImageInput | Iterable[ImageInput], *, top: int = 5) -> list[list[Prediction]]:
-        """Return the `top` most likely labels of each image, most likely first; see also `none_below`."""
+        """Return the `top` most likely labels of each image, most likely first; see also `Deciding`."""
         return self.classify_embeddings(encode_inputs(self.encoder, images), top=top)
 
     def classify_embeddings(
-        self, embeddings: Embeddings, *, top: int = 5, none_below: float | None = None
+        self, embeddings: Embeddings, *, top: int = 5, deciding: Deciding | None = None
     ) -> list[list[Prediction]]:
         """Like `classify`, for image embeddings of any length, (N, D), or a single one, (D,).
 
         Args:
-            none_below: in place of the classifier's; None takes that.
+            deciding: in place of the classifier's; None takes that.
 
         Raises:
             InputError: the embeddings have another shape, are not numbers, or one is zero or not finite.
-            UsageError: `top` is less than 1, or `none_below` is not between 0 and 1.
+            UsageError: `top` is less than 1, or a share is not one.
         """
         require_top(top)
-        limit = self.none_below if none_below is None else _probability(none_below)
+        decision = self._decision if deciding is None else _decision(deciding)
         labels, of_labels = self._set
-        embeddings = self._unit_rows(embeddings)
-        rows = self.scoring.probabilities(embeddings, of_labels)
-        # Without a limit, a single label is answered even if its cosine is negative.
-        compared = paired(embeddings, of_labels) @ of_labels.T if self.has_trivial_label and limit else rows
+        rows, fits = self._answers(self._unit_rows(embeddings), of_labels, decision)
         return [
-            [Prediction(labels[i], float(row[i])) for i in top_indices(row, top) if values[i] >= limit]
-            for row, values in zip(rows, compared, strict=True)
+            [Prediction(labels[i], float(row[i])) for i in top_indices(row, top) if fit[i]]
+            for row, fit in zip(rows, fits, strict=True)
         ]
+
+    def _answers(
+        self, images: Embeddings, labels: Embeddings, decision: _Decision
+    ) -> tuple[Probabilities, npt.NDArray[np.bool_]]:
+        """Return the probability of each label for each image, and whether it may be an answer, (N, C) each."""
+        calibration = self.calibration or UNCALIBRATED
+        found = self.scoring.matches(images, labels, self.background()) if decision.needs_matches else None
+        fits = np.ones((len(images), len(labels)), bool)
+        if found is not None and decision.refuse_known is not None:
+            fits = found >= self._limit(images, labels, decision.refuse_known)
+            if not decision.multi:  # a softmax is shown whole, or not at all
+                fits = np.broadcast_to(fits.any(axis=1, keepdims=True), fits.shape)
+        by_itself = decision.multi or (self.has_trivial_label and not decision.raw)
+        if found is not None and by_itself and (self.calibration or not self.scoring.is_independent):
+            return calibration.probabilities(found), fits
+        scoring = self.scoring if decision.raw else calibration.softened(self.scoring)
+        return scoring.probabilities(images, labels), fits
+
+    def _limit(self, images: Embeddings, labels: Embeddings, refuse_known: float) -> float | Similarities:
+        """Return the match below which a label does not fit: one for all images, or one for each, (N, 1)."""
+        known: Embeddings | None = getattr(self.encoder, "known_images", None)
+        if self.calibration is None or known is None:
+            nouns = self.background()
+            return usual_limit(self.scoring.matches(images, nouns, nouns), len(labels))
+        kept = self._kept_limit
+        if kept is None or kept[0] is not labels or kept[1] != refuse_known:
+            best = self.scoring.matches(known, labels, self.background()).max(axis=1)
+            self._kept_limit = kept = (labels, refuse_known, self.calibration.limit(best, refuse_known))
+        return kept[2]
+
+    def background(self) -> Embeddings:
+        """Return the embeddings of common nouns that labels are compared with, (K, D), stored or embedded now."""
+        stored: Embeddings | None = getattr(self.encoder, "background", None)
+        if stored is not None and self._has_own_templates:
+            return stored
+        if self._nouns is None:
+            nouns = background_nouns()
+            if isinstance(self.encoder, LabelsEncoder) and not self.encoder.has_text_tower:
+                raise InputError(
+                    "The bundle has neither a text tower nor the embeddings of nouns with which labels are compared.",
+                    hint="export the model again, or omit {none}, {refuse_known} and {multi}",
+                )
+            key = self._cache_key(nouns)
+            rows = read_label_set(key, count=len(nouns)) if key else None
+            if rows is None:
+                self._reporter.note(f"embedding {len(nouns):,} common nouns to compare labels with: once")
+                rows = label_embeddings(self.encoder, nouns, self._templates, reporter=self._reporter)
+                if key := self._cache_key(nouns):
+                    write_label_set(key, rows)
+            self._nouns = rows
+        return self._nouns
 
     def similarities(self, embeddings: Embeddings) -> Similarities:
         """Return the cosine similarity of image embeddings, (N, D), to each label, (N, C); as `classify_embeddings`."""

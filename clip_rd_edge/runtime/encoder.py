@@ -23,6 +23,8 @@ from clip_rd_edge.bundle.encoder import Description, Embeddings, as_list, image_
 from clip_rd_edge.bundle.images import ImageInput, as_rgb
 from clip_rd_edge.bundle.labels import LabelBank, Taught, in_words, read_labels, read_taught
 from clip_rd_edge.bundle.manifest import (
+    BACKGROUND,
+    KNOWN,
     LABELS,
     TAUGHT,
     TOKENIZER,
@@ -147,6 +149,7 @@ class BundleEncoder(ABC):
             preprocessing=manifest.preprocessing,
             logit_scale=manifest.logit_scale,
             logit_bias=manifest.scoring.bias,
+            calibration=manifest.features.calibration if manifest.features else None,
             templates=manifest.templates,
             parameters=manifest.parameters,
             size_bytes=size_bytes(self.folder),
@@ -155,15 +158,35 @@ class BundleEncoder(ABC):
     @cached_property
     def label_bank(self) -> LabelBank | None:
         """The bundle's precomputed labels and their embeddings, or None."""
-        require_intact(self.folder, self.manifest, LABELS)
-        bank = read_labels(self.folder)
-        listed, taught = LABELS in self.manifest.files, self.manifest.taught
+        return self._stored_bank(LABELS, taught=self.manifest.taught)
+
+    @cached_property
+    def background(self) -> Embeddings | None:
+        """The stored embeddings of common nouns, (K, D), or None; see `bundle.scoring.Scoring.matches`."""
+        bank = self._stored_bank(BACKGROUND)
+        return bank.embeddings if bank else None
+
+    @cached_property
+    def known_images(self) -> Embeddings | None:
+        """The stored embeddings of the images that answers were calibrated on, (n, D), or None."""
+        bank, calibration = self._stored_bank(KNOWN), self.describe().calibration
+        if calibration is None or bank is None:
+            return None
+        if len(bank.names) != len(calibration.curve):
+            raise ConfigError(f"{self.folder / KNOWN} does not fit the manifest.", hint="export the bundle again")
+        return bank.embeddings
+
+    def _stored_bank(self, name: str, *, taught: Sequence[str] = ()) -> LabelBank | None:
+        path = self.folder / name
+        require_intact(self.folder, self.manifest, name)
+        bank = read_labels(self.folder, name=name)
+        listed = name in self.manifest.files
         if self.manifest.files and (bank is not None) != listed:  # removed since it was read, or unchecked
-            raise ConfigError(f"{self.folder / LABELS} is not what the manifest lists.", hint="export the bundle again")
+            raise ConfigError(f"{path} is not what the manifest lists.", hint="export the bundle again")
         width = self.manifest.embedding_size + bool(taught)
         if bank is not None and (bank.embeddings.shape[1] != width or not set(taught) <= set(bank.names)):
             raise ConfigError(
-                f"{self.folder / LABELS} has rows of {bank.embeddings.shape[1]} entries; expected {width}"
+                f"{path} has rows of {bank.embeddings.shape[1]} entries; expected {width}"
                 f"{', and the taught labels' if taught else ''}.",
                 hint="export the bundle again",
             )

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import threading
 import uuid
 import zlib
 from collections.abc import Iterable
@@ -34,7 +33,6 @@ from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES
 from clip_rd_edge.bundle.images import ImageInput, as_rgb
 from clip_rd_edge.bundle.manifest import Manifest, is_bundle
 from clip_rd_edge.errors import ConfigError, InputError, quoted
-from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.search_graph import (
@@ -42,7 +40,6 @@ from clip_rd_edge.runtime.search_graph import (
     Graph,
     GraphFile,
     Rows,
-    build_graph,
     keys_of,
     restore_graph,
     usearch_is_installed,
@@ -50,7 +47,6 @@ from clip_rd_edge.runtime.search_graph import (
 from clip_rd_edge.utils.arrays import load_array, npy_bytes
 from clip_rd_edge.utils.files import is_plain_name, read_text_limited, write_bytes, write_text
 from clip_rd_edge.utils.paths import cache_home, expand_home, is_file, looks_like_path, near_files
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_versioned_json
 
 INDEX_VERSION = 1
@@ -87,6 +83,7 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
         graph: for approximate search; None if search is exact.
         missing: number of images that were still to be embedded when it was saved, or whose disk had gone away.
         listed_ns: when the listing of the folder began that the entries are from, by the clock of the index's folder.
+        cutoff: cosine below which an image does not fit a text: see `index_update.text_cutoff`; None if unknown.
     """
 
     folder: str
@@ -98,6 +95,7 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
     graph: GraphFile | None = None
     missing: int = 0
     listed_ns: int = 0
+    cutoff: float | None = None
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -122,10 +120,12 @@ class Hits(list[Hit]):
         indexed: number of images in the index.
         missing: number of images that are not in it yet, because indexing was interrupted or is still running, or
             their disk went away while it ran.
+        cutoff: cosine below which images were left out; None if none were.
     """
 
     indexed: int = 0
     missing: int = 0
+    cutoff: float | None = None
 
 
 def model_key(manifest: Manifest) -> str:
@@ -214,7 +214,7 @@ def write_index(path: Path, index: Index, rows: Embeddings) -> Index:
     )
     write_bytes(path / index.embeddings, header.getvalue(), rows.data)
     if index.graph:
-        write_bytes(_keys_file(path, index), npy_bytes(keys_of(rows)))
+        write_bytes(keys_file(path, index), npy_bytes(keys_of(rows)))
     write_content(path, index)
     return index
 
@@ -224,7 +224,7 @@ def write_content(path: Path, index: Index) -> None:
     content = msgspec.json.encode(index)
     head = b'{"version":%d,"crc32":%d,"index":' % (INDEX_VERSION, zlib.crc32(content))
     write_bytes(path / INDEX_FILE, head, content, b"}")
-    own = {path / index.embeddings, *({_keys_file(path, index), path / index.graph.name} if index.graph else ())}
+    own = {path / index.embeddings, *({keys_file(path, index), path / index.graph.name} if index.graph else ())}
     for file in leftovers(path) - own:
         with suppress(OSError):  # on Windows, one that another process has open; the next update deletes it
             file.unlink()
@@ -237,7 +237,8 @@ def leftovers(path: Path) -> set[Path]:
     return {file for pattern in patterns for file in path.glob(pattern)}
 
 
-def _keys_file(path: Path, index: Index) -> Path:
+def keys_file(path: Path, index: Index) -> Path:
+    """Return the file with a key for each row of an index with a graph."""
     return path / index.embeddings.replace(_ROWS, _KEYS)
 
 
@@ -287,6 +288,7 @@ def nearest_rows(
     top: int,
     graph: Graph | None = None,
     checked: bool = True,
+    cutoff: float | None = None,
 ) -> list[tuple[int, float]]:
     """Return the rows nearest to a query embedding, (D,) or (1, D), nearest first, with their cosine similarities.
 
@@ -297,6 +299,7 @@ def nearest_rows(
 
     Args:
         checked: whether the rows are known to be intact; else those that are compared are checked now.
+        cutoff: leave out images of a lower cosine.
     """
     query = query.reshape(-1)
     if rows.shape[1] != len(query):
@@ -307,7 +310,8 @@ def nearest_rows(
         _require_intact(index, rows, compared)
     cosines = (rows if candidates is None else rows[compared]) @ query
     best = top_indices(require_cosines(cosines, "An image of the index, or the query,"), top)
-    return [(int(compared[i]), float(cosines[i])) for i in best.tolist()]
+    low = -np.inf if cutoff is None else cutoff
+    return [(int(compared[i]), float(cosines[i])) for i in best.tolist() if cosines[i] >= low]
 
 
 def search_index(
@@ -318,6 +322,7 @@ def search_index(
     bundle: str | os.PathLike[str] | None = None,
     folder: str | os.PathLike[str] | None = None,
     exact: bool = False,
+    all: bool = False,
     **options: Any,
 ) -> Hits:
     """Search the index at `path` for the images nearest to a query; nearest first.
@@ -328,6 +333,7 @@ def search_index(
         bundle: path of the bundle that created the index; None is the one that this user named for it last.
         folder: current path of the image folder; None uses the path in the index.
         exact: compare all images, even if the index has a graph.
+        all: also return images that do not fit a text.
         options: of `runtime.load.load`, which opens the bundle.
     """
     require_top(top)
@@ -340,8 +346,9 @@ def search_index(
     remember(path, encoder, folder)
     embedding = encoder.encode_texts([asked]) if isinstance(asked, str) else encoder.encode_images([as_rgb(asked)])
     graph = None if exact else open_graph(path, index)
-    hits = Hits(nearest(index, rows, embedding, top=top, graph=graph, checked=False))
-    hits.indexed, hits.missing = len(index.entries), index.missing
+    cutoff = index.cutoff if isinstance(asked, str) and not all else None
+    hits = Hits(nearest(index, rows, embedding, top=top, graph=graph, checked=False, cutoff=cutoff))
+    hits.indexed, hits.missing, hits.cutoff = len(index.entries), index.missing, cutoff
     return hits
 
 
@@ -412,39 +419,9 @@ def open_graph(path: Path, index: Index, *, memory_mapped: bool = True) -> Graph
     if index.graph is None or not usearch_is_installed():
         return None
     try:
-        keys = load_array(_keys_file(path, index))
+        keys = load_array(keys_file(path, index))
         if keys.shape != (len(index.entries),) or keys.dtype != np.uint64:
             return None
         return restore_graph(path, index.graph, keys, memory_mapped=memory_mapped)
     except Exception:  # noqa: BLE001 — whatever it is, comparing all rows answers as well
         return None
-
-
-def keep_graph(
-    path: Path,
-    index: Index,
-    rows: Embeddings,
-    *,
-    threads: int | None = None,
-    stop: threading.Event | None = None,
-    reporter: Reporter = SILENT,
-) -> bool:
-    """Build the graph of a large index if it has none that can be used, or a worn one; return whether it has one."""
-    if len(rows) < GRAPH_FROM:
-        return False
-    graph = open_graph(path, index)
-    if graph is not None and not graph.is_worn:
-        return True
-    if not usearch_is_installed():
-        hint = install_command("usearch")
-        reporter.note(f"search stays exact; with usearch it takes less time from {GRAPH_FROM:,} images on: {hint}")
-        return False
-    usable = graph is not None
-    del graph  # closes the file, which Windows does not delete before
-    built = build_graph(path, rows, threads=threads, stop=stop, reporter=reporter)
-    if built is None:
-        return usable
-    index = msgspec.structs.replace(index, graph=built)
-    write_bytes(_keys_file(path, index), npy_bytes(keys_of(rows)))
-    write_content(path, index)
-    return True

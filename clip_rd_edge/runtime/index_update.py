@@ -15,19 +15,22 @@ from typing import NamedTuple, NoReturn
 import msgspec
 import numpy as np
 
-from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.encoder import Embeddings, in_batches
 from clip_rd_edge.errors import InputError, UsageError, causes
+from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.embed import embed_images, embed_images_on_cluster
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import (
+    GRAPH_FROM,
     INDEX_FILE,
     NEXT,
     Entry,
     Index,
     is_index,
-    keep_graph,
+    keys_file,
     leftovers,
     model_key,
+    open_graph,
     read_index,
     remember,
     without_damage,
@@ -43,12 +46,16 @@ from clip_rd_edge.runtime.index_folder import (
     out_of_sight,
     printable_path,
 )
-from clip_rd_edge.utils.files import now_in
+from clip_rd_edge.runtime.search_graph import build_graph, keys_of, usearch_is_installed
+from clip_rd_edge.utils.arrays import npy_bytes
+from clip_rd_edge.utils.files import now_in, write_bytes
 from clip_rd_edge.utils.outputs import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.paths import exists, file_identity, is_file, is_folder, near_files
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.text import is_unicode
 
+ANSWERED = 0.2  # share of random texts for which a search finds something
+_NOUN_STEP, _COMPARED_ROWS = 4, 1 << 16  # of the nouns, one in so many; rows compared with them at once
 SAVE_EVERY_S = 20.0  # the most work that a kill -9 can lose of an index that is saved fast
 REST = 20  # a pause is at least this many times as long as the work before it, such as a save of the whole index
 
@@ -179,6 +186,9 @@ class Indexer:
                 index = write_index(self._path, index, rows)
                 shutil.rmtree(place, ignore_errors=True)
         self._has_written = True
+        if index.cutoff is None and len(rows) and (background := self._encoder.background) is not None:
+            index = msgspec.structs.replace(index, cutoff=text_cutoff(rows, background))
+            write_content(self._path, index)
         update.approximate = keep_graph(
             self._path, index, rows, threads=self._encoder.threads, stop=self._stop, reporter=self._reporter
         )
@@ -288,6 +298,50 @@ class Indexer:
         update.embedding_s += time.monotonic() - resumed
 
 
+def keep_graph(
+    path: Path,
+    index: Index,
+    rows: Embeddings,
+    *,
+    threads: int | None = None,
+    stop: threading.Event | None = None,
+    reporter: Reporter = SILENT,
+) -> bool:
+    """Build the graph of a large index if it has none that can be used, or a worn one; return whether it has one."""
+    if len(rows) < GRAPH_FROM:
+        return False
+    graph = open_graph(path, index)
+    if graph is not None and not graph.is_worn:
+        return True
+    if not usearch_is_installed():
+        hint = install_command("usearch")
+        reporter.note(f"search stays exact; with usearch it takes less time from {GRAPH_FROM:,} images on: {hint}")
+        return False
+    usable = graph is not None
+    del graph  # closes the file, which Windows does not delete before
+    built = build_graph(path, rows, threads=threads, stop=stop, reporter=reporter)
+    if built is None:
+        return usable
+    index = msgspec.structs.replace(index, graph=built)
+    write_bytes(keys_file(path, index), npy_bytes(keys_of(rows)))
+    write_content(path, index)
+    return True
+
+
+def text_cutoff(rows: Embeddings, background: Embeddings) -> float:
+    """Return the cosine that the best of N images reaches for one in five of texts that have nothing to do with them.
+
+    Such texts are common nouns: few of them are in any folder. The more images, the higher it is.
+
+    Args:
+        rows: embeddings of the images, (N, D).
+        background: embeddings of the nouns, (K, D).
+    """
+    nouns = background[::_NOUN_STEP]
+    best = np.max([(rows[part] @ nouns.T).max(axis=0) for part in in_batches(len(rows), _COMPARED_ROWS)], axis=0)
+    return float(np.quantile(best, 1 - ANSWERED))
+
+
 def was_moved(index: Index, folder: Path) -> bool:
     """Return whether the image folder of an index is gone or empty, and most of its images are in `folder`."""
     if not is_empty_folder(Path(index.folder)):
@@ -341,6 +395,8 @@ class _Growing:
             return self._saved  # such as when none of the new images can be read
         entries, rows = [entry for part, _ in self.parts for entry in part], np.concatenate([p for _, p in self.parts])
         self.parts[:] = [(entries, rows)]  # a large index may not fit twice
-        index = msgspec.structs.replace(self._before, entries=entries, missing=missing, listed_ns=self.listed_ns)
+        index = msgspec.structs.replace(
+            self._before, entries=entries, missing=missing, listed_ns=self.listed_ns, cutoff=None
+        )
         self._saved = write_index(self._place, index, rows), rows
         return self._saved

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, overload
 from clip_rd_edge.bundle.encoder import Description, Embeddings, TowerEncoder, as_list
 from clip_rd_edge.bundle.images import ImageInput, is_single_image
 from clip_rd_edge.bundle.labels import TemplateNames, parse_templates, template_words
-from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
+from clip_rd_edge.runtime.classifier import Deciding, Prediction, ZeroShotClassifier
 from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.labels import Labels, label_names
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from clip_rd_edge.runtime.taught import Examples, Lesson
 
 
@@ -120,9 +122,9 @@ class Model:
         *,
         templates: TemplateNames = None,
         top: int = 5,
-        none_below: float = 0.0,
         cache: bool = True,
         quick: bool = False,
+        **deciding: Unpack[Deciding],
     ) -> list[Prediction]: ...
 
     @overload
@@ -133,9 +135,9 @@ class Model:
         *,
         templates: TemplateNames = None,
         top: int = 5,
-        none_below: float = 0.0,
         cache: bool = True,
         quick: bool = False,
+        **deciding: Unpack[Deciding],
     ) -> list[list[Prediction]]: ...
 
     def classify(
@@ -145,9 +147,9 @@ class Model:
         *,
         templates: TemplateNames = None,
         top: int = 5,
-        none_below: float = 0.0,
         cache: bool = True,
         quick: bool = False,
+        **deciding: Unpack[Deciding],
     ) -> list[Prediction] | list[list[Prediction]]:
         """Return the most likely labels of an image, most likely first; for several images, one such list per image.
 
@@ -156,15 +158,16 @@ class Model:
 
         Args:
             images: see `encode_images`.
-            labels, templates, none_below, cache: see `ZeroShotClassifier`.
+            labels, templates, cache: see `ZeroShotClassifier`.
             top: max number of labels per image.
             quick: see `encode_images`.
+            deciding: `none`, `refuse_known`, `multi` and `raw`: see `Deciding`.
 
         Raises:
             InputError: an image could not be read, or the labels or templates are invalid.
-            UsageError: `none_below` is not between 0 and 1, or `top` is less than 1.
+            UsageError: `refuse_known` is not a share, or `top` is less than 1.
         """
-        classifier = self._classifier_for(labels, templates, none_below, cache)
+        classifier = self._classifier_for(labels, templates, cache, deciding)
         single = is_single_image(images)
         embeddings = encode_inputs(self.encoder, images, quick=quick)
         predictions = classifier.classify_embeddings(embeddings, top=top)
@@ -177,13 +180,13 @@ class Model:
         *,
         templates: TemplateNames = None,
         top: int = 5,
-        none_below: float = 0.0,
+        **deciding: Unpack[Deciding],
     ) -> Iterator[list[Prediction]]:
         """Yield the predictions for the newest frames of a camera or stream, or for all frames of a video.
 
         Args:
             camera: a camera number, a device path, a video file or a stream URL.
-            labels, templates, top, none_below: see `classify`.
+            labels, templates, top, deciding: see `classify`.
 
         Raises:
             MissingExtraError: OpenCV is not installed.
@@ -192,18 +195,18 @@ class Model:
         """
         from clip_rd_edge.runtime.camera import frames
 
-        classifier = self._classifier_for(labels, templates, none_below, True)
+        classifier = self._classifier_for(labels, templates, True, deciding)
         for frame in frames(str(camera)):
             yield classifier.classify([frame], top=top)[0]
 
     def _classifier_for(
-        self, labels: Labels, templates: TemplateNames, none_below: float, cache: bool
+        self, labels: Labels, templates: TemplateNames, cache: bool, deciding: Deciding
     ) -> ZeroShotClassifier:
         # A file may have been edited since the last call, such as in a notebook.
         names, prompts = label_names(labels), parse_templates(template_words(templates)).prompts
-        key = (None if names is None else tuple(names), prompts, none_below, cache)
+        key = (None if names is None else tuple(names), prompts, cache, tuple(sorted(deciding.items())))
         kept = self._classifier  # another thread may replace it meanwhile
         if kept is None or kept[0] != key:
-            kept = (key, ZeroShotClassifier(self.encoder, names, templates=prompts, none_below=none_below, cache=cache))
+            kept = (key, ZeroShotClassifier(self.encoder, names, templates=prompts, cache=cache, **deciding))
             self._classifier = kept
         return kept[1]

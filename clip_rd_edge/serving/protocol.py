@@ -12,13 +12,16 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.search_graph import MAX_TOP
-from clip_rd_edge.utils.structs import PositiveInt, Share, decode_request
+from clip_rd_edge.utils.structs import PositiveInt, decode_request
+
+if TYPE_CHECKING:
+    from clip_rd_edge.runtime.classifier import Deciding
 
 MEDIA_MARKER = "<__media__>"  # stands for the image in a llama.cpp prompt; clients read it from /props
 _DATA_URL = "data:image/"  # in any case
@@ -103,13 +106,21 @@ class ClassifyRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         image: the image file in base64, or a data URL.
         labels: the labels; None uses the bundle's own.
         top: max number of labels to return.
-        none_below: omit labels with a lower probability.
+        none, refuse_known, multi, raw: see `runtime.classifier.Deciding`; without predictions, no label fits.
     """
 
     image: str
     labels: list[str] | None = None
     top: PositiveInt = 5
-    none_below: Share = 0.0
+    none: bool = False
+    refuse_known: Annotated[float, msgspec.Meta(ge=0, lt=1)] | None = None
+    multi: bool = False
+    raw: bool = False
+
+    @property
+    def deciding(self) -> Deciding:
+        """What the request says of how answers are decided."""
+        return {"none": self.none, "refuse_known": self.refuse_known, "multi": self.multi, "raw": self.raw}
 
 
 class SearchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -118,11 +129,13 @@ class SearchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     Attributes:
         query, image: a text, or an image in base64.
         top: max number of images to return. All of a large index would take the server's time and memory.
+        all: also return images that do not fit the text.
     """
 
     query: str = ""
     image: str = ""
     top: Annotated[PositiveInt, msgspec.Meta(le=MAX_TOP)] = 10
+    all: bool = False
 
 
 Asked = TypeVar("Asked", ClassifyRequest, SearchRequest)

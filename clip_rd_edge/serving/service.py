@@ -180,7 +180,8 @@ class Service:
             require_few_labels(body.labels)
         classifier = await self._classifier(body.labels)
         (row,), _ = await self._embed([Item(image=image)])
-        (predictions,) = classifier.classify_embeddings(row[None], top=body.top, none_below=body.none_below)
+        answer = partial(classifier.classify_embeddings, row[None], top=body.top, deciding=body.deciding)
+        (predictions,) = await asyncio.to_thread(answer)  # without a background, the bundle embeds one now
         return json_response({"predictions": [{"label": label, "probability": p} for label, p in predictions]})
 
     async def search(self, request: Request) -> Response:
@@ -198,7 +199,7 @@ class Service:
         protocol.require_length(body.query, "The query")
         (row,), _ = await self._embed([Item(image=image) if image else Item(text=body.query)])
         assert self._index is not None  # /search has no route without an index
-        return json_response({"hits": await self._index.search(row, top=body.top)})
+        return json_response({"hits": await self._index.search(row, top=body.top, all=body.all or bool(image))})
 
     async def thumbnail(self, request: Request) -> Response:
         """GET /thumbnail/ID."""

@@ -206,10 +206,11 @@ class ServedIndex:
             raise ClipRdEdgeError(str(self._error), hint=self._error.advice) from self._error
         return self._opened
 
-    async def search(self, query: Embeddings, *, top: int) -> list[dict[str, Any]]:
-        """Return the images nearest to a query, with the addresses of their thumbnails."""
+    async def search(self, query: Embeddings, *, top: int, all: bool) -> list[dict[str, Any]]:
+        """Return the images nearest to a query, `all` or those that fit it, with the addresses of their thumbnails."""
         index, rows, graph = await self.current()
-        found = await asyncio.to_thread(nearest_rows, index, rows, query, top=top, graph=graph)
+        cutoff = None if all else index.cutoff
+        found = await asyncio.to_thread(nearest_rows, index, rows, query, top=top, graph=graph, cutoff=cutoff)
         hits = []
         for row, similarity in found:
             hit = {"path": str(Path(index.folder, index.entries[row].path)), "similarity": similarity}

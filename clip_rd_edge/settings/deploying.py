@@ -119,9 +119,10 @@ class Export(_Exported, frozen=True, kw_only=True):
         "Folder where npm installed the packages for {target} browser.", metavar="DIR", path=True,
         default="download them once",
     )] | None = None  # fmt: skip
-    calibration: Annotated[AnyPath, _int8(
-        "Pairs for calibrating and evaluating INT8, or a folder of images.", metavar="CSV|FOLDER|emoji",
-        default="those that MODEL's run kept",
+    calibration: Annotated[AnyPath, _bundle(
+        'Pairs for calibrating and evaluating INT8, or a folder of images. Pairs that the model was not trained on '
+        'calibrate probabilities and "none of these", too.', metavar="CSV|FOLDER|emoji",
+        default="for INT8, those that MODEL's run kept",
     )] | None = None  # fmt: skip
     texts: Annotated[AnyPath, _int8(
         "With a folder of images as {calibration}: what the text tower is calibrated on, one text per line.",
@@ -181,10 +182,18 @@ class Classify(Settings, frozen=True, kw_only=True):
         complete="imagenet",
     )] = None  # fmt: skip
     top: Annotated[int, _labels("Number of labels to print per image.", metavar="N", ge=1)] = 3
-    none_below: Annotated[float, _labels(
-        "Omit labels with a probability below P (with a single label: a cosine similarity below P); if none is left, "
-        'print "none of these".', metavar="P", ge=0, le=1,
-    )] = 0.0  # fmt: skip
+    none: Annotated[bool, _labels(
+        'Answer "none of these" for an image that no label fits. At most 5 % of images of known things are refused, if '
+        "the bundle was calibrated at its export.",
+    )] = False  # fmt: skip
+    refuse_known: Annotated[float, _labels(
+        "The same as --none, with another share than 0.05 of images of known things that may be refused.",
+        metavar="RATE", ge=0, le=1, default="none is refused",
+    )] | None = None  # fmt: skip
+    multi: Annotated[bool, _labels(
+        "Give each label a probability by itself, as several may fit an image; with --none, print those that fit.",
+    )] = False  # fmt: skip
+    raw: Annotated[bool, _labels("Leave the bundle's calibration out: the model's own probabilities.")] = False
     cache: Annotated[bool, _labels(
         "Cache the labels' embeddings, so that the next run with these labels need not load the text tower.",
     )] = True  # fmt: skip
@@ -272,6 +281,9 @@ class Search(_Searched, frozen=True, kw_only=True):
         "Current path of the image folder, if it was moved.", metavar="FOLDER",
         default="the path that the index names", path=True,
     )] | None = None  # fmt: skip
+    all: Annotated[bool, _query(
+        "Also print the nearest images that do not fit a text: that are no nearer than the nearest to random texts.",
+    )] = False  # fmt: skip
     exact: Annotated[bool, _query("Compare all images, even if the index has a graph for approximate search.")] = False
     threads: Threads | None = None
     device: OnDevice = "auto"

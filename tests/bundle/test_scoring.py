@@ -18,7 +18,7 @@ from text_towers import siglip_clip
 import clip_rd_edge as edge
 from clip_rd_edge.benchmarking.accuracy import zero_shot
 from clip_rd_edge.bundle.manifest import MANIFEST, read_manifest
-from clip_rd_edge.bundle.scoring import Scoring
+from clip_rd_edge.bundle.scoring import Calibration, Scoring, usual_limit
 from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.errors import ConfigError, NotFiniteError
 from clip_rd_edge.installation import upgrade_hint
@@ -78,12 +78,10 @@ def test_python_and_the_command_line(
         assert shown == pytest.approx({label: expected[label] for label in labels}, abs=1e-5)
 
 
-def test_a_limit_applies_to_the_probability_of_a_single_label(
+def test_a_label_by_itself_has_the_probability_of_the_sigmoid(
     bundle: Path, photo: Path, expected: dict[str, float]
 ) -> None:
-    model = edge.load(bundle)
-    for label, probability in expected.items():
-        assert bool(model.classify(photo, [label], none_below=0.5, cache=False)) == (probability >= 0.5)
+    assert dict(edge.load(bundle).classify(photo, LABELS, multi=True, cache=False)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_server_and_the_demo(bundle: Path, photo: Path, expected: dict[str, float]) -> None:
@@ -127,11 +125,11 @@ def test_only_a_bias_changes_the_manifest_and_unknown_features_are_refused(bundl
     assert manifest.without_text().format_version == 3
     assert "features" not in json.loads((colour_bundle / MANIFEST).read_text())
     raw = json.loads((bundle / MANIFEST).read_text())
-    for features in ({"calibration": 2.0}, {"logit_bias": 1e300}):
+    for features in ({"unheard_of": 2.0}, {"logit_bias": 1e300}):
         (colour_bundle / MANIFEST).write_text(json.dumps({**raw, "features": features}))
         with pytest.raises(ConfigError) as refusal:
             read_manifest(colour_bundle)
-        assert (refusal.value.hint == upgrade_hint()) == ("calibration" in features)
+        assert (refusal.value.hint == upgrade_hint()) == ("unheard_of" in features)
 
 
 @pytest.mark.parametrize("bias", [None, -3.5])
@@ -147,3 +145,26 @@ def test_probabilities_are_those_of_the_formulas_in_float64(bias: float | None) 
     assert np.isfinite(extremes).all()  # and no warning of an overflow
     with pytest.raises(NotFiniteError):
         Scoring(1.0, bias).probabilities(images * np.nan, labels)
+
+
+@pytest.mark.parametrize("labels", [1, 20, 300])
+def test_at_most_the_stated_share_of_known_images_is_refused(labels: int) -> None:
+    """Over many calibrations of 100 pairs; other labels match an image as nothing of theirs, some of them well."""
+    rng, share = np.random.default_rng(0), []
+    for _ in range(200):
+        own, others = rng.normal(4, 2, 200), rng.normal(0, 1.5, (200, labels)).max(axis=1)
+        calibration = Calibration(slope=1.0, intercept=-3.0, curve=tuple(own[:100]))
+        limit = calibration.limit(others[:100].astype(np.float32), 0.05)
+        share.append(float((np.maximum(own, others)[100:] < limit).mean()))
+    assert 0.03 < np.mean(share) < 0.05 + 3 * np.std(share) / 200**0.5
+
+
+def test_a_match_is_the_log_of_how_much_likelier_a_label_is_than_a_noun() -> None:
+    rng = np.random.default_rng(0)
+    images, labels, nouns = (rng.standard_normal((count, 8)).astype(np.float32) for count in (5, 7, 50))
+    odds = np.exp(3.0 * images.astype(np.float64) @ labels.T)
+    odds /= np.exp(3.0 * images.astype(np.float64) @ nouns.T).mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(Scoring(3.0).matches(images, labels, nouns), np.log(odds), atol=1e-4)
+    # Of nouns as labels, about as many as stated are above the limit.
+    usual = Scoring(3.0).matches(images, nouns, nouns)
+    assert ((usual >= usual_limit(usual, labels=20)).sum(axis=1) == 5).all()

@@ -11,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from clip_rd_edge.bundle.labels import LabelBank, write_labels
+from clip_rd_edge.bundle.manifest import BACKGROUND, read_manifest, write_manifest
 from clip_rd_edge.cli import classify
 from clip_rd_edge.errors import InputError
 
@@ -54,13 +57,18 @@ def test_csv_output_and_images_without_a_likely_label(
 ) -> None:
     grey = colour_images / 'a "grey", one.png'
     Image.new("RGB", (9, 9), (90, 90, 90)).save(grey)
-    arguments = (colour_images / "*.png", "--labels", "red", "green", "blue", "--none-below", "0.6", "--csv")
+    grey_nouns = np.full((4, 3), 3**-0.5, np.float32)
+    write_labels(colour_bundle, LabelBank(tuple("abcd"), grey_nouns), name=BACKGROUND)
+    write_manifest(colour_bundle, read_manifest(colour_bundle))
+    arguments = (colour_images / "*.png", "--labels", "red", "green", "blue", "--none", "--top", 1, "--csv")
     code, output, _ = command_line("classify", colour_bundle, *arguments)
     assert code == 0
     rows = [(Path(row["image"]).name, row["rank"], row["label"]) for row in csv.DictReader(io.StringIO(output))]
     assert rows == [(grey.name, "1", ""), ("green.png", "1", "green"), ("red.png", "1", "red")]
-    code, output, _ = command_line("classify", colour_bundle, grey, "--labels", "red", "blue", "--none-below", "0.6")
+    code, output, error = command_line("classify", colour_bundle, grey, "--labels", "red", "blue", "--none")
     assert output == f"{grey}\tnone of these\n"
+    assert "--calibration" in error
+    assert command_line("classify", colour_bundle, grey, "--refuse-known", "1", "--labels", "red")[0] == 2
 
 
 @pytest.mark.skipif(os.name != "posix", reason="other systems allow no line break in a name")
@@ -158,17 +166,12 @@ def test_a_single_label_is_answered_with_a_warning_and_its_cosine_similarity(
     ]  # fmt: skip
     assert "the softmax over a single label is 100 % for every image" in error
     hint = error.partition("hint: ")[2]
-    assert "--none-below 0.25" in hint
-    code, output, error = command_line(*command, "--none-below", "0.25")
-    assert (code, error) == (0, "")
-    assert [line.split("\t")[1] for line in output.splitlines()] == [
-        "red 100.0% (cosine 0.983)", "none of these (cosine 0.134)",
-    ]  # fmt: skip
+    assert "--none" in hint
     _, output, _ = command_line(*command, "--json")
     assert [json.loads(line)["cosine"] > 0.5 for line in output.splitlines()] == [True, False]
 
 
-@pytest.mark.parametrize("following", [("--none-below", "0.5"), ("--none-below=0.5",), ("--json",), ("-0",)])
+@pytest.mark.parametrize("following", [("--refuse-known", "0.5"), ("--refuse-known=0.5",), ("--json",), ("-0",)])
 def test_an_option_is_not_taken_as_a_label(
     command_line: Run, colour_bundle: Path, colour_images: Path, following: tuple[str, ...]
 ) -> None:

@@ -44,7 +44,9 @@ def test_the_manifest_records_what_was_exported_and_measured(student: ClipModel,
     assert manifest.logit_scale == pytest.approx(student.logit_scale)
     assert manifest.preprocessing == student.preprocessing
     assert manifest.provenance == {"model": "tiny"}
-    assert set(manifest.files) == {"image.onnx", "text.onnx", "tokenizer.json", "labels.npz", "reference.npz"}
+    assert set(manifest.files) == {
+        "image.onnx", "text.onnx", "tokenizer.json", "labels.npz", "background.npz", "reference.npz"
+    }  # fmt: skip
     for tower in (manifest.image, manifest.text):
         assert tower.measured is not None
         assert tower.measured.latency_ms_p95 >= tower.measured.latency_ms_p50 > 0

@@ -96,7 +96,7 @@ def bodies() -> Any:
     )
     keys = st.sampled_from([
         "content", "input", "prompt_string", "multimodal_data", "encoding_format", "dimensions", "image", "labels",
-        "top", "none_below", "query", "other",
+        "top", "none", "refuse_known", "multi", "raw", "all", "query", "other",
     ])  # fmt: skip
     values = st.recursive(
         scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=5), max_leaves=12

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.bundle.encoder import Embeddings, Encoder
-from clip_rd_edge.bundle.labels import LabelBank, write_labels
-from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
-from clip_rd_edge.bundle.scoring import Probabilities, Scoring
+import clip_rd_edge as edge
+from clip_rd_edge.bundle.encoder import Embeddings, Encoder, normalise
+from clip_rd_edge.bundle.labels import LabelBank, background_nouns, write_labels
+from clip_rd_edge.bundle.manifest import BACKGROUND, KNOWN, read_manifest, write_manifest
+from clip_rd_edge.bundle.scoring import Calibration, Probabilities, Scoring
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime import classifier as module
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
@@ -37,14 +38,66 @@ def test_ties_keep_the_order_of_the_labels(colour_bundle: Path) -> None:
     assert [prediction.label for prediction in classifier.classify([GREY], top=9)[0]] == LABELS
 
 
-def test_unlikely_labels_are_omitted(colour_bundle: Path) -> None:
-    classifier = ZeroShotClassifier(load(colour_bundle), LABELS, none_below=0.5)
-    red, grey = classifier.classify([RED, GREY])
-    assert [prediction.label for prediction in red] == ["red"]
-    assert grey == []
-    for wrong in ({"none_below": 1.5}, {"none_below": "0.5"}, {"encoder": "bundle"}):
+@pytest.fixture(params=["rough", "calibrated"])
+def refusing(request: pytest.FixtureRequest, colour_bundle: Path) -> Path:
+    """The bundle of colours, which compares labels with grey, without calibration and with one on bright colours."""
+    manifest, grey = read_manifest(colour_bundle), np.full(3, 3**-0.5, np.float32)
+    nouns = np.stack([grey, grey, grey, -grey])
+    write_labels(colour_bundle, LabelBank(tuple("abcd"), nouns), name=BACKGROUND)
+    if request.param == "calibrated":
+        images = normalise(np.tile(np.eye(3) + 0.2, (10, 1)))
+        write_labels(colour_bundle, LabelBank(tuple(map(str, range(30))), images), name=KNOWN)
+        calibration = Calibration(temperature=2.0, slope=1.0, intercept=-3.0, curve=(4.0,) * 30)
+        manifest = manifest.with_features(calibration=calibration)
+    write_manifest(colour_bundle, manifest)
+    return colour_bundle
+
+
+@pytest.mark.parametrize("labels", [LABELS, ["red"]])
+def test_an_image_that_no_label_fits_has_no_prediction(refusing: Path, labels: list[str]) -> None:
+    encoder = load(refusing)
+    for deciding in ({"none": True}, {"refuse_known": 0.1}, {"none": True, "multi": True}):
+        red, grey = ZeroShotClassifier(encoder, labels, **deciding).classify([RED, GREY])
+        assert (red[0].label, grey) == ("red", [])
+    assert len(ZeroShotClassifier(encoder, LABELS, none=True).classify([RED])[0]) == len(LABELS)
+    assert len(ZeroShotClassifier(encoder, LABELS, refuse_known=0.0).classify([GREY])[0]) in (0, len(LABELS))
+    for wrong in ({"refuse_known": 1.5}, {"refuse_known": "0.5"}, {"multi": True, "raw": True}, {"non": True}):
         with pytest.raises(UsageError):
-            ZeroShotClassifier(**{"encoder": load(colour_bundle), "labels": LABELS, **wrong})
+            ZeroShotClassifier(encoder, LABELS, **wrong)  # type: ignore[arg-type]  # that is what is tested
+    with pytest.raises(UsageError):
+        ZeroShotClassifier("bundle", LABELS)  # type: ignore[arg-type]
+
+
+def test_a_probability_of_a_label_by_itself_does_not_depend_on_the_others(refusing: Path) -> None:
+    encoder, yellow = load(refusing), Image.new("RGB", (9, 9), "yellow")
+    several, alone = (dict(ZeroShotClassifier(encoder, labels, multi=True).classify([yellow])[0]) for labels in
+                      (LABELS, ["red"]))  # fmt: skip
+    assert several["red"] == pytest.approx(alone["red"])
+    assert several["red"] > several["blue"]
+
+
+def test_the_calibration_softens_probabilities_and_raw_leaves_it_out(refusing: Path) -> None:
+    model = edge.load(refusing)
+    calibrated, raw = (model.classify(RED, LABELS, raw=raw)[0].probability for raw in (False, True))
+    softened = model.describe().calibration is not None
+    assert (calibrated < raw) == softened
+    assert raw == pytest.approx(edge.load(refusing).encoder.describe().scoring.probabilities(
+        model.encode_images([RED]), model.encode_texts([f"a photo of {label}" for label in LABELS])
+    ).max(), abs=1e-5)  # fmt: skip
+
+
+def test_without_a_background_nouns_are_embedded_once(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    embed = module.label_embeddings
+
+    def count(encoder: Encoder, labels: Sequence[str], *rest: Any, **options: Any) -> Embeddings:
+        calls.append(len(labels))
+        return embed(encoder, labels, *rest, **options)
+
+    monkeypatch.setattr(module, "label_embeddings", count)
+    for _ in range(2):
+        ZeroShotClassifier(load(colour_bundle), LABELS, none=True).classify([RED])
+    assert calls == [len(LABELS), len(background_nouns())]
 
 
 def test_labels_that_another_thread_changes_meanwhile_are_those_of_the_next_answer(
@@ -78,14 +131,7 @@ def test_two_threads_may_change_the_labels_at_once(colour_bundle: Path, monkeypa
     assert classifier.classify([RED], top=1)[0][0].label == "red"
 
 
-def test_a_single_label_is_omitted_by_its_cosine_similarity(colour_bundle: Path) -> None:
-    classifier = ZeroShotClassifier(load(colour_bundle), "red", none_below=0.9)
-    embeddings = classifier.encoder.encode_images([RED, GREY])
-    np.testing.assert_allclose(classifier.similarities(embeddings)[:, 0], [1, 3**-0.5], atol=0.02)
-    assert classifier.classify_embeddings(embeddings) == [[("red", 1.0)], []]
-
-
-def test_a_single_label_is_answered_without_a_limit_also_if_its_cosine_is_negative(colour_bundle: Path) -> None:
+def test_a_single_label_is_answered_also_if_its_cosine_is_negative(colour_bundle: Path) -> None:
     classifier = ZeroShotClassifier(load(colour_bundle), "red")
     embeddings = -classifier.encoder.encode_images([RED])
     assert classifier.similarities(embeddings)[0, 0] < -0.9

@@ -311,7 +311,7 @@ IMAGE = encoded(jpeg())
         ("/v1/embeddings", {"input": "a" * 100_001}, "the limit is 100,000"),
         ("/classify", {"image": IMAGE, "labels": []}, "No labels"),
         ("/classify", {"image": IMAGE}, "the bundle has none"),
-        ("/classify", {"image": IMAGE, "labels": ["red"], "none_below": 1.5}, "$.none_below"),
+        ("/classify", {"image": IMAGE, "labels": ["red"], "refuse_known": 1.5}, "$.refuse_known"),
         ("/classify", {"image": IMAGE, "labels": ["red"], "top": 0}, "$.top"),
         ("/classify", {"image": IMAGE, "label": ["red"]}, "Did you mean 'labels'?"),
         ("/search", {"query": ""}, "either a query or an image"),
