@@ -125,7 +125,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *(({**INT8, name: value}, name) for name, value in
       (("min_agreement", float("nan")), ("min_agreement", -0.1), ("min_agreement", "0.9"), ("max_loss", 101.0))),
     *(({**others, name: value}, name) for others in ({}, {"precision": "fp16"}, {"target": "sm86,coreml"})
-      for name, value in {"calibration": "a.csv", "min_agreement": 0.9, "max_loss": 1, "fallback": "fp16"}.items()),
+      for name, value in {"min_agreement": 0.9, "max_loss": 1, "fallback": "fp16"}.items()),
 ]  # fmt: skip
 
 

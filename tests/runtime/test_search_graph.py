@@ -16,6 +16,7 @@ from support import Watch
 from clip_rd_edge.bundle.encoder import normalise
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.runtime import index as searching
+from clip_rd_edge.runtime import index_update as updating
 from clip_rd_edge.runtime.index import (
     Entry,
     Index,
@@ -215,7 +216,8 @@ def test_search_is_exact_if_the_graph_fails(make: Any, monkeypatch: pytest.Monke
 
 @pytest.fixture
 def many_images(colour_images: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(searching, "GRAPH_FROM", 40)
+    for module in (searching, updating):
+        monkeypatch.setattr(module, "GRAPH_FROM", 40)
     for i in range(40):
         Image.new("RGB", (9, 9), (5 * i, 50, 250 - 5 * i)).save(colour_images / f"{i:03}.png")
     return colour_images
