@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from clip_rd_edge.bundle.runs import DISTILLATION_FILE, REPORT_FOLDER
+from clip_rd_edge.bundle.runs import DISTILLATION_FILE, PREDICTIONS_FILE, REPORT_FOLDER
 from clip_rd_edge.data.order import StepSampler
 from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.checkpoint import (
@@ -306,6 +306,9 @@ class Training:
         with self._clock.counting("evaluated"):
             try:
                 self._tracker.show(done, lambda path: self._predictions.plot(path))
+                if self.setup.tasks and run.config.report_to != "tensorboard":  # which has drawn them
+                    (run.folder / REPORT_FOLDER).mkdir(exist_ok=True)
+                    self._predictions.plot(run.folder / REPORT_FOLDER / PREDICTIONS_FILE)
                 if done < self.state.steps:  # else it is plotted once the student is saved
                     plot_run(run.folder, run.folder / REPORT_FOLDER)
             except Exception as error:  # noqa: BLE001 - a run must not end by its plots

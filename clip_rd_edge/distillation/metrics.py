@@ -246,13 +246,13 @@ def _plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
     names = sorted({key for line in lines for key in line if key.startswith(TERM_PREFIX)})
     if not names:
         return
+    series = {name: _series(lines, name) for name in names}
+    scale = "log" if all(values.size and values.min() > 0 for _, values in series.values()) else "linear"
     with _figure(path, len(names), "Unweighted loss terms over training steps") as axes:
-        for axis, name in zip(axes, names, strict=True):
-            steps, values = _series(lines, name)
+        for axis, (name, (steps, values)) in zip(axes, series.items(), strict=True):
             axis.plot(steps, values, color=STUDENT_COLOUR, linewidth=1.4)
             axis.set_title(name.removeprefix(TERM_PREFIX), fontsize=10)
-            if values.size and values.min() > 0 and values.max() / values.min() > 30:
-                axis.set_yscale("log")
+            axis.set_yscale(scale)  # of one kind, so that the curves can be compared
 
 
 def _plot_geometry(lines: list[dict[str, Any]], path: Path) -> None:
