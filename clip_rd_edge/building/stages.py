@@ -265,6 +265,8 @@ class Building:
 
     def distil(self) -> None:
         """Train the student, for as many steps as the hours allow."""
+        if self.plan.steps and is_file(self.run / STUDENT_FOLDER / WEIGHTS_FILE):
+            return self.reporter.note(f"{self.plan.steps:,} steps are done, in {self.run}")
         settings = self._run_settings()
         if not self.plan.steps:
             config = run_config(self.request, self.plan, steps=1, **settings)
