@@ -21,7 +21,7 @@ class BuiltBundle(os.PathLike[str]):
         folder: the bundle's folder.
         verdict: how good it is, and what would help next, a sentence each.
         report: the page that compares it with teacher and student.
-        held_out: the task that the figures are of, for `evaluate`.
+        held_out: the images held back, on which the figures were measured: a task for `evaluate`.
     """
 
     folder: Path
