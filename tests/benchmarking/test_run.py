@@ -1,22 +1,18 @@
 from __future__ import annotations
 
-import io
-import os
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from PIL import Image
 
 from clip_rd_edge.benchmarking.accuracy import RetrievalPredictions
 from clip_rd_edge.benchmarking.metrics import Recall, RetrievalScore, ZeroShotScore
 from clip_rd_edge.benchmarking.results import Results, read_results, this_environment, write_results
-from clip_rd_edge.benchmarking.run import DamagedCacheError, PredictionCache, run_suite, task_state
+from clip_rd_edge.benchmarking.run import DamagedCacheError, PredictionCache, run_suite
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
-from clip_rd_edge.data.tasks import RetrievalTask, load_task
+from clip_rd_edge.data.tasks import RetrievalTask
 from clip_rd_edge.errors import ConfigError, InputError, MissingExtraError
 
 Open = Callable[..., Any]
@@ -187,23 +183,3 @@ def test_an_interrupted_run_resumes_and_measures_again_what_has_changed(
     with pytest.raises(DamagedCacheError) as caught:
         run_suite(suite, open_fake, cache=cache)
     assert caught.value.hint.startswith(f"remove {cache.folder}")
-
-
-def test_a_task_on_a_remote_shard_that_was_replaced_is_another_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("fsspec")
-    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
-    path, states = tmp_path / "0.tar", []
-    for shade in (0, 255):
-        png = io.BytesIO()
-        Image.new("L", (8, 8), shade).save(png, "png")
-        with tarfile.open(path, "w") as tar:
-            for name, content in {"a.png": png.getvalue(), "a.txt": b"a"}.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-        os.utime(path, (shade, shade))
-        states.append(task_state(load_task(path.as_uri())))
-        assert task_state(load_task(path.as_uri())) == states[-1]
-    assert states[0] != states[1]

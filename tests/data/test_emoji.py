@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -49,18 +48,6 @@ def test_images_are_opaque_rgb() -> None:
         with Image.open(path) as image:
             assert (image.size, image.mode) == ((72, 72), "RGB")
             assert image.getcolors(maxcolors=5184) is not None
-
-
-def test_an_interrupted_rendering_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path))
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(emoji, "_draw_concept", stop)
-    with pytest.raises(KeyboardInterrupt):
-        emoji.draw_images()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_built_in_tasks_are_loaded_by_name() -> None:

@@ -252,27 +252,6 @@ def test_a_full_disk_is_not_taken_for_a_server_that_fails(
         remote.fetch(shard, tmp_path / "000.part")
 
 
-def test_a_file_that_was_replaced_on_the_hub_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-    blob = "1" * 40
-
-    def list_repo_tree(*_: Any, **__: Any) -> list[Any]:
-        return [hub.hf_api.RepoFile(path="0.tar", size=3, oid=blob, type="file")]
-
-    monkeypatch.setattr(hub.HfApi, "repo_info", lambda *_, **__: None)
-    monkeypatch.setattr(hub.HfApi, "list_repo_tree", list_repo_tree)
-    shard = remote.RemoteShard("hf://datasets/a/b/0.tar")
-    assert remote.versions([shard]) == [(3, blob)]
-    remote._known_versions.clear()
-    assert remote.version(shard) == (3, blob)  # what is kept of a folder is kept per thread
-    monkeypatch.setattr(remote, "_part", lambda *_: b"new")
-    blob = "2" * 40
-    with pytest.raises(InputError, match="has changed while it was read"):
-        remote.fetch(shard, tmp_path / "0.part")
-    assert remote.versions([shard]) == [(3, blob)]
-    remote.fetch(shard, tmp_path / "0.part")
-
-
 def test_other_schemes_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"xyz://a/0\.tar cannot be read"):
         load_pairs("xyz://a/0.tar")

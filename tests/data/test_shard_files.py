@@ -134,30 +134,6 @@ def test_shards_are_prefetched_in_order_instead_of_those_that_still_wait(monkeyp
     assert fetched == ["0.tar", "7.tar", "5.tar"]
 
 
-def test_parts_being_fetched_count_at_their_final_size(
-    server: UnreliableServer,
-    shard: Callable[[int], RemoteShard],
-    folder: Path,
-    size: int,
-    bound: Callable[[float], None],
-) -> None:
-    bound(2.5)
-    contents(load_pairs(f"{server.url}/{{000..001}}.tar"))
-    (folder / f"another.{size}.a.part").touch()  # fetched by another process
-    local_path(shard(2))
-    assert len(list(folder.glob("*.tar"))) == 1
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="lists open files in /proc")
-def test_a_removed_shard_takes_no_room_through_an_open_file(
-    server: UnreliableServer, bound: Callable[[float], None]
-) -> None:
-    bound(1.5)
-    contents(load_pairs(f"{server.url}/{{000..003}}.tar"))
-    links = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
-    assert not [link for link in links if "remote-shards" in link and link.endswith("(deleted)")]
-
-
 def test_what_waits_to_be_prefetched_does_not_keep_a_process_from_ending(server: UnreliableServer) -> None:
     code = f"""
 import time

@@ -148,21 +148,6 @@ def test_a_stray_quote_never_swallows_rows_without_a_word(pairs_csv: Path, row: 
             read(str(pairs_csv))
 
 
-@pytest.mark.parametrize("read", [load_pairs, partial(load_images, column="filepath")], ids=["pairs", "images"])
-def test_a_stray_quote_in_a_column_that_is_not_used_swallows_no_rows(
-    pairs_csv: Path, read: Callable[[str], Samples]
-) -> None:
-    header, *rows = (f"{line},{number}" for number, line in enumerate(pairs_csv.read_text().splitlines()))
-    rows[3] = 'pictures/3.png,a cat,"'
-    rows[9] = 'pictures/9.png,a cat,5"'
-    pairs_csv.write_text("\n".join([header, *rows, ""]))
-    with pytest.raises(InputError, match=r"line 5: .*'pictures/4\.png'"):
-        read(str(pairs_csv))
-    rows[3:10] = ['pictures/3.png,a cat,"similar:\npictures/4.png\npictures/5.png, dark"']
-    pairs_csv.write_text("\n".join([header, *rows, ""]))
-    assert len(read(str(pairs_csv))) == 18
-
-
 @pytest.mark.parametrize(
     ("rows", "line"),
     [
@@ -176,35 +161,6 @@ def test_what_cannot_be_read_is_named_by_its_line(pairs_csv: Path, rows: str, li
     pairs_csv.write_bytes(pairs_csv.read_bytes() + rows.encode(errors="surrogateescape") + b"\n")
     with pytest.raises(InputError, match=rf"pairs\.csv, line {line}: "):
         load_pairs(str(pairs_csv))
-
-
-@pytest.mark.parametrize("separator", [",", "\t", ";", "|"])
-@pytest.mark.parametrize("name", ["pairs.csv", "pairs.tsv"])
-def test_the_separator_is_the_one_that_splits_the_header(pairs_csv: Path, separator: str, name: str) -> None:
-    path, caption = pairs_csv.with_name(name), "a cat, or a dog; or a cow|ox"
-    write_rows(path, [(f"pictures/{i}.png", caption) for i in range(24)], delimiter=separator)
-    assert captions(load_pairs(str(path))) == [caption] * 24
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"filepath,title,title\n1.png,a,b\n",
-        "filepath,title\n1.png,a\n".encode("utf-16-le"),
-        b"PK\x03\x04\x14\0\0\0",
-        b"\x1f\x8b\x08\0\0\0",
-        b"ARROW1\0\0\xff\xff",
-        b"\x89PNG\r\n\x1a\n\0",
-        b'<?xml version="1.0" encoding="UTF-8"?>\n<office:document>',
-        b'{"filepath":"1.png","title":"a, b"}\n',
-        b'\xef\xbb\xbf[\n {\n  "title": "a"}]',
-    ],
-)
-def test_a_header_that_cannot_be_right_is_refused_with_a_way_out(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "pairs.csv").write_bytes(content)
-    with pytest.raises(InputError) as caught:
-        load_pairs(str(tmp_path / "pairs.csv"))
-    assert caught.value.hint
 
 
 def test_a_column_named_twice_may_be_one_that_is_not_read(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,31 +86,6 @@ def make(tmp_path: Path, encode_image: Factory) -> Callable[..., Path]:
     return write
 
 
-def test_class_names_may_stand_beside_the_names_of_their_folders(make: Callable[..., Path]) -> None:
-    names = {"apple": "a pear", "Banana": "a giraffe", unicodedata.normalize("NFD", "Äpfel"): "a violin"}
-    folder = make(*(f"{name}/1.png" for name in names))
-    assert zero_shot(folder).folders == ()
-    lines = [f"{unicodedata.normalize('NFC', name)}\t{label}" for name, label in names.items()]
-    (folder / "classnames.txt").write_text("\n".join(lines), encoding="utf-8")
-    task = zero_shot(folder)
-    assert {name: names[name] for name in task.folders} == dict(zip(task.folders, task.labels, strict=True))
-    assert [image.parent.name for image in task.images] == list(task.folders)
-    for line, number in (("apples\ta pear", 1), ("Banana\ta pear", 2), ("apple", 1)):
-        (folder / "classnames.txt").write_text("\n".join([line, *lines[1:]]), encoding="utf-8")
-        with pytest.raises(InputError, match=f"line {number}, is"):
-            load_task(str(folder))
-
-
-def test_numbered_class_folders_are_sorted_by_number(make: Callable[..., Path]) -> None:
-    folder = make("0/a.png", "1/a.png", "2/a.png", "10/a.png")
-    (folder / "classnames.txt").write_text("zero\none\ntwo\nten\n")
-    task = zero_shot(folder)
-    greys = [open_image(image).getpixel((0, 0))[0] for image in task.images]  # type: ignore[index]
-    assert [(task.labels[t], grey) for t, grey in zip(task.targets, greys, strict=True)] == [
-        ("zero", 0), ("one", 1), ("two", 2), ("ten", 3),
-    ]  # fmt: skip
-
-
 def test_a_class_may_be_called_test_or_train(make: Callable[..., Path]) -> None:
     assert zero_shot(make("exam/1.png", "test/1.png", "train/1.png")).labels == ("exam", "test", "train")
 
@@ -165,23 +139,6 @@ def test_an_exported_retrieval_data_set(retrieval_shards: Path) -> None:
     assert task.captions[4:6] == ("caption 4 of 0", "caption 0 of 1")
     assert task.caption_images == (0,) * 5 + (1,) * 5
     assert [open_image(image).size for image in task.images] == [(24, 20)] * 2
-
-
-def test_captions_of_a_task_may_be_in_a_json_as_in_training(
-    tmp_path: Path, write_tar: Factory, encode_image: Factory
-) -> None:
-    path = tmp_path / "0.tar"
-    members = {"a.png": encode_image(0), "a.json": b'{"caption": ["one", "two"]}', "b.png": encode_image(1)}
-    write_tar(path, members | {"b.json": b'{"caption": "another"}', "b.txt": b"three\nfour\n"})
-    task = load_task(str(path))
-    assert isinstance(task, RetrievalTask)
-    assert task.captions == ("one", "two", "three", "four")
-    assert task.caption_images == (0, 0, 1, 1)
-    for member, message in (({"b.json": b"{}"}, "b.json has no key 'caption'"), ({}, "0.tar: b has no text")):
-        write_tar(path, members | member)
-        with pytest.raises(InputError, match=message) as refusal:
-            load_task(str(path))
-        assert refusal.value.hint.startswith("write captions into a .txt of each sample")
 
 
 def test_captioned_shards_without_metadata_are_retrieval(retrieval_shards: Path) -> None:

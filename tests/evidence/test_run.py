@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from support import Watch
 from clip_rd_edge.benchmarking.accuracy import zero_shot
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.samples import fingerprint
-from clip_rd_edge.data.tasks import RetrievalTask, load_task
+from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.embed import STORE_STAGE
 from clip_rd_edge.distillation.inputs import RunInputs, record_inputs
@@ -24,8 +24,8 @@ from clip_rd_edge.distillation.optimizer import diverged_error
 from clip_rd_edge.errors import DivergedRunError, UsageError
 from clip_rd_edge.evidence import run as runs
 from clip_rd_edge.evidence.report import read_evidence_file
-from clip_rd_edge.evidence.results import Curve, Geometry
-from clip_rd_edge.evidence.run import _evaluate_task, _geometry, evaluate_model
+from clip_rd_edge.evidence.results import Curve
+from clip_rd_edge.evidence.run import evaluate_model
 from clip_rd_edge.evidence.suite import EvidenceSuite, run_config
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
@@ -292,27 +292,3 @@ def test_an_interrupted_suite_resumes(
     other = replace(squares_suite, methods=(other_weights,), compare_with=())
     with pytest.raises(UsageError, match=r"another configuration: objective\.fd"):
         runs.run_evidence(other, folder, SILENT, teacher=teacher)
-
-
-def test_the_geometry_of_a_task_is_measured_without_all_its_images_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches = []
-
-    class Encoder:
-        def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray:
-            batches.append(len(images))
-            return np.stack([np.eye(3, dtype=np.float32)[image.getpixel((0, 0))[0]] for image in images])  # type: ignore[index]
-
-        def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-            return np.eye(3, dtype=np.float32)[[int(text) for text in texts]]
-
-    for level in range(3):
-        Image.new("RGB", (1, 1), (level, 0, 0)).save(tmp_path / f"{level}.png")
-    images = tuple(tmp_path / f"{level}.png" for level in range(3))
-    task = RetrievalTask(name="t", images=images, captions=("0", "1", "1", "2"), caption_images=(0, 0, 1, 2))
-    monkeypatch.setattr("clip_rd_edge.benchmarking.accuracy.BATCH_SIZE", 2)
-    assert _geometry(Encoder(), task) == Geometry(positive=1.0, negative=0.0)  # type: ignore[arg-type]
-    assert batches == [2, 1]
-    result = _evaluate_task(Encoder(), task)  # type: ignore[arg-type]
-    assert (result.hits, result.geometry) == ("101", Geometry(positive=1.0, negative=0.0))

@@ -87,13 +87,6 @@ def test_no_image_sets_ranges_and_is_held_out(tmp_path: Path) -> None:
     assert (len(calibrate), len(held_out), calibrate & held_out) == (20, 20, set())
 
 
-def test_copies_of_an_image_are_not_counted(tmp_path: Path) -> None:
-    once = _pairs(tmp_path, 31)
-    pairs = Folder.of("copies", once.images * 2, once.texts * 2)
-    with pytest.raises(InputError, match="copies has 31 readable pairs of different images; at least 32 are needed"):
-        calibration_set(pairs, preprocessing=PREPROCESSING, tokenize=_tokenize)
-
-
 def test_too_few_pairs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"greys has 31 pairs; at least 32 are needed"):
         calibration_set(_pairs(tmp_path, 31), preprocessing=PREPROCESSING, tokenize=_tokenize)

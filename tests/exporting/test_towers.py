@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -52,20 +50,6 @@ def test_the_text_tower_gives_torchs_embeddings(student: ClipModel, fp32_bundle:
     ids = student.tokenizer(["a cat", "", "a dog " * 30]).numpy()
     parity = agreement(TorchEncoder(student).encode_ids(ids), embed(session, ids, batch_size=1))
     assert parity.max_difference <= 1e-4
-
-
-@pytest.mark.parametrize("pool", ["argmax", "eos", "last"])
-def test_a_text_tower_uses_no_argmax_of_int64_which_onnxruntime_before_1_20_lacks(
-    pool: str, make_student: Callable[..., ClipModel], tmp_path: Path
-) -> None:
-    clip = make_student()
-    text: Any = clip.model.get_submodule("text")
-    text.pool_type, text.eos_id = pool, 49407
-    model = onnx.shape_inference.infer_shapes(onnx.load(export_text_tower(clip, tmp_path)))
-    types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.input)}
-    inputs = [types[node.input[0]] for node in model.graph.node if node.op_type in ("ArgMax", "ArgMin", "TopK")]
-    assert len(inputs) == (pool != "last")
-    assert onnx.TensorProto.INT64 not in inputs
 
 
 def test_a_hugging_face_text_tower_gives_torchs_embeddings(student: ClipModel, tmp_path: Path) -> None:
@@ -158,24 +142,3 @@ def test_a_tower_that_is_wrong_at_some_batch_sizes_alone_is_refused(
     )
     with pytest.raises(ClipRdEdgeError):
         write_fp32(student, tmp_path)
-
-
-def test_only_a_tower_that_is_itself_above_the_limit_has_its_weights_in_a_file_of_their_own(
-    student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights = student.model.state_dict()
-    image = sum(tensor.nbytes for name, tensor in weights.items() if name.startswith("visual."))
-    text = sum(tensor.nbytes for tensor in weights.values()) - image
-    separate = []
-
-    def record(*_: Any, external_data: bool, **__: Any) -> None:
-        separate.append(external_data)
-        raise OSError(errno.EIO, "not exported")
-
-    monkeypatch.setattr(torch.onnx, "export", record)
-    for limit in (max(image, text), min(image, text)):
-        monkeypatch.setattr("clip_rd_edge.exporting.towers.MAX_FILE_BYTES", limit)
-        for export in (export_image_tower, export_text_tower):
-            with pytest.raises(ClipRdEdgeError):
-                export(student, tmp_path)
-    assert separate == [False, False, image > text, text > image]

@@ -13,7 +13,6 @@ from text_towers import bert_clip
 
 from clip_rd_edge.models.clip import (
     ClipModel,
-    deployed_parameter_count,
     evaluation_mode,
     inference_image_tower,
     model_fingerprint,
@@ -84,12 +83,3 @@ def test_an_evaluation_after_training_sees_the_attention_biases_that_were_learne
         model.biases.data.fill_(learned)
         with evaluation_mode(model), torch.no_grad():
             assert model().tolist() == [learned, learned]
-
-
-def test_the_parameters_of_a_deployed_model_are_those_of_its_merged_branches(
-    make_student: Callable[..., ClipModel],
-) -> None:
-    model = make_student("mobileone_s0").model
-    image, both = (deployed_parameter_count(model, text_tower=text_tower) for text_tower in (False, True))
-    assert image < parameter_count(model.get_submodule("visual")) / 3
-    assert both - image == parameter_count(model) - parameter_count(model.get_submodule("visual"))

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel, ImageTower
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.students import build_student, copy_image_tower, with_image_of
@@ -68,11 +67,3 @@ def test_the_student_sees_images_as_the_teacher_does_but_for_their_size() -> Non
     config = with_image_of(own, replace(teacher, preprocessing=seen))
     actual = msgspec.convert(config["preprocess_cfg"], Preprocessing)
     assert actual == msgspec.structs.replace(seen, size=(48, 48))
-
-
-def test_an_image_tower_that_computes_something_else_with_the_same_weights_is_refused() -> None:
-    teacher = model(quick_gelu=True)
-    student = build_student(with_image_of(architecture(), teacher), name="student")
-    student.model.get_submodule("visual").register_forward_hook(lambda module, inputs, output: -output)
-    with pytest.raises(ConfigError):
-        copy_image_tower(student, teacher)

@@ -7,18 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import open_clip
 import pytest
 import torch
 from support import share_in_threads
 
-from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.own_parts import NO_STRANGERS, StrangeFileError
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.utils.paths import typed
 
 ARCHITECTURE = "ViT-B-16"
 
@@ -47,26 +45,6 @@ def test_a_model_trained_with_random_interpolation_is_evaluated_as_open_clip_doe
     config["preprocess_cfg"]["interpolation"] = "random"
     path.write_text(json.dumps(config))
     assert load_clip(f"local-dir:{tmp_path / 'model'}").preprocessing.interpolation == "bicubic"
-
-
-@pytest.mark.parametrize(
-    "name", ["open_clip:ViT-B-32@openai", "xlm-roberta-base-ViT-B-32@laion5b_s13b_b90k", "hf-hub:a/b"]
-)
-def test_a_model_that_cannot_be_fetched_is_one_sentence_without_delay(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError("Name or service not known")
-
-    for proxy in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(proxy, raising=False)
-    monkeypatch.setattr("socket.getaddrinfo", fail)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError) as error:
-        load_clip(typed(name))
-    assert "local-dir:PATH" in error.value.hint
-    assert "\n" not in str(error.value)
-    assert not huggingface_hub.constants.HF_HUB_OFFLINE  # restored afterwards
 
 
 def test_what_a_model_records_is_utf_8_whatever_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,18 +157,6 @@ def test_what_a_killed_process_moved_aside_is_removed_once_there_is_a_new_one(tm
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may remove everything")
-def test_a_folder_that_its_owner_has_protected_is_replaced_without_a_trace(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "out") as folder:
-        (folder / "deep").mkdir()
-        (folder / "deep" / "file").touch()
-    for path in ("out/deep/file", "out/deep", "out"):
-        (tmp_path / path).chmod(0o555)
-    with new_folder(tmp_path / "out"):
-        pass
-    assert names(tmp_path) == ["out"]
-
-
 def test_an_output_in_use_is_refused_unless_forced(tmp_path: Path) -> None:
     require_free_output(tmp_path / "new", overwrite=False)
     (tmp_path / "used").write_text("x")

@@ -154,49 +154,6 @@ def test_sums_are_in_float32_even_where_input_and_output_are_small(kind: str) ->
     assert (types["reduced"], types["embedding"]) == (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 
-def test_the_squares_of_a_norm_are_in_float32_even_where_it_is_not_the_last() -> None:
-    node = helper.make_node
-    nodes = [
-        node("Relu", ["x"], ["large"], name="relu"),
-        node("Pow", ["large", "two"], ["squares"], name="square"),
-        node("ReduceSum", ["squares", "axis"], ["total"], name="total", keepdims=1),
-        node("Sqrt", ["total"], ["norm"], name="root"),
-        node("Div", ["large", "norm"], ["features"], name="divide"),
-        node("MatMul", ["features", "w"], ["y"], name="project"),
-    ]
-    constants = {"two": np.float32(2), "axis": np.array([-1]), "w": np.ones((8, 2), np.float32)}
-    fp16 = to_fp16(onnx_model(nodes, {"x": ["N", 8]}, {"y": ["N", 2]}, constants))
-    types = _types(fp16)
-    assert {types[name] for name in ("squares", "total", "norm")} == {TensorProto.FLOAT}
-    assert types["features"] == TensorProto.FLOAT16
-    rows = np.full((2, 8), 1000, np.float32)  # whose squares are beyond float16's range
-    for values in (
-        ReferenceEvaluator(fp16).run(None, {"x": rows})[0],
-        embed(open_session(fp16.SerializeToString()), rows),
-    ):
-        np.testing.assert_allclose(values, 8**0.5, rtol=2e-3)
-
-
-def test_a_mean_is_in_float32_where_the_sum_behind_it_is_large() -> None:
-    model = _tower_with_a_reduction("ReduceMean")
-    for level, expected in ((20.0, ["reduce"]), (1.0, [])):  # the sums over 4,096 pixels are 81,920 and 4,096
-        assert nodes_out_of_range(model, np.full((2, 1, 64, 64), level, dtype=np.float32)) == expected
-    types = _types(to_fp16(model, keep_float32=["reduce"]))
-    assert (types["reduced"], types["embedding"]) == (TensorProto.FLOAT, TensorProto.FLOAT16)
-
-
-def test_the_opset_is_raised_only_for_quantised_float16() -> None:
-    model = _tower_with_large_values(1)
-    assert to_fp16(model).opset_import[0].version == 18  # 19 does not load on Arm with FP16 arithmetic
-    zero_point = numpy_helper.from_array(np.int8(0).reshape(()), "zero_point")
-    model.graph.initializer.append(zero_point)
-    model.graph.node[2].input[0] = "dequantized"
-    for kind, source, target in (("Quantize", "small", "quantized"), ("Dequantize", "quantized", "dequantized")):
-        node = helper.make_node(f"{kind}Linear", [source, "scale", "zero_point"], [target], name=kind)
-        model.graph.node.insert(2 if kind == "Quantize" else 3, node)
-    assert to_fp16(model).opset_import[0].version == 19
-
-
 def test_a_finite_mask_stays_finite() -> None:
     model = _tower_with_large_values(-3.4e38)
     constants = {t.name: numpy_helper.to_array(t) for t in to_fp16(model).graph.initializer}

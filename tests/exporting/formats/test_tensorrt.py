@@ -27,7 +27,6 @@ from clip_rd_edge.exporting.formats.tensorrt import (
     build_engine,
     int8_tower,
     mistyped_layers,
-    symmetric_tower,
     write_build_files,
 )
 from clip_rd_edge.exporting.graph import prepare_for_quantization, weighted_layers
@@ -221,20 +220,6 @@ def test_a_tower_that_float16_spoils_beside_int8_is_not_shipped(
     _change_weights(monkeypatch, spoil)
     tower = _int8_tower(fp32_bundle, calibration)
     assert (tower.precision, tower.note) == ("fp16", "fp16: INT8 does not reach a centred cosine of 0.9.")
-
-
-def test_layers_that_lose_most_stay_in_float(fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path) -> None:
-    prepared = prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path)
-    tower = float32_tower(fp32_bundle, "image", calibration, count=8, model=prepared)
-    full = symmetric_tower(tower, min_agreement=0.9)
-    assert full is not None
-    assert len(full.layers) == full.total == 15
-    min_agreement = (1 + full.agreement.centred_cosine) / 2
-    partial = symmetric_tower(tower, min_agreement=min_agreement)
-    assert partial is not None
-    assert 0 < len(partial.layers) < 15
-    assert partial.agreement.centred_cosine >= min_agreement
-    assert symmetric_tower(tower, min_agreement=1.1) is None  # no tower can reach this
 
 
 @pytest.fixture(scope="module")

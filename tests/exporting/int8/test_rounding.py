@@ -114,19 +114,6 @@ def test_only_the_named_layers_change(tower: Path) -> None:
     }
 
 
-def test_layers_of_other_paddings_and_without_bias_are_rounded_or_left_as_they_are(tower: Path) -> None:
-    model = onnx.load(tower)
-    first, second = (node for node in model.graph.node if node.op_type == "Conv")
-    del first.attribute[[attribute.name for attribute in first.attribute].index("pads")]
-    first.attribute.append(helper.make_attribute("auto_pad", "SAME_UPPER"))
-    del second.input[2]
-    onnx.save(onnx.shape_inference.infer_shapes(model), tower)
-    _rounded(tower).replace(model, ["first", "second"])
-    assert first.input[1] == "depthwise"
-    assert second.input[1] != "pointwise"
-    assert len(second.input) == 2
-
-
 def test_a_convolutions_inputs_are_what_its_weights_are_multiplied_by(tower: Path) -> None:
     layer, _ = _rounded(tower)._layers
     bias = numpy_helper.to_array(onnx.load(tower).graph.initializer[2])

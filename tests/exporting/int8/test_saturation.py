@@ -111,27 +111,6 @@ def test_constants_that_are_added_or_multiplied_one_by_one_keep_8_bits(tmp_path:
     assert largest["scale"] > 127  # U8, like an activation
 
 
-def test_weights_that_the_graph_itself_quantises_are_seen() -> None:
-    values = np.array([[0.5, -1.0], [0.25, 0.125]], dtype=np.float32)  # NNCF leaves weights in float before Q/DQ
-    for scale, expected in ((1 / 127, 127), (1 / 64, 64)):
-        graph = helper.make_graph(
-            [
-                helper.make_node("QuantizeLinear", ["w", "s", "z"], ["q"]),
-                helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
-                helper.make_node("MatMul", ["x", "d"], ["y"]),
-            ],
-            "tower",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 2])],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2])],
-            [
-                numpy_helper.from_array(values, "w"),
-                numpy_helper.from_array(np.float32(scale).reshape(()), "s"),
-                numpy_helper.from_array(np.int8(0).reshape(()), "z"),
-            ],
-        )
-        assert max_weight(helper.make_model(graph)) == expected
-
-
 # An export for processors that add in 32 bits, made on one that saturates.
 
 
@@ -173,21 +152,6 @@ def _integer_product(weight: int) -> bytes:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     content: bytes = model.SerializeToString()
     return content
-
-
-def test_integer_products_as_written_are_computed_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[bytes] = []
-
-    def record(content: bytes, **options: Any) -> Any:
-        opened.append(content)
-        return open_session(content, **options)
-
-    monkeypatch.setattr(saturation, "open_session", record)
-    for weight in (127, -128):
-        session = saturation.open_as_written(_integer_product(weight))
-        assert session.run(None, {"x": np.full((1, 64), 255, np.uint8)})[0].tolist() == [[64 * 252 * (weight + 1)] * 2]
-    kinds = [[node.op_type for node in onnx.load_from_string(content).graph.node] for content in opened]
-    assert kinds == [["Cast", "Cast", "Sub", "Cast", "Cast", "Sub", "MatMul", "Cast"]] * 2
 
 
 @pytest.mark.parametrize(
