@@ -13,7 +13,6 @@ from torch import Tensor
 
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.store import HalfArray, TeacherStore, TeacherStores, keys_file, load_rows, read_rows
-from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.terms import Bank
 
@@ -42,20 +41,6 @@ def make_bank(
     if store is not None and ensemble is not None:
         return StoredBank(store, ensemble, size=size, seed=config.seed, device=device)
     return QueueBank(min(size, pairs), device, source=source)
-
-
-def require_same_kind(*, began_stored: bool, is_stored: bool) -> None:
-    """Check that a resumed run has the kind of bank that it began with, from a store or not."""
-    if began_stored and not is_stored:
-        raise UsageError(
-            "The run began with a bank from a teacher's store; expected to go on with it.",
-            hint="add the {store} and {views} of the run, or start a new run",
-        )
-    if is_stored and not began_stored:
-        raise UsageError(
-            "The run began without a teacher's store, with a bank of the last pairs; expected to go on without one.",
-            hint="omit {store}, or start a new run",
-        )
 
 
 class StoredBank:

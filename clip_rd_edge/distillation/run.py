@@ -24,7 +24,6 @@ import msgspec
 
 from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import DATA_FOLDER, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
-from clip_rd_edge.distillation.bank import require_same_kind
 from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints, no_trace_of_failure
 from clip_rd_edge.distillation.config import (
     CHANGEABLE_ON_RESUME,
@@ -203,21 +202,16 @@ def check_folder(
     path = folder / RUN_CONFIG_FILE
     if not any(path.name not in (LOCK_FILE, DATA_FOLDER) for path in folder.iterdir()):
         return config, "new"
-    if not resume:
+    # What is left of a run that was killed at its start is hidden.
+    others = (own.name for own in folder.iterdir() if own.name != DATA_FOLDER)
+    has_strangers = not path.is_file() and any(not name.startswith(".") for name in others)
+    if not resume or has_strangers:
         raise UsageError(
             f"The output {folder} already exists and is not empty.",
-            hint="choose another {output}, or continue that run with {resume}",
+            hint="choose another {output}, or continue the run in it, if there is one, with {resume}",
             option="output",
         )
     if not path.is_file():
-        # What is left of a run that was killed at its start is hidden.
-        others = (own.name for own in folder.iterdir() if own.name != DATA_FOLDER)
-        if strangers := sorted(name for name in others if not name.startswith(".")):
-            raise UsageError(
-                f"There is no run in {folder} to resume: it has no {RUN_CONFIG_FILE}, but {strangers[0]}.",
-                hint="choose another {output}: a run would replace files in that folder",
-                option="output",
-            )
         return config, "new"
     old = read_yaml(path, RecordedConfig)
     config = with_precision(
@@ -233,8 +227,12 @@ def check_folder(
             hint="use the same options as before, or choose another {output}",
         )
     is_begun = list_checkpoints(folder) and not is_file(folder / STUDENT_FOLDER / WEIGHTS_FILE)
-    if config.recipe.objective.needing("bank") and is_begun:  # before a store is built
-        require_same_kind(began_stored=old.store is not None, is_stored=config.store is not None)
+    if config.recipe.objective.needing("bank") and is_begun and (old.store is None) is not (config.store is None):
+        raise UsageError(  # before a store is built
+            f"The run began with{'out' if old.store is None else ''} a teacher's store, which its bank is read from.",
+            hint="go on with {store} and {views} as before, or start a new run",
+            option="store",
+        )
     if config.processes != old.processes:
         reporter.note(
             f"the run started with {old.processes} processes and continues with {config.processes}: batches and loss "

@@ -323,12 +323,8 @@ def _require_trained_part(student: ClipModel, config: RunConfig) -> None:
     """Raise a UsageError if no tower has a parameter to train, as without images and a projection of the text tower."""
     trained = {name for name, parameter in student.model.named_parameters() if parameter.requires_grad}
     if trained <= {"logit_scale", "logit_bias"}:
-        reasons = [
-            *(["there are no images to train the image tower on"] if is_texts_alone(config) else []),
-            *(["its frozen text tower has no projection to train"] if config.freeze_text else []),
-        ]
         raise UsageError(
-            f"Nothing of {student.name} would be trained: {' and '.join(reasons) or 'all of it is frozen'}.",
+            f"Nothing of {student.name} would be trained: what is not frozen has no data to learn from.",
             hint="name images: {images} FOLDER, or {data} PAIRS; or train the text tower: another {text}, and no "
             "{freeze_text}",
         )

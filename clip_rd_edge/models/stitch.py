@@ -39,7 +39,7 @@ from clip_rd_edge.models.text_weights import build_text_tower, has_quick_gelu, s
 from clip_rd_edge.utils.files import read_text_limited, text_lines
 from clip_rd_edge.utils.paths import AnyPath, Typed, as_text, is_file, is_folder
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.structs import read_json_objects
+from clip_rd_edge.utils.structs import read_json
 
 IMAGENET = "imagenet"
 # Chosen by benchmarks/training/stitched_teacher.py.
@@ -345,14 +345,8 @@ def _hugging_face(folder: Path, *, context_length: int, name: str, source: str) 
             f"The sentence encoder {source} has no config.json.",
             hint="name a folder that transformers can load, a zip archive of one, or an open_clip model",
         )
-    try:
-        with NO_STRANGERS:
-            config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # transformers raises many types
-        raise ConfigError(
-            f"The config.json of the sentence encoder {source} could not be read: {first_line(error)}.",
-            hint="a newer transformers may know it, or the file is damaged",
-        ) from error
+    with _loaded_by_transformers(source):
+        config = AutoConfig.from_pretrained(folder)
     supported = open_clip.hf_configs.arch_dict
     if config.model_type not in supported:
         raise ConfigError(
@@ -367,13 +361,22 @@ def _hugging_face(folder: Path, *, context_length: int, name: str, source: str) 
         "hf_pooler_type": _pooler(folder, source),
         "context_length": min(context_length, _max_context_length(config) or context_length),
     }
+    with _loaded_by_transformers(source):
+        model = build_text_tower(text_cfg, embedding_size=int(width))
+        tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=text_cfg["context_length"])
+    return SentenceEncoder(text_cfg, model.eval(), tokenizer, int(width), source, padding=config.pad_token_id)
+
+
+@contextmanager
+def _loaded_by_transformers(source: str) -> Iterator[None]:
     try:
         with NO_STRANGERS:
-            model = build_text_tower(text_cfg, embedding_size=int(width))
-            tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=text_cfg["context_length"])
+            yield
     except Exception as error:  # transformers raises many types
-        raise ConfigError(f"The sentence encoder {source} could not be loaded: {first_line(error)}.") from error
-    return SentenceEncoder(text_cfg, model.eval(), tokenizer, int(width), source, padding=config.pad_token_id)
+        raise ConfigError(
+            f"The sentence encoder {source} could not be loaded: {first_line(error)}.",
+            hint="a newer transformers may know it, or a file is damaged",
+        ) from error
 
 
 def _max_context_length(config: Any) -> int | None:
@@ -388,7 +391,7 @@ def _pooler(folder: Path, source: str) -> str:
     """Return open_clip's name of the pooling that sentence-transformers records; the mean where it records none."""
     modules = folder / "modules.json"
     if modules.is_file():
-        kinds = [module.type.rpartition(".")[2] for module in _read(modules, list[_Module], source)]
+        kinds = [module.type.rpartition(".")[2] for module in read_json(modules, list[_Module])]
         if unsupported := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
             raise ConfigError(
                 f"open_clip cannot hold the layer {unsupported[0]} of the sentence encoder {source}; expected a "
@@ -397,7 +400,7 @@ def _pooler(folder: Path, source: str) -> str:
     pooling = folder / "1_Pooling" / "config.json"
     if not pooling.is_file():
         return "mean_pooler"
-    config = _read(pooling, dict[str, Any], source)
+    config = read_json(pooling, dict[str, Any])
     flags = [name for name, value in config.items() if value is True and name.startswith("pooling_mode_")]
     named = config.get("pooling_mode") or [_FLAGS.get(name, name) for name in flags]
     modes = [str(mode) for mode in (named if isinstance(named, list) else [named])]
@@ -407,13 +410,6 @@ def _pooler(folder: Path, source: str) -> str:
             f"expected one of {', '.join(_POOLERS)}."
         )
     return _POOLERS[modes[0]]
-
-
-def _read(path: Path, kind: Any, source: str) -> Any:
-    try:
-        return msgspec.convert(read_json_objects(path), kind)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{path.name} of the sentence encoder {source} is invalid: {error}.") from error
 
 
 @contextmanager

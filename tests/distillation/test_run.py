@@ -518,7 +518,7 @@ def test_resuming_a_finished_run_changes_nothing(config: RunConfig, tmp_path: Pa
 def test_a_folder_in_use_or_of_another_run_is_rejected(config: RunConfig, tmp_path: Path) -> None:
     distil(config, tmp_path / "run")
     (tmp_path / "mine" / "student").mkdir(parents=True)
-    with pytest.raises(UsageError, match=r"no run in .*mine to resume: it has no config\.yaml, but student"):
+    with pytest.raises(UsageError, match="not empty"):
         run_distillation(config, tmp_path / "mine", resume=True)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["student"]
     with pytest.raises(UsageError, match="not empty"):
