@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from support import Watch
+from tiny_runs import tiny_run
 
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.tasks import RetrievalTask, Task, load_task
 from clip_rd_edge.distillation import metrics as predictions
-from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.metrics import Prediction, Predictions
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -23,11 +24,7 @@ from clip_rd_edge.models.load import load_clip
 
 @pytest.fixture
 def config(pairs_csv: Path) -> RunConfig:
-    recipe = msgspec.structs.replace(load_recipe("clip"), steps=4, batch_size=6, precision="fp32")
-    return RunConfig(
-        recipe_name="clip", recipe=recipe, data=str(pairs_csv), student="test_vit", image_size=160, text="64x1",
-        context_length=12, evaluate_every=2, workers=0,
-    )  # fmt: skip
+    return tiny_run("clip", {"steps": 4, "batch_size": 6}, data=str(pairs_csv), evaluate_every=2)
 
 
 @pytest.fixture

@@ -16,12 +16,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
-from safetensors.torch import load_file
-from support import Watch
+from tiny_runs import killed_and_resumed, tiny_run, weights
 from torch import nn
 
-from clip_rd_edge.bundle.runs import WEIGHTS_FILE
-from clip_rd_edge.distillation.config import QUANTIZE_DEFAULTS, RunConfig, load_recipe
+from clip_rd_edge.distillation.config import QUANTIZE_DEFAULTS, RunConfig
 from clip_rd_edge.distillation.depthwise import speed_up_small_maps
 from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.quantized import (
@@ -208,45 +206,24 @@ def save_model(folder: Path, trunk: str, *, image_size: int = 48) -> Path:
 
 @pytest.fixture
 def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
-    recipe = msgspec.structs.replace(load_recipe("clip-rd"), **{**QUANTIZE_DEFAULTS, "steps": STEPS, "batch_size": 6})
-    return RunConfig(
-        recipe_name="clip-rd",
-        recipe=recipe,
-        data=str(pairs_csv),
+    return tiny_run(
+        "clip-rd", {**QUANTIZE_DEFAULTS, "steps": STEPS, "batch_size": 6}, data=str(pairs_csv),
         teacher=str(save_model(tmp_path / "teacher", "test_resnet")),
-        teacher_precision="fp32",
-        student=str(save_model(tmp_path / "trained", "test_efficientnet")),
-        quantize="int8",
-        checkpoint_every=2,
-        log_every=1,
-        workers=0,
-    )
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / WEIGHTS_FILE)
+        student=str(save_model(tmp_path / "trained", "test_efficientnet")), quantize="int8", checkpoint_every=2,
+        image_size=None, text=None, context_length=None,
+    )  # fmt: skip
 
 
 def test_a_run_trains_the_exported_weights_and_resumes_after_a_kill(config: RunConfig, tmp_path: Path) -> None:
     import open_clip
 
-    student = run_distillation(config, tmp_path / "uninterrupted", resume=False)
+    student = killed_and_resumed(config, tmp_path, after=3) / "student"
     before, after = weights(Path(config.student)), weights(student)
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert not any("running" in name or "num_batches" in name for name in changed)
     assert {"visual.trunk.conv_stem.weight", "visual.trunk.bn1.weight", "text.text_projection"} <= changed
-    assert "quantize: int8" in (tmp_path / "uninterrupted" / "config.yaml").read_text()
     open_clip.create_model(f"local-dir:{student}", require_pretrained=True).load_state_dict(after)
-
-    def kill(step: int) -> None:
-        if step == 3:
-            raise MemoryError
-
-    with pytest.raises(MemoryError):
-        run_distillation(config, tmp_path / "killed", resume=False, reporter=Watch(on_step=kill))
-    resumed = weights(run_distillation(config, tmp_path / "killed", resume=True))
-    assert all(torch.equal(after[name], resumed[name]) for name in after)
 
 
 def test_all_steps_and_evaluations_are_of_the_rounded_tower(
@@ -275,18 +252,12 @@ def test_all_steps_and_evaluations_are_of_the_rounded_tower(
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"student": "mobilevit_xxs"}, "fine-tunes a trained student, but mobilevit_xxs is untrained"),
-        ({"compile": True}, "compile cannot be combined with quantize"),
-        ({"gradient_checkpointing": True}, "checkpointing cannot be combined with quantize"),
-    ],
+    ("option", "value"), [("student", "mobilevit_xxs"), ("compile", True), ("gradient_checkpointing", True)]
 )
-def test_incompatible_options_are_rejected(
-    config: RunConfig, tmp_path: Path, change: dict[str, object], message: str
-) -> None:
-    with pytest.raises(UsageError, match=message):
-        run_distillation(msgspec.structs.replace(config, **change), tmp_path / "run", resume=False)
+def test_incompatible_options_are_rejected(config: RunConfig, tmp_path: Path, option: str, value: object) -> None:
+    with pytest.raises(UsageError) as error:
+        run_distillation(msgspec.structs.replace(config, **{option: value}), tmp_path / "run", resume=False)
+    assert error.value.option == option
     assert not (tmp_path / "run").exists()
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import wait_until
+from tiny_runs import tiny_run
 
 from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import read_metrics
@@ -25,7 +26,7 @@ from clip_rd_edge.data.order import StepSampler
 from clip_rd_edge.distillation import loop as train
 from clip_rd_edge.distillation import setup as build
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
-from clip_rd_edge.distillation.config import RunConfig, resolve
+from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.loader import Batch, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
@@ -38,20 +39,8 @@ STEPS = 6
 
 @pytest.fixture
 def config(pairs_csv: Path) -> RunConfig:
-    return resolve(
-        "clip",
-        data=str(pairs_csv),
-        student="test_resnet",
-        image_size=32,
-        text="64x1",
-        context_length=8,
-        embedding_size=8,
-        batch_size=6,
-        steps=STEPS,
-        precision="fp32",
-        workers=0,
-        evaluate_every=2,
-    )
+    recipe = {"steps": STEPS, "batch_size": 6}
+    return tiny_run("clip", recipe, data=str(pairs_csv), evaluate_every=2, log_every=10)
 
 
 def score(_: Encoder) -> dict[str, float]:

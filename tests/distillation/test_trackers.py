@@ -13,10 +13,11 @@ from typing import Any
 import msgspec
 import pytest
 from support import Watch
+from tiny_runs import tiny_run
 
 from clip_rd_edge.bundle.runs import METRICS_FILE, read_metrics
 from clip_rd_edge.distillation import trackers
-from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.trackers import Outcome, RemoteRun, Service
 from clip_rd_edge.errors import InterruptedRunError, MissingExtraError, UsageError
@@ -26,11 +27,8 @@ STEPS = 8
 
 @pytest.fixture
 def config(pairs_csv: Path) -> RunConfig:
-    recipe = msgspec.structs.replace(load_recipe("clip"), steps=STEPS, batch_size=6, precision="fp32")
-    return RunConfig(
-        recipe_name="clip", recipe=recipe, data=str(pairs_csv), student="test_vit", image_size=160, text="64x1",
-        context_length=12, checkpoint_every=3, log_every=1, workers=0, report_to="wandb",
-    )  # fmt: skip
+    recipe = {"steps": STEPS, "batch_size": 6}
+    return tiny_run("clip", recipe, data=str(pairs_csv), checkpoint_every=3, report_to="wandb")
 
 
 class FakeService(Service):
