@@ -37,11 +37,3 @@ class Killed(ViewDataset):
         assert get_worker_info() is not None
         os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(view)
-
-
-class Failing(ViewDataset):
-    """Ends its worker process as an error does while it starts."""
-
-    def __getitem__(self, view: View) -> PairView:
-        assert get_worker_info() is not None
-        os._exit(1)
