@@ -83,7 +83,7 @@ from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
 from clip_rd_edge.utils.text import as_word
 
-_EVALUATIONS = 5  # in a run
+_EVALUATIONS, _MAX_UNSAVED = 5, 100  # in a run, and steps between checkpoints
 _TEXT_LAYERS, _VOCABULARY, _FROZEN_TEXT_LAYERS = 2, 7500, 2  # as the quickstart's, see its evidence
 _PROMPT = "a photo of a {}."
 _RECIPE, _RATE = "clip-rd-bank", 1e-3
@@ -276,11 +276,12 @@ class Building:
             self.plan = msgspec.structs.replace(self.plan, steps=steps)
             note_overlap(config, [load_task(task) for task in several(self.request.tasks)], reporter=self.reporter)
             write_plan(self.request, self.plan)
-        evaluate, tasks = None, list[Task]()
+        evaluate, tasks, every = None, list[Task](), max(self.plan.steps // _EVALUATIONS, 1)
+        settings["checkpoint_every"] = min(every, _MAX_UNSAVED)
         if self.found.of("choose"):
             place = typed(task_of(self.folder, self.found, "val"))
             tasks = [load_task(place)]
-            settings |= {"tasks": (place,), "evaluate_every": max(self.plan.steps // _EVALUATIONS, 1)}
+            settings |= {"tasks": (place,), "evaluate_every": every}
             (task,) = tasks
             evaluate = lambda encoder: {task.name: primary_metric(score(encoder, task))}  # noqa: E731
         config = run_config(self.request, self.plan, steps=self.plan.steps, **settings)

@@ -172,6 +172,7 @@ def test_captions_of_their_own_are_held_out_as_retrieval(world: Path, tmp_path: 
     assert built.verdict
 
 
+@pytest.mark.slow
 def test_images_without_captions_are_compared_by_the_teachers_answers(world: Path, tmp_path: Path) -> None:
     built = build(world, tmp_path / "out", data=world / "images", labels=list(COLOURS))
     (teacher,) = edge.evaluate(world / "teacher", built.held_out)
