@@ -98,6 +98,7 @@ def look(
     labels: Sequence[str] | None = None,
     chosen_by: int = CHOSEN_BY,
     columns: tuple[str, str] = ("filepath", "title"),
+    kept: str | None = None,
     reporter: Reporter = SILENT,
 ) -> Look:
     """Look at images and divide them, unless that is done in the folder already, and return what is known.
@@ -107,11 +108,18 @@ def look(
         labels: what may be on images without captions.
         chosen_by: one in so many of these is for choosing a student; 0 for none.
         columns: of a table, with the paths and the captions.
+        kept: the key of images that a student was trained on; others are refused.
     """
     source = _read_source(data, labels, columns, reporter)
     place = str(Path(data).absolute())
     content = (fingerprint(source.samples), source.kind, source.labels, share, chosen_by, place)
     key = hashlib.sha256(msgspec.json.encode(content)).hexdigest()
+    if kept not in (None, key):
+        raise UsageError(
+            f"{folder} was built from other images than {data} has now, or from another division of them.",
+            hint="name another {output}: what was trained there is kept",
+            option="output",
+        )
     if is_file(folder / LOOK) and (known := read_json(folder / LOOK, Look)).key == key:
         return known
     (folder / LOOK).unlink(missing_ok=True)

@@ -67,7 +67,7 @@ def asked_of(request: Build) -> dict[str, str]:
     return {name: str(as_text(value)) for name in _ASKED if (value := getattr(request, name)) is not None}
 
 
-def kept_plan(request: Build, found: Look) -> Plan | None:
+def kept_plan(request: Build) -> Plan | None:
     """Return the plan of an earlier call; raise a UsageError if this call asks for something else."""
     path = Path(request.output) / PLAN
     if not is_file(path):
@@ -80,8 +80,6 @@ def kept_plan(request: Build, found: Look) -> Plan | None:
             raise ConfigError(f"{path} has the {name} {getattr(plan, name)!r}; expected one of {', '.join(names)}.")
     changed = [f"{name} {plan.asked.get(name, 'unset')} → {asked.get(name, 'unset')}"
                for name in _ASKED if plan.asked.get(name) != asked.get(name)]  # fmt: skip
-    if plan.data != found.key:
-        changed.append("the images or their division")
     if changed:
         raise UsageError(
             f"{request.output} was built otherwise; changed: {', '.join(changed)}.",

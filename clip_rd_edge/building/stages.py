@@ -170,11 +170,13 @@ class Building:
 
     def look(self) -> None:
         """Look at the images, and hold some back."""
-        request = self.request
+        request, plan = self.request, kept_plan(self.request)
         self.found = look(
             typed(request.data), self.folder, share=request.hold_out, labels=label_names(request.labels),
-            columns=(request.csv_img_key, request.csv_caption_key), reporter=self.reporter,
+            columns=(request.csv_img_key, request.csv_caption_key), kept=plan.data if plan else None, reporter=self.reporter,
         )  # fmt: skip
+        if plan:
+            self.plan = plan
         for line in self.found.lines:
             self.reporter.note(line)
         parts = {part: len(self.found.of(part)) for part in ("train", "choose", "test")}
@@ -182,9 +184,6 @@ class Building:
             f"{parts['train']:,} to train on; held out: {parts['test']:,} for the report, {parts['choose']:,} to "
             f"choose by, in {self.held_out}"
         )
-        kept = kept_plan(self.request, self.found)
-        if kept:
-            self.plan = kept
 
     def teach(self) -> None:
         """Make the built-in teacher if no other is named, and measure the teacher on what is held out."""
