@@ -173,7 +173,8 @@ class Building:
         request, plan = self.request, kept_plan(self.request)
         self.found = look(
             typed(request.data), self.folder, share=request.hold_out, labels=label_names(request.labels),
-            columns=(request.csv_img_key, request.csv_caption_key), kept=plan.data if plan else None, reporter=self.reporter,
+            columns=(request.csv_img_key, request.csv_caption_key), kept=plan.data if plan else None,
+            reporter=self.reporter,
         )  # fmt: skip
         if plan:
             self.plan = plan
