@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,15 @@ from benchmarks.publishing import add_output_options, publish
 
 # By the size of both towers; MobileCLIP-S0 is not among open_clip's architectures.
 NAMES = (
-    "PE-Core-T-16-384", "MobileCLIP2-S0", "PE-Core-S-16-384", "ViT-S-32", "ViT-S-16", "ViTamin-S", "MobileCLIP-S1",
-    "ViT-M-32", "ViT-M-16", "convnext_tiny", "vit_medium_patch16_gap_256", "MobileCLIP2-S2", "RN50", "RN101",
+    "ViT-S-32", "MobileCLIP2-S0", "PE-Core-T-16-384", "RN50", "ViT-S-16", "ViTamin-S", "MobileCLIP-S1", "ViT-M-32",
+    "ViT-M-16", "convnext_tiny", "vit_medium_patch16_gap_256", "MobileCLIP2-S2", "PE-Core-S-16-384", "RN101",
     "MobileCLIP2-S3", "ViT-B-32", "ViT-B-16", "ViT-B-32-quickgelu", "EVA02-B-16", "swin_base_patch4_window7_224",
     "convnext_base", "MobileCLIP2-B", "convnext_base_w", "RN50x4", "ViTamin-B", "MobileCLIP2-S4", "ViT-B-16-SigLIP",
     "roberta-ViT-B-32", "coca_ViT-B-32", "xlm-roberta-base-ViT-B-32", "ViT-B-16-SigLIP2", "ViT-B-32-SigLIP2-256",
     "ViT-L-14", "PE-Core-B-16",
 )  # fmt: skip
-STEPS = ("FP32", "INT8", "student", "teacher")
-LARGE = 110e6  # parameters, from which on there are 2 steps of training and not 20
+STEPS = ("FP32", "student", "teacher", "INT8")
+LARGE = 50e6  # parameters, from which on there are 2 steps of training and not 20
 IMAGES, SEARCH_MINUTES = 32, 2.0
 NOT_RUN = "not run"
 
@@ -239,21 +239,21 @@ def tiny_teacher(folder: Path) -> None:
     save_clip(folder, build_student(config, name="tiny"), provenance={})
 
 
-def take(name: str, work: Path, until: float) -> Row:
+def take(name: str, work: Path, steps: Sequence[str], until: float) -> Row:
     """Take an architecture through the steps that are not done, each in a process of its own."""
     folder, path = work / name, work / f"{name}.json"
     row = msgspec.json.decode(path.read_bytes(), type=Row) if path.is_file() else Row(name=name)
-    if all(step in row.steps for step in STEPS) or time.monotonic() > until:
+    if all(step in row.steps for step in steps) or time.monotonic() > until:
         return row
     if not (work / "tiny").is_dir():
         tiny_teacher(work / "tiny")
     print(f"{name}: writing random weights", file=sys.stderr, flush=True)
     row.parameters = random_model(name, folder / "hub")
     model = named(name, folder / "hub")
-    row.loaded_as = Path(model).name if "/" in model else model
+    row.loaded_as = "a file" if "/" in model else model.partition("@")[2]
     with loopback_hub(folder / "hub") as address:
         environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"), "NO_PROXY": "127.0.0.1"}
-        for step in (step for step in STEPS if step not in row.steps):
+        for step in (step for step in steps if step not in row.steps):
             if time.monotonic() > until:
                 break
             print(f"{name}: {step}", file=sys.stderr, flush=True)
@@ -278,13 +278,13 @@ def table_of(rows: list[Row]) -> str:
          "text tower, ms: FP32, INT8", "size", "search, min", "peak, GB", "as a student", "as a teacher"],
     ]  # fmt: skip
     for row in rows:
-        fp32, int8, student, teacher = (row.steps.get(step) for step in STEPS)
+        fp32, student, teacher, int8 = (row.steps.get(step) for step in STEPS)
         towers = int8.towers if int8 else {}
         size = sum(tower.bytes for tower in towers.values()) / max(1, sum(t.fp32_bytes for t in towers.values()))
         lines.append(
             [
                 row.name,
-                row.loaded_as.partition("@")[2] or "–",
+                row.loaded_as or "–",
                 f"{row.parameters / 1e6:.0f}" if row.parameters else "–",
                 shown(fp32, lambda step: f"{step.difference:.0e}"),
                 *(shown(int8, lambda step, name=name: latency_text(step.towers[name])) for name in ("image", "text")),
@@ -309,6 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("work", type=Path, help="folder for what is done")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no step after this time")
     for option in ("--step", "--model", "--parameters"):
         parser.add_argument(option, help=argparse.SUPPRESS)
@@ -320,7 +321,10 @@ def main() -> None:
         print(json.dumps(msgspec.to_builtins(run_step(args.step, args.model, int(args.parameters), scratch))))
         return
     until = time.monotonic() + 60 * args.minutes
-    rows = [take(name, args.work.resolve(), until) if name in args.only else kept(name, args.work) for name in NAMES]
+    rows = [
+        take(name, args.work.resolve(), args.steps, until) if name in args.only else kept(name, args.work)
+        for name in NAMES
+    ]
     from clip_rd_edge.benchmarking.results import this_environment
 
     results = {"environment": msgspec.to_builtins(this_environment()), "weights": "random", "rows": rows}
