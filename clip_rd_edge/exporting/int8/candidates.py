@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from clip_rd_edge.exporting.formats import Job
 
 SENSITIVITY_SAMPLES = 16  # calibration samples that the errors are measured on
-_MAX_SECONDS, _SHARE = 15.0, 0.15  # and of what is left of a limited time
+_MAX_SECONDS, _SHARE = 10.0, 0.15  # and of what is left of a limited time
 # Shares of the max error that the INT8 layers may have on the calibration samples; a smaller share may be as fast.
 _ERROR_SHARES = (0.9, 0.4, 0.1)
 # If all layers together have at most this share of the max error, none is worth leaving in float, which takes space
@@ -247,9 +247,9 @@ def _in_convolutions(
     threads = tower.plan.threads
     no_slower = layers_no_slower(
         robust,
-        lambda layers: open_session(make(layers), threads=threads),
+        lambda layers: open_session(quantizer.quantize("percentile", layers), threads=threads),
         tower.calibrate,
-        max_seconds=tower.clock.share(_SHARE, most=_MAX_SECONDS / 2),
+        max_seconds=tower.clock.share(_SHARE, most=_MAX_SECONDS),
     )
     if no_slower and len(no_slower) < len(robust):
         name = f"static in {len(no_slower)} convolutions that get no slower{suffix}"

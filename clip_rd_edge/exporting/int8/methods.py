@@ -6,7 +6,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -53,7 +53,7 @@ class StaticQuantizer:
 
     Args:
         model: path of a float32 model that `quant_pre_process` has optimised.
-        samples: inputs (N, …) that the ranges are measured on.
+        samples: inputs (N, …), on the first of which the ranges are measured.
         weight_bits: see `exporting.int8.saturation`.
         rounded: the layers with weights that are rounded already; None rounds each weight to the nearest level.
     """
@@ -298,6 +298,7 @@ def _node(kind: str, inputs: Sequence[str], output: str, **attributes: int) -> o
 _PERCENTILE = 99.99  # a few outliers would widen the range and cost all other values their resolution
 _MAX_VALUES = 50_000  # per activation: using all of them takes minutes
 _TOGETHER = 8  # samples whose values together have a range without outliers
+_FOR_RANGES = 64  # samples; more of them change no range that matters, and each takes as long as three embeddings
 _SYMMETRIC = 1e-3  # relative
 
 
@@ -307,9 +308,12 @@ def subsample(values: npt.NDArray[Any], count: int = _MAX_VALUES, *, seed: int =
     Evenly spaced values would miss channels wherever the step and the number of channels have a common factor.
     """
     flat = values.reshape(-1)
-    if flat.size <= count:
-        return flat
-    return flat[np.random.default_rng(seed).integers(0, flat.size, count)]
+    return flat if flat.size <= count else flat[_picks(flat.size, count, seed)]
+
+
+@lru_cache(maxsize=64)  # tensors of few sizes have most of the values
+def _picks(size: int, count: int, seed: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, size, count)
 
 
 def range_without_outliers(values: npt.NDArray[Any]) -> tuple[float, float]:
@@ -344,17 +348,18 @@ class Ranges:
 
 
 def measure_ranges(model: onnx.ModelProto, tensors: Sequence[str], samples: Inputs) -> Ranges:
-    """Measure the ranges of a model's named float tensors on some inputs.
+    """Measure the ranges of a model's named float tensors on the first of some inputs.
 
     ONNX Runtime's own calibrators do the same, but its percentile calibrator keeps all histograms in memory and fails
     on a tensor whose values are nearly all the same. Samples run one by one: the activations of several take gigabytes.
     """
     ends, without_outliers = [], []
     seen: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in tensors}
+    samples = samples[:_FOR_RANGES]
     for number, values in enumerate(activation_batches(model, tensors, samples, batch_size=1), 1):
         ends.append([(value.min(), value.max()) for value in values.values()])
         for name, value in values.items():
-            seen[name].append(subsample(value, _MAX_VALUES // _TOGETHER, seed=number))
+            seen[name].append(subsample(value, _MAX_VALUES // _TOGETHER, seed=number % _TOGETHER))
         if number % _TOGETHER == 0 or number == len(samples):
             without_outliers.append([range_without_outliers(np.concatenate(subsets)) for subsets in seen.values()])
             seen = {name: [] for name in tensors}

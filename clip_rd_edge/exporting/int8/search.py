@@ -48,7 +48,7 @@ _CHANCE = 0.1
 # Every candidate is compared on a few held-out samples, where its error may be this many times the largest; the best of
 # them on all.
 _FEW, _TOLERANCE = 24, 1.3
-_TIMING_SECONDS = 12.0
+_TIMING_SECONDS = 10.0
 # Of a limited time: what the first float32 embeddings may take, and what is kept for comparing candidates.
 _FOR_REFERENCE, _FOR_COMPARING = 0.15, 0.4
 
