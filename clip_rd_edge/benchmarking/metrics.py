@@ -181,6 +181,36 @@ def calibration_error(confidence: npt.NDArray[np.floating], hits: Hits, *, bins:
     return float(np.abs(gaps).sum() / len(hits))
 
 
+def separation(known: npt.NDArray[np.floating], others: npt.NDArray[np.floating]) -> float:
+    """Return the area under the ROC curve: how often a score of N known images exceeds one of M others."""
+    ordered = np.sort(others)
+    below = np.searchsorted(ordered, known, side="left") + np.searchsorted(ordered, known, side="right")
+    return float(below.mean() / 2 / len(ordered))
+
+
+def false_positives(
+    known: npt.NDArray[np.floating], others: npt.NDArray[np.floating], *, accepted: float = 0.95
+) -> float:
+    """Return the share of others whose score is at least the one that this share of known images reaches."""
+    return float((others >= np.quantile(known, 1 - accepted)).mean())
+
+
+def average_precision(scores: npt.NDArray[np.floating], fits: Hits) -> float:
+    """Return the mean average precision over labels: how well each ranks the images that it fits above the others.
+
+    Labels that fit no image are left out; of equal scores, the images that do not fit come first.
+
+    Args:
+        scores, fits: of each label for each image, (N, C).
+    """
+    values = []
+    for column, right in zip(scores.T, fits.T, strict=True):
+        if right.any():
+            ranked = right[np.lexsort((right, -column))]
+            values.append((np.cumsum(ranked) / np.arange(1, len(ranked) + 1))[ranked].mean())
+    return float(np.mean(values))
+
+
 def recall_from_ranks(ranked_positives: Hits, *, candidates: int) -> Recall:
     """Return the recall of N queries; one with several positives counts once.
 

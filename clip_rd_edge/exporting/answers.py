@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.benchmarking.metrics import calibration_error
+from clip_rd_edge.benchmarking.metrics import calibration_error, separation
 from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.bundle.scoring import Calibration, Matches, Scoring
 
@@ -46,13 +46,6 @@ def calibrate(
         error=0.0 if scoring.is_independent else round(after, _DIGITS),
         error_before=0.0 if scoring.is_independent else round(before, _DIGITS),
     )
-
-
-def separation(own: Matches, wrong: Matches) -> float:
-    """Return the area under the ROC curve: how often the match of an own caption exceeds that of a wrong one."""
-    ordered = np.sort(wrong)
-    below = np.searchsorted(ordered, own, side="left") + np.searchsorted(ordered, own, side="right")
-    return float(below.mean() / 2 / len(ordered))
 
 
 def fit_sigmoid(own: Matches, wrong: Matches) -> tuple[float, float]:

@@ -73,7 +73,8 @@ def usearch(monkeypatch: pytest.MonkeyPatch) -> None:
     module.Index = StandIn  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "usearch", ModuleType("usearch"))
     monkeypatch.setitem(sys.modules, "usearch.index", module)
-    monkeypatch.setattr(searching, "usearch_is_installed", lambda: True)
+    for module in (searching, updating):
+        monkeypatch.setattr(module, "usearch_is_installed", lambda: True)
 
 
 def embeddings(count: int, seed: int = 0) -> Any:
@@ -261,7 +262,8 @@ def test_a_graph_that_cannot_be_used_is_built_again(
 ) -> None:
     encoder, path = load(colour_bundle), tmp_path / "index"
     with monkeypatch.context() as missing:
-        missing.setattr(searching, "usearch_is_installed", lambda: False)
+        for module in (searching, updating):
+            missing.setattr(module, "usearch_is_installed", lambda: False)
         reporter = Watch()
         assert not update_index(encoder, many_images, path, reporter=reporter).approximate
         assert "search stays exact; with usearch" in reporter.noted[0]
