@@ -5,7 +5,7 @@
 PHOTOS is what `python -m benchmarks.data.tuxpaint photos` writes; emoji and scikit-learn's digits are the other images.
 Of each data set, half of the labels are hidden in five draws: images of these have no right answer. Scores are chosen
 on one half of each (emoji of an unseen style, the photographs `choose`, even digits) and shown on the other. 128 images
-of the first half calibrate the answers, as an export does, which are tried with 5, 20 and up to 300 labels of each half.
+of the first half calibrate the answers, as an export does, which are tried with 5, 20 and 300 labels of each half.
 """
 
 from __future__ import annotations
