@@ -311,47 +311,38 @@ def _with_retries(
 
 # What went wrong with a request, in words: each library raises errors of its own.
 
-_CREDENTIALS_HINT = (
-    "check the credentials that its store expects, such as AWS_PROFILE for s3:// or HF_TOKEN for hf://, and renew them "
-    "if they have expired"
+_ACCESS_HINT = (
+    "check its address, the credentials that its store expects (AWS_PROFILE for s3://, HF_TOKEN for hf://) and whether "
+    "they or the signature of a URL have expired, its region (AWS_DEFAULT_REGION), this machine's clock, and where a "
+    "network has certificates of its own, SSL_CERT_FILE or AWS_CA_BUNDLE"
 )
-# botocore's errors about a profile, or a login, that is not there; those about credentials say so in their names.
-_CREDENTIALS_ERRORS = ("ProfileNotFound", "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError")
-# Further ones about settings, beside ValueErrors.
-_SETTINGS_ERRORS = ("ParamValidationError", "InvalidConfigError", "ConfigParseError", "ConfigNotFound", "NoRegionError")
+# botocore's errors about a login that is not there, and about settings, beside ValueErrors; those about credentials say
+# so in their names.
+_ACCESS_ERRORS = (
+    "ProfileNotFound", "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError", "ParamValidationError",
+    "InvalidConfigError", "ConfigParseError", "ConfigNotFound", "NoRegionError",
+)  # fmt: skip
 _ERRNO = re.compile(r"^\[Errno \d+\] ")
 
 
 def _refusal(url: str, error: BaseException) -> InputError | None:
     """Return the error for what no later try would change, if this is such an answer."""
     status, reason, shard = http_status(error), reason_of(error, url), f"The shard {shown_source(url)}"
-    names = {type(cause).__name__ for cause in causes(error)}
     if status == 404 or _is_missing(error):
         return InputError(f"{shard} does not exist{f': {reason}' if 'bucket' in reason else ''}.")
-    if status in (301, 400) and (region := _bucket_region(error)):
-        return InputError(
-            f"{shard} is in a bucket of the region {region}, but was looked for in another one.",
-            hint=f"set the region: AWS_DEFAULT_REGION={region}",
-        )
-    lacks_credentials = any("Credential" in name for name in names) or names.intersection(_CREDENTIALS_ERRORS)
-    # With 400, S3 answers to a token that has expired.
-    is_refused = status in (401, 403) or isinstance(error, PermissionError) or (status == 400 and not _is_web(url))
-    if lacks_credentials or is_refused:
-        hint = _CREDENTIALS_HINT
-        if "request time" in reason:  # such as "The difference between the request time and the current time …"
-            hint = "set this machine's clock, with which requests are signed"
-        elif _is_web(url) and "?" in url:
-            hint = "its signature may have expired: name the shards by new URLs, which {resume} takes, too"
-        return InputError(f"{shard} may not be read: {reason}.", hint=hint)
-    hint = ""
-    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes(error)):
-        hint = (
-            "its server's certificate is refused: check this machine's clock, or name a file with your network's "
-            "certificates: SSL_CERT_FILE, for s3:// AWS_CA_BUNDLE"
-        )
-    elif names.intersection(_SETTINGS_ERRORS) or any(map(_is_invalid_value, (error, error.__cause__))):
-        hint = "check its address, and the settings of its store, such as AWS_ENDPOINT_URL for s3://"
-    return InputError(f"{shard} could not be fetched: {reason}.", hint=hint) if hint else None
+    names = {type(cause).__name__ for cause in causes(error)}
+    # With 400, S3 answers to a token that has expired; with both, to a request in another region.
+    is_refused = status in (401, 403) or isinstance(error, PermissionError)
+    is_refused = is_refused or (status in (301, 400) and not _is_web(url))
+    if (
+        is_refused
+        or any("Credential" in name for name in names)
+        or names.intersection(_ACCESS_ERRORS)
+        or any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes(error))
+        or any(map(_is_invalid_value, (error, error.__cause__)))
+    ):
+        return InputError(f"{shard} may not be read: {reason}.", hint=_ACCESS_HINT)
+    return None
 
 
 def _is_missing(error: BaseException) -> bool:
@@ -364,29 +355,16 @@ def _is_invalid_value(error: BaseException | None) -> bool:
     return isinstance(error, ValueError) and not isinstance(error, (json.JSONDecodeError, UnicodeError))
 
 
-def _aws_metadata(error: BaseException) -> dict[str, Any]:
-    """Return what botocore tells of an answer: its status and headers."""
-    responses = (getattr(cause, "response", None) for cause in causes(error))
-    found = next((response for response in responses if isinstance(response, dict)), {})
-    metadata: dict[str, Any] = dict(found.get("ResponseMetadata", {}))
-    return metadata
-
-
-def _bucket_region(error: BaseException) -> str | None:
-    """Return the region that an S3 store names in its answer to a request in another one."""
-    region: str | None = _aws_metadata(error).get("HTTPHeaders", {}).get("x-amz-bucket-region")
-    return region
-
-
 def http_status(error: BaseException) -> int | None:
     """Return the HTTP status behind an error of aiohttp, botocore, huggingface_hub or gcsfs, if there is one."""
-    if status := _aws_metadata(error).get("HTTPStatusCode"):
-        return int(status)
     for cause in causes(error):
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):  # botocore's
+            return int(response["ResponseMetadata"]["HTTPStatusCode"])
         of_gcs = getattr(cause, "code", None) if type(cause).__name__ == "HttpError" else None
         if type(cause) is OSError and str(cause).startswith("Forbidden: "):  # gcsfs says no more of a refusal than that
             of_gcs = 403
-        for found in (getattr(cause, "status", None), getattr(getattr(cause, "response", None), "status_code", None)):
+        for found in (getattr(cause, "status", None), getattr(response, "status_code", None)):
             if isinstance(found, int):
                 return found
         if isinstance(of_gcs, int):

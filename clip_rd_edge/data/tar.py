@@ -3,8 +3,8 @@
 Shards of millions of samples are scanned once. tarfile builds an object with some twenty attributes per member; here a
 member costs one read of 512 bytes. Checksums of many headers are compared together in numpy.
 
-Understood: the formats v7, ustar, pax and GNU, with long names and sizes over 8 GiB. Sparse members are reported as
-unreadable, since their content is not contiguous, and so are those whose extended header is malformed.
+Understood: the formats v7, ustar, pax and GNU, with long names and sizes over 8 GiB. Members whose extended header is
+malformed, or says that they are sparse, are reported as unreadable; the sparse ones of old GNU tar are not understood.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MAX_NAME_BYTES = 1024  # of a file: an index holds all names in as many bytes a
 _MAX_SIZE = 1 << 62  # of a file, in bytes: more than any disk holds, and a number of 64 bits
 _SIZE, _CHECKSUM, _KIND, _PREFIX = slice(124, 135), slice(148, 156), 156, 345  # where they are in a header
 _PLAIN = ord("0")
-_REGULAR, _PAX, _LONG_NAME, _SPARSE = b"\x0007", b"xX", b"L", b"S"
+_REGULAR, _PAX, _LONG_NAME = b"\x0007", b"xX", b"L"
 _WITHOUT_CONTENT = b"123456"  # links, devices, folders and pipes: their size field, if any, counts no content
 
 TarFile = tuple[bytes, int, int]
@@ -137,19 +137,17 @@ class _Headers:
         batch.add(header, start)
         if kind in _PAX or kind in _LONG_NAME:
             self._apply_extension(kind, content, size)
-        elif kind in _REGULAR or kind in _SPARSE:
+        elif kind in _REGULAR:
             name = self._name or _name(header)
-            is_readable = kind not in _SPARSE and not self._is_unreadable and len(name) <= _MAX_NAME_BYTES
+            is_readable = not self._is_unreadable and len(name) <= _MAX_NAME_BYTES
             size = min(self._size if self._size >= 0 else size, _MAX_SIZE)
-            if kind in _SPARSE:
-                content = self._after_sparse_headers(header, content)
             batch.files[-1] = name[:_MAX_NAME_BYTES], content if is_readable else UNREADABLE, size
             self.last_is_incomplete = content + size > self.end
             if self.last_is_incomplete:
                 raise _CutOffError(f"the tar ends at byte {self.end:,}, within {name.decode(errors='replace')}")
         elif kind in _WITHOUT_CONTENT:
             size = 0
-        if kind in _REGULAR + _SPARSE + _WITHOUT_CONTENT:
+        if kind in _REGULAR + _WITHOUT_CONTENT:
             self._name, self._size, self._is_unreadable = b"", -1, False
         # A damaged size may be beyond what the system takes for an offset.
         self._start = min(content + (size + _BLOCK - 1 & -_BLOCK), max(content, self.end))
@@ -178,19 +176,8 @@ class _Headers:
                     self._size = _natural(value)
                 elif key.startswith(b"GNU.sparse."):
                     self._is_unreadable = True
-                    self._name = value if key == b"GNU.sparse.name" else self._name
         except ValueError:
             self._is_unreadable = True
-
-    def _after_sparse_headers(self, header: bytes, offset: int) -> int:
-        """Return the offset after the further headers that old GNU tar writes for a file with many holes."""
-        is_extended = header[482]
-        while is_extended:
-            block = read_at(self._file, _BLOCK, offset)
-            if len(block) < _BLOCK:
-                raise _CutOffError(f"the tar ends within a header at byte {offset:,}")
-            is_extended, offset = block[504], offset + _BLOCK
-        return offset
 
 
 def _seek_and_read(file: int, size: int, offset: int) -> bytes:

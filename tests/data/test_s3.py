@@ -26,10 +26,10 @@ pytest.importorskip("s3fs")
 REFUSALS = {
     "private": (403, "AccessDenied", "Access Denied", "credentials"),
     "skewed": (403, "RequestTimeTooSkewed", "The difference between the request time and the current …", "clock"),
-    "elsewhere": (400, "AuthorizationHeaderMalformed", "The region 'us-east-1' is wrong", "eu-central-1"),
-    "moved": (301, "PermanentRedirect", "The bucket you are attempting to access must …", "eu-central-1"),
-    "expired": (400, "ExpiredToken", "The provided token has expired.", "renew"),
-    "unsaid": (400, "", "", "renew"),
+    "elsewhere": (400, "AuthorizationHeaderMalformed", "The region 'us-east-1' is wrong", "region"),
+    "moved": (301, "PermanentRedirect", "The bucket you are attempting to access must …", "region"),
+    "expired": (400, "ExpiredToken", "The provided token has expired.", "expired"),
+    "unsaid": (400, "", "", "credentials"),
     "nowhere": (404, "NoSuchBucket", "The specified bucket does not exist", ""),
 }
 
@@ -42,8 +42,6 @@ class Refuser(BaseHTTPRequestHandler):
         body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
         body *= bool(code)
         self.send_response(status)
-        if code in ("AuthorizationHeaderMalformed", "PermanentRedirect"):
-            self.send_header("x-amz-bucket-region", "eu-central-1")
         self.send_header("Content-Type", "application/xml")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
