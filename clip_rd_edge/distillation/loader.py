@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from clip_rd_edge.bundle.images import open_to_crop
-from clip_rd_edge.bundle.preprocess import Preprocessing, fast_decode_edge
+from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.data.order import View
 from clip_rd_edge.data.samples import MAX_BAD_SHARE, BadPair, BadSamples, Samples, read_twice
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
@@ -110,6 +110,7 @@ class ViewDataset(Dataset[PairView]):
 
     Attributes:
         store: the teacher's embeddings of these views, or None. A pair that it lacks is bad.
+        min_edge: see `Crops.min_edge`; of the models that are given here, unless others are trained with them.
         tokenizers: of the student, and of each teacher that embeds captions, for the ids of a batch; none for no ids.
         bad: counts bad samples; with `substitute`, `step_loader` adds those it encounters.
     """
@@ -132,8 +133,7 @@ class ViewDataset(Dataset[PairView]):
         self.bad = BadSamples(pairs, max_share=max_bad)
         self.pairs, self.student, self.teachers = pairs, student, tuple(teachers)
         self.crops, self.seed, self.substitute = crops, seed, substitute
-        # By the largest of the models, which share what is decoded.
-        self._min_edge = max(map(fast_decode_edge, (student, *teachers))) if crops.decode == "scaled" else None
+        self.min_edge = crops.min_edge((student, *teachers))
 
     def __getitem__(self, view: View) -> PairView:
         if self.views:
@@ -170,7 +170,7 @@ class ViewDataset(Dataset[PairView]):
         if sample.file is None:
             return PairView(_NO_PIXELS, (_NO_PIXELS,) * len(self.teachers), caption, paired=False)
         try:
-            image, box = open_to_crop(sample.file, partial(self.crops.draw, rng=rng), min_edge=self._min_edge)
+            image, box = open_to_crop(sample.file, partial(self.crops.draw, rng=rng), min_edge=self.min_edge)
             student, *teachers = crop_levels(image, box, [self.student, *self.teachers])
         except MemoryError as error:
             raise InputError(f"There is not enough memory for the image of pair {index:,}.") from error

@@ -7,7 +7,7 @@ that differ in mean and standard deviation alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from clip_rd_edge.bundle.preprocess import Box, Preprocessing, normalise_in_place, resize_crop
+from clip_rd_edge.bundle.preprocess import Box, Preprocessing, fast_decode_edge, normalise_in_place, resize_crop
 from clip_rd_edge.settings.training import Decode
 from clip_rd_edge.utils.structs import CheckedStruct
 
@@ -40,6 +40,10 @@ class Crops(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
     scale: tuple[float, float]
     aspect_ratio: float | None = None
     decode: Decode = "full"
+
+    def min_edge(self, models: Iterable[Preprocessing]) -> int | None:
+        """Return how many pixels both edges of a crop keep when it is decoded for these models; None for all."""
+        return max(map(fast_decode_edge, models)) if self.decode == "scaled" else None
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Box:
         """Draw a crop box in an image of any shape.

@@ -227,6 +227,8 @@ def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: boo
         seen = [teacher.preprocessing for teacher in teachers]
         crops = crops_for(student.preprocessing, config.recipe.crop_scale, config.decode)
         dataset = ViewDataset(setup.pairs, student.preprocessing, seen, crops=crops, **options)
+        # With a store, too: the student sees the same pixels whether or not the teachers see them now.
+        dataset.min_edge = crops.min_edge(model.preprocessing for model in (student, *setup.teachers))
     dataset.tokenizers = tuple(model.tokenizer for model in (student, *teachers))
     return dataset
 

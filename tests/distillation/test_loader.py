@@ -53,6 +53,28 @@ def test_what_the_next_epoch_begins_with_is_fetched_ahead_and_nothing_after_the_
     assert calls == [first | second for first, second in zip(windows[3:], [*windows[4:], set[int]()], strict=True)]
 
 
+def test_scaled_decoding_shows_the_crops_of_full_decoding_and_the_same_pixels_of_what_is_no_jpeg(
+    tmp_path: Path,
+) -> None:
+    rows, rng = ["filepath,title"], np.random.default_rng(0)
+    for number in range(8):
+        path = tmp_path / f"{number}.{('jpg', 'png')[number % 2]}"
+        Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((700, 500)).save(path)
+        rows.append(f"{path},{number}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    pairs = load_pairs(str(tmp_path / "pairs.csv"))
+    kinds = [
+        ViewDataset(pairs, STUDENT, [TEACHER], crops=Crops(scale=(0.5, 1.0), decode=decode), seed=3)
+        for decode in ("full", "scaled")
+    ]
+    assert [kind.min_edge for kind in kinds] == [None, 64]
+    for index in range(8):
+        full, scaled = (kind[View(0, index)] for kind in kinds)
+        difference = np.abs(full.student_pixels.astype(int) - scaled.student_pixels)
+        assert difference.mean() < 2
+        assert (difference.max() == 0) == bool(index % 2)
+
+
 class Slow(ViewDataset):
     """Takes a hundredth of a second for each pair."""
 
