@@ -17,19 +17,22 @@ Besides, the pixels of `full` are compared with those of `bundle.preprocess.resi
 those of `scaled` with those of `full`.
 
 Then, steps of 64 pairs that take STEP_S, as on a GPU, are fed by loader processes that take as long for an image as was
-measured, but sleep meanwhile: they stand for the cores that this machine lacks.
+measured. Processes and steps are simulated, on a machine of CORES cores; how many processes there are is decided by the
+package.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import tarfile
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -52,13 +55,12 @@ from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.order import StepSampler, View
 from clip_rd_edge.data.samples import Samples
 from clip_rd_edge.distillation import loader
-from clip_rd_edge.distillation.loader import PairView, ViewDataset, step_loader
+from clip_rd_edge.distillation.loader import Batch, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops, Normaliser, crop_levels
 
 SIZES = ((512, 384), (1152, 864), (1536, 1024), (2592, 1944), (4032, 3024))
 WAITING = (1152, 2592, 4032)  # widths of 1, 5 and 12 megapixels
 STEP_S, STEP_PAIRS, CORES = 0.2, 64, 16
-HASTE = 5  # times faster than that, the loaders sleep, and so do the steps
 CROPS = Crops(scale=(0.9, 1.0), aspect_ratio=1.0, decode="scaled")
 FULL = msgspec.structs.replace(CROPS, decode="full")
 BATCH = 16
@@ -168,43 +170,57 @@ def compare_pixels(shard: Path) -> dict[str, dict[str, float]]:
     }
 
 
-class Sleeping(ViewDataset):
-    """Takes as long for a batch as it was told to, on no core."""
+class Clock:
+    """The time of a simulation, in seconds."""
 
-    seconds = 0.0
+    def __init__(self) -> None:
+        self.now = 0.0
 
-    def __getitem__(self, view: View) -> PairView:
-        if view.sample == 0:
-            time.sleep(self.seconds / HASTE)
-        empty = np.zeros((8, 8, 3), np.uint8)
-        return PairView(empty, (empty,), "")
+    def perf_counter(self) -> float:
+        return self.now
 
 
-def wait_for_data(pairs: Samples, seconds: float, *, workers: int) -> dict[str, object]:
+def wait_for_data(seconds: float, *, workers: int) -> dict[str, object]:
     """Return what share of the last 30 steps waits for its batch, of their time, too, and how many loaders there are.
 
     Args:
         seconds: for an image on one core.
         workers: -1 for as many as the tool takes on a machine of CORES cores.
     """
-    dataset, notes, waits = Sleeping(pairs, STUDENT, [TEACHER], crops=CROPS, seed=0), list[str](), list[float]()
-    dataset.seconds, steps = STEP_PAIRS * seconds, 50 if workers > 0 else 150
-    views = ([View(0, index) for index in range(STEP_PAIRS)] for _ in range(steps))
-    machine = {"usable_cores": lambda: CORES, "most_workers": lambda batch: CORES - 1}
-    with mock.patch.multiple(loader, **machine, _SECONDS=loader._SECONDS / HASTE):
-        batches = step_loader(dataset, views, workers=workers, note=notes.append)
-        for _ in range(steps):
-            asked = time.perf_counter()
-            next(batches)
-            waits.append(time.perf_counter() - asked)
-            time.sleep(STEP_S / HASTE)
+    clock, notes, waits = Clock(), list[str](), list[float]()
+    empty = torch.zeros(0, dtype=torch.uint8)
+
+    def load(dataset: object, steps: Iterable[list[View]], count: int) -> Iterator[Batch]:
+        """Load as torch does: each process in turn, and two batches ahead."""
+        free, ready, asked = [clock.now] * count, deque[float](), enumerate(steps)
+
+        def ask() -> None:
+            for number, _ in itertools.islice(asked, 1):
+                free[number % count] = max(free[number % count], clock.now) + STEP_PAIRS * seconds
+                ready.append(free[number % count])
+
+        for _ in range(2 * count):
+            ask()
+        while ready:
+            clock.now = max(clock.now, ready.popleft())
+            ask()
+            yield Batch(empty, (), [])
+
+    machine = {"usable_cores": lambda: CORES, "most_workers": lambda batch: CORES - 1, "time": clock, "_load": load}
+    with mock.patch.multiple(loader, **machine):
+        asked = clock.now
+        views = ([View(0, 0)] for _ in range(500))
+        for _ in step_loader(None, views, workers=workers, note=notes.append):  # type: ignore[arg-type]
+            waits.append(clock.now - asked)
+            clock.now += STEP_S
+            asked = clock.now
     last = np.asarray(waits[-30:])
     chosen = [int(note.rpartition(" ")[2]) for note in notes if "there will be" in note]
     return {
         "workers": workers if workers > 0 else (chosen or [CORES // 2])[-1],
         "chosen_by": "hand" if workers > 0 else "measured wait",
-        "steps_that_wait": round(float((last > 0.1 * STEP_S / HASTE).mean()), 2),
-        "share_of_time": round(float(last.sum() / (last.sum() + len(last) * STEP_S / HASTE)), 2),
+        "steps_that_wait": round(float((last > 0.1 * STEP_S).mean()), 2),
+        "share_of_time": round(float(last.sum() / (last.sum() + len(last) * STEP_S)), 2),
         "notes": notes,
     }
 
@@ -223,11 +239,6 @@ def measure(size: tuple[int, int], photos: list[Path], rounds: int) -> dict[str,
         seconds = time_ways(ways, rounds)
         one = {name: float(np.median(values)) for name, values in seconds.items()}
         ratios = {name: sorted(np.asarray(seconds[name]) / np.asarray(seconds["scaled"])) for name in ways}
-        waiting = [
-            {"decode": decode, **wait_for_data(load_pairs(str(shard)), one[decode], workers=workers)}
-            for decode in ("full", "scaled")
-            for workers in ((2, -1) if size[0] in WAITING else ())
-        ]
         return {
             "size": size,
             "file_bytes": file_bytes,
@@ -236,7 +247,6 @@ def measure(size: tuple[int, int], photos: list[Path], rounds: int) -> dict[str,
                 name: [round(float(np.quantile(values, q)), 2) for q in (0, 0.5, 1)] for name, values in ratios.items()
             },
             "pixels": compare_pixels(shard),
-            "waiting": waiting,
         }
 
 
@@ -244,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("photos", type=Path, help="the folder that tuxpaint.py wrote")
     parser.add_argument("--images", type=int, default=4 * BATCH, help="a quarter of them for 5 and 12 megapixels")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     add_output_options(parser, "loading", required=True)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -266,6 +276,12 @@ def main() -> None:
     for size in SIZES[len(rows) :]:
         rows.append(measure(size, photos, arguments.rounds))
         write_record(result, arguments.output)
+    for row in rows:
+        row["waiting"] = [
+            {"decode": decode, **wait_for_data(row["ms_per_image"][decode] / 1000, workers=workers)}
+            for decode in ("full", "scaled")
+            for workers in ((2, -1) if row["size"][0] in WAITING else ())
+        ]
     publish(result, markdown(rows), arguments)
 
 
