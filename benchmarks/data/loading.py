@@ -154,9 +154,11 @@ def compare_pixels(shard: Path) -> dict[str, dict[str, float]]:
         file = pairs.read(index).file
         assert file is not None
         image, box = open_to_crop(file, partial(FULL.draw, rng=np.random.default_rng(index)), min_edge=None)
-        (levels,) = crop_levels(image, box, [STUDENT])
         quick, own = open_to_crop(file, lambda size, box=box: box, min_edge=fast_decode_edge(STUDENT))
-        (scaled,) = crop_levels(quick, own, [STUDENT])
+        if (times := image.width // quick.width) > 1:  # of the same box, which `scaled` rounds to its larger pixels
+            left, top, right, bottom = (float(times * round(edge)) for edge in own)
+            box = left, top, right, bottom
+        (levels,), (scaled,) = crop_levels(image, box, [STUDENT]), crop_levels(quick, own, [STUDENT])
         for name, other in (("full", np.asarray(resize_crop(image, box, STUDENT))), ("scaled", scaled)):
             differences[name].append(np.abs(levels.astype(int) - other.astype(int)))
     return {

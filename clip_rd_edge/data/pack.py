@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import io
 import tarfile
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -45,8 +46,6 @@ class _Made(msgspec.Struct, frozen=True, kw_only=True):
     samples: int
     samples_sha256: str
     edge: int
-    quality: int = QUALITY
-    shard_samples: int
 
 
 class _Shard(msgspec.Struct, frozen=True):
@@ -58,13 +57,7 @@ class _Shard(msgspec.Struct, frozen=True):
 
 
 class Packed(NamedTuple):
-    """Shards that were packed.
-
-    Attributes:
-        source: names them, for `data` of `distill`.
-        samples, bytes: in all of them.
-        left_out: number of samples that could not be read.
-    """
+    """Shards: what names them for `data` of `distill`, what is in all of them, and how many samples were unreadable."""
 
     source: str
     samples: int
@@ -80,29 +73,29 @@ def pack_samples(samples: Samples, folder: Path, *, edge: int, max_bad: float, r
 
     Args:
         max_bad: max share of samples that cannot be read.
-        reporter: receives the number of finished shards.
+        reporter: receives the number of finished samples.
     """
-    made = _Made(
-        data=samples.name, samples=len(samples), samples_sha256=fingerprint(samples), edge=edge,
-        shard_samples=SHARD_SAMPLES,
-    )  # fmt: skip
+    made = _Made(data=samples.name, samples=len(samples), samples_sha256=fingerprint(samples), edge=edge)
     order, parts = EpochOrder(samples.groups, seed=0), in_batches(len(samples), SHARD_SAMPLES)
-    digits = max(5, len(str(len(parts) - 1)))
-    names = [f"{number:0{digits}d}" for number in range(len(parts))]
+    names = [f"{number:05d}" for number in range(len(parts))]
     bad, found = BadSamples(samples, max_share=max_bad), list[_Shard]()
     with exclusive_writer(folder, on_wait=reporter.note), ThreadPoolExecutor(usable_cores()) as pool:
         _begin(folder, made)
+
+        def packed(part: slice) -> Iterator[tuple[int, dict[str, bytes] | str]]:
+            for few in in_batches(part.stop - part.start, 16 * usable_cores()):
+                reporter.update("packing", part.start + few.start, len(samples))
+                rows = order.indices(0, part.start + few.start, part.start + few.stop).tolist()
+                yield from zip(rows, pool.map(partial(_content, samples, edge), rows), strict=True)
+
         for part, name in zip(parts, names, strict=True):
-            reporter.update("packing", len(found), len(parts))
             shard, record = folder / f"{name}.tar", folder / f"{name}.json"
             # The record is written last.
             if not (is_file(record) and is_file(shard) and read_json(record, _Shard).bytes == shard.stat().st_size):
-                rows = order.indices(0, part.start, part.stop).tolist()
-                written = _write(shard, samples, rows, edge=edge, pool=pool)
-                write_bytes(record, to_json(written))
+                write_bytes(record, to_json(_write(shard, packed(part))))
             found.append(read_json(record, _Shard))
             bad.add(found[-1].bad)
-    reporter.update("packing", len(parts), len(parts))
+    reporter.update("packing", len(samples), len(samples))
     if bad.summary:
         reporter.note(bad.summary)
     source = folder / (f"{{{names[0]}..{names[-1]}}}.tar" if names[1:] else f"{names[0]}.tar")
@@ -125,24 +118,22 @@ def _begin(folder: Path, made: _Made) -> None:
         )
 
 
-def _write(path: Path, samples: Samples, rows: list[int], *, edge: int, pool: Executor) -> _Shard:
-    """Write a shard of these rows; a sample is named by its row."""
-    bad = list[BadPair]()
+def _write(path: Path, packed: Iterable[tuple[int, dict[str, bytes] | str]]) -> _Shard:
+    """Write a shard of the files of these rows, which are named by their numbers, without those that are bad."""
+    bad, count = list[BadPair](), 0
     with new_file(path) as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-            for part in in_batches(len(rows), 16 * usable_cores()):
-                for row, content in zip(
-                    rows[part], pool.map(partial(_content, samples, edge), rows[part]), strict=True
-                ):
-                    if isinstance(content, str):
-                        bad.append((row, content))
-                        continue
-                    for suffix, data in content.items():
-                        member = tarfile.TarInfo(f"{row:09d}.{suffix}")
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for row, content in packed:
+                if isinstance(content, str):
+                    bad.append((row, content))
+                    continue
+                count += 1
+                for suffix, data in content.items():
+                    member = tarfile.TarInfo(f"{row:09d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
         size = file.tell()
-    return _Shard(len(rows) - len(bad), size, tuple(bad))
+    return _Shard(count, size, tuple(bad))
 
 
 def _content(samples: Samples, edge: int, row: int) -> dict[str, bytes] | str:

@@ -15,6 +15,7 @@ from clip_rd_edge.utils.host import (
     cpu_quota,
     instruction_sets,
     machine_name,
+    memory_limit,
     peak_memory_bytes,
     usable_cores,
 )
@@ -72,6 +73,26 @@ def test_the_cpu_limit_is_that_of_the_own_control_group(
     monkeypatch.setattr(host, "_OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(host, "_CGROUPS", tmp_path / "cgroup")
     assert cpu_quota() == cores
+
+
+@pytest.mark.parametrize(
+    ("groups", "file", "content", "limit"),
+    [
+        ("0::/\n", "memory.max", "1000000\n", 1_000_000),
+        ("0::/\n", "memory.max", "max\n", None),
+        ("4:memory:/docker/1\n", "memory/memory.limit_in_bytes", "2000000\n", 2_000_000),
+        ("4:memory:/docker/1\n", "memory/memory.limit_in_bytes", f"{(1 << 63) - 4096}\n", None),  # no limit, of v1
+    ],
+)
+def test_the_memory_limit_is_that_of_the_own_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, file: str, content: str, limit: int | None
+) -> None:
+    (tmp_path / "own").write_text(groups)
+    (tmp_path / "cgroup" / "memory").mkdir(parents=True)
+    (tmp_path / "cgroup" / file).write_text(content)
+    monkeypatch.setattr(host, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(host, "_CGROUPS", tmp_path / "cgroup")
+    assert memory_limit() == limit
 
 
 def test_this_machine() -> None:
