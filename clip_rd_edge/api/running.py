@@ -48,8 +48,11 @@ def teach(request: Teach) -> Lesson:
         )
     require_output(output, "export", overwrite=request.force, sources=[bundle, *([folder] if folder else [])])
     encoder = load_bundle(bundle, threads=request.threads, device=request.device, force=request.force)
-    examples: Any = class_images(folder) if folder else given or {}
     request.reporter.update("embedding the images")
+    if folder is not None and folder.suffix == ".npz":
+        examples: Any = taught.images_of(encoder, folder)
+    else:
+        examples = class_images(folder) if folder else given or {}
     lesson = taught.teach(encoder, examples, forget=forget, alone=request.alone)
     taught.write_taught_bundle(encoder, output, overwrite=request.force)
     return lesson

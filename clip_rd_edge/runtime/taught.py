@@ -26,20 +26,42 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.bundle.encoder import Embeddings, Encoder, embeds_texts, label_embeddings, require_labels
+from clip_rd_edge.bundle.encoder import (
+    Embeddings,
+    Encoder,
+    embeds_texts,
+    label_embeddings,
+    require_labels,
+)
 from clip_rd_edge.bundle.images import ImageInput
-from clip_rd_edge.bundle.labels import MAX_BYTES, LabelBank, Taught, require_readable, write_labels, write_taught
+from clip_rd_edge.bundle.labels import (
+    MAX_BYTES,
+    LabelBank,
+    Taught,
+    read_taught,
+    require_readable,
+    write_labels,
+    write_taught,
+)
 from clip_rd_edge.bundle.manifest import LABELS, TAUGHT, write_manifest
 from clip_rd_edge.bundle.reference import reference_images
 from clip_rd_edge.bundle.scoring import Scoring
-from clip_rd_edge.errors import InputError, near_matches
+from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.encoder import BundleEncoder, image_key
 from clip_rd_edge.runtime.load import copy_bundle
 from clip_rd_edge.utils.outputs import new_folder
 
 Matrix = npt.NDArray[np.float64]
-Examples = Mapping[str, ImageInput | Iterable[ImageInput]]
+
+
+class EmbeddedImages(NamedTuple):
+    """Images of a label whose embeddings are known, (N, D)."""
+
+    rows: npt.NDArray[np.floating]
+
+
+Examples = Mapping[str, ImageInput | Iterable[ImageInput] | EmbeddedImages]
 _TEXT_SHARES, _BOOSTS, _RIDGES = (1.0, 0.5, 0.0), (0.0, 2.0, 4.0, 8.0, 16.0), (0.1, 0.3, 1.0)  # β, b, λ
 # With one image of each label, none is left to compare with: β, b, λ, and what another image would get for its label.
 _SINGLE, _UNSEEN = (0.5, 16.0, 0.3), 0.54
@@ -78,7 +100,7 @@ def teach(encoder: Encoder, examples: Examples, *, forget: Sequence[str] = (), a
         alone: leave out the labels that have texts alone.
     """
     bank: LabelBank | None = getattr(encoder, "label_bank", None)
-    taught: Taught = getattr(encoder, "taught", None) or _nothing(encoder)
+    taught: Taught = getattr(encoder, "taught", None) or nothing_taught(encoder)
     for name in forget:
         if name not in taught.names:
             raise InputError(
@@ -86,7 +108,8 @@ def teach(encoder: Encoder, examples: Examples, *, forget: Sequence[str] = (), a
                 hint=f"the taught labels are: {', '.join(taught.names) or 'none'}",
             )
     for name, images in examples.items():
-        taught = _with_images(encoder, taught, bank, name, encode_inputs(encoder, images))
+        rows = images.rows if isinstance(images, EmbeddedImages) else encode_inputs(encoder, images)
+        taught = _with_images(encoder, taught, bank, name, rows)
     kept = [name for name in taught.names if name not in forget]
     back = [name for name, own in zip(taught.names, taught.own, strict=True) if own and name in forget]
     beside = None if alone else _beside(bank, taught, back)
@@ -98,6 +121,16 @@ def teach(encoder: Encoder, examples: Examples, *, forget: Sequence[str] = (), a
         new, lesson = taught_bank(taught, beside, description.scoring)
     encoder.label_bank, encoder.taught = new, taught  # type: ignore[attr-defined]
     return lesson
+
+
+def images_of(encoder: BundleEncoder, file: Path) -> dict[str, EmbeddedImages]:
+    """Return the images of each label in a taught.npz, such as the demo's page saves."""
+    taught = read_taught(file, size=encoder.manifest.embedding_size)
+    if taught.model != image_key(encoder.manifest):
+        raise ConfigError(
+            f"{file} has the images of another model.", hint="teach the bundle with which it was saved, or by images"
+        )
+    return {name: EmbeddedImages(taught.images[taught.classes == number]) for number, name in enumerate(taught.names)}
 
 
 def write_taught_bundle(encoder: BundleEncoder, output: Path, *, overwrite: bool = False) -> None:
@@ -114,7 +147,27 @@ def write_taught_bundle(encoder: BundleEncoder, output: Path, *, overwrite: bool
         write_manifest(folder, encoder.manifest.with_features(taught=taught.names if taught else ()))
 
 
-def _nothing(encoder: Encoder) -> Taught:
+def taught_among(
+    encoder: Encoder, taught: Taught, labels: Sequence[str], rows: Mapping[str, Embeddings]
+) -> tuple[Taught, LabelBank]:
+    """Return what is taught with further images, and the bank of these labels, for a page that writes nothing.
+
+    Args:
+        taught: what was taught before; of other labels, it is left out.
+        labels: the labels, those without images, too.
+        rows: embeddings of images by label, (N, D).
+    """
+    bank: LabelBank | None = getattr(encoder, "label_bank", None)
+    taught, size = _only(taught, [name for name in taught.names if name in labels]), taught.texts.shape[1]
+    for name in labels:
+        taught = _with_images(encoder, taught, bank, name, rows[name]) if name in rows else taught
+    others = tuple(name for name in labels if name not in taught.names)
+    texts = label_embeddings(encoder, others, encoder.describe().templates)[:, :size] if others else None
+    beside = LabelBank(others, texts) if texts is not None else None
+    return taught, taught_bank(taught, beside, encoder.describe().scoring)[0]
+
+
+def nothing_taught(encoder: Encoder) -> Taught:
     """Return a start without labels: the embeddings of the reference images."""
     description = encoder.describe()
     rows = encode_inputs(encoder, list(reference_images(description.preprocessing.size)))
@@ -124,7 +177,9 @@ def _nothing(encoder: Encoder) -> Taught:
     return Taught((), empty, np.zeros(0, np.bool_), rows.astype(np.float16), none, key)
 
 
-def _with_images(encoder: Encoder, taught: Taught, bank: LabelBank | None, name: str, rows: Embeddings) -> Taught:
+def _with_images(
+    encoder: Encoder, taught: Taught, bank: LabelBank | None, name: str, rows: npt.NDArray[np.floating]
+) -> Taught:
     """Return what was taught with images of a label, (N, D), added; those that it has already are left out."""
     require_labels([name])
     if not len(rows):

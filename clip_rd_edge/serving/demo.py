@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
+from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from clip_rd_edge.bundle.images import open_image
+from clip_rd_edge.bundle.labels import LabelBank, Taught, taught_bytes
 from clip_rd_edge.bundle.manifest import MANIFEST, read_manifest
 from clip_rd_edge.bundle.preprocess import preprocess
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
@@ -27,9 +31,10 @@ from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime.taught import nothing_taught, taught_among
 from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.guard import LOOPBACK, Guard, RefusedError, error_response
-from clip_rd_edge.serving.protocol import UploadedImage, label_key, require_few_labels
+from clip_rd_edge.serving.protocol import PageLabels, UploadedImage, require_few_labels
 from clip_rd_edge.serving.server import PAGE, Handler, answered, read_body, serve_file
 from clip_rd_edge.utils.paths import file_identity
 from clip_rd_edge.utils.structs import decode_request
@@ -67,6 +72,7 @@ class Classification(msgspec.Struct, frozen=True, kw_only=True):
         labels_ms: time to embed the labels, or to find those that already are.
         open_ms: time to open and preprocess the image.
         model_ms: time to embed and classify it.
+        embedding: of the image, in base64 of float16, if it was asked for.
     """
 
     labels: list[str]
@@ -74,6 +80,7 @@ class Classification(msgspec.Struct, frozen=True, kw_only=True):
     labels_ms: float
     open_ms: float
     model_ms: float
+    embedding: str = ""
 
 
 class ServedBundle:
@@ -93,7 +100,8 @@ class ServedBundle:
         self._lock = threading.Lock()
         self._opened: tuple[int, ...] | None = None  # the identity of the manifest last opened
         self._encoder: BundleEncoder
-        self._classifiers: OrderedDict[str, ZeroShotClassifier] = OrderedDict()
+        self._classifiers: OrderedDict[str, tuple[BundleEncoder, ZeroShotClassifier]] = OrderedDict()
+        self._untaught: tuple[BundleEncoder, Taught] | None = None
         self._turns: dict[str, threading.Lock] = {}  # by the key of the labels: one thread at a time embeds them
         read_manifest(folder)  # raises a clear error for a folder that is not a bundle
         self._info = self._describe(self.encoder())
@@ -122,12 +130,13 @@ class ServedBundle:
             self._info = self._describe(self.encoder())
         return self._info
 
-    def classify(self, content: bytes, labels: Sequence[str] | None) -> Classification:
+    def classify(self, content: bytes, labels: PageLabels | None, embedding: bool = False) -> Classification:
         """Classify an image file among labels.
 
         Args:
             content: the bytes of the image file.
             labels: the labels; None uses the bundle's own and returns the BANK_TOP most likely.
+            embedding: return the image's embedding, too.
         """
         encoder = self.encoder()
         asked = time.perf_counter()
@@ -142,7 +151,8 @@ class ServedBundle:
         pixels = preprocess(image, encoder.manifest.preprocessing)[None]
         opened = time.perf_counter()
         embeddings = encoder.encode_pixels(pixels)
-        (predictions,) = classifier.classify_embeddings(embeddings, top=BANK_TOP if labels is None else len(labels))
+        top = BANK_TOP if labels is None else len(labels.labels)
+        (predictions,) = classifier.classify_embeddings(embeddings, top=top)
         finished = time.perf_counter()
         return Classification(
             labels=[prediction.label for prediction in predictions],
@@ -150,7 +160,22 @@ class ServedBundle:
             labels_ms=(started - asked) * 1e3,
             open_ms=(opened - started) * 1e3,
             model_ms=(finished - opened) * 1e3,
+            embedding=base64.b64encode(embeddings.astype("<f2").tobytes()).decode() if embedding else "",
         )
+
+    def taught(self, labels: PageLabels) -> bytes:
+        """Return what `clip-rd-edge teach` takes for a folder of images: the content of taught.npz."""
+        return taught_bytes(self._taught(self.encoder(), labels)[0])
+
+    def _taught(self, encoder: BundleEncoder, labels: PageLabels) -> tuple[Taught, LabelBank]:
+        try:
+            rows = labels.rows(encoder.manifest.embedding_size)
+        except InputError as error:
+            raise RefusedError(_BAD_LABELS, str(error)) from error
+        kept = self._untaught
+        if kept is None or kept[0] is not encoder:
+            kept = self._untaught = (encoder, encoder.taught or nothing_taught(encoder))
+        return taught_among(encoder, kept[1], list(dict.fromkeys(labels.labels)), rows)
 
     def _describe(self, encoder: BundleEncoder) -> BundleInfo:
         description, bank = encoder.describe(), encoder.label_bank
@@ -163,21 +188,28 @@ class ServedBundle:
             texts=encoder.has_text_tower,
         )
 
-    def _classifier(self, encoder: BundleEncoder, labels: Sequence[str] | None) -> ZeroShotClassifier:
-        key = label_key(labels) if labels is not None else ""
+    def _classifier(self, encoder: BundleEncoder, labels: PageLabels | None) -> ZeroShotClassifier:
+        key = labels.key if labels is not None else ""
         with self._lock:
             turn = self._turns.setdefault(key, threading.Lock())
         with turn:  # only those with the same labels wait while they are embedded
             with self._lock:
-                classifier = self._classifiers.get(key)
-            if classifier is None or classifier.encoder is not encoder:
-                classifier = ZeroShotClassifier(encoder, labels, cache=False)
+                opened, classifier = self._classifiers.get(key, (None, None))
+            if classifier is None or opened is not encoder:
+                classifier = self._new_classifier(encoder, labels)
         with self._lock:
-            _keep(self._classifiers, key, classifier, _MAX_CLASSIFIERS)
+            _keep(self._classifiers, key, (encoder, classifier), _MAX_CLASSIFIERS)
             for other in self._turns.keys() - self._classifiers.keys():
                 if not self._turns[other].locked():
                     del self._turns[other]
         return classifier
+
+    def _new_classifier(self, encoder: BundleEncoder, labels: PageLabels | None) -> ZeroShotClassifier:
+        if labels is None or not labels.taught:
+            return ZeroShotClassifier(encoder, None if labels is None else labels.labels, cache=False)
+        twin = copy(encoder)
+        twin.label_bank = self._taught(encoder, labels)[1]
+        return ZeroShotClassifier(twin, None, cache=False)
 
 
 def _keep(kept: OrderedDict[str, Any], key: str, value: object, count: int) -> None:
@@ -225,7 +257,7 @@ class Demo:
         force: bool = False,
     ):
         self.start_labels = list(labels or [])
-        self.label_sets: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+        self.label_sets: OrderedDict[str, PageLabels] = OrderedDict()
         if self.start_labels:  # refused now, rather than with each image
             require_few_labels(self.start_labels)
         names = distinct_names(bundles)
@@ -245,35 +277,52 @@ class Demo:
         return _json({"bundles": infos, "labels": self.start_labels})
 
     async def labels(self, request: Request) -> Response:
-        """Store a list of labels; return the key by which classify requests refer to it."""
+        """Store a list of labels, or `PageLabels`; return the key by which classify requests refer to it."""
         try:
-            labels = decode_request(await read_body(request), list)
-            require_few_labels(labels)
+            sent: Any = decode_request(await read_body(request), list | PageLabels)  # type: ignore[arg-type]
+            labels = sent if isinstance(sent, PageLabels) else PageLabels(sent)
+            labels.require_few()
         except InputError as error:
             return error_response(_BAD_LABELS, str(error), error.hint)
-        key = label_key(labels)
-        _keep(self.label_sets, key, tuple(labels), MAX_SETS)
-        return _json({"key": key})
+        _keep(self.label_sets, labels.key, labels, MAX_SETS)
+        return _json({"key": labels.key})
 
     async def classify(self, request: Request) -> Response:
         """Classify the image in the body with ?bundle=NUMBER among ?labels=KEY (without a key: the bundle's own).
 
         With &name=NAME, as the page calls the bundle, another one that has the number since a restart is not asked.
+        With &embedding=1, the answer has the image's embedding, too.
         """
-        bundle = self._bundle(request.query_params.get("bundle", "0"), request.query_params.get("name"))
-        key = request.query_params.get("labels", "")
-        labels = self.label_sets.get(key) if key else None
-        if key and labels is None:
-            raise RefusedError(_LABELS_LOST, "These labels are no longer known; send them again.")
+        bundle, labels = self._asked(request)
         content = await read_body(request)  # before it counts: an unfinished request takes nobody's turn
         if self.pending >= MAX_PARALLEL + MAX_QUEUED:
             raise RefusedError(_BUSY, "Too many images at once; try again in a moment.")
         self.pending += 1
         try:
             self._limiter = self._limiter or CapacityLimiter(MAX_PARALLEL)
-            return _json(await anyio.to_thread.run_sync(bundle.classify, content, labels, limiter=self._limiter))
+            embedding = request.query_params.get("embedding") == "1"
+            work = partial(bundle.classify, content, labels, embedding)
+            return _json(await anyio.to_thread.run_sync(work, limiter=self._limiter))
         finally:
             self.pending -= 1
+
+    async def taught(self, request: Request) -> Response:
+        """Return what the images of ?labels=KEY have taught ?bundle=NUMBER, for `clip-rd-edge teach`."""
+        bundle, labels = self._asked(request)
+        if labels is None or not labels.taught:
+            raise InputError("Nothing has been taught.")
+        self._limiter = self._limiter or CapacityLimiter(MAX_PARALLEL)
+        content = await anyio.to_thread.run_sync(bundle.taught, labels, limiter=self._limiter)
+        return Response(content, media_type="application/octet-stream")
+
+    def _asked(self, request: Request) -> tuple[ServedBundle, PageLabels | None]:
+        """Return the bundle and the labels that a request names."""
+        bundle = self._bundle(request.query_params.get("bundle", "0"), request.query_params.get("name"))
+        key = request.query_params.get("labels", "")
+        labels = self.label_sets.get(key) if key else None
+        if key and labels is None:
+            raise RefusedError(_LABELS_LOST, "These labels are no longer known; send them again.")
+        return bundle, labels
 
     def _bundle(self, number: str, name: str | None) -> ServedBundle:
         bundle = {str(index): bundle for index, bundle in enumerate(self.served)}.get(number)
@@ -292,6 +341,7 @@ def make_app(demo: Demo, *, host: str = LOOPBACK) -> Starlette:
             Route("/api/bundles", demo.bundles),
             Route("/api/labels", _answered(demo.labels), methods=["POST"]),
             Route("/api/classify", _answered(demo.classify), methods=["POST"]),
+            Route("/api/taught.npz", _answered(demo.taught)),
             *(Route(f"/{path.name}", serve_file(path)) for path in PAGE.iterdir()),
         ],
         middleware=[Middleware(Guard, host=host, respond=error_response, full=_BUSY)],

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
+from clip_rd_edge.bundle.encoder import normalise
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.search_graph import MAX_TOP
 from clip_rd_edge.utils.structs import PositiveInt, decode_request
@@ -29,6 +32,7 @@ MAX_ITEMS = 2048  # per request, as OpenAI's
 MAX_TEXT_LENGTH = 100_000  # characters: tokenising millions takes seconds, and models read a few hundred at most
 MAX_LABELS = 2_000
 MAX_LABEL_LENGTH = 300  # characters
+MAX_TAUGHT = 2_000_000  # characters of embeddings that teach a page's labels: of 1,400 images with 512 entries
 MAX_PIXELS = 52_000_000  # of an uploaded image: those of sensors with 50 megapixels have up to 50.3 million
 _DATA = re.compile(r"data:[\w/+.-]*;base64,", re.IGNORECASE)
 _FORM = "multipart/form-data"
@@ -49,6 +53,35 @@ class UploadedImage:
 
     def __str__(self) -> str:
         return self.place
+
+
+class PageLabels(msgspec.Struct, frozen=True):
+    """The labels of the demo's page, and for some of them the embeddings of images, in base64 of float16."""
+
+    labels: list[Any]
+    taught: dict[str, list[str]] = {}
+
+    @property
+    def key(self) -> str:
+        """A key for this content."""
+        return label_key([*self.labels, msgspec.json.encode(self.taught).decode()] if self.taught else self.labels)
+
+    def require_few(self) -> None:
+        """Raise InputError as `require_few_labels`, or if there are too many images."""
+        require_few_labels(self.labels)
+        if sum(len(text) for texts in self.taught.values() for text in texts) > MAX_TAUGHT:
+            raise InputError("Too many images teach labels.", hint="teach a bundle from folders: clip-rd-edge teach")
+
+    def rows(self, size: int) -> dict[str, npt.NDArray[np.float32]]:
+        """Return the embeddings by label, (N, size)."""
+        found = {}
+        for name, texts in self.taught.items():
+            content = b"".join(decode_image(text) for text in texts)
+            rows = np.frombuffer(content[: len(content) // 2 * 2], "<f2").astype(np.float32)
+            if not len(rows) or len(rows) != size * len(texts) or not np.isfinite(rows).all() or not rows.any():
+                raise InputError(f"The images that teach {name[:40]!r} are of another model.")
+            found[name] = normalise(rows.reshape(-1, size))
+        return found
 
 
 def require_few_labels(labels: Sequence[Any]) -> None:

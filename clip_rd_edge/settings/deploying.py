@@ -210,8 +210,8 @@ class Classify(Settings, frozen=True, kw_only=True):
 class _Taught(Settings, frozen=True):
     bundle: Annotated[AnyPath, argument("The bundle, or everyday.", path=True)]
     folder: Annotated[AnyPath | Any, argument(
-        "A subfolder of images for each label, whose name is the label; or a folder of images of one label. In Python "
-        "also images by label.", path=True,
+        "A subfolder of images for each label, whose name is the label; a folder of images of one label; or a "
+        "taught.npz that the demo's page saved. In Python also images by label.", path=True,
     )] | None = None  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import clip_rd_edge as edge
 from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES
 from clip_rd_edge.bundle.labels import LabelBank, write_labels
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
@@ -221,6 +222,34 @@ def test_all_images_of_a_folder_are_opened_and_nothing_else(page: Any, tmp_path:
     page.set_input_files("#folder", folder)
     page.wait_for_function("() => document.getElementById('position').textContent.startsWith('1 of ')")
     assert page.inner_text("#position").startswith(f"1 of {len(IMAGE_SUFFIXES)}: photos/a.")
+
+
+def test_labels_are_taught_by_the_camera_and_saved(page: Any, bundles: list[Path], tmp_path: Path) -> None:
+    page.fill("#new", "my sky")
+    page.press("#new", "Enter")
+    page.locator("#labels .teach").last.click()
+    assert page.inner_text("#error") != ""  # there is no image
+    page.click("#camera")
+    wait_for_lead(page, "")
+    page.wait_for_function("() => document.getElementById('rate').textContent")
+    for count in range(1, 6):
+        page.locator("#labels .teach").last.click()
+        page.wait_for_function(f"() => [...document.querySelectorAll('.teach')].at(-1).textContent.endsWith('{count}')")
+    wait_for_lead(page, "my sky ")
+    page.click("#camera")
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "red ")
+    page.reload()
+    page.wait_for_selector("#bundles tr")
+    assert page.locator("#labels .taught").count() == 1
+    send_image(page, BLUE, "drop")
+    wait_for_lead(page, "my sky ")
+    with page.expect_download() as download:
+        page.click("#save")
+    download.value.save_as(tmp_path / "taught.npz")
+    lesson = edge.teach(bundles[1], tmp_path / "taught.npz", output=tmp_path / "taught")
+    assert list(lesson.labels) == ["my sky"]
+    assert edge.load(tmp_path / "taught").classify(Image.new("RGB", (9, 9), BLUE))[0].label == "my sky"
 
 
 NO_RESPONSE = "The server does not respond. Is clip-rd-edge demo still running?"

@@ -33,6 +33,7 @@ from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.serving import demo as app
 from clip_rd_edge.serving import guard, protocol, server
+from clip_rd_edge.serving.protocol import PageLabels
 
 LABELS = ["red", "green", "blue"]
 
@@ -121,6 +122,7 @@ def test_classify(client: Any, key: str) -> None:
         ("/api/labels", b'["a", " "]', 422, "Label 2 of 2 has to be"),
         ("/api/labels", json.dumps(["a" * 301]).encode(), 422, "Label 1 of 1 has to be"),
         ("/api/labels", json.dumps(["a"] * 2001).encode(), 422, "There are 2,001 labels; the limit is 2,000"),
+        ("/api/labels", json.dumps({"labels": ["a"], "taught": {"a": ["A" * 2_000_001]}}).encode(), 422, "Too many"),
     ],
 )
 def test_invalid_requests_get_an_error_message(
@@ -129,6 +131,14 @@ def test_invalid_requests_get_an_error_message(
     response = client.post(path.replace("KEY", key), content=body)
     assert response.status_code == status
     assert message in response.json()["error"]
+
+
+@pytest.mark.parametrize("embedding", ["", "AAAA", "AAAAAAAA", "AHwAfAB8", "no base64"])
+def test_embeddings_of_another_model_teach_nothing(client: Any, embedding: str) -> None:
+    key = client.post("/api/labels", json={"labels": ["red"], "taught": {"red": [embedding]}}).json()["key"]
+    assert client.post(f"/api/classify?labels={key}", content=png()).status_code == 422
+    assert client.get(f"/api/taught.npz?labels={key}").status_code == 422
+    assert client.get("/api/taught.npz").status_code == 400
 
 
 def test_large_images_and_bodies_are_refused(client: Any, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +386,7 @@ def test_bodies_that_are_never_complete_make_room_for_those_that_are(
 
 def test_nobody_else_waits_while_labels_are_embedded(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = app.ServedBundle(colour_bundle, threads=1)
-    bundle.classify(png(), LABELS)
+    bundle.classify(png(), PageLabels(LABELS))
     began, finish, embedded = threading.Event(), threading.Event(), list[Any]()
     make = app.ZeroShotClassifier
 
@@ -388,9 +398,9 @@ def test_nobody_else_waits_while_labels_are_embedded(colour_bundle: Path, monkey
 
     monkeypatch.setattr(app, "ZeroShotClassifier", slow)
     with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(bundle.classify, png(), ["a", "b"]) for _ in range(2)]
+        waiting = [pool.submit(bundle.classify, png(), PageLabels(["a", "b"])) for _ in range(2)]
         assert began.wait(60)
-        assert pool.submit(bundle.classify, png(), LABELS).result(30).labels[0] == "red"
+        assert pool.submit(bundle.classify, png(), PageLabels(LABELS)).result(30).labels[0] == "red"
         assert pool.submit(bundle.info).result(30).precision
         finish.set()
         assert all(len(future.result(60).labels) == 2 for future in waiting)

@@ -20,6 +20,7 @@ MODULES = {
         export const loadChoices = async () => ({ choices: [choice], labels: [], privacy: "" });
         export const classify = (choice, labels, image) =>
             new Promise((resolve, reject) => waiting.push({ image, resolve, reject }));
+        export const teaches = false, taughtUrl = null;
     """,
     "images.js": """
         export class ImageSource {
@@ -35,6 +36,7 @@ MODULES = {
             useBank() {}
             clear() {}
             show() {}
+            showTaught() {}
         }
     """,
     "memory.js": "export const store = () => {}, restore = () => null;",

@@ -34,6 +34,10 @@ export async function loadChoices(showProgress) {
   };
 }
 
+// Whether images can teach labels here: a bundle that was taught brings its own.
+export const teaches = false;
+export const taughtUrl = null;
+
 // The result, with the time from the image to the result as `elapsed_ms`; embedding new labels is not included.
 export async function classify(choice, labels, image) {
   const backend = backends[choice];

@@ -61,8 +61,8 @@ export function encodeFrame(canvas) {
 // Labels are sent once; later requests refer to them by key. null means the bundle's own labels.
 const keys = new Map();
 
-async function labelKey(labels) {
-  const text = JSON.stringify(labels);
+async function labelKey(labels, taught) {
+  const text = JSON.stringify(taught ? { labels, taught } : labels);
   if (!keys.has(text)) {
     keys.clear();
     keys.set(text, (await request("api/labels", text)).key);
@@ -70,11 +70,21 @@ async function labelKey(labels) {
   return keys.get(text);
 }
 
+// Whether images can teach labels here.
+export const teaches = true;
+
+// Where what was taught is downloaded, for clip-rd-edge teach.
+export async function taughtUrl(bundle, labels, taught) {
+  return `api/taught.npz?${new URLSearchParams({ bundle, name: names[bundle], labels: await labelKey(labels, taught) })}`;
+}
+
 // The server's response, with the time of the request as `elapsed_ms`, without that to send and embed new labels.
-export async function classify(bundle, labels, image) {
+// taught: the embeddings of images by label, or undefined; embedding: whether the response has the image's.
+export async function classify(bundle, labels, image, taught, embedding = false) {
   for (let attempt = 0; ; attempt++) {
-    const key = labels === null ? "" : await labelKey(labels);
+    const key = labels === null ? "" : await labelKey(labels, taught);
     const query = new URLSearchParams({ bundle, name: names[bundle], labels: key });
+    if (embedding) query.set("embedding", "1");
     try {
       const started = performance.now();
       const result = await request(`api/classify?${query}`, image);

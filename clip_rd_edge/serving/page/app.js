@@ -1,6 +1,6 @@
 // The page's main script: connects the image source, the labels and the model table.
 
-import { classify, loadChoices } from "./api.js";
+import { classify, loadChoices, taughtUrl, teaches } from "./api.js";
 import { ImageSource } from "./images.js";
 import { LabelList, percent } from "./labels.js";
 import { restore, store } from "./memory.js";
@@ -16,14 +16,16 @@ let choices = []; // the bundles, or the backends of a browser-only page
 let selected = 0; // index of the selected choice
 let image = null; // the current image, classified again when the labels or the choice change
 let startLabels = []; // the labels that the page starts with, unless others are remembered
+let taught = {}; // by choice: by label, the embeddings of the images that have taught it
 let lastRequest = 0; // number of the newest request: results of older ones are ignored
 
 byId("unstarted").remove(); // it says what to do if this script does not start
 
 const labels = new LabelList(() => {
+  showTaught();
   remember();
   debounce(classifyAgain);
-});
+}, teaches ? teach : undefined);
 const source = new ImageSource(showImage, showUnreadable, showError);
 
 async function showImage(newImage, captureTime) {
@@ -36,6 +38,55 @@ function showUnreadable(message) {
   lastRequest++; // an answer to the image before belongs to nothing that is shown
   showFailure(message);
 }
+
+const MAX_IMAGES = 16; // that teach a label: what is sent and remembered is limited
+
+// The embeddings by label that are taught to the selected choice, of the labels in the list.
+function taughtNow() {
+  const own = Object.entries(taught[choices[selected]?.folder] ?? {});
+  const shown = own.filter(([label]) => labels.current?.includes(label));
+  return shown.length ? Object.fromEntries(shown) : undefined;
+}
+
+function showTaught() {
+  if (!choices.length) return;
+  labels.showTaught(taughtNow() ?? {});
+  byId("save").hidden = !taughtNow();
+}
+
+// Teach a label by the current image.
+async function teach(label) {
+  if (!label) return;
+  const [choice, shown] = [selected, image];
+  if (!shown) {
+    showError("Start the camera or choose an image first: it teaches the label.");
+    return;
+  }
+  try {
+    const { embedding } = await classify(choice, labels.current, shown, taughtNow(), true);
+    const own = (taught[choices[choice].folder] ??= {});
+    own[label] = [...(own[label] ?? []), embedding].slice(-MAX_IMAGES);
+    showError("");
+  } catch (error) {
+    showError(error.message);
+    return;
+  }
+  showTaught();
+  remember();
+  await classifyAgain();
+}
+
+byId("save").addEventListener("click", async () => {
+  const link = document.createElement("a");
+  try {
+    link.href = await taughtUrl(selected, labels.current, taughtNow());
+  } catch (error) {
+    showError(error.message);
+    return;
+  }
+  link.download = "taught.npz";
+  link.click();
+});
 
 async function classifyAgain() {
   // With the camera on, the next frame uses the new labels anyway.
@@ -62,7 +113,7 @@ async function update(captureTime = 0) {
     showProgress("Classifying …");
   }, source.stream ? CAMERA_WAITING_MS : WAITING_MS);
   try {
-    const result = await classify(choice, current, image);
+    const result = await classify(choice, current, image, taughtNow());
     if (number !== lastRequest) return;
     const received = performance.now();
     // What went wrong since the image was sent, such as a camera that is missing, still has to be read.
@@ -74,6 +125,8 @@ async function update(captureTime = 0) {
   } catch (error) {
     if (number !== lastRequest) return;
     showFailure(error.message);
+    if (error.status === 422) delete taught[choices[choice].folder]; // those of a bundle that was exported anew
+    showTaught();
     if (source.stream && error.status !== 429) source.stop();
   } finally {
     clearTimeout(waiting);
@@ -141,7 +194,7 @@ function remember() {
   if (!choices.length) return;
   // Where there are no own labels, nobody has turned them off: a page that gets some later shows them.
   const bank = choices[selected].bank ? byId("bank").checked : undefined;
-  store({ start: startLabels, labels: labels.typedLabels, choice: choices[selected].folder, bank });
+  store({ start: startLabels, labels: labels.typedLabels, choice: choices[selected].folder, bank, taught });
 }
 
 function select(index) {
@@ -153,6 +206,7 @@ function select(index) {
   byId("bank").disabled = !texts;
   if (!bank || !texts) byId("bank").checked = !texts;
   labels.useBank(byId("bank").checked);
+  showTaught();
   remember();
   [...byId("bundles").children].forEach((row, i) => row.classList.toggle("selected", i === index));
   debounce(classifyAgain);
@@ -186,6 +240,7 @@ try {
   startLabels = setup.labels;
   const remembered = restore(startLabels);
   selected = Math.max(0, setup.choices.findIndex(({ folder }) => folder === remembered?.choice));
+  taught = remembered?.taught ?? {};
   labels.add(remembered?.labels ?? (startLabels.length ? startLabels : START_LABELS));
   choices = setup.choices.map((choice) => ({ ...choice, times: [] }));
   byId("bundles").replaceChildren(...choices.map(createRow));

@@ -5,9 +5,10 @@ const MAX_LENGTH = 300; // characters of a label that are used
 const BANK_ROWS = 8; // rows shown for the bundle's own labels
 
 export class LabelList {
-  // onChange() is called when the labels change.
-  constructor(onChange) {
+  // onChange() is called when the labels change, onTeach(label) when the image is to teach one; without it, none can.
+  constructor(onChange, onTeach) {
     this.onChange = onChange;
+    this.onTeach = onTeach;
     this.bank = false;
     const form = document.getElementById("add");
     const field = document.getElementById("new");
@@ -96,6 +97,17 @@ export class LabelList {
     }
   }
 
+  // Show how many images have taught each label: { label: [...] }.
+  showTaught(taught) {
+    if (this.bank || !this.onTeach) return;
+    for (const row of list.children) {
+      const count = taught[row.querySelector("input").value.trim()]?.length ?? 0;
+      const button = row.querySelector(".teach");
+      button.textContent = count ? `teach · ${count}` : "teach";
+      button.classList.toggle("taught", count > 0);
+    }
+  }
+
   clear() {
     // Empty rows reserve the space for the bundle's own labels.
     if (this.bank) list.replaceChildren(...Array.from({ length: BANK_ROWS }, () => this.#createBankRow()));
@@ -138,8 +150,17 @@ export class LabelList {
     remove.addEventListener("click", () => this.#remove(row));
     field.addEventListener("input", () => remove.setAttribute("aria-label", `Remove ${field.value}`));
     remove.setAttribute("aria-label", `Remove ${label}`);
-    row.append(bar, field, createOutput(), remove);
+    row.append(bar, field, createOutput(), ...(this.onTeach ? [this.#createTeach(field)] : []), remove);
     return row;
+  }
+
+  #createTeach(field) {
+    const teach = createElement("button", "teach");
+    teach.type = "button";
+    teach.textContent = "teach";
+    teach.title = "The image shows this: teach the label by it";
+    teach.addEventListener("click", () => this.onTeach(field.value.trim()));
+    return teach;
   }
 
   #createBankRow() {

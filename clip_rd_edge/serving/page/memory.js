@@ -2,8 +2,8 @@
 
 const KEY = `clip-rd-edge ${location.pathname}`;
 
-// state: { start, labels, choice, bank }, with the labels that the page started with as `start`, and without `bank`
-// where the choice has no labels of its own.
+// state: { start, labels, choice, bank, taught }, with the labels that the page started with as `start`, and without
+// `bank` where the choice has no labels of its own.
 export function store(state) {
   try {
     localStorage.setItem(KEY, JSON.stringify(state));
