@@ -198,7 +198,12 @@ _REPORTED_LABELS = 1024  # from one report of progress to the next; whole batche
 
 
 def label_embeddings(
-    encoder: Encoder, labels: Sequence[str], templates: Sequence[str], *, reporter: Reporter = SILENT
+    encoder: Encoder,
+    labels: Sequence[str],
+    templates: Sequence[str],
+    *,
+    by_text: bool = False,
+    reporter: Reporter = SILENT,
 ) -> Embeddings:
     """Return one embedding per label, shape (C, D): the normalised mean of its embeddings over all templates.
 
@@ -208,11 +213,12 @@ def label_embeddings(
         labels: names, such as `cat`.
         templates: prompt templates with one `{}` for the name (or `{c}`, as in CLIP_benchmark), such as
             `a photo of a {}.`
+        by_text: embed the texts of labels that images have taught, too.
         reporter: hears how many labels are embedded.
     """
     require_labels(labels)
     bank: Any = getattr(encoder, "label_bank", None)
-    if bank is not None and len(texts := bank.untaught(labels)) < len(labels):
+    if not by_text and bank is not None and len(texts := bank.untaught(labels)) < len(labels):
         size = encoder.describe().embedding_size
         rows = label_embeddings(encoder, texts, templates) if texts else np.zeros((0, size), np.float32)
         completed: Embeddings = bank.completed(labels, rows)

@@ -65,9 +65,8 @@ class Scoring(CheckedStruct, frozen=True):
         usual = require_finite(self.scale * (images @ background.T), "An image or the background")
         top = usual.max(axis=1, keepdims=True)
         mean = top + np.log(np.exp(usual - top).mean(axis=1, keepdims=True))
-        above: Matches = (require_finite(self.scale * (images @ labels.T), "An image or a label") - mean).astype(
-            np.float32
-        )
+        logits = require_finite(self.scale * (paired(images, labels) @ labels.T), "An image or a label")
+        above: Matches = (logits - mean).astype(np.float32)
         return above
 
 

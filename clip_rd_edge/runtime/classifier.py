@@ -252,7 +252,7 @@ class ZeroShotClassifier:
             rows = read_label_set(key, count=len(nouns)) if key else None
             if rows is None:
                 self._reporter.note(f"embedding {len(nouns):,} common nouns to compare labels with: once")
-                rows = label_embeddings(self.encoder, nouns, self._templates, reporter=self._reporter)
+                rows = label_embeddings(self.encoder, nouns, self._templates, by_text=True, reporter=self._reporter)
                 if key := self._cache_key(nouns):
                     write_label_set(key, rows)
             self._nouns = rows

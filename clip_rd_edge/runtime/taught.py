@@ -118,7 +118,7 @@ def teach(encoder: Encoder, examples: Examples, *, forget: Sequence[str] = (), a
     if kept:
         description = encoder.describe()
         require_readable((*kept, *(beside.names if beside else ())), description.embedding_size + 1, "fp32")
-        new, lesson = taught_bank(taught, beside, description.scoring)
+        new, lesson = taught_bank(taught, beside, _scoring(encoder))
     encoder.label_bank, encoder.taught = new, taught  # type: ignore[attr-defined]
     return lesson
 
@@ -164,7 +164,14 @@ def taught_among(
     others = tuple(name for name in labels if name not in taught.names)
     texts = label_embeddings(encoder, others, encoder.describe().templates)[:, :size] if others else None
     beside = LabelBank(others, texts) if texts is not None else None
-    return taught, taught_bank(taught, beside, encoder.describe().scoring)[0]
+    return taught, taught_bank(taught, beside, _scoring(encoder))[0]
+
+
+def _scoring(encoder: Encoder) -> Scoring:
+    """Return how the model's answers become probabilities, by its calibration if there is one."""
+    description = encoder.describe()
+    calibration = description.calibration
+    return calibration.softened(description.scoring) if calibration else description.scoring
 
 
 def nothing_taught(encoder: Encoder) -> Taught:

@@ -66,7 +66,7 @@ class BundleInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Classification(msgspec.Struct, frozen=True, kw_only=True):
-    """The result for one image: labels, most likely first, and their probabilities.
+    """The result for one image: labels, most likely first, and their probabilities; none if none fits what was taught.
 
     Attributes:
         labels_ms: time to embed the labels, or to find those that already are.
@@ -152,7 +152,9 @@ class ServedBundle:
         opened = time.perf_counter()
         embeddings = encoder.encode_pixels(pixels)
         top = BANK_TOP if labels is None else len(labels.labels)
-        (predictions,) = classifier.classify_embeddings(embeddings, top=top)
+        # A camera also sees what is neither taught nor beside it; without stored nouns, that would take a minute.
+        none = labels is not None and bool(labels.taught) and encoder.background is not None
+        (predictions,) = classifier.classify_embeddings(embeddings, top=top, deciding={"none": none})
         finished = time.perf_counter()
         return Classification(
             labels=[prediction.label for prediction in predictions],
@@ -279,8 +281,9 @@ class Demo:
     async def labels(self, request: Request) -> Response:
         """Store a list of labels, or `PageLabels`; return the key by which classify requests refer to it."""
         try:
-            sent: Any = decode_request(await read_body(request), list | PageLabels)  # type: ignore[arg-type]
-            labels = sent if isinstance(sent, PageLabels) else PageLabels(sent)
+            body = await read_body(request)
+            is_list = body.lstrip()[:1] != b"{"
+            labels = PageLabels(decode_request(body, list)) if is_list else decode_request(body, PageLabels)
             labels.require_few()
         except InputError as error:
             return error_response(_BAD_LABELS, str(error), error.hint)

@@ -115,7 +115,7 @@ def test_classify(client: Any, key: str) -> None:
         ("/api/classify", png(), 410, "the bundle has none"),
         ("/api/classify?bundle=7", png(), 400, "Unknown bundle '7'; expected a number from 0 to 1"),
         ("/api/classify?bundle=-1", png(), 400, "Unknown bundle '-1'"),
-        ("/api/labels", b"{", 422, "The request is invalid"),
+        ("/api/labels", b"{", 422, "The request is not valid JSON"),
         ("/api/labels", b'{"a": 1}', 422, "The request is invalid"),
         ("/api/labels", b"[]", 422, "No labels were sent"),
         ("/api/labels", b'["a", 1]', 422, "Label 2 of 2 has to be"),

@@ -120,7 +120,8 @@ async function update(captureTime = 0) {
     if (byId("error").textContent === oldError) showError("");
     labels.show(result);
     const best = result.probabilities[0];
-    setLead(best >= 0.5 ? "" : "Perhaps ", result.labels[0], ` ${percent(best)}`);
+    if (result.labels.length) setLead(best >= 0.5 ? "" : "Perhaps ", result.labels[0], ` ${percent(best)}`);
+    else setLead("None of these.");
     addTime(choice, result.model_ms, captureTime + result.elapsed_ms + (performance.now() - received));
   } catch (error) {
     if (number !== lastRequest) return;
