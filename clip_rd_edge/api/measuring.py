@@ -50,7 +50,8 @@ def evaluate(request: Evaluate) -> list[Score]:
     if not isinstance(model, Model):
         import_modules(request.modules)
         model = load(model, pretrained=request.pretrained, threads=request.threads)
-    return [score(model.encoder, task, per_class=request.per_class, reporter=reporter) for task in loaded]
+    per_class = request.per_class
+    return [score(model.encoder, task, per_class=per_class, matches=True, reporter=reporter) for task in loaded]
 
 
 @keywords_of(Benchmark)

@@ -10,6 +10,7 @@ import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import msgspec
 import numpy as np
@@ -22,16 +23,19 @@ from clip_rd_edge.benchmarking.metrics import (
     Score,
     ZeroShotScore,
     accuracy_interval,
+    average_precision,
     calibration_error,
     class_scores,
+    hidden_score,
     mean_per_class,
     nearest_indices,
     recall_from_ranks,
     top_k_accuracy,
 )
-from clip_rd_edge.bundle.encoder import Embeddings, Encoder, embed_batches, in_batches, label_embeddings
+from clip_rd_edge.bundle.encoder import Embeddings, Encoder, embed_batches, embeds_texts, in_batches, label_embeddings
 from clip_rd_edge.bundle.images import ImageFile, in_bounded_batches, open_image
-from clip_rd_edge.bundle.scoring import Scoring, paired
+from clip_rd_edge.bundle.labels import background_nouns
+from clip_rd_edge.bundle.scoring import UNCALIBRATED, Scoring, paired
 from clip_rd_edge.data.folders import CLASS_NAMES
 from clip_rd_edge.data.shard_files import TarMember
 from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask
@@ -138,13 +142,16 @@ def _names_and_sizes(task: Task) -> list[tuple[str, int]]:
     return [(Path(str(image)).name, size(image)) for image in task.images]
 
 
-def evaluate(encoder: Encoder, task: Task, *, per_class: bool = False, reporter: Reporter = SILENT) -> Score:
+def evaluate(
+    encoder: Encoder, task: Task, *, per_class: bool = False, matches: bool = False, reporter: Reporter = SILENT
+) -> Score:
     """Score an encoder on a task of either kind.
 
     Args:
         per_class: fill in `ZeroShotScore.per_class`.
+        matches: as for `predict`.
     """
-    predictions = predict(encoder, task, reporter=reporter)
+    predictions = predict(encoder, task, matches=matches, reporter=reporter)
     if not (per_class and isinstance(task, ZeroShotTask) and isinstance(predictions, ZeroShotPredictions)):
         return predictions.score
     predicted, targets = np.asarray(predictions.labels), np.asarray(task.targets)
@@ -162,22 +169,31 @@ def note_class_names(tasks: Sequence[Task], reporter: Reporter) -> None:
             reporter.note(f"{task.name}: {CLASS_NAMES} names the folders: {', '.join(named)}")
 
 
-def predict(encoder: Encoder, task: Task, *, reporter: Reporter = SILENT) -> Predictions:
-    """Return an encoder's predictions on a task of either kind."""
+def predict(encoder: Encoder, task: Task, *, matches: bool = False, reporter: Reporter = SILENT) -> Predictions:
+    """Return an encoder's predictions on a task of either kind.
+
+    Args:
+        matches: fill in `ZeroShotScore.hidden` and `mean_average_precision`, for which common nouns are embedded.
+    """
     if isinstance(task, ZeroShotTask):
-        return zero_shot(encoder, task, reporter=reporter)
+        return zero_shot(encoder, task, matches=matches, reporter=reporter)
     return retrieval(encoder, task, reporter=reporter)
 
 
-def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILENT) -> ZeroShotPredictions:
+def zero_shot(
+    encoder: Encoder, task: ZeroShotTask, *, matches: bool = False, reporter: Reporter = SILENT
+) -> ZeroShotPredictions:
     """Classify a task's images zero-shot among its labels.
 
     Args:
+        matches: as for `predict`.
         reporter: receives the progress after each batch, with the task's name as the stage.
     """
     labels = label_embeddings(encoder, task.labels, task.templates)
     images = embed_images(encoder, task.images, task.name, reporter)
-    confidence, ranked = _classify(images, labels, encoder.describe().scoring)
+    description = encoder.describe()
+    calibrated = (description.calibration or UNCALIBRATED).softened(description.scoring)
+    confidence, ranked = _classify(images, labels, calibrated)
     targets = np.asarray(task.targets, dtype=np.int64)
     hits = ranked[:, 0] == targets
     origin = (str(len(task.templates)), task.templates_from)
@@ -192,9 +208,31 @@ def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILE
         templates=task.templates[0] if len(task.templates) == 1 else ", ".join(filter(None, origin)),
         calibration_error=calibration_error(confidence, hits),
     )
+    if matches and (nouns := _background(encoder)) is not None:
+        found = np.concatenate(
+            [description.scoring.matches(images[chunk], labels, nouns) for chunk in in_batches(len(images), CHUNK)]
+        )
+        score = msgspec.structs.replace(
+            score,
+            hidden=hidden_score(found, targets),
+            mean_average_precision=average_precision(found, targets[:, None] == np.arange(len(task.labels))),
+        )
     return ZeroShotPredictions(
         score=score, labels=tuple(ranked[:, 0].tolist()), probabilities=tuple(confidence.astype(float).tolist())
     )
+
+
+_BACKGROUNDS: WeakKeyDictionary[Encoder, Embeddings] = WeakKeyDictionary()
+
+
+def _background(encoder: Encoder) -> Embeddings | None:
+    """Return the embeddings of common nouns, once per encoder; None if it has neither these nor a text tower."""
+    stored: Embeddings | None = getattr(encoder, "background", None)
+    if stored is not None or not embeds_texts(encoder):
+        return stored
+    if encoder not in _BACKGROUNDS:
+        _BACKGROUNDS[encoder] = label_embeddings(encoder, background_nouns(), encoder.describe().templates)
+    return _BACKGROUNDS[encoder]
 
 
 def _classify(

@@ -52,6 +52,20 @@ class ClassScore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     folder: str = ""
 
 
+class HiddenScore(msgspec.Struct, frozen=True, kw_only=True):
+    """How well an encoder notices images whose label is not among those it is asked for: half of them, in five draws.
+
+    Attributes:
+        auroc, auroc_interval: how often an image whose label is there fits better than one whose label is hidden; 0.5
+            is chance. With the 95 % interval of the mean over the draws.
+        fpr95: share of the others that are taken for known where 95 % of the known ones are.
+    """
+
+    auroc: float
+    auroc_interval: Interval
+    fpr95: float
+
+
 class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="zero-shot", tag_field="kind"):
     """Zero-shot classification accuracy on one task.
 
@@ -63,6 +77,8 @@ class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         calibration_error: mean gap between the probability of a prediction and how often such predictions are correct;
             None if it was not measured.
         templates: the prompt templates of the labels, such as `80, ImageNet's, from open_clip`.
+        hidden: see `HiddenScore`; None if it was not measured, or there are fewer than four labels.
+        mean_average_precision: how well each label, by itself, ranks its images above the others; None as for `hidden`.
         per_class: one entry per class, in the order of the task's labels; empty unless requested.
     """
 
@@ -75,7 +91,14 @@ class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     mean_per_class: float
     templates: str
     calibration_error: float | None
+    hidden: HiddenScore | None = None
+    mean_average_precision: float | None = None
     per_class: tuple[ClassScore, ...] = ()
+
+    @property
+    def auroc(self) -> float | None:
+        """See `HiddenScore`."""
+        return self.hidden.auroc if self.hidden else None
 
 
 class Recall(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,6 +216,29 @@ def false_positives(
 ) -> float:
     """Return the share of others whose score is at least the one that this share of known images reaches."""
     return float((others >= np.quantile(known, 1 - accepted)).mean())
+
+
+_HIDDEN_DRAWS, _T = 5, 2.776  # of the labels that are hidden; Student's t of a 95 % interval over them
+
+
+def hidden_score(matches: Similarities, targets: npt.NDArray[np.int64]) -> HiddenScore | None:
+    """Return how well the best match tells known images from others, with half of the labels hidden in each draw.
+
+    Args:
+        matches: of each label for each image, (N, C).
+        targets: the index of each image's label, (N,).
+    """
+    labels, areas, passed = matches.shape[1], [], []
+    for draw in range(_HIDDEN_DRAWS):
+        shown = np.random.default_rng(draw).permutation(labels)[: labels // 2]
+        known, best = np.isin(targets, shown), matches[:, shown].max(axis=1, initial=-np.inf)
+        if labels < 4 or known.all() or not known.any():
+            return None
+        areas.append(separation(best[known], best[~known]))
+        passed.append(false_positives(best[known], best[~known]))
+    mean, half = float(np.mean(areas)), _T * float(np.std(areas, ddof=1)) / _HIDDEN_DRAWS**0.5
+    interval = Interval(max(0.0, mean - half), min(1.0, mean + half))
+    return HiddenScore(auroc=mean, auroc_interval=interval, fpr95=float(np.mean(passed)))
 
 
 def average_precision(scores: npt.NDArray[np.floating], fits: Hits) -> float:

@@ -147,7 +147,7 @@ def _open_and_evaluate(
             for task in tasks:
                 found = cache.find(spec, row.runtime, task) if cache else None
                 if found is None:
-                    found = predict(encoder, task, reporter=PrefixedReporter(reporter, f"{row.label}: "))
+                    found = predict(encoder, task, matches=True, reporter=PrefixedReporter(reporter, f"{row.label}: "))
                     if cache:
                         cache.store(spec, row.runtime, task, found)
                 predictions.append(found)

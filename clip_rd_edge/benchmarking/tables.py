@@ -264,6 +264,11 @@ def _accuracy_details(scores: Sequence[Score]) -> Section:
             "Mean per class, %": [percent(score.mean_per_class) for score in zero_shot],
             "Calibration error, points": [percent(score.calibration_error) for score in zero_shot],
         }
+        if any(score.hidden for score in zero_shot):
+            passed = [score.hidden.fpr95 if score.hidden else None for score in zero_shot]
+            texts["Half of the labels hidden: AUROC, %"] = [percent(score.auroc) for score in zero_shot]
+            texts["Others taken for known, at 95 % of these, %"] = [percent(share) for share in passed]
+            texts["Each label by itself: mAP, %"] = [percent(score.mean_average_precision) for score in zero_shot]
     else:
         recalls = {
             "Image → text": [score.image_to_text for score in retrieval],
@@ -364,7 +369,13 @@ def score_tables(scores: Sequence[Score], width: int) -> list[Table]:
         table = _task_table(headings, rows, width)
         of_tasks = [f"Prompt templates of {score.task}: {score.templates}" for score in zero_shot]
         are_same = len({score.templates for score in zero_shot}) == 1
-        table.caption = f"Prompt templates: {zero_shot[0].templates}" if are_same else "\n".join(of_tasks)
+        notes = [f"Prompt templates: {zero_shot[0].templates}"] if are_same else of_tasks
+        found = [
+            f"{s.task}: AUROC, half of the labels hidden, {percent(s.auroc)}, mAP {percent(s.mean_average_precision)}"
+            for s in zero_shot
+            if s.hidden
+        ]
+        table.caption = "\n".join([*notes, *found])
         table.caption_justify = "left"
         tables.append(table)
     if of_retrieval:

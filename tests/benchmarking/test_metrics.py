@@ -11,13 +11,17 @@ from clip_rd_edge.benchmarking.metrics import (
     Recall,
     Similarities,
     accuracy_interval,
+    average_precision,
     calibration_error,
     difference_interval,
     difference_p_value,
+    false_positives,
+    hidden_score,
     may_be_chance,
     mean_per_class,
     nearest_indices,
     recall_from_ranks,
+    separation,
     top_k_accuracy,
     top_k_indices,
 )
@@ -131,3 +135,28 @@ def test_a_paired_interval_needs_no_example_that_is_alike(count: int, won: int) 
     hits = np.arange(count) < won
     interval = difference_interval(hits, ~hits)  # 1 − 0.9 − 0.1 is less than 0
     assert interval.low <= (2 * won - count) / count <= interval.high
+
+
+def test_scores_of_known_and_other_images_against_scikit_learn() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    known, others = rng.normal(1, 1, 40).round(1), rng.normal(0, 1, 60).round(1)  # with ties
+    area = metrics.roc_auc_score([1] * 40 + [0] * 60, np.concatenate([known, others]))
+    assert separation(known, others) == pytest.approx(area)
+    assert false_positives(np.arange(100.0), np.array([-1.0, 3.0, 50.0, 200.0])) == 0.5
+    scores, fits = rng.normal(size=(30, 4)), rng.random((30, 4)) < 0.3
+    expected = np.mean([metrics.average_precision_score(fits[:, label], scores[:, label]) for label in range(4)])
+    assert average_precision(scores, fits) == pytest.approx(expected)
+
+
+def test_images_of_hidden_labels_are_told_from_the_others_by_their_best_match() -> None:
+    targets = np.arange(100) % 10
+    own = targets[:, None] == np.arange(10)
+    score = hidden_score(own.astype(np.float32), targets)
+    assert score is not None
+    assert (score.auroc, score.fpr95, score.auroc_interval.low) == (1.0, 0.0, 1.0)
+    noise = np.random.default_rng(0).normal(size=(100, 10)).astype(np.float32)
+    chance = hidden_score(noise, targets)
+    assert chance is not None
+    assert chance.auroc_interval.low < 0.5 < chance.auroc_interval.high
+    assert hidden_score(own[:, :3].astype(np.float32), targets % 3) is None
