@@ -5,7 +5,7 @@
 Methods are called BASE or BASE-bank. Each contrast is computed within a student and a seed, which shares data, start
 weights and order of batches among methods, as a mean over the others' levels; so it has one value per student and seed.
 Intervals are Student's t over these values, at 95 % for all contrasts of a set of tasks together (Holm's method decides
-which differ from 0). Tasks before `emoji:` are held out of training to choose by; those of `emoji:` are the tests.
+which differ from 0). The emoji tasks are the tests; the others are held out of training, to choose by.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     evidence = read_evidence_file(parser.parse_args().results)
     names = [task.score.task for task in evidence.teacher.tasks]
-    held_out = [k for k, name in enumerate(names) if not name.startswith("emoji:")]
-    tests = [k for k, name in enumerate(names) if name.startswith("emoji:")]
+    held_out = [k for k, name in enumerate(names) if not name.startswith("emoji, ")]
+    tests = [k for k, name in enumerate(names) if name.startswith("emoji, ")]
     for title, tasks in (("held-out pairs", held_out), ("test splits", tests)):
         if tasks:
             print(f"{means_table(evidence, tasks, title)}\n\n{contrasts_table(evidence, tasks, title)}\n")
