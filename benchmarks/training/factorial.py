@@ -96,9 +96,9 @@ def contrasts_table(evidence: Evidence, tasks: Sequence[int], title: str) -> str
         rows.append(
             (
                 name,
-                f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})",
+                f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})".replace("-", "−"),
                 f"{holm[name]:.3f}",
-                by_student,
+                by_student.replace("-", "−"),
                 f"{ahead} of {count}",
             )
         )
