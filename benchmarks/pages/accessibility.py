@@ -3,8 +3,8 @@
     npm install --prefix browsers axe-core@4.14.1 puppeteer-core@24.43.1
     python -m benchmarks.pages.accessibility quickstart --packages browsers/node_modules -o accessibility.json
 
-Pages: the demo, the export for the browser, and the report of a benchmark, each of a finished quickstart. Each is
-opened at every width in both colour schemes; then
+Pages: the demo, the export for the browser, the report of a benchmark, and the two of `serve`, its search and its
+requests; each of a finished quickstart. Each is opened at every width in both colour schemes; then
 
 - axe-core looks for violations of WCAG and of good practice in the tree that a screen reader is given;
 - Tab has to reach every control, each with an outline and inside the window;
@@ -28,7 +28,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages.screenshots import demo, render_drawing, served, site
+import clip_rd_edge as edge
+from benchmarks.pages.screenshots import demo, render_drawing, running, served, site
 
 SCRIPT = Path(__file__).with_suffix(".mjs")
 BROWSERS = {"chromium": "chromium", "firefox": "firefox-esr"}
@@ -44,10 +45,15 @@ def pages(quickstart: Path) -> Iterator[list[dict[str, Any]]]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         controls = {"image": str(render_drawing(folder)), "controls": True}
         report = stack.enter_context(served(quickstart / "report"))
+        index = folder / "index"
+        edge.index(bundles[0], folder, output=index)
+        server = stack.enter_context(running("serve", str(bundles[0]), str(index), "--port", "0", "--threads", "1"))
         yield [
             {"name": "demo", "url": stack.enter_context(demo(bundles)), **controls},
             {"name": "export for the browser", "url": stack.enter_context(site(bundles[-1])), **controls},
             {"name": "report", "url": f"{report}report.html"},
+            {"name": "search", "url": f"{server}?q=building"},
+            {"name": "requests", "url": f"{server}docs"},
         ]
 
 

@@ -300,10 +300,10 @@ def decode_image(text: str, number: int = 0) -> bytes:
 def openapi(version: str, *, search: bool) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of the server; without an index there is no /search."""
     bodies: dict[str, tuple[type[msgspec.Struct], str]] = {
-        "/embeddings": (LlamaRequest, "Embed texts and images, in llama.cpp's form."),
-        "/v1/embeddings": (OpenAiRequest, "Embed texts, or images as data URLs, in OpenAI's form."),
         "/classify": (ClassifyRequest, "Return the most likely labels of an image."),
         "/search": (SearchRequest, "Return the images of the index nearest to a text or an image."),
+        "/embeddings": (LlamaRequest, "Embed texts and images, in llama.cpp's form."),
+        "/v1/embeddings": (OpenAiRequest, "Embed texts, or images as data URLs, in OpenAI's form."),
     }
     gets = {
         "/search": "Return the images of the index nearest to a text.",
@@ -325,11 +325,6 @@ def openapi(version: str, *, search: bool) -> dict[str, Any]:
         "503": {"description": "too many requests: try again after Retry-After seconds"},
     }
     paths: dict[str, Any] = {}
-    for path, text in gets.items():
-        given = _parameters(path)
-        failures = {"404": {"description": "there is none"}} if "{" in path else {}
-        responses = {**(answers if path == "/search" else {"200": answers["200"]}), **failures}
-        paths[path] = {"get": {"summary": text, **given, "responses": responses, **_sample(f"GET {path}")}}
     for (path, (_, text)), schema in zip(bodies.items(), schemas, strict=True):
         content: dict[str, Any] = {"application/json": {"schema": schema}}
         refused = {} if path.endswith("/embeddings") else {"422": {"description": "a field is unknown"}}
@@ -339,7 +334,13 @@ def openapi(version: str, *, search: bool) -> dict[str, Any]:
             content |= {_FORM: {"schema": form}, "image/*": {"schema": image}}
         post = {"summary": text, "requestBody": {"required": True, "content": content}}
         post |= {"responses": {**answers, **refused}, **_sample(f"POST {path}")}
-        paths.setdefault(path, {})["post"] = post
+        paths[path] = {"post": post}
+    for path, text in gets.items():
+        given = _parameters(path)
+        failures = {"404": {"description": "there is none"}} if "{" in path else {}
+        responses = {**(answers if path == "/search" else {"200": answers["200"]}), **failures}
+        get = {"summary": text, **given, "responses": responses, **_sample(f"GET {path}")}
+        paths.setdefault(path, {})["get"] = get
     return {
         "openapi": "3.1.0",
         "info": {"title": "clip-rd-edge", "version": version},

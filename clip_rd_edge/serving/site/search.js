@@ -58,12 +58,20 @@ function byImage(content, shown) {
   search(shown, "search", { method: "POST", body });
 }
 
+function byText(query) {
+  if (query) search(query, `search?q=${encodeURIComponent(query)}&top=${TOP}`);
+}
+
 byId("search").addEventListener("submit", (event) => {
   event.preventDefault();
   const query = byId("query").value.trim();
-  if (query) search(query, `search?q=${encodeURIComponent(query)}&top=${TOP}`);
+  history.replaceState(null, "", `?q=${encodeURIComponent(query)}`); // an address that can be passed on
+  byText(query);
 });
 byId("file").addEventListener("change", ({ target }) => {
   if (target.files.length) byImage(target.files[0], `Like ${target.files[0].name}`);
   target.value = "";
 });
+
+byId("query").value = new URLSearchParams(location.search).get("q") ?? "";
+byText(byId("query").value.trim());
