@@ -167,7 +167,7 @@ def load_epoch(source: str, *, outage: ServerProcess | None = None) -> dict[str,
     preprocessing = Preprocessing(size=(224, 224), mean=(0.5,) * 3, std=(0.5,) * 3)
     dataset = ViewDataset(pairs, preprocessing, [], crops=crops_for(preprocessing, (0.9, 1.0), "scaled"), seed=0)
     steps = len(pairs) // BATCH
-    sampler = StepSampler(pairs.groups, BATCH, seed=0, start=0, stop=steps, prefetch=pairs.prefetch)
+    sampler = StepSampler(pairs.groups, BATCH, seed=0, steps=range(steps), prefetch=pairs.prefetch)
     sampler.order = EpochOrder(pairs.groups, seed=0, window=WINDOW_SHARDS * int(pairs.groups[0]))
     digest, longest = hashlib.sha256(), 0.0
     started = last = time.perf_counter()

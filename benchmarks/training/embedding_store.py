@@ -85,7 +85,7 @@ def main() -> None:
         to_device(setup.student.model, device).train()
 
         def batches(dataset: ViewDataset) -> Iterator[Batch]:
-            sampler = StepSampler(setup.pairs.groups, args.batch_size, seed=0, start=0, stop=args.steps + 1)
+            sampler = StepSampler(setup.pairs.groups, args.batch_size, seed=0, steps=range(args.steps + 1))
             return iter(step_loader(dataset, sampler, workers=config.workers))
 
         modes = {

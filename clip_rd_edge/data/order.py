@@ -102,14 +102,14 @@ class View(NamedTuple):
 
 
 class StepSampler:
-    """The views of each step from `start` to `stop`.
+    """The views of each step.
 
     Epochs are shuffled by (seed, epoch), see `EpochOrder`; an incomplete last batch is dropped.
 
     Args:
         groups: `Samples.groups`.
         batch_size: of the global batch, of which each process gets its part.
-        start, stop: first step, and the step after the last.
+        steps: their numbers.
         rank, processes: this process's rank, and the number of processes.
         prefetch: called with groups that will soon be read.
     """
@@ -120,8 +120,7 @@ class StepSampler:
         batch_size: int,
         *,
         seed: int,
-        start: int,
-        stop: int,
+        steps: range,
         rank: int = 0,
         processes: int = 1,
         prefetch: Callable[[Sequence[int]], None] | None = None,
@@ -129,18 +128,18 @@ class StepSampler:
         self.prefetch = prefetch
         self.order = EpochOrder(groups, seed=seed)
         self.batch_size = batch_size
-        self.start, self.stop = start, stop
+        self.steps = steps
         self.rank, self.processes = rank, processes
 
     def __iter__(self) -> Iterator[list[View]]:
         steps_per_epoch = len(self.order) // self.batch_size
         size = self.batch_size // self.processes
         upcoming: tuple[int, ...] = ()
-        for step in range(self.start, self.stop):
+        for step in self.steps:
             epoch, number = divmod(step, steps_per_epoch)
             position = number * self.batch_size
             if self.prefetch:
-                epochs = -(-self.stop // steps_per_epoch)
+                epochs = -(-self.steps.stop // steps_per_epoch)
                 groups = self.order.groups(epoch, position, windows=2, epochs=epochs)
                 if groups != upcoming:
                     upcoming = groups
@@ -149,4 +148,4 @@ class StepSampler:
             yield [View(epoch, index, step) for index in self.order.indices(epoch, first, first + size).tolist()]
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(self.steps)

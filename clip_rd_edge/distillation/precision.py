@@ -33,7 +33,7 @@ def with_measured_precision(config: RunConfig, setup: RunSetup, processes: Proce
     to_device(setup.student.model, single.device)
     set_training_mode(setup.student, config)
     local_size = config.recipe.batch_size // processes.world_size
-    sampler = StepSampler(setup.pairs.groups, local_size, seed=config.seed, start=0, stop=1)
+    sampler = StepSampler(setup.pairs.groups, local_size, seed=config.seed, steps=range(1))
     with processes.together():
         batch = next(iter(step_loader(make_dataset(config, setup), sampler, workers=0)))
 

@@ -365,7 +365,7 @@ class Quantization:
         """Set the ranges from the first pairs of the run, which are the same in every process."""
         batch_size = min(config.recipe.batch_size, _CALIBRATION_PAIRS)
         steps = min(_CALIBRATION_PAIRS, len(dataset.pairs)) // batch_size
-        sampler = StepSampler(dataset.pairs.groups, batch_size, seed=config.seed, start=0, stop=steps)
+        sampler = StepSampler(dataset.pairs.groups, batch_size, seed=config.seed, steps=range(steps))
         normalise = Normaliser(student.preprocessing, _device(student.model))
         batches = step_loader(dataset, sampler, workers=0)
         self.tower(student).calibrate(normalise(batch.student_pixels) for batch in batches)

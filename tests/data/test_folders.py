@@ -74,7 +74,7 @@ def test_all_rows_of_a_step_have_one_prompt(photos: Path) -> None:
     )
 
     def prompts(rank: int, processes: int) -> list[set[str]]:
-        sampler = StepSampler(samples.groups, 6, seed=0, start=0, stop=20, rank=rank, processes=processes)
+        sampler = StepSampler(samples.groups, 6, seed=0, steps=range(20), rank=rank, processes=processes)
         batches = step_loader(dataset, sampler, workers=0)
         return [{caption.split()[0] for caption in batch.captions} for batch in batches]
 

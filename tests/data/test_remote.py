@@ -207,7 +207,7 @@ def test_a_server_that_goes_away_ends_training_and_replaces_no_pair(server: Unre
     server.fail = ["503"] * 1000
     preprocessing = Preprocessing(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
     dataset = ViewDataset(pairs, preprocessing, [], crops=Crops(scale=(0.9, 1.0)), seed=0, max_bad=1.0)
-    sampler = StepSampler(pairs.groups, 4, seed=0, start=0, stop=3)
+    sampler = StepSampler(pairs.groups, 4, seed=0, steps=range(3))
     for workers in (0, 1):
         with pytest.raises(UnreachableError, match=r"^The shard http://\S+\.tar could not be fetched: [^\n]*$"):
             list(step_loader(dataset, sampler, workers=workers))

@@ -83,7 +83,7 @@ def test_a_store_keeps_the_embeddings_of_each_teacher_side_by_side(with_store: R
     stored.store = stores
     teachers = LiveTeacher([Teacher(clip, CPU, autocast=None) for clip in setup.teachers])
     assert teachers.logit_scale == pytest.approx(SCALES)
-    steps = StepSampler([24], 6, seed=0, start=2, stop=6)
+    steps = StepSampler([24], 6, seed=0, steps=range(2, 6))
     batches = zip(step_loader(live, steps, workers=0), step_loader(stored, steps, workers=0), strict=True)
     for expected, actual in batches:
         assert [pixels.shape[-1] for pixels in expected.teacher_pixels] == [48, 32]
@@ -185,7 +185,7 @@ def test_teachers_that_share_a_text_tower_are_the_mean_of_both(alike: RunConfig,
     assert live.logit_scale == stored.logit_scale == pytest.approx(sum(SCALES) / 2)
     data, from_store = make_dataset(alike, setup), make_dataset(alike, setup, with_teacher_pixels=False)
     from_store.store = stores = open_stores(store_folders(tmp_path / "store", setup.teachers))
-    steps = StepSampler([24], 6, seed=0, start=0, stop=1)
+    steps = StepSampler([24], 6, seed=0, steps=range(1))
     (batch,), (read,) = (list(step_loader(source, steps, workers=0)) for source in (data, from_store))
     here = live.embed(batch)
     images = [teacher.embed_images(pixels) for teacher, pixels in zip(teachers, batch.teacher_pixels, strict=True)]

@@ -34,7 +34,7 @@ TEACHER = Preprocessing(size=(16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
 def batches(path: Path, start: int, stop: int, *, workers: int = 0, teachers: Sequence[Preprocessing] = ()):  # type: ignore[no-untyped-def]
     pairs = load_pairs(str(path))
     dataset = ViewDataset(pairs, STUDENT, teachers, crops=Crops(scale=(0.5, 1.0)), seed=3)
-    return list(step_loader(dataset, StepSampler([24], 5, seed=3, start=start, stop=stop), workers=workers))
+    return list(step_loader(dataset, StepSampler([24], 5, seed=3, steps=range(start, stop)), workers=workers))
 
 
 def test_a_resumed_loader_gives_the_batches_of_an_uninterrupted_one(pairs_csv: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_resumed_loader_gives_the_batches_of_an_uninterrupted_one(pairs_csv: P
 
 def test_what_the_next_epoch_begins_with_is_fetched_ahead_and_nothing_after_the_last_step() -> None:
     calls = list[set[int]]()
-    sampler = StepSampler([10] * 40, 10, seed=0, start=30, stop=80, prefetch=lambda groups: calls.append(set(groups)))
+    sampler = StepSampler([10] * 40, 10, seed=0, steps=range(30, 80), prefetch=lambda groups: calls.append(set(groups)))
     sampler.order = EpochOrder([10] * 40, seed=0, window=100)
     windows = [set(sampler.order.groups(epoch, n, windows=1, epochs=2)) for epoch in (0, 1) for n in (0, 100, 200, 300)]
     assert len(list(sampler)) == 50
@@ -93,7 +93,7 @@ def test_workers_become_more_while_steps_wait_and_the_batches_stay_the_same(
 
     def load(workers: int) -> list[Batch]:
         return list(
-            step_loader(dataset, StepSampler([24], 2, seed=3, start=0, stop=90), workers=workers, note=notes.append)
+            step_loader(dataset, StepSampler([24], 2, seed=3, steps=range(90)), workers=workers, note=notes.append)
         )
 
     grown = load(-1)
@@ -118,7 +118,7 @@ def test_a_batch_has_the_ids_of_its_captions(pairs_csv: Path) -> None:
     dataset = ViewDataset(load_pairs(str(pairs_csv)), STUDENT, [], crops=Crops(scale=(0.5, 1.0)), seed=3)
     dataset.tokenizers = (lengths, lengths)
     for workers in (0, 1):
-        (batch,) = step_loader(dataset, StepSampler([24], 5, seed=3, start=0, stop=1), workers=workers)
+        (batch,) = step_loader(dataset, StepSampler([24], 5, seed=3, steps=range(1)), workers=workers)
         assert batch.student_ids is not None
         assert [batch.student_ids.tolist(), batch.teacher_ids[0].tolist()] == [[[len(c)] for c in batch.captions]] * 2
 
@@ -128,7 +128,7 @@ def lengths(captions: list[str]) -> torch.Tensor:
 
 
 def test_an_epoch_has_no_repeated_pairs_and_the_next_is_shuffled_differently(pairs_csv: Path) -> None:
-    views = [view for step in StepSampler([24], 5, seed=0, start=0, stop=8) for view in step]
+    views = [view for step in StepSampler([24], 5, seed=0, steps=range(8)) for view in step]
     first, second = ([index for epoch, index, _ in views if epoch == number] for number in (0, 1))
     assert len(first) == len(set(first)) == 20
     assert first != second
@@ -190,7 +190,7 @@ def shard_batches(source: str, start: int, *, workers: int, max_bad: float) -> t
     dataset = ViewDataset(
         load_pairs(source), STUDENT, [TEACHER], crops=Crops(scale=(0.5, 1.0)), seed=3, max_bad=max_bad
     )
-    sampler = StepSampler([24], 5, seed=3, start=start, stop=9)
+    sampler = StepSampler([24], 5, seed=3, steps=range(start, 9))
     return list(step_loader(dataset, sampler, workers=workers)), dataset
 
 
@@ -252,7 +252,7 @@ def test_a_batch_is_pinned_as_torchs_loader_does_it(pairs_csv: Path, monkeypatch
 
 def loader_with_a_worker(kind: type[ViewDataset], pairs_csv: Path) -> Iterator[Batch]:
     dataset = kind(load_pairs(str(pairs_csv)), STUDENT, [TEACHER], crops=Crops(scale=(0.5, 1.0)), seed=3)
-    return step_loader(dataset, StepSampler([24], 5, seed=3, start=0, stop=9), workers=1)
+    return step_loader(dataset, StepSampler([24], 5, seed=3, steps=range(9)), workers=1)
 
 
 def test_a_batch_too_large_for_shared_memory_ends_the_run_in_a_sentence(pairs_csv: Path) -> None:
@@ -313,7 +313,7 @@ from clip_rd_edge.distillation.pixels import Crops
 
 size = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
 dataset = ViewDataset(load_pairs(sys.argv[1]), size, (), crops=Crops(scale=(0.5, 1.0)), seed=3)
-batches = step_loader(dataset, StepSampler([24], 5, seed=3, start=0, stop=9), workers=int(sys.argv[2]))
+batches = step_loader(dataset, StepSampler([24], 5, seed=3, steps=range(9)), workers=int(sys.argv[2]))
 next(batches)
 raise SystemExit("stopped")  # with the loader in a traceback, or in a variable, as in a user's own script
 """

@@ -172,8 +172,8 @@ def test_the_loss_scale_multiplies_every_gradient_and_not_the_loss() -> None:
 
 
 def test_each_process_loads_its_own_part_of_the_batch() -> None:
-    whole = list(StepSampler([24], 6, seed=0, start=0, stop=9))
-    parts = [list(StepSampler([24], 6, seed=0, start=0, stop=9, rank=rank, processes=3)) for rank in range(3)]
+    whole = list(StepSampler([24], 6, seed=0, steps=range(9)))
+    parts = [list(StepSampler([24], 6, seed=0, steps=range(9), rank=rank, processes=3)) for rank in range(3)]
     assert [[*first, *second, *third] for first, second, third in zip(*parts, strict=True)] == whole
     gathered = torch.arange(6)
     local = [Processes(rank=rank, world_size=3).local_part(gathered).tolist() for rank in range(3)]

@@ -188,7 +188,7 @@ posix = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sig
 
 @posix
 def test_loader_workers_survive_the_signals_of_their_group_and_end_with_the_run(pairs_csv: Path) -> None:
-    sampler = StepSampler([24], 6, seed=0, start=0, stop=12)
+    sampler = StepSampler([24], 6, seed=0, steps=range(12))
     batches = step_loader(dataset(pairs_csv), sampler, workers=2)
     captions = [next(batches).captions]
     workers = multiprocessing.active_children()
@@ -203,7 +203,7 @@ def test_loader_workers_survive_the_signals_of_their_group_and_end_with_the_run(
 
 def stop_while_waiting(pairs_csv: Path, *, workers: int) -> None:
     """Stop a run that waits for its workers' first batch; they must end, too."""
-    batches = step_loader(dataset(pairs_csv), StepSampler([24], 6, seed=0, start=0, stop=4), workers=workers)
+    batches = step_loader(dataset(pairs_csv), StepSampler([24], 6, seed=0, steps=range(4)), workers=workers)
     interrupt = threading.Timer(1.0, terminate)
     with stop_on_signals():
         interrupt.start()

@@ -108,7 +108,7 @@ def test_a_stored_teacher_gives_the_embeddings_of_the_live_one(config: RunConfig
     stored.store = TeacherStores((open_store(Path(str(config.store))),))
     teacher = LiveTeacher([Teacher(setup.teachers[0], torch.device("cpu"), autocast=None)])
     stored_teacher = StoredTeacher(ensemble_of(setup.teachers), torch.device("cpu"))
-    steps = StepSampler([24], 6, seed=0, start=0, stop=12)  # three epochs over two views
+    steps = StepSampler([24], 6, seed=0, steps=range(12))  # three epochs over two views
     for live_batch, batch in zip(
         step_loader(live, steps, workers=0), step_loader(stored, steps, workers=0), strict=True
     ):

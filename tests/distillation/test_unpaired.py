@@ -162,7 +162,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
 
 def batches(config: RunConfig, *, workers: int = 0) -> list[Batch]:
     setup = load_setup(config, name="student", processes=Processes())
-    sampler = StepSampler(setup.pairs.groups, 6, seed=0, start=0, stop=8)
+    sampler = StepSampler(setup.pairs.groups, 6, seed=0, steps=range(8))
     return list(step_loader(make_dataset(config, setup), sampler, workers=workers))
 
 
