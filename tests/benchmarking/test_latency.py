@@ -60,27 +60,6 @@ def test_the_interval_of_a_quantile_covers_the_differences_between_timing_blocks
     assert mixed.p50_interval.high - mixed.p50_interval.low < 2
 
 
-def test_intervals_cover_the_true_median_as_often_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clip_rd_edge.benchmarking.latency.RESAMPLES", 200)
-    rng, trials, covered = np.random.default_rng(0), 500, 0
-    for _ in range(trials):
-        interval = percentiles([np.array([latency]) for latency in rng.exponential(size=60)]).p50_interval
-        assert interval is not None
-        covered += interval.low <= np.log(2) <= interval.high
-    assert covered / trials == pytest.approx(0.95, abs=0.02)
-
-
-@pytest.mark.parametrize("slow", [[100.0, 100.0, 200.0], [100.0, 100.0, 100.0]])
-def test_an_interval_covers_its_quantile_where_one_block_is_shorter(slow: list[float]) -> None:
-    """Blocks end with their time: the last calls of longer ones count for the quantile and for its interval."""
-    measured = percentiles([*(np.array(slow) for _ in range(9)), np.array([100.0, 100.0])])
-    for name in ("p50", "p95", "p99"):
-        interval = getattr(measured, f"{name}_interval")
-        assert interval.low <= getattr(measured, name) <= interval.high
-    assert measured.p99_interval is not None
-    assert measured.p99_interval.high == max(slow)
-
-
 def test_a_missing_image_is_an_error(make_encoder: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the file does not exist"):
         measure_latencies({"a": make_encoder()}, tmp_path / "none.png")

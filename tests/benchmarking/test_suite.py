@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -94,19 +92,3 @@ def test_a_task_is_found_under_any_of_clip_benchmarks_names(tmp_path: Path, fold
     assert (task.name, task.labels) == ("cifar10", ("frog", "ship"))
     assert list(suite.missing()) == ["imagenet1k"]
     assert "under any of the names imagenet1k, wds_imagenet1k" in suite.missing()["imagenet1k"]
-
-
-def test_shards_are_found_under_the_root_and_skipped_only_if_they_are_missing(tmp_path: Path) -> None:
-    image = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(image, "PNG")
-    for shard in range(2):
-        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
-            for name, content in ((f"{shard}.png", image.getvalue()), (f"{shard}.txt", b"a caption")):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    tasks = "[emoji:unseen-style, '{0..1}.tar', '{2..3}.tar']"
-    text = GOOD.replace("[emoji:unseen-style]", tasks) + f"root: {tmp_path}\nmissing_tasks: skip\n"
-    suite = read_suite(write(tmp_path, text))
-    assert suite.missing().keys() == {"{2..3}.tar"}
-    assert [len(task.images) for task in suite.load_tasks()][1:] == [2]

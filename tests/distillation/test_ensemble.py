@@ -31,7 +31,7 @@ from clip_rd_edge.distillation.store import (
     store_folders,
     write_rows,
 )
-from clip_rd_edge.distillation.teacher import LiveTeacher, StoredTeacher, Teacher, ensemble_of, load_teachers
+from clip_rd_edge.distillation.teacher import LiveTeacher, StoredTeacher, Teacher, ensemble_of
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.terms import Bank
@@ -133,20 +133,6 @@ def test_a_teacher_is_named_once_and_one_in_a_list_is_one(config: RunConfig, tmp
             msgspec.structs.replace(config, teacher=(config.teachers[0], "local-dir:missing")),
             name="student", processes=Processes(),
         )  # fmt: skip
-
-
-def test_weights_are_for_the_teachers_that_are_named_by_an_architecture_alone(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = config.teachers[0]
-    mixed = msgspec.structs.replace(config, teacher=(folder, "ViT-B-32"), teacher_pretrained="best.pt")
-    monkeypatch.setattr("clip_rd_edge.distillation.teacher.load_clip", lambda name, pretrained: (name, pretrained))
-    assert load_teachers(mixed) == ((folder, None), ("ViT-B-32", "best.pt"))
-    monkeypatch.undo()
-    alone = msgspec.structs.replace(config, teacher=folder, teacher_pretrained="best.pt")
-    with pytest.raises(UsageError) as refused:
-        load_teachers(alone)
-    assert refused.value.option == "teacher_pretrained"
 
 
 def test_the_first_teachers_text_tower_can_be_kept(config: RunConfig, tmp_path: Path) -> None:

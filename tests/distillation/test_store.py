@@ -311,20 +311,6 @@ def test_a_flipped_bit_in_a_store_is_an_error_and_no_other_embedding(
         assert file.read_bytes() == content
 
 
-def test_a_copy_of_the_data_and_of_the_teacher_in_other_folders_uses_the_same_store(
-    config: RunConfig, pairs_csv: Path, tmp_path: Path, filled: TeacherStore
-) -> None:
-    written = {path: path.stat().st_mtime_ns for path in filled.folder.rglob("*")}
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    for name in ("pictures", "teacher"):
-        shutil.move(tmp_path / name, moved / name)
-    shutil.move(pairs_csv, moved / "other-name.csv")
-    changed = msgspec.structs.replace(config, data=str(moved / "other-name.csv"), teacher=str(moved / "teacher"))
-    fill(changed, load(changed))
-    assert {path: path.stat().st_mtime_ns for path in filled.folder.rglob("*")} == written != {}
-
-
 @pytest.mark.parametrize("name", ["seed", "views", "precision", "scale", "decode", "teacher_sha256", "pairs_sha256"])
 def test_a_store_of_anything_else_is_refused_by_name(name: str, config: RunConfig, setup: RunSetup) -> None:
     fill(config, setup)

@@ -50,14 +50,6 @@ def test_a_logit_bias_needs_the_term_that_trains_it(student: ClipModel) -> None:
         require_trained_bias(student, Weights(task=1))
 
 
-@pytest.mark.parametrize("start", [TOKENS, TEACHER])
-def test_a_text_tower_cannot_start_from_no_teacher(pairs_csv: Path, tmp_path: Path, start: str) -> None:
-    config = tiny_run("clip", {"steps": 6, "batch_size": 6}, pretrained_text=start, data=str(pairs_csv))
-    with pytest.raises(UsageError) as error:
-        run_distillation(config, tmp_path / "run", resume=False, reporter=Watch())
-    assert error.value.option == "pretrained_text"
-
-
 def test_a_student_takes_the_text_tower_of_another_model(pairs_csv: Path, tmp_path: Path) -> None:
     save_tiny_teacher(tmp_path / "teacher")
     save_tiny_teacher(tmp_path / "texts", seed=2)
@@ -219,16 +211,6 @@ def test_the_first_layers_of_a_text_tower_are_frozen_with_their_dropout(
     for name, dropout in dropouts.items():
         assert dropout.training is not bool(re.search(pattern, name)), name
     assert bool(dropouts) is with_layers.has_hugging_face_text
-
-
-def test_all_layers_of_a_tower_and_more_are_refused(with_layers: ClipModel) -> None:
-    for option, count in (("freeze_text_layers", 5), ("freeze_image", 6)):
-        with pytest.raises(ConfigError) as error:
-            set_training_mode(with_layers, tiny_run("clip", {}, data="pairs.csv", **{option: count}))
-        assert error.value.option == option
-    for options in ({"freeze_text": True}, {"teacher": "t", "text": "teacher", "freeze_text": True}):
-        with pytest.raises(UsageError, match="frozen"):
-            tiny_run("clip-rd", {}, data="pairs.csv", freeze_text_layers=1, **options)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from clip_rd_edge.models.classifiers import load_classifier, load_in_order
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.stitch import class_embeddings, load_sentence_encoder, solve_projection
-from clip_rd_edge.models.students import build_student, student_config
+from clip_rd_edge.models.students import student_config
 from clip_rd_edge.models.text_weights import build_with_text_tower_of
 from clip_rd_edge.runtime.labels import everyday_labels
 
@@ -191,19 +191,6 @@ def test_images_are_prepared_as_the_weights_expect(
     prepared = load_clip(str(folder)).preprocessing
     assert (prepared.size, prepared.mean[0]) == ((64, 64), mean)
     assert prepared.std == classifier.preprocessing.std
-
-
-def test_a_text_tower_of_open_clip_serves_as_sentence_encoder(names: Path, tmp_path: Path) -> None:
-    config = student_config("test_resnet", embedding_size=16, image_size=32, text="64x1", context_length=12)
-    save_clip(tmp_path / "clip", build_student(config, name="tiny"), provenance={})
-    weights = random_classifier(tmp_path / "w.pth", timm.create_model("test_resnet", num_classes=4))
-    folder = edge.stitch(
-        "test_resnet", tmp_path / "teacher", names=names, text=str(tmp_path / "clip"), pretrained=weights
-    )
-    text = "a red cat"
-    np.testing.assert_allclose(
-        edge.load(folder).encode_texts(text), edge.load(tmp_path / "clip").encode_texts(text), atol=1e-6
-    )
 
 
 def test_its_labels_are_the_first_names_of_the_classes(encoder: Path, names: Path, tmp_path: Path) -> None:

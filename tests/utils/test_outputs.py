@@ -73,17 +73,6 @@ def test_a_new_folder_replaces_the_old_one(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out", "out/new"]
 
 
-def test_what_another_process_has_put_there_meanwhile_is_kept(tmp_path: Path) -> None:
-    def write() -> None:
-        with new_folder(tmp_path / "out", overwrite=False) as folder:
-            (folder / "mine").touch()
-            with_old(tmp_path / "out")
-
-    with pytest.raises(UsageError):
-        write()
-    assert names(tmp_path) == ["out", "out/old"]
-
-
 def test_an_old_folder_is_moved_back_if_the_new_one_cannot_take_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,23 +117,6 @@ def test_what_another_process_is_writing_is_no_leftover(tmp_path: Path) -> None:
         remove_leftovers(tmp_path)
         write_text(bundles / "cpu-arm", "content")
     assert names(tmp_path) == ["bundles", "bundles/cpu-arm", "bundles/cpu-x86"]
-
-
-@LOCKS_FOLDERS
-def test_a_later_folder_of_the_same_name_removes_what_a_kill_left_but_not_what_is_being_written(tmp_path: Path) -> None:
-    program = (
-        "import sys, os; from pathlib import Path; from clip_rd_edge.utils.outputs import new_folder\n"
-        "with new_folder(Path(sys.argv[1])) as folder:\n"
-        "    (folder / 'large').write_text('x'); print(folder, flush=True); os.kill(os.getpid(), 9)"
-    )
-    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
-    assert Path(killed.stdout.strip(), "large").is_file()
-    others = [tmp_path / f".{name}.{KEY}.tmp" for name in ("others", "out")]  # the latter, of another machine
-    for other in others:
-        other.mkdir()
-    with new_folder(tmp_path / "out") as first, new_folder(tmp_path / "out") as second:
-        assert sorted(tmp_path.iterdir()) == sorted([first, second, *others])
-    assert names(tmp_path) == [*(other.name for other in others), "out"]
 
 
 def test_what_a_killed_process_moved_aside_is_removed_once_there_is_a_new_one(tmp_path: Path) -> None:

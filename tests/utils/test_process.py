@@ -69,20 +69,3 @@ def test_the_first_thread_enters_and_the_last_one_leaves() -> None:
         assert share_in_threads(lambda: shared, lambda: [*events]) == ["entered"]
         assert events == ["entered", "left"]
         events.clear()
-
-
-def test_a_block_that_cannot_be_entered_can_be_tried_again() -> None:
-    attempts: list[int] = []
-
-    @contextmanager
-    def block() -> Iterator[None]:
-        attempts.append(1)
-        if len(attempts) == 1:
-            raise OSError("not yet")
-        yield
-
-    shared = SharedBlock(block)
-    with pytest.raises(OSError, match="not yet"), shared:
-        pass
-    with shared, shared:
-        assert len(attempts) == 2

@@ -132,16 +132,6 @@ def test_a_number_out_of_range_is_refused_in_python_and_from_a_file(name: str, v
         msgspec.structs.replace(Settings(), **{name: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("rate", 1), ("steps", 0), ("share", None), ("share", 1.0), ("offset", -3.5), ("pair", (1, 7)),
-     ("many", ()), ("many", (1.0, 2.0)), ("named", {"a": 0.5}), ("text", "nan"), ("flag", True)],
-)  # fmt: skip
-def test_a_number_in_range_is_kept(name: str, value: Any) -> None:
-    assert getattr(Settings(**{name: value}), name) == value
-    assert getattr(convert({name: value}, Settings, source="settings.yaml"), name) == value
-
-
 TEXTS = ["a dog", "it's a dog's tail, [sic]", 'a "dog"', "\\", "two\nlines", "ein Hündchen \U0001f436", ""]
 
 
