@@ -60,7 +60,7 @@ COMMANDS = {
 # How `--help` lists them; what is in no group comes last, as advanced.
 GROUPS = {
     "Try": ("classify", "demo", "quickstart"),
-    "Train": ("distill", "recipe"),
+    "Train": ("build", "distill", "recipe"),
     "Models": ("stitch", "trim", "average"),
     "Ship": ("export", "verify", "targets"),
     "Use": ("teach", "index", "search", "serve", "doctor"),

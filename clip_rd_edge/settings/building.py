@@ -9,6 +9,7 @@ from typing import Annotated
 from clip_rd_edge.settings.deploying import Labels
 from clip_rd_edge.settings.measuring import CaptionColumn, ImageColumn
 from clip_rd_edge.settings.options import Settings, argument, option
+from clip_rd_edge.settings.training import Workers
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -77,7 +78,5 @@ class Build(_Built, frozen=True, kw_only=True):
         ge=1,
     )] | None = None  # fmt: skip
     seed: Annotated[int, _training("Random seed of the student.", metavar="N", ge=0, lt=2**32)] = 0
-    workers: Annotated[int, _training(
-        "Loader processes; -1 uses half the cores, at most 8.", metavar="N", ge=-1, le=1_024,
-    )] = -1  # fmt: skip
+    workers: Workers = -1
     reporter: Reporter = SILENT

@@ -23,6 +23,10 @@ _weight = partial(option, group="Weight")
 _evaluation = partial(option, group="Evaluation")
 
 
+Workers = Annotated[int, _data(
+    "Loader processes; -1 begins with half of the cores, at most 8, and takes more while steps wait for data.",
+    metavar="N", ge=-1, le=1_024, resume="free",
+)]  # fmt: skip
 _OneOrMore = AnyPath | Sequence[AnyPath]
 Place = TypeVar("Place")  # of data, a model or a task
 Names = TypeVar("Names")  # one place or several
@@ -68,12 +72,7 @@ class _Data(Settings, Generic[Place, Names, Several], frozen=True, kw_only=True)
     )] | None = None  # fmt: skip
     json_caption_key: JsonKey = None
     max_bad: MaxBad = 0.01
-    workers: Annotated[
-        int, _data(
-            "Loader processes; -1 begins with half of the cores, at most 8, and takes more while steps wait for data.",
-            metavar="N", ge=-1, le=1_024, resume="free",
-        ),
-    ] = -1  # fmt: skip
+    workers: Workers = -1
     decode: Annotated[Decode, _data(
         "scaled: decode a large JPEG at 1/2, 1/4 or 1/8 of its size where its crop still has twice the pixels that the "
         "models see; full: decode every pixel.", metavar="NAME",
