@@ -13,11 +13,10 @@ import msgspec
 import numpy as np
 import onnx
 
-from clip_rd_edge.bundle.encoder import Embeddings
+from clip_rd_edge.bundle.encoder import Embeddings, label_embeddings
 from clip_rd_edge.bundle.formats import import_named
 from clip_rd_edge.bundle.labels import (
     LabelBank,
-    LabelPrecision,
     background_nouns,
     read_labels,
     require_readable,
@@ -307,7 +306,8 @@ def _with_calibration(job: Job, manifest: Manifest, encoder: BundleEncoder) -> M
     """
     job.reporter.update("calibrating the answers")
     texts = _label_encoder(job.source, job.fp32)
-    write_label_bank(job.folder, manifest, background_nouns(), encoder=texts, name=BACKGROUND)
+    nouns = label_embeddings(texts, background_nouns(), manifest.templates)
+    write_labels(job.folder, LabelBank(background_nouns(), nouns), precision="int8", name=BACKGROUND)
     bank = read_labels(job.folder, name=BACKGROUND)
     if job.samples is None or not job.samples.paired or bank is None or encoder.int8_fault(manifest.image):
         return manifest
@@ -324,8 +324,11 @@ def _with_calibration(job: Job, manifest: Manifest, encoder: BundleEncoder) -> M
             f"the captions of {job.samples.name} are too few, or do not fit their images: answers are not calibrated"
         )
         return manifest
-    precision: LabelPrecision = "fp32" if manifest.image.precision == "fp32" else "int8"
-    write_labels(job.folder, LabelBank(tuple(map(str, range(len(images)))), images), precision=precision, name=KNOWN)
+    write_labels(job.folder, LabelBank(tuple(map(str, range(len(images)))), images), precision="int8", name=KNOWN)
+    job.reporter.note(
+        f"answers are calibrated on {len(images)} pairs of {job.samples.name}: calibration error "
+        f"{calibration.error_before:.1%} before, {calibration.error:.1%} with temperature {calibration.temperature:.2f}"
+    )
     return manifest.with_features(calibration=calibration)
 
 

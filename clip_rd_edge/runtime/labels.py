@@ -20,7 +20,7 @@ from clip_rd_edge.bundle.encoder import Embeddings, Encoder, as_list, label_embe
 from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES
 from clip_rd_edge.bundle.labels import MAX_BYTES as BANK_BYTES
 from clip_rd_edge.bundle.labels import LabelBank, LabelPrecision, require_readable, write_labels
-from clip_rd_edge.bundle.manifest import LABELS, Manifest
+from clip_rd_edge.bundle.manifest import Manifest
 from clip_rd_edge.errors import InputError, near_matches, quoted
 from clip_rd_edge.utils.arrays import load_array, npy_bytes
 from clip_rd_edge.utils.files import read_limited, text_lines, write_bytes
@@ -303,9 +303,9 @@ def _under_heading(content: Any, headings: Sequence[str], kinds: tuple[type, ...
 
 
 def write_label_bank(
-    folder: Path, manifest: Manifest, labels: Sequence[str], *, encoder: Encoder | None = None, name: str = LABELS
+    folder: Path, manifest: Manifest, labels: Sequence[str], *, encoder: Encoder | None = None
 ) -> None:
-    """Embed labels with the bundle's own text tower and templates, and write labels.npz, or the file `name`.
+    """Embed labels with the bundle's own text tower and templates, and write labels.npz.
 
     Call this before the manifest is written, which has the file's checksum. Embeddings are stored in the precision of
     the text tower: storing them in INT8 loses less accuracy than the INT8 tower already has. Without a text tower, they
@@ -328,7 +328,7 @@ def write_label_bank(
     precision: LabelPrecision = "fp32" if tower == "fp32" else "int8" if int8 else "fp16"
     require_readable(names, manifest.embedding_size, precision)
     embeddings = label_embeddings(encoder, names, manifest.templates)
-    write_labels(folder, LabelBank(names, embeddings), precision=precision, name=name)
+    write_labels(folder, LabelBank(names, embeddings), precision=precision)
 
 
 def label_cache_folder() -> Path:
