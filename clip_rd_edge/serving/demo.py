@@ -153,7 +153,8 @@ class ServedBundle:
         embeddings = encoder.encode_pixels(pixels)
         top = BANK_TOP if labels is None else len(labels.labels)
         # A camera also sees what is neither taught nor beside it; without stored nouns, that would take a minute.
-        none = labels is not None and bool(labels.taught) and encoder.background is not None
+        measured = classifier.calibration is not None or (labels is not None and bool(labels.taught))
+        none = measured and encoder.background is not None
         (predictions,) = classifier.classify_embeddings(embeddings, top=top, deciding={"none": none})
         finished = time.perf_counter()
         return Classification(

@@ -60,7 +60,8 @@ export class Model {
     const opened = performance.now();
     const input = new this.ort.Tensor("float32", pixels, [1, 3, ...preprocessing.size]);
     const embedding = [...(await this.#run(this.image, tower, input)), 1]; // for rows that end with an offset
-    const logits = [...this.rows.values()].map((row) => scale * dot(row, embedding));
+    const calibrated = features?.logit_bias === undefined ? scale / (features?.calibration?.temperature ?? 1) : scale;
+    const logits = [...this.rows.values()].map((row) => calibrated * dot(row, embedding));
     const best = probabilities(logits, features?.logit_bias)
       .map((probability, i) => [probability, i])
       .sort((a, b) => b[0] - a[0] || a[1] - b[1])
