@@ -72,11 +72,10 @@ def choose_student(request: Build, *, image_size: int) -> str:
         reporter.note(f"{name}: {latency:.1f} ms {where}, about {size:.1f} MB{'' if fits else ', which is too much'}")
         if fits:
             return name
-    limits = [f"{request.max_latency:g} ms"] * bool(request.max_latency) + [f"{request.max_size:g} MB"] * bool(
-        request.max_size
-    )
+    limits = {"ms": request.max_latency, "MB": request.max_size}
+    named = [f"{limit:g} {unit}" for unit, limit in limits.items() if limit]
     raise InputError(
-        f"No student is within {' and '.join(limits)} at {image_size} pixels.",
+        f"No student is within {' and '.join(named)} at {image_size} pixels.",
         hint="allow more, or fewer pixels with {image_size}, or name another {student}",
         option="max_latency" if request.max_latency else "max_size",
     )
