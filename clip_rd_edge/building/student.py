@@ -12,12 +12,13 @@ import torch
 from clip_rd_edge.benchmarking.results import read_results
 from clip_rd_edge.errors import ConfigError, InputError, MissingExtraError, UsageError
 from clip_rd_edge.exporting.parity import p10
-from clip_rd_edge.exporting.plan import read_target
+from clip_rd_edge.exporting.plan import plan_exports
 from clip_rd_edge.exporting.towers import IMAGE_INPUT, export_image_tower
 from clip_rd_edge.models.load import known_config
 from clip_rd_edge.models.students import PACKAGE, TEACHER, TIMM, build_student, init_image_tower, student_config
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.settings.building import Build
+from clip_rd_edge.settings.deploying import Export
 from clip_rd_edge.utils.files import size_bytes
 from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.timing import time_in_turn
@@ -59,7 +60,8 @@ def choose_student(request: Build, *, image_size: int) -> str:
     if request.student or not (request.max_latency or request.max_size):
         return request.student or DEFAULT
     reporter = request.reporter
-    precision = read_target(request.target).profile.precisions[0]
+    export = Export(model=DEFAULT, output=request.output, target=request.target)
+    precision = plan_exports(export)[0].precision
     on_device = _latencies_in(Path(request.measured)) if request.measured else {}
     for name in STUDENTS:
         if request.measured and name not in on_device:
