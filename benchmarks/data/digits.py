@@ -21,11 +21,16 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Write scikit-learn's digits into a folder for each class.")
     parser.add_argument("output", type=Path, help="a new folder")
-    output = parser.parse_args().output
+    parser.add_argument("--per-class", type=int, default=None, help="the first so many of each class (default: all)")
+    arguments = parser.parse_args()
+    output, left = arguments.output, dict.fromkeys(range(10), arguments.per_class or len(load_digits().target))
     digits = load_digits()
     for name in NAMES:
         (output / name).mkdir(parents=True)
     for number, (levels, target) in enumerate(zip(digits.images, digits.target, strict=True)):
+        left[target] -= 1
+        if left[target] < 0:
+            continue
         image = Image.fromarray((levels * 255 / 16).round().astype(np.uint8))
         image = image.resize((EDGE, EDGE), Image.Resampling.BICUBIC)
         image.save(output / NAMES[target] / f"{number:04d}.png")
