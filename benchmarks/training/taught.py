@@ -239,7 +239,7 @@ def table(record: dict[str, Any]) -> str:
                 ]
                 ways = [percent(figures["taught"]), percent(figures["probe"]), *half]
                 rows.append([model if first else "", task if first else "", zero if first else "", str(shots), *ways])
-    return markdown_table(headings, rows)
+    return markdown_table([headings, *rows], left=(0, 1))
 
 
 def main() -> None:
