@@ -38,7 +38,7 @@ COMMANDS = {
     "build": ("build", "Build a bundle for a device from your own images."),
     "distill": ("train", "Train a compact student from a teacher and image-caption pairs."),
     "embed": ("train", "Compute a teacher's embeddings once, for many runs."),
-    "pack": ("train", "Pack training data into shards of small images, once for many runs."),
+    "pack": ("train", "Pack training data into shards of small images, once."),
     "recipe": ("train", "List the training recipes, or show one to start your own from."),
     "stitch": ("train", "Build a teacher from an image classifier and a sentence encoder."),
     "trim": ("train", "Make a student's start of a model: fewer text layers and tokens."),
