@@ -128,7 +128,8 @@ class RunOptimizer:
         skip = ~(loss.isfinite() & self.gradient_norm.isfinite())
         untyped: Any = self._optimizer
         untyped.found_inf = skip.float()  # by which the fused kernel leaves weights and moments as they are
-        self._optimizer.step()
+        if skip.device.type != "mps" or not skip:  # Apple's kernel does not look at it
+            self._optimizer.step()
         clamp_scales(self._model, self._objective)
         self._update_average()
         if self._scaler.is_enabled():
