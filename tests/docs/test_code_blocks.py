@@ -60,7 +60,7 @@ FENCE = re.compile(r"^ *```(\w*)(?: +title=\"([^\"]+)\")?")
 MARKER = re.compile(r"<!-- (not run|parsed only): [^>]+ -->")
 SHELL = ("sh", "bash", "console")
 # Commands that take less than a second on a small bundle; the others are parsed.
-RUN = {"classify", "targets", "doctor", "evaluate", "index", "search", "verify"}
+RUN = {"classify", "targets", "doctor", "evaluate", "index", "search", "teach", "verify"}
 OTHER_PROGRAMS = {".", "cd", "cp", "curl", "done", "find", "for", "git", "hf", "scp", "ssh"}
 TINY: dict[str, Any] = {
     "student": "test_resnet", "steps": 2, "batch_size": 8, "text": "tiny", "image_size": 32, "context_length": 8,
