@@ -70,6 +70,17 @@ def test_taught_labels_stand_beside_those_of_the_bundle_and_those_that_are_typed
     assert model.describe().scoring.probabilities(image, rows).argmax() == 0
 
 
+def test_taught_labels_are_compared_with_common_nouns_whose_texts_stay_texts(bank_bundle: Path, tmp_path: Path) -> None:
+    edge.teach(
+        bank_bundle, draw(tmp_path / "things", {"basketball": PURPLE, "orange": ORANGE}), output=tmp_path / "new"
+    )
+    model = edge.load(tmp_path / "new")
+    purple = Image.new("RGB", (9, 9), PURPLE)
+    for labels in (None, ["basketball", "green"]):
+        assert model.classify(purple, labels, none=True)[0].label == "basketball"
+        assert model.classify(purple, labels, multi=True)[0].label == "basketball"
+
+
 def test_the_command_prints_what_it_has_taught(bank_bundle: Path, tmp_path: Path, command_line: Run) -> None:
     folder = draw(tmp_path / "things", {"purple": PURPLE, "orange": ORANGE})
     code, output, _ = command_line("teach", bank_bundle, folder, "-o", tmp_path / "new", "--alone", "--json")
