@@ -135,9 +135,10 @@ def teach(given: dict[str, Any], as_json: bool) -> None:
     clip-rd-edge teach taught-2 --forget "my mug" -o taught-3
     clip-rd-edge classify taught photo.jpg
 
-    FOLDER has a subfolder for each label, such as my-things/my mug/1.jpg; one to fifty images of each are enough. No
-    training and no PyTorch: the images are embedded once, and the rest takes seconds on a small board. The bundle keeps
-    the embeddings, so that more images and labels are added later without the old ones.
+    FOLDER has a subfolder for each label, such as my-things/my mug/1.jpg; one to fifty images of each are enough. It is
+    also a folder of images of one label, or the taught.npz that the page of clip-rd-edge demo saves. No training and no
+    PyTorch: the images are embedded once, and the rest is one small linear system. The bundle keeps the embeddings, so
+    that more images and labels are added later without the old ones.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli.console import console_reporter, note
@@ -145,7 +146,8 @@ def teach(given: dict[str, Any], as_json: bool) -> None:
     with console_reporter() as reporter:
         lesson = edge.teach(**given, reporter=reporter)
     counts = ", ".join(f"{one_line(name)} ({count})" for name, count in lesson.labels.items())
-    note(f"taught: {counts or 'nothing any more'}; {lesson.beside:,} labels beside them have texts alone")
+    beside = f"; {lesson.beside:,} labels beside them have texts alone" if lesson.beside else ""
+    note(f"taught: {counts or 'nothing any more'}{beside}")
     if lesson.accuracy is not None and lesson.by_texts is not None:
         note(f"images left out in turn: {lesson.accuracy:.0%} get their label, {lesson.by_texts:.0%} by its text alone")
     note(f"next: clip-rd-edge classify {as_word(given['output'])} photo.jpg")
