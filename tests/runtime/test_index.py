@@ -22,7 +22,8 @@ from PIL import Image
 from support import Watch, fail_to_look_at
 
 from clip_rd_edge.bundle.encoder import normalise
-from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
+from clip_rd_edge.bundle.labels import LabelBank, write_labels
+from clip_rd_edge.bundle.manifest import BACKGROUND, read_manifest, write_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InputError, NotFiniteError, UsageError
 from clip_rd_edge.runtime import index_update as indexing
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
@@ -764,3 +765,24 @@ def test_a_mistyped_path_is_not_searched_for_as_a_text(
             search_index(tmp_path / "index", query)
     for text in ("a red/green flag", "red", "node.js", "r" * 5000):
         assert len(search_index(tmp_path / "index", text)) == 4
+
+
+def test_a_search_by_text_ends_where_images_fit_no_better_than_for_random_texts(
+    colour_bundle: Path, colour_images: Path, index: Path, command_line: Any
+) -> None:
+    nouns = normalise(np.tile([1.0, 1.0, 0.6], (8, 1)))  # the best image, yellow, has a cosine of 0.96
+    write_labels(colour_bundle, LabelBank(tuple(map(str, range(8))), nouns), name=BACKGROUND)
+    write_manifest(colour_bundle, read_manifest(colour_bundle))
+    update_index(load(colour_bundle), colour_images, index)
+    hits = search_index(index, "red")
+    assert [hit.path.name for hit in hits] == ["red.png"]
+    assert hits.cutoff == pytest.approx(0.96, abs=0.03)
+    assert len(search_index(index, "red", all=True)) == len(search_index(index, colour_images / "red.png")) == 4
+    code, output, error = command_line("search", index, "red green blue")
+    assert (code, output, "--all" in error) == (0, "", True)
+    (colour_images / "blue.jpg").unlink()
+    (colour_images / "more" / "yellow.webp").unlink()
+    update_index(load(colour_bundle), colour_images, index)  # measures anew
+    cutoff = read_index(index)[0].cutoff
+    assert cutoff is not None
+    assert cutoff < 0.9
