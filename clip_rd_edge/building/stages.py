@@ -158,6 +158,12 @@ class Building:
         """Refuse at once what would fail after hours."""
         _require_bundle_target(self.request)
         require_measurable(self.request)
+        if Path(self.request.data).resolve() in (self.folder.resolve(), *self.folder.resolve().parents):
+            raise UsageError(
+                f"The output {self.folder} lies in {self.request.data}, whose folders are classes.",
+                hint="name an {output} beside it",
+                option="output",
+            )
         if not is_file(self.folder / LOOK):  # or it was killed before that was written
             hidden = [path.name for path in self.folder.glob(".*")]
             require_free_output(self.folder, overwrite=False, ignoring=(*hidden, TRAIN, HELD_OUT, PAGE))

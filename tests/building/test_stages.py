@@ -129,6 +129,13 @@ def test_another_training_is_refused_where_one_is_kept(world: Path, built: Path)
     assert state(built) == before
 
 
+def test_an_output_among_the_classes_is_refused(world: Path) -> None:
+    with pytest.raises(UsageError) as refused:
+        build(world, world / "images" / "out")
+    assert refused.value.option == "output"
+    assert not (world / "images" / "out").exists()
+
+
 def test_a_plan_names_nothing_to_open(world: Path, built: Path, tmp_path: Path) -> None:
     shutil.copytree(built, tmp_path / "out")
     plan = tmp_path / "out" / PLAN
