@@ -78,7 +78,8 @@ def make_everyday(folder: Path, *, reporter: Reporter = SILENT) -> None:
     with TemporaryDirectory() as scratch:
         model = stitch(classifier, names="imagenet", text=encoder, output=Path(scratch) / "model", reporter=reporter)
         reporter.update("quantising its towers")
-        export(model, folder, precision="int8", calibration=_calibration(Path(scratch)), labels=LABELS, force=True)
+        pairs = _calibration(Path(scratch))
+        export(model, folder, precision="int8", calibration=pairs, labels=LABELS, force=True, reporter=reporter)
 
 
 def _calibration(folder: Path) -> Path:
