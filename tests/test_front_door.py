@@ -24,6 +24,7 @@ from support import Watch
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.images import ImageInput
 from clip_rd_edge.cli.main import COMMANDS, cli
+from clip_rd_edge.runtime.classifier import Deciding
 from clip_rd_edge.settings.options import _members
 from clip_rd_edge.settings.training import Distill
 from clip_rd_edge.utils.paths import AnyPath
@@ -120,7 +121,7 @@ def test_a_command_and_its_function_have_the_same_options(name: str) -> None:
 
 def test_the_classify_command_has_the_options_of_load_and_classify() -> None:
     options = {str(parameter.name) for parameter in commands()["classify"].params} - PRINTING
-    assert options == {"bundle"} | parameters_of(edge.Model.classify) - {"self"} | {
+    assert options == {"bundle"} | parameters_of(edge.Model.classify) - {"self"} | set(Deciding.__annotations__) | {
         "camera",
         "threads",
         "device",
