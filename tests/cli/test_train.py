@@ -103,7 +103,7 @@ def test_frames_and_a_list_of_labels_give_a_student_and_a_bundle(
 def test_a_printed_recipe_is_the_recipe_with_a_comment_on_every_key(
     command_line: Run, tmp_path: Path, name: str
 ) -> None:
-    code, output, error = command_line("recipe", "show", name)
+    code, output, error = command_line("recipe", name)
     assert (code, error) == (0, "")
     (tmp_path / "mine.yaml").write_text(output)
     assert load_recipe(str(tmp_path / "mine.yaml")) == load_recipe(name)
@@ -115,7 +115,7 @@ def test_a_printed_recipe_is_the_recipe_with_a_comment_on_every_key(
 
 
 def test_recipes_are_listed_and_a_printed_suite_can_be_read(command_line: Run, tmp_path: Path) -> None:
-    code, output, _ = command_line("recipe", "show")
+    code, output, _ = command_line("recipe")
     assert code == 0
     assert [line.split()[0] for line in output.splitlines()] == recipe_names()
     assert max(map(len, output.splitlines())) <= 80
