@@ -34,6 +34,7 @@ MENU = re.compile(
     r'(<nav class="md-nav" data-md-level="\d" )aria-labelledby="\w+"'
     r"([^<]*<label[^<]*<span[^<]*</span>\s*)([^<]*?)(?=\s*</label>)"
 )
+MEASUREMENT = re.compile(r"\]\((measurements/[\w-]+\.md)\)")
 FENCE = re.compile(r"^\s*```")
 LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?(https?:)?//[^\"'\s>]+")
 
@@ -59,7 +60,7 @@ class OneNameEach(logging.Filter):
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Check the front door, and put the pages of the commands into the menu."""
+    """Check the front door, and put the pages of commands and measurements into the menu."""
     logging.getLogger("mkdocs.plugins.griffe").addFilter(OneNameEach())
     written = (path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "python").glob("*.md"))
     texts = [*written, *pages(cli).values()]
@@ -69,9 +70,23 @@ def on_config(config: MkDocsConfig) -> None:
             log.warning("clip_rd_edge.%s has no docstring", where)
         if name not in documented:
             log.warning("no page documents clip_rd_edge.%s", name)
+    menus = {"Commands": [f"commands/{name}" for name in pages(cli)], "Results": results()}
     for section in config.nav or ():
-        if "Reference" in section:
-            section["Reference"][0]["Commands"] = [f"commands/{name}" for name in pages(cli)]
+        for entries in section.values():
+            for entry in entries if isinstance(entries, list) else ():
+                if isinstance(entry, dict):
+                    entry.update((name, menus[name]) for name in entry.keys() & menus.keys())
+
+
+def results() -> list[Any]:
+    """The menu of the measurements: their pages by the headings of benchmarks/README.md, which links them."""
+    before, *sections = re.split(
+        r"^## (.+)$", (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8"), flags=re.M
+    )
+    menu: list[Any] = ["measurements/index.md", *dict.fromkeys(MEASUREMENT.findall(before))]
+    for heading, text in zip(sections[::2], sections[1::2], strict=True):
+        menu.append({heading: list(dict.fromkeys(MEASUREMENT.findall(text)))})
+    return menu
 
 
 def undocumented(name: str, value: Any) -> list[str]:
