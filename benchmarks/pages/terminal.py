@@ -210,6 +210,9 @@ def session() -> list[Step]:
         Step("clip-rd-edge trim teacher --text-layers 2 --vocabulary 7500 --texts pairs.csv -o trimmed"),
         Step("clip-rd-edge quickstart -o quickstart --teacher-steps 2 --student-steps 2"),
         Step("clip-rd-edge quickstart -o quickstart --teacher-steps 2 --student-steps 2"),
+        Step("clip-rd-edge build tasks --teacher teacher --target cpu-x86 --steps 2 -o built"),
+        Step("clip-rd-edge pack pairs.csv -o shards"),
+        Step("clip-rd-edge teach bundle tasks -o taught"),
         Step("clip-rd-edge quickstart -o interrupted", interrupt="training", codes=(75,)),
         *(
             Step(line, codes=(1, 2))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from clip_rd_edge.cli.output import echo
 from clip_rd_edge.errors import near_matches, spelled
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ _ALL = f"{__name__}.all"
 def _show_all(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
         ctx.meta[_ALL] = True
-        click.echo(ctx.get_help(), color=ctx.color)
+        echo(ctx.get_help())
         ctx.exit()
 
 

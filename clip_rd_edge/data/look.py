@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from clip_rd_edge.bundle.encoder import in_batches
-from clip_rd_edge.bundle.images import open_image
+from clip_rd_edge.bundle.images import MAX_PIXELS, open_image, opened_image
 from clip_rd_edge.errors import InputError, in_one_line
 from clip_rd_edge.utils.files import sha256_of
 from clip_rd_edge.utils.host import usable_cores
@@ -57,7 +57,9 @@ def see(path: Path) -> Seen:
     """Look at an image file."""
     try:
         image = open_image(path, min_edge=_DECODED_EDGE)
-        with Image.open(path) as header:  # which gives the size of a JPEG that was decoded at a fraction of it
+        with opened_image(
+            path, MAX_PIXELS
+        ) as header:  # which gives the size of a JPEG that was decoded at a fraction of it
             return Seen(sha256_of(path), perceptual_hash(image), header.size)
     except (InputError, OSError) as error:
         return Seen("", np.zeros(HASH_EDGE**2, np.float32), problem=in_one_line(error))

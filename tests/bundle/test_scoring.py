@@ -26,6 +26,7 @@ from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.serving.demo import ServedBundle
+from clip_rd_edge.serving.protocol import PageLabels
 
 LABELS = ["a cat", "two dogs, a red car and a blue sky", "zebra"]
 
@@ -92,7 +93,7 @@ def test_the_server_and_the_demo(bundle: Path, photo: Path, expected: dict[str, 
     with testclient.TestClient(make_app(Service(load(bundle))), base_url="http://127.0.0.1:8766") as client:
         rows = client.post("/classify", json={"image": image, "labels": LABELS}).json()["predictions"]
     assert {row["label"]: row["probability"] for row in rows} == pytest.approx(expected, abs=1e-5)
-    shown = ServedBundle(bundle).classify(photo.read_bytes(), LABELS)
+    shown = ServedBundle(bundle).classify(photo.read_bytes(), PageLabels(LABELS))
     assert dict(zip(shown.labels, shown.probabilities, strict=True)) == pytest.approx(expected, abs=1e-5)
 
 
