@@ -138,7 +138,7 @@ def check_installed(archive: Path, extra: str, version: str, bundle: Path | None
         for part in extra.split(",") if extra else ():
             if states.get(f"[{part}]") != "ok":
                 raise ReleaseError(f"doctor does not find the extra {part} in its own environment: {states}.")
-        for command in ("devices", "benchmark --init", "classify --help"):
+        for command in ("targets", "benchmark --init", "classify --help"):
             _run([program, *command.split()], cwd=folder)
         if bundle is not None:
             _run([program, "verify", str(bundle.resolve())], cwd=folder)

@@ -20,7 +20,6 @@ import pytest
 from PIL import Image
 from starlette import testclient
 from support import Watch
-from typing_extensions import Unpack
 
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.images import ImageInput
@@ -59,8 +58,6 @@ def commands() -> dict[str, click.Command]:
 def parameters_of(function: Callable[..., Any]) -> set[str]:
     parameters = inspect.signature(function).parameters
     names = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
-    if names < parameters.keys():
-        names |= Deciding.__annotations__.keys()
     if function is edge.serve:
         names -= {"token"}
     return names
@@ -106,11 +103,8 @@ def test_hints_take_what_the_calls_take() -> None:
         assert options[name] == {str, os.PathLike[str], type(None)}
     assert options["tasks"] == {str, os.PathLike[str], Sequence[AnyPath]}
     for call in (edge.Model.classify, edge.Model.encode_images, edge.ZeroShotClassifier.classify):
-        assert get_type_hints(call, localns={"Unpack": Unpack})["images"] == ImageInput | Iterable[ImageInput]
-    assert (
-        get_type_hints(edge.Model.classify, localns={"Unpack": Unpack})["labels"]
-        == Iterable[str] | str | os.PathLike[str] | None
-    )
+        assert get_type_hints(call)["images"] == ImageInput | Iterable[ImageInput]
+    assert get_type_hints(edge.Model.classify)["labels"] == Iterable[str] | str | os.PathLike[str] | None
 
 
 def test_other_weights_are_refused_for_a_bundle(colour_bundle: Path) -> None:

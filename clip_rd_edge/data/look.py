@@ -57,9 +57,8 @@ def see(path: Path) -> Seen:
     """Look at an image file."""
     try:
         image = open_image(path, min_edge=_DECODED_EDGE)
-        with opened_image(
-            path, MAX_PIXELS
-        ) as header:  # which gives the size of a JPEG that was decoded at a fraction of it
+        # `image` may have been decoded at a fraction of its size.
+        with opened_image(path, MAX_PIXELS) as header:
             return Seen(sha256_of(path), perceptual_hash(image), header.size)
     except (InputError, OSError) as error:
         return Seen("", np.zeros(HASH_EDGE**2, np.float32), problem=in_one_line(error))
