@@ -275,7 +275,11 @@ def interpolate_clip(before: ClipModel, after: ClipModel, *, share: float) -> Cl
     good on the new data and nearly as good on the old, as long as the fine-tuning did not go far. Counters, such as the
     number of batches that a norm has seen, are those of `after`.
     """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"The share of the fine-tuned weights is {share}; expected a number from 0 to 1.")
     old, new = before.model.state_dict(), after.model.state_dict()
+    if {name: tensor.shape for name, tensor in old.items()} != {name: tensor.shape for name, tensor in new.items()}:
+        raise ConfigError(f"{before.name} and {after.name} have different architectures; expected the same.")
     model = copy.deepcopy(after.model)
     model.load_state_dict(
         {name: torch.lerp(old[name], own, share) if own.is_floating_point() else own for name, own in new.items()}
