@@ -7,8 +7,6 @@ builds, brings it for devices without PyTorch.
 
 from __future__ import annotations
 
-import csv
-import itertools
 import os
 import random
 from importlib.util import find_spec
@@ -24,7 +22,7 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 NAME = "everyday"
 PREFIX = "builtin:"
 PACKAGE = "clip_rd_edge_everyday"
-VERSION = "1"  # of what is made: another one is made anew
+VERSION = "2"  # of what is made: another one is made anew
 # What a page begins with: things around a desk, a kitchen and a street that the model tells apart.
 LABELS = (
     "a person", "a cat", "a dog", "a bird", "a flower", "a tree", "grass", "a cup of coffee", "a bottle", "a banana",
@@ -78,27 +76,29 @@ def make_everyday(folder: Path, *, reporter: Reporter = SILENT) -> None:
     with TemporaryDirectory() as scratch:
         model = stitch(classifier, names="imagenet", text=encoder, output=Path(scratch) / "model", reporter=reporter)
         reporter.update("quantising its towers")
-        pairs = _calibration(Path(scratch))
-        export(model, folder, precision="int8", calibration=pairs, labels=LABELS, force=True, reporter=reporter)
+        crops, names = _calibration(Path(scratch))
+        export(
+            model, folder, precision="int8", calibration=crops, texts=names, labels=LABELS, force=True,
+            reporter=reporter,
+        )  # fmt: skip
 
 
-def _calibration(folder: Path) -> Path:
-    """Write pairs to calibrate INT8 with: crops of the photograph that matplotlib brings, and names of things."""
+def _calibration(folder: Path) -> tuple[Path, Path]:
+    """Write what INT8 is calibrated with: crops of the photograph that matplotlib brings, and names of things."""
     from matplotlib.cbook import get_sample_data
 
     from clip_rd_edge.bundle.images import open_image
     from clip_rd_edge.runtime.labels import everyday_labels
 
-    draw, rows = random.Random(0), [("filepath", "title")]
+    draw, crops, texts = random.Random(0), folder / "crops", folder / "names.txt"
     photograph = open_image(Path(get_sample_data("grace_hopper.jpg", asfileobj=False)))
     names = everyday_labels()
     draw.shuffle(names)
-    for number, name in zip(range(_CROPS), itertools.cycle(names), strict=False):
+    texts.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    crops.mkdir()
+    for number in range(_CROPS):
         edge = int(draw.uniform(0.15, 1.0) * min(photograph.size))
         left, top = draw.randint(0, photograph.width - edge), draw.randint(0, photograph.height - edge)
         crop = photograph.crop((left, top, left + edge, top + edge)).resize((_CROP_EDGE, _CROP_EDGE))
-        crop.save(folder / f"{number}.png")
-        rows.append((f"{number}.png", name))
-    with (folder / "pairs.csv").open("w", newline="", encoding="utf-8") as table:
-        csv.writer(table).writerows(rows)
-    return folder / "pairs.csv"
+        crop.save(crops / f"{number:03}.png")
+    return crops, texts
