@@ -51,7 +51,7 @@ def test_it_has_the_image_tower_and_the_labels_of_the_complete_bundle(
     student: ClipModel, fp32_bundle: Path, without_text: Path
 ) -> None:
     manifest, complete = read_manifest(without_text), load(fp32_bundle)
-    assert set(manifest.files) == {"image.onnx", "labels.npz", "reference.npz"}
+    assert set(manifest.files) == {"background.npz", "image.onnx", "labels.npz", "reference.npz"}
     assert (manifest.text, manifest.precision, manifest.format_version) == (None, "fp32", 2)
     assert manifest.parameters == parameter_count(student.model.visual) < complete.manifest.parameters
     assert manifest.files["image.onnx"] == complete.manifest.files["image.onnx"]
@@ -74,7 +74,7 @@ def test_conversions_convert_the_image_tower_alone(
     converted = export_bundle(student, tmp_path / "a", request, samples=samples, source=fp32_bundle)
     assert {trial.tower for trial in converted.trials} <= {"image"}
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
-        "image.onnx", "labels.npz", "manifest.json", "reference.npz"
+        "background.npz", "image.onnx", "labels.npz", "manifest.json", "reference.npz"
     }  # fmt: skip
     assert converted.manifest.precision == converted.manifest.image.precision.split()[0]
     assert all(check.passed for check in verify_bundle(tmp_path / "a"))

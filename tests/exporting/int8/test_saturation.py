@@ -55,7 +55,7 @@ def test_no_candidate_for_unknown_processors_can_saturate(
         assert largest in ((None, 64) if candidate.name == "token embeddings only" else (64,)), candidate.name
         assert instruction_sets(content) == (INSTRUCTION_SETS if largest else ())
         names.append(candidate.name)
-    assert len(names) >= 3
+    assert len(names) >= 2
     assert (backend is OPENVINO and nncf_is_installed()) == any(name.startswith("NNCF") for name in names)
     assert (tower == "text") == any("token embeddings" in name for name in names)
 
@@ -184,7 +184,7 @@ def test_candidates_are_judged_by_what_their_files_say(
 
     monkeypatch.setattr(
         "clip_rd_edge.exporting.parity.time_in_turn",
-        lambda calls: {name: np.full(5, 3.0 if name == "float32" else 1.0) for name in calls},
+        lambda calls, **limits: {name: np.full(5, 3.0 if name == "float32" else 1.0) for name in calls},
     )
     tower = float32_tower(fp32_bundle, "image", calibration, plan=Plan(weight_bits=8, budget=Budget(image=0.9)))
     entry = read_manifest(fp32_bundle).image
@@ -201,7 +201,7 @@ def test_layers_are_robust_by_what_their_files_say(
     plan = Plan(weight_bits=8, budget=Budget(image=0.5), provenance={"quantize": "int8"})
     tower = float32_tower(fp32_bundle, "image", calibration, count=8, model=model, plan=plan)
     quantizer = StaticQuantizer(model, tower.calibrate, weight_bits=8)
-    assert len(list(candidates.static_candidates(quantizer, tower))) == 3  # none with layers in float
+    assert len(list(candidates.static_candidates(quantizer, tower))) == 2  # none with layers in float
     found = tensorrt.symmetric_tower(tower, min_agreement=0.9)
     assert found is not None
     assert len(found.layers) == found.total
