@@ -96,7 +96,7 @@ def ours(shard: Path, crops: Crops) -> Way:
 
     def load() -> Iterator[tuple[Tensor, ...]]:
         for batch in step_loader(
-            dataset, StepSampler(pairs.groups, BATCH, seed=0, steps=range(len(pairs)) // BATCH), workers=0
+            dataset, StepSampler(pairs.groups, BATCH, seed=0, steps=range(len(pairs) // BATCH)), workers=0
         ):
             yield student(batch.student_pixels), teacher(batch.teacher_pixels[0])
 
@@ -208,7 +208,8 @@ def wait_for_data(seconds: float, *, workers: int) -> dict[str, object]:
             ask()
             yield Batch(empty, (), [])
 
-    machine: dict[str, Any] = {"usable_cores": lambda: CORES, "most_workers": lambda batch: CORES - 1, "time": clock, "_load": load}
+    machine: dict[str, Any]
+    machine = {"usable_cores": lambda: CORES, "most_workers": lambda batch: CORES - 1, "time": clock, "_load": load}
     with mock.patch.multiple(loader, **machine):
         asked = clock.now
         views = ([View(0, 0)] for _ in range(500))
