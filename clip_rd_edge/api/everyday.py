@@ -63,7 +63,7 @@ def everyday(*, reporter: Reporter = SILENT) -> Path:
 
 
 def make_everyday(folder: Path, *, reporter: Reporter = SILENT) -> None:
-    """Make the built-in bundle from packages, in about a minute."""
+    """Make the built-in bundle from packages, in about two minutes."""
     from clip_rd_edge.api.exporting import export
     from clip_rd_edge.api.models import stitch
     from clip_rd_edge.models.classifiers import CLASSIFIERS, SENTENCE_ENCODERS
@@ -72,7 +72,7 @@ def make_everyday(folder: Path, *, reporter: Reporter = SILENT) -> None:
     ((encoder, text_weights),) = SENTENCE_ENCODERS.items()
     for package in (image_weights, text_weights):
         package.verified()  # `stitch` would look for it on the hub
-    reporter.note(f"making the model {NAME!r}: once, in about a minute")
+    reporter.note(f"making the model {NAME!r}: once, in about two minutes")
     with TemporaryDirectory() as scratch:
         model = stitch(classifier, names="imagenet", text=encoder, output=Path(scratch) / "model", reporter=reporter)
         reporter.update("quantising its towers")
