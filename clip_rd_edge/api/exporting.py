@@ -83,10 +83,11 @@ def export(request: Export) -> ExportedBundle:
         from clip_rd_edge.exporting.calibration import kept_pairs, named_pairs
         from clip_rd_edge.runtime.labels import read_labels_file
 
-        given, texts = request.calibration, plans[0].labels
-        if request.texts is not None:
-            texts = tuple(read_labels_file(Path(request.texts)))
-        pairs = kept_pairs(model) if given is None else named_pairs(typed(given), model, texts=texts)
+        if request.calibration is None:
+            pairs = kept_pairs(model)
+        else:
+            texts = None if request.texts is None else read_labels_file(Path(request.texts))
+            pairs = named_pairs(typed(request.calibration), model, texts=texts, labels=plans[0].labels)
     if plans[0].note:
         request.reporter.note(plans[0].note)
 

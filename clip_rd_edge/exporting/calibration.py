@@ -211,16 +211,19 @@ def was_trained_on(model: str, source: Typed) -> bool:
     return isinstance(data, str) and (data == source or Path(data).absolute() == Path(source).absolute())
 
 
-def named_pairs(source: Typed, model: str, *, texts: Sequence[str] | None = None) -> DataSamples:
+def named_pairs(
+    source: Typed, model: str, *, texts: Sequence[str] | None = None, labels: Sequence[str] | None = None
+) -> DataSamples:
     """Load the pairs that the user names.
 
     A table may have the columns of any table of pairs, or else those of the one that `model` was trained on. A folder
-    with fewer than two class folders holds images alone, and the captions are `texts`, or everyday things.
+    with fewer than two class folders, or any beside `texts`, holds images alone: the captions are `texts`, else
+    `labels`, else everyday things.
     """
     if is_folder(source) and not names_shards(source):
         folder = Path(source)
         if texts is not None or sum(any(list_images(inner)) for inner in subfolders(folder)) < 2:
-            return Mixed(None, image_samples(source, folder), tuple(texts or everyday_labels()))
+            return Mixed(None, image_samples(source, folder), tuple(texts or labels or everyday_labels()))
     with contextlib.suppress(MissingColumnError):
         return load_pairs(source)
     recorded = read_training_record(model).get("configuration")

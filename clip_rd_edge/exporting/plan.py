@@ -22,7 +22,7 @@ from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.labels import label_names
 from clip_rd_edge.settings.deploying import Export, ExportLayout, Fallback, Via
 from clip_rd_edge.utils.host import ONNXRUNTIMES, cuda_capability, installed_versions, jetson_name
-from clip_rd_edge.utils.paths import as_text, shipped_path
+from clip_rd_edge.utils.paths import as_text, is_folder, shipped_path
 from clip_rd_edge.utils.structs import read_yaml
 
 if TYPE_CHECKING:
@@ -298,6 +298,7 @@ def _conflicts(request: Export, plan: Plan, plans: tuple[Plan, ...]) -> Iterator
     converted = "the model is a bundle already" if is_bundle(Path(request.model)) else ""
     absent = int8 and request.fallback not in (None, "none", *info.precisions)
     folder = layout in ("huggingface", "immich")
+    images = request.calibration is not None and is_folder(request.calibration)
     for is_given, option, reason in (
         (other and len(plans) > 1, "target", f"the layout {layout} is for one target" if other else ""),
         (other and plan.format != "onnx", "layout", f"{layout} is ONNX, not {plan.format}"),
@@ -306,7 +307,7 @@ def _conflicts(request: Export, plan: Plan, plans: tuple[Plan, ...]) -> Iterator
         (folder and request.labels is not None, "labels", f"the layout {layout} stores no labels"),
         (request.preprocess_in_graph, "preprocess_in_graph", in_graph),
         (request.as_name is not None, "as_name", "" if layout == "immich" else "it is for {layout} immich"),
-        (request.texts is not None and request.calibration is None, "texts", "it needs {calibration} FOLDER"),
+        (request.texts is not None and not images, "texts", "it needs {calibration} FOLDER"),
         (request.report is not None, "report", "" if layout == "huggingface" else "it is for {layout} huggingface"),
         (request.via != "onnx" and plan.format != "trt", "via", "it builds TensorRT engines: {format} trt"),
         (request.via != "onnx" and int8, "via", "INT8's Q/DQ nodes are in the ONNX"),

@@ -59,6 +59,15 @@ def test_a_folder_of_images_alone_takes_its_texts_from_elsewhere(tmp_path: Path)
         assert len(set(chosen.captions)) >= 3
 
 
+def test_class_folders_stay_pairs_beside_labels_and_are_images_alone_beside_texts(tmp_path: Path) -> None:
+    for name in ("red", "blue"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (9, 9), name).save(tmp_path / name / "a.png")
+    for texts, captions in ((None, ("blue",)), (("sky",), ("sky",))):
+        pairs = named_pairs(Typed(str(tmp_path)), "ViT-B-32", texts=texts, labels=["grass", "sky"])
+        assert (pairs.read(0).captions, pairs.read(0).paired) == (captions, texts is None)
+
+
 def test_samples_depend_on_the_seed_and_their_number_is_bounded(tmp_path: Path) -> None:
     pairs = _pairs(tmp_path, 340)
     first, repeated, other = (
