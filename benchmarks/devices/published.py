@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +113,24 @@ def random_model(name: str, folder: Path) -> int:
 
 def tokenizer_files(text_cfg: dict[str, Any], folder: Path) -> None:
     """Write a tokenizer of words as a repository has it, and the configuration of a text tower of transformers."""
-    from transformers import AutoConfig, BertTokenizerFast
+    from transformers import AutoConfig
 
     from clip_rd_edge.data.emoji import training_pairs
 
     pairs = training_pairs()
-    words = sorted({word for index in range(320) for word in pairs.read(index).captions[0].lower().split()})
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    write_tokenizer(folder, {word for index in range(320) for word in pairs.read(index).captions[0].lower().split()})
     if "hf_model_name" in text_cfg:
         large = {"vocab_size": 250002} if text_cfg["hf_model_name"].startswith("xlm") else {"vocab_size": 50265}
         kind = "xlm-roberta" if text_cfg["hf_model_name"].startswith("xlm") else "roberta"
         AutoConfig.for_model(kind, max_position_embeddings=514, type_vocab_size=1, **large).save_pretrained(folder)
+
+
+def write_tokenizer(folder: Path, words: Iterable[str]) -> None:
+    """Write the files of a tokenizer of words, as a repository of the hub has them."""
+    from transformers import BertTokenizerFast
+
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Main effects and interactions of an evidence suite whose methods are all combinations of a base and a bank.
 
-    python -m benchmarks.training.factorial relations/relations.json [--page PAGE]
+    python -m benchmarks.training.factorial relations/relations.json
 
 Methods are called BASE or BASE-bank. Each contrast is computed within a student and a seed, which shares data, start
 weights and order of batches among methods, as a mean over the others' levels; so it has one value per student and seed.

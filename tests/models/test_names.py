@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from text_towers import WORDS
 
+from benchmarks.devices.published import loopback_hub, write_tokenizer
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.load import known_config, load_clip, save_clip
 from clip_rd_edge.models.names import ModelName, architectures, is_trained, parse_name
@@ -145,54 +143,15 @@ def tiny_architecture() -> tuple[torch.nn.Module, dict[str, Any]]:
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """The address of a hub with the repository timm/tiny-OpenCLIP, and that repository's folder."""
-    from transformers import BertTokenizerFast
-
-    files = tmp_path / "hub" / "timm" / "tiny-OpenCLIP"
-    files.mkdir(parents=True)
-    (files / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizerFast(str(files / "vocab.txt")).save_pretrained(files)
+    files = tmp_path / "hub"
+    files.mkdir()
+    write_tokenizer(files, WORDS)
     model, config = tiny_architecture()
     save_file(model.state_dict(), files / "open_clip_model.safetensors")
     preprocess_cfg = {"mean": [0.1] * 3, "std": [0.9] * 3, "resize_mode": "squash", "size": 16}
     (files / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess_cfg}))
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            parts = self.path.partition("?")[0].strip("/").split("/")
-            path = files / parts[-1]
-            if parts[:2] == ["api", "models"]:
-                about = {"type": "file", "size": 1, "oid": "0" * 40}
-                names = [{"rfilename": file.name, "path": file.name, **about} for file in files.iterdir()]
-                listing = {"id": "timm/tiny-OpenCLIP", "sha": "0" * 40, "siblings": names}
-                self.answer(json.dumps(names if "tree" in parts else listing).encode(), "application/json")
-            elif parts[:3] == ["timm", "tiny-OpenCLIP", "resolve"] and path.is_file():
-                self.answer(path.read_bytes(), "application/octet-stream")
-            else:
-                self.send_response(404)
-                self.send_header("X-Error-Code", "EntryNotFound")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-        do_HEAD = do_GET  # noqa: N815
-
-        def answer(self, content: bytes, kind: str) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("X-Repo-Commit", "0" * 40)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", files
-    server.shutdown()
-    server.server_close()
+    with loopback_hub(files) as address:
+        yield address, files
 
 
 PROGRAM = """
