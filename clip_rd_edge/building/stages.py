@@ -11,6 +11,7 @@ report/, verdict.md               the models compared, and what follows
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -95,7 +96,7 @@ class TeacherScore(msgspec.Struct, frozen=True, kw_only=True):
     """What the teacher makes of the images that are held out, without training on any: what is possible.
 
     Attributes:
-        key: a digest of images, labels and teacher.
+        key: what the stages up to the plan follow from: a digest of images and labels, the teacher, size and seed.
         top1, prompted: with the labels as they are, and in a prompt; of captions, R@1, and None.
         doubtful: images that the teacher is sure are of another class, which may be wrong labels.
     """
@@ -140,7 +141,6 @@ class Building:
             ("Verify the bundle", self.verify),
             ("Compare", self.compare),
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
         with exclusive_writer(self.folder):
             for number, (title, stage) in enumerate(stages, start=1):
                 self.reporter.begin(title, number, len(stages))
@@ -194,15 +194,17 @@ class Building:
 
     def teach(self) -> None:
         """Make the built-in teacher if no other is named, and measure the teacher on what is held out."""
+        size, path = image_size_for(self.request, self.found), self.folder / "teacher.json"
+        key = f"{self.found.key} {self.teacher} {size} {self.request.seed}"
+        known = read_json(path, TeacherScore) if is_file(path) else None
+        if known is None or known.key != key:  # what there is was made for another call, which ended before its plan
+            for name in ("teacher", "trimmed", "store")[self.request.teacher is not None :]:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
         if self.request.teacher is None:
             built_in_teacher(
-                self.folder / "teacher",
-                image_size=image_size_for(self.request, self.found),
-                context_length=context_length_for(self.found),
+                self.folder / "teacher", image_size=size, context_length=context_length_for(self.found),
                 reporter=self.reporter,
-            )
-        key, path = f"{self.found.key} {self.teacher}", self.folder / "teacher.json"
-        known = read_json(path, TeacherScore) if is_file(path) else None
+            )  # fmt: skip
         if known is None or known.key != key or not self.held_out.is_dir():
             encoder = TorchEncoder(load_clip(self.teacher))
             if self.found.kind == "images":

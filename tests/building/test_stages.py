@@ -15,7 +15,7 @@ from support import save_tiny_teacher
 
 import clip_rd_edge as edge
 from clip_rd_edge.building.plan import PLAN, Plan
-from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError, InterruptedRunError, UsageError
 from clip_rd_edge.utils.structs import read_yaml
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 210), "grey": (120, 120, 120)}
@@ -129,6 +129,20 @@ def test_another_training_is_refused_where_one_is_kept(world: Path, built: Path)
     assert state(built) == before
 
 
+def test_what_was_made_before_a_plan_is_not_used_for_another_teacher(world: Path, tmp_path: Path) -> None:
+    from clip_rd_edge.building import stages
+
+    save_tiny_teacher(tmp_path / "other", seed=2)
+    trimmed = []
+    for teacher in (world / "teacher", tmp_path / "other", world / "teacher"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stages, "steps_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(InterruptedRunError):
+                build(world, tmp_path / "out", teacher=teacher)
+        trimmed.append((tmp_path / "out" / "trimmed" / "open_clip_model.safetensors").read_bytes())
+    assert trimmed[0] == trimmed[2] != trimmed[1]
+
+
 def test_an_output_among_the_classes_is_refused(world: Path) -> None:
     with pytest.raises(UsageError) as refused:
         build(world, world / "images" / "out")
@@ -165,7 +179,7 @@ def test_what_cannot_be_built_is_refused_before_anything_is_written(
     with pytest.raises((UsageError, InputError)) as refused:
         build(world, tmp_path / "out", **changed)
     assert refused.value.option == option
-    assert not (tmp_path / "out" / "look.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
