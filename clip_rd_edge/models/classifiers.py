@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, MissingExtraError, first_line, near_matches
+from clip_rd_edge.models.hub import fetching
 from clip_rd_edge.utils.files import sha256_of
 from clip_rd_edge.utils.host import is_installed
 from clip_rd_edge.utils.paths import is_file
@@ -98,18 +98,6 @@ def load_classifier(spec: str, *, pretrained: str | None = None) -> ImageClassif
     if spec.startswith(TORCHVISION):
         return _torchvision_classifier(spec.removeprefix(TORCHVISION), pretrained)
     return _timm_classifier(spec, pretrained)
-
-
-@contextmanager
-def fetching(what: str, *, option: str = "pretrained") -> Iterator[None]:
-    """Within the block, an error is that of a download; `option` takes a file in its place."""
-    try:
-        yield
-    except Exception as error:  # timm, the hub client, urllib and torch raise many types
-        raise InputError(
-            f"{what} could not be fetched: {first_line(error)}.",
-            hint=f"download them on a machine with network access, and pass the file: {{{option}}} FILE",
-        ) from error
 
 
 def load_in_order(model: nn.Module, published: Mapping[str, Tensor], *, source: str) -> None:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import shutil
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import msgspec
 import torch
@@ -34,6 +30,7 @@ from clip_rd_edge.bundle.runs import (
 )
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
 from clip_rd_edge.models.clip import ClipModel, float32_on_cpu
+from clip_rd_edge.models.hub import HUB_IF_REACHABLE
 from clip_rd_edge.models.names import HUB, ModelName, parse_name
 from clip_rd_edge.models.own_parts import (
     NO_STRANGERS,
@@ -44,7 +41,7 @@ from clip_rd_edge.models.own_parts import (
 )
 from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.paths import Typed, exists, is_file, is_folder
-from clip_rd_edge.utils.process import SharedBlock, quiet_logs
+from clip_rd_edge.utils.process import quiet_logs
 from clip_rd_edge.utils.structs import convert, read_json, read_json_objects
 from clip_rd_edge.utils.text import shown_sources
 
@@ -68,7 +65,7 @@ def load_clip(spec: Typed, *, pretrained: Typed | None = None, separate_text: bo
     overrides = _relocated_text_cfg(folder, model_cfg) if folder else {}
     has_tag = named.weights is not None and not exists(named.weights)
     needs_hub = named.kind == "hub" or has_tag or (not folder and "hf_tokenizer_name" in model_cfg["text_cfg"])
-    with quiet_logs(logging.ERROR), NO_STRANGERS, _HUB if needs_hub else nullcontext():
+    with quiet_logs(logging.ERROR), NO_STRANGERS, HUB_IF_REACHABLE if needs_hub else nullcontext():
         try:
             if named.kind == "hub":
                 model_cfg = open_clip.get_model_config(name)
@@ -263,28 +260,6 @@ def _display_name(named: ModelName) -> str:
     return named.name.removeprefix(HUB) + (f" ({named.weights})" if has_tag else "")
 
 
-_PORTS = {"http": 80, "https": 443}
-
-
-@contextmanager
-def _offline_if_unreachable() -> Iterator[None]:
-    """Within the block, use only the hub's local cache if its host name cannot be resolved.
-
-    The hub client would retry each file of a model six times with waits in between, which takes minutes.
-    """
-    from huggingface_hub import constants
-
-    previous = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = previous or not _resolves(constants.ENDPOINT)
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = previous
-
-
-_HUB = SharedBlock(_offline_if_unreachable)
-
-
 def _loading_error(named: ModelName, model_cfg: dict[str, Any], error: Exception) -> InputError | ConfigError:
     """Convert an error raised by open_clip, transformers, the hub client or torch."""
     text_cfg = model_cfg.get("text_cfg", {})
@@ -310,18 +285,6 @@ def _loading_error(named: ModelName, model_cfg: dict[str, Any], error: Exception
     if "Unknown model" in str(error):  # of timm
         missing = "if its image tower is your own, name the file that registers it: {modules} FILE"
     return ConfigError(f"{subject} could not be loaded: {first_line(error)}.", hint=missing)
-
-
-def _resolves(url: str) -> bool:
-    parts = urlsplit(url)
-    # A proxy resolves host names itself.
-    if parts.scheme in getproxies() or "ALL_PROXY" in os.environ or "all_proxy" in os.environ:
-        return True
-    try:
-        socket.getaddrinfo(parts.hostname, parts.port or _PORTS.get(parts.scheme, 443))
-    except OSError:
-        return False
-    return True
 
 
 def save_clip(

@@ -158,3 +158,20 @@ def test_a_students_file_says_how_images_are_prepared_and_which_activation_it_ha
     with pytest.raises(ConfigError) as error:
         student_config(path, embedding_size=8)
     assert "image_size 32" in error.value.hint
+
+
+def test_weights_are_not_asked_for_again_and_again_where_the_hub_cannot_be_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from huggingface_hub import constants
+
+    def unreachable(*arguments: object, **options: object) -> None:
+        assert constants.HF_HUB_OFFLINE  # or the client tries for a minute
+        raise OSError("not here")
+
+    student = build_student(student_config("test_resnet", embedding_size=8, image_size=32, text="tiny"))
+    monkeypatch.setattr("socket.getaddrinfo", unreachable)
+    monkeypatch.setattr("timm.create_model", unreachable)
+    with pytest.raises(InputError) as refused:
+        init_image_tower(student, "timm")
+    assert refused.value.__cause__.args == ("not here",)
