@@ -7,17 +7,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import click
 
 from clip_rd_edge.cli.options import command_of, grouped
-from clip_rd_edge.cli.output import cut, echo, fold_items, terminal_width
+from clip_rd_edge.cli.output import LateReporter, cut, echo, fold_items, terminal_width
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.settings.deploying import Classify
-from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.text import csv_row, is_unicode, one_line
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ def classify(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> 
             parse_labels(labels),
             templates=request.templates,
             cache=request.cache,
-            reporter=_LateReporter(stack),
+            reporter=LateReporter(stack),
             none=request.none,
             refuse_known=request.refuse_known,
             multi=request.multi,
@@ -128,25 +127,6 @@ def classify(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> 
     if folders:
         count = len(folders)
         raise InputError(f"{count:,} folder{'s' * (count > 1)} could not be read; the others are classified.")
-
-
-class _LateReporter(Reporter):
-    """A console that is set up with the first report: most runs have none, and answer sooner without it."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-
-    @cached_property
-    def _console(self) -> Reporter:
-        from clip_rd_edge.cli.console import console_reporter
-
-        return self._stack.enter_context(console_reporter())
-
-    def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
-        self._console.update(stage, step, total, message)
-
-    def note(self, message: str) -> None:
-        self._console.note(message)
 
 
 def _lines(stream: TextIO, *, null: bool) -> Iterator[str]:

@@ -165,8 +165,6 @@ def serve(given: dict[str, Any], token_file: Path | None) -> None:
     \b
     clip-rd-edge serve bundle
     clip-rd-edge serve bundle photos.index --host 0.0.0.0 --token-file token.txt
-
-    \b
     curl -F image=@photo.jpg -F labels="a cat" -F labels="a dog" \\
         http://127.0.0.1:8766/classify
     curl "http://127.0.0.1:8766/search?q=a+red+car"

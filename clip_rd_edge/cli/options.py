@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from clip_rd_edge.cli.output import echo
+from clip_rd_edge.cli.output import LateReporter, echo
 from clip_rd_edge.errors import near_matches, spelled
 
 if TYPE_CHECKING:
@@ -282,7 +283,8 @@ def command_of(
         def call(**values: Any) -> None:
             taken = {name: values.pop(name) for name in names}
             given = {name: value for name, value in taken.items() if value not in (None, (), defaults[name])}
-            given |= {name: _opened(taken[name]) for name in ("bundle", "bundles") if taken.get(name)}
+            bundles = {name: taken[name] or defaults[name] for name in names & {"bundle", "bundles"}}
+            given |= {name: _opened(bundle) for name, bundle in bundles.items() if bundle}
             function(given, **values)
 
         kept = [parameter for parameter in parameters if parameter.name in names]
@@ -303,10 +305,8 @@ def _opened(bundle: Any) -> Any:
 
     if not is_built_in(bundle):
         return bundle
-    from clip_rd_edge.cli.console import console_reporter
-
-    with console_reporter() as reporter:
-        return place_of(bundle, reporter=reporter)
+    with ExitStack() as stack:
+        return place_of(bundle, reporter=LateReporter(stack))
 
 
 _LAST_GROUPS = ("Device", "Cluster", "Output")

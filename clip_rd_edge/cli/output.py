@@ -7,11 +7,13 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from typing import IO, Any
 
 import click
 
+from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.text import printable
 
 
@@ -52,6 +54,25 @@ def results_whole() -> Iterator[None]:
                 f"What is printed is cut off: {error.strerror}.", hint="free some space, or print into a file elsewhere"
             ) from error
         raise
+
+
+class LateReporter(Reporter):
+    """A console that is set up with the first report: most runs have none, and answer sooner without it."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+
+    @cached_property
+    def _console(self) -> Reporter:
+        from clip_rd_edge.cli.console import console_reporter
+
+        return self._stack.enter_context(console_reporter())
+
+    def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
+        self._console.update(stage, step, total, message)
+
+    def note(self, message: str) -> None:
+        self._console.note(message)
 
 
 _PROGRAMS = "clip-rd-edge|pipx?|uv|python3?|npm|make|apt-get"

@@ -12,6 +12,7 @@ import pytest
 import clip_rd_edge as edge
 from clip_rd_edge.api import everyday
 from clip_rd_edge.errors import MissingExtraError, UsageError
+from clip_rd_edge.utils.reporting import Reporter
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -21,7 +22,8 @@ def made(fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """The folders of the models that were made: copies of a tiny bundle, in a cache of the test's own."""
     folders: list[Path] = []
 
-    def make(folder: Path, *, reporter: object) -> None:
+    def make(folder: Path, *, reporter: Reporter) -> None:
+        reporter.note("making it")
         shutil.copytree(fp32_bundle, folder)
         folders.append(folder)
 
@@ -42,6 +44,17 @@ def test_it_is_made_once(name: str, made: list[Path], colour_images: Path, comma
     with pytest.raises(UsageError, match="already a bundle"):
         edge.export(name, "exported")
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("command", [("demo",), ("serve", "everyday")])
+def test_a_server_reports_that_it_is_made(
+    command: tuple[str, ...], made: list[Path], command_line: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge, command[0], lambda **_: None)
+    for number in (1, 0):
+        _, _, error = command_line(*command)
+        assert error.count("making it") == number
+    assert error.count("starting") <= 1
 
 
 def test_a_folder_of_its_name_comes_before_it(made: list[Path], fp32_bundle: Path) -> None:
