@@ -6,16 +6,16 @@ const byId = (id) => document.getElementById(id);
 const TOP = 24;
 let last = 0; // number of the newest search: what belongs to an older one is dropped
 
-async function search(shown, path, options) {
+async function search(shown, none, path, options) {
   const number = ++last;
   byId("lead").textContent = "Searching …";
   byId("error").textContent = "";
   try {
-    const response = await request(path, options, () => search(shown, path, options));
+    const response = await request(path, options, () => search(shown, none, path, options));
     const { hits } = await response.json();
     if (number !== last) return;
     byId("hits").replaceChildren(...hits.map((hit) => createHit(hit, number)));
-    byId("lead").textContent = hits.length ? shown : "The index has no images.";
+    byId("lead").textContent = hits.length ? shown : none;
   } catch (error) {
     if (number !== last) return;
     byId("hits").replaceChildren();
@@ -55,11 +55,11 @@ function byImage(content, shown) {
   body.append("image", content);
   body.append("top", TOP);
   byId("query").value = "";
-  search(shown, "search", { method: "POST", body });
+  search(shown, "The index has no images.", "search", { method: "POST", body });
 }
 
 function byText(query) {
-  if (query) search(query, `search?q=${encodeURIComponent(query)}&top=${TOP}`);
+  if (query) search(query, `No image fits “${query}”.`, `search?q=${encodeURIComponent(query)}&top=${TOP}`);
 }
 
 byId("search").addEventListener("submit", (event) => {
