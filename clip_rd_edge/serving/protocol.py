@@ -137,9 +137,12 @@ class ClassifyRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     Attributes:
         image: the image file in base64, or a data URL.
-        labels: the labels; None uses the bundle's own.
+        labels: the labels; without any, the bundle's own.
         top: max number of labels to return.
-        none, refuse_known, multi, raw: see `runtime.classifier.Deciding`; without predictions, no label fits.
+        none: return no label for an image that none fits.
+        refuse_known: the same, with this share of images of known things that may be refused.
+        multi: give each label a probability by itself.
+        raw: leave the bundle's calibration out.
     """
 
     image: str
@@ -161,7 +164,7 @@ class SearchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     Attributes:
         query, image: a text, or an image in base64.
-        top: max number of images to return. All of a large index would take the server's time and memory.
+        top: max number of images to return.
         all: also return images that do not fit the text.
     """
 
@@ -367,7 +370,8 @@ def _sample(operation: str) -> dict[str, Any]:
 
 def _parameters(path: str) -> dict[str, Any]:
     """Return the parameters of a GET request."""
-    given = [("query", "q", True, "string"), ("query", "top", False, "integer")] if path == "/search" else []
+    optional = [("query", "top", False, "integer"), ("query", "all", False, "boolean")]
+    given = [("query", "q", True, "string"), *optional] if path == "/search" else []
     given += [("path", name, True, "string") for name in re.findall(r"{(\w+)}", path)]
     described = [
         {"name": name, "in": place, "required": required, "schema": {"type": kind}}

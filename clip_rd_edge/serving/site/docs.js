@@ -8,7 +8,7 @@ function typeOf(schema, schemas) {
   if (schema.$ref) return typeOf(schemas[schema.$ref.split("/").at(-1)], schemas);
   if (schema.anyOf) return schema.anyOf.map((each) => typeOf(each, schemas)).filter((each) => each !== "null").join(" or ");
   if (schema.enum) return schema.enum.map((each) => JSON.stringify(each)).join(" or ");
-  if (schema.type === "array") return `list of ${typeOf(schema.items ?? {}, schemas)}`;
+  if (schema.type === "array") return typeOf(schema.items ?? {}, schemas).split(" or ").map((each) => `list of ${each}`).join(" or ");
   return schema.type ?? "anything";
 }
 
