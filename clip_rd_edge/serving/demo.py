@@ -45,7 +45,7 @@ MAX_SETS = 64  # label lists that are kept
 BANK_TOP = 20  # labels returned when classifying among a bundle's own labels
 _MAX_CLASSIFIERS = 8  # label lists cached per bundle
 # Of errors that are no RefusedError; the page has a message for each status, and shows none of the server's words.
-_BUSY, _LABELS_LOST, _BUNDLE_GONE, _BAD_LABELS = 429, 409, 410, 422
+_BUSY, _LABELS_LOST, _BUNDLE_GONE, _OTHER_MODEL, _BAD_LABELS = 429, 409, 410, 412, 422
 
 
 class BundleInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,7 +174,7 @@ class ServedBundle:
         try:
             rows = labels.rows(encoder.manifest.embedding_size)
         except InputError as error:
-            raise RefusedError(_BAD_LABELS, str(error)) from error
+            raise RefusedError(_OTHER_MODEL, str(error)) from error
         kept = self._untaught
         if kept is None or kept[0] is not encoder:
             kept = self._untaught = (encoder, encoder.taught or nothing_taught(encoder))

@@ -32,7 +32,7 @@ MAX_ITEMS = 2048  # per request, as OpenAI's
 MAX_TEXT_LENGTH = 100_000  # characters: tokenising millions takes seconds, and models read a few hundred at most
 MAX_LABELS = 2_000
 MAX_LABEL_LENGTH = 300  # characters
-MAX_TAUGHT = 2_000_000  # characters of embeddings that teach a page's labels: of 1,400 images with 512 entries
+MAX_TAUGHT = 2_000_000  # bytes of JSON with what teaches a page's labels: 1,400 images with 512 entries
 MAX_PIXELS = 52_000_000  # of an uploaded image: those of sensors with 50 megapixels have up to 50.3 million
 _DATA = re.compile(r"data:[\w/+.-]*;base64,", re.IGNORECASE)
 _FORM = "multipart/form-data"
@@ -67,9 +67,11 @@ class PageLabels(msgspec.Struct, frozen=True):
         return label_key([*self.labels, msgspec.json.encode(self.taught).decode()] if self.taught else self.labels)
 
     def require_few(self) -> None:
-        """Raise InputError as `require_few_labels`, or if there are too many images."""
+        """Raise InputError as `require_few_labels`, or if images teach something else, or there are too many."""
         require_few_labels(self.labels)
-        if sum(len(text) for texts in self.taught.values() for text in texts) > MAX_TAUGHT:
+        if not self.taught.keys() <= set(self.labels):
+            raise InputError("Images teach what is none of the labels.")
+        if len(msgspec.json.encode(self.taught)) > MAX_TAUGHT:
             raise InputError("Too many images teach labels.", hint="teach a bundle from folders: clip-rd-edge teach")
 
     def rows(self, size: int) -> dict[str, npt.NDArray[np.float32]]:
@@ -77,10 +79,10 @@ class PageLabels(msgspec.Struct, frozen=True):
         found = {}
         for name, texts in self.taught.items():
             content = b"".join(decode_image(text) for text in texts)
-            rows = np.frombuffer(content[: len(content) // 2 * 2], "<f2").astype(np.float32)
-            if not len(rows) or len(rows) != size * len(texts) or not np.isfinite(rows).all() or not rows.any():
+            rows = np.frombuffer(content[: len(content) // (2 * size) * 2 * size], "<f2").reshape(-1, size)
+            if not len(rows) or len(rows) != len(texts) or not (np.isfinite(rows).all(axis=1) & rows.any(axis=1)).all():
                 raise InputError(f"The images that teach {name[:40]!r} are of another model.")
-            found[name] = normalise(rows.reshape(-1, size))
+            found[name] = normalise(rows.astype(np.float32))
         return found
 
 

@@ -123,6 +123,13 @@ def test_classify(client: Any, key: str) -> None:
         ("/api/labels", json.dumps(["a" * 301]).encode(), 422, "Label 1 of 1 has to be"),
         ("/api/labels", json.dumps(["a"] * 2001).encode(), 422, "There are 2,001 labels; the limit is 2,000"),
         ("/api/labels", json.dumps({"labels": ["a"], "taught": {"a": ["A" * 2_000_001]}}).encode(), 422, "Too many"),
+        ("/api/labels", json.dumps({"labels": ["a"], "taught": {"a": [""] * 800_000}}).encode(), 422, "Too many"),
+        (
+            "/api/labels",
+            json.dumps({"labels": ["a"], "taught": {"b" * 9_000_000: []}}).encode(),
+            422,
+            "none of the labels",
+        ),
     ],
 )
 def test_invalid_requests_get_an_error_message(
@@ -134,10 +141,12 @@ def test_invalid_requests_get_an_error_message(
 
 
 @pytest.mark.parametrize("embedding", ["", "AAAA", "AAAAAAAA", "AHwAfAB8", "no base64"])
-def test_embeddings_of_another_model_teach_nothing(client: Any, embedding: str) -> None:
-    key = client.post("/api/labels", json={"labels": ["red"], "taught": {"red": [embedding]}}).json()["key"]
-    assert client.post(f"/api/classify?labels={key}", content=png()).status_code == 422
-    assert client.get(f"/api/taught.npz?labels={key}").status_code == 422
+@pytest.mark.parametrize("others", [[], ["ADwAPAA8"]])
+def test_embeddings_of_another_model_teach_nothing(client: Any, embedding: str, others: list[str]) -> None:
+    labels = {"labels": ["red"], "taught": {"red": [embedding, *others]}}
+    key = client.post("/api/labels", json=labels).json()["key"]
+    assert client.post(f"/api/classify?labels={key}", content=png()).status_code == 412
+    assert client.get(f"/api/taught.npz?labels={key}").status_code == 412
     assert client.get("/api/taught.npz").status_code == 400
 
 

@@ -14,8 +14,9 @@ const MESSAGES = {
   403: "The server does not accept this address. Open the page under the address that clip-rd-edge demo printed.",
   408: "The image took too long to arrive. Try it again, or choose a smaller one.",
   410: "This bundle was removed or exported anew, or the server now has others. Choose another one, or reload the page.",
+  412: "The bundle was exported anew: what the old one was taught has been forgotten. Teach it again.",
   413: "This image is too large. Choose one of at most 25 MB.",
-  422: "These labels cannot be used: at most 2,000 labels of at most 300 characters each.",
+  422: "These labels cannot be used: at most 2,000 labels of at most 300 characters each, and some 1,400 images.",
   429: "The server is busy. Try again in a moment.",
   500: "The model failed. The terminal where clip-rd-edge demo runs shows why.",
 };
@@ -75,6 +76,7 @@ export const teaches = true;
 
 // Where what was taught is downloaded, for clip-rd-edge teach.
 export async function taughtUrl(bundle, labels, taught) {
+  keys.clear(); // sent again: nobody sees a download fail because the server was started again
   return `api/taught.npz?${new URLSearchParams({ bundle, name: names[bundle], labels: await labelKey(labels, taught) })}`;
 }
 

@@ -126,7 +126,7 @@ async function update(captureTime = 0) {
   } catch (error) {
     if (number !== lastRequest) return;
     showFailure(error.message);
-    if (error.status === 422) delete taught[choices[choice].folder]; // those of a bundle that was exported anew
+    if (error.status === 412) delete taught[choices[choice].folder]; // of the bundle that was exported anew
     showTaught();
     if (source.stream && error.status !== 429) source.stop();
   } finally {
