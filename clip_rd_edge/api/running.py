@@ -110,14 +110,15 @@ def _opened(request: Index | WatchIndex | Serve) -> BundleEncoder:
 def search(request: Search) -> Hits:
     """Return the images of an index that are nearest to a text or an image, nearest first, as a list of `Hit`.
 
-    The list's attribute `missing` is the number of images that an interrupted indexing has left out.
+    The list's attribute `missing` is the number of images that an interrupted indexing has left out, and `cutoff` the
+    similarity below which images fit a text no better than random texts.
     """
     from clip_rd_edge.runtime.index import search_index
 
     bundle, folder = request.bundle, request.folder
     return search_index(
         Path(request.index), request.query, top=request.top, bundle=bundle, folder=folder, exact=request.exact,
-        all=request.all, threads=request.threads, device=request.device, force=request.force,
+        threads=request.threads, device=request.device, force=request.force,
     )  # fmt: skip
 
 

@@ -114,8 +114,8 @@ def search(given: dict[str, Any], as_json: bool, null: bool) -> None:
     clip-rd-edge search photos.index "a car" --bundle bundle --folder /mnt/pics
 
     Each line has the cosine similarity, a tab, and the image's path, in which control characters are escaped. An index
-    that another machine made is searched with a copy of its bundle. For a text, the list ends where images fit no
-    better than the best ones for random texts.
+    that another machine made is searched with a copy of its bundle. For a text, a note
+    follows if images fit no better than the best ones fit random texts.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli.console import json_line
@@ -126,15 +126,14 @@ def search(given: dict[str, Any], as_json: bool, null: bool) -> None:
     hits = edge.search(**given)
     for hit in hits:
         if as_json:
-            line = {"image": str(hit.path), "similarity": round(hit.similarity, 6)}
-            echo(json_line(line))
+            fits = {} if hits.cutoff is None else {"fits": hit.similarity >= hits.cutoff}
+            echo(json_line({"image": str(hit.path), "similarity": round(hit.similarity, 6), **fits}))
         elif null:
             echo(f"{hit.path}\0", nl=False)
         else:
             echo(f"{hit.similarity:.3f}\t{one_line(hit.path)}")
-    if hits.cutoff is not None and len(hits) < min(Search(**given).top, hits.indexed):
-        found = f"only {len(hits):,} fit" if hits else "nothing fits"
-        echo(f"Of {hits.indexed:,} images, {found}; --all prints the nearest anyway.", err=True)
+    if hits.cutoff is not None and hits and hits[-1].similarity < hits.cutoff:
+        echo(f"Below {hits.cutoff:.3f}, images fit no better than the best ones fit random texts.", err=True)
     if gone := sum(is_gone(hit.path) for hit in hits):  # and not one that this account may not look at
         where = "check --folder" if "folder" in given else "say where the folder is now with --folder"
         echo(

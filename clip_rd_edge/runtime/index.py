@@ -120,7 +120,8 @@ class Hits(list[Hit]):
         indexed: number of images in the index.
         missing: number of images that are not in it yet, because indexing was interrupted or is still running, or
             their disk went away while it ran.
-        cutoff: cosine below which images were left out; None if none were.
+        cutoff: cosine below which images fit a text no better than the best fit random texts; None if unknown, or for
+            an image.
     """
 
     indexed: int = 0
@@ -288,7 +289,6 @@ def nearest_rows(
     top: int,
     graph: Graph | None = None,
     checked: bool = True,
-    cutoff: float | None = None,
 ) -> list[tuple[int, float]]:
     """Return the rows nearest to a query embedding, (D,) or (1, D), nearest first, with their cosine similarities.
 
@@ -299,7 +299,6 @@ def nearest_rows(
 
     Args:
         checked: whether the rows are known to be intact; else those that are compared are checked now.
-        cutoff: leave out images of a lower cosine.
     """
     query = query.reshape(-1)
     if rows.shape[1] != len(query):
@@ -310,8 +309,7 @@ def nearest_rows(
         _require_intact(index, rows, compared)
     cosines = (rows if candidates is None else rows[compared]) @ query
     best = top_indices(require_cosines(cosines, "An image of the index, or the query,"), top)
-    low = -np.inf if cutoff is None else cutoff
-    return [(int(compared[i]), float(cosines[i])) for i in best.tolist() if cosines[i] >= low]
+    return [(int(compared[i]), float(cosines[i])) for i in best.tolist()]
 
 
 def search_index(
@@ -322,7 +320,6 @@ def search_index(
     bundle: str | os.PathLike[str] | None = None,
     folder: str | os.PathLike[str] | None = None,
     exact: bool = False,
-    all: bool = False,
     **options: Any,
 ) -> Hits:
     """Search the index at `path` for the images nearest to a query; nearest first.
@@ -333,7 +330,6 @@ def search_index(
         bundle: path of the bundle that created the index; None is the one that this user named for it last.
         folder: current path of the image folder; None uses the path in the index.
         exact: compare all images, even if the index has a graph.
-        all: also return images that do not fit a text.
         options: of `runtime.load.load`, which opens the bundle.
     """
     require_top(top)
@@ -346,9 +342,9 @@ def search_index(
     remember(path, encoder, folder)
     embedding = encoder.encode_texts([asked]) if isinstance(asked, str) else encoder.encode_images([as_rgb(asked)])
     graph = None if exact else open_graph(path, index)
-    cutoff = index.cutoff if isinstance(asked, str) and not all else None
-    hits = Hits(nearest(index, rows, embedding, top=top, graph=graph, checked=False, cutoff=cutoff))
-    hits.indexed, hits.missing, hits.cutoff = len(index.entries), index.missing, cutoff
+    hits = Hits(nearest(index, rows, embedding, top=top, graph=graph, checked=False))
+    hits.indexed, hits.missing = len(index.entries), index.missing
+    hits.cutoff = index.cutoff if isinstance(asked, str) else None
     return hits
 
 

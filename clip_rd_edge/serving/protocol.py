@@ -167,13 +167,11 @@ class SearchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     Attributes:
         query, image: a text, or an image in base64.
         top: max number of images to return.
-        all: also return images that do not fit the text.
     """
 
     query: str = ""
     image: str = ""
     top: Annotated[PositiveInt, msgspec.Meta(le=MAX_TOP)] = 10
-    all: bool = False
 
 
 Asked = TypeVar("Asked", ClassifyRequest, SearchRequest)
@@ -372,8 +370,7 @@ def _sample(operation: str) -> dict[str, Any]:
 
 def _parameters(path: str) -> dict[str, Any]:
     """Return the parameters of a GET request."""
-    optional = [("query", "top", False, "integer"), ("query", "all", False, "boolean")]
-    given = [("query", "q", True, "string"), *optional] if path == "/search" else []
+    given = [("query", "q", True, "string"), ("query", "top", False, "integer")] if path == "/search" else []
     given += [("path", name, True, "string") for name in re.findall(r"{(\w+)}", path)]
     described = [
         {"name": name, "in": place, "required": required, "schema": {"type": kind}}

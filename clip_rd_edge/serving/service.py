@@ -199,7 +199,8 @@ class Service:
         protocol.require_length(body.query, "The query")
         (row,), _ = await self._embed([Item(image=image) if image else Item(text=body.query)])
         assert self._index is not None  # /search has no route without an index
-        return json_response({"hits": await self._index.search(row, top=body.top, all=body.all or bool(image))})
+        hits, cutoff = await self._index.search(row, top=body.top)
+        return json_response({"hits": hits, "cutoff": None if image else cutoff})
 
     async def thumbnail(self, request: Request) -> Response:
         """GET /thumbnail/ID."""

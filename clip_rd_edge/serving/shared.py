@@ -206,16 +206,15 @@ class ServedIndex:
             raise ClipRdEdgeError(str(self._error), hint=self._error.advice) from self._error
         return self._opened
 
-    async def search(self, query: Embeddings, *, top: int, all: bool) -> list[dict[str, Any]]:
-        """Return the images nearest to a query, `all` or those that fit it, with the addresses of their thumbnails."""
+    async def search(self, query: Embeddings, *, top: int) -> tuple[list[dict[str, Any]], float | None]:
+        """Return the images nearest to a query, with the addresses of their thumbnails, and the cut-off for texts."""
         index, rows, graph = await self.current()
-        cutoff = None if all else index.cutoff
-        found = await asyncio.to_thread(nearest_rows, index, rows, query, top=top, graph=graph, cutoff=cutoff)
+        found = await asyncio.to_thread(nearest_rows, index, rows, query, top=top, graph=graph)
         hits = []
         for row, similarity in found:
             hit = {"path": str(Path(index.folder, index.entries[row].path)), "similarity": similarity}
             hits.append(hit | ({"thumbnail": f"/thumbnail/{_thumbnail_id(index, row)}"} if self.images else {}))
-        return hits
+        return hits, index.cutoff
 
     def thumbnail(self, name: str) -> bytes:
         """Return a small JPEG of an image, by the id that `search` has given it.

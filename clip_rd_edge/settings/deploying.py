@@ -281,9 +281,6 @@ class Search(_Searched, frozen=True, kw_only=True):
         "Current path of the image folder, if it was moved.", metavar="FOLDER",
         default="the path that the index names", path=True,
     )] | None = None  # fmt: skip
-    all: Annotated[bool, _query(
-        "Also print the nearest images that do not fit a text: that are no nearer than the nearest to random texts.",
-    )] = False  # fmt: skip
     exact: Annotated[bool, _query("Compare all images, even if the index has a graph for approximate search.")] = False
     threads: Threads | None = None
     device: OnDevice = "auto"

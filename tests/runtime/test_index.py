@@ -764,7 +764,7 @@ def test_a_mistyped_path_is_not_searched_for_as_a_text(
         assert len(search_index(tmp_path / "index", text)) == 4
 
 
-def test_a_search_by_text_ends_where_images_fit_no_better_than_for_random_texts(
+def test_a_search_by_text_marks_where_images_fit_no_better_than_for_random_texts(
     colour_bundle: Path, colour_images: Path, index: Path, command_line: Any
 ) -> None:
     nouns = normalise(np.tile([1.0, 1.0, 0.6], (8, 1)))  # the best image, yellow, has a cosine of 0.96
@@ -772,11 +772,13 @@ def test_a_search_by_text_ends_where_images_fit_no_better_than_for_random_texts(
     write_manifest(colour_bundle, read_manifest(colour_bundle))
     update_index(load(colour_bundle), colour_images, index)
     hits = search_index(index, "red")
-    assert [hit.path.name for hit in hits] == ["red.png"]
+    assert len(hits) == 4
     assert hits.cutoff == pytest.approx(0.96, abs=0.03)
-    assert len(search_index(index, "red", all=True)) == len(search_index(index, colour_images / "red.png")) == 4
-    code, output, error = command_line("search", index, "red green blue")
-    assert (code, output, "--all" in error) == (0, "", True)
+    assert search_index(index, colour_images / "red.png").cutoff is None
+    code, output, error = command_line("search", index, "red", "--json")
+    assert (code, [json.loads(line)["fits"] for line in output.splitlines()]) == (0, [True, False, False, False])
+    assert "random texts" in error
+    assert command_line("search", index, "red", "--top", "1")[2] == ""
     (colour_images / "blue.jpg").unlink()
     (colour_images / "more" / "yellow.webp").unlink()
     update_index(load(colour_bundle), colour_images, index)  # measures anew

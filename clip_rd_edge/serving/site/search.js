@@ -6,16 +6,17 @@ const byId = (id) => document.getElementById(id);
 const TOP = 24;
 let last = 0; // number of the newest search: what belongs to an older one is dropped
 
-async function search(shown, none, path, options) {
+async function search(shown, path, options) {
   const number = ++last;
   byId("lead").textContent = "Searching …";
   byId("error").textContent = "";
   try {
-    const response = await request(path, options, () => search(shown, none, path, options));
-    const { hits } = await response.json();
+    const response = await request(path, options, () => search(shown, path, options));
+    const { hits, cutoff } = await response.json();
     if (number !== last) return;
     byId("hits").replaceChildren(...hits.map((hit) => createHit(hit, number)));
-    byId("lead").textContent = hits.length ? shown : none;
+    const fit = hits.length && hits[0].similarity < (cutoff ?? -1) ? `Perhaps no image fits “${shown}”.` : shown;
+    byId("lead").textContent = hits.length ? fit : "The index has no images.";
   } catch (error) {
     if (number !== last) return;
     byId("hits").replaceChildren();
@@ -55,11 +56,11 @@ function byImage(content, shown) {
   body.append("image", content);
   body.append("top", TOP);
   byId("query").value = "";
-  search(shown, "The index has no images.", "search", { method: "POST", body });
+  search(shown, "search", { method: "POST", body });
 }
 
 function byText(query) {
-  if (query) search(query, `No image fits “${query}”.`, `search?q=${encodeURIComponent(query)}&top=${TOP}`);
+  if (query) search(query, `search?q=${encodeURIComponent(query)}&top=${TOP}`);
 }
 
 byId("search").addEventListener("submit", (event) => {
