@@ -29,12 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import clip_rd_edge as edge
-from benchmarks.pages.screenshots import demo, render_drawing, running, served, site
+from benchmarks.pages.photographs import unpacked
+from benchmarks.pages.screenshots import PACKAGE, PHOTOGRAPH, demo, running, served, site
 
 SCRIPT = Path(__file__).with_suffix(".mjs")
 BROWSERS = {"chromium": "chromium", "firefox": "firefox-esr"}
 WIDTHS = (390, 768, 1440)  # a phone, a tablet, a desktop; in CSS pixels
 SCHEMES = ("light", "dark")
+LABELS = ("a cup", "a hotel", "a castle", "a house", "a bicycle", "a cat")
 
 
 @contextmanager
@@ -43,16 +45,17 @@ def pages(quickstart: Path) -> Iterator[list[dict[str, Any]]]:
     bundles = [quickstart / "bundles" / "fp32", quickstart / "bundles" / "int8"]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        controls = {"image": str(render_drawing(folder)), "controls": True}
+        image = unpacked(PACKAGE, folder) / PHOTOGRAPH
+        controls = {"image": str(image), "controls": True}
         report = stack.enter_context(served(quickstart / "report"))
         index = folder / "index"
-        edge.index(bundles[0], folder, output=index)
+        edge.index(bundles[0], image.parent, output=index)
         server = stack.enter_context(running("serve", str(bundles[0]), str(index), "--port", "0", "--threads", "1"))
         yield [
-            {"name": "demo", "url": stack.enter_context(demo(bundles)), **controls},
+            {"name": "demo", "url": stack.enter_context(demo(*map(str, bundles), "--labels", *LABELS)), **controls},
             {"name": "export for the browser", "url": stack.enter_context(site(bundles[-1])), **controls},
             {"name": "report", "url": f"{report}report.html"},
-            {"name": "search", "url": f"{server}?q=building"},
+            {"name": "search", "url": f"{server}?q=coffee"},
             {"name": "requests", "url": f"{server}docs"},
         ]
 

