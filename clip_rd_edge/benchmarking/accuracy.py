@@ -231,7 +231,8 @@ def _background(encoder: Encoder) -> Embeddings | None:
     if stored is not None or not embeds_texts(encoder):
         return stored
     if encoder not in _BACKGROUNDS:
-        _BACKGROUNDS[encoder] = label_embeddings(encoder, background_nouns(), encoder.describe().templates)
+        templates = encoder.describe().templates
+        _BACKGROUNDS[encoder] = label_embeddings(encoder, background_nouns(), templates, by_text=True)
     return _BACKGROUNDS[encoder]
 
 

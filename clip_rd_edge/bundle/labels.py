@@ -163,7 +163,7 @@ def read_taught(path: Path, *, size: int) -> Taught:
     arrays = read_npz(path, max_bytes=MAX_BYTES, hint=_TAUGHT_HINT)
     shapes = {name: arrays[name].shape for name in Taught.__struct_fields__ if name in arrays}
     kinds = "".join(arrays[name].dtype.kind for name in shapes)
-    count, images = len(arrays.get("names", ())), len(arrays.get("images", ()))
+    count, images = (np.size(arrays.get(name, ())) for name in ("names", "classes"))
     expected = ((count,), (count, size), (count,), (images, size), (images,), ())
     if kinds != "UfbfiU" or tuple(shapes.values()) != expected or not _is_sound(arrays, count):
         raise ConfigError(f"{path} does not have the arrays of taught labels in their shapes.", hint=_TAUGHT_HINT)

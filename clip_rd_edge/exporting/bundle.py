@@ -154,7 +154,7 @@ def export_bundle(
     with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
         if source is None:
             source = folder if (plan.format, plan.precision) == ("onnx", "fp32") else Path(scratch)
-            fp32 = write_fp32(clip, source, threads=plan.threads, reporter=reporter)
+            fp32 = _write_source(clip, source, plan, reporter)
         else:
             fp32 = read_manifest(source)
             if fp32.precision != "fp32" or damaged_files(source, fp32):
@@ -178,8 +178,8 @@ def export_bundles(
     for plan in plans.values():
         _require_storable(clip, plan)
     with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
-        source, threads = Path(scratch), next(iter(plans.values())).threads
-        fp32 = write_fp32(clip, source, threads=threads, reporter=reporter)
+        source = Path(scratch)
+        fp32 = _write_source(clip, source, next(iter(plans.values())), reporter)
         written = {}
         for name, plan in plans.items():
             (folder / name).mkdir()
@@ -195,6 +195,16 @@ def _require_storable(clip: ClipModel, plan: Plan) -> None:
     """Refuse labels that a bundle cannot hold."""
     if plan.labels is not None:  # the precision of their embeddings is known later: int8 takes the least
         require_readable(tuple(dict.fromkeys(plan.labels)), clip.embedding_size, "int8")
+
+
+def _write_source(clip: ClipModel, folder: Path, plan: Plan, reporter: Reporter) -> Manifest:
+    """Write what all bundles of an export are made from: as `write_fp32`, and the background if they keep one."""
+    fp32 = write_fp32(clip, folder, threads=plan.threads, reporter=reporter)
+    if plan.layout in ("bundle", "browser"):
+        reporter.update("embedding common nouns")
+        nouns = label_embeddings(_label_encoder(folder, fp32), background_nouns(), fp32.templates, reporter=reporter)
+        write_labels(folder, LabelBank(background_nouns(), nouns), precision="int8", name=BACKGROUND)
+    return fp32
 
 
 def write_fp32(clip: ClipModel, folder: Path, *, threads: int = 1, reporter: Reporter = SILENT) -> Manifest:
@@ -300,15 +310,13 @@ def _write_bundle(job: Job) -> Converted:
 
 
 def _with_calibration(job: Job, manifest: Manifest, encoder: BundleEncoder) -> Manifest:
-    """Write the background, by the float32 text tower, and return the manifest with what pairs say of the answers.
+    """Add the background, if the source has one, and return the manifest with what pairs show of the answers.
 
     The pairs are those that ranges were measured on: the others have chosen how INT8 is done.
     """
-    job.reporter.update("calibrating the answers")
-    texts = _label_encoder(job.source, job.fp32)
-    nouns = label_embeddings(texts, background_nouns(), manifest.templates)
-    write_labels(job.folder, LabelBank(background_nouns(), nouns), precision="int8", name=BACKGROUND)
-    bank = read_labels(job.folder, name=BACKGROUND)
+    bank = read_labels(job.source, name=BACKGROUND)
+    if bank is not None and job.source != job.folder:
+        shutil.copyfile(job.source / BACKGROUND, job.folder / BACKGROUND)
     if job.samples is None or not job.samples.paired or bank is None or encoder.int8_fault(manifest.image):
         return manifest
     if job.samples.seen:
@@ -316,8 +324,10 @@ def _with_calibration(job: Job, manifest: Manifest, encoder: BundleEncoder) -> M
             'probabilities and "none of these" are not calibrated: that takes pairs which the model was not trained on'
         )
         return manifest
+    job.reporter.update("calibrating the answers")
     pixels, ids = job.samples.calibrate
-    images, captions = encoder.encode_pixels(pixels), texts.encode_ids(ids)
+    images = encoder.encode_pixels(pixels)
+    captions = _label_encoder(job.source, job.fp32).encode_ids(ids)
     calibration = calibrate(images, captions, bank.embeddings, manifest.scoring, source=job.samples.name)
     if calibration is None:
         job.reporter.note(

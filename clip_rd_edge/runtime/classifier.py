@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +25,7 @@ from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.labels import Labels, label_names, label_set_key, read_label_set, write_label_set
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-else:  # which tokenizers brings
+if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _MANY_LABELS = 2000  # from this number on, embedding them is reported: it takes many seconds

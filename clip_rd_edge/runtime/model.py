@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -13,12 +12,9 @@ from clip_rd_edge.runtime.classifier import Deciding, Prediction, ZeroShotClassi
 from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.labels import Labels, label_names
 
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-else:  # which tokenizers brings
+if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-if TYPE_CHECKING:
     from clip_rd_edge.runtime.taught import Examples, Lesson
 
 

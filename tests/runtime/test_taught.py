@@ -79,6 +79,8 @@ def test_taught_labels_are_compared_with_common_nouns_whose_texts_stay_texts(ban
     for labels in (None, ["basketball", "green"]):
         assert model.classify(purple, labels, none=True)[0].label == "basketball"
         assert model.classify(purple, labels, multi=True)[0].label == "basketball"
+    (score,) = edge.evaluate(tmp_path / "new", tmp_path / "things")
+    assert score.mean_average_precision == 1
 
 
 def test_the_command_prints_what_it_has_taught(bank_bundle: Path, tmp_path: Path, command_line: Run) -> None:
@@ -204,6 +206,7 @@ def changed(taught: Taught, **fields: Any) -> Taught:
         lambda t: {"classes": np.zeros_like(t.classes)},
         lambda t: {"classes": t.classes[1:]},
         lambda t: {"own": t.own.astype(np.float32)},
+        lambda t: {"names": "orange"},
         lambda t: {"names": ("orange", "orange")},
         lambda t: {"names": ("my purple", " ")},
         lambda t: {"names": ("my purple", "red")},
