@@ -57,6 +57,7 @@ from clip_rd_edge.bundle.runs import (
     read_metrics,
     read_training_record,
 )
+from clip_rd_edge.data.folders import Folder
 from clip_rd_edge.data.tasks import Task, ZeroShotTask, load_task
 from clip_rd_edge.distillation.beforehand import measure_speed, note_overlap
 from clip_rd_edge.distillation.checkpoint import BEST_FOLDER
@@ -65,7 +66,7 @@ from clip_rd_edge.distillation.metrics import last_evaluation
 from clip_rd_edge.distillation.run import resumed_by_the_same_call
 from clip_rd_edge.errors import ConfigError, InterruptedRunError, UsageError
 from clip_rd_edge.exporting.bundle import export_model
-from clip_rd_edge.exporting.calibration import kept_pairs
+from clip_rd_edge.exporting.calibration import MIN_PAIRS, kept_pairs
 from clip_rd_edge.exporting.plan import Plan as ExportPlan
 from clip_rd_edge.exporting.plan import plan_exports
 from clip_rd_edge.models.edit import trim_text_tower
@@ -335,9 +336,16 @@ class Building:
             for plan in plan_exports(request)
         ]
         pairs = kept_pairs(str(self.run)) if any(plan.precision == "int8" for plan in plans) else None
-        written = export_model(request, plans, pairs)
+        written = export_model(request, plans, pairs, unseen=self._unseen_pairs())
         for trial in next(iter(written.values())).trials:
             self.reporter.note(f"{trial.tower} tower, {trial.name}: {trial.verdict}")
+
+    def _unseen_pairs(self) -> Folder | None:
+        """Return the pairs that answers are calibrated on: those to choose by; others are for the report."""
+        rows = {row.group: row for row in self.found.of("choose")}.values()
+        if self.found.kind == "images" or len(rows) < MIN_PAIRS:
+            return None
+        return Folder.of(HELD_OUT, [Path(row.path) for row in rows], [(row.caption,) for row in rows])
 
     def verify(self) -> None:
         """Verify that the bundle gives the exporter's answers, where this machine can run it."""

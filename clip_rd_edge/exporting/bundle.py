@@ -86,12 +86,17 @@ TARGET = "onnxruntime"
 
 @float32_on_cpu()
 def export_model(
-    request: Export, plans: Sequence[Plan], pairs: Samples | CalibrationPairs | None = None
+    request: Export,
+    plans: Sequence[Plan],
+    pairs: Samples | CalibrationPairs | None = None,
+    *,
+    unseen: Samples | None = None,
 ) -> dict[str, Converted]:
     """Load a model and export it by its plans; return what was written, by target.
 
     Args:
         pairs: to calibrate and evaluate INT8 on, if a plan is in it.
+        unseen: pairs that the model was not trained on, to calibrate its answers on where `pairs` are others.
     """
     reporter, output, layout = request.reporter, Path(request.output), plans[0].layout
     reporter.update("loading the model")
@@ -105,6 +110,11 @@ def export_model(
         samples = chosen.for_model(preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize)
         if request.calibration is not None and was_trained_on(typed(request.model), typed(request.calibration)):
             samples = replace(samples, seen=True)
+    if unseen is not None:
+        from clip_rd_edge.exporting.calibration import calibration_set
+
+        own = calibration_set(unseen, preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize)
+        samples = replace(samples or own, unseen=own)
     if layout in ("bundle", "browser") and clip.labels:
         plans = [replace(plan, labels=plan.labels or clip.labels) for plan in plans]
     if layout != "bundle":
@@ -310,33 +320,31 @@ def _write_bundle(job: Job) -> Converted:
 
 
 def _with_calibration(job: Job, manifest: Manifest, encoder: BundleEncoder) -> Manifest:
-    """Add the background, if the source has one, and return the manifest with what pairs show of the answers.
-
-    The pairs are those that ranges were measured on: the others have chosen how INT8 is done.
-    """
+    """Add the background, if the source has one, and return the manifest with what pairs show of the answers."""
     bank = read_labels(job.source, name=BACKGROUND)
     if bank is not None and job.source != job.folder:
         shutil.copyfile(job.source / BACKGROUND, job.folder / BACKGROUND)
-    if job.samples is None or not job.samples.paired or bank is None or encoder.int8_fault(manifest.image):
+    samples = job.samples.for_answers if job.samples else None
+    if samples is None or not samples.paired or bank is None or encoder.int8_fault(manifest.image):
         return manifest
-    if job.samples.seen:
+    if samples.seen:
         job.reporter.note(
             'probabilities and "none of these" are not calibrated: that takes pairs which the model was not trained on'
         )
         return manifest
     job.reporter.update("calibrating the answers")
-    pixels, ids = job.samples.calibrate
+    pixels, ids = samples.calibrate
     images = encoder.encode_pixels(pixels)
     captions = _label_encoder(job.source, job.fp32).encode_ids(ids)
-    calibration = calibrate(images, captions, bank.embeddings, manifest.scoring, source=job.samples.name)
+    calibration = calibrate(images, captions, bank.embeddings, manifest.scoring, source=samples.name)
     if calibration is None:
         job.reporter.note(
-            f"the captions of {job.samples.name} are too few, or do not fit their images: answers are not calibrated"
+            f"the captions of {samples.name} are too few, or do not fit their images: answers are not calibrated"
         )
         return manifest
     write_labels(job.folder, LabelBank(tuple(map(str, range(len(images)))), images), precision="int8", name=KNOWN)
     job.reporter.note(
-        f"answers are calibrated on {len(images)} pairs of {job.samples.name}: calibration error "
+        f"answers are calibrated on {len(images)} pairs of {samples.name}: calibration error "
         f"{calibration.error_before:.1%} before, {calibration.error:.1%} with temperature {calibration.temperature:.2f}"
     )
     return manifest.with_features(calibration=calibration)

@@ -63,6 +63,7 @@ class CalibrationSet:
         name: the name of the pairs, for provenance.
         paired: whether each caption belongs to its image, so that right answers are known.
         seen: whether the model was trained on them, whose matches are better than those of other pairs.
+        unseen: others, on which the answers are calibrated instead.
     """
 
     name: str
@@ -70,6 +71,15 @@ class CalibrationSet:
     held_out: Samples
     paired: bool = True
     seen: bool = False
+    unseen: CalibrationSet | None = None
+
+    @property
+    def for_answers(self) -> CalibrationSet:
+        """The samples whose first part answers are calibrated on: the second has chosen how INT8 is done."""
+        if self.unseen is None:
+            return self
+        halves = zip(self.unseen.calibrate, self.unseen.held_out, strict=True)
+        return replace(self.unseen, calibrate=Samples(*(np.concatenate(half)[:MAX_CALIBRATION] for half in halves)))
 
 
 @dataclass(frozen=True)
