@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ def test_half_are_for_calibration_and_half_are_held_out(tmp_path: Path) -> None:
     np.testing.assert_array_equal(samples.calibrate.ids[:, 0] % 1000, calibrate)  # captions belong to their images
     assert {int(caption) // 1000 for caption in samples.calibrate.ids[:, 0]} == {0, 1}  # any of an image's captions
     assert samples.name == "greys"
+
+
+def test_answers_are_calibrated_on_all_of_the_pairs_that_the_model_was_not_trained_on(tmp_path: Path) -> None:
+    ranges, unseen = (
+        calibration_set(_pairs(tmp_path, count), preprocessing=PREPROCESSING, tokenize=_tokenize, seen=count == 40)
+        for count in (40, 60)
+    )
+    assert ranges.for_answers is ranges
+    answers = replace(ranges, unseen=unseen).for_answers
+    assert not answers.seen
+    assert sorted(answers.calibrate.ids[:, 0] % 1000) == list(range(60))
 
 
 def test_a_folder_of_images_alone_takes_its_texts_from_elsewhere(tmp_path: Path) -> None:
