@@ -78,8 +78,10 @@ class CalibrationSet:
         """The samples whose first part answers are calibrated on: the second has chosen how INT8 is done."""
         if self.unseen is None:
             return self
-        halves = zip(self.unseen.calibrate, self.unseen.held_out, strict=True)
-        return replace(self.unseen, calibrate=Samples(*(np.concatenate(half)[:MAX_CALIBRATION] for half in halves)))
+        halves = (self.unseen.calibrate, self.unseen.held_out)
+        pixels = np.concatenate([half.pixels for half in halves])[:MAX_CALIBRATION]
+        ids = np.concatenate([half.ids for half in halves])[:MAX_CALIBRATION]
+        return replace(self.unseen, calibrate=Samples(pixels, ids))
 
 
 @dataclass(frozen=True)
