@@ -14,9 +14,8 @@ from msgspec import Meta
 from clip_rd_edge.bundle.runs import model_folder
 from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.errors import ConfigError, UsageError, near_matches, quoted
-from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
-from clip_rd_edge.losses.terms import find_term, load_terms, term_names
+from clip_rd_edge.losses.terms import PUBLISHED_START, ScaleKind, find_term, load_terms, term_names
 from clip_rd_edge.models.students import TEACHER
 from clip_rd_edge.models.text_weights import TOKENS
 from clip_rd_edge.settings.options import declared, option

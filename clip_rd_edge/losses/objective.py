@@ -24,8 +24,17 @@ from torch import Tensor, nn
 
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.losses import shipped  # noqa: F401  it registers its terms
-from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind, Scales
-from clip_rd_edge.losses.terms import EmbeddingBatch, Need, Products, TeacherScale, find_term, place_of
+from clip_rd_edge.losses.terms import (
+    PUBLISHED_START,
+    EmbeddingBatch,
+    Need,
+    Products,
+    ScaleKind,
+    Scales,
+    TeacherScale,
+    find_term,
+    place_of,
+)
 from clip_rd_edge.utils.structs import CheckedError
 
 
@@ -83,7 +92,7 @@ class Objective(nn.Module):
 
     Args:
         weights: weights of the terms.
-        scales, scale_start: see `losses.logits.Scales`.
+        scales, scale_start: see `losses.terms.Scales`.
         widths: embedding sizes of the student and of each teacher, None without a teacher. If the student's is not
             that of the teachers side by side, terms that compare the two use learned linear projections of the
             student's image and text embeddings.

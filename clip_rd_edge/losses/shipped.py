@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.losses.logits import Logits
-from clip_rd_edge.losses.terms import Products, at_least_float32, mean, term
+from clip_rd_edge.losses.terms import Logits, Products, at_least_float32, mean, term
 
 
 @term("task", needs={"pairs", "images"}, matches=True)
