@@ -15,25 +15,30 @@ block are computed separately and then freed: twice the products, but memory gro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.losses import shipped  # noqa: F401  it registers its terms
+from clip_rd_edge.losses import objective as shipped  # noqa: F401  it registers its terms
 from clip_rd_edge.losses.terms import (
     PUBLISHED_START,
     EmbeddingBatch,
+    Logits,
     Need,
     Products,
     ScaleKind,
     Scales,
     TeacherScale,
+    at_least_float32,
     find_term,
+    mean,
     place_of,
+    term,
 )
 from clip_rd_edge.utils.structs import CheckedError
 
@@ -154,3 +159,241 @@ class Objective(nn.Module):
             terms[name] = term.compute(products) if products.pairs else products.s_v.sum() + products.s_t.sum()
         total = torch.stack([weight * terms[name] for name, weight in self.weights.items()]).sum()
         return LossTerms(total=total, terms=terms)
+
+
+@term("task", needs={"pairs", "images"}, matches=True)
+def task(p: Products) -> Tensor:
+    """The InfoNCE loss of CLIP (Radford et al. 2021), ½ [CE(γ_s s_v·s_t) + CE(γ_s s_t·s_v)]."""
+    return _both_ways(p.student())
+
+
+@term("sigmoid", needs={"pairs", "images"}, matches=True)
+def sigmoid(p: Products) -> Tensor:
+    """The pairwise loss of SigLIP (Zhai et al. 2023), −(1/B) Σ_ij log σ(z_ij (γ_s s_v·s_t + β_s)_ij).
+
+    z is 1 for an image and its own caption, and −1 for all others. It trains β_s, the student's bias, and each pair is
+    scored by itself: a process needs the rows of its own images alone. Beside it, the terms of relations compare
+    softmaxes of the cosines, each side at its own scale, in which a bias has no part.
+    """
+    if p.student_bias is None:
+        raise ConfigError("The loss term sigmoid needs a student with a logit bias, as SigLIP's models have.")
+    logits = p.student()
+    # log σ(−x) = −softplus(x), and log σ(x) is x more.
+    return (
+        nn.functional.softplus(logits.rows + p.student_bias).sum() - (logits.diagonal + p.student_bias).sum()
+    ) / p.pairs
+
+
+@term("icl", needs={"teacher", "pairs", "images"})
+def icl(p: Products) -> Tensor:
+    """Interactive contrastive learning of CLIP-KD (Yang et al. 2024), ½ [CE(c s_v·t_t) + CE(c s_t·t_v)].
+
+    The student's embeddings are the queries: the columns of c t_t·s_v are the rows of c s_v·t_t.
+    """
+    return (_columns(p.text_to_image()) + _columns(p.image_to_text())) / (2 * p.pairs)
+
+
+@term("vrd_ce_image", needs={"teacher", "images"})
+def vrd_ce_image(p: Products) -> Tensor:
+    """The contrastive part of VRD for images (CLIP-RD), ½ [CE(a t_v·s_v) + CE(a s_v·t_v)]."""
+    return _both_ways(p.image_to_image())
+
+
+@term("vrd_ce_text", needs={"teacher"})
+def vrd_ce_text(p: Products) -> Tensor:
+    """The contrastive part of VRD for texts (CLIP-RD), ½ [CE(b t_t·s_t) + CE(b s_t·t_t)]."""
+    return _both_ways(p.text_to_text())
+
+
+def _both_ways(logits: Logits) -> Tensor:
+    """½ [CE(L) + CE(Lᵀ)]."""
+    return (_rows(logits) + _columns(logits)) / (2 * logits.pairs)
+
+
+def _rows(logits: Logits) -> Tensor:
+    """Sum over rows of the cross-entropy with the matching pair as the target."""
+    return (logits.row_logsumexp - logits.diagonal).sum()
+
+
+def _columns(logits: Logits) -> Tensor:
+    return (logits.column_logsumexp - logits.diagonal).sum()
+
+
+@term("hrd", needs={"teacher", "images"}, matches=True)
+def hrd(p: Products) -> Tensor:
+    """Horizontal relational distillation, ½ [KL(T ‖ L) + KL(Tᵀ ‖ Lᵀ)], T = γ_t t_v·t_t, L = γ_s s_v·s_t.
+
+    It is the CRD of CLIP-KD.
+    """
+    return mean(relation_divergence(teacher, p.student()) for teacher in p.teachers())
+
+
+@term("affinity", needs={"teacher", "images"}, matches=True)
+def affinity(p: Products) -> Tensor:
+    """Affinity mimicking of TinyCLIP (Wu et al. 2023), ½ [H(T, L) + H(Tᵀ, Lᵀ)], T = γ_t t_v·t_t, L = γ_s s_v·s_t.
+
+    With H(T, L) = −(1/B) Σ_i Σ_j P_ij log Q_ij, it equals HRD plus the entropy of the teacher: its gradient is HRD's.
+    """
+    return mean(relation_divergence(teacher, p.student()) + _entropy(teacher) for teacher in p.teachers())
+
+
+@term("vrd_kl", needs={"teacher", "pairs", "images"})
+def vrd_kl(p: Products) -> Tensor:
+    """Vertical relational distillation (CLIP-RD), ½ [KL(sg(b t_t·s_t) ‖ a t_v·s_v) + KL(sg(b s_t·t_t) ‖ a s_v·t_v)].
+
+    The image side follows the text side.
+    """
+    return relation_divergence(p.text_to_text(), p.image_to_image())
+
+
+@term("xrd", needs={"teacher", "pairs", "images"})
+def xrd(p: Products) -> Tensor:
+    """Cross relational distillation (CLIP-RD), ¼ [KL(sg B ‖ A) + KL(sg A ‖ B) + KL(sg Bᵀ ‖ Aᵀ) + KL(sg Aᵀ ‖ Bᵀ)].
+
+    With A = c t_v·s_t and B = c t_t·s_v.
+    """
+    towards_text = relation_divergence(p.text_to_image(), p.image_to_text())
+    return (towards_text + relation_divergence(p.image_to_text(), p.text_to_image())) / 2
+
+
+def relation_divergence(target: Logits, logits: Logits) -> Tensor:
+    """½ [KL(T ‖ L) + KL(Tᵀ ‖ Lᵀ)] for the target T and the logits L; a scalar. No gradient reaches T."""
+    # KL = Σ P (log P − log Q) with log P = T − logsumexp T. As each row of P sums to 1, the logsumexps can be added
+    # separately.
+    rows, columns = target.row_distribution(), target.column_distribution()
+    if target.is_whole:
+        # Both directions weight the same entries T − L, so one pass is enough.
+        expected = _expected_difference(rows.add_(columns.T), target.rows, logits.rows)
+    else:
+        expected = _expected_difference(rows, target.rows, logits.rows)
+        expected = expected + _expected_difference(columns, target.columns, logits.columns)
+    normalisers = logits.row_logsumexp - target.row_logsumexp.detach()
+    normalisers = normalisers + logits.column_logsumexp - target.column_logsumexp.detach()
+    return (expected + normalisers.sum()) / (2 * logits.pairs)
+
+
+@torch.no_grad()
+def _entropy(logits: Logits) -> Tensor:
+    """½ [entropy of the row distributions + entropy of the column distributions], means over B."""
+    rows = logits.row_logsumexp.sum() - (logits.row_distribution() * logits.rows).sum()
+    columns = logits.column_logsumexp.sum() - (logits.column_distribution() * logits.columns).sum()
+    return (rows + columns) / (2 * logits.pairs)
+
+
+class _ExpectedDifference(torch.autograd.Function):
+    """Σ P (T − L), with the gradient −P for L and none for P and T.
+
+    Autograd would store T − L as well as P. Computing P·T and P·L separately would lose precision by cancellation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, target: Tensor, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(weights)
+        return (target - logits).mul_(weights).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:
+        (weights,) = ctx.saved_tensors
+        return None, None, weights * -gradients[0]
+
+
+def _expected_difference(weights: Tensor, target: Tensor, logits: Tensor) -> Tensor:
+    apply: Any = _ExpectedDifference.apply  # only some versions of torch have types for it
+    result: Tensor = apply(weights, target.detach(), logits)
+    return result
+
+
+@term("fd", needs={"teacher"})
+def fd(p: Products) -> Tensor:
+    """Feature distillation of CLIP-KD (Yang et al. 2024), mean((s_v − t_v)²) + mean((s_t − t_t)²) over B·D entries."""
+    sides = ((p.p_v[p.rows], p.t_v[p.rows]), (p.p_t[p.rows], p.t_t[p.rows]))
+    parts = [zip(p.parts(student), p.parts(teacher), strict=True) for student, teacher in sides]
+    terms = [[(s - t).square().sum() / (p.pairs * s.shape[1]) for s, t in side] for side in parts]
+    return mean(image + text for image, text in zip(*terms, strict=True))
+
+
+# Entries of an n×K product that are computed at once, 16 MiB; of which four are in use; one row of a longer bank.
+BLOCK_ENTRIES = 2**22
+
+
+@term("bank", needs={"teacher", "images", "bank"})
+def bank(p: Products) -> Tensor:
+    """Relations to a bank of the teacher's embeddings V and T, ¼ Σ KL(γ t·Y ‖ γ s·Y) over both sides and Y = V, T.
+
+    The other terms compare B pairs with each other. This one compares how student and teacher relate each pair to K
+    images V and K' captions T that the teacher has embedded, (K, D) and (K', D), such as all of the data set. γ = γ_t /
+    τ with a temperature τ: the student's rows take part at the teacher's scale, so that equal embeddings give 0.
+
+    The terms of images to V and of texts to T are the similarity distillation of SEED (Fang et al. 2021) and CompRess
+    (Abbasi Koohpayegani et al. 2020), where one bank of the teacher's embeddings serves both models, for each modality.
+    Those of images to T and of texts to V are the relations that MobileCLIP (Vasu et al. 2024) distils within a batch.
+    CLIP-PING (Thwal et al. 2024) also has a bank for each modality, but learns from the nearest neighbours in it.
+    """
+    if p.bank is None:
+        raise ValueError("The batch has no bank to compare with.")
+    with torch.autocast(p.s_v.device.type, enabled=False):
+        student = p.parts(torch.cat([p.p_v[p.rows], p.p_t[p.rows]]))
+        teacher = p.parts(torch.cat([p.t_v[p.rows], p.t_t[p.rows]]))
+        total = student[0].new_zeros(())
+        for entries in (p.bank.image, p.bank.text):
+            for k, part in enumerate(p.parts(at_least_float32(entries))):
+                scale = p.teacher_scales[k] / p.bank_temperature
+                total = total + bank_divergence(student[k], teacher[k], part, scale=scale)
+    return total / (4 * p.pairs * len(student))
+
+
+def bank_divergence(student: Tensor, teacher: Tensor, bank: Tensor, *, scale: float | Tensor) -> Tensor:
+    """Σ_i KL(scale · t_i·bank ‖ scale · s_i·bank), a scalar: the sum over rows, with a gradient for the student alone.
+
+    Time grows with n·K; memory does not, see BLOCK_ENTRIES.
+
+    Args:
+        student, teacher: n rows, (n, D) each.
+        bank: (K, D).
+        scale: a multiplier without gradient.
+    """
+    if not len(bank):
+        raise ValueError("The bank has no embeddings to compare with.")
+    apply: Any = _BankDivergence.apply  # only some versions of torch have types for it
+    result: Tensor = apply(student, teacher, bank, scale)
+    return result
+
+
+class _BankDivergence(torch.autograd.Function):
+    """Computes the gradient scale · (Q − P) @ bank together with the loss, as P and Q are not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, bank: Tensor, scale: float | Tensor) -> Tensor:
+        total, gradient = student.new_zeros(()), torch.empty_like(student)
+        for rows in _row_blocks(len(student), len(bank)):
+            target, logits = (scale * teacher[rows]) @ bank.T, (scale * student[rows]) @ bank.T
+            target_logsumexp, logsumexp = target.logsumexp(1, keepdim=True), logits.logsumexp(1, keepdim=True)
+            weights = (target - target_logsumexp).exp_()
+            # As in `relation_divergence`: Σ P (log P − log Q), where each row of P sums to 1.
+            total += target.sub_(logits).mul_(weights).sum() + (logsumexp - target_logsumexp).sum()
+            gradient[rows] = logits.sub_(logsumexp).exp_().sub_(weights) @ bank
+        ctx.save_for_backward(student, gradient.mul_(scale))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        apply: Any = _Gradient.apply
+        return apply(*ctx.saved_tensors, gradients[0]), None, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient for the student's rows; it depends on them, which a second derivative would not know otherwise."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
+        return factor * gradient
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError("The term of the bank has no second derivative.")
+
+
+def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    size = max(1, BLOCK_ENTRIES // columns)
+    for start in range(0, rows, size):
+        yield slice(start, start + size)

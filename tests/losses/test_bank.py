@@ -10,9 +10,8 @@ import torch
 from losses_in_numpy import rows
 from torch import Tensor
 
-from clip_rd_edge.losses import shipped
-from clip_rd_edge.losses.objective import Objective, Weights
-from clip_rd_edge.losses.shipped import bank_divergence
+from clip_rd_edge.losses import objective as shipped
+from clip_rd_edge.losses.objective import Objective, Weights, bank_divergence
 from clip_rd_edge.losses.terms import Bank, EmbeddingBatch
 
 SCALE, PAIRS, WIDTH = 20.0, 6, 8
