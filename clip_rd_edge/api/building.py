@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from clip_rd_edge.api.models import open_encoder
-from clip_rd_edge.settings.building import Build
+from clip_rd_edge.settings.measuring import Build
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.utils.files import require_utf8_path
 

@@ -14,7 +14,7 @@ from clip_rd_edge.building.student import STARTS, STUDENTS
 from clip_rd_edge.distillation.beforehand import Speed
 from clip_rd_edge.distillation.config import Precision, RunConfig, load_recipe, recipe_names
 from clip_rd_edge.errors import ConfigError, UsageError
-from clip_rd_edge.settings.building import Build
+from clip_rd_edge.settings.measuring import Build
 from clip_rd_edge.utils.files import write_text
 from clip_rd_edge.utils.host import instruction_sets
 from clip_rd_edge.utils.paths import Typed, as_text, is_file

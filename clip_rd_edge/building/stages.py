@@ -76,8 +76,8 @@ from clip_rd_edge.models.stitch import class_nouns
 from clip_rd_edge.models.text_towers import text_layers
 from clip_rd_edge.runtime.labels import label_names
 from clip_rd_edge.runtime.verify import verify_bundle
-from clip_rd_edge.settings.building import Build
 from clip_rd_edge.settings.deploying import Export, Fallback
+from clip_rd_edge.settings.measuring import Build
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.outputs import exclusive_writer, require_free_output
 from clip_rd_edge.utils.paths import Typed, is_file, several, typed

@@ -17,8 +17,8 @@ from clip_rd_edge.exporting.towers import IMAGE_INPUT, export_image_tower
 from clip_rd_edge.models.load import known_config
 from clip_rd_edge.models.students import PACKAGE, TEACHER, TIMM, build_student, init_image_tower, student_config
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
-from clip_rd_edge.settings.building import Build
 from clip_rd_edge.settings.deploying import Export
+from clip_rd_edge.settings.measuring import Build
 from clip_rd_edge.utils.files import size_bytes
 from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.timing import time_in_turn

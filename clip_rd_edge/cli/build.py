@@ -6,7 +6,7 @@ from typing import Any
 
 from clip_rd_edge.cli.options import command_of
 from clip_rd_edge.cli.output import echo
-from clip_rd_edge.settings.building import Build
+from clip_rd_edge.settings.measuring import Build
 from clip_rd_edge.utils.text import as_word
 
 

@@ -10,7 +10,7 @@ import pytest
 from clip_rd_edge.building import student
 from clip_rd_edge.building.student import DEFAULT, STUDENTS, choose_student, is_here, measured_tower
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.settings.building import Build
+from clip_rd_edge.settings.measuring import Build
 
 FLOAT_MB = dict(zip(STUDENTS, (16.0, 12.0, 44.0, 8.0, 20.0), strict=True))
 HERE_MS = dict(zip(STUDENTS, (9.0, 7.0, 20.0, 3.0, 5.0), strict=True))
