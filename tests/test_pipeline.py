@@ -29,7 +29,7 @@ from clip_rd_edge.api.models import open_encoder
 from clip_rd_edge.benchmarking.report import HTML, MARKDOWN, PLOT, write_report
 from clip_rd_edge.benchmarking.results import RESULTS, Results, read_results, write_results
 from clip_rd_edge.benchmarking.suite import Suite
-from clip_rd_edge.building.built_in import CLASSIFIER
+from clip_rd_edge.building.plan import CLASSIFIER
 from clip_rd_edge.bundle.manifest import MANIFEST
 from clip_rd_edge.bundle.runs import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.distillation.config import RunConfig

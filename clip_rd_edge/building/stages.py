@@ -27,7 +27,6 @@ from clip_rd_edge.benchmarking.report import HTML, write_report
 from clip_rd_edge.benchmarking.results import RESULTS, published, read_results
 from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
 from clip_rd_edge.benchmarking.suite import Role, Suite, SuiteRow
-from clip_rd_edge.building.built_in import built_in_teacher
 from clip_rd_edge.building.look import HELD_OUT, LOOK, PAGE, TRAIN, Look, look, task_of, write_task
 from clip_rd_edge.building.plan import (
     BATCH,
@@ -35,16 +34,20 @@ from clip_rd_edge.building.plan import (
     VIEWS,
     Plan,
     asked_of,
+    built_in_teacher,
+    choose_student,
     context_length_for,
     image_size_for,
+    is_here,
     kept_plan,
     reasons,
+    require_measurable,
     run_config,
+    start_of,
     steps_of,
     training_precision,
     write_plan,
 )
-from clip_rd_edge.building.student import choose_student, is_here, require_measurable, start_of
 from clip_rd_edge.building.verdict import VERDICT, verdict
 from clip_rd_edge.bundle.formats import format_named
 from clip_rd_edge.bundle.manifest import is_bundle, read_manifest

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from clip_rd_edge.building import student
-from clip_rd_edge.building.student import DEFAULT, STUDENTS, choose_student, is_here, measured_tower
+from clip_rd_edge.building import plan as student
+from clip_rd_edge.building.plan import DEFAULT, STUDENTS, choose_student, is_here, measured_tower
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.settings.measuring import Build
 
