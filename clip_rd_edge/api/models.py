@@ -118,7 +118,7 @@ def trim(request: Trim) -> Path:
     """
     from clip_rd_edge.bundle.outputs import require_output
     from clip_rd_edge.bundle.runs import model_folder
-    from clip_rd_edge.data.mixed import load_texts
+    from clip_rd_edge.data.load import load_texts
     from clip_rd_edge.runtime.labels import read_texts
     from clip_rd_edge.utils.files import require_utf8_path
 

@@ -139,8 +139,7 @@ def pack(request: Pack) -> Packed:
         InputError: the data are missing, or too many samples are damaged.
     """
     from clip_rd_edge.bundle.labels import parse_templates
-    from clip_rd_edge.data.load import load_pairs
-    from clip_rd_edge.data.mixed import TrainingData, load_images
+    from clip_rd_edge.data.load import TrainingData, load_images, load_pairs
     from clip_rd_edge.data.pack import pack_samples
 
     data, reporter = TrainingData(data=typed(request.data)).data or typed(""), request.reporter

@@ -13,8 +13,7 @@ from typing import Any
 import msgspec
 
 from clip_rd_edge.bundle.runs import WEIGHTS_FILE, model_folder
-from clip_rd_edge.data.load import names_shards
-from clip_rd_edge.data.mixed import TrainingData, load_samples
+from clip_rd_edge.data.load import TrainingData, load_samples, names_shards
 from clip_rd_edge.data.reinforced import Reinforced, StoredTeachers
 from clip_rd_edge.data.samples import BadSamples, Samples, require_batch, require_images
 from clip_rd_edge.data.tasks import Task
@@ -195,7 +194,7 @@ def lack_of_pairs(config: RunConfig, pairs: Samples) -> list[str]:
 
 
 def training_pairs(config: RunConfig, *, reporter: Reporter = SILENT) -> Samples:
-    """Return what a run trains on; raises as `data.mixed.load_samples`."""
+    """Return what a run trains on; raises as `data.load.load_samples`."""
     source = TrainingData(**{name: getattr(config, name) for name in TrainingData.__struct_fields__})
     if load_stored_teachers(config) is not None:
         return _reinforced_pairs(source, reporter)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clip_rd_edge.bundle.encoder import in_batches
-from clip_rd_edge.data.load import names_shards
-from clip_rd_edge.data.mixed import Mixed
+from clip_rd_edge.data.load import Mixed, names_shards
 from clip_rd_edge.data.reinforced import StoredTeachers, read_stored_teachers
 from clip_rd_edge.data.samples import Samples
 from clip_rd_edge.distillation.config import RunConfig

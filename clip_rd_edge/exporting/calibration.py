@@ -28,8 +28,7 @@ from clip_rd_edge.bundle.preprocess import Pixels, Preprocessing, fit, preproces
 from clip_rd_edge.bundle.runs import CALIBRATION_FILE, model_folder, read_training_record, refuse_unfinished_run
 from clip_rd_edge.bundle.tokenizer import TokenIds
 from clip_rd_edge.data.folders import image_samples, subfolders
-from clip_rd_edge.data.load import load_pairs, names_shards
-from clip_rd_edge.data.mixed import Mixed
+from clip_rd_edge.data.load import Mixed, load_pairs, names_shards
 from clip_rd_edge.data.samples import MAX_BAD_SHARE, BadSamples
 from clip_rd_edge.data.samples import Samples as DataSamples
 from clip_rd_edge.data.tables import MissingColumnError

@@ -12,8 +12,7 @@ from PIL import Image
 
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.mixed import TrainingData, load_samples
+from clip_rd_edge.data.load import TrainingData, load_pairs, load_samples
 from clip_rd_edge.data.order import StepSampler
 from clip_rd_edge.data.samples import fingerprint
 from clip_rd_edge.distillation.loader import ViewDataset, step_loader

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.mixed import Mixed, TrainingData, load_images, load_samples
+from clip_rd_edge.data.load import Mixed, TrainingData, load_images, load_pairs, load_samples
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.samples import Counts, Sample, Samples
 from clip_rd_edge.errors import InputError

@@ -12,8 +12,7 @@ from PIL import Image
 
 import clip_rd_edge as edge
 from clip_rd_edge.data import pack
-from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.mixed import load_images
+from clip_rd_edge.data.load import load_images, load_pairs
 from clip_rd_edge.data.samples import Samples
 from clip_rd_edge.data.webdataset import Shards
 from clip_rd_edge.errors import InputError, UsageError

@@ -22,8 +22,7 @@ from support import contents, wait_until
 
 from benchmarks.data.unreliable_server import UnreliableServer
 from clip_rd_edge.data import remote, shard_files
-from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.mixed import TrainingData, load_samples
+from clip_rd_edge.data.load import TrainingData, load_pairs, load_samples
 from clip_rd_edge.data.samples import fingerprint
 from clip_rd_edge.data.shard_files import close_tars
 from clip_rd_edge.data.tasks import load_task

@@ -18,8 +18,7 @@ from PIL import Image
 from support import Watch, contents
 
 from clip_rd_edge.data import tables
-from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.mixed import load_images, load_texts
+from clip_rd_edge.data.load import load_images, load_pairs, load_texts
 from clip_rd_edge.data.samples import Samples, fingerprint
 from clip_rd_edge.data.tables import TABLE_STAGE, Table
 from clip_rd_edge.data.tasks import load_task

@@ -90,7 +90,7 @@ from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.remote import RemoteShard
 from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.data.tasks import load_task
-from clip_rd_edge.data.mixed import TrainingData
+from clip_rd_edge.data.load import TrainingData
 from clip_rd_edge.distillation.config import RecordedConfig
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.paths import Typed, typed
