@@ -17,8 +17,8 @@ from clip_rd_edge.settings.training import Average, Distill, Embed, Pack
 from clip_rd_edge.utils.paths import AnyPath, is_file, several, typed
 
 if TYPE_CHECKING:
-    from clip_rd_edge.data.pack import Packed
     from clip_rd_edge.data.tasks import Task
+    from clip_rd_edge.data.webdataset import Packed
     from clip_rd_edge.distillation.config import RunConfig
     from clip_rd_edge.models.edit import AveragedModel
 
@@ -140,7 +140,7 @@ def pack(request: Pack) -> Packed:
     """
     from clip_rd_edge.bundle.labels import parse_templates
     from clip_rd_edge.data.load import TrainingData, load_images, load_pairs
-    from clip_rd_edge.data.pack import pack_samples
+    from clip_rd_edge.data.webdataset import pack_samples
 
     data, reporter = TrainingData(data=typed(request.data)).data or typed(""), request.reporter
     if request.without_captions:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import clip_rd_edge as edge
-from clip_rd_edge.data import pack
+from clip_rd_edge.data import webdataset as pack
 from clip_rd_edge.data.load import load_images, load_pairs
 from clip_rd_edge.data.samples import Samples
 from clip_rd_edge.data.webdataset import Shards
