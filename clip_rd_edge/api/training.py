@@ -32,9 +32,10 @@ def distill(request: Distill) -> Path:
         InputError, ConfigError: the data, teacher, student or recipe is missing or invalid.
         InterruptedRunError: a signal stopped the run; its state was saved.
     """
-    from clip_rd_edge.distillation.beforehand import fitting_batch, note_overlap, with_steps_for
     from clip_rd_edge.distillation.config import resolve
     from clip_rd_edge.distillation.distill import run_distillation
+    from clip_rd_edge.distillation.setup import fitting_batch, note_overlap
+    from clip_rd_edge.distillation.speed import with_steps_for
     from clip_rd_edge.utils.files import require_utf8_path
 
     run = Path(request.output)

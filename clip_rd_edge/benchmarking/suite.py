@@ -13,9 +13,9 @@ from msgspec import Meta
 from clip_rd_edge.bundle.formats import Runtime
 from clip_rd_edge.bundle.runs import LOCAL_DIR
 from clip_rd_edge.data.folders import SPLITS
-from clip_rd_edge.data.load import local_place, names_shards
+from clip_rd_edge.data.load import SEPARATOR, local_place, names_shards
 from clip_rd_edge.data.tasks import BUILT_IN_TASKS, Task, load_task, with_distinct_names
-from clip_rd_edge.data.webdataset import SEPARATOR, parse_sources
+from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.errors import ConfigError, InputError, near_matches, quoted
 from clip_rd_edge.models.names import parse_name
 from clip_rd_edge.runtime.encoder import MAX_THREADS

@@ -15,8 +15,8 @@ import torch
 
 from clip_rd_edge.benchmarking.results import read_results
 from clip_rd_edge.building.look import Look
-from clip_rd_edge.distillation.beforehand import Speed
 from clip_rd_edge.distillation.config import Precision, RunConfig, load_recipe, recipe_names
+from clip_rd_edge.distillation.speed import Speed
 from clip_rd_edge.errors import ConfigError, InputError, MissingExtraError, UsageError
 from clip_rd_edge.exporting.parity import p10
 from clip_rd_edge.exporting.plan import plan_exports

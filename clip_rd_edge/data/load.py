@@ -1,4 +1,4 @@
-"""Load pairs by the name of their source: the built-in data set, a table or shards."""
+"""Load training data by the name of their source: pairs, images without captions, captions without images."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ import numpy.typing as npt
 from clip_rd_edge.bundle.encoder import fill_template
 from clip_rd_edge.bundle.labels import parse_templates
 from clip_rd_edge.bundle.manifest import MAX_TEMPLATES
-from clip_rd_edge.data.folders import image_samples
-from clip_rd_edge.data.remote import is_remote
+from clip_rd_edge.data.folders import class_samples, image_samples
 from clip_rd_edge.data.samples import NO_PROBLEMS, Counts, Problems, Sample, Samples
 from clip_rd_edge.data.tables import is_parquet, load_table, parquet_rows
-from clip_rd_edge.data.webdataset import SEPARATOR, Shards, parse_sources
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.paths import URL, Typed, is_file, is_folder
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -28,12 +26,19 @@ from clip_rd_edge.utils.text import shown_source
 
 # Compressed ones are refused as such, and not as tables.
 TAR_SUFFIXES = (".tar", ".tar}", ".tar.gz", ".tgz")
+SEPARATOR = "::"  # between sources of shards and between their weights, as in open_clip
+PIPE = "pipe:"
 
 
 def names_shards(source: str) -> bool:
     """Return whether a source of pairs names WebDataset shards."""
     path = source.partition("?")[0] if URL.search(source) else source  # such as .tar?download=true
-    return path.endswith(TAR_SUFFIXES) or source.endswith(TAR_SUFFIXES) or source.startswith("pipe:")
+    return path.endswith(TAR_SUFFIXES) or source.endswith(TAR_SUFFIXES) or source.startswith(PIPE)
+
+
+def is_remote(pattern: str) -> bool:
+    """Return whether a pattern names shards elsewhere."""
+    return bool(URL.search(pattern)) or pattern.startswith(PIPE)
 
 
 def require_local(source: str) -> None:
@@ -47,7 +52,7 @@ def require_local(source: str) -> None:
 
 def local_place(text: str, *, source: str) -> Typed:
     """Return what a suite says as if it was typed: a name, or a path of this machine, but no command and no URL."""
-    if any(map(is_remote, map(str.strip, text.split("::")))):
+    if any(map(is_remote, map(str.strip, text.split(SEPARATOR)))):
         raise ConfigError(
             f"{source} names {shown_source(text)}, a command or a URL; expected a path of this machine.",
             hint="copy the data to this machine: only what is typed in a command may be run or fetched",
@@ -93,12 +98,8 @@ def load_pairs(
     else:
         require_local(source)
         if is_folder(source):
-            from clip_rd_edge.data.folders import class_samples
-
             pairs = class_samples(source, Path(source), templates)
         else:
-            from clip_rd_edge.data.tables import load_table
-
             pairs = load_table(Path(source), image_key=image_key, caption_key=caption_key, reporter=reporter)
     if len(pairs) < 2:
         raise InputError(
@@ -335,6 +336,8 @@ def load_images(source: Typed, *, column: str, reporter: Reporter = SILENT) -> S
         column: name of the table's column.
     """
     if names_shards(source):
+        from clip_rd_edge.data.webdataset import Shards, parse_sources
+
         images: Samples = Shards(source, parse_sources(source), captioned=False, reporter=reporter)
     elif source == "emoji":
         images = load_pairs(source)

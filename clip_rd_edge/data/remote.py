@@ -23,13 +23,13 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
+from clip_rd_edge.data.load import PIPE
 from clip_rd_edge.data.tar import TarScan
 from clip_rd_edge.errors import InputError, MissingExtraError, UnreachableError, causes, needs_extra
 from clip_rd_edge.utils.files import disk_full_error
-from clip_rd_edge.utils.paths import URL, Typed
+from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.text import shown_message, shown_source
 
-PIPE = "pipe:"
 _PART_BYTES = 8 << 20
 _VERSION_TRIES = 4
 _REQUESTING_THREADS = 16
@@ -79,11 +79,6 @@ class Version(NamedTuple):
 
 # By URL, as of when their servers were last asked: shards that are in use are read as these versions.
 _known_versions = dict[str, Version]()
-
-
-def is_remote(pattern: str) -> bool:
-    """Return whether a pattern names shards elsewhere."""
-    return bool(URL.search(pattern)) or pattern.startswith(PIPE)
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T], *, threads: int) -> Iterator[R]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import hashlib
 import math
+import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -16,12 +23,16 @@ import numpy.typing as npt
 from PIL import Image
 
 from clip_rd_edge.bundle.images import ImageFile, open_image
-from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.files import machine_failure
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.utils.files import machine_failure, now_in
+from clip_rd_edge.utils.outputs import exclusive_writer, new_folder
+from clip_rd_edge.utils.paths import cache_home
 from clip_rd_edge.utils.text import as_unicode
 
 GROUP_ROWS = 4096
 """Image files that are shuffled as a group: they lie apart, so that any block of them serves."""
+INDEX = "index.json"  # written last into the folder of an index
+_UNUSED_S = 30 * 24 * 3600
 MAX_EXAMPLES = 20  # messages about single samples that are kept; of the others there is the number
 MAX_BAD_SHARE = 0.01  # of all samples
 _PAUSE_S = 2.0  # most errors of networks and disks pass
@@ -350,3 +361,66 @@ class BadSamples:
             f"{latest[0].rstrip('.')}.",
             hint="; ".join(filter(None, (hint, self._samples.problems.hint))),
         )
+
+
+def kept_index(kind: str, identity: Iterable[str], build: Callable[[Path], None]) -> Path:
+    """Return the folder of an index: the one in the cache, or else one that is built now.
+
+    Several processes that need the same index build it once. Indices of this kind that nobody has opened for 30 days
+    are removed. Where the cache is full or read-only, the index lasts as long as this process.
+
+    Args:
+        kind: name of the folder of all such indices.
+        identity: texts of which another one makes another index.
+        build: fills an empty folder; the file INDEX is written last.
+    """
+    key = hashlib.sha256("\n".join(identity).encode(errors="surrogateescape")).hexdigest()[:32]
+    folder = cache_home() / kind / key
+    if _is_complete(folder):
+        return folder
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive_writer(folder.with_suffix(".lock.d"), on_wait=lambda message: None))
+        except UsageError:  # it cannot be written
+            return _temporary_index(build)
+        if not _is_complete(folder):
+            try:
+                _remove_unused(folder.parent)
+                with new_folder(folder) as new:
+                    build(new)
+            except OSError:
+                return _temporary_index(build)
+    return folder
+
+
+def _temporary_index(build: Callable[[Path], None]) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="clip-rd-edge-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    build(folder)
+    return folder
+
+
+def damage(folder: Path, number: int) -> ConfigError:
+    """Return the error for a pair, counted from 0, whose entry in an index has changed since it was written."""
+    return ConfigError(
+        f"The index {folder} is damaged: its entry of pair {number:,} has changed since it was written.",
+        hint="delete it; it is made again",
+    )
+
+
+def _is_complete(folder: Path) -> bool:
+    """Return whether an index is there, and mark it as used now."""
+    with contextlib.suppress(OSError):
+        os.utime(folder / INDEX)
+    with contextlib.suppress(OSError):  # a cache in a folder that this user may not enter
+        return (folder / INDEX).is_file()
+    return False
+
+
+def _remove_unused(indices: Path) -> None:
+    now = now_in(indices)
+    for path in indices.glob(f"*/{INDEX}"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < now - _UNUSED_S:
+                path.unlink()  # first: what is removed in part is no index
+                shutil.rmtree(path.parent)

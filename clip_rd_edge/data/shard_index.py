@@ -13,18 +13,14 @@ processes share the pages of the file, and 15 million samples cost as much as 15
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
 import io
 import os
-import shutil
-import tempfile
 import weakref
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,90 +31,24 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.data.remote import ShardFile, in_threads, shard_identity
-from clip_rd_edge.data.samples import NO_PROBLEMS, Problems
+from clip_rd_edge.data.samples import INDEX, NO_PROBLEMS, Problems, damage, kept_index
 from clip_rd_edge.data.shard_files import TarMember, close_tars, current_versions, open_file
 from clip_rd_edge.data.tar import COLUMNS, REINFORCED_COLUMNS, Kind, SampleGroups, TarScan, read_at
-from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.arrays import HEADERS, npz_bytes
-from clip_rd_edge.utils.files import now_in, write_bytes
-from clip_rd_edge.utils.outputs import exclusive_writer, new_folder
+from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import cache_home
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
 
-INDEX = "index.json"
 INDEXING_STAGE = "indexing shards"
 _FORMAT = "5"  # increase when the same tar, or the same shards, are indexed differently
 _ROWS = "rows.bin"
-_UNUSED_S = 30 * 24 * 3600
 _FETCHING_THREADS = 8
 _ALL_COLUMNS = COLUMNS | REINFORCED_COLUMNS
 _SUFFIXES: dict[Kind, str] = {"image": "", "text": ".txt", "json": ".json", "class": ".cls"}
 _CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # raised by a damaged cached index
 _HINT = "each sample needs an image and a caption, as .txt or in a .json: see {json_caption_key}"
-
-
-def kept_index(kind: str, identity: Iterable[str], build: Callable[[Path], None]) -> Path:
-    """Return the folder of an index: the one in the cache, or else one that is built now.
-
-    Several processes that need the same index build it once. Indices of this kind that nobody has opened for 30 days
-    are removed. Where the cache is full or read-only, the index lasts as long as this process.
-
-    Args:
-        kind: name of the folder of all such indices.
-        identity: texts of which another one makes another index.
-        build: fills an empty folder; the file INDEX is written last.
-    """
-    key = hashlib.sha256("\n".join(identity).encode(errors="surrogateescape")).hexdigest()[:32]
-    folder = cache_home() / kind / key
-    if _is_complete(folder):
-        return folder
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(exclusive_writer(folder.with_suffix(".lock.d"), on_wait=lambda message: None))
-        except UsageError:  # it cannot be written
-            return _temporary_index(build)
-        if not _is_complete(folder):
-            try:
-                _remove_unused(folder.parent)
-                with new_folder(folder) as new:
-                    build(new)
-            except OSError:
-                return _temporary_index(build)
-    return folder
-
-
-def _temporary_index(build: Callable[[Path], None]) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="clip-rd-edge-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    build(folder)
-    return folder
-
-
-def damage(folder: Path, number: int) -> ConfigError:
-    """Return the error for a pair, counted from 0, whose entry in an index has changed since it was written."""
-    return ConfigError(
-        f"The index {folder} is damaged: its entry of pair {number:,} has changed since it was written.",
-        hint="delete it; it is made again",
-    )
-
-
-def _is_complete(folder: Path) -> bool:
-    """Return whether an index is there, and mark it as used now."""
-    with contextlib.suppress(OSError):
-        os.utime(folder / INDEX)
-    with contextlib.suppress(OSError):  # a cache in a folder that this user may not enter
-        return (folder / INDEX).is_file()
-    return False
-
-
-def _remove_unused(indices: Path) -> None:
-    now = now_in(indices)
-    for path in indices.glob(f"*/{INDEX}"):
-        with contextlib.suppress(OSError):
-            if path.stat().st_mtime < now - _UNUSED_S:
-                path.unlink()  # first: what is removed in part is no index
-                shutil.rmtree(path.parent)
 
 
 @dataclass(frozen=True)
@@ -302,7 +232,7 @@ def index_shards(
 
     Args:
         json_key, captioned: as for `data.webdataset.Shards`.
-        reinforced: whether a sample also needs augmentations and embeddings; see `data.reinforced`.
+        reinforced: whether a sample also needs augmentations and embeddings; see `distillation.reinforced`.
         reporter: receives the number of indexed shards.
     """
     current_versions(paths)

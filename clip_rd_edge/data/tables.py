@@ -30,8 +30,17 @@ from typing import IO, Any, BinaryIO, NamedTuple
 import msgspec
 import numpy as np
 
-from clip_rd_edge.data.samples import GROUP_ROWS, MAX_EXAMPLES, Counts, LocalFiles, Problems, Sample
-from clip_rd_edge.data.shard_index import INDEX, damage, kept_index
+from clip_rd_edge.data.samples import (
+    GROUP_ROWS,
+    INDEX,
+    MAX_EXAMPLES,
+    Counts,
+    LocalFiles,
+    Problems,
+    Sample,
+    damage,
+    kept_index,
+)
 from clip_rd_edge.errors import InputError, first_line, near_matches, needs_extra, quoted
 from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.paths import URL, is_file, other_spellings, why_no_file

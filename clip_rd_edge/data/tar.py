@@ -256,7 +256,7 @@ def member_name(file: int, offset: int) -> str:
 
 Kind = Literal["image", "text", "json", "class", "synthetic", "augmentations", "arrays", "tensors"]
 COLUMNS: dict[Kind, int] = {"image": 0, "text": 1, "json": 2, "class": 3}
-# Of reinforced samples, see `data.reinforced`: only shards that have such files have these columns.
+# Of reinforced samples, see `distillation.reinforced`: only shards that have such files have these columns.
 REINFORCED_COLUMNS: dict[Kind, int] = {"synthetic": 4, "augmentations": 5, "arrays": 6, "tensors": 7}
 # Of several images in a sample, the one whose suffix comes first here counts, as in open_clip.
 _COLUMN_OF_SUFFIX = {

@@ -24,8 +24,9 @@ from PIL import Image
 
 from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.bundle.images import MAX_PIXELS, ImageFile, opened_image, to_rgb
+from clip_rd_edge.data.load import SEPARATOR, is_remote
 from clip_rd_edge.data.order import SHUFFLE_WINDOW, EpochOrder
-from clip_rd_edge.data.remote import RemoteShard, ShardFile, is_remote, version
+from clip_rd_edge.data.remote import RemoteShard, ShardFile, version
 from clip_rd_edge.data.samples import BadPair, BadSamples, Counts, Sample, Samples, fingerprint, read_twice
 from clip_rd_edge.data.shard_files import LIMIT_VARIABLE, TarMember, cache_limit, prefetch
 from clip_rd_edge.data.shard_index import Located, index_shards
@@ -39,7 +40,6 @@ from clip_rd_edge.utils.structs import is_list_of_texts, read_json, to_json
 from clip_rd_edge.utils.text import is_unicode, shown_source
 
 JSON_KEY = "caption"
-SEPARATOR = "::"  # between sources and between weights, as in open_clip
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import msgspec
 from msgspec import Meta
 
 from clip_rd_edge.bundle.runs import model_folder
-from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.errors import ConfigError, UsageError, near_matches, quoted
 from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.losses.terms import PUBLISHED_START, ScaleKind, find_term, load_terms, term_names
@@ -36,6 +35,7 @@ from clip_rd_edge.utils.structs import (
 from clip_rd_edge.utils.text import shown_sources
 
 RECIPES = Path(__file__).parent / "recipes"
+STORED = "stored:"  # before the path of a file of `reinforced.StoredTeachers`, in the place of a teacher
 RECIPE_SUFFIXES = (".yaml", ".yml")  # of recipes that are files of the user's own
 CROP_SCALE = (0.9, 1.0)  # of recipes that name no other
 MAX_BANK_SIZE = 2**24  # rows; of 512 dimensions, 32 GiB

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 from PIL import Image
 
 from clip_rd_edge.bundle.runs import REPORT_FOLDER, RUN_CONFIG_FILE, WEIGHTS_FILE
-from clip_rd_edge.data.tasks import Task
 from clip_rd_edge.distillation.checkpoint import host_generators_kept, list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.embed import prepare_teacher
@@ -25,9 +25,9 @@ from clip_rd_edge.distillation.inputs import (
 from clip_rd_edge.distillation.loop import Training, TrainingState
 from clip_rd_edge.distillation.metrics import last_evaluation, plot_run
 from clip_rd_edge.distillation.optimizer import named_divergence
-from clip_rd_edge.distillation.precision import with_measured_precision
 from clip_rd_edge.distillation.run import Evaluate, Run, open_run
 from clip_rd_edge.distillation.setup import RunSetup, lack_of_pairs, load_setup, provenance
+from clip_rd_edge.distillation.speed import with_measured_precision
 from clip_rd_edge.distillation.student import frozen_at_random, load_student, with_shape_of
 from clip_rd_edge.errors import in_one_line
 from clip_rd_edge.exporting.calibration import choose_pairs, keep_pairs
@@ -37,6 +37,9 @@ from clip_rd_edge.models.students import TEACHER
 from clip_rd_edge.utils.files import write_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import to_yaml
+
+if TYPE_CHECKING:
+    from clip_rd_edge.data.tasks import Task
 
 
 @host_generators_kept()

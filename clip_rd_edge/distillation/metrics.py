@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -32,13 +32,15 @@ from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import Pixels, preprocess
 from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, METRICS_FILE, TERM_PREFIX, read_metrics
 from clip_rd_edge.data.samples import BadSamples, Samples
-from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.distillation.processes import Processes, Stopped, StopRequest
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.losses.terms import EmbeddingBatch
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.host import peak_memory_bytes
+
+if TYPE_CHECKING:
+    from clip_rd_edge.data.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -366,6 +368,8 @@ class Predictions:
             return
         thumbnails, pixels, own = self._samples
         labels, template = list[str](), "{}"
+        from clip_rd_edge.data.tasks import ZeroShotTask
+
         if isinstance(self.task, ZeroShotTask):
             order = np.random.default_rng(0).permutation(len(self.task.labels))
             labels, template = [self.task.labels[index] for index in order[:MAX_LABELS]], self.task.templates[0]
@@ -388,6 +392,8 @@ class Predictions:
 
     def _open(self) -> Iterator[tuple[Image.Image, str]]:
         """Open some images, chosen at random, each with its class or its first caption."""
+        from clip_rd_edge.data.tasks import RetrievalTask
+
         task, permutation = self.task, np.random.default_rng(0).permutation
         if task is None:
             bad = BadSamples(self.pairs, max_share=1)

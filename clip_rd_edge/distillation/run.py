@@ -35,7 +35,6 @@ from clip_rd_edge.distillation.config import (
 )
 from clip_rd_edge.distillation.inputs import sources_known_by_content
 from clip_rd_edge.distillation.loader import lost_worker
-from clip_rd_edge.distillation.precision import with_precision
 from clip_rd_edge.distillation.processes import (
     Processes,
     Stopped,
@@ -44,6 +43,7 @@ from clip_rd_edge.distillation.processes import (
     lost_process,
     stop_on_signals,
 )
+from clip_rd_edge.distillation.speed import with_precision
 from clip_rd_edge.distillation.store import stored_precision
 from clip_rd_edge.distillation.student import open_shape, with_default_shape
 from clip_rd_edge.distillation.teacher import refuse_idle_teacher

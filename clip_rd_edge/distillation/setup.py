@@ -8,37 +8,34 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from clip_rd_edge.bundle.runs import WEIGHTS_FILE, model_folder
+from clip_rd_edge.data.folders import Folder
 from clip_rd_edge.data.load import TrainingData, load_samples, names_shards
-from clip_rd_edge.data.reinforced import Reinforced, StoredTeachers
 from clip_rd_edge.data.samples import BadSamples, Samples, require_batch, require_images
-from clip_rd_edge.data.tasks import Task
-from clip_rd_edge.data.webdataset import parse_sources
+from clip_rd_edge.data.tables import Table
 from clip_rd_edge.distillation.checkpoint import seed_everything
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.loader import ViewDataset
 from clip_rd_edge.distillation.pixels import crops_for
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.student import make_student, require_named_student, set_training_mode
-from clip_rd_edge.distillation.teacher import (
-    ensemble_of,
-    ensemble_of_stored,
-    load_stored_teachers,
-    load_teachers,
-)
+from clip_rd_edge.distillation.teacher import ensemble_of, load_stored_teachers, load_teachers
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.losses.terms import find_term
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.labels import read_texts
 from clip_rd_edge.utils.files import sha256_of
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.text import shown_sources
+
+if TYPE_CHECKING:
+    from clip_rd_edge.data.tasks import Task
+    from clip_rd_edge.distillation.reinforced import StoredTeachers
 
 
 @dataclass(frozen=True)
@@ -115,12 +112,8 @@ def _load_models(config: RunConfig, pairs: Samples, *, name: str, processes: Pro
     if is_texts_alone(config) and config.store is not None:
         require_images(pairs)
     stored = load_stored_teachers(config)
-    if stored is not None and isinstance(pairs, Reinforced):
-        from clip_rd_edge.distillation.reinforced import require_stored_width
-
-        require_stored_width(pairs, stored)
     teachers = load_teachers(config)
-    ensemble = ensemble_of_stored(stored) if stored else ensemble_of(teachers) if teachers else None
+    ensemble = stored.ensemble if stored else ensemble_of(teachers) if teachers else None
     if ensemble and ensemble.share_text:
         reporter.note("the teachers share a text tower: the student learns the mean of their image embeddings")
     seed_everything(config.seed)
@@ -196,20 +189,13 @@ def lack_of_pairs(config: RunConfig, pairs: Samples) -> list[str]:
 def training_pairs(config: RunConfig, *, reporter: Reporter = SILENT) -> Samples:
     """Return what a run trains on; raises as `data.load.load_samples`."""
     source = TrainingData(**{name: getattr(config, name) for name in TrainingData.__struct_fields__})
-    if load_stored_teachers(config) is not None:
-        return _reinforced_pairs(source, reporter)
+    if (stored := load_stored_teachers(config)) is not None:
+        from clip_rd_edge.distillation.reinforced import reinforced_pairs
+
+        return reinforced_pairs(source, stored, reporter)
+    from clip_rd_edge.runtime.labels import read_texts
+
     return load_samples(source, read_texts, reporter=reporter)
-
-
-def _reinforced_pairs(source: TrainingData, reporter: Reporter) -> Reinforced:
-    if source.data is None or not names_shards(source.data):
-        raise UsageError(
-            f"Stored teachers were named, but the data are {shown_sources(source.data)}; expected WebDataset shards of "
-            "reinforced samples.",
-            hint="{data} 'store/{00000..00012}.tar', or name another {teacher}",
-        )
-    sources = parse_sources(source.data, source.train_data_upsampling_factors)
-    return Reinforced(source.data, sources, json_key=source.json_caption_key, reporter=reporter)
 
 
 def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: bool = True) -> ViewDataset:
@@ -218,7 +204,7 @@ def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: boo
     student = setup.student
     options: dict[str, Any] = {"seed": config.seed, "views": config.views, "max_bad": config.max_bad}
     if setup.stored is not None:
-        from clip_rd_edge.distillation.reinforced import ReinforcedDataset
+        from clip_rd_edge.distillation.reinforced import Reinforced, ReinforcedDataset
 
         assert isinstance(setup.pairs, Reinforced)
         dataset: ViewDataset = ReinforcedDataset(setup.pairs, setup.stored, student.preprocessing, **options)
@@ -262,3 +248,36 @@ def _weights_sha256(teacher: str) -> str | None:
 
 def _one_or_all(values: Sequence[str | None]) -> str | list[str | None] | None:
     return list(values) if len(values) > 1 else values[0] if values else None
+
+
+def fitting_batch(config: RunConfig) -> int:
+    """Return the size of a run's batches, or the number of its samples if that is less. Shards have enough."""
+    places = (config.data, config.images)
+    if any(place is not None and names_shards(place) for place in places):
+        return config.recipe.batch_size
+    return min(config.recipe.batch_size, len(training_pairs(config)))
+
+
+def note_overlap(config: RunConfig, tasks: Sequence[Task], *, reporter: Reporter = SILENT) -> None:
+    """Say which images of tasks are trained on, by their content: names and compression may differ."""
+    if any(place is not None and names_shards(place) for place in (config.data, config.images)):
+        return
+    from clip_rd_edge.data.look import overlap
+
+    trained = image_paths(training_pairs(config))
+    for task in tasks:
+        evaluated = [image for image in task.images if isinstance(image, Path)]
+        found, count = overlap(trained, evaluated, reporter=reporter) if trained and evaluated else ([], 0)
+        if found:
+            own, other = found[0]
+            reporter.note(
+                f"{len(found):,} of {count:,} images of {task.name} are trained on, such as {other.name} as {own}: its "
+                "scores are not of new images"
+            )
+
+
+def image_paths(samples: Samples) -> list[Path]:
+    """Return the files of samples, as far as these are files."""
+    if isinstance(samples, Table):
+        return [samples.pair(index).path for index in range(len(samples))]
+    return list(samples.images) if isinstance(samples, Folder) else []

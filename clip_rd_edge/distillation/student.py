@@ -16,7 +16,6 @@ from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.pixels import Crops, crops_for
 from clip_rd_edge.distillation.teacher import (
     ensemble_of,
-    ensemble_of_stored,
     load_stored_teachers,
     load_teachers,
     projection_name,
@@ -248,7 +247,7 @@ def _embedding_size(config: RunConfig, teachers: Sequence[ClipModel]) -> int:
     if (source := text_source(config)) is not None:
         return int((known_config(source) or load_clip(source).model_cfg)["embed_dim"])
     if (stored := load_stored_teachers(config)) is not None:
-        return sum(ensemble_of_stored(stored).widths)
+        return sum(stored.ensemble.widths)
     if config.text == TEACHER or config.pretrained_image == TEACHER:
         teachers = teachers[:1]
     return sum(ensemble_of(teachers).widths) if teachers else 512

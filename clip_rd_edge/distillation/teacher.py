@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from torch.nn.functional import normalize
 
 from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.data.load import Mixed, names_shards
-from clip_rd_edge.data.reinforced import StoredTeachers, read_stored_teachers
 from clip_rd_edge.data.samples import Samples
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import Batch
@@ -28,6 +27,9 @@ from clip_rd_edge.models.names import is_trained
 from clip_rd_edge.models.text_towers import CaptionTower, embed_with_progress
 from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from clip_rd_edge.distillation.reinforced import StoredTeachers
 
 
 def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
@@ -71,6 +73,8 @@ def load_stored_teachers(config: RunConfig) -> StoredTeachers | None:
     """Return the teachers whose embeddings are stored in the data; None if there are none, or none is needed."""
     if config.stored_teachers is None or not config.recipe.objective.needs_teacher:
         return None
+    from clip_rd_edge.distillation.reinforced import read_stored_teachers
+
     return read_stored_teachers(Path(config.stored_teachers))
 
 
@@ -94,11 +98,6 @@ def ensemble_of(teachers: Sequence[ClipModel]) -> Ensemble:
         tuple(teacher.logit_scale for teacher in teachers),
         share_text=bool(others) and all(_have_one_text_tower(first, other) for other in others),
     )
-
-
-def ensemble_of_stored(stored: StoredTeachers) -> Ensemble:
-    """Return how the stored embeddings of teachers, one or more, become those of one."""
-    return Ensemble(stored.widths, stored.logit_scales, share_text=stored.share_text)
 
 
 def _have_one_text_tower(first: ClipModel, second: ClipModel) -> bool:

@@ -1,4 +1,4 @@
-"""The training objective: a weighted sum of terms, those of CLIP, CLIP-KD, TinyCLIP, CLIP-RD, or others.
+"""The training objective, a weighted sum of terms, and the terms of CLIP, CLIP-KD, TinyCLIP, CLIP-RD and others.
 
 CLIP uses only the task term; CLIP-KD adds FD, ICL and HRD; CLIP-RD adds VRD and XRD to these.
 
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.losses import objective as shipped  # noqa: F401  it registers its terms
 from clip_rd_edge.losses.terms import (
     PUBLISHED_START,
     EmbeddingBatch,
@@ -153,10 +152,10 @@ class Objective(nn.Module):
             pairs = Products(batch.only_pairs(), self, student_scale, teacher_scale, within, student_bias)
         terms = {}
         for name in self.weights:
-            term = find_term(name)
-            products = pairs if "pairs" in term.needs else whole
+            registered = find_term(name)
+            products = pairs if "pairs" in registered.needs else whole
             # Of a batch without pairs: 0, with a graph.
-            terms[name] = term.compute(products) if products.pairs else products.s_v.sum() + products.s_t.sum()
+            terms[name] = registered.compute(products) if products.pairs else products.s_v.sum() + products.s_t.sum()
         total = torch.stack([weight * terms[name] for name, weight in self.weights.items()]).sum()
         return LossTerms(total=total, terms=terms)
 

@@ -1,4 +1,4 @@
-"""What is measured: a model on tasks, the models of a suite, training methods, the whole pipeline."""
+"""The options of what measures: a model on tasks, the models of a suite, training methods, the whole pipeline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from clip_rd_edge.settings.deploying import Labels, Modules, Threads
 from clip_rd_edge.settings.options import Settings, argument, option
-from clip_rd_edge.settings.training import Tasks, Templates, Workers
+from clip_rd_edge.settings.training import CaptionColumn, ImageColumn, Tasks, Templates, Workers
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -20,9 +20,8 @@ _recommendation = partial(option, group="Recommendation")
 _training = partial(option, group="Training")
 _report = partial(option, group="Report")
 _teacher = partial(option, group="Teacher")
-
-ImageColumn = Annotated[str, _tasks("Column with the image paths, of every table.", metavar="COLUMN")]
-CaptionColumn = Annotated[str, _tasks("Column with the captions, of every table.", metavar="COLUMN")]
+_data = partial(option, group="Data")
+_device = partial(option, group="Device")
 
 
 class _Evaluated(Settings, frozen=True):
@@ -125,12 +124,6 @@ class EvidenceRun(Settings, frozen=True):
         group="Training", metavar="FILE|MODULE", default="those of installed packages",
     )] = ()  # fmt: skip
     reporter: Reporter = SILENT
-
-
-_data = partial(option, group="Data")
-_device = partial(option, group="Device")
-_training = partial(option, group="Training")
-_output = partial(option, group="Output")
 
 
 class _Built(Settings, frozen=True):

@@ -14,8 +14,9 @@ from tiny_runs import tiny_run
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.runs import RUN_CONFIG_FILE, read_metrics
 from clip_rd_edge.data.tasks import ZeroShotTask
-from clip_rd_edge.distillation import beforehand
-from clip_rd_edge.distillation.beforehand import Speed, fitting_batch, measure_speed, note_overlap, with_steps_for
+from clip_rd_edge.distillation import speed
+from clip_rd_edge.distillation.setup import fitting_batch, note_overlap
+from clip_rd_edge.distillation.speed import Speed, measure_speed, with_steps_for
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.structs import to_yaml
 
@@ -42,7 +43,7 @@ def test_a_run_keeps_the_steps_that_it_began_with(
     pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_run("clip", {"batch_size": 4, "steps": 7}, data=str(pairs_csv))
-    monkeypatch.setattr(beforehand, "measure_speed", lambda *_, **__: Speed(0.5, 0))
+    monkeypatch.setattr(speed, "measure_speed", lambda *_, **__: Speed(0.5, 0))
     assert with_steps_for(config, tmp_path, 0.01).recipe.steps == 72
     (tmp_path / RUN_CONFIG_FILE).write_text(to_yaml(config))
     assert with_steps_for(msgspec.structs.replace(config, seed=1), tmp_path, 0.02).recipe.steps == 7

@@ -33,11 +33,19 @@ from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.order import View
-from clip_rd_edge.data.reinforced import OPERATIONS, Augmentation, Reinforced, StoredTeachers, read_stored_teachers
 from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.distillation.config import RunConfig, resolve
 from clip_rd_edge.distillation.distill import run_distillation
-from clip_rd_edge.distillation.reinforced import ReinforcedDataset, augment, read_sample
+from clip_rd_edge.distillation.reinforced import (
+    OPERATIONS,
+    Augmentation,
+    Reinforced,
+    ReinforcedDataset,
+    StoredTeachers,
+    augment,
+    read_sample,
+    read_stored_teachers,
+)
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.load import training_facts
 

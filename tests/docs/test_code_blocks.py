@@ -36,8 +36,8 @@ from clip_rd_edge.bundle.manifest import (
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 from clip_rd_edge.cli.main import cli
-from clip_rd_edge.data.reinforced import read_stored_teachers
 from clip_rd_edge.distillation.config import load_recipe, resolve
+from clip_rd_edge.distillation.reinforced import read_stored_teachers
 from clip_rd_edge.evidence.suite import read_evidence
 from clip_rd_edge.exporting.plan import plan_exports
 from clip_rd_edge.losses.terms import load_terms

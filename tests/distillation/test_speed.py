@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from clip_rd_edge.distillation import precision
+from clip_rd_edge.distillation import speed as precision
 from clip_rd_edge.distillation.loader import Batch
-from clip_rd_edge.distillation.precision import _choose_precision, _measure_precision, measured_precisions
 from clip_rd_edge.distillation.processes import Processes
+from clip_rd_edge.distillation.speed import _choose_precision, _measure_precision, measured_precisions
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.students import build_student, student_config

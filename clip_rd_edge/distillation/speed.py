@@ -1,17 +1,23 @@
-"""Choose the precisions that a run trains and embeds in, by measuring its own step on this machine."""
+"""What is measured on this machine before a run: the precisions that it computes in, and how long a step takes."""
 
 from __future__ import annotations
 
 import copy
+import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import torch
 
+from clip_rd_edge.bundle.runs import RUN_CONFIG_FILE
 from clip_rd_edge.data.order import StepSampler
 from clip_rd_edge.distillation.bank import make_bank
-from clip_rd_edge.distillation.config import Precision, RunConfig
+from clip_rd_edge.distillation.config import Precision, RecordedConfig, RunConfig
 from clip_rd_edge.distillation.embed import make_teachers
 from clip_rd_edge.distillation.loader import Batch, step_loader
 from clip_rd_edge.distillation.processes import Processes
@@ -20,7 +26,9 @@ from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, step_settings
 from clip_rd_edge.distillation.student import set_training_mode
 from clip_rd_edge.distillation.teacher import BatchTeacher, LiveTeacher, StoredTeacher, Teacher
 from clip_rd_edge.models.clip import to_device
-from clip_rd_edge.utils.reporting import Reporter
+from clip_rd_edge.utils.paths import is_file
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.structs import read_yaml
 from clip_rd_edge.utils.timing import time_in_turn
 
 # A precision of fewer bits must be noticeably faster than the one before it in `measured_precisions`.
@@ -139,3 +147,69 @@ def _measure_precision(
             precision = name
     figures = [f"{milliseconds:.0f} ms in {name}" for name, milliseconds in fastest.items()]
     return precision, f"{precision}, measured: {task} takes {', '.join(figures[:-1])} and {figures[-1]}"
+
+
+PROBE_STEPS = 12
+_UNTIMED = 4  # of them, in which buffers are allocated
+
+
+class Speed(NamedTuple):
+    """How long a step takes, and how long it took to find out, in which a teacher's store was filled."""
+
+    seconds_per_step: float
+    spent_s: float
+
+    def steps_in(self, hours: float) -> int:
+        """Return how many steps there is time for; at least one."""
+        return max(int((3600 * hours - self.spent_s) / self.seconds_per_step), 1)
+
+
+class _TimedError(Exception):
+    """Ends a run whose steps have been timed."""
+
+
+class _Timer(Reporter):
+    """Shows what comes before the training, and ends it after a few steps.
+
+    Attributes:
+        ends: when each step ended, in seconds.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter, self.ends = reporter, list[float]()
+
+    def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
+        if stage != "training":
+            return self._reporter.update(stage, step, total, message)
+        self.ends.append(time.monotonic())
+        self._reporter.update("timing a few steps", step, PROBE_STEPS)
+        if len(self.ends) == PROBE_STEPS:
+            raise _TimedError
+
+
+def measure_speed(config: RunConfig, folder: Path, *, reporter: Reporter = SILENT) -> Speed:
+    """Time a few steps of a run, in a folder of their own, which is removed; nothing is saved."""
+    from clip_rd_edge.distillation.distill import run_distillation  # which measures the precision by this module
+
+    began, probe, timer = time.monotonic(), folder.with_name(f".{folder.name}.probe"), _Timer(reporter)
+    shutil.rmtree(probe, ignore_errors=True)
+    recipe = msgspec.structs.replace(config.recipe, steps=PROBE_STEPS + 1)
+    short = msgspec.structs.replace(config, recipe=recipe, tasks=(), evaluate_every=0, report_to=None)
+    try:
+        with suppress(_TimedError):
+            run_distillation(short, probe, resume=False, reporter=timer)
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+    per_step = (timer.ends[-1] - timer.ends[_UNTIMED - 1]) / (PROBE_STEPS - _UNTIMED)
+    return Speed(float(f"{max(per_step, 1e-4):.3g}"), time.monotonic() - began)
+
+
+def with_steps_for(config: RunConfig, folder: Path, hours: float, *, reporter: Reporter = SILENT) -> RunConfig:
+    """Return a run with as many steps as there is time for, or as many as it began with."""
+    if is_file(folder / RUN_CONFIG_FILE):
+        steps = read_yaml(folder / RUN_CONFIG_FILE, RecordedConfig).recipe.steps
+    else:
+        speed = measure_speed(config, folder, reporter=reporter)
+        steps = speed.steps_in(hours)
+        reporter.note(f"{steps:,} steps in {hours:g} h, measured: {speed.seconds_per_step:g} s each")
+    return msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, steps=steps))
