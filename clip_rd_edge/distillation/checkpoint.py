@@ -17,7 +17,6 @@ import torch
 
 from clip_rd_edge.bundle.runs import INPUTS_FILE, METRICS_FILE, RUN_CONFIG_FILE, read_metrics
 from clip_rd_edge.distillation.processes import Processes
-from clip_rd_edge.distillation.trackers import TENSORBOARD_FOLDER, TRACKING_FILE
 from clip_rd_edge.errors import ConfigError, InterruptedRunError, LostProcessError, UsageError
 from clip_rd_edge.utils.files import disk_full_error, sha256_of
 from clip_rd_edge.utils.outputs import LOCK_FILE, new_folder
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 KEPT_CHECKPOINTS = 2  # the second newest is a fallback in case the newest is damaged on disk
 CHECKPOINTS_FOLDER = "checkpoints"
 BEST_FOLDER = "best"  # the best student by the run's own evaluations
+TENSORBOARD_FOLDER, TRACKING_FILE = "tensorboard", "tracking.json"  # see `trackers`
 STATE_FILE, CHECKSUM_FILE = "state.pt", "state.pt.sha256"
 
 

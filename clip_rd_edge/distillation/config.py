@@ -42,7 +42,7 @@ MAX_BANK_SIZE = 2**24  # rows; of 512 dimensions, 32 GiB
 _Decay = Annotated[float, Meta(ge=0, lt=1)]
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what numpy accepts
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+TrackerName = Literal["tensorboard", "wandb"]
 # Defaults that `quantize` puts in place of the recipe's values: a short fine-tuning run, in float32 because only
 # float32 represents INT8's steps exactly.
 QUANTIZE_DEFAULTS: dict[str, Any] = {"steps": 300, "learning_rate": 1e-4, "precision": "fp32"}

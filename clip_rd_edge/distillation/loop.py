@@ -24,7 +24,14 @@ from clip_rd_edge.distillation.checkpoint import (
     seed_everything,
 )
 from clip_rd_edge.distillation.loader import Batch, ViewDataset, step_loader
-from clip_rd_edge.distillation.metrics import EncoderOfAllProcesses, MetricsLog, Progress, peak_memory_on, plot_run
+from clip_rd_edge.distillation.metrics import (
+    EncoderOfAllProcesses,
+    MetricsLog,
+    Progress,
+    Tracker,
+    peak_memory_on,
+    plot_run,
+)
 from clip_rd_edge.distillation.optimizer import RunOptimizer, diverged_error, named_divergence
 from clip_rd_edge.distillation.processes import Stopped
 from clip_rd_edge.distillation.run import Run
@@ -32,7 +39,6 @@ from clip_rd_edge.distillation.setup import RunSetup, provenance
 from clip_rd_edge.distillation.step import AUTOCAST, StepResult, TrainingStep, step_settings
 from clip_rd_edge.distillation.student import set_training_mode
 from clip_rd_edge.distillation.teacher import BatchTeacher
-from clip_rd_edge.distillation.trackers import Tracker, open_tracker
 from clip_rd_edge.errors import UsageError, in_one_line
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -139,7 +145,9 @@ class Training:
         self._start, is_main = state.done, run.processes.is_main
         self._log = MetricsLog(run.folder, start=self._start) if is_main else None
         self._tracker = Tracker()
-        if is_main:
+        if is_main and run.config.report_to:
+            from clip_rd_edge.distillation.trackers import open_tracker
+
             self._tracker = open_tracker(run.config, run.folder, start=self._start, reporter=run.reporter)
         self.scores, self._clock = dict[str, float](), _Clock()
         self.is_stopping = self._is_save_due = False

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -33,7 +33,7 @@ from clip_rd_edge.bundle.preprocess import Pixels, preprocess
 from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, METRICS_FILE, TERM_PREFIX, read_metrics
 from clip_rd_edge.data.samples import BadSamples, Samples
 from clip_rd_edge.distillation.processes import Processes, Stopped, StopRequest
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import InputError, InterruptedRunError
 from clip_rd_edge.losses.terms import EmbeddingBatch
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.utils.files import write_bytes
@@ -134,6 +134,32 @@ class MetricsLog:
         """Append one line and flush it to disk."""
         with self._path.open("ab") as file:
             file.write(msgspec.json.encode(line) + b"\n")
+
+
+Outcome = Literal["finished", "stopped", "failed"]
+
+
+class Tracker:
+    """Receives the lines of metrics.jsonl. This base class ignores them."""
+
+    def write(self, line: Mapping[str, float | None]) -> None:
+        """Report the line of a step; a step that the tracker has already is not reported again."""
+
+    def add(self, line: Mapping[str, float | None]) -> None:
+        """Report more figures of a step that was reported before."""
+
+    def show(self, step: int, plot: Callable[[Path], None]) -> None:
+        """Show a step's predictions; `plot` plots them into a file, at the cost of computing them."""
+
+    def close(self, outcome: Outcome) -> None:
+        """Say how the run ended; nothing is reported after that."""
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        stopped = isinstance(error, (InterruptedRunError, KeyboardInterrupt))
+        self.close("finished" if error is None else "stopped" if stopped else "failed")
 
 
 def last_evaluation(run: Path, *, step: int) -> dict[str, float]:

@@ -47,7 +47,6 @@ from clip_rd_edge.distillation.speed import with_precision
 from clip_rd_edge.distillation.store import stored_precision
 from clip_rd_edge.distillation.student import open_shape, with_default_shape
 from clip_rd_edge.distillation.teacher import refuse_idle_teacher
-from clip_rd_edge.distillation.trackers import require_tracker
 from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InterruptedRunError, UsageError
 from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.outputs import LOCK_FILE, exclusive_writer, remove_leftovers
@@ -114,7 +113,7 @@ def open_run(config: RunConfig, folder: Path, *, resume: bool, reporter: Reporte
         processes.agree(None)  # one that failed before it joined says so here
         with _sole_writer(folder, processes), no_trace_of_failure(folder, processes):
             shown = reporter if processes.is_main else SILENT
-            processes.on_main(lambda: require_tracker(config.report_to))
+            processes.on_main(lambda: _require_tracker(config))
             config = with_default_shape(msgspec.structs.replace(config, processes=processes.world_size))
             of_main = processes.from_main(config)
             with processes.together():
@@ -246,6 +245,13 @@ def _with_precision_of_store(config: RunConfig) -> RunConfig:
     if config.store and config.teacher_precision == "auto":
         return with_precision(config, teacher=stored_precision(Path(config.store)))
     return config
+
+
+def _require_tracker(config: RunConfig) -> None:
+    if config.report_to:
+        from clip_rd_edge.distillation.trackers import require_tracker  # which most runs do without
+
+        require_tracker(config.report_to)
 
 
 def _require_same_options(of_main: RunConfig, config: RunConfig) -> None:

@@ -31,6 +31,7 @@ from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.losses.terms import find_term
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.utils.files import sha256_of
+from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -193,7 +194,11 @@ def training_pairs(config: RunConfig, *, reporter: Reporter = SILENT) -> Samples
         from clip_rd_edge.distillation.reinforced import reinforced_pairs
 
         return reinforced_pairs(source, stored, reporter)
-    from clip_rd_edge.runtime.labels import read_texts
+
+    def read_texts(path: Typed, column: str) -> Sequence[str]:
+        from clip_rd_edge.runtime.labels import read_texts
+
+        return read_texts(path, column)
 
     return load_samples(source, read_texts, reporter=reporter)
 

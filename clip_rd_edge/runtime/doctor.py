@@ -56,7 +56,6 @@ EXTRAS = {
     "usearch": "searching a million images and more",
     "ray": "embed and index on a Ray cluster",
     "wandb": "distill --report-to wandb",
-    "mlflow": "distill --report-to mlflow",
     **{extra: purpose for info in FORMATS.values() for extra, purpose in info.extras.items()},
 }
 _TORCH_TENSORRT = "torch-tensorrt"  # a finding of its own

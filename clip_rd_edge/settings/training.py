@@ -175,8 +175,8 @@ class Training(_Data[Place, Names, Several], frozen=True, kw_only=True):
         "Under torchrun: every process computes the loss of all pairs.",
     )] = False  # fmt: skip
     checkpoint_every: Annotated[int, _output("Steps between checkpoints.", metavar="STEPS", ge=1, resume="free")] = 500
-    report_to: Annotated[Literal["tensorboard", "wandb", "mlflow"], _output(
-        "Also report the metrics to tensorboard (RUN/tensorboard), wandb or mlflow; a resumed run continues there.",
+    report_to: Annotated[Literal["tensorboard", "wandb"], _output(
+        "Also report the metrics to tensorboard (RUN/tensorboard) or wandb; a resumed run continues there.",
         metavar="NAME", default="RUN/metrics.jsonl alone", resume="free",
     )] | None = None  # fmt: skip
     tasks: Annotated[Several, _evaluation(
