@@ -13,7 +13,6 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clip_rd_edge.api.building import BuiltBundle, build
     from clip_rd_edge.api.exporting import ExportedBundle, export, targets, verify
     from clip_rd_edge.api.measuring import (
         benchmark,
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     )
     from clip_rd_edge.api.models import load, stitch, trim
     from clip_rd_edge.api.running import demo, doctor, index, search, serve, teach, watch_index
-    from clip_rd_edge.api.training import average, distill, embed, pack, recipe
+    from clip_rd_edge.api.training import BuiltBundle, average, build, distill, embed, pack, recipe
     from clip_rd_edge.errors import (
         ClipRdEdgeError,
         ConfigError,
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     )
     from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
     from clip_rd_edge.runtime.model import Model
-    from clip_rd_edge.utils.reporting import Reporter
+    from clip_rd_edge.utils.text import Reporter
 
 __version__ = "0.1.0"
 
@@ -48,17 +47,16 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Where each name is defined; errors, which are named so, in `errors`.
 _HOMES = {
-    "api.building": ("BuiltBundle", "build"),
     "api.exporting": ("ExportedBundle", "export", "targets", "verify"),
     "api.measuring": (
         "benchmark", "compare", "evaluate", "evidence_report", "evidence_run", "quickstart", "recommend",
     ),
     "api.models": ("load", "stitch", "trim"),
     "api.running": ("demo", "doctor", "index", "search", "serve", "teach", "watch_index"),
-    "api.training": ("average", "distill", "embed", "pack", "recipe"),
+    "api.training": ("BuiltBundle", "average", "build", "distill", "embed", "pack", "recipe"),
     "runtime.classifier": ("Prediction", "ZeroShotClassifier"),
     "runtime.model": ("Model",),
-    "utils.reporting": ("Reporter",),
+    "utils.text": ("Reporter",),
 }  # fmt: skip
 
 __all__ = [

@@ -37,7 +37,7 @@ from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.host import instruction_sets
 from clip_rd_edge.utils.outputs import require_free_output
 from clip_rd_edge.utils.paths import Typed, is_file, is_folder, shipped_path, typed
-from clip_rd_edge.utils.reporting import Reporter
+from clip_rd_edge.utils.text import Reporter
 
 IMAGE_SIZE = 64  # pixels: enough for emoji, and feasible to train on two cores
 CONTEXT_LENGTH = 16  # the longest name in the data set has 12 tokens, including the start and end tokens

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from clip_rd_edge import __version__
-from clip_rd_edge.api.everyday import NAME, PACKAGE, VERSION, everyday
+from clip_rd_edge.api.exporting import NAME, PACKAGE, VERSION, everyday
 from clip_rd_edge.cli.console import console_reporter
 
 PROJECT = f"""[build-system]

@@ -21,7 +21,7 @@ import pytest
 
 from clip_rd_edge.cli.main import cli
 from clip_rd_edge.data.samples import Samples
-from clip_rd_edge.utils.reporting import Reporter
+from clip_rd_edge.utils.text import Reporter
 
 if TYPE_CHECKING:
     import onnx

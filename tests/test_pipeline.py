@@ -41,7 +41,7 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.pipeline import quickstart_suite
 from clip_rd_edge.settings.measuring import Quickstart
-from clip_rd_edge.utils.reporting import SILENT
+from clip_rd_edge.utils.text import SILENT
 
 STEPS = ("--teacher-steps", "2", "--student-steps", "3")
 

@@ -206,7 +206,7 @@ def measure_pairs(folder: Path) -> Figures:
     from clip_rd_edge.data.load import load_pairs
     from clip_rd_edge.data.order import EpochOrder
     from clip_rd_edge.data.samples import fingerprint
-    from clip_rd_edge.utils.reporting import Reporter
+    from clip_rd_edge.utils.text import Reporter
 
     before, peak, next_look = proportional_memory(), 0, 0.0
 

@@ -47,7 +47,7 @@ from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.names import preset_names
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.runtime.backends.litert import open_litert
+from clip_rd_edge.runtime.backends.one_input import open_litert
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.files import size_bytes, write_bytes

@@ -22,11 +22,10 @@ from PIL import Image
 import clip_rd_edge as edge
 from benchmarks.publishing import here_and_now, write_record
 from clip_rd_edge.benchmarking.metrics import average_precision, calibration_error, false_positives, separation
-from clip_rd_edge.bundle.encoder import label_embeddings
+from clip_rd_edge.bundle.encoder import Scoring, label_embeddings, usual_limit
 from clip_rd_edge.bundle.labels import background_nouns
-from clip_rd_edge.bundle.scoring import Scoring, usual_limit
 from clip_rd_edge.data.tasks import load_task
-from clip_rd_edge.exporting.answers import calibrate
+from clip_rd_edge.exporting.calibration import calibrate
 from clip_rd_edge.utils.paths import Typed
 
 Arrays = dict[str, npt.NDArray[Any]]

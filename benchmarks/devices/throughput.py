@@ -31,9 +31,8 @@ from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.bundle.image_files import list_images
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import fast_decode_edge, preprocess
-from clip_rd_edge.runtime.embed import BATCH_SIZE, embed_images
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime.load import BATCH_SIZE, embed_images, load
 from clip_rd_edge.utils.host import machine_name
 
 

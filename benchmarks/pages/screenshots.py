@@ -20,7 +20,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from benchmarks.pages.photographs import unpacked
-from clip_rd_edge.api.everyday import everyday
+from clip_rd_edge.api.exporting import everyday
 from clip_rd_edge.exporting.layouts.browser import write_browser
 
 CHROMIUM = Path("/usr/bin/chromium")

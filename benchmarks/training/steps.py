@@ -36,8 +36,8 @@ from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import TextTower, default_device, to_device
+from clip_rd_edge.models.encoder import CaptionTower
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.models.text_towers import CaptionTower
 
 
 def definitions() -> list[str]:

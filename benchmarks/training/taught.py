@@ -35,10 +35,9 @@ from benchmarks.data.tuxpaint import FRAMES, Stamp, compose, fetch, is_photograp
 from benchmarks.publishing import add_output_options, here_and_now, publish
 from clip_rd_edge.benchmarking.metrics import accuracy_interval, calibration_error
 from clip_rd_edge.benchmarking.tables import markdown_table
-from clip_rd_edge.bundle.encoder import label_embeddings
+from clip_rd_edge.bundle.encoder import Scoring, label_embeddings
 from clip_rd_edge.bundle.labels import LabelBank, Taught
 from clip_rd_edge.bundle.reference import reference_images
-from clip_rd_edge.bundle.scoring import Scoring
 from clip_rd_edge.data.emoji import concepts, draw_images
 from clip_rd_edge.runtime.taught import taught_bank
 

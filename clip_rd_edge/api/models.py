@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from clip_rd_edge.api.everyday import place_of
+from clip_rd_edge.api.exporting import place_of
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.settings.training import Stitch, Trim
@@ -172,4 +173,20 @@ def open_encoder(
 
 def first_answer(spec: str, runtime: RowRuntime | None, threads: int) -> list[str]:
     """Return the command of a process that classifies one image, to time a cold start; append the image's path."""
-    return [sys.executable, "-m", "clip_rd_edge.cli._first_answer", spec, runtime or "", str(threads)]
+    code = f"from {__name__} import answer_once; answer_once()"
+    return [sys.executable, "-c", code, spec, runtime or "", str(threads)]
+
+
+def answer_once() -> None:
+    """Embed an image and, if the model can, a text; then print one line of JSON: the process of `first_answer`."""
+    from clip_rd_edge.bundle.encoder import embeds_texts
+    from clip_rd_edge.bundle.images import open_image
+    from clip_rd_edge.utils.host import peak_memory_bytes
+
+    model, runtime_name, threads, image = sys.argv[1:]
+    runtime: Any = runtime_name or None
+    encoder = open_encoder(typed(model), runtime=runtime, threads=int(threads))
+    encoder.encode_images([open_image(Path(image))])
+    if embeds_texts(encoder):
+        encoder.encode_texts(["a photo of a cat"])
+    print(json.dumps({"peak_memory_bytes": peak_memory_bytes()}), flush=True)

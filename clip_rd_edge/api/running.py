@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_rd_edge.api.everyday import place_of
+from clip_rd_edge.api.exporting import place_of
 from clip_rd_edge.errors import InputError, MissingExtraError, UsageError
 from clip_rd_edge.settings.deploying import Demo, Index, Search, Serve, Teach, WatchIndex
 from clip_rd_edge.settings.options import keywords_of

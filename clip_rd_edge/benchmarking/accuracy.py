@@ -32,16 +32,25 @@ from clip_rd_edge.benchmarking.metrics import (
     recall_from_ranks,
     top_k_accuracy,
 )
-from clip_rd_edge.bundle.encoder import Embeddings, Encoder, embed_batches, embeds_texts, in_batches, label_embeddings
+from clip_rd_edge.bundle.encoder import (
+    UNCALIBRATED,
+    Embeddings,
+    Encoder,
+    Scoring,
+    embed_batches,
+    embeds_texts,
+    in_batches,
+    label_embeddings,
+    paired,
+)
 from clip_rd_edge.bundle.images import ImageFile, in_bounded_batches, open_image
 from clip_rd_edge.bundle.labels import background_nouns
-from clip_rd_edge.bundle.scoring import UNCALIBRATED, Scoring, paired
 from clip_rd_edge.data.folders import CLASS_NAMES
 from clip_rd_edge.data.shard_files import TarMember
 from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import is_file
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 TOP1, IMAGE_TO_TEXT, TEXT_TO_IMAGE = "top-1", "image → text, R@1", "text → image, R@1"
 BATCH_SIZE = 64

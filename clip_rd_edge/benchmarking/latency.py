@@ -22,7 +22,7 @@ from clip_rd_edge.bundle.images import ImageFile, open_image
 from clip_rd_edge.bundle.preprocess import preprocess
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.host import BackgroundLoad
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import SILENT, Reporter
 from clip_rd_edge.utils.timing import Milliseconds, time_in_turn, warm_up
 
 TEXT = "a photo of a cat"

@@ -51,8 +51,8 @@ from clip_rd_edge.data.tasks import TEMPLATES, RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_folder, is_left_by_system
-from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 from clip_rd_edge.utils.structs import encode_json, read_json
+from clip_rd_edge.utils.text import SILENT, PrefixedReporter, Reporter
 
 OpenEncoder = Callable[..., TowerEncoder]  # takes a model, and `runtime=` if the row names one
 FOLDER = "parts"

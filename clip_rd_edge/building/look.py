@@ -37,8 +37,8 @@ from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.files import write_bytes, write_text
 from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.paths import Typed, is_file, is_folder
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 LOOK, PAGE, TRAIN, HELD_OUT = "look.json", "look.html", "train.csv", "held-out"
 FEW = 10  # images: a class with fewer is named

@@ -32,8 +32,8 @@ from clip_rd_edge.settings.measuring import Build
 from clip_rd_edge.utils.files import size_bytes, write_text
 from clip_rd_edge.utils.host import instruction_sets
 from clip_rd_edge.utils.paths import Typed, as_text, is_file
-from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.structs import CheckedStruct, commented_yaml, read_yaml
+from clip_rd_edge.utils.text import Reporter
 from clip_rd_edge.utils.timing import time_in_turn
 
 PLAN = "plan.yaml"

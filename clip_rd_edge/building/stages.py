@@ -74,10 +74,9 @@ from clip_rd_edge.exporting.calibration import MIN_PAIRS, kept_pairs
 from clip_rd_edge.exporting.plan import Plan as ExportPlan
 from clip_rd_edge.exporting.plan import plan_exports
 from clip_rd_edge.models.edit import trim_text_tower
-from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.encoder import TorchEncoder, text_layers
 from clip_rd_edge.models.load import known_config, load_clip, save_clip
 from clip_rd_edge.models.stitch import class_nouns
-from clip_rd_edge.models.text_towers import text_layers
 from clip_rd_edge.runtime.labels import label_names
 from clip_rd_edge.runtime.verify import verify_bundle
 from clip_rd_edge.settings.deploying import Export, Fallback
@@ -85,9 +84,8 @@ from clip_rd_edge.settings.measuring import Build
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.outputs import exclusive_writer, require_free_output
 from clip_rd_edge.utils.paths import Typed, is_file, several, typed
-from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
-from clip_rd_edge.utils.text import as_word
+from clip_rd_edge.utils.text import Reporter, as_word
 
 _EVALUATIONS, _MAX_UNSAVED = 5, 100  # in a run, and steps between checkpoints
 _TEXT_LAYERS, _VOCABULARY, _FROZEN_TEXT_LAYERS = 2, 7500, 2  # as the quickstart's, see its evidence

@@ -31,9 +31,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from clip_rd_edge.bundle.formats import format_of
+from clip_rd_edge.bundle.encoder import Calibration, LogitBias, LogitScale, Scoring
+from clip_rd_edge.bundle.formats import EXTERNAL_DATA_SUFFIX, format_of
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.bundle.scoring import Calibration, LogitBias, LogitScale, Scoring
 from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.installation import upgrade_hint
@@ -58,7 +58,6 @@ INSTRUCTION_SETS = ("x86-64", "x86-64-vnni", "aarch64", WASM)
 LABELS, TAUGHT = "labels.npz", "taught.npz"
 BACKGROUND, KNOWN = "background.npz", "known.npz"
 ENGINE_SUFFIX = ".engine"  # replaces .onnx in the name of a TensorRT engine
-EXTERNAL_DATA_SUFFIX = ".data"  # added to the name of an ONNX file whose weights are in a file of their own
 # Added to the name of an engine that the device built, which the manifest does not list: what sha256sum prints for its
 # ONNX file and for itself.
 STAMP_SUFFIX = ".sha256"
@@ -431,7 +430,7 @@ def _has_digest(path: Path, digest: str) -> bool:
     if sha256_of(path) != digest:
         return False
     if path.suffix == _ONNX:
-        from clip_rd_edge.bundle.onnx_file import require_self_contained  # late: most files are remembered
+        from clip_rd_edge.bundle.formats import require_self_contained  # late: most files are remembered
 
         require_self_contained(path)
     with suppress(OSError):  # a full or read-only cache only costs time

@@ -161,7 +161,7 @@ def _classify_files(
     from PIL import Image
 
     from clip_rd_edge.cli.console import console_reporter
-    from clip_rd_edge.runtime.embed import embed_images, open_image_tower
+    from clip_rd_edge.runtime.load import embed_images, open_image_tower
 
     stdout = sys.stdout  # saved, because the progress bar redirects sys.stdout
     many = len(paths) >= MANY_IMAGES

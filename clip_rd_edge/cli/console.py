@@ -18,8 +18,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from clip_rd_edge.cli.output import fold, results_whole
-from clip_rd_edge.utils.reporting import Reporter, duration
-from clip_rd_edge.utils.text import printable
+from clip_rd_edge.utils.text import Reporter, duration, printable
 
 # Under torchrun, only the first process prints.
 first_process = os.environ.get("RANK", "0") == "0"

@@ -34,7 +34,7 @@ from clip_rd_edge.utils.text import one_line
 # name: (module, short help). The short help is repeated here so that listing the commands imports none of them. In its
 # module, a command has its name.
 COMMANDS = {
-    "quickstart": ("quickstart", "Run the whole pipeline on the built-in data, in minutes."),
+    "quickstart": ("build", "Run the whole pipeline on the built-in data, in minutes."),
     "build": ("build", "Build a bundle for a device from your own images."),
     "distill": ("train", "Train a compact student from a teacher and image-caption pairs."),
     "embed": ("train", "Compute a teacher's embeddings once, for many runs."),

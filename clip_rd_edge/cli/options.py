@@ -301,7 +301,7 @@ def _opened(bundle: Any) -> Any:
         return tuple(map(_opened, bundle))
     if not str(bundle).endswith("everyday"):  # else what follows imports a third of the modules of a classification
         return bundle
-    from clip_rd_edge.api.everyday import is_built_in, place_of
+    from clip_rd_edge.api.exporting import is_built_in, place_of
 
     if not is_built_in(bundle):
         return bundle

@@ -13,8 +13,7 @@ from typing import IO, Any
 
 import click
 
-from clip_rd_edge.utils.reporting import Reporter
-from clip_rd_edge.utils.text import printable
+from clip_rd_edge.utils.text import Reporter, printable
 
 
 def echo(

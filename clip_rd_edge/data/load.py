@@ -20,9 +20,8 @@ from clip_rd_edge.data.samples import NO_PROBLEMS, Counts, Problems, Sample, Sam
 from clip_rd_edge.data.tables import is_parquet, load_table, parquet_rows
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.paths import URL, Typed, is_file, is_folder
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import is_list_of_texts
-from clip_rd_edge.utils.text import shown_source
+from clip_rd_edge.utils.text import SILENT, Reporter, shown_source
 
 # Compressed ones are refused as such, and not as tables.
 TAR_SUFFIXES = (".tar", ".tar}", ".tar.gz", ".tgz")

@@ -23,7 +23,7 @@ from clip_rd_edge.bundle.images import MAX_PIXELS, open_image, opened_image
 from clip_rd_edge.errors import InputError, in_one_line
 from clip_rd_edge.utils.files import sha256_of
 from clip_rd_edge.utils.host import usable_cores
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 HASH_EDGE = 16
 NEAR = 0.985  # correlation of hashes; that of copies in JPEG of a third of the edge is above it

@@ -38,8 +38,8 @@ from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.arrays import HEADERS, npz_bytes
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import cache_home
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 INDEXING_STAGE = "indexing shards"
 _FORMAT = "5"  # increase when the same tar, or the same shards, are indexed differently

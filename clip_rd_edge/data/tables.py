@@ -44,9 +44,8 @@ from clip_rd_edge.data.samples import (
 from clip_rd_edge.errors import InputError, first_line, near_matches, needs_extra, quoted
 from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.paths import URL, is_file, other_spellings, why_no_file
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import is_list_of_texts, read_json, to_json
-from clip_rd_edge.utils.text import SEPARATOR_LINE, refuse_other_formats, shown_source
+from clip_rd_edge.utils.text import SEPARATOR_LINE, SILENT, Reporter, refuse_other_formats, shown_source
 
 TABLE_STAGE = "indexing the table"
 KEPT_ROWS = 1 << 17

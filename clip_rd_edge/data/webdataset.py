@@ -35,9 +35,8 @@ from clip_rd_edge.utils.files import new_file, write_bytes
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.outputs import exclusive_writer
 from clip_rd_edge.utils.paths import Typed, is_file, is_left_by_system
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import is_list_of_texts, read_json, to_json
-from clip_rd_edge.utils.text import is_unicode, shown_source
+from clip_rd_edge.utils.text import SILENT, Reporter, is_unicode, shown_source
 
 JSON_KEY = "caption"
 

@@ -20,7 +20,7 @@ from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.errors import ConfigError, InterruptedRunError, LostProcessError, UsageError
 from clip_rd_edge.utils.files import disk_full_error, sha256_of
 from clip_rd_edge.utils.outputs import LOCK_FILE, new_folder
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -35,8 +35,8 @@ from clip_rd_edge.models.clip import float32_on_cpu
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.students import TEACHER
 from clip_rd_edge.utils.files import write_text
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import to_yaml
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 if TYPE_CHECKING:
     from clip_rd_edge.data.tasks import Task

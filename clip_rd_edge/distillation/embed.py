@@ -64,8 +64,8 @@ from clip_rd_edge.models.clip import ClipModel, default_device, float32_on_cpu, 
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_file
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 BATCH_SIZE = 64
 STORE_STAGE = "storing the teacher's embeddings (shards)"  # name of the stage in progress reports

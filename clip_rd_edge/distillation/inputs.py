@@ -24,9 +24,8 @@ from clip_rd_edge.models.clip import form_fingerprint, model_fingerprint
 from clip_rd_edge.models.names import is_trained, student_file
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.paths import Typed, is_file
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, read_yaml, to_json, to_yaml
-from clip_rd_edge.utils.text import as_word, shown_source
+from clip_rd_edge.utils.text import SILENT, Reporter, as_word, shown_source
 
 _SHOWN_DIGITS = 12
 

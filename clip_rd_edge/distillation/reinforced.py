@@ -46,9 +46,8 @@ from clip_rd_edge.distillation.store import HalfArray
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.utils.arrays import read_npz
-from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.structs import CheckedError, CheckedStruct, PositiveFloat, read_json
-from clip_rd_edge.utils.text import is_unicode, shown_sources
+from clip_rd_edge.utils.text import Reporter, is_unicode, shown_sources
 
 _MAX_MAGNITUDE = 10_000  # pixels of a translation are the largest
 

@@ -51,8 +51,8 @@ from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InterruptedRunEr
 from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.outputs import LOCK_FILE, exclusive_writer, remove_leftovers
 from clip_rd_edge.utils.paths import is_file
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_yaml
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 Evaluate = Callable[[Encoder], dict[str, float]]
 _RESUME = "resume with the same command and {resume}"

@@ -32,7 +32,7 @@ from clip_rd_edge.losses.terms import find_term
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.utils.files import sha256_of
 from clip_rd_edge.utils.paths import Typed
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 if TYPE_CHECKING:
     from clip_rd_edge.data.tasks import Task

@@ -27,8 +27,8 @@ from clip_rd_edge.distillation.student import set_training_mode
 from clip_rd_edge.distillation.teacher import BatchTeacher, LiveTeacher, StoredTeacher, Teacher
 from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.utils.paths import is_file
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_yaml
+from clip_rd_edge.utils.text import SILENT, Reporter
 from clip_rd_edge.utils.timing import time_in_turn
 
 # A precision of fewer bits must be noticeably faster than the one before it in `measured_precisions`.

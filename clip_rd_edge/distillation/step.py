@@ -35,7 +35,7 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import LossTerms, Objective
 from clip_rd_edge.losses.terms import MAX_SCALE, EmbeddingBatch
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
-from clip_rd_edge.models.text_towers import LENGTHS, CaptionTower
+from clip_rd_edge.models.encoder import LENGTHS, CaptionTower
 
 EmbedTexts = Callable[[list[str], Tensor | None], Tensor]  # captions and, where they are tokenised already, their ids
 

@@ -43,8 +43,8 @@ from clip_rd_edge.utils.arrays import load_array, npy_bytes
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.outputs import exclusive_writer
 from clip_rd_edge.utils.paths import is_file, is_left_by_system
-from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
+from clip_rd_edge.utils.text import Reporter
 
 MANIFEST, COMPLETE = "manifest.json", "complete.json"
 FORMAT_VERSION = 1  # increase when the same manifest gives other embeddings, such as by other crops

@@ -24,6 +24,7 @@ from clip_rd_edge.distillation.teacher import (
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
 from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.encoder import text_groups, text_transformer
 from clip_rd_edge.models.load import known_config, load_clip
 from clip_rd_edge.models.names import is_trained
 from clip_rd_edge.models.students import (
@@ -38,7 +39,6 @@ from clip_rd_edge.models.students import (
     text_size,
     with_image_of,
 )
-from clip_rd_edge.models.text_towers import text_groups, text_transformer
 from clip_rd_edge.models.text_weights import (
     TOKENS,
     build_with_text_tower_of,
@@ -47,7 +47,7 @@ from clip_rd_edge.models.text_weights import (
     with_text_of,
 )
 from clip_rd_edge.utils.paths import Typed, typed
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 _SIGMOID_START = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # of Zhai et al. 2023
 _DEFAULT_SHAPE: dict[str, Any] = {"image_size": 224, "text": "standard", "context_length": 77}

@@ -22,11 +22,11 @@ from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device
+from clip_rd_edge.models.encoder import CaptionTower, embed_with_progress
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.names import is_trained
-from clip_rd_edge.models.text_towers import CaptionTower, embed_with_progress
 from clip_rd_edge.utils.paths import Typed
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 if TYPE_CHECKING:
     from clip_rd_edge.distillation.reinforced import StoredTeachers

@@ -27,9 +27,8 @@ from clip_rd_edge.distillation.config import RunConfig, TrackerName
 from clip_rd_edge.distillation.metrics import Outcome, Tracker
 from clip_rd_edge.errors import MissingExtraError, UsageError
 from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
-from clip_rd_edge.utils.text import one_line, shown_sources
+from clip_rd_edge.utils.text import Reporter, one_line, shown_sources
 
 PROJECT = "clip-rd-edge"  # of Weights & Biases, unless the user's variables name another
 _EXTRAS: dict[TrackerName, str] = {"tensorboard": "train", "wandb": "wandb"}

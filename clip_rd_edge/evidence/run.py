@@ -58,9 +58,8 @@ from clip_rd_edge.settings.measuring import Quickstart
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.outputs import exclusive_writer
 from clip_rd_edge.utils.paths import Typed, typed
-from clip_rd_edge.utils.reporting import PrefixedReporter, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
-from clip_rd_edge.utils.text import shown_source
+from clip_rd_edge.utils.text import PrefixedReporter, Reporter, shown_source
 
 
 def evaluate_model(encoder: Encoder, tasks: Sequence[Task], *, name: str) -> ModelResult:

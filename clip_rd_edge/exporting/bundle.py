@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from clip_rd_edge.bundle.encoder import Embeddings, label_embeddings
-from clip_rd_edge.bundle.formats import import_named
+from clip_rd_edge.bundle.formats import EXTERNAL_DATA_SUFFIX, import_named
 from clip_rd_edge.bundle.labels import (
     LabelBank,
     background_nouns,
@@ -24,7 +24,6 @@ from clip_rd_edge.bundle.labels import (
 )
 from clip_rd_edge.bundle.manifest import (
     BACKGROUND,
-    EXTERNAL_DATA_SUFFIX,
     FORMAT_VERSION,
     IMAGE_MODEL,
     KNOWN,
@@ -40,7 +39,6 @@ from clip_rd_edge.bundle.manifest import (
 from clip_rd_edge.bundle.outputs import require_output
 from clip_rd_edge.bundle.tokenizer import TokenIds, Tokenizer, TokenizerSpec
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
-from clip_rd_edge.exporting.answers import calibrate
 from clip_rd_edge.exporting.formats import Converted, Job
 from clip_rd_edge.exporting.layouts import LAYOUTS, Layout
 from clip_rd_edge.exporting.parity import (
@@ -74,7 +72,7 @@ from clip_rd_edge.settings.deploying import Export
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.paths import as_text, typed
-from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
+from clip_rd_edge.utils.text import SILENT, PrefixedReporter, Reporter
 
 if TYPE_CHECKING:
     from clip_rd_edge.data.samples import Samples
@@ -332,6 +330,8 @@ def _with_calibration(job: Job, manifest: Manifest, encoder: BundleEncoder) -> M
             'probabilities and "none of these" are not calibrated: that takes pairs which the model was not trained on'
         )
         return manifest
+    from clip_rd_edge.exporting.calibration import calibrate  # imported already, with the samples
+
     job.reporter.update("calibrating the answers")
     pixels, ids = samples.calibrate
     images = encoder.encode_pixels(pixels)
@@ -372,7 +372,7 @@ def _label_encoder(folder: Path, manifest: Manifest) -> BundleEncoder:
 
 
 def _with_preprocessing(folder: Path, manifest: Manifest) -> Manifest:
-    from clip_rd_edge.exporting.preprocess_graph import IMAGE, with_preprocessing  # which few exports need
+    from clip_rd_edge.exporting.graph import IMAGE, with_preprocessing  # which few exports need
 
     path = folder / manifest.image.file
     if (folder / f"{path.name}{EXTERNAL_DATA_SUFFIX}").is_file():

@@ -1,4 +1,4 @@
-"""ONNX graph helpers that all conversions share, and a way to silence the libraries they call."""
+"""ONNX graph helpers that all conversions share, a way to silence the libraries they call, preprocessing as a graph."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx
+from onnx import TensorProto, helper, numpy_helper
 
 from clip_rd_edge.bundle.encoder import in_batches
+from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.process import SharedBlock, quiet_logs
 
@@ -167,3 +170,142 @@ def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> No
     nodes = list(nodes)
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+# Preprocessing inside the image tower. PIL's antialiased resize is separable: one matrix over the columns, rounded to
+# bytes, then one over the rows, rounded again. The graph computes both matrices from the image's size, in integers up
+# to the last division, so that no precision is lost on large images. Pillow 13 resizes the rows of some tall images
+# first, Pillow 12 and earlier never do; the graph always resizes columns first.
+IMAGE = "image"  # (1, height, width, 3) uint8
+_PREFIX = "preprocess/"
+
+
+def with_preprocessing(model: onnx.ModelProto, preprocessing: Preprocessing) -> onnx.ModelProto:
+    """Return a copy of an image tower that takes one image, (1, height, width, 3) uint8 RGB of any size.
+
+    Args:
+        model: pixel_values (N, 3, H, W) float32 -> image_embedding, of opset 18 or later.
+        preprocessing: the model's.
+    """
+    result = copy.deepcopy(model)
+    graph = result.graph
+    prefix = _preprocessing_graph(preprocessing, graph.input[0].name)
+    nodes = [*prefix.nodes, *graph.node]
+    del graph.node[:], graph.input[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(prefix.constants)
+    graph.input.append(helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, [1, "height", "width", 3]))
+    return result
+
+
+def _preprocessing_graph(preprocessing: Preprocessing, output: str) -> _Graph:
+    g = _Graph()
+    height, width = (g.op("Squeeze", g.op("Shape", IMAGE, start=i, end=i + 1), g.ints([0])) for i in (1, 2))
+    new_height, new_width = _resized_size(g, preprocessing, height, width)
+    rows, columns = preprocessing.size
+    column_weights, column_inside = _resize_matrix(g, preprocessing, columns, width, new_width)
+    row_weights, row_inside = _resize_matrix(g, preprocessing, rows, height, new_height)
+    planes = g.op("Transpose", g.op("Squeeze", IMAGE, g.ints([0])), perm=[2, 0, 1])  # (3, height, width)
+    planes = g.op("Cast", planes, to=TensorProto.FLOAT)
+    # (3, height, W), then (3, H, W)
+    planes = _round_to_bytes(g, g.op("MatMul", planes, g.op("Transpose", column_weights, perm=[1, 0])))
+    planes = _round_to_bytes(g, g.op("MatMul", row_weights, planes))
+    if preprocessing.resize_mode == "longest":
+        inside = g.op("And", g.op("Unsqueeze", row_inside, g.ints([1])), column_inside)
+        planes = g.op("Where", inside, planes, g.floats(float(preprocessing.fill_color)))
+    scaled = g.op("Div", planes, g.floats(255.0))
+    mean, std = (g.floats(np.reshape(values, (3, 1, 1))) for values in (preprocessing.mean, preprocessing.std))
+    normalised = g.op("Div", g.op("Sub", scaled, mean), std)
+    g.op("Unsqueeze", normalised, g.ints([0]), output=output)
+    return g
+
+
+def _resized_size(g: _Graph, preprocessing: Preprocessing, height: str, width: str) -> tuple[str, str]:
+    """Height and width after resizing, rounded as `bundle.preprocess` rounds."""
+    rows, columns = preprocessing.size
+    if preprocessing.resize_mode == "squash":
+        return g.ints(rows), g.ints(columns)
+    if preprocessing.resize_mode == "shortest" and rows == columns:
+        shorter = g.op("Min", height, width)
+        new = [g.op("Div", g.op("Mul", g.ints(rows), edge), shorter) for edge in (height, width)]
+        return new[0], new[1]
+    edges = [g.op("Cast", edge, to=TensorProto.DOUBLE) for edge in (height, width)]
+    ratios = [g.op("Div", edge, g.doubles(float(size))) for edge, size in zip(edges, (rows, columns), strict=True)]
+    ratio = g.op("Max" if preprocessing.resize_mode == "longest" else "Min", *ratios)
+    rounded = [g.op("Cast", g.op("Round", g.op("Div", edge, ratio)), to=TensorProto.INT64) for edge in edges]
+    new = [g.op("Max", edge, g.ints(1)) for edge in rounded]
+    return new[0], new[1]
+
+
+def _resize_matrix(
+    g: _Graph, preprocessing: Preprocessing, output_size: int, size: str, new_size: str
+) -> tuple[str, str]:
+    """Return the matrix (output_size, size) of one axis, cropped or padded at the centre, and which rows lie inside."""
+    two = g.ints(2)
+    excess = g.op("Sub", new_size, g.ints(output_size))
+    half = g.op("Mul", g.op("Cast", excess, to=TensorProto.FLOAT), g.floats(0.5))
+    # Crop offsets round half to even, as in Python; padding widths round down.
+    rounding = "Round" if preprocessing.resize_mode != "longest" else "Ceil"
+    offset = g.op("Cast", g.op(rounding, half), to=TensorProto.INT64)
+    positions = g.op("Add", g.ints(np.arange(output_size)), offset)
+    inside = g.op("And", g.op("GreaterOrEqual", positions, g.ints(0)), g.op("Less", positions, new_size))
+    # Distance from each new pixel's centre to each old one's, in units of the filter:
+    # ((2r + 1) size − (2i + 1) new_size) / (2 max(size, new_size)).
+    centres = g.op("Mul", g.op("Add", g.op("Mul", positions, two), g.ints(1)), size)
+    old_positions = g.op("Range", g.ints(0), size, g.ints(1))
+    old_centres = g.op("Mul", g.op("Add", g.op("Mul", old_positions, two), g.ints(1)), new_size)
+    distances = g.op("Sub", g.op("Unsqueeze", centres, g.ints([1])), old_centres)
+    unit = g.op("Cast", g.op("Mul", g.op("Max", size, new_size), two), to=TensorProto.FLOAT)
+    x = g.op("Div", g.op("Cast", g.op("Abs", distances), to=TensorProto.FLOAT), unit)
+    bicubic = preprocessing.evaluation_interpolation == "bicubic"
+    weights = _bicubic(g, x) if bicubic else g.op("Relu", g.op("Sub", g.floats(1.0), x))
+    total = g.op("ReduceSum", weights, g.ints([1]))
+    # A row in the padding sums to 0; its pixels are overwritten by the fill colour, but must not be NaN.
+    total = g.op("Where", g.op("Unsqueeze", inside, g.ints([1])), total, g.floats(1.0))
+    return g.op("Div", weights, total), inside
+
+
+def _bicubic(g: _Graph, x: str) -> str:
+    """PIL's bicubic filter with a = −0.5, of distances that are not negative."""
+    square = g.op("Mul", x, x)
+    near = g.op("Add", g.op("Mul", g.op("Sub", g.op("Mul", x, g.floats(1.5)), g.floats(2.5)), square), g.floats(1.0))
+    far = g.op("Add", g.op("Mul", g.op("Sub", x, g.floats(5.0)), x), g.floats(8.0))
+    far = g.op("Mul", g.op("Sub", g.op("Mul", far, x), g.floats(4.0)), g.floats(-0.5))
+    outside = g.op("Where", g.op("Less", x, g.floats(2.0)), far, g.floats(0.0))
+    return g.op("Where", g.op("Less", x, g.floats(1.0)), near, outside)
+
+
+def _round_to_bytes(g: _Graph, values: str) -> str:
+    """Round and clip to the values of a byte, still as float32, as PIL does after each of its two passes."""
+    return g.op("Clip", g.op("Floor", g.op("Add", values, g.floats(0.5))), g.floats(0.0), g.floats(255.0))
+
+
+class _Graph:
+    """Collects nodes and constants in the order they are requested, so that code reads like a formula."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def op(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
+        """Add a node; return its output's name."""
+        name = f"{_PREFIX}{kind}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [output or name], name=name, **attributes))
+        return output or name
+
+    def ints(self, values: npt.ArrayLike) -> str:
+        """Add an int64 constant; return its name."""
+        return self._constant(np.asarray(values, dtype=np.int64))
+
+    def floats(self, values: npt.ArrayLike) -> str:
+        """Add a float32 constant; return its name."""
+        return self._constant(np.asarray(values, dtype=np.float32))
+
+    def doubles(self, values: npt.ArrayLike) -> str:
+        """Add a float64 constant; return its name."""
+        return self._constant(np.asarray(values, dtype=np.float64))
+
+    def _constant(self, values: npt.NDArray[Any]) -> str:
+        name = f"{_PREFIX}constant_{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(values, name))
+        return name

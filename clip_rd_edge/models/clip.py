@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clip_rd_edge.bundle.encoder import Scoring
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.bundle.scoring import Scoring
 from clip_rd_edge.models.tokenizers import vocabulary_of
 from clip_rd_edge.utils.process import SharedBlock
 

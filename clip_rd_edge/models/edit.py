@@ -37,21 +37,21 @@ from clip_rd_edge.models.clip import (
     parameter_count,
     text_module,
 )
-from clip_rd_edge.models.encoder import TorchEncoder
-from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.text_towers import (
+from clip_rd_edge.models.encoder import (
     CaptionTower,
+    TorchEncoder,
     layers_key,
     pooling_of,
     text_layers,
     text_transformer,
     token_embedding,
 )
+from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.text_weights import evenly_spaced
 from clip_rd_edge.models.tokenizers import most_used_tokens, needed_tokens, pieces_of, with_tokens, write_clip_tokenizer
 from clip_rd_edge.utils.files import require_utf8_path
 from clip_rd_edge.utils.paths import Typed
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 _TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _BATCH = 1_024

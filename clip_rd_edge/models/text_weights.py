@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.classifiers import unreadable_weights
 from clip_rd_edge.models.clip import ClipModel, TextTower, default_device, evaluation_mode, quick_gelu_of, text_module
+from clip_rd_edge.models.encoder import CaptionTower, embed_with_progress, text_layers
 from clip_rd_edge.models.students import TEACHER, build_student, require_equal
-from clip_rd_edge.models.text_towers import CaptionTower, embed_with_progress, text_layers
 from clip_rd_edge.utils.paths import is_file
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 TOKENS = "tokens"  # as the source of the token embeddings alone
 _BLOCKS = "transformer.resblocks."

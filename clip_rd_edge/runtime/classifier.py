@@ -9,21 +9,25 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.bundle.encoder import (
+    REFUSE_KNOWN,
+    UNCALIBRATED,
     Embeddings,
     Encoder,
     LabelsEncoder,
+    Probabilities,
     label_embeddings,
+    paired,
     require_labels,
     require_top,
     top_indices,
+    usual_limit,
 )
 from clip_rd_edge.bundle.images import ImageInput
 from clip_rd_edge.bundle.labels import LabelBank, TemplateNames, background_nouns, parse_templates, template_words
-from clip_rd_edge.bundle.scoring import REFUSE_KNOWN, UNCALIBRATED, Probabilities, paired, usual_limit
 from clip_rd_edge.errors import InputError, UsageError, in_one_line, require_known_options
-from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.labels import Labels, label_names, label_set_key, read_label_set, write_label_set
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.runtime.load import encode_inputs
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -6,10 +6,9 @@ import ctypes
 import hashlib
 import logging
 import os
-import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.bundle.encoder import Description, Embeddings, as_list, image_batch_size, in_batches
+from clip_rd_edge.bundle.encoder import Description, Embeddings, as_list, image_batch_size, in_batches, require_finite
 from clip_rd_edge.bundle.images import ImageInput, as_rgb
 from clip_rd_edge.bundle.labels import LabelBank, Taught, in_words, read_labels, read_taught
 from clip_rd_edge.bundle.manifest import (
@@ -34,7 +33,6 @@ from clip_rd_edge.bundle.manifest import (
     require_intact_tower,
 )
 from clip_rd_edge.bundle.preprocess import preprocess, to_uint8
-from clip_rd_edge.bundle.scoring import require_finite
 from clip_rd_edge.bundle.tokenizer import Tokenizer
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError, in_one_line, near_matches
 from clip_rd_edge.utils.files import size_bytes
@@ -162,7 +160,7 @@ class BundleEncoder(ABC):
 
     @cached_property
     def background(self) -> Embeddings | None:
-        """The stored embeddings of common nouns, (K, D), or None; see `bundle.scoring.Scoring.matches`."""
+        """The stored embeddings of common nouns, (K, D), or None; see `bundle.encoder.Scoring.matches`."""
         bank = self._stored_bank(BACKGROUND)
         return bank.embeddings if bank else None
 
@@ -378,34 +376,6 @@ class NamedInput(NamedTuple):
     """An input of a model, as a session describes it."""
 
     name: str
-
-
-class OneInputModel(ABC):
-    """A model with the two methods of an ONNX Runtime session that are used here; its file takes one input at a time.
-
-    Calls run one at a time, too: an engine owns its buffers, or does not say that several threads may call it.
-
-    Args:
-        inputs: names of the inputs.
-    """
-
-    def __init__(self, inputs: Sequence[str]) -> None:
-        self._lock = threading.Lock()
-        self._inputs = [NamedInput(name) for name in inputs]
-
-    def get_inputs(self) -> list[NamedInput]:
-        """Return the inputs with their names."""
-        return self._inputs
-
-    def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        """Run the model on each row of its input, (N, …); return its output, (N, D)."""
-        (rows,) = feed.values()
-        with self._lock, NativeCall():
-            return [np.concatenate([self.run_row(row) for row in rows])]
-
-    @abstractmethod
-    def run_row(self, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return the output of one row, (1, D)."""
 
 
 def require_threads(threads: int | None) -> None:

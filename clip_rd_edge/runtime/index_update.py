@@ -18,7 +18,6 @@ import numpy as np
 from clip_rd_edge.bundle.encoder import Embeddings, in_batches
 from clip_rd_edge.errors import InputError, UsageError, causes
 from clip_rd_edge.installation import install_command
-from clip_rd_edge.runtime.embed import embed_images, embed_images_on_cluster
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import (
     GRAPH_FROM,
@@ -46,13 +45,13 @@ from clip_rd_edge.runtime.index_folder import (
     out_of_sight,
     printable_path,
 )
+from clip_rd_edge.runtime.load import embed_images, embed_images_on_cluster
 from clip_rd_edge.runtime.search_graph import build_graph, keys_of, usearch_is_installed
 from clip_rd_edge.utils.arrays import npy_bytes
 from clip_rd_edge.utils.files import now_in, write_bytes
 from clip_rd_edge.utils.outputs import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.paths import exists, file_identity, is_file, is_folder, near_files
-from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.text import is_unicode
+from clip_rd_edge.utils.text import SILENT, Reporter, is_unicode
 
 ANSWERED = 0.2  # share of random texts for which a search finds something
 _NOUN_STEP, _COMPARED_ROWS = 4, 1 << 16  # of the nouns, one in so many; rows compared with them at once

@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import INDEX_FILE
 from clip_rd_edge.runtime.index_folder import Listing, Stamp
 from clip_rd_edge.runtime.index_update import REST, Indexer, Update, Watched
+from clip_rd_edge.runtime.load import open_image_tower
 from clip_rd_edge.utils.paths import file_identity
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 POLL_S = 2.0
 _MAX_REST_S = 60.0  # listing a million files takes many seconds, and building the graph of their index minutes

@@ -9,8 +9,8 @@ from clip_rd_edge.bundle.encoder import Description, Embeddings, TowerEncoder, a
 from clip_rd_edge.bundle.images import ImageInput, is_single_image
 from clip_rd_edge.bundle.labels import TemplateNames, parse_templates, template_words
 from clip_rd_edge.runtime.classifier import Deciding, Prediction, ZeroShotClassifier
-from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.labels import Labels, label_names
+from clip_rd_edge.runtime.load import encode_inputs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

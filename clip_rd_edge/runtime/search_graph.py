@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from clip_rd_edge.bundle.encoder import Embeddings, in_batches
 from clip_rd_edge.utils.files import new_file
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 MAX_TOP = 1_000  # results; more are searched exactly
 REBUILD_SHARE = 0.1

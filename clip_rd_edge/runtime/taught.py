@@ -29,6 +29,7 @@ import numpy.typing as npt
 from clip_rd_edge.bundle.encoder import (
     Embeddings,
     Encoder,
+    Scoring,
     embeds_texts,
     label_embeddings,
     require_labels,
@@ -45,11 +46,9 @@ from clip_rd_edge.bundle.labels import (
 )
 from clip_rd_edge.bundle.manifest import LABELS, TAUGHT, write_manifest
 from clip_rd_edge.bundle.reference import reference_images
-from clip_rd_edge.bundle.scoring import Scoring
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
-from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.encoder import BundleEncoder, image_key
-from clip_rd_edge.runtime.load import copy_bundle
+from clip_rd_edge.runtime.load import copy_bundle, encode_inputs
 from clip_rd_edge.utils.outputs import new_folder
 
 Matrix = npt.NDArray[np.float64]

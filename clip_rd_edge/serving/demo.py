@@ -28,9 +28,8 @@ from clip_rd_edge.bundle.manifest import MANIFEST, read_manifest
 from clip_rd_edge.bundle.preprocess import preprocess
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
-from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime.load import load, open_image_tower
 from clip_rd_edge.runtime.taught import nothing_taught, taught_among
 from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.guard import LOOPBACK, Guard, RefusedError, error_response

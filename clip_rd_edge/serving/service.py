@@ -32,8 +32,8 @@ from clip_rd_edge.bundle.manifest import MANIFEST
 from clip_rd_edge.bundle.preprocess import Pixels, preprocess
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, with_hint
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
-from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.load import open_image_tower
 from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.guard import LOOPBACK, Guard, RefusedError, host_names
 from clip_rd_edge.serving.protocol import Item, UploadedImage, label_key, require_few_labels

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from clip_rd_edge.settings.options import PRECISION_WORDS, Settings, argument, option
 from clip_rd_edge.utils.paths import AnyPath
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 _device = partial(option, group="Device")
 _server = partial(option, group="Server")

@@ -10,7 +10,7 @@ from clip_rd_edge.settings.deploying import Labels, Modules, Threads
 from clip_rd_edge.settings.options import Settings, argument, option
 from clip_rd_edge.settings.training import CaptionColumn, ImageColumn, Tasks, Templates, Workers
 from clip_rd_edge.utils.paths import AnyPath
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 _tasks = partial(option, group="Tasks")
 _model = partial(option, group="Model")

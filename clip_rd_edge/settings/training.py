@@ -8,7 +8,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from clip_rd_edge.settings.options import PRECISION_WORDS, Settings, argument, option
 from clip_rd_edge.utils.paths import AnyPath
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 _data = partial(option, group="Data")
 _teacher = partial(option, group="Teacher")

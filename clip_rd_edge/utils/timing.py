@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.utils.reporting import duration
+from clip_rd_edge.utils.text import duration
 
 Milliseconds = npt.NDArray[np.float64]
 Call = Callable[[], object]

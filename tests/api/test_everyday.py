@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import clip_rd_edge as edge
-from clip_rd_edge.api import everyday
+from clip_rd_edge.api import exporting as everyday
 from clip_rd_edge.errors import MissingExtraError, UsageError
-from clip_rd_edge.utils.reporting import Reporter
+from clip_rd_edge.utils.text import Reporter
 
 Run = Callable[..., tuple[int, str, str]]
 

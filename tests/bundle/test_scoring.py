@@ -17,8 +17,8 @@ from text_towers import siglip_clip
 
 import clip_rd_edge as edge
 from clip_rd_edge.benchmarking.accuracy import zero_shot
+from clip_rd_edge.bundle.encoder import Calibration, Scoring, usual_limit
 from clip_rd_edge.bundle.manifest import MANIFEST, read_manifest
-from clip_rd_edge.bundle.scoring import Calibration, Scoring, usual_limit
 from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.errors import ConfigError, NotFiniteError
 from clip_rd_edge.installation import upgrade_hint

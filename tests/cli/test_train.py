@@ -16,7 +16,8 @@ import pytest
 from support import save_tiny_teacher
 
 from clip_rd_edge.benchmarking.suite import EXAMPLE, read_suite
-from clip_rd_edge.cli import quickstart, train
+from clip_rd_edge.cli import build as quickstart
+from clip_rd_edge.cli import train
 from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.distillation.config import load_recipe, recipe_names
 from clip_rd_edge.utils.text import as_word
@@ -174,7 +175,7 @@ def test_the_program_is_named_as_it_can_be_called(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_shells_of_windows_are_shown_each_command_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("cli.quickstart", "utils.text"):
+    for module in ("cli.build", "utils.text"):
         monkeypatch.setattr(f"clip_rd_edge.{module}.os", SimpleNamespace(name="nt", path=ntpath))
     monkeypatch.setenv("PATH", "")
     program = r"Z:\of mine\.venv\Scripts\clip-rd-edge"  # on another drive

@@ -16,7 +16,7 @@ from clip_rd_edge.data.shard_files import close_tars
 from clip_rd_edge.data.shard_index import index_shards
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.utils.paths import cache_home
-from clip_rd_edge.utils.reporting import Reporter
+from clip_rd_edge.utils.text import Reporter
 
 Factory = Callable[..., Any]
 

@@ -20,7 +20,7 @@ from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.setup import training_pairs
 from clip_rd_edge.distillation.step import TrainingStep
 from clip_rd_edge.distillation.teacher import ChoosingTeacher, Targets, texts_to_choose_from
-from clip_rd_edge.models import text_towers as captions_module
+from clip_rd_edge.models import encoder as captions_module
 
 PROMPTS = [("a red thing", "red"), ("a green thing", "green"), ("blue",)]
 # Of "blue", a row alone; the means of the others' prompts point to their axis, while no single prompt does.

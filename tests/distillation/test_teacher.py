@@ -17,8 +17,8 @@ from clip_rd_edge.distillation.teacher import (
 )
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.encoder import LENGTHS, CaptionTower
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.models.text_towers import LENGTHS, CaptionTower
 
 CAPTIONS = ["a cat", "two dogs", "red", "blue", "tea", "a boat"]
 

@@ -33,8 +33,8 @@ from clip_rd_edge.models.names import CONFIGS
 from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.utils.files import sha256_of, write_text
 from clip_rd_edge.utils.outputs import exclusive_writer
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import to_yaml
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta")
 

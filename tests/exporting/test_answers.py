@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from clip_rd_edge.bundle.encoder import Embeddings, normalise
-from clip_rd_edge.bundle.scoring import Scoring
-from clip_rd_edge.exporting.answers import calibrate, expected_error, fit_sigmoid, fit_temperature
+from clip_rd_edge.bundle.encoder import Embeddings, Scoring, normalise
+from clip_rd_edge.exporting.calibration import calibrate, expected_error, fit_sigmoid, fit_temperature
 
 
 def _pairs(count: int, noise: float = 1.0) -> tuple[Embeddings, Embeddings, Embeddings]:

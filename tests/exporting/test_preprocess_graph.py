@@ -13,8 +13,8 @@ from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
+from clip_rd_edge.exporting.graph import with_preprocessing
 from clip_rd_edge.exporting.plan import Plan, plan_exports
-from clip_rd_edge.exporting.preprocess_graph import with_preprocessing
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load

@@ -12,10 +12,9 @@ import pytest
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.bundle.reference import Reference, read_reference, worst_agreement
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.graph import prepare_for_quantization
+from clip_rd_edge.exporting.graph import IMAGE, prepare_for_quantization, with_preprocessing
 from clip_rd_edge.exporting.int8.methods import StaticQuantizer, quantize_dynamically
 from clip_rd_edge.exporting.parity import NodeByNode, add_reference
-from clip_rd_edge.exporting.preprocess_graph import IMAGE, with_preprocessing
 from clip_rd_edge.runtime.load import open_bundle
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.models.clip import TextTower
-from clip_rd_edge.models.text_towers import CaptionTower
+from clip_rd_edge.models.encoder import CaptionTower
 
 # Of 3 to 77 tokens; the first id of CLIP's vocabulary is that of "!" and pads as well.
 TEXTS = ["", "red", "a cat!!", "!", "two dogs in the snow and one cat in a tree", "tea " * 40, "long " * 200, "red"]

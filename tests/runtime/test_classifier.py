@@ -10,15 +10,13 @@ import pytest
 from PIL import Image
 
 import clip_rd_edge as edge
-from clip_rd_edge.bundle.encoder import Embeddings, Encoder, normalise
+from clip_rd_edge.bundle.encoder import Calibration, Embeddings, Encoder, Probabilities, Scoring, normalise
 from clip_rd_edge.bundle.labels import LabelBank, background_nouns, write_labels
 from clip_rd_edge.bundle.manifest import BACKGROUND, KNOWN, read_manifest, write_manifest
-from clip_rd_edge.bundle.scoring import Calibration, Probabilities, Scoring
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime import classifier as module
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
-from clip_rd_edge.runtime.embed import BATCH_SIZE
-from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime.load import BATCH_SIZE, load
 from clip_rd_edge.runtime.model import Model
 
 RED, GREY = Image.new("RGB", (9, 9), (250, 5, 5)), Image.new("RGB", (9, 9), (100, 100, 100))

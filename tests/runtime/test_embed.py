@@ -13,9 +13,8 @@ from clip_rd_edge.bundle.image_files import find_images, list_images
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import preprocess
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
-from clip_rd_edge.runtime import embed
-from clip_rd_edge.runtime.embed import embed_images
-from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime import load as embed
+from clip_rd_edge.runtime.load import embed_images, load
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

@@ -16,7 +16,7 @@ from support import one_worker
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.runtime import embed
+from clip_rd_edge.runtime import load as embed
 from clip_rd_edge.runtime.index import read_index
 from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load
@@ -59,7 +59,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 import clip_rd_edge as edge
-from clip_rd_edge.runtime import embed
+from clip_rd_edge.runtime import load as embed
 embed.BATCH_SIZE, embed._CHUNK_BATCHES = 2, 1  # here; a worker is told its images
 bundle, images, output, fate = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

@@ -12,10 +12,10 @@ import onnx
 import pytest
 from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
 
+from clip_rd_edge.bundle.formats import require_self_contained
 from clip_rd_edge.bundle.manifest import Manifest, read_manifest, write_manifest
-from clip_rd_edge.bundle.onnx_file import require_self_contained
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.runtime.backends.coreml import CoreMlEncoder
+from clip_rd_edge.runtime.backends.one_input import CoreMlEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
 from clip_rd_edge.runtime.load import load
 

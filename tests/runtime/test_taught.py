@@ -13,10 +13,9 @@ import pytest
 from PIL import Image
 
 import clip_rd_edge as edge
-from clip_rd_edge.bundle.encoder import label_embeddings, normalise
+from clip_rd_edge.bundle.encoder import Scoring, label_embeddings, normalise, paired
 from clip_rd_edge.bundle.labels import LabelBank, Taught, read_taught, taught_bytes, write_labels
 from clip_rd_edge.bundle.manifest import LABELS, TAUGHT, read_manifest, write_manifest
-from clip_rd_edge.bundle.scoring import Scoring, paired
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.taught import _regression, taught_bank

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 import clip_rd_edge as edge
+from clip_rd_edge.bundle.encoder import Scoring
 from clip_rd_edge.bundle.labels import LabelBank, write_labels
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.bundle.scoring import Scoring
 from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 from clip_rd_edge.exporting.layouts.browser import ALONE, PAGE
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from clip_rd_edge.utils.reporting import duration
+from clip_rd_edge.utils.text import duration
 
 
 @pytest.mark.parametrize(

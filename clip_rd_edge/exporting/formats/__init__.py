@@ -13,7 +13,7 @@ from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.exporting.parity import Inputs, NodeByNode, hard_inputs
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
+from clip_rd_edge.utils.text import SILENT, PrefixedReporter, Reporter
 
 if TYPE_CHECKING:
     from clip_rd_edge.exporting.calibration import CalibrationSet

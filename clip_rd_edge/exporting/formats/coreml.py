@@ -19,7 +19,7 @@ from clip_rd_edge.exporting.parity import Inputs
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.exporting.towers import TOWERS, converting, example_row, on_cpu
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.backends.coreml import COREML
+from clip_rd_edge.runtime.backends.one_input import COREML
 from clip_rd_edge.utils.process import without_progress_bars
 
 NOT_RUN = "converted and not run: Core ML runs on a Mac alone, where clip-rd-edge verify compares its answers"

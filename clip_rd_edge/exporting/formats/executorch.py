@@ -20,7 +20,7 @@ from clip_rd_edge.exporting.parity import Inputs
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.exporting.towers import TOWERS, Toolchain, converting, from_own_float32, on_cpu, write_towers
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.backends.executorch import ExecuTorchEncoder, open_executorch
+from clip_rd_edge.runtime.backends.one_input import ExecuTorchEncoder, open_executorch
 
 EXECUTORCH = "executorch"
 _PRODUCT = torch.ops.aten.linear.default

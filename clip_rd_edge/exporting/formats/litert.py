@@ -31,7 +31,7 @@ from clip_rd_edge.exporting.towers import (
     write_towers,
 )
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.backends.litert import LiteRtEncoder, open_litert
+from clip_rd_edge.runtime.backends.one_input import LiteRtEncoder, open_litert
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.process import without_progress_bars
 

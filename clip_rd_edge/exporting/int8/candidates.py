@@ -33,7 +33,7 @@ from clip_rd_edge.exporting.int8.saturation import MAX_WEIGHT, instruction_sets,
 from clip_rd_edge.exporting.parity import Inputs, Matches, agreement, embed, latencies, p10
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import SILENT, Reporter
 from clip_rd_edge.utils.timing import Clock
 
 if TYPE_CHECKING:

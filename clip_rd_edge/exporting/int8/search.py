@@ -19,9 +19,8 @@ from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, first_line, in_one
 from clip_rd_edge.exporting.formats import Converted, Job
 from clip_rd_edge.exporting.formats.onnx import write_fp16
 from clip_rd_edge.exporting.int8.candidates import Backend, Float32Tower, onnx_candidates
-from clip_rd_edge.exporting.int8.remarks import alternatives, remarks
 from clip_rd_edge.exporting.int8.saturation import right_session
-from clip_rd_edge.exporting.int8.trials import QuantizedTower, Trial, cost_objection, nearest
+from clip_rd_edge.exporting.int8.trials import QuantizedTower, Trial, alternatives, cost_objection, nearest, remarks
 from clip_rd_edge.exporting.parity import (
     Agreement,
     agreement,

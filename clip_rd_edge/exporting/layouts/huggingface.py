@@ -28,11 +28,11 @@ import onnx
 from onnx import TensorProto, compose, helper, numpy_helper
 
 from clip_rd_edge.benchmarking.results import Results, read_results
+from clip_rd_edge.bundle.encoder import Scoring
 from clip_rd_edge.bundle.formats import Precision
 from clip_rd_edge.bundle.manifest import TOKENIZER, Manifest, read_manifest
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.runs import TRANSFORMERS_CONFIG
-from clip_rd_edge.bundle.scoring import Scoring
 from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.graph import rename_tensors

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.bundle.encoder import Description
-from clip_rd_edge.bundle.manifest import EXTERNAL_DATA_SUFFIX, Manifest, Tower, can_saturate
+from clip_rd_edge.bundle.formats import EXTERNAL_DATA_SUFFIX
+from clip_rd_edge.bundle.manifest import Manifest, Tower, can_saturate
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UnreachableError, UsageError, in_one_line
 from clip_rd_edge.installation import install_command, pip
 from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, Placement, RunOptions, require_threads, warn

@@ -17,7 +17,7 @@ from clip_rd_edge.exporting.int8.candidates import Float32Tower
 from clip_rd_edge.exporting.int8.trials import Trial
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.backends.executorch import ExecuTorchModel
+from clip_rd_edge.runtime.backends.one_input import ExecuTorchModel
 from clip_rd_edge.runtime.verify import verify_bundle
 
 

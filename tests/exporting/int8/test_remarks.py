@@ -11,7 +11,7 @@ from clip_rd_edge.bundle.manifest import Tower
 from clip_rd_edge.exporting.bundle import write_fp32
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.formats import Job
-from clip_rd_edge.exporting.int8 import remarks
+from clip_rd_edge.exporting.int8 import trials as remarks
 from clip_rd_edge.exporting.int8.search import ORT
 from clip_rd_edge.exporting.int8.trials import QuantizedTower, Trial
 from clip_rd_edge.exporting.plan import Plan

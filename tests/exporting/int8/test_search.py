@@ -40,7 +40,7 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.settings.deploying import Export
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.text import SILENT, Reporter
 from clip_rd_edge.utils.timing import Clock
 
 Timed = Callable[..., None]

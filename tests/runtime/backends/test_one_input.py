@@ -12,7 +12,7 @@ import pytest
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.installation import install_command
-from clip_rd_edge.runtime.backends.litert import LiteRtModel, open_litert
+from clip_rd_edge.runtime.backends.one_input import LiteRtModel, open_litert
 from clip_rd_edge.runtime.load import load
 
 
