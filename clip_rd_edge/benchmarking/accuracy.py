@@ -1,13 +1,12 @@
 """Evaluate an encoder on a task: its score, and its prediction for every example, which runs are compared by.
 
-From the predictions also come the images of the report: samples, and the classes of lowest accuracy.
+From the predictions also come the sample images of the report, and the classes of lowest accuracy.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from clip_rd_edge.benchmarking.metrics import (
     CHUNK,
+    ClassScore,
     Hits,
     RetrievalScore,
     Score,
@@ -328,26 +328,6 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     predictions: tuple[Prediction, ...]
 
 
-class WorstClass(msgspec.Struct, frozen=True, kw_only=True):
-    """One of a row's classes of lowest accuracy.
-
-    Attributes:
-        right: number of its `images` that were classified correctly.
-        png: one of its images that was misclassified.
-        taken_for: the most frequent wrong prediction.
-        taken_for_png: an image of that class, or empty if the task has none.
-    """
-
-    row: str
-    task: str
-    label: str
-    right: int
-    images: int
-    png: bytes
-    taken_for: str
-    taken_for_png: bytes
-
-
 def choose_samples(task: ZeroShotTask, predictions: Mapping[str, ZeroShotPredictions]) -> tuple[Sample, ...]:
     """Sample images at random: up to SAMPLES_PER_OUTCOME that the last row got right, then as many that it got wrong.
 
@@ -376,38 +356,15 @@ def choose_samples(task: ZeroShotTask, predictions: Mapping[str, ZeroShotPredict
     )
 
 
-def worst_classes(row: str, task: ZeroShotTask, predictions: ZeroShotPredictions) -> tuple[WorstClass, ...]:
-    """Return up to MAX_WORST_CLASSES classes of lowest accuracy; ties go to the most confident errors.
+def worst_classes(task: ZeroShotTask, predictions: ZeroShotPredictions) -> tuple[ClassScore, ...]:
+    """Return up to MAX_WORST_CLASSES classes of lowest recall.
 
-    Classes without errors are left out, and those of a single image, whose accuracy is all or nothing.
+    Classes without errors are left out, and those of a single image, whose recall is all or nothing.
     """
-    hits, confidence = predictions.hits(task), np.asarray(predictions.probabilities)
-    targets, predicted = np.asarray(task.targets), np.asarray(predictions.labels)
-    ranked: list[tuple[float, float, int]] = []
-    for label in np.unique(targets):
-        in_class = targets == label
-        wrong = in_class & ~hits
-        if wrong.any() and in_class.sum() > 1:
-            ranked.append((float(hits[in_class].mean()), -float(confidence[wrong].mean()), int(label)))
-
-    def worst_class(label: int) -> WorstClass:
-        in_class = np.flatnonzero(targets == label)
-        wrong = in_class[~hits[in_class]]
-        taken_for = Counter(predicted[wrong].tolist()).most_common(1)[0][0]
-        # An image of the predicted class shows whether the two look alike; some classes of a task have no images.
-        of_predicted_class = np.flatnonzero(targets == taken_for)
-        return WorstClass(
-            row=row,
-            task=task.name,
-            label=task.labels[label],
-            right=int(hits[in_class].sum()),
-            images=len(in_class),
-            png=_thumbnail(task.images[int(wrong[0])]),
-            taken_for=task.labels[taken_for],
-            taken_for_png=_thumbnail(task.images[int(of_predicted_class[0])]) if len(of_predicted_class) else b"",
-        )
-
-    return tuple(worst_class(label) for _, _, label in sorted(ranked)[:MAX_WORST_CLASSES])
+    predicted, targets = np.asarray(predictions.labels), np.asarray(task.targets)
+    scores = class_scores(predicted, targets, task.labels)
+    wrong = [score for score in scores if score.images > 1 and score.recall is not None and score.recall < 1]
+    return tuple(sorted(wrong, key=lambda score: score.recall or 0)[:MAX_WORST_CLASSES])
 
 
 def _thumbnail(file: ImageFile) -> bytes:

@@ -1,4 +1,4 @@
-"""The plot of a report: accuracy against latency, with labels that do not overlap."""
+"""The plot of a report: accuracy against latency, of numbered models with a key."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -23,22 +22,9 @@ from clip_rd_edge.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.transforms import Bbox
 
 Numbers = npt.NDArray[np.float64]
-_GAP = 5.0  # points between a dot and its label
-_LINE_SEGMENTS = 40  # per line between two dots
-# Possible label positions, best first: direction from the dot, alignment.
-_POSITIONS: tuple[tuple[float, float, Any, Any], ...] = (
-    (1, 0, "left", "center"),
-    (-1, 0, "right", "center"),
-    (0, 1, "center", "bottom"),
-    (0, -1, "center", "top"),
-    (0.7, 0.7, "left", "bottom"),
-    (0.7, -0.7, "left", "top"),
-    (-0.7, 0.7, "right", "bottom"),
-    (-0.7, -0.7, "right", "top"),
-)
+_GAP = 3.0  # points between a dot and its number
 _WIDTH, _HEIGHT = 6.4, 4.2  # inches
 _KEY_LINE_LENGTH, _KEY_LINE_HEIGHT = 84, 0.2  # characters, inches
 _MAX_AREA = 1100.0  # points², the dot of the largest model
@@ -123,83 +109,6 @@ def draw(results: Results, *, file_format: Literal["png", "svg"], palette: Palet
     return buffer.getvalue()
 
 
-@dataclass(frozen=True)
-class Dots:
-    """N dots, each with a vertical error bar.
-
-    Attributes:
-        x, y, low, high: centres and ends of the bars, (N,), in data coordinates.
-        radii: radii of the dots, (N,), in points.
-    """
-
-    x: Numbers
-    y: Numbers
-    low: Numbers
-    high: Numbers
-    radii: Numbers
-
-    def boxes(self, axes: Axes, line: Sequence[int]) -> list[Bbox]:
-        """Return the bounding boxes of dots and bars, and small ones along the line between the dots, in pixels."""
-        from matplotlib.transforms import Bbox
-
-        figure = cast("Figure", axes.figure)  # get_figure(root=True) is new in matplotlib 3.10
-        centres, lows, highs = (
-            axes.transData.transform(np.column_stack([self.x, y])) for y in (self.y, self.low, self.high)
-        )
-        boxes = []
-        for (x, y), (_, low), (_, high), r in zip(centres, lows, highs, self.radii * figure.dpi / 72, strict=True):
-            boxes += [Bbox.from_extents(x - r, y - r, x + r, y + r), Bbox.from_extents(x - 1, low, x + 1, high)]
-        for start, end in pairwise(centres[list(line)]):
-            points = start + (end - start) * np.linspace(0, 1, _LINE_SEGMENTS)[:, None]
-            boxes += [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in points]
-        return boxes
-
-
-def place_labels(
-    axes: Axes, dots: Dots, names: Sequence[str], colours: Sequence[str], *, line: Sequence[int] = ()
-) -> bool:
-    """Label each dot at the first of _POSITIONS that is free, or at the one with the smallest overlap.
-
-    Args:
-        line: indices of the dots that a line connects, in order; labels avoid the line as well.
-
-    Returns:
-        Whether the labels can be read: none covers another or leaves the frame.
-    """
-    cast("Figure", axes.figure).draw_without_rendering()  # fixes the layout, so that pixel coordinates are final
-    occupied, frame = dots.boxes(axes, line), axes.get_window_extent()
-    labels: list[Bbox] = []
-    legible = True
-    for index, (name, colour) in enumerate(zip(names, colours, strict=True)):
-        distance = dots.radii[index] + _GAP
-        candidates = [
-            axes.annotate(
-                name, (dots.x[index], dots.y[index]), xytext=(right * distance, up * distance),
-                textcoords="offset points", ha=horizontal, va=vertical, color=colour, fontsize=9.5, linespacing=1.25,
-                zorder=4,
-            )
-            for right, up, horizontal, vertical in _POSITIONS
-        ]  # fmt: skip
-        boxes = [candidate.get_window_extent() for candidate in candidates]
-        best = min(range(len(candidates)), key=lambda i: _overlap(boxes[i], occupied, frame))
-        for i, candidate in enumerate(candidates):
-            if i != best:
-                candidate.remove()
-        legible = legible and _overlap(boxes[best], labels, frame) < 1
-        labels.append(boxes[best])
-        occupied.append(boxes[best])
-    return legible
-
-
-def _overlap(box: Bbox, others: Sequence[Bbox], frame: Bbox) -> float:
-    """Return the area of a label, in pixels², that overlaps others or lies outside the frame."""
-    from matplotlib.transforms import Bbox
-
-    shared = sum(abs(area.width * area.height) for other in others if (area := Bbox.intersection(box, other)))
-    inside = Bbox.intersection(box, frame)
-    return shared + box.width * box.height - (inside.width * inside.height if inside else 0)
-
-
 def _fill(axes: Axes, rows: list[tuple[RowResult, ZeroShotScore]], palette: Palette) -> None:
     x = np.asarray([row.latency.image.p50 for row, _ in rows])
     whole = next((score.top1 for row, score in rows if row.role == "teacher" and score.top1), 1.0)
@@ -214,10 +123,7 @@ def _fill(axes: Axes, rows: list[tuple[RowResult, ZeroShotScore]], palette: Pale
     axes.plot(x[front], y[front], color=palette.muted, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
     axes.vlines(x, low, high, colors=colours, linewidth=1.2, zorder=2)
     axes.scatter(x, y, s=areas, c=colours, linewidths=1.2, edgecolors=palette.ground, zorder=3)
-    names = [f"{row.label}\n{megabytes(row.description.size_bytes)} MB" for row, _ in rows]
-    dots = Dots(x, y, low, high, np.sqrt(areas / np.pi))
-    if not place_labels(axes, dots, names, colours, line=front):
-        _number(axes, dots, names, colours, line=front)
+    _number(axes, rows, x, y, np.sqrt(areas / np.pi), colours)
     unit = "% of the teacher's" if whole < 1 else "%"
     title = f"{heading(rows[0][1].task)}: top-1, {unit}"
     axes.set_title(title, loc="left", color=palette.ink, fontsize=11, fontweight="bold", pad=10)
@@ -227,20 +133,30 @@ def _fill(axes: Axes, rows: list[tuple[RowResult, ZeroShotScore]], palette: Pale
     )
 
 
-def _number(axes: Axes, dots: Dots, names: Sequence[str], colours: Sequence[str], *, line: Sequence[int]) -> None:
-    """Label the dots with numbers in place of their names, which stand in a key below."""
+def _number(
+    axes: Axes,
+    rows: Sequence[tuple[RowResult, ZeroShotScore]],
+    x: Numbers,
+    y: Numbers,
+    radii: Numbers,
+    colours: Sequence[str],
+) -> None:
+    """Number the dots; a key below has the names, which would cover each other, and the sizes."""
     from matplotlib.lines import Line2D
 
-    for text in list(axes.texts):
-        text.remove()
-    figure = cast("Figure", axes.figure)
-    numbers = [str(number) for number in range(1, len(names) + 1)]
-    lines = [f"{number}  {name}".replace("\n", ", ") for number, name in zip(numbers, names, strict=True)]
+    for number, radius in enumerate(radii):
+        axes.annotate(
+            str(number + 1), (x[number], y[number]), xytext=(0.7 * radius + _GAP, 0.7 * radius + _GAP),
+            textcoords="offset points", color=colours[number], fontsize=9.5, zorder=4,
+        )  # fmt: skip
+    lines = [
+        f"{number}  {row.label}, {megabytes(row.description.size_bytes)} MB" for number, (row, _) in enumerate(rows, 1)
+    ]
     key = [textwrap.fill(line, _KEY_LINE_LENGTH) for line in lines]
+    figure = cast("Figure", axes.figure)  # get_figure(root=True) is new in matplotlib 3.10
     figure.set_figheight(_HEIGHT + _KEY_LINE_HEIGHT * len("\n".join(key).splitlines()))
     handles = [Line2D([], [], color=colour, marker="o", linestyle="") for colour in colours]
     figure.legend(handles, key, loc="outside lower center", frameon=False, fontsize=8.5, labelcolor=list(colours))
-    place_labels(axes, dots, numbers, colours, line=line)
 
 
 def _set_axes(axes: Axes, x: Numbers, low: Numbers, high: Numbers, palette: Palette, *, most: float) -> None:

@@ -1,4 +1,4 @@
-"""The report of a benchmark: results.json, and made from it alone a page, the same as Markdown, and a plot.
+"""The report of a benchmark: results.json, and made from it alone a page and a plot.
 
 The page is a single HTML file without scripts or external resources; images are embedded as data URIs.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
-from clip_rd_edge.benchmarking.accuracy import Prediction, Sample, WorstClass
+from clip_rd_edge.benchmarking.accuracy import Prediction, Sample
 from clip_rd_edge.benchmarking.findings import above_chance, busy_remark, headline, shipped_row
 from clip_rd_edge.benchmarking.metrics import ZeroShotScore
 from clip_rd_edge.benchmarking.plot import DARK, LIGHT, Palette, draw
@@ -25,7 +25,6 @@ from clip_rd_edge.benchmarking.tables import (
     details,
     differences,
     heading,
-    inert_markdown,
     markdown_table,
     sections,
     share,
@@ -36,7 +35,7 @@ from clip_rd_edge.utils.files import read_text_limited, write_bytes, write_text
 from clip_rd_edge.utils.paths import exists
 from clip_rd_edge.utils.text import printable
 
-MARKDOWN, HTML, PLOT = "report.md", "report.html", "accuracy-latency.png"
+HTML, PLOT = "report.html", "accuracy-latency.png"
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -46,12 +45,12 @@ def require_report_folder(folder: Path) -> None:
         folder / RESULTS, lambda beginning: b'"suite":' in beginning, what="a benchmark's", option="{output}"
     )
     if not exists(folder / RESULTS):
-        for name in (MARKDOWN, HTML, PLOT):
+        for name in (HTML, PLOT):
             require_output_file(folder / name, lambda beginning: False, what="an earlier report's", option="{output}")
 
 
 def write_report(results: Results, folder: Path) -> None:
-    """Write results.json, and from it alone report.md, report.html and the plot. The folder is created if necessary.
+    """Write results.json, and from it alone report.html and the plot. The folder is created if necessary.
 
     They are published, so they have no path of this package and no secret; see `results.published`.
     """
@@ -60,7 +59,6 @@ def write_report(results: Results, folder: Path) -> None:
     plot = draw(results, file_format="png")
     if plot is not None:
         write_bytes(folder / PLOT, plot)
-    write_text(folder / MARKDOWN, markdown(results, plot=plot is not None))
     write_text(folder / HTML, page(results))
 
 
@@ -78,64 +76,15 @@ def write_between_markers(document: Path, name: str, table: str) -> None:
     write_text(document, f"{before}{enclosed}{after}")
 
 
-def markdown(results: Results, *, plot: bool) -> str:
-    """Return the report as Markdown.
-
-    Args:
-        plot: whether accuracy-latency.png exists beside it.
-    """
-    parts = [f"# {inert_markdown(results.suite.name)}: accuracy, latency, size"]
-    parts += map(inert_markdown, headline(results))
-    if plot:
-        parts.append(f"![Top-1 against the latency of the image tower]({PLOT})")
-    parts += ["## Comparison", *_table_notes(results), figures_table(results)]
-    if results.skipped:
-        parts.append(_list(f"**{row.label}** was not measured: {row}" for row in results.skipped))
-    if results.missing:
-        parts.append(_list(f"**{task.name}** is missing: {task.reason}" for task in results.missing))
-    if results.samples:
-        headings = ["True label", *(prediction.row for prediction in results.samples[0].predictions)]
-        rows = [[sample.label, *map(_marked, sample.predictions)] for sample in results.samples]
-        parts += ["## Sample predictions", inert_markdown(_samples_note(results)), _markdown(headings, rows)]
-    if results.worst:
-        headings = ["Class", "Correct", "Most often mistaken for"]
-        rows = [[worst.label, f"{worst.right} of {worst.images}", worst.taken_for] for worst in results.worst]
-        parts += ["## Worst classes", inert_markdown(_worst_note(results)), _markdown(headings, rows)]
-    if results.comparisons:
-        rows = [[row.models, row.task, row.verdict, row.points, row.interval] for row in differences(results)]
-        table = _markdown(["Models", "Task", "", "Points", "95 % interval"], rows, numeric=2)
-        parts += ["## Differences in top-1", table]
-    parts += ["## Method", _markdown(["", ""], [[f"**{name}**", value] for name, value in facts(results)])]
-    parts += [_list(remarks(results)), "## All other figures", _models_table(results, details(results))]
-    return "\n\n".join(parts) + "\n"
-
-
 def figures_table(results: Results) -> str:
     """Return the report's main table, one column per model, as Markdown."""
-    return _models_table(results, sections(results))
-
-
-def _models_table(results: Results, shown: Sequence[Section]) -> str:
-    rows = []
-    for section in shown:
+    rows = [["", *(row.label for row in results.rows)]]
+    for section in sections(results):
         rows.append([f"**{section.title}**", *("" for _ in results.rows)])
         for line in section.lines:
             cells = (f"{cell.text} ({cell.relative})" if cell.relative else cell.text for cell in line.cells)
             rows.append([line.name, *cells])
-    return _markdown(["", *(row.label for row in results.rows)], rows, numeric=len(results.rows))
-
-
-def _list(items: Iterable[str]) -> str:
-    return "\n".join(f"- {inert_markdown(item)}" for item in items)
-
-
-def _marked(prediction: Prediction) -> str:
-    return f"{'✓' if prediction.right else '✗'} {prediction.label}, {share(prediction.probability, 1)}"
-
-
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: int = 0) -> str:
-    """Build a Markdown table; the last `numeric` columns are right-aligned."""
-    return markdown_table([headings, *rows], left=range(len(headings) - numeric))
+    return markdown_table(rows)
 
 
 def page(results: Results) -> str:
@@ -158,7 +107,6 @@ def page(results: Results) -> str:
         skipped=_reasons("Not measured:", [(row.label, str(row)) for row in results.skipped])
         + _reasons("Missing data sets:", [(task.name, task.reason) for task in results.missing]),
         samples=_samples(results),
-        worst=_worst(results),
         differences=_differences(results),
         facts="\n".join(f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>" for name, value in facts(results)),
         remarks="\n".join(f"<li>{_escape(remark)}</li>" for remark in remarks(results)),
@@ -226,27 +174,16 @@ def _samples(results: Results) -> str:
     if not results.samples:
         return ""
     items = "\n".join(map(_sample, results.samples))
-    return _image_section("samples", "Sample predictions", _samples_note(results), items, css_class="samples")
+    return (
+        f'<section aria-labelledby="samples"><h2 id="samples">Sample predictions</h2>'
+        f'<p class="small">{_escape(_samples_note(results))}</p><ul class="samples">{items}</ul></section>'
+    )
 
 
 def _table_notes(results: Results) -> list[str]:
     """Return what one has to know to read the table: what figures relate to, and whether latencies can be trusted."""
     busy = [] if busy_remark(results) else busy_remark(results, above=BUSY)  # else the headline has it
     return [*([RELATIVE_NOTE] if results.first("teacher") else []), *busy]
-
-
-def _worst(results: Results) -> str:
-    if not results.worst:
-        return ""
-    items = "\n".join(map(_worst_class, results.worst))
-    return _image_section("worst", "Worst classes", _worst_note(results), items, css_class="samples worst")
-
-
-def _image_section(name: str, title: str, note: str, items: str, *, css_class: str) -> str:
-    return (
-        f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>'
-        f'<p class="small">{_escape(note)}</p><ul class="{css_class}">{items}</ul></section>'
-    )
 
 
 def _sample(sample: Sample) -> str:
@@ -259,17 +196,6 @@ def _prediction(prediction: Prediction) -> str:
     symbol, css_class = ("✓", "yes") if prediction.right else ("✗", "no")
     shown = f'<span class="{css_class}">{symbol}</span> {_escape(prediction.label)}, {share(prediction.probability, 1)}'
     return f"<dt>{_escape(prediction.row)}</dt><dd>{shown}</dd>"
-
-
-def _worst_class(worst: WorstClass) -> str:
-    other_image = _image(worst.taken_for_png, worst.taken_for) if worst.taken_for_png else ""
-    correct = f"<strong>{_escape(worst.label)}</strong> {worst.right} of {worst.images} correct"
-    mistaken_for = f"mistaken for <strong>{_escape(worst.taken_for)}</strong>"
-    return (
-        f"<li><figure>{_image(worst.png, worst.label)}<figcaption>{correct}</figcaption></figure>"
-        f'<span class="no" aria-hidden="true">→</span>'
-        f"<figure>{other_image}<figcaption>{mistaken_for}</figcaption></figure></li>"
-    )
 
 
 def _image(png: bytes, name: str) -> str:
@@ -384,13 +310,4 @@ def _samples_note(results: Results) -> str:
     return (
         f"{heading(results.samples[0].task)}, sampled at random: {correct} images that {last} classifies correctly and "
         f"{wrong} that it gets wrong, so the ratio is not its accuracy. Each prediction is shown with its probability."
-    )
-
-
-def _worst_note(results: Results) -> str:
-    """Return what the section of the worst classes shows."""
-    first = results.worst[0]
-    return (
-        f"{heading(first.task)}, {first.row}: the classes with the lowest accuracy; among equals, those with the most "
-        f"confident errors."
     )

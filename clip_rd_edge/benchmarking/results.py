@@ -10,9 +10,9 @@ from typing import TypeVar
 
 import msgspec
 
-from clip_rd_edge.benchmarking.accuracy import Correctness, Sample, WorstClass
+from clip_rd_edge.benchmarking.accuracy import Correctness, Sample
 from clip_rd_edge.benchmarking.latency import ColdStart, Latency, ReferenceLatency, Throughput
-from clip_rd_edge.benchmarking.metrics import Interval, Score, may_be_chance
+from clip_rd_edge.benchmarking.metrics import ClassScore, Interval, Score, may_be_chance
 from clip_rd_edge.benchmarking.suite import Role, Suite
 from clip_rd_edge.bundle.encoder import Description
 from clip_rd_edge.errors import ConfigError, with_hint
@@ -162,6 +162,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         reference: latency of the reference workload.
         other_load: fraction of the machine's CPU time used by other processes while latencies were timed.
+        worst: the classes of the last row with the lowest recall on the first zero-shot task.
         verdict: sentences that a report begins with, of `build`.
     """
 
@@ -174,7 +175,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     missing: tuple[MissingTask, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     samples: tuple[Sample, ...] = ()
-    worst: tuple[WorstClass, ...] = ()
+    worst: tuple[ClassScore, ...] = ()
     verdict: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 

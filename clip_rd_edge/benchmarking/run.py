@@ -15,7 +15,6 @@ from clip_rd_edge.benchmarking.accuracy import (
     Predictions,
     RetrievalPredictions,
     Sample,
-    WorstClass,
     ZeroShotPredictions,
     choose_samples,
     correctness_of,
@@ -32,7 +31,7 @@ from clip_rd_edge.benchmarking.latency import (
     measure_latencies,
     measure_throughput,
 )
-from clip_rd_edge.benchmarking.metrics import difference_interval, difference_p_value
+from clip_rd_edge.benchmarking.metrics import ClassScore, difference_interval, difference_p_value
 from clip_rd_edge.benchmarking.results import (
     Comparison,
     Environment,
@@ -104,12 +103,12 @@ def run_suite(
     rows, latencies = _measure(suite, models, tasks, reporter, launch)
     zero_shot = _zero_shot(models, tasks)
     samples: tuple[Sample, ...] = ()
-    worst: tuple[WorstClass, ...] = ()
+    worst: tuple[ClassScore, ...] = ()
     if zero_shot:
         task, found = zero_shot[0]
         shown = dict.fromkeys([*[row.label for row in rows if row.role == "teacher"][:1], rows[-1].label])
         samples = choose_samples(task, {label: found[label] for label in shown})
-        worst = worst_classes(rows[-1].label, task, found[rows[-1].label])
+        worst = worst_classes(task, found[rows[-1].label])
     return Results(
         suite=suite,
         environment=this_environment(),

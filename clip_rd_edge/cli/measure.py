@@ -145,7 +145,7 @@ def benchmark(
     clip-rd-edge benchmark --compare report-of-last-week report
 
     SUITE is a YAML file with rows (label, model, role) and tasks, or the name of a built-in suite, such as quickstart.
-    The table is printed to stdout; results.json, report.html, report.md and accuracy-latency.png are written to FOLDER.
+    The table is printed to stdout; results.json, report.html and accuracy-latency.png are written to FOLDER.
     Missing models are skipped, and the report says why.
 
     Each accuracy is saved in FOLDER as soon as it is measured. If the command is interrupted, running it again resumes
