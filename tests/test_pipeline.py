@@ -26,7 +26,7 @@ pytest.importorskip("resvg_py")
 
 from clip_rd_edge import pipeline
 from clip_rd_edge.api.models import open_encoder
-from clip_rd_edge.benchmarking.report import HTML, MARKDOWN, PLOT, write_report
+from clip_rd_edge.benchmarking.report import HTML, PLOT, write_report
 from clip_rd_edge.benchmarking.results import RESULTS, Results, read_results, write_results
 from clip_rd_edge.benchmarking.suite import Suite
 from clip_rd_edge.building.plan import CLASSIFIER
@@ -130,7 +130,7 @@ def test_what_the_user_has_put_beside_a_report_stays_and_a_half_written_report_i
     with pytest.raises(KeyboardInterrupt):
         compare(write_half)
     compare()
-    assert sorted(path.name for path in report.iterdir()) == sorted([RESULTS, MARKDOWN, HTML, PLOT, "notes.md"])
+    assert sorted(path.name for path in report.iterdir()) == sorted([RESULTS, HTML, PLOT, "notes.md"])
     written = {path: path.stat().st_mtime_ns for path in report.iterdir()}
     compare()
     assert written == {path: path.stat().st_mtime_ns for path in report.iterdir()}

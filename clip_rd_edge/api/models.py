@@ -39,7 +39,7 @@ def load(
         pretrained: an open_clip tag or a checkpoint file, if `model` is an architecture.
         threads: number of threads; None uses all cores.
         runtime: `onnxruntime`, `openvino`, `tensorrt`, `litert`, `executorch` or `coreml` for a bundle, None for the
-            one it was exported for; `torch` or `torch-compile` for other models.
+            one it was exported for; `torch` for other models.
         device: the device on which ONNX Runtime runs a bundle; see `clip-rd-edge doctor`.
         force: run a bundle whose INT8 this processor computes wrongly, with a warning; otherwise its first use raises a
             UsageError.
@@ -153,22 +153,21 @@ def open_encoder(
     spec = typed(place_of(spec))
     named = parse_name(spec, weights=pretrained)
     if named.kind == "bundle":
-        if runtime == "torch" or runtime == "torch-compile":
+        if runtime == "torch":
             raise UsageError(f"{spec} is a bundle, which torch cannot run.", hint="pass the model it was exported from")
         from clip_rd_edge.runtime.load import load as load_bundle
 
         return load_bundle(Path(named.name), threads=threads, runtime=runtime, device=device, force=force)
-    if runtime not in (None, "torch", "torch-compile"):
+    if runtime not in (None, "torch"):
         raise UsageError(f"{spec} is not a bundle: {runtime} cannot run it.", hint="export it with clip-rd-edge export")
     from clip_rd_edge.models.clip import inference_image_tower
-    from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder
+    from clip_rd_edge.models.encoder import TorchEncoder
     from clip_rd_edge.models.load import load_clip
     from clip_rd_edge.runtime.encoder import require_threads
 
     require_threads(threads)
-    kind = CompiledEncoder if runtime == "torch-compile" else TorchEncoder
     clip, folder = load_clip(spec, pretrained=pretrained), Path(named.name) if named.kind == "folder" else None
-    return kind(clip, folder=folder, image_tower=inference_image_tower(clip.model), threads=threads)
+    return TorchEncoder(clip, folder=folder, image_tower=inference_image_tower(clip.model), threads=threads)
 
 
 def first_answer(spec: str, runtime: RowRuntime | None, threads: int) -> list[str]:

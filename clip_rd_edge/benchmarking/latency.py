@@ -1,4 +1,4 @@
-"""Latency of several encoders, timed in turn and beside a fixed reference workload; throughput, energy, cold start."""
+"""Latency of several encoders, timed in turn and beside a fixed reference workload; throughput, cold start."""
 
 from __future__ import annotations
 
@@ -281,50 +281,8 @@ def _latency(measurements: Sequence[list[Milliseconds] | None], steps: Steps, *,
     return Latency(image=image, text=text, end_to_end=end_to_end, rounds=rounds, threads=threads, steps=steps)
 
 
-_POWERCAP = Path("/sys/class/powercap")
-
-
-class EnergyMeter:
-    """Energy of the processor packages, from Intel's and AMD's counters (RAPL) if the system allows reading them.
-
-    The counters include everything that runs on the processor.
-
-    Args:
-        folder: where Linux exposes the counters.
-    """
-
-    def __init__(self, folder: Path = _POWERCAP) -> None:
-        # Intel's intel-rapl-mmio:0 counts the same package as intel-rapl:0, which comes later in order and is kept.
-        paths = [path for path in sorted(folder.glob("*/energy_uj")) if _is_package(path)]
-        self._counters = list({(path.parent / "name").read_text(): path for path in paths}.values())
-        self._ranges = [int((path.parent / "max_energy_range_uj").read_text()) + 1 for path in self._counters]
-        self._last = self._read()
-
-    def __bool__(self) -> bool:
-        """Return whether there is a readable counter."""
-        return bool(self._counters)
-
-    def joules(self) -> float:
-        """Return the energy used since the last call, or since the meter was created."""
-        now, before = self._read(), self._last
-        self._last = now
-        # Each counter wraps around to 0.
-        return sum((new - old) % size for new, old, size in zip(now, before, self._ranges, strict=True)) / 1e6
-
-    def _read(self) -> list[int]:
-        return [int(path.read_text()) for path in self._counters]
-
-
-def _is_package(counter: Path) -> bool:
-    """Return whether this is the counter of a whole package and can be read; on many systems only root may."""
-    try:
-        return (counter.parent / "name").read_text().startswith("package") and counter.read_text().strip().isdigit()
-    except OSError:
-        return False
-
-
 BATCHES = (8, 32)  # batch 1 is the latency
-_ROUNDS, _MIN_ROUNDS, _MAX_SECONDS, _ENERGY_SECONDS = 7, 3, 10.0, 2.0
+_THROUGHPUT_ROUNDS, _MIN_THROUGHPUT, _THROUGHPUT_SECONDS = 7, 3, 10.0
 Pixels = npt.NDArray[np.float32]
 
 
@@ -349,32 +307,13 @@ def measure_throughput(
             label: partial(encoder.encode_pixels, np.repeat(pixels[label], batch, axis=0))
             for label, encoder in encoders.items()
         }
-        times = time_in_turn(calls, rounds=_ROUNDS, warmup=1, max_seconds=_MAX_SECONDS, min_rounds=_MIN_ROUNDS)
+        times = time_in_turn(
+            calls, rounds=_THROUGHPUT_ROUNDS, warmup=1, max_seconds=_THROUGHPUT_SECONDS, min_rounds=_MIN_THROUGHPUT
+        )
         for label, samples in times.items():
             rate = 1000 * batch / float(np.median(samples))
             results[label].append(Throughput(batch=batch, images_per_second=rate))
     return {label: tuple(by_batch) for label, by_batch in results.items()}
-
-
-def measure_energy(
-    encoders: Mapping[str, TowerEncoder], pixels: Mapping[str, Pixels], *, meter: EnergyMeter | None = None
-) -> dict[str, float]:
-    """Measure the energy per image of each image tower in joules of the whole processor; empty without a counter.
-
-    Models that do not run on the CPU alone are left out: what another device takes is not in the processor's counters.
-    """
-    meter = EnergyMeter() if meter is None else meter
-    joules = {}
-    for label, encoder in encoders.items() if meter else ():
-        if encoder.describe().device != "cpu":
-            continue
-        calls, start = 0, time.perf_counter()
-        meter.joules()
-        while time.perf_counter() - start < _ENERGY_SECONDS:
-            encoder.encode_pixels(pixels[label])
-            calls += 1
-        joules[label] = meter.joules() / calls
-    return joules
 
 
 # Takes a model's name, runtime and number of threads. Returns the command of a process that opens the model, embeds a

@@ -288,11 +288,6 @@ def _reliability_remarks(results: Results) -> list[str]:
             f"Noise: the p50s of two runs like this one can differ by up to {share(noise, 1)} by chance, "
             f"relative to a fixed reference workload that is timed beside the models."
         ]
-    unknown = [row for row in results.rows if row.energy_joules is None]
-    if any(row.description.device == "cpu" for row in unknown):
-        notes.append("Energy: not available on this machine (no readable counter in /sys/class/powercap).")
-    elif unknown:
-        notes.append("Energy: of models on the CPU alone; what other devices take is not in its counters.")
     if cold_starts := [row.cold_start for row in results.rows if row.cold_start]:
         notes.append(
             f"Cold start and memory: a new process that does its imports, loads the model and embeds one image and one "

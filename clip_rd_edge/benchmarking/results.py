@@ -99,8 +99,6 @@ class RowResult(msgspec.Struct, frozen=True, kw_only=True):
         scores: one per task, in the suite's order.
         throughput: images per second at each batch size.
         cold_start: time to the first answer and peak memory of a new process; None if it was not measured.
-        energy_joules: energy of the whole processor per image in the image tower; None if the machine has no counter,
-            or the model runs on another device.
         correctness: which examples were right.
     """
 
@@ -112,7 +110,6 @@ class RowResult(msgspec.Struct, frozen=True, kw_only=True):
     latency: Latency
     throughput: tuple[Throughput, ...]
     cold_start: ColdStart | None
-    energy_joules: float | None
     correctness: tuple[Correctness, ...]
 
 

@@ -27,7 +27,6 @@ from clip_rd_edge.benchmarking.latency import (
     Latencies,
     Launch,
     measure_cold_start,
-    measure_energy,
     measure_latencies,
     measure_throughput,
 )
@@ -43,11 +42,9 @@ from clip_rd_edge.benchmarking.results import (
 )
 from clip_rd_edge.benchmarking.suite import Role, Suite, SuiteRow, check_suite
 from clip_rd_edge.bundle.encoder import TowerEncoder
-from clip_rd_edge.bundle.labels import in_words
-from clip_rd_edge.bundle.manifest import is_bundle, read_manifest
 from clip_rd_edge.data.remote import RemoteShard, version
-from clip_rd_edge.data.tasks import TEMPLATES, RetrievalTask, Task, ZeroShotTask
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
+from clip_rd_edge.data.tasks import Task, ZeroShotTask
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_folder, is_left_by_system
 from clip_rd_edge.utils.structs import encode_json, read_json
@@ -130,12 +127,6 @@ def _open_and_evaluate(
     models, skipped = list[_Model](), list[SkippedRow]()
     for row in suite.rows:
         with _skipped_if_it_fails(row, skipped):
-            _require_text(suite.resolve_model(row), tasks)
-    for refused in skipped:  # before the others are measured, which may take long
-        reporter.note(f"{refused.label} is skipped: {refused}")
-    left_out = {row.label for row in skipped}
-    for row in (row for row in suite.rows if row.label not in left_out):
-        with _skipped_if_it_fails(row, skipped):
             spec = suite.resolve_model(row)
             encoder = open_encoder(spec, runtime=row.runtime) if row.runtime else open_encoder(spec)
             # Once, so that a model whose predictions are cached does not first fail while it is timed.
@@ -165,7 +156,7 @@ def _measure(
     )
     reporter.update("Throughput", 0, 1)
     pixels = {label: EncoderCalls(encoder, image, labels).pixels for label, encoder in encoders.items()}
-    throughput, energy = measure_throughput(encoders, pixels), measure_energy(encoders, pixels)
+    throughput = measure_throughput(encoders, pixels)
     reporter.update("Throughput", 1, 1)
     rows = []
     for done, model in enumerate(models):
@@ -185,7 +176,6 @@ def _measure(
                 latency=latencies.rows[label],
                 throughput=throughput[label],
                 cold_start=cold_start,
-                energy_joules=energy.get(label),
                 correctness=tuple(chain.from_iterable(correct)),
             )
         )
@@ -205,25 +195,6 @@ def _skipped_if_it_fails(row: SuiteRow, skipped: list[SkippedRow]) -> Iterator[N
         raise
     except ClipRdEdgeError as error:
         skipped.append(SkippedRow(label=row.label, model=row.model, reason=str(error), hint=error.hint))
-
-
-def _require_text(model: str, tasks: Sequence[Task]) -> None:
-    """Refuse a bundle without a text tower for tasks that need one, before any tower is loaded."""
-    if not is_bundle(Path(model)):
-        return
-    manifest = read_manifest(Path(model))
-    for task in tasks if manifest.text is None else ():
-        if isinstance(task, RetrievalTask):
-            manifest.require_text()
-        elif task.templates != manifest.templates:
-            own = manifest.templates
-            lines = repr(own[0]) if len(own) == 1 else "those of its manifest.json, one per line,"
-            file = f"write {lines} into {TEMPLATES} in the folder of {task.name}, or " if task.templates_from else ""
-            raise UsageError(
-                f"The bundle of {manifest.name} has no text tower: its labels were embedded with {in_words(own)}, and "
-                f"{task.name} asks for {in_words(task.templates)}.",
-                hint=f"{file}export the model again, with its text tower",
-            )
 
 
 _ZeroShot = tuple[ZeroShotTask, Mapping[str, ZeroShotPredictions]]  # a task, and each model's predictions by label

@@ -23,7 +23,7 @@ from clip_rd_edge.utils.paths import Typed, exists, is_file, is_folder, shipped_
 from clip_rd_edge.utils.structs import CheckedStruct, PositiveFloat, PositiveInt, Share, commented_yaml, read_yaml
 
 Role = Literal["teacher", "baseline", "student", "exported", "quantised"]
-RowRuntime = Literal["torch", "torch-compile", Runtime]
+RowRuntime = Literal["torch", Runtime]
 Threads = Annotated[int, Meta(ge=1, le=MAX_THREADS)]
 _SHIPPED = "benchmarks/suites"
 
@@ -36,8 +36,7 @@ class SuiteRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         model: the folder of a bundle, a run or an open_clip model, `hf-hub:ORG/REPO`, or `NAME@TAG`.
         role: decides what it is compared with: a student with the teacher and the baseline (the same student, trained
             without a teacher), the exported model with the student, the quantised one with the exported one.
-        runtime: torch or torch-compile for a model, one of the others for a bundle; None means eager torch, or the
-            runtime that the bundle was exported for.
+        runtime: torch for a model, one of the others for a bundle; None means torch, or the runtime that the bundle was exported for.
     """
 
     label: str

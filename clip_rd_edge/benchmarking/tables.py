@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich import box
-from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -165,8 +164,8 @@ def sections(results: Results) -> list[Section]:
 def details(results: Results) -> list[Section]:
     """Return what `sections` leaves out.
 
-    These are latency percentiles and steps, throughput, cold start, energy, confidence intervals, means per class and
-    R@5 and R@10.
+    These are latency percentiles and steps, throughput, cold start, confidence intervals, means per class, and R@5 and
+    R@10.
     """
     tasks = zip(*(row.scores for row in results.rows), strict=True)
     return [_plain("Cost", _cost_details(results.rows)), *map(_accuracy_details, tasks)]
@@ -195,9 +194,6 @@ def _cost_details(rows: Sequence[RowResult]) -> dict[str, list[str]]:
     if any(row.cold_start for row in rows):
         starts = [seconds(row.cold_start.first_answer_s if row.cold_start else None) for row in rows]
         texts["Cold start to first answer, s"] = starts
-    joules = [row.energy_joules for row in rows]
-    if any(value is not None for value in joules):
-        texts["Energy per image, mJ"] = [three_digits(None if value is None else 1000 * value) for value in joules]
     return texts
 
 
@@ -310,9 +306,6 @@ def _plain(title: str, texts: Mapping[str, Sequence[str]]) -> Section:
     return Section(title, "", tuple(Line(name, tuple(map(Cell, shown))) for name, shown in texts.items()))
 
 
-_NAME_WIDTH = 16  # columns in which a longer name of a task is broken, rather than its figures
-
-
 def terminal_tables(results: Results, width: int) -> list[Table]:
     """Return the report's table, one column per model, each figure also relative to the teacher's.
 
@@ -350,13 +343,8 @@ def _width(table: Table) -> int:
     return Measurement.get(console, console.options, table).maximum
 
 
-def score_tables(scores: Sequence[Score], width: int) -> list[Table]:
-    """Return one table of zero-shot scores and one of retrieval scores, in percent; empty ones are left out.
-
-    Args:
-        width: of the terminal, in columns. Where the figures of a task have no room beside each other and its name,
-            they are below each other.
-    """
+def score_tables(scores: Sequence[Score]) -> list[Table]:
+    """Return one table of zero-shot scores and one of retrieval scores, in percent; empty ones are left out."""
     zero_shot, of_retrieval = _of_kinds(scores)
     tables = []
     if zero_shot:
@@ -366,7 +354,7 @@ def score_tables(scores: Sequence[Score], width: int) -> list[Table]:
              percent(s.mean_per_class)]
             for s in zero_shot
         ]  # fmt: skip
-        table = _task_table(headings, rows, width)
+        table = _task_table(headings, rows)
         of_tasks = [f"Prompt templates of {score.task}: {score.templates}" for score in zero_shot]
         are_same = len({score.templates for score in zero_shot}) == 1
         notes = [f"Prompt templates: {zero_shot[0].templates}"] if are_same else of_tasks
@@ -385,23 +373,14 @@ def score_tables(scores: Sequence[Score], width: int) -> list[Table]:
             recalls = [(r.at1, r.at5, r.at10) for r in (score.image_to_text, score.text_to_image)]
             shown = (" / ".join(map(percent, recall)) for recall in recalls)
             rows.append([score.task, f"{score.images:,}", f"{score.captions:,}", *shown])
-        tables.append(_task_table(headings, rows, width))
+        tables.append(_task_table(headings, rows))
     return tables
 
 
-def _task_table(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Table:
+def _task_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = plain_table(*headings)
     for row in rows:
         table.add_row(*row)
-    longest = max(cell_len(name) for name in (headings[0], *(row[0] for row in rows)))
-    if _width(table) - max(longest - _NAME_WIDTH, 0) <= width:
-        return table
-    table = plain_table(headings[0], "")
-    for name, *figures in rows:
-        table.add_section()
-        table.add_row(Text(name, style="bold"))
-        for heading, figure in zip(headings[1:], figures, strict=True):
-            table.add_row(heading.replace("\n", " "), figure)
     return table
 
 

@@ -50,7 +50,7 @@ def evaluate(given: dict[str, Any], confusion: Path | None, as_json: bool) -> No
     import clip_rd_edge as edge
     from clip_rd_edge.api.measuring import load_tasks
     from clip_rd_edge.api.models import import_modules
-    from clip_rd_edge.cli.console import console_reporter, print_table, table_width
+    from clip_rd_edge.cli.console import console_reporter, print_table
 
     if confusion is not None:
         _require_free(confusion)
@@ -72,7 +72,7 @@ def evaluate(given: dict[str, Any], confusion: Path | None, as_json: bool) -> No
         from clip_rd_edge.benchmarking.metrics import ZeroShotScore
         from clip_rd_edge.benchmarking.tables import class_table, score_tables
 
-        tables = score_tables(scores, table_width())
+        tables = score_tables(scores)
         if per_class:
             tables += [class_table(score) for score in scores if isinstance(score, ZeroShotScore)]
         for table in tables:

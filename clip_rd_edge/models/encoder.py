@@ -13,7 +13,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -23,7 +22,6 @@ from torch.func import functional_call
 from clip_rd_edge.bundle.encoder import Description, Embeddings, as_list, in_batches, require_finite
 from clip_rd_edge.bundle.images import ImageInput, as_rgb
 from clip_rd_edge.bundle.preprocess import preprocess
-from clip_rd_edge.errors import UsageError, first_line
 from clip_rd_edge.models.clip import (
     ClipModel,
     ImageTower,
@@ -285,7 +283,7 @@ class TorchEncoder:
         self.threads = threads
         self._image_tower = image_tower or ImageTower(clip.model)
         self._text_tower = TextTower(clip.model)
-        self._caption_tower: nn.Module = CaptionTower(self._text_tower, clip.model)
+        self._caption_tower = CaptionTower(self._text_tower, clip.model)
 
     def describe(self) -> Description:
         """Describe this encoder."""
@@ -317,7 +315,7 @@ class TorchEncoder:
         texts, batches = as_list(texts), list[Embeddings]()
         for batch in in_batches(len(texts), BATCH_SIZE):
             ids = self.tokenize(texts[batch])
-            batches.append(self._run(self._callable_for(self._caption_tower, len(ids)), ids))
+            batches.append(self._run(self._caption_tower, ids))
         return np.concatenate(batches) if batches else self._no_embeddings()
 
     @on_cpu()
@@ -328,15 +326,11 @@ class TorchEncoder:
 
     def encode_pixels(self, pixels: npt.NDArray[np.float32]) -> Embeddings:
         """Embed preprocessed images, (N, 3, H, W) to (N, D)."""
-        return self._run(self._callable_for(self._image_tower, len(pixels)), pixels)
+        return self._run(self._image_tower, pixels)
 
     def encode_ids(self, ids: npt.NDArray[np.int64]) -> Embeddings:
         """Embed tokenised texts, (N, T) to (N, D)."""
-        return self._run(self._callable_for(self._text_tower, len(ids)), ids)
-
-    def _callable_for(self, tower: nn.Module, batch_size: int) -> Callable[[Tensor], Tensor]:
-        """Return the callable that runs a tower at this batch size: in eager mode, the tower itself."""
-        return tower
+        return self._run(self._text_tower, ids)
 
     def _run(
         self, tower: Callable[[Tensor], Tensor], inputs: npt.NDArray[np.float32] | npt.NDArray[np.int64]
@@ -348,37 +342,3 @@ class TorchEncoder:
 
     def _no_embeddings(self) -> Embeddings:
         return np.zeros((0, self.clip.embedding_size), dtype=np.float32)
-
-
-class CompiledEncoder(TorchEncoder):
-    """Runs a `ClipModel` with torch.compile, which compiles each tower once for single inputs and once for batches."""
-
-    def __init__(
-        self,
-        clip: ClipModel,
-        *,
-        folder: Path | None = None,
-        image_tower: nn.Module | None = None,
-        threads: int | None = None,
-    ) -> None:
-        super().__init__(clip, folder=folder, image_tower=image_tower, threads=threads)
-        self._caption_tower = self._text_tower  # each length would be compiled apart
-        self._compiled: dict[tuple[int, bool], Callable[[Tensor], Tensor]] = {}
-
-    def describe(self) -> Description:
-        """Describe this encoder."""
-        return msgspec.structs.replace(super().describe(), runtime="torch-compile")
-
-    def _callable_for(self, tower: nn.Module, batch_size: int) -> Callable[[Tensor], Tensor]:
-        key = (id(tower), batch_size > 1)
-        if key not in self._compiled:
-            self._compiled[key] = torch.compile(tower, dynamic=batch_size > 1)
-        return self._compiled[key]
-
-    def _run(
-        self, tower: Callable[[Tensor], Tensor], inputs: npt.NDArray[np.float32] | npt.NDArray[np.int64]
-    ) -> Embeddings:
-        try:
-            return super()._run(tower, inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, or an unsupported model
-            raise UsageError(f"torch.compile does not work on {self.clip.name} here: {first_line(error)}.") from error

@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 
 from clip_rd_edge.api.models import first_answer
-from clip_rd_edge.benchmarking import latency as throughput
 from clip_rd_edge.benchmarking.latency import (
     BATCHES,
     REFERENCE_MODEL,
-    EnergyMeter,
     measure_cold_start,
-    measure_energy,
     measure_latencies,
     measure_throughput,
     percentiles,
@@ -126,44 +123,3 @@ def test_throughput_is_measured_per_batch_size(make_encoder: Callable[..., Any])
     (results,) = measure_throughput({"a": encoder}, {"a": PIXELS}).values()
     assert [result.batch for result in results] == sorted(batches) == list(BATCHES)
     assert all(result.images_per_second > 0 for result in results)
-
-
-class FakeMeter(EnergyMeter):
-    """Reports two joules at every reading."""
-
-    def __init__(self) -> None:
-        self._counters = [None]  # type: ignore[list-item]
-
-    def joules(self) -> float:
-        return 2.0
-
-
-def test_energy_is_measured_per_image(make_encoder: Callable[..., Any], monkeypatch: Any, tmp_path: Any) -> None:
-    monkeypatch.setattr(throughput, "_ENERGY_SECONDS", 0.01)
-    calls: list[int] = []
-    encoder = make_encoder()
-    encoder.encode_pixels = lambda pixels: calls.append(len(pixels))
-    assert measure_energy({"a": encoder}, {"a": PIXELS}, meter=FakeMeter()) == {"a": 2.0 / len(calls)}
-    assert measure_energy({"a": encoder}, {"a": PIXELS}, meter=EnergyMeter(tmp_path)) == {}
-
-
-def make_counter(folder: Path, name: str, microjoules: int) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "name").write_text(f"{name}\n")
-    (folder / "max_energy_range_uj").write_text("999999\n")
-    (folder / "energy_uj").write_text(f"{microjoules}\n")
-    return folder / "energy_uj"
-
-
-def test_energy_counts_whole_packages_and_handles_wraparound(tmp_path: Path) -> None:
-    first, second = (
-        make_counter(tmp_path / "rapl:0", "package-0", 900_000),
-        make_counter(tmp_path / "rapl:1", "package-1", 0),
-    )
-    make_counter(tmp_path / "rapl:0:0", "core", 0)  # part of package 0
-    meter = EnergyMeter(tmp_path)
-    assert meter
-    first.write_text("150000")
-    second.write_text("500000")
-    assert meter.joules() == pytest.approx(0.75)
-    assert meter.joules() == 0

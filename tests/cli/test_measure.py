@@ -170,7 +170,7 @@ def test_the_report_is_written_and_the_table_printed(
     output = tmp_path / "report"
     code, out, err = command_line("benchmark", suite, "-o", output)
     assert code == 0
-    names = {"results.json", "report.md", "report.html", "accuracy-latency.png"}
+    names = {"results.json", "report.html", "accuracy-latency.png"}
     assert {path.name for path in output.iterdir()} == names
     assert "Good" in out
     assert "100.0" in out
@@ -187,7 +187,7 @@ def test_a_folder_in_use_is_refused_unless_forced(
     (report / "parts").mkdir(parents=True)
     (report / "parts" / "engine.step").write_text("mine")  # parts is also the name of what a benchmark keeps
     assert command_line("benchmark", suite, "-o", report)[0] == 2
-    for name in ("report.md", "results.json"):
+    for name in ("report.html", "results.json"):
         (report / name).write_text("mine")
         code, _, err = command_line("benchmark", suite, "-o", report, "--force")
         assert (code, f"{name} is not replaced" in " ".join(err.split())) == (2, True)
@@ -209,7 +209,7 @@ def test_the_paper_suite_runs_the_available_tasks(command_line: Run, suite: Path
     code, out, err = command_line("benchmark", "paper", *options)
     assert (code, "Cifar10" in out) == (0, True)
     assert err.count(" is missing: ") == 13
-    assert "**flickr30k** is missing" in (tmp_path / "report" / "report.md").read_text()
+    assert "<strong>flickr30k</strong>" in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_the_same_command_resumes_an_interrupted_run(
@@ -244,7 +244,7 @@ def test_what_was_measured_in_a_folder_whose_name_is_not_utf_8_is_written(
     with pytest.raises(SystemExit) as ended:
         main()
     assert not ended.value.code
-    for name in ("report.md", "report.html", "results.json"):
+    for name in ("report.html", "results.json"):
         assert "udce9" in (tmp_path / "report" / name).read_text()
 
 

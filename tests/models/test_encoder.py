@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +15,7 @@ from torch import nn
 
 from clip_rd_edge.api.models import open_encoder
 from clip_rd_edge.models.clip import ClipModel, parameter_count
-from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder, torch_threads
+from clip_rd_edge.models.encoder import TorchEncoder, torch_threads
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.utils.paths import typed
@@ -47,27 +44,6 @@ def test_an_evaluation_leaves_every_module_in_its_own_mode() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
-def test_compiled_towers_return_the_same_embeddings() -> None:
-    """In a process of its own: torch's compiler fails where another test has imported distutils before setuptools."""
-    program = "import test_encoder; test_encoder.compare_compiled_towers()"
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": paths}, check=True)
-
-
-def compare_compiled_towers() -> None:
-    torch.manual_seed(0)
-    config = student_config("resnet10t", embedding_size=32, image_size=32, text="64x1", context_length=8)
-    clip = build_student(config, name="tiny")
-    eager, compiled = TorchEncoder(clip), CompiledEncoder(clip)
-    pixels = np.random.default_rng(0).standard_normal((3, 3, 32, 32)).astype(np.float32)
-    for count in (1, 3, 2):
-        np.testing.assert_allclose(
-            compiled.encode_pixels(pixels[:count]), eager.encode_pixels(pixels[:count]), rtol=1e-3, atol=1e-4
-        )
-    np.testing.assert_allclose(compiled.encode_texts(["a cat"]), eager.encode_texts(["a cat"]), rtol=1e-3, atol=1e-4)
-    assert (eager.describe().runtime, compiled.describe().runtime) == ("torch", "torch-compile")
-
-
 def test_an_encoder_goes_to_another_process(student: ClipModel) -> None:
     encoder = TorchEncoder(student, threads=1)
     copied = pickle.loads(pickle.dumps(encoder))
