@@ -36,7 +36,8 @@ class SuiteRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         model: the folder of a bundle, a run or an open_clip model, `hf-hub:ORG/REPO`, or `NAME@TAG`.
         role: decides what it is compared with: a student with the teacher and the baseline (the same student, trained
             without a teacher), the exported model with the student, the quantised one with the exported one.
-        runtime: torch for a model, one of the others for a bundle; None means torch, or the runtime that the bundle was exported for.
+        runtime: torch for a model, one of the others for a bundle; None means torch, or the runtime that the bundle was
+            exported for.
     """
 
     label: str
