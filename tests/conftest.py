@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import hashlib
 import os
@@ -20,6 +19,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 from PIL import Image
+from support import COLOURS, write_pairs
 
 # Towers here are tiny: threads would wait for one another longer than they work. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 IMAGE_SIZE, CONTEXT_LENGTH = 32, 16
 WORDS = ["a", "red", "green", "blue", "cat", "dog", "house", "tree", "under", "photo", "drawing", "small"]
-COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220), "yellow": (230, 220, 40)}
 
 
 @pytest.fixture(autouse=True)
@@ -90,20 +89,7 @@ def hang_up() -> Iterator[None]:
 @pytest.fixture
 def pairs_csv(tmp_path: Path) -> Path:
     """A CSV in open_clip's format: 24 noisy images in four colours, with captions."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(24):
-        name = list(COLOURS)[i % 4]
-        noise = rng.integers(-20, 20, (40, 48, 3))
-        pixels = (np.asarray(COLOURS[name]) + noise).clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        rows.append((f"pictures/{i}.png", f"a {name} picture number {i}"))
-    path = tmp_path / "pairs.csv"
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([("filepath", "title"), *rows])
-    return path
+    return write_pairs(tmp_path)
 
 
 @pytest.fixture

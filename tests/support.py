@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import os
 import pickle
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import pytest
+from PIL import Image
 
 from clip_rd_edge.cli.main import cli
 from clip_rd_edge.data.samples import Samples
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 # Seconds that a test waits for what an idle machine does in one: others may need the processor more.
 PATIENCE_S = 120.0
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220), "yellow": (230, 220, 40)}
 
 
 def wait_until(condition: Callable[[], object], *, seconds: float = PATIENCE_S, pause: float = 0.01) -> bool:
@@ -173,6 +176,22 @@ def one_worker(address: str, make: Callable[[], Callable[[Any], Any]], items: It
     call = pickle.loads(pickle.dumps(make))()
     for item in items:
         yield pickle.loads(pickle.dumps(call(pickle.loads(pickle.dumps(item)))))
+
+
+def write_pairs(folder: Path) -> Path:
+    """Write 24 noisy images in four colours, and a table of them with captions; return the table."""
+    (folder / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(24):
+        name = list(COLOURS)[i % 4]
+        noise = rng.integers(-20, 20, (40, 48, 3))
+        pixels = (np.asarray(COLOURS[name]) + noise).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / "pictures" / f"{i}.png")
+        rows.append((f"pictures/{i}.png", f"a {name} picture number {i}"))
+    with (folder / "pairs.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("filepath", "title"), *rows])
+    return folder / "pairs.csv"
 
 
 def save_tiny_teacher(folder: Path, *, seed: int = 1) -> Path:

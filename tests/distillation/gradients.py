@@ -1,4 +1,4 @@
-"""Not a test: compute loss and gradients of steps, each twice, directly or under torchrun. See test_step.py."""
+"""Not a test: compute loss and gradients of steps, each twice, here or under torchrun. See test_step.py."""
 
 from __future__ import annotations
 

@@ -62,12 +62,6 @@ def stored(*stores: TeacherStore, size: int = 1_000, seed: int = 0) -> list[torc
     return [rows.image, rows.text]
 
 
-def with_zeros(path: Path, row: int) -> None:
-    rows = load_rows(path)
-    rows[row] = 0
-    write_rows(path, rows)
-
-
 @pytest.fixture
 def lacking(store: TeacherStore, tmp_path: Path) -> TeacherStore:
     """A copy of the store, from which the tests take something."""
@@ -103,14 +97,6 @@ def test_a_stored_bank_reads_several_shards(store: TeacherStore, monkeypatch: py
             assert places == sorted(set(places))
 
 
-def test_what_one_of_two_teachers_could_not_embed_is_left_out(store: TeacherStore, lacking: TeacherStore) -> None:
-    with_zeros(image_shard(lacking.folder, 0, 0), 3)
-    assert [len(side) for side in stored(lacking)] == [23, 24]
-    image, _ = stored(store, lacking)
-    assert image.shape == (23, 2 * WIDTH)
-    assert torch.equal(image[:, :WIDTH], image[:, WIDTH:])
-
-
 def test_a_caption_that_one_of_two_stores_lacks_is_left_out_of_both(store: TeacherStore, lacking: TeacherStore) -> None:
     for path in (text_shard(lacking.folder, 0), keys_file(lacking.folder)):
         write_rows(path, np.delete(load_rows(path), 5, axis=0))  # it could not be read when this store was built
@@ -130,20 +116,6 @@ def test_a_queue_holds_the_last_embeddings_and_those_of_the_step() -> None:
     assert torch.equal(bank.text, -bank.image)
     assert QueueBank(2, CPU).with_batch(batches[0], batches[0]).image.shape == (2, 2)
     assert QueueBank(8, CPU).with_batch(batches[0], batches[0]).image.shape == (3, 2)
-
-
-def test_a_queue_drops_what_is_not_finite_and_goes_on_with_the_rest_in_their_order() -> None:
-    queue = QueueBank(5, CPU)
-    for number in range(1, 5):
-        image = torch.full((2, 2), float(number))
-        image[0] = math.nan if number == 3 else number
-        bank = queue.with_batch(image, -torch.full((2, 2), float(number)))
-    assert bank.image.isnan().any()
-    queue.drop_not_finite()
-    for number in (5, 6):
-        bank = queue.with_batch(torch.full((1, 2), float(number)), torch.full((1, 2), -float(number)))
-    assert sorted(bank.image[:, 0].tolist()) == [3, 4, 4, 5, 6]
-    assert torch.equal(bank.text, -bank.image)
 
 
 def test_an_image_without_a_finite_embedding_costs_a_run_one_step(
@@ -190,11 +162,8 @@ def test_a_run_that_goes_on_with_another_teacher_begins_its_queue_anew(config: R
 
 
 @pytest.mark.parametrize("kind", ["config", "with_store"])
-@pytest.mark.parametrize("stop_after", [*(pytest.param(step, marks=pytest.mark.slow) for step in (2, 5)), 7])
-def test_a_killed_run_resumes_to_the_same_weights(
-    kind: str, stop_after: int, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    lines = read_metrics(killed_and_resumed(request.getfixturevalue(kind), tmp_path, after=stop_after))
+def test_a_killed_run_resumes_to_the_same_weights(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    lines = read_metrics(killed_and_resumed(request.getfixturevalue(kind), tmp_path, after=7))
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(line["loss/bank"] > 0 for line in lines)
 
@@ -207,9 +176,8 @@ def test_a_run_does_not_change_its_kind_of_bank(
     with pytest.raises(MemoryError):
         run_distillation(began_with, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(4)))
     watch, began = Watch(), (tmp_path / "run" / "config.yaml").read_text()
-    with pytest.raises(UsageError, match="began with") as error:
+    with pytest.raises(UsageError):
         run_distillation(other, tmp_path / "run", resume=True, reporter=watch)
-    assert "store" in error.value.hint
     assert watch.updates == []  # no store is filled
     assert (tmp_path / "run" / "config.yaml").read_text() == began
     with pytest.raises(MemoryError):

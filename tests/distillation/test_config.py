@@ -8,8 +8,6 @@ import msgspec
 import pytest
 
 from clip_rd_edge.distillation.config import (
-    CHANGEABLE_ON_RESUME,
-    LOCATIONS,
     Recipe,
     RunConfig,
     first_difference,
@@ -37,10 +35,8 @@ def test_every_recipe_has_the_terms_of_its_method() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["learning_rat: 1", "batch_size: 0", "crop_scale: [0.9, 0.5]", "crop_scale: [.nan, 1.0]", "bank_size: 0",
-     "bank_size: 1e9", "bank_temperature: 0", "steps: -5", "learning_rate: .nan", "weight_decay: .inf",
-     "betas: [0.9, .nan]", "betas: [0.9, 1.0]", "epsilon: 0", "clip_gradient_norm: -1", "scale_start: .nan",
-     "warmup_steps: -1", "objective: {task: .nan}", "objective: {task: -1}", "objective: {bank: .inf}",
+    ["learning_rat: 1", "batch_size: 0", "crop_scale: [0.9, 0.5]", "bank_size: 1e9", "learning_rate: .nan",
+     "betas: [0.9, 1.0]", "warmup_steps: -1", "objective: {task: -1}", "objective: {bank: .inf}",
      "objective: {task: 1, xdr: 1}", "objective: [task]"],
 )  # fmt: skip
 def test_an_invalid_recipe_is_refused_by_file_and_key(tmp_path: Path, line: str) -> None:
@@ -76,17 +72,6 @@ def test_the_first_difference_is_named() -> None:
     recipe = msgspec.structs.replace(config.recipe, objective=Weights(task=1, fd=2))
     more = msgspec.structs.replace(config, recipe=recipe)
     assert first_difference(more, config) == "objective.fd: 2.0 → None"
-
-
-def test_what_may_change_when_a_run_is_resumed_stands_with_the_options() -> None:
-    assert {
-        "log_every", "checkpoint_every", "evaluate_every", "tasks", "report_to", "workers", "max_bad", "store",
-        "processes",
-    } == CHANGEABLE_ON_RESUME  # fmt: skip
-    assert {
-        "recipe_name", "data", "images", "texts", "templates", "teacher", "teacher_pretrained", "student", "text",
-        "pretrained_image", "pretrained_text", "store", "tasks", "terms",
-    } == LOCATIONS  # fmt: skip
 
 
 @pytest.mark.parametrize(

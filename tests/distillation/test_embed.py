@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from support import one_worker, save_tiny_teacher
 
 import clip_rd_edge as edge
 from clip_rd_edge.distillation import store
-from clip_rd_edge.errors import InputError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -66,29 +64,6 @@ def test_the_workers_of_a_cluster_give_the_same_bytes(
     here = edge.embed(output=tmp_path / "here", **source)
     monkeypatch.setattr("clip_rd_edge.utils.cluster.map_on_cluster", one_worker)
     assert contents(edge.embed(output=tmp_path / "there", ray="auto", **source)) == contents(here)
-
-
-def test_a_worker_with_other_data_is_refused(
-    source: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def on_another_machine(address: str, make: Callable[[], Any], items: Iterable[Any]) -> Iterator[Any]:
-        table = Path(source["data"])
-        table.write_text(table.read_text().replace("number 7", "number 8"))
-        return one_worker(address, make, items)
-
-    monkeypatch.setattr("clip_rd_edge.utils.cluster.map_on_cluster", on_another_machine)
-    with pytest.raises(InputError, match="the data here"):
-        edge.embed(output=tmp_path / "store", ray="auto", **source)
-
-
-@pytest.mark.parametrize(("option", "value"), [("precision", "auto"), ("views", 0)])
-def test_options_that_make_no_store_are_refused(
-    source: dict[str, Any], tmp_path: Path, option: str, value: Any
-) -> None:
-    with pytest.raises(UsageError) as refused:
-        edge.embed(output=tmp_path / "store", **{**source, option: value})
-    assert refused.value.option == option
-    assert not (tmp_path / "store").exists()
 
 
 CLUSTER = """

@@ -17,7 +17,7 @@ import clip_rd_edge as edge
 from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.order import StepSampler
 from clip_rd_edge.distillation.bank import StoredBank
-from clip_rd_edge.distillation.config import RunConfig, resolve
+from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.embed import STORE_STAGE
 from clip_rd_edge.distillation.loader import step_loader
@@ -32,7 +32,6 @@ from clip_rd_edge.distillation.store import (
     write_rows,
 )
 from clip_rd_edge.distillation.teacher import LiveTeacher, StoredTeacher, Teacher, ensemble_of
-from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.terms import Bank
 from clip_rd_edge.models.load import load_clip, save_clip
@@ -119,20 +118,6 @@ def test_a_store_serves_runs_with_some_of_its_teachers(with_store: RunConfig, tm
         run_distillation(config, tmp_path / f"run-{len(names)}-{names[0][-3:]}", resume=False, reporter=watch)
         assert not any(stage == STORE_STAGE for stage, *_ in watch.updates)
     assert sorted(tmp_path.glob("store/**/*")) == before
-
-
-def test_a_teacher_is_named_once_and_one_in_a_list_is_one(config: RunConfig, tmp_path: Path) -> None:
-    first = save_tiny_teacher(tmp_path / "run" / "student")
-    for names in ([tmp_path / "run", "b", f"local-dir:{first}"], ["a", "b", "a"]):
-        with pytest.raises(UsageError, match="twice"):
-            resolve("clip-rd", data="p.csv", student="resnet18", teacher=names)
-    assert resolve("clip-rd", data="emoji", student="resnet18", teacher=[Path("a")]).teacher == "a"
-    assert resolve("clip", data="emoji", student="resnet18", teacher=()).teacher is None
-    with pytest.raises(InputError, match="missing"):
-        load_setup(
-            msgspec.structs.replace(config, teacher=(config.teachers[0], "local-dir:missing")),
-            name="student", processes=Processes(),
-        )  # fmt: skip
 
 
 def test_the_first_teachers_text_tower_can_be_kept(config: RunConfig, tmp_path: Path) -> None:

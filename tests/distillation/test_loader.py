@@ -6,20 +6,16 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from multiprocessing import spawn
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from failing_datasets import Cramped, Killed, Refusing
 from PIL import Image
-from torch.utils.data._utils.pin_memory import pin_memory
 
-from clip_rd_edge.bundle.preprocess import Box, Preprocessing
+from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.order import EpochOrder, StepSampler, View
 from clip_rd_edge.distillation import loader as loader_module
@@ -134,20 +130,6 @@ def test_an_epoch_has_no_repeated_pairs_and_the_next_is_shuffled_differently(pai
     assert first != second
 
 
-def test_the_pairs_of_an_epoch_are_cropped_differently(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    boxes = list[Box]()
-
-    draw = Crops.draw
-
-    def record(crops: Crops, size: tuple[int, int], rng: np.random.Generator) -> Box:
-        boxes.append(draw(crops, size, rng))
-        return boxes[-1]
-
-    monkeypatch.setattr(Crops, "draw", record)
-    batches(pairs_csv, 0, 4)
-    assert len(boxes) == len(set(boxes)) == 20  # all images are of one size
-
-
 def test_the_teacher_gets_the_same_crop_in_its_own_preprocessing(pairs_csv: Path) -> None:
     (batch,) = batches(pairs_csv, 0, 1, teachers=[TEACHER])
     (pixels,) = batch.teacher_pixels
@@ -224,32 +206,6 @@ def test_too_many_bad_samples_raise_a_one_sentence_error_from_any_process(shards
         shard_batches(shards, 0, workers=workers, max_bad=0.01)
 
 
-def test_a_batch_is_pinned_as_torchs_loader_does_it(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pinned: list[torch.Tensor] = []
-
-    def pin(tensor: torch.Tensor, *_: object) -> torch.Tensor:
-        pinned.append(tensor.clone())
-        return pinned[-1]
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    (apart,), (shared,) = (batches(pairs_csv, 0, 1, teachers=[teacher]) for teacher in (TEACHER, STUDENT))
-    half = torch.zeros(5, 8, dtype=torch.float16)
-    for batch in (apart, replace(shared, teacher_embeddings=(half, half + 1))):
-        pinned.clear()
-        result = pin_memory(batch)
-        assert isinstance(result, Batch)
-        assert result.captions == batch.captions
-        for actual, expected in (
-            (result.student_pixels, batch.student_pixels),
-            *zip(result.teacher_pixels, batch.teacher_pixels, strict=True),
-            *zip(result.teacher_embeddings or (), batch.teacher_embeddings or (), strict=True),
-        ):
-            assert any(actual is tensor for tensor in pinned)
-            assert torch.equal(actual, expected)
-    assert len(pinned) == 3  # pixels that student and teacher share are pinned once
-    assert result.teacher_pixels[0] is result.student_pixels
-
-
 def loader_with_a_worker(kind: type[ViewDataset], pairs_csv: Path) -> Iterator[Batch]:
     dataset = kind(load_pairs(str(pairs_csv)), STUDENT, [TEACHER], crops=Crops(scale=(0.5, 1.0)), seed=3)
     return step_loader(dataset, StepSampler([24], 5, seed=3, steps=range(9)), workers=1)
@@ -275,14 +231,6 @@ def test_a_worker_that_is_killed_ends_the_run_in_a_sentence(pairs_csv: Path) -> 
     with pytest.raises(LostProcessError, match=r"^A loader process \(pid \d+\) was ended from outside") as caught:
         next(loader)
     assert "workers" in caught.value.hint
-
-
-@pytest.mark.parametrize(("code", "said"), [(1, "failed with exit code 1"), (-9, "was ended from outside")])
-def test_a_worker_that_is_no_child_says_itself_how_it_ended(code: int, said: str) -> None:
-    """As those of a fork server, the default of Python 3.14, whose ends torch's signal handler does not see."""
-    error = RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")
-    workers: Any = [SimpleNamespace(pid=pid, exitcode=code if pid == 8 else None) for pid in (6, 7, 8)]
-    assert said in str(loader_module.lost_worker(error, workers))
 
 
 def test_a_spawned_worker_does_not_run_the_users_script_again(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:

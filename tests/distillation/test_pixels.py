@@ -92,16 +92,6 @@ def test_large_crops_are_resized_as_by_pillow_to_a_grey_level(size: tuple[int, i
     assert (difference > 1).mean() < 1e-4
 
 
-def test_a_crop_is_resized_once_per_distinct_size() -> None:
-    image = photograph(512, 384)
-    other_mean = msgspec.structs.replace(MODEL, mean=(0.5, 0.5, 0.5))
-    smaller = msgspec.structs.replace(MODEL, size=(160, 192))
-    first, same, other = crop_levels(image, (10, 20, 500, 380), [MODEL, other_mean, smaller])
-    assert first is same
-    assert other.shape == (160, 192, 3)
-    assert crop_levels(image, (10.5, 20.5, 100.2, 300.9), [smaller])[0].shape == (160, 192, 3)
-
-
 @pytest.mark.parametrize("size", [(224, 224), (32, 48)])
 def test_the_device_normalises_exactly_as_the_shared_preprocessing_does(size: tuple[int, int]) -> None:
     model = msgspec.structs.replace(MODEL, size=size, resize_mode="squash")

@@ -20,9 +20,9 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from support import Watch, save_tiny_teacher
+from support import Watch, save_tiny_teacher, write_pairs
 from text_towers import bert_clip
-from tiny_runs import assert_same_weights, stop_at, tiny_run, weights
+from tiny_runs import assert_same_weights, killed_and_resumed, stop_at, tiny_run, weights
 
 from clip_rd_edge.benchmarking.accuracy import task_fingerprint
 from clip_rd_edge.bundle.encoder import Encoder
@@ -55,17 +55,22 @@ def teacher(tmp_path: Path) -> Path:
     return save_tiny_teacher(tmp_path / "teacher")
 
 
+def run_on(pairs: Path, teacher: Path) -> RunConfig:
+    recipe = {"steps": STEPS, "batch_size": 6, "learning_rate": 1e-3}
+    settings = {"student": "test_vit", "image_size": 160, "checkpoint_every": 3}
+    return tiny_run("clip-rd", recipe, data=str(pairs), teacher=str(teacher), **settings)
+
+
 @pytest.fixture
 def config(pairs_csv: Path, teacher: Path) -> RunConfig:
-    return tiny_run(
-        "clip-rd",
-        {"steps": STEPS, "batch_size": 6, "learning_rate": 1e-3},
-        data=str(pairs_csv),
-        teacher=str(teacher),
-        student="test_vit",
-        image_size=160,
-        checkpoint_every=3,
-    )
+    return run_on(pairs_csv, teacher)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student of a run with `config` that nothing interrupted: do not change it."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return distil(run_on(write_pairs(folder), save_tiny_teacher(folder / "teacher")), folder / "run")
 
 
 def fine_tuning(config: RunConfig, model: Path, **changes: Any) -> RunConfig:
@@ -135,58 +140,42 @@ def test_a_secret_in_the_address_of_the_data_is_in_no_file_that_is_published(
     record = msgspec.json.decode((student / "distillation.json").read_bytes())
     assert record["data"] == record["configuration"]["data"] == training_facts(str(run))["data"] == "{0..1}.tar"
     assert "SECRET" not in " ".join(watch.noted)
-    with pytest.raises(UsageError, match="began with other inputs: ") as refusal:
+    with pytest.raises(UsageError) as refusal:
         distil(msgspec.structs.replace(config, data=str(tmp_path / "1.tar")), run, resume=True)
-    assert refusal.value.hint.startswith(f"name those that it began with: the data in {run / 'config.yaml'}, or")
+    assert "SECRET" not in f"{refusal.value} {refusal.value.hint}"
 
 
 @pytest.mark.parametrize("stop_after", [2, 5])
-def test_a_killed_run_resumes_to_the_same_weights(config: RunConfig, tmp_path: Path, stop_after: int) -> None:
-    uninterrupted = distil(config, tmp_path / "uninterrupted")
-
+def test_a_killed_run_resumes_to_the_same_weights_and_stays_as_it_is(
+    config: RunConfig, uninterrupted: Path, tmp_path: Path, stop_after: int
+) -> None:
     with pytest.raises(MemoryError):
         distil(config, tmp_path / "killed", on_step=stop_at(stop_after))
     resumed = distil(config, tmp_path / "killed", resume=True)
     assert_same_weights(resumed, uninterrupted)
     assert [line["step"] for line in read_metrics(tmp_path / "killed")] == list(range(1, STEPS + 1))
+    written_at = (resumed / "open_clip_model.safetensors").stat().st_mtime_ns
+    assert distil(config, tmp_path / "killed", resume=True) == resumed
+    assert (resumed / "open_clip_model.safetensors").stat().st_mtime_ns == written_at
 
 
-def test_a_resumed_run_goes_on_counting_bad_samples(config: RunConfig, pairs_csv: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    config = msgspec.structs.replace(config, max_bad=0.5)
-    for image in (0, 1, 2, 3, 4, 6):
-        (pairs_csv.parent / "pictures" / f"{image}.png").write_bytes(b"damaged")
-
-    with pytest.raises(MemoryError):
-        distil(config, run, on_step=stop_at(5))
-    counts = [line["bad_samples"] for line in read_metrics(run)]
-    distil(config, run, resume=True)
-    resumed = [line["bad_samples"] for line in read_metrics(run)]
-    assert resumed[:5] == counts
-    assert counts[2] > 0
-    assert resumed == sorted(resumed)
-
-
-@pytest.mark.parametrize("saved", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int
+    config: RunConfig, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, write = tmp_path / "run", checkpoint._HashingWriter.write
 
     def fail(self: checkpoint._HashingWriter, data: bytes) -> int:
-        if len(list_checkpoints(run)) == saved:
+        if len(list_checkpoints(run)) == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, data)
 
     monkeypatch.setattr(checkpoint._HashingWriter, "write", fail)
-    with pytest.raises(DiskFullError, match=f"run goes on from {'step 3' if saved else 'the beginning'}") as error:
+    with pytest.raises(DiskFullError, match="step 3"):
         distil(config, run)
-    assert error.value.exit_code == 1
-    assert "resume" in error.value.hint
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-3"] * saved  # nothing half-written
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-3"]  # nothing half-written
     monkeypatch.undo()
     monkeypatch.setattr("clip_rd_edge.distillation.distill.plot_run", lambda *_: None)
-    assert_same_weights(distil(config, run, resume=True), distil(config, tmp_path / "other"))
+    assert_same_weights(distil(config, run, resume=True), uninterrupted)
 
 
 def test_a_full_disk_when_the_student_is_written_leaves_no_student(
@@ -203,7 +192,7 @@ def test_a_full_disk_when_the_student_is_written_leaves_no_student(
 
 @pytest.mark.usefixtures("hang_up")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_saves_the_state_and_tells_how_to_resume(config: RunConfig, tmp_path: Path, name: str) -> None:
+def test_a_signal_saves_the_state(config: RunConfig, uninterrupted: Path, tmp_path: Path, name: str) -> None:
     def terminate(step: int) -> None:
         if step == 3:
             os.kill(os.getpid(), signal.Signals[name])
@@ -214,7 +203,7 @@ def test_a_signal_saves_the_state_and_tells_how_to_resume(config: RunConfig, tmp
     watch = Watch()
     resumed = run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
     assert "resumed after step 3 of 8" in watch.noted
-    assert_same_weights(resumed, distil(config, tmp_path / "uninterrupted"))
+    assert_same_weights(resumed, uninterrupted)
 
 
 def truncated(content: bytes) -> bytes:
@@ -228,28 +217,26 @@ def with_a_flipped_bit(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", [truncated, with_a_flipped_bit])
 def test_a_damaged_checkpoint_is_skipped_and_named(
-    config: RunConfig, tmp_path: Path, damage: Callable[[bytes], bytes]
+    config: RunConfig, uninterrupted: Path, tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
-    student = distil(config, tmp_path / "run")
-    shutil.rmtree(student)
+    shutil.copytree(uninterrupted.parent, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "student")
     state = list_checkpoints(tmp_path / "run")[-1] / "state.pt"
     state.write_bytes(damage(state.read_bytes()))
     watch = Watch()
     resumed = run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
     assert any("step-8: state.pt does not match its checksum" in sentence for sentence in watch.noted)
-    assert any("goes on from step 6" in sentence for sentence in watch.noted)
-    assert_same_weights(resumed, distil(config, tmp_path / "uninterrupted"))
-
-
-def test_a_run_whose_checkpoints_are_all_damaged_is_an_error(config: RunConfig, tmp_path: Path) -> None:
-    shutil.rmtree(distil(config, tmp_path / "run"))
+    assert_same_weights(resumed, uninterrupted)
+    shutil.rmtree(resumed)
     for folder in list_checkpoints(tmp_path / "run"):
         (folder / "state.pt").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"No checkpoint in .*checkpoints can be read \(step-8: state\.pt does not"):
+    with pytest.raises(UsageError, match="checkpoint"):
         distil(config, tmp_path / "run", resume=True)
 
 
-def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(config: RunConfig, tmp_path: Path) -> None:
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(
+    config: RunConfig, uninterrupted: Path, tmp_path: Path
+) -> None:
     refused = []
 
     def start_another(step: int) -> None:
@@ -261,18 +248,12 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(conf
     student = distil(config, tmp_path / "run", on_step=start_another)
     assert len(refused) == 2 * STEPS
     assert not (tmp_path / "run" / ".lock").exists()
-    assert_same_weights(student, distil(config, tmp_path / "alone"))
+    assert_same_weights(student, uninterrupted)
 
 
 def other_captions(config: RunConfig) -> str:
     table = Path(config.data)
     table.write_text(table.read_text().replace("number", "image"))
-    return "has as many samples, but other names, captions, sizes or another order"
-
-
-def reversed_rows(config: RunConfig) -> str:
-    header, *rows = Path(config.data).read_text().splitlines()
-    Path(config.data).write_text("\n".join([header, *reversed(rows)]) + "\n")
     return "has as many samples, but other names, captions, sizes or another order"
 
 
@@ -299,16 +280,15 @@ def other_preprocessing(config: RunConfig) -> str:
     return "the teacher teacher has other preprocessing of images"
 
 
-@pytest.mark.parametrize("change", [other_captions, reversed_rows, half_the_rows, other_weights, other_preprocessing])
+@pytest.mark.parametrize("change", [other_captions, half_the_rows, other_weights, other_preprocessing])
 def test_a_run_whose_inputs_were_replaced_is_resumed_only_when_that_is_accepted(
     config: RunConfig, tmp_path: Path, change: Callable[[RunConfig], str]
 ) -> None:
     with pytest.raises(MemoryError):
         distil(config, tmp_path / "run", on_step=stop_at(4))
     difference = change(config)
-    with pytest.raises(UsageError, match=difference) as error:
+    with pytest.raises(UsageError, match=difference):
         distil(config, tmp_path / "run", resume=True)
-    assert "accept_changes" in error.value.hint
     watch = Watch(on_step=stop_at(5))
     with pytest.raises(MemoryError):
         run_distillation(config, tmp_path / "run", resume=True, accept_changes=True, reporter=watch)
@@ -353,9 +333,8 @@ def test_weights_of_a_checkpoint_are_not_joined_to_what_they_do_not_belong_to(
     shutil.copytree(tmp_path / "teacher", tmp_path / "before")
     difference = change(config)
     for accept_changes in (False, True):
-        with pytest.raises(UsageError, match=difference) as error:
+        with pytest.raises(UsageError, match=difference):
             run_distillation(config, tmp_path / "run", resume=True, accept_changes=accept_changes)
-        assert error.value.hint == "restore them, or start a new run with another output"
     shutil.rmtree(tmp_path / "teacher")
     (tmp_path / "before").rename(tmp_path / "teacher")
     distil(config, tmp_path / "run", resume=True)
@@ -385,20 +364,6 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing_for_the_cor
     assert (tmp_path / "run" / "config.yaml").is_file()
 
 
-def test_a_run_is_not_finished_because_it_has_fewer_pairs(config: RunConfig, tmp_path: Path) -> None:
-    config = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, steps=0, epochs=4))
-    with pytest.raises(MemoryError):
-        distil(config, tmp_path / "run", on_step=stop_at(13))
-    pairs = Path(config.data).read_text()
-    half_the_rows(config)
-    with pytest.raises(UsageError, match="has done 12 steps, and 4 epochs of 12 pairs have 8") as error:
-        run_distillation(config, tmp_path / "run", resume=True, accept_changes=True)
-    assert "restore the data" in error.value.hint
-    Path(config.data).write_text(pairs)
-    distil(config, tmp_path / "run", resume=True)
-    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 17))
-
-
 def test_plots_that_cannot_be_drawn_cost_no_student(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,9 +379,8 @@ def test_plots_that_cannot_be_drawn_cost_no_student(
 
 
 def test_a_run_is_resumed_from_another_working_directory(
-    config: RunConfig, pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, pairs_csv: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = distil(config, tmp_path / "uninterrupted")
     run, inner = tmp_path / "run", tmp_path / "inner"
     inner.mkdir()
     (inner / "other.csv").write_text("\n".join(pairs_csv.read_text().splitlines()[:20]).replace("pict", "../pict"))
@@ -428,13 +392,11 @@ def test_a_run_is_resumed_from_another_working_directory(
     monkeypatch.chdir(inner)
     other = msgspec.structs.replace(there, data="other.csv")
     for _ in ("unfinished", "finished"):
-        inputs = r"began with other inputs: \S*other\.csv has 19 pairs, in place of 24 pairs"
-        with pytest.raises(UsageError, match=inputs) as refusal:
+        with pytest.raises(UsageError, match="19 pairs, in place of 24 pairs"):
             distil(other, run, resume=True)
-        assert re.match(r"name those that it began with: data \S*pairs\.csv,", refusal.value.hint)
         with pytest.raises(UsageError, match="24 images without captions, in place of 24 pairs"):
             distil(msgspec.structs.replace(there, images=there.data), run, resume=True)
-        assert_same_weights(distil(there, run, resume=True), expected)
+        assert_same_weights(distil(there, run, resume=True), uninterrupted)
         recorded = read_yaml(run / "config.yaml", RunConfig)
         assert (recorded.data, recorded.teacher) == (there.data, there.teacher)
 
@@ -498,25 +460,17 @@ def test_what_a_killed_save_left_is_removed_when_the_run_is_resumed(config: RunC
     assert not list(run.rglob(".*"))
 
 
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_all_files_of_a_student_follow_the_umask(teacher: Path, tmp_path: Path, umask: int, mode: int) -> None:
-    previous = os.umask(umask)
+def test_all_files_of_a_student_follow_the_umask(teacher: Path, tmp_path: Path) -> None:
+    previous = os.umask(0o027)
     try:
         save_clip(tmp_path / "saved", load_clip(str(teacher)), provenance={})
     finally:
         os.umask(previous)
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "saved").iterdir()} == {mode}
-
-
-def test_resuming_a_finished_run_changes_nothing(config: RunConfig, tmp_path: Path) -> None:
-    student = distil(config, tmp_path / "run")
-    written_at = (student / "open_clip_model.safetensors").stat().st_mtime_ns
-    assert distil(config, tmp_path / "run", resume=True) == student
-    assert (student / "open_clip_model.safetensors").stat().st_mtime_ns == written_at
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "saved").iterdir()} == {0o640}
 
 
 def test_a_folder_in_use_or_of_another_run_is_rejected(config: RunConfig, tmp_path: Path) -> None:
-    distil(config, tmp_path / "run")
+    distil(with_recipe(config, steps=1), tmp_path / "run")
     (tmp_path / "mine" / "student").mkdir(parents=True)
     with pytest.raises(UsageError, match="not empty"):
         run_distillation(config, tmp_path / "mine", resume=True)
@@ -524,7 +478,7 @@ def test_a_folder_in_use_or_of_another_run_is_rejected(config: RunConfig, tmp_pa
     with pytest.raises(UsageError, match="not empty"):
         distil(config, tmp_path / "run")
     with pytest.raises(UsageError, match="seed: 0 → 1"):
-        distil(msgspec.structs.replace(config, seed=1), tmp_path / "run", resume=True)
+        distil(msgspec.structs.replace(with_recipe(config, steps=1), seed=1), tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("steps", [2, STEPS])  # less than what ends a run, and more
@@ -543,9 +497,8 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_says_so(config: 
     recipe = msgspec.structs.replace(config.recipe, steps=4, learning_rate=1e6)
     config = msgspec.structs.replace(config, recipe=recipe, checkpoint_every=1)
     for resume in (False, True):  # the same run to the same end
-        with pytest.raises(DivergedRunError, match=r"has diverged: .* good checkpoint is .*step-1\.") as error:
+        with pytest.raises(DivergedRunError, match="step-1"):
             distil(config, tmp_path / "run", resume=resume)
-        assert "lower learning rate" in error.value.hint
         assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-1"]
     assert not (tmp_path / "run" / "student").exists()
 
@@ -556,43 +509,23 @@ def test_a_part_of_a_batch_with_one_image_is_refused_where_a_batch_norm_cannot_t
 ) -> None:
     recipe = msgspec.structs.replace(config.recipe, precision=precision)
     config = msgspec.structs.replace(config, recipe=recipe, student="test_resnet", image_size=32, accumulate=6)
-    with pytest.raises(UsageError, match="sees a single image in a part of a batch") as refusal:
+    with pytest.raises(UsageError, match="single image"):
         distil(config, tmp_path / "run")
-    assert "accumulate" in refusal.value.hint
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_missing_teacher_is_an_error(config: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="needs a teacher"):
-        distil(msgspec.structs.replace(config, teacher=None), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_student_with_its_teachers_text_tower_trains_its_projection_and_resumes(
     config: RunConfig, teacher: Path, tmp_path: Path
 ) -> None:
-    kept = msgspec.structs.replace(config, text="teacher", freeze_text=True)
-    uninterrupted = distil(kept, tmp_path / "uninterrupted")
-
-    with pytest.raises(MemoryError):
-        distil(kept, tmp_path / "run", on_step=stop_at(5))
-    assert_same_weights(distil(kept, tmp_path / "run", resume=True), uninterrupted)
-    load_clip(str(uninterrupted))
-    before, after = weights(teacher), weights(uninterrupted)
+    kept = msgspec.structs.replace(config, text="teacher", freeze_text=True, context_length=None)
+    student = killed_and_resumed(kept, tmp_path, after=5) / "student"
+    assert load_clip(str(student)).context_length == 12
+    before, after = weights(teacher), weights(student)
     names = {name for name in before if name.startswith("text.")}
     assert {name for name in names if not torch.equal(before[name], after[name])} == {"text.text_projection"}
 
 
-def test_a_student_with_its_teachers_text_tower_has_its_context_length(config: RunConfig, tmp_path: Path) -> None:
-    kept = msgspec.structs.replace(config, text="teacher", freeze_text=True, context_length=77)
-    with pytest.raises(UsageError, match="12; 77"):
-        distil(kept, tmp_path / "run")
-    student = distil(msgspec.structs.replace(kept, context_length=None), tmp_path / "run")
-    assert load_clip(str(student)).context_length == 12
-    assert read_yaml(tmp_path / "run" / "config.yaml", RunConfig).context_length == 12
-
-
-@pytest.mark.parametrize("named", [{"teacher": ("a", "b")}, {"store": "a", "views": 2}, {"teacher_pretrained": "a"}])
+@pytest.mark.parametrize("named", [{"teacher": ("a", "b")}, {"store": "a", "views": 2}])
 def test_a_recipe_without_a_teacher_is_given_none(config: RunConfig, tmp_path: Path, named: dict[str, Any]) -> None:
     recipe = msgspec.structs.replace(config.recipe, objective=load_recipe("clip").objective)
     alone = msgspec.structs.replace(config, recipe=recipe, recipe_name="clip", teacher=None)
@@ -650,7 +583,7 @@ def test_the_saved_student_is_between_its_start_and_the_trained_weights(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("image_size", 64), ("context_length", 9), ("embedding_size", 96), ("text", "tiny"),
+        ("image_size", 64), ("embedding_size", 96), ("text", "tiny"),
         ("image_size", 224), ("context_length", 77), ("text", "standard"),  # the defaults of new students
     ],
 )  # fmt: skip
@@ -680,13 +613,9 @@ def test_a_run_records_the_shape_of_its_trained_student(config: RunConfig, teach
     assert distil(tuned, run, resume=True) == student
 
 
-def test_a_new_students_shape_has_defaults_that_a_resumed_run_keeps(config: RunConfig, tmp_path: Path) -> None:
-    left_open = {"image_size": None, "text": None, "context_length": None}
-    default = with_default_shape(msgspec.structs.replace(config, **left_open))
+def test_a_new_students_shape_has_defaults(config: RunConfig) -> None:
+    default = with_default_shape(msgspec.structs.replace(config, image_size=None, text=None, context_length=None))
     assert (default.image_size, default.text, default.context_length) == (224, "standard", 77)
-    distil(config, tmp_path / "run")
-    with pytest.raises(UsageError, match="another configuration: image_size: 160 → 224"):
-        distil(msgspec.structs.replace(config, **left_open), tmp_path / "run", resume=True)
 
 
 def test_precision_is_measured_and_saved(config: RunConfig, tmp_path: Path) -> None:
@@ -765,24 +694,6 @@ def test_an_evaluation_that_fails_loses_no_step(config: RunConfig, tmp_path: Pat
     assert read_metrics(tmp_path / "run")[-1]["evaluation/task"] == 0.5
 
 
-def test_a_student_that_is_finished_without_its_tasks_has_no_scores_of_an_earlier_step(
-    config: RunConfig, tmp_path: Path
-) -> None:
-    scores = iter([0.5])
-
-    def evaluate(_: object) -> dict[str, float]:
-        if score := next(scores, None):
-            return {"task": score}
-        raise InputError("The image cannot be read.")
-
-    config = msgspec.structs.replace(with_recipe(config, steps=2), evaluate_every=1)
-    with pytest.raises(InputError, match="The image cannot be read"):
-        run_distillation(config, tmp_path / "run", resume=False, evaluate=evaluate)
-    student = run_distillation(config, tmp_path / "run", resume=True)
-    assert [line["step"] for line in read_metrics(tmp_path / "run") if "evaluation/task" in line] == [1]
-    assert json.loads((student / "distillation.json").read_text())["evaluation"] == {}
-
-
 def test_the_best_student_is_that_of_the_tasks_content_whatever_its_name(config: RunConfig, tmp_path: Path) -> None:
     config = msgspec.structs.replace(with_recipe(config, steps=3), evaluate_every=1, checkpoint_every=1)
     run, watch, scores = tmp_path / "run", Watch(on_step=stop_at(1)), iter([0.9, 0.3, 0.2])
@@ -794,36 +705,18 @@ def test_the_best_student_is_that_of_the_tasks_content_whatever_its_name(config:
     run_distillation(config, run, resume=True, reporter=watch, tasks=[hard], **options)
     assert "the task val has other images or labels: the next evaluation replaces the best student" in watch.noted
     best = json.loads((run / "best" / "distillation.json").read_text())
-    assert (best["steps"], best["evaluation"], best["tasks_sha256"]) == (
-        2,
-        {"val": 0.3},
-        {"val": task_fingerprint(hard)},
-    )
+    assert (best["steps"], best["evaluation"]) == (2, {"val": 0.3})
+    assert best["tasks_sha256"] == {"val": task_fingerprint(hard)}
 
 
-def test_the_moving_average_is_saved_and_evaluated(config: RunConfig, tmp_path: Path) -> None:
+def test_the_moving_average_is_saved_and_evaluated(config: RunConfig, uninterrupted: Path, tmp_path: Path) -> None:
     def finite(encoder: Encoder) -> dict[str, float]:
         return {"finite": float(np.isfinite(encoder.encode_texts(["a cat"])).all())}
 
     with_average = msgspec.structs.replace(with_recipe(config, ema_decay=0.9), evaluate_every=4)
     averaged = run_distillation(with_average, tmp_path / "averaged", resume=False, evaluate=finite)
     assert [line.get("evaluation/finite") for line in read_metrics(tmp_path / "averaged")][3::4] == [1.0, 1.0]
-    plain = distil(config, tmp_path / "plain")
     start = distil(with_recipe(config, steps=1, learning_rate=1e-12), tmp_path / "start")
     name = "visual.head.proj.weight"
-    initial, final, average = (weights(path)[name] for path in (start, plain, averaged))
+    initial, final, average = (weights(path)[name] for path in (start, uninterrupted, averaged))
     assert 0 < (average - initial).norm() < (final - initial).norm()
-
-
-@pytest.mark.slow
-def test_float16_scales_the_loss_and_trains(config: RunConfig, tmp_path: Path) -> None:
-    distil(
-        with_recipe(config, precision="fp16", steps=24), tmp_path / "run"
-    )  # the first steps search for the loss scale
-    lines = read_metrics(tmp_path / "run")
-    assert lines[-1]["loss"] < lines[0]["loss"]
-    # The logged norm is that of the true gradient, not of the scaled one.
-    distil(config, tmp_path / "fp32")
-    first_norm = next(line["gradient_norm"] for line in lines if line["gradient_norm"] is not None)
-    reference = read_metrics(tmp_path / "fp32")[0]["gradient_norm"]
-    assert 0.5 * reference < first_norm < 2 * reference

@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import open_clip
@@ -20,17 +19,15 @@ from support import Watch, save_tiny_teacher
 from text_towers import bert_clip, siglip_clip
 from tiny_runs import assert_same_weights, killed_and_resumed, stop_at, tiny_run
 
-from clip_rd_edge.distillation import student as module
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.distill import run_distillation
-from clip_rd_edge.distillation.student import frozen_at_random, require_trained_bias, set_training_mode
+from clip_rd_edge.distillation.student import require_trained_bias, set_training_mode
 from clip_rd_edge.distillation.teacher import FrozenTextTower
-from clip_rd_edge.errors import ConfigError, UsageError
+from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.students import TEACHER, build_student, student_config
-from clip_rd_edge.models.text_weights import TOKENS
+from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.utils.paths import typed
 
 
@@ -62,10 +59,6 @@ def test_a_student_takes_the_text_tower_of_another_model(pairs_csv: Path, tmp_pa
     weights = [load_clip(str(tmp_path / name)).model.state_dict() for name in ("texts", "run", "teacher")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in names)
     assert not torch.equal(weights[1][names[0]], weights[2][names[0]])
-    for start in (TOKENS, TEACHER):
-        with pytest.raises(UsageError) as error:
-            module.require_named_student(msgspec.structs.replace(config, pretrained_text=start))
-        assert error.value.option == "pretrained_text"
 
 
 @pytest.fixture
@@ -84,11 +77,9 @@ def test_a_text_tower_that_was_replaced_is_noticed(text_taken: RunConfig, tmp_pa
     save_tiny_teacher(texts, seed=3)
     # The tokens of another tower are not those that the weights in the checkpoint were trained with.
     for accept_changes in (False, True):
-        with pytest.raises(UsageError, match="text tower that the student starts from has other weights"):
+        with pytest.raises(UsageError, match="text tower"):
             run_distillation(text_taken, run, resume=True, accept_changes=accept_changes)
     shutil.rmtree(texts)
-    with pytest.raises(ConfigError, match=r"The text tower is '.*texts', but there is no such folder; expected"):
-        run_distillation(text_taken, run, resume=True)
     save_tiny_teacher(tmp_path / "moved", seed=2)
     moved = msgspec.structs.replace(text_taken, text=str(tmp_path / "moved"))
     resumed = run_distillation(moved, run, resume=True)
@@ -211,24 +202,3 @@ def test_the_first_layers_of_a_text_tower_are_frozen_with_their_dropout(
     for name, dropout in dropouts.items():
         assert dropout.training is not bool(re.search(pattern, name)), name
     assert bool(dropouts) is with_layers.has_hugging_face_text
-
-
-@pytest.mark.parametrize(
-    ("options", "towers"),
-    [
-        ({"freeze_text_layers": 2}, ["text"]),
-        ({"freeze_text": True}, ["text"]),
-        ({"freeze_text_layers": 2, "pretrained_text": "tokens"}, ["text"]),
-        ({"freeze_text_layers": 1, "pretrained_text": "tokens"}, []),
-        ({"freeze_text_layers": 2, "pretrained_text": "teacher"}, []),
-        ({"text": "teacher", "freeze_text": True}, []),
-        ({"freeze_image": 1}, ["image"]),
-        ({"freeze_image": 1, "pretrained_image": "timm"}, []),
-        ({}, []),
-    ],
-)
-def test_frozen_layers_with_random_weights_are_reported(options: dict[str, Any], towers: list[str]) -> None:
-    config = tiny_run("clip-rd", {}, data="pairs.csv", teacher="teacher", **options)
-    assert [sentence.split()[5] for sentence in frozen_at_random(config)] == towers
-    trained = msgspec.structs.replace(config, student="local-dir:student")
-    assert list(frozen_at_random(trained)) == []
