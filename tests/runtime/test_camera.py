@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from clip_rd_edge.errors import ClipRdEdgeError, InputError, MissingExtraError
-from clip_rd_edge.installation import install_command
+from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime.camera import frames
 
 
@@ -23,13 +22,6 @@ def opencv(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     )
     monkeypatch.setitem(sys.modules, "cv2", module)
     return module
-
-
-def test_missing_opencv_is_reported_with_its_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(MissingExtraError) as raised:
-        next(frames("0"))
-    assert raised.value.hint == install_command("camera")
 
 
 def test_every_frame_of_a_video_is_yielded_as_rgb(tmp_path: Path) -> None:
@@ -87,13 +79,6 @@ def video_of(opencv: SimpleNamespace, count: int) -> SimpleNamespace:
         ((True, np.full((4, 4, 3), (level, 50, 100), np.uint8)) for level in levels), (False, None)
     )
     return video
-
-
-def test_every_frame_of_a_video_on_a_server_is_yielded(opencv: SimpleNamespace) -> None:
-    opencv.VideoCapture = lambda source: video_of(opencv, 9)
-    address = f"https://server/video.mp4?token={300 * 'a'}"  # longer than the name of a file
-    seen = [frame.getpixel((0, 0)) for frame in frames(address)]
-    assert seen == [(100, 50, level) for level in range(9)]  # OpenCV's order is blue, green, red
 
 
 def unopened(source: int | str) -> SimpleNamespace:

@@ -10,11 +10,10 @@ import pytest
 from PIL import Image
 
 import clip_rd_edge as edge
-from clip_rd_edge.bundle.encoder import Calibration, Embeddings, Encoder, Probabilities, Scoring, normalise
-from clip_rd_edge.bundle.labels import LabelBank, background_nouns, write_labels
+from clip_rd_edge.bundle.encoder import Calibration, Probabilities, Scoring, normalise
+from clip_rd_edge.bundle.labels import LabelBank, write_labels
 from clip_rd_edge.bundle.manifest import BACKGROUND, KNOWN, read_manifest, write_manifest
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.runtime import classifier as module
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.load import BATCH_SIZE, load
 from clip_rd_edge.runtime.model import Model
@@ -84,20 +83,6 @@ def test_the_calibration_softens_probabilities_and_raw_leaves_it_out(refusing: P
     ).max(), abs=1e-5)  # fmt: skip
 
 
-def test_without_a_background_nouns_are_embedded_once(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    embed = module.label_embeddings
-
-    def count(encoder: Encoder, labels: Sequence[str], *rest: Any, **options: Any) -> Embeddings:
-        calls.append(len(labels))
-        return embed(encoder, labels, *rest, **options)
-
-    monkeypatch.setattr(module, "label_embeddings", count)
-    for _ in range(2):
-        ZeroShotClassifier(load(colour_bundle), LABELS, none=True).classify([RED])
-    assert calls == [len(LABELS), len(background_nouns())]
-
-
 def test_labels_that_another_thread_changes_meanwhile_are_those_of_the_next_answer(
     colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,21 +97,6 @@ def test_labels_that_another_thread_changes_meanwhile_are_those_of_the_next_answ
     first, second = (classifier.classify([RED])[0] for _ in range(2))
     assert [prediction.label for prediction in first] == ["red", "blue", "green"]
     assert [prediction.label for prediction in second] == ["red", "green"]
-
-
-def test_two_threads_may_change_the_labels_at_once(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier = ZeroShotClassifier(load(colour_bundle), LABELS, cache=False)
-    embed = module.label_embeddings
-
-    def change_meanwhile(encoder: Encoder, labels: Sequence[str], *rest: Any, **options: Any) -> Embeddings:
-        if "yellow" not in labels:
-            classifier.set_labels(["yellow"])  # what the other thread does
-        return embed(encoder, labels, *rest, **options)
-
-    monkeypatch.setattr(module, "label_embeddings", change_meanwhile)
-    classifier.set_labels(["red", "green blue"])
-    assert classifier.labels == ("red", "green blue")
-    assert classifier.classify([RED], top=1)[0][0].label == "red"
 
 
 def test_a_single_label_is_answered_also_if_its_cosine_is_negative(colour_bundle: Path) -> None:

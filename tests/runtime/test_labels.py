@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.bundle import labels as label_bank
 from clip_rd_edge.bundle.labels import read_labels
 from clip_rd_edge.bundle.manifest import LABELS, read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, InputError
@@ -189,12 +188,6 @@ def test_rows_that_a_stray_quote_joined_are_refused(tmp_path: Path, rows: str) -
             read(path)
 
 
-def test_only_line_ends_end_a_row_of_a_table(tmp_path: Path) -> None:
-    path = tmp_path / "labels.csv"
-    path.write_bytes("id,label\r\n1,a cat\u2028on a mat\r\n2,a dog\x85by the sea\n3,red\x0band blue\n".encode())
-    assert read_labels_file(path) == ["a cat\u2028on a mat", "a dog\x85by the sea", "red\x0band blue"]
-
-
 @pytest.mark.parametrize(
     ("tower", "array", "dtype"),
     [
@@ -283,13 +276,6 @@ def test_the_cache_is_limited_and_keeps_recently_used_files(label_cache: Path, m
     labels_module.write_label_set("too large", np.zeros((4 * size, 8), dtype=np.float32))
     assert not (label_cache / "too large").exists()
     assert labels_module.read_label_set("a", count=5) is None  # a different number of labels
-
-
-def test_as_many_labels_are_cached_as_a_bundle_may_have(label_cache: Path) -> None:
-    rows = np.zeros((45_000, 384), dtype=np.float32)
-    labels_module.write_label_set("many", rows)
-    assert labels_module.read_label_set("many", count=45_000) is not None
-    assert labels_module.MAX_BYTES > label_bank.MAX_BYTES
 
 
 def test_a_cache_that_cannot_be_written_is_ignored(colour_bundle: Path, label_cache: Path) -> None:

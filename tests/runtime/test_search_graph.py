@@ -205,16 +205,6 @@ def test_the_rows_that_a_graph_proposes_are_checked(make: Any, monkeypatch: pyte
         nearest(index, damaged, rows[7], top=1, graph=graph, checked=False)
 
 
-def test_search_is_exact_if_the_graph_fails(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("Out of memory!")
-
-    rows = embeddings(50)
-    index, graph = make(rows)
-    monkeypatch.setattr(graph, "_index", SimpleNamespace(search=fail))
-    assert nearest(index, rows, rows[7], top=3, graph=graph) == nearest(index, rows, rows[7], top=3)
-
-
 @pytest.fixture
 def many_images(colour_images: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (searching, updating):
@@ -275,16 +265,3 @@ def test_a_graph_that_cannot_be_used_is_built_again(
     assert update_index(encoder, many_images, path).approximate
     assert open_graph(path, read_index(path)[0]) is not None
     assert len(list(path.iterdir())) == 4
-
-
-def test_a_graph_that_cannot_fit_on_the_disk_is_not_built_and_search_is_exact_meanwhile(
-    colour_bundle: Path, many_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoder, path = load(colour_bundle), tmp_path / "index"
-    with monkeypatch.context() as full:
-        full.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-        with pytest.raises(OSError, match="No space"):
-            update_index(encoder, many_images, path)
-    assert {file.name.partition("-")[0] for file in path.iterdir()} == {"index.json", "embeddings"}
-    assert len(search_index(path, "blue", top=3)) == 3
-    assert update_index(encoder, many_images, path).approximate

@@ -6,85 +6,32 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
-from tokenizers import Tokenizer, models, pre_tokenizers
+from onnx import TensorProto, numpy_helper
 
 from clip_rd_edge.bundle.labels import LabelBank, write_labels
-from clip_rd_edge.bundle.manifest import Manifest, Tower, read_manifest, write_manifest
-from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.bundle.reference import read_reference, write_reference
-from clip_rd_edge.bundle.tokenizer import TokenizerSpec
-from clip_rd_edge.errors import ConfigError, InputError, UnreachableError, UsageError
-from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.runtime.backends import onnxruntime
+from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import Check, verify_bundle
 
-if TYPE_CHECKING:
-    pass
-
-SIZE = 3  # embedding size, and ids per text
 CommandLine = Callable[..., tuple[int, str, str]]
 
 
-def _save(path: Path, nodes: list[onnx.NodeProto], graph_input: onnx.ValueInfoProto, output_name: str) -> None:
-    output = helper.make_tensor_value_info(output_name, TensorProto.FLOAT, ["N", SIZE])
-    model = helper.make_model(
-        helper.make_graph(nodes, "tower", [graph_input], [output]),
-        opset_imports=[helper.make_opsetid("", 17)],
-        ir_version=9,
-    )
-    onnx.save(model, path)
-
-
-def _save_image_tower(path: Path, last: str = "LpNormalization") -> None:
-    nodes = [
-        helper.make_node("GlobalAveragePool", ["pixel_values"], ["mean"]),
-        helper.make_node("Flatten", ["mean"], ["flat"]),
-        helper.make_node(last, ["flat"], ["image_embedding"]),
-    ]
-    graph_input = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["N", 3, 8, 8])
-    _save(path, nodes, graph_input, "image_embedding")
-
-
 @pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    _save_image_tower(folder / "image.onnx")
-    nodes = [
-        helper.make_node("Cast", ["input_ids"], ["floats"], to=TensorProto.FLOAT),
-        helper.make_node("LpNormalization", ["floats"], ["text_embedding"]),
-    ]
-    graph_input = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["N", SIZE])
-    _save(folder / "text.onnx", nodes, graph_input, "text_embedding")
-    tokenizer = Tokenizer(models.WordLevel({"?": 1, "a": 2, "photo": 3}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_labels(folder, LabelBank(("a", "b"), np.eye(2, SIZE, dtype=np.float32)))
-    _write_manifest(folder)
-    return folder
-
-
-def _write_manifest(folder: Path) -> None:
-    manifest = Manifest(
-        format_version=1,
-        name="few nodes",
-        precision="fp32",
-        target="onnxruntime",
-        embedding_size=SIZE,
-        logit_scale=100.0,
-        preprocessing=Preprocessing(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
-        tokenizer=TokenizerSpec(context_length=SIZE),
-        image=Tower(file="image.onnx", input_name="pixel_values", output_name="image_embedding", precision="fp32"),
-        text=Tower(file="text.onnx", input_name="input_ids", output_name="text_embedding", precision="fp32"),
-    )
-    write_manifest(folder, manifest)
+def bundle(colour_bundle: Path) -> Path:
+    """The bundle of colours with labels of its own."""
+    write_labels(colour_bundle, LabelBank(("a", "b"), np.eye(2, 3, dtype=np.float32)))
+    _rehash(colour_bundle)
+    return colour_bundle
 
 
 def _failed(checks: list[Check]) -> dict[str, str]:
@@ -147,8 +94,10 @@ def test_every_missing_file_is_named(bundle: Path) -> None:
 
 
 def test_embeddings_that_are_not_normalised_are_detected(bundle: Path) -> None:
-    _save_image_tower(bundle / "image.onnx", last="Exp")
-    _write_manifest(bundle)
+    model = onnx.load(bundle / "image.onnx")
+    model.graph.node[-1].op_type = "Exp"
+    onnx.save(model, bundle / "image.onnx")
+    _rehash(bundle)
     failed = _failed(verify_bundle(bundle))
     assert set(failed) == {"image tower"}
     assert "a norm that differs from 1 by" in failed["image tower"]
@@ -156,41 +105,18 @@ def test_embeddings_that_are_not_normalised_are_detected(bundle: Path) -> None:
 
 def test_a_model_that_cannot_run_is_detected(bundle: Path) -> None:
     (bundle / "text.onnx").write_bytes(b"\x08\x05")  # of a version alone
-    _write_manifest(bundle)
+    _rehash(bundle)
     failed = _failed(verify_bundle(bundle))
     assert set(failed) == {"text tower"}
     assert "cannot run" in failed["text tower"]
 
 
-@pytest.mark.parametrize(
-    ("error", "hint"),
-    [
-        (
-            ConfigError("The engine image.engine does not exist.", hint="build it on the device"),
-            "build it on the device",
-        ),
-        (UnreachableError("The system starts no further thread."), "the machine failed, not the bundle"),
-        (ValueError("broken"), "try another --device, or export the bundle again"),
-    ],
-)
-def test_the_command_says_what_failed_and_what_to_do(
-    error: Exception, hint: str, bundle: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, out, err = command_line("verify", bundle)
-    assert (code, err, out.count(" ok ")) == (0, "· starting verify\n", 9)
-
-    def run(*_: object) -> None:
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BundleEncoder, "encode_pixels", run)
-        code, out, err = command_line("verify", bundle)
-    assert (code, str(error) in out, f"hint: {hint}" in err) == (1, True, True)
+def test_the_command_says_what_failed(bundle: Path, command_line: CommandLine) -> None:
+    code, out, _ = command_line("verify", bundle)
+    assert (code, out.count(" ok ")) == (0, 9)
     _flip_a_byte(bundle / "text.onnx")
-    code, out, err = command_line("verify", bundle, "--json")
+    code, out, _ = command_line("verify", bundle, "--json")
     assert code == 1
-    assert "failed 2 of 9 checks: text.onnx, text tower." in err
-    assert "hint: copy or export the bundle again" in err
     assert [check["what"] for check in json.loads(out) if not check["passed"]] == ["text.onnx", "text tower"]
     assert command_line("verify", bundle / "nothing")[:2] == (2, "")
 
@@ -256,8 +182,6 @@ def test_a_runtime_that_drifts_is_detected_by_the_precisions_limit(
 ) -> None:
     text = msgspec.structs.replace(read_manifest(answering).text, precision=precision)
     _rehash(answering, text=text)
-    from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
-
     open_tower = OrtEncoder.open_tower
     for noise, expected in ((tolerated, set()), (wrong, {"text tower"})):
         monkeypatch.setattr(
@@ -355,22 +279,15 @@ def test_an_engine_that_does_not_run_fails_although_its_onnx_file_answers(answer
     assert set(failed) == {"image tower", "text tower"}
     assert failed["image tower"].startswith("its engine did not run: ")
     assert failed["image tower"].endswith("; onnxruntime on cpu")
-    (hint,) = {check.hint for check in verify_bundle(answering) if check.what == "text tower"}
-    assert hint == "build it on the device with the bundle's build.sh"
     assert not _failed(verify_bundle(answering, device="cpu"))  # asked for: the ONNX files are right
 
 
 def test_a_device_that_does_not_start_fails(answering: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clip_rd_edge.runtime.backends import onnxruntime
-    from clip_rd_edge.runtime.backends import onnxruntime as session
-
     monkeypatch.setattr(onnxruntime.OrtEncoder, "_device_for", lambda self, tower: "cuda")
-    monkeypatch.setattr(session, "_open_on", lambda *_: (None, "no driver"))
+    monkeypatch.setattr(onnxruntime, "_open_on", lambda *_: (None, "no driver"))
     (check,) = (check for check in verify_bundle(answering) if check.what == "text tower")
     assert not check.passed
     assert check.detail.startswith("cuda did not start; ")
-    assert check.detail.endswith("; onnxruntime on cpu")
-    assert check.hint == "run clip-rd-edge doctor, which says what is missing, or use --device cpu"
 
 
 def test_a_tokenizer_that_gives_other_ids_is_detected(answering: Path) -> None:
@@ -394,16 +311,3 @@ def test_damaged_or_foreign_reference_answers_fail(answering: Path, tmp_path: Pa
     (answering / "reference.npz").write_bytes(b"not an archive")
     _rehash(answering)
     assert "could not be read" in _failed(verify_bundle(answering))["reference.npz"]
-
-
-def test_a_pillow_that_resizes_differently_is_reported_but_is_no_failure(
-    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    manifest = read_manifest(colour_bundle)
-    write_manifest(colour_bundle, msgspec.structs.replace(manifest, provenance={"pillow": "12.1.0"}))
-    monkeypatch.setattr("clip_rd_edge.runtime.verify.PILLOW", "13.0.0")
-    check = verify_bundle(colour_bundle)[-1]
-    assert (check.what, check.passed) == ("Pillow", True)
-    assert check.detail.startswith("13.0.0 here, 12.1.0 at the export")
-    monkeypatch.setattr("clip_rd_edge.runtime.verify.PILLOW", "10.4.0")
-    assert "Pillow" not in {check.what for check in verify_bundle(colour_bundle)}

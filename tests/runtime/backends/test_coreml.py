@@ -13,13 +13,10 @@ import numpy as np
 import pytest
 
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
-from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
-from clip_rd_edge.installation import install_command
+from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
-
-ROOT = Path(__file__).parents[3]
 
 
 class Units(Enum):
@@ -103,17 +100,3 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(packaged: Path, corem
     (packaged / "image.mlpackage" / "Data" / "weight.bin").write_bytes(b"x")
     with pytest.raises(ConfigError):
         load(packaged).encode_pixels(np.zeros((1, 3, *read_manifest(packaged).preprocessing.size), dtype=np.float32))
-
-
-def test_elsewhere_than_on_a_mac_it_is_said_in_a_sentence(
-    packaged: Path, coreml: type[Model], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(platform, "system", lambda: "Linux")
-    with pytest.raises(ConfigError):
-        load(packaged).encode_texts(["red"])
-    monkeypatch.setitem(sys.modules, "coremltools", None)
-    with pytest.raises(MissingExtraError) as raised:
-        load(packaged).encode_texts(["red"])
-    assert raised.value.hint == install_command("coreml")
-    with pytest.raises(UsageError):
-        load(packaged, device="cuda")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import platform
 import subprocess
 import sys
@@ -17,14 +16,12 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
-from clip_rd_edge.errors import ClipRdEdgeError, UnreachableError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime import doctor
 from clip_rd_edge.runtime.backends import onnxruntime as backend
 from clip_rd_edge.runtime.backends.onnxruntime import (
     PROVIDERS,
-    _open_on,
-    _preload_cuda,
     choose_device,
     import_onnxruntime,
     int8_fault,
@@ -36,7 +33,6 @@ from clip_rd_edge.runtime.backends.onnxruntime import (
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 
-Run = Callable[..., tuple[int, str, str]]
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 RED = [Image.new("RGB", (9, 9), (255, 0, 0))]
 
@@ -122,8 +118,8 @@ def test_the_device_is_chosen_per_tower(colour_bundle: Path, cuda_package: Any) 
 @pytest.mark.parametrize(
     ("behaviour", "reason"),
     [
-        ("raises", "CUDA failure 35: driver version is insufficient; run clip-rd-edge doctor."),
-        ("falls back", "loaded, which needs NVIDIA's driver, CUDA and cuDNN; run clip-rd-edge doctor."),
+        ("raises", "CUDA failure 35: driver version is insufficient"),
+        ("falls back", "loaded"),
     ],
 )
 def test_a_provider_that_does_not_start_is_reported_once_and_the_cpu_is_used(
@@ -135,102 +131,7 @@ def test_a_provider_that_does_not_start_is_reported_once_and_the_cpu_is_used(
     encoder.encode_images(RED)
     assert encoder.describe().device == "cpu + cuda"  # the text tower is not loaded yet
     (record,) = caplog.records
-    message = record.getMessage()
-    assert message.startswith("cuda does not start; ")
-    assert "image.onnx runs on the CPU instead" in message
-    assert reason in message
-    assert "\n" not in message
-
-
-@pytest.mark.parametrize("device", ["cuda", "tensorrt", "openvino"])
-def test_the_libraries_of_cuda_that_pip_has_installed_are_loaded_once_and_print_nothing(
-    device: str, colour_bundle: Path, cuda_package: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
-    cuda_package("starts")
-    loads = list[str]()
-    monkeypatch.setattr(ort, "get_available_providers", lambda: [TENSORRT, CUDA, "OpenVINOExecutionProvider", CPU])
-    monkeypatch.setattr(ort, "preload_dlls", lambda: loads.append("once") or print("Failed to load"), raising=False)
-    _preload_cuda.cache_clear()
-    encoder = load(colour_bundle, device=device)
-    encoder.encode_images(RED)
-    encoder.encode_texts(["red"])
-    assert loads == ["once"] * (device != "openvino")
-    assert capfd.readouterr().out == ""
-    _preload_cuda.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (MemoryError("std::bad_alloc"), "error: There is not enough memory to open "),
-        (RuntimeError("Exception during initialization: std::bad_alloc"), "error: There is not enough memory to open "),
-        (
-            RuntimeError(
-                "PosixThread pthread_create failed, error code: 11 error msg: Resource temporarily unavailable"
-            ),
-            "error: The system starts no further thread or process; raise their limit first: ulimit -u",
-        ),
-    ],
-)
-def test_a_machine_at_its_limits_is_not_taken_for_a_model_that_cannot_run(
-    command_line: Run,
-    colour_bundle: Path,
-    colour_images: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
-    message: str,
-) -> None:
-    def fail(*arguments: Any, **options: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(ort.InferenceSession, "_create_inference_session", fail)
-    code, output, told = command_line("classify", colour_bundle, colour_images, "--labels", "red", "blue", "--no-cache")
-    assert (code, output) == (1, "")  # ONNX Runtime prints that it tries the CPU once more
-    assert told.startswith(message)
-
-
-def test_each_model_has_its_own_folder_for_engines_that_tensorrt_finds_by_name_and_structure(
-    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folders = []
-
-    def open_session(model: object, options: object, *, providers: list[Any], **rest: Any) -> Any:
-        folders.append(providers[0][1]["trt_engine_cache_path"])
-        raise RuntimeError("no driver")
-
-    monkeypatch.setattr(ort, "InferenceSession", open_session)
-    path = str(colour_bundle / "image.onnx")
-    content = (colour_bundle / "image.onnx").read_bytes()
-    _open_on(ort, path, None, "tensorrt", None)
-    _open_on(ort, content, None, "tensorrt", None)
-    (colour_bundle / "image.onnx").write_bytes(content.replace(b"mean", b"Mean"))
-    _open_on(ort, path, None, "tensorrt", None)
-    for weights in (b"weights", b"others"):  # of a tower above 2 GB
-        (colour_bundle / "image.onnx.data").write_bytes(weights)
-        _open_on(ort, path, None, "tensorrt", None)
-    assert folders[0] == folders[1]
-    assert len(set(folders)) == 4
-
-
-def test_threads_do_not_spin_while_other_threads_open_many_images(
-    command_line: Run, colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spins = []
-
-    class Session(ort.InferenceSession):  # type: ignore[misc]
-        def __init__(self, model: str, options: ort.SessionOptions, **rest: Any) -> None:
-            try:
-                spins.append(options.get_session_config_entry("session.intra_op.allow_spinning"))
-            except RuntimeError:
-                spins.append("default")
-            super().__init__(model, options, **rest)
-
-    monkeypatch.setattr(ort, "InferenceSession", Session)
-    image = colour_images / "red.png"
-    assert command_line("classify", colour_bundle, image, "--labels", "red", "blue")[0] == 0
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{image}\n" * 60))
-    assert command_line("classify", colour_bundle, "-", "--labels", "red", "green")[0] == 0
-    assert spins == ["default", "default", "0", "0"]  # text tower and image tower
+    assert reason in record.getMessage()
 
 
 @pytest.mark.parametrize("device", ["cpu", "openvino", "cuda"])
@@ -280,8 +181,6 @@ def fail_to_import(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     ("error", "versions", "hint"),
     [
         (ImportError(), {"onnxruntime": "1.18.0", "numpy": "2.4.6"}, 'pip install "numpy<2"'),
-        (ImportError(), {"onnxruntime": "1.19.2", "numpy": "2.4.6"}, "pip install -U onnxruntime"),
-        (ImportError("libcudart.so.12"), {"onnxruntime-gpu": "1.20.1"}, "pip install -U onnxruntime-gpu"),
         (ModuleNotFoundError(name="onnxruntime"), {"numpy": "2.4.6"}, "pip install onnxruntime"),
         (AttributeError("module 'numpy' has no attribute 'x'"), BOTH, MEND_OVERLAP),
         (
@@ -311,12 +210,6 @@ def test_an_onnx_runtime_that_cannot_be_imported_is_told_with_the_command_that_m
     assert (finding.state, finding.remedy) == ("broken", hint)
     failed = [check for check in verify_bundle(colour_bundle) if not check.passed]
     assert {(check.detail, check.hint) for check in failed} == {(str(raised.value), hint)}  # and not the bundle
-
-
-def test_a_machine_at_its_limits_is_not_taken_for_a_broken_installation(monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_to_import(monkeypatch, OSError(24, "Too many open files", "onnxruntime/__init__.py"))
-    with pytest.raises(UnreachableError):
-        import_onnxruntime()
 
 
 @pytest.fixture(autouse=True)
@@ -382,13 +275,6 @@ def test_wrong_sums_concern_any_int8_of_onnx_runtime_alone(monkeypatch: pytest.M
     sets = ("x86-64", "x86-64-vnni", "aarch64", "wasm32")
     assert int8_fault(sets, runtime="onnxruntime") == int8_fault(sets[1:3], runtime="onnxruntime") == "wrong"
     assert int8_fault((), runtime="onnxruntime") == int8_fault(sets, runtime="openvino") == ""
-
-
-def test_other_processors_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: "arm64")
-    monkeypatch.setattr(backend, "open_session", None)
-    assert not processor_saturates()
-    assert not wrong_sums()
 
 
 def test_the_product_is_an_onnx_file_that_runs_here() -> None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
-from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
+from clip_rd_edge.errors import ConfigError, MissingExtraError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.backends import openvino as openvino_backend
 from clip_rd_edge.runtime.backends.openvino import open_openvino
@@ -102,15 +102,6 @@ def test_openvino_sends_nothing_to_its_makers(tmp_path: Path) -> None:
     assert (alone.stdout, with_it.stdout) == ("", "sent\n")  # a program may import it afterwards
 
 
-def test_the_package_sends_nothing_to_its_makers(colour_bundle: Path, tmp_path: Path) -> None:
-    pytest.importorskip("openvino", reason="needs the extra openvino")
-    script = f"import clip_rd_edge as edge; edge.load({str(colour_bundle)!r}, device='openvino').encode_texts('red')"
-    environment = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
-    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
-    assert not (tmp_path / "intel").exists()  # where it keeps the number of the user
-
-
 def test_a_damaged_file_is_reported_in_one_line(colour_bundle: Path) -> None:
     pytest.importorskip("openvino", reason="needs the extra openvino")
     (colour_bundle / "image.onnx").write_bytes(b"\x08\x05")  # of a version alone
@@ -164,20 +155,3 @@ def test_a_bundle_for_openvino_runs_on_each_of_its_processors(
     assert ("INFERENCE_NUM_THREADS" in settings) == (processor == "CPU")  # others have none, and refuse the setting
     assert settings.get("INFERENCE_PRECISION_HINT") == (None if processor == "NPU" else "f32")
     assert ("CACHE_DIR" in settings) == (processor != "CPU")
-
-
-def test_a_processor_that_is_not_here_is_refused_with_those_that_are(colour_bundle: Path, core: _Core) -> None:
-    core.available_devices = ("CPU",)
-    with pytest.raises(UsageError) as raised:  # before any tower runs
-        load(for_openvino(colour_bundle), device="openvino-npu")
-    assert "--device openvino" in raised.value.hint
-    with pytest.raises(UsageError):
-        load(colour_bundle, runtime="openvino", device="cuda")
-
-
-def test_onnxruntimes_own_provider_comes_first_for_a_bundle_that_is_not_for_openvino(
-    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["OpenVINOExecutionProvider"])
-    description = load(colour_bundle, device="openvino-gpu").describe()
-    assert (description.runtime, description.device) == ("onnxruntime", "openvino-gpu")

@@ -22,8 +22,7 @@ from onnx import numpy_helper
 from PIL import Image
 
 from clip_rd_edge.bundle.manifest import Manifest, read_manifest, write_manifest
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
-from clip_rd_edge.installation import install_command
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 from clip_rd_edge.utils.files import sha256_of
@@ -274,13 +273,6 @@ def test_a_full_gpu_is_reported_and_leaks_no_memory(cuda: FakeCuda, engines: Pat
     cuda.max_bytes = 100
     with pytest.raises(ClipRdEdgeError, match="CUDA failed: out of memory"):
         load(engines, runtime="tensorrt").encode_images([Image.new("RGB", (9, 9))])
-
-
-def test_a_missing_package_is_reported_with_its_pip_command(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
-    with pytest.raises(MissingExtraError) as raised:
-        load(engines, runtime="tensorrt").encode_texts(["red"])
-    assert raised.value.hint == install_command("rtx")
 
 
 def test_the_real_bindings_have_the_names_that_the_fakes_have() -> None:
