@@ -108,11 +108,6 @@ def test_no_image_sets_ranges_and_is_held_out(tmp_path: Path) -> None:
     assert (len(calibrate), len(held_out), calibrate & held_out) == (20, 20, set())
 
 
-def test_too_few_pairs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"greys has 31 pairs; at least 32 are needed"):
-        calibration_set(_pairs(tmp_path, 31), preprocessing=PREPROCESSING, tokenize=_tokenize)
-
-
 def _run(folder: Path) -> Path:
     """The folder of a run with a student that has no weights."""
     (folder / "student").mkdir(parents=True)

@@ -151,29 +151,6 @@ def test_a_tower_has_nothing_that_says_nothing_or_is_constant(tower: str, cleane
     assert not any(node.op_type in ("ReduceL2", "IsNaN") for node in graph.node)
 
 
-def test_a_cnn_needs_no_shapes(cleaned: dict[str, onnx.ModelProto]) -> None:
-    assert not _kinds(cleaned["CNN"]).keys() & {"Shape", "Expand", "Concat"}
-
-
-def test_bert_reads_its_padding_mask_directly(
-    exported: dict[str, onnx.ModelProto], cleaned: dict[str, onnx.ModelProto]
-) -> None:
-    if "GatherND" not in _kinds(exported["BERT"]):
-        pytest.skip("this transformers builds the mask in another way")
-    assert not _kinds(cleaned["BERT"]).keys() & {"GatherND", "Range", "GatherElements"}
-    assert exported["BERT"].ByteSize() - cleaned["BERT"].ByteSize() > 8 * 24 * 4  # positions beyond the context
-
-
-def test_a_gather_at_computed_positions_stays(
-    exported: dict[str, onnx.ModelProto], cleaned: dict[str, onnx.ModelProto]
-) -> None:
-    assert _kinds(cleaned["text"])["GatherND"] == _kinds(exported["text"])["GatherND"] == 1  # at the end of each text
-
-
-def test_a_class_token_is_still_expanded(cleaned: dict[str, onnx.ModelProto]) -> None:
-    assert _kinds(cleaned["ViT"])["Expand"] == 1  # Concat does not broadcast
-
-
 def test_a_norm_is_taken_by_row_and_is_safe_at_0() -> None:
     nodes = [
         helper.make_node("ReduceL2", ["x", "axes"], ["norm"], "norm", keepdims=1, noop_with_empty_axes=0),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -73,21 +71,3 @@ def test_both_towers_are_converted_and_compared(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["image tower", "text tower"]
     assert all(line.endswith("lowest centred cosine 1.000000") for line in lines)
-
-
-def changed(bundle: Path, folder: Path, **changes: Any) -> Path:
-    """Return a copy of a bundle with changes in its manifest; those of a tower as a dict."""
-    path = Path(shutil.copytree(bundle, folder)) / "manifest.json"
-    manifest = json.loads(path.read_text())
-    for name, value in changes.items():
-        manifest[name] = {**manifest[name], **value} if isinstance(value, dict) else value
-    path.write_text(json.dumps(manifest))
-    return folder
-
-
-def test_a_bundle_without_a_text_tower_is_converted(
-    fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle = changed(fp32_bundle, tmp_path / "bundle", text=None)
-    assert run(monkeypatch, bundle, tmp_path / "files") == 0
-    assert [path.name for path in (tmp_path / "files").iterdir()] == ["image.rknn"]

@@ -14,7 +14,7 @@ from support import save_tiny_teacher
 
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.formats import FORMATS, format_named, format_of
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting import plan as plans
 from clip_rd_edge.exporting.formats import Format
 from clip_rd_edge.exporting.plan import Plan, plan_exports, read_target, target_guide, target_names
@@ -67,31 +67,29 @@ def test_weights_that_some_processors_saturate_are_for_targets_that_none_of_them
 
 
 @pytest.mark.parametrize(
-    ("capability", "jetson", "rtx", "target", "said"),
+    ("capability", "jetson", "rtx", "target"),
     [
-        ("", "", True, "nvidia-gpu", "builds its own engines on any"),
-        ("8.9", "", True, "sm89", "for the GPU here, sm89"),
-        ("8.9", "", False, "nvidia-gpu", "with TensorRT for RTX"),
-        ("9.0", "", True, "nvidia-gpu", "the GPU here is sm90"),
-        ("", "jetson-orin", False, "jetson-orin", "for this Jetson Orin"),
+        ("", "", True, "nvidia-gpu"),
+        ("8.9", "", True, "sm89"),
+        ("8.9", "", False, "nvidia-gpu"),
+        ("9.0", "", True, "nvidia-gpu"),
+        ("", "jetson-orin", False, "jetson-orin"),
     ],
 )
 def test_engines_without_a_target_are_for_the_gpu_here_or_build_themselves(
-    capability: str, jetson: str, rtx: bool, target: str, said: str, monkeypatch: pytest.MonkeyPatch
+    capability: str, jetson: str, rtx: bool, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plans, "cuda_capability", lambda: capability)
     monkeypatch.setattr(plans, "jetson_name", lambda: jetson)
     monkeypatch.setattr(plans, "find_spec", lambda name: object() if rtx else None)
     planned = plan(format="trt")
     assert (planned.format, planned.precision, planned.target) == ("trt", "fp16", target)
-    assert said in planned.note
     assert "device" not in planned.provenance
 
 
 INT8 = {"precision": "int8"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"layout": "huggingface", "format": "openvino"}, "layout"),
-    ({"layout": "immich", "target": "sm86"}, "layout"),
     ({"layout": "immich", "target": "browser"}, "layout"),
     ({"target": "browser", "format": "openvino"}, "format"),
     ({"target": "browser", "preprocess_in_graph": True}, "preprocess_in_graph"),
@@ -100,24 +98,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"via": "torch-tensorrt"}, "via"),
     ({"via": "torch-tensorrt", "target": "sm86", **INT8}, "via"),
     ({"target": "sm86", "max_loss": 1.0, **INT8}, "max_loss"),
-    ({"target": "sm86", "fallback": "fp32", **INT8}, "fallback"),
     ({"target": "openvino", "fallback": "fp16", **INT8}, "fallback"),
-    ({"target": "cpu-x86,executorch", "fallback": "fp16", **INT8}, "fallback"),
     ({"target": "sm86", "format": "onnx"}, "format"),
     ({"target": "cpu-x86", "precision": "bf16"}, "precision"),
     ({"format": "openvino", "precision": "fp16"}, "precision"),
     ({"format": "coreml", **INT8}, "precision"),
     ({"target": "sm99"}, "target"),
-    ({"target": "rtx"}, "target"),
-    ({"target": "cpu-x86,"}, "target"),
-    ({"target": ["sm86", "sm86"]}, "target"),
     ({"target": "cpu-x86,browser"}, "target"),
     ({"target": "cpu-x86,cpu-arm", "layout": "huggingface"}, "target"),
     ({"format": "tflite"}, "format"),
-    ({"layout": "hf"}, "layout"),
-    ({"layout": None}, "layout"),
     ({"precision": "int4"}, "precision"),
-    ({"fallback": 8}, "fallback"),
     *(({"layout": layout, name: value}, name) for layout in ("huggingface", "immich") for name, value in
       {"labels": ["cat"], "text_tower": False, "preprocess_in_graph": True}.items()),
     *(({"format": name, "preprocess_in_graph": True}, "preprocess_in_graph") for name in FORMATS if name not in
@@ -153,16 +143,6 @@ def test_a_bundle_can_become_a_page_alone(colour_bundle: Path, tmp_path: Path) -
         with pytest.raises(UsageError) as refusal:
             plan_exports(Export(colour_bundle, tmp_path, target="browser", **{option: value}))
         assert refusal.value.option == option
-
-
-def test_int8_for_a_card_that_never_passes_the_check_of_its_engine_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError):
-        edge.export("nothing", tmp_path / "bundle", target="sm75", precision="int8")
-
-
-def test_an_unknown_device_suggests_near_matches() -> None:
-    with pytest.raises(InputError, match="Did you mean 'cpu-arm'"):
-        read_target("cpu-arms")
 
 
 @pytest.fixture

@@ -11,15 +11,13 @@ from PIL import Image
 
 from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
-from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.graph import with_preprocessing
-from clip_rd_edge.exporting.plan import Plan, plan_exports
+from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
-from clip_rd_edge.settings.deploying import Export
 
 _MEAN, _STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
@@ -104,12 +102,6 @@ def test_the_graph_is_within_one_grey_level_of_pil(preprocessing: Preprocessing)
     assert _max_difference(preprocessing, _images(12, 300)) <= 1.001
 
 
-@pytest.mark.slow
-def test_the_graph_is_within_one_grey_level_of_pil_on_a_hundred_images() -> None:
-    large = [image.resize((3001, 1999), Image.Resampling.NEAREST) for image in _images(2, 300)]
-    assert _max_difference(_preprocessing((224, 224)), [*_images(98, 900), *large]) <= 1.001
-
-
 def test_a_bundle_with_preprocessing_takes_images_of_any_size(
     student: ClipModel, fp32_bundle: Path, tmp_path: Path
 ) -> None:
@@ -128,9 +120,3 @@ def test_a_bundle_with_preprocessing_takes_images_of_any_size(
     pixels = np.stack([preprocess(image, manifest.preprocessing) for image in images])
     np.testing.assert_allclose(encoder.encode_pixels(pixels), reference.encode_pixels(pixels), atol=2e-3)
     assert all(check.passed for check in verify_bundle(bundle))
-
-
-def test_preprocessing_in_an_engine_is_refused() -> None:
-    with pytest.raises(UsageError) as error:
-        plan_exports(Export(model="student", output="bundle", target="sm86", preprocess_in_graph=True))
-    assert error.value.option == "preprocess_in_graph"

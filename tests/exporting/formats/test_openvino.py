@@ -11,7 +11,6 @@ from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.formats import Job
 from clip_rd_edge.exporting.formats.openvino import nncf_is_installed, quantize_by_nncf
 from clip_rd_edge.exporting.graph import prepare_for_quantization
-from clip_rd_edge.exporting.int8.methods import StaticQuantizer
 from clip_rd_edge.exporting.parity import embed
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel
@@ -70,14 +69,6 @@ def test_int8_candidates_are_tried_in_openvino(
     assert {"image static, min-max", f"text static, min-max{embeddings}"} <= trials
     assert ("image NNCF" in trials) == nncf_is_installed()
     assert not any("dynamic" in trial for trial in trials)
-
-
-def test_a_text_tower_can_be_quantised_statically_despite_its_infinite_mask(
-    fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
-) -> None:
-    prepared = prepare_for_quantization(fp32_bundle / "text.onnx", tmp_path)
-    quantizer = StaticQuantizer(prepared, calibration.calibrate.ids)
-    assert len(quantizer.quantize("percentile", quantizer.layers)) < (fp32_bundle / "text.onnx").stat().st_size
 
 
 @pytest.mark.skipif(not nncf_is_installed(), reason="needs nncf")

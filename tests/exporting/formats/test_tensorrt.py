@@ -90,20 +90,6 @@ def test_the_folder_is_complete(folder: Path) -> None:
     assert all(check.passed for check in verify_bundle(folder, device="cpu"))
 
 
-def test_a_bundle_for_a_graphics_card_builds_in_half_precision(
-    student: ClipModel, fp32_bundle: Path, trtexec: Path, tmp_path: Path
-) -> None:
-    bundle = tmp_path / "bundle"
-    request = Plan(precision="fp16", format="trt", target="nvidia-gpu")
-    export_bundle(student, bundle, request, source=fp32_bundle)
-    assert read_manifest(bundle).target == "tensorrt nvidia-gpu"
-    assert "NVIDIA GPU with TensorRT 10 or 11" in (bundle / "build.sh").read_text()
-    process = _build(bundle, trtexec)
-    assert process.returncode == 0, process.stderr
-    assert (bundle / "image.engine").is_file()
-    assert (bundle / "text.engine").is_file()
-
-
 def test_build_sh_calls_trtexec_for_both_engines(folder: Path, trtexec: Path) -> None:
     process = _build(folder, trtexec)
     assert process.returncode == 0, process.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from clip_rd_edge.bundle.manifest import Tower
@@ -16,7 +15,6 @@ from clip_rd_edge.exporting.int8.search import ORT
 from clip_rd_edge.exporting.int8.trials import QuantizedTower, Trial
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 
 def outcome(*trials: tuple[str, float, float, str]) -> QuantizedTower:
@@ -55,17 +53,3 @@ def test_bf16_is_named_where_openvino_would_be_faster_in_it(
     assert ["openvino" in remark for remark in remarks.remarks(job, found, ORT)] == [True] * named
     monkeypatch.setattr(remarks, "instruction_sets", lambda: ("AVX2",))
     assert not list(remarks.remarks(job, found, ORT))
-
-
-@pytest.mark.parametrize(("ms", "named"), [(1.0, True), (3.0, False)])
-def test_where_openvino_is_installed_bf16_is_timed(
-    job: Job, ms: float, named: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(remarks, "find_spec", lambda name: object())
-    monkeypatch.setattr(
-        "clip_rd_edge.runtime.backends.openvino.open_openvino",
-        lambda model, *, threads, bf16: open_session(model, threads=threads),
-    )
-    monkeypatch.setattr(remarks, "latencies", lambda *_, **__: {"bf16": np.full(5, ms), "shipped": np.full(5, 2.0)})
-    found = list(remarks.remarks(job, {"image": outcome(("a", 0.3, 0.999, "shipped"))}, ORT))
-    assert ["1.0000" in remark for remark in found] == [True] * named

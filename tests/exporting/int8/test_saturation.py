@@ -62,19 +62,6 @@ def test_no_candidate_for_unknown_processors_can_saturate(
     assert (tower == "text") == any("token embeddings" in name for name in names)
 
 
-def test_token_embeddings_for_openvino_have_one_byte_per_number_but_in_one_candidate(
-    fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
-) -> None:
-    in_float = []
-    for candidate in _candidates(OPENVINO, fp32_bundle, calibration, "text", tmp_path, 7):
-        graph = onnx.load_from_string(candidate.make()).graph
-        kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
-        tables = {kinds[node.input[0]] for node in graph.node if node.op_type == "Gather" and node.input[0] in kinds}
-        if TensorProto.FLOAT in tables:
-            in_float.append(candidate.name)
-    assert in_float == ["symmetric, percentile, token embeddings in float"]
-
-
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_8_bit_weights_hold_with_vnni_and_on_arm_alone(
     tower: str, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
@@ -82,34 +69,6 @@ def test_8_bit_weights_hold_with_vnni_and_on_arm_alone(
     content = next(_candidates(ORT, fp32_bundle, calibration, tower, tmp_path, 8)).make()
     assert max_weight(onnx.load_from_string(content)) in (127, 128)
     assert instruction_sets(content) == ("x86-64-vnni", "aarch64")
-
-
-def test_constants_that_are_added_or_multiplied_one_by_one_keep_8_bits(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    constants = {"kernel": (4, 3, 1, 1), "scale": (4, 1, 1)}
-    graph = helper.make_graph(
-        [
-            helper.make_node("Conv", ["x", "kernel"], ["features"], name="conv"),
-            helper.make_node("Sigmoid", ["features"], ["gate"], name="sigmoid"),  # so that `mul` is not folded
-            helper.make_node("Mul", ["gate", "scale"], ["y"], name="mul"),
-        ],
-        "tower",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 2, 2])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4, 2, 2])],
-        [numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), n) for n, shape in constants.items()],
-    )
-    path = tmp_path / "tower.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
-    model = prepare_for_quantization(path, tmp_path)
-    quantizer = StaticQuantizer(model, rng.standard_normal((8, 3, 2, 2)).astype(np.float32))
-    quantized = onnx.load_from_string(quantizer.quantize("min-max", quantizer.layers))
-    largest = {
-        tensor.name.removesuffix("_quantized"): int(np.abs(numpy_helper.to_array(tensor).astype(int)).max())
-        for tensor in quantized.graph.initializer
-        if tensor.name.endswith("_quantized")
-    }
-    assert largest["kernel"] == 64
-    assert largest["scale"] > 127  # U8, like an activation
 
 
 # An export for processors that add in 32 bits, made on one that saturates.

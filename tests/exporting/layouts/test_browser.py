@@ -51,8 +51,3 @@ def test_without_a_network_the_hint_explains_the_manual_installation(package: br
         browser.find_packages()
     assert raised.value.hint.startswith("npm install @some/thing@1.2.3 ")
     assert raised.value.hint.endswith("--node-modules")
-
-
-def test_the_archives_in_npms_registry() -> None:
-    ort, tokenizers = (package.archive.rpartition("-")[0] for package in browser.PACKAGES)
-    assert (ort, tokenizers) == ("onnxruntime-web/-/onnxruntime-web", "@huggingface/tokenizers/-/tokenizers")

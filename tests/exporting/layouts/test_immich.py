@@ -16,7 +16,7 @@ from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
-from clip_rd_edge.exporting.layouts.immich import immich_name, require_supported, where_it_goes, write_immich
+from clip_rd_edge.exporting.layouts.immich import immich_name, require_supported, write_immich
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
@@ -80,44 +80,6 @@ def test_texts_are_padded_with_the_models_own_id(colour_bundle: Path, tmp_path: 
 def test_preprocessing_that_immich_does_not_support_is_refused(mode: Any, size: tuple[int, int]) -> None:
     with pytest.raises(UsageError):
         require_supported(Preprocessing(size=size, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode), "student")
-
-
-@pytest.mark.parametrize(
-    ("mode", "interpolation"), [("shortest", "bicubic"), ("squash", "bicubic"), ("shortest", "bilinear")]
-)
-def test_what_older_releases_of_immich_resize_in_another_way_is_named(mode: Any, interpolation: Any) -> None:
-    preprocessing = Preprocessing(
-        size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode, interpolation=interpolation
-    )
-    require_supported(preprocessing, "student")
-    differs = (mode, interpolation) != ("shortest", "bicubic")
-    assert ("2.2" in where_it_goes(Path("folder"), "name", preprocessing)) == differs
-
-
-@pytest.mark.parametrize(
-    "size", [(1024, 683), (683, 1024), (640, 480), (4000, 3000), (225, 224), (301, 1207), (50, 90)]
-)
-def test_immichs_preprocessing_differs_by_a_pixel_of_the_crop_at_most(size: tuple[int, int]) -> None:
-    preprocessing = Preprocessing(size=(224, 224), mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))
-    image = noise.resize(size, Image.Resampling.BICUBIC)
-    # The steps of immich's OpenClipVisualEncoder.
-    ratio = max(size) / min(size)
-    resized = image.resize(
-        tuple(224 if edge == min(size) else int(ratio * 224) for edge in size), Image.Resampling.BICUBIC
-    )
-    left, top = (int(edge / 2 - 224 / 2) for edge in resized.size)
-    pixels = np.asarray(resized.crop((left, top, left + 224, top + 224)), dtype=np.float32) / 255
-    theirs = ((pixels - preprocessing.mean) / preprocessing.std).transpose(2, 0, 1)
-    ours = preprocess(image, preprocessing)
-    remainder = max(resized.size) - 224
-    if remainder % 4 == 3:  # the middle lies between two pixels, of which the upper is even
-        shifted = ours[:, :, :-1], theirs[:, :, 1:]
-        if size[1] > size[0]:
-            shifted = ours[:, :-1], theirs[:, 1:]
-        np.testing.assert_allclose(*shifted, atol=1e-5)
-    else:
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_a_model_takes_the_place_of_one_with_embeddings_of_the_same_size() -> None:
