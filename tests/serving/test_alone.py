@@ -177,31 +177,6 @@ def test_the_page_works_without_a_network(site: Site, colour_bundle: Path) -> No
     page.problems[:] = [text for text in page.problems if "Content Security Policy" not in text]
 
 
-def test_the_page_starts_in_a_browser_whose_webgpu_fails(site: Site, colour_bundle: Path) -> None:
-    page = site(colour_bundle)
-    page.context.add_init_script(
-        """Object.defineProperty(navigator, "gpu", {
-            value: { requestAdapter: () => Promise.reject(new DOMException("not here", "NotSupportedError")) },
-        });"""
-    )
-    page.reload()
-    page.wait_for_selector("#bundles tr, #error:not(:empty)")
-    assert page.locator("#bundles th").all_inner_texts() == ["WASM, 1 thread"]
-    assert page.inner_text("#error") == ""
-
-
-def test_a_browser_without_webassembly_is_told_so_before_anything_is_loaded(site: Site, colour_bundle: Path) -> None:
-    page = site(colour_bundle)
-    loaded: list[str] = []
-    page.on("request", lambda request: loaded.append(request.url.rpartition("/")[2]))
-    page.context.add_init_script("delete globalThis.WebAssembly")
-    page.reload()
-    page.wait_for_selector("#error:not(:empty)")
-    assert "does not run WebAssembly with SIMD" in page.inner_text("#error")
-    assert page.inner_text("#lead") == "This page could not start."
-    assert [name for name in loaded if name.endswith((".wasm", ".onnx", ".json"))] == []
-
-
 def test_a_bundle_without_a_text_tower_starts_with_its_own_labels(site: Site, colours_without_text: Path) -> None:
     page = site(colours_without_text)
     assert page.inner_text("#bank-text") == "the bundle's own 3 labels; it knows no others"

@@ -206,22 +206,3 @@ def test_numbers_that_are_not_finite_are_an_error_and_no_answer(start: Start, fa
     node.evaluate(f"() => {{ globalThis.factor = {factor}; }}")
     with pytest.raises(RuntimeError, match=r"^image\.onnx computes numbers that are not finite"):
         classify(node, LABELS, picture())
-
-
-def test_a_tower_of_another_size_is_an_error_and_no_answer(bundle: Path, start: Start) -> None:
-    write_labels(bundle, LabelBank(("red", "blue"), np.eye(4, dtype=np.float32)[:2]))
-    write_manifest(bundle, msgspec.structs.replace(read_manifest(bundle), embedding_size=4))
-    node = start()
-    node.evaluate(OPEN)
-    with pytest.raises(RuntimeError, match="returns embeddings of shape 1 × 3"):
-        classify(node, None, picture())
-
-
-def test_a_missing_file_is_named(start: Start, tmp_path: Path) -> None:
-    node = start()
-    (tmp_path / "site" / "bundle" / "text.onnx").unlink()
-    with pytest.raises(RuntimeError, match=r"^text.onnx could not be loaded from the server \(404\)"):
-        node.evaluate(OPEN)
-    (tmp_path / "site" / "sizes.json").unlink()
-    with pytest.raises(RuntimeError, match=r"^sizes\.json could not be loaded"):
-        node.evaluate(OPEN)

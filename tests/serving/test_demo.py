@@ -5,9 +5,6 @@ import functools
 import http.client
 import io
 import json
-import logging
-import mimetypes
-import os
 import runpy
 import shutil
 import signal
@@ -17,7 +14,7 @@ import sys
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -26,7 +23,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from starlette import testclient
-from support import PATIENCE_S, patient_server
+from support import patient_server
 
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
@@ -72,21 +69,6 @@ def test_the_page_loads_nothing_from_other_servers(client: Any) -> None:
     assert client.get("/api/bundles").json()["bundles"][1]["folder"] == "second"
 
 
-def test_the_pages_files_have_their_types_whatever_the_machine_calls_them(
-    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a Windows whose registry calls scripts text: a browser would not run them."""
-    mimetypes.init()
-    for types in (mimetypes.types_map, *mimetypes._db.types_map):  # type: ignore[attr-defined]
-        for suffix in (".js", ".css", ".svg", ".html"):
-            monkeypatch.setitem(types, suffix, "text/plain")
-    page = app.make_app(app.Demo([colour_bundle], threads=1))
-    with testclient.TestClient(page, base_url="http://127.0.0.1:8765") as client:
-        for name, kind in {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}.items():
-            assert client.get(f"/{name}").headers["content-type"].startswith(kind)
-        assert client.get("/").headers["content-type"].startswith("text/html")
-
-
 def test_bundles_in_folders_of_the_same_name_are_told_apart(colour_bundle: Path, tmp_path: Path) -> None:
     folders = [tmp_path / path for path in ("a/bundles/int8", "b/bundles/int8", "b/bundles/fp32")]
     for folder in folders:
@@ -124,12 +106,6 @@ def test_classify(client: Any, key: str) -> None:
         ("/api/labels", json.dumps(["a"] * 2001).encode(), 422, "There are 2,001 labels; the limit is 2,000"),
         ("/api/labels", json.dumps({"labels": ["a"], "taught": {"a": ["A" * 2_000_001]}}).encode(), 422, "Too many"),
         ("/api/labels", json.dumps({"labels": ["a"], "taught": {"a": [""] * 800_000}}).encode(), 422, "Too many"),
-        (
-            "/api/labels",
-            json.dumps({"labels": ["a"], "taught": {"b" * 9_000_000: []}}).encode(),
-            422,
-            "none of the labels",
-        ),
     ],
 )
 def test_invalid_requests_get_an_error_message(
@@ -165,13 +141,8 @@ def test_large_images_and_bodies_are_refused(client: Any, key: str, monkeypatch:
 
 def test_foreign_pages_are_refused(client: Any) -> None:
     assert client.get("/", headers={"host": "evil.example"}).status_code == 403
-    foreign = client.post("/api/labels", json=LABELS, headers={"origin": "https://evil.example"})
-    assert (foreign.status_code, foreign.json()["error"]) == (
-        403,
-        "Requests from pages of https://evil.example to '127.0.0.1:8765' are not allowed; a proxy has to pass on Host "
-        "unchanged.",
-    )
-    assert client.post("/api/labels", json=LABELS, headers={"origin": "null"}).status_code == 403
+    for origin in ("https://evil.example", "null"):
+        assert client.post("/api/labels", json=LABELS, headers={"origin": origin}).status_code == 403
     same_origin = client.post("/api/labels", json=LABELS, headers={"origin": "http://127.0.0.1:8765"})
     assert same_origin.status_code == 200
 
@@ -237,9 +208,6 @@ def test_the_number_of_stored_label_lists_is_limited(client: Any) -> None:
     assert len(client.demo.served[0]._classifiers) == 8
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_it_serves_until_ctrl_c_and_warns_about_an_open_network(colour_bundle: Path, host: str) -> None:
     command = [sys.executable, "-m", "clip_rd_edge", "demo", str(colour_bundle), "--host", host, "--port", "0"]
@@ -284,31 +252,10 @@ def test_it_serves_in_the_cell_of_a_notebook_until_ctrl_c(colour_bundle: Path) -
             process.kill()
 
 
-def test_the_page_shows_none_of_the_servers_words() -> None:
-    script = (app.PAGE / "api.js").read_text(encoding="utf-8")
-    assert "content.error" not in script
-    assert "content.hint" not in script
-    statuses = {400, 403, 408, 413, 500, app._BUSY, app._BUNDLE_GONE, app._BAD_LABELS}  # but not of labels sent again
-    assert {status for status in statuses if f"  {status}: " not in script} == set()
+HOSTILE = ["[::1", "[", "]", "[]", "²", "a b", "http://", "@", "//", "%00", "a" * 5_000, "1:x"]
 
 
-HOSTILE = [
-    "[::1",
-    "[",
-    "]",
-    "[]",
-    "²",
-    "a b",
-    "http://",
-    "@",
-    "//",
-    "%00",
-    "a" * 5_000,
-    "1:x",
-]
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "", "camera"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 @pytest.mark.parametrize("value", HOSTILE)
 def test_odd_hosts_and_origins_are_refused_and_no_error(value: str, host: str, colour_bundle: Path) -> None:
     application = app.make_app(app.Demo([colour_bundle], threads=1), host=host)
@@ -416,42 +363,6 @@ def test_nobody_else_waits_while_labels_are_embedded(colour_bundle: Path, monkey
     assert embedded == [["a", "b"]]
 
 
-def test_the_page_is_answered_while_a_bundle_is_opened_anew(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    began, finish, load_bundle = threading.Event(), threading.Event(), app.load
-
-    def slow(*arguments: Any, **options: Any) -> Any:
-        began.set()
-        assert finish.wait(20)
-        return load_bundle(*arguments, **options)
-
-    monkeypatch.setattr(app, "load", slow)
-    os.utime(client.demo.served[1].folder / "manifest.json")  # exported anew
-    with ThreadPoolExecutor(2) as pool:
-        bundles = pool.submit(client.get, "/api/bundles")
-        assert began.wait(PATIENCE_S)
-        try:
-            assert pool.submit(client.get, "/").result(10).status_code == 200
-            assert not bundles.done()
-        finally:
-            finish.set()
-        assert len(bundles.result(PATIENCE_S).json()["bundles"]) == 2
-
-
-def test_the_log_says_how_many_lines_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(server.time, "monotonic", lambda: now[0])
-    limit = server.LogLimit()
-
-    def record() -> logging.LogRecord:
-        return logging.LogRecord("uvicorn.error", logging.WARNING, "", 0, "failed %s", ("so",), None)
-
-    assert [limit.filter(record()) for _ in range(1_000)].count(True) == server.MAX_LOG_LINES
-    now[0] = server.LOG_PERIOD_S + 1
-    last = record()
-    assert limit.filter(last)
-    assert last.getMessage() == "failed so (980 lines before were left out)"
-
-
 @contextmanager
 def started(command: Sequence[str], **options: Any) -> Iterator[tuple[str, int, list[str]]]:
     """Yield a server's host, its port, and a list for what it has logged when the block is over."""
@@ -473,7 +384,7 @@ def require_answers(host: str, port: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "sent", [b"", b"GET / HT", b"POST /api/classify HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n1"]
+    "sent", [b"GET / HT", b"POST /api/classify HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n1"]
 )
 def test_clients_that_hold_connections_keep_nobody_out(colour_bundle: Path, sent: bytes) -> None:
     command = patient_server("demo", colour_bundle, "--port", "0", "--threads", "1", connections=20)
@@ -488,11 +399,10 @@ def test_clients_that_hold_connections_keep_nobody_out(colour_bundle: Path, sent
     assert len(log[0]) < 10_000
 
 
-@pytest.mark.parametrize("hard", [100, 4_096])
-def test_a_low_limit_of_open_files_keeps_nobody_out(colour_bundle: Path, hard: int) -> None:
+def test_a_low_limit_of_open_files_keeps_nobody_out(colour_bundle: Path) -> None:
     resource = pytest.importorskip("resource")
     command = patient_server("demo", colour_bundle, "--port", "0", "--threads", "1", connections=256)
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (100, hard))
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (100, 100))
     with started(command, preexec_fn=limit) as (host, port, log), ExitStack() as held:
         for _ in range(120):
             held.enter_context(socket.create_connection((host, port), timeout=60))

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import urllib.parse
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,21 +86,3 @@ def test_ten_thousand_sequential_requests(server: Server) -> None:
             if number == WARM_UP:
                 before = server.memory_mb()
     assert server.memory_mb() - before < MAX_GROWTH_MB
-
-
-def test_repeated_bursts_of_two_hundred_requests(server: Server) -> None:
-    images, memory = make_images(PARALLEL), []
-    with server.connect() as connection:
-        key = labels_key(connection, ["red", "green"])
-
-    def classify(image: bytes) -> int:
-        with server.connect() as connection:
-            return post(connection, f"/api/classify?labels={key}", image)[0]
-
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        for _ in range(10):
-            codes = set(pool.map(classify, images))
-            assert codes <= {200, 429}
-            assert 200 in codes
-            memory.append(server.memory_mb())
-    assert memory[-1] - memory[2] < MAX_GROWTH_MB

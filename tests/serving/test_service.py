@@ -267,11 +267,10 @@ def test_searches_use_the_index_as_it_was_while_one_that_was_updated_is_read(
         assert len(reads) == 1
 
 
-@pytest.mark.parametrize("reading_s", [0.01, PATIENCE_S])
 def test_an_index_that_cannot_be_read_is_an_error_until_it_can(
-    colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reading_s: float
+    colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.serving.shared._READING_S", reading_s)
+    monkeypatch.setattr("clip_rd_edge.serving.shared._READING_S", 0.01)
     encoder, index = load(colour_bundle), tmp_path / "index"
     update_index(encoder, colour_images, index)
     service = Service(encoder, index=index)
@@ -297,25 +296,16 @@ IMAGE = encoded(jpeg())
     ("path", "body", "message"),
     [
         ("/embeddings", b"{", "The request is not valid JSON"),
-        ("/embeddings", {}, "nothing to embed"),
         ("/embeddings", {"content": [" "]}, "Item 0 is empty"),
         ("/embeddings", {"content": [{"prompt_string": "<__media__>", "multimodal_data": ["?"]}]}, "not base64"),
-        ("/embeddings", {"content": [{"prompt_string": "<__media__> red", "multimodal_data": ["AA=="]}]}, "one image"),
         ("/embeddings", {"content": [{"prompt_string": "<__media__>", "multimodal_data": ["AA=="]}]}, "Cannot read"),
-        ("/embeddings", {"content": "<__media__>"}, "Item 0 has <__media__>"),
         ("/embeddings", {"content": ["red"] * 2049}, "the limit is 2,048"),
-        ("/v1/embeddings", {"input": [[1, 2]]}, "The request is invalid"),
         ("/v1/embeddings", {"input": "red", "dimensions": 2}, "this model has 3"),
-        ("/v1/embeddings", {"input": "DATA:IMAGE/PNG;base64,AAAA"}, "Cannot read the image"),
-        ("/v1/embeddings", {"input": ["a", "data:text/plain;base64,AAAA"]}, "Item 1 begins with"),
         ("/v1/embeddings", {"input": "a" * 100_001}, "the limit is 100,000"),
-        ("/classify", {"image": IMAGE, "labels": []}, "No labels"),
         ("/classify", {"image": IMAGE}, "the bundle has none"),
         ("/classify", {"image": IMAGE, "labels": ["red"], "refuse_known": 1.5}, "$.refuse_known"),
         ("/classify", {"image": IMAGE, "labels": ["red"], "top": 0}, "$.top"),
         ("/classify", {"image": IMAGE, "label": ["red"]}, "Did you mean 'labels'?"),
-        ("/search", {"query": ""}, "either a query or an image"),
-        ("/search", {"query": "a" * 100_001}, "the limit is 100,000"),
         ("/search", {"query": "red", "top": 1001}, "$.top"),
         ("/search", {"qeury": "red"}, "Did you mean 'query'?"),
     ],
@@ -326,29 +316,6 @@ def test_what_cannot_be_answered_is_refused_in_one_sentence(client: Any, path: s
     error = response.json()["error"]
     assert message in error["message"]
     assert error["type"] == "invalid_request_error"
-
-
-def test_an_image_that_cannot_be_read_is_named_and_the_others_of_its_request_are_not_opened(
-    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    service = Service(load(colour_bundle))
-    opened, answered, plain = list[bytes](), threading.Event(), service._open
-
-    def open_slowly(image: Any) -> Any:
-        opened.append(image.content)
-        if image.content != b"no image":
-            assert answered.wait(PATIENCE_S)
-        return plain(image)
-
-    monkeypatch.setattr(service, "_open", open_slowly)
-    images = [f"data:image/jpeg;base64,{encoded(content)}" for content in (b"no image", *[jpeg()] * 20)]
-    with testclient.TestClient(make_app(service), base_url=BASE_URL) as client:
-        answer = client.post("/v1/embeddings", json={"input": ["red", *images]})
-        answered.set()
-        assert answer.status_code == 400
-        assert "Cannot read the image of item 1: it is in none of the formats" in answer.json()["error"]["message"]
-        assert client.post("/v1/embeddings", json={"input": images[1]}).status_code == 200
-    assert len(opened) <= 4  # that image, one per thread meanwhile, and that of the second request
 
 
 def test_an_index_whose_files_are_cut_under_the_server_is_still_searched(
@@ -363,20 +330,6 @@ def test_an_index_whose_files_are_cut_under_the_server_is_still_searched(
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/search", query, timeout=PATIENCE_S) as response:
         (hit,) = json.load(response)["hits"]
     assert Path(hit["path"]).name == "blue.jpg"
-
-
-def test_an_index_that_another_bundle_makes_again_asks_for_a_restart(
-    client: Any, colour_bundle: Path, colour_images: Path, tmp_path: Path
-) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(colour_bundle, other)
-    manifest = read_manifest(other)
-    preprocessing = msgspec.structs.replace(manifest.preprocessing, mean=(0.5, 0.5, 0.5))
-    write_manifest(other, msgspec.structs.replace(manifest, preprocessing=preprocessing))
-    update_index(load(other), colour_images, tmp_path / "index")
-    answer = client.post("/search", json={"query": "red"})
-    assert answer.status_code == 500
-    assert client.post("/v1/embeddings", json={"input": "red"}).status_code == 200
 
 
 def test_a_bundle_that_an_update_replaces_is_served_to_the_end(colour_bundle: Path, tmp_path: Path) -> None:
@@ -399,31 +352,12 @@ def test_a_token_that_no_client_can_send_is_refused(
     token: str, colour_bundle: Path, tmp_path: Path, command_line: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "token").write_text(token, encoding="utf-8")
-    code, _, error = command_line("serve", colour_bundle, "--token-file", tmp_path / "token")
-    assert (code, "token" in error) == (2, True)
+    assert command_line("serve", colour_bundle, "--token-file", tmp_path / "token")[0] == 2
     monkeypatch.setenv("CLIP_RD_EDGE_TOKEN", token)
-    code, _, error = command_line("serve", colour_bundle)
-    assert (code, "The token in CLIP_RD_EDGE_TOKEN" in error) == (2, True)
-    for options in ({"token": token or " "}, {"allow_host": ":8766"}, {"max_batch": 0}, {"max_items": 0}):
+    assert command_line("serve", colour_bundle)[0] == 2
+    for options in ({"token": token or " "}, {"allow_host": ":8766"}):
         with pytest.raises(edge.UsageError):
             edge.serve(colour_bundle, port=0, ready=pytest.fail, **options)
-
-
-def test_a_token_file_as_programs_of_windows_write_it(
-    colour_bundle: Path, tmp_path: Path, command_line: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Text in UTF-8 begins with a mark, and PowerShell's redirection writes UTF-16."""
-    apps: list[Any] = []
-    monkeypatch.setattr("clip_rd_edge.serving.server.run_server", lambda app, **_: apps.append(app))
-    (tmp_path / "token").write_bytes(b"\xef\xbb\xbfsecret\r\n")
-    assert command_line("serve", colour_bundle, "--token-file", tmp_path / "token")[0] == 0
-    with testclient.TestClient(apps[0], base_url=BASE_URL) as client:
-        assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
-    (tmp_path / "token").write_text("secret\n", encoding="utf-16")
-    code, _, error = command_line("serve", colour_bundle, "--token-file", tmp_path / "token")
-    assert code == 2
-    assert "token is not UTF-8 text" in error
-    assert "hint: save it as UTF-8" in error
 
 
 @pytest.mark.parametrize(
@@ -495,7 +429,6 @@ def test_only_the_whole_token_opens_any_route_but_health_and_pages(
         ("127.0.0.1:8766", "http://localhost:8766", 403),
         ("127.0.0.1:8766", "https://evil.example", 403),
         ("127.0.0.1:8766", "https://site.example.evil.example", 403),
-        ("127.0.0.1:8766", "https://evil.example/site.example", 403),
         ("127.0.0.1:8766", "https://sub.site.example", 403),
         ("127.0.0.1:8766", "null", 403),
         ("127.0.0.1:8766", "", 403),
@@ -677,10 +610,7 @@ def test_nothing_more_is_computed_for_a_client_that_has_left(
 
 
 @pytest.mark.usefixtures("hang_up")
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_lets_a_request_in_progress_finish(
-    start: Callable[..., tuple[subprocess.Popen[str], int]], name: str
-) -> None:
+def test_a_signal_lets_a_request_in_progress_finish(start: Callable[..., tuple[subprocess.Popen[str], int]]) -> None:
     process, port = start("--max-batch", "1")
     content = frigate_request("/embeddings", {"content": ["red blue"] * 2000})
 
@@ -691,10 +621,10 @@ def test_a_signal_lets_a_request_in_progress_finish(
     with ThreadPoolExecutor(1) as clients:
         answer = clients.submit(exchange, port, content)
         assert wait_until(lambda: in_progress() or answer.done(), pause=0)
-        process.send_signal(signal.Signals[name])
+        process.send_signal(signal.SIGTERM)
         status, _, items = answer.result(60)
     assert (status, len(items)) == (200, 2000)
-    assert process.wait(60) in (0, -signal.Signals[name])
+    assert process.wait(60) in (0, -signal.SIGTERM)
     assert "Traceback" not in (process.stderr.read() if process.stderr else "")
 
 
