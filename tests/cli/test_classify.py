@@ -4,12 +4,10 @@ import csv
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +15,6 @@ from PIL import Image
 
 from clip_rd_edge.bundle.labels import LabelBank, write_labels
 from clip_rd_edge.bundle.manifest import BACKGROUND, read_manifest, write_manifest
-from clip_rd_edge.cli import classify
-from clip_rd_edge.errors import InputError
 
 Run = Callable[..., tuple[int, str, str]]
 LABELS = ("--labels", "red", "green", "blue", "yellow")
@@ -36,20 +32,6 @@ def test_a_broken_image_in_a_folder_is_reported_and_skipped(
     assert labels == {name: name for name in ("red", "green", "blue", "yellow")}
     assert "broken.png" in error
     assert "1 of 5 images could not be read; the others are classified." in error
-
-
-def test_that_many_labels_are_embedded_is_said_once(
-    command_line: Run, colour_bundle: Path, colour_images: Path, tmp_path: Path
-) -> None:
-    labels = tmp_path / "labels.txt"
-    labels.write_text("red\n" + "".join(f"blue {number}\n" for number in range(2_099)))
-    command = "classify", colour_bundle, colour_images / "red.png", "--labels", labels, "--top", "1"
-    code, output, error = command_line(*command)
-    assert (code, "red" in output) == (0, True)
-    assert "embedding 2,100 labels; a bundle exported with --labels has them at once" in error
-    assert command_line(*command) == (0, output, "")  # they are cached
-    labels.write_text("red\nblue\n")
-    assert "embedding" not in command_line(*command)[2]
 
 
 def test_csv_output_and_images_without_a_likely_label(
@@ -71,18 +53,6 @@ def test_csv_output_and_images_without_a_likely_label(
     assert command_line("classify", colour_bundle, grey, "--refuse-known", "1", "--labels", "red")[0] == 2
 
 
-@pytest.mark.skipif(os.name != "posix", reason="other systems allow no line break in a name")
-def test_csv_has_one_row_for_an_image_with_a_line_break_in_its_name(
-    command_line: Run, colour_bundle: Path, colour_images: Path
-) -> None:
-    names = ["a\rb.png", "c\nd.png"]
-    paths = [shutil.copy(colour_images / "red.png", colour_images / name) for name in names]
-    code, output, _ = command_line("classify", colour_bundle, *paths, "--labels", "red", "--top", 1, "--csv")
-    assert code == 0
-    rows = list(csv.reader(io.StringIO(output, newline="")))
-    assert [(Path(image).name, label) for image, _, label, _ in rows[1:]] == [(name, "red") for name in names]
-
-
 def test_a_list_on_stdin_may_be_of_windows(
     command_line: Run, colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,31 +61,6 @@ def test_a_list_on_stdin_may_be_of_windows(
     code, output, error = command_line("classify", colour_bundle, "-", *LABELS)
     assert code == 0, error
     assert len(output.splitlines()) == 2
-
-
-@pytest.mark.parametrize(
-    ("lines", "system"), [("a.png\ncafé.png\n".encode("cp850"), "nt"), ("café.png\n".encode("cp850"), "nt"),
-                          ("a.png\n".encode("utf-16"), "nt"), ("a.png\n".encode("utf-16"), "posix")],
-)  # fmt: skip
-def test_a_list_on_stdin_in_another_encoding_of_windows_is_refused(
-    lines: bytes, system: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("clip_rd_edge.cli.classify.os", SimpleNamespace(name=system))
-    stdin = io.TextIOWrapper(io.BytesIO(lines), "utf-8", "surrogateescape")
-    with pytest.raises(InputError, match="not UTF-8") as refusal:
-        list(classify._lines(stdin, null=False))
-    assert "chcp 65001" in refusal.value.hint
-
-
-def test_many_images_from_stdin_are_classified_and_the_rate_is_printed(
-    command_line: Run, colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{colour_images / 'red.png'}\n" * 60))
-    code, output, error = command_line("classify", colour_bundle, "-", *LABELS)
-    assert code == 0
-    assert output.count("\tred 98.0%") == 60
-    assert error.startswith("· starting classify\n60 images in ")
-    assert error.endswith(" per second\n")
 
 
 def test_frames_of_a_camera_are_classified(

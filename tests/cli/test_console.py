@@ -6,27 +6,13 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
-from msgspec.structs import replace
 from rich.console import Console
 from support import Terminal, wait_until
 
 from clip_rd_edge.cli import console as _console
-from clip_rd_edge.cli.console import SafeConsole, console_reporter, print_table
-from clip_rd_edge.cli.export import _trial_table
-from clip_rd_edge.exporting.int8.trials import Trial
-
-NAME = "static, entropy ranges, in the layers that get no slower, per-channel"
-IMAGE = Trial(
-    tower="image", name=NAME, latency_ratio=0.456, centred_cosine=0.99123, size_ratio=0.25, loss_points=-0.3,
-    verdict="shipped",
-)  # fmt: skip
-TEXT = Trial(
-    tower="text", name="dynamic", latency_ratio=1.1, centred_cosine=0.9, size_ratio=0.25, loss_points=12.3,
-    verdict="agrees less than 0.995",
-)  # fmt: skip
+from clip_rd_edge.cli.console import SafeConsole, console_reporter
 
 
 @contextmanager
@@ -106,46 +92,3 @@ def test_without_a_terminal_that_redraws_there_is_a_line_at_once_and_then_one_a_
 def _plain(stream: io.StringIO) -> str:
     """Return what was written without its colours; whatever else a terminal would obey stays."""
     return re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
-
-
-def test_every_chapter_says_how_long_it_took_and_the_last_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream, now = io.StringIO(), [1000.0]
-    monkeypatch.setattr(_console, "stderr", SafeConsole(file=stream, width=80))
-    monkeypatch.setattr("clip_rd_edge.cli.console.time.perf_counter", lambda: now[0])
-    with console_reporter() as reporter:
-        for number, title in enumerate(("first", "second"), start=1):
-            reporter.begin(title, number, 2)
-            now[0] += 200
-    assert stream.getvalue().splitlines()[1:] == [
-        "1/2 first", "    done in 3 min 20 s", "2/2 second", "    done in 3 min 20 s",
-    ]  # fmt: skip
-
-
-def printed(trials: list[Trial], stream: io.StringIO, **options: Any) -> str:
-    print_table(_trial_table(trials), console=Console(file=stream, **options))
-    return stream.getvalue()
-
-
-@pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1"}, {"FORCE_COLOR": "1", "TERM": "dumb"}])
-def test_the_table_of_trials_fits_80_columns_and_a_pipe_cuts_nothing(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
-) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    shown = printed([IMAGE, TEXT], Terminal(), force_terminal=True, width=80, color_system=None)
-    assert max(map(len, shown.splitlines())) <= 80
-    assert "…" not in shown
-    for figure in ("× 0.46", "0.9912", "+0.3", "× 0.25", "-12.3", "shipped", "per-channel"):
-        assert figure in shown
-    assert NAME in printed([IMAGE, TEXT], io.StringIO(), width=40)
-
-
-def test_the_table_of_trials_has_only_what_was_measured() -> None:
-    unpaired = replace(TEXT, loss_points=float("nan"), verdict="shipped")
-    none = dict.fromkeys(("latency_ratio", "centred_cosine", "size_ratio", "loss_points"), float("nan"))
-    failed = replace(TEXT, **none, verdict="failed: no memory")
-    for trial, row in (
-        (unpaired, ["text", "dynamic", "×", "1.10", "0.9000", "×", "0.25", "shipped"]),
-        (failed, ["text", "dynamic", "failed:", "no", "memory"]),
-    ):
-        assert printed([trial], io.StringIO(), width=120).strip().splitlines()[-1].split() == row

@@ -12,12 +12,10 @@ from PIL import Image
 from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.exporting import bundle as exporting
-from clip_rd_edge.exporting import plan as targets
 from clip_rd_edge.exporting.calibration import named_pairs
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.utils.paths import typed
-from clip_rd_edge.utils.text import as_word
 
 CommandLine = Callable[..., tuple[int, str, str]]
 
@@ -47,36 +45,6 @@ def pairs(tmp_path: Path) -> Path:
     return table
 
 
-@pytest.mark.slow
-def test_int8_export_of_a_run_with_labels(
-    run_folder: Path, pairs: Path, tmp_path: Path, command_line: CommandLine
-) -> None:
-    labels = tmp_path / "labels.txt"
-    labels.write_text("cat\n\n dog \n")
-    bundle = tmp_path / "bundle"
-    code, out, err = command_line(
-        "export", run_folder, "--precision", "int8", "--calibration", pairs, "--labels", labels, "-o", bundle, "--json"
-    )
-    assert code == 0, err
-    summary = json.loads(out)
-    assert summary["bundle"] == str(bundle)
-    assert {trial["tower"] for trial in summary["trials"]} == {"image", "text"}
-    assert "INT8 trials, relative to float32" in err
-    assert any(trial["name"].startswith("static, percentile") for trial in summary["trials"])
-    manifest = read_manifest(bundle)
-    assert manifest.precision == summary["precision"]
-    assert manifest.provenance["model"] == str(run_folder)
-    assert manifest.provenance["calibration"] == str(pairs)
-    assert "labels.npz" in manifest.files
-    code, out, err = command_line("verify", bundle)
-    assert code == 0, err
-    # The bundle's folder is in use now, and a bundle cannot be exported again.
-    code, _, err = command_line("export", run_folder, "-o", bundle)
-    assert (code, "--force" in err) == (2, True)
-    code, _, err = command_line("export", bundle, "-o", tmp_path / "again")
-    assert (code, "is already a bundle" in err) == (2, True)
-
-
 def test_a_table_for_calibration_may_have_the_columns_of_the_training(
     run_folder: Path, pairs: Path, tmp_path: Path
 ) -> None:
@@ -86,34 +54,6 @@ def test_a_table_for_calibration_may_have_the_columns_of_the_training(
         assert named_pairs(typed(table), str(run_folder)).read(3).captions == ("noise number 3",)
     with pytest.raises(InputError):
         named_pairs(typed(renamed), "ViT-B-32")
-
-
-@pytest.mark.slow
-def test_a_browser_page_is_exported_directly_from_a_run(
-    run_folder: Path, node_modules: Path, tmp_path: Path, command_line: CommandLine
-) -> None:
-    site = tmp_path / "site"
-    code, out, err = command_line(
-        "export", run_folder, "--target", "browser", "--node-modules", node_modules, "-o", site
-    )
-    assert (code, out) == (0, f"{site}\n"), err
-    assert read_manifest(site / "bundle").provenance["model"] == str(run_folder)
-    assert (site / "index.html").is_file()
-
-
-def test_format_trt_alone_writes_the_folder_that_builds_its_engines_on_any_gpu(
-    run_folder: Path, tmp_path: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(targets, "cuda_capability", lambda: "")
-    code, out, err = command_line("export", run_folder, "--format", "trt", "-o", tmp_path / "bundle")
-    assert (code, out) == (0, f"{tmp_path / 'bundle'}\n"), err
-    assert "copy it there and run bash build.sh" in err
-    script = tmp_path / "bundle" / "build.sh"
-    assert script.is_file()
-    assert f"next, on the device: bash {as_word(script)}; clip-rd-edge verify" in " ".join(err.split())
-    manifest = read_manifest(tmp_path / "bundle")
-    assert manifest.target == "tensorrt nvidia-gpu"
-    assert "fp16" in manifest.precision
 
 
 def test_several_targets_make_one_bundle_each_from_one_export_of_the_towers(

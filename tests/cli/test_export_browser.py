@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from clip_rd_edge.bundle.labels import read_labels
-from clip_rd_edge.bundle.manifest import INSTRUCTION_SETS, read_manifest, write_manifest
+from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.exporting.layouts import browser
 
 Run = Callable[..., tuple[int, str, str]]
@@ -44,27 +42,6 @@ def test_a_bundle_is_exported_as_a_browser_page(
     assert (code, "--force" in error) == (2, True)
 
 
-def test_what_is_made_from_a_read_only_package_and_bundle_can_be_written_and_removed(
-    colour_bundle: Path, node_modules: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As in Nix, OSTree, and where somebody has protected a bundle."""
-    for name in ("PAGE", "ALONE"):
-        protected = shutil.copytree(getattr(browser, name), tmp_path / name)
-        monkeypatch.setattr(browser, name, protected)
-    sources = (tmp_path / "PAGE", tmp_path / "ALONE", colour_bundle, node_modules)
-    paths = [path for source in sources for path in (*source.rglob("*"), source)]
-    for path in paths:
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    try:
-        browser.write_browser(colour_bundle, tmp_path / "site", node_modules=node_modules)
-    finally:
-        for path in reversed(paths):
-            path.chmod(0o755)
-    written = [*(tmp_path / "site").rglob("*")]
-    assert tmp_path / "site/bundle/image.onnx" in written
-    assert [path for path in written if not path.stat().st_mode & stat.S_IWUSR] == []
-
-
 def test_bundles_that_a_browser_cannot_run_are_refused(
     command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path
 ) -> None:
@@ -85,21 +62,6 @@ def test_bundles_that_a_browser_cannot_run_are_refused(
         assert (code, message in error) == (2, True)
 
 
-def test_labels_that_this_processor_embeds_wrongly_are_not_published(
-    command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    manifest = read_manifest(colour_bundle)
-    text = replace(manifest.text, instruction_sets=INSTRUCTION_SETS)
-    write_manifest(colour_bundle, replace(manifest, text=text))
-    reason = "ONNX Runtime 1.23.0 gets sums of INT8 wrong on this processor"
-    monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.wrong_sums", lambda: reason)
-    options = ("--target", "browser", "--node-modules", node_modules, "-o", tmp_path / "site")
-    code, _, error = command_line("export", colour_bundle, "--labels", "red", "blue", *options)
-    assert (code, f"text.onnx of colours gives wrong answers here: {reason}." in error) == (2, True)
-    assert not (tmp_path / "site").exists()
-    assert command_line("export", colour_bundle, *options)[0] == 0
-
-
 @pytest.mark.parametrize("labels", [(), ("--labels", "red", "blue")])
 def test_a_page_holds_the_files_that_the_manifest_lists_and_no_others(
     command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path, labels: tuple[str, ...]
@@ -113,10 +75,9 @@ def test_a_page_holds_the_files_that_the_manifest_lists_and_no_others(
     assert command_line("verify", tmp_path / "site" / "bundle")[0] == 0
 
 
-@pytest.mark.parametrize("labels", [(), ("--labels", "red", "blue")])
 @pytest.mark.parametrize(
-    ("name", "word", "message"),
-    [("image.onnx", b"mean", "is damaged: image.onnx"), ("manifest.json", b"colours", "its checksum differs")],
+    ("labels", "name", "word"),
+    [((), "image.onnx", b"mean"), (("--labels", "red", "blue"), "manifest.json", b"colours")],
 )
 def test_a_damaged_bundle_is_not_published(
     command_line: Run,
@@ -126,13 +87,11 @@ def test_a_damaged_bundle_is_not_published(
     labels: tuple[str, ...],
     name: str,
     word: bytes,
-    message: str,
 ) -> None:
     content = (colour_bundle / name).read_bytes()
     (colour_bundle / name).write_bytes(content.replace(word, word.upper()))
     options = ("--target", "browser", "--node-modules", node_modules, "-o", tmp_path / "site")
-    code, _, error = command_line("export", colour_bundle, *labels, *options)
-    assert (code, message in error) == (2, True)
+    assert command_line("export", colour_bundle, *labels, *options)[0] == 2
     assert not (tmp_path / "site").exists()
 
 

@@ -33,17 +33,10 @@ main()
 """
 COMMANDS = {
     "distill": "--data emoji --student resnet18 --recipe clip -o new/run",
-    "evaluate": "m --task emoji:unseen-style",
     "export": "m -o new/bundle",
     "quickstart": "-o new/quickstart",
-    "benchmark": "quickstart -o new/report",
     "evidence run": "method-evidence -o new/evidence",
-    "index": "bundle . -o new/index",
-    "stitch": "resnet18 --names imagenet --text all-MiniLM-L6-v2 -o new/teacher",
-    "trim": "m --text-layers 2 -o new/start",
-    "average": "first second -o new/model",
     "verify": "bundle",
-    "serve": "bundle",
 }
 
 

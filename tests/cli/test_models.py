@@ -15,8 +15,3 @@ def test_a_bundle_runs_in_the_requested_runtime(colour_bundle: Path) -> None:
 def test_a_bundle_does_not_run_in_torch(colour_bundle: Path) -> None:
     with pytest.raises(UsageError, match="is a bundle, which torch cannot run"):
         open_encoder(str(colour_bundle), runtime="torch")
-
-
-def test_a_model_does_not_run_in_a_runtime_for_bundles(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"is not a bundle: openvino cannot run it\."):
-        open_encoder(str(tmp_path), runtime="openvino")

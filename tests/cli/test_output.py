@@ -24,7 +24,7 @@ from support import Terminal
 
 import clip_rd_edge
 from clip_rd_edge.cli.console import ConsoleReporter, SafeConsole, console_reporter, print_table
-from clip_rd_edge.cli.output import cut, echo, fold, fold_command, fold_items
+from clip_rd_edge.cli.output import echo, fold, fold_command
 from clip_rd_edge.utils.text import as_word, printable
 
 Run = Callable[..., tuple[int, str, str]]
@@ -143,18 +143,6 @@ def test_pipes_have_utf_8_whatever_the_locale(colour_bundle: Path, colour_images
     assert "naïve 猫.png" in result.stderr.decode()
 
 
-def test_a_line_is_broken_at_spaces_and_what_follows_is_indented() -> None:
-    text = "error: The output runs/first already exists and is not empty."
-    assert fold(text, 30) == "error: The output runs/first\n  already exists and is not\n  empty."
-    assert fold(text, 0) == fold(text, len(text)) == text
-    path = "a" * 50  # which has no space
-    assert fold(f"error: {path} does not exist.", 30) == f"error:\n  {path}\n  does not exist."
-    assert fold("    image tower, static: faster", 20) == "    image tower,\n      static: faster"
-    assert fold("猫猫猫 猫猫猫", 12) == "猫猫猫\n  猫猫猫"  # each takes two columns
-    assert fold("猫猫猫 猫猫猫", 13) == "猫猫猫 猫猫猫"
-    assert (cut("frame 1 猫", 9), cut("frame 1", 0)) == ("frame 1 ", "frame 1")
-
-
 @pytest.mark.parametrize("width", range(12, 90, 3))
 def test_a_command_in_a_message_is_the_same_for_a_shell(width: int) -> None:
     command = "clip-rd-edge classify bundle a.jpg --labels \"a red cat\" 'a dog' --top 3 --threads 1"
@@ -173,35 +161,3 @@ def test_a_command_in_a_message_is_the_same_for_a_shell(width: int) -> None:
         commands = ["clip-rd-edge verify bundle", 'clip-rd-edge classify bundle photo.jpg --labels "a cat" "a dog"']
         copied = fold(f"next: {'; '.join(commands)}", width).removeprefix("next:").replace("\\\n", "")
         assert [shlex.split(each) for each in copied.split(";")] == [shlex.split(command) for command in commands]
-
-
-@pytest.mark.parametrize("installer", ["pip", "uv pip", "uv tool", "pipx"])
-def test_an_install_command_in_a_hint_is_broken_as_a_command(installer: str) -> None:
-    folded = fold(f"hint: {installer} install 'clip-rd-edge[demo] @ file:///wheels/a.whl'", 40)
-    assert folded == f"hint: {installer} install \\\n  'clip-rd-edge[demo] @ file:///wheels/a.whl'"
-
-
-def test_only_a_terminal_gets_folded_messages_and_of_stdout_prose_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "20")
-    text = "word " * 20
-    terminal, pipe, data = Terminal(), io.StringIO(), Terminal()
-    monkeypatch.setattr("sys.stderr", terminal)
-    echo(text, err=True)
-    assert max(map(len, terminal.getvalue().splitlines())) <= 20
-    monkeypatch.setattr("sys.stderr", pipe)
-    echo(text, err=True)
-    echo(text, file=data)
-    assert pipe.getvalue() == data.getvalue() == f"{text}\n"
-    prose, table = Terminal(), f"| {'a | ' * 20}"
-    monkeypatch.setattr("sys.stdout", prose)
-    echo(f"{text}\n{table}", prose=True)
-    *lines, row = prose.getvalue().splitlines()
-    assert max(map(len, lines)) <= 20
-    assert row == table
-
-
-def test_items_are_broken_between_them() -> None:
-    items = ["a long label 54.4%", "green 43.4%", "red 2.2%"]
-    assert fold_items("red.png", items, 0) == "red.png\ta long label 54.4%  green 43.4%  red 2.2%"
-    assert fold_items("red.png", items, 40) == "red.png\ta long label 54.4%  green 43.4%\n\tred 2.2%"
-    assert fold_items("red.png", items, 10) == "red.png\ta long label 54.4%\n\tgreen 43.4%\n\tred 2.2%"

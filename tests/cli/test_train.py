@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import ntpath
 import re
 import shlex
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from support import save_tiny_teacher
@@ -135,54 +132,15 @@ def unseen(*names: str) -> ZeroShotTask:
     )
 
 
-LIVELY = quickstart.LIVELY_CONCEPTS
-
-
-@pytest.mark.parametrize(
-    ("names", "labels"),
-    [
-        (("arrow", "rocket", "square", "snowman", "tiger", "mushroom"), LIVELY),
-        (("arrow", "square", "circle", "line", "x"), ("arrow", "square", "circle", "line")),
-    ],
-)
-def test_the_quickstart_ends_with_commands_that_work_when_copied(
-    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], labels: tuple[str, ...]
-) -> None:
-    monkeypatch.setattr(quickstart, "_unseen_concepts", lambda: unseen(*names))
+def test_the_quickstart_ends_with_commands_that_work_when_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "_unseen_concepts", lambda: unseen("arrow", "square", "circle", "line", "x"))
     shown = quickstart._next_steps(Path("my runs/quickstart")).replace("\\\n", " ")
     arguments = shlex.split(next(line for line in shown.splitlines() if " classify " in line))
     split = arguments.index("--labels")
     assert arguments[split - 2] == "my runs/quickstart/bundles/int8"
-    assert tuple(arguments[split + 1 :]) == labels
+    labels = arguments[split + 1 :]
+    assert labels == ["arrow", "square", "circle", "line"]
     assert Path(arguments[split - 1]).stem in labels
     example = re.sub(r"[\\\s]+", " ", f"clip-rd-edge {train.OWN_DATA_EXAMPLE}")
     for text in (train.distill.help or "", (ROOT / "docs" / "data.md").read_text()):
         assert example in re.sub(r"[\\\s]+", " ", text)
-
-
-def test_the_lively_labels_are_concepts_in_no_training_pair() -> None:
-    emoji = pytest.importorskip("clip_rd_edge.data.emoji")
-    pytest.importorskip("resvg_py")
-    assert set(LIVELY) <= {concept.name for concept in emoji.concepts() if concept.split == "unseen concepts"}
-
-
-def test_the_program_is_named_as_it_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "clip_rd_edge" / "__main__.py")])
-    assert quickstart._program() == f"{shlex.quote(sys.executable)} -m clip_rd_edge"
-    monkeypatch.setattr(sys, "argv", [str(Path.cwd() / ".venv/bin/clip-rd-edge")])
-    assert quickstart._program() == ".venv/bin/clip-rd-edge"
-
-
-def test_the_shells_of_windows_are_shown_each_command_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("cli.build", "utils.text"):
-        monkeypatch.setattr(f"clip_rd_edge.{module}.os", SimpleNamespace(name="nt", path=ntpath))
-    monkeypatch.setenv("PATH", "")
-    program = r"Z:\of mine\.venv\Scripts\clip-rd-edge"  # on another drive
-    monkeypatch.setattr(sys, "argv", [program])
-    assert quickstart._program() == f'"{program}"'
-    monkeypatch.setattr(quickstart, "_unseen_concepts", lambda: unseen("arrow", "rocket", "square", "circle"))
-    lines = [line.strip() for line in quickstart._next_steps(Path("runs/quickstart")).splitlines()]
-    (trained,) = (line for line in lines if " distill " in line)
-    assert trained.split()[-10:] == re.sub(r"[\\\s]+", " ", train.OWN_DATA_EXAMPLE).split()[-10:]
-    assert not any(line.startswith("-") or line.endswith("\\") for line in lines)
