@@ -14,7 +14,6 @@ from clip_rd_edge.data.load import Mixed, TrainingData, load_images, load_pairs,
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.samples import Counts, Sample, Samples
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.runtime.labels import read_texts
 
 
 @pytest.fixture
@@ -47,17 +46,6 @@ def test_a_folder_of_frames_and_a_list_of_labels(frames: Path) -> None:
     assert samples.counts == Counts(pairs=0, images=5, texts=2)
     assert str(samples.counts) == "5 images without captions and 2 texts"
     assert list(samples.groups) == [5]
-
-
-def test_a_tilde_is_the_home_folder_in_every_source(
-    pairs_csv: Path, frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "labels.txt").write_text("red\ngreen\n")
-    source = TrainingData(data=f"~/{pairs_csv.name}", images="~/frames", texts="~/labels.txt")
-    assert load_samples(source, read_texts).counts == Counts(pairs=24, images=5, texts=2)
-    shards = TrainingData(data="~/a/{0..3}.tar::b~/~.tar::~/c.tar")
-    assert shards.data == f"{tmp_path}/a/{{0..3}}.tar::b~/~.tar::{tmp_path}/c.tar"
 
 
 def test_more_texts_than_images_share_the_rows(frames: Path) -> None:

@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -62,9 +61,8 @@ def test_an_answer_that_stalls_is_asked_for_again_soon(
     assert time.monotonic() - started < 100  # a busy machine included; aiohttp's limit is 300 s for a whole answer
 
 
-@pytest.mark.parametrize(("signal_name", "code"), [("SIGINT", 130), ("SIGTERM", -15)])
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_a_stop_waits_for_no_server_that_does_not_answer(server: UnreliableServer, signal_name: str, code: int) -> None:
+def test_a_stop_waits_for_no_server_that_does_not_answer(server: UnreliableServer) -> None:
     server.fail = ["stall"] * 99
     program = """
 from clip_rd_edge.cli import main
@@ -74,16 +72,8 @@ main.main()
 """
     process = subprocess.Popen([sys.executable, "-c", program, f"{server.url}/{{000..003}}.tar"])
     wait_until(lambda: len(server.requests) == SHARDS)
-    process.send_signal(getattr(signal, signal_name))
-    assert process.wait(20) == code
-
-
-def test_a_server_that_cannot_be_reached_is_named_with_the_reason(server: UnreliableServer) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}/000.tar?sig=SECRET"
-        with pytest.raises(InputError, match=r"000\.tar could not be fetched: Cannot connect to host 127\.0\.0\.1"):
-            load_pairs(url)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == -signal.SIGTERM
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
@@ -221,7 +211,7 @@ def test_a_command_after_pipe_gives_a_shard(shards: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a shell with head")
-@pytest.mark.parametrize("bytes_sent", [0, 100, 3000])
+@pytest.mark.parametrize("bytes_sent", [0, 3000])
 def test_a_command_whose_failure_a_pipe_hides_leaves_no_shard_behind(
     shards: Path, monkeypatch: pytest.MonkeyPatch, bytes_sent: int
 ) -> None:
@@ -249,14 +239,3 @@ def test_a_full_disk_is_not_taken_for_a_server_that_fails(
     monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("tried again"))
     with pytest.raises(OSError, match="No space left"):
         remote.fetch(shard, tmp_path / "000.part")
-
-
-def test_other_schemes_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"xyz://a/0\.tar cannot be read"):
-        load_pairs("xyz://a/0.tar")
-
-
-def test_a_remote_shard_is_named_like_its_file() -> None:
-    assert remote.RemoteShard("pipe:aws s3 cp s3://a/b/00012.tar -").name == "00012.tar"
-    assert remote.RemoteShard("https://example.org/a/00012.tar").name == "00012.tar"
-    assert remote.RemoteShard("https://example.org/a/00012.tar?download=true").name == "00012.tar"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from clip_rd_edge.data import samples as samples_module
 from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.samples import BadSamples, Samples, fingerprint, read_twice, require_batch
+from clip_rd_edge.data.samples import BadSamples, Samples, fingerprint, require_batch
 from clip_rd_edge.errors import InputError, UnreachableError, UsageError
 
 
@@ -135,16 +135,3 @@ def test_an_image_that_the_machine_cannot_read_is_no_bad_pair(
     failures += [number, number]
     with pytest.raises(UnreachableError, match=rf"pictures/5\.png: {os.strerror(number)}"):
         bad.take(5)
-
-
-def test_a_pair_that_is_bad_at_the_second_attempt_keeps_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples_module, "_PAUSE_S", 0)
-    second = ValueError("it is damaged")
-    reasons = [OSError(errno.EIO, os.strerror(errno.EIO)), second]
-
-    def read(_: int) -> None:
-        raise InputError("Cannot read 5.png.") from reasons.pop(0)
-
-    with pytest.raises(InputError) as caught:
-        read_twice(read, 5)
-    assert caught.value.__cause__ is second

@@ -7,14 +7,12 @@ import errno
 import os
 import pickle
 import shutil
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from support import Watch, contents
 
 from clip_rd_edge.data import tables
@@ -103,11 +101,8 @@ def test_tables_without_pairs_are_refused(pairs_csv: Path, content: str) -> None
     ("row", "reason"),
     [
         ("pictures/none.png,a cat", "no image file 'pictures/none.png' in "),
-        ("/gone.png,a cat", "no image file '/gone.png'"),
         ("https://me:secret@example.com/0.png?sig=abc,a cat", "'https://example.com/0.png' is an address"),
-        ("pictures,a cat", "no image file 'pictures'"),
         (",a cat", "it names no image"),
-        ("pictures/0.png,", "the caption in column 'title' is empty"),
         ("pictures/0.png", "the caption in column 'title' is empty"),
         ("pictures/0.png,a dog, asleep", "it has more fields than the header"),
         (f"{'a' * 5_000}.png,a cat", "no image file"),
@@ -129,7 +124,7 @@ def test_empty_rows_of_a_spreadsheet_are_no_pairs(pairs_csv: Path) -> None:
     assert (len(pairs), pairs.problems.count) == (24, 0)
 
 
-@pytest.mark.parametrize("row", range(1, 25, 4))
+@pytest.mark.parametrize("row", range(1, 25, 8))
 @pytest.mark.parametrize("place", ["caption's start", "both captions' starts", "image's start", "after a closed quote"])
 def test_a_stray_quote_never_swallows_rows_without_a_word(pairs_csv: Path, row: int, place: str) -> None:
     lines = pairs_csv.read_text().splitlines()
@@ -160,12 +155,6 @@ def test_what_cannot_be_read_is_named_by_its_line(pairs_csv: Path, rows: str, li
     pairs_csv.write_bytes(pairs_csv.read_bytes() + rows.encode(errors="surrogateescape") + b"\n")
     with pytest.raises(InputError, match=rf"pairs\.csv, line {line}: "):
         load_pairs(str(pairs_csv))
-
-
-def test_a_column_named_twice_may_be_one_that_is_not_read(tmp_path: Path) -> None:
-    Image.new("RGB", (2, 2)).save(tmp_path / "1.png")
-    (tmp_path / "pairs.csv").write_text("note,filepath,title,note\nx,1.png,a frog,y\nx,1.png,a dog,y\n")
-    assert captions(load_pairs(str(tmp_path / "pairs.csv"))) == ["a frog", "a dog"]
 
 
 @pytest.mark.parametrize("kind", ["missing", "pipe", "link", "elsewhere"])
@@ -236,20 +225,6 @@ def test_relative_paths_depend_on_the_working_directory(
     shutil.copy(other / "pictures" / "1.png", other / "pictures" / "0.png")
     monkeypatch.chdir(other)
     assert contents(load_pairs(str(pairs_csv))) != from_table
-
-
-@pytest.mark.usefixtures("kept")
-def test_indices_that_nobody_opens_are_removed(pairs_csv: Path, tmp_path: Path) -> None:
-    load_pairs(str(pairs_csv))
-    (index,) = (tmp_path / "cache" / "table-indices").glob("*/index.json")
-    os.utime(pairs_csv, (1, 1))
-    load_pairs(str(pairs_csv))
-    assert index.is_file()
-    os.utime(index, (time.time() - 31 * 24 * 3600,) * 2)
-    os.utime(pairs_csv, (2, 2))
-    load_pairs(str(pairs_csv))
-    assert not index.parent.exists()
-    assert len(list((tmp_path / "cache" / "table-indices").iterdir())) == 2
 
 
 @pytest.mark.usefixtures("kept")
@@ -337,13 +312,6 @@ def test_parquet_text_that_is_not_utf_8_is_named_by_its_row(pairs_csv: Path) -> 
     for read in (load_pairs, partial(read_column, column="title")):
         with pytest.raises(InputError, match=r"pairs\.parquet, row 3: "):
             read(str(path))
-
-
-@pytest.mark.parametrize("texts", [["['a', 'b']"], [None, " "]], ids=["list", "none"])
-def test_a_column_of_captions_holds_one_text_per_row(tmp_path: Path, texts: list[str | None]) -> None:
-    path = write_parquet(tmp_path / "texts.parquet", {"title": [*texts, *texts]})
-    with pytest.raises(InputError, match=r"texts\.parquet has "):
-        read_column(str(path), "title")
 
 
 def test_a_table_is_a_retrieval_task(pairs_csv: Path) -> None:

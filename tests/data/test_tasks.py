@@ -111,10 +111,8 @@ def test_an_exported_classification_data_set(classification_shards: Path) -> Non
     ("name", "content"),
     [
         ("classnames.txt", "fish\nbird\n"),
-        ("classnames.txt", ""),
         ("classnames.txt", "fish\n\nfrog\n"),
         ("test/nshards.txt", "3"),
-        ("test/nshards.txt", "many"),
         ("dataset_type.txt", "multilabel"),
     ],
 )
@@ -188,13 +186,6 @@ def test_tasks_of_one_file_name_are_named_by_the_parts_of_their_paths_that_diffe
 def test_distinct_names_stay() -> None:
     assert names(("a", "x/a.csv"), ("b", "x/b.csv")) == ["a", "b"]
     assert names(("emoji:unseen-style", "emoji:unseen-style")) == ["emoji:unseen-style"]
-
-
-def test_the_questions_of_a_task_are_written_as_in_the_digests_that_are_kept() -> None:
-    zero_shot = ZeroShotTask(name="z", images=(), targets=(1, 0), labels=("cat", "dog"), templates=("a {}",))
-    assert repr(zero_shot.questions) == "((1, 0), ('cat', 'dog'), ('a {}',))"
-    retrieval = RetrievalTask(name="r", images=(), captions=("x", "y", "w"), caption_images=(1, 0, 1))
-    assert repr(retrieval.questions) == "(('x', 'y', 'w'), (1, 0, 1))"
 
 
 def test_the_first_caption_of_an_image_is_found_by_the_image() -> None:

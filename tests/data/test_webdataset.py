@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import math
 import os
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,24 +177,6 @@ def test_shards_that_are_merely_shorter_have_lost_nothing(
 ) -> None:
     write_tar(tmp_path / "4.tar", {"000.png": encode_image(0), "000.txt": b"the last one"})
     assert load_pairs(f"{tmp_path}/{{0..4}}.tar").problems.lost == 0
-
-
-def test_a_sample_with_malformed_headers_is_a_bad_sample_and_no_damage(tmp_path: Path, encode_image: Factory) -> None:
-    path = tmp_path / "0.tar"
-    with tarfile.open(path, "w") as archive:
-        for i in range(4):
-            if i == 2:
-                broken = tarfile.TarInfo("PaxHeaders/x")
-                broken.type, broken.size = tarfile.XHDTYPE, 10
-                archive.addfile(broken, io.BytesIO(b"no records"))
-            for name, content in ((f"{i}.png", encode_image(i)), (f"{i}.txt", f"grey {i}".encode())):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-    pairs = load_pairs(str(path))
-    assert greys(pairs) == [(i, f"grey {i}") for i in (0, 1, 3)]
-    assert list(pairs.problems.examples) == [f"{path}: 2 has no image (.jpg, .png, .webp)"]
-    assert pairs.problems.lost == 0
 
 
 def test_a_tar_is_indexed_once_and_again_when_it_changes(
