@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import clip_rd_edge as edge
-from clip_rd_edge.bundle.runs import was_quantized_in_training
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.edit import average_models, interpolate_clip
@@ -71,17 +70,6 @@ def test_the_result_has_the_weights_between_and_the_record_of_the_training(
     assert len(set(record["average"]["sha256"])) == 2
     assert "evaluation" not in record
     assert record["date"] != RECORD["date"]
-
-
-def test_weights_trained_for_int8_are_told_from_those_that_were_not(tmp_path: Path) -> None:
-    names = {"plain": {"quantize": None}, "int8": {"quantize": "int8", "tuned_share": 0.5}}
-    names["start"] = {"quantize": "int8", "tuned_share": 0.0}  # of which the trained weights have no share
-    for seed, (name, configuration) in enumerate(names.items()):
-        save_clip(tmp_path / name, build(seed), provenance={"configuration": configuration})
-    for first, second, weight in (("plain", "int8", 0.5), ("plain", "int8", 0.0), ("int8", "plain", 0.0)):
-        edge.average(tmp_path / first, tmp_path / second, tmp_path / f"{first}-{second}-{weight}", weight=weight)
-    adapted = {path.name for path in tmp_path.iterdir() if was_quantized_in_training(str(path))}
-    assert adapted == {"int8", "plain-int8-0.5", "int8-plain-0.0"}
 
 
 @pytest.mark.parametrize(

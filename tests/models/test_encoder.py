@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from support import share_in_threads
-from torch import nn
 
 from clip_rd_edge.api.models import open_encoder
 from clip_rd_edge.models.clip import ClipModel, parameter_count
@@ -50,21 +49,6 @@ def test_an_encoder_goes_to_another_process(student: ClipModel) -> None:
     assert np.array_equal(copied.encode_texts(["a cat", "two"]), encoder.encode_texts(["a cat", "two"]))
     pixels = np.random.default_rng(0).standard_normal((2, 3, *student.preprocessing.size)).astype(np.float32)
     assert np.array_equal(copied.encode_pixels(pixels), encoder.encode_pixels(pixels))
-
-
-def test_each_encoder_computes_with_its_own_number_of_threads_and_leaves_torchs(student: ClipModel) -> None:
-    numbers = list[int]()
-
-    class Counting(nn.Module):
-        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            numbers.append(torch.get_num_threads())
-            return pixels[:, :, 0, 0]
-
-    before, pixels = torch.get_num_threads(), np.zeros((1, 3, 2, 2), dtype=np.float32)
-    for threads in (before + 1, before + 2, None, before + 1):
-        TorchEncoder(student, image_tower=Counting(), threads=threads).encode_pixels(pixels)
-        assert torch.get_num_threads() == before
-    assert numbers == [before + 1, before + 2, before, before + 1]
 
 
 def test_blocks_in_each_other_and_in_threads_restore_the_number_of_threads() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import pytest
@@ -36,26 +35,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Te
 def tiny() -> ClipModel:
     config = student_config("test_resnet", embedding_size=8, image_size=32, text="64x1", context_length=8)
     return build_student(config, name="tiny")
-
-
-def test_a_model_trained_with_random_interpolation_is_evaluated_as_open_clip_does(tmp_path: Path) -> None:
-    save_clip(tmp_path / "model", tiny(), provenance={})
-    path = tmp_path / "model/open_clip_config.json"
-    config = json.loads(path.read_text())
-    config["preprocess_cfg"]["interpolation"] = "random"
-    path.write_text(json.dumps(config))
-    assert load_clip(f"local-dir:{tmp_path / 'model'}").preprocessing.interpolation == "bicubic"
-
-
-def test_what_a_model_records_is_utf_8_whatever_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_text = Path.write_text
-
-    def as_on_windows(path: Path, text: str, encoding: str | None = None, **options: Any) -> int:
-        return write_text(path, text, encoding=encoding or "cp1252", **options)
-
-    monkeypatch.setattr(Path, "write_text", as_on_windows)
-    save_clip(tmp_path / "model", tiny(), provenance={"data": "データ/Müller.csv"})
-    assert json.loads((tmp_path / "model" / "distillation.json").read_bytes())["data"] == "データ/Müller.csv"
 
 
 def test_a_thread_that_has_loaded_its_model_lets_no_python_code_into_that_of_another() -> None:

