@@ -17,15 +17,13 @@ from clip_rd_edge.benchmarking.accuracy import (
     IMAGE_TO_TEXT,
     TEXT_TO_IMAGE,
     TOP1,
-    embed_images,
     pack_correctness,
     retrieval,
     task_fingerprint,
     zero_shot,
 )
-from clip_rd_edge.bundle import images as contract_images
 from clip_rd_edge.bundle.encoder import normalise
-from clip_rd_edge.bundle.images import ImageFile, open_image
+from clip_rd_edge.bundle.images import ImageFile
 from clip_rd_edge.data.shard_index import open_shard
 from clip_rd_edge.data.tasks import RetrievalTask, ZeroShotTask, load_task
 
@@ -94,17 +92,6 @@ def test_corrected_labels_and_captions_make_other_questions(
     )
     for task, other in zip((colour_task, colour_retrieval), corrected, strict=True):
         assert pack_correctness(task, TOP1, hits).questions != pack_correctness(other, TOP1, hits).questions
-
-
-def test_large_images_are_embedded_in_smaller_batches(
-    make_encoder: Make, colour_task: ZeroShotTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoder = make_encoder()
-    expected = embed_images(encoder, colour_task.images, "t")
-    width, height = open_image(colour_task.images[0]).size
-    monkeypatch.setattr(contract_images, "MAX_BATCH_PIXELS", 4 * width * height)
-    assert (embed_images(encoder, colour_task.images, "t") == expected).all()
-    assert encoder.batches == [6, 4, 2]
 
 
 @pytest.mark.parametrize("in_shard", [False, True])

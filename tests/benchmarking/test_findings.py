@@ -48,36 +48,6 @@ def test_the_fastest_model_that_is_not_significantly_less_accurate_is_recommende
     assert recommendation(timed) is None  # there is no budget
 
 
-def test_unreachable_requirements_are_explained(timed: Results) -> None:
-    suite = replace(timed.suite, budget_ms=1, min_accuracy=0.9)
-    assert recommendation(replace(timed, suite=suite)) == (
-        "No model meets at most 1 ms from image file to answer (95th percentile) and at least 90.0 % top-1: "
-        "the fastest, INT8, takes 2.00 ms at 50.0 %, and the most accurate, Teacher, takes 20.0 ms at 100.0 %."
-    )
-
-
-def test_headline_leads_with_the_shipped_model_against_the_teacher(timed: Results) -> None:
-    shipped, student, quantised, distilled = headline(timed)
-    assert shipped == (
-        "INT8 keeps **50\u00a0%** of the teacher's top-1 on task (50.0 % vs 100.0 %), "
-        "is **8.0× faster** end to end (3.00 ms vs 24.0 ms from image file to label) "
-        "and **2.0× smaller** (3.0 MB vs 6.0 MB)."
-    )
-    assert student == (
-        "The student before export keeps **67\u00a0%** of the teacher's top-1 on task (66.7 % vs 100.0 %), "
-        "is **1.5× smaller**, and its image tower is **2.0× faster**."
-    )
-    assert quantised.startswith("Compared with FP32, INT8 loses 16.7 points of top-1 (95 % confidence interval ")
-    assert quantised.endswith(", so this may be chance), is **1.3× smaller**, and its image tower is **3.0× faster**.")
-    assert distilled.startswith("Distillation changes top-1 by +16.7 points compared with the same student trained")
-    other = replace(timed.rows[-1], label="INT8 per tensor")
-    assert headline(replace(timed, rows=(*timed.rows, other)))[0].startswith("INT8 per tensor keeps")
-    openvino = replace(timed_row(timed.rows[3], 3.0, 48.0, 48.0), label="OpenVINO")  # no quantised one
-    first, *_ = headline(replace(timed, rows=(*timed.rows[:-1], openvino)))
-    assert first.startswith("OpenVINO keeps **67\u00a0%** of the teacher's top-1 on task")
-    assert "is **2.0× slower** end to end (48.0 ms vs 24.0 ms from image file to label)" in first
-
-
 def test_headline_of_a_busy_machine_says_so_first_and_stresses_no_speed(timed: Results) -> None:
     busy, shipped, student, quantised, _ = headline(replace(timed, other_load=0.96))
     assert busy.startswith("The machine was busy: other processes used 96\u00a0% of it while the models were timed.")

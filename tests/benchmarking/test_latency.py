@@ -12,7 +12,6 @@ import pytest
 from clip_rd_edge.api.models import first_answer
 from clip_rd_edge.benchmarking.latency import (
     BATCHES,
-    REFERENCE_MODEL,
     measure_cold_start,
     measure_latencies,
     measure_throughput,
@@ -21,7 +20,6 @@ from clip_rd_edge.benchmarking.latency import (
 )
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import preprocess
-from clip_rd_edge.errors import InputError
 
 
 def test_each_tower_and_end_to_end_latency(make_encoder: Callable[..., Any], squares: dict[str, Path]) -> None:
@@ -55,25 +53,6 @@ def test_the_interval_of_a_quantile_covers_the_differences_between_timing_blocks
     assert mixed.p50_interval is not None
     assert alike.p50_interval.high - alike.p50_interval.low > 3
     assert mixed.p50_interval.high - mixed.p50_interval.low < 2
-
-
-def test_a_missing_image_is_an_error(make_encoder: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the file does not exist"):
-        measure_latencies({"a": make_encoder()}, tmp_path / "none.png")
-
-
-def test_the_embedded_reference_model_is_one_matrix_product() -> None:
-    import onnx
-    from onnx import TensorProto, helper
-
-    tensors = {
-        name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-        for name, shape in (("x", ["N", "K"]), ("w", ["K", "M"]), ("y", ["N", "M"]))
-    }
-    node = helper.make_node("MatMul", ["x", "w"], ["y"])
-    graph = helper.make_graph([node], "reference", [tensors["x"], tensors["w"]], [tensors["y"]])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="")
-    assert onnx.load_from_string(REFERENCE_MODEL) == model
 
 
 def test_the_reference_workload_runs() -> None:

@@ -1,27 +1,16 @@
 from __future__ import annotations
 
-import io
 import re
 
 import numpy as np
 from msgspec.structs import replace
-from PIL import Image
 
-from clip_rd_edge.benchmarking.plot import DARK, _pareto_front, draw
+from clip_rd_edge.benchmarking.plot import _pareto_front, draw
 from clip_rd_edge.benchmarking.results import Results
 
 
 def test_the_same_results_give_an_identical_file(results: Results) -> None:
     assert draw(results, file_format="svg") == draw(results, file_format="svg")
-
-
-def test_the_plot_has_the_colours_of_roles_and_background(results: Results) -> None:
-    png = draw(results, file_format="png", palette=DARK)
-    assert png is not None
-    with Image.open(io.BytesIO(png)) as image:
-        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20) or []}
-    for colour in (DARK.ground, DARK.roles["teacher"], DARK.roles["quantised"]):
-        assert tuple(bytes.fromhex(colour[1:])) in colours
 
 
 def test_results_without_a_zero_shot_task_have_no_plot(results: Results) -> None:

@@ -83,11 +83,6 @@ def test_models_that_cannot_be_opened_or_run_are_skipped_with_the_reason(suite: 
         run_suite(nowhere, open_fake)
 
 
-def test_an_unknown_task_is_an_error_before_any_model_is_opened(suite: Suite) -> None:
-    with pytest.raises(InputError, match="Did you mean 'emoji:unseen-style'"):
-        run_suite(replace(suite, tasks=("emoji:unsen-style",)), lambda spec: pytest.fail(spec))
-
-
 @pytest.mark.parametrize(
     ("old", "new"),
     [
