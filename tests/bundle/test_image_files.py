@@ -84,13 +84,6 @@ def test_a_link_to_nothing_is_an_image_that_cannot_be_read(linked: Path, name: s
         open_image(dead)
 
 
-def test_a_link_to_a_folder_that_does_not_exist_is_reported(linked: Path) -> None:
-    (linked / "nas").symlink_to(linked / "unmounted")
-    reports: list[str] = []
-    assert list_images(linked, on_unreadable=lambda error: reports.append(str(error)))
-    assert reports == [f"Cannot read the folder {linked / 'nas'}: it is a link to something that does not exist."]
-
-
 @pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".ppm", ".PGM", ".pnm", ".HIF"])
 def test_images_under_the_less_usual_names_of_the_formats_that_are_read_are_found(tmp_path: Path, suffix: str) -> None:
     name = tmp_path / f"photo{suffix}"

@@ -266,14 +266,3 @@ def test_a_cache_that_cannot_be_used_costs_time_alone(
     use_all(bundle)
     use_all(bundle)
     assert len(hashed) == 2 * len(FILES)
-
-
-def test_the_memory_of_intact_files_does_not_grow_without_limit(
-    bundle: Path, marks: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(contract, "_MAX_MARKS", 10)
-    manifest = read_manifest(bundle)
-    for number in range(40):
-        os.utime(bundle / "image.onnx", ns=(number, number))
-        contract.require_intact(bundle, manifest, "image.onnx")
-    assert len(list(marks.iterdir())) <= 10

@@ -52,17 +52,6 @@ def test_a_folder_that_was_never_an_output_is_not_replaced_nor_is_force_recommen
     assert "not an earlier average" in str(refused(pictures, "average"))
 
 
-def test_a_file_that_somebody_put_into_a_bundle_is_not_lost(colour_bundle: Path, tmp_path: Path) -> None:
-    bundle = shutil.copytree(colour_bundle, tmp_path / "bundle")
-    write(bundle, "labels.txt")
-    error = refused(bundle)
-    assert "beside an earlier export, it holds labels.txt" in str(error)
-    targets = tmp_path / "pics"
-    shutil.copytree(colour_bundle, targets / "bundle-of-mine")
-    write(targets, "a.jpg")
-    assert "it holds a.jpg" in str(refused(targets))
-
-
 def test_the_other_layouts_are_recognised(colour_bundle: Path, tmp_path: Path) -> None:
     site = write(tmp_path / "site", "index.html", "app.js", "style.css", "sizes.json", "npm/ort.wasm")
     shutil.copytree(colour_bundle, site / "bundle")
