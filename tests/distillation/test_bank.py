@@ -28,7 +28,6 @@ from clip_rd_edge.distillation.store import (
     write_rows,
 )
 from clip_rd_edge.distillation.teacher import Teacher
-from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 
 STEPS, BATCH_SIZE, WIDTH = 8, 6, 24
@@ -166,19 +165,3 @@ def test_a_killed_run_resumes_to_the_same_weights(kind: str, request: pytest.Fix
     lines = read_metrics(killed_and_resumed(request.getfixturevalue(kind), tmp_path, after=7))
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(line["loss/bank"] > 0 for line in lines)
-
-
-@pytest.mark.parametrize(("first", "second"), [("config", "with_store"), ("with_store", "config")])
-def test_a_run_does_not_change_its_kind_of_bank(
-    first: str, second: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    began_with, other = request.getfixturevalue(first), request.getfixturevalue(second)
-    with pytest.raises(MemoryError):
-        run_distillation(began_with, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(4)))
-    watch, began = Watch(), (tmp_path / "run" / "config.yaml").read_text()
-    with pytest.raises(UsageError):
-        run_distillation(other, tmp_path / "run", resume=True, reporter=watch)
-    assert watch.updates == []  # no store is filled
-    assert (tmp_path / "run" / "config.yaml").read_text() == began
-    with pytest.raises(MemoryError):
-        run_distillation(began_with, tmp_path / "run", resume=True, reporter=Watch(on_step=stop_at(5)))

@@ -28,11 +28,6 @@ def test_a_batch_has_at_most_as_many_pairs_as_there_are(pairs_csv: Path) -> None
     assert fitting_batch(tiny_run("clip", {"batch_size": 1024}, data="a/{000..012}.tar")) == 1024  # which is not read
 
 
-def test_a_speed_gives_the_steps_that_there_is_time_for() -> None:
-    assert Speed(0.5, spent_s=36).steps_in(0.11) == 720
-    assert Speed(0.5, spent_s=36).steps_in(0.001) == 1
-
-
 def test_measuring_the_speed_leaves_nothing(pairs_csv: Path, tmp_path: Path) -> None:
     speed = measure_speed(tiny_run("clip", {"batch_size": 4}, data=str(pairs_csv)), tmp_path / "runs" / "first")
     assert 0 < speed.seconds_per_step < speed.spent_s

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,38 +11,11 @@ from clip_rd_edge.distillation.config import (
     RunConfig,
     first_difference,
     load_recipe,
-    recipe_names,
     resolve,
 )
 from clip_rd_edge.distillation.optimizer import build_optimizer, learning_rate_at
-from clip_rd_edge.errors import ConfigError, UsageError
+from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import Objective, Weights
-
-
-def test_every_recipe_has_the_terms_of_its_method() -> None:
-    assert recipe_names() == ["clip", "clip-kd", "clip-rd", "clip-rd-bank", "clip-rd-paper", "tinyclip"]
-    assert set(load_recipe("clip").objective) == {"task"}
-    assert set(load_recipe("clip-kd").objective) == {"task", "fd", "icl", "hrd"}
-    rd = load_recipe("clip-rd")
-    assert rd.objective == load_recipe("clip-rd-paper").objective
-    assert (rd.scales, load_recipe("clip-rd-paper").scales) == ("bounded", "raw")
-    assert rd.objective["fd"] == 2000
-    bank = load_recipe("clip-rd-bank").objective
-    assert set(bank) == {*rd.objective, "bank"}
-    assert set(load_recipe("tinyclip").objective) == {"task", "affinity"}
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["learning_rat: 1", "batch_size: 0", "crop_scale: [0.9, 0.5]", "bank_size: 1e9", "learning_rate: .nan",
-     "betas: [0.9, 1.0]", "warmup_steps: -1", "objective: {task: -1}", "objective: {bank: .inf}",
-     "objective: {task: 1, xdr: 1}", "objective: [task]"],
-)  # fmt: skip
-def test_an_invalid_recipe_is_refused_by_file_and_key(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text(line if line.startswith("objective") else f"objective: {{task: 1.0}}\n{line}\n")
-    with pytest.raises(ConfigError, match=rf"mine\.yaml is invalid.*{line.split(':')[0]}"):
-        load_recipe(str(path))
 
 
 def test_the_schedule_is_a_warm_up_and_then_a_cosine() -> None:
@@ -93,13 +65,8 @@ def test_the_learning_rate_follows_the_batch_size_unless_it_is_given(options: An
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("ema_decay", math.nan), ("ema_decay", 1.0), ("ema_decay", -0.1), ("steps", -5), ("epochs", 0),
-        ("learning_rate", math.nan), ("learning_rate", math.inf), ("learning_rate", 0.0), ("learning_rate", -1e-3),
-        ("max_bad", math.nan), ("max_bad", 1.5), ("max_bad", -0.1), ("seed", -1), ("seed", 2**32), ("batch_size", 0),
-        ("batch_size", "8"), ("batch_size", 2.5),
-        ("image_size", 0), ("image_size", 10**9), ("context_length", 0), ("embedding_size", -1), ("views", -1),
-        ("accumulate", 0), ("loss_block", -1), ("workers", -2), ("workers", 10**6), ("evaluate_every", -1),
-        ("checkpoint_every", 0),
+        ("ema_decay", 1.0), ("steps", -5), ("epochs", 0), ("learning_rate", math.nan), ("learning_rate", 0.0),
+        ("max_bad", 1.5), ("seed", -1), ("batch_size", 2.5), ("image_size", 10**9), ("workers", -2),
     ],
 )  # fmt: skip
 def test_no_number_out_of_range_starts_a_run(option: Any, value: Any) -> None:

@@ -32,10 +32,7 @@ def two_convolutions(kernel: int | tuple[int, int], channels: int = 4, **options
     [
         ((2, 2), (5, 5), (1, 1), (2, 2)),
         ((4, 4), (5, 5), (2, 2), (2, 2)),
-        ((2, 2), (3, 3), (1, 1), (1, 1)),
         ((1, 1), (3, 3), (2, 2), (1, 1)),
-        ((3, 3), (7, 7), (2, 2), (3, 3)),
-        ((2, 9), (5, 3), (1, 2), (2, 1)),
         ((9, 2), (5, 5), (3, 1), (2, 3)),
         ((2, 3), (5, 5), (1, 1), (4, 4)),
     ],
@@ -71,15 +68,6 @@ def test_gradients_are_torchs(
 def test_other_convolutions_stay_torchs(options: dict[str, Any], size: tuple[int, int]) -> None:
     for module in two_convolutions(5, **{"padding": 2} | options):
         assert not is_fast(module(torch.zeros((1, 4, *size), dtype=torch.double)))
-
-
-def test_frozen_weights_and_single_images_stay_torchs() -> None:
-    _, module = two_convolutions(5, padding=2)
-    image = torch.zeros((1, 4, 2, 2), dtype=torch.double)
-    assert is_fast(module(image))
-    assert not is_fast(module(image[0]))
-    module.requires_grad_(False)
-    assert not is_fast(module(image.requires_grad_()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -100,16 +100,6 @@ def test_workers_become_more_while_steps_wait_and_the_batches_stay_the_same(
     assert len(notes) == 4  # a number that was asked for stays
 
 
-def test_workers_have_a_core_each_and_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader_module, "usable_cores", lambda: 16)
-    monkeypatch.setattr(loader_module, "cpu_quota", lambda: None)
-    batch = Batch(torch.zeros(1024, 3, 224, 224, dtype=torch.uint8), (), [])
-    for gigabytes, processes, expected in ((256, 1, 15), (256, 4, 3), (8, 1, 5), (1, 1, 1)):
-        monkeypatch.setattr(loader_module, "memory_limit", lambda gigabytes=gigabytes: gigabytes << 30)
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert loader_module.most_workers(batch) == expected
-
-
 def test_a_batch_has_the_ids_of_its_captions(pairs_csv: Path) -> None:
     dataset = ViewDataset(load_pairs(str(pairs_csv)), STUDENT, [], crops=Crops(scale=(0.5, 1.0)), seed=3)
     dataset.tokenizers = (lengths, lengths)
@@ -130,15 +120,7 @@ def test_an_epoch_has_no_repeated_pairs_and_the_next_is_shuffled_differently(pai
     assert first != second
 
 
-def test_the_teacher_gets_the_same_crop_in_its_own_preprocessing(pairs_csv: Path) -> None:
-    (batch,) = batches(pairs_csv, 0, 1, teachers=[TEACHER])
-    (pixels,) = batch.teacher_pixels
-    assert pixels.shape == (5, 3, 16, 16)
-    student, teacher = (pixels.float().mean((2, 3)) for pixels in (batch.student_pixels, pixels))
-    torch.testing.assert_close(student, teacher, atol=8, rtol=0)
-
-
-@pytest.mark.parametrize("size", [(72, 72), (150, 100), (100, 150), (192, 108), (300, 100)])
+@pytest.mark.parametrize("size", [(72, 72), (100, 150), (300, 100)])
 def test_the_views_of_an_image_of_any_shape_are_all_different(size: tuple[int, int], tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     for name in ("a.png", "b.png"):
@@ -267,8 +249,7 @@ raise SystemExit("stopped")  # with the loader in a traceback, or in a variable,
 """
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_program_ends_whose_loader_is_still_open(pairs_csv: Path, workers: int) -> None:
-    command = [sys.executable, "-c", LEFT_OPEN, str(pairs_csv), str(workers)]
+def test_a_program_ends_whose_loader_is_still_open(pairs_csv: Path) -> None:
+    command = [sys.executable, "-c", LEFT_OPEN, str(pairs_csv), "1"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stderr) == (1, "stopped\n")

@@ -26,11 +26,6 @@ def optimizer(model: torch.nn.Module, **recipe: object) -> RunOptimizer:
     return RunOptimizer(model, Objective(Weights(task=1)), settings, steps=10_000)
 
 
-@pytest.mark.parametrize(("update", "expected"), [(0, 0.1), (1, 2 / 11), (89, 90 / 99), (100_000, 0.999)])
-def test_the_decay_of_the_moving_average_starts_small(update: int, expected: float) -> None:
-    assert average_decay_at(update, 0.999) == pytest.approx(expected)
-
-
 def test_the_moving_average_of_a_short_run_forgets_the_initial_weights(tmp_path: Path) -> None:
     """The share of the first weights in the average is what is left of 1 after updates with weights of 0."""
     model = Tiny()

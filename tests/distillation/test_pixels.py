@@ -10,7 +10,7 @@ from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess, resize_cro
 from clip_rd_edge.distillation.pixels import LARGE, Crops, Normaliser, crop_levels, crops_for
 
 MODEL = Preprocessing(size=(224, 224), mean=(0.48, 0.45, 0.41), std=(0.26, 0.27, 0.28))
-SIZES = [(1, 1), (2, 3), (3, 500), (500, 3), (64, 48), (224, 224), (500, 333), (1280, 720), (1080, 1920), (3000, 1000)]
+SIZES = [(1, 1), (2, 3), (3, 500), (64, 48), (500, 333), (1080, 1920), (3000, 1000)]
 
 
 @pytest.mark.parametrize("size", SIZES)

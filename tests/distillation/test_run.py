@@ -31,9 +31,8 @@ from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.distillation import checkpoint
 from clip_rd_edge.distillation import loop as train
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, seed_everything
-from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.distill import run_distillation
-from clip_rd_edge.distillation.student import with_default_shape
 from clip_rd_edge.errors import (
     DiskFullError,
     DivergedRunError,
@@ -525,16 +524,6 @@ def test_a_student_with_its_teachers_text_tower_trains_its_projection_and_resume
     assert {name for name in names if not torch.equal(before[name], after[name])} == {"text.text_projection"}
 
 
-@pytest.mark.parametrize("named", [{"teacher": ("a", "b")}, {"store": "a", "views": 2}])
-def test_a_recipe_without_a_teacher_is_given_none(config: RunConfig, tmp_path: Path, named: dict[str, Any]) -> None:
-    recipe = msgspec.structs.replace(config.recipe, objective=load_recipe("clip").objective)
-    alone = msgspec.structs.replace(config, recipe=recipe, recipe_name="clip", teacher=None)
-    idle = msgspec.structs.replace(alone, **named)
-    with pytest.raises(UsageError) as error:
-        distil(idle, tmp_path / "run")
-    assert error.value.option in named
-
-
 def test_the_first_layers_of_a_frozen_image_tower_keep_weights_and_statistics(
     config: RunConfig, teacher: Path, tmp_path: Path
 ) -> None:
@@ -580,22 +569,6 @@ def test_the_saved_student_is_between_its_start_and_the_trained_weights(
         distil(msgspec.structs.replace(config, tuned_share=0.25), tmp_path / "untrained")
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("image_size", 64), ("embedding_size", 96), ("text", "tiny"),
-        ("image_size", 224), ("context_length", 77), ("text", "standard"),  # the defaults of new students
-    ],
-)  # fmt: skip
-def test_a_trained_student_is_not_asked_to_have_another_shape(
-    config: RunConfig, teacher: Path, tmp_path: Path, field: str, value: int
-) -> None:
-    other = fine_tuning(config, teacher, **{field: value})
-    with pytest.raises(UsageError, match=f"; {value} was asked"):
-        distil(other, tmp_path / "run")
-    assert not (tmp_path / "run" / "student").exists()
-
-
 def test_a_run_records_the_shape_of_its_trained_student(config: RunConfig, teacher: Path, tmp_path: Path) -> None:
     run, tuned = tmp_path / "run", msgspec.structs.replace(fine_tuning(config, teacher), student=str(teacher))
     with pytest.raises(MemoryError):
@@ -611,11 +584,6 @@ def test_a_run_records_the_shape_of_its_trained_student(config: RunConfig, teach
         assert {name: getattr(recorded, name) for name in shape} == shape
     shutil.rmtree(teacher)
     assert distil(tuned, run, resume=True) == student
-
-
-def test_a_new_students_shape_has_defaults(config: RunConfig) -> None:
-    default = with_default_shape(msgspec.structs.replace(config, image_size=None, text=None, context_length=None))
-    assert (default.image_size, default.text, default.context_length) == (224, "standard", 77)
 
 
 def test_precision_is_measured_and_saved(config: RunConfig, tmp_path: Path) -> None:

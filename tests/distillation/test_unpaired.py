@@ -19,11 +19,10 @@ from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.order import StepSampler, View
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.distill import run_distillation
-from clip_rd_edge.distillation.embed import embed_teacher
 from clip_rd_edge.distillation.loader import Batch, step_loader
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.setup import load_setup, make_dataset
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.calibration import kept_pairs
 from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.models.load import training_facts
@@ -83,20 +82,6 @@ def test_texts_alone_train_the_text_tower_and_nothing_else(config: RunConfig, tm
     assert (record["pairs"], record["images"], record["texts"]) == (0, 0, 4)
 
 
-def test_texts_alone_are_refused_where_images_are_needed(config: RunConfig, tmp_path: Path) -> None:
-    config = msgspec.structs.replace(config, images=None, views=2)
-    with pytest.raises(UsageError):
-        embed_teacher(msgspec.structs.replace(config, teacher_precision="fp32"), tmp_path / "cache")
-    recipe = msgspec.structs.replace(config.recipe, batch_size=4)
-    cached = msgspec.structs.replace(config, recipe=recipe, store=str(tmp_path / "cache"))
-    with pytest.raises(UsageError, match="texts alone"):
-        run_distillation(cached, tmp_path / "run", resume=False)
-    teacher = str(tmp_path / "teacher")
-    config = msgspec.structs.replace(config, recipe=recipe, student=teacher, quantize="int8", views=0)
-    with pytest.raises(UsageError, match="it is the image tower that is trained for INT8"):
-        run_distillation(config, tmp_path / "run", resume=False)
-
-
 @pytest.mark.parametrize(
     ("weights", "with_pairs", "matches"),
     [
@@ -104,7 +89,6 @@ def test_texts_alone_are_refused_where_images_are_needed(config: RunConfig, tmp_
         ({"fd": 1, "task": 1}, True, True),
         ({"fd": 1, "task": 1}, False, False),
         ({"fd": 1, "hrd": 1}, False, True),
-        ({"fd": 1, "affinity": 1}, False, True),
     ],
 )
 def test_projections_need_a_term_that_keeps_images_and_texts_together(
@@ -198,12 +182,3 @@ def test_a_caption_may_begin_with_a_hashtag(tmp_path: Path) -> None:
     captions.write_text("# from the archive\n#\n#sunset over the bay\na boat\n")
     assert read_texts(str(captions), column="title") == ["#sunset over the bay", "a boat"]
     assert read_labels_file(captions) == ["#sunset over the bay", "a boat"]
-
-
-def test_texts_come_from_the_caption_column_of_a_table(tmp_path: Path) -> None:
-    table = tmp_path / "captions.csv"
-    table.write_text("id,Title,label\n1,a red bicycle,bicycle\n2,two dogs,dog\n")
-    assert read_texts(str(table), column="title") == ["a red bicycle", "two dogs"]
-    assert read_texts(str(table), column="caption") == ["bicycle", "dog"]
-    with pytest.raises(InputError, match=r"gone\.txt"):
-        read_texts(str(tmp_path / "gone.txt"), column="title")
