@@ -9,7 +9,6 @@ import pytest
 
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime import doctor
-from clip_rd_edge.runtime.backends import onnxruntime as int8_kernels
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -20,18 +19,6 @@ def test_a_missing_extra_is_reported_with_its_pip_command(monkeypatch: pytest.Mo
     assert train.state == "missing"
     assert train.detail.endswith("needs torch")
     assert train.remedy == install_command("train")
-
-
-@pytest.mark.parametrize("package", ["onnxruntime", "onnxruntime-openvino"])
-def test_wrong_sums_of_int8_are_reported_with_the_versions_to_install(
-    package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(int8_kernels, "wrong_sums", lambda: "ONNX Runtime 1.23.0 gets sums of INT8 wrong")
-    monkeypatch.setattr(doctor, "is_installed", lambda name: name == package)
-    finding = doctor._onnxruntime()
-    assert finding.state == "ok"
-    assert finding.detail.endswith("; bundles run on cpu. ONNX Runtime 1.23.0 gets sums of INT8 wrong")
-    assert finding.remedy == f'pip install "{package}!=1.21.*,!=1.22.*,!=1.23.*,!=1.24.*"'
 
 
 @pytest.mark.parametrize(

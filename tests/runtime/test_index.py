@@ -471,21 +471,6 @@ def test_other_preprocessing_embeds_everything_again(colour_bundle: Path, colour
     assert [model_key(manifest) == model_key(other) for other in bf16] == [False, True]  # of the same file
 
 
-def test_what_is_not_an_index_is_refused(colour_bundle: Path, colour_images: Path, index: Path, tmp_path: Path) -> None:
-    encoder = load(colour_bundle)
-    with pytest.raises(UsageError):
-        update_index(encoder, colour_images, colour_bundle)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError):
-        update_index(encoder, tmp_path / "empty", index)
-    with pytest.raises(InputError):
-        read_index(tmp_path)
-    update_index(encoder, colour_images, index)
-    next(index.glob("*.npy")).unlink()
-    with pytest.raises(ConfigError):
-        read_index(index)
-
-
 @pytest.mark.parametrize(
     "entries",
     ["{}", '""', '[["a",1,2,3,"b"],["a",1,2,3,4]]', "[" * 10_000 + "]" * 10_000, '[["../a",1,2,3,"b"]]',

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime import index_update, index_watch
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import model_key, read_index
-from clip_rd_edge.runtime.index_folder import Listing
 from clip_rd_edge.runtime.index_update import Update, update_index
 from clip_rd_edge.runtime.index_watch import BROKEN_S, POLL_S, watch_index
 from clip_rd_edge.runtime.load import load
@@ -251,39 +250,6 @@ def test_another_models_index_that_is_put_there_is_kept_and_ends_the_watch(
     (update,) = watched.watch()  # which a new watch replaces
     assert update.embedded >= 4
     assert read_index(watched.index)[0].model == model_key(watched.encoder.manifest)
-
-
-@pytest.mark.parametrize(
-    ("listing_s", "save_s", "embedding_s", "pause_s"),
-    [(0.05, 0, 0, 2), (400, 0, 0, 60), (0, 1, 0, 20), (0, 0, 7200, 2), (0, 1, 7, 20)],
-)
-def test_the_pause_grows_with_the_time_of_work_beside_embedding_up_to_a_minute(
-    watched: Folder,
-    monkeypatch: pytest.MonkeyPatch,
-    listing_s: float,
-    save_s: float,
-    embedding_s: float,
-    pause_s: float,
-) -> None:
-    def slow(plain: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            watched.now += seconds
-            return plain(*arguments)
-
-        return call
-
-    def embed(*arguments: Any) -> Iterator[object]:
-        for batch in embed_images(*arguments):
-            watched.now += embedding_s
-            yield batch
-
-    embed_images = index_update.embed_images
-    monkeypatch.setattr(index_update, "embed_images", embed)
-    monkeypatch.setattr(index_watch, "Listing", slow(Listing, listing_s))
-    monkeypatch.setattr(index_update, "write_index", slow(index_update.write_index, save_s))
-    monkeypatch.setattr(index_update.time, "monotonic", lambda: watched.now)
-    watched.watch()
-    assert watched.pauses == [pytest.approx(pause_s)]
 
 
 def test_a_stop_saves_what_is_embedded(watched: Folder) -> None:

@@ -32,11 +32,7 @@ FILES = {
     "labels": "\ufeffa pig\r\na dog, asleep\r\n",
     "labels.csv": 'label,count\na pig,3\n"a dog, asleep",4\na pig,5\n',
     "semicolon.csv": "id;Class_Name\n7;a pig\n8;a dog, asleep\n",
-    "tabs.csv": "id\tlabel\n7\ta pig\n8\ta dog, asleep\n",
     "excel.csv": "\ufeffsep=;\r\nid;label\r\n7;a pig\r\n8;a dog, asleep\r\n",
-    "bars.csv": "id|label\n7|a pig\n8|a dog, asleep\n",
-    "commas.tsv": 'name,id\na pig,7\n"a dog, asleep",8\n',
-    "old mac.csv": "id;label\r7;a pig\r8;a dog, asleep\r",
     "one column.csv": 'a pig\n"a dog, asleep"\n',
     "numbered.csv": 'label,count,class_name\n0,3,a pig\n1,4,"a dog, asleep"\n',
     "labels.tsv": "id\tname\n7\ta pig\n8\ta dog, asleep\n",
@@ -65,7 +61,6 @@ def test_a_label_file_is_read_by_what_it_is(tmp_path: Path, name: str, monkeypat
     ("name", "content", "column", "expected"),
     [
         ("digits.csv", "label,image\n0,a.png\n1,b.png\n", "label", ["0", "1"]),
-        ("digits.csv", "digit,name\n0,zero\n1,one\n", "digit", ["0", "1"]),
         (
             "pairs.json",
             '[{"name": "1.jpg", "Caption": "a pig"}, {"name": "2.jpg", "Caption": "b"}]',
@@ -73,8 +68,6 @@ def test_a_label_file_is_read_by_what_it_is(tmp_path: Path, name: str, monkeypat
             ["a pig", "b"],
         ),
         ("pairs.json", '{"name": ["1.jpg", "2.jpg"], "Caption": ["a pig", "b"]}', "Caption", ["a pig", "b"]),
-        ("pairs.json", '{"caption": "of animals", "names": ["a pig", "b"]}', "Caption", ["a pig", "b"]),
-        ("table.csv", 'title\n"two\nlines"\none\n', "title", ["two\nlines", "one"]),
         (
             "table.csv",
             'a,title,"label\n"\n1,"b, c\n\non d, red,\nand e\n",x\n2,f,x',
@@ -192,7 +185,6 @@ def test_rows_that_a_stray_quote_joined_are_refused(tmp_path: Path, rows: str) -
     ("tower", "array", "dtype"),
     [
         ("fp32", "embeddings", np.float32),
-        ("fp16", "embeddings", np.float16),
         ("bf16", "embeddings", np.float16),
         ("int8 dynamic with token embeddings, per-channel", "levels", np.int8),
     ],

@@ -159,21 +159,6 @@ def test_a_left_out_image_gets_what_a_regression_without_it_gives_it() -> None:
         np.testing.assert_allclose(left_out[row], head @ images[row])
 
 
-def test_wrong_requests_are_refused_and_leave_nothing(bank_bundle: Path, tmp_path: Path) -> None:
-    new = tmp_path / "new"
-    (tmp_path / "empty" / "mug").mkdir(parents=True)
-    damaged = draw(tmp_path / "damaged", {"purple": PURPLE})
-    (damaged / "purple" / "x.png").write_bytes(b"no image")
-    with pytest.raises(UsageError):
-        edge.teach(bank_bundle, output=new)
-    for folder in (tmp_path / "empty", tmp_path / "absent", damaged):
-        with pytest.raises(InputError):
-            edge.teach(bank_bundle, folder, output=new)
-    with pytest.raises(UsageError):
-        edge.teach(bank_bundle, draw(tmp_path / "things", {"purple": PURPLE}), output=bank_bundle, force=True)
-    assert not new.exists()
-
-
 def changed(taught: Taught, **fields: Any) -> Taught:
     return Taught(**{name: fields.get(name, getattr(taught, name)) for name in Taught.__struct_fields__})
 

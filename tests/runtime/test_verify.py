@@ -85,14 +85,6 @@ def test_a_flipped_byte_anywhere_in_the_manifest_is_detected(bundle: Path) -> No
         assert "manifest.json" in failed, (position, intact[position - 20 : position + 20])
 
 
-def test_every_missing_file_is_named(bundle: Path) -> None:
-    (bundle / "image.onnx").unlink()
-    (bundle / "tokenizer.json").unlink()
-    failed = _failed(verify_bundle(bundle))
-    assert failed["image.onnx"] == failed["tokenizer.json"] == "missing"
-    assert set(failed) == {"image.onnx", "tokenizer.json", "image tower", "text tower"}
-
-
 def test_embeddings_that_are_not_normalised_are_detected(bundle: Path) -> None:
     model = onnx.load(bundle / "image.onnx")
     model.graph.node[-1].op_type = "Exp"
@@ -158,12 +150,6 @@ def test_one_changed_weight_is_detected_even_if_the_manifest_matches(answering: 
     assert "an answer differs from the exporter's by" in failed[f"{tower} tower"]
 
 
-def test_swapped_towers_are_detected(answering: Path) -> None:
-    manifest = read_manifest(answering)
-    _rehash(answering, image=manifest.text, text=manifest.image)
-    assert set(_failed(verify_bundle(answering))) == {"image tower", "text tower"}
-
-
 class _Drifting:
     """A session whose answers are those of another one, with some noise."""
 
@@ -195,7 +181,6 @@ def test_a_runtime_that_drifts_is_detected_by_the_precisions_limit(
 @pytest.mark.parametrize(
     ("precision", "rounding", "lowest"),
     [
-        ("int8 static", 1.0, "0.99"),
         ("int8 static", 0.999, "0.99"),
         ("int8 static", 0.96, "0.94"),
         ("int8 static", 0.5, "0.9"),

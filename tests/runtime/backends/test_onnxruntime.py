@@ -43,7 +43,6 @@ RED = [Image.new("RGB", (9, 9), (255, 0, 0))]
         ((CPU,), "fp32", "cpu"),
         ((TENSORRT, CUDA, CPU), "fp32", "cuda"),
         ((TENSORRT, CUDA, CPU), "int8 static (U8 activations, S8 weights)", "cpu"),
-        (("CoreMLExecutionProvider", "AzureExecutionProvider", CPU), "fp32", "cpu"),
         (("OpenVINOExecutionProvider", CPU), "fp16", "openvino"),
     ],
 )
@@ -181,7 +180,6 @@ def fail_to_import(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     ("error", "versions", "hint"),
     [
         (ImportError(), {"onnxruntime": "1.18.0", "numpy": "2.4.6"}, 'pip install "numpy<2"'),
-        (ModuleNotFoundError(name="onnxruntime"), {"numpy": "2.4.6"}, "pip install onnxruntime"),
         (AttributeError("module 'numpy' has no attribute 'x'"), BOTH, MEND_OVERLAP),
         (
             None,  # another build was uninstalled from the folder

@@ -13,22 +13,13 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
-from clip_rd_edge.errors import ConfigError, MissingExtraError
-from clip_rd_edge.installation import install_command
+from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.runtime.backends import openvino as openvino_backend
 from clip_rd_edge.runtime.backends.openvino import open_openvino
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
 
 ROOT = Path(__file__).parents[3]
-
-
-def test_a_missing_package_is_reported_with_its_extra(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    encoder = load(colour_bundle, runtime="openvino")
-    with pytest.raises(MissingExtraError) as raised:
-        encoder.encode_texts(["red"])
-    assert raised.value.hint == install_command("openvino")
 
 
 def test_embeddings_match_those_of_onnxruntime(colour_bundle: Path) -> None:
