@@ -20,44 +20,6 @@ from .conftest import Make
 CORRECT = {("none", 0): 4, ("clip-rd", 0): 12, ("none", 1): 3}  # three of six runs are finished
 
 
-def with_machines(evidence: Evidence, *machines: tuple[str, tuple[str, ...]]) -> Evidence:
-    """The evidence of methods of three steps, whose runs take 60, 120 and 900 s on these machines."""
-    runs = tuple(
-        replace(run, cpu_seconds=seconds, environment=replace(run.environment, machine=name, instruction_sets=sets))
-        for run, (name, sets), seconds in zip(evidence.runs, machines, (60.0, 120.0, 900.0), strict=True)
-    )
-    methods = tuple(replace(method, steps=3) for method in evidence.suite.methods)
-    return replace(evidence, suite=replace(evidence.suite, methods=methods), runs=runs)
-
-
-@pytest.mark.parametrize(
-    ("first", "last", "names"),
-    [
-        (("Abacus", ()), ("Slide rule", ()), ("Abacus", "Slide rule")),
-        (("Abacus", ("AVX2",)), ("Abacus", ("AVX2", "X")), ("Abacus with AVX2", "Abacus with AVX2, X")),
-    ],
-)
-def test_times_of_different_steps_are_a_table_with_a_row_per_machine(
-    make: Make, first: tuple[str, tuple[str, ...]], last: tuple[str, tuple[str, ...]], names: tuple[str, str]
-) -> None:
-    evidence = make(CORRECT)
-    assert "CPU time of training" not in markdown(evidence)
-    text = markdown(with_machines(evidence, first, first, last))
-    assert text.startswith("3 of 6 runs are finished: 2 steps, or those given below, of 6 pairs")
-    assert f". {names[0]} (2 runs) and {names[1]} (1 run), 1 thread, " in text
-    assert f"CPU time on {names[0]}, 1.0 to 2.0 minutes per run; 0.2 hours of CPU time on {names[1]}," in text
-    assert f"| test_vit | `none` | {names[0]} | 3 | 60 |" in text
-    assert f"| test_vit | `none` | {names[1]} | 3 | 900 |" in text
-
-
-def test_a_task_that_was_trained_on_is_named(make: Make) -> None:
-    evidence = make(CORRECT)
-    assert "trained and evaluated" not in markdown(evidence)
-    suite = replace(evidence.suite, data="./pairs.csv", tasks=("squares", "pairs.csv"))
-    text = markdown(replace(evidence, suite=suite))
-    assert "\n\npairs.csv is both trained and evaluated on: its scores say nothing about new pairs.\n\n" in text
-
-
 def test_a_machine_or_task_is_no_markup(make: Make) -> None:
     evidence = make(CORRECT)
     name = "<script>[x](http://x)\x1b[2J\n\n# b"

@@ -243,17 +243,6 @@ def test_finished_runs_are_compared_with_the_suite_before_the_first_run(
     assert [path.name for path in out.iterdir()] == ["runs"]  # nothing was measured or written
 
 
-def test_the_clock_of_a_run_stands_still_while_the_cache_is_filled_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that it is the same for the run that fills it and for those that find it."""
-    times = iter([0, 10, 14, 18, 20, 25, 30, 40])
-    monkeypatch.setattr(runs.time, "process_time", lambda: next(times))
-    clock = runs._TrainingClock(Watch())
-    for stage, step in ((STORE_STAGE, 0), (STORE_STAGE, 1), (STORE_STAGE, 2), (STORE_STAGE, 0),
-                        (STORE_STAGE, 1), ("training", 1)):  # fmt: skip
-        clock.update(stage, step, 2)
-    assert clock.seconds == 40 - 8 - 5
-
-
 @pytest.mark.slow
 def test_an_interrupted_suite_resumes(
     squares_suite: EvidenceSuite, teacher: str, tmp_path: Path, command_line: Callable[..., tuple[int, str, str]]

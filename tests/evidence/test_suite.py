@@ -27,25 +27,6 @@ def test_the_shipped_suite_trains_all_runs_with_the_same_settings() -> None:
     assert settings == {(suite.steps, suite.batch_size, suite.learning_rate, suite.precision, suite.views)}
 
 
-def test_a_method_can_disable_loss_terms(suite: EvidenceSuite) -> None:
-    none, full, without = (suite.recipe(method, suite.students[0]).objective for method in suite.methods)
-    assert list(none) == ["task"]
-    assert full.keys() - without.keys() == {"xrd"}
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "default"),
-    [("pretrained_text", "tokens", None), ("freeze_text_layers", 2, 0), ("text", "runs/trimmed", "tiny")],
-)
-def test_a_method_can_have_a_text_tower_of_its_own(
-    suite: EvidenceSuite, field: str, value: object, default: object
-) -> None:
-    methods = tuple(replace(m, **{field: value}) if m.name == "clip-rd" else m for m in suite.methods)
-    runs = replace(suite, methods=methods).runs()
-    found = {run.method.name: getattr(run_config(suite, run, teacher="t", stores=Path("c")), field) for run in runs}
-    assert found == {"none": default, "clip-rd": value, "clip-rd-without-xrd": default}
-
-
 def test_a_text_tower_of_a_model_keeps_its_context_length(suite: EvidenceSuite, tmp_path: Path) -> None:
     run, lengths = next(suite.runs()), []
     write_text(tmp_path / "open_clip_config.json", "{}")
@@ -63,20 +44,6 @@ def test_a_method_can_take_other_steps_with_one_student(suite: EvidenceSuite) ->
     assert steps == {"resnet10t": suite.steps + 5, "mobilevit_xxs": suite.steps}
     with pytest.raises(ValueError, match="student"):  # which the suite does not train
         replace(suite, methods=(method,), compare_with=())
-
-
-@pytest.mark.parametrize(
-    ("student", "folder"),
-    [
-        ("resnet10t.c3_in1k", "resnet10t.c3_in1k"),
-        ("/home/me/mine.json", "home-me-mine.json"),
-        ("../a.json", "a.json"),
-        (r"C:\students\mine.json", "C-students-mine.json"),
-    ],
-)
-def test_runs_of_any_student_lie_in_the_suites_folder(suite: EvidenceSuite, student: str, folder: str) -> None:
-    run = next(replace(suite, students=(student,)).runs())
-    assert run.subfolder == Path("runs", folder, "none", "seed-0")
 
 
 def test_a_method_without_a_teacher_gets_none(suite: EvidenceSuite) -> None:
@@ -100,26 +67,17 @@ def test_methods_with_other_crops_have_a_store_of_their_own(suite: EvidenceSuite
     ("old", "new"),
     [
         ("steps: 2", "stepps: 2"),
-        ("steps: 2", "steps: 0"),
         ("tasks:\n- emoji:unseen-style\n- emoji:unseen-style:retrieval", "tasks: []"),
         ("xrd: 0", "xdr: 0"),
-        ("xrd: 0", "xrd: .inf"),
-        ("xrd: 0", "xrd: -1"),
         ("weights: {}", "weights: {task: 0}"),
         ("recipe: clip-rd\n", "recipe: clip-dr\n"),
         ("- none\n", "- nobody\n"),
         ("- 1\n", "- 0\n"),
-        ("- 1\n", "- -1\n"),
         ("name: none", "name: ../none"),
         ("name: small", "name: ours/v2"),
-        ("name: small", "name: ''"),
         ("name: small", "name: teacher-result"),
         ("precision: fp32", "precision: auto"),
-        ("learning_rate: 0.001", "learning_rate: .nan"),
-        ("learning_rate: 0.001", "learning_rate: 0"),
-        ("threads: 1", "threads: 100000"),
         ("settings: {}", "settings: {bank_sise: 1}"),
-        ("settings: {}", "settings: {bank_size: 0}"),
         ("settings: {}", "settings: {epochs: 5}"),  # the suite has steps
     ],
 )
