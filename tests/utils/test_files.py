@@ -133,11 +133,6 @@ def test_a_name_that_may_lead_out_of_its_folder_is_not_plain(name: str) -> None:
     assert not is_plain_name(name)
 
 
-def test_write_text_leaves_no_temporary_file(tmp_path: Path) -> None:
-    write_text(tmp_path / "deep" / "file", "content")
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file"]
-
-
 def test_a_full_disk_leaves_nothing_behind_and_is_reported_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,15 +9,12 @@ import pytest
 
 from clip_rd_edge.utils import host
 from clip_rd_edge.utils.host import (
-    INSTRUCTION_SETS,
     BackgroundLoad,
     _glibc,
     cpu_quota,
     instruction_sets,
-    machine_name,
     memory_limit,
     peak_memory_bytes,
-    usable_cores,
 )
 
 
@@ -29,12 +26,7 @@ from clip_rd_edge.utils.host import (
             ("AVX2", "AVX-512", "AVX-512 VNNI", "AMX INT8"),
         ),
         ("processor\t: 0\nFeatures\t: fp asimd asimddp\n", ("Neon", "Neon dot product")),
-        (
-            "hw.optional.neon: 1\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0\n",
-            ("Neon", "Neon dot product"),
-        ),
         ("hw.optional.avx2_0: 1\nhw.optional.avx512f: 0\n", ("AVX2",)),
-        ("", ()),
     ],
 )
 def test_instruction_sets_are_those_that_the_system_names(features: str, expected: tuple[str, ...]) -> None:
@@ -45,7 +37,6 @@ def test_instruction_sets_are_those_that_the_system_names(features: str, expecte
     ("groups", "files", "cores"),
     [
         ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),  # of a container
-        ("0::/a.slice/b.service\n", {"a.slice/b.service/cpu.max": "50000 100000\n"}, 0.5),  # of a service
         (
             "0::/a.slice/b.service\n",
             {"a.slice/b.service/cpu.max": "max 100000\n", "a.slice/cpu.max": "200000 100000\n"},
@@ -58,8 +49,6 @@ def test_instruction_sets_are_those_that_the_system_names(features: str, expecte
             0.5,
         ),
         ("1:cpu:/docker/0123\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
-        ("1:cpu:/docker/0123\n", {"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3.0),
-        ("0::/\n", {}, None),
     ],
 )
 def test_the_cpu_limit_is_that_of_the_own_control_group(
@@ -79,8 +68,6 @@ def test_the_cpu_limit_is_that_of_the_own_control_group(
     ("groups", "file", "content", "limit"),
     [
         ("0::/\n", "memory.max", "1000000\n", 1_000_000),
-        ("0::/\n", "memory.max", "max\n", None),
-        ("4:memory:/docker/1\n", "memory/memory.limit_in_bytes", "2000000\n", 2_000_000),
         ("4:memory:/docker/1\n", "memory/memory.limit_in_bytes", f"{(1 << 63) - 4096}\n", None),  # no limit, of v1
     ],
 )
@@ -93,12 +80,6 @@ def test_the_memory_limit_is_that_of_the_own_control_group(
     monkeypatch.setattr(host, "_OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(host, "_CGROUPS", tmp_path / "cgroup")
     assert memory_limit() == limit
-
-
-def test_this_machine() -> None:
-    assert "core" in machine_name()
-    assert usable_cores() >= 1
-    assert set(instruction_sets()) <= set(INSTRUCTION_SETS.values())
 
 
 def test_background_load_excludes_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,8 +106,6 @@ def test_peak_memory_does_not_decrease() -> None:
     [
         ("echo 8.9; echo 12.0", "8.9", "8.9, 12.0"),
         ("echo 'NVIDIA-SMI has failed'; exit 9", "", ""),
-        ("echo '[N/A]'", "", "[N/A]"),
-        ("echo", "", ""),
     ],
 )
 def test_gpus_are_as_the_driver_reports_them(

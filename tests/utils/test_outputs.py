@@ -66,13 +66,6 @@ def test_an_interrupted_block_leaves_all_as_it_was(tmp_path: Path, *, is_new: bo
     assert names(tmp_path) == ([] if is_new else ["out", "out/old"])
 
 
-def test_a_new_folder_replaces_the_old_one(tmp_path: Path) -> None:
-    with_old(tmp_path / "out")
-    with new_folder(tmp_path / "out") as folder:
-        (folder / "new").touch()
-    assert names(tmp_path) == ["out", "out/new"]
-
-
 def test_an_old_folder_is_moved_back_if_the_new_one_cannot_take_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,14 +242,6 @@ def test_a_forked_process_does_not_hold_its_parents_lock(tmp_path: Path) -> None
             pass
     finally:
         os.kill(int(process.stdout), signal.SIGKILL)
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o555)
-    with pytest.raises(UsageError, match="Permission denied"):
-        exclusive_writer(tmp_path).__enter__()
-    tmp_path.chmod(0o755)
 
 
 def test_a_full_disk_leaves_no_lock_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

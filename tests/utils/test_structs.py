@@ -20,7 +20,6 @@ from clip_rd_edge.utils.structs import (
     convert,
     decode_request,
     is_list_of_texts,
-    read_json,
     read_yaml,
     to_yaml,
 )
@@ -40,10 +39,8 @@ class Kitchen(msgspec.Struct, forbid_unknown_fields=True):
     ("text", "message"),
     [
         ("ovens: [{temperature: 1, gril: true}]", r"unknown field `gril`.* Did you mean 'grill'"),
-        ("{ovens: [], spare: {gril: true}}", r"unknown field `gril`.* Did you mean 'grill'"),
         ("ovens: [{temperature: 1, door: open}]", r"unknown field `door` - at `\$\.ovens\[0\]`\.$"),
         ("ovens: [{temperature: hot}]", r"Expected `int`, got `str` - at `\$\.ovens\[0\]\.temperature`"),
-        ("oven: []", r"unknown field `oven`.* Did you mean 'ovens'"),
         ("", "missing required field `ovens`"),
         ("ovens: [", "not valid YAML"),
         ("[" * 5_000, "not valid YAML"),
@@ -61,13 +58,6 @@ def test_invalid_content_is_one_sentence_with_file_and_key(tmp_path: Path, text:
     with pytest.raises(ConfigError, match=message) as error:
         read_yaml(path, Kitchen)
     assert str(path) in str(error.value)
-
-
-def test_an_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
-    (tmp_path / "kitchen.json").write_text('{"ovens": [{"temperature": 1, "door": "open"}]}')
-    with pytest.raises(ConfigError) as raised:
-        read_json(tmp_path / "kitchen.json", Kitchen)
-    assert raised.value.hint == "the keys there are temperature, grill"
 
 
 @pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 100_000, b'{"temperature": "hot"}'])
@@ -92,11 +82,6 @@ def test_numbers_in_yaml_are_those_of_json(tmp_path: Path, text: str) -> None:
     assert rate == Rate(rate=float(text), name=text, steps=10_000)
     (tmp_path / "rate.yaml").write_text(to_yaml(rate))
     assert read_yaml(tmp_path / "rate.yaml", Rate) == rate
-
-
-def test_a_missing_file_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere\.yaml"):
-        read_yaml(tmp_path / "nowhere.yaml", Oven)
 
 
 class Settings(CheckedStruct, frozen=True, kw_only=True):
