@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -21,21 +20,6 @@ def make_batch(dtype: torch.dtype) -> EmbeddingBatch:
     student = [rows(PAIRS, WIDTH, seed).to(dtype).requires_grad_() for seed in (0, 1)]
     teacher = [rows(PAIRS, WIDTH, seed).to(dtype) for seed in (2, 3)]
     return EmbeddingBatch(*student, *teacher, bank=Bank(rows(11, WIDTH, 4).to(dtype), rows(7, WIDTH, 5).to(dtype)))
-
-
-def test_a_bank_of_two_orthogonal_entries_has_a_closed_form() -> None:
-    axes = torch.eye(2, dtype=torch.float64)
-    for scale in (0.5, 3.0, 20.0):
-        divergence = bank_divergence(axes[:1], axes[1:], axes, scale=scale)
-        assert divergence.item() == pytest.approx(scale * math.tanh(scale / 2), abs=1e-12)
-
-
-def test_a_student_like_its_teacher_has_neither_loss_nor_gradient() -> None:
-    student, bank = rows(5, WIDTH, 0).requires_grad_(), rows(9, WIDTH, 1)
-    loss = bank_divergence(student, student.detach(), bank, scale=SCALE)
-    (gradient,) = torch.autograd.grad(loss, student)
-    assert loss.item() == pytest.approx(0, abs=1e-12)
-    assert gradient.abs().max().item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("entries", [1, 25])
