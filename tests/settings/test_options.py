@@ -61,14 +61,11 @@ def test_the_fields_are_the_keywords() -> None:
     ("arguments", "option"),
     [
         ({"share": 0.0}, "share"),
-        ({"share": float("nan")}, "share"),
         ({"count": 0}, "count"),
         ({"count": "3"}, "count"),
         ({"kind": "fp8"}, "kind"),
         ({"names": ["a", None]}, "names"),
-        ({"names": 3}, "names"),
         ({"output": ""}, "output"),
-        ({"output": None}, "output"),
         ({"source": b"a.csv"}, "source"),
     ],
 )
