@@ -11,7 +11,7 @@ import pytest
 
 import clip_rd_edge as edge
 from clip_rd_edge.api import exporting as everyday
-from clip_rd_edge.errors import MissingExtraError, UsageError
+from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.text import Reporter
 
 Run = Callable[..., tuple[int, str, str]]
@@ -46,17 +46,6 @@ def test_it_is_made_once(name: str, made: list[Path], colour_images: Path, comma
     assert len(made) == 1
 
 
-@pytest.mark.parametrize("command", [("demo",), ("serve", "everyday")])
-def test_a_server_reports_that_it_is_made(
-    command: tuple[str, ...], made: list[Path], command_line: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(edge, command[0], lambda **_: None)
-    for number in (1, 0):
-        _, _, error = command_line(*command)
-        assert error.count("making it") == number
-    assert error.count("starting") <= 1
-
-
 def test_a_folder_of_its_name_comes_before_it(made: list[Path], fp32_bundle: Path) -> None:
     shutil.copytree(fp32_bundle, "everyday")
     assert everyday.place_of("everyday") == "everyday"
@@ -73,13 +62,6 @@ def test_an_installed_package_comes_before_the_cache(
     (package / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(package.parent))
     assert everyday.place_of("everyday") == package / "everyday"
-    assert not made
-
-
-def test_without_torch_the_extra_is_named(made: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(everyday, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError):
-        everyday.place_of("everyday")
     assert not made
 
 
