@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
 import re
-import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -55,7 +52,6 @@ def test_this_clone_has_one_version(release: ModuleType) -> None:
     [
         ("CITATION.cff", "version: 1.2.2\n", "CITATION.cff has version 1.2.2, and the package 1.2.3"),
         ("CHANGELOG.md", "## 1.2.2\n", "CHANGELOG.md begins with 1.2.2, and the package is 1.2.3"),
-        ("CHANGELOG.md", "nothing\n", "has no line like"),
     ],
 )
 def test_versions_that_differ_are_refused(release: ModuleType, clone: Path, name: str, text: str, message: str) -> None:
@@ -72,12 +68,6 @@ def test_an_unreleased_changelog_is_fit_for_a_trial_alone(release: ModuleType, c
         release.check_final(clone, "1.2.3", "v1.2.3")
 
 
-@pytest.mark.parametrize("tag", ["v1.2.4", "1.2.3", ""])
-def test_a_tag_of_another_version_is_not_published(release: ModuleType, clone: Path, tag: str) -> None:
-    with pytest.raises(release.ReleaseError, match=rf"tag is {tag}, .* expected the tag v1\.2\.3"):
-        release.check_final(clone, "1.2.3", tag)
-
-
 def publishing() -> list[dict[str, Any]]:
     """The steps of the workflow that publishes."""
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8"))
@@ -91,16 +81,6 @@ def test_pypi_is_given_the_archives_alone(release: ModuleType, tmp_path: Path) -
     (tmp_path / "dist" / "clip-rd-edge.cdx.json").touch()
     (upload,) = (step for step in publishing() if step.get("uses", "").startswith("actions/upload-artifact"))
     assert set(tmp_path.glob(upload["with"]["path"])) == set(built)
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_what_is_published_has_to_be_fit_for_its_tag() -> None:
-    (command,) = (step["run"] for step in publishing() if step.get("run", "").startswith("make dist"))
-    told = subprocess.run(
-        ["sh", "-c", command.replace("make", "make --just-print", 1)],
-        cwd=ROOT, env={**os.environ, "GITHUB_REF_NAME": "v1.2.3"}, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    assert "packaging/release.py -o dist --final 'v1.2.3'" in told
 
 
 def archives(release: ModuleType, folder: Path, *, without: str = "", extra: str = "") -> tuple[Path, Path]:
@@ -121,11 +101,6 @@ def test_complete_archives_are_accepted(release: ModuleType, tmp_path: Path) -> 
     release.check_contents(*archives(release, tmp_path), "1.2.3")
     with pytest.raises(release.ReleaseError, match=r"are not archives of version 1\.2\.4"):
         release.check_contents(*archives(release, tmp_path), "1.2.4")
-
-
-def test_a_wheel_with_something_else_is_refused(release: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(release.ReleaseError, match=r"holds tests/conftest\.py, which is not part of the package"):
-        release.check_contents(*archives(release, tmp_path, extra="tests/conftest.py"), "1.2.3")
 
 
 def test_what_a_release_must_hold_is_in_this_clone(release: ModuleType) -> None:
@@ -165,19 +140,3 @@ def test_the_conda_recipe_has_the_packages_own_dependencies() -> None:
     of_conda = {line.strip("- ").replace(" ", "").lower() for line in listed[1].splitlines()}
     expected = {f"python{project['requires-python']}", *(name.lower() for name in project["dependencies"])}
     assert of_conda == expected
-
-
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tomllib")
-def test_all_extras_agree_on_the_oldest_torch() -> None:
-    import tomllib
-    from packaging.requirements import Requirement
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = {
-        extra: str(requirement.specifier)
-        for extra, requirements in project["optional-dependencies"].items()
-        for requirement in map(Requirement, requirements)
-        if requirement.name == "torch"
-    }
-    assert extras.keys() >= {"train", "executorch"}
-    assert len(set(extras.values())) == 1, extras
