@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import stat
 import subprocess
@@ -34,21 +33,6 @@ def parse_distill(arguments: list[str]) -> dict[str, Any]:
     return command.make_context("distill", arguments[1:]).params
 
 
-def test_the_options_of_the_slurm_job_are_known_ones() -> None:
-    subprocess.run(["bash", "-n", str(SBATCH)], check=True)
-    options = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", SBATCH.read_text(), re.MULTILINE)
-    assert len(options) == SBATCH.read_text().count("#SBATCH")
-    values = dict(options)
-    assert int(values["nodes"]) * int(values["ntasks-per-node"]) == 8
-    assert values["ntasks-per-node"] == values["gpus-per-node"]
-    assert re.fullmatch(r"\d+:\d\d:\d\d", values["time"])
-    assert re.fullmatch(r"TERM@\d+", values["signal"])  # to the steps: with B: the script alone would get it
-    assert set(values) == {
-        *("job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "signal", "requeue"),
-        "open-mode",
-    }
-
-
 @pytest.mark.parametrize("code", [0, 1, 2, 75, 137])
 def test_the_slurm_job_requeues_itself_after_a_run_that_was_saved_alone(tmp_path: Path, code: int) -> None:
     program(tmp_path, "scontrol", 'if [ "$1" = show ]; then echo node-a; else echo "$@" > "$OUT/requeued"; fi')
@@ -73,23 +57,6 @@ def test_the_slurm_job_requeues_itself_after_a_run_that_was_saved_alone(tmp_path
 def job() -> dict[str, Any]:
     content: dict[str, Any] = yaml.safe_load(POD.read_text())
     return content
-
-
-def test_the_kubernetes_job_has_the_form_of_a_pytorch_job(job: dict[str, Any]) -> None:
-    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
-    assert set(job) == {"apiVersion", "kind", "metadata", "spec"}
-    assert set(job["spec"]) == {"runPolicy", "pytorchReplicaSpecs"}
-    replicas = job["spec"]["pytorchReplicaSpecs"]
-    assert set(replicas) == {"Master", "Worker"}
-    assert replicas["Master"]["replicas"] == 1
-    for replica in replicas.values():
-        assert set(replica) == {"replicas", "restartPolicy", "template"}
-        assert replica["restartPolicy"] == "ExitCode"
-        (container,) = replica["template"]["spec"]["containers"]
-        assert container["name"] == "pytorch"
-        told = parse_distill(container["args"][3:])
-        assert told["resume"]
-        assert told["batch_size"] % sum(replica["replicas"] for replica in replicas.values()) == 0
 
 
 def test_its_pods_are_valid_by_the_schema_of_kubernetes(job: dict[str, Any]) -> None:
