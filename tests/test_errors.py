@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import itertools
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ from support import commands
 import clip_rd_edge
 from clip_rd_edge import errors
 from clip_rd_edge.cli.main import spelling
-from clip_rd_edge.errors import InputError, MissingExtraError, UsageError, causes, in_one_line, near_matches
+from clip_rd_edge.errors import InputError, UsageError, causes, in_one_line, near_matches
 from clip_rd_edge.runtime.labels import parse_labels
 
 PACKAGE = Path(clip_rd_edge.__file__).parent
@@ -24,7 +22,6 @@ CALL = (
     "onnxruntime::common::Status> onnxruntime::CudaCall(ERRTYPE, const char*, const char*, SUCCTYPE) [with ERRTYPE "
     "= cudaError; bool THRW = true; std::conditional_t<THRW, void, common::Status> = void] "
 )
-WINDOWS_CALL = r"D:\a\_work\1\s\onnxruntime\core\providers\cuda\cuda_call.cc:121 onnxruntime::CudaCall "
 LOAD = "[ONNXRuntimeError] : 1 : FAIL : Load model from /models/image.onnx failed:"
 MODEL = (
     "/onnxruntime_src/onnxruntime/core/graph/model.cc:256 onnxruntime::Model::Model(onnx::ModelProto&&, const bool&) "
@@ -37,11 +34,6 @@ MODEL = (
         (f"{LOAD}Protobuf parsing failed.", "Protobuf parsing failed"),
         (f"{LOAD}{MODEL}Unsupported model IR version: 99 (max 14)\n", "Unsupported model IR version: 99 (max 14)"),
         (f"{2 * CALL}CUDA failure 35: an old driver (535) ; GPU=0", "CUDA failure 35: an old driver (535) ; GPU=0"),
-        (f"{2 * WINDOWS_CALL}CUDA failure 35: an old driver (535)", "CUDA failure 35: an old driver (535)"),
-        (
-            "[ONNXRuntimeError] : 1 : FAIL : tensorprotoutils.cc:1805 Validate Initializer 'a': count (0) is wrong",
-            "Validate Initializer 'a': count (0) is wrong",
-        ),
         ("Invalid MIT-MAGIC-COOKIE.\n\nSee std::cerr (the log).", "Invalid MIT-MAGIC-COOKIE. See std::cerr (the log)"),
         (LOAD, "RuntimeError"),
     ],
@@ -55,18 +47,6 @@ def test_the_causes_of_an_error_are_those_it_was_raised_from_or_else_while_handl
     stated.__context__ = first
     last.__cause__, last.__context__ = stated, TypeError("handled meanwhile")
     assert list(causes(last)) == [last, stated, first]
-
-
-def test_the_causes_of_an_error_that_was_raised_from_itself_end() -> None:
-    error = OSError("itself")
-    error.__cause__ = error
-    assert list(itertools.islice(causes(error), 2)) == [error]
-
-
-def test_an_error_comes_whole_out_of_another_process() -> None:
-    error = MissingExtraError("ray", extra="ray", purpose="The option --ray")
-    copied = pickle.loads(pickle.dumps(error))
-    assert (type(copied), str(copied), copied.hint) == (MissingExtraError, str(error), error.hint)
 
 
 def test_a_path_of_windows_is_shown_as_it_was_typed() -> None:
@@ -132,12 +112,9 @@ def test_every_option_that_an_error_names_is_one_of_a_command() -> None:
     ("command", "hint", "expected"),
     [
         ("distill", "the same command and {resume}", "the same command and --resume"),
-        ("quickstart", "the same command and {resume}", ""),
         ("export", "fix them, or accept them: {max_bad} 0.1", "fix them"),
         ("distill", "add {pretrained} with a tag", "add --teacher-pretrained with a tag"),
         ("evaluate", "name {tasks} a/, or {templates} x", "name --task a/, or --template x"),
-        ("embed", "choose another {store}", "choose another --output"),
-        ("verify", "export it with --labels", "export it with --labels"),
         ("evidence run", "use {teacher}, or {resume}", "use --teacher"),
         ("nonsense", "use {batch_size}", "use --batch-size"),
     ],

@@ -9,12 +9,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn
 
 import click
-import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,15 +21,10 @@ from starlette import testclient
 from support import Watch
 
 import clip_rd_edge as edge
-from clip_rd_edge.bundle.images import ImageInput
 from clip_rd_edge.cli.main import COMMANDS, cli
 from clip_rd_edge.runtime.classifier import Deciding
-from clip_rd_edge.settings.options import _members
-from clip_rd_edge.settings.training import Distill
-from clip_rd_edge.utils.paths import AnyPath
 
 ROOT = Path(__file__).parents[1]
-Run = Callable[..., tuple[int, str, str]]
 # Options that exist only on the command line.
 PRINTING = {"as_json", "as_csv", "null", "confusion", "all_extras"}
 FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
@@ -63,48 +57,11 @@ def parameters_of(function: Callable[..., Any]) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"layout": "hf"}, "layout"), ({"format": "onx"}, "Did you mean 'onnx'"), ({"via": "x"}, "via"),
-        ({"precision": "int4"}, "Did you mean 'int8'"), ({"fallback": 8}, "fallback"), ({"layout": None}, "layout"),
-        ({"target": ["sm86", "sm86"]}, "twice"),
-    ],
-)  # fmt: skip
-def test_an_export_refuses_unknown_names_before_it_reads_the_model(
-    tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(edge.UsageError, match=message):
-        edge.export("nothing", tmp_path / "bundle", **options)
-
-
-def test_path_objects_are_taken_for_names(tmp_path: Path) -> None:
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text(edge.recipe("clip-rd"))
-    assert "objective:" in edge.recipe(recipe)
-    with pytest.raises(edge.InputError, match="No target is named 'jetson'"):
-        edge.targets(Path("jetson"))
-    with pytest.raises(edge.InputError, match="RN50"):
-        edge.load("RN50", pretrained=tmp_path / "w.pt")
-    with pytest.raises(edge.InputError, match="no-run"):
-        edge.evidence_run("bank", tmp_path / "evidence", teacher=tmp_path / "no-run")
-
-
 def test_the_errors_that_docstrings_name_can_be_caught() -> None:
     functions = [getattr(edge, name) for name in edge.__all__]
     named = {error for function in functions for error in re.findall(r"\b[A-Z]\w+Error\b", function.__doc__ or "")}
     assert "UsageError" in named
     assert named <= set(edge.__all__)
-
-
-def test_hints_take_what_the_calls_take() -> None:
-    options = {field.name: set(_members(field.type)) for field in msgspec.structs.fields(Distill)}
-    for name in ("teacher_pretrained", "store", "pretrained_image", "pretrained_text"):
-        assert options[name] == {str, os.PathLike[str], type(None)}
-    assert options["tasks"] == {str, os.PathLike[str], Sequence[AnyPath]}
-    for call in (edge.Model.classify, edge.Model.encode_images, edge.ZeroShotClassifier.classify):
-        assert get_type_hints(call)["images"] == ImageInput | Iterable[ImageInput]
-    assert get_type_hints(edge.Model.classify)["labels"] == Iterable[str] | str | os.PathLike[str] | None
 
 
 def test_other_weights_are_refused_for_a_bundle(colour_bundle: Path) -> None:
@@ -170,32 +127,6 @@ def test_readme_and_examples_import_no_internal_modules() -> None:
     assert internal_imports("from clip_rd_edge.runtime import load") == ["clip_rd_edge.runtime"]
 
 
-def test_readme_shows_python_in_its_first_lines() -> None:
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert "```python" in lines[:40]
-
-
-# All forms of an image give the same embedding as the file.
-FORMS: dict[str, Callable[[Path], Any]] = {
-    "path": lambda path: path,
-    "string": str,
-    "PIL": Image.open,
-    "array": lambda path: np.asarray(Image.open(path).convert("RGB")),
-    "RGBA": lambda path: Image.open(path).convert("RGBA"),
-    "array with alpha": lambda path: np.asarray(Image.open(path).convert("RGBA")),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_an_image_can_be_given_in_any_form(colour_bundle: Path, colour_images: Path, form: str) -> None:
-    model = edge.load(colour_bundle)
-    path = colour_images / "red.png"
-    expected = model.encode_images(path)
-    np.testing.assert_array_equal(model.encode_images(FORMS[form](path)), expected)
-    np.testing.assert_array_equal(model.encode_images([FORMS[form](path)] * 2), np.stack([expected] * 2))
-    assert model.classify(FORMS[form](path), labels=["red", "blue"])[0].label == "red"
-
-
 def test_single_inputs_give_single_results_and_lists_give_lists(colour_bundle: Path, colour_images: Path) -> None:
     model = edge.load(colour_bundle)
     width = model.describe().embedding_size
@@ -208,12 +139,6 @@ def test_single_inputs_give_single_results_and_lists_give_lists(colour_bundle: P
     answers = model.classify(paths, labels=["red", "green", "blue"])
     assert [answer[0].label for answer in answers] == ["red", "green", "blue"]
     assert model.classify(paths[0], labels="red")[0] == ("red", 1.0)  # one label, not three letters
-
-
-def test_a_classifier_accepts_a_model(colour_bundle: Path, colour_images: Path) -> None:
-    classifier = edge.ZeroShotClassifier(edge.load(colour_bundle), labels=["red", "blue"])
-    with Image.open(colour_images / "blue.jpg") as image:
-        assert classifier.classify([image.convert("RGB")])[0][0].label == "blue"
 
 
 def test_a_camera_gives_predictions_per_frame(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,12 +215,6 @@ def test_a_student_can_be_distilled_exported_and_loaded(pairs_csv: Path, tmp_pat
         edge.export(bundle, tmp_path / "again")
 
 
-def test_devices_and_doctor() -> None:
-    assert {"cpu-x86", "jetson-orin"} <= edge.targets().keys()
-    assert list(edge.targets("cpu-arm")) == ["cpu-arm"]
-    assert any(finding.what == "ONNX Runtime" for finding in edge.doctor())
-
-
 def test_the_demo_is_served_with_the_given_options(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Any] = []
     monkeypatch.setattr("clip_rd_edge.serving.server.run_server", lambda app, **options: served.append((app, options)))
@@ -311,11 +230,7 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
     (lambda: edge.distill(data="emoji", student="resnet18", output=None), "output"),  # type: ignore[arg-type]
     (lambda: edge.distill(data="p", student="s", output="o", batchsize=8), "'batchsize'.*'batch_size'"),  # type: ignore[call-arg]
     (lambda: edge.distill(data="p", student="s", output="o", batch_size="8"), "batch_size"),  # type: ignore[arg-type]
-    (lambda: edge.index("bundle", None, "index"), "folder"),  # type: ignore[arg-type]
-    (lambda: edge.export("run", "o", precison="int8"), "'precison'.*'precision'"),  # type: ignore[call-arg]
     (lambda: edge.serve("o", allow_hosts=["camera"]), "'allow_hosts'.*'allow_host'"),  # type: ignore[call-arg]
-    (lambda: edge.quickstart("o", steps=3), "Unknown quickstart option 'steps'"),  # type: ignore[call-arg]
-    (lambda: edge.stitch("s", "o", names="imagenet", text="b", size=64), "Unknown stitch option 'size'"),  # type: ignore[call-arg]
 ]
 
 

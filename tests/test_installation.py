@@ -23,19 +23,9 @@ class _Installed:
     [
         (None, "pip install 'clip-rd-edge[train]'", "pip install -U clip-rd-edge"),
         (
-            {"url": "file:///home/a%20b/clone", "dir_info": {}},
-            "pip install '/home/a b/clone[train]'",
+            {"url": "file:///home/a%20b/clone", "dir_info": {"editable": True}},
+            "pip install -e '/home/a b/clone[train]'",
             "git pull in /home/a b/clone, then install it again",
-        ),
-        (
-            {"url": "file:///clone", "dir_info": {"editable": True}},
-            "pip install -e '/clone[train]'",
-            "git pull in /clone, then install it again",
-        ),
-        (
-            {"url": "https://host/clone.git", "vcs_info": {"vcs": "git", "commit_id": "1a"}},
-            "pip install 'clip-rd-edge[train] @ git+https://host/clone.git@1a'",
-            "pip install -U 'clip-rd-edge @ git+https://host/clone.git'",
         ),
         (
             {
@@ -72,20 +62,6 @@ def test_a_clone_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("record", "direct_url", "command", "upgrade", "pip_command"),
     [
-        (
-            "uv-receipt.toml",
-            {"url": "file:///wheels/a.whl", "archive_info": {}},
-            "uv tool install 'clip-rd-edge[camera,serve,demo] @ file:///wheels/a.whl'",
-            "install a newer clip-rd-edge: this one is from file:///wheels/a.whl",
-            "uv pip uninstall -p '{}'",
-        ),
-        (
-            "uv-receipt.toml",
-            {"url": "file:///clone", "dir_info": {"editable": True}},
-            "uv tool install -e '/clone[camera,serve,demo]'",
-            "git pull in /clone, then install it again",
-            "uv pip uninstall -p '{}'",
-        ),
         (
             "uv-receipt.toml",
             {"url": "https://host/clone.git", "vcs_info": {"vcs": "git", "commit_id": "1a"}},
