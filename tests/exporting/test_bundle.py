@@ -81,13 +81,6 @@ def test_towers_above_2_gb_have_their_weights_in_a_file_of_their_own(
         load(bundle).encode_pixels(pixels)
 
 
-def test_the_label_bank_holds_the_text_towers_embeddings(fp32_bundle: Path) -> None:
-    encoder = load(fp32_bundle)
-    assert encoder.label_bank is not None
-    assert encoder.label_bank.names == ("cat", "dog")
-    np.testing.assert_allclose(encoder.label_bank.embeddings, encoder.encode_texts(["cat", "dog"]), atol=1e-6)
-
-
 def test_an_int8_bundle_is_smaller_runs_and_lists_its_trials(
     student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:

@@ -139,11 +139,9 @@ def test_the_pairs_that_a_run_keeps_are_the_model_inputs_that_its_data_give(tmp_
 @pytest.mark.parametrize(
     "arrays",
     [
-        {},
         {"images": np.zeros((2, 8, 8, 3), np.uint8)},
         {"images": np.zeros((2, 8, 8, 3), np.uint8), "record": np.frombuffer(b"[[[", np.uint8)},
         {"images": np.zeros((9, 8, 8, 3), np.uint8), "record": RECORD},
-        {"images": np.zeros((2, 8, 8, 3), np.float32), "record": RECORD},
         {"images": np.zeros((2, 8, 8), np.uint8), "record": RECORD},
     ],
 )

@@ -6,14 +6,11 @@ import io
 import logging
 import sys
 import warnings
-from collections import Counter
-from pathlib import Path
 
-import onnx
 import pytest
 from support import share_in_threads
 
-from clip_rd_edge.exporting.graph import norm_nodes, silently
+from clip_rd_edge.exporting.graph import silently
 
 
 def _state() -> tuple[object, ...]:
@@ -48,10 +45,3 @@ def test_threads_that_convert_at_once_leave_the_process_as_it_was() -> None:
     assert isinstance(output, io.StringIO)
     assert filters[0][0] == "ignore"
     assert _state() == before
-
-
-def test_a_towers_norm_is_found_from_its_squares_to_its_division(fp32_bundle: Path) -> None:
-    graph = onnx.load(fp32_bundle / "image.onnx").graph
-    names = norm_nodes(graph)
-    kinds = Counter(node.op_type for node in graph.node if node.name in names)
-    assert kinds == {"Pow": 1, "ReduceSum": 1, "Sqrt": 1, "Clip": 1, "Div": 1}

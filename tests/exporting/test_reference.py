@@ -60,8 +60,3 @@ def test_preprocessing_in_the_graph_keeps_its_sizes_when_rounding_is_measured(in
     image = msgspec.structs.replace(manifest.image, input_name=IMAGE, preprocesses=True)
     write_manifest(int8_bundle, msgspec.structs.replace(manifest, image=image))
     assert 0.9 < _reference(int8_bundle).image_rounding < 0.9999
-
-
-def test_rounding_is_not_measured_in_float(fp32_bundle: Path, tmp_path: Path) -> None:
-    reference = _reference(Path(shutil.copytree(fp32_bundle, tmp_path / "fp32")))
-    assert (reference.image_rounding, reference.text_rounding) == (1, 1)

@@ -149,13 +149,3 @@ def test_a_manifest_that_says_nothing_of_a_text_tower_is_damaged(without_text: P
     (tmp_path / "a" / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="text"):
         load(tmp_path / "a")
-
-
-@pytest.fixture
-def task(images: tuple[Path, ...], tmp_path: Path) -> Path:
-    """A folder with the images in two classes."""
-    for number, path in enumerate(images):
-        folder = tmp_path / "task" / LABELS[number % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, folder)
-    return tmp_path / "task"

@@ -63,27 +63,20 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StandIn]:
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize(
-    ("precision", "weights", "tolerance"),
-    [pytest.param("fp32", torch.float32, 1e-5, marks=pytest.mark.slow), ("fp16", torch.float16, 5e-3)],
-)
 def test_engines_are_built_from_both_towers(
     install: Callable[..., StandIn],
     student: ClipModel,
     fp32_bundle: Path,
     tmp_path: Path,
-    precision: Any,
-    weights: torch.dtype,
-    tolerance: float,
 ) -> None:
     stand_in, bundle = install(), tmp_path / "bundle"
     manifest = export_bundle(
         student,
         bundle,
-        Plan(precision=precision, format="trt", target="sm89", via="torch-tensorrt", labels=("cat", "dog")),
+        Plan(precision="fp16", format="trt", target="sm89", via="torch-tensorrt", labels=("cat", "dog")),
         source=fp32_bundle,
     ).manifest
-    assert (manifest.target, manifest.precision) == ("tensorrt-rtx sm89", precision)
+    assert (manifest.target, manifest.precision) == ("tensorrt-rtx sm89", "fp16")
     assert [(bundle / tower.engine).read_bytes() for tower in (manifest.image, manifest.text)] == [
         b"engine 1",
         b"engine 2",
@@ -98,27 +91,12 @@ def test_engines_are_built_from_both_towers(
         shape = inputs.shape[1:]
         assert (spec.min_shape, spec.opt_shape, spec.max_shape) == ((1, *shape), (1, *shape), (8, *shape))
         assert spec.dtype == torch.from_numpy(inputs).dtype
-        assert {value.dtype for value in module.parameters()} == {weights}
+        assert {value.dtype for value in module.parameters()} == {torch.float16}
         for count in (1, 8):  # the batch size is dynamic
             output = module(torch.from_numpy(inputs[:count])).detach()
             assert output.dtype == torch.float32
-            np.testing.assert_allclose(output.numpy(), embeddings[:count], atol=tolerance)
+            np.testing.assert_allclose(output.numpy(), embeddings[:count], atol=5e-3)
     assert next(student.model.parameters()).dtype == torch.float32  # the model is unchanged
-
-
-@pytest.mark.usefixtures("gpu")
-def test_a_bundle_with_engines_for_tensorrt_has_no_build_script(
-    install: Callable[..., StandIn], student: ClipModel, fp32_bundle: Path, tmp_path: Path
-) -> None:
-    install(rtx=False)
-    manifest = export_bundle(
-        student,
-        tmp_path / "b",
-        Plan(precision="fp16", format="trt", target="nvidia-gpu", via="torch-tensorrt"),
-        source=fp32_bundle,
-    ).manifest
-    assert (manifest.target, manifest.image.engine) == ("tensorrt nvidia-gpu", "image.engine")
-    assert not (tmp_path / "b" / "build.sh").exists()
 
 
 @pytest.mark.usefixtures("gpu")

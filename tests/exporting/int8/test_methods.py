@@ -194,11 +194,10 @@ def test_a_subset_has_values_of_every_channel() -> None:
     assert subsample(np.arange(10)).tolist() == list(range(10))
 
 
-@pytest.mark.parametrize("trunk", ["resnet10t", "mobilevit_xxs"])
 def test_q_and_dq_meet_tensorrts_requirements(
-    trunk: str, image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path, pixels: np.ndarray
+    image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path, pixels: np.ndarray
 ) -> None:
-    source = image_tower(trunk)[1]
+    source = image_tower("mobilevit_xxs")[1]
     model = onnx.load(prepare_for_quantization(source, tmp_path))
     quantized = quantize_symmetrically(model, measure_ranges(model, quantized_inputs(model), pixels))
     onnx.checker.check_model(quantized, full_check=True)

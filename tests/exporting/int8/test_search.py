@@ -269,11 +269,6 @@ def test_without_pairs_no_loss_is_measured_and_none_objected_to() -> None:
     assert np.isnan(choice.trials[0].loss_points)
 
 
-def test_a_trial_has_ratios_to_float32() -> None:
-    (trial,) = _choose(_measured("a", 2.5, 0.995, size=100)).trials
-    assert (trial.latency_ratio, trial.size_ratio, trial.centred_cosine) == (0.25, 0.25, 0.995)
-
-
 def test_without_candidates_float32_is_shipped_for_the_first_ones_reason() -> None:
     assert _choose().name is None
     failed = [Trial(tower="image", name=name, verdict="failed: no mapping") for name in ("static, min-max", "another")]
@@ -373,16 +368,6 @@ def test_layers_that_int8_makes_slower_are_excluded(timed_by_layers: None) -> No
     inputs = np.zeros((1, 3), dtype=np.float32)
     assert layers_no_slower(["a", "b", "c", "d", "e"], Session, inputs) == ("c", "d", "e")
     assert layers_no_slower(["a", "b"], Session, inputs) == ()
-
-
-def test_neighbours_are_timed_together(timed_by_layers: None) -> None:
-    layers = [f"{kind}{i}" for kind in "acbd" for i in range(4)]  # 16 layers, two per group
-    inputs = np.zeros((1, 3), dtype=np.float32)
-    assert layers_no_slower(layers, Session, inputs) == (
-        *(f"c{i}" for i in range(4)),
-        *(f"d{i}" for i in range(4)),
-    )
-    assert layers_no_slower(["c0", "a0", "c1", *layers[1:]], Session, inputs)[:2] == ("c0", "a0")
 
 
 # Both towers, and what they fall back to.
