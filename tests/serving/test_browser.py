@@ -259,21 +259,6 @@ def test_an_answer_that_a_proxy_gives_in_place_of_the_server_is_none(page: Any, 
     expect_failed_requests(page, status=status)
 
 
-@pytest.mark.parametrize(("scheme", "word"), [("http", "sent unencrypted to"), ("https", "sent to")])
-def test_images_are_said_to_be_sent_unencrypted_where_they_are(page: Any, url: str, scheme: str, word: str) -> None:
-    other = page.context.new_page()
-    other.set_default_timeout(120_000)
-    address = f"{scheme}://device.example/"
-
-    def answer(route: Any) -> None:
-        route.fulfill(response=page.context.request.get(url + route.request.url.removeprefix(address)))
-
-    other.route("**/*", answer)
-    other.goto(address)
-    other.wait_for_selector("#bundles tr")
-    assert other.inner_text("#privacy") == f"Images are {word} device.example, only there, and are not stored."
-
-
 def test_the_camera(page: Any) -> None:
     page.fill("#new", "blue")
     page.press("#new", "Enter")
