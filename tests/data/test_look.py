@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from clip_rd_edge.data.look import Seen, groups_of, hold_back, overlap, perceptual_hash, see, see_all
+from clip_rd_edge.data.look import Seen, groups_of, hold_back, overlap, perceptual_hash, see_all
 
 FLAT = np.zeros(256, np.float32)
 
@@ -69,11 +69,6 @@ def test_the_same_images_are_held_back_when_others_join() -> None:
     fewer, more = (hold_back(seen[:count], range(count), [""] * count, 0.2) for count in (200, 220))
     held = [number for number in range(200) if fewer[number] != "train"]
     assert sum(more[number] != "train" for number in held) >= 0.9 * len(held)
-
-
-def test_what_cannot_be_read_is_not_held_back(files: list[Path]) -> None:
-    seen = [see(files[4]) for _ in range(9)]
-    assert hold_back(seen, range(9), [""] * 9, 0.5) == ["train"] * 9
 
 
 def test_training_images_are_found_among_those_of_a_task(files: list[Path]) -> None:

@@ -82,12 +82,6 @@ def test_texts_beside_pairs_are_shown_with_images_of_pairs(pairs_csv: Path) -> N
     assert str(many.counts) == "24 pairs and 30 texts"
 
 
-def test_all_three_together(pairs_csv: Path, frames: Path) -> None:
-    samples = load_samples(TrainingData(data=str(pairs_csv), images=str(frames), texts="labels.txt"), given(["cat"]))
-    assert str(samples.counts) == "24 pairs, 5 images without captions and 1 text"
-    assert captions(samples)[24:] == [("cat",)] * 5
-
-
 def test_images_from_shards_with_and_without_captions(
     frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

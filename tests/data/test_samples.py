@@ -14,15 +14,8 @@ from PIL import Image
 
 from clip_rd_edge.data import samples as samples_module
 from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.samples import BadSamples, Samples, fingerprint, require_batch
-from clip_rd_edge.errors import InputError, UnreachableError, UsageError
-
-
-@pytest.mark.parametrize("size", [1, 25])
-def test_a_batch_size_that_is_too_small_or_too_large_is_refused(pairs_csv: Path, size: int) -> None:
-    with pytest.raises(UsageError) as caught:
-        require_batch(load_pairs(str(pairs_csv)), size)
-    assert caught.value.option == "batch_size"
+from clip_rd_edge.data.samples import BadSamples, Samples, fingerprint
+from clip_rd_edge.errors import InputError, UnreachableError
 
 
 @pytest.fixture

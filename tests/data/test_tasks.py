@@ -111,7 +111,6 @@ def test_an_exported_classification_data_set(classification_shards: Path) -> Non
     ("name", "content"),
     [
         ("classnames.txt", "fish\nbird\n"),
-        ("classnames.txt", "fish\n\nfrog\n"),
         ("test/nshards.txt", "3"),
         ("dataset_type.txt", "multilabel"),
     ],
@@ -157,14 +156,6 @@ def test_a_table_with_a_row_that_is_no_pair_is_no_task(image_folders: Path) -> N
         load_task(str(table))
 
 
-@pytest.mark.parametrize("name", ["pairs.txt", "PAIRS.CSV"])
-def test_a_table_of_any_name_is_a_task_as_it_is_data(image_folders: Path, name: str) -> None:
-    (image_folders / name).write_text("filepath,title\ntest/n1/1.png,a cat\ntest/n2/1.png,a dog\n")
-    task = load_task(str(image_folders / name))
-    assert isinstance(task, RetrievalTask)
-    assert task.captions == ("a cat", "a dog")
-
-
 def test_what_names_no_images_is_refused(tmp_path: Path) -> None:
     for name in ("emoji:unseen-stile", str(tmp_path), ""):
         with pytest.raises(InputError):
@@ -186,8 +177,3 @@ def test_tasks_of_one_file_name_are_named_by_the_parts_of_their_paths_that_diffe
 def test_distinct_names_stay() -> None:
     assert names(("a", "x/a.csv"), ("b", "x/b.csv")) == ["a", "b"]
     assert names(("emoji:unseen-style", "emoji:unseen-style")) == ["emoji:unseen-style"]
-
-
-def test_the_first_caption_of_an_image_is_found_by_the_image() -> None:
-    task = RetrievalTask(name="r", images=(), captions=("x", "y", "w"), caption_images=(3, 0, 3))
-    assert task.first_captions() == {3: 0, 0: 1}
