@@ -29,12 +29,10 @@ def completions(line: str) -> list[tuple[str, str]]:
         ("clip-rd-edge quick", ("plain", "quickstart")),
         ("clip-rd-edge export run --preci", ("plain", "--precision")),
         ("clip-rd-edge export run --precision i", ("plain", "int8")),
-        ("clip-rd-edge distill --student mobilevit_x", ("plain", "mobilevit_xxs")),
         ("clip-rd-edge distill --recipe mine", ("file", "mine")),
         ("clip-rd-edge classify bun", ("file", "bun")),
         ("clip-rd-edge export run --target sm86,jetson-o", ("plain", "sm86,jetson-orin")),
         ("clip-rd-edge evaluate run --task emo", ("plain", "emoji:unseen-style")),
-        ("clip-rd-edge classify bundle --labels every", ("plain", "everyday")),
     ],
 )
 def test_the_shell_is_offered_commands_options_values_presets_and_files(line: str, expected: tuple[str, str]) -> None:
@@ -48,14 +46,6 @@ def test_a_wrong_command_is_no_error_in_the_prompt() -> None:
     process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert process.stderr == ""
     assert "plain,quickstart" in process.stdout.splitlines()
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_each_shell_gets_a_script(shell: str) -> None:
-    environment = {**os.environ, "_CLIP_RD_EDGE_COMPLETE": f"{shell}_source"}
-    command = [sys.executable, "-m", "clip_rd_edge"]
-    script = subprocess.run(command, capture_output=True, text=True, env=environment, check=False).stdout
-    assert f"_CLIP_RD_EDGE_COMPLETE={shell}_complete" in script
 
 
 def test_a_new_shell_completes_though_the_command_is_not_there_yet(tmp_path: Path) -> None:

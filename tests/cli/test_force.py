@@ -41,13 +41,6 @@ def test_commands_refuse_it(wrong: Path, colour_images: Path, tmp_path: Path, co
         assert output
 
 
-def test_python_refuses_it(wrong: Path, colour_images: Path) -> None:
-    image = colour_images / "red.png"
-    with pytest.raises(UsageError, match="gives wrong answers here"):
-        edge.load(wrong).classify(image, ["red", "blue"])
-    assert edge.load(wrong, force=True).classify(image, ["red", "blue"])[0].label == "red"
-
-
 def test_servers_refuse_it(wrong: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = list[object]()
     monkeypatch.setattr("clip_rd_edge.serving.server.run_server", lambda app, **options: served.append(app))

@@ -36,19 +36,6 @@ HELP = [pytest.param(path, command, id=" ".join(path)) for path, command in comm
 
 
 @pytest.mark.parametrize(("path", "command"), HELP)
-def test_help_has_an_example_before_its_details_and_fits_80_columns(
-    path: tuple[str, ...], command: click.Command
-) -> None:
-    context = click.Context(command, info_name=" ".join(("clip-rd-edge", *path)), terminal_width=80)
-    text = command.get_help(context)
-    assert max(map(len, text.splitlines())) <= 80
-    summary, mark, examples = text.partition("Example")
-    assert mark
-    assert len(summary.strip().split("\n\n")) == 2  # usage and one paragraph
-    assert f"clip-rd-edge {' '.join(path)}" in examples
-
-
-@pytest.mark.parametrize(("path", "command"), HELP)
 def test_help_names_groups_defaults_and_units(path: tuple[str, ...], command: click.Command) -> None:
     assert isinstance(command, GroupedCommand)
     context = click.Context(command, info_name=path[-1])
