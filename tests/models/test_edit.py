@@ -16,7 +16,7 @@ import clip_rd_edge as edge
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel, text_module
 from clip_rd_edge.models.edit import trim_text_tower
-from clip_rd_edge.models.load import load_clip, preprocessing_of, save_clip
+from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.models.tokenizers import most_used_tokens, needed_tokens, with_tokens
 
@@ -108,9 +108,10 @@ def test_evenly_spaced_layers_stay(bert: ClipModel, tmp_path: Path) -> None:
     assert config["hidden_dropout_prob"] == config["attention_probs_dropout_prob"] == 0
 
 
-@pytest.mark.parametrize("separate", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_clips_own_vocabulary_can_be_trimmed(separate: bool, tmp_path: Path) -> None:
-    clip = clip_with_clips_tokenizer(separate=separate)
+def test_clips_own_vocabulary_can_be_trimmed(tmp_path: Path) -> None:
+    config = student_config("resnet10t", embedding_size=32, image_size=32, text="64x2", context_length=16)
+    clip = build_student(config, name="clip")
+    clip.model.eval()
     texts = ["red cat", "a photo of a green tortoise", "Überstraße!", "It's 1984 …", "猫と犬", "word " * 20, "", "!"]
     before = embed(clip, texts)
     trimmed = trim_text_tower(clip, vocabulary=620, texts=texts).clip
@@ -126,30 +127,6 @@ def test_clips_own_vocabulary_can_be_trimmed(separate: bool, tmp_path: Path) -> 
     assert np.abs(edge.load(bundle).encoder.encode_texts(texts) - before).max() < 1e-4
     with pytest.raises(ConfigError):
         trim_text_tower(clip, vocabulary=513, texts=texts)
-
-
-def clip_with_clips_tokenizer(*, separate: bool) -> ClipModel:
-    """A model with open_clip's own text tower, as a module of its own or at the top level."""
-    config = student_config("resnet10t", embedding_size=32, image_size=32, text="64x2", context_length=16)
-    if separate:
-        clip = build_student(config, name="clip")
-    else:
-        image = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 8, "image_size": 32}
-        text = {"width": 64, "heads": 1, "layers": 2, "context_length": 16}
-        model = open_clip.CLIP(32, image, text)
-        open_clip.model.set_model_preprocess_cfg(model, config["preprocess_cfg"])
-        tokenizer = open_clip.SimpleTokenizer(context_length=16)
-        cfg = {"embed_dim": 32, "vision_cfg": image, "text_cfg": text}
-        clip = ClipModel("clip", model, tokenizer, preprocessing_of(model), cfg)
-    clip.model.eval()
-    return clip
-
-
-def test_a_tower_whose_padding_counts_keeps_its_vocabulary() -> None:
-    clip = clip_with_clips_tokenizer(separate=True)
-    clip.model.get_submodule("text").attn_mask = None  # type: ignore[assignment]
-    with pytest.raises(ConfigError):
-        trim_text_tower(clip, vocabulary=600, texts=TEXTS)
 
 
 def test_merged_tokens_stay_with_their_parts(bert: ClipModel) -> None:

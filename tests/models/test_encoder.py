@@ -1,23 +1,13 @@
 from __future__ import annotations
 
-import pickle
-import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from support import share_in_threads
 
-from clip_rd_edge.api.models import open_encoder
-from clip_rd_edge.models.clip import ClipModel, parameter_count
 from clip_rd_edge.models.encoder import TorchEncoder, torch_threads
-from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.utils.paths import typed
 
 
 def test_an_evaluation_leaves_every_module_in_its_own_mode() -> None:
@@ -41,16 +31,6 @@ def test_an_evaluation_leaves_every_module_in_its_own_mode() -> None:
     np.testing.assert_allclose(embeddings[1:], [embeddings[0]] * 2, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
-def test_an_encoder_goes_to_another_process(student: ClipModel) -> None:
-    encoder = TorchEncoder(student, threads=1)
-    copied = pickle.loads(pickle.dumps(encoder))
-    assert np.array_equal(copied.encode_texts(["a cat", "two"]), encoder.encode_texts(["a cat", "two"]))
-    pixels = np.random.default_rng(0).standard_normal((2, 3, *student.preprocessing.size)).astype(np.float32)
-    assert np.array_equal(copied.encode_pixels(pixels), encoder.encode_pixels(pixels))
-
-
 def test_blocks_in_each_other_and_in_threads_restore_the_number_of_threads() -> None:
     before = torch.get_num_threads()
     with torch_threads(before + 2):
@@ -60,15 +40,3 @@ def test_blocks_in_each_other_and_in_threads_restore_the_number_of_threads() -> 
     assert share_in_threads(lambda: torch_threads(before + 3), torch.get_num_threads) == before + 3
     with ThreadPoolExecutor(1) as thread:  # starts with what the others have left
         assert thread.submit(torch.get_num_threads).result() == before
-
-
-def test_a_model_that_is_opened_runs_its_branches_merged(
-    make_student: Callable[..., ClipModel], tmp_path: Path
-) -> None:
-    """As it is deployed, so that its latency is that of a bundle's tower."""
-    clip = make_student("mobileone_s0")
-    save_clip(tmp_path / "student", clip, provenance={})
-    encoder: Any = open_encoder(typed(tmp_path / "student"))
-    assert parameter_count(encoder._image_tower) < parameter_count(clip.model)
-    pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
-    np.testing.assert_allclose(encoder.encode_pixels(pixels), TorchEncoder(clip).encode_pixels(pixels), atol=1e-5)
