@@ -7,7 +7,6 @@ from msgspec.structs import replace
 
 from clip_rd_edge.benchmarking.findings import headline, recommendation
 from clip_rd_edge.benchmarking.metrics import Interval
-from clip_rd_edge.benchmarking.report import page
 from clip_rd_edge.benchmarking.results import Results, RowResult
 from clip_rd_edge.benchmarking.tables import differences
 
@@ -46,19 +45,6 @@ def test_the_fastest_model_that_is_not_significantly_less_accurate_is_recommende
     assert sentence.endswith(end)
     assert headline(replace(timed, suite=suite))[1] == sentence
     assert recommendation(timed) is None  # there is no budget
-
-
-def test_headline_of_a_busy_machine_says_so_first_and_stresses_no_speed(timed: Results) -> None:
-    busy, shipped, student, quantised, _ = headline(replace(timed, other_load=0.96))
-    assert busy.startswith("The machine was busy: other processes used 96\u00a0% of it while the models were timed.")
-    assert "is 8.0× faster end to end" in shipped
-    assert student.endswith("is **1.5× smaller**, and its image tower is 2.0× faster.")
-    assert quantised.endswith("and its image tower is 3.0× faster.")
-    somewhat = replace(timed, other_load=0.1)  # as on a desktop; comparisons are made, too
-    assert headline(somewhat) == headline(timed)
-    report = page(somewhat)
-    assert report.count("The machine was busy: other processes used 10") == 1
-    assert report.index("The machine was busy") < report.index("Noise: ")
 
 
 def test_a_difference_of_a_few_answers_may_be_chance_though_its_interval_leaves_out_zero(timed: Results) -> None:

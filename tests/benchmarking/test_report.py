@@ -3,20 +3,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from msgspec.structs import replace
-from rich.console import Console
 
 from clip_rd_edge.benchmarking import tables
 from clip_rd_edge.benchmarking.metrics import RetrievalScore, ZeroShotScore
 from clip_rd_edge.benchmarking.report import figures_table, page, write_report
 from clip_rd_edge.benchmarking.results import MissingTask, Results, SkippedRow, read_results
-from clip_rd_edge.benchmarking.tables import terminal_tables
 from clip_rd_edge.utils.text import each_text
 
 
@@ -139,26 +136,6 @@ def with_every_text(results: Results, name: str) -> Results:
 
     plain = msgspec.to_builtins(results, builtin_types=(bytes,))
     return msgspec.convert(change(plain), Results, builtin_types=(bytes,))
-
-
-def printed(*shown: Any, width: int) -> str:
-    console = Console(width=width, file=StringIO(), markup=False, emoji=False)
-    for table in shown:
-        console.print(table)
-    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
-
-
-@pytest.mark.parametrize("width", [60, 80, 200])
-def test_terminal_tables_cut_nothing_and_fit(with_retrieval: Results, width: int) -> None:
-    first = replace(with_retrieval.rows[0], label="Teacher [/models/a]")  # which is no markup
-    shown = terminal_tables(replace(with_retrieval, rows=(first, *with_retrieval.rows[1:])), width)
-    text = printed(*shown, width=width)
-    assert (len(shown) == 1) == (width == 200)
-    assert "…" not in text
-    assert text.count("End to end, ms") == len(shown)
-    for label in ("Teacher [/models/a]", *(row.label for row in with_retrieval.rows[1:])):
-        assert label in text
-    assert "67\u00a0%" in text
 
 
 @pytest.mark.usefixtures("real_plots")

@@ -87,7 +87,6 @@ def test_models_that_cannot_be_opened_or_run_are_skipped_with_the_reason(suite: 
     ("old", "new"),
     [
         ("", "["),
-        ('"environment"', '"machine"'),
         ('"format_version": 3', '"format_version": 9'),
         ('"role": "teacher"', '"role": "pupil"'),
     ],

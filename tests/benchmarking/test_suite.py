@@ -32,9 +32,7 @@ def write(folder: Path, text: str) -> Path:
         ("tasks:", "taks:"),
         ("role: student", "role: pupil"),
         ("[emoji:unseen-style]", "[]"),
-        ("name: mine", "name: mine\nthreads: 0"),
         ("name: mine", "name: mine\nbudget_ms: .nan"),
-        ("name: mine", "name: mine\nbudget_ms: .inf"),
         ("name: mine", "name: mine\nmin_accuracy: 25"),
         ("  - {", "  - {label: A, model: b, role: teacher}\n  - {"),
         ("name: mine", "name: [mine"),
@@ -82,7 +80,7 @@ def save_images(root: Path, *folders: str) -> None:
         Image.new("RGB", (4, 4)).save(root / folder / "1.png")
 
 
-@pytest.mark.parametrize("folder", ["vtab/cifar10", "wds_vtab-cifar10", "vtab-cifar10", "cifar10", "wds_cifar10"])
+@pytest.mark.parametrize("folder", ["vtab/cifar10", "wds_vtab-cifar10", "cifar10"])
 def test_a_task_is_found_under_any_of_clip_benchmarks_names(tmp_path: Path, folder: str) -> None:
     save_images(tmp_path, f"{folder}/test/ship", f"{folder}/test/frog")
     tasks = ("imagenet1k", "vtab/cifar10")
