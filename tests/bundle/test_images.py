@@ -156,14 +156,6 @@ def test_a_file_that_is_cut_is_refused(tmp_path: Path) -> None:
     assert "it is empty" in refused(tmp_path / "photo.jpg")
 
 
-@pytest.mark.parametrize("name", ["nope.jpg", "~/a.jpg", "phone/*.jpg", "https://x.org/a.jpg", ""])
-def test_a_path_to_no_image_is_refused_without_a_word_on_converting_it(name: str) -> None:
-    with pytest.raises(InputError) as raised:
-        as_rgb(name)
-    assert raised.value.hint
-    assert "convert" not in raised.value.hint
-
-
 def exif(tag: int, kind: int, value: bytes) -> bytes:
     """EXIF data with orientation 6, a quarter turn, and a tag of a type that it should not have."""
     fields = struct.pack("<HHIHH", 0x112, 3, 1, 6, 0) + struct.pack("<HHI", tag, kind, 1) + value.ljust(4, b"\0")[:4]
