@@ -36,21 +36,6 @@ def test_a_command_shows_something_at_once_and_leaves_nothing(monkeypatch: pytes
         assert shown.rstrip().endswith("\x1b[2K")  # the line is cleared
 
 
-def test_a_narrow_terminal_shows_steps_and_times_before_figures_and_has_room_for_ctrl_c(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with terminal(monkeypatch) as stream:
-        with console_reporter() as reporter:
-            reporter.update("training", 1, 100_000, "loss 2.716, 4 pairs/s, 0.7 GB, 3% waiting for data")
-            assert wait_until(lambda: "loss 2.716" in stream.getvalue())
-        shown = [line for line in re.split(r"[\r\n]|\x1b\[[0-9?]*\w", stream.getvalue()) if "training" in line]
-    assert "1/100,000" in shown[-1]
-    assert re.search(r"\d s elapsed", shown[-1])
-    assert "loss 2.716" in shown[-1]
-    # The terminal shows ^C behind the bar: on a new line, only that one would be cleared.
-    assert max(len(line + "^C") for line in shown) < 80
-
-
 def test_ctrl_c_leaves_no_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         with console_reporter() as reporter:
