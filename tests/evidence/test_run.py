@@ -14,12 +14,9 @@ from PIL import Image
 from support import Watch
 
 from clip_rd_edge.benchmarking.accuracy import zero_shot
-from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.samples import fingerprint
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.embed import STORE_STAGE
-from clip_rd_edge.distillation.inputs import RunInputs, record_inputs
 from clip_rd_edge.distillation.optimizer import diverged_error
 from clip_rd_edge.errors import DivergedRunError, UsageError
 from clip_rd_edge.evidence import run as runs
@@ -29,10 +26,8 @@ from clip_rd_edge.evidence.run import evaluate_model
 from clip_rd_edge.evidence.suite import EvidenceSuite, run_config
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.names import CONFIGS
 from clip_rd_edge.models.students import build_student, student_config
-from clip_rd_edge.utils.files import sha256_of, write_text
-from clip_rd_edge.utils.outputs import exclusive_writer
+from clip_rd_edge.utils.files import write_text
 from clip_rd_edge.utils.structs import to_yaml
 from clip_rd_edge.utils.text import SILENT, Reporter
 
@@ -59,19 +54,6 @@ def save_student(folder: Path, *, seed: int) -> str:
     config = student_config("test_resnet", embedding_size=24, image_size=32, text="tiny", context_length=12)
     save_clip(folder, build_student(config, name="teacher"), provenance={})
     return str(folder)
-
-
-def test_a_second_writer_and_a_missing_teacher_are_errors(squares_suite: EvidenceSuite, tmp_path: Path) -> None:
-    with exclusive_writer(tmp_path / "out"), pytest.raises(UsageError, match="written by another run"):
-        runs.run_evidence(squares_suite, tmp_path / "out", SILENT)
-    watch = Watch()
-    with pytest.raises(UsageError, match="no built-in teacher"):
-        runs.run_evidence(squares_suite, tmp_path / "out", watch)
-    assert watch.noted == [
-        f"{squares_suite.data} is both trained and evaluated on: its scores say nothing about new pairs."
-    ]
-    with pytest.raises(UsageError, match="no finished run of the suite small"):
-        runs.collect(squares_suite, tmp_path / "out")
 
 
 def test_with_other_tasks_or_another_teacher_what_was_evaluated_is_evaluated_again(
@@ -208,39 +190,6 @@ def test_a_suite_is_checked_before_its_first_run(
     late = replace(squares_suite, methods=(*squares_suite.methods[:2], unknown))
     with pytest.raises(UsageError, match="The method clip-rd-without-xrd cannot train test_resnet: The text tower is"):
         runs.run_evidence(late, tmp_path / "out", SILENT, teacher=teacher)
-
-
-def test_finished_runs_are_compared_with_the_suite_before_the_first_run(
-    squares_suite: EvidenceSuite, teacher: str, pairs_csv: Path, tmp_path: Path
-) -> None:
-    out, student, data = tmp_path / "out", tmp_path / "mine.json", pairs_csv.read_text()
-    student.write_bytes((CONFIGS / "resnet10t.json").read_bytes())
-    suite = replace(squares_suite, students=(str(student),), seeds=(0,))
-    for run in suite.runs():
-        folder = out / run.subfolder
-        write_text(folder / "config.yaml", to_yaml(run_config(suite, run, teacher=teacher, stores=out / "cache")))
-        write_text(folder / "student" / "open_clip_model.safetensors", "")
-        record_inputs(
-            folder,
-            RunInputs(
-                samples="24 pairs", left_out=0, pairs_sha256=fingerprint(load_pairs(str(pairs_csv))),
-                student_file_sha256=sha256_of(student),
-            ),
-        )  # fmt: skip
-
-    def refuse(suite: EvidenceSuite, message: str) -> None:
-        with pytest.raises(UsageError, match=message):
-            runs.run_evidence(suite, out, SILENT, teacher=teacher)
-
-    heavier = replace(suite.methods[2], weights={"xrd": 0, "fd": 1})
-    changed = replace(suite, methods=(*suite.methods[:2], heavier))
-    refuse(changed, r"clip-rd-without-xrd.seed-0 holds a run with another configuration: objective\.fd: ")
-    pairs_csv.write_text(data.replace("a red picture", "a reddish picture"))
-    refuse(suite, r"none.seed-0 began with other inputs: .*pairs\.csv has as many samples, but other names")
-    pairs_csv.write_text(data)
-    student.write_text(student.read_text().replace("resnet10t", "resnet18"))
-    refuse(suite, "the file of the student's architecture has another content")
-    assert [path.name for path in out.iterdir()] == ["runs"]  # nothing was measured or written
 
 
 @pytest.mark.slow
