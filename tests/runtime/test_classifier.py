@@ -157,19 +157,6 @@ def test_only_new_labels_go_through_the_text_tower(colour_bundle: Path, monkeypa
     assert embedded[-1] == "a photo of green"
 
 
-def test_unusual_labels_are_accepted_and_empty_ones_refused(colour_bundle: Path) -> None:
-    labels = ["红", "red " * 500, "😀", "{}", "%s", "red\nblue", *(f"label {i}" for i in range(1000))]
-    classifier = ZeroShotClassifier(load(colour_bundle), [*labels, *labels])
-    assert classifier.labels == tuple(labels)
-    probabilities = classifier.probabilities([RED])
-    assert probabilities.shape == (1, len(labels))
-    assert np.isclose(probabilities.sum(), 1, atol=1e-4)
-    for refused in (["yellow", " "], [labels[0], ""], []):
-        with pytest.raises(InputError):
-            classifier.set_labels(refused)
-    assert classifier.labels == tuple(labels)  # unchanged by a refusal
-
-
 @pytest.fixture
 def bundle_with_bank(colour_bundle: Path) -> Path:
     write_labels(colour_bundle, LabelBank(("red", "blue"), np.asarray([[1, 0, 0], [0, 0, 1]], dtype=np.float32)))
