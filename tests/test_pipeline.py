@@ -14,7 +14,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import torch
 from msgspec.structs import replace
 
 import clip_rd_edge as edge
@@ -28,16 +27,13 @@ from clip_rd_edge.api.models import open_encoder
 from clip_rd_edge.benchmarking.report import HTML, PLOT, write_report
 from clip_rd_edge.benchmarking.results import RESULTS, Results, read_results, write_results
 from clip_rd_edge.benchmarking.suite import Suite
-from clip_rd_edge.building.plan import CLASSIFIER
 from clip_rd_edge.bundle.manifest import MANIFEST
 from clip_rd_edge.bundle.runs import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.models.classifiers import CLASSIFIERS
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.load import load_clip, save_clip
+from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.pipeline import quickstart_suite
 from clip_rd_edge.settings.measuring import Quickstart
-from clip_rd_edge.utils.text import SILENT
 
 STEPS = ("--teacher-steps", "2", "--student-steps", "3")
 
@@ -245,42 +241,3 @@ def test_students_start_from_the_same_text_tower_and_one_has_a_teacher(tmp_path:
         "student": ("clip-rd-bank", trimmed, 2, 5, cache),
         "student-alone": ("clip", trimmed, 2, 5, None),
     }
-
-
-@pytest.fixture(scope="module")
-def untuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pipeline.build_teacher(tmp_path_factory.mktemp("untuned") / "teacher", SILENT)
-
-
-def test_the_image_trunk_has_the_published_weights(untuned: Path) -> None:
-    published = torch.load(CLASSIFIERS[CLASSIFIER].verified(), weights_only=True)
-    trunk = load_clip(str(untuned)).model.get_submodule("visual.trunk").state_dict()
-    assert torch.equal(trunk["conv_stem.weight"], published["_conv_stem.weight"])
-    assert torch.equal(trunk["conv_head.weight"], published["_conv_head.weight"])
-    assert torch.equal(trunk["bn2.running_var"], published["_bn1.running_var"])
-
-
-def test_the_text_trunk_embeds_similar_texts_close_together(untuned: Path) -> None:
-    clip = load_clip(str(untuned))
-    with torch.no_grad():
-        ids = clip.tokenizer(["a cat", "a kitten", "a national flag"])
-        states = clip.model.get_submodule("text.transformer")(input_ids=ids, attention_mask=(ids != 0).long())
-        mask = (ids != 0)[..., None]
-        pooled = (states.last_hidden_state * mask).sum(1) / mask.sum(1)
-    cat, kitten, flag = torch.nn.functional.normalize(pooled, dim=-1)
-    assert cat @ kitten > cat @ flag + 0.3
-
-
-def test_the_students_text_tower_starts_from_two_layers_and_the_tokens_of_captions_and_nouns(
-    untuned: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "teacher").symlink_to(untuned)
-    pipeline.trim_text(Quickstart(tmp_path))
-    nouns = (tmp_path / "nouns.txt").read_text(encoding="utf-8").splitlines()
-    assert {"grinning face", "oil beetle"} <= set(nouns)
-    assert len(nouns) == len(set(nouns))
-    trimmed = load_clip(str(tmp_path / "trimmed"))
-    assert len(trimmed.model.get_submodule("text.transformer.encoder.layer")) == 2  # type: ignore[arg-type]
-    # A word of a caption keeps its token; one that no text has is spelled with others.
-    tokens = [(trimmed.tokenizer([word])[0] != 0).sum().item() - 2 for word in ("grinning", "bundesliga")]
-    assert tokens[0] == 1 < tokens[1]
