@@ -50,6 +50,13 @@ def label_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 
 
 @pytest.fixture(autouse=True)
+def _kept_searches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches for INT8 are remembered within a test alone."""
+    folder = tmp_path_factory.getbasetemp() / "int8" / uuid.uuid4().hex
+    monkeypatch.setattr("clip_rd_edge.exporting.int8.trials.outcome_folder", lambda: folder)
+
+
+@pytest.fixture(autouse=True)
 def marks(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A separate memory of intact files for each test; its folder does not exist yet."""
     folder = tmp_path_factory.getbasetemp() / "intact" / uuid.uuid4().hex

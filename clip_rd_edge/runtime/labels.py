@@ -9,7 +9,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from clip_rd_edge.bundle.labels import LabelBank, LabelPrecision, require_readab
 from clip_rd_edge.bundle.manifest import Manifest
 from clip_rd_edge.errors import InputError, near_matches, quoted
 from clip_rd_edge.utils.arrays import load_array, npy_bytes
-from clip_rd_edge.utils.files import read_limited, text_lines, write_bytes
+from clip_rd_edge.utils.files import read_cached, read_limited, text_lines, write_cached
 from clip_rd_edge.utils.paths import Typed, cache_home, expand_home, looks_like_path, near_files
 from clip_rd_edge.utils.structs import is_list_of_texts, is_natural, parse_yaml
 from clip_rd_edge.utils.text import SEPARATOR_LINE, is_unicode, refuse_other_formats
@@ -39,7 +38,6 @@ Labels = Iterable[str] | str | os.PathLike[str] | None
 MAX_FILE_BYTES = 1 << 24  # 200,000 labels
 MAX_TEXTS_BYTES = 1 << 28  # some four million captions
 MAX_BYTES = BANK_BYTES + 1024  # of the label cache: as many labels as a bundle may have, and what is beside the rows
-_DIGEST_BYTES = hashlib.sha256().digest_size
 EVERYDAY = "everyday"  # names the shipped list on the command line
 _EVERYDAY_FILE = Path(__file__).with_name("everyday_labels.txt")
 _ID = re.compile(r"\S*\d\S*")  # of a class or a file, as n02084071, /m/0bt9lr and 0001.jpg are
@@ -348,42 +346,19 @@ def label_set_key(text_tower: str, labels: Sequence[str], templates: Sequence[st
 
 def read_label_set(key: str, *, count: int) -> Embeddings | None:
     """Return the cached embeddings, (count, D), or None if there are none or they are damaged."""
-    path = label_cache_folder() / key
+    rows = read_cached(label_cache_folder() / key)
+    if rows is None:
+        return None
     try:
-        content = path.read_bytes()
-        digest, rows = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-        if hashlib.sha256(rows).digest() != digest:
-            return None
         embeddings: Embeddings = load_array(io.BytesIO(rows))
-    except (OSError, ValueError, EOFError):
+    except (ValueError, EOFError):
         return None
     if embeddings.ndim != 2 or len(embeddings) != count or embeddings.dtype != np.float32:
         return None
-    with suppress(OSError):  # a read-only cache
-        os.utime(path)
     return embeddings
 
 
 def write_label_set(key: str, embeddings: Embeddings) -> None:
-    """Cache embeddings, (C, D); silently do nothing if they are too large or cannot be written."""
+    """Cache embeddings, (C, D), as `write_cached` does."""
     rows = npy_bytes(embeddings.astype(np.float32, copy=False))
-    if _DIGEST_BYTES + len(rows) > MAX_BYTES:
-        return
-    with suppress(OSError):
-        write_bytes(label_cache_folder() / key, hashlib.sha256(rows).digest() + rows)
-        _shrink(label_cache_folder())
-
-
-def _shrink(folder: Path) -> None:
-    """Delete the least recently used files beyond MAX_BYTES; another process may do so at the same time."""
-    files = []
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):
-            stat = path.stat()
-            files.append((stat.st_mtime_ns, stat.st_size, path))
-    total = sum(size for _, size, _ in files)
-    for _, size, path in sorted(files):
-        if total <= MAX_BYTES:
-            return
-        path.unlink(missing_ok=True)
-        total -= size
+    write_cached(label_cache_folder() / key, rows, max_bytes=MAX_BYTES)

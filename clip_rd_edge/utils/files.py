@@ -23,6 +23,7 @@ T = TypeVar("T")
 MAX_TEXT_BYTES = 1 << 24  # of a list of names or templates
 _IS_WINDOWS = os.name == "nt"
 _PATIENCE_S, _PAUSE_S = 5.0, 0.02  # for other programs to close a file, on Windows
+_DIGEST_BYTES = hashlib.sha256().digest_size  # before what a cache keeps
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -110,6 +111,42 @@ def write_bytes(path: Path, *content: bytes | memoryview) -> None:
 def write_text(path: Path, content: str) -> None:
     """Write a UTF-8 text file atomically."""
     write_bytes(path, content.encode())
+
+
+def read_cached(path: Path) -> bytes | None:
+    """Return what `write_cached` wrote, or None if there is nothing, or something damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, kept = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    if hashlib.sha256(kept).digest() != digest:
+        return None
+    with suppress(OSError):  # a read-only cache
+        os.utime(path)
+    return kept
+
+
+def write_cached(path: Path, content: bytes, *, max_bytes: int) -> None:
+    """Write a file of a cache, whose least recently used files beyond `max_bytes` are deleted.
+
+    Silently do nothing if the content is larger than that, or cannot be written.
+    """
+    if _DIGEST_BYTES + len(content) > max_bytes:
+        return
+    with suppress(OSError):
+        write_bytes(path, hashlib.sha256(content).digest() + content)
+        files = []
+        for other in path.parent.iterdir():  # another process may delete some at the same time
+            with suppress(FileNotFoundError):
+                seen = other.stat()
+                files.append((seen.st_mtime_ns, seen.st_size, other))
+        total = sum(size for _, size, _ in files)
+        for _, size, other in sorted(files):
+            if total <= max_bytes:
+                return
+            other.unlink(missing_ok=True)
+            total -= size
 
 
 def require_utf8_path(path: Path) -> None:

@@ -20,7 +20,18 @@ from clip_rd_edge.exporting.formats import Converted, Job
 from clip_rd_edge.exporting.formats.onnx import write_fp16
 from clip_rd_edge.exporting.int8.candidates import Backend, Float32Tower, onnx_candidates
 from clip_rd_edge.exporting.int8.saturation import right_session
-from clip_rd_edge.exporting.int8.trials import QuantizedTower, Trial, alternatives, cost_objection, nearest, remarks
+from clip_rd_edge.exporting.int8.trials import (
+    QuantizedTower,
+    Trial,
+    alternatives,
+    cost_objection,
+    keep_outcome,
+    kept_outcome,
+    nearest,
+    outcome_folder,
+    outcome_key,
+    remarks,
+)
 from clip_rd_edge.exporting.parity import (
     Agreement,
     agreement,
@@ -64,8 +75,17 @@ def write_int8(job: Job, backend: Backend) -> Converted:
     towers = [tower for tower in _towers(job, backend, clock) if tower.name in job.manifest.towers]
     found = {}
     for left, tower in zip(range(len(towers), 0, -1), towers, strict=True):
-        timed = replace(tower, clock=Clock(clock.share(1 / left)))
-        found[tower.name] = quantize_tower(timed, job.manifest.towers[tower.name], backend)
+        key = outcome_key(tower, backend)
+        if outcome := kept_outcome(key):
+            job.reporter.note(
+                f"{tower.name} tower: found before for this tower, these samples and this machine; to search again, "
+                f"delete {outcome_folder() / key}"
+            )
+        else:
+            timed = replace(tower, clock=Clock(clock.share(1 / left)))
+            outcome = quantize_tower(timed, job.manifest.towers[tower.name], backend)
+            keep_outcome(key, outcome)
+        found[tower.name] = outcome
     _require_fallback(job.manifest.name, found, job.plan)
     for remark in remarks(job, found, backend):
         job.reporter.note(remark)

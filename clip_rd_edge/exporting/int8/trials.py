@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import msgspec
+import numpy as np
 
-from clip_rd_edge.bundle.formats import format_named
+from clip_rd_edge.bundle.formats import EXTERNAL_DATA_SUFFIX, format_named
 from clip_rd_edge.bundle.manifest import Tower
 from clip_rd_edge.exporting.formats import Job
-from clip_rd_edge.exporting.int8.candidates import Backend
+from clip_rd_edge.exporting.int8.candidates import Backend, Float32Tower
 from clip_rd_edge.exporting.parity import agreement, embed, latencies, p10
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.installation import install_command
-from clip_rd_edge.utils.host import FAST_BF16, instruction_sets
+from clip_rd_edge.utils.files import read_cached, sha256_of, write_cached
+from clip_rd_edge.utils.host import FAST_BF16, installed_versions, instruction_sets, machine_name
+from clip_rd_edge.utils.paths import cache_home
 
 # A candidate is worth its loss of accuracy if it takes at most this share of float32's latency, or of its size.
 _MAX_LATENCY_RATIO, _MAX_SIZE_RATIO = 0.95, 0.67
 # Up to this factor a candidate is not slower: INT8 token embeddings halve a text tower's file and leave its latency
 # unchanged, so two runs may disagree on which of the two is faster.
 _NOT_SLOWER = 1.03
+_MAX_KEPT_BYTES = 1 << 30  # of the outcomes of searches
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +84,48 @@ class QuantizedTower:
     def reason(self) -> str:
         """Why it is float32."""
         return self.tower.note.removeprefix("float32: ")
+
+
+def outcome_folder() -> Path:
+    """Return where outcomes are kept, which may not exist yet."""
+    return cache_home() / "int8"
+
+
+def outcome_key(tower: Float32Tower, backend: Backend) -> str:
+    """Return a digest of all that an outcome follows from: file, samples, right answers, limits, packages, machine."""
+    digest = hashlib.sha256()
+    for path in (tower.model, tower.model.with_name(f"{tower.model.name}{EXTERNAL_DATA_SUFFIX}")):
+        digest.update(sha256_of(path).encode() if path.is_file() else b"")
+    right = tower.correct(tower.reference) if tower.correct and tower.reference is not None else np.zeros(0)
+    for array in (tower.calibrate, tower.held_out, right):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    plan, versions = tower.plan, installed_versions(("clip-rd-edge", "onnxruntime", "onnx", "openvino", "nncf"))
+    limits = (
+        plan.budget,
+        plan.weight_bits,
+        plan.threads,
+        plan.in_batches,
+        plan.adapts(tower.name),
+        plan.search_minutes,
+    )
+    digest.update(repr((tower.name, backend.name, limits, versions, machine_name(), instruction_sets())).encode())
+    return digest.hexdigest()
+
+
+def kept_outcome(key: str) -> QuantizedTower | None:
+    """Return the outcome of an earlier search, or None."""
+    content = read_cached(outcome_folder() / key)
+    if content is None:
+        return None
+    try:
+        return msgspec.msgpack.decode(content, type=QuantizedTower)
+    except msgspec.DecodeError:  # of another version
+        return None
+
+
+def keep_outcome(key: str, outcome: QuantizedTower) -> None:
+    """Keep the outcome of a search that took minutes."""
+    write_cached(outcome_folder() / key, msgspec.msgpack.encode(outcome), max_bytes=_MAX_KEPT_BYTES)
 
 
 def cost_objection(latency_ratio: float, size_ratio: float) -> str:

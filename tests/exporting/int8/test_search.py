@@ -22,7 +22,7 @@ from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.bundle.manifest import Manifest, Measurement, Tower
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.bundle import export_bundle
-from clip_rd_edge.exporting.calibration import CalibrationSet
+from clip_rd_edge.exporting.calibration import CalibrationSet, Samples
 from clip_rd_edge.exporting.int8.candidates import (
     Float32Tower,
     group_errors,
@@ -458,6 +458,24 @@ def test_without_pairs_no_answer_is_taken_for_right_and_that_is_said_once(export
     export("fp32", reporter=reporter)
     assert [tower.correct is not None for tower in export.towers.values()] == [paired] * 2
     assert sum("agreement with float32 alone" in line for line in reporter.noted) == (not paired)
+
+
+def test_a_search_is_remembered_for_the_same_tower_samples_and_limits(export: Exporter) -> None:
+    export.improved = ("image", "text")
+    first = export()
+    export.towers.clear()
+    export.output = export.output.with_name("again")
+    assert export().towers == first.towers
+    assert not export.towers
+    export.output = export.output.with_name("stricter")
+    export(budget=Budget(image=0.999))
+    assert set(export.towers) == {"image", "text"}
+    export.output = export.output.with_name("others")
+    pixels, ids = export.calibration.held_out
+    export.calibration = dataclasses.replace(export.calibration, held_out=Samples(pixels[::-1], ids[::-1]))
+    export.towers.clear()
+    export()
+    assert set(export.towers) == {"image", "text"}
 
 
 @pytest.mark.parametrize("quantize", ["int8", None])
