@@ -113,26 +113,6 @@ def lengths(captions: list[str]) -> torch.Tensor:
     return torch.tensor([[len(caption)] for caption in captions])
 
 
-def test_an_epoch_has_no_repeated_pairs_and_the_next_is_shuffled_differently(pairs_csv: Path) -> None:
-    views = [view for step in StepSampler([24], 5, seed=0, steps=range(8)) for view in step]
-    first, second = ([index for epoch, index, _ in views if epoch == number] for number in (0, 1))
-    assert len(first) == len(set(first)) == 20
-    assert first != second
-
-
-@pytest.mark.parametrize("size", [(72, 72), (100, 150), (300, 100)])
-def test_the_views_of_an_image_of_any_shape_are_all_different(size: tuple[int, int], tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    for name in ("a.png", "b.png"):
-        Image.fromarray(pixels).save(tmp_path / name)
-    (tmp_path / "pairs.csv").write_text("filepath,title\na.png,one\nb.png,two\n")
-    dataset = ViewDataset(
-        load_pairs(str(tmp_path / "pairs.csv")), STUDENT, [], crops=Crops(scale=(0.9, 1.0)), seed=0, views=8
-    )
-    views = [dataset[View(view, index)].student_pixels.tobytes() for view in range(8) for index in range(2)]
-    assert len(set(views)) == 16  # nor are the two pairs, which show the same image, cropped alike
-
-
 @pytest.fixture
 def shards(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The pairs of the table as three shards of eight; image 5 is not readable, caption 14 is empty."""
@@ -171,15 +151,6 @@ def test_shards_resume_identically_in_workers_and_skip_bad_samples(shards: str) 
     numbers = {int(caption.split()[-1]) for batch in uninterrupted for caption in batch.captions}
     assert numbers.isdisjoint({5, 14})
     assert {6, 15} <= numbers
-
-
-def test_shards_and_a_table_give_the_same_batches(shards: str, pairs_csv: Path) -> None:
-    (from_table,) = batches(pairs_csv, 0, 1, teachers=[TEACHER])
-    from_shards, _ = shard_batches(shards, 0, workers=0, max_bad=0.1)
-    captions = zip(from_table.captions, from_shards[0].captions, strict=True)
-    valid = [row for row, (expected, actual) in enumerate(captions) if expected == actual]
-    assert len(valid) >= 3
-    assert torch.equal(from_table.student_pixels[valid], from_shards[0].student_pixels[valid])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -5,14 +5,12 @@ What is frozen keeps its weights: see test_run.py.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
 from pathlib import Path
 
 import msgspec
-import open_clip
 import pytest
 import torch
 from support import Watch, save_tiny_teacher
@@ -139,18 +137,6 @@ def test_a_text_tower_whose_projection_has_a_bias_is_frozen_but_for_it(texts_alo
     frozen[:, 0].sum().backward()
     trained = {name for name, parameter in student.model.named_parameters() if parameter.grad is not None}
     assert trained == {"text.text_projection.weight", "text.text_projection.bias"}
-
-
-def test_a_text_tower_that_also_returns_tokens_is_frozen_but_for_its_projection(student: ClipModel) -> None:
-    text: dict[str, object] = {"context_length": 8, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
-    vision = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 8, "image_size": 16, "attentional_pool": True}
-    tokens_too = {"output_tokens": True}
-    model = open_clip.CoCa(8, text, {**text, **tokens_too, "embed_cls": True}, {**vision, **tokens_too})
-    coca = dataclasses.replace(student, model=model)
-    set_training_mode(coca, tiny_run("clip", {}, data="pairs.csv", freeze_text=True))
-    frozen = FrozenTextTower(coca, torch.device("cpu"), autocast=None, caption_batch=2)(["red", "a cat"])
-    assert frozen.requires_grad
-    torch.testing.assert_close(frozen, TextTower(model)(coca.tokenizer(["red", "a cat"])))
 
 
 @pytest.mark.parametrize(("name", "image_size"), [("test_resnet", 32), ("test_vit", 160)])
