@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from clip_rd_edge.benchmarking.accuracy import zero_shot
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.bundle.reference import read_reference, write_reference
 from clip_rd_edge.data.tasks import ZeroShotTask
-from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.plan import Plan
@@ -140,12 +139,3 @@ def test_verify_notices_a_reference_of_another_kind(fp32_bundle: Path, without_t
         write_manifest(tmp_path / name, read_manifest(bundle))
         (failed,) = [check for check in verify_bundle(tmp_path / name) if not check.passed]
         assert message in failed.detail
-
-
-def test_a_manifest_that_says_nothing_of_a_text_tower_is_damaged(without_text: Path, tmp_path: Path) -> None:
-    shutil.copytree(without_text, tmp_path / "a")
-    content = json.loads((tmp_path / "a" / "manifest.json").read_text())
-    del content["text"]
-    (tmp_path / "a" / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="text"):
-        load(tmp_path / "a")
