@@ -105,14 +105,3 @@ def test_a_bundle_that_only_embeds_images_becomes_no_page(
     write_manifest(colours_without_text, manifest)
     code, _, error = command_line("export", colours_without_text, *options, "--force")
     assert (code, "has no text tower and no labels" in error) == (2, True)
-
-
-def test_a_page_inside_its_own_bundle_is_refused(colour_bundle: Path, node_modules: Path, command_line: Run) -> None:
-    for output in (colour_bundle / "site", colour_bundle):
-        code, _, error = command_line(
-            "export", colour_bundle, "--target", "browser", "--node-modules", node_modules, "-o", output, "--force"
-        )
-        assert code == 2
-        assert f"The output {output} is" in error
-    assert (colour_bundle / "manifest.json").is_file()
-    assert not (colour_bundle / "site").exists()
