@@ -155,17 +155,6 @@ def test_what_cannot_be_read_is_named_by_its_line(pairs_csv: Path, rows: str, li
         load_pairs(str(pairs_csv))
 
 
-@pytest.mark.parametrize("kind", ["missing", "pipe", "link", "elsewhere"])
-def test_a_table_that_is_no_file_here_is_refused(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "pairs.csv"
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "link":
-        path.symlink_to(tmp_path / "gone")
-    with pytest.raises(InputError):
-        load_pairs("s3://bucket/pairs.csv" if kind == "elsewhere" else str(path))
-
-
 class LostShareError(OSError):
     """What Windows raises when a network share went away."""
 
