@@ -2,7 +2,7 @@
 
 The exit code is 1, for a `UsageError`, which the user can fix, 2, and for an `InterruptedRunError` 75.
 
-A message says what was wrong, with its value and place, and what was expected; `hint` says what to do next. Both write
+A message states what was wrong, with its value and place, and what was expected; `hint`, what to do next. Both write
 an option in braces, as in "set {batch_size} to 64 or less": Python shows `batch_size`, the command line `--batch-size`.
 """
 
@@ -79,7 +79,7 @@ _OPTION = re.compile(r"\{([a-z]+(?:_[a-z]+)*)\}")
 
 
 def spelled(text: str, spell: Spell) -> str:
-    """Return a text with each `{option}` as `spell` names it; one that it does not know is left as it is."""
+    """Return a text with each `{option}` as `spell` names it; an unknown one is left as it is."""
     return _OPTION.sub(lambda match: spell(match[1]) or match[0], text)
 
 
@@ -110,7 +110,7 @@ class DivergedRunError(ClipRdEdgeError):
 
 
 class InterruptedRunError(ClipRdEdgeError):
-    """A long run was stopped by a signal after its state was saved; its hint says how to resume.
+    """A long run was stopped by a signal after its state was saved; its hint is how to resume.
 
     Exit code 75 is EX_TEMPFAIL: try again.
     """

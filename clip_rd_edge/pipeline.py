@@ -268,9 +268,9 @@ def _export(request: Quickstart, *, precision: Literal["fp32", "fp16", "int8"]) 
 
 
 def _forget_results(folder: Path) -> None:
-    """Have the models measured anew, as what a report says would be of the ones before.
+    """Have the models measured anew, since the figures of a report are of earlier ones.
 
-    The file stays, empty: without one, a report is taken for somebody's own, and kept.
+    The results file stays, but empty: without it, a report would count as the user's own, and be kept.
     """
     if is_file(results := folder / "report" / RESULTS):
         write_bytes(results, b"")

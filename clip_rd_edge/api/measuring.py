@@ -41,7 +41,7 @@ def evaluate(request: Evaluate) -> list[Score]:
     model, reporter = request.model, request.reporter
     if isinstance(model, Model) and (request.pretrained, request.threads) != (None, None):
         raise UsageError(
-            "The model is loaded already, so that pretrained and threads come too late.",
+            "The model is already loaded, so pretrained and threads come too late.",
             hint="pass them to clip_rd_edge.load, or the model's name or path to evaluate",
         )
     columns = {"csv_img_key": request.csv_img_key, "csv_caption_key": request.csv_caption_key}

@@ -115,7 +115,7 @@ def trim(request: Trim) -> Path:
     Raises:
         UsageError: `output` is in use or holds the model, or nothing is to be trimmed.
         InputError: the model or the file of texts does not exist.
-        ConfigError: the text tower has no more layers or tokens than that, or cannot be trimmed.
+        ConfigError: the text tower has no more layers or tokens than are to stay, or cannot be trimmed.
     """
     from clip_rd_edge.bundle.outputs import require_output
     from clip_rd_edge.bundle.runs import model_folder

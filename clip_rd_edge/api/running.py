@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @keywords_of(Teach)
 def teach(request: Teach) -> Lesson:
-    """Teach a bundle labels by a few images of each, and write it with them as a new bundle.
+    """Teach a bundle labels from a few images of each, and write the result as a new bundle.
 
-    The labels stand beside those that the bundle has, or alone. It keeps the embeddings of the images, so that others
-    are taught later without them. `Model.teach` teaches an open model without writing one.
+    The labels join those that the bundle has, or replace them. The bundle keeps the embeddings of the images, so that
+    more can be taught later without the images. `Model.teach` teaches an open model without writing one.
 
     Raises:
         UsageError: `output` is in use, or there is neither a folder nor a label to forget.
@@ -59,7 +59,7 @@ def teach(request: Teach) -> Lesson:
 
 
 def class_images(folder: Path) -> dict[str, list[Path]]:
-    """Return the images of each class folder by the class's name; a folder without any is one class."""
+    """Return the images of each class folder by the class's name; a folder without class folders is one class."""
     from clip_rd_edge.bundle.image_files import list_images
     from clip_rd_edge.data.folders import CLASS_NAMES, class_folders, class_name, subfolders
 
@@ -78,7 +78,7 @@ def index(request: Index) -> Update:
 
     encoder = _opened(request)
     if not encoder.has_text_tower:  # before minutes are spent
-        request.reporter.note("the bundle has no text tower: images will find images in this index, and texts will not")
+        request.reporter.note("the bundle has no text tower: only images, not texts, can be searched for in this index")
     return update_index(
         encoder, Path(request.folder), Path(request.output), cluster=request.ray, reporter=request.reporter
     )

@@ -1,4 +1,4 @@
-"""Train a student, average two, and what belongs to it: stores of embeddings, recipes."""
+"""Train a student, average two models, and make what training needs: stores of embeddings, packed data, recipes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _settled(request: Distill) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
             "{hours} and {hold_out} are for a run in one process; this one has several.",
-            hint="name {steps}, and what was held back before with {tasks}",
+            hint="name {steps}, and the images that were held back before with {tasks}",
             option="hours" if request.hold_out is None else "hold_out",
         )
     if request.hours is not None and (request.steps is not None or request.epochs is not None):
@@ -116,8 +116,8 @@ def embed(request: Embed) -> Path:
     work, and so do the workers of a Ray cluster, whose machines need the same data and teacher, but not the output.
 
     Raises:
-        UsageError: `output` holds something else, or cannot be read as shards; there is no cluster; or the teacher's
-            embeddings are stored already.
+        UsageError: `output` holds something else, or a store that does not match; the cluster cannot be reached; or the
+            teacher's embeddings are stored already.
         InputError, ConfigError: the data, teacher or recipe is missing or invalid, or the value of an option.
     """
     from clip_rd_edge.distillation.config import resolve
@@ -142,7 +142,7 @@ def pack(request: Pack) -> Packed:
 
     Raises:
         UsageError: `output` holds something else, or shards of other data.
-        InputError: the data are missing, or too many samples are damaged.
+        InputError: the data are missing, or too many samples are bad.
     """
     from clip_rd_edge.bundle.labels import parse_templates
     from clip_rd_edge.data.load import TrainingData, load_images, load_pairs
@@ -164,7 +164,7 @@ def pack(request: Pack) -> Packed:
 
 
 def _without(request: Distill | Embed, *names: str) -> dict[str, Any]:
-    """Return the settings of a run: the fields of a request without those that are of the call alone."""
+    """Return the settings of a run: the fields of a request without those that concern only the call."""
     return {name: value for name, value in msgspec.structs.asdict(request).items() if name not in (*names, "reporter")}
 
 
@@ -172,7 +172,7 @@ def _without(request: Distill | Embed, *names: str) -> dict[str, Any]:
 def average(request: Average) -> AveragedModel:
     """Average the weights of two models of one architecture: (1 − weight) · first + weight · second.
 
-    A fine-tuned model has forgotten some of what its start knew; models between the two are nearly as good at both
+    A fine-tuned model has forgotten some of what it could do before; models between the two are nearly as good at both
     (WiSE-FT, Wortsman et al. 2022). With tasks, the result's `curve` has the accuracy of each weight, which
     distillation.json records. open_clip loads the result as `local-dir:PATH`.
 

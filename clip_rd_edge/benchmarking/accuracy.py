@@ -169,7 +169,7 @@ def evaluate(
 
 
 def note_class_names(tasks: Sequence[Task], reporter: Reporter) -> None:
-    """Report which folders got which names from a classnames.txt: its order may be another than the folders'."""
+    """Report which folders got which names from a classnames.txt: its order may differ from the folders'."""
     for task in tasks:
         if isinstance(task, ZeroShotTask) and task.folders:
             named = [f"{folder} → {label}" for folder, label in zip(task.folders, task.labels, strict=True)]

@@ -189,7 +189,7 @@ def _comparison(results: Results, row: RowResult, reference: RowResult) -> Compa
 
 
 def _chance(comparison: Comparison) -> str:
-    """Return what follows an interval: whether this may be chance, and why if the interval leaves out zero."""
+    """Return what follows an interval: whether this may be chance, and why if the interval excludes zero."""
     if not comparison.may_be_chance:
         return ""
     test = sign_test(comparison)

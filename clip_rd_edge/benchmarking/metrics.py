@@ -222,7 +222,7 @@ _HIDDEN_DRAWS, _T = 5, 2.776  # of the labels that are hidden; Student's t of a 
 
 
 def hidden_score(matches: Similarities, targets: npt.NDArray[np.int64]) -> HiddenScore | None:
-    """Return how well the best match tells known images from others, with half of the labels hidden in each draw.
+    """Return how well the best match separates known images from others, with half of the labels hidden in each draw.
 
     Args:
         matches: of each label for each image, (N, C).
@@ -297,7 +297,7 @@ def difference_interval(hits: Hits, reference: Hits, *, level: float = 0.95) -> 
 def difference_p_value(hits: Hits, reference: Hits) -> float:
     """Return the p-value of the difference by the exact sign test, two-sided.
 
-    The bootstrap of a few changed answers rarely draws none of them, so that its interval leaves out zero too easily.
+    With few changed answers, a bootstrap rarely draws none of them, so that its interval excludes zero too easily.
     """
     won, lost = int((hits & ~reference).sum()), int((reference & ~hits).sum())
     return min(1.0, 2 * sign_test(max(won, lost), min(won, lost)))

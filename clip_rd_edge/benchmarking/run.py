@@ -298,7 +298,7 @@ def _model_state(model: str) -> str:
 def task_state(task: Task) -> str:
     """Return a task's questions, and the names, sizes and dates of its images or of the shards that hold them.
 
-    Of a remote shard, it is the version that the task was loaded from.
+    For a remote shard, it is the version that the task was loaded from.
     """
     files = dict.fromkeys(getattr(image, "shard", image) for image in task.images)  # many images share a shard
     states: list[tuple[int, int | str]] = []

@@ -103,7 +103,7 @@ def markdown_table(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,
 
 
 def inert_markdown(text: str) -> str:
-    """Return one line of Markdown in which names from elsewhere are no HTML, links or images, but seen as they are."""
+    """Return one line of Markdown in which names from elsewhere are shown as they are, not as HTML, links or images."""
     return printable(" ".join(text.splitlines())).replace("<", "&lt;").replace("](", "]&#40;").replace("][", "]&#91;")
 
 
@@ -221,7 +221,7 @@ def _verdict(comparison: Comparison) -> str:
 
 
 def sign_test(comparison: Comparison) -> str:
-    """Return the test that calls a difference chance although its interval leaves out zero; empty if it includes it."""
+    """Return the test by which a difference is chance although its interval excludes zero; else an empty text."""
     bounds = comparison.interval
     return "" if bounds.low <= 0 <= bounds.high else f"exact sign test: p = {comparison.p_value:.2f}"
 

@@ -57,7 +57,7 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
-    """What a build knows of its data.
+    """What a build has found in its data.
 
     Attributes:
         key: a digest of the images' names and sizes, and of how they are to be divided.
@@ -106,7 +106,7 @@ def look(
     Args:
         share: of the images that are held out.
         labels: what may be on images without captions.
-        chosen_by: one in so many of these is for choosing a student; 0 for none.
+        chosen_by: one in this many of these is for choosing a student; 0 for none.
         columns: of a table, with the paths and the captions.
         kept: the key of images that a student was trained on; others are refused.
     """
@@ -214,7 +214,7 @@ def _lines(source: _Source, seen: Sequence[Seen], rows: Sequence[Row]) -> Iterab
 
 
 def duplicates(rows: Iterable[Row]) -> list[list[Row]]:
-    """Return the groups of files that are copies of each other; a file with several captions is none."""
+    """Return the groups of files that are copies of each other; a file with several captions is not a copy."""
     groups = dict[int, dict[str, Row]]()
     for row in rows:
         if row.part != "left out":

@@ -42,7 +42,7 @@ VIEWS = 5  # of each image, which the teacher sees once
 LIVE_ABOVE = 100_000  # images: of more, the teacher sees each crop as it comes
 MAX_EPOCHS, MIN_STEPS = 40, 400
 TRAINING_SHARE = 0.85  # of the hours; the rest is for exporting and measuring
-# What decides the training. A build with other values is another one.
+# What decides the training. A build with other values is a new one.
 _ASKED = ("teacher", "student", "image_size", "hours", "steps", "seed", "hold_out", "max_latency", "max_size")
 
 
@@ -130,7 +130,7 @@ def training_precision() -> Precision:
 
 
 def run_config(request: Build, plan: Plan, *, steps: int, **settings: Any) -> RunConfig:
-    """Return the run of a plan, for so many steps."""
+    """Return the run of a plan, for this many steps."""
     recipe = msgspec.structs.replace(
         load_recipe(plan.recipe),
         steps=steps, batch_size=plan.batch_size, learning_rate=plan.learning_rate, precision=plan.precision,
@@ -190,7 +190,7 @@ def require_measurable(request: Build) -> None:
     """Refuse a latency limit for a device that is not here and that nobody has measured on."""
     if request.max_latency and request.measured is None and not is_here(request.target):
         raise UsageError(
-            f"This machine is no {request.target}, so that a latency of {request.max_latency:g} ms there cannot be "
+            f"This machine is not {request.target}, so a latency of {request.max_latency:g} ms there cannot be "
             "measured here.",
             hint="run `clip-rd-edge benchmark` on the device with a bundle of each student, and name its results with "
             "{measured}; or omit {max_latency}",

@@ -76,4 +76,4 @@ def _what_next(found: Look, results: Results, row: RowResult, teacher: RowResult
     if score and reference and reference.top1_interval.low > score.top1:
         yield "The teacher is better than the student: a larger --student or --image-size would help."
     if score and score.images < 100:
-        yield f"With {score.images:,} images held out, a few points are chance: more images make the figures surer."
+        yield f"With {score.images:,} images held out, a few points are chance; more images would reduce that."

@@ -84,7 +84,7 @@ class SharedEncoder(Encoder, Protocol):
 
 @runtime_checkable
 class LabelsEncoder(Encoder, Protocol):
-    """An encoder that may have no text tower, and then knows the labels that it has stored."""
+    """An encoder that may have no text tower, only the labels that it has stored."""
 
     @property
     def has_text_tower(self) -> bool:
@@ -125,7 +125,7 @@ def image_batch_size(batch_size: int, preprocessing: Preprocessing) -> int:
 def require_top(top: int) -> None:
     """Raise UsageError if `top`, a number of answers, is not a whole number of at least 1."""
     if not isinstance(top, int | np.integer) or top < 1:
-        raise UsageError(f"top is {top}; expected an integer at least 1.")
+        raise UsageError(f"top is {top}; expected an integer of at least 1.")
 
 
 def top_indices(values: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
@@ -158,7 +158,7 @@ class TowerEncoder(Encoder, Protocol):
 
 
 def as_list(texts: str | Iterable[str]) -> list[str]:
-    """Return a list of texts, which has one entry for a single text: a str is a sequence of characters otherwise."""
+    """Return a list of texts, with one entry for a single text: otherwise, a str would be a sequence of characters."""
     given: Any = texts
     try:
         entries = [given] if isinstance(given, str | bytes) or is_table(given) else list(given)
@@ -177,7 +177,7 @@ _MAX_COSINE = 1.01  # rounding to float16 included
 
 
 def require_cosines(cosines: Embeddings, source: str) -> Embeddings:
-    """Return cosine similarities; raise as `require_finite`, or a ConfigError if one is not of unit vectors."""
+    """Return cosine similarities; raise as `require_finite`, or a ConfigError if the vectors are not of unit length."""
     if (largest := float(np.abs(require_finite(cosines, source)).max(initial=0.0))) > _MAX_COSINE:
         raise ConfigError(
             f"{source} has embeddings that are not unit vectors: a cosine similarity is {largest:.2f}.",
@@ -215,7 +215,7 @@ def label_embeddings(
         templates: prompt templates with one `{}` for the name (or `{c}`, as in CLIP_benchmark), such as
             `a photo of a {}.`
         by_text: embed the texts of labels that images have taught, too.
-        reporter: hears how many labels are embedded.
+        reporter: is told how many labels are embedded.
     """
     require_labels(labels)
     bank: Any = getattr(encoder, "label_bank", None)
@@ -340,8 +340,8 @@ class Calibration(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_field
     def limit(self, best: Matches, refuse_known: float) -> float:
         """Return the match below which an image is refused, for a share of images of known things.
 
-        It is measured among the labels at hand: each pair's image, with its own caption as one more label, is what an
-        image of a known thing is. The limit is the k-th smallest of their n best matches, k = ⌊share · (n + 1)⌋, which
+        It depends on the labels at hand: each pair's image, with its own caption as one more label, stands for an image
+        of a known thing. The limit is the k-th smallest of their n best matches, k = ⌊share · (n + 1)⌋, which
         refuses at most this share of new such images on average (split conformal prediction, Vovk et al. 2005).
 
         Args:
@@ -363,7 +363,7 @@ UNCALIBRATED = Calibration(slope=0.97, intercept=-3.3)
 def usual_limit(usual: Matches, labels: int) -> Matches:
     """Return the match below which an image is refused without calibration, (N, 1).
 
-    Of so many nouns as there are labels, two would match at least as well.
+    Among as many nouns as there are labels, two would match at least as well.
 
     Args:
         usual: the matches of the background's nouns, (N, K).

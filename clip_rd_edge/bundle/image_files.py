@@ -72,14 +72,14 @@ def _glob(pattern: str) -> set[Path]:
 
 
 def is_ignored(name: str) -> bool:
-    """Return whether a file or subfolder of this name is none of the user's images: hidden, or another program's."""
+    """Return whether a file or subfolder of this name is not the user's: hidden, or another program's."""
     return name.startswith(".") or name in _FOREIGN_FOLDERS
 
 
 def list_images(folder: Path, *, on_unreadable: Callable[[InputError], None] = _raise) -> list[Path]:
     """Return all image files in a folder and its subfolders, sorted, without what `is_ignored`.
 
-    Links are followed, but for one to a folder that it is in. What cannot be looked at, such as a link to an image that
+    Links are followed, except to a folder that they are in. What cannot be looked at, such as a link to an image that
     does not exist, is returned, so that it counts as an image that cannot be read.
 
     Args:
@@ -117,7 +117,7 @@ def look_at_images(
 def _walk(folder: str, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:
     """Yield the folder and its subfolders, without what `is_ignored`, each with the names of its files.
 
-    Links are followed, but for one to a folder that it is in.
+    Links are followed, except to a folder that they are in.
     """
     # Of each folder that is still to be listed, the real paths of it and of those on the way to it.
     chains: dict[str, tuple[str, ...]] = {folder: (os.path.realpath(folder),)}
@@ -135,7 +135,7 @@ def _walk(folder: str, onerror: Callable[[OSError], None] | None = None) -> Iter
 
 
 def leads_nowhere(path: Path) -> bool:
-    """Return whether this is a link to nothing that by its name may be a folder."""
+    """Return whether this is a dangling link that, by its name, may be a folder."""
     # Not those of Path, which raise for what cannot be looked at, up to Python 3.13.
     return not path.suffix and os.path.islink(path) and not os.path.exists(path)  # noqa: PTH110, PTH114
 
@@ -146,7 +146,7 @@ def dead_link_error(folder: Path) -> InputError:
 
 
 def _look_at(path: Path, failures: list[OSError]) -> tuple[bool, os.stat_result | None]:
-    """Return whether this is a file, or something that only opening says why it cannot be read; and its stat.
+    """Return whether this is a file, or something whose error only opening it shows; and its stat.
 
     The latter is a link that leads to nothing, or what cannot be looked at, for which the error is added to `failures`.
     """

@@ -80,7 +80,7 @@ def open_to_crop(
 
 
 def require_image(path: Path) -> None:
-    """Raise InputError if the first bytes of a file show that `open_image` would; the others are not read."""
+    """Raise InputError if the first bytes of a file show that `open_image` would; the rest is not read."""
     with opened_image(path, MAX_PIXELS):
         pass
 
@@ -99,7 +99,7 @@ def opened_image(file: ImageFile, max_pixels: int) -> Iterator[Image.Image]:
     except Exception as error:  # decoders raise anything for a damaged file, from IndexError to struct.error
         hint = "convert it to an 8-bit JPEG or PNG, or leave it out"
         if isinstance(error, FileNotFoundError):
-            hint = "check the path; a pattern or ~ is expanded by shells alone: glob.glob(…), Path(…).expanduser()"
+            hint = "check the path; only shells expand a pattern or ~: glob.glob(…), Path(…).expanduser()"
         raise InputError(f"Cannot read the image {file}: {_reason(error)}.", hint=hint) from error
 
 
@@ -308,7 +308,7 @@ def _of_array(array: npt.NDArray[Any]) -> Image.Image:
 
 
 def image_path(image: str | os.PathLike[str]) -> Path:
-    """Return the path of an image file; raise InputError for an address on the web, of which Path makes another."""
+    """Return the path of an image file; raise InputError for a web address, which Path would change."""
     name = os.fspath(image)
     if not name or (isinstance(name, str) and URL.match(name)):
         raise InputError(
@@ -333,7 +333,7 @@ def _is_open_file(given: object) -> bool:  # not a camera of OpenCV, whose read 
 
 
 def as_images(images: ImageInput | Iterable[ImageInput]) -> Iterable[ImageInput]:
-    """Return images as they are, and a single image in a list; what is iterated as something else is refused."""
+    """Return images as they are, and a single image in a list; bytes, files and tables are refused."""
     if is_single_image(images):
         return [images]  # type: ignore[list-item]
     is_other = isinstance(images, bytes | bytearray | memoryview) or _is_open_file(images) or is_table(images)
@@ -343,7 +343,7 @@ def as_images(images: ImageInput | Iterable[ImageInput]) -> Iterable[ImageInput]
 
 
 def is_table(given: object) -> bool:
-    """Return whether an argument is a table, such as a DataFrame: to iterate it yields the names of its columns."""
+    """Return whether an argument is a table, such as a DataFrame: iterating it yields the names of its columns."""
     return hasattr(given, "columns")
 
 

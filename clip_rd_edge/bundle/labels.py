@@ -98,7 +98,7 @@ def require_readable(names: Sequence[str], size: int, precision: LabelPrecision)
     longest = max(names, key=len, default="")
     if 4 * len(longest) * len(names) > MAX_BYTES:  # NumPy pads all of them to it, with four bytes per character
         raise InputError(
-            f"One of {len(names):,} labels is too long for so many: {len(longest):,} characters, beginning with "
+            f"One of {len(names):,} labels is too long for this many: {len(longest):,} characters, beginning with "
             f"{longest[:40]!r}.",
             hint="shorten it",
         )
@@ -166,7 +166,7 @@ def read_taught(path: Path, *, size: int) -> Taught:
     count, images = (np.size(arrays.get(name, ())) for name in ("names", "classes"))
     expected = ((count,), (count, size), (count,), (images, size), (images,), ())
     if kinds != "UfbfiU" or tuple(shapes.values()) != expected or not _is_sound(arrays, count):
-        raise ConfigError(f"{path} does not have the arrays of taught labels in their shapes.", hint=_TAUGHT_HINT)
+        raise ConfigError(f"{path} does not have the arrays of taught labels in the right shapes.", hint=_TAUGHT_HINT)
     names = tuple(map(str, arrays["names"]))
     require_labels(names)
     return Taught(

@@ -13,7 +13,7 @@ image.engine.sha256, …      engines built on the device only: the SHA-256 of t
 tokenizer.json   read by the `tokenizers` library
 labels.npz       optional: embeddings of fixed labels, which then do not need the text tower
 taught.npz       optional: the embeddings of the images that some of these labels were taught with
-background.npz   embeddings of common nouns, with which a label is compared to say "none of these"
+background.npz   embeddings of common nouns, with which a label is compared to answer "none of these"
 known.npz        optional: embeddings of the images that answers were calibrated on
 
 A bundle exported with `--no-text-tower` has no text.* and no tokenizer.json.
@@ -131,7 +131,7 @@ class Features(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     Attributes:
         logit_bias: see `Scoring`.
-        taught: the labels that images have taught, whose rows of labels.npz stand for them also beside other labels.
+        taught: the labels that images have taught, whose rows of labels.npz are used also beside other labels.
         calibration: of probabilities, and of the answer that nothing fits.
     """
 
@@ -290,7 +290,7 @@ def listed_files(folder: Path) -> Collection[str] | None:
 
 
 def inner_bundles(folder: Path) -> str:
-    """Return a hint that names the bundles in a folder that is none, such as those of a run; empty if it has none."""
+    """Return a hint that names the bundles inside a folder that is not one itself, such as a run's; else empty."""
     folders = (path.parent for pattern in ("*", "bundles/*") for path in folder.glob(f"{pattern}/{MANIFEST}"))
     inner = sorted(path for path in folders if listed_files(path) is not None)
     return f"there are bundles in it: {', '.join(map(str, inner))}" if inner else ""

@@ -51,7 +51,7 @@ _RECORDED = {"average": "average", "stitched model": "classifier", "trimmed mode
 
 
 def require_output(path: Path, kind: OutputKind, *, overwrite: bool, sources: Iterable[Path] = ()) -> None:
-    """Refuse an output folder that is in use, unless `overwrite` and all that is in it is an earlier output of `kind`.
+    """Refuse an output folder that is in use, unless `overwrite` is set and it holds only an earlier output of `kind`.
 
     Args:
         sources: what the output is made from, which it must not replace.
@@ -81,7 +81,7 @@ def require_output_file(path: Path, is_earlier: Callable[[bytes], bool], *, what
     """Refuse a file that is in use, unless it is an earlier output of the same kind.
 
     Args:
-        is_earlier: tells it by the first 4,096 bytes.
+        is_earlier: recognises such an output by its first 4,096 bytes.
         what: such an output, in the error.
         option: that names the file, in the hint.
     """
@@ -100,7 +100,7 @@ def require_output_file(path: Path, is_earlier: Callable[[bytes], bool], *, what
 
 
 def _stray(folder: Path, kind: OutputKind) -> str | None:
-    """Return a file that is no part of an earlier output; empty if the folder is none, None if it is one."""
+    """Return a file that does not belong to an earlier output, or None; empty if the folder is not one at all."""
     if kind != "export":
         return _outside(folder, _MODEL) if _RECORDED[kind] in _record(folder) else ""
     if (layout := _bundle_layout(folder)) is not None:

@@ -50,7 +50,7 @@ class Preprocessing(CheckedStruct, frozen=True, kw_only=True):
     def evaluation_interpolation(self) -> Interpolation:
         """The interpolation of `preprocess`.
 
-        open_clip hands none to its resize for `shortest` to a size that is not square, which is then bicubic.
+        For `shortest` to a size that is not square, open_clip passes none to its resize, which is then bicubic.
         """
         height, width = self.size
         return "bicubic" if self.resize_mode == "shortest" and height != width else self.interpolation
@@ -68,7 +68,7 @@ def fast_decode_edge(preprocessing: Preprocessing) -> int:
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
     """Convert an RGB image to the model's input, (3, H, W), bit-identical to open_clip's evaluation transform.
 
-    Of an image that is long and narrow, only the part that the crop keeps is resized. Values then differ by at most one
+    If an image is long and narrow, only the part that the crop keeps is resized. Values then differ by at most one
     grey level, and from Pillow 13 on by more in noise, where it resizes the rows of one of the two first.
     """
     return _normalise(fit(image, preprocessing), preprocessing)

@@ -1,4 +1,4 @@
-"""The reference answers of a bundle, reference.npz: a few inputs, and the embeddings that every device must give them.
+"""The reference embeddings of a bundle, reference.npz: a few inputs, and the embeddings that devices must give them.
 
 texts (N,), ids (N, T) int32              texts, and the token ids that the tokenizer turns them into
 images (N, H, W, 3) uint8                 images of the size that the image tower takes
@@ -59,7 +59,7 @@ def write_reference(folder: Path, reference: Reference) -> None:
 
 
 def read_reference(folder: Path) -> Reference | None:
-    """Return a bundle's reference answers, or None if it has none."""
+    """Return a bundle's reference embeddings, or None if it has none."""
     path = folder / REFERENCE
     if not path.is_file():
         return None
@@ -75,7 +75,7 @@ def read_reference(folder: Path) -> Reference | None:
         or counts["images"] < 2
         or texts not in (images, 0)
     ):
-        raise ConfigError(f"{path} does not have the arrays of reference embeddings in their shapes.", hint=_HINT)
+        raise ConfigError(f"{path} does not have the arrays of reference embeddings in the right shapes.", hint=_HINT)
     return Reference(
         tuple(map(str, arrays["texts"])),
         arrays["ids"].astype(np.int64),

@@ -57,7 +57,7 @@ def training_record_path(folder: Path | None) -> Path | None:
 
 
 def read_training_record(spec: str) -> dict[str, Any]:
-    """Return what is known of a model's training, such as the data for calibration; empty if nothing is."""
+    """Return what is recorded of a model's training, such as the data for calibration; empty without a record."""
     path = training_record_path(model_folder(spec))
     record = read_json_objects(path) if path else None
     return {k: v for k, v in record.items() if k not in _OF_ONE_MODEL} if isinstance(record, dict) else {}

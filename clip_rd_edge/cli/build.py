@@ -33,8 +33,8 @@ def build(given: dict[str, Any]) -> None:
     clip-rd-edge build photos/ --labels "a cat" "a dog" --target cpu-arm -o pets
 
     DATA is a folder with a sub-folder of images for each class, a table of images and captions, or a folder of images
-    with --labels. Each stage keeps its result in OUT. The same command goes on where it was interrupted, and does
-    nothing where nothing has changed; with another --target, it trains nothing again.
+    with --labels. Each stage keeps its result in OUT. The same command resumes an interrupted build, and does nothing
+    where nothing has changed; with another --target, it trains nothing again.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli.console import console_reporter, note

@@ -25,7 +25,7 @@ first_process = os.environ.get("RANK", "0") == "0"
 
 
 class SafeConsole(Console):
-    """A console for text of unknown origin: strings are no markup, and control characters are escaped.
+    """A console for text of unknown origin: strings are not markup, and control characters are escaped.
 
     Styles are `Text` objects.
     """
@@ -54,7 +54,7 @@ def note(message: str) -> None:
 
 
 def _columns(console: Console) -> int:
-    """Return the number of columns of a console's terminal, 0 if it is none."""
+    """Return the number of columns of a console's terminal, 0 without one."""
     # FORCE_COLOR sets `is_terminal` in a pipe, too, where it asks for colours and not for lines of 80 columns.
     return console.width if console.file.isatty() else 0
 

@@ -145,7 +145,7 @@ def search(given: dict[str, Any], as_json: bool, null: bool) -> None:
         name = one_line(given["index"])
         echo(
             f"warning: {name} has {hits.indexed:,} of {hits.indexed + hits.missing:,} images: indexing was "
-            "interrupted, by Ctrl-C or a disk that went away, or is still running; the same index command goes on",
+            "interrupted, by Ctrl-C or a disk that went away, or is still running; the same index command resumes",
             err=True,
         )
 

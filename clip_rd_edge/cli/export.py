@@ -127,7 +127,7 @@ def _as_json(bundle: ExportedBundle) -> str:
 @command_of(Teach, "teach")
 @grouped("Output")("--json", "as_json", is_flag=True, help="Print what was taught as JSON.")
 def teach(given: dict[str, Any], as_json: bool) -> None:
-    """Teach BUNDLE labels by a few images of each, and write it with them as a new bundle.
+    """Teach BUNDLE labels from a few images of each, and write the result as a new bundle.
 
     \b
     clip-rd-edge teach bundle my-things/ -o taught
@@ -138,7 +138,7 @@ def teach(given: dict[str, Any], as_json: bool) -> None:
     FOLDER has a subfolder for each label, such as my-things/my mug/1.jpg; one to fifty images of each are enough. It is
     also a folder of images of one label, or the taught.npz that the page of clip-rd-edge demo saves. No training and no
     PyTorch: the images are embedded once, and the rest is one small linear system. The bundle keeps the embeddings, so
-    that more images and labels are added later without the old ones.
+    that more images and labels can be added later without the old ones.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli.console import console_reporter, note

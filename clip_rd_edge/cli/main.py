@@ -41,13 +41,13 @@ COMMANDS = {
     "pack": ("train", "Pack training data into shards of small images, once."),
     "recipe": ("train", "List the training recipes, or show one to start your own from."),
     "stitch": ("train", "Build a teacher from an image classifier and a sentence encoder."),
-    "trim": ("train", "Make a student's start of a model: fewer text layers and tokens."),
+    "trim": ("train", "Trim a model's text layers and tokens, to start a student from."),
     "average": ("train", "Average the weights of two models of one architecture."),
     "evaluate": ("measure", "Measure zero-shot accuracy and retrieval of a model or bundle."),
     "export": ("export", "Export a model as a bundle for a device."),
     "verify": ("export", "Verify a bundle's files, and that it runs on this device."),
     "classify": ("classify", "Classify images among your own labels."),
-    "teach": ("export", "Teach a bundle labels by a few images of each."),
+    "teach": ("export", "Teach a bundle labels from a few images of each."),
     "index": ("device", "Embed a folder of images for searching."),
     "search": ("device", "Search an index by text or image."),
     "serve": ("device", "Serve a bundle to other programs over HTTP."),
@@ -191,10 +191,10 @@ class _Terminated(BaseException):
 
 @contextmanager
 def _unwound_by_signals() -> Iterator[None]:
-    """Within the block, SIGTERM and SIGHUP end the process only after what is unfinished was removed.
+    """Within the block, SIGTERM and SIGHUP end the process only after unfinished files are removed.
 
-    A second SIGTERM does at once; of SIGHUP, a closed terminal sends several. Commands that have something to save or
-    to answer first handle them themselves.
+    A second SIGTERM ends it at once; a second SIGHUP does not, since a closed terminal sends several.
+    Commands that have something to save or to answer first handle them themselves.
     """
     deadly = [number for number in stop_signals() if signal.getsignal(number) == signal.SIG_DFL]
     process, received = os.getpid(), list[int]()
@@ -251,7 +251,7 @@ def _print_nothing_in_part() -> None:
 def _pass_on_any_path() -> None:
     """Let paths that are not UTF-8 go through stdin and stdout as the bytes that they are.
 
-    A file or pipe has UTF-8, whatever the locale: on Windows, that may know neither the labels nor a table's lines.
+    A file or pipe is in UTF-8, whatever the locale: that of Windows may lack characters of the labels or of a table.
     There, NUL and old consoles are terminals that have the locale's characters.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
@@ -316,7 +316,7 @@ def _as_missing_extra(error: ModuleNotFoundError, arguments: list[str]) -> Missi
 
 
 def _leave(exit_code: int) -> NoReturn:
-    echo("error: What computes here did not end when it was asked to, and is left behind.", err=True)
+    echo("error: A computation did not stop when asked to, and is abandoned.", err=True)
     _end_now(exit_code)
 
 
@@ -336,7 +336,7 @@ def _end_now(exit_code: int) -> NoReturn:
 
 
 def spelling(arguments: Sequence[str]) -> Spell:
-    """Return what names an option as the command that the arguments call does, and None for one that it lacks."""
+    """Return a function that spells an option as the called command does, or returns None if the command lacks it."""
     command: click.Command | None = cli
     for name in (argument for argument in arguments if not argument.startswith("-")):
         if not isinstance(command, click.Group):

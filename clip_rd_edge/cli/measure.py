@@ -82,7 +82,7 @@ def evaluate(given: dict[str, Any], confusion: Path | None, as_json: bool) -> No
 
 
 def _require_free(path: Path) -> None:
-    """Refuse a file that is there and is no table of confusions, before the long work."""
+    """Refuse an existing file that is not a table of confusions, before the long work."""
     from clip_rd_edge.bundle.outputs import require_output_file
 
     headers = tuple(f"{csv_row(*columns)}\n".encode() for columns in (_COLUMNS, (*_COLUMNS, _FOLDER)))
@@ -227,7 +227,7 @@ def _compare(old: Path, new: Path, *, allow_busy: bool, as_json: bool) -> int:
 
 
 def _without_regression(changes: Changes) -> str:
-    """Say that there is no regression, as far as something was compared."""
+    """Report that nothing got worse, among what was compared."""
     compared = ["accuracy"] * bool(changes.accuracies) + ["latency"] * bool(changes.latencies)
     count = len(changes.uncompared)  # the remarks name them
     gaps = [f"accuracy on {count} task{'s' if count > 1 else ''}"] * bool(count)

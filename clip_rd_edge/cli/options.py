@@ -296,7 +296,7 @@ def command_of(
 
 
 def _opened(bundle: Any) -> Any:
-    """Return a bundle's place, or several: where the built-in one is named, made with a progress bar if need be."""
+    """Return a bundle's folder, or several; the built-in one is made first if it is missing, with a progress bar."""
     if isinstance(bundle, tuple):
         return tuple(map(_opened, bundle))
     if not str(bundle).endswith("everyday"):  # else what follows imports a third of the modules of a classification
@@ -313,7 +313,7 @@ _LAST_GROUPS = ("Device", "Cluster", "Output")
 
 
 def _place(parameter: click.Parameter) -> int:
-    """Return the key of an order in which arguments are first, and the groups that most commands have last."""
+    """Return a sort key: arguments come first, and the groups that most commands share come last."""
     group = getattr(parameter, "group", None)
     return -1 if group is None else 1 + _LAST_GROUPS.index(group) if group in _LAST_GROUPS else 0
 

@@ -38,7 +38,7 @@ def echo(
 
 @contextmanager
 def results_whole() -> Iterator[None]:
-    """Within the block, which prints, a full disk is told as what it is there: what was printed so far is cut off."""
+    """Within the block, which prints, a full disk is an error that reports the output as cut off."""
     try:
         yield
     except OSError as error:
@@ -83,7 +83,7 @@ _CONTINUED = " \\"
 
 
 def terminal_width(stream: IO[Any]) -> int:
-    """Return the number of columns of a stream's terminal, 0 if it is none."""
+    """Return the number of columns of a stream's terminal, 0 without one."""
     if not stream.isatty():
         return 0
     if (columns := os.environ.get("COLUMNS", "")).isdigit():
@@ -160,7 +160,7 @@ def fold_items(name: str, items: Sequence[str], width: int) -> str:
 
 
 def cut(text: str, width: int) -> str:
-    """Return a text without what a line of `width` columns has no room for."""
+    """Return a text, cut to a line of `width` columns."""
     while width and _cells(text) > width:
         text = text[:-1]
     return text

@@ -75,8 +75,8 @@ def pack(given: dict[str, Any]) -> None:
     clip-rd-edge distill --data 'shards/{00000..00004}.tar' \\
         --teacher ViT-B-16@laion400m_e32 --student resnet18 -o runs/first
 
-    DATA is what distill takes as --data: a table, class folders, or shards here or elsewhere. The samples come in an
-    order of chance. An interrupted command is continued by the same one.
+    DATA is what distill takes as --data: a table, class folders, or shards here or elsewhere. The samples come in
+    random order. An interrupted command is continued by the same one.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli.console import console_reporter, note
@@ -118,7 +118,7 @@ def stitch(given: dict[str, Any]) -> None:
         --text all-MiniLM-L6-v2 -o parts
 
     CLASSIFIER is a timm architecture, or torchvision:NAME. The result is an open_clip model, such as distill takes as
-    its --teacher. It knows what its classes look like, and relates other texts to them as far as their meaning does.
+    its --teacher. It recognises the classifier's classes, and relates other texts to them by meaning.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli.console import console_reporter, note
@@ -131,7 +131,7 @@ def stitch(given: dict[str, Any]) -> None:
 
 @command_of(Trim, "trim")
 def trim(given: dict[str, Any]) -> None:
-    """Leave out layers and tokens of MODEL's text tower, of which the tokens are the largest part.
+    """Leave out layers and tokens of MODEL's text tower, whose largest part is the tokens.
 
     \b
     clip-rd-edge trim runs/seeing --text-layers 2 --vocabulary 7500 \\
@@ -139,8 +139,8 @@ def trim(given: dict[str, Any]) -> None:
     clip-rd-edge distill --texts nouns.txt --teacher runs/seeing \\
         --student runs/trimmed --batch-size 256 --lr 5e-4 -o runs/small-text
 
-    MODEL is a run's folder or another open_clip model. The result embeds images as MODEL does, but not texts: it is
-    what a student starts from, which then learns MODEL's embeddings of texts in minutes.
+    MODEL is a run's folder or another open_clip model. The result embeds images as MODEL does, but not texts: a student
+    that starts from it learns MODEL's embeddings of texts in minutes.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli.console import console_reporter, note
@@ -174,9 +174,9 @@ def average(given: dict[str, Any]) -> None:
     clip-rd-edge average runs/general runs/tuned --weight best \\
         --task old-images/ --task new-images/ -o runs/between
 
-    A fine-tuned model has forgotten some of what its start knew; between the two there are models that are nearly as
-    good at both. FIRST and SECOND are runs' folders or other open_clip models. The result is an open_clip folder, which
-    export and distill take. Two models that were trained from different random weights have nothing good between them.
+    A fine-tuned model has forgotten some of what it could do before; models between the two are nearly as good at
+    both. FIRST and SECOND are runs' folders or other open_clip models. The result is an open_clip folder, which export
+    and distill take. An average of two models that were trained from different random weights is useless.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli.console import console_reporter, note, print_table, stderr

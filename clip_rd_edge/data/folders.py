@@ -71,12 +71,12 @@ def image_samples(name: str, folder: Path) -> Folder:
 def class_samples(name: str, folder: Path, templates: Sequence[str] = ()) -> Folder:
     """Return the images of class folders, CLASS/…/image.jpg, whose captions are prompts with the class's name.
 
-    They come in an order of chance, always the same, so that each part of an epoch has images of all classes. An image
-    that is in no class folder is a problem.
+    They come in an order that is random but always the same, so that each part of an epoch has images of all classes.
+    An image that is in no class folder is a problem.
 
     Args:
         templates: prompts with a place for the name; none for the name alone. All images have their captions in this
-            order: a batch that takes one number of each has one caption for each class.
+            order: a batch that takes the caption of the same number from each has one caption for each class.
     """
     names = folder / CLASS_NAMES
     if not names.is_file() and folder.resolve().name in (*SPLITS, *_OTHER_SPLITS):
@@ -121,8 +121,8 @@ def class_folders(folder: Path, names: Path) -> list[tuple[Path, str]]:
     They are sorted by name, or by number if all names are numbers, as those of ImageNet-V2, which are 0 to 999.
 
     Args:
-        names: of a file that may exist: a line for each subfolder, in their order, with the name of its class, or with
-            its own name, a tab, and that of its class.
+        names: a file that may exist, with a line for each subfolder: in order, the names of their classes; or in any
+            order, its own name, a tab, and that of its class.
     """
     if lost := sorted(path for path in folder.iterdir() if leads_nowhere(path) and not is_ignored(path.name)):
         raise dead_link_error(lost[0])  # without a word, there would be a class less

@@ -41,7 +41,7 @@ def is_remote(pattern: str) -> bool:
 
 
 def require_local(source: str) -> None:
-    """Raise InputError if what is no shard has a URL, of which Path would make another."""
+    """Raise InputError if something other than a shard has a URL, which Path would change."""
     if URL.search(source):
         raise InputError(
             f"The data {shown_source(source)} are not on this machine; only shards are read from elsewhere.",
@@ -50,7 +50,7 @@ def require_local(source: str) -> None:
 
 
 def local_place(text: str, *, source: str) -> Typed:
-    """Return what a suite says as if it was typed: a name, or a path of this machine, but no command and no URL."""
+    """Return what a suite names as if it was typed: a name, or a path of this machine, but no command and no URL."""
     if any(map(is_remote, map(str.strip, text.split(SEPARATOR)))):
         raise ConfigError(
             f"{source} names {shown_source(text)}, a command or a URL; expected a path of this machine.",
@@ -116,7 +116,7 @@ class TrainingData(msgspec.Struct, frozen=True, kw_only=True):
     """What a model is trained on. `distillation.config.RunConfig` has the same fields.
 
     A ~ at the beginning of a path stands for the home folder, here and nowhere else: a shell leaves it as it is in
-    quotes, and Python knows none.
+    quotes, and Python does not expand it.
 
     Attributes:
         data: source of the pairs, as `data.load.load_pairs` takes it; None for none.
@@ -265,7 +265,7 @@ def load_samples(
     """Load what a model is trained on: plain pairs if that is all that is named.
 
     Args:
-        read_texts: `runtime.labels.read_texts`; returns the content of `source.texts` if it is no Parquet file.
+        read_texts: `runtime.labels.read_texts`; returns the content of `source.texts` if it is not a Parquet file.
         reporter: receives the progress of indexing.
     """
     if source.data is None and source.images is None and source.texts is None:

@@ -2,7 +2,8 @@
 
 Near-duplicates, such as a photograph that was resized and compressed again or two frames of a film, are found by a
 perceptual hash: the 16 × 16 grey levels of an image, without their mean and contrast. The correlation of two hashes is
-that of the images. All copies of an image stand on one side of a division, or a test would ask for what was taught.
+that of the images. All copies of an image are on one side of a division; otherwise, a test would contain what was
+trained on.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def near_pairs(first: Hashes, second: Hashes) -> Iterator[tuple[int, int]]:
 
 
 def groups_of(seen: Sequence[Seen], keys: Sequence[str] = ()) -> list[int]:
-    """Return of each image the number of its group: images with the same bytes, near-duplicates, or the same key.
+    """Return the group number of each image: images with the same bytes, near-duplicates, or the same key.
 
     The number of a group is that of its first image. Images that cannot be read are alone.
 
@@ -115,16 +116,16 @@ def groups_of(seen: Sequence[Seen], keys: Sequence[str] = ()) -> list[int]:
 def hold_back(
     seen: Sequence[Seen], groups: Sequence[int], classes: Sequence[str], share: float, chosen_by: int = CHOSEN_BY
 ) -> list[Part]:
-    """Return the part of each image: most are trained on, some choose a student, and others are for the report alone.
+    """Return the part of each image: most are for training, some to choose a student, others only for the report.
 
-    Whole groups are held back, in the order of a digest, so that the same images are whenever the rest of the data
-    changes a little. Of each class with three images or more, at least one is, and at least half is not.
+    Whole groups are held back, in the order of a digest, so that the same images are held back whenever the rest of the
+    data changes a little. Of each class with three images or more, at least one is held back, and at most half.
 
     Args:
         groups: of `groups_of`.
         classes: the class of each image; one class for all where there are none.
         share: of the images that can be read; of many images it is less, see MAX_HELD_OUT.
-        chosen_by: one in so many is for choosing; 0 for none.
+        chosen_by: one in this many is for choosing; 0 for none.
     """
     parts: list[Part] = ["train"] * len(seen)
     members, readable = dict[int, list[int]](), [index for index, own in enumerate(seen) if not own.problem]
@@ -160,7 +161,7 @@ def overlap(
 ) -> tuple[list[tuple[Path, Path]], int]:
     """Return which images of a task are trained on, as they are or as near-duplicates, and how many were looked at.
 
-    Of many images, some are drawn by chance, always the same: MAX_LOOKED_AT of the task and four times as many others.
+    Of many images, a random part is drawn, always the same: MAX_LOOKED_AT of the task and four times as many others.
     """
     draw = random.Random(0)
     first, second = (

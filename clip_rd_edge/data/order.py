@@ -23,7 +23,7 @@ class EpochOrder:
     Args:
         groups: number of pairs in each group, (G,); group i holds the pairs that follow those of group i - 1. Or (G, K)
             for groups of K such parts: those of column k follow all of column k - 1.
-        window: minimum number of pairs per window, but for the last.
+        window: minimum number of pairs per window, except the last.
     """
 
     def __init__(self, groups: Sequence[int] | Indices, *, seed: int, window: int = SHUFFLE_WINDOW) -> None:

@@ -84,7 +84,7 @@ _known_versions = dict[str, Version]()
 def in_threads(function: Callable[[T], R], items: Iterable[T], *, threads: int) -> Iterator[R]:
     """Map as `map` does, by threads that end with the process.
 
-    Those of an executor would keep one that is stopped from ending for as long as a store does not answer.
+    An executor's threads would keep a stopped process alive for as long as a store does not answer.
     """
     waiting, done = deque(enumerate(items)), queue.SimpleQueue[tuple[int, Any, BaseException | None]]()
     count, found = len(waiting), dict[int, R]()
@@ -157,13 +157,13 @@ def _info(file_system: Any, path: str) -> dict[str, Any]:
 
 
 def _forget_listings() -> None:
-    """Let file systems that keep what a folder holds, as huggingface_hub's does, ask for it anew."""
+    """Let file systems that cache the listing of a folder, as huggingface_hub's does, ask for it anew."""
     for file_system in tuple(_kept):
         file_system.invalidate_cache()
 
 
 def shard_identity(shard: ShardFile) -> str:
-    """Return a text that changes when a shard is another one: its location and its version."""
+    """Return a text that changes when a shard does: its location and its version."""
     size, mark = version(shard)
     location = str(shard.resolve()) if isinstance(shard, Path) else shard.url
     if location.startswith(PIPE):  # what a command writes depends on where it runs
@@ -321,7 +321,7 @@ _ERRNO = re.compile(r"^\[Errno \d+\] ")
 
 
 def _refusal(url: str, error: BaseException) -> InputError | None:
-    """Return the error for what no later try would change, if this is such an answer."""
+    """Return an error if this answer is one that no later try would change."""
     status, reason, shard = http_status(error), reason_of(error, url), f"The shard {shown_source(url)}"
     if status == 404 or _is_missing(error):
         return InputError(f"{shard} does not exist{f': {reason}' if 'bucket' in reason else ''}.")
@@ -346,7 +346,7 @@ def _is_missing(error: BaseException) -> bool:
 
 
 def _is_invalid_value(error: BaseException | None) -> bool:
-    """Return whether an error is about an address or a setting, and not about an answer that is no JSON, or no text."""
+    """Return whether an error is about an address or a setting, and not about an answer that is not JSON or text."""
     return isinstance(error, ValueError) and not isinstance(error, (json.JSONDecodeError, UnicodeError))
 
 
@@ -368,9 +368,9 @@ def http_status(error: BaseException) -> int | None:
 
 
 def reason_of(error: BaseException, url: str = "") -> str:
-    """Return the first line that an error says, or one of its causes, if it says nothing but the shard's URL.
+    """Return the first line of an error's message, or of a cause's if the message is only the shard's URL.
 
-    So do fsspec's errors on servers that cannot be reached; its time-outs say nothing at all.
+    That is so in fsspec's errors about servers that cannot be reached; the message of its time-outs is empty.
     """
     texts = (_ERRNO.sub("", str(cause).strip()) for cause in causes(error))
     text = next((text for text in texts if text not in ("", url)), type(error).__name__)

@@ -77,7 +77,7 @@ class Counts(NamedTuple):
         return bool(self.pairs or self.images)
 
     def recorded(self) -> dict[str, int]:
-        """Return what a run's record says: `pairs` alone, if that is all."""
+        """Return what goes into a run's record: `pairs` alone, if that is all."""
         mixed = {"images": self.images, "texts": self.texts} if self.is_mixed else {}
         return {"pairs": self.pairs, **mixed, **({"classes": self.classes} if self.classes else {})}
 
@@ -275,7 +275,7 @@ class BadSamples:
 
     @property
     def unshared(self) -> int:
-        """Number of bad samples that other processes may not know yet."""
+        """Number of bad samples not yet shared with the other processes."""
         return len(self._reasons) - self._shared
 
     @property
@@ -306,7 +306,7 @@ class BadSamples:
         self._check([reason for _, reason in bad[-1:]])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the bad samples met so far, for a checkpoint, and of which data; their reasons are told once."""
+        """Return the bad samples met so far, for a checkpoint, and of which data; their reasons are reported once."""
         # Where nothing is bad, millions of samples need no fingerprint.
         return {"pairs": list(self._reasons), "of": self._fingerprint if self._reasons else ""}
 
@@ -353,7 +353,7 @@ class BadSamples:
         bad = len(self)
         if bad <= self.allowed or not latest:
             return
-        hint = "check the source: half of it or more is no use"
+        hint = "check the source: half of it or more is unusable"
         if bad <= self._total / 2:
             hint = f"fix or remove them, or accept them: {{max_bad}} {math.ceil(100 * bad / self._total) / 100:g}"
         raise InputError(
@@ -371,7 +371,7 @@ def kept_index(kind: str, identity: Iterable[str], build: Callable[[Path], None]
 
     Args:
         kind: name of the folder of all such indices.
-        identity: texts of which another one makes another index.
+        identity: texts that identify the index.
         build: fills an empty folder; the file INDEX is written last.
     """
     key = hashlib.sha256("\n".join(identity).encode(errors="surrogateescape")).hexdigest()[:32]

@@ -4,7 +4,7 @@
     KEY.SIZE.….part     a shard of this size that is being fetched, or that an ended process left behind
 
 Room is made before a shard is fetched, by removing what was used least recently; a shard that is needed again is
-fetched again. What is read from it is what is read from a local one, so batches do not depend on where shards are.
+fetched again. Reads return what they return from a local shard, so batches do not depend on where shards are.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def local_path(shard: RemoteShard) -> Path:
 
 
 def cache_limit() -> int:
-    """Return how many bytes the cache may hold; raises ConfigError if the environment variable is no such number."""
+    """Return how many bytes the cache may hold; raises ConfigError if the environment variable is not such a number."""
     text = os.environ.get(LIMIT_VARIABLE, "")
     try:
         gigabytes = float(text) if text else _DEFAULT_GB

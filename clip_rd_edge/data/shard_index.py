@@ -183,8 +183,8 @@ class ShardIndex:
 
     Attributes:
         samples: number of such samples per shard, (S,).
-        problems: all other samples, and damaged shards. How many samples these have lost is judged by the size of what
-            cannot be read, or by what the shards that are not damaged have, whichever is more.
+        problems: all other samples, and damaged shards. How many samples these have lost is estimated from the size of
+            what cannot be read, or from the number in undamaged shards, whichever is more.
     """
 
     def __init__(self, folder: Path, *, reinforced: bool = False) -> None:
@@ -228,7 +228,7 @@ def index_shards(
 ) -> ShardIndex:
     """Return the index of some shards, from the cache if path, size and modification time of all are unchanged.
 
-    Each shard's result is cached: an interrupted call goes on where it was. Remote ones are fetched by several threads.
+    Each shard's result is cached: an interrupted call is resumed. Remote ones are fetched by several threads.
 
     Args:
         json_key, captioned: as for `data.webdataset.Shards`.

@@ -145,7 +145,7 @@ class Table(LocalFiles):
         return Pair(Path(os.fsdecode(bytes(parent)), name), int(size), caption)
 
     def check_images(self) -> None:
-        """Compare some images' sizes with those when the table was read; raises InputError if one is another."""
+        """Compare some images' sizes with those when the table was read; raises InputError if one differs."""
         for index in np.linspace(0, len(self) - 1, min(_CHECKED_IMAGES, len(self)), dtype=np.int64).tolist():
             pair = self.pair(index)
             size = pair.path.stat().st_size if pair.path.is_file() else None
@@ -308,7 +308,7 @@ class _Finder:
 
 
 class MissingColumnError(InputError):
-    """A table has no column of a name."""
+    """A column was not found in a table."""
 
 
 def _require_columns(path: Path, columns: Sequence[str], required: Mapping[str, str]) -> None:

@@ -4,7 +4,7 @@ Shards of millions of samples are scanned once. tarfile builds an object with so
 member costs one read of 512 bytes. Checksums of many headers are compared together in numpy.
 
 Understood: the formats v7, ustar, pax and GNU, with long names and sizes over 8 GiB. Members whose extended header is
-malformed, or says that they are sparse, are reported as unreadable; the sparse ones of old GNU tar are not understood.
+malformed, or marks them as sparse, are reported as unreadable; the sparse ones of old GNU tar are not understood.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ class _Batch:
         self.headers, self.starts, self.files = list[bytes](), list[int](), list[TarFile | None]()
 
     def add(self, header: bytes, start: int) -> None:
-        """Add a header of which it is not known that it is a file's."""
+        """Add a header that is not known to be a file's."""
         self.headers.append(header)
         self.starts.append(start)
         self.files.append(None)
 
 
 class _Headers:
-    """Reads one header after another; what an extended one says counts for the next file."""
+    """Reads one header after another; what an extended one states applies to the next file."""
 
     def __init__(self, file: int) -> None:
         self._file, self.end, self._start = file, os.fstat(file).st_size, 0
@@ -154,7 +154,7 @@ class _Headers:
         return False
 
     def _apply_extension(self, kind: int, offset: int, size: int) -> None:
-        """Keep what an extended header says about the next file.
+        """Keep what an extended header states about the next file.
 
         That file is unreadable if the content is too large or malformed. Its own header is still where it should be, so
         the files after it are not lost.

@@ -48,7 +48,7 @@ class ZeroShotTask(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def questions(self) -> tuple[object, ...]:
-        """What is asked about the images; its repr is part of digests that are kept, so the order must stay."""
+        """What is asked about the images; digests that are kept include its repr, so the order must stay."""
         return self.targets, self.labels, self.templates
 
 

@@ -149,8 +149,8 @@ def _parse_weights(weights: str | None, sources: int) -> list[int]:
     # A weight of 0.5 would show the same half of a source in every epoch.
     if len(parts) != sources or not all(part.isdecimal() and int(part) for part in parts):
         raise UsageError(
-            f"The weights {weights!r} are not a positive integer for each of {sources} sources: how often it is shown "
-            "per epoch.",
+            f"The weights {weights!r} do not have a positive integer for each of {sources} sources: how often it is "
+            "shown per epoch.",
             hint="to show the first source half as often as the second, use 1::2",
             option="train_data_upsampling_factors",
         )
@@ -231,7 +231,7 @@ def read_json_member(member: TarMember) -> Any:
     except ValueError as error:
         raise InputError(f"{member} is not valid JSON: {error}.") from error
     except RecursionError as error:
-        raise InputError(f"{member} is not valid JSON for this: its values are nested too deep.") from error
+        raise InputError(f"{member} is not valid JSON here: its values are nested too deeply.") from error
 
 
 def json_captions(
@@ -286,7 +286,7 @@ _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # of wh
 
 
 class _Made(msgspec.Struct, frozen=True, kw_only=True):
-    """Content of pack.json: what decides what is in the shards, but for `data`, which names it for people."""
+    """Content of pack.json: all that determines the shards' content, and `data`, which only names it for people."""
 
     data: str
     samples: int
@@ -312,7 +312,7 @@ class Packed(NamedTuple):
 
 
 def pack_samples(samples: Samples, folder: Path, *, edge: int, max_bad: float, reporter: Reporter = SILENT) -> Packed:
-    """Write the samples into shards in `folder`, or go on where an earlier call was interrupted.
+    """Write the samples into shards in `folder`, or resume an earlier call that was interrupted.
 
     An image whose shorter edge has more than `edge` pixels becomes a JPEG with that edge; a smaller one stays as it is,
     byte for byte, if it is a JPEG, PNG or WebP.

@@ -53,7 +53,7 @@ def no_trace_of_failure(run: Path, processes: Processes) -> Iterator[None]:
     """Within the block, a new run that fails before its first checkpoint leaves nothing in its folder.
 
     The corrected command then begins anew. A run that was interrupted or lost a process, or whose disk is full, stays:
-    the same command goes on with it. Metrics stay if they may say what went wrong: that of bad input, the error says.
+    the same command resumes it. Metrics stay if they may show what went wrong; for bad input, the error does.
     """
     is_new = processes.is_main and not any(path.name != LOCK_FILE for path in run.iterdir())
     try:

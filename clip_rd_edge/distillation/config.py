@@ -121,7 +121,7 @@ class _Config(Training[Place, Names, Several], frozen=True, kw_only=True, forbid
 class RecordedConfig(
     _Config[Recorded, Recorded, tuple[Recorded, ...]], frozen=True, kw_only=True, forbid_unknown_fields=True
 ):
-    """What a run's config.yaml says, perhaps a stranger's: its places are compared, and never opened."""
+    """The content of a run's config.yaml, perhaps a stranger's: its places are compared, and never opened."""
 
 
 class RunConfig(
@@ -140,7 +140,7 @@ class RunConfig(
             )
         if self.text == TEACHER and self.pretrained_text:
             raise UsageError(
-                "The text tower is the teacher's, which has weights, but others to start from were named.",
+                "The text tower is the teacher's, with its weights, but others to start from were named.",
                 hint="omit {pretrained_text}",
                 option="pretrained_text",
             )
@@ -283,7 +283,7 @@ def first_difference(
 ) -> str | None:
     """Return the first difference as `key: old → new`, or None; a resumed run ignores CHANGEABLE_ON_RESUME.
 
-    Two recipe files are no difference, since what they say is compared.
+    The names of recipe files may differ, since their contents are compared.
     """
     old_fields, new_fields = _flatten(old), _flatten(new)
     if str(old_fields["recipe_name"]).endswith(RECIPE_SUFFIXES) and new.recipe_name.endswith(RECIPE_SUFFIXES):

@@ -104,7 +104,7 @@ def _without_initial_weights(config: RunConfig) -> RunConfig:
 
 
 def _begin(run: Run, setup: RunSetup) -> None:
-    """Say what a new run is going to do, and record its configuration, with the precisions that it measures first."""
+    """Report what a new run will do, and record its configuration, with the precisions that it measures first."""
     config, size = run.config, run.config.recipe.batch_size
     batch = f"{size} images and {size} captions" if setup.pairs.counts.is_mixed else f"{size} pairs"
     run.reporter.note(

@@ -155,7 +155,7 @@ def _make_worker(config: RunConfig, number: int, manifest: StoreManifest) -> Cal
     clip = load_clip(name, pretrained=teacher_weights(config, name))
     maker = _maker(config, clip, training_pairs(config))
     if maker.manifest != manifest:
-        raise InputError("The teacher or the data here is another one.", hint="give all machines the same files")
+        raise InputError("The teacher or the data differs on this machine.", hint="give all machines the same files")
     return lambda task: next(maker.compute([task]))
 
 

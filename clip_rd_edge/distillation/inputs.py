@@ -215,8 +215,8 @@ def record_inputs(run: Path, inputs: RunInputs) -> None:
 def sources_known_by_content(run: Path, new: RunConfig) -> frozenset[str]:
     """Return the fields of a run's configuration that RUN/inputs.json decides, whatever path they name.
 
-    A path says little: it may be relative to another working directory, or that of a copy on another machine. Weights
-    to start from are known by a file alone, and a checkpoint has replaced them.
+    A path alone does not: it may be relative to another working directory, or that of a copy on another machine.
+    Weights to start from are known by a file alone, and a checkpoint has replaced them.
     """
     if not is_file(run / INPUTS_FILE):
         return frozenset()

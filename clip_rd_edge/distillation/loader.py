@@ -265,7 +265,7 @@ def _cores() -> int:
 
 
 def most_workers(batch: Batch) -> int:
-    """Return how many loader processes this machine has room for: a core each but for one, and half of the memory."""
+    """Return how many loader processes this machine has room for: one per core but one, within half of the memory."""
     tensors = {id(one): one.nbytes for one in (batch.student_pixels, *batch.teacher_pixels)}
     each = _WORKER_BYTES + 2 * sum(tensors.values())  # a worker is two batches ahead
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

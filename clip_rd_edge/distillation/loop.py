@@ -197,7 +197,7 @@ class Training:
             yield batch
 
     def _exchange(self) -> None:
-        """Tell all processes of a stop request in one of them, and of its bad samples."""
+        """Share a stop request in one process, and its bad samples, with all processes."""
         processes = self.run.processes
         processes.meet()
         unshared, stop_requests = processes.sum(self.state.bad.unshared, int(bool(self.run.stop)))
@@ -361,7 +361,7 @@ def _best_record(run: Path) -> _BestRecord | None:
 
 
 def changed_tasks(run: Path, tasks: Mapping[str, str]) -> list[str]:
-    """Return the names of tasks whose content is not that by which the student in `RUN/best` was chosen.
+    """Return the names of tasks whose content differs from that by which the student in `RUN/best` was chosen.
 
     Args:
         tasks: the fingerprint of each by its name.

@@ -1,4 +1,4 @@
-"""What a run says about itself: metrics.jsonl, evaluations by all processes, plots, and predictions to look at."""
+"""What a run reports: metrics.jsonl, evaluations by all processes, plots, and predictions to look at."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Tracker:
         """Show a step's predictions; `plot` plots them into a file, at the cost of computing them."""
 
     def close(self, outcome: Outcome) -> None:
-        """Say how the run ended; nothing is reported after that."""
+        """Report how the run ended; nothing is reported after that."""
 
     def __enter__(self) -> Tracker:
         return self
@@ -163,7 +163,7 @@ class Tracker:
 
 
 def last_evaluation(run: Path, *, step: int) -> dict[str, float]:
-    """Return the scores that a run has of a step, its last one so far, by task; empty if that was not evaluated."""
+    """Return a run's scores at a step, its last one so far, by task; empty if the step was not evaluated."""
     lines = [line for line in read_metrics(run) if line["step"] == step]
     scores = [item for line in lines for item in line.items() if item[0].startswith(EVALUATION_PREFIX)]
     return {name.removeprefix(EVALUATION_PREFIX): value for name, value in scores}

@@ -62,7 +62,7 @@ class RunOptimizer:
     """Optimiser, loss scale and moving average of a run.
 
     A step is computed, and skipped if need be, on the device alone: to read a number from a GPU is to wait for it.
-    What does so is said here.
+    Whatever does so is documented here.
 
     Attributes:
         learning_rate: of the last step.

@@ -58,7 +58,7 @@ class Crops(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
         Returns:
             Left, top, right and bottom in pixels. They are whole numbers in a LARGE box, and fractions in a smaller
-            one, of which there would be few different ones otherwise.
+            one, where whole numbers would give few different crops.
         """
         width, height = size
         ratio = self.aspect_ratio or width / height

@@ -285,7 +285,7 @@ _MISSING = re.compile(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier|waiting
 
 
 def lost_process(error: RuntimeError, processes: Processes) -> LostProcessError | None:
-    """Return the error that names the processes without which a message failed; None if an error is another one."""
+    """Return the error that names the processes without which a message failed; None for another error."""
     is_of_message = isinstance(error, dist.DistError) or any(
         text in str(error) for text in ("gloo", "Connection closed by peer", "monitoredBarrier")
     )
@@ -295,7 +295,7 @@ def lost_process(error: RuntimeError, processes: Processes) -> LostProcessError 
     lost = [int(rank) for rank in (found[1] or found[2]).split(",")] if found else []
     if processes.world_size == 2:
         lost = [1 - processes.rank]
-    hint = "its own output says why; resume with the same command and {resume}"
+    hint = "its own output shows why; resume with the same command and {resume}"
     if not lost:
         return LostProcessError(f"The connection to another process of the run failed: {first_line(error)}.", hint=hint)
     names = " and ".join(f"{rank} (on {processes.hosts[rank]})" for rank in lost)
@@ -303,7 +303,7 @@ def lost_process(error: RuntimeError, processes: Processes) -> LostProcessError 
 
 
 def tell_failure(error: ClipRdEdgeError) -> None:
-    """Tell the other processes of the run that this one ends with an error before it joined them.
+    """Let the other processes of the run end with the error of this one, which did not join them.
 
     They meet the error in `run_distillation`, where they would wait for this process.
     """
@@ -386,10 +386,10 @@ def stop_signals_blocked() -> Iterator[None]:
 def obey_only_the_parent(parent: int) -> None:
     """End this process on SIGTERM from `parent` and ignore others'; for processes started with the signals blocked.
 
-    What `os.getppid` says is not enough: from Python 3.14 on, a fork server stands between the two.
+    `os.getppid` is not enough: from Python 3.14 on, a fork server stands between the two.
 
     The parent terminates a worker that does not end by itself, such as one that waits for a file system. One that stops
-    while it takes a batch closes the connection to a thread of the worker, which says nothing about it.
+    while it takes a batch closes the connection to a thread of the worker, which does not report it.
     """
     sys.excepthook = _print_unless_connection_is_lost
     if sys.platform == "win32":  # which sends it to all processes of a console

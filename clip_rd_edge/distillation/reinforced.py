@@ -11,7 +11,7 @@ some captions, and stores it beside the image in WebDataset shards, as in its da
     NAME.npz or NAME.pth.gz        "image_emb" (A, D), "text_emb" (1 + S, D), of the own and then of the synthetic
                                    captions; or (1, D), and "syn_text_emb" (S, D), as MobileCLIP2's generator writes it
 
-D is the sum of the teachers' widths. What the shards do not say is in a file of `StoredTeachers`.
+D is the sum of the teachers' widths. What the shards lack is in a file of `StoredTeachers`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class StoredTeachers(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def read_stored_teachers(path: Path) -> StoredTeachers:
-    """Read a file that says whose embeddings are stored."""
+    """Read a file that names the teachers whose embeddings are stored."""
     if not path.is_file():
         raise InputError(
             f"The file {path} of stored teachers does not exist.",
@@ -150,7 +150,7 @@ class Reinforced(Shards):
         captions = {key: value for key, value in content.items() if isinstance(value, list)}
         texts = [text for value in captions.values() for text in value]
         if not all(isinstance(text, str) and is_unicode(text) for text in texts):
-            raise InputError(f"{member} has captions that are no texts.")
+            raise InputError(f"{member} has captions that are not texts.")
         return {key: tuple(value) for key, value in captions.items()}
 
     def embeddings(self, index: int) -> tuple[TarMember, bool]:
@@ -197,7 +197,7 @@ class ReinforcedDataset(ViewDataset):
     the same weight.
 
     Args:
-        pairs, stored: the pairs, and whose embeddings they have.
+        pairs, stored: the pairs, and the teachers whose embeddings they have.
         student, seed, views, max_bad: as for `ViewDataset`.
     """
 

@@ -92,7 +92,7 @@ class Run:
         return self.stop.at_once() if self.processes.world_size == 1 else nullcontext()
 
     def interrupted(self, done: int, steps: int) -> InterruptedRunError:
-        """Return the error that says how far a stopped run came, whose state was saved after `done` steps."""
+        """Return the error for a stopped run, whose state was saved after `done` steps."""
         where = f"after step {done:,} of {steps:,}; saved in {self.folder}"
         return InterruptedRunError(
             f"Stopped by {self.stop.signal_name or 'a signal'} "
@@ -103,7 +103,7 @@ class Run:
 
 @contextmanager
 def open_run(config: RunConfig, folder: Path, *, resume: bool, reporter: Reporter) -> Iterator[Run]:
-    """Join the processes of a run, lock its folder, and decide what the run is; a sentence says what ends it."""
+    """Join the processes of a run, lock its folder, and decide what the run is; what ends it becomes a sentence."""
     with (
         stop_on_signals() as stop,
         _named_failures(folder, stop),
@@ -127,7 +127,7 @@ def open_run(config: RunConfig, folder: Path, *, resume: bool, reporter: Reporte
 
 @contextmanager
 def _named_failures(folder: Path, stop: StopRequest) -> Iterator[None]:
-    """Within the block, what ends a run from outside is a sentence: a signal, the system, a full disk."""
+    """Within the block, what ends a run from outside becomes a sentence: a signal, the system, a full disk."""
     try:
         yield
     except Stopped:
@@ -148,7 +148,7 @@ def _named_failures(folder: Path, stop: StopRequest) -> Iterator[None]:
 
 @contextmanager
 def _named_losses(processes: Processes, stop: StopRequest) -> Iterator[None]:
-    """Within the block, a message that fails because another process has ended is a sentence that names it."""
+    """Within the block, a message that fails because another process has ended becomes an error that names it."""
     try:
         yield
     except ClipRdEdgeError:

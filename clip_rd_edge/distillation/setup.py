@@ -44,7 +44,7 @@ class RunSetup:
     """Samples, models and objective of a run. There are no `teachers` if the objective does not need one.
 
     With `stored` teachers, the pairs are `Reinforced`, which have the embeddings, and there are no other teachers.
-    `ensemble` says how the embeddings of either become those of one; None without a teacher.
+    `ensemble` joins the embeddings of either into those of one; None without a teacher.
 
     `pairs` may be `Mixed`, in which images and captions do not always belong together.
 
@@ -152,7 +152,7 @@ def _require_matching_towers(config: RunConfig, setup: RunSetup) -> None:
 
 
 def _require_terms_for(config: RunConfig, pairs: Samples) -> None:
-    """Refuse an objective of which nothing is left without what the data lack."""
+    """Refuse an objective whose terms all need something that the data lack."""
     objective, of_texts = config.recipe.objective, is_texts_alone(config)
     if of_texts and config.quantize:
         raise UsageError(
@@ -163,7 +163,7 @@ def _require_terms_for(config: RunConfig, pairs: Samples) -> None:
     if not objective.for_texts() if of_texts else objective.needs_pairs and not pairs.counts.pairs:
         what = "images" if of_texts else "pairs of images and captions alone"
         raise UsageError(
-            f"The recipe {config.recipe_name} trains on {what}, of which there are none.",
+            f"The recipe {config.recipe_name} trains on {what}, but the data have none.",
             hint="name some with {data}, or another recipe: {recipe} clip-rd",
             option="recipe",
         )
@@ -264,7 +264,7 @@ def fitting_batch(config: RunConfig) -> int:
 
 
 def note_overlap(config: RunConfig, tasks: Sequence[Task], *, reporter: Reporter = SILENT) -> None:
-    """Say which images of tasks are trained on, by their content: names and compression may differ."""
+    """Report which images of tasks are trained on, by their content: names and compression may differ."""
     if any(place is not None and names_shards(place) for place in (config.data, config.images)):
         return
     from clip_rd_edge.data.look import overlap
@@ -282,7 +282,7 @@ def note_overlap(config: RunConfig, tasks: Sequence[Task], *, reporter: Reporter
 
 
 def image_paths(samples: Samples) -> list[Path]:
-    """Return the files of samples, as far as these are files."""
+    """Return the files of those samples that are files."""
     if isinstance(samples, Table):
         return [samples.pair(index).path for index in range(len(samples))]
     return list(samples.images) if isinstance(samples, Folder) else []

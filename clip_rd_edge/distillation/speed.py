@@ -154,7 +154,7 @@ _UNTIMED = 4  # of them, in which buffers are allocated
 
 
 class Speed(NamedTuple):
-    """How long a step takes, and how long it took to find out, in which a teacher's store was filled."""
+    """How long a step takes, and how long measuring it took, during which a teacher's store was filled."""
 
     seconds_per_step: float
     spent_s: float

@@ -295,7 +295,7 @@ def stored_precision(folder: Path) -> str | None:
 
 @contextmanager
 def sole_builder(folder: Path, manifest: StoreManifest, reporter: Reporter) -> Iterator[None]:
-    """Begin a store, or go on with the same one; other runs that need it wait until it is complete."""
+    """Begin a store, or resume the same one; other runs that need it wait until it is complete."""
     with exclusive_writer(folder, on_wait=reporter.note, option="{store}"):
         if not is_file(folder / MANIFEST):
             if any(not path.name.startswith(".") and not is_left_by_system(path) for path in folder.iterdir()):

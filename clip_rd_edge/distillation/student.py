@@ -1,4 +1,4 @@
-"""The student of a run: built or loaded as its configuration says, with the weights that it starts from."""
+"""The student of a run: built or loaded by its configuration, with the weights that it starts from."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def _student_to_train(config: RunConfig, teachers: Sequence[ClipModel], name: st
     for option in ("text", "pretrained_text", "pretrained_image"):
         if getattr(config, option) in (TEACHER, TOKENS) and not teachers:
             raise UsageError(
-                f"{{{option}}} takes something of the teacher, but the recipe {config.recipe_name} has no teacher.",
+                f"{{{option}}} needs a teacher, but the recipe {config.recipe_name} has none.",
                 hint=f"choose another {{{option}}}, or another {{recipe}}",
                 option=option,
             )
@@ -280,13 +280,13 @@ def require_trained_bias(student: ClipModel, objective: Weights) -> None:
         )
     if is_trained and not is_biased:
         raise UsageError(
-            f"The term sigmoid trains a logit bias, but {student.name} was trained without.",
+            f"The term sigmoid trains a logit bias, but {student.name} was trained without one.",
             hint="leave the term out of {recipe}, or start from one of SigLIP's models, or a new student",
         )
 
 
 def set_training_mode(student: ClipModel, config: RunConfig) -> None:
-    """Put the student in training mode; freeze what the configuration says.
+    """Put the student in training mode; freeze what the configuration names.
 
     With `freeze_text`, its text tower is frozen except for the projection; with `freeze_text_layers` and
     `freeze_image`, the first groups of layers of a tower; without any images, the whole image tower. With `quantize`,

@@ -47,7 +47,7 @@ def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
     if config.teacher_pretrained is not None and all(map(is_trained, config.teachers)):
         raise UsageError(
             f"The weights {config.teacher_pretrained!r} were named, but all teachers have weights already.",
-            hint="omit {teacher_pretrained}, or name an architecture alone with {teacher}",
+            hint="omit {teacher_pretrained}, or name only an architecture with {teacher}",
             option="teacher_pretrained",
         )
     return tuple(load_clip(name, pretrained=teacher_weights(config, name)) for name in config.teachers)
@@ -222,8 +222,9 @@ MAX_CACHED_CAPTIONS = 100_000
 class CaptionCache:
     """Maps N captions to rows (N, D). Each caption is computed once, without gradient, when first requested.
 
-    Batches are of captions of about the same length, and padded to one size for each: the last bits of a matrix product
-    may depend on its shape, and a resumed run, whose cache is empty, must reproduce an uninterrupted one bit for bit.
+    A batch has captions of about the same length, and is padded to a fixed size for that length: the last bits of a
+    matrix product may depend on its shape, and a resumed run, whose cache is empty, must reproduce an uninterrupted one
+    bit for bit.
 
     Args:
         tower: on `device`.
@@ -331,9 +332,10 @@ KEPT_ROWS = 4
 class ChoosingTeacher:
     """Puts the texts that the teacher finds most similar beside images without captions; implements `BatchTeacher`.
 
-    Among texts in turn, one that fits an image is rarely in the batch, and the teacher's scores say little. DIME-FM
-    (Sun et al. 2023) likewise trains with texts that its teacher finds similar to the images. What the teacher chose is
-    no caption: terms that need pairs still leave these rows out.
+    If texts took turns, one that fits an image would rarely be in the batch, and the teacher's scores would mean
+    little. DIME-FM (Sun et al. 2023) likewise trains with texts that its teacher finds similar to the images. What the
+    teacher chose is
+    not a caption: terms that need pairs still leave these rows out.
 
     Args:
         teacher: the teacher.
@@ -361,7 +363,7 @@ class ChoosingTeacher:
         self._means = normalize(sums, dim=-1)
 
     def embed(self, batch: Batch) -> Targets:
-        """See `BatchTeacher`; in rows that are no pairs, texts that fit stand for the batch's.
+        """See `BatchTeacher`; in rows that are not pairs, texts that fit replace the batch's.
 
         About one such row in KEPT_ROWS stays as it is. Which one depends on its crop, and which of a text's prompts is
         taken on the text that stood there: both change from view to view, but not with the division of a batch.

@@ -105,9 +105,9 @@ def _settings(evidence: Evidence) -> str:
 
 
 def _by_machine(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
-    """Return the runs by the machine that they ran on: seconds of two machines have no mean.
+    """Return the runs by the machine that they ran on: seconds of two machines cannot be averaged.
 
-    Machines of one name whose processors have different instruction sets are told apart by these.
+    Machines of one name whose processors have different instruction sets are distinguished by these.
     """
     known = {(run.environment.machine, run.environment.instruction_sets) for run in runs}
     counts = Counter(machine for machine, sets in known if sets)

@@ -148,7 +148,7 @@ def seeds_table(runs: Sequence[Results]) -> str:
 
     A row per model and a column per task, in percent: mean ± standard deviation (min to max). The last rows are ratios
     of the student to the teacher and to the baseline, paired by run. A task of which two runs have other images,
-    labels or captions is left out; a sentence below the table says so.
+    labels or captions is left out; a sentence below the table names it.
     """
     for number, run in enumerate(runs):
         if run in runs[:number]:
@@ -169,7 +169,7 @@ def seeds_table(runs: Sequence[Results]) -> str:
     differing = {task for (task, _), count in counts.items() if count > 1}
     tasks = [*dict.fromkeys(task for _, task in common if task not in differing)]
     if not tasks:
-        raise InputError("The results have no task in common, of the same model, images, labels and captions.")
+        raise InputError("The results have no task in common with the same model, images, labels and captions.")
     labels = [*dict.fromkeys(label for label, _ in common)]
     roles = {row.role: row.label for row in runs[0].rows if row.label in labels}
 

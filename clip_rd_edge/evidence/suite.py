@@ -143,7 +143,7 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
                     yield Run(student, method, seed)
 
     def place(self, text: str) -> Typed:
-        """Return a name or a path that the suite says, as if it was typed."""
+        """Return a name or a path in the suite, as if it was typed."""
         return local_place(text, source=f"The suite {self.name}")
 
     def steps_of(self, method: Method, student: str) -> int:

@@ -285,7 +285,7 @@ def _checked_tower(path: Path, inputs: Inputs, expected: Embeddings, names: tupl
 
 
 def _write_bundle(job: Job) -> Converted:
-    """Carry out a job: convert the towers, add what was asked for and the reference answers, write the manifest."""
+    """Carry out a job: convert the towers, add what was asked for and the reference embeddings, write the manifest."""
     plan, folder = job.plan, job.folder
     converter = plan.converter
     if plan.text_tower and job.source != folder:
@@ -312,7 +312,7 @@ def _write_bundle(job: Job) -> Converted:
         parameters = deployed_parameter_count(job.clip.model, text_tower=False)
         manifest = msgspec.structs.replace(manifest.without_text(), parameters=parameters)
         runnable = runnable.without_text()
-    job.reporter.update("computing the reference answers")
+    job.reporter.update("computing the reference embeddings")
     add_reference(folder, converter.reference(origin, runnable))
     return Converted(write_manifest(folder, manifest), trials)
 

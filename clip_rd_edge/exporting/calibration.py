@@ -1,7 +1,7 @@
 """The images and captions that INT8 and the answers are calibrated on, and held-out ones to evaluate INT8.
 
-A run keeps its own in RUN/calibration.npz, beside the student: what its record says of the data is never opened, since
-it may be a stranger's.
+A run keeps its own in RUN/calibration.npz, beside the student: data that its record names are never opened, since the
+record may be a stranger's.
 
     images   (N, H, W, 3) uint8, of the size of the student's input; each value less the one on its left, modulo 256,
              which compresses better
@@ -76,7 +76,7 @@ class CalibrationSet:
 
     @property
     def for_answers(self) -> CalibrationSet:
-        """The samples whose first part answers are calibrated on: the second has chosen how INT8 is done."""
+        """The samples whose first part calibrates the answers: the second has chosen how INT8 is done."""
         if self.unseen is None:
             return self
         halves = (self.unseen.calibrate, self.unseen.held_out)
@@ -218,7 +218,7 @@ _HINT = "pass inputs like those the model will see in use: {calibration} pairs.c
 
 
 def was_trained_on(model: str, source: Typed) -> bool:
-    """Return whether a model's record says that it was trained on the data that the user names."""
+    """Return whether a model was, by its record, trained on the data that the user names."""
     recorded = read_training_record(model).get("configuration")
     data = recorded.get("data") if isinstance(recorded, dict) else None
     return isinstance(data, str) and (data == source or Path(data).absolute() == Path(source).absolute())
@@ -230,7 +230,7 @@ def named_pairs(
     """Load the pairs that the user names.
 
     A table may have the columns of any table of pairs, or else those of the one that `model` was trained on. A folder
-    with fewer than two class folders, or any beside `texts`, holds images alone: the captions are `texts`, else
+    with fewer than two class folders, or any folder beside `texts`, holds only images: the captions are `texts`, else
     `labels`, else everyday things.
     """
     if is_folder(source) and not names_shards(source):

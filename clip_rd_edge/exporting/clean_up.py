@@ -1,8 +1,8 @@
 """Clean up a graph that torch has exported: the same values, in operators that most programs read rightly.
 
 ONNX Runtime reads whatever torch writes. Others follow the standard less closely, or only an older one: they fail, or
-give wrong embeddings and say nothing. Each pass names the programs that need it, and leaves a graph that it does not
-know as it is. FP16 and INT8 files are made from the result, and so are the engines of TensorRT and OpenVINO.
+give wrong embeddings without an error. Each pass names the programs that need it, and leaves an unknown graph as it is.
+FP16 and INT8 files are made from the result, and so are the engines of TensorRT and OpenVINO.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def clean_up(model: onnx.ModelProto) -> None:
-    """Clean up a float32 model in place; its outputs stay the same, but for the order in which squares are summed."""
+    """Clean up a float32 model in place; its outputs stay the same, except for the order of summing squares."""
     graph = model.graph
     strip_source_info(graph)
     regroup_gelu(graph)
@@ -86,7 +86,7 @@ def spell_out_l2_norms(graph: onnx.GraphProto) -> None:
     """Rewrite ReduceL2 as the root of a sum of squares, Sqrt(ReduceSum(Pow(x, 2))).
 
     The axes of ReduceL2 are an input since opset 18. MNN 3.6 looks for the attribute that they were before, finds none
-    and takes one norm of the whole batch. Those of ReduceSum are an input since opset 13, which it knows.
+    and takes one norm of the whole batch. Those of ReduceSum are an input since opset 13, which MNN supports.
 
     The square is a Pow, because quantisers put Mul into INT8, where squares lose most. `graph.norm_nodes` finds the
     three nodes again.
@@ -137,9 +137,9 @@ def _is_finite_mask(name: str, graph: onnx.GraphProto, producers: dict[str, onnx
 
 
 def fold_constants(model: onnx.ModelProto) -> None:
-    """Compute the nodes whose inputs are all constants, unless the file gets larger by that.
+    """Compute the nodes whose inputs are all constants, unless that makes the file larger.
 
-    torch leaves those that it has no function for. Of BERT's positions and token types, which are the same for all
+    torch leaves nodes that it has no function for. For BERT's positions and token types, which are the same for all
     texts, onnx's reference implementation and onnx2tf cannot compute GatherElements, and a whole table of positions
     stays in the file, where the context needs a few rows.
     """
@@ -247,7 +247,7 @@ def skip_expansions(model: onnx.ModelProto) -> None:
     """Have an element-wise operator read the input of an Expand where its other inputs have the shape of its output.
 
     It broadcasts by itself, which also takes less time. torch expands the norm of every embedding, by its batch size
-    from Shape(end=1). OpenCV 4 knows no `end`, and fails or returns five axes; compilers for NPUs like no Shape at all.
+    from Shape(end=1). OpenCV 4 knows no `end`, and fails or returns five axes; compilers for NPUs may refuse any Shape.
     """
     graph, producers = model.graph, producers_of(model.graph)
     readers = [node for node in graph.node if node.op_type in _BROADCASTING]
@@ -289,7 +289,7 @@ def _shapes(model: onnx.ModelProto, batch_size: int) -> Shapes:
 
 
 def drop_redundant_attributes(model: onnx.ModelProto) -> None:
-    """Drop attributes that opset 11 did not know where they say what holds without them.
+    """Drop attributes that are newer than opset 11 where they have their default values.
 
     onnx's converter to older opsets keeps `noop_with_empty_axes=0`, and its files are invalid: opset 17 is what ONNX
     Runtime 1.12 to 1.16, TensorRT 8.5 and compilers for NPUs read. onnx2torch refuses `allowzero=1`, here of a Reshape
@@ -343,7 +343,7 @@ def drop_unused_nodes(graph: onnx.GraphProto) -> None:
 
 
 def _constant(graph: onnx.GraphProto, name: str) -> npt.NDArray[Any] | None:
-    """Return the value of a constant, or None if it is none, or in a file of its own."""
+    """Return the value of a constant, or None if it is not a constant, or in a file of its own."""
     for tensor in graph.initializer:
         if tensor.name == name and _is_inline(tensor):
             value: npt.NDArray[Any] = numpy_helper.to_array(tensor)

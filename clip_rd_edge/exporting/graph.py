@@ -43,8 +43,8 @@ _SILENT = SharedBlock(_silence)
 def silently() -> Iterator[None]:
     """Suppress progress lines, warnings and logs that a user cannot act on. Exceptions still propagate.
 
-    What other threads log is not suppressed. Until the last thread has left the block, what they print to `sys.stdout`
-    and their warnings are.
+    What other threads log is not suppressed; what they print to `sys.stdout` and their warnings are, until the last
+    thread has left the block.
     """
     with quiet_logs(logging.WARNING), _SILENT:
         yield
@@ -118,8 +118,9 @@ def output_axis(node: onnx.NodeProto) -> int:
 def norm_nodes(graph: onnx.GraphProto) -> set[str]:
     """Return the names of the nodes that compute L2 norms, and of those that divide a tower's output by its own.
 
-    Squares need twice the range of what is squared, and an embedding by a rounded norm is not normalised: they all stay
-    in float32. `exporting.clean_up` writes a norm as Sqrt(ReduceSum(Pow(x, 2))); the last is followed to its division.
+    Squares need twice the range of what is squared, and an embedding divided by a rounded norm is not normalised: they
+    all stay in float32. `exporting.clean_up` writes a norm as Sqrt(ReduceSum(Pow(x, 2))); the last is followed to its
+    division.
     """
     producers = producers_of(graph)
     names: set[str] = set()
@@ -148,7 +149,7 @@ def rename_tensors(model: onnx.ModelProto, names: Mapping[str, str]) -> onnx.Mod
 
 
 def drop_unused_constants(graph: onnx.GraphProto) -> None:
-    """Remove the constants that no node reads and that are no output, in place."""
+    """Remove the constants that no node reads and that are not outputs, in place."""
     used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]

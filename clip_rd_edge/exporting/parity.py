@@ -1,4 +1,4 @@
-"""Compare embeddings of the same inputs, time towers in turn, and add reference answers to a bundle."""
+"""Compare embeddings of the same inputs, time towers in turn, and add reference embeddings to a bundle."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def p10(latencies_ms: Milliseconds) -> float:
 def measurement(
     agreement: Agreement, latencies_ms: Milliseconds, *, reference_ms: Milliseconds, threads: int
 ) -> Measurement:
-    """Return a tower's figures as the manifest stores them, with the latencies of float32, timed in turn with its."""
+    """Return a tower's figures as the manifest stores them, with its latencies and those of float32, timed in turn."""
     return Measurement(
         latency_ms_p50=float(np.median(latencies_ms)),
         latency_ms_p95=float(np.percentile(latencies_ms, 95)),
@@ -168,7 +168,7 @@ def measurement(
 
 
 def measure(session: Any, reference: Any, inputs: Inputs, *, threads: int) -> Measurement:
-    """Return how a tower agrees with the float32 one on all inputs, and its latency, timed in turn with that one's."""
+    """Return how a tower agrees with the float32 one on all inputs, and the latency of both, timed in turn."""
     parity = agreement(embed(reference, inputs), embed(session, inputs))
     latencies_ms = latencies({"fp32": reference, "converted": session}, inputs)
     return measurement(parity, latencies_ms["converted"], reference_ms=latencies_ms["fp32"], threads=threads)
@@ -208,7 +208,7 @@ def _open_as_written(content: bytes, threads: int | None) -> Any:
 class _RoundedOtherwise(NodeByNode):
     """Runs the ONNX files node by node with weights and scales that differ by rounding, in another way for each seed.
 
-    Processors and runtimes round sums otherwise, so that a few activations of INT8 become the next level. How far that
+    Processors and runtimes round sums differently, which moves a few INT8 activations to the next level. How far that
     moves the answers depends on the tower: the more layers follow, the farther. This shows it on any processor.
     """
 

@@ -200,7 +200,7 @@ class Plan:
 
     @property
     def in_batches(self) -> bool:
-        """Whether clients run INT8 on several inputs at once, whatever a manifest says of a tower."""
+        """Whether clients run INT8 on several inputs at once, whatever a manifest records for a tower."""
         return self.layout == "huggingface"
 
     def adapts(self, tower: str) -> bool:
@@ -335,7 +335,7 @@ def package_versions() -> dict[str, str]:
 
 
 def engine_target_here() -> tuple[str, str]:
-    """Return the target for engines if none was named, and a sentence that says so and how to go on.
+    """Return the target for engines if none was named, and a sentence about this and how to go on.
 
     It is the GPU of this machine if engines for it can be built now, by TensorRT for RTX; and otherwise a folder that
     builds its own engines: for this Jetson, or for any NVIDIA GPU.

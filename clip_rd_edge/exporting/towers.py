@@ -101,7 +101,7 @@ def _weight_bytes(tower: nn.Module) -> int:
 
 @contextlib.contextmanager
 def converting(tool: str, tower: str, clip: ClipModel, *, hint: str = OTHER_FORMAT) -> Iterator[None]:
-    """Say in one sentence what a converter fails at: it raises many types, with reports that are pages long."""
+    """Within the block, a converter's failure becomes one sentence: its reports are pages long, its types many."""
     try:
         yield
     except Exception as error:

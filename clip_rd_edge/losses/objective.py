@@ -5,7 +5,7 @@ CLIP uses only the task term; CLIP-KD adds FD, ICL and HRD; CLIP-RD adds VRD and
 In a batch of images and captions that only partly belong together, the terms that need pairs are those of the B' ≤ B
 pairs in it: their means are over B', and the others' are over B. HRD and affinity compare each image with each caption,
 and so need no pairs; FD, the contrastive parts of VRD and the bank look at images and captions apart. DIME-FM (Sun et
-al. 2023) distils from such data in the same way: by the scores of images and texts that are no pairs, and by relations
+al. 2023) distils from such data in the same way: by the scores of images and texts that are not pairs, and by relations
 within each.
 
 For a whole batch, the B×B products are kept for the backward pass. In blocks of pairs, the rows and columns of each
@@ -381,7 +381,7 @@ class _BankDivergence(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradient for the student's rows; it depends on them, which a second derivative would not know otherwise."""
+    """The gradient for the student's rows; it depends on them, which a second derivative would otherwise miss."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def term_names() -> list[str]:
 
 
 def place_of(name: str) -> tuple[int, str]:
-    """Return by what a term is sorted among others, known or not."""
+    """Return the key that sorts a term among others, known or not."""
     return SHIPPED.index(name) if name in SHIPPED else len(SHIPPED), name
 
 

@@ -231,7 +231,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def mismatch(error: Exception) -> str:
-    """Return what torch says about weights that do not fit: the second line of its message names the first tensors."""
+    """Return torch's reason why weights do not fit: the second line of its message names the first tensors."""
     detail = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
     return textwrap.shorten(detail, _SHOWN_CHARACTERS, placeholder=" …")
 

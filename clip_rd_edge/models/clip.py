@@ -141,7 +141,7 @@ def text_module(model: nn.Module) -> nn.Module:
 def quick_gelu_of(tower: nn.Module) -> bool | None:
     """Return open_clip's flag `quick_gelu` of a tower, as it was built; a model has one for both of its towers.
 
-    None for a tower that has no such activations, or its own ones, as those of timm and Hugging Face.
+    None for a tower without such activations, or with its own, such as timm's and Hugging Face's.
     """
     kinds = {type(module).__name__ for name, module in tower.named_modules() if name.endswith("mlp.gelu")}
     return "QuickGELU" in kinds if kinds else None
@@ -255,7 +255,8 @@ def float32_on_cpu() -> Iterator[None]:
     """Within the block, new tensors are in float32 and on the CPU unless their dtype or device is given.
 
     Models must be built, trained and exported so: libraries create weights and constants with torch's defaults. The
-    default dtype is that of all threads, so a host's that it has changed is away until the last thread has left.
+    default dtype is that of all threads, so one that a host program has set is suspended until the last thread has
+    left.
     """
     with _FLOAT32, on_cpu():
         yield

@@ -134,7 +134,7 @@ def require_trim(layers: int | None, vocabulary: int | None, texts: Sequence[str
         raise UsageError("Nothing is to be trimmed.", hint="{text_layers}, {vocabulary}, or both")
     if vocabulary is not None and not texts:
         raise UsageError(
-            "The vocabulary is to be trimmed, but there are no texts that tell which tokens are needed.",
+            "The vocabulary is to be trimmed, but there are no texts to show which tokens are needed.",
             hint="{texts} FILE, with texts such as the model will be given, one per line",
         )
 
@@ -204,7 +204,7 @@ def _backend(clip: ClipModel) -> Any:
 
 
 def _with_tokenizer_file(clip: ClipModel) -> ClipModel:
-    """Return a model whose tokenizer has a tokenizer.json, as CLIP's own has not: its tokens are always all of them."""
+    """Return a model whose tokenizer has a tokenizer.json, which CLIP's own lacks: it always has all of its tokens."""
     import open_clip
 
     if clip.has_hugging_face_text:
@@ -261,7 +261,7 @@ def _tokenizer_of(clip: ClipModel, content: dict[str, Any]) -> Any:
 
 
 def _leave_out_dropout(clip: ClipModel) -> None:
-    """Have the tower trained without dropout, which would only disturb what is to imitate another one."""
+    """Have the tower trained without dropout, which would only disturb a tower that is to imitate another."""
     if clip.has_hugging_face_text:
         config = text_transformer(clip).config
         for name in [name for name, value in vars(config).items() if "drop" in name and isinstance(value, float)]:
@@ -271,9 +271,9 @@ def _leave_out_dropout(clip: ClipModel) -> None:
 def interpolate_clip(before: ClipModel, after: ClipModel, *, share: float) -> ClipModel:
     """Return a model with the weights (1 − share) · before + share · after (WiSE-FT, Wortsman et al. 2022).
 
-    A fine-tuned model has forgotten some of what its start knew. Between the two there are weights that are nearly as
-    good on the new data and nearly as good on the old, as long as the fine-tuning did not go far. Counters, such as the
-    number of batches that a norm has seen, are those of `after`.
+    A fine-tuned model has forgotten some of what it could do before. Between the two there are weights that are nearly
+    as good on the new data and nearly as good on the old, as long as the fine-tuning did not go far. Counters, such as
+    the number of batches that a norm has seen, are those of `after`.
     """
     if not 0 <= share <= 1:
         raise ConfigError(f"The share of the fine-tuned weights is {share}; expected a number from 0 to 1.")

@@ -239,7 +239,7 @@ _numbers, _lock, _inside, _before = _ThreadNumbers(), threading.Lock(), 0, 0
 def torch_threads(number: int | None) -> Iterator[None]:
     """Within the block, torch computes with this many threads; None leaves their number as it is.
 
-    Torch has a number for each thread, and when a thread first computes or asks, gives it what any other has set last.
+    Torch keeps a number per thread; one that first computes or asks gets the number that any thread has set last.
     So each asks before it sets its own, and restores what held before the first one came.
     """
     global _inside, _before

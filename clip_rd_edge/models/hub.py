@@ -118,7 +118,7 @@ def _published_text_models() -> frozenset[str]:
 
 
 class StrangeFileError(Exception):
-    """A file of a model names code or a path; the message says which, as the end of a sentence."""
+    """A file of a model names code or a path; the message names it, as the end of a sentence."""
 
 
 REMOTE_CODE = "it needs Python code that came with it (auto_map), which is never run"

@@ -101,7 +101,7 @@ def load_clip(spec: Typed, *, pretrained: Typed | None = None, separate_text: bo
 
 
 def known_config(spec: Typed, *, pretrained: Typed | None = None) -> dict[str, Any]:
-    """Return the `model_cfg` of a trained model as far as it is here: empty for one of the hub, whose is fetched.
+    """Return the `model_cfg` of a trained model on this machine; empty for one of the hub, which is fetched later.
 
     A model that is not there is refused; nothing is fetched, and no weights are read. Arguments as for `load_clip`.
     """
@@ -123,7 +123,7 @@ def read_open_clip_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"The model folder {folder} {reason}.", hint="name a folder that open_clip can load")
     config = read_json_objects(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
-        raise ConfigError(f"{path} has no 'model_cfg' that is an object.")
+        raise ConfigError(f"{path} does not have an object at 'model_cfg'.")
     require_bounded(config["model_cfg"], path)
     refuse_other_places(config["model_cfg"], str(path), folder=folder)
     return config
@@ -189,9 +189,9 @@ def _no_model(named: ModelName, architectures: list[str]) -> InputError:
 
 
 def _preprocessing_of_tags(named: ModelName) -> dict[str, Any] | None:
-    """Return how an architecture's published weights see images, for a file, which does not have it.
+    """Return the preprocessing of an architecture's published weights, for a file of weights, which has none.
 
-    None where they differ, and for weights with a tag, of which open_clip takes their own.
+    None where they differ, and for weights with a tag, for which open_clip has its own.
     """
     import open_clip
 
@@ -216,7 +216,7 @@ def _relocated_text_cfg(folder: Path, model_cfg: dict[str, Any]) -> dict[str, An
 
 
 class _Usage(msgspec.Struct):
-    """What distillation.json says of the model's use; see `ClipModel`."""
+    """What distillation.json records about the model's use; see `ClipModel`."""
 
     templates: tuple[str, ...] = ("{}",)
     labels: tuple[str, ...] = ()
@@ -231,13 +231,13 @@ _TRAINING_FACTS = ("recipe", "teacher", "data", "image_source", "pairs", "images
 
 
 def training_facts(spec: str) -> dict[str, str]:
-    """Return what distillation.json in a model's folder says about its training, by name; empty if there is none."""
+    """Return what distillation.json in a model's folder records about its training, by name; empty without it."""
     path = training_record_path(model_folder(spec))
     if path is None:
         return {}
     record = read_json_objects(path)
     if not isinstance(record, dict):
-        raise ConfigError(f"{path} is no JSON object.")
+        raise ConfigError(f"{path} is not a JSON object.")
     # Of paths only the last part: the others say where a file was on the machine that trained, and to whom it belonged.
     facts = {name: record.get(name) for name in _TRAINING_FACTS}
     return {

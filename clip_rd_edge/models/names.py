@@ -27,7 +27,7 @@ class ModelName(NamedTuple):
     """A name, taken apart.
 
     Attributes:
-        kind: `trunk` is timm's, or whatever nothing else is.
+        kind: `trunk` is timm's, or any name that is nothing else.
         name: of a folder, the one that holds the model; of the hub, with its prefix; of others, without one.
         weights: tag or file, of open_clip's architecture.
     """
@@ -53,7 +53,7 @@ def parse_name(text: str, *, weights: str | None = None) -> ModelName:
         return named
     if named.is_trained:
         raise UsageError(
-            f"{text} has weights of its own; pretrained, {weights!r}, is for an architecture alone.",
+            f"{text} has weights of its own; pretrained, {weights!r}, is only for an architecture.",
             hint="omit it, or name the architecture in place of the model",
         )
     return ModelName("open_clip", text.removeprefix(OPEN_CLIP), weights)

@@ -1,4 +1,4 @@
-"""Build a teacher without a CLIP: an image classifier and a sentence encoder, joined by the names of the classes.
+"""Build a teacher without a CLIP model: an image classifier and a sentence encoder, joined by the names of the classes.
 
 With f (C,) the features of an image, W (K, C) the classifier's weights and T (K, D) the embeddings of the class names,
 each less its mean over the classes, the image embedding is the least-squares solution of
@@ -7,8 +7,8 @@ each less its mean over the classes, the image embedding is the least-squares so
 
 so the similarities of an image to the class names are the classifier's logits (up to what D dimensions can hold). It is
 linear in the features: the result is an ordinary open_clip model of a timm trunk, a projection and the sentence
-encoder, and no training image is needed. It places an image among all texts, and not only among the class names, as
-far as the sentence encoder knows how these are related (DeViSE, Frome et al. 2013; ConSE, Norouzi et al. 2014).
+encoder, and no training image is needed. It places an image among all texts, and not only among the class names, by how
+the sentence encoder relates them (DeViSE, Frome et al. 2013; ConSE, Norouzi et al. 2014).
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def student_config(
 
 
 def student_preprocessing(student: str, *, image_size: int = 224) -> Preprocessing:
-    """Return how a new student sees images, as `student_config` has it, but for any size; raises as that does."""
+    """Return the preprocessing of a new student, as in `student_config`, but for any size; raises as that does."""
     cfg = {"size": [image_size, image_size], **msgspec.to_builtins(_preset(student).preprocess_cfg)}
     return convert(cfg, Preprocessing, source="the student's preprocess_cfg")
 
@@ -371,7 +371,7 @@ def with_image_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
 
 
 def copy_image_tower(student: ClipModel, teacher: ClipModel) -> str:
-    """Give the student the teacher's image tower and logit scale; return a sentence that says so."""
+    """Give the student the teacher's image tower and logit scale; return a sentence about it."""
     try:
         student.model.get_submodule("visual").load_state_dict(teacher.model.get_submodule("visual").state_dict())
     except RuntimeError as error:

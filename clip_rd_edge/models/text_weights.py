@@ -1,4 +1,4 @@
-"""The weights that a student's text tower starts from: layers of another tower, or what its teachers say of tokens."""
+"""The weights that a student's text tower starts from: another tower's layers, or its teachers' token embeddings."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _shape(tensor: Tensor) -> str:
 
 @torch.no_grad()
 def init_token_embeddings(student: ClipModel, teachers: Sequence[ClipModel], reporter: Reporter = SILENT) -> str:
-    """Initialise the embedding of each token of the student with what its teachers say of the token's text.
+    """Initialise the embedding of each token of the student with its teachers' embeddings of the token's text.
 
     The teachers' embeddings of all tokens are reduced to as many principal components as the student's text tower is
     wide, and scaled to the spread of the random numbers that they replace. Words that are in no caption of the training

@@ -219,11 +219,11 @@ def pieces_of(content: Content, name: str) -> list[str]:
 def needed_tokens(content: Content, pieces: Sequence[str], used: npt.NDArray[np.int64], special: set[int]) -> set[int]:
     """Return the ids without which a text would have no tokens: special ones, and single characters of the texts.
 
-    Of BPE, these are all tokens that are not merged from others: 512 of CLIP's, which spell any text.
+    With BPE, these are all tokens that are not merged from others: 512 of CLIP's, which spell any text.
 
     Args:
         pieces: of `pieces_of`.
-        used: how often the texts have each token.
+        used: how often each token occurs in the texts.
         special: ids that stay in any case.
     """
     model = content["model"]

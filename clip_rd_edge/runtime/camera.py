@@ -82,10 +82,10 @@ def _unreadable_video(source: str) -> InputError:
 
 
 def _is_cut_off(source: str) -> bool:
-    """Return whether a file is an MP4 or QuickTime video whose last box is incomplete, as a download that broke off.
+    """Return whether a file is an MP4 or QuickTime video whose last box is incomplete, as of a broken download.
 
-    The number of frames in a header does not tell: that of a clip that was trimmed without encoding it anew counts
-    what was trimmed away, and other containers have none; OpenCV computes one from their duration, that of the sound.
+    The number of frames in a header is not reliable: for a clip that was trimmed without being encoded anew, it counts
+    what was trimmed away, and other containers have none, so OpenCV computes one from the duration of the sound.
     """
     if not os.path.isfile(source):  # noqa: PTH113 — Path's raises for long addresses
         return False

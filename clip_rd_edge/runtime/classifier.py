@@ -275,7 +275,7 @@ class ZeroShotClassifier:
         try:
             given = np.asarray(embeddings)
         except (TypeError, ValueError, RuntimeError) as error:  # rows of several lengths, or a tensor on a GPU
-            raise InputError(f"Image embeddings are no array: {in_one_line(error)}.", hint=hint) from error
+            raise InputError(f"Image embeddings are not an array: {in_one_line(error)}.", hint=hint) from error
         if given.dtype.kind not in "fiu" or given.ndim not in (1, 2) or given.shape[-1] != width:
             raise InputError(f"Image embeddings have the shape {given.shape} and the type {given.dtype}.", hint=hint)
         rows = given.reshape(-1, width).astype(np.float64)  # in which no length overflows

@@ -214,7 +214,7 @@ def _gpu() -> Finding:
 
 
 def _has_nvidia_driver() -> bool:
-    """Return whether this machine has NVIDIA's driver, and is no Jetson, whose libraries come with JetPack."""
+    """Return whether this machine has NVIDIA's driver, and is not a Jetson, whose libraries come with JetPack."""
     driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").is_file()
     return bool(driver) and not jetson_name()
 

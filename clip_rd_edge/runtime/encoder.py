@@ -109,7 +109,7 @@ class BundleEncoder(ABC):
         return self.options.threads
 
     def __getstate__(self) -> dict[str, object]:
-        """Return what pickle takes to another process, or copy to a twin, which opens the towers itself."""
+        """Return what pickle or copy takes; the process or copy that gets it opens the towers itself."""
         opened = (*_SESSIONS, "_tokenizer")
         return {name: value for name, value in vars(self).items() if name not in opened}
 
@@ -199,7 +199,7 @@ class BundleEncoder(ABC):
         taught = read_taught(self.folder / TAUGHT, size=self.manifest.embedding_size)
         if taught.names != self.manifest.taught or taught.model != image_key(self.manifest):
             raise ConfigError(
-                f"{self.folder / TAUGHT} is not of this bundle: it has other labels, or another model's images.",
+                f"{self.folder / TAUGHT} does not fit this bundle: it has other labels, or another model's images.",
                 hint="copy the bundle again, or teach it again from the images",
             )
         return taught
@@ -241,7 +241,7 @@ class BundleEncoder(ABC):
         if embeddings is None:
             unknown = next(label for label in labels if label not in names)
             raise InputError(
-                f"The bundle of {self.manifest.name} has no text tower, and {unknown!r} is none of its "
+                f"The bundle of {self.manifest.name} has no text tower, and {unknown!r} is not one of its "
                 f"{len(names):,} labels.{near_matches(unknown, names)}",
                 hint=_WITH_TEXT,
             )
@@ -326,7 +326,7 @@ class BundleEncoder(ABC):
         return self._require_valid(embeddings, tower, len(inputs))
 
     def _require_valid(self, embeddings: Any, tower: Tower, count: int) -> Embeddings:
-        """Return what a tower computed; refuse another shape than the manifest's, and entries that are no numbers."""
+        """Return what a tower computed; refuse another shape than the manifest's, and entries that are not numbers."""
         expected = (count, self.manifest.embedding_size)
         path = self.folder / tower.file
         if getattr(embeddings, "shape", None) != expected:

@@ -8,7 +8,7 @@
 
 index.json names its embeddings file and is written last and atomically: if indexing is interrupted, the folder still
 holds a valid, older index. Writers wait for each other (`exclusive_writer`). Readers take no lock, so that a folder
-that they cannot write to can be searched: if the embeddings are gone that index.json named, they read it again. Blocks
+that they cannot write to can be searched: if the embeddings that index.json named are gone, they read it again. Blocks
 of rows are checked when they are read. A search refuses those that have changed on the disk, and an update embeds their
 images again.
 """
@@ -150,8 +150,8 @@ def read_index(path: Path, *, memory_mapped: bool = True) -> tuple[Index, Embedd
     """Read an index and its embeddings.
 
     Args:
-        memory_mapped: whether the embeddings stay in their file, and are checked when they are compared. Where that is
-            cut, or goes from a network share, the process ends with SIGBUS, which one that runs for long cannot risk.
+        memory_mapped: whether the embeddings stay in their file, and are checked when they are compared. If the file is
+            cut, or disappears from a network share, the process ends with SIGBUS, which a long-running one cannot risk.
     """
     if not is_index(path):
         raise InputError(f"{path} is not an index: it has no {INDEX_FILE}.", hint="create one with clip-rd-edge index")
@@ -270,7 +270,7 @@ def _require_intact(index: Index, rows: Embeddings, chosen: Rows | None = None) 
     if damaged := _damaged(index, rows, blocks):
         raise ConfigError(
             f"The index of {index.folder} is damaged: {len(damaged):,} of its blocks of {_BLOCK_ROWS} embeddings have "
-            f"changed on the disk, the first with that of {index.entries[damaged[0] * _BLOCK_ROWS].path}.",
+            f"changed on the disk, the first with that of the image {index.entries[damaged[0] * _BLOCK_ROWS].path}.",
             hint="index the folder again, which embeds these images again",
         )
 
@@ -370,7 +370,7 @@ def _remembered_bundle(path: Path, index: Index) -> Path:
         if is_bundle(bundle):
             return bundle
     raise InputError(
-        f"It is not known which bundle goes with the index {path}, or it was moved.",
+        f"The bundle of the index {path} is not known, or it was moved.",
         hint=f"name it with {{bundle}}; where the index was made, it was {index.bundle}",
         option="bundle",
     )

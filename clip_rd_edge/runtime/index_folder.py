@@ -42,7 +42,7 @@ class Listing:
         for path, found in look_at_images(folder, on_unreadable=lambda error: self.others.append(str(error))):
             name = os.fspath(path)[start:].replace(os.sep, "/")
             if not is_unicode(name):
-                self.others.append(f"The name of {printable_path(path)} is not UTF-8, as index.json is; rename it.")
+                self.others.append(f"The name of {printable_path(path)} is not UTF-8: rename it to have it indexed.")
             elif found is not None:
                 self.stamps[name] = (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
             elif reason := _why_not_there(path):
@@ -123,7 +123,7 @@ def out_of_sight(folder: Path, names: Collection[str], listed_ns: int) -> tuple[
     """Return the images, of those that are not found, that may still be there, and messages about emptied folders.
 
     They are in folders that cannot be read, or that are empty and have not changed since before the images were listed:
-    had they been deleted, the folder would have changed later, so the disk that was mounted there is not.
+    had they been deleted, the folder would have changed later, so a disk that was mounted there is missing.
     """
     emptied = Counter[str]()
 

@@ -116,7 +116,7 @@ class Indexer:
     Attributes:
         identity: of index.json as it was left.
         failed: messages about the images that the last update could not read, by their path in the folder.
-        again: paths of those that the system did not give, as while another program has them open on Windows.
+        again: paths of those that the system refused to read, as while another program has them open on Windows.
     """
 
     def __init__(
@@ -135,7 +135,8 @@ class Indexer:
         for location in (folder.resolve(), encoder.folder.resolve()):
             if not is_unicode(str(location)):
                 raise InputError(
-                    f"The path {printable_path(location)} is not UTF-8, as index.json is.", hint="rename it"
+                    f"The path {printable_path(location)} is not UTF-8, and index.json cannot hold it.",
+                    hint="rename it",
                 )
         self._encoder, self._folder, self._path = encoder, folder, path
         self._stop, self._cluster, self._reporter = stop or threading.Event(), cluster, reporter

@@ -2,7 +2,7 @@
 
 The folder is listed again and again: that needs no package, and works on network shares, which send no events for
 what other machines write. The pause grows with the time that a listing takes, so that watching costs at most a few
-percent of a core, and up to a minute with that of an update, without what embedding the new images took.
+percent of a core; and, up to a minute, with the time of an update, not counting the embedding of new images.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Seen(NamedTuple):
 
 
 class _Images:
-    """The images of a watched folder, told apart by whether they are still being written."""
+    """The images of a watched folder, divided by whether they are still being written."""
 
     def __init__(self) -> None:
         self._seen: dict[str, _Seen] | None = None
@@ -49,7 +49,7 @@ class _Images:
         self._said: set[str] = set()
 
     def look(self, listing: Listing, now: float) -> None:
-        """Note what is there. What is there already at the start, or has been, is settled by its own times."""
+        """Note what is there. A file that by its own times is old enough counts as settled at once."""
         first, old = self._seen is None, self._seen or {}
         gone = self._indexed.keys() - listing.stamps.keys()
         self._seen = {}
@@ -156,7 +156,7 @@ def watch_index(
 
 
 def _identities(path: Path) -> dict[str, object]:
-    """Return what tells the files of a folder from others of their names."""
+    """Return what distinguishes the files of a folder from others with the same names."""
     with suppress(OSError):  # gone
         return {file.name: file_identity(file) for file in path.iterdir()}
     return {}

@@ -78,9 +78,9 @@ def everyday_labels() -> list[str]:
 def parse_labels(words: Sequence[str]) -> list[str] | None:
     """Return the labels of a command line, where each word is a label or the path of a label file; None for no words.
 
-    A single word is a file if there is one of that name, and others if they look like a path. The word EVERYDAY stands
-    for `everyday_labels`, alone or beside others; a label of that name can be in a file. White space around a label is
-    dropped, so that two that differ only there are one to a classifier.
+    A single word is a file if there is one of that name; of several, those that look like a path are files. The word
+    EVERYDAY stands for `everyday_labels`, alone or beside others; a label of that name can be in a file. White space
+    around a label is dropped, so that two that differ only there count as one.
     """
     names: list[str] = []
     for word in words:
@@ -125,7 +125,7 @@ def _require_single_label(word: str, *, alone: bool) -> None:
 
 
 def read_labels_file(path: Path) -> list[str]:
-    """Read labels from a file of any of these forms, told apart by suffix:
+    """Read labels from a file of any of these forms, recognised by suffix:
 
     - text: one label per line; empty lines and lines that start with # and white space are skipped.
     - .csv, .tsv: a column headed `label` (or another of HEADINGS), or the only column of a table without a heading;

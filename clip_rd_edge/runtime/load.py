@@ -66,10 +66,10 @@ def load(
         runtime: the inference engine; None uses the one that the bundle was exported for. If its TensorRT engines
             cannot run here, the ONNX files that they were built from run on the CPU.
         device: one of `settings.deploying.Device`. `auto` chooses a GPU or OpenVINO if ONNX Runtime's package for it is
-            installed, and the CPU otherwise, for INT8, and in OpenVINO itself. OpenVINO's devices run a bundle made for
-            OpenVINO, or with `runtime="openvino"`, in OpenVINO itself, and others in ONNX Runtime, or in OpenVINO if
-            only that is installed. `tensorrt` runs the engines of a bundle made for it, and others in ONNX Runtime.
-            `describe().device` is the device chosen.
+            installed, and the CPU otherwise, and always for INT8 and in OpenVINO itself. OpenVINO's devices run a
+            bundle made for OpenVINO, or with `runtime="openvino"`, in OpenVINO itself, and others in ONNX Runtime, or
+            in OpenVINO if only that is installed. `tensorrt` runs the engines of a bundle made for it, and others in
+            ONNX Runtime. `describe().device` is the device chosen.
         spin: False for embedding many images in ONNX Runtime: see `backends.onnxruntime.open_session`.
         force: use a tower, with a warning, although this processor is known to compute its INT8 wrongly. Otherwise the
             first use raises UsageError.
@@ -313,7 +313,7 @@ def _make_worker(
 
     encoder = load(bundle, force=force)
     if encoder.manifest != manifest:
-        raise InputError(f"The bundle {bundle} is another one here.", hint="give all machines the same bundle")
+        raise InputError(f"The bundle {bundle} differs on this machine.", hint="give all machines the same bundle")
     encoder.require_right(encoder.manifest.image)
     return lambda chunk: list(embed_images(encoder, chunk))
 

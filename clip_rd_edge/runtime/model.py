@@ -92,7 +92,7 @@ class Model:
         return self.encoder.encode_texts(as_list(texts))
 
     def teach(self, examples: Examples, *, forget: Sequence[str] = (), alone: bool = False) -> Lesson:
-        """Teach this model labels by a few images of each; `classify` without labels then chooses among them as well.
+        """Teach this model labels from a few images of each; `classify` without labels then chooses among them as well.
 
         Nothing is written: `clip_rd_edge.teach` writes a bundle.
 
@@ -100,10 +100,10 @@ class Model:
             examples: images by label, such as `{"my mug": ["mug-1.jpg", "mug-2.jpg"]}`; those of a label that was
                 taught before are added to its earlier ones.
             forget: labels to be forgotten with their images.
-            alone: leave out the model's labels that have texts alone.
+            alone: leave out the model's labels that have only texts.
 
         Returns:
-            What was taught, with the accuracy that it has for images that are left out.
+            What was taught, with its accuracy on images that are left out.
 
         Raises:
             InputError: an image could not be read, or a label to forget was not taught.

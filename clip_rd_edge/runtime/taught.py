@@ -10,9 +10,9 @@ label: with less, the label becomes less likely than by its text. So those besid
 images. β, b and the ridge λ are those which best predict every image while it is left out; that is exact and costs
 nothing in a linear regression. With b = 0 and β = 1 the answer is zero-shot's, for texts that need no images.
 
-Sources: Tip-Adapter (Zhang et al. 2022) adds images to texts so; "A closer look at the few-shot adaptation of large
-vision-language models" (Silva-Rodríguez et al. 2024) warns of choices that no small set of images can make; left-out
-residuals of a ridge regression, Allen (1974).
+Sources: Tip-Adapter (Zhang et al. 2022) combines images and texts in this way; "A closer look at the few-shot
+adaptation of large vision-language models" (Silva-Rodríguez et al. 2024) warns of choices that no small set of images
+can make; left-out residuals of a ridge regression, Allen (1974).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def teach(encoder: Encoder, examples: Examples, *, forget: Sequence[str] = (), a
         encoder: its attributes `label_bank` and `taught` are replaced.
         examples: images of each label; those of a label that was taught before are added to its earlier ones.
         forget: labels to be forgotten with their images.
-        alone: leave out the labels that have texts alone.
+        alone: leave out the labels that have only texts.
     """
     bank: LabelBank | None = getattr(encoder, "label_bank", None)
     taught: Taught = getattr(encoder, "taught", None) or nothing_taught(encoder)
@@ -186,7 +186,7 @@ def nothing_taught(encoder: Encoder) -> Taught:
 def _with_images(
     encoder: Encoder, taught: Taught, bank: LabelBank | None, name: str, rows: npt.NDArray[np.floating]
 ) -> Taught:
-    """Return what was taught with images of a label, (N, D), added; those that it has already are left out."""
+    """Return what was taught, with new images of a label, (N, D); those that it already has are left out."""
     require_labels([name])
     if not len(rows):
         raise InputError(f"There are no images of {name!r}.", hint="name one to fifty of them")
@@ -221,7 +221,7 @@ def _only(taught: Taught, names: Sequence[str]) -> Taught:
 
 
 def _beside(bank: LabelBank | None, taught: Taught, back: Sequence[str]) -> LabelBank | None:
-    """Return the labels of a bank that have texts alone, with those that have again, or None without any."""
+    """Return the labels of a bank that have only texts, or have only texts again, or None without any."""
     size = taught.texts.shape[1]
     names = [name for name in (bank.names if bank else ()) if name not in taught.names]
     rows = [bank.find(names)[:, :size]] if bank and names else []  # type: ignore[index]

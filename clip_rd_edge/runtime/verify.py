@@ -47,7 +47,7 @@ _ROUNDING_MARGIN, _MIN_ROUNDED = 1.5, 0.9
 MAX_DIFFERENCE = 1e-4
 _MIN_LIMIT_S = 300
 _COPY = "copy or export the bundle again"
-_MACHINE = "the machine failed, not the bundle: verify again once that is mended"
+_MACHINE = "the machine failed, not the bundle: verify again once that is fixed"
 _EXPORT = "export the bundle again"
 # From this major version on, Pillow resizes some tall images by height first and rounds in between.
 _PILLOW_RESIZE_CHANGE = 13
@@ -80,14 +80,14 @@ def verify_bundle(
     """Check the SHA-256 of every file of a bundle, then run each intact tower and compare its answers.
 
     A tower passes if it runs where it was meant to (its engine on the GPU, not its ONNX file on the CPU) and its
-    embeddings of the bundle's reference inputs agree with the reference. A bundle without reference answers is run
-    only, and a check says so.
+    embeddings of the bundle's reference inputs agree with the reference. A bundle without reference embeddings is only
+    run, which a check reports.
 
     Args:
         folder: the bundle.
         threads, device: as for `load`.
-        time_limit_s: a tower that runs after so many seconds is ended, and fails. None: five minutes, and a second for
-            each megabyte of the bundle, which even a slow board with a slow card does not need.
+        time_limit_s: a tower that still runs after this many seconds is stopped, and fails. None: five minutes, and a
+            second for each megabyte of the bundle, more than even a slow board with a slow card needs.
     """
     try:
         manifest = read_manifest(folder)
@@ -150,7 +150,7 @@ def _checks(folder: Path, manifest: Manifest, limit: _Limit, *, threads: int | N
             check = msgspec.structs.replace(check, hint=other)
         yield check
     if REFERENCE not in manifest.files:
-        yield Check(what="answers", passed=True, detail="not compared: the bundle has no reference answers")
+        yield Check(what="answers", passed=True, detail="not compared: the bundle has no reference embeddings")
     exported = manifest.provenance.get("pillow", PILLOW)
     if (_major(exported) < _PILLOW_RESIZE_CHANGE) != (_major(PILLOW) < _PILLOW_RESIZE_CHANGE):
         detail = (
@@ -179,7 +179,7 @@ def _check_files(folder: Path, manifest: Manifest) -> Iterator[Check]:
 
 
 def _reference(folder: Path, manifest: Manifest) -> Reference | None:
-    """Return the reference answers; raise ConfigError if they are none of this bundle."""
+    """Return the reference embeddings; raise ConfigError if they are not this bundle's."""
     reference = read_reference(folder)
     if reference is None:
         return None

@@ -215,7 +215,7 @@ class ServedBundle:
 
 
 def _keep(kept: OrderedDict[str, Any], key: str, value: object, count: int) -> None:
-    """Put a value among those used last, of which so many are kept."""
+    """Put a value among those used last, of which this many are kept."""
     kept[key] = value
     kept.move_to_end(key)
     while len(kept) > count:
@@ -293,7 +293,7 @@ class Demo:
     async def classify(self, request: Request) -> Response:
         """Classify the image in the body with ?bundle=NUMBER among ?labels=KEY (without a key: the bundle's own).
 
-        With &name=NAME, as the page calls the bundle, another one that has the number since a restart is not asked.
+        With &name=NAME, as the page calls the bundle, a bundle that got the number in a restart is not used instead.
         With &embedding=1, the answer has the image's embedding, too.
         """
         bundle, labels = self._asked(request)

@@ -70,9 +70,9 @@ class PageLabels(msgspec.Struct, frozen=True):
         """Raise InputError as `require_few_labels`, or if images teach something else, or there are too many."""
         require_few_labels(self.labels)
         if not self.taught.keys() <= set(self.labels):
-            raise InputError("Images teach what is none of the labels.")
+            raise InputError("Images teach a label that is not in the list.")
         if len(msgspec.json.encode(self.taught)) > MAX_TAUGHT:
-            raise InputError("Too many images teach labels.", hint="teach a bundle from folders: clip-rd-edge teach")
+            raise InputError("The labels have too many images.", hint="teach a bundle from folders: clip-rd-edge teach")
 
     def rows(self, size: int) -> dict[str, npt.NDArray[np.float32]]:
         """Return the embeddings by label, (N, size)."""
@@ -87,7 +87,7 @@ class PageLabels(msgspec.Struct, frozen=True):
 
 
 def require_few_labels(labels: Sequence[Any]) -> None:
-    """Raise InputError if a client's labels are no texts, too long or too many."""
+    """Raise InputError if a client's labels are not texts, too long or too many."""
     if not labels:
         raise InputError("No labels were sent.")
     if len(labels) > MAX_LABELS:
@@ -157,7 +157,7 @@ class ClassifyRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     @property
     def deciding(self) -> Deciding:
-        """What the request says of how answers are decided."""
+        """The request's settings of how answers are decided."""
         return {"none": self.none, "refuse_known": self.refuse_known, "multi": self.multi, "raw": self.raw}
 
 

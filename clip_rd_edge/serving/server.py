@@ -111,8 +111,8 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-
 
     So clients that hold connections open, or send their requests slowly, keep nobody out. Requests are parsed by
     httptools if it is installed, and by h11 otherwise, whose limit of a request's head and trailers is uvicorn's
-    setting; httptools has none, and calls the methods that begin with `on_`. Neither limits what arrives before it is
-    its turn, as uvicorn reads on while a request is answered.
+    setting; httptools has none, and calls the methods that begin with `on_`. Neither limits what arrives ahead of its
+    turn, as uvicorn reads on while a request is answered.
     """
 
     in_fields = False  # whether header fields may follow: of the head, or after the last chunk of the body
@@ -196,7 +196,7 @@ def connection_limit() -> int:
 
 
 class LogLimit(logging.Filter):
-    """Lets MAX_LOG_LINES records pass in LOG_PERIOD_S; the next one after that says how many did not."""
+    """Lets MAX_LOG_LINES records pass in LOG_PERIOD_S; the next one after that counts those that did not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ def _run(server: uvicorn.Server, listener: socket.socket) -> None:
 
 @contextmanager
 def _stopped_by_lost_terminal(server: uvicorn.Server) -> Iterator[None]:
-    """Within the block, SIGHUP stops the server, which knows the other `stop_signals`, and then acts as outside.
+    """Within the block, SIGHUP stops the server, which handles the other `stop_signals`, and then acts as outside.
 
     An event loop may swallow what another handler raises.
     """

@@ -57,7 +57,7 @@ class Limits(CheckedStruct, frozen=True, kw_only=True):
         max_batch: max number of items per call of a tower.
         max_items: max number of items of all requests that are not answered yet; a larger request is accepted only if
             there is no other. What exceeds it is answered with 503.
-        max_requests: max number of requests that are answered at a time, once they are complete; the same holds.
+        max_requests: max number of requests that are answered at a time, once they are complete; others get 503, too.
     """
 
     max_batch: PositiveInt = 16

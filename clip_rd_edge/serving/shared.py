@@ -156,7 +156,7 @@ class Batcher:
                 self._executor.submit(self._run, loop)
 
     def _next_batch(self) -> list[_Waiting]:
-        """Take the items that have waited longest, but for those that nobody waits for any more."""
+        """Take the items that have waited longest, except those that nobody waits for any more."""
         batch: list[_Waiting] = []
         with self._lock:
             while self._waiting and len(batch) < self._max_batch:
@@ -254,5 +254,5 @@ class ServedIndex:
 
 
 def _thumbnail_id(index: Index, row: int) -> str:
-    """Return a name of an image that means no other one after an update of the index."""
+    """Return an id of an image that no other image gets when the index is updated."""
     return f"{row}-{index.entries[row].sha256[:16]}"

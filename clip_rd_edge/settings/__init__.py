@@ -1,1 +1,1 @@
-"""What can be asked for: every option of the commands and of the Python API, each declared once. No PyTorch."""
+"""Every option of the commands and of the Python API, each declared once. No PyTorch."""

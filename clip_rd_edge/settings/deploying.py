@@ -1,4 +1,4 @@
-"""What an export is asked for, and a bundle on a device: an index, a search, a server, a page."""
+"""The options of an export, and of a bundle on a device: an index, a search, a server, a page."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ OnDevice = Annotated[
     ),
 ]  # fmt: skip
 Force = Annotated[bool, _device(
-    "Answer although this processor computes the bundle's INT8 wrongly, for which verify fails.",
+    "Run a bundle even if this processor computes its INT8 wrongly, so that verify fails.",
 )]  # fmt: skip
 Host = Annotated[str, _server("Address to listen on; 0.0.0.0 for the network.", metavar="ADDRESS")]
 Port = Annotated[int, _server("Port to listen on; 0 uses any free port.", metavar="N", ge=0, le=65535)]
@@ -74,7 +74,7 @@ class Export(_Exported, frozen=True, kw_only=True):
         "jetson-orin, or an RTX card's compute capability, such as sm86; several, as in sm86,sm89,jetson-orin, make "
         "one bundle per target. browser writes a static web page that runs the bundle in the browser; MODEL may then "
         "be a bundle.", metavar="NAME", complete="targets",
-        default="none; {format} trt is then for the GPU that is here, or builds its engines where it runs",
+        default="none; {format} trt is then for this machine's GPU, or builds its engines on the device",
     )] | None = None  # fmt: skip
     format: Annotated[str, _bundle(
         "onnx. openvino: ONNX files for OpenVINO. trt: TensorRT engines beside their ONNX files; needs no GPU. litert: "
@@ -93,7 +93,7 @@ class Export(_Exported, frozen=True, kw_only=True):
     )] = None  # fmt: skip
     text_tower: Annotated[bool, _bundle(
         "--no-text-tower leaves the text tower out, often the larger part of a bundle: it then embeds images, and "
-        "classifies among the labels of {labels} alone.",
+        "classifies only among the labels of {labels}.",
     )] = True  # fmt: skip
     preprocess_in_graph: Annotated[bool, _bundle(
         "Preprocess in image.onnx: it takes uint8 RGB images of any size, one at a time.",
@@ -104,7 +104,7 @@ class Export(_Exported, frozen=True, kw_only=True):
         "folder for immich.", metavar="NAME",
     )] = "bundle"  # fmt: skip
     as_name: Annotated[str, _bundle(
-        "For {layout} immich: the model that immich knows by this name and whose place the student takes; its "
+        "For {layout} immich: the name of the model in immich that the student replaces; its "
         "embeddings must have the same size.", flags=("--as",), metavar="NAME",
         default="ViT-B-32__openai for embeddings of 512 numbers",
     )] | None = None  # fmt: skip
@@ -161,7 +161,7 @@ class Verify(_Verified, frozen=True, kw_only=True):
     threads: Threads | None = None
     device: OnDevice = "auto"
     time_limit: Annotated[float, _device(
-        "Seconds after which a tower that still runs is ended, and fails.", metavar="SECONDS",
+        "Seconds after which a tower that still runs is stopped, and fails.", metavar="SECONDS",
         default="300, and 1 for each MB of the bundle", gt=0,
     )] | None = None  # fmt: skip
 
@@ -187,13 +187,13 @@ class Classify(Settings, frozen=True, kw_only=True):
         "the bundle was calibrated at its export.",
     )] = False  # fmt: skip
     refuse_known: Annotated[float, _labels(
-        "The same as --none, with another share than 0.05 of images of known things that may be refused.",
+        "Like --none, but refuse at most this share of the images of known things, instead of 0.05.",
         metavar="RATE", ge=0, le=1, default="none is refused",
     )] | None = None  # fmt: skip
     multi: Annotated[bool, _labels(
-        "Give each label a probability by itself, as several may fit an image; with --none, print those that fit.",
+        "Give each label its own probability, since several may fit an image; with --none, print those that fit.",
     )] = False  # fmt: skip
-    raw: Annotated[bool, _labels("Leave the bundle's calibration out: the model's own probabilities.")] = False
+    raw: Annotated[bool, _labels("Ignore the bundle's calibration: print the model's own probabilities.")] = False
     cache: Annotated[bool, _labels(
         "Cache the labels' embeddings, so that the next run with these labels need not load the text tower.",
     )] = True  # fmt: skip
@@ -216,7 +216,7 @@ class _Taught(Settings, frozen=True):
 
 
 class Teach(_Taught, frozen=True, kw_only=True):
-    """Teach a bundle labels by a few images of each."""
+    """Teach a bundle labels from a few images of each."""
 
     output: Annotated[
         AnyPath, _output("Folder of the new bundle.", flags=("-o", "--output"), metavar="FOLDER", path=True)
@@ -225,12 +225,12 @@ class Teach(_Taught, frozen=True, kw_only=True):
         "Forget a taught label with its images; can be repeated.", metavar="LABEL", default="none",
     )] = ()  # fmt: skip
     alone: Annotated[bool, _labels(
-        "Leave out the bundle's other labels, which have texts alone; any can still be typed beside the taught ones.",
+        "Leave out the bundle's other labels, which have only texts; any can still be typed beside the taught ones.",
     )] = False  # fmt: skip
     threads: Threads | None = None
     device: OnDevice = "auto"
     force: Annotated[bool, _output(
-        "Replace an earlier export in FOLDER, and teach although this processor computes the bundle's INT8 wrongly.",
+        "Replace an earlier export in FOLDER, and teach even if this processor computes the bundle's INT8 wrongly.",
     )] = False  # fmt: skip
     reporter: Reporter = SILENT
 
@@ -309,7 +309,7 @@ class Serve(_Served, frozen=True, kw_only=True):
     )] | None = None  # fmt: skip
     max_batch: Annotated[int, _limits("Max images or texts per call of the model.", metavar="N", ge=1)] = 16
     max_items: Annotated[int, _limits(
-        "Max images and texts that wait for their answer; requests beyond are answered with 503.", metavar="N", ge=1,
+        "Max images and texts that wait for their answer; further requests get 503.", metavar="N", ge=1,
     )] = 1024  # fmt: skip
     threads: Threads | None = None
     device: OnDevice = "auto"

@@ -142,16 +142,16 @@ class Build(_Built, frozen=True, kw_only=True):
         complete="targets",
     )]  # fmt: skip
     max_latency: Annotated[float, _device(
-        "Take the best student whose image tower answers within so many milliseconds, on one thread.", metavar="MS",
+        "The best student whose image tower takes at most this many milliseconds, on one thread.", metavar="MS",
         default="no limit", gt=0,
     )] | None = None  # fmt: skip
     max_size: Annotated[float, _device(
-        "Take the best student whose image tower has at most so many megabytes.", metavar="MB", default="no limit",
+        "The best student whose image tower has at most this many megabytes.", metavar="MB", default="no limit",
         gt=0,
     )] | None = None  # fmt: skip
     measured: Annotated[AnyPath, _device(
-        "Results of `clip-rd-edge benchmark` from the device, whose rows are named by students, for {max_latency} of a "
-        "device that is not this one.", metavar="FILE", default="measured here", path=True,
+        "Results of `clip-rd-edge benchmark` run on the device, with rows named after students: the latencies for "
+        "{max_latency} if the device is another machine.", metavar="FILE", default="measured here", path=True,
     )] | None = None  # fmt: skip
     labels: Annotated[Labels, _data(
         'Labels such as "a cat" "a dog", or a label file (see classify), for images without captions.',
@@ -179,7 +179,7 @@ class Build(_Built, frozen=True, kw_only=True):
         "Edge of the input images in pixels.", metavar="PIXELS", default="that of the images, at most 224", ge=16,
         le=1_024,
     )] | None = None  # fmt: skip
-    hours: Annotated[float, _training("Train for at most so many hours.", metavar="HOURS", gt=0)] = 8.0
+    hours: Annotated[float, _training("Train for at most this many hours.", metavar="HOURS", gt=0)] = 8.0
     steps: Annotated[int, _training(
         "Number of training steps, instead of {hours}.", metavar="N", default="as many as {hours} allow, or suffice",
         ge=1,

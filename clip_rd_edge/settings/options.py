@@ -66,9 +66,9 @@ class Details(TypedDict, total=False):
         complete: what the shell completes it by: a key of `cli.options.COMPLETIONS`, or names joined by `|`.
         words: other words for the choices of a `Literal`, such as `half` for `fp16`.
         common: `--help` lists it; where no option of a command is common, all are listed.
-        also: another name by which errors that several commands share mean this option.
-        resume: when a run is resumed, the value must be the `same`; or it says where something lies whose `content`
-            must be the same; or it is `free`.
+        also: another name for this option, in errors that several commands share.
+        resume: what must stay when a run is resumed: the `same` value, only the `content` of what it names, or nothing
+            (`free`).
         ge, gt, le, lt: limits of a number.
     """
 

@@ -24,7 +24,7 @@ _evaluation = partial(option, group="Evaluation")
 
 
 Workers = Annotated[int, _data(
-    "Loader processes; -1 begins with half of the cores, at most 8, and takes more while steps wait for data.",
+    "Loader processes; -1 begins with half of the cores, at most 8, and adds more while steps wait for data.",
     metavar="N", ge=-1, le=1_024, resume="free",
 )]  # fmt: skip
 _OneOrMore = AnyPath | Sequence[AnyPath]
@@ -41,7 +41,7 @@ JsonKey = Annotated[str, _data(
     "Key of the captions in the shards' .json files.", metavar="KEY", default="captions from .txt files",
 )] | None  # fmt: skip
 MaxBad = Annotated[float, _data(
-    "Max fraction of damaged samples; these are skipped and counted.", metavar="FRACTION", ge=0, lt=1, resume="free",
+    "Max fraction of bad samples, which are skipped and counted.", metavar="FRACTION", ge=0, lt=1, resume="free",
 )]  # fmt: skip
 
 
@@ -138,7 +138,7 @@ class Training(_Data[Place, Names, Several], frozen=True, kw_only=True):
     freeze_text: Annotated[bool, _student("Train only the projection of the text tower.")] = False
     freeze_text_layers: Annotated[int, _student(
         "Do not train the first N groups of layers of the text tower, of which the first is the embeddings of the "
-        "tokens: steps are faster, and a trained tower keeps what it knows of words that no caption has.",
+        "tokens: steps are faster, and a trained tower keeps words that no caption has.",
         metavar="N", ge=0,
     )] = 0  # fmt: skip
     freeze_image: Annotated[int, _student(
@@ -202,8 +202,8 @@ class Distill(Training[AnyPath, _OneOrMore, _OneOrMore], frozen=True, kw_only=Tr
         "Number of training steps, instead of {epochs}.", metavar="N", default="as many as the epochs have", ge=1,
     )] | None = None  # fmt: skip
     hours: Annotated[float, _training(
-        "Train for so many hours, of a speed that is measured first, instead of {epochs} or {steps}.", metavar="HOURS",
-        default="as long as the steps take", gt=0, common=True,
+        "Train for this many hours, at a speed that is measured first, instead of {epochs} or {steps}.",
+        metavar="HOURS", default="as long as the steps take", gt=0, common=True,
     )] | None = None  # fmt: skip
     hold_out: Annotated[float, _evaluation(
         "Hold back this share of the images of a table or of class folders, copies together, and evaluate on them; "
@@ -275,7 +275,7 @@ class Pack(_Packed, frozen=True, kw_only=True):
         "Length of an image's shorter edge in pixels; smaller images stay as they are.", metavar="PIXELS", ge=16,
         le=8_192,
     )] = 512  # fmt: skip
-    without_captions: Annotated[bool, _data("Pack images alone, as distill takes them with {images}.")] = False
+    without_captions: Annotated[bool, _data("Pack only images, as distill takes them with {images}.")] = False
     template: Annotated[str, _data(
         "Prompt for the names of class folders, such as 'a photo of a {}'.", metavar="PROMPT", default="the name alone",
     )] | None = None  # fmt: skip
@@ -339,8 +339,8 @@ class Trim(_Trimmed, frozen=True, kw_only=True):
         default="all", ge=1,
     )] | None = None  # fmt: skip
     vocabulary: Annotated[int, _text(
-        "Keep N tokens: those that {texts} have most. For CLIP's own text towers, and for those of Hugging Face with a "
-        "tokenizer of the kinds WordPiece, Unigram or BPE.", metavar="N", default="all", ge=1,
+        "Keep N tokens: those most frequent in {texts}. For CLIP's own text towers, and for those of Hugging Face with "
+        "a tokenizer of the kinds WordPiece, Unigram or BPE.", metavar="N", default="all", ge=1,
     )] | None = None  # fmt: skip
     texts: Annotated[AnyPath, _text(
         "Texts such as the model will be given, one per line or a table, as for distill.", metavar="FILE",
@@ -360,7 +360,7 @@ class Average(_Averaged, frozen=True, kw_only=True):
     """Average the weights of two models."""
 
     weight: Annotated[float | Literal["best"], _weight(
-        "Share of the second in the result, from 0 to 1; best: that of the highest mean accuracy on the tasks.",
+        "Share of the second model in the result, from 0 to 1; best: the one with the highest mean accuracy.",
         metavar="SHARE|best",
     )] = 0.5  # fmt: skip
     tasks: Annotated[Tasks, _evaluation(

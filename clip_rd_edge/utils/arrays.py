@@ -100,7 +100,7 @@ def _read_array(file: Any, name: str, max_bytes: int) -> npt.NDArray[Any]:
         raise ValueError(f"{name} does not have the {size:,} bytes of its shape {shape}")
     array = np.frombuffer(content, dtype=dtype)
     if dtype.kind == "U" and not _are_characters(array):
-        raise ValueError(f"{name} has a text with a code that is no character")
+        raise ValueError(f"{name} has a text with a code that is not a character")
     return array.reshape(shape, order="F" if fortran else "C")
 
 

@@ -76,7 +76,7 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def move(source: Path, target: Path) -> None:
-    """Give a file or folder another name, that of a file which it replaces perhaps."""
+    """Rename a file or folder, perhaps to the name of a file that it replaces."""
     try:
         _patiently(lambda: source.replace(target))
     except PermissionError:
@@ -178,7 +178,7 @@ def unwritable_output(path: Path, error: Exception, *, hint: str = "choose anoth
 
 @contextmanager
 def named_failures(output: Path, *, hint: str = "choose another -o") -> Iterator[None]:
-    """Within the block, an error of the system, other than of a full disk, says that the output cannot be written."""
+    """Within the block, a system error, other than of a full disk, becomes one that the output cannot be written."""
     try:
         yield
     except OSError as error:
@@ -190,7 +190,7 @@ def named_failures(output: Path, *, hint: str = "choose another -o") -> Iterator
 def disk_full_error(error: BaseException) -> DiskFullError | None:
     """Return a one-sentence error if `error` or one of its causes is a full disk, else None.
 
-    What an UnreachableError was raised from does not count: it says itself what is full, and what helps there.
+    What an UnreachableError was raised from does not count: its own message names what is full, and what helps there.
     """
     for cause in causes(error):
         if isinstance(cause, UnreachableError):  # the cache of shards, or the memory that processes share
@@ -225,7 +225,7 @@ _WINDOWS_DISK_FULL = {39, 112}
 
 
 def machine_failure(error: BaseException) -> UnreachableError | None:
-    """Return a one-sentence error if `error` or one of its causes says that a machine, disk or network fails."""
+    """Return a one-sentence error if `error` or one of its causes shows that a machine, disk or network fails."""
     for cause in causes(error):
         if isinstance(cause, OSError) and (
             cause.errno in _FAILURES or getattr(cause, "winerror", None) in _WINDOWS_FAILURES

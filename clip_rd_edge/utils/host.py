@@ -85,7 +85,7 @@ def system_name() -> str:
 
 
 def _read(path: Path) -> str:
-    """Return what the system says in a file, or nothing if it has no such file."""
+    """Return the content of one of the system's files, or nothing if it has no such file."""
     return path.read_text(errors="replace") if path.is_file() else ""
 
 
@@ -107,7 +107,7 @@ def cpu_quota() -> float | None:
     """Return the limit of CPU time in cores (`docker run --cpus`, systemd's CPUQuota), or None if there is no limit.
 
     It is the smallest of this process's control group and of those around it, by cgroups v2 or v1. In a container, the
-    own group may be the root, whatever its path says.
+    own group may be the root, whatever its path.
     """
     limits = _group_limits("cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us"), "cpu.max")
     return min((quota / period for quota, period in limits if quota > 0), default=None)
@@ -191,13 +191,13 @@ def nvidia_gpus() -> str:
 
 
 def _of_nvidia_gpus(what: str) -> list[str]:
-    """Return what the driver says of each GPU; nothing without a driver, or with one that fails."""
+    """Return what the driver reports of each GPU; nothing without a driver, or with one that fails."""
     answer = _answer_of("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader")
     return [line.strip() for line in answer.splitlines()]
 
 
 def _sysctl(*arguments: str) -> str:
-    """Return what macOS says of its hardware; nothing on other systems."""
+    """Return what macOS reports of its hardware; nothing on other systems."""
     return _answer_of(_SYSCTL, *arguments) if platform.system() == "Darwin" else ""
 
 

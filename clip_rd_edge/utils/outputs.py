@@ -86,9 +86,9 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
     Its content is on the disk before it is renamed, so that a power failure leaves no folder of empty files. An
     existing file or folder at `path` is moved aside first and removed last, so `path` never mixes old and new files; it
-    is moved back if the new one cannot take its place. Temporary folders that killed processes of this machine left are
-    removed, and those of others after a day; what they moved aside, once the new one has its place: until then, it may
-    be all that there is.
+    is moved back if the new one cannot take its place. Temporary folders left by killed processes of this machine are
+    removed, and those of others after a day; what these had moved aside is removed once the new folder has its place:
+    until then, it may be all that there is.
 
     Args:
         overwrite: if false, what another process has put there meanwhile is kept.
@@ -158,7 +158,7 @@ def _held(folder: Path) -> Iterator[bool]:
 
 
 def _remove_abandoned(path: Path, *, own: Path) -> None:
-    """Remove temporary folders of `new_folder(path)` that nobody holds; after a day where this machine cannot know."""
+    """Remove temporary folders of `new_folder(path)` that nobody holds; after a day where this machine cannot tell."""
     for folder in _leftovers(path, "tmp"):
         if folder != own and folder.is_dir():
             with suppress(OSError), _held(folder) as is_held:  # somebody else holds it, or has removed it
@@ -249,7 +249,7 @@ def exclusive_writer(
     locked on a file system without locks, as some of clusters are.
 
     Args:
-        on_wait: if another process holds the lock, called once with a sentence that says so, and the lock is waited
+        on_wait: if another process holds the lock, called once with a sentence about it, and the lock is waited
             for; None does not wait.
         stop: ends the wait when it is set.
         option: that names the folder, in a hint.

@@ -68,7 +68,7 @@ def expand_home(text: str) -> Path:
 
 
 def file_identity(path: Path) -> tuple[int, int, int, int] | None:
-    """Return what tells a file from another in its place, or None if it cannot be read.
+    """Return what distinguishes a file from another in its place, or None if it cannot be read.
 
     Size and time are not enough: OSTree, Nix and squashfs give all files the same time, that of 1970.
     """
@@ -94,7 +94,7 @@ def why_no_file(path: Path) -> str:
 
 
 def kind_of(mode: int) -> str:
-    """Return what something is that is no regular file, by its mode as from `Path.stat`."""
+    """Return what something other than a regular file is, by its mode as from `Path.stat`."""
     if stat.S_ISDIR(mode):
         return "a folder"
     return "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
@@ -222,7 +222,7 @@ def several(places: AnyPath | Sequence[AnyPath]) -> tuple[Typed, ...]:
 class Recorded:
     """A place that a file records, in a struct that is read from it: compared and shown, and never opened.
 
-    It is no text, so that nothing that takes a path takes it either.
+    It is not a text, so that nothing that takes a path takes it.
     """
 
     __slots__ = ("_value",)
@@ -231,5 +231,5 @@ class Recorded:
         self._value = value
 
     def plain(self) -> str | list[str]:
-        """Return what the file says, to compare it, to show it and to write it again."""
+        """Return the recorded text, to compare it, to show it and to write it again."""
         return self._value

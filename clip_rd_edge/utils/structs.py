@@ -128,7 +128,7 @@ def convert(raw: Any, kind: type[T], *, source: str) -> T:
 
 
 def _recorded(kind: type[Any], value: Any) -> Any:
-    """Return a value of a type that msgspec has not: a text, or several, that is not to be opened."""
+    """Return a value of a type that msgspec lacks: a text, or several, that is not to be opened."""
     if issubclass(kind, dict):  # which checks its own keys and values
         return kind(value)
     texts = value if isinstance(value, list) else [value]
@@ -185,7 +185,7 @@ def to_yaml(struct: Any, *, short_lists_inline: bool = False) -> str:
 
 
 def commented_yaml(struct: msgspec.Struct) -> str:
-    """Return a struct as YAML in which each key is preceded by what its docstring says about it.
+    """Return a struct as YAML in which each key is preceded by its description in the docstring.
 
     `read_yaml` reads it back as the same struct. A nested struct is commented, too; one in a list is not.
     """

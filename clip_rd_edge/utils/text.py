@@ -100,7 +100,7 @@ def shown_sources(value: Any) -> Any:
 
 
 def each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """Return dicts, lists, tuples, texts and numbers with each text, but for the keys, as `change` gives it."""
+    """Return dicts, lists, tuples, texts and numbers with each text, except the keys, as `change` returns it."""
     if isinstance(value, dict):
         return {key: each_text(entry, change) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -128,7 +128,7 @@ SEPARATOR_LINE = r"sep=[,\t;|](?:\r\n|\r|\n)"  # which tells Excel the separator
 _OTHER_FORMATS = (
     (
         rb"PK\x03\x04",
-        "is a zip archive or an Excel workbook, and not a table as text",
+        "is a zip archive or an Excel workbook, not a table as text",
         "save the workbook as CSV in UTF-8, or unpack the archive",
     ),
     (rb"\x1f\x8b", "is compressed by gzip", "unpack it"),

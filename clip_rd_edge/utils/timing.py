@@ -18,7 +18,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Clock:
-    """The time that some work has; its text is what is left, if that is limited."""
+    """The time allowed for some work; its text is what is left, if the time is limited."""
 
     seconds: float = math.inf
     started: float = field(default_factory=time.monotonic)

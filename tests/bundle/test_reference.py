@@ -1,4 +1,4 @@
-"""The inputs of a bundle's reference answers."""
+"""The inputs of a bundle's reference embeddings."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def test_the_others_end_soon_when_one_process_is_killed_and_say_which(
     assert f"Process {killed} (on {socket.gethostname()}) of the run has ended, or does not answer." in " ".join(
         error.split()
     )
-    assert "hint: its own output says why; resume with the same command" in " ".join(error.split())
+    assert "hint: its own output shows why; resume with the same command" in " ".join(error.split())
 
 
 @pytest.mark.slow

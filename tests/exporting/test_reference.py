@@ -20,7 +20,7 @@ from clip_rd_edge.runtime.load import open_bundle
 
 @pytest.fixture
 def int8_bundle(fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path) -> Path:
-    """A bundle with an image tower in static INT8 and a text tower in dynamic INT8, without reference answers."""
+    """A bundle with an image tower in static INT8 and a text tower in dynamic INT8, without reference embeddings."""
     folder = Path(shutil.copytree(fp32_bundle, tmp_path / "int8"))
     (folder / "reference.npz").unlink()
     prepared = prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path)

@@ -35,5 +35,5 @@ def test_the_workers_of_a_cluster_give_the_same_index(
 def test_a_worker_with_another_bundle_is_refused(colour_bundle: Path) -> None:
     manifest = read_manifest(colour_bundle)
     write_manifest(colour_bundle, msgspec.structs.replace(manifest, logit_scale=7.0))
-    with pytest.raises(InputError, match="is another one here"):
+    with pytest.raises(InputError, match="differs on this machine"):
         embed._make_worker(colour_bundle, manifest)

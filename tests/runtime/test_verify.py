@@ -51,7 +51,7 @@ def test_an_intact_bundle_passes(bundle: Path) -> None:
         *("image tower", "text tower", "labels", "answers"),
     ]
     assert not _failed(checks)
-    assert "not compared: the bundle has no reference answers" in checks[-1].detail
+    assert "not compared: the bundle has no reference embeddings" in checks[-1].detail
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_the_command_says_what_failed(bundle: Path, command_line: CommandLine) -
 
 @pytest.fixture
 def answering(fp32_bundle: Path, tmp_path: Path) -> Path:
-    """A bundle with reference answers, to change."""
+    """A bundle with reference embeddings, to change."""
     return Path(shutil.copytree(fp32_bundle, tmp_path / "answering"))
 
 

@@ -89,7 +89,7 @@ class Format(ABC):
         """Write the towers into the job's folder, which has the tokenizer already."""
 
     def reference(self, folder: Path, manifest: Manifest) -> BundleEncoder:
-        """Return an encoder that computes a bundle's reference answers, as the same on every processor as can be."""
+        """Return an encoder that computes a bundle's reference embeddings, as equal on all processors as possible."""
         return NodeByNode(folder, manifest)
 
     def runnable(self, job: Job) -> Path:

@@ -22,7 +22,7 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.one_input import COREML
 from clip_rd_edge.utils.process import without_progress_bars
 
-NOT_RUN = "converted and not run: Core ML runs on a Mac alone, where clip-rd-edge verify compares its answers"
+NOT_RUN = "converted but not run: Core ML runs on a Mac alone, where clip-rd-edge verify compares its answers"
 _HINT = "use {format} onnx, which ONNX Runtime runs on Apple devices as well"
 
 

@@ -245,7 +245,7 @@ def write_fp16(job: Job, name: str, tower: Tower) -> Tower:
     """Write one tower in float16; return its manifest entry.
 
     On a CPU, float16 only saves space: ONNX Runtime computes it in float32, and the casts take time. The tower's note
-    says how much it took here.
+    has how much it took here.
     """
     fp32_file, fp16_file, threads = job.source / tower.file, job.folder / tower.file, job.plan.threads
     converted = fp16_tower(fp32_file, job.inputs[name])
@@ -270,7 +270,7 @@ def write_fp16(job: Job, name: str, tower: Tower) -> Tower:
 
 
 def float32_note(centred_cosine: float) -> str:
-    """Say in one sentence why a tower stays in float32; `centred_cosine` is its agreement in float16."""
+    """Return in one sentence why a tower stays in float32; `centred_cosine` is its agreement in float16."""
     return (
         f"float32: in float16 its centred cosine with float32 is {centred_cosine:.4f} on extreme "
         f"images and texts, below {MIN_AGREEMENT}."

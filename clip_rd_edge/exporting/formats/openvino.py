@@ -62,7 +62,7 @@ def openvino_candidates(tower: Float32Tower) -> Iterator[Candidate]:
 
     If NNCF is installed, its Q/DQ is tried too: it is sometimes faster and mostly less accurate. Dynamic INT8 is not
     tried, because OpenVINO computes it in float. Each candidate of a text tower has its token embeddings in INT8, too,
-    but for one, in case that they are what loses most.
+    except for one, in case they lose most.
     """
     model, samples, weight_bits, rounded = tower.model, tower.calibrate, tower.plan.weight_bits, tower.rounded()
     quantizer = StaticQuantizer(model, samples, weight_bits=weight_bits, rounded=rounded)

@@ -151,7 +151,7 @@ class TypedTower:
 
 
 def typed_tower(job: Job, name: str, tower: Tower) -> TypedTower:
-    """Convert a tower; one that loses too much accuracy in INT8 is converted to float16, and its note says so."""
+    """Convert a tower; one that loses too much accuracy in INT8 is converted to float16, as its note records."""
     model, inputs = job.source / tower.file, job.inputs[name]
     if job.plan.precision == "int8":
         return int8_tower(Float32Tower.of(job, name), inputs)

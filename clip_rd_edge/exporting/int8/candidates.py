@@ -270,7 +270,7 @@ def int8_error(reference: Embeddings, embeddings: Embeddings) -> float:
 def robust_layers(
     layers: Sequence[str], error_of: ErrorOf, *, max_error: float, max_seconds: float = _MAX_SECONDS
 ) -> list[tuple[str, ...]]:
-    """Return the layers to quantise for shares of the max error, in their order; the first are the most.
+    """Return the layers to quantise for shares of the max error, in their order; the first entry has the most layers.
 
     Shares with the same layers, or with none, have one entry.
 

@@ -161,7 +161,7 @@ def round_weights(weights: Doubles, scale: Doubles, products: Doubles, count: in
 
 
 def _keep_largest(weights: Doubles, rounded: Doubles, bounds: Doubles) -> None:
-    """Set the largest of each channel's weights (O, …) to its bound (O,), in place, where none has it any more."""
+    """Set the largest of each channel's weights (O, …) to its bound (O,), in place, where none reaches it any more."""
     flat, rounded_flat = (values.reshape(len(weights), -1) for values in (weights, rounded))
     channels = np.arange(len(weights))
     largest = np.abs(flat).argmax(axis=1)

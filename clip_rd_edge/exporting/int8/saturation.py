@@ -2,11 +2,11 @@
 
 x86 processors without VNNI (Intel before Ice Lake and Alder Lake, AMD before Zen 4, most Atoms) multiply U8 activations
 by S8 weights with `vpmaddubsw`, which adds each two neighbouring products in 16 bits and saturates: 2 · 255 · 127 is
-64,770, twice what fits. The embeddings are then wrong, and nothing says so. Weights of 7 bits cannot saturate:
+64,770, twice what fits. The embeddings are then wrong, without an error. Weights of 7 bits cannot saturate:
 2 · 255 · 64 is 32,640, and 32,767 fits. VNNI, AMX and Arm add in 32 bits, so both are right there, at the same speed.
 
-An export for those may be made on a processor that saturates, which then times INT8, but does not say what it answers.
-Nor does one where ONNX Runtime's kernels are wrong; see `runtime.backends.onnxruntime`.
+An export for those may be made on a processor that saturates, which then times INT8, but not to evaluate it. The same
+holds where ONNX Runtime's kernels are wrong; see `runtime.backends.onnxruntime`.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def write_int8(job: Job, backend: Backend) -> Converted:
     """Write the towers of a job's source in INT8.
 
     A tower falls back if INT8 makes it neither faster nor, at the same latency, smaller, or costs too much accuracy;
-    its note says so.
+    its note records this.
     """
     if backend.name == ORT.name and (reason := wrong_sums()):
         warn(f"{reason}. INT8 is timed, and evaluated in float arithmetic, but its bundle gives wrong answers here.")

@@ -72,7 +72,7 @@ class QuantizedTower:
 
     Attributes:
         model: the file's content, or None if float32 is shipped.
-        tower: its entry in the manifest; if float32 is shipped, its note says why, with figures.
+        tower: its entry in the manifest; if float32 is shipped, its note has the reason, with figures.
         trials: all candidates that were tried, for a table.
     """
 
@@ -185,7 +185,7 @@ def _nearer(outcome: QuantizedTower) -> str:
     errors = [max(1 - each.centred_cosine, 1e-6) for each in (trial, shipped)]
     limit = 1 - float(f"{math.sqrt(errors[0] * errors[1]):.0e}")  # between the two
     return (
-        f"{trial.name} has a centred cosine of {trial.centred_cosine:.4f}, and not {shipped.centred_cosine:.4f}, at "
+        f"{trial.name} has a centred cosine of {trial.centred_cosine:.4f} instead of {shipped.centred_cosine:.4f}, at "
         f"{trial.latency_ratio / shipped.latency_ratio:.2f} of the time: --min-agreement {limit:g}, for both towers"
     )
 

@@ -59,7 +59,7 @@ def immich_name(name: str | None, *, embedding_size: int, model: str) -> str:
     names = [known for of_size in MODELS.values() for known in of_size]
     if name is not None and name not in names:
         raise UsageError(
-            f"immich knows no model of open_clip named {name!r}; expected one of {', '.join(names)}."
+            f"immich has no open_clip model named {name!r}; expected one of {', '.join(names)}."
             f"{near_matches(name, names)}"
         )
     if name in MODELS.get(embedding_size, ()) or (name is None and embedding_size in MODELS):
@@ -89,7 +89,7 @@ class Immich(Layout):
 
 
 def where_it_goes(folder: Path, name: str, preprocessing: Preprocessing) -> str:
-    """Say in a sentence how immich finds the folder, and in another if some of its releases resize in another way."""
+    """Report how immich finds the folder, and whether some of its releases resize in another way."""
     given = f"{preprocessing.resize_mode}, {preprocessing.interpolation}"
     note = f"; immich up to 2.2 at least crops images and resizes with a bicubic filter, and this model expects {given}"
     return (

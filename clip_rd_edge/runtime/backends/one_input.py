@@ -29,7 +29,7 @@ _CPU = "cpu"
 class OneInputModel(ABC):
     """A model with the two methods of an ONNX Runtime session that are used here; its file takes one input at a time.
 
-    Calls run one at a time, too: an engine owns its buffers, or does not say that several threads may call it.
+    Calls run one at a time, too: an engine owns its buffers, or does not document that several threads may call it.
 
     Args:
         inputs: names of the inputs.

@@ -42,7 +42,7 @@ def import_onnxruntime() -> Any:
 
 
 class Overlap(NamedTuple):
-    """Several builds in one folder: the one that is wanted, what is wrong, and what mends it."""
+    """Several builds in one folder: the one that is wanted, what is wrong, and the command that fixes it."""
 
     build: str
     fault: str
@@ -222,7 +222,7 @@ def open_session(
         device: one of PROVIDERS.
         spin: let idle threads busy-wait, ONNX Runtime's default and the fastest for a single image. False frees their
             cores for other work, such as opening many images.
-        optimize: fuse nodes. False computes each as the file says, which is slower: for reference answers.
+        optimize: fuse nodes. False computes each as the file says, which is slower: for reference embeddings.
     """
     ort = import_onnxruntime()
     options = ort.SessionOptions()
@@ -379,7 +379,7 @@ def processor_saturates() -> bool:
 def wrong_sums() -> str:
     """Return what is wrong if ONNX Runtime gets sums of INT8 products wrong here, and what to do, or an empty string.
 
-    From 1.21 to 1.24, its kernel for AMX does, as in each convolution with 24 output channels
+    From 1.21 to 1.24, its kernel for AMX gets them wrong, as in each convolution with 24 output channels
     (microsoft/onnxruntime#27671).
     """
     if not _is_x86():
@@ -441,7 +441,7 @@ class OrtEncoder(BundleEncoder):
         device = self._loaded_devices.get(tower.file, chosen)
         if device == chosen:
             return Placement(self.runtime, device)
-        hint = "run clip-rd-edge doctor, which says what is missing, or use --device cpu"
+        hint = "run clip-rd-edge doctor, which shows what is missing, or use --device cpu"
         return Placement(self.runtime, device, f"{chosen} did not start", hint)
 
     def _device_for(self, tower: Tower) -> str:

@@ -153,9 +153,9 @@ def _core() -> Any:
 
 
 def _import_openvino() -> Any:
-    """Import OpenVINO without its telemetry, which tells Google Analytics, and keeps a number of the user, on import.
+    """Import OpenVINO without its telemetry, which on import reports to Google Analytics and stores an id of the user.
 
-    It has no variable to switch that off, but goes without the package openvino_telemetry if that is not installed.
+    No variable switches that off, but OpenVINO also works without the package openvino_telemetry.
     """
     is_ours = _TELEMETRY not in sys.modules  # else the program uses it already
     if is_ours:

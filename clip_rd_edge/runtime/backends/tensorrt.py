@@ -50,8 +50,8 @@ def open_engine(path: Path, *, rtx: bool) -> TensorRtModel:
 class TensorRtEncoder(BundleEncoder):
     """A bundle in TensorRT.
 
-    If an engine cannot run here, a warning is logged, and the ONNX file that it was built from runs on the CPU; or if
-    the runtime was asked for, that is an error.
+    If an engine cannot run here, a warning is logged, and the ONNX file that it was built from runs on the CPU; if the
+    runtime was asked for, it is an error instead.
     """
 
     runtime, devices = "tensorrt", DEVICES
