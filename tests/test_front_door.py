@@ -65,7 +65,7 @@ def test_the_errors_that_docstrings_name_can_be_caught() -> None:
 
 
 def test_other_weights_are_refused_for_a_bundle(colour_bundle: Path) -> None:
-    with pytest.raises(edge.UsageError, match=r"colours has weights of its own; pretrained, 'best\.pt', is only for an"):
+    with pytest.raises(edge.UsageError, match=r"colours has weights of its own; pretrained, 'best\.pt', is only for"):
         edge.load(colour_bundle, pretrained="best.pt")
 
 

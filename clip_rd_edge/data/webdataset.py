@@ -231,7 +231,7 @@ def read_json_member(member: TarMember) -> Any:
     except ValueError as error:
         raise InputError(f"{member} is not valid JSON: {error}.") from error
     except RecursionError as error:
-        raise InputError(f"{member} is not valid JSON here: its values are nested too deeply.") from error
+        raise InputError(f"{member} is not valid JSON: its values are nested too deeply.") from error
 
 
 def json_captions(
