@@ -241,7 +241,7 @@ def _tasks() -> Iterable[str]:
 
 
 def complete_targets(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Offer the targets of an export for the last one of several, which commas separate."""
+    """Complete the last of several targets of an export, which are separated by commas."""
     before = incomplete[: incomplete.rfind(",") + 1]
     return completed_by(lambda: [before + name for name in _targets()])(context, parameter, incomplete)
 

@@ -270,7 +270,7 @@ def _require_intact(index: Index, rows: Embeddings, chosen: Rows | None = None) 
     if damaged := _damaged(index, rows, blocks):
         raise ConfigError(
             f"The index of {index.folder} is damaged: {len(damaged):,} of its blocks of {_BLOCK_ROWS} embeddings have "
-            f"changed on the disk, the first with that of the image {index.entries[damaged[0] * _BLOCK_ROWS].path}.",
+            f"changed on the disk; the first holds that of {index.entries[damaged[0] * _BLOCK_ROWS].path}.",
             hint="index the folder again, which embeds these images again",
         )
 
