@@ -284,18 +284,7 @@ def fp32_bundle(student: ClipModel, tmp_path_factory: pytest.TempPathFactory) ->
     from clip_rd_edge.exporting.plan import Plan
 
     bundle = tmp_path_factory.mktemp("bundles") / "fp32"
-    export_bundle(
-        student,
-        bundle,
-        Plan(
-            precision="fp32",
-            labels=(
-                "cat",
-                "dog",
-            ),
-            provenance={"model": "tiny"},
-        ),
-    )
+    export_bundle(student, bundle, Plan(precision="fp32", labels=("cat", "dog"), provenance={"model": "tiny"}))
     return bundle
 
 

@@ -85,11 +85,7 @@ def test_models_that_cannot_be_opened_or_run_are_skipped_with_the_reason(suite: 
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [
-        ("", "["),
-        ('"format_version": 3', '"format_version": 9'),
-        ('"role": "teacher"', '"role": "pupil"'),
-    ],
+    [("", "["), ('"format_version": 3', '"format_version": 9'), ('"role": "teacher"', '"role": "pupil"')],
 )
 def test_results_are_read_as_they_were_written_and_damaged_ones_are_an_error(
     results: Results, tmp_path: Path, old: str, new: str

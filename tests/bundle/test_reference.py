@@ -8,12 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clip_rd_edge.bundle.reference import (
-    Reference,
-    read_reference,
-    reference_images,
-    write_reference,
-)
+from clip_rd_edge.bundle.reference import Reference, read_reference, reference_images, write_reference
 from clip_rd_edge.errors import ConfigError
 
 

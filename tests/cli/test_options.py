@@ -9,10 +9,7 @@ from support import commands
 from clip_rd_edge.cli.options import GroupedCommand, GroupedOption, NameChoice
 
 
-@pytest.mark.parametrize(
-    ("value", "suggestion"),
-    [("INT-8", "'int8'"), ("Half", "'fp16'"), ("xyz", "")],
-)
+@pytest.mark.parametrize(("value", "suggestion"), [("INT-8", "'int8'"), ("Half", "'fp16'"), ("xyz", "")])
 def test_a_mistyped_name_is_answered_with_the_nearest(value: str, suggestion: str) -> None:
     choice = NameChoice(["fp32", "fp16", "int8"], meant={"half": "fp16"})
     with pytest.raises(click.BadParameter) as raised:

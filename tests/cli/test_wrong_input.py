@@ -219,11 +219,7 @@ def test_a_name_that_no_file_can_have_gets_a_sentence(place: Path, command_line:
 
 
 @pytest.mark.parametrize(
-    "command",
-    [
-        "distill --data two.csv --student resnet18 --recipe clip -o PATH",
-        "quickstart -o PATH",
-    ],
+    "command", ["distill --data two.csv --student resnet18 --recipe clip -o PATH", "quickstart -o PATH"]
 )
 def test_a_model_is_written_only_where_its_weights_can_be_read(place: Path, command_line: Run, command: str) -> None:
     name = os.fsdecode(b"caf\xe9/run")

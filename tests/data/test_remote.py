@@ -128,9 +128,7 @@ def test_a_shard_that_changed_is_fetched_again(
     assert load_task(source).questions != task.questions
 
 
-def test_a_shard_that_was_replaced_since_it_was_indexed_is_not_read_as_the_one_before(
-    server: UnreliableServer,
-) -> None:
+def test_a_shard_that_was_replaced_since_it_was_indexed_is_not_read_as_the_one_before(server: UnreliableServer) -> None:
     pairs = load_pairs(f"{server.url}/000.tar")
     shard_files.local_path(remote.RemoteShard(f"{server.url}/000.tar")).unlink()
     close_tars()

@@ -109,11 +109,7 @@ def test_an_exported_classification_data_set(classification_shards: Path) -> Non
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [
-        ("classnames.txt", "fish\nbird\n"),
-        ("test/nshards.txt", "3"),
-        ("dataset_type.txt", "multilabel"),
-    ],
+    [("classnames.txt", "fish\nbird\n"), ("test/nshards.txt", "3"), ("dataset_type.txt", "multilabel")],
 )
 def test_invalid_metadata_are_refused(classification_shards: Path, name: str, content: str) -> None:
     (classification_shards / name).write_text(content)

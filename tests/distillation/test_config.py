@@ -5,13 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from clip_rd_edge.distillation.config import (
-    Recipe,
-    RunConfig,
-    first_difference,
-    load_recipe,
-    resolve,
-)
+from clip_rd_edge.distillation.config import Recipe, RunConfig, first_difference, load_recipe, resolve
 from clip_rd_edge.distillation.optimizer import build_optimizer, learning_rate_at
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import Objective, Weights

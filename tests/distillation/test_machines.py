@@ -31,14 +31,7 @@ from clip_rd_edge.distillation.checkpoint import load_checkpoint, save_checkpoin
 from clip_rd_edge.distillation.embed import fill_store
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes import Processes
-from clip_rd_edge.distillation.store import (
-    CompleteStore,
-    StoreManifest,
-    image_shard,
-    keys_file,
-    text_shard,
-    write_rows,
-)
+from clip_rd_edge.distillation.store import CompleteStore, StoreManifest, image_shard, keys_file, text_shard, write_rows
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.structs import to_json
 

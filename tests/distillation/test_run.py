@@ -32,13 +32,7 @@ from clip_rd_edge.distillation import loop as train
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.distill import run_distillation
-from clip_rd_edge.errors import (
-    DiskFullError,
-    DivergedRunError,
-    InputError,
-    InterruptedRunError,
-    UsageError,
-)
+from clip_rd_edge.errors import DiskFullError, DivergedRunError, InputError, InterruptedRunError, UsageError
 from clip_rd_edge.losses import terms
 from clip_rd_edge.losses.terms import Term
 from clip_rd_edge.models.load import load_clip, save_clip, training_facts

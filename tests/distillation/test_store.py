@@ -27,12 +27,7 @@ from clip_rd_edge.distillation.embed import ShardMaker, fill_store
 from clip_rd_edge.distillation.loader import step_loader
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.setup import RunSetup, load_setup, make_dataset
-from clip_rd_edge.distillation.store import (
-    TeacherStore,
-    TeacherStores,
-    image_shard,
-    open_store,
-)
+from clip_rd_edge.distillation.store import TeacherStore, TeacherStores, image_shard, open_store
 from clip_rd_edge.distillation.student import crops_of
 from clip_rd_edge.distillation.teacher import CaptionCache, LiveTeacher, StoredTeacher, Teacher, ensemble_of
 from clip_rd_edge.errors import ConfigError, InputError, UsageError

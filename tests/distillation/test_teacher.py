@@ -10,11 +10,7 @@ from torch import Tensor, nn
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.teacher import (
-    CaptionCache,
-    LiveTeacher,
-    Teacher,
-)
+from clip_rd_edge.distillation.teacher import CaptionCache, LiveTeacher, Teacher
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import LENGTHS, CaptionTower

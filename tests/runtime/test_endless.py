@@ -127,8 +127,7 @@ def test_a_signal_ends_a_command_whose_model_never_ends(
 
 
 @pytest.mark.parametrize(
-    ("command", "number", "code"),
-    [("serve", signal.SIGTERM, -signal.SIGTERM), ("demo", signal.SIGINT, 130)],
+    ("command", "number", "code"), [("serve", signal.SIGTERM, -signal.SIGTERM), ("demo", signal.SIGINT, 130)]
 )
 def test_a_server_stops_although_a_model_never_ends(
     command: str, number: signal.Signals, code: int, endless: Path, tmp_path: Path

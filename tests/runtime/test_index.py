@@ -26,16 +26,7 @@ from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, Inp
 from clip_rd_edge.runtime import index_update as indexing
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
 from clip_rd_edge.runtime.encoder import Placement
-from clip_rd_edge.runtime.index import (
-    Entry,
-    Index,
-    is_index,
-    model_key,
-    nearest,
-    read_index,
-    search_index,
-    write_index,
-)
+from clip_rd_edge.runtime.index import Entry, Index, is_index, model_key, nearest, read_index, search_index, write_index
 from clip_rd_edge.runtime.index_folder import Source
 from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load

@@ -170,8 +170,7 @@ def test_an_unreadable_label_file_is_refused(tmp_path: Path, name: str, content:
 
 
 @pytest.mark.parametrize(
-    "rows",
-    ['dog,"a toy\ncat,a pet"\n', 'dog,"a toy\nhen,grey\ncat,a pet\npig,5"\n', '"dog,a toy\ncat",a pet\n'],
+    "rows", ['dog,"a toy\ncat,a pet"\n', 'dog,"a toy\nhen,grey\ncat,a pet\npig,5"\n', '"dog,a toy\ncat",a pet\n']
 )
 def test_rows_that_a_stray_quote_joined_are_refused(tmp_path: Path, rows: str) -> None:
     path = tmp_path / "table.csv"

@@ -17,15 +17,7 @@ from clip_rd_edge.bundle.encoder import normalise
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.runtime import index as searching
 from clip_rd_edge.runtime import index_update as updating
-from clip_rd_edge.runtime.index import (
-    Entry,
-    Index,
-    nearest,
-    open_graph,
-    read_index,
-    search_index,
-    write_index,
-)
+from clip_rd_edge.runtime.index import Entry, Index, nearest, open_graph, read_index, search_index, write_index
 from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.search_graph import MAX_TOP, Graph, build_graph, usearch_is_installed

@@ -243,14 +243,7 @@ NO_RESPONSE = "The server does not respond. Is clip-rd-edge demo still running?"
 ANOTHER_PAGE = "Something else answered in place of the server, such as a page to log in. Reload this page."
 
 
-@pytest.mark.parametrize(
-    ("status", "message"),
-    [
-        (200, ANOTHER_PAGE),
-        (403, ANOTHER_PAGE),
-        (502, NO_RESPONSE),
-    ],
-)
+@pytest.mark.parametrize(("status", "message"), [(200, ANOTHER_PAGE), (403, ANOTHER_PAGE), (502, NO_RESPONSE)])
 def test_an_answer_that_a_proxy_gives_in_place_of_the_server_is_none(page: Any, status: int, message: str) -> None:
     page.route("**/api/classify*", lambda route: route.fulfill(status=status, content_type="text/html", body="<h1>!"))
     send_image(page, RED, "drop")

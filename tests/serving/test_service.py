@@ -32,11 +32,7 @@ from clip_rd_edge.runtime.index import read_index
 from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.serving.server import page_files
-from clip_rd_edge.serving.service import (
-    Limits,
-    Service,
-    make_app,
-)
+from clip_rd_edge.serving.service import Limits, Service, make_app
 from clip_rd_edge.serving.shared import Batcher
 
 BASE_URL = "http://127.0.0.1:8766"

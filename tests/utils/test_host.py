@@ -8,14 +8,7 @@ from pathlib import Path
 import pytest
 
 from clip_rd_edge.utils import host
-from clip_rd_edge.utils.host import (
-    BackgroundLoad,
-    _glibc,
-    cpu_quota,
-    instruction_sets,
-    memory_limit,
-    peak_memory_bytes,
-)
+from clip_rd_edge.utils.host import BackgroundLoad, _glibc, cpu_quota, instruction_sets, memory_limit, peak_memory_bytes
 
 
 @pytest.mark.parametrize(
@@ -103,10 +96,7 @@ def test_peak_memory_does_not_decrease() -> None:
 
 @pytest.mark.parametrize(
     ("script", "capability", "gpus"),
-    [
-        ("echo 8.9; echo 12.0", "8.9", "8.9, 12.0"),
-        ("echo 'NVIDIA-SMI has failed'; exit 9", "", ""),
-    ],
+    [("echo 8.9; echo 12.0", "8.9", "8.9, 12.0"), ("echo 'NVIDIA-SMI has failed'; exit 9", "", "")],
 )
 def test_gpus_are_as_the_driver_reports_them(
     script: str, capability: str, gpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -64,10 +64,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StandIn]:
 
 @pytest.mark.usefixtures("gpu")
 def test_engines_are_built_from_both_towers(
-    install: Callable[..., StandIn],
-    student: ClipModel,
-    fp32_bundle: Path,
-    tmp_path: Path,
+    install: Callable[..., StandIn], student: ClipModel, fp32_bundle: Path, tmp_path: Path
 ) -> None:
     stand_in, bundle = install(), tmp_path / "bundle"
     manifest = export_bundle(

@@ -116,12 +116,7 @@ def _integer_product(weight: int) -> bytes:
 
 @pytest.mark.parametrize(
     ("saturates", "wrong", "weight", "replaced"),
-    [
-        (False, "", 127, False),
-        (True, "", 64, False),
-        (True, "", 127, True),
-        (False, "wrong sums", 64, True),
-    ],
+    [(False, "", 127, False), (True, "", 64, False), (True, "", 127, True), (False, "wrong sums", 64, True)],
 )
 def test_a_session_is_replaced_only_where_the_processor_computes_it_wrongly(
     saturates: bool, wrong: str, weight: int, replaced: bool, monkeypatch: pytest.MonkeyPatch

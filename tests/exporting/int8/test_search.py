@@ -381,13 +381,7 @@ MEASURED = Measurement(
 class Exporter:
     """Exports the tiny student as if INT8 improved only the towers named in `improved`."""
 
-    def __init__(
-        self,
-        student: ClipModel,
-        source: Path,
-        calibration: CalibrationSet,
-        output: Path,
-    ) -> None:
+    def __init__(self, student: ClipModel, source: Path, calibration: CalibrationSet, output: Path) -> None:
         self.student, self.source, self.calibration, self.output = student, source, calibration, output
         self.improved: tuple[str, ...] = ()
         self.trial = {"latency_ratio": 0.6, "centred_cosine": 0.987, "size_ratio": 0.3, "loss_points": 0.0}

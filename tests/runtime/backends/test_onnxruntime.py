@@ -115,11 +115,7 @@ def test_the_device_is_chosen_per_tower(colour_bundle: Path, cuda_package: Any) 
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "reason"),
-    [
-        ("raises", "CUDA failure 35: driver version is insufficient"),
-        ("falls back", "loaded"),
-    ],
+    ("behaviour", "reason"), [("raises", "CUDA failure 35: driver version is insufficient"), ("falls back", "loaded")]
 )
 def test_a_provider_that_does_not_start_is_reported_once_and_the_cpu_is_used(
     colour_bundle: Path, cuda_package: Any, caplog: pytest.LogCaptureFixture, behaviour: str, reason: str
