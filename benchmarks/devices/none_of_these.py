@@ -1,6 +1,8 @@
 """How well models notice images of nothing that the labels name, and what their calibration is worth on other labels.
 
-    python -m benchmarks.devices.none_of_these --photos photos student=quickstart/student everyday --output results.json
+    python -m benchmarks.devices.none_of_these teacher=quickstart/teacher student=quickstart/student \\
+        "student, INT8=quickstart/bundles/int8" everyday --photos photos \\
+        -o benchmarks/results/MACHINE/none-of-these.json --readme benchmarks/measurements/none-of-these.md
 
 PHOTOS is what `python -m benchmarks.data.tuxpaint photos` writes; emoji and scikit-learn's digits are the other images.
 Of each data set, half of the labels are hidden in five draws: images of these have no right answer. Scores are chosen
@@ -20,8 +22,9 @@ import numpy.typing as npt
 from PIL import Image
 
 import clip_rd_edge as edge
-from benchmarks.publishing import here_and_now, write_record
+from benchmarks.publishing import add_output_options, here_and_now, publish
 from clip_rd_edge.benchmarking.metrics import average_precision, calibration_error, false_positives, separation
+from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.bundle.encoder import Scoring, label_embeddings, usual_limit
 from clip_rd_edge.bundle.labels import background_nouns
 from clip_rd_edge.data.tasks import load_task
@@ -40,7 +43,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--every", type=int, default=1, help="take one in so many images")
     parser.add_argument("--cache", type=Path, default=Path("none-of-these"), help="folder for embeddings")
-    parser.add_argument("--output", type=Path, required=True)
+    add_output_options(parser, "none-of-these", required=True)
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
     found = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {"models": {}}
@@ -51,7 +54,7 @@ def main() -> None:
             np.savez(path, **embed(model, arguments.photos, arguments.every))  # type: ignore[arg-type]
         with np.load(path) as arrays:
             found["models"][name or model] = measured(dict(arrays))
-    write_record({**here_and_now(), "draws": DRAWS, "pairs": PAIRS, **found}, arguments.output)
+    publish({**found, **here_and_now(), "draws": DRAWS, "pairs": PAIRS}, tables(found["models"]), arguments)
 
 
 def embed(model: str, photos: Path, every: int) -> Arrays:
@@ -104,8 +107,8 @@ def measured(arrays: Arrays) -> dict[str, Any]:
                 calibration = calibrate(*pairs, nouns, scoring, source=half)
             entry["hidden"] = hidden(images, targets, labels, nouns, scoring)
             if calibration is not None:
-                fitted = {"temperature": calibration.temperature, "slope": calibration.slope}
-                entry["calibration"] = {**fitted, "intercept": calibration.intercept}
+                keys = ("temperature", "slope", "intercept", "error_before", "error")
+                entry["calibration"] = {key: getattr(calibration, key) for key in keys}
             entry["lists"] = lists(images, targets, labels, nouns, scoring, calibration, pairs[0])
             entry["nothing"] = nothing(images, targets, labels, names, nouns, scoring, calibration, pairs[0])
             found[f"{data}, {half}"] = entry
@@ -208,6 +211,51 @@ def nothing(
         answer = {"first": str(names[shown[values.argmax()]]), "softmax": round(float(values.max()), 2)}
         found.append({"shows": str(names[targets[row]]), **answer, "refused": bool(best < limit)})
     return found
+
+
+def tables(models: dict[str, Any]) -> str:
+    """Return what the measurement's page shows: scores, lists of labels, and images of nothing that is named."""
+
+    def share(figures: dict[str, Any], key: str) -> str:
+        return f"{100 * figures[key][0]:.0f}" if key in figures else "–"
+
+    parts = []
+    for data, (chosen, shown) in HALVES.items():
+        rows = [[f"{data}: score", *models]]
+        for score in next(iter(models.values()))[f"{data}, {chosen}"]["hidden"]:
+            cells = []
+            for found in models.values():
+                first, second = (found[f"{data}, {half}"]["hidden"][score] for half in (chosen, shown))
+                mean, low, high = second["auroc"]
+                interval = f"{mean:.2f} ({low:.2f} to {high:.2f})"
+                cells.append(f"{first['auroc'][0]:.2f}, {interval}; {share(second, 'fpr95')} %")
+            rows.append([f"**{score}** (used)" if score == "background" else score, *cells])
+        right = ([100 * found[f"{data}, {half}"]["top1"] for half in (chosen, shown)] for found in models.values())
+        top1 = [f"{first:.0f} % and {second:.0f} %" for first, second in right]
+        parts.append(markdown_table([*rows, ["top-1 among all labels", *top1]], left=(0,)))
+    columns = ["calibrated: known", "calibrated: others", "rough: known", "rough: others"]
+    errors = ["ECE before", "ECE after", "ECE by itself", "mAP"]
+    rows = [["model", "images", "labels", *columns, *errors]]
+    for model, found in models.items():
+        for part in (f"{data}, {half}" for data in ("emoji", "photographs") for half in HALVES[data]):
+            for size, figures in found[part]["lists"].items():
+                refused = [share(figures, f"{column} refused") for column in columns]
+                rows.append([model, part, size.split()[0], *refused, *(share(figures, key) for key in errors)])
+    parts.append(markdown_table(rows, left=(0, 1)))
+    rows = [["model", "pairs of", "temperature", "ECE before", "after"]]
+    for model, found in models.items():
+        for part in (f"{data}, {halves[0]}" for data, halves in HALVES.items()):
+            if fitted := found[part].get("calibration"):
+                errors = [f"{100 * fitted[key]:.1f}" for key in ("error_before", "error")]
+                rows.append([model, part, f"{fitted['temperature']:.2f}", *errors])
+    parts.append(markdown_table(rows, left=(0, 1)))
+    for model, part in (("everyday", "photographs, test"), ("student, INT8", "emoji, unseen concepts")):
+        rows = [[f"{model}; {part}: the image shows", "without `--none`", "with"]]
+        for image in models.get(model, {}).get(part, {}).get("nothing", ()):
+            first = f"{image['first']} ({100 * image['softmax']:.0f} %)"
+            rows.append([image["shows"], first, "none of these" if image["refused"] else first])
+        parts.append(markdown_table(rows, left=(0, 1, 2)))
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

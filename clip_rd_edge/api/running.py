@@ -111,15 +111,18 @@ def search(request: Search) -> Hits:
     """Return the images of an index that are nearest to a text or an image, nearest first, as a list of `Hit`.
 
     The list's attribute `missing` is the number of images that an interrupted indexing has left out, and `cutoff` the
-    similarity below which images fit a text no better than random texts.
+    similarity below which images fit a text no better than random texts, which `fitting` leaves out.
     """
     from clip_rd_edge.runtime.index import search_index
 
     bundle, folder = request.bundle, request.folder
-    return search_index(
+    hits = search_index(
         Path(request.index), request.query, top=request.top, bundle=bundle, folder=folder, exact=request.exact,
         threads=request.threads, device=request.device, force=request.force,
     )  # fmt: skip
+    if request.fitting and hits.cutoff is not None:
+        hits[:] = [hit for hit in hits if hit.similarity >= hits.cutoff]
+    return hits
 
 
 @keywords_of(Demo)

@@ -262,7 +262,11 @@ def _accuracy_details(scores: Sequence[Score]) -> Section:
         }
         if any(score.hidden for score in zero_shot):
             passed = [score.hidden.fpr95 if score.hidden else None for score in zero_shot]
-            texts["Half of the labels hidden: AUROC, %"] = [percent(score.auroc) for score in zero_shot]
+            areas = [
+                f"{percent(score.auroc)} ({interval(score.hidden.auroc_interval)})" if score.hidden else percent(None)
+                for score in zero_shot
+            ]
+            texts["Half of the labels hidden: AUROC, %"] = areas
             texts["Others taken for known, at 95 % of these, %"] = [percent(share) for share in passed]
             texts["Each label by itself: mAP, %"] = [percent(score.mean_average_precision) for score in zero_shot]
     else:
@@ -359,7 +363,9 @@ def score_tables(scores: Sequence[Score]) -> list[Table]:
         are_same = len({score.templates for score in zero_shot}) == 1
         notes = [f"Prompt templates: {zero_shot[0].templates}"] if are_same else of_tasks
         found = [
-            f"{s.task}: AUROC, half of the labels hidden, {percent(s.auroc)}, mAP {percent(s.mean_average_precision)}"
+            f"{s.task}: half of the labels hidden: AUROC {percent(s.auroc)} ({interval(s.hidden.auroc_interval)}), "
+            f"FPR at 95 % {percent(s.hidden.fpr95)}; mAP {percent(s.mean_average_precision)}; "
+            f"calibration error {percent(s.calibration_error)}"
             for s in zero_shot
             if s.hidden
         ]

@@ -114,8 +114,8 @@ def search(given: dict[str, Any], as_json: bool, null: bool) -> None:
     clip-rd-edge search photos.index "a car" --bundle bundle --folder /mnt/pics
 
     Each line has the cosine similarity, a tab, and the image's path, in which control characters are escaped. An index
-    that another machine made is searched with a copy of its bundle. For a text, a note
-    follows if images fit no better than the best ones fit random texts.
+    that another machine made is searched with a copy of its bundle. For a text, a note follows if images fit no better
+    than the best ones fit random texts; --fitting leaves these out.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli.console import json_line
@@ -132,8 +132,9 @@ def search(given: dict[str, Any], as_json: bool, null: bool) -> None:
             echo(f"{hit.path}\0", nl=False)
         else:
             echo(f"{hit.similarity:.3f}\t{one_line(hit.path)}")
-    if hits.cutoff is not None and hits and hits[-1].similarity < hits.cutoff:
-        echo(f"Below {hits.cutoff:.3f}, images fit no better than the best ones fit random texts.", err=True)
+    if hits.cutoff is not None and (not hits or hits[-1].similarity < hits.cutoff):
+        none = "" if hits and hits[0].similarity >= hits.cutoff else "No image fits. "
+        echo(f"{none}Below {hits.cutoff:.3f}, images fit no better than the best ones fit random texts.", err=True)
     if gone := sum(is_gone(hit.path) for hit in hits):  # and not one that this account may not look at
         where = "check --folder" if "folder" in given else "say where the folder is now with --folder"
         echo(

@@ -184,10 +184,15 @@ class Classify(Settings, frozen=True, kw_only=True):
     top: Annotated[int, _labels("Number of labels to print per image.", metavar="N", ge=1)] = 3
     none: Annotated[bool, _labels(
         'Answer "none of these" for an image that no label fits. At most 5 % of images of known things are refused, if '
-        "the bundle was calibrated at its export.",
+        "the bundle was calibrated at its export on images and labels like yours.",
     )] = False  # fmt: skip
     refuse_known: Annotated[float, _labels(
+<<<<<<< HEAD
         "Like --none, but refuse at most this share of the images of known things, instead of 0.05.",
+=======
+        "The same as --none, with another share than 0.05 of images of known things that may be refused. It holds for "
+        "labels like those of the calibration; of others, several times as many may be refused.",
+>>>>>>> edac8b09 (The browser's page teaches and refuses as the runtime does; answers measured on a fresh quickstart)
         metavar="RATE", ge=0, le=1, default="none is refused",
     )] | None = None  # fmt: skip
     multi: Annotated[bool, _labels(
@@ -281,6 +286,9 @@ class Search(_Searched, frozen=True, kw_only=True):
         "Current path of the image folder, if it was moved.", metavar="FOLDER",
         default="the path that the index names", path=True,
     )] | None = None  # fmt: skip
+    fitting: Annotated[bool, _query(
+        "Print only images that fit the text better than the best ones fit random texts.",
+    )] = False  # fmt: skip
     exact: Annotated[bool, _query("Compare all images, even if the index has a graph for approximate search.")] = False
     threads: Threads | None = None
     device: OnDevice = "auto"

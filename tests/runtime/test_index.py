@@ -651,10 +651,12 @@ def test_a_search_by_text_marks_where_images_fit_no_better_than_for_random_texts
     assert len(hits) == 4
     assert hits.cutoff == pytest.approx(0.96, abs=0.03)
     assert search_index(index, colour_images / "red.png").cutoff is None
+    assert command_line("search", index, "red", "--fitting")[1].count("\n") == 1
     code, output, error = command_line("search", index, "red", "--json")
     assert (code, [json.loads(line)["fits"] for line in output.splitlines()]) == (0, [True, False, False, False])
     assert "random texts" in error
     assert command_line("search", index, "red", "--top", "1")[2] == ""
+    assert command_line("search", index, "red", "--fitting")[1].count("\n") == 1
     (colour_images / "blue.jpg").unlink()
     (colour_images / "more" / "yellow.webp").unlink()
     update_index(load(colour_bundle), colour_images, index)  # measures anew

@@ -19,12 +19,14 @@ from PIL import Image
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.encoder import Scoring
 from clip_rd_edge.bundle.labels import LabelBank, write_labels
-from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
+from clip_rd_edge.bundle.manifest import BACKGROUND, read_manifest, write_manifest
 from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.bundle.reference import Reference, reference_images, write_reference
 from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 from clip_rd_edge.exporting.layouts.browser import ALONE, PAGE
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime.taught import nothing_taught, taught_among
 
 from .conftest import Node
 
@@ -62,10 +64,10 @@ OPEN = """async () => {
     let shown = "";
     return { ...await loadChoices((message) => (shown = message)), shown };
 }"""
-CLASSIFY = """async ([labels, encoded, width]) => {
+CLASSIFY = """async ([labels, encoded, width, taught]) => {
     const { classify } = await import("./api.js");
     const bytes = Uint8ClampedArray.from(atob(encoded), (character) => character.charCodeAt(0));
-    return classify(0, labels, new ImageData(bytes, width));
+    return classify(0, labels, new ImageData(bytes, width), taught ?? undefined);
 }"""
 LABELS = ["red", "green", "Blue ", "yellow green", "a red red", "mauve"]
 Start = Callable[[], Node]
@@ -110,9 +112,11 @@ def picture(seed: int = 0) -> Image.Image:
     return Image.fromarray(levels)
 
 
-def classify(node: Node, labels: list[str] | None, image: Image.Image) -> dict[str, Any]:
+def classify(
+    node: Node, labels: list[str] | None, image: Image.Image, taught: dict[str, list[str]] | None = None
+) -> dict[str, Any]:
     pixels = base64.b64encode(image.tobytes()).decode()
-    answer: dict[str, Any] = node.evaluate(CLASSIFY, [labels, pixels, image.width])
+    answer: dict[str, Any] = node.evaluate(CLASSIFY, [labels, pixels, image.width, taught])
     return answer
 
 
@@ -160,6 +164,50 @@ def test_a_taught_label_has_its_row_beside_others(bundle: Path, start: Start, tm
     node.evaluate(OPEN)
     for labels in (None, ["mine", "red", "Blue "], ["yours", "mine"], LABELS):
         assert_runtimes(classify(node, labels, picture(1)), bundle, labels, picture(1))
+
+
+@pytest.mark.parametrize(("bias", "counts"), [(None, (3, 2)), (None, (1, 1)), (-4.5, (3, 1))])
+@pytest.mark.parametrize("has_lessons", [False, True])
+def test_images_teach_labels_in_the_browser_as_in_the_runtime(
+    bias: float | None, counts: tuple[int, int], has_lessons: bool, bundle: Path, start: Start, tmp_path: Path
+) -> None:
+    nouns = np.abs(np.random.default_rng(2).standard_normal((40, 3))).astype(np.float32)
+    nouns /= np.linalg.norm(nouns, axis=1, keepdims=True)
+    write_labels(bundle, LabelBank(tuple(map(str, range(40))), nouns), name=BACKGROUND)
+    write_manifest(bundle, read_manifest(bundle).with_scoring(Scoring(7.0, bias)))
+    images = reference_images((8, 8))
+    rows, texts = load(bundle).encode_images(list(images)), np.zeros((0, 3), np.float32)
+    write_reference(bundle, Reference((), np.zeros((0, 6), np.int64), images, texts, rows))
+    write_manifest(bundle, read_manifest(bundle))
+    if has_lessons:
+        edge.teach(bundle, {"mine": [np.asarray(picture(9).convert("RGB"))]}, output=tmp_path / "before")
+        shutil.rmtree(bundle)
+        shutil.copytree(tmp_path / "before", bundle)
+    node, labels = start(), ["mine", "red", "yours", "Blue "]
+    node.evaluate(OPEN)
+    lessons = {"mine": range(counts[0]), "yours": range(10, 10 + counts[1])}
+    taught = {
+        label: [classify(node, labels, picture(seed))["embedding"] for seed in seeds]
+        for label, seeds in lessons.items()
+    }
+    encoder = load(bundle, threads=1)
+    examples = {
+        label: encoder.encode_images([picture(seed).convert("RGB") for seed in seeds])
+        for label, seeds in lessons.items()
+    }
+    encoder.label_bank = taught_among(encoder, encoder.taught or nothing_taught(encoder), labels, examples)[1]
+    classifier, answered = ZeroShotClassifier(encoder, None, none=True), set()
+    asked = [picture(seed) for seed in range(20, 30)]
+    asked += [Image.new("RGBA", (9, 9), colour) for colour in ("red", "lime", "blue", "cyan", "magenta", "grey")]
+    for image in asked:
+        answer = classify(node, labels, image, taught)
+        (expected,) = classifier.classify([image.convert("RGB")], top=4)
+        probabilities = dict(zip(answer["labels"], answer["probabilities"], strict=True))
+        assert probabilities == pytest.approx(dict(expected), abs=2e-3)
+        answered.add(bool(expected))
+    assert answered == {True, False} or counts == (1, 1)
+    with pytest.raises(RuntimeError, match="anew"):
+        classify(node, labels, picture(), {"mine": ["00000000:AAAA"]})
 
 
 @pytest.mark.parametrize("one_at_a_time", [False, True])

@@ -34,17 +34,29 @@ export async function loadChoices(showProgress) {
   };
 }
 
-// Whether images can teach labels here: a bundle that was taught brings its own.
-export const teaches = false;
-export const taughtUrl = null;
+export const teaches = true;
+export const taughtUrl = null; // what is taught stays in this browser
 
 // The result, with the time from the image to the result as `elapsed_ms`; embedding new labels is not included.
-export async function classify(choice, labels, image) {
+// taught: what results had as `embedding`, by label that their images teach, or undefined.
+export async function classify(choice, labels, image, taught) {
   const backend = backends[choice];
-  await backend.setLabels(labels);
+  await backend.setLabels(labels, taught);
   const started = performance.now();
   const result = await backend.call("classify", { image });
-  return { ...result, elapsed_ms: performance.now() - started };
+  const embedding = modelKey() + btoa(String.fromCharCode(...new Uint8Array(result.embedding.buffer)));
+  return { ...result, embedding, elapsed_ms: performance.now() - started };
+}
+
+const modelKey = () => `${manifest.files[manifest.image.file].slice(0, 8)}:`;
+
+function decoded(embedding) {
+  if (embedding.startsWith(modelKey())) {
+    const bytes = Uint8Array.from(atob(embedding.slice(modelKey().length)), (character) => character.charCodeAt(0));
+    return new Float32Array(bytes.buffer);
+  }
+  const message = "The page was exported anew: what the old one was taught has been forgotten. Teach it again.";
+  throw Object.assign(new Error(message), { status: 412 });
 }
 
 // A camera frame in the form that `classify` takes.
@@ -60,12 +72,14 @@ class Backend {
     this.lastId = 0;
   }
 
-  async setLabels(labels) {
-    const text = JSON.stringify(labels);
+  async setLabels(labels, taught) {
+    const text = JSON.stringify([labels, taught]);
     if (text === this.labels) return;
+    const entries = taught && Object.entries(taught).map(([label, rows]) => [label, rows.map(decoded)]);
+    const images = entries && Object.fromEntries(entries);
     const promptLists = labels?.map((label) => prompts(label, manifest.templates, manifest.tokenizer.clean));
     this.labels = text; // set before the call returns: later calls run after it
-    await this.call("setLabels", { labels, promptLists }).catch((error) => {
+    await this.call("setLabels", { labels, promptLists, images }).catch((error) => {
       this.labels = undefined;
       throw error;
     });

@@ -2,10 +2,13 @@
 
 import { decode, preprocess } from "./pixels.js";
 import { readNpz } from "./npz.js";
+import { dot, logSum, taughtRows } from "./taught.js";
 import { Tokenizer } from "./tokenizer.js";
 
 const BANK_TOP = 20; // results for the bundle's own labels, as many as the demo's server returns
 const BATCH_SIZE = 32; // texts per call of the text tower
+const REFUSE_KNOWN = 0.05; // share of images of known things that may be refused
+const UNCALIBRATED = { slope: 0.97, intercept: -3.3 }; // as in bundle/encoder.py
 const RUNTIMES = { wasm: ["ort.wasm", "ort-wasm-simd-threaded"], webgpu: ["ort.webgpu", "ort-wasm-simd-threaded.asyncify"] };
 
 export class Model {
@@ -18,6 +21,8 @@ export class Model {
     const [api, wasm] = RUNTIMES[backend];
     const npmUrl = (name) => new URL(`npm/${name}`, import.meta.url).href;
     const readFile = (name) => readIntact(name, { bundle, manifest, read });
+    const arrays = {};
+    model.readArrays = async (name) => (arrays[name] ??= name in manifest.files ? await readNpz(await readFile(name)) : {});
     model.ort = await import(npmUrl(`${api}.js`));
     // Loaded here rather than by the runtime, which requires a media type that some servers do not send.
     model.ort.env.wasm.wasmBinary = await read(npmUrl(`${wasm}.wasm`));
@@ -27,7 +32,11 @@ export class Model {
     model.provider = backend;
     model.manifest = manifest;
     model.image = await model.#createSession(await readFile(manifest.image.file));
-    model.bank = "labels.npz" in manifest.files ? readBank(await readNpz(await readFile("labels.npz"))) : null;
+    model.bank = "labels.npz" in manifest.files ? readBank(await model.readArrays("labels.npz")) : null;
+    const { logit_scale: scale, features } = manifest;
+    model.bias = features?.logit_bias;
+    model.calibration = features?.calibration;
+    model.scale = model.bias === undefined ? scale / (model.calibration?.temperature ?? 1) : scale;
     // Loaded now, so that new labels need no network later.
     const names = manifest.text ? [manifest.text.file, "tokenizer.json"] : [];
     model.textFiles = names.map(prefetch(readFile));
@@ -36,11 +45,18 @@ export class Model {
   }
 
   // promptLists: the cleaned prompts of each label; labels null selects the label bank.
-  async setLabels(labels, promptLists) {
-    if (labels === null) {
-      this.rows = this.bank;
-      return;
-    }
+  // images: the embeddings of those that teach labels, by label.
+  async setLabels(labels, promptLists, images) {
+    if (labels === null) this.rows = this.bank;
+    else await this.#setRows(labels, promptLists);
+    if (labels && images) this.rows = await this.#taught(images);
+    // As the demo: a camera also sees what is neither taught nor beside it.
+    const background = this.calibration || images ? readBank(await this.readArrays("background.npz")) : null;
+    this.nouns = background?.size ? [...background.values()] : null;
+    this.limit = this.nouns && this.calibration ? this.#knownLimit(await this.readArrays("known.npz")) : null;
+  }
+
+  async #setRows(labels, promptLists) {
     // As the runtime does: rows of the bank and of the text tower, which may have another precision, are not mixed.
     // Those that images have taught are the bank's also beside others.
     const all = labels.every((label) => this.bank?.has(label));
@@ -52,17 +68,63 @@ export class Model {
     if (!all) this.embedded = this.rows;
   }
 
-  // The labels, most likely first, with their probabilities and the times taken.
+  // The rows of the labels when images have taught some, also those which taught the bundle.
+  async #taught(images) {
+    const [before, reference] = [await this.readArrays("taught.npz"), await this.readArrays("reference.npz")];
+    const size = this.manifest.embedding_size;
+    const rowsOf = ({ data }) => Array.from({ length: data.length / size }, (_, i) => data.subarray(i * size, (i + 1) * size));
+    const kept = before.images ? rowsOf(before.images) : rowsOf(reference.image_embeddings);
+    const keptOf = (number) => kept.filter((_, i) => (before.classes?.data[i] ?? -1) === number);
+    const texts = new Map([...this.rows].map(([label, row]) => [label, row.slice(0, size)]));
+    const all = { ...images };
+    (before.names?.data ?? []).forEach((label, number) => {
+      if (!texts.has(label)) return;
+      texts.set(label, rowsOf(before.texts)[number]);
+      all[label] = [...keptOf(number), ...(images[label] ?? [])];
+    });
+    return taughtRows({ images: all, none: keptOf(-1), texts, scale: this.scale, bias: this.bias });
+  }
+
+  // How well each label fits an image, by its embedding: Scoring.matches of bundle/encoder.py.
+  #matches(embedding, rows) {
+    const { logit_scale: scale } = this.manifest;
+    const mean = logSum(this.nouns.map((noun) => scale * dot(noun, embedding))) - Math.log(this.nouns.length);
+    return rows.map((row) => scale * dot(row, embedding) - mean);
+  }
+
+  // The match below which an image is refused, as Calibration.limit of bundle/encoder.py has it.
+  #knownLimit(known) {
+    if (!known.names) return null;
+    const rows = [...this.rows.values()];
+    const images = [...readBank(known).values()];
+    const best = images.map((row, i) => Math.max(this.calibration.curve[i], ...this.#matches([...row, 1], rows)));
+    const rank = Math.floor(REFUSE_KNOWN * (best.length + 1) + 1e-9);
+    return rank ? best.sort((a, b) => a - b)[rank - 1] : -Infinity;
+  }
+
+  // The probability of each label, or nothing if none fits.
+  #answer(embedding) {
+    const rows = [...this.rows.values()];
+    if (this.nouns) {
+      const matches = this.#matches(embedding, rows);
+      if (Math.max(...matches) < (this.limit ?? usualLimit(this.#matches(embedding, this.nouns), rows.length))) return [];
+      const { slope, intercept } = this.calibration ?? UNCALIBRATED;
+      if (rows.length === 1 && this.bias === undefined) return [sigmoid(slope * matches[0] + intercept)];
+    }
+    const logits = rows.map((row) => this.scale * dot(row, embedding));
+    return this.bias === undefined ? softmax(logits) : logits.map((logit) => sigmoid(logit + this.bias));
+  }
+
+  // The labels, most likely first, or none, with their probabilities, the image's embedding and the times taken.
   async classify(image) {
     const started = performance.now();
-    const { image: tower, preprocessing, logit_scale: scale, features } = this.manifest;
+    const { image: tower, preprocessing } = this.manifest;
     const pixels = preprocess(await decode(image), preprocessing);
     const opened = performance.now();
     const input = new this.ort.Tensor("float32", pixels, [1, 3, ...preprocessing.size]);
-    const embedding = [...(await this.#run(this.image, tower, input)), 1]; // for rows that end with an offset
-    const calibrated = features?.logit_bias === undefined ? scale / (features?.calibration?.temperature ?? 1) : scale;
-    const logits = [...this.rows.values()].map((row) => calibrated * dot(row, embedding));
-    const best = probabilities(logits, features?.logit_bias)
+    const own = await this.#run(this.image, tower, input);
+    const embedding = [...own, 1]; // for rows that end with an offset
+    const best = this.#answer(embedding)
       .map((probability, i) => [probability, i])
       .sort((a, b) => b[0] - a[0] || a[1] - b[1])
       .slice(0, this.rows === this.bank ? BANK_TOP : undefined);
@@ -70,6 +132,7 @@ export class Model {
     return {
       labels: best.map(([, i]) => names[i]),
       probabilities: best.map(([probability]) => probability),
+      embedding: own,
       open_ms: opened - started,
       model_ms: performance.now() - opened,
     };
@@ -126,6 +189,7 @@ export class Model {
 
 // The embeddings of a label bank's arrays, by label.
 export function readBank({ names, embeddings, levels, scales }) {
+  if (!names) return new Map();
   const { data, shape } = levels ?? embeddings;
   const row = (i) => data.subarray(i * shape[1], (i + 1) * shape[1]);
   const embedding = (i) => (levels ? Float32Array.from(row(i), (level) => level * scales.data[i]) : row(i));
@@ -162,16 +226,15 @@ function normalisedMean(rows, size) {
   return sum.map((value) => value / norm);
 }
 
-function dot(a, b) {
-  let sum = 0;
-  for (let i = 0; i < a.length; i++) sum += a[i] * b[i];
-  return sum;
+// The match below which an image is refused without calibration: usual_limit of bundle/encoder.py.
+function usualLimit(matches, labels) {
+  const at = (1 - Math.min(0.5, 2 / (labels + 1))) * (matches.length - 1);
+  const sorted = [...matches].sort((a, b) => a - b);
+  const [low, high] = [sorted[Math.floor(at)], sorted[Math.ceil(at)]];
+  return low + (high - low) * (at - Math.floor(at));
 }
 
-// A sigmoid for each label with a bias, as SigLIP's models have; else a softmax over the labels.
-function probabilities(logits, bias) {
-  return bias === undefined ? softmax(logits) : logits.map((logit) => 1 / (1 + Math.exp(-logit - bias)));
-}
+const sigmoid = (logit) => 1 / (1 + Math.exp(-logit));
 
 function softmax(logits) {
   const max = logits.reduce((a, b) => Math.max(a, b), -Infinity);

@@ -1,7 +1,6 @@
-// Reads numpy's .npz, a zip of .npy files, as written by write_labels in bundle/labels.py: floats, int8 and
-// Unicode text.
+// Reads numpy's .npz, a zip of .npy files, as a bundle has them: floats, integers, booleans and Unicode text.
 
-// Returns the arrays by name: { shape, data }, with data a Float32Array, an Int8Array or an array of strings.
+// Returns the arrays by name: { shape, data }, with data an array of numbers of its type, or of strings.
 export async function readNpz(buffer) {
   const view = new DataView(buffer);
   const arrays = {};
@@ -40,7 +39,8 @@ function readNpy(buffer) {
   const content = buffer.slice(start + length);
   if (dtype === "<f4") return { shape, data: new Float32Array(content) };
   if (dtype === "<f2") return { shape, data: Float32Array.from(new Uint16Array(content), fromHalf) };
-  if (dtype === "|i1") return { shape, data: new Int8Array(content) };
+  const type = { "|i1": Int8Array, "|u1": Uint8Array, "|b1": Uint8Array, "<i4": Int32Array }[dtype];
+  if (type) return { shape, data: new type(content) };
   if (dtype.startsWith("<U")) return { shape, data: strings(new Uint32Array(content), Number(dtype.slice(2))) };
   throw new Error(`The labels in the bundle have the dtype ${dtype}, which this page cannot read.`);
 }

@@ -9,7 +9,7 @@ const methods = {
   async open(choice) {
     model = await Model.open({ ...choice, read });
   },
-  setLabels: ({ labels, promptLists }) => model.setLabels(labels, promptLists),
+  setLabels: ({ labels, promptLists, images }) => model.setLabels(labels, promptLists, images),
   classify: ({ image }) => model.classify(image),
   bankSize: () => model.bank?.size ?? 0,
 };

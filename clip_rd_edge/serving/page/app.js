@@ -51,7 +51,7 @@ function taughtNow() {
 function showTaught() {
   if (!choices.length) return;
   labels.showTaught(taughtNow() ?? {});
-  byId("save").hidden = !taughtNow();
+  byId("save").hidden = !taughtNow() || !taughtUrl;
 }
 
 // Teach a label by the current image.
