@@ -196,11 +196,11 @@ def nothing(
     order = np.random.default_rng(0).permutation(len(labels))
     shown = order[: min(20, len(labels) // 2)]
     others = np.flatnonzero(~np.isin(targets, shown))
-    found = []
+    found, used = [], calibration.softened(scoring) if calibration else scoring
     for row in np.random.default_rng(1).permutation(others)[:10]:
         image = images[row : row + 1]
         values, best = (
-            scoring.probabilities(image, labels[shown])[0],
+            used.probabilities(image, labels[shown])[0],
             scoring.matches(image, labels[shown], nouns).max(),
         )
         limit = (
