@@ -187,8 +187,8 @@ class Classify(Settings, frozen=True, kw_only=True):
         "the bundle was calibrated at its export on images and labels like yours.",
     )] = False  # fmt: skip
     refuse_known: Annotated[float, _labels(
-        "Like --none, but refuse at most this share of the images of known things, instead of 0.05. It holds for labels "
-        "like those of the calibration; of images of others, several times as many can be refused.",
+        "Like --none, but refuse at most this share of the images of known things, instead of 0.05. It holds for "
+        "labels like those of the calibration; of images of others, several times as many can be refused.",
         metavar="RATE", ge=0, le=1, default="none is refused",
     )] | None = None  # fmt: skip
     multi: Annotated[bool, _labels(
