@@ -14,7 +14,8 @@ import torch
 from clip_rd_edge.bundle.formats import FormatInfo
 from clip_rd_edge.exporting.formats import Format
 from clip_rd_edge.exporting.towers import TOWERS, Toolchain, on_cpu, write_towers
-from clip_rd_edge.runtime.encoder import BundleEncoder, OneInputModel
+from clip_rd_edge.runtime.backends.one_input import OneInputModel
+from clip_rd_edge.runtime.encoder import BundleEncoder
 
 PT2 = FormatInfo(
     title="torch.export", precisions=("fp32",), runtime="pt2", converter="own_format:Pt2", encoder="own_format:Encoder"
