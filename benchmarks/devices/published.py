@@ -108,6 +108,9 @@ def random_model(name: str, folder: Path) -> int:
                 model.train().encode_image(torch.stack([torch.from_numpy(each) for each in pixels[start : start + 8]]))
     state = {key: value.contiguous().clone() for key, value in model.state_dict().items()}
     save_file(state, str(folder / "open_clip_model.safetensors"), metadata={"format": "pt"})
+    file = next(iter(sources(name).values()), "").rpartition("/")[2]
+    if file.endswith(".bin"):  # ORG/REPO/FILE; else ORG/REPO/
+        torch.save(state, folder / file)
     return sum(value.numel() for value in model.parameters())
 
 
@@ -179,11 +182,17 @@ def loopback_hub(folder: Path) -> Iterator[str]:
 
 def named(name: str, folder: Path) -> str:
     """Return the name that an architecture is loaded by: with its first tag of the hub, or with a file."""
+    tag = next(iter(sources(name)), "")
+    return f"{name}@{tag or folder / 'open_clip_model.safetensors'}"
+
+
+def sources(name: str) -> dict[str, str]:
+    """Return the places on the hub of an architecture's weights, by tag."""
     import open_clip
 
     tags = open_clip.list_pretrained_tags_by_model(name)
-    on_hub = [tag for tag in tags if open_clip.get_pretrained_cfg(name, tag).get("hf_hub")]
-    return f"{name}@{on_hub[0]}" if on_hub else f"{name}@{folder / 'open_clip_model.safetensors'}"
+    places = {tag: open_clip.get_pretrained_cfg(name, tag).get("hf_hub") for tag in tags}
+    return {tag: place for tag, place in places.items() if place}
 
 
 def run_step(step: str, model: str, parameters: int, scratch: Path) -> Step:
