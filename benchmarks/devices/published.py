@@ -7,7 +7,7 @@ Each is fetched by NAME@TAG from a hub on the loopback (NAME@FILE where open_cli
 which is compared with torch, exported in INT8 within a limited time, trained as a student, and distilled from as a
 teacher. The statistics of its batch norms are those of some images, so that activations have sizes as in use; agreement
 says nothing with random weights, and is left out. WORK keeps what is done: an interrupted run is resumed, and --minutes
-ends one between two steps. What was not reached is `not run`.
+ends one between two steps. Architectures that were not reached are left out; a step that was not is `not run`.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ def table_of(rows: list[Row]) -> str:
         ["architecture", "loaded as", "weights, M", "FP32: largest difference", "image tower, ms: FP32, INT8",
          "text tower, ms: FP32, INT8", "size", "search, min", "peak, GB", "as a student", "as a teacher"],
     ]  # fmt: skip
-    for row in rows:
+    for row in (row for row in rows if row.steps):
         fp32, student, teacher, int8 = (row.steps.get(step) for step in STEPS)
         towers = int8.towers if int8 else {}
         size = sum(tower.bytes for tower in towers.values()) / max(1, sum(t.fp32_bytes for t in towers.values()))
