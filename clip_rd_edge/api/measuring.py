@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from clip_rd_edge.bundle.labels import TemplateNames
     from clip_rd_edge.data.tasks import Task
     from clip_rd_edge.evidence.results import Evidence
+    from clip_rd_edge.utils.reporting import Reporter
 
 
 @keywords_of(Evaluate)
@@ -50,8 +51,22 @@ def evaluate(request: Evaluate) -> list[Score]:
     if not isinstance(model, Model):
         import_modules(request.modules)
         model = load(model, pretrained=request.pretrained, threads=request.threads)
+    _note_other_labels(model, loaded, reporter)
     per_class = request.per_class
     return [score(model.encoder, task, per_class=per_class, matches=True, reporter=reporter) for task in loaded]
+
+
+def _note_other_labels(model: Any, tasks: Sequence[Task], reporter: Reporter) -> None:
+    """Report labels of a bundle that a task leaves out: `classify` lets them compete, and may be right less often."""
+    own = model.label_bank.names if model.label_bank is not None else ()
+    for task in tasks:
+        others = [label for label in own if label not in getattr(task, "labels", own)]
+        if others:
+            named = f"{', '.join(others[:3])}{', …' if len(others) > 3 else ''}"
+            reporter.note(
+                f"{task.name}: {len(others):,} labels of the bundle are not among the task's and do not compete here, "
+                f"as they do in classify: {named}"
+            )
 
 
 @keywords_of(Benchmark)

@@ -343,11 +343,21 @@ class Building:
             self.reporter.note(f"{trial.tower} tower, {trial.name}: {trial.verdict}")
 
     def _unseen_pairs(self) -> Folder | None:
-        """Return the pairs that answers are calibrated on: those to choose by; others are for the report."""
-        rows = {row.group: row for row in self.found.of("choose")}.values()
-        if self.found.kind == "images" or len(rows) < MIN_PAIRS:
+        """Return the pairs that answers are calibrated on: those to choose by, and where these are few, all held out.
+
+        Calibration changes no top-1, which the report is of.
+        """
+        rows = {row.group: row for row in self.found.of("choose")}
+        if len(rows) < MIN_PAIRS:
+            rows |= {row.group: row for row in self.found.of("test")}
+        if self.found.kind == "images":
             return None
-        return Folder.of(HELD_OUT, [Path(row.path) for row in rows], [(row.caption,) for row in rows])
+        if len(rows) < MIN_PAIRS:
+            self.reporter.note(
+                f"{len(rows)} images are held out, and {MIN_PAIRS} are needed to calibrate probabilities and --none"
+            )
+            return None
+        return Folder.of(HELD_OUT, [Path(row.path) for row in rows.values()], [(row.caption,) for row in rows.values()])
 
     def verify(self) -> None:
         """Verify that the bundle gives the exporter's answers, where this machine can run it."""

@@ -33,7 +33,8 @@ def verdict(found: Look, results: Results, label: str, *, max_latency: float | N
 def _how_good(
     found: Look, results: Results, row: RowResult, teacher: RowResult | None, max_latency: float | None
 ) -> Iterator[str]:
-    device = f"{row.latency.image.p50:.1f} ms per image here, {row.description.size_bytes / 1e6:.1f} MB"
+    size = f"{row.description.size_bytes / 1e6:.1f} MB"
+    device = f"{size}, and its image tower takes {row.latency.image.p50:.1f} ms on this machine"
     score, reference = headline_score(results, row), teacher and headline_score(results, teacher)
     if score is None:
         yield f"{row.label}: {_recall(row)}{f', the teacher {_recall(teacher)}' if teacher else ''}; {device}."
@@ -71,6 +72,10 @@ def _what_next(found: Look, results: Results, row: RowResult, teacher: RowResult
         yield f"More images would help most of: {', '.join(named)}."
     if found.kind == "classes" and (few := [label for label in found.labels if counts[label] < FEW]):
         yield f"{len(few):,} classes have fewer than {FEW} images to train on, which is little."
+    untested = sorted(set(found.labels) - {one.caption for one in found.of("test")})
+    if found.kind == "classes" and untested:
+        more = ", …" if len(untested) > _NAMED else ""
+        yield f"No image of {len(untested):,} classes is in the test: {', '.join(untested[:_NAMED])}{more}."
     if rising:
         yield "The accuracy was still rising at the end: more --hours would help."
     if score and reference and reference.top1_interval.low > score.top1:

@@ -46,6 +46,7 @@ def build(given: dict[str, Any]) -> None:
         echo(line if not number else f"- {line}", prose=True)
     echo(f"\nReport: {built.report}\nBundle: {built.folder}")
     note(f"next: clip-rd-edge classify {as_word(built.folder)} photo.jpg")
+    note(f"on the device: copy {as_word(built.folder)}; its commands: clip-rd-edge targets {built.folder.name}")
     note(f"more: clip-rd-edge evaluate {as_word(built.folder)} --task {as_word(built.held_out)} --per-class")
 
 

@@ -150,6 +150,8 @@ def teach(given: dict[str, Any], as_json: bool) -> None:
     note(f"taught: {counts or 'nothing any more'}{beside}")
     if lesson.accuracy is not None and lesson.by_texts is not None:
         note(f"images left out in turn: {lesson.accuracy:.0%} get their label, {lesson.by_texts:.0%} by its text alone")
+        if lesson.beside:
+            note("labels with texts alone may lose to taught ones: teach these, too, or check them with evaluate")
     note(f"next: clip-rd-edge classify {as_word(given['output'])} photo.jpg")
     if as_json:
         from clip_rd_edge.utils.structs import encode_json

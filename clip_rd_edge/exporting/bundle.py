@@ -330,7 +330,7 @@ def _with_calibration(job: Job, manifest: Manifest, encoder: BundleEncoder) -> M
             'probabilities and "none of these" are not calibrated: that takes pairs which the model was not trained on'
         )
         return manifest
-    from clip_rd_edge.exporting.calibration import calibrate  # imported already, with the samples
+    from clip_rd_edge.exporting.calibration import MIN_PAIRS, calibrate  # imported already, with the samples
 
     job.reporter.update("calibrating the answers")
     pixels, ids = samples.calibrate
@@ -338,9 +338,9 @@ def _with_calibration(job: Job, manifest: Manifest, encoder: BundleEncoder) -> M
     captions = _label_encoder(job.source, job.fp32).encode_ids(ids)
     calibration = calibrate(images, captions, bank.embeddings, manifest.scoring, source=samples.name)
     if calibration is None:
-        job.reporter.note(
-            f"the captions of {samples.name} are too few, or do not fit their images: answers are not calibrated"
-        )
+        few = f"that takes {2 * MIN_PAIRS} pairs, half of which choose how INT8 is done"
+        why = few if len(images) < MIN_PAIRS else f"the captions of {samples.name} do not fit their images"
+        job.reporter.note(f"answers are not calibrated: {why}")
         return manifest
     write_labels(job.folder, LabelBank(tuple(map(str, range(len(images)))), images), precision="int8", name=KNOWN)
     job.reporter.note(

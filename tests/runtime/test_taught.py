@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support import Watch
 
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.encoder import Scoring, label_embeddings, normalise, paired
@@ -76,7 +77,9 @@ def test_taught_labels_are_compared_with_common_nouns_whose_texts_stay_texts(ban
     for labels in (None, ["basketball", "green"]):
         assert model.classify(purple, labels, none=True)[0].label == "basketball"
         assert model.classify(purple, labels, multi=True)[0].label == "basketball"
-    (score,) = edge.evaluate(tmp_path / "new", tmp_path / "things")
+    watch = Watch()
+    (score,) = edge.evaluate(tmp_path / "new", tmp_path / "things", reporter=watch)
+    assert [label for label in ("green", "basketball") if any(label in line for line in watch.noted)] == ["green"]
     assert score.mean_average_precision == 1
 
 
