@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from clip_rd_edge.bundle.labels import TemplateNames
     from clip_rd_edge.data.tasks import Task
     from clip_rd_edge.evidence.results import Evidence
-    from clip_rd_edge.utils.reporting import Reporter
+    from clip_rd_edge.utils.text import Reporter
 
 
 @keywords_of(Evaluate)
