@@ -221,7 +221,7 @@ def _verdict(comparison: Comparison) -> str:
 
 
 def sign_test(comparison: Comparison) -> str:
-    """Return the test by which a difference is chance although its interval excludes zero; else an empty text."""
+    """Describe the test that calls a difference chance though its interval excludes zero; else return an empty text."""
     bounds = comparison.interval
     return "" if bounds.low <= 0 <= bounds.high else f"exact sign test: p = {comparison.p_value:.2f}"
 

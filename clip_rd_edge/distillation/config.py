@@ -133,8 +133,7 @@ class RunConfig(
         super().__post_init__()
         if self.freeze_text and self.freeze_text_layers:
             raise UsageError(
-                f"The whole text tower is frozen, and {self.freeze_text_layers} groups of its layers are; expected one "
-                "of them.",
+                f"The whole text tower and {self.freeze_text_layers} groups of its layers are frozen; expected one only.",
                 hint="omit {freeze_text} or {freeze_text_layers}",
                 option="freeze_text_layers",
             )

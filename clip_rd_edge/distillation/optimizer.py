@@ -62,7 +62,7 @@ class RunOptimizer:
     """Optimiser, loss scale and moving average of a run.
 
     A step is computed, and skipped if need be, on the device alone: to read a number from a GPU is to wait for it.
-    Whatever does so is documented here.
+    Methods that do so are documented as such.
 
     Attributes:
         learning_rate: of the last step.

@@ -81,7 +81,7 @@ class PageLabels(msgspec.Struct, frozen=True):
             content = b"".join(decode_image(text) for text in texts)
             rows = np.frombuffer(content[: len(content) // (2 * size) * 2 * size], "<f2").reshape(-1, size)
             if not len(rows) or len(rows) != len(texts) or not (np.isfinite(rows).all(axis=1) & rows.any(axis=1)).all():
-                raise InputError(f"The images that teach {name[:40]!r} are of another model.")
+                raise InputError(f"The embeddings that teach {name[:40]!r} are of another model.")
             found[name] = normalise(rows.astype(np.float32))
         return found
 
