@@ -73,7 +73,7 @@ class Counts(NamedTuple):
 
     @property
     def has_images(self) -> bool:
-        """Whether each row has an image; only texts alone have none."""
+        """Whether each row has an image: always, unless there are only texts."""
         return bool(self.pairs or self.images)
 
     def recorded(self) -> dict[str, int]:

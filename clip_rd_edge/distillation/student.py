@@ -75,9 +75,9 @@ def make_student(
 
 
 def with_default_shape(config: RunConfig) -> RunConfig:
-    """Return the configuration with the shape of a new student, wherever no other was asked for.
+    """Return the configuration with the shape of a new student, where none was asked for.
 
-    None stays where a model decides: of a trained student, and for the context length of a text tower that is taken.
+    What a model determines stays None: the shape of a trained student, and the context length of a reused text tower.
     """
     if is_trained(config.student):
         return config

@@ -111,7 +111,7 @@ def find_term(name: str) -> Term:
 
 
 def term_names() -> list[str]:
-    """Return the names of the registered terms, in the order in which they are summed: own ones after the shipped."""
+    """Return the names of the registered terms, in the order in which they are summed: this package's first."""
     return sorted(_TERMS, key=place_of)
 
 

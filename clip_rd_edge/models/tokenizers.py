@@ -29,7 +29,7 @@ def export_tokenizer(tokenizer: Any, folder: Path) -> TokenizerSpec:
     """Write tokenizer.json from an open_clip `SimpleTokenizer` or `HFTokenizer`; return the settings it cannot hold.
 
     Ids are the same for every text. Letters and numbers that are too new for the library's Unicode tables are written
-    into the file, as far as those of this Python's `regex` have them, which open_clip uses.
+    into the file, as far as this Python's `regex`, which open_clip uses, has them.
     """
     import open_clip
 

@@ -152,7 +152,7 @@ def taught_among(
     """Return what is taught with further images, and the bank of these labels, for a page that writes nothing.
 
     Args:
-        taught: what was taught before; of other labels, it is left out.
+        taught: what was taught before; other labels are left out.
         labels: the labels, those without images, too.
         rows: embeddings of images by label, (N, D).
     """

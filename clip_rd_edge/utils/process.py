@@ -70,7 +70,7 @@ _sender, _listens_until = -1, 0.0
 
 
 class NativeCall:
-    """Within the block, native code runs, which a stop signal ends if it is the main thread's, and `end_calls`.
+    """A block that runs native code, which `end_calls` ends, and in the main thread a stop signal.
 
     Several threads may enter one object. In a program that has a wake-up descriptor of its own, as event loops may,
     signals wait as ever.

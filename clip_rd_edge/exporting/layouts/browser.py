@@ -231,7 +231,7 @@ def export_page(request: Export, labels: Sequence[str] | None) -> Manifest:
     """Write the browser folder from an existing bundle, with a label bank of `labels` unless they are None."""
     bundle, output = Path(request.model), Path(request.output)
     if bundle.resolve() in output.resolve().parents:
-        raise UsageError(f"The output {output} is inside the bundle that it holds.", hint="choose another {output}")
+        raise UsageError(f"The output {output} is inside the bundle to be copied.", hint="choose another {output}")
     manifest, node_modules = read_manifest(bundle), _folder(request.node_modules)
     require_supported(bundle, manifest)
     if labels is not None and manifest.taught:
