@@ -1,6 +1,6 @@
 """Exceptions that clip-rd-edge raises deliberately: `ClipRdEdgeError` and its subclasses.
 
-The exit code is 1, for a `UsageError`, which the user can fix, 2, and for an `InterruptedRunError` 75.
+The exit code is 1; 2 for a `UsageError`, which the user can fix; and 75 for an `InterruptedRunError`.
 
 A message states what was wrong, with its value and place, and what was expected; `hint`, what to do next. Both write
 an option in braces, as in "set {batch_size} to 64 or less": Python shows `batch_size`, the command line `--batch-size`.

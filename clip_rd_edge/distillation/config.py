@@ -133,7 +133,8 @@ class RunConfig(
         super().__post_init__()
         if self.freeze_text and self.freeze_text_layers:
             raise UsageError(
-                f"The whole text tower and {self.freeze_text_layers} groups of its layers are frozen; expected either.",
+                f"The whole text tower and {self.freeze_text_layers} groups of its layers are frozen; expected one "
+                "of them.",
                 hint="omit {freeze_text} or {freeze_text_layers}",
                 option="freeze_text_layers",
             )

@@ -333,7 +333,7 @@ def frozen_at_random(config: RunConfig) -> Iterator[str]:
     """Yield a sentence for each tower of a new student that has frozen layers with random weights, which never learn.
 
     Args:
-        config: as the run began: a checkpoint replaces the weights that it names.
+        config: as it was when the run began; a checkpoint replaces the weights that it names.
     """
     if is_trained(config.student):
         return

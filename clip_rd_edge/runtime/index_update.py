@@ -231,8 +231,8 @@ class Indexer:
         if not index.entries:
             raise InputError(f"The folder {self._folder} has no images.", hint="name a folder with images")
         raise InputError(
-            f"The folder {self._folder} has no images, but {self._path} has {len(index.entries):,} of it, and stays as "
-            "it is.",
+            f"The folder {self._folder} has no images, but {self._path} has {len(index.entries):,} from it, and "
+            "stays as it is.",
             hint="mount the disk that they are on; or if they were deleted, delete the index, too",
         )
 

@@ -322,7 +322,7 @@ FREED_MEMORY_KEPT = SharedBlock(_kept)
 
 
 def return_freed_memory() -> None:
-    """Give memory that is free back to the system, from now on, too: for a process forked from one that keeps it."""
+    """Give free memory back to the system, now and later, in a process forked from one that keeps it."""
     glibc = _glibc()
     if glibc is not None:
         for parameter, value in _ADAPTED.items():
