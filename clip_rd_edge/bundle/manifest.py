@@ -146,7 +146,7 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
     Attributes:
         tokenizer: of the text tower, also if that was left out.
         features: left out of the file where there are none.
-        text: None if the text tower was left out: the bundle then embeds images, and knows the labels of its bank.
+        text: None if the text tower was left out: the bundle then embeds only images, and may have a label bank.
         files: SHA-256 of every other file, by name.
         checksum: SHA-256 of this file with an empty `checksum`.
     """

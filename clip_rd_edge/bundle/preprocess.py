@@ -101,7 +101,7 @@ def resize_crop(image: Image.Image, box: Box, preprocessing: Preprocessing) -> I
 
 
 def normalise_in_place(levels: Any, *, white: Any, mean: Any, std: Any) -> None:
-    """Normalise grey levels from 0 to `white` (255), each channel by its mean and standard deviation.
+    """Normalise pixel values from 0 to `white` (255), each channel by its mean and standard deviation.
 
     Args:
         levels: float32, an array of numpy or a tensor of torch; the others are of the same type, and broadcast to it.

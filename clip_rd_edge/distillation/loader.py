@@ -88,7 +88,7 @@ class Batch:
 
 
 class PairView(NamedTuple):
-    """One row of a `Batch`: grey levels for student and teachers, (H, W, 3) each, and the pairs that were bad."""
+    """One row of a `Batch`: pixel values for student and teachers, (H, W, 3) each, and the pairs that were bad."""
 
     student_pixels: Levels
     teacher_pixels: tuple[Levels, ...]

@@ -1,6 +1,6 @@
 """The way of an image's pixels in training: one random crop, resized once per size, and normalised on the device.
 
-Up to the device, pixels are grey levels of 8 bits: a quarter of the memory and of the copying, and shared by models
+Up to the device, pixel values have 8 bits: a quarter of the memory and of the copying, and shared by models
 that differ in mean and standard deviation alone.
 """
 
@@ -113,7 +113,7 @@ def crop_levels(image: Image.Image, box: Box, models: Sequence[Preprocessing]) -
 
 
 class Normaliser:
-    """Normalises a batch's grey levels for a model, on the device that it runs on.
+    """Normalises a batch's pixel values for a model, on the device that it runs on.
 
     The arithmetic is that of `bundle.preprocess.preprocess`, bit for bit on a CPU.
     """

@@ -164,7 +164,7 @@ class Teacher:
 
     @torch.no_grad()
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """Embed grey levels, (B, 3, H, W) uint8 to (B, D), L2-normalised; zeros if there are none (H = W = 0)."""
+        """Embed pixel values, (B, 3, H, W) uint8 to (B, D), L2-normalised; zeros if there are none (H = W = 0)."""
         if not pixels.numel():
             return torch.zeros(len(pixels), self.clip.embedding_size, device=self._device)
         pixels = self._normalise(pixels)

@@ -158,7 +158,7 @@ class WandbRun(Tracker):
     def _fail(self, error: Exception) -> None:
         self._has_failed = True
         self._reporter.note(
-            f"Weights & Biases takes no more ({type(error).__name__}: {one_line(error)}); training goes on, and "
+            f"Weights & Biases failed ({type(error).__name__}: {one_line(error)}); training goes on, and "
             "metrics.jsonl has what is missing there"
         )
 

@@ -154,7 +154,7 @@ def _checks(folder: Path, manifest: Manifest, limit: _Limit, *, threads: int | N
     exported = manifest.provenance.get("pillow", PILLOW)
     if (_major(exported) < _PILLOW_RESIZE_CHANGE) != (_major(PILLOW) < _PILLOW_RESIZE_CHANGE):
         detail = (
-            f"{PILLOW} here, {exported} at the export: tall images differ by a few grey levels, embeddings slightly"
+            f"{PILLOW} here, {exported} at the export: tall images differ by a few levels of 255, embeddings slightly"
         )
         yield Check(what="Pillow", passed=True, detail=detail)
 

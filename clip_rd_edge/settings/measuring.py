@@ -1,4 +1,4 @@
-"""The options of what measures: a model on tasks, the models of a suite, training methods, the whole pipeline."""
+"""Options of the commands that measure: a model on tasks, a suite's models, training methods, the whole pipeline."""
 
 from __future__ import annotations
 

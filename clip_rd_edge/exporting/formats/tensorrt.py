@@ -99,7 +99,7 @@ def _build_from_onnx(name: str, typed: TypedTower, target: str) -> bytes:
         layer, types = next(iter(mistyped.items()))
         raise ClipRdEdgeError(
             f"The engine of the {name} tower computes {len(mistyped)} of {len(typed.types)} layers in another type "
-            f"than its ONNX says: {layer} in {' and '.join(types) or 'an unknown type'}, not {typed.types[layer]}.",
+            f"than its ONNX file: {layer} in {' and '.join(types) or 'an unknown type'}, not {typed.types[layer]}.",
             hint="please report it with the version of tensorrt-rtx-cu13-bindings; {precision} fp16 may work",
         )
     return engine.content
