@@ -263,7 +263,7 @@ class Products:
 
 
 def mean(terms: Iterable[Tensor]) -> Tensor:
-    """Return the mean of scalars, of each teacher for instance; of a single one, the very same."""
+    """Return the mean of scalars, such as one per teacher; a single one is returned unchanged."""
     terms = list(terms)
     return terms[0] if len(terms) == 1 else torch.stack(terms).mean()
 
