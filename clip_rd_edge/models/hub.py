@@ -80,8 +80,8 @@ _NO_VOCABULARY = ("tokenizer_config_file", "special_tokens_map_file", "added_tok
 def refuse_other_places(model_cfg: dict[str, Any], source: str, *, folder: Path | None = None) -> None:
     """Refuse a configuration that leads to anything but the model's own files.
 
-    open_clip fetches the config.json of `hf_model_name` from the hub, or reads it at a path. For a model in a folder, it
-    fetched only for a text model that open_clip's own configurations name, and if the folder has none of its own.
+    open_clip fetches the config.json of `hf_model_name` from the hub, or reads it at a path. For a model in a folder,
+    it is fetched only if the folder lacks it and open_clip's own configurations name the text model.
 
     Args:
         model_cfg: of `open_clip_config.json`, whose towers are objects.
