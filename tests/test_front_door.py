@@ -175,7 +175,7 @@ def test_a_bundle_can_be_evaluated_and_benchmarked(
     assert score.top1 == 1.0  # type: ignore[union-attr]
     assert edge.evaluate(edge.load(colour_bundle), [str(task)] * 2) == [score]
     for late in ({"pretrained": "laion2b"}, {"threads": 1}):
-        with pytest.raises(edge.UsageError, match="loaded already"):
+        with pytest.raises(edge.UsageError, match="already loaded"):
             edge.evaluate(edge.load(colour_bundle), str(task), **late)  # type: ignore[arg-type]
 
     suite = tmp_path / "suite.yaml"
