@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from clip_rd_edge.bundle.manifest import is_bundle
-from clip_rd_edge.errors import MissingExtraError
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.installation import install_command
 from clip_rd_edge.settings.deploying import Export, Verify
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.utils.outputs import exclusive_writer
@@ -161,7 +162,7 @@ def everyday(*, reporter: Reporter = SILENT) -> Path:
     """Return the folder of the built-in bundle: an installed package's, or that in the cache, made if it is missing.
 
     Raises:
-        MissingExtraError: it is in neither place, and PyTorch or a package with weights is not installed.
+        UsageError: it is in neither place, and PyTorch or a package with weights is not installed.
     """
     package = find_spec(PACKAGE)
     if package is not None and package.submodule_search_locations:
@@ -169,7 +170,11 @@ def everyday(*, reporter: Reporter = SILENT) -> Path:
     folder = cache_home() / "models" / VERSION / NAME
     if not is_bundle(folder):
         if not find_spec("torch"):
-            raise MissingExtraError("torch", extra="train,emoji", purpose="Making the built-in model, once,")
+            raise UsageError(
+                "The built-in model is not on this machine, and making it needs PyTorch.",
+                hint="make its wheel where PyTorch is, with python packaging/everyday.py -o dist, and install it here; "
+                f"or {install_command('train,emoji')}",
+            )
         with exclusive_writer(folder.parent, on_wait=reporter.note):
             if not is_bundle(folder):
                 make_everyday(folder, reporter=reporter)

@@ -172,6 +172,8 @@ def serve(given: dict[str, Any], token_file: Path | None) -> None:
     The address itself is a page to search INDEX; /docs describes all requests, among them those of llama.cpp (Frigate)
     and OpenAI for embeddings. GET /v1/models, /props, /health and /metrics describe the server.
     """
+    # Before numpy is loaded: memory bounds the product with an index, after which threads of OpenBLAS spin for a while.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import clip_rd_edge as edge
     from clip_rd_edge.cli.console import note
 

@@ -212,7 +212,7 @@ class ServedIndex:
         found = await asyncio.to_thread(nearest_rows, index, rows, query, top=top, graph=graph)
         hits = []
         for row, similarity in found:
-            hit = {"path": str(Path(index.folder, index.entries[row].path)), "similarity": similarity}
+            hit = {"path": str(Path(self.images or index.folder, index.entries[row].path)), "similarity": similarity}
             hits.append(hit | ({"thumbnail": f"/thumbnail/{_thumbnail_id(index, row)}"} if self.images else {}))
         return hits, index.cutoff
 

@@ -705,3 +705,7 @@ def test_thumbnails_are_of_the_named_folder_alone(colour_bundle: Path, tmp_path:
         assert client.get(thumbnails["blue"]).status_code == 404
         (photos / "red.png").write_bytes(b"damaged")
         assert client.get(thumbnails["red"]).status_code == 404
+    moved = photos.rename(tmp_path / "moved")
+    app = make_app(Service(encoder, index=tmp_path / "index", images=moved))
+    with testclient.TestClient(app, base_url=BASE_URL) as client:
+        assert {Path(h["path"]).parent for h in client.get("/search?q=red").json()["hits"]} == {moved}
