@@ -21,8 +21,7 @@ from clip_rd_edge.bundle.manifest import is_bundle, read_manifest
 from clip_rd_edge.bundle.runs import LOCAL_DIR, STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.data import emoji
 from clip_rd_edge.distillation.config import Precision, RunConfig, load_recipe
-from clip_rd_edge.distillation.distill import run_distillation
-from clip_rd_edge.distillation.run import resumed_by_the_same_call
+from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
 from clip_rd_edge.errors import InputError, InterruptedRunError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import calibration_set

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from support import Watch, save_tiny_teacher
 
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.distill import run_distillation
+from clip_rd_edge.distillation.run import run_distillation
 
 
 def tiny_run(recipe_name: str, recipe: dict[str, Any], **settings: Any) -> RunConfig:

@@ -595,7 +595,7 @@ class DistillScenario:
     def run(self, folder: Path) -> None:
         import msgspec
 
-        from clip_rd_edge.distillation import distill as running
+        from clip_rd_edge.distillation import run as running
         from clip_rd_edge.distillation.config import RunConfig, load_recipe
 
         recipe = msgspec.structs.replace(

@@ -31,9 +31,8 @@ from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import AUTOCAST, StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import StoredTeacher
-from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.objective import Objective
-from clip_rd_edge.losses.terms import Bank
+from clip_rd_edge.losses.terms import Bank, Ensemble
 from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.models.students import build_student, student_config
 

@@ -20,7 +20,7 @@ from scipy import stats
 
 from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.evidence.report import read_evidence_file
-from clip_rd_edge.evidence.results import Evidence
+from clip_rd_edge.evidence.suite import Evidence
 
 BANK = "-bank"
 # Of bases in the order of their terms: what a step adds.

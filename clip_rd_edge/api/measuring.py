@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from clip_rd_edge.benchmarking.results import Results
     from clip_rd_edge.bundle.labels import TemplateNames
     from clip_rd_edge.data.tasks import Task
-    from clip_rd_edge.evidence.results import Evidence
+    from clip_rd_edge.evidence.suite import Evidence
     from clip_rd_edge.utils.text import Reporter
 
 
@@ -195,7 +195,7 @@ def evidence_report(results: AnyPath | Sequence[AnyPath], *, into: AnyPath | Non
     paths = [results] if isinstance(results, str | os.PathLike) else results
     if len(paths) > 1:
         from clip_rd_edge.benchmarking.results import read_results
-        from clip_rd_edge.evidence.results import seeds_table
+        from clip_rd_edge.evidence.suite import seeds_table
 
         if into is not None:
             raise UsageError("The tables of one suite can be written into a file; several results were given.")

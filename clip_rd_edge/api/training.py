@@ -38,7 +38,7 @@ def distill(request: Distill) -> Path:
         InterruptedRunError: a signal stopped the run; its state was saved.
     """
     from clip_rd_edge.distillation.config import resolve
-    from clip_rd_edge.distillation.distill import run_distillation
+    from clip_rd_edge.distillation.run import run_distillation
     from clip_rd_edge.distillation.setup import fitting_batch, note_overlap
     from clip_rd_edge.distillation.speed import with_steps_for
     from clip_rd_edge.utils.files import require_utf8_path

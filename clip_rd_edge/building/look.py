@@ -146,11 +146,9 @@ def _read_source(data: Typed, labels: Sequence[str] | None, columns: tuple[str, 
             option="data",
         )
     if labels is not None:
-        if not is_folder(data):
-            raise UsageError("Labels were given beside a table of captions.", hint="omit {labels}", option="labels")
+        if not is_folder(data) or len(set(labels)) < 2:
+            raise UsageError("Two labels or more name what is on a folder of images.", option="labels")
         images = image_samples(data, Path(data))
-        if len(set(labels)) < 2:
-            raise UsageError("There is one label; expected two or more.", option="labels")
         return _Source("images", list(images.images), [""] * len(images), tuple(dict.fromkeys(labels)), images)
     if is_folder(data) and not subfolders(Path(data)):
         raise UsageError(

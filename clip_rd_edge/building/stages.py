@@ -63,9 +63,8 @@ from clip_rd_edge.bundle.runs import (
 from clip_rd_edge.data.folders import Folder
 from clip_rd_edge.data.tasks import Task, ZeroShotTask, load_task
 from clip_rd_edge.distillation.checkpoint import BEST_FOLDER
-from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.metrics import last_evaluation
-from clip_rd_edge.distillation.run import resumed_by_the_same_call
+from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
 from clip_rd_edge.distillation.setup import note_overlap
 from clip_rd_edge.distillation.speed import measure_speed
 from clip_rd_edge.errors import ConfigError, InterruptedRunError, UsageError

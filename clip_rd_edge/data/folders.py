@@ -14,7 +14,7 @@ from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES, dead_link_error, is_
 from clip_rd_edge.data.samples import NO_PROBLEMS, Counts, LocalFiles, Problems, Sample
 from clip_rd_edge.errors import InputError, near_matches, quoted
 from clip_rd_edge.utils.files import read_text_limited, text_lines
-from clip_rd_edge.utils.paths import other_spellings, sorted_paths
+from clip_rd_edge.utils.paths import sorted_paths
 from clip_rd_edge.utils.text import as_word
 
 CLASS_NAMES = "classnames.txt"
@@ -168,9 +168,7 @@ def _names(lines: Sequence[str], file: Path, found: Sequence[Path]) -> list[str]
         return list(lines)
     names, folders = dict[str, str](), {folder.name for folder in found}
     for number, line in enumerate(lines, start=1):
-        written, _, name = (part.strip() for part in line.partition("\t"))
-        spellings = [written, *(other for other, _ in other_spellings(written))]
-        folder = next((spelling for spelling in spellings if spelling in folders), written)
+        folder, _, name = (part.strip() for part in line.partition("\t"))
         if folder not in folders or folder in names or not name:
             raise InputError(
                 f"{file}, line {number}, is {quoted(line)}; expected the name of another subfolder, a tab, and the "

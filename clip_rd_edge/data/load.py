@@ -81,11 +81,6 @@ def load_pairs(
         templates: prompts for the names of class folders.
         json_key, reporter: see `data.webdataset.Shards`.
     """
-    if weights and not names_shards(source):
-        raise UsageError(
-            f"The weights {weights!r} apply only to shards, but the data are {shown_source(source)}.",
-            option="train_data_upsampling_factors",
-        )
     if source == "emoji":
         from clip_rd_edge.data.emoji import training_pairs
 
@@ -272,13 +267,6 @@ def load_samples(
         raise UsageError(
             "There are no training data.",
             hint="name pairs with {data}, or images and captions apart: {images} FOLDER {texts} labels.txt",
-        )
-    of_classes = source.data is not None and not names_shards(source.data) and is_folder(source.data)
-    if source.templates and source.texts is None and not of_classes:
-        raise UsageError(
-            "There are templates, but no texts to put into them.",
-            hint="name labels with {texts} or class folders with {data}, or omit {templates}",
-            option="templates",
         )
     templates = parse_templates(source.templates).prompts if source.templates else ()
     if len(templates) > MAX_TEMPLATES:

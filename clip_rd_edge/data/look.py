@@ -21,6 +21,9 @@ from PIL import Image
 
 from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.bundle.images import MAX_PIXELS, open_image, opened_image
+from clip_rd_edge.data.folders import Folder
+from clip_rd_edge.data.samples import Samples
+from clip_rd_edge.data.tables import Table
 from clip_rd_edge.errors import InputError, in_one_line
 from clip_rd_edge.utils.files import sha256_of
 from clip_rd_edge.utils.host import usable_cores
@@ -175,3 +178,10 @@ def overlap(
         for row, column in near_pairs(*(np.stack([one.hash for one in part]) for part in (seen, other))):
             found.setdefault(column, row)
     return [(first[row], second[column]) for column, row in sorted(found.items())], len(second)
+
+
+def image_paths(samples: Samples) -> list[Path]:
+    """Return the files of those samples that are files."""
+    if isinstance(samples, Table):
+        return [samples.pair(index).path for index in range(len(samples))]
+    return list(samples.images) if isinstance(samples, Folder) else []

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from clip_rd_edge.data.load import PIPE
 from clip_rd_edge.data.tar import TarScan
-from clip_rd_edge.errors import InputError, MissingExtraError, UnreachableError, causes, needs_extra
+from clip_rd_edge.errors import InputError, MissingExtraError, causes, needs_extra
 from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.text import shown_message, shown_source
@@ -139,21 +139,10 @@ def _remote_version(url: str) -> Version:
     if url.startswith(PIPE):
         return Version(-1, "")  # known only by its output
     file_system, path = _file_system(url)
-    info: dict[str, Any] = _with_retries(url, partial(_info, file_system, path))
+    info: dict[str, Any] = _with_retries(url, partial(file_system.info, path))
     size = info.get("size")
     keys = [key for key in _VERSION_KEYS if key in info] or [key for key in _OTHER_VERSION_KEYS if key in info]
     return Version(-1 if size is None else int(size), " ".join(str(info[key]) for key in keys))
-
-
-def _info(file_system: Any, path: str) -> dict[str, Any]:
-    try:
-        info: dict[str, Any] = file_system.info(path)
-    except OSError as error:
-        if isinstance(error, PermissionError) or (http_status(error) == 400 and not _is_missing(error)):
-            # The answer to this request says why; that to a request of the head says nothing.
-            file_system.cat_file(path, start=0, end=1)
-        raise
-    return info
 
 
 def _forget_listings() -> None:
@@ -167,12 +156,7 @@ def shard_identity(shard: ShardFile) -> str:
     size, mark = version(shard)
     location = str(shard.resolve()) if isinstance(shard, Path) else shard.url
     if location.startswith(PIPE):  # what a command writes depends on where it runs
-        try:
-            location = f"{location}\n{Path.cwd()}"
-        except FileNotFoundError as error:
-            raise UnreachableError(
-                "The working folder does not exist any more.", hint="cd into one that does"
-            ) from error
+        location = f"{location}\n{Path.cwd()}"
     return f"{location}\n{size}\n{mark}"
 
 
@@ -285,69 +269,47 @@ def _with_retries(
         except Exception as error:  # each file system raises its own types
             if disk_full_error(error):  # this machine's
                 raise
-            if final := _refusal(url, error):
-                for kind in {type(file_system) for file_system in tuple(_kept)}:
-                    kind.clear_instance_cache()  # later calls connect anew, with the credentials that are set then
-                raise final from error
             end_s = min(end_s, time.monotonic() + limit_s)
             left_s = end_s - time.monotonic()
-            status = http_status(error)
-            is_final = status is not None and 300 <= status < 500 and status not in (408, 425, 429)
-            if delay is None or left_s <= 0 or is_final:
-                raise InputError(
-                    f"The shard {shown_source(url)} could not be fetched: {reason_of(error, url)}.",
-                    hint="run the command by itself: it must write a whole tar"
-                    if url.startswith(PIPE)
-                    else "check that it can be reached; the shards before it are kept, so that another start goes on",
-                ) from error
+            if delay is None or left_s <= 0 or _is_final(error):
+                for kind in {type(file_system) for file_system in tuple(_kept)}:
+                    kind.clear_instance_cache()  # later calls connect anew, with the credentials that are set then
+                problem = "does not exist" if _is_missing(error) else f"could not be fetched: {reason_of(error, url)}"
+                hint = "run the command by itself: it must write a whole tar" if url.startswith(PIPE) else _REMOTE_HINT
+                raise InputError(f"The shard {shown_source(url)} {problem}.", hint=hint) from error
         time.sleep(min(delay, left_s))
     raise AssertionError("unreachable")
 
 
-# What went wrong with a request, in words: each library raises errors of its own.
-
-_ACCESS_HINT = (
-    "check its address, the credentials that its store expects (AWS_PROFILE for s3://, HF_TOKEN for hf://) and whether "
-    "they or the signature of a URL have expired, its region (AWS_DEFAULT_REGION), this machine's clock, and where a "
-    "network has certificates of its own, SSL_CERT_FILE or AWS_CA_BUNDLE"
+_REMOTE_HINT = (
+    "check that it can be reached, its address, the credentials that its store expects (AWS_PROFILE for s3://, "
+    "HF_TOKEN for hf://) and whether they or the signature of a URL have expired, its region (AWS_DEFAULT_REGION), "
+    "this machine's clock, and certificates (SSL_CERT_FILE or AWS_CA_BUNDLE); shards that are fetched are kept"
 )
-# botocore's errors about a login that is not there, and about settings, beside ValueErrors; those about credentials say
-# so in their names.
-_ACCESS_ERRORS = (
-    "ProfileNotFound", "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError", "ParamValidationError",
-    "InvalidConfigError", "ConfigParseError", "ConfigNotFound", "NoRegionError",
-)  # fmt: skip
 _ERRNO = re.compile(r"^\[Errno \d+\] ")
-
-
-def _refusal(url: str, error: BaseException) -> InputError | None:
-    """Return an error if this answer is one that no later try would change."""
-    status, reason, shard = http_status(error), reason_of(error, url), f"The shard {shown_source(url)}"
-    if status == 404 or _is_missing(error):
-        return InputError(f"{shard} does not exist{f': {reason}' if 'bucket' in reason else ''}.")
-    names = {type(cause).__name__ for cause in causes(error)}
-    # With 400, S3 answers to a token that has expired; with both, to a request in another region.
-    is_refused = status in (401, 403) or isinstance(error, PermissionError)
-    is_refused = is_refused or (status in (301, 400) and not _is_web(url))
-    if (
-        is_refused
-        or any("Credential" in name for name in names)
-        or names.intersection(_ACCESS_ERRORS)
-        or any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes(error))
-        or any(map(_is_invalid_value, (error, error.__cause__)))
-    ):
-        return InputError(f"{shard} may not be read: {reason}.", hint=_ACCESS_HINT)
-    return None
 
 
 def _is_missing(error: BaseException) -> bool:
     # fsspec raises FileNotFoundError also for servers that cannot be reached; the cause is the difference.
-    return isinstance(error, FileNotFoundError) and error.__cause__ is None
+    return http_status(error) == 404 or (isinstance(error, FileNotFoundError) and error.__cause__ is None)
 
 
-def _is_invalid_value(error: BaseException | None) -> bool:
-    """Return whether an error is about an address or a setting, and not about an answer that is not JSON or text."""
-    return isinstance(error, ValueError) and not isinstance(error, (json.JSONDecodeError, UnicodeError))
+def _is_final(error: BaseException) -> bool:
+    """Return whether no later try would change an answer."""
+    status, found = http_status(error), list(causes(error))
+    is_refused = status is not None and 300 <= status < 500 and status not in (408, 425, 429)
+    # About an address or a setting, and not about an answer that is not JSON or text.
+    is_invalid = any(
+        isinstance(one, ValueError) and not isinstance(one, (json.JSONDecodeError, UnicodeError))
+        for one in (error, error.__cause__)
+    )
+    return (
+        is_refused
+        or is_invalid
+        or _is_missing(error)
+        or any(isinstance(cause, (PermissionError, ssl.SSLCertVerificationError)) for cause in found)
+        or any("Credential" in type(cause).__name__ for cause in found)
+    )
 
 
 def http_status(error: BaseException) -> int | None:
@@ -357,13 +319,9 @@ def http_status(error: BaseException) -> int | None:
         if isinstance(response, dict):  # botocore's
             return int(response["ResponseMetadata"]["HTTPStatusCode"])
         of_gcs = getattr(cause, "code", None) if type(cause).__name__ == "HttpError" else None
-        if type(cause) is OSError and str(cause).startswith("Forbidden: "):  # gcsfs says no more of a refusal than that
-            of_gcs = 403
-        for found in (getattr(cause, "status", None), getattr(response, "status_code", None)):
+        for found in (getattr(cause, "status", None), getattr(response, "status_code", None), of_gcs):
             if isinstance(found, int):
                 return found
-        if isinstance(of_gcs, int):
-            return of_gcs
     return None
 
 

@@ -43,7 +43,7 @@ from clip_rd_edge.data.samples import (
 )
 from clip_rd_edge.errors import InputError, first_line, near_matches, needs_extra, quoted
 from clip_rd_edge.utils.files import machine_failure
-from clip_rd_edge.utils.paths import URL, is_file, other_spellings, why_no_file
+from clip_rd_edge.utils.paths import URL, is_file, why_no_file
 from clip_rd_edge.utils.structs import is_list_of_texts, read_json, to_json
 from clip_rd_edge.utils.text import SEPARATOR_LINE, SILENT, Reporter, refuse_other_formats, shown_source
 
@@ -300,9 +300,6 @@ class _Finder:
         if URL.match(name):
             address = quoted(shown_source(name))
             return f"the image {address} is an address; a table names files: download them, or pack shards"
-        for other, difference in other_spellings(name):
-            if self.image(other) is not None:
-                return f"the image {quoted(name)} does not exist; there is one {difference}"
         places = "" if os.path.isabs(name) else f" in {' or '.join(map(os.path.dirname, self._folders))}"  # noqa: PTH117
         return f"there is no image file {quoted(name)}{places}"
 
@@ -319,12 +316,6 @@ def _require_columns(path: Path, columns: Sequence[str], required: Mapping[str, 
                 f"{path} has no column {key!r}; its columns are {', '.join(map(repr, columns)) or 'none'}."
                 f"{near_matches(key, columns)}",
                 hint=f"name the column with {{{option}}}, or rename one to {key!r}",
-                option=option,
-            )
-        if columns.count(key) > 1:  # pandas, and so open_clip, takes the first, and csv.DictReader the last
-            raise InputError(
-                f"{path} has {columns.count(key)} columns {key!r}; expected one.",
-                hint=f"rename the others, or name another column with {{{option}}}",
                 option=option,
             )
 

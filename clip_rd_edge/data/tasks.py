@@ -124,8 +124,6 @@ def load_task(name: Typed, *, image_key: str = "filepath", caption_key: str = "t
 
     Metadata files that may accompany the images are described by `data.tasks.DataSet`.
     """
-    if not name:
-        raise InputError("The name of a task is empty.", hint="check the variable it came from; . is this folder")
     if name in BUILT_IN_TASKS:
         from clip_rd_edge.data import emoji
 
@@ -138,7 +136,7 @@ def load_task(name: Typed, *, image_key: str = "filepath", caption_key: str = "t
     path = Path(name)
     if is_file(path):
         return _from_table(load_table(path, image_key=image_key, caption_key=caption_key), path.stem)
-    if not is_folder(path):
+    if not name or not is_folder(path):  # an empty name would be this folder
         raise InputError(
             f"No task named {quoted(shown_source(name))}: it is neither a folder of images nor one of "
             f"{', '.join(BUILT_IN_TASKS)}.{near_matches(name, BUILT_IN_TASKS) or near_files(path)}",
@@ -209,14 +207,8 @@ def _is_sharded(folder: Path) -> bool:
     """Return whether the images of a split are in tars."""
     if (folder / SHARD_COUNT).is_file():
         return True
-    tars = _tars(folder)
-    inner = next((path for path in subfolders(folder) if tars and list_images(path)), None)
-    if inner:
-        raise InputError(
-            f"{folder} has shards, such as {tars[0].name}, and subfolders of images, such as {inner.name}.",
-            hint="move the ones that are not meant, such as the archive of the others, to another folder",
-        )
-    return bool(tars)
+    # A tar beside folders of images is the archive that they come from.
+    return bool(_tars(folder)) and not any(map(list_images, subfolders(folder)))
 
 
 def _tars(folder: Path) -> list[Path]:

@@ -2,6 +2,12 @@
 
 open_clip streams shards through a shuffle buffer. Here a batch depends only on the seed and the step, so that a resumed
 run sees the same batches as an uninterrupted one. This needs the location of every sample.
+
+`pack_samples` writes any training data as shards of small images, which many runs then read fast:
+
+    pack.json     what the shards are made from, written first
+    00000.tar     SHARD_SAMPLES samples, in an order of chance: an image, and its caption as .txt or several in a .json
+    00000.json    how many samples that has, and which were bad; written after it
 """
 
 from __future__ import annotations
@@ -25,10 +31,10 @@ from PIL import Image
 from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.bundle.images import MAX_PIXELS, ImageFile, opened_image, to_rgb
 from clip_rd_edge.data.load import SEPARATOR, is_remote
-from clip_rd_edge.data.order import SHUFFLE_WINDOW, EpochOrder
-from clip_rd_edge.data.remote import RemoteShard, ShardFile, version
+from clip_rd_edge.data.order import EpochOrder
+from clip_rd_edge.data.remote import RemoteShard, ShardFile
 from clip_rd_edge.data.samples import BadPair, BadSamples, Counts, Sample, Samples, fingerprint, read_twice
-from clip_rd_edge.data.shard_files import LIMIT_VARIABLE, TarMember, cache_limit, prefetch
+from clip_rd_edge.data.shard_files import TarMember, prefetch
 from clip_rd_edge.data.shard_index import Located, index_shards
 from clip_rd_edge.errors import InputError, UsageError, near_matches
 from clip_rd_edge.utils.files import new_file, write_bytes
@@ -86,7 +92,6 @@ class Shards:
         self._shard_of_group = np.concatenate([np.tile(n, w) for n, w in zip(numbers, self._weights, strict=True)])
         self.groups = self._index.samples[self._shard_of_group]
         self._ends = np.cumsum(self.groups)
-        self._say_if_the_cache_is_small(reporter)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -113,20 +118,6 @@ class Shards:
     def prefetch(self, groups: Sequence[int]) -> None:
         """Begin to fetch the shards of these groups, where they are remote."""
         prefetch([self._paths[shard] for shard in dict.fromkeys(self._shard_of_group[list(groups)].tolist())])
-
-    def _say_if_the_cache_is_small(self, reporter: Reporter) -> None:
-        remote = [path for path in self._paths if isinstance(path, RemoteShard)]
-        if not remote:
-            return
-        total = sum(max(version(path).size, 0) for path in remote)
-        # An epoch reads one window at random while the next one is fetched; each ends within a shard.
-        shards = 2 * (SHUFFLE_WINDOW / max(np.mean(self.groups), 1) + 1)
-        needed = min(total, int(total * shards / len(remote)))
-        if needed > (limit := cache_limit()):
-            reporter.note(
-                f"{needed / 1e9:,.2f} GB of shards are in use at a time, but their cache holds {limit / 1e9:,.2f} GB: "
-                f"they will be fetched again and again; {LIMIT_VARIABLE} sets another limit"
-            )
 
     def locate(self, index: int) -> tuple[ShardFile, Located]:
         """Return the shard of a sample, and where its files lie in it."""
@@ -182,8 +173,6 @@ def expand_braces(pattern: str) -> list[str]:
     """
     match = _BRACES.search(pattern)
     if match is None:
-        if "{" in pattern or "}" in pattern:
-            raise InputError(f"The pattern {shown_source(pattern)!r} has an unmatched brace.")
         return [pattern]
     before, after = pattern[: match.start()], pattern[match.end() :]
     choices, rests = _choices(match[1], pattern), expand_braces(after)
@@ -202,12 +191,7 @@ def _require_few(names: int, pattern: str) -> None:
 def _choices(content: str, pattern: str) -> list[str]:
     numbers = _RANGE.fullmatch(content)
     if numbers is None:
-        if "," not in content:
-            raise InputError(
-                f"{{{content}}} in {shown_source(pattern)!r} is neither a range nor a list.",
-                hint="write {00000..00012} or {train,val}",
-            )
-        return content.split(",")
+        return content.split(",") if "," in content else [f"{{{content}}}"]  # as in a shell
     first, last = numbers.groups()
     _require_few(abs(int(last) - int(first)) + 1, pattern)
     # As in a shell, leading zeros on either side set the width of all numbers.
@@ -228,10 +212,8 @@ def read_json_member(member: TarMember) -> Any:
         with contextlib.suppress(msgspec.DecodeError):
             return msgspec.json.decode(text)
         return json.loads(text)  # slower, but reads them
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{member} is not valid JSON: {error}.") from error
-    except RecursionError as error:
-        raise InputError(f"{member} is not valid JSON: its values are nested too deeply.") from error
 
 
 def json_captions(
@@ -249,10 +231,8 @@ def json_captions(
     value = content[key]
     # img2dataset and exports of tables write null for an empty caption.
     captions = [caption for caption in (value if isinstance(value, list) else [value]) if caption is not None]
-    if not all(isinstance(caption, str) for caption in captions):
-        raise InputError(f"{member}: {key!r} is neither a string nor a list of strings.")
-    if not all(map(is_unicode, captions)):
-        raise InputError(f"{member}: {key!r} is no Unicode.")
+    if not all(isinstance(caption, str) and is_unicode(caption) for caption in captions):
+        raise InputError(f"{member}: {key!r} is neither a text nor a list of texts.")
     return _require_captions(captions, str(member))
 
 

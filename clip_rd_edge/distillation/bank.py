@@ -13,8 +13,7 @@ from torch import Tensor
 
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.store import HalfArray, TeacherStore, TeacherStores, keys_file, load_rows, read_rows
-from clip_rd_edge.losses.ensemble import Ensemble
-from clip_rd_edge.losses.terms import Bank
+from clip_rd_edge.losses.terms import Bank, Ensemble
 
 
 def make_bank(
@@ -75,16 +74,6 @@ class StoredBank:
     def with_batch(self, image: Tensor, text: Tensor) -> Bank:
         """Return the bank, which a batch does not change."""
         return self._bank
-
-    def drop_not_finite(self) -> None:
-        """Do nothing: all stored embeddings are finite."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the embeddings are in the store."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing; see `require_same_kind`."""
 
 
 def _common_captions(stores: Sequence[TeacherStore]) -> list[npt.NDArray[np.int64]]:

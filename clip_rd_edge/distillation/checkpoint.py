@@ -152,7 +152,8 @@ def load_checkpoint(
         content = processes.from_main(path.read_bytes() if processes.is_main else b"")
         state = state or _decode(io.BytesIO(content))
     for name, part in parts.items():
-        part.load_state_dict(state[name])
+        if name in state:  # a bank has none while there is a store
+            part.load_state_dict(state[name])
     return step
 
 
@@ -173,19 +174,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-@contextmanager
-def host_generators_kept() -> Iterator[None]:
-    """Within the block, `seed_everything` serves a run; after it, the global generators go on as if nothing was drawn.
-
-    A host program may draw from them: names, delays, samples of its own.
-    """
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

@@ -11,15 +11,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from clip_rd_edge.bundle.runs import model_folder
 from clip_rd_edge.errors import ConfigError, UsageError, near_matches, quoted
-from clip_rd_edge.losses.objective import Weights
-from clip_rd_edge.losses.terms import PUBLISHED_START, ScaleKind, find_term, load_terms, term_names
+from clip_rd_edge.losses.objective import PUBLISHED_START, ScaleKind, Weights
+from clip_rd_edge.losses.terms import find_term, load_terms, term_names
 from clip_rd_edge.models.students import TEACHER
-from clip_rd_edge.models.text_weights import TOKENS
 from clip_rd_edge.settings.options import declared, option
 from clip_rd_edge.settings.training import Names, Place, Several, Training
-from clip_rd_edge.utils.paths import AnyPath, Recorded, Typed, as_text, exists, is_file, several
+from clip_rd_edge.utils.paths import AnyPath, Recorded, Typed, as_text, is_file, several
 from clip_rd_edge.utils.structs import (
     CheckedError,
     CheckedStruct,
@@ -131,27 +129,12 @@ class RunConfig(
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.freeze_text and self.freeze_text_layers:
+        if self.stored_teachers and (len(self.teachers) > 1 or self.images or self.texts or self.store):
             raise UsageError(
-                f"The whole text tower and {self.freeze_text_layers} groups of its layers are frozen; expected one "
-                "of them.",
-                hint="omit {freeze_text} or {freeze_text_layers}",
-                option="freeze_text_layers",
-            )
-        if self.text == TEACHER and self.pretrained_text:
-            raise UsageError(
-                "The text tower is the teacher's, with its weights, but others to start from were named.",
-                hint="omit {pretrained_text}",
-                option="pretrained_text",
-            )
-        if self.stored_teachers and (problem := self._problem_with_stored_teachers()):
-            raise UsageError(
-                f"The teacher is {STORED}, but {problem}: the embeddings of the shards in data are used.",
+                f"The teacher is {STORED}, whose embeddings are in the shards of the data; expected no other teacher, "
+                "no images or texts apart and no store.",
                 option="teacher",
             )
-        places = list(map(_place, self.teachers))
-        if len(set(places)) < len(places):
-            raise UsageError(f"A teacher is named twice: {', '.join(self.teachers)}.", option="teacher")
 
     @property
     def teachers(self) -> tuple[Typed, ...]:
@@ -163,17 +146,6 @@ class RunConfig(
         """The file that describes the teachers of reinforced samples in `data`; None if the teachers are models."""
         stored = [name for name in self.teachers if name.startswith(STORED)]
         return Typed(stored[0].removeprefix(STORED)) if stored else None
-
-    def _problem_with_stored_teachers(self) -> str:
-        if len(self.teachers) > 1:
-            return "there are others"
-        if self.data is None or self.images is not None or self.texts is not None:
-            return "the run is not on data alone"
-        if self.store is not None:
-            return f"store is {self.store}"
-        if TEACHER in (self.text, self.pretrained_text, self.pretrained_image) or self.pretrained_text == TOKENS:
-            return "a tower of it is asked for"
-        return ""
 
 
 _BY_RESUME = {entry.name: entry.extra["resume"] for entry in declared(RunConfig)}
@@ -204,14 +176,8 @@ def resolve(recipe: AnyPath, *, student: AnyPath, **options: Any) -> RunConfig:
     teachers = several(options.get("teacher") or ())
     fields["teacher"] = teachers if len(teachers) > 1 else teachers[0] if teachers else None
     overrides = {name: value for name in _RECIPE_OPTIONS if (value := fields.pop(name, None)) is not None}
-    if "epochs" in overrides and overrides.get("steps"):
-        raise UsageError(
-            f"{overrides['epochs']} epochs and {overrides['steps']} steps were both asked for; expected one of them.",
-            hint="omit {epochs} or {steps}",
-            option="epochs",
-        )
     if "epochs" in overrides:
-        overrides["steps"] = 0
+        overrides.setdefault("steps", 0)
     if "precision" in overrides:
         fields["teacher_precision"] = overrides["precision"]
     if fields.get("text") == TEACHER:
@@ -293,12 +259,6 @@ def first_difference(
         if key not in ignored and was != value:
             return f"{key}: {shown_sources(was)} → {shown_sources(value)}"
     return None
-
-
-def _place(name: Typed) -> str:
-    """Return the absolute path of the file or the folder that a teacher's name leads to, or else the name."""
-    path = model_folder(name) or Path(name.removeprefix(STORED))
-    return str(path.resolve()) if exists(path) else name
 
 
 def plain_values(config: RunConfig | RecordedConfig) -> dict[str, Any]:

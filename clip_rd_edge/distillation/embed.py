@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +10,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -19,33 +18,14 @@ from torch import Tensor
 from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.data.order import View
 from clip_rd_edge.data.samples import BadPair, BadSamples, Samples, fingerprint, read_twice, require_images
+from clip_rd_edge.distillation import store
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes import Processes, join_processes
 from clip_rd_edge.distillation.setup import RunSetup, make_dataset, training_pairs
 from clip_rd_edge.distillation.step import AUTOCAST, caption_batch
-from clip_rd_edge.distillation.store import (
-    COMPLETE,
-    MANIFEST,
-    CompleteStore,
-    HalfArray,
-    RowFile,
-    StoreManifest,
-    caption_key,
-    image_shard,
-    is_complete,
-    keys_file,
-    open_store,
-    open_stores,
-    require_same_store,
-    rows_with_checksums,
-    shards,
-    sole_builder,
-    store_folders,
-    text_shard,
-    write_rows,
-)
+from clip_rd_edge.distillation.store import HalfArray, RowFile, StoreManifest
 from clip_rd_edge.distillation.student import crops_of, require_named_student
 from clip_rd_edge.distillation.teacher import (
     BatchTeacher,
@@ -64,7 +44,7 @@ from clip_rd_edge.models.clip import ClipModel, default_device, float32_on_cpu, 
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_file
-from clip_rd_edge.utils.structs import read_json, to_json
+from clip_rd_edge.utils.structs import to_json
 from clip_rd_edge.utils.text import SILENT, Reporter
 
 BATCH_SIZE = 64
@@ -85,11 +65,11 @@ def prepare_teacher(
     dataset = make_dataset(config, setup, with_teacher_pixels=config.store is None)
     if config.store is not None:
         with processes.together():
-            folders = store_folders(Path(config.store), setup.teachers)
+            folders = store.store_folders(Path(config.store), setup.teachers)
         for folder, one in zip(folders, teachers, strict=True):
             maker = ShardMaker(config, one, setup.pairs, dataset.crops)
             fill_store(folder, maker, processes, max_bad=config.max_bad, reporter=reporter)
-        dataset.store = open_stores(folders)
+        dataset.store = store.open_stores(folders)
         teacher = StoredTeacher(setup.ensemble, processes.device)
     with processes.together():
         texts = texts_to_choose_from(config, setup.pairs)
@@ -128,7 +108,7 @@ def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None
         with processes.together():
             if not (teachers := load_teachers(config)):
                 raise UsageError(f"The recipe {config.recipe_name} has no teacher.", option="recipe")
-            folders = store_folders(folder, teachers)
+            folders = store.store_folders(folder, teachers)
         for number, (clip, own) in enumerate(zip(teachers, folders, strict=True)):
             with processes.together():
                 maker = _maker(config, clip, pairs)
@@ -211,14 +191,14 @@ class ShardMaker:
 
     def captions(self, rows: range) -> npt.NDArray[np.uint64]:
         """Return key and pair of all captions of pairs, (n, 2)."""
-        entries = [(caption_key(caption), index) for index in rows for caption in self._captions_of(index)]
+        entries = [(store.caption_key(caption), index) for index in rows for caption in self._captions_of(index)]
         return np.array(entries, dtype="<u8").reshape(-1, 2)
 
     def _texts(self, captions: npt.NDArray[np.uint64]) -> HalfArray:
         """Embed captions by their keys; rows of zeros for those that cannot be read or embedded."""
         texts: dict[int, str] = {}  # by row
         for row, (key, pair) in enumerate(captions.tolist()):
-            found = [caption for caption in self._captions_of(pair) if caption_key(caption) == key]
+            found = [caption for caption in self._captions_of(pair) if store.caption_key(caption) == key]
             texts.update((row, caption) for caption in found)
         embeddings: HalfArray = np.zeros((len(captions), self.manifest.embedding_size), dtype="<f2")
         readable = list(texts)
@@ -291,39 +271,38 @@ def fill_store(
     with ExitStack() as stack:
 
         def begin() -> bool:
-            if is_complete(folder, manifest):
+            if store.is_complete(folder, manifest):
                 return False
-            stack.enter_context(sole_builder(folder, manifest, reporter))
+            stack.enter_context(store.sole_builder(folder, manifest, reporter))
             return True
 
         is_begun = processes.on_main(begin)
         with processes.together():
-            if not is_file(folder / MANIFEST):
+            if not is_file(folder / store.MANIFEST):
                 raise UsageError(
                     f"The store {folder} is not on a file system that the machines share.",
                     hint="choose another {store}, or copy a complete one to each machine",
                 )
-            require_same_store(folder, manifest)
+            store.require_same_store(folder, manifest)
             if not is_begun:
-                open_store(folder)
+                store.open_store(folder)
         if not is_begun:
             return
-        filling = _Filling(folder, manifest.embedding_size, processes, BadSamples(maker.pairs, max_share=max_bad))
-        filling.count(processes.on_main(lambda: _recorded_bad(folder)))
+        filling = _Filling(manifest.embedding_size, processes, BadSamples(maker.pairs, max_share=max_bad))
         captions = _different_captions(maker, processes)
         processes.on_main(lambda: _write_keys(folder, captions[:, :1]))
         texts = [
-            Task(text_shard(folder, shard), rows, captions=captions[rows.start : rows.stop])
-            for shard, rows in shards(len(captions))
+            Task(store.text_shard(folder, shard), rows, captions=captions[rows.start : rows.stop])
+            for shard, rows in store.shards(len(captions))
         ]
         images = [
-            Task(image_shard(folder, view, shard), rows, view)
+            Task(store.image_shard(folder, view, shard), rows, view)
             for view in range(manifest.views)
-            for shard, rows in shards(manifest.pairs)
+            for shard, rows in store.shards(manifest.pairs)
         ]
         for tasks in (texts, images):
             filling.write(tasks, compute or maker.compute, reporter)
-        processes.on_main(lambda: write_bytes(folder / COMPLETE, to_json(CompleteStore(len(captions)))))
+        processes.on_main(lambda: write_bytes(folder / store.COMPLETE, to_json(store.CompleteStore(len(captions)))))
         if filling.bad.summary:
             reporter.note(filling.bad.summary)
 
@@ -331,7 +310,9 @@ def fill_store(
 def _different_captions(maker: ShardMaker, processes: Processes) -> npt.NDArray[np.uint64]:
     """Return the key of each different caption, ascending, and the first pair that has it, (C, 2)."""
     with processes.together():
-        own = [maker.captions(rows) for _, rows in shards(len(maker.pairs))[processes.rank :: processes.world_size]]
+        own = [
+            maker.captions(rows) for _, rows in store.shards(len(maker.pairs))[processes.rank :: processes.world_size]
+        ]
     entries = np.concatenate(list(chain.from_iterable(processes.gather_objects(own))))
     entries = entries[np.lexsort((entries[:, 1], entries[:, 0]))]
     return entries[np.unique(entries[:, 0], return_index=True)[1]]
@@ -339,7 +320,7 @@ def _different_captions(maker: ShardMaker, processes: Processes) -> npt.NDArray[
 
 def _write_keys(folder: Path, keys: npt.NDArray[np.uint64]) -> None:
     """Write the keys of all captions. If they are not those that are there, embeddings belong to other rows."""
-    path, content = keys_file(folder), rows_with_checksums(keys)
+    path, content = store.keys_file(folder), store.rows_with_checksums(keys)
     if not is_file(path) or path.read_bytes() != content:
         for texts in path.parent.glob("shard-*.npy"):
             texts.unlink()
@@ -350,7 +331,6 @@ def _write_keys(folder: Path, keys: npt.NDArray[np.uint64]) -> None:
 class _Filling:
     """What all processes write into a store, and the bad pairs that they have met."""
 
-    folder: Path
     width: int
     processes: Processes
     bad: BadSamples
@@ -363,48 +343,18 @@ class _Filling:
         own = [tasks[number] for number in missing[rank::count]]
         computed = zip(own, compute(own), strict=True)
         reporter.update(STORE_STAGE, 0, len(missing))
+        with_bad = list[Path]()
         for done in range(0, len(missing), count):
+            bad: tuple[BadPair, ...] = ()
             with self.processes.together():
-                bad = _write(*next(computed)) if done + rank < len(missing) else ()
-            self.count(chain.from_iterable(self.processes.gather_objects(bad)))
+                if done + rank < len(missing):
+                    task, (rows, bad) = next(computed)
+                    store.write_rows(task.path, rows)
+                    with_bad += [task.path] if bad else []
+            try:
+                self.bad.add(chain.from_iterable(self.processes.gather_objects(bad)))
+            except InputError:  # in all processes; the next attempt would take these files for complete
+                for path in with_bad:
+                    path.unlink()
+                raise
             reporter.update(STORE_STAGE, min(done + count, len(missing)), len(missing))
-
-    def count(self, bad: Iterable[BadPair]) -> None:
-        """Count bad pairs, the same ones in all processes.
-
-        If they are too many, the files that lack them are removed: the next attempt would take them for complete.
-        """
-        try:
-            self.bad.add(bad)
-        except InputError:
-            if self.processes.is_main:
-                for record in self.folder.glob(_BAD_RECORDS):
-                    record.with_suffix(".npy").unlink(missing_ok=True)
-                    record.unlink()
-            raise
-
-
-_BAD_RECORDS = "images/*/*.json"
-
-
-class _BadRecord(msgspec.Struct, frozen=True):
-    """Content of a file beside a shard of images: the pairs that are bad in it, with the reasons."""
-
-    pairs: tuple[BadPair, ...]
-
-
-def _write(task: Task, shard: Shard) -> tuple[BadPair, ...]:
-    """Write a file, and before it the record of what is bad in it: later calls count that, too."""
-    record = task.path.with_suffix(".json")
-    if shard.bad:
-        write_bytes(record, to_json(_BadRecord(shard.bad)))
-    else:
-        record.unlink(missing_ok=True)
-    write_rows(task.path, shard.rows)
-    return shard.bad
-
-
-def _recorded_bad(folder: Path) -> list[BadPair]:
-    """Return the pairs that are bad in the files that earlier calls wrote."""
-    records = [record for record in folder.glob(_BAD_RECORDS) if is_file(record.with_suffix(".npy"))]
-    return [pair for record in records for pair in read_json(record, _BadRecord).pairs]

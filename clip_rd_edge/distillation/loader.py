@@ -35,9 +35,7 @@ from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.host import cpu_quota, memory_bytes, memory_limit, return_freed_memory, usable_cores
 from clip_rd_edge.utils.process import SharedBlock
 
-_ENDED = re.compile(
-    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed|exited unexpectedly(?: with exit code (\d+))?)"
-)
+_ENDED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed|exited unexpectedly)")
 # Semaphores, with which the workers begin, lie in shared memory, too.
 _WITHOUT_SHARED_MEMORY = (
     "load without processes: {workers} 0, or give the container more shared memory: docker's shm-size is 64 MB by "
@@ -299,7 +297,7 @@ def _load(dataset: ViewDataset, steps: Iterable[list[View]], workers: int) -> Ge
             yield batch
     except BaseException as error:
         _end_soon(processes)
-        if isinstance(error, RuntimeError) and (lost := lost_worker(error, processes)):
+        if isinstance(error, RuntimeError) and (lost := lost_worker(error)):
             raise lost from error
         raise
 
@@ -375,28 +373,15 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def lost_worker(error: BaseException, workers: Sequence[BaseProcess] = ()) -> LostProcessError | None:
+def lost_worker(error: BaseException) -> LostProcessError | None:
     """Return the error of a run one of whose workers has ended, or None if this is another error.
 
     torch's signal handler raises it wherever the training process happens to be.
-
-    Args:
-        workers: those of the loader that waited for a batch. They have their exit code where torch does not see it:
-            where a server forks them, as by default from Python 3.14 on, and on Windows.
     """
     if not (ended := _ENDED.search(str(error))):
         return None
-    # The handler's error, which names the exit code, is the cause of the error of a loader that waited for a batch.
-    first = _ENDED.search(str(error.__cause__)) or ended
-    codes = (worker.exitcode for worker in workers if str(worker.pid) in first[1].split(", "))
-    code = int(first[2] or next((code for code in codes if code is not None), 0))
-    if code > 0:  # negative is the signal that has ended it
-        return LostProcessError(
-            f"A loader process (pid {first[1]}) failed with exit code {code}; its own message is above.",
-            hint="see whether it loads in the training process: {workers} 0; resume with the same command and {resume}",
-        )
     return LostProcessError(
-        f"A loader process (pid {ended[1]}) was ended from outside, most likely for want of memory.",
+        f"A loader process (pid {ended[1]}) has ended: without a message above, most likely for want of memory.",
         hint="give the machine or container more memory, or use fewer {workers}; resume with the same command and "
         "{resume}",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,9 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from clip_rd_edge.bundle.runs import DISTILLATION_FILE, PREDICTIONS_FILE, REPORT_FOLDER
+from clip_rd_edge.bundle.runs import (
+    DISTILLATION_FILE,
+    EVALUATION_PREFIX,
+    PREDICTIONS_FILE,
+    REPORT_FOLDER,
+    TERM_PREFIX,
+)
 from clip_rd_edge.data.order import StepSampler
-from clip_rd_edge.distillation.bank import make_bank
+from clip_rd_edge.distillation.bank import QueueBank, make_bank
 from clip_rd_edge.distillation.checkpoint import (
     BEST_FOLDER,
     Stateful,
@@ -27,14 +34,13 @@ from clip_rd_edge.distillation.loader import Batch, ViewDataset, step_loader
 from clip_rd_edge.distillation.metrics import (
     EncoderOfAllProcesses,
     MetricsLog,
-    Progress,
     Tracker,
+    embedding_geometry,
     peak_memory_on,
     plot_run,
 )
 from clip_rd_edge.distillation.optimizer import RunOptimizer, diverged_error, named_divergence
 from clip_rd_edge.distillation.processes import Stopped
-from clip_rd_edge.distillation.run import Run
 from clip_rd_edge.distillation.setup import RunSetup, provenance
 from clip_rd_edge.distillation.step import AUTOCAST, StepResult, TrainingStep, step_settings
 from clip_rd_edge.distillation.student import set_training_mode
@@ -48,6 +54,7 @@ from clip_rd_edge.utils.host import FREED_MEMORY_KEPT
 if TYPE_CHECKING:
     from clip_rd_edge.distillation.metrics import Predictions
     from clip_rd_edge.distillation.quantized import Quantization
+    from clip_rd_edge.distillation.run import Run
 
 
 # A GPU is waited for where a number is read: in steps between two looks at whether the run diverges, and in seconds
@@ -92,7 +99,7 @@ class TrainingState:
             self.parts["ranges"] = self.quantization.ranges
         count = len(setup.pairs)
         bank = make_bank(config, count, dataset.store, setup.ensemble, processes.device, source=bank_source)
-        if bank:
+        if isinstance(bank, QueueBank):
             self.parts["bank"] = bank
         self.done = self.saved = load_checkpoint(run.folder, self.parts, processes, reporter=run.reporter)
         if self.done > self.steps:
@@ -158,10 +165,6 @@ class Training:
         run, state = self.run, self.state
         hooks = (self.save, self.evaluate, self.report, self.draw, self.stop)
         with run.stop.deferred(), self._tracker, FREED_MEMORY_KEPT:
-            for name in changed_tasks(run.folder, self.setup.task_fingerprints):
-                run.reporter.note(
-                    f"the task {name} has other images or labels: the next evaluation replaces the best student"
-                )
             self._repeat_evaluation()
             self._clock = _Clock()
             for batch in self._batches():
@@ -244,9 +247,8 @@ class Training:
                 return
             if processes.is_main:
                 record = partial(provenance, run.config, self.setup, steps=state.done)
-                tasks = self.setup.task_fingerprints
                 try:
-                    save_if_best(run.folder, state.student, self.scores, provenance=record, tasks=tasks)
+                    save_if_best(run.folder, state.student, self.scores, provenance=record)
                 except UsageError as error:  # such as a folder that is open in another window, on Windows
                     run.reporter.note(f"the best student is not saved: {error}")
 
@@ -265,37 +267,48 @@ class Training:
             return
         is_logged = state.done == state.steps or bool(self.scores) or state.done % config.log_every == 0
         if is_logged or self._clock.elapsed >= self._next_look_s:
-            progress = self._progress()
-            self._message, self._next_look_s = progress.message(), self._clock.elapsed + _SHOW_EVERY_S
+            loss = self.result.loss.total.item()  # first: the time of what was still to be computed counts
+            figures = self._figures()
+            self._message, self._next_look_s = self._summary(loss, figures), self._clock.elapsed + _SHOW_EVERY_S
             if is_logged:
-                learnt = {
+                line = {
+                    "step": state.done,
+                    "loss": loss if math.isfinite(loss) else None,
+                    **{f"{TERM_PREFIX}{name}": term.item() for name, term in self.result.loss.terms.items()},
+                    **embedding_geometry(self.result.embeddings),
                     "learning_rate": state.optimizer.learning_rate,
                     "gradient_norm": state.optimizer.gradient_norm.item(),
                     "logit_scale": self.setup.student.logit_scale,
+                    **figures,
+                    **{f"{EVALUATION_PREFIX}{name}": value for name, value in self.scores.items()},
                 }
-                line = progress.line(self.result.loss.terms, self.result.embeddings, learnt)
                 self._log.write(line)
                 self._tracker.write(line)
             if self.scores:
-                run.reporter.note(f"step {state.done:,}: {progress.evaluation_message()}")
+                scores = ", ".join(f"{name} {value:.1%}" for name, value in self.scores.items())
+                run.reporter.note(f"step {state.done:,}: {scores}")
         run.reporter.update("training", state.done, state.steps, self._message)
 
-    def _progress(self) -> Progress:
-        state, config, clock = self.state, self.run.config, self._clock
-        loss = self.result.loss.total.item()  # first: the time of what was still to be computed counts
-        elapsed, done = clock.elapsed, state.done - self._start
-        return Progress(
-            step=state.done,
-            steps=state.steps,
-            loss=loss,
-            samples_per_second=done * config.recipe.batch_size / (elapsed - clock.evaluated),
-            data_wait=clock.waited / (elapsed - clock.evaluated),
-            seconds_per_step=elapsed / done,
-            evaluation=self.scores,
-            bad=len(state.bad),
-            skipped=state.optimizer.skipped,
-            memory_bytes=peak_memory_on(self.run.processes.device),
-            samples="samples" if self.setup.pairs.counts.is_mixed else "pairs",
+    def _figures(self) -> dict[str, float]:
+        """Return the speed, without the time of evaluations but in seconds per step, and what goes with it."""
+        state, clock, elapsed = self.state, self._clock, self._clock.elapsed
+        done, trained_s = state.done - self._start, elapsed - clock.evaluated
+        return {
+            "samples_per_second": round(done * self.run.config.recipe.batch_size / trained_s, 2),
+            "data_wait": round(clock.waited / trained_s, 4),
+            "seconds_per_step": float(f"{elapsed / done:.4g}"),
+            "memory_mb": round(peak_memory_on(self.run.processes.device) / 1e6),
+            "bad_samples": len(state.bad),
+            "skipped_steps": state.optimizer.skipped,
+        }
+
+    def _summary(self, loss: float, figures: Mapping[str, float]) -> str:
+        """Return what the progress bar shows."""
+        bad = f", {figures['bad_samples']:,} bad samples" if figures["bad_samples"] else ""
+        samples = "samples" if self.setup.pairs.counts.is_mixed else "pairs"
+        return (
+            f"loss {loss:.3f}, {figures['samples_per_second']:.0f} {samples}/s, "
+            f"{figures['memory_mb'] / 1e3:.1f} GB{bad}, {figures['data_wait']:.0%} waiting for data"
         )
 
     @cached_property
@@ -350,33 +363,8 @@ class _Clock:
         setattr(self, name, getattr(self, name) + self.elapsed - since)
 
 
-class _BestRecord(msgspec.Struct):
-    evaluation: dict[str, float]
-    tasks_sha256: dict[str, str]
-
-
-def _best_record(run: Path) -> _BestRecord | None:
-    path = run / BEST_FOLDER / DISTILLATION_FILE
-    return msgspec.json.decode(path.read_bytes(), type=_BestRecord) if path.is_file() else None
-
-
-def changed_tasks(run: Path, tasks: Mapping[str, str]) -> list[str]:
-    """Return the names of tasks whose content differs from that by which the student in `RUN/best` was chosen.
-
-    Args:
-        tasks: the fingerprint of each by its name.
-    """
-    best = _best_record(run)
-    return [name for name, sha256 in tasks.items() if best and best.tasks_sha256.get(name, sha256) != sha256]
-
-
 def save_if_best(
-    run: Path,
-    student: ClipModel,
-    evaluation: Mapping[str, float],
-    *,
-    provenance: Callable[[], dict[str, Any]],
-    tasks: Mapping[str, str],
+    run: Path, student: ClipModel, evaluation: Mapping[str, float], *, provenance: Callable[[], dict[str, Any]]
 ) -> bool:
     """Write the student to `RUN/best` if its mean score exceeds that of the student saved there, on the same tasks.
 
@@ -384,16 +372,14 @@ def save_if_best(
         evaluation: one score per task, higher is better.
         provenance: returns the content of distillation.json, to which the evaluation is added. Called only if the
             student is written, since it hashes the teacher's weights.
-        tasks: the fingerprint of each task by its name, as far as they are known.
 
     Returns:
         Whether the student was written.
     """
-    best = _best_record(run)
+    path = run / BEST_FOLDER / DISTILLATION_FILE
+    best: dict[str, float] = msgspec.json.decode(path.read_bytes())["evaluation"] if path.is_file() else {}
     # A resumed run may have other tasks.
-    same_tasks = best and best.evaluation.keys() == evaluation.keys() and not changed_tasks(run, tasks)
-    if best and same_tasks and statistics.fmean(evaluation.values()) <= statistics.fmean(best.evaluation.values()):
+    if best.keys() == evaluation.keys() and statistics.fmean(evaluation.values()) <= statistics.fmean(best.values()):
         return False
-    record = {**provenance(), "evaluation": dict(evaluation), "tasks_sha256": dict(tasks)}
-    save_clip(run / BEST_FOLDER, student, provenance=record)
+    save_clip(run / BEST_FOLDER, student, provenance={**provenance(), "evaluation": dict(evaluation)})
     return True

@@ -43,66 +43,6 @@ if TYPE_CHECKING:
     from clip_rd_edge.data.tasks import Task
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Progress of a run after a step.
-
-    Attributes:
-        step, steps: completed steps, and steps in total.
-        samples_per_second: without the time of evaluations.
-        data_wait: fraction of the time, without that of evaluations, spent waiting for batches.
-        seconds_per_step: with evaluations and all else between steps, for the time left.
-        evaluation: scores by task; empty if this step was not evaluated.
-        bad: samples left out, or skipped so far, in all processes.
-        skipped: steps that left the weights unchanged because the loss or a gradient was not finite.
-        memory_bytes: see `peak_memory_on`.
-        samples: what the rows of a batch are called.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    samples_per_second: float
-    data_wait: float
-    seconds_per_step: float
-    evaluation: dict[str, float]
-    bad: int = 0
-    skipped: int = 0
-    memory_bytes: int = 0
-    samples: str = "pairs"
-
-    def message(self) -> str:
-        """Format the figures for the progress bar."""
-        bad = f", {self.bad:,} bad samples" if self.bad else ""
-        return (
-            f"loss {self.loss:.3f}, {self.samples_per_second:.0f} {self.samples}/s, "
-            f"{self.memory_bytes / 1e9:.1f} GB{bad}, {self.data_wait:.0%} waiting for data"
-        )
-
-    def evaluation_message(self) -> str:
-        """Format the evaluation's scores, one per task."""
-        return ", ".join(f"{name} {value:.1%}" for name, value in self.evaluation.items())
-
-    def line(
-        self, terms: Mapping[str, Tensor], embeddings: EmbeddingBatch, learnt: Mapping[str, float]
-    ) -> dict[str, Any]:
-        """Return a line of metrics.jsonl; a non-finite loss becomes null."""
-        return {
-            "step": self.step,
-            "loss": self.loss if math.isfinite(self.loss) else None,
-            **{f"{TERM_PREFIX}{name}": term.item() for name, term in terms.items()},
-            **embedding_geometry(embeddings),
-            **learnt,
-            "samples_per_second": round(self.samples_per_second, 2),
-            "data_wait": round(self.data_wait, 4),
-            "seconds_per_step": float(f"{self.seconds_per_step:.4g}"),
-            "memory_mb": round(self.memory_bytes / 1e6),
-            "bad_samples": self.bad,
-            "skipped_steps": self.skipped,
-            **{f"{EVALUATION_PREFIX}{name}": value for name, value in self.evaluation.items()},
-        }
-
-
 class MetricsLog:
     """Appends to metrics.jsonl. On resume, lines after the checkpoint are dropped first.
 

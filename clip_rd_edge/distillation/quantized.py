@@ -383,11 +383,10 @@ def require_quantizable(config: RunConfig) -> None:
             hint="train it first without {quantize}, then use that run: {student} RUN {quantize} int8",
             option="student",
         )
-    if config.recipe.precision != "fp32":
-        raise UsageError(f"INT8 rounding is computed in fp32, not in {config.recipe.precision}.", option="precision")
-    for name in ("compile", "gradient_checkpointing"):
-        if getattr(config, name):
-            raise UsageError(f"{{{name}}} cannot be combined with {{quantize}}.", hint=f"omit {{{name}}}", option=name)
+    wrong = {"precision": config.recipe.precision != "fp32", "compile": config.compile,
+             "gradient_checkpointing": config.gradient_checkpointing}  # fmt: skip
+    for name in (name for name in wrong if wrong[name]):
+        raise UsageError(f"{{{name}}} cannot be combined with {{quantize}}.", hint=f"omit {{{name}}}", option=name)
 
 
 def require_static_tower(student: ClipModel) -> None:

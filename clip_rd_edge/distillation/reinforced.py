@@ -21,7 +21,8 @@ import io
 import math
 import pickle
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -43,8 +44,8 @@ from clip_rd_edge.data.webdataset import Shards, parse_sources, read_json_member
 from clip_rd_edge.distillation.loader import PairView, ViewDataset
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.store import HalfArray
-from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.losses.ensemble import Ensemble
+from clip_rd_edge.errors import ConfigError, InputError, UsageError, first_line
+from clip_rd_edge.losses.terms import Ensemble
 from clip_rd_edge.utils.arrays import read_npz
 from clip_rd_edge.utils.structs import CheckedError, CheckedStruct, PositiveFloat, read_json
 from clip_rd_edge.utils.text import Reporter, is_unicode, shown_sources
@@ -69,7 +70,7 @@ class StoredTeachers(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fi
 
     Attributes:
         image_size: edge in pixels to which crops were resized for the teachers, bicubically, before RandAugment.
-        share_text: the teachers have one text tower; see `losses.ensemble`.
+        share_text: the teachers have one text tower; see `losses.terms`.
     """
 
     teachers: Annotated[tuple[StoredTeacher, ...], Meta(min_length=1)]
@@ -123,19 +124,12 @@ class Reinforced(Shards):
         """Return a pair's augmentations; raises InputError if they cannot be read."""
         shard, located = self.locate(index)
         member = TarMember(shard, "", *located.augmentations)
-        try:
-            content = read_json_member(member)
-            parameters = content["param_aug"]
+        with _as_expected(member):
+            parameters = read_json_member(member)["param_aug"]
             if isinstance(parameters, str):
                 parameters = msgspec.json.decode(parameters)
             augmentations = tuple(map(_augmentation, parameters))
-        except (TypeError, KeyError, ValueError, OverflowError, msgspec.DecodeError, RecursionError) as error:
-            raise InputError(
-                f"{member} is not as expected: param_aug as a list of [[top, left, height, width], [[operation, "
-                "magnitude], …]] for each augmentation."
-            ) from error
-        if not augmentations:
-            raise InputError(f"{member} has no augmentations.")
+            _require(len(augmentations) > 0, "it has no augmentations")
         return augmentations
 
     def synthetic_captions(self, index: int) -> dict[str, tuple[str, ...]]:
@@ -144,14 +138,12 @@ class Reinforced(Shards):
         if located.synthetic[0] < 0:
             return {}
         member = TarMember(shard, "", *located.synthetic)
-        content = read_json_member(member)
-        if not isinstance(content, dict):
-            raise InputError(f"{member} is not a JSON object.")
-        captions = {key: value for key, value in content.items() if isinstance(value, list)}
-        texts = [text for value in captions.values() for text in value]
-        if not all(isinstance(text, str) and is_unicode(text) for text in texts):
-            raise InputError(f"{member} has captions that are not texts.")
-        return {key: tuple(value) for key, value in captions.items()}
+        with _as_expected(member):
+            content = read_json_member(member)
+            captions = {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
+            texts = [text for value in captions.values() for text in value]
+            _require(all(isinstance(text, str) and is_unicode(text) for text in texts), "its captions are not texts")
+        return captions
 
     def embeddings(self, index: int) -> tuple[TarMember, bool]:
         """Return the file with a pair's embeddings, and whether it is a .pth.gz and not a .npz."""
@@ -159,15 +151,31 @@ class Reinforced(Shards):
         return TarMember(shard, "", *located.embeddings), located.is_torch
 
 
+@contextmanager
+def _as_expected(source: object) -> Iterator[None]:
+    """Within the block, a file that differs from what `data` should hold is a bad sample."""
+    try:
+        yield
+    except (
+        ConfigError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, OverflowError, zlib.error,
+        RuntimeError, RecursionError, pickle.UnpicklingError, msgspec.DecodeError,
+    ) as error:  # fmt: skip
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{source} is not as expected of reinforced samples: {reason}.") from error
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
+
+
 def _augmentation(parameters: Any) -> Augmentation:
     crop, operations = parameters
     top, left, height, width = (int(value) for value in crop)
-    if min(top, left) < 0 or min(height, width) < 1:
-        raise ValueError(crop)
+    _require(min(top, left) >= 0 and min(height, width) >= 1, f"a crop is {crop}")
     named = []
     for number, magnitude in operations or ():
-        if not 0 <= number < len(OPERATIONS) or not abs(magnitude) <= _MAX_MAGNITUDE:
-            raise ValueError(number, magnitude)
+        _require(0 <= number < len(OPERATIONS) and abs(magnitude) <= _MAX_MAGNITUDE, f"{number}, {magnitude}")
         named.append((OPERATIONS[number], float(magnitude)))
     return Augmentation(top, left, height, width, tuple(named))
 
@@ -250,56 +258,45 @@ def reinforced_pairs(source: TrainingData, stored: StoredTeachers, reporter: Rep
 def read_sample(pairs: Reinforced, index: int, stored: StoredTeachers) -> ReinforcedSample:
     """Return what is stored of a pair; the embeddings of each teacher are made unit vectors."""
     augmentations, arrays = pairs.augmentations(index), _embeddings(pairs, index)
-    member, _ = pairs.embeddings(index)
     images, texts = arrays[_IMAGES], arrays[_TEXTS]
-    if len(images) != len(augmentations):
-        raise InputError(f"{member} has {len(images)} embeddings for {len(augmentations)} augmentations.")
-    own = list(pairs.read(index).captions)
-    if len(texts) < len(own):
-        raise InputError(f"{member} has {len(texts)} embeddings for {len(own)} captions.")
-    # Rows are those of text_emb, then those of each array of a key's own, in whatever order the keys come.
-    beside, apart, rows, unknown = list[str](), list[str](), [texts], len(texts) - len(own)
-    for key, synthetic in pairs.synthetic_captions(index).items():
-        array = arrays.get(key + _SUFFIX)
-        if array is not None:
-            if len(array) != len(synthetic):
-                raise InputError(f"{member} has {len(array)} embeddings for {len(synthetic)} captions of {key}.")
-            rows.append(array)
-            apart += synthetic
-        elif unknown and unknown == len(synthetic):
-            beside, unknown = list(synthetic), 0
-        # Captions without embeddings, those of other keys than their generator was asked for, are of no use.
-    if unknown and (len(own) > 1 or pairs.synthetic_captions(index)):
-        raise InputError(f"{member} has {len(texts)} embeddings for {len(own)} captions.")
-    text_embeddings = np.concatenate(rows)
-    if any(array.ndim != 2 or array.shape[1] != sum(stored.widths) for array in (images, text_embeddings)):
-        raise InputError(f"{member} has embeddings of another width than {sum(stored.widths)}.")
-    numbered = list(zip([*own, *beside, *apart], range(len(text_embeddings)), strict=False))
-    return ReinforcedSample(
-        augmentations,
-        _unit_parts(images, stored.widths),
-        numbered[: len(own)],
-        [(caption.strip(), row) for caption, row in numbered[len(own) :] if caption.strip()],
-        _unit_parts(text_embeddings, stored.widths),
-    )
+    own, synthetic = list(pairs.read(index).captions), pairs.synthetic_captions(index)
+    with _as_expected(pairs.embeddings(index)[0]):
+        _require(len(images) == len(augmentations), f"{len(images)} embeddings for {len(augmentations)} augmentations")
+        # Rows are those of text_emb, then those of each array of a key's own, in whatever order the keys come.
+        beside, apart, rows, unknown = list[str](), list[str](), [texts], len(texts) - len(own)
+        for key, captions in synthetic.items():
+            array = arrays.get(key + _SUFFIX)
+            if array is not None:
+                _require(len(array) == len(captions), f"{len(array)} embeddings for {len(captions)} captions of {key}")
+                rows.append(array)
+                apart += captions
+            elif unknown and unknown == len(captions):
+                beside, unknown = list(captions), 0
+            # Captions without embeddings, those of other keys than their generator was asked for, are of no use.
+        may_be_more = len(own) == 1 and not synthetic
+        _require(unknown == 0 or (unknown > 0 and may_be_more), f"{len(texts)} embeddings for {len(own)} captions")
+        text_embeddings = np.concatenate(rows)
+        numbered = list(zip([*own, *beside, *apart], range(len(text_embeddings)), strict=False))
+        return ReinforcedSample(
+            augmentations,
+            _unit_parts(images, stored.widths),
+            numbered[: len(own)],
+            [(caption.strip(), row) for caption, row in numbered[len(own) :] if caption.strip()],
+            _unit_parts(text_embeddings, stored.widths),
+        )
 
 
 def augment(image: Image.Image, augmentation: Augmentation, *, size: int) -> Image.Image:
     """Return what the teachers saw: a crop, resized to `size` pixels, and RandAugment's operations on it."""
     top, left, height, width, operations = augmentation
-    if top + height > image.height or left + width > image.width:
-        raise InputError(
-            f"The image has {image.width} × {image.height} pixels, but a stored augmentation crops it to "
-            f"{left + width} × {top + height}: it is not the image that was augmented."
+    with _as_expected(f"The augmentation {augmentation}"):
+        _require(
+            top + height <= image.height and left + width <= image.width,
+            f"the image has {image.width} × {image.height} pixels, so that it is not the one that was augmented",
         )
-    image = F.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BICUBIC)
-    for name, magnitude in operations:
-        try:
+        image = F.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BICUBIC)
+        for name, magnitude in operations:
             image = _OPERATIONS[name](image, magnitude)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise InputError(
-                f"The stored augmentation {name} cannot be applied with magnitude {magnitude:g}."
-            ) from error
     return image
 
 
@@ -344,40 +341,29 @@ def _resized(image: Image.Image, model: Preprocessing) -> Levels:
 def _embeddings(pairs: Reinforced, index: int) -> dict[str, npt.NDArray[np.float32]]:
     """Return all arrays of a pair's embeddings by name."""
     member, is_torch = pairs.embeddings(index)
-    if member.size > _MAX_BYTES:
-        raise InputError(f"{member} has {member.size:,} bytes; the limit for embeddings is {_MAX_BYTES:,}.")
-    try:
+    with _as_expected(member):
+        _require(member.size <= _MAX_BYTES, f"it has {member.size:,} bytes; the limit is {_MAX_BYTES:,}")
         content = io.BytesIO(member.read_bytes())
         arrays = _from_torch(content) if is_torch else read_npz(content, max_bytes=_MAX_BYTES, name=str(member))
         arrays = {name: array.astype(np.float32) for name, array in arrays.items() if name.endswith(_SUFFIX)}
-    except ConfigError as error:
-        raise InputError(f"Cannot read the embeddings: {error}") from error
-    except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
-        raise InputError(f"Cannot read the embeddings {member}: {error}.") from error
-    except (RuntimeError, pickle.UnpicklingError) as error:  # torch's for a damaged or a dangerous file
-        raise InputError(f"Cannot read the embeddings {member}: it holds more than tensors, or is damaged.") from error
-    missing = [name for name in (_IMAGES, _TEXTS) if name not in arrays]
-    if missing:
-        raise InputError(f"{member} has no {missing[0]}.")
+        _require(_IMAGES in arrays and _TEXTS in arrays, f"it has no {_IMAGES}, or no {_TEXTS}")
     return arrays
 
 
 def _from_torch(content: io.BytesIO) -> dict[str, npt.NDArray[Any]]:
     with gzip.GzipFile(fileobj=content) as file:
         unpacked = file.read(_MAX_BYTES + 1)
-    if len(unpacked) > _MAX_BYTES:
-        raise ValueError(f"it would take more than {_MAX_BYTES:,} bytes")
+    _require(len(unpacked) <= _MAX_BYTES, f"it would take more than {_MAX_BYTES:,} bytes")
     # Only tensors and containers of them: any other content of a pickle could be code.
     tensors: Any = torch.load(io.BytesIO(unpacked), map_location="cpu", weights_only=True)
-    if not isinstance(tensors, dict):
-        raise ValueError("it is not a dictionary")  # noqa: TRY004  of a file's content
     return {str(name): torch.as_tensor(value).float().numpy() for name, value in tensors.items()}
 
 
 def _unit_parts(embeddings: npt.NDArray[np.float32], widths: Sequence[int]) -> HalfArray:
+    width = sum(widths)
+    _require(embeddings.ndim == 2 and embeddings.shape[1] == width, f"its embeddings have another width than {width}")
     parts = np.split(embeddings, np.cumsum(widths)[:-1], axis=1)
     norms = [np.linalg.norm(part, axis=1, keepdims=True) for part in parts]
-    if any((norm == 0).any() or not np.isfinite(norm).all() for norm in norms):
-        raise InputError("An embedding is zero or not finite.")
+    _require(all((norm > 0).all() and np.isfinite(norm).all() for norm in norms), "an embedding is zero or not finite")
     units: HalfArray = np.concatenate([part / norm for part, norm in zip(parts, norms, strict=True)], axis=1)
     return units.astype(np.float16)

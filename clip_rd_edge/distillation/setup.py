@@ -1,37 +1,36 @@
-"""What a run is made from: loaded, and checked before anything is written."""
+"""What a run is made from: loaded, checked before anything is written, and known again when the run is resumed."""
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from clip_rd_edge.bundle.runs import WEIGHTS_FILE, model_folder
-from clip_rd_edge.data.folders import Folder
+from clip_rd_edge.bundle.runs import INPUTS_FILE, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE, model_folder
 from clip_rd_edge.data.load import TrainingData, load_samples, names_shards
-from clip_rd_edge.data.samples import BadSamples, Samples, require_batch, require_images
-from clip_rd_edge.data.tables import Table
-from clip_rd_edge.distillation.checkpoint import seed_everything
-from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
+from clip_rd_edge.data.samples import BadSamples, Samples, fingerprint, require_batch, require_images
+from clip_rd_edge.distillation.checkpoint import list_checkpoints, seed_everything
+from clip_rd_edge.distillation.config import LOCATIONS, RecordedConfig, RunConfig, is_texts_alone, plain_values
 from clip_rd_edge.distillation.loader import ViewDataset
 from clip_rd_edge.distillation.pixels import crops_for
 from clip_rd_edge.distillation.processes import Processes
-from clip_rd_edge.distillation.student import make_student, require_named_student, set_training_mode
+from clip_rd_edge.distillation.student import make_student, require_named_student, set_training_mode, text_source
 from clip_rd_edge.distillation.teacher import ensemble_of, load_stored_teachers, load_teachers
-from clip_rd_edge.errors import UsageError
-from clip_rd_edge.losses.ensemble import Ensemble
+from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.losses.objective import Objective
-from clip_rd_edge.losses.terms import find_term
-from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.utils.files import sha256_of
-from clip_rd_edge.utils.paths import Typed
+from clip_rd_edge.losses.terms import Ensemble, find_term, own_terms, source_of
+from clip_rd_edge.models.clip import ClipModel, form_fingerprint, model_fingerprint
+from clip_rd_edge.models.names import is_trained, student_file
+from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
+from clip_rd_edge.utils.paths import Typed, is_file
+from clip_rd_edge.utils.structs import read_json, read_yaml, to_json, to_yaml
 from clip_rd_edge.utils.text import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -58,15 +57,6 @@ class RunSetup:
     stored: StoredTeachers | None = None
     ensemble: Ensemble | None = None
     tasks: Sequence[Task] = ()
-
-    @cached_property
-    def task_fingerprints(self) -> dict[str, str]:
-        """The fingerprint of each task by its name."""
-        if not self.tasks:
-            return {}
-        from clip_rd_edge.benchmarking.accuracy import task_fingerprint  # which most runs do without
-
-        return {task.name: task_fingerprint(task) for task in self.tasks}
 
     def total_steps(self, config: RunConfig) -> int:
         """Return the number of steps of a run: the recipe's `steps`, or its epochs times the full batches of each."""
@@ -154,12 +144,6 @@ def _require_matching_towers(config: RunConfig, setup: RunSetup) -> None:
 def _require_terms_for(config: RunConfig, pairs: Samples) -> None:
     """Refuse an objective whose terms all need something that the data lack."""
     objective, of_texts = config.recipe.objective, is_texts_alone(config)
-    if of_texts and config.quantize:
-        raise UsageError(
-            "There are texts alone, but it is the image tower that is trained for INT8.",
-            hint="name images: {images} FOLDER, or {data} PAIRS",
-            option="quantize",
-        )
     if not objective.for_texts() if of_texts else objective.needs_pairs and not pairs.counts.pairs:
         what = "images" if of_texts else "pairs of images and captions alone"
         raise UsageError(
@@ -177,14 +161,7 @@ def lack_of_pairs(config: RunConfig, pairs: Samples) -> list[str]:
         trained = ", ".join(config.recipe.objective.for_texts())
         return [f"without images, the text tower alone is trained, by these terms of the objective: {trained}"]
     left_out = config.recipe.objective.needing("pairs")
-    terms = [f"without pairs, these terms of the objective are 0: {', '.join(left_out)}"] if left_out else []
-    if config.tasks:
-        return terms
-    return [
-        *terms,
-        "without pairs or a --task, the run cannot tell how often the student is right: evaluate it on images that you "
-        "have labelled",
-    ]
+    return [f"without pairs, these terms of the objective are 0: {', '.join(left_out)}"] if left_out else []
 
 
 def training_pairs(config: RunConfig, *, reporter: Reporter = SILENT) -> Samples:
@@ -267,7 +244,7 @@ def note_overlap(config: RunConfig, tasks: Sequence[Task], *, reporter: Reporter
     """Report which images of tasks are trained on, by their content: names and compression may differ."""
     if any(place is not None and names_shards(place) for place in (config.data, config.images)):
         return
-    from clip_rd_edge.data.look import overlap
+    from clip_rd_edge.data.look import image_paths, overlap
 
     trained = image_paths(training_pairs(config))
     for task in tasks:
@@ -281,8 +258,190 @@ def note_overlap(config: RunConfig, tasks: Sequence[Task], *, reporter: Reporter
             )
 
 
-def image_paths(samples: Samples) -> list[Path]:
-    """Return the files of those samples that are files."""
-    if isinstance(samples, Table):
-        return [samples.pair(index).path for index in range(len(samples))]
-    return list(samples.images) if isinstance(samples, Folder) else []
+_SHOWN_DIGITS = 12
+
+
+class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
+    """Fingerprints of data, teacher and trained student, which do not depend on the folders that they lie in.
+
+    Attributes:
+        left_out: number of samples that are not pairs, such as those in the lost part of a shard.
+        samples: how many rows of which kinds, in words.
+        pairs_sha256: see `data.samples.fingerprint`.
+        teacher_sha256: `models.clip.model_fingerprint` of each teacher, with its preprocessing; stored ones have one.
+        student_sha256: the same of a trained student that is trained on; None for a new one.
+        image_weights_sha256, text_weights_sha256: of the file that a tower of the student starts from; None for what is
+            no file, or for a file that is gone.
+        text_sha256: of the text tower and tokenizer that a new student takes from a model's folder; None for others.
+        student_file_sha256: of the JSON file with a new student's architecture and preprocessing; None for others.
+        form_sha256: of what a checkpoint's weights belong to: the student's form and the teachers' embedding sizes.
+        terms_sha256: of the code of each own loss term of the recipe, by its name.
+    """
+
+    samples: str
+    left_out: int
+    pairs_sha256: str
+    teacher_sha256: tuple[str, ...] = ()
+    student_sha256: str | None = None
+    image_weights_sha256: str | None = None
+    text_weights_sha256: str | None = None
+    text_sha256: str | None = None
+    student_file_sha256: str | None = None
+    form_sha256: str = ""
+    terms_sha256: dict[str, str] = {}
+
+    @property
+    def counts(self) -> str:
+        """How many samples there are, in words."""
+        return self.samples + (f" and {self.left_out:,} samples that are not pairs" if self.left_out else "")
+
+
+# What a difference of a fingerprint means, the cause before what follows from it.
+_MEANINGS = {
+    "text_sha256": "the text tower that the student starts from has other weights or another tokenizer",
+    "student_file_sha256": "the file of the student's architecture has another content",
+    "student_sha256": "the model that it trains on has other weights, another configuration or another tokenizer",
+    "image_weights_sha256": "the image weights that the student starts from are others",
+    "text_weights_sha256": "the text weights that the student starts from are others",
+    "form_sha256": "the student has another architecture, tokenizer or preprocessing",
+}
+# The weights of a checkpoint belong to the tokens and the architecture that they were trained with.
+_OF_STUDENT = ("form_sha256", "text_sha256", "student_file_sha256")
+
+
+def teachers_digest(inputs: RunInputs) -> str:
+    """Return a digest of the teachers and of how they see images, by which their embeddings are known again."""
+    return _digest(inputs.teacher_sha256)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(msgspec.json.encode(value)).hexdigest()
+
+
+def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
+    """Return the fingerprints of a run's data and models."""
+    teachers = tuple(_digest((model_fingerprint(clip), clip.preprocessing)) for clip in setup.teachers)
+    if setup.stored is not None:
+        teachers = (_digest(setup.stored),)
+    takes_text = not is_trained(config.student) and text_source(config)  # whose weights the student still has
+    text = replace(setup.student, model=setup.student.model.get_submodule("text")) if takes_text else None
+    form = form_fingerprint(setup.student), setup.objective.teacher_widths
+    return RunInputs(
+        **data_inputs(setup.pairs),
+        teacher_sha256=teachers,
+        student_sha256=model_fingerprint(setup.student) if is_trained(config.student) else None,
+        image_weights_sha256=sha256_of_file(config.pretrained_image),
+        text_weights_sha256=sha256_of_file(config.pretrained_text),
+        text_sha256=model_fingerprint(text) if text else None,
+        student_file_sha256=sha256_of_file(student_file(config.student)),
+        form_sha256=_digest(form),
+        terms_sha256={name: source_of(name) for name in own_terms(config.recipe.objective)},
+    )
+
+
+def data_inputs(pairs: Samples) -> dict[str, Any]:
+    """Return those of the fingerprints that are of the data."""
+    return {"left_out": pairs.problems.count, "samples": str(pairs.counts), "pairs_sha256": fingerprint(pairs)}
+
+
+def sha256_of_file(name: str | Path | None) -> str | None:
+    """Return the digest of a file, None if there is none of this name."""
+    return sha256_of(Path(name)) if name and is_file(name) else None
+
+
+def common_inputs(config: RunConfig, setup: RunSetup, processes: Processes) -> RunInputs:
+    """Return the fingerprints of data and models, which must be the same in all processes.
+
+    Machines that do not share their files may hold different ones under the same names.
+    """
+    with processes.together():
+        inputs = inputs_of(config, setup)
+    first, *others = processes.gather_objects(inputs)
+    for rank, other in enumerate(others, start=1):
+        if difference := input_difference(first, other, data=setup.pairs.name, teachers=setup.teacher_names):
+            raise InputError(
+                f"Process {rank} of the run{processes.where(rank)} reads other files than process 0: {difference}.",
+                hint="give all machines the same data and the same models",
+            )
+    return first
+
+
+def check_inputs(
+    run: Path, inputs: RunInputs, setup: RunSetup, *, accept_changes: bool, reporter: Reporter = SILENT
+) -> None:
+    """Check that data and models are those of RUN/inputs.json, if there is one.
+
+    A run without a checkpoint starts again, with whatever is there now, which is recorded. Otherwise, `record_inputs`
+    has to follow once the checkpoint is loaded: until then, the run can go on with its earlier inputs.
+
+    Args:
+        inputs: fingerprints of data and models.
+        setup: names them.
+        accept_changes: report a difference instead of raising, unless the run is finished, or its student would get
+            another tokenizer, architecture or preprocessing, or a teacher another embedding size.
+    """
+    has_checkpoint = bool(list_checkpoints(run))
+    if is_file(run / INPUTS_FILE):
+        old = read_json(run / INPUTS_FILE, RunInputs)
+        difference = input_difference(old, inputs, data=setup.pairs.name, teachers=setup.teacher_names)
+        if difference is None:
+            return
+        is_finished = is_file(run / STUDENT_FOLDER / WEIGHTS_FILE)
+        is_acceptable = not is_finished and all(getattr(old, name) == getattr(inputs, name) for name in _OF_STUDENT)
+        if is_finished or (has_checkpoint and not (accept_changes and is_acceptable)):
+            ways = [f"name or restore those in {run / RUN_CONFIG_FILE}", "start a new run with another {output}"]
+            ways += ["go on with the new ones: {accept_changes}"] * is_acceptable
+            raise UsageError(f"{run} began with other inputs: {difference}.", hint=", or ".join(ways))
+        reporter.note(f"the run goes on with changed inputs: {difference}")
+    if not has_checkpoint:
+        record_inputs(run, inputs)
+
+
+def record_inputs(run: Path, inputs: RunInputs) -> None:
+    """Write RUN/inputs.json: the run has begun with these, or goes on with them."""
+    write_bytes(run / INPUTS_FILE, to_json(inputs))
+
+
+def sources_known_by_content(run: Path, new: RunConfig) -> frozenset[str]:
+    """Return the fields of a run's configuration that RUN/inputs.json decides, whatever path they name.
+
+    A path alone does not: it may be relative to another working directory, or that of a copy on another machine.
+    Weights to start from are known by a file alone, and a checkpoint has replaced them.
+    """
+    if not is_file(run / INPUTS_FILE):
+        return frozenset()
+    inputs = read_json(run / INPUTS_FILE, RunInputs)
+    weights = {"pretrained_image": inputs.image_weights_sha256, "pretrained_text": inputs.text_weights_sha256}
+    return LOCATIONS - {name for name, sha256 in weights.items() if not (sha256 and is_file(getattr(new, name) or ""))}
+
+
+def record_locations(run: Path, config: RunConfig) -> None:
+    """Have RUN/config.yaml name the paths that the run reads now."""
+    old = plain_values(read_yaml(run / RUN_CONFIG_FILE, RecordedConfig))
+    new = {name: value if name in LOCATIONS else old[name] for name, value in plain_values(config).items()}
+    if new != old:
+        write_text(run / RUN_CONFIG_FILE, to_yaml(new))
+
+
+def input_difference(old: RunInputs, new: RunInputs, *, data: str, teachers: Sequence[str]) -> str | None:
+    """Return in words what differs, and how; None if nothing does, or what differs was or is not known."""
+    if old.counts != new.counts:
+        return f"{data} has {new.counts}, in place of {old.counts}"
+    count = len(old.teacher_sha256)
+    if count != len(new.teacher_sha256):
+        return f"there are {len(new.teacher_sha256)} teachers, in place of {count}"
+    names = teachers if len(teachers) == count else [" and ".join(teachers)]  # stored ones have one digest together
+    of_teachers = zip(names, old.teacher_sha256, new.teacher_sha256, strict=False)
+    of_terms = ((name, was, new.terms_sha256.get(name)) for name, was in old.terms_sha256.items())
+    changes = [
+        (f"{data} has as many samples, but other names, captions, sizes or another order",
+         old.pairs_sha256, new.pairs_sha256),
+        *((f"the teacher {name} has other weights or preprocessing, another configuration or tokenizer", *digests)
+          for name, *digests in of_teachers),
+        *((f"the loss term {name} has other code", *digests) for name, *digests in of_terms),
+        *((meaning, getattr(old, name), getattr(new, name)) for name, meaning in _MEANINGS.items()),
+    ]  # fmt: skip
+    for meaning, was, now in changes:
+        if was and now and was != now:
+            return f"{meaning} (SHA-256 {was[:_SHOWN_DIGITS]} → {now[:_SHOWN_DIGITS]})"
+    return None

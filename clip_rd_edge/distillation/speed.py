@@ -189,7 +189,7 @@ class _Timer(Reporter):
 
 def measure_speed(config: RunConfig, folder: Path, *, reporter: Reporter = SILENT) -> Speed:
     """Time a few steps of a run, in a folder of their own, which is removed; nothing is saved."""
-    from clip_rd_edge.distillation.distill import run_distillation  # which measures the precision by this module
+    from clip_rd_edge.distillation.run import run_distillation  # which measures the precision by this module
 
     began, probe, timer = time.monotonic(), folder.with_name(f".{folder.name}.probe"), _Timer(reporter)
     shutil.rmtree(probe, ignore_errors=True)

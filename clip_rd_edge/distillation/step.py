@@ -32,8 +32,8 @@ from clip_rd_edge.distillation.teacher import (
     caption_batch_size,
 )
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.losses.objective import LossTerms, Objective
-from clip_rd_edge.losses.terms import MAX_SCALE, EmbeddingBatch
+from clip_rd_edge.losses.objective import MAX_SCALE, LossTerms, Objective
+from clip_rd_edge.losses.terms import EmbeddingBatch
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 from clip_rd_edge.models.encoder import LENGTHS, CaptionTower
 

@@ -277,11 +277,6 @@ def store_folders(folder: Path, teachers: Sequence[ClipModel]) -> list[Path]:
     """Return the folder of each teacher's store: `folder` itself, or those of several teachers in it."""
     if len(teachers) == 1 and not any(folder.glob(f"{_OF_A_TEACHER}*")):
         return [folder]
-    if is_file(folder / MANIFEST):
-        raise UsageError(
-            f"The store {folder} is that of one teacher, but the run has {len(teachers)}.",
-            hint="choose another {store}",
-        )
     return [folder / f"{_OF_A_TEACHER}{model_fingerprint(teacher)[:16]}" for teacher in teachers]
 
 

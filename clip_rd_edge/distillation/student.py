@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -120,12 +120,6 @@ def require_named_student(config: RunConfig) -> None:
     if config.text is not None and config.text != TEACHER:
         if text_source(config) is None:
             text_size(config.text)
-        elif config.pretrained_text:
-            raise UsageError(
-                f"The student takes the text tower of {config.text}, but other weights to start from were named.",
-                hint="omit {pretrained_text}",
-                option="pretrained_text",
-            )
         else:
             known_config(config.text)
     if config.recipe.objective.needs_teacher and config.stored_teachers is None:
@@ -148,8 +142,8 @@ def _student_to_train(config: RunConfig, teachers: Sequence[ClipModel], name: st
     for option in ("text", "pretrained_text", "pretrained_image"):
         if getattr(config, option) in (TEACHER, TOKENS) and not teachers:
             raise UsageError(
-                f"{{{option}}} needs a teacher, but the recipe {config.recipe_name} has none.",
-                hint=f"choose another {{{option}}}, or another {{recipe}}",
+                f"{{{option}}} needs a teacher, and the run has no model of one.",
+                hint=f"choose another {{{option}}}, or another {{recipe}} or {{teacher}}",
                 option=option,
             )
     student = _build_student(config, teachers, name)
@@ -217,13 +211,6 @@ def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) 
         return build_student(architecture, name=name)
     source = text_source(config)
     clip = load_clip(source) if source else teachers[0]
-    if config.context_length not in (None, clip.context_length):
-        raise UsageError(
-            f"The student takes the text tower of {clip.name}, whose context length is {clip.context_length}; "
-            f"{config.context_length} was asked for.",
-            hint="omit {context_length}",
-            option="context_length",
-        )
     return build_with_text_tower_of(clip, architecture, name=name)
 
 
@@ -271,17 +258,11 @@ def empty_student(config: RunConfig, *, name: str) -> ClipModel:
 
 
 def require_trained_bias(student: ClipModel, objective: Weights) -> None:
-    """Check that a student has a logit bias if, and only if, the term `sigmoid` trains it."""
-    is_biased, is_trained = getattr(student.model, "logit_bias", None) is not None, "sigmoid" in objective
-    if is_biased and not is_trained:
+    """Check that a student has a logit bias only if the term `sigmoid` trains it."""
+    if getattr(student.model, "logit_bias", None) is not None and "sigmoid" not in objective:
         raise UsageError(
             f"The student {student.name} has a logit bias, as SigLIP's models do, and no term of the recipe trains it.",
             hint="give the term sigmoid a weight in {recipe}, or train another student; the model can be the teacher",
-        )
-    if is_trained and not is_biased:
-        raise UsageError(
-            f"The term sigmoid trains a logit bias, but {student.name} was trained without one.",
-            hint="leave the term out of {recipe}, or start from one of SigLIP's models, or a new student",
         )
 
 
@@ -315,39 +296,6 @@ def set_training_mode(student: ClipModel, config: RunConfig) -> None:
     elif config.freeze_image:
         groups, trunk = _image_groups(student)
         _freeze_first(groups, config.freeze_image, trunk, option="freeze_image")
-    _require_trained_part(student, config)
-
-
-def _require_trained_part(student: ClipModel, config: RunConfig) -> None:
-    """Raise a UsageError if no tower has a parameter to train, as without images and a projection of the text tower."""
-    trained = {name for name, parameter in student.model.named_parameters() if parameter.requires_grad}
-    if trained <= {"logit_scale", "logit_bias"}:
-        raise UsageError(
-            f"Nothing of {student.name} would be trained: what is not frozen has no data to learn from.",
-            hint="name images: {images} FOLDER, or {data} PAIRS; or train the text tower: another {text}, and no "
-            "{freeze_text}",
-        )
-
-
-def frozen_at_random(config: RunConfig) -> Iterator[str]:
-    """Yield a sentence for each tower of a new student that has frozen layers with random weights, which never learn.
-
-    Args:
-        config: as it was when the run began; a checkpoint replaces the weights that it names.
-    """
-    if is_trained(config.student):
-        return
-    has_tokens = config.pretrained_text == TOKENS  # which are the first group of layers
-    frozen_text = config.freeze_text or config.freeze_text_layers > has_tokens
-    frozen = {
-        "text": frozen_text and not takes_text(config) and (has_tokens or not config.pretrained_text),
-        "image": config.freeze_image and not config.pretrained_image,
-    }
-    for tower in (tower for tower in frozen if frozen[tower]):
-        yield (
-            f"the frozen layers of the {tower} tower keep random weights: --pretrained-{tower} names weights to start "
-            "from"
-        )
 
 
 def _freeze_all_but_projection(text: nn.Module) -> None:

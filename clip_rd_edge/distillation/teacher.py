@@ -20,7 +20,7 @@ from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.losses.ensemble import Ensemble
+from clip_rd_edge.losses.terms import Ensemble
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device
 from clip_rd_edge.models.encoder import CaptionTower, embed_with_progress
 from clip_rd_edge.models.load import load_clip
@@ -44,12 +44,6 @@ def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
         )
     if config.stored_teachers is not None:
         return ()
-    if config.teacher_pretrained is not None and all(map(is_trained, config.teachers)):
-        raise UsageError(
-            f"The weights {config.teacher_pretrained!r} were named, but all teachers have weights already.",
-            hint="omit {teacher_pretrained}, or name only an architecture with {teacher}",
-            option="teacher_pretrained",
-        )
     return tuple(load_clip(name, pretrained=teacher_weights(config, name)) for name in config.teachers)
 
 
@@ -117,7 +111,7 @@ def _text_weights(clip: ClipModel) -> dict[str, Tensor]:
 
 
 class BatchTeacher(Protocol):
-    """The teacher as seen by a training step; several teachers are one, see `losses.ensemble`."""
+    """The teacher as seen by a training step; several teachers are one, see `losses.terms`."""
 
     @property
     def logit_scale(self) -> float | tuple[float, ...]: ...  # γ_t, a multiplier, or those of several teachers

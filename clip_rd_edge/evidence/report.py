@@ -26,11 +26,13 @@ from clip_rd_edge.bundle.outputs import require_output_file
 from clip_rd_edge.bundle.runs import EVALUATION_PREFIX as _EVALUATION
 from clip_rd_edge.distillation.metrics import verbatim
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.evidence.results import (
+from clip_rd_edge.evidence.suite import (
     FORMAT_VERSION,
+    TUNED_TEACHER,
     Curve,
     Difference,
     Evidence,
+    EvidenceSuite,
     ModelResult,
     RunResult,
     Spread,
@@ -39,7 +41,6 @@ from clip_rd_edge.evidence.results import (
     runs_of,
     spread,
 )
-from clip_rd_edge.evidence.suite import TUNED_TEACHER, EvidenceSuite
 from clip_rd_edge.installation import without_checkout
 from clip_rd_edge.utils.files import write_bytes, write_text
 from clip_rd_edge.utils.paths import exists

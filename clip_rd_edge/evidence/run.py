@@ -23,41 +23,45 @@ from clip_rd_edge.benchmarking.accuracy import (
 from clip_rd_edge.benchmarking.metrics import Score, primary_metric
 from clip_rd_edge.benchmarking.results import this_environment
 from clip_rd_edge.bundle.encoder import Encoder
-from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, read_metrics
+from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, INPUTS_FILE, STUDENT_FOLDER, WEIGHTS_FILE, read_metrics
+from clip_rd_edge.data.samples import Samples
 from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask, load_task, with_distinct_names
-from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, CHECKPOINTS_FOLDER
-from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.distill import run_distillation
+from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, CHECKPOINTS_FOLDER, list_checkpoints
+from clip_rd_edge.distillation.config import CROP_SCALE, RunConfig
 from clip_rd_edge.distillation.embed import STORE_STAGE
-from clip_rd_edge.distillation.inputs import require_same_files
 from clip_rd_edge.distillation.metrics import mean_similarities
 from clip_rd_edge.distillation.processes import require_one_process
-from clip_rd_edge.distillation.run import check_folder, resumed_by_the_same_call
-from clip_rd_edge.distillation.setup import training_pairs
-from clip_rd_edge.distillation.student import empty_student
+from clip_rd_edge.distillation.run import check_folder, resumed_by_the_same_call, run_distillation
+from clip_rd_edge.distillation.setup import RunInputs, data_inputs, input_difference, sha256_of_file, training_pairs
+from clip_rd_edge.distillation.student import crops_of, empty_student, takes_text
 from clip_rd_edge.errors import DivergedRunError, UsageError
 from clip_rd_edge.evidence.report import training_data_remark, write_evidence
-from clip_rd_edge.evidence.results import (
+from clip_rd_edge.evidence.suite import (
     RESULT,
+    TEACHER_RESULT,
+    TUNED_TEACHER,
     Curve,
     Evidence,
+    EvidenceSuite,
     Geometry,
     ModelResult,
+    Run,
     RunResult,
     TaskResult,
     has_tasks,
     read_run,
     tasks_of,
 )
-from clip_rd_edge.evidence.suite import TEACHER_RESULT, TUNED_TEACHER, EvidenceSuite, Run, run_config
 from clip_rd_edge.models.clip import model_fingerprint
 from clip_rd_edge.models.encoder import TorchEncoder, torch_threads
 from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.names import student_file
+from clip_rd_edge.models.students import TEACHER
 from clip_rd_edge.pipeline import tune_teacher
 from clip_rd_edge.settings.measuring import Quickstart
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.outputs import exclusive_writer
-from clip_rd_edge.utils.paths import Typed, typed
+from clip_rd_edge.utils.paths import Typed, is_file, typed
 from clip_rd_edge.utils.structs import read_json, to_json
 from clip_rd_edge.utils.text import PrefixedReporter, Reporter, shown_source
 
@@ -154,6 +158,54 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
     return collect(suite, folder)
 
 
+def run_config(suite: EvidenceSuite, run: Run, *, teacher: Typed, stores: Path) -> RunConfig:
+    """Return the configuration of a run.
+
+    Args:
+        teacher: model name, as in `load_clip`.
+        stores: folder of the teacher's embeddings, with one store per seed and crops, because views depend on these.
+    """
+    recipe = suite.recipe(run.method, run.student)
+    needs_teacher = recipe.objective.needs_teacher
+    text, pretrained_text = run.method.text or suite.text, run.method.pretrained_text
+    config = RunConfig(
+        recipe_name=Typed(run.method.name),
+        recipe=recipe,
+        data=suite.place(suite.data),
+        teacher=teacher if needs_teacher else None,
+        student=suite.place(run.student),
+        image_size=suite.image_size,
+        text=suite.place(text),
+        freeze_text=text == TEACHER,
+        pretrained_text=suite.place(pretrained_text) if pretrained_text else None,
+        freeze_text_layers=run.method.freeze_text_layers,
+        context_length=suite.context_length,
+        embedding_size=suite.embedding_size,
+        teacher_precision=suite.precision,
+        views=suite.views,
+        seed=run.seed,
+        workers=0,
+        log_every=suite.log_every,
+        checkpoint_every=suite.evaluate_every,
+        evaluate_every=suite.evaluate_every,
+        tasks=tuple(map(suite.place, suite.tasks)),
+    )
+    if takes_text(config):
+        config = msgspec.structs.replace(config, context_length=None)
+    if not needs_teacher:
+        return config
+    return msgspec.structs.replace(config, store=typed(stores / _store_name(config)))
+
+
+def _store_name(config: RunConfig) -> str:
+    crops, name = crops_of(config), f"seed-{config.seed}"
+    if crops.scale != CROP_SCALE:
+        name += f"-crops-{crops.scale[0]}-{crops.scale[1]}"
+    if crops.aspect_ratio is None:
+        return f"{name}-squash"
+    return name if crops.aspect_ratio == 1 else f"{name}-{crops.aspect_ratio:.3f}"
+
+
 def collect(suite: EvidenceSuite, folder: Path) -> Evidence:
     """Collect the finished runs in a suite's folder.
 
@@ -220,10 +272,11 @@ class _TrainingClock(PrefixedReporter):
 
 def _check_runs(configs: Sequence[RunConfig], folders: Sequence[Path], reporter: Reporter) -> None:
     """Check all runs of a suite before the first is trained: the others may be days away."""
+    pairs = training_pairs(configs[0], reporter=reporter)
     for config, folder in zip(configs, folders, strict=True):
         if folder.is_dir():
             check_folder(config, folder, resume=True)
-    require_same_files(configs, folders, training_pairs(configs[0], reporter=reporter))
+            _check_files(config, folder, pairs)
     for config in {(config.student, config.recipe_name): config for config in configs}.values():  # of one seed
         try:
             empty_student(config, name=config.student)
@@ -231,6 +284,18 @@ def _check_runs(configs: Sequence[RunConfig], folders: Sequence[Path], reporter:
             raise UsageError(
                 f"The method {config.recipe_name} cannot train {config.student}: {error}", hint=error.hint
             ) from error
+
+
+def _check_files(config: RunConfig, run: Path, pairs: Samples) -> None:
+    """Refuse other data, or another file of the student, than a run that has trained began with."""
+    if is_file(run / STUDENT_FOLDER / WEIGHTS_FILE) or list_checkpoints(run):
+        old = read_json(run / INPUTS_FILE, RunInputs)
+        file = sha256_of_file(student_file(config.student))
+        new = msgspec.structs.replace(old, **data_inputs(pairs), student_file_sha256=file)
+        if difference := input_difference(old, new, data=pairs.name, teachers=config.teachers):
+            raise UsageError(
+                f"{run} began with other inputs: {difference}.", hint="restore them, or choose another {output}"
+            )
 
 
 def _train_and_evaluate(

@@ -18,20 +18,18 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.losses.terms import (
-    PUBLISHED_START,
     EmbeddingBatch,
     Logits,
     Need,
     Products,
-    ScaleKind,
-    Scales,
     TeacherScale,
     at_least_float32,
     find_term,
@@ -73,6 +71,47 @@ class Weights(dict[str, float]):
         """Return the weights without terms that need images."""
         without = self.needing("images", "pairs")
         return Weights({name: weight for name, weight in self.items() if name not in without})
+
+
+ScaleKind = Literal["bounded", "raw"]
+# Initial scale of the published recipe: ln(1 / 0.07), used as the multiplier itself, not as its logarithm.
+PUBLISHED_START = math.log(1 / 0.07)
+MAX_SCALE = 100.0
+# A float32 just below ln 100, so that the multiplier does not exceed 100.
+_MAX_LOG = float(np.nextafter(np.float32(math.log(MAX_SCALE)), np.float32(0)))
+
+
+class Scales(nn.Module):
+    """The learned multipliers a (image), b (text) and c (cross).
+
+    Args:
+        kind: `bounded` learns the logarithm and clamps the multiplier to [1, 100], so that a scale can neither become
+            negative nor diverge; `raw` learns the multiplier itself, as published.
+        start: initial value of the multipliers.
+    """
+
+    def __init__(self, kind: ScaleKind = "bounded", *, start: float = PUBLISHED_START) -> None:
+        super().__init__()
+        self.kind = kind
+        value = math.log(start) if kind == "bounded" else start
+        self.image = nn.Parameter(torch.tensor(value))
+        self.text = nn.Parameter(torch.tensor(value))
+        self.cross = nn.Parameter(torch.tensor(value))
+
+    def multiplier(self, parameter: Tensor) -> Tensor:
+        """Return the multiplier for one of this module's parameters, a scalar."""
+        if self.kind == "raw":
+            return parameter
+        # Straight-through: from torch 2.15 on, clamp has gradient 0 at the bounds, so a scale could never leave them.
+        clamped = parameter.detach().clamp(0.0, _MAX_LOG)
+        return (clamped + (parameter - parameter.detach())).exp()
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Clamp bounded parameters to their range; call after each optimiser step."""
+        if self.kind == "bounded":
+            for parameter in self.parameters():
+                parameter.clamp_(0.0, _MAX_LOG)
 
 
 @dataclass(frozen=True)

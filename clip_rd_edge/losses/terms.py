@@ -36,7 +36,7 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -44,12 +44,11 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from clip_rd_edge.errors import InputError, near_matches
-from clip_rd_edge.losses.ensemble import teacher_parts
 from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.structs import CheckedError
 
@@ -157,7 +156,7 @@ class Bank:
 class EmbeddingBatch:
     """L2-normalised embeddings of the global batch, (B, D) each; the teacher's are None if there is no teacher.
 
-    Those of several teachers are side by side, see `losses.ensemble`.
+    Those of several teachers are side by side, see `losses.terms`.
 
     Attributes:
         bank: what the `bank` term compares with; None without this term.
@@ -223,7 +222,7 @@ class Products:
         self._computed = dict[str, Logits]()
 
     def parts(self, embeddings: Tensor) -> list[Tensor]:
-        """Return the part of embeddings (B, D) that stands for each teacher; see `losses.ensemble`."""
+        """Return the part of embeddings (B, D) that stands for each teacher; see `losses.terms`."""
         return teacher_parts(embeddings, self._widths)
 
     def student(self) -> Logits:
@@ -344,42 +343,77 @@ def compute_logits(left: Tensor, right: Tensor, block: slice | None) -> Logits:
     return Logits(left[block] @ right.T, right[block] @ left.T, diagonal, is_whole=False)
 
 
-ScaleKind = Literal["bounded", "raw"]
-# Initial scale of the published recipe: ln(1 / 0.07), used as the multiplier itself, not as its logarithm.
-PUBLISHED_START = math.log(1 / 0.07)
-MAX_SCALE = 100.0
-# A float32 just below ln 100, so that the multiplier does not exceed 100.
-_MAX_LOG = float(np.nextafter(np.float32(math.log(MAX_SCALE)), np.float32(0)))
+@dataclass(frozen=True)
+class Ensemble:
+    """How the embeddings of K teachers, one or more, become those of one teacher.
 
+    Teacher k of K has unit embeddings t^k, (B, D_k), and a logit scale γ_k. Side by side, they are unit embeddings of
+    width D = Σ_k D_k, whose cosines are the means of the teachers' cosines:
 
-class Scales(nn.Module):
-    """The learned multipliers a (image), b (text) and c (cross).
+        t = (t^1, …, t^K) / √K,    t_v·t_t = 1/K Σ_k t_v^k·t_t^k
 
-    Args:
-        kind: `bounded` learns the logarithm and clamps the multiplier to [1, 100], so that a scale can neither become
-            negative nor diverge; `raw` learns the multiplier itself, as published.
-        start: initial value of the multipliers.
+    MobileCLIP (Vasu et al. 2024) stores the embeddings of its two teachers side by side, too. A student with embeddings
+    of width D learns one teacher in each part of them; of another width, it has learned projections to D. The terms:
+
+        hrd, affinity    the mean over teachers, 1/K Σ_k HRD(γ_k t_v^k·t_t^k ‖ γ_s s_v·s_t): MobileCLIP's distillation
+                         loss. Its gradient is that of the divergence from the mean of the teachers' distributions, so
+                         the teachers are averaged after the softmax, each at its own scale. Its minimum is their
+                         Jensen-Shannon divergence: 0 where they agree.
+        fd, bank         the mean over teachers of the term with the embeddings t^k, the scale γ_k, and part k of the
+                         student's embeddings (of the projected ones) times √K: 0 for a student with the embeddings t.
+                         FD is a mean over entries, and those of t are smaller the more teachers stand side by side:
+                         compared with t as a whole, it would weigh K times less than for one teacher
+        icl, vrd, xrd    as for one teacher with the embeddings t
+
+    Teachers that share a text tower, as those tuned from one model with it frozen do, and those stitched to one
+    sentence encoder, need no parts: with t_t^k = t_t for all k, the mean of their similarities is that to the mean of
+    their image embeddings,
+
+        1/K Σ_k γ t_v^k·t_t = γ (1/K Σ_k t_v^k)·t_t
+
+    so they are one teacher of width D_1, whose image embeddings are the means, L2-normalised, at the mean of their
+    scales.
+
+    Attributes:
+        teacher_widths: D_k of each teacher.
+        scales: γ_k, the logit scale of each, a multiplier.
+        share_text: they have one text tower, and with it one width.
     """
 
-    def __init__(self, kind: ScaleKind = "bounded", *, start: float = PUBLISHED_START) -> None:
-        super().__init__()
-        self.kind = kind
-        value = math.log(start) if kind == "bounded" else start
-        self.image = nn.Parameter(torch.tensor(value))
-        self.text = nn.Parameter(torch.tensor(value))
-        self.cross = nn.Parameter(torch.tensor(value))
+    teacher_widths: tuple[int, ...]
+    scales: tuple[float, ...]
+    share_text: bool = False
 
-    def multiplier(self, parameter: Tensor) -> Tensor:
-        """Return the multiplier for one of this module's parameters, a scalar."""
-        if self.kind == "raw":
-            return parameter
-        # Straight-through: from torch 2.15 on, clamp has gradient 0 at the bounds, so a scale could never leave them.
-        clamped = parameter.detach().clamp(0.0, _MAX_LOG)
-        return (clamped + (parameter - parameter.detach())).exp()
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each part of the joint embeddings: D_k for teacher k, or D_1 for all that share a text tower."""
+        return self.teacher_widths[:1] if self.share_text else self.teacher_widths
 
-    @torch.no_grad()
-    def clamp_(self) -> None:
-        """Clamp bounded parameters to their range; call after each optimiser step."""
-        if self.kind == "bounded":
-            for parameter in self.parameters():
-                parameter.clamp_(0.0, _MAX_LOG)
+    @property
+    def logit_scale(self) -> float | tuple[float, ...]:
+        """The logit scale of each part; a number if there is one part."""
+        if self.share_text:
+            return math.fsum(self.scales) / len(self.scales)
+        return self.scales if len(self.scales) > 1 else self.scales[0]
+
+    def join(self, embeddings: Sequence[Tensor]) -> Tensor:
+        """Return t, (B, Σ_k D_k) or (B, D_1), L2-normalised, of the teachers' embeddings t^k, (B, D_k) each."""
+        return normalize(torch.stack(list(embeddings)).sum(0), dim=1) if self.share_text else side_by_side(embeddings)
+
+
+def side_by_side(embeddings: Sequence[Tensor]) -> Tensor:
+    """Return t, (B, Σ_k D_k), L2-normalised, of the teachers' embeddings t^k, (B, D_k) each, L2-normalised."""
+    if len(embeddings) == 1:
+        return embeddings[0]
+    return torch.cat(list(embeddings), dim=1) / math.sqrt(len(embeddings))
+
+
+def teacher_parts(embeddings: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """Return the parts of embeddings (B, Σ_k D_k) that stand for each teacher, times √K, (B, D_k) each.
+
+    Args:
+        widths: D_1 to D_K; of no or of one teacher, the embeddings are returned as they are.
+    """
+    if len(widths) <= 1:
+        return [embeddings]
+    return [part * math.sqrt(len(widths)) for part in torch.split(embeddings, list(widths), dim=1)]

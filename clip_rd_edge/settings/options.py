@@ -198,8 +198,6 @@ def keywords_of(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callab
     """Let a function of a struct be called with the struct's fields."""
     fields = signature(settings)
     parameters = fields.parameters
-    by_place = [name for name, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
-    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
 
     def decorate(function: Callable[[S], R]) -> Callable[P, R]:
         command = function.__name__
@@ -207,11 +205,6 @@ def keywords_of(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callab
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             require_known_options(kwargs, parameters, command=command)
-            if len(args) > len(by_place):
-                raise UsageError(f"{command} was given {len(args)} values; expected names for all but {len(by_place)}.")
-            if missing := set(required) - {*by_place[: len(args)], *kwargs}:
-                name = min(missing, key=required.index)
-                raise UsageError(f"{command} needs {name}, which is missing.", option=name)
             return function(settings(*args, **kwargs))
 
         call.__signature__ = fields  # type: ignore[attr-defined]

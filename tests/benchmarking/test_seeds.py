@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.evidence.results import seeds_table
+from clip_rd_edge.evidence.suite import seeds_table
 
 
 def with_top1(results: Results, values: dict[str, float]) -> Results:

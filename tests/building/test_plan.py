@@ -49,7 +49,7 @@ def test_a_device_that_is_not_here_is_judged_by_its_own_results(monkeypatch: pyt
     rows[:] = [row("Teacher", 4.0)]
     with pytest.raises(InputError) as refused:
         chosen(target="cpu-arm", max_latency=5, measured="pi.json")
-    assert refused.value.option == "measured"
+    assert refused.value.option == "max_latency"
 
 
 def test_the_processor_of_this_machine_is_told_from_others(monkeypatch: pytest.MonkeyPatch) -> None:

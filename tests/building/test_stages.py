@@ -53,7 +53,7 @@ def _without_what_takes_long() -> Iterator[None]:
     """Leave out the 22,000 nouns that tokens are chosen by, and the plots of the runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("clip_rd_edge.building.stages.class_nouns", lambda: ["a cat", "a dog"])
-        for module in ("distill", "loop"):
+        for module in ("run", "loop"):
             patch.setattr(f"clip_rd_edge.distillation.{module}.plot_run", lambda *_: None)
         yield
 

@@ -142,7 +142,7 @@ def test_a_shard_that_was_replaced_since_it_was_indexed_is_not_read_as_the_one_b
     ("faults", "message"),
     [
         (["404"] * 9, r"000\.tar does not exist"),
-        (["403"] * 9, r"000\.tar may not be read"),
+        (["403"] * 9, r"000\.tar could not be fetched"),
         (["503"] * 99, r"000\.tar could not be fetched"),
         (["416"] * 99, r"000\.tar could not be fetched"),
     ],

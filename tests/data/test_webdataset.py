@@ -84,11 +84,11 @@ def test_captions_from_json(tmp_path: Path, write_tar: Factory, encode_image: Fa
         pairs.read(6)
     lists = load_pairs(str(path), json_key="more")
     assert [lists.read(i).captions for i in (0, 1)] == [("one", "two"), ("three",)]
-    with pytest.raises(InputError, match="'more' is neither a string nor a list of strings"):
+    with pytest.raises(InputError, match="'more' is neither a text nor a list of texts"):
         lists.read(2)
     with pytest.raises(InputError, match=r"d\.json: the caption is empty"):
         lists.read(3)
-    with pytest.raises(InputError, match=r"e\.json: 'more' is no Unicode"):
+    with pytest.raises(InputError, match=r"e\.json: 'more' is neither a text"):
         lists.read(4)
     with pytest.raises(InputError, match=text_of_a_list):
         lists.read(6)
@@ -205,16 +205,11 @@ def test_a_damaged_or_unwritable_cache_does_no_harm(shards: Path, monkeypatch: p
         ("{8..11}.tar", ["8.tar", "9.tar", "10.tar", "11.tar"]),
         ("{2..0}", ["2", "1", "0"]),
         ("{train,val}/{0..1}.tar", ["train/0.tar", "train/1.tar", "val/0.tar", "val/1.tar"]),
+        *((pattern, [pattern]) for pattern in ("{0..}.tar", "{a}.tar", "{0..1.tar", "0..1}.tar")),
     ],
 )
 def test_braces_are_expanded(pattern: str, names: list[str]) -> None:
     assert expand_braces(pattern) == names
-
-
-@pytest.mark.parametrize("pattern", ["{0..}.tar", "{a}.tar", "{0..1.tar", "0..1}.tar"])
-def test_an_invalid_pattern_is_refused(pattern: str) -> None:
-    with pytest.raises(InputError, match=r"neither a range nor a list|unmatched brace"):
-        expand_braces(pattern)
 
 
 @pytest.mark.parametrize(("number", "advice"), [(errno.EMFILE, "ulimit -n"), (errno.EACCES, "")])

@@ -16,7 +16,7 @@ from tiny_runs import killed_and_resumed, stop_at, tiny_run
 from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.distillation.bank import QueueBank, StoredBank
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.distill import run_distillation
+from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.store import (
     TeacherStore,
     TeacherStores,
@@ -28,7 +28,7 @@ from clip_rd_edge.distillation.store import (
     write_rows,
 )
 from clip_rd_edge.distillation.teacher import Teacher
-from clip_rd_edge.losses.ensemble import Ensemble
+from clip_rd_edge.losses.terms import Ensemble
 
 STEPS, BATCH_SIZE, WIDTH = 8, 6, 24
 CPU = torch.device("cpu")

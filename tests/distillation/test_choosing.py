@@ -15,8 +15,8 @@ from torch.nn.functional import normalize
 
 from clip_rd_edge.distillation import teacher as choosing
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.loader import Batch
+from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.setup import training_pairs
 from clip_rd_edge.distillation.step import TrainingStep
 from clip_rd_edge.distillation.teacher import ChoosingTeacher, Targets, texts_to_choose_from

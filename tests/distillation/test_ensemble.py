@@ -18,10 +18,10 @@ from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.order import StepSampler
 from clip_rd_edge.distillation.bank import StoredBank
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.embed import STORE_STAGE
 from clip_rd_edge.distillation.loader import step_loader
 from clip_rd_edge.distillation.processes import Processes
+from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.setup import load_setup, make_dataset
 from clip_rd_edge.distillation.store import (
     TeacherStores,
@@ -32,8 +32,7 @@ from clip_rd_edge.distillation.store import (
     write_rows,
 )
 from clip_rd_edge.distillation.teacher import LiveTeacher, StoredTeacher, Teacher, ensemble_of
-from clip_rd_edge.losses.ensemble import Ensemble
-from clip_rd_edge.losses.terms import Bank
+from clip_rd_edge.losses.terms import Bank, Ensemble
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.students import build_student, student_config
 

@@ -181,7 +181,7 @@ def test_an_error_of_our_own_keeps_its_sentence_and_its_hint_from_a_worker(pairs
 
 def test_a_worker_that_is_killed_ends_the_run_in_a_sentence(pairs_csv: Path) -> None:
     loader = loader_with_a_worker(Killed, pairs_csv)
-    with pytest.raises(LostProcessError, match=r"^A loader process \(pid \d+\) was ended from outside") as caught:
+    with pytest.raises(LostProcessError, match=r"^A loader process \(pid \d+\) has ended") as caught:
         next(loader)
     assert "workers" in caught.value.hint
 

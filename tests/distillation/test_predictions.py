@@ -16,8 +16,8 @@ from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.tasks import RetrievalTask, Task, load_task
 from clip_rd_edge.distillation import metrics as predictions
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.metrics import Prediction, Predictions
+from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 

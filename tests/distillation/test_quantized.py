@@ -21,7 +21,6 @@ from torch import nn
 
 from clip_rd_edge.distillation.config import QUANTIZE_DEFAULTS, RunConfig
 from clip_rd_edge.distillation.depthwise import speed_up_small_maps
-from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.quantized import (
     ActivationRanges,
     FakeQuantizer,
@@ -31,6 +30,7 @@ from clip_rd_edge.distillation.quantized import (
     norms_after_convolutions,
     require_static_tower,
 )
+from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.graph import prepare_for_quantization
 from clip_rd_edge.exporting.int8 import methods

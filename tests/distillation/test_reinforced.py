@@ -247,7 +247,7 @@ def test_what_would_unpack_to_too_much_is_refused(
     contents = {"first": ("npz", packed.getvalue()), "torch": ("pth.gz", gzip.compress(zeros.tobytes()))}
     for kind, (suffix, content) in contents.items():
         pairs = open_store(store(kind, change=lambda _, files: files.update({suffix: content})))  # noqa: B023
-        for limit, message in ((20_000, "it would take|the limit is"), (10, "the limit for embeddings is 10")):
+        for limit, message in ((20_000, "it would take|the limit is"), (10, "the limit is 10")):
             monkeypatch.setattr("clip_rd_edge.distillation.reinforced._MAX_BYTES", limit)
             with pytest.raises(InputError, match=message):
                 read_sample(pairs, 0, stored)

@@ -27,10 +27,10 @@ from clip_rd_edge.distillation import loop as train
 from clip_rd_edge.distillation import setup as build
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.loader import Batch, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes import Stopped, stop_on_signals
+from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import InterruptedRunError
 from clip_rd_edge.models.students import student_config
 

@@ -18,7 +18,7 @@ from tiny_runs import tiny_run
 from clip_rd_edge.bundle.runs import METRICS_FILE, read_metrics
 from clip_rd_edge.distillation import trackers
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.distill import run_distillation
+from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.trackers import WandbRun
 from clip_rd_edge.errors import InterruptedRunError, MissingExtraError, UsageError
 

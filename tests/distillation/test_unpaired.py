@@ -18,9 +18,9 @@ from tiny_runs import killed_and_resumed, run_on_images_and_labels, stop_at, wei
 from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.order import StepSampler, View
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.distill import run_distillation
 from clip_rd_edge.distillation.loader import Batch, step_loader
 from clip_rd_edge.distillation.processes import Processes
+from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.setup import load_setup, make_dataset
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.calibration import kept_pairs

@@ -277,7 +277,7 @@ class Small:
         if key not in self._done:
             offline = {name: value for name, value in options.items() if not name.startswith("pretrained_")}
             with pytest.MonkeyPatch.context() as patch:  # plots are half of a tiny training's time
-                patch.setattr("clip_rd_edge.distillation.distill.plot_run", lambda *_: None)
+                patch.setattr("clip_rd_edge.distillation.run.plot_run", lambda *_: None)
                 self._done[key] = self._distill(output=self._folder / f"run-{len(self._done)}", **offline)
         recipe, not_of_the_run = options.pop("recipe", "clip-rd"), ("reporter", "resume")
         resolve(recipe, **{name: value for name, value in options.items() if name not in not_of_the_run})

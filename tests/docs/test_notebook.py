@@ -99,7 +99,7 @@ def test_it_runs_on_tiny_models(
     monkeypatch.setattr(edge, "trim", trim)
     # Tested elsewhere, and most of the time here: measuring INT8, the plots of a run, and cold starts.
     monkeypatch.setattr(edge, "export", export_fp32)
-    monkeypatch.setattr("clip_rd_edge.distillation.distill.plot_run", lambda *_: None)
+    monkeypatch.setattr("clip_rd_edge.distillation.run.plot_run", lambda *_: None)
     monkeypatch.setattr("clip_rd_edge.api.measuring.first_answer", lambda *_: ["echo", "{}"])
     artwork = tmp_path / "artwork"
     shutil.copytree(emoji.draw_images() / "twemoji", tmp_path / "all")

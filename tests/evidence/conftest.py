@@ -8,8 +8,16 @@ import pytest
 
 from clip_rd_edge.benchmarking.metrics import Interval, Recall, RetrievalScore, ZeroShotScore
 from clip_rd_edge.benchmarking.results import this_environment
-from clip_rd_edge.evidence.results import Curve, Evidence, Geometry, ModelResult, RunResult, TaskResult
-from clip_rd_edge.evidence.suite import EvidenceSuite, Method
+from clip_rd_edge.evidence.suite import (
+    Curve,
+    Evidence,
+    EvidenceSuite,
+    Geometry,
+    Method,
+    ModelResult,
+    RunResult,
+    TaskResult,
+)
 
 IMAGES = 20
 Make = Callable[[dict[tuple[str, int], int]], Evidence]

@@ -12,7 +12,7 @@ import clip_rd_edge
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.evidence import report
 from clip_rd_edge.evidence.report import markdown, read_evidence_file, write_evidence
-from clip_rd_edge.evidence.results import Evidence
+from clip_rd_edge.evidence.suite import Evidence
 from clip_rd_edge.utils.structs import to_yaml
 
 from .conftest import Make

@@ -5,7 +5,7 @@ import pytest
 from msgspec.structs import replace
 
 from clip_rd_edge.benchmarking.metrics import difference_interval
-from clip_rd_edge.evidence.results import Difference, Evidence, RunResult, difference, runs_of, spread
+from clip_rd_edge.evidence.suite import Difference, Evidence, RunResult, difference, runs_of, spread
 
 from .conftest import IMAGES, Make, model_result
 

@@ -21,9 +21,8 @@ from clip_rd_edge.distillation.optimizer import diverged_error
 from clip_rd_edge.errors import DivergedRunError, UsageError
 from clip_rd_edge.evidence import run as runs
 from clip_rd_edge.evidence.report import read_evidence_file
-from clip_rd_edge.evidence.results import Curve
-from clip_rd_edge.evidence.run import evaluate_model
-from clip_rd_edge.evidence.suite import EvidenceSuite, run_config
+from clip_rd_edge.evidence.run import evaluate_model, run_config
+from clip_rd_edge.evidence.suite import Curve, EvidenceSuite
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.students import build_student, student_config

@@ -8,9 +8,8 @@ import torch
 from losses_in_numpy import STUDENT_SCALE, in_float64, rows
 from torch import Tensor
 
-from clip_rd_edge.losses.ensemble import Ensemble, side_by_side, teacher_parts
 from clip_rd_edge.losses.objective import Objective, Weights
-from clip_rd_edge.losses.terms import EmbeddingBatch
+from clip_rd_edge.losses.terms import EmbeddingBatch, Ensemble, side_by_side, teacher_parts
 
 ROWS, WIDTHS, SCALES = 5, (4, 3), (12.0, 30.0)
 IMAGES, TEXTS = ([rows(ROWS, width, seed + 10 * k) for k, width in enumerate(WIDTHS)] for seed in (2, 3))

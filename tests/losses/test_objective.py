@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from clip_rd_edge.losses.objective import Objective, Weights
-from clip_rd_edge.losses.terms import EmbeddingBatch, Scales
+from clip_rd_edge.losses.objective import Objective, Scales, Weights
+from clip_rd_edge.losses.terms import EmbeddingBatch
 
 ALL = Weights(task=1, fd=2000, icl=1, hrd=1, vrd_kl=1, vrd_ce_image=1, vrd_ce_text=1, xrd=1)
 

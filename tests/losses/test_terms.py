@@ -30,9 +30,8 @@ from torch import Tensor
 
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.losses import terms
-from clip_rd_edge.losses.ensemble import side_by_side
 from clip_rd_edge.losses.objective import Objective, Weights
-from clip_rd_edge.losses.terms import Bank, EmbeddingBatch, find_term, load_terms, term_names
+from clip_rd_edge.losses.terms import Bank, EmbeddingBatch, find_term, load_terms, side_by_side, term_names
 from clip_rd_edge.utils.paths import typed
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_term.py"

@@ -79,10 +79,9 @@ def test_a_value_that_is_not_allowed_is_refused_with_its_option(arguments: dict[
 def test_a_wrong_call_is_answered_with_the_right_name() -> None:
     with pytest.raises(UsageError, match=r"'outptu'.*'output'"):
         run("a.csv", outptu="out")  # type: ignore[call-arg]
-    with pytest.raises(UsageError) as refused:
+    with pytest.raises(TypeError, match="'output'"):
         run("a.csv")  # type: ignore[call-arg]
-    assert refused.value.option == "output"
-    with pytest.raises(UsageError, match="2 values"):
+    with pytest.raises(TypeError):
         run("a.csv", "out")  # type: ignore[misc, call-arg]
 
 
