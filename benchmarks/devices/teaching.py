@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from clip_rd_edge.api.everyday import place_of
+from clip_rd_edge.api.exporting import place_of
 
 from benchmarks.devices.emulate import NATIVE, PROCESSORS, environment_of, interpreter
 from benchmarks.pages.screenshots import CHROMIUM, site

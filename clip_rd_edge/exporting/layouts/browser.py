@@ -20,8 +20,11 @@ from typing import NamedTuple
 
 from clip_rd_edge import serving
 from clip_rd_edge.bundle.manifest import (
+    BACKGROUND,
+    KNOWN,
     LABELS,
     MANIFEST,
+    TAUGHT,
     TOKENIZER,
     WASM,
     Manifest,
@@ -29,6 +32,7 @@ from clip_rd_edge.bundle.manifest import (
     require_whole_towers,
     write_manifest,
 )
+from clip_rd_edge.bundle.reference import REFERENCE
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError, in_one_line
 from clip_rd_edge.exporting.layouts import Layout
 from clip_rd_edge.models.clip import ClipModel
@@ -153,6 +157,7 @@ PAGE, ALONE = (Path(serving.__file__).with_name(name) for name in ("page", "alon
 BUNDLE, NPM, SIZES = "bundle", "npm", "sizes.json"
 _TOKENIZERS = ("BPE", "WordPiece", "Unigram")  # the types that @huggingface/tokenizers supports
 _RUNTIME = "ort-wasm-simd-threaded.wasm"
+_LATER = (BACKGROUND, KNOWN, TAUGHT, REFERENCE)  # to teach labels, and to refuse images
 
 
 class Browser(Layout):
@@ -220,7 +225,7 @@ def require_supported(bundle: Path, manifest: Manifest) -> None:
 
 
 def _sizes(folder: Path, manifest: Manifest) -> dict[str, int]:
-    names = (MANIFEST, *(tower.file for tower in manifest.towers.values()), TOKENIZER, LABELS)
+    names = (MANIFEST, *(tower.file for tower in manifest.towers.values()), TOKENIZER, LABELS, *_LATER)
     loaded = [folder / BUNDLE / name for name in names if (folder / BUNDLE / name).is_file()]
     return {
         "loaded": sum(map(size_bytes, (folder / NPM / _RUNTIME, *loaded))), "bundle": size_bytes(folder / BUNDLE)

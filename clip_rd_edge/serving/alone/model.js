@@ -7,6 +7,7 @@ import { Tokenizer } from "./tokenizer.js";
 
 const BANK_TOP = 20; // results for the bundle's own labels, as many as the demo's server returns
 const BATCH_SIZE = 32; // texts per call of the text tower
+const LATER = ["background.npz", "known.npz", "taught.npz", "reference.npz"]; // to teach labels, and to refuse images
 const REFUSE_KNOWN = 0.05; // share of images of known things that may be refused
 const UNCALIBRATED = { slope: 0.97, intercept: -3.3 }; // as in bundle/encoder.py
 const RUNTIMES = { wasm: ["ort.wasm", "ort-wasm-simd-threaded"], webgpu: ["ort.webgpu", "ort-wasm-simd-threaded.asyncify"] };
@@ -21,8 +22,6 @@ export class Model {
     const [api, wasm] = RUNTIMES[backend];
     const npmUrl = (name) => new URL(`npm/${name}`, import.meta.url).href;
     const readFile = (name) => readIntact(name, { bundle, manifest, read });
-    const arrays = {};
-    model.readArrays = async (name) => (arrays[name] ??= name in manifest.files ? await readNpz(await readFile(name)) : {});
     model.ort = await import(npmUrl(`${api}.js`));
     // Loaded here rather than by the runtime, which requires a media type that some servers do not send.
     model.ort.env.wasm.wasmBinary = await read(npmUrl(`${wasm}.wasm`));
@@ -32,14 +31,16 @@ export class Model {
     model.provider = backend;
     model.manifest = manifest;
     model.image = await model.#createSession(await readFile(manifest.image.file));
-    model.bank = "labels.npz" in manifest.files ? readBank(await model.readArrays("labels.npz")) : null;
+    model.bank = "labels.npz" in manifest.files ? readBank(await readNpz(await readFile("labels.npz"))) : null;
     const { logit_scale: scale, features } = manifest;
     model.bias = features?.logit_bias;
     model.calibration = features?.calibration;
     model.scale = model.bias === undefined ? scale / (model.calibration?.temperature ?? 1) : scale;
-    // Loaded now, so that new labels need no network later.
+    // Loaded now, so that new labels, and what teaches them, need no network later.
     const names = manifest.text ? [manifest.text.file, "tokenizer.json"] : [];
     model.textFiles = names.map(prefetch(readFile));
+    const kept = LATER.filter((name) => name in manifest.files).map((name) => [name, prefetch(readFile)(name)]);
+    model.kept = new Map(kept);
     if (!model.bank) await model.#openText();
     return model;
   }
@@ -51,9 +52,13 @@ export class Model {
     else await this.#setRows(labels, promptLists);
     if (labels && images) this.rows = await this.#taught(images);
     // As the demo: a camera also sees what is neither taught nor beside it.
-    const background = this.calibration || images ? readBank(await this.readArrays("background.npz")) : null;
+    const background = this.calibration || images ? readBank(await this.#readArrays("background.npz")) : null;
     this.nouns = background?.size ? [...background.values()] : null;
-    this.limit = this.nouns && this.calibration ? this.#knownLimit(await this.readArrays("known.npz")) : null;
+    this.limit = this.nouns && this.calibration ? this.#knownLimit(await this.#readArrays("known.npz")) : null;
+  }
+
+  async #readArrays(name) {
+    return this.kept.has(name) ? readNpz(await this.kept.get(name)()) : {};
   }
 
   async #setRows(labels, promptLists) {
@@ -70,10 +75,10 @@ export class Model {
 
   // The rows of the labels when images have taught some, also those which taught the bundle.
   async #taught(images) {
-    const [before, reference] = [await this.readArrays("taught.npz"), await this.readArrays("reference.npz")];
+    const [before, reference] = [await this.#readArrays("taught.npz"), await this.#readArrays("reference.npz")];
     const size = this.manifest.embedding_size;
     const rowsOf = ({ data }) => Array.from({ length: data.length / size }, (_, i) => data.subarray(i * size, (i + 1) * size));
-    const kept = before.images ? rowsOf(before.images) : rowsOf(reference.image_embeddings);
+    const kept = rowsOf(before.images ?? reference.image_embeddings ?? { data: [] });
     const keptOf = (number) => kept.filter((_, i) => (before.classes?.data[i] ?? -1) === number);
     const texts = new Map([...this.rows].map(([label, row]) => [label, row.slice(0, size)]));
     const all = { ...images };
