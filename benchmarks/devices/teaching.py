@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from clip_rd_edge.api.exporting import place_of
 
 from benchmarks.devices.emulate import NATIVE, PROCESSORS, environment_of, interpreter
 from benchmarks.pages.screenshots import CHROMIUM, site
 from benchmarks.publishing import add_output_options, here_and_now, publish
+from clip_rd_edge.api.exporting import place_of
 from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.bundle.labels import read_labels
 
