@@ -38,7 +38,7 @@ def echo(
 
 @contextmanager
 def results_whole() -> Iterator[None]:
-    """Within the block, which prints, a full disk is an error that reports the output as cut off."""
+    """Within the block, which prints, a full disk raises an error: the output is cut off."""
     try:
         yield
     except OSError as error:

@@ -381,7 +381,7 @@ def lost_worker(error: BaseException) -> LostProcessError | None:
     if not (ended := _ENDED.search(str(error))):
         return None
     return LostProcessError(
-        f"A loader process (pid {ended[1]}) has ended: without a message above, most likely for want of memory.",
+        f"A loader process (pid {ended[1]}) has ended; if no message is above, it probably ran out of memory.",
         hint="give the machine or container more memory, or use fewer {workers}; resume with the same command and "
         "{resume}",
     )

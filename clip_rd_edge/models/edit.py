@@ -326,8 +326,8 @@ def average_models(
 
     Args:
         names: two trained models of one form.
-        weight: a number from 0 to 1; or `best` for that of the highest mean score among the weights of the curve, of
-            equal ones the nearest to 0.5.
+        weight: a number from 0 to 1; or `best` for the one on the curve with the highest mean score, and the nearest to
+            0.5 if several have it.
         score: measures a model, by task; every tenth is measured, and the weight itself.
         force: replace an earlier average in `folder`; a folder with anything else is refused.
     """
