@@ -8,7 +8,7 @@ captions      a table of 600 emoji with captions
 images        the photographs without their folders, and the list of labels
 
 For each world and seed, the stages of a build are run up to its student; then each configuration of
-suites/hand-set.yaml trains the same student from the same teacher, on as many images. All are evaluated on the part
+hand-set.yaml beside this file trains the same student from the same teacher, on as many images. All are evaluated on the part
 that the build keeps for its report. WORK keeps what is done.
 """
 
@@ -35,7 +35,7 @@ from clip_rd_edge.building.look import task_of
 from clip_rd_edge.building.stages import Building
 from clip_rd_edge.settings.measuring import Build
 
-HAND_SET = Path(__file__).parents[1] / "suites" / "hand-set.yaml"
+HAND_SET = Path(__file__).with_name("hand-set.yaml")
 BUILD, LABELS, COMPOSITES, CAPTIONS = "build", 40, 5, 600
 EDGE = 96  # of photographs, in pixels: at 224, a step takes five times as long
 STAGES = ("look", "teach", "choose", "distil")
