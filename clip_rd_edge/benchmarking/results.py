@@ -159,7 +159,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         reference: latency of the reference workload.
         other_load: fraction of the machine's CPU time used by other processes while latencies were timed.
-        worst: the classes of the last row with the lowest recall on the first zero-shot task.
+        weakest: the classes of the last row with the lowest recall on the first zero-shot task.
         verdict: sentences that a report begins with, of `build`.
     """
 
@@ -172,7 +172,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     missing: tuple[MissingTask, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     samples: tuple[Sample, ...] = ()
-    worst: tuple[ClassScore, ...] = ()
+    weakest: tuple[ClassScore, ...] = ()
     verdict: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 

@@ -116,7 +116,7 @@ def run_suite(
         missing=tuple(MissingTask(name=name, reason=reason) for name, reason in missing.items()),
         comparisons=_compare(rows, zero_shot),
         samples=samples,
-        worst=worst,
+        weakest=worst,
     )
 
 

@@ -66,7 +66,7 @@ def _what_next(found: Look, results: Results, row: RowResult, teacher: RowResult
             "images in held-out/test into the right folders to see how good that is, or label some to train on."
         )
     counts = Counter(one.caption for one in found.of("train"))
-    if weak := [entry for entry in results.worst if (entry.recall or 0) < _WEAK]:
+    if weak := [entry for entry in results.weakest if (entry.recall or 0) < _WEAK]:
         taken = {one.label: next((name for name in one.predicted if name != one.label), "another") for one in weak}
         named = [f"{name} ({counts[name]} to train on, taken for {other})" for name, other in taken.items()][:_NAMED]
         yield f"More images would help most of: {', '.join(named)}."

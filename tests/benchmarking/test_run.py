@@ -46,11 +46,11 @@ def test_samples_are_first_correct_then_wrong_and_worst_classes_those_with_error
         for prediction in sample.predictions:
             assert (prediction.label == sample.label) == prediction.right
     hits = results.rows[-1].correctness[0].hits().reshape(6, 2)  # two images per colour
-    assert len(results.worst) == int((~hits.all(axis=1)).sum()) > 0
-    recalls = [worst.recall for worst in results.worst if worst.recall is not None]
+    assert len(results.weakest) == int((~hits.all(axis=1)).sum()) > 0
+    recalls = [worst.recall for worst in results.weakest if worst.recall is not None]
     assert recalls == sorted(recalls)
     assert max(recalls) < 1
-    assert all(worst.images == 2 for worst in results.worst)
+    assert all(worst.images == 2 for worst in results.weakest)
 
 
 def test_models_that_cannot_be_opened_or_run_are_skipped_with_the_reason(suite: Suite, open_fake: Open) -> None:
