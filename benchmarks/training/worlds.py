@@ -7,9 +7,9 @@ photographs   class folders of forty labels of Tux Paint's stamps, five composit
 captions      a table of 600 emoji with captions
 images        the photographs without their folders, and the list of labels
 
-For each world and seed, the stages of a build are run up to its student; then each configuration of hand-set.yaml, beside
-this file, trains the same student from the same teacher, on as many images. All are evaluated on the part that the build
-keeps for its report. WORK keeps what is done.
+For each world and seed, the stages of a build are run up to its student; then each configuration of hand-set.yaml,
+beside this file, trains the same student from the same teacher, on as many images. All are evaluated on the part that
+the build keeps for its report. WORK keeps what is done.
 """
 
 from __future__ import annotations
