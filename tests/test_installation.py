@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.installation import install_command, pip, upgrade_hint
+from clip_rd_edge.errors import install_command, pip, upgrade_hint
 
 
 class _Installed:

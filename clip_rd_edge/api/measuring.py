@@ -77,8 +77,7 @@ def benchmark(request: Benchmark) -> Results:
     """
     import msgspec
 
-    from clip_rd_edge.benchmarking.plot import require_matplotlib
-    from clip_rd_edge.benchmarking.report import require_report_folder, write_report
+    from clip_rd_edge.benchmarking.report import require_matplotlib, require_report_folder, write_report
     from clip_rd_edge.benchmarking.results import this_environment
     from clip_rd_edge.benchmarking.run import FOLDER, PredictionCache, is_cache, run_suite
     from clip_rd_edge.benchmarking.suite import find_suite, parse_models, read_suite
@@ -162,7 +161,7 @@ def quickstart(request: Quickstart) -> Results:
 @keywords_of(EvidenceRun)
 def evidence_run(request: EvidenceRun) -> Evidence:
     """Train a suite's students with each method and seed, measure them, and write tables and figures."""
-    from clip_rd_edge.benchmarking.plot import require_matplotlib
+    from clip_rd_edge.benchmarking.report import require_matplotlib
     from clip_rd_edge.evidence.report import require_report_folder, write_report
     from clip_rd_edge.evidence.run import run_evidence
     from clip_rd_edge.evidence.suite import read_evidence

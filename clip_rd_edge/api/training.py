@@ -277,7 +277,7 @@ def build(request: Build) -> BuiltBundle:
     """
     require_utf8_path(Path(request.output))
 
-    from clip_rd_edge.benchmarking.plot import require_matplotlib
+    from clip_rd_edge.benchmarking.report import require_matplotlib
 
     require_matplotlib()
 

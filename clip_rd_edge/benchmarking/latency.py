@@ -51,23 +51,18 @@ class EncoderCalls:
         self._embedding = self._labels[:1]
 
     def embed_image(self) -> object:
-        """Run the image tower: pixels to embedding."""
         return self.encoder.encode_pixels(self.pixels)
 
     def embed_text(self) -> object:
-        """Run the text tower, if there is one: token ids to embedding."""
         return None if self._ids is None else self.encoder.encode_ids(self._ids)
 
     def decode(self) -> object:
-        """Decode the file to pixels."""
         return open_image(self._file)
 
     def preprocess(self) -> object:
-        """Resize, crop and normalise the image."""
         return preprocess(self._image, self._preprocessing)
 
     def classify(self) -> object:
-        """Rank the labels by an embedding."""
         return top_indices(self._scoring.probabilities(self._embedding, self._labels)[0], _TOP_K)
 
     def end_to_end(self) -> object:

@@ -97,7 +97,6 @@ class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     @property
     def auroc(self) -> float | None:
-        """See `HiddenScore`."""
         return self.hidden.auroc if self.hidden else None
 
 

@@ -15,8 +15,7 @@ from clip_rd_edge.benchmarking.latency import ColdStart, Latency, ReferenceLaten
 from clip_rd_edge.benchmarking.metrics import ClassScore, Interval, Score, may_be_chance
 from clip_rd_edge.benchmarking.suite import Role, Suite
 from clip_rd_edge.bundle.encoder import Description
-from clip_rd_edge.errors import ConfigError, with_hint
-from clip_rd_edge.installation import without_checkout
+from clip_rd_edge.errors import ConfigError, with_hint, without_checkout
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.host import (
     ONNXRUNTIMES,
@@ -32,7 +31,7 @@ from clip_rd_edge.utils.structs import read_versioned_json, to_json
 from clip_rd_edge.utils.text import as_unicode, each_text, shown_sources
 
 PACKAGES = (
-    "clip-rd-edge", *ONNXRUNTIMES, "openvino", "ai-edge-litert", "executorch", "coremltools", "nncf", "torch",
+    "clip-rd-edge", *ONNXRUNTIMES, "openvino", "ai-edge-litert", "executorch", "coremltools", "torch",
     "open_clip_torch", "timm", "numpy", "pillow", "tokenizers",
 )  # fmt: skip
 

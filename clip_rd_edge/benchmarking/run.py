@@ -148,7 +148,6 @@ def _open_and_evaluate(
 def _measure(
     suite: Suite, models: Sequence[_Model], tasks: Sequence[Task], reporter: Reporter, launch: Launch | None
 ) -> tuple[list[RowResult], Latencies]:
-    """Time all models in turn; return their rows, and the latencies with those of the reference workload."""
     image, encoders = tasks[0].images[0], {model.row.label: model.encoder for model in models}
     labels = next((len(task.labels) for task in tasks if isinstance(task, ZeroShotTask)), _DEFAULT_LABELS)
     latencies = measure_latencies(

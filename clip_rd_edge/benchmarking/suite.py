@@ -77,7 +77,6 @@ class Suite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
     min_accuracy: Share | None = None
 
     def load_tasks(self) -> list[Task]:
-        """Load the tasks, except those that `missing` names."""
         missing = self.missing()
         if len(missing) == len(set(self.tasks)):
             raise InputError(
@@ -101,7 +100,6 @@ class Suite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return {name: reason for name, reason in {**missing, **shards}.items() if reason}
 
     def resolve_model(self, row: SuiteRow) -> Typed:
-        """Return a row's model as `open_encoder` accepts it."""
         named = parse_name(row.model)
         if named.kind == "hub" or (named.kind == "open_clip" and named.weights and not exists(named.weights)):
             return Typed(row.model)  # published: a file of weights is not for a suite to name

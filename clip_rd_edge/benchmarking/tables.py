@@ -342,7 +342,6 @@ def _terminal_table(results: Results, shown: Sequence[Section], models: slice) -
 
 
 def _width(table: Table) -> int:
-    """Return the number of columns that a table needs without wrapping anything."""
     console = Console(width=10_000, markup=False, emoji=False)  # as the commands print it
     return Measurement.get(console, console.options, table).maximum
 

@@ -286,10 +286,7 @@ class Scoring(CheckedStruct, frozen=True):
         return softmax
 
     def matches(
-        self,
-        images: npt.NDArray[np.float32],
-        labels: npt.NDArray[np.float32],
-        background: npt.NDArray[np.float32],
+        self, images: npt.NDArray[np.float32], labels: npt.NDArray[np.float32], background: npt.NDArray[np.float32]
     ) -> Matches:
         """Return how well each label fits each image, (N, C), whatever the other labels are.
 

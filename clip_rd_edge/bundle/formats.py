@@ -53,69 +53,40 @@ class FormatInfo:
     is_onnx: bool = False
 
 
+def _own(title: str, runtime: str, precisions: str, converter: str, encoder: str, **rest: Any) -> FormatInfo:
+    kinds: Any = tuple(precisions.split())
+    writes, runs = f"{_CONVERTERS}.{converter}", f"{_ENCODERS}.{encoder}"
+    return FormatInfo(title=title, runtime=runtime, precisions=kinds, converter=writes, encoder=runs, **rest)
+
+
 FORMATS: dict[str, FormatInfo] = {
-    "onnx": FormatInfo(
-        title="ONNX",
-        precisions=("fp32", "fp16", "int8"),
-        runtime="onnxruntime",
-        converter=f"{_CONVERTERS}.onnx:Onnx",
-        encoder=f"{_ENCODERS}.onnxruntime:OrtEncoder",
-        aliases=("onnxruntime",),
+    "onnx": _own(
+        "ONNX", "onnxruntime", "fp32 fp16 int8", "onnx:Onnx", "onnxruntime:OrtEncoder", aliases=("onnxruntime",),
         is_onnx=True,
     ),
-    "openvino": FormatInfo(
-        title="OpenVINO",
-        precisions=("fp32", "bf16", "int8"),
-        runtime="openvino",
-        converter=f"{_CONVERTERS}.openvino:OpenVino",
-        encoder=f"{_ENCODERS}.openvino:OpenVinoEncoder",
+    "openvino": _own(
+        "OpenVINO", "openvino", "fp32 bf16 int8", "openvino:OpenVino", "openvino:OpenVinoEncoder", is_onnx=True,
         extras={"openvino": "export --format openvino, and running its bundles"},
-        is_onnx=True,
     ),
-    "trt": FormatInfo(
-        title="TensorRT",
-        precisions=("fp32", "fp16", "int8"),
-        runtime="tensorrt",
-        converter=f"{_CONVERTERS}.tensorrt:TensorRt",
-        encoder=f"{_ENCODERS}.tensorrt:TensorRtEncoder",
-        extras={
-            "rtx": "export --format trt for RTX cards, and running the engines on them",
-            "tensorrt": "running engines of the full TensorRT, which a Jetson has",
-        },
-        aliases=("tensorrt",),
-        is_onnx=True,
+    "trt": _own(
+        "TensorRT", "tensorrt", "fp32 fp16 int8", "tensorrt:TensorRt", "tensorrt:TensorRtEncoder",
+        extras={"rtx": "export --format trt for RTX cards, and running the engines on them",
+                "tensorrt": "running engines of the full TensorRT, which a Jetson has"},
+        aliases=("tensorrt",), is_onnx=True,
     ),
-    "litert": FormatInfo(
-        title="LiteRT",
-        precisions=("fp32", "fp16", "int8"),
-        runtime="litert",
-        converter=f"{_CONVERTERS}.litert:LiteRt",
-        encoder=f"{_ENCODERS}.one_input:LiteRtEncoder",
-        extras={
-            "litert": "running bundles of export --format litert",
-            "litert-torch": "export --format litert",
-        },
-        aliases=("tflite",),
+    "litert": _own(
+        "LiteRT", "litert", "fp32 fp16 int8", "litert:LiteRt", "one_input:LiteRtEncoder", aliases=("tflite",),
+        extras={"litert": "running bundles of export --format litert", "litert-torch": "export --format litert"},
     ),
-    "executorch": FormatInfo(
-        title="ExecuTorch",
-        precisions=("fp32", "int8"),
-        runtime="executorch",
-        converter=f"{_CONVERTERS}.executorch:ExecuTorch",
-        encoder=f"{_ENCODERS}.one_input:ExecuTorchEncoder",
-        extras={"executorch": "export --format executorch, and running its bundles"},
-        aliases=("pte",),
+    "executorch": _own(
+        "ExecuTorch", "executorch", "fp32 int8", "executorch:ExecuTorch", "one_input:ExecuTorchEncoder",
+        extras={"executorch": "export --format executorch, and running its bundles"}, aliases=("pte",),
     ),
-    "coreml": FormatInfo(
-        title="Core ML",
-        precisions=("fp32", "fp16"),
-        runtime="coreml",
-        converter=f"{_CONVERTERS}.coreml:CoreMl",
-        encoder=f"{_ENCODERS}.one_input:CoreMlEncoder",
-        extras={"coreml": "export --format coreml, and running its bundles on a Mac"},
-        aliases=("core-ml", "mlpackage"),
+    "coreml": _own(
+        "Core ML", "coreml", "fp32 fp16", "coreml:CoreMl", "one_input:CoreMlEncoder",
+        extras={"coreml": "export --format coreml, and running its bundles on a Mac"}, aliases=("core-ml", "mlpackage"),
     ),
-}
+}  # fmt: skip
 RUNTIMES = tuple(info.runtime for info in FORMATS.values())
 
 

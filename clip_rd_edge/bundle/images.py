@@ -37,9 +37,7 @@ _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 class ImageFile(Protocol):
     """An image file: a Path or a member of a tar. `str()` of it names its location."""
 
-    def read_bytes(self) -> bytes:
-        """Return the file's content."""
-        ...
+    def read_bytes(self) -> bytes: ...
 
 
 def open_image(file: ImageFile, *, min_edge: int | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -156,12 +154,7 @@ def _unidentified(header: bytes) -> str:
         return "it is empty"
     if header[4:12] in (b"ftypavif", b"ftypavis") and "AVIF" not in Image.OPEN:
         return f'it is AVIF, which this Pillow, {PILLOW}, does not read: pip install "pillow>=11.3"'
-    if header.startswith(_TIFF_HEADERS):
-        return (
-            f"it is a TIFF of a kind that this Pillow, {PILLOW}, does not read, such as CMYK with transparency, "
-            "floating-point colours or a camera's RAW, or damaged"
-        )
-    return f"it is in none of the formats {', '.join(FORMATS)}"
+    return f"it is in none of the formats {', '.join(FORMATS)}, or damaged"
 
 
 def _registered_formats() -> list[str]:
@@ -268,7 +261,6 @@ def _to_8_bits(image: Image.Image, *, is_12_bits: bool) -> Image.Image:
     return Image.fromarray(levels)
 
 
-_TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_PLANES = 258, 262, 284
 _OVERSHOOT = 1 / 512  # half a level of 8 bits, such as interpolation causes
 

@@ -35,8 +35,7 @@ from clip_rd_edge.bundle.encoder import Calibration, LogitBias, LogitScale, Scor
 from clip_rd_edge.bundle.formats import EXTERNAL_DATA_SUFFIX, format_of
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.tokenizer import TokenizerSpec
-from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.installation import upgrade_hint
+from clip_rd_edge.errors import ConfigError, InputError, UsageError, upgrade_hint
 from clip_rd_edge.utils.files import is_plain_name, read_limited, sha256_of, write_bytes
 from clip_rd_edge.utils.paths import cache_home, exists, is_file, is_folder, is_left_by_system, near_files
 from clip_rd_edge.utils.structs import (

@@ -181,7 +181,6 @@ def _crop_centre(image: Image.Image, preprocessing: Preprocessing) -> Image.Imag
 
 
 def _mean_std(preprocessing: Preprocessing) -> tuple[Pixels, Pixels]:
-    """Return mean and standard deviation, (3, 1, 1) each."""
     mean = np.asarray(preprocessing.mean, dtype=np.float32)[:, None, None]
     return mean, np.asarray(preprocessing.std, dtype=np.float32)[:, None, None]
 

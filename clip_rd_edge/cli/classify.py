@@ -7,14 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import click
 
 from clip_rd_edge.cli.options import command_of, grouped
-from clip_rd_edge.cli.output import LateReporter, cut, echo, fold_items, terminal_width
+from clip_rd_edge.cli.output import LateReporter, cut, echo, terminal_width
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.settings.deploying import Classify
 from clip_rd_edge.utils.text import csv_row, is_unicode, one_line
@@ -57,12 +56,11 @@ def classify(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> 
     For many images, set --threads to one less than the number of cores: that leaves one core for opening the images.
     """
     request = Classify(**given)
-    images, labels, camera = tuple(request.images), given.get("labels", ()), request.camera
+    images, camera = tuple(request.images), request.camera
     if (camera is None) == (not images):
         raise UsageError(
             "Expected either images or --camera.",
-            hint="pass files, a folder, - for a list, or --camera 0; images stand before --labels, which takes what "
-            "follows",
+            hint="pass files, a folder, - for a list, or --camera 0; images stand before --labels",
         )
     if as_csv and (as_json or null):
         raise UsageError(f"{'--json' if as_json else '--null'} and --csv cannot be combined.", hint="omit one of them")
@@ -71,8 +69,6 @@ def classify(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> 
 
     from clip_rd_edge.bundle.image_files import find_images
     from clip_rd_edge.bundle.manifest import read_manifest
-    from clip_rd_edge.runtime.classifier import ZeroShotClassifier
-    from clip_rd_edge.runtime.labels import parse_labels
     from clip_rd_edge.runtime.load import load
 
     bundle = Path(request.bundle)
@@ -83,6 +79,29 @@ def classify(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> 
         echo(f"error: {one_line(error)}", err=True)
     few = len(paths) < MANY_IMAGES
     encoder = load(bundle, threads=request.threads, device=request.device, spin=few, force=request.force)
+    classifier = _classifier(encoder, request, given.get("labels", ()))
+    format_result: Format = _as_json if as_json else _as_csv if as_csv else _as_record if null else _as_text
+    end = "\0" if null else "\n"
+    if as_csv:
+        echo(CSV_HEADER)
+    if camera is not None:
+        _classify_camera(classifier, camera, top=request.top, format_result=format_result, end=end)
+        return
+    if not paths:
+        raise InputError("No images: the list on stdin is empty.", hint="pipe in one path per line")
+    _classify_files(
+        classifier, encoder, paths, top=request.top, format_result=format_result, quick=request.quick, end=end
+    )
+    if folders:
+        count = len(folders)
+        raise InputError(f"{count:,} folder{'s' * (count > 1)} could not be read; the others are classified.")
+
+
+def _classifier(encoder: TowerEncoder, request: Classify, labels: Sequence[str]) -> ZeroShotClassifier:
+    """Return what classifies as is asked for; warn where its answers mean little."""
+    from clip_rd_edge.runtime.classifier import ZeroShotClassifier
+    from clip_rd_edge.runtime.labels import parse_labels
+
     with ExitStack() as stack:
         classifier = ZeroShotClassifier(
             encoder,
@@ -110,23 +129,7 @@ def classify(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> 
             "image.\nhint: add what else the images may show, or let images be refused with --none",
             err=True,
         )
-    width = 0 if camera is not None else terminal_width(sys.stdout)
-    as_text: Format = partial(_as_text, width=width)
-    format_result: Format = _as_json if as_json else _as_csv if as_csv else _as_record if null else as_text
-    end = "\0" if null else "\n"
-    if as_csv:
-        echo(CSV_HEADER)
-    if camera is not None:
-        _classify_camera(classifier, camera, top=request.top, format_result=format_result, end=end)
-        return
-    if not paths:
-        raise InputError("No images: the list on stdin is empty.", hint="pipe in one path per line")
-    _classify_files(
-        classifier, encoder, paths, top=request.top, format_result=format_result, quick=request.quick, end=end
-    )
-    if folders:
-        count = len(folders)
-        raise InputError(f"{count:,} folder{'s' * (count > 1)} could not be read; the others are classified.")
+    return classifier
 
 
 def _lines(stream: TextIO, *, null: bool) -> Iterator[str]:
@@ -222,7 +225,6 @@ def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, f
 
 
 def _answers(classifier: ZeroShotClassifier, embeddings: Embeddings, *, top: int) -> list[Answer]:
-    """Return the answer for each image embedding, (N, D)."""
     predictions = classifier.classify_embeddings(embeddings, top=top)
     if not classifier.has_trivial_label:
         return [Answer(row, None) for row in predictions]
@@ -230,17 +232,12 @@ def _answers(classifier: ZeroShotClassifier, embeddings: Embeddings, *, top: int
     return [Answer(row, cosine) for row, cosine in zip(predictions, cosines, strict=True)]
 
 
-def _as_text(image: str, answer: Answer, width: int = 0) -> str:
-    """Return one line: the image, a tab, and the labels; line breaks in names are escaped.
-
-    Args:
-        width: of the terminal, in columns, for which long lines are broken between labels; 0 breaks none.
-    """
-    return fold_items(one_line(image), [one_line(label) for label in _labels_of(answer)], width)
+def _as_text(image: str, answer: Answer) -> str:
+    """Return one line: the image, a tab, and the labels; line breaks in names are escaped."""
+    return f"{one_line(image)}\t{'  '.join(map(one_line, _labels_of(answer)))}"
 
 
 def _as_record(image: str, answer: Answer) -> str:
-    """Return the image, a tab, and the labels with their probabilities, most likely first."""
     return f"{image}\t{'  '.join(_labels_of(answer))}"
 
 

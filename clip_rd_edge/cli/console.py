@@ -122,8 +122,9 @@ class ConsoleReporter(Reporter):
             self._print_progress(stage, step, total, message)
         if stage != self._stage or self._task is None:
             self._clear()
-            self._stage, self._task = stage, self._bar.add_task(printable(stage), total=total, message="")
-        self._bar.update(self._task, completed=step, total=total, message=printable(message))
+            self._stage, self._task = stage, self._bar.add_task(printable(stage), total=total, message="", steps="")
+        steps = f"{step:,}/{total:,}" if total else ""
+        self._bar.update(self._task, completed=step, total=total, message=printable(message), steps=steps)
 
     def note(self, message: str) -> None:
         if self._chapter_start is None:
@@ -133,7 +134,6 @@ class ConsoleReporter(Reporter):
             console.print(Text(_folded(f"    {printable(message)}", console), style="dim"), soft_wrap=True)
 
     def end_chapter(self) -> None:
-        """Report how long the current chapter took, if there is one."""
         if self._chapter_start is not None:
             self._clear()
             self.note(f"done in {duration(time.perf_counter() - self._chapter_start)}")
@@ -182,13 +182,6 @@ class _Bar(Progress):
         yield Constrain(self.make_tasks_table(self.tasks), max(1, stderr.width - len("^C") - 1))
 
 
-class _StepCount(ProgressColumn):
-    """Completed and total steps; empty for a stage without a known total."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.completed:,.0f}/{task.total:,.0f}" if task.total else "", style="progress.download")
-
-
 @contextmanager
 def console_reporter() -> Iterator[ConsoleReporter]:
     """Return a reporter for the duration of a command; its progress bar disappears at the end.
@@ -199,7 +192,7 @@ def console_reporter() -> Iterator[ConsoleReporter]:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
-        _StepCount(Column(no_wrap=True)),
+        TextColumn("{task.fields[steps]}", style="progress.download", table_column=Column(no_wrap=True)),
         _Times(Column(no_wrap=True)),
         _Message(),
     )

@@ -293,7 +293,7 @@ def _print_findings(findings: Sequence[Finding], *, all_extras: bool) -> None:
     from rich.text import Text
 
     from clip_rd_edge.cli.console import print_table
-    from clip_rd_edge.installation import install_command
+    from clip_rd_edge.errors import install_command
 
     extras = [finding for finding in findings if finding.is_extra]
     shown = findings if all_extras else [finding for finding in findings if not finding.is_extra]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clip_rd_edge.cli.options import GroupedCommand, command_of, complete_target_name, grouped
-from clip_rd_edge.cli.output import echo, fold_command
+from clip_rd_edge.cli.output import echo
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.settings.deploying import Export, Teach, Verify
 from clip_rd_edge.utils.text import as_word, one_line
@@ -230,15 +230,9 @@ def targets(name: str | None, as_json: bool) -> None:
 
         echo(to_json(known), nl=False)
     elif name:
-        from rich.markdown import Markdown
-
-        from clip_rd_edge.cli.console import SafeConsole
         from clip_rd_edge.exporting.plan import target_guide
 
-        console = SafeConsole()
-        guide = target_guide(name)
-        # Print plain Markdown unless stdout is a terminal.
-        console.print(Markdown(_fit(guide, console.width))) if console.file.isatty() else echo(guide, nl=False)
+        echo(target_guide(name), nl=False)
     else:
         from rich.table import Table
         from rich.text import Text
@@ -251,13 +245,3 @@ def targets(name: str | None, as_json: bool) -> None:
             table.add_row(key, title, "\n".join(target.needs), _TESTED[target.runs])
         print_table(table)
         echo("How to deploy: clip-rd-edge targets NAME; what is here: clip-rd-edge doctor", err=True)
-
-
-def _fit(guide: str, width: int) -> str:
-    """Return a guide whose shell commands fit a terminal: where rich breaks them, they could not be copied."""
-    lines, in_shell = [], False
-    for line in guide.splitlines():
-        if line.startswith("```"):
-            in_shell = line == "```sh"
-        lines.append(fold_command(line, width - 2) if in_shell else line)
-    return "\n".join(lines)

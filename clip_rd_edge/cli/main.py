@@ -277,7 +277,6 @@ def _run(arguments: list[str]) -> Any:
 
 
 def _from_click(error: click.ClickException) -> ClipRdEdgeError:
-    """Return click's error in the form of the package's own."""
     context = getattr(error, "ctx", None)
     if context is None:  # such as an option without its argument
         return ClipRdEdgeError(error.format_message(), hint="add --help to list the options")

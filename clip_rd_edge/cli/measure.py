@@ -18,6 +18,7 @@ from clip_rd_edge.utils.text import csv_row
 if TYPE_CHECKING:
     from clip_rd_edge.benchmarking.metrics import Score
     from clip_rd_edge.benchmarking.regression import Changes
+    from clip_rd_edge.benchmarking.results import Results
 
 NOT_COMPARED = 3  # exit code
 _COLUMNS = ("task", "class", "predicted", "images")  # of the table of confusions
@@ -174,12 +175,18 @@ def benchmark(
     if suite is None or output is None:
         missing = "SUITE" if suite is None else "-o FOLDER"
         raise UsageError(f"{missing} is missing.", hint="clip-rd-edge benchmark quickstart -o report")
-    from clip_rd_edge.cli.console import console_reporter, note, print_table, table_width
+    from clip_rd_edge.cli.console import console_reporter, note
 
     with console_reporter() as reporter:
         results = edge.benchmark(suite, output, **given, reporter=reporter)
+    _show(results)
+    note(f"The report is {output / 'report.html'}")
+
+
+def _show(results: Results) -> None:
     from clip_rd_edge.benchmarking.findings import busy_remark, recommendation
     from clip_rd_edge.benchmarking.tables import terminal_tables
+    from clip_rd_edge.cli.console import note, print_table, table_width
 
     for table in terminal_tables(results, table_width()):
         print_table(table)
@@ -191,7 +198,6 @@ def benchmark(
         note(f"{skipped.label} was skipped: {skipped}")
     for task in results.missing:
         note(f"{task.name} is missing: {task.reason}")
-    note(f"The report is {output / 'report.html'}")
 
 
 def _compare(old: Path, new: Path, *, allow_busy: bool, as_json: bool) -> int:

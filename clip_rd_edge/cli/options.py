@@ -182,7 +182,6 @@ def _show_all(ctx: click.Context, _parameter: click.Parameter, value: bool) -> N
 
 
 def _unbroken(text: str) -> str:
-    """Return a text in which click breaks no line after a hyphen."""
     return text.replace("-", _UNBROKEN_HYPHEN)
 
 

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import IO, Any
@@ -75,11 +75,9 @@ class LateReporter(Reporter):
 
 
 _PROGRAMS = "clip-rd-edge|pipx?|uv|python3?|npm|make|apt-get"
-# A command runs to the end of the line or of its clause. A quoted word of it is never broken.
-_COMMAND = re.compile(rf"(?:^|(?<=[:;] ))(?:\S*/)?(?:{_PROGRAMS}) .*?(?=, or |; |$)")
-_WORD = re.compile(r"""(?:"[^"]*"|'[^']*'|\S)+""")
+# A command, which runs to the end of the line or of its clause, or else a word.
+_UNIT = re.compile(rf"(?:^|(?<=[:;] ))(?:\S*/)?(?:{_PROGRAMS}) .*?(?:, or(?= )|;(?= )|$)|\S+")
 _INDENT = "  "  # of the lines after the first
-_CONTINUED = " \\"
 
 
 def terminal_width(stream: IO[Any]) -> int:
@@ -97,65 +95,22 @@ def terminal_width(stream: IO[Any]) -> int:
 def fold(text: str, width: int) -> str:
     """Break the lines of a text that are longer than `width` columns; 0 leaves them as they are.
 
-    A terminal would break them in the middle of a word. A command that is broken gets a backslash at the end of the
-    line, so that a shell takes it as it is. What has no space stays on one line, such as a long path.
+    A terminal would break them in the middle of a word. It breaks commands all the same, which can then be copied.
     """
-    return "\n".join(_fold(line, width) for line in text.split("\n")) if width else text
-
-
-def _fold(line: str, width: int) -> str:
-    if _cells(line) <= width:
-        return line
-    indent = re.match(r" *", line)[0] + _INDENT  # type: ignore[index]  # it always matches
-    commands = [command.span() for command in _COMMAND.finditer(line)]
-    lines, current = [], line[: len(indent) - len(_INDENT)]
-    for word in _WORD.finditer(line):
-        outside = (len(line), len(line))
-        start, end = next((span for span in commands if span[0] <= word.start() < span[1]), outside)
-        continues = start < word.start() < end
-        last = continues and word.end() >= end
-        room = width - (len(_CONTINUED) if start <= word.start() < end and not last else 0)
-        joined = f"{current} {word[0]}" if current.strip() else f"{current}{word[0]}"
-        if current.strip() and _cells(joined) > room:
-            lines.append(current + _CONTINUED if continues else current)
-            current = f"{indent}{word[0]}"
-        else:
-            current = joined
-    return "\n".join([*lines, current])
-
-
-def fold_command(command: str, width: int) -> str:
-    """Break a shell command that is longer than `width` columns at its spaces, with a backslash, so that it stays one.
-
-    A comment that makes it too long goes to a line of its own before it.
-    """
-    if _cells(command) <= width:
-        return command
-    if match := re.fullmatch(r"(.*\S)\s+(# .*)", command):
-        comment = re.sub(r"\n *", "\n# ", fold(match[2], width - len(_INDENT)))
-        return f"{comment}\n{fold_command(match[1], width)}"
-    lines = [""]
-    for word in _WORD.finditer(command):
-        joined = f"{lines[-1]} {word[0]}" if lines[-1].strip() else f"{lines[-1]}{word[0]}"
-        if lines[-1].strip() and _cells(joined) + len(_CONTINUED) > width:
-            lines.append(f"{2 * _INDENT}{word[0]}")
-        else:
-            lines[-1] = joined
-    return f"{_CONTINUED}\n".join(lines)
-
-
-def fold_items(name: str, items: Sequence[str], width: int) -> str:
-    """Return a name, a tab and its items, on further lines that begin with a tab if `width` columns are too few."""
-    tab = 8  # columns, as terminals have them
-    start = _cells(name) // tab * tab + tab
-    lines, used = [f"{name}\t"], start
-    for number, item in enumerate(items):
-        gap = 2 if used > start else 0
-        if width and number and used + gap + _cells(item) > width:
-            lines.append("\t")
-            used, gap, start = tab, 0, tab
-        lines[-1] += " " * gap + item
-        used += gap + _cells(item)
+    lines = []
+    for line in text.split("\n"):
+        if not width or _cells(line) <= width:
+            lines.append(line)
+            continue
+        start = line[: len(line) - len(line.lstrip(" "))]
+        current = start
+        for unit in _UNIT.findall(line.lstrip(" ")):
+            if current.strip() and _cells(f"{current} {unit}") > width:
+                lines.append(current)
+                current = f"{start}{_INDENT}{unit}"
+            else:
+                current += f" {unit}" if current.strip() else unit
+        lines.append(current)
     return "\n".join(lines)
 
 

@@ -117,8 +117,8 @@ def stitch(given: dict[str, Any]) -> None:
     clip-rd-edge stitch resnet18 --pretrained parts.pth --names parts.txt \\
         --text all-MiniLM-L6-v2 -o parts
 
-    CLASSIFIER is a timm architecture, or torchvision:NAME. The result is an open_clip model, such as distill takes as
-    its --teacher. It recognises the classifier's classes, and relates other texts to them by meaning.
+    CLASSIFIER is a timm architecture. The result is an open_clip model, such as distill takes as its --teacher. It
+    recognises the classifier's classes, and relates other texts to them by meaning.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli.console import console_reporter, note

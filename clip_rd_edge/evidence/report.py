@@ -25,7 +25,7 @@ from clip_rd_edge.benchmarking.tables import (
 from clip_rd_edge.bundle.outputs import require_output_file
 from clip_rd_edge.bundle.runs import EVALUATION_PREFIX as _EVALUATION
 from clip_rd_edge.distillation.metrics import verbatim
-from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.errors import ConfigError, without_checkout
 from clip_rd_edge.evidence.suite import (
     FORMAT_VERSION,
     TUNED_TEACHER,
@@ -41,7 +41,6 @@ from clip_rd_edge.evidence.suite import (
     runs_of,
     spread,
 )
-from clip_rd_edge.installation import without_checkout
 from clip_rd_edge.utils.files import write_bytes, write_text
 from clip_rd_edge.utils.paths import exists
 from clip_rd_edge.utils.structs import read_versioned_json

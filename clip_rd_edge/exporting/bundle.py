@@ -15,13 +15,7 @@ import onnx
 
 from clip_rd_edge.bundle.encoder import Embeddings, label_embeddings
 from clip_rd_edge.bundle.formats import EXTERNAL_DATA_SUFFIX, import_named
-from clip_rd_edge.bundle.labels import (
-    LabelBank,
-    background_nouns,
-    read_labels,
-    require_readable,
-    write_labels,
-)
+from clip_rd_edge.bundle.labels import LabelBank, background_nouns, read_labels, require_readable, write_labels
 from clip_rd_edge.bundle.manifest import (
     BACKGROUND,
     FORMAT_VERSION,

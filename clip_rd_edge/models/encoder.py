@@ -286,7 +286,6 @@ class TorchEncoder:
         self._caption_tower = CaptionTower(self._text_tower, clip.model)
 
     def describe(self) -> Description:
-        """Describe this encoder."""
         parameters = parameter_count(self.clip.model)
         weights = next(iter(self.folder.glob("*.safetensors")), self.folder) if self.folder else None
         return Description(
@@ -303,7 +302,6 @@ class TorchEncoder:
         )
 
     def encode_images(self, images: Sequence[ImageInput]) -> Embeddings:
-        """Embed images, (N, D)."""
         batches = []
         for batch in in_batches(len(images), BATCH_SIZE):
             pixels = np.stack([preprocess(as_rgb(image), self.clip.preprocessing) for image in images[batch]])
@@ -320,16 +318,13 @@ class TorchEncoder:
 
     @on_cpu()
     def tokenize(self, texts: str | Sequence[str]) -> npt.NDArray[np.int64]:
-        """Convert texts to token ids, (N, T)."""
         ids: npt.NDArray[np.int64] = self.clip.tokenizer(as_list(texts)).numpy()
         return ids
 
     def encode_pixels(self, pixels: npt.NDArray[np.float32]) -> Embeddings:
-        """Embed preprocessed images, (N, 3, H, W) to (N, D)."""
         return self._run(self._image_tower, pixels)
 
     def encode_ids(self, ids: npt.NDArray[np.int64]) -> Embeddings:
-        """Embed tokenised texts, (N, T) to (N, D)."""
         return self._run(self._text_tower, ids)
 
     def _run(

@@ -199,7 +199,6 @@ def require_bounded(model_cfg: dict[str, Any], path: Path | str) -> None:
 
 
 def _numbers(content: Any, key: str = "model_cfg") -> Iterator[tuple[str, int]]:
-    """Yield the integers in nested objects and lists, with their keys."""
     if isinstance(content, dict):
         for name, value in content.items():
             yield from _numbers(value, name)

@@ -38,7 +38,6 @@ class ModelName(NamedTuple):
 
     @property
     def is_trained(self) -> bool:
-        """Whether the model has weights of its own."""
         return self.kind in ("folder", "bundle", "hub") or self.weights is not None
 
 
@@ -77,7 +76,6 @@ def _parse(text: str) -> ModelName:
 
 
 def is_trained(text: str) -> bool:
-    """Return whether a text names a model with weights, as a student to fine-tune is."""
     return parse_name(text).is_trained
 
 

@@ -279,7 +279,6 @@ class SentenceEncoder:
         return tokens.shape[1] - (tokens != self.padding).flip(1).long().argmax(dim=1)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Return the embeddings of one batch, (N, D), L2-normalised."""
         return self.encode_tokens(self.tokenizer(list(texts)))
 
     @torch.no_grad()

@@ -13,13 +13,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
-from clip_rd_edge.models.classifiers import (
-    CLASSIFIERS,
-    load_classifier,
-    mismatch,
-    read_weights,
-    unknown_weights,
-)
+from clip_rd_edge.models.classifiers import CLASSIFIERS, load_classifier, mismatch, read_weights, unknown_weights
 from clip_rd_edge.models.clip import ClipModel, ImageTower, evaluation_mode, float32_on_cpu, quick_gelu_of
 from clip_rd_edge.models.hub import fetching, refuse_other_places, require_bounded
 from clip_rd_edge.models.names import CONFIGS, architectures, parse_name, preset_names
@@ -411,7 +405,6 @@ def require_equal(features: Tensor, expected: Tensor, *, what: str, hint: str) -
 
 
 def _architecture(vision_cfg: dict[str, Any]) -> str:
-    """Return what has to agree, in words."""
     if name := vision_cfg.get(_TIMM_NAME):
         return str(name)
     parts = [f"{key} {vision_cfg[key]}" for key in ("width", "layers", "patch_size") if key in vision_cfg]

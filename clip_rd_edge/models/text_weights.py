@@ -84,7 +84,6 @@ def _layer_count(state: Mapping[str, Tensor]) -> int:
 
 
 def _select_layers(state: Mapping[str, Tensor], layers: list[int]) -> dict[str, Tensor]:
-    """Return the weights with only these layers, renumbered."""
     kept = {k: v for k, v in state.items() if not k.startswith(_BLOCKS)}
     for new, old in enumerate(layers):
         prefix = f"{_BLOCKS}{old}."
@@ -171,7 +170,6 @@ def _token_texts(tokenizer: Any) -> dict[int, str]:
 
 
 def _embedded(texts: list[str], teacher: ClipModel, reporter: Reporter) -> Tensor:
-    """Return the teacher's embeddings of the texts, on the CPU."""
     teacher.model.to(default_device())
     tower = CaptionTower(TextTower(teacher.model), teacher.model, choices=range(2, 17))
 
@@ -273,7 +271,6 @@ def require_similar_text_tower(model_cfg: dict[str, Any], source: dict[str, Any]
 
 
 def _refusal(text_cfg: dict[str, Any], source: dict[str, Any]) -> str:
-    """Return why a student cannot have this text tower, or an empty string."""
     if "hf_model_name" in source:
         return f"it is {source['hf_model_name']} of Hugging Face, and the student's is a transformer of open_clip"
     if source.get("hf_tokenizer_name") or source.get("tokenizer_kwargs"):

@@ -256,7 +256,6 @@ def most_used_tokens(content: Content, used: npt.NDArray[np.int64], needed: set[
 
 
 def _parts(content: Content) -> dict[int, tuple[int, int]]:
-    """Return the two tokens that each token of BPE is merged from."""
     vocabulary, parts = content["model"]["vocab"], dict[int, tuple[int, int]]()
     for first, second, merged in _merges(content["model"]):
         parts.setdefault(vocabulary[merged], (vocabulary[first], vocabulary[second]))
@@ -271,7 +270,6 @@ def _merges(model: Content) -> list[tuple[str, str, str]]:
 
 
 def _with_parts(number: int, parts: dict[int, tuple[int, int]]) -> set[int]:
-    """Return a token, and all that it is merged from."""
     found, open_ends = set[int](), [number]
     while open_ends:
         if (number := open_ends.pop()) not in found:

@@ -10,9 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from clip_rd_edge.errors import ClipRdEdgeError, InputError, MissingExtraError, in_one_line
-from clip_rd_edge.installation import install_command, pip
-from clip_rd_edge.utils.host import OPENCVS, installed_versions
+from clip_rd_edge.errors import ClipRdEdgeError, InputError, MissingExtraError, in_one_line, pip
+from clip_rd_edge.utils.host import OPENCVS
 from clip_rd_edge.utils.paths import is_file, why_no_file
 
 _TIMEOUT_S = 5.0  # for the next frame of a camera
@@ -33,7 +32,9 @@ def frames(source: str) -> Iterator[Image.Image]:
     except ImportError as error:
         if error.name == "cv2":
             raise MissingExtraError(OPENCVS[0], extra="camera", purpose="Reading from a camera") from error
-        raise ClipRdEdgeError(f"OpenCV cannot be imported: {in_one_line(error)}.", hint=_renewal()) from error
+        raise ClipRdEdgeError(
+            f"OpenCV cannot be imported: {in_one_line(error)}.", hint=f"{pip('install')} -U {OPENCVS[0]}"
+        ) from error
     capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
     try:
         if not capture.isOpened():
@@ -50,24 +51,11 @@ def frames(source: str) -> Iterator[Image.Image]:
         capture.release()
 
 
-def _renewal() -> str:
-    """Return the command that installs an OpenCV that can be imported: a newer one, and without windows, thus libGL."""
-    package = next(iter(installed_versions(OPENCVS)), None)
-    if package is None:  # the system's
-        return install_command("camera")
-    if package.endswith("-headless"):
-        return f"{pip('install')} -U {package}"
-    return f"{pip('uninstall')} -y {package} && {pip('install')} {package}-headless"
-
-
 def _not_opened(source: str) -> ClipRdEdgeError:
     """Return the error for a camera, a stream or a video that OpenCV cannot open."""
-    if source.isdigit() or source.startswith("/dev/"):
-        return ClipRdEdgeError(
-            f"Cannot open the camera {source}.", hint="list the cameras with ls /dev/video*, or try {camera} 1"
-        )
-    if "://" in source or " ! " in source:  # an address, or a pipeline of GStreamer
-        return ClipRdEdgeError(f"Cannot open the stream {source}.", hint="check that a player on this machine shows it")
+    if source.isdigit() or source.startswith("/dev/") or "://" in source or " ! " in source:  # a pipeline of GStreamer
+        hint = "list the cameras with ls /dev/video*; check that a player on this machine shows a stream"
+        return ClipRdEdgeError(f"Cannot open the camera or stream {source}.", hint=hint)
     if not is_file(source):
         return InputError(f"The video {source} {why_no_file(Path(source))}", hint="check the path")
     return _unreadable_video(source)
@@ -108,11 +96,8 @@ def _is_cut_off(source: str) -> bool:
 
 
 def _all_frames(capture: Any) -> Iterator[Any]:
-    while True:
-        success, frame = capture.read()
-        if not success:
-            return
-        yield frame
+    while (read := capture.read())[0]:
+        yield read[1]
 
 
 def _newest_frames(capture: Any) -> Iterator[Any]:

@@ -77,7 +77,6 @@ class _Decision(NamedTuple):
 
     @property
     def needs_matches(self) -> bool:
-        """Whether labels are compared with the background."""
         return self.multi or self.refuse_known is not None
 
 

@@ -19,8 +19,7 @@ from typing import Literal
 import msgspec
 
 from clip_rd_edge.bundle.formats import FORMATS
-from clip_rd_edge.errors import in_one_line
-from clip_rd_edge.installation import PACKAGE, install_command, pip
+from clip_rd_edge.errors import PACKAGE, in_one_line, install_command, pip
 from clip_rd_edge.runtime.backends.onnxruntime import (
     OPENVINO_PROCESSORS,
     PROVIDERS,
@@ -58,8 +57,7 @@ EXTRAS = {
     "wandb": "distill --report-to wandb",
     **{extra: purpose for info in FORMATS.values() for extra, purpose in info.extras.items()},
 }
-_TORCH_TENSORRT = "torch-tensorrt"  # a finding of its own
-_NOT_LISTED = {"all", "dev", "docs", _TORCH_TENSORRT}
+_NOT_LISTED = {"all", "dev", "docs"}
 # JetPack 6 has CUDA 12, whose driver runs no later major version; JetPack 7 has CUDA 13.
 _CUDA_BINDINGS = {"jetson-orin": "cuda-bindings<13", "jetson-thor": "cuda-bindings>=13"}
 _ONNXRUNTIME_GPU = '"onnxruntime-gpu[cuda,cudnn]"'  # the extras bring the libraries of CUDA and cuDNN
@@ -88,7 +86,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_extra(self) -> bool:
         """Whether it is about optional packages, which are missing unless one asks for them."""
-        return self.what.startswith("[") or self.what == _TORCH_TENSORRT
+        return self.what.startswith("[")
 
 
 def examine() -> list[Finding]:
@@ -103,7 +101,6 @@ def examine() -> list[Finding]:
         *_openvino(),
         _gpu(),
         *(_extra(name, packages) for name, packages in extras().items()),
-        _torch_tensorrt(),
     ]
 
 
@@ -201,7 +198,8 @@ def _gpu() -> Finding:
     if jetson := jetson_name():
         requirement = _CUDA_BINDINGS[jetson]
         detail = f"NVIDIA Jetson: see clip-rd-edge targets {jetson}"
-        if not _satisfied(requirement):
+        older = version("cuda-bindings").startswith("12.") if is_installed("cuda-bindings") else None
+        if older != requirement.endswith("<13"):
             remedy = f"{pip('install')} '{requirement}'  # {EXTRAS['tensorrt']}; TensorRT comes with JetPack"
     elif _has_nvidia_driver():
         detail = "NVIDIA: trains if torch supports it; runs bundles with onnxruntime-gpu or as engines ([rtx])"
@@ -219,35 +217,15 @@ def _has_nvidia_driver() -> bool:
     return bool(driver) and not jetson_name()
 
 
-def _satisfied(requirement: str) -> bool:
-    """Return whether cuda-bindings is installed in the required major version."""
-    if not is_installed("cuda-bindings"):
-        return False
-    return (int(version("cuda-bindings").split(".")[0]) < 13) == requirement.endswith("<13")
-
-
-def _torch_tensorrt() -> Finding:
-    """Report torch-tensorrt, the alternative way from PyTorch to TensorRT, and what it needs."""
-    packages = " and ".join(package for package in ("torch-tensorrt", "torch-tensorrt-rtx") if is_installed(package))
-    detail = (
-        f"{packages or 'not installed'}: for export --via torch-tensorrt, which needs the target GPU and "
-        "a CUDA build of torch; without --via, engines are built from ONNX, without a GPU ([rtx])"
-    )
-    return Finding(what=_TORCH_TENSORRT, state="ok" if packages else "missing", detail=detail)
-
-
 def _extra(name: str, packages: list[str]) -> Finding:
     purpose = EXTRAS.get(name, "")
-    missing = [package for package in packages if not (is_installed(package) or _has_other_name(package))]
+    missing = [
+        name for name in packages if not (is_installed(name) or (name in OPENCVS and find_spec("cv2") is not None))
+    ]
     detail = f"{purpose}: {'installed' if not missing else 'needs ' + ', '.join(missing)}"
     if not missing:
         return Finding(what=f"[{name}]", state="ok", detail=detail)
     return Finding(what=f"[{name}]", state="missing", detail=detail, remedy=install_command(name))
-
-
-def _has_other_name(package: str) -> bool:
-    """Return whether a package is installed under another name, over which it must not be installed."""
-    return package in OPENCVS and find_spec("cv2") is not None
 
 
 def _without_extra(requirements: Sequence[str]) -> list[str]:

@@ -105,7 +105,6 @@ class BundleEncoder(ABC):
 
     @property
     def threads(self) -> int | None:
-        """Threads per tower; None leaves the choice to the runtime."""
         return self.options.threads
 
     def __getstate__(self) -> dict[str, object]:
@@ -192,7 +191,6 @@ class BundleEncoder(ABC):
 
     @cached_property
     def taught(self) -> Taught | None:
-        """What images have taught the bundle, or None."""
         if not self.manifest.taught:
             return None
         require_intact(self.folder, self.manifest, TAUGHT)
@@ -257,7 +255,6 @@ class BundleEncoder(ABC):
         warn(fault)
 
     def encode_images(self, images: Sequence[ImageInput]) -> Embeddings:
-        """Embed images, (N, D)."""
         if self.manifest.image.preprocesses:
             batches = [np.asarray(as_rgb(image))[None] for image in images]
             return self._run_batches(self._image_session, self.manifest.image, batches)
@@ -268,7 +265,6 @@ class BundleEncoder(ABC):
         return np.concatenate(parts) if parts else self._no_rows()
 
     def encode_pixels(self, pixels: npt.NDArray[np.float32]) -> Embeddings:
-        """Embed preprocessed images, (N, 3, H, W) to (N, D)."""
         if self.manifest.image.preprocesses:
             # The graph takes bytes: undo the normalisation. They have the final size already, so it does not resize.
             images = to_uint8(pixels, self.manifest.preprocessing)
@@ -276,7 +272,6 @@ class BundleEncoder(ABC):
         return self._run(self._image_session, self.manifest.image, pixels)
 
     def encode_texts(self, texts: str | Sequence[str]) -> Embeddings:
-        """Embed texts, (N, D)."""
         texts = as_list(texts)
         parts = []
         for batch in in_batches(len(texts), BATCH_SIZE):
@@ -284,11 +279,9 @@ class BundleEncoder(ABC):
         return np.concatenate(parts) if parts else self._no_rows()
 
     def encode_ids(self, ids: npt.NDArray[np.int64]) -> Embeddings:
-        """Embed token ids, (N, T) to (N, D)."""
         return self._run(self._text_session, self.manifest.require_text(), ids)
 
     def tokenize(self, texts: str | Sequence[str]) -> npt.NDArray[np.int64]:
-        """Return the token ids of texts, (N, T)."""
         return self._tokenizer(as_list(texts))
 
     @cached_property

@@ -282,13 +282,7 @@ def nearest(index: Index, rows: Embeddings, query: Embeddings, **options: Any) -
 
 
 def nearest_rows(
-    index: Index,
-    rows: Embeddings,
-    query: Embeddings,
-    *,
-    top: int,
-    graph: Graph | None = None,
-    checked: bool = True,
+    index: Index, rows: Embeddings, query: Embeddings, *, top: int, graph: Graph | None = None, checked: bool = True
 ) -> list[tuple[int, float]]:
     """Return the rows nearest to a query embedding, (D,) or (1, D), nearest first, with their cosine similarities.
 

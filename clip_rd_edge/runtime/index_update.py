@@ -16,8 +16,7 @@ import msgspec
 import numpy as np
 
 from clip_rd_edge.bundle.encoder import Embeddings, in_batches
-from clip_rd_edge.errors import InputError, UsageError, causes
-from clip_rd_edge.installation import install_command
+from clip_rd_edge.errors import InputError, UsageError, causes, install_command
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import (
     GRAPH_FROM,

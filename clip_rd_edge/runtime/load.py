@@ -38,7 +38,7 @@ from clip_rd_edge.bundle.manifest import (
     require_intact_manifest,
     require_intact_tower,
 )
-from clip_rd_edge.bundle.preprocess import Pixels, fast_decode_edge, preprocess
+from clip_rd_edge.bundle.preprocess import Pixels, Preprocessing, fast_decode_edge, preprocess
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.backends.onnxruntime import OPENVINO_PROCESSORS, PROVIDERS, import_onnxruntime
 from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, RunOptions, require_threads
@@ -137,7 +137,6 @@ def _require_readable(manifest: Manifest, engine: str) -> None:
 
 
 def _runtime_for(device: str, manifest: Manifest) -> str:
-    """Return the runtime that opens a bundle on a device."""
     info = format_of(manifest.target)
     own = info.runtime
     if device in (AUTO, own) or not info.is_onnx or (device == "cpu" and own != "tensorrt"):
@@ -219,38 +218,21 @@ def _to_rgb(image: ImageInput, min_edge: int | None, *, copy: bool) -> Image.Ima
 
 
 def embed_images(
-    encoder: TowerEncoder,
-    images: Iterable[P],
-    *,
-    batch_size: int = BATCH_SIZE,
-    quick: bool = False,
+    encoder: TowerEncoder, images: Iterable[P], *, batch_size: int = BATCH_SIZE, quick: bool = False
 ) -> Iterator[EmbeddedBatch[P]]:
-    """Embed images batch by batch.
+    """Embed images batch by batch; yield the batches in input order.
 
     While the caller handles one batch, the model embeds the next one and threads open the images of the one after
     that. Pillow and ONNX Runtime release Python's lock while they work, so threads are enough. An image that cannot be
     read is reported in its batch and does not stop the others.
 
     Args:
-        encoder: the model; only its image tower is used.
         images: paths, or anything else that `open_image` opens. A generator is read at most three batches ahead.
-        batch_size: images per call of the image tower, at least 1.
         quick: decode large JPEGs at a fraction of their size (`open_image(min_edge=…)`).
-
-    Yields:
-        The batches, in input order.
     """
-    preprocessing = encoder.describe().preprocessing
-    size = encoder.describe().embedding_size
-    min_edge = fast_decode_edge(preprocessing) if quick else None
-
-    def open_pixels(image: P) -> Pixels | InputError:
-        try:
-            return preprocess(open_image(image, min_edge=min_edge), preprocessing)
-        except InputError as error:
-            return error
-        except MemoryError:
-            return InputError(f"Cannot read the image {image}: there is not enough memory to resize it.")
+    description = encoder.describe()
+    preprocessing, size = description.preprocessing, description.embedding_size
+    open_pixels = partial(_open_pixels, preprocessing, fast_decode_edge(preprocessing) if quick else None)
 
     def gather(batch: Sequence[tuple[P, Future[Pixels | InputError]]]) -> _Gathered[P]:
         opened = [(image, future.result()) for image, future in batch]
@@ -291,6 +273,15 @@ def embed_images(
         # If the caller stops early or presses Ctrl-C, do not wait for images that are no longer needed.
         openers.shutdown(wait=False, cancel_futures=True)
         model.shutdown(cancel_futures=True)
+
+
+def _open_pixels(preprocessing: Preprocessing, min_edge: int | None, image: ImageFile) -> Pixels | InputError:
+    try:
+        return preprocess(open_image(image, min_edge=min_edge), preprocessing)
+    except InputError as error:
+        return error
+    except MemoryError:
+        return InputError(f"Cannot read the image {image}: there is not enough memory to resize it.")
 
 
 def embed_images_on_cluster(address: str, encoder: BundleEncoder, images: Sequence[P]) -> Iterator[EmbeddedBatch[P]]:

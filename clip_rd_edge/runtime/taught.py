@@ -26,14 +26,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.bundle.encoder import (
-    Embeddings,
-    Encoder,
-    Scoring,
-    embeds_texts,
-    label_embeddings,
-    require_labels,
-)
+from clip_rd_edge.bundle.encoder import Embeddings, Encoder, Scoring, embeds_texts, label_embeddings, require_labels
 from clip_rd_edge.bundle.images import ImageInput
 from clip_rd_edge.bundle.labels import (
     MAX_BYTES,
@@ -212,7 +205,6 @@ def _with_images(
 
 
 def _only(taught: Taught, names: Sequence[str]) -> Taught:
-    """Return what was taught of these labels alone."""
     rows = [taught.names.index(name) for name in names]
     numbers = {_NONE: _NONE} | {row: number for number, row in enumerate(rows)}
     kept = np.array([number in numbers for number in taught.classes.tolist()], np.bool_)

@@ -51,7 +51,7 @@ class BundleInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the page shows about a bundle.
 
     Attributes:
-        folder: the name of its folder, or more of the path; see `distinct_names`.
+        folder: the name of its folder, or its path where two have the same name.
         bank: number of labels in its label bank.
         texts: whether it embeds other labels, too.
     """
@@ -222,21 +222,6 @@ def _keep(kept: OrderedDict[str, Any], key: str, value: object, count: int) -> N
         kept.popitem(last=False)
 
 
-def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """Return a name for each folder, and where two are the same, the folder around it in which they differ.
-
-    Such as `int8`; `a/int8` and `b/int8`; or, for `a/bundles/int8` and `b/bundles/int8`, `a/…/int8` and `b/…/int8`.
-    """
-    paths = [folder.resolve().parts for folder in folders]
-    names = []
-    for path in paths:
-        others = {other for other in paths if other != path}
-        lengths = (n for n in range(1, len(path)) if all(other[-n:] != path[-n:] for other in others))
-        length = next(lengths, len(path))
-        names.append("/".join(path[-length:] if length < 3 else (path[-length], "…", path[-1])))
-    return names
-
-
 class Demo:
     """The request handlers of the demo.
 
@@ -262,7 +247,8 @@ class Demo:
         self.label_sets: OrderedDict[str, PageLabels] = OrderedDict()
         if self.start_labels:  # refused now, rather than with each image
             require_few_labels(self.start_labels)
-        names = distinct_names(bundles)
+        last = [folder.resolve().name for folder in bundles]
+        names = [name if last.count(name) == 1 else str(folder) for name, folder in zip(last, bundles, strict=True)]
         self.served = [
             ServedBundle(folder, shown=name, threads=threads, force=force)
             for folder, name in zip(bundles, names, strict=True)

@@ -91,7 +91,6 @@ class Guard:
         self._bodies: dict[_Body, None] = {}  # of all requests that are not answered yet, in the order of their begin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -63,7 +63,6 @@ class PageLabels(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        """A key for this content."""
         return label_key([*self.labels, msgspec.json.encode(self.taught).decode()] if self.taught else self.labels)
 
     def require_few(self) -> None:
@@ -369,7 +368,6 @@ def _sample(operation: str) -> dict[str, Any]:
 
 
 def _parameters(path: str) -> dict[str, Any]:
-    """Return the parameters of a GET request."""
     given = [("query", "q", True, "string"), ("query", "top", False, "integer")] if path == "/search" else []
     given += [("path", name, True, "string") for name in re.findall(r"{(\w+)}", path)]
     described = [

@@ -124,11 +124,9 @@ class Service:
         return json_response({"object": "list", "data": data, "model": self.description.name, "usage": usage})
 
     async def models(self, request: Request) -> Response:
-        """GET /v1/models."""
         return json_response({"object": "list", "data": [self._model_entry()]})
 
     async def model(self, request: Request) -> Response:
-        """GET /v1/models/NAME."""
         entry, name = self._model_entry(), request.path_params["name"]
         if name not in (entry["id"], *entry["aliases"]):
             return _error_response(404, f"There is no model {name!r}; this server has {entry['id']!r}.")
@@ -147,7 +145,6 @@ class Service:
         }
 
     async def props(self, request: Request) -> Response:
-        """GET /props."""
         return json_response(
             {
                 "default_generation_settings": {"n_ctx": self._context_length},
@@ -161,20 +158,16 @@ class Service:
         )
 
     async def health(self, request: Request) -> Response:
-        """GET /health."""
         return json_response({"status": "ok"})
 
     async def prometheus(self, request: Request) -> Response:
-        """GET /metrics."""
         text = self.metrics.render(pending=self.pending_items, memory_bytes=resident_memory_bytes())
         return Response(text, media_type=CONTENT_TYPE)
 
     async def openapi(self, request: Request) -> Response:
-        """GET /openapi.json."""
         return json_response(protocol.openapi(self.version, search=self.searches))
 
     async def classify(self, request: Request) -> Response:
-        """POST /classify."""
         body, image = await _asked(request, protocol.ClassifyRequest)
         if body.labels is not None:
             require_few_labels(body.labels)
@@ -185,11 +178,9 @@ class Service:
         return json_response({"predictions": [{"label": label, "probability": p} for label, p in predictions]})
 
     async def search(self, request: Request) -> Response:
-        """POST /search."""
         return await self._search(*await _asked(request, protocol.SearchRequest))
 
     async def search_text(self, request: Request) -> Response:
-        """GET /search?q=TEXT&top=N."""
         fields = [("query" if name == "q" else name, value) for name, value in request.query_params.multi_items()]
         return await self._search(protocol.request_of(fields, protocol.SearchRequest), b"")
 
@@ -203,7 +194,6 @@ class Service:
         return json_response({"hits": hits, "cutoff": None if image else cutoff})
 
     async def thumbnail(self, request: Request) -> Response:
-        """GET /thumbnail/ID."""
         assert self._index is not None
         loop, name = asyncio.get_running_loop(), request.path_params["id"]
         with self._counted(1):
@@ -212,7 +202,6 @@ class Service:
 
     @property
     def searches(self) -> bool:
-        """Whether there is an index to search."""
         return self._index is not None
 
     @contextmanager
@@ -227,7 +216,6 @@ class Service:
             self.active_requests -= 1
 
     def close(self) -> None:
-        """Stop the threads."""
         for pool in (self._model, self._openers):
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -296,7 +296,7 @@ Tasks = AnyPath | Any | Iterable[AnyPath | Any]  # names of tasks, or task objec
 
 
 class _Stitched(Settings, frozen=True):
-    classifier: Annotated[str, argument("A timm architecture (`resnet18`, `resnet18.tv_in1k`), or `torchvision:NAME`.")]
+    classifier: Annotated[str, argument("A timm architecture, such as `resnet18` or `resnet18.tv_in1k`.")]
     output: Output
 
 

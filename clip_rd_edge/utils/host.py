@@ -85,7 +85,6 @@ def system_name() -> str:
 
 
 def _read(path: Path) -> str:
-    """Return the content of one of the system's files, or nothing if it has no such file."""
     return path.read_text(errors="replace") if path.is_file() else ""
 
 
@@ -197,7 +196,6 @@ def _of_nvidia_gpus(what: str) -> list[str]:
 
 
 def _sysctl(*arguments: str) -> str:
-    """Return what macOS reports of its hardware; nothing on other systems."""
     return _answer_of(_SYSCTL, *arguments) if platform.system() == "Darwin" else ""
 
 

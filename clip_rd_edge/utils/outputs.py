@@ -197,7 +197,6 @@ def _make_writable(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Wait until the files in a folder are on the disk."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     if len(files) > _MANY_FILES and hasattr(os, "sync"):
         os.sync()

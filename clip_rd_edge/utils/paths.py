@@ -170,7 +170,6 @@ def other_spellings(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _exists(path: Path, predicate: Callable[[Path], bool]) -> bool:
-    """Return predicate(path), or False for what cannot be a path, such as a text that is too long or has a NUL."""
     try:
         return predicate(path)
     except (OSError, ValueError):

@@ -17,8 +17,7 @@ import msgspec
 from msgspec import Meta
 from msgspec import inspect as types
 
-from clip_rd_edge.errors import ConfigError, InputError, in_one_line, near_matches
-from clip_rd_edge.installation import upgrade_hint
+from clip_rd_edge.errors import ConfigError, InputError, in_one_line, near_matches, upgrade_hint
 from clip_rd_edge.utils.files import MAX_TEXT_BYTES, read_limited
 from clip_rd_edge.utils.paths import Recorded
 from clip_rd_edge.utils.text import as_unicode, each_text
@@ -115,8 +114,7 @@ def read_versioned_json(
     (version,) = msgspec.structs.astuple(_decode_json(content, header, source=path, hint=hint))
     if version > newest:
         raise ConfigError(
-            f"{path} has format version {version}; this clip-rd-edge reads up to {newest}.",
-            hint=upgrade_hint(),
+            f"{path} has format version {version}; this clip-rd-edge reads up to {newest}.", hint=upgrade_hint()
         )
     return _decode_json(content, kind, source=path, hint=hint)
 

@@ -25,7 +25,6 @@ class Clock:
 
     @property
     def left(self) -> float:
-        """The seconds that are left; below 0 when it is over."""
         return self.started + self.seconds - time.monotonic()
 
     def share(self, part: float, *, most: float = math.inf) -> float:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 from msgspec.structs import replace
 
-from clip_rd_edge.benchmarking.plot import _pareto_front, draw
+from clip_rd_edge.benchmarking.report import _pareto_front, draw
 from clip_rd_edge.benchmarking.results import Results
 
 

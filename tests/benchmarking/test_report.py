@@ -156,9 +156,7 @@ def test_no_file_of_a_report_has_the_folder_of_this_package_or_a_secret(results:
     suite = replace(results.suite, root=str(clone), tasks=tasks)
     skipped = (SkippedRow(label="x", model=str(clone / "models" / "x"), reason=reason, hint=hint),)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "clip_rd_edge.installation._origin", lambda: {"url": clone.as_uri(), "dir_info": {"editable": True}}
-        )
+        patch.setattr("clip_rd_edge.errors._origin", lambda: {"url": clone.as_uri(), "dir_info": {"editable": True}})
         write_report(replace(results, suite=suite, skipped=skipped), tmp_path / "report")
     for path in (tmp_path / "report").iterdir():
         for text in (f"{clone}/", f"{clone}[", "SECRET"):

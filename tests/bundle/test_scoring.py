@@ -20,8 +20,7 @@ from clip_rd_edge.benchmarking.accuracy import zero_shot
 from clip_rd_edge.bundle.encoder import Calibration, Scoring, usual_limit
 from clip_rd_edge.bundle.manifest import MANIFEST, read_manifest
 from clip_rd_edge.data.tasks import ZeroShotTask
-from clip_rd_edge.errors import ConfigError, NotFiniteError
-from clip_rd_edge.installation import upgrade_hint
+from clip_rd_edge.errors import ConfigError, NotFiniteError, upgrade_hint
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load

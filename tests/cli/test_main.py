@@ -15,7 +15,7 @@ import pytest
 from support import PATIENCE_S, is_running
 
 from clip_rd_edge.cli.main import COMMANDS, EXTRA_PACKAGES, OTHER_WORDS
-from clip_rd_edge.installation import install_command
+from clip_rd_edge.errors import install_command
 
 Run = Callable[..., tuple[int, str, str]]
 EXTRAS_MODULES = (*(module for modules in EXTRA_PACKAGES.values() for module in modules), "cv2", "openvino", "tensorrt")

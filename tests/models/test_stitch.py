@@ -12,7 +12,6 @@ import open_clip
 import pytest
 import timm
 import torch
-import torchvision
 from PIL import Image
 from text_towers import bert_clip, roberta_clip
 from torch import nn
@@ -134,23 +133,6 @@ def test_all_names_of_a_class_count() -> None:
     torch.testing.assert_close(class_embeddings(Text(), [("a", "b"), ("c",)]), expected)
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "mobilenet_v2"])
-def test_a_classifier_of_torchvision_becomes_timms(
-    architecture: str, encoder: Path, names: Path, tmp_path: Path
-) -> None:
-    theirs = torchvision.models.get_model(architecture, num_classes=4)
-    weights = random_classifier(tmp_path / "w.pth", theirs)
-    classifier = load_classifier(f"torchvision:{architecture}", pretrained=str(weights))
-    pixels = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(classifier.model(pixels), theirs.eval()(pixels), rtol=1e-3, atol=1e-3)
-    edge.stitch(
-        f"torchvision:{architecture}", tmp_path / "teacher", names=names, text=str(encoder), pretrained=weights,
-        image_size=64,
-    )  # fmt: skip
-    open_clip.create_model(f"local-dir:{tmp_path / 'teacher'}")
-
-
 def test_tensors_are_loaded_in_their_order_where_the_last_part_of_their_names_agrees() -> None:
     own, theirs = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     torch.manual_seed(0)
@@ -170,7 +152,7 @@ def test_tensors_are_loaded_in_their_order_where_the_last_part_of_their_names_ag
     ("spec", "theirs", "mean", "size"),
     [
         ("tf_efficientnet_b0.ap_in1k", timm.create_model("tf_efficientnet_b0", num_classes=4), 0.5, 224),
-        ("torchvision:efficientnet_b1", torchvision.models.efficientnet_b1(num_classes=4), 0.485, 240),
+        ("resnet18.tv_in1k", timm.create_model("resnet18", num_classes=4), 0.485, 224),
     ],
 )
 def test_images_are_prepared_as_the_weights_expect(

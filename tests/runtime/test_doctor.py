@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.installation import install_command
+from clip_rd_edge.errors import install_command
 from clip_rd_edge.runtime import doctor
 
 Run = Callable[..., tuple[int, str, str]]

@@ -73,7 +73,6 @@ class Job:
         return Converted(self.manifest.with_towers(towers, target=target or None))
 
     def reporter_of(self, tower: str) -> Reporter:
-        """Return what shows the progress of a tower."""
         return PrefixedReporter(self.reporter, f"{tower} tower: ")
 
 

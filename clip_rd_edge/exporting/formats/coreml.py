@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.bundle.manifest import Tower
-from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
 from clip_rd_edge.exporting.formats import Converted, Format, Job
 from clip_rd_edge.exporting.parity import Inputs
 from clip_rd_edge.exporting.plan import Plan
@@ -30,18 +30,8 @@ class CoreMl(Format):
     """Core ML packages, converted from PyTorch, in float32 or float16; nothing but a Mac runs them."""
 
     def check(self, plan: Plan) -> None:
-        """Raise MissingExtraError if coremltools is not installed, and UsageError if its compiled part is missing."""
-        found = find_spec("coremltools")
-        if found is None:
+        if find_spec("coremltools") is None:
             raise MissingExtraError("coremltools", extra=COREML, purpose="Exporting for Core ML")
-        folders = map(Path, found.submodule_search_locations or ())
-        if not any(any(folder.glob("libmilstoragepython*")) for folder in folders):
-            # pip installs the sources as they are where PyPI has no wheel for this Python.
-            raise UsageError(
-                "The installed coremltools has no compiled part, without which it writes no file: there is no wheel of "
-                "it for this Python.",
-                hint="pip install --pre -U coremltools, or use an older Python",
-            )
 
     def convert(self, job: Job) -> Converted:
         """Write the bundle; what a package declares is compared with the source."""

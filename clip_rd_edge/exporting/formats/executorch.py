@@ -32,13 +32,11 @@ class ExecuTorch(Format):
     """ExecuTorch files, converted from PyTorch; INT8 is compared with ExecuTorch's own float32."""
 
     def check(self, plan: Plan) -> None:
-        """Raise MissingExtraError if ExecuTorch or what it quantises with is not installed."""
         for module in ("executorch", "torchao"):
             if find_spec(module) is None:
                 raise MissingExtraError(module, extra="executorch", purpose="Exporting for ExecuTorch")
 
     def convert(self, job: Job) -> Converted:
-        """Write the bundle."""
         if job.plan.precision == "fp32":
             return write_towers(job, EXECUTORCH_TOOLS)
         with from_own_float32(job, EXECUTORCH_TOOLS) as own:
@@ -96,12 +94,7 @@ def _in_convolution(node: torch.fx.Node) -> bool:
 
 
 def _quantized(
-    clip: ClipModel,
-    name: str,
-    samples: Inputs,
-    *,
-    dynamic: bool = False,
-    keep: Callable[[Any], bool] | None = None,
+    clip: ClipModel, name: str, samples: Inputs, *, dynamic: bool = False, keep: Callable[[Any], bool] | None = None
 ) -> bytes:
     """Return the file of a tower in INT8, with a scale for each output channel of the weights.
 

@@ -55,13 +55,11 @@ class LiteRt(Format):
     """LiteRT files, converted from PyTorch; float16 and INT8 are made from LiteRT's own float32."""
 
     def check(self, plan: Plan) -> None:
-        """Raise MissingExtraError if litert-torch or what it needs here is not installed."""
         for package in ("litert-torch", "ai-edge-quantizer", "ai-edge-litert"):
             if find_spec(package.replace("-", "_")) is None:
                 raise MissingExtraError(package, extra="litert-torch", purpose="Exporting for LiteRT")
 
     def convert(self, job: Job) -> Converted:
-        """Write the bundle."""
         if job.plan.precision == "fp32":
             return write_towers(job, LITERT_TOOLS)
         with from_own_float32(job, LITERT_TOOLS) as own:

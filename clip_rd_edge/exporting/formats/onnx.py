@@ -133,7 +133,6 @@ class _Converter:
         self.fp16_constants: set[str] = set()  # constants that are needed in float16
 
     def convert(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-        """Return the node, preceded by the Casts that its type requires."""
         fp16 = node.op_type not in (_OWN_TYPE | _FLOAT32_KINDS) and node.name not in self._keep_float32
         if node.op_type in _MOVES:
             fp16 = fp16 and node.input[0] in (self._fp16 | self._constants)
@@ -174,7 +173,6 @@ def _cast(name: str, new: str, to: int) -> onnx.NodeProto:
 
 
 def _replace_constants(graph: onnx.GraphProto, fp16_constants: Collection[str]) -> None:
-    """Add the float16 constants and drop the float32 ones that are no longer used."""
     converted = [
         numpy_helper.from_array(_clip_to_fp16(numpy_helper.to_array(tensor)), f"{tensor.name}/fp16")
         for tensor in graph.initializer
@@ -228,7 +226,6 @@ class Onnx(Format):
     """ONNX for ONNX Runtime: the float32 source itself, or FP16 or INT8."""
 
     def convert(self, job: Job) -> Converted:
-        """Write the bundle."""
         if job.plan.precision == "int8":
             from clip_rd_edge.exporting.int8.search import ORT, write_int8  # which the others do not need
 

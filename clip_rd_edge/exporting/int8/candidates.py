@@ -76,7 +76,6 @@ class Float32Tower:
 
     @classmethod
     def of(cls, job: Job, name: str) -> Float32Tower:
-        """Return a tower of a job for INT8."""
         assert job.samples is not None
         calibrate, held_out = (
             samples.pixels if name == "image" else samples.ids
@@ -94,12 +93,10 @@ class Float32Tower:
 
     @property
     def takes_ids(self) -> bool:
-        """Whether this is a text tower."""
         return self.name == "text"
 
     @property
     def max_error(self) -> float:
-        """1 − the min centred cosine."""
         return 1 - self.plan.budget.min_agreement(self.name)
 
     def rounded(self) -> RoundedLayers | None:
@@ -121,9 +118,7 @@ class Candidate:
 class Opener(Protocol):
     """Opens a model in a runtime, as an object with ONNX Runtime's `get_inputs()` and `run(names, feed)`."""
 
-    def __call__(self, model: str | bytes, *, threads: int | None = None) -> Any:
-        """Open the model with this path or content."""
-        ...
+    def __call__(self, model: str | bytes, *, threads: int | None = None) -> Any: ...
 
 
 @dataclass(frozen=True)

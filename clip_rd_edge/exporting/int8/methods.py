@@ -178,12 +178,7 @@ def scales_per_batch(content: bytes) -> bool:
 
 
 def quantize_dynamically(
-    model: Path | bytes,
-    *,
-    matrix_products: bool,
-    token_embeddings: bool,
-    per_token: bool,
-    weight_bits: WeightBits = 7,
+    model: Path | bytes, *, matrix_products: bool, token_embeddings: bool, per_token: bool, weight_bits: WeightBits = 7
 ) -> bytes:
     """Return a model with S8 weights, one scale per column, as file content.
 

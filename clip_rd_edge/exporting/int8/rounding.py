@@ -196,7 +196,6 @@ class _Layer:
         return next(fitting, channels)
 
     def blocks(self, weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return weights of this shape as (G, O / groups, K)."""
         blocks = weights.reshape(self._groups, len(weights) // self._groups, self._blocks_per_group, -1)
         return blocks.swapaxes(1, 2).reshape(-1, blocks.shape[1], blocks.shape[3])
 
@@ -218,7 +217,6 @@ class _Layer:
         return total
 
     def stored(self, weights: Doubles) -> Floats:
-        """Return weights (O, C, …) as the node has them."""
         return np.ascontiguousarray(weights.T if self.by_column else weights, dtype=np.float32)
 
     def inputs(self, values: Floats, count: int, random: np.random.Generator) -> Floats:
@@ -245,7 +243,6 @@ class _Layer:
 
 
 def _some(values: Floats, count: int, random: np.random.Generator) -> Floats:
-    """Return some of the rows of (…, K)."""
     rows = values.reshape(-1, values.shape[-1])
     return rows[_picks(len(rows), count, random)]
 
@@ -264,15 +261,12 @@ class _Moments:
         self._products = np.zeros((blocks, columns, columns), np.float32)
 
     def add(self, inputs: Floats) -> None:
-        """Add inputs (G, K, P)."""
         self.count += inputs.shape[2]
         self._sums += inputs.sum(axis=2)
         self._products += inputs @ inputs.transpose(0, 2, 1)
 
     def means(self) -> Doubles:
-        """Return the means (G, K)."""
         return self._sums / self.count
 
     def products(self) -> Doubles:
-        """Return the means of the products of each two inputs, (G, K, K)."""
         return self._products.astype(np.float64) / self.count

@@ -63,12 +63,10 @@ class Package(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name alone."""
         return self.spec.rpartition("@")[0]
 
     @property
     def archive(self) -> str:
-        """Path of its archive in a registry."""
         return f"{self.name}/-/{self.spec.rpartition('/')[2].replace('@', '-')}.tgz"
 
 
@@ -164,12 +162,10 @@ class Browser(Layout):
     """A folder that any static web server can serve."""
 
     def check_model(self, clip: ClipModel, request: Export) -> None:
-        """Raise if onnxruntime-web is not among npm's packages."""
         request.reporter.update("looking for onnxruntime-web")
         find_packages(_folder(request.node_modules))
 
     def write(self, bundles: Mapping[str, Path], folder: Path, clip: ClipModel, request: Export) -> None:
-        """Write the folder."""
         (bundle,) = bundles.values()
         write_browser(bundle, folder, node_modules=_folder(request.node_modules))
 

@@ -75,7 +75,6 @@ class HuggingFace(Layout):
     """A folder for the hub: the model in float32 and FP16, and in INT8 if asked for, its weights, and a model card."""
 
     def precisions(self, plan: Plan) -> tuple[Precision, ...]:
-        """Return those of the files."""
         return ("fp32", "fp16", "int8") if plan.precision == "int8" else ("fp32", "fp16")
 
     def check_model(self, clip: ClipModel, request: Export) -> None:
@@ -91,7 +90,6 @@ class HuggingFace(Layout):
             )
 
     def write(self, bundles: Mapping[str, Path], folder: Path, clip: ClipModel, request: Export) -> None:
-        """Write the folder."""
         save_open_clip(folder, clip, location=Path(request.output))
         save_usage(folder, clip)
         write_huggingface(bundles, folder)
@@ -145,7 +143,6 @@ def require_supported(preprocessing: Preprocessing, name: str) -> None:
 
 
 def _renamed(model: onnx.ModelProto, input_name: str, output_name: str) -> onnx.ModelProto:
-    """Rename a graph's only input and output in place."""
     graph = model.graph
     return rename_tensors(model, {graph.input[0].name: input_name, graph.output[0].name: output_name})
 
@@ -271,7 +268,6 @@ def _joined(image: onnx.ModelProto, text: onnx.ModelProto, scoring: Scoring) -> 
 
 
 def _write_tokenizer(path: Path, folder: Path, spec: TokenizerSpec) -> None:
-    """Write tokenizer.json and tokenizer_config.json."""
     from tokenizers import Tokenizer
 
     content = json.loads(path.read_text(encoding="utf-8"))

@@ -76,12 +76,10 @@ class Immich(Layout):
     """A model folder for immich."""
 
     def check_model(self, clip: ClipModel, request: Export) -> None:
-        """Raise UsageError if immich's server or its preprocessing does not take the model."""
         immich_name(request.as_name, embedding_size=clip.embedding_size, model=clip.name)
         require_supported(clip.preprocessing, clip.name)
 
     def write(self, bundles: Mapping[str, Path], folder: Path, clip: ClipModel, request: Export) -> None:
-        """Write the folder, and say where it goes."""
         (bundle,) = bundles.values()
         write_immich(bundle, folder)
         name = immich_name(request.as_name, embedding_size=clip.embedding_size, model=clip.name)

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
-from clip_rd_edge.benchmarking.plot import draw
-from clip_rd_edge.benchmarking.report import PLOT, figures_table
+from clip_rd_edge.benchmarking.report import PLOT, draw, figures_table
 from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.benchmarking.tables import inert_markdown, markdown_table
 from clip_rd_edge.bundle.manifest import Manifest

@@ -40,7 +40,6 @@ class OneInputModel(ABC):
         self._inputs = [NamedInput(name) for name in inputs]
 
     def get_inputs(self) -> list[NamedInput]:
-        """Return the inputs with their names."""
         return self._inputs
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
@@ -118,7 +117,6 @@ class LiteRtEncoder(BundleEncoder):
     xnnpack = True
 
     def open_tower(self, tower: Tower) -> LiteRtModel:
-        """Open the tower's file."""
         return open_litert(str(self.folder / tower.file), threads=self.threads, xnnpack=self.xnnpack)
 
 
@@ -185,7 +183,6 @@ class ExecuTorchEncoder(BundleEncoder):
     runtime = "executorch"
 
     def open_tower(self, tower: Tower) -> ExecuTorchModel:
-        """Open the tower's file."""
         return open_executorch(str(self.folder / tower.file), threads=self.threads)
 
 
@@ -231,7 +228,6 @@ class CoreMlEncoder(BundleEncoder):
 
     @property
     def cpu_only(self) -> bool:
-        """Whether it runs on the CPU alone."""
         return self.options.device == _CPU
 
     def describe(self) -> Description:
@@ -243,5 +239,4 @@ class CoreMlEncoder(BundleEncoder):
         return Placement(COREML, _CPU if self.cpu_only else COREML)
 
     def open_tower(self, tower: Tower) -> CoreMlModel:
-        """Open the tower's package."""
         return open_coreml(self.folder / tower.file, tower, cpu_only=self.cpu_only)

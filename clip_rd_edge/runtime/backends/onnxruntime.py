@@ -19,16 +19,21 @@ import numpy.typing as npt
 from clip_rd_edge.bundle.encoder import Description
 from clip_rd_edge.bundle.formats import EXTERNAL_DATA_SUFFIX
 from clip_rd_edge.bundle.manifest import Manifest, Tower, can_saturate
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UnreachableError, UsageError, in_one_line
-from clip_rd_edge.installation import install_command, pip
+from clip_rd_edge.errors import (
+    ClipRdEdgeError,
+    ConfigError,
+    UnreachableError,
+    UsageError,
+    in_one_line,
+    install_command,
+    pip,
+)
 from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, Placement, RunOptions, require_threads, warn
 from clip_rd_edge.settings.deploying import Device
 from clip_rd_edge.utils.files import machine_failure, sha256_of
 from clip_rd_edge.utils.host import ONNXRUNTIMES, installed_versions
 from clip_rd_edge.utils.paths import cache_home
 from clip_rd_edge.utils.process import NativeCall
-
-_WITH_NUMPY_2 = (1, 19)  # the first version that runs with it
 
 
 def import_onnxruntime() -> Any:
@@ -60,30 +65,17 @@ def overlapping_builds() -> Overlap | None:
     return Overlap(
         build,
         f"{' and '.join(versions)} are installed in one folder, where each overwrites files of the other",
-        f"{pip('uninstall')} -y {others} && {_reinstall(build, versions[build])}",
+        f"{pip('uninstall')} -y {others} && {pip('install')} --force-reinstall --no-deps {build}=={versions[build]}",
     )
 
 
 def _cannot_be_imported(error: Exception) -> ClipRdEdgeError:
-    versions = installed_versions(ONNXRUNTIMES)
-    numpy = installed_versions(["numpy"]).get("numpy", "")
     if overlap := overlapping_builds():
         reason, remedy = overlap.fault, overlap.remedy
-    elif not versions:
-        reason, remedy = in_one_line(error), f"{pip('install')} {ONNXRUNTIMES[0]}"
-    else:
-        ((package, version),) = versions.items()
-        if numpy.startswith("2.") and tuple(map(int, version.split(".")[:2])) < _WITH_NUMPY_2:
-            reason, remedy = f"{package} {version} needs NumPy 1, not {numpy}", f'{pip("install")} "numpy<2"'
-        elif isinstance(error, ImportError) and error.name == "onnxruntime":
-            reason, remedy = f"files of {package} are missing", _reinstall(package, version)
-        else:
-            reason, remedy = in_one_line(error), f"{pip('install')} -U {package}"
+    else:  # also where files of it are missing, or it is older than NumPy 2
+        package, reason = next(iter(installed_versions(ONNXRUNTIMES)), ONNXRUNTIMES[0]), in_one_line(error)
+        remedy = f"{pip('install')} -U --force-reinstall --no-deps {package}"
     return ClipRdEdgeError(f"ONNX Runtime cannot be imported: {reason}.", hint=remedy)
-
-
-def _reinstall(package: str, version: str) -> str:
-    return f"{pip('install')} --force-reinstall --no-deps {package}=={version}"
 
 
 class Provider(NamedTuple):
@@ -155,13 +147,11 @@ def choose_device(device: str, available: Sequence[str], *, precision: str) -> s
         preferred = () if precision.startswith("int8") else _PREFERRED
         return next((name for name in preferred if name in supported), "cpu")
     if device not in supported:
-        package, fault, hint = PROVIDERS[device].package, "", ""
-        if (overlap := overlapping_builds()) and overlap.build in (package, f"onnxruntime-{device.partition('-')[0]}"):
-            fault, hint = f": {overlap.fault}", overlap.remedy
+        package = PROVIDERS[device].package
         replaces = " in place of onnxruntime" if package.startswith("onnxruntime-") else ""
         raise UsageError(
-            f"This ONNX Runtime has no provider for {device}; it has {', '.join(supported) or 'no known one'}{fault}.",
-            hint=hint or (f"install {package}{replaces}" if package else install_command("openvino")),
+            f"This ONNX Runtime has no provider for {device}; it has {', '.join(supported) or 'no known one'}.",
+            hint=f"install {package}{replaces}" if package else install_command("openvino"),
         )
     return device
 
@@ -204,12 +194,7 @@ _LOG_WARNINGS, _LOG_NOTHING = 2, 4  # severities; the first is ONNX Runtime's de
 
 
 def open_session(
-    model: str | bytes,
-    *,
-    threads: int | None = None,
-    device: str = "cpu",
-    spin: bool = True,
-    optimize: bool = True,
+    model: str | bytes, *, threads: int | None = None, device: str = "cpu", spin: bool = True, optimize: bool = True
 ) -> Any:
     """Open an ONNX Runtime session for a model.
 
@@ -315,7 +300,6 @@ class Session:
         return getattr(self._session, name)
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        """Run the model; return the named outputs, or all."""
         while True:
             options, call = self._current
             if call.is_ended:
@@ -424,7 +408,6 @@ class OrtEncoder(BundleEncoder):
         return msgspec.structs.replace(super().describe(), device=" + ".join(devices))
 
     def open_tower(self, tower: Tower) -> Any:
-        """Open an ONNX Runtime session for the tower; raises as `open_session`."""
         device = self._device_for(tower)
         path, options = str(self.folder / tower.file), self.options
         session = open_session(path, threads=options.threads, device=device, spin=options.spin)

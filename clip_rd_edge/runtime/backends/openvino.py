@@ -51,7 +51,6 @@ class OpenVinoModel:
         self._request(1)
 
     def get_inputs(self) -> list[NamedInput]:
-        """Return the inputs with their names."""
         return self._inputs
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
@@ -182,7 +181,6 @@ class OpenVinoEncoder(BundleEncoder):
             _require_processor(self.processor)
 
     def describe(self) -> Description:
-        """Describe this encoder; `device` is `cpu`, `gpu` or `npu`."""
         return msgspec.structs.replace(super().describe(), device=self.processor.lower())
 
     def placement(self, tower: Tower) -> Placement:
@@ -190,6 +188,5 @@ class OpenVinoEncoder(BundleEncoder):
         return Placement(self.runtime, self.processor.lower())
 
     def open_tower(self, tower: Tower) -> OpenVinoModel:
-        """Compile the tower, in bfloat16 if that is its precision; raises as `open_openvino`."""
         path, bf16 = str(self.folder / tower.file), tower.precision.startswith(BF16)
         return open_openvino(path, threads=self.threads, bf16=bf16, processor=self.processor)

@@ -16,8 +16,7 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
-from clip_rd_edge.errors import ClipRdEdgeError, UsageError
-from clip_rd_edge.installation import install_command
+from clip_rd_edge.errors import ClipRdEdgeError, UsageError, install_command
 from clip_rd_edge.runtime import doctor
 from clip_rd_edge.runtime.backends import onnxruntime as backend
 from clip_rd_edge.runtime.backends.onnxruntime import (
@@ -146,6 +145,7 @@ def test_int8_saturates_in_every_provider_that_runs_on_the_cpu(
 
 Install = Callable[[dict[str, str]], None]
 MEND_OVERLAP = "pip uninstall -y onnxruntime && pip install --force-reinstall --no-deps onnxruntime-gpu==1.24.4"
+RENEW = "pip install -U --force-reinstall --no-deps"
 BOTH = {"onnxruntime": "1.26.0", "onnxruntime-gpu": "1.24.4", "numpy": "2.4.6"}
 
 
@@ -175,13 +175,10 @@ def fail_to_import(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 @pytest.mark.parametrize(
     ("error", "versions", "hint"),
     [
-        (ImportError(), {"onnxruntime": "1.18.0", "numpy": "2.4.6"}, 'pip install "numpy<2"'),
+        (ModuleNotFoundError(name="onnxruntime"), {"numpy": "2.4.6"}, f"{RENEW} onnxruntime"),
+        (ImportError("libcudart.so.12"), {"onnxruntime-gpu": "1.20.1"}, f"{RENEW} onnxruntime-gpu"),
         (AttributeError("module 'numpy' has no attribute 'x'"), BOTH, MEND_OVERLAP),
-        (
-            None,  # another build was uninstalled from the folder
-            {"onnxruntime-openvino": "1.24.1"},
-            "pip install --force-reinstall --no-deps onnxruntime-openvino==1.24.1",
-        ),
+        (None, {"onnxruntime-openvino": "1.24.1"}, f"{RENEW} onnxruntime-openvino"),  # its folder lost its files
     ],
 )
 def test_an_onnx_runtime_that_cannot_be_imported_is_told_with_the_command_that_mends_it(
