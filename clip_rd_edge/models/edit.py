@@ -146,8 +146,6 @@ def _text_parameters(clip: ClipModel) -> int:
 def _trim_layers(clip: ClipModel, count: int) -> str:
     blocks = text_layers(clip)
     total = len(blocks)
-    if total == 1:
-        raise ConfigError(f"The text tower of {clip.name} has one layer, which has to stay.", hint="omit {text_layers}")
     if not 1 <= count < total:
         raise ConfigError(
             f"The text tower of {clip.name} has {total} layers, and {count} are to stay; expected 1 to {total - 1}."
@@ -278,8 +276,6 @@ def interpolate_clip(before: ClipModel, after: ClipModel, *, share: float) -> Cl
     if not 0 <= share <= 1:
         raise ConfigError(f"The share of the fine-tuned weights is {share}; expected a number from 0 to 1.")
     old, new = before.model.state_dict(), after.model.state_dict()
-    if {name: tensor.shape for name, tensor in old.items()} != {name: tensor.shape for name, tensor in new.items()}:
-        raise ConfigError(f"{before.name} and {after.name} have different architectures; expected the same.")
     model = copy.deepcopy(after.model)
     model.load_state_dict(
         {name: torch.lerp(old[name], own, share) if own.is_floating_point() else own for name, own in new.items()}
