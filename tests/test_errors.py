@@ -78,7 +78,7 @@ def raised() -> Iterator[tuple[str, str, str]]:
     for file in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             kind = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            if isinstance(node, ast.Call) and node.args and isinstance(getattr(errors, kind, None), type):
+            if isinstance(node, ast.Call) and node.args and kind.endswith("Error") and hasattr(errors, kind):
                 if kind == "MissingExtraError":  # takes a package, and makes the sentence itself
                     continue
                 hints = [word.value for word in node.keywords if word.arg == "hint"]
