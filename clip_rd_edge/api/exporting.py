@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from clip_rd_edge.bundle.manifest import is_bundle
-from clip_rd_edge.errors import UsageError
-from clip_rd_edge.installation import install_command
+from clip_rd_edge.errors import UsageError, install_command
 from clip_rd_edge.settings.deploying import Export, Verify
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.utils.outputs import exclusive_writer
