@@ -101,6 +101,7 @@ OTHERS = {
     "tensorrt": "LicenseRef-NVIDIA",
     "tensorrt-rtx-cu13-bindings": "LicenseRef-NVIDIA",
     "tensorrt-rtx-cu13-libs": "LicenseRef-NVIDIA",
+    "torch-tensorrt": "BSD-3-Clause",
     "torchao": "BSD-3-Clause",
     "torchvision": "BSD-3-Clause",
     "tqdm": "MPL-2.0 AND MIT",

@@ -19,7 +19,7 @@ from clip_rd_edge.bundle.manifest import is_bundle
 from clip_rd_edge.bundle.runs import was_quantized_in_training
 from clip_rd_edge.errors import InputError, UsageError, install_command, near_matches
 from clip_rd_edge.runtime.labels import label_names
-from clip_rd_edge.settings.deploying import Export, ExportLayout, Fallback
+from clip_rd_edge.settings.deploying import Export, ExportLayout, Fallback, Via
 from clip_rd_edge.utils.host import ONNXRUNTIMES, cuda_capability, installed_versions, jetson_name
 from clip_rd_edge.utils.paths import as_text, is_folder, shipped_path
 from clip_rd_edge.utils.structs import read_yaml
@@ -149,6 +149,7 @@ class Budget:
     max_loss: float = 0.5
 
     def min_agreement(self, tower: str) -> float:
+        """Return the min centred cosine of `image` or `text`."""
         return self.image if tower == "image" else self.text
 
 
@@ -160,6 +161,7 @@ class Plan:
         target: as the user names it, or the target of engines that was found; empty for none.
         format, precision: of the towers; `bundle.formats` has the combinations.
         layout: a bundle, or what is made of one.
+        via: how engines are built: from ONNX without a GPU, or by torch-tensorrt on this machine's GPU.
         preprocess_in_graph: the image tower takes bytes of any size, and resizes, crops and normalises them itself.
         budget: the accuracy that INT8 may cost.
         weight_bits: of INT8 weights that a CPU multiplies; TensorRT always uses 8.
@@ -177,6 +179,7 @@ class Plan:
     format: str = "onnx"
     precision: Precision = "fp32"
     layout: Literal[ExportLayout, "browser"] = "bundle"
+    via: Via = "onnx"
     preprocess_in_graph: bool = False
     budget: Budget = Budget()
     weight_bits: WeightBits = 7
@@ -258,6 +261,7 @@ def _plan(request: Export, name: str | None) -> Plan:
         format=profile.format,
         precision=precision,
         layout="browser" if name == BROWSER and request.layout == "bundle" else request.layout,
+        via=request.via,
         preprocess_in_graph=request.preprocess_in_graph,
         budget=budget,
         # The other layouts cannot name the processors that a file is for.
@@ -273,6 +277,7 @@ def _plan(request: Export, name: str | None) -> Plan:
 
 
 def _profile(request: Export, name: str | None) -> Profile:
+    """Return the profile of a target, or that of a format without one."""
     if name is None:
         format = request.format or "onnx"
         return Profile(format=format, precisions=format_named(format).precisions)
@@ -303,6 +308,8 @@ def _conflicts(request: Export, plan: Plan, plans: tuple[Plan, ...]) -> Iterator
         (request.as_name is not None, "as_name", "" if layout == "immich" else "it is for {layout} immich"),
         (request.texts is not None and not images, "texts", "it needs {calibration} FOLDER"),
         (request.report is not None, "report", "" if layout == "huggingface" else "it is for {layout} huggingface"),
+        (request.via != "onnx" and plan.format != "trt", "via", "it builds TensorRT engines: {format} trt"),
+        (request.via != "onnx" and int8, "via", "INT8's Q/DQ nodes are in the ONNX"),
         (absent, "fallback", f"{info.title} is exported in {', '.join(info.precisions)}"),
         *((getattr(request, name) is not None, name, engines) for name in ("fallback", "max_loss", "search_minutes")),
         *(

@@ -72,7 +72,7 @@ def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, 
     example = example.to(next(tower.parameters()).device)
     is_large = _weight_bytes(tower) > MAX_FILE_BYTES
     with converting("torch", path.stem, clip, hint="use one of clip-rd-edge's presets, or a newer torch"):
-        with evaluation_mode(tower), _NO_FAST_PATH, silently(), _NO_GUARD_REPORTS, torch.no_grad():
+        with evaluation_mode(tower), without_fast_path(), silently(), _NO_GUARD_REPORTS, torch.no_grad():
             torch.onnx.export(
                 tower,
                 (example,),
@@ -107,17 +107,25 @@ def converting(tool: str, tower: str, clip: ClipModel, *, hint: str = OTHER_FORM
     except Exception as error:
         if full := disk_full_error(error):
             raise full from error
+        # torch's exporter is written with onnxscript, which torch does not require: pip may have kept an old one.
+        if tool == "torch" and isinstance(_first_error(error), ImportError):
+            hint = "pip install -U onnxscript"
         raise ClipRdEdgeError(
-            f"{tool} cannot convert the {tower} tower of {clip.name}: {_root_cause(error)}.", hint=hint
+            f"{tool} cannot convert the {tower} tower of {clip.name}: {root_cause(error)}.", hint=hint
         ) from error
 
 
-def _root_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """Return the type and first line of the error that caused `error`, which a converter's own errors hide."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    error = _first_error(error)
     name, reason = type(error).__name__, first_line(error)
     return name if reason == name else f"{name}: {reason}"
+
+
+def _first_error(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @contextlib.contextmanager
@@ -130,8 +138,12 @@ def _without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-# The fused attention becomes `aten::_native_multi_head_attention`, which does not exist in ONNX.
 _NO_FAST_PATH = SharedBlock(_without_fast_path)
+
+
+def without_fast_path() -> SharedBlock:
+    """Disable the fused attention, which becomes `aten::_native_multi_head_attention` and does not exist in ONNX."""
+    return _NO_FAST_PATH
 
 
 @contextlib.contextmanager
@@ -153,7 +165,7 @@ _NO_GUARD_REPORTS = SharedBlock(_without_guard_reports)
 def on_cpu(module: nn.Module) -> Iterator[nn.Module]:
     """Move a module to the CPU to be traced, without the messages of what traces it; afterwards it is as it was."""
     device = next(module.parameters()).device
-    with evaluation_mode(module), _NO_FAST_PATH, silently(), torch.no_grad():
+    with evaluation_mode(module), without_fast_path(), silently(), torch.no_grad():
         try:
             yield module.cpu()
         finally:

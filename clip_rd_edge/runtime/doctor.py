@@ -55,6 +55,7 @@ EXTRAS = {
     "usearch": "searching a million images and more",
     "ray": "embed and index on a Ray cluster",
     "wandb": "distill --report-to wandb",
+    "torch-tensorrt": "export --via torch-tensorrt, which needs the target GPU and a CUDA build of torch",
     **{extra: purpose for info in FORMATS.values() for extra, purpose in info.extras.items()},
 }
 _NOT_LISTED = {"all", "dev", "docs"}

@@ -29,6 +29,7 @@ ExportPrecision = Literal["fp32", "fp16", "bf16", "int8"]
 ExportLayout = Literal["bundle", "huggingface", "immich"]
 # Precision of a tower that INT8 does not improve; `none` refuses the export.
 Fallback = Literal["fp32", "fp16", "none"]
+Via = Literal["onnx", "torch-tensorrt"]  # how TensorRT engines are built
 # See `runtime.backends.onnxruntime`.
 Device = Literal["auto", "cpu", "cuda", "tensorrt", "coreml", "openvino", "openvino-gpu", "openvino-npu", "xnnpack"]
 
@@ -111,6 +112,9 @@ class Export(_Exported, frozen=True, kw_only=True):
         "Report of `clip-rd-edge benchmark` whose figures go into the model card of {layout} huggingface.",
         metavar="DIR", path=True, default="none",
     )] | None = None  # fmt: skip
+    via: Annotated[Via, _bundle(
+        "Build TensorRT engines from ONNX (onnx), or from PyTorch on the target GPU (torch-tensorrt).", metavar="NAME",
+    )] = "onnx"  # fmt: skip
     node_modules: Annotated[AnyPath, _bundle(
         "Folder where npm installed the packages for {target} browser.", metavar="DIR", path=True,
         default="download them once",

@@ -95,6 +95,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"target": "browser", "preprocess_in_graph": True}, "preprocess_in_graph"),
     ({"as_name": "ViT-B-32__openai"}, "as_name"),
     ({"report": "results"}, "report"),
+    ({"via": "torch-tensorrt"}, "via"),
+    ({"via": "torch-tensorrt", "target": "sm86", **INT8}, "via"),
     ({"target": "sm86", "max_loss": 1.0, **INT8}, "max_loss"),
     ({"target": "openvino", "fallback": "fp16", **INT8}, "fallback"),
     ({"target": "sm86", "format": "onnx"}, "format"),

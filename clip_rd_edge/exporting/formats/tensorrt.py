@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,9 +35,12 @@ from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.text import one_line, printable
 
+# Returns the content of a tower's engine, given `image` or `text` and the tower's strongly typed ONNX.
+EngineBuilder = Callable[[str, "TypedTower"], bytes]
+
 
 class TensorRt(Format):
-    """ONNX with engines beside it, which are built from it.
+    """ONNX with engines beside it, built from it or by torch-tensorrt.
 
     Some devices build their engines themselves: for them, the folder holds build files instead (`write_build_files`).
     Engines for an RTX card are built without a GPU, so their latency is not measured here; the types that their layers
@@ -45,32 +48,48 @@ class TensorRt(Format):
     """
 
     def check(self, plan: Plan) -> None:
+        """Raise if engines cannot be built for the target as planned."""
         if plan.precision == "int8" and plan.target in RTX_WITHOUT_INT8:
             raise UsageError(
                 f"TensorRT for RTX does not compute the towers in INT8 on {plan.target} ({RTX_TARGETS[plan.target]}).",
                 hint="use {precision} fp16",
             )
+        if plan.via == "torch-tensorrt":
+            from clip_rd_edge.exporting.formats.torch_tensorrt import require_torch_tensorrt
+
+            require_torch_tensorrt(plan.target)
 
     def convert(self, job: Job) -> Converted:
-        target = job.plan.target
+        """Write the bundle."""
+        target, build = job.plan.target, _builder(job)
 
         def convert(name: str, tower: Tower) -> Tower:
             typed = typed_tower(job, name, tower)
             write_bytes(job.folder / tower.file, typed.content)
             engine = ""
-            if target in RTX_TARGETS:
+            if build is not None:
                 job.reporter_of(name).update(f"building the engine for {target}")
                 engine = Path(tower.file).with_suffix(ENGINE_SUFFIX).name
-                write_bytes(job.folder / engine, _build_from_onnx(name, typed, target))
+                write_bytes(job.folder / engine, build(name, typed))
             return msgspec.structs.replace(
                 tower, precision=typed.precision, note=typed.note, engine=engine, measured=None
             )
 
         runtime = "tensorrt-rtx" if target in RTX_TARGETS else "tensorrt"
         converted = job.convert_towers(convert, doing=job.plan.precision, target=f"{runtime} {target}")
-        if target not in RTX_TARGETS:
+        if build is None:
             write_build_files(job.folder, converted.manifest, title=SELF_BUILDING_TARGETS[target])
         return converted
+
+
+def _builder(job: Job) -> EngineBuilder | None:
+    """Return what builds the engines, or None if the target does."""
+    target = job.plan.target
+    if job.plan.via == "torch-tensorrt":
+        from clip_rd_edge.exporting.formats.torch_tensorrt import engine_builder, require_torch_tensorrt
+
+        return engine_builder(require_torch_tensorrt(target), job.clip, job.inputs)
+    return (lambda name, typed: _build_from_onnx(name, typed, target)) if target in RTX_TARGETS else None
 
 
 def _build_from_onnx(name: str, typed: TypedTower, target: str) -> bytes:
@@ -319,11 +338,41 @@ def _logger(trt: Any) -> Any:
 
 
 _KERNEL = re.compile(
-    r"^Name: [^,]*, LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: "
+    r"^Name: (?P<name>[^,]*), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: "
     r".*?Metadata: (?P<nodes>.*)$",
     re.MULTILINE,
 )
 _PRODUCTS = ("correlation", "gemm")
+
+
+class Kernel(NamedTuple):
+    """One step of an engine.
+
+    Attributes:
+        inputs: types of its inputs, such as `Int8`.
+        nodes: names of the ONNX nodes that it computes.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    nodes: tuple[str, ...]
+
+
+def parse_kernels(log: str) -> list[Kernel]:
+    """Return the kernels that a builder's verbose log lists, in their order."""
+    kernels = [
+        Kernel(
+            match["name"],
+            match["kind"],
+            tuple(re.findall(r"Datatype: (\w+)", match["inputs"])),
+            tuple(re.findall(r"\[ONNX Layer: ([^\]]*)\]", match["nodes"])),
+        )
+        for match in _KERNEL.finditer(log)
+    ]
+    if not kernels:
+        raise ClipRdEdgeError("The builder's log lists no layers; expected its verbose log with detailed profiling.")
+    return kernels
 
 
 def mistyped_layers(log: str, types: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
@@ -334,14 +383,21 @@ def mistyped_layers(log: str, types: Mapping[str, str]) -> dict[str, tuple[str, 
         types: expected type per layer name, as TensorRT calls it: `Int8`, `Half`.
 
     Returns:
-        Per layer name, the types that its kernel reads instead; an empty tuple if no kernel names the layer. A node's
-        own product kernels count, by what they read first, or else all of the kernels that it was fused into.
+        Per layer name, the types that its kernel reads instead; an empty tuple if no kernel names the layer.
     """
-    read = {name: (list[str](), list[str]()) for name in types}  # by products, by all kernels
-    for kernel in _KERNEL.finditer(log):
-        inputs = re.findall(r"Datatype: (\w+)", kernel["inputs"])
-        for name in read.keys() & set(re.findall(r"\[ONNX Layer: ([^\]]*)\]", kernel["nodes"])):
-            read[name][0].extend(inputs[:1] if kernel["kind"] in _PRODUCTS else ())
-            read[name][1].extend(inputs)
-    found = {name: tuple(products or everything) for name, (products, everything) in read.items()}
-    return {name: actual for name, actual in found.items() if types[name] not in actual}
+    kernels_by_layer: dict[str, list[Kernel]] = {}
+    for kernel in parse_kernels(log):
+        for name in kernel.nodes:
+            kernels_by_layer.setdefault(name, []).append(kernel)
+    input_types = {name: _input_types(kernels_by_layer.get(name, ())) for name in types}
+    return {name: actual for name, actual in input_types.items() if types[name] not in actual}
+
+
+def _input_types(kernels: Sequence[Kernel]) -> tuple[str, ...]:
+    """Return the type that a node's own product kernels read first, or else all types that its fused kernels read.
+
+    An INT8 node also appears in the kernels that quantise its input or add its bias. A product that was fused with its
+    neighbours has no kernel of its own; its types are among those of the fused kernel.
+    """
+    products = [kernel.inputs[0] for kernel in kernels if kernel.kind in _PRODUCTS and kernel.inputs]
+    return tuple(products or (dtype for kernel in kernels for dtype in kernel.inputs))

@@ -30,8 +30,17 @@ from clip_rd_edge.exporting.int8.trials import (
     nearest,
     outcome_folder,
     outcome_key,
+    remarks,
 )
-from clip_rd_edge.exporting.parity import Agreement, agreement, embed, latencies, measurement, p10, top1_matches
+from clip_rd_edge.exporting.parity import (
+    Agreement,
+    agreement,
+    embed,
+    latencies,
+    measurement,
+    p10,
+    top1_matches,
+)
 from clip_rd_edge.exporting.plan import Budget, Plan
 from clip_rd_edge.runtime.backends.onnxruntime import open_session, wrong_sums
 from clip_rd_edge.runtime.encoder import warn
@@ -78,6 +87,8 @@ def write_int8(job: Job, backend: Backend) -> Converted:
             keep_outcome(key, outcome)
         found[tower.name] = outcome
     _require_fallback(job.manifest.name, found, job.plan)
+    for remark in remarks(job, found, backend):
+        job.reporter.note(remark)
 
     def write(name: str, tower: Tower) -> Tower:
         outcome, source, file = found[name], job.source / tower.file, job.folder / tower.file
@@ -132,6 +143,7 @@ def _towers(job: Job, backend: Backend, clock: Clock) -> list[Float32Tower]:
 
 
 def _require_fallback(name: str, quantized: Mapping[str, QuantizedTower], plan: Plan) -> None:
+    """Raise ClipRdEdgeError if a tower falls back and the user does not allow it."""
     falling_back = {tower: outcome for tower, outcome in quantized.items() if outcome.model is None}
     fallback = plan.fallback
     allowed = fallback in ("fp32", "fp16") or (fallback is None and len(falling_back) < len(quantized))

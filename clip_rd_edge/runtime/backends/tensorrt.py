@@ -99,6 +99,8 @@ def _import(module: str, *, package: str, extra: str) -> Any:
 
 
 class _Buffer(NamedTuple):
+    """The GPU memory of an input or output."""
+
     address: int
     dtype: npt.DTypeLike
 
@@ -141,12 +143,14 @@ class TensorRtModel:
             self._context.set_tensor_address(name, self._buffers[name].address)
 
     def get_inputs(self) -> list[NamedInput]:
+        """Return the inputs with their names."""
         return [NamedInput(name) for name in self._inputs]
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """Run the engine; return the named outputs, or all, as float32.
 
-        More rows than the engine's max batch size run in several batches.
+        More rows than the engine's max batch size run in several batches. A single input or output is used whatever
+        its name, because torch-tensorrt renames them.
         """
         selected = self._outputs if names is None or len(self._outputs) == 1 else list(names)
         if len(self._inputs) == 1:

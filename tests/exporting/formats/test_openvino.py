@@ -9,8 +9,12 @@ from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.formats import Job
+from clip_rd_edge.exporting.formats.openvino import nncf_is_installed, quantize_by_nncf
+from clip_rd_edge.exporting.graph import prepare_for_quantization
+from clip_rd_edge.exporting.parity import embed
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 
@@ -63,4 +67,15 @@ def test_int8_candidates_are_tried_in_openvino(
     embeddings = ", and token embeddings"
     assert {"image symmetric, percentile", f"text symmetric, percentile{embeddings}"} <= trials
     assert {"image static, min-max", f"text static, min-max{embeddings}"} <= trials
+    assert ("image NNCF" in trials) == nncf_is_installed()
     assert not any("dynamic" in trial for trial in trials)
+
+
+@pytest.mark.skipif(not nncf_is_installed(), reason="needs nncf")
+def test_embeddings_are_normalised_where_nncf_quantises_a_cnn(
+    fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    prepared = prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path)
+    content = quantize_by_nncf(prepared, calibration.calibrate.pixels, 7)
+    embeddings = embed(open_session(content), 3 * calibration.held_out.pixels)  # norms beyond those it has seen
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)

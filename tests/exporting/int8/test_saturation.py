@@ -17,7 +17,7 @@ from support import float32_tower
 from clip_rd_edge.bundle.manifest import INSTRUCTION_SETS, read_manifest
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.formats import tensorrt
-from clip_rd_edge.exporting.formats.openvino import OPENVINO
+from clip_rd_edge.exporting.formats.openvino import OPENVINO, nncf_is_installed
 from clip_rd_edge.exporting.graph import prepare_for_quantization
 from clip_rd_edge.exporting.int8 import candidates, saturation
 from clip_rd_edge.exporting.int8.candidates import Backend, Candidate, Float32Tower
@@ -58,6 +58,7 @@ def test_no_candidate_for_unknown_processors_can_saturate(
         assert instruction_sets(content) == (INSTRUCTION_SETS if largest else ())
         names.append(candidate.name)
     assert len(names) >= 2
+    assert (backend is OPENVINO and nncf_is_installed()) == any(name.startswith("NNCF") for name in names)
     assert (tower == "text") == any("token embeddings" in name for name in names)
 
 

@@ -1,0 +1,120 @@
+"""Build TensorRT engines with torch-tensorrt: directly from PyTorch, for the GPU of this machine.
+
+This is the alternative to building from ONNX (`formats.tensorrt`), for a tower that TensorRT's ONNX parser does not
+support. torch-tensorrt builds only for the GPU of this machine, and comes in two packages: `torch-tensorrt` for
+TensorRT, `torch-tensorrt-rtx` for TensorRT for RTX. Its networks are strongly typed, too: an engine computes in the
+types of the module it is built from.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
+from clip_rd_edge.exporting.formats.onnx import MIN_AGREEMENT
+from clip_rd_edge.exporting.formats.tensorrt import MAX_BATCH, EngineBuilder, TypedTower
+from clip_rd_edge.exporting.graph import silently
+from clip_rd_edge.exporting.parity import Inputs, agreement
+from clip_rd_edge.exporting.plan import RTX_TARGETS
+from clip_rd_edge.exporting.towers import TOWERS, converting, root_cause, without_fast_path
+from clip_rd_edge.models.clip import ClipModel, evaluation_mode
+
+_CAPABILITIES = {**{name: name for name in RTX_TARGETS}, "jetson-orin": "sm87", "jetson-thor": "sm110"}
+_EXAMPLE_BATCH = 2  # a batch size of 1 would be treated as a constant
+_HINT = "omit {via}: engines are then built from ONNX, without a GPU"
+
+
+class _Fp16Tower(nn.Module):
+    """A tower in float16, except for the norm of its embeddings; like the tower, it takes float32 pixels."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower.half()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        embeddings: Tensor = self.tower(inputs.half() if inputs.is_floating_point() else inputs)
+        return embeddings
+
+
+def engine_builder(torch_tensorrt: Any, clip: ClipModel, inputs: Mapping[str, Inputs]) -> EngineBuilder:
+    """Return a function that builds a model's engines on this machine's GPU.
+
+    Args:
+        torch_tensorrt: the package, as `require_torch_tensorrt` returns it.
+        inputs: of each tower, by name, which float16 is tested on.
+    """
+
+    def build(name: str, typed: TypedTower) -> bytes:
+        tower = copy.deepcopy(TOWERS[name](clip.model)).to(_device())
+        with evaluation_mode(tower), without_fast_path(), silently(), torch.no_grad():
+            if typed.precision == "fp16":
+                tower = _to_fp16(tower, name, inputs[name])
+            example = torch.from_numpy(inputs[name][:_EXAMPLE_BATCH]).to(_device())
+            with converting("torch-tensorrt", name, clip, hint=_HINT):
+                return _build_engine(torch_tensorrt, tower, example)
+
+    return build
+
+
+def require_torch_tensorrt(target: str) -> Any:
+    """Return the package if it builds for `target`, one of `exporting.plan.TARGETS`, on this machine."""
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"{{via}} torch-tensorrt needs a CUDA build of torch and a GPU; torch {torch.__version__} finds no GPU.",
+            hint=_HINT,
+        )
+    capability = "sm{}{}".format(*torch.cuda.get_device_capability())
+    if capability != _CAPABILITIES.get(target, capability):
+        raise UsageError(
+            f"torch-tensorrt builds only for this machine's GPU, {capability}, not for {target}.", hint=_HINT
+        )
+    try:
+        module = importlib.import_module("torch_tensorrt")
+    except ImportError as error:
+        raise MissingExtraError("torch-tensorrt", extra="torch-tensorrt", purpose="{via} torch-tensorrt") from error
+    except Exception as error:  # it queries devices and loads libraries, which raise many types
+        raise ClipRdEdgeError(f"torch-tensorrt cannot be loaded: {root_cause(error)}.", hint=_HINT) from error
+    rtx = bool(getattr(module.ENABLED_FEATURES, "tensorrt_rtx", False))
+    if rtx != (target in RTX_TARGETS):
+        names = ("torch-tensorrt-rtx", "torch-tensorrt")
+        raise UsageError(f"{names[not rtx]} does not build for {target}.", hint=f"pip install {names[rtx]} instead")
+    return module
+
+
+def _device() -> torch.device:
+    return torch.device("cuda")
+
+
+def _to_fp16(tower: nn.Module, name: str, inputs: Inputs) -> nn.Module:
+    """Return the tower in float16."""
+    fp16 = _Fp16Tower(copy.deepcopy(tower))
+    batch = torch.from_numpy(inputs).to(_device())
+    reference, embeddings = (np.asarray(module(batch).cpu()) for module in (tower, fp16))
+    cosine = agreement(reference, embeddings).centred_cosine
+    if cosine < MIN_AGREEMENT:
+        raise ClipRdEdgeError(
+            f"torch-tensorrt cannot build the {name} tower in float16: its centred cosine with float32 is {cosine:.4f} "
+            f"on extreme images and texts, below {MIN_AGREEMENT}.",
+            hint="use {precision} fp32, or omit {via}: from ONNX, the layers that overflow stay in float32",
+        )
+    return fp16
+
+
+def _build_engine(torch_tensorrt: Any, tower: nn.Module, example: Tensor) -> bytes:
+    """Return the content of an engine for batches of 1 to MAX_BATCH, tuned for 1."""
+    shape = tuple(example.shape[1:])
+    program = torch.export.export(
+        tower, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
+    )
+    spec = torch_tensorrt.Input(
+        min_shape=(1, *shape), opt_shape=(1, *shape), max_shape=(MAX_BATCH, *shape), dtype=example.dtype
+    )
+    convert = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine
+    return bytes(convert(program, arg_inputs=[spec]))

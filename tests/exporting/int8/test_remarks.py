@@ -1,0 +1,55 @@
+"""What an INT8 export says beyond its choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clip_rd_edge.bundle.manifest import Tower
+from clip_rd_edge.exporting.bundle import write_fp32
+from clip_rd_edge.exporting.calibration import CalibrationSet
+from clip_rd_edge.exporting.formats import Job
+from clip_rd_edge.exporting.int8 import trials as remarks
+from clip_rd_edge.exporting.int8.search import ORT
+from clip_rd_edge.exporting.int8.trials import QuantizedTower, Trial
+from clip_rd_edge.exporting.plan import Plan
+from clip_rd_edge.models.clip import ClipModel
+
+
+def outcome(*trials: tuple[str, float, float, str]) -> QuantizedTower:
+    entry = Tower(file="image.onnx", input_name="x", output_name="y", precision="fp32")
+    made = [
+        Trial(tower="image", name=name, latency_ratio=ratio, centred_cosine=cosine, size_ratio=0.3, verdict=verdict)
+        for name, ratio, cosine, verdict in trials
+    ]
+    return QuantizedTower(None, entry, tuple(made))
+
+
+@pytest.fixture
+def job(student: ClipModel, calibration: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """An export on a processor that computes BF16, without OpenVINO."""
+    monkeypatch.setattr(remarks, "instruction_sets", lambda: ("AVX-512 BF16",))
+    monkeypatch.setattr(remarks, "find_spec", lambda name: None)
+    fp32 = write_fp32(student, tmp_path)
+    return Job(plan=Plan(), clip=student, source=tmp_path, fp32=fp32, folder=tmp_path, samples=calibration)
+
+
+def test_an_accurate_candidate_that_takes_little_longer_is_named_with_the_limit_that_ships_it(job: Job) -> None:
+    found = outcome(("a", 0.50, 0.9937, "shipped"), ("b", 0.54, 0.9999, ""), ("c", 0.8, 0.99999, ""))
+    (remark,) = remarks.remarks(job, {"image": found}, ORT)
+    limit = float(remark.partition("--min-agreement ")[2].partition(",")[0])
+    assert remark.startswith("image tower: b ")
+    assert 0.9937 < limit < 0.9999
+    others = outcome(("a", 0.50, 0.9990, "shipped"), ("b", 0.54, 0.9992, ""), ("c", 0.8, 0.99999, ""))
+    assert not list(remarks.remarks(job, {"image": others}, ORT))
+
+
+@pytest.mark.parametrize(("ratio", "named"), [(0.9, True), (0.3, False)])
+def test_bf16_is_named_where_openvino_would_be_faster_in_it(
+    job: Job, ratio: float, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"image": outcome(("a", ratio, 0.999, "shipped"))}
+    assert ["openvino" in remark for remark in remarks.remarks(job, found, ORT)] == [True] * named
+    monkeypatch.setattr(remarks, "instruction_sets", lambda: ("AVX2",))
+    assert not list(remarks.remarks(job, found, ORT))
