@@ -105,3 +105,22 @@ def test_a_bundle_that_only_embeds_images_becomes_no_page(
     write_manifest(colours_without_text, manifest)
     code, _, error = command_line("export", colours_without_text, *options, "--force")
     assert (code, "has no text tower and no labels" in error) == (2, True)
+
+
+def test_labels_that_this_processor_embeds_wrongly_are_not_published(
+    command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(colour_bundle)
+    text = replace(manifest.text, instruction_sets=(browser.WASM,))
+    write_manifest(colour_bundle, replace(manifest, text=text))
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.wrong_sums", lambda: "wrong sums")
+    options = ("--target", "browser", "--node-modules", node_modules, "-o", tmp_path / "site")
+    code, _, error = command_line("export", colour_bundle, "--labels", "red", "blue", *options)
+    assert (code, "gives wrong answers here" in error) == (2, True)
+    assert not (tmp_path / "site").exists()
+
+
+def test_a_page_does_not_replace_its_own_bundle(colour_bundle: Path, node_modules: Path, command_line: Run) -> None:
+    options = ("--target", "browser", "--node-modules", node_modules, "-o", colour_bundle, "--force")
+    assert command_line("export", colour_bundle, *options)[0] == 2
+    assert (colour_bundle / "manifest.json").is_file()

@@ -128,6 +128,11 @@ def test_options_that_do_not_go_together_are_refused_with_the_one_to_change(
     assert refusal.value.option == option
 
 
+def test_int8_for_a_card_that_never_passes_the_check_of_its_engine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="sm75"):
+        edge.export("nothing", tmp_path / "bundle", target="sm75", precision="int8")
+
+
 def test_a_limit_of_int8_holds_for_both_towers_and_only_for_targets_in_it() -> None:
     budget = plan(**INT8, min_agreement=0.9, max_loss=2.0).budget
     assert (budget.image, budget.text, budget.max_loss) == (0.9, 0.9, 2)

@@ -44,6 +44,13 @@ def test_a_jetson_gets_the_cuda_bindings_of_its_cuda(
     assert doctor._gpu().remedy.startswith(remedy)
 
 
+def test_wrong_sums_of_int8_are_reported_with_the_versions_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.wrong_sums", lambda: "wrong sums here")
+    finding = doctor._onnxruntime()
+    assert "wrong sums here" in finding.detail
+    assert "!=" in finding.remedy
+
+
 def test_the_doctor_command(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     code, output, error = command_line("doctor", "--extras")
     assert (code, error, "[emoji]" in output) == (0, "", True)

@@ -454,6 +454,27 @@ def test_without_pairs_no_answer_is_taken_for_right_and_that_is_said_once(export
     assert sum("agreement with float32 alone" in line for line in reporter.noted) == (not paired)
 
 
+@pytest.mark.parametrize(("matches", "is_noted"), [(0, True), (20, False)])
+def test_a_loss_of_a_model_that_answers_hardly_any_pair_is_said_to_mean_nothing(
+    export: Exporter, monkeypatch: pytest.MonkeyPatch, matches: int, is_noted: bool
+) -> None:
+    correct = lambda images, captions: np.arange(len(images)) < matches  # noqa: E731
+    monkeypatch.setattr("clip_rd_edge.exporting.int8.search.top1_matches", correct)
+    reporter = Watch()
+    export("fp32", reporter=reporter)
+    assert any("say nothing" in line for line in reporter.noted) == is_noted
+
+
+def test_an_export_where_onnx_runtime_is_wrong_warns_before_the_search(
+    export: Exporter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("clip_rd_edge.exporting.int8.search.wrong_sums", lambda: "wrong sums here")
+    monkeypatch.setattr("clip_rd_edge.exporting.int8.search.quantize_tower", lambda *_, **__: pytest.fail("searched"))
+    with pytest.raises(pytest.fail.Exception):
+        export("fp32")
+    assert ["wrong sums here" in message for message in caplog.messages] == [True]
+
+
 def test_a_search_is_remembered_for_the_same_tower_samples_and_limits(export: Exporter) -> None:
     export.improved = ("image", "text")
     first = export()
