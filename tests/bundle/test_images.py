@@ -9,10 +9,11 @@ import random
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, features
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin, features
 
 from clip_rd_edge.bundle import images
 from clip_rd_edge.bundle.images import MAX_PIXELS, as_rgb, open_image, open_to_crop
@@ -212,6 +213,20 @@ def test_an_image_that_was_turned_is_not_turned_again(tmp_path: Path, kind: str,
     with Image.open(tmp_path / "photo") as stored:
         assert upright.size == ImageOps.exif_transpose(stored).size
     np.testing.assert_array_equal(np.asarray(as_rgb(upright)), np.asarray(upright))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize(("data", "size"), [(b"", (20, 10)), (turned(8).tobytes(), (10, 20))])
+def test_the_orientation_of_xmp_turns_no_image(kind: str, data: bytes, size: tuple[int, int]) -> None:
+    xmp, buffer, text = '<rdf:Description tiff:Orientation="6"/>', io.BytesIO(), PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp)
+    options: dict[str, Any] = {"pnginfo": text} if kind == "PNG" else {"xmp": xmp.encode()}
+    Image.new("RGB", (20, 10)).save(buffer, kind, **options, **({"exif": data} if data else {}))
+    with Image.open(buffer) as image:
+        image.load()
+        before = dict(image.info)
+        assert as_rgb(image).size == size
+        assert image.info == before  # which the caller may need
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "avif", "gif"])

@@ -110,7 +110,8 @@ def test_accuracy_per_class_and_the_confusion_matrix(command_line: Run, task: Pa
         "label": "black", "images": 3, "recall": 2 / 3, "precision": 1.0, "predicted": {"black": 2, "white": 1},
     }  # fmt: skip
     (task / "classnames.txt").write_text("white\ngrey\nblack\n")  # the first and the last in the wrong order
-    assert command_line(*command)[0] == 0
+    code, _, error = command_line(*command)
+    assert (code, "names the folders: black → white, " in error) == (0, True)
     header, first, *_ = confusion.read_text().splitlines()
     assert (header, first.rpartition(",")[2]) == ("task,class,predicted,images,folder", "black")
 

@@ -127,6 +127,9 @@ def test_clips_own_vocabulary_can_be_trimmed(tmp_path: Path) -> None:
     assert np.abs(edge.load(bundle).encoder.encode_texts(texts) - before).max() < 1e-4
     with pytest.raises(ConfigError):
         trim_text_tower(clip, vocabulary=513, texts=texts)
+    clip.model.get_submodule("text").attn_mask = None  # type: ignore[assignment]
+    with pytest.raises(ConfigError):  # its embeddings depend on the padding
+        trim_text_tower(clip, vocabulary=620, texts=texts)
 
 
 def test_merged_tokens_stay_with_their_parts(bert: ClipModel) -> None:

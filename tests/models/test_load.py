@@ -37,6 +37,15 @@ def tiny() -> ClipModel:
     return build_student(config, name="tiny")
 
 
+def test_a_model_trained_with_random_interpolation_is_evaluated_as_open_clip_does(tmp_path: Path) -> None:
+    save_clip(tmp_path, tiny(), provenance={})
+    path = tmp_path / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["preprocess_cfg"]["interpolation"] = "random"
+    path.write_text(json.dumps(config))
+    assert load_clip(f"local-dir:{tmp_path}").preprocessing.interpolation == "bicubic"
+
+
 def test_a_thread_that_has_loaded_its_model_lets_no_python_code_into_that_of_another() -> None:
     from transformers import dynamic_module_utils as modules
 

@@ -126,6 +126,12 @@ def test_an_image_trunk_is_initialised_from_a_file_with_names_that_timm_translat
 VIT = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 8}
 
 
+def test_image_weights_that_do_not_match_are_refused(tmp_path: Path) -> None:
+    other = saved(tmp_path / "vit.safetensors", timm.create_model("test_vit").state_dict())
+    with pytest.raises(ConfigError):
+        init_image_tower(clip("64x1"), other)
+
+
 def own_student(path: Path, content: object, *, encoding: str = "utf-8") -> str:
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding=encoding)
     return str(path)

@@ -180,6 +180,12 @@ def test_rows_that_a_stray_quote_joined_are_refused(tmp_path: Path, rows: str) -
             read(path)
 
 
+def test_only_line_ends_end_a_row_of_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_bytes("id,label\r\n1,a cat\u2028on a mat\r\n2,a dog\x85by the sea\n3,red\x0band blue\n".encode())
+    assert read_labels_file(path) == ["a cat\u2028on a mat", "a dog\x85by the sea", "red\x0band blue"]
+
+
 @pytest.mark.parametrize(
     ("tower", "array", "dtype"),
     [

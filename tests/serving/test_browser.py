@@ -139,6 +139,17 @@ def wait_until_the_camera_is_off(page: Any) -> None:
     page.wait_for_function("() => tracks.length && tracks.every((track) => track.readyState === 'ended')")
 
 
+def test_a_camera_that_is_started_twice_before_it_is_permitted_is_stopped(page: Any) -> None:
+    delay_permission(page)
+    page.click("#camera")
+    page.click("#camera")
+    page.wait_for_function("() => tracks.length")
+    page.evaluate("grant()")
+    page.wait_for_function("() => document.getElementById('camera').textContent === 'Stop the camera'")
+    page.click("#camera")
+    wait_until_the_camera_is_off(page)
+
+
 def test_an_image_that_is_opened_before_the_camera_is_permitted_stays(page: Any) -> None:
     delay_permission(page)
     page.click("#camera")
@@ -407,6 +418,20 @@ def test_a_file_that_changes_after_it_was_chosen_is_classified_as_it_is_shown(pa
     assert (page.inner_text("#lead"), page.inner_text("#error")) == ("No result.", message)
     send_image(page, RED, "drop")
     wait_for_lead(page, "red ")
+
+
+def test_the_camera_does_not_start_where_the_browser_hides_pixels(page: Any) -> None:
+    page.evaluate("""() => {
+        OffscreenCanvasRenderingContext2D.prototype.getImageData = (left, top, width, height) => {
+            const image = new ImageData(width, height);
+            image.data.fill(255);
+            return image;
+        };
+    }""")
+    page.click("#camera")
+    page.wait_for_selector("#error:not(:empty), #video:not([hidden])")
+    assert page.inner_text("#error").startswith("This browser hides the pixels of images from pages")
+    assert not page.is_visible("#video")
 
 
 def test_a_page_opened_as_a_file_says_what_to_do(page: Any) -> None:

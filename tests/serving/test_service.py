@@ -324,6 +324,17 @@ def test_an_index_whose_files_are_cut_under_the_server_is_still_searched(
     assert Path(hit["path"]).name == "blue.jpg"
 
 
+def test_an_index_that_another_bundle_makes_again_is_not_searched(
+    client: Any, colour_bundle: Path, colour_images: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(colour_bundle, tmp_path / "other")
+    manifest = read_manifest(other)
+    preprocessing = msgspec.structs.replace(manifest.preprocessing, mean=(0.5, 0.5, 0.5))
+    write_manifest(other, msgspec.structs.replace(manifest, preprocessing=preprocessing))
+    update_index(load(other), colour_images, tmp_path / "index")
+    assert client.post("/search", json={"query": "red"}).status_code == 500
+
+
 def test_a_bundle_that_an_update_replaces_is_served_to_the_end(colour_bundle: Path, tmp_path: Path) -> None:
     write_labels(colour_bundle, LabelBank(("red", "blue"), np.asarray([[1, 0, 0], [0, 0, 1]], dtype=np.float32)))
     write_manifest(colour_bundle, read_manifest(colour_bundle))

@@ -13,10 +13,10 @@ from text_towers import bert_clip, roberta_clip
 from tokenizers import Tokenizer
 
 from clip_rd_edge.bundle.manifest import read_manifest
-from clip_rd_edge.bundle.preprocess import preprocess
+from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
-from clip_rd_edge.exporting.layouts.immich import immich_name, write_immich
+from clip_rd_edge.exporting.layouts.immich import immich_name, require_supported, write_immich
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
@@ -74,6 +74,12 @@ def test_texts_are_padded_with_the_models_own_id(colour_bundle: Path, tmp_path: 
     write_immich(colour_bundle, tmp_path / "immich")
     for text, expected in (("red", [1, 0, 0]), ("red blue", [0.5**0.5, 0, 0.5**0.5])):
         np.testing.assert_allclose(_text_embedding(tmp_path / "immich", text, length=6)[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("mode", "size"), [("longest", (8, 8)), ("squash", (8, 9)), ("shortest", (8, 9))])
+def test_preprocessing_that_immich_does_not_support_is_refused(mode: Any, size: tuple[int, int]) -> None:
+    with pytest.raises(UsageError):
+        require_supported(Preprocessing(size=size, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode), "student")
 
 
 def test_a_model_takes_the_place_of_one_with_embeddings_of_the_same_size() -> None:

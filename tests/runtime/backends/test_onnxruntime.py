@@ -21,6 +21,7 @@ from clip_rd_edge.runtime import doctor
 from clip_rd_edge.runtime.backends import onnxruntime as backend
 from clip_rd_edge.runtime.backends.onnxruntime import (
     PROVIDERS,
+    _open_on,
     choose_device,
     import_onnxruntime,
     int8_fault,
@@ -126,6 +127,28 @@ def test_a_provider_that_does_not_start_is_reported_once_and_the_cpu_is_used(
     assert encoder.describe().device == "cpu + cuda"  # the text tower is not loaded yet
     (record,) = caplog.records
     assert reason in record.getMessage()
+
+
+def test_each_model_has_its_own_folder_for_engines_that_tensorrt_finds_by_name_and_structure(
+    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders, path = list[str](), colour_bundle / "image.onnx"
+
+    def open_session(model: object, options: object, *, providers: list[Any], **rest: Any) -> Any:
+        folders.append(providers[0][1]["trt_engine_cache_path"])
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(ort, "InferenceSession", open_session)
+    content = path.read_bytes()
+    for model in (str(path), content):
+        _open_on(ort, model, None, "tensorrt", None)
+    assert len(set(folders)) == 1
+    path.write_bytes(content.replace(b"mean", b"Mean"))
+    _open_on(ort, str(path), None, "tensorrt", None)
+    for weights in (b"weights", b"others"):  # of a tower above 2 GB
+        (colour_bundle / "image.onnx.data").write_bytes(weights)
+        _open_on(ort, str(path), None, "tensorrt", None)
+    assert len(set(folders)) == 4
 
 
 @pytest.mark.parametrize("device", ["cpu", "openvino", "cuda"])
