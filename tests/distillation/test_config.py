@@ -5,9 +5,32 @@ from typing import Any
 import msgspec
 import pytest
 
-from clip_rd_edge.distillation.config import Recipe, RunConfig, first_difference, load_recipe, resolve
+from clip_rd_edge.distillation.config import (
+    CHANGEABLE_ON_RESUME,
+    Recipe,
+    RunConfig,
+    first_difference,
+    load_recipe,
+    recipe_names,
+    resolve,
+)
 from clip_rd_edge.distillation.optimizer import build_optimizer, learning_rate_at
 from clip_rd_edge.losses.objective import Objective, Weights
+
+
+def test_every_recipe_has_the_terms_of_its_method() -> None:
+    kd = {"task": 1, "fd": 2000, "icl": 1, "hrd": 1}
+    rd = {**kd, "vrd_kl": 1, "vrd_ce_image": 1, "vrd_ce_text": 1, "xrd": 1}
+    methods = {
+        "clip": {"task": 1},
+        "clip-kd": kd,
+        "clip-rd": rd,
+        "clip-rd-bank": {**rd, "bank": 4},
+        "clip-rd-paper": rd,
+    }
+    methods["tinyclip"] = {"task": 1, "affinity": 1}
+    assert {name: dict(load_recipe(name).objective) for name in recipe_names()} == methods
+    assert [load_recipe(name).scales for name in ("clip-rd", "clip-rd-paper")] == ["bounded", "raw"]
 
 
 def test_the_schedule_is_a_warm_up_and_then_a_cosine() -> None:
@@ -36,6 +59,11 @@ def test_the_first_difference_is_named() -> None:
     recipe = msgspec.structs.replace(config.recipe, objective=Weights(task=1, fd=2))
     more = msgspec.structs.replace(config, recipe=recipe)
     assert first_difference(more, config) == "objective.fd: 2.0 → None"
+
+
+def test_what_may_change_when_a_run_is_resumed_changes_no_weight() -> None:
+    evaluated, elsewhere = {"log_every", "evaluate_every", "tasks", "report_to"}, {"workers", "store", "processes"}
+    assert {*evaluated, *elsewhere, "checkpoint_every", "max_bad"} == CHANGEABLE_ON_RESUME
 
 
 @pytest.mark.parametrize(

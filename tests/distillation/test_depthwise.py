@@ -109,3 +109,10 @@ def test_outputs_and_gradients_stay(options: dict[str, Any], compiled: bool) -> 
     ]
     for own, torchs in zip(*reversed(gradients), strict=True):
         torch.testing.assert_close(own, torchs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"padding": 1}, {"kernel_size": 3}, {"groups": 2}], ids=str)
+def test_other_pointwise_convolutions_stay_torchs(options: dict[str, Any]) -> None:
+    convolution = nn.Conv2d(**{"in_channels": 4, "out_channels": 8, "kernel_size": 1, "stride": 2} | options)
+    take_strides_first(convolution)
+    assert type(convolution) is nn.Conv2d

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from support import one_worker, save_tiny_teacher
 
 import clip_rd_edge as edge
 from clip_rd_edge.distillation import store
+from clip_rd_edge.errors import InputError
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +59,19 @@ def test_a_store_for_a_student_that_squeezes_images_holds_its_crops(source: dict
     edge.distill(student=str(student), output=tmp_path / "run", store=str(stored), **source, **sizes)
 
 
+def test_a_worker_with_other_data_is_refused(
+    source: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_another_machine(*arguments: Any) -> Iterator[Any]:
+        table = Path(source["data"])
+        table.write_text(table.read_text().replace("number 7", "number 8"))
+        return one_worker(*arguments)
+
+    monkeypatch.setattr("clip_rd_edge.utils.cluster.map_on_cluster", on_another_machine)
+    with pytest.raises(InputError, match="differs on this machine"):
+        edge.embed(output=tmp_path / "store", ray="auto", **source)
+
+
 def test_the_workers_of_a_cluster_give_the_same_bytes(
     source: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +88,7 @@ import ray
 from ray.cluster_utils import Cluster
 import clip_rd_edge as edge
 from clip_rd_edge.distillation import store
+from clip_rd_edge.errors import InputError
 store.SHARD_SIZE = 10  # here; a worker is told its rows
 options, output = json.loads(sys.argv[1]), Path(sys.argv[2])
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

@@ -40,6 +40,39 @@ def test_a_resumed_loader_gives_the_batches_of_an_uninterrupted_one(pairs_csv: P
         assert torch.equal(expected.student_pixels, actual.student_pixels)
 
 
+def test_the_teacher_gets_the_same_crop_in_its_own_preprocessing(pairs_csv: Path) -> None:
+    path = pairs_csv.parent / "pictures" / "0.png"
+    Image.linear_gradient("L").convert("RGB").save(path)  # of which each crop has a mean of its own
+    dataset = ViewDataset(load_pairs(str(pairs_csv)), STUDENT, [TEACHER], crops=Crops(scale=(0.1, 0.3)), seed=3)
+    for epoch in range(4):
+        student, (teacher,) = dataset[View(epoch, 0)][:2]
+        assert teacher.shape == (16, 16, 3)
+        assert teacher.mean() == pytest.approx(student.mean(), abs=2)
+
+
+@pytest.mark.parametrize("size", [(72, 72), (300, 100)])
+def test_the_views_of_an_image_of_any_shape_are_all_different(size: tuple[int, int], tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    (tmp_path / "pairs.csv").write_text("filepath,title\na.png,one\nb.png,two\n")
+    dataset = ViewDataset(
+        load_pairs(str(tmp_path / "pairs.csv")), STUDENT, [], crops=Crops(scale=(0.9, 1.0)), seed=0, views=8
+    )
+    views = [dataset[View(view, index)].student_pixels.tobytes() for view in range(8) for index in range(2)]
+    assert len(set(views)) == 16  # nor are the two pairs, which show the same image, cropped alike
+
+
+def test_a_pinned_batch_has_the_same_tensors_in_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor + 100)
+    student, teacher, image, text = (torch.full((2,), value) for value in range(4))
+    batch = Batch(student, (teacher, student), ["a", "b"], teacher_embeddings=(image, text)).pin_memory()
+    assert batch.teacher_embeddings is not None
+    tensors = batch.student_pixels, *batch.teacher_pixels, *batch.teacher_embeddings
+    assert [int(tensor[0]) for tensor in tensors] == [100, 101, 100, 102, 103]
+    assert batch.teacher_pixels[1] is batch.student_pixels  # pinned once
+
+
 def test_what_the_next_epoch_begins_with_is_fetched_ahead_and_nothing_after_the_last_step() -> None:
     calls = list[set[int]]()
     sampler = StepSampler([10] * 40, 10, seed=0, steps=range(30, 80), prefetch=lambda groups: calls.append(set(groups)))

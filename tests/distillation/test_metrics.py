@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clip_rd_edge.distillation.metrics import mean_similarities
+from clip_rd_edge.bundle.runs import METRICS_FILE
+from clip_rd_edge.distillation.metrics import last_evaluation, mean_similarities
 
 
 class LargestTensor(TorchDispatchMode):
@@ -18,6 +21,12 @@ class LargestTensor(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         self.entries = max(self.entries, output.numel() if isinstance(output, torch.Tensor) else 0)
         return output
+
+
+def test_a_student_has_no_scores_of_an_earlier_step(tmp_path: Path) -> None:
+    lines = {"step": 1, "evaluation/task": 0.5}, {"step": 2, "loss": 1.0}
+    (tmp_path / METRICS_FILE).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert [last_evaluation(tmp_path, step=step) for step in (1, 2)] == [{"task": 0.5}, {}]
 
 
 def test_the_geometry_is_the_mean_over_matching_and_other_pairs_without_a_matrix_of_all_pairs() -> None:

@@ -221,6 +221,13 @@ def test_a_run_trains_the_exported_weights_and_resumes_after_a_kill(config: RunC
     open_clip.create_model(f"local-dir:{student}", require_pretrained=True).load_state_dict(after)
 
 
+@pytest.mark.parametrize("option", ["compile", "gradient_checkpointing"])
+def test_incompatible_options_are_rejected(config: RunConfig, tmp_path: Path, option: str) -> None:
+    with pytest.raises(UsageError) as error:
+        run_distillation(msgspec.structs.replace(config, **{option: True}), tmp_path / "run", resume=False)
+    assert error.value.option == option
+
+
 def test_all_steps_and_evaluations_are_of_the_rounded_tower(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

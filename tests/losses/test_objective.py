@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -39,3 +41,14 @@ def test_bounded_scales_stay_in_range_and_can_return(value: float) -> None:
     multiplier = scales.multiplier(scales.cross)
     (gradient,) = torch.autograd.grad(multiplier, scales.cross)
     assert gradient.item() != 0.0
+
+
+def test_raw_scales_have_no_range_and_both_kinds_start_at_the_published_multiplier() -> None:
+    for kind in ("bounded", "raw"):
+        scales = Scales(kind)  # type: ignore[arg-type]
+        for parameter in scales.parameters():
+            assert scales.multiplier(parameter).item() == pytest.approx(math.log(1 / 0.07), rel=1e-6)
+    with torch.no_grad():
+        scales.cross.fill_(-3.0)
+    scales.clamp_()
+    assert scales.multiplier(scales.cross).item() == -3.0
