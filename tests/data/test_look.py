@@ -71,5 +71,9 @@ def test_the_same_images_are_held_back_when_others_join() -> None:
     assert sum(more[number] != "train" for number in held) >= 0.9 * len(held)
 
 
+def test_what_cannot_be_read_is_not_held_back(files: list[Path]) -> None:
+    assert hold_back([see_all(files)[4]] * 9, range(9), [""] * 9, 0.5) == ["train"] * 9
+
+
 def test_training_images_are_found_among_those_of_a_task(files: list[Path]) -> None:
     assert overlap([files[0], files[1]], [files[3], files[4]]) == ([(files[0], files[3])], 2)

@@ -20,6 +20,13 @@ from .conftest import Make
 CORRECT = {("none", 0): 4, ("clip-rd", 0): 12, ("none", 1): 3}  # three of six runs are finished
 
 
+def test_a_task_that_was_trained_on_is_named(make: Make) -> None:
+    evidence = make(CORRECT)
+    assert "trained and evaluated" not in markdown(evidence)
+    suite = replace(evidence.suite, data="./pairs.csv", tasks=("squares", "pairs.csv"))
+    assert "pairs.csv is both trained and evaluated on" in markdown(replace(evidence, suite=suite))
+
+
 def test_a_machine_or_task_is_no_markup(make: Make) -> None:
     evidence = make(CORRECT)
     name = "<script>[x](http://x)\x1b[2J\n\n# b"

@@ -27,6 +27,7 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.utils.files import write_text
+from clip_rd_edge.utils.outputs import exclusive_writer
 from clip_rd_edge.utils.structs import to_yaml
 from clip_rd_edge.utils.text import SILENT, Reporter
 
@@ -53,6 +54,17 @@ def save_student(folder: Path, *, seed: int) -> str:
     config = student_config("test_resnet", embedding_size=24, image_size=32, text="tiny", context_length=12)
     save_clip(folder, build_student(config, name="teacher"), provenance={})
     return str(folder)
+
+
+def test_a_second_writer_is_refused_and_a_task_that_is_trained_on_is_named(
+    squares_suite: EvidenceSuite, tmp_path: Path
+) -> None:
+    with exclusive_writer(tmp_path / "out"), pytest.raises(UsageError, match="written by another run"):
+        runs.run_evidence(squares_suite, tmp_path / "out", SILENT)
+    watch = Watch()
+    with pytest.raises(UsageError, match="no built-in teacher"):
+        runs.run_evidence(squares_suite, tmp_path / "out", watch)
+    assert ["both trained and evaluated on" in note for note in watch.noted] == [True]
 
 
 def test_with_other_tasks_or_another_teacher_what_was_evaluated_is_evaluated_again(

@@ -38,6 +38,15 @@ def test_a_text_tower_of_a_model_keeps_its_context_length(suite: EvidenceSuite, 
     assert lengths == [suite.context_length, None, None]  # the model's
 
 
+def test_a_method_has_terms_and_a_text_tower_of_its_own(suite: EvidenceSuite) -> None:
+    none, full, without = (suite.recipe(method, suite.students[0]).objective for method in suite.methods)
+    assert (list(none), full.keys() - without.keys()) == (["task"], {"xrd"})
+    run = next(run for run in suite.runs() if run.method.name == "clip-rd")
+    for field, value in {"pretrained_text": "tokens", "freeze_text_layers": 2, "text": "runs/trimmed"}.items():
+        own = dataclasses.replace(run, method=replace(run.method, **{field: value}))
+        assert getattr(run_config(suite, own, teacher="t", stores=Path("c")), field) == value
+
+
 def test_a_method_can_take_other_steps_with_one_student(suite: EvidenceSuite) -> None:
     method = replace(suite.methods[0], steps={"resnet10t": suite.steps + 5})
     both = replace(suite, students=("resnet10t", "mobilevit_xxs"), methods=(method,), compare_with=())
@@ -45,6 +54,13 @@ def test_a_method_can_take_other_steps_with_one_student(suite: EvidenceSuite) ->
     assert steps == {"resnet10t": suite.steps + 5, "mobilevit_xxs": suite.steps}
     with pytest.raises(ValueError, match="student"):  # which the suite does not train
         replace(suite, methods=(method,), compare_with=())
+
+
+@pytest.mark.parametrize("student", ["/home/me/mine.json", "../a.json", r"C:\students\mine.json"])
+def test_runs_of_any_student_lie_in_the_suites_folder(suite: EvidenceSuite, student: str) -> None:
+    _, folder, *_ = next(replace(suite, students=(student,)).runs()).subfolder.parts
+    assert not {"/", "\\", ":"} & set(folder)
+    assert not folder.startswith(".")
 
 
 def test_a_method_without_a_teacher_gets_none(suite: EvidenceSuite) -> None:
