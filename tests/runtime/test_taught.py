@@ -152,6 +152,16 @@ def test_images_that_say_nothing_leave_the_answers_of_the_texts() -> None:
         assert (paired(images, bank.embeddings) @ bank.embeddings.T).argmax(axis=1).tolist() == [0, 1, 2, 3]
 
 
+def test_wrong_requests_are_refused_and_replace_no_bundle(bank_bundle: Path, tmp_path: Path) -> None:
+    things, damaged = (draw(tmp_path / name, {"purple": PURPLE}) for name in ("things", "damaged"))
+    (damaged / "purple" / "x.png").write_bytes(b"no image")
+    with pytest.raises(InputError):
+        edge.teach(bank_bundle, damaged, output=tmp_path / "new")
+    with pytest.raises(UsageError):
+        edge.teach(bank_bundle, things, output=bank_bundle, force=True)
+    assert not (bank_bundle / TAUGHT).exists()
+
+
 def test_a_left_out_image_gets_what_a_regression_without_it_gives_it() -> None:
     rng = np.random.default_rng(1)
     images, targets, weights = rng.standard_normal((9, 5)), rng.random((9, 2)), rng.random(9)

@@ -5,6 +5,7 @@ import functools
 import http.client
 import io
 import json
+import logging
 import runpy
 import shutil
 import signal
@@ -352,6 +353,12 @@ def started(command: Sequence[str], **options: Any) -> Iterator[tuple[str, int, 
     finally:
         process.send_signal(signal.SIGINT)
         log.append(process.communicate(timeout=60)[1])
+
+
+def test_the_log_does_not_grow_with_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.time, "monotonic", lambda: 0.0)
+    limit, record = server.LogLimit(), logging.LogRecord("uvicorn.error", logging.WARNING, "", 0, "failed", (), None)
+    assert [limit.filter(record) for _ in range(1_000)].count(True) == server.MAX_LOG_LINES
 
 
 def require_answers(host: str, port: int) -> None:
