@@ -139,17 +139,6 @@ def wait_until_the_camera_is_off(page: Any) -> None:
     page.wait_for_function("() => tracks.length && tracks.every((track) => track.readyState === 'ended')")
 
 
-def test_a_camera_that_is_started_twice_before_it_is_permitted_is_stopped(page: Any) -> None:
-    delay_permission(page)
-    page.click("#camera")
-    page.click("#camera")
-    page.wait_for_function("() => tracks.length")
-    page.evaluate("grant()")
-    page.wait_for_function("() => document.getElementById('camera').textContent === 'Stop the camera'")
-    page.click("#camera")
-    wait_until_the_camera_is_off(page)
-
-
 def test_an_image_that_is_opened_before_the_camera_is_permitted_stays(page: Any) -> None:
     delay_permission(page)
     page.click("#camera")

@@ -114,6 +114,14 @@ def test_only_the_named_layers_change(tower: Path) -> None:
     }
 
 
+def test_a_convolutions_inputs_are_what_its_weights_are_multiplied_by(tower: Path) -> None:
+    layer, _ = _rounded(tower)._layers
+    bias = numpy_helper.to_array(onnx.load(tower).graph.initializer[2])
+    seen = layer.inputs(SAMPLES, 10**6, np.random.default_rng(0))  # at all positions
+    outputs = _outputs(onnx.load(tower), "d").transpose(1, 0, 2, 3).reshape(8, 1, -1)
+    np.testing.assert_allclose(layer.blocks(layer.weights) @ seen + bias[:, None, None], outputs, atol=1e-5)
+
+
 def _product(weights: np.ndarray, path: Path, *, kind: str = "MatMul") -> Path:
     """Write a model of the product with weights (K, O)."""
     attributes = {"transB": 1} if "transposed" in kind else {}
