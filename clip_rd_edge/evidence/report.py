@@ -51,10 +51,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TOP1, _IMAGE_TO_TEXT = "top-1", "image → text R@1"
+_MIN_SEEDS = 3  # of a difference in bold: two seeds have the same sign by chance every second time
 _DIFFERENCES_NOTE = (
     "Differences in {}, in percentage points, paired by seed; in parentheses the 95 % confidence interval, by "
-    "bootstrap over images, each resampled together with all its seeds. Bold: the interval excludes zero, and the "
-    "difference has the same sign for all seeds."
+    "bootstrap over images, each resampled together with all its seeds: it covers other images, not other "
+    "trainings. Bold: the interval excludes zero, and the difference has the same sign for all of three or more seeds."
 )
 _GEOMETRY_NOTE = (
     "Geometry on the pairs of the retrieval tasks: mean cosine similarity of an image with its own caption, with the "
@@ -271,7 +272,8 @@ def _show_difference(entry: Difference | None) -> str:
     text = signed_points(entry.spread.mean)
     text += "" if entry.spread.deviation is None else f" ± {percent(entry.spread.deviation)}"
     text += f" ({signed_interval(entry.interval)})"
-    return f"**{text}**" if entry.same_sign and (entry.interval.low > 0 or entry.interval.high < 0) else text
+    is_clear = entry.same_sign and entry.spread.count >= _MIN_SEEDS
+    return f"**{text}**" if is_clear and (entry.interval.low > 0 or entry.interval.high < 0) else text
 
 
 def write_evidence(path: Path, evidence: Evidence) -> None:

@@ -52,6 +52,7 @@ from clip_rd_edge.evidence.suite import (
     read_run,
     tasks_of,
 )
+from clip_rd_edge.losses.terms import own_terms, source_of
 from clip_rd_edge.models.clip import model_fingerprint
 from clip_rd_edge.models.encoder import TorchEncoder, torch_threads
 from clip_rd_edge.models.load import load_clip
@@ -287,14 +288,16 @@ def _check_runs(configs: Sequence[RunConfig], folders: Sequence[Path], reporter:
 
 
 def _check_files(config: RunConfig, run: Path, pairs: Samples) -> None:
-    """Refuse other data, or another file of the student, than a run that has trained began with."""
+    """Refuse other data, code of an own term, or another file of the student than a run that has trained began with."""
     if is_file(run / STUDENT_FOLDER / WEIGHTS_FILE) or list_checkpoints(run):
         old = read_json(run / INPUTS_FILE, RunInputs)
         file = sha256_of_file(student_file(config.student))
-        new = msgspec.structs.replace(old, **data_inputs(pairs), student_file_sha256=file)
+        terms = {name: source_of(name) for name in own_terms(config.recipe.objective)}
+        new = msgspec.structs.replace(old, **data_inputs(pairs), student_file_sha256=file, terms_sha256=terms)
         if difference := input_difference(old, new, data=pairs.name, teachers=config.teachers):
             raise UsageError(
-                f"{run} began with other inputs: {difference}.", hint="restore them, or choose another {output}"
+                f"{run} began with other inputs: {difference}.",
+                hint="restore them, name a changed term as a new method, or choose another {output}",
             )
 
 

@@ -14,10 +14,13 @@ from PIL import Image
 from support import Watch
 
 from clip_rd_edge.benchmarking.accuracy import zero_shot
+from clip_rd_edge.bundle.runs import INPUTS_FILE, STUDENT_FOLDER, WEIGHTS_FILE
+from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.embed import STORE_STAGE
 from clip_rd_edge.distillation.optimizer import diverged_error
+from clip_rd_edge.distillation.setup import data_inputs
 from clip_rd_edge.errors import DivergedRunError, UsageError
 from clip_rd_edge.evidence import run as runs
 from clip_rd_edge.evidence.report import read_evidence_file
@@ -28,6 +31,7 @@ from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.utils.files import write_text
 from clip_rd_edge.utils.outputs import exclusive_writer
+from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.structs import to_yaml
 from clip_rd_edge.utils.text import SILENT, Reporter
 
@@ -201,6 +205,24 @@ def test_a_suite_is_checked_before_its_first_run(
     late = replace(squares_suite, methods=(*squares_suite.methods[:2], unknown))
     with pytest.raises(UsageError, match="The method clip-rd-without-xrd cannot train test_resnet: The text tower is"):
         runs.run_evidence(late, tmp_path / "out", SILENT, teacher=teacher)
+
+
+def test_a_finished_run_is_not_that_of_a_term_with_other_code(
+    squares_suite: EvidenceSuite, teacher: str, pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run, *_) = squares_suite.runs()
+    config, folder = run_config(squares_suite, run, teacher=Typed(teacher), stores=tmp_path), tmp_path / "run"
+    pairs = load_pairs(Typed(str(pairs_csv)))
+    (folder / STUDENT_FOLDER).mkdir(parents=True)
+    (folder / STUDENT_FOLDER / WEIGHTS_FILE).touch()
+    inputs = {**data_inputs(pairs), "terms_sha256": {"mine": "1" * 64}}
+    (folder / INPUTS_FILE).write_text(json.dumps(inputs))
+    monkeypatch.setattr(runs, "own_terms", lambda _: ["mine"])
+    monkeypatch.setattr(runs, "source_of", lambda _: "1" * 64)
+    runs._check_files(config, folder, pairs)
+    monkeypatch.setattr(runs, "source_of", lambda _: "2" * 64)
+    with pytest.raises(UsageError, match="term mine has other code"):
+        runs._check_files(config, folder, pairs)
 
 
 @pytest.mark.slow
