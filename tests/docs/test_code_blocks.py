@@ -231,6 +231,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "manifest.json": check_manifest,
     "teachers.json": read_stored_teachers,
     "my_terms.py": lambda path: load_terms(typed(path)),
+    "my_relations.py": lambda path: load_terms(typed(path)),
     "student.json": lambda path: build_student(
         student_config(str(path), embedding_size=16, image_size=32, text="tiny", context_length=8), name="mine"
     ),
