@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, MissingExtraError, first_line, near_matches
-from clip_rd_edge.models.names import fetching
+from clip_rd_edge.models.hub import fetching
 from clip_rd_edge.utils.files import sha256_of
 from clip_rd_edge.utils.host import is_installed
 from clip_rd_edge.utils.paths import is_file

@@ -30,17 +30,15 @@ from clip_rd_edge.bundle.runs import (
 )
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
 from clip_rd_edge.models.clip import ClipModel, float32_on_cpu
-from clip_rd_edge.models.names import (
-    HUB,
+from clip_rd_edge.models.hub import (
     HUB_IF_REACHABLE,
     NO_STRANGERS,
     REMOTE_CODE,
-    ModelName,
     StrangeFileError,
-    parse_name,
     refuse_other_places,
     require_bounded,
 )
+from clip_rd_edge.models.names import HUB, ModelName, parse_name
 from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.paths import Typed, exists, is_file, is_folder
 from clip_rd_edge.utils.process import quiet_logs

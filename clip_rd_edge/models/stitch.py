@@ -31,8 +31,9 @@ from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.errors import ConfigError, InputError, UsageError, first_line, near_matches, quoted
 from clip_rd_edge.models.classifiers import SENTENCE_ENCODERS, ImageClassifier, load_classifier
 from clip_rd_edge.models.clip import ClipModel, float32_on_cpu
+from clip_rd_edge.models.hub import NO_STRANGERS
 from clip_rd_edge.models.load import load_clip, preprocessing_of
-from clip_rd_edge.models.names import NO_STRANGERS, is_trained
+from clip_rd_edge.models.names import is_trained
 from clip_rd_edge.models.students import student_config
 from clip_rd_edge.models.text_weights import build_text_tower, has_quick_gelu, separate_text_tower
 from clip_rd_edge.utils.files import read_text_limited, text_lines

@@ -15,15 +15,8 @@ from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
 from clip_rd_edge.models.classifiers import CLASSIFIERS, load_classifier, mismatch, read_weights, unknown_weights
 from clip_rd_edge.models.clip import ClipModel, ImageTower, evaluation_mode, float32_on_cpu, quick_gelu_of
-from clip_rd_edge.models.names import (
-    CONFIGS,
-    architectures,
-    fetching,
-    parse_name,
-    preset_names,
-    refuse_other_places,
-    require_bounded,
-)
+from clip_rd_edge.models.hub import fetching, refuse_other_places, require_bounded
+from clip_rd_edge.models.names import CONFIGS, architectures, parse_name, preset_names
 from clip_rd_edge.utils.paths import exists, is_file
 from clip_rd_edge.utils.structs import convert, read_json
 

@@ -13,8 +13,8 @@ from support import share_in_threads
 
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.hub import NO_STRANGERS, StrangeFileError
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.names import NO_STRANGERS, StrangeFileError
 from clip_rd_edge.models.students import build_student, student_config
 
 ARCHITECTURE = "ViT-B-16"

@@ -9,8 +9,8 @@ import pytest
 from text_towers import bert_clip
 
 from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.models.hub import refuse_other_places
 from clip_rd_edge.models.load import known_config, load_clip, save_clip
-from clip_rd_edge.models.names import refuse_other_places
 from clip_rd_edge.models.stitch import load_sentence_encoder
 from clip_rd_edge.models.students import build_student, require_student, student_config
 from clip_rd_edge.utils.paths import typed
