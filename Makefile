@@ -61,9 +61,11 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("clip-rd-edge needs Python 3.10 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(if $(CPU_TORCH),$(BIN)/python -c 'import urllib.request as r; r.urlopen("https://download.pytorch.org/whl/cpu", timeout=10)' 2>/dev/null \
-		|| echo "PyTorch's index of CPU builds cannot be reached: PyPI's build comes with CUDA, and takes 6 GB" >&2)
-	$(if $(CPU_TORCH),$(BIN)/python -m pip install --quiet --retries 0 $(CPU_TORCH))
+ifdef CPU_TORCH
+	@$(BIN)/python -c 'import urllib.request as r; r.urlopen("https://download.pytorch.org/whl/cpu", timeout=10)' \
+		2>/dev/null || echo "PyTorch's index of CPU builds cannot be reached: PyPI's comes with CUDA, 6 GB" >&2
+	$(BIN)/python -m pip install --quiet --retries 0 $(CPU_TORCH)
+endif
 	@echo "$(BIN)/python -m pip install -e '.[train,emoji,dev]'"
 	@$(BIN)/python -m pip install --quiet -e '.[train,emoji,dev]' || { \
 		echo 'If a package has no files for this Python yet, try an older one: make clean, and make PYTHON=python3.13' >&2; \
