@@ -122,6 +122,7 @@ async function operate(page, { image }) {
   await focus("#next");
   await page.keyboard.press("Enter");
   await until(page, `document.getElementById("position").textContent.startsWith("2 ")`);
+  await new Promise((resolve) => setTimeout(resolve, 3000)); // its answer, which would replace what is said of the camera
   await focus("#camera");
   await page.keyboard.press(" "); // there is no camera: the page has to say so
   await until(page, `document.getElementById("error").textContent !== ""`);

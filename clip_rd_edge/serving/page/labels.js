@@ -25,7 +25,10 @@ export class LabelList {
         this.add(lines);
       }
     });
-    field.addEventListener("change", () => afterClick(() => field.value.trim() && !this.bank && form.requestSubmit()));
+    field.addEventListener("change", () => {
+      const typed = field.value; // Enter adds it before this acts, when the next label may be half typed
+      afterClick(() => field.value === typed && typed.trim() && !this.bank && form.requestSubmit());
+    });
     document.getElementById("clear").addEventListener("click", () => {
       list.replaceChildren();
       field.value = "";
