@@ -52,8 +52,8 @@ def evaluate(request: Evaluate) -> list[Score]:
         import_modules(request.modules)
         model = load(model, pretrained=request.pretrained, threads=request.threads)
     _note_other_labels(model, loaded, reporter)
-    per_class = request.per_class
-    return [score(model.encoder, task, per_class=per_class, matches=True, reporter=reporter) for task in loaded]
+    options: dict[str, Any] = {"per_class": request.per_class, "shots": request.shots, "reporter": reporter}
+    return [score(model.encoder, task, matches=True, **options) for task in loaded]
 
 
 def _note_other_labels(model: Any, tasks: Sequence[Task], reporter: Reporter) -> None:
@@ -100,7 +100,7 @@ def benchmark(request: Benchmark) -> Results:
     with exclusive_writer(folder):
         if interrupted:
             reporter.note(f"resuming from the results in {folder / FOLDER}")
-        cache = PredictionCache(folder / FOLDER, this_environment())
+        cache = PredictionCache(folder / FOLDER, this_environment(), shots=loaded.shots)
         open_model = partial(open_encoder, threads=loaded.threads)
         results = run_suite(loaded, open_model, reporter, cache=cache, launch=first_answer)
         write_report(results, folder)

@@ -17,10 +17,12 @@ import numpy.typing as npt
 
 from clip_rd_edge.benchmarking.metrics import (
     CHUNK,
+    DRAWS,
     ClassScore,
     Hits,
     RetrievalScore,
     Score,
+    ShotScore,
     ZeroShotScore,
     accuracy_interval,
     average_precision,
@@ -29,6 +31,7 @@ from clip_rd_edge.benchmarking.metrics import (
     hidden_score,
     mean_per_class,
     nearest_indices,
+    over_draws,
     recall_from_ranks,
     top_k_accuracy,
 )
@@ -44,11 +47,12 @@ from clip_rd_edge.bundle.encoder import (
     paired,
 )
 from clip_rd_edge.bundle.images import ImageFile, in_bounded_batches, open_image
-from clip_rd_edge.bundle.labels import background_nouns
+from clip_rd_edge.bundle.labels import Taught, background_nouns
 from clip_rd_edge.data.folders import CLASS_NAMES
 from clip_rd_edge.data.shard_files import TarMember
 from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.runtime.taught import nothing_taught, taught_bank
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.text import SILENT, Reporter
 
@@ -152,15 +156,21 @@ def _names_and_sizes(task: Task) -> list[tuple[str, int]]:
 
 
 def evaluate(
-    encoder: Encoder, task: Task, *, per_class: bool = False, matches: bool = False, reporter: Reporter = SILENT
+    encoder: Encoder,
+    task: Task,
+    *,
+    per_class: bool = False,
+    matches: bool = False,
+    shots: int = 0,
+    reporter: Reporter = SILENT,
 ) -> Score:
     """Score an encoder on a task of either kind.
 
     Args:
         per_class: fill in `ZeroShotScore.per_class`.
-        matches: as for `predict`.
+        matches, shots: as for `predict`.
     """
-    predictions = predict(encoder, task, matches=matches, reporter=reporter)
+    predictions = predict(encoder, task, matches=matches, shots=shots, reporter=reporter)
     if not (per_class and isinstance(task, ZeroShotTask) and isinstance(predictions, ZeroShotPredictions)):
         return predictions.score
     predicted, targets = np.asarray(predictions.labels), np.asarray(task.targets)
@@ -178,24 +188,27 @@ def note_class_names(tasks: Sequence[Task], reporter: Reporter) -> None:
             reporter.note(f"{task.name}: {CLASS_NAMES} names the folders: {', '.join(named)}")
 
 
-def predict(encoder: Encoder, task: Task, *, matches: bool = False, reporter: Reporter = SILENT) -> Predictions:
+def predict(
+    encoder: Encoder, task: Task, *, matches: bool = False, shots: int = 0, reporter: Reporter = SILENT
+) -> Predictions:
     """Return an encoder's predictions on a task of either kind.
 
     Args:
         matches: fill in `ZeroShotScore.hidden` and `mean_average_precision`, for which common nouns are embedded.
+        shots: fill in `ZeroShotScore.over_shots`, up to so many images of each label.
     """
     if isinstance(task, ZeroShotTask):
-        return zero_shot(encoder, task, matches=matches, reporter=reporter)
+        return zero_shot(encoder, task, matches=matches, shots=shots, reporter=reporter)
     return retrieval(encoder, task, reporter=reporter)
 
 
 def zero_shot(
-    encoder: Encoder, task: ZeroShotTask, *, matches: bool = False, reporter: Reporter = SILENT
+    encoder: Encoder, task: ZeroShotTask, *, matches: bool = False, shots: int = 0, reporter: Reporter = SILENT
 ) -> ZeroShotPredictions:
     """Classify a task's images zero-shot among its labels.
 
     Args:
-        matches: as for `predict`.
+        matches, shots: as for `predict`.
         reporter: receives the progress after each batch, with the task's name as the stage.
     """
     labels = label_embeddings(encoder, task.labels, task.templates)
@@ -216,6 +229,7 @@ def zero_shot(
         mean_per_class=mean_per_class(hits, targets),
         templates=task.templates[0] if len(task.templates) == 1 else ", ".join(filter(None, origin)),
         calibration_error=calibration_error(confidence, hits),
+        over_shots=_over_shots(encoder, images, labels, task, shots, reporter) if shots else (),
     )
     if matches and (nouns := _background(encoder)) is not None:
         found = np.concatenate(
@@ -229,6 +243,44 @@ def zero_shot(
     return ZeroShotPredictions(
         score=score, labels=tuple(ranked[:, 0].tolist()), probabilities=tuple(confidence.astype(float).tolist())
     )
+
+
+def _over_shots(
+    encoder: Encoder, images: Embeddings, texts: Embeddings, task: ZeroShotTask, most: int, reporter: Reporter
+) -> tuple[ShotScore, ...]:
+    """Return the accuracy after 0, 1, 2, 4, … images of each label have taught it, on those beyond the last number.
+
+    Args:
+        images, texts: (N, D) and (C, D).
+        most: largest number of images; at most half of those of the rarest label are used.
+    """
+    targets, start = np.asarray(task.targets), nothing_taught(encoder)
+    description = encoder.describe()
+    scoring = (description.calibration or UNCALIBRATED).softened(description.scoring)
+    fewest = np.bincount(targets, minlength=len(task.labels)).min()
+    steps = [0, *(1 << power for power in range(most.bit_length()) if 1 << power <= fewest // 2)]
+    if len(steps) == 1:
+        reporter.note(f"{task.name}: accuracy over shots needs two images of each label; one has {fewest}")
+        return ()
+    found: dict[int, list[float]] = {step: [] for step in steps}
+    for draw in range(DRAWS):
+        order = np.random.default_rng(draw).permutation(len(targets))
+        order = order[np.argsort(targets[order], kind="stable")]  # each label's images together, at random
+        sizes = np.bincount(targets)
+        place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of an image among its label's
+        asked = order[place >= steps[-1]]
+        for step, values in found.items():
+            rows = texts
+            if step:
+                chosen = order[place < step]
+                rows = np.concatenate([start.images, images[chosen].astype(np.float16)])
+                classes = np.concatenate([start.classes, targets[chosen].astype(np.int32)])
+                own = np.zeros(len(texts), np.bool_)
+                taught = Taught(task.labels, texts[:, : images.shape[1]], own, rows, classes, "")
+                rows = taught_bank(taught, None, scoring)[0].embeddings
+            values.append(float((nearest_indices(paired(images[asked], rows), rows, 1)[:, 0] == targets[asked]).mean()))
+    means = ((step, *over_draws(values)) for step, values in found.items())
+    return tuple(ShotScore(shots=step, top1=mean, top1_interval=interval) for step, mean, interval in means)
 
 
 _BACKGROUNDS: WeakKeyDictionary[Encoder, Embeddings] = WeakKeyDictionary()

@@ -66,6 +66,19 @@ class HiddenScore(msgspec.Struct, frozen=True, kw_only=True):
     fpr95: float
 
 
+class ShotScore(msgspec.Struct, frozen=True, kw_only=True):
+    """Top-1 accuracy after `teach` with so many images of each label, on images that it was not taught; five draws.
+
+    Attributes:
+        shots: number of images of each label; 0 is zero-shot, on the same images as the others.
+        top1, top1_interval: mean over the draws, and its 95 % interval.
+    """
+
+    shots: int
+    top1: float
+    top1_interval: Interval
+
+
 class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="zero-shot", tag_field="kind"):
     """Zero-shot classification accuracy on one task.
 
@@ -79,6 +92,7 @@ class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         templates: the prompt templates of the labels, such as `80, ImageNet's, from open_clip`.
         hidden: see `HiddenScore`; None if it was not measured, or there are fewer than four labels.
         mean_average_precision: how well each label, by itself, ranks its images above the others; None as for `hidden`.
+        over_shots: accuracy over the number of images that have taught each label; empty unless requested.
         per_class: one entry per class, in the order of the task's labels; empty unless requested.
     """
 
@@ -93,6 +107,7 @@ class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     calibration_error: float | None
     hidden: HiddenScore | None = None
     mean_average_precision: float | None = None
+    over_shots: tuple[ShotScore, ...] = ()
     per_class: tuple[ClassScore, ...] = ()
 
     @property
@@ -217,7 +232,13 @@ def false_positives(
     return float((others >= np.quantile(known, 1 - accepted)).mean())
 
 
-_HIDDEN_DRAWS, _T = 5, 2.776  # of the labels that are hidden; Student's t of a 95 % interval over them
+DRAWS, _T = 5, 2.776  # of labels that are hidden, or of images to teach; Student's t of a 95 % interval over them
+
+
+def over_draws(values: Sequence[float]) -> tuple[float, Interval]:
+    """Return the mean of the fractions of DRAWS draws, and its 95 % interval."""
+    mean, half = float(np.mean(values)), _T * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return mean, Interval(max(0.0, mean - half), min(1.0, mean + half))
 
 
 def hidden_score(matches: Similarities, targets: npt.NDArray[np.int64]) -> HiddenScore | None:
@@ -228,16 +249,15 @@ def hidden_score(matches: Similarities, targets: npt.NDArray[np.int64]) -> Hidde
         targets: the index of each image's label, (N,).
     """
     labels, areas, passed = matches.shape[1], [], []
-    for draw in range(_HIDDEN_DRAWS):
+    for draw in range(DRAWS):
         shown = np.random.default_rng(draw).permutation(labels)[: labels // 2]
         known, best = np.isin(targets, shown), matches[:, shown].max(axis=1, initial=-np.inf)
         if labels < 4 or known.all() or not known.any():
             return None
         areas.append(separation(best[known], best[~known]))
         passed.append(false_positives(best[known], best[~known]))
-    mean, half = float(np.mean(areas)), _T * float(np.std(areas, ddof=1)) / _HIDDEN_DRAWS**0.5
-    interval = Interval(max(0.0, mean - half), min(1.0, mean + half))
-    return HiddenScore(auroc=mean, auroc_interval=interval, fpr95=float(np.mean(passed)))
+    auroc, interval = over_draws(areas)
+    return HiddenScore(auroc=auroc, auroc_interval=interval, fpr95=float(np.mean(passed)))
 
 
 def average_precision(scores: npt.NDArray[np.floating], fits: Hits) -> float:

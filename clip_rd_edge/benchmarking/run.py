@@ -137,7 +137,8 @@ def _open_and_evaluate(
             for task in tasks:
                 found = cache.find(spec, row.runtime, task) if cache else None
                 if found is None:
-                    found = predict(encoder, task, matches=True, reporter=PrefixedReporter(reporter, f"{row.label}: "))
+                    prefixed = PrefixedReporter(reporter, f"{row.label}: ")
+                    found = predict(encoder, task, matches=True, shots=suite.shots, reporter=prefixed)
                     if cache:
                         cache.store(spec, row.runtime, task, found)
                 predictions.append(found)
@@ -251,12 +252,13 @@ class PredictionCache:
     Args:
         folder: created when the first predictions are stored.
         environment: its hardware, package versions and commit are part of the hash: processors round INT8 differently.
+        shots: as in `Suite`.
     """
 
-    def __init__(self, folder: Path, environment: Environment) -> None:
+    def __init__(self, folder: Path, environment: Environment, *, shots: int = 0) -> None:
         self.folder = folder
         hardware = (environment.machine, environment.instruction_sets, environment.accelerator)
-        self._environment = repr((hardware, sorted(environment.packages.items()), environment.commit))
+        self._environment = repr((hardware, sorted(environment.packages.items()), environment.commit, shots))
 
     def find(self, model: str, runtime: str | None, task: Task) -> Predictions | None:
         """Return the cached predictions of this model on this task, or None."""

@@ -61,6 +61,7 @@ class Suite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
         threads: number of threads of every model. Default 1, because idle thread pools of one runtime take CPU time
             from the next.
         rounds: max number of times each latency is measured.
+        shots: also measure the accuracy after `teach` with 1, 2, 4, … and at most so many images of each label.
         budget_ms, min_accuracy: requirements of the report's recommendation: max p95 latency from image file to answer
             in milliseconds, and min top-1 as a fraction.
     """
@@ -73,6 +74,7 @@ class Suite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
     missing_tasks: Literal["error", "skip"] = "error"
     threads: Threads = 1
     rounds: PositiveInt = 50
+    shots: Annotated[int, Meta(ge=0, le=256)] = 0
     budget_ms: PositiveFloat | None = None
     min_accuracy: Share | None = None
 

@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from clip_rd_edge.benchmarking.metrics import Interval, RetrievalScore, Score, ZeroShotScore
+from clip_rd_edge.benchmarking.metrics import Interval, RetrievalScore, Score, ShotScore, ZeroShotScore
 from clip_rd_edge.benchmarking.results import Comparison, Results, RowResult
 from clip_rd_edge.utils.text import printable
 
@@ -269,6 +269,10 @@ def _accuracy_details(scores: Sequence[Score]) -> Section:
             texts["Half of the labels hidden: AUROC, %"] = areas
             texts["Others taken for known, at 95 % of these, %"] = [percent(share) for share in passed]
             texts["Each label by itself: mAP, %"] = [percent(score.mean_average_precision) for score in zero_shot]
+        for step in dict.fromkeys(shot.shots for score in zero_shot for shot in score.over_shots):
+            name = f"Taught by {step} of each label, %" if step else "The same images by texts alone, %"
+            of_step = ([shot for shot in score.over_shots if shot.shots == step] for score in zero_shot)
+            texts[name] = [_of_shots(shots[0]) if shots else percent(None) for shots in of_step]
     else:
         recalls = {
             "Image → text": [score.image_to_text for score in retrieval],
@@ -279,6 +283,10 @@ def _accuracy_details(scores: Sequence[Score]) -> Section:
             for name, each in recalls.items()
         }
     return _plain(heading(scores[0].task), texts)
+
+
+def _of_shots(shot: ShotScore) -> str:
+    return f"{percent(shot.top1)} ({interval(shot.top1_interval)})"
 
 
 def _times(teacher: float, value: float) -> str:
@@ -368,6 +376,9 @@ def score_tables(scores: Sequence[Score]) -> list[Table]:
             for s in zero_shot
             if s.hidden
         ]
+        for s in (score for score in zero_shot if score.over_shots):
+            shots = "; ".join(f"{shot.shots}: {_of_shots(shot)}" for shot in s.over_shots)
+            found.append(f"{s.task}: top-1 by the number of images that taught each label: {shots}")
         table.caption = "\n".join([*notes, *found])
         table.caption_justify = "left"
         tables.append(table)

@@ -64,7 +64,8 @@ def evaluate(given: dict[str, Any], confusion: Path | None, as_json: bool) -> No
         opened = {name: given[name] for name in ("pretrained", "threads") if name in given}
         model = edge.load(given["model"], **opened)
         per_class = "per_class" in given
-        scores = edge.evaluate(model, tasks, per_class=per_class or confusion is not None, reporter=reporter)
+        shots, classes = given.get("shots", 0), per_class or confusion is not None
+        scores = edge.evaluate(model, tasks, per_class=classes, shots=shots, reporter=reporter)
     if as_json:
         from clip_rd_edge.utils.structs import to_json
 

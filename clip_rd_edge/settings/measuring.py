@@ -48,6 +48,10 @@ class Evaluate(_Evaluated, frozen=True, kw_only=True):
     csv_img_key: ImageColumn = "filepath"
     csv_caption_key: CaptionColumn = "title"
     threads: Threads | None = None
+    shots: Annotated[int, _tasks(
+        "Also measure the accuracy after `teach` with 1, 2, 4, … at most N images of each label, on the others.",
+        metavar="N", default="none", ge=0, le=256,
+    )] = 0  # fmt: skip
     per_class: Annotated[bool, _output(
         "The recall and precision of each class, lowest recall first, and the label that it was most often mistaken "
         "for.",

@@ -83,6 +83,25 @@ def test_taught_labels_are_compared_with_common_nouns_whose_texts_stay_texts(ban
     assert score.mean_average_precision == 1
 
 
+def test_evaluate_measures_what_images_of_each_label_would_bring(bank_bundle: Path, tmp_path: Path) -> None:
+    shades = {"purple": [(120 + 2 * i, 20, 150 + i) for i in range(8)], "orange": [(240, 140 + i, i) for i in range(5)]}
+    for name, colours in shades.items():
+        (tmp_path / "things" / name).mkdir(parents=True)
+        for number, colour in enumerate(colours):
+            Image.new("RGB", (9, 9), colour).save(tmp_path / "things" / name / f"{number}.png")
+    (score,) = edge.evaluate(bank_bundle, tmp_path / "things", shots=7)
+    assert [shot.shots for shot in score.over_shots] == [0, 1, 2]  # at most half of the five
+    assert score.over_shots[-1].top1 == 1
+    by_texts = score.over_shots[0]
+    assert by_texts.top1_interval.low <= by_texts.top1 <= by_texts.top1_interval.high
+    watch = Watch()
+    for number in range(1, 5):
+        (tmp_path / "things" / "orange" / f"{number}.png").unlink()
+    (score,) = edge.evaluate(bank_bundle, tmp_path / "things", shots=1, reporter=watch)
+    assert score.over_shots == ()
+    assert "shots" in " ".join(watch.noted)
+
+
 def test_a_label_is_added_later_without_the_images_of_the_others(bank_bundle: Path, tmp_path: Path) -> None:
     first, second = draw(tmp_path / "1", {"purple": PURPLE}), draw(tmp_path / "2", {"orange": ORANGE})
     both = draw(draw(tmp_path / "12", {"purple": PURPLE}), {"orange": ORANGE})
