@@ -273,10 +273,10 @@ def _over_shots(
             rows = texts
             if step:
                 chosen = order[place < step]
-                rows = np.concatenate([start.images, images[chosen].astype(np.float16)])
+                shown = np.concatenate([start.images, images[chosen].astype(np.float16)])
                 classes = np.concatenate([start.classes, targets[chosen].astype(np.int32)])
                 own = np.zeros(len(texts), np.bool_)
-                taught = Taught(task.labels, texts[:, : images.shape[1]], own, rows, classes, "")
+                taught = Taught(task.labels, texts[:, : images.shape[1]], own, shown, classes, "")
                 rows = taught_bank(taught, None, scoring)[0].embeddings
             values.append(float((nearest_indices(paired(images[asked], rows), rows, 1)[:, 0] == targets[asked]).mean()))
     means = ((step, *over_draws(values)) for step, values in found.items())

@@ -86,7 +86,9 @@ from clip_rd_edge.utils.paths import Typed, is_file, several, typed
 from clip_rd_edge.utils.structs import read_json, to_json
 from clip_rd_edge.utils.text import Reporter, as_word
 
-_EVALUATIONS, _MAX_UNSAVED = 5, 100  # in a run, and steps between checkpoints
+_EVALUATIONS, _MAX_UNSAVED = 10, 100  # in a run, and steps between checkpoints
+# The training ends after this many evaluations without a better one, where there are enough images to tell.
+_PATIENCE, _TELLING = 4, 100
 _TEXT_LAYERS, _VOCABULARY, _FROZEN_TEXT_LAYERS = 2, 7500, 2  # as the quickstart's, see its evidence
 _PROMPT = "a photo of a {}."
 _RECIPE, _RATE = "clip-rd-bank", 1e-3
@@ -276,7 +278,7 @@ class Building:
     def distil(self) -> None:
         """Train the student, for as many steps as the hours allow."""
         if self.plan.steps and is_file(self.run / STUDENT_FOLDER / WEIGHTS_FILE):
-            return self.reporter.note(f"{self.plan.steps:,} steps are done, in {self.run}")
+            return self.reporter.note(f"{self._steps_done():,} steps are done, in {self.run}")
         settings = self._run_settings()
         if not self.plan.steps:
             config = run_config(self.request, self.plan, steps=1, **settings)
@@ -291,7 +293,8 @@ class Building:
         if self.found.of("choose"):
             place = typed(task_of(self.folder, self.found, "val"))
             tasks = [load_task(place)]
-            settings |= {"tasks": (place,), "evaluate_every": every}
+            patience = _PATIENCE if len(self.found.of("choose")) >= _TELLING else 0
+            settings |= {"tasks": (place,), "evaluate_every": every, "patience": patience}
             (task,) = tasks
             evaluate = lambda encoder: {task.name: primary_metric(score(encoder, task))}  # noqa: E731
         config = run_config(self.request, self.plan, steps=self.plan.steps, **settings)
@@ -309,14 +312,18 @@ class Building:
 
     def student(self) -> Path:
         """Return the folder of the student: the last, unless an earlier one was better by more than chance."""
-        last = last_evaluation(self.run, step=self.plan.steps)
+        done = self._steps_done()
+        last = last_evaluation(self.run, step=done)
         best = read_training_record(str(self.run / BEST_FOLDER)).get("steps")
-        if last and best and best != self.plan.steps:
+        if last and best and best != done:
             (name, final), count = next(iter(last.items())), len(self.found.of("choose"))
             earlier = last_evaluation(self.run, step=best).get(name, 0.0)
             if earlier - final > 2 * max(final * (1 - final) / count, 1e-9) ** 0.5:
                 return self.run / BEST_FOLDER
         return self.run / STUDENT_FOLDER
+
+    def _steps_done(self) -> int:
+        return int(read_training_record(str(self.run / STUDENT_FOLDER))["steps"])
 
     def export(self) -> None:
         """Export the student as a bundle, with its labels."""

@@ -129,6 +129,8 @@ class RunConfig(
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.patience and not self.evaluate_every:
+            raise UsageError("{patience} counts evaluations; expected {evaluate_every}.", option="patience")
         if self.stored_teachers and (len(self.teachers) > 1 or self.images or self.texts or self.store):
             raise UsageError(
                 f"The teacher is {STORED}, whose embeddings are in the shards of the data; expected no other teacher, "

@@ -20,6 +20,7 @@ from clip_rd_edge.bundle.runs import (
     PREDICTIONS_FILE,
     REPORT_FOLDER,
     TERM_PREFIX,
+    read_training_record,
 )
 from clip_rd_edge.data.order import StepSampler
 from clip_rd_edge.distillation.bank import QueueBank, make_bank
@@ -163,9 +164,10 @@ class Training:
     def __call__(self) -> None:
         """Train from where the state is to the last step."""
         run, state = self.run, self.state
-        hooks = (self.save, self.evaluate, self.report, self.draw, self.stop)
+        hooks = (self.save, self.evaluate, self.end_early, self.report, self.draw, self.stop)
         with run.stop.deferred(), self._tracker, FREED_MEMORY_KEPT:
             self._repeat_evaluation()
+            self.end_early()
             self._clock = _Clock()
             for batch in self._batches():
                 self.result = state.train_on(batch, run.folder)
@@ -259,6 +261,15 @@ class Training:
             self.evaluate()
             if self.scores and self._log:
                 self._tracker.add(self._log.add_evaluation(self._start, self.scores))
+
+    def end_early(self) -> None:
+        """Make this step the last one if as many evaluations as the run's patience have not been better."""
+        run, state = self.run, self.state
+        if run.config.patience and self._is_evaluation_due and state.done < state.steps:
+            best = run.processes.from_main(read_training_record(str(run.folder / BEST_FOLDER)).get("steps", state.done))
+            if state.done - best >= run.config.patience * run.config.evaluate_every:
+                run.reporter.note(f"training ends after step {state.done:,}: none was better than step {best:,}")
+                state.steps = state.done
 
     def report(self) -> None:
         """Show how far the run is, and log it if that is due."""

@@ -186,6 +186,10 @@ class Training(_Data[Place, Names, Several], frozen=True, kw_only=True):
     evaluate_every: Annotated[int, _evaluation(
         "Steps between evaluations on the tasks.", metavar="STEPS", default="only at the end", ge=0, resume="free",
     )] = 0  # fmt: skip
+    patience: Annotated[int, _evaluation(
+        "End the training after so many evaluations without a better one; requires {evaluate_every}.", metavar="N",
+        default="train to the last step", ge=0, resume="free",
+    )] = 0  # fmt: skip
 
 
 class Distill(Training[AnyPath, _OneOrMore, _OneOrMore], frozen=True, kw_only=True):

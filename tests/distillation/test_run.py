@@ -586,6 +586,19 @@ def test_the_best_student_is_saved_in_addition_to_the_last(config: RunConfig, tm
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(logged)
 
 
+def test_a_run_ends_early_where_its_evaluations_get_no_better(config: RunConfig, tmp_path: Path) -> None:
+    config = msgspec.structs.replace(config, evaluate_every=2, patience=2)
+    scores = iter([0.2, 0.5, 0.4, 0.5])
+    evaluate = lambda _: {"task": next(scores, 0.5)}  # noqa: E731
+    student = run_distillation(with_recipe(config, steps=20), tmp_path / "run", resume=False, evaluate=evaluate)
+    records = [json.loads((path / "distillation.json").read_text()) for path in (student, tmp_path / "run" / "best")]
+    assert [record["steps"] for record in records] == [8, 4]
+    assert records[0]["evaluation"] == {"task": 0.5}
+    shutil.rmtree(student)  # as if it was killed before it was written
+    run_distillation(with_recipe(config, steps=20), tmp_path / "run", resume=True, evaluate=evaluate)
+    assert json.loads((student / "distillation.json").read_text())["steps"] == 8
+
+
 def test_a_run_goes_on_where_the_best_student_cannot_be_replaced(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
