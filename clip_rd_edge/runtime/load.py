@@ -40,7 +40,7 @@ from clip_rd_edge.bundle.manifest import (
 )
 from clip_rd_edge.bundle.preprocess import Pixels, Preprocessing, fast_decode_edge, preprocess
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.runtime.backends.onnxruntime import OPENVINO_PROCESSORS, PROVIDERS, import_onnxruntime
+from clip_rd_edge.runtime.backends.onnxruntime import IN_BF16, OPENVINO_PROCESSORS, PROVIDERS, import_onnxruntime
 from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, RunOptions, require_threads
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.process import end_calls
@@ -68,7 +68,8 @@ def load(
         device: one of `settings.deploying.Device`. `auto` chooses a GPU or OpenVINO if ONNX Runtime's package for it is
             installed, and the CPU otherwise, and always for INT8 and in OpenVINO itself. OpenVINO's devices run a
             bundle made for OpenVINO, or with `runtime="openvino"`, in OpenVINO itself, and others in ONNX Runtime, or
-            in OpenVINO if only that is installed. `tensorrt` runs the engines of a bundle made for it, and others in
+            in OpenVINO if only that is installed; `openvino-bf16` computes in bfloat16, always in OpenVINO.
+            `tensorrt` runs the engines of a bundle made for it, and others in
             ONNX Runtime. `describe().device` is the device chosen.
         spin: False for embedding many images in ONNX Runtime: see `backends.onnxruntime.open_session`.
         force: use a tower, with a warning, although this processor is known to compute its INT8 wrongly. Otherwise the
@@ -141,7 +142,7 @@ def _runtime_for(device: str, manifest: Manifest) -> str:
     own = info.runtime
     if device in (AUTO, own) or not info.is_onnx or (device == "cpu" and own != "tensorrt"):
         return own
-    if device in OPENVINO_PROCESSORS and (own == "openvino" or _only_openvino_itself()):
+    if device == IN_BF16 or (device in OPENVINO_PROCESSORS and (own == "openvino" or _only_openvino_itself())):
         return "openvino"
     return FORMATS["onnx"].runtime  # the others are its devices, whatever the bundle was exported for
 

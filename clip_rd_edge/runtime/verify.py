@@ -256,7 +256,8 @@ def _compare(trial: _Trial, tower: Tower, agreement: float, difference: float, p
     assert trial.answers is not None
     precision = tower.precision.split()[0]
     # Outside CPUs, float32 is computed in TF32 or float16.
-    computed = "fp16" if precision == "fp32" and placement.device != "cpu" else precision
+    elsewhere = {"cpu": "fp32", "cpu-bf16": "bf16"}.get(placement.device, "fp16")
+    computed = elsewhere if precision == "fp32" else precision
     lowest = MIN_AGREEMENT.get(computed, MIN_AGREEMENT["int8"])
     if computed == "int8":
         rounded = 1 - _ROUNDING_MARGIN * (1 - trial.rounding)

@@ -31,7 +31,9 @@ ExportLayout = Literal["bundle", "huggingface", "immich"]
 Fallback = Literal["fp32", "fp16", "none"]
 Via = Literal["onnx", "torch-tensorrt"]  # how TensorRT engines are built
 # See `runtime.backends.onnxruntime`.
-Device = Literal["auto", "cpu", "cuda", "tensorrt", "coreml", "openvino", "openvino-gpu", "openvino-npu", "xnnpack"]
+Device = Literal[
+    "auto", "cpu", "cuda", "tensorrt", "coreml", "openvino", "openvino-bf16", "openvino-gpu", "openvino-npu", "xnnpack"
+]
 
 
 Threads = Annotated[int, _device("Threads of the model.", metavar="N", default="all cores", ge=1)]

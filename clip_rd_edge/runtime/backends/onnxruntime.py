@@ -96,7 +96,8 @@ class Provider(NamedTuple):
 
 
 # OpenVINO's processors, by the name of the device. The package openvino runs on them without ONNX Runtime, too.
-OPENVINO_PROCESSORS = {"openvino": "CPU", "openvino-gpu": "GPU", "openvino-npu": "NPU"}
+IN_BF16 = "openvino-bf16"
+OPENVINO_PROCESSORS = {"openvino": "CPU", IN_BF16: "CPU", "openvino-gpu": "GPU", "openvino-npu": "NPU"}
 _OPENVINO, _GPU_BUILD, _NVIDIA = "OpenVINOExecutionProvider", "onnxruntime-gpu", "NVIDIA's driver, CUDA"
 PROVIDERS: dict[str, Provider] = {
     "cpu": Provider("CPUExecutionProvider", "onnxruntime", {}),

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from clip_rd_edge.bundle.encoder import Description, in_batches
 from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.errors import ConfigError, UsageError, in_one_line, needs_extra
-from clip_rd_edge.runtime.backends.onnxruntime import OPENVINO_PROCESSORS
+from clip_rd_edge.runtime.backends.onnxruntime import IN_BF16, OPENVINO_PROCESSORS
 from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, NamedInput, Placement, RunOptions, require_threads
 from clip_rd_edge.utils.paths import cache_home
 from clip_rd_edge.utils.process import NativeCall
@@ -177,16 +177,18 @@ class OpenVinoEncoder(BundleEncoder):
     def __init__(self, folder: Path, manifest: Manifest, options: RunOptions | None = None) -> None:
         super().__init__(folder, manifest, options)
         self.processor = OPENVINO_PROCESSORS.get(self.options.device, CPU)
+        self._in_bf16 = self.options.device == IN_BF16
+        self._place = f"{self.processor.lower()}{f'-{BF16}' if self._in_bf16 else ''}"
         if self.processor != CPU:  # which is there; others are looked for before anything runs
             _require_processor(self.processor)
 
     def describe(self) -> Description:
-        return msgspec.structs.replace(super().describe(), device=self.processor.lower())
+        return msgspec.structs.replace(super().describe(), device=self._place)
 
     def placement(self, tower: Tower) -> Placement:
         """Return where the towers run; OpenVINO does not fall back."""
-        return Placement(self.runtime, self.processor.lower())
+        return Placement(self.runtime, self._place)
 
     def open_tower(self, tower: Tower) -> OpenVinoModel:
-        path, bf16 = str(self.folder / tower.file), tower.precision.startswith(BF16)
+        path, bf16 = str(self.folder / tower.file), self._in_bf16 or tower.precision.startswith(BF16)
         return open_openvino(path, threads=self.threads, bf16=bf16, processor=self.processor)

@@ -132,17 +132,25 @@ def for_openvino(bundle: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("device", "processor"),
-    [("auto", "CPU"), ("cpu", "CPU"), ("openvino", "CPU"), ("openvino-gpu", "GPU"), ("openvino-npu", "NPU")],
+    [
+        ("auto", "CPU"),
+        ("cpu", "CPU"),
+        ("openvino", "CPU"),
+        ("openvino-bf16", "CPU"),
+        ("openvino-gpu", "GPU"),
+        ("openvino-npu", "NPU"),
+    ],
 )
 def test_a_bundle_for_openvino_runs_on_each_of_its_processors(
     device: str, processor: str, colour_bundle: Path, core: _Core
 ) -> None:
     encoder = load(for_openvino(colour_bundle), device=device, threads=2)
     description = encoder.describe()
-    assert (description.runtime, description.device) == ("openvino", processor.lower())
+    is_bf16 = device == "openvino-bf16"
+    assert (description.runtime, description.device) == ("openvino", "cpu-bf16" if is_bf16 else processor.lower())
     assert encoder.encode_images([Image.new("RGB", (9, 9), (255, 0, 0))]).argmax() == 0
     ((used, settings),) = core.compiled
     assert used == processor
     assert ("INFERENCE_NUM_THREADS" in settings) == (processor == "CPU")  # others have none, and refuse the setting
-    assert settings.get("INFERENCE_PRECISION_HINT") == (None if processor == "NPU" else "f32")
+    assert settings.get("INFERENCE_PRECISION_HINT") == (None if processor == "NPU" else "bf16" if is_bf16 else "f32")
     assert ("CACHE_DIR" in settings) == (processor != "CPU")
