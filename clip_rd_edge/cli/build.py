@@ -39,12 +39,14 @@ def build(given: dict[str, Any]) -> None:
     import clip_rd_edge as edge
     from clip_rd_edge.cli.console import console_reporter, note
     from clip_rd_edge.runtime.labels import parse_labels
+    from clip_rd_edge.utils.text import duration
 
+    started = time.perf_counter()
     with console_reporter() as reporter:
         built = edge.build(**{**given, "labels": parse_labels(given.get("labels", ()))}, reporter=reporter)
     for number, line in enumerate(built.verdict):
         echo(line if not number else f"- {line}", prose=True)
-    echo(f"\nReport: {built.report}\nBundle: {built.folder}")
+    echo(f"\nReport: {built.report}\nBundle: {built.folder}\nDone in {duration(time.perf_counter() - started)}.")
     note(f"next: clip-rd-edge classify {as_word(built.folder)} photo.jpg")
     note(f"on the device: copy {as_word(built.folder)}; its commands: clip-rd-edge targets {built.folder.name}")
     note(f"more: clip-rd-edge evaluate {as_word(built.folder)} --task {as_word(built.held_out)} --per-class")
