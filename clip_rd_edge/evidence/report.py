@@ -65,7 +65,7 @@ _GEOMETRY_NOTE = (
 
 def markdown(evidence: Evidence) -> str:
     """Return all tables, after the settings and the cost."""
-    prose = [_settings(evidence), *training_data_remark(evidence.suite)]
+    prose = [_settings(evidence), _tasks(evidence), *training_data_remark(evidence.suite)]
     parts = [*map(inert_markdown, prose), _score_table(evidence)]
     if _differ_in_steps(evidence):
         parts += [_time_table(evidence)]
@@ -103,6 +103,17 @@ def _settings(evidence: Evidence) -> str:
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}. {_cost(evidence)} "
         "Scores in percent, mean ± standard deviation over seeds."
     )
+
+
+def _tasks(evidence: Evidence) -> str:
+    """Return how many images each task has, and what chance would reach."""
+    shown = list[str]()
+    for task in evidence.teacher.tasks:
+        score = task.score
+        count, what = (score.classes, "labels") if isinstance(score, ZeroShotScore) else (score.captions, "captions")
+        name = _task_name(evidence, task)
+        shown.append(f"{name}, {score.images:,} images among {count:,} {what} (chance {percent(1 / count)} %)")
+    return f"Tasks: {'; '.join(shown)}."
 
 
 def _by_machine(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
