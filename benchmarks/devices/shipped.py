@@ -31,7 +31,6 @@ from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
 from clip_rd_edge.utils.text import Reporter
-from clip_rd_edge.utils.timing import time_in_turn
 
 STUDENTS, REPEATS, FASTER = ("resnet18", "mobilevit_xxs", "ViT-T/16", "mobilenetv4_conv_small"), 5, 0.9
 SHIPPED, FP32 = "shipped", "ONNX Runtime, FP32"
@@ -80,7 +79,7 @@ def measure(student: str, work: Path) -> dict[str, Any]:
             "OpenVINO, shipped INT8": open_openvino(str(shipped), threads=1),
             "OpenVINO, NNCF's INT8": open_openvino(str(folder / "nncf.xml"), threads=1),
         }
-        times = latencies(sessions, held_out[:1], timer=lambda calls: time_in_turn(calls, rounds=30, max_seconds=5))
+        times = latencies(sessions, held_out[:1], rounds=30, max_seconds=5)
         rows.append({name: p10(values) for name, values in times.items()})
     reference = embed(sessions[FP32], held_out)
     variants = {

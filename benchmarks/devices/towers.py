@@ -43,7 +43,7 @@ from clip_rd_edge.runtime.backends.openvino import open_openvino
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.structs import to_json
-from clip_rd_edge.utils.timing import Milliseconds, time_in_turn
+from clip_rd_edge.utils.timing import Milliseconds
 
 ORT_FP32, ORT_INT8 = "ORT FP32", "ORT INT8"
 OPENVINO = ("OpenVINO FP32", "OpenVINO BF16", "OpenVINO INT8 (NNCF)", "OpenVINO INT8 (our Q/DQ)")
@@ -267,7 +267,7 @@ def choose_for_ort(tower: str, folder: Path, pixels: Inputs) -> VariantFile:
     candidates = msgspec.json.decode((folder / "prepared.json").read_bytes(), type=Prepared).candidates
     files = {ORT_FP32: "fp32.onnx", **{candidate.name: candidate.file for candidate in candidates}}
     sessions = {name: open_session(str(folder / file), threads=THREADS) for name, file in files.items()}
-    times = latencies(sessions, pixels, timer=lambda calls: time_in_turn(calls, rounds=40, max_seconds=12))
+    times = latencies(sessions, pixels, rounds=40, max_seconds=12)
     sizes = {name: (folder / file).stat().st_size for name, file in files.items()}
     perfect = Agreement(0.0, 1.0, 1.0, HELD_OUT_SAMPLES)
     fp32 = MeasuredCandidate(ORT_FP32, times[ORT_FP32], perfect, sizes[ORT_FP32])
@@ -293,7 +293,7 @@ def measure(tower: str, folder: Path) -> TowerLatencies:
     repeats = []
     for _ in range(REPEATS):
         sessions = {name: open_variant(name, file.path) for name, file in files.items()}
-        repeats.append(latencies(sessions, pixels, timer=lambda calls: time_in_turn(calls, rounds=30, max_seconds=5)))
+        repeats.append(latencies(sessions, pixels, rounds=30, max_seconds=5))
     return summarise(tower, files, repeats)
 
 
