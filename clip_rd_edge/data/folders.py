@@ -12,7 +12,7 @@ import numpy as np
 from clip_rd_edge.bundle.encoder import fill_template
 from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES, dead_link_error, is_ignored, leads_nowhere, list_images
 from clip_rd_edge.data.samples import NO_PROBLEMS, Counts, LocalFiles, Problems, Sample
-from clip_rd_edge.errors import InputError, near_matches, quoted
+from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.files import read_text_limited, text_lines
 from clip_rd_edge.utils.paths import sorted_paths
 from clip_rd_edge.utils.text import as_word
@@ -81,9 +81,7 @@ def class_samples(name: str, folder: Path, templates: Sequence[str] = ()) -> Fol
     names = folder / CLASS_NAMES
     if not names.is_file() and folder.resolve().name in (*SPLITS, *_OTHER_SPLITS):
         names = folder.resolve().parent / CLASS_NAMES
-    splits = {path.name.lower(): path for path in subfolders(folder) if subfolders(path)}
-    if split := next((splits[name] for name in (*_OTHER_SPLITS, *SPLITS) if name in splits), None):
-        raise _not_the_classes(folder, f"has the subfolder {split.name}, which looks like a split", split)
+    _require_classes(folder, (*_OTHER_SPLITS, *SPLITS))
     classes = class_folders(folder, names)
     images = [(path, number) for number, (inner, _) in enumerate(classes) for path in list_images(inner)]
     if (count := len({number for _, number in images})) < 2:
@@ -131,7 +129,7 @@ def class_folders(folder: Path, names: Path) -> list[tuple[Path, str]]:
         found.sort(key=lambda path: int(path.name))
     if lines := metadata_lines(names):
         return list(zip(found, _names(lines, names, found), strict=True))
-    _require_classes(folder, found)
+    _require_classes(folder, _OTHER_SPLITS)
     if found and all(_WORDNET_ID.fullmatch(path.name) for path in found):
         raise InputError(
             f"The subfolders of {folder} are named by WordNet ids, such as {found[0].name}, which mean nothing to a "
@@ -151,41 +149,33 @@ def metadata_lines(path: Path) -> list[str]:
     if not path.is_file():
         return []
     # Line numbers are class numbers: skipping an empty line in the middle would shift the classes.
-    lines = [line.strip() for line in text_lines(read_text_limited(path).strip())]
-    if "" in lines:
-        raise InputError(f"{path}, line {lines.index('') + 1}, is empty.")
-    return lines
+    return [line.strip() for line in text_lines(read_text_limited(path).strip())]
 
 
 def _names(lines: Sequence[str], file: Path, found: Sequence[Path]) -> list[str]:
     """Return the names of classes from lines, which are the names or, if there are tabs, `SUBFOLDER<tab>NAME`."""
-    if len(lines) != len(found):
+    folders = [folder.name for folder in found]
+    names = dict(zip(folders, lines, strict=False))
+    if any("\t" in line for line in lines):
+        names = {folder.strip(): name.strip() for folder, _, name in (line.partition("\t") for line in lines)}
+    if len(lines) != len(folders) or not all(map(names.get, folders)):
+        lost = next((f"; that of {folder} is missing" for folder in folders if not names.get(folder)), "")
         raise InputError(
-            f"{file} has {len(lines)} names for {len(found)} subfolders.",
+            f"{file} has {len(lines)} lines for the names of {len(folders)} subfolders{lost}.",
             hint="write one line for each: the name of the subfolder, a tab, and the name of the class",
         )
-    if not any("\t" in line for line in lines):
-        return list(lines)
-    names, folders = dict[str, str](), {folder.name for folder in found}
-    for number, line in enumerate(lines, start=1):
-        folder, _, name = (part.strip() for part in line.partition("\t"))
-        if folder not in folders or folder in names or not name:
-            raise InputError(
-                f"{file}, line {number}, is {quoted(line)}; expected the name of another subfolder, a tab, and the "
-                f"name of the class.{near_matches(folder, folders - names.keys())}"
-            )
-        names[folder] = name
-    return [names[folder.name] for folder in found]
+    return [names[folder] for folder in folders]
 
 
-def _require_classes(folder: Path, found: Sequence[Path]) -> None:
+def _require_classes(folder: Path, splits: Sequence[str]) -> None:
     """Refuse subfolders that hold the folders of the classes, in which every image would be of the wrong class."""
-    above = [path for path in found if subfolders(path)]
-    if splits := [path for path in above if path.name.lower() in _OTHER_SPLITS]:
-        raise _not_the_classes(folder, f"has the subfolder {splits[0].name}, which looks like a split", splits[0])
-    if len(found) == 1 and above and not any(path.suffix.lower() in IMAGE_SUFFIXES for path in above[0].iterdir()):
-        raise _not_the_classes(folder, f"has a single class, {above[0].name}, with subfolders alone", above[0])
-
-
-def _not_the_classes(folder: Path, reason: str, classes: Path) -> InputError:
-    return InputError(f"{folder} {reason}; expected the folders of classes.", hint=f"name their folder: {classes}")
+    found = subfolders(folder)
+    above = {path.name.lower(): path for path in found if subfolders(path)}
+    wrong = next((above[name] for name in splits if name in above), None)
+    if len(found) == len(above) == 1 and not any(path.suffix.lower() in IMAGE_SUFFIXES for path in found[0].iterdir()):
+        wrong = found[0]
+    if wrong is not None:
+        raise InputError(
+            f"The subfolder {wrong.name} of {folder} is not a class: it has subfolders.",
+            hint=f"name the folder of the classes: {wrong}",
+        )

@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from clip_rd_edge.bundle.encoder import fill_template
 from clip_rd_edge.bundle.labels import parse_templates
-from clip_rd_edge.bundle.manifest import MAX_TEMPLATES
 from clip_rd_edge.data.folders import class_samples, image_samples
 from clip_rd_edge.data.samples import NO_PROBLEMS, Counts, Problems, Sample, Samples
 from clip_rd_edge.data.tables import is_parquet, load_table, parquet_rows
@@ -269,12 +268,6 @@ def load_samples(
             hint="name pairs with {data}, or images and captions apart: {images} FOLDER {texts} labels.txt",
         )
     templates = parse_templates(source.templates).prompts if source.templates else ()
-    if len(templates) > MAX_TEMPLATES:
-        raise UsageError(
-            f"There are {len(templates):,} templates; the limit is {MAX_TEMPLATES:,}, as in the bundle of the student.",
-            hint="name fewer with {templates}",
-            option="templates",
-        )
     pairs = None
     if source.data is not None:
         pairs = load_pairs(
@@ -295,8 +288,7 @@ def load_samples(
 
 def load_texts(source: Typed, column: str, read_texts: Callable[[Typed, str], Sequence[str]]) -> Sequence[str]:
     """Load texts from a label file by `read_texts`, or from a column of a Parquet file; raises InputError."""
-    if URL.search(source):
-        raise InputError(f"The texts {shown_source(source)} are not on this machine.", hint="copy them to this machine")
+    require_local(source)
     path = Path(source)
     return _read_column(path, column) if is_file(path) and is_parquet(path) else read_texts(source, column)
 

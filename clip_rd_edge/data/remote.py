@@ -259,9 +259,8 @@ def _is_web(url: str) -> bool:
 def _with_retries(
     url: str, call: Callable[[], T], *, delays: Sequence[float] | None = None, limit_s: float | None = None
 ) -> T:
-    limit_s = _RETRY_LIMIT_S if limit_s is None else limit_s
-    end_s = math.inf
-    for delay in (*(_RETRY_DELAYS_S if delays is None else delays), None):
+    waits, end_s = iter(_RETRY_DELAYS_S if delays is None else delays), math.inf
+    while True:
         try:
             return call()
         except MissingExtraError:
@@ -269,8 +268,8 @@ def _with_retries(
         except Exception as error:  # each file system raises its own types
             if disk_full_error(error):  # this machine's
                 raise
-            end_s = min(end_s, time.monotonic() + limit_s)
-            left_s = end_s - time.monotonic()
+            end_s = min(end_s, time.monotonic() + (_RETRY_LIMIT_S if limit_s is None else limit_s))
+            delay, left_s = next(waits, None), end_s - time.monotonic()
             if delay is None or left_s <= 0 or _is_final(error):
                 for kind in {type(file_system) for file_system in tuple(_kept)}:
                     kind.clear_instance_cache()  # later calls connect anew, with the credentials that are set then
@@ -278,7 +277,6 @@ def _with_retries(
                 hint = "run the command by itself: it must write a whole tar" if url.startswith(PIPE) else _REMOTE_HINT
                 raise InputError(f"The shard {shown_source(url)} {problem}.", hint=hint) from error
         time.sleep(min(delay, left_s))
-    raise AssertionError("unreachable")
 
 
 _REMOTE_HINT = (

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack
 from functools import cached_property
 from itertools import chain, islice
@@ -172,11 +172,8 @@ class Samples(Protocol):
         ...
 
 
-class LocalFiles:
+class LocalFiles(Sized):
     """What image files on this machine have in common as `Samples`: they lie apart, and need not be fetched."""
-
-    def __len__(self) -> int:
-        raise NotImplementedError
 
     @property
     def groups(self) -> Sequence[int]:
@@ -201,14 +198,10 @@ def fingerprint(samples: Samples) -> str:
 
 def require_batch(samples: Samples, batch_size: int, *, processes: int = 1) -> None:
     """Check that a batch has negatives, that there are enough samples to fill it, and that processes can share it."""
-    if batch_size < 2:
+    if not 2 <= batch_size <= len(samples):
         raise UsageError(
-            f"The batch size is {batch_size}; a contrastive loss needs at least 2 pairs per step.", option="batch_size"
-        )
-    if batch_size > len(samples):
-        raise UsageError(
-            f"The batch size is {batch_size:,}, but {samples.name} has only {len(samples):,} "
-            f"{'samples' if samples.counts.is_mixed else 'pairs'}.",
+            f"The batch size is {batch_size:,}; expected at least 2, and at most the {len(samples):,} "
+            f"{'samples' if samples.counts.is_mixed else 'pairs'} of {samples.name}.",
             hint=f"{{batch_size}} {len(samples)} or less",
             option="batch_size",
         )
@@ -246,9 +239,7 @@ def read_twice(read: Callable[[int], T], index: int) -> T:
     try:
         return read(index)
     except InputError as error:
-        if failure := machine_failure(error):
-            raise failure from error
-        raise
+        raise machine_failure(error) or error from error
 
 
 class BadSamples:

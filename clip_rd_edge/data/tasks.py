@@ -67,6 +67,12 @@ class RetrievalTask(msgspec.Struct, frozen=True, kw_only=True):
     captions: tuple[str, ...]
     caption_images: tuple[int, ...]
 
+    @classmethod
+    def of(cls, name: str, images: Sequence[ImageFile], pairs: Sequence[tuple[str, int]]) -> RetrievalTask:
+        """Return the task of captions, each with the number of its image."""
+        captions, numbers = zip(*pairs, strict=True) if pairs else ((), ())
+        return cls(name=name, images=tuple(images), captions=captions, caption_images=numbers)
+
     @property
     def questions(self) -> tuple[object, ...]:
         """See `ZeroShotTask.questions`."""
@@ -155,12 +161,7 @@ def _from_table(table: Table, name: str) -> RetrievalTask:
     index_of = dict[Path, int]()  # an image may have several paths
     rows = map(table.pair, range(len(table)))
     pairs = [(row.caption, index_of.setdefault(row.path.resolve(), len(index_of))) for row in rows]
-    return RetrievalTask(
-        name=name,
-        images=tuple(index_of),
-        captions=tuple(caption for caption, _ in pairs),
-        caption_images=tuple(index for _, index in pairs),
-    )
+    return RetrievalTask.of(name, list(index_of), pairs)
 
 
 TEMPLATES, TYPE = "zeroshot_classification_templates.txt", "dataset_type.txt"
@@ -179,10 +180,25 @@ class DataSet:
         """The folder's name without CLIP_benchmark's prefixes, as shown in reports."""
         return self.root.resolve().name.removeprefix("wds_").removeprefix("vtab-")
 
-    def templates(self) -> Templates:
-        """Return the data set's own templates, or else CLIP's for ImageNet."""
+    def task(
+        self,
+        images: Sequence[ImageFile],
+        targets: Sequence[int],
+        labels: Sequence[str],
+        folders: tuple[str, ...] = (),
+    ) -> ZeroShotTask:
+        """Return the zero-shot task of its images, with its own templates, or else CLIP's for ImageNet."""
         own = metadata_lines(self.metadata_path(TEMPLATES))
-        return Templates(tuple(own), "the data set's") if own else imagenet_templates()
+        templates = Templates(tuple(own), "the data set's") if own else imagenet_templates()
+        return ZeroShotTask(
+            name=self.name,
+            images=tuple(images),
+            targets=tuple(targets),
+            labels=tuple(labels),
+            templates=templates.prompts,
+            templates_from=templates.origin,
+            folders=folders,
+        )
 
     def metadata_path(self, name: str) -> Path:
         """Return the path of a metadata file, at the root or beside the images; it may not exist."""
@@ -224,17 +240,10 @@ def image_folder_task(data_set: DataSet) -> ZeroShotTask:
             f"{data_set.split} has no images in subfolders; expected CLASS/image.jpg.",
             hint="put the images of each class into a subfolder with the name of the class",
         )
-    templates = data_set.templates()
+    images, targets = zip(*samples, strict=True)
     has_own_names = all(class_name(folder) == label for folder, label in classes)
-    return ZeroShotTask(
-        name=data_set.name,
-        images=tuple(path for path, _ in samples),
-        targets=tuple(target for _, target in samples),
-        labels=tuple(label for _, label in classes),
-        templates=templates.prompts,
-        templates_from=templates.origin,
-        folders=() if has_own_names else tuple(folder.name for folder, _ in classes),
-    )
+    folders = () if has_own_names else tuple(folder.name for folder, _ in classes)
+    return data_set.task(images, targets, [label for _, label in classes], folders)
 
 
 def shard_task(data_set: DataSet) -> Task:
@@ -254,17 +263,9 @@ def shard_task(data_set: DataSet) -> Task:
 
 def retrieval_from_shards(name: str, shards: Sequence[Shard]) -> RetrievalTask:
     """Return the retrieval task of shards with all captions in each .txt, one per line, or else in each .json."""
-    images: list[TarMember] = []
-    captions: list[str] = []
-    caption_images: list[int] = []
-    for image, member in _samples(shards, "text", "json"):
-        texts = _captions(member)
-        captions += texts
-        caption_images += [len(images)] * len(texts)
-        images.append(image)
-    return RetrievalTask(
-        name=name, images=tuple(images), captions=tuple(captions), caption_images=tuple(caption_images)
-    )
+    samples = _samples(shards, "text", "json")
+    captions = [(text, number) for number, (_, member) in enumerate(samples) for text in _captions(member)]
+    return RetrievalTask.of(name, [image for image, _ in samples], captions)
 
 
 def _captions(member: TarMember) -> Sequence[str]:
@@ -281,28 +282,16 @@ _CAPTION_HINT = f"write captions into a .txt of each sample, one per line, or in
 
 
 def _zero_shot_from_shards(data_set: DataSet, shards: Sequence[Shard]) -> ZeroShotTask:
-    labels = metadata_lines(data_set.metadata_path(CLASS_NAMES))
-    if not labels:
-        raise InputError(f"{data_set.root} has no {CLASS_NAMES}, which names the classes.")
-    images: list[TarMember] = []
-    targets: list[int] = []
-    for image, member in _samples(shards, "class"):
+    names = data_set.metadata_path(CLASS_NAMES)
+    labels, samples, targets = metadata_lines(names), _samples(shards, "class"), list[int]()
+    for _, member in samples:
         target = read_text(member).strip()
         if not is_natural(target) or int(target) >= len(labels):
             raise InputError(
-                f"{member} contains {target!r}; expected a number below {len(labels)}, the number of classes."
+                f"{member} contains {target!r}; expected a number below {len(labels)}, the lines of {names}."
             )
-        images.append(image)
         targets.append(int(target))
-    templates = data_set.templates()
-    return ZeroShotTask(
-        name=data_set.name,
-        images=tuple(images),
-        targets=tuple(targets),
-        labels=tuple(labels),
-        templates=templates.prompts,
-        templates_from=templates.origin,
-    )
+    return data_set.task([image for image, _ in samples], targets, labels)
 
 
 def _shard_paths(data_set: DataSet) -> list[Path]:

@@ -142,9 +142,7 @@ def _read_list(path: Path, *, max_bytes: int, headings: Sequence[str], captions:
     refuse_other_formats(f"The label file {path}", content)
     try:
         text = content.decode("utf-8-sig")
-        if "\0" in text:
-            raise ValueError("it has NUL characters, as UTF-16 has")
-    except ValueError as error:
+    except UnicodeDecodeError as error:
         raise InputError(
             f"The label file {path} is not UTF-8 text: {error}.", hint="save it as UTF-8 text, one label per line"
         ) from error

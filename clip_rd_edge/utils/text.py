@@ -132,18 +132,14 @@ _OTHER_FORMATS = (
         "save the workbook as CSV in UTF-8, or unpack the archive",
     ),
     (rb"\x1f\x8b", "is compressed by gzip", "unpack it"),
+    (rb"\xff\xfe|\xfe\xff", "is UTF-16 text", "save it as UTF-8"),
     (rb"ARROW1|FEA1", "is an Arrow or Feather file", "save it as Parquet or CSV"),
 )
 
 
-def refuse_other_formats(name: str, head: bytes, formats: tuple[tuple[bytes, str, str], ...] = ()) -> None:
-    """Raise InputError if a file is of another format, by its first bytes.
-
-    Args:
-        name: what the message calls the file.
-        formats: further ones: a pattern of the first bytes, what the file is, and a hint.
-    """
-    for beginning, kind, hint in _OTHER_FORMATS + formats:
+def refuse_other_formats(name: str, head: bytes) -> None:
+    """Raise InputError if a file, which the message calls `name`, is of another format, by its first bytes."""
+    for beginning, kind, hint in _OTHER_FORMATS:
         if re.match(beginning, head):
             raise InputError(f"{name} {kind}.", hint=hint)
 

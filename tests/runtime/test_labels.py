@@ -145,7 +145,7 @@ def test_a_list_in_python_is_taken_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("empty.txt", "# nothing\n"), ("latin.txt", "caf\xe9"), ("utf-16.txt", "a\0 \0c\0a\0t\0\n\0"),
+        ("empty.txt", "# nothing\n"), ("latin.txt", "caf\xe9"), ("utf-16.txt", "\xff\xfea\0\n\0"),
         ("line.txt", "pig, dog, boat\n"), ("lists.txt", "['a pig', 'two pigs']\na cat\n"),
         ("lists.csv", 'file,label\n1.jpg,"[""a pig""]"\n'), ("table.csv", "labl,count\npig,3\n"),
         ("tabs.csv", "id\tlabl\n7\tpig\n"), ("commas.csv", "label\npig\ndog, asleep\n"),
