@@ -89,18 +89,13 @@ def require_readable(names: Sequence[str], size: int, precision: LabelPrecision)
         size: of their embeddings.
     """
     require_labels(names)
-    rows = MAX_BYTES // (size * {"fp32": 4, "fp16": 2, "int8": 1}[precision])
-    if len(names) > rows:
+    longest = max(names, key=len, default="")  # to which NumPy pads all of them, with four bytes per character
+    row = max(size * {"fp32": 4, "fp16": 2, "int8": 1}[precision], 4 * len(longest))
+    if row * len(names) > MAX_BYTES:
         raise InputError(
-            f"There are {len(names):,} labels; a bundle holds at most {rows:,} with embeddings of {size} numbers.",
-            hint="leave some out, or export without them and pass them when classifying",
-        )
-    longest = max(names, key=len, default="")
-    if 4 * len(longest) * len(names) > MAX_BYTES:  # NumPy pads all of them to it, with four bytes per character
-        raise InputError(
-            f"One of {len(names):,} labels is too long for this many: {len(longest):,} characters, beginning with "
-            f"{longest[:40]!r}.",
-            hint="shorten it",
+            f"There are {len(names):,} labels of up to {len(longest):,} characters, such as {longest[:40]!r}; a bundle "
+            f"holds at most {MAX_BYTES // row:,} of them.",
+            hint="leave some out, or shorten them, or export without them and pass them when classifying",
         )
 
 

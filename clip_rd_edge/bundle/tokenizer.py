@@ -126,10 +126,8 @@ def _reported(path: Path) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        if failure := machine_failure(error):  # it starts a thread per core
-            raise failure from error
         reason = str(error).rstrip(".")
-        raise ConfigError(
+        raise machine_failure(error) or ConfigError(  # the library starts a thread per core
             f"{path} could not be read as a tokenizer: {reason}.", hint="export the bundle again"
         ) from error
 

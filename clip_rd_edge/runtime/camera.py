@@ -78,20 +78,17 @@ def _is_cut_off(source: str) -> bool:
     if not os.path.isfile(source):  # noqa: PTH113 — Path's raises for long addresses
         return False
     start, kind = 0, b""
-    try:
-        with Path(source).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            while start < size:
-                file.seek(start)
-                header = file.read(16)
-                length, kind = int.from_bytes(header[:4], "big"), header[4:8]
-                if length == 1:
-                    length = int.from_bytes(header[8:], "big")
-                if length < 8:  # 0: up to the end of the file
-                    return False
-                start += length
-    except OSError as error:
-        raise InputError(f"Cannot read the video {source}: {error.strerror}.") from error
+    with Path(source).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        while start < size:
+            file.seek(start)
+            header = file.read(16)
+            length, kind = int.from_bytes(header[:4], "big"), header[4:8]
+            if length == 1:
+                length = int.from_bytes(header[8:], "big")
+            if length < 8:  # 0: up to the end of the file
+                return False
+            start += length
     return start > size and kind in (b"moov", b"moof", b"mdat")  # others may be what a camera appends
 
 
@@ -120,9 +117,7 @@ def _newest_frames(capture: Any) -> Iterator[Any]:
     try:
         while True:
             with changed:
-                if not changed.wait_for(lambda: newest, timeout=_TIMEOUT_S):
-                    raise ClipRdEdgeError(f"The camera sent no frame for {_TIMEOUT_S:.0f} s.")
-                frame = newest.pop()
+                frame = newest.pop() if changed.wait_for(lambda: newest, timeout=_TIMEOUT_S) else None
             if frame is None:
                 raise ClipRdEdgeError("The camera stopped sending.", hint="check that it is still connected")
             yield frame

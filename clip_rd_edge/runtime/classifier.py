@@ -13,7 +13,6 @@ from clip_rd_edge.bundle.encoder import (
     UNCALIBRATED,
     Embeddings,
     Encoder,
-    LabelsEncoder,
     Probabilities,
     label_embeddings,
     paired,
@@ -24,7 +23,7 @@ from clip_rd_edge.bundle.encoder import (
 )
 from clip_rd_edge.bundle.images import ImageInput
 from clip_rd_edge.bundle.labels import LabelBank, TemplateNames, background_nouns, parse_templates, template_words
-from clip_rd_edge.errors import InputError, UsageError, in_one_line, require_known_options
+from clip_rd_edge.errors import InputError, UsageError, require_known_options
 from clip_rd_edge.runtime.labels import Labels, label_names, label_set_key, read_label_set, write_label_set
 from clip_rd_edge.runtime.load import encode_inputs
 from clip_rd_edge.utils.text import SILENT, Reporter
@@ -116,7 +115,7 @@ class ZeroShotClassifier:
     Raises:
         InputError: there are no labels, a label is empty or looks like the path of a missing file, or a template has
             no `{}`.
-        UsageError: `refuse_known` is not a share, `multi` and `raw` are combined, or `encoder` is not an encoder.
+        UsageError: `refuse_known` is not a share, or `multi` and `raw` are combined.
     """
 
     def __init__(
@@ -129,11 +128,6 @@ class ZeroShotClassifier:
         reporter: Reporter = SILENT,
         **deciding: Unpack[Deciding],
     ) -> None:
-        if not isinstance(encoder, Encoder):
-            raise UsageError(
-                f"encoder is {encoder!r}, of type {type(encoder).__name__}; expected a loaded model.",
-                hint='load it first: clip_rd_edge.load("bundle")',
-            )
         self.encoder = encoder
         self._decision = _decision(deciding)
         description = encoder.describe()
@@ -166,8 +160,6 @@ class ZeroShotClassifier:
         names = label_names(labels)
         if names is None:
             if self._bank_labels is None:
-                if isinstance(self.encoder, LabelsEncoder) and not self.encoder.has_text_tower:
-                    self.encoder.stored_label_embeddings((), self._templates)  # raises: it has neither
                 raise InputError(
                     "No labels were given, and the bundle has none.",
                     hint='pass labels, such as {labels} "a cat" "a dog"',
@@ -246,11 +238,6 @@ class ZeroShotClassifier:
             return stored
         if self._nouns is None:
             nouns = background_nouns()
-            if isinstance(self.encoder, LabelsEncoder) and not self.encoder.has_text_tower:
-                raise InputError(
-                    "The bundle has neither a text tower nor the embeddings of nouns with which labels are compared.",
-                    hint="export the model again, or omit {none}, {refuse_known} and {multi}",
-                )
             key = self._cache_key(nouns)
             rows = read_label_set(key, count=len(nouns)) if key else None
             if rows is None:
@@ -269,14 +256,12 @@ class ZeroShotClassifier:
 
     def _unit_rows(self, embeddings: Embeddings) -> Embeddings:
         """Return the embeddings that a caller has, (N, D), divided by their lengths; errors: `classify_embeddings`."""
-        width = self._size
-        hint = f"pass what encode_images of this model returns: (N, {width}), or ({width},) for one image"
-        try:
-            given = np.asarray(embeddings)
-        except (TypeError, ValueError, RuntimeError) as error:  # rows of several lengths, or a tensor on a GPU
-            raise InputError(f"Image embeddings are not an array: {in_one_line(error)}.", hint=hint) from error
+        width, given = self._size, np.asarray(embeddings)
         if given.dtype.kind not in "fiu" or given.ndim not in (1, 2) or given.shape[-1] != width:
-            raise InputError(f"Image embeddings have the shape {given.shape} and the type {given.dtype}.", hint=hint)
+            raise InputError(
+                f"Image embeddings have the shape {given.shape} and the type {given.dtype}.",
+                hint=f"pass what encode_images of this model returns: (N, {width}), or ({width},) for one image",
+            )
         rows = given.reshape(-1, width).astype(np.float64)  # in which no length overflows
         lengths = np.linalg.norm(rows, axis=1)
         if (wrong := np.flatnonzero(~(np.isfinite(lengths) & (lengths > _NO_LENGTH)))).size:

@@ -166,27 +166,21 @@ class BundleEncoder(ABC):
     @cached_property
     def known_images(self) -> Embeddings | None:
         """The stored embeddings of the images that answers were calibrated on, (n, D), or None."""
-        bank, calibration = self._stored_bank(KNOWN), self.describe().calibration
-        if calibration is None or bank is None:
-            return None
-        if len(bank.names) != len(calibration.curve):
-            raise ConfigError(f"{self.folder / KNOWN} does not fit the manifest.", hint="export the bundle again")
-        return bank.embeddings
+        calibration = self.describe().calibration
+        bank = self._stored_bank(KNOWN, rows=len(calibration.curve)) if calibration else None
+        return bank.embeddings if bank else None
 
-    def _stored_bank(self, name: str, *, taught: Sequence[str] = ()) -> LabelBank | None:
-        path = self.folder / name
+    def _stored_bank(self, name: str, *, taught: Sequence[str] = (), rows: int | None = None) -> LabelBank | None:
         require_intact(self.folder, self.manifest, name)
         bank = read_labels(self.folder, name=name)
-        listed = name in self.manifest.files
-        if self.manifest.files and (bank is not None) != listed:  # removed since it was read, or unchecked
-            raise ConfigError(f"{path} is not what the manifest lists.", hint="export the bundle again")
-        width = self.manifest.embedding_size + bool(taught)
-        if bank is not None and (bank.embeddings.shape[1] != width or not set(taught) <= set(bank.names)):
-            raise ConfigError(
-                f"{path} has rows of {bank.embeddings.shape[1]} entries; expected {width}"
-                f"{', and the taught labels' if taught else ''}.",
-                hint="export the bundle again",
-            )
+        # Removed since the manifest was read, or unchecked.
+        fits = not self.manifest.files or (bank is not None) == (name in self.manifest.files)
+        if fits and bank is not None:
+            width = self.manifest.embedding_size + bool(taught)
+            fits = bank.embeddings.shape == (len(bank.names) if rows is None else rows, width)
+            fits = fits and set(taught) <= set(bank.names)
+        if not fits:
+            raise ConfigError(f"{self.folder / name} does not fit the manifest.", hint="export the bundle again")
         return bank and msgspec.structs.replace(bank, taught=taught)
 
     @cached_property
@@ -227,23 +221,18 @@ class BundleEncoder(ABC):
 
     def stored_label_embeddings(self, labels: Sequence[str], templates: Sequence[str]) -> Embeddings:
         """Return the label bank's embeddings of these labels, (C, D), for a bundle without a text tower."""
-        bank, own = self.label_bank, self.manifest.templates
-        names = bank.names if bank else ()
-        if bank is None or tuple(templates) != own:
-            has = f"labels with {in_words(own)} alone" if bank else "no labels: it embeds images alone"
-            one = f"use --template {own[0]!r}, or " if bank and len(own) == 1 else ""
-            raise InputError(
-                f"The bundle of {self.manifest.name} has no text tower and {has}.", hint=f"{one}{_WITH_TEXT}"
-            )
-        embeddings = bank.find(labels)
-        if embeddings is None:
-            unknown = next(label for label in labels if label not in names)
-            raise InputError(
-                f"The bundle of {self.manifest.name} has no text tower, and {unknown!r} is not one of its "
-                f"{len(names):,} labels.{near_matches(unknown, names)}",
-                hint=_WITH_TEXT,
-            )
-        return embeddings
+        bank, own, near = self.label_bank, self.manifest.templates, ""
+        if bank is None:
+            has = "no labels: it embeds images alone"
+        elif tuple(templates) != own:
+            has = f"labels with {in_words(own)} alone"
+        elif (embeddings := bank.find(labels)) is not None:
+            return embeddings
+        else:
+            unknown = next(label for label in labels if label not in bank.names)
+            has = f"no {unknown!r} among its {len(bank.names):,} labels"
+            near = near_matches(unknown, bank.names)
+        raise InputError(f"The bundle of {self.manifest.name} has no text tower and {has}.{near}", hint=_WITH_TEXT)
 
     def require_right(self, tower: Tower) -> None:
         """Refuse a tower whose INT8 gives wrong answers here with a UsageError; with `force`, warn of it."""

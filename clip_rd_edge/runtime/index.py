@@ -175,20 +175,14 @@ def read_index(path: Path, *, memory_mapped: bool = True) -> tuple[Index, Embedd
 
 
 def _read(path: Path) -> Index:
-    try:
-        file = read_versioned_json(path / INDEX_FILE, _File, newest=INDEX_VERSION, key="version")
-        if zlib.crc32(file.index) != file.crc32:
-            raise ConfigError(f"{INDEX_FILE} has changed since it was written: its checksum differs.")
+    file = read_versioned_json(path / INDEX_FILE, _File, newest=INDEX_VERSION, key="version", hint=_MAKE_ANEW)
+    with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         index = msgspec.json.decode(file.index, type=Index)
-        if not all(map(is_plain_name, (index.embeddings, *([index.graph.name] if index.graph else ())))) or any(
-            _is_elsewhere(entry.path) for entry in index.entries
-        ):
-            raise ConfigError("it names a file that is not in its folder.")
-    except (ConfigError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        if isinstance(error, ConfigError) and error.hint:
-            raise
-        raise ConfigError(f"The index {path} is damaged: {str(error).rstrip('.')}.", hint=_MAKE_ANEW) from error
-    return index
+        names = (index.embeddings, *([index.graph.name] if index.graph else ()))
+        is_inside = all(map(is_plain_name, names)) and not any(_is_elsewhere(entry.path) for entry in index.entries)
+        if zlib.crc32(file.index) == file.crc32 and is_inside:
+            return index
+    raise ConfigError(f"The index {path} is damaged: {INDEX_FILE} has changed since it was written.", hint=_MAKE_ANEW)
 
 
 def _is_elsewhere(name: str) -> bool:
@@ -295,8 +289,6 @@ def nearest_rows(
         checked: whether the rows are known to be intact; else those that are compared are checked now.
     """
     query = query.reshape(-1)
-    if rows.shape[1] != len(query):
-        raise ConfigError(f"The index has embeddings of {rows.shape[1]} entries; expected {len(query)}.")
     candidates = graph.candidates(query, top) if graph is not None and top <= MAX_TOP else None
     compared = np.arange(len(rows)) if candidates is None else np.sort(candidates)
     if not checked:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -170,7 +170,12 @@ class Indexer:
         if not listing.stamps or is_empty_folder(self._folder):  # it may have gone since it was listed
             if watched is not None:
                 return None
-            self._refuse_empty_folder(index)
+            stays = f", but {self._path} has {len(index.entries):,} from it, and stays as it is"
+            raise InputError(
+                f"The folder {self._folder} has no images{stays if index.entries else ''}.",
+                hint="name a folder with images, mount the disk that they are on, or if they were deleted, delete the "
+                "index, too",
+            )
         kept, new, update = self._compare(index, listing, watched)
         unchanged = is_index(place) and [entry for entry, _ in kept] == found
         if not (place == self._path and unchanged and not new and not index.missing):
@@ -225,15 +230,6 @@ class Indexer:
             if (index.folder, index.model) == (folder, empty.model):
                 return path / NEXT, msgspec.structs.replace(index, bundle=bundle), rows
         return path / NEXT, empty, no_rows
-
-    def _refuse_empty_folder(self, index: Index) -> NoReturn:
-        if not index.entries:
-            raise InputError(f"The folder {self._folder} has no images.", hint="name a folder with images")
-        raise InputError(
-            f"The folder {self._folder} has no images, but {self._path} has {len(index.entries):,} from it, and "
-            "stays as it is.",
-            hint="mount the disk that they are on; or if they were deleted, delete the index, too",
-        )
 
     def _compare(
         self, index: Index, listing: Listing, watched: Watched | None

@@ -29,7 +29,6 @@ import numpy.typing as npt
 from clip_rd_edge.bundle.encoder import Embeddings, Encoder, Scoring, embeds_texts, label_embeddings, require_labels
 from clip_rd_edge.bundle.images import ImageInput
 from clip_rd_edge.bundle.labels import (
-    MAX_BYTES,
     LabelBank,
     Taught,
     read_taught,
@@ -198,8 +197,6 @@ def _with_images(
     known = {row.tobytes() for row in taught.images[taught.classes == number]}
     added = {key: row for row in rows.astype(np.float16) if (key := row.tobytes()) not in known}
     images = np.concatenate([taught.images, np.stack(list(added.values()))]) if added else taught.images
-    if images.nbytes > MAX_BYTES:
-        raise InputError(f"There are {len(images):,} images; their embeddings take more than {MAX_BYTES >> 20} MB.")
     classes = np.append(taught.classes, np.full(len(added), number, np.int32)).astype(np.int32)
     return Taught(names, texts, own, images, classes, taught.model)
 

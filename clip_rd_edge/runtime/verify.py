@@ -176,11 +176,12 @@ def _reference(folder: Path, manifest: Manifest) -> Reference | None:
         return None
     expected = (*manifest.preprocessing.size, manifest.tokenizer.context_length, manifest.embedding_size)
     sizes = (*reference.images.shape[1:3], reference.ids.shape[1], reference.image_embeddings.shape[1])
-    if sizes != expected or reference.text_embeddings.shape[1] != sizes[-1]:
-        raise ConfigError(f"It has images, ids and embeddings of sizes {sizes}; the bundle takes {expected}.")
-    if bool(reference.texts) != (manifest.text is not None):
-        tower = "a" if manifest.text else "no"
-        raise ConfigError(f"It has {len(reference.texts)} texts; the bundle has {tower} text tower.")
+    has_texts = bool(reference.texts) == (manifest.text is not None)
+    if sizes != expected or reference.text_embeddings.shape[1] != sizes[-1] or not has_texts:
+        raise ConfigError(
+            f"It has {len(reference.texts)} texts, and images, ids and embeddings of sizes {sizes}; expected "
+            f"{'some' if manifest.text else 'no'} texts, and the sizes {expected}."
+        )
     return reference
 
 

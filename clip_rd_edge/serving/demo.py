@@ -315,10 +315,8 @@ class Demo:
 
     def _bundle(self, number: str, name: str | None) -> ServedBundle:
         bundle = {str(index): bundle for index, bundle in enumerate(self.served)}.get(number)
-        if name is not None and (bundle is None or bundle.shown != name):
-            raise RefusedError(_BUNDLE_GONE, f"Bundle {number[:20]!r} is not {name[:300]!r} any more.")
-        if bundle is None:
-            raise InputError(f"Unknown bundle {number[:20]!r}; expected a number from 0 to {len(self.served) - 1}.")
+        if bundle is None or name not in (None, bundle.shown):
+            raise RefusedError(_BUNDLE_GONE, f"There is no bundle {number[:20]!r}, or it is another one now.")
         return bundle
 
 

@@ -66,10 +66,8 @@ class PageLabels(msgspec.Struct, frozen=True):
         return label_key([*self.labels, msgspec.json.encode(self.taught).decode()] if self.taught else self.labels)
 
     def require_few(self) -> None:
-        """Raise InputError as `require_few_labels`, or if images teach something else, or there are too many."""
+        """Raise InputError as `require_few_labels`, or if there are too many images."""
         require_few_labels(self.labels)
-        if not self.taught.keys() <= set(self.labels):
-            raise InputError("Images teach a label that is not in the list.")
         if len(msgspec.json.encode(self.taught)) > MAX_TAUGHT:
             raise InputError("The labels have too many images.", hint="teach a bundle from folders: clip-rd-edge teach")
 
@@ -87,11 +85,9 @@ class PageLabels(msgspec.Struct, frozen=True):
 
 def require_few_labels(labels: Sequence[Any]) -> None:
     """Raise InputError if a client's labels are not texts, too long or too many."""
-    if not labels:
-        raise InputError("No labels were sent.")
-    if len(labels) > MAX_LABELS:
+    if not 1 <= len(labels) <= MAX_LABELS:
         raise InputError(
-            f"There are {len(labels):,} labels; the limit is {MAX_LABELS:,}.",
+            f"There are {len(labels):,} labels; expected 1 to {MAX_LABELS:,}.",
             hint="leave some out; the number of those that a bundle is exported with is not limited",
         )
     for number, label in enumerate(labels, start=1):
@@ -238,17 +234,15 @@ def llama_items(request: LlamaRequest) -> list[Item]:
 
 def _llama_item(element: str | LlamaItem, number: int) -> Item:
     text = element if isinstance(element, str) else element.prompt_string
-    if isinstance(element, str) or not element.multimodal_data:
-        if MEDIA_MARKER in text:
-            raise InputError(f"Item {number} has {MEDIA_MARKER}, the place of an image, but no image.")
+    images = [] if isinstance(element, str) else element.multimodal_data
+    if not images and MEDIA_MARKER not in text:
         return Item(text=text)
-    if len(element.multimodal_data) > 1 or element.prompt_string.replace(MEDIA_MARKER, "").strip():
+    if len(images) != 1 or text.replace(MEDIA_MARKER, "").strip():
         raise InputError(
-            f"Item {number} has {len(element.multimodal_data)} images and the prompt {element.prompt_string[:80]!r}; "
-            "a CLIP model embeds one image or one text.",
+            f"Item {number} has {len(images)} images and the prompt {text[:80]!r}; expected one image or one text.",
             hint="send an item for each",
         )
-    return Item(image=decode_image(element.multimodal_data[0], number))
+    return Item(image=decode_image(images[0], number))
 
 
 def openai_items(request: OpenAiRequest, *, embedding_size: int) -> list[Item]:
@@ -268,21 +262,18 @@ def _openai_item(text: str, number: int) -> Item:
 
 
 def _limited(items: list[Item]) -> list[Item]:
-    if not items:
-        raise InputError("There is nothing to embed: expected at least one text or image.")
-    if len(items) > MAX_ITEMS:
-        raise InputError(f"{len(items):,} items were sent; the limit is {MAX_ITEMS:,}.", hint="send several requests")
+    if not 1 <= len(items) <= MAX_ITEMS:
+        raise InputError(f"{len(items):,} texts and images were sent; expected 1 to {MAX_ITEMS:,} at a time.")
     for number, item in enumerate(items):
-        if item.image is None and not (item.text or "").strip():
-            raise InputError(f"Item {number} is empty.")
-        require_length(item.text or "", f"Item {number}")
+        if item.text is not None:
+            require_length(item.text, f"Item {number}")
     return items
 
 
 def require_length(text: str, name: str) -> None:
-    """Raise InputError if a text is longer than MAX_TEXT_LENGTH."""
-    if len(text) > MAX_TEXT_LENGTH:
-        raise InputError(f"{name} has {len(text):,} characters; the limit is {MAX_TEXT_LENGTH:,}.")
+    """Raise InputError if a text is empty, or longer than MAX_TEXT_LENGTH."""
+    if not text.strip() or len(text) > MAX_TEXT_LENGTH:
+        raise InputError(f"{name} is empty, or has more than {MAX_TEXT_LENGTH:,} characters: {len(text):,}.")
 
 
 def decode_image(text: str, number: int = 0) -> bytes:

@@ -187,7 +187,8 @@ class Service:
     async def _search(self, body: protocol.SearchRequest, image: bytes) -> Response:
         if bool(body.query.strip()) == bool(image):
             raise InputError("Expected either a query or an image.")
-        protocol.require_length(body.query, "The query")
+        if not image:
+            protocol.require_length(body.query, "The query")
         (row,), _ = await self._embed([Item(image=image) if image else Item(text=body.query)])
         assert self._index is not None  # /search has no route without an index
         hits, cutoff = await self._index.search(row, top=body.top)

@@ -17,7 +17,7 @@ from numpy.lib import format as npy
 from clip_rd_edge.errors import ConfigError
 
 MAX_ARRAYS = 16  # of an archive
-_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_COMPRESSIONS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}  # by NumPy
 
 # NumPy reads a header by ast.parse, whose depth Python 3.11 counts for all threads together: two that read at once can
 # end with a SystemError (https://github.com/python/cpython/issues/106905).
@@ -32,9 +32,7 @@ def npy_bytes(array: npt.NDArray[Any]) -> bytes:
 
 
 def npz_bytes(*, compressed: bool = False, **arrays: npt.NDArray[Any]) -> bytes:
-    """Return the content of an .npz file with these arrays by name; raise ValueError for Python objects."""
-    if objects := [name for name, array in arrays.items() if array.dtype.hasobject]:
-        raise ValueError(f"{objects[0]} holds Python objects")
+    """Return the content of an .npz file with these arrays by name."""
     buffer = io.BytesIO()
     # Not with allow_pickle=False, which NumPy before 2.1 takes for one more array.
     write: Any = np.savez_compressed if compressed else np.savez
@@ -67,11 +65,10 @@ def read_npz(
     arrays = {}
     try:
         with zipfile.ZipFile(source) as archive:
-            if len(archive.infolist()) > MAX_ARRAYS:
-                raise ValueError(f"it has {len(archive.infolist())} arrays; expected at most {MAX_ARRAYS}")
-            for member in archive.infolist():
-                if member.compress_type not in _COMPRESSIONS:  # NumPy writes no other
-                    raise ValueError(f"{member.filename} is compressed in another way than NumPy does")
+            members = archive.infolist()
+            if len(members) > MAX_ARRAYS or not {member.compress_type for member in members} <= _COMPRESSIONS:
+                raise ValueError(f"it has more than {MAX_ARRAYS} arrays, or is compressed in another way than NumPy's")
+            for member in members:
                 with archive.open(member) as file:
                     arrays[member.filename.removesuffix(".npy")] = _read_array(file, member.filename, max_bytes)
     except (
@@ -90,11 +87,9 @@ def _read_array(file: Any, name: str, max_bytes: int) -> npt.NDArray[Any]:
     except Exception as error:  # NumPy evaluates it as Python, and ends with whatever that raises
         raise ValueError(f"{name} has no valid header ({type(error).__name__})") from error
     # True is an int to NumPy's check.
-    if dtype.hasobject or dtype.itemsize == 0 or any(type(length) is not int or length < 0 for length in shape):
-        raise ValueError(f"{name} has the type {dtype} and the shape {shape}")
-    size = dtype.itemsize * math.prod(shape)
-    if max(size, *shape, 0) > max_bytes:
-        raise ValueError(f"{name} has {size:,} bytes; the limit is {max_bytes:,}")
+    is_odd = dtype.hasobject or dtype.itemsize == 0 or any(type(length) is not int or length < 0 for length in shape)
+    if is_odd or max(size := dtype.itemsize * math.prod(shape), *shape, 0) > max_bytes:
+        raise ValueError(f"{name} has the type {dtype} and the shape {shape}; the limit is {max_bytes:,} bytes")
     content = file.read(size)
     if len(content) != size or file.read(1):
         raise ValueError(f"{name} does not have the {size:,} bytes of its shape {shape}")

@@ -61,8 +61,6 @@ def test_an_image_that_no_label_fits_has_no_prediction(refusing: Path, labels: l
     for wrong in ({"refuse_known": 1.5}, {"refuse_known": "0.5"}, {"multi": True, "raw": True}, {"non": True}):
         with pytest.raises(UsageError):
             ZeroShotClassifier(encoder, LABELS, **wrong)  # type: ignore[arg-type]  # that is what is tested
-    with pytest.raises(UsageError):
-        ZeroShotClassifier("bundle", LABELS)  # type: ignore[arg-type]
 
 
 def test_a_probability_of_a_label_by_itself_does_not_depend_on_the_others(refusing: Path) -> None:

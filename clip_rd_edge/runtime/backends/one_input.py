@@ -18,7 +18,7 @@ import numpy.typing as npt
 from clip_rd_edge.bundle.encoder import Description
 from clip_rd_edge.bundle.manifest import Tower
 from clip_rd_edge.errors import ConfigError, in_one_line, needs_extra
-from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, NamedInput, Placement, require_threads
+from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, NamedInput, Placement
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.process import NativeCall, SharedBlock, without_progress_bars
 
@@ -94,7 +94,6 @@ def open_litert(model: str | bytes, *, threads: int | None = None, xnnpack: bool
     """
     with needs_extra("ai-edge-litert", extra="litert", purpose="Running a bundle in LiteRT"):
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
-    require_threads(threads)
     kernels = OpResolverType.AUTO if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     with _opening("LiteRT", model):
         interpreter = Interpreter(
@@ -167,7 +166,6 @@ def open_executorch(model: str | bytes, *, threads: int | None = None) -> ExecuT
     with needs_extra("executorch", extra="executorch", purpose=purpose), without_progress_bars():
         from executorch.extension.pybindings import portable_lib
         from executorch.runtime import Runtime
-    require_threads(threads)
     wanted = threads or usable_cores()
     if portable_lib._threadpool_get_thread_count() != wanted:
         with _QUIET_NATIVE_CODE:

@@ -28,7 +28,7 @@ from clip_rd_edge.errors import (
     install_command,
     pip,
 )
-from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, Placement, RunOptions, require_threads, warn
+from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, Placement, RunOptions, warn
 from clip_rd_edge.settings.deploying import Device
 from clip_rd_edge.utils.files import machine_failure, sha256_of
 from clip_rd_edge.utils.host import ONNXRUNTIMES, installed_versions
@@ -215,7 +215,6 @@ def open_session(
     options.log_severity_level = 3  # errors only: its warnings are about its own graph optimisations
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    require_threads(threads)
     if threads is not None:
         options.intra_op_num_threads = threads
     if not spin:

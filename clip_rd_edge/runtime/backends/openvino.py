@@ -19,7 +19,7 @@ from clip_rd_edge.bundle.encoder import Description, in_batches
 from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.errors import ConfigError, UsageError, in_one_line, needs_extra
 from clip_rd_edge.runtime.backends.onnxruntime import IN_BF16, OPENVINO_PROCESSORS
-from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, NamedInput, Placement, RunOptions, require_threads
+from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, NamedInput, Placement, RunOptions
 from clip_rd_edge.utils.paths import cache_home
 from clip_rd_edge.utils.process import NativeCall
 
@@ -91,7 +91,6 @@ def open_openvino(
         processor: `CPU`, `GPU` or `NPU`.
     """
     openvino = _require_processor(processor)
-    require_threads(threads)
     core = _core()
     settings = _settings(processor, threads=threads, bf16=bf16)
     try:
