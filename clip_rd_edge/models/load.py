@@ -29,6 +29,7 @@ from clip_rd_edge.bundle.runs import (
     training_record_path,
 )
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
+from clip_rd_edge.models.activations import register_activation
 from clip_rd_edge.models.clip import ClipModel, float32_on_cpu
 from clip_rd_edge.models.hub import (
     HUB_IF_REACHABLE,
@@ -71,6 +72,7 @@ def load_clip(spec: Typed, *, pretrained: Typed | None = None, separate_text: bo
                 model_cfg = open_clip.get_model_config(name)
                 require_bounded(model_cfg, name)
                 refuse_other_places(model_cfg, name)
+                register_activation(model_cfg.get("vision_cfg", {}).get("timm_model_name"))
             model = open_clip.create_model(
                 name,
                 pretrained=named.weights,
@@ -126,6 +128,7 @@ def read_open_clip_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} does not have an object at 'model_cfg'.")
     require_bounded(config["model_cfg"], path)
     refuse_other_places(config["model_cfg"], str(path), folder=folder)
+    register_activation(config["model_cfg"].get("vision_cfg", {}).get("timm_model_name"))
     return config
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
+from clip_rd_edge.models.activations import register_activation
 from clip_rd_edge.models.classifiers import CLASSIFIERS, load_classifier, mismatch, read_weights, unknown_weights
 from clip_rd_edge.models.clip import ClipModel, ImageTower, evaluation_mode, float32_on_cpu, quick_gelu_of
 from clip_rd_edge.models.hub import fetching, refuse_other_places, require_bounded
@@ -174,6 +175,7 @@ def _known_preset(student: str) -> _Preset | None:
     refuse_other_places({"vision_cfg": preset.vision_cfg}, str(path), folder=path.parent)
     if "timm_model_name" in preset.vision_cfg:  # only --pretrained-image asks for weights
         preset.vision_cfg["timm_model_pretrained"] = False
+        register_activation(preset.vision_cfg["timm_model_name"])
     return preset
 
 
@@ -204,6 +206,7 @@ def _open_clip_preset(name: str) -> _Preset:
 def _require_timm_trunk(trunk: str) -> None:
     import timm
 
+    register_activation(trunk)
     if not timm.is_model(trunk):
         known = [*preset_names(), *timm.list_models()]
         of_open_clip = trunk in architectures()

@@ -166,3 +166,29 @@ def test_weights_are_not_asked_for_again_and_again_where_the_hub_cannot_be_reach
     with pytest.raises(InputError):
         init_image_tower(student, "timm")
     assert asked == [True]
+
+
+def test_a_trunk_with_another_activation_is_named_built_and_loaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = tiny("mobilevit_xxs_relu")
+    save_clip(tmp_path / "student", clip, provenance={})
+    weights = timm.create_model("mobilevit_xxs").state_dict()
+    save_file(weights, str(tmp_path / "timm.safetensors"))
+    monkeypatch.delitem(timm.models._registry._model_entrypoints, "mobilevit_xxs_relu")  # as in another process
+
+    loaded = load_clip(str(tmp_path / "student"))
+
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    clip.model.eval()
+    torch.testing.assert_close(loaded.model.encode_image(pixels), clip.model.encode_image(pixels))
+    assert not any(isinstance(module, torch.nn.SiLU) for module in loaded.model.get_submodule("visual").modules())
+    init_image_tower(loaded, str(tmp_path / "timm.safetensors"))
+    stem = loaded.model.get_submodule("visual.trunk").state_dict()["stem.conv.weight"]
+    torch.testing.assert_close(stem, weights["stem.conv.weight"])
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224_relu", "mobilevit_xxs_gelu"])
+def test_an_activation_that_a_trunk_cannot_have_is_refused(name: str) -> None:
+    with pytest.raises((ConfigError, InputError)):
+        student_config(name, embedding_size=8)
