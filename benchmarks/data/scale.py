@@ -179,8 +179,7 @@ def write_store(folder: Path, shards: int, samples: int) -> None:
         precision="fp32",
     )
     linked: dict[int, Path] = {}  # by number of rows
-    for shard in range(store.shard_count(pairs)):
-        rows = len(store.shard_rows(shard, pairs))
+    for shard, rows in enumerate(map(len, store.shards(pairs))):
         for path in (store.image_shard(folder, 0, shard), store.text_shard(folder, shard)):
             if rows in linked:
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -30,18 +30,6 @@ CHECKPOINTS_FOLDER = "checkpoints"
 BEST_FOLDER = "best"  # the best student by the run's own evaluations
 TENSORBOARD_FOLDER, TRACKING_FILE = "tensorboard", "tracking.json"  # see `trackers`
 STATE_FILE, CHECKSUM_FILE = "state.pt", "state.pt.sha256"
-
-
-class Stateful(Protocol):
-    """An object with a state dictionary, such as a module."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any:
-        """Restore a state that `state_dict` returned."""
-        ...
 
 
 # What a run writes before its first checkpoint.
@@ -70,13 +58,13 @@ def no_trace_of_failure(run: Path, processes: Processes) -> Iterator[None]:
         raise
 
 
-def save_checkpoint(run: Path, step: int, parts: Mapping[str, Stateful]) -> Path:
+def save_checkpoint(run: Path, step: int, parts: Mapping[str, Any]) -> Path:
     """Write `checkpoints/step-N` atomically, and remove all but the newest KEPT_CHECKPOINTS.
 
     Args:
         step: the number of completed steps. Learning-rate schedule, data position and random draws follow from it and
             from the seed, so they need no state.
-        parts: what is saved, by its key in the file.
+        parts: what is saved, by its key in the file; each has a state dictionary, as a module has.
     """
     state = {"step": step, **{name: part.state_dict() for name, part in parts.items()}}
     folder = run / CHECKPOINTS_FOLDER / f"step-{step}"
@@ -118,14 +106,10 @@ def list_checkpoints(run: Path) -> list[Path]:
 _NONE_INTACT = -1
 
 
-def load_checkpoint(
-    run: Path, parts: Mapping[str, Stateful], processes: Processes, *, reporter: Reporter = SILENT
-) -> int:
+def load_checkpoint(run: Path, parts: Mapping[str, Any], processes: Processes, *, reporter: Reporter = SILENT) -> int:
     """Restore the newest intact checkpoint; return the number of completed steps, 0 without a checkpoint.
 
-    Args:
-        processes: all of them load the checkpoint that is the newest intact one for the main process.
-        reporter: is told about damaged checkpoints.
+    All processes load the one that is the newest intact one for the main process, which reports damaged ones.
     """
     step, problems, state = 0, list[str](), dict[str, Any]()
     if processes.is_main:

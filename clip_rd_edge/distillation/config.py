@@ -54,7 +54,7 @@ class Recipe(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         scales: `bounded` keeps the learned multipliers of VRD and XRD in [1, 100], `raw` learns them as published.
         scale_start: initial value of these multipliers.
         bank_size: max number of the teacher's image embeddings, and of its caption embeddings, in the bank of the term
-            `bank`; see `distillation.bank`.
+            `bank`; see `distillation.store.make_bank`.
         bank_temperature: divides the teacher's logit scale in that term; higher values bring more distant entries in.
         epochs: passes over the pairs; ignored if `steps` is not 0.
         steps: number of training steps; 0 follows `epochs`.

@@ -38,7 +38,7 @@ from clip_rd_edge.distillation.teacher import (
     teacher_weights,
     texts_to_choose_from,
 )
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.losses.terms import load_terms
 from clip_rd_edge.models.clip import ClipModel, default_device, float32_on_cpu, model_fingerprint
 from clip_rd_edge.models.load import load_clip
@@ -61,7 +61,7 @@ def prepare_teacher(
         return StoredTeacher(setup.ensemble, processes.device), make_dataset(config, setup)
     teachers = make_teachers(config, setup, processes.device, AUTOCAST[config.teacher_precision])
     live = LiveTeacher(teachers)
-    teacher: BatchTeacher = live
+    teacher: LiveTeacher | StoredTeacher = live
     dataset = make_dataset(config, setup, with_teacher_pixels=config.store is None)
     if config.store is not None:
         with processes.together():
@@ -73,13 +73,14 @@ def prepare_teacher(
         teacher = StoredTeacher(setup.ensemble, processes.device)
     with processes.together():
         texts = texts_to_choose_from(config, setup.pairs)
+    chooser: ChoosingTeacher | None = None
     if texts:
         reporter.note(f"the teacher chooses among {len(texts):,} texts for each image without a caption")
-        teacher = ChoosingTeacher(teacher, texts, live.embed_captions, reporter=reporter)
+        chooser = ChoosingTeacher(teacher, texts, live.embed_captions, reporter=reporter)
     if config.store is not None:
         for clip in setup.teachers:
             clip.model.to("cpu")
-    return teacher, dataset
+    return chooser or teacher, dataset
 
 
 def make_teachers(
@@ -260,19 +261,20 @@ def fill_store(
     compute: Compute | None = None,
     reporter: Reporter = SILENT,
 ) -> None:
-    """Compute what is missing or cut off in `folder`; each process computes its share of the shards.
+    """Compute what is missing or cut off in `folder`; each process computes its share of the shards, by `maker`.
 
     Args:
-        max_bad: max share of bad samples.
-        compute: computes the shards; None for `maker`, in each process.
-        reporter: receives the number of completed shards.
+        compute: computes the shards in place of `maker`.
     """
     manifest = maker.manifest
     with ExitStack() as stack:
 
         def begin() -> bool:
-            if store.is_complete(folder, manifest):
-                return False
+            if is_file(folder / store.MANIFEST):
+                store.require_same_store(folder, manifest)
+                with suppress(ConfigError, InputError):  # it was interrupted, or has lost a file, or a part of one
+                    store.open_store(folder)
+                    return False
             stack.enter_context(store.sole_builder(folder, manifest, reporter))
             return True
 
@@ -293,12 +295,12 @@ def fill_store(
         processes.on_main(lambda: _write_keys(folder, captions[:, :1]))
         texts = [
             Task(store.text_shard(folder, shard), rows, captions=captions[rows.start : rows.stop])
-            for shard, rows in store.shards(len(captions))
+            for shard, rows in enumerate(store.shards(len(captions)))
         ]
         images = [
             Task(store.image_shard(folder, view, shard), rows, view)
             for view in range(manifest.views)
-            for shard, rows in store.shards(manifest.pairs)
+            for shard, rows in enumerate(store.shards(manifest.pairs))
         ]
         for tasks in (texts, images):
             filling.write(tasks, compute or maker.compute, reporter)
@@ -310,9 +312,7 @@ def fill_store(
 def _different_captions(maker: ShardMaker, processes: Processes) -> npt.NDArray[np.uint64]:
     """Return the key of each different caption, ascending, and the first pair that has it, (C, 2)."""
     with processes.together():
-        own = [
-            maker.captions(rows) for _, rows in store.shards(len(maker.pairs))[processes.rank :: processes.world_size]
-        ]
+        own = [maker.captions(rows) for rows in store.shards(len(maker.pairs))[processes.rank :: processes.world_size]]
     entries = np.concatenate(list(chain.from_iterable(processes.gather_objects(own))))
     entries = entries[np.lexsort((entries[:, 1], entries[:, 0]))]
     return entries[np.unique(entries[:, 0], return_index=True)[1]]

@@ -23,20 +23,14 @@ from clip_rd_edge.bundle.runs import (
     read_training_record,
 )
 from clip_rd_edge.data.order import StepSampler
-from clip_rd_edge.distillation.bank import QueueBank, make_bank
-from clip_rd_edge.distillation.checkpoint import (
-    BEST_FOLDER,
-    Stateful,
-    load_checkpoint,
-    save_checkpoint,
-    seed_everything,
-)
+from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, load_checkpoint, save_checkpoint, seed_everything
 from clip_rd_edge.distillation.loader import Batch, ViewDataset, step_loader
 from clip_rd_edge.distillation.metrics import (
     EncoderOfAllProcesses,
     MetricsLog,
     Tracker,
     embedding_geometry,
+    last_evaluation,
     peak_memory_on,
     plot_run,
 )
@@ -44,6 +38,7 @@ from clip_rd_edge.distillation.optimizer import RunOptimizer, diverged_error, na
 from clip_rd_edge.distillation.processes import Stopped
 from clip_rd_edge.distillation.setup import RunSetup, provenance
 from clip_rd_edge.distillation.step import AUTOCAST, StepResult, TrainingStep, step_settings
+from clip_rd_edge.distillation.store import QueueBank, make_bank
 from clip_rd_edge.distillation.student import set_training_mode
 from clip_rd_edge.distillation.teacher import BatchTeacher
 from clip_rd_edge.errors import UsageError, in_one_line
@@ -54,7 +49,7 @@ from clip_rd_edge.utils.host import FREED_MEMORY_KEPT
 
 if TYPE_CHECKING:
     from clip_rd_edge.distillation.metrics import Predictions
-    from clip_rd_edge.distillation.quantized import Quantization
+    from clip_rd_edge.distillation.quantized import ActivationRanges
     from clip_rd_edge.distillation.run import Run
 
 
@@ -76,7 +71,7 @@ class TrainingState:
         parts: what a checkpoint holds, by its key there.
         bad: the samples that could not be read.
         student, encoder: what is saved and evaluated: the moving average if there is one, else the trained model.
-        quantization: the rounding that the student is trained under, if any.
+        ranges: those of the rounding that the student is trained under, if any.
     """
 
     def __init__(
@@ -89,15 +84,14 @@ class TrainingState:
         objective = setup.objective.to(processes.device)
         set_training_mode(setup.student, config)
         self.optimizer = RunOptimizer(model, objective, recipe, steps=self.steps)
-        self.parts: dict[str, Stateful] = {
+        self.parts: dict[str, Any] = {
             "model": model, "objective": objective, "update": self.optimizer, "bad": self.bad,
         }  # fmt: skip
-        self.quantization: Quantization | None = None
+        self.ranges: ActivationRanges | None = None
         if config.quantize:
-            from clip_rd_edge.distillation.quantized import Quantization  # which imports the exporter's
+            from clip_rd_edge.distillation.quantized import ActivationRanges  # which imports the exporter's
 
-            self.quantization = Quantization()
-            self.parts["ranges"] = self.quantization.ranges
+            self.parts["ranges"] = self.ranges = ActivationRanges()
         count = len(setup.pairs)
         bank = make_bank(config, count, dataset.store, setup.ensemble, processes.device, source=bank_source)
         if isinstance(bank, QueueBank):
@@ -112,22 +106,22 @@ class TrainingState:
         if self.done:
             run.reporter.note(f"resumed after step {self.done:,} of {self.steps:,}")
         self.student = dataclasses.replace(setup.student, model=self.optimizer.model_to_save)
-        if self.quantization and not self.done:
-            self.quantization.calibrate(setup.student, dataset, config)
+        if self.ranges and not self.done:
+            self.ranges.measure(setup.student, dataset, config)
         self._compute = TrainingStep(
             setup.student,
             teacher,
             objective,
             processes,
             step_settings(config, AUTOCAST[recipe.precision], processes.device),
-            image_tower=self.quantization.tower(setup.student) if self.quantization else None,
+            image_tower=self.ranges.tower(setup.student) if self.ranges else None,
             bank=bank,
         )
         self.encoder = self.encoder_of(self.student)
 
     def encoder_of(self, student: ClipModel) -> TorchEncoder:
         """Return what evaluates a student of the run, under the rounding that the run trains for."""
-        return TorchEncoder(student, image_tower=self.quantization.tower(student) if self.quantization else None)
+        return TorchEncoder(student, image_tower=self.ranges.tower(student) if self.ranges else None)
 
     def train_on(self, batch: Batch, folder: Path) -> StepResult:
         """Update the weights with the gradients of a batch."""
@@ -148,6 +142,10 @@ class Training:
         is_stopping: whether the run ends after this step, as a signal has requested in one of the processes.
     """
 
+    scores: Mapping[str, float] = {}
+    is_stopping = _is_save_due = False
+    _message, _next_look_s = "", 0.0
+
     def __init__(self, run: Run, setup: RunSetup, state: TrainingState, dataset: ViewDataset) -> None:
         self.run, self.setup, self.state, self.dataset = run, setup, state, dataset
         self._start, is_main = state.done, run.processes.is_main
@@ -157,9 +155,7 @@ class Training:
             from clip_rd_edge.distillation.trackers import open_tracker
 
             self._tracker = open_tracker(run.config, run.folder, start=self._start, reporter=run.reporter)
-        self.scores, self._clock = dict[str, float](), _Clock()
-        self.is_stopping = self._is_save_due = False
-        self._message, self._next_look_s = "", 0.0
+        self._clock = _Clock()
 
     def __call__(self) -> None:
         """Train from where the state is to the last step."""
@@ -250,14 +246,14 @@ class Training:
             if processes.is_main:
                 record = partial(provenance, run.config, self.setup, steps=state.done)
                 try:
-                    save_if_best(run.folder, state.student, self.scores, provenance=record)
+                    _save_if_best(run.folder, state.student, self.scores, record)
                 except UsageError as error:  # such as a folder that is open in another window, on Windows
                     run.reporter.note(f"the best student is not saved: {error}")
 
     def _repeat_evaluation(self) -> None:
         """Evaluate after the last step of the interrupted run, if that was due and a signal ended it."""
-        is_evaluated = self._log is None or self._log.is_evaluated(self._start)
-        if self._start and self.run.processes.any(not is_evaluated):
+        is_missing = self._log is not None and not last_evaluation(self.run.folder, step=self._start)
+        if self._start and self.run.processes.any(is_missing):
             self.evaluate()
             if self.scores and self._log:
                 self._tracker.add(self._log.add_evaluation(self._start, self.scores))
@@ -374,23 +370,16 @@ class _Clock:
         setattr(self, name, getattr(self, name) + self.elapsed - since)
 
 
-def save_if_best(
-    run: Path, student: ClipModel, evaluation: Mapping[str, float], *, provenance: Callable[[], dict[str, Any]]
-) -> bool:
+def _save_if_best(
+    run: Path, student: ClipModel, evaluation: Mapping[str, float], provenance: Callable[[], dict[str, Any]]
+) -> None:
     """Write the student to `RUN/best` if its mean score exceeds that of the student saved there, on the same tasks.
 
-    Args:
-        evaluation: one score per task, higher is better.
-        provenance: returns the content of distillation.json, to which the evaluation is added. Called only if the
-            student is written, since it hashes the teacher's weights.
-
-    Returns:
-        Whether the student was written.
+    Only then is `provenance` called, which hashes the teacher's weights.
     """
     path = run / BEST_FOLDER / DISTILLATION_FILE
     best: dict[str, float] = msgspec.json.decode(path.read_bytes())["evaluation"] if path.is_file() else {}
     # A resumed run may have other tasks.
     if best.keys() == evaluation.keys() and statistics.fmean(evaluation.values()) <= statistics.fmean(best.values()):
-        return False
+        return
     save_clip(run / BEST_FOLDER, student, provenance={**provenance(), "evaluation": dict(evaluation)})
-    return True

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,20 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_rd_edge.bundle.encoder import (
-    Description,
-    Embeddings,
-    Encoder,
-    as_list,
-    in_batches,
-    label_embeddings,
-)
+from clip_rd_edge.bundle.encoder import Description, Embeddings, Encoder, as_list, in_batches, label_embeddings
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import Pixels, preprocess
 from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, METRICS_FILE, TERM_PREFIX, read_metrics
 from clip_rd_edge.data.samples import BadSamples, Samples
 from clip_rd_edge.distillation.processes import Processes, Stopped, StopRequest
-from clip_rd_edge.errors import InputError, InterruptedRunError
+from clip_rd_edge.errors import InputError
 from clip_rd_edge.losses.terms import EmbeddingBatch
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.utils.files import write_bytes
@@ -55,10 +48,6 @@ class MetricsLog:
         kept = [line for line in read_metrics(run) if line["step"] <= start]
         self._write_all(kept)
 
-    def is_evaluated(self, step: int) -> bool:
-        """Return whether there are scores of a step."""
-        return bool(last_evaluation(self._path.parent, step=step))
-
     def add_evaluation(self, step: int, scores: Mapping[str, float]) -> dict[str, Any]:
         """Add scores to the line of the last logged step if it is `step`, else write a line for them; return them."""
         evaluation = {f"{EVALUATION_PREFIX}{name}": value for name, value in scores.items()}
@@ -76,9 +65,6 @@ class MetricsLog:
             file.write(msgspec.json.encode(line) + b"\n")
 
 
-Outcome = Literal["finished", "stopped", "failed"]
-
-
 class Tracker:
     """Receives the lines of metrics.jsonl. This base class ignores them."""
 
@@ -91,15 +77,11 @@ class Tracker:
     def show(self, step: int, plot: Callable[[Path], None]) -> None:
         """Show a step's predictions; `plot` plots them into a file, at the cost of computing them."""
 
-    def close(self, outcome: Outcome) -> None:
-        """Report how the run ended; nothing is reported after that."""
-
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        stopped = isinstance(error, (InterruptedRunError, KeyboardInterrupt))
-        self.close("finished" if error is None else "stopped" if stopped else "failed")
+        """Report whether the run has finished; nothing is reported after that."""
 
 
 def last_evaluation(run: Path, *, step: int) -> dict[str, float]:
@@ -154,10 +136,8 @@ class EncoderOfAllProcesses:
     """Runs an encoder, the same one in each process, on batches that the processes take in turn.
 
     Implements `bundle.encoder.SharedEncoder`. Batches are those of a single process, so that scores do not depend on
-    the number of processes. All processes notice after each round of batches what happened to one of them.
-
-    Args:
-        request: a signal that stops the evaluation in all processes; in a single one, the signal itself does.
+    the number of processes. All processes notice after each round of batches what happened to one of them, and whether
+    a signal requests a stop; in a single one, the signal itself stops it.
     """
 
     def __init__(self, encoder: Encoder, processes: Processes, request: StopRequest) -> None:

@@ -41,6 +41,9 @@ _WEIGHT = (-MAX_WEIGHT[7], MAX_WEIGHT[7])  # as for every target whose processor
 _MIN_SCALE = 1e-12  # for tensors that are always 0
 
 
+_CALIBRATION_PAIRS = 128  # as many as the exporter uses
+
+
 class ActivationRanges:
     """Min and max of each activation that INT8 will hold, (n,) each, in the order of computation."""
 
@@ -55,29 +58,27 @@ class ActivationRanges:
         """Restore a state that `state_dict` returned."""
         self.low, self.high = state["low"], state["high"]
 
+    def tower(self, student: ClipModel) -> QuantizedTower:
+        """Return the image tower of `student`, or of its moving average, with INT8 rounding."""
+        return QuantizedTower(ImageTower(student.model), self, torch.zeros(1, 3, *student.preprocessing.size))
 
-class QuantizationHooks:
-    """Called with each tensor that INT8 will hold; returns the tensor to compute with instead: here, the same one."""
-
-    def activation(self, index: int, values: Tensor) -> Tensor:
-        """Process an activation with range `index`. If called again for an index, the last call counts."""
-        return values
-
-    def pooled(self, index: int, values: Tensor) -> Tensor:
-        """Process an activation that keeps the scale of its input with range `index`, such as after pooling."""
-        return values
-
-    def weight(self, values: Tensor) -> Tensor:
-        """Process a layer's weights, (out, …)."""
-        return values
-
-    def constant(self, values: Tensor) -> Tensor:
-        """Process a constant that is added or multiplied elementwise, such as a bias."""
-        return values
+    def measure(self, student: ClipModel, dataset: ViewDataset, config: RunConfig) -> None:
+        """Set the ranges from the first pairs of the run, which are the same in every process."""
+        batch_size = min(config.recipe.batch_size, _CALIBRATION_PAIRS)
+        steps = min(_CALIBRATION_PAIRS, len(dataset.pairs)) // batch_size
+        sampler = StepSampler(dataset.pairs.groups, batch_size, seed=config.seed, steps=range(steps))
+        normalise = Normaliser(student.preprocessing, _device(student.model))
+        batches = step_loader(dataset, sampler, workers=0)
+        self.tower(student).calibrate(normalise(batch.student_pixels) for batch in batches)
 
 
-class RangeObserver(QuantizationHooks):
-    """Records the ranges of activations, and rounds nothing."""
+class RangeObserver:
+    """Called with each tensor that INT8 will hold, it returns the tensor to compute with: the same one.
+
+    It records the ranges of activations by their index; if called again for an index, the last call counts. What is
+    pooled keeps the scale of its input. Weights are those of a layer, (out, …), and constants such as biases are added
+    or multiplied elementwise.
+    """
 
     def __init__(self) -> None:
         self._batch: dict[int, tuple[float, float]] = {}
@@ -86,6 +87,14 @@ class RangeObserver(QuantizationHooks):
     def activation(self, index: int, values: Tensor) -> Tensor:
         self._batch[index] = range_without_outliers(values.detach().float().cpu().numpy())
         return values
+
+    def pooled(self, index: int, values: Tensor) -> Tensor:
+        return values
+
+    def weight(self, values: Tensor) -> Tensor:
+        return values
+
+    constant = weight
 
     def end_batch(self) -> None:
         """Finish a batch and start the next."""
@@ -100,8 +109,8 @@ class RangeObserver(QuantizationHooks):
         ranges.low, ranges.high = low.clamp(max=0), high.clamp(min=0)
 
 
-class FakeQuantizer(QuantizationHooks):
-    """Rounds activations within given ranges, and weights within their own."""
+class FakeQuantizer:
+    """Has the methods of `RangeObserver`; rounds activations within given ranges, and weights within their own."""
 
     def __init__(self, ranges: ActivationRanges, device: torch.device) -> None:
         scales, zero_points = _affine(ranges.low, ranges.high)
@@ -153,7 +162,7 @@ class FakeQuantMode(TorchFunctionMode):
             `norms_after_convolutions`.
     """
 
-    def __init__(self, hooks: QuantizationHooks, norms: Mapping[int, FrozenBatchNorm]) -> None:
+    def __init__(self, hooks: RangeObserver | FakeQuantizer, norms: Mapping[int, FrozenBatchNorm]) -> None:
         super().__init__()
         self._hooks, self._norms = hooks, norms
         self._range_count = 0
@@ -314,11 +323,7 @@ class QuantizedTower(nn.Module):
 
     Args:
         tower: in evaluation mode, on the device to run on. This module shares its parameters.
-        ranges: ranges of its activations; see `calibrate`.
         example: pixels (N, 3, H, W) of at least one image, to find the batch norm after each convolution.
-
-    Attributes:
-        norms: as `FakeQuantMode` takes them.
     """
 
     def __init__(self, tower: nn.Module, ranges: ActivationRanges, example: Tensor) -> None:
@@ -346,33 +351,6 @@ class QuantizedTower(nn.Module):
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-
-_CALIBRATION_PAIRS = 128  # as many as the exporter uses
-
-
-class Quantization:
-    """The activation ranges of a run's image tower, and its towers with INT8 rounding.
-
-    Attributes:
-        ranges: saved in the run's checkpoints.
-    """
-
-    def __init__(self) -> None:
-        self.ranges = ActivationRanges()
-
-    def calibrate(self, student: ClipModel, dataset: ViewDataset, config: RunConfig) -> None:
-        """Set the ranges from the first pairs of the run, which are the same in every process."""
-        batch_size = min(config.recipe.batch_size, _CALIBRATION_PAIRS)
-        steps = min(_CALIBRATION_PAIRS, len(dataset.pairs)) // batch_size
-        sampler = StepSampler(dataset.pairs.groups, batch_size, seed=config.seed, steps=range(steps))
-        normalise = Normaliser(student.preprocessing, _device(student.model))
-        batches = step_loader(dataset, sampler, workers=0)
-        self.tower(student).calibrate(normalise(batch.student_pixels) for batch in batches)
-
-    def tower(self, student: ClipModel) -> QuantizedTower:
-        """Return the image tower of `student`, or of its moving average, with INT8 rounding."""
-        return QuantizedTower(ImageTower(student.model), self.ranges, torch.zeros(1, 3, *student.preprocessing.size))
 
 
 def require_quantizable(config: RunConfig) -> None:

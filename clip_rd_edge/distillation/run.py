@@ -26,11 +26,7 @@ from PIL import Image
 
 from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import DATA_FOLDER, REPORT_FOLDER, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
-from clip_rd_edge.distillation.checkpoint import (
-    CHECKPOINTS_FOLDER,
-    list_checkpoints,
-    no_trace_of_failure,
-)
+from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints, no_trace_of_failure
 from clip_rd_edge.distillation.config import (
     CHANGEABLE_ON_RESUME,
     LOCATIONS,
@@ -320,17 +316,17 @@ def resumed_by_the_same_call() -> Iterator[None]:
     """Within the block, an interruption's hint is that of commands that always resume, without --resume."""
     try:
         yield
-    except InterruptedRunError as error:
-        raise InterruptedRunError(str(error), hint="run the same command again to resume") from error
-    except DiskFullError as error:
-        raise DiskFullError(str(error), hint="free some space, then run the same command again to resume") from error
+    except (InterruptedRunError, DiskFullError) as error:
+        first = "free some space, then " if isinstance(error, DiskFullError) else ""
+        raise type(error)(str(error), hint=f"{first}run the same command again to resume") from error
 
 
 def check_folder(
     config: RunConfig, folder: Path, *, resume: bool, reporter: Reporter = SILENT
 ) -> tuple[RunConfig, Literal["new", "same", "moved"]]:
     """Return the configuration to run, and what the run is, see `Run`; a resumed run keeps its measured precision."""
-    config = _with_precision_of_store(config)
+    if config.store and config.teacher_precision == "auto":
+        config = with_precision(config, teacher=stored_precision(Path(config.store)))
     if config.store and not config.views and not is_texts_alone(config):  # which takes no store at all
         raise UsageError(
             "A store of the teacher holds a fixed number of views of each pair, but no number was given.",
@@ -372,13 +368,6 @@ def check_folder(
             option="store",
         )
     return config, "moved" if first_difference(old, config, ignored=CHANGEABLE_ON_RESUME | decided) else "same"
-
-
-def _with_precision_of_store(config: RunConfig) -> RunConfig:
-    """Return the configuration with a precision `auto` of the teacher replaced by that of its store, if it has one."""
-    if config.store and config.teacher_precision == "auto":
-        return with_precision(config, teacher=stored_precision(Path(config.store)))
-    return config
 
 
 def _require_tracker(config: RunConfig) -> None:

@@ -68,18 +68,10 @@ class RunSetup:
         return [teacher.name for teacher in (self.stored.teachers if self.stored else self.teachers)]
 
 
-def load_setup(
-    config: RunConfig,
-    *,
-    name: str,
-    processes: Processes,
-    reporter: Reporter = SILENT,
-) -> RunSetup:
-    """Load the pairs, the models and the objective that a configuration names.
+def load_setup(config: RunConfig, *, name: str, processes: Processes, reporter: Reporter = SILENT) -> RunSetup:
+    """Load the pairs, the models and the objective that a configuration names; `name` is the student's.
 
-    Args:
-        name: the student's name.
-        processes: the processes that share a batch. The main one indexes the shards; the others read its index.
+    The main process indexes the shards; the others read its index.
     """
     if config.quantize:
         from clip_rd_edge.distillation.quantized import require_quantizable
@@ -205,12 +197,13 @@ RECORDED_PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "timm", "numpy"
 
 def provenance(config: RunConfig, setup: RunSetup, *, steps: int) -> dict[str, Any]:
     """Return the content of distillation.json: recipe, teacher, data, seed, versions."""
-    digests = [_weights_sha256(name) for name in config.teachers] if setup.teachers else []
+    folders = map(model_folder, config.teachers if setup.teachers else ())
+    names, digests = setup.teacher_names, [sha256_of_file(folder and folder / WEIGHTS_FILE) for folder in folders]
     return {
         "recipe": config.recipe_name,
         "configuration": msgspec.to_builtins(config),
-        "teacher": _one_or_all(setup.teacher_names),
-        "teacher_sha256": _one_or_all(digests),
+        "teacher": names[0] if len(names) == 1 else names or None,
+        "teacher_sha256": digests[0] if len(digests) == 1 else digests or None,
         "data": config.data,
         "image_source": config.images,
         **setup.pairs.counts.recorded(),
@@ -220,16 +213,6 @@ def provenance(config: RunConfig, setup: RunSetup, *, steps: int) -> dict[str, A
         "machine": f"{platform.machine()} {platform.system()}",
         "versions": {name: version(name) for name in RECORDED_PACKAGES},
     }
-
-
-def _weights_sha256(teacher: str) -> str | None:
-    folder = model_folder(teacher)
-    weights = folder / WEIGHTS_FILE if folder else None
-    return sha256_of(weights) if weights and weights.is_file() else None
-
-
-def _one_or_all(values: Sequence[str | None]) -> str | list[str | None] | None:
-    return list(values) if len(values) > 1 else values[0] if values else None
 
 
 def fitting_batch(config: RunConfig) -> int:
@@ -375,8 +358,7 @@ def check_inputs(
     has to follow once the checkpoint is loaded: until then, the run can go on with its earlier inputs.
 
     Args:
-        inputs: fingerprints of data and models.
-        setup: names them.
+        setup: names data and models.
         accept_changes: report a difference instead of raising, unless the run is finished, or its student would get
             another tokenizer, architecture or preprocessing, or a teacher another embedding size.
     """

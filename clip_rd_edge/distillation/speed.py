@@ -16,13 +16,13 @@ import torch
 
 from clip_rd_edge.bundle.runs import RUN_CONFIG_FILE
 from clip_rd_edge.data.order import StepSampler
-from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.config import Precision, RecordedConfig, RunConfig
 from clip_rd_edge.distillation.embed import make_teachers
 from clip_rd_edge.distillation.loader import Batch, step_loader
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.setup import RunSetup, make_dataset
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, step_settings
+from clip_rd_edge.distillation.store import make_bank
 from clip_rd_edge.distillation.student import set_training_mode
 from clip_rd_edge.distillation.teacher import BatchTeacher, LiveTeacher, StoredTeacher, Teacher
 from clip_rd_edge.models.clip import to_device
@@ -48,7 +48,13 @@ def with_measured_precision(config: RunConfig, setup: RunSetup, processes: Proce
     # New ones each time, so that no cached caption embeddings remain.
     make = partial(make_teachers, config, setup, single.device)
     if setup.teachers:
-        precision, reason = _choose_teacher_precision(config.teacher_precision, make, batch, single.device)
+        precision, reason = config.teacher_precision, f"{config.teacher_precision}, as requested"
+        if precision == "auto" and not any(pixels.numel() for pixels in batch.teacher_pixels):
+            precision, reason = "fp32", "fp32, as there are no images whose embedding could be timed"
+        elif precision == "auto":
+            kinds = measured_precisions(single.device)
+            calls = {name: partial(_embed_images, make(AUTOCAST[name]), batch) for name in kinds}
+            precision, reason = _measure_precision(calls, "embedding a batch's images", single.device)
         config = with_precision(config, teacher=_common_precision(precision, processes))
         reporter.note(f"precision of the teacher{'s' if len(setup.teachers) > 1 else ''}: {reason}")
 
@@ -90,21 +96,6 @@ def measured_precisions(device: torch.device) -> tuple[Precision, ...]:
     return ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")
 
 
-def _choose_teacher_precision(
-    requested: Precision,
-    make_teachers: Callable[[torch.dtype | None], Sequence[Teacher]],
-    batch: Batch,
-    device: torch.device,
-) -> tuple[Precision, str]:
-    """Return the precision of the teachers, and the reason as a sentence."""
-    if requested != "auto":
-        return requested, f"{requested}, as requested"
-    if not any(pixels.numel() for pixels in batch.teacher_pixels):
-        return "fp32", "fp32, as there are no images whose embedding could be timed"
-    calls = {name: partial(_embed_images, make_teachers(AUTOCAST[name]), batch) for name in measured_precisions(device)}
-    return _measure_precision(calls, "embedding a batch's images", device)
-
-
 def _embed_images(teachers: Sequence[Teacher], batch: Batch) -> None:
     for teacher, pixels in zip(teachers, batch.teacher_pixels, strict=True):
         teacher.embed_images(pixels)
@@ -113,12 +104,7 @@ def _embed_images(teachers: Sequence[Teacher], batch: Batch) -> None:
 def _choose_precision(
     requested: Precision, make_step: Callable[[torch.dtype | None], TrainingStep], batch: Batch, device: torch.device
 ) -> tuple[Precision, str]:
-    """Return the precision to train in, and the reason as a sentence.
-
-    Args:
-        make_step: makes a step in a precision with the student and objective to train. Their weights and buffers are
-            restored afterwards, and their gradients cleared.
-    """
+    """Return the precision to train in, and the reason as a sentence; student and objective stay as they are."""
     if requested != "auto":
         return requested, f"{requested}, as requested"
     steps = {name: make_step(AUTOCAST[name]) for name in measured_precisions(device)}
@@ -169,11 +155,7 @@ class _TimedError(Exception):
 
 
 class _Timer(Reporter):
-    """Shows what comes before the training, and ends it after a few steps.
-
-    Attributes:
-        ends: when each step ended, in seconds.
-    """
+    """Shows what comes before the training, and ends it after a few steps, whose `ends` it has in seconds."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter, self.ends = reporter, list[float]()

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.distillation.bank import QueueBank, TeacherBank
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.depthwise import speed_up_small_maps, take_strides_first
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.distillation.processes import Processes
+from clip_rd_edge.distillation.store import QueueBank, TeacherBank
 from clip_rd_edge.distillation.teacher import (
     CPU_CAPTION_BATCH,
     BatchTeacher,

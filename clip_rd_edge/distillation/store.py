@@ -1,4 +1,4 @@
-"""The teacher's embeddings, computed once and read back row by row.
+"""The teacher's embeddings, computed once and read back row by row; and the bank of the term `bank`.
 
     manifest.json                      what the embeddings depend on
     texts/keys.npy                     (C, 1) a hash of each different caption, sorted
@@ -28,16 +28,21 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.pixels import Crops
-from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.errors import ConfigError, UsageError
+from clip_rd_edge.losses.terms import Bank, Ensemble
 from clip_rd_edge.models.clip import ClipModel, model_fingerprint
 from clip_rd_edge.utils.arrays import load_array, npy_bytes
 from clip_rd_edge.utils.files import write_bytes
@@ -198,22 +203,20 @@ class TeacherStore:
 
     def texts(self, shard: int) -> RowFile:
         """Return the embeddings of a shard's captions."""
-        rows = shard_rows(shard, self.captions)
-        return RowFile(text_shard(self.folder, shard), count=len(rows), width=self.manifest.embedding_size)
+        count = min(SHARD_SIZE, self.captions - shard * SHARD_SIZE)
+        return RowFile(text_shard(self.folder, shard), count=count, width=self.manifest.embedding_size)
 
     def images(self, view: int, shard: int) -> RowFile:
         """Return the embeddings of a shard's images."""
-        rows = shard_rows(shard, self.manifest.pairs)
-        return RowFile(image_shard(self.folder, view, shard), count=len(rows), width=self.manifest.embedding_size)
+        count = min(SHARD_SIZE, self.manifest.pairs - shard * SHARD_SIZE)
+        return RowFile(image_shard(self.folder, view, shard), count=count, width=self.manifest.embedding_size)
 
-    def require_whole(self) -> None:
-        """Raise ConfigError if a file is missing or not as long as its rows; none is opened."""
-        self.keys().require_whole()
-        for shard in range(shard_count(self.captions)):
-            self.texts(shard).require_whole()
+    def files(self) -> Iterator[RowFile]:
+        """Yield all files of rows."""
+        yield self.keys()
+        yield from map(self.texts, range(len(shards(self.captions))))
         for view in range(self.manifest.views):
-            for shard in range(shard_count(self.manifest.pairs)):
-                self.images(view, shard).require_whole()
+            yield from (self.images(view, shard) for shard in range(len(shards(self.manifest.pairs))))
 
 
 @dataclass(frozen=True)
@@ -223,12 +226,11 @@ class TeacherStores:
     stores: tuple[TeacherStore, ...]
 
     def lookup(self, epoch: int, index: int, caption: str) -> tuple[HalfArray, HalfArray] | None:
-        """See `loader.EmbeddingSource`."""
-        rows = [store.lookup(epoch, index, caption) for store in self.stores]
-        found = [row for row in rows if row is not None]
-        if len(found) < len(rows):
+        """Return what `TeacherStore.lookup` returns, of all stores side by side; None if one of them lacks it."""
+        rows = [row for store in self.stores if (row := store.lookup(epoch, index, caption)) is not None]
+        if len(rows) < len(self.stores):
             return None
-        images, texts = zip(*found, strict=True)
+        images, texts = zip(*rows, strict=True)
         return np.concatenate(images), np.concatenate(texts)
 
 
@@ -237,19 +239,9 @@ def caption_key(caption: str) -> int:
     return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
 
 
-def shard_count(rows: int) -> int:
-    """Return the number of shards for this number of rows."""
-    return -(-rows // SHARD_SIZE)
-
-
-def shard_rows(shard: int, total: int) -> range:
-    """Return the rows of a shard."""
-    return range(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, total))
-
-
-def shards(total: int) -> list[tuple[int, range]]:
-    """Return each shard of this number of rows with its rows."""
-    return [(shard, shard_rows(shard, total)) for shard in range(shard_count(total))]
+def shards(total: int) -> list[range]:
+    """Return the rows of each shard of this number of rows."""
+    return [range(start, min(start + SHARD_SIZE, total)) for start in range(0, total, SHARD_SIZE)]
 
 
 def image_shard(folder: Path, view: int, shard: int) -> Path:
@@ -317,26 +309,135 @@ def _values(manifest: StoreManifest) -> dict[str, Any]:
     return {**values.pop("crops"), **values}
 
 
-def is_complete(folder: Path, manifest: StoreManifest) -> bool:
-    """Return whether there is such a store, and nothing is missing in it; refuse that of another teacher or data."""
-    if not is_file(folder / MANIFEST):
-        return False
-    require_same_store(folder, manifest)
-    try:
-        open_store(folder)
-    except (ConfigError, InputError):  # it was interrupted, or has lost a file, or a part of one
-        return False
-    return True
-
-
 def open_store(folder: Path) -> TeacherStore:
     """Open a complete store. Only the size of each file is looked at."""
     manifest = read_json(folder / MANIFEST, StoreManifest)
     store = TeacherStore(folder, manifest, read_json(folder / COMPLETE, CompleteStore).captions)
-    store.require_whole()
+    for file in store.files():
+        file.require_whole()
     return store
 
 
 def open_stores(folders: Sequence[Path]) -> TeacherStores:
     """Open the complete stores of all teachers of a run."""
     return TeacherStores(tuple(map(open_store, folders)))
+
+
+def make_bank(
+    config: RunConfig,
+    pairs: int,
+    store: TeacherStores | None,
+    ensemble: Ensemble | None,
+    device: torch.device,
+    *,
+    source: str | None = None,
+) -> TeacherBank | None:
+    """Return the bank of a run, None if its objective does not need one.
+
+    Args:
+        pairs: number of pairs that the run trains on. Without a store, the bank holds no more: further entries would be
+            those of the same pairs in earlier epochs.
+        store: where the run's embeddings come from; None if they are computed as training goes.
+        source: see `QueueBank`.
+    """
+    if not config.recipe.objective.needing("bank") or is_texts_alone(config):
+        return None
+    size = config.recipe.bank_size
+    if store is not None and ensemble is not None:
+        return StoredBank(store, ensemble, size=size, seed=config.seed, device=device)
+    return QueueBank(min(size, pairs), device, source=source)
+
+
+class StoredBank:
+    """Embeddings from a teacher's store, the same in every step: all of view 0, or `size` images and captions of it."""
+
+    def __init__(
+        self, stored: TeacherStores, ensemble: Ensemble, *, size: int, seed: int, device: torch.device
+    ) -> None:
+        rng, stores = np.random.default_rng(seed), stored.stores
+
+        def choice(count: int) -> npt.NDArray[np.int64]:
+            return np.sort(rng.choice(count, min(size, count), replace=False, shuffle=False))
+
+        def joined(parts: Sequence[HalfArray]) -> Tensor:
+            readable = np.logical_and.reduce([part.any(axis=1) for part in parts])  # bad ones are zeros
+            return ensemble.join([torch.from_numpy(part[readable]).to(device).float() for part in parts])
+
+        pairs = choice(stores[0].manifest.pairs)
+        images = [read_rows(partial(store.images, 0), pairs) for store in stores]
+        common = _common_captions(stores)
+        captions = choice(len(common[0]) if common else stores[0].captions)
+        own = [rows[captions] for rows in common] or [captions]
+        texts = [read_rows(store.texts, rows) for store, rows in zip(stores, own, strict=True)]
+        self._bank = Bank(joined(images), joined(texts))
+
+    def with_batch(self, image: Tensor, text: Tensor) -> Bank:
+        """Return the bank, which a batch does not change."""
+        return self._bank
+
+
+def _common_captions(stores: Sequence[TeacherStore]) -> list[npt.NDArray[np.int64]]:
+    """Return the rows of the captions that all of several stores have, in the same order; nothing for a single store.
+
+    A caption that could not be read while one of them was built is missing there alone.
+    """
+    if len(stores) == 1:
+        return []
+    keys = [load_rows(keys_file(store.folder))[:, 0] for store in stores]
+    common = reduce(np.intersect1d, keys)
+    return [np.searchsorted(own, common) for own in keys]
+
+
+class QueueBank:
+    """The teacher's embeddings of the last pairs, those of the step included, in a ring buffer.
+
+    Args:
+        size: max number of pairs.
+        source: names the teachers: a state with the embeddings of others is not loaded, as they lie in another space.
+    """
+
+    def __init__(self, size: int, device: torch.device, *, source: str | None = None) -> None:
+        self._size, self._device, self._source = size, device, source
+        self._rows = torch.empty(2, 0, 0)  # (2, size, D): images and texts; the embedding size is that of the batches
+        self._seen = 0
+
+    def with_batch(self, image: Tensor, text: Tensor) -> Bank:
+        """Return the bank of a step whose global batch has these embeddings of the teacher, (B, D) each."""
+        if not self._seen:
+            self._rows = image.new_empty(2, self._size, image.shape[1])
+        newest = torch.stack([image, text])[:, -self._size :]
+        positions = torch.arange(self._seen, self._seen + newest.shape[1], device=image.device) % self._size
+        self._rows[:, positions] = newest
+        self._seen += newest.shape[1]
+        return Bank(*self._filled())
+
+    def drop_not_finite(self) -> None:
+        """Drop embeddings that are not finite: with them, the loss of every further step would not be, either."""
+        rows = self._filled()
+        rows = rows.roll(-(self._seen % rows.shape[1]), dims=1)  # the oldest first
+        rows = rows[:, rows.isfinite().all(dim=2).all(dim=0)]
+        if rows.shape[1] < self._filled().shape[1]:
+            self._seen = rows.shape[1]
+            self._rows[:, : self._seen] = rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the embeddings, for a checkpoint."""
+        return {"seen": self._seen, "rows": self._filled().clone(), "source": self._source}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["source"] != self._source:
+            return
+        rows, seen = state["rows"].to(self._device), state["seen"]
+        count = rows.shape[1]
+        if count != min(seen, self._size):  # the data have become more or fewer pairs: the oldest row comes first
+            rows = rows.roll(-(seen % count), dims=1)[:, -self._size :]
+            seen = count = rows.shape[1]
+        self._rows = rows.new_empty(2, self._size, rows.shape[2])
+        self._rows[:, :count] = rows
+        self._seen = seen
+
+    def _filled(self) -> Tensor:
+        return self._rows[:, : min(self._seen, self._size)]
+
+
+TeacherBank = StoredBank | QueueBank  # all processes have the same one, whatever their number

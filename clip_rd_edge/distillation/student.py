@@ -287,7 +287,10 @@ def set_training_mode(student: ClipModel, config: RunConfig) -> None:
             transformer: Any = student.model.get_submodule("text.transformer")
             transformer.gradient_checkpointing_enable({"use_reentrant": False})
     if config.freeze_text:
-        _freeze_all_but_projection(student.model.get_submodule("text"))
+        text = student.model.get_submodule("text").requires_grad_(False).eval()  # its dropout is off, too
+        projection: Any = getattr(text, projection_name(text))
+        if projection is not None:
+            projection.requires_grad_(True)
     elif config.freeze_text_layers:
         groups = text_groups(student)  # the embeddings first
         _freeze_first(groups, config.freeze_text_layers, text_transformer(student), option="freeze_text_layers")
@@ -296,16 +299,6 @@ def set_training_mode(student: ClipModel, config: RunConfig) -> None:
     elif config.freeze_image:
         groups, trunk = _image_groups(student)
         _freeze_first(groups, config.freeze_image, trunk, option="freeze_image")
-
-
-def _freeze_all_but_projection(text: nn.Module) -> None:
-    """Freeze a text tower except for its projection, and disable its dropout."""
-    projection = getattr(text, projection_name(text))
-    parts = projection.parameters() if isinstance(projection, nn.Module) else [projection]  # None without a projection
-    trained = {id(parameter) for parameter in parts}
-    for parameter in text.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
-    text.eval()
 
 
 def _image_groups(student: ClipModel) -> tuple[list[list[nn.Parameter]], nn.Module]:

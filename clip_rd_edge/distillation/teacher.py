@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -110,17 +110,6 @@ def _text_weights(clip: ClipModel) -> dict[str, Tensor]:
     return {name: state[name] for name in state if not name.startswith(("visual.", "logit_"))}
 
 
-class BatchTeacher(Protocol):
-    """The teacher as seen by a training step; several teachers are one, see `losses.terms`."""
-
-    @property
-    def logit_scale(self) -> float | tuple[float, ...]: ...  # γ_t, a multiplier, or those of several teachers
-
-    def embed(self, batch: Batch) -> Targets:
-        """Embed the images and captions of a batch."""
-        ...
-
-
 # On a CPU, larger batches are no faster, and their padding costs more.
 CPU_CAPTION_BATCH = 32
 
@@ -168,14 +157,18 @@ class Teacher:
 
 
 class LiveTeacher:
-    """One or more teachers, each with its own tokenizer, preprocessing and size of images."""
+    """One or more teachers as one (see `losses.terms`), each with its own tokenizer, preprocessing and image size.
+
+    Attributes:
+        logit_scale: γ_t, a multiplier, or those of several teachers.
+    """
 
     def __init__(self, teachers: Sequence[Teacher]) -> None:
         self._teachers, self._ensemble = teachers, ensemble_of([teacher.clip for teacher in teachers])
         self.logit_scale = self._ensemble.logit_scale
 
     def embed(self, batch: Batch) -> Targets:
-        """See `BatchTeacher`."""
+        """Embed the images and captions of a batch."""
         pixels = zip(self._teachers, batch.teacher_pixels, strict=True)
         images = [teacher.embed_images(own).float() for teacher, own in pixels]
         return Targets(
@@ -193,14 +186,13 @@ class LiveTeacher:
 
 
 class StoredTeacher:
-    """Returns the embeddings that the loader read from a teacher's store: those of all teachers as one."""
+    """As `LiveTeacher`, with the embeddings of all teachers that the loader read from their store."""
 
     def __init__(self, ensemble: Ensemble, device: torch.device) -> None:
         self.logit_scale = ensemble.logit_scale
         self._ensemble, self._device = ensemble, device
 
     def embed(self, batch: Batch) -> Targets:
-        """See `BatchTeacher`."""
         assert batch.teacher_embeddings is not None  # of a data set with a store
         widths = list(self._ensemble.teacher_widths)
         moved = (side.to(self._device, non_blocking=True).float() for side in batch.teacher_embeddings)
@@ -324,23 +316,20 @@ KEPT_ROWS = 4
 
 
 class ChoosingTeacher:
-    """Puts the texts that the teacher finds most similar beside images without captions; implements `BatchTeacher`.
+    """As `LiveTeacher`, with the texts that the teacher finds most similar beside images without captions.
 
     If texts took turns, one that fits an image would rarely be in the batch, and the teacher's scores would mean
     little. DIME-FM (Sun et al. 2023) likewise trains with texts that its teacher finds similar to the images. What the
-    teacher chose is
-    not a caption: terms that need pairs still leave these rows out.
+    teacher chose is not a caption: terms that need pairs still leave these rows out.
 
     Args:
-        teacher: the teacher.
         texts: T texts to choose from, each with one or more prompts.
         embed: maps N prompts to the teacher's embeddings, (N, D), L2-normalised.
-        reporter: receives the progress of embedding the texts.
     """
 
     def __init__(
         self,
-        teacher: BatchTeacher,
+        teacher: LiveTeacher | StoredTeacher,
         texts: Sequence[tuple[str, ...]],
         embed: Callable[[list[str]], Tensor],
         *,
@@ -357,7 +346,7 @@ class ChoosingTeacher:
         self._means = normalize(sums, dim=-1)
 
     def embed(self, batch: Batch) -> Targets:
-        """See `BatchTeacher`; in rows that are not pairs, texts that fit replace the batch's.
+        """Embed a batch; in rows that are not pairs, texts that fit replace the batch's.
 
         About one such row in KEPT_ROWS stays as it is. Which one depends on its crop, and which of a text's prompts is
         taken on the text that stood there: both change from view to view, but not with the division of a batch.
@@ -374,6 +363,9 @@ class ChoosingTeacher:
             prompt = zlib.crc32(captions[row].encode()) % len(prompts)
             captions[row], text[row] = prompts[prompt], self._rows[self._first[number] + prompt]
         return Targets(own.image, text, captions)
+
+
+BatchTeacher = LiveTeacher | StoredTeacher | ChoosingTeacher
 
 
 def texts_to_choose_from(config: RunConfig, samples: Samples) -> list[tuple[str, ...]]:

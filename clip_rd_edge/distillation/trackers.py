@@ -24,7 +24,7 @@ from PIL import Image
 from clip_rd_edge.bundle.runs import PREDICTIONS_FILE, REPORT_FOLDER, read_metrics
 from clip_rd_edge.distillation.checkpoint import TENSORBOARD_FOLDER, TRACKING_FILE
 from clip_rd_edge.distillation.config import RunConfig, TrackerName
-from clip_rd_edge.distillation.metrics import Outcome, Tracker
+from clip_rd_edge.distillation.metrics import Tracker
 from clip_rd_edge.errors import MissingExtraError, UsageError
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.structs import read_json, to_json
@@ -79,7 +79,7 @@ class TensorBoardLog(Tracker):
             self._writer.add_image("predictions", image, step, dataformats="HWC")
             self._writer.flush()
 
-    def close(self, outcome: Outcome) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._writer.close()
 
 
@@ -145,11 +145,11 @@ class WandbRun(Tracker):
         else:
             self._record(msgspec.structs.replace(self._reported, step=max(step, self._reported.step)))
 
-    def close(self, outcome: Outcome) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            self._run.finish(exit_code=0 if outcome == "finished" else 1)
-        except Exception as error:  # noqa: BLE001 - as above
-            self._fail(error)
+            self._run.finish(exit_code=0 if error is None else 1)
+        except Exception as failure:  # noqa: BLE001 - as above
+            self._fail(failure)
 
     def _record(self, reported: Reported) -> None:
         self._reported = reported

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clip_rd_edge.distillation.bank import QueueBank
 from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes import Processes, join_processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
+from clip_rd_edge.distillation.store import QueueBank
 from clip_rd_edge.distillation.teacher import LiveTeacher, Teacher
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.students import build_student, student_config

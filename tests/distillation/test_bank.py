@@ -14,10 +14,11 @@ from support import Watch, save_tiny_teacher
 from tiny_runs import killed_and_resumed, stop_at, tiny_run
 
 from clip_rd_edge.bundle.runs import read_metrics
-from clip_rd_edge.distillation.bank import QueueBank, StoredBank
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.store import (
+    QueueBank,
+    StoredBank,
     TeacherStore,
     TeacherStores,
     image_shard,

@@ -16,7 +16,6 @@ from tiny_runs import killed_and_resumed, tiny_run, weights
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.order import StepSampler
-from clip_rd_edge.distillation.bank import StoredBank
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.embed import STORE_STAGE
 from clip_rd_edge.distillation.loader import step_loader
@@ -24,6 +23,7 @@ from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.setup import load_setup, make_dataset
 from clip_rd_edge.distillation.store import (
+    StoredBank,
     TeacherStores,
     image_shard,
     load_rows,

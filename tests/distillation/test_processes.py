@@ -21,12 +21,12 @@ from thread_processes import Exchange, Threads
 from torch import Tensor, nn
 
 from clip_rd_edge.data.order import StepSampler
-from clip_rd_edge.distillation.bank import QueueBank
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, save_checkpoint
 from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes import Processes, _store_after_restart, lost_process
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
+from clip_rd_edge.distillation.store import QueueBank
 from clip_rd_edge.distillation.teacher import BatchTeacher, ChoosingTeacher, LiveTeacher, Teacher
 from clip_rd_edge.errors import LostProcessError
 from clip_rd_edge.losses.objective import Objective, Weights
