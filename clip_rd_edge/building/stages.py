@@ -433,11 +433,11 @@ def trim_text_tower_of(teacher: Typed, folder: Path, texts: Sequence[str], repor
     tries = ((_TEXT_LAYERS, _VOCABULARY), (None, _VOCABULARY), (_TEXT_LAYERS, None))
     for layers, vocabulary in tries:
         try:
-            trimmed = trim_text_tower(clip, layers=layers, vocabulary=vocabulary, texts=texts, reporter=reporter)
+            trimmed, kept = trim_text_tower(clip, layers=layers, vocabulary=vocabulary, texts=texts, reporter=reporter)
         except ConfigError:  # it has no more than that
             continue
-        reporter.note(trimmed.description)
-        return save_clip(folder, trimmed.clip, provenance={})
+        reporter.note(kept)
+        return save_clip(folder, trimmed, provenance={})
     save_clip(folder, clip, provenance={})
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import operator
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +79,6 @@ def load_classifier(spec: str, *, pretrained: str | None = None) -> ImageClassif
     """
     import timm
 
-    if pretrained is not None and not is_file(pretrained):
-        raise InputError(f"The weights file {pretrained} does not exist.", hint="pass a .safetensors or .pth file")
     architecture = spec.partition(".")[0]
     if not timm.is_model(architecture):
         raise InputError(f"No classifier named {spec!r} in timm.{near_matches(architecture, timm.list_models())}")
@@ -98,30 +96,31 @@ def load_classifier(spec: str, *, pretrained: str | None = None) -> ImageClassif
     weights = read_weights(Path(pretrained))
     head = timm.create_model(architecture).default_cfg["classifier"]
     head = head if isinstance(head, str) else str(head[0])
-    if f"{head}.weight" not in weights:
-        raise ConfigError(f"The weights {pretrained} do not match {architecture}: {head}.weight is missing.")
-    model = timm.create_model(spec, num_classes=len(weights[f"{head}.weight"]))
-    if f"{head}.bias" not in weights:
-        weights = {**weights, f"{head}.bias": torch.zeros(len(weights[f"{head}.weight"]))}
-    _load(model, weights, architecture=architecture, source=pretrained)
+    classes = len(weights.get(f"{head}.weight", ()))
+    model = timm.create_model(spec, num_classes=classes)
+    if classes and f"{head}.bias" not in weights:
+        weights[f"{head}.bias"] = torch.zeros(classes)
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        wrong = [] if classes else [f"{head}.weight"]
+        wrong += [name for name in (*missing, *unexpected) if not _is_counter(name)]
+        if wrong:
+            raise RuntimeError(f"{wrong[0]} is missing or not expected.")
+    except RuntimeError as error:  # also where shapes differ
+        raise ConfigError(f"The weights {pretrained} do not match {architecture}: {mismatch(error)}") from error
     return _checked(architecture, model, source=pretrained)
 
 
 def load_in_order(model: nn.Module, published: Mapping[str, Tensor], *, source: str) -> None:
     """Load tensors into a model by their order: two libraries often list the same layers under different names."""
-    own = {name: value for name, value in model.state_dict().items() if not _is_counter(name)}
-    tensors = {name: value for name, value in published.items() if not _is_counter(name)}
-    renamed: dict[str, Tensor] = {}
-    for (name, value), (other, tensor) in zip(own.items(), tensors.items(), strict=False):
-        if value.shape != tensor.shape or name.rpartition(".")[2] != other.rpartition(".")[2]:
-            raise ConfigError(
-                f"The weights of {source} do not match: {other} {tuple(tensor.shape)} stands where {name} "
-                f"{tuple(value.shape)} was expected."
-            )
-        renamed[name] = tensor
-    if len(own) != len(tensors):
-        raise ConfigError(f"{source} holds {len(tensors)} tensors; the architecture has {len(own)}.")
-    model.load_state_dict(renamed, strict=False)
+    own, tensors = (
+        {name: tensor for name, tensor in state.items() if not _is_counter(name)}
+        for state in (model.state_dict(), published)
+    )
+    kinds = ([(name.rpartition(".")[2], tensor.shape) for name, tensor in state.items()] for state in (own, tensors))
+    if not operator.eq(*kinds):
+        raise ConfigError(f"The weights of {source} do not match the architecture, tensor by tensor.")
+    model.load_state_dict(dict(zip(own, tensors.values(), strict=True)), strict=False)
 
 
 def _checked(architecture: str, model: Any, *, source: str) -> ImageClassifier:
@@ -136,24 +135,31 @@ def _checked(architecture: str, model: Any, *, source: str) -> ImageClassifier:
     return ImageClassifier(architecture, model.eval(), source, preprocessing)
 
 
-def _load(model: nn.Module, weights: Mapping[str, Tensor], *, architecture: str, source: str) -> None:
-    try:
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # shapes differ
-        raise ConfigError(f"The weights {source} do not match {architecture}: {mismatch(error)}") from error
-    wrong = [name for name in (*missing, *unexpected) if not _is_counter(name)]
-    if wrong:
-        raise ConfigError(f"The weights {source} do not match {architecture}: {wrong[0]} is missing or not expected.")
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, *, hint: str = "") -> dict[str, Tensor]:
     """Return the tensors of a file by their names."""
     from timm.models import load_state_dict
 
+    return read_file_of_weights(
+        path, lambda: dict(load_state_dict(str(path), device="cpu", weights_only=True)), hint=hint
+    )
+
+
+State = TypeVar("State")
+
+
+def read_file_of_weights(path: str | Path, read: Callable[[], State], *, hint: str = "") -> State:
+    """Return what `read` returns of a file; what a library raises becomes a sentence."""
+    if not is_file(path):
+        raise InputError(f"The weights file {path} does not exist.", hint=hint or "pass a .safetensors or .pth file")
     try:
-        return dict(load_state_dict(str(path), device="cpu", weights_only=True))
+        return read()
     except Exception as error:  # a damaged file may raise any type
-        raise unreadable_weights(path, error) from error
+        # torch advises to load such files without its protection.
+        reason = "it holds more than tensors, or none" if "weights_only" in str(error) else first_line(error)
+        raise InputError(
+            f"The weights {path} could not be read: {reason}.",
+            hint="pass a .safetensors file, or one that torch.save(model.state_dict(), FILE) wrote",
+        ) from error
 
 
 def mismatch(error: Exception) -> str:
@@ -171,16 +177,6 @@ def unknown_weights(spec: str) -> InputError:
     return InputError(
         f"timm has no weights named {spec!r}.{near_matches(spec, tags)}",
         hint=f"omit the tag: {architecture}" + (f"; known are {', '.join(tags)}" if tags else ""),
-    )
-
-
-def unreadable_weights(path: str | os.PathLike[str], error: Exception) -> InputError:
-    """Return the error about a file of weights that a library could not read."""
-    # torch advises to load such files without its protection.
-    reason = "it holds more than tensors, or none" if "weights_only" in str(error) else first_line(error)
-    return InputError(
-        f"The weights {os.fspath(path)} could not be read: {reason}.",
-        hint="pass a .safetensors file, or one that torch.save(model.state_dict(), FILE) wrote",
     )
 
 

@@ -57,14 +57,6 @@ _TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _BATCH = 1_024
 
 
-@dataclass(frozen=True)
-class TrimmedModel:
-    """A model whose text tower is to be trained, and what was left of it, in one sentence."""
-
-    clip: ClipModel
-    description: str
-
-
 def trim_text_tower(
     clip: ClipModel,
     *,
@@ -72,8 +64,8 @@ def trim_text_tower(
     vocabulary: int | None = None,
     texts: Sequence[str] = (),
     reporter: Reporter = SILENT,
-) -> TrimmedModel:
-    """Return a copy of a model with a smaller text tower, whose embeddings are as wide; the image tower is shared.
+) -> tuple[ClipModel, str]:
+    """Return a copy of a model with a smaller text tower to train, and a sentence about it; the image tower is shared.
 
     Args:
         layers: how many of the transformer's layers stay, evenly spaced, the first and the last among them; None for
@@ -95,10 +87,8 @@ def trim_text_tower(
     if layers is not None:
         kept.append(_trim_layers(clip, layers))
     _leave_out_dropout(clip)
-    after = _text_parameters(clip)
-    return TrimmedModel(
-        clip, f"the text tower keeps {' and '.join(kept)}: {after / 1e6:.1f} of {before / 1e6:.1f} million parameters"
-    )
+    size = f"{_text_parameters(clip) / 1e6:.1f} of {before / 1e6:.1f} million parameters"
+    return clip, f"the text tower keeps {' and '.join(kept)}: {size}"
 
 
 @float32_on_cpu()
@@ -121,11 +111,11 @@ def write_trimmed(
     require_trim(layers, vocabulary, texts)
     reporter.update("loading the model")
     clip = load_clip(spec)
-    trimmed = trim_text_tower(clip, layers=layers, vocabulary=vocabulary, texts=texts, reporter=reporter)
-    reporter.note(trimmed.description)
+    trimmed, description = trim_text_tower(clip, layers=layers, vocabulary=vocabulary, texts=texts, reporter=reporter)
+    reporter.note(description)
     reporter.update("writing the model")
     record = {"model": spec, "text_layers": layers, "vocabulary": vocabulary}
-    save_clip(folder, trimmed.clip, provenance={**read_training_record(spec), "trimmed": record}, overwrite=overwrite)
+    save_clip(folder, trimmed, provenance={**read_training_record(spec), "trimmed": record}, overwrite=overwrite)
 
 
 def require_trim(layers: int | None, vocabulary: int | None, texts: Sequence[str]) -> None:

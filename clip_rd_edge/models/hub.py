@@ -88,25 +88,28 @@ def refuse_other_places(model_cfg: dict[str, Any], source: str, *, folder: Path 
         source: what to call it in the message.
         folder: the model's; None for a model of the hub, which may name others there.
     """
-    vision_cfg, text_cfg = model_cfg.get("vision_cfg", {}), model_cfg.get("text_cfg", {})
+    for key, value, hint in _other_places(model_cfg.get("vision_cfg", {}), model_cfg.get("text_cfg", {}), folder):
+        raise ConfigError(f"{source} leads to other files than the model's own: {key} is {quoted(value)}.", hint=hint)
+
+
+def _other_places(
+    vision_cfg: dict[str, Any], text_cfg: dict[str, Any], folder: Path | None
+) -> Iterator[tuple[str, object, str]]:
+    """Yield each key of a configuration that leads elsewhere, with its value and what to do."""
     named = [("timm_model_name", vision_cfg.get("timm_model_name"), _TIMM_NAME)]
     if folder is None:
         named += [(key, text_cfg.get(key), _HUB_NAME) for key in ("hf_model_name", "hf_tokenizer_name")]
     for key, name, pattern in named:
         if name and not pattern.fullmatch(str(name)):
-            raise _elsewhere(source, key, name, "use a model whose towers are named by their architecture")
+            yield key, name, "use a model whose towers are named by their architecture"
     name = text_cfg.get("hf_model_name")
     if name and folder and not is_file(folder / TRANSFORMERS_CONFIG) and str(name) not in _published_text_models():
         hint = f"put that text model's {TRANSFORMERS_CONFIG} there, or name a model of the hub: hf-hub:ORG/REPO"
-        raise _elsewhere(source, "hf_model_name", name, hint)
+        yield "hf_model_name", name, hint
     options = text_cfg.get("tokenizer_kwargs") or {}
     for key, value in options.items() if isinstance(options, dict) else [("tokenizer_kwargs", options)]:
         if not (isinstance(value, int | float | None) or (key in _TOKENIZER_TEXTS and isinstance(value, str))):
-            raise _elsewhere(source, key, value, "leave it out: the files of a tokenizer lie beside the configuration")
-
-
-def _elsewhere(source: str, key: str, value: object, hint: str) -> ConfigError:
-    return ConfigError(f"{source} leads to other files than the model's own: {key} is {quoted(value)}.", hint=hint)
+            yield key, value, "leave it out: the files of a tokenizer lie beside the configuration"
 
 
 @cache
@@ -186,16 +189,17 @@ def require_bounded(model_cfg: dict[str, Any], path: Path | str) -> None:
         model_cfg: of `open_clip_config.json`.
         path: of that file, or the name of a model of the hub, for the message.
     """
+    wrong = [f"{key} = {number:,}" for key, number in _numbers(model_cfg) if abs(number) > _MAX_NUMBER]
     for name in ("vision_cfg", "text_cfg"):
         tower = model_cfg.get(name, {})
         if not isinstance(tower, dict):
-            raise ConfigError(f"{path} has a {name!r} that is no object.")
+            wrong.insert(0, f"a {name!r} that is not an object")
+            break
         layers, width = (value if isinstance(value := tower.get(key), int) else 0 for key in ("layers", "width"))
         if layers > _MAX_LAYERS or layers * width**2 * _PARAMETERS_PER_WIDTH > _MAX_BLOCK_PARAMETERS:
-            raise ConfigError(f"{path} has {layers:,} layers of width {width:,} in {name!r}; no such model exists.")
-    for key, number in _numbers(model_cfg):
-        if abs(number) > _MAX_NUMBER:
-            raise ConfigError(f"{path} has {key} = {number:,}; expected at most {_MAX_NUMBER:,}.")
+            wrong.append(f"{layers:,} layers of width {width:,} in {name!r}")
+    if wrong:
+        raise ConfigError(f"{path} has {wrong[0]}; no such model exists.")
 
 
 def _numbers(content: Any, key: str = "model_cfg") -> Iterator[tuple[str, int]]:

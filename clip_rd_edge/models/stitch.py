@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,9 +214,8 @@ def _verify(visual: nn.Module, classifier: ImageClassifier, projection: Tensor, 
             f"{classifier.architecture} cannot take images of {image_size} × {image_size} pixels: {first_line(error)}.",
             hint=f"{{image_size}} {classifier.image_size}",
         ) from error
-    if actual.shape != expected.shape or not torch.allclose(
-        actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
-    ):
+    bound = 1e-3 * float(expected.abs().max())
+    if actual.shape != expected.shape or not torch.allclose(actual, expected, rtol=1e-3, atol=bound):
         raise ConfigError(
             f"open_clip cannot hold {classifier.architecture}: its image tower does not return the features that enter "
             "the classifier."
@@ -334,19 +333,11 @@ def _hugging_face(folder: Path, *, context_length: int, name: str, source: str) 
     # Silence the warning about the pooler, which is not used, and the progress bar.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"The sentence encoder {source} has no config.json.",
-            hint="name a folder that transformers can load, a zip archive of one, or an open_clip model",
-        )
     with _loaded_by_transformers(source):
         config = AutoConfig.from_pretrained(folder)
     supported = open_clip.hf_configs.arch_dict
     if config.model_type not in supported:
-        raise ConfigError(
-            f"open_clip cannot hold a sentence encoder of type {config.model_type!r} ({source}); expected one of "
-            f"{', '.join(sorted(supported))}."
-        )
+        raise _cannot_hold(f"type {config.model_type!r}", source, supported)
     width = getattr(config, supported[config.model_type]["config_names"]["width"])
     text_cfg = {
         "hf_model_name": str(folder),
@@ -369,8 +360,14 @@ def _loaded_by_transformers(source: str) -> Iterator[None]:
     except Exception as error:  # transformers raises many types
         raise ConfigError(
             f"The sentence encoder {source} could not be loaded: {first_line(error)}.",
-            hint="a newer transformers may know it, or a file is damaged",
+            hint="name a folder that transformers can load, a zip archive of one, or an open_clip model; a newer "
+            "transformers may know it, or a file is damaged",
         ) from error
+
+
+def _cannot_hold(what: str, source: str, expected: Iterable[str]) -> ConfigError:
+    known = ", ".join(sorted(expected))
+    return ConfigError(f"open_clip cannot hold a sentence encoder of {what} ({source}); expected one of {known}.")
 
 
 def _max_context_length(config: Any) -> int | None:
@@ -386,11 +383,9 @@ def _pooler(folder: Path, source: str) -> str:
     modules = folder / "modules.json"
     if modules.is_file():
         kinds = [module.type.rpartition(".")[2] for module in read_json(modules, list[_Module])]
-        if unsupported := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
-            raise ConfigError(
-                f"open_clip cannot hold the layer {unsupported[0]} of the sentence encoder {source}; expected a "
-                "transformer and a pooling."
-            )
+        layers = ("Transformer", "Pooling", "Normalize")
+        if unsupported := [kind for kind in kinds if kind not in layers]:
+            raise _cannot_hold(f"the layer {unsupported[0]}", source, layers)
     pooling = folder / "1_Pooling" / "config.json"
     if not pooling.is_file():
         return "mean_pooler"
@@ -399,10 +394,7 @@ def _pooler(folder: Path, source: str) -> str:
     named = config.get("pooling_mode") or [_FLAGS.get(name, name) for name in flags]
     modes = [str(mode) for mode in (named if isinstance(named, list) else [named])]
     if len(modes) != 1 or modes[0] not in _POOLERS:
-        raise ConfigError(
-            f"open_clip cannot hold the pooling of the sentence encoder {source}, {' and '.join(modes) or 'none'}; "
-            f"expected one of {', '.join(_POOLERS)}."
-        )
+        raise _cannot_hold(f"the pooling {' and '.join(modes) or 'none'}", source, _POOLERS)
     return _POOLERS[modes[0]]
 
 

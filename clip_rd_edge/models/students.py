@@ -18,7 +18,7 @@ from clip_rd_edge.models.classifiers import CLASSIFIERS, load_classifier, mismat
 from clip_rd_edge.models.clip import ClipModel, ImageTower, evaluation_mode, float32_on_cpu, quick_gelu_of
 from clip_rd_edge.models.hub import fetching, refuse_other_places, require_bounded
 from clip_rd_edge.models.names import CONFIGS, architectures, parse_name, preset_names
-from clip_rd_edge.utils.paths import exists, is_file
+from clip_rd_edge.utils.paths import exists
 from clip_rd_edge.utils.structs import convert, read_json
 
 _HEAD_WIDTH = 64  # as in CLIP
@@ -109,7 +109,7 @@ def build_student(config: dict[str, Any], *, name: str) -> ClipModel:
     try:
         model = open_clip.CustomTextCLIP(**arguments)
         with torch.no_grad():  # a trunk that does not support the size fails here, not in the middle of a run
-            features = model.eval().encode_image(torch.zeros(2, 3, height, width))
+            model.eval().encode_image(torch.zeros(2, 3, height, width)).reshape(2, model_cfg["embed_dim"])
     except Exception as error:  # trunks raise many types
         own = _size_of(trunk)
         raise ConfigError(
@@ -117,8 +117,6 @@ def build_student(config: dict[str, Any], *, name: str) -> ClipModel:
             f"at {height} × {width} pixels: {first_line(error)}.",
             hint=f"{{image_size}} {own}, for which the image tower is made" if own not in (0, height) else "",
         ) from error
-    if features.shape != (2, model_cfg["embed_dim"]):
-        raise ConfigError(f"The student {name} returns shape {tuple(features.shape)} for 2 images; expected (2, D).")
     open_clip.model.set_model_preprocess_cfg(model, config["preprocess_cfg"])
     tokenizer = open_clip.SimpleTokenizer(context_length=model_cfg["text_cfg"]["context_length"])
     return ClipModel(name, model.train(), tokenizer, preprocessing, model_cfg)
@@ -300,11 +298,9 @@ def _weights_of_file(name: str, path: str) -> dict[str, Tensor]:
     """Return the weights in a file by timm's names, into which timm translates those of some architectures."""
     import timm
 
-    if not is_file(path):
-        raise InputError(f"The image weights file {path} does not exist.", hint="pass a file, or: timm, package")
+    weights = read_weights(Path(path), hint="pass a file, or: timm, package")
     with torch.random.fork_rng(devices=[]):
         published: Any = timm.create_model(name)
-    weights = read_weights(Path(path))
     classes = next((len(weights[key]) for key in _classifier_names(published) if key in weights), 0)
     errors = list[Exception]()
     # A classifier that seems to be missing may have a name that timm translates: then it has the published classes.
@@ -335,18 +331,17 @@ _TIMM_NAME = "timm_model_name"
 
 def require_same_image_tower(model_cfg: dict[str, Any], source: dict[str, Any], *, name: str) -> None:
     """Refuse a student whose image tower is of another kind than the teacher's, by the `model_cfg` of both."""
-    own, other = map(_architecture, (model_cfg["vision_cfg"], source["vision_cfg"]))
-    if own != other:
-        raise ConfigError(
-            f"The student's image tower is {own}, and that of {name} is {other}; expected the same.",
-            hint="name the teacher's architecture with {student}, or omit {pretrained_image}",
-        )
-    if model_cfg["embed_dim"] != source["embed_dim"]:
-        raise ConfigError(
-            f"The student's embedding size is {model_cfg['embed_dim']}, and that of {name} is {source['embed_dim']}; "
-            "expected the same: the image tower is to start as the teacher's.",
-            hint=f"{{embedding_size}} {source['embed_dim']}, or omit {{pretrained_image}}",
-        )
+    size, towers = source["embed_dim"], map(_architecture, (model_cfg["vision_cfg"], source["vision_cfg"]))
+    for what, (own, other), hint in (
+        ("image tower", towers, "name the teacher's architecture with {student}"),
+        ("embedding size", (model_cfg["embed_dim"], size), f"{{embedding_size}} {size}"),
+    ):
+        if own != other:
+            raise ConfigError(
+                f"The student's {what} is {own}, and that of {name} is {other}; expected the same: the image tower is "
+                "to start as the teacher's.",
+                hint=f"{hint}, or omit {{pretrained_image}}",
+            )
 
 
 def with_image_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.errors import ConfigError, InputError
-from clip_rd_edge.models.classifiers import unreadable_weights
+from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.models.classifiers import read_file_of_weights
 from clip_rd_edge.models.clip import ClipModel, TextTower, default_device, evaluation_mode, quick_gelu_of, text_module
 from clip_rd_edge.models.encoder import CaptionTower, embed_with_progress, text_layers
 from clip_rd_edge.models.students import TEACHER, build_student, require_equal
-from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.text import SILENT, Reporter
 
 TOKENS = "tokens"  # as the source of the token embeddings alone
@@ -33,19 +32,14 @@ def init_text_tower(student: ClipModel, source: str, teacher: ClipModel | None) 
     Returns:
         A sentence that describes what was done.
     """
-    if source == TEACHER and teacher is None:
-        raise InputError(
-            "{pretrained_text} teacher needs a teacher.", hint="name a teacher with {teacher}, or pass a file"
-        )
     state = _text_state(teacher.model.state_dict() if teacher and source == TEACHER else _read_checkpoint(source))
     text = student.model.get_submodule("text")
     layers, source_layers = _layer_count(text.state_dict()), _layer_count(state)
-    if not source_layers:
-        raise ConfigError(f"The text weights of {source} are not those of an open_clip text transformer.")
     if layers > source_layers:
         raise ConfigError(
-            f"The student's text tower has {layers} layers, but the weights of {source} have only {source_layers}.",
-            hint=f"{{text}} WIDTHx{source_layers}, or fewer layers",
+            f"The student's text tower has {layers} layers, but the weights of {source} have only {source_layers} of "
+            "an open_clip text transformer.",
+            hint=f"{{text}} WIDTHx{source_layers}, or fewer layers" if source_layers else "",
         )
     selected = evenly_spaced(layers, total=source_layers)
     text.load_state_dict(_matching_weights(text, _select_layers(state, selected), source), strict=False)
@@ -61,15 +55,11 @@ def evenly_spaced(count: int, *, total: int) -> list[int]:
 def _read_checkpoint(source: str) -> Mapping[str, Tensor]:
     import open_clip
 
-    if not is_file(source):
-        raise InputError(
-            f"The text weights file {source} does not exist.",
-            hint="pass the path of an open_clip checkpoint, or: teacher",
-        )
-    try:
-        state: Mapping[str, Tensor] = open_clip.factory.load_state_dict(source)
-    except Exception as error:  # a damaged file may raise any type
-        raise unreadable_weights(source, error) from error
+    state: Mapping[str, Tensor] = read_file_of_weights(
+        source,
+        lambda: open_clip.factory.load_state_dict(source),
+        hint="pass the path of an open_clip checkpoint, or: teacher",
+    )
     return state
 
 
@@ -134,10 +124,6 @@ def init_token_embeddings(student: ClipModel, teachers: Sequence[ClipModel], rep
     Returns:
         A sentence that describes what was done.
     """
-    if not teachers:
-        raise InputError(
-            f"{{pretrained_text}} {TOKENS} needs a teacher.", hint="name a teacher with {teacher}, or another start"
-        )
     texts = _token_texts(student.tokenizer)
     distinct = {text: row for row, text in enumerate(dict.fromkeys(texts.values()))}
     rows = torch.cat([_embedded(list(distinct), teacher, reporter) for teacher in teachers], dim=1).double()

@@ -50,7 +50,7 @@ def test_texts_of_the_kept_tokens_have_the_same_embeddings(
 ) -> None:
     clip = request.getfixturevalue(kind)
     total = clip.model.text.vocab_size
-    trimmed = trim_text_tower(clip, vocabulary=total - 3, texts=TEXTS).clip
+    trimmed = trim_text_tower(clip, vocabulary=total - 3, texts=TEXTS)[0]
     assert np.array_equal(embed(trimmed, TEXTS), embed(clip, TEXTS))
     assert clip.model.text.vocab_size == total  # the original stays
     save_clip(tmp_path / "trimmed", trimmed, provenance={})
@@ -69,7 +69,7 @@ def test_tokens_before_the_padding_stay_for_the_positions_are_counted_from_its_n
     clip = roberta_clip(tmp_path / "roberta", before_padding=["▁never", "▁used"])
     config: Any = text_module(clip.model).config
     assert config.pad_token_id == 3
-    trimmed = trim_text_tower(clip, vocabulary=clip.model.text.vocab_size - 7, texts=TEXTS).clip
+    trimmed = trim_text_tower(clip, vocabulary=clip.model.text.vocab_size - 7, texts=TEXTS)[0]
     assert (trimmed.tokenizer([""])[0, 2:] == 3).all()
     assert np.array_equal(embed(trimmed, ["red cat"]), embed(clip, ["red cat"]))
 
@@ -86,7 +86,7 @@ def test_added_tokens_and_bytes_stay(bert: ClipModel, tmp_path: Path) -> None:
     tokenizer.tokenizer.add_tokens(["newword"])
     transformer: Any = bert.model.get_submodule("text.transformer")
     transformer.resize_token_embeddings(46)
-    trimmed = trim_text_tower(bert, vocabulary=42, texts=TEXTS).clip
+    trimmed = trim_text_tower(bert, vocabulary=42, texts=TEXTS)[0]
     assert np.array_equal(embed(trimmed, ["a newword"]), embed(bert, ["a newword"]))
     assert trimmed.tokenizer(["newword"])[0, 1] == 41
     pieces = ["<pad>", "<0x0A>", "<0xFF>", "▁bolt"]
@@ -95,15 +95,15 @@ def test_added_tokens_and_bytes_stay(bert: ClipModel, tmp_path: Path) -> None:
 
 
 def test_evenly_spaced_layers_stay(bert: ClipModel, tmp_path: Path) -> None:
-    trimmed = trim_text_tower(bert, layers=2)
-    assert trimmed.description.startswith("the text tower keeps layers 1, 4 of 4: 0.0 of")
-    before, after = bert.model.state_dict(), trimmed.clip.model.state_dict()
+    trimmed, description = trim_text_tower(bert, layers=2)
+    assert description.startswith("the text tower keeps layers 1, 4 of 4: 0.0 of")
+    before, after = bert.model.state_dict(), trimmed.model.state_dict()
     prefix = "text.transformer.encoder.layer."
     assert {name.split(".")[4] for name in after if name.startswith(prefix)} == {"0", "1"}
     for name in [name for name in after if name.startswith(f"{prefix}1.")]:
         assert torch.equal(after[name], before[name.replace(f"{prefix}1.", f"{prefix}3.")])
-    save_clip(tmp_path / "trimmed", trimmed.clip, provenance={})
-    assert np.array_equal(embed(load_clip(str(tmp_path / "trimmed")), TEXTS), embed(trimmed.clip, TEXTS))
+    save_clip(tmp_path / "trimmed", trimmed, provenance={})
+    assert np.array_equal(embed(load_clip(str(tmp_path / "trimmed")), TEXTS), embed(trimmed, TEXTS))
     config = json.loads((tmp_path / "trimmed" / "config.json").read_text())
     assert config["hidden_dropout_prob"] == config["attention_probs_dropout_prob"] == 0
 
@@ -114,7 +114,7 @@ def test_clips_own_vocabulary_can_be_trimmed(tmp_path: Path) -> None:
     clip.model.eval()
     texts = ["red cat", "a photo of a green tortoise", "Überstraße!", "It's 1984 …", "猫と犬", "word " * 20, "", "!"]
     before = embed(clip, texts)
-    trimmed = trim_text_tower(clip, vocabulary=620, texts=texts).clip
+    trimmed = trim_text_tower(clip, vocabulary=620, texts=texts)[0]
     assert text_module(clip.model).token_embedding.num_embeddings == 49_408  # type: ignore[union-attr]
     save_clip(tmp_path / "trimmed", trimmed, provenance={})
     for loaded in (trimmed, load_clip(str(tmp_path / "trimmed")), plain(tmp_path / "trimmed", clip)):
