@@ -6,8 +6,9 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -94,28 +95,25 @@ def export_model(
     reporter.update("loading the model")
     clip = load_clip(typed(request.model), pretrained=as_text(request.pretrained))
     samples = None
-    if pairs is not None:
-        from clip_rd_edge.exporting.calibration import CalibrationPairs, choose_pairs, was_trained_on
+    if pairs is not None or unseen is not None:
+        from clip_rd_edge.exporting.calibration import calibration_set, was_trained_on
 
-        reporter.update(f"reading images of {pairs.name}")
-        chosen = pairs if isinstance(pairs, CalibrationPairs) else choose_pairs(pairs, preprocessing=clip.preprocessing)
-        samples = chosen.for_model(preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize)
-        if request.calibration is not None and was_trained_on(typed(request.model), typed(request.calibration)):
-            samples = replace(samples, seen=True)
-    if unseen is not None:
-        from clip_rd_edge.exporting.calibration import calibration_set
-
-        own = calibration_set(unseen, preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize)
-        samples = replace(samples or own, unseen=own)
+        choose = partial(calibration_set, preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize)
+        if pairs is not None:
+            reporter.update(f"reading images of {pairs.name}")
+            samples = choose(pairs)
+            if request.calibration is not None and was_trained_on(typed(request.model), typed(request.calibration)):
+                samples = replace(samples, seen=True)
+        if unseen is not None:
+            own = choose(unseen)
+            samples = replace(samples or own, unseen=own)
     if layout in ("bundle", "browser") and clip.labels:
         plans = [replace(plan, labels=plan.labels or clip.labels) for plan in plans]
     if layout != "bundle":
         return {plans[0].target: export_layout(clip, request, plans[0], samples=samples)}
-    if len(plans) == 1:
-        written = export_bundle(clip, output, plans[0], samples=samples, overwrite=request.force, reporter=reporter)
-        return {plans[0].target: written}
-    by_target = {plan.target: plan for plan in plans}
-    return export_bundles(clip, output, by_target, samples=samples, overwrite=request.force, reporter=reporter)
+    by_folder = {"": plans[0]} if len(plans) == 1 else {plan.target: plan for plan in plans}
+    written = export_bundles(clip, output, by_folder, samples=samples, overwrite=request.force, reporter=reporter)
+    return dict(zip((plan.target for plan in plans), written.values(), strict=True))
 
 
 @float32_on_cpu()
@@ -133,36 +131,9 @@ def export_layout(clip: ClipModel, request: Export, plan: Plan, *, samples: Cali
     return list(written.values())[-1]
 
 
-@float32_on_cpu()
-def export_bundle(
-    clip: ClipModel,
-    output: Path,
-    plan: Plan,
-    *,
-    samples: CalibrationSet | None = None,
-    source: Path | None = None,
-    overwrite: bool = False,
-    reporter: Reporter = SILENT,
-) -> Converted:
-    """Export a model as a bundle in the folder `output`.
-
-    Args:
-        samples: calibrate and evaluate INT8.
-        source: the model's float32 bundle, if there is one, so that its towers are not exported again.
-        overwrite: replace an earlier export in `output`.
-    """
-    require_output(output, "export", overwrite=overwrite)
-    _require_storable(clip, plan)
-    with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
-        if source is None:
-            source = folder if (plan.format, plan.precision) == ("onnx", "fp32") else Path(scratch)
-            fp32 = _write_source(clip, source, plan, reporter)
-        else:
-            fp32 = read_manifest(source)
-            if fp32.precision != "fp32" or damaged_files(source, fp32):
-                raise UsageError(f"The bundle {source} is damaged, or not in float32.", hint="export it again")
-        job = Job(plan=plan, clip=clip, source=source, fp32=fp32, folder=folder, samples=samples, reporter=reporter)
-        return _write_bundle(job)
+def export_bundle(clip: ClipModel, output: Path, plan: Plan, **options: Any) -> Converted:
+    """Export a model as a bundle in the folder `output`; options as for `export_bundles`."""
+    return export_bundles(clip, output, {"": plan}, **options)[""]
 
 
 @float32_on_cpu()
@@ -172,31 +143,37 @@ def export_bundles(
     plans: Mapping[str, Plan],
     *,
     samples: CalibrationSet | None = None,
+    source: Path | None = None,
     overwrite: bool = False,
     reporter: Reporter = SILENT,
 ) -> dict[str, Converted]:
-    """Export a model as several bundles, each in the folder of its name in `output`; the towers are exported once."""
+    """Export a model as bundles, each in the folder of its name in `output`, or in `output` itself; towers only once.
+
+    Args:
+        samples: calibrate and evaluate INT8.
+        source: the model's float32 bundle, if there is one, so that its towers are not exported again.
+        overwrite: replace an earlier export in `output`.
+    """
     require_output(output, "export", overwrite=overwrite)
-    for plan in plans.values():
-        _require_storable(clip, plan)
+    for labels in (plan.labels for plan in plans.values() if plan.labels is not None):
+        # The precision of their embeddings is known later: int8 takes the least.
+        require_readable(tuple(dict.fromkeys(labels)), clip.embedding_size, "int8")
     with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch)
-        fp32 = _write_source(clip, source, next(iter(plans.values())), reporter)
+        first = next(iter(plans.values()))
+        if source is None:
+            source = folder if "" in plans and (first.format, first.precision) == ("onnx", "fp32") else Path(scratch)
+            fp32 = _write_source(clip, source, first, reporter)
+        else:
+            fp32 = read_manifest(source)
+            if fp32.precision != "fp32" or damaged_files(source, fp32):
+                raise UsageError(f"The bundle {source} is damaged, or not in float32.", hint="export it again")
         written = {}
         for name, plan in plans.items():
-            (folder / name).mkdir()
-            of_name = PrefixedReporter(reporter, f"{name}: ")
-            written[name] = _write_bundle(
-                Job(plan=plan, clip=clip, source=source, fp32=fp32, folder=folder / name, samples=samples,
-                    reporter=of_name)
-            )  # fmt: skip
+            own, shown = folder / name, PrefixedReporter(reporter, f"{name}: ") if name else reporter
+            own.mkdir(exist_ok=True)
+            job = Job(plan=plan, clip=clip, source=source, fp32=fp32, folder=own, samples=samples, reporter=shown)
+            written[name] = _write_bundle(job)
         return written
-
-
-def _require_storable(clip: ClipModel, plan: Plan) -> None:
-    """Refuse labels that a bundle cannot hold."""
-    if plan.labels is not None:  # the precision of their embeddings is known later: int8 takes the least
-        require_readable(tuple(dict.fromkeys(plan.labels)), clip.embedding_size, "int8")
 
 
 def _write_source(clip: ClipModel, folder: Path, plan: Plan, reporter: Reporter) -> Manifest:

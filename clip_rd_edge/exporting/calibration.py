@@ -119,15 +119,11 @@ class CalibrationPairs:
 def choose_pairs(
     pairs: DataSamples, *, preprocessing: Preprocessing, seed: int = 0, max_bad: float = MAX_BAD_SHARE
 ) -> CalibrationPairs:
-    """Sample pairs without replacement, at most 320.
+    """Sample pairs without replacement, at most 320; pairs alone, if there are enough of them among other samples.
 
     Of pairs with the same image, such as the rows of one image's captions, one is taken: another one among the held-out
-    pairs would be evaluated on what set the ranges. Others stand in for pairs that cannot be read.
-
-    Args:
-        pairs: where the samples come from; pairs alone, if there are enough of them among other images and captions.
-        seed: for choosing the pairs, and one caption per pair.
-        max_bad: max fraction of the samples that may be unreadable.
+    pairs would be evaluated on what set the ranges. Others stand in for pairs that cannot be read, as long as these are
+    no larger a share than `max_bad`.
     """
     counts = pairs.counts
     paired = not counts.is_mixed or counts.pairs >= MIN_PAIRS
@@ -165,16 +161,17 @@ def _require_enough(pairs: DataSamples, count: int, what: str) -> None:
 
 
 def calibration_set(
-    pairs: DataSamples,
+    pairs: DataSamples | CalibrationPairs,
     *,
     preprocessing: Preprocessing,
     tokenize: Callable[[Sequence[str]], TokenIds],
     seed: int = 0,
     seen: bool = False,
 ) -> CalibrationSet:
-    """Choose pairs for a model; arguments as for `choose_pairs` and `CalibrationPairs`."""
-    chosen = replace(choose_pairs(pairs, preprocessing=preprocessing, seed=seed), seen=seen)
-    return chosen.for_model(preprocessing=preprocessing, tokenize=tokenize)
+    """Choose pairs for a model, unless they are chosen; arguments as for `choose_pairs` and `CalibrationPairs`."""
+    if not isinstance(pairs, CalibrationPairs):
+        pairs = replace(choose_pairs(pairs, preprocessing=preprocessing, seed=seed), seen=seen)
+    return pairs.for_model(preprocessing=preprocessing, tokenize=tokenize)
 
 
 class _Record(msgspec.Struct, frozen=True):

@@ -194,14 +194,13 @@ class NodeByNode(BundleEncoder):
     def open_tower(self, tower: Tower) -> Any:
         path = self.folder / tower.file
         if super().int8_fault(tower):
-            return _open_as_written(path.read_bytes(), self.threads)
+            return self._open_as_written(path.read_bytes())
         return open_session(str(path), threads=self.threads, optimize=False)
 
+    def _open_as_written(self, content: bytes) -> Any:
+        from clip_rd_edge.exporting.int8.saturation import open_as_written  # which float32 does not need
 
-def _open_as_written(content: bytes, threads: int | None) -> Any:
-    from clip_rd_edge.exporting.int8.saturation import open_as_written  # which float32 does not need
-
-    return open_as_written(content, threads=threads)
+        return open_as_written(content, threads=self.threads)
 
 
 class _RoundedOtherwise(NodeByNode):
@@ -224,7 +223,7 @@ class _RoundedOtherwise(NodeByNode):
                 values = numpy_helper.to_array(tensor)
                 factors = 1 + _NOISE * self._rng.standard_normal(values.shape)
                 tensor.CopyFrom(numpy_helper.from_array((values * factors).astype(np.float32), tensor.name))
-        return _open_as_written(model.SerializeToString(), self.threads)
+        return self._open_as_written(model.SerializeToString())
 
 
 def add_reference(folder: Path, encoder: BundleEncoder) -> None:

@@ -6,7 +6,7 @@ Targets are described in `export/<name>/target.yaml`, with a README.md beside ea
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -226,6 +226,9 @@ def plan_exports(request: Export) -> tuple[Plan, ...]:
     return plans
 
 
+_AS_REQUESTED = ("via", "preprocess_in_graph", "fallback", "search_minutes", "text_tower", "threads")
+
+
 def _plan(request: Export, name: str | None) -> Plan:
     """Return the plan of one target, with what follows from the target filled in."""
     note = ""
@@ -246,11 +249,7 @@ def _plan(request: Export, name: str | None) -> Plan:
             )
     labels = label_names(request.labels)
     low, loss = request.min_agreement, request.max_loss
-    budget = Budget()
-    if low is not None:
-        budget = replace(budget, image=low, text=low)
-    if loss is not None:
-        budget = replace(budget, max_loss=loss)
+    limits = {"image": low, "text": low, "max_loss": loss}
     provenance = {
         "model": as_text(request.model), "pretrained": as_text(request.pretrained), **package_versions(),
         "device": name if request.target else None,
@@ -261,18 +260,13 @@ def _plan(request: Export, name: str | None) -> Plan:
         format=profile.format,
         precision=precision,
         layout="browser" if name == BROWSER and request.layout == "bundle" else request.layout,
-        via=request.via,
-        preprocess_in_graph=request.preprocess_in_graph,
-        budget=budget,
+        budget=Budget(**{name: limit for name, limit in limits.items() if limit is not None}),
         # The other layouts cannot name the processors that a file is for.
         weight_bits=profile.weight_bits if request.layout == "bundle" else 7,
-        fallback=request.fallback,
-        search_minutes=request.search_minutes,
         labels=None if labels is None else tuple(labels),
-        text_tower=request.text_tower,
-        threads=request.threads,
         provenance={key: value for key, value in provenance.items() if value},
         note=note,
+        **{name: getattr(request, name) for name in _AS_REQUESTED},
     )
 
 

@@ -14,12 +14,7 @@ import onnx
 from clip_rd_edge.bundle.manifest import Tower
 from clip_rd_edge.exporting.formats import Converted, Format, Job
 from clip_rd_edge.exporting.graph import file_content, norm_nodes, silently, weighted_layers
-from clip_rd_edge.exporting.int8.candidates import (
-    Backend,
-    Candidate,
-    Float32Tower,
-    static_candidates,
-)
+from clip_rd_edge.exporting.int8.candidates import Backend, Candidate, Float32Tower, static_candidates
 from clip_rd_edge.exporting.int8.methods import StaticQuantizer, measure_ranges, with_token_embeddings
 from clip_rd_edge.exporting.int8.rounding import RoundedLayers
 from clip_rd_edge.exporting.int8.saturation import MAX_WEIGHT

@@ -64,7 +64,11 @@ class TensorRt(Format):
         target, build = job.plan.target, _builder(job)
 
         def convert(name: str, tower: Tower) -> Tower:
-            typed = typed_tower(job, name, tower)
+            model, inputs = job.source / tower.file, job.inputs[name]
+            if job.plan.precision == "int8":
+                typed = int8_tower(Float32Tower.of(job, name), inputs)
+            else:
+                typed = _float_tower(model, inputs, fp16=job.plan.precision != "fp32")
             write_bytes(job.folder / tower.file, typed.content)
             engine = ""
             if build is not None:
@@ -150,14 +154,6 @@ class TypedTower:
     types: dict[str, str] = field(default_factory=dict)
 
 
-def typed_tower(job: Job, name: str, tower: Tower) -> TypedTower:
-    """Convert a tower; one that loses too much accuracy in INT8 is converted to float16, as its note records."""
-    model, inputs = job.source / tower.file, job.inputs[name]
-    if job.plan.precision == "int8":
-        return int8_tower(Float32Tower.of(job, name), inputs)
-    return _float_tower(model, inputs, fp16=job.plan.precision != "fp32")
-
-
 _MEASURED = ", measured on this ONNX in ONNX Runtime, which on most CPUs computes float16 in float32."
 
 
@@ -173,7 +169,7 @@ def _float_tower(model: Path, inputs: Inputs, *, fp16: bool, note: str = "") -> 
 
 
 def int8_tower(tower: Float32Tower, inputs: Inputs) -> TypedTower:
-    """Quantise a tower, with float16 in between.
+    """Quantise a tower, with float16 in between, or convert it to float16 if that loses too much accuracy.
 
     Args:
         inputs: those that produce the largest values that the tower will meet.

@@ -81,15 +81,8 @@ class Float32Tower:
             samples.pixels if name == "image" else samples.ids
             for samples in (job.samples.calibrate, job.samples.held_out)
         )
-        model = job.source / job.fp32.towers[name].file
-        return cls(
-            name=name,
-            model=model,
-            calibrate=calibrate,
-            held_out=held_out,
-            plan=job.plan,
-            reporter=job.reporter_of(name),
-        )
+        model, reporter = job.source / job.fp32.towers[name].file, job.reporter_of(name)
+        return cls(name=name, model=model, calibrate=calibrate, held_out=held_out, plan=job.plan, reporter=reporter)
 
     @property
     def takes_ids(self) -> bool:

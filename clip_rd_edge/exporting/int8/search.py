@@ -32,15 +32,7 @@ from clip_rd_edge.exporting.int8.trials import (
     outcome_key,
     remarks,
 )
-from clip_rd_edge.exporting.parity import (
-    Agreement,
-    agreement,
-    embed,
-    latencies,
-    measurement,
-    p10,
-    top1_matches,
-)
+from clip_rd_edge.exporting.parity import Agreement, agreement, embed, latencies, measurement, p10, top1_matches
 from clip_rd_edge.exporting.plan import Budget, Plan
 from clip_rd_edge.runtime.backends.onnxruntime import open_session, wrong_sums
 from clip_rd_edge.runtime.encoder import warn

@@ -100,14 +100,7 @@ def outcome_key(tower: Float32Tower, backend: Backend) -> str:
     for array in (tower.calibrate, tower.held_out, right):
         digest.update(np.ascontiguousarray(array).tobytes())
     plan, versions = tower.plan, installed_versions(("clip-rd-edge", "onnxruntime", "onnx", "openvino", "nncf"))
-    limits = (
-        plan.budget,
-        plan.weight_bits,
-        plan.threads,
-        plan.in_batches,
-        plan.adapts(tower.name),
-        plan.search_minutes,
-    )
+    limits = plan.budget, plan.weight_bits, plan.threads, plan.in_batches, plan.adapts(tower.name), plan.search_minutes
     digest.update(repr((tower.name, backend.name, limits, versions, machine_name(), instruction_sets())).encode())
     return digest.hexdigest()
 
@@ -139,8 +132,7 @@ def cost_objection(latency_ratio: float, size_ratio: float) -> str:
 
 def nearest(trials: Sequence[Trial]) -> Trial:
     """Return the trial that came nearest to being shipped: the most accurate of those that pay, else the fastest."""
-    paying = [t for t in trials if t.pays]
-    return max(paying, key=lambda t: t.centred_cosine) if paying else min(trials, key=lambda t: t.latency_ratio)
+    return max(trials, key=lambda t: (t.pays, t.centred_cosine if t.pays else -t.latency_ratio))
 
 
 # An accurate candidate is named if it takes at most this share longer, with at most this share of the error.
