@@ -197,7 +197,6 @@ def _chance(comparison: Comparison) -> str:
 
 
 def _certain(figure: str, comparison: Comparison) -> str:
-    """Return a figure, in bold unless it may be chance."""
     return figure if comparison.may_be_chance else f"**{figure}**"
 
 

@@ -211,7 +211,6 @@ def latency_noise(results: Results) -> float | None:
 
 
 def _accuracy_changes(pairs: list[tuple[RowResult, RowResult]]) -> tuple[AccuracyChange, ...]:
-    """Compare the correctness of the same examples in both runs."""
     matches: list[tuple[str, Correctness, Correctness]] = []
     for old_row, new_row in pairs:
         found = {(new.task, new.measure, new.questions, new.images): new for new in new_row.correctness}

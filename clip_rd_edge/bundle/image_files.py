@@ -162,7 +162,6 @@ def _look_at(path: Path, failures: list[OSError]) -> tuple[bool, os.stat_result 
 
 
 def _require_any(paths: Iterable[Path], message: str) -> Iterator[Path]:
-    """Yield `paths`; raise InputError with `message` if there are none."""
     empty = True
     for path in paths:
         empty = False

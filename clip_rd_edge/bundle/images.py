@@ -149,7 +149,6 @@ def _is_heic(header: bytes) -> bool:
 
 
 def _unidentified(header: bytes) -> str:
-    """Return why Pillow does not know the format of a file that starts with these bytes."""
     if not header:
         return "it is empty"
     if header[4:12] in (b"ftypavif", b"ftypavis") and "AVIF" not in Image.OPEN:

@@ -45,17 +45,9 @@ class Reference(msgspec.Struct, frozen=True):
 
 def write_reference(folder: Path, reference: Reference) -> None:
     """Write reference.npz into a bundle's folder."""
-    content = npz_bytes(
-        compressed=True,
-        texts=np.asarray(reference.texts, dtype=np.str_),
-        ids=reference.ids.astype(np.int32),
-        images=reference.images,
-        text_embeddings=reference.text_embeddings,
-        image_embeddings=reference.image_embeddings,
-        text_rounding=np.array(reference.text_rounding, np.float32),
-        image_rounding=np.array(reference.image_rounding, np.float32),
-    )
-    write_bytes(folder / REFERENCE, content)
+    kinds = {"texts": np.str_, "ids": np.int32, "text_rounding": np.float32, "image_rounding": np.float32}
+    arrays = {name: np.asarray(getattr(reference, name), kinds.get(name)) for name in Reference.__struct_fields__}
+    write_bytes(folder / REFERENCE, npz_bytes(compressed=True, **arrays))
 
 
 def read_reference(folder: Path) -> Reference | None:

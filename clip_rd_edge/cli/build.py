@@ -140,7 +140,6 @@ def _program() -> str:
 
 
 def _image_to_try(task: ZeroShotTask) -> tuple[ImageFile, tuple[str, ...]]:
-    """Return an image of the task, and a few different labels of which one is the image's."""
     names = task.labels
     # Releases of the packages differ in their emoji: the first labels of the task serve if these are missing.
     labels = tuple(name for name in LIVELY_CONCEPTS if name in names) or tuple(dict.fromkeys(names))[:4]

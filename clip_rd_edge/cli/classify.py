@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
@@ -16,7 +16,7 @@ from clip_rd_edge.cli.options import command_of, grouped
 from clip_rd_edge.cli.output import LateReporter, cut, echo, terminal_width
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.settings.deploying import Classify
-from clip_rd_edge.utils.text import csv_row, is_unicode, one_line
+from clip_rd_edge.utils.text import SILENT, csv_row, is_unicode, one_line
 
 if TYPE_CHECKING:
     from clip_rd_edge.bundle.encoder import Embeddings, TowerEncoder
@@ -163,7 +163,6 @@ def _classify_files(
     """Classify image files and print the results; report unreadable images on stderr and continue with the others."""
     from PIL import Image
 
-    from clip_rd_edge.cli.console import console_reporter
     from clip_rd_edge.runtime.load import embed_images, open_image_tower
 
     stdout = sys.stdout  # saved, because the progress bar redirects sys.stdout
@@ -174,7 +173,9 @@ def _classify_files(
     unreadable: list[InputError] = []
     started, done = time.perf_counter(), 0
     # On a terminal, the printed results show the progress.
-    with console_reporter() if many and not stdout.isatty() else nullcontext() as reporter:
+    with ExitStack() as stack:
+        reporter = LateReporter(stack) if many and not stdout.isatty() else SILENT
+        reporter.update("classifying", 0, len(paths))
         for batch in embed_images(encoder, paths, quick=quick):
             answers = _answers(classifier, batch.embeddings, top=top)
             lines = [format_result(str(path), answer) for path, answer in zip(batch.images, answers, strict=True)]
@@ -186,9 +187,8 @@ def _classify_files(
                 for error in batch.unreadable:
                     echo(f"error: {one_line(error)}", err=True)
             done += len(batch.images) + len(batch.unreadable)
-            if reporter:
-                rate = done / (time.perf_counter() - started)
-                reporter.update("classifying", done, len(paths), f"{rate:,.0f} images/s")
+            rate = done / (time.perf_counter() - started)
+            reporter.update("classifying", done, len(paths), f"{rate:,.0f} images/s")
     if many:
         seconds = time.perf_counter() - started
         echo(f"{len(paths):,} images in {seconds:.1f} s, {len(paths) / seconds:,.0f} per second", err=True)

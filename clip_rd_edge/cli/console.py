@@ -65,7 +65,6 @@ def _redraws(console: Console) -> bool:
 
 
 def _folded(text: str, console: Console) -> str:
-    """Return a text with lines that fit the console's terminal."""
     return fold(text, _columns(console))
 
 

@@ -234,7 +234,6 @@ def demo(given: dict[str, Any], open_page: bool) -> None:
 
 
 def _print_qr_code(url: str) -> None:
-    """Print a QR code of the URL to stderr, if that is a terminal."""
     if sys.stderr.isatty():
         with suppress(ModuleNotFoundError):
             import segno

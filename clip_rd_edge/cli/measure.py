@@ -84,7 +84,6 @@ def evaluate(given: dict[str, Any], confusion: Path | None, as_json: bool) -> No
 
 
 def _require_free(path: Path) -> None:
-    """Refuse an existing file that is not a table of confusions, before the long work."""
     from clip_rd_edge.bundle.outputs import require_output_file
 
     headers = tuple(f"{csv_row(*columns)}\n".encode() for columns in (_COLUMNS, (*_COLUMNS, _FOLDER)))
@@ -95,7 +94,6 @@ def _require_free(path: Path) -> None:
 
 
 def _write_confusion(path: Path, scores: Sequence[Score]) -> None:
-    """Write the confusion matrix of each zero-shot score as rows of one CSV file."""
     from clip_rd_edge.benchmarking.metrics import ZeroShotScore
     from clip_rd_edge.utils.files import named_failures, write_text
 

@@ -312,7 +312,6 @@ _LAST_GROUPS = ("Device", "Cluster", "Output")
 
 
 def _place(parameter: click.Parameter) -> int:
-    """Return a sort key: arguments come first, and the groups that most commands share come last."""
     group = getattr(parameter, "group", None)
     return -1 if group is None else 1 + _LAST_GROUPS.index(group) if group in _LAST_GROUPS else 0
 

@@ -294,7 +294,6 @@ def load_texts(source: Typed, column: str, read_texts: Callable[[Typed, str], Se
 
 
 def _read_column(path: Path, column: str) -> list[str]:
-    """Return the texts of a column of captions in a Parquet file, without empty ones."""
     rows = parquet_rows(path, {column: "csv_caption_key"})
     texts = [text.strip() for _, text, _, _ in rows if text.strip()]
     if not texts or any(map(is_list_of_texts, texts)):

@@ -97,7 +97,6 @@ def _touch(path: Path, shard: RemoteShard) -> bool:
 
 
 def _fill(path: Path, shard: RemoteShard) -> None:
-    """Fetch a shard into the cache."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # The size in its name keeps the room from others.
     file, name = tempfile.mkstemp(".part", f"{path.stem}.{max(version(shard).size, 0)}.", path.parent)

@@ -216,7 +216,6 @@ def _read(
     hint: str,
     progress: Callable[[int], None] = lambda done: None,
 ) -> _Index:
-    """Read all rows of a table into its parts."""
     finder, packer = _Finder(path), _Packer(parts)
     problems, examples, seen, done = 0, list[str](), set[int](), 0
     for done, (number, image, caption, problem) in enumerate(rows(finder), 1):
@@ -247,8 +246,6 @@ def _read(
 
 
 class _Packer:
-    """Writes pairs into the three parts of a table, and digests them."""
-
     def __init__(self, parts: Sequence[IO[bytes]]) -> None:
         self._rows, self._texts, self._folders = parts
         self._text = self._folder = 0  # bytes so far

@@ -220,7 +220,6 @@ def find_data_set(folder: Path) -> DataSet:
 
 
 def _is_sharded(folder: Path) -> bool:
-    """Return whether the images of a split are in tars."""
     if (folder / SHARD_COUNT).is_file():
         return True
     # A tar beside folders of images is the archive that they come from.

@@ -52,7 +52,6 @@ def frames(source: str) -> Iterator[Image.Image]:
 
 
 def _not_opened(source: str) -> ClipRdEdgeError:
-    """Return the error for a camera, a stream or a video that OpenCV cannot open."""
     if source.isdigit() or source.startswith("/dev/") or "://" in source or " ! " in source:  # a pipeline of GStreamer
         hint = "list the cameras with ls /dev/video*; check that a player on this machine shows a stream"
         return ClipRdEdgeError(f"Cannot open the camera or stream {source}.", hint=hint)

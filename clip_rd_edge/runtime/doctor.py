@@ -179,7 +179,6 @@ def _onnxruntime() -> Finding:
 
 
 def _openvino() -> list[Finding]:
-    """Report OpenVINO's processors, if it is installed."""
     if not is_installed("openvino"):
         return []
     try:

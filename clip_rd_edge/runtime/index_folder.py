@@ -156,7 +156,6 @@ def is_empty_folder(folder: Path, *, before_ns: int | None = None) -> bool:
 
 
 def _can_be_listed(folder: Path) -> bool:
-    """Return whether a folder can be read, or is not there at all."""
     try:
         next(folder.iterdir(), None)
     except (FileNotFoundError, NotADirectoryError):

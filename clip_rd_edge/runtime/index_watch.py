@@ -156,7 +156,6 @@ def watch_index(
 
 
 def _identities(path: Path) -> dict[str, object]:
-    """Return what distinguishes the files of a folder from others with the same names."""
     with suppress(OSError):  # gone
         return {file.name: file_identity(file) for file in path.iterdir()}
     return {}

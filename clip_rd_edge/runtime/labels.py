@@ -242,7 +242,6 @@ def _table_separator(first: str, usual: str, headings: Sequence[str]) -> str:
 
 
 def _column(rows: Sequence[Sequence[str]], number: int) -> list[str]:
-    """Return the texts of a column, each once, without those of rows that are empty or too short there."""
     cells = (row[number].strip() for row in rows if len(row) > number)
     return list(dict.fromkeys(cell for cell in cells if cell))
 

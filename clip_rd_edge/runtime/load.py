@@ -127,7 +127,6 @@ def open_bundle(
 
 
 def _require_readable(manifest: Manifest, engine: str) -> None:
-    """Raise UsageError if a runtime does not read the files of a bundle."""
     own = format_of(manifest.target)
     reads_onnx = any(info.runtime == engine and info.is_onnx for info in FORMATS.values())
     if engine != own.runtime and not (own.is_onnx and reads_onnx):
@@ -148,7 +147,6 @@ def _runtime_for(device: str, manifest: Manifest) -> str:
 
 
 def _only_openvino_itself() -> bool:
-    """Return whether the package openvino is installed, and ONNX Runtime has no provider for it."""
     available = import_onnxruntime().get_available_providers()
     return bool(find_spec("openvino")) and PROVIDERS["openvino"].name not in available
 

@@ -305,7 +305,6 @@ class Demo:
         return Response(content, media_type="application/octet-stream")
 
     def _asked(self, request: Request) -> tuple[ServedBundle, PageLabels | None]:
-        """Return the bundle and the labels that a request names."""
         bundle = self._bundle(request.query_params.get("bundle", "0"), request.query_params.get("name"))
         key = request.query_params.get("labels", "")
         labels = self.label_sets.get(key) if key else None

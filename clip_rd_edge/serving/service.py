@@ -266,7 +266,6 @@ class Service:
 
     @contextmanager
     def _counted(self, items: int) -> Iterator[None]:
-        """Count the items of a request while they are embedded."""
         if self.pending_items and self.pending_items + items > self.limits.max_items:
             raise RefusedError(
                 _BUSY, f"{self.pending_items:,} items wait already; the limit is {self.limits.max_items:,}."
@@ -278,7 +277,6 @@ class Service:
             self.pending_items -= items
 
     async def _classifier(self, labels: Sequence[str] | None) -> ZeroShotClassifier:
-        """Return the classifier among these labels, or those of the bundle."""
         key = label_key(labels or [])
         async with self._turns.setdefault(key, asyncio.Lock()):
             if key not in self._classifiers:
@@ -318,12 +316,10 @@ class Service:
 
 
 def _stacked(encode: Callable[[Any], Embeddings]) -> Callable[[Sequence[Any]], Embeddings]:
-    """Return a function that embeds a list of inputs without a batch dimension."""
     return lambda inputs: encode(np.stack(inputs))
 
 
 async def _asked(request: Request, kind: type[protocol.Asked]) -> tuple[protocol.Asked, bytes]:
-    """Return the request in a body, and its image, whichever of the forms it has."""
     content_type, query = request.headers.get("content-type", ""), request.query_params.multi_items()
     return protocol.read_request(await request.body(), kind, content_type=content_type, query=query)
 
@@ -430,7 +426,6 @@ def json_response(content: object, status: int = 200, headers: dict[str, str] | 
 
 
 def _error_response(status: int, message: str, hint: str = "") -> Response:
-    """Return an error in OpenAI's form."""
     kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 503: "unavailable_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     error = {"code": status, "message": with_hint(message, hint), "type": kind, "param": None}

@@ -136,7 +136,6 @@ def _recorded(kind: type[Any], value: Any) -> Any:
 
 
 def _keys_at(location: str, kind: type[Any]) -> list[str]:
-    """Return the known keys at a location such as `$.rows[2].model`."""
     structs = _structs(types.type_info(kind))
     for key in re.sub(r"\[[^]]*\]", "", location).split(".")[1:]:
         fields = (field for struct in structs for field in struct.fields if field.encode_name == key)
@@ -269,7 +268,6 @@ class CheckedStruct(msgspec.Struct, frozen=True):
 
 @cache
 def _numeric_fields(struct: type[msgspec.Struct]) -> tuple[tuple[str, types.Type], ...]:
-    """Return the fields that hold numbers, alone or in containers, with their types."""
     info = types.type_info(struct)
     assert isinstance(info, types.StructType)
     return tuple((field.name, field.type) for field in info.fields if _has_numbers(field.type))

@@ -315,7 +315,6 @@ class Session:
 
     @staticmethod
     def _new_call() -> tuple[Any, NativeCall]:
-        """Return options of a run, and the call that they end."""
         options = import_onnxruntime().RunOptions()
         options.log_severity_level = _LOG_NOTHING  # the exception says it
         return options, NativeCall(partial(setattr, options, "terminate", True))
