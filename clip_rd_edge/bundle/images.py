@@ -30,7 +30,16 @@ BACKGROUND = (255, 255, 255)
 # Images with more pixels are refused before decoding, as a protection against decompression bombs. Pillow's own limit.
 MAX_PIXELS = 178_956_970
 MAX_BATCH_PIXELS = 64_000_000  # decoded at once: 192 MB, while 64 photographs of 12 megapixels take 2.3 GB
-_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+_HEIC_BRANDS = {  # ISO/IEC 23008-12
+    b"heic",
+    b"heix",
+    b"heim",
+    b"heis",
+    b"hevc",
+    b"hevx",
+    b"mif1",
+    b"msf1",
+}
 
 
 @runtime_checkable
@@ -133,7 +142,7 @@ def _open(file: ImageFile) -> Image.Image:
     except UnidentifiedImageError:
         with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getvalue()) as content:
             header = content.read(12)
-        if not _is_heic(header):
+        if header[4:8] != b"ftyp" or header[8:12] not in _HEIC_BRANDS:
             raise ValueError(_unidentified(header)) from None
         try:
             import pillow_heif
@@ -141,11 +150,6 @@ def _open(file: ImageFile) -> Image.Image:
             raise ValueError("it is HEIC, which needs a package: pip install pillow-heif") from None
         pillow_heif.register_heif_opener()
         return Image.open(source, formats=_registered_formats())
-
-
-def _is_heic(header: bytes) -> bool:
-    """Return whether a file that starts with these 12 bytes is HEIC (ISO/IEC 23008-12)."""
-    return header[4:8] == b"ftyp" and header[8:12] in _HEIC_BRANDS
 
 
 def _unidentified(header: bytes) -> str:

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.bundle.encoder import Embeddings, as_list, require_labels
-from clip_rd_edge.bundle.manifest import LABELS, TAUGHT
+from clip_rd_edge.bundle.manifest import LABELS
 from clip_rd_edge.errors import ConfigError, InputError, near_matches, quoted
 from clip_rd_edge.utils.arrays import npz_bytes, read_npz
 from clip_rd_edge.utils.files import read_text_limited, text_lines, write_bytes
@@ -140,11 +140,6 @@ def read_labels(folder: Path, *, name: str = LABELS) -> LabelBank | None:
             hint=_HINT,
         )
     return LabelBank(tuple(str(name) for name in names), embeddings.astype(np.float32))
-
-
-def write_taught(folder: Path, taught: Taught) -> None:
-    """Write taught.npz."""
-    write_bytes(folder / TAUGHT, taught_bytes(taught))
 
 
 def taught_bytes(taught: Taught) -> bytes:

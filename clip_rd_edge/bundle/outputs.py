@@ -6,6 +6,7 @@ a list of labels that somebody put into a bundle's folder is not lost.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -123,11 +124,7 @@ def _bundle_layout(folder: Path) -> _Layout | None:
     listed = listed_files(folder)
     if listed is None:
         return None
-    return _Layout((MANIFEST,), (MANIFEST, *(_literally(name) for name in listed), *_BUILT_ON_DEVICE))
-
-
-def _literally(name: str) -> str:
-    return name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]")
+    return _Layout((MANIFEST,), (MANIFEST, *map(glob.escape, listed), *_BUILT_ON_DEVICE))
 
 
 def _record(folder: Path) -> dict[str, object]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import click
 
-from clip_rd_edge.cli.options import command_of, grouped
+from clip_rd_edge.cli.options import command_of, grouped, refuse_together
 from clip_rd_edge.cli.output import LateReporter, cut, echo, terminal_width
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.settings.deploying import Classify
@@ -62,8 +62,8 @@ def classify(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> 
             "Expected either images or --camera.",
             hint="pass files, a folder, - for a list, or --camera 0; images stand before --labels",
         )
-    if as_csv and (as_json or null):
-        raise UsageError(f"{'--json' if as_json else '--null'} and --csv cannot be combined.", hint="omit one of them")
+    refuse_together({"--json": as_json, "--csv": as_csv})
+    refuse_together({"--null": null, "--csv": as_csv})
     # numpy's matrix products are small here: more threads only take cores from the model. numpy reads this at import.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

@@ -59,11 +59,6 @@ def _columns(console: Console) -> int:
     return console.width if console.file.isatty() else 0
 
 
-def _redraws(console: Console) -> bool:
-    """Return whether a console's lines can be drawn again: a terminal does that unless it is a dumb one."""
-    return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
-
-
 def _folded(text: str, console: Console) -> str:
     return fold(text, _columns(console))
 
@@ -195,7 +190,8 @@ def console_reporter() -> Iterator[ConsoleReporter]:
         _Times(Column(no_wrap=True)),
         _Message(),
     )
-    with _Bar(*columns, console=stderr, disable=not _redraws(stderr), transient=True) as bar:
+    redraws = stderr.is_terminal and not stderr.is_dumb_terminal and stderr.file.isatty()
+    with _Bar(*columns, console=stderr, disable=not redraws, transient=True) as bar:
         reporter = ConsoleReporter(bar)
         context = click.get_current_context(silent=True)
         reporter.update(f"starting {context.command_path.partition(' ')[2]}" if context else "starting")

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 import click
 
-from clip_rd_edge.cli.options import GroupedCommand, PathName, command_of, grouped
+from clip_rd_edge.cli.options import GroupedCommand, PathName, command_of, grouped, refuse_together
 from clip_rd_edge.cli.output import echo
-from clip_rd_edge.errors import ClipRdEdgeError, InputError, InterruptedRunError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, InputError, InterruptedRunError
 from clip_rd_edge.settings.deploying import Demo, Index, Search, Serve
 from clip_rd_edge.utils.paths import exists
 from clip_rd_edge.utils.process import handled_by, leave_lost_terminal, stop_signals
@@ -43,8 +43,7 @@ def index(given: dict[str, Any], watch: bool) -> None:
     import clip_rd_edge as edge
     from clip_rd_edge.cli.console import console_reporter
 
-    if watch and "ray" in given:
-        raise UsageError("--watch and --ray cannot be combined.", hint="omit one of them")
+    refuse_together({"--watch": watch, "--ray": "ray" in given})
     if watch:
         _watch(given)
         return
@@ -121,8 +120,7 @@ def search(given: dict[str, Any], as_json: bool, null: bool) -> None:
     from clip_rd_edge.cli.console import json_line
     from clip_rd_edge.runtime.index_folder import is_gone
 
-    if as_json and null:
-        raise UsageError("--json and --null cannot be combined.", hint="omit one of them")
+    refuse_together({"--json": as_json, "--null": null})
     hits = edge.search(**given)
     for hit in hits:
         if as_json:

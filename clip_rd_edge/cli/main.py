@@ -149,40 +149,39 @@ def _main() -> None:
         if is_lost:
             raise UsageError("What is printed would be lost: stdout is closed.", hint="print into > /dev/null instead")
         sys.exit(_run(arguments))
-    except ClipRdEdgeError as error:
-        if debug:
-            raise
-        _print_error(error, arguments)
-        if isinstance(error, LostProcessError):
-            _end_now(error.exit_code)
-        sys.exit(error.exit_code)
-    except ModuleNotFoundError as error:
-        missing = _as_missing_extra(error, arguments)
-        if debug or missing is None:
-            raise
-        _print_error(missing, arguments)
-        sys.exit(missing.exit_code)
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
         # A signal that arrives while a library in C++ is imported becomes the cause of an ImportError.
-        if any(isinstance(cause, _Terminated) for cause in causes(error)):
+        behind = () if isinstance(error, ClipRdEdgeError) else tuple(causes(error))
+        if any(isinstance(cause, _Terminated) for cause in behind):
             raise _Terminated from error
-        if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):
+        if any(isinstance(cause, KeyboardInterrupt) for cause in behind):
             echo("Interrupted.", err=True)
             end_running_calls(130)  # the process waits for its threads
             sys.exit(130)
-        if isinstance(error, MemoryError):
-            _print_error(_NO_MEMORY, arguments)
-            sys.exit(_NO_MEMORY.exit_code)
-        from clip_rd_edge.utils.files import disk_full_error, machine_failure
+        if (failure := _expected(error, arguments)) is None:
+            echo(f"error: {type(error).__name__}: {error}", err=True)
+            echo("hint: run it again with --debug to see the traceback", err=True)
+            sys.exit(1)
+        _print_error(failure, arguments)
+        if isinstance(failure, LostProcessError):
+            _end_now(failure.exit_code)
+        sys.exit(failure.exit_code)
 
-        if failure := disk_full_error(error) or machine_failure(error):
-            _print_error(failure, arguments)
-            sys.exit(failure.exit_code)
-        echo(f"error: {type(error).__name__}: {error}", err=True)
-        echo("hint: run it again with --debug to see the traceback", err=True)
-        sys.exit(1)
+
+def _expected(error: BaseException, arguments: list[str]) -> ClipRdEdgeError | None:
+    """Return the error in one sentence, if it is of a kind that has one."""
+    if isinstance(error, ClipRdEdgeError):
+        return error
+    if isinstance(error, MemoryError):
+        hint = "end other programs, or use smaller images, batches or models"
+        return ClipRdEdgeError("There is not enough memory for this.", hint=hint)
+    if isinstance(error, ModuleNotFoundError) and (missing := _as_missing_extra(error, arguments)):
+        return missing
+    from clip_rd_edge.utils.files import disk_full_error, machine_failure
+
+    return disk_full_error(error) or machine_failure(error)
 
 
 class _Terminated(BaseException):
@@ -221,11 +220,6 @@ def _unwound_by_signals() -> Iterator[None]:
             sys.exit(128 + received[0])  # the first process of a container, which no signal ends by itself
         finally:
             signals.leave = None
-
-
-_NO_MEMORY = ClipRdEdgeError(
-    "There is not enough memory for this.", hint="end other programs, or use smaller images, batches or models"
-)
 
 
 def _open_closed_streams() -> None:

@@ -13,10 +13,16 @@ import click
 from click.shell_completion import CompletionItem
 
 from clip_rd_edge.cli.output import LateReporter, echo
-from clip_rd_edge.errors import near_matches, spelled
+from clip_rd_edge.errors import UsageError, near_matches, spelled
 
 if TYPE_CHECKING:
     from clip_rd_edge.settings.options import Declared, Settings
+
+
+def refuse_together(given: Mapping[str, bool]) -> None:
+    """Refuse a call with several options of which one is meant."""
+    if all(given.values()):
+        raise UsageError(f"{' and '.join(given)} cannot be combined.", hint="omit one of them")
 
 
 class PathName(click.Path):
@@ -206,14 +212,11 @@ def completed_by(names: Iterable[str] | Callable[[], Iterable[str]]) -> Callable
     """
 
     def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        matches = [CompletionItem(name) for name in _called(names) if name.startswith(incomplete)]
+        known = names() if callable(names) else names
+        matches = [CompletionItem(name) for name in known if name.startswith(incomplete)]
         return matches or [CompletionItem(incomplete, type="file")]
 
     return complete
-
-
-def _called(names: Iterable[str] | Callable[[], Iterable[str]]) -> Iterable[str]:
-    return names() if callable(names) else names
 
 
 def packaged_names(folder: str, suffix: str) -> Callable[[], list[str]]:

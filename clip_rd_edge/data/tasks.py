@@ -17,7 +17,7 @@ from clip_rd_edge.data.shard_files import TarMember, current_versions
 from clip_rd_edge.data.shard_index import Shard, open_shard
 from clip_rd_edge.data.tables import Table, load_table
 from clip_rd_edge.data.tar import Kind
-from clip_rd_edge.data.webdataset import JSON_KEY, MAX_SHARDS, json_captions, parse_sources, read_text
+from clip_rd_edge.data.webdataset import JSON_KEY, MAX_SHARDS, json_captions, parse_sources, read_text, require_captions
 from clip_rd_edge.errors import InputError, near_matches, quoted
 from clip_rd_edge.utils.files import read_text_limited, text_lines
 from clip_rd_edge.utils.paths import Typed, is_file, is_folder, near_files, sorted_paths
@@ -271,10 +271,7 @@ def _captions(member: TarMember) -> Sequence[str]:
     """Return the lines of a .txt, or what the .json has at the key that training reads where there is no .txt."""
     if member.name.endswith(".json"):
         return json_captions(member, JSON_KEY, hint=_CAPTION_HINT)
-    lines = [line.strip() for line in text_lines(read_text(member)) if line.strip()]
-    if not lines:
-        raise InputError(f"{member} has no caption.")
-    return lines
+    return require_captions(text_lines(read_text(member)), str(member))
 
 
 _CAPTION_HINT = f"write captions into a .txt of each sample, one per line, or into its .json at the key {JSON_KEY!r}"

@@ -107,7 +107,10 @@ class Shards:
         captions: tuple[str, ...] = ()
         if self._captioned:
             member = TarMember(shard, "", *located.caption)
-            captions = json_captions(member, self._json_key or JSON_KEY) if located.is_json else text_captions(member)
+            if located.is_json:
+                captions = json_captions(member, self._json_key or JSON_KEY)
+            else:  # as open_clip does
+                captions = require_captions([read_text(member)], str(member))
         return Sample(captions, TarMember(shard, "", *located.image))
 
     def identity(self) -> Iterator[bytes]:
@@ -200,11 +203,6 @@ def _choices(content: str, pattern: str) -> list[str]:
     return [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]
 
 
-def text_captions(member: TarMember) -> tuple[str, ...]:
-    """Return the whole text of a .txt as one caption, as open_clip does."""
-    return _require_captions([read_text(member)], str(member))
-
-
 def read_json_member(member: TarMember) -> Any:
     """Return the content of a .json, which may have NaN, Infinity and halves of surrogate pairs, as Python writes."""
     text = read_text(member)
@@ -233,16 +231,15 @@ def json_captions(
     captions = [caption for caption in (value if isinstance(value, list) else [value]) if caption is not None]
     if not all(isinstance(caption, str) and is_unicode(caption) for caption in captions):
         raise InputError(f"{member}: {key!r} is neither a text nor a list of texts.")
-    return _require_captions(captions, str(member))
+    return require_captions(captions, str(member))
 
 
-def _require_captions(captions: Sequence[str], location: str) -> tuple[str, ...]:
+def require_captions(captions: Sequence[str], location: str) -> tuple[str, ...]:
     """Return the captions that are not empty, stripped; raise InputError if there are none, or one is a list."""
     non_empty = tuple(stripped for caption in captions if (stripped := caption.strip()))
-    if not non_empty:
-        raise InputError(f"{location}: the caption is empty.")
-    if any(map(is_list_of_texts, non_empty)):
-        raise InputError(f"{location}: the caption is the text of a list; expected the list itself, in a .json.")
+    if not non_empty or any(map(is_list_of_texts, non_empty)):
+        what = "the text of a list; expected the list itself, in a .json" if non_empty else "empty"
+        raise InputError(f"{location}: the caption is {what}.")
     return non_empty
 
 

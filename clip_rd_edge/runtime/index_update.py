@@ -276,7 +276,11 @@ class Indexer:
             )
             update.unreadable += map(str, failed.values())
             self.failed.update((name, str(error)) for name, error in failed.items())
-            self.again.update(name for name, error in failed.items() if _is_of_system(error))
+            self.again.update(  # because of the system, and not of their content
+                name
+                for name, error in failed.items()
+                if any(isinstance(cause, OSError) and cause.errno is not None for cause in causes(error))
+            )
             if failed:  # now: the disk may be back when all is done
                 is_away = is_empty_folder(self._folder)
                 away = failed if is_away else out_of_sight(self._folder, failed, growing.listed_ns)[0]
@@ -346,11 +350,6 @@ def was_moved(index: Index, folder: Path) -> bool:
         with suppress(OSError, ValueError):  # a damaged index.json may have a path with NUL
             there += (folder / entry.path).stat().st_size == entry.size_bytes
     return there > len(index.entries) / 2
-
-
-def _is_of_system(error: InputError) -> bool:
-    """Return whether an image could not be read because of the system, and not of its content."""
-    return any(isinstance(cause, OSError) and cause.errno is not None for cause in causes(error))
 
 
 class _Growing:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 
 from clip_rd_edge.bundle.encoder import Embeddings, Encoder, TowerEncoder, image_batch_size, in_batches
-from clip_rd_edge.bundle.formats import FORMATS, RUNTIMES, encoder_of, format_of
+from clip_rd_edge.bundle.formats import FORMATS, encoder_of, format_of
 from clip_rd_edge.bundle.images import (
     ImageFile,
     ImageInput,
@@ -80,8 +80,6 @@ def load(
         folder = _without_links(folder)
     manifest = read_manifest(folder)
     require_intact_manifest(folder, manifest)
-    if runtime is not None and runtime not in (*RUNTIMES, format_of(manifest.target).runtime):
-        raise UsageError(f"Unknown runtime {runtime!r}; expected one of {', '.join(RUNTIMES)}.")
     return open_bundle(folder, manifest, threads=threads, runtime=runtime, device=device, spin=spin, force=force)
 
 
@@ -131,7 +129,7 @@ def _require_readable(manifest: Manifest, engine: str) -> None:
     reads_onnx = any(info.runtime == engine and info.is_onnx for info in FORMATS.values())
     if engine != own.runtime and not (own.is_onnx and reads_onnx):
         raise UsageError(
-            f"The runtime {engine} does not run this bundle, whose files are {'ONNX' if own.is_onnx else own.title}.",
+            f"The runtime {engine!r} does not run this bundle, whose files are {'ONNX' if own.is_onnx else own.title}.",
             hint=f"omit the runtime: {own.runtime} runs it",
         )
 

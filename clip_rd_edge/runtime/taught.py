@@ -33,14 +33,15 @@ from clip_rd_edge.bundle.labels import (
     Taught,
     read_taught,
     require_readable,
+    taught_bytes,
     write_labels,
-    write_taught,
 )
 from clip_rd_edge.bundle.manifest import LABELS, TAUGHT, write_manifest
 from clip_rd_edge.bundle.reference import reference_images
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.runtime.encoder import BundleEncoder, image_key
 from clip_rd_edge.runtime.load import copy_bundle, encode_inputs
+from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.outputs import new_folder
 
 Matrix = npt.NDArray[np.float64]
@@ -134,7 +135,7 @@ def write_taught_bundle(encoder: BundleEncoder, output: Path, *, overwrite: bool
         if bank is not None:
             write_labels(folder, bank)
         if taught is not None and taught.names:
-            write_taught(folder, taught)
+            write_bytes(folder / TAUGHT, taught_bytes(taught))
         write_manifest(folder, encoder.manifest.with_features(taught=taught.names if taught else ()))
 
 

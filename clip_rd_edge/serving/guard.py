@@ -153,11 +153,10 @@ class Guard:
         if not self.token_required:
             # Without any Host, it is no browser's: probes of load balancers send none with HTTP/1.0.
             named = _hostname(host) in self.names or allowed_host(host, loopback=self.loopback)
-            if (host or origin) and not named:
-                raise RefusedError(403, f"The host {host!r} is not allowed; use the address that clip-rd-edge printed.")
-            if origin is not None and not self._allows_page(origin, host):
-                message = f"Requests from pages of {origin} to {host!r} are not allowed"
-                raise RefusedError(403, f"{message}; a proxy has to pass on Host unchanged.")
+            is_foreign = origin is not None and not self._allows_page(origin, host)
+            if ((host or origin) and not named) or is_foreign:
+                message = f"Requests{f' from pages of {origin}' if is_foreign else ''} to {host!r} are not allowed"
+                raise RefusedError(403, f"{message}; use the address that clip-rd-edge printed.")
         length = headers.get("content-length", "0")
         if not is_natural(length) or int(length) > MAX_BODY_BYTES:
             raise _too_large()

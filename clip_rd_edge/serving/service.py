@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hmac
 import time
 from collections import OrderedDict
@@ -118,7 +117,8 @@ class Service:
         body = decode_request(await request.body(), protocol.OpenAiRequest)
         items = protocol.openai_items(body, embedding_size=self.description.embedding_size)
         rows, tokens = await self._embed(items)
-        encoded = [_base64(row) if body.encoding_format == "base64" else row.tolist() for row in rows]
+        is_base64 = body.encoding_format == "base64"  # as msgspec encodes bytes
+        encoded = [row.astype("<f4").tobytes() if is_base64 else row.tolist() for row in rows]
         data = [{"object": "embedding", "index": number, "embedding": row} for number, row in enumerate(encoded)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return json_response({"object": "list", "data": data, "model": self.description.name, "usage": usage})
@@ -322,10 +322,6 @@ def _stacked(encode: Callable[[Any], Embeddings]) -> Callable[[Sequence[Any]], E
 async def _asked(request: Request, kind: type[protocol.Asked]) -> tuple[protocol.Asked, bytes]:
     content_type, query = request.headers.get("content-type", ""), request.query_params.multi_items()
     return protocol.read_request(await request.body(), kind, content_type=content_type, query=query)
-
-
-def _base64(row: Embeddings) -> str:
-    return base64.b64encode(row.astype("<f4").tobytes()).decode()
 
 
 def make_app(

@@ -67,17 +67,13 @@ def require_apart(output: Path, sources: Iterable[Path]) -> None:
         output: a folder that `new_folder` will replace.
         sources: what the output is made from; those that do not exist are ignored.
     """
-    place = output.resolve()
-    for source in sources:
+    for source in (*sources, Path.cwd()):
         with suppress(InputError):  # not a path, such as a long label; whoever reads it reports it
-            if exists(source) and place in (source.resolve(), *source.resolve().parents):
-                relation = "is" if place == source.resolve() else "contains"
+            if exists(source) and output.resolve() in (source.resolve(), *source.resolve().parents):
+                relation = "is" if output.resolve() == source.resolve() else "contains"
                 raise UsageError(
                     f"The output {output} {relation} {source}, which it would replace.", hint="choose another {output}"
                 )
-    if place in (Path.cwd(), *Path.cwd().parents):
-        relation = "is" if place == Path.cwd() else "contains"
-        raise UsageError(f"The output {output} {relation} the working folder.", hint="name a new folder in it")
 
 
 @contextmanager

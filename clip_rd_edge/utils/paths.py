@@ -37,11 +37,9 @@ def as_text(value: Any) -> Any:
 def require_paths(name: str, value: Any) -> None:
     """Raise UsageError if the option `name` is neither a path nor a list of them."""
     for path in value if isinstance(value, list | tuple) else [value]:
-        if not isinstance(path, str | os.PathLike):
-            fault = f"{path!r}, of type {type(path).__name__}; expected a path or a name"
-            raise UsageError(f"{name} is {fault}.", hint="pass a text or a pathlib.Path", option=name)
-        if not os.fspath(path):
-            raise UsageError(f"{name} is empty.", hint="check the variable it came from; . is this folder", option=name)
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+            hint = "pass a text or a pathlib.Path; . is this folder"
+            raise UsageError(f"{name} is {path!r}; expected a path or a name.", hint=hint, option=name)
 
 
 def is_file(path: AnyPath) -> bool:
@@ -198,10 +196,8 @@ def shipped_path(name: str) -> Path:
     Args:
         name: such as `benchmarks/suites/quickstart.yaml`.
     """
-    for root in (_PACKAGE / "_shipped", _PACKAGE.parent):
-        if (root / name).exists():
-            return root / name
-    raise InputError(f"clip-rd-edge does not ship {name!r}.")
+    installed = _PACKAGE / "_shipped" / name
+    return installed if installed.exists() else _PACKAGE.parent / name
 
 
 Typed = NewType("Typed", str)
