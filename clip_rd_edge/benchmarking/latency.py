@@ -291,11 +291,7 @@ class Throughput(msgspec.Struct, frozen=True, kw_only=True):
 def measure_throughput(
     encoders: Mapping[str, TowerEncoder], pixels: Mapping[str, Pixels]
 ) -> dict[str, tuple[Throughput, ...]]:
-    """Time all image towers in turn at each of BATCHES.
-
-    Args:
-        pixels: one preprocessed image per encoder, (1, 3, H, W).
-    """
+    """Time all image towers in turn at each of BATCHES, with one preprocessed image per encoder, (1, 3, H, W)."""
     results: dict[str, list[Throughput]] = {label: [] for label in encoders}
     for batch in BATCHES:
         calls: dict[str, Callable[[], object]] = {

@@ -190,11 +190,7 @@ def pooled_deviation(models: Sequence[LogRatios]) -> float:
 
 
 def run_noise(models: Sequence[LogRatios]) -> float:
-    """Return how much any row can differ between two runs like this one by chance, as a fraction.
-
-    Args:
-        models: the log ratios of all rows for one measurement, of at least MIN_BLOCKS blocks each.
-    """
+    """Return how much any row can differ between two runs like this one by chance, as a fraction."""
     pooled = pooled_deviation(models)
     return max(change_noise(ratios, ratios, pooled=pooled) for ratios in models)
 

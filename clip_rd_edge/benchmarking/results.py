@@ -207,11 +207,7 @@ def is_results(path: Path) -> bool:
 
 
 def read_results(path: Path) -> Results:
-    """Read results.json.
-
-    Args:
-        path: the file, or the folder that a benchmark wrote.
-    """
+    """Read results.json, given by its path or by the folder that a benchmark wrote."""
     path = path / RESULTS if is_folder(path) else path
     hint = "expected the results of a benchmark; those of an evidence suite are for clip-rd-edge evidence report"
     results = read_versioned_json(path, Results, newest=FORMAT_VERSION, hint=hint)

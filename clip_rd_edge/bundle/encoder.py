@@ -358,12 +358,9 @@ UNCALIBRATED = Calibration(slope=0.97, intercept=-3.3)
 
 
 def usual_limit(usual: Matches, labels: int) -> Matches:
-    """Return the match below which an image is refused without calibration, (N, 1).
+    """Return the match below which an image is refused without calibration, (N, 1), from those of the nouns, (N, K).
 
     Among as many nouns as there are labels, two would match at least as well.
-
-    Args:
-        usual: the matches of the background's nouns, (N, K).
     """
     limit: Matches = np.quantile(usual, 1 - min(0.5, 2 / (labels + 1)), axis=1, keepdims=True).astype(np.float32)
     return limit

@@ -82,12 +82,7 @@ class Taught(msgspec.Struct, frozen=True):
 
 
 def require_readable(names: Sequence[str], size: int, precision: LabelPrecision) -> None:
-    """Refuse labels that cannot be stored, or whose bank `read_labels` would refuse, before they are embedded.
-
-    Args:
-        names: the labels.
-        size: of their embeddings.
-    """
+    """Refuse labels that cannot be stored, or whose bank `read_labels` would refuse, before they are embedded."""
     require_labels(names)
     longest = max(names, key=len, default="")  # to which NumPy pads all of them, with four bytes per character
     row = max(size * {"fp32": 4, "fp16": 2, "int8": 1}[precision], 4 * len(longest))

@@ -217,11 +217,7 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return tuple(name for name in names if name)
 
     def with_towers(self, towers: Mapping[str, Tower], *, target: str | None = None) -> Manifest:
-        """Return a manifest with these towers and no file hashes; its precision combines those of the towers.
-
-        Args:
-            target: target of the towers; None keeps the current one.
-        """
+        """Return a manifest with these towers, their precisions and perhaps another target, and no file hashes."""
         precisions = dict.fromkeys(tower.precision.split()[0] for tower in towers.values())
         return msgspec.structs.replace(
             self,
@@ -321,12 +317,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def require_whole_towers(folder: Path, manifest: Manifest, *, purpose: str) -> None:
-    """Raise UsageError if a tower's weights are in a file of their own.
-
-    Args:
-        folder, manifest: the bundle.
-        purpose: what needs them to be in the ONNX file, as the subject of a sentence.
-    """
+    """Raise UsageError if a tower's weights are in a file of their own: `purpose` needs them in the ONNX file."""
     for tower in manifest.towers.values():
         data = f"{tower.file}{EXTERNAL_DATA_SUFFIX}"
         if data in manifest.files:
@@ -396,11 +387,6 @@ def require_current_engine(folder: Path, manifest: Manifest, tower: Tower, engin
     """Check that an engine that the device built was built from the bundle's ONNX file.
 
     A newer bundle that is copied over an older one leaves the older one's engine beside the new ONNX file.
-
-    Args:
-        folder, manifest: the bundle.
-        tower: the tower, whose manifest entry names no engine.
-        engine: name of the engine file; a missing one is reported by whoever opens it.
     """
     path, stamp = folder / engine, folder / f"{engine}{STAMP_SUFFIX}"
     if not path.is_file():

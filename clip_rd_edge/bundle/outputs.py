@@ -52,11 +52,7 @@ _RECORDED = {"average": "average", "stitched model": "classifier", "trimmed mode
 
 
 def require_output(path: Path, kind: OutputKind, *, overwrite: bool, sources: Iterable[Path] = ()) -> None:
-    """Refuse an output folder that is in use, unless `overwrite` is set and it holds only an earlier output of `kind`.
-
-    Args:
-        sources: what the output is made from, which it must not replace.
-    """
+    """Refuse an output in use, unless with `overwrite` it is an earlier one of `kind` alone, and no source."""
     with named_failures(path):
         if is_file(path):
             raise UsageError(f"The output {path} is a file; expected a folder.", hint="choose another {output}")

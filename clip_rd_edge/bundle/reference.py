@@ -84,9 +84,6 @@ def reference_images(size: tuple[int, int]) -> npt.NDArray[np.uint8]:
 
     They are generated, not taken from training data, which a bundle must not give away. White areas and saturated
     colours are the inputs on which INT8 kernels that saturate deviate most.
-
-    Args:
-        size: height and width.
     """
     height, width = size
     rng = np.random.default_rng(0)

@@ -92,9 +92,6 @@ class ConsoleReporter(Reporter):
     """Reports progress on stderr: messages, and a progress bar if it is enabled, else a line now and then.
 
     Chapters (`begin`) are numbered lines; messages within them are indented.
-
-    Args:
-        bar: the progress bar.
     """
 
     def __init__(self, bar: Progress) -> None:

@@ -38,12 +38,7 @@ class PathName(click.Path):
 
 
 class NameChoice(click.Choice):  # type: ignore[type-arg]  # generic since click 8.2 only
-    """One of several names, in any case; a mistyped one is answered with the nearest.
-
-    Args:
-        names: the names.
-        meant: what is meant by other words for them, such as `gpu` for `cuda`.
-    """
+    """One of several names, in any case, or what other words mean; a mistyped one is answered with the nearest."""
 
     def __init__(self, names: Sequence[str], *, meant: Mapping[str, str] | None = None) -> None:
         super().__init__(names, case_sensitive=False)
@@ -205,11 +200,7 @@ def grouped(heading: str) -> Callable[..., Callable[[Any], Any]]:
 
 
 def completed_by(names: Iterable[str] | Callable[[], Iterable[str]]) -> Callable[..., list[CompletionItem]]:
-    """Return a `shell_complete` callback that offers names, such as those of presets, and file names.
-
-    Args:
-        names: a function is called when the shell asks, because listing the names may import packages.
-    """
+    """Return a `shell_complete` callback that offers names, or calls a function that imports them, and file names."""
 
     def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
         known = names() if callable(names) else names

@@ -89,9 +89,6 @@ def groups_of(seen: Sequence[Seen], keys: Sequence[str] = ()) -> list[int]:
     """Return the group number of each image: images with the same bytes, near-duplicates, or the same key.
 
     The number of a group is that of its first image. Images that cannot be read are alone.
-
-    Args:
-        keys: such as the caption of each image; an empty one is no key.
     """
     above = list(range(len(seen)))
 

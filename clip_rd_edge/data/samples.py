@@ -225,11 +225,7 @@ BadPair = tuple[int, str]  # index and reason
 
 
 def read_twice(read: Callable[[int], T], index: int) -> T:
-    """Read a sample; one that the machine fails to deliver is not a bad sample: it is tried once more.
-
-    Args:
-        read: reads a sample by its index; raises InputError if it cannot.
-    """
+    """Return `read(index)`; a sample that the machine fails to deliver is not a bad one: it is read once more."""
     try:
         return read(index)
     except InputError as error:
@@ -243,11 +239,7 @@ def read_twice(read: Callable[[int], T], index: int) -> T:
 
 
 class BadSamples:
-    """Counts bad samples: the problems of a source, and the samples that fail when they are read.
-
-    Args:
-        max_share: max share of bad samples among all samples.
-    """
+    """Counts bad samples: the problems of a source, and the samples that fail when they are read."""
 
     def __init__(self, samples: Samples, *, max_share: float = MAX_BAD_SHARE) -> None:
         self._samples, self._max_share = samples, max_share
@@ -311,10 +303,7 @@ class BadSamples:
         self._shared = len(self._reasons)
 
     def next_valid(self, index: int, read: Callable[[int], T]) -> tuple[T | None, tuple[BadPair, ...]]:
-        """Read the first valid sample from `index` on.
-
-        Args:
-            read: reads a sample by its index; raises InputError if it is bad.
+        """Return the first sample from `index` on that `read` reads without an InputError.
 
         Returns:
             What `read` returned, or None if the bad samples exceed the limit; and the bad samples. They are not counted

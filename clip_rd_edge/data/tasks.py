@@ -88,11 +88,7 @@ Task = ZeroShotTask | RetrievalTask
 
 def with_distinct_names(tasks: Sequence[Task], sources: Sequence[str]) -> list[Task]:
     """Rename tasks of the same name, such as those of `a/val.csv` and `b/val.csv`, to the parts of their source that
-    differ.
-
-    Args:
-        sources: the path or name that each task was loaded from.
-    """
+    differ."""
     renamed = list(tasks)
     for name in {task.name for task in tasks}:
         same = [number for number, task in enumerate(tasks) if task.name == name]
@@ -124,9 +120,6 @@ def load_task(name: Typed, *, image_key: str = "filepath", caption_key: str = "t
     - A folder of WebDataset shards as exported by CLIP_benchmark: `test/nshards.txt`, `test/0.tar`, …
     - Pairs, for retrieval: a table (CSV, TSV or Parquet), or shards (`val/{000..003}.tar`). An image in several lines
       of a table has several captions.
-
-    Args:
-        image_key, caption_key: the columns of a table, as for `data.load.load_pairs`.
 
     Metadata files that may accompany the images are described by `data.tasks.DataSet`.
     """

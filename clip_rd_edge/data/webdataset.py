@@ -217,11 +217,7 @@ def read_json_member(member: TarMember) -> Any:
 def json_captions(
     member: TarMember, key: str, *, hint: str = "name the key with {json_caption_key}"
 ) -> tuple[str, ...]:
-    """Return the captions at a key of a .json, a string or a list of strings.
-
-    Args:
-        hint: what to do if there is no such key.
-    """
+    """Return the captions at a key of a .json, a string or a list of strings; without it, an error with this hint."""
     content = read_json_member(member)
     if not isinstance(content, dict) or key not in content:
         known = [str(name) for name in content] if isinstance(content, dict) else []
@@ -293,10 +289,6 @@ def pack_samples(samples: Samples, folder: Path, *, edge: int, max_bad: float, r
 
     An image whose shorter edge has more than `edge` pixels becomes a JPEG with that edge; a smaller one stays as it is,
     byte for byte, if it is a JPEG, PNG or WebP.
-
-    Args:
-        max_bad: max share of samples that cannot be read.
-        reporter: receives the number of finished samples.
     """
     made = _Made(data=samples.name, samples=len(samples), samples_sha256=fingerprint(samples), edge=edge)
     order, parts = EpochOrder(samples.groups, seed=0), in_batches(len(samples), SHARD_SAMPLES)

@@ -22,10 +22,6 @@ def frames(source: str) -> Iterator[Image.Image]:
 
     A camera or a stream is read at its own rate and only the newest frame is kept, so that a slow model lags by one
     frame instead of a growing queue. All frames of a video are yielded, in order.
-
-    Args:
-        source: a camera number such as `0`, or a path or URL that OpenCV can open, such as `/dev/video2`,
-            `rtsp://HOST/PATH` or `video.mp4`.
     """
     try:
         import cv2

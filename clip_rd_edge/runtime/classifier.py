@@ -186,9 +186,6 @@ class ZeroShotClassifier:
     ) -> list[list[Prediction]]:
         """Like `classify`, for image embeddings of any length, (N, D), or a single one, (D,).
 
-        Args:
-            deciding: in place of the classifier's; None takes that.
-
         Raises:
             InputError: the embeddings have another shape, are not numbers, or one is zero or not finite.
             UsageError: `top` is less than 1, or a share is not one.

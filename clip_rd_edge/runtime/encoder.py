@@ -81,10 +81,6 @@ class RunOptions:
 class BundleEncoder(ABC):
     """An `Encoder` for a bundle; each runtime's subclass implements `open_tower`. See `runtime.load`.
 
-    Args:
-        folder, manifest: the bundle.
-        options: how to run it; UsageError if the runtime does not have that device.
-
     Attributes:
         force: see `runtime.load.load`.
     """

@@ -393,11 +393,7 @@ def _text_or_image(query: str) -> str | Path:
 
 
 def open_graph(path: Path, index: Index, *, memory_mapped: bool = True) -> Graph | None:
-    """Open the graph of an index; None if it has none, or it cannot be used here: then search is exact.
-
-    Args:
-        memory_mapped: as for `read_index`.
-    """
+    """Open the graph of an index; None if it has none, or it cannot be used here: then search is exact."""
     if index.graph is None or not usearch_is_installed():
         return None
     try:

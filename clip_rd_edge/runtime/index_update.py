@@ -331,10 +331,6 @@ def text_cutoff(rows: Embeddings, background: Embeddings) -> float:
     """Return the cosine that the best of N images reaches for one in five of texts that have nothing to do with them.
 
     Such texts are common nouns: few of them are in any folder. The more images, the higher it is.
-
-    Args:
-        rows: embeddings of the images, (N, D).
-        background: embeddings of the nouns, (K, D).
     """
     nouns = background[::_NOUN_STEP]
     best = np.max([(rows[part] @ nouns.T).max(axis=0) for part in in_batches(len(rows), _COMPARED_ROWS)], axis=0)

@@ -332,12 +332,7 @@ def label_cache_folder() -> Path:
 
 
 def label_set_key(text_tower: str, labels: Sequence[str], templates: Sequence[str]) -> str:
-    """Return the cache key of a list of labels.
-
-    Args:
-        text_tower: identifies the text tower and its tokenizer (`BundleEncoder.text_key`).
-        labels, templates: the labels in order, and the prompt templates.
-    """
+    """Return the cache key of labels in order, by the `text_key` of the encoder that embeds them in these templates."""
     return hashlib.sha256(msgspec.json.encode((text_tower, list(labels), list(templates)))).hexdigest()
 
 

@@ -177,9 +177,6 @@ def encode_inputs(encoder: Encoder, images: ImageInput | Iterable[ImageInput], *
 
     Only a batch of them is in memory. Each is converted before the next is drawn: cameras and decoders fill one buffer
     again and again. Files that come first are opened by threads, as in `embed_images`.
-
-    Args:
-        quick: as for `embed_images`.
     """
     entries, others = iter(as_images(images)), list[ImageInput]()
 
@@ -282,11 +279,7 @@ def _open_pixels(preprocessing: Preprocessing, min_edge: int | None, image: Imag
 
 
 def embed_images_on_cluster(address: str, encoder: BundleEncoder, images: Sequence[P]) -> Iterator[EmbeddedBatch[P]]:
-    """Embed images as `embed_images` does, in the same batches, by the workers of a Ray cluster.
-
-    Args:
-        address: as for `map_on_cluster`; the cluster's machines need the same bundle and images.
-    """
+    """Embed images as `embed_images` does, in the same batches, by a Ray cluster whose machines have the bundle."""
     from clip_rd_edge.utils.cluster import map_on_cluster  # late: hardly anybody has a cluster
 
     chunks = [images[part] for part in in_batches(len(images), _CHUNK_BATCHES * BATCH_SIZE)]

@@ -23,9 +23,6 @@ class Model:
 
     Methods return a single result for a single image or text, and one result per item for a list.
 
-    Args:
-        encoder: the encoder that runs the model.
-
     Attributes:
         encoder: the same encoder, whose other methods this class does not have.
     """

@@ -55,11 +55,7 @@ class GraphFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Graph:
-    """The graph of an index, opened.
-
-    Args:
-        index: usearch's index.
-        keys: of the rows, (N,).
+    """The graph of an index, opened by usearch, for rows with these keys, (N,).
 
     Attributes:
         others: rows that it does not have.

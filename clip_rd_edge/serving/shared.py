@@ -34,11 +34,7 @@ SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
 class Histogram:
-    """Counts values by upper bounds.
-
-    Args:
-        bounds: upper bounds of the buckets, ascending.
-    """
+    """Counts values by ascending upper bounds."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)
@@ -72,12 +68,7 @@ class Metrics:
         self.seconds.setdefault(path, Histogram(SECONDS)).observe(seconds)
 
     def render(self, *, pending: int, memory_bytes: int | None) -> str:
-        """Return all metrics as text.
-
-        Args:
-            pending: items of requests that are not answered yet.
-            memory_bytes: resident memory of the process, or None if it is unknown.
-        """
+        """Return all metrics as text, with the number of waiting items and the resident memory, or None if unknown."""
         lines = [f"# TYPE {PREFIX}requests_total counter"]
         for (path, status), count in sorted(self.requests.items()):
             lines.append(f'{PREFIX}requests_total{{path="{path}",status="{status}"}} {count}')

@@ -269,12 +269,9 @@ def _open_to_read(path: Path) -> IO[bytes]:
 
 
 def read_limited(path: Path, max_bytes: int, *, hint: str = "") -> bytes:
-    """Return the content of a file, or raise InputError if it cannot be read or is larger than a limit.
+    """Return the content of a file, or raise InputError if it cannot be read; or with the hint, if it is too large.
 
     The size of a regular file is checked before it is read; a device or a pipe is read up to the limit.
-
-    Args:
-        hint: of the error about a file that is too large.
     """
     try:
         with _patiently(lambda: _open_to_read(path)) as file:

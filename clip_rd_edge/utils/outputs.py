@@ -61,12 +61,7 @@ def _require_replaceable(path: Path) -> None:
 
 
 def require_apart(output: Path, sources: Iterable[Path]) -> None:
-    """Refuse an output that replaces a folder in which something is that is still needed.
-
-    Args:
-        output: a folder that `new_folder` will replace.
-        sources: what the output is made from; those that do not exist are ignored.
-    """
+    """Refuse an output that `new_folder` would put in the place of one of the sources, or of the working folder."""
     for source in (*sources, Path.cwd()):
         with suppress(InputError):  # not a path, such as a long label; whoever reads it reports it
             if exists(source) and output.resolve() in (source.resolve(), *source.resolve().parents):
@@ -85,9 +80,6 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     is moved back if the new one cannot take its place. Temporary folders left by killed processes of this machine are
     removed, and those of others after a day; what these had moved aside is removed once the new folder has its place:
     until then, it may be all that there is.
-
-    Args:
-        overwrite: if false, what another process has put there meanwhile is kept.
     """
     temporary = _beside(path, "tmp")
     with ExitStack() as stack:

@@ -191,11 +191,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def shipped_path(name: str) -> Path:
-    """Return the location of a shipped file or folder, given by its path in the repository.
-
-    Args:
-        name: such as `benchmarks/suites/quickstart.yaml`.
-    """
+    """Return the location of a shipped file or folder, such as `benchmarks/suites/quickstart.yaml`."""
     installed = _PACKAGE / "_shipped" / name
     return installed if installed.exists() else _PACKAGE.parent / name
 

@@ -164,11 +164,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def to_yaml(struct: Any, *, short_lists_inline: bool = False) -> str:
-    """Encode a struct as YAML, with keys in field order.
-
-    Args:
-        short_lists_inline: write lists and objects that hold no others as `[…]` and `{…}`.
-    """
+    """Encode a struct as YAML, with keys in field order, and if asked to with short lists and objects in one line."""
     import yaml
 
     text: str = yaml.dump(
@@ -354,11 +350,7 @@ def parse_yaml(content: bytes | str, *, source: Path) -> Any:
 
 
 def _count_values(node: Any, counts: dict[int, int]) -> int:
-    """Return the number of values in a node, above the limit for one that is in itself; refuse halves of characters.
-
-    Args:
-        counts: the numbers of the nodes that were counted, by identity.
-    """
+    """Return the number of values in a node, above the limit for one that is in itself; refuse halves of characters."""
     if node is not None and id(node) not in counts:
         counts[id(node)] = MAX_VALUES + 1
         value = node.value

@@ -30,9 +30,6 @@ class OneInputModel(ABC):
     """A model with the two methods of an ONNX Runtime session that are used here; its file takes one input at a time.
 
     Calls run one at a time, too: an engine owns its buffers, or does not document that several threads may call it.
-
-    Args:
-        inputs: names of the inputs.
     """
 
     def __init__(self, inputs: Sequence[str]) -> None:
@@ -64,11 +61,7 @@ def _opening(engine: str, model: str | bytes | Path) -> Iterator[None]:
 
 
 class LiteRtModel(OneInputModel):
-    """A model in LiteRT.
-
-    Args:
-        interpreter: of a model with one input and one output, for a batch of one.
-    """
+    """A model in LiteRT, by the interpreter of a file with one input and one output, for a batch of one."""
 
     def __init__(self, interpreter: Any) -> None:
         (signature,) = interpreter.get_signature_list().values()
@@ -120,11 +113,7 @@ class LiteRtEncoder(BundleEncoder):
 
 
 class ExecuTorchModel(OneInputModel):
-    """A model in ExecuTorch's Python package, which computes on PyTorch's tensors; apps run its files without PyTorch.
-
-    Args:
-        method: of a program with one input and one output, for a batch of one.
-    """
+    """A model in ExecuTorch's Python package, which computes on PyTorch's tensors: a program's method for one input."""
 
     def __init__(self, method: Any) -> None:
         super().__init__(["input"])  # its name is not in the file
@@ -156,12 +145,7 @@ _QUIET_NATIVE_CODE = SharedBlock(_without_native_stderr)
 
 
 def open_executorch(model: str | bytes, *, threads: int | None = None) -> ExecuTorchModel:
-    """Open a program.
-
-    Args:
-        model: path of a .pte file, or its bytes.
-        threads: threads to run on; None uses every core. All programs of a process share them.
-    """
+    """Open a program, a .pte file or its bytes; all programs of a process share the threads, by default every core."""
     purpose = "Running a bundle in ExecuTorch"
     with needs_extra("executorch", extra="executorch", purpose=purpose), without_progress_bars():
         from executorch.extension.pybindings import portable_lib
@@ -185,12 +169,7 @@ class ExecuTorchEncoder(BundleEncoder):
 
 
 class CoreMlModel(OneInputModel):
-    """A model in Core ML.
-
-    Args:
-        model: a coremltools MLModel with one input and one output, for a batch of one.
-        tower: the names of both.
-    """
+    """A model in Core ML: a coremltools MLModel with the tower's input and output, for a batch of one."""
 
     def __init__(self, model: Any, tower: Tower) -> None:
         super().__init__([tower.input_name])

@@ -158,11 +158,7 @@ def choose_device(device: str, available: Sequence[str], *, precision: str) -> s
 
 
 def provider_list(device: str, *, cache: Path, threads: int | None) -> list[tuple[str, dict[str, str]]]:
-    """Return the `providers` argument of InferenceSession; the CPU comes last, for operators that others lack.
-
-    Args:
-        cache: folder for the engines of this model that are built on this machine.
-    """
+    """Return the `providers` of InferenceSession, with engines in `cache`; the CPU is last, for what others lack."""
     names = {"cpu": ("cpu",), "tensorrt": ("tensorrt", "cuda", "cpu")}.get(device, (device, "cpu"))
     return [
         (
@@ -336,12 +332,7 @@ PRODUCT = (
 
 
 def int8_fault(sets: Sequence[str], *, runtime: str) -> str:
-    """Return why this CPU gives wrong answers for a tower's INT8, and what to do, or an empty string.
-
-    Args:
-        sets: the tower's `instruction_sets`, as in `bundle.manifest.Tower`.
-        runtime: what runs the tower on the CPU.
-    """
+    """Return why this CPU gets INT8 of these instruction sets wrong in a runtime, and what to do; else nothing."""
     if can_saturate(sets) and processor_saturates():
         return f"its INT8 holds for {' and '.join(sets)}, and this processor has no VNNI: export for any x86 processor"
     return wrong_sums() if sets and runtime == "onnxruntime" else ""

@@ -33,10 +33,6 @@ class OpenVinoModel:
     If only the batch dimension is dynamic, the model is compiled for batch size 1 at once, and for other batch sizes
     when they first occur: OpenVINO is faster with static shapes, and with dynamic ones its INT8 is reported to crash
     for small images on processors with AMX (ultralytics/ultralytics#25898).
-
-    Args:
-        model: the model as OpenVINO read it.
-        compile: compiles such a model.
     """
 
     def __init__(self, model: Any, compile: Callable[[Any], Any]) -> None:

@@ -25,12 +25,7 @@ _PURPOSE = "Running an engine"
 
 
 def open_engine(path: Path, *, rtx: bool) -> TensorRtModel:
-    """Load an engine onto the first GPU.
-
-    Args:
-        path: the engine file.
-        rtx: whether it is an engine of TensorRT for RTX.
-    """
+    """Load an engine, with `rtx` one of TensorRT for RTX, onto the first GPU."""
     if not path.is_file():
         raise ConfigError(
             f"The engine {path} does not exist.", hint="build it on the device with the bundle's build.sh"
@@ -106,13 +101,7 @@ class _Buffer(NamedTuple):
 
 
 class TensorRtModel:
-    """An engine with the two methods of an ONNX Runtime session that are used here; calls run one at a time.
-
-    Args:
-        content: the bytes of the engine file.
-        trt: the TensorRT module, `tensorrt` or `tensorrt_rtx_bindings`.
-        cuda: the module `cuda.bindings.runtime`.
-    """
+    """An engine with the two methods of an ONNX Runtime session that are used here; calls run one at a time."""
 
     def __init__(self, content: bytes, *, trt: Any, cuda: Any) -> None:
         self._cuda = cuda
