@@ -6,7 +6,7 @@ import platform
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -15,7 +15,7 @@ from clip_rd_edge.benchmarking.latency import ColdStart, Latency, ReferenceLaten
 from clip_rd_edge.benchmarking.metrics import ClassScore, Interval, Score, may_be_chance
 from clip_rd_edge.benchmarking.suite import Role, Suite
 from clip_rd_edge.bundle.encoder import Description
-from clip_rd_edge.errors import ConfigError, with_hint, without_checkout
+from clip_rd_edge.errors import with_hint, without_checkout
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.host import (
     ONNXRUNTIMES,
@@ -164,7 +164,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
 
     suite: Suite
     environment: Environment
-    rows: tuple[RowResult, ...]
+    rows: Annotated[tuple[RowResult, ...], msgspec.Meta(min_length=1)]
     reference: ReferenceLatency
     other_load: float | None = None
     skipped: tuple[SkippedRow, ...] = ()
@@ -210,7 +210,4 @@ def read_results(path: Path) -> Results:
     """Read results.json, given by its path or by the folder that a benchmark wrote."""
     path = path / RESULTS if is_folder(path) else path
     hint = "expected the results of a benchmark; those of an evidence suite are for clip-rd-edge evidence report"
-    results = read_versioned_json(path, Results, newest=FORMAT_VERSION, hint=hint)
-    if not results.rows:
-        raise ConfigError(f"{path} has no rows; expected one per measured model.", hint="run the benchmark again")
-    return results
+    return read_versioned_json(path, Results, newest=FORMAT_VERSION, hint=hint)

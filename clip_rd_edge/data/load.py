@@ -163,8 +163,8 @@ class Mixed:
     def __post_init__(self) -> None:
         if self.pairs is None and not self.texts:
             raise UsageError(
-                "There are images, but no captions to train on.",
-                hint="name captions or labels: {texts} labels.txt with one per line, or {data} PAIRS",
+                "There are no captions to train on.",
+                hint="name pairs with {data}, or images and captions apart: {images} FOLDER {texts} labels.txt",
             )
 
     def __len__(self) -> int:
@@ -262,11 +262,6 @@ def load_samples(
         read_texts: `runtime.labels.read_texts`; returns the content of `source.texts` if it is not a Parquet file.
         reporter: receives the progress of indexing.
     """
-    if source.data is None and source.images is None and source.texts is None:
-        raise UsageError(
-            "There are no training data.",
-            hint="name pairs with {data}, or images and captions apart: {images} FOLDER {texts} labels.txt",
-        )
     templates = parse_templates(source.templates).prompts if source.templates else ()
     pairs = None
     if source.data is not None:

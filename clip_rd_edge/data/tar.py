@@ -128,9 +128,9 @@ class _Headers:
             return False
         start, header = self._start, read_at(self._file, _BLOCK, self._start)
         if len(header) < _BLOCK:
-            if start == 0:
-                raise _CutOffError("it is shorter than a header" if header else "it is empty")
-            raise _CutOffError(f"the tar ends at byte {self.end:,} without an end mark, so it may be cut off")
+            short = "it is shorter than a header" if header else "it is empty"
+            cut = f"the tar ends at byte {self.end:,} without an end mark, so it may be cut off"
+            raise _CutOffError(cut if start else short)
         if not any(header):
             return True
         kind, size, content = header[_KIND], _size(header, start), start + _BLOCK

@@ -159,12 +159,7 @@ class ZeroShotClassifier:
         """Change the labels; duplicates are removed, and only new labels are embedded by the text tower."""
         names = label_names(labels)
         if names is None:
-            if self._bank_labels is None:
-                raise InputError(
-                    "No labels were given, and the bundle has none.",
-                    hint='pass labels, such as {labels} "a cat" "a dog"',
-                )
-            names = list(self._bank_labels)
+            names = list(self._bank_labels or ())
         if self._bank and tuple(names) == self._bank.names:
             self._set = _LabelSet(self._bank.names, self._bank.embeddings)
             return

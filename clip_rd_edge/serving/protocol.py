@@ -213,16 +213,11 @@ def _form_fields(body: bytes, content_type: str) -> list[tuple[str, bytes]]:
     match = _BOUNDARY.search(content_type)
     separator = f"\r\n--{match[1] or match[2]}".encode() if match else b"\r\n--"
     _, *parts = (b"\r\n" + body).split(separator, _MAX_FIELDS + 1)
-    if not match or len(parts) < 2 or not parts[-1].startswith(b"--"):
-        raise InputError(f"The form is incomplete, or has more than {_MAX_FIELDS:,} fields.")
-    fields = []
-    for part in parts[:-1]:
-        head, blank, content = part.partition(b"\r\n\r\n")
-        name = _FIELD_NAME.search(head)
-        if not blank or name is None:
-            raise InputError("A field of the form has no name.")
-        fields.append((name[1].decode(errors="replace"), content))
-    return fields
+    split = [part.partition(b"\r\n\r\n") for part in parts[:-1]]
+    names = [name for head, blank, _ in split if blank and (name := _FIELD_NAME.search(head))]
+    if not match or not names or len(names) < len(split) or not parts[-1].startswith(b"--"):
+        raise InputError(f"The form is incomplete, has a field without a name, or more than {_MAX_FIELDS:,} fields.")
+    return [(name[1].decode(errors="replace"), part[2]) for name, part in zip(names, split, strict=True)]
 
 
 def llama_items(request: LlamaRequest) -> list[Item]:

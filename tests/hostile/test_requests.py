@@ -135,10 +135,3 @@ def test_any_request_gets_an_answer_below_500(apps: list[Any]) -> None:
             assert response.status_code < 500, response.text
 
     check()
-
-
-@pytest.mark.parametrize("body", ODD)
-def test_json_that_is_none_gets_an_answer(apps: list[Any], body: bytes) -> None:
-    for client in apps:
-        for path in ("/embeddings", "/v1/embeddings", "/classify", "/api/labels"):
-            assert 400 <= client.post(path, content=body).status_code < 500

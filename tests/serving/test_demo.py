@@ -75,7 +75,7 @@ def test_the_page_loads_nothing_from_other_servers(client: Any) -> None:
     [
         ("/api/classify?labels=KEY", b"not an image", 400, "Cannot read the image that was sent"),
         ("/api/classify?labels=other", png(), 409, "send them again"),
-        ("/api/classify", png(), 410, "the bundle has none"),
+        ("/api/classify", png(), 410, "No labels were given"),
         ("/api/classify?bundle=7", png(), 410, "There is no bundle '7'"),
         ("/api/labels", b"{", 422, "The request is not valid JSON"),
         ("/api/labels", b"[]", 422, "There are 0 labels"),
@@ -115,14 +115,6 @@ def test_large_images_and_bodies_are_refused(client: Any, key: str, monkeypatch:
     response = client.post("/api/labels", content=iter([b" " * 600_000, b" " * 600_000]))
     assert (response.status_code, response.json()["error"]) == (413, "The request is too large; the limit is 1 MB.")
     assert client.post("/api/labels", json=["still", "works"]).status_code == 200
-
-
-def test_foreign_pages_are_refused(client: Any) -> None:
-    assert client.get("/", headers={"host": "evil.example"}).status_code == 403
-    for origin in ("https://evil.example", "null"):
-        assert client.post("/api/labels", json=LABELS, headers={"origin": origin}).status_code == 403
-    same_origin = client.post("/api/labels", json=LABELS, headers={"origin": "http://127.0.0.1:8765"})
-    assert same_origin.status_code == 200
 
 
 def test_a_bundle_that_is_deleted_or_exported_again(
@@ -228,26 +220,6 @@ def test_it_serves_in_the_cell_of_a_notebook_until_ctrl_c(colour_bundle: Path) -
             assert process.stdout.read() == "interrupted [[], []]\n"
         finally:
             process.kill()
-
-
-HOSTILE = ["[::1", "[", "]", "[]", "²", "a b", "http://", "@", "//", "%00", "a" * 5_000, "1:x"]
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-@pytest.mark.parametrize("value", HOSTILE)
-def test_odd_hosts_and_origins_are_refused_and_no_error(value: str, host: str, colour_bundle: Path) -> None:
-    application = app.make_app(app.Demo([colour_bundle], threads=1), host=host)
-    with testclient.TestClient(application, base_url="http://127.0.0.1:8765", raise_server_exceptions=False) as client:
-        for headers in ({"Host": value.encode()}, {"Origin": value.encode()}):
-            assert client.get("/", headers=headers).status_code == 403
-
-
-@pytest.mark.parametrize("value", ["²", "٣", "1e3", "9" * 5_000, "-1", " 1", "%00", "1%0a"])
-@pytest.mark.parametrize("place", ["/api/classify?bundle=", "/api/classify?labels=", "/", "/api/"])
-def test_odd_paths_and_queries_are_answered_with_4xx(client: Any, place: str, value: str) -> None:
-    response = client.post(f"{place}{value}", content=png())
-    assert 400 <= response.status_code < 500
-    assert 400 <= client.get(f"/{value}").status_code < 500
 
 
 @pytest.mark.parametrize("length", ["²", "-1", "+1", "1e3", "9" * 5_000])

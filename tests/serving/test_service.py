@@ -297,7 +297,7 @@ IMAGE = encoded(jpeg())
         ("/embeddings", {"content": ["red"] * 2049}, "1 to 2,048"),
         ("/v1/embeddings", {"input": "red", "dimensions": 2}, "this model has 3"),
         ("/v1/embeddings", {"input": "a" * 100_001}, "more than 100,000"),
-        ("/classify", {"image": IMAGE}, "the bundle has none"),
+        ("/classify", {"image": IMAGE}, "No labels were given"),
         ("/classify", {"image": IMAGE, "labels": ["red"], "top": 0}, "$.top"),
         ("/classify", {"image": IMAGE, "label": ["red"]}, "Did you mean 'labels'?"),
     ],
