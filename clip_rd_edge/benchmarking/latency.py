@@ -33,7 +33,6 @@ class EncoderCalls:
     """The steps from an image file to its labels as calls that can be timed, for one encoder, image and text.
 
     Args:
-        image: the image file.
         labels: number of labels to classify among; their embeddings are random, which takes the same time.
     """
 
@@ -223,10 +222,8 @@ def measure_latencies(
     Args:
         encoders: the encoders, by label.
         image: the image file for end-to-end latency; its pixels are the input of the image towers.
-        labels: number of labels to classify among.
         threads: the number of threads that the encoders were opened with; it is recorded, not set.
         rounds: max number of times each call is timed.
-        reporter: receives the number of finished blocks.
     """
     encoder_calls = {label: EncoderCalls(encoder, image, labels) for label, encoder in encoders.items()}
     workload = reference_call(threads=threads)

@@ -215,7 +215,6 @@ def label_embeddings(
         templates: prompt templates with one `{}` for the name (or `{c}`, as in CLIP_benchmark), such as
             `a photo of a {}.`
         by_text: embed the texts of labels that images have taught, too.
-        reporter: is told how many labels are embedded.
     """
     require_labels(labels)
     bank: Any = getattr(encoder, "label_bank", None)

@@ -260,7 +260,6 @@ def load_samples(
 
     Args:
         read_texts: `runtime.labels.read_texts`; returns the content of `source.texts` if it is not a Parquet file.
-        reporter: receives the progress of indexing.
     """
     templates = parse_templates(source.templates).prompts if source.templates else ()
     pairs = None

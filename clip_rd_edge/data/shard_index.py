@@ -233,7 +233,6 @@ def index_shards(
     Args:
         json_key, captioned: as for `data.webdataset.Shards`.
         reinforced: whether a sample also needs augmentations and embeddings; see `distillation.reinforced`.
-        reporter: receives the number of indexed shards.
     """
     current_versions(paths)
     index = partial(_index_shard, json_key=json_key, captioned=captioned, reinforced=reinforced)

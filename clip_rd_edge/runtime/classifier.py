@@ -109,7 +109,6 @@ class ZeroShotClassifier:
             model's own. The bank's embeddings are only used with the model's own templates; others embed its labels.
         cache: keep the embeddings of a bundle's labels in the user's cache folder (see `runtime.labels`), so that the
             next process with the same labels need not load the text tower. Set to False if labels change often.
-        reporter: is told how many labels have been embedded, if they are many.
         deciding: see `Deciding`.
 
     Raises:

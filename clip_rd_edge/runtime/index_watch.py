@@ -117,7 +117,6 @@ def watch_index(
 
     Args:
         stop: ends the watch when it is set, with everything saved that is embedded; None watches for ever.
-        reporter: shows progress.
         wait, clock: pause for some seconds, and tell the time in seconds.
 
     Yields:

@@ -307,8 +307,6 @@ def write_label_bank(
     are stored in float16, or in float32 beside an image tower in float32.
 
     Args:
-        folder, manifest: the bundle.
-        labels: the names, in order.
         encoder: embeds them in the bundle's place, if that does not run here or has no text tower.
     """
     from clip_rd_edge.runtime.load import open_bundle  # late: what reads labels alone opens no bundle

@@ -61,7 +61,6 @@ def load(
     """Open a bundle. Each tower is loaded when it is first used, and its checksum compared (see `bundle.manifest`).
 
     Args:
-        bundle: the bundle's folder.
         threads: threads per tower; None leaves the choice to the runtime, which uses every core.
         runtime: the inference engine; None uses the one that the bundle was exported for. If its TensorRT engines
             cannot run here, the ONNX files that they were built from run on the CPU.

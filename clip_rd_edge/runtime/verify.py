@@ -81,7 +81,6 @@ def verify_bundle(
     run, which a check reports.
 
     Args:
-        folder: the bundle.
         threads, device: as for `load`.
         time_limit_s: a tower that still runs after this many seconds is stopped, and fails. None: five minutes, and a
             second for each megabyte of the bundle, more than even a slow board with a slow card needs.

@@ -86,9 +86,7 @@ class ServedBundle:
     """A bundle that is opened for the demo, and opened again when it has been exported anew.
 
     Args:
-        folder: the bundle's folder.
         shown: what the page calls it; None for the name of the folder.
-        threads, force: as for `runtime.load.load`.
     """
 
     def __init__(
@@ -228,7 +226,6 @@ class Demo:
     Args:
         bundles: folders of the bundles, in the order that the page shows them.
         labels: labels that the page starts with; None leaves the choice to the page.
-        threads, force: as for `runtime.load.load`.
 
     Attributes:
         label_sets: the last MAX_SETS lists that were sent, by key: the frames of a camera need not each carry one.

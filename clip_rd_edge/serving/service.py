@@ -68,11 +68,9 @@ class Service:
     """The request handlers.
 
     Args:
-        encoder: the bundle.
         index: folder of an index of that bundle, for /search; None serves no search.
         images: the folder of the indexed images, for thumbnails; None serves none.
         limits: how much the server takes on.
-        version: of this package, which clients are told.
     """
 
     def __init__(

@@ -170,8 +170,6 @@ class ServedIndex:
     """An index that others may update: read into memory, and again when it was updated, while requests are answered.
 
     Args:
-        folder: of the index.
-        encoder: the bundle that made it.
         images: the image folder that the user named, from which thumbnails are made; None for none: the one that the
             index names may be anybody's choice.
     """

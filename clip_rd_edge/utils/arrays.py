@@ -59,7 +59,6 @@ def read_npz(
 
     Args:
         max_bytes: limit on the size of each array; checked before it is decompressed.
-        hint: of the error.
         name: of the file in messages; by default its path.
     """
     arrays = {}

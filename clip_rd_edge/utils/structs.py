@@ -107,7 +107,6 @@ def read_versioned_json(
         newest: latest supported format version.
         key: what the file calls its version.
         max_bytes: limit on the size of the file.
-        hint: of the error about a file that is not as expected.
     """
     content = read_limited(path, max_bytes)
     header = msgspec.defstruct("Header", [(key, int)])
