@@ -95,7 +95,7 @@ class BundleReader:
 
         from clip_rd_edge.bundle.manifest import MANIFEST, read_manifest
         from clip_rd_edge.runtime.classifier import ZeroShotClassifier
-        from clip_rd_edge.runtime.load import open_bundle
+        from clip_rd_edge.runtime.load import load
         from clip_rd_edge.utils.files import sha256_of
 
         folder = path.parent / f"{path.name}.bundle"
@@ -107,7 +107,7 @@ class BundleReader:
             if self._place != MANIFEST:
                 digests = {**manifest.files, self._place: sha256_of(folder / self._place)}
                 manifest = msgspec.structs.replace(manifest, files=digests)
-            encoder = open_bundle(folder, manifest, threads=1)
+            encoder = load(folder, manifest=manifest, threads=1)
             labels = encoder.label_bank.names if encoder.label_bank else ("red", "green")
             encoder.encode_images([np.zeros((20, 30, 3), np.uint8)])
             for text in TEXTS:

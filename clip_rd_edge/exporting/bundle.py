@@ -62,7 +62,7 @@ from clip_rd_edge.models.tokenizers import export_tokenizer
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.labels import write_label_bank
-from clip_rd_edge.runtime.load import open_bundle
+from clip_rd_edge.runtime.load import load
 from clip_rd_edge.settings.deploying import Export
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.outputs import new_folder
@@ -276,7 +276,7 @@ def _write_bundle(job: Job) -> Converted:
         job.reporter.update("embedding the labels")
         complete = (origin, runnable) if runnable.text else (job.source, job.fp32)
         write_label_bank(folder, manifest, plan.labels, encoder=_label_encoder(*complete))
-    manifest = _with_calibration(job, manifest, open_bundle(origin, runnable, device="cpu"))
+    manifest = _with_calibration(job, manifest, load(origin, manifest=runnable, device="cpu"))
     if not plan.text_tower:
         for name in (TEXT_MODEL, f"{TEXT_MODEL}{EXTERNAL_DATA_SUFFIX}", TOKENIZER):  # if they were for the labels alone
             (folder / name).unlink(missing_ok=True)
@@ -338,7 +338,7 @@ def _require_different_captions(job: Job) -> CalibrationSet:
 
 def _label_encoder(folder: Path, manifest: Manifest) -> BundleEncoder:
     """Return the bundle as a device runs it, or if its text tower's INT8 gives wrong answers here, node by node."""
-    encoder = open_bundle(folder, manifest, device="cpu")
+    encoder = load(folder, manifest=manifest, device="cpu")
     return NodeByNode(folder, manifest) if encoder.int8_fault(manifest.require_text()) else encoder
 
 

@@ -309,11 +309,11 @@ def write_label_bank(
     Args:
         encoder: embeds them in the bundle's place, if that does not run here or has no text tower.
     """
-    from clip_rd_edge.runtime.load import open_bundle  # late: what reads labels alone opens no bundle
+    from clip_rd_edge.runtime.load import load  # late: what reads labels alone opens no bundle
 
     names = tuple(dict.fromkeys(labels))
     if encoder is None:
-        own = open_bundle(folder, manifest, device="cpu")
+        own = load(folder, manifest=manifest, device="cpu")
         own.require_right(manifest.require_text())
         encoder = own
     tower = (manifest.text or manifest.image).precision

@@ -57,6 +57,7 @@ def load(
     device: str = AUTO,
     spin: bool = True,
     force: bool = False,
+    manifest: Manifest | None = None,
 ) -> BundleEncoder:
     """Open a bundle. Each tower is loaded when it is first used, and its checksum compared (see `bundle.manifest`).
 
@@ -73,13 +74,20 @@ def load(
         spin: False for embedding many images in ONNX Runtime: see `backends.onnxruntime.open_session`.
         force: use a tower, with a warning, although this processor is known to compute its INT8 wrongly. Otherwise the
             first use raises UsageError.
+        manifest: of the bundle, if it has been read already.
     """
     folder = Path(bundle)
-    if is_bundle(folder):
-        folder = _without_links(folder)
-    manifest = read_manifest(folder)
-    require_intact_manifest(folder, manifest)
-    return open_bundle(folder, manifest, threads=threads, runtime=runtime, device=device, spin=spin, force=force)
+    if manifest is None:
+        folder = _without_links(folder) if is_bundle(folder) else folder
+        manifest = read_manifest(folder)
+        require_intact_manifest(folder, manifest)
+    require_threads(threads)
+    engine = runtime or _runtime_for(device, manifest)
+    _require_readable(manifest, engine)
+    options = RunOptions(threads=threads, device=device, spin=spin, required=runtime is not None)
+    encoder: BundleEncoder = encoder_of(engine)(folder, manifest, options)
+    encoder.force = force
+    return encoder
 
 
 def copy_bundle(bundle: Path, manifest: Manifest, folder: Path) -> None:
@@ -101,26 +109,6 @@ def _without_links(folder: Path) -> Path:
     """
     real = folder.resolve()
     return folder if os.fspath(real) == os.path.abspath(folder) else real  # noqa: PTH100 — it removes `..`
-
-
-def open_bundle(
-    folder: Path,
-    manifest: Manifest,
-    *,
-    threads: int | None = None,
-    runtime: str | None = None,
-    device: str = AUTO,
-    spin: bool = True,
-    force: bool = False,
-) -> BundleEncoder:
-    """Like `load`, for a bundle whose manifest has been read already."""
-    require_threads(threads)
-    engine = runtime or _runtime_for(device, manifest)
-    _require_readable(manifest, engine)
-    options = RunOptions(threads=threads, device=device, spin=spin, required=runtime is not None)
-    encoder: BundleEncoder = encoder_of(engine)(folder, manifest, options)
-    encoder.force = force
-    return encoder
 
 
 def _require_readable(manifest: Manifest, engine: str) -> None:

@@ -28,7 +28,7 @@ from clip_rd_edge.bundle.manifest import (
 from clip_rd_edge.bundle.reference import REFERENCE, Reference, read_reference, worst_agreement
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UnreachableError
 from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, Placement
-from clip_rd_edge.runtime.load import open_bundle
+from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.files import sha256_of, size_bytes
 from clip_rd_edge.utils.process import end_calls
 from clip_rd_edge.utils.structs import read_json
@@ -133,7 +133,7 @@ def _checks(folder: Path, manifest: Manifest, limit: _Limit, *, threads: int | N
             reference = _reference(folder, manifest)
         except ConfigError as error:
             yield Check(what=REFERENCE, passed=False, detail=str(error), hint=_EXPORT)
-    encoder = open_bundle(folder, manifest, threads=threads, device=device, force=True)  # to see how wrong
+    encoder = load(folder, manifest=manifest, threads=threads, device=device, force=True)  # to see how wrong
     for trial in _trials(encoder, reference):
         if needed := trial.files & broken:
             yield Check(what=trial.what, passed=False, detail=f"not run because of {' and '.join(sorted(needed))}")

@@ -15,7 +15,7 @@ from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.graph import IMAGE, prepare_for_quantization, with_preprocessing
 from clip_rd_edge.exporting.int8.methods import StaticQuantizer, quantize_dynamically
 from clip_rd_edge.exporting.parity import NodeByNode, add_reference
-from clip_rd_edge.runtime.load import open_bundle
+from clip_rd_edge.runtime.load import load
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_rounding_moves_the_answers_of_int8_as_far_as_other_kernels_do(int8_bund
     reference = _reference(int8_bundle)
     assert 0.9 < reference.image_rounding < 0.9999
     assert 0.9 < reference.text_rounding < 1
-    encoder = open_bundle(int8_bundle, read_manifest(int8_bundle), device="cpu")
+    encoder = load(int8_bundle, device="cpu")
     answers = encoder.encode_images(list(reference.images))
     assert worst_agreement(reference.image_embeddings, answers) > 1 - 1.5 * (1 - reference.image_rounding)
     assert _reference(int8_bundle).image_rounding == reference.image_rounding  # whenever it is exported
