@@ -214,18 +214,3 @@ def test_a_returning_visitor_gets_the_answers_of_the_newest_export(
     page.goto(page.url)
     page.wait_for_selector("#bundles tr")
     assert page.evaluate(CLASSIFY, [red, None])["labels"][0] == "new red"
-
-
-def test_a_file_of_another_export_is_an_error_and_no_answer(site: Site, colour_bundle: Path, tmp_path: Path) -> None:
-    rename_red(colour_bundle, "old red")
-    page = site(colour_bundle)
-    page.wait_for_load_state("networkidle")
-    bundle = tmp_path / "site" / "bundle"
-    old = (bundle / "labels.npz").read_bytes()
-    rename_red(colour_bundle, "new red")
-    export_later(colour_bundle, tmp_path / "site")
-    (bundle / "labels.npz").write_bytes(old)
-    os.utime(bundle / "labels.npz", (2e9, 2e9))
-    page.reload()
-    page.wait_for_function("() => document.getElementById('error').textContent.startsWith('labels.npz is not of this')")
-    assert page.locator("#bundles tr").count() == 0
