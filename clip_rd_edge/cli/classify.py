@@ -89,12 +89,14 @@ def classify(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> 
         return
     if not paths:
         raise InputError("No images: the list on stdin is empty.", hint="pipe in one path per line")
-    _classify_files(
+    unreadable = _classify_files(
         classifier, encoder, paths, top=request.top, format_result=format_result, quick=request.quick, end=end
     )
-    if folders:
-        count = len(folders)
-        raise InputError(f"{count:,} folder{'s' * (count > 1)} could not be read; the others are classified.")
+    if len(paths) == 1 and unreadable:
+        raise unreadable[0]
+    lost = [f"{len(unreadable):,} of {len(paths):,} images"] * bool(unreadable)
+    if lost := lost + [f"{len(folders):,} folder{'s' * (len(folders) > 1)}"] * bool(folders):
+        raise InputError(f"{' and '.join(lost)} could not be read; the others are classified.")
 
 
 def _classifier(encoder: TowerEncoder, request: Classify, labels: Sequence[str]) -> ZeroShotClassifier:
@@ -159,8 +161,8 @@ def _classify_files(
     format_result: Format,
     quick: bool,
     end: str,
-) -> None:
-    """Classify image files and print the results; report unreadable images on stderr and continue with the others."""
+) -> list[InputError]:
+    """Classify image files and print the results; return the errors of the unreadable, each reported on stderr."""
     from PIL import Image
 
     from clip_rd_edge.runtime.load import embed_images, open_image_tower
@@ -192,10 +194,7 @@ def _classify_files(
     if many:
         seconds = time.perf_counter() - started
         echo(f"{len(paths):,} images in {seconds:.1f} s, {len(paths) / seconds:,.0f} per second", err=True)
-    if len(paths) == 1 and unreadable:
-        raise unreadable[0]
-    if unreadable:
-        raise InputError(f"{len(unreadable):,} of {len(paths):,} images could not be read; the others are classified.")
+    return unreadable
 
 
 def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, format_result: Format, end: str) -> None:

@@ -224,13 +224,12 @@ def open_session(
             warn(f"{device} does not start; {name} runs on the CPU instead: {reason}; run clip-rd-edge doctor.")
         return _open(ort, model, options, ["CPUExecutionProvider"])
     except Exception as error:
+        failure: ClipRdEdgeError | None = machine_failure(error)
         if _NO_MEMORY.search(str(error)):
-            raise UnreachableError(
-                f"There is not enough memory to open {name}.", hint="end other programs, or use a smaller model"
-            ) from error
-        raise machine_failure(error) or ConfigError(
-            f"ONNX Runtime {ort.__version__} cannot run {name}: {in_one_line(error)}."
-        ) from error
+            hint = "end other programs, or use a smaller model"
+            failure = UnreachableError(f"There is not enough memory to open {name}.", hint=hint)
+        reason = f"ONNX Runtime {ort.__version__} cannot run {name}: {in_one_line(error)}."
+        raise failure or ConfigError(reason) from error
 
 
 def _open_on(ort: Any, model: str | bytes, options: Any, device: str, threads: int | None) -> tuple[Any, str]:
