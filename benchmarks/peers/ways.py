@@ -179,22 +179,27 @@ def _optimum(setup: Setup, config: object, name: str) -> PeerTower:
 
 
 def openvino_float(setup: Setup) -> PeerTower:
-    return _openvino(setup, quantize=False)
+    return _openvino(setup)
 
 
 def openvino_nncf(setup: Setup) -> PeerTower:
-    return _openvino(setup, quantize=True)
+    return _openvino(setup, quantize="default")
 
 
-def _openvino(setup: Setup, *, quantize: bool) -> PeerTower:
+def openvino_nncf_transformer(setup: Setup) -> PeerTower:
+    return _openvino(setup, quantize="transformer")
+
+
+def _openvino(setup: Setup, *, quantize: str = "") -> PeerTower:
     import openvino
 
     model = openvino.convert_model(open_clip_model(setup).visual, example_input=torch.from_numpy(setup.calibration[:1]))
     if quantize:
         import nncf
 
-        model = nncf.quantize(model, nncf.Dataset([sample[None] for sample in setup.calibration]))
-    path = setup.work / f"openvino-{'nncf' if quantize else 'float'}.xml"
+        kind = nncf.ModelType.TRANSFORMER if quantize == "transformer" else None
+        model = nncf.quantize(model, nncf.Dataset([sample[None] for sample in setup.calibration]), model_type=kind)
+    path = setup.work / f"openvino-{quantize or 'float'}.xml"
     openvino.save_model(model, path, compress_to_fp16=False)
     settings = {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY"}
     network = openvino.Core().compile_model(path, "CPU", settings)
@@ -234,6 +239,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Setup], PeerTower]] = {
     "Optimum-ONNX, avx512_vnni, static": optimum_static,
     "OpenVINO's converter, FP32": openvino_float,
     "OpenVINO's converter, NNCF INT8": openvino_nncf,
+    "the same, for transformers": openvino_nncf_transformer,
     "clip-rd-edge, FP32": ours_fp32,
     "clip-rd-edge, INT8": ours_int8,
     "clip-rd-edge, INT8 for OpenVINO": ours_int8_openvino,
