@@ -1,11 +1,13 @@
 """Measure what INT8 gains a trained student's image tower, by its activations: accuracy, speed, and time by operator.
 
-python -m benchmarks.training.activations RUN… -o activations.json --readme benchmarks/measurements/int8.md
+python -m benchmarks.training.activations RUN… -o activations.json
+python -m benchmarks.training.activations RUN… --pixels 224 -o activations-224.json
+python -m benchmarks.training.activations RUN… --pixels 224 --everything -o activations-224-everything.json
 
 Each RUN is a student of the embedded data. Its tower is quantised as the exporter does it where accuracy allows:
 convolutions statically, matrix products dynamically, nothing else. Accuracy is that on the 760 images of both test
-splits, which are used for neither training nor calibration. Speed is measured at the size of the images that the
-student was trained on, and at a larger one, where the same weights see the same images enlarged.
+splits, which are used for neither training nor calibration, at the size of the images that the student was trained on.
+With --pixels, the same weights see larger images; then, agreement is that on a few held-out training images.
 
 Latencies are the processor time of one thread in ONNX Runtime, which other programs lengthen little; float32 and INT8
 of all runs take turns, and each figure is the 10th percentile.
@@ -34,12 +36,12 @@ from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import preprocess
 from clip_rd_edge.data import emoji
 from clip_rd_edge.exporting.calibration import calibration_set
-from clip_rd_edge.exporting.graph import prepare_for_quantization, weighted_layers
+from clip_rd_edge.exporting.graph import prepare_for_quantization, silently, weighted_layers
 from clip_rd_edge.exporting.int8.methods import StaticQuantizer, quantize_dynamically
 from clip_rd_edge.exporting.int8.rounding import RoundedLayers
 from clip_rd_edge.exporting.int8.saturation import MAX_WEIGHT
 from clip_rd_edge.exporting.parity import Inputs, agreement, embed, p10
-from clip_rd_edge.exporting.towers import export_image_tower
+from clip_rd_edge.exporting.towers import IMAGE_INPUT, export_image_tower
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
@@ -47,6 +49,7 @@ from clip_rd_edge.runtime.backends.onnxruntime import import_onnxruntime, open_s
 
 PRECISIONS = ("fp32", "int8")
 ROUNDS, PROFILED = 40, 30
+FEW = 24  # images of a larger size, each of which takes as long as a dozen small ones
 # What the operators of ONNX Runtime do; those that are not listed are `the rest`.
 KINDS = {
     "convolutions": ("Conv", "FusedConv", "QLinearConv"),
@@ -71,24 +74,45 @@ class Files:
     layers: int
 
 
-def at_size(clip: ClipModel, size: int) -> ClipModel:
-    return replace(clip, preprocessing=msgspec.structs.replace(clip.preprocessing, size=(size, size)))
+class Calibration:
+    """ONNX Runtime's calibration data reader."""
+
+    def __init__(self, pixels: Inputs) -> None:
+        self._samples = iter(pixels)
+
+    def get_next(self) -> dict[str, Inputs] | None:
+        sample = next(self._samples, None)
+        return None if sample is None else {IMAGE_INPUT: sample[None]}
 
 
-def make_files(clip: ClipModel) -> Files:
+def quantize_everything(prepared: Path, calibrate: Inputs) -> bytes:
+    """Return a tower with all operators in static INT8 that ONNX Runtime's own quantiser knows."""
+    from onnxruntime.quantization import quantize_static
+
+    path = prepared.with_name("everything.onnx")
+    with silently():
+        quantize_static(str(prepared), str(path), Calibration(calibrate), per_channel=True, reduce_range=True)
+    return path.read_bytes()
+
+
+def make_files(clip: ClipModel, count: int | None, *, everything: bool = False) -> Files:
+    """Write a tower in both precisions, by means of `count` images, or of as many as the exporter uses."""
     tokenize = TorchEncoder(clip).tokenize
     samples = calibration_set(emoji.training_pairs(), preprocessing=clip.preprocessing, tokenize=tokenize)
-    calibrate = samples.calibrate.pixels
+    calibrate = samples.calibrate.pixels[:count]
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare_for_quantization(export_image_tower(clip, Path(folder)), Path(folder))
         model = onnx.load(prepared)
+        if everything:
+            contents = {"fp32": prepared.read_bytes(), "int8": quantize_everything(prepared, calibrate)}
+            return Files(contents, samples.held_out.pixels[:count], len(weighted_layers(model)))
         rounded = RoundedLayers(model, calibrate, max_level=MAX_WEIGHT[7])
         quantizer = StaticQuantizer(prepared, calibrate, rounded=rounded)
         convolutions = [node.name for node in weighted_layers(model, ("Conv",))]
         static = quantizer.quantize("percentile", convolutions) if len(convolutions) > 1 else prepared.read_bytes()
         int8 = quantize_dynamically(static, matrix_products=True, token_embeddings=False, per_token=False)
         contents = dict(zip(PRECISIONS, (prepared.read_bytes(), int8), strict=True))
-        return Files(contents, samples.held_out.pixels, len(weighted_layers(model)))
+        return Files(contents, samples.held_out.pixels[:count], len(weighted_layers(model)))
 
 
 def times_in_turn(files: dict[str, Files]) -> dict[str, dict[str, float]]:
@@ -151,55 +175,54 @@ def accuracy(clip: ClipModel, files: Files) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("runs", nargs="+")
-    parser.add_argument("--large", type=int, default=224, metavar="PIXELS")
+    parser.add_argument("--pixels", type=int, help="edge of the images; that of the student's own by default")
+    parser.add_argument("--everything", action="store_true", help="also attention, its Softmax and sums in INT8")
     add_output_options(parser, "activations")
     args = parser.parse_args()
-    rows = dict[str, dict[str, Any]]()
-    sizes = dict[str, dict[str, Files]](small={}, large={})
+    rows, made = dict[str, dict[str, Any]](), dict[str, Files]()
     for run in args.runs:
         clip = load_clip(run)
+        if args.pixels:
+            size = (args.pixels, args.pixels)
+            clip = replace(clip, preprocessing=msgspec.structs.replace(clip.preprocessing, size=size))
+        files = make_files(clip, FEW if args.pixels else None, everything=args.everything)
         name = clip.model_cfg["vision_cfg"]["timm_model_name"]
-        small, large = make_files(clip), make_files(at_size(clip, args.large))
-        sizes["small"][name], sizes["large"][name] = small, large
-        found = [embed(open_session(large.contents[p], threads=1), large.held_out) for p in PRECISIONS]
+        made[name] = files
         rows[name] = {
             "steps": run_settings(run).steps,
             "pixels": clip.preprocessing.size[0],
-            "layers": small.layers,
-            "bytes": {precision: len(content) for precision, content in small.contents.items()},
-            **accuracy(clip, small),
-            "large_centred_cosine": agreement(*found).centred_cosine,
-            "large_ms_by_kind": {p: time_by_kind(large.contents[p], large.held_out) for p in PRECISIONS},
+            "layers": files.layers,
+            "bytes": {precision: len(content) for precision, content in files.contents.items()},
+            **(few_agree(files) if args.pixels else accuracy(clip, files)),
+            "ms_by_kind": {p: time_by_kind(files.contents[p], files.held_out) for p in PRECISIONS},
         }
-        print(name, json.dumps(rows[name]), flush=True)
-    for size, files in sizes.items():
-        for name, milliseconds in times_in_turn(files).items():
-            rows[name][f"{size}_ms"] = milliseconds
-    publish({**here_and_now(), "large_pixels": args.large, "students": rows}, table(rows, args.large), args)
+    for name, milliseconds in times_in_turn(made).items():
+        rows[name]["ms"] = milliseconds
+    publish({**here_and_now(), "threads": 1, "students": rows}, table(rows), args)
 
 
-def table(rows: dict[str, dict[str, Any]], large: int) -> str:
-    """Return the results, and below them where the time goes, as Markdown tables."""
-    pixels = next(iter(rows.values()))["pixels"]
-    heading = ["student", *(f"{split}, FP32, INT8" for split in SPLITS), f"{pixels} px: centred cosine, ms, speed",
-               f"{large} px: centred cosine, ms, speed"]  # fmt: skip
-    lines = [heading]
+def few_agree(files: Files) -> dict[str, float]:
+    found = [embed(open_session(files.contents[precision], threads=1), files.held_out) for precision in PRECISIONS]
+    return {"centred_cosine": agreement(*found).centred_cosine}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Return the results as a Markdown table, with the milliseconds of each kind of operator in float32 and INT8."""
+    lines = [["student, px", *(f"{split}: FP32, INT8" for split in SPLITS), "centred cosine", "ms", "speed",
+              *KINDS, REST]]  # fmt: skip
     for name, row in rows.items():
-        answers = [", ".join(str(row["correct"][p][split]) for p in PRECISIONS) for split in SPLITS]
+        correct, by_kind, ms = row.get("correct"), row["ms_by_kind"], row["ms"]
+        answers = [", ".join(str(correct[p][split]) for p in PRECISIONS) if correct else "–" for split in SPLITS]
         lines.append([
-            f"`{name}`", *answers, _speed(row["centred_cosine"], row["small_ms"]),
-            _speed(row["large_centred_cosine"], row["large_ms"]),
+            f"`{name}`, {row['pixels']}", *answers, f"{row['centred_cosine']:.4f}", _change(ms, 2),
+            f"{ms['fp32'] / ms['int8']:.2f}×",
+            *(_change({p: by_kind[p][kind] for p in PRECISIONS}, 1) for kind in (*KINDS, REST)),
         ])  # fmt: skip
-    kinds = [["student", *KINDS, REST]]
-    for name, row in rows.items():
-        by_kind = row["large_ms_by_kind"]
-        kinds.append([f"`{name}`", *(f"{by_kind['fp32'][k]:.1f} → {by_kind['int8'][k]:.1f}" for k in (*KINDS, REST))])
-    return f"{markdown_table(lines)}\n\n{markdown_table(kinds)}"
+    return markdown_table(lines)
 
 
-def _speed(cosine: float, milliseconds: dict[str, float]) -> str:
-    before, after = (milliseconds[precision] for precision in PRECISIONS)
-    return f"{cosine:.4f}, {before:.2f} → {after:.2f}, {before / after:.2f}×"
+def _change(values: dict[str, float], digits: int) -> str:
+    return " → ".join(f"{values[precision]:.{digits}f}" for precision in PRECISIONS)
 
 
 if __name__ == "__main__":
