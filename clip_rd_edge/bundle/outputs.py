@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +19,7 @@ from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.files import named_failures
 from clip_rd_edge.utils.outputs import require_apart, require_free_output
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, is_left_by_system
-from clip_rd_edge.utils.structs import read_json_objects
+from clip_rd_edge.utils.structs import read_json
 
 OutputKind = Literal["export", "average", "stitched model", "trimmed model"]
 
@@ -124,11 +125,9 @@ def _bundle_layout(folder: Path) -> _Layout | None:
 
 
 def _record(folder: Path) -> dict[str, object]:
-    try:
-        content = read_json_objects(folder / DISTILLATION_FILE)
-    except (InputError, ConfigError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    with suppress(InputError, ConfigError):
+        return read_json(folder / DISTILLATION_FILE, dict[str, object])
+    return {}
 
 
 def _outside(folder: Path, layout: _Layout) -> str | None:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import click
 
 from clip_rd_edge.cli.options import GroupedCommand, PathName, command_of, grouped, refuse_together
-from clip_rd_edge.cli.output import echo
+from clip_rd_edge.cli.output import echo, echo_json
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, InterruptedRunError
 from clip_rd_edge.settings.deploying import Demo, Index, Search, Serve
 from clip_rd_edge.utils.paths import exists
@@ -276,9 +276,7 @@ def doctor(all_extras: bool, as_json: bool) -> None:
 
     findings = edge.doctor()
     if as_json:
-        from clip_rd_edge.utils.structs import encode_json
-
-        echo(encode_json(findings))
+        echo_json(findings)
     else:
         _print_findings(findings, all_extras=all_extras)
     if broken := [finding for finding in findings if finding.state == "broken"]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clip_rd_edge.cli.options import GroupedCommand, command_of, complete_target_name, grouped
-from clip_rd_edge.cli.output import echo
+from clip_rd_edge.cli.output import echo, echo_json
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.settings.deploying import Export, Teach, Verify
 from clip_rd_edge.utils.text import as_word, one_line
@@ -65,7 +65,10 @@ def export(given: dict[str, Any], as_json: bool) -> None:
         steps = f"clip-rd-edge verify {name}; clip-rd-edge {use}"
         script = output / BUILD_SHELL
         note(f"next, on the device: bash {as_word(script)}; {steps}" if is_file(script) else f"next: {steps}")
-    echo(_as_json(bundle) if as_json else output)
+    if as_json:
+        echo_json(_summary(bundle))
+    else:
+        echo(output)
 
 
 def _show(bundle: ExportedBundle, *, name: str) -> None:
@@ -105,9 +108,8 @@ def _trial_table(trials: Sequence[Trial]) -> Any:
     return table
 
 
-def _as_json(bundle: ExportedBundle) -> str:
+def _summary(bundle: ExportedBundle) -> Any:
     from clip_rd_edge.utils.files import size_bytes
-    from clip_rd_edge.utils.structs import encode_json
 
     summaries: dict[str, Any] = {
         part.folder.name: {
@@ -120,8 +122,8 @@ def _as_json(bundle: ExportedBundle) -> str:
         for part in bundle.targets or (bundle,)
     }
     if bundle.targets:
-        return encode_json({"folder": str(bundle.folder), "targets": summaries}).decode()
-    return encode_json(summaries[bundle.folder.name]).decode()
+        return {"folder": str(bundle.folder), "targets": summaries}
+    return summaries[bundle.folder.name]
 
 
 @command_of(Teach, "teach")
@@ -154,9 +156,7 @@ def teach(given: dict[str, Any], as_json: bool) -> None:
             note("labels with texts alone may lose to taught ones: teach these, too, or check them with evaluate")
     note(f"next: clip-rd-edge classify {as_word(given['output'])} photo.jpg")
     if as_json:
-        from clip_rd_edge.utils.structs import encode_json
-
-        echo(encode_json({"bundle": str(given["output"]), "lesson": lesson}))
+        echo_json({"bundle": str(given["output"]), "lesson": lesson})
     else:
         echo(given["output"])
 
@@ -181,9 +181,7 @@ def verify(given: dict[str, Any], as_json: bool) -> None:
     with console_reporter():
         checks = edge.verify(**given)
     if as_json:
-        from clip_rd_edge.utils.structs import encode_json
-
-        echo(encode_json(checks))
+        echo_json(checks)
     else:
         _print_checks(checks)
     failed = [check for check in checks if not check.passed]
@@ -226,9 +224,7 @@ def targets(name: str | None, as_json: bool) -> None:
 
     known = edge.targets(name)
     if as_json:
-        from clip_rd_edge.utils.structs import to_json
-
-        echo(to_json(known), nl=False)
+        echo_json(known, indented=True)
     elif name:
         from clip_rd_edge.exporting.plan import target_guide
 

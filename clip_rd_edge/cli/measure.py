@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clip_rd_edge.cli.options import CommandGroup, GroupedCommand, PathName, command_of, completed_by, grouped
-from clip_rd_edge.cli.output import echo
+from clip_rd_edge.cli.output import echo, echo_json
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.settings.measuring import Benchmark, Evaluate, EvidenceRun
 from clip_rd_edge.utils.text import csv_row
@@ -67,9 +67,7 @@ def evaluate(given: dict[str, Any], confusion: Path | None, as_json: bool) -> No
         shots, classes = given.get("shots", 0), per_class or confusion is not None
         scores = edge.evaluate(model, tasks, per_class=classes, shots=shots, reporter=reporter)
     if as_json:
-        from clip_rd_edge.utils.structs import to_json
-
-        echo(to_json({"model": model.describe(), "scores": scores}), nl=False)
+        echo_json({"model": model.describe(), "scores": scores}, indented=True)
     else:
         from clip_rd_edge.benchmarking.metrics import ZeroShotScore
         from clip_rd_edge.benchmarking.tables import class_table, score_tables
@@ -207,11 +205,10 @@ def _compare(old: Path, new: Path, *, allow_busy: bool, as_json: bool) -> int:
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli.console import note, print_table
-    from clip_rd_edge.utils.structs import to_json
 
     changes = edge.compare(old, new)
     if as_json:
-        echo(to_json(changes), nl=False)
+        echo_json(changes, indented=True)
     else:
         from clip_rd_edge.benchmarking.tables import change_tables
 

@@ -36,6 +36,13 @@ def echo(
         click.echo(text, file=stream, nl=nl, color=True)
 
 
+def echo_json(content: Any, *, indented: bool = False) -> None:
+    """Print structs, dicts and lists as JSON, in one line or indented."""
+    from clip_rd_edge.utils.structs import encode_json, to_json
+
+    echo(to_json(content) if indented else encode_json(content), nl=not indented)
+
+
 @contextmanager
 def results_whole() -> Iterator[None]:
     """Within the block, which prints, a full disk raises an error: the output is cut off."""

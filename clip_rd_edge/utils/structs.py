@@ -42,17 +42,13 @@ def read_yaml(path: Path, kind: type[T]) -> T:
 
 def read_json(path: Path, kind: type[T]) -> T:
     """Read a JSON file into a struct; raises the same errors as `read_yaml`."""
-    return _decode_json(_read_json_text(path), kind, source=path)
+    # Editors on Windows put a byte order mark before what is UTF-8.
+    return _decode_json(read_limited(path, MAX_JSON_BYTES).removeprefix(BOM_UTF8), kind, source=path)
 
 
 def read_json_objects(path: Path) -> Any:
     """Return the content of a JSON file as dicts, lists, texts and numbers; raises the same errors as `read_yaml`."""
-    return _decode_json(_read_json_text(path), Any, source=path)
-
-
-def _read_json_text(path: Path) -> bytes:
-    # Editors on Windows put a byte order mark before what is UTF-8.
-    return read_limited(path, MAX_JSON_BYTES).removeprefix(BOM_UTF8)
+    return read_json(path, Any)
 
 
 def _decode_json(content: bytes, kind: type[T], *, source: Path, hint: str = "") -> T:
