@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
 from clip_rd_edge.benchmarking import tables
 from clip_rd_edge.benchmarking.metrics import RetrievalScore, ZeroShotScore
-from clip_rd_edge.benchmarking.report import figures_table, page, write_report
+from clip_rd_edge.benchmarking.report import _pareto_front, draw, figures_table, page, write_report
 from clip_rd_edge.benchmarking.results import MissingTask, Results, SkippedRow, read_results
 from clip_rd_edge.utils.text import each_text
 
@@ -165,3 +166,17 @@ def test_no_file_of_a_report_has_the_folder_of_this_package_or_a_secret(results:
     assert read.skipped[0].hint == "pip install 'clip-rd-edge[train]'"
     assert read.suite.tasks == ("clip-rd-edge/photos", f"{clone}s", "https://a.example/{0..9}.tar")
     assert read.samples == results.samples
+
+
+def test_the_same_results_give_an_identical_file(results: Results) -> None:
+    assert draw(results, file_format="svg") == draw(results, file_format="svg")
+
+
+def test_results_without_a_zero_shot_task_have_no_plot(results: Results) -> None:
+    rows = tuple(replace(row, scores=()) for row in results.rows[:1])
+    assert draw(replace(results, rows=rows), file_format="png") is None
+
+
+def test_pareto_front_excludes_dominated_models() -> None:
+    x, y = np.asarray([10.0, 2.0, 5.0, 5.0, 1.0]), np.asarray([80.0, 60.0, 50.0, 70.0, 10.0])
+    assert _pareto_front(x, y) == [4, 1, 3, 0]
