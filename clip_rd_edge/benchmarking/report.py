@@ -193,7 +193,7 @@ def _table_notes(results: Results) -> list[str]:
 
 def _sample(sample: Sample) -> str:
     predictions = "".join(map(_prediction, sample.predictions))
-    image = _image(sample.png, sample.label)
+    image = f'<img src="{_data_uri(sample.png, "image/png")}" alt="{_escape(sample.label)}">'
     return f"<li>{image}<div><strong>{_escape(sample.label)}</strong><dl>{predictions}</dl></div></li>"
 
 
@@ -201,10 +201,6 @@ def _prediction(prediction: Prediction) -> str:
     symbol, css_class = ("✓", "yes") if prediction.right else ("✗", "no")
     shown = f'<span class="{css_class}">{symbol}</span> {_escape(prediction.label)}, {share(prediction.probability, 1)}'
     return f"<dt>{_escape(prediction.row)}</dt><dd>{shown}</dd>"
-
-
-def _image(png: bytes, name: str) -> str:
-    return f'<img src="{_data_uri(png, "image/png")}" alt="{_escape(name)}">'
 
 
 def _data_uri(content: bytes, kind: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from clip_rd_edge.bundle.manifest import ENGINE_SUFFIX, MANIFEST, STAMP_SUFFIX, listed_files
 from clip_rd_edge.bundle.runs import CONFIG_FILE, DISTILLATION_FILE, TRANSFORMERS_CONFIG, WEIGHTS_FILE
@@ -124,9 +124,9 @@ def _bundle_layout(folder: Path) -> _Layout | None:
     return _Layout((MANIFEST,), (MANIFEST, *map(glob.escape, listed), *_BUILT_ON_DEVICE))
 
 
-def _record(folder: Path) -> dict[str, object]:
+def _record(folder: Path) -> dict[str, Any]:
     with suppress(InputError, ConfigError):
-        return read_json(folder / DISTILLATION_FILE, dict[str, object])
+        return read_json(folder / DISTILLATION_FILE, dict[str, Any])
     return {}
 
 

@@ -129,7 +129,10 @@ def _resized(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, 
     height, width = preprocessing.size
     old_width, old_height = size
     if preprocessing.resize_mode == "shortest" and height == width:
-        return _shorter_edge_to(height, old_width, old_height)
+        # torchvision truncates the longer edge; rounding could differ by a pixel.
+        if old_width <= old_height:
+            return height, int(height * old_height / old_width)
+        return int(height * old_width / old_height), height
     ratios = (old_height / height, old_width / width)
     ratio = max(ratios) if preprocessing.resize_mode == "longest" else min(ratios)
     # At least 1: `longest` would leave no pixel of a strip's short edge, and open_clip raises an error.
@@ -158,13 +161,6 @@ def _crop_source(image: Image.Image, new_size: tuple[int, int], preprocessing: P
     part = image.crop((window[0], window[1], window[2], window[3]))
     resample = _resample(preprocessing.evaluation_interpolation)
     return part.resize((output[0], output[1]), resample, box=(box[0], box[1], box[2], box[3]))
-
-
-def _shorter_edge_to(size: int, width: int, height: int) -> tuple[int, int]:
-    # torchvision truncates the longer edge; rounding could differ by a pixel.
-    if width <= height:
-        return size, int(size * height / width)
-    return int(size * width / height), size
 
 
 def _crop_centre(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:

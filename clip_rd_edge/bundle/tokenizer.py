@@ -7,6 +7,7 @@ import contextlib
 import html
 import itertools
 import operator
+import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -194,12 +195,6 @@ def clean_text(text: str, mode: str) -> str:
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     text = text.strip()
     if mode == "canonicalize":
-        text = _remove_punctuation(text)
+        text = text.replace("_", " ").translate(str.maketrans("", "", string.punctuation))
     text = " ".join(text.split())
     return text if mode == "whitespace" else text.lower()
-
-
-def _remove_punctuation(text: str) -> str:
-    import string
-
-    return text.replace("_", " ").translate(str.maketrans("", "", string.punctuation))

@@ -116,7 +116,9 @@ def draw_images() -> Path:
     The folder is named by a hash of the package versions, so a new version is rendered again. It is created under a
     temporary name, so an interrupted rendering is never mistaken for a complete one.
     """
-    folder = cache_home() / f"emoji-{_content_key()}"
+    parts = [_RENDER_VERSION, *(f"{package} {version(package)}" for package in PACKAGES)]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    folder = cache_home() / f"emoji-{key}"
     if not folder.is_dir():
         with new_folder(folder) as temporary, ThreadPoolExecutor(usable_cores()) as pool:
             for style in ("twemoji", "openmoji"):
@@ -163,8 +165,3 @@ def _artwork(package: str, pattern: str) -> dict[str, Path]:
 
 def _strip_selectors(code: str) -> str:
     return "-".join(part for part in code.split("-") if part != _VARIATION_SELECTOR)
-
-
-def _content_key() -> str:
-    parts = [_RENDER_VERSION, *(f"{package} {version(package)}" for package in PACKAGES)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

@@ -124,7 +124,7 @@ def _time_limit(seconds: float) -> Iterator[_Limit]:
 
 def _checks(folder: Path, manifest: Manifest, limit: _Limit, *, threads: int | None, device: str) -> Iterator[Check]:
     broken = set()
-    for check in (_check_manifest(folder, manifest), *_check_files(folder, manifest)):
+    for check in _check_files(folder, manifest):
         broken |= set() if check.passed else {check.what}
         yield check
     reference: Reference | None = None
@@ -149,13 +149,10 @@ def _checks(folder: Path, manifest: Manifest, limit: _Limit, *, threads: int | N
         yield Check(what="answers", passed=True, detail="not compared: the bundle has no reference embeddings")
 
 
-def _check_manifest(folder: Path, manifest: Manifest) -> Check:
+def _check_files(folder: Path, manifest: Manifest) -> Iterator[Check]:
     intact = not manifest.checksum or manifest_is_intact(folder, manifest)
     detail = "intact" if intact else "changed since the export"
-    return Check(what=MANIFEST, passed=intact, detail=detail, hint="" if intact else _COPY)
-
-
-def _check_files(folder: Path, manifest: Manifest) -> Iterator[Check]:
+    yield Check(what=MANIFEST, passed=intact, detail=detail, hint="" if intact else _COPY)
     for name, digest in sorted(manifest.files.items()):
         path = folder / name
         if not path.is_file():
