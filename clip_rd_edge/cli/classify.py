@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
@@ -80,7 +81,9 @@ def classify(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> 
     few = len(paths) < MANY_IMAGES
     encoder = load(bundle, threads=request.threads, device=request.device, spin=few, force=request.force)
     classifier = _classifier(encoder, request, given.get("labels", ()))
-    format_result: Format = _as_json if as_json else _as_csv if as_csv else _as_record if null else _as_text
+    format_result: Format = _as_json if as_json else _as_csv if as_csv else _as_text
+    if null and not as_json:
+        format_result = partial(_as_text, shown=str)
     end = "\0" if null else "\n"
     if as_csv:
         echo(CSV_HEADER)
@@ -231,20 +234,12 @@ def _answers(classifier: ZeroShotClassifier, embeddings: Embeddings, *, top: int
     return [Answer(row, cosine) for row, cosine in zip(predictions, cosines, strict=True)]
 
 
-def _as_text(image: str, answer: Answer) -> str:
-    """Return one line: the image, a tab, and the labels; line breaks in names are escaped."""
-    return f"{one_line(image)}\t{'  '.join(map(one_line, _labels_of(answer)))}"
-
-
-def _as_record(image: str, answer: Answer) -> str:
-    return f"{image}\t{'  '.join(_labels_of(answer))}"
-
-
-def _labels_of(answer: Answer) -> list[str]:
+def _as_text(image: str, answer: Answer, *, shown: Callable[[str], str] = one_line) -> str:
+    """Return the image, a tab, and the labels; on one line, in which line breaks in names are escaped."""
     labels = [f"{label} {probability:.1%}" for label, probability in answer.predictions] or [NO_LABEL]
     if answer.cosine is not None:
         labels[-1] += f" (cosine {answer.cosine:.3f})"
-    return labels
+    return f"{shown(image)}\t{'  '.join(map(shown, labels))}"
 
 
 def _as_json(image: str, answer: Answer) -> str:

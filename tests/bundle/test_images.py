@@ -273,14 +273,6 @@ def test_what_the_first_frame_of_a_gif_leaves_of_the_canvas_is_white(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("mode", "suffix"), [("L", "png"), ("CMYK", "jpg"), ("P", "gif"), ("1", "png"), ("LA", "png"), ("I;16", "png")]
-)
-def test_any_mode_is_converted_to_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
-    Image.new(mode, (5, 4)).save(tmp_path / f"image.{suffix}")
-    assert open_image(tmp_path / f"image.{suffix}").mode == "RGB"
-
-
-@pytest.mark.parametrize(
     ("values", "expected"),
     [
         ([0, 128, 255], [0, 128, 255]),  # levels of 8 bits in 16 or 32

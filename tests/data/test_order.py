@@ -46,12 +46,6 @@ def test_the_parts_of_a_group_are_shown_in_one_window() -> None:
         assert (len(first), len(second), set(first)) == (40, 20, set(second))
 
 
-def test_order_differs_by_seed_and_epoch_also_within_a_single_group() -> None:
-    for groups in ([60], GROUPS):
-        orders = [tuple(EpochOrder(groups, seed=s, window=20).indices(e, 0, 50)) for s in (0, 1) for e in (0, 1)]
-        assert len(set(orders)) == 4
-
-
 def test_an_order_that_was_used_shows_each_epoch_in_its_own_order_also_within_one_window() -> None:
     order = EpochOrder(GROUPS, seed=3)
     for epoch in (0, 1, 0):

@@ -222,25 +222,6 @@ def test_it_serves_in_the_cell_of_a_notebook_until_ctrl_c(colour_bundle: Path) -
             process.kill()
 
 
-@pytest.mark.parametrize("length", ["²", "-1", "+1", "1e3", "9" * 5_000])
-def test_odd_lengths_are_refused(client: Any, length: str) -> None:
-    async def send(headers: list[tuple[bytes, bytes]]) -> int:
-        scope = {"type": "http", "path": "/", "headers": headers, "method": "GET"}
-        sent: list[Any] = []
-
-        async def receive() -> Any:
-            return {"type": "http.request"}
-
-        async def collect(message: Any) -> None:
-            sent.append(message)
-
-        await guard.Guard(client.app, host="127.0.0.1", respond=guard.error_response)(scope, receive, collect)
-        return int(sent[0]["status"])
-
-    headers = [(b"host", b"127.0.0.1"), (b"content-length", length.encode("latin-1"))]
-    assert asyncio.run(send(headers)) == 413
-
-
 class Upload:
     """A body that a client sends piece by piece, and what the server answers."""
 
