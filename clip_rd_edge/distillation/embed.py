@@ -98,7 +98,6 @@ def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None
     Args:
         config: its `views` are those of the store, its `teacher_precision` is not `auto`.
         cluster: address of a Ray cluster, whose workers compute the shards; this process writes them.
-        reporter: receives the number of completed shards.
     """
     with join_processes() as processes:
         shown = reporter if processes.is_main else SILENT

@@ -110,12 +110,7 @@ class RunOptimizer:
 
     @torch.no_grad()
     def apply(self, step: int, loss: Tensor) -> None:
-        """Update the weights with the current gradients, and clear the gradients. Skipped if they are not finite.
-
-        Args:
-            step: counted from 0.
-            loss: of this step, on the device.
-        """
+        """Update the weights with the current gradients, and clear the gradients. Skipped if they are not finite."""
         self.learning_rate = learning_rate_at(step, self._steps, self._recipe)
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
@@ -152,12 +147,7 @@ class RunOptimizer:
         self._averaged += 1
 
     def require_progress(self, done: int, *, run: Path) -> None:
-        """Raise DivergedRunError if the loss was not finite for several steps in a row; waits for the device.
-
-        Args:
-            done: number of completed steps.
-            run: folder of the run, whose last checkpoint the error names.
-        """
+        """Raise DivergedRunError if the loss was not finite for several steps in a row; waits for the device."""
         skipped, _, in_a_row = self._skips.tolist()
         nothing_learnt = skipped == done == self._steps
         if nothing_learnt or in_a_row >= MAX_CONSECUTIVE_SKIPS:

@@ -230,11 +230,7 @@ def _sum_bucket(_, bucket):  # type: ignore[no-untyped-def]
 
 
 def require_one_process(what: str, *, hint: str) -> None:
-    """Refuse several processes where there are several runs: the processes of torchrun join each other only once.
-
-    Args:
-        what: is done by one process, such as `Teachers are ranked`.
-    """
+    """Refuse several processes where there are several runs: the processes of torchrun join each other only once."""
     if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise UsageError(f"{what} by a single process, but {count} were started.", hint=hint)
 

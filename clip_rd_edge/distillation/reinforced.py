@@ -203,10 +203,6 @@ class ReinforcedDataset(ViewDataset):
 
     The caption is one of the pair's own with a probability of a half, else a synthetic one: MobileCLIP gives both kinds
     the same weight.
-
-    Args:
-        pairs, stored: the pairs, and the teachers whose embeddings they have.
-        student, seed, views, max_bad: as for `ViewDataset`.
     """
 
     def __init__(

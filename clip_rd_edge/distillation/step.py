@@ -101,10 +101,8 @@ class TrainingStep:
     """Computes the loss of a batch and accumulates gradients in the student's and the objective's parameters.
 
     Args:
-        teacher: None if the objective does not need one.
         image_tower: a module that computes the student's image embeddings in another way from the same parameters, such
             as with INT8 rounding; None for the plain tower.
-        bank: None if the objective does not need one.
     """
 
     def __init__(

@@ -156,12 +156,7 @@ def rows_with_checksums(rows: npt.NDArray[Any]) -> bytes:
 
 
 def read_rows(files: Callable[[int], RowFile], rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-    """Return some rows of all shards together, (n, D).
-
-    Args:
-        files: returns the file of a shard.
-        rows: ascending.
-    """
+    """Return some rows, in ascending order, of all shards together, (n, D)."""
     parts = []
     for own in np.split(rows, np.flatnonzero(np.diff(rows // SHARD_SIZE)) + 1):
         with files(int(own[0]) // SHARD_SIZE) as file:

@@ -56,12 +56,7 @@ _DEFAULT_SHAPE: dict[str, Any] = {"image_size": 224, "text": "standard", "contex
 def make_student(
     config: RunConfig, teachers: Sequence[ClipModel], *, name: str, reporter: Reporter = SILENT
 ) -> ClipModel:
-    """Return the student of a run with its initial weights: a new one, or a trained model to fine-tune.
-
-    Args:
-        teachers: may determine the student's architecture, and give it weights.
-        name: of a new student.
-    """
+    """Return the student of a run with its initial weights: a new one, or a trained model to fine-tune."""
     student = _student_to_train(config, teachers, name, reporter)
     require_trained_bias(student, config.recipe.objective)
     if config.quantize:

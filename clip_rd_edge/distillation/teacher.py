@@ -213,8 +213,6 @@ class CaptionCache:
     bit for bit.
 
     Args:
-        tower: on `device`.
-        autocast: dtype that `tower` runs in; None for float32.
         batch_size: of the shortest captions; for longer ones it is smaller.
     """
 

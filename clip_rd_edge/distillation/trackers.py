@@ -49,11 +49,7 @@ def open_tracker(config: RunConfig, run: Path, *, start: int, reporter: Reporter
 
 
 class TensorBoardLog(Tracker):
-    """Appends to `RUN/tensorboard`. On resume, events after the checkpoint are purged.
-
-    Args:
-        start: number of completed steps.
-    """
+    """Appends to `RUN/tensorboard`. On resume, events after the checkpoint are purged."""
 
     def __init__(self, run: Path, *, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import, so only on request
@@ -97,7 +93,6 @@ class WandbRun(Tracker):
 
     Args:
         config: shown as the run's settings, but for what may be a secret in the addresses of data.
-        reporter: told if the library fails.
     """
 
     def __init__(self, run: Path, config: RunConfig, reporter: Reporter) -> None:

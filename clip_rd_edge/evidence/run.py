@@ -68,11 +68,7 @@ from clip_rd_edge.utils.text import PrefixedReporter, Reporter, shown_source
 
 
 def evaluate_model(encoder: Encoder, tasks: Sequence[Task], *, name: str) -> ModelResult:
-    """Measure scores, hits and geometry of a model.
-
-    Args:
-        name: the model's name in tables.
-    """
+    """Measure scores, hits and geometry of a model."""
     return ModelResult(
         model=name,
         parameters=encoder.describe().parameters or 0,
@@ -163,7 +159,6 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: Typed, stores: Path) 
     """Return the configuration of a run.
 
     Args:
-        teacher: model name, as in `load_clip`.
         stores: folder of the teacher's embeddings, with one store per seed and crops, because views depend on these.
     """
     recipe = suite.recipe(run.method, run.student)

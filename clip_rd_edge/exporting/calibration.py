@@ -257,7 +257,6 @@ def calibrate(
 
     Args:
         background: embeddings of common nouns, (K, D).
-        source: the name of the pairs.
     """
     # Equal captions, such as the prompts of a class, are no wrong answers to each other.
     others = ~(captions @ captions.T > 1 - 1e-5)

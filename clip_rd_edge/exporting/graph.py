@@ -186,7 +186,6 @@ def with_preprocessing(model: onnx.ModelProto, preprocessing: Preprocessing) -> 
 
     Args:
         model: pixel_values (N, 3, H, W) float32 -> image_embedding, of opset 18 or later.
-        preprocessing: the model's.
     """
     result = copy.deepcopy(model)
     graph = result.graph

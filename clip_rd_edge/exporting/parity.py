@@ -132,11 +132,7 @@ def embed(session: Any, inputs: Inputs, *, batch_size: int | None = None) -> Emb
 
 
 def latencies(sessions: Mapping[str, Any], inputs: Inputs, **limits: Any) -> Mapping[str, Milliseconds]:
-    """Return the latencies, in milliseconds, of each session on the first input, batch 1, all timed in turn.
-
-    Args:
-        limits: as `time_in_turn` takes them.
-    """
+    """Return the latencies, in milliseconds, of each session on the first input, batch 1, all timed in turn."""
     feeds = {name: {session.get_inputs()[0].name: inputs[:1]} for name, session in sessions.items()}
     return time_in_turn({name: partial(sessions[name].run, None, feed) for name, feed in feeds.items()}, **limits)
 

@@ -105,7 +105,6 @@ def write_trimmed(
     """Load a model, trim it as `trim_text_tower` does, and save it in a folder, with what is known of its training.
 
     Args:
-        spec: as for `load_clip`.
         overwrite: if false, what is in use at `folder` once the model is written is kept.
     """
     require_trim(layers, vocabulary, texts)

@@ -114,12 +114,7 @@ class CaptionTower(nn.Module):
 
 
 def _fewer_passes(passes: list[tuple[int, list[int]]], needed: list[int]) -> list[tuple[int, list[int]]]:
-    """Return passes over the same rows, each no longer than its rows need, and joined where that costs less.
-
-    Args:
-        passes: numbers of positions, ascending, and rows.
-        needed: of each row.
-    """
+    """Return passes over the same rows, each no longer than its rows need, and joined where that costs less."""
     fewer = list[tuple[int, list[int]]]()
     for _, rows in passes:
         length = max(needed[row] for row in rows)

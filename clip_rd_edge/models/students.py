@@ -258,9 +258,6 @@ def init_image_tower(student: ClipModel, source: str) -> str:
         source: `timm` for the weights that timm publishes for the trunk; `package` for those of an installed package of
             the extra `emoji`, where there is one; or a file with timm's weights (.safetensors, .pth), with or without
             a classifier, of any classes.
-
-    Returns:
-        A sentence that describes what was done.
     """
     import timm
 
@@ -345,11 +342,7 @@ def require_same_image_tower(model_cfg: dict[str, Any], source: dict[str, Any], 
 
 
 def with_image_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
-    """Return a student's configuration with the teacher's image tower and preprocessing, but its own size of images.
-
-    Args:
-        config: of `student_config`.
-    """
+    """Return a student's configuration with the teacher's image tower and preprocessing, but its own size of images."""
     model_cfg, preprocess_cfg = config["model_cfg"], config["preprocess_cfg"]
     require_same_image_tower(model_cfg, teacher.model_cfg, name=teacher.name)
     source = teacher.model_cfg["vision_cfg"]
@@ -389,11 +382,7 @@ def _require_same_features(student: ClipModel, teacher: ClipModel) -> None:
 
 
 def require_equal(features: Tensor, expected: Tensor, *, what: str, hint: str) -> None:
-    """Check that a student's tower with its teacher's weights returns its features; (N, D) each, L2-normalised.
-
-    Args:
-        what, hint: the tower, and what to do if it does not, for the error.
-    """
+    """Check that a student's tower with its teacher's weights returns its features; (N, D) each, L2-normalised."""
     cosine = float((features * expected).sum(dim=1).min())
     if not cosine >= _MIN_COSINE:
         raise ConfigError(

@@ -28,9 +28,6 @@ def init_text_tower(student: ClipModel, source: str, teacher: ClipModel | None) 
 
     Args:
         source: `teacher`, or an open_clip checkpoint file.
-
-    Returns:
-        A sentence that describes what was done.
     """
     state = _text_state(teacher.model.state_dict() if teacher and source == TEACHER else _read_checkpoint(source))
     text = student.model.get_submodule("text")
@@ -116,13 +113,6 @@ def init_token_embeddings(student: ClipModel, teachers: Sequence[ClipModel], rep
     data then have a meaning from the start. Model2Vec (Tulkens and van Dongen 2024) makes whole models of such rows.
     Tokens without a text of their own, such as parts of characters, stay random, and so do the last columns where the
     tower is wider than the teachers' embeddings.
-
-    Args:
-        student: with a text tower and tokenizer of CLIP's kind.
-        teachers: their embeddings count side by side.
-
-    Returns:
-        A sentence that describes what was done.
     """
     texts = _token_texts(student.tokenizer)
     distinct = {text: row for row, text in enumerate(dict.fromkeys(texts.values()))}
@@ -177,9 +167,6 @@ def with_text_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
     """Return a student's configuration with the teacher's attention mask, pooling, activation, heads and so on.
 
     The towers are compared: with all of its layers, the student's must return the teacher's own features.
-
-    Args:
-        config: of `student_config`.
     """
     model_cfg, source = config["model_cfg"], teacher.model_cfg["text_cfg"]
     text_cfg = model_cfg["text_cfg"]
@@ -194,11 +181,7 @@ def with_text_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
 
 
 def build_with_text_tower_of(teacher: ClipModel, config: dict[str, Any], *, name: str) -> ClipModel:
-    """Build a student with the teacher's whole text tower and tokenizer, whatever kind they are, and a new image tower.
-
-    Args:
-        config: of `student_config`; its own text tower is replaced.
-    """
+    """Build a student with the teacher's whole text tower and tokenizer, whatever kind they are, and a new image tower."""
     model_cfg = config["model_cfg"]
     if model_cfg["embed_dim"] != teacher.embedding_size:
         raise ConfigError(

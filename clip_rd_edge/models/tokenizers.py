@@ -195,12 +195,7 @@ _BYTE = "<0x{:02X}>"  # a piece of a character that no other piece has
 
 
 def pieces_of(content: Content, name: str) -> list[str]:
-    """Return the tokens by id: those of the model, then what was added to it.
-
-    Args:
-        content: of a tokenizer.json.
-        name: of the model, for errors.
-    """
+    """Return the tokens by id: those of the model, then what was added to it."""
     kind, vocabulary = content["model"]["type"], content["model"].get("vocab", {})
     if kind not in _MARKS:
         raise ConfigError(

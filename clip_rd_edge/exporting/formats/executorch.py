@@ -51,7 +51,6 @@ def convert_tower(clip: ClipModel, name: str, tower: Tower, inputs: Inputs) -> b
     """Return the content of an ExecuTorch file of the tower `name`, for one input like those of `inputs`.
 
     Args:
-        tower: its ONNX file's entry, whose names of input and output the file does not have.
         inputs: (N, 3, H, W) float32 or (N, T) int64.
     """
     with converting("ExecuTorch", name, clip), on_cpu(TOWERS[name](clip.model)) as module:

@@ -62,7 +62,6 @@ def to_fp16(model: onnx.ModelProto, *, keep_float32: Collection[str] = ()) -> on
 
     Args:
         model: float32, with or without Q/DQ, of opset 18 or later.
-        keep_float32: names of nodes that stay in float32, such as those that `nodes_out_of_range` returns.
     """
     copy = onnx.shape_inference.infer_shapes(model)
     for node in copy.graph.node:
@@ -208,12 +207,7 @@ class Fp16Tower:
 
 
 def fp16_tower(model: Path, inputs: Inputs) -> Fp16Tower:
-    """Convert a float32 ONNX file to float16, unless that changes its embeddings of hard inputs.
-
-    Args:
-        model: the float32 file.
-        inputs: (N, 3, H, W) float32 or (N, T) int64, which produce the largest values that the model will meet.
-    """
+    """Convert a float32 ONNX file to float16, unless that changes its embeddings of hard inputs."""
     with tempfile.TemporaryDirectory() as scratch:
         prepared = onnx.load(prepare_for_quantization(model, Path(scratch)))
     float32_nodes = nodes_out_of_range(prepared, inputs)

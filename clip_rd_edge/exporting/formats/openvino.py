@@ -91,8 +91,6 @@ def quantize_by_nncf(model: Path, samples: Inputs, weight_bits: WeightBits) -> b
     """Return a float32 model with the Q/DQ that NNCF inserts for OpenVINO, as file content.
 
     Args:
-        model: a float32 model that `quant_pre_process` has optimised.
-        samples: inputs (N, …) that the ranges are measured on.
         weight_bits: 7 is NNCF's overflow fix, in all layers.
     """
     import nncf

@@ -113,13 +113,7 @@ BUILD_PYTHON, CHECKSUMS = "build.py", "SHA256SUMS"
 
 
 def write_build_files(folder: Path, manifest: Manifest, *, title: str) -> None:
-    """Write the scripts that build the engines into a bundle's folder, which already holds the ONNX files.
-
-    Args:
-        folder: the bundle's.
-        manifest: the bundle's, not yet written.
-        title: name of the device, with the software that it needs.
-    """
+    """Write the scripts that build the engines into a bundle's folder, which already holds the ONNX files."""
     shapes = {"image": (3, *manifest.preprocessing.size), "text": (manifest.tokenizer.context_length,)}
     towers = [(Path(tower.file).stem, tower.input_name, shapes[name]) for name, tower in manifest.towers.items()]
     calls = "\n".join(f"build {name} {input_name} {'x'.join(map(str, shape))}" for name, input_name, shape in towers)
@@ -169,11 +163,7 @@ def _float_tower(model: Path, inputs: Inputs, *, fp16: bool, note: str = "") -> 
 
 
 def int8_tower(tower: Float32Tower, inputs: Inputs) -> TypedTower:
-    """Quantise a tower, with float16 in between, or convert it to float16 if that loses too much accuracy.
-
-    Args:
-        inputs: those that produce the largest values that the tower will meet.
-    """
+    """Quantise a tower, with float16 in between, or convert it to float16 if that loses too much accuracy."""
     min_agreement = tower.plan.budget.min_agreement(tower.name)
     with tempfile.TemporaryDirectory() as scratch:
         prepared = prepare_for_quantization(tower.model, Path(scratch))
@@ -224,11 +214,6 @@ def symmetric_tower(
 
     Args:
         tower: with a model that `quant_pre_process` has optimised.
-        min_agreement: min centred cosine with float32.
-        keep_float32: as for `to_fp16`.
-
-    Returns:
-        The quantised tower, or None if no selection of layers reaches `min_agreement`.
     """
     model, float32 = onnx.load(tower.model), open_session(str(tower.model))
     all_layers = tuple(node.name for node in weighted_layers(model))
@@ -281,12 +266,7 @@ class Engine(NamedTuple):
 
 
 def build_engine(model: bytes, *, target: str) -> Engine:
-    """Build an engine for batches of 1 to MAX_BATCH, tuned for 1.
-
-    Args:
-        model: content of a strongly typed ONNX file with one input, whose first dimension is the batch.
-        target: one of RTX_TARGETS.
-    """
+    """Build an engine for batches of 1 to MAX_BATCH, tuned for 1."""
     try:
         trt = importlib.import_module("tensorrt_rtx_bindings")
     except ImportError as error:

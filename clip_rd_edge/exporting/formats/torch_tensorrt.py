@@ -44,12 +44,7 @@ class _Fp16Tower(nn.Module):
 
 
 def engine_builder(torch_tensorrt: Any, clip: ClipModel, inputs: Mapping[str, Inputs]) -> EngineBuilder:
-    """Return a function that builds a model's engines on this machine's GPU.
-
-    Args:
-        torch_tensorrt: the package, as `require_torch_tensorrt` returns it.
-        inputs: of each tower, by name, which float16 is tested on.
-    """
+    """Return a function that builds a model's engines on this machine's GPU."""
 
     def build(name: str, typed: TypedTower) -> bytes:
         tower = copy.deepcopy(TOWERS[name](clip.model)).to(_device())

@@ -263,8 +263,6 @@ def robust_layers(
     Shares with the same layers, or with none, have one entry.
 
     Args:
-        layers: names, in the order of computation.
-        max_error: 1 − the min centred cosine.
         max_seconds: approximate limit of the processor time, once for the errors and once for the layers.
     """
     errors = group_errors(layers, error_of, max_seconds=max_seconds)
@@ -302,7 +300,6 @@ def with_fewest_in_float(
     Limits with the same layers, or with none, share one entry.
 
     Args:
-        errors: of `group_errors`.
         max_seconds: approximate limit of the processor time; `layers_within` decides what was not found by then.
     """
     ranked = sorted(range(len(errors)), key=lambda i: errors[i][1])
@@ -328,8 +325,6 @@ def layers_no_slower(
     """Return the layers of the groups that INT8 makes no slower, in their order.
 
     Args:
-        layers: names, in the order of computation, at least one.
-        open_with: opens a session of the tower with the given layers in INT8.
         inputs: model inputs; the first is timed.
         max_seconds: approximate limit of the time of running them.
     """

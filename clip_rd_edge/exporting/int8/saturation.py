@@ -34,9 +34,6 @@ _LAYERS = ("Conv", "Gemm", "MatMul", "ConvInteger", "MatMulInteger")
 def instruction_sets(content: bytes) -> tuple[str, ...]:
     """Return the instruction sets on which a CPU computes a model's INT8 as the file says, of `INSTRUCTION_SETS`.
 
-    Args:
-        content: of an ONNX file, with Q/DQ or with integer operators.
-
     Returns:
         All of them if no weight can saturate; an empty tuple if no layer has INT8 weights.
     """
@@ -87,9 +84,6 @@ def right_session(
     Args:
         session: of the model, in `runtime`.
         content: of the model's file; where the session is wrong, an ONNX file.
-        threads: as for `open_session`.
-        runtime: as for `int8_fault`.
-        sets: returns the instruction sets of a file, as `instruction_sets` does.
     """
     is_right = not (processor_saturates() or wrong_sums())  # which takes less time than `sets`
     if is_right or not int8_fault(sets(content), runtime=runtime):

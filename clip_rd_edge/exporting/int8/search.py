@@ -149,12 +149,7 @@ def _require_fallback(name: str, quantized: Mapping[str, QuantizedTower], plan: 
 
 
 def quantize_tower(tower: Float32Tower, entry: Tower, backend: Backend = ORT) -> QuantizedTower:
-    """Build and measure every INT8 candidate of a tower, and choose by the measurements on this machine.
-
-    Args:
-        entry: the float32 tower's in the manifest.
-        backend: the runtime that the tower is quantised for and measured in.
-    """
+    """Build and measure every INT8 candidate of a tower, and choose by the measurements on this machine."""
     threads, reporter, clock = tower.plan.threads, tower.reporter, tower.clock
     float32 = backend.open(str(tower.model), threads=threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -299,10 +294,7 @@ def choose(
     also slower is never shipped.
 
     Args:
-        tower: `image` or `text`.
-        fp32: float32, timed in turn with the candidates.
         tried: the candidates; one that was compared on fewer samples than float32 may disagree a little more.
-        budget: the accuracy that INT8 may cost.
         left_out: candidates that could not be measured, for the table, and the note if there is no other.
     """
     min_agreement = budget.min_agreement(tower)

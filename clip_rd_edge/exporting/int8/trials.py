@@ -145,12 +145,7 @@ _HERE = ("", "cpu-x86", "cpu-x86-vnni", "cpu-arm", "openvino")  # targets that m
 
 
 def remarks(job: Job, found: Mapping[str, QuantizedTower], backend: Backend) -> Iterator[str]:
-    """Yield sentences on what may suit the user better than what is shipped.
-
-    Args:
-        found: by tower.
-        backend: the runtime that INT8 was measured in.
-    """
+    """Yield sentences on what may suit the user better than what is shipped."""
     for name, outcome in found.items():
         if nearer := _nearer(outcome):
             yield f"{name} tower: {nearer}"

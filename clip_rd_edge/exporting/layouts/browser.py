@@ -183,7 +183,6 @@ def write_browser(bundle: Path, folder: Path, *, node_modules: Path | None = Non
     sizes.json       bytes to load before the first image, and size of the bundle, which the page shows
 
     Args:
-        bundle: an ONNX bundle.
         node_modules: see `find_packages`.
     """
     manifest = read_manifest(bundle)

@@ -27,13 +27,7 @@ _BILINEAR = """- Lanczos is sharper than the bilinear filter that this model was
 def write_model_card(
     folder: Path, manifests: Mapping[str, Manifest], *, results: Results | None, training: Mapping[str, str]
 ) -> None:
-    """Write README.md into a finished folder, and the plot of the results beside it.
-
-    Args:
-        manifests: of the exported bundles by precision.
-        results: a report of the model, or None.
-        training: facts about the training by name, such as the teacher and the data.
-    """
+    """Write README.md into a finished folder, and the plot of the results beside it."""
     manifest = manifests["fp32"]
     interpolation = manifest.preprocessing.evaluation_interpolation
     rows = [["", ""], *([f"**{inert_markdown(name)}**", inert_markdown(value)] for name, value in training.items())]
