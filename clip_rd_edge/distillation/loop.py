@@ -69,7 +69,6 @@ class TrainingState:
         done, steps: completed steps, and steps in total.
         saved: the last step whose state was saved.
         parts: what a checkpoint holds, by its key there.
-        bad: the samples that could not be read.
         student, encoder: what is saved and evaluated: the moving average if there is one, else the trained model.
         ranges: those of the rounding that the student is trained under, if any.
     """
@@ -137,7 +136,6 @@ class Training:
     """The steps of a run, and what follows each of them.
 
     Attributes:
-        result: of the last step.
         scores: of the evaluation after it; empty without one.
         is_stopping: whether the run ends after this step, as a signal has requested in one of the processes.
     """

@@ -58,10 +58,7 @@ class StepSettings:
             norms see one chunk at a time.
         block: pairs per block of the objective; 0 takes all of a process's pairs at once.
         global_logits: every process computes the loss of all pairs rather than of its own.
-        freeze_text: train only the projection of the student's text tower.
         caption_batch: captions per pass through a frozen text tower; see `teacher.caption_batch_size`.
-        compile: run the student's towers through torch.compile.
-        recompute: the backward pass computes layers again, as with gradient checkpointing.
         seed: with step, process and chunk, seeds the random draws of a step, such as dropout.
     """
 

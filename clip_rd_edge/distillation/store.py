@@ -64,10 +64,7 @@ class StoreManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Everything the embeddings of a store depend on; `teacher` and `data` only name it for people.
 
     Attributes:
-        teacher_sha256: see `model_fingerprint`.
-        pairs_sha256: see `data.samples.fingerprint`.
         views: number of distinct views (crop and caption) of each pair.
-        precision: precision that the teacher computed in.
     """
 
     format_version: int = FORMAT_VERSION
@@ -166,11 +163,7 @@ def read_rows(files: Callable[[int], RowFile], rows: npt.NDArray[np.int64]) -> n
 
 @dataclass(frozen=True)
 class TeacherStore:
-    """The files of one teacher's store.
-
-    Attributes:
-        captions: C, the number of different captions.
-    """
+    """The files of one teacher's store."""
 
     folder: Path
     manifest: StoreManifest

@@ -40,8 +40,6 @@ class Method(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """A method to train students with.
 
     Attributes:
-        name: its name in tables and folders.
-        recipe: recipe name or file, as in `distillation.config.load_recipe`.
         weights: loss weights that differ from the recipe's.
         settings: further keys that differ from the recipe's, such as `bank_temperature`.
         steps: the suite's by default; others, or those of some students by their names, make methods comparable that
@@ -75,15 +73,12 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
     """A comparison of methods.
 
     Attributes:
-        name: its name in reports, and that of their files.
         data, tasks: training data and test tasks, named as for `distill` and `evaluate`.
-        students: presets or timm names.
         compare_with: methods that all others are compared with, paired by seed.
         views: see `RunConfig`; the teacher's embeddings of the views are computed once per seed.
         evaluate_every: steps between the points of the learning curves.
         context_length: tokens per caption; the text tower of a model, in `text`, keeps its own.
         teacher_steps: steps to tune the built-in teacher, if no other teacher is given.
-        threads: number of training threads.
     """
 
     name: str

@@ -61,7 +61,6 @@ class CalibrationSet:
     """Samples that set activation ranges, and held-out ones that candidates are evaluated on.
 
     Attributes:
-        name: the name of the pairs, for provenance.
         paired: whether each caption belongs to its image, so that right answers are known.
         seen: whether the model was trained on them, whose matches are better than those of other pairs.
         unseen: others, on which the answers are calibrated instead.
@@ -90,11 +89,7 @@ class CalibrationPairs:
     """N pairs that were chosen for INT8: first those to calibrate on, then those to evaluate with.
 
     Attributes:
-        name: of the data that they are from.
         images: (N, H, W, 3) uint8, of the size of the model's input.
-        captions: one of each image.
-        paired: whether each caption belongs to its image.
-        seen: whether the model was trained on them.
     """
 
     name: str

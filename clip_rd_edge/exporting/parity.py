@@ -33,11 +33,8 @@ class Agreement(NamedTuple):
     """Agreement of N embeddings with N reference embeddings.
 
     Attributes:
-        max_difference: max absolute difference of an entry.
-        cosine: mean cosine between corresponding embeddings.
         centred_cosine: the same after subtracting each side's mean embedding. CLIP embeddings share a large mean, so
             the raw cosine stays near 1 even if a tower has collapsed to that mean.
-        samples: N.
     """
 
     max_difference: float

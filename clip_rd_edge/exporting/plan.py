@@ -155,23 +155,14 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one target gets.
+    """What one target gets; what is not explained here is an option of `Export`.
 
     Attributes:
         target: as the user names it, or the target of engines that was found; empty for none.
         format, precision: of the towers; `bundle.formats` has the combinations.
-        layout: a bundle, or what is made of one.
-        via: how engines are built: from ONNX without a GPU, or by torch-tensorrt on this machine's GPU.
-        preprocess_in_graph: the image tower takes bytes of any size, and resizes, crops and normalises them itself.
-        budget: the accuracy that INT8 may cost.
         weight_bits: of INT8 weights that a CPU multiplies; TensorRT always uses 8.
         fallback: precision of a tower that INT8 does not improve. None: float32 if the other tower is in INT8; if
             neither is, the export is refused. `none` also refuses it for a single tower.
-        search_minutes: about how long INT8 candidates of both towers are tried; None for all of them.
-        labels: names for a label bank, so that a device with fixed labels needs no text tower; None for no bank.
-        text_tower: False leaves the text tower and the tokenizer out.
-        threads: number of threads when measuring latency.
-        provenance: where the model comes from, for the manifest.
         note: how the target was chosen if none was named, in a sentence.
     """
 

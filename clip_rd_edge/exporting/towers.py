@@ -183,9 +183,6 @@ class Toolchain:
     """What converts towers to a format, and what runs them.
 
     Attributes:
-        title: the runtime's name in messages.
-        target: the runtime in the manifest.
-        suffix: of the files.
         convert: returns the content of a file from the model, the name of a tower, its ONNX file's manifest entry, and
             inputs whose first row is an example; the file takes one input at a time.
         open: opens a file, given its path and `threads`, as an object with the methods `get_inputs()` and

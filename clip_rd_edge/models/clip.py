@@ -28,7 +28,6 @@ class ClipModel:
     Attributes:
         model: an open_clip `CLIP`, `CustomTextCLIP` or `CoCa`.
         tokenizer: open_clip's tokenizer, from a list of texts to ids, (N, T) int64.
-        model_cfg: the configuration from which open_clip builds the model.
         templates: prompt templates that the model was trained with or should be used with.
         labels: names that its bundles start with, if no others are given; empty for none.
     """

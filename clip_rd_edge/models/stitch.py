@@ -252,9 +252,7 @@ class SentenceEncoder:
     """A text tower of open_clip, in evaluation mode, with its tokenizer.
 
     Attributes:
-        text_cfg: from which open_clip builds `model`.
         model: maps token ids (N, T) to features (N, D).
-        embedding_size: D.
         source: where the weights come from, for the provenance of what is built from them.
         padding: the token id that `model` masks; None if it does not.
     """

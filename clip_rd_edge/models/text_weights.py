@@ -181,7 +181,7 @@ def with_text_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
 
 
 def build_with_text_tower_of(teacher: ClipModel, config: dict[str, Any], *, name: str) -> ClipModel:
-    """Build a student with the teacher's whole text tower and tokenizer, whatever kind they are, and a new image tower."""
+    """Build a student with the teacher's whole text tower and tokenizer, of whatever kind, and a new image tower."""
     model_cfg = config["model_cfg"]
     if model_cfg["embed_dim"] != teacher.embedding_size:
         raise ConfigError(

@@ -33,12 +33,9 @@ class Job:
     """A plan that is carried out for a model.
 
     Attributes:
-        clip: the model.
-        source: its float32 bundle, in ONNX, with both towers.
+        source: the model's float32 bundle, in ONNX, with both towers.
         fp32: the manifest of `source`.
-        folder: where the files are written.
         samples: calibrate and evaluate INT8; None for other precisions.
-        reporter: shows progress.
     """
 
     plan: Plan

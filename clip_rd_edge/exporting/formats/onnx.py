@@ -197,7 +197,6 @@ class Fp16Tower:
 
     Attributes:
         model: the file's content, or None if the tower has to stay in float32.
-        agreement: with float32, on hard inputs.
         float32_nodes: names of the nodes that stay in float32 because of their values.
     """
 

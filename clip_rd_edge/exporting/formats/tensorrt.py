@@ -137,7 +137,6 @@ class TypedTower:
     """A tower's strongly typed ONNX.
 
     Attributes:
-        content: of the ONNX file.
         precision, note: as in `bundle.manifest.Tower`.
         types: expected type of each Conv, MatMul and Gemm by node name, as TensorRT calls it.
     """
@@ -196,7 +195,6 @@ class SymmetricTower:
     Attributes:
         model: with Q/DQ, in float16 otherwise.
         layers: names of the layers in INT8, of `total`; the others stay in float for accuracy.
-        agreement: with float32 on the held-out samples.
     """
 
     model: onnx.ModelProto

@@ -53,15 +53,11 @@ class Float32Tower:
     """A float32 tower to quantise.
 
     Attributes:
-        name: `image` or `text`.
-        model: its file.
         calibrate: inputs to set ranges by, (N, 3, H, W) float32 or (N, T) int64.
         held_out: other inputs (M, …), which candidates are evaluated on.
         reference: embeddings (M, D) of `held_out` by the float32 file, if they are known already.
         correct: returns which held-out pairs (M,) the tower's embeddings of `held_out` match, given the other tower's;
             None without pairs, where nobody knows what is correct.
-        clock: the time for all candidates.
-        reporter: shows progress.
     """
 
     name: str

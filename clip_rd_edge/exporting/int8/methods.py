@@ -48,13 +48,8 @@ class StaticQuantizer:
     element-wise nodes, where nothing saturates, have 8. Matrix products of two activations, as in attention, stay in
     float, and so do Softmax, normalisation and the nodes after them.
 
-    Attributes:
-        layers: names of all layers with weights.
-
     Args:
-        model: path of a float32 model that `quant_pre_process` has optimised.
         samples: inputs (N, …), on the first of which the ranges are measured.
-        weight_bits: see `exporting.int8.saturation`.
         rounded: the layers with weights that are rounded already; None rounds each weight to the nearest level.
     """
 

@@ -35,8 +35,6 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """One row in the table of candidates that were tried.
 
     Attributes:
-        tower: `image` or `text`.
-        name: the candidate's.
         latency_ratio: the candidate's latency (10th percentile) divided by float32's; below 1 is faster.
         centred_cosine: of its embeddings with float32's on held-out samples.
         samples: number of these; all if the candidate was the best so far.
@@ -73,7 +71,6 @@ class QuantizedTower:
     Attributes:
         model: the file's content, or None if float32 is shipped.
         tower: its entry in the manifest; if float32 is shipped, its note has the reason, with figures.
-        trials: all candidates that were tried, for a table.
     """
 
     model: bytes | None
