@@ -150,7 +150,8 @@ class TrainingStep:
         processes.broadcast(model.buffers())
         # Activations that exceed float16's range would stay in the statistics of batch norms.
         buffers = _buffer_values(model) if self.settings.autocast is torch.float16 else None
-        chunks = list(self._chunks(batch))
+        size = -(-len(batch.captions) // self.settings.chunks)
+        chunks = [_part(batch, slice(start, start + size)) for start in range(0, len(batch.captions), size)]
         targets = [self.teacher.embed(chunk) for chunk in chunks] if self.teacher else []
         if targets:  # a teacher may have chosen other captions
             chunks = [
@@ -185,11 +186,6 @@ class TrainingStep:
         if isinstance(self.bank, QueueBank) and not loss.total.isfinite():
             self.bank.drop_not_finite()
         return StepResult(loss, embeddings)
-
-    def _chunks(self, batch: Batch) -> Iterator[Batch]:
-        size = -(-len(batch.captions) // self.settings.chunks)
-        for start in range(0, len(batch.captions), size):
-            yield _part(batch, slice(start, start + size))
 
     def _embed(self, towers: nn.Module, batch: Batch, step: int, chunk: int) -> tuple[Tensor, Tensor]:
         device, autocast = self.processes.device, self.settings.autocast
@@ -276,7 +272,8 @@ class TrainingStep:
         summed = [leaf.grad for leaf in (*leaves, log_scale, *self.objective.parameters())]
         summed += [] if bias is None else [bias.grad]
         processes.all_reduce([total, *terms.values(), *summed])
-        return LossTerms(total, terms), [processes.local_part(_gradient(leaf)) for leaf in leaves]
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        return LossTerms(total, terms), list(map(processes.local_part, gradients))
 
 
 class _Towers(nn.Module):
@@ -337,10 +334,6 @@ def _separate_gradients(model: nn.Module) -> None:
             if (storage := parameter.grad.untyped_storage().data_ptr()) in taken:
                 parameter.grad = parameter.grad.clone()
             taken.add(storage)
-
-
-def _gradient(leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 @torch.no_grad()

@@ -125,7 +125,8 @@ def drop_nan_guards(graph: onnx.GraphProto) -> None:
         add = producers.get(softmax.input[0]) if softmax is not None and softmax.op_type == "Softmax" else None
         if add is not None and add.op_type == "Add" and any(_is_finite_mask(n, graph, producers) for n in add.input):
             replaced[node.output[0]] = guard.input[0]
-    _read_instead(graph, replaced)
+    for node in graph.node:
+        node.input[:] = [replaced.get(name, name) for name in node.input]
 
 
 def _is_finite_mask(name: str, graph: onnx.GraphProto, producers: dict[str, onnx.NodeProto]) -> bool:
@@ -256,13 +257,11 @@ def skip_expansions(model: onnx.ModelProto) -> None:
     shapes = [_shapes(model, size) for size in _BATCH_SIZES] if readers else []
     for node in readers:
         for i, name in enumerate(node.input):
-            others = [*node.input[:i], *node.input[i + 1 :]]
-            if name in expanded and all(_have_shape(others, node.output[0], known) for known in shapes):
+            others, output = [*node.input[:i], *node.input[i + 1 :]], node.output[0]
+            if name in expanded and all(
+                output in known and any(known.get(other) == known[output] for other in others) for known in shapes
+            ):
                 node.input[i] = producers[name].input[0]
-
-
-def _have_shape(names: list[str], output: str, shapes: Shapes) -> bool:
-    return output in shapes and any(shapes.get(name) == shapes[output] for name in names)
 
 
 def _shapes(model: onnx.ModelProto, batch_size: int) -> Shapes:
@@ -354,8 +353,3 @@ def _constant(graph: onnx.GraphProto, name: str) -> npt.NDArray[Any] | None:
 def _add_constant(graph: onnx.GraphProto, name: str, value: npt.ArrayLike) -> str:
     graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
     return name
-
-
-def _read_instead(graph: onnx.GraphProto, replaced: dict[str, str]) -> None:
-    for node in graph.node:
-        node.input[:] = [replaced.get(name, name) for name in node.input]

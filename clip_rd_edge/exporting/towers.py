@@ -24,7 +24,7 @@ from clip_rd_edge.exporting.parity import Inputs, measure
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode, inference_image_tower
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.files import disk_full_error, write_bytes
-from clip_rd_edge.utils.process import SharedBlock
+from clip_rd_edge.utils.process import SharedBlock, quiet_logs
 
 if TYPE_CHECKING:
     from clip_rd_edge.exporting.formats import Converted, Job
@@ -72,7 +72,8 @@ def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, 
     example = example.to(next(tower.parameters()).device)
     is_large = _weight_bytes(tower) > MAX_FILE_BYTES
     with converting("torch", path.stem, clip, hint="use one of clip-rd-edge's presets, or a newer torch"):
-        with evaluation_mode(tower), without_fast_path(), silently(), _NO_GUARD_REPORTS, torch.no_grad():
+        # It tries several ways to trace a tower, and torch 2.8 logs a traceback as an error where one of them fails.
+        with evaluation_mode(tower), NO_FAST_PATH, silently(), quiet_logs(logging.ERROR), torch.no_grad():
             torch.onnx.export(
                 tower,
                 (example,),
@@ -138,34 +139,15 @@ def _without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-_NO_FAST_PATH = SharedBlock(_without_fast_path)
-
-
-def without_fast_path() -> SharedBlock:
-    """Disable the fused attention, which becomes `aten::_native_multi_head_attention` and does not exist in ONNX."""
-    return _NO_FAST_PATH
-
-
-@contextlib.contextmanager
-def _without_guard_reports() -> Iterator[None]:
-    logger = logging.getLogger("torch._guards")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-# torch.onnx tries several ways to trace a tower, and torch 2.8 logs a traceback as an error where one of them fails.
-_NO_GUARD_REPORTS = SharedBlock(_without_guard_reports)
+# Disables the fused attention, which becomes `aten::_native_multi_head_attention` and does not exist in ONNX.
+NO_FAST_PATH = SharedBlock(_without_fast_path)
 
 
 @contextlib.contextmanager
 def on_cpu(module: nn.Module) -> Iterator[nn.Module]:
     """Move a module to the CPU to be traced, without the messages of what traces it; afterwards it is as it was."""
     device = next(module.parameters()).device
-    with evaluation_mode(module), without_fast_path(), silently(), torch.no_grad():
+    with evaluation_mode(module), NO_FAST_PATH, silently(), torch.no_grad():
         try:
             yield module.cpu()
         finally:

@@ -6,7 +6,6 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -295,7 +294,6 @@ def save_clip(
     clip: ClipModel,
     *,
     provenance: dict[str, Any],
-    extras: Callable[[Path], None] | None = None,
     overwrite: bool = True,
 ) -> None:
     """Write a model atomically as an open_clip `local-dir:` folder, replacing an existing one.
@@ -303,7 +301,6 @@ def save_clip(
     Args:
         provenance: recipe, teacher, data, seed, versions and metrics, written to distillation.json, which is published
             with the model: so without what may be a secret in the addresses of data.
-        extras: called with the folder to write additional files, such as plots.
         overwrite: if false, what is in use at `folder` once the model is written is kept.
     """
     with new_folder(folder, overwrite=overwrite) as temporary:
@@ -311,8 +308,6 @@ def save_clip(
             clip.tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
         save_open_clip(temporary, clip, location=folder)
         _write_record(temporary, clip, shown_sources(provenance))
-        if extras is not None:
-            extras(temporary)
 
 
 def save_usage(folder: Path, clip: ClipModel) -> None:

@@ -153,11 +153,14 @@ def quantize(content: bytes, steps: Recipe, ranges: dict[str, Any] | None = None
 
 def calibrated(content: bytes, samples: Inputs, *, threads: int) -> dict[str, Any]:
     """Return the range of every activation of a float32 LiteRT file on some inputs (N, …)."""
+    from ai_edge_litert.interpreter import Interpreter
+
     (name,) = (port.name for port in open_litert(content, threads=threads).get_inputs())
+    (signature,) = Interpreter(model_content=content).get_signature_list()
     data = [{name: sample[None]} for sample in samples[:_CALIBRATION_SAMPLES]]
     with silently(), without_progress_bars():
         quantizer = _quantizer(content, _static(("*",)))
-        ranges: dict[str, Any] = quantizer.calibrate({_signature(content): data}, num_threads=threads)
+        ranges: dict[str, Any] = quantizer.calibrate({str(signature): data}, num_threads=threads)
     return ranges
 
 
@@ -168,13 +171,6 @@ def operator_names(content: bytes) -> list[str]:
     kernels = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES  # XNNPACK would hide those that it runs
     interpreter = Interpreter(model_content=content, experimental_op_resolver_type=kernels)
     return [str(operator["op_name"]) for operator in interpreter._get_ops_details()]
-
-
-def _signature(content: bytes) -> str:
-    from ai_edge_litert.interpreter import Interpreter
-
-    (signature,) = Interpreter(model_content=content).get_signature_list()
-    return str(signature)
 
 
 def _quantizer(content: bytes, steps: Recipe) -> Any:

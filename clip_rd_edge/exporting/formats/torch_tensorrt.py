@@ -23,11 +23,12 @@ from clip_rd_edge.exporting.formats.tensorrt import MAX_BATCH, EngineBuilder, Ty
 from clip_rd_edge.exporting.graph import silently
 from clip_rd_edge.exporting.parity import Inputs, agreement
 from clip_rd_edge.exporting.plan import RTX_TARGETS
-from clip_rd_edge.exporting.towers import TOWERS, converting, root_cause, without_fast_path
+from clip_rd_edge.exporting.towers import NO_FAST_PATH, TOWERS, converting, root_cause
 from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 
 _CAPABILITIES = {**{name: name for name in RTX_TARGETS}, "jetson-orin": "sm87", "jetson-thor": "sm110"}
 _EXAMPLE_BATCH = 2  # a batch size of 1 would be treated as a constant
+_GPU = torch.device("cuda")
 _HINT = "omit {via}: engines are then built from ONNX, without a GPU"
 
 
@@ -47,11 +48,11 @@ def engine_builder(torch_tensorrt: Any, clip: ClipModel, inputs: Mapping[str, In
     """Return a function that builds a model's engines on this machine's GPU."""
 
     def build(name: str, typed: TypedTower) -> bytes:
-        tower = copy.deepcopy(TOWERS[name](clip.model)).to(_device())
-        with evaluation_mode(tower), without_fast_path(), silently(), torch.no_grad():
+        tower, batch = copy.deepcopy(TOWERS[name](clip.model)).to(_GPU), torch.from_numpy(inputs[name]).to(_GPU)
+        with evaluation_mode(tower), NO_FAST_PATH, silently(), torch.no_grad():
             if typed.precision == "fp16":
-                tower = _to_fp16(tower, name, inputs[name])
-            example = torch.from_numpy(inputs[name][:_EXAMPLE_BATCH]).to(_device())
+                tower = _to_fp16(tower, name, batch)
+            example = batch[:_EXAMPLE_BATCH]
             with converting("torch-tensorrt", name, clip, hint=_HINT):
                 return _build_engine(torch_tensorrt, tower, example)
 
@@ -65,32 +66,26 @@ def require_torch_tensorrt(target: str) -> Any:
             f"{{via}} torch-tensorrt needs a CUDA build of torch and a GPU; torch {torch.__version__} finds no GPU.",
             hint=_HINT,
         )
-    capability = "sm{}{}".format(*torch.cuda.get_device_capability())
-    if capability != _CAPABILITIES.get(target, capability):
-        raise UsageError(
-            f"torch-tensorrt builds only for this machine's GPU, {capability}, not for {target}.", hint=_HINT
-        )
     try:
         module = importlib.import_module("torch_tensorrt")
     except ImportError as error:
         raise MissingExtraError("torch-tensorrt", extra="torch-tensorrt", purpose="{via} torch-tensorrt") from error
     except Exception as error:  # it queries devices and loads libraries, which raise many types
         raise ClipRdEdgeError(f"torch-tensorrt cannot be loaded: {root_cause(error)}.", hint=_HINT) from error
-    rtx = bool(getattr(module.ENABLED_FEATURES, "tensorrt_rtx", False))
-    if rtx != (target in RTX_TARGETS):
-        names = ("torch-tensorrt-rtx", "torch-tensorrt")
-        raise UsageError(f"{names[not rtx]} does not build for {target}.", hint=f"pip install {names[rtx]} instead")
+    names, rtx = ("torch-tensorrt", "torch-tensorrt-rtx"), target in RTX_TARGETS
+    has_rtx = bool(getattr(module.ENABLED_FEATURES, "tensorrt_rtx", False))
+    capability = "sm{}{}".format(*torch.cuda.get_device_capability())
+    if capability != _CAPABILITIES.get(target, capability) or has_rtx != rtx:
+        raise UsageError(
+            f"{names[has_rtx]} does not build for {target} here: torch-tensorrt builds for this machine's GPU, "
+            f"{capability}, alone, and for RTX cards by torch-tensorrt-rtx.",
+            hint=_HINT if has_rtx == rtx else f"pip install {names[rtx]} instead",
+        )
     return module
 
 
-def _device() -> torch.device:
-    return torch.device("cuda")
-
-
-def _to_fp16(tower: nn.Module, name: str, inputs: Inputs) -> nn.Module:
-    """Return the tower in float16."""
+def _to_fp16(tower: nn.Module, name: str, batch: Tensor) -> nn.Module:
     fp16 = _Fp16Tower(copy.deepcopy(tower))
-    batch = torch.from_numpy(inputs).to(_device())
     reference, embeddings = (np.asarray(module(batch).cpu()) for module in (tower, fp16))
     cosine = agreement(reference, embeddings).centred_cosine
     if cosine < MIN_AGREEMENT:

@@ -104,14 +104,10 @@ class RoundedLayers:
         rounded = layer.unblocked(levels * block_scale[..., None])
         _keep_largest(whole, rounded, scale * self._max_level)
         constants = {1: layer.stored(rounded)}
-        if (bias := self._bias(layer.node)) is not None:
+        if (bias := self._constants.get("".join(layer.node.input[2:3]))) is not None:
             shift = np.einsum("gok,gk->go", layer.blocks(rounded) - weights, moments.means())
-            constants[2] = (bias - layer.sum_of_outputs(shift)).astype(np.float32)
+            constants[2] = (numpy_helper.to_array(bias) - layer.sum_of_outputs(shift)).astype(np.float32)
         return constants
-
-    def _bias(self, node: onnx.NodeProto) -> Floats | None:
-        name = node.input[2] if len(node.input) > 2 else ""
-        return numpy_helper.to_array(self._constants[name]) if name in self._constants else None
 
     def _layer(self, node: onnx.NodeProto) -> _Layer | None:
         """Return the layer of a node, or None if its inputs cannot be told from the node alone."""

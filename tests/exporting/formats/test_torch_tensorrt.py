@@ -31,7 +31,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulate a GPU of compute capability 8.9; towers stay on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
-    monkeypatch.setattr(torch_trt, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch_trt, "_GPU", torch.device("cpu"))
 
 
 class StandIn:
