@@ -96,6 +96,8 @@ class Recipe(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise CheckedError(f"crop_scale is [{low}, {high}]; expected 0 < min <= max <= 1")
+        if not self.objective:
+            raise CheckedError("all weights of the objective are 0; expected at least one term, such as task: 1")
 
 
 class _Config(Training[Place, Names, Several], frozen=True, kw_only=True, forbid_unknown_fields=True):

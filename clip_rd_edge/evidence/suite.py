@@ -18,7 +18,7 @@ from clip_rd_edge.benchmarking.suite import Threads, find_suite
 from clip_rd_edge.benchmarking.tables import NO_VALUE, inert_markdown, markdown_table
 from clip_rd_edge.data.load import local_place
 from clip_rd_edge.distillation.config import Precision, Recipe, Seed, load_recipe
-from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.structs import (
     CheckedStruct,
@@ -109,18 +109,14 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
         for field, values in (("methods", names), ("students", self.students), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{field} has duplicates: {', '.join(map(str, values))}")
-        for name in self.compare_with:
-            if name not in names:
-                raise ValueError(f"compare_with names {name!r}; expected one of {', '.join(names)}")
-        for method in self.methods:
-            for student in method.steps if isinstance(method.steps, dict) else ():
-                if student not in self.students:
-                    raise ValueError(
-                        f"steps of the method {method.name} names the student {student!r}; expected one of "
-                        f"{', '.join(self.students)}"
-                    )
-        if self.precision == "auto":
-            raise ValueError("precision is auto; expected fp32, bf16 or fp16, so that all runs have the same")
+        of_steps = [(f"steps of the method {m.name}", m.steps) for m in self.methods if isinstance(m.steps, dict)]
+        for what, given, known in (
+            ("compare_with", self.compare_with, names),
+            *((what, steps, self.students) for what, steps in of_steps),
+            ("precision", (self.precision,), ("fp32", "bf16", "fp16")),  # not auto: all runs have the same
+        ):
+            if unknown := [name for name in given if name not in known]:
+                raise ValueError(f"{what} has {unknown[0]!r}; expected one of {', '.join(known)}")
 
     def trained_on(self) -> list[str]:
         """Return the tasks that name the training data."""
@@ -146,11 +142,8 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
         """Return a method's recipe with this suite's settings."""
         raw = msgspec.to_builtins(load_recipe(method.recipe))
         raw |= {**method.settings, "objective": {**raw["objective"], **method.weights}}
-        recipe = convert(raw, Recipe, source=f"The method {method.name}")
-        if not recipe.objective:
-            raise ConfigError(f"All weights of the method {method.name} are 0; expected at least one term.")
         return msgspec.structs.replace(
-            recipe,
+            convert(raw, Recipe, source=f"The method {method.name}"),
             steps=self.steps_of(method, student),
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,

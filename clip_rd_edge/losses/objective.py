@@ -47,10 +47,9 @@ class Weights(dict[str, float]):
         given = {**weights, **named}
         for name, weight in given.items():
             find_term(name)
-            if isinstance(weight, bool) or not isinstance(weight, int | float):
-                raise CheckedError(f"{name} is {weight!r}; expected a number")
-            if not (math.isfinite(weight) and weight >= 0):
-                raise CheckedError(f"{name} is {weight}; expected a finite number of at least 0")
+            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not (is_number and math.isfinite(weight) and weight >= 0):
+                raise CheckedError(f"{name} is {weight!r}; expected a finite number of at least 0")
         super().__init__((name, float(given[name])) for name in sorted(given, key=place_of) if given[name])
 
     def needing(self, *needs: Need) -> list[str]:
@@ -152,8 +151,6 @@ class Objective(nn.Module):
         bank_temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        if not weights:
-            raise ConfigError("All weights of the objective are 0; expected at least one term, such as task: 1.")
         self.weights, self.bank_temperature = weights, bank_temperature
         self.scales = Scales(scales, start=scale_start)
         student, *self.teacher_widths = widths or (0,)
@@ -367,8 +364,7 @@ def bank(p: Products) -> Tensor:
     Those of images to T and of texts to V are the relations that MobileCLIP (Vasu et al. 2024) distils within a batch.
     CLIP-PING (Thwal et al. 2024) also has a bank for each modality, but learns from the nearest neighbours in it.
     """
-    if p.bank is None:
-        raise ValueError("The batch has no bank to compare with.")
+    assert p.bank is not None  # of a run whose recipe has this term
     with torch.autocast(p.s_v.device.type, enabled=False):
         student = p.parts(torch.cat([p.p_v[p.rows], p.p_t[p.rows]]))
         teacher = p.parts(torch.cat([p.t_v[p.rows], p.t_t[p.rows]]))
@@ -390,8 +386,6 @@ def bank_divergence(student: Tensor, teacher: Tensor, bank: Tensor, *, scale: fl
         bank: (K, D).
         scale: a multiplier without gradient.
     """
-    if not len(bank):
-        raise ValueError("The bank has no embeddings to compare with.")
     apply: Any = _BankDivergence.apply  # only some versions of torch have types for it
     result: Tensor = apply(student, teacher, bank, scale)
     return result

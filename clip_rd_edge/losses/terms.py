@@ -215,8 +215,6 @@ class Products:
         self.student_bias = student_bias
         self.student_scale, self.bank, self.bank_temperature = student_scale, batch.bank, objective.bank_temperature
         self.teacher_scales = teacher_scale if isinstance(teacher_scale, tuple) else (teacher_scale,)
-        if len(self.teacher_scales) != max(1, len(objective.teacher_widths)):
-            raise ValueError("Expected a logit scale for each teacher.")
         self.pairs, self.rows = len(self.s_v), block or slice(None)
         self._scales, self._widths, self._block = objective.scales, objective.teacher_widths, block
         self._computed = dict[str, Logits]()

@@ -262,8 +262,6 @@ def interpolate_clip(before: ClipModel, after: ClipModel, *, share: float) -> Cl
     as good on the new data and nearly as good on the old, as long as the fine-tuning did not go far. Counters, such as
     the number of batches that a norm has seen, are those of `after`.
     """
-    if not 0 <= share <= 1:
-        raise ConfigError(f"The share of the fine-tuned weights is {share}; expected a number from 0 to 1.")
     old, new = before.model.state_dict(), after.model.state_dict()
     model = copy.deepcopy(after.model)
     model.load_state_dict(
@@ -316,7 +314,7 @@ def average_models(
         score: measures a model, by task; every tenth is measured, and the weight itself.
         force: replace an earlier average in `folder`; a folder with anything else is refused.
     """
-    if not isinstance(weight, float | int) and weight != "best":
+    if weight != "best" and not (isinstance(weight, float | int) and 0 <= weight <= 1):
         raise UsageError(f"The weight is {weight!r}; expected a number from 0 to 1, or best.")
     if weight == "best" and score is None:
         raise UsageError(

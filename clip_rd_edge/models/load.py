@@ -8,7 +8,7 @@ import logging
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 import torch
@@ -42,7 +42,7 @@ from clip_rd_edge.models.names import HUB, ModelName, parse_name
 from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.paths import Typed, exists, is_file, is_folder
 from clip_rd_edge.utils.process import quiet_logs
-from clip_rd_edge.utils.structs import convert, read_json, read_json_objects
+from clip_rd_edge.utils.structs import convert, read_json
 from clip_rd_edge.utils.text import shown_sources
 
 
@@ -111,24 +111,26 @@ def known_config(spec: Typed, *, pretrained: Typed | None = None) -> dict[str, A
 
 def _known_config(named: ModelName) -> dict[str, Any]:
     if named.kind == "folder":
-        config: dict[str, Any] = read_open_clip_config(Path(named.name))["model_cfg"]
-        return config
+        return _model_cfg_in(Path(named.name))
     return {} if named.kind == "hub" else _architecture(named)
 
 
-def read_open_clip_config(folder: Path) -> dict[str, Any]:
-    """Read `open_clip_config.json` from a model's folder."""
+class _OpenClipConfig(TypedDict):
+    """What is read of open_clip_config.json."""
+
+    model_cfg: dict[str, Any]
+
+
+def _model_cfg_in(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not is_file(path):
         reason = f"has no {CONFIG_FILE}" if is_folder(folder) else "does not exist"
         raise InputError(f"The model folder {folder} {reason}.", hint="name a folder that open_clip can load")
-    config = read_json_objects(path)
-    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
-        raise ConfigError(f"{path} does not have an object at 'model_cfg'.")
-    require_bounded(config["model_cfg"], path)
-    refuse_other_places(config["model_cfg"], str(path), folder=folder)
-    register_activation(config["model_cfg"].get("vision_cfg", {}).get("timm_model_name"))
-    return config
+    model_cfg = read_json(path, _OpenClipConfig)["model_cfg"]
+    require_bounded(model_cfg, path)
+    refuse_other_places(model_cfg, str(path), folder=folder)
+    register_activation(model_cfg.get("vision_cfg", {}).get("timm_model_name"))
+    return model_cfg
 
 
 def preprocessing_of(model: Any) -> Preprocessing:
@@ -237,9 +239,7 @@ def training_facts(spec: str) -> dict[str, str]:
     path = training_record_path(model_folder(spec))
     if path is None:
         return {}
-    record = read_json_objects(path)
-    if not isinstance(record, dict):
-        raise ConfigError(f"{path} is not a JSON object.")
+    record = read_json(path, dict[str, Any])
     # Of paths only the last part: the others say where a file was on the machine that trained, and to whom it belonged.
     facts = {name: record.get(name) for name in _TRAINING_FACTS}
     return {

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import clip_rd_edge as edge
-from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.edit import average_models, interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
@@ -39,7 +39,7 @@ def models(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "first", tmp_path / "second"
 
 
-def test_weights_and_statistics_are_interpolated_and_counters_taken_from_after() -> None:
+def test_weights_and_statistics_are_interpolated_and_counters_taken_from_after(tmp_path: Path) -> None:
     before, after = build(0), build(1)
     after.model(torch.randn(4, 3, 32, 32), torch.ones(4, 8, dtype=torch.long))  # moves the batch norms' statistics
     old, new = ({k: v.clone() for k, v in clip.model.state_dict().items()} for clip in (before, after))
@@ -50,8 +50,8 @@ def test_weights_and_statistics_are_interpolated_and_counters_taken_from_after()
             exact = (1 - share) * old[name] + share * new[name] if tensor.is_floating_point() else new[name]
             torch.testing.assert_close(tensor, exact)
     assert all(torch.equal(tensor, new[name]) for name, tensor in after.model.state_dict().items())
-    with pytest.raises(ConfigError):
-        interpolate_clip(before, after, share=1.5)
+    with pytest.raises(UsageError):
+        average_models((typed("a"), typed("b")), tmp_path / "average", weight=1.5)
 
 
 def test_the_result_has_the_weights_between_and_the_record_of_the_training(

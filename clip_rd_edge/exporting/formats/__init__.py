@@ -6,10 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from clip_rd_edge.bundle.formats import format_named
 from clip_rd_edge.bundle.manifest import Manifest, Tower
+from clip_rd_edge.errors import MissingExtraError
 from clip_rd_edge.exporting.parity import Inputs, NodeByNode, hard_inputs
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.runtime.encoder import BundleEncoder
@@ -74,11 +77,17 @@ class Job:
 
 
 class Format(ABC):
-    """Converts a model's float32 bundle to a format."""
+    """Converts a model's float32 bundle to a format, by some packages that an extra of this one installs."""
+
+    packages: tuple[str, ...] = ()
+    extra = ""
 
     def check(self, plan: Plan) -> None:
         """Raise a ClipRdEdgeError if a plan cannot be carried out here, such as for want of a package."""
-        return None
+        for package in self.packages:
+            if find_spec(package.replace("-", "_")) is None:
+                purpose = f"Exporting for {format_named(plan.format).title}"
+                raise MissingExtraError(package, extra=self.extra, purpose=purpose)
 
     @abstractmethod
     def convert(self, job: Job) -> Converted:

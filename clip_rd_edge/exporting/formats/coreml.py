@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.bundle.manifest import Tower
-from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
+from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.formats import Converted, Format, Job
 from clip_rd_edge.exporting.parity import Inputs
-from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.exporting.towers import TOWERS, converting, example_row, on_cpu
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.one_input import COREML
@@ -29,9 +27,7 @@ _HINT = "use {format} onnx, which ONNX Runtime runs on Apple devices as well"
 class CoreMl(Format):
     """Core ML packages, converted from PyTorch, in float32 or float16; nothing but a Mac runs them."""
 
-    def check(self, plan: Plan) -> None:
-        if find_spec("coremltools") is None:
-            raise MissingExtraError("coremltools", extra=COREML, purpose="Exporting for Core ML")
+    packages, extra = ("coremltools",), COREML
 
     def convert(self, job: Job) -> Converted:
         """Write the bundle; what a package declares is compared with the source."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.bundle.manifest import Manifest, Tower
-from clip_rd_edge.errors import MissingExtraError
 from clip_rd_edge.exporting.formats import Converted, Format, Job
 from clip_rd_edge.exporting.int8.candidates import Backend, Candidate, Float32Tower, one_input_backend
 from clip_rd_edge.exporting.int8.search import write_int8
 from clip_rd_edge.exporting.parity import Inputs
-from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.exporting.towers import TOWERS, Toolchain, converting, from_own_float32, on_cpu, write_towers
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.one_input import ExecuTorchEncoder, open_executorch
@@ -31,10 +28,7 @@ _CALIBRATION_SAMPLES = 64  # each runs through PyTorch's graph with an observer 
 class ExecuTorch(Format):
     """ExecuTorch files, converted from PyTorch; INT8 is compared with ExecuTorch's own float32."""
 
-    def check(self, plan: Plan) -> None:
-        for module in ("executorch", "torchao"):
-            if find_spec(module) is None:
-                raise MissingExtraError(module, extra="executorch", purpose="Exporting for ExecuTorch")
+    packages, extra = ("executorch", "torchao"), "executorch"
 
     def convert(self, job: Job) -> Converted:
         if job.plan.precision == "fp32":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,12 @@ import msgspec
 from torch import Tensor, nn
 
 from clip_rd_edge.bundle.manifest import Manifest, Tower
-from clip_rd_edge.errors import MissingExtraError
 from clip_rd_edge.exporting.formats import Converted, Format, Job
 from clip_rd_edge.exporting.formats.onnx import MIN_AGREEMENT, float32_note
 from clip_rd_edge.exporting.graph import silently
 from clip_rd_edge.exporting.int8.candidates import Candidate, Float32Tower, one_input_backend
 from clip_rd_edge.exporting.int8.search import write_int8
 from clip_rd_edge.exporting.parity import Inputs, measure
-from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.exporting.towers import (
     TOWERS,
     Toolchain,
@@ -54,10 +51,7 @@ Recipe = list[dict[str, Any]]
 class LiteRt(Format):
     """LiteRT files, converted from PyTorch; float16 and INT8 are made from LiteRT's own float32."""
 
-    def check(self, plan: Plan) -> None:
-        for package in ("litert-torch", "ai-edge-quantizer", "ai-edge-litert"):
-            if find_spec(package.replace("-", "_")) is None:
-                raise MissingExtraError(package, extra="litert-torch", purpose="Exporting for LiteRT")
+    packages, extra = ("litert-torch", "ai-edge-quantizer", "ai-edge-litert"), "litert-torch"
 
     def convert(self, job: Job) -> Converted:
         if job.plan.precision == "fp32":
