@@ -86,6 +86,8 @@ def test_a_store_keeps_the_embeddings_of_each_teacher_side_by_side(with_store: R
     for expected, actual in batches:
         assert [pixels.shape[-1] for pixels in expected.teacher_pixels] == [48, 32]
         assert actual.teacher_pixels == ()
+        assert expected.captions == actual.captions
+        assert torch.equal(expected.student_pixels, actual.student_pixels)
         there, here = teachers.embed(expected), StoredTeacher(ensemble_of(setup.teachers), CPU).embed(actual)
         for one, other in ((there.image, here.image), (there.text, here.text)):
             assert one.shape == (6, sum(WIDTHS))

@@ -33,13 +33,6 @@ def batches(path: Path, start: int, stop: int, *, workers: int = 0, teachers: Se
     return list(step_loader(dataset, StepSampler([24], 5, seed=3, steps=range(start, stop)), workers=workers))
 
 
-def test_a_resumed_loader_gives_the_batches_of_an_uninterrupted_one(pairs_csv: Path) -> None:
-    uninterrupted, resumed = batches(pairs_csv, 0, 10), batches(pairs_csv, 6, 10, workers=2)
-    for expected, actual in zip(uninterrupted[6:], resumed, strict=True):
-        assert expected.captions == actual.captions
-        assert torch.equal(expected.student_pixels, actual.student_pixels)
-
-
 def test_the_teacher_gets_the_same_crop_in_its_own_preprocessing(pairs_csv: Path) -> None:
     path = pairs_csv.parent / "pictures" / "0.png"
     Image.linear_gradient("L").convert("RGB").save(path)  # of which each crop has a mean of its own

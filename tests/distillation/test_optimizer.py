@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -26,7 +25,7 @@ def optimizer(model: torch.nn.Module, **recipe: object) -> RunOptimizer:
     return RunOptimizer(model, Objective(Weights(task=1)), settings, steps=10_000)
 
 
-def test_the_moving_average_of_a_short_run_forgets_the_initial_weights(tmp_path: Path) -> None:
+def test_the_moving_average_of_a_short_run_forgets_the_initial_weights() -> None:
     """The share of the first weights in the average is what is left of 1 after updates with weights of 0."""
     model = Tiny()
     run = optimizer(model, ema_decay=0.999)
@@ -37,7 +36,7 @@ def test_the_moving_average_of_a_short_run_forgets_the_initial_weights(tmp_path:
     assert 0 <= run.model_to_save.get_parameter("weight").item() < 1e-6
 
 
-def test_the_moving_average_follows_its_definition(tmp_path: Path) -> None:
+def test_the_moving_average_follows_its_definition() -> None:
     model, expected = Tiny(), 0.0
     run = optimizer(model, ema_decay=0.999, learning_rate=1e-12)
     for step in range(5):
@@ -49,7 +48,7 @@ def test_the_moving_average_follows_its_definition(tmp_path: Path) -> None:
     assert run.model_to_save.get_parameter("weight").item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_resumed_optimizer_has_the_moving_average_the_loss_scale_and_the_skipped_steps(tmp_path: Path) -> None:
+def test_a_resumed_optimizer_has_the_moving_average_the_loss_scale_and_the_skipped_steps() -> None:
     options = {"ema_decay": 0.9, "precision": "fp16"}
     model = Tiny()
     run = optimizer(model, **options)
@@ -65,7 +64,7 @@ def test_a_resumed_optimizer_has_the_moving_average_the_loss_scale_and_the_skipp
     assert average == expected != 0
 
 
-def test_the_logit_scale_is_clamped_to_100(tmp_path: Path) -> None:
+def test_the_logit_scale_is_clamped_to_100() -> None:
     model = Tiny()
     run = optimizer(model)
     for value, expected in ((9.0, 100.0), (-3.0, 1.0)):
@@ -75,7 +74,7 @@ def test_the_logit_scale_is_clamped_to_100(tmp_path: Path) -> None:
         assert model.logit_scale.exp().item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_clipping_and_the_logged_norm_apply_to_the_true_gradient(tmp_path: Path) -> None:
+def test_clipping_and_the_logged_norm_apply_to_the_true_gradient() -> None:
     model = Tiny()
     run = optimizer(model, precision="fp16", clip_gradient_norm=1.0)
     model.weight.grad = torch.full((1,), 3.0 * run.loss_scale)
@@ -83,7 +82,7 @@ def test_clipping_and_the_logged_norm_apply_to_the_true_gradient(tmp_path: Path)
     assert run.gradient_norm == pytest.approx(3.0)
 
 
-def test_any_number_of_lone_steps_may_be_skipped(tmp_path: Path) -> None:
+def test_any_number_of_lone_steps_may_be_skipped() -> None:
     model = Tiny()
     run = optimizer(model)
     for step in range(0, 2 * MAX_CONSECUTIVE_SKIPS + 2, 2):
@@ -94,7 +93,7 @@ def test_any_number_of_lone_steps_may_be_skipped(tmp_path: Path) -> None:
     assert run.skipped == MAX_CONSECUTIVE_SKIPS + 1
 
 
-def test_the_search_for_a_loss_scale_may_skip_any_number_of_steps(tmp_path: Path) -> None:
+def test_the_search_for_a_loss_scale_may_skip_any_number_of_steps() -> None:
     model = Tiny()
     run = optimizer(model, precision="fp16")
     for step in range(2 * MAX_CONSECUTIVE_SKIPS):
@@ -104,7 +103,7 @@ def test_the_search_for_a_loss_scale_may_skip_any_number_of_steps(tmp_path: Path
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1.0), (1.0, math.nan)])
-def test_a_step_that_is_not_finite_leaves_the_weights_as_they_are(tmp_path: Path, loss: float, gradient: float) -> None:
+def test_a_step_that_is_not_finite_leaves_the_weights_as_they_are(loss: float, gradient: float) -> None:
     model = Tiny()
     run = optimizer(model)
     model.weight.grad = torch.full((1,), gradient)

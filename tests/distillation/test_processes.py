@@ -20,7 +20,6 @@ from support import PATIENCE_S
 from thread_processes import Exchange, Threads
 from torch import Tensor, nn
 
-from clip_rd_edge.data.order import StepSampler
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, save_checkpoint
 from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.distillation.loader import Batch
@@ -168,15 +167,6 @@ def test_a_compiled_step_in_chunks_of_one_pair_gives_the_gradients_of_the_whole(
 def test_the_loss_scale_multiplies_every_gradient_and_not_the_loss() -> None:
     expected = compute(make_step(Processes(), StepSettings()))
     assert_close(compute(make_step(Processes(), StepSettings()), loss_scale=8.0), expected, factor=8.0)
-
-
-def test_each_process_loads_its_own_part_of_the_batch() -> None:
-    whole = list(StepSampler([24], 6, seed=0, steps=range(9)))
-    parts = [list(StepSampler([24], 6, seed=0, steps=range(9), rank=rank, processes=3)) for rank in range(3)]
-    assert [[*first, *second, *third] for first, second, third in zip(*parts, strict=True)] == whole
-    gathered = torch.arange(6)
-    local = [Processes(rank=rank, world_size=3).local_part(gathered).tolist() for rank in range(3)]
-    assert local == [[0, 1], [2, 3], [4, 5]]
 
 
 def run_steps(student: ClipModel, *steps: int, **settings: int) -> None:

@@ -18,7 +18,7 @@ from support import save_tiny_teacher
 from thread_processes import call_in_threads
 from tiny_runs import tiny_run
 
-from clip_rd_edge.data.order import StepSampler, View
+from clip_rd_edge.data.order import View
 from clip_rd_edge.data.samples import Sample
 from clip_rd_edge.data.tables import Table
 from clip_rd_edge.distillation import embed, store
@@ -29,7 +29,7 @@ from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.setup import RunSetup, load_setup, make_dataset
 from clip_rd_edge.distillation.store import TeacherStore, TeacherStores, image_shard, open_store
 from clip_rd_edge.distillation.student import crops_of
-from clip_rd_edge.distillation.teacher import CaptionCache, LiveTeacher, StoredTeacher, Teacher, ensemble_of
+from clip_rd_edge.distillation.teacher import CaptionCache, LiveTeacher, Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.files import write_bytes
 
@@ -95,23 +95,6 @@ def live_embeddings(config: RunConfig, setup: RunSetup, view: int, index: int) -
     assert batch.bad == ()
     targets = LiveTeacher([Teacher(setup.teachers[0], torch.device("cpu"), autocast=None)]).embed(batch)
     return targets.image[0].numpy(), targets.text[0].numpy()
-
-
-def test_a_stored_teacher_gives_the_embeddings_of_the_live_one(config: RunConfig, setup: RunSetup) -> None:
-    fill(config, setup)
-    live, stored = make_dataset(config, setup), make_dataset(config, setup, with_teacher_pixels=False)
-    stored.store = TeacherStores((open_store(Path(str(config.store))),))
-    teacher = LiveTeacher([Teacher(setup.teachers[0], torch.device("cpu"), autocast=None)])
-    stored_teacher = StoredTeacher(ensemble_of(setup.teachers), torch.device("cpu"))
-    steps = StepSampler([24], 6, seed=0, steps=range(12))  # three epochs over two views
-    for live_batch, batch in zip(
-        step_loader(live, steps, workers=0), step_loader(stored, steps, workers=0), strict=True
-    ):
-        assert live_batch.captions == batch.captions
-        assert torch.equal(live_batch.student_pixels, batch.student_pixels)
-        live_targets, targets = teacher.embed(live_batch), stored_teacher.embed(batch)
-        for expected, actual in ((live_targets.image, targets.image), (live_targets.text, targets.text)):
-            torch.testing.assert_close(actual, expected, atol=2**-11, rtol=0)  # float16 rounding below 1
 
 
 def test_every_row_of_every_shard_is_that_of_its_own_pair_view_and_caption(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,6 @@ from clip_rd_edge.exporting.int8.candidates import (
     Float32Tower,
     group_errors,
     layers_no_slower,
-    layers_within,
     static_candidates,
     with_fewest_in_float,
 )
@@ -278,14 +276,6 @@ def test_without_candidates_float32_is_shipped_for_the_first_ones_reason() -> No
 
 
 # Layers that stay in float.
-
-
-def test_the_worst_layers_are_excluded_until_the_error_is_small_enough() -> None:
-    errors = [((name,), error) for name, error in (("a", 0.001), ("b", 0.02), ("c", 0.002), ("d", 0.004))]
-    assert layers_within(errors, 0.1) == ("a", "b", "c", "d")
-    assert layers_within(errors, 0.008) == ("a", "c", "d")
-    assert layers_within(errors, 0.003) == ("a", "c")
-    assert layers_within([(("a",), math.inf)], 1.0) == ()
 
 
 @pytest.mark.parametrize("max_seconds", [60, 0])
