@@ -48,7 +48,6 @@ from clip_rd_edge.evidence.suite import (
     Run,
     RunResult,
     TaskResult,
-    has_tasks,
     read_run,
     tasks_of,
 )
@@ -209,7 +208,7 @@ def collect(suite: EvidenceSuite, folder: Path) -> Evidence:
     """
     results = [result for run in suite.runs() if (result := read_run(folder / run.subfolder)) is not None]
     teacher = read_json(folder / TEACHER_RESULT, ModelResult) if results else None
-    runs = tuple(run for run in results if teacher and has_tasks(run.result, tasks_of(teacher)))
+    runs = tuple(run for run in results if teacher and tasks_of(run.result) == tasks_of(teacher))
     if teacher is None or not runs:
         raise UsageError(f"{folder} has no finished run of the suite {suite.name}.", hint="run the suite first")
     return Evidence(suite=suite, teacher=teacher, runs=runs)
@@ -237,7 +236,7 @@ def _evaluate_teacher(suite: EvidenceSuite, folder: Path, teacher: Typed, tasks:
                 f"{folder} has finished runs beside another teacher, {known.model}, or one with other weights.",
                 hint="name that teacher again, or choose another {output}",
             )
-        if is_same and known.model == clip.name and has_tasks(known, _named(tasks)):
+        if is_same and known.model == clip.name and tasks_of(known) == _named(tasks):
             return
     result = evaluate_model(TorchEncoder(clip), tasks, name=clip.name)
     write_bytes(path, to_json(msgspec.structs.replace(result, weights=weights)))
@@ -305,7 +304,7 @@ def _train_and_evaluate(
         config, run_folder, resume=True, reporter=clock, evaluate=lambda encoder: curve_scores(encoder, tasks)
     )
     known, named = read_run(run_folder), _named(tasks)
-    if known is not None and has_tasks(known.result, named):
+    if known is not None and tasks_of(known.result) == named:
         return
     measured = evaluate_model(TorchEncoder(load_clip(typed(student))), tasks, name=run.student)
     result = RunResult(

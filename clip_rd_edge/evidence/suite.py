@@ -266,11 +266,6 @@ def read_run(folder: Path) -> RunResult | None:
     return read_json(path, RunResult) if path.is_file() else None
 
 
-def has_tasks(result: ModelResult, others: Sequence[tuple[str, str]]) -> bool:
-    """Return whether a model was evaluated on these tasks, in this order, given the name and content of each."""
-    return tasks_of(result) == list(others)
-
-
 def tasks_of(result: ModelResult) -> list[tuple[str, str]]:
     """Return name and content of the tasks that a model was evaluated on, in order."""
     return [(task.score.task, task.content) for task in result.tasks]

@@ -12,7 +12,6 @@ from typing import Any, TypedDict
 
 import msgspec
 import torch
-from torch import Tensor
 
 from clip_rd_edge.bundle.manifest import inner_bundles
 from clip_rd_edge.bundle.preprocess import Preprocessing
@@ -89,7 +88,8 @@ def load_clip(spec: Typed, *, pretrained: Typed | None = None, separate_text: bo
             raise _loading_error(named, model_cfg, error) from error
     if separate_text and hasattr(model, "text"):
         model_cfg = {**model_cfg, "custom_text": True}
-    usage = _usage(folder)
+    record = training_record_path(folder)
+    usage = _Usage() if record is None else read_json(record, _Usage)
     return ClipModel(
         name=_display_name(named),
         model=model.eval(),
@@ -226,11 +226,6 @@ class _Usage(msgspec.Struct):
     labels: tuple[str, ...] = ()
 
 
-def _usage(folder: Path | None) -> _Usage:
-    path = training_record_path(folder)
-    return _Usage() if path is None else read_json(path, _Usage)
-
-
 _TRAINING_FACTS = ("recipe", "teacher", "data", "image_source", "pairs", "images", "texts", "steps", "seed", "date")
 
 
@@ -347,12 +342,9 @@ def save_open_clip(folder: Path, clip: ClipModel, *, location: Path) -> None:
         model_cfg = {**model_cfg, "text_cfg": {**model_cfg["text_cfg"], "hf_model_name": str(location.resolve())}}
     config = {"model_cfg": model_cfg, "preprocess_cfg": clip.preprocessing.open_clip_cfg()}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    state = {name: _to_storable(tensor) for name, tensor in clip.model.state_dict().items()}
+    # It requires contiguous tensors that do not share memory.
+    copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in clip.model.state_dict().items()}
+    state = {name: tensor.contiguous(memory_format=torch.contiguous_format) for name, tensor in copies.items()}
     save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
     # safetensors makes it readable for its owner alone, whatever the umask.
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
-
-
-def _to_storable(tensor: Tensor) -> Tensor:
-    # safetensors requires contiguous tensors that do not share memory.
-    return tensor.detach().to("cpu", copy=True).contiguous(memory_format=torch.contiguous_format)
