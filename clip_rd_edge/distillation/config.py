@@ -142,7 +142,6 @@ class RunConfig(
 
     @property
     def teachers(self) -> tuple[Typed, ...]:
-        """The names of all teachers."""
         return self.teacher if isinstance(self.teacher, tuple) else (self.teacher,) if self.teacher else ()
 
     @property

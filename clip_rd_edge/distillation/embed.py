@@ -86,7 +86,6 @@ def prepare_teacher(
 def make_teachers(
     config: RunConfig, setup: RunSetup, device: torch.device, autocast: torch.dtype | None
 ) -> list[Teacher]:
-    """Return the teachers of a run, on a device and in a precision."""
     captions = caption_batch(config, device)
     return [Teacher(clip, device, autocast=autocast, caption_batch=captions) for clip in setup.teachers]
 

@@ -241,7 +241,6 @@ class _Wait:
         self.share, self._skipped = 0.0, skipped
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the batches."""
         count, waited, since = -self._skipped, 0.0, time.perf_counter()
         while True:
             asked = time.perf_counter()

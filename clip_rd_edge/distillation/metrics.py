@@ -144,7 +144,6 @@ class EncoderOfAllProcesses:
         self._encoder, self._processes, self._request = encoder, processes, request
 
     def describe(self) -> Description:
-        """Describe the encoder."""
         return self._encoder.describe()
 
     def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:

@@ -55,7 +55,6 @@ class ActivationRanges:
         return {"low": self.low, "high": self.high}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state that `state_dict` returned."""
         self.low, self.high = state["low"], state["high"]
 
     def tower(self, student: ClipModel) -> QuantizedTower:
@@ -246,7 +245,6 @@ class FakeQuantMode(TorchFunctionMode):
         return output
 
     def _layer_input(self, value: Tensor) -> Tensor:
-        """Return the input of a layer, rounded."""
         if id(value) in self._outputs:
             return value
         if id(value) not in self._held:

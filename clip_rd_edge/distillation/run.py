@@ -216,7 +216,6 @@ class Run:
 
     @property
     def student(self) -> Path:
-        """The folder of the trained student."""
         return self.folder / STUDENT_FOLDER
 
     def stopped_at_once(self) -> AbstractContextManager[None]:

@@ -64,7 +64,6 @@ class RunSetup:
 
     @property
     def teacher_names(self) -> list[str]:
-        """The names of all teachers."""
         return [teacher.name for teacher in (self.stored.teachers if self.stored else self.teachers)]
 
 

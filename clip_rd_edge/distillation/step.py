@@ -80,7 +80,6 @@ def caption_batch(config: RunConfig, device: torch.device) -> int:
 
 
 def step_settings(config: RunConfig, autocast: torch.dtype | None, device: torch.device) -> StepSettings:
-    """Return the step settings of a run, for the precision `autocast`."""
     return StepSettings(
         autocast=autocast,
         chunks=config.accumulate,

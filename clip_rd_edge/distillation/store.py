@@ -200,7 +200,6 @@ class TeacherStore:
         return RowFile(image_shard(self.folder, view, shard), count=count, width=self.manifest.embedding_size)
 
     def files(self) -> Iterator[RowFile]:
-        """Yield all files of rows."""
         yield self.keys()
         yield from map(self.texts, range(len(shards(self.captions))))
         for view in range(self.manifest.views):
@@ -233,17 +232,14 @@ def shards(total: int) -> list[range]:
 
 
 def image_shard(folder: Path, view: int, shard: int) -> Path:
-    """Return the path of a shard of image embeddings."""
     return folder / "images" / f"view-{view:03d}" / f"shard-{shard:05d}.npy"
 
 
 def text_shard(folder: Path, shard: int) -> Path:
-    """Return the path of a shard of text embeddings."""
     return folder / "texts" / f"shard-{shard:05d}.npy"
 
 
 def keys_file(folder: Path) -> Path:
-    """Return the path of the keys of all different captions."""
     return folder / "texts" / "keys.npy"
 
 

@@ -299,7 +299,6 @@ def write_evidence(path: Path, evidence: Evidence) -> None:
 
 
 def read_evidence_file(path: Path) -> Evidence:
-    """Read a file written by `write_evidence`."""
     hint = "expected the results of an evidence suite; those of a benchmark are for clip-rd-edge benchmark --compare"
     evidence = read_versioned_json(path, Evidence, newest=FORMAT_VERSION, hint=hint)
     if not evidence.runs:

@@ -162,7 +162,6 @@ def producers_of(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
 
 
 def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
-    """Return a node's attributes by name."""
     return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 

@@ -98,12 +98,10 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def target_names() -> list[str]:
-    """Return the names of the shipped targets, sorted."""
     return sorted(path.parent.name for path in shipped_path(DEVICES).glob(f"*/{_FILE}"))
 
 
 def read_target(name: str) -> Target:
-    """Read the target called `name`."""
     return read_yaml(_folder(name) / _FILE, Target)
 
 

@@ -126,7 +126,6 @@ def _without_locations(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Return the number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -197,7 +197,6 @@ def layers_key(clip: ClipModel) -> str:
 
 
 def token_embedding(clip: ClipModel) -> Any:
-    """Return the module that embeds the tokens."""
     if clip.has_hugging_face_text:
         return text_transformer(clip).get_input_embeddings()
     return text_module(clip.model).get_submodule("token_embedding")

@@ -83,7 +83,6 @@ def _symmetric(model: Path, samples: Inputs, weight_bits: WeightBits, rounded: R
 
 
 def nncf_is_installed() -> bool:
-    """Return whether NNCF is installed (`pip install nncf`)."""
     return find_spec("nncf") is not None
 
 

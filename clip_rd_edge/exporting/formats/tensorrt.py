@@ -60,7 +60,6 @@ class TensorRt(Format):
             require_torch_tensorrt(plan.target)
 
     def convert(self, job: Job) -> Converted:
-        """Write the bundle."""
         target, build = job.plan.target, _builder(job)
 
         def convert(name: str, tower: Tower) -> Tower:

@@ -103,7 +103,6 @@ def outcome_key(tower: Float32Tower, backend: Backend) -> str:
 
 
 def kept_outcome(key: str) -> QuantizedTower | None:
-    """Return the outcome of an earlier search, or None."""
     content = read_cached(outcome_folder() / key)
     if content is None:
         return None
