@@ -154,6 +154,9 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
     return collect(suite, folder)
 
 
+_OF_ALL_RUNS = ("image_size", "context_length", "embedding_size", "views", "log_every", "evaluate_every")
+
+
 def run_config(suite: EvidenceSuite, run: Run, *, teacher: Typed, stores: Path) -> RunConfig:
     """Return the configuration of a run.
 
@@ -169,21 +172,16 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: Typed, stores: Path) 
         data=suite.place(suite.data),
         teacher=teacher if needs_teacher else None,
         student=suite.place(run.student),
-        image_size=suite.image_size,
         text=suite.place(text),
         freeze_text=text == TEACHER,
         pretrained_text=suite.place(pretrained_text) if pretrained_text else None,
         freeze_text_layers=run.method.freeze_text_layers,
-        context_length=suite.context_length,
-        embedding_size=suite.embedding_size,
         teacher_precision=suite.precision,
-        views=suite.views,
         seed=run.seed,
         workers=0,
-        log_every=suite.log_every,
         checkpoint_every=suite.evaluate_every,
-        evaluate_every=suite.evaluate_every,
         tasks=tuple(map(suite.place, suite.tasks)),
+        **{name: getattr(suite, name) for name in _OF_ALL_RUNS},
     )
     if takes_text(config):
         config = msgspec.structs.replace(config, context_length=None)

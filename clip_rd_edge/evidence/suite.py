@@ -142,13 +142,9 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
         """Return a method's recipe with this suite's settings."""
         raw = msgspec.to_builtins(load_recipe(method.recipe))
         raw |= {**method.settings, "objective": {**raw["objective"], **method.weights}}
-        return msgspec.structs.replace(
-            convert(raw, Recipe, source=f"The method {method.name}"),
-            steps=self.steps_of(method, student),
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            precision=self.precision,
-        )
+        own = {name: getattr(self, name) for name in ("batch_size", "learning_rate", "precision")}
+        recipe = convert(raw, Recipe, source=f"The method {method.name}")
+        return msgspec.structs.replace(recipe, steps=self.steps_of(method, student), **own)
 
 
 @dataclass(frozen=True)

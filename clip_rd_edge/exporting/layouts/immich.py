@@ -56,20 +56,17 @@ MODELS = {
 
 def immich_name(name: str | None, *, embedding_size: int, model: str) -> str:
     """Return the name under which immich takes a model: `name`, or a default for the size of its embeddings."""
-    names = [known for of_size in MODELS.values() for known in of_size]
-    if name is not None and name not in names:
-        raise UsageError(
-            f"immich has no open_clip model named {name!r}; expected one of {', '.join(names)}."
-            f"{near_matches(name, names)}"
-        )
-    if name in MODELS.get(embedding_size, ()) or (name is None and embedding_size in MODELS):
-        return name or MODELS[embedding_size][0]
-    expected = next((size for size, of_size in MODELS.items() if name in of_size), None)
-    sizes = f"{expected}, the size of {name}" if expected else f"one of {', '.join(map(str, MODELS))}"
-    raise UsageError(
-        f"{model} has embeddings of {embedding_size} numbers; immich's server expects {sizes}.",
-        hint=f"clip-rd-edge distill --embedding-size {expected or 512} trains such a student",
-    )
+    fitting = MODELS.get(embedding_size, ())
+    if fitting and name in (None, *fitting):
+        return name or fitting[0]
+    sizes = {known: size for size, of_size in MODELS.items() for known in of_size}
+    if name is None or name in sizes:
+        expected = sizes[name] if name else next(iter(MODELS))
+        reason = f"{model} has embeddings of {embedding_size} numbers, and {name or 'its default model'} has {expected}"
+        hint = f"clip-rd-edge distill --embedding-size {expected} trains such a student"
+        raise UsageError(f"{reason}; immich knows the sizes {', '.join(map(str, MODELS))}.", hint=hint)
+    near = near_matches(name, sizes)
+    raise UsageError(f"immich has no open_clip model named {name!r}; expected one of {', '.join(sizes)}.{near}")
 
 
 class Immich(Layout):
