@@ -74,7 +74,8 @@ def markdown(evidence: Evidence) -> str:
         parts += [_difference_table(evidence, reference) for reference in evidence.suite.compare_with]
     if tasks := [task for task in evidence.teacher.tasks if task.geometry]:  # of retrieval
         headings = [f"{_task_name(evidence, task)}: {name}" for task in tasks for name in ("own", "others", "gap")]
-        parts += [_GEOMETRY_NOTE, _means_table(evidence, headings, _cosines, show=_three_decimals)]
+        table = _means_table(evidence, headings, _cosines, show=lambda value: f"{value:.3f}".replace("-", "−"))
+        parts += [_GEOMETRY_NOTE, table]
     return "\n\n".join(parts)
 
 
@@ -273,10 +274,6 @@ def _task_name(evidence: Evidence, task: TaskResult) -> str:
     return task.score.task.removeprefix(f"{evidence.suite.data}, ")
 
 
-def _three_decimals(value: float) -> str:
-    return f"{value:.3f}".replace("-", "−")
-
-
 def _show_difference(entry: Difference | None) -> str:
     if entry is None:
         return NO_VALUE
@@ -324,31 +321,26 @@ def require_report_folder(folder: Path, name: str) -> None:
 def write_report(evidence: Evidence, folder: Path) -> list[Path]:
     """Write tables and figures to `folder`, and return their paths."""
     page = folder / f"{evidence.suite.name}{_PAGE}"
-    write_text(page, markdown(evidence) + "\n")
-    return [page, *_write_figures(_drawn(evidence, folder))]
-
-
-def _drawn(evidence: Evidence, folder: Path) -> dict[Path, bytes]:
-    """Return all figures by the paths of their PNG files."""
-    name = evidence.suite.name
-    return {
-        folder / f"{name}{_CURVES}": learning_curves(evidence, measure=_compared(evidence)[1]),
-        folder / f"{name}{_GEOMETRY}": geometry_curves(evidence),
-    }
-
-
-def _write_figures(figures: dict[Path, bytes]) -> list[Path]:
-    for path, png in figures.items():
-        write_bytes(path, png)
-    return list(figures)
+    return _write(evidence, folder, lambda: write_text(page, markdown(evidence) + "\n"), [page])
 
 
 def publish(source: Path, page: Path) -> None:
     """Write the tables of the JSON file `source` between the markers in `page`, and the figures beside `source`."""
     evidence = read_evidence_file(source)
-    figures = _drawn(evidence, source.parent)  # before the page: it stays as it is if they cannot be drawn
-    write_between_markers(page, evidence.suite.name, markdown(evidence))
-    _write_figures(figures)
+    _write(evidence, source.parent, lambda: write_between_markers(page, evidence.suite.name, markdown(evidence)), [])
+
+
+def _write(evidence: Evidence, folder: Path, write_page: Callable[[], object], pages: list[Path]) -> list[Path]:
+    """Write figures into a folder, after the page, which stays as it is if they cannot be drawn; return all paths."""
+    name = evidence.suite.name
+    figures = {
+        folder / f"{name}{_CURVES}": learning_curves(evidence, measure=_compared(evidence)[1]),
+        folder / f"{name}{_GEOMETRY}": geometry_curves(evidence),
+    }
+    write_page()
+    for path, png in figures.items():
+        write_bytes(path, png)
+    return [*pages, *figures]
 
 
 # Okabe and Ito's palette, which most colour-blind readers can distinguish; the first colour is black.

@@ -1,8 +1,9 @@
-"""Load image classifiers as timm models, which is what open_clip builds image towers from."""
+"""timm's models, from which open_clip builds image towers: classifiers, files of weights, other activations."""
 
 from __future__ import annotations
 
 import operator
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -183,6 +184,38 @@ def unknown_weights(spec: str) -> InputError:
 def _is_counter(name: str) -> bool:
     """Return whether a tensor only counts batches: not all libraries save it."""
     return name.endswith("num_batches_tracked")
+
+
+# Trunks with another activation have names of their own: `mobilevit_s_relu` is `mobilevit_s` with ReLU. INT8 computes
+# ReLU within the layer before it; SiLU takes two more passes over every activation, and rounds it twice.
+ACTIVATIONS = ("relu", "relu6", "hard_swish")  # timm's names
+_WITH_ACTIVATION = re.compile(rf"([\w.]+)_({'|'.join(ACTIVATIONS)})")
+
+
+def register_activation(name: object) -> None:
+    """Register the trunk that a name with an activation stands for, which timm then builds like its own.
+
+    Names without an activation are left alone. Weights that timm publishes for the trunk fit, too.
+    """
+    import timm
+    from timm.layers import get_act_layer
+
+    named = _WITH_ACTIVATION.fullmatch(str(name or ""))
+    if named is None or timm.is_model(name) or not timm.is_model(named[1]):
+        return
+    trunk, activation = named.groups()
+
+    def create(pretrained: bool = False, **arguments: Any) -> nn.Module:
+        try:
+            module: nn.Module = timm.create_model(
+                trunk, pretrained=pretrained, act_layer=get_act_layer(activation), **arguments
+            )
+        except TypeError as error:  # of constructors without this argument
+            raise ConfigError(f"timm's {trunk} takes no other activation: {first_line(error)}.") from error
+        return module
+
+    create.__name__ = named[0]
+    timm.models.register_model(create)
 
 
 @dataclass(frozen=True)

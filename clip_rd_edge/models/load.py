@@ -27,7 +27,7 @@ from clip_rd_edge.bundle.runs import (
     training_record_path,
 )
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
-from clip_rd_edge.models.activations import register_activation
+from clip_rd_edge.models.classifiers import register_activation
 from clip_rd_edge.models.clip import ClipModel, float32_on_cpu
 from clip_rd_edge.models.hub import (
     HUB_IF_REACHABLE,

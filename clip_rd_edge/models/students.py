@@ -13,8 +13,14 @@ from torch import Tensor, nn
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches, quoted
-from clip_rd_edge.models.activations import register_activation
-from clip_rd_edge.models.classifiers import CLASSIFIERS, load_classifier, mismatch, read_weights, unknown_weights
+from clip_rd_edge.models.classifiers import (
+    CLASSIFIERS,
+    load_classifier,
+    mismatch,
+    read_weights,
+    register_activation,
+    unknown_weights,
+)
 from clip_rd_edge.models.clip import ClipModel, ImageTower, evaluation_mode, float32_on_cpu, quick_gelu_of
 from clip_rd_edge.models.hub import fetching, refuse_other_places, require_bounded
 from clip_rd_edge.models.names import CONFIGS, architectures, parse_name, preset_names
