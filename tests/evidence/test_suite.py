@@ -52,7 +52,7 @@ def test_a_method_can_take_other_steps_with_one_student(suite: EvidenceSuite) ->
     both = replace(suite, students=("resnet10t", "mobilevit_xxs"), methods=(method,), compare_with=())
     steps = {run.student: run_config(both, run, teacher="t", stores=Path("c")).recipe.steps for run in both.runs()}
     assert steps == {"resnet10t": suite.steps + 5, "mobilevit_xxs": suite.steps}
-    with pytest.raises(ValueError, match="student"):  # which the suite does not train
+    with pytest.raises(ValueError, match="steps of the method"):  # of a student which the suite does not train
         replace(suite, methods=(method,), compare_with=())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from losses_in_numpy import STUDENT_SCALE, in_float64, rows
 from torch import Tensor
@@ -39,8 +38,6 @@ def test_a_student_of_another_width_is_projected_to_all_teachers_together() -> N
     objective = Objective(Weights(fd=1), widths=(6, *WIDTHS))
     assert objective.image_projection.weight.shape == (sum(WIDTHS), 6)
     assert not Objective(Weights(fd=1), widths=(sum(WIDTHS), *WIDTHS)).has_projections
-    with pytest.raises(ValueError, match="scale for each"):
-        objective(EmbeddingBatch(IMAGES[0], TEXTS[0]), SCALE, 12.0)
 
 
 def test_side_by_side_has_unit_rows_whose_cosines_are_mean_cosines_and_parts_give_the_teachers_back() -> None:
