@@ -62,7 +62,10 @@ def test_the_first_difference_is_named() -> None:
 
 
 def test_what_may_change_when_a_run_is_resumed_changes_no_weight() -> None:
-    evaluated, elsewhere = {"log_every", "evaluate_every", "tasks", "report_to"}, {"workers", "store", "processes"}
+    evaluated, elsewhere = (
+        {"log_every", "evaluate_every", "patience", "tasks", "report_to"},
+        {"workers", "store", "processes"},
+    )
     assert {*evaluated, *elsewhere, "checkpoint_every", "max_bad"} == CHANGEABLE_ON_RESUME
 
 
