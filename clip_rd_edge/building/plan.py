@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from clip_rd_edge.exporting.parity import p10
 from clip_rd_edge.exporting.plan import plan_exports
 from clip_rd_edge.exporting.towers import IMAGE_INPUT, export_image_tower
 from clip_rd_edge.models.classifiers import CLASSIFIERS, SENTENCE_ENCODERS
-from clip_rd_edge.models.load import known_config, save_clip
+from clip_rd_edge.models.edit import trim_text_tower
+from clip_rd_edge.models.load import known_config, load_clip, save_clip
 from clip_rd_edge.models.stitch import IMAGENET, read_class_names, stitch_models
 from clip_rd_edge.models.students import PACKAGE, TEACHER, TIMM, build_student, init_image_tower, student_config
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
@@ -278,3 +279,20 @@ def built_in_teacher(folder: Path, *, image_size: int, context_length: int, repo
         )
         save_clip(folder, replace(clip, labels=tuple(everyday_labels())), provenance=provenance)
     return folder
+
+
+_TEXT_LAYERS, _VOCABULARY = 2, 7500  # as the quickstart's, see its evidence
+
+
+def trim_text_tower_of(teacher: Typed, folder: Path, texts: Sequence[str], reporter: Reporter) -> None:
+    """Write what the student's text tower starts from: the teacher's, with as much of it left out as can be."""
+    clip = load_clip(teacher)
+    tries = ((_TEXT_LAYERS, _VOCABULARY), (None, _VOCABULARY), (_TEXT_LAYERS, None))
+    for layers, vocabulary in tries:
+        try:
+            trimmed, kept = trim_text_tower(clip, layers=layers, vocabulary=vocabulary, texts=texts, reporter=reporter)
+        except ConfigError:  # it has no more than that
+            continue
+        reporter.note(kept)
+        return save_clip(folder, trimmed, provenance={})
+    save_clip(folder, clip, provenance={})

@@ -46,6 +46,7 @@ from clip_rd_edge.building.plan import (
     start_of,
     steps_of,
     training_precision,
+    trim_text_tower_of,
     write_plan,
 )
 from clip_rd_edge.building.verdict import VERDICT, verdict
@@ -67,14 +68,13 @@ from clip_rd_edge.distillation.metrics import last_evaluation
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
 from clip_rd_edge.distillation.setup import note_overlap
 from clip_rd_edge.distillation.speed import measure_speed
-from clip_rd_edge.errors import ConfigError, InterruptedRunError, UsageError
+from clip_rd_edge.errors import InterruptedRunError, UsageError
 from clip_rd_edge.exporting.bundle import export_model
 from clip_rd_edge.exporting.calibration import MIN_PAIRS, kept_pairs
 from clip_rd_edge.exporting.plan import Plan as ExportPlan
 from clip_rd_edge.exporting.plan import plan_exports
-from clip_rd_edge.models.edit import trim_text_tower
 from clip_rd_edge.models.encoder import TorchEncoder, text_layers
-from clip_rd_edge.models.load import known_config, load_clip, save_clip
+from clip_rd_edge.models.load import known_config, load_clip
 from clip_rd_edge.models.stitch import class_nouns
 from clip_rd_edge.runtime.labels import label_names
 from clip_rd_edge.runtime.verify import verify_bundle
@@ -84,12 +84,12 @@ from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.outputs import exclusive_writer, require_free_output
 from clip_rd_edge.utils.paths import Typed, is_file, several, typed
 from clip_rd_edge.utils.structs import read_json, to_json
-from clip_rd_edge.utils.text import Reporter, as_word
+from clip_rd_edge.utils.text import as_word
 
 _EVALUATIONS, _MAX_UNSAVED = 10, 100  # in a run, and steps between checkpoints
 # The training ends after this many evaluations without a better one, where there are enough images to tell.
 _PATIENCE, _TELLING = 4, 100
-_TEXT_LAYERS, _VOCABULARY, _FROZEN_TEXT_LAYERS = 2, 7500, 2  # as the quickstart's, see its evidence
+_FROZEN_TEXT_LAYERS = 2  # as the quickstart's
 _PROMPT = "a photo of a {}."
 _RECIPE, _RATE = "clip-rd-bank", 1e-3
 _SURE, _SHOWN_DOUBTS = 0.9, 3  # probability of another class, of labels that are shown as doubtful
@@ -425,20 +425,6 @@ def _fallback(plan: ExportPlan) -> Fallback | None:
     """Return the precision of towers that INT8 does not improve: whoever builds gets a bundle in any case."""
     floats = "fp32" in format_named(plan.format).precisions
     return "fp32" if plan.precision == "int8" and plan.format != "trt" and floats else plan.fallback
-
-
-def trim_text_tower_of(teacher: Typed, folder: Path, texts: Sequence[str], reporter: Reporter) -> None:
-    """Write what the student's text tower starts from: the teacher's, with as much of it left out as can be."""
-    clip = load_clip(teacher)
-    tries = ((_TEXT_LAYERS, _VOCABULARY), (None, _VOCABULARY), (_TEXT_LAYERS, None))
-    for layers, vocabulary in tries:
-        try:
-            trimmed, kept = trim_text_tower(clip, layers=layers, vocabulary=vocabulary, texts=texts, reporter=reporter)
-        except ConfigError:  # it has no more than that
-            continue
-        reporter.note(kept)
-        return save_clip(folder, trimmed, provenance={})
-    save_clip(folder, clip, provenance={})
 
 
 def _require_bundle_target(request: Build) -> None:

@@ -94,13 +94,11 @@ def _settings(evidence: Evidence) -> str:
     dates = sorted({run.environment.date[:10] for run in runs})
     threads = f"{suite.threads} thread{'s' if suite.threads > 1 else ''}"
     counts = {machine: len(on_it) for machine, on_it in _by_machine(runs).items()}
-    several = len(counts) > 1
-    shown = (f"{name} ({count} run{'s' if count > 1 else ''})" if several else name for name, count in counts.items())
-    machines = " and ".join(shown)
+    shown = (f"{name} ({n} run{'s' if n > 1 else ''})" if len(counts) > 1 else name for name, n in counts.items())
     steps = f"{suite.steps:,} steps" + (", or those given below," if _differ_in_steps(evidence) else "")
     return (
         f"{done}: {steps} of {suite.batch_size} pairs at {suite.image_size} pixels each, "
-        f"{suite.precision}, peak learning rate {suite.learning_rate:g}. {machines}, {threads}, "
+        f"{suite.precision}, peak learning rate {suite.learning_rate:g}. {' and '.join(shown)}, {threads}, "
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}. {_cost(evidence)} "
         "Scores in percent, mean ± standard deviation over seeds."
     )
