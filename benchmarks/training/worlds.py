@@ -9,7 +9,7 @@ images        the photographs without their folders, and the list of labels
 
 For each world and seed, the stages of a build are run up to its student; then each configuration of hand-set.yaml,
 beside this file, trains the same student from the same teacher, on as many images. All are evaluated on the part that
-the build keeps for its report. WORK keeps what is done.
+the build keeps for its report. WORK keeps what is done, and all of it is published: a second call adds seeds.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
         trained(arguments.work, arguments.worlds[0], int(seed), way, arguments.steps)
         return
     ways = [BUILD, *yaml.safe_load(HAND_SET.read_text(encoding="utf-8"))]
-    results = []
+    results = list[dict[str, Any]]()
     for world in arguments.worlds:
         if not (arguments.work / world).exists():
             WORLDS[world](arguments.work / world)
@@ -66,7 +66,8 @@ def main() -> None:
                     command = [sys.executable, "-m", "benchmarks.training.worlds", arguments.work, world]
                     command += ["--steps", arguments.steps, "--one", seed, way]
                     subprocess.run(list(map(str, command)), check=True)
-                results.append(json.loads(path.read_text(encoding="utf-8")))
+        paths = sorted((arguments.work / "results").glob(f"{world}-*.json"))  # of earlier calls, too
+        results += sorted((json.loads(path.read_text(encoding="utf-8")) for path in paths), key=lambda r: r["seed"])
     publish({**here_and_now(), "steps": arguments.steps, "results": results}, table_of(results), arguments)
 
 
@@ -165,7 +166,8 @@ WORLDS: dict[str, Callable[[Path], None]] = {
 
 def table_of(results: list[dict[str, Any]]) -> str:
     """Return top-1 in per cent by way and world, a mean with its standard deviation over seeds, and processor time."""
-    worlds, ways = (list(dict.fromkeys(result[key] for result in results)) for key in ("world", "way"))
+    worlds = list(dict.fromkeys(result["world"] for result in results))
+    ways = [BUILD, *yaml.safe_load(HAND_SET.read_text(encoding="utf-8"))]
     of = lambda world, way, key: [r[key] for r in results if (r["world"], r["way"]) == (world, way)]  # noqa: E731
     lines = [["way", *(f"{world}, %: top-1, seconds" for world in worlds)]]
     lines.append(["teacher, untrained", *(f"{100 * np.mean(of(world, BUILD, 'teacher')):.1f}" for world in worlds)])

@@ -272,7 +272,7 @@ class Building:
                 recipe=_RECIPE, batch_size=min(BATCH, count), learning_rate=_RATE,
                 frozen_text_layers=min(_FROZEN_TEXT_LAYERS, len(text_layers(load_clip(typed(trimmed))))),
             )  # fmt: skip
-        for line in reasons(self.plan):
+        for line in reasons(self.plan, self.found.kind):
             self.reporter.note(line)
 
     def distil(self) -> None:
