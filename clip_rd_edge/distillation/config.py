@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -232,8 +233,8 @@ def commented_recipe(name: str) -> str:
     for term in term_names():
         lines += comment_lines((find_term(term).compute.__doc__ or term).split("\n")[0], indent="  ")
         lines.append(f"  {term}: {recipe.objective.get(term, 0.0)}")
-    text = commented_yaml(msgspec.structs.replace(recipe, objective=Weights()))
-    return "\n".join([*heading, usage, "", text.replace("objective: {}", "\n".join(lines))])
+    text = re.sub(r"objective:\n(  .*\n)+", lambda _: "\n".join([*lines, ""]), commented_yaml(recipe))
+    return "\n".join([*heading, usage, "", text])
 
 
 def load_recipe(name: str) -> Recipe:
