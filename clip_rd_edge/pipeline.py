@@ -16,7 +16,7 @@ from clip_rd_edge.benchmarking.report import HTML, write_report
 from clip_rd_edge.benchmarking.results import RESULTS, Results, published, read_results
 from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite
-from clip_rd_edge.building.plan import built_in_teacher
+from clip_rd_edge.building.plan import built_in_teacher, relative_steps
 from clip_rd_edge.bundle.manifest import is_bundle, read_manifest
 from clip_rd_edge.bundle.runs import LOCAL_DIR, STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.data import emoji
@@ -43,6 +43,7 @@ CONTEXT_LENGTH = 16  # the longest name in the data set has 12 tokens, including
 TEXT_LAYERS, VOCABULARY = 2, 7500  # of the teacher's text tower, 6 and 30,522, that the student starts from
 FROZEN_TEXT_LAYERS = 2  # groups of that tower: its embeddings, and the first of the two layers
 VIEWS = 5  # of each pair; as the teacher sees them only once, less than half of its work is left
+_STEPS = 1100  # of the student
 EMBEDDING_SIZE = 384  # the sentence encoder's
 FROZEN_LAYERS = 4  # of its image tower, while it is tuned
 _STUDENT_DIGEST = "student_sha256"  # in a bundle's provenance: of the file of the student's weights
@@ -169,11 +170,12 @@ def train_baseline(request: Quickstart) -> None:
 def _train_student(request: Quickstart, name: str, recipe: str) -> None:
     folder = Path(request.output)
     taught = {"teacher": str(folder / "teacher"), "store": str(folder / "store")}
+    steps = request.student_steps or round(_STEPS * relative_steps(request.student))
     _train(
         request,
         name,
         recipe=recipe,
-        steps=request.student_steps,
+        steps=steps,
         batch_size=32,
         learning_rate=2e-3,
         student=request.student,
@@ -181,7 +183,7 @@ def _train_student(request: Quickstart, name: str, recipe: str) -> None:
         freeze_text_layers=FROZEN_TEXT_LAYERS,
         views=VIEWS,
         tasks=(Typed("emoji:unseen-style"),),  # for the plots alone: the last student is taken, whatever its accuracy
-        evaluate_every=max(1, request.student_steps // 5),
+        evaluate_every=max(1, steps // 5),
         seed=request.seed,
         # AMX halves what a product of the student takes; the teacher's depthwise convolutions gain nothing from it.
         precision="bf16" if "AMX BF16" in instruction_sets() else "fp32",
