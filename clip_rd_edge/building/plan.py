@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,8 @@ PLAN = "plan.yaml"
 BATCH = 32  # pairs per step: on little data, many small steps train better than few large ones
 VIEWS = 5  # of each image, which the teacher sees once
 LIVE_ABOVE = 100_000  # images: of more, the teacher sees each crop as it comes
-MAX_EPOCHS, MIN_STEPS = 40, 400
+# As many steps as this number of epochs has, but at least MIN_STEPS, unless these are more epochs than few images need.
+EPOCHS, MIN_STEPS, MAX_EPOCHS = 40, 400, 100
 # Students that take more steps than a ResNet, by the beginning of their names. A small MobileViT learns more slowly, in
 # steps of less than half the time (benchmarks/measurements/relations.md).
 _MORE_STEPS = {"mobilevit": 2.2}
@@ -157,7 +159,8 @@ def steps_of(request: Build, plan: Plan, found: Look, speed: Speed | None) -> tu
     rows = len(found.of("train"))
     if speed is None:
         return request.steps or MIN_STEPS, "as asked for"
-    enough = max(MIN_STEPS, round(MAX_EPOCHS * rows * relative_steps(plan.student)) // plan.batch_size)
+    epoch = rows * relative_steps(plan.student) / plan.batch_size
+    enough = max(round(EPOCHS * epoch), min(MIN_STEPS, math.ceil(MAX_EPOCHS * epoch)))
     affordable = speed.steps_in(TRAINING_SHARE * request.hours)
     steps = min(enough, affordable)
     times, each = f"{steps * plan.batch_size / rows:.1f} times all images", f"{speed.seconds_per_step:g} s each"
