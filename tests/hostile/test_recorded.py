@@ -165,6 +165,7 @@ def test_a_resumed_run_looks_for_nothing_that_its_folder_names(
 def test_a_search_opens_no_bundle_that_an_index_records(
     colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # which bundle an index was made with is kept there
     index, foreign = tmp_path / "index", tmp_path / "foreign"
     edge.index(colour_bundle, colour_images, index)
     assert edge.search(index, "red", top=1)[0].path.name == "red.png"
