@@ -16,7 +16,14 @@ from clip_rd_edge.benchmarking.report import HTML, write_report
 from clip_rd_edge.benchmarking.results import RESULTS, Results, published, read_results
 from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite
-from clip_rd_edge.building.plan import built_in_teacher, relative_steps
+from clip_rd_edge.building.plan import (
+    FROZEN_TEXT_LAYERS,
+    TEXT_LAYERS,
+    VIEWS,
+    VOCABULARY,
+    built_in_teacher,
+    relative_steps,
+)
 from clip_rd_edge.bundle.manifest import is_bundle, read_manifest
 from clip_rd_edge.bundle.runs import LOCAL_DIR, STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.data import emoji
@@ -40,9 +47,6 @@ from clip_rd_edge.utils.text import Reporter
 
 IMAGE_SIZE = 64  # pixels: enough for emoji, and feasible to train on two cores
 CONTEXT_LENGTH = 16  # the longest name in the data set has 12 tokens, including the start and end tokens
-TEXT_LAYERS, VOCABULARY = 2, 7500  # of the teacher's text tower, 6 and 30,522, that the student starts from
-FROZEN_TEXT_LAYERS = 2  # groups of that tower: its embeddings, and the first of the two layers
-VIEWS = 5  # of each pair; as the teacher sees them only once, less than half of its work is left
 _STEPS = 1100  # of the student
 EMBEDDING_SIZE = 384  # the sentence encoder's
 FROZEN_LAYERS = 4  # of its image tower, while it is tuned

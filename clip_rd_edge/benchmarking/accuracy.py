@@ -229,7 +229,7 @@ def zero_shot(
         mean_per_class=mean_per_class(hits, targets),
         templates=task.templates[0] if len(task.templates) == 1 else ", ".join(filter(None, origin)),
         calibration_error=calibration_error(confidence, hits),
-        over_shots=_over_shots(encoder, images, labels, task, shots, reporter) if shots else (),
+        over_shots=_over_shots(encoder, task, images, labels, calibrated, most=shots, reporter=reporter),
     )
     if matches and (nouns := _background(encoder)) is not None:
         found = np.concatenate(
@@ -246,28 +246,34 @@ def zero_shot(
 
 
 def _over_shots(
-    encoder: Encoder, images: Embeddings, texts: Embeddings, task: ZeroShotTask, most: int, reporter: Reporter
+    encoder: Encoder,
+    task: ZeroShotTask,
+    images: Embeddings,
+    texts: Embeddings,
+    scoring: Scoring,
+    *,
+    most: int,
+    reporter: Reporter,
 ) -> tuple[ShotScore, ...]:
     """Return the accuracy after 0, 1, 2, 4, … images of each label have taught it, on those beyond the last number.
 
     Args:
         images, texts: (N, D) and (C, D).
-        most: largest number of images; at most half of those of the rarest label are used.
+        most: largest number of images; at most half of those of the rarest label are used. 0 measures nothing.
     """
-    targets, start = np.asarray(task.targets), nothing_taught(encoder)
-    description = encoder.describe()
-    scoring = (description.calibration or UNCALIBRATED).softened(description.scoring)
-    fewest = np.bincount(targets, minlength=len(task.labels)).min()
-    steps = [0, *(1 << power for power in range(most.bit_length()) if 1 << power <= fewest // 2)]
+    targets = np.asarray(task.targets)
+    sizes = np.bincount(targets, minlength=len(task.labels))
+    steps = [0, *(1 << power for power in range(most.bit_length()) if 1 << power <= sizes.min() // 2)]
     if len(steps) == 1:
-        reporter.note(f"{task.name}: accuracy over shots needs two images of each label; one has {fewest}")
+        if most:
+            reporter.note(f"{task.name}: accuracy over shots needs two images of each label; one has {sizes.min()}")
         return ()
+    start, own = nothing_taught(encoder), np.zeros(len(texts), np.bool_)
+    place = np.arange(len(targets)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of an image among its label's
     found: dict[int, list[float]] = {step: [] for step in steps}
     for draw in range(DRAWS):
         order = np.random.default_rng(draw).permutation(len(targets))
         order = order[np.argsort(targets[order], kind="stable")]  # each label's images together, at random
-        sizes = np.bincount(targets)
-        place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of an image among its label's
         asked = order[place >= steps[-1]]
         for step, values in found.items():
             rows = texts
@@ -275,7 +281,6 @@ def _over_shots(
                 chosen = order[place < step]
                 shown = np.concatenate([start.images, images[chosen].astype(np.float16)])
                 classes = np.concatenate([start.classes, targets[chosen].astype(np.int32)])
-                own = np.zeros(len(texts), np.bool_)
                 taught = Taught(task.labels, texts[:, : images.shape[1]], own, shown, classes, "")
                 rows = taught_bank(taught, None, scoring)[0].embeddings
             values.append(float((nearest_indices(paired(images[asked], rows), rows, 1)[:, 0] == targets[asked]).mean()))

@@ -40,7 +40,11 @@ from clip_rd_edge.utils.timing import time_in_turn
 
 PLAN = "plan.yaml"
 BATCH = 32  # pairs per step: on little data, many small steps train better than few large ones
-VIEWS = 5  # of each image, which the teacher sees once
+VIEWS = 5  # of each image, which the teacher sees once: less than half of its work is left
+TEXT_LAYERS, VOCABULARY = 2, 7500  # of the teacher's text tower that the student's starts from
+FROZEN_TEXT_LAYERS = 2  # groups of that tower: its embeddings, and the first of two layers
+# Of each kind of data that build takes, see benchmarks/measurements/build.md.
+_LEVEL = "level with the best of eight settings by hand on class folders, captions, and images alone"
 LIVE_ABOVE = 100_000  # images: of more, the teacher sees each crop as it comes
 # As many steps as this number of epochs has, but at least MIN_STEPS, unless these are more epochs than few images need.
 EPOCHS, MIN_STEPS, MAX_EPOCHS = 40, 400, 100
@@ -167,19 +171,11 @@ def steps_of(request: Build, plan: Plan, found: Look, speed: Speed | None) -> tu
     return steps, f"{times}, {each}: {'more would hardly help' if steps == enough else f'{request.hours:g} h allow'}"
 
 
-# What benchmarks/measurements/build.md has for each kind of data; another recipe for one of them would stand here.
-_EVIDENCE = {
-    "classes": "83 % on photographs in class folders, where the best of eight settings by hand has 85 ± 2 %",
-    "captions": "level with the best of eight settings by hand on captions",
-    "images": "level with the best of eight settings by hand on images without captions",
-}
-
-
-def reasons(plan: Plan, kind: str) -> Iterator[str]:
-    """Yield a line for each choice, with its reason, for a kind of data."""
+def reasons(plan: Plan) -> Iterator[str]:
+    """Yield a line for each choice, with its reason."""
     yield f"student {plan.student} at {plan.image_size} pixels, which {STARTS[plan.start]}"
     rate = f"learning rate {plan.learning_rate:g}, {plan.precision}"
-    yield f"recipe {plan.recipe}, {plan.batch_size} pairs per step, {rate}: {_EVIDENCE[kind]}"
+    yield f"recipe {plan.recipe}, {plan.batch_size} pairs per step, {rate}: {_LEVEL}"
     crops = (
         f"{plan.views} crops of each image, which the teacher sees once" if plan.views else "new crops in each epoch"
     )
@@ -300,13 +296,10 @@ def built_in_teacher(folder: Path, *, image_size: int, context_length: int, repo
     return folder
 
 
-_TEXT_LAYERS, _VOCABULARY = 2, 7500  # as the quickstart's, see its evidence
-
-
 def trim_text_tower_of(teacher: Typed, folder: Path, texts: Sequence[str], reporter: Reporter) -> None:
     """Write what the student's text tower starts from: the teacher's, with as much of it left out as can be."""
     clip = load_clip(teacher)
-    tries = ((_TEXT_LAYERS, _VOCABULARY), (None, _VOCABULARY), (_TEXT_LAYERS, None))
+    tries = ((TEXT_LAYERS, VOCABULARY), (None, VOCABULARY), (TEXT_LAYERS, None))
     for layers, vocabulary in tries:
         try:
             trimmed, kept = trim_text_tower(clip, layers=layers, vocabulary=vocabulary, texts=texts, reporter=reporter)

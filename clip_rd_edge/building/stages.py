@@ -30,6 +30,7 @@ from clip_rd_edge.benchmarking.suite import Role, Suite, SuiteRow
 from clip_rd_edge.building.look import HELD_OUT, LOOK, PAGE, TRAIN, Look, look, task_of, write_task
 from clip_rd_edge.building.plan import (
     BATCH,
+    FROZEN_TEXT_LAYERS,
     LIVE_ABOVE,
     VIEWS,
     Plan,
@@ -89,7 +90,6 @@ from clip_rd_edge.utils.text import as_word
 _EVALUATIONS, _MAX_UNSAVED = 10, 100  # in a run, and steps between checkpoints
 # The training ends after this many evaluations without a better one, where there are enough images to tell.
 _PATIENCE, _TELLING = 4, 100
-_FROZEN_TEXT_LAYERS = 2  # as the quickstart's
 _PROMPT = "a photo of a {}."
 _RECIPE, _RATE = "clip-rd-bank", 1e-3
 _SURE, _SHOWN_DOUBTS = 0.9, 3  # probability of another class, of labels that are shown as doubtful
@@ -270,9 +270,9 @@ class Building:
                 data=self.found.key, asked=asked_of(self.request), student=name, start=start_of(name, self.teacher),
                 image_size=size, precision=training_precision(), views=VIEWS if count <= LIVE_ABOVE else 0,
                 recipe=_RECIPE, batch_size=min(BATCH, count), learning_rate=_RATE,
-                frozen_text_layers=min(_FROZEN_TEXT_LAYERS, len(text_layers(load_clip(typed(trimmed))))),
+                frozen_text_layers=min(FROZEN_TEXT_LAYERS, len(text_layers(load_clip(typed(trimmed))))),
             )  # fmt: skip
-        for line in reasons(self.plan, self.found.kind):
+        for line in reasons(self.plan):
             self.reporter.note(line)
 
     def distil(self) -> None:

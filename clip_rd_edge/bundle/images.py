@@ -30,16 +30,8 @@ BACKGROUND = (255, 255, 255)
 # Images with more pixels are refused before decoding, as a protection against decompression bombs. Pillow's own limit.
 MAX_PIXELS = 178_956_970
 MAX_BATCH_PIXELS = 64_000_000  # decoded at once: 192 MB, while 64 photographs of 12 megapixels take 2.3 GB
-_HEIC_BRANDS = {  # ISO/IEC 23008-12
-    b"heic",
-    b"heix",
-    b"heim",
-    b"heis",
-    b"hevc",
-    b"hevx",
-    b"mif1",
-    b"msf1",
-}
+# ISO/IEC 23008-12
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 
 @runtime_checkable

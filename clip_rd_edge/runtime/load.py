@@ -68,9 +68,8 @@ def load(
         device: one of `settings.deploying.Device`. `auto` chooses a GPU or OpenVINO if ONNX Runtime's package for it is
             installed, and the CPU otherwise, and always for INT8 and in OpenVINO itself. OpenVINO's devices run a
             bundle made for OpenVINO, or with `runtime="openvino"`, in OpenVINO itself, and others in ONNX Runtime, or
-            in OpenVINO if only that is installed; `openvino-bf16` computes in bfloat16, always in OpenVINO.
-            `tensorrt` runs the engines of a bundle made for it, and others in
-            ONNX Runtime. `describe().device` is the device chosen.
+            in OpenVINO if only that is installed; `openvino-bf16` computes in bfloat16, always in OpenVINO. `tensorrt`
+            runs the engines of a bundle made for it, and others in ONNX Runtime. `describe().device` is the one chosen.
         spin: False for embedding many images in ONNX Runtime: see `backends.onnxruntime.open_session`.
         force: use a tower, with a warning, although this processor is known to compute its INT8 wrongly. Otherwise the
             first use raises UsageError.

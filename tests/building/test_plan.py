@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from clip_rd_edge.building import plan as student
-from clip_rd_edge.building.plan import DEFAULT, STUDENTS, choose_student, is_here, measured_tower
+from clip_rd_edge.building.plan import DEFAULT, STUDENTS, choose_student, is_here, measured_tower, steps_of
+from clip_rd_edge.distillation.speed import Speed
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.settings.measuring import Build
 
@@ -31,6 +32,20 @@ def test_the_best_student_within_the_limits_is_taken() -> None:
     assert chosen(max_latency=8) == "mobilenetv4_conv_small"
     assert chosen(max_latency=8, max_size=2.5) == "mobilenetv3_small"  # in INT8
     assert chosen(student="resnet18", max_latency=1) == "resnet18"
+
+
+@pytest.mark.parametrize(
+    ("images", "name", "hours", "steps"),
+    [(52, DEFAULT, 8, 163), (320, DEFAULT, 8, 400), (3200, DEFAULT, 8, 4000), (3200, "mobilevit_xxs", 8, 8800),
+     (3200, DEFAULT, 0.1, 306)],
+)  # fmt: skip
+def test_the_steps_follow_from_the_images_the_student_and_the_hours(
+    images: int, name: str, hours: float, steps: int
+) -> None:
+    plan = SimpleNamespace(student=name, batch_size=32)
+    request = Build("photos", "out", target="cpu-x86", hours=hours)
+    found = SimpleNamespace(of=lambda part: range(images))
+    assert steps_of(request, plan, found, Speed(1.0, 0.0))[0] == steps  # type: ignore[arg-type]
 
 
 def test_limits_that_no_student_meets_are_refused() -> None:
