@@ -135,7 +135,7 @@ def nearest(trials: Sequence[Trial]) -> Trial:
 _LITTLE_LONGER, _MUCH_NEARER = 1.15, 0.33
 # OpenVINO is named below this share of the shipped tower's latency. BF16 takes 0.48 to 0.66 of that of float32 in
 # ONNX Runtime (benchmarks/measurements/towers.md).
-_FASTER, _USUAL_BF16 = 0.9, 0.6
+_FASTER, _USUAL_BF16 = 0.91, 0.6  # what is shipped takes 10 % longer
 _SAMPLES = 24
 _HERE = ("", "cpu-x86", "cpu-x86-vnni", "cpu-arm", "openvino")  # targets that may be this processor
 
