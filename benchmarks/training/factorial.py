@@ -1,6 +1,6 @@
 """Main effects and interactions of an evidence suite whose methods are all combinations of a base and a bank.
 
-    python -m benchmarks.training.factorial relations/relations.json
+    python -m benchmarks.training.factorial relations/relations.json [another part of its students or seeds …]
 
 Methods are called BASE or BASE-bank. Each contrast is computed within a student and a seed, which shares data, start
 weights and order of batches among methods, as a mean over the others' levels; so it has one value per student and seed.
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from scipy import stats
 
@@ -32,14 +33,22 @@ CONTRASTS: Mapping[str, Mapping[str, float]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("results", type=Path)
-    evidence = read_evidence_file(parser.parse_args().results)
+    parser.add_argument("results", type=Path, nargs="+")
+    evidence = together([read_evidence_file(path) for path in parser.parse_args().results])
     names = [task.score.task for task in evidence.teacher.tasks]
     held_out = [k for k, name in enumerate(names) if not name.startswith("emoji, ")]
     tests = [k for k, name in enumerate(names) if name.startswith("emoji, ")]
     for title, tasks in (("held-out pairs", held_out), ("test splits", tests)):
         if tasks:
             print(f"{means_table(evidence, tasks, title)}\n\n{contrasts_table(evidence, tasks, title)}\n")
+
+
+def together(parts: Sequence[Evidence]) -> Evidence:
+    """Return parts of a suite that ran side by side, by students or seeds, as one; a run in several counts once."""
+    first, runs = parts[0], {(run.student, run.method, run.seed): run for part in parts for run in part.runs}
+    students = tuple(dict.fromkeys(name for part in parts for name in part.suite.students))
+    suite = msgspec.structs.replace(first.suite, students=students)
+    return msgspec.structs.replace(first, suite=suite, runs=type(first.runs)(runs.values()))
 
 
 def scores(evidence: Evidence, tasks: Sequence[int]) -> dict[tuple[str, int], dict[str, float]]:
