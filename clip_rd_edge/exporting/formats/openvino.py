@@ -61,7 +61,7 @@ def openvino_candidates(tower: Float32Tower) -> Iterator[Candidate]:
     """
     model, samples, weight_bits, rounded = tower.model, tower.calibrate, tower.plan.weight_bits, tower.rounded()
     quantizer = StaticQuantizer(model, samples, weight_bits=weight_bits, rounded=rounded)
-    symmetric = Candidate("symmetric, percentile", partial(_symmetric, model, samples, weight_bits, rounded))
+    symmetric = Candidate("symmetric, percentile", partial(symmetric_int8, model, samples, weight_bits, rounded))
     of_layers = [*static_candidates(quantizer, tower), symmetric]
     if nncf_is_installed():
         of_layers.append(Candidate("NNCF", partial(quantize_by_nncf, model, samples, weight_bits)))
@@ -75,7 +75,10 @@ def openvino_candidates(tower: Float32Tower) -> Iterator[Candidate]:
     yield Candidate("token embeddings only", partial(with_token_embeddings, lambda: model))
 
 
-def _symmetric(model: Path, samples: Inputs, weight_bits: WeightBits, rounded: RoundedLayers | None) -> bytes:
+def symmetric_int8(
+    model: Path, samples: Inputs, weight_bits: WeightBits, rounded: RoundedLayers | None = None
+) -> bytes:
+    """Return a prepared float32 model with S8 Q/DQ on all its layers, as file content."""
     graph = onnx.load(model)
     ranges = measure_ranges(graph, quantized_inputs(graph), samples)
     quantized = quantize_symmetrically(graph, ranges, max_weight=MAX_WEIGHT[weight_bits], rounded=rounded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from clip_rd_edge.exporting.formats import Job
 from clip_rd_edge.exporting.int8 import trials as remarks
 from clip_rd_edge.exporting.int8.search import ORT
 from clip_rd_edge.exporting.int8.trials import QuantizedTower, Trial
-from clip_rd_edge.exporting.plan import Plan
+from clip_rd_edge.exporting.plan import Budget, Plan
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.runtime.backends import openvino
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 
 def outcome(*trials: tuple[str, float, float, str]) -> QuantizedTower:
@@ -53,3 +56,19 @@ def test_bf16_is_named_where_openvino_would_be_faster_in_it(
     assert ["openvino" in remark for remark in remarks.remarks(job, found, ORT)] == [True] * named
     monkeypatch.setattr(remarks, "instruction_sets", lambda: ("AVX2",))
     assert not list(remarks.remarks(job, found, ORT))
+
+
+@pytest.mark.parametrize(("bf16", "min_agreement", "command"), [
+    (4.0, 0.9, "--format openvino --precision bf16"), (9.5, 0.9, "--format openvino"), (9.5, 0.999999, None)
+])  # fmt: skip
+def test_the_fastest_way_in_openvino_that_is_accurate_enough_is_named(
+    job: Job, bf16: float, min_agreement: float, command: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ms = {"": 10.0, "BF16": bf16, "INT8 of its own": 5.0}
+    monkeypatch.setattr(remarks, "find_spec", lambda name: name == "openvino")
+    monkeypatch.setattr(remarks, "latencies", lambda sessions, *_, **__: {way: [ms[way]] for way in sessions})
+    monkeypatch.setattr(openvino, "open_openvino", lambda model, *, threads, bf16=False: open_session(model))
+    job = replace(job, plan=Plan(budget=Budget(image=min_agreement)))
+    found = {"image": outcome(("a", 0.9, 0.999, "shipped"))}
+    said = [remark.rpartition(": ")[2] for remark in remarks.remarks(job, found, ORT)]
+    assert said == ([command] if command else [])
