@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -28,9 +30,13 @@ from clip_rd_edge.utils.text import Reporter
 if TYPE_CHECKING:
     import onnx
 
+    from clip_rd_edge.bundle.manifest import Manifest
     from clip_rd_edge.exporting.calibration import CalibrationSet
     from clip_rd_edge.exporting.int8.candidates import Float32Tower
 
+CommandLine = Callable[..., tuple[int, str, str]]  # the fixture `command_line`
+# A tower whose INT8 some processors compute wrongly.
+VNNI_ALONE = {"instruction_sets": ("x86-64-vnni", "aarch64")}
 # Seconds that a test waits for what an idle machine does in one: others may need the processor more.
 PATIENCE_S = 120.0
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220), "yellow": (230, 220, 40)}
@@ -212,13 +218,9 @@ def pad_with_another_id(bundle: Path) -> int:
 
     Padding adds nothing to a text's embedding, and an unknown word adds 0.001 to every colour.
     """
-    import msgspec
-    import numpy as np
     import onnx
     from onnx import numpy_helper
     from tokenizers import Tokenizer, models, pre_tokenizers
-
-    from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 
     tokenizer = Tokenizer(models.WordPiece({"?": 0, "[PAD]": 1, "red": 2, "green": 3, "blue": 4}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -228,9 +230,7 @@ def pad_with_another_id(bundle: Path) -> int:
     rows = numpy_helper.to_array(table)
     table.CopyFrom(numpy_helper.from_array(np.concatenate([rows[1::-1], rows[2:]]), "table"))
     onnx.save(text, bundle / "text.onnx")
-    manifest = read_manifest(bundle)
-    spec = msgspec.structs.replace(manifest.tokenizer, pad_id=1)
-    write_manifest(bundle, msgspec.structs.replace(manifest, tokenizer=spec))
+    rewrite(bundle, tokenizer={"pad_id": 1})
     return 1
 
 
@@ -291,3 +291,23 @@ def onnx_model(
     graph = helper.make_graph(nodes, "tower", *ports, initializer=tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     return onnx.shape_inference.infer_shapes(model)
+
+
+def another_model(bundle: Path, copy: Path) -> Path:
+    """Copy a bundle; the image tower of the copy is the same in a different file."""
+    shutil.copytree(bundle, copy)
+    with (copy / "image.onnx").open("ab") as file:
+        file.write(b"\x3a\x00")  # an empty graph, which protobuf merges
+    rewrite(copy)
+    return copy
+
+
+def rewrite(bundle: Path, **changes: Any) -> Manifest:
+    """Write a bundle's manifest with the checksums of its files now; a dict changes fields of a part, as of a tower."""
+    from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
+
+    manifest = read_manifest(bundle)
+    for name, value in changes.items():
+        changed = msgspec.structs.replace(getattr(manifest, name), **value) if isinstance(value, dict) else value
+        manifest = msgspec.structs.replace(manifest, **{name: changed})
+    return write_manifest(bundle, manifest)

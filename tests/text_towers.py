@@ -115,3 +115,11 @@ def _clip_of(encoder: Path, image_size: int) -> ClipModel:
     model: Any = clip.model.eval()
     model.text, model.context_length = text.model, CONTEXT_LENGTH
     return replace(clip, tokenizer=text.tokenizer, model_cfg={**clip.model_cfg, "text_cfg": text.text_cfg})
+
+
+def clip_that_reads_signs(kind: str, folder: Path, *, image_size: int = 64) -> ClipModel:
+    """A model of `bert_clip` or `roberta_clip` whose tokenizer has a token for many signs, unless it drops them."""
+    signs = "éïßAR!.,'’“”;()#_-257猫犬👩🚀"
+    if kind == "bert":
+        return bert_clip(folder, more=[*signs, *(f"##{sign}" for sign in signs)], image_size=image_size)
+    return roberta_clip(folder, more=list(signs), image_size=image_size)

@@ -5,6 +5,8 @@ from typing import get_args
 import pytest
 
 from clip_rd_edge.bundle.formats import FORMATS, RUNTIMES, Precision, Runtime, encoder_of, format_of
+from clip_rd_edge.exporting.formats import Format
+from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.runtime.doctor import extras
 from clip_rd_edge.runtime.encoder import BundleEncoder
 
@@ -13,6 +15,8 @@ from clip_rd_edge.runtime.encoder import BundleEncoder
 def test_every_format_has_a_runtime_and_extras_that_exist(name: str) -> None:
     info = FORMATS[name]
     assert issubclass(encoder_of(info.runtime), BundleEncoder)
+    assert isinstance(Plan(format=name).converter, Format)
+    assert format_of(info.runtime) is info
     assert set(info.precisions) <= set(get_args(Precision))
     assert set(info.extras) <= set(extras())
     assert get_args(Runtime) == RUNTIMES

@@ -103,37 +103,27 @@ def box(kind: bytes, size: int) -> bytes:
 
 HEAD = box(b"ftyp", 24) + box(b"moov", 80)
 LONG = struct.pack(">I4sQ", 1, b"mdat", 60) + bytes(44)
+SIZED = [HEAD + rest for rest in (box(b"mdat", 60), LONG, LONG + box(b"moof", 32) + box(b"mdat", 60))]
+WHOLE = [
+    *SIZED,
+    SIZED[0] + b"GPS 52.1 4.3 12:00",  # what a dashcam appends
+    HEAD + struct.pack(">I", 0) + b"mdat" + bytes(50),  # up to the end
+    b"RIFF" + bytes(60),
+]
+CUT = [content[:-missing] for content in SIZED for missing in (1, 40)]
 
 
-@pytest.mark.parametrize("rest", [box(b"mdat", 60), LONG, LONG + box(b"moof", 32) + box(b"mdat", 60)], ids=len)
-@pytest.mark.parametrize("missing", [0, 1, 40])
+@pytest.mark.parametrize(("content", "is_cut"), [*((each, False) for each in WHOLE), *((each, True) for each in CUT)])
 def test_a_video_that_is_cut_off_is_an_error_after_its_last_frame(
-    opencv: SimpleNamespace, tmp_path: Path, rest: bytes, missing: int
+    opencv: SimpleNamespace, tmp_path: Path, content: bytes, is_cut: bool
 ) -> None:
-    path = tmp_path / "video.mp4"
-    path.write_bytes((HEAD + rest)[: len(HEAD + rest) - missing])
+    """One that may be whole is none, though its header counts more frames: those that an editor took away, too."""
+    (tmp_path / "video").write_bytes(content)
     opencv.VideoCapture = lambda source: video_of(opencv, 3)
-    seen = frames(str(path))
+    seen = frames(str(tmp_path / "video"))
     assert len(list(itertools.islice(seen, 3))) == 3
-    if missing:
+    if is_cut:
         with pytest.raises(InputError):
             next(seen)
     else:
         assert list(seen) == []
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        HEAD + box(b"mdat", 60) + b"GPS 52.1 4.3 12:00",  # what a dashcam appends
-        HEAD + struct.pack(">I", 0) + b"mdat" + bytes(50),  # up to the end
-        b"RIFF" + bytes(60),
-    ],
-)
-def test_a_video_that_may_be_whole_ends_with_its_last_frame(
-    opencv: SimpleNamespace, tmp_path: Path, content: bytes
-) -> None:
-    """Though it has more frames by its header, which counts those that a player's editor took away."""
-    (tmp_path / "video").write_bytes(content)
-    opencv.VideoCapture = lambda source: video_of(opencv, 3)
-    assert len(list(frames(str(tmp_path / "video")))) == 3

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from clip_rd_edge.bundle.image_files import find_images, list_images
 from clip_rd_edge.bundle.images import open_image
@@ -44,36 +42,6 @@ def test_a_generator_is_read_only_as_far_as_needed(colour_bundle: Path, colour_i
     assert requested == 12
     batches.close()
     assert requested == 12
-
-
-def test_the_next_batch_is_embedded_while_the_caller_handles_one(
-    colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoder = load(colour_bundle)
-    encode, second_call = encoder.encode_pixels, threading.Event()
-    batch_sizes: list[int] = []
-
-    def record(pixels: np.ndarray) -> np.ndarray:
-        batch_sizes.append(len(pixels))
-        if len(batch_sizes) == 2:
-            second_call.set()
-        return encode(pixels)
-
-    monkeypatch.setattr(encoder, "encode_pixels", record)
-    batches = embed_images(encoder, [colour_images / "red.png"] * 5, batch_size=2)
-    next(batches)
-    assert second_call.wait(60)
-    assert [len(batch.images) for batch in batches] == [2, 1]
-
-
-def test_quick_decoding_of_large_jpegs_changes_embeddings_slightly(colour_bundle: Path, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    path = tmp_path / "photo.jpg"
-    Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((320, 240)).save(path)
-    encoder = load(colour_bundle)
-    (full,), (quick,) = (list(embed_images(encoder, [path], quick=quick)) for quick in (False, True))
-    assert not np.array_equal(full.embeddings, quick.embeddings)
-    np.testing.assert_allclose(full.embeddings, quick.embeddings, atol=0.02)
 
 
 def test_an_error_of_the_model_reaches_the_caller(

@@ -57,22 +57,3 @@ def test_a_forked_process_neither_uses_nor_closes_its_parents_sessions(
     if importlib.util.find_spec(runtime) is None:
         pytest.skip(f"needs the extra {runtime}")
     assert run(FORKED, str(colour_bundle), runtime, end) == (0, "")
-
-
-SHARED = """\
-import os, sys
-from pathlib import Path
-from clip_rd_edge.runtime.load import load
-
-encoder = load(Path(sys.argv[1]), threads=1, device="cpu")
-encoder.encode_texts(["red"])
-if child := os.fork():
-    sys.exit(os.waitpid(child, 0)[1] != 0)
-(Path(sys.argv[1]) / "text.onnx").unlink()
-encoder.encode_texts(["blue"])
-"""
-
-
-def test_a_session_without_threads_is_shared_with_a_forked_process(colour_bundle: Path) -> None:
-    """Which takes neither the time to open it nor the memory."""
-    assert run(SHARED, str(colour_bundle)) == (0, "")

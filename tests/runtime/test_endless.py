@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
-from support import PATIENCE_S, wait_until
+from support import PATIENCE_S, CommandLine, rewrite, wait_until
 
-from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.runtime.backends.onnxruntime import Session
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils import process as signals
 from clip_rd_edge.utils.process import NativeCall, end_calls, handled_by
 
-CommandLine = Callable[..., tuple[int, str, str]]
 # Says when ONNX Runtime is called; stops a server after a second.
 SCRIPT = """
 import sys
@@ -75,7 +73,7 @@ def endless(colour_bundle: Path) -> Path:
     constants = {"many": np.float32(1e15), "true": np.bool_(True), "zero": np.float32(0)}
     model.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items())
     onnx.save(model, path)
-    write_manifest(colour_bundle, read_manifest(colour_bundle))
+    rewrite(colour_bundle)
     return colour_bundle
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
-from support import one_worker
+from support import VNNI_ALONE, one_worker, rewrite
 
-from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
+from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime import load as embed
 from clip_rd_edge.runtime.index import read_index
@@ -34,15 +33,13 @@ def test_the_workers_of_a_cluster_give_the_same_index(
 
 def test_a_worker_with_another_bundle_is_refused(colour_bundle: Path) -> None:
     manifest = read_manifest(colour_bundle)
-    write_manifest(colour_bundle, msgspec.structs.replace(manifest, logit_scale=7.0))
+    rewrite(colour_bundle, logit_scale=7.0)
     with pytest.raises(InputError, match="differs on this machine"):
         embed._make_worker(colour_bundle, manifest)
 
 
 def test_a_worker_that_embeds_images_wrongly_is_refused(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = read_manifest(colour_bundle)
-    image = msgspec.structs.replace(manifest.image, instruction_sets=("x86-64-vnni", "aarch64"))
-    manifest = write_manifest(colour_bundle, msgspec.structs.replace(manifest, image=image))
+    manifest = rewrite(colour_bundle, image=VNNI_ALONE)
     monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.processor_saturates", lambda: True)
     with pytest.raises(UsageError, match="gives wrong answers here"):
         embed._make_worker(colour_bundle, manifest)

@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support import PATIENCE_S, Watch, wait_until
+from support import PATIENCE_S, Watch, another_model, wait_until
 
-from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime import index_update, index_watch
-from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import model_key, read_index
 from clip_rd_edge.runtime.index_update import Update, update_index
 from clip_rd_edge.runtime.index_watch import BROKEN_S, POLL_S, watch_index
@@ -207,42 +205,10 @@ def test_images_whose_folder_goes_away_as_they_are_taken_are_embedded_later(
     assert watched.names() == sorted([*ALL, "new.png"])
 
 
-@pytest.mark.parametrize("first", ["", "index.json"])
-def test_an_index_that_is_removed_or_put_back_to_an_older_copy_is_brought_up_to_date(
-    first: str, watched: Folder, tmp_path: Path
-) -> None:
-    old = tmp_path / "old"
-
-    def begin() -> None:
-        """The copy takes some time."""
-        shutil.rmtree(watched.index)
-        if first:
-            watched.index.mkdir()
-            (file,) = old.glob(first)
-            (watched.index / file.name).write_bytes(file.read_bytes()[:100])
-
-    complete = lambda: shutil.copytree(old, watched.index, dirs_exist_ok=True) and None  # noqa: E731
-    updates = watched.watch(
-        lambda: shutil.copytree(watched.index, old) and None, paint(watched.folder / "new.png"), nothing, nothing,
-        begin, *([complete] if first else []), nothing, nothing,
-    )  # fmt: skip
-    assert [update.embedded for update in updates] == [4, 1, 1 if first else 5]
-    assert "new.png" in watched.names()
-
-
-@pytest.fixture
-def other(colour_bundle: Path, tmp_path: Path) -> BundleEncoder:
-    """Another model."""
-    shutil.copytree(colour_bundle, tmp_path / "other")
-    with (tmp_path / "other" / "image.onnx").open("ab") as file:
-        file.write(b"\x3a\x00")
-    write_manifest(tmp_path / "other", read_manifest(tmp_path / "other"))
-    return load(tmp_path / "other", threads=1)
-
-
 def test_another_models_index_that_is_put_there_is_kept_and_ends_the_watch(
-    watched: Folder, other: BundleEncoder
+    watched: Folder, colour_bundle: Path, tmp_path: Path
 ) -> None:
+    other = load(another_model(colour_bundle, tmp_path / "other"), threads=1)
     put = lambda: update_index(other, watched.folder, watched.index) and None  # noqa: E731
     with pytest.raises(UsageError):
         watched.watch(put, nothing, nothing)

@@ -39,7 +39,6 @@ def truncated_image() -> Image.Image:
         (lambda content: truncated_image(), "convert"),
         (lambda content: io.BytesIO(content), "PIL.Image.open(file)"),
         (lambda content: [bytearray(content)], "PIL.Image.open(io.BytesIO(content))"),
-        (lambda content: Table(), "list(table['filepath'])"),
     ],
 )
 def test_what_is_no_image_is_refused_with_a_hint_how_to_open_it(
@@ -52,14 +51,6 @@ def test_what_is_no_image_is_refused_with_a_hint_how_to_open_it(
         assert hint in raised.value.hint
         if isinstance(images, io.BytesIO):
             assert images.tell() == 0  # and may now be opened
-
-
-class Table(list[str]):
-    """Stands for a DataFrame, which yields the names of its columns."""
-
-    def __init__(self) -> None:
-        super().__init__(["label"])
-        self.columns = ["label"]
 
 
 def test_generators_count_as_lists(model: Model, colour_images: Path) -> None:

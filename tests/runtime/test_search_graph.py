@@ -112,21 +112,6 @@ def test_what_the_graph_finds_is_ranked_by_exact_similarity(make: Any) -> None:
     assert len(nearest(index, rows, rows[0], top=MAX_TOP + 500, graph=graph)) == MAX_TOP + 500
 
 
-def test_texts_find_their_images_though_they_are_far_from_all(make: Any) -> None:
-    pytest.importorskip("usearch")
-    rng = np.random.default_rng(0)
-    subjects = rng.standard_normal((400, SIZE)).astype(np.float32)
-    noise = rng.standard_normal((40_000, SIZE)).astype(np.float32)
-    rows = normalise(subjects[np.arange(40_000) // 100] + 0.7 * noise)
-    index, graph = make(rows)
-    shared = []
-    for query in normalise(0.25 * subjects[:40] + rng.standard_normal((40, SIZE)).astype(np.float32)):
-        exact, found = ({hit.path for hit in nearest(index, rows, query, top=10, graph=g)} for g in (None, graph))
-        shared.append(len(exact & found) / 10)
-    assert np.mean(shared) > 0.99
-    assert min(shared) >= 0.8
-
-
 def test_rows_that_a_graph_does_not_have_are_found_and_lost_ones_are_not(make: Any) -> None:
     rows = embeddings(300)
     index, graph = make(rows, of=rows[:280])

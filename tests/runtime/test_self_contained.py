@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
+from support import rewrite
 
 from clip_rd_edge.bundle.formats import require_self_contained
 from clip_rd_edge.bundle.manifest import Manifest, read_manifest, write_manifest
@@ -99,7 +100,7 @@ def manifest_for(bundle: Path, file: str) -> Manifest:
 
 def replace_tower(bundle: Path, content: bytes) -> None:
     (bundle / "image.onnx").write_bytes(content)
-    write_manifest(bundle, read_manifest(bundle))
+    rewrite(bundle)
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def test_weights_in_a_link_are_refused(colour_bundle: Path, tmp_path: Path, open
     with_weights_of_its_own(colour_bundle)
     (colour_bundle / OWN).rename(tmp_path / "secret")
     (colour_bundle / OWN).symlink_to(tmp_path / "secret")
-    write_manifest(colour_bundle, read_manifest(colour_bundle))
+    rewrite(colour_bundle)
     with pytest.raises(ConfigError):
         load(colour_bundle).encode_pixels(PIXELS)
     assert opened == []

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support import Watch
+from support import Watch, rewrite
 
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.encoder import Scoring, label_embeddings, normalise, paired
@@ -216,7 +216,7 @@ def changed(taught: Taught, **fields: Any) -> Taught:
 def test_a_strangers_file_of_taught_labels_is_checked(taught: Path, change: Callable[[Taught], dict[str, Any]]) -> None:
     content = read_taught(taught / TAUGHT, size=3)
     (taught / TAUGHT).write_bytes(taught_bytes(changed(content, **change(content))))
-    write_manifest(taught, read_manifest(taught))
+    rewrite(taught)
     with pytest.raises(UsageError) as raised:
         _ = load(taught).taught
     assert isinstance(raised.value, ConfigError | InputError)

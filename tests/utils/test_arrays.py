@@ -44,16 +44,6 @@ def test_arrays_are_read_as_numpy_reads_them(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read[name], array)
 
 
-def test_arrays_are_written_as_numpy_writes_them() -> None:
-    rows = np.arange(6, dtype=np.float16).reshape(2, 3)
-    one, plain, compressed = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    np.save(one, rows)
-    np.savez(plain, rows=rows)
-    np.savez_compressed(compressed, rows=rows)
-    assert npy_bytes(rows) == one.getvalue()
-    assert (npz_bytes(rows=rows), npz_bytes(compressed=True, rows=rows)) == (plain.getvalue(), compressed.getvalue())
-
-
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [("(10000000000,)", "<f4"), ("(1,)", "<U4000000000"[:12]), ("(9223372036854775807, 9223372036854775807)", "<f4"),

@@ -46,15 +46,6 @@ def test_a_library_is_quiet_in_its_thread_alone_and_up_to_the_level(caplog: pyte
     assert [record.message for record in caplog.records] == ["failed", "heard", "heard again"]
 
 
-def test_the_log_is_as_before_when_the_last_thread_has_left() -> None:
-    before = logging.Logger.isEnabledFor, logging.basicConfig
-    quiet = share_in_threads(
-        lambda: quiet_logs(logging.WARNING), lambda: logging.getLogger("test").isEnabledFor(logging.WARNING)
-    )
-    assert quiet is False
-    assert (logging.Logger.isEnabledFor, logging.basicConfig) == before
-
-
 def test_the_first_thread_enters_and_the_last_one_leaves() -> None:
     events: list[str] = []
 

@@ -7,12 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from PIL import Image
+from support import rewrite
 
-from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.runtime.backends import openvino as openvino_backend
 from clip_rd_edge.runtime.backends.openvino import open_openvino
@@ -44,7 +43,7 @@ def test_a_graph_of_openvino_under_the_name_of_onnx_is_not_read(colour_bundle: P
     assert 1 << 7 <= len(graph) < 1 << 14
     path.write_bytes(bytes([0x0A, len(graph) & 127 | 128, len(graph) >> 7]) + graph)
     openvino.Core().read_model(path)
-    write_manifest(colour_bundle, read_manifest(colour_bundle))
+    rewrite(colour_bundle)
     with pytest.raises(ConfigError):
         load(colour_bundle, runtime="openvino").encode_pixels(np.ones((1, 3, 8, 8), np.float32))
 
@@ -96,7 +95,7 @@ def test_openvino_sends_nothing_to_its_makers(tmp_path: Path) -> None:
 def test_a_damaged_file_is_reported_in_one_line(colour_bundle: Path) -> None:
     pytest.importorskip("openvino", reason="needs the extra openvino")
     (colour_bundle / "image.onnx").write_bytes(b"\x08\x05")  # of a version alone
-    write_manifest(colour_bundle, read_manifest(colour_bundle))  # else its checksum is the first to refuse it
+    rewrite(colour_bundle)  # else its checksum is the first to refuse it
     with pytest.raises(ConfigError) as raised:
         load(colour_bundle, runtime="openvino").encode_images([Image.new("RGB", (8, 8))])
     assert "\n" not in str(raised.value)
@@ -125,11 +124,6 @@ def core(monkeypatch: pytest.MonkeyPatch) -> _Core:
     return core
 
 
-def for_openvino(bundle: Path) -> Path:
-    write_manifest(bundle, msgspec.structs.replace(read_manifest(bundle), target="openvino"))
-    return bundle
-
-
 @pytest.mark.parametrize(
     ("device", "processor"),
     [
@@ -144,7 +138,8 @@ def for_openvino(bundle: Path) -> Path:
 def test_a_bundle_for_openvino_runs_on_each_of_its_processors(
     device: str, processor: str, colour_bundle: Path, core: _Core
 ) -> None:
-    encoder = load(for_openvino(colour_bundle), device=device, threads=2)
+    rewrite(colour_bundle, target="openvino")
+    encoder = load(colour_bundle, device=device, threads=2)
     description = encoder.describe()
     is_bf16 = device == "openvino-bf16"
     assert (description.runtime, description.device) == ("openvino", "cpu-bf16" if is_bf16 else processor.lower())

@@ -20,6 +20,7 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 from PIL import Image
+from support import rewrite
 
 from clip_rd_edge.bundle.manifest import Manifest, read_manifest, write_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError
@@ -175,8 +176,7 @@ def test_engines_match_their_onnx_files_and_split_large_batches(cuda: FakeCuda, 
 
 
 def test_the_engines_of_a_jetson_are_found_where_its_script_builds_them(cuda: FakeCuda, colour_bundle: Path) -> None:
-    manifest = msgspec.structs.replace(read_manifest(colour_bundle), target="tensorrt jetson-orin")
-    write_manifest(colour_bundle, manifest)
+    rewrite(colour_bundle, target="tensorrt jetson-orin")
     with pytest.raises(ConfigError) as raised:
         load(colour_bundle, runtime="tensorrt").encode_texts(["red"])
     assert "build.sh" in raised.value.hint
@@ -258,7 +258,7 @@ def test_an_engine_that_cannot_run_here_is_reported_and_its_onnx_runs(
 ) -> None:
     cuda.gpus = gpus
     (engines / "image.engine").write_bytes(engine)
-    write_manifest(engines, read_manifest(engines))
+    rewrite(engines)
     red = [Image.new("RGB", (9, 9), (255, 0, 0))]
     with pytest.raises(ConfigError):
         load(engines, runtime="tensorrt").encode_images(red)
