@@ -6,22 +6,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support import CommandLine, rewrite
 
 from clip_rd_edge.bundle.labels import LabelBank, write_labels
-from clip_rd_edge.bundle.manifest import BACKGROUND, read_manifest, write_manifest
+from clip_rd_edge.bundle.manifest import BACKGROUND
 
-Run = Callable[..., tuple[int, str, str]]
 LABELS = ("--labels", "red", "green", "blue", "yellow")
 
 
 def test_a_broken_image_in_a_folder_is_reported_and_skipped(
-    command_line: Run, colour_bundle: Path, colour_images: Path
+    command_line: CommandLine, colour_bundle: Path, colour_images: Path
 ) -> None:
     (colour_images / "broken.png").write_bytes(b"not an image")
     code, output, error = command_line("classify", colour_bundle, colour_images, *LABELS, "--top", "1", "--json")
@@ -35,13 +34,13 @@ def test_a_broken_image_in_a_folder_is_reported_and_skipped(
 
 
 def test_csv_output_and_images_without_a_likely_label(
-    command_line: Run, colour_bundle: Path, colour_images: Path
+    command_line: CommandLine, colour_bundle: Path, colour_images: Path
 ) -> None:
     grey = colour_images / 'a "grey", one.png'
     Image.new("RGB", (9, 9), (90, 90, 90)).save(grey)
     grey_nouns = np.full((4, 3), 3**-0.5, np.float32)
     write_labels(colour_bundle, LabelBank(tuple("abcd"), grey_nouns), name=BACKGROUND)
-    write_manifest(colour_bundle, read_manifest(colour_bundle))
+    rewrite(colour_bundle)
     arguments = (colour_images / "*.png", "--labels", "red", "green", "blue", "--none", "--top", 1, "--csv")
     code, output, _ = command_line("classify", colour_bundle, *arguments)
     assert code == 0
@@ -54,7 +53,7 @@ def test_csv_output_and_images_without_a_likely_label(
 
 
 def test_a_list_on_stdin_may_be_of_windows(
-    command_line: Run, colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch
+    command_line: CommandLine, colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = "".join(f"{colour_images / name}\r\n" for name in ("red.png", "blue.jpg"))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"\ufeff{lines}"))
@@ -64,7 +63,7 @@ def test_a_list_on_stdin_may_be_of_windows(
 
 
 def test_frames_of_a_camera_are_classified(
-    command_line: Run, colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    command_line: CommandLine, colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 0, 255))]
     monkeypatch.setattr("clip_rd_edge.runtime.camera.frames", lambda source: iter(frames))
@@ -101,7 +100,7 @@ def test_a_path_that_is_not_utf8_goes_through_stdin_and_stdout_unchanged(
 
 
 def test_a_single_label_is_answered_with_a_warning_and_its_cosine_similarity(
-    command_line: Run, colour_bundle: Path, colour_images: Path
+    command_line: CommandLine, colour_bundle: Path, colour_images: Path
 ) -> None:
     command = ("classify", colour_bundle, colour_images / "red.png", colour_images / "blue.jpg", "--labels", "red")
     code, output, error = command_line(*command)
@@ -118,7 +117,7 @@ def test_a_single_label_is_answered_with_a_warning_and_its_cosine_similarity(
 
 @pytest.mark.parametrize("following", [("--refuse-known", "0.5"), ("--refuse-known=0.5",), ("--json",), ("-0",)])
 def test_an_option_is_not_taken_as_a_label(
-    command_line: Run, colour_bundle: Path, colour_images: Path, following: tuple[str, ...]
+    command_line: CommandLine, colour_bundle: Path, colour_images: Path, following: tuple[str, ...]
 ) -> None:
     code, output, error = command_line("classify", colour_bundle, colour_images, "--labels", *following)
     assert (code, output) == (2, "")
@@ -130,7 +129,7 @@ def test_an_option_is_not_taken_as_a_label(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
 def test_a_newline_in_a_file_name_breaks_no_line_and_null_passes_it_on(
-    command_line: Run, colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command_line: CommandLine, colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     odd = colour_images / "a\nred\tone\n"
     (colour_images / "red.png").rename(odd)
@@ -147,9 +146,3 @@ def test_a_newline_in_a_file_name_breaks_no_line_and_null_passes_it_on(
     code, output, _ = command_line("classify", colour_bundle, "-", *labels, "--null")
     assert code == 0
     assert [record.rpartition("\t")[0] for record in output.split("\0")[:-1]] == [str(odd), f"{colour_images}/blue.jpg"]
-    renamed = odd.rename(colour_images / "a\nred.png")
-    command_line("index", colour_bundle, colour_images, "-o", tmp_path / "index")
-    _, output, _ = command_line("search", tmp_path / "index", "red", "--top", "1")
-    assert output.splitlines() == ["0.982\t" + rf"{colour_images}/a\nred.png"]
-    _, output, _ = command_line("search", tmp_path / "index", "red", "--top", "1", "--null")
-    assert output == f"{renamed}\0"

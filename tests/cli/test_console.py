@@ -53,9 +53,7 @@ def test_ctrl_c_leaves_no_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (io.StringIO, {}),
         (io.StringIO, {"FORCE_COLOR": "1", "TERM": "xterm"}),
-        (io.StringIO, {"FORCE_COLOR": "1", "TERM": "dumb"}),
         (Terminal, {"TERM": "dumb"}),
-        (Terminal, {"TTY_COMPATIBLE": "0"}),
     ],
 )
 def test_without_a_terminal_that_redraws_there_is_a_line_at_once_and_then_one_a_minute(

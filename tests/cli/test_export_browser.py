@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import pytest
-from msgspec.structs import replace
+from support import VNNI_ALONE, CommandLine, rewrite
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -13,11 +13,9 @@ from clip_rd_edge.bundle.labels import read_labels
 from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.exporting.layouts import browser
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 def test_a_bundle_is_exported_as_a_browser_page(
-    command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path
+    command_line: CommandLine, colour_bundle: Path, node_modules: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "labels.txt").write_text("red\nblue\n")
     site = tmp_path / "site"
@@ -43,28 +41,28 @@ def test_a_bundle_is_exported_as_a_browser_page(
 
 
 def test_bundles_that_a_browser_cannot_run_are_refused(
-    command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path
+    command_line: CommandLine, colour_bundle: Path, node_modules: Path, tmp_path: Path
 ) -> None:
-    manifest = read_manifest(colour_bundle)
-    image = replace(manifest.image, preprocesses=True)
-    text = replace(manifest.text, instruction_sets=("x86-64-vnni", "aarch64"))
-    for changes, message in (
-        ({"target": "openvino"}, "it is for openvino"),
-        ({"image": image}, "preprocesses images in its graph"),
-        ({"text": text}, "its INT8 is for processors"),
-        ({}, "WordLevel"),
+    for number, (changes, message) in enumerate(
+        (
+            ({"target": "openvino"}, "it is for openvino"),
+            ({"image": {"preprocesses": True}}, "preprocesses images in its graph"),
+            ({"text": VNNI_ALONE}, "its INT8 is for processors"),
+            ({}, "WordLevel"),
+        )
     ):
+        bundle = shutil.copytree(colour_bundle, tmp_path / str(number))
         if not changes:
-            Tokenizer(WordLevel({"?": 1}, unk_token="?")).save(str(colour_bundle / "tokenizer.json"))
-        write_manifest(colour_bundle, replace(manifest, **changes))
+            Tokenizer(WordLevel({"?": 1}, unk_token="?")).save(str(bundle / "tokenizer.json"))
+        rewrite(bundle, **changes)
         options = ("--target", "browser", "--node-modules", node_modules, "-o", tmp_path / "site")
-        code, _, error = command_line("export", colour_bundle, *options)
+        code, _, error = command_line("export", bundle, *options)
         assert (code, message in error) == (2, True)
 
 
 @pytest.mark.parametrize("labels", [(), ("--labels", "red", "blue")])
 def test_a_page_holds_the_files_that_the_manifest_lists_and_no_others(
-    command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path, labels: tuple[str, ...]
+    command_line: CommandLine, colour_bundle: Path, node_modules: Path, tmp_path: Path, labels: tuple[str, ...]
 ) -> None:
     for name in ("notes.txt", ".DS_Store", "image.engine"):
         (colour_bundle / name).write_text("private")
@@ -80,7 +78,7 @@ def test_a_page_holds_the_files_that_the_manifest_lists_and_no_others(
     [((), "image.onnx", b"mean"), (("--labels", "red", "blue"), "manifest.json", b"colours")],
 )
 def test_a_damaged_bundle_is_not_published(
-    command_line: Run,
+    command_line: CommandLine,
     colour_bundle: Path,
     node_modules: Path,
     tmp_path: Path,
@@ -96,7 +94,7 @@ def test_a_damaged_bundle_is_not_published(
 
 
 def test_a_bundle_that_only_embeds_images_becomes_no_page(
-    command_line: Run, colours_without_text: Path, node_modules: Path, tmp_path: Path
+    command_line: CommandLine, colours_without_text: Path, node_modules: Path, tmp_path: Path
 ) -> None:
     options = ("--target", "browser", "--node-modules", node_modules, "-o", tmp_path / "site")
     assert command_line("export", colours_without_text, *options)[0] == 0
@@ -108,11 +106,9 @@ def test_a_bundle_that_only_embeds_images_becomes_no_page(
 
 
 def test_labels_that_this_processor_embeds_wrongly_are_not_published(
-    command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command_line: CommandLine, colour_bundle: Path, node_modules: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = read_manifest(colour_bundle)
-    text = replace(manifest.text, instruction_sets=(browser.WASM,))
-    write_manifest(colour_bundle, replace(manifest, text=text))
+    rewrite(colour_bundle, text={"instruction_sets": (browser.WASM,)})
     monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.wrong_sums", lambda: "wrong sums")
     options = ("--target", "browser", "--node-modules", node_modules, "-o", tmp_path / "site")
     code, _, error = command_line("export", colour_bundle, "--labels", "red", "blue", *options)
@@ -120,7 +116,9 @@ def test_labels_that_this_processor_embeds_wrongly_are_not_published(
     assert not (tmp_path / "site").exists()
 
 
-def test_a_page_does_not_replace_its_own_bundle(colour_bundle: Path, node_modules: Path, command_line: Run) -> None:
+def test_a_page_does_not_replace_its_own_bundle(
+    colour_bundle: Path, node_modules: Path, command_line: CommandLine
+) -> None:
     options = ("--target", "browser", "--node-modules", node_modules, "-o", colour_bundle, "--force")
     assert command_line("export", colour_bundle, *options)[0] == 2
     assert (colour_bundle / "manifest.json").is_file()

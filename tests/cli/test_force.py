@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from msgspec.structs import replace
+from support import VNNI_ALONE, CommandLine, rewrite
 
 import clip_rd_edge as edge
-from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import UsageError
-
-CommandLine = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def wrong(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle for processors with VNNI, and one without it."""
-    manifest = read_manifest(colour_bundle)
-    image = replace(manifest.image, instruction_sets=("x86-64-vnni", "aarch64"))
-    write_manifest(colour_bundle, replace(manifest, image=image))
+    rewrite(colour_bundle, image=VNNI_ALONE)
     monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.processor_saturates", lambda: True)
     return colour_bundle
 

@@ -8,16 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import PATIENCE_S, is_running
+from support import PATIENCE_S, CommandLine, is_running
 
-from clip_rd_edge.cli.main import COMMANDS, EXTRA_PACKAGES, OTHER_WORDS
+from clip_rd_edge.cli.main import EXTRA_PACKAGES
 from clip_rd_edge.errors import install_command
 
-Run = Callable[..., tuple[int, str, str]]
 EXTRAS_MODULES = (*(module for modules in EXTRA_PACKAGES.values() for module in modules), "cv2", "openvino", "tensorrt")
 
 
@@ -32,6 +30,7 @@ def test_the_package_and_its_help_import_nothing_heavy() -> None:
     code = """
 import contextlib, io
 import clip_rd_edge
+dir(clip_rd_edge)
 from clip_rd_edge.cli.main import cli
 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     cli.main(["--help"])"""
@@ -64,34 +63,9 @@ assert output.getvalue().split("\\t")[1].startswith("red"), output.getvalue()"""
     assert "onnxruntime" in loaded_modules(code)
 
 
-def test_the_help_lists_every_command_once_under_a_heading(command_line: Run) -> None:
-    _, output, _ = command_line("--help")
-    listed = [line.split()[0] for line in output.partition("Try:\n")[2].splitlines() if line.startswith("  ")]
-    assert sorted(listed) == sorted(COMMANDS)
-    assert set(OTHER_WORDS.values()) <= set(COMMANDS)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message", "hint"),
-    [
-        ("train", "No command named 'train'. Did you mean 'distill'?", "clip-rd-edge --help"),
-        ("classify b --label x", "No option named --label. Did you mean '--labels'?", "--help"),
-        ("classify b --top", "Option '--top' requires an argument.", "--help"),
-        ("classify", "Missing argument 'BUNDLE'.", "for example: clip-rd-edge classify bundle"),
-    ],
-)
-def test_an_error_of_click_looks_like_the_packages_own(
-    command_line: Run, arguments: str, message: str, hint: str
+def test_a_missing_extra_is_reported_with_its_pip_command(
+    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, output, error = command_line(*arguments.split())
-    assert (code, output) == (2, "")
-    first, second = error.splitlines()
-    assert first.startswith(f"error: {message}")
-    assert second.startswith("hint: ")
-    assert hint in second
-
-
-def test_a_missing_extra_is_reported_with_its_pip_command(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "clip_rd_edge.models.encoder", raising=False)  # as of a process that begins
     code, _, error = command_line("evaluate", "nowhere-model", "--task", "emoji:unseen-style")
@@ -181,35 +155,16 @@ def test_results_that_do_not_fit_the_disk_are_not_called_whole(tmp_path: Path, k
     assert hint.startswith("hint: free some space")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="compares bytes with POSIX's line ends")
-def test_names_that_are_not_utf_8_are_printed_as_their_bytes() -> None:
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    done = subprocess.run([sys.executable, "-c", CUT, "--print0"], env=environment, capture_output=True, check=True)
-    assert (done.stdout, done.stderr) == (b"\xff\0" * 10_000, b"")
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (
-            OSError(errno.ENOSPC, "No space left on device", "/mnt/m.json"),
-            "There is no space left on the disk for /mnt",
-        ),
-        (OSError(errno.EMFILE, "Too many open files"), "Too many open files; raise their limit first: ulimit -n 4096."),
-        (MemoryError(), "There is not enough memory for this."),
-    ],
-)
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "", "/m"), OSError(errno.EMFILE, "open files"), MemoryError()])
 def test_what_the_machine_lacks_is_reported_in_one_line(
-    command_line: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr("clip_rd_edge.exporting.plan.target_names", fail)
     code, _, printed = command_line("targets")
-    assert code == 1
-    assert printed.startswith("error: ")
-    assert message in printed
+    assert (code, printed.startswith("error: ")) == (1, True)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows ends a process without asking it")
@@ -249,7 +204,7 @@ main.main()"""
 
 
 def test_ctrl_c_while_a_library_is_imported_is_an_interruption(
-    command_line: Run, monkeypatch: pytest.MonkeyPatch
+    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """pybind11 turns what its module's initialization raises into an ImportError."""
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support import CommandLine
 
 from clip_rd_edge.bundle.encoder import Description
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.utils.outputs import exclusive_writer
 
-Run = Callable[..., tuple[int, str, str]]
 SUITE = """
 name: two
 root: {root}
@@ -80,7 +80,9 @@ def task(tmp_path: Path) -> Path:
     return tmp_path / "task"
 
 
-def test_scores_are_a_table_or_json(command_line: Run, task: Path, opened: list[tuple[str, dict[str, Any]]]) -> None:
+def test_scores_are_a_table_or_json(
+    command_line: CommandLine, task: Path, opened: list[tuple[str, dict[str, Any]]]
+) -> None:
     code, out, err = command_line("evaluate", "some/model", "--task", task, "--threads", "2")
     assert (code, err) == (0, "· starting evaluate\n")
     assert "43.9 to 100.0" in out
@@ -96,7 +98,7 @@ def test_scores_are_a_table_or_json(command_line: Run, task: Path, opened: list[
     assert opened == []  # a mistyped name is reported at once
 
 
-def test_accuracy_per_class_and_the_confusion_matrix(command_line: Run, task: Path, tmp_path: Path) -> None:
+def test_accuracy_per_class_and_the_confusion_matrix(command_line: CommandLine, task: Path, tmp_path: Path) -> None:
     Image.new("RGB", (4, 4), (255,) * 3).save(task / "black" / "3.png")  # taken for white
     (task / "grey").mkdir()
     confusion = tmp_path / "new folder" / "confusion.csv"
@@ -117,7 +119,7 @@ def test_accuracy_per_class_and_the_confusion_matrix(command_line: Run, task: Pa
 
 
 def test_the_confusion_matrix_replaces_only_an_earlier_one_and_comes_last(
-    command_line: Run, task: Path, tmp_path: Path, opened: list[Any]
+    command_line: CommandLine, task: Path, tmp_path: Path, opened: list[Any]
 ) -> None:
     table = tmp_path / "pairs.csv"
     table.write_text("image,caption\na.jpg,a cat\n")
@@ -142,7 +144,7 @@ def suite(task: Path, tmp_path: Path) -> Path:
 
 
 def test_the_report_is_written_and_the_table_printed(
-    command_line: Run, suite: Path, tmp_path: Path, opened: list[Any]
+    command_line: CommandLine, suite: Path, tmp_path: Path, opened: list[Any]
 ) -> None:
     output = tmp_path / "report"
     code, out, err = command_line("benchmark", suite, "-o", output)
@@ -157,7 +159,7 @@ def test_the_report_is_written_and_the_table_printed(
 
 
 def test_a_folder_in_use_is_refused_unless_forced(
-    command_line: Run, suite: Path, tmp_path: Path, opened: list[Any], monkeypatch: pytest.MonkeyPatch
+    command_line: CommandLine, suite: Path, tmp_path: Path, opened: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("clip_rd_edge.benchmarking.report.draw", lambda *_, **__: b"a plot, in no time")
     report = tmp_path / "report"
@@ -181,7 +183,7 @@ def test_a_folder_in_use_is_refused_unless_forced(
 
 
 def test_the_same_command_resumes_an_interrupted_run(
-    command_line: Run, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command_line: CommandLine, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -197,7 +199,7 @@ def test_the_same_command_resumes_an_interrupted_run(
     assert not (output / "parts").exists()
 
 
-def test_compare_reports_changes(command_line: Run, suite: Path, tmp_path: Path) -> None:
+def test_compare_reports_changes(command_line: CommandLine, suite: Path, tmp_path: Path) -> None:
     output, path = tmp_path / "report", tmp_path / "report" / "results.json"
     assert command_line("benchmark", suite, "-o", output)[0] == 0
     quiet = json.loads(path.read_text()) | {"other_load": 0.0}  # other processes may run during this test

@@ -12,7 +12,6 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,14 +19,13 @@ import pytest
 from PIL import Image
 from rich.table import Table
 from rich.text import Text
-from support import Terminal
+from support import CommandLine, Terminal
 
 import clip_rd_edge
 from clip_rd_edge.cli.console import ConsoleReporter, SafeConsole, console_reporter, print_table
-from clip_rd_edge.cli.output import echo, fold
+from clip_rd_edge.cli.output import echo
 from clip_rd_edge.utils.text import as_word, printable
 
-Run = Callable[..., tuple[int, str, str]]
 HOSTILE = ["\x1b[2J", "\x1b]52;c;ZXZpbA==\x07", "\x9b31m", "\u202egnp.exe", "a\rb", "a\x08b", "\x1b]8;;http://x\x1b\\"]
 MARKUP = ["[/nope]", "[bold]x[/bold]", "[link=http://x]y[/link]", ":smile:", "[red", "\\[x]", "a\\"]
 
@@ -79,7 +77,7 @@ def test_commands_print_with_echo_and_safe_consoles_only() -> None:
 
 
 def test_classify_and_errors_escape_names_on_a_terminal(
-    colour_bundle: Path, tmp_path: Path, command_line: Run, monkeypatch: pytest.MonkeyPatch
+    colour_bundle: Path, tmp_path: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -104,7 +102,7 @@ def test_classify_and_errors_escape_names_on_a_terminal(
 
 @pytest.mark.parametrize("label", ['=HYPERLINK("http://x")', "+1", "-1", "@SUM(A1)", "\t=1", " =1", "\r=1"])
 def test_csv_has_no_cell_that_a_spreadsheet_computes(
-    colour_bundle: Path, tmp_path: Path, command_line: Run, label: str
+    colour_bundle: Path, tmp_path: Path, command_line: CommandLine, label: str
 ) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text(f"{label}\nred\n", newline="")
@@ -141,13 +139,3 @@ def test_pipes_have_utf_8_whatever_the_locale(colour_bundle: Path, colour_images
     assert "赤.png" in result.stdout.decode()
     assert '"猫"' in result.stdout.decode()
     assert "naïve 猫.png" in result.stderr.decode()
-
-
-@pytest.mark.parametrize("width", [12, 40, 80])
-@pytest.mark.parametrize("program", ["clip-rd-edge classify", "uv pip install", ".venv/bin/clip-rd-edge verify"])
-def test_a_command_in_a_message_is_not_broken(program: str, width: int) -> None:
-    first, second = f"{program} bundle 'a dog' --top 3", "clip-rd-edge verify bundle"
-    folded = fold(f"hint: for example: {first}; {second}, or ask for help with all of it", width)
-    assert first in folded
-    assert second in folded
-    assert " ".join(folded.split()) == f"hint: for example: {first}; {second}, or ask for help with all of it"
