@@ -64,11 +64,6 @@ def test_the_errors_that_docstrings_name_can_be_caught() -> None:
     assert named <= set(edge.__all__)
 
 
-def test_other_weights_are_refused_for_a_bundle(colour_bundle: Path) -> None:
-    with pytest.raises(edge.UsageError, match=r"colours has weights of its own; pretrained, 'best\.pt', is only for"):
-        edge.load(colour_bundle, pretrained="best.pt")
-
-
 @pytest.mark.parametrize("name", sorted(set(commands()) - {"classify"}))
 def test_a_command_and_its_function_have_the_same_options(name: str) -> None:
     function, extra = FUNCTIONS.get(name) or (getattr(edge, name.replace("-", "_")), set())
@@ -84,15 +79,6 @@ def test_the_classify_command_has_the_options_of_load_and_classify() -> None:
         "device",
         "force",
     }
-
-
-def test_importing_the_package_imports_no_heavy_dependencies() -> None:
-    program = (
-        "import sys; import clip_rd_edge as edge; dir(edge);"
-        "print({'torch', 'numpy', 'onnxruntime', 'PIL', 'msgspec', 'click'} & set(sys.modules))"
-    )
-    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert process.stdout.strip() == "set()"
 
 
 def test_every_public_name_can_be_imported() -> None:
@@ -142,25 +128,6 @@ def test_single_inputs_give_single_results_and_lists_give_lists(colour_bundle: P
     answers = model.classify(paths, labels=["red", "green", "blue"])
     assert [answer[0].label for answer in answers] == ["red", "green", "blue"]
     assert model.classify(paths[0], labels="red")[0] == ("red", 1.0)  # one label, not three letters
-
-
-def test_a_camera_gives_predictions_per_frame(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
-    monkeypatch.setattr("clip_rd_edge.runtime.camera.frames", lambda source: iter(frames) if source == "0" else None)
-    answers = edge.load(colour_bundle).classify_camera(0, labels=["red", "blue"])
-    assert [answer[0].label for answer in answers] == ["red", "blue"]
-
-
-def test_a_bundle_can_be_verified_indexed_and_searched(
-    colour_bundle: Path, colour_images: Path, tmp_path: Path
-) -> None:
-    assert all(check.passed for check in edge.verify(colour_bundle))
-    update = edge.index(colour_bundle, colour_images, tmp_path / "index")
-    assert update.embedded == 4
-    by_text = edge.search(tmp_path / "index", "red", top=1)
-    by_path = edge.search(tmp_path / "index", str(colour_images / "red.png"), top=1)
-    by_image = edge.search(tmp_path / "index", Image.open(colour_images / "red.png"), top=1)
-    assert [hit.path.name for hit in (*by_text, *by_path, *by_image)] == ["red.png"] * 3
 
 
 def full_disk(*_: object) -> NoReturn:

@@ -231,13 +231,3 @@ def test_what_is_made_from_a_teacher_is_made_again_with_one_that_is_tuned_again(
             edge.quickstart(tmp_path)
         assert (tmp_path / "trimmed").exists() is is_tuned
         assert (tmp_path / "report" / RESULTS).read_text() == ("of the first" if is_tuned else "")
-
-
-def test_students_start_from_the_same_text_tower_and_one_has_a_teacher(tmp_path: Path) -> None:
-    configs = configurations(Quickstart(tmp_path))
-    cache, trimmed = str(tmp_path / "store"), str(tmp_path / "trimmed")
-    assert {name: (c.recipe_name, c.text, c.freeze_text_layers, c.views, c.store) for name, c in configs.items()} == {
-        "teacher": ("clip", None, 0, 0, None),
-        "student": ("clip-rd-bank", trimmed, 2, 5, cache),
-        "student-alone": ("clip", trimmed, 2, 5, None),
-    }

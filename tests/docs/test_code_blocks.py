@@ -25,16 +25,9 @@ import clip_rd_edge as edge
 from clip_rd_edge.benchmarking.suite import read_suite
 from clip_rd_edge.bundle.manifest import (
     FORMAT_VERSION,
-    VERSION_WITH_FEATURES,
-    VERSION_WITHOUT_TEXT,
-    Features,
     Manifest,
-    Measurement,
-    Tower,
     read_manifest,
 )
-from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 from clip_rd_edge.cli.main import cli
 from clip_rd_edge.distillation.config import load_recipe, resolve
 from clip_rd_edge.distillation.reinforced import read_stored_teachers
@@ -355,18 +348,6 @@ def test_blocks_run(name: str, reader: Path, command_line: Callable[..., tuple[i
         for arguments in lines_to_run(block):
             code, _, errors = command_line(*arguments)
             assert code == 0, f"{block.place}: clip-rd-edge {shlex.join(arguments)}\n{errors}"
-
-
-def test_bundle_format_names_every_field() -> None:
-    text = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
-    fields = [
-        field.encode_name
-        for kind in (Manifest, Features, Tower, Measurement, Preprocessing, TokenizerSpec)
-        for field in msgspec.structs.fields(kind)
-    ]
-    assert [name for name in fields if f"`{name}`" not in text and f'"{name}"' not in text] == []
-    for version in (FORMAT_VERSION, VERSION_WITHOUT_TEXT, VERSION_WITH_FEATURES):
-        assert f"**{version}**" in text
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:

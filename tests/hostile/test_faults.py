@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import http.client
 from pathlib import Path
 
 import pytest
@@ -16,58 +14,12 @@ from benchmarks.robustness.faults import (
     BenchmarkScenario,
     BundleScenario,
     CheckpointScenario,
-    Faults,
     IndexScenario,
-    Killed,
     RemoteScenario,
     Scenario,
     ShardScenario,
     until_untouched,
 )
-
-
-def test_the_n_th_operation_fails_and_no_other(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    with Faults(tmp_path, "write", 2)() as faults:
-        path.write_bytes(b"first")
-        with pytest.raises(OSError, match="No space left") as error:
-            path.write_bytes(b"second")
-        path.write_bytes(b"third")
-        assert path.read_text() == "third"
-    assert error.value.errno == errno.ENOSPC
-    assert faults.happened
-    assert (faults.counts["write"], faults.counts["open"]) == (3, 4)
-
-
-def test_after_a_kill_no_operation_succeeds(tmp_path: Path) -> None:
-    (tmp_path / "old").write_bytes(b"old")
-    with Faults(tmp_path, "rename", 1, "kill")():
-        with pytest.raises(Killed):
-            (tmp_path / "old").rename(tmp_path / "new")
-        with pytest.raises(Killed):
-            (tmp_path / "old").unlink()
-    assert [path.name for path in tmp_path.iterdir()] == ["old"]
-
-
-def test_the_n_th_call_of_a_socket_fails_and_none_that_is_connected_elsewhere(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("content")
-
-    def get(server: UnreliableServer) -> bytes:
-        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-        try:
-            connection.request("GET", "/file")
-            return connection.getresponse().read()
-        finally:
-            connection.close()
-
-    with UnreliableServer(tmp_path).running() as server, UnreliableServer(tmp_path).running() as other:
-        with Faults(tmp_path / "none", SOCKET, 2, port=server.server_port)() as faults:
-            assert get(other) == b"content"
-            assert not faults.counts
-            with pytest.raises(ConnectionResetError):
-                get(server)
-            assert get(server) == b"content"
-        assert faults.counts[SOCKET] > 4  # connect, send and receive, twice
 
 
 def test_shards_are_read_whichever_call_of_a_socket_fails(tmp_path: Path) -> None:

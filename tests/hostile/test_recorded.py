@@ -18,13 +18,12 @@ import msgspec
 import numpy as np
 import pytest
 import yaml
+from support import CommandLine
 
 import clip_rd_edge as edge
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.runtime.index import read_index, write_index
-
-CommandLine = Callable[..., tuple[int, str, str]]
 
 
 @dataclass
