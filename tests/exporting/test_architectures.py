@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from clip_rd_edge.bundle.encoder import Embeddings
-from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.exporting.parity import Inputs, agreement, embed
 from clip_rd_edge.exporting.towers import export_image_tower, export_text_tower
 from clip_rd_edge.models.clip import ClipModel, evaluation_mode
@@ -73,25 +72,3 @@ def test_an_architecture_of_open_clip(name: str, tmp_path: Path) -> None:
     )
     check(export_image_tower(clip, tmp_path), pixels_for(clip), TorchEncoder(clip).encode_pixels)
     check(export_text_tower(clip, tmp_path), ids_for(clip, vocabulary), TorchEncoder(clip).encode_ids)
-
-
-def test_a_text_tower_of_xlm_roberta(tmp_path: Path) -> None:
-    """xlm-roberta-base with the published configuration, which is on the hub, except for a smaller vocabulary."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    vocabulary, length = 1000, 32
-    transformers.XLMRobertaConfig(
-        vocab_size=vocabulary, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5
-    ).save_pretrained(tmp_path)
-    config = open_clip.get_model_config("xlm-roberta-base-ViT-B-32")
-    assert config["text_cfg"]["hf_model_name"] == "xlm-roberta-base"
-    text_cfg = {**config["text_cfg"], "hf_model_name": str(tmp_path), "hf_model_pretrained": False}
-    vision_cfg = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 32, "head_width": 32}
-    model = open_clip.CustomTextCLIP(embed_dim=512, vision_cfg=vision_cfg, text_cfg=text_cfg).eval()
-    preprocessing = Preprocessing(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    clip = ClipModel("xlm", model, lambda texts: torch.full((len(texts), length), 5), preprocessing, {"embed_dim": 512})
-    ids = np.ones((8, length), dtype=np.int64)  # padding, from which the positions of the other tokens are computed
-    for row, words in zip(ids, np.linspace(2, length, 8, dtype=int), strict=True):
-        row[:words] = np.random.default_rng(words).integers(3, vocabulary, words)
-        row[0], row[words - 1] = 0, 2
-    check(export_text_tower(clip, tmp_path), ids, TorchEncoder(clip).encode_ids)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import sys
 import warnings
 
 import pytest
-from support import share_in_threads
 
 from clip_rd_edge.exporting.graph import silently
 
@@ -34,14 +32,4 @@ def test_what_a_library_says_is_suppressed_and_what_it_raises_is_not(
         convert()
     assert capsys.readouterr() == ("", "")
     assert logging.root.handlers == []
-    assert _state() == before
-
-
-def test_threads_that_convert_at_once_leave_the_process_as_it_was() -> None:
-    """The second one finds the silence of the first, and must not restore that."""
-    before = _state()
-    is_logged, output, filters = share_in_threads(silently, _state)  # type: ignore[misc]
-    assert not is_logged
-    assert isinstance(output, io.StringIO)
-    assert filters[0][0] == "ignore"
     assert _state() == before

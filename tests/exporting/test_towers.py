@@ -2,20 +2,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
-import open_clip
 import pytest
-import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.bundle import write_fp32
 from clip_rd_edge.exporting.parity import agreement, embed
-from clip_rd_edge.exporting.towers import export_image_tower, export_text_tower
+from clip_rd_edge.exporting.towers import export_image_tower
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
@@ -42,21 +39,6 @@ def test_branches_that_only_training_needs_are_merged(make_student: Callable[...
     path = export_image_tower(clip, tmp_path)
     assert not [node for node in onnx.load(path).graph.node if node.op_type == "Add"]  # of branches
     assert agreement(expected, embed(open_session(str(path)), pixels)).max_difference <= 1e-4
-
-
-def test_a_hugging_face_text_tower_gives_torchs_embeddings(student: ClipModel, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    transformers.BertConfig(vocab_size=50, **sizes).save_pretrained(tmp_path)
-    text_cfg = {"hf_model_name": str(tmp_path), "hf_model_pretrained": False, "hf_pooler_type": "mean_pooler"}
-    model = open_clip.CustomTextCLIP(
-        embed_dim=32, vision_cfg=student.model_cfg["vision_cfg"], text_cfg={**text_cfg, "hf_proj_type": "mlp"}
-    )
-    ids = np.asarray([[2, 7, 8, 3, 0, 0], [2, 9, 3, 0, 0, 0], [2, 5, 5, 5, 5, 3]])  # 0 is padding
-    clip = replace(student, model=model, tokenizer=lambda texts: torch.from_numpy(ids[: len(texts)]))
-    session = open_session(str(export_text_tower(clip, tmp_path)))
-    parity = agreement(TorchEncoder(clip).encode_ids(ids), embed(session, ids, batch_size=1))
-    assert parity.max_difference <= 1e-4
 
 
 def test_names_shapes_opset_and_weights_follow_the_contract(fp32_bundle: Path) -> None:

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 from support import require_the_models_answers
-from torch import nn
 
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.formats.executorch import _in_convolution, _rows, executorch_backend
+from clip_rd_edge.exporting.formats.executorch import executorch_backend
 from clip_rd_edge.exporting.int8.candidates import Float32Tower
 from clip_rd_edge.exporting.int8.trials import Trial
 from clip_rd_edge.exporting.plan import Plan
@@ -49,22 +48,6 @@ def executorch_bundle(student: ClipModel, fp32_bundle: Path, tmp_path_factory: p
 
 def test_a_float32_bundle_gives_the_models_answers(fp32_bundle: Path, executorch_bundle: Path) -> None:
     require_the_models_answers(executorch_bundle, fp32_bundle, runtime="executorch", suffix=".pte")
-
-
-def test_inputs_that_ranges_are_measured_on_have_no_stride_of_0() -> None:
-    samples = np.random.default_rng(0).random((3, 3, 4, 4), dtype=np.float32)
-    rows = _rows(samples)
-    assert np.array_equal(torch.cat(rows).numpy(), samples)
-    assert {row.stride() for row in rows} == {(48, 16, 4, 1)}  # ExecuTorch refuses 0, which row[None] has
-
-
-def test_weights_and_relu_belong_to_their_convolution_and_a_product_does_not() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2)).eval()
-    graph = torch.export.export(network, (torch.zeros(1, 3, 1, 1),)).module().graph
-    kept = {node.name: _in_convolution(node) for node in graph.nodes if node.op != "output"}
-    assert {name for name, inside in kept.items() if not inside} == {"flatten", "linear"}
-    assert kept["conv2d"]
-    assert kept["relu"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import pad_with_another_id
-from text_towers import bert_clip, roberta_clip
+from text_towers import clip_that_reads_signs
 from tokenizers import Tokenizer
 
 from clip_rd_edge.bundle.manifest import read_manifest
@@ -18,7 +17,6 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.layouts.immich import immich_name, require_supported, write_immich
 from clip_rd_edge.exporting.plan import Plan
-from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
 
@@ -41,11 +39,9 @@ def test_immich_gets_the_same_embeddings(fp32_bundle: Path, tmp_path: Path) -> N
     _require_texts(folder, bundle, length=16)
 
 
-@pytest.mark.parametrize("make", [bert_clip, pytest.param(roberta_clip, marks=pytest.mark.slow)])
-def test_immich_reads_the_texts_of_a_text_tower_of_transformers(
-    make: Callable[[Path], ClipModel], tmp_path: Path
-) -> None:
-    export_bundle(make(tmp_path / "encoder"), tmp_path / "bundle", Plan())
+@pytest.mark.parametrize("kind", ["bert", pytest.param("roberta", marks=pytest.mark.slow)])
+def test_immich_reads_the_texts_of_a_text_tower_of_transformers(kind: str, tmp_path: Path) -> None:
+    export_bundle(clip_that_reads_signs(kind, tmp_path / "encoder"), tmp_path / "bundle", Plan())
     write_immich(tmp_path / "bundle", tmp_path / "immich")
     assert json.loads((tmp_path / "immich" / "config.json").read_text())["text_cfg"] == {"context_length": 12}
     _require_texts(tmp_path / "immich", load(tmp_path / "bundle"), length=12)
