@@ -24,10 +24,9 @@ from typing import Any
 import pytest
 from PIL import Image
 from starlette import testclient
-from support import patient_server
+from support import patient_server, rewrite
 
 import clip_rd_edge as edge
-from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.serving import demo as app
 from clip_rd_edge.serving import guard, protocol, server
@@ -129,7 +128,7 @@ def test_a_bundle_that_is_deleted_or_exported_again(
     assert client.post(f"{url}&bundle=1", content=png()).status_code == 200  # the other still works
     assert len(client.get("/api/bundles").json()["bundles"]) == 2
     shutil.copytree(tmp_path / "second", colour_bundle)
-    write_manifest(colour_bundle, read_manifest(colour_bundle))
+    rewrite(colour_bundle)
     assert client.post(url, content=png()).status_code == 200
     (colour_bundle / "manifest.json").write_text("{")
     assert client.post(url, content=png()).status_code == 500
@@ -178,9 +177,8 @@ def test_the_number_of_stored_label_lists_is_limited(client: Any) -> None:
     assert len(client.demo.served[0]._classifiers) == 8
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_it_serves_until_ctrl_c_and_warns_about_an_open_network(colour_bundle: Path, host: str) -> None:
-    command = [sys.executable, "-m", "clip_rd_edge", "demo", str(colour_bundle), "--host", host, "--port", "0"]
+def test_it_serves_until_ctrl_c_and_warns_about_an_open_network(colour_bundle: Path) -> None:
+    command = [sys.executable, "-m", "clip_rd_edge", "demo", str(colour_bundle), "--host", "0.0.0.0", "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
@@ -192,7 +190,7 @@ def test_it_serves_until_ctrl_c_and_warns_about_an_open_network(colour_bundle: P
         _, error = server.communicate(timeout=60)
     assert server.returncode in (0, 130)
     assert "Traceback" not in error
-    assert ("Anyone on this network" in error) is (host == "0.0.0.0")
+    assert "Anyone on this network" in error
 
 
 CELL = """

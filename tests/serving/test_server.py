@@ -11,7 +11,6 @@ from starlette import testclient
 
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.serving import demo as app
-from clip_rd_edge.serving import server as running
 from clip_rd_edge.serving.guard import allowed_host
 from clip_rd_edge.serving.service import Service
 from clip_rd_edge.serving.service import make_app as make_service
@@ -116,16 +115,3 @@ def test_only_pages_of_the_web_have_an_origin(client: Any, server: str, origin: 
 )  # fmt: skip
 def test_allowed_hosts(host: str, loopback: bool, allowed: bool) -> None:
     assert allowed_host(host, loopback=loopback) is allowed
-
-
-def test_a_server_on_all_addresses_prints_those_that_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [(socket.AF_INET, None, 0, "", (address, 0)) for address in ("127.0.1.1", "10.0.0.7", "192.168.1.9")]
-    found += [(socket.AF_INET6, None, 0, "", (address, 0)) for address in ("fe80::1%eth0", "2001:db8::5")]
-    monkeypatch.setattr("socket.getaddrinfo", lambda *arguments, **options: found)
-    monkeypatch.setattr(
-        running, "_source_address", lambda family, to: "192.168.1.9" if family == socket.AF_INET else ""
-    )
-    assert running.network_urls("0.0.0.0", 8765) == ["http://192.168.1.9:8765/", "http://10.0.0.7:8765/"]
-    assert running.network_urls("::", 80)[-1] == "http://[2001:db8::5]:80/"
-    assert running.network_urls("192.168.1.9", 1) == ["http://192.168.1.9:1/"]
-    assert running.network_urls("127.0.0.1", 1) == running.network_urls("localhost", 1) == []
