@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import helper
 from PIL import Image
+from support import onnx_model
 
 from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
@@ -66,9 +67,8 @@ def _images(count: int, max_edge: int) -> list[Image.Image]:
 
 def _identity(size: tuple[int, int]) -> onnx.ModelProto:
     """A tower whose embeddings are the pixels."""
-    pixels = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, *size]) for name in ("pixels", "same"))
-    graph = helper.make_graph([helper.make_node("Identity", ["pixels"], ["same"])], "identity", *([p] for p in pixels))
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    shape = [1, 3, *size]
+    return onnx_model([helper.make_node("Identity", ["pixels"], ["same"])], {"pixels": shape}, {"same": shape}, {})
 
 
 def _max_difference(preprocessing: Preprocessing, images: list[Image.Image]) -> float:

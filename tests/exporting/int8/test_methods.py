@@ -7,15 +7,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
-from support import onnx_model
+from support import onnx_model, rewrite
 
-from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.graph import prepare_for_quantization, weighted_layers
 from clip_rd_edge.exporting.int8.methods import (
@@ -31,14 +29,6 @@ from clip_rd_edge.exporting.parity import agreement, embed
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
-
-
-@pytest.fixture
-def pixels() -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """16 noise images of different brightness, 64 × 64."""
-    rng = np.random.default_rng(0)
-    noise = rng.uniform(-1, 1, (16, 3, 1, 1)) + 0.5 * rng.standard_normal((16, 3, 64, 64))
-    return noise.astype(np.float32)
 
 
 def test_softmax_normalisation_and_attention_products_stay_in_float(
@@ -123,11 +113,9 @@ def test_a_tower_with_scales_of_the_batch_runs_one_at_a_time(fp32_bundle: Path, 
     assert [opset.domain for opset in quantized.opset_import] == [""]
     assert not scales_per_batch(source.read_bytes())
     (bundle / "text.onnx").write_bytes(content)
-    manifest = read_manifest(bundle)
     embeddings = {}
     for one_at_a_time in (False, True):
-        text = msgspec.structs.replace(manifest.text, one_at_a_time=one_at_a_time)
-        write_manifest(bundle, msgspec.structs.replace(manifest, text=text))
+        rewrite(bundle, text={"one_at_a_time": one_at_a_time})
         encoder = load(bundle)
         embeddings[one_at_a_time] = encoder.encode_texts(["a red cat", "under a tree", "", "dog " * 20])
     single = load(bundle).encode_texts(["a red cat"])
@@ -195,9 +183,11 @@ def test_a_subset_has_values_of_every_channel() -> None:
 
 
 def test_q_and_dq_meet_tensorrts_requirements(
-    image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path, pixels: np.ndarray
+    image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path
 ) -> None:
-    source = image_tower("mobilevit_xxs")[1]
+    rng, source = np.random.default_rng(0), image_tower("mobilevit_xxs")[1]
+    noise = rng.uniform(-1, 1, (16, 3, 1, 1)) + 0.5 * rng.standard_normal((16, 3, 64, 64))
+    pixels = noise.astype(np.float32)
     model = onnx.load(prepare_for_quantization(source, tmp_path))
     quantized = quantize_symmetrically(model, measure_ranges(model, quantized_inputs(model), pixels))
     onnx.checker.check_model(quantized, full_check=True)
@@ -227,22 +217,19 @@ def test_q_and_dq_meet_tensorrts_requirements(
 
 @pytest.mark.parametrize("bounds", [(-10.0, 1.0), (-1.0, 10.0)])
 def test_a_scale_covers_the_larger_of_both_bounds(bounds: tuple[float, float]) -> None:
-    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 4]) for name in ("x", "y")]
-    weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"], name="layer")], "one", values[:1], values[1:], [weight]
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    node, size = helper.make_node("MatMul", ["x", "w"], ["y"], name="layer"), ["N", 4]
+    model = onnx_model([node], {"x": size}, {"y": size}, {"w": np.eye(4, dtype=np.float32)})
     quantized = quantize_symmetrically(model, Ranges(min_max={}, percentile={"x": bounds}))
     (scale,) = (numpy_helper.to_array(t) for t in quantized.graph.initializer if t.name == "x/scale")
     assert 10 <= 127 * scale < 10.01
 
 
 def test_the_residual_branch_of_a_convolution_is_quantised(
-    image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path, pixels: np.ndarray
+    fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
-    model = onnx.load(prepare_for_quantization(image_tower("resnet10t")[1], tmp_path))
-    quantized = quantize_symmetrically(model, measure_ranges(model, quantized_inputs(model), pixels))
+    model = onnx.load(prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path))
+    ranges = measure_ranges(model, quantized_inputs(model), calibration.calibrate.pixels)
+    quantized = quantize_symmetrically(model, ranges)
     producers = {name: node.op_type for node in quantized.graph.node for name in node.output}
     sums = [sorted(producers[name] for name in node.input) for node in quantized.graph.node if node.op_type == "Add"]
     assert sums == [["Conv", "DequantizeLinear"]] * 4
