@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.distillation.loader import Batch
@@ -30,33 +27,19 @@ def make_model(seed: int, name: str):  # type: ignore[no-untyped-def]
     return build_student(config, name=name)
 
 
-class Messages:
-    """Counts the collective operations of torch.distributed."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        for name in ("all_reduce", "all_gather", "broadcast", "barrier"):
-            setattr(dist, name, partial(self._count, name, getattr(dist, name)))
-
-    def _count(self, name: str, send: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.counts[name] = self.counts.get(name, 0) + 1
-        return send(*args, **kwargs)
-
-
 def main(folder: Path, *cases: str) -> None:
     """Compute each case, such as `test_vit chunks=2 block=3 global_logits=0`, and write FOLDER/0.pt and so on."""
     torch.set_num_threads(1)
-    messages = Messages()
     with join_processes() as processes:
         for number, case in enumerate(cases):
             name, *settings = case.split()
             chosen = {key: int(value) for key, value in (setting.split("=") for setting in settings)}
-            results = two_steps(name, StepSettings(**chosen), processes, messages)
+            results = two_steps(name, StepSettings(**chosen), processes)
             if processes.is_main:
                 torch.save(results, folder / f"{number}.pt")
 
 
-def two_steps(name: str, settings: StepSettings, processes: Processes, messages: Messages) -> list[dict[str, Any]]:
+def two_steps(name: str, settings: StepSettings, processes: Processes) -> list[dict[str, Any]]:
     student, teacher = make_model(0, name), make_model(1, name)
     objective = Objective(load_recipe("clip-rd-bank").objective)
     live_teacher = LiveTeacher([Teacher(teacher, processes.device, autocast=None)])
@@ -70,11 +53,9 @@ def two_steps(name: str, settings: StepSettings, processes: Processes, messages:
     for _ in range(2):
         for _, parameter in parameters:
             parameter.grad = None
-        messages.counts.clear()
         result = step(Batch(pixels[local], (pixels[local],), CAPTIONS[local]), 0)
         gradients = {name: parameter.grad.clone() for name, parameter in parameters if parameter.grad is not None}
-        record = {"loss": result.loss.total, "terms": result.loss.terms, "gradients": gradients}
-        results.append({**record, "messages": dict(messages.counts)})
+        results.append({"loss": result.loss.total, "terms": result.loss.terms, "gradients": gradients})
     return results
 
 

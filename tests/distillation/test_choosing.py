@@ -83,14 +83,6 @@ def test_some_rows_keep_their_texts_in_turn() -> None:
     assert not text[1].any()
 
 
-@pytest.mark.parametrize("paired", [None, (True, True)])
-def test_pairs_stay_as_they_are(paired: tuple[bool, ...] | None) -> None:
-    batch = batch_of(["red: a", "blue: b"], paired)
-    _, text, chosen = ChoosingTeacher(Colours(), PROMPTS, embed).embed(batch)
-    assert chosen == batch.captions
-    assert not text.any()
-
-
 @pytest.fixture
 def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
     """A run on 24 images and four labels in two prompts each."""

@@ -121,13 +121,6 @@ def test_a_store_serves_runs_with_some_of_its_teachers(with_store: RunConfig, tm
     assert sorted(tmp_path.glob("store/**/*")) == before
 
 
-def test_the_first_teachers_text_tower_can_be_kept(config: RunConfig, tmp_path: Path) -> None:
-    kept = msgspec.structs.replace(config, text="teacher", freeze_text=True)
-    student = weights(run_distillation(kept, tmp_path / "run", resume=False))
-    name = "text.token_embedding.weight"
-    assert torch.equal(student[name], weights(tmp_path / "first")[name])
-
-
 @pytest.fixture
 def alike(config: RunConfig, tmp_path: Path) -> RunConfig:
     """Two teachers that share a text tower, with images of different sizes."""

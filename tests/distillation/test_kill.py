@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -131,35 +130,6 @@ def test_a_run_on_two_processes_can_be_resumed_on_one(pairs_csv: Path, tmp_path:
     difference = np.abs(embeddings - actual.encode_images(images)).max()
     spread = np.abs(embeddings - embeddings.mean(axis=0)).max()
     assert difference < 1e-3 < 0.1 * spread
-
-
-def rank_of(pid: int) -> str:
-    """The rank that torchrun gave a process, which its loader's processes inherit."""
-    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next((v.removeprefix(b"RANK=").decode() for v in variables if v.startswith(b"RANK=")), "")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the process to kill in /proc")
-@pytest.mark.parametrize("killed", ["0", "1"])
-def test_the_others_end_soon_when_one_process_is_killed_and_say_which(
-    pairs_csv: Path, tmp_path: Path, killed: str
-) -> None:
-    arguments = command(pairs_csv, tmp_path / "run", processes=2)
-    arguments[arguments.index("--steps") + 1] = "100000"
-    process = start(arguments)
-    while process.poll() is None and not any(tmp_path.glob("run/checkpoints/step-4")):
-        time.sleep(0.001)
-    victim = next(pid for pid in process_tree(process.pid) if rank_of(pid) == killed)
-    os.kill(victim, signal.SIGKILL)
-    killed_at = time.monotonic()
-    _, error = process.communicate(timeout=120)
-    assert time.monotonic() - killed_at < 30
-    assert process.returncode
-    assert f"Process {killed} (on {socket.gethostname()}) of the run has ended, or does not answer." in " ".join(
-        error.split()
-    )
-    assert "hint: its own output shows why; resume with the same command" in " ".join(error.split())
 
 
 @pytest.mark.slow

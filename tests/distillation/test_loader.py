@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from multiprocessing import spawn
 from pathlib import Path
 
@@ -27,12 +27,6 @@ STUDENT = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
 TEACHER = Preprocessing(size=(16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
-def batches(path: Path, start: int, stop: int, *, workers: int = 0, teachers: Sequence[Preprocessing] = ()):  # type: ignore[no-untyped-def]
-    pairs = load_pairs(str(path))
-    dataset = ViewDataset(pairs, STUDENT, teachers, crops=Crops(scale=(0.5, 1.0)), seed=3)
-    return list(step_loader(dataset, StepSampler([24], 5, seed=3, steps=range(start, stop)), workers=workers))
-
-
 def test_the_teacher_gets_the_same_crop_in_its_own_preprocessing(pairs_csv: Path) -> None:
     path = pairs_csv.parent / "pictures" / "0.png"
     Image.linear_gradient("L").convert("RGB").save(path)  # of which each crop has a mean of its own
@@ -43,9 +37,8 @@ def test_the_teacher_gets_the_same_crop_in_its_own_preprocessing(pairs_csv: Path
         assert teacher.mean() == pytest.approx(student.mean(), abs=2)
 
 
-@pytest.mark.parametrize("size", [(72, 72), (300, 100)])
-def test_the_views_of_an_image_of_any_shape_are_all_different(size: tuple[int, int], tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+def test_the_views_of_an_image_are_all_different(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 300, 3), dtype=np.uint8)
     for name in ("a.png", "b.png"):
         Image.fromarray(pixels).save(tmp_path / name)
     (tmp_path / "pairs.csv").write_text("filepath,title\na.png,one\nb.png,two\n")
@@ -179,10 +172,9 @@ def test_shards_resume_identically_in_workers_and_skip_bad_samples(shards: str) 
     assert {6, 15} <= numbers
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_bad_samples_raise_a_one_sentence_error_from_any_process(shards: str, workers: int) -> None:
-    with pytest.raises(InputError, match=r"^\d of 24 samples of .* are bad, more than 1\.00%: [^\n]*\.$"):
-        shard_batches(shards, 0, workers=workers, max_bad=0.01)
+def test_too_many_bad_samples_are_an_error_from_a_worker_too(shards: str) -> None:
+    with pytest.raises(InputError, match=r"^\d of 24 samples of .* are bad, more than 1\.00%"):
+        shard_batches(shards, 0, workers=2, max_bad=0.01)
 
 
 def loader_with_a_worker(kind: type[ViewDataset], pairs_csv: Path) -> Iterator[Batch]:
@@ -225,7 +217,8 @@ def test_a_spawned_worker_does_not_run_the_users_script_again(pairs_csv: Path, m
     monkeypatch.setattr(loader_module, "DataLoader", Recording)
     monkeypatch.setattr(sys.modules["__main__"], "__file__", "script.py", raising=False)  # a process of xdist has none
     assert keys()
-    assert len(batches(pairs_csv, 0, 1)) == 1
+    dataset = ViewDataset(load_pairs(str(pairs_csv)), STUDENT, (), crops=Crops(scale=(0.5, 1.0)), seed=3)
+    assert len(list(step_loader(dataset, StepSampler([24], 5, seed=3, steps=range(1)), workers=0))) == 1
     assert sent == [set()]
     assert keys()
 

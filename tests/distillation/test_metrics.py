@@ -38,6 +38,3 @@ def test_the_geometry_is_the_mean_over_matching_and_other_pairs_without_a_matrix
     assert positive == pytest.approx(cosines[matching].mean().item(), abs=1e-6)
     assert negative == pytest.approx(cosines[~matching].mean().item(), abs=1e-6)
     assert largest.entries <= 300 * 8
-
-
-pytestmark = pytest.mark.usefixtures("plots")

@@ -221,13 +221,6 @@ def test_a_run_trains_the_exported_weights_and_resumes_after_a_kill(config: RunC
     open_clip.create_model(f"local-dir:{student}", require_pretrained=True).load_state_dict(after)
 
 
-@pytest.mark.parametrize("option", ["compile", "gradient_checkpointing"])
-def test_incompatible_options_are_rejected(config: RunConfig, tmp_path: Path, option: str) -> None:
-    with pytest.raises(UsageError) as error:
-        run_distillation(msgspec.structs.replace(config, **{option: True}), tmp_path / "run", resume=False)
-    assert error.value.option == option
-
-
 def test_all_steps_and_evaluations_are_of_the_rounded_tower(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,10 +265,7 @@ class Branches(nn.Module):
 
 Operation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 OPERATIONS: dict[str, tuple[Operation, Operation]] = {
-    "sum": (lambda y, z, _: y.add_(z), lambda y, z, _: y + z),
     "sum of a multiple": (lambda y, z, _: y.add_(z, alpha=0.5), lambda y, z, _: torch.add(y, z, alpha=0.5)),
-    "product": (lambda y, _, gain: y.mul_(gain), lambda y, _, gain: y * gain),
-    "ReLU": (lambda y, _z, _: F.relu(y, inplace=True), lambda y, _z, _: F.relu(y)),
     "SiLU": (lambda y, _z, _: F.silu(y, inplace=True), lambda y, _z, _: F.silu(y)),
     "in float": (lambda y, _z, _: F.leaky_relu(y, 0.1, inplace=True), lambda y, _z, _: F.leaky_relu(y, 0.1)),
     "in turn": (lambda y, z, gain: y.mul_(gain).add_(z).sigmoid_(), lambda y, z, gain: (y * gain + z).sigmoid()),

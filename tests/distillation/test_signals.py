@@ -63,34 +63,25 @@ def check_resumed(config: RunConfig, run: Path) -> None:
     assert {step for step, value in logged.items() if value == 0.5} == {2, 4, 6}
 
 
-@pytest.mark.parametrize("stop_at", [1, 3], ids=["in the middle", "after the last step"])
+@pytest.mark.parametrize("stops", [(1, 2), (3,)], ids=["in the middle, and when it is repeated", "after the last step"])
 def test_sigterm_during_an_evaluation_saves_at_once_and_the_resumed_run_repeats_it(
-    config: RunConfig, tmp_path: Path, stop_at: int
+    config: RunConfig, tmp_path: Path, stops: tuple[int, ...]
 ) -> None:
     calls, finished = list[int](), list[int]()
 
     def evaluate(encoder: Encoder) -> dict[str, float]:
         calls.append(len(calls) + 1)
-        if len(calls) == stop_at:
+        if len(calls) in stops:
             terminate()
             time.sleep(10)
         finished.append(len(calls))
         return score(encoder)
 
-    with pytest.raises(InterruptedRunError, match=f"SIGTERM after step {2 * stop_at} of 6; saved in"):
-        run_distillation(config, tmp_path / "run", resume=False, evaluate=evaluate)
-    assert len(calls) == stop_at == len(finished) + 1
-    check_resumed(config, tmp_path / "run")
-
-
-def test_a_second_sigterm_during_the_repeated_evaluation_loses_nothing(config: RunConfig, tmp_path: Path) -> None:
-    def evaluate(encoder: Encoder) -> dict[str, float]:
-        terminate()
-        return score(encoder)
-
-    for resume in (False, True):
-        with pytest.raises(InterruptedRunError, match="SIGTERM after step"):
-            run_distillation(config, tmp_path / "run", resume=resume, evaluate=evaluate)
+    for number in stops:
+        with pytest.raises(InterruptedRunError, match=f"SIGTERM after step {2 * stops[0]} of 6"):
+            run_distillation(config, tmp_path / "run", resume=number > stops[0], evaluate=evaluate)
+        assert len(calls) == number
+        assert number not in finished
     check_resumed(config, tmp_path / "run")
 
 
