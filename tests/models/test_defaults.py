@@ -29,7 +29,6 @@ def dtype_of_host(dtype: torch.dtype) -> Iterator[None]:
 
 
 HOSTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
-    "bfloat16": lambda: dtype_of_host(torch.bfloat16),
     "float64": lambda: dtype_of_host(torch.float64),
     "meta": lambda: torch.device("meta"),
 }

