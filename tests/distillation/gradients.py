@@ -1,4 +1,4 @@
-"""Not a test: compute loss and gradients of steps, each twice, here or under torchrun. See test_step.py."""
+"""Not a test: compute loss and gradients of steps, each twice, in one process or in one of two. See test_step.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "0", "tea", "a boat a
 
 def make_model(seed: int, name: str):  # type: ignore[no-untyped-def]
     torch.manual_seed(seed)
-    config = student_config(name, embedding_size=16, image_size=160, text="64x1", context_length=8)
+    config = student_config(name, embedding_size=16, image_size=48, text="64x1", context_length=8)
     return build_student(config, name=name)
 
 
@@ -45,7 +45,7 @@ def two_steps(name: str, settings: StepSettings, processes: Processes) -> list[d
     live_teacher = LiveTeacher([Teacher(teacher, processes.device, autocast=None)])
     bank = QueueBank(PAIRS, processes.device)  # the same in both steps
     step = TrainingStep(student, live_teacher, objective, processes, settings, bank=bank)
-    pixels = torch.randint(256, (PAIRS, 3, 160, 160), generator=torch.Generator().manual_seed(2)).byte()
+    pixels = torch.randint(256, (PAIRS, 3, 48, 48), generator=torch.Generator().manual_seed(2)).byte()
     size = PAIRS // processes.world_size
     local = slice(processes.rank * size, (processes.rank + 1) * size)
     parameters = [*student.model.named_parameters(), *objective.named_parameters()]

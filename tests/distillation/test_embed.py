@@ -35,7 +35,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_embed_fills_the_store_of_a_run_which_then_takes_its_precision(source: dict[str, Any], tmp_path: Path) -> None:
-    sizes = {"image_size": 160, "text": "64x1", "context_length": 12, "batch_size": 6, "steps": 2}
+    sizes = {"image_size": 48, "text": "64x1", "context_length": 12, "batch_size": 6, "steps": 2}
     stored = edge.embed(output=tmp_path / "embedded", **source, precision="bf16")
     run = edge.distill(
         student="test_vit", output=tmp_path / "first", store=str(tmp_path / "filled"), precision="bf16",

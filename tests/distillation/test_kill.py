@@ -28,7 +28,7 @@ def command(data: str | Path, run: Path, *, processes: int = 1, workers: int = 1
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return [
         *(sys.executable, *launcher, "-m", "clip_rd_edge", "distill", "--data", str(data), "--recipe", "clip"),
-        *("--student", "test_vit", "--image-size", "160", "--text", "64x1", "--context-length", "8"),
+        *("--student", "test_vit", "--image-size", "48", "--text", "64x1", "--context-length", "8"),
         *("--embedding-size", "16", "--batch-size", "4", "--steps", str(STEPS), "--precision", "fp32"),
         *("--checkpoint-every", str(CHECKPOINT_EVERY), "--workers", str(workers), "--resume", "-o", str(run)),
     ]

@@ -59,7 +59,7 @@ OPTIONS: dict[str, Any] = {
     "data": "{}/pairs.csv",
     "teacher": "{}/teacher",
     "student": "test_vit",
-    "image_size": 160,
+    "image_size": 48,
     "text": "64x1",
     "context_length": 12,
     "batch_size": 6,

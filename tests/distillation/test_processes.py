@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import PATIENCE_S
-from thread_processes import Exchange, Threads
+from thread_processes import Exchange, Threads, start_two
 from torch import Tensor, nn
 
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, save_checkpoint
@@ -279,15 +276,7 @@ MEETING = """
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="Windows has no signal that stops a process")
 @pytest.mark.parametrize("how", ["SIGSTOP", "SIGKILL"])
 def test_a_process_that_is_stopped_or_killed_ends_the_others(how: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(MEETING), how]
-    started = []
-    for rank in "01":
-        environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
-        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    started = start_two(["-c", textwrap.dedent(MEETING), how])
     try:
         _, error = started[0].communicate(timeout=PATIENCE_S)
         assert f"Process 1 (on {socket.gethostname()}) of the run has ended, or does not answer." in error

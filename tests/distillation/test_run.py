@@ -54,7 +54,7 @@ def teacher(tmp_path: Path) -> Path:
 
 def run_on(pairs: Path, teacher: Path) -> RunConfig:
     recipe = {"steps": STEPS, "batch_size": 6, "learning_rate": 1e-3}
-    settings = {"student": "test_vit", "image_size": 160, "checkpoint_every": 3}
+    settings = {"student": "test_vit", "image_size": 48, "checkpoint_every": 3}
     return tiny_run("clip-rd", recipe, data=str(pairs), teacher=str(teacher), **settings)
 
 

@@ -1,16 +1,14 @@
-"""A step on two processes, started by torchrun, learns what one process learns from the whole batch."""
+"""A step on two processes learns what one process learns from the whole batch."""
 
 from __future__ import annotations
 
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from thread_processes import start_two
 
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import StepSettings
@@ -30,11 +28,9 @@ def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     """The results of all cases on two processes, which share one start."""
     folder = tmp_path_factory.mktemp("processes")
     cases = [f"{NO_BATCH_NORM} {settings}".strip() for settings in SETTINGS]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(SCRIPT), str(folder), *cases]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-3000:]
+    for process in start_two([str(SCRIPT), str(folder), *cases]):
+        _, error = process.communicate()
+        assert process.returncode == 0, error[-3000:]
     return {key: torch.load(folder / f"{number}.pt", weights_only=True) for number, key in enumerate(SETTINGS)}
 
 

@@ -56,7 +56,7 @@ def test_images_and_labels_alone_train_a_student(config: RunConfig, tmp_path: Pa
     assert first.keys() == last.keys()
 
 
-def test_texts_alone_train_the_text_tower_and_nothing_else(config: RunConfig, tmp_path: Path, plots: None) -> None:
+def test_texts_alone_train_the_text_tower_and_nothing_else(config: RunConfig, tmp_path: Path) -> None:
     """A student with its teacher's image tower, and a new text tower."""
     config = msgspec.structs.replace(
         config,
