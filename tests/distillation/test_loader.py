@@ -17,7 +17,7 @@ from PIL import Image
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.order import EpochOrder, StepSampler, View
+from clip_rd_edge.data.order import StepSampler, View
 from clip_rd_edge.distillation import loader as loader_module
 from clip_rd_edge.distillation.loader import Batch, PairView, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
@@ -57,15 +57,6 @@ def test_a_pinned_batch_has_the_same_tensors_in_their_places(monkeypatch: pytest
     tensors = batch.student_pixels, *batch.teacher_pixels, *batch.teacher_embeddings
     assert [int(tensor[0]) for tensor in tensors] == [100, 101, 100, 102, 103]
     assert batch.teacher_pixels[1] is batch.student_pixels  # pinned once
-
-
-def test_what_the_next_epoch_begins_with_is_fetched_ahead_and_nothing_after_the_last_step() -> None:
-    calls = list[set[int]]()
-    sampler = StepSampler([10] * 40, 10, seed=0, steps=range(30, 80), prefetch=lambda groups: calls.append(set(groups)))
-    sampler.order = EpochOrder([10] * 40, seed=0, window=100)
-    windows = [set(sampler.order.groups(epoch, n, windows=1, epochs=2)) for epoch in (0, 1) for n in (0, 100, 200, 300)]
-    assert len(list(sampler)) == 50
-    assert calls == [first | second for first, second in zip(windows[3:], [*windows[4:], set[int]()], strict=True)]
 
 
 def test_scaled_decoding_shows_the_crops_of_full_decoding_and_the_same_pixels_of_what_is_no_jpeg(

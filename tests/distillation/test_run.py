@@ -20,12 +20,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from support import Watch, save_tiny_teacher, write_pairs
 from text_towers import bert_clip
 from tiny_runs import assert_same_weights, stop_at, tiny_run, weights
 
 from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import read_metrics
+from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation import checkpoint
 from clip_rd_edge.distillation import loop as train
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
@@ -434,12 +436,11 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_says_so(config: 
     assert not (tmp_path / "run" / "student").exists()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "auto"])  # auto: where it is measured
 def test_a_part_of_a_batch_with_one_image_is_refused_where_a_batch_norm_cannot_take_it(
-    precision: str, config: RunConfig, tmp_path: Path
+    config: RunConfig, tmp_path: Path
 ) -> None:
-    recipe = msgspec.structs.replace(config.recipe, precision=precision)
-    config = msgspec.structs.replace(config, recipe=recipe, student="test_resnet", image_size=32, accumulate=6)
+    config = with_recipe(config, precision="auto")  # which is measured first
+    config = msgspec.structs.replace(config, student="test_resnet", image_size=32, accumulate=6)
     with pytest.raises(UsageError, match="single image"):
         distil(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -448,7 +449,7 @@ def test_a_part_of_a_batch_with_one_image_is_refused_where_a_batch_norm_cannot_t
 def test_the_first_layers_of_a_frozen_image_tower_keep_weights_and_statistics(
     config: RunConfig, teacher: Path, tmp_path: Path
 ) -> None:
-    tuned = fine_tuning(config, teacher, freeze_image=2)
+    tuned = fine_tuning(with_recipe(config, steps=2), teacher, freeze_image=2)
     before, after = weights(teacher), weights(distil(tuned, tmp_path / "run"))
     changed = {name.removeprefix("visual.trunk.") for name in before if not torch.equal(before[name], after[name])}
     frozen = ("conv1.", "bn1.", "layer1.")
@@ -460,7 +461,7 @@ def test_the_first_layers_of_a_frozen_image_tower_keep_weights_and_statistics(
 def test_frozen_batch_norms_keep_their_statistics_and_train_their_scales(
     config: RunConfig, teacher: Path, tmp_path: Path
 ) -> None:
-    tuned = fine_tuning(config, teacher, freeze_norms=True)
+    tuned = fine_tuning(with_recipe(config, steps=2), teacher, freeze_norms=True)
     before, after = weights(teacher), weights(distil(tuned, tmp_path / "run"))
     statistics = {name for name in before if name.endswith(("running_mean", "running_var"))}
     assert statistics
@@ -472,7 +473,7 @@ def test_frozen_batch_norms_keep_their_statistics_and_train_their_scales(
 def test_the_saved_student_is_between_its_start_and_the_trained_weights(
     config: RunConfig, teacher: Path, tmp_path: Path
 ) -> None:
-    tuned = fine_tuning(config, teacher)
+    tuned = fine_tuning(with_recipe(config, steps=2), teacher)
     start, end = weights(teacher), weights(distil(tuned, tmp_path / "run"))
     scores = iter([0.1, 0.3])  # of the trained weights, then of those that are saved
     student = run_distillation(
@@ -490,17 +491,6 @@ def test_the_saved_student_is_between_its_start_and_the_trained_weights(
         distil(msgspec.structs.replace(config, tuned_share=0.25), tmp_path / "untrained")
 
 
-def test_precision_is_measured_and_saved(config: RunConfig, tmp_path: Path) -> None:
-    auto = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, precision="auto"))
-    watch = Watch(on_step=stop_at(1))
-    with pytest.raises(MemoryError):
-        run_distillation(auto, tmp_path / "run", resume=False, reporter=watch)
-    assert any("measured: a step takes" in sentence for sentence in watch.noted)
-    saved_config = (tmp_path / "run" / "config.yaml").read_text()
-    assert "precision: auto" not in saved_config
-    assert np.isfinite(read_metrics(tmp_path / "run")[0]["loss"])
-
-
 def test_a_teacher_of_another_width_is_compared_through_a_projection_that_is_not_exported(
     config: RunConfig, tmp_path: Path
 ) -> None:
@@ -512,12 +502,20 @@ def test_a_teacher_of_another_width_is_compared_through_a_projection_that_is_not
     assert read_metrics(tmp_path / "run")[-1]["loss"] < read_metrics(tmp_path / "run")[0]["loss"]
 
 
-def test_the_best_student_is_saved_in_addition_to_the_last(config: RunConfig, tmp_path: Path) -> None:
+def test_the_best_student_is_saved_in_addition_to_the_last_and_evaluations_are_shown_and_change_no_weight(
+    config: RunConfig, uninterrupted: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("tensorboard")
+    for colour in ("red", "lime", "blue"):
+        (tmp_path / "task" / colour).mkdir(parents=True)
+        Image.new("RGB", (40, 40), colour).save(tmp_path / "task" / colour / "a.png")
     config = msgspec.structs.replace(config, evaluate_every=3, report_to="tensorboard")
     scores = iter([0.2, 0.5, 0.4])
-
-    run_distillation(config, tmp_path / "run", resume=False, evaluate=lambda _: {"task": next(scores)})
+    options: dict[str, Any] = {
+        "evaluate": lambda _: {"task": next(scores)},
+        "tasks": [load_task(str(tmp_path / "task"))],
+    }
+    assert_same_weights(run_distillation(config, tmp_path / "run", resume=False, **options), uninterrupted)
     best, last = (
         json.loads((tmp_path / "run" / name / "distillation.json").read_text()) for name in ("best", "student")
     )
@@ -531,6 +529,8 @@ def test_the_best_student_is_saved_in_addition_to_the_last(config: RunConfig, tm
     assert [event.step for event in events.Scalars("evaluation/task")] == [3, 6, STEPS]
     logged = [line["loss"] for line in read_metrics(tmp_path / "run")]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(logged)
+    assert [event.step for event in events.Images("predictions")] == [3, 6, STEPS]
+    assert (tmp_path / "run" / "report" / "predictions.png").is_file()
 
 
 def test_a_run_ends_early_where_its_evaluations_get_no_better(config: RunConfig, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from clip_rd_edge.distillation.embed import ShardMaker, fill_store
 from clip_rd_edge.distillation.loader import step_loader
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.setup import RunSetup, load_setup, make_dataset
-from clip_rd_edge.distillation.store import TeacherStore, TeacherStores, image_shard, open_store
+from clip_rd_edge.distillation.store import TeacherStore, TeacherStores, open_store
 from clip_rd_edge.distillation.student import crops_of
 from clip_rd_edge.distillation.teacher import CaptionCache, LiveTeacher, Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
@@ -165,30 +165,6 @@ def test_a_pair_that_cannot_be_read_for_a_moment_never_gets_the_embedding_of_ano
     choose(8)  # was readable when the store was built
     check(0, 8, expected=9)
     assert len(stored.bad) == 2
-
-
-@pytest.mark.usefixtures("small_shards")
-def test_one_loader_reads_the_images_of_all_shards_and_views(
-    config: RunConfig, pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load_steps(*arguments: Any, workers: int) -> Any:
-        loaders.append(workers)
-        return step_loader(*arguments, workers=workers)
-
-    name = pairs_csv.read_text().splitlines()[13].split(",")[0]
-    (pairs_csv.parent / name).write_bytes(b"no image")
-    config = msgspec.structs.replace(config, max_bad=0.05)
-    monkeypatch.setattr(embed, "BATCH_SIZE", 4)
-    monkeypatch.setattr(embed, "step_loader", load_steps)
-    setup, found = load(config), list[dict[str, bytes]]()
-    for workers in (0, 2):
-        loaders, folder = list[int](), tmp_path / f"store-{workers}"
-        fill(msgspec.structs.replace(config, workers=workers, store=str(folder)), setup)
-        assert loaders == [workers]
-        found.append(contents(folder))
-    assert found[0] == found[1]
-    rows = np.concatenate([store.load_rows(image_shard(folder, 1, shard)) for shard in range(3)])
-    assert [index for index, row in enumerate(rows) if not row.any()] == [12]
 
 
 def test_what_the_teacher_does_not_embed_in_finite_numbers_is_bad(

@@ -70,6 +70,7 @@ def test_texts_alone_train_the_text_tower_and_nothing_else(config: RunConfig, tm
     watch = Watch()
     student = run_distillation(config, tmp_path / "run", resume=False, reporter=watch)
     assert "fd, vrd_ce_text" in " ".join(watch.noted)
+    assert "precision: auto" not in (tmp_path / "run" / "config.yaml").read_text()  # it is measured once
     lines = read_metrics(tmp_path / "run")
     assert {key for key in lines[0] if key.startswith("loss/")} == {"loss/fd", "loss/vrd_ce_text"}
     assert lines[-1]["loss/fd"] < lines[0]["loss/fd"]
