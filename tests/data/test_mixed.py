@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from support import write_tar
 
 from clip_rd_edge.data.load import Mixed, TrainingData, load_images, load_pairs, load_samples
 from clip_rd_edge.data.order import EpochOrder
@@ -86,17 +85,9 @@ def test_images_from_shards_with_and_without_captions(
     frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / "frames.tar"
-    with tarfile.open(path, "w") as archive:
-        for number, file in enumerate(sorted(frames.rglob("*.png"))):
-            archive.add(file, f"{number:04d}.png")
-            if number == 1:
-                info = tarfile.TarInfo(f"{number:04d}.txt")
-                info.size = 3
-                archive.addfile(info, io.BytesIO(b"cat"))
-        info = tarfile.TarInfo("alone.txt")
-        info.size = 3
-        archive.addfile(info, io.BytesIO(b"dog"))
+    members = {f"{n:04d}.png": file.read_bytes() for n, file in enumerate(sorted(frames.rglob("*.png")))}
+    members = dict(sorted({**members, "0001.txt": b"cat"}.items())) | {"alone.txt": b"dog"}
+    path = write_tar(tmp_path / "frames.tar", members)
     images = load_images(str(path), column="filepath")
     assert widths(images) == [10, 11, 12, 13, 14]
     assert images.problems.examples == (f"{path}: alone has no image (.jpg, .png, .webp)",)

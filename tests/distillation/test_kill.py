@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import process_tree
+from support import process_tree, write_shards
 
 from benchmarks.data.unreliable_server import UnreliableServer
 from clip_rd_edge.bundle.images import open_image
@@ -60,23 +59,9 @@ def kill_when(arguments: list[str], run: Path, pattern: str) -> bool:
     return running
 
 
-@pytest.fixture
-def shards(pairs_csv: Path) -> str:
-    """Three shards of eight samples each."""
-    lines = pairs_csv.read_text().splitlines()[1:]
-    for shard in range(3):
-        with tarfile.open(pairs_csv.with_name(f"{shard}.tar"), "w") as archive:
-            for number, line in list(enumerate(lines))[shard::3]:
-                name, caption = line.split(",")
-                (pairs_csv.parent / "caption.txt").write_text(caption)
-                archive.add(pairs_csv.parent / name, f"{number:04}.png")
-                archive.add(pairs_csv.parent / "caption.txt", f"{number:04}.txt")
-    return f"{pairs_csv.parent}/{{0..2}}.tar"
-
-
 @pytest.fixture(params=["table", "shards"])
-def data(request: pytest.FixtureRequest, pairs_csv: Path, shards: str) -> str:
-    return str(pairs_csv) if request.param == "table" else shards
+def data(request: pytest.FixtureRequest, pairs_csv: Path) -> str:
+    return str(pairs_csv) if request.param == "table" else write_shards(pairs_csv)
 
 
 @pytest.mark.slow
@@ -97,11 +82,11 @@ def test_a_run_killed_three_times_ends_with_the_same_weights(data: str, processe
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes to kill in /proc")
 def test_a_run_on_remote_shards_survives_kills_and_failing_requests_with_the_weights_of_local_ones(
-    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("aiohttp")
     local, remote = tmp_path / "local", tmp_path / "remote"
-    finish(command(shards, local))
+    finish(command(write_shards(pairs_csv), local))
     # The cache holds one and a half of three shards, so that each is fetched many times.
     monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CLIP_RD_EDGE_SHARD_CACHE_GB", str(1.5 * (tmp_path / "0.tar").stat().st_size / 1e9))

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Iterator
 from multiprocessing import spawn
@@ -14,6 +12,7 @@ import pytest
 import torch
 from failing_datasets import Cramped, Killed, Refusing
 from PIL import Image
+from support import write_shards
 
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.data.load import load_pairs
@@ -127,17 +126,7 @@ def lengths(captions: list[str]) -> torch.Tensor:
 def shards(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The pairs of the table as three shards of eight; image 5 is not readable, caption 14 is empty."""
     monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(pairs_csv.parent / "cache"))
-    pairs = load_pairs(str(pairs_csv))
-    for shard in range(3):
-        with tarfile.open(pairs_csv.parent / f"{shard}.tar", "w") as archive:
-            for i in range(shard * 8, shard * 8 + 8):
-                image = (pairs_csv.parent / "pictures" / f"{i}.png").read_bytes() if i != 5 else b"not an image"
-                text = pairs.read(i).captions[0].encode() if i != 14 else b" \n"
-                for name, content in ((f"{i:04d}.png", image), (f"{i:04d}.txt", text)):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(content)
-                    archive.addfile(info, io.BytesIO(content))
-    return f"{pairs_csv.parent}/{{0..2}}.tar"
+    return write_shards(pairs_csv, {"0005.png": b"not an image", "0014.txt": b" \n"})
 
 
 def shard_batches(source: str, start: int, *, workers: int, max_bad: float) -> tuple[list[Batch], ViewDataset]:

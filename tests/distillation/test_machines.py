@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import save_tiny_teacher
+from support import save_tiny_teacher, write_shards
 from thread_processes import Threads, call_in_threads
 
 import clip_rd_edge as edge
@@ -38,16 +37,12 @@ def machines(pairs_csv: Path, tmp_path: Path) -> list[Path]:
     """A folder for each of three machines, with the same shards, pairs, teacher and evaluation images."""
     save_tiny_teacher(tmp_path / "teacher")
     folders = [tmp_path / name for name in "abc"]
-    (tmp_path / "caption.txt").write_text("a photo")
     for folder in folders:
         folder.mkdir()
         for name in ("pairs.csv", "pictures", "teacher"):
             copy = shutil.copytree if (tmp_path / name).is_dir() else shutil.copy2
             copy(tmp_path / name, folder / name)
-        for shard in range(3):
-            with tarfile.open(folder / f"{shard}.tar", "w") as archive:
-                archive.add(tmp_path / "pictures" / f"{shard}.png", "0.png")
-                archive.add(tmp_path / "caption.txt", "0.txt")
+        write_shards(folder / "pairs.csv")
         for label in ("cat", "dog"):
             (folder / "images" / label).mkdir(parents=True)
             shutil.copy2(tmp_path / "pictures" / "0.png", folder / "images" / label)

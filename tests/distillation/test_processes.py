@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from support import PATIENCE_S
+from support import PATIENCE_S, tiny_clip
 from thread_processes import Exchange, Threads, start_two
 from torch import Tensor, nn
 
@@ -27,7 +27,6 @@ from clip_rd_edge.distillation.teacher import BatchTeacher, ChoosingTeacher, Liv
 from clip_rd_edge.errors import LostProcessError
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.students import build_student, student_config
 
 CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "red", "tea", "a boat at sea", "red"]
 COLOURS = ["red", "green", "a very dark blue"]
@@ -51,9 +50,7 @@ CASES = {
 
 
 def model(seed: int, trunk: str = "vit_tiny_16", *, width: int = 16, image_size: int = 32) -> ClipModel:
-    config = student_config(trunk, embedding_size=width, image_size=image_size, text="64x1", context_length=8)
-    torch.manual_seed(seed)
-    return build_student(config, name=trunk)
+    return tiny_clip(trunk, seed=seed, embedding_size=width, image_size=image_size)
 
 
 def make_step(processes: Processes, settings: StepSettings, case: Case = CASES["pairs"]) -> TrainingStep:

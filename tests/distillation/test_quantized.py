@@ -17,6 +17,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
+from support import save_tiny_teacher, tiny_clip
 from tiny_runs import killed_and_resumed, tiny_run, weights
 from torch import nn
 
@@ -39,7 +40,6 @@ from clip_rd_edge.exporting.int8.methods import StaticQuantizer
 from clip_rd_edge.exporting.towers import export_image_tower
 from clip_rd_edge.models.clip import ClipModel, ImageTower
 from clip_rd_edge.models.load import save_clip
-from clip_rd_edge.models.students import build_student, student_config
 
 SIZE = 64
 Pixels = npt.NDArray[np.float32]
@@ -47,10 +47,7 @@ Pixels = npt.NDArray[np.float32]
 
 def make_student(trunk: str) -> ClipModel:
     """A student in evaluation mode, with batch-norm statistics as after training."""
-    torch.manual_seed(0)
-    clip = build_student(
-        student_config(trunk, embedding_size=24, image_size=SIZE, text="64x1", context_length=12), name=trunk
-    )
+    clip = tiny_clip(trunk, embedding_size=24, image_size=SIZE, context_length=12)
     for module in clip.model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -195,20 +192,14 @@ def test_attention_biases_that_timm_keeps_for_evaluation_are_trained() -> None:
 STEPS = 5
 
 
-def save_model(folder: Path, trunk: str, *, image_size: int = 48) -> Path:
-    torch.manual_seed(1)
-    config = student_config(trunk, embedding_size=24, image_size=image_size, text="64x1", context_length=12)
-    save_clip(folder, build_student(config, name=trunk), provenance={})
-    return folder
-
-
 @pytest.fixture
 def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
+    trained = tiny_clip("test_efficientnet", seed=1, embedding_size=24, image_size=48, context_length=12)
+    save_clip(tmp_path / "trained", trained, provenance={})
     return tiny_run(
         "clip-rd", {**QUANTIZE_DEFAULTS, "steps": STEPS, "batch_size": 6}, data=str(pairs_csv),
-        teacher=str(save_model(tmp_path / "teacher", "test_resnet")),
-        student=str(save_model(tmp_path / "trained", "test_efficientnet")), quantize="int8", checkpoint_every=2,
-        image_size=None, text=None, context_length=None,
+        teacher=str(save_tiny_teacher(tmp_path / "teacher")), student=str(tmp_path / "trained"), quantize="int8",
+        checkpoint_every=2, image_size=None, text=None, context_length=None,
     )  # fmt: skip
 
 

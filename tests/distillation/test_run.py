@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import signal
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from support import Watch, save_tiny_teacher, write_pairs
+from support import Watch, save_tiny_teacher, write_pairs, write_shards
 from text_towers import bert_clip
 from tiny_runs import assert_same_weights, stop_at, tiny_run, weights
 
@@ -102,19 +101,14 @@ def test_a_run_writes_metrics_provenance_and_plots(config: RunConfig, tmp_path: 
 def test_a_secret_in_the_address_of_the_data_is_in_no_file_that_is_published(
     config: RunConfig, pairs_csv: Path, tmp_path: Path
 ) -> None:
-    for shard in range(2):
-        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
-            for number in range(12 * shard, 12 * shard + 12):
-                (tmp_path / "caption.txt").write_text(f"picture number {number}")
-                tar.add(pairs_csv.parent / "pictures" / f"{number}.png", f"{number}.png")
-                tar.add(tmp_path / "caption.txt", f"{number}.txt")
+    write_shards(pairs_csv)
     run, watch = tmp_path / "run", Watch()
-    config = msgspec.structs.replace(config, data=f"pipe:TOKEN=SECRET cat {shlex.quote(str(tmp_path))}/{{0..1}}.tar")
+    config = msgspec.structs.replace(config, data=f"pipe:TOKEN=SECRET cat {shlex.quote(str(tmp_path))}/{{0..2}}.tar")
     student = run_distillation(config, run, resume=False, reporter=watch)
     with_secret = [path for path in run.rglob("*") if path.is_file() and b"SECRET" in path.read_bytes()]
     assert with_secret == [run / "config.yaml"]  # which --resume needs
     record = msgspec.json.decode((student / "distillation.json").read_bytes())
-    assert record["data"] == record["configuration"]["data"] == training_facts(str(run))["data"] == "{0..1}.tar"
+    assert record["data"] == record["configuration"]["data"] == training_facts(str(run))["data"] == "{0..2}.tar"
     assert "SECRET" not in " ".join(watch.noted)
     with pytest.raises(UsageError) as refusal:
         distil(msgspec.structs.replace(config, data=str(tmp_path / "1.tar")), run, resume=True)

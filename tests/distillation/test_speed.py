@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from support import tiny_clip
 
 from clip_rd_edge.distillation import speed as precision
 from clip_rd_edge.distillation.loader import Batch
@@ -14,7 +15,6 @@ from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.speed import _choose_precision, _measure_precision, measured_precisions
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.losses.objective import Objective, Weights
-from clip_rd_edge.models.students import build_student, student_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -46,9 +46,7 @@ def test_fewer_bits_are_taken_only_if_they_are_noticeably_faster(
 
 
 def test_a_measured_model_has_the_weights_statistics_and_gradients_of_before() -> None:
-    torch.manual_seed(0)
-    config = student_config("test_resnet", embedding_size=8, image_size=32, text="64x1", context_length=8)
-    student, objective = build_student(config, name="student"), Objective(Weights(task=1))
+    student, objective = tiny_clip(), Objective(Weights(task=1))
     before = {name: value.clone() for name, value in student.model.state_dict().items()}
 
     def make_step(autocast: torch.dtype | None) -> TrainingStep:

@@ -14,13 +14,13 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import save_tiny_teacher, tiny_clip
 from text_towers import WORDS
 
 from benchmarks.devices.published import loopback_hub, write_tokenizer
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.load import known_config, load_clip, save_clip
 from clip_rd_edge.models.names import ModelName, architectures, is_trained, parse_name
-from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.utils.paths import typed
 
 
@@ -28,9 +28,8 @@ from clip_rd_edge.utils.paths import typed
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a run, a bundle, a JSON file, and folders that are named as a preset and with an @."""
     monkeypatch.chdir(tmp_path)
-    config = student_config("test_resnet", embedding_size=8, image_size=32, text="64x1", context_length=8)
     for name in ("run/student", "odd@name"):
-        save_clip(tmp_path / name, build_student(config, name="tiny"), provenance={})
+        save_clip(tmp_path / name, tiny_clip(), provenance={})
     for name in ("bundle", "resnet18"):
         (tmp_path / name).mkdir()
     (tmp_path / "bundle" / "manifest.json").write_text("{}")
@@ -180,8 +179,7 @@ def test_a_published_model_is_fine_tuned_exported_and_loaded_from_the_hub(
 ) -> None:
     """Its tokenizer, preprocessing and context come along, and differ from the teacher's."""
     address, files = hub
-    config = student_config("test_resnet", embedding_size=8, image_size=32, text="64x1", context_length=12)
-    save_clip(pairs_csv.parent / "teacher", build_student(config, name="teacher"), provenance={})
+    save_tiny_teacher(pairs_csv.parent / "teacher")
     environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
     arguments = [json.dumps(tiny_architecture()[1]), str(pairs_csv.parent)]
     subprocess.run([sys.executable, "-c", PROGRAM, *arguments], env=environment, check=True)

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from text_towers import bert_clip, roberta_clip
 from torch import nn
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import clip_rd_edge as edge
 from clip_rd_edge.errors import ConfigError, InputError
@@ -26,22 +25,14 @@ from clip_rd_edge.models.stitch import class_embeddings, load_sentence_encoder, 
 from clip_rd_edge.models.students import student_config
 from clip_rd_edge.models.text_weights import build_with_text_tower_of
 
-WORDS = ["a", "red", "green", "blue", "cat", "dog", "house", "tree", "gear", "bolt", "nut", "washer"]
 NAMES = ["a red gear", "a green bolt", "nut; a blue nut", "washer"]
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in the layout of sentence-transformers, of a random encoder with 24 dimensions."""
-    folder = tmp_path_factory.mktemp("encoder")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS) + 5, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=20,
-    )  # fmt: skip
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("of bert") / "encoder"
+    bert_clip(folder)
     return folder
 
 

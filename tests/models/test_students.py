@@ -11,9 +11,9 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from support import tiny_clip
 
 from clip_rd_edge.errors import ConfigError, InputError
-from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.names import preset_names
@@ -67,12 +67,6 @@ def test_an_unsupported_image_size_is_refused_with_the_one_that_the_tower_is_mad
     assert "image_size 224" in error.value.hint
 
 
-def clip(text: str, *, trunk: str = "test_resnet", length: int = 8, width: int = 32, seed: int = 0) -> ClipModel:
-    torch.manual_seed(seed)
-    config = student_config(trunk, embedding_size=width, image_size=32, text=text, context_length=length)
-    return build_student(config, name="student")
-
-
 def saved(path: Path, state: dict[str, torch.Tensor]) -> str:
     save_file(state, str(path))
     return str(path)
@@ -82,7 +76,7 @@ def saved(path: Path, state: dict[str, torch.Tensor]) -> str:
 def test_an_image_trunk_is_initialised_from_a_timm_file_with_any_classifier(tmp_path: Path, classes: int) -> None:
     torch.manual_seed(5)
     published = timm.create_model("test_resnet", num_classes=classes).state_dict()
-    student = clip("64x1")
+    student = tiny_clip()
     init_image_tower(student, saved(tmp_path / "weights.safetensors", published))
     trunk = student.model.get_submodule("visual.trunk").state_dict()
     assert trunk.keys() == published.keys() - {"fc.weight", "fc.bias"}
@@ -98,7 +92,7 @@ def test_an_image_trunk_is_initialised_from_a_file_with_names_that_timm_translat
         name = name.replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
         return name.replace("head.norm", "norm").replace("head.fc", "head")
 
-    student = clip("64x1", trunk="test_convnext")
+    student = tiny_clip("test_convnext")
     weights = {original(name): value for name, value in published.items()}
     assert not weights.keys() & published.keys() & {"head.fc.weight", "stem.0.weight"}
     init_image_tower(student, saved(tmp_path / "weights.safetensors", weights))
@@ -112,7 +106,7 @@ VIT = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 8}
 def test_image_weights_that_do_not_match_are_refused(tmp_path: Path) -> None:
     other = saved(tmp_path / "vit.safetensors", timm.create_model("test_vit").state_dict())
     with pytest.raises(ConfigError):
-        init_image_tower(clip("64x1"), other)
+        init_image_tower(tiny_clip(), other)
 
 
 def own_student(path: Path, content: object, *, encoding: str = "utf-8") -> str:
@@ -141,9 +135,7 @@ def test_weights_are_not_asked_for_again_and_again_where_the_hub_cannot_be_reach
     def unreachable(*arguments: object, **options: object) -> None:
         raise OSError("not here")
 
-    config = student_config("test_resnet", embedding_size=8, image_size=32, text="tiny")
-    student = build_student(config, name="student")
-    asked = []
+    student, asked = tiny_clip(), []
     monkeypatch.setattr("socket.getaddrinfo", unreachable)
     monkeypatch.setattr("timm.create_model", lambda *_, **__: asked.append(constants.HF_HUB_OFFLINE) or unreachable())
     with pytest.raises(InputError):

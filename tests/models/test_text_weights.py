@@ -6,19 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import Watch
+from support import Watch, tiny_clip
 
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models import text_weights
 from clip_rd_edge.models.clip import ClipModel, TextTower
-from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.models.text_weights import evenly_spaced, init_text_tower, init_token_embeddings
 
 
 def clip(text: str, *, length: int = 8, width: int = 32, seed: int = 0) -> ClipModel:
-    torch.manual_seed(seed)
-    config = student_config("test_resnet", embedding_size=width, image_size=32, text=text, context_length=length)
-    return build_student(config, name="student" if seed else "teacher")
+    name = "student" if seed else "teacher"
+    return tiny_clip(seed=seed, name=name, text=text, embedding_size=width, context_length=length)
 
 
 @pytest.mark.parametrize(
