@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import socket
+import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,7 +50,7 @@ CASES = {
 }
 
 
-def model(seed: int, trunk: str = "vit_tiny_16", *, width: int = 16, image_size: int = 32) -> ClipModel:
+def model(seed: int, trunk: str = "test_vit", *, width: int = 16, image_size: int = 32) -> ClipModel:
     return tiny_clip(trunk, seed=seed, embedding_size=width, image_size=image_size)
 
 
@@ -255,6 +256,30 @@ def test_the_error_names_the_process_that_is_lost(message: str, processes: Proce
     error = lost_process(RuntimeError(message), processes)
     assert isinstance(error, LostProcessError)
     assert re.search(named, str(error))
+
+
+TWO_PROCESSES = """
+    import runpy, sys
+    sys.path[:0] = sys.argv[2:]
+    from clip_rd_edge.distillation.processes import join_processes
+    tests = runpy.run_path(sys.argv[1])
+    make_step, settings_of, assert_close = tests["make_step"], tests["StepSettings"], tests["assert_close"]
+    expected = tests["compute"](make_step(tests["Processes"](), settings_of()))
+    with join_processes() as processes:
+        for settings in (settings_of(), settings_of(global_logits=True), settings_of(chunks=2, block=3)):
+            step = make_step(processes, settings)
+            for _ in range(2):
+                step.bank = tests["QueueBank"](12, tests["CPU"])
+                for parameter in [*step.student.model.parameters(), *step.objective.parameters()]:
+                    parameter.grad = None
+                assert_close(tests["compute"](step), expected)
+"""
+
+
+def test_two_real_processes_learn_in_each_step_what_one_learns_from_the_whole_batch() -> None:
+    for process in start_two(["-c", textwrap.dedent(TWO_PROCESSES), __file__, *sys.path]):
+        _, error = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0, error[-3000:]
 
 
 MEETING = """
