@@ -35,7 +35,7 @@ def test_images_are_normalised_as_timms_weights_expect(name: str) -> None:
     assert (config["preprocess_cfg"]["mean"], config["preprocess_cfg"]["std"]) == (list(mean), list(std))
 
 
-FAST = ("resnet10t", "mobilevit_xxs", "vit_tiny_16")
+FAST = ("resnet10t", "vit_tiny_16")
 PRESETS = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in preset_names()]
 
 
