@@ -2,13 +2,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 import pytest
 
 from clip_rd_edge.distillation.config import (
     Recipe,
-    RunConfig,
-    first_difference,
     load_recipe,
     recipe_names,
     resolve,
@@ -48,16 +45,6 @@ def test_weight_decay_applies_to_matrices_but_not_to_vectors() -> None:
     groups = build_optimizer(model, Objective(Weights(task=1, xrd=1)), load_recipe("clip-rd")).param_groups
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.01]
     assert [len(group["params"]) for group in groups] == [1, 3, 3]
-
-
-def test_the_first_difference_is_named() -> None:
-    config = RunConfig(recipe_name="clip", recipe=load_recipe("clip"), data="emoji", student="resnet18")
-    changed = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, batch_size=8), log_every=3)
-    assert first_difference(config, config) is None
-    assert first_difference(config, changed) == "batch_size: 1024 → 8"
-    recipe = msgspec.structs.replace(config.recipe, objective=Weights(task=1, fd=2))
-    more = msgspec.structs.replace(config, recipe=recipe)
-    assert first_difference(more, config) == "objective.fd: 2.0 → None"
 
 
 @pytest.mark.parametrize(
