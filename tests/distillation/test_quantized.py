@@ -177,7 +177,7 @@ def test_every_weight_gets_a_gradient_through_the_rounding() -> None:
 
 def test_attention_biases_that_timm_keeps_for_evaluation_are_trained() -> None:
     sizes = {"embed_dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
-    trunk = timm.create_model("tiny_vit_5m_224", img_size=SIZE, window_sizes=(4, 4, 4, 2), num_classes=0, **sizes)
+    trunk = timm.create_model("tiny_vit_5m_224", window_sizes=(4, 4, 4, 2), num_classes=0, **sizes)
     pixels = torch.from_numpy(make_pixels()[:4])
     tower = QuantizedTower(trunk.eval(), ActivationRanges(), pixels)
     tower.calibrate([pixels])
