@@ -34,7 +34,7 @@ def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
     return run_on_images_and_labels(pairs_csv, tmp_path)
 
 
-def test_images_and_labels_alone_train_a_student(config: RunConfig, tmp_path: Path, plots: None) -> None:
+def test_images_and_labels_alone_train_a_student(config: RunConfig, tmp_path: Path) -> None:
     watch = Watch()
     student = run_distillation(config, tmp_path / "run", resume=False, reporter=watch)
     assert "24 images without captions and 4 texts" in watch.noted[0]
