@@ -219,9 +219,8 @@ def save_tiny_teacher(folder: Path, *, seed: int = 1) -> Path:
     """Write an open_clip model with the random weights of a seed, for 48 pixels and 12 tokens; return its folder."""
     from clip_rd_edge.models.load import save_clip
 
-    save_clip(
-        folder, tiny_clip(seed=seed, name="teacher", embedding_size=24, image_size=48, context_length=12), provenance={}
-    )
+    clip = tiny_clip(seed=seed, name="teacher", embedding_size=24, image_size=48, context_length=12)
+    save_clip(folder, clip, provenance={})
     return folder
 
 
@@ -249,9 +248,8 @@ def write_shards(pairs_csv: Path, replaced: Mapping[str, bytes] | None = None) -
             name, caption = lines[number].split(",")
             members[f"{number:04d}.png"] = (pairs_csv.parent / name).read_bytes()
             members[f"{number:04d}.txt"] = caption.encode()
-        write_tar(
-            pairs_csv.parent / f"{shard}.tar", {name: (replaced or {}).get(name, members[name]) for name in members}
-        )
+        members |= {name: replaced[name] for name in members.keys() & replaced.keys()}
+        write_tar(pairs_csv.parent / f"{shard}.tar", members)
     return f"{pairs_csv.parent}/{{0..2}}.tar"
 
 
