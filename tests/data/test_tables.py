@@ -37,9 +37,7 @@ def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(tables, "KEPT_ROWS", -1)
 
 
-@pytest.fixture
-def kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "KEPT_ROWS", -1)
+kept = pytest.mark.parametrize("_size", ["kept"], indirect=True)
 
 
 def captions(samples: Samples) -> list[str]:
@@ -178,7 +176,7 @@ def test_images_alone_count_once_each_and_rows_without_one_each(pairs_csv: Path)
 # Kept tables
 
 
-@pytest.mark.usefixtures("kept")
+@kept
 def test_a_table_is_read_once_until_its_time_changes(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Watch()
     first = fingerprint(load_pairs(str(pairs_csv), reporter=watch))
@@ -202,7 +200,7 @@ def test_relative_paths_depend_on_the_working_directory(
     assert contents(load_pairs(str(pairs_csv))) != from_table
 
 
-@pytest.mark.usefixtures("kept")
+@kept
 @pytest.mark.parametrize(("name", "least"), [("rows.bin", 80), ("texts.bin", 100), ("folders.bin", 20)])
 def test_a_flipped_bit_in_an_index_is_an_error_and_no_other_pair(
     name: str, least: int, pairs_csv: Path, tmp_path: Path, flips: Callable[[Path, Callable[[], object]], int]
@@ -212,7 +210,7 @@ def test_a_flipped_bit_in_an_index_is_an_error_and_no_other_pair(
     assert flips(file, lambda: contents(load_pairs(str(pairs_csv)))) >= least
 
 
-@pytest.mark.usefixtures("kept")
+@kept
 def test_a_read_only_cache_only_costs_time(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = contents(load_pairs(str(pairs_csv)))
     monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(pairs_csv))  # a file, so that no folder can be made in it
