@@ -5,44 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from functools import partial
-from functools import partial
-from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
 from clip_rd_edge.settings.options import PRECISION_WORDS, Settings, argument, option
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.text import SILENT, Reporter
-
-_device = partial(option, group="Device")
-_server = partial(option, group="Server")
-_labels = partial(option, group="Labels")
-_images = partial(option, group="Images")
-_output = partial(option, group="Output")
-_cluster = partial(option, group="Cluster")
-_query = partial(option, group="Query")
-_limits = partial(option, group="Limits")
-_page = partial(option, group="Page")
-
-_device = partial(option, group="Device")
-_server = partial(option, group="Server")
-_labels = partial(option, group="Labels")
-_images = partial(option, group="Images")
-_output = partial(option, group="Output")
-_cluster = partial(option, group="Cluster")
-_query = partial(option, group="Query")
-_limits = partial(option, group="Limits")
-_page = partial(option, group="Page")
-
-_device = partial(option, group="Device")
-_server = partial(option, group="Server")
-_labels = partial(option, group="Labels")
-_images = partial(option, group="Images")
-_output = partial(option, group="Output")
-_cluster = partial(option, group="Cluster")
-_query = partial(option, group="Query")
-_limits = partial(option, group="Limits")
-_page = partial(option, group="Page")
 
 _device = partial(option, group="Device")
 _server = partial(option, group="Server")

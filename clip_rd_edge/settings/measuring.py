@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from functools import partial
-from functools import partial
-from functools import partial
 from typing import Annotated, Any
 
 from clip_rd_edge.settings.deploying import Labels, Modules, Threads
@@ -14,33 +11,6 @@ from clip_rd_edge.settings.options import Settings, argument, option
 from clip_rd_edge.settings.training import CaptionColumn, ImageColumn, Tasks, Templates, Workers
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.text import SILENT, Reporter
-
-_tasks = partial(option, group="Tasks")
-_model = partial(option, group="Model")
-_output = partial(option, group="Output")
-_suite = partial(option, group="Suite")
-_recommendation = partial(option, group="Recommendation")
-_training = partial(option, group="Training")
-_report = partial(option, group="Report")
-_teacher = partial(option, group="Teacher")
-
-_tasks = partial(option, group="Tasks")
-_model = partial(option, group="Model")
-_output = partial(option, group="Output")
-_suite = partial(option, group="Suite")
-_recommendation = partial(option, group="Recommendation")
-_training = partial(option, group="Training")
-_report = partial(option, group="Report")
-_teacher = partial(option, group="Teacher")
-
-_tasks = partial(option, group="Tasks")
-_model = partial(option, group="Model")
-_output = partial(option, group="Output")
-_suite = partial(option, group="Suite")
-_recommendation = partial(option, group="Recommendation")
-_training = partial(option, group="Training")
-_report = partial(option, group="Report")
-_teacher = partial(option, group="Teacher")
 
 _tasks = partial(option, group="Tasks")
 _model = partial(option, group="Model")

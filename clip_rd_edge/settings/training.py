@@ -4,50 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from functools import partial
-from functools import partial
-from functools import partial
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from clip_rd_edge.settings.options import PRECISION_WORDS, Settings, argument, option
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.text import SILENT, Reporter
-
-_data = partial(option, group="Data")
-_teacher = partial(option, group="Teacher")
-_student = partial(option, group="Student")
-_training = partial(option, group="Training")
-_memory = partial(option, group="Memory and speed")
-_cluster = partial(option, group="Cluster")
-_output = partial(option, group="Output")
-_text = partial(option, group="Text")
-_classifier = partial(option, group="Classifier")
-_weight = partial(option, group="Weight")
-_evaluation = partial(option, group="Evaluation")
-
-_data = partial(option, group="Data")
-_teacher = partial(option, group="Teacher")
-_student = partial(option, group="Student")
-_training = partial(option, group="Training")
-_memory = partial(option, group="Memory and speed")
-_cluster = partial(option, group="Cluster")
-_output = partial(option, group="Output")
-_text = partial(option, group="Text")
-_classifier = partial(option, group="Classifier")
-_weight = partial(option, group="Weight")
-_evaluation = partial(option, group="Evaluation")
-
-_data = partial(option, group="Data")
-_teacher = partial(option, group="Teacher")
-_student = partial(option, group="Student")
-_training = partial(option, group="Training")
-_memory = partial(option, group="Memory and speed")
-_cluster = partial(option, group="Cluster")
-_output = partial(option, group="Output")
-_text = partial(option, group="Text")
-_classifier = partial(option, group="Classifier")
-_weight = partial(option, group="Weight")
-_evaluation = partial(option, group="Evaluation")
 
 _data = partial(option, group="Data")
 _teacher = partial(option, group="Teacher")
