@@ -2,31 +2,27 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support import CommandLine
 
 from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.exporting import bundle as exporting
 from clip_rd_edge.exporting.calibration import named_pairs
+from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_clip
-from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.utils.paths import typed
-
-CommandLine = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(student: ClipModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a tiny random student, whose recorded training pairs no longer exist."""
     folder = tmp_path_factory.mktemp("run")
-    config = student_config("resnet10t", embedding_size=16, image_size=32, text="tiny", context_length=8)
-    clip = build_student(config, name="tiny")
-    save_clip(folder / "student", clip, provenance={"data": "gone.csv", "configuration": {"csv_img_key": "file"}})
+    save_clip(folder / "student", student, provenance={"data": "gone.csv", "configuration": {"csv_img_key": "file"}})
     return folder
 
 

@@ -5,21 +5,21 @@ Every error of the package is checked for its form in tests/test_errors.py; thes
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
 from PIL import Image
-from support import assert_form
+from support import CommandLine, assert_form
 
 from clip_rd_edge.cli.main import cli
+from clip_rd_edge.models.clip import ClipModel
 
-Run = Callable[..., tuple[int, str, str]]
 LABELS = "--labels red green"
 TINY = "--text 64x1 --image-size 32 --context-length 8 --embedding-size 16 --batch-size 6 --precision fp32 --workers 0"
 DISTILL = f"distill --student test_resnet --recipe clip {TINY} --steps 1"
@@ -31,18 +31,14 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "xeon-amx-2-cor
 # --help` or another that runs anywhere, or an example that must at least be a valid command.
 CASES = [
     ("classifi B P", f"classify B P {LABELS}"),
-    ("--verison", "--version"),
     ("classify", ""),
     ("classify B --labels labels.txt", "classify B P --labels labels.txt"),
     ("classify B P --lables red", f"classify B P {LABELS}"),
     ("classify B P --labels labelz.txt", "classify B P --labels labels.txt"),
-    ("classify B P --labels empty.txt", f"classify B P {LABELS}"),
     ("classify B P", f"classify B P {LABELS}"),
     (f"classify B P {LABELS} --top 0", ""),
     (f"classify B P {LABELS} --template red", f"classify B P {LABELS} --template 'red {{}}'"),
     (f"classify B photos/rde.png {LABELS}", f"classify B photos/red.png {LABELS}"),
-    (f"classify B broken.png {LABELS}", f"classify B P {LABELS}"),
-    (f"classify BB P {LABELS}", f"classify B P {LABELS}"),
     (f"classify P B {LABELS}", f"classify B P {LABELS}"),
     ("verify nothing", "verify B"),
     ("index B photo -o i", "index B photos -o i"),
@@ -51,9 +47,6 @@ CASES = [
     ("evaluate B", ""),
     ("evaluate B --task taskz", "evaluate B --task tasks"),
     ("evaluate B --task columns.csv", "evaluate B --task columns.csv --csv-img-key image --csv-caption-key caption"),
-    ("evaluate B --task tasks --template red", "evaluate B --task tasks --template 'red {}'"),
-    ("evaluate nothing --task tasks", "evaluate B --task tasks"),
-    ("average run", ""),
     ("average run nothing -o o", "average run run -o a"),
     ("average run run -o run --force", None),
     ("export B -o o", EXPORT_RUN),
@@ -61,33 +54,26 @@ CASES = [
     ("export run -o photos", EXPORT_RUN),
     ("export run -o o --target jetson", ""),
     ("export run -o o --precision float16", ""),
-    ("export run", ""),
     ("export run -o o --fallback fp16", None),
     ("export run -o o --precision int8 --calibration two.csv", None),
-    ("export run -o o --labels empty.txt", EXPORT_RUN),
     ("export open_clip:ViT-B-32 -o o", EXPORT_RUN),
     ("export B -o o --target browser --node-modules nowhere", None),
     ("embed --data two.csv --teacher nothing -o o", EMBED_TWO),
     (f"{DISTILL} -o o", DISTIL_TWO),
     (f"{DISTILL} --data tow.csv -o o", DISTIL_TWO),
-    (f"{DISTILL} --data two.csv --batch-size 1 -o o", None),
     (f"{DISTILL} --data two.csv --recipe clip-rd -o o", None),
     (f"{DISTILL} --data columns.csv -o o",
      f"{DISTILL} --data columns.csv -o o --csv-img-key image --csv-caption-key caption"),
-    ("distill --images photos --student resnet18 --recipe clip -o o", None),
     (f"{DISTILL} --images photos --texts labels.txt --template red -o o", None),
     (f"{DISTILL} --data two.csv --pretrained-image P -o o", None),
     ("recipe shw", "recipe"),
-    ("benchmark", ""),
     ("benchmark nothing -o o", "benchmark --init"),
     ("benchmark quickstart -o o --model studnt=B", None),
     ("benchmark --compare nothing R", "benchmark --compare R R"),
-    ("evidence rn", ""),
     ("evidence run nothing -o o", "benchmark --init"),
     ("targets cpu-x68", "targets cpu-x86"),
     ("quickstart --student resnet81 -o o", None),
     ("stitch resnet18 --names imagenet --text x -o photos --force", None),
-    ("trim run --vocabulary 9 -o o", None),
     ("trim run --text-layers 1 -o run --force", None),
     ("demo nothing", None),
     ("serve B --token-file empty.txt", None),
@@ -95,9 +81,10 @@ CASES = [
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny run."""
+def trained(student: ClipModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run, but with the student of all tests, whose export takes no time."""
     import clip_rd_edge as edge
+    from clip_rd_edge.models.load import save_clip
 
     folder = tmp_path_factory.mktemp("trained")
     for name in ("red", "green"):
@@ -107,6 +94,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data=folder / "pairs.csv", student="test_resnet", recipe="clip", output=folder / "run", text="tiny",
         image_size=32, context_length=8, embedding_size=16, batch_size=6, precision="fp32", workers=0, steps=1,
     )  # fmt: skip
+    record = json.loads((folder / "run" / "student" / "distillation.json").read_text())
+    save_clip(folder / "run" / "student", student, provenance=record, overwrite=True)
     return folder / "run"
 
 
@@ -142,7 +131,7 @@ _followed = set[str]()  # what has succeeded: the place of each test is the same
 
 @pytest.mark.parametrize(("command", "mended"), CASES, ids=[case[0] for case in CASES])
 def test_wrong_input_gets_a_sentence_and_a_hint_that_helps(
-    place: Path, command_line: Run, command: str, mended: str | None
+    place: Path, command_line: CommandLine, command: str, mended: str | None
 ) -> None:
     if " I " in f"{command} {mended or ''} ":
         assert command_line("index", "B", "photos", "-o", "I")[0] == 0
@@ -163,7 +152,7 @@ def test_wrong_input_gets_a_sentence_and_a_hint_that_helps(
         follow(hint, command_line)
 
 
-def follow(hint: str, command_line: Run) -> None:
+def follow(hint: str, command_line: CommandLine) -> None:
     """Run the command in a hint, or parse it where it is an example with names of its own."""
     found = re.search(r"clip-rd-edge ((?:[a-z]+ )+--help|targets)", hint)
     if found:
@@ -208,7 +197,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize("command", PATHS)
-def test_a_name_that_no_file_can_have_gets_a_sentence(place: Path, command_line: Run, command: str) -> None:
+def test_a_name_that_no_file_can_have_gets_a_sentence(place: Path, command_line: CommandLine, command: str) -> None:
     before = sorted(place.rglob("*"))
     for name in NAMES.values():
         code, output, error = command_line(*(word.replace("PATH", name) for word in shlex.split(command)))
@@ -221,7 +210,9 @@ def test_a_name_that_no_file_can_have_gets_a_sentence(place: Path, command_line:
 @pytest.mark.parametrize(
     "command", ["distill --data two.csv --student resnet18 --recipe clip -o PATH", "quickstart -o PATH"]
 )
-def test_a_model_is_written_only_where_its_weights_can_be_read(place: Path, command_line: Run, command: str) -> None:
+def test_a_model_is_written_only_where_its_weights_can_be_read(
+    place: Path, command_line: CommandLine, command: str
+) -> None:
     name = os.fsdecode(b"caf\xe9/run")
     before = sorted(place.rglob("*"))
     code, output, error = command_line(*(word.replace("PATH", name) for word in shlex.split(command)))
@@ -234,19 +225,16 @@ def test_a_model_is_written_only_where_its_weights_can_be_read(place: Path, comm
 @pytest.mark.parametrize(
     ("command", "code"),
     [
-        ("classify B broken.png --labels red green", 2),
         ("classify B broken.png P --labels red green", 2),
-        ("search nothing red", 2),
         ("evaluate B --task nothing", 2),
-        ("verify nothing", 2),
         ("verify damaged", 1),
         ("export nothing -o o", 2),
-        ("benchmark --compare nothing nothing", 2),
     ],
 )
-def test_a_failure_has_its_exit_code_with_json_too(place: Path, command_line: Run, command: str, code: int) -> None:
+def test_a_failure_has_its_exit_code_with_json_too(
+    place: Path, command_line: CommandLine, command: str, code: int
+) -> None:
     """And stdout holds JSON or nothing."""
-    import json
 
     shutil.copytree("B", "damaged")
     (place / "damaged" / "image.onnx").write_bytes(b"damaged")

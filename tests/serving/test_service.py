@@ -17,16 +17,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 from starlette import testclient
-from support import PATIENCE_S, patient_server, wait_until
+from support import PATIENCE_S, another_model, patient_server, rewrite, wait_until
 
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.labels import LabelBank, write_labels
-from clip_rd_edge.bundle.manifest import read_manifest, write_manifest
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.index import read_index
 from clip_rd_edge.runtime.index_update import update_index
@@ -211,7 +209,7 @@ def test_labels_are_embedded_as_by_the_classifier_whatever_the_batch(
 ) -> None:
     bundle = shutil.copytree(colour_bundle, tmp_path / "bundle")
     templates = ("{}", "a {} thing", "one {c}", "the {}")
-    write_manifest(bundle, msgspec.structs.replace(read_manifest(bundle), templates=templates))
+    rewrite(bundle, templates=templates)
     names = ["red", "green", "a red thing", "blue", "red", "dark red", "thing", "green and blue"]
     if taught:
         edge.teach(
@@ -327,17 +325,13 @@ def test_an_index_whose_files_are_cut_under_the_server_is_still_searched(
 def test_an_index_that_another_bundle_makes_again_is_not_searched(
     client: Any, colour_bundle: Path, colour_images: Path, tmp_path: Path
 ) -> None:
-    other = shutil.copytree(colour_bundle, tmp_path / "other")
-    manifest = read_manifest(other)
-    preprocessing = msgspec.structs.replace(manifest.preprocessing, mean=(0.5, 0.5, 0.5))
-    write_manifest(other, msgspec.structs.replace(manifest, preprocessing=preprocessing))
-    update_index(load(other), colour_images, tmp_path / "index")
+    update_index(load(another_model(colour_bundle, tmp_path / "other")), colour_images, tmp_path / "index")
     assert client.post("/search", json={"query": "red"}).status_code == 500
 
 
 def test_a_bundle_that_an_update_replaces_is_served_to_the_end(colour_bundle: Path, tmp_path: Path) -> None:
     write_labels(colour_bundle, LabelBank(("red", "blue"), np.asarray([[1, 0, 0], [0, 0, 1]], dtype=np.float32)))
-    write_manifest(colour_bundle, read_manifest(colour_bundle))
+    rewrite(colour_bundle)
     current = tmp_path / "current"
     current.symlink_to(colour_bundle)
     with testclient.TestClient(make_app(Service(load(current))), base_url=BASE_URL) as client:
@@ -666,13 +660,10 @@ def test_a_form_and_an_image_alone_are_classified_as_json_is(client: Any) -> Non
     ("content_type", "body", "status"),
     [
         ("multipart/form-data", b"--x\r\n\r\n\r\n--x--", 400),  # no boundary
-        ("multipart/form-data; boundary=x", b"", 400),
         ("multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\nab', 400),
-        ("multipart/form-data; boundary=x", b"--x\r\nContent-Disposition: form-data\r\n\r\nab\r\n--x--", 400),
         ("multipart/form-data; boundary=x", b"--x\r\n" * 100_000 + b"--x--", 400),
         ("multipart/form-data; boundary=x", b'--x\r\nA: ; name="top"\r\n\r\n\xff\r\n--x--', 400),
         ("multipart/form-data; boundary=x", b'--x\r\nA: ; name="other"\r\n\r\n1\r\n--x--', 422),
-        ("image/jpeg", b"", 400),
         ("image/jpeg", b"no image", 400),
     ],
 )
