@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import time
+from multiprocessing.synchronize import Event
 
 from torch.utils.data import get_worker_info
 
 from clip_rd_edge.data.order import View
 from clip_rd_edge.distillation.loader import PairView, ViewDataset
+from clip_rd_edge.distillation.processes import obey_only_the_parent
 from clip_rd_edge.errors import ConfigError
 
 
@@ -37,3 +40,10 @@ class Killed(ViewDataset):
         assert get_worker_info() is not None
         os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(view)
+
+
+def work_for(parent: int, started: Event) -> None:
+    """Stand for a loader process: obey the parent alone, and take long."""
+    obey_only_the_parent(parent)
+    started.set()
+    time.sleep(60)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.losses.terms import EmbeddingBatch
@@ -77,3 +78,14 @@ def assert_matches(loss: Tensor, batch: EmbeddingBatch, expected: Callable[[Arra
         moved = [image.astype(complex), text.astype(complex)]
         moved[side][i, j] += 1j * _STEP
         assert gradients[side][i, j].item() == pytest.approx(expected(*moved).imag / _STEP, abs=1e-9)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of entries of the largest tensor that an operation returns."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.entries = max(self.entries, output.numel() if isinstance(output, Tensor) else 0)
+        return output

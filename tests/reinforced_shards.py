@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from support import write_tar
 
 PAIRS, AUGMENTATIONS, SYNTHETIC, WIDTHS, SIZE = 12, 3, 2, (5, 4), 40
 
@@ -72,15 +72,12 @@ def write_shard(
     widths: Sequence[int] = WIDTHS,
 ) -> str:
     """Write a shard of PAIRS samples, with changes to their files, and return its path."""
-    with tarfile.open(path, "w") as archive:
-        for number in range(PAIRS):
-            files = sample_files(number, kind, widths)
-            change(number, files)
-            for suffix, content in files.items():
-                info = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-    return str(path)
+    members = {}
+    for number in range(PAIRS):
+        files = sample_files(number, kind, widths)
+        change(number, files)
+        members |= {f"{number:04d}.{suffix}": content for suffix, content in files.items()}
+    return str(write_tar(path, members))
 
 
 def describe_teachers(path: Path, widths: Sequence[int] = WIDTHS, **more: Any) -> Path:

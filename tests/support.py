@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from clip_rd_edge.bundle.manifest import Manifest
     from clip_rd_edge.exporting.calibration import CalibrationSet
     from clip_rd_edge.exporting.int8.candidates import Float32Tower
+    from clip_rd_edge.models.clip import ClipModel
 
 CommandLine = Callable[..., tuple[int, str, str]]  # the fixture `command_line`
 # A tower whose INT8 some processors compute wrongly.
@@ -200,17 +202,55 @@ def write_pairs(folder: Path) -> Path:
     return folder / "pairs.csv"
 
 
-def save_tiny_teacher(folder: Path, *, seed: int = 1) -> Path:
-    """Write an open_clip model with the random weights of a seed, for 48 pixels and 12 tokens; return its folder."""
+def tiny_clip(
+    trunk: str = "test_resnet", *, seed: int = 0, name: str = "tiny", text: str = "64x1", **sizes: int
+) -> ClipModel:
+    """Return a model with the random weights of a seed, for 32 pixels and 8 tokens unless `sizes` say otherwise."""
     import torch
 
-    from clip_rd_edge.models.load import save_clip
     from clip_rd_edge.models.students import build_student, student_config
 
     torch.manual_seed(seed)
-    config = student_config("test_resnet", embedding_size=24, image_size=48, text="64x1", context_length=12)
-    save_clip(folder, build_student(config, name="teacher"), provenance={})
+    sizes = {"embedding_size": 8, "image_size": 32, "context_length": 8, **sizes}
+    return build_student(student_config(trunk, text=text, **sizes), name=name)
+
+
+def save_tiny_teacher(folder: Path, *, seed: int = 1) -> Path:
+    """Write an open_clip model with the random weights of a seed, for 48 pixels and 12 tokens; return its folder."""
+    from clip_rd_edge.models.load import save_clip
+
+    clip = tiny_clip(seed=seed, name="teacher", embedding_size=24, image_size=48, context_length=12)
+    save_clip(folder, clip, provenance={})
     return folder
+
+
+def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
+    """Write a tar with these members, creating its folder; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_shards(pairs_csv: Path, replaced: Mapping[str, bytes] | None = None) -> str:
+    """Write the 24 pairs of `write_pairs` as three shards beside the table; return their name.
+
+    Args:
+        replaced: other contents of some files, such as `0005.png`.
+    """
+    lines, replaced = pairs_csv.read_text().splitlines()[1:], replaced or {}
+    for shard in range(3):
+        members = dict[str, bytes]()
+        for number in range(8 * shard, 8 * shard + 8):
+            name, caption = lines[number].split(",")
+            members[f"{number:04d}.png"] = (pairs_csv.parent / name).read_bytes()
+            members[f"{number:04d}.txt"] = caption.encode()
+        members |= {name: replaced[name] for name in members.keys() & replaced.keys()}
+        write_tar(pairs_csv.parent / f"{shard}.tar", members)
+    return f"{pairs_csv.parent}/{{0..2}}.tar"
 
 
 def pad_with_another_id(bundle: Path) -> int:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -102,3 +106,18 @@ def call_in_threads(count: int, action: Callable[[Threads], Any], *, hosts: str 
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(call, range(count)))
+
+
+def start_two(arguments: Sequence[str]) -> list[subprocess.Popen[str]]:
+    """Start Python twice, as the two real processes of a run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments], env={**os.environ, **common, **own}, stderr=subprocess.PIPE, text=True
+        )
+        for own in ranks
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import torch
 from clip_benchmark.metrics import zeroshot_classification as classification
 from clip_benchmark.metrics import zeroshot_retrieval as ranking
 from PIL import Image
+from support import write_tar
 
 from clip_rd_edge.benchmarking.accuracy import retrieval, zero_shot
 from clip_rd_edge.bundle.encoder import Description, Embeddings
@@ -89,13 +89,8 @@ class Loader:
 
 def export(folder: Path, samples: Sequence[dict[str, bytes]]) -> Path:
     """Write shards in CLIP_benchmark's export format."""
-    (folder / "test").mkdir(parents=True)
-    with tarfile.open(folder / "test" / "0.tar", "w") as archive:
-        for i, sample in enumerate(samples):
-            for suffix, content in sample.items():
-                info = tarfile.TarInfo(f"s{i:07d}.{suffix}")
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
+    members = {f"s{i:07d}.{suffix}": content for i, sample in enumerate(samples) for suffix, content in sample.items()}
+    write_tar(folder / "test" / "0.tar", members)
     (folder / "test" / "nshards.txt").write_text("1\n")
     return folder
 

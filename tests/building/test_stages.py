@@ -162,7 +162,6 @@ def test_a_plan_names_nothing_to_open(world: Path, built: Path, tmp_path: Path) 
     ("changed", "option"),
     [
         ({"target": "cpu-arm", "max_latency": 5}, "max_latency"),
-        ({"target": "cpu-x68"}, "target"),
         ({"target": "browser"}, "target"),
         ({"labels": ["red"]}, "labels"),
         ({"data": "flat"}, "labels"),

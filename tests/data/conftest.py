@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+import support
 from PIL import Image
 
 from benchmarks.data.unreliable_server import UnreliableServer
@@ -29,17 +29,7 @@ def _separate_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: py
 @pytest.fixture
 def write_tar() -> WriteTar:
     """Write a tar with the given members, creating its folder."""
-
-    def write(path: Path, members: Mapping[str, bytes]) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(path, "w") as archive:
-            for name, content in members.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-        return path
-
-    return write
+    return support.write_tar
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from clip_rd_edge.data.look import Seen, groups_of, hold_back, overlap, perceptual_hash, see_all
+from clip_rd_edge.data.look import Seen, groups_of, hold_back, perceptual_hash, see_all
 
 FLAT = np.zeros(256, np.float32)
 
@@ -73,7 +73,3 @@ def test_the_same_images_are_held_back_when_others_join() -> None:
 
 def test_what_cannot_be_read_is_not_held_back(files: list[Path]) -> None:
     assert hold_back([see_all(files)[4]] * 9, range(9), [""] * 9, 0.5) == ["train"] * 9
-
-
-def test_training_images_are_found_among_those_of_a_task(files: list[Path]) -> None:
-    assert overlap([files[0], files[1]], [files[3], files[4]]) == ([(files[0], files[3])], 2)

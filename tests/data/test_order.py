@@ -54,13 +54,10 @@ def test_an_order_that_was_used_shows_each_epoch_in_its_own_order_also_within_on
     assert order.indices(0, 0, 50).tolist() != order.indices(1, 0, 50).tolist()
 
 
-def test_other_epochs_and_seeds_put_other_groups_into_a_window() -> None:
+def test_epochs_seeds_and_windows_are_each_shuffled_in_their_own_way() -> None:
     orders = [EpochOrder([10] * 10, seed=seed, window=20).indices(epoch, 0, 100) for seed in (0, 1) for epoch in (0, 1)]
-    windows = [tuple(frozenset(window // 10) for window in order.reshape(5, 20)) for order in orders]
-    assert len(set(windows)) == 4
-
-
-def test_every_window_is_shuffled_in_its_own_way() -> None:
+    groups = [tuple(frozenset(window // 10) for window in order.reshape(5, 20)) for order in orders]
+    assert len(set(groups)) == 4
     windows = EpochOrder([20] * 6, seed=0, window=20).indices(0, 0, 120).reshape(6, 20)
     assert len({tuple(window % 20) for window in windows}) == 6
 

@@ -26,14 +26,11 @@ def damaged(pairs_csv: Path) -> Samples:
     return load_pairs(str(pairs_csv))
 
 
-def test_bad_pairs_are_replaced_by_the_next_valid_pair(damaged: Samples) -> None:
+def test_bad_pairs_are_replaced_by_the_next_valid_pair_until_they_are_too_many(damaged: Samples) -> None:
     bad = BadSamples(damaged, max_share=0.2)
     taken = [bad.take(i)[1][0].split()[-1] for i in (4, 5, 6, 23)]
     assert taken == ["4", "7", "7", "0"]
     assert len(bad) == 3  # each counted once
-
-
-def test_too_many_bad_pairs_raise_an_error_naming_the_latest(damaged: Samples) -> None:
     bad = BadSamples(damaged, max_share=0.1)  # two of 24
     bad.take(5)
     with pytest.raises(InputError, match=r"3 of 24 samples .*10\.00%: .*23\.png"):
@@ -109,10 +106,8 @@ def test_the_fingerprint_changes_with_the_data(pairs_csv: Path, change: str) -> 
     assert fingerprint(load_pairs(str(pairs_csv))) != original
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ENOMEM])
-def test_an_image_that_the_machine_cannot_read_is_no_bad_pair(
-    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_an_image_that_the_machine_cannot_read_is_no_bad_pair(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = errno.EIO
     pairs, stat, failures = load_pairs(str(pairs_csv)), Path.stat, [number]
 
     def failing(path: Path, **options: Any) -> os.stat_result:

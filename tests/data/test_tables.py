@@ -37,9 +37,7 @@ def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(tables, "KEPT_ROWS", -1)
 
 
-@pytest.fixture
-def kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "KEPT_ROWS", -1)
+kept = pytest.mark.parametrize("_size", ["kept"], indirect=True)
 
 
 def captions(samples: Samples) -> list[str]:
@@ -82,12 +80,10 @@ def test_epochs_shuffle_groups_of_rows(pairs_csv: Path) -> None:
     "content",
     [
         "path,title\na,b\n",
-        "filepath,title\npictures/0.png,\n",
         'filepath,title\npictures/0.png,"[""a"", ""b""]"\n',
         "",
-        "a" * 300_000,
     ],
-    ids=["column", "no caption", "list", "empty", "no end"],
+    ids=["column", "list", "empty"],
 )
 def test_tables_without_pairs_are_refused(pairs_csv: Path, content: str) -> None:
     pairs_csv.write_text(content)
@@ -103,7 +99,6 @@ def test_tables_without_pairs_are_refused(pairs_csv: Path, content: str) -> None
         (",a cat", "it names no image"),
         ("pictures/0.png", "the caption in column 'title' is empty"),
         ("pictures/0.png,a dog, asleep", "it has more fields than the header"),
-        (f"{'a' * 5_000}.png,a cat", "no image file"),
         ("pictures/0\0.png,a cat", "no image file"),
     ],
 )
@@ -122,7 +117,7 @@ def test_empty_rows_of_a_spreadsheet_are_no_pairs(pairs_csv: Path) -> None:
     assert (len(pairs), pairs.problems.count) == (24, 0)
 
 
-@pytest.mark.parametrize("row", range(1, 25, 8))
+@pytest.mark.parametrize("row", [1, 17])
 @pytest.mark.parametrize("place", ["caption's start", "both captions' starts", "image's start", "after a closed quote"])
 def test_a_stray_quote_never_swallows_rows_without_a_word(pairs_csv: Path, row: int, place: str) -> None:
     lines = pairs_csv.read_text().splitlines()
@@ -155,27 +150,18 @@ def test_what_cannot_be_read_is_named_by_its_line(pairs_csv: Path, rows: str, li
         load_pairs(str(pairs_csv))
 
 
-class LostShareError(OSError):
-    """What Windows raises when a network share went away."""
-
-    winerror = 64
-
-
-@pytest.mark.parametrize(
-    "error", [OSError(errno.EIO, "Input/output error"), LostShareError(errno.EINVAL, "The network name is gone")]
-)
 def test_rows_whose_images_the_machine_cannot_find_are_not_left_out(
-    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stat = os.stat
 
     def failing(path: Any, **options: Any) -> os.stat_result:
         if str(path).endswith("5.png"):
-            raise type(error)(*error.args, path)
+            raise OSError(errno.EIO, "Input/output error", path)
         return stat(path, **options)
 
     monkeypatch.setattr(os, "stat", failing)
-    with pytest.raises(UnreachableError, match=rf"5\.png: {error.strerror}"):
+    with pytest.raises(UnreachableError, match=r"5\.png: Input"):
         load_pairs(str(pairs_csv))
 
 
@@ -190,7 +176,7 @@ def test_images_alone_count_once_each_and_rows_without_one_each(pairs_csv: Path)
 # Kept tables
 
 
-@pytest.mark.usefixtures("kept")
+@kept
 def test_a_table_is_read_once_until_its_time_changes(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Watch()
     first = fingerprint(load_pairs(str(pairs_csv), reporter=watch))
@@ -214,7 +200,7 @@ def test_relative_paths_depend_on_the_working_directory(
     assert contents(load_pairs(str(pairs_csv))) != from_table
 
 
-@pytest.mark.usefixtures("kept")
+@kept
 @pytest.mark.parametrize(("name", "least"), [("rows.bin", 80), ("texts.bin", 100), ("folders.bin", 20)])
 def test_a_flipped_bit_in_an_index_is_an_error_and_no_other_pair(
     name: str, least: int, pairs_csv: Path, tmp_path: Path, flips: Callable[[Path, Callable[[], object]], int]
@@ -224,7 +210,7 @@ def test_a_flipped_bit_in_an_index_is_an_error_and_no_other_pair(
     assert flips(file, lambda: contents(load_pairs(str(pairs_csv)))) >= least
 
 
-@pytest.mark.usefixtures("kept")
+@kept
 def test_a_read_only_cache_only_costs_time(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = contents(load_pairs(str(pairs_csv)))
     monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(pairs_csv))  # a file, so that no folder can be made in it
@@ -267,11 +253,9 @@ def test_parquet_gives_the_pairs_of_a_csv(pairs_csv: Path, monkeypatch: pytest.M
     ("columns", "option"),
     [
         ({"filepath": ["a"], "titel": ["b"]}, "csv_caption_key"),
-        ({"filepath": [b"\xff"], "title": ["b"]}, "csv_img_key"),
         ({"filepath": [{"bytes": b"\xff", "path": "1.png"}], "title": ["a"]}, "csv_img_key"),
-        ({"filepath": ["a"], "title": [["b"]]}, "csv_caption_key"),
     ],
-    ids=["column", "bytes", "Hugging Face", "list"],
+    ids=["column", "Hugging Face"],
 )
 def test_parquet_with_other_columns_is_refused(tmp_path: Path, columns: dict[str, Any], option: str) -> None:
     path = write_parquet(tmp_path / "pairs.parquet", columns)

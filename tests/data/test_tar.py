@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from clip_rd_edge.data import tar as tar_scan
-from clip_rd_edge.data.tar import COLUMNS, UNREADABLE, SampleGroups, TarFile, TarScan
+from clip_rd_edge.data.tar import UNREADABLE, SampleGroups, TarFile, TarScan
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "GNU": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -56,17 +56,11 @@ def listed_by_tarfile(path: Path) -> list[TarFile]:
 
 
 @pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
-def test_the_scan_lists_the_files_that_tarfile_lists(tmp_path: Path, tar_format: int) -> None:
+def test_the_scan_lists_the_files_that_tarfile_lists_wherever_a_batch_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tar_format: int
+) -> None:
     path = write_archive(tmp_path / "a.tar", tar_format)
-    scan = scan_of(path)
-    assert listed(scan) == listed_by_tarfile(path)
-    assert scan.damage == ""
-
-
-@pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
-def test_a_batch_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tar_format: int) -> None:
-    path = write_archive(tmp_path / "a.tar", tar_format)
-    for headers in range(1, 12):
+    for headers in (*range(1, 12), 4096):
         monkeypatch.setattr(tar_scan, "_BATCH", headers)
         scan = scan_of(path)
         assert listed(scan) == listed_by_tarfile(path), headers
@@ -99,17 +93,14 @@ def plain_file(name: str, content: bytes) -> bytes:
     "header",
     [
         pax_header(b"no records"),
-        pax_header(b"12 path"),
         pax_header(b"-5 path=x\n"),
         pax_header(b"99 path=x\n"),
-        pax_header(b"0 path=x\n"),
-        pax_header(b"13 size=none\n"),
         pax_header(b"11 size=-7\n"),
         pax_header(b"9" * 300 + b" path=x\n"),
         pax_header(b"30 GNU.sparse.map=0,1,2,3,4,5\n"),
         pax_header(bytes(2 << 20)),
     ],
-    ids=["words", "cut", "negative", "long", "zero", "size", "no size", "digits", "sparse", "large"],
+    ids=["words", "negative", "long", "no size", "digits", "sparse", "large"],
 )
 def test_a_malformed_extended_header_makes_the_next_file_unreadable_and_no_other(tmp_path: Path, header: bytes) -> None:
     path = tmp_path / "a.tar"
@@ -195,11 +186,6 @@ def grouped(names: Sequence[str], ends: Sequence[int]) -> tuple[list[bytes], lis
     return groups.names(len(groups)).tolist(), locations, groups.last_is_in_sample
 
 
-def image_locations(names: Sequence[str]) -> list[list[int]]:
-    """The locations of images by the rules written for reading."""
-    return [list(sample.get(0, (-1, 0))) for sample in expected(names)[1]]
-
-
 def expected(names: Sequence[str]) -> tuple[list[bytes], list[dict[int, Location]], bool]:
     """The rules once more, written for reading."""
     columns = {"jpg": 0, "png": 0, "jpeg": 0, "webp": 0, "txt": 1, "json": 2, "cls": 3}
@@ -240,13 +226,6 @@ def test_random_names_are_grouped_by_the_rules_in_batches_of_any_size(share: flo
         assert grouped(names, ends) == expected(names), (names, ends)
 
 
-def test_no_files_make_no_samples() -> None:
-    groups = SampleGroups()
-    groups.add(files_of([]))
-    assert (len(groups), len(groups.names(0)), groups.locations().shape) == (0, 0, (0, len(COLUMNS), 2))
-
-
 def test_of_several_images_in_a_sample_the_one_that_open_clip_takes_counts() -> None:
     names = ("a.webp", "a.png", "a.jpg", "a.txt", "b.jpeg", "b.txt", "b.png", "c.webp", "c.jpeg")
-    assert image_locations(names) == [[20, 21], [60, 61], [80, 81]]
     assert [sample[0] for sample in grouped(names, [len(names)])[1]] == [(20, 21), (60, 61), (80, 81)]

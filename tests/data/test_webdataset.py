@@ -202,7 +202,6 @@ def test_a_damaged_or_unwritable_cache_does_no_harm(shards: Path, monkeypatch: p
     [
         ("plain.tar", ["plain.tar"]),
         ("{00008..00011}.tar", ["00008.tar", "00009.tar", "00010.tar", "00011.tar"]),
-        ("{8..11}.tar", ["8.tar", "9.tar", "10.tar", "11.tar"]),
         ("{2..0}", ["2", "1", "0"]),
         ("{train,val}/{0..1}.tar", ["train/0.tar", "train/1.tar", "val/0.tar", "val/1.tar"]),
         *((pattern, [pattern]) for pattern in ("{0..}.tar", "{a}.tar", "{0..1.tar", "0..1}.tar")),
@@ -212,16 +211,13 @@ def test_braces_are_expanded(pattern: str, names: list[str]) -> None:
     assert expand_braces(pattern) == names
 
 
-@pytest.mark.parametrize(("number", "advice"), [(errno.EMFILE, "ulimit -n"), (errno.EACCES, "")])
-def test_a_shard_that_cannot_be_opened_is_no_bad_sample(
-    shards: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
-) -> None:
+def test_a_shard_that_cannot_be_opened_is_no_bad_sample(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = load_pairs(str(shards / "{000..001}.tar"))
     shard_files.close_tars()
 
     def failing(shard: Path) -> int:
-        raise OSError(number, os.strerror(number), str(shard))
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(shard))
 
     monkeypatch.setattr(shard_files, "open_file", failing)
-    with pytest.raises(UnreachableError, match=rf"000\.tar: {os.strerror(number)}.*{advice}"):
+    with pytest.raises(UnreachableError, match=r"000\.tar: .*ulimit -n"):
         pairs.read(0).image()

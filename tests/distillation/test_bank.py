@@ -6,13 +6,13 @@ import math
 import shutil
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 import torch
 from support import Watch, save_tiny_teacher
-from tiny_runs import killed_and_resumed, stop_at, tiny_run
+from tiny_runs import stop_at, tiny_run
 
+import clip_rd_edge as edge
 from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.run import run_distillation
@@ -45,14 +45,9 @@ def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
 
 
 @pytest.fixture
-def with_store(config: RunConfig, tmp_path: Path) -> RunConfig:
-    return msgspec.structs.replace(config, store=str(tmp_path / "store"))
-
-
-@pytest.fixture
-def store(with_store: RunConfig, tmp_path: Path) -> TeacherStore:
-    run_distillation(with_store, tmp_path / "filling", resume=False)
-    return open_store(tmp_path / "store")
+def store(config: RunConfig, tmp_path: Path) -> TeacherStore:
+    source = {"data": config.data, "teacher": config.teacher, "views": 2, "workers": 0, "recipe": "clip-rd-bank"}
+    return open_store(edge.embed(output=tmp_path / "store", **source))
 
 
 def stored(*stores: TeacherStore, size: int = 1_000, seed: int = 0) -> list[torch.Tensor]:
@@ -68,21 +63,9 @@ def lacking(store: TeacherStore, tmp_path: Path) -> TeacherStore:
     return TeacherStore(Path(shutil.copytree(store.folder, tmp_path / "lacking")), store.manifest, store.captions)
 
 
-def test_a_stored_bank_is_all_of_a_store_or_a_seeded_part_of_it(store: TeacherStore) -> None:
-    paths = [image_shard(store.folder, 0, 0), text_shard(store.folder, 0)]
-    everything = [torch.from_numpy(load_rows(path)).float() for path in paths]
-    for actual, expected in zip(stored(store), everything, strict=True):
-        assert actual.shape == (24, WIDTH)
-        assert torch.equal(actual, expected)
-    parts = [stored(store, size=10, seed=seed) for seed in (0, 0, 1)]
-    for part, again, other, rows in zip(*parts, everything, strict=True):
-        assert torch.equal(part, again)
-        assert not torch.equal(part, other)
-        places = [(rows == row).all(dim=1).nonzero().item() for row in part]
-        assert len(set(places)) == 10
-
-
-def test_a_stored_bank_reads_several_shards(store: TeacherStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stored_bank_is_all_of_a_store_or_a_seeded_part_of_its_shards(
+    store: TeacherStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("clip_rd_edge.distillation.store.SHARD_SIZE", 10)
     everything = []
     for path_of in (lambda shard: image_shard(store.folder, 0, shard), lambda shard: text_shard(store.folder, shard)):
@@ -91,10 +74,15 @@ def test_a_stored_bank_reads_several_shards(store: TeacherStore, monkeypatch: py
         for shard in range(3):
             write_rows(path_of(shard), rows[10 * shard : 10 * (shard + 1)])
     assert all(map(torch.equal, stored(store), everything))
+    drawn = set()
     for seed in range(5):  # a part of some shards, and nothing of others
+        assert all(map(torch.equal, stored(store, size=3, seed=seed), stored(store, size=3, seed=seed)))
         for part, rows in zip(stored(store, size=3, seed=seed), everything, strict=True):
             places = [(rows == row).all(dim=1).nonzero().item() for row in part]
             assert places == sorted(set(places))
+            assert len(places) == 3
+            drawn.add(tuple(places))
+    assert len(drawn) > 1
 
 
 def test_a_caption_that_one_of_two_stores_lacks_is_left_out_of_both(store: TeacherStore, lacking: TeacherStore) -> None:
@@ -105,17 +93,6 @@ def test_a_caption_that_one_of_two_stores_lacks_is_left_out_of_both(store: Teach
         _, text = stored(*stores)
         assert text.shape == (23, 2 * WIDTH)
         assert torch.equal(text[:, :WIDTH], text[:, WIDTH:])
-
-
-def test_a_queue_holds_the_last_embeddings_and_those_of_the_step() -> None:
-    queue = QueueBank(8, CPU)
-    batches = [torch.full((3, 2), float(number)) for number in range(1, 6)]
-    for batch in batches:
-        bank = queue.with_batch(batch, -batch)
-    assert sorted(bank.image[:, 0].tolist()) == [3, 3, 4, 4, 4, 5, 5, 5]
-    assert torch.equal(bank.text, -bank.image)
-    assert QueueBank(2, CPU).with_batch(batches[0], batches[0]).image.shape == (2, 2)
-    assert QueueBank(8, CPU).with_batch(batches[0], batches[0]).image.shape == (3, 2)
 
 
 def test_an_image_without_a_finite_embedding_costs_a_run_one_step(
@@ -136,7 +113,7 @@ def test_an_image_without_a_finite_embedding_costs_a_run_one_step(
     assert [line["loss"] is None for line in read_metrics(tmp_path / "run")] == [True] + [False] * (STEPS - 1)
 
 
-@pytest.mark.parametrize("size", [3, 5, 8, 20])
+@pytest.mark.parametrize("size", [3, 8, 20])
 def test_a_queue_of_another_size_goes_on_with_the_newest_embeddings(size: int) -> None:
     def seen(queue: QueueBank, *numbers: int) -> list[float]:
         for number in numbers:
@@ -149,6 +126,7 @@ def test_a_queue_of_another_size_goes_on_with_the_newest_embeddings(size: int) -
     after.load_state_dict(before.state_dict())
     assert seen(after, 5) == [2, 3, 3, 4, 4, 5, 5][-size:]
     assert seen(after, 6, 7, 8) == [2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8][-size:]
+    assert seen(QueueBank(1, CPU), 1) == [1]  # less than a batch
 
 
 def test_a_run_that_goes_on_with_another_teacher_begins_its_queue_anew(config: RunConfig, tmp_path: Path) -> None:
@@ -159,10 +137,3 @@ def test_a_run_that_goes_on_with_another_teacher_begins_its_queue_anew(config: R
         run_distillation(config, tmp_path / "run", resume=True, accept_changes=True, reporter=Watch(on_step=stop_at(7)))
     queue = torch.load(tmp_path / "run" / "checkpoints" / "step-6" / "state.pt", weights_only=True)["bank"]
     assert queue["seen"] == 3 * BATCH_SIZE  # of steps 4 to 6: step 3 was the last that was saved
-
-
-@pytest.mark.parametrize("kind", ["config", "with_store"])
-def test_a_killed_run_resumes_to_the_same_weights(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    lines = read_metrics(killed_and_resumed(request.getfixturevalue(kind), tmp_path, after=7))
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert all(line["loss/bank"] > 0 for line in lines)

@@ -83,14 +83,6 @@ def test_some_rows_keep_their_texts_in_turn() -> None:
     assert not text[1].any()
 
 
-@pytest.mark.parametrize("paired", [None, (True, True)])
-def test_pairs_stay_as_they_are(paired: tuple[bool, ...] | None) -> None:
-    batch = batch_of(["red: a", "blue: b"], paired)
-    _, text, chosen = ChoosingTeacher(Colours(), PROMPTS, embed).embed(batch)
-    assert chosen == batch.captions
-    assert not text.any()
-
-
 @pytest.fixture
 def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
     """A run on 24 images and four labels in two prompts each."""
@@ -119,14 +111,12 @@ def test_what_a_teacher_chooses_from(config: RunConfig, pairs_csv: Path, monkeyp
     assert some != texts_of(config, seed=1) or some != texts_of(config, seed=2)
 
 
-@pytest.mark.parametrize("cached", [False, True])
 def test_a_run_trains_with_the_texts_that_its_teacher_chose_and_with_all_others(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tiny teacher with random weights finds one and the same text nearest to all images."""
-    if cached:
-        config = msgspec.structs.replace(config, store=str(tmp_path / "cache"), views=8)
-    config = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, steps=32))
+    recipe = msgspec.structs.replace(config.recipe, steps=16)
+    config = msgspec.structs.replace(config, recipe=recipe, store=str(tmp_path / "cache"), views=4)
     trained = Counter[str]()
     embed_captions = TrainingStep._embed_captions
 
@@ -137,6 +127,6 @@ def test_a_run_trains_with_the_texts_that_its_teacher_chose_and_with_all_others(
     monkeypatch.setattr(TrainingStep, "_embed_captions", seen)
     run_distillation(config, tmp_path / "run", resume=False)
     (_, most), *others = trained.most_common()
-    assert sum(trained.values()) == 32 * 6
-    assert most > 0.6 * 32 * 6
+    assert sum(trained.values()) == 16 * 6
+    assert most > 0.6 * 16 * 6
     assert len(others) == 3

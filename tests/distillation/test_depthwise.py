@@ -30,9 +30,7 @@ def two_convolutions(kernel: int | tuple[int, int], channels: int = 4, **options
 @pytest.mark.parametrize(
     ("size", "kernel", "stride", "padding"),
     [
-        ((2, 2), (5, 5), (1, 1), (2, 2)),
         ((4, 4), (5, 5), (2, 2), (2, 2)),
-        ((1, 1), (3, 3), (2, 2), (1, 1)),
         ((9, 2), (5, 5), (3, 1), (2, 3)),
         ((2, 3), (5, 5), (1, 1), (4, 4)),
     ],
@@ -55,19 +53,14 @@ def test_gradients_are_torchs(
         torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("options", "size"),
-    [
-        ({}, (5, 5)),  # the kernel fits
-        ({"groups": 2}, (2, 2)),
-        ({"dilation": 2, "padding": 4}, (2, 2)),
-        ({"padding": "same"}, (2, 2)),
-        ({"padding_mode": "circular"}, (2, 2)),
-    ],
-)
-def test_other_convolutions_stay_torchs(options: dict[str, Any], size: tuple[int, int]) -> None:
-    for module in two_convolutions(5, **{"padding": 2} | options):
-        assert not is_fast(module(torch.zeros((1, 4, *size), dtype=torch.double)))
+def test_other_convolutions_stay_torchs() -> None:
+    for options in ({"groups": 2}, {"dilation": 2, "padding": 4}, {"padding": "same"}, {"padding_mode": "circular"}):
+        for module in two_convolutions(5, **{"padding": 2} | options):
+            assert not is_fast(module(torch.zeros((1, 4, 2, 2), dtype=torch.double)))
+    for pointwise in ({"padding": 1}, {"kernel_size": 3}, {"groups": 2}):
+        convolution = nn.Conv2d(**{"in_channels": 4, "out_channels": 8, "kernel_size": 1, "stride": 2} | pointwise)
+        take_strides_first(convolution)
+        assert type(convolution) is nn.Conv2d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -90,9 +83,9 @@ def test_timms_layers_checkpointing_and_autocast(dtype: torch.dtype) -> None:
         assert torch.equal(own, checkpointed)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
-    "options", [{"stride": 2}, {"stride": (1, 3), "bias": False}, {"stride": 2, "padding": "valid"}]
+    ("options", "compiled"),
+    [({"stride": 2}, True), ({"stride": (1, 3), "bias": False}, False), ({"stride": 2, "padding": "valid"}, False)],
 )
 def test_outputs_and_gradients_stay(options: dict[str, Any], compiled: bool) -> None:
     plain = nn.Conv2d(3, 5, 1, **options).double()
@@ -109,10 +102,3 @@ def test_outputs_and_gradients_stay(options: dict[str, Any], compiled: bool) -> 
     ]
     for own, torchs in zip(*reversed(gradients), strict=True):
         torch.testing.assert_close(own, torchs, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("options", [{"padding": 1}, {"kernel_size": 3}, {"groups": 2}], ids=str)
-def test_other_pointwise_convolutions_stay_torchs(options: dict[str, Any]) -> None:
-    convolution = nn.Conv2d(**{"in_channels": 4, "out_channels": 8, "kernel_size": 1, "stride": 2} | options)
-    take_strides_first(convolution)
-    assert type(convolution) is nn.Conv2d

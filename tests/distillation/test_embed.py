@@ -35,7 +35,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_embed_fills_the_store_of_a_run_which_then_takes_its_precision(source: dict[str, Any], tmp_path: Path) -> None:
-    sizes = {"image_size": 160, "text": "64x1", "context_length": 12, "batch_size": 6, "steps": 2}
+    sizes = {"image_size": 48, "text": "64x1", "context_length": 12, "batch_size": 6, "steps": 2}
     stored = edge.embed(output=tmp_path / "embedded", **source, precision="bf16")
     run = edge.distill(
         student="test_vit", output=tmp_path / "first", store=str(tmp_path / "filled"), precision="bf16",
@@ -100,8 +100,7 @@ def lose_the_second():
     cluster.remove_node(second, allow_graceful=False)
     print("lost", len(list(output.glob("images/*/*.npy"))), flush=True)
 
-if sys.argv[3] == "lose":
-    threading.Thread(target=lose_the_second, daemon=True).start()
+threading.Thread(target=lose_the_second, daemon=True).start()
 edge.embed(output=output, ray=cluster.address, **options)
 print("nodes", sum(node["Alive"] for node in ray.nodes()), flush=True)
 ray.shutdown()
@@ -110,9 +109,8 @@ cluster.shutdown()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fate", ["keep", "lose"])
 def test_a_ray_cluster_of_two_nodes_gives_the_same_bytes_though_one_is_lost(
-    source: dict[str, Any], tmp_path: Path, fate: str
+    source: dict[str, Any], tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
     source = {**source, "views": 6}
@@ -120,7 +118,7 @@ def test_a_ray_cluster_of_two_nodes_gives_the_same_bytes_though_one_is_lost(
     script = tmp_path / "cluster.py"
     script.write_text(CLUSTER)
     result = subprocess.run(
-        [sys.executable, str(script), json.dumps(source), str(tmp_path / "there"), fate],
+        [sys.executable, str(script), json.dumps(source), str(tmp_path / "there")],
         # Ray's workers are as nice as 15 by default, and would wait for whatever else a busy machine does.
         env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"},
         capture_output=True,
@@ -129,4 +127,4 @@ def test_a_ray_cluster_of_two_nodes_gives_the_same_bytes_though_one_is_lost(
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert contents(tmp_path / "there") == expected
-    assert f"nodes {2 if fate == 'keep' else 1}" in result.stdout
+    assert "nodes 1" in result.stdout

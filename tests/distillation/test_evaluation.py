@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support import tiny_clip
 from thread_processes import call_in_threads
 
 from clip_rd_edge.benchmarking import accuracy
@@ -28,6 +29,11 @@ COUNT = 3
 def run(action: Callable[[Processes, StopRequest], Any]) -> list[Any]:
     """Call a function in each process; return its results, or what it raised."""
     return call_in_threads(COUNT, lambda processes: action(processes, StopRequest()))
+
+
+@pytest.fixture
+def student() -> ClipModel:
+    return tiny_clip(context_length=16)
 
 
 @pytest.fixture

@@ -2,25 +2,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from losses_in_numpy import LargestTensor
 
 from clip_rd_edge.bundle.runs import METRICS_FILE
 from clip_rd_edge.distillation.metrics import last_evaluation, mean_similarities
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the number of entries of the largest tensor that an operation returns."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        self.entries = max(self.entries, output.numel() if isinstance(output, torch.Tensor) else 0)
-        return output
 
 
 def test_a_student_has_no_scores_of_an_earlier_step(tmp_path: Path) -> None:
@@ -38,6 +26,3 @@ def test_the_geometry_is_the_mean_over_matching_and_other_pairs_without_a_matrix
     assert positive == pytest.approx(cosines[matching].mean().item(), abs=1e-6)
     assert negative == pytest.approx(cosines[~matching].mean().item(), abs=1e-6)
     assert largest.entries <= 300 * 8
-
-
-pytestmark = pytest.mark.usefixtures("plots")

@@ -25,27 +25,19 @@ def optimizer(model: torch.nn.Module, **recipe: object) -> RunOptimizer:
     return RunOptimizer(model, Objective(Weights(task=1)), settings, steps=10_000)
 
 
-def test_the_moving_average_of_a_short_run_forgets_the_initial_weights() -> None:
-    """The share of the first weights in the average is what is left of 1 after updates with weights of 0."""
-    model = Tiny()
-    run = optimizer(model, ema_decay=0.999)
-    for step in range(300):
-        with torch.no_grad():
-            model.weight.fill_(1.0 if step == 0 else 0.0)
-        run.apply(step, torch.tensor(1.0))
-    assert 0 <= run.model_to_save.get_parameter("weight").item() < 1e-6
-
-
-def test_the_moving_average_follows_its_definition() -> None:
+def test_the_moving_average_follows_its_definition_and_a_short_run_forgets_its_initial_weights() -> None:
     model, expected = Tiny(), 0.0
     run = optimizer(model, ema_decay=0.999, learning_rate=1e-12)
-    for step in range(5):
+    first = 1.0  # the share of the first weights
+    for step in range(300):
         with torch.no_grad():
             model.weight.fill_(float(step**2))
         run.apply(step, torch.tensor(1.0))
         decay = 0.0 if step == 0 else average_decay_at(step, 0.999)
         expected = decay * expected + (1 - decay) * step**2
+        first *= decay if step else 1
     assert run.model_to_save.get_parameter("weight").item() == pytest.approx(expected, rel=1e-5)
+    assert first < 1e-6
 
 
 def test_a_resumed_optimizer_has_the_moving_average_the_loss_scale_and_the_skipped_steps() -> None:
@@ -82,7 +74,7 @@ def test_clipping_and_the_logged_norm_apply_to_the_true_gradient() -> None:
     assert run.gradient_norm == pytest.approx(3.0)
 
 
-def test_any_number_of_lone_steps_may_be_skipped() -> None:
+def test_any_number_of_lone_steps_may_be_skipped_and_any_in_a_row_in_search_of_a_loss_scale() -> None:
     model = Tiny()
     run = optimizer(model)
     for step in range(0, 2 * MAX_CONSECUTIVE_SKIPS + 2, 2):
@@ -92,14 +84,11 @@ def test_any_number_of_lone_steps_may_be_skipped() -> None:
             assert run.is_sound == math.isfinite(loss)
     assert run.skipped == MAX_CONSECUTIVE_SKIPS + 1
 
-
-def test_the_search_for_a_loss_scale_may_skip_any_number_of_steps() -> None:
-    model = Tiny()
-    run = optimizer(model, precision="fp16")
+    searching = optimizer(model, precision="fp16")  # the search for a loss scale skips some in a row
     for step in range(2 * MAX_CONSECUTIVE_SKIPS):
         (model.weight * math.inf).sum().backward()
-        run.apply(step, torch.tensor(1.0))
-    assert run.skipped == 2 * MAX_CONSECUTIVE_SKIPS
+        searching.apply(step, torch.tensor(1.0))
+    assert searching.skipped == 2 * MAX_CONSECUTIVE_SKIPS
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1.0), (1.0, math.nan)])

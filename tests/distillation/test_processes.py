@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +14,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from support import PATIENCE_S
-from thread_processes import Exchange, Threads
+from support import PATIENCE_S, tiny_clip
+from thread_processes import Exchange, Threads, start_two
 from torch import Tensor, nn
 
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, save_checkpoint
@@ -30,7 +28,6 @@ from clip_rd_edge.distillation.teacher import BatchTeacher, ChoosingTeacher, Liv
 from clip_rd_edge.errors import LostProcessError
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.students import build_student, student_config
 
 CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "red", "tea", "a boat at sea", "red"]
 COLOURS = ["red", "green", "a very dark blue"]
@@ -53,10 +50,8 @@ CASES = {
 }
 
 
-def model(seed: int, trunk: str = "vit_tiny_16", *, width: int = 16, image_size: int = 32) -> ClipModel:
-    config = student_config(trunk, embedding_size=width, image_size=image_size, text="64x1", context_length=8)
-    torch.manual_seed(seed)
-    return build_student(config, name=trunk)
+def model(seed: int, trunk: str = "test_vit", *, width: int = 16, image_size: int = 32) -> ClipModel:
+    return tiny_clip(trunk, seed=seed, embedding_size=width, image_size=image_size)
 
 
 def make_step(processes: Processes, settings: StepSettings, case: Case = CASES["pairs"]) -> TrainingStep:
@@ -91,21 +86,23 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], factor:
         torch.testing.assert_close(actual[name] / scale, value, rtol=1e-4, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize(
-    ("count", "settings"),
+    ("name", "count", "settings"),
     [
-        (2, StepSettings()),
-        (2, StepSettings(global_logits=True)),
-        (2, StepSettings(chunks=2, block=3)),
-        (1, StepSettings(chunks=4)),
-        (1, StepSettings(block=3)),
+        ("pairs", 2, StepSettings(global_logits=True)),
+        ("pairs", 1, StepSettings(block=3)),
+        ("two teachers", 1, StepSettings(chunks=4)),
+        ("two teachers", 2, StepSettings(chunks=2, block=3)),
+        ("mixed", 2, StepSettings()),
+        ("mixed", 1, StepSettings(chunks=4)),
+        ("no pair in the second half, texts that are chosen", 2, StepSettings(global_logits=True)),
+        ("no pair in the second half, texts that are chosen", 2, StepSettings(chunks=2, block=3)),
     ],
-    ids=["processes", "global logits", "processes, chunks and blocks", "chunks", "blocks"],
 )
 def test_processes_chunks_and_blocks_give_the_loss_and_gradients_of_the_whole(
-    count: int, settings: StepSettings, case: Case
+    name: str, count: int, settings: StepSettings
 ) -> None:
+    case = CASES[name]
     expected = compute(make_step(Processes(), StepSettings(), case), case)
     exchange = Exchange(count)
     # Initial weights are drawn from torch's global generator, so before the threads start.
@@ -118,15 +115,17 @@ def test_processes_chunks_and_blocks_give_the_loss_and_gradients_of_the_whole(
             assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_gradient_checkpointing_changes_neither_gradients_nor_the_statistics_of_batch_norms(chunks: int) -> None:
+def test_gradient_checkpointing_changes_neither_gradients_nor_the_statistics_of_batch_norms() -> None:
     def state(checkpointing: bool) -> dict[str, Tensor]:
         student = model(0, "test_resnet")
         student.model.train()
         student.model.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
-        settings = StepSettings(chunks=chunks, recompute=checkpointing)
+        settings = StepSettings(chunks=2, recompute=checkpointing)
         gradients = compute(TrainingStep(student, None, Objective(Weights(task=1)), Processes(), settings))
-        return {**gradients, **dict(student.model.named_buffers())}
+        buffers = dict(student.model.named_buffers())
+        counts = [value for name, value in buffers.items() if name.endswith("num_batches_tracked")]
+        assert counts == [torch.tensor(2)] * len(counts) != []  # each chunk counts once
+        return {**gradients, **buffers}
 
     torch.testing.assert_close(state(checkpointing=True), state(checkpointing=False), rtol=0, atol=0)
 
@@ -215,20 +214,11 @@ def test_each_process_seeds_its_dropout_by_its_rank(monkeypatch: pytest.MonkeyPa
     assert len(seeds) == len(set(seeds)) == 2
 
 
-def test_batch_norms_count_each_chunk_once() -> None:
-    student = model(0, "test_resnet")
-    run_steps(student, 3, chunks=2)
-    counts = [value for name, value in student.model.named_buffers() if name.endswith("num_batches_tracked")]
-    assert counts
-    assert all(count == 2 for count in counts)
-
-
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_a_step_that_overflows_in_float16_leaves_the_batch_norms_as_they_were(chunks: int) -> None:
+def test_a_step_that_overflows_in_float16_leaves_the_batch_norms_as_they_were() -> None:
     student, factor = model(0, "test_resnet"), 1.0
     convolution = next(m for m in student.model.modules() if isinstance(m, nn.Conv2d))
     convolution.register_forward_pre_hook(lambda _, args: (factor * args[0],))
-    settings = StepSettings(autocast=torch.float16, chunks=chunks)
+    settings = StepSettings(autocast=torch.float16, chunks=2)
     step = TrainingStep(student, None, Objective(Weights(task=1)), Processes(), settings)
 
     def buffers() -> dict[str, Tensor]:
@@ -268,6 +258,30 @@ def test_the_error_names_the_process_that_is_lost(message: str, processes: Proce
     assert re.search(named, str(error))
 
 
+TWO_PROCESSES = """
+    import runpy, sys
+    sys.path[:0] = sys.argv[2:]
+    from clip_rd_edge.distillation.processes import join_processes
+    tests = runpy.run_path(sys.argv[1])
+    make_step, settings_of, assert_close = tests["make_step"], tests["StepSettings"], tests["assert_close"]
+    expected = tests["compute"](make_step(tests["Processes"](), settings_of()))
+    with join_processes() as processes:
+        for settings in (settings_of(), settings_of(global_logits=True), settings_of(chunks=2, block=3)):
+            step = make_step(processes, settings)
+            for _ in range(2):
+                step.bank = tests["QueueBank"](12, tests["CPU"])
+                for parameter in [*step.student.model.parameters(), *step.objective.parameters()]:
+                    parameter.grad = None
+                assert_close(tests["compute"](step), expected)
+"""
+
+
+def test_two_real_processes_learn_in_each_step_what_one_learns_from_the_whole_batch() -> None:
+    for process in start_two(["-c", textwrap.dedent(TWO_PROCESSES), __file__, *sys.path]):
+        _, error = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0, error[-3000:]
+
+
 MEETING = """
     import datetime, os, signal, sys
     from clip_rd_edge.distillation import processes as module
@@ -286,15 +300,7 @@ MEETING = """
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="Windows has no signal that stops a process")
 @pytest.mark.parametrize("how", ["SIGSTOP", "SIGKILL"])
 def test_a_process_that_is_stopped_or_killed_ends_the_others(how: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(MEETING), how]
-    started = []
-    for rank in "01":
-        environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
-        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    started = start_two(["-c", textwrap.dedent(MEETING), how])
     try:
         _, error = started[0].communicate(timeout=PATIENCE_S)
         assert f"Process 1 (on {socket.gethostname()}) of the run has ended, or does not answer." in error

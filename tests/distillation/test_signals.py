@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from failing_datasets import work_for
 from safetensors.torch import load_file
-from support import wait_until
+from support import PATIENCE_S, wait_until
 from tiny_runs import tiny_run
 
 from clip_rd_edge.bundle.encoder import Encoder
@@ -29,7 +29,7 @@ from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import Batch, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
-from clip_rd_edge.distillation.processes import Stopped, stop_on_signals
+from clip_rd_edge.distillation.processes import Stopped, stop_on_signals, stop_signals_blocked
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import InterruptedRunError
 from clip_rd_edge.models.students import student_config
@@ -63,34 +63,25 @@ def check_resumed(config: RunConfig, run: Path) -> None:
     assert {step for step, value in logged.items() if value == 0.5} == {2, 4, 6}
 
 
-@pytest.mark.parametrize("stop_at", [1, 3], ids=["in the middle", "after the last step"])
+@pytest.mark.parametrize("stops", [(1, 2), (3,)], ids=["in the middle, and when it is repeated", "after the last step"])
 def test_sigterm_during_an_evaluation_saves_at_once_and_the_resumed_run_repeats_it(
-    config: RunConfig, tmp_path: Path, stop_at: int
+    config: RunConfig, tmp_path: Path, stops: tuple[int, ...]
 ) -> None:
     calls, finished = list[int](), list[int]()
 
     def evaluate(encoder: Encoder) -> dict[str, float]:
         calls.append(len(calls) + 1)
-        if len(calls) == stop_at:
+        if len(calls) in stops:
             terminate()
             time.sleep(10)
         finished.append(len(calls))
         return score(encoder)
 
-    with pytest.raises(InterruptedRunError, match=f"SIGTERM after step {2 * stop_at} of 6; saved in"):
-        run_distillation(config, tmp_path / "run", resume=False, evaluate=evaluate)
-    assert len(calls) == stop_at == len(finished) + 1
-    check_resumed(config, tmp_path / "run")
-
-
-def test_a_second_sigterm_during_the_repeated_evaluation_loses_nothing(config: RunConfig, tmp_path: Path) -> None:
-    def evaluate(encoder: Encoder) -> dict[str, float]:
-        terminate()
-        return score(encoder)
-
-    for resume in (False, True):
-        with pytest.raises(InterruptedRunError, match="SIGTERM after step"):
-            run_distillation(config, tmp_path / "run", resume=resume, evaluate=evaluate)
+    for number in stops:
+        with pytest.raises(InterruptedRunError, match=f"SIGTERM after step {2 * stops[0]} of 6"):
+            run_distillation(config, tmp_path / "run", resume=number > stops[0], evaluate=evaluate)
+        assert len(calls) == number
+        assert number not in finished
     check_resumed(config, tmp_path / "run")
 
 
@@ -193,9 +184,11 @@ def test_loader_workers_survive_the_signals_of_their_group_and_end_with_the_run(
     assert not any(worker.is_alive() for worker in workers)
 
 
-def stop_while_waiting(pairs_csv: Path, *, workers: int) -> None:
-    """Stop a run that waits for its workers' first batch; they must end, too."""
-    batches = step_loader(dataset(pairs_csv), StepSampler([24], 6, seed=0, steps=range(4)), workers=workers)
+@posix
+def test_a_worker_that_hangs_ends_when_the_run_does(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr(ViewDataset, "__getitem__", lambda *_: time.sleep(60))  # a batch takes six minutes
+    batches = step_loader(dataset(pairs_csv), StepSampler([24], 6, seed=0, steps=range(4)), workers=1)
     interrupt = threading.Timer(1.0, terminate)
     with stop_on_signals():
         interrupt.start()
@@ -203,13 +196,6 @@ def stop_while_waiting(pairs_csv: Path, *, workers: int) -> None:
             next(batches)
     batches.close()  # type: ignore[attr-defined]
     assert wait_until(lambda: not multiprocessing.active_children())
-
-
-@posix
-def test_a_worker_that_hangs_ends_when_the_run_does(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
-    monkeypatch.setattr(ViewDataset, "__getitem__", lambda *_: time.sleep(60))  # a batch takes six minutes
-    stop_while_waiting(pairs_csv, workers=1)
 
 
 def from_elsewhere(pid: int | None, number: signal.Signals) -> None:
@@ -223,33 +209,17 @@ def from_elsewhere(pid: int | None, number: signal.Signals) -> None:
     time.sleep(0.2)
 
 
-TERMINATED = """
-import multiprocessing, os, sys, time
-from clip_rd_edge.distillation.processes import obey_only_the_parent, stop_signals_blocked
-
-def work(parent, started):
-    obey_only_the_parent(parent)
-    started.set()
-    time.sleep(60)
-
-if __name__ == "__main__":
+@posix
+def test_a_process_of_a_fork_server_obeys_who_started_it() -> None:
+    """The default from Python 3.14 on."""
     context = multiprocessing.get_context("forkserver")
     started = context.Event()
     with stop_signals_blocked():
-        process = context.Process(target=work, args=(os.getpid(), started), daemon=True)
+        process = context.Process(target=work_for, args=(os.getpid(), started), daemon=True)
         process.start()
-    started.wait()
+    assert started.wait(PATIENCE_S)
     process.terminate()
     process.join(20)
     ended = not process.is_alive()
     process.kill()
-    sys.exit(0 if ended else "it still runs")
-"""
-
-
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
-def test_a_process_of_a_fork_server_obeys_who_started_it(tmp_path: Path) -> None:
-    """The default from Python 3.14 on."""
-    program = tmp_path / "program.py"
-    program.write_text(TERMINATED)
-    subprocess.run([sys.executable, program], check=True, timeout=120)
+    assert ended

@@ -5,6 +5,7 @@ from __future__ import annotations
 import open_clip
 import pytest
 import torch
+from support import tiny_clip
 from torch import Tensor, nn
 
 from clip_rd_edge.distillation.loader import Batch
@@ -12,31 +13,23 @@ from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import CaptionCache, LiveTeacher, Teacher
 from clip_rd_edge.losses.objective import Objective, Weights
-from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import LENGTHS, CaptionTower
-from clip_rd_edge.models.students import build_student, student_config
 
 CAPTIONS = ["a cat", "two dogs", "red", "blue", "tea", "a boat"]
 
 
-def tiny(seed: int, trunk: str = "test_resnet") -> ClipModel:
-    torch.manual_seed(seed)
-    config = student_config(trunk, embedding_size=8, image_size=32, text="64x1", context_length=8)
-    return build_student(config, name=trunk)
-
-
 def test_accumulate_chunks_the_teacher_as_well() -> None:
-    teacher = Teacher(tiny(1), torch.device("cpu"), autocast=None, caption_batch=2)
+    teacher = Teacher(tiny_clip(seed=1), torch.device("cpu"), autocast=None, caption_batch=2)
     images, texts = list[int](), list[int]()
     teacher.clip.model.get_submodule("visual").register_forward_pre_hook(lambda _, args: images.append(len(args[0])))
     teacher.clip.model.get_submodule("text").register_forward_pre_hook(lambda _, args: texts.append(len(args[0])))
     step = TrainingStep(
-        tiny(0), LiveTeacher([teacher]), Objective(Weights(task=1, fd=1)), Processes(), StepSettings(chunks=3)
+        tiny_clip(seed=0), LiveTeacher([teacher]), Objective(Weights(task=1, fd=1)), Processes(), StepSettings(chunks=3)
     )
     pixels = torch.randint(256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
     result = step(Batch(pixels, (pixels,), CAPTIONS), 0)
     assert images == texts == [2, 2, 2]
-    whole = Teacher(tiny(1), torch.device("cpu"), autocast=None)
+    whole = Teacher(tiny_clip(seed=1), torch.device("cpu"), autocast=None)
     assert result.embeddings.teacher_image is not None
     torch.testing.assert_close(result.embeddings.teacher_image, whole.embed_images(pixels), rtol=1e-5, atol=1e-5)
 
@@ -70,9 +63,7 @@ def test_captions_are_embedded_only_once_in_batches_of_one_size_for_each_length(
 
 
 def test_a_captions_embedding_does_not_depend_on_what_else_is_in_its_batch() -> None:
-    config = student_config("test_resnet", embedding_size=8, image_size=32, text="128x2")
-    torch.manual_seed(0)
-    clip = build_student(config, name="test_resnet")
+    clip = tiny_clip(text="128x2", context_length=77)
     captions = [" ".join(["a", "red", "cat", "on", "two", "boats"] * 9)[:length] for length in range(4, 140, 3)]
     whole = Teacher(clip, torch.device("cpu"), autocast=None).embed_captions(captions)
     teacher = Teacher(clip, torch.device("cpu"), autocast=None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
@@ -88,19 +87,6 @@ def test_a_resumed_run_continues_the_same_run_of_the_service_and_repeats_no_step
     assert wandb.logged == [{k: v for k, v in line.items() if v is not None} for line in read_metrics(run)]
 
 
-def test_a_run_begins_with_what_was_logged_before_it_was_reported(
-    config: RunConfig, tmp_path: Path, wandb: FakeWandb
-) -> None:
-    (tmp_path / METRICS_FILE).write_text('{"step":1,"loss":2.0}\n{"step":2,"loss":null}\n')
-    tracker = WandbRun(tmp_path, config, Watch())
-    tracker.write({"step": 3, "loss": math.nan, "rate": 0.5})
-    tracker.write({"step": 3, "rate": 0.5})
-    tracker.add({"step": 3, "evaluation/task": 0.5})
-    assert wandb.logged == [
-        {"step": 1, "loss": 2.0}, {"step": 2}, {"step": 3, "rate": 0.5}, {"step": 3, "evaluation/task": 0.5},
-    ]  # fmt: skip
-
-
 def test_a_library_that_fails_does_not_stop_the_run_and_gets_what_it_missed_when_that_is_resumed(
     config: RunConfig, tmp_path: Path, wandb: FakeWandb
 ) -> None:
@@ -131,16 +117,13 @@ def test_a_service_is_told_no_secret_of_an_address(config: RunConfig, tmp_path: 
     assert (settings["data"], settings["tasks"]) == (shown, (shown,))
 
 
-@pytest.mark.parametrize(("name", "extra"), [("tensorboard", "train"), ("wandb", "wandb")])
 def test_a_missing_library_is_reported_before_the_run_begins(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any, extra: str
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    config = msgspec.structs.replace(config, report_to=name)
-    with pytest.raises(MissingExtraError) as raised:
+    with pytest.raises(MissingExtraError):
         run_distillation(config, tmp_path / "run", resume=False)
-    assert f"[{extra}]" in raised.value.hint
-    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

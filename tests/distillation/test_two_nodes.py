@@ -61,7 +61,7 @@ def nodes(request: pytest.FixtureRequest, pairs_csv: Path, tmp_path: Path) -> tu
 def distil(run: str, *, steps: int = 12) -> list[str]:
     return [
         *("-m", "clip_rd_edge", "distill", "--data", "pairs.csv", "--teacher", "teacher", "--recipe", "recipe.yaml"),
-        *("--student", "test_vit", "--image-size", "160", "--text", "64x1", "--context-length", "12"),
+        *("--student", "test_vit", "--image-size", "48", "--text", "64x1", "--context-length", "12"),
         *("--batch-size", "4", "--steps", str(steps), "--precision", "fp32", "--checkpoint-every", "2"),
         *("--workers", "1", "--resume", "-o", run),
     ]

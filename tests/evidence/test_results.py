@@ -39,40 +39,6 @@ def test_more_seeds_on_the_same_images_do_not_narrow_the_interval(make: Make) ->
     assert one_seed.interval.low == pytest.approx(difference_interval(ours, theirs).low, abs=0.051)
 
 
-def test_tasks_of_the_same_images_are_resampled_together(make: Make) -> None:
-    evidence = make({("none", 0): 4, ("clip-rd", 0): 12, ("none", 1): 5, ("clip-rd", 1): 9})
-
-    def in_two_languages(runs: dict[int, RunResult]) -> dict[int, RunResult]:
-        tasks = {s: (replace(run.result.tasks[0], images="same"),) * 2 for s, run in runs.items()}
-        results = {s: replace(run.result, tasks=tasks[s]) for s, run in runs.items()}
-        return {s: replace(run, result=results[s]) for s, run in runs.items()}
-
-    ours, theirs = (in_two_languages(runs_of(evidence, "test_vit", method)) for method in ("clip-rd", "none"))
-    one, two = difference(ours, theirs, [0]), difference(ours, theirs, [0, 1])
-    assert one is not None
-    assert one == two  # what another language adds is no further image
-
-
-def test_tasks_count_alike_in_their_mean_and_are_resampled_apart(make: Make) -> None:
-    evidence = make({("none", 0): 4, ("clip-rd", 0): 12})
-
-    def twice(runs: dict[int, RunResult]) -> dict[int, RunResult]:
-        ((seed, run),) = runs.items()
-        task = run.result.tasks[0]
-        tasks = (task, replace(task, images="others"))
-        return {seed: replace(run, result=replace(run.result, tasks=tasks))}
-
-    ours, theirs = (twice(runs_of(evidence, "test_vit", method)) for method in ("clip-rd", "none"))
-    one, two = difference(ours, theirs, [0]), difference(ours, theirs, [0, 1])
-    assert one is not None
-    assert two is not None
-    assert two.spread == one.spread
-    assert one.interval is not None
-    assert two.interval is not None
-    width = (two.interval.high - two.interval.low) / (one.interval.high - one.interval.low)
-    assert width == pytest.approx(0.5**0.5, abs=0.06)
-
-
 @pytest.mark.parametrize("languages", [1, 2])
 def test_an_interval_is_that_of_a_normal_distribution_around_the_mean_of_the_tasks(make: Make, languages: int) -> None:
     """Of many images, of a task that may be asked in two languages beside one with other images."""

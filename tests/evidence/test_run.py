@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from msgspec.structs import replace
 from PIL import Image
-from support import Watch
+from support import Watch, save_tiny_teacher
 
 from clip_rd_edge.benchmarking.accuracy import zero_shot
 from clip_rd_edge.bundle.runs import INPUTS_FILE, STUDENT_FOLDER, WEIGHTS_FILE
@@ -27,8 +26,7 @@ from clip_rd_edge.evidence.report import read_evidence_file
 from clip_rd_edge.evidence.run import evaluate_model, run_config
 from clip_rd_edge.evidence.suite import Curve, EvidenceSuite
 from clip_rd_edge.models.encoder import TorchEncoder
-from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.students import build_student, student_config
+from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.files import write_text
 from clip_rd_edge.utils.outputs import exclusive_writer
 from clip_rd_edge.utils.paths import Typed
@@ -50,14 +48,7 @@ def squares_suite(suite: EvidenceSuite, pairs_csv: Path, tmp_path: Path) -> Evid
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> str:
-    return save_student(tmp_path / "teacher", seed=1)
-
-
-def save_student(folder: Path, *, seed: int) -> str:
-    torch.manual_seed(seed)
-    config = student_config("test_resnet", embedding_size=24, image_size=32, text="tiny", context_length=12)
-    save_clip(folder, build_student(config, name="teacher"), provenance={})
-    return str(folder)
+    return str(save_tiny_teacher(tmp_path / "teacher"))
 
 
 def test_a_second_writer_is_refused_and_a_task_that_is_trained_on_is_named(
@@ -100,7 +91,7 @@ def test_with_other_tasks_or_another_teacher_what_was_evaluated_is_evaluated_aga
     assert [len(result.tasks[1].hits) for result in (again.teacher, again.runs[0].result)] == [7, 7]
     assert again.runs[0].curves.keys() == {"loss/task"}  # the other is that of the images before
     shutil.rmtree(tmp_path / "other")
-    save_student(tmp_path / "other", seed=3)
+    save_tiny_teacher(tmp_path / "other", seed=3)
     with pytest.raises(UsageError, match="finished runs beside another teacher, other, or one with other weights"):
         runs.run_evidence(both, tmp_path / "out", SILENT, teacher=str(tmp_path / "other"))
     assert runs.collect(both, tmp_path / "out") == again
@@ -151,7 +142,7 @@ def test_a_run_is_measured_by_its_last_student_and_the_time_of_its_training(
     squares_suite: EvidenceSuite, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, scores = [0.0], list[dict[str, float]]()
-    trained = save_student(tmp_path / "trained", seed=2)
+    trained = str(save_tiny_teacher(tmp_path / "trained", seed=2))
     encoder = TorchEncoder(load_clip(trained))
 
     def train(

@@ -17,8 +17,7 @@ from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
 SCRIPT = Path(__file__).parents[2] / "export" / "litert" / "classify.py"
 
 
-@pytest.mark.parametrize("size", [(301, 200), (200, 331), (64, 64), (35, 33)])
-@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize(("size", "mode"), [((301, 200), "RGB"), ((200, 331), "RGBA"), ((35, 33), "RGB")])
 def test_its_pixels_are_those_of_the_runtime(
     size: tuple[int, int], mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ def parse_distill(arguments: list[str]) -> dict[str, Any]:
     return command.make_context("distill", arguments[1:]).params
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 75, 137])
+@pytest.mark.parametrize("code", [0, 1, 75])
 def test_the_slurm_job_requeues_itself_after_a_run_that_was_saved_alone(tmp_path: Path, code: int) -> None:
     program(tmp_path, "scontrol", 'if [ "$1" = show ]; then echo node-a; else echo "$@" > "$OUT/requeued"; fi')
     program(tmp_path, "srun", 'SLURM_LOCALID=1 "$@"')

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import share_in_threads
+from support import share_in_threads, tiny_clip
 from torch import Tensor, nn
 
-from clip_rd_edge.models.clip import ClipModel, float32_on_cpu
+from clip_rd_edge.models.clip import float32_on_cpu
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.students import build_student, student_config
 
 
 @contextmanager
@@ -29,17 +28,10 @@ def dtype_of_host(dtype: torch.dtype) -> Iterator[None]:
 
 
 HOSTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
-    "bfloat16": lambda: dtype_of_host(torch.bfloat16),
     "float64": lambda: dtype_of_host(torch.float64),
     "meta": lambda: torch.device("meta"),
 }
 host = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
-
-
-def tiny() -> ClipModel:
-    torch.manual_seed(0)
-    config = student_config("test_resnet", embedding_size=8, image_size=32, text="64x2", context_length=8)
-    return build_student(config, name="tiny")
 
 
 def same(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -51,7 +43,7 @@ def same(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_a_model_is_loaded_and_encodes_as_without(
     host: Callable[[], AbstractContextManager[object]], tmp_path: Path
 ) -> None:
-    clip = tiny()
+    clip = tiny_clip(text="64x2")
     save_clip(tmp_path / "tiny", clip, provenance={})
     images, texts = [Image.new("RGB", (40, 40), "red")], ["a cat", "a", "a dog that sits on a very long sofa"]
     expected = TorchEncoder(clip)

@@ -10,6 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from support import tiny_clip
 from text_towers import bert_clip, mt5_clip, roberta_clip
 
 import clip_rd_edge as edge
@@ -17,7 +18,6 @@ from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel, text_module
 from clip_rd_edge.models.edit import trim_text_tower
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.models.tokenizers import most_used_tokens, needed_tokens, with_tokens
 
 TEXTS = ["red cat", "red dog", "green cat", "a red tree"]
@@ -109,8 +109,7 @@ def test_evenly_spaced_layers_stay(bert: ClipModel, tmp_path: Path) -> None:
 
 
 def test_clips_own_vocabulary_can_be_trimmed(tmp_path: Path) -> None:
-    config = student_config("resnet10t", embedding_size=32, image_size=32, text="64x2", context_length=16)
-    clip = build_student(config, name="clip")
+    clip = tiny_clip(text="64x2", embedding_size=32, context_length=16)
     clip.model.eval()
     texts = ["red cat", "a photo of a green tortoise", "Überstraße!", "It's 1984 …", "猫と犬", "word " * 20, "", "!"]
     before = embed(clip, texts)

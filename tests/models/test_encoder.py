@@ -4,17 +4,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from support import share_in_threads
+from support import share_in_threads, tiny_clip
 
 from clip_rd_edge.models.encoder import TorchEncoder, torch_threads
-from clip_rd_edge.models.students import build_student, student_config
 
 
 def test_an_evaluation_leaves_every_module_in_its_own_mode() -> None:
     """A frozen text tower stays in evaluation mode while the rest trains; its dropout must not come back."""
-    torch.manual_seed(0)
-    config = student_config("test_resnet", embedding_size=16, image_size=32, text="64x1", context_length=8)
-    clip = build_student(config, name="tiny")
+    clip = tiny_clip()
     text = clip.model.get_submodule("text")
     text.get_submodule("transformer").register_forward_hook(lambda _, __, output: dropout(output))
     dropout = torch.nn.Dropout(0.5)

@@ -9,36 +9,15 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from support import share_in_threads
+from support import share_in_threads, tiny_clip
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.hub import NO_STRANGERS, StrangeFileError
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.students import build_student, student_config
-
-ARCHITECTURE = "ViT-B-16"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    """An open_clip folder of a full-size model with random weights, and one of its parameters for comparison."""
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(0)
-    model = open_clip.create_model(ARCHITECTURE)
-    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
-    config = {"model_cfg": open_clip.get_model_config(ARCHITECTURE), "preprocess_cfg": model.visual.preprocess_cfg}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    return folder, model.visual.proj.detach().clone()
-
-
-def tiny() -> ClipModel:
-    config = student_config("test_resnet", embedding_size=8, image_size=32, text="64x1", context_length=8)
-    return build_student(config, name="tiny")
 
 
 def test_a_model_trained_with_random_interpolation_is_evaluated_as_open_clip_does(tmp_path: Path) -> None:
-    save_clip(tmp_path, tiny(), provenance={})
+    save_clip(tmp_path, tiny_clip(), provenance={})
     path = tmp_path / "open_clip_config.json"
     config = json.loads(path.read_text())
     config["preprocess_cfg"]["interpolation"] = "random"
@@ -100,7 +79,7 @@ def test_python_code_in_a_model_is_neither_run_nor_asked_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     folder, marker = tmp_path / "teacher", tmp_path / "was run"
-    clip = tiny()
+    clip = tiny_clip()
     save_clip(folder, clip, provenance={})
     (folder / "evil.py").write_text(CODE.format(marker=str(marker)))
     path = folder / "open_clip_config.json"

@@ -14,13 +14,13 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import save_tiny_teacher, tiny_clip
 from text_towers import WORDS
 
 from benchmarks.devices.published import loopback_hub, write_tokenizer
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.load import known_config, load_clip, save_clip
 from clip_rd_edge.models.names import ModelName, architectures, is_trained, parse_name
-from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.utils.paths import typed
 
 
@@ -28,9 +28,8 @@ from clip_rd_edge.utils.paths import typed
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a run, a bundle, a JSON file, and folders that are named as a preset and with an @."""
     monkeypatch.chdir(tmp_path)
-    config = student_config("test_resnet", embedding_size=8, image_size=32, text="64x1", context_length=8)
     for name in ("run/student", "odd@name"):
-        save_clip(tmp_path / name, build_student(config, name="tiny"), provenance={})
+        save_clip(tmp_path / name, tiny_clip(), provenance={})
     for name in ("bundle", "resnet18"):
         (tmp_path / name).mkdir()
     (tmp_path / "bundle" / "manifest.json").write_text("{}")
@@ -67,17 +66,12 @@ def test_what_a_name_means(text: str, expected: tuple[str, ...], trained: bool, 
         assert parse_name(text, weights="best.pt").weights == "best.pt"
 
 
-def test_the_names_of_architectures_need_no_torch() -> None:
-    program = (
-        "import sys; from clip_rd_edge.models.names import architectures; "
-        "print(*architectures()); assert 'torch' not in sys.modules"
-    )
-    listed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
-    assert set(listed) == {*open_clip.list_models()} == {*architectures()}
+def test_the_names_of_architectures_are_open_clips() -> None:
+    assert {*architectures()} == {*open_clip.list_models()}
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "own.json", "bundle", "ViT-B-32", "ViT-B-32@nonsense", "ViT-B-61", "mobilenetv3_small_050"]
+    "name", ["resnet18", "own.json", "bundle", "ViT-B-32", "ViT-B-32@nonsense", "mobilenetv3_small_050"]
 )
 def test_what_has_no_weights_is_refused_where_they_are_needed(name: str, folder: Path) -> None:
     for load in (load_clip, known_config):
@@ -164,18 +158,19 @@ open_clip.factory._MODEL_CONFIGS["tiny"] = config
 seen = {"mean": (0.1,) * 3, "std": (0.9,) * 3, "interpolation": "bicubic", "resize_mode": "squash"}
 open_clip.pretrained._PRETRAINED["tiny"] = {"random": {"hf_hub": "timm/tiny-OpenCLIP/", **seen}}
 texts = ["red cat", "a dog", "tree"]
-for number, name in enumerate(["tiny@random", "hf-hub:timm/tiny-OpenCLIP"]):
-    model = edge.load(name)
-    rows = model.encode_texts(texts)
-    bundle = edge.export(name, folder / f"bundle-{number}")
-    assert abs(edge.load(bundle).encode_texts(texts) - rows).max() < 1e-4
-    run = edge.distill(
-        data=folder / "pairs.csv", student=name, teacher=str(folder / "teacher"), output=folder / f"run-{number}",
-        steps=1, batch_size=6, precision="fp32", workers=0, learning_rate=1e-9,
-    )
-    tuned = edge.load(run)
-    assert abs(tuned.encode_texts(texts) - rows).max() < 1e-3
-    assert tuned.describe().preprocessing == model.describe().preprocessing
+model, hub = edge.load("tiny@random"), edge.load("hf-hub:timm/tiny-OpenCLIP")
+rows = model.encode_texts(texts)
+assert abs(hub.encode_texts(texts) - rows).max() < 1e-6
+assert hub.describe().preprocessing == model.describe().preprocessing
+bundle = edge.export("hf-hub:timm/tiny-OpenCLIP", folder / "bundle")
+assert abs(edge.load(bundle).encode_texts(texts) - rows).max() < 1e-4
+run = edge.distill(
+    data=folder / "pairs.csv", student="tiny@random", teacher=str(folder / "teacher"), output=folder / "run",
+    steps=1, batch_size=6, precision="fp32", workers=0, learning_rate=1e-9,
+)
+tuned = edge.load(run)
+assert abs(tuned.encode_texts(texts) - rows).max() < 1e-3
+assert tuned.describe().preprocessing == model.describe().preprocessing
 """
 
 
@@ -184,13 +179,11 @@ def test_a_published_model_is_fine_tuned_exported_and_loaded_from_the_hub(
 ) -> None:
     """Its tokenizer, preprocessing and context come along, and differ from the teacher's."""
     address, files = hub
-    config = student_config("test_resnet", embedding_size=8, image_size=32, text="64x1", context_length=12)
-    save_clip(pairs_csv.parent / "teacher", build_student(config, name="teacher"), provenance={})
+    save_tiny_teacher(pairs_csv.parent / "teacher")
     environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
     arguments = [json.dumps(tiny_architecture()[1]), str(pairs_csv.parent)]
     subprocess.run([sys.executable, "-c", PROGRAM, *arguments], env=environment, check=True)
-    for number in range(2):
-        student = pairs_csv.parent / f"run-{number}" / "student"
-        assert (student / "tokenizer.json").is_file()
-        tuned, start = (load_file(path / "open_clip_model.safetensors") for path in (student, files))
-        assert tuned.keys() == start.keys()
+    student = pairs_csv.parent / "run" / "student"
+    assert (student / "tokenizer.json").is_file()
+    tuned, start = (load_file(path / "open_clip_model.safetensors") for path in (student, files))
+    assert tuned.keys() == start.keys()

@@ -6,6 +6,7 @@ from typing import Any
 
 import open_clip
 import pytest
+from support import tiny_clip
 from text_towers import bert_clip
 
 from clip_rd_edge.errors import ConfigError
@@ -28,8 +29,7 @@ def _edit(path: Path, *keys: str, **values: Any) -> None:
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
     """A model's folder."""
-    config = student_config("test_resnet", embedding_size=8, image_size=32, text="64x1", context_length=8)
-    save_clip(tmp_path / "theirs", build_student(config, name="tiny"), provenance={})
+    save_clip(tmp_path / "theirs", tiny_clip(), provenance={})
     return tmp_path / "theirs"
 
 

@@ -20,21 +20,17 @@ from clip_rd_edge.models.encoder import CaptionTower
 TEXTS = ["", "red", "a cat!!", "!", "two dogs in the snow and one cat in a tree", "tea " * 40, "long " * 200, "red"]
 
 
-def custom(**text_cfg: Any) -> nn.Module:
+def custom(kind: Any = open_clip.CustomTextCLIP, **text_cfg: Any) -> nn.Module:
     torch.manual_seed(0)
     text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2, **text_cfg}
     vision = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
-    model: nn.Module = open_clip.CustomTextCLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
+    model: nn.Module = kind(embed_dim=16, vision_cfg=vision, text_cfg=text)
     return model.eval()
 
 
 def plain() -> nn.Module:
     """open_clip's `CLIP`, which has the text tower's parts at the top."""
-    torch.manual_seed(0)
-    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
-    vision = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
-    model: nn.Module = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
-    return model.eval()
+    return custom(open_clip.CLIP)
 
 
 def positions(tower: CaptionTower, ids: Tensor) -> list[tuple[int, ...]]:
@@ -113,15 +109,8 @@ def test_padding_of_hugging_face_is_left_out(pooler: str, cut: bool, tmp_path: P
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=1100,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=40,
-    )
-    BertModel(config).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=1100, max_position_embeddings=40, **sizes)).save_pretrained(tmp_path)
     text = {"hf_model_name": str(tmp_path), "hf_pooler_type": pooler, "hf_proj_type": "linear", "context_length": 40}
     model = custom(**text)
     lengths = [3, 40, 9, 8, 20, 3]
