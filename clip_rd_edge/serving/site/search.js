@@ -20,7 +20,7 @@ async function search(shown, path, options) {
   } catch (error) {
     if (number !== last) return;
     byId("hits").replaceChildren();
-    byId("lead").textContent = "No result.";
+    byId("lead").textContent = "";
     byId("error").textContent = error.message;
   }
 }
