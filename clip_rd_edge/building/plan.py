@@ -44,7 +44,7 @@ VIEWS = 5  # of each image, which the teacher sees once: less than half of its w
 TEXT_LAYERS, VOCABULARY = 2, 7500  # of the teacher's text tower that the student's starts from
 FROZEN_TEXT_LAYERS = 2  # groups of that tower: its embeddings, and the first of two layers
 # Of each kind of data that build takes, see benchmarks/measurements/build.md.
-_LEVEL = "level with the best of eight settings by hand on class folders, captions, and images alone"
+_LEVEL = "level with the best of nine settings by hand on class folders, captions, and images alone"
 LIVE_ABOVE = 100_000  # images: of more, the teacher sees each crop as it comes
 # As many steps as this number of epochs has, but at least MIN_STEPS, unless these are more epochs than few images need.
 EPOCHS, MIN_STEPS, MAX_EPOCHS = 40, 400, 100

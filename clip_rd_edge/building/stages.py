@@ -91,7 +91,7 @@ _EVALUATIONS, _MAX_UNSAVED = 10, 100  # in a run, and steps between checkpoints
 # The training ends after this many evaluations without a better one, where there are enough images to tell.
 _PATIENCE, _TELLING = 4, 100
 _PROMPT = "a photo of a {}."
-_RECIPE, _RATE = "clip-rd-bank", 1e-3
+_RECIPE, _RATE = "clip-kd-bank", 1e-3
 _SURE, _SHOWN_DOUBTS = 0.9, 3  # probability of another class, of labels that are shown as doubtful
 _DIGEST, _KEPT = "student_sha256", ".measured"
 

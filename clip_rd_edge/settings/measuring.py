@@ -99,8 +99,8 @@ class Quickstart(_Walked, frozen=True, kw_only=True):
         "The student: resnet10t, mobilevit_xxs, … or any timm name.", metavar="NAME", complete="student",
     )] = "resnet10t"  # fmt: skip
     recipe: Annotated[str, _training(
-        "Training recipe: clip-rd-bank, clip-rd, clip-kd, tinyclip, …", metavar="NAME|FILE", complete="recipe",
-    )] = "clip-rd-bank"  # fmt: skip
+        "Training recipe: clip-kd-bank, clip-rd, clip-kd, tinyclip, …", metavar="NAME|FILE", complete="recipe",
+    )] = "clip-kd-bank"  # fmt: skip
     seed: Annotated[int, _training("Random seed of the student.", metavar="N")] = 0
     with_baseline: Annotated[bool, _training("Also train the same student without a teacher, for comparison.")] = False
     student_steps: Annotated[int, _training(

@@ -153,7 +153,7 @@ def test_an_output_among_the_classes_is_refused(world: Path) -> None:
 def test_a_plan_names_nothing_to_open(world: Path, built: Path, tmp_path: Path) -> None:
     shutil.copytree(built, tmp_path / "out")
     plan = tmp_path / "out" / PLAN
-    plan.write_text(plan.read_text().replace("recipe: clip-rd-bank", "recipe: /tmp/mine.yaml"))
+    plan.write_text(plan.read_text().replace("recipe: clip-kd-bank", "recipe: /tmp/mine.yaml"))
     with pytest.raises(ConfigError):
         build(world, tmp_path / "out")
 

@@ -20,6 +20,7 @@ def test_every_recipe_has_the_terms_of_its_method() -> None:
     methods = {
         "clip": {"task": 1},
         "clip-kd": kd,
+        "clip-kd-bank": {**kd, "bank": 4},
         "clip-rd": rd,
         "clip-rd-bank": {**rd, "bank": 4},
         "clip-rd-paper": rd,
