@@ -35,7 +35,7 @@ BUDGETS: Mapping[str, tuple[int, int]] = {
     "own modules imported by classify": (34, 34),
     "own modules imported by export": (61, 70),
     "own modules imported by distill": (80, 80),
-    "lines of the tests": (32_900, 26_000),
+    "lines of the tests": (30_000, 26_000),
 }
 _COMMANDS = {
     "--help": "--help",
