@@ -324,7 +324,7 @@ def table_of(rows: list[Row]) -> str:
          "text tower, ms: FP32, INT8", "size", "search, min", "peak, GB", "as a student", "as a teacher"],
     ]  # fmt: skip
     for row in (row for row in rows if row.steps):
-        fp32, student, teacher, int8 = (row.steps.get(step) for step in STEPS)
+        fp32, int8, student, teacher = (row.steps.get(step) for step in STEPS)
         towers = int8.towers if int8 else {}
         size = sum(tower.bytes for tower in towers.values()) / max(1, sum(t.fp32_bytes for t in towers.values()))
         lines.append(
