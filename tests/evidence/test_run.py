@@ -96,9 +96,12 @@ def test_with_other_tasks_or_another_teacher_what_was_evaluated_is_evaluated_aga
         runs.run_evidence(both, tmp_path / "out", SILENT, teacher=str(tmp_path / "other"))
     assert runs.collect(both, tmp_path / "out") == again
     stale = tmp_path / "out" / next(iter(both.runs())).subfolder / "result.json"
-    stale.write_bytes(stale.read_bytes().replace(b'"pairs"', b'"others"'))  # evaluated with another suite
-    with pytest.raises(UsageError, match="no finished run"):
-        runs.collect(both, tmp_path / "out")
+    content = stale.read_text()
+    for now, then in (('"pairs"', '"others"'), ('"content": "', '"content": "0')):  # of another suite, of other images
+        assert now in content
+        stale.write_text(content.replace(now, then))
+        with pytest.raises(UsageError, match="no finished run"):
+            runs.collect(both, tmp_path / "out")
 
 
 def test_the_other_runs_are_trained_before_those_that_diverge_end_the_suite(
