@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -34,6 +36,7 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.pipeline import quickstart_suite
 from clip_rd_edge.settings.measuring import Quickstart
+from clip_rd_edge.utils.files import sha256_of
 
 STEPS = ("--teacher-steps", "2", "--student-steps", "3")
 
@@ -129,7 +132,7 @@ def test_what_the_user_has_put_beside_a_report_stays_and_a_half_written_report_i
     assert measured == [quickstart_suite(Quickstart(tmp_path))]
 
 
-def interrupt(*_: object) -> None:
+def interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -173,6 +176,20 @@ def test_no_training_depends_on_a_measurement_of_time(
         "student": (student, student),
         "student-alone": (student, student),
     }
+
+
+@pytest.mark.parametrize("is_of_this_student", [True, False])
+def test_only_a_bundle_of_this_student_is_kept(
+    is_of_this_student: bool, tmp_path: Path, make_student: Callable[..., ClipModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_clip(tmp_path / "student" / STUDENT_FOLDER, make_student(), provenance={})
+    digest = sha256_of(tmp_path / "student" / STUDENT_FOLDER / WEIGHTS_FILE) if is_of_this_student else "of another"
+    manifest = SimpleNamespace(provenance={pipeline._STUDENT_DIGEST: digest})
+    monkeypatch.setattr(pipeline, "is_bundle", lambda _: True)
+    monkeypatch.setattr(pipeline, "read_manifest", lambda _: manifest)
+    monkeypatch.setattr(pipeline, "export_bundle", interrupt)
+    with nullcontext() if is_of_this_student else pytest.raises(KeyboardInterrupt):
+        pipeline._export(Quickstart(tmp_path), precision="fp32")
 
 
 @pytest.mark.slow
