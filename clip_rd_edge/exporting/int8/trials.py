@@ -205,10 +205,13 @@ def _in_openvino(job: Job, found: Mapping[str, QuantizedTower], backend: Backend
             continue
         shipped = backend.open(outcome.model or model, threads=plan.threads)
         times = {way: p10(ms) for way, ms in latencies({"": shipped, **others}, inputs, max_seconds=4.0).items()}
+        faster = [way for way in others if times[way] < _FASTER * times[""]]
+        if not faster:
+            continue
         reference = embed(backend.open(model, threads=plan.threads), inputs)
-        for way in sorted(others, key=times.__getitem__):
+        for way in sorted(faster, key=times.__getitem__):
             ratio, cosine = times[way] / times[""], agreement(reference, embed(others[way], inputs)).centred_cosine
-            if ratio < _FASTER and cosine >= plan.budget.min_agreement(name):
+            if cosine >= plan.budget.min_agreement(name):
                 size, command = (" and a file of float32's size", bf16) if way == "BF16" else ("", "--format openvino")
                 yield (
                     f"{name} tower: in {way}, OpenVINO takes {ratio:.2f} of the time of what is shipped, with a "
