@@ -1,7 +1,7 @@
 """Terms of other methods, for `suites/others.yaml` alone: `clip-rd-edge evidence run others --terms FILE`.
 
-None of them is shipped, because none was ahead. `dark` counts the steps of a run, so a run that was interrupted has to
-be deleted and begun again.
+They are written for a trial that has not been run yet; only what is ahead in it would be shipped. `dark` counts the
+steps of a run, so a run that was interrupted has to be deleted and begun again.
 """
 
 from __future__ import annotations
