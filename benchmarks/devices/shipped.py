@@ -96,7 +96,7 @@ def measure(student: str, work: Path) -> dict[str, Any]:
 
 def table_of(results: list[dict[str, Any]]) -> str:
     names = [name for name in results[0]["variants"] if name != SHIPPED]
-    lines = [["student", "shipped", *names, "fastest that agrees", "what `export` adds"]]
+    lines = [["student", "shipped", *names, "fastest that agrees"]]
     for row in results:
         variants, limit = row["variants"], Budget().min_agreement("image")
         fit = {name: v["of_shipped"] for name, v in variants.items() if v["centred_cosine"] >= limit}
@@ -104,17 +104,12 @@ def table_of(results: list[dict[str, Any]]) -> str:
         cells = [f"{v['of_shipped']:.2f}, {v['centred_cosine']:.4f}" for name, v in variants.items() if name != SHIPPED]
         own = variants[SHIPPED]
         verdict = "what is shipped" if fit[best] > FASTER else f"{best}, {fit[best]:.2f}"
-        said = "; ".join(remark.replace("|", "/") for remark in row["remarks"]) or "–"
         lines.append(
-            [
-                row["student"],
-                f"{row['precision']}, {own['ms']:.2f} ms, {own['centred_cosine']:.4f}",
-                *cells,
-                verdict,
-                said,
-            ]
+            [row["student"], f"{row['precision']}, {own['ms']:.2f} ms, {own['centred_cosine']:.4f}", *cells, verdict]
         )
-    return markdown_table(lines, left=(0, 1, len(lines[0]) - 2, len(lines[0]) - 1))
+    said = [f"- `{row['student']}`: {'; '.join(row['remarks']) or 'nothing'}" for row in results]
+    table = markdown_table(lines, left=(0, 1, len(lines[0]) - 1))
+    return "\n".join([table, "", "What the export adds, of faster or more accurate files:", "", *said])
 
 
 def main() -> None:
