@@ -90,15 +90,28 @@ def random_model(name: str, folder: Path) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from clip_rd_edge.bundle.preprocess import preprocess
-    from clip_rd_edge.data.emoji import training_pairs
-    from clip_rd_edge.models.load import preprocessing_of
-
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     config = open_clip.get_model_config(name)
     tokenizer_files(config["text_cfg"], folder)
     model = open_clip.create_model(name, pretrained_hf=False)
+    settle(model)
+    state = {key: value.contiguous().clone() for key, value in model.state_dict().items()}
+    save_file(state, str(folder / "open_clip_model.safetensors"), metadata={"format": "pt"})
+    file = next(iter(sources(name).values()), "").rpartition("/")[2]
+    if file.endswith(".bin"):  # ORG/REPO/FILE; else ORG/REPO/
+        torch.save(state, folder / file)
+    return sum(value.numel() for value in model.parameters())
+
+
+def settle(model: Any) -> None:
+    """Give the image tower's norms the statistics of IMAGES emoji, as random weights have no others."""
+    import torch
+
+    from clip_rd_edge.bundle.preprocess import preprocess
+    from clip_rd_edge.data.emoji import training_pairs
+    from clip_rd_edge.models.load import preprocessing_of
+
     norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
     if norms:
         pairs, preprocessing = training_pairs(), preprocessing_of(model)
@@ -108,12 +121,6 @@ def random_model(name: str, folder: Path) -> int:
         with torch.no_grad():
             for start in range(0, IMAGES, 8):
                 model.train().encode_image(torch.stack([torch.from_numpy(each) for each in pixels[start : start + 8]]))
-    state = {key: value.contiguous().clone() for key, value in model.state_dict().items()}
-    save_file(state, str(folder / "open_clip_model.safetensors"), metadata={"format": "pt"})
-    file = next(iter(sources(name).values()), "").rpartition("/")[2]
-    if file.endswith(".bin"):  # ORG/REPO/FILE; else ORG/REPO/
-        torch.save(state, folder / file)
-    return sum(value.numel() for value in model.parameters())
 
 
 def tokenizer_files(text_cfg: dict[str, Any], folder: Path) -> None:

@@ -7,9 +7,9 @@ photographs   class folders of forty labels of Tux Paint's stamps, five composit
 captions      a table of 600 emoji with captions
 images        the photographs without their folders, and the list of labels
 
-For each world and seed, the stages of a build are run up to its student; then each configuration of hand-set.yaml,
-beside this file, trains the same student from the same teacher, on as many images. All are evaluated on the part that
-the build keeps for its report. WORK keeps what is done, and all of it is published: a second call adds seeds.
+For each world and seed, the stages of a build are run up to its student; then each configuration of `--ways`, which is
+hand-set.yaml beside this file, trains a student from the same teacher, on as many images. All are evaluated on the part
+that the build keeps for its report. WORK keeps what is done, and all of it is published: a second call adds seeds.
 """
 
 from __future__ import annotations
@@ -47,14 +47,16 @@ def main() -> None:
     parser.add_argument("worlds", nargs="+", choices=WORLDS)
     parser.add_argument("--steps", type=int, default=200, help="of the build's training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--ways", type=Path, default=HAND_SET, help="options of distill that differ, by name")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # a seed and a way, in a process of its own
     add_output_options(parser, "worlds")
     arguments = parser.parse_args()
     if arguments.one:
         seed, way = arguments.one
-        trained(arguments.work, arguments.worlds[0], int(seed), way, arguments.steps)
+        changed = {} if way == BUILD else yaml.safe_load(arguments.ways.read_text(encoding="utf-8"))[way]
+        trained(arguments.work, arguments.worlds[0], int(seed), way, changed, arguments.steps)
         return
-    ways = [BUILD, *yaml.safe_load(HAND_SET.read_text(encoding="utf-8"))]
+    ways = [BUILD, *yaml.safe_load(arguments.ways.read_text(encoding="utf-8"))]
     results = list[dict[str, Any]]()
     for world in arguments.worlds:
         if not (arguments.work / world).exists():
@@ -64,14 +66,15 @@ def main() -> None:
                 path = arguments.work / "results" / f"{world}-{seed}-{way.replace(' ', '-')}.json"
                 if not path.is_file():
                     command = [sys.executable, "-m", "benchmarks.training.worlds", arguments.work, world]
-                    command += ["--steps", arguments.steps, "--one", seed, way]
+                    command += ["--steps", arguments.steps, "--ways", arguments.ways, "--one", seed, way]
                     subprocess.run(list(map(str, command)), check=True)
         paths = sorted((arguments.work / "results").glob(f"{world}-*.json"))  # of earlier calls, too
-        results += sorted((json.loads(path.read_text(encoding="utf-8")) for path in paths), key=lambda r: r["seed"])
-    publish({**here_and_now(), "steps": arguments.steps, "results": results}, table_of(results), arguments)
+        found = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+        results += sorted((result for result in found if result["way"] in ways), key=lambda r: r["seed"])
+    publish({**here_and_now(), "steps": arguments.steps, "results": results}, table_of(results, ways), arguments)
 
 
-def trained(work: Path, world: str, seed: int, way: str, steps: int) -> None:
+def trained(work: Path, world: str, seed: int, way: str, changed: dict[str, Any], steps: int) -> None:
     """Train a world's student in one way, and write what it reaches."""
     data = work / world
     output, place = work / f"{world}-{seed}", data / "images" if world == "images" else data
@@ -86,8 +89,8 @@ def trained(work: Path, world: str, seed: int, way: str, steps: int) -> None:
         getattr(building, stage)()
     plan, student = building.plan, building.student()
     if way != BUILD:
-        changed: dict[str, Any] = yaml.safe_load(HAND_SET.read_text(encoding="utf-8"))[way]
         options = {
+            "student": plan.student, "pretrained_image": plan.start, "image_size": plan.image_size,
             "recipe": plan.recipe, "learning_rate": plan.learning_rate, "batch_size": plan.batch_size,
             "views": plan.views, "freeze_text_layers": plan.frozen_text_layers, **building._run_settings(), **changed,
         }  # fmt: skip
@@ -98,10 +101,8 @@ def trained(work: Path, world: str, seed: int, way: str, steps: int) -> None:
             del options["views"], options["store"]
         student = output / "by-hand" / way.replace(" ", "-")
         shutil.rmtree(student, ignore_errors=True)
-        edge.distill(
-            output=student, student=plan.student, pretrained_image=plan.start or None, image_size=plan.image_size,
-            precision=plan.precision, seed=seed, workers=0, **options,
-        )  # fmt: skip
+        given = {name: value for name, value in options.items() if value not in (None, "")}
+        edge.distill(output=student, precision=plan.precision, seed=seed, workers=0, **given)
     (score,) = edge.evaluate(student, task_of(output, building.found, "test"))
     (teacher,) = edge.evaluate(building.teacher, task_of(output, building.found, "test"))
     record = {
@@ -164,10 +165,9 @@ WORLDS: dict[str, Callable[[Path], None]] = {
 }  # fmt: skip
 
 
-def table_of(results: list[dict[str, Any]]) -> str:
+def table_of(results: list[dict[str, Any]], ways: list[str]) -> str:
     """Return top-1 in per cent by way and world, a mean with its standard deviation over seeds, and processor time."""
     worlds = list(dict.fromkeys(result["world"] for result in results))
-    ways = [BUILD, *yaml.safe_load(HAND_SET.read_text(encoding="utf-8"))]
     of = lambda world, way, key: [r[key] for r in results if (r["world"], r["way"]) == (world, way)]  # noqa: E731
     lines = [["way", *(f"{world}, %: top-1, seconds" for world in worlds)]]
     lines.append(["teacher, untrained", *(f"{100 * np.mean(of(world, BUILD, 'teacher')):.1f}" for world in worlds)])
