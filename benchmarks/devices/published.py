@@ -213,9 +213,10 @@ def run_step(step: str, model: str, parameters: int, scratch: Path) -> Step:
 
     started, processor = time.perf_counter(), time.process_time()
     found: dict[str, Any] = {}
+    recipe = "siglip-kd" if step == "student" and "SigLIP" in model else "clip-kd"
     output, steps = scratch / step, 2 if parameters > LARGE else 20
     training = {
-        "data": "emoji", "output": output, "recipe": "clip-kd", "steps": steps, "batch_size": 2, "workers": 0,
+        "data": "emoji", "output": output, "recipe": recipe, "steps": steps, "batch_size": 2, "workers": 0,
         "precision": "fp32",
     }  # fmt: skip
     try:

@@ -257,7 +257,7 @@ def require_trained_bias(student: ClipModel, objective: Weights) -> None:
     if getattr(student.model, "logit_bias", None) is not None and "sigmoid" not in objective:
         raise UsageError(
             f"The student {student.name} has a logit bias, as SigLIP's models do, and no term of the recipe trains it.",
-            hint="give the term sigmoid a weight in {recipe}, or train another student; the model can be the teacher",
+            hint="{recipe} siglip-kd, or another in which the term sigmoid has a weight",
         )
 
 

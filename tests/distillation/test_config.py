@@ -24,6 +24,7 @@ def test_every_recipe_has_the_terms_of_its_method() -> None:
         "clip-rd": rd,
         "clip-rd-bank": {**rd, "bank": 4},
         "clip-rd-paper": rd,
+        "siglip-kd": {"sigmoid": 1, "fd": 2000, "icl": 1, "hrd": 1},
     }
     methods["tinyclip"] = {"task": 1, "affinity": 1}
     assert {name: dict(load_recipe(name).objective) for name in recipe_names()} == methods
