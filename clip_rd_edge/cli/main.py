@@ -20,6 +20,7 @@ from clip_rd_edge.cli.options import CommandGroup
 from clip_rd_edge.cli.output import echo
 from clip_rd_edge.errors import (
     ClipRdEdgeError,
+    InputError,
     LostProcessError,
     MissingExtraError,
     Spell,
@@ -181,7 +182,11 @@ def _expected(error: BaseException, arguments: list[str]) -> ClipRdEdgeError | N
         return missing
     from clip_rd_edge.utils.files import disk_full_error, machine_failure
 
-    return disk_full_error(error) or machine_failure(error)
+    if found := disk_full_error(error) or machine_failure(error):
+        return found
+    if isinstance(error, OSError) and error.filename is not None:
+        return InputError(f"Cannot read or write {error.filename}: {error.strerror}.", hint="check the path")
+    return None
 
 
 class _Terminated(BaseException):

@@ -119,11 +119,8 @@ def open_shard(path: ShardFile) -> Shard:
 def _scan(path: ShardFile) -> Shard:
     groups = SampleGroups()
     scan = TarScan(partial(open_file, path))
-    try:
-        for files in scan:
-            groups.add(files)
-    except OSError as error:
-        raise InputError(f"Cannot read the shard {path}: {error.strerror or error}.") from error
+    for files in scan:
+        groups.add(files)
     if scan.damage and not len(groups):
         raise InputError(
             f"{path} is not an uncompressed tar: {scan.damage}.",
