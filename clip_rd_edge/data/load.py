@@ -19,7 +19,6 @@ from clip_rd_edge.data.samples import NO_PROBLEMS, Counts, Problems, Sample, Sam
 from clip_rd_edge.data.tables import is_parquet, load_table, parquet_rows
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.paths import URL, Typed, is_file, is_folder
-from clip_rd_edge.utils.structs import is_list_of_texts
 from clip_rd_edge.utils.text import SILENT, Reporter, shown_source
 
 # Compressed ones are refused as such, and not as tables.
@@ -284,19 +283,10 @@ def load_texts(source: Typed, column: str, read_texts: Callable[[Typed, str], Se
     """Load texts from a label file by `read_texts`, or from a column of a Parquet file; raises InputError."""
     require_local(source)
     path = Path(source)
-    return _read_column(path, column) if is_file(path) and is_parquet(path) else read_texts(source, column)
-
-
-def _read_column(path: Path, column: str) -> list[str]:
+    if not (is_file(path) and is_parquet(path)):
+        return read_texts(source, column)
     rows = parquet_rows(path, {column: "csv_caption_key"})
-    texts = [text.strip() for _, text, _, _ in rows if text.strip()]
-    if not texts or any(map(is_list_of_texts, texts)):
-        raise InputError(
-            f"{path} has {'lists' if texts else 'no text'} in its column {column!r}; expected one text per row.",
-            hint="name another column with {csv_caption_key}",
-            option="csv_caption_key",
-        )
-    return texts
+    return [text.strip() for _, text, _, _ in rows if text.strip()]
 
 
 def load_images(source: Typed, *, column: str, reporter: Reporter = SILENT) -> Samples:

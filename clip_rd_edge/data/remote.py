@@ -263,10 +263,8 @@ def _with_retries(
     while True:
         try:
             return call()
-        except MissingExtraError:
-            raise
         except Exception as error:  # each file system raises its own types
-            if disk_full_error(error):  # this machine's
+            if isinstance(error, MissingExtraError) or disk_full_error(error):  # this machine's
                 raise
             end_s = min(end_s, time.monotonic() + (_RETRY_LIMIT_S if limit_s is None else limit_s))
             delay, left_s = next(waits, None), end_s - time.monotonic()

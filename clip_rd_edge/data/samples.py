@@ -198,16 +198,13 @@ def fingerprint(samples: Samples) -> str:
 
 def require_batch(samples: Samples, batch_size: int, *, processes: int = 1) -> None:
     """Check that a batch has negatives, that there are enough samples to fill it, and that processes can share it."""
-    if not 2 <= batch_size <= len(samples):
+    if not 2 <= batch_size <= len(samples) or batch_size % processes:
+        shared = f", and a multiple of the {processes} processes" if processes > 1 else ""
         raise UsageError(
             f"The batch size is {batch_size:,}; expected at least 2, and at most the {len(samples):,} "
-            f"{'samples' if samples.counts.is_mixed else 'pairs'} of {samples.name}.",
-            hint=f"{{batch_size}} {len(samples)} or less",
+            f"{'samples' if samples.counts.is_mixed else 'pairs'} of {samples.name}{shared}.",
+            hint=f"{{batch_size}} {len(samples) // processes * processes} or less",
             option="batch_size",
-        )
-    if batch_size % processes:
-        raise UsageError(
-            f"The batch size is {batch_size}, which {processes} processes cannot share evenly.", option="batch_size"
         )
 
 

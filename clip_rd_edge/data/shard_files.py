@@ -24,8 +24,8 @@ from pathlib import Path
 
 from clip_rd_edge.data.remote import RemoteShard, ShardFile, Version, fetch, shard_identity, version, versions
 from clip_rd_edge.data.tar import member_name, read_at
-from clip_rd_edge.errors import ConfigError, InputError, UnreachableError, UsageError
-from clip_rd_edge.utils.files import disk_full_error, machine_failure, now_in
+from clip_rd_edge.errors import ConfigError, InputError, UnreachableError
+from clip_rd_edge.utils.files import machine_failure, now_in
 from clip_rd_edge.utils.outputs import exclusive_writer
 from clip_rd_edge.utils.paths import cache_home
 
@@ -60,13 +60,9 @@ def local_path(shard: RemoteShard) -> Path:
                     _fill(path, shard)
     except FileNotFoundError:  # another process has made room
         raise
-    except (OSError, UsageError) as error:
-        if isinstance(error, UsageError) and not disk_full_error(error):
-            raise
-        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    except OSError as error:
         raise UnreachableError(
-            f"The shard {shard} could not be kept in the cache {path.parent}: "
-            f"{getattr(cause, 'strerror', None) or cause}.",
+            f"The shard {shard} could not be kept in the cache {path.parent}: {error.strerror or error}.",
             hint=f"free some space there, name another folder with CLIP_RD_EDGE_CACHE, or lower {LIMIT_VARIABLE}",
         ) from error
     return path

@@ -243,13 +243,8 @@ def shard_task(data_set: DataSet) -> Task:
     shards = [open_shard(path) for path in _shard_paths(data_set)]
     stated = metadata_lines(data_set.metadata_path(TYPE))
     guess = "classification" if any(shard.has("class").any() for shard in shards) else "retrieval"
-    kind = stated[0].lower() if stated else guess
-    if kind == "retrieval":
+    if (stated[0].lower() if stated else guess) == "retrieval":
         return retrieval_from_shards(data_set.name, shards)
-    if kind != "classification":
-        raise InputError(
-            f"{data_set.root} has the type {kind!r}; only classification and retrieval data sets can be evaluated."
-        )
     return _zero_shot_from_shards(data_set, shards)
 
 

@@ -225,16 +225,16 @@ def json_captions(
     value = content[key]
     # img2dataset and exports of tables write null for an empty caption.
     captions = [caption for caption in (value if isinstance(value, list) else [value]) if caption is not None]
-    if not all(isinstance(caption, str) and is_unicode(caption) for caption in captions):
-        raise InputError(f"{member}: {key!r} is neither a text nor a list of texts.")
     return require_captions(captions, str(member))
 
 
-def require_captions(captions: Sequence[str], location: str) -> tuple[str, ...]:
-    """Return the captions that are not empty, stripped; raise InputError if there are none, or one is a list."""
-    non_empty = tuple(stripped for caption in captions if (stripped := caption.strip()))
-    if not non_empty or any(map(is_list_of_texts, non_empty)):
-        what = "the text of a list; expected the list itself, in a .json" if non_empty else "empty"
+def require_captions(captions: Sequence[Any], location: str) -> tuple[str, ...]:
+    """Return the captions that are not empty, stripped; raise InputError if there are none, or one is no text."""
+    texts = [caption.strip() for caption in captions if isinstance(caption, str) and is_unicode(caption)]
+    non_empty = tuple(filter(None, texts))
+    if len(texts) < len(captions) or not non_empty or any(map(is_list_of_texts, non_empty)):
+        is_empty = len(texts) == len(captions) and not non_empty
+        what = "empty" if is_empty else "neither a text nor, in a .json, a list of texts"
         raise InputError(f"{location}: the caption is {what}.")
     return non_empty
 
