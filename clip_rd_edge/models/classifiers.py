@@ -101,13 +101,10 @@ def load_classifier(spec: str, *, pretrained: str | None = None) -> ImageClassif
     model = timm.create_model(spec, num_classes=classes)
     if classes and f"{head}.bias" not in weights:
         weights[f"{head}.bias"] = torch.zeros(classes)
+    counters = {name: value for name, value in model.state_dict().items() if _is_counter(name)}
     try:
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        wrong = [] if classes else [f"{head}.weight"]
-        wrong += [name for name in (*missing, *unexpected) if not _is_counter(name)]
-        if wrong:
-            raise RuntimeError(f"{wrong[0]} is missing or not expected.")
-    except RuntimeError as error:  # also where shapes differ
+        model.load_state_dict({**counters, **weights})
+    except RuntimeError as error:
         raise ConfigError(f"The weights {pretrained} do not match {architecture}: {mismatch(error)}") from error
     return _checked(architecture, model, source=pretrained)
 
@@ -150,16 +147,14 @@ State = TypeVar("State")
 
 def read_file_of_weights(path: str | Path, read: Callable[[], State], *, hint: str = "") -> State:
     """Return what `read` returns of a file; what a library raises becomes a sentence."""
-    if not is_file(path):
-        raise InputError(f"The weights file {path} does not exist.", hint=hint or "pass a .safetensors or .pth file")
     try:
         return read()
     except Exception as error:  # a damaged file may raise any type
         # torch advises to load such files without its protection.
         reason = "it holds more than tensors, or none" if "weights_only" in str(error) else first_line(error)
         raise InputError(
-            f"The weights {path} could not be read: {reason}.",
-            hint="pass a .safetensors file, or one that torch.save(model.state_dict(), FILE) wrote",
+            f"The weights {path} could not be read: {reason if is_file(path) else 'there is no such file'}.",
+            hint=hint or "pass a .safetensors file, or one that torch.save(model.state_dict(), FILE) wrote",
         ) from error
 
 

@@ -119,12 +119,10 @@ def write_trimmed(
 
 def require_trim(layers: int | None, vocabulary: int | None, texts: Sequence[str]) -> None:
     """Refuse what `trim_text_tower` refuses whatever the model is."""
-    if layers is None and vocabulary is None:
-        raise UsageError("Nothing is to be trimmed.", hint="{text_layers}, {vocabulary}, or both")
-    if vocabulary is not None and not texts:
+    if (layers is None and vocabulary is None) or (vocabulary is not None and not texts):
         raise UsageError(
-            "The vocabulary is to be trimmed, but there are no texts to show which tokens are needed.",
-            hint="{texts} FILE, with texts such as the model will be given, one per line",
+            "There is nothing to trim by: neither layers to keep, nor tokens and texts to choose them by.",
+            hint="{text_layers} N, or {vocabulary} N with {texts} FILE: such as the model will be given, one per line",
         )
 
 

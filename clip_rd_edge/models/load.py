@@ -82,8 +82,6 @@ def load_clip(spec: Typed, *, pretrained: Typed | None = None, separate_text: bo
                 **overrides,
             )
             tokenizer = open_clip.get_tokenizer(name)
-        except ConfigError:
-            raise
         except Exception as error:  # open_clip, the hub client and torch raise many types
             raise _loading_error(named, model_cfg, error) from error
     if separate_text and hasattr(model, "text"):
@@ -110,8 +108,9 @@ def known_config(spec: Typed, *, pretrained: Typed | None = None) -> dict[str, A
 
 
 def _known_config(named: ModelName) -> dict[str, Any]:
-    if named.kind == "folder":
-        return _model_cfg_in(Path(named.name))
+    folder = Path(named.name)
+    if named.kind == "folder" and is_file(folder / CONFIG_FILE):
+        return _model_cfg_in(folder)
     return {} if named.kind == "hub" else _architecture(named)
 
 
@@ -123,9 +122,6 @@ class _OpenClipConfig(TypedDict):
 
 def _model_cfg_in(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
-    if not is_file(path):
-        reason = f"has no {CONFIG_FILE}" if is_folder(folder) else "does not exist"
-        raise InputError(f"The model folder {folder} {reason}.", hint="name a folder that open_clip can load")
     model_cfg = read_json(path, _OpenClipConfig)["model_cfg"]
     require_bounded(model_cfg, path)
     refuse_other_places(model_cfg, str(path), folder=folder)
@@ -259,6 +255,8 @@ def _display_name(named: ModelName) -> str:
 
 def _loading_error(named: ModelName, model_cfg: dict[str, Any], error: Exception) -> InputError | ConfigError:
     """Convert an error raised by open_clip, transformers, the hub client or torch."""
+    if isinstance(error, ConfigError):
+        return error
     text_cfg = model_cfg.get("text_cfg", {})
     others = [text_cfg.get(key) for key in ("hf_model_name", "hf_tokenizer_name")] if named.kind != "folder" else []
     with_others = [str(name) for name in dict.fromkeys(others) if name] + ([named.weights] if named.weights else [])

@@ -49,7 +49,7 @@ _TEXTS_PER_BATCH = 64
 
 
 def read_class_names(names: str | os.PathLike[str]) -> tuple[tuple[str, ...], ...]:
-    """Return the names of each class, in the order of the classifier's outputs.
+    """Return the names of each class, in the order of the classifier's outputs; lines without any are left out.
 
     Args:
         names: a text file with one class per line, where `;` separates synonyms and descriptions; or `imagenet` for the
@@ -57,18 +57,9 @@ def read_class_names(names: str | os.PathLike[str]) -> tuple[tuple[str, ...], ..
     """
     if str(names) == IMAGENET:
         return _imagenet()
-    try:
-        lines = text_lines(read_text_limited(Path(names)).rstrip())
-    except InputError as error:
-        raise InputError(
-            f"{error}{near_matches(str(names), [IMAGENET])}",
-            hint=f"pass a text file with one class per line, or: {IMAGENET}",
-        ) from error
-    classes = [tuple(name.strip() for name in line.split(";") if name.strip()) for line in lines]
-    for number, synonyms in enumerate(classes, start=1):
-        if not synonyms:
-            raise InputError(f"{names}:{number} is empty; expected the name of class {number - 1}.")
-    return tuple(classes)
+    lines = text_lines(read_text_limited(Path(names)))
+    classes = (tuple(name.strip() for name in line.split(";") if name.strip()) for line in lines)
+    return tuple(filter(None, classes))
 
 
 def class_nouns() -> list[str]:
@@ -108,10 +99,8 @@ def solve_projection(weight: Tensor, names: Tensor, *, ridge: float = RIDGE) -> 
     # What all classes share does not distinguish them: a softmax ignores it in W, and in T it would dominate.
     weight, names = weight.double() - weight.double().mean(dim=0), names.double() - names.double().mean(dim=0)
     gram = names.T @ names
-    mean_eigenvalue = gram.trace() / len(gram)
-    if mean_eigenvalue < 1e-12:
-        raise ConfigError("All class names mean the same to the sentence encoder; expected at least two that differ.")
-    projection: Tensor = torch.linalg.solve(gram + ridge * mean_eigenvalue * torch.eye(len(gram)), names.T @ weight)
+    penalty = ridge * (gram.trace() / len(gram))
+    projection: Tensor = torch.linalg.solve(gram + penalty * torch.eye(len(gram)), names.T @ weight)
     return projection.float()
 
 
@@ -399,11 +388,8 @@ def _pooler(folder: Path, source: str) -> str:
 @contextmanager
 def _extracted(archive: Path) -> Iterator[Path]:
     with TemporaryDirectory() as folder:
-        try:
-            with zipfile.ZipFile(archive) as file:
-                file.extractall(folder)
-        except zipfile.BadZipFile as error:
-            raise InputError(f"The sentence encoder {archive} is not a zip archive.") from error
+        with _loaded_by_transformers(str(archive)), zipfile.ZipFile(archive) as file:
+            file.extractall(folder)
         yield Path(folder)
 
 

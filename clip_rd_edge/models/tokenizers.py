@@ -182,10 +182,7 @@ def _cleaning_name(tokenizer: Any) -> Literal["lower", "whitespace", "canonicali
     from open_clip.tokenizer import get_clean_fn
 
     names: tuple[Literal["lower", "whitespace", "canonicalize"], ...] = ("lower", "whitespace", "canonicalize")
-    for name in names:
-        if tokenizer.clean_fn is get_clean_fn(name):
-            return name
-    raise ClipRdEdgeError(f"The tokenizer cleans texts with {tokenizer.clean_fn}, which a bundle cannot express.")
+    return next(name for name in names if tokenizer.clean_fn is get_clean_fn(name))
 
 
 Content = dict[str, Any]
@@ -197,17 +194,16 @@ _BYTE = "<0x{:02X}>"  # a piece of a character that no other piece has
 def pieces_of(content: Content, name: str) -> list[str]:
     """Return the tokens by id: those of the model, then what was added to it."""
     kind, vocabulary = content["model"]["type"], content["model"].get("vocab", {})
-    if kind not in _MARKS:
+    if kind == "Unigram":
+        numbered = list(enumerate(piece for piece, _ in vocabulary))
+    else:
+        numbered = sorted((number, piece) for piece, number in vocabulary.items())
+    pieces = [piece for _, piece in numbered]
+    if kind not in _MARKS or [number for number, _ in numbered] != list(range(len(pieces))):
         raise ConfigError(
-            f"The tokenizer of {name} is of the kind {kind}; expected one of {', '.join(_MARKS)}.",
+            f"The tokenizer of {name} is of the kind {kind}; expected {', '.join(_MARKS)}, with a token for each id.",
             hint="omit {vocabulary}",
         )
-    if kind == "Unigram":
-        pieces = [piece for piece, _ in vocabulary]
-    else:
-        pieces = sorted(vocabulary, key=vocabulary.__getitem__)
-        if any(vocabulary[piece] != number for number, piece in enumerate(pieces)):
-            raise ConfigError(f"The tokenizer of {name} has ids without a token.", hint="omit {vocabulary}")
     return [*pieces, *(token["content"] for token in content["added_tokens"] if token["id"] >= len(pieces))]
 
 
