@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_rd_edge.api.models import first_answer, import_modules, load, open_encoder
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import UsageError
 from clip_rd_edge.settings.measuring import Benchmark, Evaluate, EvidenceRun, Quickstart
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.utils.paths import AnyPath, Typed, as_text, several
@@ -215,7 +215,7 @@ def load_tasks(
     """Load tasks by name; arguments as for `evaluate`.
 
     Raises:
-        InputError: a task does not exist or is invalid, or `tasks` are of another type.
+        InputError: a task does not exist or is invalid.
     """
     import msgspec
 
@@ -223,10 +223,6 @@ def load_tasks(
     from clip_rd_edge.data.tasks import RetrievalTask, ZeroShotTask, load_task, with_distinct_names
 
     single = isinstance(tasks, str | os.PathLike | ZeroShotTask | RetrievalTask)
-    if isinstance(tasks, bytes) or not (single or isinstance(tasks, Iterable)):
-        raise InputError(
-            f"Tasks of type {type(tasks).__name__} were given; expected a name, a task, or a list of them."
-        )
     given: Iterable[Any] = [tasks] if single else tasks  # type: ignore[assignment]
     names: list[str | Task] = [as_text(name) for name in given]
     unique = [name for i, name in enumerate(names) if name not in names[:i]]

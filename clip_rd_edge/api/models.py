@@ -153,8 +153,6 @@ def open_encoder(
     spec = typed(place_of(spec))
     named = parse_name(spec, weights=pretrained)
     if named.kind == "bundle":
-        if runtime == "torch":
-            raise UsageError(f"{spec} is a bundle, which torch cannot run.", hint="pass the model it was exported from")
         from clip_rd_edge.runtime.load import load as load_bundle
 
         return load_bundle(Path(named.name), threads=threads, runtime=runtime, device=device, force=force)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_rd_edge.api.exporting import place_of
-from clip_rd_edge.errors import InputError, MissingExtraError, UsageError
+from clip_rd_edge.errors import InputError, UsageError, needs_extra
 from clip_rd_edge.settings.deploying import Demo, Index, Search, Serve, Teach, WatchIndex
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.utils.paths import near_files
@@ -42,10 +42,6 @@ def teach(request: Teach) -> Lesson:
         hint = "name a folder with a subfolder of images for each label, or a label with {forget}"
         raise UsageError("There is nothing to teach or to forget.", hint=hint, option="folder")
     folder = Path(given) if isinstance(given, str | os.PathLike) else None
-    if folder is None and not isinstance(given, Mapping | None):
-        raise UsageError(
-            f"folder is of type {type(given).__name__}; expected a path or images by label.", option="folder"
-        )
     require_output(output, "export", overwrite=request.force, sources=[bundle, *([folder] if folder else [])])
     encoder = load_bundle(bundle, threads=request.threads, device=request.device, force=request.force)
     request.reporter.update("embedding the images")
@@ -158,11 +154,9 @@ def serve(request: Serve) -> None:
     from clip_rd_edge import __version__
     from clip_rd_edge.runtime.index import remembered_folder
 
-    try:
+    with needs_extra("starlette", extra="serve", purpose="Serving a bundle"):
         from clip_rd_edge.serving.server import run_server
         from clip_rd_edge.serving.service import Limits, Service, make_app
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "starlette", extra="serve", purpose="Serving a bundle") from error
     token = sendable_token(request.token) if request.token else ""
     folder = images = None
     if request.index is not None:

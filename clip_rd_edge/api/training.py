@@ -116,8 +116,8 @@ def embed(request: Embed) -> Path:
     work, and so do the workers of a Ray cluster, whose machines need the same data and teacher, but not the output.
 
     Raises:
-        UsageError: `output` holds something else, or a store that does not match; the cluster cannot be reached; or the
-            teacher's embeddings are stored already.
+        UsageError: `output` holds something else, or a store that does not match; the cluster cannot be reached; or
+            there is no teacher.
         InputError, ConfigError: the data, teacher or recipe is missing or invalid, or the value of an option.
     """
     from clip_rd_edge.distillation.config import resolve
@@ -125,11 +125,6 @@ def embed(request: Embed) -> Path:
 
     with _told_to_all_processes():
         config = resolve(**{**_without(request, "output", "ray"), "student": request.student or "resnet18"})
-        if config.stored_teachers is not None:
-            raise UsageError(
-                f"The teacher is {config.teacher}, whose embeddings are stored already; expected a model.",
-                hint="name a model with {teacher}",
-            )
     embed_teacher(config, Path(request.output), cluster=request.ray, reporter=request.reporter)
     return Path(request.output)
 

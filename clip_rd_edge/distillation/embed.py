@@ -106,7 +106,7 @@ def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None
             require_images(pairs)
         with processes.together():
             if not (teachers := load_teachers(config)):
-                raise UsageError(f"The recipe {config.recipe_name} has no teacher.", option="recipe")
+                raise UsageError(f"The recipe {config.recipe_name} has no teacher to embed with.", option="recipe")
             folders = store.store_folders(folder, teachers)
         for number, (clip, own) in enumerate(zip(teachers, folders, strict=True)):
             with processes.together():
