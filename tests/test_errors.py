@@ -13,27 +13,9 @@ from support import commands
 import clip_rd_edge
 from clip_rd_edge import errors
 from clip_rd_edge.cli.main import spelling
-from clip_rd_edge.errors import UsageError, in_one_line
+from clip_rd_edge.errors import UsageError
 
 PACKAGE = Path(clip_rd_edge.__file__).parent
-CALL = (
-    "/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:114 std::conditional_t<THRW, void, "
-    "onnxruntime::common::Status> onnxruntime::CudaCall(ERRTYPE, const char*, const char*, SUCCTYPE) [with ERRTYPE "
-    "= cudaError; bool THRW = true; std::conditional_t<THRW, void, common::Status> = void] "
-)
-LOAD = "[ONNXRuntimeError] : 1 : FAIL : Load model from /models/image.onnx failed:"
-
-
-@pytest.mark.parametrize(
-    ("message", "reason"),
-    [
-        (f"{LOAD}Protobuf parsing failed.\n", "Protobuf parsing failed"),
-        (f"{2 * CALL}CUDA failure 35: an old driver (535) ; GPU=0", "CUDA failure 35: an old driver (535) ; GPU=0"),
-        (LOAD, "RuntimeError"),
-    ],
-)
-def test_the_reason_of_another_library_is_told_without_the_place_in_its_code(message: str, reason: str) -> None:
-    assert in_one_line(RuntimeError(message)) == reason
 
 
 # Reasons that another sentence takes up.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import errno
 import inspect
 import os
 import re
@@ -11,14 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 import numpy as np
 import pytest
 from PIL import Image
 from starlette import testclient
-from support import Watch
 
 import clip_rd_edge as edge
 from clip_rd_edge.cli.main import COMMANDS, cli
@@ -130,13 +128,7 @@ def test_single_inputs_give_single_results_and_lists_give_lists(colour_bundle: P
     assert model.classify(paths[0], labels="red")[0] == ("red", 1.0)  # one label, not three letters
 
 
-def full_disk(*_: object) -> NoReturn:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_bundle_can_be_evaluated_and_benchmarked(
-    colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_is_evaluated_by_its_path_or_opened(colour_bundle: Path, colour_images: Path, tmp_path: Path) -> None:
     task = tmp_path / "task"
     for colour in ("red", "green"):
         (task / colour).mkdir(parents=True)
@@ -144,29 +136,8 @@ def test_a_bundle_can_be_evaluated_and_benchmarked(
     (score,) = edge.evaluate(colour_bundle, str(task))
     assert score.top1 == 1.0  # type: ignore[union-attr]
     assert edge.evaluate(edge.load(colour_bundle), [str(task)] * 2) == [score]
-    for late in ({"pretrained": "laion2b"}, {"threads": 1}):
-        with pytest.raises(edge.UsageError, match="already loaded"):
-            edge.evaluate(edge.load(colour_bundle), str(task), **late)  # type: ignore[arg-type]
-
-    suite = tmp_path / "suite.yaml"
-    suite.write_text(
-        f"name: colours\ntasks: [{task}]\nrounds: 2\nrows:\n- {{label: FP32, role: exported, model: {colour_bundle}}}\n"
-    )
-    monkeypatch.setattr("clip_rd_edge.api.measuring.first_answer", lambda *_: [sys.executable, "-c", "print('{}')"])
-    results = edge.benchmark(suite, tmp_path / "report", budget_ms=1e6)
-    assert [row.label for row in results.rows] == ["FP32"]
-    assert results.suite.budget_ms == 1e6
-    assert (tmp_path / "report" / "report.html").is_file()
-    assert edge.compare(tmp_path / "report", tmp_path / "report").regressions == 0
-    with monkeypatch.context() as patch:
-        patch.setattr("clip_rd_edge.benchmarking.report.write_report", full_disk)
-        with pytest.raises(OSError, match="No space left"):
-            edge.benchmark(suite, tmp_path / "again")
-    reporter = Watch()
-    edge.benchmark(suite, tmp_path / "again", reporter=reporter)
-    assert any(said.startswith("resuming from the results") for said in reporter.noted)
-    table = edge.evidence_report([tmp_path / "report" / "results.json", tmp_path / "again"])
-    assert "| FP32 | 100.0 ± 0.0" in table
+    with pytest.raises(edge.UsageError, match="already loaded"):
+        edge.evaluate(edge.load(colour_bundle), str(task), threads=1)
 
 
 def test_a_student_can_be_distilled_exported_and_loaded(pairs_csv: Path, tmp_path: Path) -> None:

@@ -114,11 +114,3 @@ def test_labels_that_this_processor_embeds_wrongly_are_not_published(
     code, _, error = command_line("export", colour_bundle, "--labels", "red", "blue", *options)
     assert (code, "gives wrong answers here" in error) == (2, True)
     assert not (tmp_path / "site").exists()
-
-
-def test_a_page_does_not_replace_its_own_bundle(
-    colour_bundle: Path, node_modules: Path, command_line: CommandLine
-) -> None:
-    options = ("--target", "browser", "--node-modules", node_modules, "-o", colour_bundle, "--force")
-    assert command_line("export", colour_bundle, *options)[0] == 2
-    assert (colour_bundle / "manifest.json").is_file()

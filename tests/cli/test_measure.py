@@ -182,17 +182,19 @@ def test_a_folder_in_use_is_refused_unless_forced(
     assert [path.name for path in (report / "parts").iterdir()] == ["engine.step"]
 
 
+@pytest.mark.parametrize("stage", ["run.measure_latencies", "report.write_report"])
 def test_the_same_command_resumes_an_interrupted_run(
-    command_line: CommandLine, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command_line: CommandLine, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     output = tmp_path / "report"
     with monkeypatch.context() as patch:
-        patch.setattr("clip_rd_edge.benchmarking.run.measure_latencies", interrupt)
+        patch.setattr(f"clip_rd_edge.benchmarking.{stage}", interrupt)
         assert command_line("benchmark", suite, "-o", output)[0] == 130
     assert [path.name for path in output.iterdir()] == ["parts"]
+    monkeypatch.setattr("clip_rd_edge.benchmarking.report.draw", lambda *_, **__: b"a plot, in no time")
     monkeypatch.setattr(BlackAndWhite, "encode_texts", lambda self, texts: pytest.fail("measured again"))
     assert command_line("benchmark", suite, "-o", output)[0] == 0
     assert (output / "results.json").is_file()

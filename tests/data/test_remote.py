@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import multiprocessing
 import os
@@ -207,18 +206,3 @@ def test_a_command_whose_failure_a_pipe_hides_leaves_no_shard_behind(
     assert "run the command by itself" in caught.value.hint
     Path("get").write_text("cat 000.tar")
     assert contents(load_pairs("pipe:sh get 000.tar | cat")) == expected
-
-
-def test_a_full_disk_is_not_taken_for_a_server_that_fails(
-    server: UnreliableServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def get_file(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    shard = remote.RemoteShard(f"{server.url}/000.tar")
-    remote._known_versions[shard.url] = remote.Version(-1, "")  # of a server that does not say how long a file is
-    file_system, _ = remote._file_system(shard.url)
-    monkeypatch.setattr(file_system, "get_file", get_file)
-    monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("tried again"))
-    with pytest.raises(OSError, match="No space left"):
-        remote.fetch(shard, tmp_path / "000.part")

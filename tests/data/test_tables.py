@@ -30,14 +30,15 @@ def read_column(path: str, column: str) -> Any:
 CAPTIONS = ("a cat", 'a 5" nail', '"quoted", he said', "two\nlines", "three\n\nlines\n", "ünïcödé 猫", " a, b ", "\r\n")
 
 
-@pytest.fixture(autouse=True, params=["in memory", "kept"])
+@pytest.fixture(autouse=True)
 def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read tables as small ones are, and as those of millions of rows."""
-    if request.param == "kept":
+    """Read tables as small ones are, or as those of millions of rows."""
+    if getattr(request, "param", "") == "kept":
         monkeypatch.setattr(tables, "KEPT_ROWS", -1)
 
 
 kept = pytest.mark.parametrize("_size", ["kept"], indirect=True)
+both = pytest.mark.parametrize("_size", ["in memory", "kept"], indirect=True)
 
 
 def captions(samples: Samples) -> list[str]:
@@ -49,6 +50,7 @@ def write_rows(path: Path, rows: list[tuple[str, str]], **options: Any) -> None:
         csv.writer(file, **options).writerows([("filepath", "title"), *rows])
 
 
+@both
 def test_a_csv_in_open_clips_conventions(pairs_csv: Path) -> None:
     pairs = load_pairs(str(pairs_csv))
     assert len(pairs) == 24
@@ -64,31 +66,12 @@ def test_other_column_names_and_tabs(pairs_csv: Path) -> None:
     assert len(load_pairs(str(tsv), image_key="[image]", caption_key="caption")) == 24
 
 
+@both
 @pytest.mark.parametrize("line_end", ["\r\n", "\n"])
 def test_captions_hold_whatever_csv_can(pairs_csv: Path, line_end: str) -> None:
-    write_rows(pairs_csv, [(f"pictures/{i % 24}.png", CAPTIONS[i % 7]) for i in range(300)], lineterminator=line_end)
-    assert captions(load_pairs(str(pairs_csv))) == [CAPTIONS[i % 7].strip() for i in range(300)]
-    assert list(load_pairs(str(pairs_csv)).groups) == [300]
-
-
-def test_epochs_shuffle_groups_of_rows(pairs_csv: Path) -> None:
-    write_rows(pairs_csv, [(f"pictures/{i % 24}.png", f"caption {i}") for i in range(10_000)])
-    assert list(load_pairs(str(pairs_csv)).groups) == [4096, 4096, 1808]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "path,title\na,b\n",
-        'filepath,title\npictures/0.png,"[""a"", ""b""]"\n',
-        "",
-    ],
-    ids=["column", "list", "empty"],
-)
-def test_tables_without_pairs_are_refused(pairs_csv: Path, content: str) -> None:
-    pairs_csv.write_text(content)
-    with pytest.raises(InputError):
-        load_pairs(str(pairs_csv))
+    write_rows(pairs_csv, [(f"pictures/{i % 24}.png", CAPTIONS[i % 7]) for i in range(5000)], lineterminator=line_end)
+    assert captions(load_pairs(str(pairs_csv))) == [CAPTIONS[i % 7].strip() for i in range(5000)]
+    assert list(load_pairs(str(pairs_csv)).groups) == [4096, 904]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +79,6 @@ def test_tables_without_pairs_are_refused(pairs_csv: Path, content: str) -> None
     [
         ("pictures/none.png,a cat", "no image file 'pictures/none.png' in "),
         ("https://me:secret@example.com/0.png?sig=abc,a cat", "'https://example.com/0.png' is an address"),
-        (",a cat", "it names no image"),
         ("pictures/0.png", "the caption in column 'title' is empty"),
         ("pictures/0.png,a dog, asleep", "it has more fields than the header"),
         ("pictures/0\0.png,a cat", "no image file"),
@@ -117,17 +99,17 @@ def test_empty_rows_of_a_spreadsheet_are_no_pairs(pairs_csv: Path) -> None:
     assert (len(pairs), pairs.problems.count) == (24, 0)
 
 
-@pytest.mark.parametrize("row", [1, 17])
+@both
 @pytest.mark.parametrize("place", ["caption's start", "both captions' starts", "image's start", "after a closed quote"])
-def test_a_stray_quote_never_swallows_rows_without_a_word(pairs_csv: Path, row: int, place: str) -> None:
-    lines = pairs_csv.read_text().splitlines()
+def test_a_stray_quote_never_swallows_rows_without_a_word(pairs_csv: Path, place: str) -> None:
+    lines, row = pairs_csv.read_text().splitlines(), 17
     if place == "image's start":
         lines[row] = f'"{lines[row]}'
     elif place == "after a closed quote":
         lines[row] = lines[row].replace(",", ',"a 5" nail, ')
     else:
         lines[row] = lines[row].replace(",", ',"')
-    if place == "both captions' starts" and row + 3 < len(lines):
+    if place == "both captions' starts":
         lines[row + 3] += '"'  # closes the quote three rows later, as the end of a valid field
     pairs_csv.write_text("\n".join(lines) + "\n")
     for read in (load_pairs, partial(load_images, column="filepath")):
@@ -226,6 +208,7 @@ def write_parquet(path: Path, columns: dict[str, Any], **options: Any) -> Path:
     return path
 
 
+@both
 @pytest.mark.parametrize("kind", ["string", "dictionary", "string_view"])
 def test_parquet_gives_the_pairs_of_a_csv(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     names = [*(f"pictures/{i % 24}.png" for i in range(100)), "pictures/none.png", None, "pictures/0.png"]
@@ -249,19 +232,13 @@ def test_parquet_gives_the_pairs_of_a_csv(pairs_csv: Path, monkeypatch: pytest.M
     assert read_column(str(path), "filepath")[-1] == "pictures/0.png"
 
 
-@pytest.mark.parametrize(
-    ("columns", "option"),
-    [
-        ({"filepath": ["a"], "titel": ["b"]}, "csv_caption_key"),
-        ({"filepath": [{"bytes": b"\xff", "path": "1.png"}], "title": ["a"]}, "csv_img_key"),
-    ],
-    ids=["column", "Hugging Face"],
-)
-def test_parquet_with_other_columns_is_refused(tmp_path: Path, columns: dict[str, Any], option: str) -> None:
+def test_parquet_with_images_in_a_column_is_refused(tmp_path: Path) -> None:
+    """As data sets of Hugging Face have them."""
+    columns = {"filepath": [{"bytes": b"\xff", "path": "1.png"}], "title": ["a"]}
     path = write_parquet(tmp_path / "pairs.parquet", columns)
     with pytest.raises(InputError) as caught:
         load_pairs(str(path))
-    assert caught.value.option == option
+    assert caught.value.option == "csv_img_key"
 
 
 def test_parquet_is_known_by_its_first_bytes_and_its_damage_is_named(pairs_csv: Path) -> None:
@@ -279,9 +256,8 @@ def test_parquet_text_that_is_not_utf_8_is_named_by_its_row(pairs_csv: Path) -> 
     pyarrow = pytest.importorskip("pyarrow")
     titles = pyarrow.array([b"a", b"b", b"caf\xe9"]).view(pyarrow.string())
     path = write_parquet(pairs_csv.with_suffix(".parquet"), {"filepath": ["pictures/0.png"] * 3, "title": titles})
-    for read in (load_pairs, partial(read_column, column="title")):
-        with pytest.raises(InputError, match=r"pairs\.parquet, row 3: "):
-            read(str(path))
+    with pytest.raises(InputError, match=r"pairs\.parquet, row 3: "):
+        load_pairs(str(path))
 
 
 def test_a_table_is_a_retrieval_task(pairs_csv: Path) -> None:

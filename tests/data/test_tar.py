@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import io
-import itertools
 import os
-import random
 import tarfile
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -161,71 +158,33 @@ def test_every_cut_is_noticed(tmp_path: Path, tar_format: int) -> None:
         assert len(found) == len(files) or scan.damage, length
 
 
-# Samples
+# Consecutive files, and after each sample its name and the numbers of its files by column: an image, text, JSON, class.
+SAMPLES = [
+    (["a.webp", "a.png", "a.jpg", "a.txt", "a.seg.png"], ("a", {0: 2, 1: 3})),  # the image that open_clip takes
+    (["a.TXT", "a.cls"], ("a", {1: 5, 3: 6})),  # a suffix again: another sample
+    (["__meta__.json", "x/__meta__/0.txt", "x/._a.png", "readme", "y/", ".txt", "0."], None),
+    (["x/0.jpeg", "x/0.json", "x/0.jpg2"], ("x/0", {0: 14, 2: 15})),
+    (["x.y/0.png", "x.y/0.Txt"], ("x.y/0", {0: 17, 1: 18})),
+    (["a__b.png"], ("a__b", {0: 19})),
+    (["__b.txt"], ("__b", {1: 20})),
+    (["été.foo"], ("été", {})),
+]
 
-Location = tuple[int, int]
-USUAL = ("jpg", "JPG", "jpeg", "png", "webp", "txt", "Txt", "json", "cls")
-UNUSUAL = ("", "foo", "jpgx", "jpg2", "seg.png", "jsonl", "t", "jpeg\0x")
-STEMS = ("0", "00", "000", "1", "a_b", "a__b", "__meta__", "x/0", "./0", "x.y/0", "", "x/", "x/__meta__/0", "été")
 
-
-def files_of(names: Sequence[str], first: int = 0) -> list[TarFile]:
-    """Files whose offset and size tell where they are in the list."""
-    return [(name.encode(), number * 10, number * 10 + 1) for number, name in enumerate(names, first)]
-
-
-def grouped(names: Sequence[str], ends: Sequence[int]) -> tuple[list[bytes], list[dict[int, Location]], bool]:
-    """Group files in batches with these ends: names, locations by column, and whether the last file is in a sample."""
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 100])
+def test_files_are_grouped_by_webdatasets_rules_in_batches_of_any_size(batch: int) -> None:
+    files = [
+        (name.encode(), 10 * n, 10 * n + 1) for n, name in enumerate(name for names, _ in SAMPLES for name in names)
+    ]
     groups = SampleGroups()
-    for start, end in itertools.pairwise([0, *ends]):
-        groups.add(files_of(names[start:end], start))
-    locations = [
+    for start in range(0, len(files), batch):
+        groups.add(files[start : start + batch])
+    expected = [sample for _, sample in SAMPLES if sample]
+    assert groups.names(len(groups)).tolist() == [name.encode() for name, _ in expected]
+    assert [
         {column: (offset, size) for column, (offset, size) in enumerate(sample) if offset >= 0}
         for sample in groups.locations().tolist()
-    ]
-    return groups.names(len(groups)).tolist(), locations, groups.last_is_in_sample
-
-
-def expected(names: Sequence[str]) -> tuple[list[bytes], list[dict[int, Location]], bool]:
-    """The rules once more, written for reading."""
-    columns = {"jpg": 0, "png": 0, "jpeg": 0, "webp": 0, "txt": 1, "json": 2, "cls": 3}
-    samples: list[tuple[str, set[str], dict[str, Location]]] = []
-    is_in_sample = False
-    for number, name in enumerate(names):
-        folder, slash, file = name.rpartition("/")
-        stem, _, suffix = file.partition(".")
-        parts = [*folder.split("/"), stem] if suffix else name.split("/")
-        is_meta = any(part.startswith("__") and part.endswith("__") and len(part) >= 4 for part in parts)
-        is_in_sample = bool(stem and suffix) and not is_meta
-        if not is_in_sample:
-            continue
-        sample, suffix = folder + slash + stem, suffix.lower()
-        if not samples or samples[-1][0] != sample or suffix in samples[-1][1]:
-            samples.append((sample, set(), {}))
-        samples[-1][1].add(suffix)
-        samples[-1][2][suffix] = (10 * number, 10 * number + 1)
-    # Of several images, the first in the order of `columns` counts.
-    locations = [
-        {column: sample[suffix] for suffix, column in reversed(columns.items()) if suffix in sample}
-        for _, _, sample in samples
-    ]
-    return [name.encode() for name, _, _ in samples], locations, is_in_sample
-
-
-@pytest.mark.parametrize("share", [0.02, 0.5], ids=["few unusual", "many unusual"])
-def test_random_names_are_grouped_by_the_rules_in_batches_of_any_size(share: float) -> None:
-    generator = random.Random(0)
-    for _ in range(300):
-        names: list[str] = []
-        while len(names) < 60:
-            usual = generator.random() >= share
-            stem = generator.choice(STEMS[:5] if usual else STEMS)
-            suffixes = generator.sample(USUAL if usual else USUAL + UNUSUAL, generator.randint(1, 4))
-            names += [f"{stem}.{suffix}" if suffix else stem for suffix in suffixes if stem or suffix]
-        ends = [*sorted(generator.sample(range(len(names)), generator.randint(0, 6))), len(names)]
-        assert grouped(names, ends) == expected(names), (names, ends)
-
-
-def test_of_several_images_in_a_sample_the_one_that_open_clip_takes_counts() -> None:
-    names = ("a.webp", "a.png", "a.jpg", "a.txt", "b.jpeg", "b.txt", "b.png", "c.webp", "c.jpeg")
-    assert [sample[0] for sample in grouped(names, [len(names)])[1]] == [(20, 21), (60, 61), (80, 81)]
+    ] == [{column: (10 * n, 10 * n + 1) for column, n in numbers.items()} for _, numbers in expected]
+    assert groups.last_is_in_sample
+    groups.add([(b"readme", 0, 1)])
+    assert not groups.last_is_in_sample

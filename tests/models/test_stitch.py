@@ -21,7 +21,7 @@ from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.classifiers import load_classifier, load_in_order
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.stitch import class_embeddings, load_sentence_encoder, solve_projection
+from clip_rd_edge.models.stitch import load_sentence_encoder, solve_projection
 from clip_rd_edge.models.students import student_config
 from clip_rd_edge.models.text_weights import build_with_text_tower_of
 
@@ -105,23 +105,6 @@ def test_the_projection_is_the_ridge_regression_from_names_to_weights() -> None:
     expected = np.linalg.lstsq(np.vstack([t, penalty]), np.vstack([w, np.zeros((4, 5))]), rcond=None)[0]
     actual = solve_projection(torch.from_numpy(weight), torch.from_numpy(names), ridge=0.3)
     np.testing.assert_allclose(actual, expected, atol=1e-6)
-
-
-def test_all_names_of_a_class_count() -> None:
-    class Text:
-        embedding_size = 3
-
-        def tokenizer(self, names: list[str]) -> torch.Tensor:
-            return torch.tensor([[["a", "b", "c"].index(name)] for name in names])
-
-        def lengths(self, tokens: torch.Tensor) -> torch.Tensor:
-            return -tokens[:, 0]  # so that the order of the batches is another one
-
-        def encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-            return torch.eye(3)[tokens[:, 0]]
-
-    expected = torch.tensor([[0.5**0.5, 0.5**0.5, 0.0], [0.0, 0.0, 1.0]])
-    torch.testing.assert_close(class_embeddings(Text(), [("a", "b"), ("c",)]), expected)
 
 
 def test_tensors_are_loaded_in_their_order_where_the_last_part_of_their_names_agrees() -> None:

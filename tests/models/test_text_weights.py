@@ -11,19 +11,12 @@ from support import Watch, tiny_clip
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models import text_weights
 from clip_rd_edge.models.clip import ClipModel, TextTower
-from clip_rd_edge.models.text_weights import evenly_spaced, init_text_tower, init_token_embeddings
+from clip_rd_edge.models.text_weights import init_text_tower, init_token_embeddings
 
 
 def clip(text: str, *, length: int = 8, width: int = 32, seed: int = 0) -> ClipModel:
     name = "student" if seed else "teacher"
     return tiny_clip(seed=seed, name=name, text=text, embedding_size=width, context_length=length)
-
-
-@pytest.mark.parametrize(
-    ("count", "total", "expected"), [(6, 12, [0, 2, 4, 7, 9, 11]), (1, 12, [0]), (3, 3, [0, 1, 2])]
-)
-def test_layers_are_evenly_spaced_from_first_to_last(count: int, total: int, expected: list[int]) -> None:
-    assert evenly_spaced(count, total=total) == expected
 
 
 def test_a_text_tower_is_initialised_from_the_teachers_layers() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -96,27 +96,6 @@ def test_a_pipe_is_read_up_to_the_limit_and_no_further(tmp_path: Path, size: int
             read_limited(pipe, 1 << 16)
     thread.join()
     assert (sum(written) == size) == fits  # whoever writes endlessly would never let go
-
-
-def test_a_file_of_the_limit_is_read_and_a_larger_one_is_refused_unread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_bytes(bytes(9))
-    assert read_limited(tmp_path / "file", 9) == bytes(9)
-    monkeypatch.setattr(files, "_open_to_read", lambda path: Unreadable(path.open("rb")))
-    with pytest.raises(InputError, match="is larger than the 8 bytes"):
-        read_limited(tmp_path / "file", 8)
-
-
-class Unreadable(AbstractContextManager["Unreadable"]):
-    """A file that may be looked at, and not read."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.fileno = file.fileno
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 @pytest.mark.parametrize("name", ["image.onnx", "deep/er/a b.txt", "..a", "a..", "猫.png"])

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from support import wait_until
 
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils import outputs
@@ -122,14 +120,6 @@ def test_what_a_killed_process_moved_aside_is_removed_once_there_is_a_new_one(tm
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
 
 
-def test_an_output_in_use_is_refused_unless_forced(tmp_path: Path) -> None:
-    require_free_output(tmp_path / "new", overwrite=False)
-    (tmp_path / "used").write_text("x")
-    with pytest.raises(UsageError):
-        require_free_output(tmp_path / "used", overwrite=False)
-    require_free_output(tmp_path / "used", overwrite=True)
-
-
 def test_what_an_output_is_made_from_or_where_one_works_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,12 +162,6 @@ def test_a_second_writer_is_refused_with_the_holders_process_id(tmp_path: Path) 
     assert names(folder) == ["result"]
     with exclusive_writer(folder):
         pass
-
-
-def test_a_new_folder_that_stays_empty_is_removed(tmp_path: Path) -> None:
-    with exclusive_writer(tmp_path / "folder"):
-        pass
-    assert names(tmp_path) == []
 
 
 def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
@@ -273,22 +257,3 @@ def test_a_file_system_without_locks_is_written_without_one(
     with exclusive_writer(tmp_path / "folder") as may_write:
         assert may_write
         assert names(tmp_path) == ["folder"]  # and nothing that a kill would leave
-
-
-def test_a_writer_that_may_wait_says_so_once_and_goes_on_when_the_first_ends(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    said: list[str] = []
-    order: list[str] = []
-
-    def second() -> None:
-        with exclusive_writer(folder, on_wait=said.append):
-            order.append("second")
-
-    thread = threading.Thread(target=second)
-    with exclusive_writer(folder):
-        thread.start()
-        wait_until(lambda: said)
-        order.append("first")
-    thread.join(60)
-    assert order == ["first", "second"]
-    assert said == [f"{folder} is being written by another run, process {os.getpid()}: waiting for it"]
