@@ -133,48 +133,32 @@ def _make_room(folder: Path, *, keep: Path) -> None:
                     path.unlink(missing_ok=True)
 
 
-class _Prefetcher:
-    """Fetches shards in the background, by threads that end with the process, as those of `in_threads`."""
-
-    def __init__(self) -> None:
-        self._waiting: deque[RemoteShard] = deque()
-        self._has_work = threading.Condition()
-        for _ in range(_PREFETCHING_THREADS):
-            threading.Thread(target=self._work, name="shards", daemon=True).start()
-
-    def request(self, shards: Sequence[RemoteShard]) -> None:
-        """Fetch these shards in order, instead of those that still wait."""
-        with self._has_work:
-            self._waiting = deque(shards)
-            self._has_work.notify_all()
-
-    def _work(self) -> None:
-        while True:
-            with self._has_work:
-                while not self._waiting:
-                    self._has_work.wait()
-                shard = self._waiting.popleft()
-            # Whoever needs the shard meets the failure.
-            with contextlib.suppress(InputError, UnreachableError, OSError):
-                local_path(shard)
-
-
-_prefetcher: tuple[int, _Prefetcher] | None = None  # with the process that started its threads
+_waiting: deque[RemoteShard] = deque()
+_fetching: list[threading.Thread] = []
 
 
 def prefetch(shards: Sequence[ShardFile]) -> None:
-    """Fetch remote shards in the background, in order, as many as fit into the cache together.
+    """Fetch remote shards in the background, in order, as many as fit into the cache together; not those before.
 
-    Failures are left to whoever needs the shard.
+    The threads end with the process, as those of `in_threads`. Failures are left to whoever needs the shard.
     """
-    global _prefetcher
-    remote = [shard for shard in shards if isinstance(shard, RemoteShard)]
+    if not (remote := [shard for shard in shards if isinstance(shard, RemoteShard)]):
+        return
     sizes = accumulate(version(shard).size for shard in remote)
-    remote = [shard for shard, size in zip(remote, sizes, strict=True) if size <= cache_limit()]
-    if remote:
-        if _prefetcher is None or _prefetcher[0] != os.getpid():
-            _prefetcher = (os.getpid(), _Prefetcher())
-        _prefetcher[1].request(remote)
+    _waiting.clear()
+    _waiting.extend(shard for shard, size in zip(remote, sizes, strict=True) if size <= cache_limit())
+    _fetching[:] = [thread for thread in _fetching if thread.is_alive()]
+    for _ in range(min(_PREFETCHING_THREADS - len(_fetching), len(_waiting))):
+        _fetching.append(threading.Thread(target=_fetch_waiting, name="shards", daemon=True))
+        _fetching[-1].start()
+
+
+def _fetch_waiting() -> None:
+    with contextlib.suppress(IndexError):  # nothing waits any more
+        while True:
+            shard = _waiting.popleft()
+            with contextlib.suppress(InputError, UnreachableError, OSError):
+                local_path(shard)
 
 
 @dataclass(frozen=True, slots=True)
