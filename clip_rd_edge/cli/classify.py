@@ -17,7 +17,7 @@ from clip_rd_edge.cli.options import command_of, grouped, refuse_together
 from clip_rd_edge.cli.output import LateReporter, cut, echo, terminal_width
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.settings.deploying import Classify
-from clip_rd_edge.utils.text import SILENT, csv_row, is_unicode, one_line
+from clip_rd_edge.utils.text import SILENT, csv_row, one_line
 
 if TYPE_CHECKING:
     from clip_rd_edge.bundle.encoder import Embeddings, TowerEncoder
@@ -34,7 +34,6 @@ class Answer(NamedTuple):
 Format = Callable[[str, Answer], str]
 CSV_HEADER = "image,rank,label,probability"
 NO_LABEL = "none of these"
-_UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")  # byte order marks, as bytes that are not UTF-8 are read
 MANY_IMAGES = 50  # from this number on, a progress bar and a rate are shown
 _images, _output = grouped("Images"), grouped("Output")
 
@@ -146,12 +145,6 @@ def _lines(stream: TextIO, *, null: bool) -> Iterator[str]:
         yield from stream.read().split("\0")
         return
     for number, line in enumerate(stream):
-        is_utf_16 = number == 0 and line.startswith(_UTF_16)
-        if is_utf_16 or (os.name == "nt" and not is_unicode(line)):
-            raise InputError(
-                "The list on stdin is not UTF-8.",
-                hint="in cmd, begin with: chcp 65001; in PowerShell, write the list with: Out-File -Encoding utf8",
-            )
         yield (line if number else line.removeprefix("\ufeff")).rstrip("\r\n")
 
 

@@ -144,8 +144,6 @@ class ConsoleReporter(Reporter):
 
 
 class _Times(ProgressColumn):
-    """Elapsed and remaining time, named."""
-
     def render(self, task: Task) -> Text:
         texts = [f"{duration(task.elapsed or 0)} elapsed"]
         if task.time_remaining is not None and not task.finished:

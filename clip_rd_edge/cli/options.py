@@ -240,17 +240,15 @@ def complete_targets(context: click.Context, parameter: click.Parameter, incompl
 
 
 complete_recipe = completed_by(packaged_names("distillation/recipes", ".yaml"))
-complete_student = completed_by(packaged_names("models/configs", ".json"))
 complete_target_name = completed_by(_targets_alone)
-complete_task = completed_by(_tasks)
-complete_data = completed_by(("emoji",))
-complete_labels = completed_by(("everyday",))
-
-
 COMPLETIONS = {
-    "data": complete_data, "labels": complete_labels, "recipe": complete_recipe,
-    "student": complete_student, "targets": complete_targets, "task": complete_task,
-}  # fmt: skip
+    "data": completed_by(("emoji",)),
+    "labels": completed_by(("everyday",)),
+    "recipe": complete_recipe,
+    "student": completed_by(packaged_names("models/configs", ".json")),
+    "targets": complete_targets,
+    "task": completed_by(_tasks),
+}
 
 
 def command_of(

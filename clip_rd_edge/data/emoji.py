@@ -152,7 +152,6 @@ def _save_on_white(png: bytes, path: Path) -> None:
 
 
 def _readable_name(shortcode: str) -> str:
-    """Convert a shortcode such as `:cat_face:` to a name such as `cat face`."""
     return " ".join(shortcode.strip(":").replace("_", " ").split())
 
 

@@ -50,7 +50,6 @@ class Folder(LocalFiles):
         return len(self.images)
 
     def read(self, index: int) -> Sample:
-        """See `Samples`."""
         captions = self.texts[self.numbers[index]] if self.numbers else ()
         return Sample(captions, self.images[index])
 

@@ -175,7 +175,6 @@ class Mixed:
 
     @cached_property
     def counts(self) -> Counts:
-        """See `Samples`."""
         of_pairs = self.pairs.counts if self.pairs is not None else Counts()
         return of_pairs._replace(images=0 if self.images is None else len(self.images), texts=len(self.texts))
 
@@ -185,7 +184,6 @@ class Mixed:
 
     @cached_property
     def _unpaired_count(self) -> int:
-        """U."""
         texts = len(self.texts)
         return self.counts.images or (texts if self.pairs is None else min(texts, self._pair_count))
 
@@ -217,7 +215,6 @@ class Mixed:
             self.images.prefetch(own)
 
     def read(self, index: int) -> Sample:
-        """See `Samples`."""
         row = index - self._pair_count
         if row < 0:
             assert self.pairs is not None

@@ -252,7 +252,6 @@ def _options(url: str) -> dict[str, Any]:
 
 
 def _is_web(url: str) -> bool:
-    """Return whether a URL is that of a web server, and not of a store with a protocol of its own."""
     return url.startswith(("http://", "https://"))
 
 

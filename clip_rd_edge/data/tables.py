@@ -121,11 +121,9 @@ class Table(LocalFiles):
 
     @property
     def counts(self) -> Counts:
-        """See `Samples`."""
         return Counts(pairs=len(self)) if self._captioned else Counts(images=len(self))
 
     def read(self, index: int) -> Sample:
-        """See `Samples`."""
         pair = self.pair(index)
         return Sample((pair.caption,) if self._captioned else (), pair.path)
 

@@ -203,7 +203,6 @@ def _pax_records(records: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _natural(text: bytes) -> int:
-    """Return a number of decimal digits; raise ValueError for any other text."""
     if not text.isdigit():
         raise ValueError
     return int(text)

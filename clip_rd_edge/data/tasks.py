@@ -75,7 +75,6 @@ class RetrievalTask(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def questions(self) -> tuple[object, ...]:
-        """See `ZeroShotTask.questions`."""
         return self.captions, self.caption_images
 
     def first_captions(self) -> dict[int, int]:

@@ -98,11 +98,9 @@ class Shards:
 
     @property
     def counts(self) -> Counts:
-        """See `Samples`."""
         return Counts(pairs=len(self)) if self._captioned else Counts(images=len(self))
 
     def read(self, index: int) -> Sample:
-        """See `Samples`; errors name shard and sample."""
         shard, located = self.locate(index)
         captions: tuple[str, ...] = ()
         if self._captioned:

@@ -177,7 +177,6 @@ def _trim_vocabulary(clip: ClipModel, size: int, texts: Sequence[str], reporter:
 
 
 def _backend(clip: ClipModel) -> Any:
-    """Return the `tokenizers.Tokenizer` of a tokenizer of Hugging Face."""
     inner: Any = getattr(clip.tokenizer, "tokenizer", None)
     backend = getattr(inner, "backend_tokenizer", None)
     if backend is None:
@@ -211,7 +210,6 @@ def _with_tokenizer_file(clip: ClipModel) -> ClipModel:
 
 
 def _keep_embeddings(clip: ClipModel, kept: Sequence[int]) -> None:
-    """Leave out the embeddings of all other tokens, in place."""
     text: Any = text_module(clip.model)
     embedding = token_embedding(clip)
     if clip.has_hugging_face_text:
@@ -225,7 +223,6 @@ def _keep_embeddings(clip: ClipModel, kept: Sequence[int]) -> None:
 
 
 def _tokenizer_of(clip: ClipModel, content: dict[str, Any]) -> Any:
-    """Return the tokenizer as open_clip loads it from a folder."""
     import open_clip
 
     text_cfg = clip.model_cfg["text_cfg"]

@@ -115,8 +115,6 @@ def _known_config(named: ModelName) -> dict[str, Any]:
 
 
 class _OpenClipConfig(TypedDict):
-    """What is read of open_clip_config.json."""
-
     model_cfg: dict[str, Any]
 
 
@@ -163,7 +161,6 @@ def _architecture(named: ModelName) -> dict[str, Any]:
 
 
 def _no_model(named: ModelName, architectures: list[str]) -> InputError:
-    """Return why a name is not that of a trained model."""
     name = named.name
     refuse_unfinished_run(name)
     if named.kind == "bundle":
@@ -254,7 +251,6 @@ def _display_name(named: ModelName) -> str:
 
 
 def _loading_error(named: ModelName, model_cfg: dict[str, Any], error: Exception) -> InputError | ConfigError:
-    """Convert an error raised by open_clip, transformers, the hub client or torch."""
     if isinstance(error, ConfigError):
         return error
     text_cfg = model_cfg.get("text_cfg", {})

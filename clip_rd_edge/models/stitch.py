@@ -56,7 +56,13 @@ def read_class_names(names: str | os.PathLike[str]) -> tuple[tuple[str, ...], ..
             1,000 classes of ImageNet with WordNet's synonyms and descriptions.
     """
     if str(names) == IMAGENET:
-        return _imagenet()
+        from timm.data import ImageNetInfo
+
+        info = ImageNetInfo()
+        return tuple(
+            (*info.index_to_description(index).split(", "), info.index_to_description(index, detailed=True))
+            for index in range(info.num_classes())
+        )
     lines = text_lines(read_text_limited(Path(names)))
     classes = (tuple(name.strip() for name in line.split(";") if name.strip()) for line in lines)
     return tuple(filter(None, classes))
@@ -211,17 +217,6 @@ def _verify(visual: nn.Module, classifier: ImageClassifier, projection: Tensor, 
         )
 
 
-def _imagenet() -> tuple[tuple[str, ...], ...]:
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo()
-    classes = []
-    for index in range(info.num_classes()):
-        synonyms = str(info.index_to_description(index)).split(", ")
-        classes.append((*synonyms, str(info.index_to_description(index, detailed=True))))
-    return tuple(classes)
-
-
 # The pooling modes of sentence-transformers, in its 1_Pooling/config.json, under open_clip's names.
 _POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
 # Versions before 6 wrote a flag for each mode.
@@ -231,8 +226,6 @@ _CONTEXT_LENGTH = 77
 
 
 class _Module(msgspec.Struct, frozen=True):
-    """An entry of sentence-transformers' modules.json."""
-
     type: str
 
 

@@ -139,8 +139,6 @@ def _size_of(trunk: str) -> int:
 
 
 class _PresetPreprocessing(msgspec.Struct, forbid_unknown_fields=True):
-    """The fields of `Preprocessing` that a preset has."""
-
     mean: list[float]
     std: list[float]
     interpolation: str = "bicubic"

@@ -159,6 +159,8 @@ def _embedded(texts: list[str], teacher: ClipModel, reporter: Reporter) -> Tenso
 
 # What the student has of its own. Everything else in a text_cfg changes what the weights compute.
 _OWN = ("context_length", "vocab_size", "width", "layers")
+# What towers of Hugging Face, of other tokenizers and of CoCa have, and CLIP's has not.
+_OTHER_TOWERS = ("hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs", "embed_cls", "output_tokens")
 # Captions without, with few, and with many of the tokens that fit into the shortest context length, 4.
 _CAPTIONS = ["", "red", "a cat"]
 
@@ -244,17 +246,10 @@ def require_similar_text_tower(model_cfg: dict[str, Any], source: dict[str, Any]
 
 
 def _refusal(text_cfg: dict[str, Any], source: dict[str, Any]) -> str:
-    if "hf_model_name" in source:
-        return f"it is {source['hf_model_name']} of Hugging Face, and the student's is a transformer of open_clip"
-    if source.get("hf_tokenizer_name") or source.get("tokenizer_kwargs"):
-        return f"it reads the tokens of {source.get('hf_tokenizer_name') or source['tokenizer_kwargs']}, not CLIP's"
-    if source.get("vocab_size", text_cfg["vocab_size"]) != text_cfg["vocab_size"]:
-        return f"it has a vocabulary of {source['vocab_size']:,} tokens, not CLIP's {text_cfg['vocab_size']:,}"
-    if source.get("embed_cls") or source.get("output_tokens"):
-        return "it has a class token or also returns token features, as in CoCa"
-    if source.get("proj_type") == "none":
-        return "it has no projection to the embedding's size"
-    return ""
+    others = [key for key in _OTHER_TOWERS if source.get(key)]
+    others += ["vocab_size"] if source.get("vocab_size", text_cfg["vocab_size"]) != text_cfg["vocab_size"] else []
+    others += ["proj_type"] if source.get("proj_type") == "none" else []
+    return f"its {others[0]} is {source[others[0]]}, and the student's tower is CLIP's" if others else ""
 
 
 def has_quick_gelu(model: nn.Module) -> bool:
@@ -267,7 +262,6 @@ def _quick_gelu_of_text(model: nn.Module) -> bool | None:
 
 
 def _with_activation_of(teacher: ClipModel, model_cfg: dict[str, Any]) -> dict[str, Any]:
-    """Return a student's configuration with the activation of the teacher's text tower."""
     flag, of_image = _quick_gelu_of_text(teacher.model), model_cfg.get("quick_gelu")
     if flag is not None and of_image is not None and flag != of_image:
         names = ("GELU", "QuickGELU")

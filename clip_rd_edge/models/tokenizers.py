@@ -86,7 +86,6 @@ def write_clip_tokenizer(tokenizer: Any, folder: Path) -> dict[str, Any]:
 
 
 def _start_and_end(tokenizer: Any) -> tuple[str, str]:
-    """Return the two special tokens of a `SimpleTokenizer`, which stand around a text."""
     start, end = (tokenizer.decoder[token_id] for token_id in tokenizer.all_special_ids[:2])
     return start, end
 
@@ -254,7 +253,6 @@ def _parts(content: Content) -> dict[int, tuple[int, int]]:
 
 
 def _merges(model: Content) -> list[tuple[str, str, str]]:
-    """Return the two parts of each merge of BPE, and what they are merged to."""
     prefix = model.get("continuing_subword_prefix") or ""
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     return [(first, second, first + second.removeprefix(prefix)) for first, second in pairs]

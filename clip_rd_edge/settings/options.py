@@ -157,7 +157,7 @@ class Settings(msgspec.Struct, frozen=True):
                     check_number(entry.name, value, kind(**entry.limits))
                 except CheckedError as error:
                     raise UsageError(f"{error}.", option=entry.name) from error
-        for name, (choices, takes_path) in _checks(type(self)).items():
+        for name, (choices, takes_path, is_optional) in _checks(type(self)).items():
             value = getattr(self, name)
             if choices and value not in choices:
                 if takes_path and isinstance(value, str | os.PathLike | int | float):
@@ -165,7 +165,7 @@ class Settings(msgspec.Struct, frozen=True):
                 near = near_matches(value, map(str, choices)) if isinstance(value, str) else ""
                 known = ", ".join(str(choice) for choice in choices if choice is not None)
                 raise UsageError(f"{name} is {value!r}; expected one of {known}.{near}", option=name)
-            if takes_path and not choices and not (value is None and name in _optional(type(self))):
+            if takes_path and not choices and not (value is None and is_optional):
                 require_paths(name, value)
 
 
@@ -175,23 +175,19 @@ def _numbers(settings: type[Settings]) -> list[Declared]:
 
 
 @functools.cache
-def _checks(settings: type[Settings]) -> Mapping[str, tuple[tuple[Any, ...], bool]]:
-    """Return the fields with choices, and those that take paths."""
-    found: dict[str, tuple[tuple[Any, ...], bool]] = {}
+def _checks(settings: type[Settings]) -> Mapping[str, tuple[tuple[Any, ...], bool, bool]]:
+    """Return the choices of fields, whether they take paths, and whether they may be None."""
+    found: dict[str, tuple[tuple[Any, ...], bool, bool]] = {}
     for field in msgspec.structs.fields(settings):  # unlike type hints, with the types of a generic struct
         name, members = field.name, _members(field.type)
         choices = tuple(choice for member in members if get_origin(member) is Literal for choice in get_args(member))
         others = [member for member in members if get_origin(member) is not Literal and member is not type(None)]
+        is_optional = type(None) in members
         if choices:
-            found[name] = ((*choices, None) if type(None) in members else choices, bool(others))
+            found[name] = ((*choices, None) if is_optional else choices, bool(others), is_optional)
         elif Any not in members and any(member in _PATH_TYPES - {str} for member in members):
-            found[name] = ((), True)
+            found[name] = ((), True, is_optional)
     return found
-
-
-@functools.cache
-def _optional(settings: type[Settings]) -> frozenset[str]:
-    return frozenset(entry.name for entry in declared(settings) if entry.default is None)
 
 
 def keywords_of(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P, R]]:
@@ -214,10 +210,6 @@ def keywords_of(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callab
     return decorate
 
 
-def _default(field: msgspec.structs.FieldInfo) -> Any:
-    return field.default if field.default_factory is NODEFAULT else field.default_factory()
-
-
 def declared(settings: type[Settings]) -> Iterator[Declared]:
     """Yield the options and arguments of a struct, in its order; other fields, such as a reporter, are left out."""
     for field in msgspec.structs.fields(settings):
@@ -225,7 +217,7 @@ def declared(settings: type[Settings]) -> Iterator[Declared]:
             if meta.extra is not None:
                 kind, several = _kind(field.type)
                 limits = {name: value for name in _LIMITS if (value := getattr(meta, name)) is not None}
-                default = NODEFAULT if field.required else _default(field)
+                default = field.default if field.default_factory is NODEFAULT else field.default_factory()
                 yield Declared(field.name, meta.description or "", kind, several, default, limits, meta.extra)
 
 

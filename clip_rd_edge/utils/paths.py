@@ -11,8 +11,7 @@ import itertools
 import os
 import re
 import stat
-import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NewType
 
@@ -138,13 +137,8 @@ _MAX_COMPARED = 5_000
 def near_files(path: Path) -> str:
     """Return ` Did you mean …?` with the files in the folder of a missing file whose names are close to its own.
 
-    If one only looks like it, what is different about its name. Empty if the folder cannot be listed, as that of
-    others' homes, or has more files than are compared in a moment.
+    Empty if the folder cannot be listed, as that of others' homes, or has more files than are compared in a moment.
     """
-    above = next((folder for folder in path.parents if _exists(folder, Path.exists)), path.parent)
-    for other, difference in other_spellings(str(path.relative_to(above))):
-        if _exists(above / other, Path.exists):
-            return f" There is one {difference}."
     try:
         with os.scandir(path.parent) as files:
             listed = [file.name for file in itertools.islice(files, _MAX_COMPARED + 1)]
@@ -156,15 +150,6 @@ def near_files(path: Path) -> str:
     # Its own name is among them if it is a link that leads nowhere.
     names = [name for name in listed if not name.startswith(".") and name != path.name]
     return near_matches(path.name, names, prefix=prefix)
-
-
-def other_spellings(name: str) -> Iterator[tuple[str, str]]:
-    """Yield names that look like this one, or that it has on another system, and what is different about them."""
-    for form in ("NFC", "NFD"):
-        if (other := unicodedata.normalize(form, name)) != name:
-            yield other, f"whose name is written in another form of Unicode ({form})"
-    if "\\" in name:
-        yield name.replace("\\", "/"), "with / for each backslash"
 
 
 def _exists(path: Path, predicate: Callable[[Path], bool]) -> bool:

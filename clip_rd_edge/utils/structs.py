@@ -139,7 +139,6 @@ def _keys_at(location: str, kind: type[Any]) -> list[str]:
 
 
 def _structs(kind: types.Type) -> list[types.StructType]:
-    """Return the structs in a type: the type itself, the members of a union or the items of a list."""
     if isinstance(kind, types.StructType):
         return [kind]
     return [struct for member in _members(kind) for struct in _structs(member)]
