@@ -43,7 +43,6 @@ from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.host import instruction_sets
 from clip_rd_edge.utils.outputs import require_free_output
 from clip_rd_edge.utils.paths import Typed, is_file, is_folder, shipped_path, typed
-from clip_rd_edge.utils.text import Reporter
 
 IMAGE_SIZE = 64  # pixels: enough for emoji, and feasible to train on two cores
 CONTEXT_LENGTH = 16  # the longest name in the data set has 12 tokens, including the start and end tokens
@@ -75,12 +74,13 @@ def run_quickstart(request: Quickstart, open_encoder: OpenEncoder, launch: Launc
         context_length=CONTEXT_LENGTH,
     )
     build_student(architecture, name=request.student)
+    train_alone = partial(train_student, name="student-alone", recipe="clip")
     stages: list[tuple[str, Callable[[Quickstart], None]]] = [
         ("Render the data set", _render_pairs),
         ("Tune the teacher", _tune_teacher),
         ("Trim the teacher's text tower", trim_text),
-        ("Distil the student", distil_student),
-        *([("Train the same student without a teacher", train_baseline)] if request.with_baseline else []),
+        ("Distil the student", partial(train_student, name="student", recipe=request.recipe)),
+        *([("Train the same student without a teacher", train_alone)] if request.with_baseline else []),
         ("Export to ONNX FP32 and FP16", _export_floats),
         ("Quantise to INT8", partial(_export, precision="int8")),
         ("Compare all models", partial(_compare, open_encoder=open_encoder, launch=launch)),
@@ -103,11 +103,6 @@ def _render_pairs(request: Quickstart) -> None:
     request.reporter.note(f"{concepts:,} emoji in two art styles; {len(pairs):,} pairs for training, 760 for testing")
 
 
-def build_teacher(folder: Path, reporter: Reporter) -> Path:
-    """Stitch the built-in teacher at the quickstart's size; an existing folder is left unchanged."""
-    return built_in_teacher(folder, image_size=IMAGE_SIZE, context_length=CONTEXT_LENGTH, reporter=reporter)
-
-
 def _tune_teacher(request: Quickstart) -> None:
     """Tune the teacher; if it is not tuned yet, or is tuned again, what is made from it is made anew."""
     folder = Path(request.output)
@@ -123,7 +118,8 @@ def tune_teacher(request: Quickstart) -> None:
     It has learnt from photographs, and would only forget them in its first layers: frozen, they take half of the time,
     and the result is better.
     """
-    start = build_teacher(Path(request.output) / "teacher-untuned", request.reporter)
+    folder = Path(request.output) / "teacher-untuned"
+    start = built_in_teacher(folder, image_size=IMAGE_SIZE, context_length=CONTEXT_LENGTH, reporter=request.reporter)
     _train(
         request,
         "teacher",
@@ -161,17 +157,8 @@ def captions_and_nouns() -> list[str]:
     return list(dict.fromkeys([*chain.from_iterable(emoji.training_pairs().texts), *class_nouns()]))
 
 
-def distil_student(request: Quickstart) -> None:
-    """Distil the student from the tuned teacher."""
-    _train_student(request, "student", request.recipe)
-
-
-def train_baseline(request: Quickstart) -> None:
-    """Train the same student on the same pairs for as many steps, but without a teacher."""
-    _train_student(request, "student-alone", "clip")
-
-
-def _train_student(request: Quickstart, name: str, recipe: str) -> None:
+def train_student(request: Quickstart, *, name: str, recipe: str) -> None:
+    """Train the student, from the tuned teacher if the recipe has one."""
     folder = Path(request.output)
     taught = {"teacher": str(folder / "teacher"), "store": str(folder / "store")}
     steps = request.student_steps or round(_STEPS * relative_steps(request.student))

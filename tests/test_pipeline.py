@@ -134,14 +134,6 @@ def interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_ctrl_c_between_the_trainings_says_how_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_render_pairs", lambda *_: None)
-    monkeypatch.setattr(pipeline, "tune_teacher", interrupt)
-    with pytest.raises(InterruptedRunError, match="in stage 2 of 7; the stages before it are kept") as error:
-        edge.quickstart(tmp_path / "quickstart")
-    assert (error.value.exit_code, error.value.hint) == (75, "run the same command again to resume")
-
-
 def configurations(request: Quickstart) -> dict[str, RunConfig]:
     """Return the configurations of a quickstart's trainings by the folder of the run; nothing is trained."""
     configs = dict[str, RunConfig]()
@@ -152,8 +144,9 @@ def configurations(request: Quickstart) -> dict[str, RunConfig]:
     (Path(request.output) / "teacher-untuned").mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "run_distillation", record)
-        for stage in (pipeline.tune_teacher, pipeline.distil_student, pipeline.train_baseline):
-            stage(request)
+        pipeline.tune_teacher(request)
+        for name, recipe in (("student", request.recipe), ("student-alone", "clip")):
+            pipeline.train_student(request, name=name, recipe=recipe)
     return configs
 
 
@@ -197,19 +190,20 @@ def test_only_a_bundle_of_this_student_is_kept(
 def test_what_is_made_from_a_teacher_is_made_again_with_one_that_is_tuned_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody may remove the teacher's run, to tune it with more steps."""
+    """Somebody may remove the teacher's run, to tune it with more steps; and Ctrl-C between trainings resumes."""
     tuned, made = tmp_path / "teacher" / STUDENT_FOLDER, [tmp_path / "trimmed", tmp_path / "report"]
     for path in (tuned, *made):
         path.mkdir(parents=True)
     (tuned / WEIGHTS_FILE).write_bytes(b"tuned")
     (tmp_path / "report" / RESULTS).write_text("of the first")
-    monkeypatch.setattr(pipeline, "_render_pairs", lambda *_: None)
-    monkeypatch.setattr(pipeline, "tune_teacher", lambda *_: None)
+    for name in ("build_student", "_render_pairs", "tune_teacher"):
+        monkeypatch.setattr(pipeline, name, lambda *_, **__: None)
     monkeypatch.setattr(pipeline, "trim_text", interrupt)
     for is_tuned in (True, False):
         if not is_tuned:
             (tuned / WEIGHTS_FILE).unlink()
-        with pytest.raises(InterruptedRunError):
+        with pytest.raises(InterruptedRunError, match="in stage 3 of 7; the stages before it are kept") as error:
             edge.quickstart(tmp_path)
+        assert (error.value.exit_code, error.value.hint) == (75, "run the same command again to resume")
         assert (tmp_path / "trimmed").exists() is is_tuned
         assert (tmp_path / "report" / RESULTS).read_text() == ("of the first" if is_tuned else "")
