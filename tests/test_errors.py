@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,8 @@ PARTS = {
 }
 
 
-def raised() -> Iterator[tuple[str, str, str]]:
+@cache
+def raised() -> list[tuple[str, str, str]]:
     """The place, message and hint of every error in the package's code; {} stands for what is formatted into them."""
 
     def rendered(node: ast.expr) -> str:
@@ -38,6 +39,7 @@ def raised() -> Iterator[tuple[str, str, str]]:
             return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
         return "{}"  # made elsewhere
 
+    found = list[tuple[str, str, str]]()
     for file in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             kind = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
@@ -45,14 +47,15 @@ def raised() -> Iterator[tuple[str, str, str]]:
                 if kind == "MissingExtraError":  # takes a package, and makes the sentence itself
                     continue
                 hints = [word.value for word in node.keywords if word.arg == "hint"]
-                yield f"{file.name}:{node.lineno}", rendered(node.args[0]), rendered(hints[0]) if hints else ""
+                hint = rendered(hints[0]) if hints else ""
+                found.append((f"{file.name}:{node.lineno}", rendered(node.args[0]), hint))
+    return found
 
 
 def test_every_error_is_one_sentence_and_its_ways_out_are_none() -> None:
-    found = list(raised())
-    assert len(found) > 200
+    assert len(raised()) > 200
     problems = []
-    for place, message, hint in found:
+    for place, message, hint in raised():
         # What is formatted into a message may be a sentence, with its full stop.
         is_whole = message.endswith((".", "?", "{}")) or message in PARTS
         if not is_whole or "\n" in message or len(message) > 400:

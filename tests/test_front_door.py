@@ -16,10 +16,11 @@ import click
 import numpy as np
 import pytest
 from PIL import Image
-from starlette import testclient
 
 import clip_rd_edge as edge
 from clip_rd_edge.cli.main import COMMANDS, cli
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.runtime.classifier import Deciding
 
 ROOT = Path(__file__).parents[1]
@@ -140,31 +141,24 @@ def test_a_bundle_is_evaluated_by_its_path_or_opened(colour_bundle: Path, colour
         edge.evaluate(edge.load(colour_bundle), str(task), threads=1)
 
 
-def test_a_student_can_be_distilled_exported_and_loaded(pairs_csv: Path, tmp_path: Path) -> None:
+def test_a_student_is_distilled_and_a_model_is_exported_and_loaded(
+    student: ClipModel, pairs_csv: Path, tmp_path: Path
+) -> None:
     run = edge.distill(
         data=str(pairs_csv), student="test_resnet", output=tmp_path / "run", recipe="clip", steps=2, batch_size=8,
         text="64x1", image_size=32, context_length=8, embedding_size=16, precision="fp32", workers=0,
     )  # fmt: skip
-    bundle = edge.export(run, tmp_path / "bundle", labels=["a cat", "a dog"])
+    assert edge.load(run).encode_texts("a cat").shape == (16,)
+    save_clip(tmp_path / "model", student, provenance={})  # whose export the tests have at hand
+    bundle = edge.export(tmp_path / "model", tmp_path / "bundle", labels=["a cat", "a dog"])
     assert (bundle.manifest.precision, bundle.trials) == ("fp32", ())
-    model, student = edge.load(bundle), edge.load(run)
-    np.testing.assert_allclose(model.encode_texts("a cat"), student.encode_texts("a cat"), atol=1e-4)
+    model, original = edge.load(bundle), edge.load(tmp_path / "model")
+    np.testing.assert_allclose(model.encode_texts("a cat"), original.encode_texts("a cat"), atol=1e-4)
     assert "onnxruntime" in repr(model)
-    assert "torch" in repr(student)
+    assert "torch" in repr(original)
     assert {answer.label for answer in model.classify(np.zeros((9, 9, 3), np.uint8))} == {"a cat", "a dog"}
     with pytest.raises(edge.UsageError, match="is already a bundle"):
         edge.export(bundle, tmp_path / "again")
-
-
-def test_the_demo_is_served_with_the_given_options(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    served: list[Any] = []
-    monkeypatch.setattr("clip_rd_edge.serving.server.run_server", lambda app, **options: served.append((app, options)))
-    edge.demo(colour_bundle, labels=["red"], port=0)
-    app, options = served[0]
-    assert (options["host"], options["port"]) == ("127.0.0.1", 0)
-    with testclient.TestClient(app, base_url="http://127.0.0.1") as client:
-        answer = client.get("/api/bundles").json()
-    assert (len(answer["bundles"]), answer["labels"]) == (1, ["red"])
 
 
 WRONG_CALLS: list[tuple[Callable[[], object], str]] = [

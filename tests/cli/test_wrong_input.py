@@ -24,9 +24,7 @@ LABELS = "--labels red green"
 TINY = "--text 64x1 --image-size 32 --context-length 8 --embedding-size 16 --batch-size 6 --precision fp32 --workers 0"
 DISTILL = f"distill --student test_resnet --recipe clip {TINY} --steps 1"
 DISTIL_TWO = f"{DISTILL} --data two.csv -o o"
-EMBED_TWO = "embed --data two.csv --teacher run -o o"
 EXPORT_RUN = f"export run -o o {LABELS}"
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "xeon-amx-2-cores" / "quickstart.json"
 # The command, and the command after following the hint: empty where the hint itself holds a command, `clip-rd-edge …
 # --help` or another that runs anywhere, or an example that must at least be a valid command.
 CASES = [
@@ -37,7 +35,6 @@ CASES = [
     ("classify B P --labels labelz.txt", "classify B P --labels labels.txt"),
     ("classify B P", f"classify B P {LABELS}"),
     (f"classify B P {LABELS} --top 0", ""),
-    (f"classify B P {LABELS} --template red", f"classify B P {LABELS} --template 'red {{}}'"),
     (f"classify B photos/rde.png {LABELS}", f"classify B photos/red.png {LABELS}"),
     (f"classify P B {LABELS}", f"classify B P {LABELS}"),
     ("verify nothing", "verify B"),
@@ -48,33 +45,24 @@ CASES = [
     ("evaluate B --task taskz", "evaluate B --task tasks"),
     ("evaluate B --task columns.csv", "evaluate B --task columns.csv --csv-img-key image --csv-caption-key caption"),
     ("average run nothing -o o", "average run run -o a"),
-    ("average run run -o run --force", None),
     ("export B -o o", EXPORT_RUN),
-    ("export unfinished -o o --precision int8", EXPORT_RUN),
-    ("export run -o photos", EXPORT_RUN),
+    ("export unfinished -o o --precision int8", None),
+    ("export run -o photos", None),
     ("export run -o o --target jetson", ""),
     ("export run -o o --precision float16", ""),
-    ("export run -o o --fallback fp16", None),
     ("export run -o o --precision int8 --calibration two.csv", None),
-    ("export open_clip:ViT-B-32 -o o", EXPORT_RUN),
+    ("export open_clip:ViT-B-32 -o o", None),
     ("export B -o o --target browser --node-modules nowhere", None),
-    ("embed --data two.csv --teacher nothing -o o", EMBED_TWO),
-    (f"{DISTILL} -o o", DISTIL_TWO),
+    (f"{DISTILL} -o o", None),
     (f"{DISTILL} --data tow.csv -o o", DISTIL_TWO),
     (f"{DISTILL} --data two.csv --recipe clip-rd -o o", None),
     (f"{DISTILL} --data columns.csv -o o",
      f"{DISTILL} --data columns.csv -o o --csv-img-key image --csv-caption-key caption"),
-    (f"{DISTILL} --images photos --texts labels.txt --template red -o o", None),
     (f"{DISTILL} --data two.csv --pretrained-image P -o o", None),
     ("recipe shw", "recipe"),
     ("benchmark nothing -o o", "benchmark --init"),
-    ("benchmark quickstart -o o --model studnt=B", None),
-    ("benchmark --compare nothing R", "benchmark --compare R R"),
-    ("evidence run nothing -o o", "benchmark --init"),
     ("targets cpu-x68", "targets cpu-x86"),
     ("quickstart --student resnet81 -o o", None),
-    ("stitch resnet18 --names imagenet --text x -o photos --force", None),
-    ("trim run --text-layers 1 -o run --force", None),
     ("demo nothing", None),
     ("serve B --token-file empty.txt", None),
 ]  # fmt: skip
@@ -103,12 +91,11 @@ def trained(student: ClipModel, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def place(
     colour_bundle: Path, colour_images: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """A working folder with a bundle B, an image P, a folder of photos, a run, results R and faulty files."""
+    """A working folder with a bundle B, an image P, a folder of photos, a run and faulty files."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(colour_bundle, "B")
     shutil.copytree(trained, "run", copy_function=os.link)  # which has large weights
     shutil.copy(colour_images / "red.png", "P")
-    shutil.copy(RESULTS, "R")
     pairs = "photos/red.png,red\nphotos/green.png,green\n" * 3
     files = {
         "broken.png": "no image", "empty.txt": "", "labels.txt": "red\ngreen\n", "broken.yaml": "rows: [",
@@ -173,7 +160,6 @@ PATHS = [
     "index B PATH -o i",
     "index B photos -o PATH",
     "search PATH red",
-    "search B red --bundle PATH",
     "quickstart -o o --photos PATH",
     "serve B --token-file PATH",
     "evaluate B --task PATH",
@@ -187,7 +173,6 @@ PATHS = [
     "evidence run PATH -o o",
     "distill --data PATH --student resnet18 --recipe clip -o o",
     "distill --images photos --texts PATH --student resnet18 --recipe clip -o o",
-    "distill --data two.csv --student PATH.json --recipe clip -o o",
     "distill --data two.csv --student resnet18 --teacher PATH -o o",
     "distill --data two.csv --student resnet18 --recipe clip -o PATH",
     "average photos PATH -o o",
@@ -226,9 +211,7 @@ def test_a_model_is_written_only_where_its_weights_can_be_read(
     ("command", "code"),
     [
         ("classify B broken.png P --labels red green", 2),
-        ("evaluate B --task nothing", 2),
         ("verify damaged", 1),
-        ("export nothing -o o", 2),
     ],
 )
 def test_a_failure_has_its_exit_code_with_json_too(
