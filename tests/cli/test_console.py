@@ -36,18 +36,6 @@ def test_a_command_shows_something_at_once_and_leaves_nothing(monkeypatch: pytes
         assert shown.rstrip().endswith("\x1b[2K")  # the line is cleared
 
 
-def test_ctrl_c_leaves_no_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted() -> None:
-        with console_reporter() as reporter:
-            reporter.update("training", 5, 20)
-            raise KeyboardInterrupt
-
-    with terminal(monkeypatch) as stream, pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert stream.getvalue().rstrip().endswith("\x1b[2K")
-    assert "\x1b[?25h" in stream.getvalue()  # the cursor is visible again
-
-
 @pytest.mark.parametrize(
     ("stream", "variables"),
     [

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import open_clip
 import pytest
@@ -12,11 +14,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from support import tiny_clip
 
+from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.names import preset_names
-from clip_rd_edge.models.students import build_student, init_image_tower, student_config
+from clip_rd_edge.models.students import build_student, init_image_tower, student_config, with_image_of
 
 
 def tiny(name: str, size: int = 64, width: int = 32):  # type: ignore[no-untyped-def]
@@ -107,6 +110,16 @@ def test_a_students_file_says_how_images_are_prepared_and_which_activation_it_ha
     with pytest.raises(ConfigError) as error:
         student_config(path, embedding_size=8)
     assert "image_size 32" in error.value.hint
+
+
+def test_a_student_sees_images_as_the_teacher_of_its_image_tower_does_but_for_their_size() -> None:
+    changes = {"resize_mode": "longest", "fill_color": 114, "interpolation": "bilinear", "mean": (0.1, 0.2, 0.3)}
+    teacher = tiny_clip()
+    seen = msgspec.structs.replace(teacher.preprocessing, **changes)
+    own = student_config("test_resnet", embedding_size=8, image_size=48, text="64x1", context_length=8)
+    config = with_image_of(own, replace(teacher, preprocessing=seen))
+    actual = msgspec.convert(config["preprocess_cfg"], Preprocessing)
+    assert actual == msgspec.structs.replace(seen, size=(48, 48))
 
 
 def test_weights_are_not_asked_for_again_and_again_where_the_hub_cannot_be_reached(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,19 +26,32 @@ def test_instruction_sets_are_those_that_the_system_names(features: str, expecte
 
 
 @pytest.mark.parametrize(
-    ("groups", "files", "cores"),
+    ("limit_of", "groups", "files", "limit"),
     [
-        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),  # of a container
+        (cpu_quota, "0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),  # of a container
         (
+            cpu_quota,
             "0::/a.slice/b.service\n",
             {"a.slice/b.service/cpu.max": "max 100000\n", "a.slice/cpu.max": "200000 100000\n"},
             2.0,
         ),
-        ("1:cpu:/docker/0123\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        (
+            cpu_quota,
+            "1:cpu:/docker/0123\n",
+            {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            None,
+        ),
+        (memory_limit, "0::/\n", {"memory.max": "1000000\n"}, 1_000_000),
+        (memory_limit, "4:memory:/docker/1\n", {"memory/memory.limit_in_bytes": f"{(1 << 63) - 4096}\n"}, None),
     ],
 )
-def test_the_cpu_limit_is_that_of_the_own_control_group(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, files: dict[str, str], cores: float | None
+def test_limits_are_those_of_the_own_control_group(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limit_of: Callable[[], float | None],
+    groups: str,
+    files: dict[str, str],
+    limit: float | None,
 ) -> None:
     (tmp_path / "own").write_text(groups)
     for name, content in files.items():
@@ -46,25 +60,7 @@ def test_the_cpu_limit_is_that_of_the_own_control_group(
         file.write_text(content)
     monkeypatch.setattr(host, "_OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(host, "_CGROUPS", tmp_path / "cgroup")
-    assert cpu_quota() == cores
-
-
-@pytest.mark.parametrize(
-    ("groups", "file", "content", "limit"),
-    [
-        ("0::/\n", "memory.max", "1000000\n", 1_000_000),
-        ("4:memory:/docker/1\n", "memory/memory.limit_in_bytes", f"{(1 << 63) - 4096}\n", None),  # no limit, of v1
-    ],
-)
-def test_the_memory_limit_is_that_of_the_own_control_group(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, file: str, content: str, limit: int | None
-) -> None:
-    (tmp_path / "own").write_text(groups)
-    (tmp_path / "cgroup" / "memory").mkdir(parents=True)
-    (tmp_path / "cgroup" / file).write_text(content)
-    monkeypatch.setattr(host, "_OWN_CGROUPS", tmp_path / "own")
-    monkeypatch.setattr(host, "_CGROUPS", tmp_path / "cgroup")
-    assert memory_limit() == limit
+    assert limit_of() == limit
 
 
 def test_background_load_excludes_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
