@@ -14,7 +14,7 @@ from PIL import Image
 
 from clip_rd_edge.bundle.images import is_table
 from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.errors import ConfigError, InputError, NotFiniteError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError, NotFiniteError
 from clip_rd_edge.utils.structs import CheckedStruct, PositiveFloat
 from clip_rd_edge.utils.text import SILENT, Reporter, is_unicode
 
@@ -122,15 +122,9 @@ def image_batch_size(batch_size: int, preprocessing: Preprocessing) -> int:
     return max(1, min(batch_size, _MAX_BATCH_BYTES // (12 * height * width)))
 
 
-def require_top(top: int) -> None:
-    """Raise UsageError if `top`, a number of answers, is not a whole number of at least 1."""
-    if not isinstance(top, int | np.integer) or top < 1:
-        raise UsageError(f"top is {top}; expected an integer of at least 1.")
-
-
 def top_indices(values: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
     """Return the indices of the `count` largest of values, (N,), largest first; ties keep their order."""
-    if count < len(values):
+    if 0 < count < len(values):
         # Sorting a thousand labels takes longer than a small tower takes to embed the image; partitioning does not.
         threshold = np.partition(values, len(values) - count)[len(values) - count]
         candidates = np.flatnonzero(values >= threshold)

@@ -87,7 +87,6 @@ FORMATS: dict[str, FormatInfo] = {
         extras={"coreml": "export --format coreml, and running its bundles on a Mac"}, aliases=("core-ml", "mlpackage"),
     ),
 }  # fmt: skip
-RUNTIMES = tuple(info.runtime for info in FORMATS.values())
 
 
 def format_named(name: str) -> FormatInfo:

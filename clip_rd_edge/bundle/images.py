@@ -19,7 +19,7 @@ from PIL import __version__ as PILLOW
 
 from clip_rd_edge.bundle.preprocess import Box
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, in_one_line
-from clip_rd_edge.utils.paths import URL, kind_of
+from clip_rd_edge.utils.paths import kind_of
 
 # The formats that are read. Pillow knows some thirty more: EPS starts Ghostscript, and others are decoded by code that
 # few people use or test. The format is determined by a file's content, whatever its name.
@@ -268,11 +268,20 @@ ImageInput = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 def as_rgb(image: ImageInput) -> Image.Image:
     """Convert any `ImageInput` to an RGB image, as `open_image` converts a file."""
     if isinstance(image, str | os.PathLike):
-        return open_image(image_path(image))
+        return open_image(Path(image))
     if isinstance(image, np.ndarray):
-        image = _of_array(image)
+        is_known = image.dtype == np.uint8 and image.ndim in (2, 3) and image.shape[2:] in ((), (3,), (4,))
+        image = Image.fromarray(image) if is_known and image.size else image
     if not isinstance(image, Image.Image):
-        raise _wrong_type(image)
+        kind = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        hint = "pass one of its columns, such as list(table['filepath'])" if is_table(image) else ""
+        if _is_encoded(image):
+            hint = "open it with PIL.Image.open(file), or bytes with PIL.Image.open(io.BytesIO(content))"
+        raise InputError(
+            f"An image is {kind}; expected a path, a PIL image, a uint8 array of shape (H, W), (H, W, 3) or (H, W, 4) "
+            "with the channels red, green, blue and alpha, or a list of them.",
+            hint=hint,
+        )
     try:
         if 0 in image.size:
             raise ValueError(f"it has {image.width} × {image.height} pixels")
@@ -285,48 +294,16 @@ def as_rgb(image: ImageInput) -> Image.Image:
         ) from error
 
 
-def _of_array(array: npt.NDArray[Any]) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)) or not array.size:
-        raise InputError(
-            f"An image is an array of shape {array.shape} and dtype {array.dtype}; expected uint8 of shape "
-            "(H, W), (H, W, 3) or (H, W, 4), with channels in the order red, green, blue, alpha."
-        )
-    return Image.fromarray(array)
-
-
-def image_path(image: str | os.PathLike[str]) -> Path:
-    """Return the path of an image file; raise InputError for a web address, which Path would change."""
-    name = os.fspath(image)
-    if not name or (isinstance(name, str) and URL.match(name)):
-        raise InputError(
-            f"The image {name!r} is not a path; expected a path, a PIL image or an array.", hint="download it first"
-        )
-    return Path(name)
-
-
-def _wrong_type(given: object) -> InputError:
-    """Return the error for what is not an image, nor a list of them, with how to get at the images in it."""
-    hint = "pass one of its columns, such as list(table['filepath'])" if is_table(given) else ""
-    if isinstance(given, bytes | bytearray | memoryview) or _is_open_file(given):
-        hint = "open it with PIL.Image.open(file), or bytes with PIL.Image.open(io.BytesIO(content))"
-    return InputError(
-        f"An image has type {type(given).__name__}; expected a path, a PIL image, a numpy array, or a list of them.",
-        hint=hint,
-    )
-
-
-def _is_open_file(given: object) -> bool:  # not a camera of OpenCV, whose read gives a frame
-    return hasattr(given, "read") and hasattr(given, "seek") and not isinstance(given, io.TextIOBase)
+def _is_encoded(given: object) -> bool:
+    """Return whether this is the content of a file, or an open file, and not a camera of OpenCV, which also reads."""
+    is_file = hasattr(given, "read") and hasattr(given, "seek") and not isinstance(given, io.TextIOBase)
+    return is_file or isinstance(given, bytes | bytearray | memoryview)
 
 
 def as_images(images: ImageInput | Iterable[ImageInput]) -> Iterable[ImageInput]:
-    """Return images as they are, and a single image in a list; bytes, files and tables are refused."""
-    if is_single_image(images):
-        return [images]  # type: ignore[list-item]
-    is_other = isinstance(images, bytes | bytearray | memoryview) or _is_open_file(images) or is_table(images)
-    if is_other or not isinstance(images, Iterable):
-        raise _wrong_type(images)
-    return images
+    """Return images as they are, and a single one, or what `as_rgb` refuses, in a list."""
+    is_list = isinstance(images, Iterable) and not (_is_encoded(images) or is_table(images))
+    return images if is_list and not is_single_image(images) else [images]  # type: ignore[return-value,list-item]
 
 
 def is_table(given: object) -> bool:

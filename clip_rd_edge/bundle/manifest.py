@@ -35,7 +35,7 @@ from clip_rd_edge.bundle.encoder import Calibration, LogitBias, LogitScale, Scor
 from clip_rd_edge.bundle.formats import EXTERNAL_DATA_SUFFIX, format_of
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.bundle.tokenizer import TokenizerSpec
-from clip_rd_edge.errors import ConfigError, InputError, UsageError, upgrade_hint
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.files import is_plain_name, read_limited, sha256_of, write_bytes
 from clip_rd_edge.utils.paths import cache_home, exists, is_file, is_folder, is_left_by_system, near_files
 from clip_rd_edge.utils.structs import (
@@ -291,26 +291,25 @@ def inner_bundles(folder: Path) -> str:
     return f"there are bundles in it: {', '.join(map(str, inner))}" if inner else ""
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read a bundle's manifest; check that its files exist, and that it has the checksums of towers and tokenizer."""
+def read_manifest(folder: Path, *, is_whole: bool = True) -> Manifest:
+    """Read a bundle's manifest; check that its files exist, and that it has the checksums of towers and tokenizer.
+
+    Args:
+        is_whole: False reads it also if files are missing.
+    """
     if not is_bundle(folder):
         reason = "has no manifest.json" if is_folder(folder) else "is a file" if exists(folder) else "does not exist"
         hint = inner_bundles(folder) or "create one with clip-rd-edge export"
         nearest = "" if exists(folder) else near_files(folder)
         raise InputError(f"{folder} is not a bundle: it {reason}.{nearest}", hint=hint)
-    try:
-        manifest = read_versioned_json(
-            folder / MANIFEST, Manifest, newest=VERSION_WITH_FEATURES, max_bytes=MAX_MANIFEST_BYTES, hint=_HINT
-        )
-    except ConfigError as error:
-        if "unknown field" in str(error) and "$.features" in str(error):
-            error.advice = upgrade_hint()
-        raise
+    manifest = read_versioned_json(
+        folder / MANIFEST, Manifest, newest=VERSION_WITH_FEATURES, max_bytes=MAX_MANIFEST_BYTES, hint=_HINT
+    )
     needed = [name for tower in manifest.towers.values() for name in manifest.files_of(tower)]
     for name in (*needed, *([TOKENIZER] if manifest.text else [])):
         if name not in manifest.files:
             raise ConfigError(f"{folder / MANIFEST} has no checksum of {name}, which the bundle needs.", hint=_HINT)
-    for name in manifest.files:
+    for name in manifest.files if is_whole else ():
         if not (folder / name).is_file():
             raise InputError(f"The bundle {folder} is incomplete: {name} is missing.", hint=_HINT)
     return manifest

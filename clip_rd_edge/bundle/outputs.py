@@ -55,24 +55,17 @@ _RECORDED = {"average": "average", "stitched model": "classifier", "trimmed mode
 def require_output(path: Path, kind: OutputKind, *, overwrite: bool, sources: Iterable[Path] = ()) -> None:
     """Refuse an output in use, unless with `overwrite` it is an earlier one of `kind` alone, and no source."""
     with named_failures(path):
-        if is_file(path):
-            raise UsageError(f"The output {path} is a file; expected a folder.", hint="choose another {output}")
         names = sorted(child.name for child in path.iterdir()) if is_folder(path) else []
-        stray = _stray(path, kind) if names else None
-    if stray is not None and not overwrite:  # not with {force} in its hint
-        raise UsageError(f"The output {path} already exists and is not empty.", hint="choose another {output}")
+        stray = "" if is_file(path) else _stray(path, kind) if names else None
+    if stray is not None:
+        other = f"it is not an earlier {kind}{f': it holds {names[0]}' if names else ''}"
+        found = f"beside an earlier {kind}, it holds {stray}" if stray else other
+        raise UsageError(
+            f"The output {path} exists and is not replaced: {found}.",
+            hint=f"choose another {{output}}, or move {stray or 'it'} elsewhere",
+        )
     require_free_output(path, overwrite=overwrite)
     require_apart(path, sources)
-    if stray is not None:
-        found = (
-            f"beside an earlier {kind}, it holds {stray}"
-            if stray
-            else f"it is not an earlier {kind}: it holds {names[0]}"
-        )
-        raise UsageError(
-            f"The output {path} is not replaced: {found}.",
-            hint=f"choose another {{output}}, or move {stray or 'that folder'} elsewhere",
-        )
 
 
 def require_output_file(path: Path, is_earlier: Callable[[bytes], bool], *, what: str, option: str) -> None:

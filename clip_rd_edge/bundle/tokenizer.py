@@ -18,11 +18,10 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
-from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.files import machine_failure, read_limited
 from clip_rd_edge.utils.process import NativeCall
 from clip_rd_edge.utils.structs import CheckedStruct
-from clip_rd_edge.utils.text import is_unicode
 
 TokenIds = npt.NDArray[np.int64]
 MAX_CONTEXT = 8192  # token ids per text: 33 times the longest context in open_clip
@@ -188,8 +187,6 @@ def _longest(table: str) -> int:
 def clean_text(text: str, mode: str) -> str:
     """Clean a text before tokenisation, as open_clip does (`open_clip.tokenizer.get_clean_fn`)."""
     if not (text.isascii() and text.isprintable() and "&" not in text):  # of others, nothing is broken or escaped
-        if not is_unicode(text):
-            raise InputError(f"The text {text!r} is no Unicode: it has a half of a surrogate pair.")
         import ftfy  # takes 30 ms, and most texts do without it
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from clip_rd_edge.errors import ClipRdEdgeError, InputError, MissingExtraError, in_one_line, pip
+from clip_rd_edge.errors import ClipRdEdgeError, InputError, needs_extra
 from clip_rd_edge.utils.host import OPENCVS
 from clip_rd_edge.utils.paths import is_file, why_no_file
 
@@ -23,14 +23,8 @@ def frames(source: str) -> Iterator[Image.Image]:
     A camera or a stream is read at its own rate and only the newest frame is kept, so that a slow model lags by one
     frame instead of a growing queue. All frames of a video are yielded, in order.
     """
-    try:
+    with needs_extra(OPENCVS[0], extra="camera", purpose="Reading from a camera"):
         import cv2
-    except ImportError as error:
-        if error.name == "cv2":
-            raise MissingExtraError(OPENCVS[0], extra="camera", purpose="Reading from a camera") from error
-        raise ClipRdEdgeError(
-            f"OpenCV cannot be imported: {in_one_line(error)}.", hint=f"{pip('install')} -U {OPENCVS[0]}"
-        ) from error
     capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
     try:
         if not capture.isOpened():

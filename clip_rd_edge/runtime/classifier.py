@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -17,7 +17,6 @@ from clip_rd_edge.bundle.encoder import (
     label_embeddings,
     paired,
     require_labels,
-    require_top,
     top_indices,
     usual_limit,
 )
@@ -30,6 +29,8 @@ from clip_rd_edge.utils.text import SILENT, Reporter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from clip_rd_edge.runtime.model import Model
 
 _MANY_LABELS = 2000  # from this number on, embedding them is reported: it takes many seconds
 _NO_LENGTH = 1e-12  # up to this, an embedding has no direction
@@ -74,10 +75,6 @@ class _Decision(NamedTuple):
     multi: bool = False
     raw: bool = False
 
-    @property
-    def needs_matches(self) -> bool:
-        return self.multi or self.refuse_known is not None
-
 
 def _decision(given: Deciding) -> _Decision:
     options: dict[str, Any] = {**given}
@@ -87,21 +84,14 @@ def _decision(given: Deciding) -> _Decision:
         rate = REFUSE_KNOWN
     if rate is not None and not (isinstance(rate, int | float | np.floating) and 0 <= rate < 1):
         raise UsageError(f"{{refuse_known}} is {rate!r}; expected a share from 0 to 1.", option="refuse_known")
-    multi, raw = bool(options.get("multi")), bool(options.get("raw"))
-    if multi and raw:
-        raise UsageError(
-            "{multi} and {raw} cannot be combined: a label's own probability comes from the calibration.",
-            hint="omit one of them",
-            option="raw",
-        )
-    return _Decision(None if rate is None else float(rate), multi, raw)
+    return _Decision(None if rate is None else float(rate), bool(options.get("multi")), bool(options.get("raw")))
 
 
 class ZeroShotClassifier:
     """Classify images among a set of labels.
 
     Args:
-        encoder: any `Encoder`, such as the one that `clip_rd_edge.runtime.load.load` returns.
+        encoder: a `Model`, or any `Encoder`.
         labels: label names, a single label, or a label file (see `runtime.labels`); None uses those of the bundle's
             label bank. If the bank contains all labels, their embeddings are taken from it and the text tower is not
             loaded.
@@ -114,12 +104,12 @@ class ZeroShotClassifier:
     Raises:
         InputError: there are no labels, a label is empty or looks like the path of a missing file, or a template has
             no `{}`.
-        UsageError: `refuse_known` is not a share, or `multi` and `raw` are combined.
+        UsageError: `refuse_known` is not a share.
     """
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Encoder | Model,
         labels: Labels = None,
         *,
         templates: TemplateNames = None,
@@ -127,7 +117,7 @@ class ZeroShotClassifier:
         reporter: Reporter = SILENT,
         **deciding: Unpack[Deciding],
     ) -> None:
-        self.encoder = encoder
+        self.encoder = encoder = getattr(encoder, "encoder", encoder)  # of a `Model`
         self._decision = _decision(deciding)
         description = encoder.describe()
         self.scoring, self.calibration = description.scoring, description.calibration
@@ -182,9 +172,8 @@ class ZeroShotClassifier:
 
         Raises:
             InputError: the embeddings have another shape, are not numbers, or one is zero or not finite.
-            UsageError: `top` is less than 1, or a share is not one.
+            UsageError: a share is not one.
         """
-        require_top(top)
         decision = self._decision if deciding is None else _decision(deciding)
         labels, of_labels = self._set
         rows, fits = self._answers(self._unit_rows(embeddings), of_labels, decision)
@@ -197,18 +186,19 @@ class ZeroShotClassifier:
         self, images: Embeddings, labels: Embeddings, decision: _Decision
     ) -> tuple[Probabilities, npt.NDArray[np.bool_]]:
         """Return the probability of each label for each image, and whether it may be an answer, (N, C) each."""
-        calibration = self.calibration or UNCALIBRATED
-        found = self.scoring.matches(images, labels, self.background()) if decision.needs_matches else None
+        own = None if decision.raw else self.calibration
+        calibration = own or UNCALIBRATED
+        compared = decision.multi or decision.refuse_known is not None
+        found = self.scoring.matches(images, labels, self.background()) if compared else None
         fits = np.ones((len(images), len(labels)), bool)
         if found is not None and decision.refuse_known is not None:
             fits = found >= self._limit(images, labels, decision.refuse_known)
             if not decision.multi:  # a softmax is shown whole, or not at all
                 fits = np.broadcast_to(fits.any(axis=1, keepdims=True), fits.shape)
         by_itself = decision.multi or (self.has_trivial_label and not decision.raw)
-        if found is not None and by_itself and (self.calibration or not self.scoring.is_independent):
+        if found is not None and by_itself and (own or not self.scoring.is_independent):
             return calibration.probabilities(found), fits
-        scoring = self.scoring if decision.raw else calibration.softened(self.scoring)
-        return scoring.probabilities(images, labels), fits
+        return calibration.softened(self.scoring).probabilities(images, labels), fits
 
     def _limit(self, images: Embeddings, labels: Embeddings, refuse_known: float) -> float | Similarities:
         """Return the match below which a label does not fit: one for all images, or one for each, (N, 1)."""
@@ -229,14 +219,12 @@ class ZeroShotClassifier:
             return stored
         if self._nouns is None:
             nouns = background_nouns()
-            key = self._cache_key(nouns)
-            rows = read_label_set(key, count=len(nouns)) if key else None
-            if rows is None:
+
+            def embed() -> Embeddings:
                 self._reporter.note(f"embedding {len(nouns):,} common nouns to compare labels with: once")
-                rows = label_embeddings(self.encoder, nouns, self._templates, by_text=True, reporter=self._reporter)
-                if key := self._cache_key(nouns):
-                    write_label_set(key, rows)
-            self._nouns = rows
+                return label_embeddings(self.encoder, nouns, self._templates, by_text=True, reporter=self._reporter)
+
+            self._nouns = self._cached(nouns, embed)
         return self._nouns
 
     def similarities(self, embeddings: Embeddings) -> Similarities:
@@ -248,17 +236,13 @@ class ZeroShotClassifier:
     def _unit_rows(self, embeddings: Embeddings) -> Embeddings:
         """Return the embeddings that a caller has, (N, D), divided by their lengths; errors: `classify_embeddings`."""
         width, given = self._size, np.asarray(embeddings)
-        if given.dtype.kind not in "fiu" or given.ndim not in (1, 2) or given.shape[-1] != width:
-            raise InputError(
-                f"Image embeddings have the shape {given.shape} and the type {given.dtype}.",
-                hint=f"pass what encode_images of this model returns: (N, {width}), or ({width},) for one image",
-            )
-        rows = given.reshape(-1, width).astype(np.float64)  # in which no length overflows
+        fits = given.dtype.kind in "fiu" and given.ndim in (1, 2) and given.shape[-1] == width
+        rows = (given if fits else np.zeros(width)).reshape(-1, width).astype(np.float64)  # no length overflows
         lengths = np.linalg.norm(rows, axis=1)
-        if (wrong := np.flatnonzero(~(np.isfinite(lengths) & (lengths > _NO_LENGTH)))).size:
+        if not (np.isfinite(lengths) & (lengths > _NO_LENGTH)).all():
             raise InputError(
-                f"Image embedding {wrong[0] + 1} of {len(rows):,} is zero, or has entries that are not finite numbers.",
-                hint="leave it out, or embed it again",
+                f"Image embeddings have the shape {given.shape} and type {given.dtype}, or one is zero or not finite.",
+                hint=f"pass what encode_images of this model returns: (N, {width}), or ({width},) for one image",
             )
         unit: Embeddings = (rows / lengths[:, None]).astype(np.float32)
         return unit
@@ -274,22 +258,28 @@ class ZeroShotClassifier:
         """Return the labels' embeddings, (C, D); the text tower embeds only labels that the last call did not have."""
         known = self._known  # in which another thread may put another dict meanwhile
         new = [label for label in labels if label not in known]
-        if new or not labels:
-            key = self._cache_key(labels)
-            rows = read_label_set(key, count=len(labels)) if key else None
-            if rows is not None:
-                known.update(zip(labels, rows, strict=True))
-            else:
-                reporter = self._reporter if len(new) >= _MANY_LABELS else SILENT
-                reporter.note(f"embedding {len(new):,} labels; a bundle exported with --labels has them at once")
-                embeddings = label_embeddings(self.encoder, new, self._templates, reporter=reporter)
-                known.update(zip(new, embeddings, strict=True))
-                if key := self._cache_key(labels):  # now of where the text tower really runs
-                    write_label_set(key, np.stack([known[label] for label in labels]))
+
+        def embed() -> Embeddings:
+            reporter = self._reporter if len(new) >= _MANY_LABELS else SILENT
+            reporter.note(f"embedding {len(new):,} labels; a bundle exported with --labels has them at once")
+            rows = dict(zip(new, label_embeddings(self.encoder, new, self._templates, reporter=reporter), strict=True))
+            return np.stack([rows[label] if label in rows else known[label] for label in labels])
+
+        if new:
+            known.update(zip(labels, self._cached(labels, embed), strict=True))
         # Forget labels that are gone: the memory of a long-running page whose labels change must not grow.
         known = {label: known[label] for label in labels}
         self._known = known
         return np.stack(list(known.values()))
+
+    def _cached(self, labels: Sequence[str], embed: Callable[[], Embeddings]) -> Embeddings:
+        key = self._cache_key(labels)
+        rows = read_label_set(key, count=len(labels)) if key else None
+        if rows is None:
+            rows = embed()
+            if key := self._cache_key(labels):  # now of where the text tower really runs
+                write_label_set(key, rows)
+        return rows
 
     def _cache_key(self, labels: Sequence[str]) -> str:
         text_key: str = getattr(self.encoder, "text_key", "") if self._cache else ""

@@ -114,15 +114,12 @@ def extras() -> dict[str, list[str]]:
     for line in lines:
         if match := re.match(r"([\w.-]+).*;.*extra == ['\"]([\w-]+)['\"]", line):
             package, extra = match.groups()
-            if extra not in _NOT_LISTED and package not in always and _is_for_this_system(line):
+            system = re.search(r"sys_platform ([!=]=) ['\"](\w+)['\"]", line)
+            is_for_this = system is None or (system[1] == "==") == (system[2] == sys.platform)
+            if extra not in _NOT_LISTED and package not in always and is_for_this:
                 packages.setdefault(extra, []).append(package)
     # Some have a line for each range of Python's versions.
     return {extra: list(dict.fromkeys(names)) for extra, names in packages.items()}
-
-
-def _is_for_this_system(requirement: str) -> bool:
-    match = re.search(r"sys_platform ([!=]=) ['\"](\w+)['\"]", requirement)
-    return match is None or (match[1] == "==") == (match[2] == sys.platform)
 
 
 def _processor(features: tuple[str, ...]) -> Finding:

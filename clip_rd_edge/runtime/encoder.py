@@ -34,7 +34,7 @@ from clip_rd_edge.bundle.manifest import (
 )
 from clip_rd_edge.bundle.preprocess import preprocess, to_uint8
 from clip_rd_edge.bundle.tokenizer import Tokenizer
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError, in_one_line, near_matches
+from clip_rd_edge.errors import ConfigError, InputError, UsageError, in_one_line, near_matches
 from clip_rd_edge.utils.files import size_bytes
 from clip_rd_edge.utils.process import NativeCall
 from clip_rd_edge.utils.text import printable
@@ -296,8 +296,6 @@ class BundleEncoder(ABC):
             return self._run_batches(session, tower, [row[None] for row in inputs])
         try:
             (embeddings,) = session.run([tower.output_name], {tower.input_name: inputs})
-        except ClipRdEdgeError:
-            raise
         except Exception as error:  # each runtime has its own; a bundle whose files do not fit together ends here
             path = self.folder / tower.file
             raise ConfigError(f"{path} does not run on {inputs.shape}: {in_one_line(error)}.") from error

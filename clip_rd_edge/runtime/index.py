@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from clip_rd_edge.bundle.encoder import Embeddings, require_cosines, require_top, top_indices
+from clip_rd_edge.bundle.encoder import Embeddings, require_cosines, top_indices
 from clip_rd_edge.bundle.image_files import IMAGE_SUFFIXES
 from clip_rd_edge.bundle.images import ImageInput, as_rgb
 from clip_rd_edge.bundle.manifest import Manifest, is_bundle
@@ -318,7 +318,6 @@ def search_index(
         exact: compare all images, even if the index has a graph.
         options: of `runtime.load.load`, which opens the bundle.
     """
-    require_top(top)
     asked = _text_or_image(query) if isinstance(query, str) else query
     index, rows = read_index(path)
     if folder is not None:

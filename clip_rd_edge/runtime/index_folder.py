@@ -42,7 +42,8 @@ class Listing:
         for path, found in look_at_images(folder, on_unreadable=lambda error: self.others.append(str(error))):
             name = os.fspath(path)[start:].replace(os.sep, "/")
             if not is_unicode(name):
-                self.others.append(f"The name of {printable_path(path)} is not UTF-8: rename it to have it indexed.")
+                shown = os.fsencode(path).decode(errors="backslashreplace")
+                self.others.append(f"The name of {shown} is not UTF-8: rename it to have it indexed.")
             elif found is not None:
                 self.stamps[name] = (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
             elif reason := _why_not_there(path):
@@ -174,8 +175,3 @@ def is_gone(path: Path) -> bool:
     except OSError:
         return False
     return False
-
-
-def printable_path(path: Path) -> str:
-    """Return a path whose name may not be UTF-8, for a message."""
-    return os.fsencode(path).decode(errors="backslashreplace")

@@ -42,7 +42,6 @@ from clip_rd_edge.runtime.index_folder import (
     is_empty_folder,
     is_gone,
     out_of_sight,
-    printable_path,
 )
 from clip_rd_edge.runtime.load import embed_images, embed_images_on_cluster
 from clip_rd_edge.runtime.search_graph import build_graph, keys_of, usearch_is_installed
@@ -50,7 +49,7 @@ from clip_rd_edge.utils.arrays import npy_bytes
 from clip_rd_edge.utils.files import now_in, write_bytes
 from clip_rd_edge.utils.outputs import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.paths import exists, file_identity, is_file, is_folder, near_files
-from clip_rd_edge.utils.text import SILENT, Reporter, is_unicode
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 ANSWERED = 0.2  # share of random texts for which a search finds something
 _NOUN_STEP, _COMPARED_ROWS = 4, 1 << 16  # of the nouns, one in so many; rows compared with them at once
@@ -131,12 +130,6 @@ class Indexer:
         if not is_folder(folder):
             reason = "is a file." if exists(folder) else f"does not exist.{near_files(folder)}"
             raise InputError(f"The folder {folder} {reason}", hint="name a folder with images")
-        for location in (folder.resolve(), encoder.folder.resolve()):
-            if not is_unicode(str(location)):
-                raise InputError(
-                    f"The path {printable_path(location)} is not UTF-8, and index.json cannot hold it.",
-                    hint="rename it",
-                )
         self._encoder, self._folder, self._path = encoder, folder, path
         self._stop, self._cluster, self._reporter = stop or threading.Event(), cluster, reporter
         self._has_written = False

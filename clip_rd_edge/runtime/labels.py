@@ -179,12 +179,8 @@ def _from_table(text: str, path: Path, headings: Sequence[str], *, captions: boo
     try:
         for row in reader:
             start, last = last + 1, above + reader.line_num
-            width = len(rows[0][1]) if rows else len(row)
-            if any(cell.strip() for cell in row[width:]):
+            if rows and any(cell.strip() for cell in row[len(rows[0][1]) :]):
                 problem = f"{start} has more fields than its first line"
-            elif rows and any(_holds_rows(cell, column, width, separator) for column, cell in enumerate(row)):
-                problem = f"{start}: a quoted field holds several lines"
-            if problem:
                 break
             if any(cell.strip() for cell in row):
                 rows.append((start, row))
@@ -220,18 +216,6 @@ def _column_number(rows: Sequence[Sequence[str]], first: str, path: Path, headin
     return 0, 0
 
 
-def _holds_rows(cell: str, column: int, columns: int, separator: str) -> bool:
-    """Return whether a cell looks like several rows that a stray quote joined: each of its lines has their fields.
-
-    In prose, white space follows a comma, and a line may end with one.
-    """
-    if columns == 1 or not re.search(r"[\r\n]", cell):
-        return False
-    fields = [1 + len(re.findall(rf"{re.escape(separator)}(?=\S)", line)) for line in text_lines(cell) if line.strip()]
-    expected = [columns - column, *[columns] * (len(fields) - 2), column + 1]
-    return len(fields) > 1 and all(count >= least for count, least in zip(fields, expected, strict=True))
-
-
 def _table_separator(first: str, usual: str, headings: Sequence[str]) -> str:
     """Return the separator that splits the first line into cells of which one is a heading, else the likeliest one."""
     for separator in usual + ",\t;|":
@@ -265,11 +249,8 @@ def _from_structure(content: Any, path: Path, headings: Sequence[str]) -> list[s
     content = _under_heading(content, headings, (list, dict))
     if isinstance(content, dict) and content and all(is_natural(str(key)) for key in content):
         content = [content[key] for key in sorted(content, key=int)]
-    if not isinstance(content, list):
-        raise InputError(
-            f"The label file {path} has no list of labels.", hint='write a list of names, such as ["a cat", "a dog"]'
-        )
-    return [_name(item, f"{path}: entry {number}", headings) for number, item in enumerate(content, start=1)]
+    items = content if isinstance(content, list) else [content]
+    return [_name(item, f"{path}: entry {number}", headings) for number, item in enumerate(items, start=1)]
 
 
 def _name(item: Any, location: str, headings: Sequence[str]) -> str:

@@ -25,7 +25,6 @@ from clip_rd_edge.bundle.images import (
     ImageInput,
     as_images,
     as_rgb,
-    image_path,
     in_bounded_batches,
     open_image,
 )
@@ -171,7 +170,7 @@ def encode_inputs(encoder: Encoder, images: ImageInput | Iterable[ImageInput], *
             if not isinstance(image, str | os.PathLike):
                 others.append(image)
                 return
-            yield image_path(image)
+            yield Path(image)
 
     parts, files = list[Embeddings](), leading_files()
     first: list[Path] = list(islice(files, 2))
@@ -192,7 +191,7 @@ def encode_inputs(encoder: Encoder, images: ImageInput | Iterable[ImageInput], *
 
 def _to_rgb(image: ImageInput, min_edge: int | None, *, copy: bool) -> Image.Image:
     if isinstance(image, str | os.PathLike):
-        return open_image(image_path(image), min_edge=min_edge)
+        return open_image(Path(image), min_edge=min_edge)
     rgb = as_rgb(image)
     return rgb.copy() if copy and rgb is image else rgb
 
@@ -242,12 +241,11 @@ def embed_images(
             if not ahead:
                 return
             yield ahead.popleft().result()
-    except (Exception, GeneratorExit):
-        raise
-    except BaseException:  # a signal
-        over = end_calls(130)
-        model.shutdown(cancel_futures=True)
-        over.set()
+    except BaseException as error:
+        if not isinstance(error, Exception | GeneratorExit):  # a signal
+            over = end_calls(130)
+            model.shutdown(cancel_futures=True)
+            over.set()
         raise
     finally:
         # If the caller stops early or presses Ctrl-C, do not wait for images that are no longer needed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from clip_rd_edge.bundle.encoder import Description, Embeddings, TowerEncoder, as_list
+from clip_rd_edge.bundle.encoder import Description, Embeddings, TowerEncoder, as_list, embeds_texts
 from clip_rd_edge.bundle.images import ImageInput, is_single_image
 from clip_rd_edge.bundle.labels import TemplateNames, parse_templates, template_words
 from clip_rd_edge.runtime.classifier import Deciding, Prediction, ZeroShotClassifier
@@ -40,25 +40,9 @@ class Model:
         return self.encoder.describe()
 
     @property
-    def label_bank(self) -> Any:
-        """The bundle's precomputed labels and their embeddings, or None."""
-        return getattr(self.encoder, "label_bank", None)
-
-    @property
-    def text_key(self) -> str:
-        """A key that changes when text embeddings may change; empty if unknown."""
-        return str(getattr(self.encoder, "text_key", ""))
-
-    @property
     def has_text_tower(self) -> bool:
         """Whether the model embeds texts; a bundle exported without its text tower does not."""
-        return bool(getattr(self.encoder, "has_text_tower", True))
-
-    def stored_label_embeddings(self, labels: Sequence[str], templates: Sequence[str]) -> Embeddings:
-        """Return the label bank's embeddings of these labels: see `runtime.encoder.BundleEncoder`."""
-        bundle: Any = self.encoder
-        rows: Embeddings = bundle.stored_label_embeddings(labels, templates)
-        return rows
+        return embeds_texts(self.encoder)
 
     def encode_images(self, images: ImageInput | Iterable[ImageInput], *, quick: bool = False) -> Embeddings:
         """Embed images.
@@ -162,7 +146,7 @@ class Model:
 
         Raises:
             InputError: an image could not be read, or the labels or templates are invalid.
-            UsageError: `refuse_known` is not a share, or `top` is less than 1.
+            UsageError: `refuse_known` is not a share.
         """
         classifier = self._classifier_for(labels, templates, cache, deciding)
         single = is_single_image(images)

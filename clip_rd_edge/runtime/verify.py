@@ -21,17 +21,15 @@ from clip_rd_edge.bundle.manifest import (
     TOKENIZER,
     Manifest,
     Tower,
-    is_bundle,
     manifest_is_intact,
     read_manifest,
 )
 from clip_rd_edge.bundle.reference import REFERENCE, Reference, read_reference, worst_agreement
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UnreachableError
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UnreachableError
 from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, Placement
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.files import sha256_of, size_bytes
 from clip_rd_edge.utils.process import end_calls
-from clip_rd_edge.utils.structs import read_json
 
 TEXT = "a photo of a cat"
 # INT8 towers normalise in float32, too, so norms deviate from 1 by rounding only.
@@ -47,7 +45,7 @@ MAX_DIFFERENCE = 1e-4
 _MIN_LIMIT_S = 300
 _COPY = "copy or export the bundle again"
 _MACHINE = "the machine failed, not the bundle: verify again once that is fixed"
-_EXPORT = "export the bundle again"
+_EXPORT, _MORE_TIME = "export the bundle again", "allow more with --time-limit"
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,28 +83,15 @@ def verify_bundle(
         time_limit_s: a tower that still runs after this many seconds is stopped, and fails. None: five minutes, and a
             second for each megabyte of the bundle, more than even a slow board with a slow card needs.
     """
-    try:
-        manifest = read_manifest(folder)
-    except InputError:
-        if not is_bundle(folder):
-            raise
-        # A file is missing, which the manifest lists: read it all the same, to report every missing file.
-        manifest = read_json(folder / MANIFEST, Manifest)
+    manifest = read_manifest(folder, is_whole=False)  # to report every missing file
     with _time_limit(_MIN_LIMIT_S + size_bytes(folder) / 1e6 if time_limit_s is None else time_limit_s) as limit:
         return list(_checks(folder, manifest, limit, threads=threads, device=device))
 
 
-class _Limit(threading.Event):
-    """Is set when the time is over; `words` say so."""
-
-    words = ""
-
-
 @contextmanager
-def _time_limit(seconds: float) -> Iterator[_Limit]:
+def _time_limit(seconds: float) -> Iterator[threading.Event]:
     """Within the block, end what a runtime computes from the limit on, also what it begins after that."""
-    limit, over = _Limit(), threading.Event()
-    limit.words = f"ended after {seconds:,.0f} s, the time limit"
+    limit, over = threading.Event(), threading.Event()
 
     def end() -> None:
         limit.set()
@@ -122,7 +107,9 @@ def _time_limit(seconds: float) -> Iterator[_Limit]:
         over.set()
 
 
-def _checks(folder: Path, manifest: Manifest, limit: _Limit, *, threads: int | None, device: str) -> Iterator[Check]:
+def _checks(
+    folder: Path, manifest: Manifest, limit: threading.Event, *, threads: int | None, device: str
+) -> Iterator[Check]:
     broken = set()
     for check in _check_files(folder, manifest):
         broken |= set() if check.passed else {check.what}
@@ -130,7 +117,7 @@ def _checks(folder: Path, manifest: Manifest, limit: _Limit, *, threads: int | N
     reference: Reference | None = None
     if REFERENCE in manifest.files and REFERENCE not in broken:
         try:
-            reference = _reference(folder, manifest)
+            reference = read_reference(folder)
         except ConfigError as error:
             yield Check(what=REFERENCE, passed=False, detail=str(error), hint=_EXPORT)
     encoder = load(folder, manifest=manifest, threads=threads, device=device, force=True)  # to see how wrong
@@ -140,7 +127,9 @@ def _checks(folder: Path, manifest: Manifest, limit: _Limit, *, threads: int | N
             continue
         check = _run(encoder, trial)  # its files are intact: copying them again would change nothing
         if limit.is_set():
-            check = Check(what=trial.what, passed=False, detail=limit.words, hint="allow more with --time-limit")
+            check = Check(
+                what=trial.what, passed=False, detail="ended at the time limit", hint="allow more with --time-limit"
+            )
         if not (check.passed or check.hint):
             other = _EXPORT if trial.tower is None else f"try another --device, or {_EXPORT}"
             check = msgspec.structs.replace(check, hint=other)
@@ -165,22 +154,6 @@ def _check_files(folder: Path, manifest: Manifest) -> Iterator[Check]:
             yield Check(what=name, passed=True, detail=f"intact, {shown}")
 
 
-def _reference(folder: Path, manifest: Manifest) -> Reference | None:
-    """Return the reference embeddings; raise ConfigError if they are not this bundle's."""
-    reference = read_reference(folder)
-    if reference is None:
-        return None
-    expected = (*manifest.preprocessing.size, manifest.tokenizer.context_length, manifest.embedding_size)
-    sizes = (*reference.images.shape[1:3], reference.ids.shape[1], reference.image_embeddings.shape[1])
-    has_texts = bool(reference.texts) == (manifest.text is not None)
-    if sizes != expected or reference.text_embeddings.shape[1] != sizes[-1] or not has_texts:
-        raise ConfigError(
-            f"It has {len(reference.texts)} texts, and images, ids and embeddings of sizes {sizes}; expected "
-            f"{'some' if manifest.text else 'no'} texts, and the sizes {expected}."
-        )
-    return reference
-
-
 class _Trial(NamedTuple):
     """What is run; `answers` are the reference embeddings (N, D), or None; `rounding` is as in `Reference`."""
 
@@ -197,7 +170,9 @@ def _trials(encoder: BundleEncoder, reference: Reference | None) -> list[_Trial]
     image_files = set(manifest.files_of(manifest.image))
     texts = {*manifest.files_of(text), TOKENIZER} if text else set()
     if reference is None:
-        trials = [_Trial("image tower", manifest.image, image_files, lambda: _embed_noise(encoder))]
+        # Not zeros, which a tower without biases embeds as zeros.
+        noise = np.random.default_rng(0).standard_normal((1, 3, *manifest.preprocessing.size)).astype(np.float32)
+        trials = [_Trial("image tower", manifest.image, image_files, lambda: encoder.encode_pixels(noise))]
         trials += [_Trial("text tower", text, texts, lambda: encoder.encode_texts([TEXT]))] if text else []
     else:
         ref, images = reference, [Image.fromarray(array) for array in reference.images]
@@ -214,24 +189,25 @@ def _trials(encoder: BundleEncoder, reference: Reference | None) -> list[_Trial]
 
 
 def _run(encoder: BundleEncoder, trial: _Trial) -> Check:
+    answers = trial.answers
     try:
         embeddings = trial.run()
+        deviation = float(np.abs(np.linalg.norm(embeddings, axis=1) - 1).max())
+        agreement = None if answers is None else worst_agreement(answers, embeddings)
     except ClipRdEdgeError as error:
         # The machine's, which another device or bundle would not change.
         hint = error.hint or (_MACHINE if isinstance(error, UnreachableError) else "")
         return Check(what=trial.what, passed=False, detail=str(error), hint=hint)
-    except Exception as error:  # noqa: BLE001 — any failure of the runtime is the finding
+    except Exception as error:  # noqa: BLE001 — any failure is the finding, and so are answers of another shape
         return Check(what=trial.what, passed=False, detail=f"{type(error).__name__}: {error}")
-    deviation = float(np.abs(np.linalg.norm(embeddings, axis=1) - 1).max())
-    problem, detail, agreement = "", f"returns shape {embeddings.shape}, norm 1", None
+    problem, detail = "", f"returns shape {embeddings.shape}, norm 1"
     if not deviation <= _NORM_TOLERANCE:  # also fails for NaN
         problem = detail = f"returns embeddings with a norm that differs from 1 by {deviation:.2g}"
     if trial.tower is None:
         return Check(what=trial.what, passed=not problem, detail=detail)
     placement = encoder.placement(trial.tower)
-    if not problem and trial.answers is not None:
-        agreement = worst_agreement(trial.answers, embeddings)
-        difference = float(np.abs(embeddings - trial.answers).max())
+    if not problem and answers is not None and agreement is not None:
+        difference = float(np.abs(embeddings - answers).max())
         detail, problem = _compare(trial, trial.tower, agreement, difference, placement)
     if reason := encoder.int8_fault(trial.tower):  # which some inputs alone show
         problem, detail = reason, f"{detail}; {reason}"
@@ -275,12 +251,6 @@ def _embed_texts(encoder: BundleEncoder, reference: Reference) -> Embeddings:
         text = reference.texts[int((ids != reference.ids).any(axis=1).argmax())]
         raise ConfigError(f"The tokenizer turns {text[:40]!r} into other ids here than at the export", hint=_EXPORT)
     return encoder.encode_ids(ids)
-
-
-def _embed_noise(encoder: BundleEncoder) -> Embeddings:
-    # Noise rather than zeros, which a tower without biases embeds as zeros.
-    size = (1, 3, *encoder.manifest.preprocessing.size)
-    return encoder.encode_pixels(np.random.default_rng(0).standard_normal(size).astype(np.float32))
 
 
 def _labels(encoder: BundleEncoder) -> Embeddings:

@@ -11,7 +11,6 @@ from contextlib import suppress
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import anyio.to_thread
 import msgspec
@@ -34,7 +33,7 @@ from clip_rd_edge.runtime.taught import nothing_taught, taught_among
 from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.guard import LOOPBACK, Guard, RefusedError, error_response
 from clip_rd_edge.serving.protocol import PageLabels, UploadedImage, require_few_labels
-from clip_rd_edge.serving.server import PAGE, Handler, answered, read_body, serve_file
+from clip_rd_edge.serving.server import PAGE, Handler, answered, json_response, keep, read_body, serve_file
 from clip_rd_edge.utils.paths import file_identity
 from clip_rd_edge.utils.structs import decode_request
 
@@ -198,7 +197,7 @@ class ServedBundle:
             if classifier is None or opened is not encoder:
                 classifier = self._new_classifier(encoder, labels)
         with self._lock:
-            _keep(self._classifiers, key, (encoder, classifier), _MAX_CLASSIFIERS)
+            keep(self._classifiers, key, (encoder, classifier), _MAX_CLASSIFIERS)
             for other in self._turns.keys() - self._classifiers.keys():
                 if not self._turns[other].locked():
                     del self._turns[other]
@@ -210,14 +209,6 @@ class ServedBundle:
         twin = copy(encoder)
         twin.label_bank = self._taught(encoder, labels)[1]
         return ZeroShotClassifier(twin, None, cache=False)
-
-
-def _keep(kept: OrderedDict[str, Any], key: str, value: object, count: int) -> None:
-    """Put a value among those used last, of which this many are kept."""
-    kept[key] = value
-    kept.move_to_end(key)
-    while len(kept) > count:
-        kept.popitem(last=False)
 
 
 class Demo:
@@ -259,7 +250,7 @@ class Demo:
         # In a thread, as one that was exported anew is opened first; one at a time, as files need threads, too.
         self._lister = self._lister or CapacityLimiter(1)
         infos = await anyio.to_thread.run_sync(lambda: [bundle.info() for bundle in self.served], limiter=self._lister)
-        return _json({"bundles": infos, "labels": self.start_labels})
+        return json_response({"bundles": infos, "labels": self.start_labels})
 
     async def labels(self, request: Request) -> Response:
         """Store a list of labels, or `PageLabels`; return the key by which classify requests refer to it."""
@@ -270,8 +261,8 @@ class Demo:
             labels.require_few()
         except InputError as error:
             return error_response(_BAD_LABELS, str(error), error.hint)
-        _keep(self.label_sets, labels.key, labels, MAX_SETS)
-        return _json({"key": labels.key})
+        keep(self.label_sets, labels.key, labels, MAX_SETS)
+        return json_response({"key": labels.key})
 
     async def classify(self, request: Request) -> Response:
         """Classify the image in the body with ?bundle=NUMBER among ?labels=KEY (without a key: the bundle's own).
@@ -288,7 +279,7 @@ class Demo:
             self._limiter = self._limiter or CapacityLimiter(MAX_PARALLEL)
             embedding = request.query_params.get("embedding") == "1"
             work = partial(bundle.classify, content, labels, embedding)
-            return _json(await anyio.to_thread.run_sync(work, limiter=self._limiter))
+            return json_response(await anyio.to_thread.run_sync(work, limiter=self._limiter))
         finally:
             self.pending -= 1
 
@@ -338,7 +329,3 @@ def _answered(handler: Handler) -> Handler:
 def _status_of(error: ClipRdEdgeError) -> int:
     """Return 400 where the request is at fault, and 500 where the bundle or the machine is."""
     return 400 if isinstance(error, UsageError) and not isinstance(error, ConfigError) else 500
-
-
-def _json(content: object) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")

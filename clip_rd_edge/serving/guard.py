@@ -19,7 +19,6 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.structs import is_natural
 
 LOOPBACK = "127.0.0.1"
@@ -80,10 +79,10 @@ class Guard:
         host: str,
         names: Collection[str] = (),
         token_required: bool = False,
-        respond: Respond | None = None,
+        respond: Respond,
         full: int = 503,
     ) -> None:
-        self.app, self._respond, self._full = app, respond or error_response, full
+        self.app, self._respond, self._full = app, respond, full
         self.loopback = is_loopback(host)
         self.named = {*names} - {""}  # without `host`: a page of another port of 127.0.0.1 is foreign
         self.names = {*self.named, host.lower()} - {""}
@@ -95,7 +94,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         try:
-            self._require_allowed(scope, Headers(scope=scope))
+            self._require_allowed(Headers(scope=scope))
         except RefusedError as refused:
             await self._respond(refused.status, str(refused), "")(scope, receive, _with_headers(send))
             return
@@ -144,7 +143,7 @@ class Guard:
     def _full_error(self) -> RefusedError:
         return RefusedError(self._full, "Too much is being sent at once; try again in a moment.")
 
-    def _require_allowed(self, scope: Scope, headers: Headers) -> None:
+    def _require_allowed(self, headers: Headers) -> None:
         names = headers.keys()
         if any(names.count(name) > 1 for name in _ONCE) or {"content-length", "transfer-encoding"} <= set(names):
             # A proxy in front may have read the other one.
@@ -160,8 +159,6 @@ class Guard:
         length = headers.get("content-length", "0")
         if not is_natural(length) or int(length) > MAX_BODY_BYTES:
             raise _too_large()
-        if not scope["path"].isprintable():  # no file and no route; NUL is an error where files are looked for
-            raise RefusedError(404, "Not found.")
 
     def _allows_page(self, origin: str, host: str) -> bool:
         """Return whether pages of an origin may send requests to this Host: its own, and those of a given name."""
@@ -222,12 +219,5 @@ def _hostname(host: str) -> str:
 
 def host_names(names: str | Collection[str]) -> set[str]:
     """Return the host names in what a user gives, a single one or several: NAME, NAME:PORT or http://NAME:PORT."""
-    hosts = set()
-    for name in [names] if isinstance(names, str) else names:
-        host = _hostname(name.strip().rpartition("://")[2].partition("/")[0])
-        if not host:
-            raise UsageError(
-                f"{name!r} has no host name.", hint="name the host alone, such as {allow_host} clip-server"
-            )
-        hosts.add(host)
-    return hosts
+    several = [names] if isinstance(names, str) else names
+    return {_hostname(name.strip().rpartition("://")[2].partition("/")[0]) for name in several}

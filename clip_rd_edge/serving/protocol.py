@@ -27,14 +27,13 @@ if TYPE_CHECKING:
     from clip_rd_edge.runtime.classifier import Deciding
 
 MEDIA_MARKER = "<__media__>"  # stands for the image in a llama.cpp prompt; clients read it from /props
-_DATA_URL = "data:image/"  # in any case
 MAX_ITEMS = 2048  # per request, as OpenAI's
 MAX_TEXT_LENGTH = 100_000  # characters: tokenising millions takes seconds, and models read a few hundred at most
 MAX_LABELS = 2_000
 MAX_LABEL_LENGTH = 300  # characters
 MAX_TAUGHT = 2_000_000  # bytes of JSON with what teaches a page's labels: 1,400 images with 512 entries
 MAX_PIXELS = 52_000_000  # of an uploaded image: those of sensors with 50 megapixels have up to 50.3 million
-_DATA = re.compile(r"data:[\w/+.-]*;base64,", re.IGNORECASE)
+_DATA_URL = re.compile(r"data:(image/|[\w/+.-]*;base64,)", re.IGNORECASE)
 _FORM = "multipart/form-data"
 _BOUNDARY = re.compile(r'boundary=(?:"([^"]{1,70})"|([^\s;,"]{1,70}))', re.IGNORECASE)
 _FIELD_NAME = re.compile(rb'[;\s]name="([^"]*)"', re.IGNORECASE)
@@ -85,14 +84,12 @@ class PageLabels(msgspec.Struct, frozen=True):
 
 def require_few_labels(labels: Sequence[Any]) -> None:
     """Raise InputError if a client's labels are not texts, too long or too many."""
-    if not 1 <= len(labels) <= MAX_LABELS:
+    are_short = all(isinstance(label, str) and label.strip() and len(label) <= MAX_LABEL_LENGTH for label in labels)
+    if not (1 <= len(labels) <= MAX_LABELS and are_short):
         raise InputError(
-            f"There are {len(labels):,} labels; expected 1 to {MAX_LABELS:,}.",
+            f"There are {len(labels):,} labels; expected 1 to {MAX_LABELS:,}, of 1 to {MAX_LABEL_LENGTH} characters.",
             hint="leave some out; the number of those that a bundle is exported with is not limited",
         )
-    for number, label in enumerate(labels, start=1):
-        if not isinstance(label, str) or not label.strip() or len(label) > MAX_LABEL_LENGTH:
-            raise InputError(f"Label {number} of {len(labels)} has to be a text of 1 to {MAX_LABEL_LENGTH} characters.")
 
 
 def label_key(labels: Sequence[str]) -> str:
@@ -189,11 +186,8 @@ def read_request(
     for name, content in _form_fields(body, content_type):
         if name == "image":
             image = content
-            continue
-        try:
-            fields.append((name, content.decode()))
-        except UnicodeDecodeError as error:
-            raise InputError(f"The field {name[:80]!r} of the form is not UTF-8 text.") from error
+        else:
+            fields.append((name, content.decode(errors="replace")))
     return request_of(fields, kind), image
 
 
@@ -245,15 +239,8 @@ def openai_items(request: OpenAiRequest, *, embedding_size: int) -> list[Item]:
     if request.dimensions not in (None, embedding_size):
         raise InputError(f"dimensions is {request.dimensions}; this model has {embedding_size}.")
     texts = [request.input] if isinstance(request.input, str) else request.input
-    return _limited([_openai_item(text, number) for number, text in enumerate(texts)])
-
-
-def _openai_item(text: str, number: int) -> Item:
-    if text[: len(_DATA_URL)].lower() == _DATA_URL:
-        return Item(image=decode_image(text, number))
-    if head := _DATA.match(text):
-        raise InputError(f"Item {number} begins with {head[0]!r}; expected a text, or an image: {_DATA_URL}…;base64,…")
-    return Item(text=text)
+    items = enumerate(texts)
+    return _limited([Item(image=decode_image(t, i)) if _DATA_URL.match(t) else Item(text=t) for i, t in items])
 
 
 def _limited(items: list[Item]) -> list[Item]:

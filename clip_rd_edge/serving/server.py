@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -59,6 +61,19 @@ def answered(handler: Handler, *, respond: Respond, status_of: Callable[[ClipRdE
             return respond(status, str(error), error.hint)
 
     return handle
+
+
+def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return a response with what msgspec encodes."""
+    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
+
+
+def keep(kept: OrderedDict[str, Any], key: str, value: object, count: int) -> None:
+    """Put a value among those used last, of which this many are kept."""
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > count:
+        kept.popitem(last=False)
 
 
 async def read_body(request: Request) -> bytes:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-import msgspec
 import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -36,7 +35,16 @@ from clip_rd_edge.runtime.load import open_image_tower
 from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.guard import LOOPBACK, Guard, RefusedError, host_names
 from clip_rd_edge.serving.protocol import Item, UploadedImage, label_key, require_few_labels
-from clip_rd_edge.serving.server import Handler, answered, page_files, read_body, serve_file, unless_it_leaves
+from clip_rd_edge.serving.server import (
+    Handler,
+    answered,
+    json_response,
+    keep,
+    page_files,
+    read_body,
+    serve_file,
+    unless_it_leaves,
+)
 from clip_rd_edge.serving.shared import CONTENT_TYPE, Batcher, Metrics, ServedIndex
 from clip_rd_edge.utils.host import resident_memory_bytes
 from clip_rd_edge.utils.structs import CheckedStruct, PositiveInt, UnknownFieldError, decode_request
@@ -183,8 +191,6 @@ class Service:
         return await self._search(protocol.request_of(fields, protocol.SearchRequest), b"")
 
     async def _search(self, body: protocol.SearchRequest, image: bytes) -> Response:
-        if bool(body.query.strip()) == bool(image):
-            raise InputError("Expected either a query or an image.")
         if not image:
             protocol.require_length(body.query, "The query")
         (row,), _ = await self._embed([Item(image=image) if image else Item(text=body.query)])
@@ -279,9 +285,7 @@ class Service:
         async with self._turns.setdefault(key, asyncio.Lock()):
             if key not in self._classifiers:
                 self._classifiers[key] = await self._new_classifier(labels)
-                while len(self._classifiers) > _MAX_CLASSIFIERS:
-                    self._classifiers.popitem(last=False)
-            self._classifiers.move_to_end(key)
+            keep(self._classifiers, key, self._classifiers[key], _MAX_CLASSIFIERS)
             return self._classifiers[key]
 
     async def _new_classifier(self, labels: Sequence[str] | None) -> ZeroShotClassifier:
@@ -412,11 +416,6 @@ def _status_of(error: ClipRdEdgeError) -> int:
 def _authorised(request: Request, token: str) -> bool:
     scheme, _, sent = request.headers.get("authorization", "").partition(" ")
     return scheme.lower() == "bearer" and hmac.compare_digest(sent.strip().encode(), token.encode())
-
-
-def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Return a response with what msgspec encodes."""
-    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
 def _error_response(status: int, message: str, hint: str = "") -> Response:

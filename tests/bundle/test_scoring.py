@@ -20,7 +20,7 @@ from clip_rd_edge.benchmarking.accuracy import zero_shot
 from clip_rd_edge.bundle.encoder import Calibration, Scoring, usual_limit
 from clip_rd_edge.bundle.manifest import MANIFEST, read_manifest
 from clip_rd_edge.data.tasks import ZeroShotTask
-from clip_rd_edge.errors import ConfigError, NotFiniteError, upgrade_hint
+from clip_rd_edge.errors import ConfigError, NotFiniteError
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
@@ -127,9 +127,8 @@ def test_only_a_bias_changes_the_manifest_and_unknown_features_are_refused(bundl
     raw = json.loads((bundle / MANIFEST).read_text())
     for features in ({"unheard_of": 2.0}, {"logit_bias": 1e300}):
         (colour_bundle / MANIFEST).write_text(json.dumps({**raw, "features": features}))
-        with pytest.raises(ConfigError) as refusal:
+        with pytest.raises(ConfigError):
             read_manifest(colour_bundle)
-        assert (refusal.value.hint == upgrade_hint()) == ("unheard_of" in features)
 
 
 @pytest.mark.parametrize("bias", [None, -3.5])

@@ -262,9 +262,14 @@ def test_a_tokenizer_that_gives_other_ids_is_detected(answering: Path) -> None:
 def test_damaged_or_foreign_reference_answers_fail(answering: Path, tmp_path: Path) -> None:
     reference = read_reference(answering)
     assert reference is not None
-    write_reference(answering, msgspec.structs.replace(reference, images=reference.images[:, :-1]))
-    rewrite(answering)
-    assert "expected some texts" in _failed(verify_bundle(answering))["reference.npz"]
+    for tower, changed in (
+        ("image tower", {"image_embeddings": reference.image_embeddings[:, :-1]}),
+        ("text tower", {"ids": reference.ids[:, :-1]}),
+        ("text tower", {"texts": (), "ids": reference.ids[:0], "text_embeddings": reference.text_embeddings[:0]}),
+    ):
+        write_reference(answering, msgspec.structs.replace(reference, **changed))  # type: ignore[arg-type]
+        rewrite(answering)
+        assert set(_failed(verify_bundle(answering))) == {tower}
     (answering / "reference.npz").write_bytes(b"not an archive")
     rewrite(answering)
     assert "could not be read" in _failed(verify_bundle(answering))["reference.npz"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,7 +69,6 @@ class LiteRtModel(OneInputModel):
         (self._input,), (self._output,) = interpreter.get_input_details(), interpreter.get_output_details()
 
     def run_row(self, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """See `OneInputModel`; the row is cast to the type that the file takes."""
         self._interpreter.set_tensor(self._input["index"], row[None].astype(self._input["dtype"], copy=False))
         self._interpreter.invoke()
         output: npt.NDArray[Any] = self._interpreter.get_tensor(self._output["index"])  # a copy
@@ -120,7 +118,6 @@ class ExecuTorchModel(OneInputModel):
         self._method = method
 
     def run_row(self, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """See `OneInputModel`."""
         import torch  # what opened the program has imported it
 
         # Not `row[None]`, to which NumPy gives a stride of 0.
@@ -176,26 +173,10 @@ class CoreMlModel(OneInputModel):
         self._model, self._tower = model, tower
 
     def run_row(self, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """See `OneInputModel`; ids are given as int32, and the output is returned as float32."""
         if row.dtype == np.int64:
             row = row.astype(np.int32)
         output: npt.NDArray[Any] = self._model.predict({self._tower.input_name: row[None]})[self._tower.output_name]
         return output.astype(np.float32)
-
-
-def open_coreml(package: Path, tower: Tower, *, cpu_only: bool = False) -> CoreMlModel:
-    """Open a package, which compiles it for this Mac."""
-    with needs_extra("coremltools", extra=COREML, purpose="Running a bundle in Core ML"):
-        import coremltools
-    system = platform.system()
-    if system != "Darwin":
-        raise ConfigError(
-            f"Core ML runs on a Mac alone, not on {system}: {package} was converted, but cannot run here.",
-            hint="export with --format onnx for this machine",
-        )
-    units = coremltools.ComputeUnit.CPU_ONLY if cpu_only else coremltools.ComputeUnit.ALL
-    with _opening("Core ML", package):
-        return CoreMlModel(coremltools.models.MLModel(str(package), compute_units=units), tower)
 
 
 class CoreMlEncoder(BundleEncoder):
@@ -203,17 +184,19 @@ class CoreMlEncoder(BundleEncoder):
 
     runtime, devices = COREML, (AUTO, COREML, _CPU)
 
-    @property
-    def cpu_only(self) -> bool:
-        return self.options.device == _CPU
-
     def describe(self) -> Description:
         """Describe this encoder; `device` is `coreml` or `cpu`, as in `placement`."""
         return msgspec.structs.replace(super().describe(), device=self.placement(self.manifest.image).device)
 
     def placement(self, tower: Tower) -> Placement:
         """Return where a tower is meant to run: Core ML does not say which of a Mac's processors it chose."""
-        return Placement(COREML, _CPU if self.cpu_only else COREML)
+        return Placement(COREML, _CPU if self.options.device == _CPU else COREML)
 
     def open_tower(self, tower: Tower) -> CoreMlModel:
-        return open_coreml(self.folder / tower.file, tower, cpu_only=self.cpu_only)
+        """Open a tower's package, which compiles it for this Mac."""
+        with needs_extra("coremltools", extra=COREML, purpose="Running a bundle in Core ML"):
+            import coremltools
+        units, package = coremltools.ComputeUnit, self.folder / tower.file
+        unit = units.CPU_ONLY if self.options.device == _CPU else units.ALL
+        with _opening("Core ML", package):
+            return CoreMlModel(coremltools.models.MLModel(str(package), compute_units=unit), tower)

@@ -17,13 +17,14 @@ import numpy.typing as npt
 
 from clip_rd_edge.bundle.encoder import Description, in_batches
 from clip_rd_edge.bundle.manifest import Manifest, Tower
-from clip_rd_edge.errors import ConfigError, UsageError, in_one_line, needs_extra
+from clip_rd_edge.errors import ConfigError, in_one_line, needs_extra
 from clip_rd_edge.runtime.backends.onnxruntime import IN_BF16, OPENVINO_PROCESSORS
 from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, NamedInput, Placement, RunOptions
 from clip_rd_edge.utils.paths import cache_home
 from clip_rd_edge.utils.process import NativeCall
 
 BF16, CPU = "bf16", "CPU"
+_NO_DRIVER = "install the driver of that processor, or use {device} openvino for the CPU"
 _MAX_COMPILED_SIZES = 3  # batch sizes that a model is compiled for; batches of other sizes run one row at a time
 
 
@@ -86,7 +87,8 @@ def open_openvino(
             forces float32, which is not OpenVINO's default on such processors. An NPU always computes in float16.
         processor: `CPU`, `GPU` or `NPU`.
     """
-    openvino = _require_processor(processor)
+    with needs_extra("openvino", extra="openvino", purpose="Running a bundle in OpenVINO"):
+        openvino = _import_openvino()
     core = _core()
     settings = _settings(processor, threads=threads, bf16=bf16)
     try:
@@ -94,7 +96,8 @@ def open_openvino(
         return OpenVinoModel(graph, lambda shaped: core.compile_model(shaped, processor, settings))
     except Exception as error:
         name = model if isinstance(model, str) else "the model"
-        raise ConfigError(f"OpenVINO {openvino.__version__} cannot run {name}: {in_one_line(error)}.") from error
+        reason = f"OpenVINO {openvino.__version__} cannot run {name} on a {processor}: {in_one_line(error)}."
+        raise ConfigError(reason, hint=_NO_DRIVER if processor != CPU else "") from error
 
 
 def _read(core: Any, model: str | bytes) -> Any:
@@ -105,18 +108,6 @@ def _read(core: Any, model: str | bytes) -> Any:
         return core.read_model(model)
     reader = _import_openvino().frontend.FrontEndManager().load_by_framework("onnx")
     return reader.convert(reader.load(model))
-
-
-def _require_processor(processor: str) -> Any:
-    """Return the package; raise MissingExtraError if it is not installed, UsageError if it finds no such processor."""
-    with needs_extra("openvino", extra="openvino", purpose="Running a bundle in OpenVINO"):
-        openvino = _import_openvino()
-    if processor not in (processors := available_processors()):
-        raise UsageError(
-            f"OpenVINO {openvino.__version__} finds no {processor} here; it finds {', '.join(processors)}.",
-            hint="install the driver of the processor, or use {device} openvino for the CPU",
-        )
-    return openvino
 
 
 def available_processors() -> list[str]:
@@ -174,8 +165,6 @@ class OpenVinoEncoder(BundleEncoder):
         self.processor = OPENVINO_PROCESSORS.get(self.options.device, CPU)
         self._in_bf16 = self.options.device == IN_BF16
         self._place = f"{self.processor.lower()}{f'-{BF16}' if self._in_bf16 else ''}"
-        if self.processor != CPU:  # which is there; others are looked for before anything runs
-            _require_processor(self.processor)
 
     def describe(self) -> Description:
         return msgspec.structs.replace(super().describe(), device=self._place)

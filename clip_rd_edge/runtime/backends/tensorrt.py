@@ -35,10 +35,7 @@ def open_engine(path: Path, *, rtx: bool) -> TensorRtModel:
     else:
         trt = _import("tensorrt", package="tensorrt", extra="tensorrt")
     cuda = _import("cuda.bindings.runtime", package="cuda-bindings", extra="rtx" if rtx else "tensorrt")
-    error, count = cuda.cudaGetDeviceCount()
-    if int(error) or not count:
-        reason = _cuda_message(cuda, error) if int(error) else "CUDA finds none"
-        raise ConfigError(f"No NVIDIA GPU to run {path} on: {reason}.", hint="run clip-rd-edge doctor")
+    _checked(cuda, cuda.cudaGetDeviceCount())  # without a driver or a GPU, it is an error
     return TensorRtModel(path.read_bytes(), trt=trt, cuda=cuda)
 
 
@@ -94,8 +91,6 @@ def _import(module: str, *, package: str, extra: str) -> Any:
 
 
 class _Buffer(NamedTuple):
-    """The GPU memory of an input or output."""
-
     address: int
     dtype: npt.DTypeLike
 
@@ -132,7 +127,6 @@ class TensorRtModel:
             self._context.set_tensor_address(name, self._buffers[name].address)
 
     def get_inputs(self) -> list[NamedInput]:
-        """Return the inputs with their names."""
         return [NamedInput(name) for name in self._inputs]
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
@@ -177,13 +171,10 @@ def _checked(cuda: Any, result: tuple[Any, ...]) -> Any:
     """Return the value of a CUDA call's (error, value) result; raise if the call failed."""
     error, *values = result
     if int(error):
-        raise ClipRdEdgeError(f"CUDA failed: {_cuda_message(cuda, error)}.")
+        _, text = cuda.cudaGetErrorString(error)
+        reason = text.decode() if isinstance(text, bytes) else text
+        raise ClipRdEdgeError(f"CUDA failed: {reason}.", hint="run clip-rd-edge doctor")
     return values[0] if values else None
-
-
-def _cuda_message(cuda: Any, error: Any) -> str:
-    _, text = cuda.cudaGetErrorString(error)
-    return text.decode() if isinstance(text, bytes) else str(text)
 
 
 def _free(cuda: Any, buffers: dict[str, _Buffer], stream: Any) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import platform
 import shutil
 import sys
 from enum import Enum
@@ -44,11 +43,10 @@ class Model:
 
 @pytest.fixture
 def coreml(monkeypatch: pytest.MonkeyPatch) -> type[Model]:
-    """Pretend to be a Mac with coremltools."""
+    """Pretend to have coremltools."""
     module = ModuleType("coremltools")
     module.ComputeUnit, module.models = Units, SimpleNamespace(MLModel=Model)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "coremltools", module)
-    monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(Model, "units", [])
     return Model
 

@@ -252,7 +252,7 @@ def test_an_engine_without_its_stamp_does_not_run(
     assert "build it again" in raised.value.hint
 
 
-@pytest.mark.parametrize(("gpus", "engine"), [(-1, b""), (0, b""), (1, b"another GPU's")])
+@pytest.mark.parametrize(("gpus", "engine"), [(-1, b""), (1, b"another GPU's")])
 def test_an_engine_that_cannot_run_here_is_reported_and_its_onnx_runs(
     cuda: FakeCuda, engines: Path, caplog: pytest.LogCaptureFixture, gpus: int, engine: bytes
 ) -> None:
