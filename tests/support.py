@@ -8,13 +8,15 @@ import os
 import pickle
 import re
 import shutil
+import signal
+import subprocess
 import sys
 import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +73,19 @@ main()
 def patient_server(*arguments: object, connections: int) -> list[str]:
     """Return the command of a server that gives up no client because of time: what has to help is its other limits."""
     return [sys.executable, "-c", _PATIENT, str(connections), *map(str, arguments)]
+
+
+@contextmanager
+def served(command: Sequence[object], **options: Any) -> Iterator[Any]:
+    """Start a server; yield its process with its `url` and `port`, and when the block is over, with its `log`."""
+    process: Any = subprocess.Popen([*map(str, command)], stdout=-1, stderr=-1, text=True, **options)
+    try:
+        process.url = process.stdout.readline().strip()
+        process.port = int(process.url.rstrip("/").rpartition(":")[2])
+        yield process
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.log = process.communicate(timeout=60)[1]
 
 
 def fail_to_look_at(patch: pytest.MonkeyPatch, chosen: Callable[[Path], bool], error: OSError) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from readers import answer_or_sentence
+from support import served
 
 from benchmarks.robustness.hostile_input import CORPUS
 
@@ -27,13 +27,9 @@ FILES = sorted((CORPUS / "requests").iterdir())
 @pytest.fixture(params=["demo", "serve"])
 def port(request: pytest.FixtureRequest, colour_bundle: Path) -> Iterator[int]:
     """The port of a server in a process of its own."""
-    command = [sys.executable, "-m", "clip_rd_edge", request.param, str(colour_bundle), "--port", "0", "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-        assert server.stdout is not None
-        try:
-            yield int(server.stdout.readline().strip().rstrip("/").rsplit(":", 1)[1])
-        finally:
-            server.terminate()
+    command = [sys.executable, "-m", "clip_rd_edge", request.param, colour_bundle, "--port", "0", "--threads", "1"]
+    with served(command) as server:
+        yield server.port
 
 
 def first_line(port: int, content: bytes, timeout: float = 5) -> bytes:

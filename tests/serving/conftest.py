@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import http.server
@@ -25,6 +26,28 @@ FLAGS = (
 )
 SEEN = (20, 20, 230)  # by the camera: blue
 EXPECTED_WARNING = "No available adapters."  # Chromium's answer to a page that looks for WebGPU
+
+
+def image_bytes(
+    image: Image.Image | tuple[int, int, int] = (250, 5, 5),
+    kind: str = "JPEG",
+    size: tuple[int, int] = (20, 20),
+    **options: Any,
+) -> bytes:
+    """Return the file of an image, or of one in a single colour."""
+    buffer = io.BytesIO()
+    shown = Image.new("RGB", size, image) if isinstance(image, tuple) else image
+    shown.save(buffer, kind, **{"quality": 95, **options})
+    return buffer.getvalue()
+
+
+def to_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def wait_for_lead(page: Any, text: str) -> None:
+    """Wait until the headline of a page starts with `text`."""
+    page.wait_for_function("(text) => document.getElementById('lead').textContent.startsWith(text)", arg=text)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +81,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     if not CHROMIUM.exists():
         pytest.skip("needs Chromium")
     clip = tmp_path_factory.mktemp("camera") / "clip.mjpeg"
-    frame = io.BytesIO()
-    Image.new("RGB", (320, 240), SEEN).save(frame, "JPEG", quality=95)
-    clip.write_bytes(frame.getvalue() * 30)
+    clip.write_bytes(image_bytes(SEEN, size=(320, 240)) * 30)
     args = [*FLAGS, f"--use-file-for-fake-video-capture={clip}"]
     with playwright.sync_playwright() as play:
         yield play.chromium.launch(executable_path=CHROMIUM, args=args, timeout=120_000)

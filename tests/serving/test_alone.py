@@ -7,8 +7,6 @@ To measure a bundle of your own:
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import shutil
@@ -31,6 +29,9 @@ from clip_rd_edge.exporting.layouts.browser import find_packages, write_browser
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.load import load
+
+from .conftest import image_bytes as encode
+from .conftest import to_base64, wait_for_lead
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 RED, BLUE = (230, 20, 20), (20, 20, 230)
@@ -76,21 +77,6 @@ def student_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest = export_bundle(build_student(config, name="random"), bundle, Plan(precision="fp32")).manifest
     write_manifest(bundle, msgspec.structs.replace(manifest, logit_scale=100.0))
     return bundle
-
-
-def encode(image: Image.Image, format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def to_base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
-
-
-def wait_for_lead(page: Any, text: str) -> None:
-    """Wait until the headline starts with `text`."""
-    page.wait_for_function("(text) => document.getElementById('lead').textContent.startsWith(text)", arg=text)
 
 
 @pytest.mark.parametrize("threads", [False, True])

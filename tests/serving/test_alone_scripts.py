@@ -5,9 +5,7 @@ What needs no browser runs in Node.
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import random
 import shutil
 import struct
@@ -27,7 +25,8 @@ from clip_rd_edge.bundle.tokenizer import Tokenizer, TokenizerSpec, clean_text
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.layouts.browser import ALONE, PACKAGES, PAGE, _cached
 
-from .conftest import Node
+from .conftest import Node, to_base64
+from .conftest import image_bytes as encode
 
 SMALL = Preprocessing(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 RESIZE = """async ([encoded, width, newWidth, newHeight, interpolation]) => {
@@ -107,10 +106,6 @@ def changed_browser(page: Any, script: str) -> Iterator[Any]:
     changed.goto(page.url)
     yield changed
     changed.close()
-
-
-def to_base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -233,12 +228,6 @@ def orientation(turn: int, order: str = ">", kind: int = SHORT) -> bytes:
     mark = {">": b"MM", "<": b"II"}[order]
     value = struct.pack(order + {SHORT: "HH", LONG: "I"}[kind], turn, *[0] * (kind == SHORT))
     return mark + struct.pack(f"{order}HIHHHI", 42, 8, 1, 0x0112, kind, 1) + value + bytes(4)
-
-
-def encode(image: Image.Image, format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 PIECES = [

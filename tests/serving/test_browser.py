@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,20 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support import rewrite
+from support import rewrite, served
 
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.labels import LabelBank, write_labels
 
+from .conftest import image_bytes as jpeg
+from .conftest import to_base64, wait_for_lead
+
 pytest.importorskip("uvicorn")
 pytestmark = pytest.mark.browser
 RED, GREEN, BLUE = (230, 20, 20), (20, 230, 20), (20, 20, 230)
-
-
-def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (320, 240)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -43,13 +37,9 @@ def bundles(colour_bundle: Path, tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def url(bundles: list[Path]) -> Iterator[str]:
     """The URL of a demo that was started from the command line."""
-    command = [sys.executable, "-m", "clip_rd_edge", "demo", *map(str, bundles), "--port", "0", "--threads", "1"]
-    server = subprocess.Popen([*command, "--labels", "red", "green"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert server.stdout is not None
-    yield server.stdout.readline().decode().strip()
-    server.stdout.close()
-    server.terminate()
-    server.wait(60)
+    command = [sys.executable, "-m", "clip_rd_edge", "demo", *bundles, "--port", "0", "--threads", "1"]
+    with served([*command, "--labels", "red", "green"]) as server:
+        yield server.url
 
 
 @pytest.fixture
@@ -71,13 +61,8 @@ def send_image(page: Any, colour: tuple[int, int, int], event: str) -> None:
             const EventType = event === "paste" ? ClipboardEvent : DragEvent;
             document.body.dispatchEvent(new EventType(event, init));
         }""",
-        [base64.b64encode(jpeg(colour)).decode(), event],
+        [to_base64(jpeg(colour)), event],
     )
-
-
-def wait_for_lead(page: Any, text: str) -> None:
-    """Wait until the headline starts with `text`."""
-    page.wait_for_function("(text) => document.getElementById('lead').textContent.startsWith(text)", arg=text)
 
 
 def rows(page: Any) -> dict[str, str]:
@@ -185,25 +170,6 @@ def test_the_camera(page: Any) -> None:
     assert shown_colour(page) == pytest.approx(RED, abs=40)
 
 
-def test_images_that_were_chosen_before_the_camera_come_back_after_it(page: Any, tmp_path: Path) -> None:
-    page.fill("#new", "blue")
-    page.press("#new", "Enter")
-    for name, colour in {"1.jpg": RED, "2.jpg": GREEN}.items():
-        (tmp_path / name).write_bytes(jpeg(colour))
-    page.set_input_files("#file", [tmp_path / "1.jpg", tmp_path / "2.jpg"])
-    page.click("#next")
-    wait_for_lead(page, "green ")
-    page.click("#camera")
-    wait_for_lead(page, "blue ")
-    assert not page.is_visible("#several")
-    page.evaluate("document.getElementById('video').srcObject.getTracks()[0].dispatchEvent(new Event('ended'))")
-    wait_for_lead(page, "green ")
-    assert page.inner_text("#position") == "2 of 2: 2.jpg"
-    assert page.is_visible("#several")
-    assert shown_colour(page) == pytest.approx(GREEN, abs=40)
-    page.wait_for_function("() => document.getElementById('error').textContent === 'The camera stopped.'")
-
-
 def test_several_images_and_a_folder(page: Any, tmp_path: Path) -> None:
     page.fill("#new", "blue")
     page.press("#new", "Enter")
@@ -229,30 +195,6 @@ def test_several_images_and_a_folder(page: Any, tmp_path: Path) -> None:
     send_image(page, RED, "paste")
     wait_for_lead(page, "red ")
     assert not page.is_visible("#several")
-
-
-def test_a_file_that_changes_after_it_was_chosen_is_classified_as_it_is_shown(page: Any, tmp_path: Path) -> None:
-    paths = [tmp_path / "red.jpg", tmp_path / "other.jpg"]
-    for path in paths:
-        path.write_bytes(jpeg(RED))
-    page.set_input_files("#file", paths)
-    wait_for_lead(page, "red ")
-    paths[0].write_bytes(jpeg(GREEN, size=(640, 480)))
-    page.get_by_label("Remove green").click()
-    wait_for_lead(page, "red 100")
-    paths[1].unlink()
-    page.click("#next")
-    wait_for_lead(page, "No result.")
-    message = "The browser cannot read other.jpg: it was changed, moved or is locked. Choose it again."
-    assert page.inner_text("#error") == message
-    assert rows(page) == {"red": ""}
-    assert not page.is_visible("#preview")
-    page.fill("#new", "blue")  # which does not classify the image before
-    page.press("#new", "Enter")
-    page.wait_for_timeout(500)
-    assert (page.inner_text("#lead"), page.inner_text("#error")) == ("No result.", message)
-    send_image(page, RED, "drop")
-    wait_for_lead(page, "red ")
 
 
 def test_the_page_fits_a_narrow_screen(page: Any) -> None:

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import http.client
-import io
 import json
 import logging
 import runpy
@@ -15,16 +13,16 @@ import sys
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from starlette import testclient
-from support import patient_server, rewrite
+from support import patient_server, rewrite, served
 
 import clip_rd_edge as edge
 from clip_rd_edge.errors import InputError, UsageError
@@ -32,13 +30,10 @@ from clip_rd_edge.serving import demo as app
 from clip_rd_edge.serving import guard, protocol, server
 from clip_rd_edge.serving.protocol import PageLabels
 
+from .conftest import image_bytes
+
 LABELS = ["red", "green", "blue"]
-
-
-def png(colour: tuple[int, int, int] = (250, 5, 5), size: tuple[int, int] = (20, 20)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, "PNG")
-    return buffer.getvalue()
+png = functools.partial(image_bytes, kind="PNG")
 
 
 @pytest.fixture
@@ -69,37 +64,31 @@ def test_the_page_loads_nothing_from_other_servers(client: Any) -> None:
     assert client.get("/api/bundles").json()["bundles"][1]["folder"] == "second"
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "status", "message"),
-    [
-        ("/api/classify?labels=KEY", b"not an image", 400, "Cannot read the image that was sent"),
-        ("/api/classify?labels=other", png(), 409, "send them again"),
-        ("/api/classify", png(), 410, "No labels were given"),
-        ("/api/classify?bundle=7", png(), 410, "There is no bundle '7'"),
-        ("/api/labels", b"{", 422, "The request is not valid JSON"),
-        ("/api/labels", b"[]", 422, "There are 0 labels"),
-        ("/api/labels", b'["a", 1]', 422, "Label 2 of 2 has to be"),
-        ("/api/labels", json.dumps(["a" * 301]).encode(), 422, "Label 1 of 1 has to be"),
-        ("/api/labels", json.dumps(["a"] * 2001).encode(), 422, "There are 2,001 labels; expected 1 to 2,000"),
-        ("/api/labels", json.dumps({"labels": ["a"], "taught": {"a": ["A" * 2_000_001]}}).encode(), 422, "too many"),
-        ("/api/labels", json.dumps({"labels": ["a"], "taught": {"a": [""] * 800_000}}).encode(), 422, "too many"),
-    ],
-)
-def test_invalid_requests_get_an_error_message(
-    client: Any, key: str, path: str, body: bytes, status: int, message: str
-) -> None:
-    response = client.post(path.replace("KEY", key), content=body)
-    assert response.status_code == status
-    assert message in response.json()["error"]
+def test_invalid_requests_get_an_error_message(client: Any, key: str) -> None:
+    for path, body, status, message in (
+        (f"classify?labels={key}", b"not an image", 400, "Cannot read the image that was sent"),
+        ("classify?labels=other", png(), 409, "send them again"),
+        ("classify", png(), 410, "No labels were given"),
+        ("classify?bundle=7", png(), 410, "There is no bundle '7'"),
+        ("labels", b"{", 422, "The request is not valid JSON"),
+        ("labels", b"[]", 422, "There are 0 labels"),
+        ("labels", b'["a", 1]', 422, "There are 2 labels; expected"),
+        ("labels", json.dumps(["a" * 301]).encode(), 422, "There are 1 labels; expected"),
+        ("labels", json.dumps(["a"] * 2001).encode(), 422, "There are 2,001 labels; expected 1 to 2,000"),
+        ("labels", json.dumps({"labels": ["a"], "taught": {"a": ["A" * 2_000_001]}}).encode(), 422, "too many"),
+        ("labels", json.dumps({"labels": ["a"], "taught": {"a": [""] * 800_000}}).encode(), 422, "too many"),
+    ):
+        response = client.post(f"/api/{path}", content=body)
+        assert response.status_code == status, message
+        assert message in response.json()["error"]
 
 
-@pytest.mark.parametrize("embedding", ["", "AAAA", "AAAAAAAA", "AHwAfAB8", "no base64"])
-@pytest.mark.parametrize("others", [[], ["ADwAPAA8"]])
-def test_embeddings_of_another_model_teach_nothing(client: Any, embedding: str, others: list[str]) -> None:
-    labels = {"labels": ["red"], "taught": {"red": [embedding, *others]}}
-    key = client.post("/api/labels", json=labels).json()["key"]
-    assert client.post(f"/api/classify?labels={key}", content=png()).status_code == 412
-    assert client.get(f"/api/taught.npz?labels={key}").status_code == 412
+def test_embeddings_of_another_model_teach_nothing(client: Any) -> None:
+    for embedding, others in product(("", "AAAA", "AAAAAAAA", "AHwAfAB8", "no base64"), ([], ["ADwAPAA8"])):
+        labels = {"labels": ["red"], "taught": {"red": [embedding, *others]}}
+        key = client.post("/api/labels", json=labels).json()["key"]
+        assert client.post(f"/api/classify?labels={key}", content=png()).status_code == 412
+        assert client.get(f"/api/taught.npz?labels={key}").status_code == 412
     assert client.get("/api/taught.npz").status_code == 400
 
 
@@ -178,19 +167,12 @@ def test_the_number_of_stored_label_lists_is_limited(client: Any) -> None:
 
 
 def test_it_serves_until_ctrl_c_and_warns_about_an_open_network(colour_bundle: Path) -> None:
-    command = [sys.executable, "-m", "clip_rd_edge", "demo", str(colour_bundle), "--host", "0.0.0.0", "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        url = server.stdout.readline().strip()
-        with urllib.request.urlopen(f"{url}api/bundles", timeout=60) as response:
-            assert json.load(response)["bundles"][0]["name"] == "colours"
-    finally:
-        server.send_signal(signal.SIGINT)
-        _, error = server.communicate(timeout=60)
+    command = [sys.executable, "-m", "clip_rd_edge", "demo", colour_bundle, "--host", "0.0.0.0", "--port", "0"]
+    with served(command) as server, urllib.request.urlopen(f"{server.url}api/bundles", timeout=60) as response:
+        assert json.load(response)["bundles"][0]["name"] == "colours"
     assert server.returncode in (0, 130)
-    assert "Traceback" not in error
-    assert "Anyone on this network" in error
+    assert "Traceback" not in server.log
+    assert "Anyone on this network" in server.log
 
 
 CELL = """
@@ -292,29 +274,15 @@ def test_nobody_else_waits_while_labels_are_embedded(colour_bundle: Path, monkey
     assert embedded == [["a", "b"]]
 
 
-@contextmanager
-def started(command: Sequence[str], **options: Any) -> Iterator[tuple[str, int, list[str]]]:
-    """Yield a server's host, its port, and a list for what it has logged when the block is over."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-    assert process.stdout is not None
-    log = list[str]()
-    try:
-        address = urllib.parse.urlsplit(process.stdout.readline().strip())
-        yield str(address.hostname), address.port or 0, log
-    finally:
-        process.send_signal(signal.SIGINT)
-        log.append(process.communicate(timeout=60)[1])
-
-
 def test_the_log_does_not_grow_with_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.time, "monotonic", lambda: 0.0)
     limit, record = server.LogLimit(), logging.LogRecord("uvicorn.error", logging.WARNING, "", 0, "failed", (), None)
     assert [limit.filter(record) for _ in range(1_000)].count(True) == server.MAX_LOG_LINES
 
 
-def require_answers(host: str, port: int) -> None:
+def require_answers(url: str) -> None:
     for _ in range(3):
-        with urllib.request.urlopen(f"http://{host}:{port}/api/bundles", timeout=60) as response:
+        with urllib.request.urlopen(f"{url}api/bundles", timeout=60) as response:
             assert response.status == 200
 
 
@@ -323,44 +291,27 @@ def require_answers(host: str, port: int) -> None:
 )
 def test_clients_that_hold_connections_keep_nobody_out(colour_bundle: Path, sent: bytes) -> None:
     command = patient_server("demo", colour_bundle, "--port", "0", "--threads", "1", connections=20)
-    with started(command) as (host, port, log), ExitStack() as held:
-        connections = [held.enter_context(socket.create_connection((host, port), timeout=60)) for _ in range(60)]
+    with served(command) as server, ExitStack() as held:
+        address = ("127.0.0.1", server.port)
+        connections = [held.enter_context(socket.create_connection(address, timeout=60)) for _ in range(60)]
         for connection in connections:
             connection.sendall(sent)
-        require_answers(host, port)
+        require_answers(server.url)
         for connection in connections[:40]:  # those that are too many have ended the oldest, and nothing else does
             with suppress(ConnectionError):
                 assert connection.recv(1) == b""
-    assert len(log[0]) < 10_000
+    assert len(server.log) < 10_000
 
 
 def test_a_low_limit_of_open_files_keeps_nobody_out(colour_bundle: Path) -> None:
     resource = pytest.importorskip("resource")
     command = patient_server("demo", colour_bundle, "--port", "0", "--threads", "1", connections=256)
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (100, 100))
-    with started(command, preexec_fn=limit) as (host, port, log), ExitStack() as held:
+    with served(command, preexec_fn=limit) as server, ExitStack() as held:
         for _ in range(120):
-            held.enter_context(socket.create_connection((host, port), timeout=60))
-        require_answers(host, port)
-    assert "Traceback" not in log[0]
-
-
-def test_a_head_without_an_end_is_refused(colour_bundle: Path) -> None:
-    command = [sys.executable, "-m", "clip_rd_edge", "demo", str(colour_bundle), "--port", "0", "--threads", "1"]
-    with started(command) as (host, port, _):
-        connection = http.client.HTTPConnection(host, port, timeout=60)
-        for _ in range(2):
-            connection.request("GET", "/api/bundles", headers={"X-Long": "x" * 20_000})
-            response = connection.getresponse()
-            assert (response.status, bool(response.read())) == (200, True)
-        connection.send(b"GET / HTTP/1.1\r\n")  # a later request of the same connection
-        lines = 0
-        with suppress(OSError):
-            while lines < 2_000:
-                connection.send(b"X-Long: " + b"x" * 10_000 + b"\r\n")
-                lines += 1
-        connection.close()
-        assert lines < 2_000  # what fits into the buffers of the system is less
+            held.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=60))
+        require_answers(server.url)
+    assert "Traceback" not in server.log
 
 
 @pytest.fixture(params=["httptools_impl.HttpToolsProtocol", "h11_impl.H11Protocol"])
@@ -415,8 +366,11 @@ CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\
 
 @pytest.mark.parametrize("application", [answer_after_the_body, refuse])
 @pytest.mark.parametrize("field", [b"a: b\r\n", b"x" * 6])
-def test_trailers_without_an_end_are_refused(limited: Any, application: Any, field: bytes) -> None:
-    parts = [CHUNKED + b"0\r\n", b"a: "] + [field * 10_000] * 200
+@pytest.mark.parametrize("start", [CHUNKED + b"0\r\n", CHUNKED + b"0\r\n\r\nGET / HTTP/1.1\r\n"])
+def test_a_head_or_trailers_without_an_end_are_refused(
+    limited: Any, application: Any, field: bytes, start: bytes
+) -> None:
+    parts = [start, b"a: "] + [field * 10_000] * 200
     assert asyncio.run(send_until_closed(limited, application, parts))[0] < 8_000_000  # what buffers take is less
 
 
