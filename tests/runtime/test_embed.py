@@ -7,7 +7,7 @@ import pytest
 
 from clip_rd_edge.bundle.image_files import find_images, list_images
 from clip_rd_edge.bundle.images import open_image
-from clip_rd_edge.errors import ClipRdEdgeError, InputError
+from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.load import embed_images, load
 
 
@@ -42,19 +42,6 @@ def test_a_generator_is_read_only_as_far_as_needed(colour_bundle: Path, colour_i
     assert requested == 12
     batches.close()
     assert requested == 12
-
-
-def test_an_error_of_the_model_reaches_the_caller(
-    colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoder = load(colour_bundle)
-
-    def fail(pixels: np.ndarray) -> np.ndarray:
-        raise ClipRdEdgeError("the GPU is gone")
-
-    monkeypatch.setattr(encoder, "encode_pixels", fail)
-    with pytest.raises(ClipRdEdgeError, match="the GPU is gone"):
-        list(embed_images(encoder, [colour_images / "red.png"] * 9, batch_size=2))
 
 
 def test_images_are_found_by_file_folder_glob_and_list(colour_images: Path) -> None:

@@ -27,7 +27,7 @@ from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.runtime.backends.onnxruntime import Session
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils import process as signals
-from clip_rd_edge.utils.process import NativeCall, end_calls, handled_by
+from clip_rd_edge.utils.process import end_calls, handled_by
 
 # Says when ONNX Runtime is called; stops a server after a second.
 SCRIPT = """
@@ -98,11 +98,7 @@ def wait_until_running(process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize(
     ("command", "count", "number", "code"),
-    [
-        ("classify", 60, signal.SIGINT, 130),
-        ("verify", 0, signal.SIGTERM, -signal.SIGTERM),
-        ("index", 3, signal.SIGINT, 75),
-    ],
+    [("classify", 60, signal.SIGTERM, -signal.SIGTERM), ("index", 3, signal.SIGINT, 75)],
 )
 def test_a_signal_ends_a_command_whose_model_never_ends(
     command: str, count: int, number: signal.Signals, code: int, endless: Path, tmp_path: Path
@@ -113,7 +109,6 @@ def test_a_signal_ends_a_command_whose_model_never_ends(
         Image.new("RGB", (8, 8), (255, i, 0)).save(folder / f"{i}.png")
     arguments: Mapping[str, list[object]] = {
         "classify": [folder, "--labels", "red", "green", "--no-cache"],
-        "verify": [],
         "index": [folder, "-o", tmp_path / "index"],
     }
     with started([command, endless, *arguments[command], "--threads", "1"]) as process:
@@ -227,18 +222,3 @@ def test_a_session_that_was_ended_runs_again(endless: Path) -> None:
     over.set()
     assert "terminate" in str(failures[0])
     assert wait_until(lambda: encoder.encode_pixels(0 * bright + 0).shape == (1, 3))
-
-
-def test_the_descriptor_of_an_event_loop_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    before = signal.set_wakeup_fd(writer)
-    try:
-        monkeypatch.setattr(signals, "_listens_until", 0.0)
-        with NativeCall():
-            pass
-        assert signal.set_wakeup_fd(-1) == writer
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(reader)
-        os.close(writer)

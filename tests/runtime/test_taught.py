@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -195,29 +195,26 @@ def changed(taught: Taught, **fields: Any) -> Taught:
     return Taught(**{name: fields.get(name, getattr(taught, name)) for name in Taught.__struct_fields__})
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda t: {"images": t.images * np.float16(3)},
-        lambda t: {"images": t.images[:, :2]},
-        lambda t: {"images": np.full_like(t.images, np.nan)},
-        lambda t: {"texts": t.texts * 2},
-        lambda t: {"classes": t.classes + 1},
-        lambda t: {"classes": np.zeros_like(t.classes)},
-        lambda t: {"classes": t.classes[1:]},
-        lambda t: {"own": t.own.astype(np.float32)},
-        lambda t: {"names": "orange"},
-        lambda t: {"names": ("orange", "orange")},
-        lambda t: {"names": ("my purple", " ")},
-        lambda t: {"names": ("my purple", "red")},
-        lambda t: {"model": "of another bundle"},
-    ],
-)
-def test_a_strangers_file_of_taught_labels_is_checked(taught: Path, change: Callable[[Taught], dict[str, Any]]) -> None:
-    content = read_taught(taught / TAUGHT, size=3)
-    (taught / TAUGHT).write_bytes(taught_bytes(changed(content, **change(content))))
-    rewrite(taught)
-    with pytest.raises(UsageError) as raised:
-        _ = load(taught).taught
-    assert isinstance(raised.value, ConfigError | InputError)
+def test_a_strangers_file_of_taught_labels_is_checked(taught: Path) -> None:
+    t = read_taught(taught / TAUGHT, size=3)
+    changes: list[dict[str, Any]] = [
+        {"images": t.images * np.float16(3)},
+        {"images": t.images[:, :2]},
+        {"images": np.full_like(t.images, np.nan)},
+        {"texts": t.texts * 2},
+        {"classes": t.classes + 1},
+        {"classes": np.zeros_like(t.classes)},
+        {"classes": t.classes[1:]},
+        {"own": t.own.astype(np.float32)},
+        {"names": "orange"},
+        {"names": ("orange", "orange")},
+        {"names": ("my purple", " ")},
+        {"names": ("my purple", "red")},
+        {"model": "of another bundle"},
+    ]
+    for change in changes:
+        (taught / TAUGHT).write_bytes(taught_bytes(changed(t, **change)))
+        rewrite(taught)
+        with pytest.raises((ConfigError, InputError)):
+            _ = load(taught).taught
     assert not all(check.passed for check in edge.verify(taught))

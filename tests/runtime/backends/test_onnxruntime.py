@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -103,11 +102,7 @@ def test_a_float32_bundle_runs_on_the_gpu(colour_bundle: Path, cuda_package: Any
     assert encoder.encode_images(RED).argmax() == 0
     assert [name for name, _ in requested[0]] == [CUDA, CPU]
     assert load(colour_bundle, device="cpu").describe().device == "cpu"
-
-
-def test_the_device_is_chosen_per_tower(colour_bundle: Path, cuda_package: Any) -> None:
-    cuda_package("starts")
-    rewrite(colour_bundle, image={"precision": "int8 static"})
+    rewrite(colour_bundle, image={"precision": "int8 static"})  # the device is chosen per tower
     assert load(colour_bundle).describe().device == "cpu + cuda"
 
 
@@ -269,11 +264,3 @@ def test_the_product_is_an_onnx_file_that_runs_here() -> None:
     (product,) = open_session(backend.PRODUCT).run(None, feed)
     assert product.tolist() == [[-30, -30], [-30, -30]]
     assert processor_saturates() in (False, True)
-
-
-def test_asking_imports_no_onnx() -> None:
-    code = (
-        "import sys; from clip_rd_edge.runtime.backends.onnxruntime import processor_saturates as ask;"
-        "assert 'onnxruntime' not in sys.modules; ask(); assert 'onnx' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
