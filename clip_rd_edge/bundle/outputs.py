@@ -57,6 +57,7 @@ def require_output(path: Path, kind: OutputKind, *, overwrite: bool, sources: It
     with named_failures(path):
         names = sorted(child.name for child in path.iterdir()) if is_folder(path) else []
         stray = "" if is_file(path) else _stray(path, kind) if names else None
+    require_apart(path, sources)
     if stray is not None:
         other = f"it is not an earlier {kind}{f': it holds {names[0]}' if names else ''}"
         found = f"beside an earlier {kind}, it holds {stray}" if stray else other
@@ -65,7 +66,6 @@ def require_output(path: Path, kind: OutputKind, *, overwrite: bool, sources: It
             hint=f"choose another {{output}}, or move {stray or 'it'} elsewhere",
         )
     require_free_output(path, overwrite=overwrite)
-    require_apart(path, sources)
 
 
 def require_output_file(path: Path, is_earlier: Callable[[bytes], bool], *, what: str, option: str) -> None:
