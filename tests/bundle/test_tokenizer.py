@@ -37,8 +37,8 @@ def _difficult_strings() -> list[str]:
         for separator, _ in itertools.product(("", " ", "  ", "'", "!"), range(60))
     ]
     characters = ["".join(chr(rng.choice([*range(0xD800), *range(0xE000, 0x2FA20)])) for _ in range(8))]
-    ascii_only = ["".join(chr(rng.randrange(32, 127)) for _ in range(rng.randrange(12))) for _ in range(500)]
-    long = ["word " * 2000, "x" * 10_000, "!" * 10_000, "猫" * 10_000, " " * 10_000]
+    ascii_only = ["".join(chr(rng.randrange(32, 127)) for _ in range(rng.randrange(12))) for _ in range(200)]
+    long = ["word " * 400, "x" * 2_000, "!" * 2_000, "猫" * 2_000, " " * 2_000]
     return ["", " ", *PIECES, *joined, *characters, *ascii_only, *long]
 
 
@@ -75,7 +75,7 @@ def test_ids_match_open_clip_on_difficult_strings(
 
 def test_ids_match_open_clip_on_characters_below_u3000(open_clip: Any, tmp_path: Path) -> None:
     # Characters that are unassigned in this Python's Unicode version may be assigned in other tables.
-    assigned = [chr(code) for code in range(0x3000) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
+    assigned = [chr(code) for code in range(0, 0x3000, 3) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
     texts = [f"a{c}b {c}'s" for c in assigned]
     assert differences(open_clip.SimpleTokenizer(context_length=16), texts, tmp_path) == []
 
@@ -85,7 +85,7 @@ def test_ids_match_open_clip_on_letters_and_numbers_of_any_unicode_version(open_
     regex = pytest.importorskip("regex")  # which open_clip uses
     everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
     runs = regex.findall(r"\p{L}+|\p{N}+", everything)
-    texts = [f"a{c}{c}1 !{c}'s" for run in runs for c in {run[0], run[len(run) // 2], run[-1]}]
+    texts = [f"a{c}{c}1 !{c}'s" for run in runs for c in {run[0], run[-1]}]
     assert len(texts) > 1000
     assert differences(open_clip.SimpleTokenizer(context_length=16), texts, tmp_path) == []
 

@@ -24,17 +24,19 @@ pytestmark = pytest.mark.browser
 RED, GREEN, BLUE = (230, 20, 20), (20, 230, 20), (20, 20, 230)
 
 
-@pytest.fixture
-def bundles(colour_bundle: Path, tmp_path: Path) -> list[Path]:
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two bundles with the same model; the second has a label bank."""
-    second = tmp_path / "second"
-    shutil.copytree(colour_bundle, second)
+    folder = tmp_path_factory.mktemp("bundles")
+    first, second = folder / "colours", folder / "second"
+    for bundle in (first, second):
+        shutil.copytree("tests/corpus/good/bundle", bundle)
     write_labels(second, LabelBank(("yellow", "blue"), np.asarray([[0.7, 0.7, 0], [0, 0, 1]], dtype=np.float32)))
     rewrite(second)
-    return [colour_bundle, second]
+    return [first, second]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def url(bundles: list[Path]) -> Iterator[str]:
     """The URL of a demo that was started from the command line."""
     command = [sys.executable, "-m", "clip_rd_edge", "demo", *bundles, "--port", "0", "--threads", "1"]
@@ -43,11 +45,9 @@ def url(bundles: list[Path]) -> Iterator[str]:
 
 
 @pytest.fixture
-def page(open_page: Callable[..., Any], url: str) -> Iterator[Any]:
-    """The open page; it is closed before the server stops."""
-    page = open_page(url)
-    yield page
-    page.context.close()
+def page(open_page: Callable[..., Any], url: str) -> Any:
+    """The open page."""
+    return open_page(url)
 
 
 def send_image(page: Any, colour: tuple[int, int, int], event: str) -> None:
@@ -116,12 +116,13 @@ def test_images_labels_and_bundles(page: Any, bundles: list[Path]) -> None:
     assert not page.is_visible("#new")
     page.uncheck("#bank")
     wait_for_lead(page, "蓝色 blue <b>")
-    shutil.rmtree(bundles[1])
+    away = bundles[1].rename(bundles[1].with_name("away"))
     send_image(page, RED, "drop")
     page.wait_for_function("() => document.getElementById('error').textContent.includes('was removed')")
     page.get_by_label("colours").check()
     page.wait_for_function("() => document.getElementById('error').textContent === ''")
     expect_failed_requests(page, status=410)
+    away.rename(bundles[1])
 
 
 def test_labels_are_taught_by_the_camera_and_saved(page: Any, bundles: list[Path], tmp_path: Path) -> None:
