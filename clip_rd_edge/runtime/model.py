@@ -40,6 +40,11 @@ class Model:
         return self.encoder.describe()
 
     @property
+    def label_bank(self) -> Any:
+        """The bundle's precomputed labels and their embeddings, or None."""
+        return getattr(self.encoder, "label_bank", None)
+
+    @property
     def has_text_tower(self) -> bool:
         """Whether the model embeds texts; a bundle exported without its text tower does not."""
         return embeds_texts(self.encoder)

@@ -36,7 +36,7 @@ assert encoder.encode_texts(["red", "blue"]).tolist() == expected
 encoder = load(Path(folder), threads=2, runtime=runtime)
 gc.collect()
 assert encoder.encode_texts(["red", "blue"]).tolist() == expected
-    os._exit(0)  # as multiprocessing ends its workers
+os._exit(0)  # as multiprocessing ends its workers
 """
 
 

@@ -260,7 +260,7 @@ def test_an_engine_that_cannot_run_here_is_reported_and_its_onnx_runs(
     (engines / "image.engine").write_bytes(engine)
     rewrite(engines)
     red = [Image.new("RGB", (9, 9), (255, 0, 0))]
-    with pytest.raises(ConfigError):
+    with pytest.raises(ClipRdEdgeError):
         load(engines, runtime="tensorrt").encode_images(red)
     encoder = load(engines)
     assert encoder.encode_images(red).argmax() == 0
