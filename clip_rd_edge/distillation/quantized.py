@@ -34,7 +34,6 @@ from clip_rd_edge.models.clip import (
     forget_attention_biases,
     inference_image_tower,
 )
-from clip_rd_edge.models.names import is_trained
 
 _UINT8 = (0, 255)
 _WEIGHT = (-MAX_WEIGHT[7], MAX_WEIGHT[7])  # as for every target whose processor is not known in advance
@@ -349,20 +348,6 @@ class QuantizedTower(nn.Module):
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-
-def require_quantizable(config: RunConfig) -> None:
-    """Check, before anything is loaded, that a configuration can be combined with quantisation."""
-    if not is_trained(config.student):
-        raise UsageError(
-            f"Quantisation fine-tunes a trained student, but {config.student} is untrained.",
-            hint="train it first without {quantize}, then use that run: {student} RUN {quantize} int8",
-            option="student",
-        )
-    wrong = {"precision": config.recipe.precision != "fp32", "compile": config.compile,
-             "gradient_checkpointing": config.gradient_checkpointing}  # fmt: skip
-    for name in (name for name in wrong if wrong[name]):
-        raise UsageError(f"{{{name}}} cannot be combined with {{quantize}}.", hint=f"omit {{{name}}}", option=name)
 
 
 def require_static_tower(student: ClipModel) -> None:

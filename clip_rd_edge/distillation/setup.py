@@ -72,10 +72,6 @@ def load_setup(config: RunConfig, *, name: str, processes: Processes, reporter: 
 
     The main process indexes the shards; the others read its index.
     """
-    if config.quantize:
-        from clip_rd_edge.distillation.quantized import require_quantizable
-
-        require_quantizable(config)
     with processes.main_first():
         require_named_student(config)
         pairs = training_pairs(config, reporter=reporter)

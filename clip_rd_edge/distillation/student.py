@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -98,20 +98,19 @@ def with_shape_of(config: RunConfig, student: ClipModel) -> RunConfig:
 
 
 def require_named_student(config: RunConfig) -> None:
-    """Refuse a student or text tower whose name cannot be right; no weights are read, and nothing is built.
+    """Refuse a student or text tower whose name cannot be right, and options that do not suit it.
 
-    It is called before the data are indexed and a teacher is fetched, which may take hours.
+    It is called before the data are indexed and a teacher is fetched, which may take hours: no weights are read, and
+    nothing is built.
     """
     if is_trained(config.student):
-        if config.pretrained_image or config.pretrained_text:
-            raise UsageError(
-                f"{config.student} already has weights, but other weights to start from were named.",
-                hint="omit {pretrained_image} and {pretrained_text}",
-                option="pretrained_image" if config.pretrained_image else "pretrained_text",
-            )
         _require_shape(config, known_config(config.student))
     else:
         require_student(config.student)
+    for option, reason, instead in _unsuited(config):
+        raise UsageError(
+            f"{{{option}}} cannot be used: {reason}.", hint=f"omit {{{option}}}, or {instead}", option=option
+        )
     if config.text is not None and config.text != TEACHER:
         if text_source(config) is None:
             text_size(config.text)
@@ -122,25 +121,30 @@ def require_named_student(config: RunConfig) -> None:
             known_config(name, pretrained=teacher_weights(config, name))
 
 
+def _unsuited(config: RunConfig) -> Iterator[tuple[str, str, str]]:
+    """Yield the options that the run has no use for, each with the reason, and what else could be changed."""
+    if is_trained(config.student):
+        weighted = [name for name in ("pretrained_image", "pretrained_text") if getattr(config, name)]
+        yield from ((name, f"{config.student} already has weights", "name another {student}") for name in weighted)
+    else:
+        asked = {"tuned_share": config.tuned_share < 1, "quantize": config.quantize}
+        for name in (name for name in asked if asked[name]):
+            yield name, f"{config.student} has no weights to start from", "name a trained model with {student}"
+    if config.quantize:
+        floating = {"precision": config.recipe.precision != "fp32", "compile": config.compile}
+        wrong = {**floating, "gradient_checkpointing": config.gradient_checkpointing}
+        yield from ((name, "{quantize} trains without it", "omit {quantize}") for name in wrong if wrong[name])
+    if not config.recipe.objective.needs_teacher or config.stored_teachers is not None:
+        for name in ("text", "pretrained_text", "pretrained_image"):
+            if getattr(config, name) in (TEACHER, TOKENS):
+                yield name, "the run has no model of a teacher", "choose another {recipe} or {teacher}"
+
+
 def _student_to_train(config: RunConfig, teachers: Sequence[ClipModel], name: str, reporter: Reporter) -> ClipModel:
     if is_trained(config.student):
         student = load_student(config)
         _require_shape(config, student.model_cfg)
         return student
-    if config.tuned_share < 1:
-        raise UsageError(
-            f"A share of {config.tuned_share:g} of the trained weights was asked for, but {config.student} has "
-            "no weights to start from.",
-            hint="omit {tuned_share}, or name a trained model with {student}",
-            option="tuned_share",
-        )
-    for option in ("text", "pretrained_text", "pretrained_image"):
-        if getattr(config, option) in (TEACHER, TOKENS) and not teachers:
-            raise UsageError(
-                f"{{{option}}} needs a teacher, and the run has no model of one.",
-                hint=f"choose another {{{option}}}, or another {{recipe}} or {{teacher}}",
-                option=option,
-            )
     student = _build_student(config, teachers, name)
     if config.pretrained_image == TEACHER:
         reporter.note(copy_image_tower(student, teachers[0]))
@@ -253,11 +257,15 @@ def empty_student(config: RunConfig, *, name: str) -> ClipModel:
 
 
 def require_trained_bias(student: ClipModel, objective: Weights) -> None:
-    """Check that a student has a logit bias only if the term `sigmoid` trains it."""
-    if getattr(student.model, "logit_bias", None) is not None and "sigmoid" not in objective:
+    """Check that a student has a logit bias, as SigLIP's models do, if the term `sigmoid` trains it, and only then."""
+    has_bias = getattr(student.model, "logit_bias", None) is not None
+    if has_bias is not ("sigmoid" in objective):
         raise UsageError(
-            f"The student {student.name} has a logit bias, as SigLIP's models do, and no term of the recipe trains it.",
-            hint="{recipe} siglip-kd, or another in which the term sigmoid has a weight",
+            f"The student {student.name} has {'a' if has_bias else 'no'} logit bias, and the recipe has "
+            f"{'no' if has_bias else 'the'} term sigmoid, which trains it.",
+            hint="{recipe} siglip-kd, or another in which the term sigmoid has a weight"
+            if has_bias
+            else "name another {recipe} or {student}",
         )
 
 

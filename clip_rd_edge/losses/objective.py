@@ -23,8 +23,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.losses.terms import (
     EmbeddingBatch,
     Logits,
@@ -210,8 +210,7 @@ def sigmoid(p: Products) -> Tensor:
     scored by itself: a process needs the rows of its own images alone. Beside it, the terms of relations compare
     softmaxes of the cosines, each side at its own scale, in which a bias has no part.
     """
-    if p.student_bias is None:
-        raise ConfigError("The loss term sigmoid needs a student with a logit bias, as SigLIP's models have.")
+    assert p.student_bias is not None  # of a run whose recipe has this term
     logits = p.student()
     # log σ(−x) = −softplus(x), and log σ(x) is x more.
     return (
@@ -404,25 +403,14 @@ class _BankDivergence(torch.autograd.Function):
             # As in `relation_divergence`: Σ P (log P − log Q), where each row of P sums to 1.
             total += target.sub_(logits).mul_(weights).sum() + (logsumexp - target_logsumexp).sum()
             gradient[rows] = logits.sub_(logsumexp).exp_().sub_(weights) @ bank
-        ctx.save_for_backward(student, gradient.mul_(scale))
+        ctx.save_for_backward(gradient.mul_(scale))
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        apply: Any = _Gradient.apply
-        return apply(*ctx.saved_tensors, gradients[0]), None, None, None
-
-
-class _Gradient(torch.autograd.Function):
-    """The gradient for the student's rows; it depends on them, which a second derivative would otherwise miss."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
-        return factor * gradient
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> None:
-        raise RuntimeError("The term of the bank has no second derivative.")
+        (gradient,) = ctx.saved_tensors
+        return gradients[0] * gradient, None, None, None
 
 
 def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
