@@ -5,21 +5,19 @@ What is frozen keeps its weights: see test_run.py.
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
-from support import Watch, save_tiny_teacher, tiny_clip
+from support import save_tiny_teacher, tiny_clip
 from text_towers import bert_clip, siglip_clip
-from tiny_runs import assert_same_weights, killed_and_resumed, stop_at, tiny_run, weights
+from tiny_runs import killed_and_resumed, tiny_run, weights
 
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.run import run_distillation
-from clip_rd_edge.distillation.student import require_trained_bias, set_training_mode
+from clip_rd_edge.distillation.student import require_named_student, require_trained_bias, set_training_mode
 from clip_rd_edge.distillation.teacher import FrozenTextTower
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import Weights
@@ -31,11 +29,30 @@ from clip_rd_edge.utils.paths import typed
 
 def test_a_logit_bias_needs_the_term_that_trains_it() -> None:
     student = tiny_clip()
-    require_trained_bias(student, Weights(task=1))
-    student.model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
-    require_trained_bias(student, Weights(sigmoid=1, hrd=1))
-    with pytest.raises(UsageError):
-        require_trained_bias(student, Weights(task=1))
+    biased = tiny_clip()
+    biased.model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
+    sigmoid, task = Weights(sigmoid=1, hrd=1), Weights(task=1)
+    for fitting, other, objective in ((biased, student, sigmoid), (student, biased, task)):
+        require_trained_bias(fitting, objective)
+        with pytest.raises(UsageError):
+            require_trained_bias(other, objective)
+
+
+@pytest.mark.parametrize(
+    ("option", "settings"),
+    [
+        ("pretrained_text", {"student": "ViT-B-32@openai", "pretrained_text": "weights.pth"}),
+        ("tuned_share", {"tuned_share": 0.5}),
+        ("quantize", {"quantize": "int8"}),
+        ("compile", {"student": "ViT-B-32@openai", "quantize": "int8", "compile": True}),
+        ("text", {"text": "teacher"}),
+    ],
+)
+def test_an_option_that_the_student_has_no_use_for_is_refused(option: str, settings: dict[str, object]) -> None:
+    shape = {"image_size": None, "text": None, "context_length": None}
+    with pytest.raises(UsageError) as refused:
+        require_named_student(tiny_run("clip", {}, data="pairs.csv", **{**shape, **settings}))
+    assert refused.value.option == option
 
 
 @pytest.fixture
@@ -54,43 +71,6 @@ def test_a_student_takes_the_text_tower_of_another_model(text_taken: RunConfig, 
     changed = {name for name in before if name.startswith("text.") and not torch.equal(before[name], after[name])}
     assert changed == {"text.text_projection"}
     assert load_clip(str(student)).context_length == 12
-
-
-def test_a_text_tower_that_was_replaced_is_noticed(text_taken: RunConfig, tmp_path: Path) -> None:
-    run, texts = tmp_path / "run", tmp_path / "texts"
-    with pytest.raises(MemoryError):
-        run_distillation(text_taken, run, resume=False, reporter=Watch(on_step=stop_at(3)))
-    save_tiny_teacher(texts, seed=3)
-    # The tokens of another tower are not those that the weights in the checkpoint were trained with.
-    for accept_changes in (False, True):
-        with pytest.raises(UsageError, match="text tower"):
-            run_distillation(text_taken, run, resume=True, accept_changes=accept_changes)
-    shutil.rmtree(texts)
-    save_tiny_teacher(tmp_path / "moved", seed=2)
-    moved = msgspec.structs.replace(text_taken, text=str(tmp_path / "moved"))
-    resumed = run_distillation(moved, run, resume=True)
-    assert_same_weights(resumed, run_distillation(moved, tmp_path / "uninterrupted", resume=False))
-
-
-def test_a_students_file_that_was_edited_is_noticed_and_one_that_was_moved_is_not(
-    pairs_csv: Path, tmp_path: Path
-) -> None:
-    def write(name: str, mean: float) -> str:
-        vision = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 16}
-        content = {"vision_cfg": vision, "preprocess_cfg": {"mean": [mean] * 3, "std": [0.5] * 3}}
-        (tmp_path / name).write_text(json.dumps(content))
-        return str(tmp_path / name)
-
-    run, recipe = tmp_path / "run", {"steps": 2, "batch_size": 6}
-    config = tiny_run("clip", recipe, data=str(pairs_csv), student=write("own.json", 0.5), checkpoint_every=1)
-    with pytest.raises(MemoryError):
-        run_distillation(config, run, resume=False, reporter=Watch(on_step=stop_at(2)))
-    write("own.json", 0.1)
-    for accept_changes in (False, True):
-        with pytest.raises(UsageError, match="the file of the student's architecture has another content"):
-            run_distillation(config, run, resume=True, accept_changes=accept_changes)
-    moved = msgspec.structs.replace(config, student=write("moved.json", 0.5))
-    assert load_clip(str(run_distillation(moved, run, resume=True))).preprocessing.mean == (0.5, 0.5, 0.5)
 
 
 def test_the_term_sigmoid_trains_the_bias_of_a_new_student_and_of_a_trained_one(

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from support import Watch
-from tiny_runs import killed_and_resumed, run_on_images_and_labels, stop_at, weights
+from tiny_runs import killed_and_resumed, run_on_images_and_labels, weights
 
 from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.order import StepSampler, View
@@ -148,19 +148,6 @@ def test_a_row_that_takes_the_place_of_a_bad_one_is_what_it_is(config: RunConfig
     )
     assert dataset[View(0, 23)].caption == "a red picture"
     assert [index for index, _ in dataset[View(0, 23)].bad] == [23]
-
-
-def test_other_images_or_texts_are_noticed_when_a_run_is_resumed(config: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(MemoryError):
-        run_distillation(config, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(3)))
-    labels = Path(str(config.texts))
-    labels.write_text("red\ngreen\nblue\n")
-    with pytest.raises(UsageError, match="3 texts"):
-        run_distillation(config, tmp_path / "run", resume=True)
-    labels.write_text("red\ngreen\nblue\nyellow\n")
-    next(Path(str(config.images)).glob("*.png")).unlink()
-    with pytest.raises(UsageError, match="23 images"):
-        run_distillation(config, tmp_path / "run", resume=True)
 
 
 def test_int8_is_calibrated_on_the_images_and_labels_of_the_run(config: RunConfig, tmp_path: Path) -> None:
