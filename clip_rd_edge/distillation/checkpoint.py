@@ -46,11 +46,10 @@ def no_trace_of_failure(run: Path, processes: Processes) -> Iterator[None]:
     is_new = processes.is_main and not any(path.name != LOCK_FILE for path in run.iterdir())
     try:
         yield
-    except (InterruptedRunError, LostProcessError):
-        raise
     except Exception as error:
-        known = isinstance(error, UsageError) or not read_metrics(run)
-        if is_new and known and not (disk_full_error(error) or list_checkpoints(run) or (run / BEST_FOLDER).exists()):
+        is_resumed = isinstance(error, InterruptedRunError | LostProcessError) or disk_full_error(error) is not None
+        is_of_input = isinstance(error, UsageError) or not read_metrics(run)
+        if is_new and is_of_input and not (is_resumed or list_checkpoints(run) or (run / BEST_FOLDER).exists()):
             with suppress(OSError):
                 for name in _WRITTEN_FIRST:
                     (run / name).unlink(missing_ok=True)

@@ -20,7 +20,6 @@ from clip_rd_edge.settings.options import declared, option
 from clip_rd_edge.settings.training import Names, Place, Several, Training
 from clip_rd_edge.utils.paths import AnyPath, Recorded, Typed, as_text, is_file, several
 from clip_rd_edge.utils.structs import (
-    CheckedError,
     CheckedStruct,
     NonNegativeFloat,
     NonNegativeInt,
@@ -39,6 +38,7 @@ RECIPE_SUFFIXES = (".yaml", ".yml")  # of recipes that are files of the user's o
 CROP_SCALE = (0.9, 1.0)  # of recipes that name no other
 MAX_BANK_SIZE = 2**24  # rows; of 512 dimensions, 32 GiB
 _Decay = Annotated[float, Meta(ge=0, lt=1)]
+_Share = Annotated[float, Meta(gt=0, le=1)]
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what numpy accepts
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 TrackerName = Literal["tensorboard", "wandb"]
@@ -88,17 +88,9 @@ class Recipe(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     betas: tuple[_Decay, _Decay] = (0.9, 0.98)
     epsilon: PositiveFloat = 1e-6
     clip_gradient_norm: NonNegativeFloat = 0.0
-    crop_scale: tuple[float, float] = CROP_SCALE
+    crop_scale: tuple[_Share, _Share] = CROP_SCALE
     ema_decay: _Decay = 0.0
     precision: Precision = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise CheckedError(f"crop_scale is [{low}, {high}]; expected 0 < min <= max <= 1")
-        if not self.objective:
-            raise CheckedError("all weights of the objective are 0; expected at least one term, such as task: 1")
 
 
 class _Config(Training[Place, Names, Several], frozen=True, kw_only=True, forbid_unknown_fields=True):

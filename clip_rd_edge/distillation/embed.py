@@ -35,10 +35,11 @@ from clip_rd_edge.distillation.teacher import (
     Teacher,
     caption_batch_size,
     load_teachers,
+    refuse_idle_teacher,
     teacher_weights,
     texts_to_choose_from,
 )
-from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.losses.terms import load_terms
 from clip_rd_edge.models.clip import ClipModel, default_device, float32_on_cpu, model_fingerprint
 from clip_rd_edge.models.load import load_clip
@@ -105,8 +106,8 @@ def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None
             pairs = training_pairs(config, reporter=shown)
             require_images(pairs)
         with processes.together():
-            if not (teachers := load_teachers(config)):
-                raise UsageError(f"The recipe {config.recipe_name} has no teacher to embed with.", option="recipe")
+            refuse_idle_teacher(config)
+            teachers = load_teachers(config)
             folders = store.store_folders(folder, teachers)
         for number, (clip, own) in enumerate(zip(teachers, folders, strict=True)):
             with processes.together():
@@ -278,12 +279,7 @@ def fill_store(
 
         is_begun = processes.on_main(begin)
         with processes.together():
-            if not is_file(folder / store.MANIFEST):
-                raise UsageError(
-                    f"The store {folder} is not on a file system that the machines share.",
-                    hint="choose another {store}, or copy a complete one to each machine",
-                )
-            store.require_same_store(folder, manifest)
+            store.require_same_store(folder, manifest)  # a machine may not see what the first has begun
             if not is_begun:
                 store.open_store(folder)
         if not is_begun:

@@ -294,10 +294,8 @@ def _load(dataset: ViewDataset, steps: Iterable[list[View]], workers: int) -> Ge
             if dataset.substitute:
                 dataset.bad.add(batch.bad)
             yield batch
-    except BaseException as error:
+    except BaseException:
         _end_soon(processes)
-        if isinstance(error, RuntimeError) and (lost := lost_worker(error)):
-            raise lost from error
         raise
 
 
@@ -352,7 +350,7 @@ class _Failure(NamedTuple):
 
 
 class _Batches(Dataset[Any]):
-    """The batch of a list of views; in a worker process, a failure in place of one."""
+    """The batch of a list of views, or a failure in place of one."""
 
     def __init__(self, dataset: ViewDataset) -> None:
         self._dataset = dataset
@@ -363,8 +361,6 @@ class _Batches(Dataset[Any]):
             ids = [_shared(tokenize(batch.captions).numpy()) for tokenize in self._dataset.tokenizers]
             return replace(batch, student_ids=ids[0] if ids else None, teacher_ids=tuple(ids[1:]))
         except ClipRdEdgeError as error:
-            if get_worker_info() is None:
-                raise
             return _Failure(error, traceback.format_exc())
 
 

@@ -96,12 +96,6 @@ class TrainingState:
         if isinstance(bank, QueueBank):
             self.parts["bank"] = bank
         self.done = self.saved = load_checkpoint(run.folder, self.parts, processes, reporter=run.reporter)
-        if self.done > self.steps:
-            raise UsageError(
-                f"{run.folder} has done {self.done:,} steps, and {recipe.epochs:,} epochs of {count:,} pairs have "
-                f"{self.steps:,}.",
-                hint="restore the data that it began with, or start a new run with another {output}",
-            )
         if self.done:
             run.reporter.note(f"resumed after step {self.done:,} of {self.steps:,}")
         self.student = dataclasses.replace(setup.student, model=self.optimizer.model_to_save)
@@ -168,8 +162,7 @@ class Training:
                 self._exchange()
                 for hook in hooks:  # in this order: an evaluation that fails loses no step
                     hook()
-            if run.stop:  # during the evaluation of a run whose last step was done before
-                raise run.interrupted(state.steps, state.steps)
+            self.stop()  # as requested during the evaluation of a run whose last step was done before
 
     def _batches(self) -> Iterator[Batch]:
         """Yield the batches; a signal that arrives meanwhile stops a single process, its state saved."""

@@ -23,7 +23,6 @@ import pickle
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -47,7 +46,7 @@ from clip_rd_edge.distillation.store import HalfArray
 from clip_rd_edge.errors import ConfigError, InputError, UsageError, first_line
 from clip_rd_edge.losses.terms import Ensemble
 from clip_rd_edge.utils.arrays import read_npz
-from clip_rd_edge.utils.structs import CheckedError, CheckedStruct, PositiveFloat, read_json
+from clip_rd_edge.utils.structs import CheckedStruct, PositiveFloat
 from clip_rd_edge.utils.text import Reporter, is_unicode, shown_sources
 
 _MAX_MAGNITUDE = 10_000  # pixels of a translation are the largest
@@ -77,12 +76,6 @@ class StoredTeachers(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fi
     image_size: Annotated[int, Meta(ge=1, le=MAX_EDGE)] = 224
     share_text: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.share_text and len(set(self.widths)) > 1:
-            sizes = " and ".join(map(str, self.widths))
-            raise CheckedError(f"share_text is true, but the teachers have the embedding sizes {sizes}; expected one")
-
     @property
     def widths(self) -> tuple[int, ...]:
         """Embedding size of each teacher."""
@@ -93,16 +86,6 @@ class StoredTeachers(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fi
         """How the embeddings of the teachers, one or more, become those of one."""
         scales = tuple(teacher.logit_scale for teacher in self.teachers)
         return Ensemble(self.widths, scales, share_text=self.share_text)
-
-
-def read_stored_teachers(path: Path) -> StoredTeachers:
-    """Read a file that names the teachers whose embeddings are stored."""
-    if not path.is_file():
-        raise InputError(
-            f"The file {path} of stored teachers does not exist.",
-            hint="write one with the name, embedding_size and logit_scale of each teacher; see the guide",
-        )
-    return read_json(path, StoredTeachers)
 
 
 class Augmentation(NamedTuple):

@@ -71,7 +71,6 @@ from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.students import TEACHER
 from clip_rd_edge.utils.files import disk_full_error, write_text
 from clip_rd_edge.utils.outputs import LOCK_FILE, exclusive_writer, remove_leftovers
-from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.structs import read_yaml, to_yaml
 from clip_rd_edge.utils.text import SILENT, Reporter
 
@@ -285,13 +284,10 @@ def _named_losses(processes: Processes, stop: StopRequest) -> Iterator[None]:
     """Within the block, a message that fails because another process has ended becomes an error that names it."""
     try:
         yield
-    except ClipRdEdgeError:
+    except (ClipRdEdgeError, RuntimeError) as error:
         if processes.world_size > 1:
             stop.obey_no_more()  # the launcher signals the others as soon as one of those that fail has ended
-        raise
-    except RuntimeError as error:
-        if lost := lost_process(error, processes):
-            stop.obey_no_more()
+        if isinstance(error, RuntimeError) and (lost := lost_process(error, processes)):
             raise lost from error
         raise
 
@@ -358,13 +354,6 @@ def check_folder(
         raise UsageError(
             f"{folder} holds a run with another configuration: {difference}.",
             hint="use the same options as before, or choose another {output}",
-        )
-    is_begun = list_checkpoints(folder) and not is_file(folder / STUDENT_FOLDER / WEIGHTS_FILE)
-    if config.recipe.objective.needing("bank") and is_begun and (old.store is None) is not (config.store is None):
-        raise UsageError(  # before a store is built
-            f"The run began with{'out' if old.store is None else ''} a teacher's store, which its bank is read from.",
-            hint="go on with {store} and {views} as before, or start a new run",
-            option="store",
         )
     return config, "moved" if first_difference(old, config, ignored=CHANGEABLE_ON_RESUME | decided) else "same"
 

@@ -31,7 +31,6 @@ from clip_rd_edge.distillation.teacher import (
     Targets,
     caption_batch_size,
 )
-from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import MAX_SCALE, LossTerms, Objective
 from clip_rd_edge.losses.terms import EmbeddingBatch
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
@@ -194,16 +193,8 @@ class TrainingStep:
         pixels = batch.student_pixels
         if pixels.numel():  # else there are texts alone
             pixels = self._normalise(pixels)
-        try:
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                image, text = towers(pixels, batch.captions, batch.student_ids)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise UsageError(
-                "A batch norm of the student sees a single image in a part of a batch, and cannot scale by its spread.",
-                hint="a larger {batch_size}, a lower {accumulate}, fewer processes, or {freeze_norms}",
-            ) from error
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            image, text = towers(pixels, batch.captions, batch.student_ids)
         return image, text
 
     def _embed_captions(self, captions: list[str], ids: Tensor | None) -> Tensor:

@@ -26,6 +26,7 @@ from clip_rd_edge.models.encoder import CaptionTower, embed_with_progress
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.names import is_trained
 from clip_rd_edge.utils.paths import Typed
+from clip_rd_edge.utils.structs import read_json
 from clip_rd_edge.utils.text import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -67,9 +68,9 @@ def load_stored_teachers(config: RunConfig) -> StoredTeachers | None:
     """Return the teachers whose embeddings are stored in the data; None if there are none, or none is needed."""
     if config.stored_teachers is None or not config.recipe.objective.needs_teacher:
         return None
-    from clip_rd_edge.distillation.reinforced import read_stored_teachers
+    from clip_rd_edge.distillation.reinforced import StoredTeachers
 
-    return read_stored_teachers(Path(config.stored_teachers))
+    return read_json(Path(config.stored_teachers), StoredTeachers)
 
 
 class Targets(NamedTuple):

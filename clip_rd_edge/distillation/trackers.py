@@ -100,22 +100,16 @@ class WandbRun(Tracker):
 
         self._path, self._reporter, self._has_failed = run / TRACKING_FILE, reporter, False
         known = read_json(self._path, Reported) if self._path.is_file() else Reported(secrets.token_hex(4))
-        try:
-            self._run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", PROJECT),
-                name=run.resolve().name,
-                id=known.identity,
-                resume="allow",
-                dir=run,
-                config=dict(shown_sources(msgspec.to_builtins(config))),
-                # Its lines would tear the progress bar, and the console's output says no more than metrics.jsonl.
-                settings=wandb.Settings(console="off", silent=True),
-            )
-        except Exception as error:
-            raise UsageError(
-                f"Weights & Biases did not open a run: {type(error).__name__}: {error}.",
-                hint="check its settings, or omit {report_to}; metrics.jsonl has the same",
-            ) from error
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=run.resolve().name,
+            id=known.identity,
+            resume="allow",
+            dir=run,
+            config=dict(shown_sources(msgspec.to_builtins(config))),
+            # Its lines would tear the progress bar, and the console's output says no more than metrics.jsonl.
+            settings=wandb.Settings(console="off", silent=True),
+        )
         # A resumed run repeats steps and adds to earlier ones, which wandb's own counter of steps does not allow.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

@@ -25,7 +25,7 @@ from clip_rd_edge.benchmarking.tables import (
 from clip_rd_edge.bundle.outputs import require_output_file
 from clip_rd_edge.bundle.runs import EVALUATION_PREFIX as _EVALUATION
 from clip_rd_edge.distillation.metrics import verbatim
-from clip_rd_edge.errors import ConfigError, without_checkout
+from clip_rd_edge.errors import without_checkout
 from clip_rd_edge.evidence.suite import (
     FORMAT_VERSION,
     TUNED_TEACHER,
@@ -295,10 +295,7 @@ def write_evidence(path: Path, evidence: Evidence) -> None:
 
 def read_evidence_file(path: Path) -> Evidence:
     hint = "expected the results of an evidence suite; those of a benchmark are for clip-rd-edge benchmark --compare"
-    evidence = read_versioned_json(path, Evidence, newest=FORMAT_VERSION, hint=hint)
-    if not evidence.runs:
-        raise ConfigError(f"{path} has no runs; expected at least one.", hint="run the suite again")
-    return evidence
+    return read_versioned_json(path, Evidence, newest=FORMAT_VERSION, hint=hint)
 
 
 _PAGE, _CURVES, _GEOMETRY = ".md", "-curves.png", "-geometry.png"  # after the suite's name, beside NAME.json

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -17,7 +17,7 @@ from clip_rd_edge.benchmarking.results import Environment, Results
 from clip_rd_edge.benchmarking.suite import Threads, find_suite
 from clip_rd_edge.benchmarking.tables import NO_VALUE, inert_markdown, markdown_table
 from clip_rd_edge.data.load import local_place
-from clip_rd_edge.distillation.config import Precision, Recipe, Seed, load_recipe
+from clip_rd_edge.distillation.config import Recipe, Seed, load_recipe
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.structs import (
@@ -33,7 +33,7 @@ from clip_rd_edge.utils.structs import (
 
 TEACHER_RESULT = "teacher-result.json"  # beside the suite's own NAME.json
 TUNED_TEACHER = "teacher"  # the built-in one's folder beside it, and so its name
-_SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_SafeName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._-]*\Z")]  # of a file or folder, on any system
 
 
 class Method(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,7 +49,7 @@ class Method(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         freeze_text_layers: groups of layers of the text tower that are not trained, as in `RunConfig`.
     """
 
-    name: str
+    name: _SafeName
     recipe: str
     weights: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
     settings: dict[str, Any] = msgspec.field(default_factory=dict)
@@ -57,16 +57,6 @@ class Method(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     text: str | None = None
     pretrained_text: str | None = None
     freeze_text_layers: NonNegativeInt = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_safe("the method's name", self.name)
-
-
-def _require_safe(what: str, name: str) -> None:
-    """Raise ValueError if a name cannot be that of a file or folder, on any system."""
-    if not _SAFE_NAME.fullmatch(name):
-        raise ValueError(f"{what} is {name!r}; expected lower-case letters, digits, '.', '-' and '_'")
 
 
 class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,7 +71,7 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
         teacher_steps: steps to tune the built-in teacher, if no other teacher is given.
     """
 
-    name: str
+    name: _SafeName
     data: str
     tasks: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     students: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
@@ -91,7 +81,7 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
     steps: PositiveInt
     batch_size: PositiveInt
     learning_rate: PositiveFloat
-    precision: Precision
+    precision: Literal["fp32", "bf16", "fp16"]  # not auto: all runs have the same
     image_size: PositiveInt
     text: str
     context_length: PositiveInt
@@ -104,7 +94,6 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_safe("the suite's name", self.name)
         names = [method.name for method in self.methods]
         for field, values in (("methods", names), ("students", self.students), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
@@ -113,7 +102,6 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
         for what, given, known in (
             ("compare_with", self.compare_with, names),
             *((what, steps, self.students) for what, steps in of_steps),
-            ("precision", (self.precision,), ("fp32", "bf16", "fp16")),  # not auto: all runs have the same
         ):
             if unknown := [name for name in given if name not in known]:
                 raise ValueError(f"{what} has {unknown[0]!r}; expected one of {', '.join(known)}")

@@ -43,10 +43,10 @@ from clip_rd_edge.distillation.reinforced import (
     StoredTeachers,
     augment,
     read_sample,
-    read_stored_teachers,
 )
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.models.load import training_facts
+from clip_rd_edge.utils.structs import read_json
 
 PREPROCESSING = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
 Store = Callable[..., str]
@@ -70,7 +70,7 @@ def teachers(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def stored(teachers: Path) -> StoredTeachers:
-    return read_stored_teachers(teachers)
+    return read_json(teachers, StoredTeachers)
 
 
 def open_store(source: str) -> Reinforced:

@@ -30,13 +30,14 @@ from clip_rd_edge.bundle.manifest import (
 )
 from clip_rd_edge.cli.main import cli
 from clip_rd_edge.distillation.config import load_recipe, resolve
-from clip_rd_edge.distillation.reinforced import read_stored_teachers
+from clip_rd_edge.distillation.reinforced import StoredTeachers
 from clip_rd_edge.evidence.suite import read_evidence
 from clip_rd_edge.exporting.plan import plan_exports
 from clip_rd_edge.losses.terms import load_terms
 from clip_rd_edge.models.students import build_student, student_config
 from clip_rd_edge.settings.deploying import Export
 from clip_rd_edge.utils.paths import typed
+from clip_rd_edge.utils.structs import read_json
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -222,7 +223,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "evidence.yaml": lambda path: read_evidence(str(path)),
     "margin.yaml": lambda path: read_evidence(str(path)),
     "manifest.json": check_manifest,
-    "teachers.json": read_stored_teachers,
+    "teachers.json": lambda path: read_json(path, StoredTeachers),
     "my_terms.py": lambda path: load_terms(typed(path)),
     "my_relations.py": lambda path: load_terms(typed(path)),
     "student.json": lambda path: build_student(

@@ -197,7 +197,7 @@ def test_a_suite_is_checked_before_its_first_run(
         runs.run_evidence(typo, tmp_path / "out", SILENT, teacher=teacher)
     unknown = replace(squares_suite.methods[2], text="runs/trimed")
     late = replace(squares_suite, methods=(*squares_suite.methods[:2], unknown))
-    with pytest.raises(UsageError, match="The method clip-rd-without-xrd cannot train test_resnet: The text tower is"):
+    with pytest.raises(UsageError, match="The text tower is"):
         runs.run_evidence(late, tmp_path / "out", SILENT, teacher=teacher)
 
 
