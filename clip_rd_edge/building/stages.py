@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from clip_rd_edge.benchmarking.accuracy import ZeroShotPredictions, predict
 from clip_rd_edge.benchmarking.accuracy import evaluate as score
@@ -92,7 +91,6 @@ _EVALUATIONS, _MAX_UNSAVED = 10, 100  # in a run, and steps between checkpoints
 _PATIENCE, _TELLING = 4, 100
 _PROMPT = "a photo of a {}."
 _RECIPE, _RATE = "clip-kd-bank", 1e-3
-_SURE, _SHOWN_DOUBTS = 0.9, 3  # probability of another class, of labels that are shown as doubtful
 _DIGEST, _KEPT = "student_sha256", ".measured"
 
 
@@ -102,14 +100,12 @@ class TeacherScore(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         key: what the stages up to the plan follow from: a digest of images and labels, the teacher, size and seed.
         top1, prompted: with the labels as they are, and in a prompt; of captions, R@1, and None.
-        doubtful: images that the teacher is sure are of another class, which may be wrong labels.
     """
 
     key: str
     images: int
     top1: float
     prompted: float | None = None
-    doubtful: tuple[str, ...] = ()
 
 
 @dataclass
@@ -221,26 +217,14 @@ class Building:
             self.reporter.note(f"it has named {known.images:,} images that are held out, to compare the student with")
         else:
             self.reporter.note(f"without training, {known.top1:.1%} of {known.images:,} images {what}{prompt}")
-        if known.doubtful:
-            self.reporter.note(f"labels to check: {'; '.join(known.doubtful)}")
 
     def _score_teacher(self, encoder: TorchEncoder, key: str) -> TeacherScore:
         task = load_task(typed(task_of(self.folder, self.found, "test")))
         predictions = predict(encoder, task, reporter=self.reporter)
-        top1, prompted, doubtful = primary_metric(predictions.score), None, list[str]()
-        if isinstance(task, ZeroShotTask) and isinstance(predictions, ZeroShotPredictions):
+        prompted = None
+        if isinstance(task, ZeroShotTask):
             prompted = primary_metric(score(encoder, msgspec.structs.replace(task, templates=(_PROMPT,))))
-            sure = np.argsort(predictions.probabilities)[::-1].tolist()
-            wrong = [
-                i for i in sure if predictions.labels[i] != task.targets[i] and predictions.probabilities[i] > _SURE
-            ]
-            if top1 > 0.5:  # the doubts of a teacher that is mostly wrong mean nothing
-                doubtful = [
-                    f"{Path(str(task.images[i])).name} in {task.labels[task.targets[i]]} may be "
-                    f"{task.labels[predictions.labels[i]]}"
-                    for i in wrong[:_SHOWN_DOUBTS]
-                ]
-        return TeacherScore(key=key, images=len(task.images), top1=top1, prompted=prompted, doubtful=tuple(doubtful))
+        return TeacherScore(key=key, images=len(task.images), top1=primary_metric(predictions.score), prompted=prompted)
 
     def _name_images(self, encoder: TorchEncoder) -> None:
         """Write the task of images without captions, with the teacher's answers as their classes."""
@@ -380,8 +364,10 @@ class Building:
         """Measure teacher, student and all bundles, and write report and verdict."""
         suite, report = self._suite(), self.folder / "report"
         known = read_results(report / RESULTS) if is_file(report / RESULTS) else None
-        key = self._measured_key()
-        is_right = known is not None and known.suite == published(suite) and self._kept_key() == key
+        bundles, kept = sorted(self.bundle.parent.glob("*/manifest.json")), self.folder / _KEPT
+        key = " ".join(sha256_of(path) for path in (*bundles, self.student() / WEIGHTS_FILE))
+        is_kept = is_file(kept) and kept.read_text(encoding="utf-8") == key
+        is_right = is_kept and known is not None and known.suite == published(suite)
         if not (is_right and is_file(report / HTML) and is_file(self.folder / VERDICT)):
             results = run_suite(suite, self.open_encoder, self.reporter)
             limit = self.request.max_latency if is_here(self.request.target) else None
@@ -389,7 +375,7 @@ class Building:
             lines = verdict(self.found, results, label, max_latency=limit, rising=self._is_rising())
             write_report(msgspec.structs.replace(results, verdict=tuple(lines)), report)
             write_text(self.folder / VERDICT, "".join(f"{line}\n\n" for line in lines))
-            write_text(self.folder / _KEPT, key)
+            write_text(kept, key)
 
     def _suite(self) -> Suite:
         rows = [
@@ -406,14 +392,6 @@ class Building:
             budget_ms=None,
         )  # fmt: skip
 
-    def _measured_key(self) -> str:
-        bundles = sorted(self.bundle.parent.glob("*/manifest.json"))
-        return " ".join(sha256_of(path) for path in (*bundles, self.student() / WEIGHTS_FILE))
-
-    def _kept_key(self) -> str:
-        path = self.folder / _KEPT
-        return path.read_text(encoding="utf-8") if path.is_file() else ""
-
     def _is_rising(self) -> bool:
         lines = [line for line in read_metrics(self.run) if any(key.startswith(EVALUATION_PREFIX) for key in line)]
         scores = [next(value for key, value in line.items() if key.startswith(EVALUATION_PREFIX)) for line in lines]
@@ -428,7 +406,6 @@ def _fallback(plan: ExportPlan) -> Fallback | None:
 
 
 def _require_bundle_target(request: Build) -> None:
-    """Refuse a target that cannot be exported for, or for which no bundle is made."""
     plans = plan_exports(Export(model=f"{LOCAL_DIR}student", output=request.output, target=request.target))
     if len(plans) > 1 or plans[0].layout != "bundle":
         raise UsageError(

@@ -109,9 +109,9 @@ _CHANNELS = 16  # of the widest vectors
 
 
 def take_strides_first(model: nn.Module) -> None:
-    """Have such convolutions of a model leave out pixels first, and then compute the same without a stride.
+    """Have strided 1 × 1 convolutions of few channels leave out pixels first, and then compute without a stride.
 
-    Parameters, outputs, gradients and names stay as they are, and the time that a step takes.
+    With a stride, oneDNN's kernel for their weights' gradient writes past its memory (uxlfoundation/oneDNN#6035).
     """
     for module in model.modules():
         if type(module) is nn.Conv2d and _is_strided_point(module):

@@ -238,7 +238,6 @@ class ShardMaker:
                 rows, bad = [], {}
 
     def _captions_of(self, index: int) -> tuple[str, ...]:
-        """Return a pair's captions, none if they cannot be read."""
         with suppress(InputError):
             return read_twice(self.pairs.read, index).captions
         return ()

@@ -257,7 +257,6 @@ class _Wait:
 
 
 def _cores() -> int:
-    """Return the number of cores for each training process of this machine."""
     return int(min(usable_cores(), cpu_quota() or math.inf)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

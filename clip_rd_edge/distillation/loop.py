@@ -301,7 +301,6 @@ class Training:
         }
 
     def _summary(self, loss: float, figures: Mapping[str, float]) -> str:
-        """Return what the progress bar shows."""
         bad = f", {figures['bad_samples']:,} bad samples" if figures["bad_samples"] else ""
         samples = "samples" if self.setup.pairs.counts.is_mixed else "pairs"
         return (

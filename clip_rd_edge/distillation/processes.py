@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined,unused-ignore]
 from torch.nn.parallel import DistributedDataParallel
 
-from clip_rd_edge.errors import ClipRdEdgeError, LostProcessError, UsageError, first_line, relayed_error
+from clip_rd_edge.errors import ClipRdEdgeError, LostProcessError, first_line, relayed_error
 from clip_rd_edge.models.clip import default_device
 from clip_rd_edge.utils.process import handled_by, leave_lost_terminal, stop_signals
 
@@ -227,12 +227,6 @@ def _as_one_message(tensors: Sequence[Tensor], communicate: Callable[[Tensor], o
 def _sum_bucket(_, bucket):  # type: ignore[no-untyped-def]
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
-
-
-def require_one_process(what: str, *, hint: str) -> None:
-    """Refuse several processes where there are several runs: the processes of torchrun join each other only once."""
-    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise UsageError(f"{what} by a single process, but {count} were started.", hint=hint)
 
 
 @contextmanager

@@ -318,7 +318,6 @@ def _resized(image: Image.Image, model: Preprocessing) -> Levels:
 
 
 def _embeddings(pairs: Reinforced, index: int) -> dict[str, npt.NDArray[np.float32]]:
-    """Return all arrays of a pair's embeddings by name."""
     member, is_torch = pairs.embeddings(index)
     with _as_expected(member):
         _require(member.size <= _MAX_BYTES, f"it has {member.size:,} bytes; the limit is {_MAX_BYTES:,}")

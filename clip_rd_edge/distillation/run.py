@@ -155,7 +155,6 @@ def _begin(run: Run, setup: RunSetup) -> None:
 
 
 def _save_student(run: Run, setup: RunSetup, state: TrainingState) -> None:
-    """Save the student of a run with its provenance, and draw the run's plots."""
     config, student = run.config, state.student
     student.model.to("cpu")
     evaluation = last_evaluation(run.folder, step=state.steps)

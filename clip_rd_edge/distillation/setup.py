@@ -129,7 +129,6 @@ def _require_matching_towers(config: RunConfig, setup: RunSetup) -> None:
 
 
 def _require_terms_for(config: RunConfig, pairs: Samples) -> None:
-    """Refuse an objective whose terms all need something that the data lack."""
     objective, of_texts = config.recipe.objective, is_texts_alone(config)
     if not objective.for_texts() if of_texts else objective.needs_pairs and not pairs.counts.pairs:
         what = "images" if of_texts else "pairs of images and captions alone"

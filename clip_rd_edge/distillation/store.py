@@ -377,7 +377,8 @@ class QueueBank:
 
     Args:
         size: max number of pairs.
-        source: names the teachers: a state with the embeddings of others is not loaded, as they lie in another space.
+        source: names the teachers: a state with the embeddings of others is not loaded, as they lie in another space;
+            nor is one of another size, of data that have become more or fewer pairs.
     """
 
     def __init__(self, size: int, device: torch.device, *, source: str | None = None) -> None:
@@ -409,16 +410,10 @@ class QueueBank:
         return {"seen": self._seen, "rows": self._filled().clone(), "source": self._source}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["source"] != self._source:
-            return
         rows, seen = state["rows"].to(self._device), state["seen"]
-        count = rows.shape[1]
-        if count != min(seen, self._size):  # the data have become more or fewer pairs: the oldest row comes first
-            rows = rows.roll(-(seen % count), dims=1)[:, -self._size :]
-            seen = count = rows.shape[1]
-        self._rows = rows.new_empty(2, self._size, rows.shape[2])
-        self._rows[:, :count] = rows
-        self._seen = seen
+        if state["source"] == self._source and rows.shape[1] == min(seen, self._size):
+            self._rows, self._seen = rows.new_empty(2, self._size, rows.shape[2]), seen
+            self._filled()[:] = rows
 
     def _filled(self) -> Tensor:
         return self._rows[:, : min(self._seen, self._size)]

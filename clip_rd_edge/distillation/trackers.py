@@ -167,6 +167,5 @@ def _require_login() -> None:
 
 
 def _figures(line: Mapping[str, float | None]) -> tuple[int, dict[str, float]]:
-    """Return the step and the finite figures of a line of metrics.jsonl."""
     figures = {name: x for name, x in line.items() if name != "step" and x is not None and isfinite(x)}
     return int(line["step"] or 0), figures

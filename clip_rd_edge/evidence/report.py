@@ -83,7 +83,8 @@ def training_data_remark(suite: EvidenceSuite) -> list[str]:
     """Return a warning if a task has the pairs that the students are trained on; else, an empty list."""
     return [
         f"{shown_source(task)} is both trained and evaluated on: its scores say nothing about new pairs."
-        for task in suite.trained_on()
+        for task in suite.tasks
+        if Path(task) == Path(suite.data)
     ]
 
 
@@ -151,7 +152,6 @@ def _differ_in_steps(evidence: Evidence) -> bool:
 
 
 def _time_table(evidence: Evidence) -> str:
-    """Return the CPU time of each student and method, in a row per machine if there are several."""
     methods = {method.name: method for method in evidence.suite.methods}
     by_machine = _by_machine(evidence.runs)
     several = len(by_machine) > 1
@@ -181,7 +181,6 @@ def _score_table(evidence: Evidence) -> str:
 
 
 def _zero_shot(evidence: Evidence) -> list[int]:
-    """Return the indices of the tasks that have a top-1."""
     return [i for i, task in enumerate(evidence.teacher.tasks) if isinstance(task.score, ZeroShotScore)]
 
 

@@ -106,10 +106,6 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
             if unknown := [name for name in given if name not in known]:
                 raise ValueError(f"{what} has {unknown[0]!r}; expected one of {', '.join(known)}")
 
-    def trained_on(self) -> list[str]:
-        """Return the tasks that name the training data."""
-        return [task for task in self.tasks if Path(task) == Path(self.data)]
-
     def runs(self) -> Iterator[Run]:
         """Yield all runs, seed by seed, so that an unfinished suite already gives complete tables."""
         for seed in self.seeds:
