@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
+import signal
 import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.distillation.processes import Processes, Stopped
+from clip_rd_edge.distillation import processes as module
+from clip_rd_edge.distillation.processes import Processes, Stopped, join_processes, lost_process
+from clip_rd_edge.distillation.step import StepSettings
+from clip_rd_edge.distillation.store import QueueBank
 from clip_rd_edge.errors import ClipRdEdgeError
 
 
@@ -108,16 +114,63 @@ def call_in_threads(count: int, action: Callable[[Threads], Any], *, hosts: str 
         return list(pool.map(call, range(count)))
 
 
-def start_two(arguments: Sequence[str]) -> list[subprocess.Popen[str]]:
-    """Start Python twice, as the two real processes of a run."""
+def fork_server() -> Any:
+    """Return what starts processes as copies of one that has imported the libraries, which takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["open_clip", "timm", "pytest", "clip_rd_edge.distillation.step", "clip_rd_edge.cli.main"]
+    )
+    return context
+
+
+def start_two(action: Callable[..., str], *arguments: object) -> list[tuple[Any, Any]]:
+    """Start the two real processes of a run; each sends what a function returns, or the traceback of what it raises."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments], env={**os.environ, **common, **own}, stderr=subprocess.PIPE, text=True
-        )
-        for own in ranks
-    ]
+    started = []
+    for rank in "01":
+        receiver, sender = fork_server().Pipe(duplex=False)
+        own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+        process = fork_server().Process(target=_send, args=(sender, own, action, *arguments), daemon=True)
+        process.start()
+        sender.close()
+        started.append((process, receiver))
+    return started
+
+
+def _send(sender: Any, variables: Mapping[str, str], action: Callable[..., str], *arguments: object) -> None:
+    os.environ.update(variables)
+    try:
+        sender.send(action(*arguments))
+    except Exception:  # noqa: BLE001 - whatever it is, the test shows it
+        sender.send(traceback.format_exc())
+
+
+def learn_as_one(tests: str) -> str:
+    """Compute steps of `test_processes.py` by the processes of a run, and compare them with those of one."""
+    own = runpy.run_path(tests)
+    expected = own["compute"](own["make_step"](Processes(), StepSettings()))
+    with join_processes() as processes:
+        for settings in (StepSettings(), StepSettings(chunks=2, block=3)):
+            step = own["make_step"](processes, settings)
+            for _ in range(2):
+                step.bank = QueueBank(12, torch.device("cpu"))
+                for parameter in [*step.student.model.parameters(), *step.objective.parameters()]:
+                    parameter.grad = None
+                own["assert_close"](own["compute"](step), expected)
+    return ""
+
+
+def lose_the_second(how: str) -> str:
+    """Send the second process of a run a signal once they have met; return how the first names the loss."""
+    module.TIMEOUT = timedelta(seconds=3)
+    with join_processes() as processes:
+        processes.meet()
+        try:
+            with processes.together(soon=True):
+                if processes.rank == 1:
+                    os.kill(os.getpid(), signal.Signals[how])
+        except RuntimeError as error:
+            return str(lost_process(error, processes))
+    return "nothing is lost"

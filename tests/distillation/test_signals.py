@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import torch
 from failing_datasets import work_for
-from safetensors.torch import load_file
-from support import PATIENCE_S, wait_until
-from tiny_runs import tiny_run
+from support import PATIENCE_S, wait_until, write_pairs
+from thread_processes import fork_server
+from tiny_runs import tiny_run, weights
 
 from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.order import StepSampler
-from clip_rd_edge.distillation import loop as train
+from clip_rd_edge.distillation import loop
 from clip_rd_edge.distillation import setup as build
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig
@@ -37,27 +37,38 @@ from clip_rd_edge.models.students import student_config
 STEPS = 6
 
 
+def run_on(pairs: Path) -> RunConfig:
+    recipe = {"steps": STEPS, "batch_size": 6}
+    return tiny_run("clip", recipe, data=str(pairs), evaluate_every=2, log_every=10)
+
+
 @pytest.fixture
 def config(pairs_csv: Path) -> RunConfig:
-    recipe = {"steps": STEPS, "batch_size": 6}
-    return tiny_run("clip", recipe, data=str(pairs_csv), evaluate_every=2, log_every=10)
+    return run_on(pairs_csv)
 
 
 def score(_: Encoder) -> dict[str, float]:
     return {"task": 0.5}
 
 
-def weights(config: RunConfig, run: Path, *, resume: bool = False) -> dict[str, torch.Tensor]:
-    return load_file(run_distillation(config, run, resume=resume, evaluate=score) / "open_clip_model.safetensors")
+def train(config: RunConfig, run: Path, *, resume: bool = False) -> dict[str, torch.Tensor]:
+    return weights(run_distillation(config, run, resume=resume, evaluate=score))
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights of a run with `config` that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return train(run_on(write_pairs(folder)), folder / "run")
 
 
 def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def check_resumed(config: RunConfig, run: Path) -> None:
+def check_resumed(config: RunConfig, run: Path, expected: dict[str, torch.Tensor]) -> None:
     """Resume a stopped run; its weights and the evaluated steps must be those of an uninterrupted one."""
-    expected, actual = weights(config, run.with_name("uninterrupted")), weights(config, run, resume=True)
+    actual = train(config, run, resume=True)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
     logged = {line["step"]: line.get("evaluation/task") for line in read_metrics(run)}
     assert {step for step, value in logged.items() if value == 0.5} == {2, 4, 6}
@@ -65,7 +76,7 @@ def check_resumed(config: RunConfig, run: Path) -> None:
 
 @pytest.mark.parametrize("stops", [(1, 2), (3,)], ids=["in the middle, and when it is repeated", "after the last step"])
 def test_sigterm_during_an_evaluation_saves_at_once_and_the_resumed_run_repeats_it(
-    config: RunConfig, tmp_path: Path, stops: tuple[int, ...]
+    config: RunConfig, expected: dict[str, torch.Tensor], tmp_path: Path, stops: tuple[int, ...]
 ) -> None:
     calls, finished = list[int](), list[int]()
 
@@ -82,12 +93,16 @@ def test_sigterm_during_an_evaluation_saves_at_once_and_the_resumed_run_repeats_
             run_distillation(config, tmp_path / "run", resume=number > stops[0], evaluate=evaluate)
         assert len(calls) == number
         assert number not in finished
-    check_resumed(config, tmp_path / "run")
+    check_resumed(config, tmp_path / "run", expected)
 
 
 @pytest.mark.parametrize("waiting_for", [0, 3])
 def test_sigterm_while_waiting_for_data_stops_at_once(
-    config: RunConfig, tmp_path: Path, waiting_for: int, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig,
+    expected: dict[str, torch.Tensor],
+    tmp_path: Path,
+    waiting_for: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def stuck(*arguments: Any, **options: Any) -> Iterator[Batch]:
         for number, batch in enumerate(step_loader(*arguments, **options)):
@@ -97,23 +112,23 @@ def test_sigterm_while_waiting_for_data_stops_at_once(
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "step_loader", stuck)
+        patch.setattr(loop, "step_loader", stuck)
         where = f"after step {waiting_for} of 6; saved" if waiting_for else "before the first of 6 steps"
         with pytest.raises(InterruptedRunError, match=f"SIGTERM {where}"):
-            weights(config, tmp_path / "run")
+            train(config, tmp_path / "run")
     assert len(list_checkpoints(tmp_path / "run")) == (1 if waiting_for else 0)
-    check_resumed(config, tmp_path / "run")
+    check_resumed(config, tmp_path / "run", expected)
 
 
 def test_sigterm_while_the_data_are_indexed_loses_nothing(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, expected: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(build, "load_samples", lambda *_, **__: terminate())
         with pytest.raises(InterruptedRunError, match="Stopped by SIGTERM; before the first step") as error:
-            weights(config, tmp_path / "run")
+            train(config, tmp_path / "run")
     assert error.value.exit_code == 75
-    check_resumed(config, tmp_path / "run")
+    check_resumed(config, tmp_path / "run", expected)
 
 
 HUNG_UP = """
@@ -212,7 +227,7 @@ def from_elsewhere(pid: int | None, number: signal.Signals) -> None:
 @posix
 def test_a_process_of_a_fork_server_obeys_who_started_it() -> None:
     """The default from Python 3.14 on."""
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
     started = context.Event()
     with stop_signals_blocked():
         process = context.Process(target=work_for, args=(os.getpid(), started), daemon=True)

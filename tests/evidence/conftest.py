@@ -43,7 +43,7 @@ def suite() -> EvidenceSuite:
         learning_rate=1e-3,
         precision="fp32",
         image_size=32,
-        text="tiny",
+        text="64x1",
         context_length=12,
         embedding_size=24,
         views=1,
