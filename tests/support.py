@@ -167,18 +167,6 @@ def contents(samples: Samples) -> list[tuple[bytes, tuple[str, ...]]]:
     return [(sample.image().tobytes(), sample.captions) for sample in map(samples.read, range(len(samples)))]
 
 
-def other_clock(offset: str) -> dict[str, str]:
-    """Return the environment variables of a process whose clock differs, by such as `+40d` or `-3h`.
-
-    Skips the test where libfaketime is missing: `apt install faketime`, or the path of the library in LIBFAKETIME.
-    """
-    paths = [os.environ.get("LIBFAKETIME", ""), *map(str, Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))]
-    library = next((path for path in paths if Path(path).is_file()), None)
-    if library is None:
-        pytest.skip("needs libfaketime")
-    return {"LD_PRELOAD": library, "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
-
-
 def process_tree(pid: int) -> list[int]:
     """A process and all its descendants; torchrun puts its workers into separate process groups."""
     children = [

@@ -103,7 +103,6 @@ def assert_all_say(errors: list[Any], message: str) -> None:
     ("options", "name", "message"),
     [
         ({"recipe": "{}/own.yaml"}, "own.yaml", "b/own.yaml"),
-        ({"tasks": "{}/images"}, "images", "b/images"),
         ({"data": "{}/{{0..2}}.tar"}, "1.tar", "b/1.tar"),
         ({}, "teacher/open_clip_model.safetensors", "b/teacher"),
     ],

@@ -107,6 +107,19 @@ def test_a_text_tower_whose_projection_has_a_bias_is_frozen_but_for_it(texts_alo
     assert trained == {"text.text_projection.weight", "text.text_projection.bias"}
 
 
+def test_frozen_layers_keep_weights_and_statistics_and_frozen_norms_their_statistics() -> None:
+    for settings, frozen in (({"freeze_image": 2}, ("conv1.", "bn1.", "layer1.")), ({"freeze_norms": True}, ())):
+        student = tiny_clip()
+        trunk = student.model.get_submodule("visual.trunk")
+        before = {name: buffer.clone() for name, buffer in trunk.named_buffers()}
+        set_training_mode(student, tiny_run("clip", {}, data="pairs.csv", **settings))
+        ImageTower(student.model)(torch.randn(2, 3, 32, 32))[:, 0].sum().backward()
+        trained = {name for name, parameter in trunk.named_parameters() if parameter.grad is not None}
+        assert trained == {name for name, _ in trunk.named_parameters() if not name.startswith(frozen or "none")}
+        changed = {name for name, buffer in trunk.named_buffers() if not torch.equal(buffer, before[name])}
+        assert changed == {name for name in before if frozen and not name.startswith(frozen)}
+
+
 @pytest.mark.parametrize(("name", "image_size"), [("test_resnet", 32), ("test_vit", 48)])
 def test_all_that_is_not_frozen_has_a_gradient_with_gradient_checkpointing(name: str, image_size: int) -> None:
     student = tiny_clip(name, image_size=image_size)
