@@ -530,13 +530,10 @@ class BenchmarkScenario:
         (folder / "model" / "weights").write_bytes(b"weights")
 
     def run(self, folder: Path) -> None:
-        from clip_rd_edge.benchmarking.run import DamagedCacheError
-
         cache, task, answers = self._parts(folder)
         model = str(folder / "model")
-        with suppress(DamagedCacheError):
-            if cache.find(model, None, task) is None:
-                cache.store(model, None, task, answers)
+        if cache.find(model, None, task) is None:
+            cache.store(model, None, task, answers)
 
     def check(self, folder: Path) -> None:
         cache, task, answers = self._parts(folder)

@@ -321,10 +321,8 @@ def _classify(
 
 def retrieval(encoder: Encoder, task: RetrievalTask, *, reporter: Reporter = SILENT) -> RetrievalPredictions:
     """Retrieve in both directions, with all captions of each image."""
-    if not task.captions:
-        raise InputError(f"The task {task.name!r} has no captions.")
-    texts = encoder.encode_texts(task.captions)
     images = embed_images(encoder, task.images, task.name, reporter)
+    texts = encoder.encode_texts(task.captions)
     own_image = np.asarray(task.caption_images)
     ranked_captions: Hits = own_image[nearest_indices(images, texts, 10)] == np.arange(len(images))[:, None]
     ranked_images: Hits = nearest_indices(texts, images, 10) == own_image[:, None]

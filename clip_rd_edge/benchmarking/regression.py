@@ -20,7 +20,6 @@ from clip_rd_edge.benchmarking.accuracy import Correctness
 from clip_rd_edge.benchmarking.metrics import Interval, difference_interval, difference_p_value, may_be_chance
 from clip_rd_edge.benchmarking.results import Results, RowResult
 from clip_rd_edge.benchmarking.tables import share
-from clip_rd_edge.errors import InputError
 
 Verdict = Literal["regression", "improvement", "noise", "same"]
 LogRatios = npt.NDArray[np.float64]
@@ -93,12 +92,6 @@ def compare_runs(old: Results, new: Results) -> Changes:
     """Compare all rows that both runs have, by label."""
     new_rows = {row.label: row for row in new.rows}
     pairs = [(row, new_rows[row.label]) for row in old.rows if row.label in new_rows]
-    if not pairs:
-        labels = (", ".join(row.label for row in run.rows) for run in (old, new))
-        raise InputError(
-            f"The two results have no model in common: {' and '.join(labels)}.",
-            hint="compare two runs of the same suite",
-        )
     old_tasks, new_tasks = (list(dict.fromkeys(s.task for row in run.rows for s in row.scores)) for run in (old, new))
     lost = {row.label: "It is not in the suite." for row in old.rows if row.label not in new_rows}
     lost |= {task: "The suite has no task of this name." for task in old_tasks if task not in new_tasks}

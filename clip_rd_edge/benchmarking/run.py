@@ -44,7 +44,7 @@ from clip_rd_edge.benchmarking.suite import Role, Suite, SuiteRow, check_suite
 from clip_rd_edge.bundle.encoder import TowerEncoder
 from clip_rd_edge.data.remote import RemoteShard, version
 from clip_rd_edge.data.tasks import Task, ZeroShotTask
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError
+from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_folder, is_left_by_system
 from clip_rd_edge.utils.structs import encode_json, read_json
@@ -191,8 +191,6 @@ def _skipped_if_it_fails(row: SuiteRow, skipped: list[SkippedRow]) -> Iterator[N
         # A device without torch still measures its bundles.
         reason = f"It needs the package {error.name!r}, which is not installed."
         skipped.append(SkippedRow(label=row.label, model=row.model, reason=reason))
-    except DamagedCacheError:
-        raise
     except ClipRdEdgeError as error:
         skipped.append(SkippedRow(label=row.label, model=row.model, reason=str(error), hint=error.hint))
 
@@ -230,10 +228,6 @@ def _compare(rows: Sequence[RowResult], zero_shot: Sequence[_ZeroShot]) -> tuple
     return tuple(comparisons)
 
 
-class DamagedCacheError(ConfigError):
-    """A cached file cannot be read. The model is not at fault, so it must not be skipped because of it."""
-
-
 def is_cache(folder: Path) -> bool:
     """Return whether a folder is a cache: it exists, and holds nothing but a cache's files."""
     return is_folder(folder) and all(map(_is_ours, folder.iterdir()))
@@ -261,16 +255,13 @@ class PredictionCache:
         self._environment = repr((hardware, sorted(environment.packages.items()), environment.commit, shots))
 
     def find(self, model: str, runtime: str | None, task: Task) -> Predictions | None:
-        """Return the cached predictions of this model on this task, or None."""
+        """Return the cached predictions of this model on this task, or None if there are none, or damaged ones."""
         path = self._path(model, runtime, task)
-        if not path.is_file():
-            return None
-        try:
-            kind: Any = ZeroShotPredictions if isinstance(task, ZeroShotTask) else RetrievalPredictions
+        kind: Any = ZeroShotPredictions if isinstance(task, ZeroShotTask) else RetrievalPredictions
+        with suppress(UsageError):
             found: Predictions = read_json(path, kind)
-        except ConfigError as error:
-            raise DamagedCacheError(str(error), hint=f"remove {path}: its contents are measured again") from error
-        return found
+            return found
+        return None
 
     def store(self, model: str, runtime: str | None, task: Task, predictions: Predictions) -> None:
         """Write the predictions of one model on one task atomically."""

@@ -173,13 +173,7 @@ def read_suite(path: Path, *, rows: Sequence[SuiteRow] = (), data_root: str | No
             root.
         data_root: folder of the tasks to use instead of the file's.
     """
-    try:
-        suite = read_yaml(path, Suite)
-    except ConfigError as error:
-        if "is not valid YAML" in str(error):
-            raise
-        hint = "benchmark takes rows of models, and tasks; methods are compared by clip-rd-edge evidence run"
-        raise ConfigError(str(error), hint=hint) from error
+    suite = read_yaml(path, Suite)
     data_root = data_root or suite.data_root or suite.root
     if rows:
         suite = msgspec.structs.replace(suite, rows=tuple(rows), root=None)
@@ -190,13 +184,14 @@ def read_suite(path: Path, *, rows: Sequence[SuiteRow] = (), data_root: str | No
 
 def check_suite(suite: Suite, *, source: str) -> None:
     """Check that a suite can be run."""
-    for name in ("rows", "tasks"):
-        if not getattr(suite, name):
-            hint = "name some: {models} student=runs/first {models} quantised=bundle" if name == "rows" else ""
-            raise ConfigError(f"{source} has no {name}; at least one is required.", hint=hint)
     labels = [row.label for row in suite.rows]
-    if duplicates := {label for label in labels if labels.count(label) > 1}:
-        raise ConfigError(f"{source} has the label {min(duplicates)!r} twice; labels must be unique.")
+    wrong = [f"no {name}" for name in ("rows", "tasks") if not getattr(suite, name)]
+    wrong += [f"the label {label!r} twice" for label in labels if labels.count(label) > 1]
+    if wrong:
+        raise ConfigError(
+            f"{source} has {wrong[0]}; expected tasks, and rows with a label each of its own.",
+            hint="" if labels else "name some: {models} student=runs/first {models} quantised=bundle",
+        )
 
 
 EXAMPLE = Suite(

@@ -319,7 +319,7 @@ def require_whole_towers(folder: Path, manifest: Manifest, *, purpose: str) -> N
     """Raise UsageError if a tower's weights are in a file of their own: `purpose` needs them in the ONNX file."""
     for tower in manifest.towers.values():
         data = f"{tower.file}{EXTERNAL_DATA_SUFFIX}"
-        if data in manifest.files:
+        if (folder / data).is_file():
             size_gb = (folder / data).stat().st_size / 1e9
             raise UsageError(
                 f"{folder / tower.file} has {size_gb:.1f} GB of weights, and {purpose} takes towers of up to 2 GB.",

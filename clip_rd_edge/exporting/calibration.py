@@ -102,9 +102,6 @@ class CalibrationPairs:
         self, *, preprocessing: Preprocessing, tokenize: Callable[[Sequence[str]], TokenIds]
     ) -> CalibrationSet:
         """Return the inputs of a model: half for calibration and half held out, at most 128 and 192."""
-        if self.images.shape[1:3] != preprocessing.size:
-            size, other = (" × ".join(map(str, shape)) for shape in (preprocessing.size, self.images.shape[1:3]))
-            raise UsageError(f"The model takes images of {size} pixels, and those of its run have {other}.", hint=_HINT)
         pixels: Pixels = np.stack([preprocess(Image.fromarray(image), preprocessing) for image in self.images])
         ids, half = tokenize(self.captions), min(MAX_CALIBRATION, len(pixels) // 2)
         calibrate, held_out = (Samples(pixels[part], ids[part]) for part in (slice(half), slice(half, None)))
@@ -123,7 +120,6 @@ def choose_pairs(
     counts = pairs.counts
     paired = not counts.is_mixed or counts.pairs >= MIN_PAIRS
     count = counts.pairs if paired else len(pairs)
-    _require_enough(pairs, count, "pairs" if paired else "images")
     generator = random.Random(seed)
     wanted = min(count, MAX_CALIBRATION + MAX_HELD_OUT)
     drawn = generator.sample(range(count), wanted)
@@ -143,16 +139,13 @@ def choose_pairs(
             continue
         if images.setdefault(hashlib.sha256(image.tobytes()).digest(), image) is image:
             captions.append(texts[0] if counts.classes else generator.choice(texts))  # one prompt for all
-    _require_enough(pairs, len(images), "readable pairs of different images" if paired else "different readable images")
-    return CalibrationPairs(pairs.name, np.stack(list(images.values())), captions, paired)
-
-
-def _require_enough(pairs: DataSamples, count: int, what: str) -> None:
-    if count < MIN_PAIRS:
+    if len(images) < MIN_PAIRS:
         raise InputError(
-            f"{pairs.name} has {count} {what}; at least {MIN_PAIRS} are needed to calibrate and evaluate INT8.",
+            f"{pairs.name} has {len(images)} different {'pairs' if paired else 'images'} that can be read; at least "
+            f"{MIN_PAIRS} are needed to calibrate and evaluate INT8.",
             hint="pass more pairs with {calibration}, or use {precision} fp32",
         )
+    return CalibrationPairs(pairs.name, np.stack(list(images.values())), captions, paired)
 
 
 def calibration_set(
@@ -200,7 +193,8 @@ def kept_pairs(model: str) -> CalibrationPairs:
         content = msgspec.json.decode(record.tobytes(), type=_Record)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         content = _Record("", [], True)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(content.captions):
+    is_rgb = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3 and images.size > 0
+    if not is_rgb or len(images) != len(content.captions):
         raise ConfigError(f"{path} has no valid images, or no valid record of their captions.", hint=_HINT)
     levels = np.cumsum(images, axis=2, dtype=np.uint8)
     return CalibrationPairs(content.name, levels, content.captions, content.paired, seen=True)

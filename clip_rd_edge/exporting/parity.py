@@ -19,11 +19,13 @@ from clip_rd_edge.bundle.manifest import TOKENIZER, Manifest, Measurement, Tower
 from clip_rd_edge.bundle.preprocess import Pixels, Preprocessing
 from clip_rd_edge.bundle.reference import Reference, reference_images, worst_agreement, write_reference
 from clip_rd_edge.bundle.tokenizer import Tokenizer
+from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.utils.host import machine_name
 from clip_rd_edge.utils.timing import Milliseconds, time_in_turn
 
+MAX_DIFFERENCE, MIN_COSINE = 1e-4, 0.99999  # of a float32 file's embeddings from the model's
 Inputs = npt.NDArray[np.float32] | npt.NDArray[np.int64]
 Matrix = npt.NDArray[np.float64]
 Matches = npt.NDArray[np.bool_]
@@ -58,6 +60,16 @@ def agreement(reference: Embeddings, other: Embeddings) -> Agreement:
         centred_cosine=_mean_cosine(a - a.mean(axis=0), b - b.mean(axis=0)),
         samples=len(a),
     )
+
+
+def require_agreement(file: str, found: Agreement | Measurement, *, hint: str) -> None:
+    """Raise ClipRdEdgeError if a float32 file's embeddings are not the model's."""
+    if not (found.max_difference <= MAX_DIFFERENCE and found.cosine >= MIN_COSINE):
+        raise ClipRdEdgeError(
+            f"{file} differs from the model: max difference {found.max_difference:.2g} (expected at most "
+            f"{MAX_DIFFERENCE:g}), cosine {found.cosine:.6f} (expected at least {MIN_COSINE}).",
+            hint=hint,
+        )
 
 
 def top1_matches(images: Embeddings, captions: Embeddings) -> Matches:

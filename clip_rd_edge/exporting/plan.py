@@ -205,10 +205,7 @@ def plan_exports(request: Export) -> tuple[Plan, ...]:
     names: list[str | None] = [name.strip() for text in given for name in text.split(",")]
     if is_bundle(Path(request.model)) and names != [BROWSER]:
         raise UsageError(f"{request.model} is already a bundle.", hint="pass the model that it was exported from")
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"The target {name!r} is named twice in {request.target!r}.", option="target")
-    plans = tuple(_plan(request, name) for name in names or [None])
+    plans = tuple(_plan(request, name) for name in dict.fromkeys(names or [None]))
     for plan in plans:
         for option, reason in _conflicts(request, plan, plans):
             raise UsageError(f"{{{option}}} cannot be used here: {reason}.", hint=f"omit {{{option}}}", option=option)
@@ -279,7 +276,7 @@ def _conflicts(request: Export, plan: Plan, plans: tuple[Plan, ...]) -> Iterator
     engines = "TensorRT's INT8 falls back to FP16 per layer" if int8 and plan.format == "trt" else ""
     converted = "the model is a bundle already" if is_bundle(Path(request.model)) else ""
     absent = int8 and request.fallback not in (None, "none", *info.precisions)
-    folder = layout in ("huggingface", "immich")
+    folder, without_int8 = layout in ("huggingface", "immich"), plan.target in RTX_WITHOUT_INT8
     images = request.calibration is not None and is_folder(request.calibration)
     for is_given, option, reason in (
         (other and len(plans) > 1, "target", f"the layout {layout} is for one target" if other else ""),
@@ -293,6 +290,7 @@ def _conflicts(request: Export, plan: Plan, plans: tuple[Plan, ...]) -> Iterator
         (request.report is not None, "report", "" if layout == "huggingface" else "it is for {layout} huggingface"),
         (request.via != "onnx" and plan.format != "trt", "via", "it builds TensorRT engines: {format} trt"),
         (request.via != "onnx" and int8, "via", "INT8's Q/DQ nodes are in the ONNX"),
+        (int8, "precision", f"TensorRT for RTX does not compute INT8 on {plan.target}" if without_int8 else ""),
         (absent, "fallback", f"{info.title} is exported in {', '.join(info.precisions)}"),
         *((getattr(request, name) is not None, name, engines) for name in ("fallback", "max_loss", "search_minutes")),
         *(

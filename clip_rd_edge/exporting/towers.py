@@ -20,7 +20,7 @@ from clip_rd_edge.bundle.manifest import IMAGE_MODEL, TEXT_MODEL, TOKENIZER, Tow
 from clip_rd_edge.errors import ClipRdEdgeError, first_line
 from clip_rd_edge.exporting.clean_up import clean_up
 from clip_rd_edge.exporting.graph import silently
-from clip_rd_edge.exporting.parity import Inputs, measure
+from clip_rd_edge.exporting.parity import Inputs, measure, require_agreement
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode, inference_image_tower
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.files import disk_full_error, write_bytes
@@ -38,7 +38,6 @@ TEXT_INPUT, TEXT_OUTPUT = "input_ids", "text_embedding"
 MAX_FILE_BYTES = 2_000_000_000
 # With a batch of 1, the exporter would treat the batch size as a constant.
 _EXAMPLE_BATCH = 2
-MAX_DIFFERENCE = 1e-4  # of an entry of an embedding, from the float32 ONNX file's
 TOWERS: dict[str, Callable[[nn.Module], nn.Module]] = {"image": inference_image_tower, "text": TextTower}
 OTHER_FORMAT = "use {format} onnx, which ONNX Runtime runs on phones as well"
 
@@ -106,12 +105,10 @@ def converting(tool: str, tower: str, clip: ClipModel, *, hint: str = OTHER_FORM
     try:
         yield
     except Exception as error:
-        if full := disk_full_error(error):
-            raise full from error
         # torch's exporter is written with onnxscript, which torch does not require: pip may have kept an old one.
         if tool == "torch" and isinstance(_first_error(error), ImportError):
             hint = "pip install -U onnxscript"
-        raise ClipRdEdgeError(
+        raise disk_full_error(error) or ClipRdEdgeError(
             f"{tool} cannot convert the {tower} tower of {clip.name}: {root_cause(error)}.", hint=hint
         ) from error
 
@@ -191,12 +188,7 @@ def write_towers(job: Job, tools: Toolchain) -> Converted:
         reference = open_session(str(job.source / tower.file), threads=threads)
         session = tools.open(str(path), threads=threads)
         measured = measure(session, reference, job.inputs[name], threads=threads)
-        if not measured.max_difference <= MAX_DIFFERENCE:
-            raise ClipRdEdgeError(
-                f"{path.name} differs from the model by {measured.max_difference:.2g}; expected at most "
-                f"{MAX_DIFFERENCE:g}.",
-                hint=OTHER_FORMAT,
-            )
+        require_agreement(path.name, measured, hint=OTHER_FORMAT)
         note = ""
         if measured.speedup < 1:
             note = f"fp32: {tools.title} takes {1 / measured.speedup:.2f} times as long here as ONNX Runtime."

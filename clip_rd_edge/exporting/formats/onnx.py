@@ -20,7 +20,6 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from clip_rd_edge.bundle.manifest import Tower
-from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.formats import Converted, Format, Job
 from clip_rd_edge.exporting.graph import (
     activation_batches,
@@ -64,9 +63,6 @@ def to_fp16(model: onnx.ModelProto, *, keep_float32: Collection[str] = ()) -> on
         model: float32, with or without Q/DQ, of opset 18 or later.
     """
     copy = onnx.shape_inference.infer_shapes(model)
-    for node in copy.graph.node:
-        if any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute):
-            raise ClipRdEdgeError(f"The node {node.name} ({node.op_type}) branches; it cannot be converted to float16.")
     converter = _Converter(copy.graph, {*keep_float32, *norm_nodes(copy.graph)})
     nodes = [new for node in copy.graph.node for new in converter.convert(node)]
     nodes.extend(converter.restore_outputs(nodes))

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, UsageError, needs_extra
 from clip_rd_edge.exporting.formats.onnx import MIN_AGREEMENT
 from clip_rd_edge.exporting.formats.tensorrt import MAX_BATCH, EngineBuilder, TypedTower
 from clip_rd_edge.exporting.graph import silently
 from clip_rd_edge.exporting.parity import Inputs, agreement
 from clip_rd_edge.exporting.plan import RTX_TARGETS
-from clip_rd_edge.exporting.towers import NO_FAST_PATH, TOWERS, converting, root_cause
+from clip_rd_edge.exporting.towers import NO_FAST_PATH, TOWERS, converting
 from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 
 _CAPABILITIES = {**{name: name for name in RTX_TARGETS}, "jetson-orin": "sm87", "jetson-thor": "sm110"}
@@ -61,21 +61,12 @@ def engine_builder(torch_tensorrt: Any, clip: ClipModel, inputs: Mapping[str, In
 
 def require_torch_tensorrt(target: str) -> Any:
     """Return the package if it builds for `target`, one of `exporting.plan.TARGETS`, on this machine."""
-    if not torch.cuda.is_available():
-        raise UsageError(
-            f"{{via}} torch-tensorrt needs a CUDA build of torch and a GPU; torch {torch.__version__} finds no GPU.",
-            hint=_HINT,
-        )
-    try:
+    with needs_extra("torch-tensorrt", extra="torch-tensorrt", purpose="{via} torch-tensorrt"):
         module = importlib.import_module("torch_tensorrt")
-    except ImportError as error:
-        raise MissingExtraError("torch-tensorrt", extra="torch-tensorrt", purpose="{via} torch-tensorrt") from error
-    except Exception as error:  # it queries devices and loads libraries, which raise many types
-        raise ClipRdEdgeError(f"torch-tensorrt cannot be loaded: {root_cause(error)}.", hint=_HINT) from error
     names, rtx = ("torch-tensorrt", "torch-tensorrt-rtx"), target in RTX_TARGETS
     has_rtx = bool(getattr(module.ENABLED_FEATURES, "tensorrt_rtx", False))
-    capability = "sm{}{}".format(*torch.cuda.get_device_capability())
-    if capability != _CAPABILITIES.get(target, capability) or has_rtx != rtx:
+    capability = "sm{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "none for torch"
+    if not torch.cuda.is_available() or capability != _CAPABILITIES.get(target, capability) or has_rtx != rtx:
         raise UsageError(
             f"{names[has_rtx]} does not build for {target} here: torch-tensorrt builds for this machine's GPU, "
             f"{capability}, alone, and for RTX cards by torch-tensorrt-rtx.",

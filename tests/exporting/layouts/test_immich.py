@@ -15,7 +15,8 @@ from clip_rd_edge.bundle.manifest import read_manifest
 from clip_rd_edge.bundle.preprocess import Preprocessing, preprocess
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting.bundle import export_bundle
-from clip_rd_edge.exporting.layouts.immich import immich_name, require_supported, write_immich
+from clip_rd_edge.exporting.layouts import require_square
+from clip_rd_edge.exporting.layouts.immich import immich_name, write_immich
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
@@ -73,9 +74,12 @@ def test_texts_are_padded_with_the_models_own_id(colour_bundle: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(("mode", "size"), [("longest", (8, 8)), ("squash", (8, 9)), ("shortest", (8, 9))])
-def test_preprocessing_that_immich_does_not_support_is_refused(mode: Any, size: tuple[int, int]) -> None:
+def test_preprocessing_that_other_programs_cannot_do_is_refused(mode: Any, size: tuple[int, int]) -> None:
+    preprocessing = Preprocessing(size=size, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode)
     with pytest.raises(UsageError):
-        require_supported(Preprocessing(size=size, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode), "student")
+        require_square(preprocessing, "student")
+    if mode == "squash":
+        require_square(preprocessing, "student", modes=("squash",))
 
 
 def test_a_model_takes_the_place_of_one_with_embeddings_of_the_same_size() -> None:
