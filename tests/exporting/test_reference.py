@@ -18,15 +18,16 @@ from clip_rd_edge.exporting.parity import NodeByNode, add_reference
 from clip_rd_edge.runtime.load import load
 
 
-@pytest.fixture
-def int8_bundle(fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def int8_bundle(fp32_bundle: Path, calibration: CalibrationSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with an image tower in static INT8 and a text tower in dynamic INT8, without reference embeddings."""
-    folder = Path(shutil.copytree(fp32_bundle, tmp_path / "int8"))
+    scratch = tmp_path_factory.mktemp("reference")
+    folder = Path(shutil.copytree(fp32_bundle, scratch / "int8"))
     (folder / "reference.npz").unlink()
-    prepared = prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path)
+    prepared = prepare_for_quantization(fp32_bundle / "image.onnx", scratch)
     quantizer = StaticQuantizer(prepared, calibration.calibrate.pixels)
     (folder / "image.onnx").write_bytes(quantizer.quantize("min-max", quantizer.layers))
-    prepared = prepare_for_quantization(fp32_bundle / "text.onnx", tmp_path)
+    prepared = prepare_for_quantization(fp32_bundle / "text.onnx", scratch)
     content = quantize_dynamically(prepared, matrix_products=True, token_embeddings=True, per_token=False)
     (folder / "text.onnx").write_bytes(content)
     manifest = read_manifest(fp32_bundle)
@@ -53,10 +54,12 @@ def test_rounding_moves_the_answers_of_int8_as_far_as_other_kernels_do(int8_bund
     assert _reference(int8_bundle).image_rounding == reference.image_rounding  # whenever it is exported
 
 
-def test_preprocessing_in_the_graph_keeps_its_sizes_when_rounding_is_measured(int8_bundle: Path) -> None:
-    manifest = read_manifest(int8_bundle)
-    path = int8_bundle / "image.onnx"
+def test_preprocessing_in_the_graph_keeps_its_sizes_when_rounding_is_measured(
+    int8_bundle: Path, tmp_path: Path
+) -> None:
+    bundle, manifest = Path(shutil.copytree(int8_bundle, tmp_path / "bundle")), read_manifest(int8_bundle)
+    path = bundle / "image.onnx"
     path.write_bytes(with_preprocessing(onnx.load(path), manifest.preprocessing).SerializeToString())
     image = msgspec.structs.replace(manifest.image, input_name=IMAGE, preprocesses=True)
-    write_manifest(int8_bundle, msgspec.structs.replace(manifest, image=image))
-    assert 0.9 < _reference(int8_bundle).image_rounding < 0.9999
+    write_manifest(bundle, msgspec.structs.replace(manifest, image=image))
+    assert 0.9 < _reference(bundle).image_rounding < 0.9999

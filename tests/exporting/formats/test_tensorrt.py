@@ -135,7 +135,7 @@ def test_the_onnx_files_meet_tensorrts_requirements(folder: Path) -> None:
         assert all(constants[node.input[1]].ndim == 1 for node in weights)
 
 
-@pytest.mark.parametrize("name", ["a\ntouch injected #", "a\rb", "run\\N", 'say """hi"""', "encoding=none"])
+@pytest.mark.parametrize("name", ["a\ntouch injected #\rb", 'run\\N, say """hi""", encoding=none'])
 def test_nothing_in_a_models_name_is_run_on_the_device(
     fp32_bundle: Path, trtexec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -17,12 +17,10 @@ from support import onnx_model, rewrite
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.graph import prepare_for_quantization, weighted_layers
 from clip_rd_edge.exporting.int8.methods import (
-    Ranges,
     StaticQuantizer,
     measure_ranges,
     quantize_dynamically,
     scales_per_batch,
-    subsample,
 )
 from clip_rd_edge.exporting.int8.symmetric import quantize_symmetrically, quantized_inputs
 from clip_rd_edge.exporting.parity import agreement, embed
@@ -176,12 +174,6 @@ def test_a_token_with_large_values_costs_others_nothing(tmp_path: Path) -> None:
     assert errors(True, True)[7] < 1e-6  # the row of zeros: the bias alone
 
 
-def test_a_subset_has_values_of_every_channel() -> None:
-    values = np.tile(np.arange(512), (1, 150, 1))  # channels last; half of them have odd numbers, and a step is 2
-    assert len(np.unique(subsample(values))) == 512
-    assert subsample(np.arange(10)).tolist() == list(range(10))
-
-
 def test_q_and_dq_meet_tensorrts_requirements(
     image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path
 ) -> None:
@@ -213,15 +205,6 @@ def test_q_and_dq_meet_tensorrts_requirements(
     assert size_ratio < 0.3
     reference = embed(open_session(str(source)), pixels)
     assert agreement(reference, embed(open_session(quantized.SerializeToString()), pixels)).centred_cosine > 0.9
-
-
-@pytest.mark.parametrize("bounds", [(-10.0, 1.0), (-1.0, 10.0)])
-def test_a_scale_covers_the_larger_of_both_bounds(bounds: tuple[float, float]) -> None:
-    node, size = helper.make_node("MatMul", ["x", "w"], ["y"], name="layer"), ["N", 4]
-    model = onnx_model([node], {"x": size}, {"y": size}, {"w": np.eye(4, dtype=np.float32)})
-    quantized = quantize_symmetrically(model, Ranges(min_max={}, percentile={"x": bounds}))
-    (scale,) = (numpy_helper.to_array(t) for t in quantized.graph.initializer if t.name == "x/scale")
-    assert 10 <= 127 * scale < 10.01
 
 
 def test_the_residual_branch_of_a_convolution_is_quantised(

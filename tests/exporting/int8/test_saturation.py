@@ -36,7 +36,8 @@ def _candidates(
 ) -> Iterator[Candidate]:
     model = prepare_for_quantization(bundle / f"{tower}.onnx", folder)
     # No time to look for the layers that lose most: those of all candidates are quantised by the same code.
-    float32 = float32_tower(bundle, tower, calibration, model=model, plan=Plan(weight_bits=bits), clock=Clock(0))
+    plan = Plan(weight_bits=bits)
+    float32 = float32_tower(bundle, tower, calibration, count=8, model=model, plan=plan, clock=Clock(0))
     return backend.candidates(float32)
 
 
