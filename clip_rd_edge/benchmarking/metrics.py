@@ -164,11 +164,6 @@ def nearest_indices(queries: Embeddings, candidates: Embeddings, k: int) -> npt.
     )
 
 
-def top_k_accuracy(ranked: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], k: int) -> float:
-    """Return the fraction of the N rows whose target is among the first k entries of `ranked`, (N, ≥ k)."""
-    return float((ranked[:, :k] == targets[:, None]).any(axis=1).mean())
-
-
 def mean_per_class(hits: Hits, targets: npt.NDArray[np.int64]) -> float:
     """Return the hit rate averaged over the classes that occur in `targets` (balanced accuracy)."""
     counts = np.bincount(targets)

@@ -182,21 +182,15 @@ def pooled_deviation(models: Sequence[LogRatios]) -> float:
     return math.sqrt(squares / degrees_of_freedom) if degrees_of_freedom else 0.0
 
 
-def run_noise(models: Sequence[LogRatios]) -> float:
-    """Return how much any row can differ between two runs like this one by chance, as a fraction."""
-    pooled = pooled_deviation(models)
-    return max(change_noise(ratios, ratios, pooled=pooled) for ratios in models)
-
-
 def latency_noise(results: Results) -> float | None:
     """Return how much any row's p50 can differ between two such runs by chance, as a fraction; None if unknown."""
     if len(results.reference.image) < MIN_BLOCKS:
         return None
-    models = (
-        [_log_ratios(results, row, field) for row in results.rows if getattr(row.latency, field)]
-        for field in MEASUREMENTS
-    )
-    return max(run_noise(ratios) for ratios in models if ratios)
+    noise = []
+    for field in MEASUREMENTS:
+        models = [_log_ratios(results, row, field) for row in results.rows if getattr(row.latency, field)]
+        noise += [change_noise(ratios, ratios, pooled=pooled_deviation(models)) for ratios in models]
+    return max(noise)
 
 
 def _accuracy_changes(pairs: list[tuple[RowResult, RowResult]]) -> tuple[AccuracyChange, ...]:

@@ -37,11 +37,6 @@ def signed_points(difference: float) -> str:
     return text if text.startswith(("−", "0.0")) else f"+{text}"
 
 
-def signed_percent(change: float) -> str:
-    """Format a relative change in percent with its sign and one decimal, `−1.3 %`."""
-    return f"{signed_points(change)}\N{NO-BREAK SPACE}%"
-
-
 def interval(bounds: Interval) -> str:
     """Format an interval of fractions in percent, `67.1 to 76.3`."""
     return f"{percent(bounds.low)} to {percent(bounds.high)}"
@@ -156,7 +151,7 @@ def sections(results: Results) -> list[Section]:
     peaks = [row.cold_start.peak_memory_bytes if row.cold_start else None for row in rows]
     if all(peaks):
         costs["Peak memory, MB"] = ([*peaks], megabytes)
-    lines = (_relative(results, name, values, show, _times) for name, (values, show) in costs.items())
+    lines = (_relative(results, name, values, show, _ratio_of) for name, (values, show) in costs.items())
     tasks = zip(*(row.scores for row in rows), strict=True)
     return [Section("Cost", "batch 1, median", tuple(lines)), *(_accuracy(results, scores) for scores in tasks)]
 
@@ -248,7 +243,7 @@ def _accuracy(results: Results, scores: Sequence[Score]) -> Section:
             "Image → text, R@1, %": [score.image_to_text.at1 for score in retrieval],
             "Text → image, R@1, %": [score.text_to_image.at1 for score in retrieval],
         }
-    lines = (_relative(results, name, values, percent, _share_of) for name, values in figures.items())
+    lines = (_relative(results, name, values, percent, share) for name, values in figures.items())
     return Section(heading(first.task), note, tuple(lines))
 
 
@@ -289,12 +284,8 @@ def _of_shots(shot: ShotScore) -> str:
     return f"{percent(shot.top1)} ({interval(shot.top1_interval)})"
 
 
-def _times(teacher: float, value: float) -> str:
+def _ratio_of(value: float, teacher: float) -> str:
     return ratio(teacher / value) if value else ""
-
-
-def _share_of(teacher: float, value: float) -> str:
-    return share(value, teacher)
 
 
 def _relative(
@@ -308,7 +299,7 @@ def _relative(
     roles = [row.role for row in results.rows]
     teacher = values[roles.index("teacher")] if "teacher" in roles else None
     cells = (
-        Cell(show(value), compare(teacher, value) if teacher and value is not None and role != "teacher" else "")
+        Cell(show(value), compare(value, teacher) if teacher and value is not None and role != "teacher" else "")
         for role, value in zip(roles, values, strict=True)
     )
     return Line(name, tuple(cells))
@@ -434,7 +425,11 @@ def change_tables(changes: Changes) -> list[Table]:
 
     latencies = plain_table("p50", "Old, ms", "New, ms", "Change", "Noise", "", left=("",))
     for timed in changes.latencies:
-        figures = (three_digits(timed.old_ms), three_digits(timed.new_ms), signed_percent(timed.change))
+        figures = (
+            three_digits(timed.old_ms),
+            three_digits(timed.new_ms),
+            f"{signed_points(timed.change)}\N{NO-BREAK SPACE}%",
+        )
         latencies.add_row(f"{timed.row}, {timed.what}", *figures, f"± {100 * timed.noise:.1f} %", verdict(timed))
     accuracies = plain_table("Accuracy, %", "Old", "New", "Points", "Paired interval", "", left=("",))
     for change in changes.accuracies:

@@ -251,7 +251,7 @@ MAX_BATCH = 8  # of every engine, however it is built
 
 
 class Engine(NamedTuple):
-    """The content of an engine file, and the builder's log, which lists its layers (see `parse_kernels`)."""
+    """The content of an engine file, and the builder's log, which lists its kernels."""
 
     content: bytes
     log: str
@@ -304,63 +304,31 @@ def _logger(trt: Any) -> Any:
 
 
 _KERNEL = re.compile(
-    r"^Name: (?P<name>[^,]*), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: "
-    r".*?Metadata: (?P<nodes>.*)$",
+    r"^Name: [^,]*, LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: .*?Metadata: (?P<nodes>.*)$",
     re.MULTILINE,
 )
 _PRODUCTS = ("correlation", "gemm")
-
-
-class Kernel(NamedTuple):
-    """One step of an engine.
-
-    Attributes:
-        inputs: types of its inputs, such as `Int8`.
-        nodes: names of the ONNX nodes that it computes.
-    """
-
-    name: str
-    kind: str
-    inputs: tuple[str, ...]
-    nodes: tuple[str, ...]
-
-
-def parse_kernels(log: str) -> list[Kernel]:
-    """Return the kernels that a builder's verbose log lists, in their order."""
-    return [
-        Kernel(
-            match["name"],
-            match["kind"],
-            tuple(re.findall(r"Datatype: (\w+)", match["inputs"])),
-            tuple(re.findall(r"\[ONNX Layer: ([^\]]*)\]", match["nodes"])),
-        )
-        for match in _KERNEL.finditer(log)
-    ]
 
 
 def mistyped_layers(log: str, types: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """Return the layers that an engine does not compute in the expected type.
 
     Args:
-        log: the builder's.
+        log: the builder's verbose log, which lists the engine's kernels.
         types: expected type per layer name, as TensorRT calls it: `Int8`, `Half`.
 
     Returns:
         Per layer name, the types that its kernel reads instead; an empty tuple if no kernel names the layer.
     """
-    kernels_by_layer: dict[str, list[Kernel]] = {}
-    for kernel in parse_kernels(log):
-        for name in kernel.nodes:
-            kernels_by_layer.setdefault(name, []).append(kernel)
-    input_types = {name: _input_types(kernels_by_layer.get(name, ())) for name in types}
-    return {name: actual for name, actual in input_types.items() if types[name] not in actual}
-
-
-def _input_types(kernels: Sequence[Kernel]) -> tuple[str, ...]:
-    """Return the type that a node's own product kernels read first, or else all types that its fused kernels read.
-
-    An INT8 node also appears in the kernels that quantise its input or add its bias. A product that was fused with its
-    neighbours has no kernel of its own; its types are among those of the fused kernel.
-    """
-    products = [kernel.inputs[0] for kernel in kernels if kernel.kind in _PRODUCTS and kernel.inputs]
-    return tuple(products or (dtype for kernel in kernels for dtype in kernel.inputs))
+    # An INT8 node also appears in the kernels that quantise its input or add its bias. A product that was fused with
+    # its neighbours has no kernel of its own; its types are among those of the fused kernel.
+    own: dict[str, list[str]] = {}
+    fused: dict[str, list[str]] = {}
+    for kernel in _KERNEL.finditer(log):
+        inputs = re.findall(r"Datatype: (\w+)", kernel["inputs"])
+        for name in re.findall(r"\[ONNX Layer: ([^\]]*)\]", kernel["nodes"]):
+            fused.setdefault(name, []).extend(inputs)
+            if kernel["kind"] in _PRODUCTS:
+                own.setdefault(name, []).extend(inputs[:1])
+    read = {name: tuple(own.get(name) or fused.get(name) or ()) for name in types}
+    return {name: found for name, found in read.items() if types[name] not in found}
