@@ -89,7 +89,9 @@ def test_it_classifies_among_its_own_labels_as_the_complete_bundle_does(
     assert zero_shot(load(without_text), task) == zero_shot(load(fp32_bundle), task)
 
 
-def test_other_texts_are_refused_in_one_sentence(without_text: Path, images: tuple[Path, ...], tmp_path: Path) -> None:
+def test_other_texts_are_refused_in_one_sentence(
+    student: ClipModel, without_text: Path, images: tuple[Path, ...], tmp_path: Path
+) -> None:
     model = edge.load(without_text)
     with pytest.raises(InputError):
         model.classify(images[0], ["cat", "dogs"])
@@ -101,14 +103,8 @@ def test_other_texts_are_refused_in_one_sentence(without_text: Path, images: tup
     assert edge.search(tmp_path / "index", images[0], bundle=without_text)[0].path == images[0]
     with pytest.raises(InputError):
         edge.search(tmp_path / "index", "a cat", bundle=without_text)
-
-
-def test_without_labels_it_embeds_images_alone(
-    student: ClipModel, fp32_bundle: Path, images: tuple[Path, ...], tmp_path: Path
-) -> None:
-    export_bundle(student, tmp_path / "a", Plan(text_tower=False))
-    model = edge.load(tmp_path / "a")
-    np.testing.assert_array_equal(model.encode_images(images[0]), edge.load(fp32_bundle).encode_images(images[0]))
+    export_bundle(student, tmp_path / "without-labels", Plan(text_tower=False))
+    without_labels = edge.load(tmp_path / "without-labels")
+    np.testing.assert_array_equal(without_labels.encode_images(images[0]), model.encode_images(images[0]))
     with pytest.raises(InputError):
-        model.classify(images[0], ["cat"])
-    assert all(check.passed for check in verify_bundle(tmp_path / "a"))
+        without_labels.classify(images[0], ["cat"])
