@@ -199,12 +199,11 @@ _ZeroShot = tuple[ZeroShotTask, Mapping[str, ZeroShotPredictions]]  # a task, an
 
 
 def _zero_shot(models: Sequence[_Model], tasks: Sequence[Task]) -> list[_ZeroShot]:
-    found = list[_ZeroShot]()
-    for i, task in enumerate(tasks):
-        if isinstance(task, ZeroShotTask):
-            by_label = {model.row.label: model.predictions[i] for model in models}
-            found.append((task, {k: v for k, v in by_label.items() if isinstance(v, ZeroShotPredictions)}))
-    return found
+    return [
+        (task, {m.row.label: found for m in models if isinstance(found := m.predictions[i], ZeroShotPredictions)})
+        for i, task in enumerate(tasks)
+        if isinstance(task, ZeroShotTask)
+    ]
 
 
 def _compare(rows: Sequence[RowResult], zero_shot: Sequence[_ZeroShot]) -> tuple[Comparison, ...]:

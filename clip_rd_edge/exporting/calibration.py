@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -203,10 +203,14 @@ def kept_pairs(model: str) -> CalibrationPairs:
 _HINT = "pass inputs like those the model will see in use: {calibration} pairs.csv, or {calibration} photos/"
 
 
+def _configuration(model: str) -> dict[str, Any]:
+    recorded = read_training_record(model).get("configuration")
+    return recorded if isinstance(recorded, dict) else {}
+
+
 def was_trained_on(model: str, source: Typed) -> bool:
     """Return whether a model was, by its record, trained on the data that the user names."""
-    recorded = read_training_record(model).get("configuration")
-    data = recorded.get("data") if isinstance(recorded, dict) else None
+    data = _configuration(model).get("data")
     return isinstance(data, str) and (data == source or Path(data).absolute() == Path(source).absolute())
 
 
@@ -225,8 +229,7 @@ def named_pairs(
             return Mixed(None, image_samples(source, folder), tuple(texts or labels or everyday_labels()))
     with contextlib.suppress(MissingColumnError):
         return load_pairs(source)
-    recorded = read_training_record(model).get("configuration")
-    columns = recorded if isinstance(recorded, dict) else {}
+    columns = _configuration(model)
     image_key, caption_key = columns.get("csv_img_key", "filepath"), columns.get("csv_caption_key", "title")
     return load_pairs(source, image_key=str(image_key), caption_key=str(caption_key))
 

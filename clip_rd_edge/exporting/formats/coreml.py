@@ -117,11 +117,7 @@ def require_declared(package: Path, tower: Tower, inputs: Inputs, embedding_size
         (tower.input_name, (1, *inputs.shape[1:]), "INT32" if ids else "FLOAT32"),
         (tower.output_name, (1, embedding_size), "FLOAT32"),
     ]
-    declared = [_declaration(port) for port in (*description.input, *description.output)]
+    ports = [(port.name, port.type.multiArrayType) for port in (*description.input, *description.output)]
+    declared = [(name, tuple(array.shape), array.ArrayDataType.Name(array.dataType)) for name, array in ports]
     if declared != expected:
         raise ClipRdEdgeError(f"{package.name} declares {declared}; expected {expected}.", hint=_HINT)
-
-
-def _declaration(port: Any) -> tuple[str, tuple[int, ...], str]:
-    array = port.type.multiArrayType
-    return port.name, tuple(array.shape), array.ArrayDataType.Name(array.dataType)

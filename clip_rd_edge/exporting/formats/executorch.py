@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.exporting.formats import Converted, Format, Job
-from clip_rd_edge.exporting.int8.candidates import Backend, Candidate, Float32Tower, one_input_backend
+from clip_rd_edge.exporting.int8.candidates import ONE_INPUT, Backend, Candidate, Float32Tower
 from clip_rd_edge.exporting.int8.search import write_int8
 from clip_rd_edge.exporting.parity import Inputs
 from clip_rd_edge.exporting.towers import TOWERS, Toolchain, converting, from_own_float32, on_cpu, write_towers
@@ -63,7 +63,7 @@ def _lowered(module: nn.Module, example: Tensor) -> bytes:
 
 def executorch_backend(clip: ClipModel) -> Backend:
     """Return what INT8 is searched with: candidates are quantised in PyTorch, not from the float32 file."""
-    return one_input_backend(EXECUTORCH, open_executorch, partial(_candidates, clip))
+    return Backend(EXECUTORCH, open_executorch, partial(_candidates, clip), **ONE_INPUT)
 
 
 def _candidates(clip: ClipModel, tower: Float32Tower) -> Iterator[Candidate]:
@@ -106,20 +106,13 @@ def _quantized(
     quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic))
     if keep is not None:
         quantizer.set_filter_function(keep)
-    rows = _rows(samples[:_CALIBRATION_SAMPLES])
+    # Slices, because NumPy gives `row[None]` a stride of 0, and ExecuTorch does not lower an input with such a stride.
+    rows = [torch.from_numpy(samples[i : i + 1]) for i in range(min(len(samples), _CALIBRATION_SAMPLES))]
     with on_cpu(TOWERS[name](clip.model)) as module:
         graph = prepare_pt2e(torch.export.export(module, (rows[0],), strict=False).module(), quantizer)
         for row in rows:
             graph(row)
         return _lowered(convert_pt2e(graph), rows[0])
-
-
-def _rows(samples: Inputs) -> list[Tensor]:
-    """Return samples (N, …) as tensors (1, …): slices, because NumPy gives `row[None]` a stride of 0.
-
-    ExecuTorch does not lower an input with such a stride.
-    """
-    return [torch.from_numpy(samples[i : i + 1]) for i in range(len(samples))]
 
 
 EXECUTORCH_TOOLS = Toolchain("ExecuTorch", EXECUTORCH, ".pte", convert_tower, open_executorch)

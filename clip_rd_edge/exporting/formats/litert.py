@@ -15,7 +15,7 @@ from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.exporting.formats import Converted, Format, Job
 from clip_rd_edge.exporting.formats.onnx import MIN_AGREEMENT, float32_note
 from clip_rd_edge.exporting.graph import silently
-from clip_rd_edge.exporting.int8.candidates import Candidate, Float32Tower, one_input_backend
+from clip_rd_edge.exporting.int8.candidates import ONE_INPUT, Backend, Candidate, Float32Tower
 from clip_rd_edge.exporting.int8.search import write_int8
 from clip_rd_edge.exporting.parity import Inputs, measure
 from clip_rd_edge.exporting.towers import (
@@ -203,4 +203,4 @@ def fp16_recipe() -> Recipe:
 
 
 LITERT_TOOLS = Toolchain("LiteRT", LITERT, ".tflite", convert_tower, open_litert)
-LITERT_BACKEND = one_input_backend(LITERT, open_litert, litert_candidates, write_fp16=write_fp16)
+LITERT_BACKEND = Backend(LITERT, open_litert, litert_candidates, write_fp16=write_fp16, **ONE_INPUT)

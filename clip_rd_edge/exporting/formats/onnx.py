@@ -168,19 +168,15 @@ def _cast(name: str, new: str, to: int) -> onnx.NodeProto:
 
 
 def _replace_constants(graph: onnx.GraphProto, fp16_constants: Collection[str]) -> None:
-    converted = [
-        numpy_helper.from_array(_clip_to_fp16(numpy_helper.to_array(tensor)), f"{tensor.name}/fp16")
-        for tensor in graph.initializer
-        if tensor.name in fp16_constants
-    ]
+    converted = []
+    for tensor in graph.initializer:
+        if tensor.name in fp16_constants:
+            values = numpy_helper.to_array(tensor)
+            # A mask of −3e38 would become −infinity, and a row of these NaN in the Softmax.
+            clipped = np.where(np.isfinite(values), np.clip(values, -FP16_MAX, FP16_MAX), values)
+            converted.append(numpy_helper.from_array(clipped.astype(np.float16), f"{tensor.name}/fp16"))
     drop_unused_constants(graph)
     graph.initializer.extend(converted)
-
-
-def _clip_to_fp16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
-    # A mask of −3e38 would become −infinity, and a row of these NaN in the Softmax.
-    clipped = np.where(np.isfinite(values), np.clip(values, -FP16_MAX, FP16_MAX), values)
-    return clipped.astype(np.float16)
 
 
 # Rounding alone stays above this; a tower below it has overflowed somewhere.

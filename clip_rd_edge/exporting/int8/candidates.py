@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -131,21 +131,13 @@ class Backend:
     write_fp16: Callable[[Job, str, Tower], Tower] | None = None
 
 
-def one_input_backend(
-    name: str, open: Opener, candidates: Callable[[Float32Tower], Iterator[Candidate]], **rest: Any
-) -> Backend:
-    """Return the backend of LiteRT or ExecuTorch, whose files take one input at a time; arguments as for `Backend`."""
-    # Both multiply S8 by S8 and add in 32 bits everywhere, so weights of 8 bits do not saturate on any processor.
-    every_processor = ("x86-64", "x86-64-vnni", "aarch64")
-    return Backend(
-        name,
-        open,
-        candidates,
-        prepare=lambda model, folder: model,
-        one_at_a_time=lambda content: True,
-        instruction_sets=lambda content: every_processor,
-        **rest,
-    )
+# Of the backends of LiteRT and ExecuTorch, whose files take one input at a time. Both multiply S8 by S8 and add in 32
+# bits everywhere, so weights of 8 bits do not saturate on any processor.
+ONE_INPUT: Mapping[str, Any] = {
+    "prepare": lambda model, folder: model,
+    "one_at_a_time": lambda content: True,
+    "instruction_sets": lambda content: ("x86-64", "x86-64-vnni", "aarch64"),
+}
 
 
 def onnx_candidates(tower: Float32Tower) -> Iterator[Candidate]:
