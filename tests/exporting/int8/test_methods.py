@@ -50,8 +50,8 @@ def test_softmax_normalisation_and_attention_products_stay_in_float(
     assert all(comes_from_int8(node.input[0]) for node in by_kind["Sigmoid"])
 
 
-def test_the_range_of_a_layer_replaces_its_relu(fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path) -> None:
-    model = prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path)
+def test_the_range_of_a_layer_replaces_its_relu(prepared: dict[str, Path], calibration: CalibrationSet) -> None:
+    model = prepared["image"]
     quantizer = StaticQuantizer(model, calibration.calibrate.pixels)
     content = quantizer.quantize("min-max", quantizer.layers)
     before, after = (
@@ -101,9 +101,10 @@ def test_a_layer_in_float_between_int8_layers_is_computed_in_float(
     assert np.abs(computed - as_written).max() <= 0.02 * np.ptp(as_written)
 
 
-def test_a_tower_with_scales_of_the_batch_runs_one_at_a_time(fp32_bundle: Path, tmp_path: Path) -> None:
-    bundle = Path(shutil.copytree(fp32_bundle, tmp_path / "bundle"))
-    source = prepare_for_quantization(bundle / "text.onnx", tmp_path)
+def test_a_tower_with_scales_of_the_batch_runs_one_at_a_time(
+    fp32_bundle: Path, prepared: dict[str, Path], tmp_path: Path
+) -> None:
+    bundle, source = Path(shutil.copytree(fp32_bundle, tmp_path / "bundle")), prepared["text"]
     content = quantize_dynamically(source, matrix_products=True, token_embeddings=True, per_token=False)
     assert scales_per_batch(content)
     quantized = onnx.load_from_string(content)
@@ -122,9 +123,9 @@ def test_a_tower_with_scales_of_the_batch_runs_one_at_a_time(fp32_bundle: Path, 
 
 
 def test_with_scales_per_token_an_embedding_does_not_depend_on_the_batch(
-    fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+    prepared: dict[str, Path], calibration: CalibrationSet
 ) -> None:
-    source = prepare_for_quantization(fp32_bundle / "text.onnx", tmp_path)
+    source = prepared["text"]
     content = quantize_dynamically(source, matrix_products=True, token_embeddings=True, per_token=True)
     quantized = onnx.load_from_string(content)
     onnx.checker.check_model(quantized, full_check=True)
@@ -208,9 +209,9 @@ def test_q_and_dq_meet_tensorrts_requirements(
 
 
 def test_the_residual_branch_of_a_convolution_is_quantised(
-    fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+    prepared: dict[str, Path], calibration: CalibrationSet
 ) -> None:
-    model = onnx.load(prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path))
+    model = onnx.load(prepared["image"])
     ranges = measure_ranges(model, quantized_inputs(model), calibration.calibrate.pixels)
     quantized = quantize_symmetrically(model, ranges)
     producers = {name: node.op_type for node in quantized.graph.node for name in node.output}

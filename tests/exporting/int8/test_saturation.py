@@ -18,7 +18,6 @@ from clip_rd_edge.bundle.manifest import INSTRUCTION_SETS, read_manifest
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.formats import tensorrt
 from clip_rd_edge.exporting.formats.openvino import OPENVINO, nncf_is_installed
-from clip_rd_edge.exporting.graph import prepare_for_quantization
 from clip_rd_edge.exporting.int8 import candidates, saturation
 from clip_rd_edge.exporting.int8.candidates import Backend, Candidate, Float32Tower
 from clip_rd_edge.exporting.int8.methods import StaticQuantizer
@@ -32,12 +31,12 @@ from clip_rd_edge.utils.timing import Clock
 
 
 def _candidates(
-    backend: Backend, bundle: Path, calibration: CalibrationSet, tower: str, folder: Path, bits: WeightBits
+    backend: Backend, prepared: dict[str, Path], calibration: CalibrationSet, tower: str, bits: WeightBits
 ) -> Iterator[Candidate]:
-    model = prepare_for_quantization(bundle / f"{tower}.onnx", folder)
+    model = prepared[tower]
     # No time to look for the layers that lose most: those of all candidates are quantised by the same code.
     plan = Plan(weight_bits=bits)
-    float32 = float32_tower(bundle, tower, calibration, count=8, model=model, plan=plan, clock=Clock(0))
+    float32 = float32_tower(model.parent, tower, calibration, count=8, model=model, plan=plan, clock=Clock(0))
     return backend.candidates(float32)
 
 
@@ -48,10 +47,10 @@ def test_two_neighbouring_products_of_7_bit_weights_fit_16_bits() -> None:
 @pytest.mark.parametrize("tower", ["image", "text"])
 @pytest.mark.parametrize("backend", [ORT, OPENVINO], ids=lambda backend: backend.name)
 def test_no_candidate_for_unknown_processors_can_saturate(
-    backend: Backend, tower: str, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+    backend: Backend, tower: str, prepared: dict[str, Path], calibration: CalibrationSet
 ) -> None:
     names = []
-    for candidate in _candidates(backend, fp32_bundle, calibration, tower, tmp_path, 7):
+    for candidate in _candidates(backend, prepared, calibration, tower, 7):
         content = candidate.make()
         largest = max_weight(onnx.load_from_string(content))
         # The largest weight of a channel is on the last level, or nothing was quantised.
@@ -65,9 +64,9 @@ def test_no_candidate_for_unknown_processors_can_saturate(
 
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_8_bit_weights_hold_with_vnni_and_on_arm_alone(
-    tower: str, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+    tower: str, prepared: dict[str, Path], calibration: CalibrationSet
 ) -> None:
-    content = next(_candidates(ORT, fp32_bundle, calibration, tower, tmp_path, 8)).make()
+    content = next(_candidates(ORT, prepared, calibration, tower, 8)).make()
     assert max_weight(onnx.load_from_string(content)) in (127, 128)
     assert instruction_sets(content) == ("x86-64-vnni", "aarch64")
 
@@ -151,11 +150,11 @@ def test_candidates_are_judged_by_what_their_files_say(
 
 
 def test_layers_are_robust_by_what_their_files_say(
-    saturating: None, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+    saturating: None, prepared: dict[str, Path], calibration: CalibrationSet
 ) -> None:
-    model = prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path)
+    model = prepared["image"]
     plan = Plan(weight_bits=8, budget=Budget(image=0.5), provenance={"quantize": "int8"})
-    tower = float32_tower(fp32_bundle, "image", calibration, count=8, model=model, plan=plan)
+    tower = float32_tower(model.parent, "image", calibration, count=8, model=model, plan=plan)
     quantizer = StaticQuantizer(model, tower.calibrate, weight_bits=8)
     assert len(list(candidates.static_candidates(quantizer, tower))) == 2  # none with layers in float
     found = tensorrt.symmetric_tower(tower, min_agreement=0.9)

@@ -319,16 +319,8 @@ def test_transformers_js_computes_open_clips_embeddings(
     script = CLIENTS / "transformers_js.mjs"
     answers = _answers(clip_folder, request_file, "node", script, transformers_js, clip_folder, request_file)
     image, text = np.asarray(answers["image_embeds"]), np.asarray(answers["text_embeds"])
-    model, _, tokenize = _load(clip_folder)
-    scale = float(model.logit_scale.exp())
+    scale = float(_load(clip_folder)[0].logit_scale.exp())
     np.testing.assert_allclose(answers["logits_per_image"], scale * image[:1] @ text.T, atol=1e-3)
-    if not hasattr(tokenize, "tokenizer"):  # CLIP's own has no padding token of its own
-        return
-    ids = tokenize(json.loads(request_file.read_text())["texts"])
-    given = np.full(ids.shape, tokenize.tokenizer.pad_token_id)
-    for row, tokens in zip(given, answers["input_ids"], strict=True):
-        row[: len(tokens)] = tokens
-    assert (given[:, :-1] == ids.numpy()[:, :-1]).all()  # the model itself restores a last token that was cut off
 
 
 @pytest.mark.slow

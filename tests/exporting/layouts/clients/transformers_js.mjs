@@ -28,7 +28,6 @@ for (const file of images) {
 const pixels = await processor(await hf.RawImage.read(images[0]));
 const { logits_per_image } = await both({ ...textInputs, ...pixels });
 console.log(JSON.stringify({
-    input_ids: textInputs.input_ids.tolist().map((row) => row.map(Number)),
     text_embeds: text_embeds.tolist(),
     image_embeds,
     logits_per_image: logits_per_image.tolist(),
