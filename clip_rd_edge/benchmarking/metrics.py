@@ -220,11 +220,9 @@ def separation(known: npt.NDArray[np.floating], others: npt.NDArray[np.floating]
     return float(below.mean() / 2 / len(ordered))
 
 
-def false_positives(
-    known: npt.NDArray[np.floating], others: npt.NDArray[np.floating], *, accepted: float = 0.95
-) -> float:
-    """Return the share of others whose score is at least the one that this share of known images reaches."""
-    return float((others >= np.quantile(known, 1 - accepted)).mean())
+def false_positives(known: npt.NDArray[np.floating], others: npt.NDArray[np.floating]) -> float:
+    """Return the share of others whose score is at least the one that 95 % of the known images reach."""
+    return float((others >= np.quantile(known, 1 - 0.95)).mean())
 
 
 DRAWS, _T = 5, 2.776  # of labels that are hidden, or of images to teach; Student's t of a 95 % interval over them

@@ -335,11 +335,11 @@ def _log_sum(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return total
 
 
-def expected_error(lists: list[npt.NDArray[np.float64]], temperature: float, *, bins: int = 15) -> float:
+def expected_error(lists: list[npt.NDArray[np.float64]], temperature: float) -> float:
     """Return the expected calibration error of the first answers, the mean over the sizes of lists."""
     errors = []
     for logits in lists:
         rows = logits / temperature
         confidence = np.exp(rows.max(axis=1) - _log_sum(rows))
-        errors.append(calibration_error(confidence, rows.argmax(axis=1) == 0, bins=bins))
+        errors.append(calibration_error(confidence, rows.argmax(axis=1) == 0))
     return float(np.mean(errors))

@@ -151,10 +151,10 @@ def on_cpu(module: nn.Module) -> Iterator[nn.Module]:
             module.to(device)
 
 
-def example_row(inputs: Inputs, *, ids: torch.dtype = torch.int32) -> Tensor:
-    """Return the first of a tower's inputs (1, …), whose token ids are of this type."""
+def example_row(inputs: Inputs) -> Tensor:
+    """Return the first of a tower's inputs (1, …), token ids as int32."""
     example = torch.from_numpy(inputs[:1])
-    return example if example.is_floating_point() else example.to(ids)
+    return example if example.is_floating_point() else example.to(torch.int32)
 
 
 @dataclass(frozen=True)

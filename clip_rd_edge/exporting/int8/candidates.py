@@ -254,16 +254,11 @@ def robust_layers(
         max_seconds: approximate limit of the processor time, once for the errors and once for the layers.
     """
     errors = group_errors(layers, error_of, max_seconds=max_seconds)
-    limits = [share * max_error for share in _ERROR_SHARES]
-    return with_fewest_in_float(errors, error_of, limits, max_seconds=max_seconds)
+    return with_fewest_in_float(errors, error_of, [s * max_error for s in _ERROR_SHARES], max_seconds=max_seconds)
 
 
 def group_errors(layers: Sequence[str], error_of: ErrorOf, *, max_seconds: float) -> list[GroupError]:
-    """Measure the error of each layer, or of groups of neighbours if single layers would exceed `max_seconds`.
-
-    Args:
-        max_seconds: approximate limit of the processor time of all measurements.
-    """
+    """Measure the error of each layer, or of groups of neighbours if single layers would exceed `max_seconds`."""
     started = time.process_time()  # so that a busy machine does not make larger groups, and a larger file
     first = error_of(layers[:1])
     seconds = len(layers) * (time.process_time() - started)
@@ -285,10 +280,7 @@ def with_fewest_in_float(
 ) -> list[tuple[str, ...]]:
     """Return the layers to quantise for the limits of their common error, in their order: all but the fewest worst.
 
-    Limits with the same layers, or with none, share one entry.
-
-    Args:
-        max_seconds: approximate limit of the processor time; `layers_within` decides what was not found by then.
+    What is not found within `max_seconds` is decided by `layers_within`.
     """
     ranked = sorted(range(len(errors)), key=lambda i: errors[i][1])
     found: dict[float, tuple[str, ...]] = {}
