@@ -34,7 +34,7 @@ from clip_rd_edge.data.load import Mixed, load_pairs, names_shards
 from clip_rd_edge.data.samples import MAX_BAD_SHARE, BadSamples
 from clip_rd_edge.data.samples import Samples as DataSamples
 from clip_rd_edge.data.tables import MissingColumnError
-from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.runtime.labels import everyday_labels
 from clip_rd_edge.utils.arrays import npz_bytes, read_npz
 from clip_rd_edge.utils.files import write_bytes
@@ -181,13 +181,7 @@ def kept_pairs(model: str) -> CalibrationPairs:
     refuse_unfinished_run(model)
     folder = model_folder(model)
     path = folder.parent / CALIBRATION_FILE if folder else None
-    if path is None or not is_file(path):
-        raise UsageError(
-            f"INT8 needs calibration pairs, and {model} comes without: a run keeps its own in {CALIBRATION_FILE}, "
-            "beside the model.",
-            hint=_HINT,
-        )
-    arrays = read_npz(path, max_bytes=_MAX_BYTES, hint=_HINT)
+    arrays = read_npz(path, max_bytes=_MAX_BYTES, hint=_HINT) if path is not None and is_file(path) else {}
     images, record = arrays.get("images", np.empty(0)), arrays.get("record", np.empty(0))
     try:
         content = msgspec.json.decode(record.tobytes(), type=_Record)
@@ -195,7 +189,11 @@ def kept_pairs(model: str) -> CalibrationPairs:
         content = _Record("", [], True)
     is_rgb = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3 and images.size > 0
     if not is_rgb or len(images) != len(content.captions):
-        raise ConfigError(f"{path} has no valid images, or no valid record of their captions.", hint=_HINT)
+        raise ConfigError(
+            f"INT8 needs calibration pairs, and {model} has none, or no valid ones: a run keeps its own in "
+            f"{CALIBRATION_FILE}, beside the model.",
+            hint=_HINT,
+        )
     levels = np.cumsum(images, axis=2, dtype=np.uint8)
     return CalibrationPairs(content.name, levels, content.captions, content.paired, seen=True)
 

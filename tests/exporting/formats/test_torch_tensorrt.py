@@ -37,16 +37,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 class StandIn:
     """A stand-in for the parts of torch-tensorrt that are used: records its inputs instead of building an engine."""
 
-    def __init__(self, *, rtx: bool = True, error: Exception | None = None) -> None:
+    def __init__(self, *, rtx: bool = True) -> None:
         self.ENABLED_FEATURES = SimpleNamespace(tensorrt_rtx=rtx)
         self.Input = SimpleNamespace
         self.dynamo = SimpleNamespace(convert_exported_program_to_serialized_trt_engine=self._convert)
         self.calls: list[tuple[Any, Any]] = []
-        self._error = error
 
     def _convert(self, program: torch.export.ExportedProgram, *, arg_inputs: list[Any]) -> bytes:
-        if self._error:
-            raise RuntimeError(f"Conversion of {program} failed") from self._error
         (spec,) = arg_inputs
         self.calls.append((program.module(), spec))
         return f"engine {len(self.calls)}".encode()
