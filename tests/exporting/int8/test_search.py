@@ -284,9 +284,7 @@ def export(
 ) -> Exporter:
     exporter = Exporter(student, fp32_bundle, calibration, tmp_path / "bundle")
     monkeypatch.setattr("clip_rd_edge.exporting.int8.search.quantize_tower", exporter.quantize)
-    monkeypatch.setattr(
-        "clip_rd_edge.exporting.parity._ROUNDINGS", 1
-    )  # of reference embeddings, which are not looked at
+    monkeypatch.setattr("clip_rd_edge.exporting.parity._ROUNDINGS", 1)  # which no test here looks at
     return exporter
 
 
