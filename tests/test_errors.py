@@ -21,7 +21,7 @@ PACKAGE = Path(clip_rd_edge.__file__).parent
 def test_the_reason_of_onnx_runtime_is_told_without_the_place_in_its_code() -> None:
     """That alone has more characters than a message shows of a reason."""
     function = "std::conditional_t<THRW, void, common::Status> onnxruntime::CudaCall(ERRTYPE, const char*, SUCCTYPE)"
-    place = f"/onnxruntime_src/core/providers/cuda/cuda_call.cc:114 {function} [with ERRTYPE = cudaError; bool THRW = true] "
+    place = f"/onnxruntime_src/core/cuda/cuda_call.cc:114 {function} [with ERRTYPE = cudaError; bool THRW = true] "
     error = RuntimeError(f"[ONNXRuntimeError] : 1 : FAIL : {2 * place}CUDA failure 35: an old driver (535) ; GPU=0")
     assert in_one_line(error) == "CUDA failure 35: an old driver (535) ; GPU=0"
 
