@@ -223,9 +223,8 @@ def test_an_index_above_the_threshold_gets_a_graph_that_updates_keep(
 
 
 @pytest.mark.parametrize("pattern", ["graph-*", "keys-*"])
-@pytest.mark.parametrize("size", [0, 100])
 def test_a_graph_that_cannot_be_used_is_built_again(
-    pattern: str, size: int, colour_bundle: Path, many_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pattern: str, colour_bundle: Path, many_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder, path = load(colour_bundle), tmp_path / "index"
     with monkeypatch.context() as missing:
@@ -237,7 +236,7 @@ def test_a_graph_that_cannot_be_used_is_built_again(
         assert len(search_index(path, "blue", top=3)) == 3
     assert update_index(encoder, many_images, path).approximate  # nothing new but the package
     (file,) = path.glob(pattern)
-    file.write_bytes(file.read_bytes()[:size])
+    file.write_bytes(file.read_bytes()[:100])
     assert open_graph(path, read_index(path)[0]) is None
     assert update_index(encoder, many_images, path).approximate
     assert open_graph(path, read_index(path)[0]) is not None

