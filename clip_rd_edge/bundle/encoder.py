@@ -123,14 +123,14 @@ def image_batch_size(batch_size: int, preprocessing: Preprocessing) -> int:
 
 
 def top_indices(values: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
-    """Return the indices of the `count` largest of values, (N,), largest first; ties keep their order."""
+    """Return the indices of the `count` largest of values, (N,), largest first; ties keep their order; none below 1."""
     if 0 < count < len(values):
         # Sorting a thousand labels takes longer than a small tower takes to embed the image; partitioning does not.
         threshold = np.partition(values, len(values) - count)[len(values) - count]
         candidates = np.flatnonzero(values >= threshold)
     else:
         candidates = np.arange(len(values))
-    top: npt.NDArray[np.intp] = candidates[np.argsort(-values[candidates], kind="stable")[:count]]
+    top: npt.NDArray[np.intp] = candidates[np.argsort(-values[candidates], kind="stable")[: max(count, 0)]]
     return top
 
 

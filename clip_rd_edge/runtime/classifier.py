@@ -236,14 +236,13 @@ class ZeroShotClassifier:
     def _unit_rows(self, embeddings: Embeddings) -> Embeddings:
         """Return the embeddings that a caller has, (N, D), divided by their lengths; errors: `classify_embeddings`."""
         width, given = self._size, np.asarray(embeddings)
-        fits = given.dtype.kind in "fiu" and given.ndim in (1, 2) and given.shape[-1] == width
-        rows = (given if fits else np.zeros(width)).reshape(-1, width).astype(np.float64)  # no length overflows
+        hint = f"pass what encode_images of this model returns: (N, {width}), or ({width},) for one image"
+        if given.dtype.kind not in "fiu" or given.ndim not in (1, 2) or given.shape[-1] != width:
+            raise InputError(f"Image embeddings have the shape {given.shape} and the type {given.dtype}.", hint=hint)
+        rows = given.reshape(-1, width).astype(np.float64)  # in which no length overflows
         lengths = np.linalg.norm(rows, axis=1)
         if not (np.isfinite(lengths) & (lengths > _NO_LENGTH)).all():
-            raise InputError(
-                f"Image embeddings have the shape {given.shape} and type {given.dtype}, or one is zero or not finite.",
-                hint=f"pass what encode_images of this model returns: (N, {width}), or ({width},) for one image",
-            )
+            raise InputError("An image embedding is zero, or has entries that are not finite numbers.", hint=hint)
         unit: Embeddings = (rows / lengths[:, None]).astype(np.float32)
         return unit
 

@@ -191,6 +191,8 @@ class Service:
         return await self._search(protocol.request_of(fields, protocol.SearchRequest), b"")
 
     async def _search(self, body: protocol.SearchRequest, image: bytes) -> Response:
+        if bool(body.query.strip()) == bool(image):
+            raise InputError("Expected either a query or an image.")
         if not image:
             protocol.require_length(body.query, "The query")
         (row,), _ = await self._embed([Item(image=image) if image else Item(text=body.query)])

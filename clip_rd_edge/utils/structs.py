@@ -325,13 +325,13 @@ MAX_VALUES = 1_000_000  # in a file, each as often as aliases repeat it: nine li
 
 def parse_yaml(content: bytes | str, *, source: Path) -> Any:
     """Return the content of a YAML file as plain Python objects."""
-    is_small = len(content) <= MAX_YAML_BYTES
     try:
-        loader = yaml_classes()[0](content if is_small else "")
+        if len(content) > MAX_YAML_BYTES:
+            raise ValueError(f"it has more than {MAX_YAML_BYTES:,} bytes; a list of labels may be a text or JSON file")
+        loader = yaml_classes()[0](content)
         node = loader.get_single_node()
-        if not is_small or _count_values(node, {}) > MAX_VALUES:
-            limits = f"{MAX_YAML_BYTES:,} bytes, or {MAX_VALUES:,} values by its aliases (*name)"
-            raise ValueError(f"it is larger than {limits}; a list of labels may be a text or JSON file")
+        if _count_values(node, {}) > MAX_VALUES:
+            raise ValueError(f"its aliases (*name) stand for more than {MAX_VALUES:,} values, or for themselves")
         return None if node is None else loader.construct_document(node)
     except Exception as error:  # PyYAML ends with any error, such as for `!!int ''` or the date 2001-99-99
         raise ConfigError(
