@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from clip_rd_edge.benchmarking.accuracy import ZeroShotPredictions, predict
 from clip_rd_edge.benchmarking.accuracy import evaluate as score
@@ -91,6 +92,7 @@ _EVALUATIONS, _MAX_UNSAVED = 10, 100  # in a run, and steps between checkpoints
 _PATIENCE, _TELLING = 4, 100
 _PROMPT = "a photo of a {}."
 _RECIPE, _RATE = "clip-kd-bank", 1e-3
+_SURE, _SHOWN_DOUBTS = 0.9, 3  # probability of another class, of labels that are shown as doubtful
 _DIGEST, _KEPT = "student_sha256", ".measured"
 
 
@@ -100,12 +102,14 @@ class TeacherScore(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         key: what the stages up to the plan follow from: a digest of images and labels, the teacher, size and seed.
         top1, prompted: with the labels as they are, and in a prompt; of captions, R@1, and None.
+        doubtful: images that the teacher is sure are of another class, which may be wrong labels.
     """
 
     key: str
     images: int
     top1: float
     prompted: float | None = None
+    doubtful: tuple[str, ...] = ()
 
 
 @dataclass
@@ -217,14 +221,18 @@ class Building:
             self.reporter.note(f"it has named {known.images:,} images that are held out, to compare the student with")
         else:
             self.reporter.note(f"without training, {known.top1:.1%} of {known.images:,} images {what}{prompt}")
+        if known.doubtful:
+            self.reporter.note(f"labels to check: {'; '.join(known.doubtful)}")
 
     def _score_teacher(self, encoder: TorchEncoder, key: str) -> TeacherScore:
         task = load_task(typed(task_of(self.folder, self.found, "test")))
         predictions = predict(encoder, task, reporter=self.reporter)
-        prompted = None
-        if isinstance(task, ZeroShotTask):
+        top1, prompted, doubtful = primary_metric(predictions.score), None, tuple[str, ...]()
+        if isinstance(task, ZeroShotTask) and isinstance(predictions, ZeroShotPredictions):
             prompted = primary_metric(score(encoder, msgspec.structs.replace(task, templates=(_PROMPT,))))
-        return TeacherScore(key=key, images=len(task.images), top1=primary_metric(predictions.score), prompted=prompted)
+            if top1 > 0.5:  # the doubts of a teacher that is mostly wrong mean nothing
+                doubtful = doubtful_labels(task, predictions.labels, predictions.probabilities)
+        return TeacherScore(key=key, images=len(task.images), top1=top1, prompted=prompted, doubtful=doubtful)
 
     def _name_images(self, encoder: TorchEncoder) -> None:
         """Write the task of images without captions, with the teacher's answers as their classes."""
@@ -397,6 +405,16 @@ class Building:
         scores = [next(value for key, value in line.items() if key.startswith(EVALUATION_PREFIX)) for line in lines]
         count = max(len(self.found.of("choose")), 1)
         return len(scores) > 2 and scores[-1] - scores[-2] > 2 / count and scores[-1] >= max(scores)
+
+
+def doubtful_labels(task: ZeroShotTask, predicted: Sequence[int], probabilities: Sequence[float]) -> tuple[str, ...]:
+    """Return the images that are most surely of another class than their own, and that class."""
+    surest = np.argsort(probabilities)[::-1].tolist()
+    wrong = [i for i in surest if predicted[i] != task.targets[i] and probabilities[i] > _SURE]
+    return tuple(
+        f"{Path(str(task.images[i])).name} in {task.labels[task.targets[i]]} may be {task.labels[predicted[i]]}"
+        for i in wrong[:_SHOWN_DOUBTS]
+    )
 
 
 def _fallback(plan: ExportPlan) -> Fallback | None:

@@ -15,6 +15,8 @@ from support import save_tiny_teacher
 
 import clip_rd_edge as edge
 from clip_rd_edge.building.plan import PLAN, Plan
+from clip_rd_edge.building.stages import doubtful_labels
+from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.errors import ConfigError, InputError, InterruptedRunError, UsageError
 from clip_rd_edge.utils.structs import read_yaml
 
@@ -141,6 +143,13 @@ def test_what_was_made_before_a_plan_is_not_used_for_another_teacher(world: Path
                 build(world, tmp_path / "out", teacher=teacher)
         trimmed.append((tmp_path / "out" / "trimmed" / "open_clip_model.safetensors").read_bytes())
     assert trimmed[0] != trimmed[1]
+
+
+def test_labels_that_the_teacher_is_sure_are_wrong_are_named_surest_first() -> None:
+    images = Path("a.png"), Path("b.png"), Path("c.png"), Path("d.png")
+    task = ZeroShotTask(name="", images=images, targets=(0, 0, 1, 1), labels=("cat", "dog"))
+    doubtful = doubtful_labels(task, predicted=(1, 1, 0, 1), probabilities=(0.95, 0.99, 0.6, 1.0))
+    assert doubtful == ("b.png in cat may be dog", "a.png in cat may be dog")
 
 
 def test_an_output_among_the_classes_is_refused(world: Path) -> None:
