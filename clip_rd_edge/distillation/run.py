@@ -354,6 +354,13 @@ def check_folder(
             f"{folder} holds a run with another configuration: {difference}.",
             hint="use the same options as before, or choose another {output}",
         )
+    is_begun = list_checkpoints(folder) and not (folder / STUDENT_FOLDER / WEIGHTS_FILE).is_file()
+    if config.recipe.objective.needing("bank") and is_begun and (old.store is None) is not (config.store is None):
+        raise UsageError(  # before a store is built
+            f"The run began with{'out' if old.store is None else ''} a teacher's store, which its bank is read from.",
+            hint="go on with {store} and {views} as before, or start a new run",
+            option="store",
+        )
     return config, "moved" if first_difference(old, config, ignored=CHANGEABLE_ON_RESUME | decided) else "same"
 
 

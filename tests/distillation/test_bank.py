@@ -6,6 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tiny_runs import stop_at, tiny_run
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.distillation.run import check_folder, run_distillation
 from clip_rd_edge.distillation.store import (
     QueueBank,
     StoredBank,
@@ -29,6 +30,7 @@ from clip_rd_edge.distillation.store import (
     write_rows,
 )
 from clip_rd_edge.distillation.teacher import Teacher
+from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.terms import Ensemble
 
 STEPS, BATCH_SIZE, WIDTH = 8, 6, 24
@@ -129,9 +131,14 @@ def test_a_queue_goes_on_with_the_newest_embeddings_and_one_of_another_size_begi
     assert seen(QueueBank(1, CPU), 1) == [1]  # less than a batch
 
 
-def test_a_run_that_goes_on_with_another_teacher_begins_its_queue_anew(config: RunConfig, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_with_another_teacher_begins_its_queue_anew_and_takes_no_store(
+    config: RunConfig, tmp_path: Path
+) -> None:
     with pytest.raises(MemoryError):
         run_distillation(config, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(4)))
+    with pytest.raises(UsageError) as refused:
+        check_folder(msgspec.structs.replace(config, store=str(tmp_path / "store")), tmp_path / "run", resume=True)
+    assert refused.value.option == "store"
     save_tiny_teacher(tmp_path / "teacher", seed=2)
     with pytest.raises(MemoryError):
         run_distillation(config, tmp_path / "run", resume=True, accept_changes=True, reporter=Watch(on_step=stop_at(7)))
