@@ -106,7 +106,7 @@ def contrasts_table(evidence: Evidence, tasks: Sequence[int], title: str) -> str
             (
                 name,
                 f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})".replace("-", "−"),
-                f"{holm[name]:.3f}",
+                f"{holm[name]:.3f}" if holm[name] >= 0.0005 else "< 0.001",
                 by_student.replace("-", "−"),
                 f"{ahead} of {count}",
             )
