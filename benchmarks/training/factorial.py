@@ -1,6 +1,7 @@
 """Main effects and interactions of an evidence suite whose methods are all combinations of a base and a bank.
 
     python -m benchmarks.training.factorial relations/relations.json [another part of its students or seeds …]
+    python -m benchmarks.training.factorial --worlds apart.json    # of `worlds.py --ways apart.yaml`
 
 Methods are called BASE or BASE-bank. Each contrast is computed within a student and a seed, which shares data, start
 weights and order of batches among methods, as a mean over the others' levels; so it has one value per student and seed.
@@ -11,9 +12,11 @@ which differ from 0). The emoji tasks are the tests; the others are held out of 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -24,6 +27,7 @@ from clip_rd_edge.evidence.report import read_evidence_file
 from clip_rd_edge.evidence.suite import Evidence
 
 BANK = "-bank"
+Scores = dict[tuple[str, int], dict[str, float]]  # by student and seed, and then by method
 # Of bases in the order of their terms: what a step adds.
 CONTRASTS: Mapping[str, Mapping[str, float]] = {
     "CLIP-KD − FD": {"clip-kd": 1, "fd": -1},
@@ -34,13 +38,19 @@ CONTRASTS: Mapping[str, Mapping[str, float]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("results", type=Path, nargs="+")
-    evidence = together([read_evidence_file(path) for path in parser.parse_args().results])
+    parser.add_argument("--worlds", action="store_true", help="results of worlds.py, of one world")
+    arguments = parser.parse_args()
+    if arguments.worlds:
+        (path,) = arguments.results
+        print(contrasts_table(scores_of_ways(json.loads(path.read_text(encoding="utf-8"))), "photographs"))
+        return
+    evidence = together([read_evidence_file(path) for path in arguments.results])
     names = [task.score.task for task in evidence.teacher.tasks]
     held_out = [k for k, name in enumerate(names) if not name.startswith("emoji, ")]
     tests = [k for k, name in enumerate(names) if name.startswith("emoji, ")]
     for title, tasks in (("held-out pairs", held_out), ("test splits", tests)):
         if tasks:
-            print(f"{means_table(evidence, tasks, title)}\n\n{contrasts_table(evidence, tasks, title)}\n")
+            print(f"{means_table(evidence, tasks, title)}\n\n{contrasts_table(scores(evidence, tasks), title)}\n")
 
 
 def together(parts: Sequence[Evidence]) -> Evidence:
@@ -51,9 +61,9 @@ def together(parts: Sequence[Evidence]) -> Evidence:
     return msgspec.structs.replace(first, suite=suite, runs=type(first.runs)(runs.values()))
 
 
-def scores(evidence: Evidence, tasks: Sequence[int]) -> dict[tuple[str, int], dict[str, float]]:
+def scores(evidence: Evidence, tasks: Sequence[int]) -> Scores:
     """Return top-1 in per cent by method, a mean over `tasks`, of each student and seed that all methods have."""
-    found: dict[tuple[str, int], dict[str, float]] = {}
+    found: Scores = {}
     for run in evidence.runs:
         values = [100 * np.mean([mark == "1" for mark in run.result.tasks[k].hits]) for k in tasks]
         found.setdefault((run.student, run.seed), {})[run.method] = float(np.mean(values))
@@ -73,9 +83,19 @@ def means_table(evidence: Evidence, tasks: Sequence[int], title: str) -> str:
     return markdown_table(rows, left=(0, 1))
 
 
-def contrasts_table(evidence: Evidence, tasks: Sequence[int], title: str) -> str:
+def scores_of_ways(results: Mapping[str, Any]) -> Scores:
+    """Return the same of apart.yaml's ways, whose names are those of methods but for their spelling."""
+    found: Scores = {}
+    for result in results["results"]:
+        base = result["way"].lower().split()[0]
+        if base != "build":
+            method = base + (BANK if result["way"].endswith("with the bank") else "")
+            found.setdefault((result["world"], result["seed"]), {})[method] = 100 * result["top1"]
+    return found
+
+
+def contrasts_table(found: Scores, title: str) -> str:
     """Return each main effect and interaction with its simultaneous interval and Holm's p-value."""
-    found = scores(evidence, tasks)
     effects: dict[str, list[float]] = {}
     for row in found.values():
         bases = [name for name in row if not name.endswith(BANK)]
@@ -99,14 +119,14 @@ def contrasts_table(evidence: Evidence, tasks: Sequence[int], title: str) -> str
         mean, half = np.mean(values), width * np.std(values, ddof=1)
         by_student = ", ".join(
             f"{np.mean([value for value, key in zip(values, found, strict=True) if key[0] == student]):+.1f}"
-            for student in evidence.suite.students
+            for student in dict.fromkeys(name for name, _ in found)
         )
         ahead = sum(value > 0 for value in values)
         rows.append(
             (
                 name,
                 f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})".replace("-", "−"),
-                f"{holm[name]:.3f}" if holm[name] >= 0.0005 else "< 0.001",
+                f"{holm[name]:.3f}" if holm[name] >= 0.0005 else "below 0.001",
                 by_student.replace("-", "−"),
                 f"{ahead} of {count}",
             )
