@@ -33,14 +33,17 @@ def main() -> None:
     add_output_options(parser, "int8-students")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    done: set[tuple[str, int, int]] = set()
     for path in arguments.results:
         evidence = read_evidence_file(path)
         suite = evidence.suite
         (method,) = (method for method in suite.methods if method.name == arguments.method)
         teacher = {task.score.task: task.score.top1 for task in evidence.teacher.tasks}
         for run in evidence.runs:
-            if run.method != method.name or run.seed not in arguments.seeds:
+            steps = suite.steps_of(method, run.student)
+            if run.method != method.name or run.seed not in arguments.seeds or (run.student, steps, run.seed) in done:
                 continue
+            done.add((run.student, steps, run.seed))
             folder = path.parent / Run(run.student, method, run.seed).subfolder
             bundle = folder / "int8"
             if not (bundle / "manifest.json").is_file():
@@ -48,7 +51,7 @@ def main() -> None:
             scores = {score.task: score.top1 for score in edge.evaluate(bundle, list(suite.tasks), threads=1)}
             rows += [
                 {
-                    "student": run.student, "steps": suite.steps_of(method, run.student), "seed": run.seed,
+                    "student": run.student, "steps": steps, "seed": run.seed,
                     "task": task.score.task, "teacher": teacher[task.score.task], "fp32": task.score.top1,
                     "int8": scores[task.score.task], "processor_seconds": run.cpu_seconds,
                 }
