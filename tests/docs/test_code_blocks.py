@@ -23,11 +23,8 @@ from PIL import Image
 
 import clip_rd_edge as edge
 from clip_rd_edge.benchmarking.suite import read_suite
-from clip_rd_edge.bundle.manifest import (
-    FORMAT_VERSION,
-    Manifest,
-    read_manifest,
-)
+from clip_rd_edge.bundle.labels import background_nouns
+from clip_rd_edge.bundle.manifest import FORMAT_VERSION, Manifest, read_manifest
 from clip_rd_edge.cli.main import cli
 from clip_rd_edge.distillation.config import load_recipe, resolve
 from clip_rd_edge.distillation.reinforced import StoredTeachers
@@ -318,10 +315,23 @@ def reader(
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.stdin", io.StringIO("photos/red.png\n"))
     monkeypatch.setattr("clip_rd_edge.api.measuring.first_answer", lambda *_: ["echo", "{}"])
+    # `everyday` is really made, in a cache of the test's own, but in float32 and with few nouns: the search for INT8 is
+    # most of its time, and is that of a slow test in tests/api/test_everyday.py.
+    nouns = background_nouns()[::20]
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("clip_rd_edge.exporting.bundle.background_nouns", lambda: nouns)
+    monkeypatch.setattr("clip_rd_edge.api.exporting.export", in_float32(edge.export))
     small.bundle = colour_bundle
     monkeypatch.setattr(edge, "distill", small.distill)
     monkeypatch.setattr(edge, "export", small.export)
     return folder
+
+
+def in_float32(export: Callable[..., edge.ExportedBundle]) -> Callable[..., edge.ExportedBundle]:
+    def wrapped(model: Path, output: Path, **options: Any) -> edge.ExportedBundle:
+        return export(model, output, **{**options, "precision": "fp32", "calibration": None, "texts": None})
+
+    return wrapped
 
 
 def is_run(block: Block) -> bool:
