@@ -56,25 +56,28 @@ ifeq ($(shell uname -s) $(shell command -v nvidia-smi 2>/dev/null),Linux )
 CPU_TORCH := --extra-index-url https://download.pytorch.org/whl/cpu torch torchvision
 endif
 
-# pip and not uv, which would take the CUDA build whatever the index.
+# pip and not uv, which would take the CUDA build whatever the index. Without compiling all modules of all packages, which
+# takes as long as the rest: Python compiles those that are used when they are first imported.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile
+
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("clip-rd-edge needs Python 3.10 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(PIP_INSTALL) --upgrade pip
 ifdef CPU_TORCH
 	@$(BIN)/python -c 'import urllib.request as r; r.urlopen("https://download.pytorch.org/whl/cpu", timeout=10)' \
 		2>/dev/null || echo "PyTorch's index of CPU builds cannot be reached: PyPI's comes with CUDA, 6 GB" >&2
-	$(BIN)/python -m pip install --quiet --retries 0 $(CPU_TORCH)
+	$(PIP_INSTALL) --retries 0 $(CPU_TORCH)
 endif
 	@echo "$(BIN)/python -m pip install -e '.[train,emoji,dev]'"
-	@$(BIN)/python -m pip install --quiet -e '.[train,emoji,dev]' || { \
+	@$(PIP_INSTALL) -e '.[train,emoji,dev]' || { \
 		echo 'If a package has no files for this Python yet, try an older one: make clean, and make PYTHON=python3.13' >&2; \
 		exit 1; }
 	touch $(STAMP)
 
 # Apart from the rest, so that the quickstart does not wait for it.
 $(DOCS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(PIP_INSTALL) -e '.[docs]'
 	touch $(DOCS_STAMP)
 
 clean:
