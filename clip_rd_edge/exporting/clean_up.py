@@ -19,8 +19,11 @@ from onnx import helper, numpy_helper
 from clip_rd_edge.exporting.graph import attributes_of, drop_unused_constants, producers_of, replace_nodes
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
-# Programs that were written for this operator set ignore or refuse attributes that later ones added.
-_OLD_OPSET = 11
+# Attributes that came after opset 11, with their defaults; programs that were written for it ignore or refuse them.
+_NEW_ATTRIBUTES = {
+    "antialias": 0, "batch_dims": 0, "keep_aspect_ratio_policy": b"stretch", "noop_with_empty_axes": 0,
+    "reduction": b"none", "select_last_index": 0, "start": 0, "training_mode": 0,
+}  # fmt: skip
 # Element-wise operators whose inputs are broadcast to one shape.
 _BROADCASTING = frozenset(("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "And", "Or", "Xor", "Equal", "Where"))
 # Shapes are compared at these batch sizes: what is the same at both does not depend on the batch size.
@@ -43,7 +46,7 @@ def clean_up(model: onnx.ModelProto) -> None:
     fold_constants(model)
     unsqueeze_instead_of_gathering_all(model)
     skip_expansions(model)
-    drop_redundant_attributes(model)
+    drop_redundant_attributes(graph)
     drop_unused_nodes(graph)
 
 
@@ -202,26 +205,15 @@ def unsqueeze_instead_of_gathering_all(model: onnx.ModelProto) -> None:
 
 def _computed_from_shapes(model: onnx.ModelProto, name: str) -> onnx.ModelProto | None:
     """Return the part of a model that computes a tensor, or None if its values depend on more than the batch size."""
-    graph, producers = model.graph, producers_of(model.graph)
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    inputs = {value.name for value in graph.input}
-    needed, pending = set[str](), [name]
-    while pending:
-        tensor = pending.pop()
-        if not tensor or tensor in needed:
-            continue
-        needed.add(tensor)
-        node = producers.get(tensor)
-        if node is None:
-            if not _is_inline(constants.get(tensor)):
-                return None
-        elif node.op_type != "Shape" or node.input[0] not in inputs:
-            pending += node.input
-    nodes = [node for node in graph.node if needed.intersection(node.output)]
-    output = onnx.ValueInfoProto(name=name)
-    tensors = [tensor for tensor in graph.initializer if tensor.name in needed]
-    part = helper.make_graph(nodes, "part", list(graph.input), [output], initializer=tensors)
-    return helper.make_model(part, opset_imports=model.opset_import, ir_version=model.ir_version)
+    graph = onnx.GraphProto(name="part", node=model.graph.node, input=model.graph.input)
+    graph.output.append(onnx.ValueInfoProto(name=name))
+    drop_unused_nodes(graph)
+    read = {name for node in graph.node for name in node.input if name}
+    graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in read and _is_inline(tensor))
+    known = {*producers_of(graph), *(tensor.name for tensor in graph.initializer)}
+    if any(node.op_type != "Shape" and not known.issuperset(filter(None, node.input)) for node in graph.node):
+        return None
+    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
 def _added_axes(part: onnx.ModelProto, batch_size: int, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -287,42 +279,24 @@ def _shapes(model: onnx.ModelProto, batch_size: int) -> Shapes:
     }
 
 
-def drop_redundant_attributes(model: onnx.ModelProto) -> None:
+def drop_redundant_attributes(graph: onnx.GraphProto) -> None:
     """Drop attributes that are newer than opset 11 where they have their default values.
 
     onnx's converter to older opsets keeps `noop_with_empty_axes=0`, and its files are invalid: opset 17 is what ONNX
     Runtime 1.12 to 1.16, TensorRT 8.5 and compilers for NPUs read. onnx2torch refuses `allowzero=1`, here of a Reshape
     to a constant shape without a 0. Older attributes stay: the defaults of some have changed.
     """
-    opset = next(opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
-    for node in model.graph.node:
-        if node.domain in ("", "ai.onnx"):
-            added = _added_attributes(node.op_type, opset)
-            kept = [a for a in node.attribute if not _is_redundant(a, node, added, model.graph)]
-            del node.attribute[:]
-            node.attribute.extend(kept)
+    for node in graph.node:
+        kept = [attribute for attribute in node.attribute if not _is_redundant(attribute, node, graph)]
+        del node.attribute[:]
+        node.attribute.extend(kept)
 
 
-def _added_attributes(kind: str, opset: int) -> dict[str, Any]:
-    """Return the default values of an operator's attributes that came after the old operator set."""
-    try:
-        old = onnx.defs.get_schema(kind, _OLD_OPSET).attributes
-    except onnx.defs.SchemaError:
-        return {}
-    new = onnx.defs.get_schema(kind, opset).attributes
-    defaults = {name: attribute.default_value for name, attribute in new.items() if name not in old}
-    return {name: helper.get_attribute_value(value) for name, value in defaults.items() if value.name}
-
-
-def _is_redundant(
-    attribute: onnx.AttributeProto, node: onnx.NodeProto, added: dict[str, Any], graph: onnx.GraphProto
-) -> bool:
-    if attribute.name not in added:
-        return False
+def _is_redundant(attribute: onnx.AttributeProto, node: onnx.NodeProto, graph: onnx.GraphProto) -> bool:
     if attribute.name == "allowzero":
         shape = _constant(graph, node.input[1])
         return attribute.i == 0 or (shape is not None and bool(np.all(shape)))
-    return bool(helper.get_attribute_value(attribute) == added[attribute.name])
+    return bool(helper.get_attribute_value(attribute) == _NEW_ATTRIBUTES.get(attribute.name))
 
 
 def drop_unused_nodes(graph: onnx.GraphProto) -> None:
