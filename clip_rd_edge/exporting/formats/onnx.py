@@ -9,9 +9,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -183,28 +183,20 @@ def _replace_constants(graph: onnx.GraphProto, fp16_constants: Collection[str]) 
 MIN_AGREEMENT = 0.999
 
 
-@dataclass(frozen=True)
-class Fp16Tower:
-    """A tower in float16.
-
-    Attributes:
-        model: the file's content, or None if the tower has to stay in float32.
-        float32_nodes: names of the nodes that stay in float32 because of their values.
-    """
+class Fp16Tower(NamedTuple):
+    """A tower in float16; `model` is the file's content, or None if the tower has to stay in float32."""
 
     model: bytes | None
     agreement: Agreement
-    float32_nodes: tuple[str, ...]
 
 
 def fp16_tower(model: Path, inputs: Inputs) -> Fp16Tower:
     """Convert a float32 ONNX file to float16, unless that changes its embeddings of hard inputs."""
     with tempfile.TemporaryDirectory() as scratch:
         prepared = onnx.load(prepare_for_quantization(model, Path(scratch)))
-    float32_nodes = nodes_out_of_range(prepared, inputs)
-    content = file_content(to_fp16(prepared, keep_float32=float32_nodes))
+    content = file_content(to_fp16(prepared, keep_float32=nodes_out_of_range(prepared, inputs)))
     parity = agreement(embed(open_session(str(model)), inputs), embed(open_session(content), inputs))
-    return Fp16Tower(content if parity.centred_cosine >= MIN_AGREEMENT else None, parity, tuple(float32_nodes))
+    return Fp16Tower(content if parity.centred_cosine >= MIN_AGREEMENT else None, parity)
 
 
 class Onnx(Format):

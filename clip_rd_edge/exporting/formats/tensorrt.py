@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib
 import re
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +23,13 @@ from clip_rd_edge.bundle.manifest import ENGINE_SUFFIX, STAMP_SUFFIX, TOKENIZER,
 from clip_rd_edge.errors import ClipRdEdgeError, first_line, needs_extra
 from clip_rd_edge.exporting.formats import Converted, Format, Job
 from clip_rd_edge.exporting.formats.onnx import float32_note, fp16_tower, nodes_out_of_range, to_fp16
-from clip_rd_edge.exporting.graph import prepare_for_quantization, weighted_layers
+from clip_rd_edge.exporting.graph import LAYERS, prepare_for_quantization, weighted_layers
 from clip_rd_edge.exporting.int8.candidates import SENSITIVITY_SAMPLES, Float32Tower, int8_error, robust_layers
 from clip_rd_edge.exporting.int8.methods import measure_ranges
 from clip_rd_edge.exporting.int8.rounding import RoundedLayers
 from clip_rd_edge.exporting.int8.saturation import right_session
 from clip_rd_edge.exporting.int8.symmetric import MAX_LEVEL, quantize_symmetrically, quantized_inputs
-from clip_rd_edge.exporting.parity import Agreement, Inputs, agreement, embed
+from clip_rd_edge.exporting.parity import Inputs, agreement, embed
 from clip_rd_edge.exporting.plan import BUILD_SHELL, RTX_TARGETS, SELF_BUILDING_TARGETS, Plan
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
@@ -91,13 +91,11 @@ def _builder(job: Job) -> EngineBuilder | None:
 
 
 def _build_from_onnx(name: str, typed: TypedTower, target: str) -> bytes:
-    engine = build_engine(typed.content, target=target)
-    mistyped = mistyped_layers(engine.log, typed.types)
-    if mistyped:
-        layer, types = next(iter(mistyped.items()))
+    engine, types = build_engine(typed.content, target=target), layer_types(typed.content)
+    if mistyped := mistyped_layers(engine.log, types):
         raise ClipRdEdgeError(
-            f"The engine of the {name} tower computes {len(mistyped)} of {len(typed.types)} layers in another type "
-            f"than its ONNX file: {layer} in {' and '.join(types) or 'an unknown type'}, not {typed.types[layer]}.",
+            f"The engine of the {name} tower computes {len(mistyped)} of {len(types)} layers in another type than its "
+            f"ONNX file: {mistyped[0]} not in {types[mistyped[0]]}.",
             hint="please report it with the version of tensorrt-rtx-cu13-bindings; {precision} fp16 may work",
         )
     return engine.content
@@ -126,19 +124,12 @@ def write_build_files(folder: Path, manifest: Manifest, *, title: str) -> None:
     write_text(folder / CHECKSUMS, "".join(f"{sha256_of(folder / name)}  {name}\n" for name in files))
 
 
-@dataclass(frozen=True)
-class TypedTower:
-    """A tower's strongly typed ONNX.
-
-    Attributes:
-        precision, note: as in `bundle.manifest.Tower`.
-        types: expected type of each Conv, MatMul and Gemm by node name, as TensorRT calls it.
-    """
+class TypedTower(NamedTuple):
+    """A tower's strongly typed ONNX; `precision` and `note` as in `bundle.manifest.Tower`."""
 
     content: bytes
     precision: str
     note: str = ""
-    types: dict[str, str] = field(default_factory=dict)
 
 
 _MEASURED = ", measured on this ONNX in ONNX Runtime, which on most CPUs computes float16 in float32."
@@ -147,104 +138,67 @@ _MEASURED = ", measured on this ONNX in ONNX Runtime, which on most CPUs compute
 def _float_tower(model: Path, inputs: Inputs, *, fp16: bool, note: str = "") -> TypedTower:
     if fp16:
         tower = fp16_tower(model, inputs)
+        cosine = tower.agreement.centred_cosine
         if tower.model is not None:
-            parity = f"Its centred cosine with float32 is {tower.agreement.centred_cosine:.5f}{_MEASURED}"
-            types = _expected_types(onnx.load_from_string(tower.model), float32=tower.float32_nodes)
-            return TypedTower(tower.model, "fp16", note or parity, types)
-        note = float32_note(tower.agreement.centred_cosine)
+            parity = f"Its centred cosine with float32 is {cosine:.5f}{_MEASURED}"
+            return TypedTower(tower.model, "fp16", note or parity)
+        note = float32_note(cosine)
     return TypedTower(model.read_bytes(), "fp32", note)
 
 
 def int8_tower(tower: Float32Tower, inputs: Inputs) -> TypedTower:
-    """Quantise a tower, with float16 in between, or convert it to float16 if that loses too much accuracy."""
+    """Quantise every layer of a tower or, if that loses too much accuracy, all but those that lose most.
+
+    What is not in INT8 is in float16, and so is the whole tower if INT8 loses too much in any way.
+    """
     min_agreement = tower.plan.budget.min_agreement(tower.name)
     with tempfile.TemporaryDirectory() as scratch:
         prepared = prepare_for_quantization(tower.model, Path(scratch))
-        float32_nodes = nodes_out_of_range(onnx.load(prepared), inputs)
-        found = symmetric_tower(replace(tower, model=prepared), min_agreement=min_agreement, keep_float32=float32_nodes)
-    if found is None:
-        note = f"fp16: INT8 does not reach a centred cosine of {min_agreement}."
-        return _float_tower(tower.model, inputs, fp16=True, note=note)
-    in_float, total = found.total - len(found.layers), found.total
-    return TypedTower(
-        found.model.SerializeToString(),
-        f"int8 symmetric{f', {in_float} of {total} layers in FP16' if in_float else ''}",
-        f"Its centred cosine with float32 is {found.agreement.centred_cosine:.4f}{_MEASURED}",
-        _expected_types(found.model, int8=found.layers, float32=float32_nodes),
-    )
-
-
-def _expected_types(
-    model: onnx.ModelProto, *, int8: Collection[str] = (), float32: Collection[str] = ()
-) -> dict[str, str]:
-    """Return the types of all Conv, MatMul and Gemm nodes; matrix products of two activations are in float16."""
-    products = [node.name for node in model.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
-    return {name: "Int8" if name in int8 else "Half" for name in products if name not in float32 or name in int8}
-
-
-@dataclass(frozen=True)
-class SymmetricTower:
-    """A tower with symmetric Q/DQ.
-
-    Attributes:
-        model: with Q/DQ, in float16 otherwise.
-        layers: names of the layers in INT8, of `total`; the others stay in float for accuracy.
-    """
-
-    model: onnx.ModelProto
-    layers: tuple[str, ...]
-    total: int
-    agreement: Agreement
-
-
-def symmetric_tower(
-    tower: Float32Tower, *, min_agreement: float, keep_float32: Collection[str] = ()
-) -> SymmetricTower | None:
-    """Quantise every layer or, if that loses too much accuracy, all but the layers that lose most.
-
-    The others are in float16 when the agreement is measured, as in the file that is shipped.
-
-    Args:
-        tower: with a model that `quant_pre_process` has optimised.
-    """
-    model, float32 = onnx.load(tower.model), open_session(str(tower.model))
+        model, float32 = onnx.load(prepared), open_session(str(prepared))
+    out_of_range = nodes_out_of_range(model, inputs)
     all_layers = tuple(node.name for node in weighted_layers(model))
     ranges = measure_ranges(model, quantized_inputs(model), tower.calibrate)
     rounded = None
     if tower.plan.adapts(tower.name):
         tower.reporter.update(f"rounding the weights of {len(all_layers)} layers")
         rounded = RoundedLayers(model, tower.calibrate, max_level=MAX_LEVEL)
-    reference = embed(float32, tower.held_out)
+    subset = tower.calibrate[:SENSITIVITY_SAMPLES]
+    of_held_out, of_subset = (embed(float32, samples) for samples in (tower.held_out, subset))
 
     def quantize(layers: Sequence[str]) -> onnx.ModelProto:
         return quantize_symmetrically(model, ranges, layers=layers, rounded=rounded)
 
-    def embed_int8(quantized: onnx.ModelProto, inputs: Inputs) -> Embeddings:
+    def embed_int8(quantized: onnx.ModelProto, samples: Inputs) -> Embeddings:
         content = quantized.SerializeToString()
-        return embed(right_session(open_session(content), content), inputs)
-
-    def attempt(layers: Sequence[str]) -> SymmetricTower:
-        typed = to_fp16(quantize(layers), keep_float32=keep_float32)
-        parity = agreement(reference, embed_int8(typed, tower.held_out))
-        return SymmetricTower(typed, tuple(layers), len(all_layers), parity)
-
-    full = attempt(all_layers)
-    if full.agreement.centred_cosine >= min_agreement:
-        return full
-    tower.reporter.update(f"measuring the INT8 error of {len(all_layers)} layers")
-    subset = tower.calibrate[:SENSITIVITY_SAMPLES]
-
-    of_subset = embed(float32, subset)
+        return embed(right_session(open_session(content), content), samples)
 
     def error_of(layers: Sequence[str]) -> float:
         return int8_error(of_subset, embed_int8(quantize(layers), subset))
 
-    for layers in robust_layers(all_layers, error_of, max_error=1 - min_agreement):
-        if layers:
-            partial = attempt(layers)
-            if partial.agreement.centred_cosine >= min_agreement:
-                return partial
-    return None
+    def fewer() -> Iterator[tuple[str, ...]]:
+        tower.reporter.update(f"measuring the INT8 error of {len(all_layers)} layers")
+        yield from filter(None, robust_layers(all_layers, error_of, max_error=1 - min_agreement))
+
+    for layers in chain((all_layers,), fewer()):
+        typed = to_fp16(quantize(layers), keep_float32=out_of_range)
+        cosine = agreement(of_held_out, embed_int8(typed, tower.held_out)).centred_cosine
+        if cosine >= min_agreement:
+            in_float, total = len(all_layers) - len(layers), len(all_layers)
+            precision = f"int8 symmetric{f', {in_float} of {total} layers in FP16' if in_float else ''}"
+            note = f"Its centred cosine with float32 is {cosine:.4f}{_MEASURED}"
+            return TypedTower(typed.SerializeToString(), precision, note)
+    note = f"fp16: INT8 does not reach a centred cosine of {min_agreement}."
+    return _float_tower(tower.model, inputs, fp16=True, note=note)
+
+
+def layer_types(content: bytes) -> dict[str, str]:
+    """Return the types of the Conv, MatMul and Gemm nodes of a typed ONNX file that are not in float32, by name."""
+    graph = onnx.shape_inference.infer_shapes(onnx.load_from_string(content)).graph
+    dequantized = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    halves = {v.name for v in graph.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
+    products = [node for node in graph.node if node.op_type in LAYERS]
+    int8 = {node.name: "Int8" for node in products if dequantized.issuperset(node.input[:2])}
+    return {node.name: "Half" for node in products if node.output[0] in halves} | int8
 
 
 MAX_BATCH = 8  # of every engine, however it is built
@@ -310,15 +264,12 @@ _KERNEL = re.compile(
 _PRODUCTS = ("correlation", "gemm")
 
 
-def mistyped_layers(log: str, types: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Return the layers that an engine does not compute in the expected type.
+def mistyped_layers(log: str, types: Mapping[str, str]) -> list[str]:
+    """Return the layers that an engine does not compute in the expected type, or that none of its kernels names.
 
     Args:
         log: the builder's verbose log, which lists the engine's kernels.
         types: expected type per layer name, as TensorRT calls it: `Int8`, `Half`.
-
-    Returns:
-        Per layer name, the types that its kernel reads instead; an empty tuple if no kernel names the layer.
     """
     # An INT8 node also appears in the kernels that quantise its input or add its bias. A product that was fused with
     # its neighbours has no kernel of its own; its types are among those of the fused kernel.
@@ -330,5 +281,4 @@ def mistyped_layers(log: str, types: Mapping[str, str]) -> dict[str, tuple[str, 
             fused.setdefault(name, []).extend(inputs)
             if kernel["kind"] in _PRODUCTS:
                 own.setdefault(name, []).extend(inputs[:1])
-    read = {name: tuple(own.get(name) or fused.get(name) or ()) for name in types}
-    return {name: found for name, found in read.items() if types[name] not in found}
+    return [name for name, kind in types.items() if kind not in (own.get(name) or fused.get(name) or ())]
