@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from clip_rd_edge.bundle.encoder import Embeddings, label_embeddings
-from clip_rd_edge.bundle.formats import EXTERNAL_DATA_SUFFIX, import_named
+from clip_rd_edge.bundle.formats import import_named
 from clip_rd_edge.bundle.labels import LabelBank, background_nouns, read_labels, require_readable, write_labels
 from clip_rd_edge.bundle.manifest import (
     BACKGROUND,
@@ -159,10 +159,9 @@ def export_bundles(
         # The precision of their embeddings is known later: int8 takes the least.
         require_readable(tuple(dict.fromkeys(labels)), clip.embedding_size, "int8")
     with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
-        first = next(iter(plans.values()))
         if source is None:
-            source = folder if "" in plans and (first.format, first.precision) == ("onnx", "fp32") else Path(scratch)
-            fp32 = _write_source(clip, source, first, reporter)
+            source = Path(scratch)
+            fp32 = _write_source(clip, source, next(iter(plans.values())), reporter)
         else:
             fp32 = read_manifest(source)
             if fp32.precision != "fp32" or damaged_files(source, fp32):
@@ -254,7 +253,7 @@ def _write_bundle(job: Job) -> Converted:
     """Carry out a job: convert the towers, add what was asked for and the reference embeddings, write the manifest."""
     plan, folder = job.plan, job.folder
     converter = plan.converter
-    if plan.text_tower and job.source != folder:
+    if plan.text_tower:
         shutil.copyfile(job.source / TOKENIZER, folder / TOKENIZER)
     if (plan.format, plan.precision) != ("onnx", "fp32"):
         require_whole_towers(job.source, job.manifest, purpose="every conversion of float32 ONNX")
@@ -274,10 +273,8 @@ def _write_bundle(job: Job) -> Converted:
         write_label_bank(folder, manifest, plan.labels, encoder=_label_encoder(*complete))
     manifest = _with_calibration(job, manifest, load(origin, manifest=runnable, device="cpu"))
     if not plan.text_tower:
-        for name in (TEXT_MODEL, f"{TEXT_MODEL}{EXTERNAL_DATA_SUFFIX}", TOKENIZER):  # if they were for the labels alone
-            (folder / name).unlink(missing_ok=True)
         parameters = deployed_parameter_count(job.clip.model, text_tower=False)
-        manifest = msgspec.structs.replace(manifest.without_text(), parameters=parameters)
+        manifest = msgspec.structs.replace(manifest, parameters=parameters)
         runnable = runnable.without_text()
     job.reporter.update("computing the reference embeddings")
     add_reference(folder, converter.reference(origin, runnable))
@@ -287,7 +284,7 @@ def _write_bundle(job: Job) -> Converted:
 def _with_calibration(job: Job, manifest: Manifest, encoder: BundleEncoder) -> Manifest:
     """Add the background, if the source has one, and return the manifest with what pairs show of the answers."""
     bank = read_labels(job.source, name=BACKGROUND)
-    if bank is not None and job.source != job.folder:
+    if bank is not None:
         shutil.copyfile(job.source / BACKGROUND, job.folder / BACKGROUND)
     samples = job.samples.for_answers if job.samples else None
     if samples is None or not samples.paired or bank is None or encoder.int8_fault(manifest.image):

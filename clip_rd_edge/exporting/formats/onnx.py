@@ -29,7 +29,7 @@ from clip_rd_edge.exporting.graph import (
     norm_nodes,
     prepare_for_quantization,
 )
-from clip_rd_edge.exporting.parity import Agreement, Inputs, agreement, embed, latencies, measurement
+from clip_rd_edge.exporting.parity import Agreement, Inputs, agreement, embed, measure
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.files import write_bytes
 
@@ -209,8 +209,8 @@ class Onnx(Format):
             return write_int8(job, ORT)
         if job.plan.precision == "fp16":
             return job.convert_towers(partial(write_fp16, job), doing="float16")
-        if job.folder != job.source:
-            for path in job.source.glob("*.onnx*"):
+        for tower in job.manifest.towers.values():
+            for path in job.source.glob(f"{tower.file}*"):  # with the weights in a file of their own, if they are
                 shutil.copyfile(path, job.folder / path.name)
         return Converted(job.manifest)
 
@@ -227,12 +227,8 @@ def write_fp16(job: Job, name: str, tower: Tower) -> Tower:
         shutil.copyfile(fp32_file, fp16_file)
         return msgspec.structs.replace(tower, note=float32_note(converted.agreement.centred_cosine))
     write_bytes(fp16_file, converted.model)
-    files = {"fp32": fp32_file, "fp16": fp16_file}
-    sessions = {precision: open_session(str(file), threads=threads) for precision, file in files.items()}
-    latencies_ms = latencies(sessions, job.inputs[name])
-    measured = measurement(
-        converted.agreement, latencies_ms["fp16"], reference_ms=latencies_ms["fp32"], threads=threads
-    )
+    session, reference = (open_session(str(file), threads=threads) for file in (fp16_file, fp32_file))
+    measured = measure(session, reference, job.inputs[name], threads=threads)
     note = ""
     if measured.speedup < 1:
         size_ratio = fp16_file.stat().st_size / fp32_file.stat().st_size
