@@ -14,14 +14,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from clip_rd_edge.bundle.formats import EXTERNAL_DATA_SUFFIX, format_named
+from clip_rd_edge.bundle.formats import EXTERNAL_DATA_SUFFIX
 from clip_rd_edge.bundle.manifest import Tower
 from clip_rd_edge.errors import install_command
 from clip_rd_edge.exporting.formats import Job
 from clip_rd_edge.exporting.graph import prepare_for_quantization
 from clip_rd_edge.exporting.int8.candidates import Backend, Float32Tower
 from clip_rd_edge.exporting.parity import agreement, embed, latencies, p10
-from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.utils.files import read_cached, sha256_of, write_cached
 from clip_rd_edge.utils.host import FAST_BF16, installed_versions, instruction_sets, machine_name
 from clip_rd_edge.utils.paths import cache_home
@@ -230,23 +229,3 @@ def _symmetric(tower: Float32Tower) -> bytes | None:
             return symmetric_int8(prepared, tower.calibrate[:_SAMPLES], tower.plan.weight_bits)
     except Exception:  # noqa: BLE001 — the quantiser raises many types; an export for OpenVINO has the reason
         return None
-
-
-def alternatives(falling_back: Mapping[str, QuantizedTower], plan: Plan) -> str:
-    """Return what to do, with the budget that ships INT8 where one does: in all towers if no fallback is allowed."""
-    options = ["{fallback} fp32 ships float32, the best here"]
-    if "fp16" in format_named(plan.format).precisions:
-        options.append("{fallback} fp16 ships half its size")
-    measured = [[t for t in outcome.trials if t.measured] for outcome in falling_back.values()]
-    best = [trial for trials in measured if trials and (trial := nearest(trials)).pays and trial.centred_cosine >= 0]
-    budget = plan.budget
-    if best and (plan.fallback is None or len(best) == len(falling_back)):
-        changes = []
-        if any(trial.centred_cosine < budget.min_agreement(trial.tower) for trial in best):
-            cosine = min(trial.centred_cosine for trial in best)
-            changes.append(f"{{min_agreement}} {math.floor(100 * cosine) / 100}")
-        loss = max(trial.loss_points for trial in best)
-        if loss > budget.max_loss:
-            changes.append(f"{{max_loss}} {math.ceil(10 * loss) / 10}")
-        options.append(f"{' '.join(changes)} ships the nearest INT8 candidate")
-    return ", ".join(options)
