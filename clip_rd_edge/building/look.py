@@ -41,7 +41,7 @@ from clip_rd_edge.utils.structs import read_json, to_json
 from clip_rd_edge.utils.text import SILENT, Reporter
 
 LOOK, PAGE, TRAIN, HELD_OUT = "look.json", "look.html", "train.csv", "held-out"
-FEW = 10  # images: a class with fewer is named
+_FEW = 10  # images: a class with fewer is named
 _REPEATED = 3  # captions that come as often, on average, are the names of classes
 _SHOWN, _THUMB_EDGE = 24, 96  # images of a kind on the page, and their edge in pixels
 Kind = Literal["classes", "captions", "images"]
@@ -194,12 +194,12 @@ def _lines(source: _Source, seen: Sequence[Seen], rows: Sequence[Row]) -> Iterab
         yield f"{lost:,} cannot be used and are left out; the first: {problems[0].rstrip('.')}"
     if source.kind == "classes":
         counts = Counter(row.caption for row in rows if row.part != "left out")
-        few = {label: counts[label] for label in source.labels if counts[label] < FEW}
+        few = {label: counts[label] for label in source.labels if counts[label] < _FEW}
         if few:
             named = ", ".join(
                 f"{label} ({count})" for label, count in sorted(few.items(), key=lambda item: item[1])[:5]
             )
-            yield f"{len(few):,} classes have fewer than {FEW} images: {named}{', …' if len(few) > 5 else ''}"
+            yield f"{len(few):,} classes have fewer than {_FEW} images: {named}{', …' if len(few) > 5 else ''}"
     groups = duplicates(rows)
     exact = len({row.path for row in rows if row.part != "left out"}) - len({own.digest for own in seen if own.digest})
     copies = sum(map(len, groups)) - len(groups)

@@ -90,7 +90,6 @@ from clip_rd_edge.utils.text import as_word
 _EVALUATIONS, _MAX_UNSAVED = 10, 100  # in a run, and steps between checkpoints
 # The training ends after this many evaluations without a better one, where there are enough images to tell.
 _PATIENCE, _TELLING = 4, 100
-_PROMPT = "a photo of a {}."
 _RECIPE, _RATE = "clip-kd-bank", 1e-3
 _SURE, _SHOWN_DOUBTS = 0.9, 3  # probability of another class, of labels that are shown as doubtful
 _DIGEST, _KEPT = "student_sha256", ".measured"
@@ -101,14 +100,13 @@ class TeacherScore(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         key: what the stages up to the plan follow from: a digest of images and labels, the teacher, size and seed.
-        top1, prompted: with the labels as they are, and in a prompt; of captions, R@1, and None.
+        top1: with the labels as they are; of captions, R@1.
         doubtful: images that the teacher is sure are of another class, which may be wrong labels.
     """
 
     key: str
     images: int
     top1: float
-    prompted: float | None = None
     doubtful: tuple[str, ...] = ()
 
 
@@ -215,24 +213,22 @@ class Building:
                 self._name_images(encoder)
             known = self._score_teacher(encoder, key)
             write_bytes(path, to_json(known))
-        prompt = f", and {known.prompted:.1%} as “{_PROMPT}”" if known.prompted is not None else ""
-        what = "find their caption first" if self.found.kind == "captions" else "get the right label as it is"
+        what = "find their caption first" if self.found.kind == "captions" else "get the right label"
         if self.found.kind == "images":
             self.reporter.note(f"it has named {known.images:,} images that are held out, to compare the student with")
         else:
-            self.reporter.note(f"without training, {known.top1:.1%} of {known.images:,} images {what}{prompt}")
+            self.reporter.note(f"without training, {known.top1:.1%} of {known.images:,} images {what}")
         if known.doubtful:
             self.reporter.note(f"labels to check: {'; '.join(known.doubtful)}")
 
     def _score_teacher(self, encoder: TorchEncoder, key: str) -> TeacherScore:
         task = load_task(typed(task_of(self.folder, self.found, "test")))
         predictions = predict(encoder, task, reporter=self.reporter)
-        top1, prompted, doubtful = primary_metric(predictions.score), None, tuple[str, ...]()
-        if isinstance(task, ZeroShotTask) and isinstance(predictions, ZeroShotPredictions):
-            prompted = primary_metric(score(encoder, msgspec.structs.replace(task, templates=(_PROMPT,))))
-            if top1 > 0.5:  # the doubts of a teacher that is mostly wrong mean nothing
-                doubtful = doubtful_labels(task, predictions.labels, predictions.probabilities)
-        return TeacherScore(key=key, images=len(task.images), top1=top1, prompted=prompted, doubtful=doubtful)
+        top1, doubtful = primary_metric(predictions.score), tuple[str, ...]()
+        # The doubts of a teacher that is mostly wrong mean nothing.
+        if isinstance(task, ZeroShotTask) and isinstance(predictions, ZeroShotPredictions) and top1 > 0.5:
+            doubtful = doubtful_labels(task, predictions.labels, predictions.probabilities)
+        return TeacherScore(key=key, images=len(task.images), top1=top1, doubtful=doubtful)
 
     def _name_images(self, encoder: TorchEncoder) -> None:
         """Write the task of images without captions, with the teacher's answers as their classes."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from clip_rd_edge.benchmarking.findings import above_chance, headline_score
 from clip_rd_edge.benchmarking.metrics import RetrievalScore
 from clip_rd_edge.benchmarking.results import Results, RowResult
-from clip_rd_edge.building.look import FEW, Look
+from clip_rd_edge.building.look import Look
 
 VERDICT = "verdict.md"
 _WEAK = 0.5  # of a class's images: below, the class is named
@@ -70,8 +70,6 @@ def _what_next(found: Look, results: Results, row: RowResult, teacher: RowResult
         taken = {one.label: next((name for name in one.predicted if name != one.label), "another") for one in weak}
         named = [f"{name} ({counts[name]} to train on, taken for {other})" for name, other in taken.items()][:_NAMED]
         yield f"More images would help most of: {', '.join(named)}."
-    if found.kind == "classes" and (few := [label for label in found.labels if counts[label] < FEW]):
-        yield f"{len(few):,} classes have fewer than {FEW} images to train on, which is little."
     untested = sorted(set(found.labels) - {one.caption for one in found.of("test")})
     if found.kind == "classes" and untested:
         more = ", …" if len(untested) > _NAMED else ""

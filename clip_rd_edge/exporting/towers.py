@@ -105,25 +105,16 @@ def converting(tool: str, tower: str, clip: ClipModel, *, hint: str = OTHER_FORM
     try:
         yield
     except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # which a converter's own errors hide
+            cause = cause.__cause__
         # torch's exporter is written with onnxscript, which torch does not require: pip may have kept an old one.
-        if tool == "torch" and isinstance(_first_error(error), ImportError):
+        if tool == "torch" and isinstance(cause, ImportError):
             hint = "pip install -U onnxscript"
         raise disk_full_error(error) or ClipRdEdgeError(
-            f"{tool} cannot convert the {tower} tower of {clip.name}: {root_cause(error)}.", hint=hint
+            f"{tool} cannot convert the {tower} tower of {clip.name}: {type(cause).__name__}: {first_line(cause)}.",
+            hint=hint,
         ) from error
-
-
-def root_cause(error: BaseException) -> str:
-    """Return the type and first line of the error that caused `error`, which a converter's own errors hide."""
-    error = _first_error(error)
-    name, reason = type(error).__name__, first_line(error)
-    return name if reason == name else f"{name}: {reason}"
-
-
-def _first_error(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 @contextlib.contextmanager
