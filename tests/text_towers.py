@@ -51,8 +51,8 @@ def siglip_clip(*, bias: float = 2.5, image_size: int = 32) -> ClipModel:
     return clip
 
 
-def bert_clip(folder: Path, *, more: Sequence[str] = (), image_size: int = 64) -> ClipModel:
-    """A model of four layers of BERT, uncased, with an image tower as in `_clip_of`.
+def bert_clip(folder: Path, *, more: Sequence[str] = (), image_size: int = 64, layers: int = 4) -> ClipModel:
+    """A model of some layers of BERT, uncased, with an image tower as in `_clip_of`.
 
     Args:
         folder: a new one, for the text tower.
@@ -62,7 +62,7 @@ def bert_clip(folder: Path, *, more: Sequence[str] = (), image_size: int = 64) -
     pieces = [*SPECIAL, *LETTERS, *(f"##{letter}" for letter in LETTERS), *WORDS, *more]
     (folder / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(pieces), num_hidden_layers=4, **SIZE)
+    config = BertConfig(vocab_size=len(pieces), num_hidden_layers=layers, **SIZE)
     BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     return _clip_of(folder, image_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,32 +16,29 @@ import open_clip
 import pytest
 import torch
 from onnx import TensorProto, helper, version_converter
-from support import onnx_model
+from support import onnx_model, tiny_clip
 from text_towers import bert_clip
 
 from clip_rd_edge.exporting import clean_up as passes
 from clip_rd_edge.exporting.towers import export_image_tower, export_text_tower
-from clip_rd_edge.models.clip import ClipModel
 
 TOWERS = ("ViT", "text", "BERT")
 Array = npt.NDArray[Any]
 
 
 @pytest.fixture(scope="module")
-def exported(
-    make_student: Callable[..., ClipModel], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, onnx.ModelProto]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, onnx.ModelProto]:
     """The towers as torch exports them, by name, before they are cleaned up."""
     folder = tmp_path_factory.mktemp("exported")
-    student, bert = make_student(), bert_clip(folder / "bert")
+    tiny, bert = tiny_clip(), bert_clip(folder / "bert", layers=1)
     vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32}
     torch.manual_seed(0)
-    vit = replace(student, model=open_clip.CustomTextCLIP(32, vision, student.model_cfg["text_cfg"]).eval())
+    vit = replace(tiny, model=open_clip.CustomTextCLIP(32, vision, tiny.model_cfg["text_cfg"]).eval())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("clip_rd_edge.exporting.towers.clean_up", lambda model: None)
         return {
             "ViT": onnx.load(export_image_tower(vit, folder)),
-            "text": onnx.load(export_text_tower(student, folder)),
+            "text": onnx.load(export_text_tower(tiny, folder)),
             "BERT": onnx.load(export_text_tower(bert, folder)),
         }
 

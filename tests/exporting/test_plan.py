@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support import tiny_clip
 
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.formats import FORMATS, format_named, format_of
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporting import plan as plans
 from clip_rd_edge.exporting.plan import Plan, plan_exports, read_target, target_guide, target_names
-from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.settings.deploying import Export
 from clip_rd_edge.utils.paths import shipped_path
@@ -161,8 +161,8 @@ def own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("own_format")
-def test_a_format_of_another_package_is_exported_and_run(student: ClipModel, tmp_path: Path) -> None:
-    save_clip(tmp_path / "model", student, provenance={})
+def test_a_format_of_another_package_is_exported_and_run(tmp_path: Path) -> None:
+    save_clip(tmp_path / "model", tiny_clip(), provenance={})
     image = Image.new("RGB", (60, 50), "red")
     bundle = edge.export(tmp_path / "model", tmp_path / "bundle", format="pt2", labels=["red", "blue"])
     assert bundle.manifest.target == "pt2"
