@@ -55,11 +55,9 @@ from clip_rd_edge.bundle.formats import format_named
 from clip_rd_edge.bundle.manifest import is_bundle, read_manifest
 from clip_rd_edge.bundle.runs import (
     CALIBRATION_FILE,
-    EVALUATION_PREFIX,
     LOCAL_DIR,
     STUDENT_FOLDER,
     WEIGHTS_FILE,
-    read_metrics,
     read_training_record,
 )
 from clip_rd_edge.data.folders import Folder
@@ -376,7 +374,7 @@ class Building:
             results = run_suite(suite, self.open_encoder, self.reporter)
             limit = self.request.max_latency if is_here(self.request.target) else None
             label = suite.rows[-1].label
-            lines = verdict(self.found, results, label, max_latency=limit, rising=self._is_rising())
+            lines = verdict(self.found, results, label, max_latency=limit)
             write_report(msgspec.structs.replace(results, verdict=tuple(lines)), report)
             write_text(self.folder / VERDICT, "".join(f"{line}\n\n" for line in lines))
             write_text(kept, key)
@@ -395,12 +393,6 @@ class Building:
             name=Path(self.request.data).resolve().name, rows=tuple(rows), tasks=tasks, rounds=100,
             budget_ms=None,
         )  # fmt: skip
-
-    def _is_rising(self) -> bool:
-        lines = [line for line in read_metrics(self.run) if any(key.startswith(EVALUATION_PREFIX) for key in line)]
-        scores = [next(value for key, value in line.items() if key.startswith(EVALUATION_PREFIX)) for line in lines]
-        count = max(len(self.found.of("choose")), 1)
-        return len(scores) > 2 and scores[-1] - scores[-2] > 2 / count and scores[-1] >= max(scores)
 
 
 def doubtful_labels(task: ZeroShotTask, predicted: Sequence[int], probabilities: Sequence[float]) -> tuple[str, ...]:

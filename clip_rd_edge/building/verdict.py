@@ -15,19 +15,18 @@ _WEAK = 0.5  # of a class's images: below, the class is named
 _NAMED = 5
 
 
-def verdict(found: Look, results: Results, label: str, *, max_latency: float | None, rising: bool) -> list[str]:
+def verdict(found: Look, results: Results, label: str, *, max_latency: float | None) -> list[str]:
     """Return the verdict on a bundle, its first sentence first.
 
     Args:
         label: of the bundle's row; where this machine cannot run it, the verdict is on the student.
         max_latency: in milliseconds, if it can be measured here.
-        rising: whether the accuracy was still rising when the training ended.
     """
     row = next((row for row in results.rows if row.label == label), None) or results.first("student")
     if row is None:
         return ["Neither the student nor its bundle could be measured: see the report for the reasons."]
     teacher = results.first("teacher")
-    return [*_how_good(found, results, row, teacher, max_latency), *_what_next(found, results, row, teacher, rising)]
+    return [*_how_good(found, results, row, teacher, max_latency), *_what_next(found, results, row, teacher)]
 
 
 def _how_good(
@@ -58,7 +57,7 @@ def _recall(row: RowResult) -> str:
     return f"{score.image_to_text.at1:.1%} of {score.images:,} images find their caption first" if score else "-"
 
 
-def _what_next(found: Look, results: Results, row: RowResult, teacher: RowResult | None, rising: bool) -> Iterator[str]:
+def _what_next(found: Look, results: Results, row: RowResult, teacher: RowResult | None) -> Iterator[str]:
     score, reference = (headline_score(results, one) if one else None for one in (row, teacher))
     if found.kind == "images":
         yield (
@@ -74,8 +73,6 @@ def _what_next(found: Look, results: Results, row: RowResult, teacher: RowResult
     if found.kind == "classes" and untested:
         more = ", …" if len(untested) > _NAMED else ""
         yield f"No image of {len(untested):,} classes is in the test: {', '.join(untested[:_NAMED])}{more}."
-    if rising:
-        yield "The accuracy was still rising at the end: more --hours would help."
     if score and reference and reference.top1_interval.low > score.top1:
         yield "The teacher is better than the student: a larger --student or --image-size would help."
     if score and score.images < 100:
