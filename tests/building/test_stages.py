@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from clip_rd_edge.building.stages import doubtful_labels
 from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.errors import ConfigError, InputError, InterruptedRunError, UsageError
 from clip_rd_edge.utils.structs import read_yaml
+from clip_rd_edge.utils.timing import time_in_turn
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 210), "grey": (120, 120, 120)}
 
@@ -52,9 +54,11 @@ def build(world: Path, output: Path, **changed: Any) -> edge.BuiltBundle:
 
 @pytest.fixture(scope="module", autouse=True)
 def _without_what_takes_long() -> Iterator[None]:
-    """Leave out the 22,000 nouns that tokens are chosen by, and the plots of the runs."""
+    """Leave out the 22,000 nouns that tokens are chosen by, the plots of the runs, and most rounds of timing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("clip_rd_edge.building.stages.class_nouns", lambda: ["a cat", "a dog"])
+        few = partial(time_in_turn, rounds=2, warmup=0)
+        patch.setattr("clip_rd_edge.benchmarking.latency.time_in_turn", lambda calls, **_: few(calls))
         for module in ("run", "loop"):
             patch.setattr(f"clip_rd_edge.distillation.{module}.plot_run", lambda *_: None)
         yield

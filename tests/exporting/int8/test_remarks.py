@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.bundle.manifest import Tower
-from clip_rd_edge.exporting.bundle import write_fp32
+from clip_rd_edge.bundle.manifest import Tower, read_manifest
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.formats import Job
 from clip_rd_edge.exporting.int8 import trials as remarks
@@ -30,12 +29,12 @@ def outcome(*trials: tuple[str, float, float, str]) -> QuantizedTower:
 
 
 @pytest.fixture
-def job(student: ClipModel, calibration: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+def job(student: ClipModel, calibration: CalibrationSet, fp32_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     """An export on a processor that computes BF16, without OpenVINO."""
     monkeypatch.setattr(remarks, "instruction_sets", lambda: ("AVX-512 BF16",))
     monkeypatch.setattr(remarks, "find_spec", lambda name: None)
-    fp32 = write_fp32(student, tmp_path)
-    return Job(plan=Plan(), clip=student, source=tmp_path, fp32=fp32, folder=tmp_path, samples=calibration)
+    fp32 = read_manifest(fp32_bundle)
+    return Job(plan=Plan(), clip=student, source=fp32_bundle, fp32=fp32, folder=fp32_bundle, samples=calibration)
 
 
 def test_an_accurate_candidate_that_takes_little_longer_is_named_with_the_limit_that_ships_it(job: Job) -> None:
