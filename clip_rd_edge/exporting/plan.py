@@ -40,8 +40,6 @@ RTX_TARGETS = {
     "sm120": "GeForce RTX 50, RTX PRO Blackwell",
     "sm121": "GB10 (DGX Spark)",
 }
-# Those for which its builder computes Q/DQ layers in another type, so that an INT8 engine never passes its check.
-RTX_WITHOUT_INT8 = ("sm75",)
 # Devices that build their engines themselves, and the software they need for it.
 SELF_BUILDING_TARGETS = {
     "nvidia-gpu": "NVIDIA GPU with TensorRT 10 or 11",
@@ -276,7 +274,7 @@ def _conflicts(request: Export, plan: Plan, plans: tuple[Plan, ...]) -> Iterator
     engines = "TensorRT's INT8 falls back to FP16 per layer" if int8 and plan.format == "trt" else ""
     converted = "the model is a bundle already" if is_bundle(Path(request.model)) else ""
     absent = int8 and request.fallback not in (None, "none", *info.precisions)
-    folder, without_int8 = layout in ("huggingface", "immich"), plan.target in RTX_WITHOUT_INT8
+    folder = layout in ("huggingface", "immich")
     images = request.calibration is not None and is_folder(request.calibration)
     for is_given, option, reason in (
         (other and len(plans) > 1, "target", f"the layout {layout} is for one target" if other else ""),
@@ -290,7 +288,6 @@ def _conflicts(request: Export, plan: Plan, plans: tuple[Plan, ...]) -> Iterator
         (request.report is not None, "report", "" if layout == "huggingface" else "it is for {layout} huggingface"),
         (request.via != "onnx" and plan.format != "trt", "via", "it builds TensorRT engines: {format} trt"),
         (request.via != "onnx" and int8, "via", "INT8's Q/DQ nodes are in the ONNX"),
-        (int8, "precision", f"TensorRT for RTX does not compute INT8 on {plan.target}" if without_int8 else ""),
         (absent, "fallback", f"{info.title} is exported in {', '.join(info.precisions)}"),
         *((getattr(request, name) is not None, name, engines) for name in ("fallback", "max_loss", "search_minutes")),
         *(

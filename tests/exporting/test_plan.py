@@ -104,7 +104,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"format": "openvino", "precision": "fp16"}, "precision"),
     ({"format": "coreml", **INT8}, "precision"),
     ({"target": "sm99"}, "target"),
-    ({"target": "sm75", **INT8}, "precision"),  # its engines never pass their check
     ({"target": "cpu-x86,browser"}, "target"),
     ({"target": "cpu-x86,cpu-arm", "layout": "huggingface"}, "target"),
     ({"format": "tflite"}, "format"),

@@ -80,7 +80,7 @@ def symmetric_int8(
 ) -> bytes:
     """Return a prepared float32 model with S8 Q/DQ on all its layers, as file content."""
     graph = onnx.load(model)
-    ranges = measure_ranges(graph, quantized_inputs(graph), samples)
+    ranges = measure_ranges(graph, quantized_inputs(graph), samples)["percentile"]
     quantized = quantize_symmetrically(graph, ranges, max_weight=MAX_WEIGHT[weight_bits], rounded=rounded)
     return file_content(quantized)
 

@@ -157,7 +157,7 @@ def int8_tower(tower: Float32Tower, inputs: Inputs) -> TypedTower:
         model, float32 = onnx.load(prepared), open_session(str(prepared))
     out_of_range = nodes_out_of_range(model, inputs)
     all_layers = tuple(node.name for node in weighted_layers(model))
-    ranges = measure_ranges(model, quantized_inputs(model), tower.calibrate)
+    ranges = measure_ranges(model, quantized_inputs(model), tower.calibrate)["percentile"]
     rounded = None
     if tower.plan.adapts(tower.name):
         tower.reporter.update(f"rounding the weights of {len(all_layers)} layers")

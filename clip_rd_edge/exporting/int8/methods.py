@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -100,12 +99,12 @@ class StaticQuantizer:
         return {t.name: [{"reduce_range": False}] for t in constants if t.data_type == onnx.TensorProto.FLOAT}
 
     @cached_property
-    def _ranges(self) -> Mapping[str, Bounds]:
+    def _ranges(self) -> dict[RangeMethod, Bounds]:
         # The sum with a causal mask reaches −infinity. No layer reads it, but the quantiser checks every range.
         measured = measure_ranges(self._model, self._tensors, self._samples)
         return {
             method: {name: bounds for name, bounds in of_method.items() if np.isfinite(bounds).all()}
-            for method, of_method in (("min-max", measured.min_max), ("percentile", measured.percentile))
+            for method, of_method in measured.items()
         }
 
     @cached_property
@@ -324,22 +323,10 @@ def range_without_ties(low: Any, high: Any) -> tuple[Any, Any]:
     return (-high * np.float32(128 / 127), high) if symmetric else (low, high)
 
 
-@dataclass(frozen=True)
-class Ranges:
-    """Lower and upper bound per tensor name.
-
-    Attributes:
-        min_max: min and max over all samples.
-        percentile: mean over groups of samples of each group's range without outliers.
-    """
-
-    min_max: Bounds
-    percentile: Bounds
-
-
-def measure_ranges(model: onnx.ModelProto, tensors: Sequence[str], samples: Inputs) -> Ranges:
+def measure_ranges(model: onnx.ModelProto, tensors: Sequence[str], samples: Inputs) -> dict[RangeMethod, Bounds]:
     """Measure the ranges of a model's named float tensors on the first of some inputs.
 
+    Those of the percentile are means over groups of samples, of each group's range without outliers.
     ONNX Runtime's own calibrators do the same, but its percentile calibrator keeps all histograms in memory and fails
     on a tensor whose values are nearly all the same. Samples run one by one: the activations of several take gigabytes.
     """
@@ -356,7 +343,7 @@ def measure_ranges(model: onnx.ModelProto, tensors: Sequence[str], samples: Inpu
     lowest, highest = np.asarray(ends).min(axis=0)[:, 0], np.asarray(ends).max(axis=0)[:, 1]
     with np.errstate(over="ignore"):  # of a mask of float32's most negative number
         low, high = np.asarray(without_outliers, dtype=np.float32).mean(axis=0).T
-    return Ranges(
-        min_max={name: (lowest[i], highest[i]) for i, name in enumerate(tensors)},
-        percentile={name: (low[i], high[i]) for i, name in enumerate(tensors)},
-    )
+    return {
+        "min-max": {name: (lowest[i], highest[i]) for i, name in enumerate(tensors)},
+        "percentile": {name: (low[i], high[i]) for i, name in enumerate(tensors)},
+    }

@@ -16,12 +16,11 @@ import onnx
 from onnx import helper, numpy_helper
 
 from clip_rd_edge.exporting.graph import drop_unused_constants, output_axis, replace_nodes, weighted_layers
-from clip_rd_edge.exporting.int8.methods import Ranges
+from clip_rd_edge.exporting.int8.methods import Bounds
 from clip_rd_edge.exporting.int8.rounding import RoundedLayers, weight_scale
 
 MAX_LEVEL = 127  # a symmetric range does not use -128
 _ZERO_POINT = "symmetric/zero_point"
-Floats = npt.NDArray[np.float32]
 
 
 def quantized_inputs(model: onnx.ModelProto) -> list[str]:
@@ -34,7 +33,7 @@ def quantized_inputs(model: onnx.ModelProto) -> list[str]:
 
 def quantize_symmetrically(
     model: onnx.ModelProto,
-    ranges: Ranges,
+    ranges: Bounds,
     *,
     layers: Sequence[str] | None = None,
     max_weight: int = MAX_LEVEL,
@@ -90,10 +89,10 @@ def _residual_branches(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto])
 class _QdqWriter:
     """Adds Q/DQ pairs to a graph, one per tensor however many layers read it."""
 
-    def __init__(self, graph: onnx.GraphProto, ranges: Ranges, *, max_weight: int) -> None:
+    def __init__(self, graph: onnx.GraphProto, ranges: Bounds, *, max_weight: int) -> None:
         self._graph = graph
         self._max_weight = max_weight
-        self._ranges = ranges.percentile
+        self._ranges = ranges
         self._weights = {tensor.name: tensor for tensor in graph.initializer}
         self._pairs: dict[str, tuple[onnx.NodeProto, onnx.NodeProto]] = {}
         self._dequantized: dict[str, onnx.NodeProto] = {}

@@ -229,7 +229,8 @@ def test_an_image_engine_computes_in_the_requested_type(
     fp32 = build_engine(path.read_bytes(), target=target)
     assert len(mistyped_layers(fp32.log, dict.fromkeys(layers, "Half"))) == len(layers)
     assert len(engine.content) < 0.9 * len(fp32.content)
-    quantized = to_fp16(quantize_symmetrically(prepared, measure_ranges(prepared, quantized_inputs(prepared), pixels)))
+    ranges = measure_ranges(prepared, quantized_inputs(prepared), pixels)["percentile"]
+    quantized = to_fp16(quantize_symmetrically(prepared, ranges))
     int8 = build_engine(quantized.SerializeToString(), target=target)
     assert mistyped_layers(int8.log, dict.fromkeys(layers, "Int8")) == []
 

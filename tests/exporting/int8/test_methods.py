@@ -190,7 +190,8 @@ def test_q_and_dq_meet_tensorrts_requirements(mobilevit: Path) -> None:
     rng, model = np.random.default_rng(0), onnx.load(mobilevit)
     noise = rng.uniform(-1, 1, (16, 3, 1, 1)) + 0.5 * rng.standard_normal((16, 3, 64, 64))
     pixels = noise.astype(np.float32)
-    quantized = quantize_symmetrically(model, measure_ranges(model, quantized_inputs(model), pixels))
+    ranges = measure_ranges(model, quantized_inputs(model), pixels)["percentile"]
+    quantized = quantize_symmetrically(model, ranges)
     onnx.checker.check_model(quantized, full_check=True)
     constants = {t.name: numpy_helper.to_array(t) for t in quantized.graph.initializer}
     producers = {name: node for node in quantized.graph.node for name in node.output}
@@ -218,7 +219,7 @@ def test_the_residual_branch_of_a_convolution_is_quantised(
     prepared: dict[str, Path], calibration: CalibrationSet
 ) -> None:
     model = onnx.load(prepared["image"])
-    ranges = measure_ranges(model, quantized_inputs(model), calibration.calibrate.pixels)
+    ranges = measure_ranges(model, quantized_inputs(model), calibration.calibrate.pixels)["percentile"]
     quantized = quantize_symmetrically(model, ranges)
     producers = {name: node.op_type for node in quantized.graph.node for name in node.output}
     sums = [sorted(producers[name] for name in node.input) for node in quantized.graph.node if node.op_type == "Add"]

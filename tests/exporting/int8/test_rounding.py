@@ -92,7 +92,7 @@ def test_every_quantizer_finds_the_rounded_weights(tower: Path, max_level: int) 
     rounded.replace(expected, ["first", "second"])
     static = StaticQuantizer(tower, SAMPLES, weight_bits=7 if max_level == 64 else 8, rounded=rounded)
     model = onnx.load(tower)
-    ranges = measure_ranges(model, quantized_inputs(model), SAMPLES)
+    ranges = measure_ranges(model, quantized_inputs(model), SAMPLES)["percentile"]
     for quantized in (
         onnx.load_from_string(static.quantize("min-max", static.layers)),
         quantize_symmetrically(model, ranges, max_weight=max_level, rounded=rounded),
