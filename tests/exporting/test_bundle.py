@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 from PIL import Image
+from support import NOT_ADAPTED
 
 from clip_rd_edge.bundle.labels import read_labels
 from clip_rd_edge.bundle.manifest import INSTRUCTION_SETS, read_manifest, write_manifest
@@ -87,14 +88,14 @@ def test_an_int8_bundle_is_smaller_runs_and_lists_its_trials(
     converted = export_bundle(
         student,
         tmp_path / "int8",
-        Plan(precision="int8", labels=("cat",), provenance={"model": "tiny"}, search_minutes=0),
+        Plan(precision="int8", labels=("cat",), provenance=NOT_ADAPTED, search_minutes=0),
         samples=calibration,
         source=fp32_bundle,
     )
     manifest, trials = converted.manifest, converted.trials
     assert {trial.tower for trial in trials} == {"image", "text"}
     assert manifest == read_manifest(tmp_path / "int8")
-    assert manifest.provenance == {"model": "tiny", "calibration": "noise"}
+    assert manifest.provenance == {**NOT_ADAPTED, "calibration": "noise"}
     for tower in (manifest.image, manifest.text):  # the choice depends on the machine, the note on the choice
         assert tower.measured is not None
         if tower.precision == "fp32":

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support import NOT_ADAPTED
 
 import clip_rd_edge as edge
 from clip_rd_edge.benchmarking.accuracy import zero_shot
@@ -64,7 +65,7 @@ def test_it_has_the_image_tower_and_the_labels_of_the_complete_bundle(
 def test_conversions_convert_the_image_tower_alone(
     student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
-    request = replace(WITHOUT, precision="int8", fallback="fp16", search_minutes=0)
+    request = replace(WITHOUT, precision="int8", fallback="fp16", search_minutes=0, provenance=NOT_ADAPTED)
     converted = export_bundle(student, tmp_path / "a", request, samples=calibration, source=fp32_bundle)
     assert {trial.tower for trial in converted.trials} <= {"image"}
     assert {path.name for path in (tmp_path / "a").iterdir()} == {

@@ -91,7 +91,7 @@ PACKAGES = (
 )
 
 
-def find_packages(node_modules: Path | None = None) -> dict[str, Path]:
+def find_packages(node_modules: AnyPath | None = None) -> dict[str, Path]:
     """Return the files of `PACKAGES`, by the name that the page uses.
 
     Args:
@@ -101,7 +101,7 @@ def find_packages(node_modules: Path | None = None) -> dict[str, Path]:
     specs = " ".join(package.spec for package in PACKAGES)
     for package in PACKAGES:
         try:
-            source = node_modules / package.name if node_modules else _cached(package)
+            source = Path(node_modules) / package.name if node_modules else _cached(package)
             for name, file in package.files.items():
                 files[name] = source / file
                 files[name].stat()
@@ -151,18 +151,14 @@ class Browser(Layout):
 
     def check_model(self, clip: ClipModel, request: Export) -> None:
         request.reporter.update("looking for onnxruntime-web")
-        find_packages(_folder(request.node_modules))
+        find_packages(request.node_modules)
 
     def write(self, bundles: Mapping[str, Path], folder: Path, clip: ClipModel, request: Export) -> None:
         (bundle,) = bundles.values()
-        write_browser(bundle, folder, node_modules=_folder(request.node_modules))
+        write_browser(bundle, folder, node_modules=request.node_modules)
 
 
-def _folder(path: AnyPath | None) -> Path | None:
-    return Path(path) if path else None
-
-
-def write_browser(bundle: Path, folder: Path, *, node_modules: Path | None = None) -> Manifest:
+def write_browser(bundle: Path, folder: Path, *, node_modules: AnyPath | None = None) -> Manifest:
     """Write what a static web server can serve; return the bundle's manifest.
 
     index.html, …    the page of `clip-rd-edge demo`, with an api.js that runs the model in the browser
@@ -218,7 +214,7 @@ def _sizes(folder: Path, manifest: Manifest) -> dict[str, int]:
 def export_page(request: Export, labels: Sequence[str] | None) -> Manifest:
     """Write the browser folder from an existing bundle, with a label bank of `labels` unless they are None."""
     bundle, output = Path(request.model), Path(request.output)
-    manifest, node_modules = read_manifest(bundle), _folder(request.node_modules)
+    manifest = read_manifest(bundle)
     require_supported(bundle, manifest)
     if labels is not None and manifest.taught:
         raise UsageError(
@@ -226,7 +222,7 @@ def export_page(request: Export, labels: Sequence[str] | None) -> Manifest:
             hint="leave out {labels}, and type others on the page, beside the taught ones",
             option="labels",
         )
-    find_packages(node_modules)
+    find_packages(request.node_modules)
     with tempfile.TemporaryDirectory() as scratch, new_folder(output, overwrite=request.force) as folder:
         if labels is not None:
             copy = Path(scratch) / "bundle"
@@ -234,4 +230,4 @@ def export_page(request: Export, labels: Sequence[str] | None) -> Manifest:
             write_label_bank(copy, manifest, labels)
             write_manifest(copy, manifest)
             bundle = copy
-        return write_browser(bundle, folder, node_modules=node_modules)
+        return write_browser(bundle, folder, node_modules=request.node_modules)

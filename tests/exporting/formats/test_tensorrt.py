@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
-from support import float32_tower
+from support import NOT_ADAPTED, float32_tower
 
 from clip_rd_edge.bundle.manifest import read_manifest, require_current_engine
 from clip_rd_edge.exporting.bundle import export_bundle
@@ -58,7 +58,7 @@ def folder(
     export_bundle(
         student,
         bundle,
-        Plan(precision="int8", format="trt", target="jetson-orin"),
+        Plan(precision="int8", format="trt", target="jetson-orin", provenance=NOT_ADAPTED),
         source=fp32_bundle,
         samples=calibration,
     )
@@ -191,7 +191,7 @@ def test_a_tower_that_float16_spoils_beside_int8_is_not_shipped(
 
     monkeypatch.setattr(tensorrt, "to_fp16", spoiled)
     monkeypatch.setattr(tensorrt, "robust_layers", lambda layers, *_, **__: [layers[1:]])
-    plan = Plan(budget=Budget(image=0.9), provenance={"quantize": "int8"})
+    plan = Plan(budget=Budget(image=0.9), provenance=NOT_ADAPTED)
     tower = float32_tower(fp32_bundle, "image", calibration, plan=plan, calibrate=calibration.calibrate.pixels[:8])
     assert int8_tower(tower, tower.calibrate).precision == "fp16"
 

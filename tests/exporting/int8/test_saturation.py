@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from support import float32_tower
+from support import NOT_ADAPTED, float32_tower
 
 from clip_rd_edge.bundle.manifest import INSTRUCTION_SETS, read_manifest
 from clip_rd_edge.exporting.calibration import CalibrationSet
@@ -35,7 +35,7 @@ def _candidates(
 ) -> Iterator[Candidate]:
     model = prepared[tower]
     # No time to look for the layers that lose most: those of all candidates are quantised by the same code.
-    plan = Plan(weight_bits=bits)
+    plan = Plan(weight_bits=bits, provenance={} if bits == 7 else NOT_ADAPTED)
     float32 = float32_tower(model.parent, tower, calibration, count=8, model=model, plan=plan, clock=Clock(0))
     return backend.candidates(float32)
 
@@ -152,7 +152,7 @@ def test_layers_are_robust_by_what_their_files_say(
     saturating: None, prepared: dict[str, Path], calibration: CalibrationSet
 ) -> None:
     model = prepared["image"]
-    plan = Plan(weight_bits=8, budget=Budget(image=0.5), provenance={"quantize": "int8"})
+    plan = Plan(weight_bits=8, budget=Budget(image=0.5), provenance=NOT_ADAPTED)
     tower = float32_tower(model.parent, "image", calibration, count=8, model=model, plan=plan)
     quantizer = StaticQuantizer(model, tower.calibrate, weight_bits=8)
     assert len(list(candidates.static_candidates(quantizer, tower))) == 2  # none with layers in float

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from support import Watch, float32_tower, onnx_model
+from support import NOT_ADAPTED, Watch, float32_tower, onnx_model
 
 from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.bundle.manifest import Manifest, Measurement, Tower
@@ -38,7 +38,6 @@ from clip_rd_edge.settings.deploying import Export
 from clip_rd_edge.utils.timing import Clock
 
 Timed = Callable[..., None]
-NOT_ADAPTED = {"quantize": "int8"}  # so that the weights of an image tower are rounded to the nearest level
 ENTRY = Tower(file="tower.onnx", input_name="x", output_name="y", precision="fp32")
 
 

@@ -16,7 +16,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from support import pad_with_another_id
+from support import NOT_ADAPTED, pad_with_another_id
 from text_towers import clip_that_reads_signs
 from tokenizers import Tokenizer
 from transformers import AutoConfig, CLIPImageProcessor, PreTrainedTokenizerFast
@@ -60,7 +60,7 @@ def exported(
     model = tmp_path_factory.mktemp("model") / "student"
     own = dataclasses.replace(student, templates=PROMPTS, labels=("red", "blue"))
     save_clip(model, own, provenance={"recipe": "clip-rd", "data": "pairs.csv", "configuration": {"quantize": None}})
-    plan = Plan(layout="huggingface", precision="int8", fallback="fp32", search_minutes=0)
+    plan = Plan(layout="huggingface", precision="int8", fallback="fp32", search_minutes=0, provenance=NOT_ADAPTED)
     return output, export_layout(load_clip(str(model)), Export(model, output), plan, samples=calibration)
 
 
