@@ -109,23 +109,6 @@ def test_an_int8_bundle_is_smaller_runs_and_lists_its_trials(
     assert all(check.passed for check in verify_bundle(tmp_path / "int8"))
 
 
-def test_an_interrupted_export_leaves_nothing(
-    student: ClipModel, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(_: ClipModel, folder: Path) -> Path:
-        (folder / "image.onnx").write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("clip_rd_edge.exporting.bundle.export_image_tower", interrupt)
-    old = tmp_path / "out" / "bundle"
-    shutil.copytree(fp32_bundle, old)
-    for output in (tmp_path / "out" / "new", old):
-        with pytest.raises(KeyboardInterrupt):
-            export_bundle(student, output, Plan(precision="fp32"), overwrite=True)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["bundle"]
-    assert all(check.passed for check in verify_bundle(old))  # the existing bundle is untouched
-
-
 def test_a_tokenizer_that_gives_other_ids_is_refused(
     student: ClipModel, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

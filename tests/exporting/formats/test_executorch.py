@@ -11,8 +11,6 @@ from support import require_the_models_answers
 
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
-from clip_rd_edge.exporting.formats.executorch import executorch_backend
-from clip_rd_edge.exporting.int8.candidates import Float32Tower
 from clip_rd_edge.exporting.int8.trials import Trial
 from clip_rd_edge.exporting.plan import Plan
 from clip_rd_edge.models.clip import ClipModel
@@ -48,21 +46,6 @@ def executorch_bundle(student: ClipModel, fp32_bundle: Path, tmp_path_factory: p
 
 def test_a_float32_bundle_gives_the_models_answers(fp32_bundle: Path, executorch_bundle: Path) -> None:
     require_the_models_answers(executorch_bundle, fp32_bundle, runtime="executorch", suffix=".pte")
-
-
-@pytest.mark.parametrize(
-    ("tower", "names"),
-    [
-        ("image", ["static", "static, matrix products in float", "static in convolutions", "dynamic"]),
-        ("text", ["dynamic"]),  # the model's convolutions are those of its image tower
-    ],
-)
-def test_only_a_tower_with_convolutions_is_quantised_statically(
-    student: ClipModel, tower: str, names: list[str]
-) -> None:
-    none = np.zeros((1, 1))
-    float32 = Float32Tower(name=tower, model=Path(f"{tower}.pte"), calibrate=none, held_out=none)
-    assert [candidate.name for candidate in executorch_backend(student).candidates(float32)] == names
 
 
 @pytest.mark.slow

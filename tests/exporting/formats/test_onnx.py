@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +9,11 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from support import onnx_model
 
-from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.formats.onnx import FP16_MAX, fp16_tower, nodes_out_of_range, to_fp16
 from clip_rd_edge.exporting.graph import prepare_for_quantization
 from clip_rd_edge.exporting.parity import agreement, embed
-from clip_rd_edge.exporting.plan import Plan
-from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
-from clip_rd_edge.runtime.verify import verify_bundle
 
 
 def _types(model: onnx.ModelProto) -> dict[str, int]:
@@ -124,16 +119,3 @@ def test_a_finite_mask_stays_finite() -> None:
     model = _tower_with_large_values(-3.4e38)
     constants = {t.name: numpy_helper.to_array(t) for t in to_fp16(model).graph.initializer}
     assert constants["scale/fp16"] == -FP16_MAX
-
-
-def test_a_float16_bundle_is_half_the_size_and_passes_verification(
-    student: ClipModel, fp32_bundle: Path, tmp_path: Path
-) -> None:
-    bundle = tmp_path / "fp16"
-    manifest = export_bundle(student, bundle, Plan(precision="fp16", labels=("cat",)), source=fp32_bundle).manifest
-    assert manifest.precision == manifest.image.precision == manifest.text.precision == "fp16"
-    for name in ("image.onnx", "text.onnx"):
-        assert (bundle / name).stat().st_size < 0.52 * (fp32_bundle / name).stat().st_size
-    assert all(check.passed for check in verify_bundle(bundle))
-    kinds = Counter(node.op_type for node in onnx.load(bundle / "text.onnx").graph.node)
-    assert kinds["Softmax"] == 3

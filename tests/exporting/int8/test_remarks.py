@@ -47,16 +47,6 @@ def test_an_accurate_candidate_that_takes_little_longer_is_named_with_the_limit_
     assert not list(remarks.remarks(job, {"image": others}, ORT))
 
 
-@pytest.mark.parametrize(("ratio", "named"), [(0.9, True), (0.3, False)])
-def test_bf16_is_named_where_openvino_would_be_faster_in_it(
-    job: Job, ratio: float, named: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = {"image": outcome(("a", ratio, 0.999, "shipped"))}
-    assert ["openvino" in remark for remark in remarks.remarks(job, found, ORT)] == [True] * named
-    monkeypatch.setattr(remarks, "instruction_sets", lambda: ("AVX2",))
-    assert not list(remarks.remarks(job, found, ORT))
-
-
 @pytest.mark.parametrize(("bf16", "min_agreement", "command"), [
     (4.0, 0.9, "--format openvino --precision bf16"), (9.5, 0.9, "--format openvino"), (9.5, 0.999999, None)
 ])  # fmt: skip
