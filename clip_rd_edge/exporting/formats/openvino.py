@@ -35,21 +35,19 @@ class OpenVino(Format):
         """Write the bundle; latency is measured against float32 in ONNX Runtime."""
         if job.plan.precision == "int8":
             return write_int8(job, OPENVINO)
+        precision, threads = job.plan.precision, job.plan.threads
+        bf16 = precision == "bf16"
 
         def convert(name: str, tower: Tower) -> Tower:
-            model = shutil.copyfile(job.source / tower.file, job.folder / tower.file)
-            return _measured(str(model), tower, job.inputs[name], job.plan.precision, job.plan.threads)
+            model = str(shutil.copyfile(job.source / tower.file, job.folder / tower.file))
+            session, reference = open_openvino(model, threads=threads, bf16=bf16), open_session(model, threads=threads)
+            measured, note = measure(session, reference, job.inputs[name], threads=threads), ""
+            if measured.speedup < 1:
+                times = f"{1 / measured.speedup:.2f} times as long here as float32 in ONNX Runtime"
+                note = f"{precision}: OpenVINO takes {times}."
+            return msgspec.structs.replace(tower, precision=precision, note=note, measured=measured)
 
         return job.convert_towers(convert, doing="comparing OpenVINO with ONNX Runtime", target=TARGET)
-
-
-def _measured(model: str, tower: Tower, inputs: Inputs, precision: str, threads: int) -> Tower:
-    session = open_openvino(model, threads=threads, bf16=precision == "bf16")
-    measured = measure(session, open_session(model, threads=threads), inputs, threads=threads)
-    note = ""
-    if measured.speedup < 1:
-        note = f"{precision}: OpenVINO takes {1 / measured.speedup:.2f} times as long here as float32 in ONNX Runtime."
-    return msgspec.structs.replace(tower, precision=precision, note=note, measured=measured)
 
 
 def openvino_candidates(tower: Float32Tower) -> Iterator[Candidate]:

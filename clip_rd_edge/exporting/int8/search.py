@@ -155,7 +155,9 @@ def quantize_tower(tower: Float32Tower, entry: Tower, backend: Backend = ORT) ->
     tower = replace(tower, reference=reference)
     same = agreement(reference, reference)
     fp32 = MeasuredCandidate(_FP32, latencies_ms[_FP32], same, tower.model.stat().st_size)
-    few, measured = _few_of(tower), {}
+    few, measured = tower, {}
+    if len(tower.held_out) > _FEW:  # by which no accuracy is judged
+        few = replace(tower, held_out=tower.held_out[:_FEW], reference=reference[:_FEW], correct=None)
     for number, (name, candidate) in enumerate(opened.items(), 1):
         reporter.update("comparing candidates", number, len(opened), str(clock))
         measured[name] = _measured(name, candidate, latencies_ms[name], few, backend)
@@ -176,14 +178,6 @@ def quantize_tower(tower: Float32Tower, entry: Tower, backend: Backend = ORT) ->
         instruction_sets=backend.instruction_sets(file.content) if file else (),
     )
     return QuantizedTower(file.content if file else None, written, choice.trials)
-
-
-def _few_of(tower: Float32Tower) -> Float32Tower:
-    """Return a tower with a few of its held-out samples, by which no accuracy is judged."""
-    assert tower.reference is not None
-    if len(tower.held_out) <= _FEW:
-        return tower
-    return replace(tower, held_out=tower.held_out[:_FEW], reference=tower.reference[:_FEW], correct=None)
 
 
 class _OpenCandidate(NamedTuple):
