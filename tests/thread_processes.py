@@ -168,9 +168,9 @@ def lose_the_second(how: str) -> str:
     with join_processes() as processes:
         processes.meet()
         try:
-            with processes.together(soon=True):
-                if processes.rank == 1:
-                    os.kill(os.getpid(), signal.Signals[how])
+            if processes.rank == 1:
+                os.kill(os.getpid(), signal.Signals[how])
+            processes.meet()
         except RuntimeError as error:
             return str(lost_process(error, processes))
     return "nothing is lost"

@@ -39,7 +39,6 @@ from clip_rd_edge.bundle.encoder import (
     Embeddings,
     Encoder,
     Scoring,
-    embed_batches,
     embeds_texts,
     in_batches,
     label_embeddings,
@@ -356,7 +355,7 @@ def embed_images(encoder: Encoder, files: Sequence[ImageFile], task: str, report
         reporter.update(task, batch.stop, len(files))
         return np.concatenate(rows)
 
-    return embed_batches(encoder, in_batches(len(files), BATCH_SIZE), embed)
+    return np.concatenate([embed(batch) for batch in in_batches(len(files), BATCH_SIZE)])
 
 
 SAMPLES_PER_OUTCOME = 6  # correct ones, and as many wrong ones

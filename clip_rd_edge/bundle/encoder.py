@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Protocol, runtime_checkable
 
 import msgspec
@@ -74,15 +74,6 @@ class Encoder(Protocol):
 
 
 @runtime_checkable
-class SharedEncoder(Encoder, Protocol):
-    """An encoder that several processes run together: all call the same methods in the same order, and get all rows."""
-
-    def share(self, batches: Sequence[slice], embed: Callable[[slice], Embeddings]) -> Embeddings:
-        """Return the rows of all batches, each of which one of the processes computes with `embed`."""
-        ...
-
-
-@runtime_checkable
 class LabelsEncoder(Encoder, Protocol):
     """An encoder that may have no text tower, only the labels that it has stored."""
 
@@ -99,13 +90,6 @@ class LabelsEncoder(Encoder, Protocol):
 def embeds_texts(encoder: Encoder) -> bool:
     """Return whether an encoder has a text tower."""
     return not isinstance(encoder, LabelsEncoder) or encoder.has_text_tower
-
-
-def embed_batches(encoder: Encoder, batches: Sequence[slice], embed: Callable[[slice], Embeddings]) -> Embeddings:
-    """Return the rows of all batches, computed by this process or, for a `SharedEncoder`, by several."""
-    if isinstance(encoder, SharedEncoder):
-        return encoder.share(batches, embed)
-    return np.concatenate([embed(batch) for batch in batches])
 
 
 def in_batches(count: int, batch_size: int) -> list[slice]:

@@ -6,8 +6,8 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,6 @@ from clip_rd_edge.data.order import StepSampler
 from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, load_checkpoint, save_checkpoint, seed_everything
 from clip_rd_edge.distillation.loader import Batch, ViewDataset, step_loader
 from clip_rd_edge.distillation.metrics import (
-    EncoderOfAllProcesses,
     MetricsLog,
     Tracker,
     embedding_geometry,
@@ -50,7 +49,7 @@ from clip_rd_edge.utils.host import FREED_MEMORY_KEPT
 if TYPE_CHECKING:
     from clip_rd_edge.distillation.metrics import Predictions
     from clip_rd_edge.distillation.quantized import ActivationRanges
-    from clip_rd_edge.distillation.run import Run
+    from clip_rd_edge.distillation.run import Evaluate, Run
 
 
 # A GPU is waited for where a number is read: in steps between two looks at whether the run diverges, and in seconds
@@ -177,9 +176,11 @@ class Training:
             prefetch=self.setup.pairs.prefetch,
         )
         batches = step_loader(self.dataset, sampler, workers=run.config.workers, note=run.reporter.note)
+        # Several processes stop together, after a step: elsewhere they cannot agree.
+        stopped_at_once = run.stop.at_once if run.processes.world_size == 1 else nullcontext
         while state.done < state.steps:
             try:
-                with self._clock.counting("waited"), run.stopped_at_once():
+                with self._clock.counting("waited"), stopped_at_once():
                     batch = next(batches)
             except Stopped:
                 if state.done > state.saved and state.optimizer.is_finite:
@@ -222,24 +223,30 @@ class Training:
         return self.state.done == self.state.steps or (every > 0 and self.state.done % every == 0)
 
     def evaluate(self) -> None:
-        """Evaluate if that is due, and save the best student; if a signal ends it, the resumed run repeats it."""
+        """Evaluate in the main process if that is due; if a signal ends it, the resumed run repeats it."""
         self.scores = {}
-        run, state, processes = self.run, self.state, self.run.processes
-        if not (run.evaluate and self._is_evaluation_due):
-            return
-        processes.broadcast(state.student.model.buffers())  # those that are saved
-        with self._clock.counting("evaluated"):
+        if self.run.evaluate and self._is_evaluation_due:
+            with self._clock.counting("evaluated"):
+                self.scores = self.run.processes.on_main(partial(self._score, self.run.evaluate))
+
+    def _score(self, evaluate: Evaluate) -> dict[str, float]:
+        """Return the student's scores, and save it if they are the best; none if a signal has ended the evaluation."""
+        run, state = self.run, self.state
+        try:
+            with run.stop.at_once(), named_divergence(run.folder):
+                scores = evaluate(state.encoder)
+        except Stopped:
+            return {}
+        path = run.folder / BEST_FOLDER / DISTILLATION_FILE
+        best: dict[str, float] = msgspec.json.decode(path.read_bytes())["evaluation"] if path.is_file() else {}
+        # A resumed run may have other tasks.
+        if best.keys() != scores.keys() or statistics.fmean(scores.values()) > statistics.fmean(best.values()):
+            record = {**provenance(run.config, self.setup, steps=state.done), "evaluation": scores}
             try:
-                with run.stopped_at_once(), named_divergence(run.folder):
-                    self.scores = run.evaluate(EncoderOfAllProcesses(state.encoder, processes, run.stop))
-            except Stopped:
-                return
-            if processes.is_main:
-                record = partial(provenance, run.config, self.setup, steps=state.done)
-                try:
-                    _save_if_best(run.folder, state.student, self.scores, record)
-                except UsageError as error:  # such as a folder that is open in another window, on Windows
-                    run.reporter.note(f"the best student is not saved: {error}")
+                save_clip(run.folder / BEST_FOLDER, state.student, provenance=record)
+            except UsageError as error:  # such as a folder that is open in another window, on Windows
+                run.reporter.note(f"the best student is not saved: {error}")
+        return scores
 
     def _repeat_evaluation(self) -> None:
         """Evaluate after the last step of the interrupted run, if that was due and a signal ended it."""
@@ -358,18 +365,3 @@ class _Clock:
         since = self.elapsed
         yield
         setattr(self, name, getattr(self, name) + self.elapsed - since)
-
-
-def _save_if_best(
-    run: Path, student: ClipModel, evaluation: Mapping[str, float], provenance: Callable[[], dict[str, Any]]
-) -> None:
-    """Write the student to `RUN/best` if its mean score exceeds that of the student saved there, on the same tasks.
-
-    Only then is `provenance` called, which hashes the teacher's weights.
-    """
-    path = run / BEST_FOLDER / DISTILLATION_FILE
-    best: dict[str, float] = msgspec.json.decode(path.read_bytes())["evaluation"] if path.is_file() else {}
-    # A resumed run may have other tasks.
-    if best.keys() == evaluation.keys() and statistics.fmean(evaluation.values()) <= statistics.fmean(best.values()):
-        return
-    save_clip(run / BEST_FOLDER, student, provenance={**provenance(), "evaluation": dict(evaluation)})

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, evaluations by all processes, plots, and predictions to look at."""
+"""What a run reports: metrics.jsonl, plots, and predictions to look at."""
 
 from __future__ import annotations
 
@@ -20,13 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_rd_edge.bundle.encoder import Description, Embeddings, Encoder, as_list, in_batches, label_embeddings
+from clip_rd_edge.bundle.encoder import label_embeddings
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import Pixels, preprocess
 from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, METRICS_FILE, TERM_PREFIX, read_metrics
 from clip_rd_edge.data.samples import BadSamples, Samples
-from clip_rd_edge.distillation.processes import Processes, Stopped, StopRequest
-from clip_rd_edge.errors import InputError
 from clip_rd_edge.losses.terms import EmbeddingBatch
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.utils.files import write_bytes
@@ -127,54 +125,6 @@ def mean_similarities(image: Tensor, text: Tensor) -> tuple[float, float]:
     # Σ_ij v_i·t_j = (Σ_i v_i)·(Σ_j t_j): memory grows with B·D rather than with B².
     total = (image.float().sum(dim=0) @ text.float().sum(dim=0)).item()
     return positive / pairs, (total - positive) / (pairs * (pairs - 1)) if pairs > 1 else math.nan
-
-
-TEXT_BATCH = 64
-
-
-class EncoderOfAllProcesses:
-    """Runs an encoder, the same one in each process, on batches that the processes take in turn.
-
-    Implements `bundle.encoder.SharedEncoder`. Batches are those of a single process, so that scores do not depend on
-    the number of processes. All processes notice after each round of batches what happened to one of them, and whether
-    a signal requests a stop; in a single one, the signal itself stops it.
-    """
-
-    def __init__(self, encoder: Encoder, processes: Processes, request: StopRequest) -> None:
-        self._encoder, self._processes, self._request = encoder, processes, request
-
-    def describe(self) -> Description:
-        return self._encoder.describe()
-
-    def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
-        """Embed images in this process alone."""
-        return self._encoder.encode_images(images)
-
-    def encode_texts(self, texts: str | Sequence[str]) -> Embeddings:
-        """Embed texts, which are the same in all processes, in all of them."""
-        texts = as_list(texts)
-        batches = in_batches(len(texts), TEXT_BATCH)
-        return self.share(batches, lambda batch: self._encoder.encode_texts(texts[batch]))
-
-    def share(self, batches: Sequence[slice], embed: Callable[[slice], Embeddings]) -> Embeddings:
-        """See `SharedEncoder`."""
-        processes = self._processes
-        processes.meet()
-        counts = processes.gather_objects(len(batches))
-        if len(set(counts)) > 1:
-            raise InputError(
-                f"The processes of the run have different evaluation data: {counts} batches.",
-                hint="give all machines the same files",
-            )
-        rows = []
-        for first in range(0, len(batches), processes.world_size):
-            own = batches[first : first + processes.world_size][processes.rank : processes.rank + 1]
-            with processes.together(soon=True):
-                embeddings = [] if self._request else [embed(batch) for batch in own]
-            if processes.any(bool(self._request)):
-                raise Stopped
-            rows += [part for parts in processes.gather_objects(embeddings) for part in parts]
-        return np.concatenate(rows)
 
 
 STUDENT_COLOUR, TEACHER_COLOUR = "#c2410c", "#1d4ed8"

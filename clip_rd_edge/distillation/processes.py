@@ -1,8 +1,8 @@
 """The processes of a run, a single one or those that torchrun started: how they share work, and how they stop.
 
 A process that ends closes its connections, which the others notice at once. One that is stopped, or whose machine is
-off, keeps them open: the others end TIMEOUT after it should have come to a step, or to a part of an evaluation. Before
-the first step, they wait for as long as an index or a store of embeddings may take.
+off, keeps them open: the others end TIMEOUT after it should have come to a step. Before the first step, and while the
+main process evaluates, they wait for as long as that may take.
 
 SIGINT, SIGTERM and SIGHUP stop a run between two steps with its state saved, and elsewhere at once. Job schedulers and
 service managers send SIGTERM to every process of a job, so the loader's workers get it, too. They ignore it: the run
@@ -37,7 +37,7 @@ from clip_rd_edge.models.clip import default_device
 from clip_rd_edge.utils.process import handled_by, leave_lost_terminal, stop_signals
 
 TIMEOUT = timedelta(minutes=10)  # of a message between processes that train
-_LONGEST_WAIT = timedelta(days=7)  # for the main process before the first step
+_LONGEST_WAIT = timedelta(days=7)  # for the main process: an index, a store of embeddings, an evaluation
 _BUCKET_MB = 64  # of gradients per message
 T = TypeVar("T")
 
@@ -182,19 +182,13 @@ class Processes:
         return f", on {self.hosts[rank]}," if self.hosts else ""
 
     @contextmanager
-    def together(self, *, soon: bool = False) -> Iterator[None]:
-        """Raise an error of this package in the body as `agree` does; the body sends no messages.
-
-        Args:
-            soon: whether all processes come to its end within TIMEOUT, as in `meet`; otherwise, however late.
-        """
+    def together(self) -> Iterator[None]:
+        """Raise an error of this package in the body as `agree` does; the body sends no messages."""
         error: ClipRdEdgeError | None = None
         try:
             yield
         except ClipRdEdgeError as caught:
             error = caught
-        if soon:
-            self.meet()
         self.agree(error)
 
     @contextmanager

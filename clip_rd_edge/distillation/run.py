@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -98,8 +98,8 @@ def run_distillation(
         resume: continue from the newest checkpoint in `folder`, if there is one; a finished run is left unchanged.
         accept_changes: resume also if data or teacher are no longer those that the run began with.
         reporter: receives the progress of indexing, storing and training, and messages about what was decided.
-        evaluate: called with the student every `config.evaluate_every` steps and at the end, in all processes with an
-            encoder that they share. Its scores are added to the metrics, and the best student is saved as `RUN/best`.
+        evaluate: called with the student every `config.evaluate_every` steps and at the end, in the main process. Its
+            scores are added to the metrics, and the best student is saved as `RUN/best`.
         tasks: those of `evaluate`; a tracker shows the student's predictions about images of the first.
     """
     with open_run(config, folder, resume=resume, reporter=reporter) as run:
@@ -215,13 +215,6 @@ class Run:
     @property
     def student(self) -> Path:
         return self.folder / STUDENT_FOLDER
-
-    def stopped_at_once(self) -> AbstractContextManager[None]:
-        """Within the block, a signal raises `Stopped` in a single process.
-
-        Several stop together, after a step or a round of batches: elsewhere they cannot agree.
-        """
-        return self.stop.at_once() if self.processes.world_size == 1 else nullcontext()
 
     def interrupted(self, done: int, steps: int) -> InterruptedRunError:
         """Return the error for a stopped run, whose state was saved after `done` steps."""

@@ -228,7 +228,6 @@ def test_all_steps_and_evaluations_are_of_the_rounded_tower(
     monkeypatch.setattr(QuantizedTower, "forward", count)
 
     def evaluate(encoder: Any) -> dict[str, float]:
-        encoder = getattr(encoder, "_encoder", encoder)  # that all processes share, or the one that they share
         evaluated.append(encoder._image_tower)
         return {"colours": 0.5}
 
