@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import gzip
 import io
-import math
 import pickle
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, NamedTuple
 
@@ -33,6 +32,7 @@ from msgspec import Meta
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
+from torchvision.transforms.autoaugment import _apply_op  # RandAugment's operations cannot be called otherwise
 
 from clip_rd_edge.bundle.manifest import MAX_EMBEDDING_SIZE
 from clip_rd_edge.bundle.preprocess import MAX_EDGE, Preprocessing
@@ -50,6 +50,10 @@ from clip_rd_edge.utils.structs import CheckedStruct, PositiveFloat
 from clip_rd_edge.utils.text import Reporter, is_unicode, shown_sources
 
 _MAX_MAGNITUDE = 10_000  # pixels of a translation are the largest
+OPERATIONS = (  # of torchvision's RandAugment, by their numbers
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
+    "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
+)  # fmt: skip
 
 
 class StoredTeacher(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -265,49 +269,18 @@ def read_sample(pairs: Reinforced, index: int, stored: StoredTeachers) -> Reinfo
         )
 
 
-def augment(image: Image.Image, augmentation: Augmentation, *, size: int) -> Image.Image:
+def augment(original: Image.Image, augmentation: Augmentation, *, size: int) -> Image.Image:
     """Return what the teachers saw: a crop, resized to `size` pixels, and RandAugment's operations on it."""
     top, left, height, width, operations = augmentation
     with _as_expected(f"The augmentation {augmentation}"):
         _require(
-            top + height <= image.height and left + width <= image.width,
-            f"the image has {image.width} × {image.height} pixels, so that it is not the one that was augmented",
+            top + height <= original.height and left + width <= original.width,
+            f"the image has {original.width} × {original.height} pixels, so that it is not the one that was augmented",
         )
-        image = F.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BICUBIC)
+        image: Any = F.resized_crop(original, top, left, height, width, [size, size], InterpolationMode.BICUBIC)
         for name, magnitude in operations:
-            image = _OPERATIONS[name](image, magnitude)
+            image = _apply_op(image, name, magnitude, InterpolationMode.NEAREST, None)
     return image
-
-
-def _affine(image: Image.Image, *, x: float = 0, y: float = 0, shear: Sequence[float] = (0, 0)) -> Image.Image:
-    # Shears are about the corner, as in AutoAugment's own implementation, and so in torchvision's.
-    centre = [0, 0] if any(shear) else None
-    moved: Image.Image = F.affine(image, 0.0, [int(x), int(y)], 1.0, list(shear), center=centre)
-    return moved
-
-
-def _degrees(slope: float) -> float:
-    return math.degrees(math.atan(slope))
-
-
-# As in torchvision's RandAugment, whose operations cannot be called one by one, in the order of their numbers.
-_OPERATIONS: Mapping[str, Callable[[Image.Image, float], Image.Image]] = {
-    "Identity": lambda image, _: image,
-    "ShearX": lambda image, m: _affine(image, shear=(_degrees(m), 0.0)),
-    "ShearY": lambda image, m: _affine(image, shear=(0.0, _degrees(m))),
-    "TranslateX": lambda image, m: _affine(image, x=m),
-    "TranslateY": lambda image, m: _affine(image, y=m),
-    "Rotate": lambda image, m: F.rotate(image, m),
-    "Brightness": lambda image, m: F.adjust_brightness(image, 1.0 + m),
-    "Color": lambda image, m: F.adjust_saturation(image, 1.0 + m),
-    "Contrast": lambda image, m: F.adjust_contrast(image, 1.0 + m),
-    "Sharpness": lambda image, m: F.adjust_sharpness(image, 1.0 + m),
-    "Posterize": lambda image, m: F.posterize(image, int(m)),
-    "Solarize": lambda image, m: F.solarize(image, m),
-    "AutoContrast": lambda image, _: F.autocontrast(image),
-    "Equalize": lambda image, _: F.equalize(image),
-}
-OPERATIONS = tuple(_OPERATIONS)
 
 
 def _resized(image: Image.Image, model: Preprocessing) -> Levels:
