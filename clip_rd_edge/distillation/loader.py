@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -14,7 +12,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import spawn
-from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +38,6 @@ _WITHOUT_SHARED_MEMORY = (
     "load without processes: {workers} 0, or give the container more shared memory: docker's shm-size is 64 MB by "
     "default"
 )
-_ENDING_S = 1.0
 _MUCH, _STEPS, _SECONDS = 0.1, 16, 5.0  # the share of waiting that calls for more workers, and how long it is measured
 _WORKER_BYTES = 512 << 20  # of a worker that decodes a large photograph
 _NO_PIXELS: Levels = np.zeros((0, 0, 3), dtype=np.uint8)
@@ -190,70 +186,48 @@ def step_loader(
             at most 8, and doubles their number while steps wait for batches, up to `most_workers`.
         note: called with a sentence when there will be more workers, and once when steps wait without that.
     """
-    steps, count = _Steps(sampler), workers if workers >= 0 else min(8, _cores() // 2)
+    steps, count, goes_on = iter(sampler), workers if workers >= 0 else min(8, _cores() // 2), True
     is_told = count == 0
-    while not steps.is_done:
-        steps.is_paused, wait = False, _Wait(2 * count)
-        with closing(_load(dataset, steps, count)) as batches:
-            for batch in wait.timed(batches):
+
+    def until_paused() -> Iterator[list[View]]:
+        while not goes_on and (views := next(steps, None)) is not None:
+            yield views
+
+    while goes_on:
+        goes_on = False
+        with closing(_load(dataset, until_paused(), count)) as batches:
+            for batch, share in _with_share_of_waiting(batches, skipped=2 * count):
                 yield batch
-                if is_told or steps.is_paused or wait.share < _MUCH:
+                if is_told or goes_on or share < _MUCH:
                     continue
-                said = f"steps wait for data {wait.share:.0%} of the time, with {count} loader process"
+                said = f"steps wait for data {share:.0%} of the time, with {count} loader process"
                 said += "es" * (count > 1)
                 more = min(2 * count, most_workers(batch)) if workers < 0 else count
                 if more > count:
                     note(f"{said}: there will be {more}")
-                    count, steps.is_paused = more, True  # batches that are being loaded are still used
+                    count, goes_on = more, True  # batches that are being loaded are still used
                 else:
                     note(f"{said}{'' if workers > 0 else ', as many as this machine has room for'}")
                     is_told = True
 
 
-class _Steps:
-    """The views of one step after another, as long as they are not paused."""
+def _with_share_of_waiting(batches: Iterable[Batch], *, skipped: int) -> Iterator[tuple[Batch, float]]:
+    """Yield each batch with the share of the time that went into waiting for batches.
 
-    def __init__(self, steps: Iterable[list[View]]) -> None:
-        self._steps = iter(steps)
-        self.is_paused = self.is_done = False
-
-    def __iter__(self) -> Iterator[list[View]]:
-        while not self.is_paused:
-            try:
-                views = next(self._steps)
-            except StopIteration:
-                self.is_done = True
-                return
-            yield views
-
-
-class _Wait:
-    """How much of the time goes into waiting for batches.
-
-    Args:
-        skipped: number of first batches that do not count: those that the workers begin with.
-
-    Attributes:
-        share: of the last _STEPS batches and _SECONDS, when they have just passed; else 0.
+    It is that of the last _STEPS batches and _SECONDS, when they have just passed; else 0. The `skipped` first ones,
+    with which the workers begin, do not count.
     """
-
-    def __init__(self, skipped: int) -> None:
-        self.share, self._skipped = 0.0, skipped
-
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        count, waited, since = -self._skipped, 0.0, time.perf_counter()
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            now = time.perf_counter()
-            count, waited, self.share = count + 1, waited + now - asked, 0.0
-            if count >= _STEPS and now - since >= _SECONDS:
-                self.share, count = waited / (now - since), 0
-            if count == 0:
-                waited, since = 0.0, now
-            yield batch
+    count, waited, since = -skipped, 0.0, time.perf_counter()
+    asked = since
+    for batch in batches:
+        now, share = time.perf_counter(), 0.0
+        count, waited = count + 1, waited + now - asked
+        if count >= _STEPS and now - since >= _SECONDS:
+            share, count = waited / (now - since), 0
+        if count == 0:
+            waited, since = 0.0, now
+        yield batch, share
+        asked = time.perf_counter()
 
 
 def _cores() -> int:
@@ -285,32 +259,12 @@ def _load(dataset: ViewDataset, steps: Iterable[list[View]], workers: int) -> Ge
         except OSError as error:
             unstarted = f"The loader processes could not be started: {error.strerror or error}."
             raise machine_failure(error) or UnreachableError(unstarted, hint=_WITHOUT_SHARED_MEMORY) from error
-    processes: Sequence[BaseProcess] = getattr(batches, "_workers", ())
-    try:
-        for batch in batches:
-            if isinstance(batch, _Failure):
-                raise batch.error from RuntimeError(batch.traceback)
-            if dataset.substitute:
-                dataset.bad.add(batch.bad)
-            yield batch
-    except BaseException:
-        _end_soon(processes)
-        raise
-
-
-def _end_soon(workers: Sequence[BaseProcess]) -> None:
-    """Terminate the workers that have not ended in a second: torch waits five for each that waits for a store."""
-
-    def terminate() -> None:
-        for worker in workers:
-            worker.terminate()
-
-    if sys.is_finalizing():  # no thread starts any more: waiting for one would never end
-        terminate()
-        return
-    timer = threading.Timer(_ENDING_S, terminate)
-    timer.daemon = True
-    timer.start()
+    for batch in batches:
+        if isinstance(batch, _Failure):
+            raise batch.error from RuntimeError(batch.traceback)
+        if dataset.substitute:
+            dataset.bad.add(batch.bad)
+        yield batch
 
 
 def _start_worker(parent: int, _worker: int) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -201,25 +200,3 @@ def test_a_spawned_worker_does_not_run_the_users_script_again(pairs_csv: Path, m
     assert len(list(step_loader(dataset, StepSampler([24], 5, seed=3, steps=range(1)), workers=0))) == 1
     assert sent == [set()]
     assert keys()
-
-
-LEFT_OPEN = """
-import sys
-from clip_rd_edge.bundle.preprocess import Preprocessing
-from clip_rd_edge.data.load import load_pairs
-from clip_rd_edge.data.order import StepSampler
-from clip_rd_edge.distillation.loader import ViewDataset, step_loader
-from clip_rd_edge.distillation.pixels import Crops
-
-size = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
-dataset = ViewDataset(load_pairs(sys.argv[1]), size, (), crops=Crops(scale=(0.5, 1.0)), seed=3)
-batches = step_loader(dataset, StepSampler([24], 5, seed=3, steps=range(9)), workers=int(sys.argv[2]))
-next(batches)
-raise SystemExit("stopped")  # with the loader in a traceback, or in a variable, as in a user's own script
-"""
-
-
-def test_a_program_ends_whose_loader_is_still_open(pairs_csv: Path) -> None:
-    command = [sys.executable, "-c", LEFT_OPEN, str(pairs_csv), "1"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert (ended.returncode, ended.stderr) == (1, "stopped\n")

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from failing_datasets import work_for
-from support import PATIENCE_S, wait_until, write_pairs
+from support import PATIENCE_S, write_pairs
 from thread_processes import fork_server
 from tiny_runs import tiny_run, weights
 
@@ -29,7 +28,7 @@ from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import Batch, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
-from clip_rd_edge.distillation.processes import Stopped, stop_on_signals, stop_signals_blocked
+from clip_rd_edge.distillation.processes import stop_on_signals, stop_signals_blocked
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import InterruptedRunError
 from clip_rd_edge.models.students import student_config
@@ -197,20 +196,6 @@ def test_loader_workers_survive_the_signals_of_their_group_and_end_with_the_run(
     captions += [batch.captions for batch in batches]
     assert captions == [batch.captions for batch in step_loader(dataset(pairs_csv), sampler, workers=0)]
     assert not any(worker.is_alive() for worker in workers)
-
-
-@posix
-def test_a_worker_that_hangs_ends_when_the_run_does(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
-    monkeypatch.setattr(ViewDataset, "__getitem__", lambda *_: time.sleep(60))  # a batch takes six minutes
-    batches = step_loader(dataset(pairs_csv), StepSampler([24], 6, seed=0, steps=range(4)), workers=1)
-    interrupt = threading.Timer(1.0, terminate)
-    with stop_on_signals():
-        interrupt.start()
-        with pytest.raises(Stopped):
-            next(batches)
-    batches.close()  # type: ignore[attr-defined]
-    assert wait_until(lambda: not multiprocessing.active_children())
 
 
 def from_elsewhere(pid: int | None, number: signal.Signals) -> None:
