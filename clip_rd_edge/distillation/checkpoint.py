@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
 import random
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +19,6 @@ from clip_rd_edge.errors import ConfigError, InterruptedRunError, LostProcessErr
 from clip_rd_edge.utils.files import disk_full_error, sha256_of
 from clip_rd_edge.utils.outputs import LOCK_FILE, new_folder
 from clip_rd_edge.utils.text import SILENT, Reporter
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 KEPT_CHECKPOINTS = 2  # the second newest is a fallback in case the newest is damaged on disk
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -69,31 +64,13 @@ def save_checkpoint(run: Path, step: int, parts: Mapping[str, Any]) -> Path:
     folder = run / CHECKPOINTS_FOLDER / f"step-{step}"
     with new_folder(folder) as temporary:
         with (temporary / STATE_FILE).open("wb") as file:
-            # The digest is of what was to be written, so that it also tells errors of the way to the disk.
-            hashing = _HashingWriter(file)
-            torch.save(state, cast(IO[bytes], hashing))
-            file.flush()
-            os.fsync(file.fileno())
+            torch.save(state, file)
         # In the format of sha256sum.
-        (temporary / CHECKSUM_FILE).write_text(f"{hashing.digest.hexdigest()}  {STATE_FILE}\n")
+        (temporary / CHECKSUM_FILE).write_text(f"{sha256_of(temporary / STATE_FILE)}  {STATE_FILE}\n")
     for old in list_checkpoints(run)[:-KEPT_CHECKPOINTS]:
         # Somebody may have it open, which Windows and NFS do not like; the next save tries again.
         shutil.rmtree(old, ignore_errors=True)
     return folder
-
-
-class _HashingWriter(io.RawIOBase):
-    """Writes to a file and computes the SHA-256 of what it writes."""
-
-    def __init__(self, file: io.BufferedWriter) -> None:
-        self._file, self.digest = file, hashlib.sha256()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Buffer) -> int:
-        self.digest.update(data)
-        return self._file.write(data)
 
 
 def list_checkpoints(run: Path) -> list[Path]:

@@ -11,7 +11,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import numpy as np
@@ -24,7 +24,6 @@ from tiny_runs import assert_same_weights, stop_at, tiny_run, weights
 from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.data.tasks import load_task
-from clip_rd_edge.distillation import checkpoint
 from clip_rd_edge.distillation import loop as train
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig
@@ -128,14 +127,15 @@ def test_a_killed_run_resumes_to_the_same_weights_and_stays_as_it_is(
 def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
     config: RunConfig, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, write = tmp_path / "run", checkpoint._HashingWriter.write
+    run, save = tmp_path / "run", torch.save
 
-    def fail(self: checkpoint._HashingWriter, data: bytes) -> int:
+    def fail(state: object, file: IO[bytes]) -> None:
         if len(list_checkpoints(run)) == 1:
+            file.write(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(self, data)
+        save(state, file)
 
-    monkeypatch.setattr(checkpoint._HashingWriter, "write", fail)
+    monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(DiskFullError, match="step 3"):
         distil(config, run)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-3"]  # nothing half-written
