@@ -28,7 +28,7 @@ from clip_rd_edge.bundle.manifest import is_bundle, read_manifest
 from clip_rd_edge.bundle.runs import LOCAL_DIR, STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.data import emoji
 from clip_rd_edge.distillation.config import Precision, RunConfig, load_recipe
-from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
+from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import InputError, InterruptedRunError
 from clip_rd_edge.exporting.bundle import export_bundle
 from clip_rd_edge.exporting.calibration import calibration_set
@@ -88,8 +88,7 @@ def run_quickstart(request: Quickstart, open_encoder: OpenEncoder, launch: Launc
     for number, (title, run_stage) in enumerate(stages, start=1):
         reporter.begin(title, number, len(stages))
         try:
-            with resumed_by_the_same_call():
-                run_stage(request)
+            run_stage(request)
         except KeyboardInterrupt:  # outside the trainings, which save their state: the stage begins anew
             raise InterruptedRunError(
                 f"Interrupted in stage {number} of {len(stages)}; the stages before it are kept.",

@@ -64,7 +64,7 @@ from clip_rd_edge.data.folders import Folder
 from clip_rd_edge.data.tasks import Task, ZeroShotTask, load_task
 from clip_rd_edge.distillation.checkpoint import BEST_FOLDER
 from clip_rd_edge.distillation.metrics import last_evaluation
-from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
+from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.setup import note_overlap
 from clip_rd_edge.distillation.speed import measure_speed
 from clip_rd_edge.errors import InterruptedRunError, UsageError
@@ -145,8 +145,7 @@ class Building:
             for number, (title, stage) in enumerate(stages, start=1):
                 self.reporter.begin(title, number, len(stages))
                 try:
-                    with resumed_by_the_same_call():
-                        stage()
+                    stage()
                 except KeyboardInterrupt:
                     raise InterruptedRunError(
                         f"Interrupted in stage {number} of {len(stages)}; the stages before it are kept.",

@@ -78,7 +78,7 @@ if TYPE_CHECKING:
     from clip_rd_edge.data.tasks import Task
 
 Evaluate = Callable[[Encoder], dict[str, float]]
-_RESUME = "resume with the same command and {resume}"
+_RESUME = "run the same command again, distill with {resume}"
 
 
 @float32_on_cpu()
@@ -296,16 +296,6 @@ def _sole_writer(folder: Path, processes: Processes) -> Iterator[None]:
 
         processes.on_main(lock)
         yield
-
-
-@contextmanager
-def resumed_by_the_same_call() -> Iterator[None]:
-    """Within the block, an interruption's hint is that of commands that always resume, without --resume."""
-    try:
-        yield
-    except (InterruptedRunError, DiskFullError) as error:
-        first = "free some space, then " if isinstance(error, DiskFullError) else ""
-        raise type(error)(str(error), hint=f"{first}run the same command again to resume") from error
 
 
 def check_folder(

@@ -30,7 +30,7 @@ from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, CHECKPOINTS_FOLDER
 from clip_rd_edge.distillation.config import CROP_SCALE, RunConfig
 from clip_rd_edge.distillation.embed import STORE_STAGE
 from clip_rd_edge.distillation.metrics import mean_similarities
-from clip_rd_edge.distillation.run import check_folder, resumed_by_the_same_call, run_distillation
+from clip_rd_edge.distillation.run import check_folder, run_distillation
 from clip_rd_edge.distillation.setup import RunInputs, data_inputs, input_difference, sha256_of_file, training_pairs
 from clip_rd_edge.distillation.student import crops_of, empty_student, takes_text
 from clip_rd_edge.errors import DivergedRunError, UsageError
@@ -118,7 +118,7 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
     Args:
         teacher: model name, as in `load_clip`; None tunes the built-in teacher in `folder`.
     """
-    with torch_threads(suite.threads), exclusive_writer(folder), resumed_by_the_same_call():
+    with torch_threads(suite.threads), exclusive_writer(folder):
         runs = list(suite.runs())
         for remark in training_data_remark(suite):
             reporter.note(remark)
