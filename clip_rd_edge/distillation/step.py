@@ -213,8 +213,10 @@ class TrainingStep:
         pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
         with _buffers_kept(self.student.model) if self.settings.recompute else nullcontext():
             torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
-        if self.settings.compile:
-            _separate_gradients(self._towers)
+        if self.settings.compile and self.settings.chunks > 1:
+            # torch takes such gradients over as they are, also views of one buffer; the next chunk adds to them.
+            for parameter in self._towers.parameters():
+                parameter.grad = None if parameter.grad is None else parameter.grad.clone()
 
     def _gather(self, chunks: list[Batch], targets: list[Targets], image: Tensor, text: Tensor) -> EmbeddingBatch:
         local = [image.detach().float(), text.detach().float()]
@@ -310,20 +312,6 @@ def _buffer_values(model: nn.Module) -> list[Tensor]:
 def _restore_buffers(model: nn.Module, values: list[Tensor]) -> None:
     for buffer, own in zip(model.buffers(), values, strict=True):
         buffer.copy_(own)
-
-
-def _separate_gradients(model: nn.Module) -> None:
-    """Give each gradient memory of its own: what changes one in place, as the sum over chunks, must not change another.
-
-    From a compiled backward pass, torch takes over gradients as they are, also views of one buffer. Those of a ViT's
-    class token and positions are such views for a single image.
-    """
-    taken = set[int]()
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            if (storage := parameter.grad.untyped_storage().data_ptr()) in taken:
-                parameter.grad = parameter.grad.clone()
-            taken.add(storage)
 
 
 @torch.no_grad()
