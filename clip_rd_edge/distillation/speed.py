@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from clip_rd_edge.bundle.runs import RUN_CONFIG_FILE
 from clip_rd_edge.data.order import StepSampler
 from clip_rd_edge.distillation.config import Precision, RecordedConfig, RunConfig
 from clip_rd_edge.distillation.embed import make_teachers
-from clip_rd_edge.distillation.loader import Batch, step_loader
+from clip_rd_edge.distillation.loader import step_loader
 from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.setup import RunSetup, make_dataset
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, step_settings
@@ -36,48 +36,55 @@ _FASTER = 0.95
 
 
 def with_measured_precision(config: RunConfig, setup: RunSetup, processes: Processes, reporter: Reporter) -> RunConfig:
-    """Return the configuration with each precision `auto` replaced by the faster one on this machine."""
-    single = Processes(device=processes.device)
-    to_device(setup.student.model, single.device)
+    """Return the configuration with each precision `auto` replaced by the faster one on this machine.
+
+    All processes take the most robust one that any of them chose. Student and objective stay as they are.
+    """
+    device = processes.device
+    single, model = Processes(device=device), to_device(setup.student.model, device)
     set_training_mode(setup.student, config)
     local_size = config.recipe.batch_size // processes.world_size
     sampler = StepSampler(setup.pairs.groups, local_size, seed=config.seed, steps=range(1))
     with processes.together():
         batch = next(iter(step_loader(make_dataset(config, setup), sampler, workers=0)))
 
-    # New ones each time, so that no cached caption embeddings remain.
-    make = partial(make_teachers, config, setup, single.device)
-    if setup.teachers:
-        precision, reason = config.teacher_precision, f"{config.teacher_precision}, as requested"
-        if precision == "auto" and not any(pixels.numel() for pixels in batch.teacher_pixels):
-            precision, reason = "fp32", "fp32, as there are no images whose embedding could be timed"
-        elif precision == "auto":
-            kinds = measured_precisions(single.device)
-            calls = {name: partial(_embed_images, make(AUTOCAST[name]), batch) for name in kinds}
-            precision, reason = _measure_precision(calls, "embedding a batch's images", single.device)
-        config = with_precision(config, teacher=_common_precision(precision, processes))
-        reporter.note(f"precision of the teacher{'s' if len(setup.teachers) > 1 else ''}: {reason}")
+    def teachers(precision: str) -> list[Teacher]:
+        """New ones each time, so that no cached caption embeddings remain."""
+        return make_teachers(config, setup, device, AUTOCAST[precision])
 
-    def make_step(autocast: torch.dtype | None) -> TrainingStep:
+    def embedding(precision: Precision) -> Callable[[], object]:
+        pairs = list(zip(teachers(precision), batch.teacher_pixels, strict=True))
+        return lambda: [teacher.embed_images(pixels) for teacher, pixels in pairs]
+
+    def step(precision: Precision) -> Callable[[], object]:
         teacher: BatchTeacher | None = None
         if setup.ensemble is not None and setup.stored is not None:
-            teacher = StoredTeacher(setup.ensemble, single.device)
+            teacher = StoredTeacher(setup.ensemble, device)
         elif setup.teachers:
-            teacher = LiveTeacher(make(AUTOCAST[config.teacher_precision]))
-        objective = setup.objective.to(single.device)
-        settings = step_settings(config, autocast, single.device)
+            teacher = LiveTeacher(teachers(config.teacher_precision))
         # An empty bank serves: its products have the same precision in every case.
-        bank = make_bank(config, len(setup.pairs), None, setup.ensemble, single.device)
-        return TrainingStep(setup.student, teacher, objective, single, settings, bank=bank)
+        bank = make_bank(config, len(setup.pairs), None, setup.ensemble, device)
+        settings = step_settings(config, AUTOCAST[precision], device)
+        return partial(TrainingStep(setup.student, teacher, objective, single, settings, bank=bank), batch, 0)
 
-    precision, reason = _choose_precision(config.recipe.precision, make_step, batch, single.device)
+    def common(precision: str) -> str:
+        return next(name for name in ("fp32", "bf16", "fp16") if processes.any(precision == name))
+
+    if setup.teachers:
+        if config.teacher_precision == "auto" and not any(pixels.numel() for pixels in batch.teacher_pixels):
+            precision, reason = "fp32", "fp32, as there are no images whose embedding could be timed"
+        else:
+            precision, reason = _choose(config.teacher_precision, embedding, "embedding a batch's images", device)
+        config = with_precision(config, teacher=common(precision))
+        reporter.note(f"precision of the teacher{'s' if len(setup.teachers) > 1 else ''}: {reason}")
+    objective = setup.objective.to(device)
+    state = copy.deepcopy(model.state_dict())  # the steps update running statistics of batch norms
+    precision, reason = _choose(config.recipe.precision, step, "a step", device)
+    model.load_state_dict(state)
+    model.zero_grad(set_to_none=True)
+    objective.zero_grad(set_to_none=True)
     reporter.note(f"precision: {reason}")
-    return with_precision(config, student=_common_precision(precision, processes))
-
-
-def _common_precision(precision: str, processes: Processes) -> str:
-    """Return the precision that all processes use: the most robust one that any of them chose."""
-    return next(name for name in ("fp32", "bf16", "fp16") if processes.any(precision == name))
+    return with_precision(config, student=common(precision))
 
 
 def with_precision(config: RunConfig, *, student: str | None = None, teacher: str | None = None) -> RunConfig:
@@ -96,37 +103,22 @@ def measured_precisions(device: torch.device) -> tuple[Precision, ...]:
     return ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")
 
 
-def _embed_images(teachers: Sequence[Teacher], batch: Batch) -> None:
-    for teacher, pixels in zip(teachers, batch.teacher_pixels, strict=True):
-        teacher.embed_images(pixels)
-
-
-def _choose_precision(
-    requested: Precision, make_step: Callable[[torch.dtype | None], TrainingStep], batch: Batch, device: torch.device
+def _choose(
+    requested: Precision, make: Callable[[Precision], Callable[[], object]], task: str, device: torch.device
 ) -> tuple[Precision, str]:
-    """Return the precision to train in, and the reason as a sentence; student and objective stay as they are."""
+    """Return a precision, for `auto` the fastest of those that `make` returns a call for; and why, in words."""
     if requested != "auto":
         return requested, f"{requested}, as requested"
-    steps = {name: make_step(AUTOCAST[name]) for name in measured_precisions(device)}
-    model, objective = steps["fp32"].student.model, steps["fp32"].objective
-    state = copy.deepcopy(model.state_dict())  # the steps update running statistics of batch norms
-    choice = _measure_precision({name: partial(step, batch, 0) for name, step in steps.items()}, "a step", device)
-    model.load_state_dict(state)
-    model.zero_grad(set_to_none=True)
-    objective.zero_grad(set_to_none=True)
-    return choice
 
-
-def _measure_precision(
-    calls: Mapping[Precision, Callable[[], object]], task: str, device: torch.device
-) -> tuple[Precision, str]:
     def finished(call: Callable[[], object]) -> None:
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # a call returns once its kernels are queued
 
-    times = time_in_turn({name: partial(finished, call) for name, call in calls.items()}, rounds=3, warmup=1)
-    fastest = {name: float(times[name].min()) for name in calls}
+    kinds = measured_precisions(device)
+    calls: dict[str, Callable[[], object]] = {name: partial(finished, make(name)) for name in kinds}
+    times = time_in_turn(calls, rounds=3, warmup=1)
+    fastest = {name: float(times[name].min()) for name in kinds}
     precision: Precision = "fp32"
     for name, milliseconds in fastest.items():
         if milliseconds < _FASTER * fastest[precision]:

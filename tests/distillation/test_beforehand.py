@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -11,27 +10,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import Watch, tiny_clip
+from support import Watch
 from tiny_runs import tiny_run
 
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.runs import RUN_CONFIG_FILE, read_metrics
 from clip_rd_edge.data.tasks import ZeroShotTask
 from clip_rd_edge.distillation import speed
-from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes import Processes
-from clip_rd_edge.distillation.setup import fitting_batch, note_overlap
+from clip_rd_edge.distillation.setup import fitting_batch, load_setup, note_overlap
 from clip_rd_edge.distillation.speed import (
     Speed,
-    _choose_precision,
-    _measure_precision,
+    _choose,
     measure_speed,
-    measured_precisions,
+    with_measured_precision,
     with_steps_for,
 )
-from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.utils.structs import to_yaml
 
 
@@ -89,18 +84,6 @@ def test_what_is_held_back_is_evaluated_and_not_trained_on(pairs_csv: Path, tmp_
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
-    """Return a function that chooses among given times in milliseconds, on a device that is not there."""
-
-    def choose(device: torch.device, **times: float) -> tuple[str, str]:
-        arrays = {name: np.asarray([value, 2 * value]) for name, value in times.items()}
-        monkeypatch.setattr(speed, "time_in_turn", lambda calls, **_: {name: arrays[name] for name in calls})
-        return _measure_precision({name: lambda: None for name in measured_precisions(device)}, "a step", device)
-
-    return choose
-
-
 @pytest.mark.parametrize(
     ("device", "times", "expected"),
     [
@@ -110,20 +93,19 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
     ],
 )
 def test_fewer_bits_are_taken_only_if_they_are_noticeably_faster(
-    measured: Callable[..., tuple[str, str]], device: torch.device, times: dict[str, float], expected: str
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, times: dict[str, float], expected: str
 ) -> None:
-    assert measured(device, **times)[0] == expected
+    arrays = {name: np.asarray([value, 2 * value]) for name, value in times.items()}
+    monkeypatch.setattr(speed, "time_in_turn", lambda calls, **_: {name: arrays[name] for name in calls})
+    assert _choose("auto", lambda name: lambda: None, "a step", device)[0] == expected
 
 
-def test_a_measured_model_has_the_weights_statistics_and_gradients_of_before() -> None:
-    student, objective = tiny_clip(), Objective(Weights(task=1))
-    before = {name: value.clone() for name, value in student.model.state_dict().items()}
-
-    def make_step(autocast: torch.dtype | None) -> TrainingStep:
-        return TrainingStep(student, None, objective, Processes(), StepSettings(autocast=autocast))
-
-    batch = Batch(torch.randint(256, (4, 3, 32, 32)).byte(), (), ["a cat", "a dog", "a", "b"])
-    _, reason = _choose_precision("auto", make_step, batch, CPU)
-    assert "measured" in reason
-    assert all(torch.equal(value, before[name]) for name, value in student.model.state_dict().items())
-    assert all(parameter.grad is None for parameter in [*student.model.parameters(), *objective.parameters()])
+def test_a_measured_model_has_the_weights_statistics_and_gradients_of_before(pairs_csv: Path) -> None:
+    config = tiny_run("clip", {"batch_size": 4, "precision": "auto"}, data=str(pairs_csv))
+    setup, watch = load_setup(config, name="student", processes=Processes()), Watch()
+    before = {name: value.clone() for name, value in setup.student.model.state_dict().items()}
+    measured = with_measured_precision(config, setup, Processes(), watch)
+    assert measured.recipe.precision in ("fp32", "bf16")
+    assert "measured" in watch.noted[-1]
+    assert all(torch.equal(value, before[name]) for name, value in setup.student.model.state_dict().items())
+    assert all(p.grad is None for p in [*setup.student.model.parameters(), *setup.objective.parameters()])
