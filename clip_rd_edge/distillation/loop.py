@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,10 @@ from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, load_checkpoint, s
 from clip_rd_edge.distillation.loader import Batch, ViewDataset, step_loader
 from clip_rd_edge.distillation.metrics import (
     MetricsLog,
-    Tracker,
     embedding_geometry,
     last_evaluation,
     peak_memory_on,
+    plot_predictions,
     plot_run,
 )
 from clip_rd_edge.distillation.optimizer import RunOptimizer, diverged_error, named_divergence
@@ -40,14 +40,14 @@ from clip_rd_edge.distillation.step import AUTOCAST, StepResult, TrainingStep, s
 from clip_rd_edge.distillation.store import QueueBank, make_bank
 from clip_rd_edge.distillation.student import set_training_mode
 from clip_rd_edge.distillation.teacher import BatchTeacher
-from clip_rd_edge.errors import UsageError, in_one_line
+from clip_rd_edge.distillation.trackers import Tracker, open_tracker
+from clip_rd_edge.errors import in_one_line
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.utils.host import FREED_MEMORY_KEPT
 
 if TYPE_CHECKING:
-    from clip_rd_edge.distillation.metrics import Predictions
     from clip_rd_edge.distillation.quantized import ActivationRanges
     from clip_rd_edge.distillation.run import Evaluate, Run
 
@@ -141,10 +141,8 @@ class Training:
         self.run, self.setup, self.state, self.dataset = run, setup, state, dataset
         self._start, is_main = state.done, run.processes.is_main
         self._log = MetricsLog(run.folder, start=self._start) if is_main else None
-        self._tracker = Tracker()
+        self._tracker: Tracker | None = None
         if is_main and run.config.report_to:
-            from clip_rd_edge.distillation.trackers import open_tracker
-
             self._tracker = open_tracker(run.config, run.folder, start=self._start, reporter=run.reporter)
         self._clock = _Clock()
 
@@ -152,7 +150,7 @@ class Training:
         """Train from where the state is to the last step."""
         run, state = self.run, self.state
         hooks = (self.save, self.evaluate, self.end_early, self.report, self.draw, self.stop)
-        with run.stop.deferred(), self._tracker, FREED_MEMORY_KEPT:
+        with run.stop.deferred(), self._tracker or nullcontext(), FREED_MEMORY_KEPT:
             self._repeat_evaluation()
             self.end_early()
             self._clock = _Clock()
@@ -229,6 +227,11 @@ class Training:
             with self._clock.counting("evaluated"):
                 self.scores = self.run.processes.on_main(partial(self._score, self.run.evaluate))
 
+    @property
+    def _evaluation(self) -> dict[str, float]:
+        """The scores as in a line of metrics.jsonl."""
+        return {f"{EVALUATION_PREFIX}{name}": value for name, value in self.scores.items()}
+
     def _score(self, evaluate: Evaluate) -> dict[str, float]:
         """Return the student's scores, and save it if they are the best; none if a signal has ended the evaluation."""
         run, state = self.run, self.state
@@ -242,10 +245,7 @@ class Training:
         # A resumed run may have other tasks.
         if best.keys() != scores.keys() or statistics.fmean(scores.values()) > statistics.fmean(best.values()):
             record = {**provenance(run.config, self.setup, steps=state.done), "evaluation": scores}
-            try:
-                save_clip(run.folder / BEST_FOLDER, state.student, provenance=record)
-            except UsageError as error:  # such as a folder that is open in another window, on Windows
-                run.reporter.note(f"the best student is not saved: {error}")
+            save_clip(run.folder / BEST_FOLDER, state.student, provenance=record)
         return scores
 
     def _repeat_evaluation(self) -> None:
@@ -254,7 +254,10 @@ class Training:
         if self._start and self.run.processes.any(is_missing):
             self.evaluate()
             if self.scores and self._log:
-                self._tracker.add(self._log.add_evaluation(self._start, self.scores))
+                line = {"step": self._start, **self._evaluation}
+                self._log.write(line)
+                if self._tracker:
+                    self._tracker.add(line)
 
     def end_early(self) -> None:
         """Make this step the last one if as many evaluations as the run's patience have not been better."""
@@ -285,10 +288,11 @@ class Training:
                     "gradient_norm": state.optimizer.gradient_norm.item(),
                     "logit_scale": self.setup.student.logit_scale,
                     **figures,
-                    **{f"{EVALUATION_PREFIX}{name}": value for name, value in self.scores.items()},
+                    **self._evaluation,
                 }
                 self._log.write(line)
-                self._tracker.write(line)
+                if self._tracker:
+                    self._tracker.write(line)
             if self.scores:
                 scores = ", ".join(f"{name} {value:.1%}" for name, value in self.scores.items())
                 run.reporter.note(f"step {state.done:,}: {scores}")
@@ -315,26 +319,22 @@ class Training:
             f"{figures['memory_mb'] / 1e3:.1f} GB{bad}, {figures['data_wait']:.0%} waiting for data"
         )
 
-    @cached_property
-    def _predictions(self) -> Predictions:
-        """Predictions about images of the run's first task, for a tracker that shows them."""
-        from clip_rd_edge.distillation.metrics import Predictions
-
-        return Predictions(next(iter(self.setup.tasks), None), self.setup.pairs, self.state.encoder)
-
     def draw(self) -> None:
         """After an evaluation, plot the run so far, and show the tracker what the student predicts."""
         run, done = self.run, self.state.done
         if not (run.processes.is_main and self._is_evaluation_due):
             return
+        report = run.folder / REPORT_FOLDER
         with self._clock.counting("evaluated"):
             try:
-                self._tracker.show(done, lambda path: self._predictions.plot(path))
-                if self.setup.tasks and run.config.report_to != "tensorboard":  # which has drawn them
-                    (run.folder / REPORT_FOLDER).mkdir(exist_ok=True)
-                    self._predictions.plot(run.folder / REPORT_FOLDER / PREDICTIONS_FILE)
+                report.mkdir(exist_ok=True)
+                if self.setup.tasks or (run.config.report_to == "tensorboard" and self.setup.pairs.counts.pairs):
+                    path, task = report / PREDICTIONS_FILE, next(iter(self.setup.tasks), None)
+                    plot_predictions(task, self.setup.pairs, self.state.encoder, path)
+                    if self._tracker:
+                        self._tracker.show(done, path)
                 if done < self.state.steps:  # else it is plotted once the student is saved
-                    plot_run(run.folder, run.folder / REPORT_FOLDER)
+                    plot_run(run.folder, report)
             except Exception as error:  # noqa: BLE001 - a run must not end by its plots
                 run.reporter.note(f"the plots of step {done:,} could not be drawn: {in_one_line(error)}")
 

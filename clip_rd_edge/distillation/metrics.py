@@ -6,12 +6,10 @@ import io
 import math
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,13 +23,11 @@ from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import Pixels, preprocess
 from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, METRICS_FILE, TERM_PREFIX, read_metrics
 from clip_rd_edge.data.samples import BadSamples, Samples
+from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.losses.terms import EmbeddingBatch
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.host import peak_memory_bytes
-
-if TYPE_CHECKING:
-    from clip_rd_edge.data.tasks import Task
 
 
 class MetricsLog:
@@ -44,42 +40,12 @@ class MetricsLog:
     def __init__(self, run: Path, *, start: int) -> None:
         self._path = run / METRICS_FILE
         kept = [line for line in read_metrics(run) if line["step"] <= start]
-        self._write_all(kept)
-
-    def add_evaluation(self, step: int, scores: Mapping[str, float]) -> dict[str, Any]:
-        """Add scores to the line of the last logged step if it is `step`, else write a line for them; return them."""
-        evaluation = {f"{EVALUATION_PREFIX}{name}": value for name, value in scores.items()}
-        lines = read_metrics(self._path.parent)
-        logged = lines.pop() if lines and lines[-1]["step"] == step else {"step": step}
-        self._write_all([*lines, {**logged, **evaluation}])
-        return {"step": step, **evaluation}
-
-    def _write_all(self, lines: list[dict[str, Any]]) -> None:
-        write_bytes(self._path, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+        write_bytes(self._path, b"".join(msgspec.json.encode(line) + b"\n" for line in kept))
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line and flush it to disk."""
         with self._path.open("ab") as file:
             file.write(msgspec.json.encode(line) + b"\n")
-
-
-class Tracker:
-    """Receives the lines of metrics.jsonl. This base class ignores them."""
-
-    def write(self, line: Mapping[str, float | None]) -> None:
-        """Report the line of a step; a step that the tracker has already is not reported again."""
-
-    def add(self, line: Mapping[str, float | None]) -> None:
-        """Report more figures of a step that was reported before."""
-
-    def show(self, step: int, plot: Callable[[Path], None]) -> None:
-        """Show a step's predictions; `plot` plots them into a file, at the cost of computing them."""
-
-    def __enter__(self) -> Tracker:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Report whether the run has finished; nothing is reported after that."""
 
 
 def last_evaluation(run: Path, *, step: int) -> dict[str, float]:
@@ -184,25 +150,6 @@ def _plot_evaluations(lines: list[dict[str, Any]], path: Path) -> None:
         axis.legend(frameon=False, fontsize=9)
 
 
-class Prediction(NamedTuple):
-    """The text that a model finds the most probable for an image, and the right one."""
-
-    image: Image.Image
-    right: str
-    found: str
-    probability: float
-
-
-def plot_predictions(predictions: Sequence[Prediction], path: Path) -> None:
-    """Plot images with what was found in them, and with what is right where that is wrong."""
-    with _figure(path, len(predictions), "Predictions", xlabel="") as axes:
-        for axis, (image, right, found, probability) in zip(axes, predictions, strict=True):
-            axis.imshow(image)
-            axis.set_axis_off()
-            lines = [f"{_short(found)} {probability:.0%}", *([] if found == right else [f"({_short(right)})"])]
-            axis.set_title("\n".join(lines), fontsize=8, color="black" if found == right else STUDENT_COLOUR)
-
-
 def _short(text: str) -> str:
     return verbatim(textwrap.shorten(text, 40, placeholder=" …"))
 
@@ -246,58 +193,45 @@ SAMPLES = 12
 MAX_LABELS = 64  # of a task with more; a thousand would take the time of many steps
 
 
-@dataclass
-class Predictions:
-    """A student's predictions about images of a task or, without one, of the pairs that it is trained on.
+def plot_predictions(task: Task | None, pairs: Samples, encoder: TorchEncoder, path: Path) -> None:
+    """Plot a student's predictions about images of a task or, without one, of the pairs that it is trained on.
 
-    An image of a class is compared with the task's labels; one with a caption, with the captions of the others.
+    An image of a class is compared with the task's labels; one with a caption, with the captions of the others. Beside
+    what was found in it, there is what is right where that is wrong.
     """
+    thumbnails, pixels, own = list[Image.Image](), list[Pixels](), list[str]()
+    for image, text in _open_some(task, pairs):
+        pixels.append(preprocess(image, encoder.clip.preprocessing))
+        thumbnails.append(image.copy())
+        thumbnails[-1].thumbnail((128, 128))
+        own.append(text)
+    labels, template = list[str](), "{}"
+    if isinstance(task, ZeroShotTask):
+        order = np.random.default_rng(0).permutation(len(task.labels))
+        labels, template = [task.labels[index] for index in order[:MAX_LABELS]], task.templates[0]
+    texts = list(dict.fromkeys([*own, *labels]))
+    embeddings = label_embeddings(encoder, texts, [template])
+    rows = encoder.clip.scoring.probabilities(encoder.encode_pixels(np.stack(pixels)), embeddings)
+    with _figure(path, len(own), "Predictions", xlabel="") as axes:
+        for axis, thumbnail, right, row in zip(axes, thumbnails, own, rows, strict=True):
+            axis.imshow(thumbnail)
+            axis.set_axis_off()
+            found = texts[row.argmax()]
+            lines = [f"{_short(found)} {row.max():.0%}", *([] if found == right else [f"({_short(right)})"])]
+            axis.set_title("\n".join(lines), fontsize=8, color="black" if found == right else STUDENT_COLOUR)
 
-    task: Task | None
-    pairs: Samples
-    encoder: TorchEncoder
 
-    def plot(self, path: Path) -> None:
-        """Plot the predictions into a PNG file; without a task and pairs, there are none."""
-        if not (self.task or self.pairs.counts.pairs):
-            return
-        thumbnails, pixels, own = self._samples
-        labels, template = list[str](), "{}"
-        from clip_rd_edge.data.tasks import ZeroShotTask
-
-        if isinstance(self.task, ZeroShotTask):
-            order = np.random.default_rng(0).permutation(len(self.task.labels))
-            labels, template = [self.task.labels[index] for index in order[:MAX_LABELS]], self.task.templates[0]
-        texts = list(dict.fromkeys([*own, *labels]))
-        embeddings = label_embeddings(self.encoder, texts, [template])
-        rows = self.encoder.clip.scoring.probabilities(self.encoder.encode_pixels(pixels), embeddings)
-        found = [texts[row.argmax()] for row in rows]
-        plot_predictions(list(map(Prediction, thumbnails, own, found, rows.max(axis=1).tolist())), path)
-
-    @cached_property
-    def _samples(self) -> tuple[list[Image.Image], Pixels, list[str]]:
-        """N thumbnails, the model's inputs (N, 3, H, W), and the right texts."""
-        thumbnails, pixels, texts = list[Image.Image](), list[Pixels](), list[str]()
-        for image, text in self._open():
-            pixels.append(preprocess(image, self.encoder.clip.preprocessing))
-            thumbnails.append(image.copy())
-            thumbnails[-1].thumbnail((128, 128))
-            texts.append(text)
-        return thumbnails, np.stack(pixels), texts
-
-    def _open(self) -> Iterator[tuple[Image.Image, str]]:
-        """Open some images, chosen at random, each with its class or its first caption."""
-        from clip_rd_edge.data.tasks import RetrievalTask
-
-        task, permutation = self.task, np.random.default_rng(0).permutation
-        if task is None:
-            bad = BadSamples(self.pairs, max_share=1)
-            for image, own in map(bad.take, permutation(self.pairs.counts.pairs)[:SAMPLES].tolist()):
-                yield image, own[0]
-        elif isinstance(task, RetrievalTask):
-            captions = task.first_captions()
-            for index in permutation(sorted(captions))[:SAMPLES].tolist():
-                yield open_image(task.images[index]), task.captions[captions[index]]
-        else:
-            for index in permutation(len(task.images))[:SAMPLES].tolist():
-                yield open_image(task.images[index]), task.labels[task.targets[index]]
+def _open_some(task: Task | None, pairs: Samples) -> Iterator[tuple[Image.Image, str]]:
+    """Open some images, chosen at random, each with its class or its first caption."""
+    permutation = np.random.default_rng(0).permutation
+    if task is None:
+        bad = BadSamples(pairs, max_share=1)
+        for image, own in map(bad.take, permutation(pairs.counts.pairs)[:SAMPLES].tolist()):
+            yield image, own[0]
+    elif isinstance(task, RetrievalTask):
+        captions = task.first_captions()
+        for index in permutation(sorted(captions))[:SAMPLES].tolist():
+            yield open_image(task.images[index]), task.captions[captions[index]]
+    else:
+        for index in permutation(len(task.images))[:SAMPLES].tolist():
+            yield open_image(task.images[index]), task.labels[task.targets[index]]

@@ -13,7 +13,8 @@ import importlib.util
 import inspect
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from math import isfinite
 from pathlib import Path
 
@@ -21,10 +22,9 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from clip_rd_edge.bundle.runs import PREDICTIONS_FILE, REPORT_FOLDER, read_metrics
+from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.distillation.checkpoint import TENSORBOARD_FOLDER, TRACKING_FILE
 from clip_rd_edge.distillation.config import RunConfig, TrackerName
-from clip_rd_edge.distillation.metrics import Tracker
 from clip_rd_edge.errors import MissingExtraError, UsageError
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.structs import read_json, to_json
@@ -34,8 +34,10 @@ PROJECT = "clip-rd-edge"  # of Weights & Biases, unless the user's variables nam
 _EXTRAS: dict[TrackerName, str] = {"tensorboard": "train", "wandb": "wandb"}
 
 
-def require_tracker(name: TrackerName) -> None:
-    """Check that a tracker can be used, before anything else of a run begins."""
+def require_tracker(name: TrackerName | None) -> None:
+    """Check that a tracker can be used, if one was named, before anything else of a run begins."""
+    if name is None:
+        return
     if importlib.util.find_spec(name) is None:
         raise MissingExtraError(name, extra=_EXTRAS[name], purpose=f"{{report_to}} {name}")
     if name == "wandb":
@@ -48,13 +50,12 @@ def open_tracker(config: RunConfig, run: Path, *, start: int, reporter: Reporter
     return WandbRun(run, config, reporter) if config.report_to == "wandb" else TensorBoardLog(run, start=start)
 
 
-class TensorBoardLog(Tracker):
+class TensorBoardLog(AbstractContextManager[None]):
     """Appends to `RUN/tensorboard`. On resume, events after the checkpoint are purged."""
 
     def __init__(self, run: Path, *, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import, so only on request
 
-        self._path = run / REPORT_FOLDER / PREDICTIONS_FILE
         self._writer = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=start + 1)
 
     def write(self, line: Mapping[str, float | None]) -> None:
@@ -66,14 +67,11 @@ class TensorBoardLog(Tracker):
 
     add = write
 
-    def show(self, step: int, plot: Callable[[Path], None]) -> None:
-        """Write predictions as an image, which is in the run's report, too."""
-        self._path.parent.mkdir(exist_ok=True)
-        plot(self._path)
-        if self._path.is_file():
-            image = np.asarray(Image.open(self._path, formats=["PNG"]).convert("RGB"))
-            self._writer.add_image("predictions", image, step, dataformats="HWC")
-            self._writer.flush()
+    def show(self, step: int, predictions: Path) -> None:
+        """Write a step's predictions, a plot of the run's report, as an image."""
+        image = np.asarray(Image.open(predictions, formats=["PNG"]).convert("RGB"))
+        self._writer.add_image("predictions", image, step, dataformats="HWC")
+        self._writer.flush()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._writer.close()
@@ -86,7 +84,7 @@ class Reported(msgspec.Struct, frozen=True):
     step: int = 0
 
 
-class WandbRun(Tracker):
+class WandbRun(AbstractContextManager[None]):
     """A run of Weights & Biases; WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE, … are the library's own variables.
 
     Training does not depend on it: what its library cannot take is read from metrics.jsonl once the run is resumed.
@@ -134,6 +132,9 @@ class WandbRun(Tracker):
         else:
             self._record(msgspec.structs.replace(self._reported, step=max(step, self._reported.step)))
 
+    def show(self, step: int, predictions: Path) -> None:
+        """Send nothing: pictures of the data stay on this machine."""
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             self._run.finish(exit_code=0 if error is None else 1)
@@ -150,6 +151,9 @@ class WandbRun(Tracker):
             f"Weights & Biases failed ({type(error).__name__}: {one_line(error)}); training goes on, and "
             "metrics.jsonl has what is missing there"
         )
+
+
+Tracker = TensorBoardLog | WandbRun
 
 
 def _require_login() -> None:
