@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -101,12 +100,12 @@ def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None
     """
     with join_processes() as processes:
         shown = reporter if processes.is_main else SILENT
-        with processes.main_first():
-            require_named_student(config)
-            pairs = training_pairs(config, reporter=shown)
-            require_images(pairs)
         with processes.together():
+            require_named_student(config)
             refuse_idle_teacher(config)
+        pairs = processes.main_first(lambda: training_pairs(config, reporter=shown))
+        with processes.together():
+            require_images(pairs)
             teachers = load_teachers(config)
             folders = store.store_folders(folder, teachers)
         for number, (clip, own) in enumerate(zip(teachers, folders, strict=True)):
@@ -283,8 +282,7 @@ def fill_store(
                 store.open_store(folder)
         if not is_begun:
             return
-        filling = _Filling(manifest.embedding_size, processes, BadSamples(maker.pairs, max_share=max_bad))
-        captions = _different_captions(maker, processes)
+        bad, captions = BadSamples(maker.pairs, max_share=max_bad), _different_captions(maker, processes)
         processes.on_main(lambda: _write_keys(folder, captions[:, :1]))
         texts = [
             Task(store.text_shard(folder, shard), rows, captions=captions[rows.start : rows.stop])
@@ -296,10 +294,12 @@ def fill_store(
             for shard, rows in enumerate(store.shards(manifest.pairs))
         ]
         for tasks in (texts, images):
-            filling.write(tasks, compute or maker.compute, reporter)
+            _write_missing(
+                tasks, compute or maker.compute, processes, width=manifest.embedding_size, bad=bad, reporter=reporter
+            )
         processes.on_main(lambda: write_bytes(folder / store.COMPLETE, to_json(store.CompleteStore(len(captions)))))
-        if filling.bad.summary:
-            reporter.note(filling.bad.summary)
+        if bad.summary:
+            reporter.note(bad.summary)
 
 
 def _different_captions(maker: ShardMaker, processes: Processes) -> npt.NDArray[np.uint64]:
@@ -320,34 +320,28 @@ def _write_keys(folder: Path, keys: npt.NDArray[np.uint64]) -> None:
         write_bytes(path, content)
 
 
-@dataclass(frozen=True)
-class _Filling:
-    """What all processes write into a store, and the bad pairs that they have met."""
-
-    width: int
-    processes: Processes
-    bad: BadSamples
-
-    def write(self, tasks: Sequence[Task], compute: Compute, reporter: Reporter) -> None:
-        """Compute and write the files that are missing, one in each process at a time."""
-        rank, count = self.processes.rank, self.processes.world_size
-        files = [RowFile(task.path, count=len(task.rows), width=self.width) for task in tasks]
-        missing = self.processes.on_main(lambda: [number for number, file in enumerate(files) if not file.is_whole()])
-        own = [tasks[number] for number in missing[rank::count]]
-        computed = zip(own, compute(own), strict=True)
-        reporter.update(STORE_STAGE, 0, len(missing))
-        with_bad = list[Path]()
-        for done in range(0, len(missing), count):
-            bad: tuple[BadPair, ...] = ()
-            with self.processes.together():
-                if done + rank < len(missing):
-                    task, (rows, bad) = next(computed)
-                    store.write_rows(task.path, rows)
-                    with_bad += [task.path] if bad else []
-            try:
-                self.bad.add(chain.from_iterable(self.processes.gather_objects(bad)))
-            except InputError:  # in all processes; the next attempt would take these files for complete
-                for path in with_bad:
-                    path.unlink()
-                raise
-            reporter.update(STORE_STAGE, min(done + count, len(missing)), len(missing))
+def _write_missing(
+    tasks: Sequence[Task], compute: Compute, processes: Processes, *, width: int, bad: BadSamples, reporter: Reporter
+) -> None:
+    """Compute and write the files that are missing, one in each process at a time; `bad` counts what all have met."""
+    rank, count = processes.rank, processes.world_size
+    files = [RowFile(task.path, count=len(task.rows), width=width) for task in tasks]
+    missing = processes.on_main(lambda: [number for number, file in enumerate(files) if not file.is_whole()])
+    own = [tasks[number] for number in missing[rank::count]]
+    computed = zip(own, compute(own), strict=True)
+    reporter.update(STORE_STAGE, 0, len(missing))
+    with_bad = list[Path]()
+    for done in range(0, len(missing), count):
+        found: tuple[BadPair, ...] = ()
+        with processes.together():
+            if done + rank < len(missing):
+                task, (rows, found) = next(computed)
+                store.write_rows(task.path, rows)
+                with_bad += [task.path] if found else []
+        try:
+            bad.add(chain.from_iterable(processes.gather_objects(found)))
+        except InputError:  # in all processes; the next attempt would take these files for complete
+            for path in with_bad:
+                path.unlink()
+            raise
+        reporter.update(STORE_STAGE, min(done + count, len(missing)), len(missing))

@@ -191,21 +191,17 @@ class Processes:
             error = caught
         self.agree(error)
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Run the body in the main process first, which shows its progress, then in the others at once.
+    def main_first(self, action: Callable[[], T]) -> T:
+        """Call a function in the main process, which shows its progress, and then in the others at once.
 
         They find on disk what was written; on a machine that does not share it, a lock has one of them write it. An
         error of this package in one process is raised in all.
         """
-        if not self.is_main:
-            self.barrier()
-        with self.together():
-            try:
-                yield
-            finally:  # whatever happened: the others must not wait forever
-                if self.is_main:
-                    self.barrier()
+        value: T | None = None
+        for is_turn in (self.is_main, not self.is_main):
+            with self.together():
+                value = action() if is_turn else value
+        return cast(T, value)
 
 
 def _as_one_message(tensors: Sequence[Tensor], communicate: Callable[[Tensor], object]) -> None:

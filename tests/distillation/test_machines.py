@@ -21,6 +21,7 @@ from thread_processes import Threads, call_in_threads
 
 import clip_rd_edge as edge
 from clip_rd_edge.bundle.preprocess import Preprocessing
+from clip_rd_edge.bundle.runs import read_metrics
 from clip_rd_edge.distillation.checkpoint import load_checkpoint, save_checkpoint
 from clip_rd_edge.distillation.embed import fill_store
 from clip_rd_edge.distillation.pixels import Crops
@@ -114,6 +115,12 @@ def test_what_one_machine_lacks_ends_all_and_is_named(
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     assert_all_say(distil(**options), message)
     assert not any((machine / "run").exists() for machine in machines)
+
+
+def test_the_main_process_evaluates_for_all(machines: list[Path], distil: Distil) -> None:
+    assert distil(tasks="{}/images") == [machine / "run" for machine in machines]
+    assert "evaluation/images" in read_metrics(machines[0] / "run")[-1]
+    assert [(machine / "run").exists() for machine in machines] == [True, False, False]
 
 
 def change_caption(machine: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two nodes, here two torchrun agents with a host name each, train the weights of one process, and survive a kill."""
+"""Two nodes, here two torchrun agents, train the weights of one process, and survive a kill."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,21 +23,11 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the process to kill in /proc"),
 ]
 TIMEOUT_S = 300
-NAMED = 'hostname "$0" && exec "$@"'  # in a UTS namespace of its own
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small_vocabulary() -> None:
     """None: the nodes know all of CLIP's tokens."""
-
-
-@cache
-def can_name_hosts() -> bool:
-    return subprocess.run(["unshare", "--uts", "sh", "-c", NAMED, "a", "true"], capture_output=True).returncode == 0
-
-
-def host(node: int) -> str:
-    return "ab"[node] if can_name_hosts() else socket.gethostname()
 
 
 @pytest.fixture(params=[True, False], ids=["shared folders", "separate folders"])
@@ -74,8 +63,6 @@ def start(nodes: tuple[Path, Path], run: str) -> list[subprocess.Popen[str]]:
     processes = []
     for node, folder in enumerate(nodes):
         command = [sys.executable, *launcher, "--master-port", str(port), "--node-rank", str(node)]
-        if can_name_hosts():
-            command = ["unshare", "--uts", "sh", "-c", NAMED, host(node), *command]
         variables = {"HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         environment = {**os.environ, **variables}
         processes.append(
@@ -139,7 +126,7 @@ def test_a_worker_that_is_killed_ends_both_nodes_and_the_run_resumes_to_the_same
         time.sleep(0.01)
     messages = finish(agents)  # torchrun's own processes, which a busy machine takes long to take down
     assert all(agent.returncode for agent in agents)
-    assert f"error: Process {killed} (on {host(killed)}) of the run has ended" in messages[1 - killed]
+    assert f"error: Process {killed} (on {socket.gethostname()}) of the run has ended" in messages[1 - killed]
     assert not (nodes[0] / "killed" / "student").exists()
     actual = train(nodes, "killed")
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
