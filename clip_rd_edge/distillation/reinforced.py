@@ -22,7 +22,7 @@ import pickle
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import msgspec
 import numpy as np
@@ -41,7 +41,7 @@ from clip_rd_edge.data.order import View
 from clip_rd_edge.data.shard_files import TarMember
 from clip_rd_edge.data.webdataset import Shards, parse_sources, read_json_member
 from clip_rd_edge.distillation.loader import PairView, ViewDataset
-from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
+from clip_rd_edge.distillation.pixels import Crops, crop_levels
 from clip_rd_edge.distillation.store import HalfArray
 from clip_rd_edge.errors import ConfigError, InputError, UsageError, first_line
 from clip_rd_edge.losses.terms import Ensemble
@@ -50,10 +50,9 @@ from clip_rd_edge.utils.structs import CheckedStruct, PositiveFloat
 from clip_rd_edge.utils.text import Reporter, is_unicode, shown_sources
 
 _MAX_MAGNITUDE = 10_000  # pixels of a translation are the largest
-OPERATIONS = (  # of torchvision's RandAugment, by their numbers
-    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
-    "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
-)  # fmt: skip
+_SHAPES = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+_LEVELS = ("Brightness", "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize")
+OPERATIONS = (*_SHAPES, *_LEVELS)  # of torchvision's RandAugment, by their numbers
 
 
 class StoredTeacher(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -214,7 +213,8 @@ class ReinforcedDataset(ViewDataset):
         caption, row = captions[int(rng.integers(len(captions)))]
         image = augment(self.pairs.read(index).image(), sample.augmentations[number], size=self._stored.image_size)
         embeddings = sample.image_embeddings[number], sample.text_embeddings[row]
-        return PairView(_resized(image, self.student), (), caption, teacher_embeddings=embeddings)
+        (pixels,) = crop_levels(image, (0, 0, image.width, image.height), [self.student])
+        return PairView(pixels, (), caption, teacher_embeddings=embeddings)
 
 
 def reinforced_pairs(source: TrainingData, stored: StoredTeachers, reporter: Reporter) -> Reinforced:
@@ -269,25 +269,18 @@ def read_sample(pairs: Reinforced, index: int, stored: StoredTeachers) -> Reinfo
         )
 
 
-def augment(original: Image.Image, augmentation: Augmentation, *, size: int) -> Image.Image:
+def augment(image: Image.Image, augmentation: Augmentation, *, size: int) -> Image.Image:
     """Return what the teachers saw: a crop, resized to `size` pixels, and RandAugment's operations on it."""
     top, left, height, width, operations = augmentation
     with _as_expected(f"The augmentation {augmentation}"):
         _require(
-            top + height <= original.height and left + width <= original.width,
-            f"the image has {original.width} × {original.height} pixels, so that it is not the one that was augmented",
+            top + height <= image.height and left + width <= image.width,
+            f"the image has {image.width} × {image.height} pixels, so that it is not the one that was augmented",
         )
-        image: Any = F.resized_crop(original, top, left, height, width, [size, size], InterpolationMode.BICUBIC)
+        augmented: Any = F.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BICUBIC)
         for name, magnitude in operations:
-            image = _apply_op(image, name, magnitude, InterpolationMode.NEAREST, None)
-    return image
-
-
-def _resized(image: Image.Image, model: Preprocessing) -> Levels:
-    """Return an augmented image in a model's size, (H, W, 3)."""
-    if model.size == (image.height, image.width):
-        return np.asarray(image)
-    return crop_levels(image, (0, 0, image.width, image.height), [model])[0]
+            augmented = _apply_op(augmented, name, magnitude, InterpolationMode.NEAREST, None)
+    return cast(Image.Image, augmented)
 
 
 def _embeddings(pairs: Reinforced, index: int) -> dict[str, npt.NDArray[np.float32]]:
