@@ -17,39 +17,20 @@ from torch.nn.functional import normalize
 from clip_rd_edge.distillation import teacher as choosing
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import Batch
-from clip_rd_edge.distillation.processes import Processes
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.setup import training_pairs
-from clip_rd_edge.distillation.step import StepSettings, TrainingStep
+from clip_rd_edge.distillation.step import TrainingStep
 from clip_rd_edge.distillation.teacher import (
     CaptionCache,
     ChoosingTeacher,
-    LiveTeacher,
     Targets,
     Teacher,
     texts_to_choose_from,
 )
-from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models import encoder as captions_module
 from clip_rd_edge.models.encoder import LENGTHS, CaptionTower
 
 CAPTIONS = ["a cat", "two dogs", "red", "blue", "tea", "a boat"]
-
-
-def test_accumulate_chunks_the_teacher_as_well() -> None:
-    teacher = Teacher(tiny_clip(seed=1), torch.device("cpu"), autocast=None, caption_batch=2)
-    images, texts = list[int](), list[int]()
-    teacher.clip.model.get_submodule("visual").register_forward_pre_hook(lambda _, args: images.append(len(args[0])))
-    teacher.clip.model.get_submodule("text").register_forward_pre_hook(lambda _, args: texts.append(len(args[0])))
-    step = TrainingStep(
-        tiny_clip(seed=0), LiveTeacher([teacher]), Objective(Weights(task=1, fd=1)), Processes(), StepSettings(chunks=3)
-    )
-    pixels = torch.randint(256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
-    result = step(Batch(pixels, (pixels,), CAPTIONS), 0)
-    assert images == texts == [2, 2, 2]
-    whole = Teacher(tiny_clip(seed=1), torch.device("cpu"), autocast=None)
-    assert result.embeddings.teacher_image is not None
-    torch.testing.assert_close(result.embeddings.teacher_image, whole.embed_images(pixels), rtol=1e-5, atol=1e-5)
 
 
 class FirstIds(nn.Module):
@@ -135,16 +116,12 @@ def test_the_text_nearest_to_an_image_takes_the_place_of_its_caption(monkeypatch
     assert teacher.logit_scale == 10.0
 
 
-def test_all_prompts_of_a_text_take_turns() -> None:
+def test_all_prompts_of_a_text_take_turns_and_some_rows_keep_their_texts() -> None:
     teacher = ChoosingTeacher(Colours(), PROMPTS, embed)
     captions = [f"red: {number}" for number in range(20)]
     first = teacher.embed(batch_of(captions, (False,) * 20)).captions
     assert set(first) == set(PROMPTS[0])
     assert teacher.embed(batch_of(captions, (False,) * 20)).captions == first
-
-
-def test_some_rows_keep_their_texts_in_turn() -> None:
-    teacher = ChoosingTeacher(Colours(), PROMPTS, embed)
     _, text, chosen = teacher.embed(batch_of(["red: in turn", "green: kept", "blue: in turn"], (False,) * 3))
     assert chosen[1:] == ["green: kept", "blue"]
     assert not text[1].any()
