@@ -12,10 +12,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack
-from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -249,10 +248,6 @@ class BadSamples:
     def __len__(self) -> int:
         return self._samples.problems.total + len(self._reasons)
 
-    @cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint(self._samples)
-
     @property
     def unshared(self) -> int:
         """Number of bad samples not yet shared with the other processes."""
@@ -284,20 +279,6 @@ class BadSamples:
         self._reasons.update(bad)
         self._shared = len(self._reasons)
         self._check([reason for _, reason in bad[-1:]])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the bad samples met so far, for a checkpoint, and of which data; their reasons are reported once."""
-        # Where nothing is bad, millions of samples need no fingerprint.
-        return {"pairs": list(self._reasons), "of": self._fingerprint if self._reasons else ""}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Count the bad samples of a state that `state_dict` returned; all processes load the same one.
-
-        Those of other data are not counted: a run may go on with data that were repaired or replaced.
-        """
-        bad = state["pairs"]
-        self._reasons = dict.fromkeys(bad, "") if bad and state["of"] == self._fingerprint else {}
-        self._shared = len(self._reasons)
 
     def next_valid(self, index: int, read: Callable[[int], T]) -> tuple[T | None, tuple[BadPair, ...]]:
         """Return the first sample from `index` on that `read` reads without an InputError.

@@ -82,9 +82,7 @@ class TrainingState:
         objective = setup.objective.to(processes.device)
         set_training_mode(setup.student, config)
         self.optimizer = RunOptimizer(model, objective, recipe, steps=self.steps)
-        self.parts: dict[str, Any] = {
-            "model": model, "objective": objective, "update": self.optimizer, "bad": self.bad,
-        }  # fmt: skip
+        self.parts: dict[str, Any] = {"model": model, "objective": objective, "update": self.optimizer}
         self.ranges: ActivationRanges | None = None
         if config.quantize:
             from clip_rd_edge.distillation.quantized import ActivationRanges  # which imports the exporter's

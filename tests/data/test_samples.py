@@ -62,25 +62,6 @@ def test_bad_pairs_of_other_processes_count_each_once(damaged: Samples) -> None:
         bad.share(lambda own: [own, [(23, "found there")]])
 
 
-def test_bad_pairs_of_a_checkpoint_count_only_for_the_data_that_they_are_of(damaged: Samples, pairs_csv: Path) -> None:
-    bad = BadSamples(damaged, max_share=0.1)  # two of 24
-    assert bad.state_dict() == {"pairs": [], "of": ""}  # millions of pairs need no fingerprint
-    bad.add([(5, "damaged"), (6, "damaged")])
-    state = bad.state_dict()
-
-    def resumed() -> BadSamples:
-        again = BadSamples(load_pairs(str(pairs_csv)), max_share=0.1)
-        again.load_state_dict(state)
-        return again
-
-    assert len(resumed()) == 2
-    for i in (5, 6):  # as `--accept-changes` then allows
-        shutil.copyfile(pairs_csv.parent / "pictures" / "7.png", pairs_csv.parent / "pictures" / f"{i}.png")
-    repaired = resumed()
-    assert (len(repaired), repaired.unshared) == (0, 0)
-    repaired.add([(23, "damaged")])
-
-
 def test_the_fingerprint_is_that_of_the_content_and_not_of_its_location(pairs_csv: Path, tmp_path: Path) -> None:
     original = fingerprint(load_pairs(str(pairs_csv)))
     copy = tmp_path / "elsewhere" / "renamed.csv"
