@@ -6,20 +6,18 @@ fetched whole, in parts that are each tried again when they fail, into a file th
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import queue
 import re
 import ssl
 import subprocess
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
@@ -81,49 +79,25 @@ class Version(NamedTuple):
 _known_versions = dict[str, Version]()
 
 
-def in_threads(function: Callable[[T], R], items: Iterable[T], *, threads: int) -> Iterator[R]:
+def in_threads(function: Callable[[T], R], items: Sequence[T], *, threads: int) -> Iterator[R]:
     """Map as `map` does, by threads that end with the process.
 
     An executor's threads would keep a stopped process alive for as long as a store does not answer.
     """
-    waiting, done = deque(enumerate(items)), queue.SimpleQueue[tuple[int, Any, BaseException | None]]()
-    count, found = len(waiting), dict[int, R]()
-
-    def work() -> None:
-        with contextlib.suppress(IndexError):  # nothing waits any more
-            while True:
-                number, item = waiting.popleft()
-                try:
-                    done.put((number, function(item), None))
-                except BaseException as error:  # noqa: BLE001 — whoever takes the results raises it
-                    done.put((number, None, error))
-
-    for _ in range(min(threads, count)):
-        threading.Thread(target=work, daemon=True).start()
-    try:
-        for number in range(count):
-            while number not in found:
-                with contextlib.suppress(queue.Empty):
-                    other, result, error = done.get(timeout=1)  # Ctrl-C on Windows interrupts no longer wait
-                    if error is not None:
-                        raise error
-                    found[other] = result
-            yield found.pop(number)
-    finally:
-        waiting.clear()
+    with ThreadPool(min(threads, len(items))) as pool:
+        yield from pool.imap(function, items)
 
 
-def versions(shards: Sequence[ShardFile]) -> list[Version]:
-    """Return the version that each shard has now; servers are asked in parallel, also when they were before."""
+def ask_servers(shards: Sequence[ShardFile]) -> None:
+    """Ask servers for the versions of shards, in parallel, also when they were asked before."""
     if urls := list(dict.fromkeys(shard.url for shard in shards if isinstance(shard, RemoteShard))):
         _forget_listings()
         found = in_threads(_remote_version, urls, threads=_REQUESTING_THREADS)
         _known_versions.update(zip(urls, found, strict=True))
-    return [version(shard) for shard in shards]
 
 
 def version(shard: ShardFile) -> Version:
-    """Return the version of a shard, a remote one's as of when it was last asked for; raises as `versions`."""
+    """Return the version of a shard, a remote one's as of when it was last asked for; raises InputError."""
     if isinstance(shard, Path):
         try:
             stat = shard.stat()

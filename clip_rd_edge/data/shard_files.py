@@ -16,13 +16,14 @@ import os
 import tempfile
 import threading
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
-from clip_rd_edge.data.remote import RemoteShard, ShardFile, Version, fetch, shard_identity, version, versions
+from clip_rd_edge.data.remote import RemoteShard, ShardFile, ask_servers, fetch, shard_identity, version
 from clip_rd_edge.data.tar import member_name, read_at
 from clip_rd_edge.errors import ConfigError, InputError, UnreachableError
 from clip_rd_edge.utils.files import machine_failure, now_in
@@ -33,7 +34,7 @@ LIMIT_VARIABLE = "CLIP_RD_EDGE_SHARD_CACHE_GB"
 _ABANDONED_S = 3600  # what is being fetched grows every few minutes, also over a slow network
 _OPENING_TRIES = 10
 _PREFETCHING_THREADS = 4
-_MAX_OPEN = 64
+_MAX_OPEN = 16
 
 
 def open_file(shard: ShardFile) -> int:
@@ -198,43 +199,17 @@ class _OpenTar:
         weakref.finalize(self, os.close, self.file)
 
 
-class _OpenTars:
-    """The tars used most recently. Reads name their offset, so that forked workers and threads can share them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._tars = OrderedDict[ShardFile, _OpenTar]()
-
-    def __call__(self, shard: ShardFile) -> _OpenTar:
-        with self._lock:
-            if shard in self._tars:
-                self._tars.move_to_end(shard)
-                return self._tars[shard]
-        tar = _OpenTar(shard)  # may fetch it
-        with self._lock:
-            self._tars[shard] = tar
-            # A file that was removed from the cache of remote shards takes room on the disk until it is closed.
-            for other in [o for o in self._tars if isinstance(o, RemoteShard) and o != shard]:
-                if os.fstat(self._tars[other].file).st_nlink == 0:
-                    del self._tars[other]
-            while len(self._tars) > _MAX_OPEN:
-                self._tars.popitem(last=False)
-        return tar
-
-    def clear(self) -> None:
-        with self._lock:
-            self._tars.clear()
-
-
-_open_tar = _OpenTars()
+# Few: one that was removed from the cache of remote shards takes room on the disk until it is closed. Reads name their
+# offset, so that forked workers and threads can share them.
+_open_tar = lru_cache(_MAX_OPEN)(_OpenTar)
 
 
 def close_tars() -> None:
     """Close all tars, so that one that was replaced since is opened again."""
-    _open_tar.clear()
+    _open_tar.cache_clear()
 
 
-def current_versions(shards: Sequence[ShardFile]) -> list[Version]:
-    """Return the versions that shards have now, which they are read as from here on; raises as `remote.versions`."""
+def ask_versions(shards: Sequence[ShardFile]) -> None:
+    """Ask for the versions that shards have now, which they are read as from here on; raises InputError."""
     close_tars()
-    return versions(shards)
+    ask_servers(shards)

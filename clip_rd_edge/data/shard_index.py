@@ -4,8 +4,8 @@ A sample consists of consecutive files with the same name up to the first dot, a
 `000012.jpg`, `000012.txt`, `000012.json`. The samples of each shard are kept, and those of all shards of a data set:
 
     index.json   the shards: number of samples, and a digest of their names and locations
-    rows.bin     29 bytes per sample with an image and a caption: where they lie in its shard, and the CRC-32 of that;
-                 65 bytes per reinforced sample, where its other files lie, too
+    rows.bin     52 bytes per sample with an image and a caption: where its files lie in its shard, and the CRC-32 of
+                 that; 100 bytes per reinforced sample, which has twice as many
 
 The folder is named after the paths, sizes and modification times of the shards. Nothing is kept in memory, so loader
 processes share the pages of the file, and 15 million samples cost as much as 15.
@@ -24,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -32,8 +31,8 @@ import numpy.typing as npt
 
 from clip_rd_edge.data.remote import ShardFile, in_threads, shard_identity
 from clip_rd_edge.data.samples import INDEX, NO_PROBLEMS, Problems, damage, kept_index
-from clip_rd_edge.data.shard_files import TarMember, close_tars, current_versions, open_file
-from clip_rd_edge.data.tar import COLUMNS, REINFORCED_COLUMNS, Kind, SampleGroups, TarScan, read_at
+from clip_rd_edge.data.shard_files import TarMember, ask_versions, close_tars, open_file
+from clip_rd_edge.data.tar import KINDS, PLAIN_KINDS, Kind, TarScan, read_at, samples_of
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.arrays import HEADERS, npz_bytes
 from clip_rd_edge.utils.files import write_bytes
@@ -42,11 +41,10 @@ from clip_rd_edge.utils.structs import read_json, to_json
 from clip_rd_edge.utils.text import SILENT, Reporter
 
 INDEXING_STAGE = "indexing shards"
-_FORMAT = "5"  # increase when the same tar, or the same shards, are indexed differently
+_FORMAT = "6"  # increase when the same tar, or the same shards, are indexed differently
 _ROWS = "rows.bin"
 _FETCHING_THREADS = 8
-_ALL_COLUMNS = COLUMNS | REINFORCED_COLUMNS
-_SUFFIXES: dict[Kind, str] = {"image": "", "text": ".txt", "json": ".json", "class": ".cls"}
+_SUFFIXES: dict[Kind, str] = {"text": ".txt", "json": ".json", "class": ".cls"}
 _CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # raised by a damaged cached index
 _HINT = "each sample needs an image and a caption, as .txt or in a .json: see {json_caption_key}"
 
@@ -76,24 +74,20 @@ class Shard:
         """Return the name of a sample."""
         return bytes(self.names[index]).decode(errors="replace")
 
-    def has(self, kind: Kind) -> npt.NDArray[np.bool_]:
-        """Return a mask of the samples that have this kind of file, (G,)."""
-        return self.locations_of(kind)[:, 0] >= 0
+    def has(self, *kinds: Kind) -> npt.NDArray[np.bool_]:
+        """Return a mask of the samples that have one of these kinds of files, (G,)."""
+        columns = [column for column in map(KINDS.index, kinds) if column < self.locations.shape[1]]
+        mask: npt.NDArray[np.bool_] = np.logical_or.reduce(self.locations[:, columns, 0] >= 0, axis=1)
+        return mask
 
-    def locations_of(self, kind: Kind) -> npt.NDArray[np.int64]:
-        """Return offset and size in bytes of each sample's file of this kind, (G, 2)."""
-        column = _ALL_COLUMNS[kind]
-        if column >= self.locations.shape[1]:
-            return np.full((len(self), 2), (-1, 0), np.int64)
-        locations: npt.NDArray[np.int64] = self.locations[:, column]
-        return locations
-
-    def member(self, index: int, kind: Kind) -> TarMember | None:
-        """Return a sample's image, text, JSON or class file, or None if it has none."""
-        offset, size = self.locations_of(kind)[index].tolist()
-        if offset < 0:
-            return None
-        return TarMember(self.path, self.name(index) + _SUFFIXES[kind], offset, size)
+    def files(self, index: int) -> dict[Kind, TarMember]:
+        """Return the files that a sample has."""
+        places = zip(KINDS, self.locations[index].tolist(), strict=False)
+        return {
+            kind: TarMember(self.path, self.name(index) + _SUFFIXES.get(kind, ""), *place)
+            for kind, place in places
+            if place[0] >= 0
+        }
 
 
 def open_shard(path: ShardFile) -> Shard:
@@ -117,19 +111,14 @@ def open_shard(path: ShardFile) -> Shard:
 
 
 def _scan(path: ShardFile) -> Shard:
-    groups = SampleGroups()
     scan = TarScan(partial(open_file, path))
-    for files in scan:
-        groups.add(files)
-    if scan.damage and not len(groups):
+    names, locations = samples_of(scan)
+    if scan.damage and not len(names):
         raise InputError(
             f"{path} is not an uncompressed tar: {scan.damage}.",
             hint="decompress .tar.gz files: shards need random access",
         )
-    count = len(groups) - (scan.last_is_incomplete and groups.last_is_in_sample)
-    locations = groups.locations()[:count]
-    lost = _samples_in(scan.size_bytes, locations) if scan.damage else 0
-    return Shard(path, groups.names(count), locations, scan.damage, lost)
+    return Shard(path, names, locations, scan.damage, _samples_in(scan.size_bytes, locations) if scan.damage else 0)
 
 
 def _samples_in(size_bytes: int, locations: npt.NDArray[np.int64]) -> int:
@@ -138,28 +127,9 @@ def _samples_in(size_bytes: int, locations: npt.NDArray[np.int64]) -> int:
     return round((size_bytes - end) * len(locations) / end) if 0 < end < size_bytes else 0
 
 
-class Located(NamedTuple):
-    """Where the files of a sample lie in its shard: the offset, or -1 where it is missing, and size in bytes of each.
-
-    The last three are those of a reinforced sample.
-
-    Attributes:
-        is_json: whether the caption is in a .json, not in a .txt.
-        is_torch: whether the embeddings are a .pth.gz, not a .npz.
-    """
-
-    is_json: bool
-    is_torch: bool
-    image: tuple[int, int]
-    caption: tuple[int, int]
-    synthetic: tuple[int, int] = (-1, 0)
-    augmentations: tuple[int, int] = (-1, 0)
-    embeddings: tuple[int, int] = (-1, 0)
-
-
 def _row_type(reinforced: bool) -> np.dtype[np.void]:
-    files = 5 if reinforced else 2
-    return np.dtype([("offset", "<i8", files), ("size", "<u4", files), ("flags", "u1"), ("crc32", "<u4")])
+    kinds = len(KINDS) if reinforced else PLAIN_KINDS
+    return np.dtype([("offset", "<i8", kinds), ("size", "<u4", kinds), ("crc32", "<u4")])
 
 
 class _IndexedShard(msgspec.Struct, frozen=True):
@@ -197,8 +167,8 @@ class ShardIndex:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_file": None}  # a process that receives a copy opens the file itself
 
-    def locate(self, shard: int, sample: int) -> Located:
-        """Return the location of the `sample`-th pair of a shard."""
+    def locate(self, shard: int, sample: int) -> dict[Kind, tuple[int, int]]:
+        """Return the offset and the size in bytes of each file of the `sample`-th pair of a shard."""
         if self._file is None:
             self._file = os.open(self._path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             weakref.finalize(self, os.close, self._file)
@@ -207,8 +177,8 @@ class ShardIndex:
         if len(raw) < size or zlib.crc32(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
             raise damage(self._path.parent, number)
         row = np.frombuffer(raw, self._row)[0]
-        places = zip(row["offset"].tolist(), row["size"].tolist(), strict=True)
-        return Located(bool(row["flags"] & 1), bool(row["flags"] & 2), *places)
+        places = zip(KINDS, row["offset"].tolist(), row["size"].tolist(), strict=False)
+        return {kind: (offset, size) for kind, offset, size in places if offset >= 0}
 
     def identity(self) -> Iterator[bytes]:
         """Yield one digest per shard of its samples' names and locations."""
@@ -231,7 +201,7 @@ def index_shards(
         json_key, captioned: as for `data.webdataset.Shards`.
         reinforced: whether a sample also needs augmentations and embeddings; see `distillation.reinforced`.
     """
-    current_versions(paths)
+    ask_versions(paths)
     index = partial(_index_shard, json_key=json_key, captioned=captioned, reinforced=reinforced)
 
     def build(folder: Path) -> None:
@@ -265,38 +235,26 @@ def _index_shard(
 ) -> tuple[_IndexedShard, npt.NDArray[np.void], Problems]:
     """Return a shard's entry, the rows of its pairs, and its damage and its other samples."""
     shard = open_shard(path)
-    has_image, has_text, has_json = shard.has("image"), shard.has("text"), shard.has("json")
-    has_caption = has_json if json_key is not None else has_text | has_json
-    if not captioned:
-        has_caption = np.ones_like(has_image)
-    needs = {"image (.jpg, .png, .webp)": has_image, "caption (.txt, .json)": has_caption}
+    needs = {"image (.jpg, .png, .webp)": shard.has("image")}
+    if captioned:
+        kinds: tuple[Kind, ...] = ("text", "json") if json_key is None else ("json",)
+        needs["caption (.txt, .json)"] = shard.has(*kinds)
     if reinforced:
         needs["augmentations (.paug.json)"] = shard.has("augmentations")
-        needs["embeddings (.npz, .pth.gz)"] = shard.has("arrays") | shard.has("tensors")
+        needs["embeddings (.npz, .pth.gz)"] = shard.has("arrays", "tensors")
     is_whole = np.logical_and.reduce(list(needs.values()))
     messages = [f"{shard.path}: {shard.damage}"] if shard.damage else []
     for index in np.flatnonzero(~is_whole).tolist():
         missing = next(name for name, has in needs.items() if not has[index])
         messages.append(f"{shard.path}: {shard.name(index)} has no {missing}")
-    is_json = ~has_text | (json_key is not None)
-    is_torch = ~shard.has("arrays")  # with both, the arrays, which are more precise
-    files = [shard.locations_of("image"), _where(is_json, shard, "json", "text")]
-    if reinforced:
-        files += [shard.locations_of("synthetic"), shard.locations_of("augmentations")]
-        files += [_where(is_torch, shard, "tensors", "arrays")]
-    rows = np.empty(len(shard), _row_type(reinforced))
-    rows["offset"] = np.stack([places[:, 0] for places in files], axis=1)
-    # No image or caption of 4 GiB is read; see the limits where they are.
-    rows["size"] = np.stack([np.minimum(places[:, 1], np.iinfo(np.uint32).max) for places in files], axis=1)
-    rows["flags"] = is_json + 2 * (is_torch & reinforced)
-    pairs = rows[is_whole]
+    pairs = np.zeros(int(is_whole.sum()), _row_type(reinforced))
+    kept = min(pairs["offset"].shape[1], shard.locations.shape[1])  # a reinforced sample has all kinds
+    places = shard.locations[is_whole, :kept]
+    pairs["offset"][:, :kept] = places[..., 0]
+    pairs["size"][:, :kept] = np.minimum(places[..., 1], np.iinfo(np.uint32).max)  # no file of 4 GiB is read
     pairs["crc32"] = [zlib.crc32(row.tobytes()[:-4]) for row in pairs]
     digest = hashlib.sha256(path.name.encode(errors="surrogateescape"))
     digest.update(np.ascontiguousarray(shard.names).data)
     digest.update(np.ascontiguousarray(shard.locations).data)
     entry = _IndexedShard(len(pairs), digest.hexdigest(), shard.lost if shard.damage else None)
     return entry, pairs, Problems.of(messages, hint=_HINT)
-
-
-def _where(mask: npt.NDArray[np.bool_], shard: Shard, kind: Kind, otherwise: Kind) -> npt.NDArray[np.int64]:
-    return np.where(mask[:, None], shard.locations_of(kind), shard.locations_of(otherwise))

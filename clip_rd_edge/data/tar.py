@@ -1,7 +1,7 @@
 """The files of an uncompressed tar, by plain reads of its headers, some ten times as fast as tarfile; and its samples.
 
 Shards of millions of samples are scanned once. tarfile builds an object with some twenty attributes per member; here a
-member costs one read of 512 bytes. Checksums of many headers are compared together in numpy.
+member costs one read of 512 bytes, and only unusual headers are parsed by tarfile.
 
 Understood: the formats v7, ustar, pax and GNU, with long names and sizes over 8 GiB. Members whose extended header is
 malformed, or marks them as sparse, are reported as unreadable; the sparse ones of old GNU tar are not understood.
@@ -9,46 +9,35 @@ malformed, or marks them as sparse, are reported as unreadable; the sparse ones 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
+import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 UNREADABLE = -1  # offset of a member whose content is not contiguous, or is not known
 _BLOCK = 512  # bytes
-_BATCH = 1024  # headers that are looked at together
 _MAX_EXTENSION_BYTES = 1 << 20  # of an extended header; real ones hold a path
 _MAX_DIGITS = 20  # of the length of a record
 _MAX_NAME_BYTES = 1024  # of a file: an index holds all names in as many bytes as the longest has
-_MAX_SIZE = 1 << 62  # of a file, in bytes: more than any disk holds, and a number of 64 bits
-_SIZE, _CHECKSUM, _KIND, _PREFIX = slice(124, 135), slice(148, 156), 156, 345  # where they are in a header
-_PLAIN = ord("0")
-_REGULAR, _PAX, _LONG_NAME = b"\x0007", b"xX", b"L"
-_WITHOUT_CONTENT = b"123456"  # links, devices, folders and pipes: their size field, if any, counts no content
+_REGULAR, _PAX, _LONG_NAME = (b"0", b"\0", b"7"), (b"x", b"X"), b"L"
+_SPACES = 8 * b" "
+_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders and pipes, whatever their size
 
 TarFile = tuple[bytes, int, int]
 """A regular file in a tar: its name as stored, and the offset (or UNREADABLE) and size of its content in bytes."""
 
 
-class _DamageError(Exception):
-    """Scanning cannot go on; the message says why."""
-
-
-class _CutOffError(_DamageError):
-    """The file ends before its tar does."""
-
-
 class TarScan:
-    """Iterates over the regular files of a tar, many at a time, up to its end or to where it is damaged.
+    """Iterates over the regular files of a tar, up to its end or to where it is damaged.
 
     Attributes, valid after the iteration:
         damage: where and how the tar is damaged, or empty.
         is_cut_off: whether the damage is that the file ends before its tar does.
-        last_is_incomplete: whether the content of the last file is cut off.
         size_bytes: of the whole tar.
 
     Args:
@@ -57,127 +46,98 @@ class TarScan:
 
     def __init__(self, open_file: Callable[[], int]) -> None:
         self._open_file = open_file
-        self.damage, self.is_cut_off, self.last_is_incomplete, self.size_bytes = "", False, False, 0
+        self.damage, self.is_cut_off, self.size_bytes = "", False, 0
 
-    def __iter__(self) -> Iterator[list[TarFile]]:
-        with open(self._open_file(), "rb", buffering=0) as file:  # noqa: PTH123  no path: it is open already
-            headers = _Headers(file.fileno())
-            self.size_bytes, is_done, damage = headers.end, False, _DamageError()
-            while not is_done:
-                batch = _Batch()
-                try:
-                    while len(batch.headers) < _BATCH and not is_done:
-                        headers.read_plain(batch)
-                        is_done = headers.read_other(batch)
-                except _DamageError as error:
-                    damage, is_done = error, True
-                sound = _count_of_sound(batch.headers)
-                yield [member for member in batch.files[:sound] if member is not None]
-                if sound < len(batch.headers):
-                    self.damage = f"the tar is damaged at byte {batch.starts[sound]:,}"
+    def __iter__(self) -> Iterator[TarFile]:
+        with open(self._open_file(), "rb", buffering=0) as opened:  # noqa: PTH123  no path: it is open already
+            file, start, stated = opened.fileno(), 0, _PLAIN
+            end = self.size_bytes = os.fstat(file).st_size
+            while True:
+                header, content = read_at(file, _BLOCK, start), start + _BLOCK
+                if len(header) < _BLOCK:
+                    return self._cut_off("without an end mark")
+                if not any(header):
                     return
-            self.damage, self.is_cut_off = str(damage), isinstance(damage, _CutOffError)
-            self.last_is_incomplete = headers.last_is_incomplete
+                try:
+                    kind, name, size = _plain(header) or _parsed(header)
+                except tarfile.HeaderError:
+                    self.damage = f"the tar is damaged at byte {start:,}"
+                    return
+                if kind in _REGULAR:
+                    offset = content
+                    if stated is not _PLAIN:
+                        name, size = stated.name or name, size if stated.size < 0 else stated.size
+                        is_readable, stated = stated.is_readable and len(name) <= _MAX_NAME_BYTES, _PLAIN
+                        offset = content if is_readable else UNREADABLE
+                    if content + size > end:
+                        return self._cut_off(f"within {name.decode(errors='replace')}")
+                    yield name[:_MAX_NAME_BYTES], offset, size
+                elif kind in _WITHOUT_CONTENT:
+                    size, stated = 0, _PLAIN
+                elif kind in (*_PAX, _LONG_NAME):
+                    if content + size > end:
+                        return self._cut_off("within an extended header")
+                    stated = _extended(stated, kind, size, read_at(file, min(size, _MAX_EXTENSION_BYTES), content))
+                # A damaged size may be beyond what the system takes for an offset.
+                start = min(content + (size + _BLOCK - 1 & -_BLOCK), end)
+
+    def _cut_off(self, where: str) -> None:
+        self.damage, self.is_cut_off = f"the tar ends at byte {self.size_bytes:,}, {where}; it may be cut off", True
 
 
-class _Batch:
-    """Consecutive headers of a tar, the offset of each, and the regular file that it describes."""
+def _plain(header: bytes) -> tuple[bytes, bytes, int] | None:
+    """Return the kind, name and size in a header of the usual form, as nearly all are; None for others."""
+    try:
+        size, checksum = int(header[124:135], 8), int(header[148:154], 8)
+    except ValueError:
+        return None
+    # The sum of all bytes, with spaces in the place of the checksum: Adler-32 holds one more, modulo 65,521.
+    sums = zlib.adler32(header[:148] + _SPACES + header[156:]) & 0xFFFF
+    if sums != (checksum + 1) % 65_521 or size < 0 or header[345]:
+        return None
+    return header[156:157], header[:100].split(b"\0", 1)[0], size
 
-    def __init__(self) -> None:
-        self.headers, self.starts, self.files = list[bytes](), list[int](), list[TarFile | None]()
 
-    def add(self, header: bytes, start: int) -> None:
-        """Add a header that is not known to be a file's."""
-        self.headers.append(header)
-        self.starts.append(start)
-        self.files.append(None)
+def _parsed(header: bytes) -> tuple[bytes, bytes, int]:
+    """Return the kind, name and size in any header; raises tarfile.HeaderError."""
+    info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    if info.size < 0:
+        raise tarfile.HeaderError
+    return info.type, info.name.encode(errors="surrogateescape"), info.size
 
 
-class _Headers:
-    """Reads one header after another; what an extended one states applies to the next file."""
+class _Stated(NamedTuple):
+    """What extended headers state about the next file."""
 
-    def __init__(self, file: int) -> None:
-        self._file, self.end, self._start = file, os.fstat(file).st_size, 0
-        self._name, self._size, self._is_unreadable = b"", -1, False  # of the next file
-        self.last_is_incomplete = False
+    name: bytes = b""
+    size: int = -1
+    is_readable: bool = True
 
-    def read_plain(self, batch: _Batch) -> None:
-        """Read on while headers are of the usual kind; nearly all are, so this loop takes nearly all the time."""
-        if self._name or self._size >= 0 or self._is_unreadable:
-            return
-        file, start, end = self._file, self._start, self.end
-        headers, starts, files = batch.headers, batch.starts, batch.files
-        with contextlib.suppress(IndexError, ValueError):  # less than a header, or no octal size
-            for _ in range(_BATCH - len(headers)):
-                header = read_at(file, _BLOCK, start)
-                if header[_KIND] != _PLAIN or header[_PREFIX]:
-                    break
-                size = int(header[_SIZE], 8)
-                following = start + (size + 2 * _BLOCK - 1 & -_BLOCK)
-                if size < 0 or following > end:
-                    break
-                headers.append(header)
-                starts.append(start)
-                files.append((header[:100].split(b"\0", 1)[0], start + _BLOCK, size))
-                start = following
-        self._start = start
 
-    def read_other(self, batch: _Batch) -> bool:
-        """Read one header of any kind, unless the batch is full; return whether it is the end mark."""
-        if len(batch.headers) >= _BATCH:
-            return False
-        start, header = self._start, read_at(self._file, _BLOCK, self._start)
-        if len(header) < _BLOCK:
-            short = "it is shorter than a header" if header else "it is empty"
-            cut = f"the tar ends at byte {self.end:,} without an end mark, so it may be cut off"
-            raise _CutOffError(cut if start else short)
-        if not any(header):
-            return True
-        kind, size, content = header[_KIND], _size(header, start), start + _BLOCK
-        batch.add(header, start)
-        if kind in _PAX or kind in _LONG_NAME:
-            self._apply_extension(kind, content, size)
-        elif kind in _REGULAR:
-            name = self._name or _name(header)
-            is_readable = not self._is_unreadable and len(name) <= _MAX_NAME_BYTES
-            size = min(self._size if self._size >= 0 else size, _MAX_SIZE)
-            batch.files[-1] = name[:_MAX_NAME_BYTES], content if is_readable else UNREADABLE, size
-            self.last_is_incomplete = content + size > self.end
-            if self.last_is_incomplete:
-                raise _CutOffError(f"the tar ends at byte {self.end:,}, within {name.decode(errors='replace')}")
-        elif kind in _WITHOUT_CONTENT:
-            size = 0
-        if kind in _REGULAR + _WITHOUT_CONTENT:
-            self._name, self._size, self._is_unreadable = b"", -1, False
-        # A damaged size may be beyond what the system takes for an offset.
-        self._start = min(content + (size + _BLOCK - 1 & -_BLOCK), max(content, self.end))
-        return False
+_PLAIN = _Stated()
 
-    def _apply_extension(self, kind: int, offset: int, size: int) -> None:
-        """Keep what an extended header states about the next file.
 
-        That file is unreadable if the content is too large or malformed. Its own header is still where it should be, so
-        the files after it are not lost.
-        """
-        if offset + size > self.end:
-            raise _CutOffError(f"the tar ends within an extended header at byte {offset:,}")
-        if size > _MAX_EXTENSION_BYTES:
-            self._is_unreadable = True
-            return
-        content = bytes(read_at(self._file, size, offset))
-        if kind in _LONG_NAME:
-            self._name = content.split(b"\0", 1)[0]
-            return
-        try:
-            for key, value in _pax_records(content):
-                if key == b"path":
-                    self._name = value
-                elif key == b"size":
-                    self._size = _natural(value)
-                elif key.startswith(b"GNU.sparse."):
-                    self._is_unreadable = True
-        except ValueError:
-            self._is_unreadable = True
+def _extended(stated: _Stated, kind: bytes, size: int, content: bytes) -> _Stated:
+    """Return what is stated about the next file after an extended header.
+
+    That file is unreadable if the content is too large or malformed. Its own header is still where it should be, so the
+    files after it are not lost.
+    """
+    if size > len(content):
+        return stated._replace(is_readable=False)
+    if kind == _LONG_NAME:
+        return stated._replace(name=content.split(b"\0", 1)[0])
+    try:
+        for key, value in _pax_records(content):
+            if key == b"path":
+                stated = stated._replace(name=value)
+            elif key == b"size":
+                stated = stated._replace(size=_natural(value))
+            elif key.startswith(b"GNU.sparse."):
+                stated = stated._replace(is_readable=False)
+    except ValueError:
+        return stated._replace(is_readable=False)
+    return stated
 
 
 def _seek_and_read(file: int, size: int, offset: int) -> bytes:
@@ -208,55 +168,14 @@ def _natural(text: bytes) -> int:
     return int(text)
 
 
-def _size(header: bytes, start: int) -> int:
-    field, size = header[124:136], -1
-    with contextlib.suppress(ValueError):
-        # Sizes of 8 GiB and more are stored in binary by GNU tar; others may be padded differently.
-        is_binary = field[0] == 0x80
-        size = int.from_bytes(field[1:], "big") if is_binary else int(field.split(b"\0", 1)[0].strip() or b"0", 8)
-    if size < 0:
-        raise _DamageError(
-            f"the tar is damaged at byte {start:,}" if start else "its first header is not that of a tar"
-        )
-    return size
-
-
-def _name(header: bytes) -> bytes:
-    name = header[:100].split(b"\0", 1)[0]
-    if len(header) == _BLOCK and header[_PREFIX] and header[257:263] == b"ustar\0":
-        return header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return name
-
-
-def _count_of_sound(headers: list[bytes]) -> int:
-    """Return how many headers, from the first, have the sum of their bytes, with spaces in its place, as checksum."""
-    if not headers:
-        return 0
-    blocks = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, _BLOCK)
-    field = np.ascontiguousarray(blocks[:, _CHECKSUM].T).astype(np.int32)
-    stored = np.zeros(len(blocks), np.int32)
-    for column in field:  # octal digits, padded with spaces and NUL in various ways
-        is_digit = (column >= ord("0")) & (column <= ord("7"))
-        stored = np.where(is_digit, stored * 8 + column - ord("0"), stored)
-    spaces = 8 * ord(" ")
-    halves = blocks.reshape(len(blocks), 2, -1).sum(2, dtype=np.uint16)  # of 256 bytes, so that 16 bits hold their sum
-    sums = halves[:, 0].astype(np.int32) + halves[:, 1] - field.sum(0, dtype=np.int32) + spaces
-    valid: npt.NDArray[np.bool_] = stored == sums
-    if not valid.all():  # some old programs summed signed bytes
-        sums -= 256 * ((blocks >= 128).sum(1, dtype=np.int32) - (field >= 128).sum(0, dtype=np.int32))
-        valid |= stored == sums
-    return len(valid) if valid.all() else int(valid.argmin())
-
-
 def member_name(file: int, offset: int) -> str:
     """Return the name in the header before the content at `offset`, for messages; a long name may be cut."""
-    return _name(read_at(file, _BLOCK, offset - _BLOCK)).decode(errors="replace")
+    return read_at(file, 100, offset - _BLOCK).split(b"\0", 1)[0].decode(errors="replace")
 
 
 Kind = Literal["image", "text", "json", "class", "synthetic", "augmentations", "arrays", "tensors"]
-COLUMNS: dict[Kind, int] = {"image": 0, "text": 1, "json": 2, "class": 3}
-# Of reinforced samples, see `distillation.reinforced`: only shards that have such files have these columns.
-REINFORCED_COLUMNS: dict[Kind, int] = {"synthetic": 4, "augmentations": 5, "arrays": 6, "tensors": 7}
+KINDS: tuple[Kind, ...] = ("image", "text", "json", "class", "synthetic", "augmentations", "arrays", "tensors")
+PLAIN_KINDS = 4  # the others are of reinforced samples, see `distillation.reinforced`
 # Of several images in a sample, the one whose suffix comes first here counts, as in open_clip.
 _COLUMN_OF_SUFFIX = {
     b"jpg": 0, b"png": 0, b"jpeg": 0, b"webp": 0, b"txt": 1, b"json": 2, b"cls": 3,
@@ -267,57 +186,36 @@ _RANKS = {suffix: rank for rank, suffix in enumerate(_COLUMN_OF_SUFFIX)}
 _META = re.compile(rb"(?:.*/)?__[^/]*__(?:/|$|\.)")  # webdataset's metadata
 
 
-class SampleGroups:
-    """Groups the files of a tar into samples: consecutive files with the same name up to the first dot.
+def samples_of(files: Iterable[TarFile]) -> tuple[npt.NDArray[np.bytes_], npt.NDArray[np.int64]]:
+    """Group the files of a tar into samples: consecutive files with the same name up to the first dot.
 
-    Attributes:
-        last_is_in_sample: whether the last file belongs to the last sample.
+    Returns:
+        Names of the G samples up to the first dot, (G,), UTF-8; and the offset and size in bytes of each kind of file,
+        (G, K, 2); an offset of -1 means missing.
     """
-
-    def __init__(self) -> None:
-        self.last_is_in_sample = False
-        self._names = list[bytes]()
-        self._rows = list[
-            tuple[int, int, int, int]
-        ]()  # sample, rank of the suffix, offset and size of files that count
-        self._suffixes = set[bytes]()  # of the last sample
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def add(self, files: Iterable[TarFile]) -> None:
-        """Add the files that follow those added before."""
-        names, rows, suffixes = self._names, self._rows, self._suffixes
-        last = names[-1] if names else b""
-        for name, offset, size in files:
-            base = name.rfind(b"/") + 1
-            dot = name.find(b".", base)
-            # Hidden files, files without a suffix and webdataset's metadata are not part of a sample.
-            self.last_is_in_sample = base < dot < len(name) - 1 and not (b"__" in name and _META.match(name))
-            if not self.last_is_in_sample:
-                continue
-            sample, suffix = name[:dot], name[dot + 1 :].lower()
-            # A repeated suffix starts a new sample: names are unique only within a tar, and tars get concatenated.
-            if sample != last or suffix in suffixes:
-                names.append(sample)
-                suffixes.clear()
-                last = sample
-            suffixes.add(suffix)
-            if (rank := _RANKS.get(suffix)) is not None:
-                rows.append((len(names) - 1, rank, offset, size))
-
-    def names(self, count: int) -> npt.NDArray[np.bytes_]:
-        """Return the names of the first samples up to the first dot, (count,), UTF-8."""
-        return np.asarray(self._names[:count], np.bytes_)
-
-    def locations(self) -> npt.NDArray[np.int64]:
-        """Return offset and size in bytes of each kind of file, (G, K, 2); an offset of -1 means missing."""
-        rows = np.asarray(self._rows, np.int64).reshape(-1, 4)
-        ranks = np.unique(rows[:, 1]).tolist()
-        is_reinforced = any(_COLUMNS[rank] >= len(COLUMNS) for rank in ranks)
-        columns = len(COLUMNS) + (len(REINFORCED_COLUMNS) if is_reinforced else 0)
-        locations = np.full((len(self), columns, 2), (-1, 0), np.int64)
-        for rank in ranks[::-1]:  # so that of several images, the one that counts stays
-            files = rows[rows[:, 1] == rank]
-            locations[files[:, 0], _COLUMNS[rank]] = files[:, 2:]
-        return locations
+    names, suffixes = list[bytes](), set[bytes]()  # suffixes of the last sample
+    rows = list[tuple[int, int, int, int]]()  # sample, rank of the suffix, offset and size of files that count
+    last = b""
+    for name, offset, size in files:
+        base = name.rfind(b"/") + 1
+        dot = name.find(b".", base)
+        # Hidden files, files without a suffix and webdataset's metadata are not part of a sample.
+        if not base < dot < len(name) - 1 or (b"__" in name and _META.match(name)):
+            continue
+        sample, suffix = name[:dot], name[dot + 1 :].lower()
+        # A repeated suffix starts a new sample: names are unique only within a tar, and tars get concatenated.
+        if sample != last or suffix in suffixes:
+            names.append(sample)
+            suffixes.clear()
+            last = sample
+        suffixes.add(suffix)
+        if (rank := _RANKS.get(suffix)) is not None:
+            rows.append((len(names) - 1, rank, offset, size))
+    places = np.asarray(rows, np.int64).reshape(-1, 4)
+    ranks = np.unique(places[:, 1]).tolist()
+    is_reinforced = any(_COLUMNS[rank] >= PLAIN_KINDS for rank in ranks)
+    locations = np.full((len(names), len(KINDS) if is_reinforced else PLAIN_KINDS, 2), (-1, 0), np.int64)
+    for rank in ranks[::-1]:  # so that of several images, the one that counts stays
+        own = places[places[:, 1] == rank]
+        locations[own[:, 0], _COLUMNS[rank]] = own[:, 2:]
+    return np.asarray(names, np.bytes_), locations

@@ -13,7 +13,7 @@ from clip_rd_edge.bundle.images import ImageFile
 from clip_rd_edge.bundle.labels import Templates, imagenet_templates
 from clip_rd_edge.data.folders import CLASS_NAMES, SPLITS, class_folders, class_name, metadata_lines, subfolders
 from clip_rd_edge.data.load import names_shards
-from clip_rd_edge.data.shard_files import TarMember, current_versions
+from clip_rd_edge.data.shard_files import TarMember, ask_versions
 from clip_rd_edge.data.shard_index import Shard, open_shard
 from clip_rd_edge.data.tables import Table, load_table
 from clip_rd_edge.data.tar import Kind
@@ -129,7 +129,7 @@ def load_task(name: Typed, *, image_key: str = "filepath", caption_key: str = "t
         return emoji.retrieval_task(split) if name.endswith(":retrieval") else emoji.zero_shot_task(split)
     if names_shards(name):
         paths = [path for source in parse_sources(name) for path in source.shards]
-        current_versions(paths)
+        ask_versions(paths)
         return retrieval_from_shards(shown_source(name), list(map(open_shard, paths)))
     path = Path(name)
     if is_file(path):
@@ -295,11 +295,10 @@ def _samples(shards: Sequence[Shard], *kinds: Kind) -> list[tuple[TarMember, Tar
         if shard.damage:
             raise InputError(f"{shard.path}: {shard.damage}.", hint="copy the shard again")
         for index in range(len(shard)):
-            image = shard.member(index, "image")
-            other = next((member for kind in kinds if (member := shard.member(index, kind)) is not None), None)
-            if image is None or other is None:
-                missing = "image" if image is None else kinds[0]
-                hint = _CAPTION_HINT if missing == "text" else ""
-                raise InputError(f"{shard.path}: {shard.name(index)} has no {missing}.", hint=hint)
-            samples.append((image, other))
+            files = shard.files(index)
+            other = next((kind for kind in kinds if kind in files), kinds[0])
+            if missing := {"image", other} - files.keys():
+                hint = _CAPTION_HINT if "text" in missing else ""
+                raise InputError(f"{shard.path}: {shard.name(index)} has no {min(missing)}.", hint=hint)
+            samples.append((files["image"], files[other]))
     return samples

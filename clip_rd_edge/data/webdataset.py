@@ -35,7 +35,8 @@ from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.remote import RemoteShard, ShardFile
 from clip_rd_edge.data.samples import BadPair, BadSamples, Counts, Sample, Samples, fingerprint, read_twice
 from clip_rd_edge.data.shard_files import TarMember, prefetch
-from clip_rd_edge.data.shard_index import Located, index_shards
+from clip_rd_edge.data.shard_index import index_shards
+from clip_rd_edge.data.tar import Kind
 from clip_rd_edge.errors import InputError, UsageError, near_matches
 from clip_rd_edge.utils.files import new_file, write_bytes
 from clip_rd_edge.utils.host import usable_cores
@@ -101,15 +102,12 @@ class Shards:
         return Counts(pairs=len(self)) if self._captioned else Counts(images=len(self))
 
     def read(self, index: int) -> Sample:
-        shard, located = self.locate(index)
-        captions: tuple[str, ...] = ()
-        if self._captioned:
-            member = TarMember(shard, "", *located.caption)
-            if located.is_json:
-                captions = json_captions(member, self._json_key or JSON_KEY)
-            else:  # as open_clip does
-                captions = require_captions([read_text(member)], str(member))
-        return Sample(captions, TarMember(shard, "", *located.image))
+        files, captions = self.files(index), tuple[str, ...]()
+        if self._captioned and (self._json_key is not None or "text" not in files):
+            captions = json_captions(files["json"], self._json_key or JSON_KEY)
+        elif self._captioned:  # as open_clip does
+            captions = require_captions([read_text(files["text"])], str(files["text"]))
+        return Sample(captions, files["image"])
 
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify these pairs: digests of names, offsets and sizes of all samples."""
@@ -120,11 +118,12 @@ class Shards:
         """Begin to fetch the shards of these groups, where they are remote."""
         prefetch([self._paths[shard] for shard in dict.fromkeys(self._shard_of_group[list(groups)].tolist())])
 
-    def locate(self, index: int) -> tuple[ShardFile, Located]:
-        """Return the shard of a sample, and where its files lie in it."""
+    def files(self, index: int) -> dict[Kind, TarMember]:
+        """Return the files of a sample."""
         group = int(np.searchsorted(self._ends, index, side="right"))
         shard = int(self._shard_of_group[group])
-        return self._paths[shard], self._index.locate(shard, index - int(self._ends[group] - self.groups[group]))
+        located = self._index.locate(shard, index - int(self._ends[group] - self.groups[group]))
+        return {kind: TarMember(self._paths[shard], "", *place) for kind, place in located.items()}
 
 
 def parse_sources(source: Typed, weights: str | None = None) -> list[Source]:

@@ -108,8 +108,7 @@ class Reinforced(Shards):
 
     def augmentations(self, index: int) -> tuple[Augmentation, ...]:
         """Return a pair's augmentations; raises InputError if they cannot be read."""
-        shard, located = self.locate(index)
-        member = TarMember(shard, "", *located.augmentations)
+        member = self.files(index)["augmentations"]
         with _as_expected(member):
             parameters = read_json_member(member)["param_aug"]
             if isinstance(parameters, str):
@@ -120,10 +119,9 @@ class Reinforced(Shards):
 
     def synthetic_captions(self, index: int) -> dict[str, tuple[str, ...]]:
         """Return a pair's synthetic captions by their key, as they are; raises InputError if they cannot be read."""
-        shard, located = self.locate(index)
-        if located.synthetic[0] < 0:
+        member = self.files(index).get("synthetic")
+        if member is None:
             return {}
-        member = TarMember(shard, "", *located.synthetic)
         with _as_expected(member):
             content = read_json_member(member)
             captions = {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
@@ -133,8 +131,8 @@ class Reinforced(Shards):
 
     def embeddings(self, index: int) -> tuple[TarMember, bool]:
         """Return the file with a pair's embeddings, and whether it is a .pth.gz and not a .npz."""
-        shard, located = self.locate(index)
-        return TarMember(shard, "", *located.embeddings), located.is_torch
+        files = self.files(index)  # with both, the arrays, which are more precise
+        return files.get("arrays") or files["tensors"], "arrays" not in files
 
 
 @contextmanager

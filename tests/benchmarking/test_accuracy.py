@@ -94,7 +94,7 @@ def test_a_renewed_test_set_is_told_from_the_old_one_and_a_moved_one_is_not(tmp_
         if in_shard:
             with tarfile.open(tmp_path / folder / "0.tar", "w") as shard:
                 shard.add(file, file.name)
-            image = open_shard(tmp_path / folder / "0.tar").member(0, "image")
+            image = open_shard(tmp_path / folder / "0.tar").files(0)["image"]
         assert image is not None
         task = ZeroShotTask(name="t", images=(image,), targets=(0,), labels=("a", "b"))
         packed = pack_correctness(task, TOP1, np.ones(1, dtype=bool))

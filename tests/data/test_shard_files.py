@@ -121,7 +121,7 @@ def test_what_waits_to_be_prefetched_does_not_keep_a_process_from_ending(server:
 import time
 from clip_rd_edge.data import remote, shard_files
 shards = [remote.RemoteShard("{server.url}/%03d.tar" % i) for i in range(4)]
-remote.versions(shards)
+remote.ask_servers(shards)
 print("ready", flush=True)
 input()
 shard_files.prefetch(shards)

@@ -11,19 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_rd_edge.data import tar as tar_scan
-from clip_rd_edge.data.tar import UNREADABLE, SampleGroups, TarFile, TarScan
+from clip_rd_edge.data.tar import UNREADABLE, TarFile, TarScan, samples_of
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "GNU": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
 
 def scan_of(path: Path) -> TarScan:
     return TarScan(partial(os.open, path, os.O_RDONLY))
-
-
-def listed(scan: TarScan) -> list[TarFile]:
-    """Return the files of a scan one after another."""
-    return [file for files in scan for file in files]
 
 
 def write_archive(path: Path, tar_format: int) -> Path:
@@ -53,23 +47,18 @@ def listed_by_tarfile(path: Path) -> list[TarFile]:
 
 
 @pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
-def test_the_scan_lists_the_files_that_tarfile_lists_wherever_a_batch_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tar_format: int
-) -> None:
+def test_the_scan_lists_the_files_that_tarfile_lists(tmp_path: Path, tar_format: int) -> None:
     path = write_archive(tmp_path / "a.tar", tar_format)
-    for headers in (*range(1, 12), 4096):
-        monkeypatch.setattr(tar_scan, "_BATCH", headers)
-        scan = scan_of(path)
-        assert listed(scan) == listed_by_tarfile(path), headers
-        assert scan.damage == ""
+    scan = scan_of(path)
+    assert [*scan] == listed_by_tarfile(path)
+    assert scan.damage == ""
 
 
 def test_sizes_beyond_all_numbers_are_those_of_a_file_that_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(plain_file("a.jpg", b"x") + pax_header(b"39 size=%030d\n" % 10**29) + plain_file("a.txt", b"y"))
     scan = scan_of(path)
-    assert [name for name, _, _ in listed(scan)] == [b"a.jpg", b"a.txt"]
-    assert scan.last_is_incomplete
+    assert [name for name, _, _ in scan] == [b"a.jpg"]
     assert "within a.txt" in scan.damage
 
 
@@ -105,7 +94,7 @@ def test_a_malformed_extended_header_makes_the_next_file_unreadable_and_no_other
     path.write_bytes(before + header + hit + after + bytes(1024))
     scan = scan_of(path)
     start = len(before) + len(header)
-    assert listed(scan) == [
+    assert [*scan] == [
         (b"before.txt", 512, 10),
         (b"hit.txt", UNREADABLE, 7),
         (b"after.txt", start + len(hit) + 512, 9),
@@ -117,14 +106,14 @@ def test_an_extended_header_that_runs_past_the_end_is_damage(tmp_path: Path) -> 
     path = tmp_path / "a.tar"
     path.write_bytes(plain_file("before.txt", b"x") + pax_header(b"", size=1 << 30))
     scan = scan_of(path)
-    assert [name for name, _, _ in listed(scan)] == [b"before.txt"]
-    assert "ends within an extended header" in scan.damage
+    assert [name for name, _, _ in scan] == [b"before.txt"]
+    assert "within an extended header" in scan.damage
 
 
 @pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
 def test_no_damaged_byte_adds_or_moves_a_file(tmp_path: Path, tar_format: int) -> None:
     path = write_archive(tmp_path / "a.tar", tar_format)
-    whole, files = path.read_bytes(), listed(scan_of(path))
+    whole, files = path.read_bytes(), [*scan_of(path)]
     contents = {byte for _, offset, size in files for byte in range(offset, offset + -(-size // 512) * 512)}
     generator = np.random.default_rng(1)
     headers = sorted(set(range(len(whole) - 20480 // 2)) - contents)
@@ -133,7 +122,7 @@ def test_no_damaged_byte_adds_or_moves_a_file(tmp_path: Path, tar_format: int) -
         damaged[position] ^= 1 << int(generator.integers(8))
         path.write_bytes(damaged)
         scan = scan_of(path)
-        found = listed(scan)
+        found = [*scan]
         # A flipped bit in the content of an extended header has no checksum: it can only change one name, or make the
         # file unreadable.
         if found != files:
@@ -147,14 +136,13 @@ def test_no_damaged_byte_adds_or_moves_a_file(tmp_path: Path, tar_format: int) -
 @pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
 def test_every_cut_is_noticed(tmp_path: Path, tar_format: int) -> None:
     path = write_archive(tmp_path / "a.tar", tar_format)
-    whole, files = path.read_bytes(), listed(scan_of(path))
+    whole, files = path.read_bytes(), [*scan_of(path)]
     end = max(offset + size for _, offset, size in files) + 1024
     for length in range(0, end, 256):
         path.write_bytes(whole[:length])
         scan = scan_of(path)
-        found = listed(scan)
-        complete = found[:-1] if scan.last_is_incomplete else found
-        assert complete == files[: len(complete)]
+        found = [*scan]
+        assert found == files[: len(found)]
         assert len(found) == len(files) or scan.damage, length
 
 
@@ -171,20 +159,14 @@ SAMPLES = [
 ]
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 5, 100])
-def test_files_are_grouped_by_webdatasets_rules_in_batches_of_any_size(batch: int) -> None:
+def test_files_are_grouped_by_webdatasets_rules() -> None:
     files = [
         (name.encode(), 10 * n, 10 * n + 1) for n, name in enumerate(name for names, _ in SAMPLES for name in names)
     ]
-    groups = SampleGroups()
-    for start in range(0, len(files), batch):
-        groups.add(files[start : start + batch])
+    names, locations = samples_of(files)
     expected = [sample for _, sample in SAMPLES if sample]
-    assert groups.names(len(groups)).tolist() == [name.encode() for name, _ in expected]
+    assert names.tolist() == [name.encode() for name, _ in expected]
     assert [
         {column: (offset, size) for column, (offset, size) in enumerate(sample) if offset >= 0}
-        for sample in groups.locations().tolist()
+        for sample in locations.tolist()
     ] == [{column: (10 * n, 10 * n + 1) for column, n in numbers.items()} for _, numbers in expected]
-    assert groups.last_is_in_sample
-    groups.add([(b"readme", 0, 1)])
-    assert not groups.last_is_in_sample
