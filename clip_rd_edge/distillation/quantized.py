@@ -76,14 +76,16 @@ class RangeObserver:
     It records the ranges of activations by their index; if called again for an index, the last call counts. What is
     pooled keeps the scale of its input. Weights are those of a layer, (out, …), and constants such as biases are added
     or multiplied elementwise.
+
+    Attributes:
+        ranges: low and high percentile of each activation.
     """
 
     def __init__(self) -> None:
-        self._batch: dict[int, tuple[float, float]] = {}
-        self._batches: list[dict[int, tuple[float, float]]] = []
+        self.ranges: dict[int, tuple[float, float]] = {}
 
     def activation(self, index: int, values: Tensor) -> Tensor:
-        self._batch[index] = range_without_outliers(values.detach().float().cpu().numpy())
+        self.ranges[index] = range_without_outliers(values.detach().float().cpu().numpy())
         return values
 
     def pooled(self, index: int, values: Tensor) -> Tensor:
@@ -93,18 +95,6 @@ class RangeObserver:
         return values
 
     constant = weight
-
-    def end_batch(self) -> None:
-        """Finish a batch and start the next."""
-        self._batches.append(self._batch)
-        self._batch = {}
-
-    def write_to(self, ranges: ActivationRanges) -> None:
-        """Set `ranges` to the mean of the batches' percentiles, as the exporter does, extended to include 0."""
-        table = torch.tensor([[row[index] for index in range(len(row))] for row in self._batches])  # (batches, n, 2)
-        means = [range_without_ties(low, high) for low, high in table.mean(dim=0).tolist()]
-        low, high = torch.tensor(means).unbind(dim=1)
-        ranges.low, ranges.high = low.clamp(max=0), high.clamp(min=0)
 
 
 class FakeQuantizer:
@@ -330,13 +320,19 @@ class QuantizedTower(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Set `ranges` from the tower's float32 activations on batches of pixels, (N, 3, H, W) each."""
-        observer = RangeObserver()
+        """Set `ranges` from the tower's float32 activations on batches of pixels, (N, 3, H, W) each.
+
+        They are the means of the batches' percentiles, as the exporter's, extended to include 0.
+        """
+        found = []
         for pixels in batches:
+            observer = RangeObserver()
             with FakeQuantMode(observer, self.norms):
                 self.tower(pixels.to(_device(self.tower)))
-            observer.end_batch()
-        observer.write_to(self.ranges)
+            found.append([observer.ranges[index] for index in range(len(observer.ranges))])
+        means = torch.tensor(found).mean(dim=0).tolist()  # of (batches, n, 2)
+        low, high = torch.tensor([range_without_ties(*percentiles) for percentiles in means]).unbind(dim=1)
+        self.ranges.low, self.ranges.high = low.clamp(max=0), high.clamp(min=0)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Embed pixels, (N, 3, H, W) to (N, D)."""

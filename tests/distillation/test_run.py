@@ -8,7 +8,6 @@ import math
 import os
 import shlex
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -31,7 +30,6 @@ from clip_rd_edge.errors import (
     DiskFullError,
     DivergedRunError,
     InputError,
-    InterruptedRunError,
     UsageError,
 )
 from clip_rd_edge.losses import terms
@@ -141,21 +139,6 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
     monkeypatch.undo()
     monkeypatch.setattr("clip_rd_edge.distillation.run.plot_run", lambda *_: None)
     assert_same_weights(distil(config, run, resume=True), uninterrupted)
-
-
-@pytest.mark.usefixtures("hang_up")
-def test_a_signal_saves_the_state(config: RunConfig, uninterrupted: Path, tmp_path: Path) -> None:
-    def terminate(step: int) -> None:
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGHUP)
-
-    with pytest.raises(InterruptedRunError, match="SIGHUP after step 3 of 8") as error:
-        distil(config, tmp_path / "run", on_step=terminate)
-    assert error.value.exit_code == 75
-    watch = Watch()
-    resumed = run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
-    assert "resumed after step 3 of 8" in watch.noted
-    assert_same_weights(resumed, uninterrupted)
 
 
 def test_a_damaged_checkpoint_is_skipped_and_named(config: RunConfig, uninterrupted: Path, tmp_path: Path) -> None:
