@@ -35,7 +35,6 @@ MAX_CONNECTIONS = 256
 OPEN_FILES = 1024  # the usual limit of a process; a shell of macOS has 256
 MAX_HEAD_BYTES = 64_000  # of a request; of what follows its body, too
 MAX_AHEAD, MAX_AHEAD_BYTES = 64, 256_000  # requests that arrive before the answer to an earlier one, and their bytes
-MAX_LOG_LINES, LOG_PERIOD_S = 20, 60.0
 Handler = Callable[[Request], Awaitable[Response]]
 PAGE, SITE = Path(__file__).with_name("page"), Path(__file__).with_name("site")  # of `demo`, and of `serve`
 # Not as `mimetypes` has them, from the registry on Windows: a browser runs no script that is served as text/plain.
@@ -210,25 +209,6 @@ def connection_limit() -> int:
     return MAX_CONNECTIONS if soft == unlimited else min(MAX_CONNECTIONS, soft // 2)
 
 
-class LogLimit(logging.Filter):
-    """Lets MAX_LOG_LINES records pass in LOG_PERIOD_S; the next one after that counts those that did not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._period_began, self._lines = time.monotonic(), 0
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether the record is written."""
-        now = time.monotonic()
-        if now - self._period_began > LOG_PERIOD_S:
-            left_out = self._lines - MAX_LOG_LINES
-            self._period_began, self._lines = now, 0
-            if left_out > 0:
-                record.msg, record.args = f"{record.getMessage()} ({left_out:,} lines before were left out)", ()
-        self._lines += 1
-        return self._lines <= MAX_LOG_LINES
-
-
 def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], None], stop_within_s: int) -> None:
     """Run an application until one of the `stop_signals`; requests in progress have `stop_within_s` seconds to finish.
 
@@ -238,13 +218,12 @@ def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], N
         ready: called with the server's URL once it accepts connections; for a server on all addresses (0.0.0.0 or ::),
             with the one on this machine.
     """
-    loggers = [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
-    with _listen(host, port) as listener, _filtered(loggers, LogLimit()):
+    with _listen(host, port) as listener:
         config = uvicorn.Config(
             app,
             http=LimitedProtocol,
             ws="none",
-            log_level="warning",
+            log_level="error",  # a warning is what any client can cause, as often as it likes
             access_log=False,
             server_header=False,
             proxy_headers=False,  # nothing asks who the client is
@@ -254,17 +233,6 @@ def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], N
         )
         ready(url_of({"": LOOPBACK, "0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host), listener.getsockname()[1]))
         _run(_Server(config), listener)
-
-
-@contextmanager
-def _filtered(loggers: Collection[logging.Logger], limit: logging.Filter) -> Iterator[None]:
-    for logger in loggers:
-        logger.addFilter(limit)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(limit)
 
 
 class _Server(uvicorn.Server):
