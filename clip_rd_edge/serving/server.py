@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import msgspec
@@ -27,7 +26,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.serving.guard import LOOPBACK, RefusedError, Respond, is_loopback
-from clip_rd_edge.utils.process import end_calls, handled_by, leave_lost_terminal, stop_signals
+from clip_rd_edge.utils.process import end_calls, handled_by, stop_signals
 
 BODY_TIMEOUT_S = 20.0  # for a request body to arrive
 REQUEST_TIMEOUT_S = 10.0  # for the head of the first request to arrive
@@ -236,9 +235,16 @@ def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], N
 
 
 class _Server(uvicorn.Server):
-    """A server that ends the models which still run when the time of the requests in progress is over."""
+    """A server that any stop signal stops, and that ends models which run longer than requests in progress may."""
 
     _over = threading.Event()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle SIGHUP as well, since an event loop may swallow what another handler raises; all act afterwards."""
+        others = set(stop_signals()) - {signal.SIGINT, signal.SIGTERM}
+        with super().capture_signals(), handled_by(self.handle_exit, others):
+            yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop serving; until `run` has returned, which waits for all threads, no model computes anything."""
@@ -255,33 +261,13 @@ class _Server(uvicorn.Server):
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:
     """Run a server until it ends; in a thread of its own within an event loop, as in the cell of a notebook."""
     if asyncio._get_running_loop() is None:
-        with _stopped_by_lost_terminal(server):
-            server.run(sockets=[listener])
+        server.run(sockets=[listener])
         return
     with ThreadPoolExecutor(1) as thread:
         try:
             thread.submit(server.run, sockets=[listener]).result()
         finally:
             server.should_exit = True  # after Ctrl-C, which reaches this thread alone
-
-
-@contextmanager
-def _stopped_by_lost_terminal(server: uvicorn.Server) -> Iterator[None]:
-    """Within the block, SIGHUP stops the server, which handles the other `stop_signals`, and then acts as outside.
-
-    An event loop may swallow what another handler raises.
-    """
-    received = list[int]()
-
-    def handle(number: int, _: FrameType | None) -> None:
-        leave_lost_terminal()
-        received.append(number)
-        server.should_exit = True
-
-    with handled_by(handle, set(stop_signals()) - {signal.SIGINT, signal.SIGTERM}):
-        yield
-    if received:
-        signal.raise_signal(received[0])
 
 
 def url_of(host: str, port: int) -> str:
