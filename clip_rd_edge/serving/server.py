@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +22,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.serving.guard import LOOPBACK, RefusedError, Respond, is_loopback
@@ -31,9 +31,8 @@ from clip_rd_edge.utils.process import end_calls, handled_by, stop_signals
 BODY_TIMEOUT_S = 20.0  # for a request body to arrive
 REQUEST_TIMEOUT_S = 10.0  # for the head of the first request to arrive
 MAX_CONNECTIONS = 256
-OPEN_FILES = 1024  # the usual limit of a process; a shell of macOS has 256
 MAX_HEAD_BYTES = 64_000  # of a request; of what follows its body, too
-MAX_AHEAD, MAX_AHEAD_BYTES = 64, 256_000  # requests that arrive before the answer to an earlier one, and their bytes
+MAX_AHEAD = 64  # requests that arrive before the answer to an earlier one
 Handler = Callable[[Request], Awaitable[Response]]
 PAGE, SITE = Path(__file__).with_name("page"), Path(__file__).with_name("site")  # of `demo`, and of `serve`
 # Not as `mimetypes` has them, from the registry on Windows: a browser runs no script that is served as text/plain.
@@ -119,18 +118,14 @@ def serve_file(path: Path) -> Callable[[Request], Response]:
     return lambda request: FileResponse(path, media_type=_MEDIA_TYPES[path.suffix])
 
 
-class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-ignore]
+class LimitedProtocol(HttpToolsProtocol):
     """One HTTP connection. One too many ends the oldest that waits for its client, never one that is being answered.
 
-    So clients that hold connections open, or send their requests slowly, keep nobody out. Requests are parsed by
-    httptools if it is installed, and by h11 otherwise, whose limit of a request's head and trailers is uvicorn's
-    setting; httptools has none, and calls the methods that begin with `on_`. Neither limits what arrives ahead of its
-    turn, as uvicorn reads on while a request is answered.
+    So clients that hold connections open, or send their requests slowly, keep nobody out. httptools, which calls the
+    methods that begin with `on_`, limits neither heads and trailers nor what arrives ahead of its turn.
     """
 
-    in_fields = False  # whether header fields may follow: of the head, or after the last chunk of the body
-    field_bytes = 0  # received since they began
-    ahead_bytes = 0  # received since a request is being answered
+    idle_bytes = 0  # received since a head was complete or a part of a body arrived
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -146,37 +141,22 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-
         self.timer.cancel()  # which would keep the connection in memory
         super().connection_lost(exc)
 
-    def on_message_begin(self) -> None:
-        self.in_fields, self.field_bytes = True, 0
-        super().on_message_begin()
-
     def on_headers_complete(self) -> None:
         """What is raised here ends the parsing, and the answer is 400."""
-        self.in_fields = False
         if len(self.pipeline) >= MAX_AHEAD:
             raise OverflowError
+        self.idle_bytes = 0
         super().on_headers_complete()
 
-    def on_chunk_header(self) -> None:
-        """A chunk begins, or after the last one, trailers."""
-        self.in_fields, self.field_bytes = True, 0
-
     def on_body(self, body: bytes) -> None:
-        self.in_fields = False
+        self.idle_bytes = 0
         super().on_body(body)
 
-    def on_message_complete(self) -> None:
-        self.in_fields = False
-        super().on_message_complete()
-
     def data_received(self, data: bytes) -> None:
-        """Parse what arrives; refuse fields without an end, and too much before the answer to an earlier request."""
-        self.field_bytes += len(data) if self.in_fields else 0
-        self.ahead_bytes = 0 if self.waits_for_client else self.ahead_bytes + len(data)
+        """Parse what arrives; end a connection that sends a head or trailers without an end."""
+        self.idle_bytes += len(data)
         super().data_received(data)
-        if self.in_fields and self.field_bytes > MAX_HEAD_BYTES:
-            self.send_400_response("The head of the request is too large.")
-        elif self.ahead_bytes > MAX_AHEAD_BYTES:
+        if self.idle_bytes > MAX_HEAD_BYTES:
             self.transport.abort()
 
     @property
@@ -190,22 +170,13 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-
 
 
 def connection_limit() -> int:
-    """Return how many connections are kept: with what else is open, fewer than files that this process may open.
-
-    That limit is raised to OPEN_FILES where it may be: without a file for it, a connection cannot even be refused.
-    """
+    """Return how many connections are kept: without a file for it, a connection cannot even be refused."""
     try:
         import resource
     except ImportError:  # Windows
         return MAX_CONNECTIONS
-    unlimited = resource.RLIM_INFINITY
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == unlimited else min(hard, OPEN_FILES)
-    if soft != unlimited and soft < wanted:
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-    return MAX_CONNECTIONS if soft == unlimited else min(MAX_CONNECTIONS, soft // 2)
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if files == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, files // 2)
 
 
 def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], None], stop_within_s: int) -> None:
@@ -228,7 +199,6 @@ def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], N
             proxy_headers=False,  # nothing asks who the client is
             timeout_keep_alive=30,
             timeout_graceful_shutdown=stop_within_s,
-            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
         ready(url_of({"": LOOPBACK, "0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host), listener.getsockname()[1]))
         _run(_Server(config), listener)
@@ -284,11 +254,7 @@ def network_urls(host: str, port: int) -> list[str]:
     addresses = [_source_address(socket.AF_INET, "192.0.2.1")]
     if host == "::":
         addresses.append(_source_address(socket.AF_INET6, "2001:db8::1"))
-    with suppress(OSError):
-        resolved = socket.getaddrinfo(socket.gethostname(), port, type=socket.SOCK_STREAM)
-        addresses += [str(entry[4][0]) for entry in resolved if entry[0] == socket.AF_INET or host == "::"]
-    usable = (address for address in addresses if address and not is_loopback(address) and "%" not in address)
-    return [url_of(address, port) for address in dict.fromkeys(usable)]
+    return [url_of(address, port) for address in addresses if address and not is_loopback(address)]
 
 
 def _source_address(family: socket.AddressFamily, destination: str) -> str:

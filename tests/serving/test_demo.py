@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-import runpy
 import shutil
 import signal
 import socket
@@ -308,24 +307,15 @@ def test_a_low_limit_of_open_files_keeps_nobody_out(colour_bundle: Path) -> None
     assert "Traceback" not in server.log
 
 
-@pytest.fixture(params=["httptools_impl.HttpToolsProtocol", "h11_impl.H11Protocol"])
-def limited(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`LimitedProtocol` over either parser of uvicorn."""
-    name, _, parser = request.param.partition(".")
-    module = pytest.importorskip(f"uvicorn.protocols.http.{name}")
-    monkeypatch.setattr("uvicorn.protocols.http.auto.AutoHTTPProtocol", getattr(module, parser))
-    return runpy.run_path(server.__file__)["LimitedProtocol"]
-
-
-async def send_until_closed(protocol: Any, application: Any, parts: Iterable[bytes]) -> tuple[int, bytes]:
+async def send_until_closed(application: Any, parts: Iterable[bytes]) -> tuple[int, bytes]:
     """Send bytes to a server, which ends the connection; return how many it took, and its answers."""
     from uvicorn.config import Config
     from uvicorn.server import ServerState
 
-    config, state = Config(application, http=protocol, ws="none", log_config=None), ServerState()
-    connect = functools.partial(protocol, config=config, server_state=state, app_state={})
-    server = await asyncio.get_running_loop().create_server(connect, "127.0.0.1", 0)
-    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    config, state = Config(application, ws="none", log_config=None), ServerState()
+    connect = functools.partial(server.LimitedProtocol, config=config, server_state=state, app_state={})
+    listener = await asyncio.get_running_loop().create_server(connect, "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
     reading = asyncio.ensure_future(reader.read())
     sent, answers = 0, b""
     with suppress(ConnectionError):
@@ -337,7 +327,7 @@ async def send_until_closed(protocol: Any, application: Any, parts: Iterable[byt
     with suppress(ConnectionError):
         answers = await asyncio.wait_for(reading, 20)
     writer.close()
-    server.close()
+    listener.close()
     return sent, answers
 
 
@@ -360,16 +350,14 @@ CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\
 
 @pytest.mark.parametrize("application", [answer_after_the_body, refuse])
 @pytest.mark.parametrize("field", [b"a: b\r\n", b"x" * 6])
-@pytest.mark.parametrize("start", [CHUNKED + b"0\r\n", CHUNKED + b"0\r\n\r\nGET / HTTP/1.1\r\n"])
-def test_a_head_or_trailers_without_an_end_are_refused(
-    limited: Any, application: Any, field: bytes, start: bytes
-) -> None:
+@pytest.mark.parametrize("start", [CHUNKED + b"0\r\n", CHUNKED + b"0\r\n\r\nGET / HTTP/1.1\r\n", CHUNKED + b"2;"])
+def test_a_head_or_trailers_without_an_end_are_refused(application: Any, field: bytes, start: bytes) -> None:
     parts = [start, b"a: "] + [field * 10_000] * 200
-    assert asyncio.run(send_until_closed(limited, application, parts))[0] < 8_000_000  # what buffers take is less
+    assert asyncio.run(send_until_closed(application, parts))[0] < 8_000_000  # what buffers take is less
 
 
 @pytest.mark.parametrize("request_line", [b"GET / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\nContent-Length: 0\r\n"])
-def test_any_number_of_requests_before_the_first_answer_is_refused(limited: Any, request_line: bytes) -> None:
+def test_any_number_of_requests_before_the_first_answer_is_refused(request_line: bytes) -> None:
     answered = 0
 
     async def answer_some(scope: Any, receive: Any, send: Any) -> None:
@@ -382,8 +370,8 @@ def test_any_number_of_requests_before_the_first_answer_is_refused(limited: Any,
         await send({"type": "http.response.body"})
 
     request = request_line + b"Host: a\r\n\r\n"
-    asyncio.run(send_until_closed(limited, answer_some, [request * 5_000] * 20))
+    asyncio.run(send_until_closed(answer_some, [request * 5_000] * 20))
     assert answered < 200
     last = request_line + b"Host: a\r\nConnection: close\r\n\r\n"
-    answered, answers = 0, asyncio.run(send_until_closed(limited, answer_some, [request * 19 + last]))[1]
+    answered, answers = 0, asyncio.run(send_until_closed(answer_some, [request * 19 + last]))[1]
     assert answers.count(b"200 OK") == 20  # those that are not too many are answered
