@@ -156,14 +156,14 @@ def serve(request: Serve) -> None:
 
     with needs_extra("starlette", extra="serve", purpose="Serving a bundle"):
         from clip_rd_edge.serving.server import run_server
-        from clip_rd_edge.serving.service import Limits, Service, make_app
+        from clip_rd_edge.serving.service import Service, make_app
     token = sendable_token(request.token) if request.token else ""
     folder = images = None
     if request.index is not None:
         folder = Path(request.index)
         images = remembered_folder(folder) if request.folder is None else Path(request.folder)
-    limits = Limits(max_batch=request.max_batch, max_items=request.max_items)
-    service = Service(_opened(request), index=folder, images=images, limits=limits, version=__version__)
+    limits = {"max_batch": request.max_batch, "max_items": request.max_items}
+    service = Service(_opened(request), index=folder, images=images, version=__version__, **limits)
     app = make_app(service, token=token, host=request.host, names=request.allow_host)
     run_server(app, host=request.host, port=request.port, ready=request.ready, stop_within_s=10)
 

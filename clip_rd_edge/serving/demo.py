@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import threading
 import time
@@ -9,12 +10,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
-from functools import partial
+from functools import cached_property
 from pathlib import Path
+from weakref import WeakValueDictionary
 
-import anyio.to_thread
 import msgspec
-from anyio import CapacityLimiter
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -81,6 +81,47 @@ class Classification(msgspec.Struct, frozen=True, kw_only=True):
     embedding: str = ""
 
 
+class _Opened:
+    """A bundle that is open, and what was computed with it."""
+
+    def __init__(self, encoder: BundleEncoder) -> None:
+        self.encoder = encoder
+        self._classifiers: OrderedDict[str, ZeroShotClassifier] = OrderedDict()
+        self._lock = threading.Lock()
+        # By the key of the labels: one thread at a time embeds them, and others with the same ones wait for it.
+        self._turns: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+
+    @cached_property
+    def _untaught(self) -> Taught:
+        return self.encoder.taught or nothing_taught(self.encoder)
+
+    def taught(self, labels: PageLabels) -> tuple[Taught, LabelBank]:
+        try:
+            rows = labels.rows(self.encoder.manifest.embedding_size)
+        except InputError as error:
+            raise RefusedError(_OTHER_MODEL, str(error)) from error
+        return taught_among(self.encoder, self._untaught, list(dict.fromkeys(labels.labels)), rows)
+
+    def classifier(self, labels: PageLabels | None) -> ZeroShotClassifier:
+        key = labels.key if labels is not None else ""
+        with self._lock:
+            turn = self._turns.setdefault(key, threading.Lock())
+        with turn:
+            with self._lock:
+                classifier = self._classifiers.get(key)
+            classifier = classifier or self._new_classifier(labels)
+            with self._lock:
+                keep(self._classifiers, key, classifier, _MAX_CLASSIFIERS)
+        return classifier
+
+    def _new_classifier(self, labels: PageLabels | None) -> ZeroShotClassifier:
+        if labels is None or not labels.taught:
+            return ZeroShotClassifier(self.encoder, None if labels is None else labels.labels, cache=False)
+        twin = copy(self.encoder)
+        twin.label_bank = self.taught(labels)[1]
+        return ZeroShotClassifier(twin, None, cache=False)
+
+
 class ServedBundle:
     """A bundle that is opened for the demo, and opened again when it has been exported anew.
 
@@ -94,36 +135,32 @@ class ServedBundle:
         self.folder, self.shown = folder, shown or folder.resolve().name
         self._threads, self._force = threads, force
         self._lock = threading.Lock()
-        self._opened: tuple[int, ...] | None = None  # the identity of the manifest last opened
-        self._encoder: BundleEncoder
-        self._classifiers: OrderedDict[str, tuple[BundleEncoder, ZeroShotClassifier]] = OrderedDict()
-        self._untaught: tuple[BundleEncoder, Taught] | None = None
-        self._turns: dict[str, threading.Lock] = {}  # by the key of the labels: one thread at a time embeds them
+        self._identity: tuple[int, ...] | None = None  # of the manifest last opened
+        self._opened: _Opened
         read_manifest(folder)  # raises a clear error for a folder that is not a bundle
-        self._info = self._describe(self.encoder())
+        self._info = self._describe(self.opened().encoder)
         if not (self._info.texts or self._info.bank):
             raise InputError(
                 f"The bundle {folder} has no text tower and no labels: there is nothing to classify images among.",
                 hint="export it with --labels, or without --no-text-tower",
             )
 
-    def encoder(self) -> BundleEncoder:
-        """Return an encoder for the current content of the folder."""
+    def opened(self) -> _Opened:
+        """Return the current content of the folder."""
         identity = file_identity(self.folder / MANIFEST)
         if identity is None:
             raise RefusedError(_BUNDLE_GONE, f"The bundle {self.folder} was removed.")
         with self._lock:
-            if self._opened != identity:
-                self._encoder = load(self.folder, threads=self._threads, force=self._force)
-                open_image_tower(self._encoder)
-                self._classifiers.clear()
-                self._opened = identity
-            return self._encoder
+            if self._identity != identity:
+                encoder = load(self.folder, threads=self._threads, force=self._force)
+                open_image_tower(encoder)
+                self._opened, self._identity = _Opened(encoder), identity
+            return self._opened
 
     def info(self) -> BundleInfo:
         """Return what the page shows about the bundle; if it was removed, the last known information."""
         with suppress(ClipRdEdgeError, RefusedError):
-            self._info = self._describe(self.encoder())
+            self._info = self._describe(self.opened().encoder)
         return self._info
 
     def classify(self, content: bytes, labels: PageLabels | None, embedding: bool = False) -> Classification:
@@ -134,10 +171,10 @@ class ServedBundle:
             labels: the labels; None uses the bundle's own and returns the BANK_TOP most likely.
             embedding: return the image's embedding, too.
         """
-        encoder = self.encoder()
-        asked = time.perf_counter()
+        opened, asked = self.opened(), time.perf_counter()
+        encoder = opened.encoder
         try:
-            classifier = self._classifier(encoder, labels)
+            classifier = opened.classifier(labels)
         except InputError as error:
             if labels is not None and encoder.has_text_tower:
                 raise  # the labels themselves are refused
@@ -145,7 +182,7 @@ class ServedBundle:
         started = time.perf_counter()
         image = open_image(UploadedImage(content), max_pixels=protocol.MAX_PIXELS)
         pixels = preprocess(image, encoder.manifest.preprocessing)[None]
-        opened = time.perf_counter()
+        preprocessed = time.perf_counter()
         embeddings = encoder.encode_pixels(pixels)
         top = BANK_TOP if labels is None else len(labels.labels)
         # A camera also sees what is neither taught nor beside it; without stored nouns, that would take a minute.
@@ -157,24 +194,14 @@ class ServedBundle:
             labels=[prediction.label for prediction in predictions],
             probabilities=[round(prediction.probability, 5) for prediction in predictions],
             labels_ms=(started - asked) * 1e3,
-            open_ms=(opened - started) * 1e3,
-            model_ms=(finished - opened) * 1e3,
+            open_ms=(preprocessed - started) * 1e3,
+            model_ms=(finished - preprocessed) * 1e3,
             embedding=base64.b64encode(embeddings.astype("<f2").tobytes()).decode() if embedding else "",
         )
 
     def taught(self, labels: PageLabels) -> bytes:
         """Return what `clip-rd-edge teach` takes for a folder of images: the content of taught.npz."""
-        return taught_bytes(self._taught(self.encoder(), labels)[0])
-
-    def _taught(self, encoder: BundleEncoder, labels: PageLabels) -> tuple[Taught, LabelBank]:
-        try:
-            rows = labels.rows(encoder.manifest.embedding_size)
-        except InputError as error:
-            raise RefusedError(_OTHER_MODEL, str(error)) from error
-        kept = self._untaught
-        if kept is None or kept[0] is not encoder:
-            kept = self._untaught = (encoder, encoder.taught or nothing_taught(encoder))
-        return taught_among(encoder, kept[1], list(dict.fromkeys(labels.labels)), rows)
+        return taught_bytes(self.opened().taught(labels)[0])
 
     def _describe(self, encoder: BundleEncoder) -> BundleInfo:
         description, bank = encoder.describe(), encoder.label_bank
@@ -186,29 +213,6 @@ class ServedBundle:
             bank=len(bank.names) if bank else 0,
             texts=encoder.has_text_tower,
         )
-
-    def _classifier(self, encoder: BundleEncoder, labels: PageLabels | None) -> ZeroShotClassifier:
-        key = labels.key if labels is not None else ""
-        with self._lock:
-            turn = self._turns.setdefault(key, threading.Lock())
-        with turn:  # only those with the same labels wait while they are embedded
-            with self._lock:
-                opened, classifier = self._classifiers.get(key, (None, None))
-            if classifier is None or opened is not encoder:
-                classifier = self._new_classifier(encoder, labels)
-        with self._lock:
-            keep(self._classifiers, key, (encoder, classifier), _MAX_CLASSIFIERS)
-            for other in self._turns.keys() - self._classifiers.keys():
-                if not self._turns[other].locked():
-                    del self._turns[other]
-        return classifier
-
-    def _new_classifier(self, encoder: BundleEncoder, labels: PageLabels | None) -> ZeroShotClassifier:
-        if labels is None or not labels.taught:
-            return ZeroShotClassifier(encoder, None if labels is None else labels.labels, cache=False)
-        twin = copy(encoder)
-        twin.label_bank = self._taught(encoder, labels)[1]
-        return ZeroShotClassifier(twin, None, cache=False)
 
 
 class Demo:
@@ -241,15 +245,12 @@ class Demo:
             ServedBundle(folder, shown=name, threads=threads, force=force)
             for folder, name in zip(bundles, names, strict=True)
         ]
-        self.pending = 0
-        self._limiter: CapacityLimiter | None = None
-        self._lister: CapacityLimiter | None = None
+        self.pending, self._room = 0, asyncio.Semaphore(MAX_PARALLEL)
 
     async def bundles(self, request: Request) -> Response:
         """Return the bundles and the labels to start with."""
-        # In a thread, as one that was exported anew is opened first; one at a time, as files need threads, too.
-        self._lister = self._lister or CapacityLimiter(1)
-        infos = await anyio.to_thread.run_sync(lambda: [bundle.info() for bundle in self.served], limiter=self._lister)
+        # In a thread, as one that was exported anew is opened first.
+        infos = await asyncio.to_thread(lambda: [bundle.info() for bundle in self.served])
         return json_response({"bundles": infos, "labels": self.start_labels})
 
     async def labels(self, request: Request) -> Response:
@@ -276,10 +277,9 @@ class Demo:
             raise RefusedError(_BUSY, "Too many images at once; try again in a moment.")
         self.pending += 1
         try:
-            self._limiter = self._limiter or CapacityLimiter(MAX_PARALLEL)
             embedding = request.query_params.get("embedding") == "1"
-            work = partial(bundle.classify, content, labels, embedding)
-            return json_response(await anyio.to_thread.run_sync(work, limiter=self._limiter))
+            async with self._room:
+                return json_response(await asyncio.to_thread(bundle.classify, content, labels, embedding))
         finally:
             self.pending -= 1
 
@@ -288,8 +288,8 @@ class Demo:
         bundle, labels = self._asked(request)
         if labels is None or not labels.taught:
             raise InputError("Nothing has been taught.")
-        self._limiter = self._limiter or CapacityLimiter(MAX_PARALLEL)
-        content = await anyio.to_thread.run_sync(bundle.taught, labels, limiter=self._limiter)
+        async with self._room:
+            content = await asyncio.to_thread(bundle.taught, labels)
         return Response(content, media_type="application/octet-stream")
 
     def _asked(self, request: Request) -> tuple[ServedBundle, PageLabels | None]:

@@ -125,13 +125,15 @@ class LimitedProtocol(HttpToolsProtocol):
     methods that begin with `on_`, limits neither heads and trailers nor what arrives ahead of its turn.
     """
 
+    cycle: Any  # the last request, of which there is none at first
     idle_bytes = 0  # received since a head was complete or a part of a body arrived
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.opened_at = time.monotonic()
         if len(self.connections) > connection_limit():
-            waiting = [connection for connection in self.connections if connection.waits_for_client]
+            ours = (connection for connection in self.connections if isinstance(connection, LimitedProtocol))
+            waiting = [connection for connection in ours if connection.waits_for_client]
             oldest = min(waiting, key=lambda connection: connection.opened_at)
             self.connections.discard(oldest)
             oldest.transport.abort()

@@ -47,29 +47,15 @@ from clip_rd_edge.serving.server import (
 )
 from clip_rd_edge.serving.shared import CONTENT_TYPE, Batcher, Metrics, ServedIndex
 from clip_rd_edge.utils.host import resident_memory_bytes
-from clip_rd_edge.utils.structs import CheckedStruct, PositiveInt, UnknownFieldError, decode_request
+from clip_rd_edge.utils.structs import UnknownFieldError, decode_request
 
 OPENERS = 2  # threads that decode images
+MAX_REQUESTS = 256  # that are answered at a time, once they are complete; others get 503
 RETRY_AFTER_S = 1
 _BUSY = 503
 _BATCHES_AHEAD = 3  # of opened images: one in the model, one being opened, and one ready in between
 _FEW_CHARACTERS = 1000  # that are tokenised at once: a change of threads takes longer
 _MAX_CLASSIFIERS = 8  # label lists whose embeddings are kept
-
-
-class Limits(CheckedStruct, frozen=True, kw_only=True):
-    """How much the server takes on.
-
-    Attributes:
-        max_batch: max number of items per call of a tower.
-        max_items: max number of items of all requests that are not answered yet; a larger request is accepted only if
-            there is no other. What exceeds it is answered with 503.
-        max_requests: max number of requests that are answered at a time, once they are complete; others get 503, too.
-    """
-
-    max_batch: PositiveInt = 16
-    max_items: PositiveInt = 1024
-    max_requests: PositiveInt = 256
 
 
 class Service:
@@ -78,7 +64,9 @@ class Service:
     Args:
         index: folder of an index of that bundle, for /search; None serves no search.
         images: the folder of the indexed images, for thumbnails; None serves none.
-        limits: how much the server takes on.
+        max_batch: max number of items per call of a tower.
+        max_items: max number of items of all requests that are not answered yet; a larger request is accepted only if
+            there is no other. What exceeds it is answered with 503.
     """
 
     def __init__(
@@ -87,21 +75,22 @@ class Service:
         *,
         index: Path | None = None,
         images: Path | None = None,
-        limits: Limits | None = None,
+        max_batch: int = 16,
+        max_items: int = 1024,
         version: str = "",
     ) -> None:
-        self.limits, self.version = limits or Limits(), version
+        self.max_batch, self.max_items, self.version = max_batch, max_items, version
         self.encoder, self.metrics = encoder, Metrics()
         self.active_requests = self.pending_items = 0
         self.description = encoder.describe()
         self._created = int((encoder.folder / MANIFEST).stat().st_mtime)  # now: the folder may go while this runs
         self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._openers = ThreadPoolExecutor(OPENERS, thread_name_prefix="opener")
-        size, batches = self.limits.max_batch, self.metrics.batches
+        batches = self.metrics.batches
         encode_images, encode_texts = _stacked(encoder.encode_pixels), _stacked(encoder.encode_ids)
-        self._images = Batcher(encode_images, self._model, max_batch=size, on_batch=batches["image"].observe)
-        self._texts = Batcher(encode_texts, self._model, max_batch=size, on_batch=batches["text"].observe)
-        self._room = asyncio.Semaphore(_BATCHES_AHEAD * size)  # for opened images, of all requests
+        self._images = Batcher(encode_images, self._model, max_batch=max_batch, on_batch=batches["image"].observe)
+        self._texts = Batcher(encode_texts, self._model, max_batch=max_batch, on_batch=batches["text"].observe)
+        self._room = asyncio.Semaphore(_BATCHES_AHEAD * max_batch)  # for opened images, of all requests
         self._classifiers: OrderedDict[str, ZeroShotClassifier] = OrderedDict()
         # By the key of the labels: one request embeds them, and the others with the same ones wait for it.
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -214,7 +203,7 @@ class Service:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Count a request while it is answered."""
-        if self.active_requests >= self.limits.max_requests:
+        if self.active_requests >= MAX_REQUESTS:
             raise RefusedError(_BUSY, f"{self.active_requests:,} requests are being answered already.")
         self.active_requests += 1
         try:
@@ -272,10 +261,8 @@ class Service:
 
     @contextmanager
     def _counted(self, items: int) -> Iterator[None]:
-        if self.pending_items and self.pending_items + items > self.limits.max_items:
-            raise RefusedError(
-                _BUSY, f"{self.pending_items:,} items wait already; the limit is {self.limits.max_items:,}."
-            )
+        if self.pending_items and self.pending_items + items > self.max_items:
+            raise RefusedError(_BUSY, f"{self.pending_items:,} items wait already; the limit is {self.max_items:,}.")
         self.pending_items += items
         try:
             yield
@@ -309,7 +296,7 @@ class Service:
         No more prompts wait than fill a batch, and so many items are counted: thousands of labels keep no other request
         waiting, and get it no 503.
         """
-        templates, size = self.description.templates, self.limits.max_batch
+        templates, size = self.description.templates, self.max_batch
         means = list[Embeddings]()
         with self._counted(min(len(labels) * len(templates), size)):
             for part in in_batches(len(labels), size):

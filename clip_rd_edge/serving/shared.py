@@ -166,6 +166,9 @@ def _deliver(futures: Sequence[asyncio.Future[Embeddings]], rows: Embeddings | E
             future.set_result(rows[number])
 
 
+_Opened = tuple[Index, Embeddings, Graph | None]
+
+
 class ServedIndex:
     """An index that others may update: read into memory, and again when it was updated, while requests are answered.
 
@@ -177,21 +180,23 @@ class ServedIndex:
     def __init__(self, folder: Path, encoder: BundleEncoder, images: Path | None = None) -> None:
         self._folder, self._encoder, self.images = folder, encoder, images
         self._identity = file_identity(folder / INDEX_FILE)  # of the index.json that was read last
-        self._error: ClipRdEdgeError | None = None  # why that cannot be searched
-        self._reading: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[_Opened] | None = None  # of one that was updated
         self._opened = self._open()
 
-    async def current(self) -> tuple[Index, Embeddings, Graph | None]:
+    async def current(self) -> _Opened:
         """Return the index, read again if it was updated; the one before, where reading takes long."""
-        identity = await asyncio.to_thread(file_identity, self._folder / INDEX_FILE)
-        if self._reading is None and (identity != self._identity or self._error is not None):
-            self._reading = asyncio.create_task(self._read_again())
-            finished, _ = await asyncio.wait([self._reading], timeout=_READING_S)
-            for reading in finished:
-                reading.result()  # raises what is not expected
-        if self._error is not None and identity == self._identity:
-            # Not an InputError, as the client's mistakes are: it was removed, or replaced by another bundle's.
-            raise ClipRdEdgeError(str(self._error), hint=self._error.advice) from self._error
+        identity, reading = await asyncio.to_thread(file_identity, self._folder / INDEX_FILE), self._reading
+        if identity != self._identity and (reading is None or reading.done()):
+            self._identity = identity
+            reading = self._reading = asyncio.create_task(asyncio.to_thread(self._open))
+            await asyncio.wait([reading], timeout=_READING_S)
+        if reading is not None and reading.done():
+            try:
+                self._opened = reading.result()
+            except ClipRdEdgeError as error:
+                self._identity = None  # tried again at the next search
+                # Not an InputError, as the client's mistakes are: it was removed, or replaced by another bundle's.
+                raise ClipRdEdgeError(str(error), hint=error.advice) from error
         return self._opened
 
     async def search(self, query: Embeddings, *, top: int) -> tuple[list[dict[str, Any]], float | None]:
@@ -224,18 +229,7 @@ class ServedIndex:
                     return content.getvalue()
         raise RefusedError(404, "There is no such image.")
 
-    async def _read_again(self) -> None:
-        try:
-            identity = await asyncio.to_thread(file_identity, self._folder / INDEX_FILE)
-            try:
-                self._opened, self._error = await asyncio.to_thread(self._open), None
-            except ClipRdEdgeError as error:
-                self._error = error
-            self._identity = identity
-        finally:
-            self._reading = None
-
-    def _open(self) -> tuple[Index, Embeddings, Graph | None]:
+    def _open(self) -> _Opened:
         index, rows = read_index(self._folder, memory_mapped=False)
         require_same_model(self._encoder, index, self._folder)
         return index, rows, open_graph(self._folder, index, memory_mapped=False)

@@ -29,7 +29,7 @@ from clip_rd_edge.runtime.index import read_index
 from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.serving.server import page_files
-from clip_rd_edge.serving.service import Limits, Service, make_app
+from clip_rd_edge.serving.service import MAX_REQUESTS, Service, make_app
 from clip_rd_edge.serving.shared import Batcher
 
 from .conftest import image_bytes as jpeg
@@ -117,7 +117,7 @@ def test_nobody_else_waits_while_labels_are_embedded(colour_bundle: Path, monkey
         return plain(ids)
 
     monkeypatch.setattr(encoder, "encode_ids", encode_ids)
-    service = Service(encoder, limits=Limits(max_batch=2, max_items=4))
+    service = Service(encoder, max_batch=2, max_items=4)
     body = {"image": encoded(jpeg()), "labels": [f"thing {number}" for number in range(40)]}
     with testclient.TestClient(make_app(service), base_url=BASE_URL) as client, ThreadPoolExecutor(3) as pool:
         try:
@@ -147,7 +147,7 @@ def test_labels_are_embedded_as_by_the_classifier_whatever_the_batch(
         )
         bundle = tmp_path / "t"
     expected = edge.ZeroShotClassifier(load(bundle), names, cache=False).classify(Image.open(io.BytesIO(jpeg())), top=9)
-    service = Service(load(bundle), limits=Limits(max_batch=3))
+    service = Service(load(bundle), max_batch=3)
     with testclient.TestClient(make_app(service), base_url=BASE_URL) as client:
         answer = client.post("/classify", json={"image": encoded(jpeg()), "labels": names, "top": 9})
     assert [tuple(prediction.values()) for prediction in answer.json()["predictions"]] == expected[0]
@@ -192,9 +192,8 @@ def test_searches_use_the_index_as_it_was_while_one_that_was_updated_is_read(
 
 
 def test_an_index_that_cannot_be_read_is_an_error_until_it_can(
-    colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    colour_bundle: Path, colour_images: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.serving.shared._READING_S", 0.01)
     encoder, index = load(colour_bundle), tmp_path / "index"
     update_index(encoder, colour_images, index)
     service = Service(encoder, index=index)
@@ -422,7 +421,7 @@ def test_a_request_beside_one_that_was_given_up_gets_its_answer_or_error(fails: 
 
 
 def test_more_than_the_limits_is_answered_with_503_and_when_to_try_again(colour_bundle: Path) -> None:
-    service = Service(load(colour_bundle), limits=Limits(max_items=4, max_requests=2))
+    service = Service(load(colour_bundle), max_items=4)
     with testclient.TestClient(make_app(service), base_url=BASE_URL) as client:
         assert client.post("/embeddings", json={"content": ["red"] * 6}).status_code == 200  # nothing else waits
         service.pending_items = 3
@@ -431,7 +430,7 @@ def test_more_than_the_limits_is_answered_with_503_and_when_to_try_again(colour_
         assert client.post("/embeddings", json={"content": ["red"]}).status_code == 200
         body = {"image": encoded(jpeg()), "labels": ["red", "blue"]}
         assert client.post("/classify", json=body).status_code == 503
-        service.pending_items, service.active_requests = 0, 2
+        service.pending_items, service.active_requests = 0, MAX_REQUESTS
         assert client.post("/embeddings", json={"content": ["red"]}).status_code == 503
         assert client.get("/health").status_code == 200
 
@@ -465,7 +464,7 @@ def test_nothing_more_is_computed_for_a_client_that_has_left(
         return encode(ids)
 
     monkeypatch.setattr(encoder, "encode_ids", encode_ids)
-    service = Service(encoder, limits=Limits(max_batch=1))
+    service = Service(encoder, max_batch=1)
     app, sent = make_app(service), list[Any]()
     body = json.dumps(content).encode()
     scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "http_version": "1.1",
