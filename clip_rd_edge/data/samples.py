@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import hashlib
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -23,7 +22,7 @@ from PIL import Image
 
 from clip_rd_edge.bundle.images import ImageFile, open_image
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.utils.files import machine_failure, now_in
+from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.outputs import exclusive_writer, new_folder
 from clip_rd_edge.utils.paths import cache_home
 from clip_rd_edge.utils.text import as_unicode
@@ -31,7 +30,6 @@ from clip_rd_edge.utils.text import as_unicode
 GROUP_ROWS = 4096
 """Image files that are shuffled as a group: they lie apart, so that any block of them serves."""
 INDEX = "index.json"  # written last into the folder of an index
-_UNUSED_S = 30 * 24 * 3600
 MAX_EXAMPLES = 20  # messages about single samples that are kept; of the others there is the number
 MAX_BAD_SHARE = 0.01  # of all samples
 _PAUSE_S = 2.0  # most errors of networks and disks pass
@@ -324,8 +322,8 @@ class BadSamples:
 def kept_index(kind: str, identity: Iterable[str], build: Callable[[Path], None]) -> Path:
     """Return the folder of an index: the one in the cache, or else one that is built now.
 
-    Several processes that need the same index build it once. Indices of this kind that nobody has opened for 30 days
-    are removed. Where the cache is full or read-only, the index lasts as long as this process.
+    Several processes that need the same index build it once. Where the cache is full or read-only, the index
+    lasts as long as this process.
 
     Args:
         kind: name of the folder of all such indices.
@@ -343,7 +341,6 @@ def kept_index(kind: str, identity: Iterable[str], build: Callable[[Path], None]
             return _temporary_index(build)
         if not _is_complete(folder):
             try:
-                _remove_unused(folder.parent)
                 with new_folder(folder) as new:
                     build(new)
             except OSError:
@@ -367,18 +364,6 @@ def damage(folder: Path, number: int) -> ConfigError:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Return whether an index is there, and mark it as used now."""
-    with contextlib.suppress(OSError):
-        os.utime(folder / INDEX)
     with contextlib.suppress(OSError):  # a cache in a folder that this user may not enter
         return (folder / INDEX).is_file()
     return False
-
-
-def _remove_unused(indices: Path) -> None:
-    now = now_in(indices)
-    for path in indices.glob(f"*/{INDEX}"):
-        with contextlib.suppress(OSError):
-            if path.stat().st_mtime < now - _UNUSED_S:
-                path.unlink()  # first: what is removed in part is no index
-                shutil.rmtree(path.parent)

@@ -220,39 +220,21 @@ def text_groups(clip: ClipModel) -> list[list[nn.Parameter]]:
 BATCH_SIZE = 64
 
 
-class _ThreadNumbers(threading.local):
-    """The number of torch's threads that `torch_threads` has set in this thread; None outside of its blocks."""
-
-    here: int | None = None
-
-
-_numbers, _lock, _inside, _before = _ThreadNumbers(), threading.Lock(), 0, 0
-
-
 @contextmanager
 def torch_threads(number: int | None) -> Iterator[None]:
     """Within the block, torch computes with this many threads; None leaves their number as it is.
 
-    Torch keeps a number per thread; one that first computes or asks gets the number that any thread has set last.
-    So each asks before it sets its own, and restores what held before the first one came.
+    A thread of Python that first computes while another one is in such a block keeps that one's number.
     """
-    global _inside, _before
     if number is None:
         yield
         return
-    with _lock:
-        now = torch.get_num_threads()
-        _before = _before if _inside else now
-        _inside += 1
-    outer, _numbers.here = _numbers.here, number
+    before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
         yield
     finally:
-        _numbers.here = outer
-        torch.set_num_threads(outer or _before)
-        with _lock:
-            _inside -= 1
+        torch.set_num_threads(before)
 
 
 class TorchEncoder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,31 +110,18 @@ def build_student(config: dict[str, Any], *, name: str) -> ClipModel:
     arguments = {key: value for key, value in model_cfg.items() if key != "custom_text"}
     preprocessing = convert(config["preprocess_cfg"], Preprocessing, source="the student's preprocess_cfg")
     height, width = preprocessing.size
-    trunk = str(model_cfg["vision_cfg"].get("timm_model_name") or "")
     try:
         model = open_clip.CustomTextCLIP(**arguments)
         with torch.no_grad():  # a trunk that does not support the size fails here, not in the middle of a run
             model.eval().encode_image(torch.zeros(2, 3, height, width)).reshape(2, model_cfg["embed_dim"])
     except Exception as error:  # trunks raise many types
-        own = _size_of(trunk)
         raise ConfigError(
-            f"The student {name}{f' with the image tower {trunk}' if trunk not in ('', name) else ''} cannot be built "
-            f"at {height} × {width} pixels: {first_line(error)}.",
-            hint=f"{{image_size}} {own}, for which the image tower is made" if own not in (0, height) else "",
+            f"The student {name} cannot be built at {height} × {width} pixels: {first_line(error)}.",
+            hint="{image_size} 224, for which most image towers are made" if height != 224 else "",
         ) from error
     open_clip.model.set_model_preprocess_cfg(model, config["preprocess_cfg"])
     tokenizer = open_clip.SimpleTokenizer(context_length=model_cfg["text_cfg"]["context_length"])
     return ClipModel(name, model.train(), tokenizer, preprocessing, model_cfg)
-
-
-def _size_of(trunk: str) -> int:
-    """Return the edge of the images that a timm trunk is made for; 0 for what is not timm's."""
-    import timm
-
-    with suppress(RuntimeError):  # the tag is unknown
-        if own := timm.get_pretrained_cfg(trunk):
-            return int(max(own.input_size[1:]))
-    return 0
 
 
 class _PresetPreprocessing(msgspec.Struct, forbid_unknown_fields=True):

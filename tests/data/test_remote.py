@@ -151,16 +151,18 @@ def test_no_message_about_a_shard_shows_a_secret_of_its_address(
         "https://a/{0}.tar?SECRET",
         "https://user:SECRET@a/pairs.csv?SECRET",
     ]
-    for source, faults in [(sources[0], ["403"] * 9), *((source, ["416"] * 9) for source in sources)]:
-        server.fail = list(faults)
-        for load in (load_pairs, load_task):
+    loads: list[Callable[[str], object]] = [
+        load_pairs,
+        load_task,
+        lambda source: load_samples(TrainingData(images=source), read_texts),
+        lambda source: load_samples(TrainingData(texts=source), read_texts),
+    ]
+    for source, kinds in [*((source, loads[:1]) for source in sources), (sources[0], loads), (sources[-1], loads)]:
+        for load in kinds:
+            server.fail = ["403"] * 9
             with pytest.raises(InputError) as caught:
                 load(source)
             assert "SECRET" not in f"{caught.value} {caught.value.hint}"
-        for field in ("images", "texts") if "://" in source.split()[0] else ("images",):
-            with pytest.raises(InputError) as caught:
-                load_samples(TrainingData(**{field: source}), read_texts)
-            assert "SECRET" not in str(caught.value)
     server.fail = []
     assert load_pairs(sources[0]).name == f"http://{host}/000.tar"
     assert load_task(sources[0]).name == f"http://{host}/000.tar"

@@ -91,8 +91,7 @@ def test_the_best_weight_has_the_highest_mean(
 
 def test_models_that_differ_in_more_than_their_weights_are_refused(tmp_path: Path) -> None:
     changes: list[dict[str, Any]] = [
-        {"text_cfg": {"heads": 2}}, {"text_cfg": {"no_causal_mask": True}}, {"text_cfg": {"pool_type": "last"}},
-        {"embedding_size": 24}, {"image_size": 64}, {"context_length": 9},
+        {"text_cfg": {"no_causal_mask": True}}, {"image_size": 64},
     ]  # fmt: skip
     save_clip(tmp_path / "first", build(0), provenance={})
     others = [build(1, **change) for change in changes]
