@@ -4,7 +4,6 @@
     embeddings-KEY.npy   the images' embeddings, (N, D) float32, one row per entry; index.json has a CRC-32 per block
     keys-KEY.npy         from a million images on: a key per row, the same for copies of an image
     graph-KEY.usearch    for approximate search: see `runtime.search_graph`
-    next/                the index that will replace this one, of another model, once all images are in it
 
 index.json names its embeddings file and is written last and atomically: if indexing is interrupted, the folder still
 holds a valid, older index. Writers wait for each other (`exclusive_writer`). Readers take no lock, so that a folder
@@ -50,7 +49,7 @@ from clip_rd_edge.utils.paths import cache_home, expand_home, is_file, looks_lik
 from clip_rd_edge.utils.structs import read_versioned_json
 
 INDEX_VERSION = 1
-INDEX_FILE, NEXT, _ROWS, _KEYS = "index.json", "next", "embeddings-", "keys-"
+INDEX_FILE, _ROWS, _KEYS = "index.json", "embeddings-", "keys-"
 _FOLDER = "folder"  # among what is remembered, beside the keys of models
 _MAKE_ANEW = "delete it and index the folder again"
 _BLOCK_ROWS = 64  # per checksum: an approximate search reads about 128 rows, of as many blocks
@@ -81,8 +80,7 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
         embeddings: name of the embeddings file, which has one row per entry.
         crc32s: of its blocks of _BLOCK_ROWS rows.
         graph: for approximate search; None if search is exact.
-        missing: number of images that were still to be embedded when it was saved, or whose disk had gone away.
-        listed_ns: when the listing of the folder began that the entries are from, by the clock of the index's folder.
+        missing: number of images that were still to be embedded when it was saved.
         cutoff: cosine below which an image does not fit a text: see `index_update.text_cutoff`; None if unknown.
     """
 
@@ -94,7 +92,6 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
     crc32s: list[int] = []
     graph: GraphFile | None = None
     missing: int = 0
-    listed_ns: int = 0
     cutoff: float | None = None
 
 
@@ -118,8 +115,7 @@ class Hits(list[Hit]):
 
     Attributes:
         indexed: number of images in the index.
-        missing: number of images that are not in it yet, because indexing was interrupted or is still running, or
-            their disk went away while it ran.
+        missing: number of images that are not in it yet, because indexing was interrupted or is still running.
         cutoff: cosine below which images fit a text no better than the best fit random texts; None if unknown, or for
             an image.
     """

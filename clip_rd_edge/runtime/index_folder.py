@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Collection
 from contextlib import suppress
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from clip_rd_edge.bundle.image_files import look_at_images
-from clip_rd_edge.bundle.images import DANGLING, require_image
+from clip_rd_edge.bundle.images import require_image
+from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.index import Entry
 from clip_rd_edge.utils.files import sha256_of
 from clip_rd_edge.utils.text import is_unicode
@@ -22,43 +23,33 @@ _COARSE_S = 2.0  # FAT keeps times to two seconds
 _LARGE_BYTES = 1 << 26  # what is larger is looked at before all of it is read into memory
 _UNSURE = -1  # a modification time that the next update does not trust
 Stamp = tuple[int, int, int]  # size in bytes, and times of modification and change in nanoseconds
-_NO_STAMP = (-1, -1, -1)  # of a file that cannot be looked at
+NO_STAMP: Stamp = (-1, -1, -1)  # of a file that cannot be looked at
 
 
 class Listing:
     """The images of a folder, by their path in it.
 
     Attributes:
-        stamps: of the images; _NO_STAMP of those that cannot be looked at.
-        messages: about these, by their path.
-        others: messages about folders that cannot be read, and names that are not UTF-8.
-        began: when, as `time.monotonic` has it.
+        stamps: of the images; NO_STAMP of those that cannot be looked at.
+        unreadable: messages about these, about folders that cannot be read, and about names that are not UTF-8.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.began = time.monotonic()
-        self.stamps, self.messages, self.others = dict[str, Stamp](), dict[str, str](), list[str]()
+        self.stamps, self.unreadable = dict[str, Stamp](), list[str]()
         start = len(os.fspath(folder / "_")) - 1  # relative_to would take half of the time
-        for path, found in look_at_images(folder, on_unreadable=lambda error: self.others.append(str(error))):
+        for path, found in look_at_images(folder, on_unreadable=lambda error: self.unreadable.append(str(error))):
             name = os.fspath(path)[start:].replace(os.sep, "/")
             if not is_unicode(name):
                 shown = os.fsencode(path).decode(errors="backslashreplace")
-                self.others.append(f"The name of {shown} is not UTF-8: rename it to have it indexed.")
+                self.unreadable.append(f"The name of {shown} is not UTF-8: rename it to have it indexed.")
             elif found is not None:
                 self.stamps[name] = (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-            elif reason := _why_not_there(path):
-                self.stamps[name], self.messages[name] = _NO_STAMP, f"Cannot read the image {path}: {reason}."
-
-
-def _why_not_there(path: Path) -> str:
-    """Return why a listed file cannot be looked at, or an empty string if it is gone."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return DANGLING if path.is_symlink() else ""
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
+            else:
+                try:
+                    require_image(path)
+                except InputError as error:
+                    self.stamps[name] = NO_STAMP
+                    self.unreadable.append(str(error))
 
 
 class Source:
@@ -120,50 +111,36 @@ def compare(known: list[Entry], sources: list[Source]) -> tuple[list[tuple[Entry
     return kept, new
 
 
-def out_of_sight(folder: Path, names: Collection[str], listed_ns: int) -> tuple[set[str], list[str]]:
+def out_of_sight(folder: Path, names: Collection[str]) -> tuple[set[str], list[str]]:
     """Return the images, of those that are not found, that may still be there, and messages about emptied folders.
 
-    They are in folders that cannot be read, or that are empty and have not changed since before the images were listed:
-    had they been deleted, the folder would have changed later, so a disk that was mounted there is missing.
+    They cannot be looked at, or are in a folder that cannot be read, or that is empty, as the mount point of a missing
+    disk is.
     """
-    emptied = Counter[str]()
 
     @cache
-    def hiding(inner: str) -> list[tuple[str, bool]]:
-        """Return those of a folder and the folders around it that hide their images, and whether they are emptied."""
-        around = [str(path) for path in (PurePosixPath(inner), *PurePosixPath(inner).parents) if path.name]
-        found = [(name, is_empty_folder(folder / name, before_ns=listed_ns)) for name in around]
-        return [(name, empty) for name, empty in found if empty or not _can_be_listed(folder / name)]
+    def hiding(inner: str) -> str | None:
+        """Return the outermost, of a folder and those around it, that hides its images."""
+        outer = hiding(inner.rpartition("/")[0]) if inner else None
+        return outer if outer is not None else inner if may_hide(folder / inner, is_root=not inner) else None
 
-    hidden = {name for name in names if hiding(name.rpartition("/")[0])}
-    for name in hidden:
-        emptied.update(inner for inner, empty in hiding(name.rpartition("/")[0]) if empty)
-    return hidden, [
+    behind = Counter(hiding(name.rpartition("/")[0]) for name in names)
+    return {name for name in names if hiding(name.rpartition("/")[0]) is not None or not is_gone(folder / name)}, [
         f"The folder {folder / inner} is empty; {count:,} image{'s' * (count > 1)} of it stay{'s' * (count == 1)} in "
         "the index: mount the disk that was there, or delete the folder."
-        for inner, count in sorted(emptied.items())
+        for inner, count in behind.items()
+        if inner is not None and os.access(folder / inner, os.R_OK | os.X_OK)
     ]
 
 
-def is_empty_folder(folder: Path, *, before_ns: int | None = None) -> bool:
-    """Return whether a folder is empty, and has not changed since `before_ns`; without that, also if it is gone."""
+def may_hide(folder: Path, *, is_root: bool) -> bool:
+    """Return whether a folder is empty, cannot be read, or is a link to nothing; the root also if it is gone."""
     try:
-        stat = folder.stat()
-        # Tools that copy folders set the time of modification, but none can set that of the change (not on Windows).
-        changed_ns = max(stat.st_mtime_ns, stat.st_ctime_ns)
-        return next(folder.iterdir(), None) is None and (before_ns is None or changed_ns < before_ns)
-    except OSError:
-        return before_ns is None
-
-
-def _can_be_listed(folder: Path) -> bool:
-    try:
-        next(folder.iterdir(), None)
+        return next(folder.iterdir(), None) is None
     except (FileNotFoundError, NotADirectoryError):
-        return not folder.is_symlink()  # what it leads to may be unmounted
+        return is_root or folder.is_symlink()
     except OSError:
-        return False
-    return True
+        return True
 
 
 def is_gone(path: Path) -> bool:

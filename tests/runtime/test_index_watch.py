@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support import PATIENCE_S, Watch, another_model, wait_until
+from support import PATIENCE_S, Watch, wait_until
 
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime import index_update, index_watch
-from clip_rd_edge.runtime.index import model_key, read_index
+from clip_rd_edge.runtime.index import read_index
 from clip_rd_edge.runtime.index_update import Update, update_index
 from clip_rd_edge.runtime.index_watch import BROKEN_S, POLL_S, watch_index
 from clip_rd_edge.runtime.load import load
@@ -194,19 +194,6 @@ def test_images_whose_folder_goes_away_as_they_are_taken_are_embedded_later(
     assert [update.embedded for update in updates if update.embedded] == [4, 1]
     assert messages(updates) == []
     assert watched.names() == sorted([*ALL, "new.png"])
-
-
-def test_another_models_index_that_is_put_there_is_kept_and_ends_the_watch(
-    watched: Folder, colour_bundle: Path, tmp_path: Path
-) -> None:
-    other = load(another_model(colour_bundle, tmp_path / "other"), threads=1)
-    put = lambda: update_index(other, watched.folder, watched.index) and None  # noqa: E731
-    with pytest.raises(UsageError):
-        watched.watch(put, nothing, nothing)
-    assert read_index(watched.index)[0].model == model_key(other.manifest)
-    (update,) = watched.watch()  # which a new watch replaces
-    assert update.embedded >= 4
-    assert read_index(watched.index)[0].model == model_key(watched.encoder.manifest)
 
 
 def test_a_stop_saves_what_is_embedded(watched: Folder) -> None:

@@ -247,6 +247,7 @@ def test_an_index_whose_files_are_cut_under_the_server_is_still_searched(
 def test_an_index_that_another_bundle_makes_again_is_not_searched(
     client: Any, colour_bundle: Path, colour_images: Path, tmp_path: Path
 ) -> None:
+    shutil.rmtree(tmp_path / "index")
     update_index(load(another_model(colour_bundle, tmp_path / "other")), colour_images, tmp_path / "index")
     assert client.post("/search", json={"query": "red"}).status_code == 500
 
