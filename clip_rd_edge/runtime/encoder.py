@@ -6,9 +6,10 @@ import ctypes
 import hashlib
 import logging
 import os
+import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,6 +94,7 @@ class BundleEncoder(ABC):
         self.folder = folder.absolute()  # towers are opened on first use, when the working folder may be another one
         self.manifest = manifest
         self.options = options or RunOptions()
+        self._placements: dict[str, Placement] = {}  # of the loaded towers, by file name
         if self.options.device not in self.devices:
             raise UsageError(
                 f"The runtime {self.runtime} has no device {self.options.device!r}; expected one of "
@@ -112,13 +114,13 @@ class BundleEncoder(ABC):
     def open_tower(self, tower: Tower) -> Any:
         """Open a tower's file; return an object with the method `run(names, feed)` of an ONNX Runtime session."""
 
-    def is_shared_by_fork(self, tower: Tower) -> bool:
-        """Return whether a process that is forked from this one may use an open tower: it has no threads of its own."""
-        return False
+    def device_for(self, tower: Tower) -> str:
+        """Return the device that a tower is meant to run on."""
+        return "cpu"
 
     def placement(self, tower: Tower) -> Placement:
         """Return where a tower really runs, or before it is loaded, where it is meant to."""
-        return Placement(self.runtime, "cpu")
+        return self._placements.get(tower.file) or Placement(self.runtime, self.device_for(tower))
 
     def int8_fault(self, tower: Tower) -> str:
         """Return why a tower's INT8 gives wrong answers where it runs, and what to do, or an empty string."""
@@ -132,11 +134,13 @@ class BundleEncoder(ABC):
         return int8_fault(tower.instruction_sets, runtime=runtime)
 
     def describe(self) -> Description:
-        """Describe this encoder; `precision` names both towers' if they differ."""
+        """Describe this encoder; `precision`, `runtime` and `device` name both towers' if they differ."""
         manifest = self.manifest
+        placements = [self.placement(tower) for tower in manifest.towers.values()]
         return Description(
             name=manifest.name,
-            runtime=self.runtime,
+            runtime=" + ".join(dict.fromkeys(placement.runtime for placement in placements)),
+            device=" + ".join(dict.fromkeys(placement.device for placement in placements)),
             precision=manifest.precision,
             embedding_size=manifest.embedding_size,
             preprocessing=manifest.preprocessing,
@@ -333,10 +337,8 @@ def _leave_sessions_to_parent() -> None:
     inherited is never freed.
     """
     for encoder in list(_opened):
-        towers = zip(_SESSIONS, (encoder.manifest.image, encoder.manifest.text), strict=True)
-        for name, tower in towers:
-            if tower and name in vars(encoder) and not encoder.is_shared_by_fork(tower):
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(vars(encoder).pop(name)))
+        for name in vars(encoder).keys() & set(_SESSIONS):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(vars(encoder).pop(name)))
 
 
 if hasattr(os, "register_at_fork"):
@@ -352,6 +354,29 @@ class NamedInput(NamedTuple):
     """An input of a model, as a session describes it."""
 
     name: str
+
+
+class TowerModel(ABC):
+    """A tower in another runtime, with the two methods of an ONNX Runtime session that are used here.
+
+    Calls run one at a time: an engine owns its buffers, or does not document that several threads may call it.
+    """
+
+    def __init__(self, inputs: Sequence[str]) -> None:
+        self._lock = threading.Lock()
+        self._inputs = [NamedInput(name) for name in inputs]
+
+    def get_inputs(self) -> list[NamedInput]:
+        return self._inputs
+
+    def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """Run the model; return the named outputs, or all, in the model's order, as copies."""
+        with self._lock, NativeCall():
+            return self.compute(names, feed)
+
+    @abstractmethod
+    def compute(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """Do what `run` does, alone."""
 
 
 def require_threads(threads: int | None) -> None:

@@ -246,7 +246,7 @@ def test_wrong_sums_of_int8_are_warned_about_and_fail_whatever_the_weights(
 
 
 def test_a_device_that_does_not_start_fails(answering: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime.OrtEncoder, "_device_for", lambda self, tower: "cuda")
+    monkeypatch.setattr(onnxruntime.OrtEncoder, "device_for", lambda self, tower: "cuda")
     monkeypatch.setattr(onnxruntime, "_open_on", lambda *_: (None, "no driver"))
     (check,) = (check for check in verify_bundle(answering) if check.what == "text tower")
     assert not check.passed

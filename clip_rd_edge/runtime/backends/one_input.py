@@ -4,45 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.bundle.encoder import Description
 from clip_rd_edge.bundle.manifest import Tower
 from clip_rd_edge.errors import ConfigError, in_one_line, needs_extra
-from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, NamedInput, Placement
+from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, TowerModel
 from clip_rd_edge.utils.host import usable_cores
-from clip_rd_edge.utils.process import NativeCall, SharedBlock, without_progress_bars
+from clip_rd_edge.utils.process import SharedBlock, without_progress_bars
 
 COREML = "coreml"
 _CPU = "cpu"
 
 
-class OneInputModel(ABC):
-    """A model with the two methods of an ONNX Runtime session that are used here; its file takes one input at a time.
+class OneInputModel(TowerModel):
+    """A model whose file takes one input at a time."""
 
-    Calls run one at a time, too: an engine owns its buffers, or does not document that several threads may call it.
-    """
-
-    def __init__(self, inputs: Sequence[str]) -> None:
-        self._lock = threading.Lock()
-        self._inputs = [NamedInput(name) for name in inputs]
-
-    def get_inputs(self) -> list[NamedInput]:
-        return self._inputs
-
-    def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        """Run the model on each row of its input, (N, …); return its output, (N, D)."""
+    def compute(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         (rows,) = feed.values()
-        with self._lock, NativeCall():
-            return [np.concatenate([self.run_row(row) for row in rows])]
+        return [np.concatenate([self.run_row(row) for row in rows])]
 
     @abstractmethod
     def run_row(self, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -184,13 +169,9 @@ class CoreMlEncoder(BundleEncoder):
 
     runtime, devices = COREML, (AUTO, COREML, _CPU)
 
-    def describe(self) -> Description:
-        """Describe this encoder; `device` is `coreml` or `cpu`, as in `placement`."""
-        return msgspec.structs.replace(super().describe(), device=self.placement(self.manifest.image).device)
-
-    def placement(self, tower: Tower) -> Placement:
-        """Return where a tower is meant to run: Core ML does not say which of a Mac's processors it chose."""
-        return Placement(COREML, _CPU if self.options.device == _CPU else COREML)
+    def device_for(self, tower: Tower) -> str:
+        """Return `coreml` or `cpu`: Core ML does not say which of a Mac's processors it chose."""
+        return _CPU if self.options.device == _CPU else COREML
 
     def open_tower(self, tower: Tower) -> CoreMlModel:
         """Open a tower's package, which compiles it for this Mac."""

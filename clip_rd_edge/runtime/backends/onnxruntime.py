@@ -12,11 +12,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.bundle.encoder import Description
 from clip_rd_edge.bundle.formats import EXTERNAL_DATA_SUFFIX
 from clip_rd_edge.bundle.manifest import Manifest, Tower, can_saturate
 from clip_rd_edge.errors import (
@@ -386,37 +384,19 @@ class OrtEncoder(BundleEncoder):
 
     def __init__(self, folder: Path, manifest: Manifest, options: RunOptions | None = None) -> None:
         super().__init__(folder, manifest, options)
-        self._loaded_devices: dict[str, str] = {}  # by file name
         if self.options.device not in (AUTO, "cpu"):
-            self._device_for(manifest.image)  # fail now, not at the first image
-
-    def describe(self) -> Description:
-        """Describe this encoder; `device` is the chosen one, or where a loaded tower actually runs."""
-        towers = self.manifest.towers.values()
-        devices = dict.fromkeys(self._loaded_devices.get(tower.file) or self._device_for(tower) for tower in towers)
-        return msgspec.structs.replace(super().describe(), device=" + ".join(devices))
+            self.device_for(manifest.image)  # fail now, not at the first image
 
     def open_tower(self, tower: Tower) -> Any:
-        device = self._device_for(tower)
+        chosen = self.device_for(tower)
         path, options = str(self.folder / tower.file), self.options
-        session = open_session(path, threads=options.threads, device=device, spin=options.spin)
-        self._loaded_devices[tower.file] = session_device(session, device)
+        session = open_session(path, threads=options.threads, device=chosen, spin=options.spin)
+        if (device := session_device(session, chosen)) != chosen:
+            hint = "run clip-rd-edge doctor, which shows what is missing, or use --device cpu"
+            self._placements[tower.file] = Placement(self.runtime, device, f"{chosen} did not start", hint)
         return session
 
-    def is_shared_by_fork(self, tower: Tower) -> bool:
-        """Return whether a forked process may use an open tower: one thread on the CPU is the caller's."""
-        return self.threads == 1 and self._loaded_devices.get(tower.file) == "cpu"
-
-    def placement(self, tower: Tower) -> Placement:
-        """Return where a tower runs; it is a fallback if it was loaded, and the chosen device did not start."""
-        chosen = self._device_for(tower)
-        device = self._loaded_devices.get(tower.file, chosen)
-        if device == chosen:
-            return Placement(self.runtime, device)
-        hint = "run clip-rd-edge doctor, which shows what is missing, or use --device cpu"
-        return Placement(self.runtime, device, f"{chosen} did not start", hint)
-
-    def _device_for(self, tower: Tower) -> str:
+    def device_for(self, tower: Tower) -> str:
         if self.options.device == "cpu":
             return "cpu"
         available = import_onnxruntime().get_available_providers()

@@ -5,31 +5,28 @@ from __future__ import annotations
 import importlib
 import io
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.bundle.encoder import Description, in_batches
+from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.errors import ConfigError, in_one_line, needs_extra
 from clip_rd_edge.runtime.backends.onnxruntime import IN_BF16, OPENVINO_PROCESSORS
-from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, NamedInput, Placement, RunOptions
+from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, RunOptions, TowerModel
 from clip_rd_edge.utils.paths import cache_home
-from clip_rd_edge.utils.process import NativeCall
 
 BF16, CPU = "bf16", "CPU"
 _NO_DRIVER = "install the driver of that processor, or use {device} openvino for the CPU"
 _MAX_COMPILED_SIZES = 3  # batch sizes that a model is compiled for; batches of other sizes run one row at a time
 
 
-class OpenVinoModel:
-    """A model with the two methods of an ONNX Runtime session that are used here; calls run one at a time.
+class OpenVinoModel(TowerModel):
+    """A model in OpenVINO.
 
     If only the batch dimension is dynamic, the model is compiled for batch size 1 at once, and for other batch sizes
     when they first occur: OpenVINO is faster with static shapes, and with dynamic ones its INT8 is reported to crash
@@ -37,9 +34,8 @@ class OpenVinoModel:
     """
 
     def __init__(self, model: Any, compile: Callable[[Any], Any]) -> None:
-        self._lock = threading.Lock()  # a request owns its input and output buffers
+        super().__init__([port.any_name for port in model.inputs])
         self._model, self._compile = model, compile
-        self._inputs = [NamedInput(port.any_name) for port in model.inputs]
         self._outputs = [port.any_name for port in model.outputs]
         batch, *rest = model.inputs[0].partial_shape
         dynamic_batch = len(self._inputs) == 1 and batch.is_dynamic and not any(size.is_dynamic for size in rest)
@@ -47,21 +43,16 @@ class OpenVinoModel:
         self._requests: dict[int, Any] = {}
         self._request(1)
 
-    def get_inputs(self) -> list[NamedInput]:
-        return self._inputs
-
-    def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        """Run the model; return the named outputs, or all, in the model's order, as copies."""
+    def compute(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         selected = [i for i, name in enumerate(self._outputs) if names is None or name in names]
         count = len(next(iter(feed.values())))
         parts = []
-        with self._lock, NativeCall():
-            compiled = self._row_shape is None or count in self._requests or len(self._requests) < _MAX_COMPILED_SIZES
-            size = count if compiled else 1
-            for part in in_batches(count, size):
-                batch = {name: rows[part] for name, rows in feed.items()}
-                outputs = self._request(size).infer(batch, share_inputs=True)
-                parts.append([outputs[i].copy() for i in selected])
+        compiled = self._row_shape is None or count in self._requests or len(self._requests) < _MAX_COMPILED_SIZES
+        size = count if compiled else 1
+        for part in in_batches(count, size):
+            batch = {name: rows[part] for name, rows in feed.items()}
+            outputs = self._request(size).infer(batch, share_inputs=True)
+            parts.append([outputs[i].copy() for i in selected])
         return parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
     def _request(self, size: int) -> Any:
@@ -164,14 +155,9 @@ class OpenVinoEncoder(BundleEncoder):
         super().__init__(folder, manifest, options)
         self.processor = OPENVINO_PROCESSORS.get(self.options.device, CPU)
         self._in_bf16 = self.options.device == IN_BF16
-        self._place = f"{self.processor.lower()}{f'-{BF16}' if self._in_bf16 else ''}"
 
-    def describe(self) -> Description:
-        return msgspec.structs.replace(super().describe(), device=self._place)
-
-    def placement(self, tower: Tower) -> Placement:
-        """Return where the towers run; OpenVINO does not fall back."""
-        return Placement(self.runtime, self._place)
+    def device_for(self, tower: Tower) -> str:
+        return f"{self.processor.lower()}{f'-{BF16}' if self._in_bf16 else ''}"
 
     def open_tower(self, tower: Tower) -> OpenVinoModel:
         path, bf16 = str(self.folder / tower.file), self._in_bf16 or tower.precision.startswith(BF16)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.bundle.encoder import Description, in_batches
-from clip_rd_edge.bundle.manifest import ENGINE_SUFFIX, Manifest, Tower, require_current_engine
+from clip_rd_edge.bundle.encoder import in_batches
+from clip_rd_edge.bundle.manifest import ENGINE_SUFFIX, Tower, require_current_engine
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
 from clip_rd_edge.runtime.backends.onnxruntime import DEVICES, open_session
-from clip_rd_edge.runtime.encoder import BundleEncoder, NamedInput, Placement, RunOptions, warn
-from clip_rd_edge.utils.process import NativeCall
+from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, TowerModel, warn
 
 _RTX_TARGET = "tensorrt-rtx"
 _PURPOSE = "Running an engine"
@@ -48,21 +45,8 @@ class TensorRtEncoder(BundleEncoder):
 
     runtime, devices = "tensorrt", DEVICES
 
-    def __init__(self, folder: Path, manifest: Manifest, options: RunOptions | None = None) -> None:
-        super().__init__(folder, manifest, options)
-        self._placements: dict[str, Placement] = {}  # of the loaded towers, by file name
-
-    def describe(self) -> Description:
-        """Describe this encoder; `runtime` and `device` are those of the towers loaded so far."""
-        description = super().describe()
-        fell_back = [bool(placement.fallback) for placement in self._placements.values()]
-        if fell_back and all(fell_back):
-            return msgspec.structs.replace(description, runtime="onnxruntime", device="cpu")
-        return msgspec.structs.replace(description, device="cuda + cpu" if any(fell_back) else "cuda")
-
-    def placement(self, tower: Tower) -> Placement:
-        """Return where a tower runs; it is a fallback if it was loaded, and its engine does not run."""
-        return self._placements.get(tower.file) or Placement(self.runtime, "cuda")
+    def device_for(self, tower: Tower) -> str:
+        return "cuda"
 
     def open_tower(self, tower: Tower) -> Any:
         """Open the tower's engine, or else its ONNX file."""
@@ -70,7 +54,7 @@ class TensorRtEncoder(BundleEncoder):
         try:
             if not tower.engine:
                 require_current_engine(self.folder, self.manifest, tower, name)
-            model = open_engine(self.folder / name, rtx=self.manifest.target.startswith(_RTX_TARGET))
+            return open_engine(self.folder / name, rtx=self.manifest.target.startswith(_RTX_TARGET))
         except ClipRdEdgeError as error:
             if self.options.required:
                 raise
@@ -79,8 +63,6 @@ class TensorRtEncoder(BundleEncoder):
             to_do = f" To use the engine: {error.hint}." if error.hint else ""
             warn(f"{tower.file} runs on the CPU instead of its engine. {error}{to_do}")
             return open_session(str(self.folder / tower.file), threads=self.threads)
-        self._placements[tower.file] = Placement(self.runtime, "cuda")
-        return model
 
 
 def _import(module: str, *, package: str, extra: str) -> Any:
@@ -95,12 +77,11 @@ class _Buffer(NamedTuple):
     dtype: npt.DTypeLike
 
 
-class TensorRtModel:
-    """An engine with the two methods of an ONNX Runtime session that are used here; calls run one at a time."""
+class TensorRtModel(TowerModel):
+    """An engine on a GPU."""
 
     def __init__(self, content: bytes, *, trt: Any, cuda: Any) -> None:
         self._cuda = cuda
-        self._lock = threading.Lock()  # a context stores the current shapes and addresses
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))  # must outlive the engine
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
@@ -111,9 +92,10 @@ class TensorRtModel:
         self._context = self._engine.create_execution_context()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         is_input = {name: self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
-        self._inputs = [name for name in names if is_input[name]]
+        inputs = [name for name in names if is_input[name]]
+        super().__init__(inputs)
         self._outputs = [name for name in names if not is_input[name]]
-        max_shapes = {name: tuple(self._engine.get_tensor_profile_shape(name, 0)[2]) for name in self._inputs}
+        max_shapes = {name: tuple(self._engine.get_tensor_profile_shape(name, 0)[2]) for name in inputs}
         self._max_batch = min(shape[0] for shape in max_shapes.values())
         for name, shape in max_shapes.items():
             self._context.set_input_shape(name, shape)
@@ -126,10 +108,7 @@ class TensorRtModel:
             self._buffers[name] = _Buffer(int(_checked(cuda, cuda.cudaMalloc(size_bytes))), dtype)
             self._context.set_tensor_address(name, self._buffers[name].address)
 
-    def get_inputs(self) -> list[NamedInput]:
-        return [NamedInput(name) for name in self._inputs]
-
-    def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    def compute(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """Run the engine; return the named outputs, or all, as float32.
 
         More rows than the engine's max batch size run in several batches. A single input or output is used whatever
@@ -137,13 +116,12 @@ class TensorRtModel:
         """
         selected = self._outputs if names is None or len(self._outputs) == 1 else list(names)
         if len(self._inputs) == 1:
-            feed = dict(zip(self._inputs, feed.values(), strict=True))
+            feed = {self._inputs[0].name: next(iter(feed.values()))}
         count = len(next(iter(feed.values())))
-        with self._lock, NativeCall():
-            parts = [
-                self._run(selected, {name: values[batch] for name, values in feed.items()})
-                for batch in in_batches(count, self._max_batch)
-            ]
+        parts = [
+            self._run(selected, {name: values[batch] for name, values in feed.items()})
+            for batch in in_batches(count, self._max_batch)
+        ]
         return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
     def _run(self, selected: Sequence[str], feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:

@@ -264,7 +264,7 @@ def test_an_engine_that_cannot_run_here_is_reported_and_its_onnx_runs(
         load(engines, runtime="tensorrt").encode_images(red)
     encoder = load(engines)
     assert encoder.encode_images(red).argmax() == 0
-    assert (encoder.describe().runtime, encoder.describe().device) == ("onnxruntime", "cpu")
+    assert encoder.describe().device.startswith("cpu")
     (record,) = caplog.records
     assert record.getMessage().startswith("image.onnx runs on the CPU instead of its engine. ")
 
