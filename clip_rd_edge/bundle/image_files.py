@@ -51,7 +51,7 @@ def find_images(
         elif name and (exists(path) or path.is_symlink()):
             yield path
         elif glob.has_magic(name):
-            matches = (match for match in sorted_paths(_glob(name)) if _look_at(match, [])[0])
+            matches = (match for match in sorted_paths(_glob(name)) if _look_at(match)[0])
             yield from _require_any(matches, f"No image matches {name}.")
         else:
             raise InputError(f"The image or folder {name} does not exist.{near_files(path)}", hint="check the path")
@@ -83,8 +83,8 @@ def list_images(folder: Path, *, on_unreadable: Callable[[InputError], None] = _
     does not exist, is returned, so that it counts as an image that cannot be read.
 
     Args:
-        on_unreadable: called for the folder itself and for each subfolder, or link to one, that cannot be read, or in
-            which no image can be looked at; see `find_images`.
+        on_unreadable: called for the folder itself and for each subfolder, or link to one, that cannot be read; see
+            `find_images`.
     """
     return sorted_paths(image for image, _ in look_at_images(folder, on_unreadable=on_unreadable))
 
@@ -98,20 +98,13 @@ def look_at_images(
         on_unreadable(InputError(f"Cannot read the folder {error.filename}: {error.strerror or error}."))
 
     for path, names in _walk(os.fspath(folder), report):
-        files, failures = list[tuple[Path, os.stat_result | None]](), list[OSError]()
-        for name in names:
-            if is_ignored(name):
-                continue
-            image = Path(path, name)
+        for image in (Path(path, name) for name in names if not is_ignored(name)):
             if image.suffix.lower() in IMAGE_SUFFIXES:
-                is_file, found = _look_at(image, failures)
-                files += [(image, found)] if is_file else []
+                is_file, found = _look_at(image)
+                if is_file:
+                    yield image, found
             elif leads_nowhere(image):
                 on_unreadable(dead_link_error(image))
-        if len(failures) == len(files) > 1:  # it may be listed but not entered, or was unmounted
-            report(OSError(failures[0].errno, failures[0].strerror, path))
-        else:
-            yield from files
 
 
 def _walk(folder: str, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:
@@ -145,18 +138,16 @@ def dead_link_error(folder: Path) -> InputError:
     return InputError(f"Cannot read the folder {folder}: {DANGLING}.", hint=DANGLING_HINT)
 
 
-def _look_at(path: Path, failures: list[OSError]) -> tuple[bool, os.stat_result | None]:
+def _look_at(path: Path) -> tuple[bool, os.stat_result | None]:
     """Return whether this is a file, or something whose error only opening it shows; and its stat.
 
-    The latter is a link that leads to nothing, or what cannot be looked at, for which the error is added to `failures`.
+    The latter is a link that leads to nothing, or what cannot be looked at.
     """
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return path.is_symlink(), None
-    except OSError as error:
-        if not os.path.islink(path):  # noqa: PTH114  else it may lead into a folder that may not be entered
-            failures.append(error)
+    except OSError:
         return True, None
     return stat.S_ISREG(found.st_mode), found
 

