@@ -73,23 +73,9 @@ class Encoder(Protocol):
         ...
 
 
-@runtime_checkable
-class LabelsEncoder(Encoder, Protocol):
-    """An encoder that may have no text tower, only the labels that it has stored."""
-
-    @property
-    def has_text_tower(self) -> bool:
-        """Whether it embeds texts."""
-        ...
-
-    def stored_label_embeddings(self, labels: Sequence[str], templates: Sequence[str]) -> Embeddings:
-        """Return the stored embeddings of labels, (C, D)."""
-        ...
-
-
 def embeds_texts(encoder: Encoder) -> bool:
-    """Return whether an encoder has a text tower."""
-    return not isinstance(encoder, LabelsEncoder) or encoder.has_text_tower
+    """Return whether an encoder has a text tower, or else only the labels that its bundle stores."""
+    return bool(getattr(encoder, "has_text_tower", True))
 
 
 def in_batches(count: int, batch_size: int) -> list[slice]:
@@ -201,8 +187,9 @@ def label_embeddings(
         rows = label_embeddings(encoder, texts, templates) if texts else np.zeros((0, size), np.float32)
         completed: Embeddings = bank.completed(labels, rows)
         return completed
-    if isinstance(encoder, LabelsEncoder) and not encoder.has_text_tower:
-        return encoder.stored_label_embeddings(labels, templates)
+    if not embeds_texts(encoder):
+        stored: Embeddings = encoder.stored_label_embeddings(labels, templates)  # type: ignore[attr-defined]
+        return stored
     means = []
     for part in in_batches(len(labels), _REPORTED_LABELS):
         reporter.update("embedding labels", part.start, len(labels))
