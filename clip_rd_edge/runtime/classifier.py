@@ -128,7 +128,6 @@ class ZeroShotClassifier:
         self._taught, self._bank_labels = bank, bank.names if bank else None
         self._bank = bank if self._has_own_templates else None
         self._cache, self._reporter = cache, reporter
-        self._known: dict[str, Embeddings] = {}
         self._nouns: Embeddings | None = None
         self._kept_limit: tuple[Embeddings, float, float] | None = None  # of labels, for a share
         self._set: _LabelSet
@@ -145,7 +144,7 @@ class ZeroShotClassifier:
         return len(self._set.labels) == 1 and not self.scoring.is_independent
 
     def set_labels(self, labels: Labels) -> None:
-        """Change the labels; duplicates are removed, and only new labels are embedded by the text tower."""
+        """Change the labels; duplicates are removed."""
         names = label_names(labels)
         if names is None:
             names = list(self._bank_labels or ())
@@ -254,22 +253,14 @@ class ZeroShotClassifier:
         return self._taught.completed(labels, self._embed(texts) if texts else np.zeros((0, self._size), np.float32))
 
     def _embed(self, labels: Sequence[str]) -> Embeddings:
-        """Return the labels' embeddings, (C, D); the text tower embeds only labels that the last call did not have."""
-        known = self._known  # in which another thread may put another dict meanwhile
-        new = [label for label in labels if label not in known]
+        """Return the labels' embeddings, (C, D), by the text tower or from the cache."""
 
         def embed() -> Embeddings:
-            reporter = self._reporter if len(new) >= _MANY_LABELS else SILENT
-            reporter.note(f"embedding {len(new):,} labels; a bundle exported with --labels has them at once")
-            rows = dict(zip(new, label_embeddings(self.encoder, new, self._templates, reporter=reporter), strict=True))
-            return np.stack([rows[label] if label in rows else known[label] for label in labels])
+            reporter = self._reporter if len(labels) >= _MANY_LABELS else SILENT
+            reporter.note(f"embedding {len(labels):,} labels; a bundle exported with --labels has them at once")
+            return label_embeddings(self.encoder, labels, self._templates, reporter=reporter)
 
-        if new:
-            known.update(zip(labels, self._cached(labels, embed), strict=True))
-        # Forget labels that are gone: the memory of a long-running page whose labels change must not grow.
-        known = {label: known[label] for label in labels}
-        self._known = known
-        return np.stack(list(known.values()))
+        return self._cached(labels, embed)
 
     def _cached(self, labels: Sequence[str], embed: Callable[[], Embeddings]) -> Embeddings:
         key = self._cache_key(labels)
