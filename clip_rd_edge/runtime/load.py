@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -161,29 +161,19 @@ def encode_inputs(encoder: Encoder, images: ImageInput | Iterable[ImageInput], *
     """Embed an image or images in any form, (N, D).
 
     Only a batch of them is in memory. Each is converted before the next is drawn: cameras and decoders fill one buffer
-    again and again. Files that come first are opened by threads, as in `embed_images`.
+    again and again. A list of files is opened by threads, as in `embed_images`.
     """
-    entries, others = iter(as_images(images)), list[ImageInput]()
-
-    def leading_files() -> Iterator[Path]:
-        for image in entries:
-            if not isinstance(image, str | os.PathLike):
-                others.append(image)
-                return
-            yield Path(image)
-
-    parts, files = list[Embeddings](), leading_files()
-    first: list[Path] = list(islice(files, 2))
-    if len(first) == 2 and isinstance(encoder, TowerEncoder):
-        for embedded in embed_images(encoder, chain(first, files), quick=quick):
+    entries, parts = as_images(images), list[Embeddings]()
+    kept = isinstance(entries, Sequence)  # a list holds all of its images, which then need no copies
+    files = [Path(entry) for entry in entries if isinstance(entry, str | os.PathLike)] if kept else []
+    if isinstance(entries, Sequence) and len(files) == len(entries) > 1 and isinstance(encoder, TowerEncoder):
+        for embedded in embed_images(encoder, files, quick=quick):
             if embedded.unreadable:
                 raise embedded.unreadable[0]
             parts.append(embedded.embeddings)
-        first = []
+        return np.concatenate(parts)
     min_edge = fast_decode_edge(encoder.describe().preprocessing) if quick else None
-    kept = isinstance(images, Sequence)  # a list holds all of its images, which then need no copies
-    rgb_images = (_to_rgb(image, min_edge, copy=not kept) for image in chain(first, others, entries))
-    for batch in in_bounded_batches(rgb_images, BATCH_SIZE):
+    for batch in in_bounded_batches((_to_rgb(image, min_edge, copy=not kept) for image in entries), BATCH_SIZE):
         parts.append(encoder.encode_images(batch))
         del batch  # before the next images are opened
     return np.concatenate(parts) if parts else encoder.encode_images([])
