@@ -170,7 +170,7 @@ def _onnxruntime() -> Finding:
         package = next((name for name in ONNXRUNTIMES if is_installed(name)), ONNXRUNTIMES[0])
         detail, remedy = f"{detail}. {fault}", f'{pip("install")} "{package}{RIGHT_SUMS}"'
     if overlap := overlapping_builds():
-        detail, remedy = f"{detail}. {overlap.fault}", overlap.remedy
+        detail, remedy = f"{detail}. {overlap[0]}", overlap[1]
     state: State = "missing" if chosen in failures or (overlap and default == "cpu") else "ok"
     return Finding(what="ONNX Runtime", state=state, detail=detail, remedy=remedy)
 

@@ -44,24 +44,15 @@ def import_onnxruntime() -> Any:
     return ort
 
 
-class Overlap(NamedTuple):
-    """Several builds in one folder: the one that is wanted, what is wrong, and the command that fixes it."""
-
-    build: str
-    fault: str
-    remedy: str
-
-
-def overlapping_builds() -> Overlap | None:
-    """Return what is wrong if several builds are installed."""
+def overlapping_builds() -> tuple[str, str] | None:
+    """Return what is wrong if several builds are installed in one folder, and the command that fixes it."""
     versions = installed_versions(ONNXRUNTIMES)
     if len(versions) < 2:
         return None
     # The plain one is a requirement of this package, and comes with it; another was wanted.
     build = next(name for name in versions if name != ONNXRUNTIMES[0])
     others = " ".join(name for name in versions if name != build)
-    return Overlap(
-        build,
+    return (
         f"{' and '.join(versions)} are installed in one folder, where each overwrites files of the other",
         f"{pip('uninstall')} -y {others} && {pip('install')} --force-reinstall --no-deps {build}=={versions[build]}",
     )
@@ -69,7 +60,7 @@ def overlapping_builds() -> Overlap | None:
 
 def _cannot_be_imported(error: Exception) -> ClipRdEdgeError:
     if overlap := overlapping_builds():
-        reason, remedy = overlap.fault, overlap.remedy
+        reason, remedy = overlap
     else:  # also where files of it are missing, or it is older than NumPy 2
         package, reason = next(iter(installed_versions(ONNXRUNTIMES)), ONNXRUNTIMES[0]), in_one_line(error)
         remedy = f"{pip('install')} -U --force-reinstall --no-deps {package}"
