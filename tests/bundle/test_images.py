@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import os
 import random
@@ -282,24 +281,6 @@ def test_deep_greyscale_whose_zero_is_white_is_no_negative(tmp_path: Path, orien
     with Image.open(tmp_path / "scan.tif") as opened:
         for rgb in (open_image(tmp_path / "scan.tif"), as_rgb(opened)):
             assert np.asarray(rgb)[0, ::step, 0].tolist() == [255, 155, 0]
-
-
-HEIC = base64.b64decode(
-    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAX1tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAACJpbG9j"
-    "AAAAAERAAAEAAQAAAAABoQABAAAAAAAAAB8AAAAjaWluZgAAAAAAAQAAABVpbmZlAgAAAAABAABodmMxAAAAAA5waXRtAAAAAAABAAAA/Wlw"
-    "cnAAAADdaXBjbwAAAHZodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAMAAAMAHroCQGEAAQAqQgEBA3AA"
-    "AAMAkAAAAwAAAwAeoCCBBZbq5Ka5uAhoMCAAAAMDIAAAAwAhYgABAAZEAcFzwIkAAAATY29scm5jbHgAAQANAAaAAAAAFGlzcGUAAAAAAAAA"
-    "QAAAAEAAAAAoY2xhcAAAAEAAAAABAAAAMAAAAAEAAAAAAAAAAv////AAAAACAAAAEHBpeGkAAAAAAwgICAAAABhpcG1hAAAAAAAAAAEAAQWB"
-    "AgMFhAAAACdtZGF0AAAAGygBrwY4iS58L/UgT///j1f2X90Q2zNTCc4z8A=="
-)  # 64 × 48 pixels of (220, 30, 30)
-
-
-def test_heic_is_read_if_pillow_heif_is_installed(tmp_path: Path) -> None:
-    pytest.importorskip("pillow_heif")
-    (tmp_path / "red.heic").write_bytes(HEIC)
-    image = open_image(tmp_path / "red.heic")
-    assert image.size == (64, 48)
-    assert np.abs(np.asarray(image).astype(int) - (220, 30, 30)).max() <= 4
 
 
 def test_an_opened_image_does_not_depend_on_its_file(tmp_path: Path) -> None:

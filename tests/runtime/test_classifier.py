@@ -101,18 +101,6 @@ def test_a_single_label_is_answered_also_if_its_cosine_is_negative(colour_bundle
     assert classifier.classify_embeddings(embeddings) == [[("red", 1.0)]]
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "P", "path", "array"])
-def test_a_classifier_takes_images_in_any_form(colour_bundle: Path, tmp_path: Path, mode: str) -> None:
-    path = tmp_path / "image.png"
-    rgb = Image.new("RGB", (9, 9), (255, 255, 255))
-    rgb.save(path)
-    image = path if mode == "path" else np.asarray(rgb) if mode == "array" else rgb.convert(mode)
-    classifier = ZeroShotClassifier(load(colour_bundle), ["red", "yellow"], templates="{}")
-    expected = classifier.classify([rgb])
-    assert classifier.classify([image]) == classifier.classify(image) == expected
-    np.testing.assert_array_equal(classifier.probabilities(image), classifier.probabilities([rgb]))
-
-
 def test_only_a_batch_of_images_is_in_memory(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, size, alive = load(colour_bundle), (31, 7), list[int]()
     encode = encoder.encode_images
@@ -134,13 +122,6 @@ def test_a_text_is_one_text_and_not_its_characters(colour_bundle: Path) -> None:
     assert ZeroShotClassifier(encoder, "red").labels == ("red",)
     classifier = ZeroShotClassifier(encoder, ["red"], templates="{}")
     np.testing.assert_allclose(classifier.similarities(encoder.encode_texts(["red"])), [[1]], atol=1e-6)
-
-
-def test_labels_that_are_changed_keep_their_own_rows(colour_bundle: Path) -> None:
-    classifier = ZeroShotClassifier(load(colour_bundle), ["red", "green"], cache=False)
-    classifier.set_labels(["blue", "red", "red"])
-    assert classifier.labels == ("blue", "red")
-    assert classifier.classify([RED], top=1)[0][0].label == "red"
 
 
 @pytest.fixture

@@ -23,11 +23,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from support import PATIENCE_S, CommandLine, rewrite, wait_until
 
-from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.runtime.backends.onnxruntime import Session
-from clip_rd_edge.runtime.load import load
-from clip_rd_edge.utils import process as signals
-from clip_rd_edge.utils.process import end_calls, handled_by
+from clip_rd_edge.utils.process import handled_by
 
 # Says when ONNX Runtime is called; stops a server after a second.
 SCRIPT = """
@@ -202,23 +199,3 @@ def test_a_signal_that_the_program_survives_costs_no_answer() -> None:
     with handled_by(lambda number, _: received.append(number), [signal.SIGTERM]):
         outputs: Any = Session(Ending()).run(None, {})
     assert (outputs, received) == ([2], [signal.SIGTERM])
-
-
-def test_a_session_that_was_ended_runs_again(endless: Path) -> None:
-    encoder = load(endless, threads=1)
-    bright = np.ones((1, 3, 8, 8), np.float32)
-    failures = list[Exception]()
-
-    def run() -> None:
-        with pytest.raises(ConfigError) as raised:
-            encoder.encode_pixels(bright)
-        failures.append(raised.value)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    assert wait_until(lambda: signals._calls)
-    over = end_calls(1)
-    thread.join(PATIENCE_S)
-    over.set()
-    assert "terminate" in str(failures[0])
-    assert wait_until(lambda: encoder.encode_pixels(0 * bright + 0).shape == (1, 3))

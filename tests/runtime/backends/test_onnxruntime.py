@@ -22,7 +22,6 @@ from clip_rd_edge.runtime.backends.onnxruntime import (
     _open_on,
     choose_device,
     import_onnxruntime,
-    int8_fault,
     open_session,
     processor_saturates,
     provider_list,
@@ -248,14 +247,6 @@ def test_wrong_sums_are_found_once_by_a_product_with_24_columns(error: int, monk
     ((activations, weights),) = (feed.values() for feed in session.feeds)
     assert (activations.shape, weights.shape) == ((64, 64), (64, 24))
     assert np.abs(weights.astype(int)).max() <= 64  # which do not saturate
-
-
-def test_wrong_sums_concern_any_int8_of_onnx_runtime_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "processor_saturates", lambda: False)
-    monkeypatch.setattr(backend, "wrong_sums", lambda: "wrong")
-    sets = ("x86-64", "x86-64-vnni", "aarch64", "wasm32")
-    assert int8_fault(sets, runtime="onnxruntime") == int8_fault(sets[1:3], runtime="onnxruntime") == "wrong"
-    assert int8_fault((), runtime="onnxruntime") == int8_fault(sets, runtime="openvino") == ""
 
 
 def test_the_product_is_an_onnx_file_that_runs_here() -> None:
