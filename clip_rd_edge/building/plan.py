@@ -31,10 +31,10 @@ from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.labels import everyday_labels
 from clip_rd_edge.settings.deploying import Export
 from clip_rd_edge.settings.measuring import Build
-from clip_rd_edge.utils.files import size_bytes, write_text
+from clip_rd_edge.utils.files import size_bytes
 from clip_rd_edge.utils.host import instruction_sets
 from clip_rd_edge.utils.paths import Typed, as_text, is_file
-from clip_rd_edge.utils.structs import CheckedStruct, commented_yaml, read_yaml
+from clip_rd_edge.utils.structs import CheckedStruct, read_yaml
 from clip_rd_edge.utils.text import Reporter
 from clip_rd_edge.utils.timing import time_in_turn
 
@@ -113,11 +113,6 @@ def kept_plan(request: Build) -> Plan | None:
             option="output",
         )
     return plan
-
-
-def write_plan(request: Build, plan: Plan) -> None:
-    """Write plan.yaml."""
-    write_text(Path(request.output) / PLAN, commented_yaml(plan))
 
 
 def image_size_for(request: Build, found: Look) -> int:

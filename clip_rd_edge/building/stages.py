@@ -32,6 +32,7 @@ from clip_rd_edge.building.plan import (
     BATCH,
     FROZEN_TEXT_LAYERS,
     LIVE_ABOVE,
+    PLAN,
     VIEWS,
     Plan,
     asked_of,
@@ -48,7 +49,6 @@ from clip_rd_edge.building.plan import (
     steps_of,
     training_precision,
     trim_text_tower_of,
-    write_plan,
 )
 from clip_rd_edge.building.verdict import VERDICT, verdict
 from clip_rd_edge.bundle.formats import format_named
@@ -82,7 +82,7 @@ from clip_rd_edge.settings.measuring import Build
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.outputs import exclusive_writer, require_free_output
 from clip_rd_edge.utils.paths import Typed, is_file, several, typed
-from clip_rd_edge.utils.structs import read_json, to_json
+from clip_rd_edge.utils.structs import commented_yaml, read_json, to_json
 from clip_rd_edge.utils.text import as_word
 
 _EVALUATIONS, _MAX_UNSAVED = 10, 100  # in a run, and steps between checkpoints
@@ -272,7 +272,7 @@ class Building:
             self.reporter.note(f"{steps:,} steps, {why}")
             self.plan = msgspec.structs.replace(self.plan, steps=steps)
             note_overlap(config, [load_task(task) for task in several(self.request.tasks)], reporter=self.reporter)
-            write_plan(self.request, self.plan)
+            write_text(self.folder / PLAN, commented_yaml(self.plan))
         evaluate, tasks, every = None, list[Task](), max(self.plan.steps // _EVALUATIONS, 1)
         settings["checkpoint_every"] = min(every, _MAX_UNSAVED)
         if self.found.of("choose"):

@@ -61,8 +61,10 @@ class TensorRt(Format):
             model, inputs = job.source / tower.file, job.inputs[name]
             if job.plan.precision == "int8":
                 typed = int8_tower(Float32Tower.of(job, name), inputs)
+            elif job.plan.precision == "fp16":
+                typed = _half_tower(model, inputs)
             else:
-                typed = _float_tower(model, inputs, fp16=job.plan.precision != "fp32")
+                typed = TypedTower(model.read_bytes(), "fp32")
             write_bytes(job.folder / tower.file, typed.content)
             engine = ""
             if build is not None:
@@ -135,15 +137,12 @@ class TypedTower(NamedTuple):
 _MEASURED = ", measured on this ONNX in ONNX Runtime, which on most CPUs computes float16 in float32."
 
 
-def _float_tower(model: Path, inputs: Inputs, *, fp16: bool, note: str = "") -> TypedTower:
-    if fp16:
-        tower = fp16_tower(model, inputs)
-        cosine = tower.agreement.centred_cosine
-        if tower.model is not None:
-            parity = f"Its centred cosine with float32 is {cosine:.5f}{_MEASURED}"
-            return TypedTower(tower.model, "fp16", note or parity)
-        note = float32_note(cosine)
-    return TypedTower(model.read_bytes(), "fp32", note)
+def _half_tower(model: Path, inputs: Inputs, *, note: str = "") -> TypedTower:
+    content, parity = fp16_tower(model, inputs)
+    if content is None:
+        return TypedTower(model.read_bytes(), "fp32", float32_note(parity.centred_cosine))
+    measured = f"Its centred cosine with float32 is {parity.centred_cosine:.5f}{_MEASURED}"
+    return TypedTower(content, "fp16", note or measured)
 
 
 def int8_tower(tower: Float32Tower, inputs: Inputs) -> TypedTower:
@@ -187,8 +186,7 @@ def int8_tower(tower: Float32Tower, inputs: Inputs) -> TypedTower:
             precision = f"int8 symmetric{f', {in_float} of {total} layers in FP16' if in_float else ''}"
             note = f"Its centred cosine with float32 is {cosine:.4f}{_MEASURED}"
             return TypedTower(typed.SerializeToString(), precision, note)
-    note = f"fp16: INT8 does not reach a centred cosine of {min_agreement}."
-    return _float_tower(tower.model, inputs, fp16=True, note=note)
+    return _half_tower(tower.model, inputs, note=f"fp16: INT8 does not reach a centred cosine of {min_agreement}.")
 
 
 def layer_types(content: bytes) -> dict[str, str]:

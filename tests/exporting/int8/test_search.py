@@ -20,7 +20,7 @@ from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.bundle.manifest import Manifest, Measurement, Tower
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporting.bundle import export_bundle
-from clip_rd_edge.exporting.calibration import CalibrationSet, Samples
+from clip_rd_edge.exporting.calibration import CalibrationSet
 from clip_rd_edge.exporting.int8.candidates import (
     Float32Tower,
     onnx_candidates,
@@ -28,7 +28,7 @@ from clip_rd_edge.exporting.int8.candidates import (
     with_fewest_in_float,
 )
 from clip_rd_edge.exporting.int8.search import ORT, Choice, MeasuredCandidate, choose, quantize_tower
-from clip_rd_edge.exporting.int8.trials import QuantizedTower, Trial
+from clip_rd_edge.exporting.int8.trials import QuantizedTower, outcome_key
 from clip_rd_edge.exporting.parity import Agreement, agreement, embed
 from clip_rd_edge.exporting.plan import Budget, Fallback, Plan, plan_exports
 from clip_rd_edge.models.clip import ClipModel
@@ -258,19 +258,17 @@ class Exporter:
     def __init__(self, student: ClipModel, source: Path, calibration: CalibrationSet, output: Path) -> None:
         self.student, self.source, self.calibration, self.output = student, source, calibration, output
         self.improved: tuple[str, ...] = ()
-        self.trial = {"latency_ratio": 0.6, "centred_cosine": 0.987, "size_ratio": 0.3, "loss_points": 0.0}
         self.towers = dict[str, Float32Tower]()
 
     def quantize(self, tower: Float32Tower, entry: Tower, backend: object) -> QuantizedTower:
         self.towers[tower.name] = tower
-        trials = (Trial(tower=tower.name, name="static", verdict="", **self.trial),)
         if tower.name not in self.improved:
             note = f"float32: {tower.name} is not improved."
-            return QuantizedTower(None, msgspec.structs.replace(entry, note=note, measured=MEASURED), trials)
+            return QuantizedTower(None, msgspec.structs.replace(entry, note=note, measured=MEASURED), ())
         written = msgspec.structs.replace(
             entry, precision="int8 static", measured=MEASURED, one_at_a_time=True, instruction_sets=("aarch64",)
         )
-        return QuantizedTower(tower.model.read_bytes(), written, trials)
+        return QuantizedTower(tower.model.read_bytes(), written, ())
 
     def __call__(self, fallback: Fallback | None = None, **options: Any) -> Manifest:
         plan = Plan(precision="int8", fallback=fallback, **options)
@@ -325,19 +323,14 @@ def test_without_pairs_no_answer_is_taken_for_right(export: Exporter) -> None:
 def test_a_search_is_remembered_for_the_same_tower_samples_and_limits(export: Exporter) -> None:
     export.improved = ("image", "text")
     first = export()
-    export.towers.clear()
+    towers, export.towers = export.towers, {}
     export.output = export.output.with_name("again")
     assert export().towers == first.towers
     assert not export.towers
-    export.output = export.output.with_name("stricter")
-    export(budget=Budget(image=0.999))
-    assert set(export.towers) == {"image", "text"}
-    export.output = export.output.with_name("others")
-    pixels, ids = export.calibration.held_out
-    export.calibration = dataclasses.replace(export.calibration, held_out=Samples(pixels[::-1], ids[::-1]))
-    export.towers.clear()
-    export()
-    assert set(export.towers) == {"image", "text"}
+    tower = towers["image"]
+    stricter = dataclasses.replace(tower, plan=dataclasses.replace(tower.plan, budget=Budget(image=0.999)))
+    others = dataclasses.replace(tower, held_out=tower.held_out[::-1])
+    assert len({outcome_key(each, ORT) for each in (tower, stricter, others)}) == 3
 
 
 @pytest.mark.parametrize("quantize", ["int8", None])
