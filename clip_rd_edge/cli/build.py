@@ -11,8 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import clip_rd_edge as edge
 from clip_rd_edge.cli.options import command_of
-from clip_rd_edge.cli.output import echo
+from clip_rd_edge.cli.output import echo, note, reported
 from clip_rd_edge.cli.train import OWN_DATA_EXAMPLE
 from clip_rd_edge.settings.measuring import Build, Quickstart
 from clip_rd_edge.utils.text import as_word
@@ -36,16 +37,13 @@ def build(given: dict[str, Any]) -> None:
     with --labels. Each stage keeps its result in OUT. The same command resumes an interrupted build, and does nothing
     where nothing has changed; with another --target, it trains nothing again.
     """
-    import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import console_reporter, note
     from clip_rd_edge.runtime.labels import parse_labels
     from clip_rd_edge.utils.text import duration
 
     started = time.perf_counter()
-    with console_reporter() as reporter:
-        built = edge.build(**{**given, "labels": parse_labels(given.get("labels", ()))}, reporter=reporter)
+    built = reported(edge.build, **{**given, "labels": parse_labels(given.get("labels", ()))})
     for number, line in enumerate(built.verdict):
-        echo(line if not number else f"- {line}", prose=True)
+        echo(line if not number else f"- {line}")
     echo(f"\nReport: {built.report}\nBundle: {built.folder}\nDone in {duration(time.perf_counter() - started)}.")
     note(f"next: clip-rd-edge classify {as_word(built.folder)} photo.jpg")
     note(f"on the device: copy {as_word(built.folder)}; its commands: clip-rd-edge targets {built.folder.name}")
@@ -67,21 +65,17 @@ def quickstart(given: dict[str, Any]) -> None:
     The data set, 1,900 emoji with their names, is built in. All of it takes minutes on two cores, most of them for the
     two trainings. The command can be interrupted at any time: the same command resumes.
     """
-    import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import console_reporter, print_table, table_width
+    from clip_rd_edge.cli.console import print_table, table_width
     from clip_rd_edge.utils.text import duration
 
     started, output = time.perf_counter(), Path(given.get("output", Quickstart().output))
-    with console_reporter() as reporter:
-        results = edge.quickstart(**given, reporter=reporter)
+    results = reported(edge.quickstart, **given)
     from clip_rd_edge.benchmarking.tables import terminal_tables
 
     for table in terminal_tables(results, table_width()):
         print_table(table)
     _classify_example(output)
-    echo(
-        f"\nDone in {duration(time.perf_counter() - started)}. Report: {output / 'report' / 'report.html'}", prose=True
-    )
+    echo(f"\nDone in {duration(time.perf_counter() - started)}. Report: {output / 'report' / 'report.html'}")
     echo(_next_steps(output))
 
 
@@ -93,14 +87,13 @@ def _unseen_concepts() -> ZeroShotTask:
 
 def _classify_example(folder: Path) -> None:
     """Classify an emoji that was in no training pair with the INT8 bundle, and print the result."""
-    import clip_rd_edge as edge
     from clip_rd_edge.bundle.images import open_image
 
     task = _unseen_concepts()
     # The first image of the split, which is in hashed order: not selected for a good result.
     predictions = edge.load(folder / "bundles" / "int8").classify(open_image(task.images[0]), labels=task.labels, top=3)
     truth = task.labels[task.targets[0]]
-    echo(f"\nAn image of “{truth}”, a concept in no training pair, among {len(task.labels)} such concepts:", prose=True)
+    echo(f"\nAn image of “{truth}”, a concept in no training pair, among {len(task.labels)} such concepts:")
     for label, probability in predictions:
         echo(f"  {probability:6.1%}  {label}{'  ✓' if label == truth else ''}")
 

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import click
 
 from clip_rd_edge.cli.options import command_of, grouped, refuse_together
-from clip_rd_edge.cli.output import LateReporter, cut, echo, terminal_width
+from clip_rd_edge.cli.output import LateReporter, echo, json_line
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.settings.deploying import Classify
 from clip_rd_edge.utils.text import SILENT, csv_row, one_line
@@ -195,9 +196,11 @@ def _classify_files(
 
 def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, format_result: Format, end: str) -> None:
     """Print the result for each frame until the camera ends or Ctrl-C; on a terminal, each overwrites the last."""
+    from rich.cells import set_cell_size
+
     from clip_rd_edge.runtime.camera import frames
 
-    terminal, width = sys.stdout.isatty(), terminal_width(sys.stdout)
+    terminal, width = sys.stdout.isatty(), get_terminal_size().columns
     started, count = time.perf_counter(), 0
     try:
         for count, frame in enumerate(frames(camera), start=1):
@@ -208,7 +211,7 @@ def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, f
             if terminal:
                 click.echo("\r\x1b[2K", nl=False)  # clear the line of the last frame
             # Cut, since a line that is broken in two could not be cleared.
-            shown = cut(f"{line.expandtabs()}  ({latency_ms:.0f} ms)", width - 1) if terminal else line + end
+            shown = set_cell_size(f"{line.expandtabs()}  ({latency_ms:.0f} ms)", width - 1) if terminal else line + end
             echo(shown, nl=False)
     except KeyboardInterrupt:
         pass  # the normal way to stop
@@ -237,8 +240,6 @@ def _as_text(image: str, answer: Answer, *, shown: Callable[[str], str] = one_li
 
 def _as_json(image: str, answer: Answer) -> str:
     """Return one JSON object; `predictions` is empty if no label fits."""
-    from clip_rd_edge.cli.console import json_line
-
     rows = [{"label": label, "probability": round(probability, 6)} for label, probability in answer.predictions]
     cosine = {} if answer.cosine is None else {"cosine": round(answer.cosine, 6)}
     return json_line({"image": image, "predictions": rows, **cosine})

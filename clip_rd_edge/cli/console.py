@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.constrain import Constrain
+from rich.console import Console, ConsoleOptions
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
-from clip_rd_edge.cli.output import fold, results_whole
+from clip_rd_edge.cli.output import first_process
 from clip_rd_edge.utils.text import Reporter, duration, printable
-
-# Under torchrun, only the first process prints.
-first_process = os.environ.get("RANK", "0") == "0"
 
 
 class SafeConsole(Console):
@@ -47,20 +41,10 @@ _PIPED_WIDTH = 200  # columns; without a terminal, rich would wrap lines at 80
 _PIPED_INTERVAL_S = 60.0  # min time between two lines of progress in a pipe or a file
 
 
-def note(message: str) -> None:
-    """Print a message to stderr, in one line unless the terminal is narrower."""
-    bullet, space, rest = _folded(f"· {printable(message)}", stderr).partition(" ")
-    stderr.print(Text.assemble((bullet, "dim"), space, rest), soft_wrap=True)
-
-
 def _columns(console: Console) -> int:
     """Return the number of columns of a console's terminal, 0 without one."""
     # FORCE_COLOR sets `is_terminal` in a pipe, too, where it asks for colours and not for lines of 80 columns.
     return console.width if console.file.isatty() else 0
-
-
-def _folded(text: str, console: Console) -> str:
-    return fold(text, _columns(console))
 
 
 def print_table(table: Table, *, console: Console | None = None, columns: int | None = None) -> None:
@@ -69,23 +53,12 @@ def print_table(table: Table, *, console: Console | None = None, columns: int | 
     if not _columns(console):
         # Without a height, rich would take the width of a dumb terminal, which is 80.
         console = SafeConsole(width=_PIPED_WIDTH, height=console.height, file=console.file)
-    with results_whole():
-        console.print(table, width=columns and min(columns, console.width))
+    console.print(table, width=columns and min(columns, console.width))
 
 
 def table_width() -> int:
     """Return the number of columns that `print_table` has for a table on stdout."""
     return _columns(SafeConsole()) or _PIPED_WIDTH
-
-
-def json_line(content: object) -> str:
-    """Return one line of JSON, in UTF-8 unless a path in it is not UTF-8: its bytes are then \\udcXX escapes."""
-    line = json.dumps(content, ensure_ascii=False)
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        return json.dumps(content)
-    return line
 
 
 class ConsoleReporter(Reporter):
@@ -105,8 +78,7 @@ class ConsoleReporter(Reporter):
     def begin(self, title: str, number: int, count: int) -> None:
         self.end_chapter()
         self._chapter_start = time.perf_counter()
-        place, space, rest = _folded(f"{number}/{count} {printable(title)}", self._bar.console).partition(" ")
-        self._bar.console.print(Text.assemble((place, "bold"), space, rest), soft_wrap=True)
+        self._print((f"{number}/{count}", "bold"), f" {printable(title)}")
 
     def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
         if self._piped:
@@ -119,10 +91,12 @@ class ConsoleReporter(Reporter):
 
     def note(self, message: str) -> None:
         if self._chapter_start is None:
-            note(message)
+            self._print(("·", "dim"), f" {printable(message)}")
         else:
-            console = self._bar.console
-            console.print(Text(_folded(f"    {printable(message)}", console), style="dim"), soft_wrap=True)
+            self._print((f"    {printable(message)}", "dim"))
+
+    def _print(self, *parts: str | tuple[str, str]) -> None:
+        self._bar.console.print(Text.assemble(*parts), soft_wrap=True)  # not broken: it may hold a command to copy
 
     def end_chapter(self) -> None:
         if self._chapter_start is not None:
@@ -151,26 +125,6 @@ class _Times(ProgressColumn):
         return Text(", ".join(texts), style="progress.elapsed")
 
 
-class _Message(ProgressColumn):
-    """The figures beside the bar: what of them fits after all the rest, in one line."""
-
-    def get_table_column(self) -> Column:
-        return Column()  # the one column that a narrow terminal makes narrower
-
-    def render(self, task: Task) -> Text:
-        return Text(task.fields["message"], no_wrap=True, overflow="ellipsis")
-
-
-class _Bar(Progress):
-    """A progress bar that leaves room for the ^C that a terminal shows when it is pressed.
-
-    Behind a bar as wide as the terminal, ^C would begin a new line, and only that one would be cleared.
-    """
-
-    def get_renderables(self) -> Iterator[RenderableType]:
-        yield Constrain(self.make_tasks_table(self.tasks), max(1, stderr.width - len("^C") - 1))
-
-
 @contextmanager
 def console_reporter() -> Iterator[ConsoleReporter]:
     """Return a reporter for the duration of a command; its progress bar disappears at the end.
@@ -183,10 +137,10 @@ def console_reporter() -> Iterator[ConsoleReporter]:
         BarColumn(bar_width=None),
         TextColumn("{task.fields[steps]}", style="progress.download", table_column=Column(no_wrap=True)),
         _Times(Column(no_wrap=True)),
-        _Message(),
+        TextColumn("{task.fields[message]}", markup=False),
     )
     redraws = stderr.is_terminal and not stderr.is_dumb_terminal and stderr.file.isatty()
-    with _Bar(*columns, console=stderr, disable=not redraws, transient=True) as bar:
+    with Progress(*columns, console=stderr, disable=not redraws, transient=True) as bar:
         reporter = ConsoleReporter(bar)
         context = click.get_current_context(silent=True)
         reporter.update(f"starting {context.command_path.partition(' ')[2]}" if context else "starting")

@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 
 import click
 
+import clip_rd_edge as edge
 from clip_rd_edge.cli.options import GroupedCommand, PathName, command_of, grouped, refuse_together
-from clip_rd_edge.cli.output import echo, echo_json
+from clip_rd_edge.cli.output import echo, echo_json, json_line, note, reported
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, InterruptedRunError
 from clip_rd_edge.settings.deploying import Demo, Index, Search, Serve
 from clip_rd_edge.utils.paths import exists
@@ -40,16 +41,12 @@ def index(given: dict[str, Any], watch: bool) -> None:
     time without losing its progress. With --watch, it goes on until Ctrl-C, and an image is in the index some seconds
     after it was written, or about a minute later if listing the folder or saving the index takes long.
     """
-    import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import console_reporter
-
     refuse_together({"--watch": watch, "--ray": "ray" in given})
     if watch:
         _watch(given)
         return
     try:
-        with console_reporter() as reporter:
-            update = edge.index(**given, reporter=reporter)
+        update = reported(edge.index, **given)
     except KeyboardInterrupt as error:
         if not exists(given["output"]):
             raise
@@ -71,7 +68,6 @@ def index(given: dict[str, Any], watch: bool) -> None:
 
 def _watch(given: dict[str, Any]) -> None:
     """Keep the index up to date until one of the `stop_signals`; a second SIGINT ends at once."""
-    import clip_rd_edge as edge
     from clip_rd_edge.cli.console import console_reporter
 
     with console_reporter() as reporter, stop_event() as stop:
@@ -116,8 +112,6 @@ def search(given: dict[str, Any], as_json: bool, null: bool) -> None:
     that another machine made is searched with a copy of its bundle. For a text, a note follows if images fit no better
     than the best ones fit random texts; --fitting leaves these out.
     """
-    import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import json_line
     from clip_rd_edge.runtime.index_folder import is_gone
 
     refuse_together({"--json": as_json, "--null": null})
@@ -172,8 +166,6 @@ def serve(given: dict[str, Any], token_file: Path | None) -> None:
     """
     # Before numpy is loaded: memory bounds the product with an index, after which threads of OpenBLAS spin for a while.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import note
 
     note("starting serve")
     token = _token(token_file)
@@ -210,7 +202,6 @@ def demo(given: dict[str, Any], open_page: bool) -> None:
 
     Pass several BUNDLEs to compare them on the page. Nothing is loaded from the internet. Ctrl-C stops the server.
     """
-    import clip_rd_edge as edge
     from clip_rd_edge.runtime.labels import parse_labels
 
     host = given.get("host", "127.0.0.1")
@@ -272,8 +263,6 @@ def doctor(all_extras: bool, as_json: bool) -> None:
 
     What is wrong comes first, with the command that mends it. Exit code 0: bundles can run here, 1: they cannot.
     """
-    import clip_rd_edge as edge
-
     findings = edge.doctor()
     if as_json:
         echo_json(findings)

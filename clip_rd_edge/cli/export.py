@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import clip_rd_edge as edge
 from clip_rd_edge.cli.options import GroupedCommand, command_of, complete_target_name, grouped
-from clip_rd_edge.cli.output import echo, echo_json
+from clip_rd_edge.cli.output import echo, echo_json, note, reported
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.settings.deploying import Export, Teach, Verify
 from clip_rd_edge.utils.text import as_word, one_line
@@ -44,16 +45,13 @@ def export(given: dict[str, Any], as_json: bool) -> None:
     neither faster nor, at the same speed, smaller. FP16 makes bundles smaller and suits GPUs; on a CPU it is no faster.
     TensorRT engines for RTX cards are built on any machine; a Jetson builds its own with the bundle's build.sh.
     """
-    import clip_rd_edge as edge
     from clip_rd_edge.bundle.manifest import LABELS
-    from clip_rd_edge.cli.console import console_reporter, note
     from clip_rd_edge.exporting.plan import BROWSER, BUILD_SHELL
     from clip_rd_edge.runtime.labels import parse_labels
     from clip_rd_edge.utils.paths import is_file
 
     output = Path(given["output"])
-    with console_reporter() as reporter:
-        bundle = edge.export(**{**given, "labels": parse_labels(given.get("labels", ()))}, reporter=reporter)
+    bundle = reported(edge.export, **{**given, "labels": parse_labels(given.get("labels", ()))})
     for part in bundle.targets or (bundle,):
         _show(part, name=f"{part.folder.name}: " if bundle.targets else "")
     if given.get("target") != (BROWSER,) and "layout" not in given and not bundle.targets:
@@ -73,7 +71,7 @@ def export(given: dict[str, Any], as_json: bool) -> None:
 
 def _show(bundle: ExportedBundle, *, name: str) -> None:
     """Print the INT8 trials and the result for each tower to stderr, after the target's name if there are several."""
-    from clip_rd_edge.cli.console import note, print_table, stderr
+    from clip_rd_edge.cli.console import print_table, stderr
     from clip_rd_edge.utils.files import size_bytes
 
     if bundle.trials:
@@ -142,11 +140,7 @@ def teach(given: dict[str, Any], as_json: bool) -> None:
     PyTorch: the images are embedded once, and the rest is one small linear system. The bundle keeps the embeddings, so
     that more images and labels can be added later without the old ones.
     """
-    import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import console_reporter, note
-
-    with console_reporter() as reporter:
-        lesson = edge.teach(**given, reporter=reporter)
+    lesson = reported(edge.teach, **given)
     counts = ", ".join(f"{one_line(name)} ({count})" for name, count in lesson.labels.items())
     beside = f"; {lesson.beside:,} labels beside them have texts alone" if lesson.beside else ""
     note(f"taught: {counts or 'nothing any more'}{beside}")
@@ -175,7 +169,6 @@ def verify(given: dict[str, Any], as_json: bool) -> None:
     file is damaged or missing, or a tower does not run, takes longer than the limit, runs elsewhere than it was meant
     to, or answers wrongly.
     """
-    import clip_rd_edge as edge
     from clip_rd_edge.cli.console import console_reporter
 
     with console_reporter():
@@ -220,8 +213,6 @@ def targets(name: str | None, as_json: bool) -> None:
     clip-rd-edge targets
     clip-rd-edge targets cpu-arm
     """
-    import clip_rd_edge as edge
-
     known = edge.targets(name)
     if as_json:
         echo_json(known, indented=True)

@@ -7,8 +7,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -29,7 +29,7 @@ from clip_rd_edge.errors import (
     near_matches,
 )
 from clip_rd_edge.utils import process as signals
-from clip_rd_edge.utils.process import end_running_calls, handled_by, leave_lost_terminal, stop_signals
+from clip_rd_edge.utils.process import discard_output, end_running_calls, handled_by, leave_lost_terminal, stop_signals
 from clip_rd_edge.utils.text import one_line
 
 # name: (module, short help). The short help is repeated here so that listing the commands imports none of them. In its
@@ -132,9 +132,30 @@ def cli(debug: bool) -> None:
 
 
 def main() -> None:
-    """Entry point: run the command, and report errors as a short message and an exit code."""
-    with _unwound_by_signals():
-        _main()
+    """Entry point: run the command, and report errors as a short message and an exit code.
+
+    SIGTERM and SIGHUP end the process once unfinished files are removed. Commands that have something to save or to
+    answer first handle them themselves.
+    """
+    received = list[int]()
+
+    def end(number: int, _: FrameType | None) -> NoReturn:
+        # A second SIGTERM ends the process at once; a second SIGHUP does not, since a closed terminal sends several.
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+        leave_lost_terminal()
+        received.append(number)
+        sys.exit(128 + number)
+
+    deadly = [number for number in stop_signals() if signal.getsignal(number) == signal.SIG_DFL]
+    signals.leave = _leave
+    try:
+        with handled_by(end, deadly):
+            _main()
+    finally:
+        signals.leave = None
+        if received:  # which ends no first process of a container: it goes on to its exit code
+            signal.signal(received[0], signal.SIG_DFL)
+            signal.raise_signal(received[0])
 
 
 def _main() -> None:
@@ -155,8 +176,9 @@ def _main() -> None:
             raise
         # A signal that arrives while a library in C++ is imported becomes the cause of an ImportError.
         behind = () if isinstance(error, ClipRdEdgeError) else tuple(causes(error))
-        if any(isinstance(cause, _Terminated) for cause in behind):
-            raise _Terminated from error
+        for cause in behind:
+            if isinstance(cause, SystemExit):
+                raise cause from error
         if any(isinstance(cause, KeyboardInterrupt) for cause in behind):
             echo("Interrupted.", err=True)
             end_running_calls(130)  # the process waits for its threads
@@ -166,6 +188,10 @@ def _main() -> None:
             echo("hint: run it again with --debug to see the traceback", err=True)
             sys.exit(1)
         _print_error(failure, arguments)
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):  # a full disk, whose error is printed: it would come again at the end
+            discard_output(1)
         if isinstance(failure, LostProcessError):
             _end_now(failure.exit_code)
         sys.exit(failure.exit_code)
@@ -187,44 +213,6 @@ def _expected(error: BaseException, arguments: list[str]) -> ClipRdEdgeError | N
     if isinstance(error, OSError) and error.filename is not None:
         return InputError(f"Cannot read or write {error.filename}: {error.strerror}.", hint="check the path")
     return None
-
-
-class _Terminated(BaseException):
-    """SIGTERM or SIGHUP has arrived."""
-
-
-@contextmanager
-def _unwound_by_signals() -> Iterator[None]:
-    """Within the block, SIGTERM and SIGHUP end the process only after unfinished files are removed.
-
-    A second SIGTERM ends it at once; a second SIGHUP does not, since a closed terminal sends several.
-    Commands that have something to save or to answer first handle them themselves.
-    """
-    deadly = [number for number in stop_signals() if signal.getsignal(number) == signal.SIG_DFL]
-    process, received = os.getpid(), list[int]()
-
-    def handle(number: int, _: FrameType | None) -> None:
-        forked = os.getpid() != process  # a worker
-        signal.signal(number, signal.SIG_DFL if forked or number == signal.SIGTERM else signal.SIG_IGN)
-        if forked:
-            signal.raise_signal(number)
-        leave_lost_terminal()
-        received.append(number)
-        raise _Terminated
-
-    signals.leave = _leave
-    with handled_by(handle, deadly):
-        try:
-            yield
-        except _Terminated:
-            for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError, ValueError):  # nobody reads it any more
-                    stream.flush()
-            signal.signal(received[0], signal.SIG_DFL)
-            signal.raise_signal(received[0])
-            sys.exit(128 + received[0])  # the first process of a container, which no signal ends by itself
-        finally:
-            signals.leave = None
 
 
 def _open_closed_streams() -> None:
@@ -276,32 +264,11 @@ def _run(arguments: list[str]) -> Any:
 
 
 def _from_click(error: click.ClickException) -> ClipRdEdgeError:
-    context = getattr(error, "ctx", None)
+    context: click.Context | None = getattr(error, "ctx", None)
     if context is None:  # such as an option without its argument
         return ClipRdEdgeError(error.format_message(), hint="add --help to list the options")
-    message, hint = error.format_message(), f"{context.command_path} --help lists the options"
-    if isinstance(error, click.NoSuchOption):
-        names = [name for parameter in context.command.params for name in parameter.opts if name.startswith("-")]
-        message = f"No option named {error.option_name}.{near_matches(error.option_name, names)}"
-    elif isinstance(error, click.MissingParameter) and (example := _example(context)):
-        hint = f"for example: {example}"
-    elif isinstance(context.command, click.Group):
-        hint = f"{context.command_path} --help lists the commands"
-    return ClipRdEdgeError(message, hint=hint)
-
-
-def _example(context: click.Context) -> str:
-    """Return the first example in the help of a command, or an empty string."""
-    lines = [line.strip() for line in (context.command.help or "").splitlines()]
-    starts = [number for number, line in enumerate(lines) if line.startswith(f"{context.command_path} ")]
-    if not starts:
-        return ""
-    example = lines[starts[0]]
-    for line in lines[starts[0] + 1 :]:
-        if not example.endswith("\\"):
-            break
-        example = f"{example[:-1].rstrip()} {line}"
-    return example
+    listed = "commands" if isinstance(context.command, click.Group) else "options"
+    return ClipRdEdgeError(error.format_message(), hint=f"{context.command_path} --help lists the {listed}")
 
 
 def _as_missing_extra(error: ModuleNotFoundError, arguments: list[str]) -> MissingExtraError | None:

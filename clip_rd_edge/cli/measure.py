@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import clip_rd_edge as edge
 from clip_rd_edge.cli.options import CommandGroup, GroupedCommand, PathName, command_of, completed_by, grouped
-from clip_rd_edge.cli.output import echo, echo_json
+from clip_rd_edge.cli.output import echo, echo_json, note, reported
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.settings.measuring import Benchmark, Evaluate, EvidenceRun
 from clip_rd_edge.utils.text import csv_row
@@ -48,7 +49,6 @@ def evaluate(given: dict[str, Any], confusion: Path | None, as_json: bool) -> No
     Labels are put into the data set's own prompt templates; without any, into CLIP's 80 for ImageNet. The table shows
     which were used. Accuracy depends on them: compare models with the same.
     """
-    import clip_rd_edge as edge
     from clip_rd_edge.api.measuring import load_tasks
     from clip_rd_edge.api.models import import_modules
     from clip_rd_edge.cli.console import console_reporter, print_table
@@ -160,22 +160,18 @@ def benchmark(
 
         echo(commented_suite(), nl=False)
         return
-    import clip_rd_edge as edge
     from clip_rd_edge.benchmarking.results import is_results
 
     if compared is not None:
         sys.exit(_compare(*compared, allow_busy=allow_busy, as_json=as_json))
     required = {name: given[name] for name in ("budget_ms", "min_accuracy") if name in given}
     if suite is not None and output is None and required and is_results(Path(suite)):
-        echo(edge.recommend(suite, **required), prose=True)
+        echo(edge.recommend(suite, **required))
         return
     if suite is None or output is None:
         missing = "SUITE" if suite is None else "-o FOLDER"
         raise UsageError(f"{missing} is missing.", hint="clip-rd-edge benchmark quickstart -o report")
-    from clip_rd_edge.cli.console import console_reporter, note
-
-    with console_reporter() as reporter:
-        results = edge.benchmark(suite, output, **given, reporter=reporter)
+    results = reported(edge.benchmark, suite=suite, output=output, **given)
     _show(results)
     note(f"The report is {output / 'report.html'}")
 
@@ -183,14 +179,14 @@ def benchmark(
 def _show(results: Results) -> None:
     from clip_rd_edge.benchmarking.findings import busy_remark, recommendation
     from clip_rd_edge.benchmarking.tables import terminal_tables
-    from clip_rd_edge.cli.console import note, print_table, table_width
+    from clip_rd_edge.cli.console import print_table, table_width
 
     for table in terminal_tables(results, table_width()):
         print_table(table)
     for remark in busy_remark(results):
         note(remark)
     if advice := recommendation(results):
-        echo(advice.replace("**", ""), prose=True)
+        echo(advice.replace("**", ""))
     for skipped in results.skipped:
         note(f"{skipped.label} was skipped: {skipped}")
     for task in results.missing:
@@ -203,8 +199,7 @@ def _compare(old: Path, new: Path, *, allow_busy: bool, as_json: bool) -> int:
     It is 1 if there is a regression, else NOT_COMPARED if the accuracy on a task was not compared, or latencies were
     not and `allow_busy` is false.
     """
-    import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import note, print_table
+    from clip_rd_edge.cli.console import print_table
 
     changes = edge.compare(old, new)
     if as_json:
@@ -262,12 +257,8 @@ def run(given: dict[str, Any]) -> None:
     come before those of the second, and `evidence report` can make tables and figures from NAME.json in FOLDER while
     the command runs. It can be interrupted at any time: the same command resumes.
     """
-    import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import console_reporter
-
-    with console_reporter() as reporter:
-        results = edge.evidence_run(**given, reporter=reporter)
-    echo(edge.evidence_report(given["output"] / f"{results.suite.name}.json"), prose=True)
+    results = reported(edge.evidence_run, **given)
+    echo(edge.evidence_report(given["output"] / f"{results.suite.name}.json"))
 
 
 evidence.add_command(run)
@@ -290,11 +281,8 @@ def report(results: tuple[Path, ...], into: Path | None) -> None:
     RESULTS is the NAME.json that `evidence run` writes. Or several results of one benchmark, for instance of different
     seeds, each a results.json or its folder: then the table has means and standard deviations of accuracy.
     """
-    import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import note
-
     tables = edge.evidence_report(results, into=into)
     if into is None:
-        echo(tables, prose=True)
+        echo(tables)
     else:
         note(f"written: {into}")

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
+import clip_rd_edge as edge
 from clip_rd_edge.cli.options import GroupedCommand, command_of, complete_recipe
-from clip_rd_edge.cli.output import echo
+from clip_rd_edge.cli.output import echo, first_process, note, reported
 from clip_rd_edge.settings.training import Average, Distill, Embed, Pack, Stitch, Trim
 from clip_rd_edge.utils.text import as_word
 
@@ -30,13 +31,10 @@ def distill(given: dict[str, Any]) -> None:
 
     The student is written to RUN/student, which open_clip loads as local-dir:RUN/student.
     """
-    import clip_rd_edge as edge
     from clip_rd_edge.bundle.runs import CALIBRATION_FILE, STUDENT_FOLDER
-    from clip_rd_edge.cli.console import console_reporter, first_process, note
     from clip_rd_edge.utils.paths import is_file
 
-    with console_reporter() as reporter:
-        run = edge.distill(**given, reporter=reporter)
+    run = reported(edge.distill, **given)
     # A run on texts alone, or on a few pairs, has no images to calibrate INT8 with.
     calibration = "" if is_file(run / CALIBRATION_FILE) else " --calibration pairs.csv"
     note(f"next: clip-rd-edge export {as_word(run)} --precision int8{calibration} -o {as_word(run / 'bundle')}")
@@ -55,11 +53,7 @@ def embed(given: dict[str, Any]) -> None:
 
     An interrupted command is continued by the same one. Under torchrun, and with --ray, many machines share the work.
     """
-    import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import console_reporter, first_process, note
-
-    with console_reporter() as reporter:
-        folder = edge.embed(**given, reporter=reporter)
+    folder = reported(edge.embed, **given)
     if first_process:
         store = as_word(folder)
         note(f"next: clip-rd-edge distill, with the same data, teacher and views, and --store {store}")
@@ -78,11 +72,7 @@ def pack(given: dict[str, Any]) -> None:
     DATA is what distill takes as --data: a table, class folders, or shards here or elsewhere. The samples come in
     random order. An interrupted command is continued by the same one.
     """
-    import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import console_reporter, note
-
-    with console_reporter() as reporter:
-        packed = edge.pack(**given, reporter=reporter)
+    packed = reported(edge.pack, **given)
     note(f"{packed.samples:,} samples, {packed.bytes / 1e6:,.1f} MB, {packed.bytes / packed.samples / 1e3:.0f} KB each")
     option = "--images" if given.get("without_captions") else "--data"
     note(f"next: clip-rd-edge distill {option} {as_word(packed.source)}, with all else as before")
@@ -100,8 +90,6 @@ def recipe(name: str | None) -> None:
     clip-rd-edge distill --recipe mine.yaml --data pairs.csv \\
         --teacher runs/teacher --student resnet18 -o runs/mine
     """
-    import clip_rd_edge as edge
-
     echo(edge.recipe(name), nl=False)
     if name is None:
         echo("Show one, to start your own from: clip-rd-edge recipe NAME > mine.yaml", err=True)
@@ -120,11 +108,7 @@ def stitch(given: dict[str, Any]) -> None:
     CLASSIFIER is a timm architecture. The result is an open_clip model, such as distill takes as its --teacher. It
     recognises the classifier's classes, and relates other texts to them by meaning.
     """
-    import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import console_reporter, note
-
-    with console_reporter() as reporter:
-        folder = edge.stitch(**given, reporter=reporter)
+    folder = reported(edge.stitch, **given)
     note(f"next: clip-rd-edge export {as_word(folder)} -o {as_word(f'{folder}-bundle')}")
     echo(f"local-dir:{folder}")
 
@@ -142,11 +126,7 @@ def trim(given: dict[str, Any]) -> None:
     MODEL is a run's folder or another open_clip model. The result embeds images as MODEL does, but not texts: a student
     that starts from it learns MODEL's embeddings of texts in minutes.
     """
-    import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import console_reporter, note
-
-    with console_reporter() as reporter:
-        folder = edge.trim(**given, reporter=reporter)
+    folder = reported(edge.trim, **given)
     model, texts = as_word(given["model"]), as_word(given.get("texts", "FILE"))
     note(
         f"next: clip-rd-edge distill --texts {texts} --teacher {model} --student {as_word(folder)} "
@@ -178,13 +158,10 @@ def average(given: dict[str, Any]) -> None:
     both. FIRST and SECOND are runs' folders or other open_clip models. The result is an open_clip folder, which export
     and distill take. An average of two models that were trained from different random weights is useless.
     """
-    import clip_rd_edge as edge
-    from clip_rd_edge.cli.console import console_reporter, note, print_table, stderr
-
-    with console_reporter() as reporter:
-        result = edge.average(**given, reporter=reporter)
+    result = reported(edge.average, **given)
     if result.curve:
         from clip_rd_edge.benchmarking.tables import plain_table
+        from clip_rd_edge.cli.console import print_table, stderr
 
         table = plain_table("Weight of the second", *result.curve[0].scores)
         for point in result.curve:

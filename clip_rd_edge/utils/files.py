@@ -205,7 +205,7 @@ def disk_full_error(error: BaseException) -> DiskFullError | None:
             if _errno(cause) == errno.EFBIG:
                 problem = f"A file{where} is larger than its file system, or a limit of this shell, allows"
                 hint = "see ulimit -f, or choose another {output}; FAT keeps no file of 4 GB"
-            return DiskFullError(f"{problem}; no half-written file or folder is left behind.", hint=hint)
+            return DiskFullError(f"{problem}.", hint=hint)
     return None
 
 

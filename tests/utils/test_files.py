@@ -124,7 +124,7 @@ def test_a_full_disk_leaves_nothing_behind_and_is_reported_in_one_sentence(
     assert list(tmp_path.iterdir()) == []
     error = disk_full_error(raised.value)
     assert error is not None
-    assert str(error).startswith("There is no space left on the disk; no half-written")
+    assert str(error) == "There is no space left on the disk."
     wrapped = RuntimeError("the exporter failed")
     wrapped.__cause__ = OSError(errno.EDQUOT, "Quota exceeded", "/mnt/image.onnx")
     assert "on the disk for /mnt/image.onnx" in str(disk_full_error(wrapped))
