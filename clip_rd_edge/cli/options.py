@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from clip_rd_edge.cli.output import LateReporter, echo
-from clip_rd_edge.errors import UsageError, near_matches, spelled
+from clip_rd_edge.errors import UsageError, spelled
 
 if TYPE_CHECKING:
     from clip_rd_edge.settings.options import Declared, Settings
@@ -37,28 +36,12 @@ class PathName(click.Path):
         return super().convert(value, param, ctx)
 
 
-class NameChoice(click.Choice):  # type: ignore[type-arg]  # generic since click 8.2 only
-    """One of several names, in any case, or what other words mean; a mistyped one is answered with the nearest."""
-
-    def __init__(self, names: Sequence[str], *, meant: Mapping[str, str] | None = None) -> None:
-        super().__init__(names, case_sensitive=False)
-        self._meant = meant or {}
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return super().convert(value, param, ctx)
-        except click.BadParameter as error:
-            name = self._meant.get(str(value).casefold())
-            suggestion = f" Did you mean {name!r}?" if name in self.choices else near_matches(str(value), self.choices)
-            raise click.BadParameter(f"{error.message}{suggestion}", ctx, param) from error
-
-
 OTHER_OPTIONS = "Other options"
 _OPTION_COLUMNS = 26  # max width of the options; the description of a longer one begins on the next line
 
 
 class GroupedOption(click.Option):
-    """An option that `--help` lists under the heading of its group, with its range in words.
+    """An option that `--help` lists under the heading of its group.
 
     Where some options of a command are common, `--help` lists these and the required ones, and `--help-all` all.
     """
@@ -66,26 +49,6 @@ class GroupedOption(click.Option):
     def __init__(self, *args: Any, group: str = "", also: str = "", common: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.group, self.also, self.common = group, also, common
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        record = super().get_help_record(ctx)
-        if record is None or not isinstance(self.type, (click.IntRange, click.FloatRange)):
-            return record
-        names, text = record
-        text = _CLICKS_RANGE.sub(_in_words(self.type), text)
-        return names, text.replace("]  [", "; ")  # a default that is named in the help text has its own brackets
-
-
-_CLICKS_RANGE = re.compile(r"[^\s\[]*x[<>][^\s\]]*(?=\]$)")
-
-
-def _in_words(numbers: click.IntRange | click.FloatRange) -> str:
-    """Return a range as words, such as `at least 1` or `0 to 1`, for click's `x>=1` and `0<=x<=1`."""
-    low = None if numbers.min is None else f"{'above ' if numbers.min_open else ''}{numbers.min}"
-    high = None if numbers.max is None else f"{'below ' if numbers.max_open else ''}{numbers.max}"
-    if low and high:
-        return f"{low} to {high}"
-    return f"at most {high}" if high else f"{'' if numbers.min_open else 'at least '}{low}"
 
 
 class ManyOption(GroupedOption):
@@ -130,7 +93,7 @@ class ExampleFirst(click.Command):
             else:
                 formatter.write_paragraph()
                 with formatter.indentation():
-                    formatter.write_text(_unbroken(paragraph))
+                    formatter.write_text(paragraph.replace("-", _UNBROKEN_HYPHEN))
 
 
 class GroupedCommand(ExampleFirst):
@@ -164,7 +127,7 @@ class GroupedCommand(ExampleFirst):
             # From click 8.5 on, arguments have help records, too; the docstring describes them.
             if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
                 heading = getattr(parameter, "group", "") or OTHER_OPTIONS
-                groups.setdefault(heading, []).append((record[0], _unbroken(record[1])))
+                groups.setdefault(heading, []).append((record[0], record[1].replace("-", _UNBROKEN_HYPHEN)))
         if list(groups) == [OTHER_OPTIONS]:
             groups = {"Options": groups[OTHER_OPTIONS]}
         for heading, records in groups.items():
@@ -180,10 +143,6 @@ def _show_all(ctx: click.Context, _parameter: click.Parameter, value: bool) -> N
         ctx.meta[_ALL] = True
         echo(ctx.get_help())
         ctx.exit()
-
-
-def _unbroken(text: str) -> str:
-    return text.replace("-", _UNBROKEN_HYPHEN)
 
 
 class CommandGroup(ExampleFirst, click.Group):
@@ -215,12 +174,6 @@ def packaged_names(folder: str, suffix: str) -> Callable[[], list[str]]:
     return lambda: sorted(path.stem for path in (Path(__file__).parents[1] / folder).glob(f"*{suffix}"))
 
 
-def _targets_alone() -> list[str]:
-    from clip_rd_edge.exporting.plan import target_names
-
-    return target_names()
-
-
 def _targets() -> list[str]:
     from clip_rd_edge.exporting.plan import TARGETS, target_names
 
@@ -240,7 +193,7 @@ def complete_targets(context: click.Context, parameter: click.Parameter, incompl
 
 
 complete_recipe = completed_by(packaged_names("distillation/recipes", ".yaml"))
-complete_target_name = completed_by(_targets_alone)
+complete_target = completed_by(_targets)
 COMPLETIONS = {
     "data": completed_by(("emoji",)),
     "labels": completed_by(("everyday",)),
@@ -352,7 +305,7 @@ def _click_type(entry: Declared) -> click.ParamType | None:  # type: ignore[type
         "min_open": "gt" in entry.limits, "max_open": "lt" in entry.limits,
     }  # fmt: skip
     if isinstance(entry.kind, tuple):
-        return NameChoice(entry.kind, meant=entry.extra["words"])
+        return click.Choice(entry.kind, case_sensitive=False)
     if entry.kind in (int, float) and not entry.limits:
         return click.INT if entry.kind is int else click.FLOAT
     if entry.kind is int:

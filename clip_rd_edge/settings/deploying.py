@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
-from clip_rd_edge.settings.options import PRECISION_WORDS, Settings, argument, option
+from clip_rd_edge.settings.options import Settings, argument, option
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.text import SILENT, Reporter
 
@@ -43,7 +43,6 @@ OnDevice = Annotated[
         f"Where ONNX Runtime or OpenVINO computes: {', '.join(get_args(Device))}. `clip-rd-edge doctor` lists what is "
         "here.",
         group="Device", metavar="NAME",
-        words={"gpu": "cuda", "nvidia": "cuda", "trt": "tensorrt", "apple": "coreml"},
     ),
 ]  # fmt: skip
 Force = Annotated[bool, _device(
@@ -86,7 +85,6 @@ class Export(_Exported, frozen=True, kw_only=True):
     )] | None = None  # fmt: skip
     precision: Annotated[ExportPrecision, _bundle(
         "Precision of the towers: fp32, fp16, bf16 or int8.", metavar="NAME", default="the target's, else fp32",
-        words=PRECISION_WORDS,
     )] | None = None  # fmt: skip
     labels: Annotated[Labels, _bundle(
         'Labels such as "a cat" "a dog", everyday, or a label file (see classify), whose embeddings are stored in the '

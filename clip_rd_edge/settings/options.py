@@ -46,13 +46,6 @@ P = ParamSpec("P")
 S = TypeVar("S", bound="Settings")
 R = TypeVar("R")
 Resume = Literal["same", "content", "free"]
-# Other words for precisions.
-PRECISION_WORDS = {
-    **dict.fromkeys(("float32", "float", "f32", "full"), "fp32"),
-    **dict.fromkeys(("float16", "half", "f16"), "fp16"),
-    "bfloat16": "bf16",
-    **dict.fromkeys(("8", "i8", "w8a8", "quantized", "quantised"), "int8"),
-}
 _PATH_TYPES = frozenset(get_args(AnyPath))
 
 
@@ -64,7 +57,6 @@ class Details(TypedDict, total=False):
         many: one flag takes all values up to the next flag.
         path: the value names a file or a folder, and nothing else.
         complete: what the shell completes it by: a key of `cli.options.COMPLETIONS`, or names joined by `|`.
-        words: other words for the choices of a `Literal`, such as `half` for `fp16`.
         common: `--help` lists it; where no option of a command is common, all are listed.
         also: another name for this option, in errors that several commands share.
         resume: what must stay when a run is resumed: the `same` value, only the `content` of what it names, or nothing
@@ -76,7 +68,6 @@ class Details(TypedDict, total=False):
     many: bool
     path: bool
     complete: str
-    words: Mapping[str, str]
     common: bool
     also: str
     resume: Resume
@@ -108,7 +99,6 @@ _PLAIN = {
     "many": False,
     "path": False,
     "complete": "",
-    "words": {},
     "common": False,
     "also": "",
     "resume": "same",

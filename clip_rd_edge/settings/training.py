@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from clip_rd_edge.settings.options import PRECISION_WORDS, Settings, argument, option
+from clip_rd_edge.settings.options import Settings, argument, option
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.text import SILENT, Reporter
 
@@ -226,7 +226,6 @@ class Distill(Training[AnyPath, _OneOrMore, _OneOrMore], frozen=True, kw_only=Tr
     )] | None = None  # fmt: skip
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], _memory(
         "fp32, bf16, fp16, or auto, which measures which is fastest.", metavar="NAME", default="the recipe's",
-        words=PRECISION_WORDS,
     )] | None = None  # fmt: skip
     output: Annotated[AnyPath, _output(
         "The run's folder.", flags=("-o", "--output"), metavar="RUN", path=True, common=True,
@@ -243,7 +242,7 @@ class Embed(_Data[AnyPath, _OneOrMore, _OneOrMore], frozen=True, kw_only=True):
         "The teacher, as for distill; can be repeated.", metavar="MODEL",
     )]  # fmt: skip
     precision: Annotated[Literal["fp32", "bf16", "fp16"], _teacher(
-        "Precision that the teacher computes in: fp32, bf16 or fp16.", metavar="NAME", words=PRECISION_WORDS,
+        "Precision that the teacher computes in: fp32, bf16 or fp16.", metavar="NAME",
     )] = "fp32"  # fmt: skip
     views: Annotated[int, _teacher("Number of fixed crops per image.", metavar="N", ge=1)] = 1
     recipe: Annotated[AnyPath, _teacher(

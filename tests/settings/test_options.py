@@ -29,7 +29,7 @@ class Request(Base, frozen=True, kw_only=True):
     count: Annotated[int, option("How many; see {share}.", group="Main", metavar="N", ge=1)] = 3
     kind: Annotated[
         Literal["fp32", "fp16"] | None,
-        option("Kind.", group="Main", metavar="KIND", words={"half": "fp16"}, default="x"),
+        option("Kind.", group="Main", metavar="KIND", default="x"),
     ] = None
     names: Annotated[
         AnyPath | Sequence[AnyPath], option("Names.", flags=("--name",), group="Main", metavar="NAME", default="none")
@@ -110,7 +110,7 @@ def test_the_command_line_refuses_what_python_refuses(arguments: list[str]) -> N
 
 def test_help_and_reference_name_each_option_their_own_way() -> None:
     text = " ".join(CliRunner().invoke(command, ["--help"]).output.split())
-    for part in ("How many; see --share. [default: 3; at least 1]", "[above 0 to below 1]", "--cache / --no-cache",
+    for part in ("How many; see --share. [default: 3] [x>=1]", "[0<x<1]", "--cache / --no-cache",
                  "Kind. [default: x]", "-o, --output FOLDER Where to. [required]", "SOURCE"):  # fmt: skip
         assert part in text
     assert "stop" not in {entry.name for entry in declared(Request)}
