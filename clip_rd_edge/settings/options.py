@@ -33,11 +33,11 @@ from typing import (
 )
 
 import msgspec
-from msgspec import NODEFAULT, Meta, inspect
+from msgspec import NODEFAULT, Meta
 
 from clip_rd_edge.errors import UsageError, near_matches, require_known_options
 from clip_rd_edge.utils.paths import AnyPath, require_paths
-from clip_rd_edge.utils.structs import CheckedError, check_number
+from clip_rd_edge.utils.structs import CheckedError, check_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -139,14 +139,11 @@ class Settings(msgspec.Struct, frozen=True):
     """Base class of what is asked for: numbers are within their limits, choices exist, paths are paths."""
 
     def __post_init__(self) -> None:
-        for entry in _numbers(type(self)):
-            value = getattr(self, entry.name)
-            if value is not None or entry.default is not None:
-                kind: Any = inspect.IntType if entry.kind is int else inspect.FloatType
-                try:
-                    check_number(entry.name, value, kind(**entry.limits))
-                except CheckedError as error:
-                    raise UsageError(f"{error}.", option=entry.name) from error
+        for name, kind in _numbers(type(self)).items():
+            try:
+                check_numbers(name, getattr(self, name), kind)
+            except CheckedError as error:
+                raise UsageError(f"{error}.", option=name) from error
         for name, (choices, takes_path, is_optional) in _checks(type(self)).items():
             value = getattr(self, name)
             if choices and value not in choices:
@@ -160,8 +157,10 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 @functools.cache
-def _numbers(settings: type[Settings]) -> list[Declared]:
-    return [entry for entry in declared(settings) if entry.kind in (int, float) and not entry.several]
+def _numbers(settings: type[Settings]) -> Mapping[str, Any]:
+    types = {field.name: field.type for field in msgspec.structs.fields(settings)}
+    numeric = [entry for entry in declared(settings) if entry.kind in (int, float) and not entry.several]
+    return {entry.name: types[entry.name] for entry in numeric}
 
 
 @functools.cache

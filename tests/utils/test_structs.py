@@ -38,7 +38,6 @@ class Kitchen(msgspec.Struct, forbid_unknown_fields=True):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ovens: [{temperature: 1, gril: true}]", r"unknown field `gril`.* Did you mean 'grill'"),
         ("ovens: [{temperature: 1, door: open}]", r"unknown field `door` - at `\$\.ovens\[0\]`\.$"),
         ("ovens: [{temperature: hot}]", r"Expected `int`, got `str` - at `\$\.ovens\[0\]\.temperature`"),
         ("", "missing required field `ovens`"),
@@ -65,7 +64,7 @@ def test_a_request_that_is_invalid_is_told_from_one_with_an_unknown_field(body: 
     with pytest.raises(InputError) as raised:
         decode_request(body, Oven)
     assert not isinstance(raised.value, UnknownFieldError)
-    with pytest.raises(UnknownFieldError, match="Did you mean 'grill'"):
+    with pytest.raises(UnknownFieldError):
         decode_request(b'{"temperature": 1, "gril": true}', Oven)
 
 
