@@ -27,7 +27,7 @@ from PIL import Image
 from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import DATA_FOLDER, REPORT_FOLDER, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.data.tasks import Task
-from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints, no_trace_of_failure
+from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, CHECKPOINTS_FOLDER, list_checkpoints, no_trace_of_failure
 from clip_rd_edge.distillation.config import (
     CHANGEABLE_ON_RESUME,
     LOCATIONS,
@@ -290,7 +290,7 @@ def _sole_writer(folder: Path, processes: Processes) -> Iterator[None]:
 
         def lock() -> None:
             stack.enter_context(exclusive_writer(folder))
-            remove_leftovers(folder)
+            remove_leftovers(folder, of=(STUDENT_FOLDER, BEST_FOLDER))
             remove_leftovers(folder / CHECKPOINTS_FOLDER)
 
         processes.on_main(lock)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import platform
 import re
 import shutil
 import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +21,8 @@ from clip_rd_edge.utils.paths import exists, is_file, is_folder, kind_of
 if TYPE_CHECKING:
     from filelock import FileLock
 
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.(?P<kind>new|tmp|old)")
-_MARK_DIGITS, _DAY_S = 8, 86_400.0
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.(?P<kind>tmp|old)")
+_DAY_S = 86_400.0
 _MANY_FILES = 64  # each is waited for, which takes milliseconds; for more, the whole system is asked once
 
 
@@ -77,24 +75,21 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
     Its content is on the disk before it is renamed, so that a power failure leaves no folder of empty files. An
     existing file or folder at `path` is moved aside first and removed last, so `path` never mixes old and new files; it
-    is moved back if the new one cannot take its place. Temporary folders left by killed processes of this machine are
-    removed, and those of others after a day; what these had moved aside is removed once the new folder has its place:
-    until then, it may be all that there is.
+    is moved back if the new one cannot take its place. Temporary folders that killed processes left are removed after a
+    day, since another process may be at work in a younger one; what these had moved aside is removed once the new
+    folder has its place: until then, it may be all that there is.
     """
-    temporary = _beside(path, "tmp")
-    with ExitStack() as stack:
+    temporary, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex}.{kind}") for kind in ("tmp", "old"))
+    try:
         with named_failures(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            unheld = temporary.with_suffix(".new")
-            stack.callback(_remove, unheld)
-            unheld.mkdir()
-            stack.enter_context(_held(unheld))
-            stack.callback(_remove, temporary)
-            move(unheld, temporary)  # only now, as nobody removes what is held
-            _remove_abandoned(path, own=temporary)
+            temporary.mkdir()
+        for other in _leftovers(path, "tmp"):
+            with suppress(OSError):
+                if time.time() - other.stat().st_ctime > _DAY_S:
+                    _remove(other)
         yield temporary
         _sync(temporary)
-        old = _beside(path, "old")
         require_free_output(path, overwrite=overwrite, replaced=False)
         with named_failures(path):
             if path.exists():
@@ -107,52 +102,8 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
                 raise
         for replaced in {old, *_leftovers(path, "old")}:
             _remove(replaced)
-
-
-def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{_mark()}{uuid.uuid4().hex[_MARK_DIGITS:]}.{kind}")
-
-
-def _mark() -> str:
-    """Return what the keys of this machine begin with: on some network file systems, it sees its own locks alone."""
-    return hashlib.sha256(platform.node().encode(errors="surrogateescape")).hexdigest()[:_MARK_DIGITS]
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """Within the block, a folder is locked; BlockingIOError if another process holds it.
-
-    Yields:
-        Whether it is locked: folders cannot be on Windows and on some network shares.
-    """
-    try:
-        import fcntl
-
-        file = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_held = True
-        except BlockingIOError:
-            raise
-        except OSError:
-            is_held = False
-        yield is_held
     finally:
-        os.close(file)
-
-
-def _remove_abandoned(path: Path, *, own: Path) -> None:
-    """Remove temporary folders of `new_folder(path)` that nobody holds; after a day where this machine cannot tell."""
-    for folder in _leftovers(path, "tmp"):
-        if folder != own and folder.is_dir():
-            with suppress(OSError), _held(folder) as is_held:  # somebody else holds it, or has removed it
-                is_known = is_held and folder.name.startswith(f".{path.name}.{_mark()}")
-                if is_known or time.time() - folder.stat().st_ctime > _DAY_S:
-                    _remove(folder)
+        _remove(temporary)
 
 
 def _leftovers(path: Path, kind: str) -> list[Path]:
@@ -167,21 +118,9 @@ def _remove(path: Path) -> None:
     """Remove a file, a folder or a link if it is there; what cannot be removed is a leftover, and no reason to fail."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-        if path.exists():
-            _make_writable(path)
-            shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):
             path.unlink(missing_ok=True)
-
-
-def _make_writable(folder: Path) -> None:
-    """Make what is in a folder removable by its owner, who may have protected it."""
-    with suppress(OSError):
-        folder.chmod(0o700)
-        for path in folder.rglob("*"):
-            if not path.is_symlink() and (path.is_dir() or os.name == "nt"):
-                path.chmod(0o700)
 
 
 def _sync(folder: Path) -> None:
@@ -194,23 +133,24 @@ def _sync(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path, *, of: Collection[str] | None = None) -> None:
     """Remove what killed processes left of unfinished files and folders in `folder`, where nobody else writes files.
 
-    A folder that another process is writing there, such as an export into a run's folder, stays where folders can be
-    locked. What `new_folder` had moved aside without having put the new one in its place is moved back.
+    What `new_folder` had moved aside without having put the new one in its place is moved back.
+
+    Args:
+        of: the names of the folders that nobody else writes there either, such as an export; None for any.
     """
     if not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
         match = _LEFTOVER.fullmatch(path.name)
-        if match is None:
+        if match is None or (of is not None and path.is_dir() and match["name"] not in of):
             continue
         if match["kind"] == "old" and not path.with_name(match["name"]).exists():
             move(path, path.with_name(match["name"]))
         elif path.is_dir() and not path.is_symlink():
-            with suppress(BlockingIOError), _held(path):
-                shutil.rmtree(path)
+            shutil.rmtree(path)
         else:
             path.unlink()
 
