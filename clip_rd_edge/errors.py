@@ -63,17 +63,6 @@ class ClipRdEdgeError(Exception):
         ways = (spelled(way, spell) for way in self.advice.split(_OR))
         return _OR.join(way for way in ways if not _OPTION.search(way))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Pickle would call the class with the message alone, but not each class takes one, such as MissingExtraError.
-        return _from_parts, (type(self), self.args, self.advice, self.option)
-
-
-def _from_parts(kind: type[ClipRdEdgeError], args: tuple[Any, ...], hint: str, option: str) -> ClipRdEdgeError:
-    error = kind.__new__(kind, *args)
-    error.args = args
-    error.advice, error.option = hint, option
-    return error
-
 
 Spell = Callable[[str], str | None]
 _OR = ", or "
@@ -145,6 +134,9 @@ class MissingExtraError(UsageError):
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed.", hint=install_command(extra)
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UsageError, self.args, self.__dict__  # pickle would call this class with the message alone
 
 
 @contextmanager
@@ -234,37 +226,15 @@ def near_matches(value: str, known: Iterable[str], *, prefix: str = "") -> str:
 
 PACKAGE = "clip-rd-edge"
 _CLONE = Path(__file__).resolve().parents[1]
-# What `uv tool install` and `pipx install` leave in the environment that they make for a package and its commands.
-_UV_TOOL, _PIPX = "uv-receipt.toml", "pipx_metadata.json"
 
 
 def install_command(extra: str) -> str:
     """Return the command that installs this package with an extra, such as `train`, as it works on this machine."""
     origin = _origin()
-    extras = ",".join(dict.fromkeys([*_extras_of_tool(), *extra.split(",")]))
-    editable = ""
     if "dir_info" in origin:
         editable = "-e " if origin["dir_info"].get("editable") else ""
-        requirement = f"{_folder(origin)}[{extras}]"
-    else:
-        # The commit, since a branch may have moved on: the extras of other code, or other code, would be installed.
-        requirement = f"{PACKAGE}[{extras}]{_source(origin, origin.get('vcs_info', {}).get('commit_id'))}"
-    install = "uv tool install" if _is_made_by(_UV_TOOL) else "pipx install --force"
-    if not _is_made_by(_UV_TOOL, _PIPX):
-        install = pip("install")
-    return f"{install} {editable}{_quoted(requirement)}"
-
-
-def upgrade_hint() -> str:
-    """Return what to do for a newer version: a command, or words where that would install the same files again."""
-    origin = _origin()
-    if "dir_info" in origin:
-        return f"git pull in {_folder(origin)}, then install it again"
-    if "archive_info" in origin:
-        return f"install a newer {PACKAGE}: this one is from {origin['url']}"
-    if _is_made_by(_UV_TOOL, _PIPX):
-        return f"{'uv tool' if _is_made_by(_UV_TOOL) else 'pipx'} upgrade {PACKAGE}"
-    return f"{pip('install')} -U {_quoted(PACKAGE + _source(origin))}"
+        return f"{pip('install')} {editable}{_quoted(f'{_folder(origin)}[{extra}]')}"
+    return f"{pip('install')} {_quoted(f'{PACKAGE}[{extra}]{_source(origin)}')}"
 
 
 def without_checkout() -> Callable[[str], str]:
@@ -284,26 +254,10 @@ def pip(action: str) -> str:
     """Return the beginning of a command of pip, such as `pip install`, as it works in this environment."""
     from importlib.util import find_spec
 
-    if _is_made_by(_PIPX):
+    if (Path(sys.prefix) / "pipx_metadata.json").is_file():
         return f"pipx runpip {Path(sys.prefix).name} {action}"
-    if _is_made_by(_UV_TOOL):
-        return f"uv pip {action} -p {_quoted(sys.prefix)}"
     # An environment of uv has no pip, and one that the shell finds elsewhere would install into another Python.
-    return f"pip {action}" if find_spec("pip") else f"uv pip {action}"
-
-
-def _is_made_by(*records: str) -> bool:
-    return any((Path(sys.prefix) / record).is_file() for record in records)
-
-
-def _extras_of_tool() -> list[str]:
-    """Return the extras that `uv tool install` was given: if given others, it removes the packages of these."""
-    if not _is_made_by(_UV_TOOL):
-        return []
-    receipt = (Path(sys.prefix) / _UV_TOOL).read_text(encoding="utf-8")
-    # Its entry for the package, whose extras come after the name; Python 3.10 reads no TOML.
-    match = re.search(rf'name = "{PACKAGE}", extras = \[([^]]*)\]', receipt)
-    return re.findall(r'"([^"]+)"', match[1]) if match else []
+    return f"pip {action}" if find_spec("pip") else f"uv pip {action} -p {_quoted(sys.prefix)}"
 
 
 def _quoted(argument: str) -> str:
@@ -319,15 +273,14 @@ def _folder(origin: dict[str, Any]) -> str:
     return url2pathname(urlsplit(origin["url"]).path)
 
 
-def _source(origin: dict[str, Any], commit: str | None = None) -> str:
+def _source(origin: dict[str, Any]) -> str:
     """Return the part of a requirement after the name; empty for an index."""
     if not origin:
         return ""
-    version_control = origin.get("vcs_info", {}).get("vcs")
-    scheme = f"{version_control}+" if version_control else ""
-    revision = f"@{commit}" if commit else ""
-    folder = f"#subdirectory={origin['subdirectory']}" if "subdirectory" in origin else ""
-    return f" @ {scheme}{origin['url']}{revision}{folder}"
+    source, folder = origin.get("vcs_info", {}), origin.get("subdirectory")
+    # With the commit, since a branch may have moved on: the extras of other code, or other code, would be installed.
+    place = f"{source['vcs']}+{origin['url']}@{source['commit_id']}" if source else origin["url"]
+    return f" @ {place}{f'#subdirectory={folder}' if folder else ''}"
 
 
 def _origin() -> dict[str, Any]:

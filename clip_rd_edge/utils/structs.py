@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 import msgspec
 from msgspec import Meta
 
-from clip_rd_edge.errors import ConfigError, InputError, in_one_line, upgrade_hint
+from clip_rd_edge.errors import ConfigError, InputError, in_one_line
 from clip_rd_edge.utils.files import MAX_TEXT_BYTES, read_limited
 from clip_rd_edge.utils.paths import Recorded
 from clip_rd_edge.utils.text import as_unicode, each_text
@@ -101,7 +101,8 @@ def read_versioned_json(
     (version,) = msgspec.structs.astuple(_decode_json(content, header, source=path, hint=hint))
     if version > newest:
         raise ConfigError(
-            f"{path} has format version {version}; this clip-rd-edge reads up to {newest}.", hint=upgrade_hint()
+            f"{path} has format version {version}; this clip-rd-edge reads up to {newest}.",
+            hint="install a newer clip-rd-edge",
         )
     return _decode_json(content, kind, source=path, hint=hint)
 
