@@ -45,7 +45,7 @@ from clip_rd_edge.errors import InputError, first_line, near_matches, needs_extr
 from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.paths import URL, is_file, why_no_file
 from clip_rd_edge.utils.structs import is_list_of_texts, read_json, to_json
-from clip_rd_edge.utils.text import SEPARATOR_LINE, SILENT, Reporter, refuse_other_formats, shown_source
+from clip_rd_edge.utils.text import SEPARATOR_LINE, SILENT, Reporter, shown_source
 
 TABLE_STAGE = "indexing the table"
 KEPT_ROWS = 1 << 17
@@ -344,7 +344,6 @@ def _begin(file: BinaryIO, path: Path, columns: Mapping[str, str]) -> tuple[str,
     """Go to the header of a CSV file; return its separator, and the number of lines above it."""
     head = file.read(_MAX_HEADER)
     start = len(_BOM) if head.startswith(_BOM) else 0
-    refuse_other_formats(str(path), head[start:])
     if above := re.compile(SEPARATOR_LINE.encode()).match(head, start):
         start = above.end()
     header = (head[start:].splitlines() or [b""])[0].decode(errors="replace")

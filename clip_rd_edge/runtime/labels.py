@@ -25,7 +25,7 @@ from clip_rd_edge.utils.arrays import load_array, npy_bytes
 from clip_rd_edge.utils.files import read_cached, read_limited, text_lines, write_cached
 from clip_rd_edge.utils.paths import Typed, cache_home, expand_home, looks_like_path, near_files
 from clip_rd_edge.utils.structs import is_list_of_texts, is_natural, parse_yaml
-from clip_rd_edge.utils.text import SEPARATOR_LINE, is_unicode, refuse_other_formats
+from clip_rd_edge.utils.text import SEPARATOR_LINE, is_unicode
 
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
@@ -139,7 +139,6 @@ def read_labels_file(path: Path) -> list[str]:
 
 def _read_list(path: Path, *, max_bytes: int, headings: Sequence[str], captions: bool) -> list[str]:
     content = read_limited(path, max_bytes, hint="leave out some of the labels or captions, or shorten them")
-    refuse_other_formats(f"The label file {path}", content)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -165,10 +165,6 @@ def unwritable_output(path: Path, error: Exception, *, hint: str = "choose anoth
     """Return the error for an output that cannot be written, or for a place in the cache, which no -o has named."""
     cause = error.__cause__ or error
     reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-    with suppress(OSError, ValueError):  # of a path that is too long, for example
-        for link in (path, *path.parents):
-            if link.is_symlink() and not link.exists():
-                reason = f"{link} is a link to {link.readlink()}, which is not there"
     if cache_home() in path.parents:
         return UsageError(
             f"The cache {path} cannot be written: {reason}.", hint="name another folder with CLIP_RD_EDGE_CACHE"
@@ -217,19 +213,12 @@ _NAMES = (
     "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH",
 )  # fmt: skip
 _FAILURES = {getattr(errno, name) for name in _NAMES if hasattr(errno, name)}
-# The same in Windows's own numbers, for which Python says EINVAL, ENOENT or EACCES: not ready, CRC, bad network path,
-# network busy, device gone, unexpected network error, network name deleted or bad, timeout, I/O device, not connected,
-# network or host unreachable, connection aborted.
-_WINDOWS_FAILURES = {21, 23, 53, 54, 55, 59, 64, 67, 121, 1117, 1167, 1231, 1232, 1236}
-_WINDOWS_DISK_FULL = {39, 112}
 
 
 def machine_failure(error: BaseException) -> UnreachableError | None:
     """Return a one-sentence error if `error` or one of its causes shows that a machine, disk or network fails."""
     for cause in causes(error):
-        if isinstance(cause, OSError) and (
-            cause.errno in _FAILURES or getattr(cause, "winerror", None) in _WINDOWS_FAILURES
-        ):
+        if isinstance(cause, OSError) and cause.errno in _FAILURES:
             what = f"Cannot read or write {cause.filename or 'a file'}: {cause.strerror}"
             if isinstance(error, ClipRdEdgeError):
                 what = str(error)
@@ -255,8 +244,7 @@ def _errno(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         return error.errno
     match = _RUST_ERROR.search(str(error))
-    number = int(match[1]) if match else None
-    return errno.ENOSPC if _IS_WINDOWS and number in _WINDOWS_DISK_FULL else number
+    return int(match[1]) if match else None
 
 
 def _open_to_read(path: Path) -> IO[bytes]:

@@ -6,7 +6,6 @@ import ctypes
 import os
 import platform
 import re
-import struct
 import subprocess
 import sys
 import time
@@ -91,7 +90,9 @@ def _read(path: Path) -> str:
 def memory_bytes() -> int:
     """Return the total memory of the machine, or 0 if it is unknown."""
     if os.name == "nt":
-        return _windows_memory("GlobalMemoryStatusEx", numbers=7)
+        status = (ctypes.c_uint64 * 8)(64)  # a MEMORYSTATUSEX: its size in bytes, the total memory, …
+        windows: Any = ctypes
+        return int(status[1]) if windows.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else 0
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -268,31 +269,16 @@ def resident_memory_bytes() -> int | None:
 
 def peak_memory_bytes() -> int | None:
     """Return the peak memory of this process, or None if it is unknown."""
-    if os.name == "nt":
-        return _windows_memory("K32GetProcessMemoryInfo", numbers=8, of_process=True) or None
     # VmHWM is preferred to ru_maxrss, which on Linux includes the parent's memory at the time of the fork.
     for line in _read(_STATUS).splitlines():
         if line.startswith("VmHWM:"):
             return 1024 * int(line.split()[1])
-    import resource  # Windows has none
-
+    try:
+        import resource
+    except ModuleNotFoundError:  # on Windows
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else 1024 * peak
-
-
-def _windows_memory(function: str, *, numbers: int, of_process: bool = False) -> int:
-    """Return the first 64-bit number that a function of kernel32 fills in after its structure's size, or 0.
-
-    That of MEMORYSTATUSEX is the total memory, that of PROCESS_MEMORY_COUNTERS the peak of this process.
-    """
-    kernel = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined,unused-ignore]
-    kernel.GetCurrentProcess.restype = ctypes.c_void_p
-    size = 8 + 8 * numbers
-    buffer = ctypes.create_string_buffer(struct.pack("=I", size), size)
-    arguments: list[Any] = [ctypes.byref(buffer)]
-    if of_process:
-        arguments = [ctypes.c_void_p(kernel.GetCurrentProcess()), *arguments, ctypes.c_uint32(size)]
-    return int(struct.unpack_from("=Q", buffer, 8)[0]) if getattr(kernel, function)(*arguments) else 0
 
 
 # Parameters of glibc's `mallopt`. Once one is set, glibc adapts its thresholds no more: in the end they get the values

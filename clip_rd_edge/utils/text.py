@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clip_rd_edge.errors import InputError
-
 # Control characters but tab and newline: with ESC, a terminal changes its title, its clipboard or what it has shown.
 # The others reorder or break the text around them.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\udc80-\udc9f]")
@@ -124,24 +122,6 @@ def _shown_url(url: str) -> str:
 
 
 SEPARATOR_LINE = r"sep=[,\t;|](?:\r\n|\r|\n)"  # which tells Excel the separator, before the header
-# First bytes of other formats, what they are, and what to do.
-_OTHER_FORMATS = (
-    (
-        rb"PK\x03\x04",
-        "is a zip archive or an Excel workbook, not a table as text",
-        "save the workbook as CSV in UTF-8, or unpack the archive",
-    ),
-    (rb"\x1f\x8b", "is compressed by gzip", "unpack it"),
-    (rb"\xff\xfe|\xfe\xff", "is UTF-16 text", "save it as UTF-8"),
-    (rb"ARROW1|FEA1", "is an Arrow or Feather file", "save it as Parquet or CSV"),
-)
-
-
-def refuse_other_formats(name: str, head: bytes) -> None:
-    """Raise InputError if a file, which the message calls `name`, is of another format, by its first bytes."""
-    for beginning, kind, hint in _OTHER_FORMATS:
-        if re.match(beginning, head):
-            raise InputError(f"{name} {kind}.", hint=hint)
 
 
 class Reporter:
