@@ -265,16 +265,16 @@ def _parameter(entry: Declared, kind: click.ParamType | None) -> click.Parameter
     from msgspec import NODEFAULT
 
     required = entry.default is NODEFAULT
-    source = entry.extra["complete"]
+    source = entry.option.complete
     complete = COMPLETIONS.get(source) or (completed_by(source.split("|")) if source else None)
     settings: dict[str, Any] = {"type": kind or _click_type(entry), "shell_complete": complete}
-    metavar = entry.extra["metavar"] or None
-    if entry.is_argument:
+    metavar = entry.option.metavar or None
+    if entry.option.is_argument:
         nargs = -1 if entry.several else 1
         metavar = f"{metavar}..." if metavar and entry.several else metavar
         return click.Argument([entry.name], required=required, nargs=nargs, metavar=metavar, **settings)
-    flags = entry.extra["flags"] or [f"--{entry.name.replace('_', '-')}"]
-    text, words = (spelled(part, _flag) for part in (entry.text, entry.extra["default"]))
+    flags = entry.option.flags or [f"--{entry.name.replace('_', '-')}"]
+    text, words = (spelled(part, _flag) for part in (entry.text, entry.option.default))
     if entry.kind is bool:
         flags = [f"{flags[0]}/--no-{flags[0].removeprefix('--')}"] if entry.default is True else flags
         settings = {"is_flag": True, "default": entry.default}
@@ -282,13 +282,13 @@ def _parameter(entry: Declared, kind: click.ParamType | None) -> click.Parameter
     else:
         shown = "" if required or entry.default in (None, (), "") else str(entry.default)
         default = words or shown
-    return (ManyOption if entry.extra["many"] else GroupedOption)(
+    return (ManyOption if entry.option.many else GroupedOption)(
         [*flags, entry.name],
-        group=entry.extra["group"],
-        also=entry.extra["also"],
-        common=entry.extra["common"],
+        group=entry.option.group,
+        also=entry.option.also,
+        common=entry.option.common,
         required=required,
-        multiple=entry.several or entry.extra["many"],
+        multiple=entry.several or entry.option.many,
         metavar=metavar,
         help=f"{text}  [default: {default}]" if default else text,
         **settings,
@@ -312,4 +312,4 @@ def _click_type(entry: Declared) -> click.ParamType | None:  # type: ignore[type
         return click.IntRange(**limits)
     if entry.kind is float:
         return click.FloatRange(**limits)
-    return PathName() if entry.extra["path"] else None
+    return PathName() if entry.option.path else None

@@ -144,7 +144,7 @@ class RunConfig(
         return Typed(stored[0].removeprefix(STORED)) if stored else None
 
 
-_BY_RESUME = {entry.name: entry.extra["resume"] for entry in declared(RunConfig)}
+_BY_RESUME = {entry.name: entry.option.resume for entry in declared(RunConfig)}
 # Fields that may change when a run is resumed: they affect output or speed, but no batch and no loss.
 CHANGEABLE_ON_RESUME = frozenset(name for name, rule in _BY_RESUME.items() if rule == "free")
 # Fields that say where something lies, which may differ between machines; their content is compared instead.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
-from clip_rd_edge.settings.options import Settings, argument, option
+from clip_rd_edge.settings.options import Reported, Settings, argument, option, output_to
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.text import SILENT, Reporter
 
@@ -52,15 +52,24 @@ Host = Annotated[str, _server("Address to listen on; 0.0.0.0 for the network.", 
 Port = Annotated[int, _server("Port to listen on; 0 uses any free port.", metavar="N", ge=0, le=65535)]
 
 
+class _OnDevice(Settings, frozen=True, kw_only=True):
+    threads: Threads | None = None
+    device: OnDevice = "auto"
+
+
+class _Forced(_OnDevice, frozen=True, kw_only=True):
+    force: Force = False
+
+
 Modules = Annotated[AnyPath | Sequence[AnyPath], option(
     "Python file or module that registers the model, as {terms} of distill does; it is run. Can be repeated.",
     group="Model", metavar="FILE|MODULE", default="none", flags=("--import",),
 )]  # fmt: skip
 
 
-class _Exported(Settings, frozen=True):
+class _Exported(Reported, frozen=True):
     model: Annotated[AnyPath, argument("The model.")]
-    output: Annotated[AnyPath, _output("Folder of the bundle.", flags=("-o", "--output"), metavar="FOLDER", path=True)]
+    output: Annotated[AnyPath, output_to("Folder of the bundle.")]
 
 
 class Export(_Exported, frozen=True, kw_only=True):
@@ -148,25 +157,22 @@ class Export(_Exported, frozen=True, kw_only=True):
     force: Annotated[bool, _output(
         "Replace an earlier export in FOLDER; a folder with anything else is refused.",
     )] = False  # fmt: skip
-    reporter: Reporter = SILENT
 
 
-class _Verified(Settings, frozen=True):
+class _Verified(_OnDevice, frozen=True):
     bundle: Annotated[AnyPath, argument("The bundle, or everyday.", path=True)]
 
 
 class Verify(_Verified, frozen=True, kw_only=True):
     """Check a bundle."""
 
-    threads: Threads | None = None
-    device: OnDevice = "auto"
     time_limit: Annotated[float, _device(
         "Seconds after which a tower that still runs is stopped, and fails.", metavar="SECONDS",
         default="300, and 1 for each MB of the bundle", gt=0,
     )] | None = None  # fmt: skip
 
 
-class Classify(Settings, frozen=True, kw_only=True):
+class Classify(_Forced, frozen=True, kw_only=True):
     """Classify images among labels: the options of the command line, which Python gives to `load` and `classify`."""
 
     bundle: Annotated[AnyPath, argument("The bundle, or everyday.", path=True)]
@@ -203,12 +209,9 @@ class Classify(Settings, frozen=True, kw_only=True):
         "a video file.", metavar="NUMBER|PATH|URL", default="none",
     )] | None = None  # fmt: skip
     quick: Annotated[bool, _images("Decode large JPEGs at a fraction of their size; results change slightly.")] = False
-    threads: Threads | None = None
-    device: OnDevice = "auto"
-    force: Force = False
 
 
-class _Taught(Settings, frozen=True):
+class _Taught(_OnDevice, frozen=True):
     bundle: Annotated[AnyPath, argument("The bundle, or everyday.", path=True)]
     folder: Annotated[AnyPath | Any, argument(
         "A subfolder of images for each label, whose name is the label; a folder of images of one label; or a "
@@ -219,35 +222,28 @@ class _Taught(Settings, frozen=True):
 class Teach(_Taught, frozen=True, kw_only=True):
     """Teach a bundle labels from a few images of each."""
 
-    output: Annotated[
-        AnyPath, _output("Folder of the new bundle.", flags=("-o", "--output"), metavar="FOLDER", path=True)
-    ]
+    output: Annotated[AnyPath, output_to("Folder of the new bundle.")]
     forget: Annotated[str | Sequence[str], _labels(
         "Forget a taught label with its images; can be repeated.", metavar="LABEL", default="none",
     )] = ()  # fmt: skip
     alone: Annotated[bool, _labels(
         "Leave out the bundle's other labels, which have only texts; any can still be typed beside the taught ones.",
     )] = False  # fmt: skip
-    threads: Threads | None = None
-    device: OnDevice = "auto"
     force: Annotated[bool, _output(
         "Replace an earlier export in FOLDER, and teach even if this processor computes the bundle's INT8 wrongly.",
     )] = False  # fmt: skip
     reporter: Reporter = SILENT
 
 
-class _Indexed(Settings, frozen=True):
+class _Indexed(_Forced, frozen=True):
     bundle: Annotated[AnyPath, argument("The bundle that embeds the images.", path=True)]
     folder: Annotated[AnyPath, argument("The images, in subfolders, too.", path=True)]
-    output: Annotated[AnyPath, _output("Folder for the index.", flags=("-o", "--output"), metavar="INDEX", path=True)]
+    output: Annotated[AnyPath, output_to("Folder for the index.", metavar="INDEX")]
 
 
 class Index(_Indexed, frozen=True, kw_only=True):
     """Build or update a search index of images."""
 
-    threads: Threads | None = None
-    device: OnDevice = "auto"
-    force: Force = False
     ray: Annotated[str, _cluster(
         "Spread the work over a Ray cluster, whose machines need the same bundle and images: auto for the one of this "
         "machine, or HOST:PORT.", metavar="ADDRESS", default="this machine",
@@ -258,14 +254,11 @@ class Index(_Indexed, frozen=True, kw_only=True):
 class WatchIndex(_Indexed, frozen=True, kw_only=True):
     """Keep a search index up to date."""
 
-    threads: Threads | None = None
-    device: OnDevice = "auto"
-    force: Force = False
     stop: threading.Event | None = None
     reporter: Reporter = SILENT
 
 
-class _Searched(Settings, frozen=True):
+class _Searched(_Forced, frozen=True):
     index: Annotated[AnyPath, argument("The folder of an index.", path=True)]
     query: Annotated[AnyPath | Any, argument("A text, or an image: its path, a PIL image or an array.")]
 
@@ -286,12 +279,9 @@ class Search(_Searched, frozen=True, kw_only=True):
         "Print only images that fit the text better than the best ones fit random texts.",
     )] = False  # fmt: skip
     exact: Annotated[bool, _query("Compare all images, even if the index has a graph for approximate search.")] = False
-    threads: Threads | None = None
-    device: OnDevice = "auto"
-    force: Force = False
 
 
-class _Served(Settings, frozen=True):
+class _Served(_Forced, frozen=True):
     bundle: Annotated[AnyPath, argument("The bundle, or everyday.", path=True)]
     index: Annotated[AnyPath, argument("An index that the bundle made, to search.", path=True)] | None = None
 
@@ -315,9 +305,6 @@ class Serve(_Served, frozen=True, kw_only=True):
     max_items: Annotated[int, _limits(
         "Max images and texts that wait for their answer; further requests get 503.", metavar="N", ge=1,
     )] = 1024  # fmt: skip
-    threads: Threads | None = None
-    device: OnDevice = "auto"
-    force: Force = False
 
 
 class _Shown(Settings, frozen=True):

@@ -7,10 +7,9 @@ from functools import partial
 from typing import Annotated, Any
 
 from clip_rd_edge.settings.deploying import Labels, Modules, Threads
-from clip_rd_edge.settings.options import Settings, argument, option
+from clip_rd_edge.settings.options import Reported, argument, option, output_to
 from clip_rd_edge.settings.training import CaptionColumn, ImageColumn, Tasks, Templates, Workers
 from clip_rd_edge.utils.paths import AnyPath
-from clip_rd_edge.utils.text import SILENT, Reporter
 
 _tasks = partial(option, group="Tasks")
 _model = partial(option, group="Model")
@@ -24,7 +23,7 @@ _data = partial(option, group="Data")
 _device = partial(option, group="Device")
 
 
-class _Evaluated(Settings, frozen=True):
+class _Evaluated(Reported, frozen=True):
     model: Annotated[AnyPath | Any, argument("A loaded model, or anything that `load` takes.")]
     tasks: Annotated[Tasks, _tasks(
         "A folder of images with one subfolder per class, a data set that CLIP_benchmark exported, a CSV file or "
@@ -56,12 +55,11 @@ class Evaluate(_Evaluated, frozen=True, kw_only=True):
         "The recall and precision of each class, lowest recall first, and the label that it was most often mistaken "
         "for.",
     )] = False  # fmt: skip
-    reporter: Reporter = SILENT
 
 
-class _Compared(Settings, frozen=True):
+class _Compared(Reported, frozen=True):
     suite: Annotated[AnyPath, argument("A YAML file, or the name of a suite that ships with the package.")]
-    output: Annotated[AnyPath, _output("Folder for the report.", flags=("-o", "--output"), metavar="FOLDER", path=True)]
+    output: Annotated[AnyPath, output_to("Folder for the report.")]
 
 
 class Benchmark(_Compared, frozen=True, kw_only=True):
@@ -83,13 +81,10 @@ class Benchmark(_Compared, frozen=True, kw_only=True):
     force: Annotated[bool, _output(
         "Write into FOLDER even if it is not empty; only an earlier report is replaced.",
     )] = False  # fmt: skip
-    reporter: Reporter = SILENT
 
 
-class _Walked(Settings, frozen=True):
-    output: Annotated[AnyPath, _output(
-        "Folder for all results.", flags=("-o", "--output"), metavar="FOLDER", path=True,
-    )] = "quickstart"  # fmt: skip
+class _Walked(Reported, frozen=True):
+    output: Annotated[AnyPath, output_to("Folder for all results.")] = "quickstart"
 
 
 class Quickstart(_Walked, frozen=True, kw_only=True):
@@ -111,17 +106,13 @@ class Quickstart(_Walked, frozen=True, kw_only=True):
         "Also compare the models on photographs, which benchmarks/data/tuxpaint.py makes.", metavar="FOLDER",
         default="none", path=True,
     )] | None = None  # fmt: skip
-    reporter: Reporter = SILENT
 
 
-class EvidenceRun(Settings, frozen=True):
+class EvidenceRun(Reported, frozen=True):
     """Train a suite's students with each method and seed, and measure them."""
 
     suite: Annotated[AnyPath, argument("A YAML file, or the name of a suite that ships with the package.")]
-    output: Annotated[AnyPath, _output(
-        "Folder for the runs and results; finished runs in it are reused.", flags=("-o", "--output"),
-        metavar="FOLDER", path=True,
-    )]  # fmt: skip
+    output: Annotated[AnyPath, output_to("Folder for the runs and results; finished runs are reused.")]
     teacher: Annotated[AnyPath, _teacher(
         "local-dir:PATH, hf-hub:ORG/REPO or a run.", metavar="MODEL", default="the built-in one, fine-tuned first",
     )] | None = None  # fmt: skip
@@ -129,15 +120,14 @@ class EvidenceRun(Settings, frozen=True):
         "Python file or module with loss terms of your own, as for distill; can be repeated.",
         group="Training", metavar="FILE|MODULE", default="those of installed packages",
     )] = ()  # fmt: skip
-    reporter: Reporter = SILENT
 
 
-class _Built(Settings, frozen=True):
+class _Built(Reported, frozen=True):
     data: Annotated[AnyPath, argument(
         "A folder with a sub-folder of images for each class; a CSV, TSV or Parquet file of images and captions "
         "(columns filepath,title); or a folder of images, with {labels}.", path=True,
     )]  # fmt: skip
-    output: Annotated[AnyPath, _output("Folder for all results.", flags=("-o", "--output"), metavar="OUT", path=True)]
+    output: Annotated[AnyPath, output_to("Folder for all results.", metavar="OUT")]
 
 
 class Build(_Built, frozen=True, kw_only=True):
@@ -192,4 +182,3 @@ class Build(_Built, frozen=True, kw_only=True):
     )] | None = None  # fmt: skip
     seed: Annotated[int, _training("Random seed of the student.", metavar="N", ge=0, lt=2**32)] = 0
     workers: Workers = -1
-    reporter: Reporter = SILENT

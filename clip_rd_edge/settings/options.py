@@ -15,22 +15,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from inspect import signature
 from types import UnionType
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    ParamSpec,
-    TypedDict,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-)
+from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar, Union, get_args, get_origin
 
 import msgspec
 from msgspec import NODEFAULT, Meta
@@ -38,21 +26,22 @@ from msgspec import NODEFAULT, Meta
 from clip_rd_edge.errors import UsageError, near_matches, require_known_options
 from clip_rd_edge.utils.paths import AnyPath, require_paths
 from clip_rd_edge.utils.structs import CheckedError, check_numbers
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from clip_rd_edge.utils.text import SILENT, Reporter
 
 P = ParamSpec("P")
 S = TypeVar("S", bound="Settings")
 R = TypeVar("R")
-Resume = Literal["same", "content", "free"]
-_PATH_TYPES = frozenset(get_args(AnyPath))
+_LIMITS = ("ge", "gt", "le", "lt")
+_PATH_TYPES = {kind for kind in get_args(AnyPath) if kind is not str}
 
 
-class Details(TypedDict, total=False):
-    """What few options need.
+class Option(NamedTuple):
+    """What is declared of an option beside its text and its limits.
 
-    Keys:
+    Attributes:
+        group: the heading in `--help` that it stands under.
+        metavar: what stands for its value in `--help`.
+        default: what holds without it, in words, where the field's default does not show it.
         flags: of the command line. Default: the name of the field, with hyphens.
         many: one flag takes all values up to the next flag.
         path: the value names a file or a folder, and nothing else.
@@ -61,61 +50,49 @@ class Details(TypedDict, total=False):
         also: another name for this option, in errors that several commands share.
         resume: what must stay when a run is resumed: the `same` value, only the `content` of what it names, or nothing
             (`free`).
-        ge, gt, le, lt: limits of a number.
+        is_argument: the command line takes it by its place.
     """
 
-    flags: Sequence[str]
-    many: bool
-    path: bool
-    complete: str
-    common: bool
-    also: str
-    resume: Resume
-    ge: float
-    gt: float
-    le: float
-    lt: float
+    group: str = ""
+    metavar: str = ""
+    default: str = ""
+    flags: Sequence[str] = ()
+    many: bool = False
+    path: bool = False
+    complete: str = ""
+    common: bool = False
+    also: str = ""
+    resume: Literal["same", "content", "free"] = "same"
+    is_argument: bool = False
 
 
-_LIMITS = ("ge", "gt", "le", "lt")
-
-
-def option(text: str, *, group: str, metavar: str = "", default: str = "", **details: Unpack[Details]) -> Meta:
-    """Describe a field as an option.
+def option(text: str, **details: Any) -> Meta:
+    """Describe a field as an option, in a sentence or two.
 
     Args:
-        text: what it does, in a sentence or two.
-        group: the heading in `--help` that it stands under.
-        metavar: what stands for its value in `--help`.
-        default: what holds without it, in words, where the field's default does not show it.
+        details: fields of `Option`, and `ge`, `gt`, `le` and `lt`, limits of a number.
     """
-    given: dict[str, Any] = {"group": group, "metavar": metavar, "default": default, **details}
-    limits = {name: given.pop(name) for name in _LIMITS if name in given}
-    return Meta(description=text, extra={**_PLAIN, **given}, **limits)
+    limits = {name: details.pop(name) for name in _LIMITS if name in details}
+    return Meta(description=text, extra={"option": Option(**details)}, **limits)
 
 
-_PLAIN = {
-    "flags": (),
-    "many": False,
-    "path": False,
-    "complete": "",
-    "common": False,
-    "also": "",
-    "resume": "same",
-}
+def output_to(text: str, *, metavar: str = "FOLDER", **details: Any) -> Meta:
+    """Describe a field as the option of what is written."""
+    return option(text, group="Output", flags=("-o", "--output"), metavar=metavar, path=True, **details)
 
 
-def argument(text: str, *, metavar: str = "", path: bool = False, complete: str = "") -> Meta:
-    """Describe a field as an argument: the command line takes it by its place."""
-    extra = {"argument": True, "metavar": metavar, "path": path, "complete": complete}
-    return Meta(description=text, extra=extra)
+argument = functools.partial(option, is_argument=True)
 
 
 class Declared(NamedTuple):
     """A field that is an option or an argument.
 
     Attributes:
-        kind: `int`, `float`, `bool`, `str`, or the choices of a `Literal`.
+        annotation: its type as it was declared.
+        choices: of the `Literal` in it.
+        others: the other types that it may have.
+        is_optional: whether it may be None.
+        kind: `int`, `float`, `bool`, `str`, or the choices where there is nothing else.
         several: whether it takes several values.
         default: NODEFAULT if it must be given.
         limits: `ge`, `gt`, `le` and `lt`, where they are set.
@@ -123,60 +100,46 @@ class Declared(NamedTuple):
 
     name: str
     text: str
+    annotation: Any
+    choices: tuple[str, ...]
+    others: Sequence[Any]
+    is_optional: bool
     kind: type | tuple[str, ...]
     several: bool
     default: Any
     limits: Mapping[str, float]
-    extra: Mapping[str, Any]
+    option: Option
 
-    @property
-    def is_argument(self) -> bool:
-        """Whether the command line takes it by its place."""
-        return bool(self.extra.get("argument"))
+    def require(self, value: Any) -> None:
+        """Raise UsageError if the field cannot have a value."""
+        if self.kind in (int, float) and not self.several:
+            try:
+                check_numbers(self.name, value, self.annotation)
+            except CheckedError as error:
+                raise UsageError(f"{error}.", option=self.name) from error
+        elif value is None and self.is_optional:
+            return
+        elif self.choices:
+            if value not in self.choices and not (self.others and isinstance(value, str | os.PathLike | int | float)):
+                near = near_matches(value, self.choices) if isinstance(value, str) else ""
+                known = ", ".join(self.choices)
+                raise UsageError(f"{self.name} is {value!r}; expected one of {known}.{near}", option=self.name)
+        elif Any not in self.others and any(kind in _PATH_TYPES for kind in self.others):
+            require_paths(self.name, value)
 
 
 class Settings(msgspec.Struct, frozen=True):
     """Base class of what is asked for: numbers are within their limits, choices exist, paths are paths."""
 
     def __post_init__(self) -> None:
-        for name, kind in _numbers(type(self)).items():
-            try:
-                check_numbers(name, getattr(self, name), kind)
-            except CheckedError as error:
-                raise UsageError(f"{error}.", option=name) from error
-        for name, (choices, takes_path, is_optional) in _checks(type(self)).items():
-            value = getattr(self, name)
-            if choices and value not in choices:
-                if takes_path and isinstance(value, str | os.PathLike | int | float):
-                    continue
-                near = near_matches(value, map(str, choices)) if isinstance(value, str) else ""
-                known = ", ".join(str(choice) for choice in choices if choice is not None)
-                raise UsageError(f"{name} is {value!r}; expected one of {known}.{near}", option=name)
-            if takes_path and not choices and not (value is None and is_optional):
-                require_paths(name, value)
+        for entry in declared(type(self)):
+            entry.require(getattr(self, entry.name))
 
 
-@functools.cache
-def _numbers(settings: type[Settings]) -> Mapping[str, Any]:
-    types = {field.name: field.type for field in msgspec.structs.fields(settings)}
-    numeric = [entry for entry in declared(settings) if entry.kind in (int, float) and not entry.several]
-    return {entry.name: types[entry.name] for entry in numeric}
+class Reported(Settings, frozen=True, kw_only=True):
+    """Base class of what takes a while."""
 
-
-@functools.cache
-def _checks(settings: type[Settings]) -> Mapping[str, tuple[tuple[Any, ...], bool, bool]]:
-    """Return the choices of fields, whether they take paths, and whether they may be None."""
-    found: dict[str, tuple[tuple[Any, ...], bool, bool]] = {}
-    for field in msgspec.structs.fields(settings):  # unlike type hints, with the types of a generic struct
-        name, members = field.name, _members(field.type)
-        choices = tuple(choice for member in members if get_origin(member) is Literal for choice in get_args(member))
-        others = [member for member in members if get_origin(member) is not Literal and member is not type(None)]
-        is_optional = type(None) in members
-        if choices:
-            found[name] = ((*choices, None) if is_optional else choices, bool(others), is_optional)
-        elif Any not in members and any(member in _PATH_TYPES - {str} for member in members):
-            found[name] = ((), True, is_optional)
-    return found
+    reporter: Reporter = SILENT
 
 
 def keywords_of(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P, R]]:
@@ -199,15 +162,34 @@ def keywords_of(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callab
     return decorate
 
 
-def declared(settings: type[Settings]) -> Iterator[Declared]:
-    """Yield the options and arguments of a struct, in its order; other fields, such as a reporter, are left out."""
-    for field in msgspec.structs.fields(settings):
+@functools.cache
+def declared(settings: type[Settings]) -> tuple[Declared, ...]:
+    """Return the options and arguments of a struct, in its order; other fields, such as a reporter, are left out."""
+    return tuple(_declared(settings))
+
+
+def _declared(settings: type[Settings]) -> Iterator[Declared]:
+    for field in msgspec.structs.fields(settings):  # unlike type hints, with the types of a generic struct
         for meta in _metas(field.type):
             if meta.extra is not None:
-                kind, several = _kind(field.type)
-                limits = {name: value for name in _LIMITS if (value := getattr(meta, name)) is not None}
-                default = field.default if field.default_factory is NODEFAULT else field.default_factory()
-                yield Declared(field.name, meta.description or "", kind, several, default, limits, meta.extra)
+                members = _members(field.type)
+                literals = [member for member in members if get_origin(member) is Literal]
+                choices = tuple(choice for literal in literals for choice in get_args(literal))
+                others = [member for member in members if member not in (*literals, type(None))]
+                kinds = [] if choices else [kind for kind in (bool, int, float) if kind in others]
+                yield Declared(
+                    name=field.name,
+                    text=meta.description or "",
+                    annotation=field.type,
+                    choices=choices,
+                    others=others,
+                    is_optional=type(None) in members,
+                    kind=choices if choices and not others else next(iter(kinds), str),
+                    several=any(get_origin(member) in (tuple, list, Sequence, Iterable) for member in others),
+                    default=field.default if field.default_factory is NODEFAULT else field.default_factory(),
+                    limits={name: value for name in _LIMITS if (value := getattr(meta, name)) is not None},
+                    option=meta.extra["option"],
+                )
 
 
 def _metas(annotation: Any) -> list[Meta]:
@@ -226,16 +208,3 @@ def _members(annotation: Any) -> list[Any]:
     if get_origin(annotation) in (Union, UnionType):
         return [inner for member in get_args(annotation) for inner in _members(member)]
     return [annotation]
-
-
-def _kind(annotation: Any) -> tuple[type | tuple[str, ...], bool]:
-    members = [member for member in _members(annotation) if member is not type(None)]
-    several = any(get_origin(member) in (tuple, Sequence, list) or getattr(get_origin(member), "__name__", "") in
-                  ("Sequence", "Iterable") for member in members)  # fmt: skip
-    choices = tuple(choice for member in members if get_origin(member) is Literal for choice in get_args(member))
-    if choices:
-        return choices if len(members) == 1 else str, several
-    for kind in (bool, int, float):
-        if kind in members:
-            return kind, several
-    return str, several

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from clip_rd_edge.settings.options import Settings, argument, option
+from clip_rd_edge.settings.options import Reported, Settings, argument, option, output_to
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.text import SILENT, Reporter
 
@@ -227,9 +227,7 @@ class Distill(Training[AnyPath, _OneOrMore, _OneOrMore], frozen=True, kw_only=Tr
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], _memory(
         "fp32, bf16, fp16, or auto, which measures which is fastest.", metavar="NAME", default="the recipe's",
     )] | None = None  # fmt: skip
-    output: Annotated[AnyPath, _output(
-        "The run's folder.", flags=("-o", "--output"), metavar="RUN", path=True, common=True,
-    )]  # fmt: skip
+    output: Annotated[AnyPath, output_to("The run's folder.", metavar="RUN", common=True)]
     resume: Annotated[bool, _output("Resume from the latest intact checkpoint in RUN.", common=True)] = False
     accept_changes: Annotated[bool, _output("Resume although data or teacher changed since the run began.")] = False
     reporter: Reporter = SILENT
@@ -257,9 +255,7 @@ class Embed(_Data[AnyPath, _OneOrMore, _OneOrMore], frozen=True, kw_only=True):
         "The student of the run, if it is a trained one or a JSON file, for crops of its shape.", metavar="MODEL",
         default="square", complete="student",
     )] | None = None  # fmt: skip
-    output: Annotated[AnyPath, _output(
-        "Folder for distill {store}.", flags=("-o", "--output"), metavar="STORE", also="store", path=True,
-    )]  # fmt: skip
+    output: Annotated[AnyPath, output_to("Folder for distill {store}.", metavar="STORE", also="store")]
     ray: Annotated[str, _cluster(
         "Spread the work over a Ray cluster: auto for the one of this machine, or HOST:PORT.", metavar="ADDRESS",
         default="this machine",
@@ -267,7 +263,7 @@ class Embed(_Data[AnyPath, _OneOrMore, _OneOrMore], frozen=True, kw_only=True):
     reporter: Reporter = SILENT
 
 
-class _Packed(Settings, frozen=True):
+class _Packed(Reported, frozen=True):
     data: Annotated[AnyPath, argument("Images with captions, as distill takes them with {data}.", complete="data")]
 
 
@@ -286,19 +282,16 @@ class Pack(_Packed, frozen=True, kw_only=True):
     csv_caption_key: CaptionColumn = "title"
     json_caption_key: JsonKey = None
     max_bad: MaxBad = 0.01
-    output: Annotated[AnyPath, _output(
-        "Folder for the shards.", flags=("-o", "--output"), metavar="FOLDER", path=True,
-    )]  # fmt: skip
-    reporter: Reporter = SILENT
+    output: Annotated[AnyPath, output_to("Folder for the shards.")]
 
 
-Output = Annotated[AnyPath, _output("Folder for the model.", flags=("-o", "--output"), metavar="FOLDER", path=True)]
+Output = Annotated[AnyPath, output_to("Folder for the model.")]
 Force = Annotated[bool, _output("Replace an earlier result in FOLDER; a folder with anything else is refused.")]
 Templates = str | Sequence[str] | None
 Tasks = AnyPath | Any | Iterable[AnyPath | Any]  # names of tasks, or task objects
 
 
-class _Stitched(Settings, frozen=True):
+class _Stitched(Reported, frozen=True):
     classifier: Annotated[str, argument("A timm architecture, such as `resnet18` or `resnet18.tv_in1k`.")]
     output: Output
 
@@ -326,10 +319,9 @@ class Stitch(_Stitched, frozen=True, kw_only=True):
         "Max tokens per text.", metavar="TOKENS", default="77, or the encoder's, if fewer", ge=4,
     )] | None = None  # fmt: skip
     force: Force = False
-    reporter: Reporter = SILENT
 
 
-class _Trimmed(Settings, frozen=True):
+class _Trimmed(Reported, frozen=True):
     model: Annotated[AnyPath, argument("A run's folder, or any open_clip model.")]
     output: Output
 
@@ -350,10 +342,9 @@ class Trim(_Trimmed, frozen=True, kw_only=True):
         default="none", path=True,
     )] | None = None  # fmt: skip
     force: Force = False
-    reporter: Reporter = SILENT
 
 
-class _Averaged(Settings, frozen=True):
+class _Averaged(Reported, frozen=True):
     first: Annotated[AnyPath, argument("A run's folder, `local-dir:PATH` or `hf-hub:ORG/REPO`.")]
     second: Annotated[AnyPath, argument("Another model of the same architecture.")]
     output: Output
@@ -375,4 +366,3 @@ class Average(_Averaged, frozen=True, kw_only=True):
         "repeated.", flags=("--template",), metavar="PROMPT|FILE", default="the task's own", complete="imagenet",
     )] = None  # fmt: skip
     force: Force = False
-    reporter: Reporter = SILENT

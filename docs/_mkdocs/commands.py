@@ -111,8 +111,8 @@ def _arguments(name: str) -> Iterator[str]:
     """Rows for what the command line takes by its place."""
     settings = getattr(getattr(edge, functions_of(name)[0], None), "settings", None)
     for entry in declared(settings) if settings else ():
-        if entry.is_argument:
-            yield f"| <code>{entry.extra['metavar'] or entry.name.upper()}</code> | {entry.text} |"
+        if entry.option.is_argument:
+            yield f"| <code>{entry.option.metavar or entry.name.upper()}</code> | {entry.text} |"
 
 
 def _paragraphs(text: str) -> Iterator[str]:
