@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from clip_rd_edge.bundle.labels import TemplateNames
     from clip_rd_edge.data.tasks import Task
     from clip_rd_edge.evidence.suite import Evidence
-    from clip_rd_edge.utils.text import Reporter
+    from clip_rd_edge.runtime.model import Model
 
 
 @keywords_of(Evaluate)
@@ -35,6 +35,11 @@ def evaluate(request: Evaluate) -> list[Score]:
         UsageError: `pretrained` or `threads` beside a loaded model.
         ClipRdEdgeError: as `load`, or a task cannot be read.
     """
+    return evaluate_model(request)[1]
+
+
+def evaluate_model(request: Evaluate) -> tuple[Model, list[Score]]:
+    """Return the model, too."""
     from clip_rd_edge.benchmarking.accuracy import evaluate as score
     from clip_rd_edge.benchmarking.accuracy import note_class_names
     from clip_rd_edge.runtime.model import Model
@@ -46,27 +51,15 @@ def evaluate(request: Evaluate) -> list[Score]:
             hint="pass them to clip_rd_edge.load, or the model's name or path to evaluate",
         )
     columns = {"csv_img_key": request.csv_img_key, "csv_caption_key": request.csv_caption_key}
+    # Before the model, so that a mistyped name is reported at once.
     loaded = load_tasks(request.tasks, templates=request.templates, **columns)
     note_class_names(loaded, reporter)
     if not isinstance(model, Model):
+        reporter.update("loading the model")
         import_modules(request.modules)
         model = load(model, pretrained=request.pretrained, threads=request.threads)
-    _note_other_labels(model, loaded, reporter)
     options: dict[str, Any] = {"per_class": request.per_class, "shots": request.shots, "reporter": reporter}
-    return [score(model.encoder, task, matches=True, **options) for task in loaded]
-
-
-def _note_other_labels(model: Any, tasks: Sequence[Task], reporter: Reporter) -> None:
-    """Report labels of a bundle that a task leaves out: `classify` lets them compete, and may be right less often."""
-    own = model.label_bank.names if model.label_bank is not None else ()
-    for task in tasks:
-        others = [label for label in own if label not in getattr(task, "labels", own)]
-        if others:
-            named = f"{', '.join(others[:3])}{', …' if len(others) > 3 else ''}"
-            reporter.note(
-                f"{task.name}: {len(others):,} labels of the bundle are not among the task's and do not compete here, "
-                f"as they do in classify: {named}"
-            )
+    return model, [score(model.encoder, task, matches=True, **options) for task in loaded]
 
 
 @keywords_of(Benchmark)

@@ -7,7 +7,6 @@ import re
 import shutil
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from clip_rd_edge.settings.measuring import Build, Quickstart
 from clip_rd_edge.utils.text import as_word
 
 if TYPE_CHECKING:
-    from clip_rd_edge.bundle.images import ImageFile
     from clip_rd_edge.data.tasks import ZeroShotTask
 
 
@@ -48,10 +46,6 @@ def build(given: dict[str, Any]) -> None:
     note(f"next: clip-rd-edge classify {as_word(built.folder)} photo.jpg")
     note(f"on the device: copy {as_word(built.folder)}; its commands: clip-rd-edge targets {built.folder.name}")
     note(f"more: clip-rd-edge evaluate {as_word(built.folder)} --task {as_word(built.held_out)} --per-class")
-
-
-# Concepts that are in no training pair, and of which everybody has an image in mind: labels for a first try.
-LIVELY_CONCEPTS = ("mushroom", "rocket", "tiger", "snowman")
 
 
 @command_of(Quickstart, "quickstart")
@@ -100,9 +94,11 @@ def _classify_example(folder: Path) -> None:
 
 def _next_steps(folder: Path) -> str:
     """Return commands to go on with, which work when copied."""
-    program = _program()
+    # After `make quickstart`, it is in .venv and not on PATH.
+    program = "clip-rd-edge" if shutil.which("clip-rd-edge") else f"{as_word(sys.executable)} -m clip_rd_edge"
     fp32, int8 = (as_word(folder / "bundles" / precision) for precision in ("fp32", "int8"))
-    image, labels = _image_to_try(_unseen_concepts())
+    task = _unseen_concepts()
+    image, labels = task.images[0], list(dict.fromkeys([task.labels[task.targets[0]], *task.labels]))[:4]
     quoted = " ".join(f'"{label}"' for label in labels)
     steps = f"""
 Try next:
@@ -118,22 +114,3 @@ Try next:
   {program} quickstart -o {as_word(folder)} --photos photos"""
     # Other shells break lines in other ways.
     return steps if os.name == "posix" else re.sub(r" \\\n +", " ", steps)
-
-
-def _program() -> str:
-    """Return how this program is called here: after `make quickstart`, it is in .venv and not on PATH."""
-    if shutil.which("clip-rd-edge"):
-        return "clip-rd-edge"
-    called = Path(sys.argv[0])
-    if called.name == "__main__.py":
-        return f"{as_word(sys.executable)} -m clip_rd_edge"
-    with suppress(ValueError):  # on another drive of Windows than the working folder
-        called = Path(os.path.relpath(called))
-    return as_word(called)
-
-
-def _image_to_try(task: ZeroShotTask) -> tuple[ImageFile, tuple[str, ...]]:
-    names = task.labels
-    # Releases of the packages differ in their emoji: the first labels of the task serve if these are missing.
-    labels = tuple(name for name in LIVELY_CONCEPTS if name in names) or tuple(dict.fromkeys(names))[:4]
-    return task.images[task.targets.index(names.index(labels[0]))], labels

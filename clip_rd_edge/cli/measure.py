@@ -49,28 +49,19 @@ def evaluate(given: dict[str, Any], confusion: Path | None, as_json: bool) -> No
     Labels are put into the data set's own prompt templates; without any, into CLIP's 80 for ImageNet. The table shows
     which were used. Accuracy depends on them: compare models with the same.
     """
-    from clip_rd_edge.api.measuring import load_tasks
-    from clip_rd_edge.api.models import import_modules
-    from clip_rd_edge.cli.console import console_reporter, print_table
+    from clip_rd_edge.api.measuring import evaluate_model
 
     if confusion is not None:
         _require_free(confusion)
-    with console_reporter() as reporter:
-        # Before the model, so that a mistyped name is reported at once.
-        read = {name: given[name] for name in ("templates", "csv_img_key", "csv_caption_key") if name in given}
-        tasks = load_tasks(given["tasks"], **read)
-        reporter.update("loading the model")
-        import_modules(given.get("modules", ()))
-        opened = {name: given[name] for name in ("pretrained", "threads") if name in given}
-        model = edge.load(given["model"], **opened)
-        per_class = "per_class" in given
-        shots, classes = given.get("shots", 0), per_class or confusion is not None
-        scores = edge.evaluate(model, tasks, per_class=classes, shots=shots, reporter=reporter)
+    per_class = "per_class" in given
+    request = {**given, "per_class": per_class or confusion is not None}
+    model, scores = reported(lambda **options: evaluate_model(Evaluate(**options)), **request)
     if as_json:
         echo_json({"model": model.describe(), "scores": scores}, indented=True)
     else:
         from clip_rd_edge.benchmarking.metrics import ZeroShotScore
         from clip_rd_edge.benchmarking.tables import class_table, score_tables
+        from clip_rd_edge.cli.console import print_table
 
         tables = score_tables(scores)
         if per_class:
@@ -225,15 +216,10 @@ def _compare(old: Path, new: Path, *, allow_busy: bool, as_json: bool) -> int:
 
 def _without_regression(changes: Changes) -> str:
     """Report that nothing got worse, among what was compared."""
-    compared = ["accuracy"] * bool(changes.accuracies) + ["latency"] * bool(changes.latencies)
     count = len(changes.uncompared)  # the remarks name them
     gaps = [f"accuracy on {count} task{'s' if count > 1 else ''}"] * bool(count)
     gaps += ["latencies"] * (not changes.latencies)
-    if not gaps:
-        return "No regression."
-    if not compared:
-        return "Nothing was compared."
-    return f"No regression in {' and '.join(compared)}; not compared: {', '.join(gaps)}."
+    return f"No regression; not compared: {', '.join(gaps)}." if gaps else "No regression."
 
 
 @click.group("evidence", cls=CommandGroup)

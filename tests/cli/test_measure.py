@@ -230,7 +230,7 @@ def test_compare_reports_changes(command_line: CommandLine, suite: Path, tmp_pat
     assert (code, json.loads(out)["regressions"]) == (1, 1)
     busy = saved("busy.json", lambda each: each.update(other_load=0.9))
     assert compared(busy) == (3, compared(busy)[1])
-    assert compared(busy)[1].endswith("No regression in accuracy; not compared: latencies.\n")
+    assert compared(busy)[1].endswith("No regression; not compared: latencies.\n")
     assert compared(busy, "--allow-busy")[0] == 0
     renewed = saved("renewed.json", lambda each: each["rows"][0]["correctness"][0].update(images="others"))
     assert compared(renewed, "--allow-busy")[0] == 3

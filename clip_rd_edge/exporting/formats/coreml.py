@@ -18,7 +18,7 @@ from clip_rd_edge.exporting.parity import Inputs
 from clip_rd_edge.exporting.towers import TOWERS, converting, example_row, on_cpu
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.one_input import COREML
-from clip_rd_edge.utils.process import without_progress_bars
+from clip_rd_edge.utils.process import WITHOUT_PROGRESS_BARS
 
 NOT_RUN = "converted but not run: Core ML runs on a Mac alone, where clip-rd-edge verify compares its answers"
 _HINT = "use {format} onnx, which ONNX Runtime runs on Apple devices as well"
@@ -35,7 +35,7 @@ class CoreMl(Format):
 
         def convert(name: str, tower: Tower) -> Tower:
             package = job.folder / f"{name}.mlpackage"
-            with without_progress_bars():
+            with WITHOUT_PROGRESS_BARS:
                 write_package(job.clip, name, tower, job.inputs[name], package, half=precision == "fp16")
             require_declared(package, tower, job.inputs[name], job.fp32.embedding_size)
             return msgspec.structs.replace(

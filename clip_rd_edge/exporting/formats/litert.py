@@ -30,7 +30,7 @@ from clip_rd_edge.exporting.towers import (
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.one_input import LiteRtEncoder, open_litert
 from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.process import without_progress_bars
+from clip_rd_edge.utils.process import WITHOUT_PROGRESS_BARS
 
 LITERT = "litert"
 # Operators are quantised by the names of their outputs, which begin with the modules that they come from. Those of the
@@ -140,7 +140,7 @@ def litert_candidates(tower: Float32Tower) -> Iterator[Candidate]:
 def quantize(content: bytes, steps: Recipe, ranges: dict[str, Any] | None = None) -> bytes:
     """Return a float32 LiteRT file quantised by a recipe of ai-edge-quantizer; static ones need `ranges`."""
     quantizer = _quantizer(content, steps)
-    with silently(), without_progress_bars():
+    with silently(), WITHOUT_PROGRESS_BARS:
         result = quantizer.quantize(ranges, enable_progress_bar=False, enable_progress_report=False)
     return bytes(result.quantized_model)
 
@@ -152,7 +152,7 @@ def calibrated(content: bytes, samples: Inputs, *, threads: int) -> dict[str, An
     (name,) = (port.name for port in open_litert(content, threads=threads).get_inputs())
     (signature,) = Interpreter(model_content=content).get_signature_list()
     data = [{name: sample[None]} for sample in samples[:_CALIBRATION_SAMPLES]]
-    with silently(), without_progress_bars():
+    with silently(), WITHOUT_PROGRESS_BARS:
         quantizer = _quantizer(content, _static(("*",)))
         ranges: dict[str, Any] = quantizer.calibrate({str(signature): data}, num_threads=threads)
     return ranges

@@ -16,7 +16,7 @@ from clip_rd_edge.bundle.manifest import Tower
 from clip_rd_edge.errors import ConfigError, in_one_line, needs_extra
 from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, TowerModel
 from clip_rd_edge.utils.host import usable_cores
-from clip_rd_edge.utils.process import SharedBlock, without_progress_bars
+from clip_rd_edge.utils.process import WITHOUT_PROGRESS_BARS, SharedBlock
 
 COREML = "coreml"
 _CPU = "cpu"
@@ -129,7 +129,7 @@ _QUIET_NATIVE_CODE = SharedBlock(_without_native_stderr)
 def open_executorch(model: str | bytes, *, threads: int | None = None) -> ExecuTorchModel:
     """Open a program, a .pte file or its bytes; all programs of a process share the threads, by default every core."""
     purpose = "Running a bundle in ExecuTorch"
-    with needs_extra("executorch", extra="executorch", purpose=purpose), without_progress_bars():
+    with needs_extra("executorch", extra="executorch", purpose=purpose), WITHOUT_PROGRESS_BARS:
         from executorch.extension.pybindings import portable_lib
         from executorch.runtime import Runtime
     wanted = threads or usable_cores()
