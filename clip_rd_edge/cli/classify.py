@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -25,14 +25,9 @@ if TYPE_CHECKING:
     from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
 
 
-class Answer(NamedTuple):
-    """The predictions for one image and, if there is only one label, the cosine similarity to it."""
-
-    predictions: Sequence[Prediction]
-    cosine: float | None
-
-
-Format = Callable[[str, Answer], str]
+# Of an image, its predictions and, if there is only one label, the cosine similarity to it.
+Format = Callable[[str, "Sequence[Prediction]", float | None], str]
+Lines = Callable[[Sequence[str], "Embeddings"], list[str]]  # of images by their names
 CSV_HEADER = "image,rank,label,probability"
 NO_LABEL = "none of these"
 MANY_IMAGES = 50  # from this number on, a progress bar and a rate are shown
@@ -84,22 +79,27 @@ def classify(given: dict[str, Any], null: bool, as_json: bool, as_csv: bool) -> 
     format_result: Format = _as_json if as_json else _as_csv if as_csv else _as_text
     if null and not as_json:
         format_result = partial(_as_text, shown=str)
+
+    def lines(names: Sequence[str], embeddings: Embeddings) -> list[str]:
+        predictions = classifier.classify_embeddings(embeddings, top=request.top)
+        alone = classifier.has_trivial_label
+        cosines = classifier.similarities(embeddings)[:, 0].tolist() if alone else [None] * len(predictions)
+        return list(map(format_result, names, predictions, cosines))
+
     end = "\0" if null else "\n"
     if as_csv:
         echo(CSV_HEADER)
     if camera is not None:
-        _classify_camera(classifier, camera, top=request.top, format_result=format_result, end=end)
+        _classify_camera(encoder, camera, lines=lines, end=end)
         return
     if not paths:
         raise InputError("No images: the list on stdin is empty.", hint="pipe in one path per line")
-    unreadable = _classify_files(
-        classifier, encoder, paths, top=request.top, format_result=format_result, quick=request.quick, end=end
-    )
+    unreadable = _classify_files(encoder, paths, lines=lines, quick=request.quick, end=end)
     if len(paths) == 1 and unreadable:
         raise unreadable[0]
-    lost = [f"{len(unreadable):,} of {len(paths):,} images"] * bool(unreadable)
-    if lost := lost + [f"{len(folders):,} folder{'s' * (len(folders) > 1)}"] * bool(folders):
-        raise InputError(f"{' and '.join(lost)} could not be read; the others are classified.")
+    if lost := len(unreadable) + len(folders):
+        s = "s" * (lost > 1)
+        raise InputError(f"{lost:,} image{s} or folder{s} could not be read; the others are classified.")
 
 
 def _classifier(encoder: TowerEncoder, request: Classify, labels: Sequence[str]) -> ZeroShotClassifier:
@@ -150,14 +150,7 @@ def _lines(stream: TextIO, *, null: bool) -> Iterator[str]:
 
 
 def _classify_files(
-    classifier: ZeroShotClassifier,
-    encoder: TowerEncoder,
-    paths: Sequence[Path],
-    *,
-    top: int,
-    format_result: Format,
-    quick: bool,
-    end: str,
+    encoder: TowerEncoder, paths: Sequence[Path], *, lines: Lines, quick: bool, end: str
 ) -> list[InputError]:
     """Classify image files and print the results; return the errors of the unreadable, each reported on stderr."""
     from PIL import Image
@@ -176,11 +169,9 @@ def _classify_files(
         reporter = LateReporter(stack) if many and not stdout.isatty() else SILENT
         reporter.update("classifying", 0, len(paths))
         for batch in embed_images(encoder, paths, quick=quick):
-            answers = _answers(classifier, batch.embeddings, top=top)
-            lines = [format_result(str(path), answer) for path, answer in zip(batch.images, answers, strict=True)]
-            if lines:
+            if batch.images:
                 # One call per batch, because each call flushes.
-                echo(end.join([*lines, ""]), file=stdout, nl=False)
+                echo(end.join([*lines(list(map(str, batch.images)), batch.embeddings), ""]), file=stdout, nl=False)
             unreadable += batch.unreadable
             if len(paths) > 1:
                 for error in batch.unreadable:
@@ -194,7 +185,7 @@ def _classify_files(
     return unreadable
 
 
-def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, format_result: Format, end: str) -> None:
+def _classify_camera(encoder: TowerEncoder, camera: str, *, lines: Lines, end: str) -> None:
     """Print the result for each frame until the camera ends or Ctrl-C; on a terminal, each overwrites the last."""
     from rich.cells import set_cell_size
 
@@ -205,9 +196,8 @@ def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, f
     try:
         for count, frame in enumerate(frames(camera), start=1):
             seen = time.perf_counter()
-            (answer,) = _answers(classifier, classifier.encoder.encode_images([frame]), top=top)
+            (line,) = lines([f"frame {count}"], encoder.encode_images([frame]))
             latency_ms = 1e3 * (time.perf_counter() - seen)
-            line = format_result(f"frame {count}", answer)
             if terminal:
                 click.echo("\r\x1b[2K", nl=False)  # clear the line of the last frame
             # Cut, since a line that is broken in two could not be cleared.
@@ -222,33 +212,26 @@ def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, f
     echo(f"{count:,} frames in {seconds:.1f} s, {count / seconds:.1f} per second", err=True)
 
 
-def _answers(classifier: ZeroShotClassifier, embeddings: Embeddings, *, top: int) -> list[Answer]:
-    predictions = classifier.classify_embeddings(embeddings, top=top)
-    if not classifier.has_trivial_label:
-        return [Answer(row, None) for row in predictions]
-    cosines = classifier.similarities(embeddings)[:, 0].tolist()
-    return [Answer(row, cosine) for row, cosine in zip(predictions, cosines, strict=True)]
-
-
-def _as_text(image: str, answer: Answer, *, shown: Callable[[str], str] = one_line) -> str:
+def _as_text(
+    image: str, predictions: Sequence[Prediction], cosine: float | None, *, shown: Callable[[str], str] = one_line
+) -> str:
     """Return the image, a tab, and the labels; on one line, in which line breaks in names are escaped."""
-    labels = [f"{label} {probability:.1%}" for label, probability in answer.predictions] or [NO_LABEL]
-    if answer.cosine is not None:
-        labels[-1] += f" (cosine {answer.cosine:.3f})"
+    labels = [f"{label} {probability:.1%}" for label, probability in predictions] or [NO_LABEL]
+    if cosine is not None:
+        labels[-1] += f" (cosine {cosine:.3f})"
     return f"{shown(image)}\t{'  '.join(map(shown, labels))}"
 
 
-def _as_json(image: str, answer: Answer) -> str:
+def _as_json(image: str, predictions: Sequence[Prediction], cosine: float | None) -> str:
     """Return one JSON object; `predictions` is empty if no label fits."""
-    rows = [{"label": label, "probability": round(probability, 6)} for label, probability in answer.predictions]
-    cosine = {} if answer.cosine is None else {"cosine": round(answer.cosine, 6)}
-    return json_line({"image": image, "predictions": rows, **cosine})
+    rows = [{"label": label, "probability": round(probability, 6)} for label, probability in predictions]
+    similarity = {} if cosine is None else {"cosine": round(cosine, 6)}
+    return json_line({"image": image, "predictions": rows, **similarity})
 
 
-def _as_csv(image: str, answer: Answer) -> str:
+def _as_csv(image: str, predictions: Sequence[Prediction], _: float | None) -> str:
     """Return one row per label, or one row with an empty label if none fits."""
     rows = [
-        csv_row(image, rank, label, f"{probability:.6f}")
-        for rank, (label, probability) in enumerate(answer.predictions, start=1)
+        csv_row(image, rank, label, f"{probability:.6f}") for rank, (label, probability) in enumerate(predictions, 1)
     ]
     return "\n".join(rows or [csv_row(image, 1, "", "")])

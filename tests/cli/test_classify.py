@@ -30,7 +30,7 @@ def test_a_broken_image_in_a_folder_is_reported_and_skipped(
     }
     assert labels == {name: name for name in ("red", "green", "blue", "yellow")}
     assert "broken.png" in error
-    assert "1 of 5 images could not be read; the others are classified." in error
+    assert "1 image or folder could not be read; the others are classified." in error
 
 
 def test_csv_output_and_images_without_a_likely_label(
