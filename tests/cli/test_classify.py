@@ -15,6 +15,7 @@ from support import CommandLine, rewrite
 
 from clip_rd_edge.bundle.labels import LabelBank, write_labels
 from clip_rd_edge.bundle.manifest import BACKGROUND
+from clip_rd_edge.cli.output import json_line
 
 LABELS = ("--labels", "red", "green", "blue", "yellow")
 
@@ -81,22 +82,23 @@ def test_frames_of_a_camera_are_classified(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes file names of any bytes")
-def test_a_path_that_is_not_utf8_goes_through_stdin_and_stdout_unchanged(
-    colour_bundle: Path, colour_images: Path
-) -> None:
+def test_any_path_and_label_goes_through_stdin_and_stdout_unchanged(colour_bundle: Path, colour_images: Path) -> None:
     path = os.fsencode(colour_images) + b"/caf\xe9.png"
     (colour_images / "red.png").rename(os.fsdecode(path))
-    command = [sys.executable, "-m", "clip_rd_edge", "classify", str(colour_bundle), "-", "--labels", "red", "blue"]
-
-    def run(*options: str) -> bytes:
-        strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as Python is in most locales
-        return subprocess.run(
-            [*command, *options], input=path + b"\n", capture_output=True, check=True, env=strict
-        ).stdout
-
-    assert run().startswith(path + b"\tred ")
-    line = run("--json")
-    assert os.fsencode(json.loads(line.decode())["image"]) == path
+    command = [sys.executable, "-m", "clip_rd_edge", "classify", str(colour_bundle), "-", "--labels", "red", "猫"]
+    locale = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "LC_ALL": "", "LC_CTYPE": "C.UTF-8"}  # as of Windows
+    done = subprocess.run(
+        command,
+        input=path + "\nnaïve 猫.png\n".encode(),
+        capture_output=True,
+        env={**os.environ, **locale},
+        check=False,
+    )
+    assert done.stdout.startswith(path + b"\tred ")
+    assert "猫".encode() in done.stdout
+    assert "naïve 猫.png" in done.stderr.decode()
+    line = json_line({"image": os.fsdecode(path)})
+    assert os.fsencode(json.loads(line.encode())["image"]) == path
 
 
 def test_a_single_label_is_answered_with_a_warning_and_its_cosine_similarity(

@@ -17,6 +17,8 @@ from clip_rd_edge.exporting.layouts import browser
 def test_a_bundle_is_exported_as_a_browser_page(
     command_line: CommandLine, colour_bundle: Path, node_modules: Path, tmp_path: Path
 ) -> None:
+    for name in ("notes.txt", ".DS_Store", "image.engine"):
+        (colour_bundle / name).write_text("private")
     (tmp_path / "labels.txt").write_text("red\nblue\n")
     site = tmp_path / "site"
     options = ("--target", "browser", "--node-modules", node_modules, "-o", site)
@@ -27,6 +29,8 @@ def test_a_bundle_is_exported_as_a_browser_page(
     assert bank.names == ("red", "blue")
     assert read_labels(colour_bundle) is None
     assert command_line("verify", site / "bundle")[0] == 0
+    names = {path.name for path in (site / "bundle").iterdir()}
+    assert names == {"manifest.json", "image.onnx", "text.onnx", "tokenizer.json", "labels.npz"}
     page = (site / "index.html").read_text()
     assert "Content-Security-Policy" in page
     assert "import { Model }" in (site / "worker.js").read_text()
@@ -58,19 +62,6 @@ def test_bundles_that_a_browser_cannot_run_are_refused(
         options = ("--target", "browser", "--node-modules", node_modules, "-o", tmp_path / "site")
         code, _, error = command_line("export", bundle, *options)
         assert (code, message in error) == (2, True)
-
-
-@pytest.mark.parametrize("labels", [(), ("--labels", "red", "blue")])
-def test_a_page_holds_the_files_that_the_manifest_lists_and_no_others(
-    command_line: CommandLine, colour_bundle: Path, node_modules: Path, tmp_path: Path, labels: tuple[str, ...]
-) -> None:
-    for name in ("notes.txt", ".DS_Store", "image.engine"):
-        (colour_bundle / name).write_text("private")
-    options = ("--target", "browser", "--node-modules", node_modules, "-o", tmp_path / "site")
-    assert command_line("export", colour_bundle, *labels, *options)[0] == 0
-    names = {path.name for path in (tmp_path / "site" / "bundle").iterdir()}
-    assert names == {"manifest.json", "image.onnx", "text.onnx", "tokenizer.json", *(["labels.npz"] if labels else [])}
-    assert command_line("verify", tmp_path / "site" / "bundle")[0] == 0
 
 
 @pytest.mark.parametrize(

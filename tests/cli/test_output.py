@@ -10,7 +10,6 @@ import csv
 import io
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,17 +124,3 @@ def test_a_path_in_a_command_to_copy_is_one_word(monkeypatch: pytest.MonkeyPatch
     assert as_word(r"C:\Users\First Last\run") == r'"C:\Users\First Last\run"'
     assert as_word(r"runs\a&b") == r'"runs\a&b"'
     assert as_word(r"D:\runs\größe-1.0_x") == r"D:\runs\größe-1.0_x"
-
-
-def test_pipes_have_utf_8_whatever_the_locale(colour_bundle: Path, colour_images: Path) -> None:
-    """On Windows, it has 256 characters."""
-    image = (colour_images / "red.png").rename(colour_images / "赤.png")
-    command = ["-m", "clip_rd_edge", "classify", colour_bundle, "-", "--json"]
-    result = subprocess.run(
-        [sys.executable, *command, "--labels", "red", "猫", "Möwe"], input=f"{image}\nnaïve 猫.png\n".encode(),
-        capture_output=True, check=False,
-        env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "LC_ALL": "", "LC_CTYPE": "C.UTF-8"},
-    )  # fmt: skip
-    assert "赤.png" in result.stdout.decode()
-    assert '"猫"' in result.stdout.decode()
-    assert "naïve 猫.png" in result.stderr.decode()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -40,26 +39,6 @@ def test_a_run_on_pairs_with_tasks_of_one_file_name(command_line: CommandLine, p
     assert line["evaluation/b/val.csv"] < 1.0
     code, _, error = command_line("distill", *arguments, "-o", pairs_csv.parent)
     assert (code, "already exists and is not empty" in error) == (2, True)
-
-
-def test_a_run_on_shards_counts_bad_samples(
-    command_line: CommandLine, pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
-    for shard in range(2):
-        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
-            for i in range(12 * shard, 12 * shard + 12):
-                archive.add(pairs_csv.parent / "pictures" / f"{i}.png", f"{i:04d}.png")
-                (tmp_path / "caption.json").write_text(f'{{"captions": ["number {i}", "an image"]}}')
-                archive.add(tmp_path / "caption.json", f"{i:04d}.json")
-            archive.add(tmp_path / "caption.json", "alone.json")
-    data = ("--data", f"{tmp_path}/0.tar::{tmp_path}/1.tar", "--train-data-upsampling-factors", "1::2")
-    options = (*data, *SMALL, *FAST, "--recipe", "clip", "--batch-size", "6", "--json-caption-key", "captions")
-    code, _, error = command_line("distill", *options, "--epochs", "1", "--max-bad", "0.1", "-o", tmp_path / "run")
-    assert (code, "2 samples are not pairs and were skipped" in error) == (0, True)
-    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert '"step":6' in line  # 12 + 2 · 12 pairs in batches of 6
-    assert '"bad_samples":2' in line
 
 
 def test_frames_and_a_list_of_labels_give_a_student(command_line: CommandLine, pairs_csv: Path, tmp_path: Path) -> None:
