@@ -60,7 +60,7 @@ def run_quickstart(request: Quickstart, open_encoder: OpenEncoder, launch: Launc
         launch: as `benchmarking.run.run_suite` takes it.
     """
     folder, reporter = Path(request.output), request.reporter
-    require_free_output(folder, overwrite=True, replaced=False)  # stages that are complete stay
+    require_free_output(folder, overwrite=True)  # stages that are complete stay
     report = folder / "report"
     require_free_output(report, overwrite=is_file(report / RESULTS))  # it may be somebody's own
     # The student is built again minutes later, after the teacher is tuned: report at once what will fail then.

@@ -80,7 +80,7 @@ def benchmark(request: Benchmark) -> Results:
     folder, reporter = Path(request.output), request.reporter
     # Check everything that can be checked before the long work starts.
     interrupted = is_cache(folder / FOLDER)
-    require_free_output(folder, overwrite=request.force or interrupted, replaced=False, ignoring=(LOCK_FILE,))
+    require_free_output(folder, overwrite=request.force or interrupted, ignoring=(LOCK_FILE,))
     require_report_folder(folder)
     require_matplotlib()
     rows, suite = parse_models(as_list(request.models)), find_suite(os.fspath(request.suite))
@@ -142,9 +142,6 @@ def recommend(results: AnyPath, *, budget_ms: float | None = None, min_accuracy:
 @keywords_of(Quickstart)
 def quickstart(request: Quickstart) -> Results:
     """Run the whole pipeline on the built-in emoji data set in minutes on a CPU; an interrupted run is resumed."""
-    from clip_rd_edge.utils.files import require_utf8_path
-
-    require_utf8_path(Path(request.output))
 
     from clip_rd_edge.pipeline import run_quickstart
 
@@ -159,10 +156,8 @@ def evidence_run(request: EvidenceRun) -> Evidence:
     from clip_rd_edge.evidence.run import run_evidence
     from clip_rd_edge.evidence.suite import read_evidence
     from clip_rd_edge.losses.terms import load_terms
-    from clip_rd_edge.utils.files import require_utf8_path
 
     folder, reporter = Path(request.output), request.reporter
-    require_utf8_path(folder)
     require_matplotlib()
     for source in several(request.terms):
         load_terms(source)

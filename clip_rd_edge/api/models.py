@@ -83,10 +83,8 @@ def stitch(request: Stitch) -> Path:
     """
     from clip_rd_edge.bundle.outputs import require_output
     from clip_rd_edge.bundle.runs import LOCAL_DIR
-    from clip_rd_edge.utils.files import require_utf8_path
 
     folder, given = Path(request.output), (request.names, request.text, request.pretrained)
-    require_utf8_path(folder)
     read = [Path(os.fspath(name).removeprefix(LOCAL_DIR)) for name in given if name]
     require_output(folder, "stitched model", overwrite=request.force, sources=read)
 
@@ -121,10 +119,8 @@ def trim(request: Trim) -> Path:
     from clip_rd_edge.bundle.runs import model_folder
     from clip_rd_edge.data.load import load_texts
     from clip_rd_edge.runtime.labels import read_texts
-    from clip_rd_edge.utils.files import require_utf8_path
 
     folder, spec = Path(request.output), typed(request.model)
-    require_utf8_path(folder)
     source = model_folder(spec)
     require_output(folder, "trimmed model", overwrite=request.force, sources=[source] if source else [])
     lines = load_texts(typed(request.texts), "title", read_texts) if request.texts is not None else []

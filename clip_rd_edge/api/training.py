@@ -18,7 +18,6 @@ from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.settings.measuring import Build
 from clip_rd_edge.settings.options import keywords_of
 from clip_rd_edge.settings.training import Average, Distill, Embed, Pack
-from clip_rd_edge.utils.files import require_utf8_path
 from clip_rd_edge.utils.paths import AnyPath, is_file, several, typed
 
 if TYPE_CHECKING:
@@ -41,10 +40,8 @@ def distill(request: Distill) -> Path:
     from clip_rd_edge.distillation.run import run_distillation
     from clip_rd_edge.distillation.setup import fitting_batch, note_overlap
     from clip_rd_edge.distillation.speed import with_steps_for
-    from clip_rd_edge.utils.files import require_utf8_path
 
     run = Path(request.output)
-    require_utf8_path(run)
     with _told_to_all_processes():
         options = _without(request, "output", "resume", "accept_changes", "hours", "hold_out")
         if request.hours is not None or request.hold_out is not None:
@@ -270,7 +267,6 @@ def build(request: Build) -> BuiltBundle:
         InputError, ConfigError: the data, teacher, student or target is missing or invalid.
         InterruptedRunError: a signal stopped the build; its state was saved.
     """
-    require_utf8_path(Path(request.output))
 
     from clip_rd_edge.benchmarking.report import require_matplotlib
 

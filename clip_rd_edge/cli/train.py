@@ -135,17 +135,11 @@ def trim(given: dict[str, Any]) -> None:
     echo(f"local-dir:{folder}")
 
 
-class _Weight(click.FloatRange):
-    """A number from 0 to 1, or `best`."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return "best" if str(value).casefold() == "best" else super().convert(value, param, ctx)
-        except click.BadParameter:
-            self.fail(f"{value!r} is neither a number from 0 to 1 nor 'best'.", param, ctx)
+def _weight(text: str) -> float | str:
+    return "best" if text.casefold() == "best" else float(text)
 
 
-@command_of(Average, "average", weight=_Weight(0, 1))
+@command_of(Average, "average", weight=click.types.FuncParamType(_weight))
 def average(given: dict[str, Any]) -> None:
     """Average the weights of two models: (1 − SHARE) · FIRST + SHARE · SECOND.
 

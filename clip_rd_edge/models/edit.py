@@ -49,7 +49,6 @@ from clip_rd_edge.models.encoder import (
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.text_weights import evenly_spaced
 from clip_rd_edge.models.tokenizers import most_used_tokens, needed_tokens, pieces_of, with_tokens, write_clip_tokenizer
-from clip_rd_edge.utils.files import require_utf8_path
 from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.text import SILENT, Reporter
 
@@ -316,7 +315,6 @@ def average_models(
             "The best weight was asked for, but there is no task to measure it on.",
             hint="name labelled images: {tasks} my-images/, or a number: {weight} 0.5",
         )
-    require_utf8_path(folder)
     sources = [source for name in names if (source := model_folder(name))]
     require_output(folder, "average", overwrite=force, sources=sources)
     reporter.update("loading both models")

@@ -149,18 +149,6 @@ def write_cached(path: Path, content: bytes, *, max_bytes: int) -> None:
             total -= size
 
 
-def require_utf8_path(path: Path) -> None:
-    """Refuse a path for a model that is not UTF-8: safetensors could write its weights there, but not read them."""
-    try:
-        str(path.absolute()).encode()
-    except UnicodeEncodeError:  # Python represents a byte that is not UTF-8 as half a surrogate pair
-        shown = os.fsencode(path).decode(errors="backslashreplace")
-        raise UsageError(
-            f"The output {shown} cannot be written: its path is not UTF-8, as weights need.",
-            hint="choose another {output}, or rename the folder",
-        ) from None
-
-
 def unwritable_output(path: Path, error: Exception, *, hint: str = "choose another -o") -> UsageError:
     """Return the error for an output that cannot be written, or for a place in the cache, which no -o has named."""
     cause = error.__cause__ or error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.files import move, named_failures, unwritable_output
+from clip_rd_edge.utils.files import move, named_failures
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, kind_of
 
 if TYPE_CHECKING:
@@ -26,11 +26,10 @@ _DAY_S = 86_400.0
 _MANY_FILES = 64  # each is waited for, which takes milliseconds; for more, the whole system is asked once
 
 
-def require_free_output(path: Path, *, overwrite: bool, replaced: bool = True, ignoring: Collection[str] = ()) -> None:
-    """Refuse an output path that is in use, or where `new_folder` could not put anything.
+def require_free_output(path: Path, *, overwrite: bool, ignoring: Collection[str] = ()) -> None:
+    """Refuse an output path that is in use.
 
     Args:
-        replaced: whether `new_folder` will replace `path`, so that the folder around it has to be writable.
         ignoring: names of files in the folder to ignore.
     """
     with named_failures(path):
@@ -43,19 +42,6 @@ def require_free_output(path: Path, *, overwrite: bool, replaced: bool = True, i
             f"The output {path} already exists and is not empty.",
             hint="choose another {output}, or replace it with {force}",
         )
-    if replaced:
-        _require_replaceable(path)
-
-
-def _require_replaceable(path: Path) -> None:
-    if os.path.ismount(path.resolve()):  # Path.is_mount does not work on Windows before Python 3.12
-        raise UsageError(
-            f"The output {path} is where a volume is mounted, which cannot be replaced.",
-            hint=f"name a folder in it: {{output}} {path / 'new'}",
-        )
-    around = next((folder for folder in path.absolute().parents if exists(folder)), path.parent)
-    if not (is_folder(around) and os.access(around, os.W_OK | os.X_OK)):
-        raise unwritable_output(path, PermissionError(errno.EACCES, f"{around} is not a folder that can be written to"))
 
 
 def require_apart(output: Path, sources: Iterable[Path]) -> None:
@@ -90,7 +76,7 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
                     _remove(other)
         yield temporary
         _sync(temporary)
-        require_free_output(path, overwrite=overwrite, replaced=False)
+        require_free_output(path, overwrite=overwrite)
         with named_failures(path):
             if path.exists():
                 move(path, old)

@@ -193,21 +193,6 @@ def test_a_name_that_no_file_can_have_gets_a_sentence(place: Path, command_line:
 
 
 @pytest.mark.parametrize(
-    "command", ["distill --data two.csv --student resnet18 --recipe clip -o PATH", "quickstart -o PATH"]
-)
-def test_a_model_is_written_only_where_its_weights_can_be_read(
-    place: Path, command_line: CommandLine, command: str
-) -> None:
-    name = os.fsdecode(b"caf\xe9/run")
-    before = sorted(place.rglob("*"))
-    code, output, error = command_line(*(word.replace("PATH", name) for word in shlex.split(command)))
-    assert (code, output) == (2, "")
-    assert "caf\\xe9/run" in error
-    assert "hint: choose another --output" in error
-    assert sorted(place.rglob("*")) == before
-
-
-@pytest.mark.parametrize(
     ("command", "code"),
     [
         ("classify B broken.png P --labels red green", 2),

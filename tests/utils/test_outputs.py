@@ -24,7 +24,6 @@ from clip_rd_edge.utils.outputs import (
     new_folder,
     remove_leftovers,
     require_apart,
-    require_free_output,
 )
 
 KEY = "0123456789abcdef" * 2
@@ -127,24 +126,10 @@ def test_what_an_output_is_made_from_or_where_one_works_is_not_replaced(
         require_apart(tmp_path, [])
 
 
-def test_an_output_that_cannot_be_put_in_its_place_is_refused_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_output_that_cannot_be_put_in_its_place_is_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    (tmp_path / "volume").mkdir()
-    with pytest.raises(UsageError):
-        require_free_output(tmp_path / "file" / "deep" / "bundle", overwrite=False)
     with pytest.raises(UsageError), new_folder(tmp_path / "file/out"):
-        pass
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "access", lambda path, mode: path != tmp_path)  # permissions do not stop root
-        with pytest.raises(UsageError):
-            require_free_output(tmp_path / "deep" / "bundle", overwrite=False)
-        require_free_output(tmp_path / "volume", overwrite=False, replaced=False)
-    monkeypatch.setattr(os.path, "ismount", lambda path: path.name == "volume")
-    with pytest.raises(UsageError):
-        require_free_output(tmp_path / "volume", overwrite=False)
-    require_free_output(tmp_path / "volume" / "new", overwrite=False)
+        pytest.fail("the work has begun")
 
 
 def test_a_second_writer_is_refused_with_the_holders_process_id(tmp_path: Path) -> None:
