@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import click
 
 import clip_rd_edge as edge
-from clip_rd_edge.cli.options import GroupedCommand, PathName, command_of, grouped, refuse_together
+from clip_rd_edge.cli.options import GroupedCommand, command_of, grouped, refuse_together
 from clip_rd_edge.cli.output import echo, echo_json, json_line, note, reported
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, InterruptedRunError
 from clip_rd_edge.settings.deploying import Demo, Index, Search, Serve
@@ -148,7 +148,7 @@ TOKEN_VARIABLE = "CLIP_RD_EDGE_TOKEN"
 
 @command_of(Serve, "serve")
 @grouped("Server")(
-    "--token-file", type=PathName(), metavar="FILE",
+    "--token-file", type=click.Path(path_type=Path), metavar="FILE",
     help=f"File with the bearer token that requests need.  [default: the variable {TOKEN_VARIABLE}, else none]",
 )  # fmt: skip
 def serve(given: dict[str, Any], token_file: Path | None) -> None:

@@ -32,40 +32,31 @@ from clip_rd_edge.utils import process as signals
 from clip_rd_edge.utils.process import discard_output, end_running_calls, handled_by, leave_lost_terminal, stop_signals
 from clip_rd_edge.utils.text import one_line
 
-# name: (module, short help). The short help is repeated here so that listing the commands imports none of them. In its
-# module, a command has its name.
+# name: (heading in `--help`, module, short help). The short help is repeated here so that listing the commands imports
+# none of them. In its module, a command has its name.
 COMMANDS = {
-    "quickstart": ("build", "Run the whole pipeline on the built-in data, in minutes."),
-    "build": ("build", "Build a bundle for a device from your own images."),
-    "distill": ("train", "Train a compact student from a teacher and image-caption pairs."),
-    "embed": ("train", "Compute a teacher's embeddings once, for many runs."),
-    "pack": ("train", "Pack training data into shards of small images, once."),
-    "recipe": ("train", "List the training recipes, or show one to start your own from."),
-    "stitch": ("train", "Build a teacher from an image classifier and a sentence encoder."),
-    "trim": ("train", "Trim a model's text layers and tokens, to start a student from."),
-    "average": ("train", "Average the weights of two models of one architecture."),
-    "evaluate": ("measure", "Measure zero-shot accuracy and retrieval of a model or bundle."),
-    "export": ("export", "Export a model as a bundle for a device."),
-    "verify": ("export", "Verify a bundle's files, and that it runs on this device."),
-    "classify": ("classify", "Classify images among your own labels."),
-    "teach": ("export", "Teach a bundle labels from a few images of each."),
-    "index": ("device", "Embed a folder of images for searching."),
-    "search": ("device", "Search an index by text or image."),
-    "serve": ("device", "Serve a bundle to other programs over HTTP."),
-    "demo": ("device", "Try bundles on a local web page, with a camera or image files."),
-    "benchmark": ("measure", "Compare models by accuracy, latency and size."),
-    "evidence": ("measure", "Compare training methods over several students and seeds."),
-    "targets": ("export", "List the supported targets, and how to deploy to them."),
-    "doctor": ("device", "Check this machine, and show what to install."),
-}
-# How `--help` lists them; what is in no group comes last, as advanced.
-GROUPS = {
-    "Try": ("classify", "demo", "quickstart"),
-    "Train": ("build", "distill", "recipe"),
-    "Models": ("stitch", "trim", "average"),
-    "Ship": ("export", "verify", "targets"),
-    "Use": ("teach", "index", "search", "serve", "doctor"),
-    "Measure": ("evaluate", "benchmark"),
+    "classify": ("Try", "classify", "Classify images among your own labels."),
+    "demo": ("Try", "device", "Try bundles on a local web page, with a camera or image files."),
+    "quickstart": ("Try", "build", "Run the whole pipeline on the built-in data, in minutes."),
+    "build": ("Train", "build", "Build a bundle for a device from your own images."),
+    "distill": ("Train", "train", "Train a compact student from a teacher and image-caption pairs."),
+    "recipe": ("Train", "train", "List the training recipes, or show one to start your own from."),
+    "stitch": ("Models", "train", "Build a teacher from an image classifier and a sentence encoder."),
+    "trim": ("Models", "train", "Trim a model's text layers and tokens, to start a student from."),
+    "average": ("Models", "train", "Average the weights of two models of one architecture."),
+    "export": ("Ship", "export", "Export a model as a bundle for a device."),
+    "verify": ("Ship", "export", "Verify a bundle's files, and that it runs on this device."),
+    "targets": ("Ship", "export", "List the supported targets, and how to deploy to them."),
+    "teach": ("Use", "export", "Teach a bundle labels from a few images of each."),
+    "index": ("Use", "device", "Embed a folder of images for searching."),
+    "search": ("Use", "device", "Search an index by text or image."),
+    "serve": ("Use", "device", "Serve a bundle to other programs over HTTP."),
+    "doctor": ("Use", "device", "Check this machine, and show what to install."),
+    "evaluate": ("Measure", "measure", "Measure zero-shot accuracy and retrieval of a model or bundle."),
+    "benchmark": ("Measure", "measure", "Compare models by accuracy, latency and size."),
+    "embed": ("Advanced", "train", "Compute a teacher's embeddings once, for many runs."),
+    "pack": ("Advanced", "train", "Pack training data into shards of small images, once."),
+    "evidence": ("Advanced", "measure", "Compare training methods over several students and seeds."),
 }
 # What other programs call a command.
 OTHER_WORDS = {
@@ -95,7 +86,7 @@ class LazyGroup(CommandGroup):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"clip_rd_edge.cli.{COMMANDS[cmd_name][0]}")
+        module = importlib.import_module(f"clip_rd_edge.cli.{COMMANDS[cmd_name][1]}")
         command: click.Command = vars(module)[cmd_name]
         return command
 
@@ -109,11 +100,11 @@ class LazyGroup(CommandGroup):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        advanced = tuple(name for name in COMMANDS if not any(name in names for names in GROUPS.values()))
         width = max(map(len, COMMANDS))
-        for heading, names in {**GROUPS, "Advanced": advanced}.items():
+        for heading in dict.fromkeys(heading for heading, _, _ in COMMANDS.values()):
             with formatter.section(heading):
-                formatter.write_dl([(f"{name:{width}}", COMMANDS[name][1]) for name in names])
+                listed = [(name, text) for name, (group, _, text) in COMMANDS.items() if group == heading]
+                formatter.write_dl([(f"{name:{width}}", text) for name, text in listed])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import clip_rd_edge as edge
-from clip_rd_edge.cli.options import CommandGroup, GroupedCommand, PathName, command_of, completed_by, grouped
+from clip_rd_edge.cli.options import CommandGroup, GroupedCommand, command_of, completed_by, grouped
 from clip_rd_edge.cli.output import echo, echo_json, note, reported
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.settings.measuring import Benchmark, Evaluate, EvidenceRun
@@ -29,7 +29,7 @@ _suite, _comparison, _output = grouped("Suite"), grouped("Comparison"), grouped(
 
 @command_of(Evaluate, "evaluate")
 @_output(
-    "--confusion", type=PathName(dir_okay=False), metavar="FILE",
+    "--confusion", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
     help="Write the confusion matrices as CSV: one row per task, class and predicted label that occur together, with "
     "the number of images. Of files that exist, only an earlier one of these is replaced.  [default: none]",
 )  # fmt: skip
@@ -106,19 +106,19 @@ def _suites() -> list[str]:
 @click.argument("suite", required=False, shell_complete=completed_by(_suites))
 @_suite("--init", is_flag=True, help="Print a suite with a comment on each key, to start your own from.")
 @_comparison(
-    "--compare", "compared", nargs=2, metavar="OLD NEW", type=PathName(),
+    "--compare", "compared", nargs=2, metavar="OLD NEW", type=click.Path(),
     help="Compare two results (files or folders); exit code 1 if there is a regression, 3 if there is none but "
     "accuracies or latencies could not be compared.  [default: off]",
 )  # fmt: skip
 @_comparison("--allow-busy", is_flag=True, help="With --compare: exit with 0 if only latencies could not be compared.")
 @_comparison("--json", "as_json", is_flag=True, help="With --compare: print JSON instead of tables.")
-@_output("-o", "--output", metavar="FOLDER", type=PathName(), help="Folder for the report.  [required to measure]")
+@_output("-o", "--output", metavar="FOLDER", type=click.Path(), help="Folder for the report.  [required to measure]")
 def benchmark(
     given: dict[str, Any],
     suite: str | None,
     init: bool,
-    output: Path | None,
-    compared: tuple[Path, Path] | None,
+    output: str | None,
+    compared: tuple[str, str] | None,
     allow_busy: bool,
     as_json: bool,
 ) -> None:
@@ -164,7 +164,7 @@ def benchmark(
         raise UsageError(f"{missing} is missing.", hint="clip-rd-edge benchmark quickstart -o report")
     results = reported(edge.benchmark, suite=suite, output=output, **given)
     _show(results)
-    note(f"The report is {output / 'report.html'}")
+    note(f"The report is {Path(output) / 'report.html'}")
 
 
 def _show(results: Results) -> None:
@@ -184,7 +184,7 @@ def _show(results: Results) -> None:
         note(f"{task.name} is missing: {task.reason}")
 
 
-def _compare(old: Path, new: Path, *, allow_busy: bool, as_json: bool) -> int:
+def _compare(old: str, new: str, *, allow_busy: bool, as_json: bool) -> int:
     """Print the comparison of two results; return the exit code.
 
     It is 1 if there is a regression, else NOT_COMPARED if the accuracy on a task was not compared, or latencies were
@@ -244,20 +244,20 @@ def run(given: dict[str, Any]) -> None:
     the command runs. It can be interrupted at any time: the same command resumes.
     """
     results = reported(edge.evidence_run, **given)
-    echo(edge.evidence_report(given["output"] / f"{results.suite.name}.json"))
+    echo(edge.evidence_report(Path(given["output"]) / f"{results.suite.name}.json"))
 
 
 evidence.add_command(run)
 
 
 @evidence.command("report", cls=GroupedCommand, short_help="Make tables and figures of finished runs.")
-@click.argument("results", metavar="RESULTS...", nargs=-1, required=True, type=PathName())
+@click.argument("results", metavar="RESULTS...", nargs=-1, required=True, type=click.Path())
 @_output(
-    "--into", metavar="FILE", type=PathName(),
+    "--into", metavar="FILE", type=click.Path(),
     help="Write the tables between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->` of FILE, with the suite's "
     "NAME, and the figures beside RESULTS.  [default: print the tables to stdout]",
 )  # fmt: skip
-def report(results: tuple[Path, ...], into: Path | None) -> None:
+def report(results: tuple[str, ...], into: str | None) -> None:
     """Make tables and figures of results; nothing is trained.
 
     \b

@@ -24,18 +24,6 @@ def refuse_together(given: Mapping[str, bool]) -> None:
         raise UsageError(f"{' and '.join(given)} cannot be combined.", hint="omit one of them")
 
 
-class PathName(click.Path):
-    """A path. An empty one is refused: pathlib takes it for the working folder, and it comes from an unset variable."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**{"path_type": Path, **settings})
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "":
-            self.fail("the name is empty; . is this folder.", param, ctx)
-        return super().convert(value, param, ctx)
-
-
 OTHER_OPTIONS = "Other options"
 _OPTION_COLUMNS = 26  # max width of the options; the description of a longer one begins on the next line
 
@@ -227,8 +215,9 @@ def command_of(
         def call(**values: Any) -> None:
             taken = {name: values.pop(name) for name in names}
             given = {name: value for name, value in taken.items() if value not in (None, (), defaults[name])}
-            bundles = {name: taken[name] or defaults[name] for name in names & {"bundle", "bundles"}}
-            given |= {name: _opened(bundle) for name, bundle in bundles.items() if bundle}
+            for name in names & {"bundle", "bundles"}:
+                bundle = defaults[name] if taken[name] == () else taken[name]
+                given |= {name: _opened(bundle)} if bundle else {}
             function(given, **values)
 
         kept = [parameter for parameter in parameters if parameter.name in names]
@@ -312,4 +301,4 @@ def _click_type(entry: Declared) -> click.ParamType | None:  # type: ignore[type
         return click.IntRange(**limits)
     if entry.kind is float:
         return click.FloatRange(**limits)
-    return PathName() if entry.option.path else None
+    return click.Path() if entry.option.path else None

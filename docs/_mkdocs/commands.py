@@ -8,10 +8,9 @@ from collections.abc import Iterator
 import click
 
 import clip_rd_edge as edge
-from clip_rd_edge.cli.main import GROUPS
+from clip_rd_edge.cli.main import COMMANDS
 from clip_rd_edge.settings.options import declared
 
-ADVANCED = "Advanced"
 # The Python of a command, where it is not the function of its name.
 FUNCTIONS = {
     "classify": ("Model.classify", "Model.classify_camera"),
@@ -58,14 +57,14 @@ def pages(group: click.Group) -> dict[str, str]:
     """The text of each page by its name: the overview `index.md`, and one per command."""
     context = click.Context(group, info_name="clip-rd-edge")
     options = _table([row for parameter in group.get_params(context) if (row := _row(parameter, context))])
-    rows: dict[str, list[str]] = {heading: [] for heading in (*GROUPS, ADVANCED)}
+    rows: dict[str, list[str]] = {}
     made = {}
     for inner, command in commands(group):
         name = name_of(inner)
         first = next(_paragraphs(command.help or "")).replace("\n", " ")
         python = ", ".join(f"[`{function}`][clip_rd_edge.{function}]" for function in functions_of(name))
-        heading = next((each for each, names in GROUPS.items() if name in names), ADVANCED)
-        rows[heading].append(f"| [`{name}`]({page_of(name)}) | {first.partition('. ')[0].rstrip('.')} | {python} |")
+        row = f"| [`{name}`]({page_of(name)}) | {first.partition('. ')[0].rstrip('.')} | {python} |"
+        rows.setdefault(COMMANDS[name.split()[0]][0], []).append(row)
         made[page_of(name)] = "\n\n".join(_page(inner, command)) + "\n"
     tables = [
         "\n".join([f"## {heading}\n", "| command | does | in Python |", "| --- | --- | --- |", *each])

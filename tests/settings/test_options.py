@@ -95,10 +95,10 @@ def test_the_command_line_gives_what_was_given_and_nothing_else() -> None:
     result = CliRunner().invoke(
         command, ["a.csv", "-o", "out", "--kind", "FP16", "--name", "x", "--name", "y", "--json"]
     )
-    given = {"kind": "fp16", "names": ("x", "y"), "output": Path("out"), "source": Path("a.csv")}
+    given = {"kind": "fp16", "names": ("x", "y"), "output": "out", "source": "a.csv"}
     assert result.output.strip() == repr((sorted(given.items()), True))
     result = CliRunner().invoke(command, ["a.csv", "-o", "out", "--quick", "--no-cache", "--share", "0.5"])
-    given = {"cache": False, "output": Path("out"), "quick": True, "share": 0.5, "source": Path("a.csv")}
+    given = {"cache": False, "output": "out", "quick": True, "share": 0.5, "source": "a.csv"}
     assert result.output.strip() == repr((sorted(given.items()), False))
 
 
