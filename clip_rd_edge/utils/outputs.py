@@ -69,11 +69,12 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     try:
         with named_failures(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.mkdir()
         for other in _leftovers(path, "tmp"):
             with suppress(OSError):
                 if time.time() - other.stat().st_ctime > _DAY_S:
                     _remove(other)
+        with named_failures(path):
+            temporary.mkdir()
         yield temporary
         _sync(temporary)
         require_free_output(path, overwrite=overwrite)

@@ -143,21 +143,6 @@ def suite(task: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_the_report_is_written_and_the_table_printed(
-    command_line: CommandLine, suite: Path, tmp_path: Path, opened: list[Any]
-) -> None:
-    output = tmp_path / "report"
-    code, out, err = command_line("benchmark", suite, "-o", output)
-    assert code == 0
-    names = {"results.json", "report.html", "accuracy-latency.png"}
-    assert {path.name for path in output.iterdir()} == names
-    assert "Good" in out
-    assert "100.0" in out
-    assert f"Gone was skipped: There is no model folder {tmp_path / 'gone'}." in err
-    assert f"The report is {output / 'report.html'}" in err
-    assert opened == [(str(tmp_path / "good"), {"threads": 1})]
-
-
 def test_a_folder_in_use_is_refused_unless_forced(
     command_line: CommandLine, suite: Path, tmp_path: Path, opened: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,9 +186,15 @@ def test_the_same_command_resumes_an_interrupted_run(
     assert not (output / "parts").exists()
 
 
-def test_compare_reports_changes(command_line: CommandLine, suite: Path, tmp_path: Path) -> None:
+def test_a_report_is_written_and_compared_with_others(
+    command_line: CommandLine, suite: Path, tmp_path: Path, opened: list[Any]
+) -> None:
     output, path = tmp_path / "report", tmp_path / "report" / "results.json"
-    assert command_line("benchmark", suite, "-o", output)[0] == 0
+    code, out, err = command_line("benchmark", suite, "-o", output)
+    assert (code, "Good" in out, "100.0" in out) == (0, True, True)
+    assert {path.name for path in output.iterdir()} == {"results.json", "report.html", "accuracy-latency.png"}
+    assert f"Gone was skipped: There is no model folder {tmp_path / 'gone'}." in err
+    assert opened == [(str(tmp_path / "good"), {"threads": 1})]
     quiet = json.loads(path.read_text()) | {"other_load": 0.0}  # other processes may run during this test
     quiet["reference"] = {timed: [1.0] * len(blocks) for timed, blocks in quiet["reference"].items()}
     for timed in ("image", "text", "end_to_end"):

@@ -12,7 +12,6 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -114,13 +113,8 @@ def test_csv_has_no_cell_that_a_spreadsheet_computes(
             assert not cell.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r"))
 
 
-def test_a_path_in_a_command_to_copy_is_one_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    if os.name == "posix":
-        for path in ("runs/first", "runs/#1 of ü", "it's", "a{0..1}.tar"):
-            assert shlex.split(as_word(path), comments=True) == [path]
-        assert as_word(Path("runs/first")) == "runs/first"
-        assert as_word("-dash") == "./-dash"
-    monkeypatch.setattr("clip_rd_edge.utils.text.os", SimpleNamespace(name="nt"))
-    assert as_word(r"C:\Users\First Last\run") == r'"C:\Users\First Last\run"'
-    assert as_word(r"runs\a&b") == r'"runs\a&b"'
-    assert as_word(r"D:\runs\größe-1.0_x") == r"D:\runs\größe-1.0_x"
+@pytest.mark.skipif(os.name != "posix", reason="of POSIX shells")
+def test_a_path_in_a_command_to_copy_is_one_word() -> None:
+    for path in ("runs/first", "runs/#1 of ü", "it's", "a{0..1}.tar"):
+        assert shlex.split(as_word(path), comments=True) == [path]
+    assert as_word("-dash") == "./-dash"

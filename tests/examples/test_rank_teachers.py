@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
-from PIL import Image
-from support import save_tiny_teacher
+import pytest
+
+import clip_rd_edge as edge
+from clip_rd_edge.settings.measuring import Evaluate
+from clip_rd_edge.settings.training import Distill
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "rank_teachers.py"
 
 
-def test_teachers_are_ranked_by_their_students(pairs_csv: Path, tmp_path: Path) -> None:
-    for colour in ("red", "lime", "blue"):
-        (tmp_path / "task" / colour).mkdir(parents=True)
-        Image.new("RGB", (40, 40), colour).save(tmp_path / "task" / colour / "a.png")
-    teachers = [str(save_tiny_teacher(tmp_path / f"teacher-{seed}", seed=seed)) for seed in (1, 2)]
+def test_teachers_are_ranked_by_their_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned, runs = {"small": 0.5, "large": 0.3}, list[Distill]()
+
+    def evaluate(*arguments: str) -> list[SimpleNamespace]:
+        model = Evaluate(*arguments).model
+        return [SimpleNamespace(top1=learned.get(model, 0.9))]
+
+    def distill(**options: object) -> str:
+        runs.append(Distill(**options))  # type: ignore[arg-type]
+        return f"a student of {runs[-1].teacher}"
+
+    monkeypatch.setattr(edge, "distill", distill)
+    monkeypatch.setattr(edge, "evaluate", lambda model, task: evaluate(model.removeprefix("a student of "), task))
     rank = runpy.run_path(str(SCRIPT))["rank"]
-
-    def ranks() -> list[tuple[float, float, str]]:
-        ranked: list[tuple[float, float, str]] = rank(
-            "test_resnet", pairs_csv, tmp_path / "task", teachers, tmp_path / "runs", steps=2, batch_size=8,
-            image_size=32, text="64x1", context_length=8, precision="fp32", workers=0,
-        )  # fmt: skip
-        return ranked
-
-    found = ranks()
-    assert sorted(name for _, _, name in found) == sorted(teachers)
-    assert found == sorted(found, reverse=True)
-    weights = tmp_path / "runs" / "1" / "student" / "open_clip_model.safetensors"
-    written = weights.stat().st_mtime_ns
-    assert ranks() == found
-    assert weights.stat().st_mtime_ns == written  # a finished run is not repeated
+    ranked = rank("resnet18", "pairs.csv", "images", ["large", "small"], tmp_path, steps=2)
+    assert [name for _, _, name in ranked] == ["small", "large"]
+    assert {(run.student, run.steps, run.resume) for run in runs} == {("resnet18", 2, True)}
+    assert len({run.output for run in runs}) == 2
