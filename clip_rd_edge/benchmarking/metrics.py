@@ -141,27 +141,14 @@ class RetrievalScore(msgspec.Struct, frozen=True, kw_only=True, tag="retrieval",
 Score = ZeroShotScore | RetrievalScore
 
 
-def top_k_indices(similarities: Similarities, k: int) -> npt.NDArray[np.int64]:
-    """Return the indices of the k largest entries of each row, largest first, (N, C) to (N, min(k, C))."""
-    if k >= similarities.shape[1]:
-        return np.argsort(-similarities, axis=1, kind="stable")
-    chosen = np.sort(np.argpartition(-similarities, k - 1, axis=1)[:, :k], axis=1)
-    values = np.take_along_axis(similarities, chosen, axis=1)
-    top: npt.NDArray[np.int64] = np.take_along_axis(chosen, np.argsort(-values, axis=1, kind="stable"), axis=1)
-    # Of entries that tie with the last one chosen, a partition takes any, and the first ones are wanted.
-    tied = (similarities >= values.min(axis=1, keepdims=True)).sum(axis=1) > k
-    top[tied] = np.argsort(-similarities[tied], axis=1, kind="stable")[:, :k]
-    return top
-
-
 def nearest_indices(queries: Embeddings, candidates: Embeddings, k: int) -> npt.NDArray[np.int64]:
     """Return the indices of the k candidates nearest to each query, (N, D) and (M, D) to (N, min(k, M)).
 
     Only the similarities of CHUNK queries at once are in memory.
     """
-    return np.concatenate(
-        [top_k_indices(queries[chunk] @ candidates.T, k) for chunk in in_batches(len(queries), CHUNK)]
-    )
+    chunks = (queries[chunk] @ candidates.T for chunk in in_batches(len(queries), CHUNK))
+    # Copied, or the indices of all candidates would stay in memory.
+    return np.concatenate([np.argsort(-found, axis=1, kind="stable")[:, :k].copy() for found in chunks])
 
 
 def mean_per_class(hits: Hits, targets: npt.NDArray[np.int64]) -> float:

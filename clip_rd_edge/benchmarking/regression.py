@@ -107,14 +107,7 @@ def compare_runs(old: Results, new: Results) -> Changes:
         f"Accuracy on {task} is not compared: the two runs have other images, labels or captions of it."
         for task in uncompared
     ]
-    gpus = [run.environment.accelerator for run in (old, new)]
-    on_another_gpu = [pair[0].label for pair in pairs if any(row.description.device != "cpu" for row in pair)]
-    on_another_gpu = on_another_gpu if gpus[0] != gpus[1] else []
-    if on_another_gpu and not obstacles:
-        named = " and ".join(gpu or "none that is known" for gpu in gpus)
-        remarks.append(f"Latency of {', '.join(on_another_gpu)} is not compared: the GPUs differ, {named}.")
-    timed = [pair for pair in pairs if pair[0].label not in on_another_gpu]
-    latencies = () if obstacles else tuple(_latency_changes(old, new, timed))
+    latencies = () if obstacles else tuple(_latency_changes(old, new, pairs))
     if noisy := sum(change.noise > DETECTABLE_CHANGE for change in latencies):
         remarks.append(
             f"{noisy} of {len(latencies)} latencies are too noisy to detect a change of "
@@ -240,6 +233,7 @@ def _latency_obstacles(old: Results, new: Results) -> list[str]:
             ]
     settings: list[tuple[str, object, object]] = [
         ("machines", old.environment.machine, new.environment.machine),
+        ("GPUs", old.environment.accelerator or "none", new.environment.accelerator or "none"),
         ("numbers of threads", old.suite.threads, new.suite.threads),
     ]
     sets = [", ".join(run.environment.instruction_sets) for run in (old, new)]

@@ -12,7 +12,7 @@ import io
 import re
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -29,13 +29,15 @@ from clip_rd_edge.benchmarking.tables import (
     RELATIVE_NOTE,
     Cell,
     Section,
+    chance_verdict,
     details,
-    differences,
     heading,
     markdown_table,
     megabytes,
     sections,
     share,
+    signed_interval,
+    signed_points,
 )
 from clip_rd_edge.bundle.outputs import require_output_file
 from clip_rd_edge.errors import InputError, UsageError
@@ -53,12 +55,15 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 
 def require_report_folder(folder: Path) -> None:
     """Refuse a folder where a file of the user's has the name of one of a report's."""
-    require_output_file(
-        folder / RESULTS, lambda beginning: b'"suite":' in beginning, what="a benchmark's", option="{output}"
-    )
-    if not exists(folder / RESULTS):
-        for name in (HTML, PLOT):
-            require_output_file(folder / name, lambda beginning: False, what="an earlier report's", option="{output}")
+    require_own_files(folder / RESULTS, lambda beginning: b'"suite":' in beginning, (folder / HTML, folder / PLOT))
+
+
+def require_own_files(results: Path, is_ours: Callable[[bytes], bool], made: Sequence[Path]) -> None:
+    """Refuse a file of results that is not ours by its beginning; without one, also files as they are made from it."""
+    require_output_file(results, is_ours, what="an earlier run's", option="{output}")
+    if not exists(results):
+        for path in made:
+            require_output_file(path, lambda beginning: False, what="an earlier report's", option="{output}")
 
 
 def write_report(results: Results, folder: Path) -> None:
@@ -77,15 +82,12 @@ def write_report(results: Results, folder: Path) -> None:
 def write_between_markers(document: Path, name: str, table: str) -> None:
     """Replace the text between `<!-- NAME: begin -->` and `<!-- NAME: end -->` in a Markdown file."""
     begin_marker, end_marker = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    text = read_text_limited(document)  # which keeps the line ends of Windows
+    text = read_text_limited(document)
     before, begin, rest = text.partition(begin_marker)
     _, end, after = rest.partition(end_marker)
     if not (begin and end):
         raise InputError(f"{document} has no lines {begin_marker} and {end_marker}, which must enclose the table.")
-    enclosed = f"{begin_marker}\n{table}\n{end_marker}"
-    if "\r\n" in text:
-        enclosed = enclosed.replace("\n", "\r\n")
-    write_text(document, f"{before}{enclosed}{after}")
+    write_text(document, f"{before}{begin_marker}\n{table}\n{end_marker}{after}")
 
 
 def figures_table(results: Results) -> str:
@@ -209,9 +211,10 @@ def _data_uri(content: bytes, kind: str) -> str:
 
 def _differences(results: Results) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{_escape(row.models)}</th><td class="text">{_escape(row.task)}</td>'
-        f'<td>{row.points}</td><td>{row.interval}</td><td class="text small">{row.verdict}</td></tr>'
-        for row in differences(results)
+        f'<tr><th scope="row">{_escape(f"{compared.label} vs {compared.reference}")}</th>'
+        f'<td class="text">{_escape(heading(compared.task))}</td><td>{signed_points(compared.difference)}</td>'
+        f'<td>{signed_interval(compared.interval)}</td><td class="text small">{chance_verdict(compared)}</td></tr>'
+        for compared in results.comparisons
     )
     if not rows:
         return ""

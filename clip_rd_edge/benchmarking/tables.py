@@ -129,16 +129,6 @@ class Section(NamedTuple):
     lines: tuple[Line, ...]
 
 
-class Difference(NamedTuple):
-    """Top-1 of one model minus another's; `verdict` is empty if the difference is significant."""
-
-    task: str
-    models: str
-    points: str
-    interval: str
-    verdict: str
-
-
 def sections(results: Results) -> list[Section]:
     """Return the main table: cost first, then each task in the suite's order."""
     rows, latencies = results.rows, [row.latency for row in results.rows]
@@ -192,21 +182,8 @@ def _cost_details(rows: Sequence[RowResult]) -> dict[str, list[str]]:
     return texts
 
 
-def differences(results: Results) -> list[Difference]:
-    """Return all comparisons of the results."""
-    return [
-        Difference(
-            task=heading(comparison.task),
-            models=f"{comparison.label} vs {comparison.reference}",
-            points=signed_points(comparison.difference),
-            interval=signed_interval(comparison.interval),
-            verdict=_verdict(comparison),
-        )
-        for comparison in results.comparisons
-    ]
-
-
-def _verdict(comparison: Comparison) -> str:
+def chance_verdict(comparison: Comparison) -> str:
+    """Return why a difference is not significant, and an empty text if it is."""
     if comparison.interval.low == comparison.interval.high == 0:
         return "correct on the same images"
     if not comparison.may_be_chance:

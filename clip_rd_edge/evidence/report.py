@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from clip_rd_edge.benchmarking.metrics import ZeroShotScore, primary_metric
-from clip_rd_edge.benchmarking.report import write_between_markers
+from clip_rd_edge.benchmarking.report import require_own_files, write_between_markers
 from clip_rd_edge.benchmarking.tables import (
     NO_VALUE,
     inert_markdown,
@@ -22,7 +22,6 @@ from clip_rd_edge.benchmarking.tables import (
     signed_interval,
     signed_points,
 )
-from clip_rd_edge.bundle.outputs import require_output_file
 from clip_rd_edge.bundle.runs import EVALUATION_PREFIX as _EVALUATION
 from clip_rd_edge.distillation.metrics import verbatim
 from clip_rd_edge.errors import without_checkout
@@ -42,7 +41,6 @@ from clip_rd_edge.evidence.suite import (
     spread,
 )
 from clip_rd_edge.utils.files import write_bytes, write_text
-from clip_rd_edge.utils.paths import exists
 from clip_rd_edge.utils.structs import read_versioned_json
 from clip_rd_edge.utils.text import each_text, shown_source, shown_sources
 
@@ -302,14 +300,8 @@ _PAGE, _CURVES, _GEOMETRY = ".md", "-curves.png", "-geometry.png"  # after the s
 
 def require_report_folder(folder: Path, name: str) -> None:
     """Refuse a folder where a file of the user's has the name of the results of the suite `name`, or of its report."""
-    results = folder / f"{name}.json"
-    require_output_file(
-        results, lambda beginning: beginning.startswith(b'{"suite":'), what="the results of a suite", option="{output}"
-    )
-    if not exists(results):
-        for ending in (_PAGE, _CURVES, _GEOMETRY):
-            path = folder / f"{name}{ending}"
-            require_output_file(path, lambda beginning: False, what="an earlier report's", option="{output}")
+    made = [folder / f"{name}{ending}" for ending in (_PAGE, _CURVES, _GEOMETRY)]
+    require_own_files(folder / f"{name}.json", lambda beginning: beginning.startswith(b'{"suite":'), made)
 
 
 def write_report(evidence: Evidence, folder: Path) -> list[Path]:

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from clip_rd_edge.benchmarking.accuracy import (
+    correctness_of,
     embed_images,
     evaluate,
     image_digest,
-    retrieval,
+    predict,
     task_fingerprint,
-    zero_shot,
 )
-from clip_rd_edge.benchmarking.metrics import Score, primary_metric
+from clip_rd_edge.benchmarking.metrics import primary_metric
 from clip_rd_edge.benchmarking.results import this_environment
 from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, INPUTS_FILE, STUDENT_FOLDER, WEIGHTS_FILE, read_metrics
@@ -81,17 +81,14 @@ def curve_scores(encoder: Encoder, tasks: Sequence[Task]) -> dict[str, float]:
 
 
 def _evaluate_task(encoder: Encoder, task: Task) -> TaskResult:
-    if isinstance(task, ZeroShotTask):
-        answers = zero_shot(encoder, task)
-        hits, geometry = answers.hits(task), None
-        score: Score = answers.score
-    else:
-        retrieved = retrieval(encoder, task)
-        hits, geometry = retrieved.correctness[0].hits(), _geometry(encoder, task)
-        score = retrieved.score
-    digits = "".join("01"[int(hit)] for hit in hits)
+    predictions = predict(encoder, task)
+    hits = correctness_of(task, predictions)[0].hits()
     return TaskResult(
-        score=score, content=task_fingerprint(task), images=image_digest(task), hits=digits, geometry=geometry
+        score=predictions.score,
+        content=task_fingerprint(task),
+        images=image_digest(task),
+        hits="".join("01"[int(hit)] for hit in hits),
+        geometry=_geometry(encoder, task) if isinstance(task, RetrievalTask) else None,
     )
 
 

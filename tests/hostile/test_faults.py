@@ -32,31 +32,6 @@ def test_shards_are_read_whichever_call_of_a_socket_fails(tmp_path: Path) -> Non
     assert outcome.reported == 0  # each is made up for by another try
 
 
-class InPlace:
-    """Writes over a file in place, as nothing here may."""
-
-    name = "in place"
-    port = 0
-
-    def prepare(self, folder: Path) -> None:
-        (folder / "file").write_text("old")
-
-    def run(self, folder: Path) -> None:
-        (folder / "file").write_text("new")
-
-    def check(self, folder: Path) -> None:
-        assert (folder / "file").read_text() in ("old", "new")
-
-    def check_complete(self, folder: Path) -> None:
-        assert (folder / "file").read_text() == "new"
-
-
-def test_a_file_that_is_written_in_place_is_found_out(tmp_path: Path) -> None:
-    outcome = until_untouched(InPlace(), "write", "kill", tmp_path)
-    assert (outcome.faults, outcome.reported) == (1, 1)
-    assert outcome.problems[0].startswith("write 1, after the fault: AssertionError")
-
-
 @pytest.fixture
 def scenario(request: pytest.FixtureRequest, colour_bundle: Path) -> Scenario:
     kind = request.param

@@ -102,10 +102,9 @@ def _record(run: Path, **record: Any) -> None:
     (run / "student" / "distillation.json").write_text(json.dumps(record))
 
 
-@pytest.mark.parametrize("options", [("--precision", "int8"), ("--target", "cpu-x86")])
 @pytest.mark.parametrize("place", ["data", "images", "texts", "url", "config.yaml"])
 def test_an_export_opens_no_data_that_a_record_names(
-    theirs: Path, bait: Bait, tmp_path: Path, command_line: CommandLine, place: str, options: tuple[str, str]
+    theirs: Path, bait: Bait, tmp_path: Path, command_line: CommandLine, place: str
 ) -> None:
     if place == "config.yaml":
         (theirs / place).write_text(f"data: '{bait.command}'")
@@ -114,7 +113,10 @@ def test_an_export_opens_no_data_that_a_record_names(
         _record(theirs, data=bait.command if place == "data" else bait.url)
     else:
         _record(theirs, data=None, configuration={"images": str(tmp_path), "texts": "labels.txt", place: bait.command})
-    for model in (theirs, f"local-dir:{theirs / 'student'}"):
+    for model, *options in (
+        (theirs, "--precision", "int8"),
+        (f"local-dir:{theirs / 'student'}", "--target", "cpu-x86"),
+    ):
         code, _, err = command_line("export", model, *options, "-o", tmp_path / "bundle")
         assert (code, "--calibration" in err, bait.taken) == (2, True, False)
 
