@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.models.classifiers import read_file_of_weights
+from clip_rd_edge.models.classifiers import mismatch, read_file_of_weights
 from clip_rd_edge.models.clip import ClipModel, TextTower, default_device, evaluation_mode, quick_gelu_of, text_module
 from clip_rd_edge.models.encoder import CaptionTower, embed_with_progress, text_layers
 from clip_rd_edge.models.students import TEACHER, build_student, require_equal
@@ -172,7 +172,12 @@ def with_text_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
     """
     model_cfg, source = config["model_cfg"], teacher.model_cfg["text_cfg"]
     text_cfg = model_cfg["text_cfg"]
-    require_similar_text_tower(model_cfg, teacher.model_cfg, name=teacher.name)
+    if others := [key for key in _OTHER_TOWERS if source.get(key)]:
+        raise ConfigError(
+            f"The student's text tower cannot start from that of {teacher.name}: its {others[0]} is "
+            f"{source[others[0]]}, and the student's tower is CLIP's.",
+            hint="omit {pretrained_text}",
+        )
     if text_cfg["width"] != source.get("width", 512):
         return config  # `init_text_tower` names both widths
     carried = {name: value for name, value in source.items() if name not in _OWN}
@@ -231,27 +236,6 @@ def build_text_tower(text_cfg: dict[str, Any], *, embedding_size: int, quick_gel
     return text
 
 
-def require_similar_text_tower(model_cfg: dict[str, Any], source: dict[str, Any], *, name: str) -> None:
-    """Refuse a student whose text tower cannot start from layers of the teacher's, by their `model_cfg`."""
-    text_cfg, source = model_cfg["text_cfg"], source["text_cfg"]
-    refusal, hint = _refusal(text_cfg, source), "omit {pretrained_text}"
-    length, teachers = text_cfg["context_length"], source.get("context_length", 77)
-    # With a causal mask, the tokens after the end of a caption have no influence, so fewer positions are enough.
-    padding_matters = source.get("no_causal_mask", False) or source.get("pool_type") == "last"
-    if not refusal and (length > teachers or (padding_matters and length != teachers)):
-        refusal = f"the context length is {length}, but it was trained with {teachers}"
-        hint = f"{{context_length}} {teachers}"
-    if refusal:
-        raise ConfigError(f"The student's text tower cannot start from that of {name}: {refusal}.", hint=hint)
-
-
-def _refusal(text_cfg: dict[str, Any], source: dict[str, Any]) -> str:
-    others = [key for key in _OTHER_TOWERS if source.get(key)]
-    others += ["vocab_size"] if source.get("vocab_size", text_cfg["vocab_size"]) != text_cfg["vocab_size"] else []
-    others += ["proj_type"] if source.get("proj_type") == "none" else []
-    return f"its {others[0]} is {source[others[0]]}, and the student's tower is CLIP's" if others else ""
-
-
 def has_quick_gelu(model: nn.Module) -> bool:
     """Return whether a model's text tower has OpenAI's approximation of GELU; False for a tower of Hugging Face."""
     return bool(_quick_gelu_of_text(model))
@@ -287,7 +271,13 @@ def _require_same_features(config: dict[str, Any], teacher: ClipModel) -> None:
     weights = {name: state[name] for name in text.state_dict() if name in state}
     positions = text.get_parameter("positional_embedding")
     weights["positional_embedding"] = weights["positional_embedding"][: len(positions)]
-    text.load_state_dict(weights)
+    try:
+        text.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"The weights of the text tower of {teacher.name} do not fit the student's: {mismatch(error)}",
+            hint=f"{{context_length}} {teacher.context_length}, or omit {{pretrained_text}}",
+        ) from error
     what = f"text tower with the weights of {teacher.name}"
     require_equal(_features(copy), _features(teacher), what=what, hint="omit {pretrained_text}")
 

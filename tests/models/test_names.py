@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from huggingface_hub import constants, file_download
 from safetensors.torch import load_file, save_file
 from support import save_tiny_teacher, tiny_clip
 from text_towers import WORDS
 
+import clip_rd_edge as edge
 from benchmarks.devices.published import loopback_hub, write_tokenizer
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.load import known_config, load_clip, save_clip
@@ -148,42 +148,34 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         yield address, files
 
 
-PROGRAM = """
-import json, sys
-import open_clip
-import clip_rd_edge as edge
-from pathlib import Path
-config, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
-open_clip.factory._MODEL_CONFIGS["tiny"] = config
-seen = {"mean": (0.1,) * 3, "std": (0.9,) * 3, "interpolation": "bicubic", "resize_mode": "squash"}
-open_clip.pretrained._PRETRAINED["tiny"] = {"random": {"hf_hub": "timm/tiny-OpenCLIP/", **seen}}
-texts = ["red cat", "a dog", "tree"]
-model, hub = edge.load("tiny@random"), edge.load("hf-hub:timm/tiny-OpenCLIP")
-rows = model.encode_texts(texts)
-assert abs(hub.encode_texts(texts) - rows).max() < 1e-6
-assert hub.describe().preprocessing == model.describe().preprocessing
-bundle = edge.export("hf-hub:timm/tiny-OpenCLIP", folder / "bundle")
-assert abs(edge.load(bundle).encode_texts(texts) - rows).max() < 1e-4
-run = edge.distill(
-    data=folder / "pairs.csv", student="tiny@random", teacher=str(folder / "teacher"), output=folder / "run",
-    steps=1, batch_size=6, precision="fp32", workers=0, learning_rate=1e-9,
-)
-tuned = edge.load(run)
-assert abs(tuned.encode_texts(texts) - rows).max() < 1e-3
-assert tuned.describe().preprocessing == model.describe().preprocessing
-"""
-
-
 def test_a_published_model_is_fine_tuned_exported_and_loaded_from_the_hub(
-    hub: tuple[str, Path], pairs_csv: Path, tmp_path: Path
+    hub: tuple[str, Path], pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its tokenizer, preprocessing and context come along, and differ from the teacher's."""
     address, files = hub
-    save_tiny_teacher(pairs_csv.parent / "teacher")
-    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
-    arguments = [json.dumps(tiny_architecture()[1]), str(pairs_csv.parent)]
-    subprocess.run([sys.executable, "-c", PROGRAM, *arguments], env=environment, check=True)
-    student = pairs_csv.parent / "run" / "student"
-    assert (student / "tokenizer.json").is_file()
-    tuned, start = (load_file(path / "open_clip_model.safetensors") for path in (student, files))
-    assert tuned.keys() == start.keys()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    for module in (constants, file_download):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path / "cache"), raising=False)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", tiny_architecture()[1])
+    seen = {"mean": (0.1,) * 3, "std": (0.9,) * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    tags = {"random": {"hf_hub": "timm/tiny-OpenCLIP/", **seen}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", tags)
+    texts = ["red cat", "a dog", "tree"]
+    model, of_hub = edge.load("tiny@random"), edge.load("hf-hub:timm/tiny-OpenCLIP")
+    rows = model.encode_texts(texts)
+    np.testing.assert_allclose(of_hub.encode_texts(texts), rows, atol=1e-6)
+    assert of_hub.describe().preprocessing == model.describe().preprocessing
+    bundle = edge.export("hf-hub:timm/tiny-OpenCLIP", tmp_path / "bundle")
+    np.testing.assert_allclose(edge.load(bundle).encode_texts(texts), rows, atol=1e-4)
+    run = edge.distill(
+        data=pairs_csv, student="tiny@random", teacher=str(save_tiny_teacher(tmp_path / "teacher")),
+        output=tmp_path / "run", steps=1, batch_size=6, precision="fp32", workers=0, learning_rate=1e-9,
+    )  # fmt: skip
+    tuned = edge.load(run)
+    np.testing.assert_allclose(tuned.encode_texts(texts), rows, atol=1e-3)
+    assert tuned.describe().preprocessing == model.describe().preprocessing
+    assert (tmp_path / "run" / "student" / "tokenizer.json").is_file()
+    student, start = (load_file(path / "open_clip_model.safetensors") for path in (tmp_path / "run" / "student", files))
+    assert student.keys() == start.keys()
