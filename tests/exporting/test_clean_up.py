@@ -105,3 +105,10 @@ def test_a_norm_is_taken_by_row_and_is_safe_at_0() -> None:
     assert _kinds(model) == {"Pow": 1, "ReduceSum": 1, "Sqrt": 1, "Clip": 1, "Div": 1}
     rows = np.asarray([[3, 0, 4], [0, 0, 0], [-1e15, 0, 0]], np.float32)
     np.testing.assert_allclose(_run(model, rows), [[0.6, 0, 0.8], [0, 0, 0], [-1, 0, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("start", "kept"), [(0, ["end"]), (1, ["end", "start"])])
+def test_an_attribute_with_another_value_than_its_default_stays(start: int, kept: list[str]) -> None:
+    graph = helper.make_graph([helper.make_node("Shape", ["x"], ["y"], start=start, end=2)], "shape", [], [])
+    passes.drop_redundant_attributes(graph)
+    assert sorted(attribute.name for attribute in graph.node[0].attribute) == kept
