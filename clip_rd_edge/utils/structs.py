@@ -251,9 +251,7 @@ def check_numbers(name: str, value: Any, kind: Any) -> None:
     except (TypeError, ValueError) as error:
         reason = str(error).partition(" - at ")[0].replace("`", "")
         raise CheckedError(f"{name} is {value!r}; {reason[:1].lower()}{reason[1:]}") from error
-    if not all(
-        abs(number) < _INT64 if isinstance(number, int) else math.isfinite(number) for number in _numbers(value)
-    ):
+    if not all(map(_is_usual, _numbers(value))):
         raise CheckedError(f"{name} is {value!r}; expected finite numbers of at most 64 bits")
 
 
