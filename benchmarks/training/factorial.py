@@ -26,7 +26,7 @@ from clip_rd_edge.benchmarking.tables import markdown_table
 from clip_rd_edge.evidence.report import read_evidence_file
 from clip_rd_edge.evidence.suite import Evidence
 
-BANK = "-bank"
+BANK, WITH_BANK, WITHOUT_BANK = "-bank", " with the bank", " without the bank"
 Scores = dict[tuple[str, int], dict[str, float]]  # by student and seed, and then by method
 # Of bases in the order of their terms: what a step adds.
 CONTRASTS: Mapping[str, Mapping[str, float]] = {
@@ -84,13 +84,14 @@ def means_table(evidence: Evidence, tasks: Sequence[int], title: str) -> str:
 
 
 def scores_of_ways(results: Mapping[str, Any]) -> Scores:
-    """Return the same of apart.yaml's ways, whose names are those of methods but for their spelling."""
+    """Return the same of apart.yaml's ways, whose names are STUDENT METHOD, or METHOD for the build's own student."""
     found: Scores = {}
     for result in results["results"]:
-        base = result["way"].lower().split()[0]
+        *student, base = result["way"].lower().removesuffix(WITH_BANK).removesuffix(WITHOUT_BANK).split()
         if base != "build":
-            method = base + (BANK if result["way"].endswith("with the bank") else "")
-            found.setdefault((result["world"], result["seed"]), {})[method] = 100 * result["top1"]
+            method = base + (BANK if result["way"].endswith(WITH_BANK) else "")
+            key = student[0] if student else result["world"]
+            found.setdefault((key, result["seed"]), {})[method] = 100 * result["top1"]
     return found
 
 

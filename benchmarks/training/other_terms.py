@@ -1,7 +1,7 @@
 """Terms of other methods, for `suites/others.yaml` alone: `clip-rd-edge evidence run others --terms FILE`.
 
-They are written for a trial that has not been run yet; only what is ahead in it would be shipped. `dark` counts the
-steps of a run, so a run that was interrupted has to be deleted and begun again.
+None is ahead of the default recipe (measurements/relations.md), so none is shipped. `dark` counts the steps of a run, so
+a run that was interrupted has to be deleted and begun again.
 """
 
 from __future__ import annotations
