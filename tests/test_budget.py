@@ -25,17 +25,17 @@ LONG = 60  # lines of a function, from `def` on
 # What is measured: its limit, and the one to reach.
 BUDGETS: Mapping[str, tuple[int, int]] = {
     "modules of the package": (175, 175),
-    "lines of the package": (42_850, 33_000),
+    "lines of the package": (41_100, 33_000),
     "lines of the longest module": (450, 450),
     "parameters of a function": (8, 8),
     f"functions above {LONG} lines": (1, 8),
-    "raise statements": (480, 480),
+    "raise statements": (460, 480),
     "lines of Raises: below api/": (20, 60),
     "own modules imported by --help": (9, 12),
     "own modules imported by classify": (34, 34),
     "own modules imported by export": (61, 70),
     "own modules imported by distill": (80, 80),
-    "lines of the tests": (28_800, 26_000),
+    "lines of the tests": (27_900, 26_000),
 }
 _COMMANDS = {
     "--help": "--help",

@@ -1,7 +1,7 @@
 """Terms of other methods, for `suites/others.yaml` alone: `clip-rd-edge evidence run others --terms FILE`.
 
-None is ahead of the default recipe (measurements/relations.md), so none is shipped. `dark` counts the steps of a run, so
-a run that was interrupted has to be deleted and begun again.
+None is ahead of the default recipe (measurements/relations.md), so none is shipped. `dark` counts the steps of a run:
+one that was interrupted has to be deleted and begun again.
 """
 
 from __future__ import annotations

@@ -40,7 +40,6 @@ from clip_rd_edge.distillation.step import AUTOCAST, StepResult, TrainingStep, s
 from clip_rd_edge.distillation.store import QueueBank, make_bank
 from clip_rd_edge.distillation.student import set_training_mode
 from clip_rd_edge.distillation.teacher import BatchTeacher
-from clip_rd_edge.distillation.trackers import Tracker, open_tracker
 from clip_rd_edge.errors import in_one_line
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -50,6 +49,7 @@ from clip_rd_edge.utils.host import FREED_MEMORY_KEPT
 if TYPE_CHECKING:
     from clip_rd_edge.distillation.quantized import ActivationRanges
     from clip_rd_edge.distillation.run import Evaluate, Run
+    from clip_rd_edge.distillation.trackers import Tracker
 
 
 # A GPU is waited for where a number is read: in steps between two looks at whether the run diverges, and in seconds
@@ -141,6 +141,8 @@ class Training:
         self._log = MetricsLog(run.folder, start=self._start) if is_main else None
         self._tracker: Tracker | None = None
         if is_main and run.config.report_to:
+            from clip_rd_edge.distillation.trackers import open_tracker
+
             self._tracker = open_tracker(run.config, run.folder, start=self._start, reporter=run.reporter)
         self._clock = _Clock()
 

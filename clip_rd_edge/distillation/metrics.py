@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -23,11 +23,13 @@ from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.bundle.preprocess import Pixels, preprocess
 from clip_rd_edge.bundle.runs import EVALUATION_PREFIX, METRICS_FILE, TERM_PREFIX, read_metrics
 from clip_rd_edge.data.samples import BadSamples, Samples
-from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.losses.terms import EmbeddingBatch
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.host import peak_memory_bytes
+
+if TYPE_CHECKING:
+    from clip_rd_edge.data.tasks import Task
 
 
 class MetricsLog:
@@ -206,6 +208,8 @@ def plot_predictions(task: Task | None, pairs: Samples, encoder: TorchEncoder, p
         thumbnails[-1].thumbnail((128, 128))
         own.append(text)
     labels, template = list[str](), "{}"
+    from clip_rd_edge.data.tasks import ZeroShotTask
+
     if isinstance(task, ZeroShotTask):
         order = np.random.default_rng(0).permutation(len(task.labels))
         labels, template = [task.labels[index] for index in order[:MAX_LABELS]], task.templates[0]
@@ -223,6 +227,8 @@ def plot_predictions(task: Task | None, pairs: Samples, encoder: TorchEncoder, p
 
 def _open_some(task: Task | None, pairs: Samples) -> Iterator[tuple[Image.Image, str]]:
     """Open some images, chosen at random, each with its class or its first caption."""
+    from clip_rd_edge.data.tasks import RetrievalTask
+
     permutation = np.random.default_rng(0).permutation
     if task is None:
         bad = BadSamples(pairs, max_share=1)

@@ -18,15 +18,15 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 from PIL import Image
 
 from clip_rd_edge.bundle.encoder import Encoder
 from clip_rd_edge.bundle.runs import DATA_FOLDER, REPORT_FOLDER, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE
-from clip_rd_edge.data.tasks import Task
 from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, CHECKPOINTS_FOLDER, list_checkpoints, no_trace_of_failure
 from clip_rd_edge.distillation.config import (
     CHANGEABLE_ON_RESUME,
@@ -65,7 +65,6 @@ from clip_rd_edge.distillation.speed import with_measured_precision, with_precis
 from clip_rd_edge.distillation.store import stored_precision
 from clip_rd_edge.distillation.student import load_student, open_shape, with_default_shape, with_shape_of
 from clip_rd_edge.distillation.teacher import refuse_idle_teacher
-from clip_rd_edge.distillation.trackers import require_tracker
 from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InterruptedRunError, UsageError, in_one_line
 from clip_rd_edge.exporting.calibration import choose_pairs, keep_pairs
 from clip_rd_edge.models.clip import float32_on_cpu
@@ -75,6 +74,9 @@ from clip_rd_edge.utils.files import disk_full_error, write_text
 from clip_rd_edge.utils.outputs import LOCK_FILE, exclusive_writer, remove_leftovers
 from clip_rd_edge.utils.structs import read_yaml, to_yaml
 from clip_rd_edge.utils.text import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from clip_rd_edge.data.tasks import Task
 
 Evaluate = Callable[[Encoder], dict[str, float]]
 _RESUME = "run the same command again, distill with {resume}"
@@ -237,7 +239,10 @@ def open_run(config: RunConfig, folder: Path, *, resume: bool, reporter: Reporte
         processes.agree(None)  # one that failed before it joined says so here
         with _sole_writer(folder, processes), no_trace_of_failure(folder, processes):
             shown = reporter if processes.is_main else SILENT
-            processes.on_main(lambda: require_tracker(config.report_to))
+            if config.report_to:
+                from clip_rd_edge.distillation.trackers import require_tracker
+
+                processes.on_main(partial(require_tracker, config.report_to))
             config = with_default_shape(msgspec.structs.replace(config, processes=processes.world_size))
             of_main = processes.from_main(config)
             with processes.together():

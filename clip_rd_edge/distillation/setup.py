@@ -9,20 +9,18 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from clip_rd_edge.bundle.runs import INPUTS_FILE, RUN_CONFIG_FILE, STUDENT_FOLDER, WEIGHTS_FILE, model_folder
 from clip_rd_edge.data.load import TrainingData, load_samples, names_shards
 from clip_rd_edge.data.samples import BadSamples, Samples, fingerprint, require_batch, require_images
-from clip_rd_edge.data.tasks import Task
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, seed_everything
 from clip_rd_edge.distillation.config import LOCATIONS, RecordedConfig, RunConfig, is_texts_alone, plain_values
 from clip_rd_edge.distillation.loader import ViewDataset
 from clip_rd_edge.distillation.pixels import crops_for
 from clip_rd_edge.distillation.processes import Processes
-from clip_rd_edge.distillation.reinforced import Reinforced, ReinforcedDataset, StoredTeachers, reinforced_pairs
 from clip_rd_edge.distillation.student import make_student, require_named_student, set_training_mode, text_source
 from clip_rd_edge.distillation.teacher import ensemble_of, load_stored_teachers, load_teachers
 from clip_rd_edge.errors import InputError, UsageError
@@ -34,6 +32,10 @@ from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.paths import Typed, is_file
 from clip_rd_edge.utils.structs import read_json, read_yaml, to_json, to_yaml
 from clip_rd_edge.utils.text import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from clip_rd_edge.data.tasks import Task
+    from clip_rd_edge.distillation.reinforced import StoredTeachers
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,8 @@ def training_pairs(config: RunConfig, *, reporter: Reporter = SILENT) -> Samples
     """Return what a run trains on; raises as `data.load.load_samples`."""
     source = TrainingData(**{name: getattr(config, name) for name in TrainingData.__struct_fields__})
     if (stored := load_stored_teachers(config)) is not None:
+        from clip_rd_edge.distillation.reinforced import reinforced_pairs
+
         return reinforced_pairs(source, stored, reporter)
 
     def read_texts(path: Typed, column: str) -> Sequence[str]:
@@ -168,6 +172,8 @@ def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: boo
     student = setup.student
     options: dict[str, Any] = {"seed": config.seed, "views": config.views, "max_bad": config.max_bad}
     if setup.stored is not None:
+        from clip_rd_edge.distillation.reinforced import Reinforced, ReinforcedDataset
+
         assert isinstance(setup.pairs, Reinforced)
         dataset: ViewDataset = ReinforcedDataset(setup.pairs, setup.stored, student.preprocessing, **options)
     else:

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from clip_rd_edge.data.samples import Samples
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.pixels import Normaliser
-from clip_rd_edge.distillation.reinforced import StoredTeachers
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.terms import Ensemble
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device
@@ -29,6 +28,9 @@ from clip_rd_edge.models.names import is_trained
 from clip_rd_edge.utils.paths import Typed
 from clip_rd_edge.utils.structs import read_json
 from clip_rd_edge.utils.text import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from clip_rd_edge.distillation.reinforced import StoredTeachers
 
 
 def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
@@ -66,6 +68,8 @@ def load_stored_teachers(config: RunConfig) -> StoredTeachers | None:
     """Return the teachers whose embeddings are stored in the data; None if there are none, or none is needed."""
     if config.stored_teachers is None or not config.recipe.objective.needs_teacher:
         return None
+    from clip_rd_edge.distillation.reinforced import StoredTeachers
+
     return read_json(Path(config.stored_teachers), StoredTeachers)
 
 

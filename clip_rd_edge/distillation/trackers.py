@@ -34,10 +34,8 @@ PROJECT = "clip-rd-edge"  # of Weights & Biases, unless the user's variables nam
 _EXTRAS: dict[TrackerName, str] = {"tensorboard": "train", "wandb": "wandb"}
 
 
-def require_tracker(name: TrackerName | None) -> None:
-    """Check that a tracker can be used, if one was named, before anything else of a run begins."""
-    if name is None:
-        return
+def require_tracker(name: TrackerName) -> None:
+    """Check that a tracker can be used, before anything else of a run begins."""
     if importlib.util.find_spec(name) is None:
         raise MissingExtraError(name, extra=_EXTRAS[name], purpose=f"{{report_to}} {name}")
     if name == "wandb":

@@ -65,6 +65,11 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     day, since another process may be at work in a younger one; what these had moved aside is removed once the new
     folder has its place: until then, it may be all that there is.
     """
+    if os.path.ismount(path.resolve()):  # Path.is_mount does not work on Windows before Python 3.12
+        raise UsageError(
+            f"The output {path} is where a volume is mounted, which cannot be replaced.",
+            hint=f"name a folder in it: {{output}} {path / 'new'}",
+        )
     temporary, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex}.{kind}") for kind in ("tmp", "old"))
     try:
         with named_failures(path):

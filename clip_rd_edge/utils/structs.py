@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 import msgspec
 from msgspec import Meta
 
-from clip_rd_edge.errors import ConfigError, InputError, in_one_line
+from clip_rd_edge.errors import ConfigError, InputError, in_one_line, near_matches
 from clip_rd_edge.utils.files import MAX_TEXT_BYTES, read_limited
 from clip_rd_edge.utils.paths import Recorded
 from clip_rd_edge.utils.text import as_unicode, each_text
@@ -51,19 +51,31 @@ def read_json_objects(path: Path) -> Any:
 
 
 def _decode_json(content: bytes, kind: type[T], *, source: Path, hint: str = "") -> T:
-    with _named(str(source), hint):
+    with _named(str(source), kind, hint):
         return msgspec.json.decode(content, type=kind, dec_hook=_recorded)
 
 
 @contextmanager
-def _named(source: str, hint: str = "") -> Iterator[None]:
-    """Within the block, an error of msgspec becomes a ConfigError that names the source."""
+def _named(source: str, kind: Any, hint: str = "") -> Iterator[None]:
+    """Within the block, an error of msgspec, which decodes a `kind`, becomes a ConfigError that names the source."""
     try:
         yield
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{source} is invalid: {str(error).rstrip('.')}.", hint=hint) from error
+        unknown = re.search("unknown field `(.*?)`", str(error))
+        near = near_matches(unknown[1], _keys(kind)) if unknown else ""
+        raise ConfigError(f"{source} is invalid: {str(error).rstrip('.')}.{near}", hint=hint) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{source} is not valid JSON: {in_one_line(error)}.", hint=hint) from error
+
+
+def _keys(kind: Any) -> Iterator[str]:
+    """Yield the keys of a struct and of those in it."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        for field in msgspec.structs.fields(kind):
+            yield field.encode_name
+            yield from _keys(field.type)
+    for inner in get_args(kind):
+        yield from _keys(inner)
 
 
 class UnknownFieldError(InputError):
@@ -73,7 +85,7 @@ class UnknownFieldError(InputError):
 def decode_request(body: bytes, kind: type[T], *, strict: bool = True) -> T:
     """Decode JSON that a client sent; without `strict`, numbers may be texts, as in a form."""
     try:
-        with _named("The request"):
+        with _named("The request", kind):
             return msgspec.json.decode(body, type=kind, strict=strict)
     except ConfigError as error:
         raised = UnknownFieldError if "unknown field" in str(error) else InputError
@@ -109,7 +121,7 @@ def read_versioned_json(
 
 def convert(raw: Any, kind: type[T], *, source: str) -> T:
     """Convert plain dicts and lists to a struct; raise ConfigError naming `source` and the key if they do not match."""
-    with _named(source):
+    with _named(source, kind):
         return msgspec.convert(raw, kind, strict=True, dec_hook=_recorded)
 
 

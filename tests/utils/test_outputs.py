@@ -126,9 +126,14 @@ def test_what_an_output_is_made_from_or_where_one_works_is_not_replaced(
         require_apart(tmp_path, [])
 
 
-def test_an_output_that_cannot_be_put_in_its_place_is_refused_before_the_work(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["file/out", "volume"])
+def test_an_output_that_cannot_be_put_in_its_place_is_refused_before_the_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError), new_folder(tmp_path / "file/out"):
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path.name == "volume")
+    with pytest.raises(UsageError), new_folder(tmp_path / name):
         pytest.fail("the work has begun")
 
 

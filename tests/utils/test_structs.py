@@ -38,6 +38,7 @@ class Kitchen(msgspec.Struct, forbid_unknown_fields=True):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("ovens: [{temperature: 1, gril: true}]", r"unknown field `gril` .*\. Did you mean 'grill'\?$"),
         ("ovens: [{temperature: 1, door: open}]", r"unknown field `door` - at `\$\.ovens\[0\]`\.$"),
         ("ovens: [{temperature: hot}]", r"Expected `int`, got `str` - at `\$\.ovens\[0\]\.temperature`"),
         ("", "missing required field `ovens`"),
