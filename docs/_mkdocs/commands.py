@@ -133,8 +133,9 @@ def _row(parameter: click.Parameter, context: click.Context) -> str:
     if record is None or isinstance(parameter, click.Argument) or parameter.name == "help":
         return ""
     names, meaning = (" ".join(text.split()).replace("|", "&#124;") for text in record)
-    meaning = meaning.replace("[", "\\[").replace("<", "&lt;") if "`" not in meaning else meaning
-    return f"| <code>{names.replace('<', '&lt;')}</code> | {meaning} |"
+    parts = meaning.split("`")  # every second one is code
+    parts[::2] = (part.replace("[", "\\[").replace("<", "&lt;") for part in parts[::2])
+    return f"| <code>{names.replace('<', '&lt;')}</code> | {'`'.join(parts)} |"
 
 
 def _other_names(command: click.Command) -> str:
