@@ -58,6 +58,14 @@ def evaluate_model(request: Evaluate) -> tuple[Model, list[Score]]:
         reporter.update("loading the model")
         import_modules(request.modules)
         model = load(model, pretrained=request.pretrained, threads=request.threads)
+    own = model.label_bank.names if model.label_bank is not None else ()
+    for task in loaded:
+        if others := [label for label in own if label not in getattr(task, "labels", own)]:
+            named = f"{', '.join(others[:3])}{', …' if len(others) > 3 else ''}"
+            reporter.note(
+                f"{task.name}: {len(others):,} labels of the bundle are not among the task's and do not compete here, "
+                f"as they do in classify: {named}"
+            )
     options: dict[str, Any] = {"per_class": request.per_class, "shots": request.shots, "reporter": reporter}
     return model, [score(model.encoder, task, matches=True, **options) for task in loaded]
 

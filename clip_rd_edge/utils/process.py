@@ -33,16 +33,13 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 def handled_by(handle: Callable[[int, FrameType | None], None], numbers: Iterable[int]) -> Iterator[None]:
     """Within the block, a function handles these signals, unless this is not the main thread: it alone receives any.
 
-    From then on, they also end a `NativeCall` of the main thread. A handler that is not Python's stays: a program that
-    embeds Python may have one, and Python cannot restore it.
+    A handler that is not Python's stays: a program that embeds Python may have one, and Python cannot restore it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     restorable = [number for number in numbers if signal.getsignal(number) is not None]
     previous = {number: signal.signal(number, handle) for number in restorable}
-    with suppress(RuntimeError):  # no further thread can be started
-        _listen()
     try:
         yield
     finally:
@@ -66,16 +63,17 @@ def discard_output(descriptor: int) -> None:
 
 
 _PATIENCE_S, _PAUSE_S = 5.0, 0.05  # for native code to return that was asked to
+_LISTEN_EVERY_S = 1.0
 leave: Callable[[int], NoReturn] | None = None  # set by a command line: ends the process with an exit code
 _calls: dict[int, NativeCall] = {}  # what runs, by thread
-_sender = -1
+_sender, _listens_until = -1, 0.0
 
 
 class NativeCall:
     """A block that runs native code, which `end_calls` ends, and in the main thread a stop signal.
 
-    Several threads may enter one object. The signals wait as ever outside `handled_by`, and in a program that has a
-    wake-up descriptor of its own, as event loops may.
+    Several threads may enter one object. In a program that has a wake-up descriptor of its own, as event loops may,
+    signals wait as ever.
 
     Args:
         end: asks the code to return, now or as soon as it begins; called in another thread.
@@ -90,6 +88,9 @@ class NativeCall:
 
     def __enter__(self) -> None:
         _calls[threading.get_ident()] = self
+        if time.monotonic() > _listens_until and threading.current_thread() is threading.main_thread():
+            with suppress(RuntimeError, ValueError):  # no further thread can be started; not Python's own main thread
+                _listen()
 
     def __exit__(self, *_: object) -> None:
         _calls.pop(threading.get_ident(), None)
@@ -129,8 +130,8 @@ def _end(call: NativeCall, *, since: float, exit_code: int) -> None:
 
 
 def _listen() -> None:
-    """Let a thread hear of signals."""
-    global _sender
+    """Let a thread hear of signals; again and again, since an event loop may have come and gone."""
+    global _sender, _listens_until
     if _sender < 0:
         receiver, _sender = os.pipe()
         if os.name != "nt":
@@ -139,6 +140,7 @@ def _listen() -> None:
     previous = signal.set_wakeup_fd(_sender, warn_on_full_buffer=False)
     if previous not in (-1, _sender):
         signal.set_wakeup_fd(previous)
+    _listens_until = time.monotonic() + _LISTEN_EVERY_S
 
 
 def _hear(receiver: int) -> None:
@@ -154,11 +156,11 @@ def _hear(receiver: int) -> None:
 
 def _forget_calls() -> None:
     """Leave the calls, and the thread that hears of signals, to the parent of a forked process."""
-    global _sender
+    global _sender, _listens_until
     _calls.clear()
     if _sender >= 0:
         signal.set_wakeup_fd(-1)
-        _sender = -1
+        _sender, _listens_until = -1, 0.0
 
 
 if hasattr(os, "register_at_fork"):

@@ -63,7 +63,7 @@ class FakeWandb(ModuleType):
 def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr("clip_rd_edge.distillation.run.require_tracker", lambda name: None)
+    monkeypatch.setattr("clip_rd_edge.distillation.trackers.require_tracker", lambda name: None)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     return fake
 
