@@ -45,7 +45,7 @@ from clip_rd_edge.errors import InputError, first_line, near_matches, needs_extr
 from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.paths import URL, is_file, why_no_file
 from clip_rd_edge.utils.structs import is_list_of_texts, read_json, to_json
-from clip_rd_edge.utils.text import SEPARATOR_LINE, SILENT, Reporter, shown_source
+from clip_rd_edge.utils.text import SEPARATOR_LINE, SILENT, Reporter, is_unicode, shown_source
 
 TABLE_STAGE = "indexing the table"
 KEPT_ROWS = 1 << 17
@@ -303,6 +303,8 @@ class MissingColumnError(InputError):
 
 def _require_columns(path: Path, columns: Sequence[str], required: Mapping[str, str]) -> None:
     """Refuse a table that lacks one of these columns, or has several of its name; with the options that name them."""
+    if not all(map(is_unicode, columns)):  # such as a workbook's
+        raise InputError(f"{path} is not a table as UTF-8 text.", hint="save it as CSV in UTF-8, or as Parquet")
     for key, option in required.items():
         if key not in columns:
             raise MissingColumnError(

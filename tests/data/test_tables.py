@@ -7,6 +7,7 @@ import errno
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -239,6 +240,16 @@ def test_parquet_with_images_in_a_column_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         load_pairs(str(path))
     assert caught.value.option == "csv_img_key"
+
+
+def test_a_workbook_or_another_encoding_is_no_table(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "pairs.xlsx", "w", zipfile.ZIP_DEFLATED) as workbook:
+        workbook.writestr("xl/workbook.xml", bytes(range(256)))
+    (tmp_path / "pairs.csv").write_text("filepath,title\n1.png,a\n", encoding="utf-16")
+    for name in ("pairs.xlsx", "pairs.csv"):
+        with pytest.raises(InputError) as caught:
+            load_pairs(str(tmp_path / name))
+        assert not isinstance(caught.value, tables.MissingColumnError)
 
 
 def test_parquet_is_known_by_its_first_bytes_and_its_damage_is_named(pairs_csv: Path) -> None:
