@@ -92,16 +92,22 @@ def watch_index(
     indexer, images = Indexer(encoder, folder, path, stop=stop, reporter=reporter), _Images()
     open_image_tower(encoder)  # now: an update may put another bundle into its folder before there are images
     waiting, is_first = False, True
+    tried, tried_at = dict[str, Stamp](), -math.inf  # what the last update has looked at
     while not stop.is_set():
         started = clock()
         listing, update, embedding_s = Listing(folder), None, 0.0
         if not listing.stamps and not waiting:
             reporter.note(f"{folder} has no images: waiting for some")
         waiting = not listing.stamps
-        if listing.stamps:  # an unmounted folder has none, and removes none
+        if waiting:  # an unmounted folder has none, and removes none
+            tried_at = -math.inf
+        else:
             watched = images.look(listing, indexer.stamps, started)
-            if _differs(watched, indexer):
+            # What cannot be read is tried again now and then: an update reads the whole index.
+            is_due = started - tried_at >= BROKEN_S
+            if (is_due and listing.unreadable) or _differs(watched, indexer, {} if is_due else tried):
                 update = indexer.update(watched)
+                tried, tried_at = {name: listing.stamps[name] for name in watched.take}, started
         if update is not None:
             embedding_s = update.embedding_s if update.embedded else 0.0  # and not of what stays broken
             update.unreadable = images.lasting(update.unreadable, started)
@@ -112,12 +118,12 @@ def watch_index(
         wait(max(POLL_S, min(_MAX_REST_S, REST * work_s)))
 
 
-def _differs(watched: Watched, indexer: Indexer) -> bool:
-    """Return whether an update has anything to do, or what it could not read is to be tried again."""
-    stamps, known = watched.listing.stamps, indexer.stamps
+def _differs(watched: Watched, indexer: Indexer, tried: dict[str, Stamp]) -> bool:
+    """Return whether an update has anything to do but to try again what it has just tried."""
+    stamps, known = watched.listing.stamps, indexer.stamps | tried
     return (
         any(known.get(name) != stamps[name] for name in watched.take)
-        or bool(known.keys() - stamps.keys() - set(watched.stay) or watched.listing.unreadable)
+        or bool(indexer.stamps.keys() - stamps.keys() - set(watched.stay))
         or file_identity(indexer.path / INDEX_FILE) != indexer.identity
     )
 

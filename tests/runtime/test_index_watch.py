@@ -110,6 +110,22 @@ def test_a_file_that_is_still_being_written_is_not_taken_as_broken(watched: Fold
     assert watched.names() == sorted([*ALL, "late.png", "upload.png"])
 
 
+def test_what_stays_broken_costs_an_update_a_minute_and_not_at_each_look(
+    watched: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (watched.folder / "broken.png").write_bytes(b"no image")
+    (watched.folder / "link.png").symlink_to(tmp_path / "nothing.png")
+    update, times = index_update.Indexer.update, list[float]()
+
+    def noted(*arguments: Any) -> Update | None:
+        times.append(watched.now)
+        return update(*arguments)
+
+    monkeypatch.setattr(index_update.Indexer, "update", noted)
+    watched.watch(*[nothing] * int(3 * BROKEN_S / POLL_S))
+    assert 3 <= len(times) <= 5  # the first two as the files settle
+
+
 def test_a_file_that_stays_broken_is_reported_once(watched: Folder, tmp_path: Path) -> None:
     broken = watched.folder / "broken.png"
     (watched.folder / "link.png").symlink_to(tmp_path / "late.png")
