@@ -98,7 +98,10 @@ def _next_steps(folder: Path) -> str:
     program = "clip-rd-edge" if shutil.which("clip-rd-edge") else f"{as_word(sys.executable)} -m clip_rd_edge"
     fp32, int8 = (as_word(folder / "bundles" / precision) for precision in ("fp32", "int8"))
     task = _unseen_concepts()
-    image, labels = task.images[0], list(dict.fromkeys([task.labels[task.targets[0]], *task.labels]))[:4]
+    # Of which everybody has an image in mind; releases of the packages differ in their emoji.
+    lively = [name for name in ("mushroom", "rocket", "tiger", "snowman") if name in task.labels]
+    labels = lively or list(dict.fromkeys(task.labels))[:4]
+    image = task.images[task.targets.index(task.labels.index(labels[0]))]
     quoted = " ".join(f'"{label}"' for label in labels)
     steps = f"""
 Try next:
