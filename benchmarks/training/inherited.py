@@ -136,6 +136,11 @@ def layers() -> list[str]:
     return [f"transformer.resblocks.{number}." for number in range(LAYERS)]
 
 
+def layer_of(name: str) -> str:
+    """Return the prefix of the layer that a weight belongs to, empty for others."""
+    return next((layer for layer in layers() if name.startswith(layer)), "")
+
+
 def kept(importance: Tensor) -> Tensor:
     """Return the indices of the two thirds that are most important, ascending."""
     return importance.topk(importance.numel() * KEPT // WIDTH).indices.sort().values
@@ -154,7 +159,7 @@ def masked(weights: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
     """Return weights with which a tower computes what its masks leave; what is masked writes and reads zeros."""
     width, out = masks["width"], dict(weights)
     for name, value in weights.items():
-        layer = name[: name.find(".", len("transformer.resblocks.")) + 1] if name.startswith("transformer") else ""
+        layer = layer_of(name)
         if name == "conv1.weight":
             out[name] = value * width[:, None, None, None]
         elif name in ("class_embedding", "positional_embedding") or ".ln_" in f".{name}":
@@ -173,7 +178,7 @@ def sliced(weights: Mapping[str, Tensor], importance: Masks) -> dict[str, Tensor
     width, out = kept(importance["width"].detach()), dict[str, Tensor]()
     for name, given in weights.items():
         value = given.detach()
-        layer = name[: name.find(".", len("transformer.resblocks.")) + 1] if name.startswith("transformer") else ""
+        layer = layer_of(name)
         if layer:
             head = kept(importance[f"{layer}attn"].detach())
             rows = (head[:, None] * HEAD + torch.arange(HEAD)).flatten()

@@ -150,7 +150,6 @@ def recommend(results: AnyPath, *, budget_ms: float | None = None, min_accuracy:
 @keywords_of(Quickstart)
 def quickstart(request: Quickstart) -> Results:
     """Run the whole pipeline on the built-in emoji data set in minutes on a CPU; an interrupted run is resumed."""
-
     from clip_rd_edge.pipeline import run_quickstart
 
     return run_quickstart(request, partial(open_encoder, threads=1), first_answer)

@@ -267,7 +267,6 @@ def build(request: Build) -> BuiltBundle:
         InputError, ConfigError: the data, teacher, student or target is missing or invalid.
         InterruptedRunError: a signal stopped the build; its state was saved.
     """
-
     from clip_rd_edge.benchmarking.report import require_matplotlib
 
     require_matplotlib()

@@ -201,6 +201,8 @@ def plot_predictions(task: Task | None, pairs: Samples, encoder: TorchEncoder, p
     An image of a class is compared with the task's labels; one with a caption, with the captions of the others. Beside
     what was found in it, there is what is right where that is wrong.
     """
+    from clip_rd_edge.data.tasks import ZeroShotTask
+
     thumbnails, pixels, own = list[Image.Image](), list[Pixels](), list[str]()
     for image, text in _open_some(task, pairs):
         pixels.append(preprocess(image, encoder.clip.preprocessing))
@@ -208,8 +210,6 @@ def plot_predictions(task: Task | None, pairs: Samples, encoder: TorchEncoder, p
         thumbnails[-1].thumbnail((128, 128))
         own.append(text)
     labels, template = list[str](), "{}"
-    from clip_rd_edge.data.tasks import ZeroShotTask
-
     if isinstance(task, ZeroShotTask):
         order = np.random.default_rng(0).permutation(len(task.labels))
         labels, template = [task.labels[index] for index in order[:MAX_LABELS]], task.templates[0]

@@ -77,7 +77,7 @@ def watch_index(
 
     A file is embedded once it has not changed for SETTLE_S. It leaves the index once it has been gone for as long and
     nobody is writing others, which may be what is gone under other names: renamed images keep their embeddings. One
-    that cannot be read is tried again and again, and reported after BROKEN_S. While the folder is not there, or has no
+    that cannot be read is tried again every BROKEN_S, and reported after that. While the folder is not there, or has no
     images, the index stays as it is. An index that somebody else writes, or removes, is brought up to date again.
 
     Args:
