@@ -70,7 +70,7 @@ from clip_rd_edge.exporting.calibration import choose_pairs, keep_pairs
 from clip_rd_edge.models.clip import float32_on_cpu
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.students import TEACHER
-from clip_rd_edge.utils.files import disk_full_error, write_text
+from clip_rd_edge.utils.files import disk_full_error, require_utf8_path, write_text
 from clip_rd_edge.utils.outputs import LOCK_FILE, exclusive_writer, remove_leftovers
 from clip_rd_edge.utils.structs import read_yaml, to_yaml
 from clip_rd_edge.utils.text import SILENT, Reporter
@@ -230,6 +230,7 @@ class Run:
 @contextmanager
 def open_run(config: RunConfig, folder: Path, *, resume: bool, reporter: Reporter) -> Iterator[Run]:
     """Join the processes of a run, lock its folder, and decide what the run is; what ends it becomes a sentence."""
+    require_utf8_path(folder)  # now, and not when the student is saved
     with (
         stop_on_signals() as stop,
         _named_failures(folder, stop),

@@ -38,6 +38,7 @@ from clip_rd_edge.models.hub import (
     require_bounded,
 )
 from clip_rd_edge.models.names import HUB, ModelName, parse_name
+from clip_rd_edge.utils.files import require_utf8_path
 from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.paths import Typed, exists, is_file, is_folder
 from clip_rd_edge.utils.process import quiet_logs
@@ -292,6 +293,7 @@ def save_clip(
             with the model: so without what may be a secret in the addresses of data.
         overwrite: if false, what is in use at `folder` once the model is written is kept.
     """
+    require_utf8_path(folder)
     with new_folder(folder, overwrite=overwrite) as temporary:
         if clip.model_cfg["text_cfg"].get("hf_tokenizer_name"):  # open_clip then expects one in the folder
             clip.tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from typing import IO, TypeVar
 
 from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InputError, UnreachableError, UsageError, causes
 from clip_rd_edge.utils.paths import cache_home, near_files
+from clip_rd_edge.utils.text import is_unicode
 
 T = TypeVar("T")
 MAX_TEXT_BYTES = 1 << 24  # of a list of names or templates
@@ -147,6 +148,13 @@ def write_cached(path: Path, content: bytes, *, max_bytes: int) -> None:
                 return
             other.unlink(missing_ok=True)
             total -= size
+
+
+def require_utf8_path(path: Path) -> None:
+    """Refuse a path for a model that is not UTF-8: safetensors cannot write its weights there."""
+    if not is_unicode(str(path.absolute())):
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise UsageError(f"The path of {shown} is not UTF-8, as weights need.", hint="choose another {output}")
 
 
 def unwritable_output(path: Path, error: Exception, *, hint: str = "choose another -o") -> UsageError:

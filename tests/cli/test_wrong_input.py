@@ -192,6 +192,16 @@ def test_a_name_that_no_file_can_have_gets_a_sentence(place: Path, command_line:
         assert sorted(place.rglob("*")) == before
 
 
+def test_a_model_is_written_only_where_its_weights_can_be(place: Path, command_line: CommandLine) -> None:
+    before, run = sorted(place.rglob("*")), os.fsdecode(b"caf\xe9/run")
+    code, output, error = command_line(
+        *["distill", "--data", "two.csv", "--student", "resnet18", "--recipe", "clip", "-o"], run
+    )
+    assert (code, output) == (2, "")
+    assert "caf\\xe9/run" in error
+    assert sorted(place.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("command", "code"),
     [
