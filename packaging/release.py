@@ -3,7 +3,7 @@
 python packaging/release.py -o dist --bundle quickstart/bundles/int8
 
 Nothing is published: docs/releasing.md says how that is done. Each environment has the wheel, one extra and nothing
-else; with --bundle, the bundle is verified in each.
+else, in the versions of requirements.lock; with --bundle, the bundle is verified in each.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import lock
+
 ROOT = Path(__file__).parents[1]
-# Extras that install in minutes on any machine. The others need a GPU, or gigabytes.
-LIGHT_EXTRAS = ("demo", "serve", "camera", "remote", "wandb")
 # What is easily lost from an archive: files that no import needs.
 IN_WHEEL = (
     "clip_rd_edge/py.typed",
@@ -85,7 +85,7 @@ def build(root: Path, output: Path) -> list[Path]:
     """Build the source distribution, and the wheel from it; return both, the wheel last."""
     date = _run(["git", "log", "-1", "--format=%ct"], cwd=root).strip()  # the same commit gives the same bytes
     environment = {**os.environ, "SOURCE_DATE_EPOCH": date}
-    _run([sys.executable, "-m", "build", "--outdir", str(output), str(root)], environment=environment)
+    _run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(output), str(root)], environment=environment)
     files = [*output.glob("*.tar.gz"), *output.glob("*.whl")]
     if len(files) != 2:
         raise ReleaseError(f"{output} holds {len(files)} archives; expected one .tar.gz and one .whl.")
@@ -127,7 +127,9 @@ def check_installed(archive: Path, extra: str, version: str, bundle: Path | None
         venv.create(folder / "env", with_pip=True)
         scripts = folder / "env" / ("Scripts" if os.name == "nt" else "bin")
         requirement = f"{archive.resolve()}[{extra}]" if extra else str(archive.resolve())
-        _run([str(scripts / "python"), "-m", "pip", "install", "--quiet", requirement])
+        versions = folder / "versions.txt"
+        versions.write_text(lock.constraints(lock.read_lock()), encoding="utf-8")
+        _run([str(scripts / "python"), "-m", "pip", "install", "--quiet", "--constraint", str(versions), requirement])
         program = str(scripts / "clip-rd-edge")
         # Elsewhere than in the clone, whose package would be imported instead.
         shown = _run([program, "--version"], cwd=folder)
@@ -163,7 +165,7 @@ def main() -> None:
     """Build and check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "dist", help="an empty folder")
-    parser.add_argument("--extras", nargs="*", default=LIGHT_EXTRAS, help="extras to check, besides none")
+    parser.add_argument("--extras", nargs="*", default=lock.CHECKED, help="extras to check, besides none")
     parser.add_argument("--bundle", type=Path, help="a bundle to verify in every environment")
     parser.add_argument("--final", metavar="TAG", help="refuse what may not be published under this tag")
     args = parser.parse_args()

@@ -45,7 +45,8 @@ class _DepthwiseConvolution(nn.Conv2d):
         output: Tensor
         if is_small and is_plain and weight.requires_grad and torch.is_grad_enabled():
             padding = (0, 0) if isinstance(self.padding, str) else self.padding
-            output = _SmallMapConvolution.apply(input, weight, bias, self.stride, padding)  # type: ignore
+            apply: Any = _SmallMapConvolution.apply  # typed from torch 2.15 on
+            output = apply(input, weight, bias, self.stride, padding)
         else:
             output = super()._conv_forward(input, weight, bias)
         return output

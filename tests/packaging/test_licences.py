@@ -1,4 +1,4 @@
-"""The licences of all dependencies are known and agreed to, and what publishes the package stores no secret."""
+"""What is installed is written down, with licences that are agreed to; what publishes the package stores no secret."""
 
 from __future__ import annotations
 
@@ -9,26 +9,32 @@ import pytest
 import yaml
 
 pytest.importorskip("packaging")
-licences = importlib.import_module("licences")
+licences, lock = importlib.import_module("licences"), importlib.import_module("lock")
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
-def test_every_required_package_is_in_the_table() -> None:
-    table = licences.read_table()
-    required = {licences.canonical(line.name) for lines in licences.requirements().values() for line in lines}
-    assert len(required) > 40
-    assert required - table.keys() == set(), "run packaging/licences.py"
+def test_the_lock_has_a_version_that_fits_every_requirement_and_hashes_of_its_files() -> None:
+    pins, required = lock.read_lock(), licences.requirements()
+    for requirement in (line for extra in ("-", *lock.INSTALLED, *lock.CHECKED) for line in required[extra]):
+        versions = [pin.version for pin in pins if pin.name == licences.canonical(requirement.name)]
+        assert versions, f"{requirement}: run make lock"
+        assert all(requirement.specifier.contains(version) for version in versions), f"{requirement}: run make lock"
+    assert all("--hash=sha256:" in pin.text for pin in pins)
 
 
-def test_what_is_installed_here_has_the_licence_of_the_table() -> None:
-    """Another Python, or another system, may need a package that the table lacks: its licence must be one agreed to."""
-    table = licences.read_table()
-    installed = {name: licence for name, (licence, _) in licences.table_rows().items()}
-    assert {name: licence for name, licence in installed.items() if name in table and table[name][0] != licence} == {}
-    others = {name: licence for name, licence in installed.items() if name not in table}
-    assert {name: found for name, licence in others.items() if (found := licences.objections(name, licence))} == {}
+def test_what_make_installs_without_a_gpu_has_torch_and_nothing_of_cuda() -> None:
+    without_gpu, mark, others = lock.LOCK.read_text().partition("\n# CUDA:")
+    assert mark
+    assert {"torch", "torchvision", "pip"} <= {pin.name for pin in lock.read_lock(without_gpu)}
+    assert not any(pin.is_of_cuda for pin in lock.read_lock(without_gpu))
+    assert "\n# Release:" in others
+
+
+def test_the_table_lists_what_the_lock_brings() -> None:
+    listed = {name: extras for name, (_, extras) in licences.read_table().items()}
+    assert licences.brought(lock.read_lock()) == listed, "run make lock"
 
 
 def test_every_licence_is_agreed_to() -> None:

@@ -1,38 +1,33 @@
-"""A release: versions that agree, archives that are complete, and files for containers and conda that fit the clone."""
+"""A release: versions that agree, archives that are complete, files for containers and conda that fit the clone."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from clip_rd_edge import __version__
 
+pytest.importorskip("packaging")
+licences, release = importlib.import_module("licences"), importlib.import_module("release")
+
 ROOT = Path(__file__).parents[2]
 CONTAINERFILES = sorted((ROOT / "packaging").glob("*.Containerfile"))
 
 
-@pytest.fixture(scope="module")
-def release() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("release", ROOT / "packaging" / "release.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_this_clone_has_one_version(release: ModuleType) -> None:
+def test_this_clone_has_one_version() -> None:
     assert release.version_of(ROOT) == __version__
     recipe = (ROOT / "packaging" / "conda" / "meta.yaml").read_text()
     assert f'{{% set version = "{__version__}" %}}' in recipe
 
 
-def test_what_a_release_must_hold_is_in_this_clone(release: ModuleType) -> None:
+def test_what_a_release_must_hold_is_in_this_clone() -> None:
     for name in (*release.IN_SDIST, *release.IN_WHEEL):
         assert (ROOT / name.replace("clip_rd_edge/_shipped/", "")).is_file(), name
 
@@ -48,24 +43,29 @@ def test_a_container_file_copies_what_there_is_and_what_the_builder_gets(path: P
         assert name in sent
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tomllib")
 @pytest.mark.parametrize("path", CONTAINERFILES, ids=lambda path: path.stem)
 def test_a_container_file_installs_extras_that_exist(path: Path) -> None:
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (extras,) = re.findall(r"'\.\[([\w,-]+)\]'", path.read_text(encoding="utf-8"))
-    assert set(extras.split(",")) <= project["optional-dependencies"].keys()
+    assert set(extras.split(",")) <= licences.requirements().keys()
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tomllib")
 def test_the_conda_recipe_has_the_packages_own_dependencies() -> None:
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     recipe = (ROOT / "packaging" / "conda" / "meta.yaml").read_text(encoding="utf-8")
     listed = re.search(r"^  run:\n((?:    - .+\n)+)", recipe, re.M)
     assert listed
-    of_conda = {line.strip("- ").replace(" ", "").lower() for line in listed[1].splitlines()}
-    expected = {f"python{project['requires-python']}", *(name.lower() for name in project["dependencies"])}
-    assert of_conda == expected
+    of_conda = {licences.Requirement(line.strip("- ").lower()) for line in listed[1].splitlines()}
+    required = {licences.Requirement(str(line).lower()) for line in licences.requirements()["-"]}
+    assert of_conda == {licences.Requirement("python>=3.10"), *required}
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("make"), reason="of make on Linux")
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_torch_is_its_build_for_cpus_where_there_is_no_nvidia_gpu(has_gpu: bool, tmp_path: Path) -> None:
+    for name in ("make", "uname", "sh", "python3"):
+        (tmp_path / name).symlink_to(shutil.which(name) or name)
+    if has_gpu:
+        (tmp_path / "nvidia-smi").symlink_to("/bin/true")
+    command = ["make", "-n", "VENV=new", "new/.installed"]
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert ("whl/cpu torch" in shown) is not has_gpu
